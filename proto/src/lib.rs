@@ -1,0 +1,28 @@
+//! What shim, VMM and guest agent share on the wire: ports, the stream header, boot marks and the agent's services.
+
+pub mod boot;
+pub mod ports;
+pub mod stream;
+
+pub use containerd_shim_protos as containerd;
+
+/// Messages of `husk.agent.v1`.
+#[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The `husk.agent.v1.Sandbox` service, asynchronous client and server.
+#[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+pub mod agent_ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
+
+/// Type URL under which [`agent::CreateOptions`] travels in a create request.
+pub const CREATE_OPTIONS_URL: &str = "husk.agent.v1.CreateOptions";
+
+/// Where the guest mounts the directory that the host shares over virtio-fs.
+pub const GUEST_SHARE: &str = "/run/husk/share";
+
+/// Tag of the virtio-fs device that carries the shared directory.
+pub const SHARE_TAG: &str = "husk";

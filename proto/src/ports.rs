@@ -1,0 +1,8 @@
+//! The vsock ports the agent listens on in the guest.
+
+/// ttrpc: containerd's Task service and `husk.agent.v1.Sandbox`.
+pub const AGENT: u32 = 1024;
+/// Raw streams of container stdio, each opened with a [`crate::stream::Header`].
+pub const STREAM: u32 = 1025;
+/// The agent's own log: it accepts one connection and writes lines of text.
+pub const LOG: u32 = 1026;

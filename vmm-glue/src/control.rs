@@ -1,0 +1,116 @@
+//! What shim and VMM process say to each other over the control socket.
+//!
+//! The socket is a `SOCK_SEQPACKET` pair; each packet is one JSON message, with descriptors as `SCM_RIGHTS`.
+//! Requests carry a number that the answer repeats; notices carry none and come in the order they happened.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{BlkConfig, NetConfig, VmConfig};
+
+/// From shim to VMM.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// Repeated in the answer.
+    pub seq: u64,
+    /// What to do.
+    pub call: Call,
+}
+
+/// What the shim asks for.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Call {
+    /// Builds the virtual machine; its vCPUs stay paused. Descriptors: those the configuration counts.
+    Create(Box<VmConfig>),
+    /// Lets the vCPUs run, for the first time or after `Pause`.
+    Resume,
+    /// Stops the vCPUs and the device loop between two requests; returns when all stand still.
+    Pause,
+    /// Opens a vsock stream to a port of the guest. The answer carries one connected stream socket; it is held back
+    /// until the guest has accepted the connection, or fails when the guest refuses it.
+    Connect {
+        /// Port in the guest.
+        port: u32,
+    },
+    /// Plugs a network interface into a spare slot.
+    AttachNet(NetConfig),
+    /// Plugs a disk into a spare slot.
+    AttachBlk(BlkConfig),
+    /// Asks the guest for this many MiB back, from the start size; 0 deflates the balloon.
+    Balloon {
+        /// Target in MiB.
+        mib: u64,
+    },
+    /// Ends the process; the guest gets no warning (the agent's Shutdown comes first in an orderly stop).
+    Stop,
+}
+
+/// From VMM to shim.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// The answer to the request with this number.
+    Answer {
+        /// The request's number.
+        seq: u64,
+        /// What came of it; the error is the whole chain of causes, printed.
+        result: Result<Answer, String>,
+    },
+    /// Something happened.
+    Notice(Notice),
+}
+
+/// A successful answer.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// Connected; the packet carries the socket.
+    Connected,
+    /// Attached in this virtio-mmio slot.
+    Attached {
+        /// Slot number, as the guest's platform device `virtio-mmio.N` counts.
+        slot: u32,
+    },
+}
+
+/// Something the VMM says unasked.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Notice {
+    /// A step of the start, with CLOCK_MONOTONIC in nanoseconds.
+    Mark {
+        /// Which step.
+        step: Step,
+        /// When.
+        at_ns: u64,
+    },
+    /// The guest is gone; the process ends after this.
+    Exited {
+        /// Why.
+        reason: ExitReason,
+    },
+}
+
+/// Steps of a start that the VMM sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Step {
+    /// The process runs `main`.
+    ProcessStarted,
+    /// Memory, devices and vCPUs exist.
+    VmCreated,
+    /// Just before the first KVM_RUN.
+    FirstInstruction,
+    /// The agent's first act as PID 1.
+    AgentStarted,
+    /// The agent listens.
+    AgentReady,
+}
+
+/// Why a guest ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// The guest reset or powered itself off: orderly, or after a panic that the console tells of.
+    Reset,
+    /// The shim asked for it.
+    Stopped,
+    /// KVM could not go on.
+    Failed(String),
+}
