@@ -26,3 +26,11 @@ pub const GUEST_SHARE: &str = "/run/husk/share";
 
 /// Tag of the virtio-fs device that carries the shared directory.
 pub const SHARE_TAG: &str = "husk";
+
+/// What stands for a namespace of the sandbox in a specification's namespace paths, followed by the namespace's type
+/// (`/run/husk/ns/uts`): the host's path means nothing in the guest, only that there was one does.
+pub const GUEST_NS: &str = "/run/husk/ns";
+
+/// The sandbox's shared memory: a tmpfs that the guest mounts at `Setup` when the shim asks for it, and that the
+/// containers of a Kubernetes pod share at `/dev/shm`.
+pub const GUEST_SHM: &str = "/run/husk/shm";

@@ -1,0 +1,125 @@
+//! Reading the configuration file, with errors that name the line.
+
+use crate::{Config, check::Problem};
+use std::{io, path::Path, path::PathBuf};
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file exists but cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no TOML, or a key is unknown or of the wrong type.
+    #[error("{}:{line}: {message}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line number, from 1.
+        line: usize,
+        /// What is wrong there.
+        message: String,
+    },
+    /// A key's value cannot be.
+    #[error("{}: {}: {}", path.display(), problem.key, problem.message)]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key and what is wrong with it.
+        problem: Problem,
+    },
+}
+
+impl Config {
+    /// Reads and checks the configuration; a file that does not exist means every default.
+    ///
+    /// # Errors
+    /// [`ConfigError`] says which file, which line or key, and why.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        match std::fs::read(path) {
+            Ok(bytes) => Self::parse(path, &bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: path.into(), source }),
+        }
+    }
+
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self, ConfigError> {
+        let text = std::str::from_utf8(bytes).map_err(|error| ConfigError::Parse {
+            path: path.into(),
+            line: line_of(bytes, error.valid_up_to()),
+            message: "not UTF-8".into(),
+        })?;
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.into(),
+            line: line_of(bytes, error.span().map_or(0, |span| span.start)),
+            message: error.message().trim().replace('\n', "; "),
+        })?;
+        config.check().map_err(|problem| ConfigError::Value { path: path.into(), problem })?;
+        Ok(config)
+    }
+}
+
+/// The line, from 1, that byte `at` is in.
+fn line_of(bytes: &[u8], at: usize) -> usize {
+    1 + bytes.iter().take(at).filter(|&&byte| byte == b'\n').count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(Path::new("/etc/husk/config.toml"), text.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_documented_file_is_the_defaults_and_names_every_key() {
+        let text = include_str!("../config.toml");
+        assert_eq!(parse(text).unwrap(), Config::default());
+        // Every key stands in the file as its default, commented out; uncommented it must still be the default.
+        let uncommented: String = text
+            .lines()
+            .map(|line| line.strip_prefix("#").filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase())))
+            .map(|line| format!("{}\n", line.unwrap_or_default()))
+            .collect();
+        assert_eq!(parse(&uncommented).unwrap(), Config::default());
+        let written: toml::Table = toml::from_str(&uncommented).unwrap();
+        let all = toml::Table::try_from(Config::default()).unwrap();
+        assert_eq!(written.keys().collect::<Vec<_>>(), all.keys().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_missing_file_is_the_defaults_and_an_unreadable_one_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Config::load(&dir.path().join("none")).unwrap(), Config::default());
+        // A directory cannot be read as a file, whoever asks.
+        let error = Config::load(dir.path()).unwrap_err();
+        assert!(matches!(error, ConfigError::Read { .. }), "{error}");
+        let file = dir.path().join("config.toml");
+        fs::write(&file, "default_vcpus = 2\n").unwrap();
+        assert_eq!(Config::load(&file).unwrap().default_vcpus, 2);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let error = parse("# one\ndefault_vcpus = 2\nkernle = \"/x\"\n").unwrap_err();
+        assert!(error.starts_with("/etc/husk/config.toml:3: "), "{error}");
+        assert!(error.contains("kernle") && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn wrong_types_and_broken_syntax_name_the_line() {
+        for (text, line) in [("\nmax_vcpus = \"four\"\n", 2), ("max_vcpus = 300\n", 1), ("a\n", 1), ("\n\nx = [\n", 3)] {
+            let error = parse(text).unwrap_err();
+            assert!(error.starts_with(&format!("/etc/husk/config.toml:{line}: ")), "{text:?}: {error}");
+        }
+        let error = Config::parse(Path::new("c"), b"a\n\xff").unwrap_err().to_string();
+        assert_eq!(error, "c:2: not UTF-8");
+    }
+}
