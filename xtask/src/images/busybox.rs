@@ -1,0 +1,124 @@
+//! The busybox image: Debian's busybox-static with all its applets, some users and groups, and a second layer.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use super::layer::{Layer, Owner};
+use super::{hash_of, oci};
+
+/// Raised whenever what this file writes changes.
+const VERSION: &str = "1";
+
+const PASSWD: &str = "\
+root:x:0:0:root:/root:/bin/sh
+daemon:x:1:1:daemon:/:/bin/false
+tester:x:1000:1000:A user:/home/tester:/bin/sh
+other:x:1001:1001:Another user:/:/bin/sh
+nobody:x:65534:65534:nobody:/:/bin/false
+";
+
+const GROUP: &str = "\
+root:x:0:
+daemon:x:1:
+audio:x:29:tester
+video:x:44:tester,other
+tester:x:1000:
+other:x:1001:
+extra:x:2000:tester
+nogroup:x:65534:
+";
+
+/// Found only by a PATH look-up: its directory is in no default PATH.
+const GREET: &str = "#!/bin/sh\necho \"greetings from $0\"\n";
+
+/// What the image is made of.
+pub struct Inputs {
+    binary: Vec<u8>,
+    applets: Vec<String>,
+}
+
+impl Inputs {
+    /// Reads the machine's busybox.
+    pub fn find() -> Result<Self> {
+        let path = Path::new("/bin/busybox");
+        let binary = fs::read(path)
+            .with_context(|| format!("cannot read {} (package busybox-static)", path.display()))?;
+        let output = Command::new(path).arg("--list-full").output().context("cannot run busybox")?;
+        let list = String::from_utf8(output.stdout).context("busybox's list of applets is not text")?;
+        let applets: Vec<String> = list.lines().map(str::to_owned).collect();
+        if !output.status.success() || applets.is_empty() {
+            bail!("busybox does not list its applets");
+        }
+        if has_interpreter(&binary) {
+            bail!("{} is dynamically linked: package busybox-static is needed", path.display());
+        }
+        Ok(Self { binary, applets })
+    }
+
+    /// Identifies the image's content.
+    pub fn hash(&self) -> String {
+        hash_of(&[VERSION.as_bytes(), &self.binary, self.applets.join("\n").as_bytes()])
+    }
+
+    /// Writes the image's tar.
+    pub fn build(&self, out: &Path) -> Result<()> {
+        let work = tempfile::tempdir()?;
+        let (base, upper) = (work.path().join("base.tar"), work.path().join("upper.tar"));
+        self.base(&base)?;
+        upper_layer(&upper)?;
+        let config = oci::Config {
+            env: &["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/tools", "IMAGE=busybox"],
+            cmd: &["sh"],
+            working_dir: "/",
+        };
+        oci::write(out, super::BUSYBOX, &config, &[&base, &upper])
+    }
+
+    fn base(&self, path: &Path) -> Result<()> {
+        let mut layer = Layer::new(BufWriter::new(File::create(path)?));
+        let dirs = [
+            "bin", "dev", "etc", "home", "opt", "opt/tools", "proc", "run", "sbin", "sys", "usr", "usr/bin", "usr/sbin",
+            "var", "var/log", "srv",
+        ];
+        for dir in dirs {
+            layer.dir(dir, Owner::root(0o755))?;
+        }
+        layer.dir("tmp", Owner::root(0o1777))?;
+        layer.dir("root", Owner::root(0o700))?;
+        layer.dir("home/tester", Owner::user(1000, 0o750))?;
+        layer.file("bin/busybox", Owner::root(0o755), &self.binary)?;
+        for applet in self.applets.iter().filter(|applet| *applet != "bin/busybox") {
+            layer.symlink(applet, "/bin/busybox")?;
+        }
+        layer.file("etc/passwd", Owner::root(0o644), PASSWD.as_bytes())?;
+        layer.file("etc/group", Owner::root(0o644), GROUP.as_bytes())?;
+        layer.file("etc/removed-above", Owner::root(0o644), b"the second layer removes this\n")?;
+        layer.file("etc/replaced-above", Owner::root(0o644), b"first layer\n")?;
+        layer.file("etc/not-executable", Owner::root(0o644), b"#!/bin/sh\nexit 0\n")?;
+        layer.file("home/tester/mine", Owner::user(1000, 0o600), b"tester's own\n")?;
+        layer.finish()?.flush()?;
+        Ok(())
+    }
+}
+
+/// The second layer: one file removed, one replaced, one added.
+fn upper_layer(path: &Path) -> Result<()> {
+    let mut layer = Layer::new(BufWriter::new(File::create(path)?));
+    layer.dir("etc", Owner::root(0o755))?;
+    layer.whiteout("etc/removed-above")?;
+    layer.file("etc/replaced-above", Owner::root(0o644), b"second layer\n")?;
+    layer.dir("opt", Owner::root(0o755))?;
+    layer.dir("opt/tools", Owner::root(0o755))?;
+    layer.file("opt/tools/greet", Owner::root(0o755), GREET.as_bytes())?;
+    layer.finish()?.flush()?;
+    Ok(())
+}
+
+/// Whether an ELF file names an interpreter, as dynamically linked programs do.
+fn has_interpreter(binary: &[u8]) -> bool {
+    binary.windows(8).take(4096).any(|bytes| bytes == b"/lib64/l" || bytes == b"/lib/ld-")
+}

@@ -1,0 +1,68 @@
+//! Builds the OCI image tars that the demo and the end-to-end suites import: no registry is involved.
+//!
+//! Each image is rebuilt only when the hash of its inputs changed; the hash lies beside the tar.
+
+mod busybox;
+mod layer;
+mod oci;
+mod python;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
+
+/// Reference of the image made of busybox-static alone.
+pub const BUSYBOX: &str = "husk.test/busybox:latest";
+/// Reference of the Debian-based image with Python.
+pub const PYTHON: &str = "husk.test/python:latest";
+
+/// Makes every image under `out_dir` and returns the paths of their tars, ready for `ctr images import`.
+///
+/// # Errors
+/// When an input is missing (busybox-static, mmdebstrap) or a file cannot be written.
+pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(out_dir).with_context(|| format!("cannot create {}", out_dir.display()))?;
+    let busybox = busybox::Inputs::find()?;
+    let python = python::Inputs::find()?;
+    Ok(vec![
+        cached(out_dir, "busybox", &busybox.hash(), |tar| busybox.build(tar))?,
+        cached(out_dir, "python", &python.hash(), |tar| python.build(tar))?,
+    ])
+}
+
+/// Runs `make` unless `<name>.tar` was made from inputs of this very hash.
+fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let tar = out_dir.join(format!("{name}.tar"));
+    let stamp = out_dir.join(format!("{name}.tar.inputs"));
+    if tar.exists() && fs::read_to_string(&stamp).is_ok_and(|known| known == inputs) {
+        println!("image {name}: up to date");
+        return Ok(tar);
+    }
+    println!("image {name}: building {}", tar.display());
+    let part = out_dir.join(format!("{name}.tar.part"));
+    make(&part).with_context(|| format!("cannot build image {name}"))?;
+    fs::rename(&part, &tar).with_context(|| format!("cannot move {} into place", tar.display()))?;
+    fs::write(&stamp, inputs).with_context(|| format!("cannot write {}", stamp.display()))?;
+    Ok(tar)
+}
+
+/// Lower-case hexadecimal SHA-256 of several pieces, each with its length so that none can run into the next.
+fn hash_of(pieces: &[&[u8]]) -> String {
+    let mut hasher = Sha256::new();
+    for piece in pieces {
+        hasher.update((piece.len() as u64).to_le_bytes());
+        hasher.update(piece);
+    }
+    hex(&hasher.finalize())
+}
+
+/// Lower-case hexadecimal form of a digest.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
