@@ -42,6 +42,13 @@ pub trait Interrupt: Send + Sync {
     /// # Errors
     /// The error of writing to KVM's irqfd.
     fn config(&self) -> std::io::Result<()>;
+    /// The driver broke the rules of its queues: the device has stopped, and sets DEVICE_NEEDS_RESET if it can.
+    ///
+    /// # Errors
+    /// The error of writing to KVM's irqfd.
+    fn needs_reset(&self) -> std::io::Result<()> {
+        self.config()
+    }
 }
 
 /// Why a device could not be activated; the transport then sets DEVICE_NEEDS_RESET.

@@ -1,0 +1,243 @@
+//! The driver's side of a device, for tests: queues in guest memory, an event loop, a counted interrupt.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use event_manager::{EventManager, SubscriberOps};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{ActiveQueue, Activation, GuestMemory, Interrupt, VirtioDevice};
+
+/// Guest memory starts at 0; each queue of a test has a part of its own.
+const MEMORY: u64 = 96 << 20;
+const PART: u64 = 24 << 20;
+/// Each descriptor has a buffer of its own.
+const BUFFER: u64 = 128 << 10;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+/// Counts interrupts.
+#[derive(Default)]
+pub struct Irq {
+    pub queues: [AtomicU64; 4],
+    pub config: AtomicU64,
+    pub needs_reset: AtomicU64,
+}
+
+impl Interrupt for Irq {
+    fn queue(&self, index: u16) -> io::Result<()> {
+        self.queues[usize::from(index)].fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn config(&self) -> io::Result<()> {
+        self.config.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn needs_reset(&self) -> io::Result<()> {
+        self.needs_reset.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// The driver's side of one queue.
+pub struct Driver {
+    memory: GuestMemory,
+    base: u64,
+    size: u16,
+    free: Vec<u16>,
+    /// For each head in flight, its descriptors and how many of them are readable.
+    chains: Vec<Option<(Vec<u16>, usize, Vec<u32>)>>,
+    avail: u16,
+    used: u16,
+    notify: EventFd,
+    event_idx: bool,
+}
+
+impl Driver {
+    fn desc(&self, index: u16) -> GuestAddress {
+        GuestAddress(self.base + u64::from(index) * 16)
+    }
+
+    fn avail_ring(&self) -> u64 {
+        self.base + 0x4000
+    }
+
+    fn used_ring(&self) -> u64 {
+        self.base + 0x8000
+    }
+
+    pub fn buffer(&self, index: u16) -> u64 {
+        self.base + 0x10000 + u64::from(index) * BUFFER
+    }
+
+    fn new(memory: &GuestMemory, index: u16, size: u16) -> Self {
+        let size = size.min(128);
+        Self {
+            memory: memory.clone(),
+            base: u64::from(index) * PART,
+            size,
+            free: (0..size).rev().collect(),
+            chains: (0..size).map(|_| None).collect(),
+            avail: 0,
+            used: 0,
+            notify: EventFd::new(EFD_NONBLOCK).unwrap(),
+            event_idx: false,
+        }
+    }
+
+    fn active(&mut self, features: u64) -> ActiveQueue {
+        self.event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        self.memory.write_slice(&[0; 0xc000], GuestAddress(self.base)).unwrap();
+        (self.avail, self.used) = (0, 0);
+        self.free = (0..self.size).rev().collect();
+        let mut queue = Queue::new(self.size).unwrap();
+        queue.try_set_desc_table_address(GuestAddress(self.base)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(self.avail_ring())).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(self.used_ring())).unwrap();
+        queue.set_ready(true);
+        ActiveQueue { queue, notify: self.notify.try_clone().unwrap() }
+    }
+
+    pub fn room(&self) -> usize {
+        self.free.len()
+    }
+
+    pub fn write_descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let at = self.desc(index);
+        self.memory.write_obj(address, at).unwrap();
+        self.memory.write_obj(len, GuestAddress(at.0 + 8)).unwrap();
+        self.memory.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
+        self.memory.write_obj(next, GuestAddress(at.0 + 14)).unwrap();
+    }
+
+    /// Makes a head available, whatever is in its descriptor.
+    pub fn offer(&mut self, head: u16) {
+        let slot = self.avail_ring() + 4 + u64::from(self.avail % self.size) * 2;
+        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
+        self.avail = self.avail.wrapping_add(1);
+        self.memory.store(self.avail, GuestAddress(self.avail_ring() + 2), Ordering::SeqCst).unwrap();
+        self.notify.write(1).unwrap();
+    }
+
+    pub fn set_avail_index(&mut self, index: u16) {
+        self.memory.store(index, GuestAddress(self.avail_ring() + 2), Ordering::SeqCst).unwrap();
+        self.notify.write(1).unwrap();
+    }
+
+    /// Adds a chain of readable parts, then writable ones.
+    pub fn add(&mut self, readable: &[&[u8]], writable: &[usize]) -> u16 {
+        let count = readable.len() + writable.len();
+        let indices: Vec<u16> = (0..count).map(|_| self.free.pop().unwrap()).collect();
+        let mut lengths = Vec::new();
+        for (at, &index) in indices.iter().enumerate() {
+            let address = self.buffer(index);
+            let (len, mut flags) = match readable.get(at) {
+                Some(bytes) => {
+                    self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+                    (bytes.len(), 0)
+                }
+                None => (writable[at - readable.len()], WRITE),
+            };
+            let next = indices.get(at + 1).copied();
+            flags |= if next.is_some() { NEXT } else { 0 };
+            lengths.push(len as u32);
+            self.write_descriptor(index, address, len as u32, flags, next.unwrap_or(0));
+        }
+        let head = indices[0];
+        self.chains[usize::from(head)] = Some((indices, readable.len(), lengths));
+        self.offer(head);
+        head
+    }
+
+    /// The next chain given back: its head and what was written.
+    pub fn poll(&mut self) -> Option<(u16, Vec<u8>)> {
+        let index: u16 = self.memory.load(GuestAddress(self.used_ring() + 2), Ordering::SeqCst).unwrap();
+        if index == self.used {
+            return None;
+        }
+        let slot = self.used_ring() + 4 + u64::from(self.used % self.size) * 8;
+        let head = self.memory.read_obj::<u32>(GuestAddress(slot)).unwrap() as u16;
+        let len = self.memory.read_obj::<u32>(GuestAddress(slot + 4)).unwrap();
+        self.used = self.used.wrapping_add(1);
+        if self.event_idx {
+            let used_event = self.avail_ring() + 4 + u64::from(self.size) * 2;
+            self.memory.store(self.used, GuestAddress(used_event), Ordering::SeqCst).unwrap();
+        }
+        let mut bytes = Vec::new();
+        if let Some((indices, readable, lengths)) = self.chains[usize::from(head)].take() {
+            let mut left = len;
+            for (&index, &length) in indices.iter().zip(&lengths).skip(readable) {
+                let count = left.min(length);
+                let mut part = vec![0; count as usize];
+                self.memory.read_slice(&mut part, GuestAddress(self.buffer(index))).unwrap();
+                bytes.extend(part);
+                left -= count;
+            }
+            assert_eq!(left, 0, "more used than there was");
+            self.free.extend(indices);
+        }
+        Some((head, bytes))
+    }
+}
+
+/// A device on a loop, with its driver's queues.
+pub struct Bench<D: VirtioDevice> {
+    pub device: Arc<Mutex<D>>,
+    pub memory: GuestMemory,
+    pub irq: Arc<Irq>,
+    pub queues: Vec<Driver>,
+    manager: EventManager<Arc<Mutex<D>>>,
+}
+
+impl<D: VirtioDevice> Bench<D> {
+    /// The device on a loop, not yet activated.
+    pub fn new(device: D) -> Self {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
+        let queues = (0..).zip(device.queue_sizes()).map(|(index, &size)| Driver::new(&memory, index, size)).collect();
+        let device = Arc::new(Mutex::new(device));
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(Arc::clone(&device));
+        Self { device, memory, irq: Arc::default(), queues, manager }
+    }
+
+    /// Activates with fresh queues and all features but `without`.
+    pub fn activate(&mut self, without: u64) {
+        let mut device = self.device.lock().unwrap();
+        let features = device.features() & !without;
+        let queues = self.queues.iter_mut().map(|queue| queue.active(features)).collect();
+        let interrupt = Arc::clone(&self.irq) as Arc<dyn Interrupt>;
+        device.activate(Activation { memory: self.memory.clone(), features, queues, interrupt }).unwrap();
+        drop(device);
+        self.run();
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, D> {
+        self.device.lock().unwrap()
+    }
+
+    /// Runs the loop until nothing happens.
+    pub fn run(&mut self) {
+        for _ in 0..10_000 {
+            if self.manager.run_with_timeout(0).unwrap() == 0 {
+                return;
+            }
+        }
+        panic!("the device never comes to rest");
+    }
+
+    /// Runs the loop until a condition holds, for devices with threads of their own.
+    pub fn run_until(&mut self, mut done: impl FnMut(&mut [Driver]) -> bool) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while !done(&mut self.queues) {
+            assert!(std::time::Instant::now() < deadline, "timed out");
+            self.manager.run_with_timeout(1).unwrap();
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The header of a vsock packet (virtio 1.2, 5.10.6).
+//!
+//! Parsed here rather than by the `virtio-vsock` crate, which takes the payload from one descriptor only: drivers may
+//! split a packet as they like (2.7.4.3), and Linux does for MSG_ZEROCOPY.
+
+/// Bytes of a header.
+pub const HEADER_LEN: usize = 44;
+/// The host's address.
+pub const HOST_CID: u64 = 2;
+/// Longest payload a driver sends, VIRTIO_VSOCK_MAX_PKT_BUF_SIZE in Linux.
+pub const MAX_PAYLOAD: u32 = 64 * 1024;
+/// VIRTIO_VSOCK_TYPE_STREAM.
+pub const TYPE_STREAM: u16 = 1;
+/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: the sender receives no more.
+pub const SHUTDOWN_RECEIVE: u32 = 1;
+/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender sends no more.
+pub const SHUTDOWN_SEND: u32 = 2;
+/// Both.
+pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+
+/// What a packet is for (5.10.6: `VIRTIO_VSOCK_OP_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Op {
+    Request,
+    Response,
+    Reset,
+    Shutdown,
+    ReadWrite,
+    CreditUpdate,
+    CreditRequest,
+    Unknown(u16),
+}
+
+impl From<u16> for Op {
+    fn from(value: u16) -> Self {
+        match value {
+            1 => Self::Request,
+            2 => Self::Response,
+            3 => Self::Reset,
+            4 => Self::Shutdown,
+            5 => Self::ReadWrite,
+            6 => Self::CreditUpdate,
+            7 => Self::CreditRequest,
+            other => Self::Unknown(other),
+        }
+    }
+}
+
+impl From<Op> for u16 {
+    fn from(op: Op) -> Self {
+        match op {
+            Op::Request => 1,
+            Op::Response => 2,
+            Op::Reset => 3,
+            Op::Shutdown => 4,
+            Op::ReadWrite => 5,
+            Op::CreditUpdate => 6,
+            Op::CreditRequest => 7,
+            Op::Unknown(other) => other,
+        }
+    }
+}
+
+/// A packet without its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Address it comes from.
+    pub src_cid: u64,
+    /// Address it goes to.
+    pub dst_cid: u64,
+    /// Port it comes from.
+    pub src_port: u32,
+    /// Port it goes to.
+    pub dst_port: u32,
+    /// Bytes of payload.
+    pub len: u32,
+    /// Socket type, [`TYPE_STREAM`].
+    pub kind: u16,
+    /// What it is for.
+    pub op: Op,
+    /// Of a shutdown: which directions.
+    pub flags: u32,
+    /// The sender's receive buffer in bytes.
+    pub buf_alloc: u32,
+    /// How many bytes the sender has taken out of that buffer, ever.
+    pub fwd_cnt: u32,
+}
+
+impl Header {
+    /// Reads the wire form.
+    pub fn parse(bytes: &[u8; HEADER_LEN]) -> Self {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, d0, d1, d2, d3, d4, d5, d6, d7, rest @ ..] = *bytes;
+        let [p0, p1, p2, p3, q0, q1, q2, q3, l0, l1, l2, l3, t0, t1, o0, o1, rest @ ..] = rest;
+        let [f0, f1, f2, f3, b0, b1, b2, b3, c0, c1, c2, c3] = rest;
+        Self {
+            src_cid: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
+            dst_cid: u64::from_le_bytes([d0, d1, d2, d3, d4, d5, d6, d7]),
+            src_port: u32::from_le_bytes([p0, p1, p2, p3]),
+            dst_port: u32::from_le_bytes([q0, q1, q2, q3]),
+            len: u32::from_le_bytes([l0, l1, l2, l3]),
+            kind: u16::from_le_bytes([t0, t1]),
+            op: u16::from_le_bytes([o0, o1]).into(),
+            flags: u32::from_le_bytes([f0, f1, f2, f3]),
+            buf_alloc: u32::from_le_bytes([b0, b1, b2, b3]),
+            fwd_cnt: u32::from_le_bytes([c0, c1, c2, c3]),
+        }
+    }
+
+    /// Writes the wire form.
+    pub fn to_bytes(self) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        let fields: [&[u8]; 10] = [
+            &self.src_cid.to_le_bytes(),
+            &self.dst_cid.to_le_bytes(),
+            &self.src_port.to_le_bytes(),
+            &self.dst_port.to_le_bytes(),
+            &self.len.to_le_bytes(),
+            &self.kind.to_le_bytes(),
+            &u16::from(self.op).to_le_bytes(),
+            &self.flags.to_le_bytes(),
+            &self.buf_alloc.to_le_bytes(),
+            &self.fwd_cnt.to_le_bytes(),
+        ];
+        for (to, from) in bytes.iter_mut().zip(fields.into_iter().flatten()) {
+            *to = *from;
+        }
+        bytes
+    }
+
+    /// The refusal of this packet.
+    pub fn reset(&self) -> Self {
+        Self {
+            src_cid: self.dst_cid,
+            dst_cid: self.src_cid,
+            src_port: self.dst_port,
+            dst_port: self.src_port,
+            len: 0,
+            kind: self.kind,
+            op: Op::Reset,
+            flags: 0,
+            buf_alloc: 0,
+            fwd_cnt: 0,
+        }
+    }
+}
