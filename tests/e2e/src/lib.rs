@@ -1,1 +1,34 @@
-//! .
+//! What the end-to-end suites share: a driver for `ctr`, one guarded test case, and the check that nothing is left over.
+//!
+//! The suites run in the test node as root, one test at a time, against the containerd there. `HUSK_E2E_RUNTIME` names
+//! the runtime under test, so that the same tests run against runc, which proves the tests themselves.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+pub mod bench;
+pub mod case;
+pub mod command;
+pub mod leftovers;
+pub mod node;
+pub mod pty;
+pub mod run;
+pub mod shim;
+pub mod spec;
+pub mod vm;
+
+pub use case::{Case, case};
+pub use command::{Output, Running};
+pub use run::Run;
+
+/// Reference of the busybox image.
+pub const BUSYBOX: &str = "husk.test/busybox:latest";
+/// Reference of the Debian-based image with Python.
+pub const PYTHON: &str = "husk.test/python:latest";
+/// The reference runtime that Husk is compared with.
+pub const RUNC: &str = "io.containerd.runc.v2";
+/// containerd's namespace for everything the suites do.
+pub const NAMESPACE: &str = "e2e";
+
+/// The runtime under test.
+pub fn runtime() -> String {
+    std::env::var("HUSK_E2E_RUNTIME").unwrap_or_else(|_| "io.containerd.husk.v2".to_owned())
+}

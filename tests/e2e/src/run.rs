@@ -1,0 +1,87 @@
+//! Builds and starts one `ctr run`.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::NAMESPACE;
+use crate::command::{Input, Output, Running};
+
+/// A `ctr run` to be.
+#[derive(Debug, Clone)]
+pub struct Run {
+    runtime: String,
+    id: String,
+    /// The image; none where a specification of its own names the root.
+    image: Option<String>,
+    flags: Vec<String>,
+    command: Vec<String>,
+    remove: bool,
+}
+
+impl Run {
+    /// A run of an image.
+    pub fn new<S: AsRef<str>>(runtime: &str, id: String, image: &str, command: &[S]) -> Self {
+        Self {
+            runtime: runtime.to_owned(),
+            id,
+            image: Some(image.to_owned()),
+            flags: Vec::new(),
+            command: command.iter().map(|word| word.as_ref().to_owned()).collect(),
+            remove: true,
+        }
+    }
+
+    /// A run of a specification.
+    pub fn of_config(runtime: &str, id: String, config: &Path) -> Self {
+        Self {
+            runtime: runtime.to_owned(),
+            id,
+            image: None,
+            flags: vec!["--config".to_owned(), config.to_string_lossy().into_owned()],
+            command: Vec::new(),
+            remove: true,
+        }
+    }
+
+    /// The container's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Adds options of `ctr run`.
+    #[must_use]
+    pub fn flags(mut self, flags: &[&str]) -> Self {
+        self.flags.extend(flags.iter().map(|&flag| flag.to_owned()));
+        self
+    }
+
+    /// Leaves the container when its task ends: without `--rm`.
+    #[must_use]
+    pub fn keep(mut self) -> Self {
+        self.remove = false;
+        self
+    }
+
+    /// The command line.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new("ctr");
+        command.args(["-n", NAMESPACE, "run", "--runtime", &self.runtime]);
+        if self.remove {
+            command.arg("--rm");
+        }
+        command.args(&self.flags).args(&self.image).arg(&self.id).args(&self.command);
+        command
+    }
+
+    /// Starts it in the background.
+    #[track_caller]
+    pub fn start(&self, input: Input) -> Running {
+        Running::start(self.command(), input)
+    }
+
+    /// Runs it to its end without input.
+    #[track_caller]
+    pub fn output(&self) -> Output {
+        self.start(Input::Null).wait()
+    }
+}

@@ -1,0 +1,31 @@
+//! Talks to a container's shim as containerd does, for the requests that `ctr` has no command for.
+
+use std::fs;
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim::shim::UpdateTaskRequest;
+use containerd_shim_protos::shim::shim_ttrpc::TaskClient;
+use serde_json::Value;
+
+use crate::NAMESPACE;
+
+/// Type URL of a `LinuxResources` in JSON, as containerd sends it.
+const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+
+/// Changes the resource limits of a running container.
+#[track_caller]
+pub fn update(id: &str, resources: &Value) -> Result<(), String> {
+    let path = format!("/run/containerd/io.containerd.runtime.v2.task/{NAMESPACE}/{id}/address");
+    let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"));
+    let client = ttrpc::Client::connect(address.trim()).unwrap_or_else(|error| panic!("cannot connect: {error}"));
+    let client = TaskClient::new(client);
+    let any = Any { type_url: RESOURCES.to_owned(), value: serde_json::to_vec(resources).unwrap(), ..Any::default() };
+    let request = UpdateTaskRequest { id: id.to_owned(), resources: Some(any).into(), ..UpdateTaskRequest::default() };
+    client.update(context(), &request).map(|_| ()).map_err(|error| error.to_string())
+}
+
+fn context() -> ttrpc::context::Context {
+    let mut context = ttrpc::context::with_timeout(30_000_000_000);
+    context.metadata.insert("containerd-namespace-ttrpc".to_owned(), vec![NAMESPACE.to_owned()]);
+    context
+}

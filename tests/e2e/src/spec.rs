@@ -1,0 +1,29 @@
+//! The runtime specification the suites start from, and JSON helpers to change it.
+
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+use crate::command::run_ctr;
+
+/// What `ctr oci spec` prints.
+pub fn default_spec() -> Value {
+    static SPEC: OnceLock<Value> = OnceLock::new();
+    SPEC.get_or_init(|| serde_json::from_slice(&run_ctr(&["oci", "spec"]).expect_code(0).stdout).unwrap()).clone()
+}
+
+/// Appends to the array at `pointer`, making it where it is missing.
+pub fn push(spec: &mut Value, parent: &str, key: &str, item: Value) {
+    let parent = spec.pointer_mut(parent).unwrap_or_else(|| panic!("no {parent} in the specification"));
+    match parent[key].as_array_mut() {
+        Some(array) => array.push(item),
+        None => parent[key] = Value::Array(vec![item]),
+    }
+}
+
+/// Removes the namespace of this kind, so that the container would get the host's.
+pub fn drop_namespace(spec: &mut Value, kind: &str) {
+    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.retain(|namespace| namespace["type"] != kind);
+    }
+}

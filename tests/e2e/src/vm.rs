@@ -1,0 +1,87 @@
+//! Husk's processes as the node sees them: the VMM and the shim of a container, and what memory they take.
+
+use std::fs;
+
+/// The pids of all VMM processes: those whose argv[0] is `husk-vmm`.
+pub fn vmm_pids() -> Vec<i32> {
+    with_argument(|arguments| arguments.first().is_some_and(|first| first == "husk-vmm"))
+}
+
+/// The VMMs of one container: the children of its shims.
+pub fn vmm_of(id: &str) -> Vec<i32> {
+    let shims = shims_of(id);
+    vmm_pids().into_iter().filter(|pid| parent(*pid).is_some_and(|parent| shims.contains(&parent))).collect()
+}
+
+/// The pids of the shims that were started for container `id`.
+pub fn shims_of(id: &str) -> Vec<i32> {
+    with_argument(|arguments| {
+        arguments.first().is_some_and(|first| first.contains("containerd-shim-husk"))
+            && arguments.windows(2).any(|pair| pair[0] == "-id" && pair[1] == id)
+    })
+}
+
+fn with_argument(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let arguments: Vec<String> =
+            line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        if wanted(&arguments) {
+            pids.push(pid);
+        }
+    }
+    pids
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Proportional memory of a process in KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// PSS of guest memory: the mappings of [`GUEST_MAPPING`] KiB and more.
+    pub guest: u64,
+    /// PSS of everything else.
+    pub own: u64,
+}
+
+/// No mapping of the VMM's own is as large as this (KiB), and no guest's memory is smaller. Guest memory is counted by
+/// its size and not by its name, since it may be anonymous, a memfd or a file.
+const GUEST_MAPPING: u64 = 48 * 1024;
+
+/// Reads a process's proportional set size.
+pub fn memory(pid: i32) -> std::io::Result<Memory> {
+    Ok(parse_smaps(&fs::read_to_string(format!("/proc/{pid}/smaps"))?))
+}
+
+fn parse_smaps(smaps: &str) -> Memory {
+    let mut memory = Memory { guest: 0, own: 0 };
+    let mut is_guest = false;
+    for line in smaps.lines() {
+        let Some((key, value)) = line.split_once(':') else { continue };
+        let number = || value.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
+        match key {
+            "Size" => is_guest = number() >= GUEST_MAPPING,
+            "Pss" if is_guest => memory.guest += number(),
+            "Pss" => memory.own += number(),
+            _ => {}
+        }
+    }
+    memory
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_told_from_the_rest() {
+        let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize: 262144 kB\nPss: 30000 kB\nPss_Dirty: 30000 kB\n\
+                     5500-5501 r-xp 0 08:01 3 /usr/local/bin/x\nSize: 4096 kB\nPss: 1500 kB\n";
+        assert_eq!(parse_smaps(smaps), Memory { guest: 30000, own: 1500 });
+    }
+}

@@ -1,0 +1,101 @@
+//! Images run, print what they print and end with their exit code.
+use husk_e2e::case;
+use husk_e2e::command::Input;
+
+#[test]
+fn busybox_prints_and_returns_its_exit_code() {
+    case("exit", |case| {
+        case.busybox(&["echo", "hello from a container"]).output().expect_clean().expect_out("hello from a container");
+        case.sh("exit 3").output().expect_code(3);
+        // A child that ends by a signal; pid 1 itself cannot be killed from inside.
+        case.sh("sh -c 'kill -9 $$'; exit $?").output().expect_code(137);
+    });
+}
+
+#[test]
+fn a_killed_container_exits_137() {
+    case("killed", |case| {
+        case.sleeper().kill();
+    });
+}
+
+#[test]
+fn python_of_a_debian_image_runs() {
+    case("python", |case| {
+        let program = "import sys, json, hashlib, threading, os\n\
+            t = threading.Thread(target=lambda: print(json.dumps({'sum': hashlib.sha256(b'husk').hexdigest()})))\n\
+            t.start(); t.join()\n\
+            print(open('/etc/os-release').readline().strip())\n\
+            print(sorted(os.listdir('/proc/self/fd'))[:3], flush=True)\n\
+            sys.exit(3)";
+        let output = case.python(program).output().expect_code(3);
+        let out = output.out();
+        let sum = "c8b1f4b76229cb72d6bc950f3d2e2b5891e14a35743e3b6f21bf0cd87511a1ba";
+        assert!(out.contains(&format!("{{\"sum\": \"{sum}\"}}")), "{}", output.describe());
+        assert!(out.contains("PRETTY_NAME=") || out.contains("NAME="), "{}", output.describe());
+        assert!(out.contains("['0', '1', '2']"), "{}", output.describe());
+    });
+}
+
+#[test]
+fn layers_are_stacked_and_the_root_is_writable() {
+    case("layers", |case| {
+        let script = "test ! -e /etc/removed-above || echo whiteout ignored
+            cat /etc/replaced-above
+            ls -ln /home/tester/mine | cut -c1-10
+            stat -c '%u:%g %a' /home/tester /tmp
+            echo new > /etc/new && mv /etc/new /srv/moved && cat /srv/moved
+            rm /etc/replaced-above && test ! -e /etc/replaced-above && echo removed
+            mkdir /opt/tools/d && chown 1000:44 /opt/tools/d && stat -c '%u:%g' /opt/tools/d
+            ln /bin/busybox /srv/link && stat -c %h /srv/link
+            mkfifo /srv/fifo && (echo through > /srv/fifo & cat /srv/fifo)";
+        case.sh(script).output().expect_clean().expect_out(
+            "second layer\n-rw-------\n1000:1000 750\n0:0 1777\nnew\nremoved\n1000:44\n2\nthrough",
+        );
+    });
+}
+
+#[test]
+fn a_container_is_kept_and_started_again_by_the_same_name() {
+    case("again", |case| {
+        let run = case.sh("echo once").keep();
+        run.output().expect_out("once");
+        // The name is taken until the container is removed.
+        run.output().expect_error(&["already exists"]);
+        husk_e2e::command::run_ctr(&["tasks", "delete", run.id()]);
+        husk_e2e::command::run_ctr(&["containers", "rm", run.id()]).expect_code(0);
+        husk_e2e::command::run_ctr(&["snapshots", "rm", run.id()]);
+        run.clone().output().expect_out("once");
+        husk_e2e::command::run_ctr(&["tasks", "delete", run.id()]);
+        husk_e2e::command::run_ctr(&["containers", "rm", run.id()]).expect_code(0);
+    });
+}
+
+#[test]
+fn output_goes_to_a_log_file_or_a_logger() {
+    case("logs", |case| {
+        let file = case.dir().join("file.log");
+        let script = "echo to stdout; echo to stderr >&2";
+        let run = case.sh(script).flags(&["--log-uri", &format!("file://{}", file.display())]);
+        run.start(Input::Null).wait().expect_code(0);
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let mut lines: Vec<_> = text.lines().collect();
+        lines.sort_unstable();
+        assert_eq!(lines, ["to stderr", "to stdout"]);
+
+        // A logger gets stdout and stderr as descriptors 3 and 4 and says by closing 5 that it is ready. runc's shim
+        // sends SIGTERM at the end, which a logger that still reads has to ignore.
+        let logged = case.dir().join("binary.log");
+        let logger = case.dir().join("logger");
+        let program = "#!/bin/sh\ntrap '' TERM\nexec 5>&-\ncat <&3 >> LOG &\ncat <&4 >> LOG\nwait\n";
+        std::fs::write(&logger, program.replace("LOG", &logged.to_string_lossy())).unwrap();
+        std::fs::set_permissions(&logger, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let run = case.sh(script).flags(&["--log-uri", &format!("binary://{}", logger.display())]);
+        run.start(Input::Null).wait().expect_code(0);
+        let complete = husk_e2e::node::eventually(std::time::Duration::from_secs(10), || {
+            let text = std::fs::read_to_string(&logged).ok()?;
+            (text.lines().count() == 2 && text.contains("to stdout") && text.contains("to stderr")).then_some(())
+        });
+        assert!(complete.is_some(), "the logger got {:?}", std::fs::read_to_string(&logged));
+    });
+}

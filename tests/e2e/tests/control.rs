@@ -1,0 +1,181 @@
+//! Signals, pause and resume, processes, metrics, changed limits.
+use std::time::Duration;
+
+use husk_e2e::case;
+use husk_e2e::command::{Input, Running};
+use husk_e2e::{node, shim};
+use serde_json::{Value, json};
+
+#[test]
+fn signals_reach_the_process_they_are_sent_to() {
+    case("signals", |case| {
+        let script = "for s in HUP USR1 USR2 TERM; do trap \"echo caught $s\" $s; done
+            trap 'echo leaving; exit 4' QUIT; echo up; while :; do sleep 0.1; done";
+        let mut container = case.container(case.sh(script));
+        for signal in ["HUP", "USR1", "USR2", "TERM"] {
+            container.task(&["kill", "--signal", &format!("SIG{signal}")]).expect_clean();
+            container.running.wait_for(&format!("caught {signal}"));
+        }
+        container.task(&["kill", "--signal", "SIGQUIT"]).expect_clean();
+        container.running.wait_for("leaving");
+        container.running.wait().expect_code(4);
+    });
+}
+
+#[test]
+fn a_signal_to_an_exec_or_to_all() {
+    case("kill-exec", |case| {
+        let script = "sh -c 'trap \"echo child caught\" USR1; echo up; while :; do sleep 0.1; done' & 
+            trap 'echo parent caught' USR1; while :; do wait; done";
+        let mut container = case.container(case.sh(script));
+        let exec = container.exec_command("k1", &[], &["sh", "-c", "echo up; exec sleep 1000"]);
+        let mut exec = Running::start(exec, Input::Pipe);
+        exec.wait_for("up");
+        container.task(&["kill", "--signal", "SIGTERM", "--exec-id", "k1"]).expect_clean();
+        exec.wait().expect_code(143);
+        container.task(&["kill", "--all", "--signal", "SIGUSR1"]).expect_clean();
+        let one = container.running.wait_for("caught");
+        let two = container.running.wait_for("caught");
+        let mut both = [one.as_str(), two.as_str()];
+        both.sort_unstable();
+        assert_eq!(both, ["child caught", "parent caught"]);
+        container.kill();
+    });
+}
+
+#[test]
+fn init_without_a_handler_ignores_sigterm_as_pid_1_does() {
+    case("sigterm", |case| {
+        let container = case.sleeper();
+        container.task(&["kill", "--signal", "SIGTERM"]).expect_clean();
+        container.exec("alive", &["true"]).expect_clean();
+        container.kill();
+    });
+}
+
+#[test]
+fn pause_stops_everything_until_resume() {
+    case("pause", |case| {
+        let script = "echo up; i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.1; done";
+        let container = case.container(case.sh(script));
+        container.task(&["pause"]).expect_clean();
+        assert_eq!(container.state(), "PAUSED");
+        container.task(&["resume"]).expect_clean();
+        assert_eq!(container.state(), "RUNNING");
+        let count = |id: &str| container.exec(id, &["cat", "/tmp/count"]).expect_clean().out().trim().parse::<u64>();
+        let first = count("c1").unwrap();
+        let later = node::eventually(Duration::from_secs(10), || {
+            count(&format!("c{}", std::process::id())).ok().filter(|now| *now > first)
+        });
+        assert!(later.is_some(), "the counter does not go on after resume");
+        container.kill();
+    });
+}
+
+#[test]
+fn a_paused_container_does_not_run() {
+    case("paused", |case| {
+        let script = "echo up; while read line; do echo echo $line; done";
+        let mut container = case.container(case.sh(script));
+        container.running.write(b"before\n");
+        container.running.wait_for("echo before");
+        container.task(&["pause"]).expect_clean();
+        container.running.write(b"meanwhile\n");
+        // Time in which a container that was not stopped would have answered.
+        std::thread::sleep(Duration::from_secs(2));
+        container.task(&["resume"]).expect_clean();
+        container.running.wait_for("echo meanwhile");
+        // A paused container can be killed.
+        container.task(&["pause"]).expect_clean();
+        container.task(&["kill", "--signal", "SIGKILL"]).expect_clean();
+        container.task(&["resume"]);
+        container.running.wait().expect_code(137);
+    });
+}
+
+#[test]
+fn ps_lists_the_true_pids() {
+    case("ps", |case| {
+        let container = case.container(case.sh("sleep 1001 & sleep 1002 & (sleep 1003 & sleep 1004 & wait) & echo up; wait"));
+        let listed = || {
+            let output = container.task(&["ps"]).expect_clean();
+            let mut pids: Vec<u32> =
+                output.out().lines().skip(1).filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect();
+            pids.sort_unstable();
+            pids
+        };
+        // A shell, a subshell and four sleepers.
+        let six = node::eventually(Duration::from_secs(10), || Some(listed()).filter(|pids| pids.len() == 6));
+        let six = six.unwrap_or_else(|| panic!("not six processes: {:?}", listed()));
+        let mut distinct = six.clone();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 6, "pids are repeated: {six:?}");
+        // As many as run inside, the counting command apart.
+        let inside = container.exec("count", &["sh", "-c", "exec 2>/dev/null; grep -l . /proc/[0-9]*/cmdline | wc -l"]);
+        let inside: usize = inside.expect_clean().out().trim().parse().unwrap();
+        assert!((6..=8).contains(&inside), "{inside} processes inside");
+        // One more by exec, one less when it ends.
+        let exec = container.exec_command("more", &[], &["sh", "-c", "echo up; exec sleep 1005"]);
+        let mut exec = Running::start(exec, Input::Null);
+        exec.wait_for("up");
+        assert_eq!(listed().len(), 7);
+        container.task(&["kill", "--signal", "SIGKILL", "--exec-id", "more"]).expect_clean();
+        exec.wait().expect_code(137);
+        assert_eq!(listed(), six);
+        container.kill();
+    });
+}
+
+#[test]
+fn metrics_are_those_of_the_container_s_cgroup() {
+    case("metrics", |case| {
+        // 48 MiB of a tmpfs are charged to the container; so is the time of a loop.
+        let script = "dd if=/dev/zero of=/dev/shm/fill bs=1M count=48 2>/dev/null
+            i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 1000 & sleep 1000 & echo up; wait";
+        let container = case.container(case.sh(script).flags(&["--memory-limit", "201326592"]));
+        let output = container.task(&["metrics", "--format", "json"]).expect_code(0);
+        let metrics: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("metrics are not JSON: {error}\n{}", output.describe()));
+        // ctr prints the cgroup v2 message with protobuf's names.
+        let number = |pointer: &str| {
+            let value = metrics.pointer(pointer).unwrap_or_else(|| panic!("no {pointer}\n{}", output.describe()));
+            value.as_u64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_else(|| panic!("{pointer} is {value}"))
+        };
+        assert_eq!(number("/pids/current"), 3, "{}", output.describe());
+        assert_eq!(number("/memory/usage_limit"), 201_326_592, "{}", output.describe());
+        let usage = number("/memory/usage");
+        assert!((48 << 20..120 << 20).contains(&usage), "memory usage {usage}\n{}", output.describe());
+        let shmem = number("/memory/shmem");
+        assert!((48 << 20..60 << 20).contains(&shmem), "shmem {shmem}\n{}", output.describe());
+        assert!(number("/cpu/usage_usec") > 10_000, "{}", output.describe());
+        container.kill();
+    });
+}
+
+#[test]
+fn changed_limits_are_seen_inside() {
+    case("update", |case| {
+        // The container's own cgroup is the root of its cgroup file system: mounted with its cgroup namespace.
+        let run = case.with_spec("echo up; exec sleep 1000", |spec| {
+            spec["linux"]["resources"]["memory"] = json!({ "limit": 134_217_728 });
+            spec["linux"]["resources"]["cpu"] = json!({ "quota": 50_000, "period": 100_000, "shares": 512 });
+            spec["linux"]["resources"]["pids"] = json!({ "limit": 50 });
+            husk_e2e::spec::push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
+            husk_e2e::spec::push(spec, "", "mounts", json!({
+                "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+                "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]
+            }));
+        });
+        let container = case.container(run);
+        let script = "cd /sys/fs/cgroup; cat memory.max cpu.max pids.max";
+        container.exec("u1", &["sh", "-c", script]).expect_clean().expect_out("134217728\n50000 100000\n50");
+        let resources = json!({
+            "memory": { "limit": 201_326_592 },
+            "cpu": { "quota": 150_000, "period": 100_000 },
+            "pids": { "limit": 70 },
+        });
+        shim::update(&container.id, &resources).unwrap_or_else(|error| panic!("update failed: {error}"));
+        container.exec("u2", &["sh", "-c", script]).expect_clean().expect_out("201326592\n150000 100000\n70");
+        container.kill();
+    });
+}

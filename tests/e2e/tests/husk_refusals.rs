@@ -1,0 +1,112 @@
+//! Husk says clearly what it cannot run, and then nothing of the attempt is left.
+use std::fs;
+use std::process::Command;
+
+use husk_e2e::command::{Input, Output, Running};
+use husk_e2e::node::Config;
+use husk_e2e::{case, spec};
+use serde_json::json;
+
+/// Runs a container that must be refused; nothing may be left is what every case checks.
+fn refused(name: &str, configuration: &str, parts: &[&str]) {
+    case(name, |case| {
+        let _config = Config::set(configuration);
+        case.busybox(&["echo", "must not run"]).output().expect_error(parts);
+    });
+}
+
+#[test]
+fn host_network() {
+    case("net-host", |case| {
+        case.sh("true").flags(&["--net-host"]).output().expect_error(&["network", "host"]);
+        let run = case.sh("true").flags(&["--with-ns", "network:/proc/1/ns/net"]);
+        run.output().expect_error(&["network", "host"]);
+    });
+}
+
+#[test]
+fn host_pid_and_ipc() {
+    case("pid-host", |case| {
+        for kind in ["pid", "ipc"] {
+            let run = case.with_spec("true", |value| spec::drop_namespace(value, kind));
+            run.output().expect_error(&[kind, "host"]);
+        }
+    });
+}
+
+#[test]
+fn a_bad_bundle() {
+    case("bundle", |case| {
+        let run = case.with_spec("true", |spec| spec["root"]["path"] = json!("/no/such/root"));
+        run.output().expect_error(&["/no/such/root"]);
+        let run = case.with_spec("true", |spec| spec["process"]["args"] = json!([]));
+        run.output().expect_error(&["args"]);
+        let run = case.with_spec("true", |spec| spec["process"]["cwd"] = json!("not/absolute"));
+        run.output().expect_error(&["cwd"]);
+    });
+}
+
+/// Starts the shim in a bundle as containerd does.
+fn start_shim(case: &husk_e2e::Case, id: &str) -> Output {
+    let mut command = Command::new("containerd-shim-husk-v2");
+    command.args(["-namespace", husk_e2e::NAMESPACE, "-address", "/run/containerd/containerd.sock"]);
+    command.args(["-publish-binary", "/usr/bin/containerd", "-id", id, "start"]).current_dir(case.dir());
+    command.env("TTRPC_ADDRESS", "/run/containerd/containerd.sock.ttrpc");
+    Running::start(command, Input::Null).wait()
+}
+
+#[test]
+fn a_bundle_that_containerd_would_not_write() {
+    case("raw", |case| {
+        for (number, content) in [None, Some("{ not json"), Some("[]")].into_iter().enumerate() {
+            let id = format!("raw-{number}");
+            if let Some(content) = content {
+                fs::write(case.dir().join("config.json"), content).unwrap();
+            }
+            let output = start_shim(case, &id);
+            assert!(output.code != 0 && output.err().contains("config.json"), "{}", output.describe());
+        }
+    });
+}
+
+#[test]
+fn a_missing_or_wrong_kernel_or_initrd() {
+    refused("no-kernel", "kernel = \"/no/such/vmlinux\"\n", &["/no/such/vmlinux", "no such file"]);
+    refused("bad-kernel", "kernel = \"/etc/passwd\"\n", &["/etc/passwd"]);
+    refused("no-initrd", "initrd = \"/no/such/initrd\"\n", &["/no/such/initrd", "no such file"]);
+}
+
+#[test]
+fn a_guest_that_panics_says_so_in_the_error() {
+    // No init in it: the kernel panics, and its last words are what the user has to see.
+    refused("panic", "initrd = \"/etc/passwd\"\n", &["kernel panic"]);
+}
+
+#[test]
+fn too_little_memory() {
+    case("memory", |case| {
+        let run = case.sh("true").flags(&["--memory-limit", "4194304"]);
+        run.output().expect_error(&["memory"]);
+    });
+}
+
+#[test]
+fn a_configuration_that_cannot_be() {
+    refused("unknown-key", "no_such_key = 1\n", &["/etc/husk/config.toml", "no_such_key"]);
+    refused("bad-value", "default_vcpus = 0\n", &["/etc/husk/config.toml", "default_vcpus"]);
+    refused("bad-toml", "this is no toml\n", &["/etc/husk/config.toml"]);
+    case("unreadable", |case| {
+        let _config = Config::directory();
+        case.sh("true").output().expect_error(&["/etc/husk/config.toml", "directory"]);
+    });
+}
+
+#[test]
+fn an_annotation_that_is_not_allowed() {
+    case("annotation", |case| {
+        let run = case.sh("true").flags(&["--annotation", "io.husk.kernel_params=quiet"]);
+        run.output().expect_error(&["io.husk.kernel_params"]);
+        let run = case.sh("true").flags(&["--annotation", "io.husk.vcpus=many"]);
+        run.output().expect_error(&["io.husk.vcpus"]);
+    });
+}

@@ -1,0 +1,64 @@
+//! The container's cgroup: limits are set and hold, and an OOM kill is reported as one.
+use husk_e2e::command::{Input, Running, ctr};
+use husk_e2e::{case, spec};
+use serde_json::json;
+
+#[test]
+fn cgroup_limits_are_set() {
+    case("cgroup", |case| {
+        let script = "cd /sys/fs/cgroup; cat memory.max memory.low cpu.max cpu.weight pids.max; cat /proc/self/cgroup";
+        let run = case.with_spec(script, |spec| {
+            spec["linux"]["resources"]["memory"] = json!({ "limit": 134_217_728, "reservation": 33_554_432 });
+            spec["linux"]["resources"]["cpu"] = json!({ "quota": 150_000, "period": 100_000, "shares": 2048 });
+            spec["linux"]["resources"]["pids"] = json!({ "limit": 42 });
+            spec::push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
+            spec::push(
+                spec,
+                "",
+                "mounts",
+                json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+                        "options": ["nosuid", "noexec", "nodev", "relatime", "ro"] }),
+            );
+        });
+        // Shares 2048 are weight 79 by the runtime specification's conversion.
+        run.output().expect_clean().expect_out("134217728\n33554432\n150000 100000\n79\n42\n0::/");
+    });
+}
+
+#[test]
+fn a_pids_limit_holds() {
+    case("pids", |case| {
+        let script = "for i in $(seq 1 30); do sleep 100 & done; echo not reached";
+        let run = case.with_spec(script, |spec| spec["linux"]["resources"]["pids"] = json!({ "limit": 10 }));
+        let output = run.output();
+        assert!(output.err().contains("can't fork"), "{}", output.describe());
+    });
+}
+
+#[test]
+fn an_oom_kill_is_reported_as_one() {
+    case("oom", |case| {
+        // The subscription must stand before the kill; containerd says nothing then, so an event of ours says it.
+        let mut events = Running::start(ctr(&["events"]), Input::Null);
+        let probe = case.busybox(&["true"]);
+        probe.output().expect_clean();
+        let ready = husk_e2e::node::eventually(std::time::Duration::from_secs(1), || None::<()>).is_none();
+        assert!(ready);
+        let run = case.sh("dd if=/dev/zero of=/dev/null bs=200M count=1").flags(&["--memory-limit", "67108864"]);
+        let id = run.id().to_owned();
+        run.output().expect_code(137);
+        let oom = events.wait_for("/tasks/oom");
+        assert!(oom.contains(&id), "{oom}");
+        let exit = events.wait_for("/tasks/exit");
+        assert!(exit.contains(&id) && exit.contains("137"), "{exit}");
+    });
+}
+
+#[test]
+fn a_child_that_is_oom_killed_leaves_the_container_running() {
+    case("oom-child", |case| {
+        let run = case.sh("dd if=/dev/zero of=/dev/null bs=200M count=1; echo $?; exit 5").flags(&["--memory-limit", "67108864"]);
+        let output = run.output().expect_code(5);
+        assert!(output.out().contains("137"), "{}", output.describe());
+    });
+}

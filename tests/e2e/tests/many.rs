@@ -1,0 +1,37 @@
+//! Many containers: at once, and one after another.
+use std::time::Duration;
+
+use husk_e2e::case;
+use husk_e2e::command::{Input, Running};
+
+#[test]
+fn ten_at_once() {
+    case("ten", |case| {
+        let mut all: Vec<Running> = (0..10)
+            .map(|number| case.sh(&format!("echo up {number}; read line; echo $line {number}; exit {number}")).start(Input::Pipe))
+            .collect();
+        // All ten run at the same time before the first may end.
+        for (number, running) in all.iter_mut().enumerate() {
+            running.wait_for(&format!("up {number}"));
+        }
+        for running in &mut all {
+            running.write(b"go\n");
+        }
+        for (number, running) in all.into_iter().enumerate() {
+            let output = running.wait_within(Duration::from_secs(120)).expect_code(i32::try_from(number).unwrap());
+            assert!(output.out().ends_with(&format!("go {number}\n")), "{}", output.describe());
+        }
+    });
+}
+
+#[test]
+fn one_hundred_one_after_another() {
+    case("hundred", |case| {
+        for number in 0..100 {
+            case.busybox(&["echo", &format!("container {number}")])
+                .output()
+                .expect_clean()
+                .expect_out(&format!("container {number}"));
+        }
+    });
+}

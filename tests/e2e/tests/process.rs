@@ -1,0 +1,219 @@
+//! The process as the OCI specification wants it: user, groups, capabilities, limits, environment, program look-up.
+use husk_e2e::command::{Output, run_ctr};
+use husk_e2e::{RUNC, case, spec};
+use serde_json::json;
+
+/// Prints what /proc says of the shell itself.
+const STATUS: &str = "grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask)' /proc/self/status";
+
+#[test]
+fn user_and_additional_groups() {
+    case("user", |case| {
+        // By name: the groups come from the image's /etc/group.
+        let output = case.sh("id -u; id -g; id -G; cat ~/mine; touch /etc/x").flags(&["--user", "tester"]).output();
+        assert!(output.out().starts_with("1000\n1000\n"), "{}", output.describe());
+        assert!(output.out().contains("tester's own"), "{}", output.describe());
+        assert!(output.code != 0 && output.err().contains("Permission denied"), "{}", output.describe());
+        // By the specification, with groups that no file names, and a umask.
+        let run = case.with_spec(&format!("{STATUS}; touch /tmp/f; stat -c '%u:%g %a' /tmp/f"), |spec| {
+            spec["process"]["user"] =
+                json!({ "uid": 1001, "gid": 44, "additionalGids": [44, 29, 2000, 4242], "umask": 0o027 });
+        });
+        let output = run.output().expect_clean();
+        assert_eq!(output.value("Uid"), "1001\t1001\t1001\t1001");
+        assert_eq!(output.value("Gid"), "44\t44\t44\t44");
+        let mut groups: Vec<u32> = output.value("Groups").split_whitespace().map(|g| g.parse().unwrap()).collect();
+        groups.sort_unstable();
+        assert_eq!(groups, [29, 44, 2000, 4242]);
+        assert_eq!(output.value("Umask"), "0027");
+        assert!(output.out().contains("1001:44 640"), "{}", output.describe());
+        // Nobody but root keeps capabilities over the change of user.
+        assert_eq!(output.value("CapEff"), "0000000000000000");
+    });
+}
+
+#[test]
+fn capabilities() {
+    case("caps", |case| {
+        // CHOWN, NET_BIND_SERVICE and KILL only: bits 0, 10 and 5.
+        let run = case.with_spec(&format!("{STATUS}; chown 1:1 /tmp && echo may chown; hostname x || echo may not"), |spec| {
+            let set = json!(["CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_KILL"]);
+            spec["process"]["capabilities"] = json!({
+                "bounding": set, "effective": ["CAP_CHOWN", "CAP_KILL"], "permitted": set,
+                "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"],
+            });
+        });
+        let output = run.output().expect_code(0);
+        assert_eq!(output.value("CapBnd"), "0000000000000421");
+        assert_eq!(output.value("CapPrm"), "0000000000000421");
+        assert_eq!(output.value("CapInh"), "0000000000000020");
+        assert_eq!(output.value("CapAmb"), "0000000000000020");
+        assert!(output.out().contains("may chown\nmay not"), "{}", output.describe());
+        // ctr's own flags, and the same sets for an exec.
+        let run = case.sh("echo up; exec sleep 1000").flags(&["--cap-add", "CAP_SYS_TIME", "--cap-drop", "CAP_MKNOD"]);
+        let container = case.container(run);
+        let output = container.exec("caps", &["sh", "-c", STATUS]).expect_clean();
+        let bounding = u64::from_str_radix(&output.value("CapBnd"), 16).unwrap();
+        assert_eq!(bounding & (1 << 25), 1 << 25, "CAP_SYS_TIME is added");
+        assert_eq!(bounding & (1 << 27), 0, "CAP_MKNOD is dropped");
+        assert_eq!(output.value("CapEff"), output.value("CapBnd"));
+        container.kill();
+    });
+}
+
+#[test]
+fn no_new_privileges_and_its_absence() {
+    case("nnp", |case| {
+        let output = case.sh(STATUS).output().expect_clean();
+        assert_eq!(output.value("NoNewPrivs"), "1");
+        let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--allow-new-privs"]));
+        assert_eq!(container.exec("nnp", &["sh", "-c", STATUS]).expect_clean().value("NoNewPrivs"), "0");
+        container.kill();
+    });
+}
+
+#[test]
+fn rlimits_oom_score_environment_and_directory() {
+    case("limits", |case| {
+        let script = "ulimit -n; ulimit -Hn; ulimit -c; ulimit -u; cat /proc/self/oom_score_adj; pwd; echo $A-$B; env | wc -l";
+        let run = case.with_spec(script, |spec| {
+            spec["process"]["rlimits"] = json!([
+                { "type": "RLIMIT_NOFILE", "soft": 345, "hard": 678 },
+                { "type": "RLIMIT_CORE", "soft": 0, "hard": 0 },
+                { "type": "RLIMIT_NPROC", "soft": 77, "hard": 77 },
+            ]);
+            spec["process"]["oomScoreAdj"] = json!(321);
+            spec["process"]["cwd"] = json!("/home/tester");
+            spec["process"]["env"] = json!(["PATH=/bin:/usr/bin", "A=with space", "B=x=y", "HOME=/root"]);
+        });
+        let output = run.output().expect_clean();
+        let out = output.out();
+        let lines: Vec<&str> = out.lines().collect();
+        assert_eq!(lines[..7], ["345", "678", "0", "77", "321", "/home/tester", "with space-x=y"], "{}", output.describe());
+        // ctr's flags for the same, a directory that does not exist is made as runc makes it.
+        let run = case.sh("pwd; echo $A").flags(&["--env", "A=flag", "--cwd", "/srv/made/here"]);
+        run.output().expect_clean().expect_out("/srv/made/here\nflag");
+    });
+}
+
+#[test]
+fn programs_are_looked_up_in_the_path_of_the_container() {
+    case("path", |case| {
+        // /opt/tools is in the image's own PATH only.
+        case.busybox(&["greet"]).output().expect_clean().expect_out("greetings from /opt/tools/greet");
+        // In the specification's PATH, relative to the specification's directory.
+        let run = case.with_spec("", |spec| {
+            spec["process"]["args"] = json!(["greet"]);
+            spec["process"]["env"] = json!(["PATH=/nowhere:/opt/tools:/bin:/usr/bin"]);
+        });
+        run.output().expect_clean().expect_out("greetings from /opt/tools/greet");
+        let run = case.with_spec("", |spec| {
+            spec["process"]["args"] = json!(["./greet"]);
+            spec["process"]["cwd"] = json!("/opt/tools");
+        });
+        run.output().expect_clean().expect_out("greetings from ./greet");
+    });
+}
+
+/// The part of an error that tells the user what is wrong: from `exec:` on.
+fn reason(output: &Output) -> String {
+    let err = output.err();
+    let start = err.find("exec: ").unwrap_or_else(|| panic!("no reason in\n{}", output.describe()));
+    err[start..].trim().to_owned()
+}
+
+/// The part before it: who says so.
+fn shape(output: &Output) -> String {
+    let err = output.err();
+    err[..err.find("exec: ").unwrap_or(err.len())].to_owned()
+}
+
+#[test]
+fn an_entry_point_that_cannot_run_fails_as_with_runc() {
+    for (number, program) in ["/no/such/program", "no-such-program", "/etc/not-executable", "/etc"].iter().enumerate() {
+        let mut outputs = Vec::new();
+        for runtime in [RUNC.to_owned(), husk_e2e::runtime()] {
+            husk_e2e::case::case_of(&format!("entry{number}-{}", outputs.len()), &runtime, |case| {
+                let run = case.busybox(&[program]).keep();
+                outputs.push(run.output());
+                // ctr leaves the container's record when its task was never made.
+                run_ctr(&["containers", "rm", run.id()]).expect_code(0);
+            });
+        }
+        let [expected, found] = outputs.as_slice() else { panic!("two outputs") };
+        assert_eq!(found.code, expected.code, "{}", found.describe());
+        assert_eq!(reason(found), reason(expected), "{}", found.describe());
+        assert_eq!(shape(found), shape(expected), "{}", found.describe());
+    }
+}
+
+#[test]
+fn a_failing_exec_fails_as_with_runc() {
+    let mut outputs = Vec::new();
+    for runtime in [RUNC.to_owned(), husk_e2e::runtime()] {
+        husk_e2e::case::case_of(&format!("badexec{}", outputs.len()), &runtime, |case| {
+            let container = case.sleeper();
+            let programs = ["/no/such/program", "no-such-program", "/etc/not-executable"];
+            outputs.push(programs.map(|program| container.exec("bad", &[program])));
+            container.exec("good", &["true"]).expect_clean();
+            container.kill();
+        });
+    }
+    let [expected, found] = outputs.as_slice() else { panic!("two outputs") };
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!(found.code, expected.code, "{}", found.describe());
+        assert_eq!(reason(found), reason(expected), "{}", found.describe());
+        assert_eq!(shape(found), shape(expected), "{}", found.describe());
+    }
+}
+
+#[test]
+fn seccomp_of_a_profile_of_our_own_also_on_exec() {
+    case("seccomp", |case| {
+        let run = case.with_spec("echo up; exec sleep 1000", |spec| {
+            spec["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+                "syscalls": [
+                    { "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO" },
+                    { "names": ["sethostname"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 },
+                    // Of socket, only the raw type of the internet family (AF_INET 2, SOCK_RAW 3).
+                    { "names": ["personality"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
+                      "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
+                ],
+            });
+            spec::push(spec, "/process/capabilities", "effective", json!("CAP_SYS_ADMIN"));
+            spec::push(spec, "/process/capabilities", "permitted", json!("CAP_SYS_ADMIN"));
+            spec::push(spec, "/process/capabilities", "bounding", json!("CAP_SYS_ADMIN"));
+        });
+        let container = case.container(run);
+        let mode = container.exec("of-init", &["grep", "^Seccomp:", "/proc/1/status"]).expect_clean();
+        assert_eq!(mode.value("Seccomp"), "2", "a filter on the container's init");
+        let script = "grep ^Seccomp: /proc/self/status; mkdir /tmp/d; hostname x; linux32 true; linux64 echo allowed";
+        let output = container.exec("filtered", &["sh", "-c", script]).expect_code(0);
+        assert_eq!(output.value("Seccomp"), "2", "a filter on the exec");
+        let err = output.err();
+        assert!(err.contains("'/tmp/d': Operation not permitted"), "mkdir\n{}", output.describe());
+        assert!(err.contains("Not supported") || err.contains("not supported"), "sethostname\n{}", output.describe());
+        assert!(err.contains("rgument list too long"), "personality(PER_LINUX32)\n{}", output.describe());
+        assert!(output.out().contains("allowed"), "personality(PER_LINUX)\n{}", output.describe());
+        container.kill();
+        // containerd's default profile keeps ordinary programs running.
+        let output = case.sh("grep ^Seccomp: /proc/self/status; unshare -m true || echo refused").flags(&["--seccomp"]).output();
+        assert_eq!(output.value("Seccomp"), "2");
+        assert!(output.out().contains("refused"), "{}", output.describe());
+    });
+}
+
+#[test]
+fn a_privileged_container_has_everything() {
+    case("privileged", |case| {
+        let script = "grep -E '^Cap(Eff|Bnd)' /proc/self/status; mount -t tmpfs t /srv && echo mounted
+            echo 1 > /proc/sys/net/ipv4/ip_forward && cat /proc/sys/net/ipv4/ip_forward; test -c /dev/null && echo devices";
+        let run = case.sh(script).flags(&["--privileged", "--privileged-without-host-devices"]);
+        let output = run.output().expect_clean();
+        let effective = u64::from_str_radix(&output.value("CapEff"), 16).unwrap();
+        assert_eq!(effective & (1 << 21), 1 << 21, "CAP_SYS_ADMIN");
+        assert!(output.out().ends_with("mounted\n1\ndevices\n"), "{}", output.describe());
+    });
+}

@@ -1,0 +1,248 @@
+//! What the container sees of files, devices and the kernel: mounts with options and propagation, masks, sysctls.
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use husk_e2e::command::Input;
+use husk_e2e::{case, spec};
+use serde_json::json;
+
+#[test]
+fn hostname_and_sysctls() {
+    case("sysctl", |case| {
+        case.sh("hostname").flags(&["--hostname", "by-flag"]).output().expect_clean().expect_out("by-flag");
+        let script = "hostname; cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_local_port_range \
+            net/ipv4/ip_unprivileged_port_start kernel/msgmax kernel/domainname";
+        let run = case.with_spec(script, |spec| {
+            spec["hostname"] = json!("by-spec");
+            spec["domainname"] = json!("example.test");
+            spec["linux"]["sysctl"] = json!({
+                "kernel.shm_rmid_forced": "1",
+                "net.ipv4.ip_local_port_range": "20000 30000",
+                "net.ipv4.ip_unprivileged_port_start": "0",
+                "kernel.msgmax": "12345",
+            });
+        });
+        run.output().expect_clean().expect_out("by-spec\n1\n20000\t30000\n0\n12345\nexample.test");
+    });
+}
+
+#[test]
+fn masked_and_read_only_paths() {
+    case("masked", |case| {
+        fs::write(case.dir().join("secret"), "readable\n").unwrap();
+        let script = "cat /etc/passwd; cat /proc/kcore 2>/dev/null | head -c 1; ls -A /opt/tools; echo x > /srv/f
+            echo y > /proc/sys/kernel/core_pattern; cat /srv/existing; test -d /no/such || echo absent is no matter";
+        let run = case.with_spec(script, |spec| {
+            for path in ["/etc/passwd", "/opt/tools", "/no/such"] {
+                spec::push(spec, "/linux", "maskedPaths", json!(path));
+            }
+            spec::push(spec, "/linux", "readonlyPaths", json!("/srv"));
+            let root = std::path::PathBuf::from(spec["root"]["path"].as_str().unwrap());
+            fs::write(root.join("srv/existing"), "still readable\n").unwrap();
+        });
+        let output = run.output().expect_code(0);
+        assert_eq!(output.out(), "still readable\nabsent is no matter\n", "{}", output.describe());
+        assert_eq!(output.err().matches("Read-only file system").count(), 2, "{}", output.describe());
+    });
+}
+
+#[test]
+fn a_read_only_root() {
+    case("ro-root", |case| {
+        let script = "touch /x; touch /etc/passwd; echo fine > /dev/shm/x && cat /dev/shm/x";
+        let output = case.sh(script).flags(&["--read-only"]).output().expect_code(0).expect_out("fine");
+        assert_eq!(output.err().matches("Read-only file system").count(), 2, "{}", output.describe());
+    });
+}
+
+#[test]
+fn default_mounts_and_devices() {
+    case("defaults", |case| {
+        let script = "for d in null zero full random urandom tty; do test -c /dev/$d && stat -c '%n %t:%T %a' /dev/$d; done
+            for l in fd stdin stdout stderr ptmx; do readlink /dev/$l; done
+            echo x > /dev/null; head -c 4 /dev/zero | od -An -tx1; head -c 9 /dev/urandom | wc -c; echo x > /dev/full
+            awk '{print $5}' /proc/self/mountinfo | grep -cE '^(/|/proc|/dev|/dev/pts|/dev/shm|/dev/mqueue|/sys|/run)$'
+            cat /proc/1/comm; ls /sys/class/net";
+        let output = case.sh(script).output().expect_code(0);
+        let expected = "/dev/null 1:3 666\n/dev/zero 1:5 666\n/dev/full 1:7 666\n/dev/random 1:8 666\n\
+            /dev/urandom 1:9 666\n/dev/tty 5:0 666\n/proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\n\
+            pts/ptmx\n 00 00 00 00\n9\n8\nsh\nlo\n";
+        assert_eq!(output.out(), expected, "{}", output.describe());
+        assert!(output.err().contains("No space left on device"), "/dev/full\n{}", output.describe());
+    });
+}
+
+#[test]
+fn devices_of_the_specification() {
+    case("devices", |case| {
+        let script = "stat -c '%F %t:%T %a %u:%g' /dev/mine /dev/pipe; head -c 3 /dev/mine | od -An -tx1
+            mknod /tmp/kmsg c 1 11 && head -c 1 /tmp/kmsg; mknod /tmp/zero c 1 5; head -c 1 /tmp/zero | od -An -tx1";
+        let run = case.with_spec(script, |spec| {
+            spec["linux"]["devices"] = json!([
+                { "path": "/dev/mine", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 1000, "gid": 44 },
+                { "path": "/dev/pipe", "type": "p", "fileMode": 0o600, "uid": 0, "gid": 0 },
+            ]);
+            spec["linux"]["resources"]["devices"] = json!([
+                { "allow": false, "access": "rwm" },
+                { "allow": true, "type": "c", "access": "m" },
+                { "allow": true, "type": "c", "major": 1, "minor": 5, "access": "rw" },
+            ]);
+        });
+        let output = run.output().expect_code(0);
+        let out = output.out();
+        assert!(
+            out.starts_with("character special file 1:5 640 1000:44\nfifo 0:0 600 0:0\n 00 00 00\n 00\n"),
+            "{}",
+            output.describe()
+        );
+        // The node of a device that is not allowed can be made and not be opened.
+        assert!(output.err().contains("/tmp/kmsg: Operation not permitted"), "{}", output.describe());
+    });
+}
+
+#[test]
+fn bind_mounts_with_their_options() {
+    case("binds", |case| {
+        let dir = case.dir().join("shared");
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("from-node"), "node\n").unwrap();
+        fs::write(dir.join("tool"), "#!/bin/sh\necho tool ran\n").unwrap();
+        fs::set_permissions(dir.join("tool"), fs::Permissions::from_mode(0o755)).unwrap();
+        std::os::unix::fs::chown(dir.join("tool"), Some(1000), Some(44)).unwrap();
+        let file = case.dir().join("one-file");
+        fs::write(&file, "a single file\n").unwrap();
+        let bind = |dst: &str, options: &str| format!("type=bind,src={},dst={dst},options={options}", dir.display());
+        let script = "cat /rw/from-node; echo container > /rw/from-container; stat -c '%u:%g %a' /rw/tool
+            echo x > /ro/f; cat /ro/from-container; /rw/tool; /noexec/tool; cat /etc/hosts; echo more >> /etc/hosts
+            grep -E ' /(ro|rw|noexec) ' /proc/self/mountinfo | awk '{print $5, $6}' | sort";
+        let one = format!("type=bind,src={},dst=/etc/hosts,options=rbind:rw", file.display());
+        let output = case
+            .sh(script)
+            .flags(&["--mount", &bind("/rw", "rbind:rw"), "--mount", &bind("/ro", "rbind:ro:nosuid:nodev")])
+            .flags(&["--mount", &bind("/noexec", "bind:noexec"), "--mount", &one])
+            .output()
+            .expect_code(0);
+        let out = output.out();
+        let expected = "node\n1000:44 755\ncontainer\ntool ran\na single file\n";
+        assert!(out.starts_with(expected), "{}", output.describe());
+        let options = |point: &str| {
+            let line = out.lines().find(|line| line.starts_with(point)).unwrap_or_default();
+            line.split(' ').nth(1).unwrap_or_default().split(',').map(str::to_owned).collect::<Vec<_>>()
+        };
+        for (point, wanted) in [("/ro ", ["ro", "nosuid", "nodev"].as_slice()), ("/rw ", &["rw"]), ("/noexec ", &["noexec"])] {
+            let found = options(point);
+            assert!(wanted.iter().all(|want| found.iter().any(|f| f == want)), "{point}{found:?}\n{}", output.describe());
+        }
+        assert!(output.err().contains("Read-only file system"), "{}", output.describe());
+        assert!(output.err().contains("/noexec/tool: Permission denied"), "{}", output.describe());
+        // What the container wrote is on the node, with its owner.
+        assert_eq!(fs::read_to_string(dir.join("from-container")).unwrap(), "container\n");
+        assert_eq!(fs::metadata(dir.join("from-container")).unwrap().uid(), 0);
+        assert_eq!(fs::read_to_string(&file).unwrap(), "a single file\nmore\n");
+    });
+}
+
+#[test]
+fn a_bind_of_what_is_not_there_is_an_error() {
+    case("nobind", |case| {
+        let run = case.sh("true").flags(&["--mount", "type=bind,src=/no/such/dir,dst=/x,options=rbind"]).keep();
+        run.output().expect_error(&["/no/such/dir", "no such file or directory"]);
+        husk_e2e::command::run_ctr(&["containers", "rm", run.id()]).expect_code(0);
+    });
+}
+
+#[test]
+fn tmpfs_mounts_with_their_options() {
+    case("tmpfs", |case| {
+        let run = case.with_spec(
+            "stat -c '%a %u:%g' /scratch; grep ' /scratch ' /proc/self/mountinfo; cp /bin/busybox /scratch/echo
+             /scratch/echo no; dd if=/dev/zero of=/scratch/big bs=1M count=20; ls /opt/tools; cat /opt/tools/greet",
+            |spec| {
+                spec::push(
+                    spec,
+                    "",
+                    "mounts",
+                    json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs",
+                            "options": ["nosuid", "noexec", "nodev", "size=8m", "mode=1750", "uid=1000", "gid=44"] }),
+                );
+                // tmpcopyup: the image's content lies in it.
+                spec::push(
+                    spec,
+                    "",
+                    "mounts",
+                    json!({ "destination": "/opt/tools", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] }),
+                );
+            },
+        );
+        let output = run.output().expect_code(0);
+        let out = output.out();
+        assert!(out.starts_with("1750 1000:44\n"), "{}", output.describe());
+        for wanted in ["nosuid", "noexec", "nodev", "size=8192k"] {
+            assert!(out.contains(wanted), "{wanted}\n{}", output.describe());
+        }
+        assert!(out.contains("\ngreet\n") && out.contains("greetings"), "tmpcopyup\n{}", output.describe());
+        assert!(output.err().contains("/scratch/echo: Permission denied"), "{}", output.describe());
+        assert!(output.err().contains("No space left on device"), "{}", output.describe());
+    });
+}
+
+#[test]
+fn propagation_of_mounts() {
+    case("propagation", |case| {
+        let script = "for p in / /slave /private; do
+            awk -v p=$p '$5 == p {print p, ($7 ~ /master|shared|propagate/) ? $7 : \"private\"}' /proc/self/mountinfo; done";
+        let dir = case.dir().join("volume");
+        fs::create_dir(&dir).unwrap();
+        let run = case.with_spec(script, |spec| {
+            spec["linux"]["rootfsPropagation"] = json!("rprivate");
+            for (point, how) in [("/slave", "rslave"), ("/private", "rprivate")] {
+                let mount =
+                    json!({ "destination": point, "type": "bind", "source": dir, "options": ["rbind", how] });
+                spec::push(spec, "", "mounts", mount);
+            }
+        });
+        let output = run.output().expect_clean();
+        assert!(output.out().contains("/private private"), "{}", output.describe());
+        // A mount the container makes shared inside is shared between its own namespaces.
+        let script = "mount --make-rshared / && unshare -m --propagation unchanged sh -c 'mount -t tmpfs t /srv; touch /srv/made'; ls /srv";
+        let run = case.with_spec(script, |spec| {
+            spec["linux"]["rootfsPropagation"] = json!("rprivate");
+            for set in ["effective", "permitted", "bounding"] {
+                spec::push(spec, "/process/capabilities", set, json!("CAP_SYS_ADMIN"));
+            }
+        });
+        run.output().expect_clean().expect_out("made");
+        for propagation in ["rshared", "rslave"] {
+            let script = "awk '$5 == \"/\" {print $7}' /proc/self/mountinfo | cut -d: -f1";
+            let run = case.with_spec(script, |spec| spec["linux"]["rootfsPropagation"] = json!(propagation));
+            let expected = if propagation == "rshared" { "shared" } else { "master" };
+            let output = run.output();
+            // A root that is a private mount on the node has no peer to be a slave of: then there is nothing to see.
+            assert!(
+                output.out().trim() == expected || (propagation == "rslave" && output.out().trim() == "-"),
+                "{propagation}\n{}",
+                output.describe()
+            );
+        }
+    });
+}
+
+#[test]
+fn namespaces_are_the_containers_own() {
+    case("namespaces", |case| {
+        let script = "echo up; for n in mnt pid ipc net uts; do readlink /proc/self/ns/$n; done; echo end; exec sleep 1000";
+        let mut one = case.sh(script).start(Input::Pipe);
+        let mut two = case.sh(script).start(Input::Pipe);
+        one.wait_for("end");
+        two.wait_for("end");
+        // Two containers of their own have neither another's processes nor another's interfaces.
+        let list = husk_e2e::command::run_ctr(&["tasks", "ls", "-q"]).out();
+        for id in list.lines() {
+            let output = husk_e2e::command::run_ctr(&["tasks", "exec", "--exec-id", "ns", id, "sh", "-c", "ls -d /proc/[0-9]* | wc -l; ls /sys/class/net"]);
+            assert!(output.out().ends_with("lo\n"), "{}", output.describe());
+            husk_e2e::command::run_ctr(&["tasks", "kill", "-s", "KILL", id]).expect_code(0);
+        }
+        one.wait().expect_code(137);
+        two.wait().expect_code(137);
+    });
+}
