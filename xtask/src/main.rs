@@ -1,2 +1,33 @@
-//! .
-fn main() {}
+//! `cargo xtask`: everything that is done to this repository beside `cargo build`.
+
+mod bench;
+mod build;
+mod cache;
+mod cli;
+mod cmd;
+mod cpio;
+mod demo;
+mod dist;
+mod image;
+mod images;
+mod kernel;
+mod lockfile;
+mod node;
+mod paths;
+mod setup;
+mod test;
+mod ui;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let command = cli::Cli::parse();
+    match cli::run(command) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            ui::failed(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! `cargo xtask bench …`: measurements, made in the test node.
+
+use crate::build::{self, Profile};
+use crate::node::{self, Add, Machine, Run};
+use crate::{dist, images, paths, setup};
+use anyhow::{Context, Result};
+use clap::Subcommand;
+use std::path::Path;
+use std::time::Duration;
+
+/// What is measured.
+#[derive(Subcommand)]
+pub enum Bench {
+    /// How long a container takes to start and end: Husk, runc and runsc side by side, and where Husk's time goes.
+    Start {
+        /// Build what is measured in the quick profile.
+        #[arg(long)]
+        quick: bool,
+        /// Arguments of the measuring program.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+/// Measures; the exit code.
+pub fn bench(bench: &Bench) -> Result<u8> {
+    let Bench::Start { quick, args } = bench;
+    setup::setup()?;
+    dist::dist(Profile::quick(*quick))?;
+    let programs = build::programs(&["husk-e2e"], Profile::Node)?;
+    let program = build::find(&programs, &["husk-bench"])?;
+    let mut add = vec![Add::new(&program.path, "/husk/husk-bench")];
+    for tar in images::build(&paths::state().join("images")).context("cannot make the OCI images")? {
+        let name = tar.file_name().unwrap_or_default().to_owned();
+        add.push(Add::new(tar, Path::new("/husk/images").join(name)));
+    }
+    let script = paths::root().join("tests/node/bench.sh");
+    let env = vec![("HUSK_IMAGES".to_owned(), "/husk/images".to_owned())];
+    let mut arguments = vec!["start".to_owned()];
+    arguments.extend(args.iter().cloned());
+    let time_limit = Duration::from_secs(2700);
+    node::run(&Run { script, args: arguments, env, add, machine: Machine::default(), time_limit })
+}

@@ -1,0 +1,119 @@
+//! Builds the workspace's programs for the guest and the node: static, all with the same flags, so that they share one
+//! artefact cache.
+
+use crate::{paths, ui};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// What everything that leaves the build machine is built for.
+pub const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// How much the compiler optimises.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// What is shipped.
+    Release,
+    /// What one tries in the test node while working: built sooner.
+    Node,
+}
+
+impl Profile {
+    /// The quick profile, or the one that is shipped.
+    pub fn quick(quick: bool) -> Self {
+        if quick { Profile::Node } else { Profile::Release }
+    }
+
+    /// Cargo's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Profile::Release => "release",
+            Profile::Node => "node",
+        }
+    }
+}
+
+/// A program that cargo built.
+pub struct Program {
+    /// The name of the binary, or of the test.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// The host's own cargo.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(paths::root());
+    // Set for xtask by `cargo run`; a cargo below it must not take them for its own.
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&*name);
+        }
+    }
+    command
+}
+
+/// `cargo <what>` for the node's target, with the flags that make static programs.
+fn static_cargo(what: &str, profile: Profile) -> Command {
+    let mut command = cargo();
+    command.args([what, "--target", TARGET, "--profile", profile.name()]);
+    command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    // libseccomp comes from the distribution; its archive lies in the multiarch folder.
+    command.env("LIBSECCOMP_LINK_TYPE", "static").env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
+    command
+}
+
+/// Builds the binaries of `packages`, one cargo run for all.
+pub fn programs(packages: &[&str], profile: Profile) -> Result<Vec<Program>> {
+    let mut command = static_cargo("build", profile);
+    command.arg("--bins");
+    for package in packages {
+        command.args(["--package", package]);
+    }
+    ui::say("build", format!("{} ({}, static)", packages.join(", "), profile.name()));
+    run(command)
+}
+
+/// Builds the test programs of `package`, without running them.
+pub fn tests(package: &str) -> Result<Vec<Program>> {
+    let mut command = static_cargo("test", Profile::Node);
+    command.args(["--no-run", "--package", package]);
+    ui::say("build", format!("tests of {package} (static)"));
+    run(command)
+}
+
+/// Runs cargo and collects the programs it names in its messages.
+fn run(mut command: Command) -> Result<Vec<Program>> {
+    command.arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().context("cannot start cargo")?;
+    let stdout = child.stdout.take().context("cargo has no output")?;
+    let mut programs = Vec::new();
+    for line in BufReader::new(stdout).lines() {
+        let Ok(message) = serde_json::from_str::<Value>(&line?) else { continue };
+        if message.get("reason").and_then(Value::as_str) != Some("compiler-artifact") {
+            continue;
+        }
+        let name = message.pointer("/target/name").and_then(Value::as_str);
+        let path = message.get("executable").and_then(Value::as_str);
+        if let (Some(name), Some(path)) = (name, path) {
+            programs.push(Program { name: name.into(), path: path.into() });
+        }
+    }
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("cargo ended with {status}; what it said is above");
+    }
+    Ok(programs)
+}
+
+/// The program called one of `names`, the first that there is.
+pub fn find<'a>(programs: &'a [Program], names: &[&str]) -> Result<&'a Program> {
+    names
+        .iter()
+        .find_map(|name| programs.iter().find(|p| p.name == *name))
+        .with_context(|| format!("cargo built no program called {}", names.join(" or ")))
+}

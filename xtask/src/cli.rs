@@ -1,0 +1,129 @@
+//! The command line.
+
+use crate::build::Profile;
+use crate::node::{Add, Machine, Run};
+use crate::{bench, demo, dist, image, images, kernel, node, paths, setup, test};
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Builds, runs and tests Husk.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what this machine lacks (Debian and Ubuntu).
+    Setup,
+    /// Build the guest kernel.
+    Kernel,
+    /// Build the agent and the guest's initramfs.
+    Image(Quick),
+    /// Build everything and lay out dist/root, to be copied over / of a node.
+    Dist(Quick),
+    /// Build the OCI images that demo and tests use.
+    Images,
+    /// The test node: a Debian machine with KVM and containerd.
+    Node {
+        #[command(subcommand)]
+        command: NodeTask,
+    },
+    /// Run a container under Husk and show what happened.
+    Demo(demo::Options),
+    /// Run all checks and tests.
+    Test(test::Options),
+    /// Measure.
+    Bench {
+        #[command(subcommand)]
+        command: bench::Bench,
+    },
+}
+
+#[derive(Args, Clone, Copy)]
+struct Quick {
+    /// Build sooner and optimise less: for trying things.
+    #[arg(long)]
+    quick: bool,
+}
+
+#[derive(Subcommand)]
+enum NodeTask {
+    /// Make the node's parts without booting it.
+    Prepare,
+    /// Boot, run SCRIPT when containerd answers, exit with its exit code; what it leaves in /out comes to
+    /// target/husk/node/out.
+    Run {
+        #[command(flatten)]
+        place: Place,
+        /// Stop the node after so many seconds.
+        #[arg(long, default_value_t = 2700)]
+        time_limit: u64,
+        /// Set a variable in the script's environment.
+        #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+        env: Vec<(String, String)>,
+        /// A shell script.
+        script: PathBuf,
+        /// Its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Boot with a shell on this terminal.
+    Shell {
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+#[derive(Args)]
+struct Place {
+    /// Put a file or directory into the node.
+    #[arg(long, value_name = "HOSTPATH:NODEPATH")]
+    add: Vec<Add>,
+    /// The node's processors.
+    #[arg(long, default_value_t = Machine::default().cpus)]
+    cpus: u32,
+    /// The node's memory in MiB.
+    #[arg(long, default_value_t = Machine::default().memory)]
+    memory: u32,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("not NAME=VALUE")?;
+    if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+        return Err(format!("{name} is not a variable's name"));
+    }
+    Ok((name.into(), value.into()))
+}
+
+/// Does what the command line says; the exit code.
+pub fn run(cli: Cli) -> Result<u8> {
+    match cli.command {
+        Task::Setup => setup::setup()?,
+        Task::Kernel => drop(kernel::kernel()?),
+        Task::Image(Quick { quick }) => drop(image::image(Profile::quick(quick))?),
+        Task::Dist(Quick { quick }) => drop(dist::dist(Profile::quick(quick))?),
+        Task::Images => {
+            for path in images::build(&paths::state().join("images"))? {
+                println!("{}", path.display());
+            }
+        }
+        Task::Node { command: NodeTask::Prepare } => node::prepare()?,
+        Task::Node { command: NodeTask::Run { place, time_limit, env, script, args } } => {
+            let machine = Machine { cpus: place.cpus, memory: place.memory };
+            let time_limit = Duration::from_secs(time_limit);
+            return node::run(&Run { script, args, env, add: place.add, machine, time_limit });
+        }
+        Task::Node { command: NodeTask::Shell { place } } => {
+            node::shell(&place.add, Machine { cpus: place.cpus, memory: place.memory })?;
+        }
+        Task::Demo(options) => return demo::demo(&options),
+        Task::Test(options) => return test::test(&options),
+        Task::Bench { command } => return bench::bench(&command),
+    }
+    Ok(0)
+}

@@ -1,0 +1,129 @@
+//! Runs programs: their output goes to a log, the terminal shows where they are, a failure shows the log's end.
+
+use crate::{paths, ui};
+use anyhow::{Context, Result, bail};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// How many lines of a failed program's log are shown.
+const TAIL: usize = 30;
+
+/// The program and its arguments as one would type them, shortened.
+fn describe(command: &Command) -> String {
+    let mut text = command.get_program().to_string_lossy().into_owned();
+    for arg in command.get_args() {
+        text.push(' ');
+        text.push_str(&arg.to_string_lossy());
+        if text.len() > 160 {
+            text.push('…');
+            break;
+        }
+    }
+    text
+}
+
+fn start_error(command: &Command) -> String {
+    format!("cannot start `{}`; `cargo xtask setup` installs what is needed", describe(command))
+}
+
+/// Runs `command` to its end with its output in `target/husk/logs/<log>.log`, showing its last line.
+pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
+    let path = log_path(log)?;
+    let mut file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    let mut child = command.spawn().with_context(|| start_error(command))?;
+    let text = describe(command);
+    // The command keeps its ends of the pipe until its descriptors are replaced.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+
+    let (sender, lines) = channel();
+    let pump = std::thread::spawn(move || -> std::io::Result<()> {
+        let mut reader = BufReader::new(reader);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line)? > 0 {
+            file.write_all(&line)?;
+            let _ = sender.send(String::from_utf8_lossy(&line).trim().to_owned());
+            line.clear();
+        }
+        Ok(())
+    });
+    let (mut count, mut last, mut said) = (0_u64, String::new(), Instant::now());
+    loop {
+        match lines.recv_timeout(Duration::from_millis(500)) {
+            Ok(line) => {
+                count += 1;
+                last = line;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if ui::live() {
+            ui::transient(step, &last);
+        } else if said.elapsed() > Duration::from_secs(20) {
+            said = Instant::now();
+            ui::say(step, format!("still at it ({count} lines; {})", last.chars().take(90).collect::<String>()));
+        }
+    }
+    ui::erase();
+    let status = child.wait()?;
+    if let Ok(result) = pump.join() {
+        result.with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if !status.success() {
+        bail!("`{text}` ended with {status}; its last lines ({}):\n{}", path.display(), tail(&path, TAIL));
+    }
+    Ok(())
+}
+
+/// Runs `command` with its output on the terminal.
+pub fn shown(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| start_error(command))?;
+    if !status.success() {
+        bail!("`{}` ended with {status}", describe(command));
+    }
+    Ok(())
+}
+
+/// Runs `command` and returns what it prints.
+pub fn output(command: &mut Command) -> Result<String> {
+    let out = command.stdin(Stdio::null()).output().with_context(|| start_error(command))?;
+    if !out.status.success() {
+        bail!("`{}` ended with {}: {}", describe(command), out.status, String::from_utf8_lossy(&out.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// Where the log called `name` is.
+pub fn log_path(name: &str) -> Result<PathBuf> {
+    let dir = paths::state().join("logs");
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    Ok(dir.join(format!("{name}.log")))
+}
+
+/// The last `lines` lines of a file, indented.
+pub fn tail(path: &std::path::Path, lines: usize) -> String {
+    let mut bytes = Vec::new();
+    if let Ok(mut file) = File::open(path) {
+        let _ = file.read_to_end(&mut bytes);
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().collect();
+    let from = all.len().saturating_sub(lines);
+    all.iter().skip(from).map(|l| format!("    {}\n", l.trim_end())).collect()
+}
+
+/// The number of processors, for `make -j`.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from)
+}
+
+/// True when this process is root, which unpacking a root file system with its owners needs.
+pub fn is_root() -> bool {
+    // SAFETY: geteuid takes nothing and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}

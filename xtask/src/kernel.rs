@@ -1,0 +1,135 @@
+//! `cargo xtask kernel`: the guest's kernel, from the distribution's source package and `guest/kernel/husk.config`.
+
+use crate::cache::{self, Key};
+use crate::{cmd, paths, ui};
+use anyhow::{Context, Result, bail};
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The package with the source.
+pub const PACKAGE: &str = "linux-source-6.12";
+/// Changes when the steps below do.
+const RECIPE: u32 = 1;
+
+/// Builds the kernel if its inputs changed; returns where it is.
+pub fn kernel() -> Result<PathBuf> {
+    let made = paths::vmlinux();
+    let fragment = paths::root().join("guest/kernel/husk.config");
+    let tarball = PathBuf::from(format!("/usr/src/{PACKAGE}.tar.xz"));
+    let version = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Version}", PACKAGE]))
+        .with_context(|| format!("the guest kernel needs the package {PACKAGE}; `cargo xtask setup` installs it"))?;
+    let key = Key::new("kernel", RECIPE).text(&version).file(&fragment)?.finish();
+    if cache::fresh("kernel", &key, &[&made]) {
+        ui::say("kernel", format!("up to date ({PACKAGE} {version})"));
+        return Ok(made);
+    }
+    cache::forget("kernel")?;
+    let source = unpack(&tarball, &version)?;
+    configure(&source, &fragment)?;
+    ui::say("kernel", format!("compiling on {} processors; this is the long part", cmd::processors()));
+    cmd::logged("kernel", "kernel-make", make(&source).arg(format!("-j{}", cmd::processors())).arg("vmlinux"))?;
+    let mut strip = Command::new("strip");
+    strip.arg("--strip-all").arg("-o").arg(&made).arg(source.join("vmlinux"));
+    cmd::logged("kernel", "kernel-strip", &mut strip)?;
+    cache::done("kernel", &key)?;
+    ui::say("kernel", format!("{} ({:.1} MiB)", made.display(), mebibytes(&made)?));
+    Ok(made)
+}
+
+/// The size of a file in MiB.
+pub fn mebibytes(path: &Path) -> Result<f64> {
+    Ok(fs::metadata(path).with_context(|| format!("cannot look at {}", path.display()))?.len() as f64 / 1048576.0)
+}
+
+/// Unpacks the source once for each version of the package.
+fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
+    let dir = paths::state().join("kernel");
+    let (source, stamp) = (dir.join(PACKAGE), dir.join("unpacked"));
+    if source.join("Makefile").exists() && fs::read_to_string(&stamp).is_ok_and(|v| v == version) {
+        return Ok(source);
+    }
+    cache::make_dir(&dir)?;
+    if source.exists() {
+        fs::remove_dir_all(&source).with_context(|| format!("cannot remove {}", source.display()))?;
+    }
+    ui::say("kernel", format!("unpacking {} ({version})", tarball.display()));
+    cmd::logged("kernel", "kernel-unpack", Command::new("tar").arg("-xf").arg(tarball).arg("-C").arg(&dir))?;
+    fs::write(&stamp, version).with_context(|| format!("cannot write {}", stamp.display()))?;
+    Ok(source)
+}
+
+/// `make` in the source, with what would differ from build to build held still.
+fn make(source: &Path) -> Command {
+    let mut command = Command::new("make");
+    command.arg("-C").arg(source).env("LC_ALL", "C");
+    command.env("KBUILD_BUILD_TIMESTAMP", "@0").env("KBUILD_BUILD_USER", "husk").env("KBUILD_BUILD_HOST", "husk");
+    command.env_remove("MAKEFLAGS").env_remove("RUSTFLAGS");
+    command
+}
+
+/// The smallest configuration with the fragment over it; everything the fragment asks for must be in the result.
+fn configure(source: &Path, fragment: &Path) -> Result<()> {
+    let config = source.join(".config");
+    let before = fs::read_to_string(&config).ok();
+    cmd::logged("kernel", "kernel-config", make(source).arg("tinyconfig"))?;
+    let mut merge = Command::new(source.join("scripts/kconfig/merge_config.sh"));
+    merge.current_dir(source).args(["-m", "-O", ".", ".config"]).arg(fragment);
+    cmd::logged("kernel", "kernel-merge", &mut merge)?;
+    cmd::logged("kernel", "kernel-olddefconfig", make(source).arg("olddefconfig"))?;
+    let after = fs::read_to_string(&config).with_context(|| format!("cannot read {}", config.display()))?;
+    let wanted = fs::read_to_string(fragment).with_context(|| format!("cannot read {}", fragment.display()))?;
+    let missed = missed(&wanted, &after);
+    if !missed.is_empty() {
+        bail!(
+            "the kernel's configuration does not take all that {} asks for (a dependency is missing, or the symbol does \
+             not exist):\n{}",
+            fragment.display(),
+            missed.iter().map(|m| format!("    {m}\n")).collect::<String>()
+        );
+    }
+    ui::say("kernel", format!("configured{}", if before.as_deref() == Some(&after) { ", as before" } else { "" }));
+    Ok(())
+}
+
+/// The symbols of a configuration that are set, with their values.
+fn symbols(config: &str) -> HashMap<&str, &str> {
+    config.lines().filter_map(|line| line.strip_prefix("CONFIG_")?.split_once('=')).collect()
+}
+
+/// The lines of `fragment` that did not come to be in `config`.
+fn missed(fragment: &str, config: &str) -> Vec<String> {
+    let set = symbols(config);
+    let mut missed = Vec::new();
+    for line in fragment.lines() {
+        if let Some((name, value)) = line.strip_prefix("CONFIG_").and_then(|l| l.split_once('=')) {
+            match set.get(name) {
+                Some(have) if *have == value => {}
+                Some(have) => missed.push(format!("CONFIG_{name}={value}, but it is {have}")),
+                None => missed.push(format!("CONFIG_{name}={value}, but it is not set")),
+            }
+        } else if let Some(name) = line.strip_prefix("# CONFIG_").and_then(|l| l.strip_suffix(" is not set"))
+            && let Some(have) = set.get(name)
+        {
+            missed.push(format!("CONFIG_{name} not set, but it is {have}"));
+        }
+    }
+    missed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_asked_for_and_is_missing_is_named() {
+        let config = "CONFIG_A=y\nCONFIG_B=\"x\"\n# CONFIG_C is not set\nCONFIG_D=y\n";
+        let fragment =
+            "# about\nCONFIG_A=y\nCONFIG_B=\"y\"\nCONFIG_C=y\n# CONFIG_D is not set\n# CONFIG_E is not set\n";
+        assert_eq!(
+            missed(fragment, config),
+            ["CONFIG_B=\"y\", but it is \"x\"", "CONFIG_C=y, but it is not set", "CONFIG_D not set, but it is y"]
+        );
+    }
+}

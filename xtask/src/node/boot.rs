@@ -1,0 +1,181 @@
+//! Boots the node in QEMU and follows what it does.
+
+use super::{Machine, kvm, rootfs::Node};
+use crate::{cmd, ui};
+use anyhow::{Context, Result, bail};
+use std::io::{BufRead, BufReader, PipeReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// The descriptor QEMU has the control pipe on.
+const CONTROL: i32 = 3;
+
+/// What is booted.
+pub struct Boot<'a> {
+    /// Disk, kernel and initramfs.
+    pub node: &'a Node,
+    /// A tar that goes over the root file system.
+    pub extras: &'a Path,
+    /// A disk for what comes back.
+    pub out: &'a Path,
+    /// The machine's size.
+    pub machine: Machine,
+}
+
+fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-M", "q35", "-no-reboot", "-nodefaults", "-display", "none"]);
+    let accel = match kvm::judge() {
+        kvm::Verdict::Usable { rate } => {
+            ui::say("node", format!("the node uses this machine's KVM ({})", kvm::speed(rate)));
+            command.args(["-accel", "kvm", "-cpu", "host"]);
+            "kvm"
+        }
+        kvm::Verdict::Not(why) => {
+            ui::say("node", format!("the node is emulated: {why}"));
+            command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm"]);
+            "tcg"
+        }
+    };
+    command.arg("-smp").arg(boot.machine.cpus.to_string()).arg("-m").arg(boot.machine.memory.to_string());
+    command.arg("-kernel").arg(&boot.node.kernel).arg("-initrd").arg(&boot.node.initrd);
+    for (path, options) in
+        [(boot.node.disk.as_path(), "snapshot=on"), (boot.extras, "readonly=on"), (boot.out, "cache=unsafe")]
+    {
+        // A comma ends a value unless it is doubled.
+        let path = path.to_string_lossy().replace(',', ",,");
+        command.arg("-drive").arg(format!("file={path},if=virtio,format=raw,{options}"));
+    }
+    command.args(["-device", "virtio-serial-pci"]);
+    command.args(["-chardev", "file,id=control,path=/dev/fd/3", "-device"]);
+    command.arg("virtserialport,nr=2,chardev=control,name=husk.control");
+    command
+        .arg("-append")
+        .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable husk.mode={mode} husk.accel={accel}"));
+    Ok(command)
+}
+
+/// Starts QEMU with the control pipe, bound to this process's life.
+fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
+    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    let control = writer.as_raw_fd();
+    // SAFETY: only async-signal-safe calls on integers, between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            if control == CONTROL {
+                // dup2 onto itself would leave the close-on-exec flag.
+                libc::fcntl(control, libc::F_SETFD, 0);
+            } else if libc::dup2(control, CONTROL) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    let child = command.spawn().context("cannot start qemu-system-x86_64; `cargo xtask setup` installs it")?;
+    Ok((child, reader))
+}
+
+/// Boots, runs the script, and returns its exit code.
+pub fn run(boot: &Boot, limit: Duration) -> Result<u8> {
+    let console = cmd::log_path("node-console")?;
+    let log = console.to_string_lossy().replace(',', ",,");
+    let mut command = qemu(boot, "run")?;
+    command.args(["-chardev", &format!("file,id=console,path={log}"), "-serial", "chardev:console"]);
+    command.args(["-chardev", "file,id=output,path=/dev/stdout", "-device"]);
+    command.arg("virtserialport,nr=1,chardev=output,name=husk.output");
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let begin = Instant::now();
+    let (mut child, control) = spawn(&mut command)?;
+    // The command holds no pipe end of its own; QEMU's are the last.
+    let output = child.stdout.take().context("QEMU has no output")?;
+    let show = std::thread::spawn(move || show(output));
+    let end = follow(&lines(control), begin, limit);
+    if end.is_none() {
+        let _ = child.kill();
+    }
+    let status = child.wait()?;
+    let _ = show.join();
+    match end {
+        Some(code) => {
+            ui::say(
+                "node",
+                format!("off after {:.1} s; the script's exit code is {code}", begin.elapsed().as_secs_f64()),
+            );
+            Ok(code)
+        }
+        None if begin.elapsed() >= limit => {
+            bail!("the node was stopped: the script did not end within {} s", limit.as_secs())
+        }
+        None => {
+            bail!("the node ended without the script's exit code ({status}); its console:\n{}", cmd::tail(&console, 30))
+        }
+    }
+}
+
+/// Boots with a shell on the terminal.
+pub fn shell(boot: &Boot) -> Result<()> {
+    ui::say("node", "the shell's end powers the node off; Ctrl-A X stops it at once");
+    let mut command = qemu(boot, "shell")?;
+    command.args(["-serial", "mon:stdio", "-chardev", "null,id=output", "-device"]);
+    command.arg("virtserialport,nr=1,chardev=output,name=husk.output");
+    let (mut child, _control) = spawn(&mut command)?;
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("QEMU ended with {status}");
+    }
+    Ok(())
+}
+
+/// Copies the script's output to the terminal as it comes, and to a file.
+fn show(mut output: impl Read) {
+    let mut file = cmd::log_path("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
+    let mut buffer = [0; 8192];
+    while let Ok(n @ 1..) = output.read(&mut buffer) {
+        let bytes = buffer.get(..n).unwrap_or_default();
+        if let Some(file) = &mut file {
+            let _ = file.write_all(bytes);
+        }
+        let mut stdout = std::io::stdout().lock();
+        let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+    }
+}
+
+/// The lines the node's init writes for us.
+fn lines(control: PipeReader) -> Receiver<String> {
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(control).lines() {
+            let Ok(line) = line else { break };
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
+
+/// Reports what the node says of itself; the script's exit code, unless the node ends or time runs out before.
+fn follow(lines: &Receiver<String>, begin: Instant, limit: Duration) -> Option<u8> {
+    let mut code = None;
+    loop {
+        match lines.recv_timeout(limit.saturating_sub(begin.elapsed())) {
+            Ok(line) => match line.trim().split_once(' ') {
+                Some(("exit", number)) => code = Some(number.parse().unwrap_or(125)),
+                Some(("containerd", _)) => {
+                    ui::say(
+                        "node",
+                        format!("containerd answers, {:.1} s after power-on", begin.elapsed().as_secs_f64()),
+                    );
+                }
+                Some(("note", text)) => ui::say("node", text),
+                _ => {}
+            },
+            Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => return code,
+        }
+    }
+}

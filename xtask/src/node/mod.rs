@@ -1,0 +1,154 @@
+//! `cargo xtask node`: a Debian machine with KVM and containerd in it, on any machine.
+
+mod boot;
+pub mod kvm;
+mod lock;
+mod rootfs;
+mod tar;
+
+use crate::{cache, cmd, paths, ui};
+use anyhow::{Context, Result, bail};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// What is run in the node, and with what.
+pub struct Run {
+    /// A shell script.
+    pub script: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Variables of its environment.
+    pub env: Vec<(String, String)>,
+    /// Files and directories put into the node, beside `dist/root`.
+    pub add: Vec<Add>,
+    /// The machine's size.
+    pub machine: Machine,
+    /// After this long the node is stopped.
+    pub time_limit: Duration,
+}
+
+/// The machine's size.
+#[derive(Clone, Copy)]
+pub struct Machine {
+    /// Processors.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory: u32,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Machine { cpus: 2, memory: 6144 }
+    }
+}
+
+/// A file or directory of this machine, and where it is put in the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Add {
+    /// Here.
+    pub from: PathBuf,
+    /// There.
+    pub to: PathBuf,
+}
+
+impl Add {
+    /// Puts `from` at `to` in the node.
+    pub fn new(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
+        Add { from: from.into(), to: to.into() }
+    }
+}
+
+impl std::str::FromStr for Add {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text.rsplit_once(':') {
+            Some((from, to)) if !from.is_empty() && to.starts_with('/') => Ok(Add::new(from, to)),
+            _ => bail!("{text} is not HOSTPATH:NODEPATH with an absolute NODEPATH"),
+        }
+    }
+}
+
+/// Where the files end up that a script leaves in `/out`.
+pub fn out_dir() -> PathBuf {
+    paths::node().join("out")
+}
+
+/// Makes the node's parts, without booting it.
+pub fn prepare() -> Result<()> {
+    let _lock = lock::take()?;
+    rootfs::node().map(drop)
+}
+
+/// Boots the node, runs the script when containerd answers, and returns the script's exit code.
+pub fn run(run: &Run) -> Result<u8> {
+    let _lock = lock::take()?;
+    let node = rootfs::node()?;
+    let mut call = String::from("exec bash /husk/script");
+    for arg in &run.args {
+        call.push_str(&format!(" '{}'", arg.replace('\'', "'\\''")));
+    }
+    let mut env = String::new();
+    for (name, value) in &run.env {
+        env.push_str(&format!("export {name}='{}'\n", value.replace('\'', "'\\''")));
+    }
+    let script = fs::read(&run.script).with_context(|| format!("cannot read {}", run.script.display()))?;
+    let extras = extras(&run.add, &[("husk/run", format!("{env}{call}\n").as_bytes()), ("husk/script", &script)])?;
+    let out = out_disk()?;
+    let end = boot::run(&boot::Boot { node: &node, extras: &extras, out: &out, machine: run.machine }, run.time_limit)?;
+    fetch(&out)?;
+    Ok(end)
+}
+
+/// Boots the node with a shell on the terminal.
+pub fn shell(add: &[Add], machine: Machine) -> Result<()> {
+    let _lock = lock::take()?;
+    let node = rootfs::node()?;
+    let extras = extras(add, &[])?;
+    let out = out_disk()?;
+    boot::shell(&boot::Boot { node: &node, extras: &extras, out: &out, machine })?;
+    fetch(&out)
+}
+
+/// The tar that the node unpacks over its root: the node's own files, what is installed, and what was asked for.
+fn extras(add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
+    let path = paths::node().join("extras.tar");
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let mut tar = tar::Tar::new(file);
+    tar.add(&paths::root().join("tests/node/root"), Path::new("/"))?;
+    if paths::dist().exists() {
+        tar.add(&paths::dist(), Path::new("/"))?;
+    } else {
+        ui::say("node", "there is no dist/root yet: the node comes without Husk (`cargo xtask dist`)");
+    }
+    for Add { from, to } in add {
+        tar.add(from, to)?;
+    }
+    for (name, content) in files {
+        tar.content(name, content)?;
+    }
+    tar.finish()?;
+    Ok(path)
+}
+
+/// The disk that the node writes a tar of `/out` on.
+fn out_disk() -> Result<PathBuf> {
+    let path = paths::node().join("out.img");
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    file.set_len(4 << 30).context("cannot size the node's output disk")?;
+    Ok(path)
+}
+
+/// Unpacks what the node left.
+fn fetch(disk: &Path) -> Result<()> {
+    let dir = out_dir();
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    }
+    cache::make_dir(&dir)?;
+    let mut unpack = Command::new("tar");
+    unpack.args(["-x", "--no-same-owner", "-f"]).arg(disk).arg("-C").arg(&dir);
+    cmd::output(&mut unpack).map(drop).context("cannot unpack what the node left in /out")
+}

@@ -1,0 +1,122 @@
+//! The test node's root file system: a Debian tree, the disk image made of it, its kernel and the initramfs that finds
+//! the disk.
+
+use crate::cache::{self, Key};
+use crate::cpio::Cpio;
+use crate::{cmd, paths, setup, ui};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Debian's release in the node: the one with containerd 1.7 and a 6.12 kernel.
+const SUITE: &str = "trixie";
+/// Changes when the steps below do.
+const RECIPE: u32 = 1;
+/// Documentation and the like, which only makes the image larger.
+const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
+/// Size of the disk; what is not used takes no room.
+const DISK: &str = "12G";
+
+/// What QEMU boots.
+pub struct Node {
+    /// The disk with the root file system. Nobody writes to it: QEMU keeps changes apart.
+    pub disk: PathBuf,
+    /// The distribution's kernel.
+    pub kernel: PathBuf,
+    /// Our initramfs.
+    pub initrd: PathBuf,
+}
+
+/// Makes the node's parts if their inputs changed.
+pub fn node() -> Result<Node> {
+    let dir = paths::node();
+    let node = Node { disk: dir.join("base.img"), kernel: dir.join("vmlinuz"), initrd: dir.join("initrd.cpio") };
+    let inputs = paths::root().join("tests/node");
+    let packages = packages(&inputs.join("packages"))?;
+    let tree_key = Key::new("node-tree", RECIPE).text(SUITE).text(&packages).finish();
+    let tree = dir.join("tree");
+    // The tree may be gone (it is only needed to make the rest): then the rest has to be there.
+    if !cache::fresh("node-tree", &tree_key, &[&tree.join("usr/bin/containerd")]) {
+        make_tree(&tree, &packages)?;
+        cache::done("node-tree", &tree_key)?;
+    }
+    let key = Key::new("node", RECIPE).text(&tree_key).file(&inputs.join("initramfs-init"))?.finish();
+    if cache::fresh("node", &key, &[&node.disk, &node.kernel, &node.initrd]) {
+        return Ok(node);
+    }
+    cache::forget("node")?;
+    make_initrd(&tree, &inputs.join("initramfs-init"), &node)?;
+    make_disk(&tree, &node.disk)?;
+    cache::done("node", &key)?;
+    Ok(node)
+}
+
+/// The package list: one a line, `#` starts a comment.
+fn packages(path: &Path) -> Result<String> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let names: Vec<&str> =
+        text.lines().map(|l| l.split('#').next().unwrap_or_default().trim()).filter(|l| !l.is_empty()).collect();
+    Ok(names.join(","))
+}
+
+fn make_tree(tree: &Path, packages: &str) -> Result<()> {
+    if !cmd::is_root() {
+        bail!("unpacking the test node's root file system with its owners needs root: run this as root");
+    }
+    cache::forget("node-tree")?;
+    cache::make_dir(&paths::node())?;
+    if tree.exists() {
+        fs::remove_dir_all(tree).with_context(|| format!("cannot remove {}", tree.display()))?;
+    }
+    ui::say("node", format!("unpacking Debian {SUITE} with {packages}"));
+    let mut command = Command::new("mmdebstrap");
+    command.args(["--variant=apt"]).arg(format!("--include={packages}"));
+    for path in LEFT_OUT {
+        command.arg(format!("--dpkgopt=path-exclude={path}"));
+    }
+    // The node has an initramfs of its own.
+    command.env("INITRD", "No");
+    command.arg(SUITE).arg(tree);
+    // Where this machine has no Debian of its own, mmdebstrap knows where to find it.
+    command.args(setup::debian_mirror()?);
+    cmd::logged("node", "node-mmdebstrap", &mut command)
+}
+
+/// The kernel's release in the tree: the name of its modules' directory.
+fn release(tree: &Path) -> Result<String> {
+    let modules = tree.join("usr/lib/modules");
+    let entry = fs::read_dir(&modules).with_context(|| format!("cannot read {}", modules.display()))?.next();
+    let entry = entry.context("the node's tree has no kernel")??;
+    Ok(entry.file_name().to_string_lossy().into_owned())
+}
+
+/// Busybox, the disk's driver and a script that mounts the disk.
+fn make_initrd(tree: &Path, init: &Path, node: &Node) -> Result<()> {
+    let release = release(tree)?;
+    fs::copy(tree.join(format!("boot/vmlinuz-{release}")), &node.kernel).context("cannot copy the node's kernel")?;
+    let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let driver = tree.join(format!("usr/lib/modules/{release}/kernel/drivers/block/virtio_blk.ko.xz"));
+    let unpacked = Command::new("xz").args(["-dc"]).arg(&driver).output().context("cannot start xz")?;
+    if !unpacked.status.success() {
+        bail!("cannot unpack {}", driver.display());
+    }
+    let mut cpio = Cpio::new(Vec::new());
+    for name in ["bin", "dev", "proc", "root"] {
+        cpio.directory(name, 0o755)?;
+    }
+    cpio.character("dev/console", 0o600, 5, 1)?;
+    cpio.file("bin/busybox", 0o755, &read(&tree.join("usr/bin/busybox"))?)?;
+    cpio.file("virtio_blk.ko", 0o644, &unpacked.stdout)?;
+    cpio.file("init", 0o755, &read(init)?)?;
+    fs::write(&node.initrd, cpio.finish()?).context("cannot write the node's initramfs")
+}
+
+/// An ext4 image of the tree.
+fn make_disk(tree: &Path, disk: &Path) -> Result<()> {
+    ui::say("node", "making the disk");
+    let _ = fs::remove_file(disk);
+    let mut mkfs = Command::new("mkfs.ext4");
+    mkfs.args(["-q", "-F", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0", "-d"]);
+    cmd::logged("node", "node-mkfs", mkfs.arg(tree).arg(disk).arg(DISK))
+}

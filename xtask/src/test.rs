@@ -1,0 +1,88 @@
+//! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
+
+use crate::build::{self, Profile, cargo};
+use crate::node::{self, Add, Machine, Run};
+use crate::{cmd, dist, images, lockfile, paths, setup, ui};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use std::fs;
+use std::time::Duration;
+
+/// What is run.
+#[derive(Args)]
+pub struct Options {
+    /// Only the checks and the unit tests.
+    #[arg(long, conflicts_with = "e2e")]
+    unit: bool,
+    /// Only the end-to-end suites, or those of their tests whose name contains FILTER.
+    #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
+    e2e: Option<String>,
+    /// Build what the suites test in the quick profile.
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Runs what was asked for; the exit code.
+pub fn test(options: &Options) -> Result<u8> {
+    setup::setup()?;
+    if options.e2e.is_none() {
+        unit()?;
+    }
+    if options.unit {
+        ui::say("test", "all passed");
+        return Ok(0);
+    }
+    let code = e2e(options.e2e.as_deref().unwrap_or_default(), Profile::quick(options.quick))?;
+    ui::say("test", if code == 0 { "all passed" } else { "end-to-end tests failed" });
+    Ok(code)
+}
+
+/// Format, lints, the lock file, and the tests beside the code.
+fn unit() -> Result<()> {
+    ui::say("test", "Cargo.lock, format, lints");
+    lockfile::check()?;
+    cmd::shown(cargo().args(["fmt", "--all", "--check"]))?;
+    cmd::shown(cargo().args([
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    ui::say("test", "unit tests");
+    // The end-to-end suites are a package of their own, which only the node can run.
+    cmd::shown(cargo().args(["test", "--quiet", "--workspace", "--exclude", "husk-e2e", "--locked"]))
+}
+
+/// Runs the end-to-end suites in the node.
+fn e2e(filter: &str, profile: Profile) -> Result<u8> {
+    dist::dist(profile)?;
+    let suites = build::tests("husk-e2e")?;
+    if suites.is_empty() {
+        bail!("husk-e2e has no tests");
+    }
+    let images = paths::state().join("images");
+    let mut add: Vec<Add> = Vec::new();
+    for tar in images::build(&images).context("cannot make the OCI images")? {
+        let name = tar.file_name().unwrap_or_default().to_owned();
+        add.push(Add::new(tar, std::path::Path::new("/husk/images").join(name)));
+    }
+    let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=\n");
+    for suite in &suites {
+        let name = &suite.name;
+        add.push(Add::new(&suite.path, format!("/husk/tests/{name}")));
+        script.push_str(&format!(
+            "echo \"== {name}\"\n/husk/tests/{name} --test-threads=1 \"$@\" || failed=\"$failed {name}\"\n"
+        ));
+    }
+    script.push_str("[ -z \"$failed\" ] || { echo \"failed:$failed\"; exit 1; }\n");
+    let path = paths::node().join("e2e.sh");
+    fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
+    let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
+    let env = vec![("HUSK_IMAGES".to_owned(), "/husk/images".to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
+    let time_limit = Duration::from_secs(2700);
+    node::run(&Run { script: path, args, env, add, machine: Machine::default(), time_limit })
+}

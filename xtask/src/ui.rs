@@ -1,0 +1,63 @@
+//! Progress on the terminal: one line per thing done, each with the time since the start.
+
+use std::io::{IsTerminal, Write};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+static START: OnceLock<Instant> = OnceLock::new();
+
+/// Time since the first line was printed.
+pub fn elapsed() -> Duration {
+    START.get_or_init(Instant::now).elapsed()
+}
+
+/// Whether a line may be overwritten: a terminal is there to see it.
+pub fn live() -> bool {
+    std::io::stderr().is_terminal()
+}
+
+fn clock() -> String {
+    let s = elapsed().as_secs_f64();
+    if s < 60.0 { format!("[{s:6.1}s]") } else { format!("[{:3}m{:02}s]", s as u64 / 60, s as u64 % 60) }
+}
+
+/// Prints a line about `step`.
+pub fn say(step: &str, text: impl AsRef<str>) {
+    erase();
+    eprintln!("{} {step}: {}", clock(), text.as_ref());
+}
+
+/// Shows a line that the next one overwrites; only on a terminal.
+pub fn transient(step: &str, text: &str) {
+    if !live() {
+        return;
+    }
+    let width = terminal_width().saturating_sub(1);
+    let line: String = format!("{} {step}: {}", clock(), text.trim()).chars().take(width).collect();
+    eprint!("\r\x1b[K{line}");
+    let _ = std::io::stderr().flush();
+}
+
+/// Takes away a transient line.
+pub fn erase() {
+    if live() {
+        eprint!("\r\x1b[K");
+    }
+}
+
+/// Prints an error and what caused it.
+pub fn failed(error: &anyhow::Error) {
+    erase();
+    eprintln!("{} failed: {error}", clock());
+    for cause in error.chain().skip(1) {
+        eprintln!("    because: {cause}");
+    }
+}
+
+fn terminal_width() -> usize {
+    // SAFETY: winsize is plain data for which all zeroes is a value.
+    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+    // SAFETY: TIOCGWINSZ writes one winsize, which is what it is given.
+    let r = unsafe { libc::ioctl(libc::STDERR_FILENO, libc::TIOCGWINSZ, &mut size) };
+    if r == 0 && size.ws_col > 20 { size.ws_col.into() } else { 100 }
+}
