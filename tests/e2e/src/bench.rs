@@ -1,1 +1,137 @@
-//! The benchmark of starts.
+//! Arithmetic and layout of the benchmark's report.
+
+use std::fmt::Write as _;
+
+use husk_config::timeline::Timeline;
+
+/// The middle of the values, the mean of the two middle ones when their number is even; 0 of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => 0.0,
+        odd if odd % 2 == 1 => sorted[middle],
+        _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
+    }
+}
+
+/// A step of the timeline over several starts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepTime {
+    /// What was reached.
+    pub name: String,
+    /// Median of the milliseconds since `ctr` was started.
+    pub at: f64,
+}
+
+/// Medians of each step over starts that are given with the moment of their `ctr`'s start (CLOCK_MONOTONIC, ns).
+/// A step that some start lacks is left out.
+pub fn step_times(starts: &[(u64, Timeline)]) -> Vec<StepTime> {
+    let Some((_, first)) = starts.first() else { return Vec::new() };
+    let mut times: Vec<StepTime> = Vec::new();
+    for step in &first.steps {
+        let found: Vec<f64> = starts
+            .iter()
+            .filter_map(|(began, timeline)| {
+                let same = timeline.steps.iter().find(|other| other.name == step.name)?;
+                Some((same.at_ns.saturating_sub(*began)) as f64 / 1e6)
+            })
+            .collect();
+        if found.len() == starts.len() && !times.iter().any(|time| time.name == step.name) {
+            times.push(StepTime { name: step.name.clone(), at: median(&found) });
+        }
+    }
+    times.sort_by(|one, other| one.at.total_cmp(&other.at));
+    times
+}
+
+/// What one runtime took.
+#[derive(Debug, Clone)]
+pub struct Series {
+    /// The runtime's short name.
+    pub name: &'static str,
+    /// Seconds of each run.
+    pub seconds: Vec<f64>,
+}
+
+/// Memory at idle in KiB.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Weight {
+    /// PSS of the VMM beside guest memory.
+    pub vmm: u64,
+    /// PSS of guest memory.
+    pub guest: u64,
+    /// PSS of the shim.
+    pub shim: u64,
+}
+
+/// The report, in Markdown, as `docs/performance.md` keeps it.
+pub fn report(series: &[Series], steps: &[StepTime], weight: Option<Weight>) -> String {
+    let mut text = String::new();
+    let base = series.iter().find(|one| one.name == "runc").map_or(0.0, |one| median(&one.seconds));
+    let _ = writeln!(text, "| `ctr run --rm … true` | median | fastest | slowest | runs | × runc |");
+    let _ = writeln!(text, "| --- | ---: | ---: | ---: | ---: | ---: |");
+    for Series { name, seconds } in series {
+        let middle = median(seconds);
+        let fastest = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+        let slowest = seconds.iter().copied().fold(0.0, f64::max);
+        let ratio = if base > 0.0 { format!("{:.2}", middle / base) } else { "–".to_owned() };
+        let runs = seconds.len();
+        let _ = writeln!(text, "| {name} | {middle:.2} s | {fastest:.2} s | {slowest:.2} s | {runs} | {ratio} |");
+    }
+    if !steps.is_empty() {
+        let _ = writeln!(text, "\n| Husk's start | since `ctr` began | since the step before |");
+        let _ = writeln!(text, "| --- | ---: | ---: |");
+        let mut before = 0.0;
+        for StepTime { name, at } in steps {
+            let _ = writeln!(text, "| {name} | {at:.0} ms | {:.0} ms |", at - before);
+            before = *at;
+        }
+    }
+    if let Some(Weight { vmm, guest, shim }) = weight {
+        let mib = |kib: u64| kib as f64 / 1024.0;
+        let _ = writeln!(text, "\n| PSS of an idle container | MiB |\n| --- | ---: |");
+        let _ = writeln!(text, "| VMM process, beside guest memory | {:.1} |", mib(vmm));
+        let _ = writeln!(text, "| shim | {:.1} |", mib(shim));
+        let _ = writeln!(text, "| guest memory touched | {:.1} |", mib(guest));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_of_odd_and_even_numbers() {
+        assert_eq!(median(&[]), 0.0);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn steps_are_those_of_all_starts_in_order() {
+        let start = |offset: u64, steps: &[(&str, u64)]| {
+            let mut timeline = Timeline::default();
+            steps.iter().for_each(|(name, at)| timeline.push(*name, offset + at * 1_000_000));
+            (offset, timeline)
+        };
+        let starts = [
+            start(5, &[("shim up", 10), ("agent ready", 50)]),
+            start(9, &[("shim up", 20), ("agent ready", 40)]),
+            start(7, &[("shim up", 30), ("agent ready", 60), ("odd", 70)]),
+        ];
+        let expected = [("shim up", 20.0), ("agent ready", 50.0)];
+        assert_eq!(step_times(&starts), expected.map(|(name, at)| StepTime { name: name.to_owned(), at }));
+    }
+
+    #[test]
+    fn ratios_are_to_runc() {
+        let series =
+            [Series { name: "runc", seconds: vec![2.0] }, Series { name: "husk", seconds: vec![3.0, 3.0, 9.0] }];
+        let text = report(&series, &[StepTime { name: "shim up".into(), at: 12.0 }], Some(Weight::default()));
+        assert!(text.contains("| husk | 3.00 s | 3.00 s | 9.00 s | 3 | 1.50 |"), "{text}");
+        assert!(text.contains("| shim up | 12 ms | 12 ms |"), "{text}");
+    }
+}

@@ -2,7 +2,6 @@
 //!
 //! The suites run in the test node as root, one test at a time, against the containerd there. `HUSK_E2E_RUNTIME` names
 //! the runtime under test, so that the same tests run against runc, which proves the tests themselves.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod bench;
 pub mod case;

@@ -10,8 +10,7 @@ use crate::command::{Input, Running, ctr, run_ctr};
 
 /// The last lines of containerd's log, which `HUSK_E2E_CONTAINERD_LOG` names.
 pub fn log_tail(lines: usize) -> String {
-    let path =
-        std::env::var("HUSK_E2E_CONTAINERD_LOG").unwrap_or_else(|_| "/var/log/containerd.log".to_owned());
+    let path = std::env::var("HUSK_E2E_CONTAINERD_LOG").unwrap_or_else(|_| "/var/log/containerd.log".to_owned());
     let Ok(log) = fs::read(&path) else {
         return format!("(cannot read {path})");
     };

@@ -49,9 +49,10 @@ fn layers_are_stacked_and_the_root_is_writable() {
             mkdir /opt/tools/d && chown 1000:44 /opt/tools/d && stat -c '%u:%g' /opt/tools/d
             ln /bin/busybox /srv/link && stat -c %h /srv/link
             mkfifo /srv/fifo && (echo through > /srv/fifo & cat /srv/fifo)";
-        case.sh(script).output().expect_clean().expect_out(
-            "second layer\n-rw-------\n1000:1000 750\n0:0 1777\nnew\nremoved\n1000:44\n2\nthrough",
-        );
+        case.sh(script)
+            .output()
+            .expect_clean()
+            .expect_out("second layer\n-rw-------\n1000:1000 750\n0:0 1777\nnew\nremoved\n1000:44\n2\nthrough");
     });
 }
 

@@ -96,7 +96,8 @@ fn a_paused_container_does_not_run() {
 #[test]
 fn ps_lists_the_true_pids() {
     case("ps", |case| {
-        let container = case.container(case.sh("sleep 1001 & sleep 1002 & (sleep 1003 & sleep 1004 & wait) & echo up; wait"));
+        let container =
+            case.container(case.sh("sleep 1001 & sleep 1002 & (sleep 1003 & sleep 1004 & wait) & echo up; wait"));
         let listed = || {
             let output = container.task(&["ps"]).expect_clean();
             let mut pids: Vec<u32> =
@@ -161,10 +162,15 @@ fn changed_limits_are_seen_inside() {
             spec["linux"]["resources"]["cpu"] = json!({ "quota": 50_000, "period": 100_000, "shares": 512 });
             spec["linux"]["resources"]["pids"] = json!({ "limit": 50 });
             husk_e2e::spec::push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
-            husk_e2e::spec::push(spec, "", "mounts", json!({
-                "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]
-            }));
+            husk_e2e::spec::push(
+                spec,
+                "",
+                "mounts",
+                json!({
+                    "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+                    "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]
+                }),
+            );
         });
         let container = case.container(run);
         let script = "cd /sys/fs/cgroup; cat memory.max cpu.max pids.max";

@@ -14,7 +14,9 @@ fn exec_runs_in_the_container_and_returns_its_exit_code() {
             .exec_with("e4", &["--user", "1000:1000"], &["sh", "-c", "id -u; id -g; cat /home/tester/mine"])
             .expect_out("1000\n1000\ntester's own");
         // Its own process, in the container's namespaces, with the container's environment.
-        container.exec("e5", &["sh", "-c", "test $$ -ne 1 && cat /proc/1/comm; echo $IMAGE"]).expect_out("sleep\nbusybox");
+        container
+            .exec("e5", &["sh", "-c", "test $$ -ne 1 && cat /proc/1/comm; echo $IMAGE"])
+            .expect_out("sleep\nbusybox");
         let mut running = Running::start(container.exec_command("e6", &[], &["cat"]), Input::Pipe);
         running.write(b"through exec\n");
         running.wait_for("through exec");
@@ -32,14 +34,14 @@ fn exec_runs_in_the_container_and_returns_its_exit_code() {
 fn exec_on_a_terminal() {
     case("exec-tty", |case| {
         let container = case.sleeper();
-        let script = "tty; stty size; trap 'echo resized to $(stty size)' WINCH; echo up
-            while read line; do case $line in end) exit 6;; esac; done";
+        let script = "tty; while [ \"$(stty size 2>/dev/null)\" != '25 81' ]; do sleep 0.1; done
+            trap 'echo resized to $(stty size)' WINCH
+            echo up; while :; do read line || continue; case $line in end) exit 6;; esac; done";
         let command = container.exec_command("t1", &["--tty"], &["sh", "-c", script]);
         let mut terminal = Terminal::start(command, 25, 81);
         terminal.running.wait_for("/dev/pts/");
         terminal.running.wait_for("up");
         terminal.resize(40, 120);
-        terminal.type_in("x\n");
         terminal.running.wait_for("resized to 40 120");
         terminal.type_in("end\n");
         terminal.running.wait().expect_code(6);
@@ -67,11 +69,11 @@ fn two_hundred_execs_in_a_row() {
 fn eight_execs_at_once() {
     case("exec-many", |case| {
         let container = case.sleeper();
-        let script = |number: usize| format!("read line; for i in $(seq 1 200); do echo {number} $line $i; done; exit {number}");
+        let script =
+            |number: usize| format!("read line; for i in $(seq 1 200); do echo {number} $line $i; done; exit {number}");
         let mut all: Vec<Running> = (0..8)
             .map(|number| {
-                let command =
-                    container.exec_command(&format!("m{number}"), &[], &["sh", "-c", &script(number)]);
+                let command = container.exec_command(&format!("m{number}"), &[], &["sh", "-c", &script(number)]);
                 Running::start(command, Input::Pipe)
             })
             .collect();

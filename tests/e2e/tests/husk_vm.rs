@@ -12,9 +12,10 @@ fn guest_release() -> String {
     let image = fs::read("/usr/local/share/husk/vmlinux").unwrap();
     let banner = b"Linux version ";
     // The format string has the banner's words too, before a `%s`.
-    let releases = image.windows(banner.len() + 1).enumerate().filter(|(_, bytes)| {
-        bytes.starts_with(banner) && bytes[banner.len()].is_ascii_digit()
-    });
+    let releases = image
+        .windows(banner.len() + 1)
+        .enumerate()
+        .filter(|(_, bytes)| bytes.starts_with(banner) && bytes[banner.len()].is_ascii_digit());
     let start = releases.map(|(at, _)| at + banner.len()).next().unwrap();
     image[start..].iter().take_while(|byte| **byte != b' ').map(|byte| char::from(*byte)).collect()
 }

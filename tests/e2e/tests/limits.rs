@@ -57,7 +57,9 @@ fn an_oom_kill_is_reported_as_one() {
 #[test]
 fn a_child_that_is_oom_killed_leaves_the_container_running() {
     case("oom-child", |case| {
-        let run = case.sh("dd if=/dev/zero of=/dev/null bs=200M count=1; echo $?; exit 5").flags(&["--memory-limit", "67108864"]);
+        let run = case
+            .sh("dd if=/dev/zero of=/dev/null bs=200M count=1; echo $?; exit 5")
+            .flags(&["--memory-limit", "67108864"]);
         let output = run.output().expect_code(5);
         assert!(output.out().contains("137"), "{}", output.describe());
     });

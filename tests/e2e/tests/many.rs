@@ -8,7 +8,9 @@ use husk_e2e::command::{Input, Running};
 fn ten_at_once() {
     case("ten", |case| {
         let mut all: Vec<Running> = (0..10)
-            .map(|number| case.sh(&format!("echo up {number}; read line; echo $line {number}; exit {number}")).start(Input::Pipe))
+            .map(|number| {
+                case.sh(&format!("echo up {number}; read line; echo $line {number}; exit {number}")).start(Input::Pipe)
+            })
             .collect();
         // All ten run at the same time before the first may end.
         for (number, running) in all.iter_mut().enumerate() {

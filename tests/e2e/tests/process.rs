@@ -36,13 +36,16 @@ fn user_and_additional_groups() {
 fn capabilities() {
     case("caps", |case| {
         // CHOWN, NET_BIND_SERVICE and KILL only: bits 0, 10 and 5.
-        let run = case.with_spec(&format!("{STATUS}; chown 1:1 /tmp && echo may chown; hostname x || echo may not"), |spec| {
-            let set = json!(["CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_KILL"]);
-            spec["process"]["capabilities"] = json!({
-                "bounding": set, "effective": ["CAP_CHOWN", "CAP_KILL"], "permitted": set,
-                "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"],
-            });
-        });
+        let run = case.with_spec(
+            &format!("{STATUS}; chown 1:1 /tmp && echo may chown; hostname x || echo may not"),
+            |spec| {
+                let set = json!(["CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_KILL"]);
+                spec["process"]["capabilities"] = json!({
+                    "bounding": set, "effective": ["CAP_CHOWN", "CAP_KILL"], "permitted": set,
+                    "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"],
+                });
+            },
+        );
         let output = run.output().expect_code(0);
         assert_eq!(output.value("CapBnd"), "0000000000000421");
         assert_eq!(output.value("CapPrm"), "0000000000000421");
@@ -75,7 +78,8 @@ fn no_new_privileges_and_its_absence() {
 #[test]
 fn rlimits_oom_score_environment_and_directory() {
     case("limits", |case| {
-        let script = "ulimit -n; ulimit -Hn; ulimit -c; ulimit -u; cat /proc/self/oom_score_adj; pwd; echo $A-$B; env | wc -l";
+        let script =
+            "ulimit -n; ulimit -Hn; ulimit -c; ulimit -u; cat /proc/self/oom_score_adj; pwd; echo $A-$B; env | wc -l";
         let run = case.with_spec(script, |spec| {
             spec["process"]["rlimits"] = json!([
                 { "type": "RLIMIT_NOFILE", "soft": 345, "hard": 678 },
@@ -89,7 +93,12 @@ fn rlimits_oom_score_environment_and_directory() {
         let output = run.output().expect_clean();
         let out = output.out();
         let lines: Vec<&str> = out.lines().collect();
-        assert_eq!(lines[..7], ["345", "678", "0", "77", "321", "/home/tester", "with space-x=y"], "{}", output.describe());
+        assert_eq!(
+            lines[..7],
+            ["345", "678", "0", "77", "321", "/home/tester", "with space-x=y"],
+            "{}",
+            output.describe()
+        );
         // ctr's flags for the same, a directory that does not exist is made as runc makes it.
         let run = case.sh("pwd; echo $A").flags(&["--env", "A=flag", "--cwd", "/srv/made/here"]);
         run.output().expect_clean().expect_out("/srv/made/here\nflag");
@@ -199,7 +208,8 @@ fn seccomp_of_a_profile_of_our_own_also_on_exec() {
         assert!(output.out().contains("allowed"), "personality(PER_LINUX)\n{}", output.describe());
         container.kill();
         // containerd's default profile keeps ordinary programs running.
-        let output = case.sh("grep ^Seccomp: /proc/self/status; unshare -m true || echo refused").flags(&["--seccomp"]).output();
+        let output =
+            case.sh("grep ^Seccomp: /proc/self/status; unshare -m true || echo refused").flags(&["--seccomp"]).output();
         assert_eq!(output.value("Seccomp"), "2");
         assert!(output.out().contains("refused"), "{}", output.describe());
     });

@@ -58,7 +58,8 @@ fn a_read_only_root() {
 #[test]
 fn default_mounts_and_devices() {
     case("defaults", |case| {
-        let script = "for d in null zero full random urandom tty; do test -c /dev/$d && stat -c '%n %t:%T %a' /dev/$d; done
+        let script =
+            "for d in null zero full random urandom tty; do test -c /dev/$d && stat -c '%n %t:%T %a' /dev/$d; done
             for l in fd stdin stdout stderr ptmx; do readlink /dev/$l; done
             echo x > /dev/null; head -c 4 /dev/zero | od -An -tx1; head -c 9 /dev/urandom | wc -c; echo x > /dev/full
             awk '{print $5}' /proc/self/mountinfo | grep -cE '^(/|/proc|/dev|/dev/pts|/dev/shm|/dev/mqueue|/sys|/run)$'
@@ -129,9 +130,15 @@ fn bind_mounts_with_their_options() {
             let line = out.lines().find(|line| line.starts_with(point)).unwrap_or_default();
             line.split(' ').nth(1).unwrap_or_default().split(',').map(str::to_owned).collect::<Vec<_>>()
         };
-        for (point, wanted) in [("/ro ", ["ro", "nosuid", "nodev"].as_slice()), ("/rw ", &["rw"]), ("/noexec ", &["noexec"])] {
+        for (point, wanted) in
+            [("/ro ", ["ro", "nosuid", "nodev"].as_slice()), ("/rw ", &["rw"]), ("/noexec ", &["noexec"])]
+        {
             let found = options(point);
-            assert!(wanted.iter().all(|want| found.iter().any(|f| f == want)), "{point}{found:?}\n{}", output.describe());
+            assert!(
+                wanted.iter().all(|want| found.iter().any(|f| f == want)),
+                "{point}{found:?}\n{}",
+                output.describe()
+            );
         }
         assert!(output.err().contains("Read-only file system"), "{}", output.describe());
         assert!(output.err().contains("/noexec/tool: Permission denied"), "{}", output.describe());
@@ -196,8 +203,7 @@ fn propagation_of_mounts() {
         let run = case.with_spec(script, |spec| {
             spec["linux"]["rootfsPropagation"] = json!("rprivate");
             for (point, how) in [("/slave", "rslave"), ("/private", "rprivate")] {
-                let mount =
-                    json!({ "destination": point, "type": "bind", "source": dir, "options": ["rbind", how] });
+                let mount = json!({ "destination": point, "type": "bind", "source": dir, "options": ["rbind", how] });
                 spec::push(spec, "", "mounts", mount);
             }
         });
@@ -230,7 +236,8 @@ fn propagation_of_mounts() {
 #[test]
 fn namespaces_are_the_containers_own() {
     case("namespaces", |case| {
-        let script = "echo up; for n in mnt pid ipc net uts; do readlink /proc/self/ns/$n; done; echo end; exec sleep 1000";
+        let script =
+            "echo up; for n in mnt pid ipc net uts; do readlink /proc/self/ns/$n; done; echo end; exec sleep 1000";
         let mut one = case.sh(script).start(Input::Pipe);
         let mut two = case.sh(script).start(Input::Pipe);
         one.wait_for("end");
@@ -238,7 +245,16 @@ fn namespaces_are_the_containers_own() {
         // Two containers of their own have neither another's processes nor another's interfaces.
         let list = husk_e2e::command::run_ctr(&["tasks", "ls", "-q"]).out();
         for id in list.lines() {
-            let output = husk_e2e::command::run_ctr(&["tasks", "exec", "--exec-id", "ns", id, "sh", "-c", "ls -d /proc/[0-9]* | wc -l; ls /sys/class/net"]);
+            let output = husk_e2e::command::run_ctr(&[
+                "tasks",
+                "exec",
+                "--exec-id",
+                "ns",
+                id,
+                "sh",
+                "-c",
+                "ls -d /proc/[0-9]* | wc -l; ls /sys/class/net",
+            ]);
             assert!(output.out().ends_with("lo\n"), "{}", output.describe());
             husk_e2e::command::run_ctr(&["tasks", "kill", "-s", "KILL", id]).expect_code(0);
         }

@@ -1,0 +1,148 @@
+//! `husk-bench start`: how long containers take to start and end under runc, runsc and Husk, in one boot of the node.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use husk_config::timeline::Timeline;
+use husk_e2e::bench::{Series, Weight, report, step_times};
+use husk_e2e::command::{Input, Running, ctr};
+use husk_e2e::{BUSYBOX, node, vm};
+
+/// Measurements in the test node.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Wall time of `ctr run --rm … true`, interleaved, and where Husk's time goes.
+    Start {
+        /// Runs of each runtime, after one that is not counted.
+        #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(5..))]
+        runs: u32,
+        /// What is measured.
+        #[arg(long, value_delimiter = ',', default_value = "runc,runsc,husk")]
+        runtimes: Vec<String>,
+        /// Where the Markdown table is written.
+        #[arg(long, default_value = "/out/start.md")]
+        out: PathBuf,
+    },
+}
+
+/// A runtime and how `ctr` is told to use it.
+struct Runtime {
+    name: &'static str,
+    flags: &'static [&'static str],
+}
+
+const RUNTIMES: [Runtime; 3] = [
+    Runtime { name: "runc", flags: &["--runtime", "io.containerd.runc.v2"] },
+    // Debian's runsc comes without a shim of its own; containerd's shim for runc drives it.
+    Runtime { name: "runsc", flags: &["--runtime", "io.containerd.runc.v2", "--runc-binary", "runsc"] },
+    Runtime { name: "husk", flags: &["--runtime", "io.containerd.husk.v2"] },
+];
+
+/// Where Husk's shims note their timelines meanwhile.
+const TIMELINES: &str = "/run/husk-bench-timelines";
+
+fn main() -> Result<()> {
+    let What::Start { runs, runtimes, out } = Cli::parse().what;
+    let mut chosen = Vec::new();
+    for name in &runtimes {
+        let Some(runtime) = RUNTIMES.iter().find(|runtime| runtime.name == name) else {
+            bail!("no runtime {name:?}: there are runc, runsc and husk");
+        };
+        chosen.push(runtime);
+    }
+    node::need_image(BUSYBOX);
+    let configuration = fs::read_to_string("/etc/husk/config.toml").unwrap_or_default();
+    let _config = node::Config::set(&format!("{configuration}\ntimeline_log = \"{TIMELINES}\"\n"));
+    let text = start(runs, &chosen)?;
+    println!("\n{text}");
+    if let Some(dir) = out.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    fs::write(&out, text).with_context(|| format!("cannot write {}", out.display()))
+}
+
+fn start(runs: u32, runtimes: &[&Runtime]) -> Result<String> {
+    let mut series: Vec<Series> =
+        runtimes.iter().map(|runtime| Series { name: runtime.name, seconds: Vec::new() }).collect();
+    let mut starts = Vec::new();
+    // Round 0 warms caches and is not counted.
+    for round in 0..=runs {
+        for (runtime, series) in runtimes.iter().zip(&mut series) {
+            let began = monotonic();
+            let (seconds, id) = one(runtime, round)?;
+            if round == 0 {
+                continue;
+            }
+            println!("round {round}: {} {seconds:.2} s", runtime.name);
+            series.seconds.push(seconds);
+            if runtime.name == "husk" {
+                starts.push((began, timeline(&id)?));
+            }
+        }
+    }
+    let weight = if runtimes.iter().any(|runtime| runtime.name == "husk") { Some(weigh()?) } else { None };
+    Ok(report(&series, &step_times(&starts), weight))
+}
+
+/// One container from start to end; its wall time and its id.
+fn one(runtime: &Runtime, round: u32) -> Result<(f64, String)> {
+    let id = format!("bench-{}-{round}", runtime.name);
+    let mut args = vec!["run", "--rm"];
+    args.extend(runtime.flags);
+    args.extend([BUSYBOX, &id, "true"]);
+    let output = Running::start(ctr(&args), Input::Null).wait();
+    if output.code != 0 {
+        bail!("{} failed\n{}", runtime.name, output.describe());
+    }
+    Ok((output.took.as_secs_f64(), id))
+}
+
+/// The timeline that the shim of `id` has noted, possibly a moment after `ctr` has returned.
+fn timeline(id: &str) -> Result<Timeline> {
+    let find = || {
+        let text = fs::read_to_string(Path::new(TIMELINES)).ok()?;
+        Timeline::from_lines(&text).ok()?.into_iter().rev().find(|timeline| timeline.sandbox == id)
+    };
+    node::eventually(Duration::from_secs(10), find).with_context(|| format!("no timeline of {id} in {TIMELINES}"))
+}
+
+/// What an idle container of Husk's takes of memory.
+fn weigh() -> Result<Weight> {
+    let id = "bench-weight";
+    let mut running = Running::start(
+        ctr(&[
+            "run",
+            "--rm",
+            "--runtime",
+            "io.containerd.husk.v2",
+            BUSYBOX,
+            id,
+            "sh",
+            "-c",
+            "echo up; exec sleep 1000",
+        ]),
+        Input::Null,
+    );
+    running.wait_for("up");
+    let [vmm] = vm::vmm_of(id)[..] else { bail!("the container has not one VMM") };
+    let [shim] = vm::shims_of(id)[..] else { bail!("the container has not one shim") };
+    let (vmm, shim) = (vm::memory(vmm)?, vm::memory(shim)?);
+    Running::start(ctr(&["tasks", "kill", "-s", "KILL", id]), Input::Null).wait();
+    running.wait();
+    Ok(Weight { vmm: vmm.own, guest: vmm.guest, shim: shim.own + shim.guest })
+}
+
+/// Now, on the clock that the timelines use.
+fn monotonic() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("the monotonic clock");
+    u64::try_from(time.tv_sec()).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or(0)
+}
