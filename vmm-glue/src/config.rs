@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod check;
+
 /// Everything a virtual machine is made of.
 ///
 /// Files and devices are never named by path: where a device needs one, the configuration holds an [`FdIndex`], the

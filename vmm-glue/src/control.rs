@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{BlkConfig, NetConfig, VmConfig};
 
+pub mod wire;
+
 /// From shim to VMM.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
@@ -113,4 +115,20 @@ pub enum ExitReason {
     Stopped,
     /// KVM could not go on.
     Failed(String),
+}
+
+/// An error with all its causes, in one line: what goes into an answer and into the log.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        // Transparent wrappers repeat what they wrap.
+        if !text.ends_with(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        cause = error.source();
+    }
+    text
 }

@@ -1,3 +1,10 @@
 //! Virtio: the transport, and what every device has in common.
 
 pub mod device;
+pub mod fs;
+pub mod mmio;
+pub mod slots;
+pub mod queue;
+pub mod vsock;
+#[cfg(test)]
+mod testing;

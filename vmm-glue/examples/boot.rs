@@ -1,0 +1,116 @@
+//! Boots a kernel and an initial RAM file system by hand: `boot VMLINUX INITRD [--memory MIB] [--vcpus N] [--share DIR]
+//! [--connect PORT] [--params TEXT] [--pause]`. The guest's console goes to standard output, marks to standard error.
+//!
+//! With `--connect` standard input and output are joined to a vsock stream once the guest accepts it.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use husk_vmm::client::{ARGV0, CONTROL_FD, SpawnOptions, Vmm, spawn};
+use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
+use husk_vmm::control::{Call, ExitReason, Notice};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    if std::env::args().next().as_deref() == Some(ARGV0) {
+        // SAFETY: the spawning process has placed the control socket here for us.
+        husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    }
+    let mut arguments = std::env::args().skip(1);
+    let (mut files, mut config, mut port, mut pause) = (Vec::new(), config(), None, false);
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().ok_or("a value is missing");
+        match argument.as_str() {
+            "--memory" => config.memory_mib = value()?.parse()?,
+            "--vcpus" => config.vcpus = value()?.parse()?,
+            "--params" => config.kernel_params = value()?,
+            "--share" => config.share = Some(ShareConfig { tag: "husk".to_owned(), root: value()?, workers: 1 }),
+            "--connect" => port = Some(value()?.parse()?),
+            "--pause" => pause = true,
+            _ => files.push(File::open(argument)?),
+        }
+    }
+    let [kernel, initrd] = files.try_into().map_err(|_| "usage: boot VMLINUX INITRD [options]")?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+    let (mut console, writer) = io::pipe()?;
+
+    let spawned = spawn(SpawnOptions::default())?;
+    let started = now_ms();
+    eprintln!("[pid {}]", spawned.pid);
+    let mut vmm = Vmm::new(spawned.control);
+    let fds: [BorrowedFd<'_>; 4] = [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), writer.as_fd()];
+    vmm.call(Call::Create(Box::new(config)), &fds)?;
+    drop(writer);
+    let output = std::thread::spawn(move || io::copy(&mut console, &mut io::stdout()));
+    vmm.call(Call::Resume, &[])?;
+    if pause {
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(50));
+            vmm.call(Call::Pause, &[])?;
+            eprintln!("[paused]");
+            vmm.call(Call::Resume, &[])?;
+        }
+    }
+    if let Some(port) = port {
+        join(vmm.connect(port)?)?;
+        vmm.call(Call::Stop, &[])?;
+    }
+    loop {
+        match vmm.notice()? {
+            Notice::Mark { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
+            Notice::Exited { reason } => {
+                eprintln!("[exited: {reason:?} at {} ms]", now_ms() - started);
+                let _ = output.join();
+                return match reason {
+                    ExitReason::Reset | ExitReason::Stopped => Ok(()),
+                    ExitReason::Failed(why) => Err(why.into()),
+                };
+            }
+        }
+    }
+}
+
+/// Joins standard input and output to the stream, until the guest closes it.
+fn join(stream: std::os::unix::net::UnixStream) -> io::Result<()> {
+    let mut writer = stream.try_clone()?;
+    std::thread::spawn(move || {
+        let _ = io::copy(&mut io::stdin(), &mut writer);
+        let _ = writer.shutdown(std::net::Shutdown::Write);
+    });
+    let mut reader = stream;
+    let mut buffer = [0; 64 << 10];
+    loop {
+        match reader.read(&mut buffer)? {
+            0 => return Ok(()),
+            len => io::stdout().write_all(buffer.get(..len).unwrap_or_default())?,
+        }
+    }
+}
+
+fn config() -> VmConfig {
+    VmConfig {
+        id: "boot".to_owned(),
+        vcpus: 1,
+        memory_mib: 256,
+        kvm: FdIndex(0),
+        kernel: FdIndex(1),
+        initrd: FdIndex(2),
+        kernel_params: String::new(),
+        console: FdIndex(3),
+        share: None,
+        vsock_cid: 3,
+        net: Vec::new(),
+        blk: Vec::new(),
+        balloon: false,
+        spare_slots: 2,
+    }
+}
+
+fn now_ms() -> f64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure lives until the call returns.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as f64 * 1e3 + now.tv_nsec as f64 / 1e6
+}

@@ -1,0 +1,110 @@
+//! What the kernel's 64-bit boot protocol wants to find in memory: the zero page, its memory map, and boot data.
+//!
+//! Documentation/arch/x86/boot.rst and zero-page.rst of Linux.
+
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
+
+use super::layout;
+use crate::virtio::device::GuestMemory;
+
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = 0x5372_6448; // "HdrS"
+const LOADER_UNDEFINED: u8 = 0xff;
+const KERNEL_ALIGNMENT: u32 = 0x100_0000;
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+/// `struct setup_data` of this type seeds the kernel's random number generator.
+const SETUP_RNG_SEED: u32 = 9;
+/// Bytes of entropy passed: what the kernel's generator takes in for full strength.
+pub const SEED_LEN: usize = 32;
+
+/// boot_params is plain data; the wrapper lets vm-memory write it.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+struct ZeroPage(boot_params);
+
+// SAFETY: boot_params is a packed C structure of integers without padding.
+unsafe impl ByteValued for ZeroPage {}
+
+/// Where the parts of the boot are, as the kernel is told.
+pub struct BootData<'a> {
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Command line without its final NUL.
+    pub cmdline: &'a str,
+    /// Guest-physical address of the initial RAM file system.
+    pub initrd: u64,
+    /// Its length.
+    pub initrd_len: u64,
+    /// Fresh entropy.
+    pub seed: [u8; SEED_LEN],
+}
+
+/// Writes zero page, command line and setup data.
+///
+/// # Errors
+/// Those of guest memory.
+pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory::GuestMemoryError> {
+    memory.write_slice(data.cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
+    memory.write_obj(0u8, GuestAddress(layout::CMDLINE + data.cmdline.len() as u64))?;
+
+    // The kernel credits this seed and wipes it: its generator is ready before the first process asks.
+    let mut seed = Vec::with_capacity(16 + SEED_LEN);
+    seed.extend_from_slice(&0u64.to_le_bytes()); // no next element
+    seed.extend_from_slice(&SETUP_RNG_SEED.to_le_bytes());
+    seed.extend_from_slice(&(SEED_LEN as u32).to_le_bytes());
+    seed.extend_from_slice(&data.seed);
+    memory.write_slice(&seed, GuestAddress(layout::SETUP_DATA))?;
+
+    let mut params = ZeroPage::default().0;
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.boot_flag = BOOT_FLAG;
+    params.hdr.header = HEADER_MAGIC;
+    params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
+    params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
+    params.hdr.cmdline_size = data.cmdline.len() as u32;
+    params.hdr.ramdisk_image = data.initrd as u32;
+    params.hdr.ramdisk_size = data.initrd_len as u32;
+    params.hdr.setup_data = layout::SETUP_DATA;
+
+    let map = e820(data.memory);
+    params.e820_entries = map.len() as u8;
+    for (slot, (addr, size, type_)) in params.e820_table.iter_mut().zip(map) {
+        *slot = boot_e820_entry { addr, size, type_ };
+    }
+    memory.write_obj(ZeroPage(params), GuestAddress(layout::ZERO_PAGE))
+}
+
+/// The memory map: start, length, type.
+fn e820(memory: u64) -> Vec<(u64, u64, u32)> {
+    let mut map = vec![
+        (0, layout::LOW_RAM_END, E820_RAM),
+        (layout::LOW_RAM_END, layout::HIGH_RAM - layout::LOW_RAM_END, E820_RESERVED),
+    ];
+    for (start, len) in layout::ram(memory) {
+        let from = start.max(layout::HIGH_RAM);
+        map.push((from, start + len - from, E820_RAM));
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn memory_map_is_ordered_and_complete(mib in 64u64..1 << 20) {
+            let map = e820(mib << 20);
+            let mut end = 0;
+            for (start, len, _) in &map {
+                prop_assert!(*start >= end);
+                end = start + len;
+            }
+            let ram: u64 = map.iter().filter(|(_, _, kind)| *kind == E820_RAM).map(|(_, len, _)| len).sum();
+            prop_assert_eq!(ram, (mib << 20) - (layout::HIGH_RAM - layout::LOW_RAM_END));
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! What the guest's processors say they are: KVM's supported CPUID, with what must differ in a machine of this shape.
+//!
+//! Leaf numbers and fields: Intel SDM volume 2A "CPUID", AMD APM volume 3 appendix E,
+//! Documentation/virt/kvm/x86/cpuid.rst for 0x4000_0001.
+
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+const ECX1_MONITOR: u32 = 1 << 3;
+const ECX1_VMX: u32 = 1 << 5;
+const ECX1_X2APIC: u32 = 1 << 21;
+const ECX1_TSC_DEADLINE: u32 = 1 << 24;
+const ECX1_HYPERVISOR: u32 = 1 << 31;
+const EDX1_HTT: u32 = 1 << 28;
+const EXT1_ECX_SVM: u32 = 1 << 2;
+/// Asynchronous page faults, in the three bits that offer them: they pay only when the host swaps guest memory, and
+/// on older hosts cost an exit storm.
+const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
+/// Facts about this machine that CPUID has to agree with.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine {
+    /// Number of processors; their APIC ids count from 0.
+    pub vcpus: u8,
+    /// KVM emulates the TSC deadline timer.
+    pub tsc_deadline: bool,
+}
+
+/// CPUID of processor `id`, from what KVM supports on this host.
+pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Vec<kvm_cpuid_entry2> {
+    let vcpus = u32::from(machine.vcpus);
+    let id = u32::from(id);
+    let id_bits = vcpus.next_power_of_two().trailing_zeros();
+    let mut entries: Vec<kvm_cpuid_entry2> =
+        supported.iter().filter(|entry| keep(entry.function)).copied().collect();
+    for entry in &mut entries {
+        match entry.function {
+            0x1 => {
+                entry.ebx = entry.ebx & 0xffff | vcpus << 16 | id << 24;
+                entry.ecx &= !(ECX1_MONITOR | ECX1_VMX | ECX1_TSC_DEADLINE);
+                entry.ecx |= ECX1_X2APIC | ECX1_HYPERVISOR;
+                if machine.tsc_deadline {
+                    entry.ecx |= ECX1_TSC_DEADLINE;
+                }
+                entry.edx = if vcpus > 1 { entry.edx | EDX1_HTT } else { entry.edx & !EDX1_HTT };
+            }
+            // Deterministic cache parameters: first and second level to one processor, the rest to all.
+            0x4 if entry.eax & 0x1f != 0 => {
+                let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << id_bits) - 1 } else { 0 };
+                entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1u32 << id_bits) - 1).min(63) << 26;
+            }
+            0x8000_001d if entry.eax & 0x1f != 0 => {
+                let sharing = if entry.eax >> 5 & 7 >= 3 { vcpus - 1 } else { 0 };
+                entry.eax = entry.eax & 0x3fff | sharing << 14;
+            }
+            0x4000_0001 => entry.eax &= !KVM_ASYNC_PF,
+            // Nested virtualisation is no business of a pod's guest.
+            0x8000_0001 => entry.ecx &= !EXT1_ECX_SVM,
+            // Cores, and how many bits of the APIC id tell them apart.
+            0x8000_0008 => entry.ecx = id_bits << 12 | (vcpus - 1),
+            // APIC id, one thread per core, one node.
+            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
+            _ => {}
+        }
+    }
+    // Extended topology: every processor a core of the one package.
+    if entries.iter().any(|entry| entry.function == 0 && entry.eax >= 0xb) {
+        let level = |index, shift, count, kind: u32| kvm_cpuid_entry2 {
+            function: 0xb,
+            index,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: count,
+            ecx: kind << 8 | index,
+            edx: id,
+            ..Default::default()
+        };
+        entries.push(level(0, 0, 1, 1));
+        entries.push(level(1, id_bits, vcpus, 2));
+        entries.push(level(2, 0, 0, 0));
+    }
+    entries
+}
+
+/// Leaves that are left out altogether.
+fn keep(function: u32) -> bool {
+    !matches!(
+        function,
+        0x5                 // MONITOR
+        | 0xa               // performance counters: they would let guests watch the host
+        | 0xb | 0x1f        // topology: made anew
+        | 0x12              // SGX
+        | 0x14              // processor trace
+        | 0x15 | 0x16       // clock frequencies: the host's, and wrong under emulation; kvmclock tells the truth
+        | 0x8000_000a       // SVM
+        | 0x8000_001b       // instruction based sampling
+        | 0x8000_001f       // memory encryption
+        | 0x8000_0022       // performance counters
+        | 0x8000_0026       // topology
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, eax: 0x1f, ebx: u32::MAX, ecx: u32::MAX, edx: u32::MAX, ..Default::default() }
+    }
+
+    #[test]
+    fn ids_and_forbidden_leaves() {
+        let supported: Vec<_> = [0, 1, 0xa, 0xb, 0x15, 0x16, 0x4000_0001, 0x8000_0001, 0x8000_0008].map(leaf).to_vec();
+        let machine = Machine { vcpus: 3, tsc_deadline: false };
+        for id in 0..3u8 {
+            let entries = normalise(&supported, machine, id);
+            let find = |function| entries.iter().find(|entry| entry.function == function);
+            assert!(find(0xa).is_none() && find(0x15).is_none() && find(0x16).is_none());
+            let one = find(1).unwrap();
+            assert_eq!(one.ebx >> 24, u32::from(id));
+            assert_eq!(one.ebx >> 16 & 0xff, 3);
+            assert_eq!(one.ecx & (ECX1_TSC_DEADLINE | ECX1_VMX), 0);
+            assert_ne!(one.ecx & ECX1_HYPERVISOR, 0);
+            let levels: Vec<_> = entries.iter().filter(|entry| entry.function == 0xb).collect();
+            assert_eq!(levels.len(), 3);
+            assert!(levels.iter().all(|level| level.edx == u32::from(id)));
+            assert_eq!((levels[1].eax, levels[1].ebx), (2, 3));
+            assert_eq!(find(0x8000_0008).unwrap().ecx, 2 << 12 | 2);
+            assert_eq!(find(0x8000_0001).unwrap().ecx & EXT1_ECX_SVM, 0);
+        }
+    }
+
+    #[test]
+    fn one_processor_is_no_hyperthread() {
+        let entries = normalise(&[leaf(0), leaf(1)], Machine { vcpus: 1, tsc_deadline: true }, 0);
+        let one = entries.iter().find(|entry| entry.function == 1).unwrap();
+        assert_eq!(one.edx & EDX1_HTT, 0);
+        assert_ne!(one.ecx & ECX1_TSC_DEADLINE, 0);
+    }
+}

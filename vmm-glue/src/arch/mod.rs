@@ -1,0 +1,7 @@
+//! What is particular to x86-64: where things lie in guest memory, processor state at entry, tables for the kernel.
+
+pub mod boot_params;
+pub mod cpuid;
+pub mod layout;
+pub mod mptable;
+pub mod regs;

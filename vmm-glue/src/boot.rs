@@ -1,0 +1,299 @@
+//! The boot recipe: from a checked configuration to a machine whose vCPUs stand at the kernel's entry, from top to
+//! bottom in one function.
+
+use std::fs::File;
+use std::io::{self, Seek};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use linux_loader::loader::{Elf, KernelLoader};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::boot_params::{self, BootData, SEED_LEN};
+use crate::arch::cpuid::{self, Machine};
+use crate::arch::{layout, mptable, regs};
+use crate::bus::Bus;
+use crate::child::Reporter;
+use crate::config::check::Checked;
+use crate::event_loop::{EventLoop, LoopError};
+use crate::memory::{self, MemoryError};
+use crate::serial::Console;
+use crate::timing::Timing;
+use crate::vcpu::{VcpuError, Vcpus};
+use crate::virtio::device::GuestMemory;
+use crate::virtio::mmio::SharedDevice;
+use crate::virtio::slots::{PlugError, Slots};
+use crate::virtio::vsock::Vsock;
+use crate::virtio::fs::{Fs, FsError};
+use crate::vm::Vm;
+
+/// Always on the guest's command line:
+/// - `console`, `quiet`: each character on the serial port is an exit, so errors only;
+/// - `reboot=k panic=-1`: a panic ends the machine at once, through the keyboard controller's reset;
+/// - `rcupdate.rcu_expedited=1`: grace periods by interprocessor interrupt, not by waiting for ticks: unmounts and
+///   namespaces of a container's start and end wait for many, and the processors are few;
+/// - `swiotlb=noforce`: no bounce buffers (64 MiB touched in a guest with more than 3 GiB): virtio needs none;
+/// - `tsc=reliable`: no check of the clock against slower clocks that this machine does not have; `kvm-clock` stays
+///   the clock source where the TSC is not stable.
+const CMDLINE: &str =
+    "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce tsc=reliable";
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The descriptor is no KVM, or an old one.
+    #[error("/dev/kvm: not KVM with API version 12")]
+    NotKvm,
+    /// KVM cannot do what we need.
+    #[error("/dev/kvm: this host's KVM lacks {0}")]
+    Capability(&'static str),
+    /// More vCPUs than this host can run in one machine.
+    #[error("/dev/kvm: {wanted} vCPUs wanted, this host allows {allowed}")]
+    Vcpus {
+        /// What the configuration says.
+        wanted: u8,
+        /// KVM_CAP_MAX_VCPUS.
+        allowed: usize,
+    },
+    /// An ioctl of KVM failed.
+    #[error("{0} failed")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel is no kernel.
+    #[error("cannot load the guest kernel")]
+    Kernel(#[source] linux_loader::loader::Error),
+    /// The initial RAM file system does not fit.
+    #[error("guest memory is too small for kernel and initrd: they end at {0} MiB")]
+    TooSmall(u64),
+    /// The initial RAM file system cannot be read.
+    #[error("cannot load the initrd")]
+    Initrd(#[source] io::Error),
+    /// Boot data cannot be written.
+    #[error("cannot write boot data to guest memory")]
+    Write(#[source] vm_memory::GuestMemoryError),
+    /// Too many parameters.
+    #[error("the kernel command line is {0} bytes long, allowed are 2047")]
+    Cmdline(usize),
+    /// A KVM structure could not be made.
+    #[error("too many entries for KVM")]
+    Fam(#[source] vmm_sys_util::fam::Error),
+    /// A host resource could not be had.
+    #[error("cannot prepare {0}")]
+    Host(&'static str, #[source] io::Error),
+    /// The shared directory cannot be served.
+    #[error("cannot share the directory")]
+    Share(#[source] FsError),
+    /// A device could not be plugged in.
+    #[error("cannot plug in {0}")]
+    Plug(&'static str, #[source] PlugError),
+    /// The device loop did not start.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
+    /// The vCPU threads did not start.
+    #[error(transparent)]
+    Threads(#[from] VcpuError),
+}
+
+/// Builds the machine; its vCPUs wait.
+///
+/// # Errors
+/// [`BootError`].
+pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
+    let mut timing = Timing::start();
+    let Checked { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } = checked;
+
+    // KVM, and whether it can do all this.
+    let kvm = open_kvm(kvm)?;
+    check_capabilities(&kvm, config.vcpus)?;
+
+    // An empty machine. Its interrupt controllers and timer are KVM's, and must be there before vCPUs.
+    let vm = Arc::new(create_vm(&kvm)?);
+    timing.step("KVM_CREATE_VM");
+    vm.set_tss_address(layout::KVM_TSS).map_err(|error| BootError::Kvm("KVM_SET_TSS_ADDR", error))?;
+    vm.create_irq_chip().map_err(|error| BootError::Kvm("KVM_CREATE_IRQCHIP", error))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(|error| BootError::Kvm("KVM_CREATE_PIT2", error))?;
+    timing.step("interrupt controllers");
+
+    // Memory, with kernel and initrd in it, one behind the other: together they are the part worth huge pages.
+    let memory = memory::map(memory_size)?;
+    let sizes = kernel.metadata().map_err(|error| BootError::Host("the kernel's length", error))?.len() + initrd_len;
+    let ram_end = memory_size.min(layout::HOLE_START);
+    memory::prefer_huge(&memory, layout::HIGH_RAM, (KERNEL_START + sizes).min(ram_end))?;
+    memory::give_to(&vm, &memory)?;
+    timing.step("memory");
+    let loaded = Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM)))
+        .map_err(BootError::Kernel)?;
+    timing.step("kernel read");
+    let initrd_start = loaded.kernel_end.next_multiple_of(PAGE);
+    let initrd_end = initrd_start.saturating_add(initrd_len);
+    if initrd_end >= ram_end {
+        return Err(BootError::TooSmall(initrd_end >> 20));
+    }
+    read_initrd(&memory, &mut initrd, initrd_start, initrd_len)?;
+    timing.step("initrd read");
+
+    // Devices, in the order the guest finds them.
+    let slots_wanted = slots_wanted(&config, net.len() + blk.len());
+    let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), slots_wanted));
+    let mut devices: Vec<SharedDevice> = Vec::with_capacity(slots_wanted);
+    let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("vsock", error))?;
+    let vsock = Arc::new(Mutex::new(vsock));
+    plug(&slots, &mut devices, "vsock", vsock.clone())?;
+    if let Some(share) = &config.share {
+        let fs = Fs::new(share).map_err(BootError::Share)?;
+        plug(&slots, &mut devices, "virtio-fs", Arc::new(Mutex::new(fs)))?;
+    }
+    let serial_irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|error| BootError::Host("the console's interrupt", error))?;
+    vm.register_irqfd(&serial_irq, layout::SERIAL_GSI).map_err(|error| BootError::Kvm("KVM_IRQFD", error))?;
+    let console = Arc::new(Console::new(console, serial_irq).map_err(|error| BootError::Host("the console", error))?);
+    reporter.flush_at_exit(console.clone());
+    let bus = Arc::new(Bus { console, slots: slots.clone() });
+    timing.step("devices");
+
+    // What the kernel reads at its start.
+    let mut cmdline = CMDLINE.to_owned();
+    for word in slots.cmdline().chain([config.kernel_params.clone()]).filter(|word| !word.is_empty()) {
+        cmdline.push(' ');
+        cmdline.push_str(&word);
+    }
+    if cmdline.len() >= layout::CMDLINE_MAX {
+        return Err(BootError::Cmdline(cmdline.len()));
+    }
+    let mut seed = [0; SEED_LEN];
+    fill_random(&mut seed)?;
+    let data = BootData { memory: memory_size, cmdline: &cmdline, initrd: initrd_start, initrd_len, seed };
+    boot_params::write(&memory, &data).map_err(BootError::Write)?;
+    memory
+        .write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))
+        .map_err(BootError::Write)?;
+    regs::write_tables(&memory).map_err(BootError::Write)?;
+    timing.step("boot data");
+
+    // vCPUs: the first at the kernel's entry, the others waiting for its signal.
+    let supported =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
+    let machine = Machine { vcpus: config.vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
+    let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
+    for id in 0..config.vcpus {
+        let cpuid = CpuId::from_entries(&cpuid::normalise(supported.as_slice(), machine, id)).map_err(BootError::Fam)?;
+        let entry = (id == 0).then_some(loaded.kernel_load.0);
+        vcpus.push(create_vcpu(&vm, id, &cpuid, entry)?);
+    }
+    timing.step("vCPUs");
+
+    // Threads.
+    let event_loop = EventLoop::start(devices, reporter.clone())?;
+    let vcpus = Vcpus::start(vcpus, &bus, reporter)?;
+    timing.step("threads");
+    Ok(Vm::new(vcpus, event_loop, slots, vsock, memory))
+}
+
+/// Where a kernel of ours begins (CONFIG_PHYSICAL_START); only the advice on huge pages depends on it.
+const KERNEL_START: u64 = 16 << 20;
+const PAGE: u64 = 4096;
+
+fn open_kvm(fd: OwnedFd) -> Result<Kvm, BootError> {
+    // SAFETY: the descriptor is ours, and open until Kvm closes it.
+    let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+    if kvm.get_api_version() == KVM_API_VERSION as i32 { Ok(kvm) } else { Err(BootError::NotKvm) }
+}
+
+fn check_capabilities(kvm: &Kvm, vcpus: u8) -> Result<(), BootError> {
+    let needed = [
+        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+        (Cap::Pit2, "KVM_CAP_PIT2"),
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+        (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+        (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+        (Cap::Irqfd, "KVM_CAP_IRQFD"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    ];
+    for (cap, name) in needed {
+        if !kvm.check_extension(cap) {
+            return Err(BootError::Capability(name));
+        }
+    }
+    let allowed = kvm.get_max_vcpus();
+    if usize::from(vcpus) > allowed {
+        return Err(BootError::Vcpus { wanted: vcpus, allowed });
+    }
+    Ok(())
+}
+
+/// KVM_CREATE_VM, which a signal may interrupt while the host allocates.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(|error| BootError::Kvm("KVM_CREATE_VM", error)),
+        }
+    }
+}
+
+/// How many slots: one for each device, and the spare ones.
+fn slots_wanted(config: &crate::config::VmConfig, plugged: usize) -> usize {
+    1 + usize::from(config.share.is_some()) + plugged + usize::from(config.spare_slots)
+}
+
+fn plug(
+    slots: &Slots,
+    devices: &mut Vec<SharedDevice>,
+    name: &'static str,
+    device: SharedDevice,
+) -> Result<(), BootError> {
+    slots.plug(device.clone()).map_err(|error| BootError::Plug(name, error))?;
+    devices.push(device);
+    Ok(())
+}
+
+/// Reads the file straight into guest memory.
+fn read_initrd(memory: &GuestMemory, file: &mut File, start: u64, len: u64) -> Result<(), BootError> {
+    file.rewind().map_err(BootError::Initrd)?;
+    let len = usize::try_from(len).map_err(|_| BootError::TooSmall(len >> 20))?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), file, len)
+        .map_err(|error| BootError::Initrd(io::Error::other(error)))
+}
+
+/// Creates one vCPU with all its state; `entry` is where the boot processor starts, the others wait.
+fn create_vcpu(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd, BootError> {
+    let failed = |what| move |error| BootError::Kvm(what, error);
+    let vcpu = vm.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
+    // CPUID first: it decides which model-specific registers there are.
+    vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+    let msrs = regs::msrs().map_err(BootError::Fam)?;
+    // KVM stops at the first register this host does not know; the kernel lives without either.
+    let written = vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+    if written < msrs.as_slice().len() {
+        log::debug!("vCPU {id}: KVM took {written} of {} model-specific registers", msrs.as_slice().len());
+    }
+    vcpu.set_fpu(&regs::fpu()).map_err(failed("KVM_SET_FPU"))?;
+    let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+    regs::wire_lint(&mut lapic);
+    vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))?;
+    if let Some(entry) = entry {
+        let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        regs::long_mode(&mut sregs);
+        vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+        vcpu.set_regs(&regs::general(entry)).map_err(failed("KVM_SET_REGS"))?;
+    }
+    Ok(vcpu)
+}
+
+fn fill_random(buffer: &mut [u8]) -> Result<(), BootError> {
+    // SAFETY: the buffer is ours and as long as said; requests up to 256 bytes are filled whole.
+    let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    if usize::try_from(got) == Ok(buffer.len()) {
+        Ok(())
+    } else {
+        Err(BootError::Host("entropy", io::Error::last_os_error()))
+    }
+}

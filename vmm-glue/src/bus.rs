@@ -1,0 +1,72 @@
+//! Where the guest's port and memory accesses go: a match, no table, no lock.
+
+use std::sync::Arc;
+
+use crate::boot_mark;
+use crate::control::Step;
+use crate::serial::{self, Console};
+use crate::virtio::slots::Slots;
+
+/// Command port of the keyboard controller.
+const I8042_COMMAND: u16 = 0x64;
+/// The command that pulses the processor's reset line.
+const I8042_RESET: u8 = 0xfe;
+
+/// What an access means beyond itself.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// The guest resets the machine.
+    Reset,
+    /// The guest marks a step of its start.
+    Mark(Step),
+}
+
+/// Everything the guest can reach by an exit.
+pub struct Bus {
+    /// COM1.
+    pub console: Arc<Console>,
+    /// The virtio-mmio slots.
+    pub slots: Arc<Slots>,
+}
+
+impl Bus {
+    /// IN: fills `data`.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        for byte in data.iter_mut() {
+            *byte = match port {
+                serial::PORT..serial::PORT_END => self.console.read((port - serial::PORT) as u8),
+                // Input and output buffers empty: the kernel may send its reset command.
+                I8042_COMMAND => 0,
+                _ => 0xff,
+            };
+        }
+    }
+
+    /// OUT.
+    pub fn port_write(&self, port: u16, data: &[u8]) -> Effect {
+        match port {
+            serial::PORT..serial::PORT_END => {
+                for byte in data {
+                    self.console.write((port - serial::PORT) as u8, *byte);
+                }
+            }
+            I8042_COMMAND if data.contains(&I8042_RESET) => return Effect::Reset,
+            boot_mark::PORT => {
+                if let Some(step) = data.first().and_then(|byte| step(*byte)) {
+                    return Effect::Mark(step);
+                }
+            }
+            _ => {}
+        }
+        Effect::None
+    }
+}
+
+fn step(byte: u8) -> Option<Step> {
+    Some(match boot_mark::Mark::try_from(byte).ok()? {
+        boot_mark::Mark::AgentStarted => Step::AgentStarted,
+        boot_mark::Mark::AgentReady => Step::AgentReady,
+    })
+}

@@ -1,0 +1,133 @@
+//! The VMM process' whole life, from `main` to its end with the guest, the shim or the control socket.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use crate::boot;
+use crate::config::check;
+use crate::control::{Answer, Call, ExitReason, Notice, Reply, Request, Step, chain, wire};
+use crate::serial::Console;
+use crate::vm::{Vm, VmError};
+
+mod log;
+mod process;
+
+/// Runs the VMM on its control socket and never returns. The process must have no other thread yet.
+pub fn main(control: OwnedFd) -> ! {
+    let reporter = Arc::new(Reporter { control, console: OnceLock::new(), ending: AtomicBool::new(false) });
+    log::init();
+    if let Err(error) = process::prepare() {
+        ::log::error!("{}", chain(&error));
+        process::end(1);
+    }
+    reporter.mark(Step::ProcessStarted);
+    let mut machine = None;
+    loop {
+        match wire::recv::<Request>(&reporter.control) {
+            Ok((request, fds)) => serve(&mut machine, request, fds, &reporter),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => process::end(0),
+            Err(error) => {
+                ::log::error!("control socket: {error}");
+                process::end(1);
+            }
+        }
+    }
+}
+
+/// Carries out one request and answers it.
+fn serve(machine: &mut Option<Vm>, request: Request, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) {
+    let Request { seq, call } = request;
+    let answer = match (call, machine) {
+        (Call::Stop, _) => {
+            reporter.answer(seq, Ok(Answer::Done), None);
+            reporter.exit(ExitReason::Stopped)
+        }
+        (Call::Create(config), machine @ None) => match create(*config, fds, reporter) {
+            Ok(vm) => {
+                *machine = Some(vm);
+                reporter.mark(Step::VmCreated);
+                Ok(Answer::Done)
+            }
+            Err(error) => Err(error),
+        },
+        (Call::Create(_), Some(_)) => Err("the machine exists already".to_owned()),
+        (_, None) => Err("there is no machine yet".to_owned()),
+        (Call::Resume, Some(vm)) => {
+            vm.resume();
+            Ok(Answer::Done)
+        }
+        (Call::Pause, Some(vm)) => vm.pause().map(|()| Answer::Done).map_err(|error| chain(&error)),
+        (Call::Connect { port }, Some(vm)) => {
+            let reporter = reporter.clone();
+            vm.connect(
+                port,
+                Box::new(move |result| match result {
+                    Ok(stream) => reporter.answer(seq, Ok(Answer::Connected), Some(&stream)),
+                    Err(error) => {
+                        let text = format!("cannot connect to guest port {port}: {}", chain(&error));
+                        reporter.answer(seq, Err(text), None);
+                    }
+                }),
+            );
+            return;
+        }
+        (Call::AttachNet(_) | Call::AttachBlk(_) | Call::Balloon { .. }, Some(_)) => Err("not there yet".to_owned()),
+    };
+    reporter.answer(seq, answer, None);
+}
+
+fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {
+    let checked = check::check(config, fds).map_err(|error| format!("bad configuration: {}", chain(&error)))?;
+    boot::build(checked, reporter).map_err(|error| chain(&error))
+}
+
+/// The way from every thread of the process to the shim.
+pub struct Reporter {
+    control: OwnedFd,
+    console: OnceLock<Arc<Console>>,
+    ending: AtomicBool,
+}
+
+impl Reporter {
+    /// Notes a step of the start.
+    pub fn mark(&self, step: Step) {
+        self.send(&Reply::Notice(Notice::Mark { step, at_ns: process::monotonic_ns() }), None);
+    }
+
+    /// Says why the guest is gone, and ends the process.
+    pub fn exit(&self, reason: ExitReason) -> ! {
+        if self.ending.swap(true, Ordering::SeqCst) {
+            // Another thread is at it: the first reason counts.
+            loop {
+                std::thread::park();
+            }
+        }
+        if let Some(console) = self.console.get() {
+            console.flush();
+        }
+        let code = i32::from(matches!(reason, ExitReason::Failed(_)));
+        self.send(&Reply::Notice(Notice::Exited { reason }), None);
+        process::end(code)
+    }
+
+    /// What is still in the console's buffer is written when the process ends.
+    pub(crate) fn flush_at_exit(&self, console: Arc<Console>) {
+        // The machine is built once, so it is empty.
+        let _ = self.console.set(console);
+    }
+
+    fn answer(&self, seq: u64, result: Result<Answer, String>, fd: Option<&OwnedFd>) {
+        self.send(&Reply::Answer { seq, result }, fd);
+    }
+
+    fn send(&self, reply: &Reply, fd: Option<&OwnedFd>) {
+        let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
+        if let Err(error) = wire::send(&self.control, reply, &fds) {
+            // The shim is gone: nobody is left to run for.
+            ::log::debug!("control socket: {error}");
+            process::end(0);
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! A blocking client: one request at a time, notices kept in order.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crate::control::{Answer, Call, Notice, Reply, Request, wire};
+
+/// Why a request came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The VMM refused or failed.
+    #[error("{0}")]
+    Refused(String),
+    /// The control socket failed, or ended with the VMM.
+    #[error("control socket")]
+    Socket(#[from] io::Error),
+}
+
+/// The VMM behind a control socket.
+#[derive(Debug)]
+pub struct Vmm {
+    control: OwnedFd,
+    seq: u64,
+    notices: VecDeque<Notice>,
+}
+
+impl Vmm {
+    /// A client on a blocking control socket.
+    pub fn new(control: OwnedFd) -> Self {
+        Self { control, seq: 0, notices: VecDeque::new() }
+    }
+
+    /// Sends a request and waits for its answer.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn call(&mut self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Vec<OwnedFd>), CallError> {
+        self.seq += 1;
+        wire::send(&self.control, &Request { seq: self.seq, call }, fds)?;
+        loop {
+            match wire::recv::<Reply>(&self.control)? {
+                (Reply::Answer { seq, result }, fds) if seq == self.seq => {
+                    return result.map(|answer| (answer, fds)).map_err(CallError::Refused);
+                }
+                (Reply::Answer { .. }, _) => {}
+                (Reply::Notice(notice), _) => self.notices.push_back(notice),
+            }
+        }
+    }
+
+    /// Waits for the next notice.
+    ///
+    /// # Errors
+    /// [`CallError::Socket`], at the end too.
+    pub fn notice(&mut self) -> Result<Notice, CallError> {
+        loop {
+            if let Some(notice) = self.notices.pop_front() {
+                return Ok(notice);
+            }
+            if let (Reply::Notice(notice), _) = wire::recv::<Reply>(&self.control)? {
+                self.notices.push_back(notice);
+            }
+        }
+    }
+
+    /// Opens a stream to a port of the guest.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn connect(&mut self, port: u32) -> Result<std::os::unix::net::UnixStream, CallError> {
+        match self.call(Call::Connect { port }, &[])? {
+            (Answer::Connected, mut fds) => {
+                fds.pop().map(Into::into).ok_or_else(|| CallError::Refused("no stream came".to_owned()))
+            }
+            (other, _) => Err(CallError::Refused(format!("unexpected answer {other:?}"))),
+        }
+    }
+}
+
+impl AsFd for Vmm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
+    }
+}

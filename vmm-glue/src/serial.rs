@@ -1,0 +1,164 @@
+//! The guest's console: a 16550A whose output goes to a pipe, line by line.
+//!
+//! The pipe never holds up a processor: what does not fit is dropped, counted, and told when there is room again.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial};
+use vmm_sys_util::eventfd::EventFd;
+
+/// First I/O port of COM1.
+pub const PORT: u16 = 0x3f8;
+/// Behind its last.
+pub const PORT_END: u16 = PORT + 8;
+/// Longest piece written at once: a pipe takes as much in one go or not at all (PIPE_BUF).
+const LINE_MAX: usize = 1024;
+
+/// The serial port.
+pub struct Console(Mutex<Serial<Irq, NoEvents, Lines>>);
+
+impl Console {
+    /// A console that writes to `pipe` and interrupts through `irq`.
+    ///
+    /// # Errors
+    /// When the pipe cannot be made non-blocking.
+    pub fn new(pipe: OwnedFd, irq: EventFd) -> io::Result<Self> {
+        set_nonblocking(&pipe)?;
+        let lines = Lines { pipe: File::from(pipe), line: Vec::with_capacity(LINE_MAX), dropped: 0 };
+        Ok(Self(Mutex::new(Serial::new(Irq(irq), lines))))
+    }
+
+    /// The guest reads a register.
+    pub fn read(&self, register: u8) -> u8 {
+        self.lock().read(register)
+    }
+
+    /// The guest writes a register.
+    pub fn write(&self, register: u8, value: u8) {
+        // Neither a lost byte nor a lost interrupt is the guest's business, and `Lines` never fails.
+        let _ = self.lock().write(register, value);
+    }
+
+    /// Writes what has no end of line yet.
+    pub fn flush(&self) {
+        self.lock().writer_mut().send();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Serial<Irq, NoEvents, Lines>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The port's interrupt.
+struct Irq(EventFd);
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Collects output to lines.
+struct Lines {
+    pipe: File,
+    line: Vec<u8>,
+    dropped: usize,
+}
+
+impl Lines {
+    /// Passes the collected bytes on, or drops them.
+    fn send(&mut self) {
+        if self.line.is_empty() {
+            return;
+        }
+        if self.dropped > 0 {
+            let note = format!("[{} bytes of console output dropped]\n", self.dropped);
+            if self.pipe.write(note.as_bytes()).is_ok() {
+                self.dropped = 0;
+            }
+        }
+        if self.dropped > 0 || self.pipe.write(&self.line).is_err() {
+            self.dropped += self.line.len();
+        }
+        self.line.clear();
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            self.line.push(byte);
+            if byte == b'\n' || self.line.len() >= LINE_MAX {
+                self.send();
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    /// Called after each byte; lines decide instead.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: fcntl on a descriptor of ours, without pointers.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    // SAFETY: as above.
+    if flags < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn console() -> (Console, io::PipeReader) {
+        let (reader, writer) = io::pipe().unwrap();
+        (Console::new(writer.into(), EventFd::new(0).unwrap()).unwrap(), reader)
+    }
+
+    #[test]
+    fn lines_come_out_whole() {
+        let (console, mut reader) = console();
+        for byte in b"panic: one\ntwo" {
+            console.write(0, *byte);
+        }
+        let mut buffer = [0; 64];
+        let len = reader.read(&mut buffer).unwrap();
+        assert_eq!(&buffer[..len], b"panic: one\n");
+        console.flush();
+        let len = reader.read(&mut buffer).unwrap();
+        assert_eq!(&buffer[..len], b"two");
+    }
+
+    #[test]
+    fn a_full_pipe_drops_and_tells() {
+        let (console, mut reader) = console();
+        for _ in 0..200 {
+            for _ in 0..1000 {
+                console.write(0, b'x');
+            }
+            console.write(0, b'\n');
+        }
+        let mut drained = vec![0; 1 << 20];
+        let len = reader.read(&mut drained).unwrap();
+        assert!(len < 200 * 1001);
+        for byte in b"end\n" {
+            console.write(0, *byte);
+        }
+        drop(console);
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        assert!(rest.ends_with("bytes of console output dropped]\nend\n"), "{rest}");
+    }
+}

@@ -1,0 +1,389 @@
+//! The virtio-mmio transport, version 2: one device's registers, interrupt and notifications.
+//!
+//! Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Everything written here comes from the guest:
+//! what the protocol does not allow at the moment is ignored, and queue configuration is frozen at DRIVER_OK.
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
+    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG,
+    VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
+    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
+    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
+    VIRTIO_MMIO_VERSION,
+};
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
+
+/// A device as the loop and the transport share it.
+pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;
+
+/// Offset of the register that a driver writes to notify a queue; KVM turns the write into an eventfd.
+pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// "HUSK".
+const VENDOR: u32 = 0x4b53_5548;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+
+/// Why a device could not be put on the transport.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// The device asks for a queue that cannot be.
+    #[error("a queue size of the device is no power of two")]
+    QueueSize(#[source] virtio_queue::Error),
+    /// No more descriptors.
+    #[error("cannot create an eventfd")]
+    EventFd(#[source] io::Error),
+}
+
+/// One device behind its registers.
+pub struct Transport {
+    device: SharedDevice,
+    device_type: u32,
+    memory: GuestMemory,
+    interrupt: Arc<MmioInterrupt>,
+    notify: Vec<EventFd>,
+    registers: Mutex<Registers>,
+}
+
+/// What the driver has written.
+struct Registers {
+    status: u32,
+    device_features: u64,
+    device_features_sel: u32,
+    driver_features: u64,
+    driver_features_sel: u32,
+    queue_sel: u32,
+    queues: Vec<Queue>,
+}
+
+/// The device's one interrupt line, with the two causes it can have.
+pub struct MmioInterrupt {
+    status: AtomicU32,
+    generation: AtomicU32,
+    irq: EventFd,
+}
+
+impl Interrupt for MmioInterrupt {
+    fn queue(&self, _index: u16) -> io::Result<()> {
+        self.status.fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::SeqCst);
+        self.irq.write(1)
+    }
+
+    fn config(&self) -> io::Result<()> {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.status.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
+        self.irq.write(1)
+    }
+}
+
+impl Transport {
+    /// Puts `device` behind registers; `irq` is what interrupts the guest.
+    ///
+    /// # Errors
+    /// [`TransportError`].
+    pub fn new(device: SharedDevice, memory: GuestMemory, irq: EventFd) -> Result<Self, TransportError> {
+        let (device_type, device_features, queues) = {
+            let device = lock(&device);
+            let queues = device.queue_sizes().iter().map(|&size| Queue::new(size)).collect::<Result<Vec<_>, _>>();
+            (device.device_type(), device.features(), queues.map_err(TransportError::QueueSize)?)
+        };
+        let notify = queues
+            .iter()
+            .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(TransportError::EventFd)?;
+        Ok(Self {
+            device,
+            device_type,
+            memory,
+            interrupt: Arc::new(MmioInterrupt { status: AtomicU32::new(0), generation: AtomicU32::new(0), irq }),
+            notify,
+            registers: Mutex::new(Registers {
+                status: 0,
+                device_features,
+                device_features_sel: 0,
+                driver_features: 0,
+                driver_features_sel: 0,
+                queue_sel: 0,
+                queues,
+            }),
+        })
+    }
+
+    /// The eventfds that stand for a write of the queue's number to [`NOTIFY_OFFSET`].
+    pub fn notify_fds(&self) -> &[EventFd] {
+        &self.notify
+    }
+
+    /// The eventfd that interrupts the guest.
+    pub fn irq_fd(&self) -> &EventFd {
+        &self.interrupt.irq
+    }
+
+    /// The driver reads.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
+            lock(&self.device).read_config(config, data);
+        } else if let (Ok(register), Ok(data)) = (u32::try_from(offset), <&mut [u8; 4]>::try_from(data)) {
+            *data = self.read_register(register).to_le_bytes();
+        }
+    }
+
+    /// The driver writes.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
+            let status = self.registers().status;
+            if status & VIRTIO_CONFIG_S_DRIVER != 0 && status & (VIRTIO_CONFIG_S_FAILED | NEEDS_RESET) == 0 {
+                lock(&self.device).write_config(config, data);
+            }
+        } else if let (Ok(register), Ok(data)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) {
+            self.write_register(register, u32::from_le_bytes(data));
+        }
+    }
+
+    fn read_register(&self, register: u32) -> u32 {
+        match register {
+            // The two registers every interrupt touches need no lock.
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_DEVICE_ID => self.device_type,
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            // No shared memory regions: length and base are all ones.
+            VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            _ => self.registers().read(register),
+        }
+    }
+
+    fn write_register(&self, register: u32, value: u32) {
+        match register {
+            VIRTIO_MMIO_INTERRUPT_ACK => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+            }
+            // KVM takes what names a queue; the rest names nothing.
+            VIRTIO_MMIO_QUEUE_NOTIFY => {}
+            VIRTIO_MMIO_STATUS => self.write_status(value),
+            _ => self.registers().write(register, value),
+        }
+    }
+
+    fn write_status(&self, value: u32) {
+        let mut registers = self.registers();
+        if value == 0 {
+            let active = registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+            registers.reset();
+            if active {
+                lock(&self.device).reset();
+            }
+            self.interrupt.status.store(0, Ordering::SeqCst);
+            return;
+        }
+        if registers.advance(value) {
+            let result = self.activate(&mut registers);
+            if let Err(error) = result {
+                log::warn!("virtio device type {}: not activated: {}", self.device_type, chain(&error));
+                registers.status |= NEEDS_RESET;
+                if let Err(error) = self.interrupt.config() {
+                    log::warn!("virtio device type {}: cannot interrupt: {error}", self.device_type);
+                }
+            }
+        }
+    }
+
+    /// Hands the queues to the device, which serves from here on.
+    fn activate(&self, registers: &mut Registers) -> Result<(), ActivateError> {
+        let mut queues = Vec::with_capacity(registers.queues.len());
+        for (index, (queue, notify)) in registers.queues.iter().zip(&self.notify).enumerate() {
+            // A ready queue must lie in guest memory whole; what to do without one, the device decides.
+            if queue.ready() && !queue.is_valid(&self.memory) {
+                return Err(ActivateError::Queue(index));
+            }
+            let mut active = Queue::new(queue.max_size()).map_err(|_| ActivateError::Queue(index))?;
+            copy(queue, &mut active);
+            let notify = notify.try_clone().map_err(|error| ActivateError::Host("queue notification", error))?;
+            queues.push(ActiveQueue { queue: active, notify });
+        }
+        lock(&self.device).activate(Activation {
+            memory: self.memory.clone(),
+            features: registers.driver_features,
+            queues,
+            interrupt: self.interrupt.clone(),
+        })
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registers {
+    fn read(&self, register: u32) -> u32 {
+        match register {
+            VIRTIO_MMIO_DEVICE_FEATURES => half(self.device_features, self.device_features_sel),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| u32::from(queue.max_size())),
+            VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| u32::from(queue.ready())),
+            VIRTIO_MMIO_STATUS => self.status,
+            _ => 0,
+        }
+    }
+
+    fn write(&mut self, register: u32, value: u32) {
+        match register {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES if self.negotiating() => {
+                let value = u64::from(value);
+                match self.driver_features_sel {
+                    0 => self.driver_features = self.driver_features & !0xffff_ffff | value,
+                    1 => self.driver_features = self.driver_features & 0xffff_ffff | value << 32,
+                    _ => {}
+                }
+            }
+            VIRTIO_MMIO_QUEUE_READY if self.configuring() => {
+                if let Some(queue) = self.queue_mut() {
+                    queue.set_ready(value == 1);
+                }
+            }
+            _ if self.configuring() => {
+                if let Some(queue) = self.queue_mut().filter(|queue| !queue.ready()) {
+                    configure(queue, register, value);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Between DRIVER and FEATURES_OK features are negotiated.
+    fn negotiating(&self) -> bool {
+        self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
+    }
+
+    /// Between FEATURES_OK and DRIVER_OK queues are configured.
+    fn configuring(&self) -> bool {
+        self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
+    }
+
+    /// Takes one step of the status machine (section 3.1.1), and says whether the device is to be activated.
+    fn advance(&mut self, value: u32) -> bool {
+        let known = self.status & !NEEDS_RESET;
+        if value & known != known || self.status & VIRTIO_CONFIG_S_FAILED != 0 {
+            return false; // bits are only added, and nothing follows FAILED
+        }
+        match value & !known & !NEEDS_RESET {
+            0 => {}
+            VIRTIO_CONFIG_S_FAILED => self.status |= VIRTIO_CONFIG_S_FAILED,
+            VIRTIO_CONFIG_S_ACKNOWLEDGE if known == 0 => self.status |= VIRTIO_CONFIG_S_ACKNOWLEDGE,
+            VIRTIO_CONFIG_S_DRIVER if known == VIRTIO_CONFIG_S_ACKNOWLEDGE => self.status |= VIRTIO_CONFIG_S_DRIVER,
+            VIRTIO_CONFIG_S_FEATURES_OK if self.negotiating() => {
+                let version_1 = self.driver_features >> VIRTIO_F_VERSION_1 & 1 == 1;
+                if version_1 && self.driver_features & !self.device_features == 0 {
+                    self.status |= VIRTIO_CONFIG_S_FEATURES_OK;
+                }
+            }
+            VIRTIO_CONFIG_S_DRIVER_OK if self.configuring() => {
+                self.status |= VIRTIO_CONFIG_S_DRIVER_OK;
+                return true;
+            }
+            step => log::debug!("virtio status {:#x}: step {step:#x} is out of order", self.status),
+        }
+        false
+    }
+
+    fn reset(&mut self) {
+        self.status = 0;
+        self.device_features_sel = 0;
+        self.driver_features = 0;
+        self.driver_features_sel = 0;
+        self.queue_sel = 0;
+        self.queues.iter_mut().for_each(QueueT::reset);
+    }
+
+    fn queue(&self) -> Option<&Queue> {
+        self.queues.get(usize::try_from(self.queue_sel).ok()?)
+    }
+
+    fn queue_mut(&mut self) -> Option<&mut Queue> {
+        self.queues.get_mut(usize::try_from(self.queue_sel).ok()?)
+    }
+}
+
+/// Writes one of a queue's own registers; the setters refuse what is misaligned or too large.
+fn configure(queue: &mut Queue, register: u32, value: u32) {
+    match register {
+        VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+        VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
+        VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
+        VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
+        VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.set_avail_ring_address(None, Some(value)),
+        VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
+        VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
+        _ => {}
+    }
+}
+
+/// Copies a queue's configuration: the device's queue lives on while the registers are read.
+fn copy(from: &Queue, to: &mut Queue) {
+    let halves = |address: u64| (Some(half(address, 0)), Some(half(address, 1)));
+    to.set_size(from.size());
+    let (low, high) = halves(from.desc_table());
+    to.set_desc_table_address(low, high);
+    let (low, high) = halves(from.avail_ring());
+    to.set_avail_ring_address(low, high);
+    let (low, high) = halves(from.used_ring());
+    to.set_used_ring_address(low, high);
+    to.set_ready(from.ready());
+}
+
+/// The 32 bits of `value` that a selector register asks for.
+fn half(value: u64, select: u32) -> u32 {
+    match select {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An error with all its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    crate::control::chain(error)
+}
+
+/// What an empty slot answers: a transport without a device (section 4.2.2: device ID 0 means "nothing here").
+pub fn read_empty(offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    if let (Ok(register), Ok(data)) = (u32::try_from(offset), <&mut [u8; 4]>::try_from(data)) {
+        *data = match register {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            _ => 0,
+        }
+        .to_le_bytes();
+    }
+}
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

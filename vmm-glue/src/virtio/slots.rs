@@ -1,0 +1,98 @@
+//! The virtio-mmio slots: fixed places on the bus, some with a device from the start, some to be filled later.
+
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::GuestMemory;
+use super::mmio::{self, SharedDevice, Transport, TransportError};
+use crate::arch::layout;
+
+/// Why a device could not be plugged in.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// Every slot is taken.
+    #[error("no free virtio-mmio slot")]
+    Full,
+    /// The transport could not be made.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// No more descriptors.
+    #[error("cannot create an eventfd")]
+    EventFd(#[source] io::Error),
+    /// KVM refused an eventfd.
+    #[error("KVM refused an eventfd of the device")]
+    Kvm(#[source] kvm_ioctls::Error),
+}
+
+/// All slots of one machine.
+pub struct Slots {
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    slots: Vec<OnceLock<Transport>>,
+}
+
+impl Slots {
+    /// Empty slots.
+    pub fn new(vm: Arc<VmFd>, memory: GuestMemory, count: usize) -> Self {
+        Self { vm, memory, slots: (0..count.min(layout::MAX_SLOTS)).map(|_| OnceLock::new()).collect() }
+    }
+
+    /// Plugs a device into the first free slot and returns its number. One thread at a time plugs.
+    ///
+    /// # Errors
+    /// [`PlugError`].
+    pub fn plug(&self, device: SharedDevice) -> Result<u32, PlugError> {
+        let (number, slot) = (0u32..)
+            .zip(&self.slots)
+            .find(|(_, slot)| slot.get().is_none())
+            .ok_or(PlugError::Full)?;
+        let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
+        let transport = Transport::new(device, self.memory.clone(), irq)?;
+        self.vm.register_irqfd(transport.irq_fd(), gsi(number)).map_err(PlugError::Kvm)?;
+        let address = IoEventAddress::Mmio(address(number) + mmio::NOTIFY_OFFSET);
+        for (queue, notify) in (0u32..).zip(transport.notify_fds()) {
+            self.vm.register_ioevent(notify, &address, queue).map_err(PlugError::Kvm)?;
+        }
+        slot.set(transport).map_err(|_| PlugError::Full)?;
+        Ok(number)
+    }
+
+    /// The guest reads from the slots' address range; addresses of no slot read as all ones.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        match self.find(address) {
+            Some((Some(transport), offset)) => transport.read(offset, data),
+            Some((None, offset)) => mmio::read_empty(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// The guest writes to the slots' address range.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if let Some((Some(transport), offset)) = self.find(address) {
+            transport.write(offset, data);
+        }
+    }
+
+    /// What the kernel command line says of each slot, in order: the guest counts them as `virtio-mmio.0` and up.
+    pub fn cmdline(&self) -> impl Iterator<Item = String> {
+        (0..self.slots.len() as u32)
+            .map(|slot| format!("virtio_mmio.device=4K@{:#x}:{}", address(slot), gsi(slot)))
+    }
+
+    fn find(&self, address: u64) -> Option<(Option<&Transport>, u64)> {
+        let offset = address.checked_sub(layout::MMIO)?;
+        let slot = self.slots.get(usize::try_from(offset / layout::MMIO_SLOT).ok()?)?;
+        Some((slot.get(), offset % layout::MMIO_SLOT))
+    }
+}
+
+fn address(slot: u32) -> u64 {
+    layout::MMIO + u64::from(slot) * layout::MMIO_SLOT
+}
+
+fn gsi(slot: u32) -> u32 {
+    layout::FIRST_SLOT_GSI + slot
+}
