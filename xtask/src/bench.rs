@@ -2,10 +2,9 @@
 
 use crate::build::{self, Profile};
 use crate::node::{self, Add, Machine, Run};
-use crate::{dist, images, paths, setup};
-use anyhow::{Context, Result};
+use crate::{dist, paths, setup};
+use anyhow::Result;
 use clap::Subcommand;
-use std::path::Path;
 use std::time::Duration;
 
 /// What is measured.
@@ -29,13 +28,10 @@ pub fn bench(bench: &Bench) -> Result<u8> {
     dist::dist(Profile::quick(*quick))?;
     let programs = build::programs(&["husk-e2e"], Profile::Node)?;
     let program = build::find(&programs, &["husk-bench"])?;
-    let mut add = vec![Add::new(&program.path, "/husk/husk-bench")];
-    for tar in images::build(&paths::state().join("images")).context("cannot make the OCI images")? {
-        let name = tar.file_name().unwrap_or_default().to_owned();
-        add.push(Add::new(tar, Path::new("/husk/images").join(name)));
-    }
+    let mut add = node::images()?;
+    add.push(Add::new(&program.path, "/husk/husk-bench"));
     let script = paths::root().join("tests/node/bench.sh");
-    let env = vec![("HUSK_IMAGES".to_owned(), "/husk/images".to_owned())];
+    let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
     let mut arguments = vec!["start".to_owned()];
     arguments.extend(args.iter().cloned());
     let time_limit = Duration::from_secs(2700);

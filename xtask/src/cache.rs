@@ -39,24 +39,6 @@ impl Key {
         }
     }
 
-    /// Adds every file below a directory, with its name, in the order of the names.
-    pub fn tree(&mut self, dir: &Path) -> Result<&mut Self> {
-        let mut names: Vec<PathBuf> = fs::read_dir(dir)
-            .with_context(|| format!("cannot read {}", dir.display()))?
-            .map(|entry| entry.map(|e| e.path()))
-            .collect::<std::io::Result<_>>()?;
-        names.sort();
-        for path in names {
-            self.text(&path.file_name().unwrap_or_default().to_string_lossy());
-            if path.is_dir() {
-                self.tree(&path)?
-            } else {
-                self.file(&path)?
-            };
-        }
-        Ok(self)
-    }
-
     /// The key in hexadecimal.
     pub fn finish(&self) -> String {
         self.0.clone().finalize().iter().map(|b| format!("{b:02x}")).collect()

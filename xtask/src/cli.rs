@@ -2,7 +2,7 @@
 
 use crate::build::Profile;
 use crate::node::{Add, Machine, Run};
-use crate::{bench, demo, dist, image, images, kernel, node, paths, setup, test};
+use crate::{bench, demo, dist, image, kernel, node, setup, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -108,8 +108,8 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Image(Quick { quick }) => drop(image::image(Profile::quick(quick))?),
         Task::Dist(Quick { quick }) => drop(dist::dist(Profile::quick(quick))?),
         Task::Images => {
-            for path in images::build(&paths::state().join("images"))? {
-                println!("{}", path.display());
+            for image in node::images()? {
+                println!("{}", image.from.display());
             }
         }
         Task::Node { command: NodeTask::Prepare } => node::prepare()?,

@@ -1,11 +1,18 @@
 //! `cargo xtask demo`: a container of a real image in a microVM of its own, shown.
+//!
+//! Where KVM is usable and containerd installed it runs on this machine, with a containerd of its own that leaves
+//! nothing behind; elsewhere in the test node.
 
 use crate::build::Profile;
-use crate::node::{self, Add, Machine, Run};
-use crate::{dist, images, paths, setup, ui};
-use anyhow::{Context, Result};
+use crate::node::{self, Add, Machine, Run, kvm};
+use crate::{cache, cmd, dist, paths, setup, ui};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::path::Path;
+use serde_json::Value;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// How it is shown.
@@ -14,20 +21,178 @@ pub struct Options {
     /// Build in the quick profile.
     #[arg(long)]
     quick: bool,
+    /// Use the test node even where this machine could run it.
+    #[arg(long)]
+    node: bool,
 }
 
 /// Builds what is needed and runs the demo; the exit code.
 pub fn demo(options: &Options) -> Result<u8> {
     setup::setup()?;
-    dist::dist(Profile::quick(options.quick))?;
-    let mut add = Vec::new();
-    for tar in images::build(&paths::state().join("images")).context("cannot make the OCI images")? {
-        let name = tar.file_name().unwrap_or_default().to_owned();
-        add.push(Add::new(tar, Path::new("/husk/images").join(name)));
-    }
+    let root = dist::dist(Profile::quick(options.quick))?;
+    let images = node::images()?;
     let script = paths::root().join("tests/node/demo.sh");
-    let env = vec![("HUSK_IMAGES".to_owned(), "/husk/images".to_owned())];
-    ui::say("demo", "in the test node");
+    let why_node = if options.node { Some("asked for".to_owned()) } else { unfit() };
+    let (code, timeline) = match why_node {
+        None => {
+            ui::say("demo", "on this machine, with a containerd of its own");
+            let dir = paths::state().join("demo");
+            let log = dir.join("timeline");
+            (here(&root, &dir, &script, &log)?, log)
+        }
+        Some(why) => {
+            ui::say("demo", format!("in the test node ({why})"));
+            (in_node(images, &script)?, node::out_dir().join("timeline"))
+        }
+    };
+    if code == 0 {
+        show(&timeline)?;
+    }
+    Ok(code)
+}
+
+/// Why the demo cannot run on this machine itself.
+fn unfit() -> Option<String> {
+    if !cmd::is_root() {
+        return Some("not root".into());
+    }
+    if cmd::output(Command::new("containerd").arg("--version")).is_err() {
+        return Some("no containerd on this machine".into());
+    }
+    kvm::usable().err()
+}
+
+/// Husk's configuration for the demo: its defaults, and the timeline.
+fn configuration(root: &Path, more: &str) -> Result<String> {
+    let path = root.join("etc/husk/config.toml");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(format!("{text}\n{more}"))
+}
+
+fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
+    let config = paths::node().join("demo-config.toml");
+    cache::make_dir(&paths::node())?;
+    let text = configuration(&paths::dist(), "timeline_log = \"/out/timeline\"\n")?;
+    fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
+    add.push(Add::new(config, "/etc/husk/config.toml"));
+    let env = vec![
+        ("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()),
+        ("HUSK_TIMELINE".to_owned(), "/out/timeline".to_owned()),
+    ];
     let time_limit = Duration::from_secs(600);
-    node::run(&Run { script, args: vec![], env, add, machine: Machine::default(), time_limit })
+    node::run(&Run { script: script.to_path_buf(), args: vec![], env, add, machine: Machine::default(), time_limit })
+}
+
+/// A containerd of the demo's own, gone with it.
+struct Containerd {
+    child: Child,
+    root: PathBuf,
+    state: PathBuf,
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // SAFETY: kill takes integers; the child is not reaped yet, so the pid is still its own.
+        unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGTERM) };
+        let _ = self.child.wait();
+        let _ = fs::remove_dir_all(&self.root);
+        let _ = fs::remove_dir_all(&self.state);
+    }
+}
+
+/// Runs the demo on this machine.
+fn here(root: &Path, dir: &Path, script: &Path, timeline: &Path) -> Result<u8> {
+    cache::make_dir(dir)?;
+    let share = root.join("usr/local/share/husk");
+    let mut more = String::new();
+    let paths =
+        [("kernel", share.join("vmlinux")), ("initrd", share.join("initrd.cpio")), ("timeline_log", timeline.into())];
+    for (key, path) in paths {
+        more.push_str(&format!("{key} = {:?}\n", path.display().to_string()));
+    }
+    let config = dir.join("config.toml");
+    fs::write(&config, configuration(root, &more)?).with_context(|| format!("cannot write {}", config.display()))?;
+    // Sockets have short paths only.
+    let state = PathBuf::from(format!("/run/husk-demo-{}", std::process::id()));
+    let socket = state.join("containerd.sock");
+    let settings = dir.join("containerd.toml");
+    let text = format!(
+        "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {:?}\n",
+        dir.join("root").display().to_string(),
+        state.display().to_string(),
+        socket.display().to_string()
+    );
+    fs::write(&settings, text).with_context(|| format!("cannot write {}", settings.display()))?;
+    let mut path = root.join("usr/local/bin").into_os_string();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+
+    let mut command = Command::new("containerd");
+    command.arg("--config").arg(&settings).env("PATH", &path).env("HUSK_CONFIG", &config);
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let child = child.context("cannot start containerd")?;
+    let mut containerd = Containerd { child, root: dir.join("root"), state };
+    booted(&mut containerd.child)?;
+    let mut run = Command::new("bash");
+    run.arg(script).env("PATH", &path).env("CONTAINERD_ADDRESS", &socket);
+    run.env("HUSK_IMAGES", paths::state().join("images")).env("HUSK_TIMELINE", timeline);
+    let status = run.status().context("cannot start bash")?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(125))
+}
+
+/// Waits until containerd says that it is up; its log goes on to a file.
+fn booted(child: &mut Child) -> Result<()> {
+    let log = cmd::log_path("demo-containerd")?;
+    let mut file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+    let mut lines = BufReader::new(child.stderr.take().context("containerd has no output")?).lines();
+    for line in lines.by_ref() {
+        let line = line?;
+        writeln!(file, "{line}")?;
+        if line.contains("containerd successfully booted") {
+            std::thread::spawn(move || {
+                for line in lines.map_while(Result::ok) {
+                    let _ = writeln!(file, "{line}");
+                }
+            });
+            return Ok(());
+        }
+    }
+    bail!("containerd did not start:\n{}", cmd::tail(&log, 10))
+}
+
+/// Prints the last start's timeline.
+fn show(path: &Path) -> Result<()> {
+    let text = fs::read_to_string(path).with_context(|| format!("no timeline was written ({})", path.display()))?;
+    let line = text.lines().last().context("no timeline was written")?;
+    println!("\nThe start, in milliseconds:\n{}", timeline(line)?);
+    Ok(())
+}
+
+/// A timeline's steps, each with the time since the first and since the one before.
+fn timeline(line: &str) -> Result<String> {
+    let value: Value = serde_json::from_str(line).context("the timeline is no JSON")?;
+    let steps = value.get("steps").and_then(Value::as_array).context("the timeline has no steps")?;
+    let mut text = String::new();
+    let mut first = None;
+    let mut before = None;
+    for step in steps {
+        let name = step.get("name").and_then(Value::as_str).unwrap_or("?");
+        let at = step.get("at_ns").and_then(Value::as_u64).context("a step of the timeline has no time")?;
+        let (start, last) = (*first.get_or_insert(at), before.replace(at).unwrap_or(at));
+        let since = |from: u64| at.saturating_sub(from) as f64 / 1e6;
+        text.push_str(&format!("    {:9.1}  {:+9.1}  {name}\n", since(start), since(last)));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::timeline;
+
+    #[test]
+    fn steps_are_shown_from_the_first() {
+        let line = r#"{"sandbox":"a","steps":[{"name":"one","at_ns":5000000},{"name":"two","at_ns":6500000}]}"#;
+        assert_eq!(timeline(line).unwrap(), "          0.0       +0.0  one\n          1.5       +1.5  two\n");
+        assert!(timeline("{}").is_err());
+    }
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask dist`: the tree that is copied over `/` of a node.
 
 use crate::build::{self, Profile};
-use crate::{cache, image, kernel, paths, ui};
+use crate::{cache, image, kernel, lock, paths, ui};
 use anyhow::{Context, Result};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 pub fn dist(profile: Profile) -> Result<PathBuf> {
     let kernel = kernel::kernel()?;
     let programs = build::programs(&[image::AGENT, "husk-shim", "husk-cli"], profile)?;
+    let _lock = lock::take("image")?;
     let initrd = image::pack(build::find(&programs, &[image::AGENT])?)?;
     let shim = build::find(&programs, &["containerd-shim-husk-v2", "husk-shim"])?;
     let husk = build::find(&programs, &["husk", "husk-cli"])?;

@@ -4,7 +4,7 @@ use crate::build::{self, Profile, Program};
 use crate::cache::{self, Key};
 use crate::cpio::Cpio;
 use crate::kernel::mebibytes;
-use crate::{paths, ui};
+use crate::{lock, paths, ui};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -17,7 +17,9 @@ pub const AGENT: &str = "husk-agent";
 
 /// Builds the agent and packs it.
 pub fn image(profile: Profile) -> Result<PathBuf> {
-    pack(build::find(&build::programs(&[AGENT], profile)?, &[AGENT])?)
+    let programs = build::programs(&[AGENT], profile)?;
+    let _lock = lock::take("image")?;
+    pack(build::find(&programs, &[AGENT])?)
 }
 
 /// Packs an agent that is built.

@@ -1,7 +1,7 @@
 //! `cargo xtask kernel`: the guest's kernel, from the distribution's source package and `guest/kernel/husk.config`.
 
 use crate::cache::{self, Key};
-use crate::{cmd, paths, ui};
+use crate::{cmd, lock, paths, ui};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::fs;
@@ -23,6 +23,10 @@ pub fn kernel() -> Result<PathBuf> {
     let key = Key::new("kernel", RECIPE).text(&version).file(&fragment)?.finish();
     if cache::fresh("kernel", &key, &[&made]) {
         ui::say("kernel", format!("up to date ({PACKAGE} {version})"));
+        return Ok(made);
+    }
+    let _lock = lock::take("kernel")?;
+    if cache::fresh("kernel", &key, &[&made]) {
         return Ok(made);
     }
     cache::forget("kernel")?;

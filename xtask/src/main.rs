@@ -11,6 +11,7 @@ mod dist;
 mod image;
 mod images;
 mod kernel;
+mod lock;
 mod lockfile;
 mod node;
 mod paths;

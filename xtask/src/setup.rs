@@ -26,6 +26,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("mmdebstrap", "test node, images"),
     ("debian-archive-keyring", "test node"),
     ("libseccomp-dev", "agent"),
+    ("libcap-ng-dev", "VMM: virtiofsd"),
     ("qemu-system-x86", "test node"),
     ("busybox-static", "images"),
     (kernel::PACKAGE, "kernel"),

@@ -2,7 +2,7 @@
 
 use crate::build::{self, Profile, cargo};
 use crate::node::{self, Add, Machine, Run};
-use crate::{cmd, dist, images, lockfile, paths, setup, ui};
+use crate::{cmd, dist, lockfile, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -64,12 +64,7 @@ fn e2e(filter: &str, profile: Profile) -> Result<u8> {
     if suites.is_empty() {
         bail!("husk-e2e has no tests");
     }
-    let images = paths::state().join("images");
-    let mut add: Vec<Add> = Vec::new();
-    for tar in images::build(&images).context("cannot make the OCI images")? {
-        let name = tar.file_name().unwrap_or_default().to_owned();
-        add.push(Add::new(tar, std::path::Path::new("/husk/images").join(name)));
-    }
+    let mut add = node::images()?;
     let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=\n");
     for suite in &suites {
         let name = &suite.name;
@@ -82,7 +77,7 @@ fn e2e(filter: &str, profile: Profile) -> Result<u8> {
     let path = paths::node().join("e2e.sh");
     fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
-    let env = vec![("HUSK_IMAGES".to_owned(), "/husk/images".to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
+    let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     let time_limit = Duration::from_secs(2700);
     node::run(&Run { script: path, args, env, add, machine: Machine::default(), time_limit })
 }

@@ -2,11 +2,10 @@
 
 mod boot;
 pub mod kvm;
-mod lock;
 mod rootfs;
 mod tar;
 
-use crate::{cache, cmd, paths, ui};
+use crate::{cache, cmd, images, lock, paths, ui};
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -71,6 +70,22 @@ impl std::str::FromStr for Add {
     }
 }
 
+/// Where the OCI images lie in the node.
+pub const IMAGES: &str = "/husk/images";
+
+/// Builds the OCI images, to be put into the node.
+pub fn images() -> Result<Vec<Add>> {
+    let _lock = lock::take("images")?;
+    let tars = images::build(&paths::state().join("images")).context("cannot make the OCI images")?;
+    Ok(tars
+        .into_iter()
+        .map(|tar| {
+            let name = tar.file_name().unwrap_or_default().to_owned();
+            Add::new(tar, Path::new(IMAGES).join(name))
+        })
+        .collect())
+}
+
 /// Where the files end up that a script leaves in `/out`.
 pub fn out_dir() -> PathBuf {
     paths::node().join("out")
@@ -78,13 +93,13 @@ pub fn out_dir() -> PathBuf {
 
 /// Makes the node's parts, without booting it.
 pub fn prepare() -> Result<()> {
-    let _lock = lock::take()?;
+    let _lock = lock::take("node")?;
     rootfs::node().map(drop)
 }
 
 /// Boots the node, runs the script when containerd answers, and returns the script's exit code.
 pub fn run(run: &Run) -> Result<u8> {
-    let _lock = lock::take()?;
+    let _lock = lock::take("node")?;
     let node = rootfs::node()?;
     let mut call = String::from("exec bash /husk/script");
     for arg in &run.args {
@@ -104,7 +119,7 @@ pub fn run(run: &Run) -> Result<u8> {
 
 /// Boots the node with a shell on the terminal.
 pub fn shell(add: &[Add], machine: Machine) -> Result<()> {
-    let _lock = lock::take()?;
+    let _lock = lock::take("node")?;
     let node = rootfs::node()?;
     let extras = extras(add, &[])?;
     let out = out_disk()?;
