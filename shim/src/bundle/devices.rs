@@ -1,0 +1,61 @@
+//! Which devices the guest has of its own, so that a container may be given them.
+
+/// A character device that every guest has.
+struct Standard {
+    path: &'static str,
+    major: u64,
+    minor: u64,
+}
+
+const fn standard(path: &'static str, major: u64, minor: u64) -> Standard {
+    Standard { path, major, minor }
+}
+
+/// Numbers from the kernel's `Documentation/admin-guide/devices.txt`: the same on every Linux.
+const STANDARD: [Standard; 10] = [
+    standard("/dev/null", 1, 3),
+    standard("/dev/zero", 1, 5),
+    standard("/dev/full", 1, 7),
+    standard("/dev/random", 1, 8),
+    standard("/dev/urandom", 1, 9),
+    standard("/dev/tty", 5, 0),
+    standard("/dev/console", 5, 1),
+    standard("/dev/ptmx", 5, 2),
+    standard("/dev/net/tun", 10, 200),
+    standard("/dev/fuse", 10, 229),
+];
+
+/// `/dev/kvm`.
+const KVM: (u64, u64) = (10, 232);
+
+/// The guest's own path of a character device.
+///
+/// # Errors
+/// Says why the guest has no such device.
+pub fn guest_path(character: bool, major: u64, minor: u64) -> Result<&'static str, String> {
+    if character && (major, minor) == KVM {
+        return Err("the guest has no KVM: virtual machines cannot be nested in a container".into());
+    }
+    match STANDARD.iter().find(|d| character && (d.major, d.minor) == (major, minor)) {
+        Some(device) => Ok(device.path),
+        None => Err(format!(
+            "{} device {major}:{minor} is the host's, and the container is in a virtual machine (for privileged \
+             containers set privileged_without_host_devices = true in the runtime's containerd configuration)",
+            if character { "character" } else { "block" }
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standard_devices_are_the_guests_and_others_refused() {
+        assert_eq!(guest_path(true, 1, 3), Ok("/dev/null"));
+        assert_eq!(guest_path(true, 10, 229), Ok("/dev/fuse"));
+        assert!(guest_path(true, 10, 232).unwrap_err().contains("no KVM"));
+        assert!(guest_path(false, 1, 3).unwrap_err().contains("block device 1:3"));
+        assert!(guest_path(true, 195, 0).unwrap_err().contains("character device 195:0"));
+    }
+}

@@ -1,0 +1,345 @@
+//! Reading a bundle's `config.json` and refusing what a virtual machine cannot give.
+
+use super::spec::Spec;
+use serde::Deserialize;
+use serde_json::Value;
+use std::{
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// A `config.json` larger than this, in bytes, is none: containerd's messages end at 16 MiB, specifications at kilobytes.
+const MAX_LEN: u64 = 16 << 20;
+
+/// A bundle that was read and can run in a virtual machine.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    /// The bundle's directory.
+    pub dir: PathBuf,
+    /// All of `config.json`.
+    pub raw: Value,
+    /// The parts the shim looks at.
+    pub spec: Spec,
+}
+
+/// Why a bundle cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// `config.json` cannot be read.
+    #[error("bad bundle: cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// `config.json` is far too large.
+    #[error("bad bundle: {} has {len} bytes, at most {MAX_LEN} can be a specification", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+    /// `config.json` is no OCI runtime specification.
+    #[error("bad bundle: {} is no OCI runtime specification", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The specification contradicts itself or lacks something.
+    #[error("bad bundle: {0}")]
+    Invalid(String),
+    /// The container shares a namespace with the host.
+    #[error("{what}: the container's specification has no {kind} namespace of its own; {remedy}")]
+    HostNamespace {
+        /// Such as "host network is not possible in a virtual machine".
+        what: &'static str,
+        /// The namespace's type.
+        kind: &'static str,
+        /// What the user can do.
+        remedy: &'static str,
+    },
+    /// The network namespace named is the host's own.
+    #[error(
+        "host network is not possible in a virtual machine: {0} is the host's network namespace; use a pod network, or another runtime for this pod"
+    )]
+    HostNetwork(String),
+    /// A namespace named by its path is not there.
+    #[error("bad bundle: {kind} namespace {path}")]
+    Namespace {
+        /// The namespace's type.
+        kind: &'static str,
+        /// Its path.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Bundle {
+    /// Reads `config.json` in `dir` and checks it.
+    ///
+    /// # Errors
+    /// [`BundleError`] for what cannot be read or cannot run in a virtual machine.
+    pub fn load(dir: &Path) -> Result<Self, BundleError> {
+        let path = dir.join("config.json");
+        let read = |source| BundleError::Read { path: path.clone(), source };
+        let len = std::fs::metadata(&path).map_err(read)?.len();
+        if len > MAX_LEN {
+            return Err(BundleError::TooLarge { path, len });
+        }
+        let bytes = std::fs::read(&path).map_err(read)?;
+        let bundle = Self::parse(dir, &bytes)?;
+        bundle.check_network()?;
+        Ok(bundle)
+    }
+
+    /// Parses and checks the specification, without a look at the host.
+    pub(super) fn parse(dir: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
+        let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
+        // Twice from the text, so that an error of either pass names its line and column.
+        let spec: Spec = serde_json::from_slice(bytes).map_err(parse)?;
+        let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
+        let bundle = Self { dir: dir.into(), raw, spec };
+        bundle.check()?;
+        Ok(bundle)
+    }
+
+    /// The value of an annotation.
+    pub fn annotation(&self, key: &str) -> Option<&str> {
+        self.spec.annotations.get(key).map(String::as_str)
+    }
+
+    /// The network namespace the specification names, none where it asks for a new one.
+    pub fn network_namespace(&self) -> Option<&str> {
+        self.spec.linux.namespaces.iter().find(|ns| ns.kind == "network")?.joined()
+    }
+
+    /// The host name the specification sets.
+    pub fn hostname(&self) -> Option<&str> {
+        self.spec.hostname.as_deref().filter(|name| !name.is_empty())
+    }
+
+    fn check(&self) -> Result<(), BundleError> {
+        let Spec { process, root, linux, oci_version, .. } = &self.spec;
+        let invalid = |message: &str| Err(BundleError::Invalid(message.into()));
+        if !oci_version.starts_with("1.") {
+            return invalid(&format!("ociVersion {oci_version:?} is not supported, only 1.x"));
+        }
+        if process.args.is_empty() {
+            return invalid("process.args is empty: there is nothing to run");
+        }
+        if !process.cwd.starts_with('/') {
+            return invalid("process.cwd is not an absolute path");
+        }
+        if root.path.is_empty() {
+            return invalid("root.path is empty");
+        }
+        for (index, namespace) in linux.namespaces.iter().enumerate() {
+            if linux.namespaces.iter().take(index).any(|other| other.kind == namespace.kind) {
+                return invalid(&format!("linux.namespaces names {:?} twice", namespace.kind));
+            }
+        }
+        for host in &HOST_NAMESPACES {
+            if !linux.namespaces.iter().any(|ns| ns.kind == host.kind) {
+                return Err(BundleError::HostNamespace { what: host.what, kind: host.kind, remedy: host.remedy });
+            }
+        }
+        if linux.namespaces.iter().any(|ns| ns.kind == "mount" && ns.joined().is_some()) {
+            return invalid(
+                "a mount namespace cannot be joined: it is the host's, the container is in a virtual machine",
+            );
+        }
+        for kind in ["user", "time"] {
+            if linux.namespaces.iter().any(|ns| ns.kind == kind && ns.joined().is_some()) {
+                return invalid(&format!(
+                    "a {kind} namespace of the host cannot be joined from a virtual machine (for user namespaces: hostUsers)"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A path that leads to the network namespace this process is in is host network in disguise.
+    fn check_network(&self) -> Result<(), BundleError> {
+        let Some(path) = self.network_namespace() else { return Ok(()) };
+        let stat = |path: &str| {
+            std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).map_err(|source| BundleError::Namespace {
+                kind: "network",
+                path: path.into(),
+                source,
+            })
+        };
+        if stat(path)? == stat("/proc/self/ns/net")? {
+            return Err(BundleError::HostNetwork(path.into()));
+        }
+        Ok(())
+    }
+}
+
+struct HostNamespace {
+    kind: &'static str,
+    what: &'static str,
+    remedy: &'static str,
+}
+
+/// The namespaces without which a container would share them with the host.
+const HOST_NAMESPACES: [HostNamespace; 4] = [
+    HostNamespace {
+        kind: "network",
+        what: "host network is not possible in a virtual machine",
+        remedy: "drop hostNetwork (--net-host), or use another runtime for this pod",
+    },
+    HostNamespace {
+        kind: "pid",
+        what: "host PID is not possible in a virtual machine",
+        remedy: "drop hostPID (--pid=host), or use another runtime for this pod",
+    },
+    HostNamespace {
+        kind: "ipc",
+        what: "host IPC is not possible in a virtual machine",
+        remedy: "drop hostIPC (--ipc=host), or use another runtime for this pod",
+    },
+    HostNamespace {
+        kind: "mount",
+        what: "the host's mounts are not visible in a virtual machine",
+        remedy: "ask for a mount namespace",
+    },
+];
+
+/// Only the annotations of a bundle, for the shim's `start`: cheaper than all of it, and nothing is checked.
+///
+/// # Errors
+/// [`BundleError::Read`] and [`BundleError::Parse`].
+pub fn load_annotations(dir: &Path) -> Result<std::collections::BTreeMap<String, String>, BundleError> {
+    #[derive(Deserialize)]
+    struct Annotations {
+        #[serde(default)]
+        annotations: std::collections::BTreeMap<String, String>,
+    }
+    let path = dir.join("config.json");
+    let bytes = std::fs::read(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    let parsed: Annotations = serde_json::from_slice(&bytes).map_err(|source| BundleError::Parse { path, source })?;
+    Ok(parsed.annotations)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    /// A specification as `ctr run` makes it, cut short.
+    pub fn sample() -> Value {
+        json!({
+            "ociVersion": "1.1.0",
+            "process": { "user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/", "noNewPrivileges": true },
+            "root": { "path": "rootfs" },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
+                { "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"] }
+            ],
+            "linux": {
+                "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
+                "cgroupsPath": "/default/x",
+                "namespaces": [
+                    { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" },
+                    { "type": "cgroup" }
+                ],
+                "maskedPaths": ["/proc/acpi"]
+            }
+        })
+    }
+
+    pub fn bundle(change: impl FnOnce(&mut Value)) -> Result<Bundle, BundleError> {
+        let mut value = sample();
+        change(&mut value);
+        Bundle::parse(Path::new("/bundle"), value.to_string().as_bytes())
+    }
+
+    fn without(kind: &str) -> String {
+        bundle(|v| {
+            v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind);
+        })
+        .unwrap_err()
+        .to_string()
+    }
+
+    #[test]
+    fn what_ctr_makes_is_taken() {
+        let bundle = bundle(|_| ()).unwrap();
+        assert_eq!(bundle.network_namespace(), None);
+        assert_eq!(bundle.hostname(), None);
+        assert_eq!(bundle.spec.process.args, ["true"]);
+    }
+
+    #[test]
+    fn null_is_as_good_as_absent() {
+        let bundle = bundle(|v| {
+            v["annotations"] = Value::Null;
+            v["mounts"] = Value::Null;
+            v["linux"]["resources"] = Value::Null;
+        });
+        assert!(bundle.unwrap().spec.mounts.is_empty());
+    }
+
+    #[test]
+    fn host_namespaces_are_refused_with_a_remedy() {
+        assert!(without("network").starts_with("host network is not possible in a virtual machine"));
+        assert!(without("network").contains("hostNetwork"));
+        assert!(without("pid").contains("hostPID"));
+        assert!(without("ipc").contains("hostIPC"));
+        assert!(without("mount").contains("mount namespace"));
+        // These are the guest's own then.
+        for kind in ["uts", "cgroup"] {
+            bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
+        }
+        for kind in ["user", "time"] {
+            let add = json!({ "type": kind, "path": "/proc/7/ns/x" });
+            let error = bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(add)).unwrap_err();
+            assert!(error.to_string().contains("cannot be joined"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_hosts_network_namespace_by_path_is_refused() {
+        let path = |path: &str| bundle(|v| v["linux"]["namespaces"][4]["path"] = path.into()).unwrap().check_network();
+        assert!(matches!(path("/proc/self/ns/net"), Err(BundleError::HostNetwork(_))));
+        assert!(matches!(path("/nowhere/net"), Err(BundleError::Namespace { .. })));
+    }
+
+    #[test]
+    fn bad_bundles_say_what_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(Bundle::load(dir.path()), Err(BundleError::Read { .. })));
+        std::fs::write(dir.path().join("config.json"), "{\n\"ociVersion\": 1}").unwrap();
+        let error = Bundle::load(dir.path()).unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("line 2"), "{source}");
+        for (change, expected) in [
+            (Box::new(|v: &mut Value| v["process"]["args"] = json!([])) as Box<dyn Fn(&mut Value)>, "process.args"),
+            (Box::new(|v| v["process"]["cwd"] = "tmp".into()), "process.cwd"),
+            (Box::new(|v| v["root"]["path"] = "".into()), "root.path"),
+            (Box::new(|v| v["ociVersion"] = "2.0".into()), "ociVersion"),
+            (Box::new(|v| v["linux"]["namespaces"][0]["type"] = "ipc".into()), "twice"),
+        ] {
+            let error = bundle(change).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        assert!(bundle(|v| drop(v.as_object_mut().unwrap().remove("process"))).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = Bundle::parse(Path::new("/bundle"), &bytes);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Making a container ready: its mounts on the host, its specification for the guest.
+
+use super::{
+    Bundle, TranslateError,
+    rootfs::{self, RootMount, RootfsError},
+    teardown::teardown,
+    translate,
+    volumes::{self, Place, VolumeError},
+};
+use serde_json::Value;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// What containerd asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The container.
+    pub id: &'a str,
+    /// The sandbox's [`super::Share::host`].
+    pub share: &'a Path,
+    /// The mounts that make the root file system; none where the bundle has it.
+    pub rootfs: &'a [RootMount],
+}
+
+/// A container that the guest can create.
+#[derive(Debug)]
+pub struct Prepared {
+    /// `config.json` for the guest.
+    pub spec: Vec<u8>,
+    /// The root file system's directory in the guest.
+    pub rootfs: String,
+    /// What the guest cannot honour and was left out, for the log.
+    pub notes: Vec<String>,
+}
+
+/// Why a container cannot be made ready.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// The id cannot be a directory's name.
+    #[error("{0:?} cannot be a container's id")]
+    Id(String),
+    /// The specification needs the host.
+    #[error(transparent)]
+    Translate(#[from] TranslateError),
+    /// The root file system cannot be mounted.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// A volume cannot be given to the guest.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// A directory in the share cannot be made.
+    #[error("cannot create {}", path.display())]
+    Create {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Makes the container's mounts in the share, and its specification for the guest.
+///
+/// # Errors
+/// [`PrepareError`]; nothing of this container stays then.
+pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
+    let Request { id, share, .. } = *request;
+    // containerd's own rule is stricter; this is what keeps the path inside the share.
+    if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
+        return Err(PrepareError::Id(id.into()));
+    }
+    // What needs no mount first: a specification that cannot be has cost nothing then.
+    let mut raw = bundle.raw.clone();
+    let mut notes = Vec::new();
+    translate::spec(&mut raw, id, &mut notes)?;
+    let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
+    create(share.join(id))?; // a container of this id that is still there is not ours to take down
+    let made = (|| {
+        create(share.join(id).join("rootfs"))?;
+        create(volumes::directory(share, id))?;
+        mount(bundle, request, &mut raw, &mut notes)
+    })();
+    if let Err(error) = made {
+        // The error that led here is the one to be seen.
+        let _ = teardown(share, id);
+        return Err(error);
+    }
+    let spec = raw.to_string().into_bytes();
+    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes })
+}
+
+fn mount(bundle: &Bundle, request: &Request<'_>, raw: &mut Value, notes: &mut Vec<String>) -> Result<(), PrepareError> {
+    let Request { id, share, rootfs } = *request;
+    let target = share.join(id).join("rootfs");
+    if rootfs.is_empty() {
+        let path = bundle.dir.join(&bundle.spec.root.path);
+        let bind = RootMount {
+            kind: "bind".into(),
+            source: path.to_string_lossy().into_owned(),
+            options: vec!["rbind".into()],
+            ..RootMount::default()
+        };
+        rootfs::mount_all(&[bind], &target)?;
+    } else {
+        rootfs::mount_all(rootfs, &target)?;
+    }
+    let place = Place {
+        bundle: &bundle.dir,
+        host: &volumes::directory(share, id),
+        guest: &format!("{}/{id}/mounts", husk_proto::GUEST_SHARE),
+        kubernetes: bundle.annotation("io.kubernetes.cri.container-type").is_some(),
+    };
+    for (index, mount) in bundle.spec.mounts.iter().enumerate() {
+        if let Some(source) = volumes::make(mount, index, &place, notes)?
+            && let Some(mount) = raw.get_mut("mounts").and_then(|mounts| mounts.get_mut(index))
+            && let Some(mount) = mount.as_object_mut()
+        {
+            mount.insert("source".into(), source.into());
+        }
+    }
+    Ok(())
+}

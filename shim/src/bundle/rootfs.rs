@@ -1,0 +1,255 @@
+//! Mounting a container's root file system from the mounts containerd's snapshotter names.
+
+use super::syscall;
+use nix::mount::{MsFlags, mount};
+use std::{
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+/// The kernel copies one page of a mount's options, with its terminating zero.
+const PAGE: usize = 4096;
+
+/// One mount of a root file system, as containerd names it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RootMount {
+    /// File system type, or `bind`.
+    pub kind: String,
+    /// Device or directory.
+    pub source: String,
+    /// Path below the root; only empty ones can be mounted.
+    pub target: String,
+    /// As in fstab.
+    pub options: Vec<String>,
+}
+
+impl From<&husk_proto::containerd::types::mount::Mount> for RootMount {
+    fn from(mount: &husk_proto::containerd::types::mount::Mount) -> Self {
+        Self {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            target: mount.target.clone(),
+            options: mount.options.clone(),
+        }
+    }
+}
+
+/// Why a root file system cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// The kernel refused.
+    #[error("cannot mount the root file system ({kind} of {mount_source:?} with options {options:?})")]
+    Mount {
+        /// File system type.
+        kind: String,
+        /// Device or directory.
+        mount_source: String,
+        /// The options, shortened.
+        options: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The mount is of a form that cannot be.
+    #[error("cannot mount the root file system: {0}")]
+    Unsupported(String),
+}
+
+/// Mounts `mounts`, one over the other, at `target`.
+pub fn mount_all(mounts: &[RootMount], target: &Path) -> Result<(), RootfsError> {
+    mounts.iter().try_for_each(|mount| mount_one(mount, target))
+}
+
+fn mount_one(root: &RootMount, target: &Path) -> Result<(), RootfsError> {
+    if !root.target.is_empty() && root.target != "/" {
+        // Below the root lies what the image holds, where a link may lead anywhere on the host.
+        let message = format!("a mount at {:?} inside of it is not supported", root.target);
+        return Err(RootfsError::Unsupported(message));
+    }
+    let options = Options::parse(&root.options);
+    if let Some(option) = options.data.iter().find(|o| o.starts_with("uidmap=") || o.starts_with("gidmap=")) {
+        return Err(RootfsError::Unsupported(format!(
+            "{option}: user namespaces (hostUsers: false) are not supported"
+        )));
+    }
+    let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
+        bind(Path::new(&root.source), target, &options)
+    } else {
+        file_system(root, target, &options)
+    };
+    result.map_err(|source| RootfsError::Mount {
+        kind: root.kind.clone(),
+        mount_source: root.source.clone(),
+        options: shorten(&root.options.join(",")),
+        source,
+    })
+}
+
+/// The first of a long option string: layers' paths say little.
+fn shorten(options: &str) -> String {
+    const MAX: usize = 200;
+    if options.len() <= MAX {
+        return options.into();
+    }
+    let mut text: String = options.chars().take(MAX).collect();
+    text.push('…');
+    text
+}
+
+fn bind(source: &Path, target: &Path, options: &Options<'_>) -> io::Result<()> {
+    let recursive = options.flags.contains(MsFlags::MS_REC);
+    let source = syscall::open_path(source, true)?;
+    let tree = syscall::clone_tree(source.as_fd(), recursive)?;
+    let attr = if options.flags.contains(MsFlags::MS_RDONLY) { syscall::MOUNT_ATTR_RDONLY } else { 0 };
+    syscall::set_attr(tree.as_fd(), attr, 0, false)?;
+    syscall::attach(tree.as_fd(), syscall::open_path(target, false)?.as_fd())
+}
+
+fn file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
+    let mut source = PathBuf::from(&root.source);
+    let _device; // an auto-clearing loop device lives as long as it is open or mounted
+    if options.looped {
+        let (path, file) = super::loopdev::attach(&source, options.flags.contains(MsFlags::MS_RDONLY))?;
+        _device = file;
+        source = path;
+    }
+    let data = options.data.join(",");
+    if data.len() < PAGE {
+        return plain(&source, target, &root.kind, options.flags, &data);
+    }
+    let Some((dir, data)) = (root.kind == "overlay").then(|| relative(&options.data)).flatten() else {
+        return Err(io::Error::other(format!("{} bytes of options, the kernel takes {}", data.len(), PAGE - 1)));
+    };
+    // Relative paths make it fit, and only a thread that shares its working directory with no other may change it.
+    let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
+    let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        nix::unistd::chdir(&dir)?;
+        plain(&source, &target, &kind, flags, &data)
+    })?;
+    mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+}
+
+fn plain(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
+    Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
+}
+
+/// Overlay's options with the lower directories relative to their longest common parent, if they fit a page then.
+fn relative(data: &[&str]) -> Option<(PathBuf, String)> {
+    let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
+    // A backslash escapes a colon in a path: containerd makes none such, and splitting would be wrong.
+    if lower.contains('\\') || lower.contains("::") {
+        return None;
+    }
+    let dirs: Vec<&Path> = lower.split(':').map(Path::new).collect();
+    if !dirs.iter().all(|dir| dir.is_absolute()) {
+        return None;
+    }
+    let mut common = dirs.first()?.parent()?;
+    while !dirs.iter().all(|dir| dir.starts_with(common)) {
+        common = common.parent()?;
+    }
+    let short: Option<Vec<&str>> =
+        dirs.iter().map(|dir| dir.strip_prefix(common).ok()?.to_str().filter(|name| !name.is_empty())).collect();
+    let lower = format!("lowerdir={}", short?.join(":"));
+    let data: Vec<&str> =
+        data.iter().map(|option| if option.starts_with("lowerdir=") { lower.as_str() } else { option }).collect();
+    let data = data.join(",");
+    (data.len() < PAGE).then(|| (common.to_path_buf(), data))
+}
+
+/// fstab options, sorted by who reads them.
+struct Options<'a> {
+    /// For mount(2).
+    flags: MsFlags,
+    /// For the file system.
+    data: Vec<&'a str>,
+    /// The source is a file that wants a loop device.
+    looped: bool,
+}
+
+impl<'a> Options<'a> {
+    fn parse(options: &'a [String]) -> Self {
+        let mut parsed = Self { flags: MsFlags::empty(), data: Vec::new(), looped: false };
+        for option in options {
+            let (set, clear) = match option.as_str() {
+                "bind" => (MsFlags::MS_BIND, MsFlags::empty()),
+                "rbind" => (MsFlags::MS_BIND | MsFlags::MS_REC, MsFlags::empty()),
+                "ro" => (MsFlags::MS_RDONLY, MsFlags::empty()),
+                "rw" => (MsFlags::empty(), MsFlags::MS_RDONLY),
+                "nosuid" => (MsFlags::MS_NOSUID, MsFlags::empty()),
+                "suid" => (MsFlags::empty(), MsFlags::MS_NOSUID),
+                "nodev" => (MsFlags::MS_NODEV, MsFlags::empty()),
+                "dev" => (MsFlags::empty(), MsFlags::MS_NODEV),
+                "noexec" => (MsFlags::MS_NOEXEC, MsFlags::empty()),
+                "exec" => (MsFlags::empty(), MsFlags::MS_NOEXEC),
+                "sync" => (MsFlags::MS_SYNCHRONOUS, MsFlags::empty()),
+                "async" => (MsFlags::empty(), MsFlags::MS_SYNCHRONOUS),
+                "dirsync" => (MsFlags::MS_DIRSYNC, MsFlags::empty()),
+                "noatime" => (MsFlags::MS_NOATIME, MsFlags::empty()),
+                "atime" => (MsFlags::empty(), MsFlags::MS_NOATIME),
+                "nodiratime" => (MsFlags::MS_NODIRATIME, MsFlags::empty()),
+                "diratime" => (MsFlags::empty(), MsFlags::MS_NODIRATIME),
+                "relatime" => (MsFlags::MS_RELATIME, MsFlags::empty()),
+                "norelatime" => (MsFlags::empty(), MsFlags::MS_RELATIME),
+                "strictatime" => (MsFlags::MS_STRICTATIME, MsFlags::empty()),
+                "loop" => {
+                    parsed.looped = true;
+                    continue;
+                }
+                "defaults" | "remount" | "" => continue,
+                data => {
+                    parsed.data.push(data);
+                    continue;
+                }
+            };
+            parsed.flags.insert(set);
+            parsed.flags.remove(clear);
+        }
+        parsed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_flags_or_data() {
+        let options = ["rw", "ro", "nosuid", "suid", "rbind", "loop", "index=off", "defaults"].map(String::from);
+        let parsed = Options::parse(&options);
+        assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC);
+        assert_eq!(parsed.data, ["index=off"]);
+        assert!(parsed.looped);
+    }
+
+    #[test]
+    fn long_layer_lists_become_relative() {
+        let dirs: Vec<String> = (0..120).map(|n| format!("/var/lib/containerd/snapshots/{n}/fs")).collect();
+        let lower = format!("lowerdir={}", dirs.join(":"));
+        assert!(lower.len() > PAGE);
+        let (dir, data) = relative(&["index=off", &lower, "upperdir=/a/b"]).unwrap();
+        assert_eq!(dir, Path::new("/var/lib/containerd/snapshots"));
+        assert!(data.starts_with("index=off,lowerdir=0/fs:1/fs:2/fs:"), "{data}");
+        assert!(data.ends_with(":119/fs,upperdir=/a/b"), "{data}");
+    }
+
+    #[test]
+    fn what_cannot_be_shortened_is_left() {
+        assert_eq!(relative(&["upperdir=/a"]), None);
+        assert_eq!(relative(&["lowerdir=/a\\:b:/c"]), None);
+        assert_eq!(relative(&["lowerdir=/a:/a/b"]), Some(("/".into(), "lowerdir=a:a/b".into())));
+        assert_eq!(relative(&["lowerdir=a:/b"]), None);
+        assert_eq!(relative(&[&format!("lowerdir=/{}", "x".repeat(5000))]), None);
+    }
+
+    #[test]
+    fn mounts_inside_the_image_and_id_maps_are_refused() {
+        let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
+        assert!(matches!(mount_all(&[inside], Path::new("/nowhere")), Err(RootfsError::Unsupported(_))));
+        let options = vec!["uidmap=0:1000:1".to_string()];
+        let mapped = RootMount { kind: "overlay".into(), options, ..RootMount::default() };
+        assert!(matches!(mount_all(&[mapped], Path::new("/nowhere")), Err(RootfsError::Unsupported(_))));
+    }
+}

@@ -1,0 +1,217 @@
+//! How large a pod's virtual machine is.
+
+use super::spec::{Cpu, Memory, Spec};
+use husk_config::{Config, annotation, check};
+
+/// Annotations by which containerd's CRI tells a sandbox what its containers may use together.
+mod cri {
+    /// `sandbox` or `container`.
+    pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+    pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+    pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+    pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+}
+
+const MIB: u64 = 1 << 20;
+/// cgroups' default period in microseconds, where only a quota is given.
+const DEFAULT_PERIOD: u64 = 100_000;
+/// The least memory, in MiB, the VMM accepts.
+const MIN_VM_MIB: u64 = 64;
+
+/// A virtual machine's size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sizing {
+    /// vCPUs, 1 or more.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Kernel parameters the pod adds.
+    pub kernel_params: String,
+}
+
+/// Why a pod gets no virtual machine.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SizingError {
+    /// The pod's memory limit is below what a container can start in.
+    #[error(
+        "too little memory: the limit is {limit} bytes, at least {min_mib} MiB are needed (min_memory_mib in the configuration)"
+    )]
+    TooLittle {
+        /// The pod's limit.
+        limit: u64,
+        /// The least there must be.
+        min_mib: u64,
+    },
+    /// An annotation has a value that cannot be.
+    #[error("annotation {key}={value:?}: {message}")]
+    Annotation {
+        /// The annotation.
+        key: String,
+        /// Its value.
+        value: String,
+        /// What would be right.
+        message: String,
+    },
+    /// The operator does not let pods use this annotation.
+    #[error("annotation {0} is not allowed on this node (allowed_annotations in the configuration)")]
+    Forbidden(String),
+}
+
+/// Sizes the virtual machine for a sandbox whose first specification is `spec`.
+///
+/// # Errors
+/// [`SizingError`] when the limits or annotations cannot be met.
+pub fn sizing(spec: &Spec, config: &Config) -> Result<Sizing, SizingError> {
+    let host = Host { cpus: online_cpus(), memory_mib: total_memory_mib() };
+    size(spec, config, &host)
+}
+
+/// What the host has: limits above it limit nothing.
+struct Host {
+    cpus: u64,
+    memory_mib: u64,
+}
+
+fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError> {
+    for key in spec.annotations.keys().filter(|key| key.starts_with(annotation::PREFIX)) {
+        if !config.allowed_annotations.contains(key) {
+            return Err(SizingError::Forbidden(key.clone()));
+        }
+    }
+    let (cpu, memory) = limits(spec)?;
+    let vcpus = match number(spec, annotation::VCPUS, 1, u64::from(config.max_vcpus))? {
+        Some(vcpus) => vcpus,
+        None => match vcpus(&cpu) {
+            Some(limit) => limit.min(host.cpus.max(1)).min(u64::from(config.max_vcpus)),
+            None => u64::from(config.default_vcpus),
+        },
+    };
+    let memory_mib = match number(spec, annotation::MEMORY_MIB, MIN_VM_MIB, host.memory_mib.max(MIN_VM_MIB))? {
+        Some(mib) => mib,
+        None => match memory.limit.and_then(|limit| u64::try_from(limit).ok()).filter(|&limit| limit > 0) {
+            Some(limit) if limit / MIB < config.min_memory_mib => {
+                return Err(SizingError::TooLittle { limit, min_mib: config.min_memory_mib });
+            }
+            Some(limit) => {
+                limit.div_ceil(MIB).saturating_add(config.memory_overhead_mib).min(host.memory_mib.max(MIN_VM_MIB))
+            }
+            None => config.default_memory_mib,
+        },
+    };
+    let kernel_params = spec.annotations.get(annotation::KERNEL_PARAMS).cloned().unwrap_or_default();
+    check::params(&kernel_params).map_err(|message| SizingError::Annotation {
+        key: annotation::KERNEL_PARAMS.into(),
+        value: kernel_params.clone(),
+        message,
+    })?;
+    Ok(Sizing { vcpus: u8::try_from(vcpus).unwrap_or(config.max_vcpus), memory_mib, kernel_params })
+}
+
+/// The limits that count: a Kubernetes sandbox's annotations, else the container's own.
+fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
+    if spec.annotations.get(cri::CONTAINER_TYPE).map(String::as_str) == Some("sandbox") {
+        let cpu = Cpu { quota: parse(spec, cri::CPU_QUOTA)?, period: parse(spec, cri::CPU_PERIOD)? };
+        return Ok((cpu, Memory { limit: parse(spec, cri::MEMORY)? }));
+    }
+    let resources = spec.linux.resources.clone().unwrap_or_default();
+    Ok((resources.cpu.unwrap_or_default(), resources.memory.unwrap_or_default()))
+}
+
+/// A CPU limit in whole CPUs, rounded up.
+fn vcpus(cpu: &Cpu) -> Option<u64> {
+    let quota = cpu.quota.and_then(|quota| u64::try_from(quota).ok()).filter(|&quota| quota > 0)?;
+    let period = cpu.period.filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);
+    Some(quota.div_ceil(period))
+}
+
+fn parse<T: std::str::FromStr>(spec: &Spec, key: &str) -> Result<Option<T>, SizingError> {
+    let Some(value) = spec.annotations.get(key) else { return Ok(None) };
+    value.parse().map(Some).map_err(|_| SizingError::Annotation {
+        key: key.into(),
+        value: value.clone(),
+        message: "not a whole number".into(),
+    })
+}
+
+fn number(spec: &Spec, key: &str, low: u64, high: u64) -> Result<Option<u64>, SizingError> {
+    match parse::<u64>(spec, key)? {
+        Some(number) if number < low || number > high => Err(SizingError::Annotation {
+            key: key.into(),
+            value: number.to_string(),
+            message: format!("not in {low} to {high}"),
+        }),
+        other => Ok(other),
+    }
+}
+
+fn online_cpus() -> u64 {
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u64)
+}
+
+fn total_memory_mib() -> u64 {
+    nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total() / MIB)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::load::tests::bundle, *};
+    use serde_json::{Value, json};
+
+    const HOST: Host = Host { cpus: 8, memory_mib: 16 << 10 };
+
+    fn sized(change: impl FnOnce(&mut Value)) -> Result<(u8, u64), SizingError> {
+        let config = Config { allowed_annotations: annotation::ALL.map(String::from).to_vec(), ..Config::default() };
+        size(&bundle(change).unwrap().spec, &config, &HOST).map(|s| (s.vcpus, s.memory_mib))
+    }
+
+    #[test]
+    fn without_limits_the_defaults() {
+        assert_eq!(sized(|_| ()), Ok((1, 1024)));
+        let unlimited = json!({ "cpu": { "quota": -1, "period": 0, "shares": 2 }, "memory": { "limit": -1 } });
+        assert_eq!(sized(|v| v["linux"]["resources"] = unlimited), Ok((1, 1024)));
+    }
+
+    #[test]
+    fn limits_are_rounded_up_and_the_overhead_is_added() {
+        let limit = |quota: i64, period: u64, memory: i64| {
+            let resources = json!({ "cpu": { "quota": quota, "period": period }, "memory": { "limit": memory } });
+            sized(|v| v["linux"]["resources"] = resources)
+        };
+        assert_eq!(limit(150_000, 100_000, 256 << 20), Ok((2, 320)));
+        assert_eq!(limit(100_000, 0, (256 << 20) + 1), Ok((1, 321)));
+        assert_eq!(limit(10_000, 100_000, 8 << 20), Ok((1, 72)));
+        // More than the host has is no limit; nor do the numbers' ends overflow.
+        assert_eq!(limit(i64::MAX, 1, i64::MAX), Ok((8, 16 << 10)));
+        let error = limit(0, 0, 4 << 20).unwrap_err();
+        assert_eq!(error, SizingError::TooLittle { limit: 4 << 20, min_mib: 8 });
+        assert!(error.to_string().starts_with("too little memory: the limit is 4194304 bytes, at least 8 MiB"));
+    }
+
+    #[test]
+    fn a_kubernetes_sandbox_is_sized_by_its_annotations() {
+        let pod = json!({
+            "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-period": "100000",
+            "io.kubernetes.cri.sandbox-cpu-quota": "250000", "io.kubernetes.cri.sandbox-memory": "536870912"
+        });
+        assert_eq!(sized(|v| v["annotations"] = pod.clone()), Ok((3, 576)));
+        let mut none = pod.clone();
+        none["io.kubernetes.cri.sandbox-memory"] = "0".into();
+        none["io.kubernetes.cri.sandbox-cpu-quota"] = "0".into();
+        assert_eq!(sized(|v| v["annotations"] = none), Ok((1, 1024)));
+        let mut bad = pod;
+        bad["io.kubernetes.cri.sandbox-memory"] = "much".into();
+        assert!(matches!(sized(|v| v["annotations"] = bad), Err(SizingError::Annotation { .. })));
+    }
+
+    #[test]
+    fn annotations_win_and_are_checked() {
+        let with = |key: &str, value: &str| sized(|v| v["annotations"] = json!({ key: value }));
+        assert_eq!(with(annotation::VCPUS, "16"), Ok((16, 1024)));
+        assert_eq!(with(annotation::MEMORY_MIB, "2048"), Ok((1, 2048)));
+        for (key, value) in [(annotation::VCPUS, "17"), (annotation::VCPUS, "0"), (annotation::MEMORY_MIB, "63")] {
+            assert!(matches!(with(key, value), Err(SizingError::Annotation { .. })), "{key}={value}");
+        }
+        assert!(matches!(with(annotation::KERNEL_PARAMS, "a\nb"), Err(SizingError::Annotation { .. })));
+        assert!(matches!(with("io.husk.other", "x"), Err(SizingError::Forbidden(_))));
+    }
+}

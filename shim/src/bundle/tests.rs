@@ -1,0 +1,232 @@
+//! Real mounts in a mount namespace of the test's own. They need root: `cargo test -p husk-shim -- --ignored mounts`.
+
+use super::{load::tests::sample, *};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+/// Runs `test` in a thread with a mount namespace of its own, in a fresh directory, as the shim's daemon would be.
+fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+        let none = None::<&Path>;
+        mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        test(dir.path());
+    });
+    thread.join().unwrap();
+}
+
+fn mounts_below(dir: &Path) -> Vec<String> {
+    // A thread's own view: the process' main thread is in another namespace.
+    let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let dir = dir.to_str().unwrap();
+    text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| at.starts_with(dir)).map(Into::into).collect()
+}
+
+fn overlay(dir: &Path, layers: usize) -> RootMount {
+    let make = |name: &str| {
+        let path = dir.join("snapshots-with-a-name-as-long-as-that-of-containerds-own-snapshotter").join(name);
+        fs::create_dir_all(&path).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let lower: Vec<String> = (0..layers).map(|n| make(&format!("{n}/fs"))).collect();
+    fs::write(Path::new(&lower[layers - 1]).join("from-the-lowest"), "x").unwrap();
+    let options = vec![
+        format!("workdir={}", make("work")),
+        format!("upperdir={}", make("upper")),
+        format!("lowerdir={}", lower.join(":")),
+    ];
+    RootMount { kind: "overlay".into(), source: "overlay".into(), target: String::new(), options }
+}
+
+fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
+    let mut value = sample();
+    change(&mut value);
+    fs::write(dir.join("config.json"), value.to_string()).unwrap();
+    Bundle::load(dir).unwrap()
+}
+
+fn share(dir: &Path) -> Share {
+    let sandbox = dir.join("sandbox");
+    fs::create_dir(&sandbox).unwrap();
+    Share::mount(&sandbox).unwrap()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn mounts_are_made_seen_by_the_guest_and_taken_away() {
+    isolated(|dir| {
+        let share = share(dir);
+        let (data, file) = (dir.join("data"), dir.join("file"));
+        fs::create_dir(&data).unwrap();
+        fs::create_dir(data.join("below")).unwrap();
+        mount(Some("t"), &data.join("below"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        fs::write(data.join("below/deep"), "deep").unwrap();
+        fs::write(&file, "file").unwrap();
+        let bundle = bundle(dir, |spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            mounts.push(json!({"destination": "/data", "type": "bind", "source": data, "options": ["rbind", "rw"]}));
+            mounts.push(json!({"destination": "/file", "type": "bind", "source": file, "options": ["bind", "ro"]}));
+        });
+        let rootfs = [overlay(dir, 3)];
+        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs };
+        let prepared = prepare(&bundle, &request).unwrap();
+        assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
+        let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
+        assert_eq!(spec["mounts"][2]["source"], "/run/husk/share/c1/mounts/2");
+        assert_eq!(spec["mounts"][0], sample()["mounts"][0]);
+
+        // What the guest sees, through the read-only copy of the share.
+        let guest = share.guest.join("c1");
+        assert_eq!(fs::read_to_string(guest.join("rootfs/from-the-lowest")).unwrap(), "x");
+        fs::write(guest.join("rootfs/new"), "new").unwrap();
+        assert_eq!(fs::read_to_string(guest.join("mounts/2/below/deep")).unwrap(), "deep");
+        fs::write(guest.join("mounts/2/from-guest"), "g").unwrap();
+        assert!(data.join("from-guest").exists());
+        assert_eq!(fs::read_to_string(guest.join("mounts/3")).unwrap(), "file");
+        for refused in
+            [fs::write(guest.join("mounts/3"), "no"), fs::write(guest.join("x"), "no"), fs::remove_dir(&guest)]
+        {
+            assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
+        }
+        // The same container again is refused, and the one there is left alone.
+        assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Create { .. })));
+        assert!(guest.join("rootfs/new").exists());
+
+        // A file that is held open does not keep anything.
+        let held = fs::File::open(guest.join("rootfs/new")).unwrap();
+        for _ in 0..2 {
+            teardown(&share.host, "c1").unwrap();
+            assert!(!share.host.join("c1").exists() && !guest.exists());
+        }
+        drop(held);
+        assert!(data.join("below/deep").exists() && file.exists(), "the sources are untouched");
+        assert_eq!(mounts_below(&dir.join("sandbox")).len(), 2);
+        for _ in 0..2 {
+            share.unmount();
+            assert_eq!(mounts_below(&dir.join("sandbox")), Vec::<String>::new());
+            assert!(!share.host.exists() && !share.guest.exists());
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn mounts_of_a_failed_container_do_not_stay() {
+    isolated(|dir| {
+        let share = share(dir);
+        let bundle = bundle(dir, |spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            mounts.push(json!({"destination": "/a", "type": "bind", "source": dir, "options": ["rbind"]}));
+            mounts.push(json!({"destination": "/b", "type": "bind", "source": "/nowhere", "options": ["rbind"]}));
+        });
+        let rootfs = [overlay(dir, 2)];
+        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs };
+        assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Volume(_))));
+        assert_eq!(fs::read_dir(&share.host).unwrap().count(), 0);
+        assert_eq!(mounts_below(&share.host).len(), 1);
+        let broken = [RootMount { kind: "overlay".into(), ..RootMount::default() }];
+        let error = prepare(&bundle, &Request { rootfs: &broken, ..request }).unwrap_err();
+        assert!(matches!(error, PrepareError::Rootfs(_)), "{error}");
+        assert_eq!(mounts_below(&share.host).len(), 1);
+        share.unmount();
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn mounts_of_more_layers_than_fit_a_page() {
+    isolated(|dir| {
+        let share = share(dir);
+        let rootfs = [overlay(dir, 120)];
+        assert!(rootfs[0].options.join(",").len() > 4096);
+        let bundle = bundle(dir, |_| ());
+        let cwd = std::env::current_dir().unwrap();
+        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs }).unwrap();
+        assert!(share.guest.join("c1/rootfs/from-the-lowest").exists());
+        assert_eq!(std::env::current_dir().unwrap(), cwd);
+        teardown(&share.host, "c1").unwrap();
+        share.unmount();
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn mounts_of_the_bundle_and_of_image_files() {
+    isolated(|dir| {
+        let share = share(dir);
+        let root = dir.join("rootfs");
+        fs::create_dir(&root).unwrap();
+        fs::write(root.join("here"), "").unwrap();
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
+        let bundle = bundle(dir, |_| ());
+        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &[] }).unwrap();
+        assert!(share.guest.join("c1/rootfs/here").exists());
+        let ro = RootMount {
+            kind: "bind".into(),
+            source: root.to_str().unwrap().into(),
+            options: vec!["rbind".into(), "ro".into()],
+            ..RootMount::default()
+        };
+        prepare(&bundle, &Request { id: "c2", share: &share.host, rootfs: &[ro] }).unwrap();
+        let error = fs::write(share.guest.join("c2/rootfs/no"), "").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+        let image: PathBuf = dir.join("image");
+        fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
+        let made = std::process::Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&image).status().unwrap();
+        assert!(made.success());
+        let looped = RootMount {
+            kind: "ext4".into(),
+            source: image.to_str().unwrap().into(),
+            options: vec!["loop".into()],
+            ..RootMount::default()
+        };
+        prepare(&bundle, &Request { id: "c3", share: &share.host, rootfs: &[looped] }).unwrap();
+        assert!(share.guest.join("c3/rootfs/lost+found").exists());
+        for id in ["c1", "c2", "c3"] {
+            teardown(&share.host, id).unwrap();
+        }
+        assert_eq!(mounts_below(&share.host).len(), 1);
+        share.unmount();
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn mounts_of_the_host_reach_slaves_only() {
+    isolated(|dir| {
+        let share = share(dir);
+        let none = None::<&Path>;
+        let source = dir.join("source");
+        fs::create_dir(&source).unwrap();
+        // As on a host: the source is shared, and what is mounted there later is the host's doing.
+        mount(Some("t"), &source, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        mount(none, &source, none, MsFlags::MS_SHARED, none).unwrap();
+        fs::create_dir(source.join("later")).unwrap();
+        let bundle = bundle(dir, |spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            for mode in ["rslave", "rprivate"] {
+                let options = ["rbind", mode];
+                mounts.push(json!({"destination": "/a", "type": "bind", "source": source, "options": options}));
+            }
+        });
+        let rootfs = [overlay(dir, 1)];
+        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs }).unwrap();
+        mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        fs::write(source.join("later/x"), "").unwrap();
+        let guest = share.guest.join("c1/mounts");
+        assert!(guest.join("2/later/x").exists(), "a slave sees later mounts");
+        assert!(!guest.join("3/later/x").exists(), "a private mount does not");
+        teardown(&share.host, "c1").unwrap();
+        assert!(source.join("later/x").exists(), "nothing goes back to the host");
+        share.unmount();
+    });
+}

@@ -1,0 +1,293 @@
+//! Rewriting a specification for the guest: what names the host is taken out, replaced or refused.
+//!
+//! The JSON is edited in place, so that fields this code does not know reach the guest.
+
+use super::{devices, hooks, update};
+use serde_json::{Map, Value};
+
+/// Why a specification cannot be carried over to the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum TranslateError {
+    /// The JSON cannot be read.
+    #[error("cannot read the {what}")]
+    Parse {
+        /// Which message.
+        what: &'static str,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A field has the wrong type.
+    #[error("bad bundle: {0} has the wrong type")]
+    Type(&'static str),
+    /// It asks for something of the host.
+    #[error("{field}: {message}")]
+    Unsupported {
+        /// The field of the specification.
+        field: String,
+        /// Why it cannot be, and what to do.
+        message: String,
+    },
+}
+
+pub(super) fn unsupported(field: impl Into<String>, message: impl Into<String>) -> TranslateError {
+    TranslateError::Unsupported { field: field.into(), message: message.into() }
+}
+
+/// AppArmor profiles that container engines set when nobody asked for one.
+const DEFAULT_PROFILES: [&str; 5] =
+    ["unconfined", "cri-containerd.apparmor.d", "docker-default", "nerdctl-default", "containerd-default"];
+
+/// Rewrites everything but mount sources, which [`super::volumes`] does; `notes` gets what was left out, for the log.
+pub fn spec(raw: &mut Value, id: &str, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+    let spec = raw.as_object_mut().ok_or(TranslateError::Type("the specification"))?;
+    if let Some(hooks) = object(spec, "hooks")? {
+        hooks::keep_guests(hooks)?;
+    }
+    if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
+        root.insert("path".into(), guest_rootfs(id).into());
+    }
+    if let Some(process) = object(spec, "process")? {
+        self::process(process, notes)?;
+    }
+    if let Some(linux) = object(spec, "linux")? {
+        self::linux(linux, id, notes)?;
+    }
+    Ok(())
+}
+
+/// Where the guest finds a container's root file system.
+pub fn guest_rootfs(id: &str) -> String {
+    format!("{}/{id}/rootfs", husk_proto::GUEST_SHARE)
+}
+
+/// Rewrites the process of an exec request (OCI `Process` as JSON) for the guest.
+///
+/// # Errors
+/// [`TranslateError`] when it is no process or needs the host.
+pub fn exec_process(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
+    let parse = |source| TranslateError::Parse { what: "process to execute", source };
+    let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
+    let process = value.as_object_mut().ok_or(TranslateError::Type("the process"))?;
+    self::process(process, &mut Vec::new())?;
+    serde_json::to_vec(&value).map_err(parse)
+}
+
+fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+    if let Some(profile) = process.remove("apparmorProfile") {
+        let profile = profile.as_str().unwrap_or_default();
+        if !profile.is_empty() && !DEFAULT_PROFILES.contains(&profile) {
+            let message = format!(
+                "the profile {profile:?} is the host's; the guest's kernel has no AppArmor: use RuntimeDefault or Unconfined"
+            );
+            return Err(unsupported("process.apparmorProfile", message));
+        }
+        if !profile.is_empty() {
+            notes.push(format!("AppArmor profile {profile} left out: the guest's kernel has no AppArmor"));
+        }
+    }
+    if process.remove("selinuxLabel").is_some() {
+        notes.push("SELinux label left out: it is the host's policy".into());
+    }
+    if process.remove("execCPUAffinity").is_some() {
+        notes.push("execCPUAffinity left out: the host's CPU numbers mean nothing in the guest".into());
+    }
+    Ok(())
+}
+
+fn linux(linux: &mut Map<String, Value>, id: &str, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+    linux.insert("cgroupsPath".into(), format!("/husk/{id}").into());
+    if linux.remove("mountLabel").is_some() {
+        notes.push("linux.mountLabel left out: it is the host's policy".into());
+    }
+    if linux.remove("memoryPolicy").is_some() {
+        notes.push("linux.memoryPolicy left out: the host's NUMA nodes mean nothing in the guest".into());
+    }
+    if present(linux, "intelRdt") {
+        return Err(unsupported("linux.intelRdt", "cache and bandwidth classes are the host's, not the guest's"));
+    }
+    if present(linux, "netDevices") {
+        return Err(unsupported("linux.netDevices", "the host's network devices cannot be moved into the guest"));
+    }
+    if let Some(seccomp) = object(linux, "seccomp")?
+        && present(seccomp, "listenerPath")
+    {
+        return Err(unsupported("linux.seccomp.listenerPath", "a listener on the host cannot follow guest processes"));
+    }
+    match linux.get("rootfsPropagation").and_then(Value::as_str) {
+        Some(mode @ ("shared" | "rshared")) => {
+            return Err(unsupported(
+                "linux.rootfsPropagation",
+                format!("{mode}: mounts made in the guest cannot reach the host; use rslave or rprivate"),
+            ));
+        }
+        // A slave of the host has the same view in the guest as one that is private: the guest's root has no peers.
+        _ => {}
+    }
+    namespaces(linux, notes)?;
+    for device in array(linux, "devices", "linux.devices")? {
+        let number = |key: &str| device.get(key).and_then(Value::as_u64).unwrap_or_default();
+        let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
+        let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
+        if kind == "p" {
+            continue; // a fifo of the container's own
+        }
+        devices::guest_path(kind == "c" || kind == "u", number("major"), number("minor"))
+            .map_err(|message| unsupported(format!("linux.devices: {path}"), message))?;
+    }
+    if let Some(resources) = object(linux, "resources")? {
+        update::resources(resources, notes)?;
+    }
+    Ok(())
+}
+
+/// Paths of host namespaces become paths that stand for the sandbox's (see `husk_proto::GUEST_NS`).
+fn namespaces(linux: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+    let Some(Value::Array(namespaces)) = linux.get_mut("namespaces") else { return Ok(()) };
+    for namespace in namespaces.iter_mut() {
+        let namespace = namespace.as_object_mut().ok_or(TranslateError::Type("linux.namespaces"))?;
+        let joins = namespace.remove("path").is_some_and(|path| path.as_str().is_some_and(|path| !path.is_empty()));
+        let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default();
+        match kind {
+            "cgroup" if joins => notes.push("cgroup namespace: the container gets one of its own".into()),
+            kind if joins => {
+                let path = format!("{}/{kind}", husk_proto::GUEST_NS);
+                namespace.insert("path".into(), path.into());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a field is there and says something.
+pub(super) fn present(map: &Map<String, Value>, key: &str) -> bool {
+    map.get(key).is_some_and(|value| match value {
+        Value::Null => false,
+        Value::Array(values) => !values.is_empty(),
+        Value::Object(values) => !values.is_empty(),
+        Value::String(text) => !text.is_empty(),
+        _ => true,
+    })
+}
+
+/// A field that is an object, if it is there.
+pub(super) fn object<'a>(
+    map: &'a mut Map<String, Value>,
+    key: &'static str,
+) -> Result<Option<&'a mut Map<String, Value>>, TranslateError> {
+    match map.get_mut(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(object)) => Ok(Some(object)),
+        Some(_) => Err(TranslateError::Type(key)),
+    }
+}
+
+fn array<'a>(map: &'a Map<String, Value>, key: &str, name: &'static str) -> Result<&'a [Value], TranslateError> {
+    match map.get(key) {
+        None | Some(Value::Null) => Ok(&[]),
+        Some(Value::Array(values)) => Ok(values),
+        Some(_) => Err(TranslateError::Type(name)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::load::tests::sample, *};
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn translated(change: impl FnOnce(&mut Value)) -> Result<(Value, Vec<String>), TranslateError> {
+        let mut value = sample();
+        let mut notes = Vec::new();
+        change(&mut value);
+        spec(&mut value, "c1", &mut notes).map(|()| (value, notes))
+    }
+
+    fn refused(change: impl FnOnce(&mut Value)) -> String {
+        translated(change).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn paths_are_the_guests_and_unknown_fields_stay() {
+        let (value, notes) = translated(|v| {
+            v["linux"]["namespaces"][2]["path"] = "/proc/7/ns/uts".into();
+            v["linux"]["namespaces"][4]["path"] = "/var/run/netns/x".into();
+            v["linux"]["namespaces"][5]["path"] = "/proc/7/ns/cgroup".into();
+            v["linux"]["somethingNew"] = json!({"a": 1});
+            v["process"]["unknown"] = true.into();
+        })
+        .unwrap();
+        assert_eq!(value["root"]["path"], "/run/husk/share/c1/rootfs");
+        assert_eq!(value["linux"]["cgroupsPath"], "/husk/c1");
+        assert_eq!(value["linux"]["somethingNew"]["a"], 1);
+        assert_eq!(value["process"]["unknown"], true);
+        assert_eq!(value["linux"]["maskedPaths"], sample()["linux"]["maskedPaths"]);
+        let expected = json!([
+            {"type": "pid"}, {"type": "ipc"}, {"type": "uts", "path": "/run/husk/ns/uts"}, {"type": "mount"},
+            {"type": "network", "path": "/run/husk/ns/network"}, {"type": "cgroup"}
+        ]);
+        assert_eq!(value["linux"]["namespaces"], expected);
+        assert_eq!(notes.len(), 1, "{:?}", notes);
+    }
+
+    #[test]
+    fn labels_of_the_host_are_left_out() {
+        let (value, notes) = translated(|v| {
+            v["process"]["apparmorProfile"] = "cri-containerd.apparmor.d".into();
+            v["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
+            v["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
+        })
+        .unwrap();
+        assert!(value["process"].get("apparmorProfile").is_none() && value["process"].get("selinuxLabel").is_none());
+        assert!(value["linux"].get("mountLabel").is_none());
+        assert_eq!(notes.len(), 3);
+        assert!(refused(|v| v["process"]["apparmorProfile"] = "mine".into()).contains("\"mine\""));
+        let process = exec_process(br#"{"args":["a"],"apparmorProfile":"docker-default","x":1}"#).unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&process).unwrap(), json!({"args": ["a"], "x": 1}));
+        assert!(exec_process(b"[]").is_err() && exec_process(b"{").is_err());
+    }
+
+    #[test]
+    fn what_names_the_host_is_refused() {
+        let device = |kind: &str, major: u64, minor: u64| {
+            let device = json!([{"path": "/dev/x", "type": kind, "major": major, "minor": minor}]);
+            translated(|v| v["linux"]["devices"] = device)
+        };
+        device("c", 1, 3).unwrap();
+        device("p", 0, 0).unwrap();
+        assert!(device("b", 8, 0).unwrap_err().to_string().starts_with("linux.devices: /dev/x: block device 8:0"));
+        assert!(device("c", 10, 232).unwrap_err().to_string().contains("no KVM"));
+        assert!(refused(|v| v["linux"]["intelRdt"] = json!({"closID": "a"})).starts_with("linux.intelRdt"));
+        assert!(refused(|v| v["linux"]["netDevices"] = json!({"eth1": {}})).starts_with("linux.netDevices"));
+        let listener = json!({"listenerPath": "/run/x.sock"});
+        assert!(refused(|v| v["linux"]["seccomp"] = listener).starts_with("linux.seccomp.listenerPath"));
+        assert!(refused(|v| v["linux"]["rootfsPropagation"] = "rshared".into()).contains("rslave"));
+        translated(|v| v["linux"]["rootfsPropagation"] = "rslave".into()).unwrap();
+        assert!(refused(|v| v["linux"]["devices"] = 1.into()).contains("wrong type"));
+        assert!(refused(|v| v["linux"] = 1.into()).contains("wrong type"));
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let keys = "process|linux|resources|namespaces|type|path|devices|hooks|memory|unified|x";
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            keys.prop_map(Value::from)
+        ];
+        leaf.prop_recursive(5, 64, 6, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+                prop::collection::hash_map(keys, inner, 0..6).prop_map(|map| map.into_iter().collect::<Value>()),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_json_never_panics(mut value in any_json()) {
+            let _ = spec(&mut value, "c1", &mut Vec::new());
+        }
+    }
+}

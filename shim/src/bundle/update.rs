@@ -1,0 +1,100 @@
+//! Limits, in a specification and in an update request: those of the guest's cgroups pass, the host's do not.
+
+use super::translate::{TranslateError, object, present, unsupported};
+use serde_json::{Map, Value};
+
+/// Rewrites the resources of an update request (OCI `LinuxResources` as JSON) for the guest.
+///
+/// # Errors
+/// [`TranslateError`] when they are none or limit something of the host.
+pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
+    let parse = |source| TranslateError::Parse { what: "resources to update", source };
+    let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
+    resources(value.as_object_mut().ok_or(TranslateError::Type("resources"))?, &mut Vec::new())?;
+    serde_json::to_vec(&value).map_err(parse)
+}
+
+/// Limits of block devices by number.
+const THROTTLES: [&str; 5] = [
+    "weightDevice",
+    "throttleReadBpsDevice",
+    "throttleWriteBpsDevice",
+    "throttleReadIOPSDevice",
+    "throttleWriteIOPSDevice",
+];
+
+pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+    if let Some(cpu) = object(resources, "cpu")? {
+        // The guest's CPUs are numbered from 0, whatever they run on; the pod's cgroup keeps the VMM on the right ones.
+        for key in ["cpus", "mems"] {
+            if cpu.remove(key).is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
+                notes.push(format!("resources.cpu.{key} left out: the host's numbers mean nothing in the guest"));
+            }
+        }
+        // Realtime groups are cgroup v1's; the guest has v2 only.
+        cpu.remove("realtimeRuntime");
+        cpu.remove("realtimePeriod");
+    }
+    if let Some(unified) = object(resources, "unified")? {
+        unified.retain(|key, _| !key.starts_with("cpuset."));
+    }
+    if let Some(block) = object(resources, "blockIO")?
+        && let Some(key) = THROTTLES.iter().find(|key| present(block, key))
+    {
+        let message = "it names a block device of the host by number, which the guest does not have";
+        return Err(unsupported(format!("resources.blockIO.{key}"), message));
+    }
+    if let Some(limits) = resources.get_mut("hugepageLimits").and_then(Value::as_array_mut) {
+        // Kubernetes sends a limit of 0 for each page size there is; the guest has no huge pages in any case.
+        limits.retain(|limit| limit.get("limit").and_then(Value::as_u64) != Some(0));
+        if !limits.is_empty() {
+            return Err(unsupported("resources.hugepageLimits", "the guest has no huge pages"));
+        }
+        resources.remove("hugepageLimits");
+    }
+    if present(resources, "rdma") {
+        return Err(unsupported("resources.rdma", "the guest has no RDMA devices"));
+    }
+    if resources.remove("network").is_some() {
+        notes.push("resources.network left out: it is cgroup v1's, the guest has cgroup v2".into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn update(value: &Value) -> Result<Value, String> {
+        let bytes = resources_update(value.to_string().as_bytes()).map_err(|error| error.to_string())?;
+        Ok(serde_json::from_slice(&bytes).unwrap())
+    }
+
+    #[test]
+    fn what_the_guest_can_limit_stays() {
+        let from = json!({
+            "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3", "mems": "0"},
+            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 4},
+            "devices": [{"allow": false, "access": "rwm"}], "network": {"classID": 1},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
+            "unified": {"cpuset.cpus": "1", "memory.high": "9"}, "new": 1
+        });
+        let to = json!({
+            "cpu": {"shares": 10, "quota": 5, "period": 10},
+            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 4},
+            "devices": [{"allow": false, "access": "rwm"}], "unified": {"memory.high": "9"}, "new": 1
+        });
+        assert_eq!(update(&from), Ok(to));
+    }
+
+    #[test]
+    fn what_limits_the_host_is_refused() {
+        let throttle = json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}});
+        assert!(update(&throttle).unwrap_err().starts_with("resources.blockIO.throttleReadBpsDevice"));
+        assert!(update(&json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 2}]})).is_err());
+        assert!(update(&json!({"rdma": {"mlx5": {"hcaHandles": 1}}})).is_err());
+        assert!(update(&json!([])).is_err());
+        assert!(update(&json!({"cpu": 1})).unwrap_err().contains("wrong type"));
+    }
+}

@@ -1,0 +1,252 @@
+//! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
+
+use super::{devices, spec::Mount, syscall};
+use nix::sys::stat::{SFlag, fstat, major, minor};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+/// Why a volume cannot be given to the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// It asks for something that cannot cross into a virtual machine.
+    #[error("mount of {mount_source:?} at {destination:?}: {message}")]
+    Unsupported {
+        /// The mount's source.
+        mount_source: String,
+        /// Where in the container.
+        destination: String,
+        /// Why not, and what to do.
+        message: String,
+    },
+    /// The host refused.
+    #[error("error mounting {mount_source:?} to rootfs at {destination:?}: cannot {step}")]
+    Host {
+        /// The mount's source.
+        mount_source: String,
+        /// Where in the container.
+        destination: String,
+        /// What failed.
+        step: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What becomes of a mount of the specification.
+#[derive(Debug)]
+enum Plan {
+    /// The guest mounts it as it stands.
+    Keep,
+    /// The guest binds a path of its own.
+    Guest(String),
+    /// The host binds this into the share.
+    Bind { source: OwnedFd, directory: bool },
+}
+
+/// Where the host binds volumes, and the guest finds them.
+pub struct Place<'a> {
+    /// The bundle, which relative sources are relative to.
+    pub bundle: &'a Path,
+    /// `share/<id>/mounts` on the host.
+    pub host: &'a Path,
+    /// The same in the guest.
+    pub guest: &'a str,
+    /// Whether containerd's CRI made the specification.
+    pub kubernetes: bool,
+}
+
+/// Makes `mount` available to the guest as number `index`; the source the guest is to use, none to leave it.
+pub fn make(
+    mount: &Mount,
+    index: usize,
+    place: &Place<'_>,
+    notes: &mut Vec<String>,
+) -> Result<Option<String>, VolumeError> {
+    match plan(mount, place, notes)? {
+        Plan::Keep => Ok(None),
+        Plan::Guest(path) => Ok(Some(path)),
+        Plan::Bind { source, directory } => {
+            bind(mount, &source, directory, &place.host.join(index.to_string()))?;
+            Ok(Some(format!("{}/{index}", place.guest)))
+        }
+    }
+}
+
+fn plan(mount: &Mount, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
+    let source = mount.source.as_deref().unwrap_or_default();
+    let refuse = |message: String| {
+        Err(VolumeError::Unsupported { mount_source: source.into(), destination: mount.destination.clone(), message })
+    };
+    let mapped = mount.uid_mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
+    if mapped || mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
+        return refuse("mounts with mapped user ids are not supported".into());
+    }
+    if !mount.is_bind() {
+        return Ok(Plan::Keep);
+    }
+    if let Some(option) = mount.options().iter().find(|option| *option == "shared" || *option == "rshared") {
+        let message = format!(
+            "{option}: mounts made in the guest cannot reach the host; use rslave (HostToContainer) or rprivate (None)"
+        );
+        return refuse(message);
+    }
+    let path = place.bundle.join(source);
+    if path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev") {
+        // The machine's view of itself: here the machine is the guest, and the host's would give away the VMM's.
+        notes.push(format!("{} is the guest's own, not the host's", path.display()));
+        return Ok(Plan::Guest(path.to_string_lossy().into_owned()));
+    }
+    if place.kubernetes && mount.destination == "/dev/shm" && is_sandbox_shm(&path) {
+        return Ok(Plan::Guest(husk_proto::GUEST_SHM.into()));
+    }
+    let host = |step, source_error| VolumeError::Host {
+        mount_source: source.into(),
+        destination: mount.destination.clone(),
+        step,
+        source: source_error,
+    };
+    let fd = syscall::open_path(&path, true).map_err(|error| host("open the source", error))?;
+    let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    match kind {
+        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true }),
+        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false }),
+        SFlag::S_IFCHR | SFlag::S_IFBLK => {
+            match devices::guest_path(kind == SFlag::S_IFCHR, major(stat.st_rdev), minor(stat.st_rdev)) {
+                Ok(path) => Ok(Plan::Guest(path.into())),
+                Err(message) => refuse(message),
+            }
+        }
+        SFlag::S_IFSOCK => refuse("a socket of the host cannot be reached from a virtual machine".into()),
+        SFlag::S_IFIFO => refuse("a fifo of the host cannot be reached from a virtual machine".into()),
+        _ => refuse("only directories and files can be given to a virtual machine".into()),
+    }
+}
+
+/// Whether this is the shared memory that containerd's CRI makes for a pod: `…/sandboxes/<id>/shm`.
+fn is_sandbox_shm(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == "shm")
+        && path.parent().and_then(Path::parent).and_then(Path::file_name).is_some_and(|name| name == "sandboxes")
+}
+
+fn bind(mount: &Mount, source: &OwnedFd, directory: bool, target: &Path) -> Result<(), VolumeError> {
+    let host = |step| {
+        move |source| VolumeError::Host {
+            mount_source: mount.source.clone().unwrap_or_default(),
+            destination: mount.destination.clone(),
+            step,
+            source,
+        }
+    };
+    let made = if directory { fs::create_dir(target) } else { fs::File::create_new(target).map(drop) };
+    made.map_err(host("create the mount point"))?;
+    let flags = Flags::of(mount);
+    let tree = syscall::clone_tree(source.as_fd(), flags.recursive).map_err(host("copy the source's mounts"))?;
+    syscall::set_attr(tree.as_fd(), 0, flags.propagation, true).map_err(host("set the propagation"))?;
+    if flags.read_only {
+        // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
+        syscall::set_attr(tree.as_fd(), syscall::MOUNT_ATTR_RDONLY, 0, flags.read_only_below)
+            .map_err(host("make it read-only"))?;
+    }
+    let target = syscall::open_path(target, false).map_err(host("open the mount point"))?;
+    syscall::attach(tree.as_fd(), target.as_fd()).map_err(host("attach it"))
+}
+
+/// What the host does of a bind mount's options.
+#[derive(Debug, PartialEq, Eq)]
+struct Flags {
+    recursive: bool,
+    read_only: bool,
+    read_only_below: bool,
+    propagation: u64,
+}
+
+impl Flags {
+    fn of(mount: &Mount) -> Self {
+        let mut flags =
+            Self { recursive: false, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
+        for option in mount.options() {
+            match option.as_str() {
+                "rbind" => flags.recursive = true,
+                "ro" => flags.read_only = true,
+                "rw" => flags.read_only = false,
+                "rro" => (flags.read_only, flags.read_only_below) = (true, true),
+                // Of what the host mounts there later, the guest sees each at its first look.
+                "slave" | "rslave" => flags.propagation = libc::MS_SLAVE,
+                _ => {}
+            }
+        }
+        flags
+    }
+}
+
+/// A container's volume directory on the host.
+pub fn directory(share: &Path, id: &str) -> PathBuf {
+    share.join(id).join("mounts")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(source: &str, destination: &str, options: &[&str]) -> Mount {
+        Mount {
+            destination: destination.into(),
+            kind: Some("bind".into()),
+            source: Some(source.into()),
+            options: Some(options.iter().map(ToString::to_string).collect()),
+            uid_mappings: None,
+        }
+    }
+
+    fn planned(mount: &Mount) -> Result<Plan, String> {
+        let place = Place { bundle: Path::new("/b"), host: Path::new("/h"), guest: "/g", kubernetes: true };
+        plan(mount, &place, &mut Vec::new()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_machines_own_is_the_guests() {
+        for path in ["/proc", "/sys/fs/cgroup", "/dev"] {
+            assert!(matches!(planned(&mount(path, "/x", &["rbind"])), Ok(Plan::Guest(to)) if to == path));
+        }
+        assert!(matches!(planned(&mount("/dev/null", "/x", &["bind"])), Ok(Plan::Guest(to)) if to == "/dev/null"));
+        let shm = mount("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/a/shm", "/dev/shm", &["rbind"]);
+        assert!(matches!(planned(&shm), Ok(Plan::Guest(to)) if to == husk_proto::GUEST_SHM));
+        let tmpfs = Mount { kind: Some("tmpfs".into()), options: None, ..mount("tmpfs", "/tmp", &[]) };
+        assert!(matches!(planned(&tmpfs), Ok(Plan::Keep)));
+    }
+
+    #[test]
+    fn what_cannot_cross_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for (path, expected) in [(&socket, "a socket of the host"), (&fifo, "a fifo of the host")] {
+            let error = planned(&mount(path.to_str().unwrap(), "/x", &["bind"])).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+        let directory = dir.path().to_str().unwrap();
+        for option in ["rshared", "shared", "ridmap"] {
+            assert!(planned(&mount(directory, "/x", &["rbind", option])).is_err());
+        }
+        assert!(matches!(planned(&mount(directory, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
+        let error = planned(&mount("/nowhere/x", "/x", &["rbind"])).unwrap_err();
+        assert_eq!(error, "error mounting \"/nowhere/x\" to rootfs at \"/x\": cannot open the source");
+    }
+
+    #[test]
+    fn options_decide_what_the_host_does() {
+        let of = |options: &[&str]| Flags::of(&mount("/a", "/b", options));
+        let plain = Flags { recursive: true, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
+        assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
+        assert_eq!(of(&["bind", "ro", "rslave"]).propagation, libc::MS_SLAVE);
+        assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_below && !of(&["bind"]).recursive);
+        assert!(of(&["rbind", "rro"]).read_only_below);
+    }
+}
