@@ -1,12 +1,11 @@
 //! virtio-fs (virtio 1.2, 5.11): a directory of the host, served in this process by virtiofsd's file system.
 //!
-//! Requests are taken by the worker threads themselves ([`worker`]), so that a request costs one wake-up; the device
+//! Requests are taken by the worker threads themselves ([`super::workers`]), so that a request costs one wake-up; the device
 //! loop only serves the high-priority queue, where FORGET never waits for a request that blocks.
 
 mod request;
 #[cfg(test)]
 mod tests;
-mod worker;
 
 use std::io;
 use std::sync::Arc;
@@ -20,9 +19,9 @@ use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
-use self::worker::Workers;
 use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
-use super::queue::{QueueFault, Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
+use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
+use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
 
 /// Bytes of the tag in the configuration space.
@@ -62,17 +61,37 @@ pub enum FsError {
 pub struct Fs {
     config: [u8; TAG_LEN + 4],
     worker_count: u8,
-    server: Arc<Server<PassthroughFs>>,
+    server: Arc<Shared>,
     wake: Wake,
     active: Option<Active>,
     paused: bool,
+}
+
+/// What the threads share.
+struct Shared(Server<PassthroughFs>);
+
+impl Handler for Shared {
+    const NAME: &'static str = "virtio-fs";
+
+    fn prepare_thread(&self) -> io::Result<()> {
+        // SAFETY: takes flags; this thread gets a working directory of its own, which the file system changes for
+        // operations on extended attributes.
+        match unsafe { libc::unshare(libc::CLONE_FS) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn serve(&self, memory: &GuestMemory, (chain, raw): Taken<'_>) -> u32 {
+        request::serve(&self.0, memory, chain, raw)
+    }
 }
 
 struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
     high_priority: Vq,
-    workers: Workers,
+    workers: Workers<Shared>,
 }
 
 impl Fs {
@@ -105,7 +124,7 @@ impl Fs {
         Ok(Self {
             config,
             worker_count: share.workers.max(1),
-            server: Arc::new(Server::new(fs)),
+            server: Arc::new(Shared(Server::new(fs))),
             wake: Wake::new().map_err(FsError::Event)?,
             active: None,
             paused: false,
@@ -138,7 +157,7 @@ impl Fs {
         for _ in 0..queue.size() {
             if let Some((chain, raw)) = queue.pop_with_raw(&memory)? {
                 let head = chain.head;
-                let used = request::serve_quick(&self.server, &memory, chain, raw);
+                let used = request::serve_quick(&self.server.0, &memory, chain, raw);
                 queue.push(&memory, head, used)?;
             } else if !queue.listen(&memory)? {
                 more = false;

@@ -1,4 +1,4 @@
-//! The threads that serve requests, from the queue straight to the file system and back.
+//! Threads of a device whose requests block: from the queue straight to the handler and back.
 //!
 //! Idle threads wait for the queue's notification, of which the kernel wakes one (EPOLLEXCLUSIVE). A thread that takes a
 //! request while others idle asks to be notified of the next, or passes the notification on when there is one already.
@@ -8,20 +8,32 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use virtiofsd::passthrough::PassthroughFs;
-use virtiofsd::server::Server;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::request::serve;
-use crate::virtio::device::{GuestMemory, Interrupt};
-use crate::virtio::queue::{QueueFault, Vq, chain_of_causes};
+use super::device::{GuestMemory, Interrupt};
+use super::queue::{QueueFault, Taken, Vq, chain_of_causes};
 
-/// A request's path through the file system is shallow, and its buffers are on the heap.
+/// Handlers are shallow, and their buffers are on the heap.
 const STACK: usize = 256 * 1024;
 
-struct Shared {
-    server: Arc<Server<PassthroughFs>>,
+/// What serves a device's requests.
+pub trait Handler: Send + Sync + 'static {
+    /// For thread names and log lines.
+    const NAME: &'static str;
+    /// Once on each thread; the thread ends on an error.
+    ///
+    /// # Errors
+    /// What the thread cannot work without.
+    fn prepare_thread(&self) -> io::Result<()> {
+        Ok(())
+    }
+    /// Serves one request; returns how many bytes were written to the chain.
+    fn serve(&self, memory: &GuestMemory, request: Taken<'_>) -> u32;
+}
+
+struct Shared<H> {
+    handler: Arc<H>,
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
     notify: EventFd,
@@ -43,12 +55,12 @@ struct State {
 }
 
 /// The threads of one activation.
-pub struct Workers {
-    shared: Arc<Shared>,
+pub struct Workers<H: Handler> {
+    shared: Arc<Shared<H>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Workers {
+impl<H: Handler> Workers<H> {
     /// Starts them.
     ///
     /// # Errors
@@ -56,13 +68,13 @@ impl Workers {
     pub fn start(
         count: u8,
         paused: bool,
-        server: Arc<Server<PassthroughFs>>,
+        handler: Arc<H>,
         memory: Arc<GuestMemory>,
         queue: Vq,
         interrupt: Arc<dyn Interrupt>,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            server,
+            handler,
             memory,
             interrupt,
             notify: queue.notify_event().try_clone()?,
@@ -91,14 +103,11 @@ impl Workers {
             epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, 0))?;
         }
         let shared = Arc::clone(&self.shared);
-        std::thread::Builder::new().name(format!("fs{number}")).stack_size(STACK).spawn(move || {
-            // SAFETY: takes flags; this thread gets a working directory of its own, which the file system changes for
-            // operations on extended attributes.
-            if unsafe { libc::unshare(libc::CLONE_FS) } < 0 {
-                log::error!("virtio-fs: cannot unshare the working directory: {}", io::Error::last_os_error());
-                return;
+        std::thread::Builder::new().name(format!("{}{number}", H::NAME)).stack_size(STACK).spawn(move || {
+            match shared.handler.prepare_thread() {
+                Ok(()) => shared.run(&epoll),
+                Err(error) => log::error!("{}: cannot prepare a worker: {error}", H::NAME),
             }
-            shared.run(&epoll);
         })
     }
 
@@ -124,24 +133,24 @@ impl Workers {
         self.shared.lock().stopped = true;
         self.shared.changed.notify_all();
         if let Err(error) = self.shared.stop.write(1) {
-            log::error!("virtio-fs: cannot stop the workers: {error}");
+            log::error!("{}: cannot stop the workers: {error}", H::NAME);
         }
         for thread in self.threads {
             if thread.join().is_err() {
-                log::error!("virtio-fs: a worker panicked");
+                log::error!("{}: a worker panicked", H::NAME);
             }
         }
     }
 }
 
-impl Shared {
+impl<H: Handler> Shared<H> {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn notify_one(&self) {
         if let Err(error) = self.notify.write(1) {
-            log::error!("virtio-fs: cannot pass a notification on: {error}");
+            log::error!("{}: cannot pass a notification on: {error}", H::NAME);
         }
     }
 
@@ -156,7 +165,7 @@ impl Shared {
             if let Err(error) = epoll.wait(-1, &mut event)
                 && error.kind() != io::ErrorKind::Interrupted
             {
-                log::error!("virtio-fs: a worker cannot wait: {error}");
+                log::error!("{}: a worker cannot wait: {error}", H::NAME);
                 return;
             }
             // Would block when another thread was quicker.
@@ -176,7 +185,7 @@ impl Shared {
                 return Ok(false);
             }
             let taken = if state.failed { None } else { state.queue.pop_with_raw(&self.memory)? };
-            let Some((chain, raw)) = taken else {
+            let Some(request) = taken else {
                 if !state.failed && state.queue.listen(&self.memory)? {
                     continue;
                 }
@@ -188,8 +197,8 @@ impl Shared {
             }
             state.busy += 1;
             drop(state);
-            let head = chain.head;
-            let used = serve(&self.server, &self.memory, chain, raw);
+            let head = request.0.head;
+            let used = self.handler.serve(&self.memory, request);
             state = self.lock();
             state.busy -= 1;
             if state.busy == 0 {
@@ -204,9 +213,9 @@ impl Shared {
         let mut state = self.lock();
         state.idle += 1;
         if !std::mem::replace(&mut state.failed, true) {
-            log::error!("virtio-fs: requests stopped: {}", chain_of_causes(fault));
+            log::error!("{}: requests stopped: {}", H::NAME, chain_of_causes(fault));
             if let Err(error) = self.interrupt.needs_reset() {
-                log::error!("virtio-fs: cannot ask for a reset: {error}");
+                log::error!("{}: cannot ask for a reset: {error}", H::NAME);
             }
         }
     }

@@ -1,0 +1,311 @@
+//! virtio-balloon (virtio 1.2, 5.5): memory the guest gives back, on request or, as it frees pages, by itself.
+
+use std::io;
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
+
+use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
+use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, chain_of_causes, guest_fault, read_config_bytes};
+
+/// Inflate, deflate, and free-page reporting, which comes third when statistics and hints are not offered.
+const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
+const REPORTING: usize = 2;
+/// VIRTIO_BALLOON_F_DEFLATE_ON_OOM
+const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+/// VIRTIO_BALLOON_F_REPORTING
+const F_REPORTING: u64 = 1 << 5;
+/// The balloon counts in pages of 4 KiB, whatever the guest's are.
+const PAGE_SHIFT: u32 = 12;
+const PAGE: usize = 1 << PAGE_SHIFT;
+const PAGES_PER_MIB: u64 = 256;
+/// Page numbers of one request that are looked at; Linux sends 256.
+const MOST_PAGES: usize = 64 * 1024;
+
+/// The device.
+pub struct Balloon {
+    wake: Wake,
+    active: Option<Active>,
+    /// Pages the guest is asked for, and pages it says it gave.
+    target: u32,
+    actual: u32,
+}
+
+struct Active {
+    memory: Arc<GuestMemory>,
+    interrupt: Arc<dyn Interrupt>,
+    queues: Vec<Vq>,
+    advice: libc::c_int,
+}
+
+impl Balloon {
+    /// A device that asks for nothing yet.
+    ///
+    /// # Errors
+    /// The error of eventfd.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { wake: Wake::new()?, active: None, target: 0, actual: 0 })
+    }
+
+    /// Asks the guest for so many MiB in all; it complies as it can.
+    ///
+    /// # Errors
+    /// The error of interrupting the guest.
+    pub fn set_target(&mut self, mib: u64) -> io::Result<()> {
+        self.target = u32::try_from(mib.saturating_mul(PAGES_PER_MIB)).unwrap_or(u32::MAX);
+        match &self.active {
+            Some(active) => active.interrupt.config(),
+            None => Ok(()),
+        }
+    }
+
+    /// MiB the guest says it gave.
+    pub fn actual_mib(&self) -> u64 {
+        u64::from(self.actual) / PAGES_PER_MIB
+    }
+
+    fn serve(&mut self, index: usize) -> Result<(), QueueFault> {
+        let Some(active) = &mut self.active else { return Ok(()) };
+        let memory = Arc::clone(&active.memory);
+        let Some(queue) = active.queues.get_mut(index) else { return Ok(()) };
+        queue.ignore(&memory)?;
+        let mut more = true;
+        for _ in 0..queue.size() {
+            if let Some(chain) = queue.pop(&memory)? {
+                match index {
+                    0 => inflate(&memory, &chain, active.advice),
+                    REPORTING => release_all(&chain.writable, active.advice),
+                    // Deflating only announces that pages will be used: they come back when they are touched.
+                    _ => {}
+                }
+                queue.push(&memory, chain.head, 0)?;
+            } else if !queue.listen(&memory)? {
+                more = false;
+                break;
+            }
+        }
+        if more {
+            self.wake.wake();
+        }
+        queue.flush(&memory, &*active.interrupt)
+    }
+}
+
+/// Gives back the pages whose numbers the guest lists, runs of them at once.
+fn inflate(memory: &GuestMemory, chain: &Chain<'_>, advice: libc::c_int) {
+    let mut numbers = chain.readable.clone();
+    if numbers.len() / 4 > MOST_PAGES {
+        return guest_fault(0, &"balloon request too long");
+    }
+    let mut run: Option<(u64, usize)> = None;
+    while let Ok(bytes) = numbers.take::<4>() {
+        let page = u64::from(u32::from_le_bytes(bytes));
+        match &mut run {
+            Some((first, count)) if *first + *count as u64 == page => *count += 1,
+            _ => {
+                release_run(memory, run.take(), advice);
+                run = Some((page, 1));
+            }
+        }
+    }
+    release_run(memory, run, advice);
+}
+
+fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, advice: libc::c_int) {
+    let Some((first, count)) = run else { return };
+    // A page number has 32 bits and a run at most MOST_PAGES pages: neither shift overflows.
+    match memory.get_slice(GuestAddress(first << PAGE_SHIFT), count << PAGE_SHIFT) {
+        Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), advice),
+        Err(_) => guest_fault(0, &"balloon pages outside of memory"),
+    }
+}
+
+fn release_all(buffers: &Iov<'_>, advice: libc::c_int) {
+    for part in buffers.as_slice() {
+        release(part.iov_base.cast(), part.iov_len, advice);
+    }
+}
+
+/// Drops the whole pages of a part of guest memory; they read as zeroes afterwards.
+fn release(start: *mut u8, len: usize, advice: libc::c_int) {
+    let skipped = start.align_offset(PAGE);
+    let len = len.saturating_sub(skipped) & !(PAGE - 1);
+    if len == 0 {
+        return;
+    }
+    // SAFETY: the range is inside guest memory, which vm-memory has checked and keeps mapped; nobody in this process
+    // relies on what guest memory holds.
+    let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, advice) };
+    if result < 0 {
+        guest_fault(0, &format_args!("cannot release {len} bytes: {}", io::Error::last_os_error()));
+    }
+}
+
+impl MutEventSubscriber for Balloon {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.wake.init(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let indices = match events.data() {
+            WAKE => {
+                self.wake.serve(ops);
+                for queue in self.active.iter_mut().flat_map(|active| &mut active.queues) {
+                    Wake::register(ops, queue);
+                }
+                0..QUEUE_SIZES.len()
+            }
+            token => {
+                let index = token as usize;
+                if let Some(queue) = self.active.as_ref().and_then(|active| active.queues.get(index)) {
+                    queue.notified();
+                }
+                index..index + 1
+            }
+        };
+        for index in indices {
+            if let Err(fault) = self.serve(index) {
+                log::error!("virtio-balloon: device stopped: {}", chain_of_causes(&fault));
+                let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
+                self.reset();
+                if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
+                    log::error!("virtio-balloon: cannot ask for a reset: {error}");
+                }
+            }
+        }
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BALLOON
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        F_DEFLATE_ON_OOM
+            | F_REPORTING
+            | 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config: Vec<u8> = [self.target, self.actual].into_iter().flat_map(u32::to_le_bytes).collect();
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (4, Ok(bytes)) = (offset, data.try_into()) {
+            self.actual = u32::from_le_bytes(bytes);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, features, queues, interrupt } = activation;
+        // A driver that does not report has no third queue.
+        let count = if features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
+        let queues = (0..)
+            .zip(queues)
+            .take(count)
+            .map(|(index, queue)| Vq::new(queue, index, &memory, features))
+            .collect::<Result<Vec<_>, _>>()?;
+        if queues.len() < count {
+            return Err(ActivateError::Queue(queues.len()));
+        }
+        // Dropping a page of a shared file's mapping leaves it in the file.
+        let shared = memory.iter().any(|region| region.file_offset().is_some());
+        let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        self.active = Some(Active { memory: Arc::new(memory), interrupt, queues, advice });
+        self.wake.wake();
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.actual = 0;
+        for queue in self.active.take().into_iter().flat_map(|active| active.queues) {
+            self.wake.retire(queue);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use proptest::prelude::*;
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::virtio::testing::Bench;
+
+    const AT: u64 = 80 << 20;
+
+    fn numbers(pages: &[u32]) -> Vec<u8> {
+        pages.iter().flat_map(|page| page.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn inflating_drops_exactly_the_pages_listed() {
+        let mut bench = Bench::new(Balloon::new().unwrap());
+        bench.activate(0);
+        bench.memory.write_slice(&[7; PAGE * 4], GuestAddress(AT)).unwrap();
+        let first = (AT >> PAGE_SHIFT) as u32;
+        bench.queues[0].add(&[&numbers(&[first, first + 1]), &numbers(&[u32::MAX, first + 3])], &[]);
+        bench.run();
+        assert!(bench.queues[0].poll().is_some());
+        let bytes: Vec<u8> = (0..4).map(|page| bench.memory.read_obj(GuestAddress(AT + page * 4096)).unwrap()).collect();
+        assert_eq!(bytes, [0, 0, 7, 0]);
+    }
+
+    #[test]
+    fn reported_pages_are_dropped() {
+        let mut bench = Bench::new(Balloon::new().unwrap());
+        bench.activate(0);
+        // The driver's buffers of this queue are the free pages themselves.
+        let queue = &mut bench.queues[2];
+        let address = queue.buffer(queue.room() as u16 - 1);
+        let first = queue.add(&[], &[8192]);
+        assert_eq!(queue.poll().map(|(head, _)| head), None);
+        let address = if first == 0 { queue.buffer(0) } else { address };
+        bench.memory.write_slice(&[7; 8192], GuestAddress(address)).unwrap();
+        bench.run();
+        assert_eq!(bench.queues[2].poll().unwrap().0, first);
+        assert_eq!(bench.memory.read_obj::<u64>(GuestAddress(address)).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_target_reaches_the_guest() {
+        let mut bench = Bench::new(Balloon::new().unwrap());
+        bench.activate(F_REPORTING);
+        bench.lock().set_target(3).unwrap();
+        assert_eq!(bench.irq.config.load(Ordering::SeqCst), 1);
+        let mut config = [0; 8];
+        bench.lock().read_config(0, &mut config);
+        assert_eq!(config[..4], 768_u32.to_le_bytes());
+        bench.lock().write_config(4, &512_u32.to_le_bytes());
+        assert_eq!(bench.lock().actual_mib(), 2);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_pages(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
+            let mut bench = Bench::new(Balloon::new().unwrap());
+            bench.activate(0);
+            let mut bytes = numbers(&pages);
+            bytes.truncate(bytes.len().saturating_sub(cut));
+            bench.queues[0].add(&[&bytes], &[]);
+            bench.queues[1].add(&[&bytes], &[]);
+            bench.run();
+            // Page numbers among the queue's own pages drop the queue itself: whatever it says then, nothing panics.
+        }
+    }
+}

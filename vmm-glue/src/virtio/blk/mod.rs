@@ -1,0 +1,166 @@
+//! virtio-blk (virtio 1.2, 5.2): a raw file or block device as a disk.
+//!
+//! Requests are served one after another on a thread of the device's own, by plain system calls on guest memory.
+
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use self::request::{Disk, MAX_RANGES, MAX_ZEROES};
+use super::device::{Activation, ActivateError, VirtioDevice};
+use super::queue::Vq;
+use super::workers::Workers;
+
+/// One request queue.
+const QUEUE_SIZES: [u16; 1] = [128];
+/// Data segments of a request: the queue's size less header and status.
+const SEGMENTS: u32 = 126;
+/// Bytes of a sector in all of the protocol's numbers.
+pub const SECTOR: u64 = 512;
+/// Bytes of the serial number.
+pub const SERIAL_LEN: usize = 20;
+
+/// Why a disk cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlkError {
+    /// More than [`SERIAL_LEN`] bytes.
+    #[error("disk serial {0:?} is longer than {SERIAL_LEN} bytes")]
+    Serial(String),
+    /// The file has no size, or none that is known.
+    #[error("cannot tell the disk's size")]
+    Size(#[source] io::Error),
+}
+
+/// The device.
+pub struct Blk {
+    disk: Arc<Disk>,
+    workers: Option<Workers<Disk>>,
+    paused: bool,
+}
+
+impl Blk {
+    /// A disk of the file's size, in whole sectors.
+    ///
+    /// # Errors
+    /// [`BlkError`].
+    pub fn new(mut file: File, read_only: bool, serial: &str) -> Result<Self, BlkError> {
+        if serial.len() > SERIAL_LEN {
+            return Err(BlkError::Serial(serial.to_owned()));
+        }
+        let mut bytes = [0; SERIAL_LEN];
+        for (to, from) in bytes.iter_mut().zip(serial.as_bytes()) {
+            *to = *from;
+        }
+        // Unlike the metadata's length, also right for block devices.
+        let sectors = file.seek(SeekFrom::End(0)).map_err(BlkError::Size)? / SECTOR;
+        let disk = Disk { file, sectors, read_only, serial: bytes };
+        Ok(Self { disk: Arc::new(disk), workers: None, paused: false })
+    }
+
+    /// Returns when no request is being served; none will be until [`Blk::resume`].
+    pub fn quiesce(&mut self) {
+        self.paused = true;
+        if let Some(workers) = &self.workers {
+            workers.quiesce();
+        }
+    }
+
+    /// Serves again.
+    pub fn resume(&mut self) {
+        self.paused = false;
+        if let Some(workers) = &self.workers {
+            workers.resume();
+        }
+    }
+
+    /// `struct virtio_blk_config`.
+    fn config(&self) -> Vec<u8> {
+        let mut config = Vec::with_capacity(60);
+        config.extend(self.disk.sectors.to_le_bytes());
+        // size_max, not offered.
+        config.extend(0_u32.to_le_bytes());
+        config.extend(SEGMENTS.to_le_bytes());
+        // Geometry, not offered.
+        config.extend([0; 4]);
+        config.extend((SECTOR as u32).to_le_bytes());
+        // Topology, writeback and queues, not offered.
+        config.extend([0; 12]);
+        let zeroes = u32::try_from(MAX_ZEROES / SECTOR).unwrap_or(u32::MAX);
+        // Discard: sectors, segments, alignment.
+        for word in [zeroes, MAX_RANGES as u32, 1] {
+            config.extend(word.to_le_bytes());
+        }
+        // Write zeroes: sectors, segments, may unmap.
+        for word in [zeroes, MAX_RANGES as u32, 1] {
+            config.extend(word.to_le_bytes());
+        }
+        config
+    }
+}
+
+impl MutEventSubscriber for Blk {
+    fn init(&mut self, _ops: &mut EventOps) {
+        // The device's thread waits for its queue itself.
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {}
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        let common = 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE;
+        common
+            | if self.disk.read_only {
+                1 << VIRTIO_BLK_F_RO
+            } else {
+                1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+            }
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        super::queue::read_config_bytes(&self.config(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, features, queues, interrupt } = activation;
+        let [queue] = <[_; 1]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
+        let queue = Vq::new(queue, 0, &memory, features)?;
+        let workers = Workers::start(1, self.paused, Arc::clone(&self.disk), Arc::new(memory), queue, interrupt)
+            .map_err(|error| ActivateError::Host("virtio-blk thread", error))?;
+        self.workers = Some(workers);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if let Some(workers) = self.workers.take() {
+            workers.stop();
+        }
+    }
+}

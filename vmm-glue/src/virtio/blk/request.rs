@@ -1,0 +1,223 @@
+//! One request to a disk.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use super::{SECTOR, SERIAL_LEN};
+use crate::virtio::device::GuestMemory;
+use crate::virtio::queue::{Chain, Iov, Taken, guest_fault};
+use crate::virtio::workers::Handler;
+
+/// Bytes of a request's header.
+const HEADER: usize = 16;
+/// Bytes of one range to discard or zero.
+const RANGE: usize = 16;
+/// Ranges of one request.
+pub const MAX_RANGES: usize = 16;
+/// Bytes of one range: where the host has no way but to write zeroes, a request must end.
+pub const MAX_ZEROES: u64 = 64 << 20;
+
+/// What is behind the device.
+pub struct Disk {
+    pub file: File,
+    pub sectors: u64,
+    pub read_only: bool,
+    pub serial: [u8; SERIAL_LEN],
+}
+
+/// Why a request fails.
+enum Failure {
+    /// The guest asked for what does not exist or is not allowed.
+    Guest(&'static str),
+    /// The device does not do that.
+    Unsupported,
+    /// The host could not.
+    Host(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP) => Self::Unsupported,
+            _ => Self::Host(error),
+        }
+    }
+}
+
+impl Handler for Disk {
+    const NAME: &'static str = "virtio-blk";
+
+    fn serve(&self, _memory: &GuestMemory, (chain, _): Taken<'_>) -> u32 {
+        let Chain { mut readable, mut writable, .. } = chain;
+        // The status is the last byte, whatever descriptor it is in.
+        let Some(room) = writable.len().checked_sub(1) else {
+            guest_fault(0, &"disk request without room for its status");
+            return 0;
+        };
+        let mut status = writable.clone();
+        status.skip(room);
+        writable.truncate(room);
+        let (written, code) = match self.request(&mut readable, &mut writable) {
+            Ok(written) => (written, VIRTIO_BLK_S_OK),
+            Err(Failure::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
+            Err(Failure::Guest(what)) => {
+                guest_fault(0, &what);
+                (0, VIRTIO_BLK_S_IOERR)
+            }
+            Err(Failure::Host(error)) => {
+                // As many as a guest likes to have, hence the limited log.
+                guest_fault(0, &format_args!("disk: {error}"));
+                (0, VIRTIO_BLK_S_IOERR)
+            }
+        };
+        // The codes are 0, 1 and 2.
+        status.copy_from(&[code as u8]);
+        u32::try_from(written + 1).unwrap_or(u32::MAX)
+    }
+}
+
+impl Disk {
+    fn request(&self, readable: &mut Iov<'_>, writable: &mut Iov<'_>) -> Result<usize, Failure> {
+        let header = readable.take::<HEADER>().map_err(|_| Failure::Guest("disk request without a header"))?;
+        let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        match u32::from_le_bytes([t0, t1, t2, t3]) {
+            VIRTIO_BLK_T_IN => {
+                let offset = self.offset(sector, writable.len() as u64)?;
+                let length = writable.len();
+                self.transfer(writable, offset, libc::preadv)?;
+                Ok(length)
+            }
+            VIRTIO_BLK_T_OUT => {
+                self.check_writable()?;
+                let offset = self.offset(sector, readable.len() as u64)?;
+                self.transfer(readable, offset, libc::pwritev)?;
+                Ok(0)
+            }
+            VIRTIO_BLK_T_FLUSH => {
+                self.file.sync_data()?;
+                Ok(0)
+            }
+            VIRTIO_BLK_T_GET_ID => Ok(writable.copy_from(&self.serial)),
+            VIRTIO_BLK_T_DISCARD => {
+                self.ranges(readable, |offset, length, _| {
+                    self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+                })?;
+                Ok(0)
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES => {
+                self.ranges(readable, |offset, length, flags| {
+                    let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+                    let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+                    match self.fallocate(mode | libc::FALLOC_FL_KEEP_SIZE, offset, length) {
+                        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.write_zeroes(offset, length),
+                        other => other,
+                    }
+                })?;
+                Ok(0)
+            }
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    fn check_writable(&self) -> Result<(), Failure> {
+        if self.read_only { Err(Failure::Guest("write to a read-only disk")) } else { Ok(()) }
+    }
+
+    /// The offset of whole sectors that are all on the disk.
+    fn offset(&self, sector: u64, length: u64) -> Result<u64, Failure> {
+        if length % SECTOR != 0 {
+            return Err(Failure::Guest("disk request of broken sectors"));
+        }
+        match sector.checked_add(length / SECTOR) {
+            // No overflow: the disk's size in bytes is a u64.
+            Some(end) if end <= self.sectors => Ok(sector * SECTOR),
+            _ => Err(Failure::Guest("disk request beyond the end")),
+        }
+    }
+
+    /// All of the vector, by preadv or pwritev.
+    fn transfer(
+        &self,
+        iov: &mut Iov<'_>,
+        mut offset: u64,
+        call: unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> isize,
+    ) -> Result<(), Failure> {
+        while !iov.is_empty() {
+            let parts = iov.as_slice();
+            let at = libc::off_t::try_from(offset).map_err(|_| Failure::Guest("disk offset too large"))?;
+            // SAFETY: the parts are guest memory, at most MAX_SEGMENTS of them, alive through the call; preadv gets
+            // only writable ones.
+            let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
+            match usize::try_from(result) {
+                // The file has shrunk since.
+                Ok(0) => return Err(Failure::Host(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => {
+                    iov.skip(count);
+                    offset += count as u64;
+                }
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error.into());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Each range of a discard or write-zeroes request: offset, length, flags.
+    fn ranges(
+        &self,
+        list: &mut Iov<'_>,
+        mut each: impl FnMut(u64, u64, u32) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        self.check_writable()?;
+        if list.is_empty() || list.len() % RANGE != 0 || list.len() / RANGE > MAX_RANGES {
+            return Err(Failure::Guest("disk request with a bad list of ranges"));
+        }
+        while let Ok(bytes) = list.take::<RANGE>() {
+            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            let length = u64::from(u32::from_le_bytes([n0, n1, n2, n3])) * SECTOR;
+            if length > MAX_ZEROES {
+                return Err(Failure::Guest("disk range too long"));
+            }
+            let offset = self.offset(sector, length)?;
+            if length > 0 {
+                each(offset, length, u32::from_le_bytes([f0, f1, f2, f3]))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, mode: libc::c_int, offset: u64, length: u64) -> io::Result<()> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let (offset, length) = (offset.try_into().map_err(invalid)?, length.try_into().map_err(invalid)?);
+        // SAFETY: takes a descriptor and numbers.
+        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, length) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn write_zeroes(&self, mut offset: u64, mut length: u64) -> io::Result<()> {
+        let zeroes = [0; 16 * 1024];
+        while length > 0 {
+            let part = zeroes.get(..usize::try_from(length).unwrap_or(usize::MAX)).unwrap_or(&zeroes);
+            self.file.write_all_at(part, offset)?;
+            offset += part.len() as u64;
+            length -= part.len() as u64;
+        }
+        Ok(())
+    }
+}

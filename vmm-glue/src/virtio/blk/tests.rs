@@ -1,0 +1,150 @@
+//! Requests against a file.
+
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::virtio::testing::Bench;
+
+const SECTORS: usize = 64;
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+fn header(kind: u32, sector: u64) -> Vec<u8> {
+    let mut bytes = kind.to_le_bytes().to_vec();
+    bytes.extend([0; 4]);
+    bytes.extend(sector.to_le_bytes());
+    bytes
+}
+
+fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend(count.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes
+}
+
+fn disk(read_only: bool) -> (File, Bench<Blk>) {
+    let file = tempfile::tempfile().unwrap();
+    let content: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 512 + 1) as u8).collect();
+    file.write_all_at(&content, 0).unwrap();
+    file.write_all_at(b"not a whole sector", (SECTORS * 512) as u64).unwrap();
+    let mut bench = Bench::new(Blk::new(file.try_clone().unwrap(), read_only, "serial-1").unwrap());
+    bench.activate(0);
+    (file, bench)
+}
+
+fn call(bench: &mut Bench<Blk>, readable: &[&[u8]], writable: &[usize]) -> Vec<u8> {
+    bench.queues[0].add(readable, writable);
+    let mut answer = None;
+    bench.run_until(|queues| {
+        answer = queues[0].poll();
+        answer.is_some()
+    });
+    answer.unwrap().1
+}
+
+#[test]
+fn read_write_flush_and_name() {
+    let (file, mut bench) = disk(false);
+    let bytes = call(&mut bench, &[&header(IN, 2)], &[100, 924, 1]);
+    assert_eq!((bytes[0], bytes[512], bytes[1024], bytes.len()), (3, 4, 0, 1025));
+    // Header and data in one descriptor, status in the last byte of another.
+    let mut request = header(OUT, 63);
+    request.extend([9; 300]);
+    assert_eq!(call(&mut bench, &[&request, &[9; 212]], &[1]), [0]);
+    let mut sector = [0; 512];
+    file.read_exact_at(&mut sector, 63 * 512).unwrap();
+    assert_eq!(sector, [9; 512]);
+    assert_eq!(call(&mut bench, &[&header(FLUSH, 0)], &[1]), [0]);
+    let id = call(&mut bench, &[&header(GET_ID, 0)], &[20, 1]);
+    assert_eq!(&id[..9], b"serial-1\0");
+    assert_eq!((id.len(), id[20]), (21, 0));
+}
+
+#[test]
+fn discard_and_write_zeroes() {
+    let (file, mut bench) = disk(false);
+    let ranges = [range(1, 2, 0), range(8, 8, 0)].concat();
+    assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &ranges], &[1]), [0]);
+    assert_eq!(call(&mut bench, &[&header(WRITE_ZEROES, 0), &range(20, 1, 1)], &[1]), [0]);
+    assert_eq!(call(&mut bench, &[&header(WRITE_ZEROES, 0), &range(22, 1, 0)], &[1]), [0]);
+    let mut bytes = [0; 32 * 512];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    for (sector, part) in bytes.chunks(512).enumerate() {
+        let gone = matches!(sector, 1 | 2 | 8..=15 | 20 | 22);
+        assert_eq!(part[0], if gone { 0 } else { sector as u8 + 1 }, "{sector}");
+    }
+    for bad in [range(63, 2, 0), range(u64::MAX, 1, 0), range(0, u32::MAX, 0), vec![0; 15], vec![], vec![0; 17 * 16]] {
+        assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &bad], &[1]), [1]);
+    }
+}
+
+#[test]
+fn what_is_refused() {
+    let (file, mut bench) = disk(true);
+    assert_eq!(call(&mut bench, &[&header(OUT, 0), &[0; 512]], &[1]), [1]);
+    assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &range(0, 1, 0)], &[1]), [1]);
+    assert_eq!(call(&mut bench, &[&header(99, 0)], &[1]), [2]);
+    for (sector, length) in [(64, 512), (63, 1024), (u64::MAX, 512), (u64::MAX / 512 + 1, 512), (0, 511)] {
+        // Of a read that fails only the status counts as written.
+        bench.queues[0].add(&[&header(IN, sector)], &[length, 1]);
+        let mut status = None;
+        bench.run_until(|queues| {
+            status = queues[0].poll();
+            status.is_some()
+        });
+        assert_eq!(status.unwrap().1.len(), 1, "{sector} {length}");
+    }
+    assert_eq!(call(&mut bench, &[&header(IN, 0)[..10]], &[1]), [1]);
+    assert_eq!(call(&mut bench, &[&header(IN, 0)], &[]), []);
+    let mut sector = [0; 1];
+    file.read_exact_at(&mut sector, 0).unwrap();
+    assert_eq!(sector, [1]);
+}
+
+#[test]
+fn a_file_that_shrinks_and_a_pause() {
+    let (file, mut bench) = disk(false);
+    file.set_len(512).unwrap();
+    assert_eq!(call(&mut bench, &[&header(IN, 10)], &[512, 1]).len(), 1);
+    bench.lock().quiesce();
+    bench.queues[0].add(&[&header(IN, 0)], &[512, 1]);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert!(bench.queues[0].poll().is_none());
+    bench.lock().resume();
+    bench.run_until(|queues| queues[0].poll().is_some());
+    bench.lock().reset();
+    bench.activate(0);
+    assert_eq!(call(&mut bench, &[&header(IN, 0)], &[512, 1]).len(), 513);
+}
+
+#[test]
+fn configuration() {
+    let (_, bench) = disk(false);
+    let mut config = [0; 64];
+    bench.lock().read_config(0, &mut config);
+    let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!((word(0), word(4), word(12), word(20)), (SECTORS as u32, 0, 126, 512));
+    assert_eq!((word(36), word(40), word(44), word(48), word(52), config[56]), (131072, 16, 1, 131072, 16, 1));
+    assert!(Blk::new(tempfile::tempfile().unwrap(), false, "a serial that is too long").is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn hostile_requests(requests in proptest::collection::vec(
+        (0u32..16, any::<u64>(), 0u64..80, any::<bool>(), proptest::collection::vec(any::<u8>(), 0..1100),
+         proptest::collection::vec(0usize..1500, 0..4)), 1..12)) {
+        let (file, mut bench) = disk(false);
+        for (kind, far, near, is_near, data, writable) in requests {
+            call(&mut bench, &[&header(kind, if is_near { near } else { far }), &data], &writable);
+        }
+        prop_assert_eq!(file.metadata().unwrap().len(), (SECTORS * 512 + 18) as u64);
+    }
+}

@@ -1,0 +1,226 @@
+//! virtio-entropy (virtio 1.2, 5.4): the host's random bytes, at a rate that costs the host nothing.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
+use super::queue::{Iov, QueueFault, Vq, WAKE, Wake, chain_of_causes};
+
+/// Linux has one request in flight.
+const QUEUE_SIZES: [u16; 1] = [8];
+const QUEUE: u32 = 0;
+const TIMER: u32 = 1;
+/// Bytes per request; the driver asks again for the rest.
+const MOST: usize = 4096;
+/// Bytes a guest may take at once.
+const BURST: usize = 64 * 1024;
+/// Bytes per second after that. A seed is 32 bytes.
+const RATE: usize = 64 * 1024;
+/// How long to wait when nothing is left.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The device.
+pub struct Rng {
+    wake: Wake,
+    timer: TimerFd,
+    timer_registered: bool,
+    active: Option<Active>,
+    left: usize,
+    refilled: Instant,
+}
+
+struct Active {
+    memory: Arc<GuestMemory>,
+    interrupt: Arc<dyn Interrupt>,
+    queue: Vq,
+}
+
+impl Rng {
+    /// A device.
+    ///
+    /// # Errors
+    /// The error of making an eventfd or a timer.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            wake: Wake::new()?,
+            timer: TimerFd::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?,
+            timer_registered: false,
+            active: None,
+            left: BURST,
+            refilled: Instant::now(),
+        })
+    }
+
+    fn refill(&mut self) {
+        let elapsed = usize::try_from(self.refilled.elapsed().as_millis()).unwrap_or(usize::MAX);
+        let earned = elapsed.saturating_mul(RATE) / 1000;
+        if earned > 0 {
+            self.left = self.left.saturating_add(earned).min(BURST);
+            self.refilled = Instant::now();
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), QueueFault> {
+        self.refill();
+        let Some(active) = &mut self.active else { return Ok(()) };
+        let memory = Arc::clone(&active.memory);
+        let mut rounds = 0..active.queue.size() * 2;
+        let mut more = true;
+        while self.left > 0 && rounds.next().is_some() {
+            if let Some(mut chain) = active.queue.pop(&memory)? {
+                chain.writable.truncate(MOST.min(self.left));
+                let written = fill(&chain.writable);
+                self.left -= written;
+                // At most MOST.
+                active.queue.push(&memory, chain.head, written as u32)?;
+            } else if !active.queue.listen(&memory)? {
+                more = false;
+                break;
+            }
+        }
+        if more {
+            // The rest when more was earned.
+            if let Err(error) = self.timer.reset(PAUSE, None) {
+                log::error!("virtio-rng: cannot set the timer: {error}");
+            }
+        }
+        active.queue.flush(&memory, &*active.interrupt)
+    }
+}
+
+/// Random bytes into guest memory; returns how many.
+fn fill(buffer: &Iov<'_>) -> usize {
+    let mut bytes = [0_u8; MOST];
+    // SAFETY: the buffer is writable and as long as said. With the pool initialised, as it is long since, this neither
+    // blocks nor, up to 256 bytes at a time, is interrupted; a shorter answer is used as it is.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len().min(buffer.len()), libc::GRND_NONBLOCK) };
+    match usize::try_from(count).ok().and_then(|count| bytes.get(..count)) {
+        Some(bytes) => buffer.copy_from(bytes),
+        None => 0,
+    }
+}
+
+impl MutEventSubscriber for Rng {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.wake.init(ops);
+        self.timer_registered = ops.add(Events::with_data(&self.timer, TIMER, EventSet::IN)).is_ok();
+        if !self.timer_registered {
+            log::error!("virtio-rng: cannot register the timer");
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            WAKE => {
+                self.wake.serve(ops);
+                if let Some(active) = &mut self.active {
+                    Wake::register(ops, &mut active.queue);
+                }
+            }
+            QUEUE => {
+                if let Some(active) = &self.active {
+                    active.queue.notified();
+                }
+            }
+            _ => {
+                // Only served when it has expired.
+                let _ = self.timer.wait();
+            }
+        }
+        if let Err(fault) = self.serve() {
+            log::error!("virtio-rng: device stopped: {}", chain_of_causes(&fault));
+            let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
+            self.reset();
+            if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
+                log::error!("virtio-rng: cannot ask for a reset: {error}");
+            }
+        }
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, features, queues, interrupt } = activation;
+        let [queue] = <[_; 1]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
+        let queue = Vq::new(queue, 0, &memory, features)?;
+        self.active = Some(Active { memory: Arc::new(memory), interrupt, queue });
+        self.wake.wake();
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if let Some(active) = self.active.take() {
+            self.wake.retire(active.queue);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::Bench;
+
+    #[test]
+    fn random_bytes_until_the_burst_is_used_up_then_slower() {
+        let mut bench = Bench::new(Rng::new().unwrap());
+        bench.activate(0);
+        bench.queues[0].add(&[], &[20, 12]);
+        bench.run();
+        let (_, bytes) = bench.queues[0].poll().unwrap();
+        assert_eq!(bytes.len(), 32);
+        assert_ne!(bytes, [0; 32]);
+        let start = Instant::now();
+        let mut total = 0;
+        while total < BURST + RATE / 4 {
+            bench.queues[0].add(&[], &[100_000]);
+            bench.run_until(|queues| match queues[0].poll() {
+                Some((_, bytes)) => {
+                    assert!(!bytes.is_empty() && bytes.len() <= MOST);
+                    total += bytes.len();
+                    true
+                }
+                None => false,
+            });
+        }
+        assert!(start.elapsed() > Duration::from_millis(150));
+    }
+
+    #[test]
+    fn reset_and_a_readable_chain() {
+        let mut bench = Bench::new(Rng::new().unwrap());
+        for _ in 0..3 {
+            bench.activate(0);
+            bench.queues[0].add(&[b"not for reading"], &[]);
+            bench.run();
+            assert_eq!(bench.queues[0].poll().unwrap().1, b"");
+            bench.lock().reset();
+            bench.run();
+        }
+    }
+}
