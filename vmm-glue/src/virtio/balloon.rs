@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
-use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, chain_of_causes, guest_fault, read_config_bytes};
 
 /// Inflate, deflate, and free-page reporting, which comes third when statistics and hints are not offered.
@@ -261,7 +261,8 @@ mod tests {
         bench.queues[0].add(&[&numbers(&[first, first + 1]), &numbers(&[u32::MAX, first + 3])], &[]);
         bench.run();
         assert!(bench.queues[0].poll().is_some());
-        let bytes: Vec<u8> = (0..4).map(|page| bench.memory.read_obj(GuestAddress(AT + page * 4096)).unwrap()).collect();
+        let bytes: Vec<u8> =
+            (0..4).map(|page| bench.memory.read_obj(GuestAddress(AT + page * 4096)).unwrap()).collect();
         assert_eq!(bytes, [0, 0, 7, 0]);
     }
 

@@ -15,7 +15,7 @@ use vm_memory::{GuestMemory as _, VolatileSlice};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{ActiveQueue, ActivateError, GuestMemory, Interrupt};
+use super::device::{ActivateError, ActiveQueue, GuestMemory, Interrupt};
 
 /// Segments of one chain that a device looks at: what one readv or writev takes (IOV_MAX).
 pub const MAX_SEGMENTS: usize = 1024;
@@ -236,10 +236,7 @@ impl Vq {
         Ok(Self { queue, notify, index, registered: false, signal: false })
     }
 
-    fn pop_raw<'m>(
-        &mut self,
-        memory: &'m GuestMemory,
-    ) -> Result<Option<DescriptorChain<&'m GuestMemory>>, QueueFault> {
+    fn pop_raw<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<DescriptorChain<&'m GuestMemory>>, QueueFault> {
         let index = self.index;
         Ok(self.queue.iter(memory).map_err(|error| QueueFault::Ring(index, error))?.next())
     }
@@ -250,6 +247,20 @@ impl Vq {
     /// [`QueueFault::Ring`].
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_with_raw(memory)?.map(|(chain, _)| chain))
+    }
+
+    /// The next chain, of which nothing is left when it is bad: for who holds several and so gives back in order.
+    ///
+    /// # Errors
+    /// [`QueueFault::Ring`].
+    pub fn pop_any<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
+        Ok(self.pop_raw(memory)?.map(|raw| match Chain::collect(memory, raw) {
+            (_, Ok(chain)) => chain,
+            (head, Err(fault)) => {
+                guest_fault(self.index, &fault);
+                Chain { head, readable: Iov::new(), writable: Iov::new() }
+            }
+        }))
     }
 
     /// Like [`Vq::pop`], and with it the chain as `virtio-queue` knows it.

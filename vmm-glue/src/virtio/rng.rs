@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{Iov, QueueFault, Vq, WAKE, Wake, chain_of_causes};
 
 /// Linux has one request in flight.
@@ -101,7 +101,8 @@ fn fill(buffer: &Iov<'_>) -> usize {
     let mut bytes = [0_u8; MOST];
     // SAFETY: the buffer is writable and as long as said. With the pool initialised, as it is long since, this neither
     // blocks nor, up to 256 bytes at a time, is interrupted; a shorter answer is used as it is.
-    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len().min(buffer.len()), libc::GRND_NONBLOCK) };
+    let count =
+        unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len().min(buffer.len()), libc::GRND_NONBLOCK) };
     match usize::try_from(count).ok().and_then(|count| bytes.get(..count)) {
         Some(bytes) => buffer.copy_from(bytes),
         None => 0,

@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{ActiveQueue, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
 
 /// Guest memory starts at 0; each queue of a test has a part of its own.
 const MEMORY: u64 = 96 << 20;
@@ -46,14 +46,17 @@ impl Interrupt for Irq {
     }
 }
 
+/// A chain's descriptors, how many of them are readable, and all their lengths.
+type Flight = (Vec<u16>, usize, Vec<u32>);
+
 /// The driver's side of one queue.
 pub struct Driver {
     memory: GuestMemory,
     base: u64,
     size: u16,
     free: Vec<u16>,
-    /// For each head in flight, its descriptors and how many of them are readable.
-    chains: Vec<Option<(Vec<u16>, usize, Vec<u32>)>>,
+    /// By head, what is in flight.
+    chains: Vec<Option<Flight>>,
     avail: u16,
     used: u16,
     notify: EventFd,
@@ -209,11 +212,16 @@ impl<D: VirtioDevice> Bench<D> {
 
     /// Activates with fresh queues and all features but `without`.
     pub fn activate(&mut self, without: u64) {
+        self.activate_by(without, D::activate);
+    }
+
+    /// The same, by another function of the device.
+    pub fn activate_by(&mut self, without: u64, by: impl FnOnce(&mut D, Activation) -> Result<(), ActivateError>) {
         let mut device = self.device.lock().unwrap();
         let features = device.features() & !without;
         let queues = self.queues.iter_mut().map(|queue| queue.active(features)).collect();
         let interrupt = Arc::clone(&self.irq) as Arc<dyn Interrupt>;
-        device.activate(Activation { memory: self.memory.clone(), features, queues, interrupt }).unwrap();
+        by(&mut device, Activation { memory: self.memory.clone(), features, queues, interrupt }).unwrap();
         drop(device);
         self.run();
     }

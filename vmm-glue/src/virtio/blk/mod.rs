@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::request::{Disk, MAX_RANGES, MAX_ZEROES};
-use super::device::{Activation, ActivateError, VirtioDevice};
+use super::device::{ActivateError, Activation, VirtioDevice};
 use super::queue::Vq;
 use super::workers::Workers;
 

@@ -118,7 +118,9 @@ impl Disk {
                     let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
                     let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
                     match self.fallocate(mode | libc::FALLOC_FL_KEEP_SIZE, offset, length) {
-                        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.write_zeroes(offset, length),
+                        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                            self.write_zeroes(offset, length)
+                        }
                         other => other,
                     }
                 })?;
@@ -134,7 +136,7 @@ impl Disk {
 
     /// The offset of whole sectors that are all on the disk.
     fn offset(&self, sector: u64, length: u64) -> Result<u64, Failure> {
-        if length % SECTOR != 0 {
+        if !length.is_multiple_of(SECTOR) {
             return Err(Failure::Guest("disk request of broken sectors"));
         }
         match sector.checked_add(length / SECTOR) {
@@ -176,13 +178,9 @@ impl Disk {
     }
 
     /// Each range of a discard or write-zeroes request: offset, length, flags.
-    fn ranges(
-        &self,
-        list: &mut Iov<'_>,
-        mut each: impl FnMut(u64, u64, u32) -> io::Result<()>,
-    ) -> Result<(), Failure> {
+    fn ranges(&self, list: &mut Iov<'_>, mut each: impl FnMut(u64, u64, u32) -> io::Result<()>) -> Result<(), Failure> {
         self.check_writable()?;
-        if list.is_empty() || list.len() % RANGE != 0 || list.len() / RANGE > MAX_RANGES {
+        if list.is_empty() || !list.len().is_multiple_of(RANGE) || list.len() / RANGE > MAX_RANGES {
             return Err(Failure::Guest("disk request with a bad list of ranges"));
         }
         while let Ok(bytes) = list.take::<RANGE>() {

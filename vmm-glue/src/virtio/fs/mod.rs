@@ -13,13 +13,13 @@ use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
-use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
@@ -253,7 +253,8 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, features, queues, interrupt } = activation;
-        let [high_priority, requests] = <[_; 2]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
+        let [high_priority, requests] =
+            <[_; 2]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
         let high_priority = Vq::new(high_priority, 0, &memory, features)?;
         let requests = Vq::new(requests, 1, &memory, features)?;
         let memory = Arc::new(memory);

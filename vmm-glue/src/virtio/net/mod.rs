@@ -23,7 +23,7 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::epoll::EventSet;
 
-use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
 
 const RX: u32 = 0;
@@ -83,6 +83,20 @@ impl Net {
             tx_waiting: false,
             rx_waiting: false,
         })
+    }
+
+    /// Takes the queues over.
+    fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, features, queues, interrupt } = activation;
+        let [rx, tx] = <[_; 2]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
+        let rx = Vq::new(rx, 0, &memory, features)?;
+        let tx = Vq::new(tx, 1, &memory, features)?;
+        let segmented = features & (1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6) != 0;
+        let longest = if segmented { LONGEST } else { HEADER + ETHERNET + usize::from(self.mtu) };
+        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        self.active = Some(Active { memory: Arc::new(memory), interrupt, rx, tx, mergeable, longest });
+        self.wake.wake();
+        Ok(())
     }
 
     /// Watches the tap while frames are wanted, and not while there is nowhere to put them.
@@ -191,19 +205,16 @@ impl VirtioDevice for Net {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let [rx, tx] = <[_; 2]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
-        let rx = Vq::new(rx, 0, &memory, features)?;
-        let tx = Vq::new(tx, 1, &memory, features)?;
-        let has = |bit: u32| features & 1 << bit != 0;
-        let (tso4, tso6) = (has(VIRTIO_NET_F_GUEST_TSO4), has(VIRTIO_NET_F_GUEST_TSO6));
-        tap::set_offload(&self.tap, HEADER, has(VIRTIO_NET_F_GUEST_CSUM), tso4, tso6)
-            .map_err(|error| ActivateError::Host("the tap's offloads", error))?;
-        let longest = if tso4 || tso6 { LONGEST } else { HEADER + ETHERNET + usize::from(self.mtu) };
-        let mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
-        self.active = Some(Active { memory: Arc::new(memory), interrupt, rx, tx, mergeable, longest });
-        self.wake.wake();
-        Ok(())
+        let has = |bit: u32| activation.features & 1 << bit != 0;
+        tap::set_offload(
+            &self.tap,
+            HEADER,
+            has(VIRTIO_NET_F_GUEST_CSUM),
+            has(VIRTIO_NET_F_GUEST_TSO4),
+            has(VIRTIO_NET_F_GUEST_TSO6),
+        )
+        .map_err(|error| ActivateError::Host("the tap's offloads", error))?;
+        self.start(activation)
     }
 
     fn reset(&mut self) {

@@ -66,7 +66,7 @@ impl Net {
         for _ in 0..active.rx.size() {
             let mut room: usize = buffers.iter().map(|chain| chain.writable.len()).sum();
             while room < active.longest && (active.mergeable || buffers.is_empty()) {
-                match active.rx.pop(memory)? {
+                match active.rx.pop_any(memory)? {
                     Some(chain) if chain.writable.len() < HEADER => {
                         // Giving it back out of turn would put those held out of step.
                         guest_fault(0, &"receive buffer too small");
@@ -97,9 +97,7 @@ impl Net {
             parts.clear();
             parts.extend(buffers.iter().flat_map(|chain| chain.writable.as_slice()).take(MAX_SEGMENTS));
             // SAFETY: the parts are guest memory the driver gave for writing, alive through the call.
-            let result = unsafe {
-                libc::readv(self.tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int)
-            };
+            let result = unsafe { libc::readv(self.tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(result) {
                 Ok(count) => {
                     let taken = fill(&buffers, count);

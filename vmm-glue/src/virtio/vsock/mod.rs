@@ -18,13 +18,13 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use self::connection::Connection;
 pub use self::connection::Reply;
 use self::packet::Header;
-use super::device::{Activation, ActivateError, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
 
 const RX: u32 = 0;
@@ -107,7 +107,8 @@ impl Vsock {
 
     /// Ends a connection that only the guest still holds; true when there was one.
     fn evict(&mut self) -> bool {
-        let Some((&port, connection)) = self.connections.iter_mut().find(|(_, connection)| connection.is_orphan()) else {
+        let Some((&port, connection)) = self.connections.iter_mut().find(|(_, connection)| connection.is_orphan())
+        else {
             return false;
         };
         connection.reset();
