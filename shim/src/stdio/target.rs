@@ -1,0 +1,265 @@
+//! Opening containerd's ends of the streams.
+//!
+//! As runc's shim does it: of output fifos both ends stay open here, so that a client may go and come back and the
+//! container neither gets SIGPIPE nor loses output; an input fifo has its write end open here too, until `CloseIO`.
+
+use super::{
+    Owner, Paths, Stdio,
+    logger::{self, Minder},
+};
+use nix::{
+    fcntl::{OFlag, open as open_fd},
+    sys::stat::{Mode, SFlag, fstat},
+};
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// Why a stream cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    /// The file or fifo cannot be opened.
+    #[error("cannot open {} for {stream}", path.display())]
+    Open {
+        /// Which stream.
+        stream: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Input comes from fifos only.
+    #[error("cannot open {} for {stream}: it is no fifo", path.display())]
+    NoFifo {
+        /// Which stream.
+        stream: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// The URI is of a kind nobody knows.
+    #[error("cannot open {uri:?} for {stream}: {message}")]
+    Uri {
+        /// Which stream.
+        stream: &'static str,
+        /// The URI.
+        uri: String,
+        /// What is wrong with it.
+        message: &'static str,
+    },
+    /// The logger did not come up.
+    #[error("logger {}: {message}", path.display())]
+    Logger {
+        /// The program.
+        path: PathBuf,
+        /// What happened.
+        message: String,
+        /// What the system said.
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// The runtime takes no more descriptors.
+    #[error("cannot wait for a stream")]
+    Register(#[source] io::Error),
+}
+
+/// Where input comes from.
+#[derive(Debug)]
+pub struct Input {
+    /// The fifo's read end, not blocking.
+    pub fifo: OwnedFd,
+    /// Its write end: while it is open, input does not end when a client goes.
+    pub keeper: OwnedFd,
+}
+
+/// Where output goes.
+#[derive(Debug)]
+pub enum Output {
+    /// A fifo or a logger's pipe, not blocking.
+    Pipe(OwnedFd),
+    /// A file, to the end of which is written.
+    File(Arc<File>),
+}
+
+pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Stdio, StdioError> {
+    let stdin = match paths.stdin.as_str() {
+        "" => None,
+        path => Some(input(Path::new(path))?),
+    };
+    let stderr_path = if paths.terminal { "" } else { paths.stderr.as_str() };
+    let (stdout, stderr, logger) = match Target::parse(&paths.stdout, "stdout")? {
+        // One logger gets both streams, whatever the request says of stderr.
+        Some(Target::Binary { path, args }) => {
+            let (stdout, stderr, minder) = logger::start(&path, &args, owner).await?;
+            let stderr = (!paths.terminal).then_some(Output::Pipe(stderr));
+            (Some(Output::Pipe(stdout)), stderr, Some(minder))
+        }
+        Some(Target::File(path)) => {
+            let stdout = file(&path, true, "stdout")?;
+            let stderr = match Target::parse(stderr_path, "stderr")? {
+                _ if paths.terminal => None,
+                Some(Target::File(other)) if other != path => Some(file(&other, true, "stderr")?),
+                // One open file for both: lines keep their order.
+                _ => Some(Output::File(Arc::clone(&stdout_file(&stdout, &path)?))),
+            };
+            (Some(stdout), stderr, None::<Minder>)
+        }
+        target => {
+            let plain = |target, stream| match target {
+                Some(Target::Path(path)) => output(&path, stream).map(Some),
+                Some(Target::File(path)) => file(&path, true, stream).map(Some),
+                Some(Target::Binary { .. }) => {
+                    let message = "a logger is named for stdout and gets both streams";
+                    Err(StdioError::Uri { stream, uri: paths.stderr.clone(), message })
+                }
+                None => Ok(None),
+            };
+            let stdout = plain(target, "stdout")?;
+            let stderr = match (&stdout, Target::parse(stderr_path, "stderr")?) {
+                (Some(Output::File(file)), Some(Target::Path(path))) if path == Path::new(&paths.stdout) => {
+                    Some(Output::File(Arc::clone(file)))
+                }
+                (_, target) => plain(target, "stderr")?,
+            };
+            (stdout, stderr, None)
+        }
+    };
+    Ok(Stdio { terminal: paths.terminal, stdin, stdout, stderr, logger })
+}
+
+fn stdout_file(output: &Output, path: &Path) -> Result<Arc<File>, StdioError> {
+    match output {
+        Output::File(file) => Ok(Arc::clone(file)),
+        Output::Pipe(_) => Err(StdioError::NoFifo { stream: "stdout", path: path.into() }),
+    }
+}
+
+/// What a stream's string names.
+#[derive(Debug, PartialEq, Eq)]
+enum Target {
+    Path(PathBuf),
+    File(PathBuf),
+    Binary { path: PathBuf, args: Vec<String> },
+}
+
+impl Target {
+    fn parse(text: &str, stream: &'static str) -> Result<Option<Self>, StdioError> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let fail = |message| Err(StdioError::Uri { stream, uri: text.into(), message });
+        let Some((scheme, rest)) = text.split_once("://") else { return Ok(Some(Self::Path(text.into()))) };
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let Some(path) = decode(path, false) else { return fail("it is not escaped as a URI is") };
+        if !path.starts_with('/') {
+            return fail("its path is not absolute");
+        }
+        match scheme {
+            "fifo" => Ok(Some(Self::Path(path.into()))),
+            "file" => Ok(Some(Self::File(path.into()))),
+            "binary" => {
+                let mut args = Vec::new();
+                for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+                    let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+                    let (Some(key), Some(value)) = (decode(key, true), decode(value, true)) else {
+                        return fail("it is not escaped as a URI is");
+                    };
+                    // containerd passes the key and the first of its values: two arguments each.
+                    args.extend([key, value]);
+                }
+                Ok(Some(Self::Binary { path: path.into(), args }))
+            }
+            _ => fail("only fifos, file:// and binary:// are known"),
+        }
+    }
+}
+
+/// Undoes percent encoding, and in queries `+` for a blank.
+fn decode(text: &str, query: bool) -> Option<String> {
+    let mut bytes = text.bytes();
+    let mut decoded = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        decoded.push(match byte {
+            b'%' => {
+                let mut digit = || char::from(bytes.next()?).to_digit(16);
+                u8::try_from(digit()? * 16 + digit()?).ok()?
+            }
+            b'+' if query => b' ',
+            byte => byte,
+        });
+    }
+    String::from_utf8(decoded).ok().filter(|text| !text.contains('\0'))
+}
+
+fn input(path: &Path) -> Result<Input, StdioError> {
+    let fail = |source: nix::Error| StdioError::Open { stream: "stdin", path: path.into(), source: source.into() };
+    let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    // The read end first, which never waits; with it there, neither does the write end.
+    let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty()).map_err(fail)?;
+    if !is_fifo(&fifo).map_err(fail)? {
+        return Err(StdioError::NoFifo { stream: "stdin", path: path.into() });
+    }
+    let keeper = open_fd(path, OFlag::O_WRONLY | flags, Mode::empty()).map_err(fail)?;
+    Ok(Input { fifo, keeper })
+}
+
+fn output(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
+    let fail = |source: nix::Error| StdioError::Open { stream, path: path.into(), source: source.into() };
+    // Both ends in one descriptor, which needs no reader to be there.
+    let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).map_err(fail)?;
+    if is_fifo(&fd).map_err(fail)? {
+        return Ok(Output::Pipe(fd));
+    }
+    file(path, false, stream)
+}
+
+fn is_fifo(fd: &OwnedFd) -> nix::Result<bool> {
+    Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO)
+}
+
+/// Opens a file for appending; `fresh` creates and empties it first, as containerd does for a `file://` URI.
+fn file(path: &Path, fresh: bool, stream: &'static str) -> Result<Output, StdioError> {
+    let fail = |source| StdioError::Open { stream, path: path.into(), source };
+    if fresh {
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir).map_err(fail)?;
+        }
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(path).map_err(fail)?;
+    }
+    Ok(Output::File(Arc::new(OpenOptions::new().append(true).open(path).map_err(fail)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(text: &str) -> Option<Target> {
+        Target::parse(text, "stdout").unwrap()
+    }
+
+    #[test]
+    fn strings_name_fifos_files_and_loggers() {
+        assert_eq!(parse(""), None);
+        assert_eq!(parse("/run/x"), Some(Target::Path("/run/x".into())));
+        assert_eq!(parse("fifo:///run/x"), Some(Target::Path("/run/x".into())));
+        assert_eq!(parse("file:///a%20b"), Some(Target::File("/a b".into())));
+        let args = ["k", "a b", "flag", "", "p", "/x"].map(String::from).to_vec();
+        assert_eq!(parse("binary:///bin/l?k=a+b&flag&p=%2fx"), Some(Target::Binary { path: "/bin/l".into(), args }));
+        for bad in ["pipe:///x", "binary://relative", "file:///%zz", "file:///%0", "http://x/y"] {
+            assert!(matches!(Target::parse(bad, "stdout"), Err(StdioError::Uri { .. })), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_never_panics(text: String) {
+            let _ = Target::parse(&text, "stdout");
+            let _ = Target::parse(&format!("binary:///{text}"), "stdout");
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Streams end to end: real fifos, files and loggers on one side, a socket pair in place of the vsock on the other.
+
+use super::*;
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use std::{
+    fs::{self, OpenOptions},
+    io::{Read, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::Path,
+    time::Duration,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const OWNER: Owner<'_> = Owner { id: "c1", namespace: "ns" };
+const LONG: Duration = Duration::from_secs(60);
+const MIB: usize = 1 << 20;
+
+fn fifo(dir: &Path, name: &str) -> String {
+    let path = dir.join(name);
+    mkfifo(&path, Mode::S_IRWXU).unwrap();
+    path.to_str().unwrap().into()
+}
+
+/// Bytes that never repeat with the length of a page or a buffer.
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|n| (n % 251) as u8 ^ (n / 65_521) as u8).collect()
+}
+
+fn reader(path: &str) -> std::thread::JoinHandle<Vec<u8>> {
+    let mut file = fs::File::open(path).unwrap();
+    std::thread::spawn(move || {
+        let mut all = Vec::new();
+        file.read_to_end(&mut all).unwrap();
+        all
+    })
+}
+
+async fn pipes(paths: &Paths) -> (Relay, [Option<UnixStream>; 3]) {
+    let stdio = Stdio::open(paths, &OWNER).await.unwrap();
+    let wants = stdio.wants();
+    assert!(!wants.terminal);
+    let pair = |want: bool| want.then(|| UnixStream::pair().unwrap()).unzip();
+    let ((stdin, guest_in), (stdout, guest_out), (stderr, guest_err)) =
+        (pair(wants.stdin), pair(wants.stdout), pair(wants.stderr));
+    (stdio.start(Streams::Pipes { stdin, stdout, stderr }).unwrap(), [guest_in, guest_out, guest_err])
+}
+
+#[tokio::test]
+async fn output_of_64_mib_and_of_many_short_lines_is_exact() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths { stdout: fifo(dir.path(), "out"), stderr: fifo(dir.path(), "err"), ..Paths::default() };
+    let (relay, [_, out, err]) = pipes(&paths).await;
+    let (out_reader, err_reader) = (reader(&paths.stdout), reader(&paths.stderr));
+    let bytes = pattern(64 * MIB);
+    let (mut out, mut err) = (out.unwrap(), err.unwrap());
+    tokio::join!(async { out.write_all(&bytes).await.unwrap() }, async {
+        for n in 0..20_000 {
+            err.write_all(format!("{n}\n").as_bytes()).await.unwrap();
+        }
+    });
+    drop((out, err));
+    relay.drain(LONG).await;
+    drop(relay);
+    assert!(out_reader.join().unwrap() == bytes);
+    let lines: String = (0..20_000).map(|n| format!("{n}\n")).collect();
+    assert!(err_reader.join().unwrap() == lines.as_bytes());
+}
+
+#[tokio::test]
+async fn input_of_64_mib_is_exact_and_ends_with_close_io() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths { stdin: fifo(dir.path(), "in"), ..Paths::default() };
+    let (relay, [guest, _, _]) = pipes(&paths).await;
+    let bytes = pattern(64 * MIB);
+    let (half, rest) = bytes.split_at(32 * MIB + 7);
+    let (first, second, path) = (half.to_vec(), rest.to_vec(), paths.stdin.clone());
+    let writer = std::thread::spawn(move || {
+        // A client that goes and another that comes: input does not end between them.
+        for part in [first, second] {
+            OpenOptions::new().write(true).open(&path).unwrap().write_all(&part).unwrap();
+        }
+    });
+    let mut guest = guest.unwrap();
+    let mut got = vec![0; bytes.len()];
+    guest.read_exact(&mut got).await.unwrap();
+    assert!(got == bytes);
+    writer.join().unwrap();
+    let more = tokio::time::timeout(Duration::from_millis(100), guest.read_u8()).await;
+    assert!(more.is_err(), "no end before CloseIO");
+    relay.close_stdin();
+    relay.close_stdin();
+    assert_eq!(guest.read(&mut [0]).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_client_may_go_and_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
+    // Nobody reads yet: neither opening nor writing waits for it.
+    let (relay, [_, guest, _]) = pipes(&paths).await;
+    let mut guest = guest.unwrap();
+    guest.write_all(b"one\n").await.unwrap();
+    let read = |expected: &'static [u8]| {
+        let path = paths.stdout.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut got = vec![0; expected.len()];
+            fs::File::open(path).unwrap().read_exact(&mut got).unwrap();
+            assert_eq!(got, expected);
+        })
+    };
+    read(b"one\n").await.unwrap();
+    guest.write_all(b"two\n").await.unwrap();
+    read(b"two\n").await.unwrap();
+    drop(guest);
+    relay.drain(LONG).await;
+}
+
+#[tokio::test]
+async fn many_short_lines_that_nobody_reads_fit_the_fifo() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
+    let (relay, [_, guest, _]) = pipes(&paths).await;
+    let mut guest = guest.unwrap();
+    for _ in 0..1000 {
+        guest.write_all(b"a line of some length\n").await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    drop(guest);
+    let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdout).unwrap();
+    // Everything is in the fifo, so that draining does not need its time limit.
+    tokio::time::timeout(LONG, relay.drain(LONG)).await.unwrap();
+    drop(relay);
+    let mut got = Vec::new();
+    (&open).read_to_end(&mut got).unwrap();
+    assert_eq!(got.len(), 22_000);
+}
+
+#[tokio::test]
+async fn a_full_fifo_without_a_reader_does_not_hold_up_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
+    let (relay, [_, guest, _]) = pipes(&paths).await;
+    let mut guest = guest.unwrap();
+    let write = tokio::spawn(async move { guest.write_all(&pattern(8 * MIB)).await });
+    relay.drain(Duration::from_millis(200)).await;
+    assert!(!write.is_finished());
+    drop(relay);
+    assert!(write.await.unwrap().is_err(), "the guest's end is told");
+}
+
+#[tokio::test]
+async fn files_are_emptied_and_written_by_both_streams() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("new/log file");
+    fs::create_dir(path.parent().unwrap()).unwrap();
+    fs::write(&path, "old").unwrap();
+    let uri = format!("file://{}", path.to_str().unwrap().replace(' ', "%20"));
+    let paths = Paths { stdout: uri.clone(), stderr: uri, ..Paths::default() };
+    let (relay, [_, out, err]) = pipes(&paths).await;
+    let (mut out, mut err) = (out.unwrap(), err.unwrap());
+    let bytes = pattern(4 * MIB);
+    out.write_all(&bytes).await.unwrap();
+    drop(out);
+    err.write_all(b"err").await.unwrap();
+    drop(err);
+    relay.drain(LONG).await;
+    assert_eq!(fs::read(&path).unwrap().len(), bytes.len() + 3);
+}
+
+fn logger(dir: &Path, script: &str) -> String {
+    let path = dir.join("logger");
+    fs::write(&path, format!("#!/bin/sh\n{script}")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path.to_str().unwrap().into()
+}
+
+#[tokio::test]
+async fn a_logger_gets_both_streams_and_ends_with_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let program = logger(
+        dir.path(),
+        "out=$2; echo \"$CONTAINER_ID $CONTAINER_NAMESPACE\" >$out.who\nexec 5>&-\n/bin/cat <&4 >$out.err & exec 4<&-\n\
+         /bin/cat <&3 >$out; wait; echo done >$out.done",
+    );
+    let uri = format!("binary://{program}?path={}", log.display());
+    let paths = Paths { stdout: uri.clone(), stderr: uri, ..Paths::default() };
+    let (relay, [_, out, err]) = pipes(&paths).await;
+    let (mut out, mut err) = (out.unwrap(), err.unwrap());
+    let bytes = pattern(MIB);
+    out.write_all(&bytes).await.unwrap();
+    err.write_all(b"err").await.unwrap();
+    drop((out, err));
+    relay.drain(LONG).await;
+    drop(relay);
+    let done = dir.path().join("log.done");
+    tokio::time::timeout(LONG, async {
+        while !fs::read_to_string(&done).is_ok_and(|text| text == "done\n") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(fs::read(&log).unwrap() == bytes);
+    assert_eq!(fs::read_to_string(dir.path().join("log.err")).unwrap(), "err");
+    assert_eq!(fs::read_to_string(dir.path().join("log.who")).unwrap(), "c1 ns\n");
+}
+
+#[tokio::test]
+async fn output_for_a_logger_that_died_is_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = logger(dir.path(), "exec 5>&-\nexec /bin/head -c 10 <&3 >/dev/null");
+    let paths = Paths { stdout: format!("binary://{program}"), ..Paths::default() };
+    let (relay, [_, out, _]) = pipes(&paths).await;
+    let mut out = out.unwrap();
+    out.write_all(&pattern(4 * MIB)).await.unwrap();
+    drop(out);
+    relay.drain(LONG).await;
+}
+
+#[tokio::test]
+async fn a_terminal_has_one_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths =
+        Paths { stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new(), terminal: true };
+    let stdio = Stdio::open(&paths, &OWNER).await.unwrap();
+    assert_eq!(stdio.wants(), Wants { stdin: true, stdout: true, stderr: false, terminal: true });
+    let (host, mut guest) = UnixStream::pair().unwrap();
+    let relay = stdio.start(Streams::Terminal(host)).unwrap();
+    let output = reader(&paths.stdout);
+    let mut client = OpenOptions::new().write(true).open(&paths.stdin).unwrap();
+    client.write_all(b"typed").unwrap();
+    let mut typed = [0; 5];
+    guest.read_exact(&mut typed).await.unwrap();
+    assert_eq!(&typed, b"typed");
+    guest.write_all(b"shown").await.unwrap();
+    drop(guest);
+    relay.drain(LONG).await;
+    drop(relay);
+    assert_eq!(output.join().unwrap(), b"shown");
+}
+
+#[tokio::test]
+async fn what_cannot_be_opened_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let file = file.to_str().unwrap();
+    let open = async |stdin: &str, stdout: &str| {
+        let paths = Paths { stdin: stdin.into(), stdout: stdout.into(), ..Paths::default() };
+        Stdio::open(&paths, &OWNER).await.unwrap_err()
+    };
+    assert!(matches!(open("", "/nowhere/x").await, StdioError::Open { stream: "stdout", .. }));
+    assert!(matches!(open("/nowhere/x", "").await, StdioError::Open { stream: "stdin", .. }));
+    assert!(matches!(open(file, "").await, StdioError::NoFifo { .. }));
+    assert!(matches!(open("", "binary:///nowhere/x").await, StdioError::Logger { .. }));
+    let program = logger(dir.path(), "exit 7");
+    let error = open("", &format!("binary://{program}")).await.to_string();
+    assert!(error.ends_with("ended at once: exit status: 7"), "{error}");
+}
