@@ -1,0 +1,167 @@
+//! The protocol between containerd and `start`: what stdin holds and what stdout must say.
+//!
+//! | containerd | stdin | reply |
+//! | --- | --- | --- |
+//! | 1.6, 1.7 | nothing, or the runtime options (an `Any`) | the plain address (task API v2) |
+//! | 2.0 to 2.2 | the same | the same, or JSON with version 3 where `MAX_SHIM_VERSION` allows it |
+//! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
+//!
+//! containerd 1.7 refuses JSON with a version above 2, and everything from 1.6 on takes the plain address for a shim
+//! of version 2, so that form is the default.
+
+use husk_proto::containerd::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
+use protobuf::Message;
+
+use super::Args;
+
+/// Most bytes read from stdin, as containerd's own shims do.
+pub const MAX_INPUT: u64 = 10 << 20;
+
+/// The form the reply takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// The address alone.
+    Plain,
+    /// JSON, with the version in it.
+    Json,
+    /// A `BootstrapResult`.
+    Protobuf,
+}
+
+/// What `start` was told, from wherever it came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Params {
+    /// containerd's ttrpc socket, where events go.
+    pub ttrpc_address: String,
+    /// containerd's gRPC socket.
+    pub address: String,
+    /// containerd's binary, to publish events with where there is no ttrpc socket.
+    pub publish_binary: String,
+    /// Where the shim's socket goes.
+    pub socket_dir: Option<String>,
+    /// Log at debug level.
+    pub debug: bool,
+    /// How to answer.
+    pub form: Form,
+}
+
+/// The environment containerd sets for a shim.
+#[derive(Debug, Clone, Default)]
+pub struct Env {
+    /// `TTRPC_ADDRESS`
+    pub ttrpc_address: String,
+    /// `GRPC_ADDRESS`
+    pub grpc_address: String,
+    /// `MAX_SHIM_VERSION`
+    pub max_shim_version: String,
+}
+
+impl Env {
+    /// From this process' environment.
+    pub fn read() -> Self {
+        let var = |name| std::env::var(name).unwrap_or_default();
+        Self {
+            ttrpc_address: var("TTRPC_ADDRESS"),
+            grpc_address: var("GRPC_ADDRESS"),
+            max_shim_version: var("MAX_SHIM_VERSION"),
+        }
+    }
+}
+
+impl Params {
+    /// Works out the parameters from stdin, flags and environment.
+    ///
+    /// Runtime options also decode as `BootstrapParams` (the type URL lands in the id), so stdin counts as bootstrap
+    /// parameters only when id and namespace are those of the command line.
+    pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
+        if !input.is_empty()
+            && let Ok(params) = BootstrapParams::parse_from_bytes(input)
+            && params.instance_id == args.id
+            && params.namespace == args.namespace
+        {
+            return Self {
+                ttrpc_address: params.containerd_ttrpc_address,
+                address: params.containerd_grpc_address,
+                publish_binary: params.containerd_binary,
+                socket_dir: params.socket_dir.filter(|dir| dir.starts_with('/')),
+                debug: args.debug || params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG as i32,
+                form: Form::Protobuf,
+            };
+        }
+        let address = if args.address.is_empty() { env.grpc_address.clone() } else { args.address.clone() };
+        let version_3 = env.max_shim_version.parse::<u32>().is_ok_and(|version| version >= 3);
+        Self {
+            ttrpc_address: env.ttrpc_address.clone(),
+            address,
+            publish_binary: args.publish_binary.clone(),
+            socket_dir: None,
+            debug: args.debug,
+            form: if version_3 { Form::Json } else { Form::Plain },
+        }
+    }
+}
+
+/// The reply to `start`.
+pub fn reply(address: &str, form: Form) -> Vec<u8> {
+    match form {
+        Form::Plain => address.as_bytes().to_vec(),
+        Form::Json => serde_json::json!({ "version": 3, "address": address, "protocol": "ttrpc" }).to_string().into(),
+        Form::Protobuf => {
+            let result = BootstrapResult {
+                version: 3,
+                address: address.to_owned(),
+                protocol: "ttrpc".to_owned(),
+                ..Default::default()
+            };
+            result.write_to_bytes().unwrap_or_default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protobuf::well_known_types::any::Any;
+
+    fn args() -> Args {
+        Args { id: "c1".into(), namespace: "default".into(), address: "/grpc".into(), ..Default::default() }
+    }
+
+    #[test]
+    fn containerd_1_7_gets_the_plain_address() {
+        let env = Env { ttrpc_address: "/ttrpc".into(), max_shim_version: "2".into(), ..Default::default() };
+        let params = Params::new(&[], &args(), &env);
+        assert_eq!((params.form, params.ttrpc_address.as_str(), params.address.as_str()), (Form::Plain, "/ttrpc", "/grpc"));
+        assert_eq!(reply("unix:///x", params.form), b"unix:///x");
+    }
+
+    #[test]
+    fn version_3_where_allowed() {
+        let env = Env { max_shim_version: "3".into(), ..Default::default() };
+        let form = Params::new(&[], &args(), &env).form;
+        let json: serde_json::Value = serde_json::from_slice(&reply("unix:///x", form)).unwrap();
+        assert_eq!(json, serde_json::json!({"version": 3, "address": "unix:///x", "protocol": "ttrpc"}));
+    }
+
+    #[test]
+    fn bootstrap_message() {
+        let message = BootstrapParams {
+            instance_id: "c1".into(),
+            namespace: "default".into(),
+            containerd_ttrpc_address: "/t".into(),
+            socket_dir: Some("/s".into()),
+            ..Default::default()
+        };
+        let params = Params::new(&message.write_to_bytes().unwrap(), &args(), &Env::default());
+        assert_eq!((params.form, params.socket_dir.as_deref()), (Form::Protobuf, Some("/s")));
+        let result = BootstrapResult::parse_from_bytes(&reply("unix:///x", params.form)).unwrap();
+        assert_eq!((result.version, result.address.as_str()), (3, "unix:///x"));
+    }
+
+    #[test]
+    fn runtime_options_are_no_bootstrap_message() {
+        let any = Any { type_url: "containerd.runc.v1.Options".into(), value: b"x".to_vec(), ..Default::default() };
+        let params = Params::new(&any.write_to_bytes().unwrap(), &args(), &Env::default());
+        assert_eq!(params.form, Form::Plain);
+    }
+}

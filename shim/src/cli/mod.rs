@@ -1,0 +1,196 @@
+//! The command line as containerd calls it: Go's flag syntax and the actions `start` and `delete`.
+
+pub mod bootstrap;
+pub mod delete;
+pub mod info;
+pub mod start;
+
+use std::path::PathBuf;
+
+/// What the command line says.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Args {
+    /// containerd namespace.
+    pub namespace: String,
+    /// Id of the container.
+    pub id: String,
+    /// Address of containerd's gRPC socket.
+    pub address: String,
+    /// The containerd binary, to publish events with.
+    pub publish_binary: String,
+    /// The bundle's directory, when it is not the working directory.
+    pub bundle: PathBuf,
+    /// Socket to serve on; kept for compatibility, the shim chooses its own.
+    pub socket: String,
+    /// Log at debug level.
+    pub debug: bool,
+    /// Print the version.
+    pub version: bool,
+    /// Print the RuntimeInfo message.
+    pub info: bool,
+    /// `start`, `delete` or nothing.
+    pub action: String,
+}
+
+/// Why a command line cannot be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ArgsError {
+    /// A flag this program does not have.
+    #[error("flag provided but not defined: -{0}")]
+    Unknown(String),
+    /// A flag without its value.
+    #[error("flag needs an argument: -{0}")]
+    MissingValue(String),
+    /// A boolean flag with a value that is none.
+    #[error("invalid boolean value {value:?} for -{flag}")]
+    BadBool {
+        /// The flag.
+        flag: String,
+        /// What it was given.
+        value: String,
+    },
+    /// An argument that is not text.
+    #[error("argument is not valid UTF-8")]
+    NotText,
+    /// An id or namespace that would escape its directory or its cgroup.
+    #[error("invalid {what} {value:?}: must be 1 to 255 of [A-Za-z0-9_.-], beginning with a letter or digit")]
+    BadName {
+        /// `id` or `namespace`.
+        what: &'static str,
+        /// What it was given.
+        value: String,
+    },
+}
+
+impl Args {
+    /// Reads the arguments after the program's name, as Go's `flag` package does: one or two dashes, `-flag value` or
+    /// `-flag=value`, booleans without a value, and the first argument that is no flag ends them.
+    ///
+    /// # Errors
+    /// [`ArgsError`] for what Go would refuse too.
+    pub fn parse<I: IntoIterator<Item = String>>(args: I) -> Result<Self, ArgsError> {
+        let mut out = Self::default();
+        let mut args = args.into_iter();
+        while let Some(arg) = args.next() {
+            let Some(flag) = arg.strip_prefix('-').filter(|f| !f.is_empty()) else {
+                out.action = arg;
+                break;
+            };
+            let flag = flag.strip_prefix('-').unwrap_or(flag);
+            if flag.is_empty() {
+                out.action = args.next().unwrap_or_default();
+                break;
+            }
+            let (name, value) = match flag.split_once('=') {
+                Some((name, value)) => (name.to_owned(), Some(value.to_owned())),
+                None => (flag.to_owned(), None),
+            };
+            match name.as_str() {
+                "debug" => out.debug = boolean(&name, value)?,
+                "v" | "version" => out.version = boolean(&name, value)?,
+                "info" => out.info = boolean(&name, value)?,
+                "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
+                    let value =
+                        value.or_else(|| args.next()).ok_or_else(|| ArgsError::MissingValue(name.clone()))?;
+                    match name.as_str() {
+                        "namespace" => out.namespace = value,
+                        "id" => out.id = value,
+                        "address" => out.address = value,
+                        "publish-binary" => out.publish_binary = value,
+                        "bundle" => out.bundle = value.into(),
+                        _ => out.socket = value,
+                    }
+                }
+                _ => return Err(ArgsError::Unknown(name)),
+            }
+        }
+        Ok(out)
+    }
+
+    /// Checks the names that become path components.
+    ///
+    /// # Errors
+    /// [`ArgsError::BadName`] when one would not be a plain file name.
+    pub fn check_names(&self) -> Result<(), ArgsError> {
+        for (what, value) in [("namespace", &self.namespace), ("id", &self.id)] {
+            if !is_name(value) {
+                return Err(ArgsError::BadName { what, value: value.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `name` can be an id: containerd's own rule is narrower (76 characters), what matters here is that it names
+/// one file and nothing above it.
+pub fn is_name(name: &str) -> bool {
+    name.len() <= 255
+        && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+}
+
+fn boolean(flag: &str, value: Option<String>) -> Result<bool, ArgsError> {
+    match value.as_deref() {
+        None | Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
+        Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(false),
+        Some(other) => Err(ArgsError::BadBool { flag: flag.to_owned(), value: other.to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(args: &[&str]) -> Result<Args, ArgsError> {
+        Args::parse(args.iter().map(|s| (*s).to_owned()))
+    }
+
+    #[test]
+    fn as_containerd_calls_start() {
+        let args = parse(&[
+            "-namespace",
+            "default",
+            "-address",
+            "/run/containerd/containerd.sock",
+            "-publish-binary",
+            "/usr/bin/containerd",
+            "-id",
+            "c1",
+            "-debug",
+            "start",
+        ])
+        .unwrap();
+        assert_eq!((args.namespace.as_str(), args.id.as_str(), args.action.as_str()), ("default", "c1", "start"));
+        assert_eq!(args.publish_binary, "/usr/bin/containerd");
+        assert!(args.debug && !args.version);
+        args.check_names().unwrap();
+    }
+
+    #[test]
+    fn go_forms() {
+        let args = parse(&["--id=x", "-debug=false", "-bundle", "/b", "delete", "-ignored"]).unwrap();
+        assert_eq!((args.id.as_str(), args.debug, args.action.as_str()), ("x", false, "delete"));
+        assert_eq!(args.bundle, PathBuf::from("/b"));
+        assert!(parse(&["-v"]).unwrap().version);
+        assert!(parse(&["-info"]).unwrap().info);
+    }
+
+    #[test]
+    fn refused() {
+        assert_eq!(parse(&["-nonsense"]), Err(ArgsError::Unknown("nonsense".into())));
+        assert_eq!(parse(&["-id"]), Err(ArgsError::MissingValue("id".into())));
+        assert!(matches!(parse(&["-debug=maybe"]), Err(ArgsError::BadBool { .. })));
+        for bad in ["", "..", "a/b", ".hidden", "a\nb"] {
+            assert!(!is_name(bad), "{bad:?}");
+        }
+        assert!(is_name("a.b_c-1"));
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(args: Vec<String>) {
+            let _ = Args::parse(args);
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The shim's log: lines in logfmt, as Go's shims write them, into the fifo from which containerd copies to its own.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use husk_config::LogLevel;
+use tracing::field::{Field, Visit};
+use tracing::span;
+
+/// Longest line: what a pipe takes in one piece, so that lines of several threads do not mix.
+const MAX_LINE: usize = 4000;
+
+/// The level in force; 1 is error and 5 trace, as in [`tracing`] and [`log`].
+static LEVEL: AtomicU8 = AtomicU8::new(3);
+
+struct Logger {
+    fifo: Option<File>,
+    sandbox: String,
+    namespace: String,
+    dropped: AtomicU64,
+}
+
+/// Begins logging into `log` of the bundle; every line names the sandbox.
+pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
+    if debug {
+        set_level(LogLevel::Debug);
+    }
+    // Never waits: containerd may be slow, or gone and not read at all.
+    let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
+    let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
+    let logger =
+        Logger { fifo, sandbox: sandbox.to_owned(), namespace: namespace.to_owned(), dropped: AtomicU64::new(0) };
+    // One logger for the life of the process; both crates want it static.
+    let logger: &'static Logger = Box::leak(Box::new(logger));
+    let _ = tracing::subscriber::set_global_default(Tracing(logger));
+    if log::set_logger(logger).is_ok() {
+        log::set_max_level(log::LevelFilter::Trace);
+    }
+}
+
+/// Sets how much is logged.
+pub fn set_level(level: LogLevel) {
+    let number = match level {
+        LogLevel::Error => 1,
+        LogLevel::Warn => 2,
+        LogLevel::Info => 3,
+        LogLevel::Debug => 4,
+        LogLevel::Trace => 5,
+    };
+    LEVEL.store(number, Ordering::Relaxed);
+    tracing::callsite::rebuild_interest_cache();
+}
+
+impl Logger {
+    fn line(&self, level: &str, message: &str, fields: &str) {
+        let Some(mut fifo) = self.fifo.as_ref() else { return };
+        let mut line = String::with_capacity(256);
+        let _ = write!(line, "time=\"{}\" level={level} msg=", rfc3339(SystemTime::now()));
+        quote(&mut line, message);
+        line.push_str(fields);
+        truncate(&mut line, MAX_LINE);
+        let _ = write!(line, " runtime=husk namespace={} sandbox={}", self.namespace, self.sandbox);
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        if dropped > 0 {
+            let _ = write!(line, " dropped={dropped}");
+        }
+        line.push('\n');
+        if fifo.write_all(line.as_bytes()).is_err() {
+            self.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// [`tracing`]'s events; its spans carry nothing that the lines do not.
+struct Tracing(&'static Logger);
+
+impl tracing::Subscriber for Tracing {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.is_event() && number(*metadata.level()) <= LEVEL.load(Ordering::Relaxed)
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let level = match number(*event.metadata().level()) {
+            1 => "error",
+            2 => "warning",
+            3 => "info",
+            4 => "debug",
+            _ => "trace",
+        };
+        self.0.line(level, &fields.message, &fields.rest);
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+fn number(level: tracing::Level) -> u8 {
+    match level {
+        tracing::Level::ERROR => 1,
+        tracing::Level::WARN => 2,
+        tracing::Level::INFO => 3,
+        tracing::Level::DEBUG => 4,
+        tracing::Level::TRACE => 5,
+    }
+}
+
+impl log::Log for Logger {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        let level = match metadata.level() {
+            log::Level::Error => 1,
+            log::Level::Warn => 2,
+            log::Level::Info => 3,
+            log::Level::Debug => 4,
+            log::Level::Trace => 5,
+        };
+        level <= LEVEL.load(Ordering::Relaxed)
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            let level = record.level().as_str().to_ascii_lowercase();
+            self.line(&level, &record.args().to_string(), "");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    rest: String,
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            value.clone_into(&mut self.message);
+        } else {
+            let _ = write!(self.rest, " {}=", field.name());
+            quote(&mut self.rest, value);
+        }
+    }
+}
+
+/// Bare where that is unambiguous, else in quotes with escapes.
+fn quote(out: &mut String, value: &str) {
+    let bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '/' | '@' | '^' | '+');
+    if !value.is_empty() && value.chars().all(bare) {
+        out.push_str(value);
+    } else {
+        let _ = write!(out, "{value:?}");
+    }
+}
+
+fn truncate(line: &mut String, at: usize) {
+    if line.len() > at {
+        let end = (0..=at).rev().find(|end| line.is_char_boundary(*end)).unwrap_or(0);
+        line.truncate(end);
+        line.push_str("…\"");
+    }
+}
+
+/// The time as RFC 3339 in UTC, to the nanosecond.
+fn rfc3339(at: SystemTime) -> String {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:09}Z", since.subsec_nanos())
+}
+
+/// Year, month and day of a day counted from 1970-01-01, by the eras of 400 years of the Gregorian calendar.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * of_year + 2) / 153;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    (year, month, of_year - (153 * shifted + 2) / 5 + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn dates() {
+        let at = |seconds| rfc3339(UNIX_EPOCH + Duration::from_secs(seconds));
+        assert_eq!(at(0), "1970-01-01T00:00:00.000000000Z");
+        assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000000Z");
+        assert_eq!(at(1_798_761_599), "2026-12-31T23:59:59.000000000Z");
+        assert_eq!(at(4_107_542_400), "2100-03-01T00:00:00.000000000Z");
+    }
+
+    #[test]
+    fn values_are_quoted_where_needed() {
+        let quoted = |value: &str| {
+            let mut out = String::new();
+            quote(&mut out, value);
+            out
+        };
+        assert_eq!(quoted("plain-1"), "plain-1");
+        assert_eq!(quoted("two words"), "\"two words\"");
+        assert_eq!(quoted(""), "\"\"");
+        assert_eq!(quoted("a\nb\"c"), r#""a\nb\"c""#);
+    }
+}

@@ -1,0 +1,126 @@
+//! The two ways to containerd: its ttrpc socket, or its binary's `publish` command.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use husk_proto::containerd::api::ForwardRequest;
+use husk_proto::containerd::shim::event::Envelope;
+use husk_proto::containerd::shim_async::{Client, EventsClient};
+use protobuf::Message;
+use tokio::io::AsyncWriteExt;
+use ttrpc::asynchronous::transport::Socket;
+
+use super::Publish;
+
+/// How long one delivery may take.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why an event was not delivered.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// Neither socket nor binary are known.
+    #[error("containerd named neither a ttrpc socket nor its binary")]
+    Nowhere,
+    /// containerd's socket cannot be reached.
+    #[error("connecting to {path}")]
+    Connect {
+        /// The socket.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The call failed.
+    #[error("forwarding the event")]
+    Forward(#[source] ttrpc::Error),
+    /// The binary cannot be run.
+    #[error("running {path} publish")]
+    Binary {
+        /// The binary.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The binary failed.
+    #[error("{path} publish: {status}")]
+    BinaryStatus {
+        /// The binary.
+        path: String,
+        /// How it ended.
+        status: std::process::ExitStatus,
+    },
+    /// It took too long.
+    #[error("no answer in {} s", TIMEOUT.as_secs())]
+    Timeout,
+}
+
+/// containerd, as the shim was told to reach it.
+pub struct Destination {
+    /// Its ttrpc socket; may be empty.
+    pub ttrpc_address: String,
+    /// Its gRPC socket, which the binary needs.
+    pub address: String,
+    /// Its binary; may be empty.
+    pub binary: String,
+    client: Option<EventsClient>,
+}
+
+impl Destination {
+    /// A destination nothing was sent to yet.
+    pub fn new(ttrpc_address: String, address: String, binary: String) -> Self {
+        Self { ttrpc_address, address, binary, client: None }
+    }
+
+    async fn forward(&mut self, event: &Envelope) -> Result<(), PublishError> {
+        let client = match &self.client {
+            Some(client) => client.clone(),
+            None => {
+                let path = self.ttrpc_address.strip_prefix("unix://").unwrap_or(&self.ttrpc_address);
+                let stream = tokio::net::UnixStream::connect(path)
+                    .await
+                    .map_err(|source| PublishError::Connect { path: path.to_owned(), source })?;
+                let client = EventsClient::new(Client::new(Socket::from(stream)));
+                self.client.insert(client).clone()
+            }
+        };
+        let request = ForwardRequest { envelope: Some(event.clone()).into(), ..Default::default() };
+        let result = client.forward(ttrpc::context::with_duration(TIMEOUT), &request).await;
+        if result.is_err() {
+            // A new connection for the next try; containerd may have been restarted.
+            self.client = None;
+        }
+        result.map(drop).map_err(PublishError::Forward)
+    }
+
+    async fn run_binary(&self, event: &Envelope) -> Result<(), PublishError> {
+        let error = |source| PublishError::Binary { path: self.binary.clone(), source };
+        let mut child = tokio::process::Command::new(&self.binary)
+            .args(["--address", &self.address, "publish", "--topic", &event.topic, "--namespace", &event.namespace])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(error)?;
+        if let Some(mut stdin) = child.stdin.take() {
+            let bytes = event.event.write_to_bytes().map_err(std::io::Error::other).map_err(error)?;
+            stdin.write_all(&bytes).await.map_err(error)?;
+        }
+        let status = child.wait().await.map_err(error)?;
+        if status.success() { Ok(()) } else { Err(PublishError::BinaryStatus { path: self.binary.clone(), status }) }
+    }
+}
+
+#[async_trait::async_trait]
+impl Publish for Destination {
+    async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError> {
+        if !self.ttrpc_address.is_empty() {
+            self.forward(event).await
+        } else if !self.binary.is_empty() {
+            tokio::time::timeout(TIMEOUT, self.run_binary(event)).await.map_err(|_| PublishError::Timeout)?
+        } else {
+            Err(PublishError::Nowhere)
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! From nothing to a guest that takes containers, in one line: what is asked of the VMM and the agent, in order.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use husk_config::Config;
+use husk_proto::agent::SetupRequest;
+use husk_proto::{SHARE_TAG, ports};
+use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
+use husk_vmm::control::{Call, ExitReason, Notice, Step};
+use tokio::net::unix::pipe;
+use tokio::sync::{mpsc, watch};
+
+use super::agent::Agent;
+use super::console::{self, Tail};
+use super::timeline::Timeline;
+use super::vmm::{Vmm, VmmError};
+use crate::bundle::Sizing;
+
+/// Everything a boot needs, prepared while the VMM's process starts.
+pub struct Plan {
+    /// Sandbox id.
+    pub id: String,
+    /// Host name of the sandbox.
+    pub hostname: String,
+    /// The operator's settings.
+    pub config: Config,
+    /// vCPUs and memory.
+    pub sizing: Sizing,
+    /// The directory shared with the guest, as the guest sees it.
+    pub share: PathBuf,
+    /// `/dev/kvm`.
+    pub kvm: File,
+    /// The guest kernel.
+    pub kernel: File,
+    /// The initial RAM file system.
+    pub initrd: File,
+}
+
+/// Why a guest did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file of the installation, or the device, cannot be opened.
+    #[error("opening the {what} {path}")]
+    Open {
+        /// What it is.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No pipe for the console.
+    #[error("making the console's pipe")]
+    Console(#[source] std::io::Error),
+    /// The VMM refused or died.
+    #[error("the virtual machine {step}")]
+    Vmm {
+        /// What was asked of it.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: VmmError,
+    },
+    /// The guest ended before its agent was ready.
+    #[error("the guest ended during its boot: {reason}{words}")]
+    Ended {
+        /// Why.
+        reason: String,
+        /// What it said last.
+        words: String,
+    },
+    /// The agent did not get ready.
+    #[error("the guest's agent is not ready after {secs} s{words}")]
+    Timeout {
+        /// The limit.
+        secs: u64,
+        /// What the guest said last.
+        words: String,
+    },
+    /// The connection cannot be used.
+    #[error("connecting to the agent")]
+    Connect(#[source] std::io::Error),
+    /// The agent refused.
+    #[error("setting the sandbox up")]
+    Setup(#[source] ttrpc::Error),
+}
+
+impl Plan {
+    /// Opens what a boot needs.
+    ///
+    /// # Errors
+    /// [`BootError::Open`] naming the file that is missing.
+    pub fn open(
+        id: &str,
+        hostname: &str,
+        config: Config,
+        sizing: Sizing,
+        share: PathBuf,
+    ) -> Result<Self, BootError> {
+        let open = |what, path: &std::path::Path, write| {
+            File::options()
+                .read(true)
+                .write(write)
+                .open(path)
+                .map_err(|source| BootError::Open { what, path: path.to_owned(), source })
+        };
+        Ok(Self {
+            id: id.to_owned(),
+            hostname: hostname.to_owned(),
+            kvm: open("KVM device", "/dev/kvm".as_ref(), true)?,
+            kernel: open("guest kernel", &config.kernel, false)?,
+            initrd: open("guest's initial RAM file system", &config.initrd, false)?,
+            config,
+            sizing,
+            share,
+        })
+    }
+}
+
+/// What the guest's stream of notices has told so far.
+#[derive(Debug, Clone, Default)]
+struct Progress {
+    ready: bool,
+    ended: Option<String>,
+}
+
+/// Boots the guest and connects to its agent.
+///
+/// # Errors
+/// [`BootError`], with the console's last lines where they matter.
+pub async fn boot(
+    plan: Plan,
+    vmm: &Vmm,
+    notices: mpsc::UnboundedReceiver<Notice>,
+    timeline: &Arc<Timeline>,
+    tail: &Tail,
+) -> Result<Agent, BootError> {
+    let limit = Duration::from_secs(plan.config.start_timeout_secs.max(1));
+    let (console_out, console_in) = pipe_pair().map_err(BootError::Console)?;
+    let mut progress = watch_notices(notices, Arc::clone(timeline));
+    follow(console_out, "guest", tail.clone());
+    let result = tokio::time::timeout(limit, async {
+        create(&plan, vmm, console_in).await?;
+        let state = progress.wait_for(|p| p.ready || p.ended.is_some()).await.map(|p| p.clone()).unwrap_or_default();
+        if !state.ready {
+            return Err(BootError::Ended { reason: String::new(), words: String::new() });
+        }
+        connect(&plan, vmm, timeline, limit).await
+    })
+    .await;
+    match result {
+        Ok(Ok(agent)) => {
+            follow_agent_log(vmm.clone());
+            Ok(agent)
+        }
+        Ok(Err(error)) => {
+            // A guest that is gone is the cause of whatever failed; wait for its last words.
+            let gone = matches!(error, BootError::Ended { .. })
+                || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
+            if gone || progress.borrow().ended.is_some() {
+                vmm.kill();
+                let status = vmm.wait().await;
+                let reason = progress.borrow().ended.clone().unwrap_or_else(|| format!("the VMM ended with {status}"));
+                return Err(BootError::Ended { reason, words: words(tail) });
+            }
+            Err(error)
+        }
+        Err(_) => Err(BootError::Timeout { secs: limit.as_secs(), words: words(tail) }),
+    }
+}
+
+/// Has the VMM make the machine and lets it run.
+async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
+    let config = VmConfig {
+        id: plan.id.clone(),
+        vcpus: plan.sizing.vcpus,
+        memory_mib: plan.sizing.memory_mib,
+        kvm: FdIndex(0),
+        kernel: FdIndex(1),
+        initrd: FdIndex(2),
+        kernel_params: plan.config.kernel_params.clone(),
+        console: FdIndex(3),
+        share: Some(ShareConfig {
+            tag: SHARE_TAG.to_owned(),
+            root: plan.share.display().to_string(),
+            workers: plan.config.virtio_fs_workers,
+        }),
+        vsock_cid: 3,
+        net: Vec::new(),
+        blk: Vec::new(),
+        balloon: plan.config.free_page_reporting,
+        spare_slots: 4,
+    };
+    let fds = [plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
+    let error = |step| move |source| BootError::Vmm { step, source };
+    vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error("cannot be created"))?;
+    vmm.call(Call::Resume, &[]).await.map_err(error("cannot be started"))?;
+    Ok(())
+}
+
+/// Connects to the agent and sets the sandbox up.
+async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -> Result<Agent, BootError> {
+    let stream = vmm
+        .connect(ports::AGENT)
+        .await
+        .map_err(|source| BootError::Vmm { step: "has no agent that answers", source })?;
+    timeline.mark("agent connected");
+    let agent = Agent::new(stream).map_err(BootError::Connect)?;
+    let mut entropy = vec![0; 64];
+    // SAFETY: getrandom writes at most the buffer's length into it.
+    let filled = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), libc::GRND_NONBLOCK) };
+    entropy.truncate(usize::try_from(filled).unwrap_or(0));
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let request = SetupRequest {
+        sandbox_id: plan.id.clone(),
+        hostname: plan.hostname.clone(),
+        clock_ns: i64::try_from(now.as_nanos()).unwrap_or(0),
+        entropy,
+        ..Default::default()
+    };
+    let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;
+    timeline.mark("sandbox set up");
+    tracing::debug!(kernel, "guest is up");
+    Ok(agent)
+}
+
+fn words(tail: &Tail) -> String {
+    match tail.last_words() {
+        words if words.is_empty() => "; its console is empty".to_owned(),
+        words => format!("; the last lines of its console:\n{words}"),
+    }
+}
+
+/// Notes the VMM's marks as they come.
+fn watch_notices(
+    mut notices: mpsc::UnboundedReceiver<Notice>,
+    timeline: Arc<Timeline>,
+) -> watch::Receiver<Progress> {
+    let (update, progress) = watch::channel(Progress::default());
+    let task = async move {
+        while let Some(notice) = notices.recv().await {
+            match notice {
+                Notice::Mark { step, at_ns } => {
+                    timeline.mark_at(name(step), at_ns);
+                    if step == Step::AgentReady {
+                        update.send_modify(|p| p.ready = true);
+                    }
+                }
+                Notice::Exited { reason } => {
+                    let reason = match reason {
+                        ExitReason::Reset => "the guest reset or powered itself off".to_owned(),
+                        ExitReason::Stopped => "stopped".to_owned(),
+                        ExitReason::Failed(why) => format!("the virtual machine failed: {}", console::clean(&why)),
+                    };
+                    tracing::debug!(reason, "guest ended");
+                    update.send_modify(|p| p.ended = Some(reason));
+                }
+            }
+        }
+        // The VMM's process is gone, whether it said so or not.
+        update.send_if_modified(|p| p.ended.is_none().then(|| p.ended = Some("the VMM died".to_owned())).is_some());
+    };
+    tokio::spawn(task);
+    progress
+}
+
+fn name(step: Step) -> &'static str {
+    match step {
+        Step::ProcessStarted => "vmm process",
+        Step::VmCreated => "vm created",
+        Step::FirstInstruction => "first guest instruction",
+        Step::AgentStarted => "agent started",
+        Step::AgentReady => "agent ready",
+    }
+}
+
+/// Takes the lines of a pipe into the log and the tail.
+pub fn follow(pipe: OwnedFd, from: &'static str, tail: Tail) {
+    let pipe = match pipe::Receiver::from_owned_fd(pipe) {
+        Ok(pipe) => pipe,
+        Err(error) => return tracing::warn!(%error, from, "no log"),
+    };
+    tokio::spawn(console::follow(pipe, move |line| {
+        match from {
+            "vmm" => tracing::info!(from, "{line}"),
+            _ => tracing::debug!(from, "{line}"),
+        }
+        tail.push(line);
+    }));
+}
+
+fn follow_agent_log(vmm: Vmm) {
+    let task = async move {
+        let stream = vmm.connect(ports::LOG).await.map_err(|e| crate::chain(&e)).and_then(|stream| {
+            stream.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(stream)).map_err(|e| e.to_string())
+        });
+        match stream {
+            Ok(stream) => console::follow(stream, |line| tracing::debug!(from = "agent", "{line}")).await,
+            Err(error) => tracing::debug!(error, "no agent log"),
+        }
+    };
+    tokio::spawn(task);
+}
+
+/// Read and write end.
+///
+/// # Errors
+/// When there are too many descriptors.
+pub fn pipe_pair() -> std::io::Result<(OwnedFd, OwnedFd)> {
+    let (out, input) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    // tokio asks for a non-blocking read end.
+    nix::fcntl::fcntl(&out, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
+    Ok((out, input))
+}

@@ -1,0 +1,184 @@
+//! The sandbox's cgroup on the host: everything that runs for the pod is accounted where containerd expects it.
+
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+/// Mount point of cgroup v2.
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// A cgroup this process made and moved into.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    /// Where the process came from and goes back to before the removal.
+    origin: Option<PathBuf>,
+    namespace: String,
+}
+
+/// Why there is no cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The specification names something outside the hierarchy.
+    #[error("cgroupsPath {0:?} is no path within the cgroup hierarchy")]
+    Path(String),
+    /// It cannot be made.
+    #[error("making the cgroup {path}")]
+    Create {
+        /// The cgroup.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Nothing can be moved in.
+    #[error("moving into the cgroup {path}")]
+    Enter {
+        /// The cgroup.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// The cgroup a `cgroupsPath` means: a path, or systemd's `slice:prefix:name`.
+///
+/// # Errors
+/// [`CgroupError::Path`] when it would lead out of the hierarchy.
+pub fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
+    let error = || CgroupError::Path(cgroups_path.to_owned());
+    let parts: Vec<&str> = cgroups_path.split(':').collect();
+    let text = match parts.as_slice() {
+        [path] => (*path).to_owned(),
+        [slice, prefix, name] => {
+            let slice = if slice.is_empty() { "system.slice" } else { slice };
+            let unit = if name.ends_with(".slice") { (*name).to_owned() } else { format!("{prefix}-{name}.scope") };
+            format!("{}/{unit}", expand_slice(slice).ok_or_else(error)?)
+        }
+        _ => return Err(error()),
+    };
+    let mut path = PathBuf::new();
+    for component in Path::new(&text).components() {
+        match component {
+            Component::Normal(name) => path.push(name),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => return Err(error()),
+        }
+    }
+    if path.as_os_str().is_empty() { Err(error()) } else { Ok(path) }
+}
+
+/// systemd keeps `a-b.slice` in `a.slice`.
+fn expand_slice(slice: &str) -> Option<String> {
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(String::new());
+    }
+    if name.is_empty() || name.contains('/') {
+        return None;
+    }
+    let mut path = String::new();
+    let mut prefix = String::new();
+    for part in name.split('-') {
+        if part.is_empty() {
+            return None;
+        }
+        prefix = if prefix.is_empty() { part.to_owned() } else { format!("{prefix}-{part}") };
+        path.push_str(&format!("/{prefix}.slice"));
+    }
+    Some(path)
+}
+
+/// Whether this host has the unified hierarchy.
+pub fn is_unified() -> bool {
+    Path::new(MOUNT).join("cgroup.controllers").exists()
+}
+
+impl Cgroup {
+    /// Makes the cgroup and moves this process, which has no other threads yet, into it.
+    ///
+    /// # Errors
+    /// [`CgroupError`]; nothing is left behind then.
+    pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
+        let path = Path::new(MOUNT).join(relative_path(cgroups_path)?);
+        let origin = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
+            let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+            Some(Path::new(MOUNT).join(path))
+        });
+        // Two tries: another sandbox may just be removing the parent.
+        std::fs::create_dir_all(&path)
+            .or_else(|_| std::fs::create_dir_all(&path))
+            .map_err(|source| CgroupError::Create { path: path.clone(), source })?;
+        let cgroup = Self { path, origin, namespace: namespace.to_owned() };
+        match std::fs::write(cgroup.path.join("cgroup.procs"), "0") {
+            Ok(()) => Ok(cgroup),
+            Err(source) => {
+                let _ = std::fs::remove_dir(&cgroup.path);
+                Err(CgroupError::Enter { path: cgroup.path.clone(), source })
+            }
+        }
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Moves this process back and removes the cgroup, and containerd's own above it when this was the last in it.
+    pub fn leave_and_remove(&self) {
+        let origin = self.origin.as_deref().unwrap_or(Path::new(MOUNT));
+        if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
+            let _ = std::fs::write(Path::new(MOUNT).join("cgroup.procs"), "0");
+        }
+        remove(&self.path);
+        if let Some(parent) = self.path.parent()
+            && parent == Path::new(MOUNT).join(&self.namespace)
+        {
+            let _ = std::fs::remove_dir(parent);
+        }
+    }
+}
+
+/// Removes a cgroup below the mount point and those below it. A process that was just killed leaves it a moment after
+/// it was reaped, so a busy one is tried again, for a second at most.
+pub fn remove(path: &Path) {
+    if !path.starts_with(MOUNT) || path == Path::new(MOUNT) || path.components().any(|c| c == Component::ParentDir) {
+        return;
+    }
+    if let Ok(entries) = std::fs::read_dir(path) {
+        for entry in entries.flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                remove(&entry.path());
+            }
+        }
+    }
+    for _ in 0..100 {
+        match std::fs::remove_dir(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            _ => return,
+        }
+    }
+    tracing::warn!(path = %path.display(), "cgroup still busy");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths() {
+        let path = |text: &str| relative_path(text).map(|path| path.display().to_string()).ok();
+        assert_eq!(path("/default/c1").as_deref(), Some("default/c1"));
+        assert_eq!(path("k8s.io/x").as_deref(), Some("k8s.io/x"));
+        assert_eq!(
+            path("kubepods-burstable-pod1.slice:cri-containerd:abc").as_deref(),
+            Some("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope")
+        );
+        assert_eq!(path(":p:n").as_deref(), Some("system.slice/p-n.scope"));
+        for bad in ["", "/", "/../x", "a:b", "a/b.slice:p:n", "a--b.slice:p:n"] {
+            assert_eq!(path(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! One sandbox: its virtual machine, its agent, its directory and cgroup on the host, and their end.
+
+pub mod agent;
+pub mod boot;
+pub mod cgroup;
+pub mod console;
+pub mod state;
+pub mod timeline;
+pub mod vmm;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use husk_proto::{ports, stream};
+use husk_vmm::client::Spawned;
+use tokio::sync::{mpsc, watch};
+
+use agent::{Agent, Report};
+use boot::Plan;
+use cgroup::Cgroup;
+use console::Tail;
+use state::StateDir;
+use timeline::Timeline;
+use vmm::{Vmm, VmmError};
+
+/// How far a sandbox is.
+#[derive(Clone)]
+pub enum Boot {
+    /// On its way.
+    Booting,
+    /// Takes containers.
+    Ready(Agent),
+    /// It will never; the whole chain of causes.
+    Failed(Arc<str>),
+}
+
+/// What the daemon made before it had a runtime.
+pub struct Prepared {
+    /// Sandbox id.
+    pub id: String,
+    /// Its directory.
+    pub dir: StateDir,
+    /// Its cgroup.
+    pub cgroup: Option<Cgroup>,
+    /// The VMM's process, where it got that far.
+    pub vmm: Option<Spawned>,
+    /// The read end of what the VMM says on its standard error.
+    pub vmm_log: Option<OwnedFd>,
+    /// What to boot, or why not.
+    pub plan: Result<Plan, String>,
+    /// Steps noted so far.
+    pub timeline: Arc<Timeline>,
+    /// Where the timeline goes at the end.
+    pub timeline_log: PathBuf,
+}
+
+/// A sandbox.
+pub struct Sandbox {
+    /// Its id.
+    pub id: String,
+    /// Its start's timeline.
+    pub timeline: Arc<Timeline>,
+    dir: StateDir,
+    cgroup: Option<Cgroup>,
+    vmm: Option<Vmm>,
+    boot: watch::Receiver<Boot>,
+    tail: Tail,
+    tokens: AtomicU64,
+    timeline_log: PathBuf,
+}
+
+/// Why a stream into the guest cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// No connection.
+    #[error("opening a stream into the guest")]
+    Connect(#[source] VmmError),
+    /// The header cannot be written.
+    #[error("naming a stream into the guest")]
+    Header(#[source] std::io::Error),
+}
+
+impl Sandbox {
+    /// Starts the boot; what the agent reports goes to `reports`, which ends with the virtual machine.
+    pub fn start(prepared: Prepared, reports: mpsc::UnboundedSender<Report>) -> Arc<Self> {
+        let Prepared { id, dir, cgroup, vmm, vmm_log, plan, timeline, timeline_log } = prepared;
+        let (update, boot) = watch::channel(Boot::Booting);
+        let tail = Tail::default();
+        if let Some(log) = vmm_log {
+            boot::follow(log, "vmm", tail.clone());
+        }
+        let (notify, notices) = mpsc::unbounded_channel();
+        let attached = vmm.map(|spawned| Vmm::attach(spawned, notify).map_err(|e| crate::chain(&e))).transpose();
+        let (vmm, plan) = match attached {
+            Ok(vmm) => (vmm, plan),
+            Err(error) => (None, Err(error)),
+        };
+        let (handle, marks, words) = (vmm.clone(), Arc::clone(&timeline), tail.clone());
+        tokio::spawn(async move {
+            let booted = match (plan, &handle) {
+                (Err(error), _) => Err(error),
+                (Ok(_), None) => Err("there is no VMM".to_owned()),
+                (Ok(plan), Some(vmm)) => {
+                    boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e))
+                }
+            };
+            match (booted, &handle) {
+                (Ok(agent), Some(vmm)) => live(agent, vmm, &update, &reports).await,
+                (Ok(_), None) => {}
+                (Err(error), vmm) => {
+                    tracing::error!(error, "sandbox did not start");
+                    update.send_replace(Boot::Failed(error.into()));
+                    if let Some(vmm) = vmm {
+                        vmm.kill();
+                    }
+                }
+            }
+            if let Some(vmm) = handle {
+                vmm.wait().await;
+            }
+            // Dropping `reports` now tells that nothing will come any more.
+            drop(reports);
+        });
+        Arc::new(Self { id, timeline, dir, cgroup, vmm, boot, tail, tokens: AtomicU64::new(1), timeline_log })
+    }
+
+    /// The pid reported for every task: a live process of the host that owns the sandbox' network namespace.
+    pub fn pid(&self) -> u32 {
+        self.vmm.as_ref().map_or(0, Vmm::pid)
+    }
+
+    /// Whether the virtual machine is gone.
+    pub fn is_dead(&self) -> bool {
+        self.vmm.as_ref().is_none_or(|vmm| vmm.ended().is_some())
+    }
+
+    /// Where containers' directories are made for the guest.
+    pub fn share(&self) -> PathBuf {
+        self.dir.path().join("share")
+    }
+
+    /// Waits until the guest takes containers.
+    ///
+    /// # Errors
+    /// The whole chain of causes, as text: it is told to every caller.
+    pub async fn ready(&self) -> Result<Agent, Arc<str>> {
+        let mut boot = self.boot.clone();
+        let state = boot.wait_for(|boot| !matches!(boot, Boot::Booting)).await.map(|boot| boot.clone());
+        match state {
+            Ok(Boot::Ready(agent)) => Ok(agent),
+            Ok(Boot::Failed(error)) => Err(error),
+            Ok(Boot::Booting) | Err(_) => Err("the sandbox is gone".into()),
+        }
+    }
+
+    /// The agent, if it is there now.
+    pub fn agent(&self) -> Option<Agent> {
+        match &*self.boot.borrow() {
+            Boot::Ready(agent) => Some(agent.clone()),
+            _ => None,
+        }
+    }
+
+    /// Opens a stream of container stdio; the number names it in the request that uses it.
+    ///
+    /// # Errors
+    /// [`StreamError`] when the guest does not take it.
+    pub async fn open_stream(&self) -> Result<(u64, UnixStream), StreamError> {
+        let vmm = self.vmm.as_ref().ok_or(StreamError::Connect(VmmError::Gone))?;
+        let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+        let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
+        stream.set_nonblocking(true).map_err(StreamError::Header)?;
+        let mut stream = tokio::net::UnixStream::from_std(stream).map_err(StreamError::Header)?;
+        let header = stream::Header { token }.encode();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, &header).await.map_err(StreamError::Header)?;
+        Ok((token, stream.into_std().map_err(StreamError::Header)?))
+    }
+
+    /// Why the guest died, as far as its console tells.
+    pub fn last_words(&self) -> String {
+        self.tail.last_words()
+    }
+
+    /// Kills the virtual machine; [`Sandbox::tear_down`] waits for it.
+    pub fn kill(&self) {
+        if let Some(vmm) = &self.vmm {
+            vmm.kill();
+        }
+    }
+
+    /// Ends the sandbox: nothing of it is left on the host afterwards.
+    pub async fn tear_down(&self) {
+        if let Some(vmm) = &self.vmm {
+            vmm.kill();
+            vmm.wait().await;
+        }
+        self.timeline.mark("vmm gone");
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.leave_and_remove();
+        }
+        self.dir.remove();
+        self.timeline.mark("torn down");
+        self.timeline.finish(&self.timeline_log);
+    }
+}
+
+/// Follows the agent's events until the virtual machine ends.
+async fn live(
+    agent: Agent,
+    vmm: &Vmm,
+    update: &watch::Sender<Boot>,
+    reports: &mpsc::UnboundedSender<Report>,
+) {
+    let mut events = match agent.events().await {
+        Ok(events) => events,
+        Err(error) => {
+            tracing::error!(%error, "the agent gives no events");
+            update.send_replace(Boot::Failed(format!("the agent gives no events: {error}").into()));
+            return vmm.kill();
+        }
+    };
+    update.send_replace(Boot::Ready(agent));
+    loop {
+        match events.recv().await {
+            Ok(Some(event)) => match agent::check(event) {
+                Some(report) => drop(reports.send(report)),
+                None => tracing::warn!("the agent sent an unknown event"),
+            },
+            // Without events no exit would ever be seen: a guest that stops telling is a dead one.
+            Ok(None) => return vmm.kill(),
+            Err(error) => {
+                tracing::debug!(%error, "the agent's events ended");
+                return vmm.kill();
+            }
+        }
+    }
+}

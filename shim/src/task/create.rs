@@ -1,0 +1,172 @@
+//! Create: the bundle is made ready while the guest still boots, then the agent makes the container.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use husk_proto::CREATE_OPTIONS_URL;
+use husk_proto::agent::CreateOptions;
+use husk_proto::containerd::api::CreateTaskRequest;
+use husk_proto::containerd::events::task::{TaskCreate, TaskIO};
+use husk_proto::containerd::topics::TASK_CREATE_EVENT_TOPIC;
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+
+use super::container::Container;
+use super::process::Process;
+use super::{Refusal, Shim, paths};
+use crate::bundle::{self, Bundle, Prepared};
+use crate::hooks;
+use crate::sandbox::agent::{timeouts, within};
+use crate::spec::Spec;
+use crate::stdio::{Owner, Stdio};
+
+impl Shim {
+    /// Creates a container; on an error nothing of it is left.
+    pub(super) async fn create(&self, request: CreateTaskRequest) -> ttrpc::Result<()> {
+        if !crate::cli::is_name(&request.id) {
+            return Err(Refusal::Invalid(format!("container id {:?}", request.id)).into());
+        }
+        if !request.checkpoint.is_empty() {
+            return Err(Refusal::Unsupported("restoring a checkpoint").into());
+        }
+        self.sandbox.timeline.mark("create begin");
+        self.containers.reserve(&request.id)?;
+        let created = self.create_reserved(&request).await;
+        if let Err(error) = &created {
+            tracing::error!(container = request.id, %error, "create failed");
+            self.tear_down_bundle(&request.id).await;
+            self.containers.remove(&request.id);
+        }
+        created
+    }
+
+    async fn create_reserved(&self, request: &CreateTaskRequest) -> ttrpc::Result<()> {
+        let spec = Spec::load(Path::new(&request.bundle)).map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let owner = Owner { id: &request.id, namespace: &self.namespace };
+        let prepare = async {
+            let prepared = self.prepare(request).await?;
+            // CNI by hook needs the network namespace of the VMM's process, which exists by now.
+            self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
+            self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
+            Ok::<_, Refusal>(prepared)
+        };
+        let (prepared, stdio, agent) = tokio::join!(prepare, Stdio::open(&io, &owner), self.sandbox.ready());
+        let prepared = prepared?;
+        let agent = agent.map_err(|error| Refusal::Failed(error.to_string()))?;
+        let stdio = stdio.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        for note in &prepared.notes {
+            tracing::info!(container = request.id, "{note}");
+        }
+        let (relay, tokens) = self.connect_stdio(stdio).await?;
+        let options = CreateOptions { spec: prepared.spec, rootfs: prepared.rootfs, ..Default::default() };
+        let options = Any {
+            type_url: CREATE_OPTIONS_URL.to_owned(),
+            value: options.write_to_bytes().map_err(|e| Refusal::Failed(e.to_string()))?,
+            ..Default::default()
+        };
+        let guest = CreateTaskRequest {
+            id: request.id.clone(),
+            bundle: request.id.clone(),
+            terminal: request.terminal,
+            stdin: tokens.stdin,
+            stdout: tokens.stdout,
+            stderr: tokens.stderr,
+            options: Some(options).into(),
+            ..Default::default()
+        };
+        let limit = within(timeouts::SLOW);
+        agent.task.create(limit, &guest).await.map_err(|error| self.agent_error("create", error))?;
+        let init = Process::new(&request.id, "", io);
+        init.set_relay(relay);
+        let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init));
+        self.containers.insert(Arc::clone(&container));
+        self.sandbox.timeline.mark("create end");
+        let event = TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: Some(TaskIO {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+                ..Default::default()
+            })
+            .into(),
+            pid: self.sandbox.pid(),
+            ..Default::default()
+        };
+        self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
+        if self.is_gone() {
+            self.end_all(&container);
+        }
+        Ok(())
+    }
+
+    /// Mounts what the container needs; mount calls may block, so not on the executor.
+    async fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, Refusal> {
+        let (id, share) = (request.id.clone(), self.sandbox.share());
+        let dir = request.bundle.clone();
+        let rootfs: Vec<_> = request.rootfs.iter().map(bundle::RootMount::from).collect();
+        let prepared = tokio::task::spawn_blocking(move || {
+            let bundle = Bundle::load(Path::new(&dir)).map_err(|e| crate::chain(&e))?;
+            let request = bundle::Request { id: &id, share: &share, rootfs: &rootfs };
+            bundle::prepare(&bundle, &request).map_err(|e| crate::chain(&e))
+        })
+        .await;
+        match prepared {
+            Ok(prepared) => prepared.map_err(Refusal::Failed),
+            Err(error) => Err(Refusal::Failed(error.to_string())),
+        }
+    }
+
+    /// Unmounts what was mounted for a container.
+    pub(super) async fn tear_down_bundle(&self, id: &str) {
+        let (id, share) = (id.to_owned(), self.sandbox.share());
+        let done = tokio::task::spawn_blocking(move || bundle::teardown(&share, &id).map_err(|e| crate::chain(&e))).await;
+        match done {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error, "container's mounts not removed"),
+            Err(error) => tracing::warn!(%error, "container's mounts not removed"),
+        }
+    }
+
+    async fn run_hooks(
+        &self,
+        kind: &'static str,
+        hooks: &[crate::spec::Hook],
+        status: &str,
+        request: &CreateTaskRequest,
+        spec: &Spec,
+    ) -> Result<(), Refusal> {
+        let state = hooks::State {
+            oci_version: &spec.version,
+            id: &request.id,
+            status,
+            pid: self.sandbox.pid(),
+            bundle: &request.bundle,
+            annotations: &spec.annotations,
+        };
+        hooks::run(kind, hooks, &state).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
+    }
+
+    /// Runs hooks whose failure only the log hears of.
+    pub(super) async fn run_late_hooks(&self, kind: &'static str, container: &Container, status: &str) {
+        let (hooks, pid) = match kind {
+            "poststart" => (&container.spec.hooks.poststart, self.sandbox.pid()),
+            _ => (&container.spec.hooks.poststop, 0),
+        };
+        let state = hooks::State {
+            oci_version: &container.spec.version,
+            id: &container.id,
+            status,
+            pid,
+            bundle: &container.bundle,
+            annotations: &container.spec.annotations,
+        };
+        if let Err(error) = hooks::run(kind, hooks, &state).await {
+            tracing::warn!(container = container.id, error = %crate::chain(&error), "hook failed");
+        }
+    }
+}

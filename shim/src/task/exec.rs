@@ -1,0 +1,130 @@
+//! Start and Exec: what is created begins to run.
+
+use std::time::SystemTime;
+
+use husk_proto::containerd::api::{DeleteRequest, ExecProcessRequest, KillRequest, StartRequest};
+use husk_proto::containerd::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
+use husk_proto::containerd::topics::{
+    TASK_EXEC_ADDED_EVENT_TOPIC, TASK_EXEC_STARTED_EVENT_TOPIC, TASK_START_EVENT_TOPIC,
+};
+use protobuf::well_known_types::any::Any;
+
+use super::container::{Container, Exec};
+use super::process::{Exit, Process, State};
+use super::{Refusal, Shim, paths};
+use crate::bundle;
+use crate::sandbox::agent::{timeouts, within};
+use crate::stdio::{Owner, Stdio};
+
+/// Status of a process that could not be started, as in runc's shim.
+const NOT_STARTED: u32 = 255;
+
+impl Shim {
+    /// Starts a container's first process.
+    pub(super) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
+        let process = &container.init;
+        let agent = self.agent()?;
+        process.begin_start()?;
+        let request = StartRequest { id: container.id.clone(), ..Default::default() };
+        if let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await {
+            process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
+            let kill = KillRequest { id: container.id.clone(), signal: 9, all: true, ..Default::default() };
+            let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
+            return Err(self.agent_error("start", error));
+        }
+        self.sandbox.timeline.mark("started");
+        self.sandbox.timeline.save();
+        let event = TaskStart { container_id: container.id.clone(), pid: self.sandbox.pid(), ..Default::default() };
+        self.events.publish(TASK_START_EVENT_TOPIC, &event);
+        self.after_start(container, process);
+        self.run_late_hooks("poststart", container, "running").await;
+        Ok(())
+    }
+
+    /// Adds an exec; the agent hears of it when it is started, which is also where runc's errors come.
+    pub(super) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), Refusal> {
+        if !crate::cli::is_name(&request.exec_id) {
+            return Err(Refusal::Invalid(format!("exec id {:?}", request.exec_id)));
+        }
+        if container.is_paused() {
+            return Err(Refusal::Exec("paused"));
+        }
+        if matches!(container.init.state(), State::Stopped | State::Deleted) || self.sandbox.is_dead() {
+            return Err(Refusal::Exec("stopped"));
+        }
+        let spec = bundle::exec_process(&request.spec.value).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let process = Process::new(&container.id, &request.exec_id, io).into();
+        container.add_exec(Exec { process, spec, type_url: request.spec.type_url.clone() })?;
+        let event = TaskExecAdded {
+            container_id: container.id.clone(),
+            exec_id: request.exec_id.clone(),
+            ..Default::default()
+        };
+        self.events.publish(TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+        Ok(())
+    }
+
+    /// Starts an exec.
+    pub(super) async fn start_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<()> {
+        let process = &exec.process;
+        if container.is_paused() {
+            return Err(Refusal::Exec("paused").into());
+        }
+        process.begin_start()?;
+        if let Err(error) = self.start_exec_begun(exec).await {
+            process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
+            process.drop_relay();
+            return Err(error);
+        }
+        let event = TaskExecStarted {
+            container_id: container.id.clone(),
+            exec_id: process.exec.clone(),
+            pid: self.sandbox.pid(),
+            ..Default::default()
+        };
+        self.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+        self.after_start(container, process);
+        Ok(())
+    }
+
+    async fn start_exec_begun(&self, exec: &Exec) -> ttrpc::Result<()> {
+        let process = &exec.process;
+        let agent = self.agent()?;
+        let owner = Owner { id: &process.container, namespace: &self.namespace };
+        let stdio = Stdio::open(&process.paths, &owner).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        let (relay, tokens) = self.connect_stdio(stdio).await?;
+        process.set_relay(relay);
+        let spec = Any { type_url: exec.type_url.clone(), value: exec.spec.clone(), ..Default::default() };
+        let request = ExecProcessRequest {
+            id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            terminal: process.paths.terminal,
+            stdin: tokens.stdin,
+            stdout: tokens.stdout,
+            stderr: tokens.stderr,
+            spec: Some(spec).into(),
+            ..Default::default()
+        };
+        agent.task.exec(within(timeouts::SLOW), &request).await.map_err(|error| self.agent_error("exec", error))?;
+        let start =
+            StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
+        if let Err(error) = agent.task.start(within(timeouts::SLOW), &start).await {
+            let forget =
+                DeleteRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
+            let _ = agent.task.delete(within(timeouts::QUICK), &forget).await;
+            return Err(self.agent_error("exec", error));
+        }
+        Ok(())
+    }
+
+    /// The start was told of: now an exit that came meanwhile may be.
+    fn after_start(&self, container: &Container, process: &Process) {
+        if let Some(exit) = process.started() {
+            self.tell_exit(process, exit);
+        }
+        if self.is_gone() {
+            self.end_all(container);
+        }
+    }
+}
