@@ -9,7 +9,6 @@ pub mod timeline;
 pub mod vmm;
 
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -168,7 +167,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`StreamError`] when the guest does not take it.
-    pub async fn open_stream(&self) -> Result<(u64, UnixStream), StreamError> {
+    pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
         let vmm = self.vmm.as_ref().ok_or(StreamError::Connect(VmmError::Gone))?;
         let token = self.tokens.fetch_add(1, Ordering::Relaxed);
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
@@ -176,7 +175,7 @@ impl Sandbox {
         let mut stream = tokio::net::UnixStream::from_std(stream).map_err(StreamError::Header)?;
         let header = stream::Header { token }.encode();
         tokio::io::AsyncWriteExt::write_all(&mut stream, &header).await.map_err(StreamError::Header)?;
-        Ok((token, stream.into_std().map_err(StreamError::Header)?))
+        Ok((token, stream))
     }
 
     /// Why the guest died, as far as its console tells.

@@ -100,7 +100,11 @@ impl Vmm {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
             nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
-            Ok((AsyncFd::try_new(control)?, AsyncFd::try_with_interest(pidfd, Interest::READABLE)?))
+            // SAFETY: an OwnedFd stays the same open descriptor until it is dropped, which deregisters it first.
+            let watched = unsafe {
+                (AsyncFd::register(control)?, AsyncFd::register_with_interest(pidfd, Interest::READABLE)?)
+            };
+            Ok(watched)
         };
         let (control, pidfd) = match watch() {
             Ok(fds) => fds,
