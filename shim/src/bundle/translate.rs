@@ -114,15 +114,10 @@ fn linux(linux: &mut Map<String, Value>, id: &str, notes: &mut Vec<String>) -> R
     {
         return Err(unsupported("linux.seccomp.listenerPath", "a listener on the host cannot follow guest processes"));
     }
-    match linux.get("rootfsPropagation").and_then(Value::as_str) {
-        Some(mode @ ("shared" | "rshared")) => {
-            return Err(unsupported(
-                "linux.rootfsPropagation",
-                format!("{mode}: mounts made in the guest cannot reach the host; use rslave or rprivate"),
-            ));
-        }
-        // A slave of the host has the same view in the guest as one that is private: the guest's root has no peers.
-        _ => {}
+    // A slave of the host has the same view in the guest as one that is private: the guest's root has no peers.
+    if let Some(mode @ ("shared" | "rshared")) = linux.get("rootfsPropagation").and_then(Value::as_str) {
+        let message = format!("{mode}: mounts made in the guest cannot reach the host; use rslave or rprivate");
+        return Err(unsupported("linux.rootfsPropagation", message));
     }
     namespaces(linux, notes)?;
     for device in array(linux, "devices", "linux.devices")? {

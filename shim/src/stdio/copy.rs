@@ -205,6 +205,12 @@ fn waiting(socket: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(usize::try_from(count).unwrap_or_default())
 }
 
+/// Lets the runtime wait for a descriptor.
+pub fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor is open, is always the same, and goes with the `AsyncFd` that now owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
 fn note(moved: &AtomicU64, count: usize) {
     moved.fetch_add(count as u64, Ordering::Relaxed);
 }

@@ -3,7 +3,7 @@
 //! containerd's protocol: CONTAINER_ID and CONTAINER_NAMESPACE in the environment, descriptor 3 is standard output, 4
 //! standard error, and 5 is a pipe that the logger closes (or writes to) once it is ready.
 
-use super::{Owner, StdioError};
+use super::{Owner, StdioError, copy::register};
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::signal::{Signal, kill},
@@ -15,11 +15,15 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::process::CommandExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
-use tokio::{io::unix::AsyncFd, sync::oneshot, time::timeout};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::oneshot,
+    time::timeout,
+};
 
 /// How long a logger may take to be ready.
 const READY: Duration = Duration::from_secs(10);
@@ -50,10 +54,9 @@ pub async fn start(path: &Path, args: &[String], owner: &Owner<'_>) -> Result<(O
     drop(ends);
     let pidfd = pidfd(&child).map_err(system("cannot be watched"))?;
     let (released, release) = oneshot::channel();
-    let (ended, mut end) = oneshot::channel();
-    tokio::spawn(mind(child, pidfd, release, ended));
+    tokio::spawn(mind(path.to_path_buf(), child, pidfd, release));
     let minder = Minder { _released: released };
-    let ready = AsyncFd::register(ready_read).map_err(StdioError::Register)?;
+    let ready = register(ready_read, Interest::READABLE).map_err(StdioError::Register)?;
     let wait = async {
         loop {
             let mut guard = ready.readable().await?;
@@ -65,14 +68,9 @@ pub async fn start(path: &Path, args: &[String], owner: &Owner<'_>) -> Result<(O
         }
     };
     match timeout(READY, wait).await {
-        Ok(Ok(_)) => {}
-        Ok(Err(source)) => return Err(fail("cannot be waited for", Some(source))),
-        Err(_) => return Err(fail(&format!("was not ready after {} s", READY.as_secs()), None)),
-    }
-    // One that ended at once closed the pipe too; whether it did so in order, its status says.
-    match end.try_recv() {
-        Ok(status) => Err(fail(&format!("ended at once: {status}"), None)),
-        Err(_) => Ok((out_write, err_write, minder)),
+        Ok(Ok(_)) => Ok((out_write, err_write, minder)),
+        Ok(Err(source)) => Err(fail("cannot be waited for", Some(source))),
+        Err(_) => Err(fail(&format!("was not ready after {} s", READY.as_secs()), None)),
     }
 }
 
@@ -118,16 +116,12 @@ fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just made this descriptor, and nobody else owns it.
-    AsyncFd::register(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
+    register(fd, Interest::READABLE)
 }
 
 /// Reaps the logger when it ends, and sees to it that it does once it is released.
-async fn mind(
-    mut child: Child,
-    pidfd: AsyncFd<OwnedFd>,
-    release: oneshot::Receiver<()>,
-    ended: oneshot::Sender<String>,
-) {
+async fn mind(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
     let gone = async || {
         let _ = pidfd.readable().await;
     };
@@ -149,6 +143,9 @@ async fn mind(
         }
     }
     // It has ended: this does not wait.
-    let status = child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-    let _ = ended.send(status);
+    if let Ok(status) = child.wait()
+        && !status.success()
+    {
+        tracing::warn!("logger {}: {status}", path.display());
+    }
 }

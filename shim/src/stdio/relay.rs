@@ -14,12 +14,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    net::UnixStream,
-    sync::watch,
-    task::AbortHandle,
-};
+use tokio::{io::Interest, net::UnixStream, sync::watch, task::AbortHandle};
 
 /// The copies; dropping it stops them and closes containerd's ends.
 #[derive(Debug)]
@@ -51,7 +46,7 @@ impl Relay {
         let moved = Arc::new(AtomicU64::new(0));
         let mut relay = Self { tasks: Vec::new(), open, moved, keeper: Mutex::default(), _logger: logger };
         if let (Some(stream), Some(Input { fifo, keeper })) = (input, stdin) {
-            let fifo = AsyncFd::register_with_interest(fifo, Interest::READABLE).map_err(StdioError::Register)?;
+            let fifo = copy::register(fifo, Interest::READABLE).map_err(StdioError::Register)?;
             relay.keeper = Mutex::new(Some(keeper));
             let task = tokio::spawn(async move { copy::input(&fifo, &stream).await });
             relay.tasks.push(task.abort_handle());
@@ -71,9 +66,7 @@ impl Relay {
         ended: &Arc<watch::Sender<usize>>,
     ) -> Result<(), StdioError> {
         let sink = match output {
-            Output::Pipe(fd) => {
-                Sink::Pipe(AsyncFd::register_with_interest(fd, Interest::WRITABLE).map_err(StdioError::Register)?)
-            }
+            Output::Pipe(fd) => Sink::Pipe(copy::register(fd, Interest::WRITABLE).map_err(StdioError::Register)?),
             Output::File(file) => Sink::File(file),
         };
         ended.send_modify(|open| *open += 1);
