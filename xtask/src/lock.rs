@@ -3,7 +3,9 @@
 
 use crate::{cache, paths, ui};
 use anyhow::{Context, Result};
-use std::fs::{File, TryLockError};
+use std::fs::File;
+use std::io::{Error, ErrorKind};
+use std::os::fd::AsRawFd;
 
 /// Waits until nobody else holds the lock of `what`; it stays taken while the file is open.
 pub fn take(what: &str) -> Result<File> {
@@ -11,13 +13,25 @@ pub fn take(what: &str) -> Result<File> {
     cache::make_dir(&dir)?;
     let path = dir.join("lock");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => return Ok(file),
-        Err(TryLockError::WouldBlock) => ui::say(what, format!("waiting for another xtask to be done with the {what}")),
-        Err(TryLockError::Error(error)) => {
-            return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+    match flock(&file, libc::LOCK_EX | libc::LOCK_NB) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            ui::say(what, format!("waiting for another xtask to be done with the {what}"));
+            flock(&file, libc::LOCK_EX).with_context(|| format!("cannot lock {}", path.display()))?;
+        }
+        result => result.with_context(|| format!("cannot lock {}", path.display()))?,
+    }
+    Ok(file)
+}
+
+fn flock(file: &File, operation: i32) -> Result<(), Error> {
+    loop {
+        // SAFETY: flock takes a descriptor, which the file keeps open, and an integer.
+        if unsafe { libc::flock(file.as_raw_fd(), operation) } == 0 {
+            return Ok(());
+        }
+        let error = Error::last_os_error();
+        if error.kind() != ErrorKind::Interrupted {
+            return Err(error);
         }
     }
-    file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
-    Ok(file)
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask setup`: installs what the machine lacks, after naming it.
 
-use crate::{cmd, kernel, ui};
+use crate::kernel::PACKAGE;
+use crate::{cmd, ui};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::fs;
@@ -29,7 +30,6 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libcap-ng-dev", "VMM: virtiofsd"),
     ("qemu-system-x86", "test node"),
     ("busybox-static", "images"),
-    (kernel::PACKAGE, "kernel"),
 ];
 /// The QEMU whose emulated SVM is known to hold a node; bookworm has it in its backports.
 const QEMU: u32 = 10;
@@ -48,12 +48,17 @@ pub fn setup() -> Result<()> {
     if old_qemu && backports && !missing.contains(&"qemu-system-x86") {
         missing.push("qemu-system-x86");
     }
+    // Ubuntu has no such package: there the kernel step fetches Debian's.
+    if !installed.contains_key(PACKAGE) && release.id == "debian" {
+        missing.push(PACKAGE);
+    }
     if missing.is_empty() {
         ui::say("setup", "everything is installed");
         return Ok(());
     }
     ui::say("setup", format!("{} lacks, and setup installs:", release.name));
-    for (name, purpose) in PACKAGES.iter().filter(|(name, _)| missing.contains(name)) {
+    for name in &missing {
+        let purpose = PACKAGES.iter().find(|(known, _)| known == name).map_or("kernel", |(_, purpose)| purpose);
         eprintln!("             {name} ({purpose})");
     }
     if !release.debian_like {
@@ -154,6 +159,7 @@ fn major(version: &str) -> u32 {
 struct Release {
     name: String,
     codename: String,
+    id: String,
     debian_like: bool,
 }
 
@@ -169,6 +175,7 @@ fn os_release() -> Result<Release> {
     Ok(Release {
         name: field("PRETTY_NAME"),
         codename: field("VERSION_CODENAME"),
+        id: field("ID"),
         debian_like: family.split(' ').any(|word| word == "debian" || word == "ubuntu"),
     })
 }
@@ -182,10 +189,8 @@ pub fn debian_mirror() -> Result<Option<String>> {
         "--format",
         "$(CREATED_BY) $(RELEASE) $(COMPONENT) $(REPO_URI)",
     ]))?;
-    Ok(mirror_of(&text, &release.codename).filter(|_| fs::metadata("/etc/debian_version").is_ok()).filter(|_| {
-        // Ubuntu's mirrors have no Debian.
-        !release.name.contains("Ubuntu")
-    }))
+    // Ubuntu's mirrors have no Debian.
+    Ok(mirror_of(&text, &release.codename).filter(|_| release.id == "debian"))
 }
 
 fn mirror_of(targets: &str, codename: &str) -> Option<String> {

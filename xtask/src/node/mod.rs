@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+pub use rootfs::SUITE;
+
 /// What is run in the node, and with what.
 pub struct Run {
     /// A shell script.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Debian's release in the node: the one with containerd 1.7 and a 6.12 kernel.
-const SUITE: &str = "trixie";
+pub const SUITE: &str = "trixie";
 /// Changes when the steps below do.
 const RECIPE: u32 = 1;
 /// Documentation and the like, which only makes the image larger.

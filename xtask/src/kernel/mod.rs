@@ -1,15 +1,16 @@
 //! `cargo xtask kernel`: the guest's kernel, from the distribution's source package and `guest/kernel/husk.config`.
 
+mod source;
+
 use crate::cache::{self, Key};
 use crate::{cmd, lock, paths, ui};
 use anyhow::{Context, Result, bail};
+pub use source::PACKAGE;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The package with the source.
-pub const PACKAGE: &str = "linux-source-6.12";
 /// Changes when the steps below do.
 const RECIPE: u32 = 1;
 
@@ -17,9 +18,7 @@ const RECIPE: u32 = 1;
 pub fn kernel() -> Result<PathBuf> {
     let made = paths::vmlinux();
     let fragment = paths::root().join("guest/kernel/husk.config");
-    let tarball = PathBuf::from(format!("/usr/src/{PACKAGE}.tar.xz"));
-    let version = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Version}", PACKAGE]))
-        .with_context(|| format!("the guest kernel needs the package {PACKAGE}; `cargo xtask setup` installs it"))?;
+    let (tarball, version) = source::find()?;
     let key = Key::new("kernel", RECIPE).text(&version).file(&fragment)?.finish();
     if cache::fresh("kernel", &key, &[&made]) {
         ui::say("kernel", format!("up to date ({PACKAGE} {version})"));
