@@ -86,4 +86,9 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
     /// Stops serving and forgets all queues, as after power-on. Called on device reset by the driver.
     fn reset(&mut self);
+    /// Returns when no thread of the device's own serves a request, and none will until [`VirtioDevice::resume`]. For
+    /// a pause of the machine, after its vCPUs; the device loop stands still by itself.
+    fn quiesce(&mut self) {}
+    /// Serves again.
+    fn resume(&mut self) {}
 }

@@ -70,22 +70,6 @@ impl Blk {
         Ok(Self { disk: Arc::new(disk), workers: None, paused: false })
     }
 
-    /// Returns when no request is being served; none will be until [`Blk::resume`].
-    pub fn quiesce(&mut self) {
-        self.paused = true;
-        if let Some(workers) = &self.workers {
-            workers.quiesce();
-        }
-    }
-
-    /// Serves again.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        if let Some(workers) = &self.workers {
-            workers.resume();
-        }
-    }
-
     /// `struct virtio_blk_config`.
     fn config(&self) -> Vec<u8> {
         let mut config = Vec::with_capacity(60);
@@ -161,6 +145,20 @@ impl VirtioDevice for Blk {
     fn reset(&mut self) {
         if let Some(workers) = self.workers.take() {
             workers.stop();
+        }
+    }
+
+    fn quiesce(&mut self) {
+        self.paused = true;
+        if let Some(workers) = &self.workers {
+            workers.quiesce();
+        }
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        if let Some(workers) = &self.workers {
+            workers.resume();
         }
     }
 }

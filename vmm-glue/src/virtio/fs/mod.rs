@@ -131,23 +131,6 @@ impl Fs {
         })
     }
 
-    /// Returns when no request is being served; none will be until [`Fs::resume`]. For a pause of the whole machine,
-    /// whose loop stands still as well.
-    pub fn quiesce(&mut self) {
-        self.paused = true;
-        if let Some(active) = &self.active {
-            active.workers.quiesce();
-        }
-    }
-
-    /// Serves again.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        if let Some(active) = &self.active {
-            active.workers.resume();
-        }
-    }
-
     fn serve_high_priority(&mut self) -> Result<(), QueueFault> {
         let Some(active) = &mut self.active else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
@@ -276,6 +259,20 @@ impl VirtioDevice for Fs {
         if let Some(active) = self.active.take() {
             active.workers.stop();
             self.wake.retire(active.high_priority);
+        }
+    }
+
+    fn quiesce(&mut self) {
+        self.paused = true;
+        if let Some(active) = &self.active {
+            active.workers.quiesce();
+        }
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        if let Some(active) = &self.active {
+            active.workers.resume();
         }
     }
 }
