@@ -2,14 +2,19 @@
 
 use std::sync::OnceLock;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::command::run_ctr;
 
-/// What `ctr oci spec` prints.
+/// What `ctr oci spec` prints, with an environment, which it lacks.
 pub fn default_spec() -> Value {
     static SPEC: OnceLock<Value> = OnceLock::new();
-    SPEC.get_or_init(|| serde_json::from_slice(&run_ctr(&["oci", "spec"]).expect_code(0).stdout).unwrap()).clone()
+    let spec = SPEC.get_or_init(|| {
+        let mut spec: Value = serde_json::from_slice(&run_ctr(&["oci", "spec"]).expect_code(0).stdout).unwrap();
+        spec["process"]["env"] = json!(["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]);
+        spec
+    });
+    spec.clone()
 }
 
 /// Appends to the array at `pointer`, making it where it is missing.
