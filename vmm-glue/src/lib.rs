@@ -12,6 +12,7 @@ pub mod config;
 pub mod control;
 pub mod event_loop;
 pub mod memory;
+pub mod probe;
 pub mod serial;
 mod timing;
 pub mod vcpu;

@@ -1,0 +1,215 @@
+//! containerd: its version, whether it finds the shim, and whether Kubernetes' pods can choose Husk.
+
+use super::Finding;
+use std::{
+    env, fs, io,
+    io::Read,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
+
+/// The shim's program, by which containerd knows the runtime.
+const SHIM: &str = "containerd-shim-husk-v2";
+const RUNTIME: &str = "io.containerd.husk.v2";
+/// containerd's API socket, where distributions have it.
+const SOCKET: &str = "/run/containerd/containerd.sock";
+/// Task v2 and its shim protocol are whole since then.
+const MIN_VERSION: (u32, u32) = (1, 6);
+/// How long containerd may take to print something.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Where programs are when the environment does not say.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Everything about containerd.
+pub fn all() -> Vec<Finding> {
+    let path = env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.into());
+    let mut findings = Vec::new();
+    match find(&path, "containerd") {
+        None => {
+            let remedy = "install containerd 1.6 or newer";
+            findings.push(Finding::fail("containerd", format!("no containerd in {path}"), remedy));
+        }
+        Some(program) => {
+            findings.push(match output(&program, &["--version"]) {
+                Ok(text) => version(&text),
+                Err(error) => {
+                    Finding::fail("containerd", format!("{}: {error}", program.display()), "repair containerd")
+                }
+            });
+            findings.push(match output(&program, &["config", "dump"]) {
+                Ok(text) => runtime(&text),
+                Err(error) => {
+                    let remedy = "see what `containerd config dump` complains of";
+                    Finding::warn("runtime", format!("the configuration cannot be read: {error}"), remedy)
+                }
+            });
+        }
+    }
+    findings.push(match std::os::unix::net::UnixStream::connect(SOCKET) {
+        Ok(_) => Finding::ok("daemon", format!("answers at {SOCKET}")),
+        Err(error) => {
+            Finding::warn("daemon", format!("{SOCKET}: {error}"), "start containerd (systemctl start containerd)")
+        }
+    });
+    findings.push(shim(&daemons_path().unwrap_or(path)));
+    findings
+}
+
+fn shim(path: &str) -> Finding {
+    match find(path, SHIM) {
+        Some(program) => Finding::ok("shim", program.display().to_string()),
+        None => {
+            let detail = format!("no {SHIM} in {path}");
+            Finding::fail(
+                "shim",
+                detail,
+                "install dist/root of Husk over /, and have /usr/local/bin in containerd's PATH",
+            )
+        }
+    }
+}
+
+/// The PATH of the containerd that runs, which is the one that counts.
+fn daemons_path() -> Option<String> {
+    let processes = fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path());
+    let name = |path: &Path| fs::read_to_string(path.join("comm")).unwrap_or_default();
+    let daemon = processes.into_iter().find(|path| name(path).trim() == "containerd")?;
+    let environment = fs::read(daemon.join("environ")).ok()?;
+    let path = environment.split(|byte| *byte == 0).find_map(|pair| pair.strip_prefix(b"PATH="))?;
+    String::from_utf8(path.to_vec()).ok()
+}
+
+/// The first executable of that name in a search path.
+fn find(path: &str, name: &str) -> Option<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let executable =
+        |path: &PathBuf| fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+    env::split_paths(path).map(|dir| dir.join(name)).find(executable)
+}
+
+/// What a program prints, if it does so in time and succeeds.
+fn output(program: &Path, arguments: &[&str]) -> io::Result<String> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let stdout = child.stdout.take();
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut text = String::new();
+        let result = stdout.map_or(Ok(0), |mut stdout| stdout.read_to_string(&mut text));
+        let _ = sender.send(result.map(|_| text));
+    });
+    let stop = |child: &mut Child| {
+        let _ = child.kill();
+        let _ = child.wait();
+    };
+    match receiver.recv_timeout(LIMIT) {
+        Ok(Ok(text)) => match child.wait()? {
+            status if status.success() => Ok(text),
+            status => Err(io::Error::other(status.to_string())),
+        },
+        Ok(Err(error)) => {
+            stop(&mut child);
+            Err(error)
+        }
+        Err(_) => {
+            stop(&mut child);
+            Err(io::ErrorKind::TimedOut.into())
+        }
+    }
+}
+
+/// Judges `containerd github.com/containerd/containerd/v2 v2.1.9 …` or `… 1.7.24~ds1 …`.
+fn version(text: &str) -> Finding {
+    let name = "containerd";
+    let numbers = |word: &str| -> Option<(u32, u32)> {
+        let mut parts = word.strip_prefix('v').unwrap_or(word).split('.');
+        Some((parts.next()?.parse().ok()?, parts.next()?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?))
+    };
+    match text.split_whitespace().find_map(|word| Some((word, numbers(word)?))) {
+        Some((word, found)) if found >= MIN_VERSION => Finding::ok(name, format!("version {word}")),
+        Some((word, _)) => Finding::fail(name, format!("version {word}"), "install containerd 1.6 or newer"),
+        None => Finding::warn(name, format!("unknown version: {}", text.trim()), "see `containerd --version`"),
+    }
+}
+
+/// Whether containerd's CRI plugin has a runtime that is Husk; `ctr` and `nerdctl` need none.
+fn runtime(dump: &str) -> Finding {
+    let name = "runtime";
+    let Ok(dump) = dump.parse::<toml::Table>() else {
+        return Finding::warn(name, "the configuration is no TOML", "see `containerd config dump`");
+    };
+    // The CRI plugin's name before 2.0, and since.
+    let found = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"].iter().find_map(|plugin| {
+        let runtimes = dump.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?.as_table()?;
+        let of_husk = |value: &toml::Value| value.get("runtime_type").and_then(toml::Value::as_str) == Some(RUNTIME);
+        runtimes.iter().find(|(_, value)| of_husk(value))
+    });
+    match found {
+        None => Finding::warn(
+            name,
+            format!("no runtime of containerd's CRI plugin is {RUNTIME}: Kubernetes cannot choose Husk, ctr can"),
+            "have containerd import /etc/containerd/conf.d/husk.toml, and restart it",
+        ),
+        Some((handler, runtime)) => {
+            let detail = format!("RuntimeClass handler {handler:?} is {RUNTIME}");
+            if runtime.get("privileged_without_host_devices").and_then(toml::Value::as_bool) == Some(true) {
+                return Finding::ok(name, detail);
+            }
+            let remedy =
+                "set privileged_without_host_devices = true for it: privileged pods cannot have the host's devices";
+            Finding::warn(name, detail, remedy)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Status;
+    use super::*;
+
+    #[test]
+    fn versions_as_distributions_print_them() {
+        for (text, status) in [
+            ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Status::Ok),
+            ("containerd github.com/containerd/containerd/v2 v2.1.9 abc", Status::Ok),
+            ("containerd containerd.io 1.6.33 d2d58213f83a351ca8f528a95fbd145f5654e957", Status::Ok),
+            ("containerd github.com/containerd/containerd 1.5.18", Status::Fail),
+            ("something else", Status::Warn),
+            ("", Status::Warn),
+        ] {
+            assert_eq!(version(text).status, status, "{text}");
+        }
+    }
+
+    #[test]
+    fn runtimes_of_both_generations_are_found() {
+        for plugin in ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"] {
+            let text = format!(
+                "[plugins.\"{plugin}\".containerd.runtimes.vm]\nruntime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = "
+            );
+            assert_eq!(runtime(&format!("{text}true")).status, Status::Ok);
+            let finding = runtime(&format!("{text}false"));
+            assert!(finding.status == Status::Warn && finding.detail.contains("\"vm\""), "{finding:?}");
+        }
+        assert!(runtime("version = 2").detail.contains("Kubernetes cannot choose Husk"));
+        assert_eq!(runtime("[").status, Status::Warn);
+    }
+
+    #[test]
+    fn programs_are_searched_and_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(SHIM), "").unwrap();
+        assert_eq!(find(dir.path().to_str().unwrap(), SHIM), None, "not executable");
+        assert_eq!(shim(dir.path().to_str().unwrap()).status, Status::Fail);
+        assert_eq!(output(Path::new("/bin/echo"), &["a b"]).unwrap(), "a b\n");
+        assert!(output(Path::new("/bin/false"), &[]).is_err());
+        assert!(output(Path::new("/nowhere"), &[]).is_err());
+    }
+}

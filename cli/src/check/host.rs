@@ -1,0 +1,147 @@
+//! The machine: KVM, and what Husk needs of the host's kernel.
+
+use super::Finding;
+use crate::chain;
+use husk_vmm::probe::{Probe, ProbeError, kvm_speed};
+use std::{ffi::CString, fs, io, path::Path};
+
+/// `mount_setattr`, by which volumes are made read-only, is in Linux since then.
+const MIN_KERNEL: (u32, u32) = (5, 12);
+
+/// Everything about the host.
+pub fn all() -> Vec<Finding> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let file_systems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    vec![user(), kvm(kvm_speed()), kernel(release.trim()), namespaces(), overlay(&file_systems), tun(), cgroup()]
+}
+
+fn user() -> Finding {
+    // SAFETY: geteuid takes nothing and cannot fail.
+    match unsafe { libc::geteuid() } {
+        0 => Finding::ok("user", "root"),
+        _ => {
+            Finding::warn("user", "not root: some of the findings may be wrong", "run this as root, as containerd runs")
+        }
+    }
+}
+
+fn kvm(probe: Result<Probe, ProbeError>) -> Finding {
+    let name = "kvm";
+    let remedy = "load kvm_intel or kvm_amd; in a virtual machine, have nested virtualization turned on";
+    match probe {
+        Ok(probe) => {
+            let speed = format!(
+                "{:.1} million guest instructions a second at privilege level 0",
+                probe.instructions_per_second / 1e6
+            );
+            if probe.usable() {
+                return Finding::ok(name, speed);
+            }
+            let remedy =
+                "this KVM is interpreted, and no kernel comes up on it: use a machine with hardware virtualization";
+            Finding::fail(name, format!("much too slow: {speed}"), remedy)
+        }
+        Err(ProbeError::Open(error)) => match error.kind() {
+            io::ErrorKind::NotFound => Finding::fail(name, "there is no /dev/kvm", remedy),
+            io::ErrorKind::PermissionDenied => {
+                Finding::fail(name, "no permission to use /dev/kvm", "run this as root, as containerd runs")
+            }
+            _ => Finding::fail(name, format!("cannot open /dev/kvm: {error}"), remedy),
+        },
+        Err(error) => Finding::fail(name, chain(&error), remedy),
+    }
+}
+
+fn kernel(release: &str) -> Finding {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let (major, minor) = MIN_KERNEL;
+    if version >= MIN_KERNEL {
+        return Finding::ok("kernel", format!("Linux {release}"));
+    }
+    Finding::fail("kernel", format!("Linux {release}"), format!("Linux {major}.{minor} or newer is needed"))
+}
+
+fn namespaces() -> Finding {
+    let missing: Vec<&str> = ["mnt", "pid", "net", "ipc", "uts"]
+        .into_iter()
+        .filter(|name| !Path::new("/proc/self/ns").join(name).exists())
+        .collect();
+    if missing.is_empty() {
+        return Finding::ok("namespaces", "mnt, pid, net, ipc, uts");
+    }
+    Finding::fail("namespaces", format!("missing: {}", missing.join(", ")), "use a kernel with these namespaces")
+}
+
+fn overlay(file_systems: &str) -> Finding {
+    let name = "overlay";
+    if file_systems.lines().any(|line| line.split_whitespace().last() == Some("overlay")) {
+        return Finding::ok(name, "in the kernel");
+    }
+    Finding::warn(name, "not in the kernel yet", "modprobe overlay, or use another snapshotter in containerd")
+}
+
+fn tun() -> Finding {
+    let name = "tun";
+    match fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => Finding::ok(name, "/dev/net/tun"),
+        Err(error) => Finding::warn(
+            name,
+            format!("cannot open /dev/net/tun: {error}"),
+            "modprobe tun: pods have no network without it",
+        ),
+    }
+}
+
+fn cgroup() -> Finding {
+    let name = "cgroup";
+    match file_system("/sys/fs/cgroup") {
+        Some(libc::CGROUP2_SUPER_MAGIC) => Finding::ok(name, "version 2"),
+        Some(libc::TMPFS_MAGIC) => Finding::ok(name, "version 1"),
+        _ => Finding::fail(name, "nothing is mounted at /sys/fs/cgroup", "mount -t cgroup2 cgroup2 /sys/fs/cgroup"),
+    }
+}
+
+/// The magic number of the file system at `path`.
+fn file_system(path: &str) -> Option<libc::c_long> {
+    let path = CString::new(path).ok()?;
+    let mut stat = std::mem::MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the path is NUL-terminated, and the call writes one statfs.
+    if unsafe { libc::statfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: the call succeeded, and so has filled it.
+    Some(unsafe { stat.assume_init() }.f_type)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Status;
+    use super::*;
+
+    #[test]
+    fn kvm_is_judged_by_its_speed() {
+        let speed = |rate| kvm(Ok(Probe { instructions_per_second: rate }));
+        assert_eq!(speed(2.5e9).status, Status::Ok);
+        assert!(speed(6e5).detail.starts_with("much too slow: 0.6 million"));
+        let open = |kind: io::ErrorKind| kvm(Err(ProbeError::Open(kind.into())));
+        assert_eq!(open(io::ErrorKind::NotFound).detail, "there is no /dev/kvm");
+        assert_eq!(open(io::ErrorKind::PermissionDenied).detail, "no permission to use /dev/kvm");
+    }
+
+    #[test]
+    fn kernels_are_compared_by_their_numbers() {
+        assert_eq!(kernel("6.1.0-18-amd64").status, Status::Ok);
+        assert_eq!(kernel("5.12").status, Status::Ok);
+        assert_eq!(kernel("5.4.0-1").status, Status::Fail);
+        assert_eq!(kernel("").status, Status::Fail);
+        assert_eq!(overlay("nodev\tproc\nnodev\toverlay\n").status, Status::Ok);
+        assert_eq!(overlay("nodev\tproc\n").status, Status::Warn);
+    }
+
+    #[test]
+    fn this_machine_is_looked_at_whole() {
+        let names: Vec<_> = all().iter().map(|finding| finding.name).collect();
+        assert_eq!(names, ["user", "kvm", "kernel", "namespaces", "overlay", "tun", "cgroup"]);
+    }
+}

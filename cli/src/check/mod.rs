@@ -1,0 +1,113 @@
+//! `husk check`: whether this node can run Husk.
+
+mod artefacts;
+mod containerd;
+mod host;
+
+use crate::print;
+use serde::Serialize;
+use std::{fmt::Write, path::Path, process::ExitCode};
+
+/// How findings are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// A line for each finding, and one below it where there is something to do.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// How a finding bears on running Husk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// As it should be.
+    Ok,
+    /// Husk runs, something it can do does not.
+    Warn,
+    /// Husk does not run.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub name: &'static str,
+    /// How it is.
+    pub status: Status,
+    /// What was found.
+    pub detail: String,
+    /// What to do about it; empty where nothing has to be done.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub remedy: String,
+}
+
+impl Finding {
+    /// All is well.
+    pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
+        Self { name, status: Status::Ok, detail: detail.into(), remedy: String::new() }
+    }
+
+    /// Something does not work.
+    pub fn warn(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name, status: Status::Warn, detail: detail.into(), remedy: remedy.into() }
+    }
+
+    /// Husk does not work.
+    pub fn fail(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name, status: Status::Fail, detail: detail.into(), remedy: remedy.into() }
+    }
+}
+
+/// Looks at everything, prints it, and says by the exit code whether Husk runs.
+pub fn main(config: &Path, output: Output) -> ExitCode {
+    let (configuration, mut findings) = artefacts::configuration(config);
+    findings.extend(artefacts::images(&configuration));
+    findings.extend(host::all());
+    findings.extend(containerd::all());
+    let works = findings.iter().all(|finding| finding.status != Status::Fail);
+    let text = match output {
+        Output::Text => text(&findings, works),
+        Output::Json => format!("{:#}\n", serde_json::json!({ "ok": works, "findings": findings })),
+    };
+    match print(&text) == ExitCode::SUCCESS && works {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    }
+}
+
+fn text(findings: &[Finding], works: bool) -> String {
+    let width = findings.iter().map(|finding| finding.name.len()).max().unwrap_or_default();
+    let mut text = String::new();
+    for Finding { name, status, detail, remedy } in findings {
+        let status = match status {
+            Status::Ok => "ok",
+            Status::Warn => "warn",
+            Status::Fail => "FAIL",
+        };
+        let _ = writeln!(text, "{status:4}  {name:width$}  {detail}");
+        if !remedy.is_empty() {
+            let _ = writeln!(text, "{:4}  {:width$}  → {remedy}", "", "");
+        }
+    }
+    let verdict = if works { "This node can run Husk." } else { "This node cannot run Husk yet." };
+    let _ = writeln!(text, "{verdict}");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn findings_are_lines_with_what_to_do_below() {
+        let findings = [Finding::ok("kvm", "there"), Finding::fail("containerd", "not found", "install it")];
+        let expected = "ok    kvm         there\nFAIL  containerd  not found\n                  → install it\n\
+                        This node cannot run Husk yet.\n";
+        assert_eq!(text(&findings, false), expected);
+        let json = serde_json::to_value(&findings).unwrap();
+        assert_eq!(json[0], serde_json::json!({"name": "kvm", "status": "ok", "detail": "there"}));
+        assert_eq!(json[1]["remedy"], "install it");
+    }
+}
