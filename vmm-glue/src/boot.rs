@@ -3,13 +3,13 @@
 
 use std::fs::File;
 use std::io::{self, Seek};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use linux_loader::loader::{Elf, KernelLoader};
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot_params::{self, BootData, SEED_LEN};
@@ -23,11 +23,15 @@ use crate::memory::{self, MemoryError};
 use crate::serial::Console;
 use crate::timing::Timing;
 use crate::vcpu::{VcpuError, Vcpus};
-use crate::virtio::device::GuestMemory;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::blk::{Blk, BlkError};
+use crate::virtio::device::{GuestMemory, VirtioDevice};
+use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::mmio::SharedDevice;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::virtio::fs::{Fs, FsError};
 use crate::vm::Vm;
 
 /// Always on the guest's command line:
@@ -38,8 +42,7 @@ use crate::vm::Vm;
 /// - `swiotlb=noforce`: no bounce buffers (64 MiB touched in a guest with more than 3 GiB): virtio needs none;
 /// - `tsc=reliable`: no check of the clock against slower clocks that this machine does not have; `kvm-clock` stays
 ///   the clock source where the TSC is not stable.
-const CMDLINE: &str =
-    "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce tsc=reliable";
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce tsc=reliable";
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +93,10 @@ pub enum BootError {
     Share(#[source] FsError),
     /// A device could not be plugged in.
     #[error("cannot plug in {0}")]
-    Plug(&'static str, #[source] PlugError),
+    Plug(String, #[source] PlugError),
+    /// A disk cannot be used.
+    #[error("cannot use the disk")]
+    Disk(#[source] BlkError),
     /// The device loop did not start.
     #[error(transparent)]
     Loop(#[from] LoopError),
@@ -127,8 +133,8 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     memory::prefer_huge(&memory, layout::HIGH_RAM, (KERNEL_START + sizes).min(ram_end))?;
     memory::give_to(&vm, &memory)?;
     timing.step("memory");
-    let loaded = Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM)))
-        .map_err(BootError::Kernel)?;
+    let loaded =
+        Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
     timing.step("kernel read");
     let initrd_start = loaded.kernel_end.next_multiple_of(PAGE);
     let initrd_end = initrd_start.saturating_add(initrd_len);
@@ -138,24 +144,43 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     read_initrd(&memory, &mut initrd, initrd_start, initrd_len)?;
     timing.step("initrd read");
 
-    // Devices, in the order the guest finds them.
-    let slots_wanted = slots_wanted(&config, net.len() + blk.len());
-    let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), slots_wanted));
-    let mut devices: Vec<SharedDevice> = Vec::with_capacity(slots_wanted);
+    // Devices, in the order the guest finds them, and slots to spare.
     let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("vsock", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
-    plug(&slots, &mut devices, "vsock", vsock.clone())?;
+    let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     if let Some(share) = &config.share {
-        let fs = Fs::new(share).map_err(BootError::Share)?;
-        plug(&slots, &mut devices, "virtio-fs", Arc::new(Mutex::new(fs)))?;
+        devices.push(("virtio-fs", shared(Fs::new(share).map_err(BootError::Share)?)));
     }
+    for (net, tap) in net {
+        let net = Net::new(tap, net.mac, net.mtu).map_err(|error| BootError::Host("the tap", error))?;
+        devices.push(("virtio-net", shared(net)));
+    }
+    for (blk, file) in blk {
+        let blk = Blk::new(file, blk.read_only, &blk.serial).map_err(BootError::Disk)?;
+        devices.push(("virtio-blk", shared(blk)));
+    }
+    devices.push(("virtio-rng", shared(Rng::new().map_err(|error| BootError::Host("virtio-rng", error))?)));
+    let mut balloon: Option<Arc<Mutex<Balloon>>> = None;
+    if config.balloon {
+        let device = Balloon::new().map_err(|error| BootError::Host("virtio-balloon", error))?;
+        let device = balloon.insert(Arc::new(Mutex::new(device)));
+        devices.push(("virtio-balloon", device.clone()));
+    }
+    let slots = Slots::new(vm.clone(), memory.clone(), devices.len() + usize::from(config.spare_slots));
+    let slots = Arc::new(slots);
+    for (name, device) in &devices {
+        slots.plug(device.clone()).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
+    }
+    timing.step("virtio devices");
+
+    // The console, and the bus that leads to all of them.
     let serial_irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(|error| BootError::Host("the console's interrupt", error))?;
     vm.register_irqfd(&serial_irq, layout::SERIAL_GSI).map_err(|error| BootError::Kvm("KVM_IRQFD", error))?;
     let console = Arc::new(Console::new(console, serial_irq).map_err(|error| BootError::Host("the console", error))?);
     reporter.flush_at_exit(console.clone());
     let bus = Arc::new(Bus { console, slots: slots.clone() });
-    timing.step("devices");
+    timing.step("console");
 
     // What the kernel reads at its start.
     let mut cmdline = CMDLINE.to_owned();
@@ -170,29 +195,30 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     fill_random(&mut seed)?;
     let data = BootData { memory: memory_size, cmdline: &cmdline, initrd: initrd_start, initrd_len, seed };
     boot_params::write(&memory, &data).map_err(BootError::Write)?;
-    memory
-        .write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))
-        .map_err(BootError::Write)?;
+    memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE)).map_err(BootError::Write)?;
     regs::write_tables(&memory).map_err(BootError::Write)?;
     timing.step("boot data");
 
     // vCPUs: the first at the kernel's entry, the others waiting for its signal.
-    let supported =
-        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
     let machine = Machine { vcpus: config.vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
     let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
     for id in 0..config.vcpus {
-        let cpuid = CpuId::from_entries(&cpuid::normalise(supported.as_slice(), machine, id)).map_err(BootError::Fam)?;
+        let cpuid =
+            CpuId::from_entries(&cpuid::normalise(supported.as_slice(), machine, id)).map_err(BootError::Fam)?;
         let entry = (id == 0).then_some(loaded.kernel_load.0);
         vcpus.push(create_vcpu(&vm, id, &cpuid, entry)?);
     }
     timing.step("vCPUs");
 
     // Threads.
+    let devices = devices.into_iter().map(|(_, device)| device).collect();
     let event_loop = EventLoop::start(devices, reporter.clone())?;
     let vcpus = Vcpus::start(vcpus, &bus, reporter)?;
     timing.step("threads");
-    Ok(Vm::new(vcpus, event_loop, slots, vsock, memory))
+    Ok(Vm::new(vcpus, event_loop, slots, vsock, balloon, memory))
 }
 
 /// Where a kernel of ours begins (CONFIG_PHYSICAL_START); only the advice on huge pages depends on it.
@@ -238,20 +264,8 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
     }
 }
 
-/// How many slots: one for each device, and the spare ones.
-fn slots_wanted(config: &crate::config::VmConfig, plugged: usize) -> usize {
-    1 + usize::from(config.share.is_some()) + plugged + usize::from(config.spare_slots)
-}
-
-fn plug(
-    slots: &Slots,
-    devices: &mut Vec<SharedDevice>,
-    name: &'static str,
-    device: SharedDevice,
-) -> Result<(), BootError> {
-    slots.plug(device.clone()).map_err(|error| BootError::Plug(name, error))?;
-    devices.push(device);
-    Ok(())
+fn shared(device: impl VirtioDevice + 'static) -> SharedDevice {
+    Arc::new(Mutex::new(device))
 }
 
 /// Reads the file straight into guest memory.

@@ -39,12 +39,12 @@ pub fn main(control: OwnedFd) -> ! {
 /// Carries out one request and answers it.
 fn serve(machine: &mut Option<Vm>, request: Request, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) {
     let Request { seq, call } = request;
-    let answer = match (call, machine) {
+    let answer = match (call, machine.as_mut()) {
         (Call::Stop, _) => {
             reporter.answer(seq, Ok(Answer::Done), None);
             reporter.exit(ExitReason::Stopped)
         }
-        (Call::Create(config), machine @ None) => match create(*config, fds, reporter) {
+        (Call::Create(config), None) => match create(*config, fds, reporter) {
             Ok(vm) => {
                 *machine = Some(vm);
                 reporter.mark(Step::VmCreated);
@@ -73,9 +73,15 @@ fn serve(machine: &mut Option<Vm>, request: Request, fds: Vec<OwnedFd>, reporter
             );
             return;
         }
-        (Call::AttachNet(_) | Call::AttachBlk(_) | Call::Balloon { .. }, Some(_)) => Err("not there yet".to_owned()),
+        (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
+        (Call::AttachBlk(config), Some(vm)) => attached(vm.attach_blk(&config, fds)),
+        (Call::Balloon { mib }, Some(vm)) => vm.balloon(mib).map(|()| Answer::Done).map_err(|error| chain(&error)),
     };
     reporter.answer(seq, answer, None);
+}
+
+fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
+    result.map(|slot| Answer::Attached { slot }).map_err(|error| chain(&error))
 }
 
 fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {

@@ -5,8 +5,8 @@ use std::sync::mpsc::{Sender, channel};
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberOps};
 
-use crate::control::{ExitReason, chain};
 use crate::child::Reporter;
+use crate::control::{ExitReason, chain};
 use crate::virtio::mmio::SharedDevice;
 
 /// Stack of the loop's thread.
@@ -79,9 +79,7 @@ impl EventLoop {
     /// # Errors
     /// [`LoopError::Gone`].
     pub fn run(&self, closure: impl FnOnce() + Send + 'static) -> Result<(), LoopError> {
-        self.endpoint
-            .fire(move |_| closure())
-            .map_err(LoopError::Gone)
+        self.endpoint.fire(move |_| closure()).map_err(LoopError::Gone)
     }
 
     /// Makes the loop stand still between two events, and returns when it does.
@@ -102,6 +100,11 @@ impl EventLoop {
         standing.recv().map_err(|_| LoopError::NotPaused)?;
         self.paused = Some(go_on);
         Ok(())
+    }
+
+    /// Whether it stands still.
+    pub fn is_paused(&self) -> bool {
+        self.paused.is_some()
     }
 
     /// Lets the loop go on.

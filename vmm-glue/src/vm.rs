@@ -1,12 +1,18 @@
 //! A built machine: what the control socket asks of it.
 
-use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::config::check::{self, ConfigError};
 use crate::config::{BlkConfig, NetConfig};
 use crate::event_loop::{EventLoop, LoopError};
 use crate::vcpu::Vcpus;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::blk::{Blk, BlkError};
 use crate::virtio::device::GuestMemory;
+use crate::virtio::mmio::SharedDevice;
+use crate::virtio::net::Net;
 use crate::virtio::slots::{PlugError, Slots};
 use crate::virtio::vsock::{self, Vsock};
 
@@ -22,6 +28,24 @@ pub enum VmError {
     /// The device could not be plugged in.
     #[error(transparent)]
     Plug(#[from] PlugError),
+    /// The device's configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The device's descriptor did not come, or more did.
+    #[error("one descriptor is needed, {0} came")]
+    Descriptors(usize),
+    /// The tap cannot be used.
+    #[error("cannot use the tap")]
+    Tap(#[source] io::Error),
+    /// The disk cannot be used.
+    #[error("cannot use the disk")]
+    Disk(#[from] BlkError),
+    /// There is no balloon.
+    #[error("the machine has no balloon")]
+    NoBalloon,
+    /// The guest could not be told.
+    #[error("cannot tell the guest about the balloon")]
+    Balloon(#[source] io::Error),
 }
 
 /// The machine.
@@ -30,6 +54,7 @@ pub struct Vm {
     event_loop: EventLoop,
     slots: Arc<Slots>,
     vsock: Arc<Mutex<Vsock>>,
+    balloon: Option<Arc<Mutex<Balloon>>>,
     running: bool,
     /// Last, because everything above uses it until the process ends.
     _memory: GuestMemory,
@@ -41,9 +66,10 @@ impl Vm {
         event_loop: EventLoop,
         slots: Arc<Slots>,
         vsock: Arc<Mutex<Vsock>>,
+        balloon: Option<Arc<Mutex<Balloon>>>,
         memory: GuestMemory,
     ) -> Self {
-        Self { vcpus, event_loop, slots, vsock, running: false, _memory: memory }
+        Self { vcpus, event_loop, slots, vsock, balloon, running: false, _memory: memory }
     }
 
     /// Lets device loop and vCPUs run.
@@ -69,4 +95,46 @@ impl Vm {
     pub fn connect(&self, port: u32, reply: vsock::Reply) {
         self.vsock.lock().unwrap_or_else(PoisonError::into_inner).connect(port, reply);
     }
+
+    /// Plugs a network interface into a spare slot and returns the slot's number.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn attach_net(&self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
+        let tap = check::net(config, one(fds)?)?;
+        self.attach(Arc::new(Mutex::new(Net::new(tap, config.mac, config.mtu).map_err(VmError::Tap)?)))
+    }
+
+    /// Plugs a disk into a spare slot and returns the slot's number.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn attach_blk(&self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
+        let file = check::blk(config, one(fds)?)?;
+        self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)))
+    }
+
+    /// Asks the guest for so many MiB in all.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn balloon(&self, mib: u64) -> Result<(), VmError> {
+        let balloon = self.balloon.as_ref().ok_or(VmError::NoBalloon)?;
+        balloon.lock().unwrap_or_else(PoisonError::into_inner).set_target(mib).map_err(VmError::Balloon)
+    }
+
+    fn attach(&self, device: SharedDevice) -> Result<u32, VmError> {
+        if self.event_loop.is_paused() {
+            return Err(VmError::Paused); // the loop could not take the device
+        }
+        // The loop first: once in its slot, the guest may find the device at any moment.
+        self.event_loop.add(device.clone())?;
+        Ok(self.slots.plug(device)?)
+    }
+}
+
+fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
+    let count = fds.len();
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| VmError::Descriptors(count))?;
+    Ok(fd)
 }
