@@ -1,0 +1,92 @@
+//! The life of PID 1, from the kernel's hand-over to a served API, in one linear function.
+
+pub mod fatal;
+mod mark;
+pub mod mounts;
+mod tune;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use husk_proto::boot::Mark;
+use husk_proto::{agent_ttrpc, containerd, ports};
+
+use crate::io::streams::Streams;
+use crate::sandbox::Sandbox;
+use crate::sandbox::service::SandboxService;
+use crate::task::{Tasks, service::TaskService};
+use crate::{events, log, reaper, vsock};
+
+/// Why the agent could not come up.
+#[derive(Debug, thiserror::Error)]
+enum BootError {
+    #[error(transparent)]
+    Mount(#[from] mounts::MountError),
+    #[error("cannot set up the control groups")]
+    Cgroup(#[source] std::io::Error),
+    #[error("cannot build the executor")]
+    Runtime(#[source] std::io::Error),
+    #[error("cannot listen on vsock port {port}")]
+    Listen {
+        port: u32,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot watch for ended processes")]
+    Reaper(#[source] std::io::Error),
+    #[error("cannot serve the API")]
+    Serve(#[source] ttrpc::Error),
+}
+
+/// Runs PID 1; returns only when it is not PID 1.
+pub fn main() -> ExitCode {
+    mark::mark(Mark::AgentStarted);
+    if std::process::id() != 1 {
+        eprintln!("husk-agent is the first process of a Husk guest; it does nothing elsewhere");
+        return ExitCode::FAILURE;
+    }
+    fatal::install_panic_hook();
+    match run() {
+        Ok(never) => match never {},
+        Err(error) => fatal::die(&log::chain(&error)),
+    }
+}
+
+fn run() -> Result<std::convert::Infallible, BootError> {
+    mounts::leave_rootfs()?;
+    mounts::mount_all()?;
+    log::init();
+    tune::kernel();
+    crate::cgroup::init_root().map_err(BootError::Cgroup)?;
+    if let Err(error) = mounts::mount_share() {
+        tracing::error!("{}", log::chain(&error));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(BootError::Runtime)?;
+    runtime.block_on(serve())
+}
+
+async fn serve() -> Result<std::convert::Infallible, BootError> {
+    let listen = |port| vsock::Listener::bind(port).map_err(|source| BootError::Listen { port, source });
+    let (api, stream_port, log_port) = (listen(ports::AGENT)?, listen(ports::STREAM)?, listen(ports::LOG)?);
+
+    let (hub, streams, reaper) = (events::Hub::default(), Streams::default(), reaper::Reaper::default());
+    let mut children = reaper.signals().map_err(BootError::Reaper)?;
+    let sandbox = Arc::new(Sandbox::default());
+    let tasks = Arc::new(Tasks::new(hub.clone(), streams.clone(), reaper.clone(), sandbox.clone()));
+    let mut server = api
+        .into_ttrpc(ttrpc::asynchronous::Server::new())
+        .map_err(BootError::Serve)?
+        .register_service(containerd::shim_async::create_task(Arc::new(TaskService::new(tasks))))
+        .register_service(agent_ttrpc::create_sandbox(Arc::new(SandboxService::new(sandbox.clone(), hub))));
+    server.start().await.map_err(BootError::Serve)?;
+    tokio::spawn(streams.serve(stream_port));
+    tokio::spawn(log::serve(log_port));
+    mark::mark(Mark::AgentReady);
+
+    // Namespaces are made while the host is still dialling, so that Setup finds them.
+    sandbox.prepare();
+    loop {
+        children.recv().await;
+        reaper.reap();
+    }
+}

@@ -1,0 +1,42 @@
+//! The event hub: every exit and every out-of-memory kill, in order, to whoever subscribed.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use husk_proto::agent::{Event, Exit, Oom};
+use tokio::sync::mpsc;
+
+/// Hands events to all subscribers; cloning it clones the handle.
+#[derive(Clone, Default)]
+pub struct Hub {
+    subscribers: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
+}
+
+impl Hub {
+    /// Every event from now on.
+    pub fn subscribe(&self) -> mpsc::UnboundedReceiver<Event> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        receiver
+    }
+
+    /// Publishes an exit.
+    pub fn exit(&self, exit: Exit) {
+        let mut event = Event::new();
+        event.set_exit(exit);
+        self.publish(event);
+    }
+
+    /// Publishes an out-of-memory kill.
+    pub fn oom(&self, container_id: &str) {
+        let mut event = Event::new();
+        event.set_oom(Oom { container_id: container_id.to_owned(), ..Default::default() });
+        self.publish(event);
+    }
+
+    fn publish(&self, event: Event) {
+        self.subscribers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|subscriber| subscriber.send(event.clone()).is_ok());
+    }
+}

@@ -1,0 +1,288 @@
+//! The device rules of a control group, as the kernel takes them on cgroup v2: a small BPF program.
+//!
+//! Program type and context: `BPF_PROG_TYPE_CGROUP_DEVICE` and `struct bpf_cgroup_dev_ctx` of linux/bpf.h.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use libcontainer::oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
+
+const TYPE_BLOCK: i32 = 1;
+const TYPE_CHAR: i32 = 2;
+const MKNOD: i32 = 1;
+const READ: i32 = 2;
+const WRITE: i32 = 4;
+
+/// One rule; `None` means any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rule {
+    allow: bool,
+    kind: Option<i32>,
+    major: Option<i32>,
+    minor: Option<i32>,
+    access: i32,
+}
+
+/// What runc allows every container, after the rules of its specification.
+const DEFAULTS: &[Rule] = &[
+    rule(TYPE_CHAR, None, None, MKNOD),
+    rule(TYPE_BLOCK, None, None, MKNOD),
+    rule(TYPE_CHAR, Some(1), Some(3), MKNOD | READ | WRITE),
+    rule(TYPE_CHAR, Some(1), Some(8), MKNOD | READ | WRITE),
+    rule(TYPE_CHAR, Some(1), Some(7), MKNOD | READ | WRITE),
+    rule(TYPE_CHAR, Some(5), Some(0), MKNOD | READ | WRITE),
+    rule(TYPE_CHAR, Some(1), Some(5), MKNOD | READ | WRITE),
+    rule(TYPE_CHAR, Some(1), Some(9), MKNOD | READ | WRITE),
+    rule(TYPE_CHAR, Some(136), None, MKNOD | READ | WRITE),
+    rule(TYPE_CHAR, Some(5), Some(2), MKNOD | READ | WRITE),
+];
+
+const fn rule(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -> Rule {
+    Rule { allow: true, kind: Some(kind), major, minor, access }
+}
+
+/// Attaches the rules to the group in `cgroup`: the last rule that speaks of a device decides, nobody speaking means no.
+///
+/// # Errors
+/// What the kernel says about the program or the attachment.
+pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> io::Result<()> {
+    let own = devices.iter().filter_map(|device| {
+        let kind = kind_of(device.typ())?;
+        Some(rule(kind, number(Some(device.major())), number(Some(device.minor())), MKNOD | READ | WRITE))
+    });
+    let all: Vec<Rule> =
+        rules.iter().filter_map(from_spec).chain(DEFAULTS.iter().copied()).chain(own.take(64)).collect();
+    let everything = |r: &Rule| r.allow && r.kind.is_none() && r.major.is_none() && r.access == MKNOD | READ | WRITE;
+    if all.iter().rev().take_while(|r| r.allow).any(everything) {
+        // Everything is allowed (a privileged container): no program is the same, and quicker.
+        return Ok(());
+    }
+    let group = File::open(cgroup)?;
+    let program = load(&compile(&all))?;
+    attach(&group, &program)
+}
+
+fn from_spec(spec: &LinuxDeviceCgroup) -> Option<Rule> {
+    let mut access = 0;
+    for letter in spec.access().as_deref().unwrap_or("rwm").chars() {
+        access |= match letter {
+            'r' => READ,
+            'w' => WRITE,
+            'm' => MKNOD,
+            _ => 0,
+        };
+    }
+    let kind = match spec.typ() {
+        None | Some(LinuxDeviceType::A) => None,
+        Some(kind) => Some(kind_of(kind)?),
+    };
+    Some(Rule { allow: spec.allow(), kind, major: number(spec.major()), minor: number(spec.minor()), access })
+}
+
+fn kind_of(kind: LinuxDeviceType) -> Option<i32> {
+    match kind {
+        LinuxDeviceType::B => Some(TYPE_BLOCK),
+        LinuxDeviceType::C | LinuxDeviceType::U => Some(TYPE_CHAR),
+        _ => None,
+    }
+}
+
+fn number(value: Option<i64>) -> Option<i32> {
+    value.filter(|n| *n >= 0).and_then(|n| i32::try_from(n).ok())
+}
+
+/// `struct bpf_insn`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Insn {
+    code: u8,
+    registers: u8,
+    offset: i16,
+    imm: i32,
+}
+
+const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W
+const MOVE_REG: u8 = 0xbc; // BPF_ALU | BPF_MOV | BPF_X
+const AND_IMM: u8 = 0x54; // BPF_ALU | BPF_AND | BPF_K
+const SHIFT_RIGHT_IMM: u8 = 0x74; // BPF_ALU | BPF_RSH | BPF_K
+const MOVE_IMM: u8 = 0xb7; // BPF_ALU64 | BPF_MOV | BPF_K
+const JUMP_NE_REG: u8 = 0x5d; // BPF_JMP | BPF_JNE | BPF_X
+const JUMP_NE_IMM: u8 = 0x55; // BPF_JMP | BPF_JNE | BPF_K
+const JUMP_EQ_IMM: u8 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
+const EXIT: u8 = 0x95;
+
+const fn insn(code: u8, to: u8, from: u8, offset: i16, imm: i32) -> Insn {
+    Insn { code, registers: from << 4 | to, offset, imm }
+}
+
+/// Registers: r2 type, r3 access, r4 major, r5 minor; r1 scratch once the context has been read.
+fn compile(rules: &[Rule]) -> Vec<Insn> {
+    let mut program = vec![
+        insn(LOAD_WORD, 3, 1, 0, 0),
+        insn(MOVE_REG, 2, 3, 0, 0),
+        insn(AND_IMM, 2, 0, 0, 0xffff),
+        insn(SHIFT_RIGHT_IMM, 3, 0, 0, 16),
+        insn(LOAD_WORD, 4, 1, 4, 0),
+        insn(LOAD_WORD, 5, 1, 8, 0),
+    ];
+    for rule in rules.iter().rev() {
+        let mut tests = Vec::new();
+        if let Some(kind) = rule.kind {
+            tests.push(insn(JUMP_NE_IMM, 2, 0, 0, kind));
+        }
+        if rule.access != MKNOD | READ | WRITE {
+            tests.push(insn(MOVE_REG, 1, 3, 0, 0));
+            tests.push(insn(AND_IMM, 1, 0, 0, rule.access));
+            // An allowing rule must cover all that is asked for; a denying one speaks when it covers any of it.
+            tests.push(match rule.allow {
+                true => insn(JUMP_NE_REG, 1, 3, 0, 0),
+                false => insn(JUMP_EQ_IMM, 1, 0, 0, 0),
+            });
+        }
+        if let Some(major) = rule.major {
+            tests.push(insn(JUMP_NE_IMM, 4, 0, 0, major));
+        }
+        if let Some(minor) = rule.minor {
+            tests.push(insn(JUMP_NE_IMM, 5, 0, 0, minor));
+        }
+        let verdict = [insn(MOVE_IMM, 0, 0, 0, i32::from(rule.allow)), insn(EXIT, 0, 0, 0, 0)];
+        let length = tests.len() + verdict.len();
+        let unconditional = tests.is_empty();
+        for (index, mut test) in tests.into_iter().enumerate() {
+            if matches!(test.code, JUMP_NE_IMM | JUMP_NE_REG | JUMP_EQ_IMM) {
+                test.offset = i16::try_from(length - index - 1).unwrap_or(0);
+            }
+            program.push(test);
+        }
+        program.extend(verdict);
+        if unconditional {
+            // The verifier refuses instructions that can never run.
+            return program;
+        }
+    }
+    program.extend([insn(MOVE_IMM, 0, 0, 0, 0), insn(EXIT, 0, 0, 0, 0)]);
+    program
+}
+
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// The part of `union bpf_attr` that BPF_PROG_LOAD needs.
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttr {
+    prog_type: u32,
+    insn_count: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+}
+
+/// The part of `union bpf_attr` that BPF_PROG_ATTACH needs.
+#[repr(C)]
+#[derive(Default)]
+struct AttachAttr {
+    target_fd: u32,
+    attach_bpf_fd: u32,
+    attach_type: u32,
+    attach_flags: u32,
+}
+
+fn load(program: &[Insn]) -> io::Result<OwnedFd> {
+    let attr = LoadAttr {
+        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        insn_count: u32::try_from(program.len()).unwrap_or(u32::MAX),
+        insns: program.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the attribute, the instructions and the licence live through the call, which only reads them.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<LoadAttr>()) };
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn attach(group: &File, program: &OwnedFd) -> io::Result<()> {
+    let attr = AttachAttr {
+        target_fd: group.as_raw_fd().unsigned_abs(),
+        attach_bpf_fd: program.as_raw_fd().unsigned_abs(),
+        attach_type: BPF_CGROUP_DEVICE,
+        attach_flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: the attribute lives through the call, which only reads it.
+    match unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a program as the kernel would.
+    fn run(program: &[Insn], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+        let context = [access << 16 | kind, major, minor];
+        let mut r = [0i32; 6];
+        let mut at = 0usize;
+        loop {
+            let i = program[at];
+            let (to, from) = (usize::from(i.registers & 15), usize::from(i.registers >> 4));
+            let mut jump = false;
+            match i.code {
+                LOAD_WORD => r[to] = context[i.offset as usize / 4],
+                MOVE_REG => r[to] = r[from],
+                AND_IMM => r[to] &= i.imm,
+                SHIFT_RIGHT_IMM => r[to] >>= i.imm,
+                MOVE_IMM => r[to] = i.imm,
+                JUMP_NE_REG => jump = r[to] != r[from],
+                JUMP_NE_IMM => jump = r[to] != i.imm,
+                JUMP_EQ_IMM => jump = r[to] == i.imm,
+                EXIT => return r[0] == 1,
+                other => panic!("unknown instruction {other:#x}"),
+            }
+            at += 1 + if jump { i.offset as usize } else { 0 };
+        }
+    }
+
+    #[test]
+    fn the_usual_list() {
+        let deny = Rule { allow: false, kind: None, major: None, minor: None, access: MKNOD | READ | WRITE };
+        let fuse = rule(TYPE_CHAR, Some(10), Some(229), READ | WRITE);
+        let all: Vec<Rule> = [deny, fuse].into_iter().chain(DEFAULTS.iter().copied()).collect();
+        let program = compile(&all);
+        assert!(run(&program, TYPE_CHAR, READ | WRITE, 1, 3));
+        assert!(run(&program, TYPE_CHAR, READ, 10, 229));
+        assert!(run(&program, TYPE_CHAR, MKNOD, 10, 200));
+        assert!(!run(&program, TYPE_CHAR, READ, 10, 200));
+        assert!(!run(&program, TYPE_BLOCK, READ, 8, 0));
+        assert!(run(&program, TYPE_CHAR, WRITE, 136, 5));
+        assert_eq!(program[program.len() - 1].code, EXIT);
+    }
+
+    #[test]
+    fn nobody_speaking_means_no() {
+        assert!(!run(&compile(&[]), TYPE_CHAR, READ, 1, 3));
+    }
+
+    #[test]
+    fn a_denial_of_part_denies_the_whole() {
+        let allow = Rule { allow: true, kind: None, major: None, minor: None, access: MKNOD | READ | WRITE };
+        let deny = Rule { allow: false, kind: Some(TYPE_BLOCK), major: Some(8), minor: None, access: WRITE };
+        let program = compile(&[allow, deny]);
+        assert!(run(&program, TYPE_BLOCK, READ, 8, 1));
+        assert!(!run(&program, TYPE_BLOCK, READ | WRITE, 8, 1));
+    }
+}

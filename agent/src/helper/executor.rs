@@ -1,0 +1,213 @@
+//! The last step inside a container: look the program up and become it, with runc's rules and runc's words.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::io::Write;
+
+use libcontainer::oci_spec::runtime::{Process, Spec};
+use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use nix::Error as Errno;
+use nix::libc;
+
+use super::trail;
+
+/// libcontainer's hook for what runs in the container.
+#[derive(Clone, Default)]
+pub struct HuskExecutor {
+    home: RefCell<Option<String>>,
+}
+
+impl Executor for HuskExecutor {
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let failed = match spec.process() {
+            None => "no process in the specification".to_owned(),
+            Some(process) => become_process(process, self.home.borrow().as_deref()),
+        };
+        // As with runc, the start has been reported by now: the reason goes to the container's own standard error.
+        let _ = writeln!(std::io::stderr(), "{failed}");
+        std::process::exit(1)
+    }
+
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let found = spec
+            .process()
+            .as_ref()
+            .ok_or_else(|| "no process in the specification".to_owned())
+            .and_then(|process| program(process).map(|_| ()));
+        found.map_err(|reason| {
+            trail::verdict(&reason);
+            ExecutorValidationError::ArgValidationError(reason)
+        })
+    }
+
+    fn setup_envs(&self, envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        let home = envs.get("HOME").filter(|home| !home.is_empty()).cloned();
+        *self.home.borrow_mut() = Some(home.unwrap_or_else(|| "/".to_owned()));
+        Ok(())
+    }
+}
+
+/// Replaces this process by the container's program; returns only the reason why that failed.
+pub fn become_process(process: &Process, home: Option<&str>) -> String {
+    let path = match program(process) {
+        Ok(path) => path,
+        Err(reason) => return reason,
+    };
+    let args = process.args().as_deref().unwrap_or_default();
+    let environment = environment(process.env().as_deref().unwrap_or_default(), home);
+    let (Ok(program), Some(args), Some(environment)) =
+        (CString::new(path.as_str()), c_strings(args), c_strings(&environment))
+    else {
+        return format!("exec {path}: invalid argument");
+    };
+    // Rust ignores SIGPIPE from the start; programs expect it to end them.
+    // SAFETY: setting a default disposition takes no pointers.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
+        strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+    };
+    // SAFETY: all strings and both null-terminated arrays live through the call.
+    unsafe { libc::execve(program.as_ptr(), pointers(&args).as_ptr(), pointers(&environment).as_ptr()) };
+    format!("exec {path}: {}", text(Errno::last()))
+}
+
+/// The home directory that the container's own user list gives `uid`, or `/`.
+///
+/// The list is the image's: only a regular file is read, and not without end.
+pub fn home_of(uid: u32) -> String {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/etc/passwd").ok();
+    let file = file.filter(|f| f.metadata().is_ok_and(|m| m.is_file()));
+    let mut bytes = Vec::new();
+    if let Some(file) = file {
+        let _ = file.take(1 << 20).read_to_end(&mut bytes);
+    }
+    home_in(&String::from_utf8_lossy(&bytes), uid).unwrap_or("/").to_owned()
+}
+
+fn home_in(passwd: &str, uid: u32) -> Option<&str> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':').skip(2);
+        let found = fields.next()?.parse() == Ok(uid);
+        fields.nth(2).filter(|home| found && !home.is_empty())
+    })
+}
+
+/// The file to execute.
+fn program(process: &Process) -> Result<String, String> {
+    let args = process.args().as_deref().unwrap_or_default();
+    let name = args.first().ok_or("no process arguments in the specification")?;
+    let path = process.env().iter().flatten().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default();
+    look_up(name, path)
+}
+
+/// The rules of Go's `exec.LookPath`, which is what runc uses, and its error texts.
+fn look_up(name: &str, path: &str) -> Result<String, String> {
+    if name.contains('/') {
+        return match executable(name) {
+            Ok(()) => Ok(name.to_owned()),
+            Err(Errno::ENOENT) => Err(format!("exec: {name:?}: stat {name}: no such file or directory")),
+            Err(Errno::ENOTDIR) => Err(format!("exec: {name:?}: stat {name}: not a directory")),
+            Err(errno) => Err(format!("exec: {name:?}: {}", text(errno))),
+        };
+    }
+    for dir in path.split(':').filter(|_| !path.is_empty()) {
+        let candidate = match dir {
+            "" => name.to_owned(),
+            dir => format!("{}/{name}", dir.trim_end_matches('/')),
+        };
+        if !name.is_empty() && executable(&candidate).is_ok() {
+            return match candidate.starts_with('/') {
+                true => Ok(candidate),
+                false => Err(format!("exec: {name:?}: cannot run executable found relative to current directory")),
+            };
+        }
+    }
+    Err(format!("exec: {name:?}: executable file not found in $PATH"))
+}
+
+fn executable(path: &str) -> Result<(), Errno> {
+    use std::os::unix::fs::PermissionsExt;
+    let metadata = std::fs::metadata(path).map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    if metadata.is_dir() {
+        return Err(Errno::EISDIR);
+    }
+    let c_path = CString::new(path).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: the path lives through the call.
+    if unsafe { libc::faccessat(libc::AT_FDCWD, c_path.as_ptr(), libc::X_OK, libc::AT_EACCESS) } == 0 {
+        return Ok(());
+    }
+    match Errno::last() {
+        // A filter may forbid the question; then the mode bits have to do.
+        Errno::ENOSYS | Errno::EPERM if metadata.permissions().mode() & 0o111 != 0 => Ok(()),
+        Errno::ENOSYS | Errno::EPERM => Err(Errno::EACCES),
+        errno => Err(errno),
+    }
+}
+
+/// The environment in the specification's order, the last value of a name in its first place, HOME if it has none.
+fn environment(entries: &[String], home: Option<&str>) -> Vec<String> {
+    let mut place: HashMap<&str, usize> = HashMap::new();
+    let mut result: Vec<String> = Vec::with_capacity(entries.len() + 1);
+    for entry in entries {
+        let Some((name, _)) = entry.split_once('=') else { continue };
+        match place.get(name).and_then(|index| result.get_mut(*index)) {
+            Some(earlier) => entry.clone_into(earlier),
+            None => {
+                place.insert(name, result.len());
+                result.push(entry.clone());
+            }
+        }
+    }
+    let set = place.get("HOME").and_then(|index| result.get(*index)).is_some_and(|entry| entry != "HOME=");
+    if let Some(home) = home.filter(|_| !set) {
+        result.retain(|entry| entry != "HOME=");
+        result.push(format!("HOME={home}"));
+    }
+    result
+}
+
+fn c_strings(strings: &[String]) -> Option<Vec<CString>> {
+    strings.iter().map(|s| CString::new(s.as_str()).ok()).collect()
+}
+
+/// An error in the words C and Go use, without the number.
+pub fn text(errno: Errno) -> String {
+    let words = errno.desc();
+    let mut letters = words.chars();
+    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_read_as_with_runc() {
+        assert_eq!(look_up("nosuch", "/bin"), Err("exec: \"nosuch\": executable file not found in $PATH".into()));
+        assert_eq!(look_up("/no/such", ""), Err("exec: \"/no/such\": stat /no/such: no such file or directory".into()));
+        assert_eq!(look_up("/tmp", "").unwrap_err(), "exec: \"/tmp\": is a directory");
+        assert_eq!(look_up("/etc/passwd", "").unwrap_err(), "exec: \"/etc/passwd\": permission denied");
+        assert_eq!(look_up("sh", "/nosuch:/bin/").as_deref(), Ok("/bin/sh"));
+        assert_eq!(look_up("", "/bin").unwrap_err(), "exec: \"\": executable file not found in $PATH");
+    }
+
+    #[test]
+    fn homes() {
+        let list = "root:x:0:0:root:/root:/bin/sh\nbad\nu:x:1000:1000::/home/u:\nn:x:5:5:::\n";
+        assert_eq!(home_in(list, 1000), Some("/home/u"));
+        assert_eq!(home_in(list, 0), Some("/root"));
+        assert_eq!(home_in(list, 5), None);
+        assert_eq!(home_in(list, 7), None);
+    }
+
+    #[test]
+    fn environment_keeps_order_and_the_last_value() {
+        let entries: Vec<String> = ["A=1", "B=2", "A=3", "junk"].map(str::to_owned).into();
+        assert_eq!(environment(&entries, Some("/root")), ["A=3", "B=2", "HOME=/root"]);
+        assert_eq!(environment(&["HOME=".to_owned()], Some("/x")), ["HOME=/x"]);
+        assert_eq!(environment(&["HOME=/h".to_owned()], Some("/x")), ["HOME=/h"]);
+    }
+}

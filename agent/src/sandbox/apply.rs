@@ -1,0 +1,116 @@
+//! The parts of a sandbox's set-up that are one kernel call each: clock, entropy, mounts, settings.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use husk_proto::agent::Mount;
+use nix::mount::{MsFlags, mount};
+
+/// Sets the wall clock.
+///
+/// # Errors
+/// What the kernel says.
+pub fn clock(ns: i64) -> io::Result<()> {
+    let time = libc::timespec { tv_sec: ns / 1_000_000_000, tv_nsec: ns % 1_000_000_000 };
+    // SAFETY: the time lives through the call, which only reads it.
+    match unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Adds credited entropy: `RNDADDENTROPY` with `struct rand_pool_info` of linux/random.h.
+///
+/// # Errors
+/// What the kernel says.
+pub fn entropy(bytes: &[u8]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    let bytes = bytes.get(..bytes.len().min(512)).unwrap_or_default();
+    let length = i32::try_from(bytes.len()).unwrap_or(0);
+    let pool = [&(length * 8).to_ne_bytes()[..], &length.to_ne_bytes(), bytes].concat();
+    let random = OpenOptions::new().write(true).open("/dev/urandom")?;
+    // SAFETY: the ioctl reads two integers and as many bytes as the second says, all in the live buffer.
+    match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Makes one mount, its target first.
+///
+/// # Errors
+/// What the kernel says.
+pub fn mount_one(request: &Mount) -> io::Result<()> {
+    let (flags, data) = options(&request.options);
+    let target = Path::new(&request.target);
+    if flags.contains(MsFlags::MS_BIND) && Path::new(&request.source).is_file() {
+        if let Some(parent) = target.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        OpenOptions::new().create(true).append(true).open(target)?;
+    } else {
+        fs::create_dir_all(target)?;
+    }
+    let data = Some(data.as_str()).filter(|data| !data.is_empty());
+    mount(Some(request.source.as_str()), target, Some(request.fs_type.as_str()), flags, data)?;
+    if flags.contains(MsFlags::MS_BIND) && flags.contains(MsFlags::MS_RDONLY) {
+        // A bind takes no other flag until it is mounted again.
+        mount(None::<&str>, target, None::<&str>, flags | MsFlags::MS_REMOUNT, None::<&str>)?;
+    }
+    Ok(())
+}
+
+fn options(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data: Vec<&str> = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" => flags -= MsFlags::MS_RDONLY,
+            "nosuid" => flags |= MsFlags::MS_NOSUID,
+            "nodev" => flags |= MsFlags::MS_NODEV,
+            "noexec" => flags |= MsFlags::MS_NOEXEC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "relatime" => flags |= MsFlags::MS_RELATIME,
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            "" | "defaults" => {}
+            other => data.push(other),
+        }
+    }
+    (flags, data.join(","))
+}
+
+/// Writes a kernel setting; its name may use dots or slashes.
+///
+/// # Errors
+/// What the kernel says, or that the name is none.
+pub fn sysctl(name: &str, value: &str) -> io::Result<()> {
+    // With slashes a dot belongs to a name, as in net/ipv4/conf/eth0.5/forwarding.
+    let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
+    if path.split('/').any(|part| part.is_empty() || part == "..") {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    fs::write(Path::new("/proc/sys").join(path), value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_options() {
+        let (flags, data) = options(&["ro", "nosuid", "size=1m", "mode=755"].map(str::to_owned));
+        assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
+        assert_eq!(data, "size=1m,mode=755");
+    }
+
+    #[test]
+    fn settings_stay_below_their_root() {
+        assert!(sysctl("net/../../../etc/passwd", "x").is_err());
+        assert!(sysctl("", "x").is_err());
+    }
+}

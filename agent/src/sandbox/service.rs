@@ -1,0 +1,107 @@
+//! The service `husk.agent.v1.Sandbox`.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use husk_proto::agent::{
+    Event, EventsRequest, RescanRequest, RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
+};
+use husk_proto::agent_ttrpc;
+use nix::sys::reboot::{RebootMode, reboot};
+use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
+
+use super::{Sandbox, apply, namespaces, network};
+use crate::events::Hub;
+use crate::log::chain;
+use crate::task::error::Fault;
+
+/// Serves the sandbox.
+pub struct SandboxService {
+    sandbox: Arc<Sandbox>,
+    hub: Hub,
+}
+
+impl SandboxService {
+    /// A service for `sandbox`, with the events of `hub`.
+    pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
+        Self { sandbox, hub }
+    }
+}
+
+fn failed(what: &str, error: &dyn std::error::Error) -> ttrpc::Error {
+    Fault::Unknown(format!("{what}: {}", chain(error))).into()
+}
+
+#[async_trait]
+impl agent_ttrpc::Sandbox for SandboxService {
+    async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
+        if request.clock_ns > 0
+            && let Err(error) = apply::clock(request.clock_ns)
+        {
+            tracing::warn!("cannot set the clock: {error}");
+        }
+        if !request.entropy.is_empty()
+            && let Err(error) = apply::entropy(&request.entropy)
+        {
+            tracing::warn!("cannot add entropy: {error}");
+        }
+        self.sandbox.prepare();
+        namespaces::within(|| -> io::Result<()> {
+            if !request.hostname.is_empty() {
+                nix::unistd::sethostname(&request.hostname)?;
+            }
+            Ok(())
+        })
+        .map_err(|error| failed("sandbox namespaces", &error))?
+        .map_err(|error| failed("hostname", &error))?;
+        for mount in &request.mounts {
+            apply::mount_one(mount).map_err(|error| failed(&format!("mount {}", mount.target), &error))?;
+        }
+        network::configure(&request.interfaces, &request.routes, &request.neighbours)
+            .await
+            .map_err(|error| failed("network", &error))?;
+        namespaces::within(|| -> ttrpc::Result<()> {
+            for (name, value) in &request.sysctls {
+                apply::sysctl(name, value).map_err(|error| failed(&format!("sysctl {name}"), &error))?;
+            }
+            Ok(())
+        })
+        .map_err(|error| failed("sandbox namespaces", &error))??;
+        let kernel_release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Ok(SetupResponse {
+            kernel_release: kernel_release.trim().to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn events(&self, _: &TtrpcContext, _: EventsRequest, to: ServerStreamSender<Event>) -> ttrpc::Result<()> {
+        let mut events = self.hub.subscribe();
+        while let Some(event) = events.recv().await {
+            to.send(&event).await?;
+        }
+        Ok(())
+    }
+
+    async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
+        let device = format!("virtio-mmio.{}", request.slot);
+        let bind = std::fs::OpenOptions::new().write(true).open("/sys/bus/platform/drivers/virtio-mmio/bind");
+        match bind.and_then(|mut file| file.write_all(device.as_bytes())) {
+            // It is bound already: the guest found it without being told.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(error) => return Err(failed(&format!("bind {device}"), &error)),
+            Ok(()) => {}
+        }
+        Ok(RescanResponse::new())
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {
+        // SAFETY: sync takes nothing and cannot fail.
+        unsafe { libc::sync() };
+        // The VMM has no power button: a reset is what it sees and ends by. Both are tried.
+        let _ = reboot(RebootMode::RB_POWER_OFF);
+        let _ = reboot(RebootMode::RB_AUTOBOOT);
+        Ok(ShutdownResponse::new())
+    }
+}

@@ -1,0 +1,240 @@
+//! containerd's Task service on guest paths.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use husk_proto::containerd::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use husk_proto::containerd::shim_async::Task;
+use libcgroups::common::{CgroupManager, ControllerOpt};
+use libcontainer::oci_spec::runtime::LinuxResources;
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
+use tokio::time::{Instant, timeout_at};
+use ttrpc::asynchronous::TtrpcContext;
+
+use super::error::{Fault, unknown};
+use super::process::Phase;
+use super::{Container, Tasks, spec, stats};
+use crate::oom::FileWatch;
+
+/// Serves the tasks.
+pub struct TaskService {
+    tasks: Arc<Tasks>,
+}
+
+impl TaskService {
+    /// A service for `tasks`.
+    pub fn new(tasks: Arc<Tasks>) -> Self {
+        Self { tasks }
+    }
+}
+
+/// Work that a lost connection must not leave half done runs as a task of its own.
+async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T, Fault>> + Send + 'static) -> Result<T, Fault> {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(Fault::Unknown(error.to_string())))
+}
+
+fn timestamp(ns: i64) -> MessageField<Timestamp> {
+    let (seconds, nanos) = (ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000));
+    MessageField::some(Timestamp { seconds, nanos: i32::try_from(nanos).unwrap_or(0), ..Default::default() })
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        let tasks = self.tasks.clone();
+        let pid = whole(async move { tasks.create(request).await }).await?;
+        Ok(CreateTaskResponse { pid: pid.unsigned_abs(), ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let container = self.tasks.get(&request.id)?;
+        let pid = if request.exec_id.is_empty() {
+            self.tasks.start_init(&container)?
+        } else {
+            let process = container.process(&request.exec_id)?;
+            let tasks = self.tasks.clone();
+            whole(async move { tasks.start_exec(&container, &process).await }).await?
+        };
+        Ok(StartResponse { pid: pid.unsigned_abs(), ..Default::default() })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let tasks = self.tasks.clone();
+        let (pid, ended) = whole(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        Ok(DeleteResponse {
+            pid: pid.unsigned_abs(),
+            exit_status: ended.status,
+            exited_at: timestamp(ended.at_ns),
+            ..Default::default()
+        })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let container = self.tasks.get(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let phase = process.phase();
+        let status = match phase {
+            Phase::Stopped(..) => Status::STOPPED,
+            Phase::Running(_) if container.is_paused() => Status::PAUSED,
+            Phase::Running(_) => Status::RUNNING,
+            _ => Status::CREATED,
+        };
+        let mut response = StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: container.bundle.clone(),
+            pid: phase.pid().unsigned_abs(),
+            status: status.into(),
+            stdin: process.names.stdin.clone(),
+            stdout: process.names.stdout.clone(),
+            stderr: process.names.stderr.clone(),
+            terminal: process.names.terminal,
+            ..Default::default()
+        };
+        if let Phase::Stopped(_, ended) = phase {
+            response.exit_status = ended.status;
+            response.exited_at = timestamp(ended.at_ns);
+        }
+        Ok(response)
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let tasks = self.tasks.clone();
+        whole(async move { tasks.exec(request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let process = self.tasks.get(&request.id)?.process(&request.exec_id)?;
+        process.resize(request.width, request.height)?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let process = self.tasks.get(&request.id)?.process(&request.exec_id)?;
+        if request.stdin {
+            process.close_stdin();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.get(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let signal = i32::try_from(request.signal).unwrap_or(-1);
+        if request.all && request.exec_id.is_empty() {
+            kill_all(&container, signal)?;
+        } else {
+            process.signal(signal)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let container = self.tasks.get(&request.id)?;
+        let info = |pid: i32| ProcessInfo { pid: pid.unsigned_abs(), ..Default::default() };
+        let processes = container.cgroup.pids().into_iter().map(info).collect();
+        Ok(PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.freeze(&request.id, true).await
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.freeze(&request.id, false).await
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(Fault::Unimplemented("checkpoint".into()).into())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.get(&request.id)?;
+        let mut resources: LinuxResources = serde_json::from_slice(&request.resources.value)
+            .map_err(|error| Fault::InvalidArgument(format!("resources: {error}")))?;
+        spec::adapt_resources(&mut resources, &container.cgroup);
+        let manager =
+            libcgroups::v2::manager::Manager::new(crate::cgroup::MOUNT.into(), container.cgroup.name().to_owned())
+                .map_err(unknown("control group"))?;
+        manager
+            .apply(&ControllerOpt {
+                resources: &resources,
+                disable_oom_killer: false,
+                oom_score_adj: None,
+                freezer_state: None,
+            })
+            .map_err(unknown("update"))?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let process = self.tasks.get(&request.id)?.process(&request.exec_id)?;
+        let (_, ended) = process.wait().await.ok_or_else(|| Fault::NotFound("process".into()))?;
+        Ok(WaitResponse { exit_status: ended.status, exited_at: timestamp(ended.at_ns), ..Default::default() })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let container = self.tasks.get(&request.id)?;
+        let value = stats::read(&container.cgroup).write_to_bytes().map_err(unknown("metrics"))?;
+        let stats = MessageField::some(Any { type_url: stats::URL.into(), value, ..Default::default() });
+        Ok(StatsResponse { stats, ..Default::default() })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        let container = self.tasks.get(&request.id)?;
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: container.init.phase().pid().unsigned_abs(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        // The guest ends by the Sandbox service's Shutdown, or with its VMM.
+        Ok(Empty::new())
+    }
+}
+
+impl TaskService {
+    async fn freeze(&self, id: &str, frozen: bool) -> ttrpc::Result<Empty> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let container = self.tasks.get(id)?;
+        if !matches!(container.init.phase(), Phase::Running(_) | Phase::Created(_)) {
+            return Err(Fault::FailedPrecondition("the container is not running".into()).into());
+        }
+        let events = container.cgroup.path().join("cgroup.events");
+        let watch = FileWatch::new(&events).map_err(unknown("freezer"))?;
+        container.cgroup.freeze(frozen).map_err(unknown("freezer"))?;
+        let deadline = Instant::now() + PATIENCE;
+        while container.cgroup.is_frozen() != frozen {
+            if timeout_at(deadline, watch.changed()).await.is_err() {
+                let _ = container.cgroup.freeze(!frozen);
+                return Err(Fault::Unknown("unable to freeze: the processes do not stop".into()).into());
+            }
+        }
+        container.paused.store(frozen, Ordering::Relaxed);
+        Ok(Empty::new())
+    }
+}
+
+fn kill_all(container: &Container, signal: i32) -> Result<(), Fault> {
+    if signal == libc::SIGKILL {
+        return container.cgroup.kill().map_err(unknown("kill"));
+    }
+    for pid in container.cgroup.pids() {
+        // SAFETY: kill takes plain numbers; the group was read just now, and nothing is reaped in between.
+        unsafe { libc::kill(pid, signal) };
+    }
+    Ok(())
+}

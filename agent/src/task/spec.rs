@@ -1,0 +1,210 @@
+//! The specification as libcontainer gets it: the pod's namespaces, the container's control group, and none of the
+//! traps that libcontainer and runc see differently.
+
+use std::path::{Path, PathBuf};
+
+use libcontainer::oci_spec::runtime::{
+    LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process, Spec,
+};
+
+use super::error::Fault;
+use crate::cgroup::Cgroup;
+use crate::sandbox::{IPC, NET, Sandbox, UTS};
+
+/// Makes `spec` fit the guest.
+///
+/// # Errors
+/// [`Fault`] when it asks for what a guest cannot give.
+pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) -> Result<(), Fault> {
+    let invalid = |text: &str| Fault::InvalidArgument(text.to_owned());
+    spec.root_mut().as_mut().ok_or_else(|| invalid("no root in the specification"))?.set_path(PathBuf::from(rootfs));
+    let process = spec.process_mut().as_mut().ok_or_else(|| invalid("no process in the specification"))?;
+    adapt_process(process);
+    if process.oom_score_adj().is_none() {
+        // The agent's own score is lower, and is inherited.
+        process.set_oom_score_adj(Some(0));
+    }
+    if let Some(hooks) = spec.hooks_mut() {
+        // These belong to the host and have run there.
+        #[allow(deprecated)]
+        hooks.set_prestart(None);
+        hooks.set_create_runtime(None).set_poststart(None).set_poststop(None);
+    }
+    let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("no linux section in the specification"))?;
+    linux.set_cgroups_path(Some(cgroup.name().to_owned()));
+    // The guest kernel has no such security module, and no such hardware.
+    linux.set_mount_label(None).set_intel_rdt(None);
+    if let Some(seccomp) = linux.seccomp() {
+        if seccomp.listener_path().is_some() {
+            return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
+        }
+    }
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox)?;
+    linux.set_namespaces(Some(namespaces));
+    if let Some(resources) = linux.resources_mut() {
+        adapt_resources(resources, cgroup);
+    }
+    Ok(())
+}
+
+fn namespaces(asked: &[LinuxNamespace], sandbox: &Sandbox) -> Result<Vec<LinuxNamespace>, Fault> {
+    let find = |kind| asked.iter().find(|namespace| namespace.typ() == kind);
+    let make = |kind, path: Option<PathBuf>| {
+        let builder = LinuxNamespaceBuilder::default().typ(kind);
+        let builder = match path {
+            Some(path) => builder.path(path),
+            None => builder,
+        };
+        builder.build().map_err(|error| Fault::InvalidArgument(format!("namespaces: {error}")))
+    };
+    let refused =
+        |what: &str| Fault::InvalidArgument(format!("the host's {what} namespace is out of reach of a guest"));
+    for (kind, name) in [
+        (LinuxNamespaceType::Network, "network"),
+        (LinuxNamespaceType::Ipc, "IPC"),
+        (LinuxNamespaceType::Pid, "process"),
+        (LinuxNamespaceType::Mount, "mount"),
+    ] {
+        if find(kind).is_none() {
+            return Err(refused(name));
+        }
+    }
+    let pid = match find(LinuxNamespaceType::Pid).and_then(|namespace| namespace.path().as_ref()) {
+        None => None,
+        Some(_) => Some(sandbox.shared_pid().map_err(super::error::unknown("shared process namespace"))?),
+    };
+    // Without one of its own a container has the pod's name: the guest's own would name the guest.
+    let own_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
+    let mut all = vec![
+        make(LinuxNamespaceType::Pid, pid)?,
+        make(LinuxNamespaceType::Network, Some(PathBuf::from(NET)))?,
+        make(LinuxNamespaceType::Ipc, Some(PathBuf::from(IPC)))?,
+        make(LinuxNamespaceType::Uts, (!own_uts).then(|| PathBuf::from(UTS)))?,
+        make(LinuxNamespaceType::Mount, None)?,
+    ];
+    for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time, LinuxNamespaceType::User] {
+        match find(kind) {
+            None => {}
+            Some(namespace) if namespace.path().is_some() && kind == LinuxNamespaceType::User => {
+                return Err(refused("user"));
+            }
+            Some(_) => all.push(make(kind, None)?),
+        }
+    }
+    Ok(all)
+}
+
+/// What holds for a container's first process and for every later one.
+pub fn adapt_process(process: &mut Process) {
+    // libcontainer leaves a set that is absent as it is, runc empties it.
+    let mut capabilities = process.capabilities().clone().unwrap_or_else(no_capabilities);
+    for set in [LinuxCapabilities::bounding, LinuxCapabilities::effective, LinuxCapabilities::permitted] {
+        let _ = set;
+    }
+    let empty = || Some(Default::default());
+    if capabilities.bounding().is_none() {
+        capabilities.set_bounding(empty());
+    }
+    if capabilities.effective().is_none() {
+        capabilities.set_effective(empty());
+    }
+    if capabilities.permitted().is_none() {
+        capabilities.set_permitted(empty());
+    }
+    if capabilities.inheritable().is_none() {
+        capabilities.set_inheritable(empty());
+    }
+    if capabilities.ambient().is_none() {
+        capabilities.set_ambient(empty());
+    }
+    process.set_capabilities(Some(capabilities));
+    // libcontainer takes a present `false` as a reason to load the filter when it no longer can.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
+    process.set_selinux_label(None);
+    if !Path::new("/sys/module/apparmor").exists() {
+        process.set_apparmor_profile(None);
+    }
+}
+
+fn no_capabilities() -> LinuxCapabilities {
+    let mut none = LinuxCapabilities::default();
+    none.set_bounding(None).set_effective(None).set_permitted(None).set_inheritable(None).set_ambient(None);
+    none
+}
+
+/// Drops the limits that speak of the host's own devices, processors and huge pages.
+pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
+    resources.set_block_io(None).set_rdma(None).set_network(None);
+    if let Some(pages) = resources.hugepage_limits().clone() {
+        let known = pages
+            .into_iter()
+            .filter(|limit| cgroup.path().join(format!("hugetlb.{}.max", limit.page_size())).exists())
+            .collect();
+        resources.set_hugepage_limits(Some(known));
+    }
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_realtime_period(None).set_realtime_runtime(None);
+        let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+        if cpu.cpus().as_deref().is_some_and(|asked| !within(asked, online.trim())) {
+            cpu.set_cpus(None);
+        }
+        if cpu.mems().as_deref().is_some_and(|mems| mems != "0") {
+            cpu.set_mems(None);
+        }
+    }
+}
+
+/// Whether every number of the list `asked` is in the list `have`; both are like `0-3,7`.
+fn within(asked: &str, have: &str) -> bool {
+    let ranges = |list: &str| -> Option<Vec<(u32, u32)>> {
+        list.split(',')
+            .map(|part| {
+                let (low, high) = part.split_once('-').unwrap_or((part, part));
+                Some((low.trim().parse().ok()?, high.trim().parse().ok()?))
+            })
+            .collect()
+    };
+    let (Some(asked), Some(have)) = (ranges(asked), ranges(have)) else { return false };
+    asked.iter().all(|(low, high)| have.iter().any(|(from, to)| from <= low && high <= to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_lists() {
+        assert!(within("0", "0-1"));
+        assert!(within("0-1", "0-1"));
+        assert!(!within("0-3", "0-1"));
+        assert!(!within("", "0-1"));
+        assert!(within("0,1", "0-7"));
+    }
+
+    #[test]
+    fn absent_capability_sets_become_empty() {
+        let mut process: Process =
+            serde_json::from_str(r#"{"user":{"uid":0,"gid":0},"cwd":"/","args":["x"]}"#).unwrap();
+        adapt_process(&mut process);
+        let capabilities = process.capabilities().clone().unwrap();
+        assert!(capabilities.effective().as_ref().unwrap().is_empty());
+        assert!(capabilities.bounding().as_ref().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_pod_container_gets_the_pods_namespaces() {
+        let asked: Vec<LinuxNamespace> = serde_json::from_str(
+            r#"[{"type":"pid"},{"type":"network","path":"/proc/1/ns/net"},{"type":"ipc"},{"type":"uts"},
+                {"type":"mount"},{"type":"cgroup"}]"#,
+        )
+        .unwrap();
+        let all = namespaces(&asked, &Sandbox::default()).unwrap();
+        let path = |kind| all.iter().find(|n| n.typ() == kind).unwrap().path().clone();
+        assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET)));
+        assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC)));
+        assert_eq!(path(LinuxNamespaceType::Uts), None);
+        assert!(namespaces(&asked[1..], &Sandbox::default()).is_err());
+    }
+}

@@ -1,0 +1,195 @@
+//! A container's metrics: `io.containerd.cgroups.v2.Metrics` from its control group in the guest.
+
+use std::collections::BTreeMap;
+
+use husk_proto::containerd::cgroups_v2::metrics::{
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
+};
+use protobuf::MessageField;
+
+use crate::cgroup::Cgroup;
+
+/// The type URL containerd knows the metrics by.
+pub const URL: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// Reads everything; a controller that is absent leaves its part at zero.
+pub fn read(cgroup: &Cgroup) -> Metrics {
+    Metrics {
+        pids: MessageField::some(PidsStat {
+            current: cgroup.number("pids.current").unwrap_or(0),
+            limit: cgroup.number("pids.max").unwrap_or(0),
+            ..Default::default()
+        }),
+        cpu: MessageField::some(cpu(cgroup)),
+        memory: MessageField::some(memory(cgroup)),
+        io: MessageField::some(IOStat {
+            usage: parse_io(&cgroup.read("io.stat").unwrap_or_default()),
+            psi: psi(cgroup, "io.pressure"),
+            ..Default::default()
+        }),
+        hugetlb: huge_pages(cgroup),
+        memory_events: MessageField::some(memory_events(cgroup)),
+        ..Default::default()
+    }
+}
+
+fn cpu(cgroup: &Cgroup) -> CPUStat {
+    let table = cgroup.table("cpu.stat");
+    let get = |key| value(&table, key);
+    CPUStat {
+        usage_usec: get("usage_usec"),
+        user_usec: get("user_usec"),
+        system_usec: get("system_usec"),
+        nr_periods: get("nr_periods"),
+        nr_throttled: get("nr_throttled"),
+        throttled_usec: get("throttled_usec"),
+        nr_bursts: get("nr_bursts"),
+        burst_usec: get("burst_usec"),
+        psi: psi(cgroup, "cpu.pressure"),
+        ..Default::default()
+    }
+}
+
+fn memory(cgroup: &Cgroup) -> MemoryStat {
+    let table = cgroup.table("memory.stat");
+    let get = |key| value(&table, key);
+    // `max` is reported as the largest number, as containerd's own reader does.
+    let limit = |file| cgroup.number(file).unwrap_or(u64::MAX);
+    MemoryStat {
+        anon: get("anon"),
+        file: get("file"),
+        kernel_stack: get("kernel_stack"),
+        slab: get("slab"),
+        sock: get("sock"),
+        shmem: get("shmem"),
+        file_mapped: get("file_mapped"),
+        file_dirty: get("file_dirty"),
+        file_writeback: get("file_writeback"),
+        anon_thp: get("anon_thp"),
+        inactive_anon: get("inactive_anon"),
+        active_anon: get("active_anon"),
+        inactive_file: get("inactive_file"),
+        active_file: get("active_file"),
+        unevictable: get("unevictable"),
+        slab_reclaimable: get("slab_reclaimable"),
+        slab_unreclaimable: get("slab_unreclaimable"),
+        pgfault: get("pgfault"),
+        pgmajfault: get("pgmajfault"),
+        // The kernel counts these apart for anonymous memory and files since 5.9.
+        workingset_refault: get("workingset_refault_anon") + get("workingset_refault_file"),
+        workingset_activate: get("workingset_activate_anon") + get("workingset_activate_file"),
+        workingset_nodereclaim: get("workingset_nodereclaim"),
+        pgrefill: get("pgrefill"),
+        pgscan: get("pgscan"),
+        pgsteal: get("pgsteal"),
+        pgactivate: get("pgactivate"),
+        pgdeactivate: get("pgdeactivate"),
+        pglazyfree: get("pglazyfree"),
+        pglazyfreed: get("pglazyfreed"),
+        thp_fault_alloc: get("thp_fault_alloc"),
+        thp_collapse_alloc: get("thp_collapse_alloc"),
+        usage: cgroup.number("memory.current").unwrap_or(0),
+        usage_limit: limit("memory.max"),
+        swap_usage: cgroup.number("memory.swap.current").unwrap_or(0),
+        swap_limit: limit("memory.swap.max"),
+        max_usage: cgroup.number("memory.peak").unwrap_or(0),
+        swap_max_usage: cgroup.number("memory.swap.peak").unwrap_or(0),
+        psi: psi(cgroup, "memory.pressure"),
+        ..Default::default()
+    }
+}
+
+fn memory_events(cgroup: &Cgroup) -> MemoryEvents {
+    let table = cgroup.table("memory.events");
+    let get = |key| value(&table, key);
+    MemoryEvents {
+        low: get("low"),
+        high: get("high"),
+        max: get("max"),
+        oom: get("oom"),
+        oom_kill: get("oom_kill"),
+        oom_group_kill: get("oom_group_kill"),
+        ..Default::default()
+    }
+}
+
+fn huge_pages(cgroup: &Cgroup) -> Vec<HugeTlbStat> {
+    let Ok(entries) = std::fs::read_dir(cgroup.path()) else { return Vec::new() };
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let size = |name: String| Some(name.strip_prefix("hugetlb.")?.strip_suffix(".current")?.to_owned());
+    names
+        .filter_map(size)
+        .filter(|size| !size.contains("rsvd"))
+        .map(|size| HugeTlbStat {
+            current: cgroup.number(&format!("hugetlb.{size}.current")).unwrap_or(0),
+            max: cgroup.number(&format!("hugetlb.{size}.max")).unwrap_or(u64::MAX),
+            failcnt: value(&cgroup.table(&format!("hugetlb.{size}.events")), "max"),
+            pagesize: size,
+            ..Default::default()
+        })
+        .collect()
+}
+
+fn value(table: &BTreeMap<String, u64>, key: &str) -> u64 {
+    table.get(key).copied().unwrap_or(0)
+}
+
+fn parse_io(text: &str) -> Vec<IOEntry> {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            let (major, minor) = words.next()?.split_once(':')?;
+            let mut entry = IOEntry { major: major.parse().ok()?, minor: minor.parse().ok()?, ..Default::default() };
+            for (key, value) in words.filter_map(|word| word.split_once('=')) {
+                let Ok(value) = value.parse() else { continue };
+                match key {
+                    "rbytes" => entry.rbytes = value,
+                    "wbytes" => entry.wbytes = value,
+                    "rios" => entry.rios = value,
+                    "wios" => entry.wios = value,
+                    _ => {}
+                }
+            }
+            Some(entry)
+        })
+        .collect()
+}
+
+fn psi(cgroup: &Cgroup, file: &str) -> MessageField<PSIStats> {
+    cgroup.read(file).ok().map(|text| parse_psi(&text)).into()
+}
+
+fn parse_psi(text: &str) -> PSIStats {
+    let mut stats = PSIStats::new();
+    for line in text.lines() {
+        let mut data = PSIData::new();
+        for (key, value) in line.split(' ').filter_map(|word| word.split_once('=')) {
+            match key {
+                "avg10" => data.avg10 = value.parse().unwrap_or(0.0),
+                "avg60" => data.avg60 = value.parse().unwrap_or(0.0),
+                "avg300" => data.avg300 = value.parse().unwrap_or(0.0),
+                "total" => data.total = value.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+        if line.starts_with("some ") {
+            stats.some = MessageField::some(data);
+        } else if line.starts_with("full ") {
+            stats.full = MessageField::some(data);
+        }
+    }
+    stats
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_formats() {
+        let io = parse_io("254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\nnonsense\n");
+        assert_eq!((io.len(), io[0].major, io[0].wios), (1, 254, 4));
+        let psi = parse_psi("some avg10=1.50 avg60=0.00 avg300=0.00 total=42\nfull avg10=0.00 total=7\n");
+        assert_eq!((psi.some.avg10, psi.some.total, psi.full.total), (1.5, 42, 7));
+    }
+}
