@@ -115,7 +115,8 @@ mod tests {
 
     #[test]
     fn wrong_types_and_broken_syntax_name_the_line() {
-        for (text, line) in [("\nmax_vcpus = \"four\"\n", 2), ("max_vcpus = 300\n", 1), ("a\n", 1), ("\n\nx = [\n", 3)] {
+        for (text, line) in [("\nmax_vcpus = \"four\"\n", 2), ("max_vcpus = 300\n", 1), ("a\n", 1), ("\n\nx = [\n", 3)]
+        {
             let error = parse(text).unwrap_err();
             assert!(error.starts_with(&format!("/etc/husk/config.toml:{line}: ")), "{text:?}: {error}");
         }
