@@ -11,7 +11,7 @@ use crate::vcpu::Vcpus;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
 use crate::virtio::device::GuestMemory;
-use crate::virtio::mmio::SharedDevice;
+use crate::virtio::mmio::{self, SharedDevice};
 use crate::virtio::net::Net;
 use crate::virtio::slots::{PlugError, Slots};
 use crate::virtio::vsock::{self, Vsock};
@@ -74,12 +74,15 @@ impl Vm {
 
     /// Lets device loop and vCPUs run.
     pub fn resume(&mut self) {
+        for device in self.slots.devices() {
+            mmio::lock(device).resume();
+        }
         self.event_loop.resume();
         self.vcpus.resume();
         self.running = true;
     }
 
-    /// Stops the vCPUs, then the device loop; returns when all stand still.
+    /// Stops the vCPUs, the device loop, and the devices' own threads, in this order; returns when all stand still.
     ///
     /// # Errors
     /// [`VmError::Loop`].
@@ -88,7 +91,11 @@ impl Vm {
             self.vcpus.pause();
             self.running = false;
         }
-        Ok(self.event_loop.pause()?)
+        self.event_loop.pause()?;
+        for device in self.slots.devices() {
+            mmio::lock(device).quiesce();
+        }
+        Ok(())
     }
 
     /// Opens a stream to a port of the guest; `reply` gets it when the guest has accepted.

@@ -4,7 +4,7 @@
 //! what the protocol does not allow at the moment is ignored, and queue configuration is frozen at DRIVER_OK.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -15,16 +15,16 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
     VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG,
     VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
-    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
-    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
-    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
-    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
-    VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
+    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
+    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
+    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
+use crate::control::chain;
 
 /// A device as the loop and the transport share it.
 pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;
@@ -75,6 +75,9 @@ struct Registers {
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
+    /// The device has given up: the driver sees DEVICE_NEEDS_RESET. Apart from the registers, because a device that
+    /// says so is locked, and their lock comes before its.
+    needs_reset: AtomicBool,
     irq: EventFd,
 }
 
@@ -88,6 +91,18 @@ impl Interrupt for MmioInterrupt {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.status.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
         self.irq.write(1)
+    }
+
+    fn needs_reset(&self) -> io::Result<()> {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.config()
+    }
+}
+
+impl MmioInterrupt {
+    /// What the device adds to the driver's status bits.
+    fn status(&self) -> u32 {
+        if self.needs_reset.load(Ordering::SeqCst) { NEEDS_RESET } else { 0 }
     }
 }
 
@@ -111,7 +126,12 @@ impl Transport {
             device,
             device_type,
             memory,
-            interrupt: Arc::new(MmioInterrupt { status: AtomicU32::new(0), generation: AtomicU32::new(0), irq }),
+            interrupt: Arc::new(MmioInterrupt {
+                status: AtomicU32::new(0),
+                generation: AtomicU32::new(0),
+                needs_reset: AtomicBool::new(false),
+                irq,
+            }),
             notify,
             registers: Mutex::new(Registers {
                 status: 0,
@@ -128,6 +148,11 @@ impl Transport {
     /// The eventfds that stand for a write of the queue's number to [`NOTIFY_OFFSET`].
     pub fn notify_fds(&self) -> &[EventFd] {
         &self.notify
+    }
+
+    /// The device.
+    pub fn device(&self) -> &SharedDevice {
+        &self.device
     }
 
     /// The eventfd that interrupts the guest.
@@ -148,7 +173,7 @@ impl Transport {
     /// The driver writes.
     pub fn write(&self, offset: u64, data: &[u8]) {
         if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
-            let status = self.registers().status;
+            let status = self.registers().status | self.interrupt.status();
             if status & VIRTIO_CONFIG_S_DRIVER != 0 && status & (VIRTIO_CONFIG_S_FAILED | NEEDS_RESET) == 0 {
                 lock(&self.device).write_config(config, data);
             }
@@ -168,6 +193,7 @@ impl Transport {
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
             // No shared memory regions: length and base are all ones.
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            VIRTIO_MMIO_STATUS => self.registers().status | self.interrupt.status(),
             _ => self.registers().read(register),
         }
     }
@@ -193,14 +219,14 @@ impl Transport {
                 lock(&self.device).reset();
             }
             self.interrupt.status.store(0, Ordering::SeqCst);
+            self.interrupt.needs_reset.store(false, Ordering::SeqCst);
             return;
         }
         if registers.advance(value) {
             let result = self.activate(&mut registers);
             if let Err(error) = result {
                 log::warn!("virtio device type {}: not activated: {}", self.device_type, chain(&error));
-                registers.status |= NEEDS_RESET;
-                if let Err(error) = self.interrupt.config() {
+                if let Err(error) = self.interrupt.needs_reset() {
                     log::warn!("virtio device type {}: cannot interrupt: {error}", self.device_type);
                 }
             }
@@ -239,7 +265,6 @@ impl Registers {
             VIRTIO_MMIO_DEVICE_FEATURES => half(self.device_features, self.device_features_sel),
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| u32::from(queue.max_size())),
             VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| u32::from(queue.ready())),
-            VIRTIO_MMIO_STATUS => self.status,
             _ => 0,
         }
     }
@@ -283,7 +308,7 @@ impl Registers {
 
     /// Takes one step of the status machine (section 3.1.1), and says whether the device is to be activated.
     fn advance(&mut self, value: u32) -> bool {
-        let known = self.status & !NEEDS_RESET;
+        let known = self.status;
         if value & known != known || self.status & VIRTIO_CONFIG_S_FAILED != 0 {
             return false; // bits are only added, and nothing follows FAILED
         }
@@ -361,13 +386,9 @@ fn half(value: u64, select: u32) -> u32 {
     }
 }
 
-fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+/// Locks a device.
+pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An error with all its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    crate::control::chain(error)
 }
 
 /// What an empty slot answers: a transport without a device (section 4.2.2: device ID 0 means "nothing here").

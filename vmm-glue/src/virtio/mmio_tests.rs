@@ -1,1 +1,275 @@
-//! Tests of the transport.
+//! Tests of the transport: the way a driver goes, and everything a hostile one might write instead.
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use proptest::prelude::*;
+use vm_memory::GuestAddress;
+
+use super::*;
+
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << 5;
+const ACK_DRIVER: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = ACK_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+
+/// Remembers what it was told.
+#[derive(Default)]
+struct Probe {
+    activations: Vec<(u64, Vec<(u16, u64)>)>,
+    active: bool,
+    resets: usize,
+    refuse: bool,
+    config: [u8; 8],
+}
+
+impl MutEventSubscriber for Probe {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {}
+    fn init(&mut self, _ops: &mut EventOps<'_>) {}
+}
+
+impl VirtioDevice for Probe {
+    fn device_type(&self) -> u32 {
+        42
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[256, 16]
+    }
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        for (byte, value) in data.iter_mut().zip(self.config.iter().skip(offset as usize)) {
+            *byte = *value;
+        }
+    }
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        for (byte, value) in self.config.iter_mut().skip(offset as usize).zip(data) {
+            *byte = *value;
+        }
+    }
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        assert!(!self.active, "activated twice without a reset");
+        if self.refuse {
+            return Err(ActivateError::Queue(0));
+        }
+        assert_eq!(activation.features & !FEATURES, 0);
+        assert_eq!(activation.features >> VIRTIO_F_VERSION_1 & 1, 1);
+        for queue in activation.queues.iter().filter(|queue| queue.queue.ready()) {
+            assert!(queue.queue.is_valid(&activation.memory));
+        }
+        let queues = activation.queues.iter().map(|queue| (queue.queue.size(), queue.queue.desc_table())).collect();
+        self.activations.push((activation.features, queues));
+        self.active = true;
+        Ok(())
+    }
+    fn reset(&mut self) {
+        self.active = false;
+        self.resets += 1;
+    }
+}
+
+fn transport() -> (Transport, Arc<Mutex<Probe>>) {
+    let probe = Arc::new(Mutex::new(Probe::default()));
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    (Transport::new(probe.clone(), memory, irq).unwrap(), probe)
+}
+
+fn get(transport: &Transport, register: u32) -> u32 {
+    let mut data = [0; 4];
+    transport.read(register.into(), &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn set(transport: &Transport, register: u32, value: u32) {
+    transport.write(register.into(), &value.to_le_bytes());
+}
+
+/// Acknowledges all features, as a driver does up to FEATURES_OK.
+fn negotiate(transport: &Transport) {
+    set(transport, VIRTIO_MMIO_STATUS, 0);
+    set(transport, VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_ACKNOWLEDGE);
+    set(transport, VIRTIO_MMIO_STATUS, ACK_DRIVER);
+    for select in 0..2 {
+        set(transport, VIRTIO_MMIO_DEVICE_FEATURES_SEL, select);
+        let features = get(transport, VIRTIO_MMIO_DEVICE_FEATURES);
+        set(transport, VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
+        set(transport, VIRTIO_MMIO_DRIVER_FEATURES, features);
+    }
+    set(transport, VIRTIO_MMIO_STATUS, FEATURES_OK);
+    assert_eq!(get(transport, VIRTIO_MMIO_STATUS), FEATURES_OK);
+}
+
+fn set_up_queue(transport: &Transport, index: u32, size: u32, base: u32) {
+    set(transport, VIRTIO_MMIO_QUEUE_SEL, index);
+    set(transport, VIRTIO_MMIO_QUEUE_NUM, size);
+    set(transport, VIRTIO_MMIO_QUEUE_DESC_LOW, base);
+    set(transport, VIRTIO_MMIO_QUEUE_AVAIL_LOW, base + 0x1000);
+    set(transport, VIRTIO_MMIO_QUEUE_USED_LOW, base + 0x2000);
+    set(transport, VIRTIO_MMIO_QUEUE_READY, 1);
+}
+
+#[test]
+fn a_driver_gets_through_and_back() {
+    let (transport, probe) = transport();
+    assert_eq!(get(&transport, VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
+    assert_eq!(get(&transport, VIRTIO_MMIO_DEVICE_ID), 42);
+    for round in 1..3 {
+        negotiate(&transport);
+        set_up_queue(&transport, 0, 128, 0x1_0000);
+        set_up_queue(&transport, 1, 16, 0x2_0000);
+        set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+        assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK);
+        let expected = (FEATURES, vec![(128, 0x1_0000), (16, 0x2_0000)]);
+        assert_eq!(probe.lock().unwrap().activations.last(), Some(&expected));
+        set(&transport, VIRTIO_MMIO_STATUS, 0);
+        assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), 0);
+        assert_eq!(get(&transport, VIRTIO_MMIO_QUEUE_READY), 0);
+        assert_eq!(probe.lock().unwrap().resets, round);
+    }
+}
+
+#[test]
+fn queues_are_frozen_at_driver_ok() {
+    let (transport, probe) = transport();
+    negotiate(&transport);
+    set_up_queue(&transport, 0, 128, 0x1_0000);
+    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    for register in [VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_READY] {
+        set(&transport, register, 0);
+    }
+    assert_eq!(get(&transport, VIRTIO_MMIO_QUEUE_READY), 1);
+    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    assert_eq!(probe.lock().unwrap().activations.len(), 1);
+}
+
+#[test]
+fn features_not_offered_are_refused() {
+    let (transport, _) = transport();
+    for features in [1u64 << VIRTIO_F_VERSION_1 | 1, 1 << 5] {
+        set(&transport, VIRTIO_MMIO_STATUS, 0);
+        set(&transport, VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_ACKNOWLEDGE);
+        set(&transport, VIRTIO_MMIO_STATUS, ACK_DRIVER);
+        for select in 0..2 {
+            set(&transport, VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
+            set(&transport, VIRTIO_MMIO_DRIVER_FEATURES, half(features, select));
+        }
+        set(&transport, VIRTIO_MMIO_STATUS, FEATURES_OK);
+        assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), ACK_DRIVER);
+    }
+}
+
+#[test]
+fn queues_outside_memory_need_a_reset() {
+    let (transport, probe) = transport();
+    negotiate(&transport);
+    set_up_queue(&transport, 0, 256, 0xffff_0000);
+    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK | NEEDS_RESET);
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
+    assert!(probe.lock().unwrap().activations.is_empty());
+    negotiate(&transport);
+}
+
+#[test]
+fn a_device_that_fails_needs_a_reset() {
+    let (transport, probe) = transport();
+    probe.lock().unwrap().refuse = true;
+    negotiate(&transport);
+    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK | NEEDS_RESET);
+    assert_eq!(transport.irq_fd().read().unwrap(), 1);
+}
+
+#[test]
+fn a_device_that_gives_up_needs_a_reset() {
+    let (transport, probe) = transport();
+    negotiate(&transport);
+    set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+    transport.interrupt.needs_reset().unwrap();
+    assert_eq!(get(&transport, VIRTIO_MMIO_STATUS), DRIVER_OK | NEEDS_RESET);
+    negotiate(&transport);
+    assert_eq!(probe.lock().unwrap().resets, 1);
+}
+
+#[test]
+fn interrupts_say_why_until_acknowledged() {
+    let (transport, _) = transport();
+    let generation = get(&transport, VIRTIO_MMIO_CONFIG_GENERATION);
+    transport.interrupt.queue(0).unwrap();
+    transport.interrupt.config().unwrap();
+    assert_ne!(get(&transport, VIRTIO_MMIO_CONFIG_GENERATION), generation);
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+    set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
+    assert_eq!(transport.irq_fd().read().unwrap(), 2);
+}
+
+#[test]
+fn configuration_space_is_the_devices() {
+    let (transport, _) = transport();
+    transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
+    let mut data = [9; 8];
+    transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);
+    assert_eq!(data, [0; 8], "not writable before there is a driver");
+    negotiate(&transport);
+    transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
+    transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);
+    assert_eq!(data, [2, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn an_empty_slot_is_a_transport_without_a_device() {
+    let mut data = [0; 4];
+    read_empty(VIRTIO_MMIO_MAGIC_VALUE.into(), &mut data);
+    assert_eq!(u32::from_le_bytes(data), MAGIC);
+    read_empty(VIRTIO_MMIO_DEVICE_ID.into(), &mut data);
+    assert_eq!(data, [0; 4]);
+}
+
+/// One access of a hostile driver: likely registers and values, and unlikely ones.
+fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
+    let status = prop::sample::select(vec![0u32, 1, ACK_DRIVER, FEATURES_OK, DRIVER_OK, DRIVER_OK, 0x80, 0xff]);
+    let value = prop_oneof![3 => status, 2 => 0u32..0x400, 1 => any::<u32>()];
+    let plain = (0u64..0x48, value.clone()).prop_map(|(word, value)| (word * 4, value.to_le_bytes().to_vec()));
+    let status = value.prop_map(|value| (u64::from(VIRTIO_MMIO_STATUS), value.to_le_bytes().to_vec()));
+    let odd = (0u64..0x1000, prop::collection::vec(any::<u8>(), 0..9));
+    (any::<bool>(), prop_oneof![4 => plain, 4 => status, 1 => odd])
+        .prop_map(|(write, (offset, data))| (write, offset, data))
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_written_the_protocol_holds(start in 0..3u8, accesses in prop::collection::vec(access(), 0..200)) {
+        let (transport, probe) = transport();
+        if start > 0 {
+            negotiate(&transport);
+            set_up_queue(&transport, 0, 128, 0x1_0000);
+        }
+        if start > 1 {
+            set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
+        }
+        let mut status = get(&transport, VIRTIO_MMIO_STATUS);
+        let snapshot = |transport: &Transport| {
+            let registers = transport.registers();
+            registers.queues.iter().map(Queue::state).collect::<Vec<_>>()
+        };
+        let mut queues = snapshot(&transport);
+        for (write, offset, mut data) in accesses {
+            if write {
+                transport.write(offset, &data);
+            } else {
+                transport.read(offset, &mut data);
+            }
+            let now = get(&transport, VIRTIO_MMIO_STATUS);
+            // Bits are only added, but for a reset; the device is active exactly in DRIVER_OK.
+            prop_assert!(now == 0 || now & status == status);
+            let ok = now & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now & NEEDS_RESET == 0;
+            prop_assert_eq!(probe.lock().unwrap().active, ok);
+            let state = snapshot(&transport);
+            if status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now != 0 {
+                prop_assert_eq!(&state, &queues);
+            }
+            (status, queues) = (now, state);
+        }
+    }
+}

@@ -45,10 +45,7 @@ impl Slots {
     /// # Errors
     /// [`PlugError`].
     pub fn plug(&self, device: SharedDevice) -> Result<u32, PlugError> {
-        let (number, slot) = (0u32..)
-            .zip(&self.slots)
-            .find(|(_, slot)| slot.get().is_none())
-            .ok_or(PlugError::Full)?;
+        let (number, slot) = (0u32..).zip(&self.slots).find(|(_, slot)| slot.get().is_none()).ok_or(PlugError::Full)?;
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
         let transport = Transport::new(device, self.memory.clone(), irq)?;
         self.vm.register_irqfd(transport.irq_fd(), gsi(number)).map_err(PlugError::Kvm)?;
@@ -58,6 +55,11 @@ impl Slots {
         }
         slot.set(transport).map_err(|_| PlugError::Full)?;
         Ok(number)
+    }
+
+    /// Every device plugged in.
+    pub fn devices(&self) -> impl Iterator<Item = &SharedDevice> {
+        self.slots.iter().filter_map(|slot| slot.get().map(Transport::device))
     }
 
     /// The guest reads from the slots' address range; addresses of no slot read as all ones.
@@ -78,8 +80,7 @@ impl Slots {
 
     /// What the kernel command line says of each slot, in order: the guest counts them as `virtio-mmio.0` and up.
     pub fn cmdline(&self) -> impl Iterator<Item = String> {
-        (0..self.slots.len() as u32)
-            .map(|slot| format!("virtio_mmio.device=4K@{:#x}:{}", address(slot), gsi(slot)))
+        (0..self.slots.len() as u32).map(|slot| format!("virtio_mmio.device=4K@{:#x}:{}", address(slot), gsi(slot)))
     }
 
     fn find(&self, address: u64) -> Option<(Option<&Transport>, u64)> {

@@ -102,7 +102,7 @@ fn what_is_refused() {
         assert_eq!(status.unwrap().1.len(), 1, "{sector} {length}");
     }
     assert_eq!(call(&mut bench, &[&header(IN, 0)[..10]], &[1]), [1]);
-    assert_eq!(call(&mut bench, &[&header(IN, 0)], &[]), []);
+    assert_eq!(call(&mut bench, &[&header(IN, 0)], &[]), [0u8; 0]);
     let mut sector = [0; 1];
     file.read_exact_at(&mut sector, 0).unwrap();
     assert_eq!(sector, [1]);
