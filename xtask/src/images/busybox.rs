@@ -45,8 +45,8 @@ impl Inputs {
     /// Reads the machine's busybox.
     pub fn find() -> Result<Self> {
         let path = Path::new("/bin/busybox");
-        let binary = fs::read(path)
-            .with_context(|| format!("cannot read {} (package busybox-static)", path.display()))?;
+        let binary =
+            fs::read(path).with_context(|| format!("cannot read {} (package busybox-static)", path.display()))?;
         let output = Command::new(path).arg("--list-full").output().context("cannot run busybox")?;
         let list = String::from_utf8(output.stdout).context("busybox's list of applets is not text")?;
         let applets: Vec<String> = list.lines().map(str::to_owned).collect();
@@ -81,8 +81,22 @@ impl Inputs {
     fn base(&self, path: &Path) -> Result<()> {
         let mut layer = Layer::new(BufWriter::new(File::create(path)?));
         let dirs = [
-            "bin", "dev", "etc", "home", "opt", "opt/tools", "proc", "run", "sbin", "sys", "usr", "usr/bin", "usr/sbin",
-            "var", "var/log", "srv",
+            "bin",
+            "dev",
+            "etc",
+            "home",
+            "opt",
+            "opt/tools",
+            "proc",
+            "run",
+            "sbin",
+            "sys",
+            "usr",
+            "usr/bin",
+            "usr/sbin",
+            "var",
+            "var/log",
+            "srv",
         ];
         for dir in dirs {
             layer.dir(dir, Owner::root(0o755))?;

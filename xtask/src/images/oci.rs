@@ -63,8 +63,7 @@ pub fn write(out: &Path, reference: &str, config: &Config, layers: &[&Path]) -> 
     entry["platform"] = json!({ "architecture": "amd64", "os": "linux" });
     let tag = reference.rsplit_once(':').map_or("latest", |(_, tag)| tag);
     // containerd takes the whole name from its own annotation, others the tag from the specification's.
-    entry["annotations"] =
-        json!({ "io.containerd.image.name": reference, "org.opencontainers.image.ref.name": tag });
+    entry["annotations"] = json!({ "io.containerd.image.name": reference, "org.opencontainers.image.ref.name": tag });
     let index = json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.index.v1+json",
