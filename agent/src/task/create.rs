@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::CreateTaskRequest;
@@ -62,6 +62,7 @@ impl Tasks {
                 oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
                 shares_pids: shares_pids(&spec),
                 oom,
+                oom_task: Mutex::default(),
                 paused: false.into(),
                 execs: Mutex::default(),
                 cgroup,
@@ -126,7 +127,8 @@ impl Tasks {
         container.init.attach(relays.start(), master);
         container.init.advance(Phase::Created(pid));
         self.follow(container, &container.init, pid);
-        tokio::spawn(container.oom.clone().run());
+        let watching = tokio::spawn(container.oom.clone().run()).abort_handle();
+        *container.oom_task.lock().unwrap_or_else(PoisonError::into_inner) = Some(watching);
         Ok(pid)
     }
 

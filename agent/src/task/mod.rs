@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use husk_proto::agent::Exit;
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
+use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
 use crate::events::Hub;
@@ -47,6 +48,7 @@ pub struct Container {
     oom_score_adj: Option<i32>,
     shares_pids: bool,
     oom: Arc<OomWatch>,
+    oom_task: Mutex<Option<AbortHandle>>,
     paused: AtomicBool,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }

@@ -44,6 +44,10 @@ impl Tasks {
 
     /// Ends and removes whatever there is of a container.
     pub(super) async fn clean(&self, container: &Arc<Container>) {
+        if let Some(watching) = container.oom_task.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // The kernel does not tell a watch that a control group's file is gone.
+            watching.abort();
+        }
         if let Err(error) = remove_group(container).await {
             tracing::warn!("control group of {}: {error}", container.id);
         }

@@ -98,9 +98,6 @@ fn namespaces(asked: &[LinuxNamespace], sandbox: &Sandbox) -> Result<Vec<LinuxNa
 pub fn adapt_process(process: &mut Process) {
     // libcontainer leaves a set that is absent as it is, runc empties it.
     let mut capabilities = process.capabilities().clone().unwrap_or_else(no_capabilities);
-    for set in [LinuxCapabilities::bounding, LinuxCapabilities::effective, LinuxCapabilities::permitted] {
-        let _ = set;
-    }
     let empty = || Some(Default::default());
     if capabilities.bounding().is_none() {
         capabilities.set_bounding(empty());
