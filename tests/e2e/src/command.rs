@@ -203,14 +203,22 @@ impl Running {
     /// Waits until standard output has a line with `text` that was not waited for before, and returns that line.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> String {
-        let deadline = Instant::now() + TIMEOUT;
+        if let Some(line) = self.try_wait_for(text, TIMEOUT) {
+            return line;
+        }
+        let output = self.give_up();
+        panic!("{text:?} was not printed\n{}", output.describe());
+    }
+
+    /// Like [`Running::wait_for`], for no longer than told; without such a line the program goes on.
+    pub fn try_wait_for(&mut self, text: &str, limit: Duration) -> Option<String> {
+        let deadline = Instant::now() + limit;
         loop {
             if let Some(line) = self.next_line_with(text) {
-                return line;
+                return Some(line);
             }
             if !self.receive(deadline) {
-                let output = self.give_up();
-                panic!("{text:?} was not printed\n{}", output.describe());
+                return None;
             }
         }
     }
