@@ -19,7 +19,8 @@ pub fn kernel() -> Result<PathBuf> {
     let made = paths::vmlinux();
     let fragment = paths::root().join("guest/kernel/husk.config");
     let (tarball, version) = source::find()?;
-    let key = Key::new("kernel", RECIPE).text(&version).file(&fragment)?.finish();
+    let wanted = fs::read_to_string(&fragment).with_context(|| format!("cannot read {}", fragment.display()))?;
+    let key = Key::new("kernel", RECIPE).text(&version).text(&settings(&wanted)).finish();
     if cache::fresh("kernel", &key, &[&made]) {
         ui::say("kernel", format!("up to date ({PACKAGE} {version})"));
         return Ok(made);
@@ -94,6 +95,12 @@ fn configure(source: &Path, fragment: &Path) -> Result<()> {
     }
     ui::say("kernel", format!("configured{}", if before.as_deref() == Some(&after) { ", as before" } else { "" }));
     Ok(())
+}
+
+/// The lines of a configuration that set something or turn it off: a new comment is no reason to compile.
+fn settings(config: &str) -> String {
+    let set = |line: &&str| line.starts_with("CONFIG_") || (line.starts_with("# CONFIG_") && line.ends_with(" is not set"));
+    config.lines().filter(set).flat_map(|line| [line, "\n"]).collect()
 }
 
 /// The symbols of a configuration that are set, with their values.
