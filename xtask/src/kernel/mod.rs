@@ -99,7 +99,8 @@ fn configure(source: &Path, fragment: &Path) -> Result<()> {
 
 /// The lines of a configuration that set something or turn it off: a new comment is no reason to compile.
 fn settings(config: &str) -> String {
-    let set = |line: &&str| line.starts_with("CONFIG_") || (line.starts_with("# CONFIG_") && line.ends_with(" is not set"));
+    let set =
+        |line: &&str| line.starts_with("CONFIG_") || (line.starts_with("# CONFIG_") && line.ends_with(" is not set"));
     config.lines().filter(set).flat_map(|line| [line, "\n"]).collect()
 }
 
