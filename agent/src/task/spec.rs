@@ -34,10 +34,8 @@ pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) 
     linux.set_cgroups_path(Some(cgroup.name().to_owned()));
     // The guest kernel has no such security module, and no such hardware.
     linux.set_mount_label(None).set_intel_rdt(None);
-    if let Some(seccomp) = linux.seccomp() {
-        if seccomp.listener_path().is_some() {
-            return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
-        }
+    if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
+        return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
     }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox)?;
     linux.set_namespaces(Some(namespaces));
