@@ -33,7 +33,11 @@ impl Shim {
         self.containers.reserve(&request.id)?;
         let created = self.create_reserved(&request).await;
         if let Err(error) = &created {
-            tracing::error!(container = request.id, %error, "create failed");
+            let text = match error {
+                ttrpc::Error::RpcStatus(status) => status.message.clone(),
+                other => other.to_string(),
+            };
+            tracing::error!(container = request.id, error = text, "create failed");
             self.tear_down_bundle(&request.id).await;
             self.containers.remove(&request.id);
         }
