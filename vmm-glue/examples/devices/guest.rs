@@ -1,0 +1,227 @@
+//! The guest's side.
+
+use std::ffi::CString;
+use std::fs;
+use std::io::Result;
+use std::io::Seek;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+
+use super::*;
+
+pub fn main() -> super::Result<()> {
+    mount("proc", "/proc", "proc")?;
+    mount("dev", "/dev", "devtmpfs")?;
+    mount("sys", "/sys", "sysfs")?;
+    mount("husk", "/share", "virtiofs")?;
+    data();
+    // SAFETY: plain system calls on a descriptor of ours; the address is a valid sockaddr_vm.
+    let listener = unsafe {
+        let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0);
+        let mut address: libc::sockaddr_vm = std::mem::zeroed();
+        address.svm_family = libc::AF_VSOCK as u16;
+        address.svm_port = PORT;
+        address.svm_cid = libc::VMADDR_CID_ANY;
+        libc::bind(fd, (&raw const address).cast(), size_of_val(&address) as u32);
+        libc::listen(fd, 128);
+        OwnedFd::from_raw_fd(fd)
+    };
+    loop {
+        // SAFETY: accepts on our listener; the descriptor it returns is ours.
+        let fd = unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
+        if fd < 0 {
+            println!("accept: {}", std::io::Error::last_os_error());
+            continue;
+        }
+        // SAFETY: as above.
+        let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        std::thread::spawn(move || {
+            if let Err(error) = serve(stream) {
+                println!("guest: {error}");
+            }
+        });
+    }
+}
+
+fn mount(source: &str, target: &str, kind: &str) -> Result<()> {
+    fs::create_dir_all(target)?;
+    let [source, path, kind] = [source, target, kind].map(|text| CString::new(text).unwrap_or_default());
+    // SAFETY: all strings end with NUL; there are no options.
+    match unsafe { libc::mount(source.as_ptr(), path.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Made once: it takes long in a node that is emulated.
+fn data() -> &'static [u8] {
+    static DATA: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+    DATA.get_or_init(|| pattern(64 * MIB))
+}
+
+fn serve(mut stream: UnixStream) -> Result<()> {
+    let mut command = [0];
+    if stream.read(&mut command)? == 0 {
+        return Ok(());
+    }
+    match &command {
+        b"e" => {
+            let mut buffer = vec![0; 100_000];
+            loop {
+                match stream.read(&mut buffer)? {
+                    0 => return Ok(()),
+                    count => stream.write_all(&buffer[..count])?,
+                }
+            }
+        }
+        b"s" => {
+            let mut got = Vec::with_capacity(64 * MIB);
+            stream.read_to_end(&mut got)?;
+            stream.write_all(if got == data() { b"same" } else { b"different" })
+        }
+        b"g" => match stream.write_all(data()) {
+            // The reader may go early.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => Ok(()),
+            other => other,
+        },
+        _ => {
+            let mut name = String::new();
+            stream.read_to_string(&mut name)?;
+            let answer = match test(&name) {
+                Ok(true) => "ok".to_owned(),
+                Ok(false) => "wrong".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            stream.write_all(answer.as_bytes())
+        }
+    }
+}
+
+fn test(name: &str) -> Result<bool> {
+    let five = &data()[..5 * MIB];
+    match name {
+        "files" => {
+            let right = fs::read("/share/hello")? == five && fs::read("/share/hello")? == five;
+            fs::write("/share/written", &five[..MIB])?;
+            File::open("/share/written")?.sync_all()?;
+            fs::create_dir("/share/directory")?;
+            fs::rename("/share/written", "/share/directory/written")?;
+            std::os::unix::fs::symlink("directory/written", "/share/link")?;
+            let linked = fs::read("/share/link")? == five[..MIB];
+            fs::rename("/share/directory/written", "/share/written")?;
+            fs::remove_dir("/share/directory")?;
+            Ok(right && linked)
+        }
+        "volume" => Ok(fs::read_to_string("/share/late")? == "made after the mount"),
+        "many" => {
+            let mut count = 0;
+            for entry in fs::read_dir("/share/many")? {
+                let entry = entry?;
+                count += 1;
+                if fs::read_to_string(entry.path())? != entry.file_name().to_string_lossy() {
+                    return Ok(false);
+                }
+            }
+            Ok(count == 1000)
+        }
+        "permissions" => {
+            fs::write("/share/mine", "x")?;
+            std::os::unix::fs::chown("/share/mine", Some(1000), Some(1001))?;
+            fs::set_permissions("/share/mine", fs::Permissions::from_mode(0o4755))?;
+            let meta = fs::metadata("/share/mine")?;
+            let before = (meta.uid(), meta.gid(), meta.mode()) == (1000, 1001, 0o104_755);
+            let name = CString::new("user.husk")?;
+            let path = CString::new("/share/mine")?;
+            // SAFETY: all strings end with NUL, the value is as long as said.
+            let set = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), b"value".as_ptr().cast(), 5, 0) };
+            println!("xattr: {set}");
+            // As another user: the server must act as that user, not as root.
+            fs::create_dir("/share/open")?;
+            fs::set_permissions("/share/open", fs::Permissions::from_mode(0o1777))?;
+            // SAFETY: system calls on this thread only, so that it alone becomes that user.
+            unsafe {
+                libc::syscall(libc::SYS_setresgid, 2000, 2000, 2000);
+                libc::syscall(libc::SYS_setresuid, 2000, 2000, 2000);
+            }
+            fs::write("/share/open/theirs", "y")?;
+            let meta = fs::metadata("/share/open/theirs")?;
+            let refused = fs::write("/share/mine", "z").is_err();
+            Ok(before && refused && (meta.uid(), meta.gid()) == (2000, 2000))
+        }
+        // Of names that are not there nothing is kept: each is one request.
+        "lookups" => Ok((0..500).all(|number| fs::metadata(format!("/share/none{number}")).is_err())),
+        "disk" => {
+            let serial = fs::read_to_string("/sys/block/vda/serial")?;
+            let mtu = fs::read_to_string("/sys/class/net/eth0/mtu")?;
+            let mut disk = File::options().read(true).write(true).open("/dev/vda")?;
+            disk.write_all(&data()[..8 * MIB])?;
+            disk.sync_all()?;
+            drop(disk);
+            // Read again past the page cache.
+            let mut direct = File::options().read(true).custom_flags(libc::O_DIRECT).open("/dev/vda")?;
+            let layout = std::alloc::Layout::from_size_align(MIB, 4096).map_err(std::io::Error::other)?;
+            // SAFETY: the layout is not empty; the memory is zeroed, and kept until the process ends.
+            let buffer = unsafe { std::slice::from_raw_parts_mut(std::alloc::alloc_zeroed(layout), MIB) };
+            for part in data()[..8 * MIB].chunks(MIB) {
+                direct.read_exact(buffer)?;
+                if buffer != part {
+                    return Ok(false);
+                }
+            }
+            let (start, length) = (MIB as u64, MIB as u64);
+            // SAFETY: BLKDISCARD takes two numbers.
+            let discarded = unsafe { libc::ioctl(direct.as_raw_fd(), 0x1277, &[start, length]) };
+            let writable = File::options().write(true).open("/dev/vda")?;
+            // SAFETY: as above.
+            let discarded_there = unsafe { libc::ioctl(writable.as_raw_fd(), 0x1277, &[start, length]) };
+            direct.seek(std::io::SeekFrom::Start(start))?;
+            direct.read_exact(buffer)?;
+            let zero = buffer.iter().all(|&byte| byte == 0);
+            println!("disk {serial:?}, mtu {mtu:?}, discard {discarded} {discarded_there}");
+            Ok(serial == "disk-0" && mtu == "1400\n" && discarded_there == 0 && zero)
+        }
+        "tcp" => {
+            interface::up("eth0", interface::GUEST)?;
+            let mut stream = std::net::TcpStream::connect((interface::HOST, interface::PORT))?;
+            stream.write_all(&data()[..16 * MIB])?;
+            let mut got = vec![0; 16 * MIB];
+            stream.read_exact(&mut got)?;
+            Ok(got == data()[..16 * MIB])
+        }
+        "balloon" => {
+            let total = || {
+                fs::read_to_string("/proc/meminfo").map(|text| {
+                    text.lines()
+                        .next()
+                        .and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+                        .unwrap_or(0)
+                })
+            };
+            // The driver takes inflated pages off MemTotal.
+            let first = total()?;
+            for _ in 0..100 {
+                std::thread::sleep(std::time::Duration::from_millis(100));
+                if total()? < 400 * 1024 + 40 * 1024 {
+                    return Ok(true);
+                }
+            }
+            println!("MemTotal {first} {}", total()?);
+            Ok(false)
+        }
+        "locks" => {
+            let file = File::create("/share/lock")?;
+            file.lock()?;
+            Ok(File::open("/share/lock")?.try_lock().is_err())
+        }
+        "rng" => {
+            let Ok(mut rng) = File::open("/dev/hwrng") else {
+                println!("no /dev/hwrng in this kernel");
+                return Ok(true);
+            };
+            let mut bytes = [0; 64];
+            rng.read_exact(&mut bytes)?;
+            Ok(bytes != [0; 64])
+        }
+        _ => Ok(false),
+    }
+}
