@@ -113,6 +113,7 @@ async fn all(rootfs: String) -> Outcome {
         eight_execs,
         seccomp_exec,
         stdout_reopened,
+        shared_pids,
         no_process_left
     );
     println!("guest_test: {failed} failed");
@@ -571,6 +572,23 @@ impl Driver {
     async fn stdout_reopened(&self) -> Outcome {
         let ran = self.sh("echo one > /dev/stdout; echo two > /proc/self/fd/1; ls -l /dev/stdout").await?;
         ensure(ran.out.starts_with("one\ntwo\n"), ran.out)
+    }
+
+    async fn shared_pids(&self) -> Outcome {
+        let shared = |args: &[&str]| {
+            let mut spec = spec(args);
+            spec["linux"]["namespaces"][0]["path"] = json!("/run/husk/ns/pid");
+            spec
+        };
+        let id = self.name();
+        self.create(&id, &shared(&["sh", "-c", "sleep 4242 & wait"]), ("", "", ""), false).await?;
+        self.start(&id, "").await?;
+        let other = self.run(&shared(&["sh", "-c", "until ps | grep -q 'sleep 424[2]'; do :; done; ps"])).await?;
+        self.kill_it(&id, 9, false).await?;
+        self.wait(&id, "").await?;
+        self.delete(&id, "").await?;
+        let left = self.run(&shared(&["sh", "-c", "ps | grep -c 'sleep 424[2]'"])).await?;
+        ensure(other.out.contains("pod-init") && left.out == "0\n", format!("{} {}", other.out, left.out))
     }
 
     async fn no_process_left(&self) -> Outcome {

@@ -18,6 +18,8 @@ use std::process::ExitCode;
 
 use protocol::{Request, Response};
 
+/// Name under which the agent runs itself as a helper.
+pub const ARGV0: &str = "husk-helper";
 /// First argument of the helper that creates a container.
 pub const CREATE: &str = "create";
 /// First argument of the helper that starts a further process in a container.

@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -115,6 +116,7 @@ pub fn make_shared_pid(pin: &Path) -> io::Result<()> {
     let own = File::open("/proc/self/ns/pid")?;
     unshare(CloneFlags::CLONE_NEWPID)?;
     let child = Command::new("/proc/self/exe")
+        .arg0(crate::helper::ARGV0)
         .arg(crate::helper::REAPER)
         .env_clear()
         .stdin(Stdio::null())

@@ -1,6 +1,7 @@
 //! Runs the helper and collects what it leaves: a process id, and the terminal if there is one.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -39,6 +40,7 @@ impl Tasks {
         job.request.write(job.request_file).map_err(|error| format!("request: {error}"))?;
         let stdio = |fd: OwnedFd| Stdio::from(fd);
         let child = Command::new("/proc/self/exe")
+            .arg0(crate::helper::ARGV0)
             .arg(job.role)
             .arg(job.request_file)
             .arg(job.response_file)
