@@ -120,12 +120,8 @@ async fn run_one(hook: &Hook, state: &[u8]) -> std::io::Result<(std::process::Ex
         command.arg0(name).args(args);
     }
     command.env_clear().envs(hook.env.iter().filter_map(|pair| pair.split_once('=')));
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn()?;
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async {
         if let Some(mut stdin) = stdin {

@@ -129,7 +129,9 @@ pub enum SpecError {
     #[error("annotation {SANDBOX_ID} names no sandbox: {0:?}")]
     SandboxId(String),
     /// The host's network.
-    #[error("host network is not supported: a Husk container has a kernel of its own (the specification names no network namespace)")]
+    #[error(
+        "host network is not supported: a Husk container has a kernel of its own (the specification names no network namespace)"
+    )]
     HostNetwork,
 }
 

@@ -131,7 +131,10 @@ mod tests {
     fn containerd_1_7_gets_the_plain_address() {
         let env = Env { ttrpc_address: "/ttrpc".into(), max_shim_version: "2".into(), ..Default::default() };
         let params = Params::new(&[], &args(), &env);
-        assert_eq!((params.form, params.ttrpc_address.as_str(), params.address.as_str()), (Form::Plain, "/ttrpc", "/grpc"));
+        assert_eq!(
+            (params.form, params.ttrpc_address.as_str(), params.address.as_str()),
+            (Form::Plain, "/ttrpc", "/grpc")
+        );
         assert_eq!(reply("unix:///x", params.form), b"unix:///x");
     }
 

@@ -90,8 +90,7 @@ impl Args {
                 "v" | "version" => out.version = boolean(&name, value)?,
                 "info" => out.info = boolean(&name, value)?,
                 "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
-                    let value =
-                        value.or_else(|| args.next()).ok_or_else(|| ArgsError::MissingValue(name.clone()))?;
+                    let value = value.or_else(|| args.next()).ok_or_else(|| ArgsError::MissingValue(name.clone()))?;
                     match name.as_str() {
                         "namespace" => out.namespace = value,
                         "id" => out.id = value,

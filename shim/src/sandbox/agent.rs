@@ -92,8 +92,10 @@ pub fn check(event: Event) -> Option<Report> {
     match event.kind? {
         event::Kind::Exit(exit) => {
             let now = SystemTime::now();
-            let said = u64::try_from(exit.exited_at_ns).ok().map(|ns| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
-            let near = |at: &SystemTime| *at <= now && now.duration_since(*at).is_ok_and(|d| d < Duration::from_secs(60));
+            let said =
+                u64::try_from(exit.exited_at_ns).ok().map(|ns| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
+            let near =
+                |at: &SystemTime| *at <= now && now.duration_since(*at).is_ok_and(|d| d < Duration::from_secs(60));
             Some(Report::Exit {
                 container: exit.container_id,
                 exec: exit.exec_id,

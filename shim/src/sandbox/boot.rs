@@ -95,19 +95,13 @@ impl Plan {
     ///
     /// # Errors
     /// [`BootError::Open`] naming the file that is missing.
-    pub fn open(
-        id: &str,
-        hostname: &str,
-        config: Config,
-        sizing: Sizing,
-        share: PathBuf,
-    ) -> Result<Self, BootError> {
+    pub fn open(id: &str, hostname: &str, config: Config, sizing: Sizing, share: PathBuf) -> Result<Self, BootError> {
         let open = |what, path: &std::path::Path, write| {
-            File::options()
-                .read(true)
-                .write(write)
-                .open(path)
-                .map_err(|source| BootError::Open { what, path: path.to_owned(), source })
+            File::options().read(true).write(write).open(path).map_err(|source| BootError::Open {
+                what,
+                path: path.to_owned(),
+                source,
+            })
         };
         Ok(Self {
             id: id.to_owned(),
@@ -237,10 +231,7 @@ fn words(tail: &Tail) -> String {
 }
 
 /// Notes the VMM's marks as they come.
-fn watch_notices(
-    mut notices: mpsc::UnboundedReceiver<Notice>,
-    timeline: Arc<Timeline>,
-) -> watch::Receiver<Progress> {
+fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
     let (update, progress) = watch::channel(Progress::default());
     let task = async move {
         while let Some(notice) = notices.recv().await {
@@ -297,7 +288,10 @@ pub fn follow(pipe: OwnedFd, from: &'static str, tail: Tail) {
 fn follow_agent_log(vmm: Vmm) {
     let task = async move {
         let stream = vmm.connect(ports::LOG).await.map_err(|e| crate::chain(&e)).and_then(|stream| {
-            stream.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(stream)).map_err(|e| e.to_string())
+            stream
+                .set_nonblocking(true)
+                .and_then(|()| tokio::net::UnixStream::from_std(stream))
+                .map_err(|e| e.to_string())
         });
         match stream {
             Ok(stream) => console::follow(stream, |line| tracing::debug!(from = "agent", "{line}")).await,

@@ -130,25 +130,30 @@ impl Cgroup {
         if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
             let _ = std::fs::write(Path::new(MOUNT).join("cgroup.procs"), "0");
         }
-        remove(&self.path);
-        if let Some(parent) = self.path.parent()
-            && parent == Path::new(MOUNT).join(&self.namespace)
-        {
-            let _ = std::fs::remove_dir(parent);
-        }
+        remove(&self.path, &self.namespace);
     }
 }
 
-/// Removes a cgroup below the mount point and those below it. A process that was just killed leaves it a moment after
-/// it was reaped, so a busy one is tried again, for a second at most.
-pub fn remove(path: &Path) {
+/// Removes a sandbox' cgroup with what is below it, and containerd's own for the namespace when it was the last in it.
+pub fn remove(path: &Path, namespace: &str) {
     if !path.starts_with(MOUNT) || path == Path::new(MOUNT) || path.components().any(|c| c == Component::ParentDir) {
         return;
     }
+    remove_tree(path);
+    if let Some(parent) = path.parent()
+        && parent == Path::new(MOUNT).join(namespace)
+    {
+        let _ = std::fs::remove_dir(parent);
+    }
+}
+
+/// Removes a cgroup and those below it. A process that was just killed leaves it a moment after it was reaped, which
+/// nothing tells of; a busy one is tried again, for a second at most.
+fn remove_tree(path: &Path) {
     if let Ok(entries) = std::fs::read_dir(path) {
         for entry in entries.flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                remove(&entry.path());
+                remove_tree(&entry.path());
             }
         }
     }

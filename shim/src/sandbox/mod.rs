@@ -207,12 +207,7 @@ impl Sandbox {
 }
 
 /// Follows the agent's events until the virtual machine ends.
-async fn live(
-    agent: Agent,
-    vmm: &Vmm,
-    update: &watch::Sender<Boot>,
-    reports: &mpsc::UnboundedSender<Report>,
-) {
+async fn live(agent: Agent, vmm: &Vmm, update: &watch::Sender<Boot>, reports: &mpsc::UnboundedSender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {

@@ -117,7 +117,8 @@ impl StateDir {
             }
         }
         if let Some(path) = self.read("cgroup") {
-            cgroup::remove(Path::new(path.trim()));
+            let namespace = self.path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
+            cgroup::remove(Path::new(path.trim()), namespace.unwrap_or_default());
         }
         self.remove();
     }

@@ -101,9 +101,8 @@ impl Vmm {
         let watch = || -> std::io::Result<_> {
             nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
             // SAFETY: an OwnedFd stays the same open descriptor until it is dropped, which deregisters it first.
-            let watched = unsafe {
-                (AsyncFd::register(control)?, AsyncFd::register_with_interest(pidfd, Interest::READABLE)?)
-            };
+            let watched =
+                unsafe { (AsyncFd::register(control)?, AsyncFd::register_with_interest(pidfd, Interest::READABLE)?) };
             Ok(watched)
         };
         let (control, pidfd) = match watch() {

@@ -128,7 +128,8 @@ impl Shim {
     /// Unmounts what was mounted for a container.
     pub(super) async fn tear_down_bundle(&self, id: &str) {
         let (id, share) = (id.to_owned(), self.sandbox.share());
-        let done = tokio::task::spawn_blocking(move || bundle::teardown(&share, &id).map_err(|e| crate::chain(&e))).await;
+        let done =
+            tokio::task::spawn_blocking(move || bundle::teardown(&share, &id).map_err(|e| crate::chain(&e))).await;
         match done {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(error, "container's mounts not removed"),

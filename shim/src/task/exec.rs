@@ -107,8 +107,7 @@ impl Shim {
             ..Default::default()
         };
         agent.task.exec(within(timeouts::SLOW), &request).await.map_err(|error| self.agent_error("exec", error))?;
-        let start =
-            StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
+        let start = StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
         if let Err(error) = agent.task.start(within(timeouts::SLOW), &start).await {
             let forget =
                 DeleteRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };

@@ -93,7 +93,11 @@ impl Shim {
                         continue;
                     };
                     let Ok(process) = container.process(&exec) else {
-                        tracing::warn!(container = container.id, exec, "the agent reported the exit of an unknown exec");
+                        tracing::warn!(
+                            container = container.id,
+                            exec,
+                            "the agent reported the exit of an unknown exec"
+                        );
                         continue;
                     };
                     if oom {

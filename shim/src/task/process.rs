@@ -215,8 +215,7 @@ mod tests {
     use super::*;
 
     fn process() -> Process {
-        let paths =
-            Paths { stdin: String::new(), stdout: String::new(), stderr: String::new(), terminal: false };
+        let paths = Paths { stdin: String::new(), stdout: String::new(), stderr: String::new(), terminal: false };
         Process::new("c", "", paths)
     }
 
