@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod ports;
+pub mod slots;
 pub mod stream;
 
 pub use containerd_shim_protos as containerd;

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot_params::{self, BootData, SEED_LEN};
 use crate::arch::cpuid::{self, Machine};
-use crate::arch::{layout, mptable, regs};
+use crate::arch::{device_tree, layout, regs};
 use crate::bus::Bus;
 use crate::child::Reporter;
 use crate::config::check::Checked;
@@ -33,6 +33,7 @@ use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Slots};
 use crate::virtio::vsock::Vsock;
 use crate::vm::Vm;
+use crate::vmgenid::{self, VmGenId};
 
 /// Always on the guest's command line:
 /// - `console`, `quiet`: each character on the serial port is an exit, so errors only;
@@ -82,6 +83,9 @@ pub enum BootError {
     /// Too many parameters.
     #[error("the kernel command line is {0} bytes long, allowed are 2047")]
     Cmdline(usize),
+    /// The device tree is malformed.
+    #[error("cannot write the device tree")]
+    DeviceTree(#[source] vm_fdt::Error),
     /// A KVM structure could not be made.
     #[error("too many entries for KVM")]
     Fam(#[source] vmm_sys_util::fam::Error),
@@ -130,7 +134,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let memory = memory::map(memory_size)?;
     let sizes = kernel.metadata().map_err(|error| BootError::Host("the kernel's length", error))?.len() + initrd_len;
     let ram_end = memory_size.min(layout::HOLE_START);
-    memory::prefer_huge(&memory, layout::HIGH_RAM, (KERNEL_START + sizes).min(ram_end))?;
+    memory::prefer_huge(&memory, KERNEL_START, (KERNEL_START + sizes).min(ram_end))?;
     memory::give_to(&vm, &memory)?;
     timing.step("memory");
     let loaded =
@@ -183,20 +187,25 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     timing.step("console");
 
     // What the kernel reads at its start.
-    let mut cmdline = CMDLINE.to_owned();
-    for word in slots.cmdline().chain([config.kernel_params.clone()]).filter(|word| !word.is_empty()) {
-        cmdline.push(' ');
-        cmdline.push_str(&word);
-    }
+    let cmdline = format!("{CMDLINE} {}", config.kernel_params);
     if cmdline.len() >= layout::CMDLINE_MAX {
         return Err(BootError::Cmdline(cmdline.len()));
     }
     let mut seed = [0; SEED_LEN];
-    fill_random(&mut seed)?;
-    let data = BootData { memory: memory_size, cmdline: &cmdline, initrd: initrd_start, initrd_len, seed };
+    vmgenid::fill_random(&mut seed).map_err(|error| BootError::Host("entropy", error))?;
+    let device_tree = device_tree::build(config.vcpus, slots.count()).map_err(BootError::DeviceTree)?;
+    let data = BootData {
+        memory: memory_size,
+        cmdline: cmdline.trim_end(),
+        initrd: initrd_start,
+        initrd_len,
+        device_tree: &device_tree,
+        seed,
+    };
     boot_params::write(&memory, &data).map_err(BootError::Write)?;
-    memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE)).map_err(BootError::Write)?;
     regs::write_tables(&memory).map_err(BootError::Write)?;
+    let vmgenid = VmGenId::new(&vm).map_err(|error| BootError::Host("the generation id", error))?;
+    vmgenid.renew(&memory).map_err(|error| BootError::Host("the generation id", error))?;
     timing.step("boot data");
 
     // vCPUs: the first at the kernel's entry, the others waiting for its signal.
@@ -218,7 +227,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let event_loop = EventLoop::start(devices, reporter.clone())?;
     let vcpus = Vcpus::start(vcpus, &bus, reporter)?;
     timing.step("threads");
-    Ok(Vm::new(vcpus, event_loop, slots, vsock, balloon, memory))
+    Ok(Vm::new(vcpus, event_loop, slots, vsock, balloon, vmgenid, memory))
 }
 
 /// Where a kernel of ours begins (CONFIG_PHYSICAL_START); only the advice on huge pages depends on it.
@@ -300,14 +309,4 @@ fn create_vcpu(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<V
         vcpu.set_regs(&regs::general(entry)).map_err(failed("KVM_SET_REGS"))?;
     }
     Ok(vcpu)
-}
-
-fn fill_random(buffer: &mut [u8]) -> Result<(), BootError> {
-    // SAFETY: the buffer is ours and as long as said; requests up to 256 bytes are filled whole.
-    let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    if usize::try_from(got) == Ok(buffer.len()) {
-        Ok(())
-    } else {
-        Err(BootError::Host("entropy", io::Error::last_os_error()))
-    }
 }

@@ -69,7 +69,7 @@ pub enum Answer {
     Connected,
     /// Attached in this virtio-mmio slot.
     Attached {
-        /// Slot number, as the guest's platform device `virtio-mmio.N` counts.
+        /// Slot number; `husk_proto::slots::device_name` tells the guest's name of it.
         slot: u32,
     },
 }

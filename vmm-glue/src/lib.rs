@@ -18,8 +18,11 @@ mod timing;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+pub mod vmgenid;
 
-// The agent and the VMM must agree on the boot marks, and neither wants the other's dependencies: the file is the
-// protocol crate's, compiled here as well.
+// The agent and the VMM must agree on boot marks and slots, and neither wants the other's dependencies: these files are
+// the protocol crate's, compiled here as well.
 #[path = "../../proto/src/boot.rs"]
 pub mod boot_mark;
+#[path = "../../proto/src/slots.rs"]
+pub mod slot_map;

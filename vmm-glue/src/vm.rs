@@ -15,6 +15,7 @@ use crate::virtio::mmio::{self, SharedDevice};
 use crate::virtio::net::Net;
 use crate::virtio::slots::{PlugError, Slots};
 use crate::virtio::vsock::{self, Vsock};
+use crate::vmgenid::VmGenId;
 
 /// Why a machine did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,8 @@ pub struct Vm {
     slots: Arc<Slots>,
     vsock: Arc<Mutex<Vsock>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
+    /// To be renewed when a machine is restored from a snapshot.
+    _vmgenid: VmGenId,
     running: bool,
     /// Last, because everything above uses it until the process ends.
     _memory: GuestMemory,
@@ -67,9 +70,10 @@ impl Vm {
         slots: Arc<Slots>,
         vsock: Arc<Mutex<Vsock>>,
         balloon: Option<Arc<Mutex<Balloon>>>,
+        vmgenid: VmGenId,
         memory: GuestMemory,
     ) -> Self {
-        Self { vcpus, event_loop, slots, vsock, balloon, running: false, _memory: memory }
+        Self { vcpus, event_loop, slots, vsock, balloon, _vmgenid: vmgenid, running: false, _memory: memory }
     }
 
     /// Lets device loop and vCPUs run.

@@ -85,7 +85,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
-        let device = format!("virtio-mmio.{}", request.slot);
+        let device = husk_proto::slots::device_name(request.slot);
         let bind = std::fs::OpenOptions::new().write(true).open("/sys/bus/platform/drivers/virtio-mmio/bind");
         match bind.and_then(|mut file| file.write_all(device.as_bytes())) {
             // It is bound already: the guest found it without being told.
@@ -99,8 +99,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {
         // SAFETY: sync takes nothing and cannot fail.
         unsafe { libc::sync() };
-        // The VMM has no power button: a reset is what it sees and ends by. Both are tried.
-        let _ = reboot(RebootMode::RB_POWER_OFF);
+        // The machine has no power button, and a kernel told to power off would halt for ever: a reset is what ends it.
         let _ = reboot(RebootMode::RB_AUTOBOOT);
         Ok(ShutdownResponse::new())
     }

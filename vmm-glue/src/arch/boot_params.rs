@@ -14,6 +14,8 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
+/// `struct setup_data` of this type is a device tree.
+const SETUP_DTB: u32 = 2;
 /// `struct setup_data` of this type seeds the kernel's random number generator.
 const SETUP_RNG_SEED: u32 = 9;
 /// Bytes of entropy passed: what the kernel's generator takes in for full strength.
@@ -37,6 +39,8 @@ pub struct BootData<'a> {
     pub initrd: u64,
     /// Its length.
     pub initrd_len: u64,
+    /// The device tree.
+    pub device_tree: &'a [u8],
     /// Fresh entropy.
     pub seed: [u8; SEED_LEN],
 }
@@ -49,13 +53,9 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     memory.write_slice(data.cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(layout::CMDLINE + data.cmdline.len() as u64))?;
 
-    // The kernel credits this seed and wipes it: its generator is ready before the first process asks.
-    let mut seed = Vec::with_capacity(16 + SEED_LEN);
-    seed.extend_from_slice(&0u64.to_le_bytes()); // no next element
-    seed.extend_from_slice(&SETUP_RNG_SEED.to_le_bytes());
-    seed.extend_from_slice(&(SEED_LEN as u32).to_le_bytes());
-    seed.extend_from_slice(&data.seed);
-    memory.write_slice(&seed, GuestAddress(layout::SETUP_DATA))?;
+    // The kernel credits the seed and wipes it: its generator is ready before the first process asks.
+    write_setup_data(memory, layout::SETUP_DATA, layout::DEVICE_TREE, SETUP_RNG_SEED, &data.seed)?;
+    write_setup_data(memory, layout::DEVICE_TREE, 0, SETUP_DTB, data.device_tree)?;
 
     let mut params = ZeroPage::default().0;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
@@ -76,14 +76,32 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     memory.write_obj(ZeroPage(params), GuestAddress(layout::ZERO_PAGE))
 }
 
+/// Writes one element of the list of `setup_data`, whose next one is at `next`.
+fn write_setup_data(
+    memory: &GuestMemory,
+    address: u64,
+    next: u64,
+    kind: u32,
+    data: &[u8],
+) -> Result<(), vm_memory::GuestMemoryError> {
+    let mut bytes = Vec::with_capacity(16 + data.len());
+    bytes.extend_from_slice(&next.to_le_bytes());
+    bytes.extend_from_slice(&kind.to_le_bytes());
+    bytes.extend_from_slice(&(data.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(data);
+    memory.write_slice(&bytes, GuestAddress(address))
+}
+
 /// The memory map: start, length, type.
 fn e820(memory: u64) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, layout::LOW_RAM_END, E820_RAM),
         (layout::LOW_RAM_END, layout::HIGH_RAM - layout::LOW_RAM_END, E820_RESERVED),
+        (layout::HIGH_RAM, layout::VMGENID - layout::HIGH_RAM, E820_RAM),
+        (layout::VMGENID, layout::KERNEL_RAM - layout::VMGENID, E820_RESERVED),
     ];
     for (start, len) in layout::ram(memory) {
-        let from = start.max(layout::HIGH_RAM);
+        let from = start.max(layout::KERNEL_RAM);
         map.push((from, start + len - from, E820_RAM));
     }
     map
@@ -104,7 +122,7 @@ mod tests {
                 end = start + len;
             }
             let ram: u64 = map.iter().filter(|(_, _, kind)| *kind == E820_RAM).map(|(_, len, _)| len).sum();
-            prop_assert_eq!(ram, (mib << 20) - (layout::HIGH_RAM - layout::LOW_RAM_END));
+            prop_assert_eq!(ram, (mib << 20) - (layout::HIGH_RAM - layout::LOW_RAM_END) - 4096);
         }
     }
 }

@@ -30,8 +30,7 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Ve
     let vcpus = u32::from(machine.vcpus);
     let id = u32::from(id);
     let id_bits = vcpus.next_power_of_two().trailing_zeros();
-    let mut entries: Vec<kvm_cpuid_entry2> =
-        supported.iter().filter(|entry| keep(entry.function)).copied().collect();
+    let mut entries: Vec<kvm_cpuid_entry2> = supported.iter().filter(|entry| keep(entry.function)).copied().collect();
     for entry in &mut entries {
         match entry.function {
             0x1 => {
@@ -95,7 +94,7 @@ fn keep(function: u32) -> bool {
         | 0x8000_001b       // instruction based sampling
         | 0x8000_001f       // memory encryption
         | 0x8000_0022       // performance counters
-        | 0x8000_0026       // topology
+        | 0x8000_0026 // topology
     )
 }
 

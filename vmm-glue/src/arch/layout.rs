@@ -19,18 +19,27 @@ pub const CMDLINE: u64 = 0x20000;
 pub const CMDLINE_MAX: usize = 2048;
 /// End of the RAM below 1 MiB that the kernel may use.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// The MP table: the kernel looks for it from 0xf0000 to 0xfffff (MultiProcessor Specification 1.4, section 4).
-pub const MP_TABLE: u64 = 0xf_0000;
-/// Where RAM for the kernel proper begins.
+/// The device tree, as the second element of the list of `setup_data`.
+pub const DEVICE_TREE: u64 = 0x3_0000;
+/// Room for it.
+pub const DEVICE_TREE_MAX: usize = 0x1_0000;
+/// Where RAM begins again, behind the hole that a PC has below 1 MiB.
 pub const HIGH_RAM: u64 = 0x10_0000;
+/// The generation id, in a page kept from the kernel's use. Some RAM lies between it and what is reserved below 1 MiB:
+/// there Linux lets no driver claim memory, and it would merge the two.
+pub const VMGENID: u64 = HIGH_RAM + 0x1000;
+/// Length of the generation id.
+pub const VMGENID_LEN: u64 = 16;
+/// Where RAM continues behind the generation id's page.
+pub const KERNEL_RAM: u64 = VMGENID + 0x1000;
 /// RAM never lies from here …
 pub const HOLE_START: u64 = 0xc000_0000;
 /// … to here.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 /// First virtio-mmio slot.
-pub const MMIO: u64 = 0xd000_0000;
+pub const MMIO: u64 = crate::slot_map::BASE;
 /// Size of one virtio-mmio slot.
-pub const MMIO_SLOT: u64 = 0x1000;
+pub const MMIO_SLOT: u64 = crate::slot_map::SIZE;
 /// I/O APIC, where KVM puts it.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC, where KVM puts it.
@@ -43,8 +52,20 @@ pub const GSIS: u32 = 24;
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the first virtio-mmio slot; 0 to 4 are timer, keyboard, cascade and serial ports.
 pub const FIRST_SLOT_GSI: u32 = 5;
+/// Interrupt of the generation id.
+pub const VMGENID_GSI: u32 = GSIS - 1;
 /// How many virtio-mmio slots there can be: each has an interrupt to itself.
-pub const MAX_SLOTS: usize = (GSIS - FIRST_SLOT_GSI) as usize;
+pub const MAX_SLOTS: usize = (VMGENID_GSI - FIRST_SLOT_GSI) as usize;
+
+/// Where a virtio-mmio slot's registers are.
+pub fn slot_address(slot: u32) -> u64 {
+    MMIO + u64::from(slot) * MMIO_SLOT
+}
+
+/// A virtio-mmio slot's interrupt.
+pub fn slot_gsi(slot: u32) -> u32 {
+    FIRST_SLOT_GSI + slot
+}
 
 /// RAM of a guest with this much memory: guest-physical start and length.
 pub fn ram(bytes: u64) -> Vec<(u64, u64)> {

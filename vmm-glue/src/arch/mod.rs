@@ -2,6 +2,6 @@
 
 pub mod boot_params;
 pub mod cpuid;
+pub mod device_tree;
 pub mod layout;
-pub mod mptable;
 pub mod regs;

@@ -89,7 +89,7 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     range(printable, "kernel_params", &config.kernel_params, "printable ASCII")?;
     let devices = 2 + usize::from(config.share.is_some()) + usize::from(config.balloon);
     let slots = devices + config.net.len() + config.blk.len() + usize::from(config.spare_slots);
-    range(slots <= layout::MAX_SLOTS, "number of virtio devices and spare slots", slots, "19 at most")?;
+    range(slots <= layout::MAX_SLOTS, "number of virtio devices and spare slots", slots, "18 at most")?;
 
     let mut fds = Fds(fds.into_iter().map(Some).collect());
     let kvm = fds.take("kvm", config.kvm)?;

@@ -48,8 +48,8 @@ impl Slots {
         let (number, slot) = (0u32..).zip(&self.slots).find(|(_, slot)| slot.get().is_none()).ok_or(PlugError::Full)?;
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
         let transport = Transport::new(device, self.memory.clone(), irq)?;
-        self.vm.register_irqfd(transport.irq_fd(), gsi(number)).map_err(PlugError::Kvm)?;
-        let address = IoEventAddress::Mmio(address(number) + mmio::NOTIFY_OFFSET);
+        self.vm.register_irqfd(transport.irq_fd(), layout::slot_gsi(number)).map_err(PlugError::Kvm)?;
+        let address = IoEventAddress::Mmio(layout::slot_address(number) + mmio::NOTIFY_OFFSET);
         for (queue, notify) in (0u32..).zip(transport.notify_fds()) {
             self.vm.register_ioevent(notify, &address, queue).map_err(PlugError::Kvm)?;
         }
@@ -78,9 +78,9 @@ impl Slots {
         }
     }
 
-    /// What the kernel command line says of each slot, in order: the guest counts them as `virtio-mmio.0` and up.
-    pub fn cmdline(&self) -> impl Iterator<Item = String> {
-        (0..self.slots.len() as u32).map(|slot| format!("virtio_mmio.device=4K@{:#x}:{}", address(slot), gsi(slot)))
+    /// How many slots there are, empty ones included.
+    pub fn count(&self) -> u32 {
+        self.slots.len() as u32
     }
 
     fn find(&self, address: u64) -> Option<(Option<&Transport>, u64)> {
@@ -88,12 +88,4 @@ impl Slots {
         let slot = self.slots.get(usize::try_from(offset / layout::MMIO_SLOT).ok()?)?;
         Some((slot.get(), offset % layout::MMIO_SLOT))
     }
-}
-
-fn address(slot: u32) -> u64 {
-    layout::MMIO + u64::from(slot) * layout::MMIO_SLOT
-}
-
-fn gsi(slot: u32) -> u32 {
-    layout::FIRST_SLOT_GSI + slot
 }
