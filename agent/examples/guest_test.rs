@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use husk_proto::agent::{CreateOptions, EventsRequest, SetupRequest, event};
+use husk_proto::agent::{CreateOptions, EventsRequest, Interface, Neighbour, Route, SetupRequest, event};
 use husk_proto::agent_ttrpc::SandboxClient;
 use husk_proto::containerd::api::*;
 use husk_proto::containerd::cgroups_v2::metrics::Metrics;
@@ -75,10 +75,35 @@ async fn all(rootfs: String) -> Outcome {
             }
         }
     });
-    let setup = SetupRequest { hostname: "pod".into(), entropy: vec![7; 32], ..Default::default() };
+    let mut setup = SetupRequest { hostname: "pod".into(), entropy: vec![7; 32], ..Default::default() };
+    // With a network device in the guest (QEMU's user network), the pod gets it.
+    let device = std::fs::read_to_string("/sys/class/net/eth0/address");
+    if let Ok(mac) = &device {
+        let (name, mac) = ("pod0".to_owned(), mac.trim().to_owned());
+        let addresses = vec!["10.0.2.15/24".into(), "fd00::15/64".into()];
+        let route = |destination: &str, gateway: &str| {
+            let (destination, gateway) = (destination.to_owned(), gateway.to_owned());
+            Route { destination, gateway, interface: "pod0".into(), metric: 50, mtu: 1300, ..Default::default() }
+        };
+        let neighbour = Neighbour {
+            address: "10.0.2.99".into(),
+            mac: "02:00:00:00:00:99".into(),
+            interface: "pod0".into(),
+            ..Default::default()
+        };
+        setup.interfaces = vec![Interface { name, mac, mtu: 1400, addresses, ..Default::default() }];
+        setup.routes = vec![route("", "10.0.2.2"), route("10.9.0.0/16", ""), route("fd01::/64", "fd00::1")];
+        setup.neighbours = vec![neighbour];
+        setup.sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "0".into());
+    }
     let answer = timed("setup", sandbox.setup(ctx(), &setup)).await?;
     println!("kernel {} agent {}", answer.kernel_release, answer.agent_version);
     let driver = Driver { task: TaskClient::new(client), rootfs };
+    if device.is_ok() {
+        let script =
+            "ip a; ip r; ip -6 r; ip n; ping -c 1 -W 5 10.0.2.2; cat /proc/sys/net/ipv4/ip_unprivileged_port_start";
+        println!("{}", driver.sh(script).await?.out);
+    }
     let mut failed = 0;
     macro_rules! check {
         ($($name:ident),*) => {$(
