@@ -31,6 +31,8 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
             builder.as_init(request.bundle.clone()).with_systemd(false).with_detach(true).as_sibling(true).build()
         });
     let container = built.map_err(|error| match trail::read_own() {
+        // runc looks the program up before what it calls the init.
+        Some(reason) if reason.starts_with("exec: ") => reason,
         Some(reason) => format!("error during container init: {reason}"),
         None => chain(&error),
     })?;
