@@ -1,5 +1,5 @@
 //! Boots a kernel and an initial RAM file system by hand: `boot VMLINUX INITRD [--memory MIB] [--vcpus N] [--share DIR]
-//! [--connect PORT] [--params TEXT] [--pause]`. The guest's console goes to standard output, marks to standard error.
+//! [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The guest's console goes to standard output, marks to standard error.
 //!
 //! With `--connect` standard input and output are joined to a vsock stream once the guest accepts it.
 
@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use husk_vmm::client::{ARGV0, CONTROL_FD, SpawnOptions, Vmm, spawn};
-use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
+use husk_vmm::config::{BlkConfig, FdIndex, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     }
     let mut arguments = std::env::args().skip(1);
-    let (mut files, mut config, mut port, mut pause) = (Vec::new(), config(), None, false);
+    let (mut files, mut config, mut port, mut disk, mut pause) = (Vec::new(), config(), None, None, false);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or("a value is missing");
         match argument.as_str() {
@@ -28,6 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--params" => config.kernel_params = value()?,
             "--share" => config.share = Some(ShareConfig { tag: "husk".to_owned(), root: value()?, workers: 1 }),
             "--connect" => port = Some(value()?.parse()?),
+            "--attach" => disk = Some(File::options().read(true).write(true).open(value()?)?),
             "--pause" => pause = true,
             _ => files.push(File::open(argument)?),
         }
@@ -52,6 +53,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             eprintln!("[paused]");
             vmm.call(Call::Resume, &[])?;
         }
+    }
+    if let Some(disk) = disk {
+        let config = BlkConfig { file: FdIndex(0), read_only: false, serial: "attached".to_owned() };
+        let (answer, _) = vmm.call(Call::AttachBlk(config), &[disk.as_fd()])?;
+        eprintln!("[{answer:?}]");
     }
     if let Some(port) = port {
         join(vmm.connect(port)?)?;
