@@ -220,10 +220,13 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     Ok(vmm)
 }
 
+/// Name, mode, device number and content.
+type Entry<'a> = (&'a str, u32, (u32, u32), &'a [u8]);
+
 /// An initial RAM file system with `/init` and `/dev/console` (newc format).
 fn cpio(init: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();
-    let entries: [(&str, u32, (u32, u32), &[u8]); 4] = [
+    let entries: [Entry<'_>; 4] = [
         ("dev", 0o040_755, (0, 0), &[]),
         ("dev/console", 0o020_600, (5, 1), &[]),
         ("init", 0o100_755, (0, 0), init),
