@@ -1,5 +1,6 @@
 //! Boots a kernel and an initial RAM file system by hand: `boot VMLINUX INITRD [--memory MIB] [--vcpus N] [--share DIR]
-//! [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The guest's console goes to standard output, marks to standard error.
+//! [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The guest's console goes to standard output, marks to
+//! standard error.
 //!
 //! With `--connect` standard input and output are joined to a vsock stream once the guest accepts it.
 

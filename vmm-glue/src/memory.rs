@@ -29,7 +29,8 @@ pub enum MemoryError {
 /// Maps the guest's memory.
 ///
 /// Huge pages are off at first: a guest touches a page here and a page there, and each would bring 2 MiB with it that
-/// an idle pod never uses. [`prefer_huge`] turns them on where the boot fills memory densely.
+/// an idle pod never uses (measured: 5 MiB more after the boot of a small guest, and no faster). [`prefer_huge`] turns
+/// them on where the boot fills memory densely.
 ///
 /// # Errors
 /// [`MemoryError`].

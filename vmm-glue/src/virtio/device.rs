@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
-use virtio_queue::Queue;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
+use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Guest memory as every device sees it (the type virtiofsd's readers and writers take).

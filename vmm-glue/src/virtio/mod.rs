@@ -2,14 +2,14 @@
 
 pub mod balloon;
 pub mod blk;
-pub mod net;
-pub mod rng;
-pub mod workers;
 pub mod device;
 pub mod fs;
 pub mod mmio;
-pub mod slots;
+pub mod net;
 pub mod queue;
-pub mod vsock;
+pub mod rng;
+pub mod slots;
 #[cfg(test)]
 mod testing;
+pub mod vsock;
+pub mod workers;
