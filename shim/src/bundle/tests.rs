@@ -1,4 +1,4 @@
-//! Real mounts in a mount namespace of the test's own. They need root: `cargo test -p husk-shim -- --ignored mounts`.
+//! Real mounts in a mount namespace of the test's own: these tests need root, as `cargo xtask test` does.
 
 use super::{load::tests::sample, *};
 use nix::{
@@ -61,7 +61,6 @@ fn share(dir: &Path) -> Share {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn mounts_are_made_seen_by_the_guest_and_taken_away() {
     isolated(|dir| {
         let share = share(dir);
@@ -119,7 +118,6 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn mounts_of_a_failed_container_do_not_stay() {
     isolated(|dir| {
         let share = share(dir);
@@ -142,7 +140,6 @@ fn mounts_of_a_failed_container_do_not_stay() {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn mounts_of_more_layers_than_fit_a_page() {
     isolated(|dir| {
         let share = share(dir);
@@ -159,7 +156,6 @@ fn mounts_of_more_layers_than_fit_a_page() {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn mounts_of_the_bundle_and_of_image_files() {
     isolated(|dir| {
         let share = share(dir);
@@ -200,7 +196,6 @@ fn mounts_of_the_bundle_and_of_image_files() {
 }
 
 #[test]
-#[ignore = "needs root"]
 fn mounts_of_the_host_reach_slaves_only() {
     isolated(|dir| {
         let share = share(dir);

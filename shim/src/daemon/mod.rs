@@ -126,12 +126,21 @@ fn prepare(start: &Start, dir: StateDir, timeline: Arc<Timeline>) -> Prepared {
         timeline_log.clone_from(&config.timeline_log);
         let bundle = Bundle::load(&start.bundle).map_err(|e| chain(&e))?;
         let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
-        let plan = Plan::open(&start.sandbox, &start.spec.hostname, config, sizing, share.guest);
+        let hostname = hostname(&start.spec);
+        let plan = Plan::open(&start.sandbox, &hostname, config, sizing, share.guest);
         plan.map_err(|e| chain(&e))
     })();
     // The bundle's directory goes before the shim does.
     let _ = std::env::set_current_dir("/");
     Prepared { id: start.sandbox.clone(), dir, cgroup, vmm: spawned, vmm_log: None, plan, timeline, timeline_log }
+}
+
+/// The sandbox' host name: a container whose specification has none sees the host's under runc.
+fn hostname(spec: &Spec) -> String {
+    if !spec.hostname.is_empty() {
+        return spec.hostname.clone();
+    }
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
 }
 
 fn note(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
