@@ -177,7 +177,7 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
-        kernel_params: plan.config.kernel_params.clone(),
+        kernel_params: format!("{} {}", plan.config.kernel_params, plan.sizing.kernel_params).trim().to_owned(),
         console: FdIndex(3),
         share: Some(ShareConfig {
             tag: SHARE_TAG.to_owned(),
