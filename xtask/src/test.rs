@@ -9,7 +9,7 @@ use std::fs;
 use std::time::Duration;
 
 /// Suites that take longer than all others together: they run only where the filter names one of their tests.
-const SOAK: [&str; 1] = ["hundred"];
+const SOAK: [&str; 1] = ["soak"];
 
 /// What is run.
 #[derive(Args)]
