@@ -143,7 +143,10 @@ impl Spec {
     pub fn load(bundle: &Path) -> Result<Self, SpecError> {
         let path = bundle.join("config.json");
         let text = read(&path).map_err(|source| SpecError::Read { path: path.clone(), source })?;
-        serde_json::from_slice(&text).map_err(|source| SpecError::Parse { path, source })
+        // By way of a map: serde would read a struct from a JSON array as well.
+        serde_json::from_slice(&text)
+            .and_then(|object| serde_json::from_value(serde_json::Value::Object(object)))
+            .map_err(|source| SpecError::Parse { path, source })
     }
 
     /// The sandbox a container belongs to.

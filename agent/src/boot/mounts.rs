@@ -82,7 +82,8 @@ pub fn mount_all() -> Result<(), MountError> {
 pub fn mount_share() -> Result<(), MountError> {
     make_dir("/run/husk")?;
     make_dir(GUEST_SHARE)?;
-    mount(Some(SHARE_TAG), GUEST_SHARE, Some("virtiofs"), MsFlags::MS_NODEV, None::<&str>)
+    // Device nodes on it work, as in a container's root under runc; which may be opened is the device programs' to say.
+    mount(Some(SHARE_TAG), GUEST_SHARE, Some("virtiofs"), MsFlags::empty(), None::<&str>)
         .map_err(|source| MountError::Mount { fs: "virtiofs".into(), path: GUEST_SHARE.into(), source })
 }
 

@@ -34,6 +34,11 @@ pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) 
     linux.set_cgroups_path(Some(cgroup.name().to_owned()));
     // The guest kernel has no such security module, and no such hardware.
     linux.set_mount_label(None).set_intel_rdt(None);
+    // libcontainer knows the names without the r and always means the whole tree, as runc does.
+    if let Some(name) = linux.rootfs_propagation().as_deref().and_then(|name| name.strip_prefix('r')) {
+        let name = name.to_owned();
+        linux.set_rootfs_propagation(Some(name));
+    }
     if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
         return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
     }

@@ -1,7 +1,6 @@
 //! Reading a bundle's `config.json` and refusing what a virtual machine cannot give.
 
 use super::spec::Spec;
-use serde::Deserialize;
 use serde_json::Value;
 use std::{
     io,
@@ -213,22 +212,6 @@ const HOST_NAMESPACES: [HostNamespace; 4] = [
         remedy: "ask for a mount namespace",
     },
 ];
-
-/// Only the annotations of a bundle, for the shim's `start`: cheaper than all of it, and nothing is checked.
-///
-/// # Errors
-/// [`BundleError::Read`] and [`BundleError::Parse`].
-pub fn load_annotations(dir: &Path) -> Result<std::collections::BTreeMap<String, String>, BundleError> {
-    #[derive(Deserialize)]
-    struct Annotations {
-        #[serde(default)]
-        annotations: std::collections::BTreeMap<String, String>,
-    }
-    let path = dir.join("config.json");
-    let bytes = std::fs::read(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
-    let parsed: Annotations = serde_json::from_slice(&bytes).map_err(|source| BundleError::Parse { path, source })?;
-    Ok(parsed.annotations)
-}
 
 #[cfg(test)]
 pub(super) mod tests {

@@ -30,7 +30,7 @@ mod translate;
 mod update;
 mod volumes;
 
-pub use load::{Bundle, BundleError, load_annotations};
+pub use load::{Bundle, BundleError};
 pub use prepare::{PrepareError, Prepared, Request, prepare};
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};

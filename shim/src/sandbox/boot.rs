@@ -61,7 +61,7 @@ pub enum BootError {
     #[error("the virtual machine {step}")]
     Vmm {
         /// What was asked of it.
-        step: &'static str,
+        step: String,
         /// Why.
         #[source]
         source: VmmError,
@@ -191,9 +191,10 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
         spare_slots: 4,
     };
     let fds = [plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
-    let error = |step| move |source| BootError::Vmm { step, source };
-    vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error("cannot be created"))?;
-    vmm.call(Call::Resume, &[]).await.map_err(error("cannot be started"))?;
+    let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
+    let error = |step: String| move |source| BootError::Vmm { step, source };
+    vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error(format!("cannot be created {files}")))?;
+    vmm.call(Call::Resume, &[]).await.map_err(error("cannot be started".into()))?;
     Ok(())
 }
 
@@ -202,7 +203,7 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
     let stream = vmm
         .connect(ports::AGENT)
         .await
-        .map_err(|source| BootError::Vmm { step: "has no agent that answers", source })?;
+        .map_err(|source| BootError::Vmm { step: "has no agent that answers".into(), source })?;
     timeline.mark("agent connected");
     let agent = Agent::new(stream).map_err(BootError::Connect)?;
     let mut entropy = vec![0; 64];

