@@ -2,7 +2,7 @@
 
 use crate::build::{self, Profile, cargo};
 use crate::node::{self, Add, Machine, Run};
-use crate::{cmd, dist, lockfile, paths, setup, ui};
+use crate::{cache, cmd, dist, lockfile, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -78,6 +78,7 @@ fn e2e(filter: &str, profile: Profile) -> Result<u8> {
         ));
     }
     script.push_str("[ -z \"$failed\" ] || { echo \"failed:$failed\"; exit 1; }\n");
+    cache::make_dir(&paths::node())?;
     let path = paths::node().join("e2e.sh");
     fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
