@@ -130,11 +130,17 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     vm.create_pit2(pit).map_err(|error| BootError::Kvm("KVM_CREATE_PIT2", error))?;
     timing.step("interrupt controllers");
 
-    // Memory, with kernel and initrd in it, one behind the other: together they are the part worth huge pages.
+    // Memory, with kernel and initrd in it, one behind the other. Huge pages where a boot touches nearly all: there, with
+    // what is unpacked behind them, and at the end of RAM, where the kernel puts what it allocates first (64 bytes for
+    // each page, hash tables). Elsewhere one page here and there is used, and huge ones would waste the rest.
     let memory = memory::map(memory_size)?;
     let sizes = kernel.metadata().map_err(|error| BootError::Host("the kernel's length", error))?.len() + initrd_len;
     let ram_end = memory_size.min(layout::HOLE_START);
-    memory::prefer_huge(&memory, KERNEL_START, (KERNEL_START + sizes).min(ram_end))?;
+    memory::prefer_huge(&memory, KERNEL_START, (KERNEL_START + sizes + initrd_len + UNPACKED).min(ram_end))?;
+    if let Some(&(start, len)) = layout::ram(memory_size).last() {
+        let first_allocations = (memory_size / 64 + FIRST_ALLOCATIONS).min(len);
+        memory::prefer_huge(&memory, start + len - first_allocations, start + len)?;
+    }
     memory::give_to(&vm, &memory)?;
     timing.step("memory");
     let loaded =
@@ -232,6 +238,10 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
 
 /// Where a kernel of ours begins (CONFIG_PHYSICAL_START); only the advice on huge pages depends on it.
 const KERNEL_START: u64 = 16 << 20;
+/// What the boot fills behind the initrd beside its copy.
+const UNPACKED: u64 = 2 << 20;
+/// What the boot fills at the end of RAM beside the array of pages.
+const FIRST_ALLOCATIONS: u64 = 4 << 20;
 const PAGE: u64 = 4096;
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, BootError> {

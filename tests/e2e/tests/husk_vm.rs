@@ -67,6 +67,14 @@ fn cpus_and_memory_follow_the_limits() {
 fn a_killed_vmm_ends_the_task() {
     case("vmm-kill", |case| {
         let container = case.sleeper();
+        for pid in vm::vmm_of(&container.id) {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+        container.running.wait().expect_code(137);
+
+        // Without --rm the stopped task stays until it is deleted, its execs end in order, and then nothing stays.
+        let run = case.sh("echo up; exec sleep 1000").keep();
+        let container = case.container(run);
         let exec = container.exec_command("e", &[], &["sh", "-c", "echo up; sleep 1000"]);
         let mut exec = husk_e2e::Running::start(exec, husk_e2e::command::Input::Null);
         exec.wait_for("up");
@@ -74,14 +82,6 @@ fn a_killed_vmm_ends_the_task() {
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         }
         exec.wait().expect_code(137);
-        container.running.wait().expect_code(137);
-
-        // Without --rm the stopped task stays until it is deleted, and then nothing does.
-        let run = case.sh("echo up; exec sleep 1000").keep();
-        let container = case.container(run);
-        for pid in vm::vmm_of(&container.id) {
-            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-        }
         let id = container.id.clone();
         container.running.wait().expect_code(137);
         run_ctr(&["tasks", "delete", &id]);
