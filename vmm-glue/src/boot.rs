@@ -41,9 +41,12 @@ use crate::vmgenid::{self, VmGenId};
 /// - `rcupdate.rcu_expedited=1`: grace periods by interprocessor interrupt, not by waiting for ticks: unmounts and
 ///   namespaces of a container's start and end wait for many, and the processors are few;
 /// - `swiotlb=noforce`: no bounce buffers (64 MiB touched in a guest with more than 3 GiB): virtio needs none;
+/// - `noreplace-smp`: with one processor the kernel would patch each of its ten thousand lock prefixes away, one at a
+///   time (a seventh of the boot in the test node), and back when a second one comes;
 /// - `tsc=reliable`: no check of the clock against slower clocks that this machine does not have; `kvm-clock` stays
 ///   the clock source where the TSC is not stable.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce tsc=reliable";
+const CMDLINE: &str =
+    "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp tsc=reliable";
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -130,17 +133,11 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     vm.create_pit2(pit).map_err(|error| BootError::Kvm("KVM_CREATE_PIT2", error))?;
     timing.step("interrupt controllers");
 
-    // Memory, with kernel and initrd in it, one behind the other. Huge pages where a boot touches nearly all: there, with
-    // what is unpacked behind them, and at the end of RAM, where the kernel puts what it allocates first (64 bytes for
-    // each page, hash tables). Elsewhere one page here and there is used, and huge ones would waste the rest.
+    // Memory, with kernel and initrd in it, one behind the other.
     let memory = memory::map(memory_size)?;
-    let sizes = kernel.metadata().map_err(|error| BootError::Host("the kernel's length", error))?.len() + initrd_len;
+    let kernel_len = kernel.metadata().map_err(|error| BootError::Host("the kernel's length", error))?.len();
     let ram_end = memory_size.min(layout::HOLE_START);
-    memory::prefer_huge(&memory, KERNEL_START, (KERNEL_START + sizes + initrd_len + UNPACKED).min(ram_end))?;
-    if let Some(&(start, len)) = layout::ram(memory_size).last() {
-        let first_allocations = (memory_size / 64 + FIRST_ALLOCATIONS).min(len);
-        memory::prefer_huge(&memory, start + len - first_allocations, start + len)?;
-    }
+    memory::prefault(&memory, &dense(memory_size, kernel_len, initrd_len))?;
     memory::give_to(&vm, &memory)?;
     timing.step("memory");
     let loaded =
@@ -236,12 +233,29 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     Ok(Vm::new(vcpus, event_loop, slots, vsock, balloon, vmgenid, memory))
 }
 
-/// Where a kernel of ours begins (CONFIG_PHYSICAL_START); only the advice on huge pages depends on it.
+/// The parts of memory that a boot fills nearly whole, in the order in which they are needed: the kernel's second half
+/// (its first is being read meanwhile) and the initrd with what is unpacked behind it; the end of RAM, where the kernel
+/// puts what it allocates first (64 bytes for each page, hash tables); and all below the kernel, which its page
+/// allocator hands out first. Elsewhere it uses one page here and there.
+fn dense(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u64)> {
+    let kernel_end = KERNEL_START + kernel_len + 2 * initrd_len + UNPACKED;
+    let mut ranges = vec![
+        (KERNEL_START + kernel_len / 2, kernel_end),
+        (KERNEL_START, KERNEL_START + kernel_len / 2),
+        (0, KERNEL_START),
+    ];
+    if let Some(&(start, len)) = layout::ram(memory).last() {
+        ranges.insert(1, (start + len - (memory / 64 + FIRST_ALLOCATIONS).min(len), start + len));
+    }
+    ranges
+}
+
+/// Where a kernel of ours begins (CONFIG_PHYSICAL_START); only what is faulted in ahead depends on it.
 const KERNEL_START: u64 = 16 << 20;
 /// What the boot fills behind the initrd beside its copy.
 const UNPACKED: u64 = 2 << 20;
 /// What the boot fills at the end of RAM beside the array of pages.
-const FIRST_ALLOCATIONS: u64 = 4 << 20;
+const FIRST_ALLOCATIONS: u64 = 8 << 20;
 const PAGE: u64 = 4096;
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, BootError> {
