@@ -12,6 +12,7 @@ use nix::sys::stat::{Mode, mkdirat};
 
 use super::executor::HuskExecutor;
 use super::protocol::CreateRequest;
+use super::tmpfs::{self, Staging};
 use super::{devices, trail};
 use crate::log::chain;
 
@@ -20,8 +21,17 @@ use crate::log::chain;
 /// # Errors
 /// The reason in runc's form.
 pub fn run(request: &CreateRequest) -> Result<i32, String> {
-    let spec = Spec::load(request.bundle.join("config.json")).map_err(|error| chain(&error))?;
+    let config = request.bundle.join("config.json");
+    let mut spec = Spec::load(&config).map_err(|error| chain(&error))?;
     make_working_directory(&spec);
+    let staging = Staging { dir: &request.bundle, cgroup: &request.cgroup };
+    let changed = tmpfs::prepare(&mut spec, &staging).map_err(|(destination, error)| {
+        let error = chain(&error);
+        format!("error during container init: error mounting \"tmpfs\" to rootfs at {destination:?}: {error}")
+    })?;
+    if changed {
+        spec.save(&config).map_err(|error| chain(&error))?;
+    }
     let built = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_executor(HuskExecutor::default())
         .with_console_socket(request.console.clone())

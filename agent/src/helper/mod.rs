@@ -10,6 +10,7 @@ mod exec;
 mod executor;
 pub mod protocol;
 mod terminal;
+mod tmpfs;
 mod trail;
 
 use std::ffi::{OsStr, OsString};

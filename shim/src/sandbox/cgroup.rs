@@ -1,7 +1,12 @@
 //! The sandbox's cgroup on the host: everything that runs for the pod is accounted where containerd expects it.
 
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Mount point of cgroup v2.
 const MOUNT: &str = "/sys/fs/cgroup";
@@ -125,16 +130,21 @@ impl Cgroup {
     }
 
     /// Moves this process back and removes the cgroup, and containerd's own above it when this was the last in it.
-    pub fn leave_and_remove(&self) {
+    pub async fn leave_and_remove(&self) {
         let origin = self.origin.as_deref().unwrap_or(Path::new(MOUNT));
         if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
             let _ = std::fs::write(Path::new(MOUNT).join("cgroup.procs"), "0");
         }
-        remove(&self.path, &self.namespace);
+        let (path, namespace) = (self.path.clone(), self.namespace.clone());
+        // The wait for the last process would hold up everything else on this thread.
+        if let Err(error) = tokio::task::spawn_blocking(move || remove(&path, &namespace)).await {
+            tracing::warn!(path = %self.path.display(), "cannot remove the cgroup: {error}");
+        }
     }
 }
 
 /// Removes a sandbox' cgroup with what is below it, and containerd's own for the namespace when it was the last in it.
+/// Waits a second at most for the end of processes that were killed.
 pub fn remove(path: &Path, namespace: &str) {
     if !path.starts_with(MOUNT) || path == Path::new(MOUNT) || path.components().any(|c| c == Component::ParentDir) {
         return;
@@ -147,25 +157,64 @@ pub fn remove(path: &Path, namespace: &str) {
     }
 }
 
-/// Removes a cgroup and those below it. A process that was just killed leaves it a moment after it was reaped, which
-/// nothing tells of; a busy one is tried again, for a second at most.
+/// How long a cgroup's last processes, killed already, may take to be gone.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Removes a cgroup and those below it.
 fn remove_tree(path: &Path) {
-    if let Ok(entries) = std::fs::read_dir(path) {
-        for entry in entries.flatten() {
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                remove_tree(&entry.path());
-            }
+    let deadline = Instant::now() + PATIENCE;
+    // Of this cgroup and of all below it: a process that was just killed leaves a moment after it was reaped.
+    let empty = wait_until_empty(path, deadline);
+    if let Err(error) = empty.and_then(|()| remove_directories(path)) {
+        tracing::warn!(path = %path.display(), "cannot remove the cgroup: {error}");
+    }
+}
+
+fn remove_directories(path: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_directories(&entry.path())?;
         }
     }
-    for _ in 0..100 {
-        match std::fs::remove_dir(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            _ => return,
+    match std::fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Waits until no process is in the cgroup or below it. The kernel tells of a change of `cgroup.events` by POLLPRI to
+/// whoever has read it since it was opened (cgroup-v2.rst, "Basic Operations").
+fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
+    let mut events = match File::open(path.join("cgroup.events")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    loop {
+        let mut text = String::new();
+        let read = events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text));
+        match read {
+            // Removed by somebody else meanwhile.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => return Ok(()),
+            other => other?,
+        };
+        if !text.lines().any(|line| line == "populated 1") {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let mut wanted = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut wanted, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
-    tracing::warn!(path = %path.display(), "cgroup still busy");
 }
 
 #[cfg(test)]

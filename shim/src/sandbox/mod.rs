@@ -198,7 +198,7 @@ impl Sandbox {
         }
         self.timeline.mark("vmm gone");
         if let Some(cgroup) = &self.cgroup {
-            cgroup.leave_and_remove();
+            cgroup.leave_and_remove().await;
         }
         self.dir.remove();
         self.timeline.mark("torn down");

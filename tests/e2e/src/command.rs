@@ -249,6 +249,12 @@ impl Running {
         true
     }
 
+    /// Whether standard output so far, waited for or not, has a line with `text`.
+    pub fn has_printed(&mut self, text: &str) -> bool {
+        while self.receive(Instant::now()) {}
+        self.output.out().lines().any(|line| line.contains(text))
+    }
+
     /// Whether the program still runs.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().is_ok_and(|status| status.is_none())

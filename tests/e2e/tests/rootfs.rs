@@ -11,10 +11,9 @@ fn hostname_and_sysctls() {
     case("sysctl", |case| {
         case.sh("hostname").flags(&["--hostname", "by-flag"]).output().expect_clean().expect_out("by-flag");
         let script = "hostname; cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_local_port_range \
-            net/ipv4/ip_unprivileged_port_start kernel/msgmax kernel/domainname";
+            net/ipv4/ip_unprivileged_port_start kernel/msgmax";
         let run = case.with_spec(script, |spec| {
             spec["hostname"] = json!("by-spec");
-            spec["domainname"] = json!("example.test");
             spec["linux"]["sysctl"] = json!({
                 "kernel.shm_rmid_forced": "1",
                 "net.ipv4.ip_local_port_range": "20000 30000",
@@ -22,7 +21,16 @@ fn hostname_and_sysctls() {
                 "kernel.msgmax": "12345",
             });
         });
-        run.output().expect_clean().expect_out("by-spec\n1\n20000\t30000\n0\n12345\nexample.test");
+        run.output().expect_clean().expect_out("by-spec\n1\n20000\t30000\n0\n12345");
+    });
+}
+
+/// runc does so from 1.2 on; the node's is older and leaves the name out.
+#[test]
+fn husk_sets_the_domain_name() {
+    case("domain", |case| {
+        let run = case.with_spec("cat /proc/sys/kernel/domainname", |spec| spec["domainname"] = json!("example.test"));
+        run.output().expect_clean().expect_out("example.test");
     });
 }
 
@@ -163,7 +171,7 @@ fn tmpfs_mounts_with_their_options() {
     case("tmpfs", |case| {
         let run = case.with_spec(
             "stat -c '%a %u:%g' /scratch; grep ' /scratch ' /proc/self/mountinfo; cp /bin/busybox /scratch/echo
-             /scratch/echo no; dd if=/dev/zero of=/scratch/big bs=1M count=20; true",
+             /scratch/echo no; dd if=/dev/zero of=/scratch/big bs=1M count=20; ls /opt/tools; cat /opt/tools/greet",
             |spec| {
                 spec::push(
                     spec,
@@ -171,6 +179,13 @@ fn tmpfs_mounts_with_their_options() {
                     "mounts",
                     json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs",
                             "options": ["nosuid", "noexec", "nodev", "size=8m", "mode=1750", "uid=1000", "gid=44"] }),
+                );
+                // tmpcopyup: the image's content lies in it.
+                spec::push(
+                    spec,
+                    "",
+                    "mounts",
+                    json!({ "destination": "/opt/tools", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] }),
                 );
             },
         );
@@ -180,8 +195,72 @@ fn tmpfs_mounts_with_their_options() {
         for wanted in ["nosuid", "noexec", "nodev", "size=8192k"] {
             assert!(out.contains(wanted), "{wanted}\n{}", output.describe());
         }
+        assert!(out.contains("\ngreet\n") && out.contains("greetings"), "tmpcopyup\n{}", output.describe());
         assert!(output.err().contains("/scratch/echo: Permission denied"), "{}", output.describe());
         assert!(output.err().contains("No space left on device"), "{}", output.describe());
+    });
+}
+
+#[test]
+fn tmpcopyup_copies_and_stays_inside() {
+    case("copyup", |case| {
+        let script = "cd /srv/tree; stat -c '%n %a %u:%g' . private private/mine tool; readlink out; readlink up
+            cat private/mine; echo changed > private/mine; rm tool; grep -o ^tester /srv/away/passwd; ls /srv/away/inner
+            ls /srv/volume/sub; stat -c '%n %a' /srv/plain /srv/made; ls /srv/plain; cat /proc/self/mountinfo";
+        let volume = case.dir().join("volume");
+        fs::create_dir_all(volume.join("sub/of-the-volume")).unwrap();
+        let root = std::cell::RefCell::new(std::path::PathBuf::new());
+        let run = case.with_spec(script, |spec| {
+            let path = std::path::PathBuf::from(spec["root"]["path"].as_str().unwrap());
+            let mode = |name: &str, mode: u32| fs::set_permissions(path.join(name), fs::Permissions::from_mode(mode));
+            for name in ["srv/tree/private", "srv/volume/sub/of-the-image", "etc/inner", "srv/plain/hidden"] {
+                fs::create_dir_all(path.join(name)).unwrap();
+            }
+            fs::write(path.join("srv/tree/private/mine"), "as it was\n").unwrap();
+            fs::write(path.join("srv/tree/tool"), "").unwrap();
+            std::os::unix::fs::chown(path.join("srv/tree/private/mine"), Some(1000), Some(44)).unwrap();
+            for (name, bits) in [
+                ("srv/tree/private/mine", 0o640),
+                ("srv/tree/private", 0o711),
+                ("srv/tree/tool", 0o4755),
+                ("srv/tree", 0o751),
+                ("srv/plain", 0o710),
+            ] {
+                mode(name, bits).unwrap();
+            }
+            std::os::unix::fs::symlink("/etc/passwd", path.join("srv/tree/out")).unwrap();
+            std::os::unix::fs::symlink("../../../../etc", path.join("srv/tree/up")).unwrap();
+            // A link that would lead to the node's (or the guest's) own directory.
+            std::os::unix::fs::symlink("../../../../../../../../etc", path.join("srv/away")).unwrap();
+            spec::push(
+                spec,
+                "",
+                "mounts",
+                json!({ "destination": "/srv/volume", "type": "bind", "source": volume, "options": ["rbind"] }),
+            );
+            for (point, options) in [
+                ("/srv/tree", json!(["tmpcopyup", "nosuid", "size=4m"])),
+                ("/srv/away", json!(["tmpcopyup"])),
+                ("/srv/volume/sub", json!(["tmpcopyup"])),
+                ("/srv/plain", json!(["size=4m"])),
+                ("/srv/made", json!(["tmpcopyup"])),
+            ] {
+                let mount = json!({ "destination": point, "type": "tmpfs", "source": "tmpfs", "options": options });
+                spec::push(spec, "", "mounts", mount);
+            }
+            *root.borrow_mut() = path;
+        });
+        let output = run.output().expect_clean();
+        let out = output.out();
+        let expected = ". 751 0:0\nprivate 711 0:0\nprivate/mine 640 1000:44\ntool 4755 0:0\n/etc/passwd\n\
+            ../../../../etc\nas it was\ntester\nof-the-volume\n/srv/plain 710\n/srv/made 1777\n";
+        assert!(out.starts_with(expected), "{}", output.describe());
+        let tree = out.lines().find(|line| line.contains(" /srv/tree ")).unwrap_or_default();
+        assert!(tree.contains("nosuid") && tree.contains("- tmpfs tmpfs") && tree.contains("size=4096k"), "{tree}");
+        // The image has not changed.
+        let root = root.borrow();
+        assert_eq!(fs::read_to_string(root.join("srv/tree/private/mine")).unwrap(), "as it was\n");
+        assert!(root.join("srv/tree/tool").exists());
     });
 }
 

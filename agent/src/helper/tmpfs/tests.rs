@@ -1,0 +1,146 @@
+//! What is found underneath a mount, and what a copy keeps.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+
+use super::{Earlier, fill, is_data, normal};
+
+/// A directory that is gone with this.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("husk-tmpfs-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(path.join("from")).unwrap();
+        fs::create_dir_all(path.join("to")).unwrap();
+        Self(path)
+    }
+
+    fn from(&self) -> PathBuf {
+        self.0.join("from")
+    }
+
+    fn to(&self) -> PathBuf {
+        self.0.join("to")
+    }
+
+    fn fill(&self) -> Result<(), fill::FillError> {
+        let (from, to) = (File::open(self.from()).unwrap(), File::open(self.to()).unwrap());
+        fill::fill(from.as_fd(), to.as_fd())
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn a_copy_keeps_content_modes_and_links() {
+    let scratch = Scratch::new("copy");
+    let (from, to) = (scratch.from(), scratch.to());
+    fs::create_dir_all(from.join("a/b")).unwrap();
+    fs::write(from.join("a/b/file"), vec![7; 300_000]).unwrap();
+    fs::write(from.join("a/tool"), "tool").unwrap();
+    fs::set_permissions(from.join("a/tool"), fs::Permissions::from_mode(0o4751)).unwrap();
+    fs::set_permissions(from.join("a"), fs::Permissions::from_mode(0o1733)).unwrap();
+    symlink("/etc/passwd", from.join("out")).unwrap();
+    symlink("..", from.join("a/up")).unwrap();
+    mkfifo(&from.join("fifo"), Mode::S_IRUSR).unwrap();
+    scratch.fill().unwrap();
+    assert_eq!(fs::read(to.join("a/b/file")).unwrap(), vec![7; 300_000]);
+    let mode = |path: &str| fs::symlink_metadata(to.join(path)).unwrap().mode() & 0o7777;
+    assert_eq!(mode("a/tool"), 0o4751);
+    assert_eq!(mode("a"), 0o1733);
+    assert_eq!(fs::read_link(to.join("out")).unwrap(), Path::new("/etc/passwd"));
+    assert_eq!(fs::read_link(to.join("a/up")).unwrap(), Path::new(".."));
+    // A pipe is made, not opened: that would wait for a writer.
+    assert!(fs::symlink_metadata(to.join("fifo")).unwrap().file_type().is_fifo());
+}
+
+#[test]
+fn a_very_deep_image_is_an_error_and_no_crash() {
+    let scratch = Scratch::new("deep");
+    let mut at = nix::fcntl::open(&scratch.from(), nix::fcntl::OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+    for _ in 0..3000 {
+        nix::sys::stat::mkdirat(&at, "d", Mode::S_IRWXU).unwrap();
+        at = nix::fcntl::openat(&at, "d", nix::fcntl::OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+    }
+    let error = scratch.fill().unwrap_err();
+    assert!(matches!(error, fill::FillError::Read(..) | fill::FillError::Make(..)), "{error}");
+}
+
+#[test]
+fn links_of_the_image_do_not_lead_out_of_it() {
+    let scratch = Scratch::new("links");
+    let from = scratch.from();
+    let outside = scratch.0.join("outside");
+    fs::create_dir_all(&outside).unwrap();
+    fs::create_dir_all(from.join("etc")).unwrap();
+    symlink("../../../../../../../../../../etc", from.join("relative")).unwrap();
+    symlink(&outside, from.join("absolute")).unwrap();
+    symlink("/proc/self/root", from.join("magic")).unwrap();
+    symlink("loop", from.join("loop")).unwrap();
+    fs::write(from.join("file"), "").unwrap();
+    let earlier = Earlier { root: from.clone(), places: Vec::new() };
+    let inode = |path: &str| {
+        let found = earlier.directory(Path::new(path)).unwrap();
+        found.map(|directory| File::from(directory).metadata().unwrap().ino())
+    };
+    let etc = fs::metadata(from.join("etc")).unwrap().ino();
+    assert_eq!(inode("/etc"), Some(etc));
+    assert_eq!(inode("/relative"), Some(etc));
+    assert_eq!(inode("/absolute"), None);
+    assert_eq!(inode("/magic"), None);
+    assert_eq!(inode("/file"), None);
+    assert_eq!(inode("/none"), None);
+    assert!(earlier.directory(Path::new("/loop")).is_err());
+}
+
+#[test]
+fn the_last_mount_on_a_path_is_what_lies_underneath() {
+    let scratch = Scratch::new("earlier");
+    let (root, volume) = (scratch.from(), scratch.to());
+    fs::create_dir_all(root.join("data/sub")).unwrap();
+    fs::create_dir_all(volume.join("sub")).unwrap();
+    fs::write(volume.join("sub/volume"), "yes").unwrap();
+    let mut earlier = Earlier { root, places: vec![("/data".into(), Some(volume))] };
+    let found = earlier.directory(Path::new("/data/sub")).unwrap().unwrap();
+    assert_eq!(fs::read_to_string(fill::proc_path(found.as_fd()).join("volume")).unwrap(), "yes");
+    earlier.places.push(("/data".into(), None));
+    assert!(earlier.directory(Path::new("/data/sub")).unwrap().is_none());
+}
+
+#[test]
+fn destinations_and_options() {
+    assert_eq!(normal(Path::new("/a/./b/../c/")), Path::new("/a/c"));
+    assert_eq!(normal(Path::new("../../x")), Path::new("/x"));
+    assert!(is_data("size=8m") && is_data("inode64"));
+    assert!(!is_data("nosuid") && !is_data("ro"));
+}
+
+#[test]
+fn a_copy_keeps_extended_attributes() {
+    let scratch = Scratch::new("attributes");
+    let file = scratch.from().join("file");
+    fs::write(&file, "").unwrap();
+    let c_path = |path: &Path| std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    let value = b"some\0bytes";
+    let (path, name) = (c_path(&file), c"user.husk");
+    // SAFETY: path, name and value live through the call, and the value has the length that is told.
+    let set = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    scratch.fill().unwrap();
+    let mut found = [0_u8; 32];
+    let path = c_path(&scratch.to().join("file"));
+    // SAFETY: path, name and buffer live through the call, and the buffer has the length that is told.
+    let length = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), found.as_mut_ptr().cast(), found.len()) };
+    assert_eq!(found.get(..usize::try_from(length).unwrap()), Some(value.as_slice()));
+}

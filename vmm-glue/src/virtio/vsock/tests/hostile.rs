@@ -1,0 +1,148 @@
+//! What a guest can do wrong: packets, lengths, rings, resets in between.
+
+use std::io::{ErrorKind, Read, Write};
+use std::sync::atomic::Ordering;
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[test]
+fn more_than_its_credit_ends_the_connection() {
+    let mut guest = Guest::new(0);
+    let (side, _stream) = guest.open(1);
+    for _ in 0..20 {
+        guest.send(side, Op::ReadWrite, 0, 0, &[0; 65536]);
+    }
+    assert!(guest.ops().contains(&Op::Reset));
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn packets_of_no_connection() {
+    let mut guest = Guest::new(0);
+    let (side, _stream) = guest.open(1);
+    let nobody = Side { host: 77, guest: 88 };
+    guest.send(nobody, Op::Request, 0, 0, &[]);
+    let packets = guest.packets();
+    assert_eq!((packets[0].0.op, packets[0].0.dst_port, packets[0].0.src_port), (Op::Reset, 88, 77));
+    guest.send(nobody, Op::Reset, 0, 0, &[]);
+    guest.send(Side { guest: 2, ..side }, Op::ReadWrite, 0, 0, b"forged");
+    assert_eq!(guest.ops(), [Op::Reset]);
+    let header = Header { src_cid: 9, ..Guest::header(side, Op::Reset) };
+    guest.send_raw(&[&header.to_bytes()]);
+    assert_eq!((guest.ops(), guest.connections()), (vec![], 1));
+}
+
+#[test]
+fn hostile_lengths() {
+    for (len, sent) in [(5, 4), (u32::MAX, 0), (65537, 65537), (1, 0)] {
+        let mut guest = Guest::new(0);
+        let (side, _stream) = guest.open(1);
+        let header = Header { len, ..Guest::header(side, Op::ReadWrite) };
+        guest.send_raw(&[&header.to_bytes(), &vec![0; sent]]);
+        assert_eq!(guest.ops(), [Op::Reset], "{len} {sent}");
+        assert_eq!(guest.connections(), 0);
+    }
+    let mut guest = Guest::new(0);
+    guest.send_raw(&[&[1; HEADER_LEN - 1]]);
+    guest.bench.queues[0].add(&[], &[HEADER_LEN]);
+    let (_, _stream) = guest.open(3);
+}
+
+#[test]
+fn many_refusals_without_buffers_stop_nothing_for_ever() {
+    let mut bench = Bench::new(Vsock::new(CID).unwrap());
+    bench.activate(0);
+    let mut guest = Guest { bench };
+    for port in 0..100 {
+        guest.bench.queues[1].add(&[&Guest::header(Side { host: 1, guest: port }, Op::Request).to_bytes()], &[]);
+    }
+    guest.bench.run();
+    guest.refill(120);
+    let mut resets = 0;
+    for _ in 0..4 {
+        resets += guest.packets().len();
+    }
+    assert_eq!(resets, 100);
+}
+
+#[test]
+fn a_broken_ring_stops_the_device_until_reset() {
+    let mut guest = Guest::new(0);
+    let (_, mut stream) = guest.open(1);
+    guest.bench.queues[1].set_avail_index(40_000);
+    guest.bench.run();
+    assert_eq!(guest.bench.irq.needs_reset.load(Ordering::SeqCst), 1);
+    assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+    guest.bench.lock().reset();
+    guest.bench.activate(0);
+    guest.refill(8);
+    guest.open(2);
+}
+
+#[test]
+fn reset_while_connecting_and_again() {
+    let mut guest = Guest::new(0);
+    for round in 0..20 {
+        let (_side, mut stream) = guest.open(round);
+        let reply = guest.ask(round);
+        guest.bench.lock().reset();
+        assert_eq!(reply.try_recv().unwrap().unwrap_err().kind(), ErrorKind::ConnectionReset);
+        guest.bench.activate(0);
+        assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+        guest.refill(16);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn header_round_trip(bytes: [u8; 32], more: [u8; 12]) {
+        let mut all = [0; HEADER_LEN];
+        all[..32].copy_from_slice(&bytes);
+        all[32..].copy_from_slice(&more);
+        prop_assert_eq!(Header::parse(&all).to_bytes(), all);
+    }
+
+    /// Whatever the guest sends to a connection, nothing panics and the device goes on or asks for a reset.
+    #[test]
+    fn hostile_packets(packets in proptest::collection::vec(
+        (0u16..9, any::<u32>(), any::<u32>(), any::<u32>(), 0u32..70_000, 0usize..3000, any::<bool>()), 1..40)) {
+        let mut guest = Guest::new(0);
+        let (side, mut stream) = guest.open(1);
+        for (op, flags, buf_alloc, fwd_cnt, len, real, honest) in packets {
+            let header = Header {
+                op: op.into(), flags, buf_alloc, fwd_cnt,
+                len: if honest { real as u32 } else { len },
+                ..Guest::header(side, Op::Reset)
+            };
+            guest.send_raw(&[&header.to_bytes(), &vec![7; real]]);
+            let _ = stream.write(&[1; 1000]);
+            let _ = stream.read(&mut [0; 500]);
+            guest.packets();
+        }
+    }
+
+    /// Whatever is in the descriptors, the device does not panic and comes to rest.
+    #[test]
+    fn hostile_descriptors(
+        queue in 0usize..3,
+        descriptors in proptest::collection::vec((any::<u64>(), any::<u32>(), 0u16..8, any::<u16>()), 8),
+        near in any::<bool>(),
+        heads in proptest::collection::vec(0u16..200, 1..20),
+    ) {
+        let mut guest = Guest::new(0);
+        let queue = if queue == 0 { 1 } else { queue };
+        for (index, &(address, len, flags, next)) in descriptors.iter().enumerate() {
+            let (address, len) = if near { (address % (96 << 20), len % 100_000) } else { (address, len) };
+            guest.bench.queues[queue].write_descriptor(index as u16, address, len, flags, next % 16);
+        }
+        let heads: Vec<u16> = heads.into_iter().take(7).collect();
+        for head in heads {
+            guest.bench.queues[queue].offer(head);
+        }
+        guest.bench.run();
+    }
+}

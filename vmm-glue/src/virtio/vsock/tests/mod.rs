@@ -1,0 +1,125 @@
+//! The connection machine against a scripted guest.
+
+mod hostile;
+mod streams;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
+
+use super::connection::BUF_ALLOC;
+use super::packet::{HEADER_LEN, Header, Op, TYPE_STREAM};
+use super::*;
+use crate::virtio::testing::Bench;
+
+const CID: u64 = 3;
+const ROOM: u32 = 128 * 1024;
+
+/// A guest that does what a test says.
+struct Guest {
+    bench: Bench<Vsock>,
+}
+
+/// The guest's side of a connection.
+#[derive(Clone, Copy)]
+struct Side {
+    host: u32,
+    guest: u32,
+}
+
+impl Guest {
+    fn new(without: u64) -> Self {
+        let mut bench = Bench::new(Vsock::new(CID).unwrap());
+        bench.activate(without);
+        let mut this = Self { bench };
+        this.refill(64);
+        this
+    }
+
+    fn refill(&mut self, count: usize) {
+        for _ in 0..count {
+            if self.bench.queues[0].room() == 0 {
+                break;
+            }
+            self.bench.queues[0].add(&[], &[4096]);
+        }
+        self.bench.run();
+    }
+
+    fn ask(&mut self, port: u32) -> Receiver<std::io::Result<OwnedFd>> {
+        let (sender, receiver) = channel();
+        self.bench.lock().connect(port, Box::new(move |result| sender.send(result).unwrap()));
+        self.bench.run();
+        receiver
+    }
+
+    /// Packets that came, their buffers made available again.
+    fn packets(&mut self) -> Vec<(Header, Vec<u8>)> {
+        self.bench.run();
+        let mut packets = Vec::new();
+        while let Some((_, bytes)) = self.bench.queues[0].poll() {
+            let (header, data) = bytes.split_at(HEADER_LEN);
+            let header = Header::parse(header.try_into().unwrap());
+            assert_eq!(header.len as usize, data.len());
+            packets.push((header, data.to_vec()));
+        }
+        for _ in &packets {
+            self.bench.queues[0].add(&[], &[4096]);
+        }
+        self.bench.run();
+        packets
+    }
+
+    fn send_raw(&mut self, parts: &[&[u8]]) {
+        while self.bench.queues[1].poll().is_some() {}
+        self.bench.queues[1].add(parts, &[]);
+        self.bench.run();
+    }
+
+    fn header(side: Side, op: Op) -> Header {
+        Header {
+            src_cid: CID,
+            dst_cid: 2,
+            src_port: side.guest,
+            dst_port: side.host,
+            len: 0,
+            kind: TYPE_STREAM,
+            op,
+            flags: 0,
+            buf_alloc: ROOM,
+            fwd_cnt: 0,
+        }
+    }
+
+    fn send(&mut self, side: Side, op: Op, flags: u32, fwd_cnt: u32, data: &[u8]) {
+        let header = Header { flags, fwd_cnt, len: data.len() as u32, ..Self::header(side, op) };
+        self.send_raw(&[&header.to_bytes(), data]);
+    }
+
+    fn open(&mut self, port: u32) -> (Side, UnixStream) {
+        let reply = self.ask(port);
+        let packets = self.packets();
+        let (request, _) = packets[0];
+        assert_eq!((packets.len(), request.op, request.dst_port), (1, Op::Request, port));
+        assert_eq!((request.src_cid, request.dst_cid, request.buf_alloc), (2, CID, BUF_ALLOC));
+        assert!(reply.try_recv().is_err(), "not before the guest has answered");
+        let side = Side { host: request.src_port, guest: port };
+        self.send(side, Op::Response, 0, 0, &[]);
+        let stream = UnixStream::from(reply.try_recv().unwrap().unwrap());
+        stream.set_nonblocking(true).unwrap();
+        (side, stream)
+    }
+
+    fn ops(&mut self) -> Vec<Op> {
+        self.packets().into_iter().map(|(header, _)| header.op).collect()
+    }
+
+    fn connections(&mut self) -> usize {
+        self.bench.run();
+        self.bench.lock().connections()
+    }
+}
+
+fn pattern(length: usize, seed: usize) -> Vec<u8> {
+    (0..length).map(|at| (at * 31 + at / 253 + seed) as u8).collect()
+}
