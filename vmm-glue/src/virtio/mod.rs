@@ -1,5 +1,6 @@
 //! Virtio: the transport, and what every device has in common.
 
+pub mod activation;
 pub mod balloon;
 pub mod blk;
 pub mod device;
