@@ -87,7 +87,7 @@ impl Net {
     }
 
     /// Takes the queues over.
-    fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+    pub(super) fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Opened { memory, features, interrupt, queues: [rx, tx] } = activation::open(activation)?;
         let segmented = features & (1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6) != 0;
         let longest = if segmented { LONGEST } else { HEADER + ETHERNET + usize::from(self.mtu) };
