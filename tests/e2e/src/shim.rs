@@ -2,9 +2,9 @@
 
 use std::fs;
 
+use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim::shim::UpdateTaskRequest;
-use containerd_shim_protos::shim::shim_ttrpc::TaskClient;
 use serde_json::Value;
 
 use crate::NAMESPACE;
@@ -12,16 +12,27 @@ use crate::NAMESPACE;
 /// Type URL of a `LinuxResources` in JSON, as containerd sends it.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
+/// The version of the service that containerd 1.7 calls, and the only one that its shim for runc has.
+const SERVICE: &str = "containerd.task.v2.Task";
+
 /// Changes the resource limits of a running container.
 #[track_caller]
 pub fn update(id: &str, resources: &Value) -> Result<(), String> {
     let path = format!("/run/containerd/io.containerd.runtime.v2.task/{NAMESPACE}/{id}/address");
     let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"));
     let client = ttrpc::Client::connect(address.trim()).unwrap_or_else(|error| panic!("cannot connect: {error}"));
-    let client = TaskClient::new(client);
     let any = Any { type_url: RESOURCES.to_owned(), value: serde_json::to_vec(resources).unwrap(), ..Any::default() };
     let request = UpdateTaskRequest { id: id.to_owned(), resources: Some(any).into(), ..UpdateTaskRequest::default() };
-    client.update(context(), &request).map(|_| ()).map_err(|error| error.to_string())
+    let context = context();
+    let call = ttrpc::Request {
+        service: SERVICE.to_owned(),
+        method: "Update".to_owned(),
+        payload: request.write_to_bytes().unwrap(),
+        timeout_nano: context.timeout_nano,
+        metadata: ttrpc::context::to_pb(context.metadata),
+        ..ttrpc::Request::default()
+    };
+    client.request(call).map(|_| ()).map_err(|error| error.to_string())
 }
 
 fn context() -> ttrpc::context::Context {

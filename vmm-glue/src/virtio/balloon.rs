@@ -9,8 +9,9 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
+use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
-use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, chain_of_causes, guest_fault, read_config_bytes};
+use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
 
 /// Inflate, deflate, and free-page reporting, which comes third when statistics and hints are not offered.
 const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
@@ -169,12 +170,8 @@ impl MutEventSubscriber for Balloon {
         };
         for index in indices {
             if let Err(fault) = self.serve(index) {
-                log::error!("virtio-balloon: device stopped: {}", chain_of_causes(&fault));
                 let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-                self.reset();
-                if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
-                    log::error!("virtio-balloon: cannot ask for a reset: {error}");
-                }
+                activation::stop(self, "virtio-balloon", &fault, interrupt);
             }
         }
     }
@@ -209,21 +206,13 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
         // A driver that does not report has no third queue.
-        let count = if features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
-        let queues = (0..)
-            .zip(queues)
-            .take(count)
-            .map(|(index, queue)| Vq::new(queue, index, &memory, features))
-            .collect::<Result<Vec<_>, _>>()?;
-        if queues.len() < count {
-            return Err(ActivateError::Queue(queues.len()));
-        }
+        let count = if activation.features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
+        let Opened { memory, interrupt, queues, .. } = activation::open_first(activation, count)?;
         // Dropping a page of a shared file's mapping leaves it in the file.
         let shared = memory.iter().any(|region| region.file_offset().is_some());
         let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-        self.active = Some(Active { memory: Arc::new(memory), interrupt, queues, advice });
+        self.active = Some(Active { memory, interrupt, queues, advice });
         self.wake.wake();
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Virtio: the transport, and what every device has in common.
 
+pub mod activation;
 pub mod balloon;
 pub mod blk;
 pub mod device;
@@ -9,7 +10,8 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod slots;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+#[allow(clippy::unwrap_used, missing_docs)]
+pub mod testing;
 pub mod vsock;
 pub mod workers;

@@ -11,8 +11,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
-use super::queue::{Iov, QueueFault, Vq, WAKE, Wake, chain_of_causes};
+use super::queue::{Iov, QueueFault, Vq, WAKE, Wake};
 
 /// Linux has one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
@@ -137,12 +138,8 @@ impl MutEventSubscriber for Rng {
             }
         }
         if let Err(fault) = self.serve() {
-            log::error!("virtio-rng: device stopped: {}", chain_of_causes(&fault));
             let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-            self.reset();
-            if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
-                log::error!("virtio-rng: cannot ask for a reset: {error}");
-            }
+            activation::stop(self, "virtio-rng", &fault, interrupt);
         }
     }
 }
@@ -167,10 +164,8 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let [queue] = <[_; 1]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
-        let queue = Vq::new(queue, 0, &memory, features)?;
-        self.active = Some(Active { memory: Arc::new(memory), interrupt, queue });
+        let Opened { memory, interrupt, queues: [queue], .. } = activation::open(activation)?;
+        self.active = Some(Active { memory, interrupt, queue });
         self.wake.wake();
         Ok(())
     }

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
+use super::net::Net;
 
 /// Guest memory starts at 0; each queue of a test has a part of its own.
 const MEMORY: u64 = 96 << 20;
@@ -215,8 +216,7 @@ impl<D: VirtioDevice> Bench<D> {
         self.activate_by(without, D::activate);
     }
 
-    /// The same, by another function of the device.
-    pub fn activate_by(&mut self, without: u64, by: impl FnOnce(&mut D, Activation) -> Result<(), ActivateError>) {
+    fn activate_by(&mut self, without: u64, by: impl FnOnce(&mut D, Activation) -> Result<(), ActivateError>) {
         let mut device = self.device.lock().unwrap();
         let features = device.features() & !without;
         let queues = self.queues.iter_mut().map(|queue| queue.active(features)).collect();
@@ -247,5 +247,12 @@ impl<D: VirtioDevice> Bench<D> {
             assert!(std::time::Instant::now() < deadline, "timed out");
             self.manager.run_with_timeout(1).unwrap();
         }
+    }
+}
+
+impl Bench<Net> {
+    /// Like [`Bench::activate`], for an interface with a socket in the tap's place: that has no offloads to set.
+    pub fn activate_on_a_socket(&mut self, without: u64) {
+        self.activate_by(without, Net::start);
     }
 }

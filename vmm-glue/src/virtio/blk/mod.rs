@@ -20,8 +20,8 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::request::{Disk, MAX_RANGES, MAX_ZEROES};
+use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, VirtioDevice};
-use super::queue::Vq;
 use super::workers::Workers;
 
 /// One request queue.
@@ -133,10 +133,8 @@ impl VirtioDevice for Blk {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let [queue] = <[_; 1]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
-        let queue = Vq::new(queue, 0, &memory, features)?;
-        let workers = Workers::start(1, self.paused, Arc::clone(&self.disk), Arc::new(memory), queue, interrupt)
+        let Opened { memory, interrupt, queues: [queue], .. } = activation::open(activation)?;
+        let workers = Workers::start(1, self.paused, Arc::clone(&self.disk), memory, queue, interrupt)
             .map_err(|error| ActivateError::Host("virtio-blk thread", error))?;
         self.workers = Some(workers);
         Ok(())

@@ -19,8 +19,9 @@ use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
+use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
-use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
+use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, read_config_bytes};
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
 
@@ -205,12 +206,8 @@ impl MutEventSubscriber for Fs {
             _ => {}
         }
         if let Err(fault) = self.serve_high_priority() {
-            log::error!("virtio-fs: device stopped: {}", chain_of_causes(&fault));
             let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-            self.reset();
-            if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
-                log::error!("virtio-fs: cannot ask for a reset: {error}");
-            }
+            activation::stop(self, "virtio-fs", &fault, interrupt);
         }
     }
 }
@@ -235,12 +232,7 @@ impl VirtioDevice for Fs {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let [high_priority, requests] =
-            <[_; 2]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
-        let high_priority = Vq::new(high_priority, 0, &memory, features)?;
-        let requests = Vq::new(requests, 1, &memory, features)?;
-        let memory = Arc::new(memory);
+        let Opened { memory, interrupt, queues: [high_priority, requests], .. } = activation::open(activation)?;
         let workers = Workers::start(
             self.worker_count,
             self.paused,

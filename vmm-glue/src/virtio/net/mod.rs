@@ -23,8 +23,9 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::epoll::EventSet;
 
+use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
-use super::queue::{Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
+use super::queue::{Vq, WAKE, Wake, read_config_bytes};
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -86,15 +87,12 @@ impl Net {
     }
 
     /// Takes the queues over.
-    fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let [rx, tx] = <[_; 2]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
-        let rx = Vq::new(rx, 0, &memory, features)?;
-        let tx = Vq::new(tx, 1, &memory, features)?;
+    pub(super) fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Opened { memory, features, interrupt, queues: [rx, tx] } = activation::open(activation)?;
         let segmented = features & (1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6) != 0;
         let longest = if segmented { LONGEST } else { HEADER + ETHERNET + usize::from(self.mtu) };
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-        self.active = Some(Active { memory: Arc::new(memory), interrupt, rx, tx, mergeable, longest });
+        self.active = Some(Active { memory, interrupt, rx, tx, mergeable, longest });
         self.wake.wake();
         Ok(())
     }
@@ -153,12 +151,8 @@ impl MutEventSubscriber for Net {
             _ => self.rx_waiting = true,
         }
         if let Err(fault) = self.pump() {
-            log::error!("virtio-net: device stopped: {}", chain_of_causes(&fault));
             let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-            self.reset();
-            if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
-                log::error!("virtio-net: cannot ask for a reset: {error}");
-            }
+            activation::stop(self, "virtio-net", &fault, interrupt);
         }
         self.settle(ops);
     }

@@ -15,7 +15,7 @@ fn interface(without: u64) -> (UnixDatagram, Bench<Net>) {
     let (tap, wire) = UnixDatagram::pair().unwrap();
     wire.set_nonblocking(true).unwrap();
     let mut bench = Bench::new(Net::new(File::from(OwnedFd::from(tap)), MAC, 1500).unwrap());
-    bench.activate_by(without, Net::start);
+    bench.activate_on_a_socket(without);
     (wire, bench)
 }
 
@@ -117,7 +117,7 @@ fn reset_and_configuration() {
         bench.lock().reset();
         bench.run();
         wire.send(&frame([9; 6], 10)).unwrap();
-        bench.activate_by(0, Net::start);
+        bench.activate_on_a_socket(0);
         bench.queues[0].add(&[], &[2000]);
         bench.run();
         assert!(bench.queues[0].poll().is_some());

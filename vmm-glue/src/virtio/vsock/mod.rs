@@ -24,6 +24,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use self::connection::Connection;
 pub use self::connection::Reply;
 use self::packet::Header;
+use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
 
@@ -188,12 +189,8 @@ impl Vsock {
     }
 
     fn fail(&mut self, fault: &QueueFault) {
-        log::error!("vsock: device stopped: {}", crate::virtio::queue::chain_of_causes(fault));
         let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-        self.reset();
-        if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
-            log::error!("vsock: cannot ask for a reset: {error}");
-        }
+        activation::stop(self, "virtio-vsock", fault, interrupt);
     }
 }
 
@@ -264,12 +261,8 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let [rx, tx, event] = <[_; 3]>::try_from(queues).map_err(|queues| ActivateError::Queue(queues.len()))?;
-        let rx = Vq::new(rx, 0, &memory, features)?;
-        let tx = Vq::new(tx, 1, &memory, features)?;
-        let event = Vq::new(event, 2, &memory, features)?;
-        self.active = Some(Active { memory: Arc::new(memory), interrupt, rx, tx, event });
+        let Opened { memory, interrupt, queues: [rx, tx, event], .. } = activation::open(activation)?;
+        self.active = Some(Active { memory, interrupt, rx, tx, event });
         self.wake.wake();
         Ok(())
     }

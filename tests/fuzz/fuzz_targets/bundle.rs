@@ -1,0 +1,32 @@
+//! `config.json` of a bundle, as the shim reads it at `start` and at Create.
+#![no_main]
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use husk_config::Config;
+use husk_shim::bundle::{Bundle, resources_update, sizing};
+use husk_shim::spec::Spec;
+use libfuzzer_sys::fuzz_target;
+
+/// A directory of this process, which stays after it.
+fn dir() -> &'static PathBuf {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let dir = std::env::temp_dir().join(format!("husk-fuzz-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("a directory");
+        dir
+    })
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    std::fs::write(dir().join("config.json"), bytes).expect("a file");
+    if let Ok(spec) = Spec::load(dir()) {
+        let _ = spec.group("id");
+        let _ = spec.network();
+    }
+    if let Ok(bundle) = Bundle::load(dir()) {
+        let _ = sizing(&bundle.spec, &Config::default());
+    }
+    let _ = resources_update(bytes);
+});

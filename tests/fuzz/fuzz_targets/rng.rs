@@ -1,0 +1,14 @@
+//! Descriptor chains of virtio-rng.
+#![no_main]
+
+use husk_fuzz::{Step, drive};
+use husk_vmm::virtio::rng::Rng;
+use husk_vmm::virtio::testing::Bench;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|steps: Vec<Step>| {
+    let mut bench = Bench::new(Rng::new().expect("a device"));
+    let activate = |bench: &mut Bench<Rng>| bench.activate(0);
+    activate(&mut bench);
+    drive(&mut bench, &steps, activate);
+});
