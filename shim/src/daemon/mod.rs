@@ -19,12 +19,13 @@ use crate::bundle::{self, Bundle};
 use crate::chain;
 use crate::cli::bootstrap::Params;
 use crate::events::{Destination, Events, Patience};
-use crate::sandbox::boot::{Plan, pipe_pair};
+use crate::network;
+use crate::sandbox::boot::{Plan, Pod, pipe_pair};
 use crate::sandbox::cgroup::{self, Cgroup};
 use crate::sandbox::state::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox, vmm};
-use crate::spec::Spec;
+use crate::spec::{self, Spec};
 use crate::task::{self, Shim};
 
 /// How long events may take to reach containerd once everything else is over.
@@ -126,13 +127,26 @@ fn prepare(start: &Start, dir: StateDir, timeline: Arc<Timeline>) -> Prepared {
         timeline_log.clone_from(&config.timeline_log);
         let bundle = Bundle::load(&start.bundle).map_err(|e| chain(&e))?;
         let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
-        let hostname = hostname(&start.spec);
-        let plan = Plan::open(&start.sandbox, &hostname, config, sizing, share.guest);
-        plan.map_err(|e| chain(&e))
+        let network = match &network {
+            // What CNI does to a new one comes later, by hooks.
+            spec::Network::New => network::Network::default(),
+            spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
+        };
+        timeline.mark("network connected");
+        let pod = pod(start, network);
+        Plan::open(pod, config, sizing, share.guest).map_err(|e| chain(&e))
     })();
     // The bundle's directory goes before the shim does.
     let _ = std::env::set_current_dir("/");
     Prepared { id: start.sandbox.clone(), dir, cgroup, vmm: spawned, vmm_log: None, plan, timeline, timeline_log }
+}
+
+/// What the guest is set up as. The settings of a lone container's namespaces are its own, those of a pod's sandbox the
+/// pod's: its container is never made.
+fn pod(start: &Start, network: network::Network) -> Pod {
+    let is_sandbox = start.spec.is_sandbox();
+    let sysctls = if is_sandbox { start.spec.linux.sysctl.clone() } else { Default::default() };
+    Pod { id: start.sandbox.clone(), hostname: hostname(&start.spec), shared_memory: is_sandbox, sysctls, network }
 }
 
 /// The sandbox' host name: a container whose specification has none sees the host's under runc.
