@@ -222,7 +222,8 @@ mod tests {
     fn the_machine_has_a_loopback() {
         let mut found = false;
         let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &link_header(0, 0, 0));
-        let visit = |kind, body: &[u8]| found |= kind == libc::RTM_NEWLINK && body.get(4..8) == Some(&1i32.to_ne_bytes());
+        let visit =
+            |kind, body: &[u8]| found |= kind == libc::RTM_NEWLINK && body.get(4..8) == Some(&1i32.to_ne_bytes());
         Netlink::open().unwrap().dump(request, visit).unwrap();
         assert!(found);
     }

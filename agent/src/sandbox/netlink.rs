@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use husk_netlink::{attributes, socket};
 pub use husk_netlink::{Message, Netlink, link_header};
+use husk_netlink::{attributes, socket};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 

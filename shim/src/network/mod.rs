@@ -8,6 +8,7 @@
 //! Everything here runs before the daemon has a second thread: it changes the network namespace of the process.
 
 mod read;
+mod steer;
 mod tap;
 
 use std::fs::File;
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use husk_netlink::Netlink;
 use husk_proto::agent::{Interface, Neighbour, Route};
 use nix::sched::{CloneFlags, setns};
+pub use steer::Steer;
 
 /// What the guest is given.
 #[derive(Debug, Default)]
@@ -30,6 +32,8 @@ pub struct Network {
     pub routes: Vec<Route>,
     /// Neighbours that were set, not learnt.
     pub neighbours: Vec<Neighbour>,
+    /// What takes connections that are dialled within the namespace.
+    pub steer: Option<Steer>,
 }
 
 /// A tap whose frames go to and from an interface of the pod.
@@ -93,6 +97,10 @@ pub fn connect(path: &Path) -> Result<Network, NetworkError> {
             routes: read::routes(&netlink, &links).map_err(kernel("list routes"))?,
             neighbours: read::neighbours(&netlink, &links).map_err(kernel("list neighbours"))?,
             taps: Vec::with_capacity(links.len()),
+            // The pod runs without it.
+            steer: steer::current_namespace()
+                .inspect_err(|error| tracing::warn!(%error, "no port-forward: connections cannot be steered"))
+                .ok(),
         };
         for link in &links {
             network.taps.push(tap::beside(&netlink, link)?);

@@ -216,8 +216,11 @@ mod tests {
             let mut body = link_header(2, flags as u32, 0).to_vec();
             body[2..4].copy_from_slice(&kind.to_ne_bytes());
             let mtu = 1450u32.to_ne_bytes();
-            let list =
-                [(libc::IFLA_IFNAME, &b"eth0\0"[..]), (libc::IFLA_ADDRESS, &[2, 0, 0, 0, 0, 10]), (libc::IFLA_MTU, &mtu)];
+            let list = [
+                (libc::IFLA_IFNAME, &b"eth0\0"[..]),
+                (libc::IFLA_ADDRESS, &[2, 0, 0, 0, 0, 10]),
+                (libc::IFLA_MTU, &mtu),
+            ];
             body.extend(nest(&list));
             parse_link(&body)
         };

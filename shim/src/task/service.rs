@@ -50,7 +50,8 @@ impl Handler {
 
     /// A container that there is something of in the guest.
     fn guest_container(&self, id: &str) -> Result<Arc<Container>, Refusal> {
-        self.container(id).and_then(|container| if container.is_pause() { Err(Refusal::Sandbox) } else { Ok(container) })
+        self.container(id)
+            .and_then(|container| if container.is_pause() { Err(Refusal::Sandbox) } else { Ok(container) })
     }
 
     fn is_running(container: &Container) -> Result<(), &'static str> {

@@ -40,9 +40,9 @@ pub fn need_image_in(namespace: &str, reference: &str) {
         Running::start(command, Input::Null)
     };
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = known.entry(namespace.to_owned()).or_insert_with(|| {
-        ctr(&["ls", "-q"]).wait().expect_code(0).out().lines().map(str::to_owned).collect()
-    });
+    let known = known
+        .entry(namespace.to_owned())
+        .or_insert_with(|| ctr(&["ls", "-q"]).wait().expect_code(0).out().lines().map(str::to_owned).collect());
     if known.iter().any(|one| one == reference) {
         return;
     }

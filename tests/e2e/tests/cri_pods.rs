@@ -56,7 +56,8 @@ fn containers_share_what_a_pod_shares() {
     pods("cri-shared", |pods| {
         let mut config = pods.config();
         config["hostname"] = json!("the-pod");
-        config["linux"]["sysctls"] = json!({ "net.ipv4.ip_unprivileged_port_start": "80", "kernel.shm_rmid_forced": "1" });
+        config["linux"]["sysctls"] =
+            json!({ "net.ipv4.ip_unprivileged_port_start": "80", "kernel.shm_rmid_forced": "1" });
         config["dns_config"] = json!({ "servers": ["10.0.0.53"], "searches": ["e2e.test"], "options": ["ndots:2"] });
         let pod = pods.run(config);
         let (a, b) = (pod.sleeper(), pod.sleeper());

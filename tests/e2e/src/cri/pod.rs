@@ -5,6 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -17,6 +18,9 @@ use crate::{BUSYBOX, KUBERNETES, PAUSE, node};
 const SETTLE: Duration = Duration::from_secs(20);
 /// The label by which a test finds its pods again.
 const LABEL: &str = "husk-e2e";
+
+/// What kubelet sets for a pod that asks for nothing: the protocol's own default shares processes.
+static KUBELET: LazyLock<Value> = LazyLock::new(|| json!({ "namespace_options": { "pid": "CONTAINER" } }));
 
 /// The pods of one test.
 pub struct Pods {
@@ -81,7 +85,7 @@ impl Pods {
             "hostname": name,
             "log_directory": logs.to_string_lossy(),
             "labels": { LABEL: self.name },
-            "linux": { "cgroup_parent": format!("/kubepods/{name}"), "security_context": {} },
+            "linux": { "cgroup_parent": format!("/kubepods/{name}"), "security_context": KUBELET.clone() },
         })
     }
 
@@ -108,9 +112,10 @@ impl Pods {
                     result = Err(format!("{method}: {status}"));
                 }
             }
-            // containerd leaves the parent to kubelet, which made it.
-            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            let _ = fs::remove_dir(format!("/sys/fs/cgroup/kubepods/{name}"));
+        }
+        // containerd leaves the parents to kubelet, which makes them.
+        for number in 1..=self.next.get() {
+            let _ = fs::remove_dir(format!("/sys/fs/cgroup/kubepods/{}-{number}", self.name));
         }
         result
     }
@@ -171,7 +176,7 @@ impl Pod {
             "image": { "image": BUSYBOX },
             "command": ["sh", "-c", script],
             "log_path": format!("{name}.log"),
-            "linux": { "resources": {}, "security_context": {} },
+            "linux": { "resources": {}, "security_context": KUBELET.clone() },
         })
     }
 
