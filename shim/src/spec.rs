@@ -13,6 +13,9 @@ const SANDBOX_ID_CRIO: &str = "io.kubernetes.cri-o.SandboxID";
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// The same by CRI-O.
 const CONTAINER_TYPE_CRIO: &str = "io.kubernetes.cri-o.ContainerType";
+/// Annotations of containerd's and CRI-O's that name the pod.
+const POD_NAMESPACE: [&str; 2] = ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"];
+const POD_NAME: [&str; 2] = ["io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"];
 /// Most bytes of a configuration that are read.
 const MAX_SIZE: u64 = 16 << 20;
 
@@ -174,6 +177,15 @@ impl Spec {
         [CONTAINER_TYPE, CONTAINER_TYPE_CRIO]
             .iter()
             .any(|key| self.annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
+    }
+
+    /// The Kubernetes pod, as `namespace/name`; empty for a container by itself.
+    pub fn pod_name(&self) -> String {
+        let part = |names: [&str; 2]| names.iter().find_map(|name| self.annotations.get(*name));
+        match (part(POD_NAMESPACE), part(POD_NAME)) {
+            (Some(namespace), Some(name)) => format!("{namespace}/{name}"),
+            _ => String::new(),
+        }
     }
 
     /// The network namespace of the sandbox.

@@ -103,7 +103,7 @@ impl Stream {
 
     /// The next message: its channel and data; nothing at the end.
     #[track_caller]
-    pub fn next(&mut self) -> Option<(u8, Vec<u8>)> {
+    pub fn receive(&mut self) -> Option<(u8, Vec<u8>)> {
         loop {
             if let Some((opcode, payload)) = self.take() {
                 match (opcode, payload.split_first()) {
@@ -136,7 +136,7 @@ impl Stream {
     pub fn wait_for(&mut self, channel: u8, text: &str) -> String {
         let mut seen = Vec::new();
         loop {
-            match self.next() {
+            match self.receive() {
                 Some((from, data)) if from == channel => seen.extend(data),
                 Some(_) => {}
                 None => panic!("ended before {text:?}: {:?}", String::from_utf8_lossy(&seen)),
@@ -152,7 +152,7 @@ impl Stream {
     #[track_caller]
     pub fn finish(mut self) -> (Vec<u8>, Vec<u8>, String) {
         let (mut out, mut err, mut status) = (Vec::new(), Vec::new(), Vec::new());
-        while let Some((channel, data)) = self.next() {
+        while let Some((channel, data)) = self.receive() {
             match channel {
                 channel::STDOUT => out.extend(data),
                 channel::STDERR => err.extend(data),
