@@ -1,6 +1,7 @@
 //! `husk`: what an operator asks of Husk on a node.
 
 mod check;
+mod ps;
 mod trace;
 
 use clap::{Parser, Subcommand};
@@ -25,6 +26,12 @@ enum Command {
         #[arg(long, short, value_enum, default_value_t = check::Output::Text)]
         output: check::Output,
     },
+    /// Lists the pods of this node that run under Husk, and their virtual machines.
+    Ps {
+        /// How to print the list.
+        #[arg(long, short, value_enum, default_value_t = ps::Output::Text)]
+        output: ps::Output,
+    },
     /// Shows where the time of a pod's start went.
     Trace {
         /// A sandbox that is running, by its id or the beginning of it, or a file of timelines; without it, the newest
@@ -37,6 +44,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.command {
         Command::Check { output } => check::main(&arguments.config, output),
+        Command::Ps { output } => print(&ps::main(output)),
         Command::Trace { what } => match trace::main(&arguments.config, what.as_deref()) {
             Ok(text) => print(&text),
             Err(error) => {

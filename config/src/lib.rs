@@ -2,6 +2,7 @@
 
 pub mod check;
 mod load;
+pub mod sandbox;
 pub mod timeline;
 
 pub use check::Problem;

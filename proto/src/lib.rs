@@ -1,6 +1,7 @@
 //! What shim, VMM and guest agent share on the wire: ports, the stream header, boot marks and the agent's services.
 
 pub mod boot;
+pub mod forward;
 pub mod ports;
 pub mod slots;
 pub mod stream;

@@ -9,6 +9,13 @@ use serde::Deserialize;
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// The same by CRI-O.
 const SANDBOX_ID_CRIO: &str = "io.kubernetes.cri-o.SandboxID";
+/// containerd's annotation that tells a pod's sandbox container from its others.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// The same by CRI-O.
+const CONTAINER_TYPE_CRIO: &str = "io.kubernetes.cri-o.ContainerType";
+/// Annotations of containerd's and CRI-O's that name the pod.
+const POD_NAMESPACE: [&str; 2] = ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"];
+const POD_NAME: [&str; 2] = ["io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"];
 /// Most bytes of a configuration that are read.
 const MAX_SIZE: u64 = 16 << 20;
 
@@ -76,6 +83,9 @@ pub struct Linux {
     /// The container's cgroup.
     #[serde(deserialize_with = "nullable")]
     pub cgroups_path: String,
+    /// Kernel settings of the container's namespaces.
+    #[serde(deserialize_with = "nullable")]
+    pub sysctl: HashMap<String, String>,
 }
 
 /// A namespace to make or, with a path, to join.
@@ -162,6 +172,22 @@ impl Spec {
         }
     }
 
+    /// Whether this is a pod's sandbox container: the one that stands for the pod and runs nothing.
+    pub fn is_sandbox(&self) -> bool {
+        [CONTAINER_TYPE, CONTAINER_TYPE_CRIO]
+            .iter()
+            .any(|key| self.annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
+    }
+
+    /// The Kubernetes pod, as `namespace/name`; empty for a container by itself.
+    pub fn pod_name(&self) -> String {
+        let part = |names: [&str; 2]| names.iter().find_map(|name| self.annotations.get(*name));
+        match (part(POD_NAMESPACE), part(POD_NAME)) {
+            (Some(namespace), Some(name)) => format!("{namespace}/{name}"),
+            _ => String::new(),
+        }
+    }
+
     /// The network namespace of the sandbox.
     ///
     /// # Errors
@@ -199,6 +225,9 @@ mod tests {
         assert_eq!(pod.group("c").unwrap(), "pod");
         let bad = spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"../../etc"}}"#);
         assert!(bad.group("c").is_err());
+        assert!(!pod.is_sandbox());
+        assert!(spec(r#"{"annotations":{"io.kubernetes.cri.container-type":"sandbox"}}"#).is_sandbox());
+        assert!(!spec(r#"{"annotations":{"io.kubernetes.cri.container-type":"container"}}"#).is_sandbox());
     }
 
     #[test]

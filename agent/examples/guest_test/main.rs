@@ -74,7 +74,13 @@ async fn all(rootfs: String) -> Outcome {
             ..Default::default()
         };
         setup.interfaces = vec![Interface { name, mac, mtu: 1400, addresses, ..Default::default() }];
-        setup.routes = vec![route("", "10.0.2.2"), route("10.9.0.0/16", ""), route("fd01::/64", "fd00::1")];
+        setup.routes = vec![
+            route("10.0.2.0/24", ""),
+            route("fd00::/64", ""),
+            route("", "10.0.2.2"),
+            route("10.9.0.0/16", ""),
+            route("fd01::/64", "fd00::1"),
+        ];
         setup.neighbours = vec![neighbour];
         setup.sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "0".into());
     }

@@ -12,8 +12,8 @@ use husk_proto::boot::Mark;
 use husk_proto::{agent_ttrpc, containerd, ports};
 
 use crate::io::streams::Streams;
-use crate::sandbox::Sandbox;
 use crate::sandbox::service::SandboxService;
+use crate::sandbox::{Sandbox, forward};
 use crate::task::{Tasks, service::TaskService};
 use crate::{events, log, reaper, vsock};
 
@@ -68,6 +68,7 @@ fn run() -> Result<std::convert::Infallible, BootError> {
 async fn serve() -> Result<std::convert::Infallible, BootError> {
     let listen = |port| vsock::Listener::bind(port).map_err(|source| BootError::Listen { port, source });
     let (api, stream_port, log_port) = (listen(ports::AGENT)?, listen(ports::STREAM)?, listen(ports::LOG)?);
+    let forward_port = listen(ports::FORWARD)?;
 
     let (hub, streams, reaper) = (events::Hub::default(), Streams::default(), reaper::Reaper::default());
     let mut children = reaper.signals().map_err(BootError::Reaper)?;
@@ -81,6 +82,7 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     server.start().await.map_err(BootError::Serve)?;
     tokio::spawn(streams.serve(stream_port));
     tokio::spawn(log::serve(log_port));
+    tokio::spawn(forward::serve(forward_port));
     mark::mark(Mark::AgentReady);
 
     // Namespaces are made while the host is still dialling, so that Setup finds them.

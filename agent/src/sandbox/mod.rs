@@ -1,6 +1,7 @@
 //! The sandbox: the pod's own namespaces, network and settings in the guest.
 
 mod apply;
+pub mod forward;
 pub mod link;
 pub mod namespaces;
 mod netlink;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use husk_proto::agent::{Interface, Neighbour, Route};
 use tokio::time::{Instant, timeout_at};
 
-use super::netlink::{Link, LinkNotices, Message, Netlink, link_header};
+use super::netlink::{Link, LinkNotices, Message, Netlink, link_header, links};
 use super::{NET, namespaces};
 
 /// How long an interface may take to appear: its device is there before the guest is asked for it.
@@ -80,7 +80,7 @@ fn find(interfaces: &[Interface], pod: &Netlink, name: &str) -> Result<i32, Netw
 }
 
 fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
-    Ok(netlink.links().map_err(kernel("list interfaces"))?.into_iter().find(|link| link.mac == mac))
+    Ok(links(netlink).map_err(kernel("list interfaces"))?.into_iter().find(|link| link.mac == mac))
 }
 
 async fn bring_in(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
@@ -131,15 +131,17 @@ fn add_address(pod: &Netlink, index: i32, cidr: &str) -> Result<(), NetworkError
     let (address, prefix) = parse_cidr(cidr)?;
     let bytes = octets(address);
     let family = family(address);
-    // An address of a pod has been checked for duplicates by whoever gave it out.
-    let flags = if address.is_ipv6() { libc::IFA_F_NODAD as u8 } else { 0 };
+    // An address of a pod has been checked for duplicates by whoever gave it out, and its routes come by themselves:
+    // some networks have none to their own subnet.
+    let flags = libc::IFA_F_NOPREFIXROUTE | if address.is_ipv6() { libc::IFA_F_NODAD } else { 0 };
     let scope = if address.is_loopback() { libc::RT_SCOPE_HOST } else { libc::RT_SCOPE_UNIVERSE };
     // struct ifaddrmsg
-    let mut fixed = [family, prefix, flags, scope, 0, 0, 0, 0];
+    let mut fixed = [family, prefix, 0, scope, 0, 0, 0, 0];
     fixed[4..].copy_from_slice(&index.to_ne_bytes());
     let mut message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &fixed)
         .attribute(libc::IFA_LOCAL, &bytes)
-        .attribute(libc::IFA_ADDRESS, &bytes);
+        .attribute(libc::IFA_ADDRESS, &bytes)
+        .number(libc::IFA_FLAGS, flags);
     if let IpAddr::V4(v4) = address
         && prefix < 31
     {

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use husk_config::Config;
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,16 +15,17 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::address::Address;
-use crate::bundle::{self, Bundle};
+use crate::bundle::{self, Bundle, Sizing};
 use crate::chain;
 use crate::cli::bootstrap::Params;
 use crate::events::{Destination, Events, Patience};
-use crate::sandbox::boot::{Plan, pipe_pair};
+use crate::network;
+use crate::sandbox::boot::{Plan, Pod, pipe_pair};
 use crate::sandbox::cgroup::{self, Cgroup};
 use crate::sandbox::state::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox, vmm};
-use crate::spec::Spec;
+use crate::spec::{self, Spec};
 use crate::task::{self, Shim};
 
 /// How long events may take to reach containerd once everything else is over.
@@ -126,13 +127,46 @@ fn prepare(start: &Start, dir: StateDir, timeline: Arc<Timeline>) -> Prepared {
         timeline_log.clone_from(&config.timeline_log);
         let bundle = Bundle::load(&start.bundle).map_err(|e| chain(&e))?;
         let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
-        let hostname = hostname(&start.spec);
-        let plan = Plan::open(&start.sandbox, &hostname, config, sizing, share.guest);
-        plan.map_err(|e| chain(&e))
+        describe(start, &dir, &sizing, vmm.pid);
+        let network = match &network {
+            // What CNI does to a new one comes later, by hooks.
+            spec::Network::New => network::Network::default(),
+            spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
+        };
+        timeline.mark("network connected");
+        let pod = pod(start, network);
+        Plan::open(pod, config, sizing, share.guest).map_err(|e| chain(&e))
     })();
     // The bundle's directory goes before the shim does.
     let _ = std::env::set_current_dir("/");
     Prepared { id: start.sandbox.clone(), dir, cgroup, vmm: spawned, vmm_log: None, plan, timeline, timeline_log }
+}
+
+/// Notes for `husk ps` what this sandbox is.
+fn describe(start: &Start, dir: &StateDir, sizing: &Sizing, vmm_pid: u32) {
+    let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let sandbox = husk_config::sandbox::Sandbox {
+        id: start.sandbox.clone(),
+        namespace: start.namespace.clone(),
+        pod: start.spec.pod_name(),
+        vcpus: sizing.vcpus,
+        memory_mib: sizing.memory_mib,
+        started: started.as_secs(),
+        vmm_pid,
+        shim_pid: std::process::id(),
+    };
+    let written = serde_json::to_string(&sandbox).map_err(|e| e.to_string());
+    if let Err(error) = written.and_then(|text| dir.write("sandbox.json", &text).map_err(|e| chain(&e))) {
+        tracing::warn!(error, "sandbox not noted for husk ps");
+    }
+}
+
+/// What the guest is set up as. The settings of a lone container's namespaces are its own, those of a pod's sandbox the
+/// pod's: its container is never made.
+fn pod(start: &Start, network: network::Network) -> Pod {
+    let is_sandbox = start.spec.is_sandbox();
+    let sysctls = if is_sandbox { start.spec.linux.sysctl.clone() } else { Default::default() };
+    Pod { id: start.sandbox.clone(), hostname: hostname(&start.spec), shared_memory: is_sandbox, sysctls, network }
 }
 
 /// The sandbox' host name: a container whose specification has none sees the host's under runc.

@@ -1,5 +1,6 @@
 //! From nothing to a guest that takes containers, in one line: what is asked of the VMM and the agent, in order.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -7,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_config::Config;
-use husk_proto::agent::SetupRequest;
-use husk_proto::{SHARE_TAG, ports};
-use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
+use husk_proto::agent::{Mount, SetupRequest};
+use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
+use husk_vmm::config::{FdIndex, NetConfig, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice, Step};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
@@ -19,13 +20,29 @@ use super::console::{self, Tail};
 use super::timeline::Timeline;
 use super::vmm::{Vmm, VmmError};
 use crate::bundle::Sizing;
+use crate::network::Network;
 
-/// Everything a boot needs, prepared while the VMM's process starts.
-pub struct Plan {
+/// Size of a pod's shared memory, as containerd's CRI makes it.
+const SHM_SIZE: &str = "size=65536k";
+
+/// What a guest is set up as.
+pub struct Pod {
     /// Sandbox id.
     pub id: String,
     /// Host name of the sandbox.
     pub hostname: String,
+    /// Whether its containers share `/dev/shm`.
+    pub shared_memory: bool,
+    /// Settings of the sandbox' namespaces.
+    pub sysctls: HashMap<String, String>,
+    /// Interfaces, and what belongs to them.
+    pub network: Network,
+}
+
+/// Everything a boot needs, prepared while the VMM's process starts.
+pub struct Plan {
+    /// What the guest is set up as.
+    pub pod: Pod,
     /// The operator's settings.
     pub config: Config,
     /// vCPUs and memory.
@@ -95,7 +112,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`BootError::Open`] naming the file that is missing.
-    pub fn open(id: &str, hostname: &str, config: Config, sizing: Sizing, share: PathBuf) -> Result<Self, BootError> {
+    pub fn open(pod: Pod, config: Config, sizing: Sizing, share: PathBuf) -> Result<Self, BootError> {
         let open = |what, path: &std::path::Path, write| {
             File::options().read(true).write(write).open(path).map_err(|source| BootError::Open {
                 what,
@@ -104,8 +121,7 @@ impl Plan {
             })
         };
         Ok(Self {
-            id: id.to_owned(),
-            hostname: hostname.to_owned(),
+            pod,
             kvm: open("KVM device", "/dev/kvm".as_ref(), true)?,
             kernel: open("guest kernel", &config.kernel, false)?,
             initrd: open("guest's initial RAM file system", &config.initrd, false)?,
@@ -170,8 +186,10 @@ pub async fn boot(
 
 /// Has the VMM make the machine and lets it run.
 async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
+    // The first four descriptors are those of every machine.
+    let taps = plan.pod.network.taps.iter().zip(4..);
     let config = VmConfig {
-        id: plan.id.clone(),
+        id: plan.pod.id.clone(),
         vcpus: plan.sizing.vcpus,
         memory_mib: plan.sizing.memory_mib,
         kvm: FdIndex(0),
@@ -185,12 +203,13 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
             workers: plan.config.virtio_fs_workers,
         }),
         vsock_cid: 3,
-        net: Vec::new(),
+        net: taps.map(|(tap, index)| NetConfig { tap: FdIndex(index), mac: tap.mac, mtu: tap.mtu }).collect(),
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
         spare_slots: 4,
     };
-    let fds = [plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
+    let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
+    fds.extend(plan.pod.network.taps.iter().map(|tap| tap.fd.as_fd()));
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };
     vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error(format!("cannot be created {files}")))?;
@@ -211,11 +230,24 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
     let filled = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), libc::GRND_NONBLOCK) };
     entropy.truncate(usize::try_from(filled).unwrap_or(0));
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let shared_memory = Mount {
+        fs_type: "tmpfs".to_owned(),
+        source: "shm".to_owned(),
+        target: GUEST_SHM.to_owned(),
+        options: ["nosuid", "nodev", "noexec", "mode=1777", SHM_SIZE].map(str::to_owned).to_vec(),
+        ..Default::default()
+    };
+    let pod = &plan.pod;
     let request = SetupRequest {
-        sandbox_id: plan.id.clone(),
-        hostname: plan.hostname.clone(),
+        sandbox_id: pod.id.clone(),
+        hostname: pod.hostname.clone(),
         clock_ns: i64::try_from(now.as_nanos()).unwrap_or(0),
         entropy,
+        mounts: pod.shared_memory.then_some(shared_memory).into_iter().collect(),
+        interfaces: pod.network.interfaces.clone(),
+        routes: pod.network.routes.clone(),
+        neighbours: pod.network.neighbours.clone(),
+        sysctls: pod.sysctls.clone(),
         ..Default::default()
     };
     let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;

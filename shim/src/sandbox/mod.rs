@@ -4,6 +4,7 @@ pub mod agent;
 pub mod boot;
 pub mod cgroup;
 pub mod console;
+pub mod forward;
 pub mod state;
 pub mod timeline;
 pub mod vmm;
@@ -102,8 +103,13 @@ impl Sandbox {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
                 (Ok(_), None) => Err("there is no VMM".to_owned()),
-                (Ok(plan), Some(vmm)) => {
-                    boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e))
+                (Ok(mut plan), Some(vmm)) => {
+                    let steer = plan.pod.network.steer.take();
+                    let agent = boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e));
+                    if let (Ok(_), Some(steer)) = (&agent, steer) {
+                        forward::serve(steer, vmm);
+                    }
+                    agent
                 }
             };
             match (booted, &handle) {

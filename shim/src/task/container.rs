@@ -101,6 +101,11 @@ impl Container {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
+    /// Whether it is the one that stands for its pod: nothing of it runs in the guest.
+    pub fn is_pause(&self) -> bool {
+        self.spec.is_sandbox()
+    }
+
     /// True once: the first caller tells containerd that memory ran out.
     pub fn tell_oom(&self) -> bool {
         !self.oom_told.swap(true, Ordering::Relaxed)

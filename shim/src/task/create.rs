@@ -46,6 +46,9 @@ impl Shim {
 
     async fn create_reserved(&self, request: &CreateTaskRequest) -> ttrpc::Result<()> {
         let spec = Spec::load(Path::new(&request.bundle)).map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        if spec.is_sandbox() {
+            return self.create_pause(request, spec).await;
+        }
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let owner = Owner { id: &request.id, namespace: &self.namespace };
         let prepare = async {
@@ -84,7 +87,13 @@ impl Shim {
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init));
-        self.containers.insert(Arc::clone(&container));
+        self.created(&container, request);
+        Ok(())
+    }
+
+    /// The container is there: containerd is told.
+    pub(super) fn created(&self, container: &Arc<Container>, request: &CreateTaskRequest) {
+        self.containers.insert(Arc::clone(container));
         self.sandbox.timeline.mark("create end");
         let event = TaskCreate {
             container_id: request.id.clone(),
@@ -103,9 +112,8 @@ impl Shim {
         };
         self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
         if self.is_gone() {
-            self.end_all(&container);
+            self.end_all(container);
         }
-        Ok(())
     }
 
     /// Mounts what the container needs; mount calls may block, so not on the executor.
@@ -137,7 +145,7 @@ impl Shim {
         }
     }
 
-    async fn run_hooks(
+    pub(super) async fn run_hooks(
         &self,
         kind: &'static str,
         hooks: &[crate::spec::Hook],

@@ -30,6 +30,10 @@ impl Shim {
             State::Created if !process.exec.is_empty() => return Err(Refusal::NotStarted.into()),
             _ => {}
         }
+        if container.is_pause() {
+            self.kill_pause(container, request);
+            return Ok(());
+        }
         let Ok(agent) = self.agent() else { return Err(Refusal::Finished.into()) };
         let guest = KillRequest {
             id: request.id.clone(),
@@ -55,8 +59,9 @@ impl Shim {
         {
             relay.drain(QUIET_INIT).await;
         }
-        // The last container takes the virtual machine with it: no need to tidy up in there first.
-        if self.containers.is_only(&container.id) {
+        // The last container takes the virtual machine with it, and so does the one that stands for the pod: no need to
+        // tidy up in there first.
+        if container.is_pause() || self.containers.is_only(&container.id) {
             self.sandbox.kill();
         } else if let Ok(agent) = self.agent() {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };

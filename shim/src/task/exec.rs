@@ -26,7 +26,9 @@ impl Shim {
         let agent = self.agent()?;
         process.begin_start()?;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
-        if let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await {
+        if !container.is_pause()
+            && let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await
+        {
             process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
             let kill = KillRequest { id: container.id.clone(), signal: 9, all: true, ..Default::default() };
             let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
@@ -45,6 +47,9 @@ impl Shim {
     pub(super) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), Refusal> {
         if !crate::cli::is_name(&request.exec_id) {
             return Err(Refusal::Invalid(format!("exec id {:?}", request.exec_id)));
+        }
+        if container.is_pause() {
+            return Err(Refusal::Sandbox);
         }
         if container.is_paused() {
             return Err(Refusal::Exec("paused"));

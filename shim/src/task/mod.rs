@@ -4,6 +4,7 @@ mod container;
 mod create;
 mod delete;
 mod exec;
+mod pause;
 mod process;
 mod refusal;
 mod service;

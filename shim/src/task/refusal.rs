@@ -47,6 +47,9 @@ pub enum Refusal {
     /// A thing this runtime does not do.
     #[error("{0}: not implemented")]
     Unsupported(&'static str),
+    /// A request for the container that stands for its pod, which only a program that runs could answer.
+    #[error("the sandbox container runs nothing: ask a container of the pod: failed precondition")]
+    Sandbox,
     /// The virtual machine is gone.
     #[error("the sandbox is gone: failed precondition")]
     Gone,

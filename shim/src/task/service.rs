@@ -48,6 +48,12 @@ impl Handler {
         self.shim.containers.get(id)
     }
 
+    /// A container that there is something of in the guest.
+    fn guest_container(&self, id: &str) -> Result<Arc<Container>, Refusal> {
+        self.container(id)
+            .and_then(|container| if container.is_pause() { Err(Refusal::Sandbox) } else { Ok(container) })
+    }
+
     fn is_running(container: &Container) -> Result<(), &'static str> {
         match container.init.state() {
             State::Running if container.is_paused() => Err("paused"),
@@ -114,6 +120,10 @@ impl Task for Handler {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id)?;
+        if container.is_pause() {
+            let vmm = ProcessInfo { pid: self.shim.sandbox.pid(), ..Default::default() };
+            return Ok(PidsResponse { processes: vec![vmm], ..Default::default() });
+        }
         let agent = self.shim.agent()?;
         let guest = PidsRequest { id: container.id.clone(), ..Default::default() };
         let answer = agent.task.pids(within(timeouts::QUICK), &guest).await;
@@ -124,7 +134,7 @@ impl Task for Handler {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.guest_container(&request.id)?;
         Self::is_running(&container).map_err(Refusal::Pause)?;
         let guest = PauseRequest { id: container.id.clone(), ..Default::default() };
         let paused = self.shim.agent()?.task.pause(within(timeouts::QUICK), &guest).await;
@@ -136,7 +146,7 @@ impl Task for Handler {
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.guest_container(&request.id)?;
         if Self::is_running(&container) != Err("paused") {
             return Err(Refusal::Resume(container.init.state().word()).into());
         }
@@ -201,6 +211,9 @@ impl Task for Handler {
         if matches!(container.init.state(), State::Stopped | State::Deleted) {
             return Err(Refusal::Update.into());
         }
+        if container.is_pause() {
+            return Ok(Empty::new());
+        }
         let value = bundle::resources_update(&request.resources.value);
         let value = value.map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
         let resources = Any { type_url: request.resources.type_url.clone(), value, ..Default::default() };
@@ -217,7 +230,7 @@ impl Task for Handler {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let container = self.container(&request.id)?;
+        let container = self.guest_container(&request.id)?;
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
         let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
         let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;

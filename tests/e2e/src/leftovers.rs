@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::{NAMESPACE, node};
+use crate::{KUBERNETES, NAMESPACE, node};
 
 /// Directories in which runtimes keep per-container state, with how deep to look.
 const STATE: &[(&str, usize)] = &[
@@ -21,6 +21,9 @@ const STATE: &[(&str, usize)] = &[
     ("/run/ipcns", 1),
     ("/dev/shm", 1),
 ];
+
+/// Cgroups that are not a container's own.
+const PARENTS: [&str; 3] = [NAMESPACE, KUBERNETES, "kubepods"];
 
 /// What there was at one moment.
 #[derive(Debug)]
@@ -39,7 +42,8 @@ impl Snapshot {
             entries(Path::new(dir), *depth, &mut things);
         }
         cgroups(Path::new("/sys/fs/cgroup"), &mut things);
-        for name in names("/sys/class/net") {
+        // CNI's bridge comes with the first pod and stays.
+        for name in names("/sys/class/net").iter().filter(|name| *name != "cni0") {
             things.insert(format!("interface {name}"));
         }
         loops(&mut things);
@@ -60,8 +64,8 @@ impl Snapshot {
             let _ = writeln!(text, "  {thing}");
             text
         });
-        for kind in ["containers", "tasks"] {
-            let output = Command::new("ctr").args(["-n", NAMESPACE, kind, "ls", "-q"]).output();
+        for (namespace, kind) in [NAMESPACE, KUBERNETES].into_iter().flat_map(|n| [(n, "containers"), (n, "tasks")]) {
+            let output = Command::new("ctr").args(["-n", namespace, kind, "ls", "-q"]).output();
             for id in String::from_utf8_lossy(&output.map(|output| output.stdout).unwrap_or_default()).lines() {
                 let _ = writeln!(text, "  containerd still has {kind} {id}");
             }
@@ -118,7 +122,7 @@ fn entries(dir: &Path, depth: usize, things: &mut BTreeSet<String>) {
         let path = entry.path();
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
         // A directory per containerd namespace is shared by all containers.
-        if path.file_name().is_some_and(|name| name != NAMESPACE) {
+        if path.file_name().is_some_and(|name| name != NAMESPACE && name != KUBERNETES) {
             things.insert(format!("path {}", path.display()));
         }
         if is_dir && depth > 1 {
@@ -130,8 +134,8 @@ fn entries(dir: &Path, depth: usize, things: &mut BTreeSet<String>) {
 fn cgroups(dir: &Path, things: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            // The parent that all containers of a namespace share stays.
-            if entry.file_name() != NAMESPACE {
+            // Those that all containers of a namespace or all pods share stay.
+            if !PARENTS.iter().any(|parent| entry.file_name() == *parent) {
                 things.insert(format!("cgroup {}", entry.path().display()));
             }
             cgroups(&entry.path(), things);

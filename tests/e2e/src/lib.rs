@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod case;
 pub mod command;
+pub mod cri;
 pub mod leftovers;
 pub mod node;
 pub mod pty;
@@ -22,10 +23,14 @@ pub use run::Run;
 pub const BUSYBOX: &str = "husk.test/busybox:latest";
 /// Reference of the Debian-based image with Python.
 pub const PYTHON: &str = "husk.test/python:latest";
+/// Reference of the image that sandboxes are made of.
+pub const PAUSE: &str = "husk.test/pause:latest";
 /// The reference runtime that Husk is compared with.
 pub const RUNC: &str = "io.containerd.runc.v2";
 /// containerd's namespace for everything the suites do.
 pub const NAMESPACE: &str = "e2e";
+/// containerd's namespace for what the CRI does.
+pub const KUBERNETES: &str = "k8s.io";
 
 /// The runtime under test.
 pub fn runtime() -> String {

@@ -1,12 +1,14 @@
 //! The node the suites run in: containerd's log, the images, waiting for a condition.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::command::{Input, Running, ctr, run_ctr};
+use crate::command::{Input, Running};
 
 /// The last lines of containerd's log, which `HUSK_E2E_CONTAINERD_LOG` names.
 pub fn log_tail(lines: usize) -> String {
@@ -26,21 +28,28 @@ pub fn image_dir() -> PathBuf {
 
 /// Imports the image unless this boot has it already.
 pub fn need_image(reference: &str) {
-    static KNOWN: OnceLock<String> = OnceLock::new();
-    let known = KNOWN.get_or_init(|| run_ctr(&["images", "ls", "-q"]).expect_code(0).out());
-    if known.lines().any(|line| line == reference) {
-        return;
-    }
-    static IMPORTED: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
-    let mut imported = IMPORTED.lock().unwrap();
-    if imported.iter().any(|done| done == reference) {
+    need_image_in(crate::NAMESPACE, reference);
+}
+
+/// The same for one of containerd's namespaces.
+pub fn need_image_in(namespace: &str, reference: &str) {
+    static KNOWN: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
+    let ctr = |args: &[&str]| {
+        let mut command = Command::new("ctr");
+        command.args(["-n", namespace, "images"]).args(args);
+        Running::start(command, Input::Null)
+    };
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = known
+        .entry(namespace.to_owned())
+        .or_insert_with(|| ctr(&["ls", "-q"]).wait().expect_code(0).out().lines().map(str::to_owned).collect());
+    if known.iter().any(|one| one == reference) {
         return;
     }
     let name = reference.trim_start_matches("husk.test/").trim_end_matches(":latest");
     let tar = image_dir().join(format!("{name}.tar"));
-    let command = ctr(&["images", "import", &tar.to_string_lossy()]);
-    Running::start(command, Input::Null).wait_within(Duration::from_secs(300)).expect_code(0);
-    imported.push(reference.to_owned());
+    ctr(&["import", &tar.to_string_lossy()]).wait_within(Duration::from_secs(300)).expect_code(0);
+    known.push(reference.to_owned());
 }
 
 /// Waits until `probe` gives something. For what sends no event that a test could wait for.

@@ -59,6 +59,11 @@ impl Inputs {
         Ok(Self { binary, applets })
     }
 
+    /// The program itself.
+    pub fn binary(&self) -> &[u8] {
+        &self.binary
+    }
+
     /// Identifies the image's content.
     pub fn hash(&self) -> String {
         hash_of(&[VERSION.as_bytes(), &self.binary, self.applets.join("\n").as_bytes()])

@@ -5,6 +5,7 @@
 mod busybox;
 mod layer;
 mod oci;
+mod pause;
 mod python;
 
 use std::fs;
@@ -17,6 +18,8 @@ use sha2::{Digest, Sha256};
 pub const BUSYBOX: &str = "husk.test/busybox:latest";
 /// Reference of the Debian-based image with Python.
 pub const PYTHON: &str = "husk.test/python:latest";
+/// Reference of the image that pods' sandboxes are made of.
+pub const PAUSE: &str = "husk.test/pause:latest";
 
 /// Makes every image under `out_dir` and returns the paths of their tars, ready for `ctr images import`.
 ///
@@ -28,6 +31,7 @@ pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
     let python = python::Inputs::find()?;
     Ok(vec![
         cached(out_dir, "busybox", &busybox.hash(), |tar| busybox.build(tar))?,
+        cached(out_dir, "pause", &pause::hash(&busybox), |tar| pause::build(&busybox, tar))?,
         cached(out_dir, "python", &python.hash(), |tar| python.build(tar))?,
     ])
 }

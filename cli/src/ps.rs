@@ -1,0 +1,151 @@
+//! `husk ps`: the sandboxes of this node and their virtual machines.
+
+use husk_config::sandbox::Sandbox;
+use serde::Serialize;
+use std::{
+    fmt::Write,
+    fs,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+/// Where shims keep their sandboxes' state: `<namespace>/<sandbox>/sandbox.json`.
+const STATE: &str = "/run/husk";
+
+/// How the list is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// A table.
+    Text,
+    /// A JSON array.
+    Json,
+}
+
+/// One line of the list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Row {
+    #[serde(flatten)]
+    sandbox: Sandbox,
+    /// Memory that the VMM's and the shim's processes hold by themselves (their PSS), in KiB, that of the guest included.
+    used_kib: u64,
+    /// Whether the VMM lives.
+    running: bool,
+}
+
+/// The text to print.
+pub fn main(output: Output) -> String {
+    let mut rows = rows(Path::new(STATE), Path::new("/proc"));
+    rows.sort_by_key(|row| (row.sandbox.started, row.sandbox.id.clone()));
+    match output {
+        Output::Text => table(&rows, SystemTime::now()),
+        Output::Json => format!("{:#}\n", serde_json::json!(rows)),
+    }
+}
+
+fn rows(state: &Path, proc: &Path) -> Vec<Row> {
+    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let sandboxes = entries(state).flat_map(|namespace| entries(&namespace));
+    // One that is just ending is not there any more.
+    let notes = sandboxes.filter_map(|dir| fs::read(dir.join("sandbox.json")).ok());
+    notes
+        .filter_map(|text| serde_json::from_slice::<Sandbox>(&text).ok())
+        .map(|sandbox| {
+            let used_kib = pss(proc, sandbox.vmm_pid) + pss(proc, sandbox.shim_pid);
+            let running = proc.join(sandbox.vmm_pid.to_string()).exists();
+            Row { sandbox, used_kib, running }
+        })
+        .collect()
+}
+
+/// The proportional set size of a process in KiB.
+fn pss(proc: &Path, pid: u32) -> u64 {
+    let rollup = fs::read_to_string(proc.join(pid.to_string()).join("smaps_rollup")).unwrap_or_default();
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+    line.and_then(|value| value.trim().trim_end_matches(" kB").parse().ok()).unwrap_or_default()
+}
+
+fn table(rows: &[Row], now: SystemTime) -> String {
+    let head = ["NAMESPACE", "SANDBOX", "POD", "STATE", "VCPUS", "MEMORY", "USED", "AGE", "VMM", "SHIM"];
+    let mut lines = vec![head.map(str::to_owned)];
+    for Row { sandbox, used_kib, running } in rows {
+        let age = now.duration_since(SystemTime::UNIX_EPOCH + Duration::from_secs(sandbox.started)).unwrap_or_default();
+        lines.push([
+            sandbox.namespace.clone(),
+            sandbox.id.chars().take(13).collect(),
+            if sandbox.pod.is_empty() { "-".into() } else { sandbox.pod.clone() },
+            if *running { "running".into() } else { "dead".into() },
+            sandbox.vcpus.to_string(),
+            format!("{} MiB", sandbox.memory_mib),
+            format!("{} MiB", used_kib / 1024),
+            self::age(age),
+            sandbox.vmm_pid.to_string(),
+            sandbox.shim_pid.to_string(),
+        ]);
+    }
+    let mut widths = [0; 10];
+    for line in &lines {
+        for (width, cell) in widths.iter_mut().zip(line) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for line in &lines {
+        let cells: Vec<String> = line.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    }
+    text
+}
+
+/// The largest unit that fits.
+fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7199 => format!("{}m", seconds / 60),
+        7200..=172_799 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sandboxes_are_listed_with_what_they_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, proc) = (dir.path().join("husk"), dir.path().join("proc"));
+        let sandbox = Sandbox {
+            id: "0123456789abcdef".into(),
+            namespace: "k8s.io".into(),
+            pod: "shop/cart".into(),
+            vcpus: 2,
+            memory_mib: 320,
+            started: 1000,
+            vmm_pid: 12,
+            shim_pid: 11,
+        };
+        fs::create_dir_all(state.join("k8s.io/0123456789abcdef")).unwrap();
+        fs::create_dir_all(state.join("k8s.io/ending")).unwrap();
+        let note = serde_json::to_vec(&sandbox).unwrap();
+        fs::write(state.join("k8s.io/0123456789abcdef/sandbox.json"), note).unwrap();
+        fs::create_dir_all(proc.join("12")).unwrap();
+        fs::write(proc.join("12/smaps_rollup"), "Rss: 9 kB\nPss:   40960 kB\nPss_Dirty: 1 kB\n").unwrap();
+        let rows = rows(&state, &proc);
+        assert_eq!(rows, [Row { sandbox, used_kib: 40_960, running: true }]);
+        let text = table(&rows, SystemTime::UNIX_EPOCH + Duration::from_secs(1090));
+        let expected = "\
+NAMESPACE  SANDBOX        POD        STATE    VCPUS  MEMORY   USED    AGE  VMM  SHIM
+k8s.io     0123456789abc  shop/cart  running  2      320 MiB  40 MiB  90s  12   11
+";
+        assert_eq!(text, expected);
+        let json = serde_json::to_value(&rows).unwrap();
+        assert_eq!((&json[0]["pod"], &json[0]["used_kib"]), (&"shop/cart".into(), &40_960.into()));
+    }
+
+    #[test]
+    fn ages() {
+        let of = |seconds| age(Duration::from_secs(seconds));
+        assert_eq!([of(3), of(130), of(7300), of(200_000)], ["3s", "2m", "2h", "2d"]);
+    }
+}

@@ -1,0 +1,63 @@
+//! The header that opens a forwarded TCP connection on [`crate::ports::FORWARD`], and the byte it is answered with.
+//!
+//! The shim dials, writes this header and reads one byte: 0 when the guest has connected, else what connect(2) failed
+//! with. From then on the stream is the connection; end of file is a half-close.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+/// Magic number at the start: "HSKF".
+const MAGIC: [u8; 4] = *b"HSKF";
+
+/// Length of an encoded header in bytes.
+pub const HEADER_LEN: usize = 22;
+
+/// Why bytes are no header.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("not the header of a forwarded connection: bad magic number")]
+pub struct HeaderError;
+
+/// The header for a connection to `address` in the pod's network namespace.
+pub fn encode(address: SocketAddr) -> [u8; HEADER_LEN] {
+    let ip = match address.ip() {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    };
+    let mut bytes = [0; HEADER_LEN];
+    bytes[..4].copy_from_slice(&MAGIC);
+    bytes[4..6].copy_from_slice(&address.port().to_be_bytes());
+    bytes[6..].copy_from_slice(&ip.octets());
+    bytes
+}
+
+/// Reads a header.
+///
+/// # Errors
+/// [`HeaderError`] when the bytes are anything else.
+pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<SocketAddr, HeaderError> {
+    let [a, b, c, d, high, low, ip @ ..] = bytes;
+    if [a, b, c, d] != MAGIC {
+        return Err(HeaderError);
+    }
+    Ok(SocketAddr::new(Ipv6Addr::from(ip).to_canonical(), u16::from_be_bytes([high, low])))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn round_trip(port: u16, v4: u32, v6: u128) {
+            for ip in [IpAddr::V4(v4.into()), Ipv6Addr::from(v6).to_canonical()] {
+                let address = SocketAddr::new(ip, port);
+                prop_assert_eq!(decode(encode(address)), Ok(address));
+            }
+        }
+
+        #[test]
+        fn any_bytes_never_panic(bytes: [u8; HEADER_LEN]) {
+            let _ = decode(bytes);
+        }
+    }
+}

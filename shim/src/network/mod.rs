@@ -1,0 +1,128 @@
+//! The pod's network, as CNI made it in a namespace of the host, carried over to the guest.
+//!
+//! Beside each interface of the namespace a tap is made, and traffic control redirects every frame from one to the
+//! other, both ways. The interface keeps its name and addresses, which statistics and CNI's own checks look for; the
+//! guest gets an interface of the same name, hardware address, addresses, routes and neighbours. The taps live as long
+//! as somebody holds their descriptors: with the VMM they are gone.
+//!
+//! Everything here runs before the daemon has a second thread: it changes the network namespace of the process.
+
+mod read;
+mod steer;
+mod tap;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use husk_netlink::Netlink;
+use husk_proto::agent::{Interface, Neighbour, Route};
+use nix::sched::{CloneFlags, setns};
+pub use steer::Steer;
+
+/// What the guest is given.
+#[derive(Debug, Default)]
+pub struct Network {
+    /// The host's ends, one for each interface.
+    pub taps: Vec<Tap>,
+    /// Interfaces with their addresses.
+    pub interfaces: Vec<Interface>,
+    /// Routes of the main table.
+    pub routes: Vec<Route>,
+    /// Neighbours that were set, not learnt.
+    pub neighbours: Vec<Neighbour>,
+    /// What takes connections that are dialled within the namespace.
+    pub steer: Option<Steer>,
+}
+
+/// A tap whose frames go to and from an interface of the pod.
+#[derive(Debug)]
+pub struct Tap {
+    /// The open device.
+    pub fd: OwnedFd,
+    /// The interface's hardware address.
+    pub mac: [u8; 6],
+    /// Its MTU in bytes.
+    pub mtu: u16,
+}
+
+/// Why a pod's network cannot be carried over.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// A namespace cannot be opened.
+    #[error("opening the network namespace {path}")]
+    Open {
+        /// The namespace.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The namespace cannot be entered or left.
+    #[error("changing to the network namespace {path}")]
+    Enter {
+        /// The namespace.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: nix::Error,
+    },
+    /// The kernel refused.
+    #[error("pod's network: cannot {step}")]
+    Kernel {
+        /// What was being done.
+        step: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn kernel(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::Kernel { step: step.into(), source }
+}
+
+/// Reads the network of the namespace at `path` and puts a tap beside each of its interfaces.
+///
+/// # Errors
+/// [`NetworkError`]; taps made until then are gone. The process is back in its own namespace, but for
+/// [`NetworkError::Enter`] of that one.
+pub fn connect(path: &Path) -> Result<Network, NetworkError> {
+    within(path, || {
+        let netlink = Netlink::open().map_err(kernel("open netlink"))?;
+        let links = read::links(&netlink).map_err(kernel("list interfaces"))?;
+        let mut network = Network {
+            interfaces: read::interfaces(&netlink, &links).map_err(kernel("list addresses"))?,
+            routes: read::routes(&netlink, &links).map_err(kernel("list routes"))?,
+            neighbours: read::neighbours(&netlink, &links).map_err(kernel("list neighbours"))?,
+            taps: Vec::with_capacity(links.len()),
+            // The pod runs without it.
+            steer: steer::current_namespace()
+                .inspect_err(|error| tracing::warn!(%error, "no port-forward: connections cannot be steered"))
+                .ok(),
+        };
+        for link in &links {
+            network.taps.push(tap::beside(&netlink, link)?);
+        }
+        Ok(network)
+    })?
+}
+
+/// Runs `f` in the network namespace at `path`.
+///
+/// # Errors
+/// [`NetworkError::Open`] and [`NetworkError::Enter`].
+pub fn within<T>(path: &Path, f: impl FnOnce() -> T) -> Result<T, NetworkError> {
+    let open = |path: &Path| File::open(path).map_err(|source| NetworkError::Open { path: path.into(), source });
+    let enter = |file: &File, path: &Path| {
+        setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
+            .map_err(|source| NetworkError::Enter { path: path.into(), source })
+    };
+    let own = Path::new("/proc/self/ns/net");
+    let (home, pod) = (open(own)?, open(path)?);
+    enter(&pod, path)?;
+    let result = f();
+    enter(&home, own)?;
+    Ok(result)
+}

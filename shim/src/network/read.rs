@@ -1,0 +1,288 @@
+//! What CNI left in a network namespace, read by rtnetlink(7).
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use husk_netlink::{Message, Netlink, attributes, link_header};
+use husk_proto::agent::{Interface, Neighbour, Route};
+
+/// `RTAX_MTU` and `RTNH_F_ONLINK` of linux/rtnetlink.h.
+const RTAX_MTU: u16 = 2;
+const RTNH_F_ONLINK: u32 = 4;
+
+/// An Ethernet interface that is up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Its index in the namespace.
+    pub index: i32,
+    /// Its name.
+    pub name: String,
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// In bytes.
+    pub mtu: u16,
+}
+
+/// The interfaces the guest gets: loopback, tunnels' fallback devices and what is down are none.
+pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
+    let mut links = Vec::new();
+    let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &link_header(0, 0, 0));
+    netlink.dump(request, |kind, body| {
+        if kind == libc::RTM_NEWLINK {
+            links.extend(parse_link(body));
+        }
+    })?;
+    Ok(links)
+}
+
+fn parse_link(body: &[u8]) -> Option<Link> {
+    let kind = u16::from_ne_bytes(body.get(2..4)?.try_into().ok()?);
+    let index = i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?);
+    let flags = u32::from_ne_bytes(body.get(8..12)?.try_into().ok()?);
+    let (up, loopback) = (libc::IFF_UP as u32, libc::IFF_LOOPBACK as u32);
+    if kind != libc::ARPHRD_ETHER || flags & up == 0 || flags & loopback != 0 {
+        return None;
+    }
+    let (mut name, mut mac, mut mtu) = (String::new(), None, 1500);
+    for (kind, value) in attributes(body.get(16..)?) {
+        match kind {
+            libc::IFLA_IFNAME => name = String::from_utf8_lossy(value).trim_end_matches('\0').to_owned(),
+            libc::IFLA_ADDRESS => mac = value.try_into().ok(),
+            libc::IFLA_MTU => mtu = u16::try_from(number(value)?).unwrap_or(u16::MAX),
+            _ => {}
+        }
+    }
+    Some(Link { index, name, mac: mac?, mtu })
+}
+
+/// The interfaces with their addresses, but those of IPv6 that every interface makes for itself.
+pub fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
+    let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
+    // struct ifaddrmsg
+    netlink.dump(Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &[0; 8]), |kind, body| {
+        if kind == libc::RTM_NEWADDR
+            && let Some((index, address)) = parse_address(body)
+        {
+            addresses.entry(index).or_default().push(address);
+        }
+    })?;
+    let interface = |link: &Link| Interface {
+        name: link.name.clone(),
+        mac: print_mac(&link.mac),
+        mtu: link.mtu.into(),
+        addresses: addresses.remove(&link.index).unwrap_or_default(),
+        ..Default::default()
+    };
+    Ok(links.iter().map(interface).collect())
+}
+
+fn parse_address(body: &[u8]) -> Option<(i32, String)> {
+    let [family, prefix, ..] = *body.first_chunk::<4>()?;
+    let index = i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?);
+    let mut found = None;
+    for (kind, value) in attributes(body.get(8..)?) {
+        match kind {
+            // The own address of a link with a peer, and of every IPv4 one.
+            libc::IFA_LOCAL => found = ip(family, value),
+            libc::IFA_ADDRESS if found.is_none() => found = ip(family, value),
+            _ => {}
+        }
+    }
+    let address = found.filter(|address| !is_link_local(*address))?;
+    Some((index, format!("{address}/{prefix}")))
+}
+
+/// The unicast routes of the main table by these interfaces.
+pub fn routes(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Route>> {
+    let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
+    let mut routes = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        // struct rtmsg
+        let mut fixed = [0; 12];
+        fixed[0] = family as u8;
+        netlink.dump(Message::new(libc::RTM_GETROUTE, libc::NLM_F_DUMP, &fixed), |kind, body| {
+            if kind == libc::RTM_NEWROUTE {
+                routes.extend(parse_route(body, &names));
+            }
+        })?;
+    }
+    Ok(routes)
+}
+
+fn parse_route(body: &[u8], names: &HashMap<u32, &str>) -> Option<Route> {
+    let [family, prefix, _, _, table, _, scope, kind, flags @ ..] = *body.first_chunk::<12>()?;
+    let flags = u32::from_ne_bytes(flags);
+    // RTM_F_CLONED: an exception the kernel noted for one destination.
+    if table != libc::RT_TABLE_MAIN || kind != libc::RTN_UNICAST || flags & libc::RTM_F_CLONED != 0 {
+        return None;
+    }
+    let ipv6 = i32::from(family) == libc::AF_INET6;
+    let mut route = Route { scope: scope.into(), ipv6, onlink: flags & RTNH_F_ONLINK != 0, ..Default::default() };
+    for (kind, value) in attributes(body.get(12..)?) {
+        match kind {
+            libc::RTA_DST => {
+                let destination = ip(family, value)?;
+                if is_link_local(destination) || destination.is_multicast() {
+                    return None;
+                }
+                route.destination = format!("{destination}/{prefix}");
+            }
+            libc::RTA_GATEWAY => route.gateway = ip(family, value)?.to_string(),
+            libc::RTA_VIA => {
+                let (family, address) = value.split_at_checked(2)?;
+                let family = u16::from_ne_bytes(family.try_into().ok()?);
+                route.gateway = ip(u8::try_from(family).ok()?, address)?.to_string();
+            }
+            libc::RTA_PREFSRC => route.source = ip(family, value)?.to_string(),
+            libc::RTA_OIF => route.interface = (*names.get(&number(value)?)?).to_owned(),
+            libc::RTA_PRIORITY => route.metric = number(value)?,
+            libc::RTA_METRICS => {
+                let mtu = attributes(value).find(|(kind, _)| *kind == RTAX_MTU);
+                route.mtu = mtu.and_then(|(_, value)| number(value)).unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+    // One over several next hops has no interface of its own.
+    (!route.interface.is_empty()).then_some(route)
+}
+
+/// The neighbours that somebody set.
+pub fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
+    let mut neighbours = Vec::new();
+    // struct ndmsg
+    netlink.dump(Message::new(libc::RTM_GETNEIGH, libc::NLM_F_DUMP, &[0; 12]), |kind, body| {
+        if kind == libc::RTM_NEWNEIGH {
+            neighbours.extend(parse_neighbour(body, links));
+        }
+    })?;
+    Ok(neighbours)
+}
+
+fn parse_neighbour(body: &[u8], links: &[Link]) -> Option<Neighbour> {
+    let family = *body.first()?;
+    let index = i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?);
+    let state = u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?);
+    if state & libc::NUD_PERMANENT == 0 {
+        return None;
+    }
+    let interface = links.iter().find(|link| link.index == index)?.name.clone();
+    let (mut address, mut mac) = (None, None);
+    for (kind, value) in attributes(body.get(12..)?) {
+        match kind {
+            libc::NDA_DST => address = ip(family, value),
+            libc::NDA_LLADDR => mac = <[u8; 6]>::try_from(value).ok(),
+            _ => {}
+        }
+    }
+    Some(Neighbour { address: address?.to_string(), mac: print_mac(&mac?), interface, ..Default::default() })
+}
+
+fn number(value: &[u8]) -> Option<u32> {
+    value.first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes))
+}
+
+fn ip(family: u8, value: &[u8]) -> Option<IpAddr> {
+    match i32::from(family) {
+        libc::AF_INET => Some(Ipv4Addr::from(*value.first_chunk::<4>()?).into()),
+        libc::AF_INET6 => Some(Ipv6Addr::from(*value.first_chunk::<16>()?).into()),
+        _ => None,
+    }
+}
+
+/// fe80::/10, which the guest's kernel makes of the same hardware address.
+fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
+}
+
+fn print_mac(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_netlink::nest;
+    use proptest::prelude::*;
+
+    fn eth0() -> Link {
+        Link { index: 2, name: "eth0".into(), mac: [2, 0, 0, 0, 0, 10], mtu: 1450 }
+    }
+
+    #[test]
+    fn only_ethernet_that_is_up() {
+        let link = |kind: u16, flags: i32| {
+            let mut body = link_header(2, flags as u32, 0).to_vec();
+            body[2..4].copy_from_slice(&kind.to_ne_bytes());
+            let mtu = 1450u32.to_ne_bytes();
+            let list = [
+                (libc::IFLA_IFNAME, &b"eth0\0"[..]),
+                (libc::IFLA_ADDRESS, &[2, 0, 0, 0, 0, 10]),
+                (libc::IFLA_MTU, &mtu),
+            ];
+            body.extend(nest(&list));
+            parse_link(&body)
+        };
+        assert_eq!(link(libc::ARPHRD_ETHER, libc::IFF_UP), Some(eth0()));
+        assert_eq!(link(libc::ARPHRD_ETHER, 0), None);
+        assert_eq!(link(libc::ARPHRD_LOOPBACK, libc::IFF_UP | libc::IFF_LOOPBACK), None);
+    }
+
+    #[test]
+    fn addresses() {
+        let address = |family: i32, prefix: u8, list: &[(u16, &[u8])]| {
+            let body = [&[family as u8, prefix, 0, 0][..], &2i32.to_ne_bytes(), &nest(list)].concat();
+            parse_address(&body).map(|(_, address)| address)
+        };
+        let peer = [(libc::IFA_ADDRESS, &[10, 0, 0, 1][..]), (libc::IFA_LOCAL, &[10, 0, 0, 2])];
+        assert_eq!(address(libc::AF_INET, 32, &peer).as_deref(), Some("10.0.0.2/32"));
+        let link_local = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).octets();
+        assert_eq!(address(libc::AF_INET6, 64, &[(libc::IFA_ADDRESS, &link_local)]), None);
+        let global = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1).octets();
+        assert_eq!(address(libc::AF_INET6, 64, &[(libc::IFA_ADDRESS, &global)]).as_deref(), Some("fd00::1/64"));
+    }
+
+    #[test]
+    fn routes_with_gateway_metric_and_mtu() {
+        let names = HashMap::from([(2, "eth0")]);
+        let body = |table: u8, list: &[(u16, &[u8])]| {
+            [&[libc::AF_INET as u8, 16, 0, 0, table, 3, 0, 1, 0, 0, 0, 0][..], &nest(list)].concat()
+        };
+        let (oif, metric, mtu) = (2u32.to_ne_bytes(), 50u32.to_ne_bytes(), nest(&[(RTAX_MTU, &1300u32.to_ne_bytes())]));
+        let list = [
+            (libc::RTA_DST, &[10, 9, 0, 0][..]),
+            (libc::RTA_GATEWAY, &[10, 0, 0, 1]),
+            (libc::RTA_OIF, &oif),
+            (libc::RTA_PRIORITY, &metric),
+            (libc::RTA_METRICS, &mtu),
+        ];
+        let route = parse_route(&body(libc::RT_TABLE_MAIN, &list), &names).unwrap();
+        assert_eq!((route.destination.as_str(), route.gateway.as_str()), ("10.9.0.0/16", "10.0.0.1"));
+        assert_eq!((route.interface.as_str(), route.metric, route.mtu), ("eth0", 50, 1300));
+        assert_eq!(parse_route(&body(libc::RT_TABLE_LOCAL, &list), &names), None);
+        assert_eq!(parse_route(&body(libc::RT_TABLE_MAIN, &list), &HashMap::new()), None);
+    }
+
+    #[test]
+    fn neighbours_that_were_set() {
+        let body = |state: u16| {
+            let list = [(libc::NDA_DST, &[10, 0, 0, 9][..]), (libc::NDA_LLADDR, &[2, 0, 0, 0, 0, 9])];
+            [&[libc::AF_INET as u8, 0, 0, 0][..], &2i32.to_ne_bytes(), &state.to_ne_bytes(), &[0; 2], &nest(&list)]
+                .concat()
+        };
+        let found = parse_neighbour(&body(libc::NUD_PERMANENT), &[eth0()]).unwrap();
+        assert_eq!((found.address.as_str(), found.mac.as_str()), ("10.0.0.9", "02:00:00:00:00:09"));
+        assert_eq!(parse_neighbour(&body(2), &[eth0()]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes: Vec<u8>) {
+            parse_link(&bytes);
+            parse_address(&bytes);
+            parse_route(&bytes, &HashMap::from([(2, "eth0")]));
+            parse_neighbour(&bytes, &[eth0()]);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Steers every TCP connection within the pod's host-side network namespace to two listeners of the shim's.
+//!
+//! That namespace has no servers of its own (the pod's are in the guest), and what comes by an interface never reaches
+//! its stack. What is left is what a process of the host dials there: containerd's port-forward dials localhost. A
+//! program at the kernel's socket look-up (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) answers with the listener of the family,
+//! whatever address and port were dialled; the accepted connection has these as its own. No netfilter is needed, and all
+//! of it is gone with its descriptors.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+/// The listeners, and what steers connections to them.
+#[derive(Debug)]
+pub struct Steer {
+    /// For IPv4, and for IPv6 where the namespace has it. Non-blocking.
+    pub listeners: Vec<TcpListener>,
+    /// The program's link to the namespace, which ends when it is closed.
+    pub link: OwnedFd,
+}
+
+// linux/bpf.h
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
+const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
+const BPF_SK_LOOKUP: u32 = 36;
+const BPF_PSEUDO_MAP_FD: u8 = 1;
+const FUNC_MAP_LOOKUP_ELEM: i32 = 1;
+const FUNC_SK_RELEASE: i32 = 86;
+const FUNC_SK_ASSIGN: i32 = 124;
+const SK_PASS: i32 = 1;
+/// Offsets in `struct bpf_sk_lookup`.
+const CTX_FAMILY: i16 = 8;
+const CTX_PROTOCOL: i16 = 12;
+
+/// Steers the connections of the current network namespace.
+///
+/// # Errors
+/// What the kernel says: it may be older than the program's kind, or be told not to allow any.
+pub fn current_namespace() -> io::Result<Steer> {
+    let listen = |address: SocketAddr| {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        Ok::<_, io::Error>(listener)
+    };
+    let mut listeners = vec![listen((Ipv4Addr::LOCALHOST, 0).into())?];
+    // A namespace may have no IPv6.
+    listeners.extend(listen((Ipv6Addr::LOCALHOST, 0).into()));
+    let map = create_map()?;
+    for (key, listener) in listeners.iter().enumerate() {
+        insert(&map, key, listener)?;
+    }
+    let program = load(&program(map.as_raw_fd()))?;
+    let namespace = std::fs::File::open("/proc/thread-self/ns/net")?;
+    // struct { prog_fd, target_fd, attach_type, flags }
+    let mut attr = [program.as_raw_fd().cast_unsigned(), namespace.as_raw_fd().cast_unsigned(), BPF_SK_LOOKUP, 0];
+    // SAFETY: the attributes are the four numbers the command reads.
+    let link = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
+    // The link holds the program, and that the map.
+    Ok(Steer { listeners, link })
+}
+
+fn create_map() -> io::Result<OwnedFd> {
+    // struct { map_type, key_size, value_size, max_entries }
+    let mut attr = [BPF_MAP_TYPE_SOCKMAP, 4, 8, 2];
+    // SAFETY: the attributes are the four numbers the command needs; what is beyond them counts as zero.
+    unsafe { bpf(BPF_MAP_CREATE, &mut attr) }
+}
+
+fn insert(map: &OwnedFd, key: usize, socket: &impl AsFd) -> io::Result<()> {
+    let (key, value) = (key as u32, socket.as_fd().as_raw_fd() as u64);
+    // struct { map_fd, key, value, flags }, the first padded to eight bytes
+    let mut attr = [map.as_raw_fd() as u64, (&raw const key).addr() as u64, (&raw const value).addr() as u64, 0];
+    // SAFETY: key and value are as large as the map was told, and live through the call.
+    unsafe { command(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+fn load(program: &[u64]) -> io::Result<OwnedFd> {
+    let license = c"Apache-2.0";
+    let mut attr = [0u64; 9];
+    // struct { prog_type, insn_cnt, insns, license, log_level, log_size, log_buf, kern_version, prog_flags,
+    //          prog_name[16], prog_ifindex, expected_attach_type }
+    attr[0] = u64::from(BPF_PROG_TYPE_SK_LOOKUP) | (program.len() as u64) << 32;
+    attr[1] = program.as_ptr().addr() as u64;
+    attr[2] = license.as_ptr().addr() as u64;
+    attr[8] = u64::from(BPF_SK_LOOKUP) << 32;
+    // SAFETY: program and license live through the call, and the program's length is its own.
+    unsafe { bpf(BPF_PROG_LOAD, &mut attr) }
+}
+
+/// One instruction: operation, registers, offset, value.
+fn op(code: u8, dst: u8, src: u8, offset: i16, value: i32) -> u64 {
+    u64::from(code)
+        | u64::from(src << 4 | dst) << 8
+        | u64::from(offset.cast_unsigned()) << 16
+        | u64::from(value.cast_unsigned()) << 32
+}
+
+/// The program; jumps count the instructions they skip.
+fn program(map: i32) -> Vec<u64> {
+    // linux/bpf_common.h and linux/bpf.h: classes and modes of the operations used.
+    const MOV: u8 = 0xbf; // dst = src
+    const MOV_VALUE: u8 = 0xb7; // dst = value
+    const ADD_VALUE: u8 = 0x07;
+    const LOAD_WORD: u8 = 0x61; // dst = *(u32 *)(src + offset)
+    const STORE_WORD: u8 = 0x62; // *(u32 *)(dst + offset) = value
+    const LOAD_MAP: u8 = 0x18; // takes two slots
+    const JUMP_NOT_EQUAL: u8 = 0x55;
+    const JUMP_EQUAL: u8 = 0x15;
+    const CALL: u8 = 0x85;
+    const EXIT: u8 = 0x95;
+    vec![
+        op(MOV, 6, 1, 0, 0),
+        op(LOAD_WORD, 2, 6, CTX_PROTOCOL, 0),
+        op(JUMP_NOT_EQUAL, 2, 0, 17, libc::IPPROTO_TCP),
+        // The listener's position is 0 for IPv4, 1 for IPv6.
+        op(LOAD_WORD, 2, 6, CTX_FAMILY, 0),
+        op(STORE_WORD, 10, 0, -4, 0),
+        op(JUMP_EQUAL, 2, 0, 1, libc::AF_INET),
+        op(STORE_WORD, 10, 0, -4, 1),
+        op(LOAD_MAP, 1, BPF_PSEUDO_MAP_FD, 0, map),
+        0,
+        op(MOV, 2, 10, 0, 0),
+        op(ADD_VALUE, 2, 0, 0, -4),
+        op(CALL, 0, 0, 0, FUNC_MAP_LOOKUP_ELEM),
+        op(JUMP_EQUAL, 0, 0, 7, 0),
+        op(MOV, 7, 0, 0, 0),
+        op(MOV, 1, 6, 0, 0),
+        op(MOV, 2, 7, 0, 0),
+        op(MOV_VALUE, 3, 0, 0, 0),
+        op(CALL, 0, 0, 0, FUNC_SK_ASSIGN),
+        // (r7 is the looked-up socket, whose reference is given back)
+        op(MOV, 1, 7, 0, 0),
+        op(CALL, 0, 0, 0, FUNC_SK_RELEASE),
+        op(MOV_VALUE, 0, 0, 0, SK_PASS),
+        op(EXIT, 0, 0, 0, 0),
+    ]
+}
+
+/// A bpf(2) command that makes a descriptor.
+///
+/// # Safety
+/// The attributes are those of the command, and what they point to is valid through the call.
+unsafe fn bpf<T>(cmd: libc::c_int, attr: &mut [T]) -> io::Result<OwnedFd> {
+    // SAFETY: as the caller promises; the descriptor is new and nobody else's.
+    unsafe { command(cmd, attr).map(|fd| OwnedFd::from_raw_fd(fd)) }
+}
+
+/// # Safety
+/// As for [`bpf`].
+unsafe fn command<T>(cmd: libc::c_int, attr: &mut [T]) -> io::Result<libc::c_int> {
+    // SAFETY: as the caller promises; the length is that of the attributes.
+    match unsafe { libc::syscall(libc::SYS_bpf, cmd, attr.as_mut_ptr(), size_of_val(attr)) } {
+        result if result < 0 => Err(io::Error::last_os_error()),
+        result => Ok(result as libc::c_int),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jumps_lead_to_the_end_they_mean() {
+        let program = program(3);
+        let at = |index: usize| (program[index] & 0xff) as u8;
+        let target = |index: usize| index + 1 + ((program[index] >> 16) & 0xffff) as usize;
+        // The last two instructions let the look-up go on.
+        let end = program.len() - 2;
+        assert_eq!(at(end), 0xb7);
+        assert_eq!((at(2), at(12)), (0x55, 0x15));
+        for jump in [2, 12] {
+            assert_eq!(target(jump), end, "from {jump}");
+        }
+        // Over the store of position 1, to the map.
+        assert_eq!((at(5), at(target(5))), (0x15, 0x18));
+    }
+}

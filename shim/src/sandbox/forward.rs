@@ -1,0 +1,110 @@
+//! Connections dialled within the pod's host-side network namespace, carried to the guest (see `crate::network::steer`).
+
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use husk_proto::{forward, ports};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::Semaphore;
+
+use super::vmm::{Vmm, VmmError};
+use crate::network::Steer;
+
+/// Connections at once; more wait in the listener's backlog.
+const MOST: usize = 512;
+
+/// Why a connection was not carried.
+#[derive(Debug, thiserror::Error)]
+enum ForwardError {
+    /// No stream into the guest.
+    #[error("connecting to the guest")]
+    Guest(#[source] VmmError),
+    /// Nobody listens there, or the guest cannot connect for another reason.
+    #[error("connecting to {address} in the pod")]
+    Refused {
+        /// What was dialled.
+        address: SocketAddr,
+        /// What the guest's kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A stream broke.
+    #[error("carrying data")]
+    Stream(#[from] std::io::Error),
+}
+
+/// Accepts until the returned handle is dropped or the virtual machine ends.
+pub fn serve(steer: Steer, vmm: &Vmm) {
+    let slots = Arc::new(Semaphore::new(MOST));
+    let Steer { listeners, link } = steer;
+    let link = Arc::new(link);
+    for listener in listeners {
+        let (vmm, slots, link) = (vmm.clone(), Arc::clone(&slots), Arc::clone(&link));
+        tokio::spawn(async move {
+            let accepting = accept(listener, vmm.clone(), slots);
+            tokio::select! {
+                result = accepting => if let Err(error) = result {
+                    tracing::warn!(%error, "connections within the pod's network namespace are no longer forwarded");
+                },
+                _ = vmm.wait() => {}
+            }
+            drop(link);
+        });
+    }
+}
+
+async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>) -> std::io::Result<()> {
+    let listener = TcpListener::from_std(listener)?;
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
+        let client = match listener.accept().await {
+            Ok((client, _)) => client,
+            // The client was gone before it was accepted.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => return Err(error),
+        };
+        let vmm = vmm.clone();
+        tokio::spawn(async move {
+            let carried = tokio::select! {
+                result = carry(client, &vmm) => result,
+                _ = vmm.wait() => Ok(()),
+            };
+            if let Err(error) = carried {
+                tracing::debug!(error = %crate::chain(&error), "connection not forwarded");
+            }
+            drop(slot);
+        });
+    }
+}
+
+async fn carry(mut client: TcpStream, vmm: &Vmm) -> Result<(), ForwardError> {
+    // The accepted connection's own address is what was dialled.
+    let address = client.local_addr()?;
+    // A reset, not an orderly end, is what a client is to see of a server that is not there.
+    reset_at_close(&client, true)?;
+    let guest = vmm.connect(ports::FORWARD).await.map_err(ForwardError::Guest)?;
+    guest.set_nonblocking(true)?;
+    let mut guest = UnixStream::from_std(guest)?;
+    guest.write_all(&forward::encode(address)).await?;
+    let code = guest.read_u8().await?;
+    if code != 0 {
+        let source = std::io::Error::from_raw_os_error(code.into());
+        return Err(ForwardError::Refused { address, source });
+    }
+    reset_at_close(&client, false)?;
+    tokio::io::copy_bidirectional(&mut client, &mut guest).await?;
+    Ok(())
+}
+
+/// SO_LINGER with no time, or none at all.
+fn reset_at_close(client: &TcpStream, reset: bool) -> std::io::Result<()> {
+    let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
+    let length = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: the option lives through the call and the length is its own.
+    let result = unsafe {
+        libc::setsockopt(client.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length)
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}

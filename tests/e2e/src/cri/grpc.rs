@@ -1,0 +1,105 @@
+//! One gRPC call over HTTP/2 on a Unix socket (gRPC's PROTOCOL-HTTP2.md): a message there, a message back, a status.
+
+use std::fmt;
+use std::time::Duration;
+
+use h2::RecvStream;
+use http::{HeaderMap, Request};
+use tokio::net::UnixStream;
+
+/// Why a call did not succeed.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// gRPC's code.
+    pub code: u32,
+    /// The server's words.
+    pub message: String,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "code {}: {}", self.code, self.message)
+    }
+}
+
+/// DEADLINE_EXCEEDED and UNAVAILABLE.
+const DEADLINE: u32 = 4;
+const UNAVAILABLE: u32 = 14;
+
+fn broken(what: impl fmt::Display) -> Status {
+    Status { code: UNAVAILABLE, message: what.to_string() }
+}
+
+/// Calls `path` with one message and gives the one it answers with.
+pub fn unary(socket: &str, path: &str, message: Vec<u8>, limit: Duration) -> Result<Vec<u8>, Status> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let call = async { tokio::time::timeout(limit, exchange(socket, path, message)).await };
+    runtime
+        .block_on(call)
+        .unwrap_or_else(|_| Err(Status { code: DEADLINE, message: format!("no answer within {limit:?}") }))
+}
+
+async fn exchange(socket: &str, path: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
+    let stream = UnixStream::connect(socket).await.map_err(broken)?;
+    let (client, connection) = h2::client::handshake(stream).await.map_err(broken)?;
+    tokio::spawn(connection);
+    let mut client = client.ready().await.map_err(broken)?;
+    let request = Request::post(format!("http://localhost{path}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())
+        .map_err(broken)?;
+    let (answer, mut body) = client.send_request(request, false).map_err(broken)?;
+    // One byte says "not compressed", four the length.
+    let mut framed = vec![0];
+    framed.extend((message.len() as u32).to_be_bytes());
+    framed.extend(message);
+    body.send_data(framed.into(), true).map_err(broken)?;
+    let answer = answer.await.map_err(broken)?;
+    let headers = answer.headers().clone();
+    let (data, trailers) = collect(answer.into_body()).await?;
+    let status = status(&trailers).or_else(|| status(&headers)).unwrap_or_else(|| broken("no status"));
+    if status.code != 0 {
+        return Err(status);
+    }
+    data.get(5..).map(<[u8]>::to_vec).ok_or_else(|| broken("no message"))
+}
+
+async fn collect(mut body: RecvStream) -> Result<(Vec<u8>, HeaderMap), Status> {
+    let mut data = Vec::new();
+    while let Some(chunk) = body.data().await {
+        let chunk = chunk.map_err(broken)?;
+        let _ = body.flow_control().release_capacity(chunk.len());
+        data.extend_from_slice(&chunk);
+    }
+    let trailers = body.trailers().await.map_err(broken)?.unwrap_or_default();
+    Ok((data, trailers))
+}
+
+fn status(headers: &HeaderMap) -> Option<Status> {
+    let code = headers.get("grpc-status")?.to_str().ok()?.parse().ok()?;
+    let message = headers.get("grpc-message").map(|text| unescape(text.as_bytes())).unwrap_or_default();
+    Some(Status { code, message })
+}
+
+/// Percent-encoding.
+fn unescape(text: &[u8]) -> String {
+    let mut out = Vec::new();
+    let mut rest = text;
+    while let Some((first, after)) = rest.split_first() {
+        let escaped = after.get(..2).and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        (out, rest) = match escaped {
+            Some(byte) if *first == b'%' => ([out, vec![byte]].concat(), &after[2..]),
+            _ => ([out, vec![*first]].concat(), after),
+        };
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn messages_are_percent_encoded() {
+        assert_eq!(super::unescape(b"a%20b%0A%"), "a b\n%");
+    }
+}

@@ -1,0 +1,133 @@
+//! A client of the Kubernetes Container Runtime Interface: requests and answers are JSON, mapped by the protocol file.
+
+mod grpc;
+pub mod pod;
+pub mod stream;
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use protobuf::descriptor::FileDescriptorSet;
+use protobuf::reflect::FileDescriptor;
+use protobuf::{Message, MessageDyn};
+use serde_json::Value;
+
+pub use grpc::Status;
+pub use pod::{Pod, PodContainer, pods};
+
+/// containerd's socket, which serves the CRI as well.
+const SOCKET: &str = "/run/containerd/containerd.sock";
+/// How long a call may take unless told otherwise.
+pub const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The runtime handler under test: that of the runtime `HUSK_E2E_RUNTIME` names.
+pub fn handler() -> &'static str {
+    if crate::runtime() == crate::RUNC { "runc" } else { "husk" }
+}
+
+/// The protocol, compiled by the build script.
+fn protocol() -> &'static FileDescriptor {
+    static PROTOCOL: OnceLock<FileDescriptor> = OnceLock::new();
+    PROTOCOL.get_or_init(|| {
+        let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/cri.pb"));
+        let set = FileDescriptorSet::parse_from_bytes(bytes).unwrap();
+        FileDescriptor::new_dynamic_fds(set.file, &[]).unwrap().remove(0)
+    })
+}
+
+/// Calls a method of the runtime service.
+///
+/// # Errors
+/// What containerd answers.
+pub fn try_call(method: &str, request: &Value) -> Result<Value, Status> {
+    try_call_within(TIMEOUT, "RuntimeService", method, request)
+}
+
+/// Calls a method that has to succeed.
+#[track_caller]
+pub fn call(method: &str, request: &Value) -> Value {
+    try_call(method, request).unwrap_or_else(|status| {
+        panic!("{method} {request}\nanswered {status}\n--- containerd's log ends\n{}", crate::node::log_tail(40))
+    })
+}
+
+/// Calls a method that has to fail; gives the error's text in lower case.
+#[track_caller]
+pub fn refused(method: &str, request: &Value) -> String {
+    match try_call(method, request) {
+        Ok(answer) => panic!("{method} {request} succeeded: {answer}"),
+        Err(status) => status.message.to_lowercase(),
+    }
+}
+
+/// Calls any method.
+///
+/// # Errors
+/// What containerd answers.
+pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &Value) -> Result<Value, Status> {
+    let descriptor = protocol().services().find(|s| s.proto().name() == service).unwrap();
+    let called = descriptor.methods().find(|m| m.proto().name() == method);
+    let called = called.unwrap_or_else(|| panic!("the CRI has no {service}.{method}"));
+    let request: Box<dyn MessageDyn> =
+        protobuf_json_mapping::parse_dyn_from_str(&called.input_type(), &request.to_string())
+            .unwrap_or_else(|error| panic!("{method} {request}: {error}"));
+    let path = format!("/runtime.v1.{service}/{method}");
+    let answer = grpc::unary(SOCKET, &path, request.write_to_bytes_dyn().unwrap(), limit)?;
+    let answer = called.output_type().parse_from_bytes(&answer).unwrap();
+    let options = protobuf_json_mapping::PrintOptions {
+        proto_field_name: true,
+        always_output_default_values: true,
+        ..Default::default()
+    };
+    let text = protobuf_json_mapping::print_to_string_with_options(&*answer, &options).unwrap();
+    Ok(serde_json::from_str(&text).unwrap())
+}
+
+/// A field that protobuf's JSON writes as a string because it has 64 bits.
+pub fn number(value: &Value) -> i64 {
+    let parsed = value.as_i64().or_else(|| value.as_str()?.parse().ok());
+    parsed.unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// A field of type `bytes`, which protobuf's JSON writes in base64.
+pub fn bytes(value: &Value) -> Vec<u8> {
+    let mut out = Vec::new();
+    let (mut bits, mut have) = (0u32, 0);
+    for byte in value.as_str().unwrap_or_default().bytes() {
+        let six = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' | b'-' => 62,
+            b'/' | b'_' => 63,
+            _ => break,
+        };
+        bits = (bits << 6) | u32::from(six);
+        have += 6;
+        if have >= 8 {
+            have -= 8;
+            out.push((bits >> have) as u8);
+            bits &= (1 << have) - 1;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn base64() {
+        assert_eq!(bytes(&json!("aGVsbG8K")), b"hello\n");
+        assert_eq!(bytes(&json!("aGVsbG8=")), b"hello");
+        assert_eq!(bytes(&json!("")), b"");
+    }
+
+    #[test]
+    fn the_protocol_file_names_what_is_called() {
+        let service = protocol().services().find(|s| s.proto().name() == "RuntimeService").unwrap();
+        assert!(service.methods().any(|m| m.proto().name() == "RunPodSandbox"));
+    }
+}

@@ -1,0 +1,178 @@
+//! A pod's network through containerd's CRI: as CNI made it, seen from inside, from the node and from another pod.
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use husk_e2e::cri::stream::Stream;
+use husk_e2e::cri::{Pod, PodContainer, call, pods};
+use husk_e2e::node;
+use serde_json::json;
+
+/// Runs a command in the pod's network namespace on the node.
+#[track_caller]
+fn in_netns(pod: &Pod, command: &[&str]) -> String {
+    let mut nsenter = Command::new("nsenter");
+    nsenter.arg(format!("--net={}", pod.netns().display())).args(command);
+    let output = nsenter.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{command:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// What a server says to whoever connects.
+#[track_caller]
+fn greeting(address: SocketAddr) -> String {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(20))
+        .unwrap_or_else(|error| panic!("cannot connect to {address}: {error}"));
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text.trim_end().to_owned()
+}
+
+/// A container with servers that greet: one on all addresses, and one on each localhost.
+fn server(pod: &Pod, word: &str) -> PodContainer {
+    let script = format!(
+        "nc -ll -p 8080 -e echo {word} & nc -ll -s 127.0.0.1 -p 8081 -e echo four-{word} &
+         nc -ll -s ::1 -p 8082 -e echo six-{word} & nc -ll -s ::1 -p 8083 -e cat &
+         until [ $(netstat -ltn | grep -c ':808[0123]') = 4 ]; do sleep 0.1; done; echo up; wait"
+    );
+    let container = pod.start(&pod.sh(&script));
+    container.wait_for("up");
+    container
+}
+
+#[test]
+fn pods_reach_the_node_and_each_other() {
+    pods("cri-net", |pods| {
+        let (one, two) = (pods.pod(), pods.pod());
+        let (a, b) = (server(&one, "one"), server(&two, "two"));
+        let addresses = (one.addresses(), two.addresses());
+        assert_eq!(addresses.0.len(), 2, "an IPv4 and an IPv6 address: {:?}", addresses.0);
+        // The guest's view is that of the namespace CNI filled.
+        for (what, command) in [
+            (
+                "addresses",
+                "ip -o addr show dev eth0 scope global | sed 's/^[0-9]*: //; s/ brd [0-9.]*//' | awk '{print $3}' | sort",
+            ),
+            ("MTU and MAC", "cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address"),
+        ] {
+            let outside = if what == "addresses" {
+                in_netns(&one, &["sh", "-c", command])
+            } else {
+                let link = in_netns(&one, &["ip", "-o", "link", "show", "dev", "eth0"]);
+                let after =
+                    |word: &str| link.split(&format!("{word} ")).nth(1).unwrap().split(' ').next().unwrap().to_owned();
+                format!("{}\n{}", after("mtu"), after("link/ether"))
+            };
+            assert_eq!(a.sh(command), outside.trim_end(), "{what}");
+        }
+        assert_eq!(a.sh("ip route | sed 's/ *$//' | grep -c default"), "1");
+        // Node to pod, by both families.
+        for ip in &addresses.0 {
+            assert_eq!(greeting((*ip, 8080).into()), "one", "{ip}");
+        }
+        // Pod to pod.
+        for ip in &addresses.0 {
+            assert_eq!(b.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "one", "{ip}");
+        }
+        // Pod to node, by the bridge's own addresses.
+        for listen in ["10.88.0.1:0", "[fd00:88::1]:0"] {
+            let listener = TcpListener::bind(listen).unwrap();
+            let address = listener.local_addr().unwrap();
+            let expected = addresses.0.iter().find(|ip| ip.is_ipv4() == address.is_ipv4()).copied().unwrap();
+            let accept = thread::spawn(move || {
+                let (mut stream, peer) = listener.accept().unwrap();
+                stream.write_all(b"the node\n").unwrap();
+                peer.ip()
+            });
+            let said = a.sh(&format!("nc -w 20 {} {} < /dev/null", address.ip(), address.port()));
+            assert_eq!(said, "the node", "{address}");
+            assert_eq!(accept.join().unwrap(), expected, "the pod's own address is seen");
+        }
+        // A pod reaches itself by its address, and by localhost.
+        for ip in addresses.0.iter().map(ToString::to_string).chain(["127.0.0.1".into(), "::1".into()]) {
+            let port = 8080;
+            assert_eq!(a.sh(&format!("nc -w 20 {ip} {port} < /dev/null")), "one", "{ip}");
+        }
+        // Larger than any buffer on the way, both ways.
+        let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8084 | wc -c";
+        let echo = two.start(&two.sh("nc -ll -p 8084 -e cat & echo up; wait"));
+        echo.wait_for("up");
+        for ip in &addresses.1 {
+            assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "{ip}");
+        }
+    });
+}
+
+/// Connects from within the pod's network namespace on the node, as containerd's port-forward does.
+fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
+    let netns = fs::File::open(pod.netns()).unwrap();
+    let dialled = thread::spawn(move || {
+        nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        TcpStream::connect_timeout(&address, Duration::from_secs(20))
+    });
+    dialled.join().unwrap()
+}
+
+#[test]
+fn ports_are_forwarded_to_servers_on_localhost() {
+    pods("cri-forward", |pods| {
+        let pod = pods.pod();
+        let container = server(&pod, "here");
+        let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
+        // As it is dialled by kubectl, by way of containerd's streaming server.
+        let forward = |port: u16| {
+            let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [port] }));
+            let url = format!("{}?port={port}", answer["url"].as_str().unwrap());
+            let mut stream = Stream::connect(&url);
+            stream.wait_for(0, "here")
+        };
+        for (port, word) in [(8080, "here"), (8081, "four-here")] {
+            assert!(forward(port).contains(word), "{port}");
+        }
+        // By hand: both families, many at once, half-closed.
+        let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8083)).unwrap()).collect();
+        for (number, connection) in connections.iter_mut().enumerate() {
+            connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            connection.write_all(format!("connection {number}").as_bytes()).unwrap();
+            connection.shutdown(Shutdown::Write).unwrap();
+        }
+        for (number, mut connection) in connections.into_iter().enumerate() {
+            let mut text = String::new();
+            connection.read_to_string(&mut text).unwrap();
+            assert_eq!(text, format!("connection {number}"));
+        }
+        let mut text = String::new();
+        dial(&pod, localhost("127.0.0.1", 8081)).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text.trim_end(), "four-here");
+        // Nobody listens: no connection, or one that is reset at once.
+        let gone = dial(&pod, localhost("127.0.0.1", 8099)).and_then(|mut stream| stream.read(&mut [0]));
+        let kind = gone.map_err(|error| error.kind());
+        assert!(
+            matches!(kind, Err(std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::ConnectionReset)),
+            "{kind:?}"
+        );
+        container.stop(0);
+    });
+}
+
+#[test]
+fn host_ports_lead_to_the_pod() {
+    pods("cri-hostport", |pods| {
+        let mut config = pods.config();
+        config["port_mappings"] = json!([{ "protocol": "TCP", "container_port": 8080, "host_port": 18080 }]);
+        let pod = pods.run(config);
+        server(&pod, "mapped");
+        // By the bridge's address: localhost needs a setting of the node's that CNI makes itself.
+        assert_eq!(greeting("10.88.0.1:18080".parse().unwrap()), "mapped");
+        pod.stop();
+        let gone = node::eventually(Duration::from_secs(10), || {
+            TcpStream::connect_timeout(&"10.88.0.1:18080".parse().unwrap(), Duration::from_secs(2)).err()
+        });
+        assert!(gone.is_some(), "the port still leads somewhere");
+    });
+}
