@@ -36,3 +36,6 @@ pub const GUEST_NS: &str = "/run/husk/ns";
 /// The sandbox's shared memory: a tmpfs that the guest mounts at `Setup` when the shim asks for it, and that the
 /// containers of a Kubernetes pod share at `/dev/shm`.
 pub const GUEST_SHM: &str = "/run/husk/shm";
+
+/// Where the guest keeps its copies of mirrored volumes, `<container>/<mount>`.
+pub const GUEST_MIRRORS: &str = "/run/husk/mirrors";

@@ -6,6 +6,7 @@ pub mod cli;
 pub mod daemon;
 pub mod events;
 pub mod hooks;
+pub mod mirror;
 pub mod network;
 pub mod sandbox;
 pub mod spec;

@@ -3,6 +3,7 @@
 mod apply;
 pub mod forward;
 pub mod link;
+pub mod mirror;
 pub mod namespaces;
 mod netlink;
 mod network;

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    Event, EventsRequest, RescanRequest, RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
+    Event, EventsRequest, MirrorRequest, MirrorResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse,
+    ShutdownRequest, ShutdownResponse,
 };
 use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
+use super::mirror::Mirrors;
 use super::{Sandbox, apply, namespaces, network};
 use crate::events::Hub;
 use crate::log::chain;
@@ -20,12 +22,13 @@ use crate::task::error::Fault;
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: Hub,
+    mirrors: Mirrors,
 }
 
 impl SandboxService {
     /// A service for `sandbox`, with the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
-        Self { sandbox, hub }
+        Self { sandbox, hub, mirrors: Mirrors::default() }
     }
 }
 
@@ -94,6 +97,11 @@ impl agent_ttrpc::Sandbox for SandboxService {
             Ok(()) => {}
         }
         Ok(RescanResponse::new())
+    }
+
+    async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {
+        self.mirrors.apply(&request).map_err(|error| failed("mirrored volume", &error))?;
+        Ok(MirrorResponse::new())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {

@@ -51,6 +51,7 @@ impl Tasks {
         if let Err(error) = remove_group(container).await {
             tracing::warn!("control group of {}: {error}", container.id);
         }
+        crate::sandbox::mirror::remove(&container.id);
         for path in [&container.dir, &Path::new(STATE).join(&container.id)] {
             match std::fs::remove_dir_all(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -7,6 +7,7 @@ use super::{
     translate,
     volumes::{self, Place, VolumeError},
 };
+use crate::mirror::Mirror;
 use serde_json::Value;
 use std::{
     fs, io,
@@ -33,6 +34,8 @@ pub struct Prepared {
     pub rootfs: String,
     /// What the guest cannot honour and was left out, for the log.
     pub notes: Vec<String>,
+    /// Volumes that the guest gets copies of, before it creates the container.
+    pub mirrors: Vec<Mirror>,
 }
 
 /// Why a container cannot be made ready.
@@ -73,14 +76,14 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     }
     // What needs no mount first: a specification that cannot be has cost nothing then.
     let mut raw = bundle.raw.clone();
-    let mut notes = Vec::new();
+    let (mut notes, mut mirrors) = (Vec::new(), Vec::new());
     translate::spec(&mut raw, id, &mut notes)?;
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
     create(share.join(id))?; // a container of this id that is still there is not ours to take down
     let made = (|| {
         create(share.join(id).join("rootfs"))?;
         create(volumes::directory(share, id))?;
-        mount(bundle, request, &mut raw, &mut notes)
+        mount(bundle, request, &mut raw, &mut notes, &mut mirrors)
     })();
     if let Err(error) = made {
         // The error that led here is the one to be seen.
@@ -88,10 +91,16 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         return Err(error);
     }
     let spec = raw.to_string().into_bytes();
-    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes })
+    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, mirrors })
 }
 
-fn mount(bundle: &Bundle, request: &Request<'_>, raw: &mut Value, notes: &mut Vec<String>) -> Result<(), PrepareError> {
+fn mount(
+    bundle: &Bundle,
+    request: &Request<'_>,
+    raw: &mut Value,
+    notes: &mut Vec<String>,
+    mirrors: &mut Vec<Mirror>,
+) -> Result<(), PrepareError> {
     let Request { id, share, rootfs } = *request;
     let target = share.join(id).join("rootfs");
     if rootfs.is_empty() {
@@ -110,10 +119,11 @@ fn mount(bundle: &Bundle, request: &Request<'_>, raw: &mut Value, notes: &mut Ve
         bundle: &bundle.dir,
         host: &volumes::directory(share, id),
         guest: &format!("{}/{id}/mounts", husk_proto::GUEST_SHARE),
+        container: id,
         kubernetes: bundle.annotation("io.kubernetes.cri.container-type").is_some(),
     };
     for (index, mount) in bundle.spec.mounts.iter().enumerate() {
-        if let Some(source) = volumes::make(mount, index, &place, notes)?
+        if let Some(source) = volumes::make(mount, index, &place, notes, mirrors)?
             && let Some(mount) = raw.get_mut("mounts").and_then(|mounts| mounts.get_mut(index))
             && let Some(mount) = mount.as_object_mut()
         {

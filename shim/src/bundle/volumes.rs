@@ -1,6 +1,7 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
 use super::{devices, spec::Mount, syscall};
+use crate::mirror::{self, Mirror};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
     fs, io,
@@ -45,6 +46,8 @@ enum Plan {
     Guest(String),
     /// The host binds this into the share.
     Bind { source: OwnedFd, directory: bool },
+    /// The guest gets a copy that is kept up to date.
+    Mirror(PathBuf),
 }
 
 /// Where the host binds volumes, and the guest finds them.
@@ -55,6 +58,8 @@ pub struct Place<'a> {
     pub host: &'a Path,
     /// The same in the guest.
     pub guest: &'a str,
+    /// The container.
+    pub container: &'a str,
     /// Whether containerd's CRI made the specification.
     pub kubernetes: bool,
 }
@@ -65,8 +70,13 @@ pub fn make(
     index: usize,
     place: &Place<'_>,
     notes: &mut Vec<String>,
+    mirrors: &mut Vec<Mirror>,
 ) -> Result<Option<String>, VolumeError> {
     match plan(mount, place, notes)? {
+        Plan::Mirror(source) => {
+            mirrors.push(Mirror { source, mount: u32::try_from(index).unwrap_or(u32::MAX) });
+            Ok(Some(mirror::guest_path(place.container, index)))
+        }
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
         Plan::Bind { source, directory } => {
@@ -113,6 +123,9 @@ fn plan(mount: &Mount, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Pla
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     match kind {
+        SFlag::S_IFDIR if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
+            Ok(Plan::Mirror(path))
+        }
         SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true }),
         SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false }),
         SFlag::S_IFCHR | SFlag::S_IFBLK => {
@@ -204,7 +217,8 @@ mod tests {
     }
 
     fn planned(mount: &Mount) -> Result<Plan, String> {
-        let place = Place { bundle: Path::new("/b"), host: Path::new("/h"), guest: "/g", kubernetes: true };
+        let place =
+            Place { bundle: Path::new("/b"), host: Path::new("/h"), guest: "/g", container: "c", kubernetes: true };
         plan(mount, &place, &mut Vec::new()).map_err(|error| error.to_string())
     }
 
@@ -218,6 +232,16 @@ mod tests {
         assert!(matches!(planned(&shm), Ok(Plan::Guest(to)) if to == husk_proto::GUEST_SHM));
         let tmpfs = Mount { kind: Some("tmpfs".into()), options: None, ..mount("tmpfs", "/tmp", &[]) };
         assert!(matches!(planned(&tmpfs), Ok(Plan::Keep)));
+    }
+
+    #[test]
+    fn what_the_kubelet_updates_is_mirrored_where_nobody_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("volumes/kubernetes.io~configmap/a");
+        fs::create_dir_all(&volume).unwrap();
+        let of = |options: &[&str]| planned(&mount(volume.to_str().unwrap(), "/x", options));
+        assert!(matches!(of(&["rbind", "ro"]), Ok(Plan::Mirror(path)) if path == volume));
+        assert!(matches!(of(&["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
     }
 
     #[test]

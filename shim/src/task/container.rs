@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use tokio::task::JoinSet;
+
 use super::process::Process;
 use super::refusal::Refusal;
 use crate::lock;
@@ -32,11 +34,13 @@ pub struct Container {
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     paused: AtomicBool,
     oom_told: AtomicBool,
+    /// What keeps its mirrored volumes up to date; ends with the container.
+    _following: JoinSet<()>,
 }
 
 impl Container {
     /// A container whose first process was made.
-    pub fn new(id: &str, bundle: &str, spec: Spec, init: Process) -> Self {
+    pub fn new(id: &str, bundle: &str, spec: Spec, init: Process, following: JoinSet<()>) -> Self {
         Self {
             id: id.to_owned(),
             bundle: bundle.to_owned(),
@@ -45,6 +49,7 @@ impl Container {
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
             oom_told: AtomicBool::new(false),
+            _following: following,
         }
     }
 

@@ -16,6 +16,7 @@ use super::process::Process;
 use super::{Refusal, Shim, paths};
 use crate::bundle::{self, Bundle, Prepared};
 use crate::hooks;
+use crate::mirror;
 use crate::sandbox::agent::{timeouts, within};
 use crate::spec::Spec;
 use crate::stdio::{Owner, Stdio};
@@ -65,6 +66,8 @@ impl Shim {
         for note in &prepared.notes {
             tracing::info!(container = request.id, "{note}");
         }
+        let following = mirror::start(&agent, &request.id, prepared.mirrors).await;
+        let following = following.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         let options = CreateOptions { spec: prepared.spec, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
@@ -86,7 +89,7 @@ impl Shim {
         agent.task.create(limit, &guest).await.map_err(|error| self.agent_error("create", error))?;
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
-        let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init));
+        let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, following));
         self.created(&container, request);
         Ok(())
     }

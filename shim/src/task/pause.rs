@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use husk_proto::containerd::api::{CreateTaskRequest, KillRequest};
+use tokio::task::JoinSet;
 
 use super::container::Container;
 use super::process::{Exit, Process, Seen};
@@ -19,7 +20,7 @@ impl Shim {
         self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let init = Process::new(&request.id, "", io);
-        self.created(&Arc::new(Container::new(&request.id, &request.bundle, spec, init)), request);
+        self.created(&Arc::new(Container::new(&request.id, &request.bundle, spec, init, JoinSet::new())), request);
         Ok(())
     }
 

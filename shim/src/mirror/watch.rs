@@ -1,0 +1,102 @@
+//! Tells that something in a directory or below it has changed: inotify(7) on every directory of it.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// What is a change. Reading is none, or the copy would wake itself.
+const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
+    .union(AddWatchFlags::IN_ATTRIB)
+    .union(AddWatchFlags::IN_CREATE)
+    .union(AddWatchFlags::IN_DELETE)
+    .union(AddWatchFlags::IN_DELETE_SELF)
+    .union(AddWatchFlags::IN_MOVED_FROM)
+    .union(AddWatchFlags::IN_MOVED_TO)
+    .union(AddWatchFlags::IN_MODIFY)
+    .union(AddWatchFlags::IN_ONLYDIR)
+    .union(AddWatchFlags::IN_DONT_FOLLOW);
+
+/// A directory that is watched.
+pub struct Watch {
+    inotify: Inotify,
+    /// A second descriptor of the same, for the executor.
+    events: AsyncFd<File>,
+}
+
+impl Watch {
+    /// Watches `path` from now on.
+    ///
+    /// # Errors
+    /// When it cannot be read or the host allows no more watches.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let events = File::from(inotify.as_fd().try_clone_to_owned()?);
+        // SAFETY: a File stays the same open descriptor until it is dropped, which deregisters it first.
+        let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE)? };
+        let watch = Self { inotify, events };
+        watch.add(path)?;
+        Ok(watch)
+    }
+
+    /// Watches directories that were added; those that are watched already stay so.
+    ///
+    /// # Errors
+    /// As [`Watch::new`].
+    pub fn renew(&self, path: &Path) -> io::Result<()> {
+        self.add(path)
+    }
+
+    fn add(&self, path: &Path) -> io::Result<()> {
+        self.inotify.add_watch(path, CHANGES)?;
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                match self.add(&entry.path()) {
+                    // It went away meanwhile, which is a change that will be told.
+                    Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
+                    result => result?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a change, and takes all that are there.
+    ///
+    /// # Errors
+    /// When the kernel's queue cannot be read.
+    pub async fn changed(&mut self) -> io::Result<()> {
+        let mut events = [0; 4096];
+        self.events.async_io(Interest::READABLE, |mut file: &File| file.read(&mut events)).await?;
+        loop {
+            match self.events.get_ref().read(&mut events) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn changes_are_told_also_in_new_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut watch = Watch::new(dir.path()).unwrap();
+        fs::create_dir(dir.path().join("new")).unwrap();
+        watch.changed().await.unwrap();
+        watch.renew(dir.path()).unwrap();
+        fs::write(dir.path().join("new/file"), "x").unwrap();
+        watch.changed().await.unwrap();
+    }
+}
