@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::time::Duration;
 
-use husk_e2e::cri::{need_image, pods};
+use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::{PYTHON, node};
 use serde_json::json;
 
