@@ -6,9 +6,10 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::stream::Stream;
 use husk_e2e::cri::{Pod, PodContainer, call, pods};
-use husk_e2e::node;
+use husk_e2e::{PYTHON, node};
 use serde_json::json;
 
 /// Runs a command in the pod's network namespace on the node.
@@ -117,11 +118,29 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     dialled.join().unwrap()
 }
 
+/// Sends back all it was sent, once that is complete.
+const ECHO: &str = "import asyncio
+async def echo(reader, writer):
+    writer.write(await reader.read())
+    writer.close()
+async def serve():
+    server = await asyncio.start_server(echo, '::1', 8084, backlog=128)
+    print('up')
+    await server.serve_forever()
+asyncio.run(serve())";
+
 #[test]
 fn ports_are_forwarded_to_servers_on_localhost() {
     pods("cri-forward", |pods| {
         let pod = pods.pod();
         let container = server(&pod, "here");
+        // One that takes many at once: busybox' own lets a single one wait.
+        need_image(PYTHON);
+        let mut config = pod.sh("");
+        config["image"]["image"] = json!(PYTHON);
+        config["command"] = json!(["python3", "-u", "-c", ECHO]);
+        let echo = pod.start(&config);
+        echo.wait_for("up");
         let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
         // As it is dialled by kubectl, by way of containerd's streaming server: what listens on either localhost.
         for port in [8081, 8082] {
@@ -131,7 +150,7 @@ fn ports_are_forwarded_to_servers_on_localhost() {
             stream.wait_for(0, "here-page");
         }
         // By hand: both families, many at once, half-closed.
-        let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8083)).unwrap()).collect();
+        let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8084)).unwrap()).collect();
         for (number, connection) in connections.iter_mut().enumerate() {
             connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
             connection.write_all(format!("connection {number}").as_bytes()).unwrap();
@@ -152,6 +171,7 @@ fn ports_are_forwarded_to_servers_on_localhost() {
             matches!(kind, Err(std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::ConnectionReset)),
             "{kind:?}"
         );
+        echo.stop(0);
         container.stop(0);
     });
 }

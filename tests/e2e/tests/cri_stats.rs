@@ -1,4 +1,8 @@
 //! Statistics of pods and containers through containerd's CRI, as kubelet asks for them; limits changed while they run.
+use std::io;
+use std::net::TcpListener;
+use std::thread;
+
 use husk_e2e::cri::{call, number, pods};
 use serde_json::{Value, json};
 
@@ -31,11 +35,15 @@ fn statistics_tell_what_runs_inside() {
         assert!(value(&before["memory"]["working_set_bytes"]) > 40 << 20, "{before}");
         assert!(value(&before["cpu"]["usage_core_nano_seconds"]) > 10_000_000, "{before}");
         assert_eq!(before["containers"].as_array().unwrap().len(), 1, "{before}");
-        container.sh("head -c 3000000 /dev/zero | nc -w 5 -u 10.88.0.1 9 || true");
+        let listener = TcpListener::bind("10.88.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let received = thread::spawn(move || io::copy(&mut listener.accept().unwrap().0, &mut io::sink()).unwrap());
+        container.sh(&format!("head -c 3000000 /dev/zero | nc -w 20 10.88.0.1 {port}"));
+        assert_eq!(received.join().unwrap(), 3_000_000);
         let after = call("PodSandboxStats", &json!({ "pod_sandbox_id": pod.id }))["stats"]["linux"].clone();
         let sent = |stats: &Value| value(&stats["network"]["default_interface"]["tx_bytes"]);
         assert_eq!(after["network"]["default_interface"]["name"], "eth0");
-        assert!(sent(&after) > sent(&before) + 1_000_000, "{} and {}", sent(&before), sent(&after));
+        assert!(sent(&after) > sent(&before) + 3_000_000, "{} and {}", sent(&before), sent(&after));
         // Limits that change are seen inside.
         let linux = json!({ "memory_limit_in_bytes": 300 << 20, "cpu_quota": 30000, "cpu_period": 100_000 });
         call("UpdateContainerResources", &json!({ "container_id": container.id, "linux": linux }));
