@@ -5,7 +5,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use husk_e2e::cri::{self, call, pods, refused};
+use husk_e2e::cri::{self, pods, refused};
 use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
@@ -106,14 +106,8 @@ fn host_namespaces_are_refused() {
             let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));
             assert!(error.contains(word) && error.contains("not"), "{error}");
         }
+        // The refusals did no harm.
         let pod = pods.pod();
-        let mut config = pod.sh("true");
-        config["linux"]["security_context"]["namespace_options"] = json!({ "pid": "NODE" });
-        let container = pod.create(&config);
-        let error = refused("StartContainer", &json!({ "container_id": container.id }));
-        assert!(error.contains("host pid"), "{error}");
-        call("RemoveContainer", &json!({ "container_id": container.id }));
-        // The failed start did no harm.
         assert_eq!(pod.sleeper().sh("echo ok"), "ok");
     });
 }
