@@ -3,6 +3,7 @@
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::Interest;
@@ -17,11 +18,14 @@ pub struct Console {
 }
 
 impl Console {
-    /// Listens at `path`.
+    /// Listens at a path of its own: a socket's path ends at 108 bytes (unix(7)), and a pod's container id and exec id
+    /// have 64 each.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn listen(path: PathBuf) -> io::Result<Self> {
+    pub fn listen() -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = PathBuf::from(format!("/run/husk/tty-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         let _ = std::fs::remove_file(&path);
         Ok(Self { listener: UnixListener::bind(&path)?, path })
     }
@@ -37,7 +41,6 @@ impl Console {
     /// When the connection ends without one.
     pub async fn receive(self) -> io::Result<End> {
         let (stream, _) = self.listener.accept().await?;
-        let _ = std::fs::remove_file(&self.path);
         let fd = loop {
             stream.readable().await?;
             match stream.try_io(Interest::READABLE, || receive_fd(stream.as_raw_fd())) {
@@ -46,6 +49,12 @@ impl Console {
             }
         };
         relay::end(fd)
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -90,7 +90,7 @@ impl Tasks {
         let names = &container.init.names;
         let dialled = self.dialled(names).await?;
         let (console, relays, io, dialled) = if names.terminal {
-            let console = Console::listen(container.file("", "tty")).map_err(unknown("console socket"))?;
+            let console = Console::listen().map_err(unknown("console socket"))?;
             (Some(console), None, stdio::nulls().map_err(unknown("standard streams"))?, Some(dialled))
         } else {
             let (relays, io) = Relays::pipes(dialled, uid).map_err(unknown("standard streams"))?;

@@ -85,8 +85,7 @@ impl Tasks {
         let _expecting = self.reaper.expect();
         let uid = spec.user().uid();
         let (console, relays, io, dialled) = if process.names.terminal {
-            let console =
-                Console::listen(container.file(&process.exec_id, "tty")).map_err(unknown("console socket"))?;
+            let console = Console::listen().map_err(unknown("console socket"))?;
             (Some(console), None, stdio::nulls().map_err(unknown("standard streams"))?, Some(dialled))
         } else {
             let (relays, io) = Relays::pipes(dialled, uid).map_err(unknown("standard streams"))?;

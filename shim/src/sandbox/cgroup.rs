@@ -114,6 +114,7 @@ impl Cgroup {
         std::fs::create_dir_all(&path)
             .or_else(|_| std::fs::create_dir_all(&path))
             .map_err(|source| CgroupError::Create { path: path.clone(), source })?;
+        delegate(Path::new(MOUNT), &path);
         let cgroup = Self { path, origin, namespace: namespace.to_owned() };
         match std::fs::write(cgroup.path.join("cgroup.procs"), "0") {
             Ok(()) => Ok(cgroup),
@@ -139,6 +140,21 @@ impl Cgroup {
         // The wait for the last process would hold up everything else on this thread.
         if let Err(error) = tokio::task::spawn_blocking(move || remove(&path, &namespace)).await {
             tracing::warn!(path = %self.path.display(), "cannot remove the cgroup: {error}");
+        }
+    }
+}
+
+/// Turns the controllers on for `path` in everything above it, as runc does: without them a cgroup counts neither time
+/// nor memory. One that cannot be had (its parent has processes of its own) is done without.
+fn delegate(mount: &Path, path: &Path) {
+    let mut above: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
+    above.reverse();
+    for parent in above {
+        let read = |name| std::fs::read_to_string(parent.join(name)).unwrap_or_default();
+        let (has, on) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
+        let on: Vec<&str> = on.split_whitespace().collect();
+        for controller in has.split_whitespace().filter(|controller| !on.contains(controller)) {
+            let _ = std::fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
         }
     }
 }
@@ -220,6 +236,23 @@ fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn controllers_are_turned_on_from_above() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pods/one/sandbox");
+        std::fs::create_dir_all(&path).unwrap();
+        let control = |parent: &str| dir.path().join(parent).join("cgroup.subtree_control");
+        for parent in ["", "pods", "pods/one", "pods/one/sandbox"] {
+            std::fs::write(dir.path().join(parent).join("cgroup.controllers"), "memory\n").unwrap();
+            std::fs::write(control(parent), "").unwrap();
+        }
+        std::fs::write(control(""), "cpu memory\n").unwrap();
+        delegate(dir.path(), &path);
+        let text = |parent| std::fs::read_to_string(control(parent)).unwrap();
+        assert_eq!([text(""), text("pods"), text("pods/one")], ["cpu memory\n", "+memory", "+memory"]);
+        assert_eq!(text("pods/one/sandbox"), "");
+    }
 
     #[test]
     fn paths() {

@@ -6,9 +6,10 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::stream::Stream;
 use husk_e2e::cri::{Pod, PodContainer, call, pods};
-use husk_e2e::node;
+use husk_e2e::{PYTHON, node};
 use serde_json::json;
 
 /// Runs a command in the pod's network namespace on the node.
@@ -33,11 +34,12 @@ fn greeting(address: SocketAddr) -> String {
     text.trim_end().to_owned()
 }
 
-/// A container with servers that greet: one on all addresses, and one on each localhost.
+/// A container with servers: one that greets and one that echoes on all addresses, and web servers on each localhost.
 fn server(pod: &Pod, word: &str) -> PodContainer {
     let script = format!(
-        "nc -ll -p 8080 -e echo {word} & nc -ll -s 127.0.0.1 -p 8081 -e echo four-{word} &
-         nc -ll -s ::1 -p 8082 -e echo six-{word} & nc -ll -s ::1 -p 8083 -e cat &
+        "echo {word}-page > /srv/index.html
+         nc -ll -p 8080 -e echo {word} & nc -ll -p 8083 -e cat &
+         httpd -f -p 127.0.0.1:8081 -h /srv & httpd -f -p '[::1]:8082' -h /srv &
          until [ $(netstat -ltn | grep -c ':808[0123]') = 4 ]; do sleep 0.1; done; echo up; wait"
     );
     let container = pod.start(&pod.sh(&script));
@@ -99,9 +101,7 @@ fn pods_reach_the_node_and_each_other() {
             assert_eq!(a.sh(&format!("nc -w 20 {ip} {port} < /dev/null")), "one", "{ip}");
         }
         // Larger than any buffer on the way, both ways.
-        let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8084 | wc -c";
-        let echo = two.start(&two.sh("nc -ll -p 8084 -e cat & echo up; wait"));
-        echo.wait_for("up");
+        let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8083 | wc -c";
         for ip in &addresses.1 {
             assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "{ip}");
         }
@@ -118,24 +118,39 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     dialled.join().unwrap()
 }
 
+/// Sends back all it was sent, once that is complete.
+const ECHO: &str = "import asyncio
+async def echo(reader, writer):
+    writer.write(await reader.read())
+    writer.close()
+async def serve():
+    server = await asyncio.start_server(echo, '::1', 8084, backlog=128)
+    print('up')
+    await server.serve_forever()
+asyncio.run(serve())";
+
 #[test]
 fn ports_are_forwarded_to_servers_on_localhost() {
     pods("cri-forward", |pods| {
         let pod = pods.pod();
         let container = server(&pod, "here");
+        // One that takes many at once: busybox' own lets a single one wait.
+        need_image(PYTHON);
+        let mut config = pod.sh("");
+        config["image"]["image"] = json!(PYTHON);
+        config["command"] = json!(["python3", "-u", "-c", ECHO]);
+        let echo = pod.start(&config);
+        echo.wait_for("up");
         let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
-        // As it is dialled by kubectl, by way of containerd's streaming server.
-        let forward = |port: u16| {
+        // As it is dialled by kubectl, by way of containerd's streaming server: what listens on either localhost.
+        for port in [8081, 8082] {
             let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [port] }));
-            let url = format!("{}?port={port}", answer["url"].as_str().unwrap());
-            let mut stream = Stream::connect(&url);
-            stream.wait_for(0, "here")
-        };
-        for (port, word) in [(8080, "here"), (8081, "four-here")] {
-            assert!(forward(port).contains(word), "{port}");
+            let mut stream = Stream::connect(&format!("{}?port={port}", answer["url"].as_str().unwrap()));
+            stream.send(0, b"GET / HTTP/1.0\r\n\r\n");
+            stream.wait_for(0, "here-page");
         }
         // By hand: both families, many at once, half-closed.
-        let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8083)).unwrap()).collect();
+        let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8084)).unwrap()).collect();
         for (number, connection) in connections.iter_mut().enumerate() {
             connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
             connection.write_all(format!("connection {number}").as_bytes()).unwrap();
@@ -147,8 +162,8 @@ fn ports_are_forwarded_to_servers_on_localhost() {
             assert_eq!(text, format!("connection {number}"));
         }
         let mut text = String::new();
-        dial(&pod, localhost("127.0.0.1", 8081)).unwrap().read_to_string(&mut text).unwrap();
-        assert_eq!(text.trim_end(), "four-here");
+        dial(&pod, localhost("127.0.0.1", 8080)).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text.trim_end(), "here");
         // Nobody listens: no connection, or one that is reset at once.
         let gone = dial(&pod, localhost("127.0.0.1", 8099)).and_then(|mut stream| stream.read(&mut [0]));
         let kind = gone.map_err(|error| error.kind());
@@ -156,6 +171,7 @@ fn ports_are_forwarded_to_servers_on_localhost() {
             matches!(kind, Err(std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::ConnectionReset)),
             "{kind:?}"
         );
+        echo.stop(0);
         container.stop(0);
     });
 }

@@ -77,7 +77,7 @@ fn containers_share_what_a_pod_shares() {
             assert_ne!(a.sh(&link), b.sh(&link), "{kind}");
         }
         assert_eq!(b.sh("cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced"), "80\n1");
-        a.sh("nc -l -p 8080 -s 127.0.0.1 -e echo through > /dev/null 2>&1 &
+        a.sh("nc -ll -p 8080 -e echo through > /dev/null 2>&1 < /dev/null &
               until netstat -ltn | grep -q :8080; do sleep 0.1; done");
         assert_eq!(b.sh("nc 127.0.0.1 8080 < /dev/null"), "through");
     });
