@@ -23,6 +23,9 @@ use watch::Watch;
 const KINDS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
+/// How often a volume may change while it is looked at: the kubelet does it about once a minute.
+const ATTEMPTS: u32 = 10;
+
 /// A volume that is mirrored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirror {
@@ -109,8 +112,18 @@ async fn follow(agent: Agent, container: String, mirror: Mirror, mut watch: Watc
     }
 }
 
-/// Copies a volume as it is now.
+/// Copies a volume as it is now; one that changes meanwhile is looked at again.
 async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
+    for _ in 1..ATTEMPTS {
+        match copy_once(agent, container, mirror).await {
+            Err(MirrorError::Read { .. }) if mirror.source.is_dir() => {}
+            result => return result,
+        }
+    }
+    copy_once(agent, container, mirror).await
+}
+
+async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
     let (sender, mut batches) = mpsc::channel::<Vec<MirrorEntry>>(1);
     let source = mirror.source.clone();
     let walking = tokio::task::spawn_blocking(move || walk::walk(&source, |batch| sender.blocking_send(batch).is_ok()));

@@ -1,5 +1,6 @@
 //! Looks at a volume: its directories and files, then its links, in pieces that fit a message.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -19,10 +20,19 @@ const MAX_DEPTH: usize = 64;
 /// Hands everything in `volume` to `send`, which says whether to go on; blocks.
 ///
 /// # Errors
-/// When something cannot be read, also because it went away meanwhile.
+/// When something cannot be read, or changed meanwhile ([`io::ErrorKind::Interrupted`]). No link was handed over then.
 pub fn walk(volume: &Path, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
-    let mut walk = Walk { volume, send, batch: Vec::new(), weight: 0, links: Vec::new() };
+    let mut walk = Walk { volume, send, batch: Vec::new(), weight: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
+    // The kubelet publishes by a link to a new directory, and takes the old one away only then: what was seen is whole
+    // if the links still are what they were before the directories were read.
+    let unchanged = |link: &MirrorEntry| {
+        let path = volume.join(OsStr::from_bytes(&link.path));
+        fs::read_link(path).is_ok_and(|now| now.as_os_str().as_bytes() == link.content)
+    };
+    if !walk.links.iter().all(unchanged) || walk.versions.iter().any(|version| !version.exists()) {
+        return Err(io::ErrorKind::Interrupted.into());
+    }
     // Last, so that a link never changes before what it points to is there.
     for link in std::mem::take(&mut walk.links) {
         walk.add(link)?;
@@ -36,6 +46,8 @@ struct Walk<'a, F> {
     batch: Vec<MirrorEntry>,
     weight: usize,
     links: Vec<MirrorEntry>,
+    /// What links beside them point to.
+    versions: Vec<PathBuf>,
 }
 
 impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
@@ -48,17 +60,29 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
         let mut names: Vec<PathBuf> =
             fs::read_dir(&here)?.map(|entry| Ok(path.join(entry?.file_name()))).collect::<io::Result<_>>()?;
         names.sort();
-        for name in names {
-            let meta = fs::symlink_metadata(self.volume.join(&name))?;
-            match () {
-                () if meta.is_dir() => self.directory(&name, depth + 1)?,
-                () if meta.is_file() => self.file(&name)?,
-                () if meta.is_symlink() => {
-                    let content = fs::read_link(self.volume.join(&name))?.into_os_string().into_vec();
-                    self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, &name, &meta) });
+        let all: Vec<(PathBuf, Metadata)> = names
+            .iter()
+            .map(|name| Ok((name.clone(), fs::symlink_metadata(self.volume.join(name))?)))
+            .collect::<io::Result<_>>()?;
+        for (name, meta) in all.iter().filter(|(_, meta)| meta.is_symlink()) {
+            let target = fs::read_link(self.volume.join(name))?;
+            let beside = path.join(&target);
+            if target.components().count() == 1 && self.volume.join(&beside).is_dir() {
+                // It was made after the directory was listed.
+                if !names.contains(&beside) {
+                    return Err(io::ErrorKind::Interrupted.into());
                 }
-                // Nothing else is ever in there, and could not be carried over.
-                () => {}
+                self.versions.push(self.volume.join(beside));
+            }
+            let content = target.into_os_string().into_vec();
+            self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, meta) });
+        }
+        // Nothing but directories and files is ever in there beside them, and could not be carried over.
+        for (name, meta) in &all {
+            if meta.is_dir() {
+                self.directory(name, depth + 1)?;
+            } else if meta.is_file() {
+                self.file(name)?;
             }
         }
         Ok(())
@@ -143,6 +167,31 @@ mod tests {
         let pieces: Vec<_> = all.iter().filter(|entry| entry.path == b"f").collect();
         assert_eq!(pieces.iter().map(|piece| piece.more).collect::<Vec<_>>(), [true, true, false]);
         assert_eq!(pieces.iter().flat_map(|piece| piece.content.clone()).collect::<Vec<_>>(), content);
+    }
+
+    #[test]
+    fn what_changes_meanwhile_is_not_taken_for_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let publish = |version: &str| {
+            fs::create_dir(dir.path().join(version)).unwrap();
+            fs::write(dir.path().join(version).join("key"), vec![b'x'; BATCH]).unwrap();
+            symlink(version, dir.path().join("..tmp")).unwrap();
+            fs::rename(dir.path().join("..tmp"), dir.path().join("..data")).unwrap();
+        };
+        publish("..1");
+        let mut links = 0;
+        // The file fills a message: the next version comes while it is being sent.
+        let walked = walk(dir.path(), |batch| {
+            links += batch.iter().filter(|entry| entry.kind == Kind::SYMLINK.into()).count();
+            if !dir.path().join("..2").exists() {
+                publish("..2");
+                fs::remove_dir_all(dir.path().join("..1")).unwrap();
+            }
+            true
+        });
+        assert_eq!(walked.unwrap_err().kind(), io::ErrorKind::Interrupted);
+        assert_eq!(links, 0);
+        walk(dir.path(), |_| true).unwrap();
     }
 
     #[test]

@@ -86,7 +86,17 @@ fn a_killed_vmm_ends_the_task() {
         container.running.wait().expect_code(137);
         run_ctr(&["tasks", "delete", &id]);
         run_ctr(&["containers", "rm", &id]).expect_code(0);
+        // `ctr run` deletes the task as soon as it has ended; an exec's ctr that comes later gets an error and ends
+        // without removing the fifos it made itself.
+        remove_fifos();
     });
+}
+
+/// Removes the directories of fifos that ctr makes for each process and leaves when it ends with an error.
+fn remove_fifos() {
+    for entry in fs::read_dir("/run/containerd/fifo").unwrap() {
+        fs::remove_dir_all(entry.unwrap().path()).unwrap();
+    }
 }
 
 #[test]
@@ -104,9 +114,7 @@ fn a_killed_shim_leaves_nothing() {
         let output = container.running.wait().expect_code(1);
         assert!(output.err().contains("ttrpc: closed"), "{}", output.describe());
         // With that error ctr ends without removing the fifos it made itself.
-        for entry in fs::read_dir("/run/containerd/fifo").unwrap() {
-            fs::remove_dir_all(entry.unwrap().path()).unwrap();
-        }
+        remove_fifos();
     });
 }
 
