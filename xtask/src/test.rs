@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
 
 use crate::build::{self, Profile, cargo};
-use crate::node::{self, Add, Machine, Run};
+use crate::node::{self, Add, Line, Machine, Run};
 use crate::{cache, cmd, dist, lockfile, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -84,5 +84,5 @@ fn e2e(filter: &str, profile: Profile) -> Result<u8> {
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     let time_limit = Duration::from_secs(2700);
-    node::run(&Run { script: path, args, env, add, machine: Machine::default(), time_limit })
+    node::run(&Run { script: path, args, env, add, machine: Machine::default(), containerd: Line::One, time_limit })
 }
