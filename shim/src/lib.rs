@@ -7,6 +7,7 @@ pub mod daemon;
 pub mod events;
 pub mod hooks;
 pub mod network;
+pub mod pod;
 pub mod sandbox;
 pub mod spec;
 pub mod stdio;
