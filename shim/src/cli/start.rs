@@ -52,7 +52,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let bundle = std::env::current_dir().map_err(StartError::Bundle)?;
     let mut input = Vec::new();
     std::io::stdin().lock().take(MAX_INPUT).read_to_end(&mut input).map_err(StartError::Input)?;
-    let params = Params::new(&input, args, &Env::read());
+    let params = Params::new(&input, args, &Env::read()).with_bundle(&bundle);
     // A sandbox that the shim is itself comes without a specification: the request that creates it says what it is.
     let spec = match Spec::load(&bundle) {
         Err(SpecError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
