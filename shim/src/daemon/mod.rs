@@ -65,9 +65,10 @@ pub fn run(start: Start) -> i32 {
     // In an order that has the VMM's process start while the configuration is read.
     let launch = match (&start.spec, share) {
         (None, share) => Launch::Later(share),
-        (Some(_), Err(error)) => Launch::Now(launch::failed(error)),
+        (Some(_), Err(error)) => Launch::Now(Box::new(launch::failed(error))),
         (Some(spec), Ok(share)) => {
-            Launch::Now(launch::prepare(&about, spec, &share, || Bundle::load(&start.bundle).map_err(|e| chain(&e))))
+            let bundle = || Bundle::load(&start.bundle).map_err(|e| chain(&e));
+            Launch::Now(Box::new(launch::prepare(&about, spec, &share, bundle)))
         }
     };
     // The bundle's directory goes before the shim does.
@@ -135,7 +136,7 @@ fn own_mounts() -> nix::Result<()> {
 /// When the boot begins.
 enum Launch {
     /// At once: there is a specification.
-    Now(Prepared),
+    Now(Box<Prepared>),
     /// When the sandbox is created; with the guest's view of the share, or why there is none.
     Later(Result<PathBuf, String>),
 }
@@ -146,7 +147,7 @@ async fn serve(start: Start, about: About, launch: Launch, vmm_log: Option<Owned
     let sandbox = Sandbox::new(&about.sandbox, about.dir.clone(), Arc::clone(&about.timeline), vmm_log);
     let pending = match launch {
         Launch::Now(prepared) => {
-            sandbox.launch(prepared, reports);
+            sandbox.launch(*prepared, reports);
             None
         }
         Launch::Later(share) => Some(Pending { about, share, bundle, reports }),
