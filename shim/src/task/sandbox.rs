@@ -122,10 +122,14 @@ impl Shim {
         if self.api.created.set(created).is_err() {
             return Err(Refusal::Exists(self.sandbox.id.clone()));
         }
-        match launch {
-            Some(pending) => pending.launch(&text, &self.sandbox).await.map_err(Refusal::Failed),
-            None => Ok(()),
+        if let Some(pending) = launch {
+            pending.launch(&text, &self.sandbox).await.map_err(Refusal::Failed)?;
+            // Told to stop meanwhile, when there was nothing to kill yet.
+            if *lock(&self.api.stopping) {
+                self.sandbox.kill();
+            }
         }
+        Ok(())
     }
 
     /// Stops the sandbox with everything that still runs in it, and waits until it is gone.

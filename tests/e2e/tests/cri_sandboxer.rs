@@ -1,9 +1,14 @@
 //! Pods whose sandbox the shim is itself: containerd 2.x with `sandboxer = "shim"`.
 use std::time::Duration;
 
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest, SandboxStatusRequest, WaitSandboxRequest,
+};
 use husk_e2e::command::run_ctr;
 use husk_e2e::cri::{Pod, pod::Pods, pods_of, refused};
-use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, vm};
+use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, shim, vm};
+use protobuf::Message;
 use serde_json::json;
 
 /// The handler of deploy/containerd/husk-2.toml.
@@ -102,6 +107,48 @@ fn containers_get_what_containerd_leaves_to_the_sandbox() {
         let mut command = std::process::Command::new("busybox");
         command.args(["nc", &address, "8080"]);
         Running::start(command, Input::Null).wait().expect_out("through");
+    });
+}
+
+#[test]
+fn the_sandbox_service_is_served_whole() {
+    pods("sb-service", |pods| {
+        let pod = pods.pod();
+        let (client, sandbox_id) = (shim::sandbox(&pod.id), pod.id.clone());
+        let id = || sandbox_id.clone();
+        let ping = |sandbox_id| {
+            client.ping_sandbox(shim::context(), &PingRequest { sandbox_id, ..Default::default() }).map(drop)
+        };
+        ping(id()).unwrap();
+        assert!(ping("other".into()).unwrap_err().to_string().contains("not found"));
+        let request = PlatformRequest { sandbox_id: id(), ..Default::default() };
+        let platform = client.platform(shim::context(), &request).unwrap().platform;
+        assert_eq!((platform.os.as_str(), platform.architecture.as_str()), ("linux", "amd64"));
+        let request = SandboxMetricsRequest { sandbox_id: id(), ..Default::default() };
+        let metric = client.sandbox_metrics(shim::context(), &request).unwrap().metrics;
+        assert_eq!(
+            (metric.id.as_str(), metric.data.type_url.as_str()),
+            (id().as_str(), "io.containerd.cgroups.v2.Metrics")
+        );
+        let metrics = Metrics::parse_from_bytes(&metric.data.value).unwrap();
+        assert!(metrics.memory.usage > 10 << 20 && metrics.cpu.usage_usec > 0, "{metrics:?}");
+        let request = CreateSandboxRequest { sandbox_id: id(), ..Default::default() };
+        let again = client.create_sandbox(shim::context(), &request).unwrap_err();
+        assert!(again.to_string().contains("already exists"), "{again}");
+        // Whoever waits for its end is told, and of an end that was asked for as one.
+        let waiter = {
+            let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
+            let client = shim::sandbox(&pod.id);
+            std::thread::spawn(move || client.wait_sandbox(shim::context(), &request).unwrap())
+        };
+        pod.stop();
+        let exit = waiter.join().unwrap();
+        assert!(exit.exit_status == 0 && exit.exited_at.seconds > 0, "{exit:?}");
+        assert!(ping(id()).is_err());
+        let request = SandboxStatusRequest { sandbox_id: id(), ..Default::default() };
+        let status = client.sandbox_status(shim::context(), &request).unwrap();
+        assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
+        pod.remove();
     });
 }
 
