@@ -5,17 +5,17 @@ use std::path::Path;
 use ttrpc_codegen::{Codegen, Customize};
 
 fn main() -> std::io::Result<()> {
-    println!("cargo:rerun-if-changed=protos/agent.proto");
+    println!("cargo:rerun-if-changed=protos");
     let out = std::env::var_os("OUT_DIR").unwrap_or_default();
     Codegen::new()
         .out_dir(&out)
-        .input("protos/agent.proto")
+        .inputs(["protos/agent.proto", "protos/cri_sandbox.proto"])
         .include("protos")
         .rust_protobuf()
         .customize(Customize { async_all: true, ..Default::default() })
         .run()?;
     // Inner attributes cannot be included into a module; the including module sets its own.
-    for file in ["agent.rs", "agent_ttrpc.rs"] {
+    for file in ["agent.rs", "agent_ttrpc.rs", "cri_sandbox.rs"] {
         let path = Path::new(&out).join(file);
         let text: String =
             std::fs::read_to_string(&path)?.lines().filter(|l| !l.starts_with("#![")).flat_map(|l| [l, "\n"]).collect();

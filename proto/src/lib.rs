@@ -14,6 +14,12 @@ pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
+/// A pod's configuration by the Kubernetes CRI, as far as a sandbox needs it.
+#[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+pub mod cri {
+    include!(concat!(env!("OUT_DIR"), "/cri_sandbox.rs"));
+}
+
 /// The `husk.agent.v1.Sandbox` service, asynchronous client and server.
 #[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
 pub mod agent_ttrpc {

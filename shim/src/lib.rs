@@ -8,6 +8,7 @@ pub mod events;
 pub mod hooks;
 pub mod mirror;
 pub mod network;
+pub mod pod;
 pub mod sandbox;
 pub mod spec;
 pub mod stdio;

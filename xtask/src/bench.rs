@@ -1,7 +1,7 @@
 //! `cargo xtask bench …`: measurements, made in the test node.
 
 use crate::build::{self, Profile};
-use crate::node::{self, Add, Machine, Run};
+use crate::node::{self, Add, Line, Machine, Run};
 use crate::{dist, paths, setup};
 use anyhow::Result;
 use clap::Subcommand;
@@ -35,5 +35,13 @@ pub fn bench(bench: &Bench) -> Result<u8> {
     let mut arguments = vec!["start".to_owned()];
     arguments.extend(args.iter().cloned());
     let time_limit = Duration::from_secs(2700);
-    node::run(&Run { script, args: arguments, env, add, machine: Machine::default(), time_limit })
+    node::run(&Run {
+        script,
+        args: arguments,
+        env,
+        add,
+        machine: Machine::default(),
+        containerd: Line::One,
+        time_limit,
+    })
 }

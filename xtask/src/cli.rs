@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::build::Profile;
-use crate::node::{Add, Machine, Run};
+use crate::node::{Add, Line, Machine, Run};
 use crate::{bench, demo, dist, image, kernel, node, setup, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -90,6 +90,9 @@ struct Place {
     /// The node's memory in MiB.
     #[arg(long, default_value_t = Machine::default().memory)]
     memory: u32,
+    /// The node's containerd.
+    #[arg(long, value_enum, default_value_t)]
+    containerd: Line,
 }
 
 fn variable(text: &str) -> Result<(String, String), String> {
@@ -116,10 +119,11 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Node { command: NodeTask::Run { place, time_limit, env, script, args } } => {
             let machine = Machine { cpus: place.cpus, memory: place.memory };
             let time_limit = Duration::from_secs(time_limit);
-            return node::run(&Run { script, args, env, add: place.add, machine, time_limit });
+            let Place { add, containerd, .. } = place;
+            return node::run(&Run { script, args, env, add, machine, containerd, time_limit });
         }
         Task::Node { command: NodeTask::Shell { place } } => {
-            node::shell(&place.add, Machine { cpus: place.cpus, memory: place.memory })?;
+            node::shell(place.containerd, &place.add, Machine { cpus: place.cpus, memory: place.memory })?;
         }
         Task::Demo(options) => return demo::demo(&options),
         Task::Test(options) => return test::test(&options),

@@ -4,7 +4,7 @@
 //! nothing behind; elsewhere in the test node.
 
 use crate::build::Profile;
-use crate::node::{self, Add, Machine, Run, kvm};
+use crate::node::{self, Add, Line, Machine, Run, kvm};
 use crate::{cache, cmd, dist, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -80,7 +80,15 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
         ("HUSK_TIMELINE".to_owned(), "/out/timeline".to_owned()),
     ];
     let time_limit = Duration::from_secs(600);
-    node::run(&Run { script: script.to_path_buf(), args: vec![], env, add, machine: Machine::default(), time_limit })
+    node::run(&Run {
+        script: script.to_path_buf(),
+        args: vec![],
+        env,
+        add,
+        machine: Machine::default(),
+        containerd: Line::One,
+        time_limit,
+    })
 }
 
 /// A containerd of the demo's own, gone with it.

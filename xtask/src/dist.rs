@@ -17,13 +17,14 @@ pub fn dist(profile: Profile) -> Result<PathBuf> {
     let husk = build::find(&programs, &["husk", "husk-cli"])?;
     let root = paths::dist();
     let repository = paths::root();
-    let files: [(&Path, &str, u32); 6] = [
+    let files: [(&Path, &str, u32); 7] = [
         (&shim.path, "usr/local/bin/containerd-shim-husk-v2", 0o755),
         (&husk.path, "usr/local/bin/husk", 0o755),
         (&kernel, "usr/local/share/husk/vmlinux", 0o644),
         (&initrd, "usr/local/share/husk/initrd.cpio", 0o644),
         (&repository.join("config/config.toml"), "etc/husk/config.toml", 0o644),
         (&repository.join("deploy/containerd/husk.toml"), "etc/containerd/conf.d/husk.toml", 0o644),
+        (&repository.join("deploy/containerd/husk-2.toml"), "usr/local/share/husk/containerd-2.toml", 0o644),
     ];
     for (from, to, mode) in files {
         place(from, &root.join(to), mode)?;

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
 
 use crate::build::{self, Profile, cargo};
-use crate::node::{self, Add, Machine, Run};
+use crate::node::{self, Add, Line, Machine, Run};
 use crate::{cache, cmd, dist, lockfile, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -10,6 +10,10 @@ use std::time::Duration;
 
 /// Suites that take longer than all others together: they run only where the filter names one of their tests.
 const SOAK: [&str; 1] = ["soak"];
+/// Suites of what only containerd 2.x has.
+const TWO_ONLY: [&str; 1] = ["cri_sandboxer"];
+/// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
+const TWO_AS_WELL: [&str; 1] = ["cri_pods"];
 
 /// What is run.
 #[derive(Args)]
@@ -20,6 +24,9 @@ pub struct Options {
     /// Only the end-to-end suites, or those of their tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
+    /// Run all end-to-end suites with this containerd; without it, all with 1.7 and a few with 2.x.
+    #[arg(long, value_enum, conflicts_with = "unit")]
+    containerd: Option<Line>,
     /// Test the programs as they are shipped; without it they are built in the quick profile, which the suites
     /// themselves use too, so that everything is compiled once.
     #[arg(long)]
@@ -36,7 +43,11 @@ pub fn test(options: &Options) -> Result<u8> {
         ui::say("test", "all passed");
         return Ok(0);
     }
-    let code = e2e(options.e2e.as_deref().unwrap_or_default(), Profile::quick(!options.release))?;
+    let filter = options.e2e.as_deref().unwrap_or_default();
+    let mut code = 0;
+    for line in options.containerd.map_or(vec![Line::One, Line::Two], |line| vec![line]) {
+        code = code.max(e2e(filter, Profile::quick(!options.release), line, options.containerd.is_some())?);
+    }
     ui::say("test", if code == 0 { "all passed" } else { "end-to-end tests failed" });
     Ok(code)
 }
@@ -61,8 +72,17 @@ fn unit() -> Result<()> {
     cmd::shown(cargo().args(["test", "--quiet", "--workspace", "--exclude", "husk-e2e", "--locked"]))
 }
 
+/// Whether a suite runs with this containerd.
+fn runs(suite: &str, line: Line, all: bool, filtered: bool) -> bool {
+    let soak = !filtered && SOAK.contains(&suite);
+    match line {
+        Line::One => !soak && !TWO_ONLY.contains(&suite),
+        Line::Two => !soak && (all || TWO_ONLY.contains(&suite) || TWO_AS_WELL.contains(&suite)),
+    }
+}
+
 /// Runs the end-to-end suites in the node.
-fn e2e(filter: &str, profile: Profile) -> Result<u8> {
+fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
     dist::dist(profile)?;
     let suites = build::tests("husk-e2e")?;
     if suites.is_empty() {
@@ -70,7 +90,7 @@ fn e2e(filter: &str, profile: Profile) -> Result<u8> {
     }
     let mut add = node::images()?;
     let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=\n");
-    for suite in suites.iter().filter(|suite| !filter.is_empty() || !SOAK.contains(&suite.name.as_str())) {
+    for suite in suites.iter().filter(|suite| runs(&suite.name, line, all, !filter.is_empty())) {
         let name = &suite.name;
         add.push(Add::new(&suite.path, format!("/husk/tests/{name}")));
         script.push_str(&format!(
@@ -84,5 +104,5 @@ fn e2e(filter: &str, profile: Profile) -> Result<u8> {
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     let time_limit = Duration::from_secs(2700);
-    node::run(&Run { script: path, args, env, add, machine: Machine::default(), time_limit })
+    node::run(&Run { script: path, args, env, add, machine: Machine::default(), containerd: line, time_limit })
 }

@@ -95,7 +95,15 @@ impl Bundle {
             return Err(BundleError::TooLarge { path, len });
         }
         let bytes = std::fs::read(&path).map_err(read)?;
-        let bundle = Self::parse(dir, &bytes)?;
+        Self::of_text(dir, &bytes)
+    }
+
+    /// The same of a specification that is no file.
+    ///
+    /// # Errors
+    /// [`BundleError`] as [`Bundle::load`].
+    pub fn of_text(dir: &Path, text: &[u8]) -> Result<Self, BundleError> {
+        let bundle = Self::parse(dir, text)?;
         bundle.check_network()?;
         Ok(bundle)
     }

@@ -35,7 +35,7 @@ pub use prepare::{PrepareError, Prepared, Request, prepare};
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
 pub use sizing::{Sizing, SizingError, sizing};
-pub use spec::Spec;
+pub use spec::{Mount, Spec};
 pub use teardown::{TeardownError, teardown};
 pub use translate::{TranslateError, exec_process};
 pub use update::resources_update;

@@ -3,16 +3,23 @@
 //! | containerd | stdin | reply |
 //! | --- | --- | --- |
 //! | 1.6, 1.7 | nothing, or the runtime options (an `Any`) | the plain address (task API v2) |
-//! | 2.0 to 2.2 | the same | the same, or JSON with version 3 where `MAX_SHIM_VERSION` allows it |
+//! | 2.0 to 2.2 | the same | the same; for a sandbox of its sandbox controller JSON with version 3 |
 //! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
 //!
 //! containerd 1.7 refuses JSON with a version above 2, and everything from 1.6 on takes the plain address for a shim
-//! of version 2, so that form is the default.
+//! of version 2, so that form is the default. All of them say `MAX_SHIM_VERSION=2` (containerd 2.1, pkg/shim/util.go), though
+//! 2.0 and later take version 3 as well; which one it is shows in the directory of a sandbox's bundle, where the sandbox
+//! controller has another name since 2.0.
+
+use std::path::Path;
 
 use husk_proto::containerd::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
 use protobuf::Message;
 
 use super::Args;
+
+/// The directory in the path of a bundle of the sandbox controller's, since containerd 2.0.
+const CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// Most bytes read from stdin, as containerd's own shims do.
 pub const MAX_INPUT: u64 = 10 << 20;
@@ -101,6 +108,16 @@ impl Params {
     }
 }
 
+impl Params {
+    /// Chooses the reply's form by where the bundle is.
+    pub fn with_bundle(mut self, bundle: &Path) -> Self {
+        if self.form == Form::Plain && bundle.components().any(|part| part.as_os_str() == CONTROLLER) {
+            self.form = Form::Json;
+        }
+        self
+    }
+}
+
 /// The reply to `start`.
 pub fn reply(address: &str, form: Form) -> Vec<u8> {
     match form {
@@ -136,6 +153,15 @@ mod tests {
             (Form::Plain, "/ttrpc", "/grpc")
         );
         assert_eq!(reply("unix:///x", params.form), b"unix:///x");
+    }
+
+    #[test]
+    fn a_sandbox_of_containerd_2s_controller_is_of_version_3() {
+        let env = Env { max_shim_version: "2".into(), ..Default::default() };
+        let form = |bundle: &str| Params::new(&[], &args(), &env).with_bundle(Path::new(bundle)).form;
+        assert_eq!(form("/run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io/x"), Form::Json);
+        assert_eq!(form("/run/containerd/io.containerd.sandbox.controller.v1.local/k8s.io/x"), Form::Plain);
+        assert_eq!(form("/run/containerd/io.containerd.runtime.v2.task/k8s.io/x"), Form::Plain);
     }
 
     #[test]

@@ -52,9 +52,13 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let bundle = std::env::current_dir().map_err(StartError::Bundle)?;
     let mut input = Vec::new();
     std::io::stdin().lock().take(MAX_INPUT).read_to_end(&mut input).map_err(StartError::Input)?;
-    let params = Params::new(&input, args, &Env::read());
-    let spec = Spec::load(&bundle)?;
-    let group = spec.group(&args.id)?.to_owned();
+    let params = Params::new(&input, args, &Env::read()).with_bundle(&bundle);
+    // A sandbox that the shim is itself comes without a specification: the request that creates it says what it is.
+    let spec = match Spec::load(&bundle) {
+        Err(SpecError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
+        other => Some(other?),
+    };
+    let group = spec.as_ref().map_or(Ok(args.id.as_str()), |spec| spec.group(&args.id))?.to_owned();
     let address = Address::new(params.socket_dir.as_deref(), &params.address, &args.namespace, &group);
     let listener = match address.listen()? {
         Listen::Taken => None,

@@ -1,32 +1,31 @@
 //! The shim's daemon: from the fork in `start` to the end of the sandbox.
 
+pub mod launch;
 pub mod log;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use husk_config::Config;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::address::Address;
-use crate::bundle::{self, Bundle, Sizing};
+use crate::bundle::Bundle;
 use crate::chain;
 use crate::cli::bootstrap::Params;
 use crate::events::{Destination, Events, Patience};
-use crate::network;
-use crate::sandbox::boot::{Plan, Pod, pipe_pair};
-use crate::sandbox::cgroup::{self, Cgroup};
-use crate::sandbox::state::{ProcessId, StateDir};
+use crate::sandbox::boot::pipe_pair;
+use crate::sandbox::state::StateDir;
 use crate::sandbox::timeline::Timeline;
-use crate::sandbox::{Prepared, Sandbox, vmm};
-use crate::spec::{self, Spec};
+use crate::sandbox::{Prepared, Sandbox};
+use crate::spec::Spec;
 use crate::task::{self, Shim};
+pub use launch::{About, Pending};
 
 /// How long events may take to reach containerd once everything else is over.
 const LAST_EVENTS: Duration = Duration::from_secs(10);
@@ -41,8 +40,8 @@ pub struct Start {
     pub sandbox: String,
     /// Its bundle.
     pub bundle: PathBuf,
-    /// The shim's part of its configuration.
-    pub spec: Spec,
+    /// The shim's part of its configuration; none where the sandbox is created by a request.
+    pub spec: Option<Spec>,
     /// How containerd is reached.
     pub params: Params,
     /// Where this shim listens.
@@ -62,18 +61,29 @@ pub fn run(start: Start) -> i32 {
     let timeline = Arc::new(Timeline::new(&start.namespace, &start.sandbox, state.timeline()));
     timeline.mark_at("shim start", start.started_ns);
     timeline.mark("shim daemon");
-    let prepared = Prepared { vmm_log, ..prepare(&start, state, timeline) };
+    let (about, share) = prepare(&start, state, timeline);
+    // In an order that has the VMM's process start while the configuration is read.
+    let launch = match (&start.spec, share) {
+        (None, share) => Launch::Later(share),
+        (Some(_), Err(error)) => Launch::Now(Box::new(launch::failed(error))),
+        (Some(spec), Ok(share)) => {
+            let bundle = || Bundle::load(&start.bundle).map_err(|e| chain(&e));
+            Launch::Now(Box::new(launch::prepare(&about, spec, &share, bundle)))
+        }
+    };
+    // The bundle's directory goes before the shim does.
+    let _ = std::env::set_current_dir("/");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(8)
         .thread_keep_alive(Duration::from_secs(1))
         .build();
     match runtime {
-        Ok(runtime) => runtime.block_on(serve(start, prepared)),
+        Ok(runtime) => runtime.block_on(serve(start, about, launch, vmm_log)),
         Err(error) => {
             tracing::error!(%error, "no runtime");
             start.address.remove();
-            prepared.dir.remove();
+            about.dir.remove();
             1
         }
     }
@@ -103,83 +113,16 @@ fn detach() -> Option<OwnedFd> {
     pipe.map(|(out, _)| out)
 }
 
-/// Everything that is done before there is a runtime, in an order that has the VMM's process start while the
-/// configuration is read. Whatever fails is told by Create.
-fn prepare(start: &Start, dir: StateDir, timeline: Arc<Timeline>) -> Prepared {
-    let mut cgroup = None;
-    let mut timeline_log = PathBuf::new();
-    let mut spawned = None;
-    let plan = (|| {
-        own_mounts().map_err(|e| format!("leaving the host's mount namespace: {e}"))?;
-        let network = start.spec.network().map_err(|e| chain(&e))?;
+/// What is done before there is a runtime. Whatever fails is told by Create, or by the sandbox's start.
+fn prepare(start: &Start, dir: StateDir, timeline: Arc<Timeline>) -> (About, Result<PathBuf, String>) {
+    let made = own_mounts().map_err(|e| format!("leaving the host's mount namespace: {e}")).and_then(|()| {
         let share = dir.create().map_err(|e| chain(&e))?;
-        note(&dir, "shim.pid", std::process::id())?;
+        launch::note(&dir, "shim.pid", std::process::id())?;
         dir.write("address", &start.address.uri()).map_err(|e| chain(&e))?;
-        cgroup = enter_cgroup(start, &dir);
-        let vmm = spawned.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
-        timeline.mark("vmm spawned");
-        note(&dir, "vmm.pid", vmm.pid)?;
-        let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
-        let config = Config::load(&path).map_err(|e| chain(&e))?;
-        if !start.params.debug {
-            log::set_level(config.log_level);
-        }
-        timeline_log.clone_from(&config.timeline_log);
-        let bundle = Bundle::load(&start.bundle).map_err(|e| chain(&e))?;
-        let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
-        describe(start, &dir, &sizing, vmm.pid);
-        let network = match &network {
-            // What CNI does to a new one comes later, by hooks.
-            spec::Network::New => network::Network::default(),
-            spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
-        };
-        timeline.mark("network connected");
-        let pod = pod(start, network);
-        Plan::open(pod, config, sizing, share.guest).map_err(|e| chain(&e))
-    })();
-    // The bundle's directory goes before the shim does.
-    let _ = std::env::set_current_dir("/");
-    Prepared { id: start.sandbox.clone(), dir, cgroup, vmm: spawned, vmm_log: None, plan, timeline, timeline_log }
-}
-
-/// Notes for `husk ps` what this sandbox is.
-fn describe(start: &Start, dir: &StateDir, sizing: &Sizing, vmm_pid: u32) {
-    let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let sandbox = husk_config::sandbox::Sandbox {
-        id: start.sandbox.clone(),
-        namespace: start.namespace.clone(),
-        pod: start.spec.pod_name(),
-        vcpus: sizing.vcpus,
-        memory_mib: sizing.memory_mib,
-        started: started.as_secs(),
-        vmm_pid,
-        shim_pid: std::process::id(),
-    };
-    let written = serde_json::to_string(&sandbox).map_err(|e| e.to_string());
-    if let Err(error) = written.and_then(|text| dir.write("sandbox.json", &text).map_err(|e| chain(&e))) {
-        tracing::warn!(error, "sandbox not noted for husk ps");
-    }
-}
-
-/// What the guest is set up as. The settings of a lone container's namespaces are its own, those of a pod's sandbox the
-/// pod's: its container is never made.
-fn pod(start: &Start, network: network::Network) -> Pod {
-    let is_sandbox = start.spec.is_sandbox();
-    let sysctls = if is_sandbox { start.spec.linux.sysctl.clone() } else { Default::default() };
-    Pod { id: start.sandbox.clone(), hostname: hostname(&start.spec), shared_memory: is_sandbox, sysctls, network }
-}
-
-/// The sandbox' host name: a container whose specification has none sees the host's under runc.
-fn hostname(spec: &Spec) -> String {
-    if !spec.hostname.is_empty() {
-        return spec.hostname.clone();
-    }
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
-}
-
-fn note(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
-    let process = ProcessId::of(pid).ok_or_else(|| format!("process {pid} ended at once"))?;
-    dir.write_process(name, process).map_err(|e| chain(&e))
+        Ok(share.guest)
+    });
+    let (namespace, sandbox, debug) = (start.namespace.clone(), start.sandbox.clone(), start.params.debug);
+    (About { namespace, sandbox, debug, dir, timeline }, made)
 }
 
 /// A mount namespace of the pod's own: the host's mounts go on coming in, nothing goes out, and everything mounted
@@ -190,38 +133,33 @@ fn own_mounts() -> nix::Result<()> {
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&Path>)
 }
 
-/// Moves into the cgroup the specification names. A host that does not allow it is not refused: the pod runs, and is
-/// accounted to containerd.
-fn enter_cgroup(start: &Start, dir: &StateDir) -> Option<Cgroup> {
-    let path = &start.spec.linux.cgroups_path;
-    if path.is_empty() || !cgroup::is_unified() {
-        return None;
-    }
-    match Cgroup::enter(path, &start.namespace) {
-        Ok(cgroup) => {
-            if let Err(error) = dir.write("cgroup", &cgroup.path().display().to_string()) {
-                tracing::warn!(error = %chain(&error), "cgroup not noted");
-            }
-            Some(cgroup)
-        }
-        Err(error) => {
-            tracing::warn!(error = %chain(&error), "no cgroup for the sandbox");
-            None
-        }
-    }
+/// When the boot begins.
+enum Launch {
+    /// At once: there is a specification.
+    Now(Box<Prepared>),
+    /// When the sandbox is created; with the guest's view of the share, or why there is none.
+    Later(Result<PathBuf, String>),
 }
 
-async fn serve(start: Start, prepared: Prepared) -> i32 {
-    let Start { namespace, params, address, listener, .. } = start;
+async fn serve(start: Start, about: About, launch: Launch, vmm_log: Option<OwnedFd>) -> i32 {
+    let Start { namespace, params, address, listener, bundle, .. } = start;
     let (reports, reported) = mpsc::unbounded_channel();
-    let sandbox = Sandbox::start(prepared, reports);
+    let sandbox = Sandbox::new(&about.sandbox, about.dir.clone(), Arc::clone(&about.timeline), vmm_log);
+    let pending = match launch {
+        Launch::Now(prepared) => {
+            sandbox.launch(*prepared, reports);
+            None
+        }
+        Launch::Later(share) => Some(Pending { about, share, bundle, reports }),
+    };
     let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
     let events = Events::start(&namespace, destination, Patience::default());
-    let shim = Shim::new(&namespace, sandbox, events, reported);
+    let shim = Shim::new(&namespace, sandbox, events, reported, pending);
     let code = match listen(listener, &shim).await {
         Ok(mut server) => {
             tokio::select! {
                 () = shim.finished() => {}
+                () = shim.forsaken() => tracing::warn!("nobody created the sandbox"),
                 () = signalled() => tracing::info!("told to end by a signal"),
             }
             shim.finish().await;

@@ -5,14 +5,15 @@ pub mod boot;
 pub mod cgroup;
 pub mod console;
 pub mod forward;
+pub mod metrics;
 pub mod state;
 pub mod timeline;
 pub mod vmm;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
@@ -37,22 +38,14 @@ pub enum Boot {
     Failed(Arc<str>),
 }
 
-/// What the daemon made before it had a runtime.
+/// What a boot starts from.
 pub struct Prepared {
-    /// Sandbox id.
-    pub id: String,
-    /// Its directory.
-    pub dir: StateDir,
     /// Its cgroup.
     pub cgroup: Option<Cgroup>,
     /// The VMM's process, where it got that far.
     pub vmm: Option<Spawned>,
-    /// The read end of what the VMM says on its standard error.
-    pub vmm_log: Option<OwnedFd>,
     /// What to boot, or why not.
     pub plan: Result<Plan, String>,
-    /// Steps noted so far.
-    pub timeline: Arc<Timeline>,
     /// Where the timeline goes at the end.
     pub timeline_log: PathBuf,
 }
@@ -64,12 +57,14 @@ pub struct Sandbox {
     /// Its start's timeline.
     pub timeline: Arc<Timeline>,
     dir: StateDir,
-    cgroup: Option<Cgroup>,
-    vmm: Option<Vmm>,
+    cgroup: OnceLock<Cgroup>,
+    vmm: OnceLock<Vmm>,
     boot: watch::Receiver<Boot>,
+    /// Taken by the launch.
+    update: Mutex<Option<watch::Sender<Boot>>>,
     tail: Tail,
     tokens: AtomicU64,
-    timeline_log: PathBuf,
+    timeline_log: OnceLock<PathBuf>,
 }
 
 /// Why a stream into the guest cannot be had.
@@ -84,13 +79,35 @@ pub enum StreamError {
 }
 
 impl Sandbox {
-    /// Starts the boot; what the agent reports goes to `reports`, which ends with the virtual machine.
-    pub fn start(prepared: Prepared, reports: mpsc::UnboundedSender<Report>) -> Arc<Self> {
-        let Prepared { id, dir, cgroup, vmm, vmm_log, plan, timeline, timeline_log } = prepared;
+    /// A sandbox that nothing was made of yet but its directory; `vmm_log` is the read end of what the VMM will say on
+    /// its standard error.
+    pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
         let (update, boot) = watch::channel(Boot::Booting);
         let tail = Tail::default();
         if let Some(log) = vmm_log {
             boot::follow(log, "vmm", tail.clone());
+        }
+        Arc::new(Self {
+            id: id.to_owned(),
+            timeline,
+            dir,
+            cgroup: OnceLock::new(),
+            vmm: OnceLock::new(),
+            boot,
+            update: Mutex::new(Some(update)),
+            tail,
+            tokens: AtomicU64::new(1),
+            timeline_log: OnceLock::new(),
+        })
+    }
+
+    /// Starts the boot, once; what the agent reports goes to `reports`, which ends with the virtual machine.
+    pub fn launch(&self, prepared: Prepared, reports: mpsc::UnboundedSender<Report>) {
+        let Some(update) = crate::lock(&self.update).take() else { return };
+        let Prepared { cgroup, vmm, plan, timeline_log } = prepared;
+        let _ = self.timeline_log.set(timeline_log);
+        if let Some(cgroup) = cgroup {
+            let _ = self.cgroup.set(cgroup);
         }
         let (notify, notices) = mpsc::unbounded_channel();
         let attached = vmm.map(|spawned| Vmm::attach(spawned, notify).map_err(|e| crate::chain(&e))).transpose();
@@ -98,7 +115,10 @@ impl Sandbox {
             Ok(vmm) => (vmm, plan),
             Err(error) => (None, Err(error)),
         };
-        let (handle, marks, words) = (vmm.clone(), Arc::clone(&timeline), tail.clone());
+        if let Some(vmm) = &vmm {
+            let _ = self.vmm.set(vmm.clone());
+        }
+        let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
@@ -129,17 +149,31 @@ impl Sandbox {
             // Dropping `reports` now tells that nothing will come any more.
             drop(reports);
         });
-        Arc::new(Self { id, timeline, dir, cgroup, vmm, boot, tail, tokens: AtomicU64::new(1), timeline_log })
+    }
+
+    /// Whether its boot was started.
+    pub fn is_launched(&self) -> bool {
+        crate::lock(&self.update).is_none()
+    }
+
+    /// Its directory on the host.
+    pub fn dir(&self) -> &StateDir {
+        &self.dir
+    }
+
+    /// Its cgroup on the host, where it has one.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.get()
     }
 
     /// The pid reported for every task: a live process of the host that owns the sandbox' network namespace.
     pub fn pid(&self) -> u32 {
-        self.vmm.as_ref().map_or(0, Vmm::pid)
+        self.vmm.get().map_or(0, Vmm::pid)
     }
 
     /// Whether the virtual machine is gone.
     pub fn is_dead(&self) -> bool {
-        self.vmm.as_ref().is_none_or(|vmm| vmm.ended().is_some())
+        self.vmm.get().is_none_or(|vmm| vmm.ended().is_some())
     }
 
     /// Where containers' directories are made for the guest.
@@ -174,7 +208,7 @@ impl Sandbox {
     /// # Errors
     /// [`StreamError`] when the guest does not take it.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
-        let vmm = self.vmm.as_ref().ok_or(StreamError::Connect(VmmError::Gone))?;
+        let vmm = self.vmm.get().ok_or(StreamError::Connect(VmmError::Gone))?;
         let token = self.tokens.fetch_add(1, Ordering::Relaxed);
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
         stream.set_nonblocking(true).map_err(StreamError::Header)?;
@@ -191,24 +225,26 @@ impl Sandbox {
 
     /// Kills the virtual machine; [`Sandbox::tear_down`] waits for it.
     pub fn kill(&self) {
-        if let Some(vmm) = &self.vmm {
+        if let Some(vmm) = self.vmm.get() {
             vmm.kill();
         }
     }
 
     /// Ends the sandbox: nothing of it is left on the host afterwards.
     pub async fn tear_down(&self) {
-        if let Some(vmm) = &self.vmm {
+        if let Some(vmm) = self.vmm.get() {
             vmm.kill();
             vmm.wait().await;
         }
         self.timeline.mark("vmm gone");
-        if let Some(cgroup) = &self.cgroup {
+        if let Some(cgroup) = self.cgroup.get() {
             cgroup.leave_and_remove().await;
         }
         self.dir.remove();
         self.timeline.mark("torn down");
-        self.timeline.finish(&self.timeline_log);
+        if let Some(log) = self.timeline_log.get() {
+            self.timeline.finish(log);
+        }
     }
 }
 

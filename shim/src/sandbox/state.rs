@@ -127,7 +127,10 @@ impl StateDir {
     pub fn remove(&self) {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
         // Only what is written here is removed: never a tree in which something may still be mounted.
-        for name in ["vmm.pid", "shim.pid", "cgroup", "address", "timeline.json", "sandbox.json"] {
+        for name in ["vmm.pid", "shim.pid", "cgroup", "address", "timeline.json", "sandbox.json"]
+            .iter()
+            .chain(&crate::pod::FILES)
+        {
             let _ = std::fs::remove_file(self.path.join(name));
         }
         if let Err(error) = std::fs::remove_dir(&self.path)

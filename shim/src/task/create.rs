@@ -17,6 +17,7 @@ use super::{Refusal, Shim, paths};
 use crate::bundle::{self, Bundle, Prepared};
 use crate::hooks;
 use crate::mirror;
+use crate::pod;
 use crate::sandbox::agent::{timeouts, within};
 use crate::spec::Spec;
 use crate::stdio::{Owner, Stdio};
@@ -29,6 +30,9 @@ impl Shim {
         }
         if !request.checkpoint.is_empty() {
             return Err(Refusal::Unsupported("restoring a checkpoint").into());
+        }
+        if !self.sandbox.is_launched() {
+            return Err(Refusal::NotCreated.into());
         }
         self.sandbox.timeline.mark("create begin");
         self.containers.reserve(&request.id)?;
@@ -122,10 +126,13 @@ impl Shim {
     /// Mounts what the container needs; mount calls may block, so not on the executor.
     async fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, Refusal> {
         let (id, share) = (request.id.clone(), self.sandbox.share());
-        let dir = request.bundle.clone();
+        let (dir, files) = (request.bundle.clone(), self.api.files());
         let rootfs: Vec<_> = request.rootfs.iter().map(bundle::RootMount::from).collect();
         let prepared = tokio::task::spawn_blocking(move || {
-            let bundle = Bundle::load(Path::new(&dir)).map_err(|e| crate::chain(&e))?;
+            let mut bundle = Bundle::load(Path::new(&dir)).map_err(|e| crate::chain(&e))?;
+            if let Some(files) = files {
+                pod::add_mounts(&mut bundle, &files);
+            }
             let request = bundle::Request { id: &id, share: &share, rootfs: &rootfs };
             bundle::prepare(&bundle, &request).map_err(|e| crate::chain(&e))
         })

@@ -59,9 +59,9 @@ impl Shim {
         {
             relay.drain(QUIET_INIT).await;
         }
-        // The last container takes the virtual machine with it, and so does the one that stands for the pod: no need to
-        // tidy up in there first.
-        if container.is_pause() || self.containers.is_only(&container.id) {
+        // The last container takes the virtual machine with it where nothing else stands for the sandbox, and so does the
+        // one that stands for the pod: no need to tidy up in there first.
+        if container.is_pause() || (self.containers.is_only(&container.id) && !self.api.is_created()) {
             self.sandbox.kill();
         } else if let Ok(agent) = self.agent() {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };

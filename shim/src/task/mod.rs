@@ -7,8 +7,11 @@ mod exec;
 mod pause;
 mod process;
 mod refusal;
+mod sandbox;
+mod sandbox_service;
 mod service;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
@@ -16,7 +19,9 @@ use std::time::SystemTime;
 use husk_proto::containerd::events::task::{TaskExit, TaskOOM};
 use husk_proto::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC};
 use tokio::sync::{mpsc, watch};
+use ttrpc::r#async::Service;
 
+use crate::daemon::Pending;
 use crate::events::{Events, timestamp};
 use crate::sandbox::Sandbox;
 use crate::sandbox::agent::{Agent, Report};
@@ -24,7 +29,13 @@ use crate::stdio::{Paths, Relay, Stdio, Streams};
 use container::{Container, Containers};
 use process::{Exit, Process, Seen};
 pub use refusal::Refusal;
-pub use service::services;
+
+/// Every service of the shim's.
+pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
+    let mut all = service::services(shim);
+    all.extend(sandbox_service::services(shim));
+    all
+}
 
 /// What a process gets as its status when its virtual machine died under it: as if killed.
 const KILLED: u32 = 128 + 9;
@@ -33,6 +44,8 @@ const KILLED: u32 = 128 + 9;
 pub struct Shim {
     namespace: String,
     sandbox: Arc<Sandbox>,
+    /// What containerd's sandbox controller made of it.
+    api: sandbox::State,
     containers: Containers,
     events: Events,
     /// The virtual machine is gone, and everything in it was told of.
@@ -42,16 +55,18 @@ pub struct Shim {
 }
 
 impl Shim {
-    /// Serves a sandbox; `reports` are what its agent says.
+    /// Serves a sandbox; `reports` are what its agent says, `pending` what its creation takes where that is still to come.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,
         events: Events,
         reports: mpsc::UnboundedReceiver<Report>,
+        pending: Option<Pending>,
     ) -> Arc<Self> {
         let shim = Arc::new(Self {
             namespace: namespace.to_owned(),
             sandbox,
+            api: sandbox::State::new(pending),
             containers: Containers::default(),
             events,
             gone: AtomicBool::new(false),
@@ -115,6 +130,7 @@ impl Shim {
         for container in self.containers.all() {
             self.end_all(&container);
         }
+        self.api.ended();
     }
 
     /// The virtual machine is gone: so is everything in it.

@@ -50,6 +50,15 @@ pub enum Refusal {
     /// A request for the container that stands for its pod, which only a program that runs could answer.
     #[error("the sandbox container runs nothing: ask a container of the pod: failed precondition")]
     Sandbox,
+    /// Another sandbox than this shim's.
+    #[error("sandbox {0}: not found")]
+    NoSandbox(String),
+    /// Starting a sandbox, or a container in one, that no request has created.
+    #[error("the sandbox was not created: failed precondition")]
+    NotCreated,
+    /// The sandbox has no cgroup on the host.
+    #[error("the sandbox has no cgroup of its own: failed precondition")]
+    NoMetrics,
     /// The virtual machine is gone.
     #[error("the sandbox is gone: failed precondition")]
     Gone,
@@ -62,7 +71,7 @@ impl Refusal {
     /// Its ttrpc code.
     pub fn code(&self) -> Code {
         match self {
-            Self::NoContainer | Self::NoProcess(_) | Self::Finished => Code::NOT_FOUND,
+            Self::NoContainer | Self::NoSandbox(_) | Self::NoProcess(_) | Self::Finished => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,

@@ -249,7 +249,8 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if self.shim.containers.is_empty() {
+        // One that the sandbox controller created is ended by it.
+        if self.shim.containers.is_empty() && !self.shim.api.is_created() {
             self.shim.finish().await;
         }
         Ok(Empty::new())

@@ -4,10 +4,11 @@ use std::fs;
 
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::sandbox_sync::SandboxClient;
 use containerd_shim_protos::shim::shim::UpdateTaskRequest;
 use serde_json::Value;
 
-use crate::NAMESPACE;
+use crate::{KUBERNETES, NAMESPACE};
 
 /// Type URL of a `LinuxResources` in JSON, as containerd sends it.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
@@ -35,7 +36,17 @@ pub fn update(id: &str, resources: &Value) -> Result<(), String> {
     client.request(call).map(|_| ()).map_err(|error| error.to_string())
 }
 
-fn context() -> ttrpc::context::Context {
+/// A client of the Sandbox service of a pod's shim, of a pod whose sandbox the shim is.
+#[track_caller]
+pub fn sandbox(id: &str) -> SandboxClient {
+    let path = format!("/run/containerd/io.containerd.sandbox.controller.v1.shim/{KUBERNETES}/{id}/address");
+    let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"));
+    let client = ttrpc::Client::connect(address.trim()).unwrap_or_else(|error| panic!("cannot connect: {error}"));
+    SandboxClient::new(client)
+}
+
+/// A request's time limit and namespace.
+pub fn context() -> ttrpc::context::Context {
     let mut context = ttrpc::context::with_timeout(30_000_000_000);
     context.metadata.insert("containerd-namespace-ttrpc".to_owned(), vec![NAMESPACE.to_owned()]);
     context

@@ -33,8 +33,8 @@ fn a_pod_whose_shim_is_killed_is_stopped_and_removed() {
         assert_eq!(shims.len(), 1, "one shim for a pod");
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
-        // containerd's own code for an end that nobody told it of.
-        assert_eq!(container.wait().0, 255);
+        // containerd 2.x does not ask the runtime how such a container ended, and says 255 for "unknown".
+        assert!([137, 255].contains(&container.wait().0));
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the virtual machine outlives its shim");
         pod.stop();

@@ -1,6 +1,7 @@
 //! `cargo xtask node`: a Debian machine with KVM and containerd in it, on any machine.
 
 mod boot;
+mod containerd;
 pub mod kvm;
 mod rootfs;
 mod tar;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+pub use containerd::Line;
 pub use rootfs::SUITE;
 
 /// What is run in the node, and with what.
@@ -26,6 +28,8 @@ pub struct Run {
     pub add: Vec<Add>,
     /// The machine's size.
     pub machine: Machine,
+    /// Its containerd.
+    pub containerd: Line,
     /// After this long the node is stopped.
     pub time_limit: Duration,
 }
@@ -112,7 +116,11 @@ pub fn run(run: &Run) -> Result<u8> {
         env.push_str(&format!("export {name}='{}'\n", value.replace('\'', "'\\''")));
     }
     let script = fs::read(&run.script).with_context(|| format!("cannot read {}", run.script.display()))?;
-    let extras = extras(&run.add, &[("husk/run", format!("{env}{call}\n").as_bytes()), ("husk/script", &script)])?;
+    let extras = extras(
+        run.containerd,
+        &run.add,
+        &[("husk/run", format!("{env}{call}\n").as_bytes()), ("husk/script", &script)],
+    )?;
     let out = out_disk()?;
     let end = boot::run(&boot::Boot { node: &node, extras: &extras, out: &out, machine: run.machine }, run.time_limit)?;
     fetch(&out)?;
@@ -120,17 +128,17 @@ pub fn run(run: &Run) -> Result<u8> {
 }
 
 /// Boots the node with a shell on the terminal.
-pub fn shell(add: &[Add], machine: Machine) -> Result<()> {
+pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
     let _lock = lock::take("node")?;
     let node = rootfs::node()?;
-    let extras = extras(add, &[])?;
+    let extras = extras(containerd, add, &[])?;
     let out = out_disk()?;
     boot::shell(&boot::Boot { node: &node, extras: &extras, out: &out, machine })?;
     fetch(&out)
 }
 
 /// The tar that the node unpacks over its root: the node's own files, what is installed, and what was asked for.
-fn extras(add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
+fn extras(line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
     let path = paths::node().join("extras.tar");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let mut tar = tar::Tar::new(file);
@@ -140,7 +148,7 @@ fn extras(add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
     } else {
         ui::say("node", "there is no dist/root yet: the node comes without Husk (`cargo xtask dist`)");
     }
-    for Add { from, to } in add {
+    for Add { from, to } in containerd::files(line)?.iter().chain(add) {
         tar.add(from, to)?;
     }
     for (name, content) in files {

@@ -13,16 +13,20 @@ use protobuf::{Message, MessageDyn};
 use serde_json::Value;
 
 pub use grpc::Status;
-pub use pod::{Pod, PodContainer, pods};
+pub use pod::{Pod, PodContainer, pods, pods_of};
 
 /// containerd's socket, which serves the CRI as well.
 const SOCKET: &str = "/run/containerd/containerd.sock";
 /// How long a call may take unless told otherwise.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The runtime handler under test: that of the runtime `HUSK_E2E_RUNTIME` names.
+/// The runtime handler under test: the one `HUSK_E2E_HANDLER` names, else that of the runtime `HUSK_E2E_RUNTIME` names.
 pub fn handler() -> &'static str {
-    if crate::runtime() == crate::RUNC { "runc" } else { "husk" }
+    static HANDLER: OnceLock<String> = OnceLock::new();
+    HANDLER.get_or_init(|| {
+        let default = if crate::runtime() == crate::RUNC { "runc" } else { "husk" };
+        std::env::var("HUSK_E2E_HANDLER").unwrap_or_else(|_| default.to_owned())
+    })
 }
 
 /// The protocol, compiled by the build script.

@@ -25,6 +25,7 @@ static KUBELET: LazyLock<Value> = LazyLock::new(|| json!({ "namespace_options": 
 /// The pods of one test.
 pub struct Pods {
     name: String,
+    handler: String,
     dir: PathBuf,
     next: Cell<u32>,
 }
@@ -32,12 +33,18 @@ pub struct Pods {
 /// Runs `body` as the test `name`; afterwards nothing of its pods may be left in the node.
 #[track_caller]
 pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
+    pods_of(name, handler(), body);
+}
+
+/// Like [`pods`], with a runtime handler of the test's own choice.
+#[track_caller]
+pub fn pods_of(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     for image in [PAUSE, BUSYBOX] {
         need_image(image);
     }
     let dir = PathBuf::from(format!("/tmp/husk-e2e/{name}"));
     fs::create_dir_all(&dir).unwrap();
-    let pods = Pods { name: name.to_owned(), dir, next: Cell::new(0) };
+    let pods = Pods { name: name.to_owned(), handler: handler.to_owned(), dir, next: Cell::new(0) };
     let before = Snapshot::take();
     let result = catch_unwind(AssertUnwindSafe(|| body(&pods)));
     if result.is_err() {
@@ -98,7 +105,7 @@ impl Pods {
     /// Runs a pod of this configuration.
     #[track_caller]
     pub fn run(&self, config: Value) -> Pod {
-        let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler() }));
+        let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": self.handler }));
         Pod { id: text(&answer["pod_sandbox_id"]), config, next: Cell::new(0) }
     }
 

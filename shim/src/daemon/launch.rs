@@ -1,0 +1,203 @@
+//! A sandbox's launch: from its specification to everything a boot needs.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use husk_config::Config;
+use tokio::sync::{mpsc, oneshot};
+
+use super::log;
+use crate::bundle::{self, Bundle, Sizing};
+use crate::chain;
+use crate::network;
+use crate::sandbox::agent::Report;
+use crate::sandbox::boot::{Plan, Pod};
+use crate::sandbox::cgroup::{self, Cgroup};
+use crate::sandbox::state::{ProcessId, StateDir};
+use crate::sandbox::timeline::Timeline;
+use crate::sandbox::{Prepared, Sandbox, vmm};
+use crate::spec::{self, Spec};
+
+/// What is known of a sandbox before its specification.
+#[derive(Clone)]
+pub struct About {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Its id.
+    pub sandbox: String,
+    /// Log at debug level whatever the configuration says.
+    pub debug: bool,
+    /// Its directory.
+    pub dir: StateDir,
+    /// Its start's timeline.
+    pub timeline: Arc<Timeline>,
+}
+
+/// A sandbox whose specification is still to come.
+pub struct Pending {
+    /// The sandbox.
+    pub about: About,
+    /// The guest's view of the shared directory, or why there is none.
+    pub share: Result<PathBuf, String>,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Where the agent's reports go.
+    pub reports: mpsc::UnboundedSender<Report>,
+}
+
+impl Pending {
+    /// Launches the sandbox. Call it from the main thread, which the VMM's process dies with.
+    ///
+    /// # Errors
+    /// The chain of causes, when the specification cannot be. What fails later is told by the sandbox.
+    pub async fn launch(self, spec: &str, sandbox: &Sandbox) -> Result<(), String> {
+        let Self { about, share, bundle, reports } = self;
+        let share = share?;
+        let bundle = Bundle::of_text(&bundle, spec.as_bytes()).map_err(|e| chain(&e))?;
+        let spec: Spec = serde_json::from_str(spec).map_err(|e| e.to_string())?;
+        let mut got = Got::default();
+        let spawned = got.spawn(&about, &spec);
+        let (done, wait) = oneshot::channel();
+        // A thread of its own: it goes to the pod's network namespace, and one that does not get back must end.
+        let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
+            let plan = spawned.and_then(|network| got.plan(&about, &spec, &share, network, || Ok(bundle)));
+            let _ = done.send(got.finish(plan));
+        });
+        let prepared = match thread {
+            Ok(_) => wait.await.map_err(|_| "the thread that launches the sandbox died".to_owned())?,
+            Err(error) => return Err(format!("starting a thread: {error}")),
+        };
+        sandbox.launch(prepared, reports);
+        Ok(())
+    }
+}
+
+/// What was had so far, whatever comes next.
+#[derive(Default)]
+struct Got {
+    cgroup: Option<Cgroup>,
+    vmm: Option<husk_vmm::client::Spawned>,
+    timeline_log: PathBuf,
+}
+
+/// Does all of it, while this process has one thread.
+pub fn prepare(about: &About, spec: &Spec, share: &Path, bundle: impl FnOnce() -> Result<Bundle, String>) -> Prepared {
+    let mut got = Got::default();
+    let plan = got.spawn(about, spec).and_then(|network| got.plan(about, spec, share, network, bundle));
+    got.finish(plan)
+}
+
+/// A launch that did not get anywhere.
+pub fn failed(error: String) -> Prepared {
+    Got::default().finish(Err(error))
+}
+
+impl Got {
+    fn finish(self, plan: Result<Plan, String>) -> Prepared {
+        Prepared { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
+    }
+
+    /// Enters the cgroup and starts the VMM's process in it.
+    fn spawn(&mut self, about: &About, spec: &Spec) -> Result<spec::Network, String> {
+        let network = spec.network().map_err(|e| chain(&e))?;
+        self.cgroup = enter_cgroup(about, spec);
+        let vmm = self.vmm.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
+        about.timeline.mark("vmm spawned");
+        note(&about.dir, "vmm.pid", vmm.pid)?;
+        Ok(network)
+    }
+
+    /// Reads what says how the machine is, connects the network, and opens the files.
+    fn plan(
+        &mut self,
+        about: &About,
+        spec: &Spec,
+        share: &Path,
+        network: spec::Network,
+        bundle: impl FnOnce() -> Result<Bundle, String>,
+    ) -> Result<Plan, String> {
+        let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
+        let config = Config::load(&path).map_err(|e| chain(&e))?;
+        if !about.debug {
+            log::set_level(config.log_level);
+        }
+        self.timeline_log.clone_from(&config.timeline_log);
+        let bundle = bundle()?;
+        let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
+        describe(about, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let network = match &network {
+            // What CNI does to a new one comes later, by hooks.
+            spec::Network::New => network::Network::default(),
+            spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
+        };
+        about.timeline.mark("network connected");
+        let pod = pod(about, spec, network);
+        Plan::open(pod, config, sizing, share.to_owned()).map_err(|e| chain(&e))
+    }
+}
+
+/// Notes for `husk ps` what this sandbox is.
+fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
+    let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let sandbox = husk_config::sandbox::Sandbox {
+        id: about.sandbox.clone(),
+        namespace: about.namespace.clone(),
+        pod: spec.pod_name(),
+        vcpus: sizing.vcpus,
+        memory_mib: sizing.memory_mib,
+        started: started.as_secs(),
+        vmm_pid,
+        shim_pid: std::process::id(),
+    };
+    let written = serde_json::to_string(&sandbox).map_err(|e| e.to_string());
+    if let Err(error) = written.and_then(|text| about.dir.write("sandbox.json", &text).map_err(|e| chain(&e))) {
+        tracing::warn!(error, "sandbox not noted for husk ps");
+    }
+}
+
+/// What the guest is set up as. The settings of a lone container's namespaces are its own, those of a pod's sandbox the
+/// pod's: its container is never made.
+fn pod(about: &About, spec: &Spec, network: network::Network) -> Pod {
+    let is_sandbox = spec.is_sandbox();
+    let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
+    Pod { id: about.sandbox.clone(), hostname: hostname(spec), shared_memory: is_sandbox, sysctls, network }
+}
+
+/// The sandbox' host name: a container whose specification has none sees the host's under runc.
+pub fn hostname(spec: &Spec) -> String {
+    if !spec.hostname.is_empty() {
+        return spec.hostname.clone();
+    }
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
+}
+
+/// Notes a process in the sandbox's directory.
+///
+/// # Errors
+/// The chain of causes.
+pub fn note(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
+    let process = ProcessId::of(pid).ok_or_else(|| format!("process {pid} ended at once"))?;
+    dir.write_process(name, process).map_err(|e| chain(&e))
+}
+
+/// Moves into the cgroup the specification names. A host that does not allow it is not refused: the pod runs, and is
+/// accounted to containerd.
+fn enter_cgroup(about: &About, spec: &Spec) -> Option<Cgroup> {
+    let path = &spec.linux.cgroups_path;
+    if path.is_empty() || !cgroup::is_unified() {
+        return None;
+    }
+    match Cgroup::enter(path, &about.namespace) {
+        Ok(cgroup) => {
+            if let Err(error) = about.dir.write("cgroup", &cgroup.path().display().to_string()) {
+                tracing::warn!(error = %chain(&error), "cgroup not noted");
+            }
+            Some(cgroup)
+        }
+        Err(error) => {
+            tracing::warn!(error = %chain(&error), "no cgroup for the sandbox");
+            None
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! containerd's Sandbox service (containerd.runtime.sandbox.v1): what its sandbox controller asks of a shim.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use husk_proto::containerd::sandbox_api::{
+    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
+    SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
+    ShutdownSandboxResponse, StartSandboxRequest, StartSandboxResponse, StopSandboxRequest, StopSandboxResponse,
+    WaitSandboxRequest, WaitSandboxResponse,
+};
+use husk_proto::containerd::sandbox_async::{Sandbox, create_sandbox};
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use super::{Refusal, Shim};
+use crate::events::timestamp;
+use crate::pod;
+use crate::sandbox::metrics;
+
+/// The states by the CRI's names, which containerd takes as they are.
+const READY: &str = "SANDBOX_READY";
+const NOT_READY: &str = "SANDBOX_NOTREADY";
+
+/// The Sandbox service.
+pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
+    create_sandbox(Arc::new(Handler { shim: Arc::clone(shim) }))
+}
+
+struct Handler {
+    shim: Arc<Shim>,
+}
+
+impl Handler {
+    /// A shim has one sandbox.
+    fn check(&self, id: &str) -> Result<(), Refusal> {
+        if id == self.shim.sandbox.id { Ok(()) } else { Err(Refusal::NoSandbox(id.to_owned())) }
+    }
+}
+
+#[async_trait]
+impl Sandbox for Handler {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        let options = request.options.as_ref().filter(|options| !options.type_url.is_empty());
+        let mut config = pod::config(options).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        config.annotations.extend(request.annotations);
+        self.shim.create_sandbox(&config, &request.netns_path).await?;
+        Ok(CreateSandboxResponse::new())
+    }
+
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StartSandboxRequest,
+    ) -> ttrpc::Result<StartSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        if !self.shim.api.is_created() {
+            return Err(Refusal::NotCreated.into());
+        }
+        self.shim.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
+        Ok(StartSandboxResponse {
+            pid: self.shim.sandbox.pid(),
+            created_at: Some(timestamp(self.shim.api.began())).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn platform(&self, _: &TtrpcContext, request: PlatformRequest) -> ttrpc::Result<PlatformResponse> {
+        self.check(&request.sandbox_id)?;
+        let mut response = PlatformResponse::new();
+        let platform = response.platform.mut_or_insert_default();
+        // By Go's names. The guest is of the host's architecture, which is the one Husk is built for.
+        platform.os = "linux".to_owned();
+        platform.architecture = "amd64".to_owned();
+        Ok(response)
+    }
+
+    async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        self.shim.stop_sandbox().await;
+        Ok(StopSandboxResponse::new())
+    }
+
+    async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> ttrpc::Result<WaitSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        let exit = self.shim.api.wait().await;
+        Ok(WaitSandboxResponse {
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxStatusRequest,
+    ) -> ttrpc::Result<SandboxStatusResponse> {
+        self.check(&request.sandbox_id)?;
+        let Shim { sandbox, api, .. } = &*self.shim;
+        let exit = api.exit();
+        let ready = exit.is_none() && sandbox.agent().is_some();
+        let mut info = HashMap::new();
+        if request.verbose {
+            let text = json!({ "pid": sandbox.pid(), "shimPid": std::process::id(), "runtimeSpec": api.spec() });
+            info.insert("info".to_owned(), text.to_string());
+        }
+        Ok(SandboxStatusResponse {
+            sandbox_id: sandbox.id.clone(),
+            pid: if exit.is_none() { sandbox.pid() } else { 0 },
+            state: if ready { READY } else { NOT_READY }.to_owned(),
+            info,
+            created_at: Some(timestamp(api.began())).into(),
+            exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
+        self.check(&request.sandbox_id)?;
+        if self.shim.sandbox.is_dead() {
+            return Err(Refusal::Gone.into());
+        }
+        Ok(PingResponse::new())
+    }
+
+    async fn shutdown_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: ShutdownSandboxRequest,
+    ) -> ttrpc::Result<ShutdownSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        self.shim.stop_sandbox().await;
+        self.shim.finish().await;
+        Ok(ShutdownSandboxResponse::new())
+    }
+
+    async fn sandbox_metrics(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxMetricsRequest,
+    ) -> ttrpc::Result<SandboxMetricsResponse> {
+        self.check(&request.sandbox_id)?;
+        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.path().to_owned()).ok_or(Refusal::NoMetrics)?;
+        let read = tokio::task::spawn_blocking(move || metrics::read(Path::new(&cgroup))).await;
+        let value = read.map_err(|e| Refusal::Failed(e.to_string()))?.write_to_bytes();
+        let value = value.map_err(|e| Refusal::Failed(e.to_string()))?;
+        let mut response = SandboxMetricsResponse::new();
+        let metric = response.metrics.mut_or_insert_default();
+        metric.id.clone_from(&self.shim.sandbox.id);
+        metric.timestamp = Some(timestamp(std::time::SystemTime::now())).into();
+        metric.data = Some(Any { type_url: metrics::URL.to_owned(), value, ..Default::default() }).into();
+        Ok(response)
+    }
+}

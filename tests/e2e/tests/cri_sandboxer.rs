@@ -1,0 +1,201 @@
+//! Pods whose sandbox the shim is itself: containerd 2.x with `sandboxer = "shim"`.
+use std::time::Duration;
+
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest, SandboxStatusRequest, WaitSandboxRequest,
+};
+use husk_e2e::command::run_ctr;
+use husk_e2e::cri::{Pod, pod::Pods, pods_of, refused};
+use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, shim, vm};
+use protobuf::Message;
+use serde_json::json;
+
+/// The handler of deploy/containerd/husk-2.toml.
+const HANDLER: &str = "husk-sandbox";
+
+#[track_caller]
+fn pods(name: &str, body: impl FnOnce(&Pods)) {
+    pods_of(name, HANDLER, body);
+}
+
+fn ctr(args: &[&str]) -> Output {
+    let mut command = std::process::Command::new("ctr");
+    command.args(["-n", KUBERNETES]).args(args);
+    Running::start(command, Input::Null).wait()
+}
+
+#[track_caller]
+fn wait_until_not_ready(pod: &Pod) {
+    let gone = node::eventually(Duration::from_secs(20), || (!pod.is_ready()).then_some(()));
+    assert!(gone.is_some(), "the pod is still ready");
+}
+
+#[test]
+fn the_shim_is_the_sandbox() {
+    pods("sb-life", |pods| {
+        let pod = pods.pod();
+        assert!(pod.is_ready());
+        let machines = vm::vmm_pids();
+        assert_eq!(machines, [pod.pid()]);
+        // containerd has prepared no container for it.
+        ctr(&["containers", "ls", "-q"]).expect_out("");
+        ctr(&["tasks", "ls", "-q"]).expect_out("");
+        let listed = run_ctr(&["version"]).expect_code(0).value("  Version");
+        assert!(listed.trim_start_matches('v').starts_with("2."), "containerd {listed}");
+        // The last container may go and come back.
+        let first = pod.start(&pod.sh("echo one; exit 3"));
+        assert_eq!(first.wait(), (3, "Error".into()));
+        assert!(first.log().contains("stdout F one"), "{}", first.log());
+        first.remove();
+        assert!(pod.is_ready());
+        let (a, b) = (pod.sleeper(), pod.sleeper());
+        assert_eq!(a.sh("echo hello"), "hello");
+        let failed = b.exec(&["sh", "-c", "echo bad >&2; exit 4"]);
+        assert_eq!((failed.code, failed.err.as_str()), (4, "bad\n"));
+        a.stop(10);
+        assert_eq!(a.wait().0, 0);
+        b.stop(0);
+        assert_eq!(b.wait().0, 137);
+        a.remove();
+        b.remove();
+        let again = pod.sleeper();
+        assert_eq!(again.sh("echo again"), "again");
+        assert_eq!(vm::vmm_pids(), machines, "the same virtual machine all along");
+        pod.create(&pod.sh("true")).remove();
+        // With a container that still runs.
+        pod.stop();
+        assert!(!pod.is_ready());
+        assert_eq!(again.wait().0, 137);
+        assert!(vm::vmm_pids().is_empty(), "a stopped pod has no virtual machine");
+        pod.stop();
+        pod.remove();
+        assert!(vm::shims_of(&pod.id).is_empty(), "a removed pod has no shim");
+        pod.remove();
+    });
+}
+
+#[test]
+fn containers_get_what_containerd_leaves_to_the_sandbox() {
+    pods("sb-files", |pods| {
+        let mut config = pods.config();
+        config["hostname"] = json!("the-pod");
+        config["linux"]["sysctls"] = json!({ "net.ipv4.ip_unprivileged_port_start": "80" });
+        config["linux"]["resources"] = json!({ "cpu_quota": 150_000, "cpu_period": 100_000 });
+        config["annotations"] = json!({ "io.husk.memory_mib": "300" });
+        config["dns_config"] = json!({ "servers": ["10.0.0.53"], "searches": ["e2e.test"], "options": ["ndots:2"] });
+        let pod = pods.run(config);
+        let (a, b) = (pod.sleeper(), pod.sleeper());
+        assert_eq!(a.sh("hostname; cat /etc/hostname"), "the-pod\nthe-pod");
+        assert_eq!(a.sh("cat /etc/resolv.conf"), "search e2e.test\nnameserver 10.0.0.53\noptions ndots:2");
+        assert_eq!(a.sh("cat /etc/hosts"), std::fs::read_to_string("/etc/hosts").unwrap_or_default().trim_end());
+        a.sh("echo shared > /dev/shm/file");
+        assert_eq!(b.sh("cat /dev/shm/file"), "shared");
+        assert_eq!(b.sh("cat /proc/sys/net/ipv4/ip_unprivileged_port_start"), "80");
+        for kind in ["net", "ipc", "uts"] {
+            let link = format!("readlink /proc/self/ns/{kind}");
+            assert_eq!(a.sh(&link), b.sh(&link), "{kind}");
+        }
+        let seen = b.sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
+        let (cpus, mib) = seen.split_once('\n').unwrap();
+        assert!(cpus == "2" && (250..300).contains(&mib.parse::<u64>().unwrap()), "{seen}");
+        // The pod's network is the one CNI made.
+        let address = pod.addresses()[0].to_string();
+        assert!(a.sh("ip -o addr show dev eth0").contains(&address));
+        a.sh("nc -l -p 8080 -e echo through > /dev/null 2>&1 &
+              until netstat -ltn | grep -q :8080; do sleep 0.1; done");
+        let mut command = std::process::Command::new("busybox");
+        command.args(["nc", &address, "8080"]);
+        Running::start(command, Input::Null).wait().expect_out("through");
+    });
+}
+
+#[test]
+fn the_sandbox_service_is_served_whole() {
+    pods("sb-service", |pods| {
+        let pod = pods.pod();
+        let (client, sandbox_id) = (shim::sandbox(&pod.id), pod.id.clone());
+        let id = || sandbox_id.clone();
+        let ping = |sandbox_id| {
+            client.ping_sandbox(shim::context(), &PingRequest { sandbox_id, ..Default::default() }).map(drop)
+        };
+        ping(id()).unwrap();
+        assert!(ping("other".into()).unwrap_err().to_string().contains("not found"));
+        let request = PlatformRequest { sandbox_id: id(), ..Default::default() };
+        let platform = client.platform(shim::context(), &request).unwrap().platform;
+        assert_eq!((platform.os.as_str(), platform.architecture.as_str()), ("linux", "amd64"));
+        let request = SandboxMetricsRequest { sandbox_id: id(), ..Default::default() };
+        let metric = client.sandbox_metrics(shim::context(), &request).unwrap().metrics;
+        assert_eq!(
+            (metric.id.as_str(), metric.data.type_url.as_str()),
+            (id().as_str(), "io.containerd.cgroups.v2.Metrics")
+        );
+        let metrics = Metrics::parse_from_bytes(&metric.data.value).unwrap();
+        assert!(metrics.memory.usage > 10 << 20 && metrics.cpu.usage_usec > 0, "{metrics:?}");
+        let request = CreateSandboxRequest { sandbox_id: id(), ..Default::default() };
+        let again = client.create_sandbox(shim::context(), &request).unwrap_err();
+        assert!(again.to_string().contains("already exists"), "{again}");
+        // Whoever waits for its end is told, and of an end that was asked for as one.
+        let waiter = {
+            let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
+            let client = shim::sandbox(&pod.id);
+            std::thread::spawn(move || client.wait_sandbox(shim::context(), &request).unwrap())
+        };
+        pod.stop();
+        let exit = waiter.join().unwrap();
+        assert!(exit.exit_status == 0 && exit.exited_at.seconds > 0, "{exit:?}");
+        assert!(ping(id()).is_err());
+        let request = SandboxStatusRequest { sandbox_id: id(), ..Default::default() };
+        let status = client.sandbox_status(shim::context(), &request).unwrap();
+        assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
+        pod.remove();
+    });
+}
+
+#[test]
+fn a_machine_that_dies_is_noticed() {
+    pods("sb-death", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        // SAFETY: kill takes two integers.
+        assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
+        assert_eq!(container.wait(), (137, "Error".into()));
+        wait_until_not_ready(&pod);
+        pod.stop();
+        pod.remove();
+    });
+}
+
+#[test]
+fn a_shim_that_dies_is_noticed() {
+    pods("sb-shim", |pods| {
+        let pod = pods.pod();
+        pod.sleeper();
+        let shims = vm::shims_of(&pod.id);
+        assert_eq!(shims.len(), 1, "one shim for a pod");
+        // SAFETY: kill takes two integers.
+        assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
+        let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
+        assert!(gone.is_some(), "the virtual machine outlives its shim");
+        wait_until_not_ready(&pod);
+        pod.stop();
+        pod.remove();
+    });
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_leaves_nothing() {
+    pods("sb-refused", |pods| {
+        // Not the host network: containerd 2.1 itself dies of that with this sandboxer (NewBundle without a specification).
+        for (namespace, word) in [("pid", "host pid"), ("ipc", "host ipc")] {
+            let mut config = pods.config();
+            config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });
+            let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": HANDLER }));
+            assert!(error.contains(word) && error.contains("not"), "{error}");
+        }
+        let mut config = pods.config();
+        config["annotations"] = json!({ "io.husk.kernel_params": "quiet" });
+        let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": HANDLER }));
+        assert!(error.contains("io.husk.kernel_params") && error.contains("allowed"), "{error}");
+    });
+}
