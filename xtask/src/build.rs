@@ -75,19 +75,20 @@ pub fn programs(packages: &[&str], profile: Profile) -> Result<Vec<Program>> {
         command.args(["--package", package]);
     }
     ui::say("build", format!("{} ({}, static)", packages.join(", "), profile.name()));
-    run(command)
+    run(command, false)
 }
 
 /// Builds the test programs of `package`, without running them.
 pub fn tests(package: &str) -> Result<Vec<Program>> {
     let mut command = static_cargo("test", Profile::Node);
-    command.args(["--no-run", "--package", package]);
+    // Of its programs only what is in the library and the suites is a test.
+    command.args(["--no-run", "--lib", "--test", "*", "--package", package]);
     ui::say("build", format!("tests of {package} (static)"));
-    run(command)
+    run(command, true)
 }
 
 /// Runs cargo and collects the programs it names in its messages.
-fn run(mut command: Command) -> Result<Vec<Program>> {
+fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().context("cannot start cargo")?;
     let stdout = child.stdout.take().context("cargo has no output")?;
@@ -95,6 +96,10 @@ fn run(mut command: Command) -> Result<Vec<Program>> {
     for line in BufReader::new(stdout).lines() {
         let Ok(message) = serde_json::from_str::<Value>(&line?) else { continue };
         if message.get("reason").and_then(Value::as_str) != Some("compiler-artifact") {
+            continue;
+        }
+        // Cargo builds the programs of a package along with its tests.
+        if message.pointer("/profile/test").and_then(Value::as_bool) != Some(tests) {
             continue;
         }
         let name = message.pointer("/target/name").and_then(Value::as_str);
