@@ -9,7 +9,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=protos");
     println!("cargo:rerun-if-changed={shims}/cri_sandbox.proto");
     let mut parser = protobuf_parse::Parser::new();
-    let set = parser.pure().include("protos").include(shims).input("protos/cri.proto").file_descriptor_set()?;
+    parser
+        .pure()
+        .include("protos")
+        .include(shims)
+        .input(format!("{shims}/cri_sandbox.proto"))
+        .input("protos/cri.proto");
+    let set = parser.file_descriptor_set()?;
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     std::fs::write(out.join("cri.pb"), set.write_to_bytes()?)?;
     Ok(())
