@@ -1,6 +1,6 @@
 //! The service `husk.agent.v1.Sandbox`.
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -13,7 +13,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::mirror::Mirrors;
-use super::{Sandbox, apply, namespaces, network};
+use super::{Sandbox, apply, namespaces, network, slots};
 use crate::events::Hub;
 use crate::log::chain;
 use crate::task::error::Fault;
@@ -88,15 +88,10 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
-        let device = husk_proto::slots::device_name(request.slot);
-        let bind = std::fs::OpenOptions::new().write(true).open("/sys/bus/platform/drivers/virtio-mmio/bind");
-        match bind.and_then(|mut file| file.write_all(device.as_bytes())) {
-            // It is bound already: the guest found it without being told.
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            Err(error) => return Err(failed(&format!("bind {device}"), &error)),
-            Ok(()) => {}
-        }
-        Ok(RescanResponse::new())
+        let found = tokio::task::spawn_blocking(move || slots::rescan(request.slot)).await;
+        let found = found.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
+        let (major, minor) = found.unwrap_or_default();
+        Ok(RescanResponse { major, minor, ..Default::default() })
     }
 
     async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {

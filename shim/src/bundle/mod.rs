@@ -13,7 +13,9 @@
 //! share.unmount();
 //! ```
 
+mod binds;
 mod devices;
+mod disks;
 mod hooks;
 mod load;
 mod loopdev;
@@ -30,6 +32,7 @@ mod translate;
 mod update;
 mod volumes;
 
+pub use disks::{Disk, Numbers, number_anew};
 pub use load::{Bundle, BundleError};
 pub use prepare::{PrepareError, Prepared, Request, prepare};
 pub use rootfs::{RootMount, RootfsError};

@@ -4,6 +4,7 @@ pub mod agent;
 pub mod boot;
 pub mod cgroup;
 pub mod console;
+pub mod disks;
 pub mod forward;
 pub mod metrics;
 pub mod state;
@@ -64,6 +65,7 @@ pub struct Sandbox {
     update: Mutex<Option<watch::Sender<Boot>>>,
     tail: Tail,
     tokens: AtomicU64,
+    disks: disks::Plugged,
     timeline_log: OnceLock<PathBuf>,
 }
 
@@ -97,6 +99,7 @@ impl Sandbox {
             update: Mutex::new(Some(update)),
             tail,
             tokens: AtomicU64::new(1),
+            disks: disks::Plugged::default(),
             timeline_log: OnceLock::new(),
         })
     }
