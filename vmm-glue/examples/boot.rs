@@ -100,7 +100,9 @@ fn config() -> VmConfig {
     VmConfig {
         id: "boot".to_owned(),
         vcpus: 1,
+        max_vcpus: 1,
         memory_mib: 256,
+        max_memory_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
