@@ -5,6 +5,8 @@ pub mod boot;
 pub mod cgroup;
 pub mod console;
 pub mod forward;
+pub mod limits;
+pub mod resize;
 pub mod state;
 pub mod timeline;
 pub mod vmm;
@@ -22,6 +24,7 @@ use agent::{Agent, Report};
 use boot::Plan;
 use cgroup::Cgroup;
 use console::Tail;
+use resize::Resizer;
 use state::StateDir;
 use timeline::Timeline;
 use vmm::{Vmm, VmmError};
@@ -67,6 +70,7 @@ pub struct Sandbox {
     cgroup: Option<Cgroup>,
     vmm: Option<Vmm>,
     boot: watch::Receiver<Boot>,
+    resizer: Option<Resizer>,
     tail: Tail,
     tokens: AtomicU64,
     timeline_log: PathBuf,
@@ -98,6 +102,9 @@ impl Sandbox {
             Ok(vmm) => (vmm, plan),
             Err(error) => (None, Err(error)),
         };
+        let growth = plan.as_ref().ok().map(|plan| plan.sizing.growth.clone());
+        let path = cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
+        let resizer = growth.zip(vmm.clone()).map(|(growth, vmm)| Resizer::start(growth, vmm, boot.clone(), path));
         let (handle, marks, words) = (vmm.clone(), Arc::clone(&timeline), tail.clone());
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
@@ -129,7 +136,7 @@ impl Sandbox {
             // Dropping `reports` now tells that nothing will come any more.
             drop(reports);
         });
-        Arc::new(Self { id, timeline, dir, cgroup, vmm, boot, tail, tokens: AtomicU64::new(1), timeline_log })
+        Arc::new(Self { id, timeline, dir, cgroup, vmm, boot, resizer, tail, tokens: AtomicU64::new(1), timeline_log })
     }
 
     /// The pid reported for every task: a live process of the host that owns the sandbox' network namespace.
@@ -167,6 +174,11 @@ impl Sandbox {
             Boot::Ready(agent) => Some(agent.clone()),
             _ => None,
         }
+    }
+
+    /// What changes the machine's size; none where there is no machine.
+    pub fn resizer(&self) -> Option<&Resizer> {
+        self.resizer.as_ref()
     }
 
     /// Opens a stream of container stdio; the number names it in the request that uses it.

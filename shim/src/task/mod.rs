@@ -7,6 +7,7 @@ mod exec;
 mod pause;
 mod process;
 mod refusal;
+mod resize;
 mod service;
 
 use std::sync::Arc;
@@ -34,6 +35,7 @@ pub struct Shim {
     namespace: String,
     sandbox: Arc<Sandbox>,
     containers: Containers,
+    sizes: resize::Sizes,
     events: Events,
     /// The virtual machine is gone, and everything in it was told of.
     gone: AtomicBool,
@@ -53,6 +55,7 @@ impl Shim {
             namespace: namespace.to_owned(),
             sandbox,
             containers: Containers::default(),
+            sizes: resize::Sizes::default(),
             events,
             gone: AtomicBool::new(false),
             finishing: AtomicBool::new(false),

@@ -1,0 +1,41 @@
+//! The limits of the sandbox's cgroup on the host, which follow the size of its virtual machine.
+
+use std::path::Path;
+
+use crate::bundle::growth::{HostLimits, host_bytes};
+
+/// Period of the CPU limit in microseconds.
+const PERIOD: u64 = 100_000;
+
+/// Has every cgroup from the root down to the parent of `path` pass its controllers on, as runc does: without that there
+/// is nothing to limit or count a pod by. Best effort: a cgroup with processes of its own cannot.
+pub fn enable_controllers(mount: &Path, path: &Path) {
+    let Ok(relative) = path.strip_prefix(mount) else { return };
+    let mut parent = mount.to_owned();
+    for part in relative.iter() {
+        let control = parent.join("cgroup.subtree_control");
+        let read = |name: &str| std::fs::read_to_string(parent.join(name)).unwrap_or_default();
+        let (offered, passed) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
+        for name in offered.split_whitespace().filter(|name| !passed.split_whitespace().any(|other| other == *name)) {
+            if let Err(error) = std::fs::write(&control, format!("+{name}")) {
+                tracing::debug!(%error, name, path = %parent.display(), "controller not passed on");
+            }
+        }
+        parent.push(part);
+    }
+}
+
+/// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.
+///
+/// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
+/// kernel, which kills one of its processes, and not on the host, which would kill the VMM.
+pub fn set(path: &Path, limits: HostLimits, guest_mib: u64) {
+    let memory = if limits.memory { host_bytes(guest_mib).to_string() } else { "max".to_owned() };
+    let quota = limits.millis.map(|millis| millis.saturating_mul(PERIOD) / 1000);
+    let cpu = quota.map_or("max".to_owned(), |quota| quota.to_string());
+    for (file, value) in [("memory.max", memory), ("cpu.max", format!("{cpu} {PERIOD}"))] {
+        if let Err(error) = std::fs::write(path.join(file), &value) {
+            tracing::warn!(%error, file, value, "the host's limit is not set");
+        }
+    }
+}
