@@ -13,6 +13,8 @@ const DEFAULT_PERIOD: u64 = 100_000;
 /// What the VMM and the shim may hold on the host beside guest memory: their own (5 MiB), buffers and sockets of the
 /// kernel, and some page cache of shared files. In MiB.
 const HOST_MIB: u64 = 32;
+/// What they need of it at least: the rest is cache. In MiB.
+const LEAST_HOST_MIB: u64 = 12;
 /// Page tables of host and guest for the guest's memory are two times 1/512 of it when all of it is used.
 const PAGE_TABLES: u64 = 256;
 /// What the VMM's device threads and the guest's kernel may use beside the containers' quota, in thousandths of a CPU.
@@ -154,6 +156,11 @@ pub fn host_bytes(guest_mib: u64) -> u64 {
     guest_mib.saturating_add(guest_mib / PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
 }
 
+/// MiB of guest memory that fit into so many bytes on the host, with what the VMM and the shim cannot do without.
+pub fn guest_mib(bytes: u64) -> u64 {
+    (bytes / MIB).saturating_sub(LEAST_HOST_MIB).saturating_mul(PAGE_TABLES) / (PAGE_TABLES + 1)
+}
+
 /// What each container of a pod may use, by its id.
 pub type Pod = HashMap<String, Limits>;
 
@@ -198,6 +205,10 @@ mod tests {
         assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits { memory: false, millis: None });
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
         assert_eq!(host_bytes(u64::MAX), u64::MAX);
+        // The example RuntimeClass has 80 MiB, of which 64 are the guest's.
+        assert!((320..=324).contains(&guest_mib((256 + 80) << 20)));
+        assert_eq!(guest_mib(1), 0);
+        assert!(guest_mib(u64::MAX) > 1 << 30);
     }
 
     #[test]

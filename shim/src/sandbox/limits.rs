@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::bundle::growth::{HostLimits, host_bytes};
+use crate::bundle::growth::{HostLimits, guest_mib, host_bytes};
 
 /// Period of the CPU limit in microseconds.
 const PERIOD: u64 = 100_000;
@@ -22,6 +22,16 @@ pub fn enable_controllers(mount: &Path, path: &Path) {
             }
         }
         parent.push(part);
+    }
+}
+
+/// The most memory, in MiB, that the guest may have within the cgroup above: kubelet's for the pod, whose limit changes
+/// with the pod. A guest with more would have its VMM killed for using it.
+pub fn room(path: &Path) -> u64 {
+    let limit = path.parent().and_then(|parent| std::fs::read_to_string(parent.join("memory.max")).ok());
+    match limit.and_then(|text| text.trim().parse::<u64>().ok()) {
+        Some(bytes) => guest_mib(bytes),
+        None => u64::MAX,
     }
 }
 

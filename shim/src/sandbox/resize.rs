@@ -145,7 +145,10 @@ impl Machine {
     }
 
     /// Grows what has to grow, and asks for back what may shrink.
-    async fn apply(&mut self, target: Target) -> Result<(), ResizeError> {
+    async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
+        if let Some(path) = &self.cgroup {
+            target.size.memory_mib = target.size.memory_mib.min(limits::room(path));
+        }
         if target == self.now {
             return Ok(());
         }
