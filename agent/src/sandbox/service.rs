@@ -1,19 +1,19 @@
 //! The service `husk.agent.v1.Sandbox`.
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    Event, EventsRequest, MirrorRequest, MirrorResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse,
-    ShutdownRequest, ShutdownResponse,
+    Event, EventsRequest, MirrorRequest, MirrorResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest,
+    RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
 };
 use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::mirror::Mirrors;
-use super::{Sandbox, apply, namespaces, network};
+use super::{Sandbox, apply, hotplug, namespaces, network};
 use crate::events::Hub;
 use crate::log::chain;
 use crate::task::error::Fault;
@@ -88,20 +88,20 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
-        let device = husk_proto::slots::device_name(request.slot);
-        let bind = std::fs::OpenOptions::new().write(true).open("/sys/bus/platform/drivers/virtio-mmio/bind");
-        match bind.and_then(|mut file| file.write_all(device.as_bytes())) {
-            // It is bound already: the guest found it without being told.
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            Err(error) => return Err(failed(&format!("bind {device}"), &error)),
-            Ok(()) => {}
-        }
+        hotplug::rescan(request.slot).map_err(|error| failed(&format!("slot {}", request.slot), &error))?;
         Ok(RescanResponse::new())
     }
 
     async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {
         self.mirrors.apply(&request).map_err(|error| failed("mirrored volume", &error))?;
         Ok(MirrorResponse::new())
+    }
+
+    async fn processors(&self, _: &TtrpcContext, request: ProcessorsRequest) -> ttrpc::Result<ProcessorsResponse> {
+        let switched = tokio::task::spawn_blocking(move || hotplug::processors(request.count)).await;
+        let online =
+            switched.map_err(|error| failed("processors", &error))?.map_err(|error| failed("processors", &error))?;
+        Ok(ProcessorsResponse { online, ..Default::default() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {

@@ -14,6 +14,7 @@
 //! ```
 
 mod devices;
+pub mod growth;
 mod hooks;
 mod load;
 mod loopdev;
@@ -35,7 +36,7 @@ pub use prepare::{PrepareError, Prepared, Request, prepare};
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
 pub use sizing::{Sizing, SizingError, sizing};
-pub use spec::{Mount, Spec};
+pub use spec::{Mount, Resources, Spec};
 pub use teardown::{TeardownError, teardown};
 pub use translate::{TranslateError, exec_process};
 pub use update::resources_update;

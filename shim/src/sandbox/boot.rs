@@ -191,7 +191,9 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.sizing.vcpus,
+        max_vcpus: plan.sizing.growth.most.vcpus,
         memory_mib: plan.sizing.memory_mib,
+        max_memory_mib: plan.sizing.growth.most.memory_mib,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
