@@ -61,6 +61,10 @@ impl Mirrors {
         let seen = rounds.entry(key.clone()).or_default();
         for entry in &request.entries {
             let path = relative(OsStr::from_bytes(&entry.path))?;
+            if path.as_os_str().is_empty() {
+                // Of a round that was given up nothing counts.
+                seen.clear();
+            }
             put(&root, &path, &aside, entry)
                 .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
             seen.insert(path);
@@ -124,12 +128,10 @@ fn put(root: &Path, path: &Path, aside: &Path, entry: &MirrorEntry) -> io::Resul
             fs::rename(aside, &target)
         }
         Kind::FILE => {
-            // The first piece of a file begins it, the last one puts it in place.
-            let begun = fs::symlink_metadata(aside).is_ok_and(|meta| meta.is_file());
-            if !begun && !entry.more && same(&target, present.as_ref(), entry) {
+            if entry.offset == 0 && !entry.more && same(&target, present.as_ref(), entry) {
                 return Ok(());
             }
-            let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(aside)?;
+            let mut file = piece(aside, entry.offset)?;
             file.write_all(&entry.content)?;
             if entry.more {
                 return Ok(());
@@ -143,6 +145,16 @@ fn put(root: &Path, path: &Path, aside: &Path, entry: &MirrorEntry) -> io::Resul
             fs::rename(aside, &target)
         }
     }
+}
+
+/// The file aside, to be written from `offset` on: the first piece begins it, whatever an earlier round left there.
+fn piece(aside: &Path, offset: u64) -> io::Result<File> {
+    if offset > 0 {
+        let file = OpenOptions::new().append(true).open(aside)?;
+        return if file.metadata()?.len() == offset { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) };
+    }
+    clear(aside, fs::symlink_metadata(aside).ok().as_ref())?;
+    OpenOptions::new().append(true).create_new(true).mode(0o600).open(aside)
 }
 
 /// Sets owner and permissions where they differ.
@@ -247,8 +259,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         let piece = MirrorEntry { more: true, ..entry(Kind::FILE, "f", "one ") };
-        round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), piece, entry(Kind::FILE, "f", "two")]).unwrap();
+        let rest = MirrorEntry { offset: 4, ..entry(Kind::FILE, "f", "two") };
+        round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), piece, rest.clone()]).unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("m/c/3/f")).unwrap(), "one two");
+        assert!(round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), rest]).is_err(), "a rest without a beginning");
+    }
+
+    #[test]
+    fn of_a_round_that_was_given_up_nothing_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let mirrors = Mirrors::at(dir.path().join("m"));
+        let piece = MirrorEntry { more: true, ..entry(Kind::FILE, "..1/large", "half of it") };
+        let begun = vec![entry(Kind::DIRECTORY, "", ""), entry(Kind::DIRECTORY, "..1", ""), piece];
+        let request = MirrorRequest { container_id: "c".into(), mount: 3, entries: begun, ..Default::default() };
+        mirrors.apply(&request).unwrap();
+        round(&mirrors, projected("..2", "new")).unwrap();
+        let volume = dir.path().join("m/c/3");
+        assert_eq!(fs::read_to_string(volume.join("key")).unwrap(), "new");
+        assert!(!volume.join("..1").exists());
     }
 
     #[test]

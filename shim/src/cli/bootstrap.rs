@@ -111,11 +111,16 @@ impl Params {
 impl Params {
     /// Chooses the reply's form by where the bundle is.
     pub fn with_bundle(mut self, bundle: &Path) -> Self {
-        if self.form == Form::Plain && bundle.components().any(|part| part.as_os_str() == CONTROLLER) {
+        if self.form == Form::Plain && is_controllers(bundle) {
             self.form = Form::Json;
         }
         self
     }
+}
+
+/// Whether a bundle is one of the sandbox controller's, which has no specification.
+pub fn is_controllers(bundle: &Path) -> bool {
+    bundle.components().any(|part| part.as_os_str() == CONTROLLER)
 }
 
 /// The reply to `start`.

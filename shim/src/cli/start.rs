@@ -55,7 +55,11 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let params = Params::new(&input, args, &Env::read()).with_bundle(&bundle);
     // A sandbox that the shim is itself comes without a specification: the request that creates it says what it is.
     let spec = match Spec::load(&bundle) {
-        Err(SpecError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
+        Err(SpecError::Read { source, .. })
+            if source.kind() == std::io::ErrorKind::NotFound && bootstrap::is_controllers(&bundle) =>
+        {
+            None
+        }
         other => Some(other?),
     };
     let group = spec.as_ref().map_or(Ok(args.id.as_str()), |spec| spec.group(&args.id))?.to_owned();

@@ -92,12 +92,15 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
         let mut file = File::options().read(true).custom_flags(flags).open(self.volume.join(path))?;
         let meta = file.metadata()?;
+        let mut offset = 0;
         loop {
             let mut content = Vec::new();
             (&mut file).take(BATCH as u64).read_to_end(&mut content)?;
             // A full piece may be the last: then an empty one follows.
             let more = content.len() == BATCH;
-            self.add(MirrorEntry { content, more, ..entry(Kind::FILE, path, &meta) })?;
+            let length = content.len() as u64;
+            self.add(MirrorEntry { content, more, offset, ..entry(Kind::FILE, path, &meta) })?;
+            offset += length;
             if !more {
                 return Ok(());
             }

@@ -1,0 +1,106 @@
+//! Files in a pod's volume behave as files do. Run by name: about one run in five fails under Husk, and why is not known.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use husk_e2e::PYTHON;
+use husk_e2e::cri::pod::{need_image, pods};
+use serde_json::json;
+
+/// Everything a file system is asked for by databases and package managers, on whatever `/volume` is.
+const FILES: &str = r#"
+import ctypes, fcntl, mmap, os, stat, struct, subprocess, sys, threading
+os.chdir("/volume")
+def done(what): print("ok", what, flush=True)
+
+with open("a", "w") as f: f.write("one")
+os.chmod("a", 0o4751); os.chown("a", 1234, 5678)
+os.utime("a", ns=(1_000_000_001, 2_000_000_002))
+os.setxattr("a", "user.husk", b"value")
+os.link("a", "b"); os.symlink("a", "c")
+s = os.lstat("b")
+assert (s.st_uid, s.st_gid, s.st_nlink, s.st_mtime_ns) == (1234, 5678, 2, 2_000_000_002), s
+assert os.getxattr("b", "user.husk") == b"value" and os.readlink("c") == "a"
+os.chmod("a", 0o4751); assert stat.S_IMODE(os.stat("a").st_mode) == 0o4751
+done("attributes")
+
+f = open("open", "w+"); f.write("still here"); f.flush(); os.unlink("open")
+f.seek(0); assert f.read() == "still here" and os.fstat(f.fileno()).st_nlink == 0; f.close()
+done("unlink while open")
+
+with open("new", "w") as f: f.write("new")
+with open("old", "w") as f: f.write("old")
+reader = open("old"); os.rename("new", "old")
+assert open("old").read() == "new" and reader.read() == "old" and not os.path.exists("new")
+done("rename over")
+
+def append(tag):
+    with open("log", "ab", buffering=0) as f:
+        for _ in range(50): f.write(tag * 20 + b"\n")
+threads = [threading.Thread(target=append, args=(t,)) for t in (b"x", b"y", b"z")]
+[t.start() for t in threads]; [t.join() for t in threads]
+lines = open("log", "rb").read().splitlines()
+assert len(lines) == 150 and all(len(set(l)) == 1 and len(l) == 20 for l in lines)
+done("append")
+
+one, two = open("lock", "w"), open("lock", "w")
+fcntl.flock(one, fcntl.LOCK_EX)
+try: fcntl.flock(two, fcntl.LOCK_EX | fcntl.LOCK_NB); raise SystemExit("locked twice")
+except BlockingIOError: pass
+fcntl.flock(one, fcntl.LOCK_UN); fcntl.flock(two, fcntl.LOCK_EX | fcntl.LOCK_NB)
+range = struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 10, 0)
+fcntl.fcntl(one, fcntl.F_SETLK, range)
+done("locks")
+
+with open("map", "w+b") as f:
+    f.truncate(1 << 20); m = mmap.mmap(f.fileno(), 1 << 20)
+    m[4096:4101] = b"hello"; m.flush(); f.seek(4096); assert f.read(5) == b"hello"
+    f.seek(4096); f.write(b"HELLO"); f.flush(); assert m[4096:4101] == b"HELLO"
+    os.fsync(f.fileno()); os.fdatasync(f.fileno())
+fd = os.open(".", os.O_DIRECTORY); os.fsync(fd); os.close(fd)
+done("mmap and fsync")
+
+with open("sparse", "w+b") as f:
+    f.truncate(1 << 30); f.seek(1 << 29); f.write(b"x"); f.flush()
+    assert os.stat("sparse").st_blocks < 1024 and os.stat("sparse").st_size == 1 << 30
+    os.posix_fallocate(f.fileno(), 0, 1 << 16)
+done("sparse files")
+
+os.mkfifo("fifo")
+writer = threading.Thread(target=lambda: open("fifo", "w").write("through")); writer.start()
+assert open("fifo").read() == "through"; writer.join()
+import socket
+server = socket.socket(socket.AF_UNIX); server.bind("socket"); server.listen()
+client = socket.socket(socket.AF_UNIX); client.connect("socket")
+server.accept()[0].send(b"hi"); assert client.recv(2) == b"hi"
+done("fifos and sockets")
+
+os.mkdir("many")
+for i in __import__("builtins").range(500): open(f"many/{i}", "w").close()
+assert len(os.listdir("many")) == 500
+for name in os.listdir("many"): os.unlink(f"many/{name}")
+os.rmdir("many")
+done("directories")
+"#;
+
+#[test]
+fn files_behave_as_files_do() {
+    need_image(PYTHON);
+    pods("cri-files", |pods| {
+        let volume = pods.dir().join("volume");
+        fs::create_dir_all(&volume).unwrap();
+        let pod = pods.pod();
+        let mut config = pod.sh("");
+        config["image"]["image"] = json!(PYTHON);
+        config["command"] = json!(["python3", "-c", FILES]);
+        config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume" }]);
+        let container = pod.start(&config);
+        let (code, _) = container.wait();
+        assert_eq!(code, 0, "{}", container.log());
+        assert_eq!(container.log().matches(" ok ").count(), 9, "{}", container.log());
+        // The node sees what the pod has made.
+        let meta = fs::metadata(volume.join("a")).unwrap();
+        assert_eq!((std::os::unix::fs::MetadataExt::uid(&meta), meta.permissions().mode() & 0o7777), (1234, 0o4751));
+        assert_eq!(fs::read_to_string(volume.join("old")).unwrap(), "new");
+    });
+}
