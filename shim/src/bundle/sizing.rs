@@ -112,8 +112,10 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
     // A size that the pod names is the size it keeps.
     let named = |key: &str| spec.annotations.contains_key(key);
     let host_vcpus = u8::try_from(host.cpus.max(1)).unwrap_or(u8::MAX);
+    // The guest's kernel keeps tables for each from its start.
+    let later = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
     let most = Size {
-        vcpus: if named(annotation::VCPUS) { vcpus } else { host_vcpus.min(config.max_vcpus) },
+        vcpus: if named(annotation::VCPUS) { vcpus } else { later },
         memory_mib: if named(annotation::MEMORY_MIB) { memory_mib } else { host.memory_mib },
     };
     Ok(Sizing { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, most, config) })
@@ -216,16 +218,18 @@ mod tests {
     }
 
     #[test]
-    fn it_may_grow_to_what_the_host_has_unless_the_pod_names_its_size() {
-        let most = |annotations: Value| {
-            let config = Config { max_vcpus: 4, ..Config::default() };
+    fn it_may_grow_by_the_spare_vcpus_unless_the_pod_names_its_size() {
+        let most = |annotations: Value, spare_vcpus: u8| {
+            let config = Config { max_vcpus: 12, spare_vcpus, ..Config::default() };
             let bundle = bundle(|v| v["annotations"] = annotations).unwrap();
             let most = size(&bundle.spec, &config, &HOST).unwrap().growth.most;
             (most.vcpus, most.memory_mib)
         };
-        assert_eq!(most(json!({})), (4, 16 << 10));
-        assert_eq!(most(json!({ annotation::VCPUS: "3" })), (3, 16 << 10));
-        assert_eq!(most(json!({ annotation::MEMORY_MIB: "512" })), (4, 512));
+        assert_eq!(most(json!({}), 3), (4, 16 << 10));
+        assert_eq!(most(json!({}), 0), (1, 16 << 10));
+        assert_eq!(most(json!({}), 63), (8, 16 << 10), "the host has no more");
+        assert_eq!(most(json!({ annotation::VCPUS: "3" }), 3), (3, 16 << 10));
+        assert_eq!(most(json!({ annotation::MEMORY_MIB: "512" }), 3), (4, 512));
     }
 
     #[test]

@@ -283,7 +283,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         ExitReason::Stopped => "stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the virtual machine failed: {}", console::clean(&why)),
                     };
-                    tracing::debug!(reason, "guest ended");
+                    // An orderly end is the VMM's by SIGKILL: this one was nobody's wish.
+                    tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }
             }
