@@ -55,8 +55,8 @@ pub enum VmError {
     /// The vCPUs did not come.
     #[error("cannot make vCPUs")]
     Vcpus(#[from] VcpuError),
-    /// No memory was reserved, or its device is not attached yet.
-    #[error("the machine has no memory to plug in")]
+    /// No memory was reserved, or its device is not attached, or could not be.
+    #[error("the machine has no memory device")]
     NoGrowth,
     /// The memory cannot be had.
     #[error("cannot plug in memory")]
