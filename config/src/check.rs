@@ -32,6 +32,7 @@ impl Config {
         params(&self.kernel_params).map_err(|message| Problem { key: "kernel_params", message })?;
         range("max_vcpus", self.max_vcpus, 1, MAX_VCPUS)?;
         range("default_vcpus", self.default_vcpus, 1, self.max_vcpus)?;
+        range("spare_vcpus", self.spare_vcpus, 0, MAX_VCPUS - 1)?;
         range("memory_overhead_mib", self.memory_overhead_mib, MIN_VM_MIB, MAX_VM_MIB)?;
         range("default_memory_mib", self.default_memory_mib, MIN_VM_MIB, MAX_VM_MIB)?;
         range("min_memory_mib", self.min_memory_mib, 1, MAX_VM_MIB)?;

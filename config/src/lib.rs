@@ -42,6 +42,8 @@ pub struct Config {
     pub default_vcpus: u8,
     /// The most vCPUs a pod gets, however high its limit.
     pub max_vcpus: u8,
+    /// vCPUs that a pod may get beyond those of its start.
+    pub spare_vcpus: u8,
     /// Memory, in MiB, of the virtual machine of a pod that has no memory limit.
     pub default_memory_mib: u64,
     /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
@@ -70,6 +72,7 @@ impl Default for Config {
             kernel_params: String::new(),
             default_vcpus: 1,
             max_vcpus: 16,
+            spare_vcpus: 2,
             default_memory_mib: 1024,
             memory_overhead_mib: 64,
             min_memory_mib: 8,

@@ -83,6 +83,9 @@ pub struct Linux {
     /// The container's cgroup.
     #[serde(deserialize_with = "nullable")]
     pub cgroups_path: String,
+    /// The container's limits.
+    #[serde(deserialize_with = "nullable")]
+    pub resources: crate::bundle::Resources,
     /// Kernel settings of the container's namespaces.
     #[serde(deserialize_with = "nullable")]
     pub sysctl: HashMap<String, String>,

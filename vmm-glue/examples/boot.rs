@@ -1,6 +1,6 @@
-//! Boots a kernel and an initial RAM file system by hand: `boot VMLINUX INITRD [--memory MIB] [--vcpus N] [--share DIR]
-//! [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The guest's console goes to standard output, marks to
-//! standard error.
+//! Boots a kernel and an initial RAM file system by hand: `boot VMLINUX INITRD [--memory MIB] [--vcpus N]
+//! [--most-vcpus N] [--most-memory MIB] [--share DIR] [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The
+//! guest's console goes to standard output, marks to standard error.
 //!
 //! With `--connect` standard input and output are joined to a vsock stream once the guest accepts it.
 
@@ -26,6 +26,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         match argument.as_str() {
             "--memory" => config.memory_mib = value()?.parse()?,
             "--vcpus" => config.vcpus = value()?.parse()?,
+            "--most-vcpus" => config.max_vcpus = value()?.parse()?,
+            "--most-memory" => config.max_memory_mib = value()?.parse()?,
             "--params" => config.kernel_params = value()?,
             "--share" => config.share = Some(ShareConfig { tag: "husk".to_owned(), root: value()?, workers: 1 }),
             "--connect" => port = Some(value()?.parse()?),
@@ -34,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             _ => files.push(File::open(argument)?),
         }
     }
+    config.max_vcpus = config.max_vcpus.max(config.vcpus);
     let [kernel, initrd] = files.try_into().map_err(|_| "usage: boot VMLINUX INITRD [options]")?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
     let (mut console, writer) = io::pipe()?;
@@ -100,7 +103,9 @@ fn config() -> VmConfig {
     VmConfig {
         id: "boot".to_owned(),
         vcpus: 1,
+        max_vcpus: 1,
         memory_mib: 256,
+        max_memory_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),

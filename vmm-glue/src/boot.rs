@@ -6,22 +6,23 @@ use std::io::{self, Seek};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot_params::{self, BootData, SEED_LEN};
-use crate::arch::cpuid::{self, Machine};
+use crate::arch::cpuid::Machine;
 use crate::arch::{device_tree, layout, regs};
 use crate::bus::Bus;
 use crate::child::Reporter;
 use crate::config::check::Checked;
 use crate::event_loop::{EventLoop, LoopError};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, MemoryError, hotplug};
 use crate::serial::Console;
 use crate::timing::Timing;
+use crate::vcpu::make::{MakeError, Maker};
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
@@ -32,7 +33,7 @@ use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::Vm;
+use crate::vm::{Growth, Vm};
 use crate::vmgenid::{self, VmGenId};
 
 /// Always on the guest's command line:
@@ -89,9 +90,9 @@ pub enum BootError {
     /// The device tree is malformed.
     #[error("cannot write the device tree")]
     DeviceTree(#[source] vm_fdt::Error),
-    /// A KVM structure could not be made.
-    #[error("too many entries for KVM")]
-    Fam(#[source] vmm_sys_util::fam::Error),
+    /// A vCPU could not be made.
+    #[error(transparent)]
+    Vcpu(#[from] MakeError),
     /// A host resource could not be had.
     #[error("cannot prepare {0}")]
     Host(&'static str, #[source] io::Error),
@@ -122,7 +123,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
 
     // KVM, and whether it can do all this.
     let kvm = open_kvm(kvm)?;
-    check_capabilities(&kvm, config.vcpus)?;
+    check_capabilities(&kvm, config.max_vcpus)?;
 
     // An empty machine. Its interrupt controllers and timer are KVM's, and must be there before vCPUs.
     let vm = Arc::new(create_vm(&kvm)?);
@@ -134,11 +135,15 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     timing.step("interrupt controllers");
 
     // Memory, with kernel and initrd in it, one behind the other.
-    let memory = memory::map(memory_size)?;
+    let ram = memory::map(memory_size)?;
     let kernel_len = kernel.metadata().map_err(|error| BootError::Host("the kernel's length", error))?.len();
     let ram_end = memory_size.min(layout::HOLE_START);
-    memory::prefault(&memory, &dense(memory_size, kernel_len, initrd_len))?;
-    memory::give_to(&vm, &memory)?;
+    memory::prefault(&ram, &dense(memory_size, kernel_len, initrd_len))?;
+    memory::give_to(&vm, &ram)?;
+    let (memory, hotplug) = match hotplug::range(memory_size, config.max_memory_mib << 20) {
+        Some((start, len)) => hotplug::reserve(&ram, start, len).map(|(memory, hotplug)| (memory, Some(hotplug)))?,
+        None => (ram, None),
+    };
     timing.step("memory");
     let loaded =
         Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
@@ -190,13 +195,15 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     timing.step("console");
 
     // What the kernel reads at its start.
-    let cmdline = format!("{CMDLINE} {}", config.kernel_params);
+    // The tree has all processors that there may be; those of the start come up.
+    let maxcpus = if config.vcpus < config.max_vcpus { format!(" maxcpus={}", config.vcpus) } else { String::new() };
+    let cmdline = format!("{CMDLINE}{maxcpus} {}", config.kernel_params);
     if cmdline.len() >= layout::CMDLINE_MAX {
         return Err(BootError::Cmdline(cmdline.len()));
     }
     let mut seed = [0; SEED_LEN];
     vmgenid::fill_random(&mut seed).map_err(|error| BootError::Host("entropy", error))?;
-    let device_tree = device_tree::build(config.vcpus, slots.count()).map_err(BootError::DeviceTree)?;
+    let device_tree = device_tree::build(config.max_vcpus, slots.count()).map_err(BootError::DeviceTree)?;
     let data = BootData {
         memory: memory_size,
         cmdline: cmdline.trim_end(),
@@ -215,22 +222,32 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
-    let machine = Machine { vcpus: config.vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
+    let machine = Machine { vcpus: config.max_vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
+    let maker = Maker::new(vm.clone(), supported.as_slice().to_vec(), machine);
     let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
     for id in 0..config.vcpus {
-        let cpuid =
-            CpuId::from_entries(&cpuid::normalise(supported.as_slice(), machine, id)).map_err(BootError::Fam)?;
-        let entry = (id == 0).then_some(loaded.kernel_load.0);
-        vcpus.push(create_vcpu(&vm, id, &cpuid, entry)?);
+        vcpus.push(maker.make(id, (id == 0).then_some(loaded.kernel_load.0))?);
     }
     timing.step("vCPUs");
 
     // Threads.
     let devices = devices.into_iter().map(|(_, device)| device).collect();
     let event_loop = EventLoop::start(devices, reporter.clone())?;
-    let vcpus = Vcpus::start(vcpus, &bus, reporter)?;
+    let vcpus = Vcpus::start(vcpus, maker, &bus, reporter)?;
     timing.step("threads");
-    Ok(Vm::new(vcpus, event_loop, slots, vsock, balloon, vmgenid, memory))
+    let growth = hotplug.map_or(Growth::None, Growth::Reserved);
+    Ok(Vm {
+        vcpus,
+        event_loop,
+        slots,
+        vsock,
+        balloon,
+        growth,
+        kvm: vm,
+        _vmgenid: vmgenid,
+        running: false,
+        _memory: memory,
+    })
 }
 
 /// The parts of memory that a boot fills nearly whole, in the order in which they are needed: the kernel's second half
@@ -308,29 +325,4 @@ fn read_initrd(memory: &GuestMemory, file: &mut File, start: u64, len: u64) -> R
     memory
         .read_exact_volatile_from(GuestAddress(start), file, len)
         .map_err(|error| BootError::Initrd(io::Error::other(error)))
-}
-
-/// Creates one vCPU with all its state; `entry` is where the boot processor starts, the others wait.
-fn create_vcpu(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd, BootError> {
-    let failed = |what| move |error| BootError::Kvm(what, error);
-    let vcpu = vm.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
-    // CPUID first: it decides which model-specific registers there are.
-    vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-    let msrs = regs::msrs().map_err(BootError::Fam)?;
-    // KVM stops at the first register this host does not know; the kernel lives without either.
-    let written = vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
-    if written < msrs.as_slice().len() {
-        log::debug!("vCPU {id}: KVM took {written} of {} model-specific registers", msrs.as_slice().len());
-    }
-    vcpu.set_fpu(&regs::fpu()).map_err(failed("KVM_SET_FPU"))?;
-    let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-    regs::wire_lint(&mut lapic);
-    vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))?;
-    if let Some(entry) = entry {
-        let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        regs::long_mode(&mut sregs);
-        vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-        vcpu.set_regs(&regs::general(entry)).map_err(failed("KVM_SET_REGS"))?;
-    }
-    Ok(vcpu)
 }

@@ -58,7 +58,7 @@ fn serve(machine: &mut Option<Vm>, request: Request, fds: Vec<OwnedFd>, reporter
             vm.resume();
             Ok(Answer::Done)
         }
-        (Call::Pause, Some(vm)) => vm.pause().map(|()| Answer::Done).map_err(|error| chain(&error)),
+        (Call::Pause, Some(vm)) => done(vm.pause()),
         (Call::Connect { port }, Some(vm)) => {
             let reporter = reporter.clone();
             vm.connect(
@@ -75,9 +75,24 @@ fn serve(machine: &mut Option<Vm>, request: Request, fds: Vec<OwnedFd>, reporter
         }
         (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
         (Call::AttachBlk(config), Some(vm)) => attached(vm.attach_blk(&config, fds)),
-        (Call::Balloon { mib }, Some(vm)) => vm.balloon(mib).map(|()| Answer::Done).map_err(|error| chain(&error)),
+        (Call::Vcpus { count }, Some(vm)) => done(vm.grow_vcpus(count)),
+        (Call::AttachMemory, Some(vm)) => attached(vm.attach_mem()),
+        (Call::PluggedMemory, Some(vm)) => Ok(Answer::Memory { plugged_mib: vm.plugged_mib() }),
+        (Call::Memory { mib }, Some(vm)) => {
+            let told = reporter.clone();
+            let reached = move |bytes| told.answer(seq, Ok(Answer::Memory { plugged_mib: bytes >> 20 }), None);
+            match vm.request_memory(mib, Box::new(reached)) {
+                Ok(()) => return,
+                Err(error) => Err(chain(&error)),
+            }
+        }
+        (Call::Balloon { mib }, Some(vm)) => done(vm.balloon(mib)),
     };
     reporter.answer(seq, answer, None);
+}
+
+fn done(result: Result<(), VmError>) -> Result<Answer, String> {
+    result.map(|()| Answer::Done).map_err(|error| chain(&error))
 }
 
 fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {

@@ -15,8 +15,12 @@ pub struct VmConfig {
     pub id: String,
     /// vCPUs to start with, 1 to 64.
     pub vcpus: u8,
+    /// vCPUs there may be later, `vcpus` to 64: each costs the guest 0.3 MiB from the start.
+    pub max_vcpus: u8,
     /// Guest memory in MiB, at least 64.
     pub memory_mib: u64,
+    /// Guest memory there may be later, in MiB: only addresses are kept for it. None of it where it is not more.
+    pub max_memory_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: FdIndex,
     /// The guest kernel: an uncompressed x86-64 ELF image.

@@ -42,6 +42,22 @@ pub enum Call {
         /// Target in MiB.
         mib: u64,
     },
+    /// Makes vCPUs until there are `count`, at most the configuration's `max_vcpus`; the guest then has to start them.
+    /// There are never fewer again.
+    Vcpus {
+        /// vCPUs in all.
+        count: u8,
+    },
+    /// Plugs in the device that memory comes by, once; the answer is `Attached`, and the same slot any later time.
+    AttachMemory,
+    /// Asks the guest to have this many MiB plugged in beside those of the start. The answer, `Memory`, is held back
+    /// until it has, or until the next such request.
+    Memory {
+        /// MiB, rounded up to a whole block.
+        mib: u64,
+    },
+    /// Asks how much is plugged in now; the answer is `Memory`.
+    PluggedMemory,
     /// Ends the process; the guest gets no warning (the agent's Shutdown comes first in an orderly stop).
     Stop,
 }
@@ -67,6 +83,11 @@ pub enum Answer {
     Done,
     /// Connected; the packet carries the socket.
     Connected,
+    /// So much memory is plugged in.
+    Memory {
+        /// MiB beside those of the start.
+        plugged_mib: u64,
+    },
     /// Attached in this virtio-mmio slot.
     Attached {
         /// Slot number; `husk_proto::slots::device_name` tells the guest's name of it.

@@ -1,5 +1,7 @@
 //! Guest memory: anonymous, private, not reserved, and small pages except where everything is used anyway.
 
+pub mod hotplug;
+
 use std::io;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -18,6 +20,9 @@ pub enum MemoryError {
     /// The mapping failed.
     #[error("cannot map guest memory")]
     Map(#[source] vm_memory::mmap::FromRangesError),
+    /// The addresses of memory to be plugged in could not be reserved.
+    #[error("cannot reserve the addresses of memory to be plugged in")]
+    Reserve(#[source] io::Error),
     /// The advice failed.
     #[error("cannot advise on guest memory")]
     Advise(#[source] io::Error),

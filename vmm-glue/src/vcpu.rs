@@ -4,6 +4,8 @@
 //! just before KVM_RUN is not lost. A thread parks only when KVM_RUN has returned EINTR, and then no access of the
 //! guest is half done.
 
+pub mod make;
+
 use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
@@ -19,6 +21,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::bus::{Bus, Effect};
 use crate::child::Reporter;
 use crate::control::{ExitReason, Step};
+use make::{MakeError, Maker};
 
 /// Stack of a vCPU thread: it calls nothing deep.
 const STACK: usize = 128 << 10;
@@ -32,12 +35,26 @@ pub enum VcpuError {
     /// A thread could not be made.
     #[error("cannot start a vCPU thread")]
     Thread(#[source] io::Error),
+    /// KVM refused one.
+    #[error(transparent)]
+    Make(#[from] MakeError),
+    /// The guest's kernel was not told of so many.
+    #[error("{wanted} vCPUs wanted, this machine can have {most}")]
+    TooMany {
+        /// What was asked for.
+        wanted: u8,
+        /// What it was built for.
+        most: u8,
+    },
 }
 
 /// All vCPU threads of the machine.
 pub struct Vcpus {
     threads: Vec<JoinHandle<()>>,
     gate: Arc<Gate>,
+    maker: Maker,
+    bus: Arc<Bus>,
+    reporter: Arc<Reporter>,
 }
 
 /// Where threads wait while the machine is paused.
@@ -53,25 +70,54 @@ thread_local! {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; all wait for [`Self::resume`].
+    /// Starts a thread for each vCPU; all wait for [`Self::resume`]. `maker` makes those that come later.
     ///
     /// # Errors
     /// [`VcpuError`].
-    pub fn start(vcpus: Vec<VcpuFd>, bus: &Arc<Bus>, reporter: &Arc<Reporter>) -> Result<Self, VcpuError> {
+    pub fn start(
+        vcpus: Vec<VcpuFd>,
+        maker: Maker,
+        bus: &Arc<Bus>,
+        reporter: &Arc<Reporter>,
+    ) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), on_signal)
             .map_err(|error| VcpuError::Signal(io::Error::from_raw_os_error(error.errno())))?;
         let gate = Arc::new(Gate { open: AtomicBool::new(false), parked: Mutex::new(0), changed: Condvar::new() });
-        let mut threads = Vec::with_capacity(vcpus.len());
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let (gate, bus, reporter) = (gate.clone(), bus.clone(), reporter.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(STACK)
-                .spawn(move || run(vcpu, index, &gate, &bus, &reporter))
-                .map_err(VcpuError::Thread)?;
-            threads.push(thread);
+        let threads = Vec::with_capacity(vcpus.len());
+        let mut this = Self { threads, gate, maker, bus: bus.clone(), reporter: reporter.clone() };
+        for vcpu in vcpus {
+            this.spawn(vcpu)?;
         }
-        Ok(Self { threads, gate })
+        Ok(this)
+    }
+
+    /// Makes vCPUs until there are `count`; they wait until the guest's kernel starts them. There are never fewer again:
+    /// one that the guest has taken offline costs a thread that sleeps.
+    ///
+    /// # Errors
+    /// [`VcpuError`]; those made before the error stay.
+    pub fn grow(&mut self, count: u8) -> Result<(), VcpuError> {
+        let most = self.maker.most();
+        if count > most {
+            return Err(VcpuError::TooMany { wanted: count, most });
+        }
+        while let Some(id) = u8::try_from(self.threads.len()).ok().filter(|&id| id < count) {
+            let vcpu = self.maker.make(id, None)?;
+            self.spawn(vcpu)?;
+        }
+        Ok(())
+    }
+
+    fn spawn(&mut self, vcpu: VcpuFd) -> Result<(), VcpuError> {
+        let index = self.threads.len();
+        let (gate, bus, reporter) = (self.gate.clone(), self.bus.clone(), self.reporter.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(STACK)
+            .spawn(move || run(vcpu, index, &gate, &bus, &reporter))
+            .map_err(VcpuError::Thread)?;
+        self.threads.push(thread);
+        Ok(())
     }
 
     /// Lets all vCPUs run.

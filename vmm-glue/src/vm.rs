@@ -4,13 +4,18 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kvm_ioctls::VmFd;
+
 use crate::config::check::{self, ConfigError};
 use crate::config::{BlkConfig, NetConfig};
 use crate::event_loop::{EventLoop, LoopError};
-use crate::vcpu::Vcpus;
+use crate::memory::MemoryError;
+use crate::memory::hotplug::Hotplug;
+use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
 use crate::virtio::device::GuestMemory;
+use crate::virtio::mem::{Mem, Reached};
 use crate::virtio::mmio::{self, SharedDevice};
 use crate::virtio::net::Net;
 use crate::virtio::slots::{PlugError, Slots};
@@ -47,35 +52,47 @@ pub enum VmError {
     /// The guest could not be told.
     #[error("cannot tell the guest about the balloon")]
     Balloon(#[source] io::Error),
+    /// The vCPUs did not come.
+    #[error("cannot make vCPUs")]
+    Vcpus(#[from] VcpuError),
+    /// No memory was reserved, or its device is not attached, or could not be.
+    #[error("the machine has no memory device")]
+    NoGrowth,
+    /// The memory cannot be had.
+    #[error("cannot plug in memory")]
+    Memory(#[from] MemoryError),
+    /// Its device cannot be used.
+    #[error("cannot use the memory device")]
+    Mem(#[source] io::Error),
 }
 
 /// The machine.
 pub struct Vm {
-    vcpus: Vcpus,
-    event_loop: EventLoop,
-    slots: Arc<Slots>,
-    vsock: Arc<Mutex<Vsock>>,
-    balloon: Option<Arc<Mutex<Balloon>>>,
+    pub(crate) vcpus: Vcpus,
+    pub(crate) event_loop: EventLoop,
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) vsock: Arc<Mutex<Vsock>>,
+    pub(crate) balloon: Option<Arc<Mutex<Balloon>>>,
+    pub(crate) growth: Growth,
+    pub(crate) kvm: Arc<VmFd>,
     /// To be renewed when a machine is restored from a snapshot.
-    _vmgenid: VmGenId,
-    running: bool,
+    pub(crate) _vmgenid: VmGenId,
+    pub(crate) running: bool,
     /// Last, because everything above uses it until the process ends.
-    _memory: GuestMemory,
+    pub(crate) _memory: GuestMemory,
+}
+
+/// Memory that may be plugged in.
+pub(crate) enum Growth {
+    /// There can be none.
+    None,
+    /// Its addresses are kept for it.
+    Reserved(Hotplug),
+    /// The device is there, in this slot.
+    Attached(u32, Arc<Mutex<Mem>>),
 }
 
 impl Vm {
-    pub(crate) fn new(
-        vcpus: Vcpus,
-        event_loop: EventLoop,
-        slots: Arc<Slots>,
-        vsock: Arc<Mutex<Vsock>>,
-        balloon: Option<Arc<Mutex<Balloon>>>,
-        vmgenid: VmGenId,
-        memory: GuestMemory,
-    ) -> Self {
-        Self { vcpus, event_loop, slots, vsock, balloon, _vmgenid: vmgenid, running: false, _memory: memory }
-    }
-
     /// Lets device loop and vCPUs run.
     pub fn resume(&mut self) {
         for device in self.slots.devices() {
@@ -132,6 +149,61 @@ impl Vm {
     pub fn balloon(&self, mib: u64) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::NoBalloon)?;
         balloon.lock().unwrap_or_else(PoisonError::into_inner).set_target(mib).map_err(VmError::Balloon)
+    }
+
+    /// Makes vCPUs until there are so many, for the guest to start.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn grow_vcpus(&mut self, count: u8) -> Result<(), VmError> {
+        if !self.running {
+            return Err(VmError::Paused);
+        }
+        Ok(self.vcpus.grow(count)?)
+    }
+
+    /// Plugs the device that memory comes by into a spare slot, once, and returns the slot's number.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn attach_mem(&mut self) -> Result<u32, VmError> {
+        if self.event_loop.is_paused() {
+            return Err(VmError::Paused);
+        }
+        match std::mem::replace(&mut self.growth, Growth::None) {
+            Growth::None => Err(VmError::NoGrowth),
+            Growth::Attached(slot, device) => {
+                self.growth = Growth::Attached(slot, device);
+                Ok(slot)
+            }
+            Growth::Reserved(range) => {
+                let device = Arc::new(Mutex::new(Mem::new(range).map_err(VmError::Mem)?));
+                let slot = self.attach(device.clone())?;
+                self.growth = Growth::Attached(slot, device);
+                Ok(slot)
+            }
+        }
+    }
+
+    /// Asks the guest to have so many MiB plugged in; `reached` learns how many bytes are once it has.
+    ///
+    /// # Errors
+    /// [`VmError`]; `reached` is dropped then.
+    pub fn request_memory(&self, mib: u64, reached: Reached) -> Result<(), VmError> {
+        let Growth::Attached(_, device) = &self.growth else { return Err(VmError::NoGrowth) };
+        let bytes = mib.saturating_mul(1 << 20);
+        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        let extent = device.extent(bytes);
+        device.range().give_to(&self.kvm, extent)?;
+        device.request(bytes, reached).map_err(VmError::Mem)
+    }
+
+    /// MiB plugged in at present.
+    pub fn plugged_mib(&self) -> u64 {
+        match &self.growth {
+            Growth::Attached(_, device) => device.lock().unwrap_or_else(PoisonError::into_inner).plugged() >> 20,
+            _ => 0,
+        }
     }
 
     fn attach(&self, device: SharedDevice) -> Result<u32, VmError> {

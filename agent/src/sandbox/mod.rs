@@ -2,6 +2,7 @@
 
 mod apply;
 pub mod forward;
+mod hotplug;
 pub mod link;
 pub mod mirror;
 pub mod namespaces;

@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    Event, EventsRequest, MirrorRequest, MirrorResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse,
-    ShutdownRequest, ShutdownResponse,
+    Event, EventsRequest, MirrorRequest, MirrorResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest,
+    RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
 };
 use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::mirror::Mirrors;
-use super::{Sandbox, apply, namespaces, network, slots};
+use super::{Sandbox, apply, hotplug, namespaces, network, slots};
 use crate::events::Hub;
 use crate::log::chain;
 use crate::task::error::Fault;
@@ -101,6 +101,13 @@ impl agent_ttrpc::Sandbox for SandboxService {
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|error| failed("mirrored volume", &error))?;
         Ok(MirrorResponse::new())
+    }
+
+    async fn processors(&self, _: &TtrpcContext, request: ProcessorsRequest) -> ttrpc::Result<ProcessorsResponse> {
+        let switched = tokio::task::spawn_blocking(move || hotplug::processors(request.count)).await;
+        let online =
+            switched.map_err(|error| failed("processors", &error))?.map_err(|error| failed("processors", &error))?;
+        Ok(ProcessorsResponse { online, ..Default::default() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {

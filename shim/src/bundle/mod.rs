@@ -16,6 +16,7 @@
 mod binds;
 mod devices;
 mod disks;
+pub mod growth;
 mod hooks;
 mod load;
 mod loopdev;
@@ -38,7 +39,7 @@ pub use prepare::{PrepareError, Prepared, Request, prepare};
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
 pub use sizing::{Sizing, SizingError, sizing};
-pub use spec::{Mount, Spec};
+pub use spec::{Mount, Resources, Spec};
 pub use teardown::{TeardownError, teardown};
 pub use translate::{TranslateError, exec_process};
 pub use update::resources_update;

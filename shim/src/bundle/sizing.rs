@@ -1,5 +1,6 @@
 //! How large a pod's virtual machine is.
 
+use super::growth::{Growth, Size};
 use super::spec::{Cpu, Memory, Spec};
 use husk_config::{Config, annotation, check};
 
@@ -27,6 +28,8 @@ pub struct Sizing {
     pub memory_mib: u64,
     /// Kernel parameters the pod adds.
     pub kernel_params: String,
+    /// How it grows.
+    pub growth: Growth,
 }
 
 /// Why a pod gets no virtual machine.
@@ -104,7 +107,18 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         value: kernel_params.clone(),
         message,
     })?;
-    Ok(Sizing { vcpus: u8::try_from(vcpus).unwrap_or(config.max_vcpus), memory_mib, kernel_params })
+    let vcpus = u8::try_from(vcpus).unwrap_or(config.max_vcpus);
+    let boot = Size { vcpus, memory_mib };
+    // A size that the pod names is the size it keeps.
+    let named = |key: &str| spec.annotations.contains_key(key);
+    let host_vcpus = u8::try_from(host.cpus.max(1)).unwrap_or(u8::MAX);
+    // The guest's kernel keeps tables for each from its start.
+    let later = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
+    let most = Size {
+        vcpus: if named(annotation::VCPUS) { vcpus } else { later },
+        memory_mib: if named(annotation::MEMORY_MIB) { memory_mib } else { host.memory_mib },
+    };
+    Ok(Sizing { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, most, config) })
 }
 
 /// The limits that count: a Kubernetes sandbox's annotations, else the container's own.
@@ -201,6 +215,21 @@ mod tests {
         let mut bad = pod;
         bad["io.kubernetes.cri.sandbox-memory"] = "much".into();
         assert!(matches!(sized(|v| v["annotations"] = bad), Err(SizingError::Annotation { .. })));
+    }
+
+    #[test]
+    fn it_may_grow_by_the_spare_vcpus_unless_the_pod_names_its_size() {
+        let most = |annotations: Value, spare_vcpus: u8| {
+            let config = Config { max_vcpus: 12, spare_vcpus, ..Config::default() };
+            let bundle = bundle(|v| v["annotations"] = annotations).unwrap();
+            let most = size(&bundle.spec, &config, &HOST).unwrap().growth.most;
+            (most.vcpus, most.memory_mib)
+        };
+        assert_eq!(most(json!({}), 3), (4, 16 << 10));
+        assert_eq!(most(json!({}), 0), (1, 16 << 10));
+        assert_eq!(most(json!({}), 63), (8, 16 << 10), "the host has no more");
+        assert_eq!(most(json!({ annotation::VCPUS: "3" }), 3), (3, 16 << 10));
+        assert_eq!(most(json!({ annotation::MEMORY_MIB: "512" }), 3), (4, 512));
     }
 
     #[test]

@@ -191,7 +191,9 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.sizing.vcpus,
+        max_vcpus: plan.sizing.growth.most.vcpus,
         memory_mib: plan.sizing.memory_mib,
+        max_memory_mib: plan.sizing.growth.most.memory_mib,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
@@ -281,7 +283,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         ExitReason::Stopped => "stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the virtual machine failed: {}", console::clean(&why)),
                     };
-                    tracing::debug!(reason, "guest ended");
+                    // An orderly end is the VMM's by SIGKILL: this one was nobody's wish.
+                    tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }
             }

@@ -114,6 +114,7 @@ impl Cgroup {
         std::fs::create_dir_all(&path)
             .or_else(|_| std::fs::create_dir_all(&path))
             .map_err(|source| CgroupError::Create { path: path.clone(), source })?;
+        // Before anything runs in it: what was used before is never charged to it.
         delegate(Path::new(MOUNT), &path);
         let cgroup = Self { path, origin, namespace: namespace.to_owned() };
         match std::fs::write(cgroup.path.join("cgroup.procs"), "0") {

@@ -6,7 +6,9 @@ pub mod cgroup;
 pub mod console;
 pub mod disks;
 pub mod forward;
+pub mod limits;
 pub mod metrics;
+pub mod resize;
 pub mod state;
 pub mod timeline;
 pub mod vmm;
@@ -24,6 +26,7 @@ use agent::{Agent, Report};
 use boot::Plan;
 use cgroup::Cgroup;
 use console::Tail;
+use resize::Resizer;
 use state::StateDir;
 use timeline::Timeline;
 use vmm::{Vmm, VmmError};
@@ -63,6 +66,7 @@ pub struct Sandbox {
     boot: watch::Receiver<Boot>,
     /// Taken by the launch.
     update: Mutex<Option<watch::Sender<Boot>>>,
+    resizer: OnceLock<Resizer>,
     tail: Tail,
     tokens: AtomicU64,
     disks: disks::Plugged,
@@ -97,6 +101,7 @@ impl Sandbox {
             vmm: OnceLock::new(),
             boot,
             update: Mutex::new(Some(update)),
+            resizer: OnceLock::new(),
             tail,
             tokens: AtomicU64::new(1),
             disks: disks::Plugged::default(),
@@ -120,6 +125,10 @@ impl Sandbox {
         };
         if let Some(vmm) = &vmm {
             let _ = self.vmm.set(vmm.clone());
+        }
+        if let (Ok(plan), Some(vmm)) = (&plan, &vmm) {
+            let path = self.cgroup.get().map(|cgroup| cgroup.path().to_owned());
+            let _ = self.resizer.set(Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.boot.clone(), path));
         }
         let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         tokio::spawn(async move {
@@ -204,6 +213,11 @@ impl Sandbox {
             Boot::Ready(agent) => Some(agent.clone()),
             _ => None,
         }
+    }
+
+    /// What changes the machine's size; none where there is no machine.
+    pub fn resizer(&self) -> Option<&Resizer> {
+        self.resizer.get()
     }
 
     /// Opens a stream of container stdio; the number names it in the request that uses it.

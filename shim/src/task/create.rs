@@ -14,6 +14,7 @@ use protobuf::well_known_types::any::Any;
 use super::container::Container;
 use super::process::Process;
 use super::{Refusal, Shim, paths};
+use crate::bundle::growth::Limits;
 use crate::bundle::{self, Bundle, Disk, Prepared};
 use crate::hooks;
 use crate::mirror;
@@ -44,6 +45,7 @@ impl Shim {
             };
             tracing::error!(container = request.id, error = text, "create failed");
             self.tear_down_bundle(&request.id).await;
+            self.take_room(&request.id);
             self.containers.remove(&request.id);
         }
         created
@@ -73,6 +75,7 @@ impl Shim {
         let spec_of_guest = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
         let following = mirror::start(&agent, &request.id, prepared.mirrors).await;
         let following = following.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        self.make_room(&request.id, Limits::of(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         let options = CreateOptions { spec: spec_of_guest, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
@@ -96,6 +99,8 @@ impl Shim {
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, following));
         self.created(&container, request);
+        // Not before: the start itself is not held to the container's CPU limit.
+        self.follow_pod();
         Ok(())
     }
 

@@ -81,6 +81,7 @@ impl Shim {
         self.tear_down_bundle(&container.id).await;
         let exit = process.exited().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
         self.containers.remove(&container.id);
+        self.take_room(&container.id);
         self.sandbox.timeline.mark("deleted");
         let event = TaskDelete {
             container_id: container.id.clone(),

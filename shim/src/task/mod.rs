@@ -7,6 +7,7 @@ mod exec;
 mod pause;
 mod process;
 mod refusal;
+mod resize;
 mod sandbox;
 mod sandbox_service;
 mod service;
@@ -47,6 +48,7 @@ pub struct Shim {
     /// What containerd's sandbox controller made of it.
     api: sandbox::State,
     containers: Containers,
+    sizes: resize::Sizes,
     events: Events,
     /// The virtual machine is gone, and everything in it was told of.
     gone: AtomicBool,
@@ -68,6 +70,7 @@ impl Shim {
             sandbox,
             api: sandbox::State::new(pending),
             containers: Containers::default(),
+            sizes: resize::Sizes::default(),
             events,
             gone: AtomicBool::new(false),
             finishing: AtomicBool::new(false),

@@ -219,7 +219,10 @@ impl Task for Handler {
         let resources = Any { type_url: request.resources.type_url.clone(), value, ..Default::default() };
         let guest =
             UpdateTaskRequest { id: container.id.clone(), resources: Some(resources).into(), ..Default::default() };
-        let updated = self.shim.agent()?.task.update(within(timeouts::QUICK), &guest).await;
+        let agent = self.shim.agent()?;
+        let change = self.shim.prepare_change(&container.id, &request.resources.value).await?;
+        let updated = agent.task.update(within(timeouts::QUICK), &guest).await;
+        self.shim.change_room(&container.id, change, updated.is_ok()).await;
         updated.map_err(|error| self.shim.agent_error("update", error))
     }
 

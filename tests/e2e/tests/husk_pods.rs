@@ -69,7 +69,10 @@ fn a_pod_is_sized_by_its_annotations_and_listed() {
         config["linux"]["resources"] =
             json!({ "cpu_quota": 150_000, "cpu_period": 100_000, "memory_limit_in_bytes": 200 << 20 });
         let pod = pods.run(config);
-        let container = pod.sleeper();
+        // A container without a limit would have the pod grow.
+        let mut limited = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
+        limited["linux"]["resources"] = pod.config["linux"]["resources"].clone();
+        let container = pod.start(&limited);
         assert_eq!(container.sh("nproc"), "2");
         let mib: u64 = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
         assert!((200..264).contains(&mib), "{mib} MiB in the guest");

@@ -189,7 +189,9 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     let config = VmConfig {
         id: "devices".into(),
         vcpus: 2,
+        max_vcpus: 2,
         memory_mib: 512,
+        max_memory_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),

@@ -1,4 +1,5 @@
-//! What the VMM process does to itself: dies with its parent, keeps its heap small, has no signals blocked.
+//! What the VMM process does to itself: dies with its parent, leaves no core dump, keeps its heap small, has no
+//! signals blocked.
 
 use std::io;
 
@@ -8,6 +9,9 @@ pub enum PrepareError {
     /// `prctl` failed.
     #[error("prctl(PR_SET_PDEATHSIG) failed")]
     DeathSignal(#[source] io::Error),
+    /// `prctl` failed.
+    #[error("prctl(PR_SET_DUMPABLE) failed")]
+    Dump(#[source] io::Error),
     /// It is too late already.
     #[error("the shim is gone")]
     Orphan,
@@ -34,6 +38,10 @@ pub fn prepare() -> Result<(), PrepareError> {
         // One that died before the call sends nothing.
         if libc::getppid() == 1 {
             return Err(PrepareError::Orphan);
+        }
+        // A guest can have the VMM crash, by a queue in memory that it has not plugged in: the host stores no dump of it.
+        if libc::prctl(libc::PR_SET_DUMPABLE, 0) != 0 {
+            return Err(PrepareError::Dump(io::Error::last_os_error()));
         }
         libc::prctl(libc::PR_SET_NAME, c"husk-vmm".as_ptr());
         libc::mallopt(libc::M_ARENA_MAX, 1);

@@ -15,7 +15,9 @@ fn good() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
     let config = VmConfig {
         id: "test".to_owned(),
         vcpus: 1,
+        max_vcpus: 1,
         memory_mib: 128,
+        max_memory_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),

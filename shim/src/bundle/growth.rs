@@ -1,0 +1,226 @@
+//! How large a pod's virtual machine has to be for the containers that are in it, while they come, go and change.
+
+use std::collections::HashMap;
+
+use husk_config::Config;
+use serde::Deserialize;
+
+use super::spec::{Cpu, Memory, Resources};
+
+const MIB: u64 = 1 << 20;
+/// cgroups' default period in microseconds, where only a quota is given.
+const DEFAULT_PERIOD: u64 = 100_000;
+/// What the VMM and the shim may hold on the host beside guest memory: their own (5 MiB), buffers and sockets of the
+/// kernel, and some page cache of shared files. In MiB.
+const HOST_MIB: u64 = 32;
+/// What they need of it at least: the rest is cache. In MiB.
+const LEAST_HOST_MIB: u64 = 12;
+/// Page tables of host and guest for the guest's memory are two times 1/512 of it when all of it is used.
+const PAGE_TABLES: u64 = 256;
+/// What the VMM's device threads and the guest's kernel may use beside the containers' quota, in thousandths of a CPU.
+const HOST_MILLIS: u64 = 250;
+
+/// What a container may use; none is without limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Thousandths of a CPU.
+    pub millis: Option<u64>,
+    /// Bytes.
+    pub memory: Option<u64>,
+}
+
+/// A virtual machine's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Processors online.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// What the pod's processes on the host may use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HostLimits {
+    /// Whether memory is limited at all; how far depends on how much the guest has.
+    pub memory: bool,
+    /// Thousandths of a CPU.
+    pub millis: Option<u64>,
+}
+
+/// The rules by which a pod's virtual machine grows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Growth {
+    /// The size it starts with.
+    pub boot: Size,
+    /// The largest it may get.
+    pub most: Size,
+    /// For the containers without a limit, all together.
+    default: Size,
+    overhead_mib: u64,
+}
+
+impl Limits {
+    /// The limits in a specification.
+    pub fn of(resources: &Resources) -> Self {
+        let mut limits = Self::default();
+        limits.change(resources);
+        limits
+    }
+
+    /// Takes over what an update request names (OCI `LinuxResources` as JSON); what it does not name stays.
+    ///
+    /// # Errors
+    /// When it is no such thing.
+    pub fn updated(mut self, raw: &[u8]) -> Result<Self, serde_json::Error> {
+        #[derive(Deserialize)]
+        struct Whole(Option<Resources>);
+        if let Whole(Some(resources)) = serde_json::from_slice(raw)? {
+            self.change(&resources);
+        }
+        Ok(self)
+    }
+
+    fn change(&mut self, resources: &Resources) {
+        let Resources { cpu, memory } = resources;
+        // A quota of 0 and a period alone mean that nothing was said; -1 is no limit.
+        if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
+            self.millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
+        }
+        if let Some(limit) = memory.as_ref().and_then(|memory: &Memory| memory.limit).filter(|&limit| limit != 0) {
+            self.memory = u64::try_from(limit).ok();
+        }
+    }
+}
+
+fn millis(quota: i64, period: Option<u64>) -> Option<u64> {
+    let period = period.filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);
+    Some(u64::try_from(quota).ok()?.saturating_mul(1000).div_ceil(period))
+}
+
+impl Growth {
+    /// For a machine that starts with `boot` and may get as large as `most`.
+    pub fn new(boot: Size, most: Size, config: &Config) -> Self {
+        let most = Size { vcpus: most.vcpus.max(boot.vcpus), memory_mib: most.memory_mib.max(boot.memory_mib) };
+        let default = Size { vcpus: config.default_vcpus, memory_mib: config.default_memory_mib };
+        Self { boot, most, default, overhead_mib: config.memory_overhead_mib }
+    }
+
+    /// The size for these containers; `start` keeps it from falling below the size at the start, which is for containers
+    /// that are yet to come.
+    ///
+    /// Limits add up. Containers without one count the default once, together: they share what there is, as on a host,
+    /// and a pod of ten does not touch ten times the bookkeeping.
+    pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
+        let sum = |limit: fn(&Limits) -> Option<u64>| {
+            let each = containers.clone().map(limit);
+            let total = each.clone().flatten().fold(0u64, u64::saturating_add);
+            (total, each.clone().any(|limit| limit.is_none()), each.count() == 0)
+        };
+        let (millis, unlimited, none) = sum(|limits| limits.millis);
+        let free = if unlimited { u64::from(self.default.vcpus) } else { 0 };
+        let vcpus = u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX);
+        let vcpus = if none { self.boot.vcpus } else { vcpus };
+        let (bytes, unlimited, none) = sum(|limits| limits.memory);
+        // The default is that of a whole machine, with the overhead in it.
+        let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
+        let memory_mib = if none { self.boot.memory_mib } else { bytes.div_ceil(MIB).saturating_add(free) };
+        let least = if start { self.boot } else { Size { vcpus: 1, memory_mib: 0 } };
+        Size {
+            vcpus: vcpus.max(least.vcpus).min(self.most.vcpus),
+            memory_mib: memory_mib.max(least.memory_mib).min(self.most.memory_mib),
+        }
+    }
+
+    /// What the host allows for these containers: a limit only where each of them has one.
+    pub fn host_limits<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> HostLimits {
+        let some = containers.clone().next().is_some();
+        let all =
+            containers.clone().map(|limits| limits.millis).try_fold(0u64, |sum, one| Some(sum.saturating_add(one?)));
+        HostLimits {
+            memory: some && containers.clone().all(|limits| limits.memory.is_some()),
+            millis: all.filter(|_| some).map(|millis| millis.saturating_add(HOST_MILLIS)),
+        }
+    }
+}
+
+impl Size {
+    /// The larger of both, each by each.
+    pub fn max(self, other: Self) -> Self {
+        Self { vcpus: self.vcpus.max(other.vcpus), memory_mib: self.memory_mib.max(other.memory_mib) }
+    }
+}
+
+/// Bytes that the host allows a pod whose guest has so much memory: so much that its VMM is never what is killed for
+/// what the guest uses.
+pub fn host_bytes(guest_mib: u64) -> u64 {
+    guest_mib.saturating_add(guest_mib / PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
+}
+
+/// MiB of guest memory that fit into so many bytes on the host, with what the VMM and the shim cannot do without.
+pub fn guest_mib(bytes: u64) -> u64 {
+    (bytes / MIB).saturating_sub(LEAST_HOST_MIB).saturating_mul(PAGE_TABLES) / (PAGE_TABLES + 1)
+}
+
+/// What each container of a pod may use, by its id.
+pub type Pod = HashMap<String, Limits>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn growth() -> Growth {
+        let config =
+            Config { default_vcpus: 1, default_memory_mib: 1024, memory_overhead_mib: 64, ..Config::default() };
+        let (boot, most) = (Size { vcpus: 1, memory_mib: 264 }, Size { vcpus: 8, memory_mib: 8192 });
+        Growth::new(boot, most, &config)
+    }
+
+    fn limits(millis: impl Into<Option<u64>>, mib: impl Into<Option<u64>>) -> Limits {
+        Limits { millis: millis.into(), memory: mib.into().map(|mib| mib << 20) }
+    }
+
+    fn size(containers: &[Limits], start: bool) -> (u8, u64) {
+        let size = growth().size(containers.iter(), start);
+        (size.vcpus, size.memory_mib)
+    }
+
+    #[test]
+    fn limits_add_up_and_what_has_none_counts_once() {
+        assert_eq!(size(&[], true), (1, 264));
+        assert_eq!(size(&[], false), (1, 264));
+        assert_eq!(size(&[limits(500, 100)], true), (1, 264));
+        assert_eq!(size(&[limits(500, 100)], false), (1, 164));
+        assert_eq!(size(&[limits(500, 100), limits(1000, 300)], true), (2, 464));
+        assert_eq!(size(&[limits(500, 100), limits(None, None), limits(None, None)], true), (2, 1124));
+        assert_eq!(size(&[limits(u64::MAX, None), limits(1, 8 << 10)], true), (8, 8192));
+        assert_eq!(size(&[limits(0, 0)], false), (1, 64));
+    }
+
+    #[test]
+    fn the_host_limits_what_is_limited_throughout() {
+        let host = |containers: &[Limits]| growth().host_limits(containers.iter());
+        assert_eq!(host(&[]), HostLimits { memory: false, millis: None });
+        assert_eq!(host(&[limits(500, 1), limits(1000, 1)]), HostLimits { memory: true, millis: Some(1750) });
+        assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits { memory: false, millis: None });
+        assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
+        assert_eq!(host_bytes(u64::MAX), u64::MAX);
+        // The example RuntimeClass has 80 MiB, of which 64 are the guest's.
+        assert!((320..=324).contains(&guest_mib((256 + 80) << 20)));
+        assert_eq!(guest_mib(1), 0);
+        assert!(guest_mib(u64::MAX) > 1 << 30);
+    }
+
+    #[test]
+    fn an_update_changes_what_it_names() {
+        let update = |before: Limits, raw: Value| before.updated(raw.to_string().as_bytes()).unwrap();
+        let before = limits(1000, 100);
+        assert_eq!(update(before, json!({})), before);
+        assert_eq!(update(before, Value::Null), before);
+        assert_eq!(update(before, json!({"cpu": {"shares": 7, "quota": 0}, "memory": {}})), before);
+        assert_eq!(update(before, json!({"cpu": {"quota": 50_000, "period": 100_000}})), limits(500, 100));
+        assert_eq!(update(before, json!({"cpu": {"quota": -1}, "memory": {"limit": -1}})), limits(None, None));
+        assert_eq!(update(before, json!({"memory": {"limit": 209_715_200}})), limits(1000, 200));
+        assert!(before.updated(b"[1").is_err());
+    }
+}

@@ -1,0 +1,167 @@
+//! A pod's machine follows its containers' limits while it runs: seen in the guest, and on the node.
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_e2e::cri::pod::text;
+use husk_e2e::cri::{Pod, PodContainer, call, pods};
+use husk_e2e::{node, vm};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+/// How long memory may take to come back: the guest looks for it, and tells the host a while after it was freed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn limits(millis: u64, mib: u64) -> Value {
+    json!({ "cpu_quota": millis * 100, "cpu_period": 100_000, "memory_limit_in_bytes": mib * MIB })
+}
+
+/// A sleeping container with limits.
+fn container(pod: &Pod, millis: u64, mib: u64) -> PodContainer {
+    let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
+    config["linux"]["resources"] = limits(millis, mib);
+    pod.start(&config)
+}
+
+fn update(container: &PodContainer, millis: u64, mib: u64) {
+    call("UpdateContainerResources", &json!({ "container_id": container.id, "linux": limits(millis, mib) }));
+}
+
+/// Processors and MiB that the guest's kernel has.
+fn size(container: &PodContainer) -> (u64, u64) {
+    let seen = container.sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
+    let (cpus, mib) = seen.split_once('\n').unwrap();
+    (cpus.parse().unwrap(), mib.parse().unwrap())
+}
+
+/// Waits for the guest to have so many processors, and MiB within a range.
+#[track_caller]
+fn wait_for_size(container: &PodContainer, cpus: u64, mib: std::ops::Range<u64>) {
+    let reached = |seen: (u64, u64)| seen.0 == cpus && mib.contains(&seen.1);
+    let found = node::eventually(PATIENCE, || reached(size(container)).then_some(()));
+    assert!(found.is_some(), "the guest has {:?}\n{}", size(container), node::log_tail(40));
+}
+
+/// The cgroup of the pod's VMM on the node.
+fn cgroup(pod: &Pod) -> PathBuf {
+    let text = fs::read_to_string(format!("/proc/{}/cgroup", pod.pid())).unwrap();
+    Path::new("/sys/fs/cgroup").join(text.trim().strip_prefix("0::/").unwrap())
+}
+
+fn read(cgroup: &Path, file: &str) -> String {
+    let path = cgroup.join(file);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
+}
+
+/// Guest memory that the VMM holds, in MiB.
+fn held(pod: &Pod) -> u64 {
+    vm::memory(pod.pid()).unwrap().guest / 1024
+}
+
+#[test]
+fn a_container_grows_and_shrinks_with_its_pod() {
+    pods("cri-resize", |pods| {
+        let mut config = pods.config();
+        config["linux"]["resources"] = limits(1000, 128);
+        let pod = pods.run(config);
+        let one = container(&pod, 1000, 128);
+        wait_for_size(&one, 1, 120..193);
+        let machine = pod.pid();
+        update(&one, 2000, 512);
+        // At once: the answer comes when there is room.
+        let (cpus, mib) = size(&one);
+        assert!(cpus == 2 && (512..577).contains(&mib), "{cpus} processors, {mib} MiB\n{}", node::log_tail(40));
+        assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "536870912\n200000 100000");
+        let host = cgroup(&pod);
+        let limit = |file: &str| read(&host, file);
+        let bytes: u64 = limit("memory.max").parse().unwrap();
+        assert!((576 * MIB..640 * MIB).contains(&bytes), "memory.max {bytes}");
+        assert_eq!(limit("cpu.max"), "225000 100000");
+        // Both processors run, and memory that was not there at the start is used.
+        one.sh("grep -q ^processor.*1 /proc/cpuinfo && dd if=/dev/zero of=/dev/null bs=400M count=1 2> /dev/null");
+        let used = held(&pod);
+        assert!(used > 400, "{used} MiB held after 400 were used");
+        update(&one, 1000, 128);
+        wait_for_size(&one, 1, 120..193);
+        assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
+        let back = node::eventually(PATIENCE, || (held(&pod) < 200).then_some(()));
+        assert!(back.is_some(), "{} MiB held after shrinking, {used} before", held(&pod));
+        let lowered =
+            node::eventually(PATIENCE, || (limit("memory.max").parse::<u64>().unwrap() < 240 * MIB).then_some(()));
+        assert!(lowered.is_some(), "memory.max {}", limit("memory.max"));
+        assert_eq!(limit("cpu.max"), "125000 100000");
+        // And once more, in the same machine.
+        update(&one, 2000, 256);
+        wait_for_size(&one, 2, 256..321);
+        assert_eq!(pod.pid(), machine);
+        assert!(read(&host, "memory.events").contains("oom_kill 0"), "{}", read(&host, "memory.events"));
+    });
+}
+
+#[test]
+fn a_container_that_comes_later_finds_room() {
+    pods("cri-room", |pods| {
+        let mut config = pods.config();
+        config["linux"]["resources"] = limits(1000, 128);
+        let pod = pods.run(config);
+        let one = container(&pod, 500, 128);
+        wait_for_size(&one, 1, 120..193);
+        let two = container(&pod, 1000, 256);
+        wait_for_size(&one, 2, 384..449);
+        // All of its limit can be used.
+        two.sh("dd if=/dev/zero of=/dev/null bs=200M count=1 2> /dev/null");
+        two.stop(0);
+        two.remove();
+        // The size of the start stays: its containers may yet come.
+        wait_for_size(&one, 1, 120..193);
+        let named = {
+            let mut config = pods.config();
+            config["annotations"] = json!({ "io.husk.vcpus": "1", "io.husk.memory_mib": "300" });
+            pods.run(config)
+        };
+        let fixed = container(&named, 2000, 600);
+        wait_for_size(&fixed, 1, 250..301);
+    });
+}
+
+#[test]
+fn a_pod_that_uses_its_whole_limit_is_killed_in_the_guest_only() {
+    pods("cri-whole", |pods| {
+        let mut config = pods.config();
+        config["linux"]["resources"] = limits(1000, 256);
+        // What kubelet does: the pod's cgroup has the sum of the limits and the RuntimeClass' overhead.
+        let class = include_str!("../../../deploy/kubernetes/runtimeclass.yaml");
+        let overhead = class.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi")).unwrap();
+        let parent = Path::new("/sys/fs/cgroup").join(text(&config["linux"]["cgroup_parent"]).trim_start_matches('/'));
+        fs::create_dir_all(&parent).unwrap();
+        for above in [parent.parent().unwrap().parent().unwrap(), parent.parent().unwrap()] {
+            fs::write(above.join("cgroup.subtree_control"), "+memory").unwrap();
+        }
+        let allowed = (256 + overhead.parse::<u64>().unwrap()) * MIB;
+        fs::write(parent.join("memory.max"), allowed.to_string()).unwrap();
+        let pod = pods.run(config);
+        let other = container(&pod, 500, 128);
+        // Files too: what the host caches of them is the pod's.
+        let script = "dd if=/dev/zero of=/file bs=1M count=64; exec dd if=/dev/zero of=/dev/null bs=300M count=1";
+        let mut config = pod.sh(script);
+        config["linux"]["resources"] = limits(500, 128);
+        let greedy = pod.start(&config);
+        assert_eq!(greedy.wait(), (137, "OOMKilled".into()));
+        // The other one takes all that is its own meanwhile.
+        let full =
+            other.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=110M count=1; cat /file > /dev/null; true"]);
+        assert_eq!(full.code, 0, "{full:?}");
+        assert!(pod.is_ready());
+        assert_eq!(other.sh("echo alive"), "alive");
+        let events = read(&parent, "memory.events");
+        assert!(events.contains("oom_kill 0"), "{events}");
+        println!(
+            "peak {} of {} MiB, VMM {:?} KiB",
+            read(&parent, "memory.peak"),
+            allowed / MIB,
+            vm::memory(pod.pid()).unwrap()
+        );
+        pod.stop();
+        pod.remove();
+    });
+}

@@ -1,0 +1,259 @@
+//! virtio-mem (virtio 1.2, 5.15): memory the guest gets and gives back while it runs.
+//!
+//! The host names a size; the driver asks block by block, and gives back what it can free. A block that is not plugged
+//! is inaccessible: a guest that touches it all the same, by a processor or by a device's queue, ends itself.
+
+use std::io;
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
+
+use self::request::{Answer, Blocks, REQUEST_LEN, Request, State};
+use super::activation::{self, Opened};
+use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::queue::{Chain, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
+use crate::memory::hotplug::Hotplug;
+
+mod request;
+
+/// Linux has one request in flight.
+const QUEUE_SIZES: [u16; 1] = [8];
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: a driver that reads unplugged memory (an old kernel's dump) is not for us.
+const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
+/// The unit of plugging, in bytes: the least Linux can plug on x86-64.
+pub const BLOCK: u64 = 2 << 20;
+
+/// Told how many bytes are plugged once the guest has done what it was asked for, or is asked for something else.
+pub type Reached = Box<dyn FnOnce(u64) + Send>;
+
+/// The device.
+pub struct Mem {
+    wake: Wake,
+    range: Hotplug,
+    blocks: Blocks,
+    /// Bytes the guest is asked to have, and the part of the range it may plug them in.
+    requested: u64,
+    usable: u64,
+    waiting: Option<Reached>,
+    active: Option<Active>,
+}
+
+struct Active {
+    memory: Arc<GuestMemory>,
+    interrupt: Arc<dyn Interrupt>,
+    queue: Vq,
+}
+
+impl Mem {
+    /// A device with nothing plugged and nothing asked for.
+    ///
+    /// # Errors
+    /// The error of eventfd.
+    pub fn new(range: Hotplug) -> io::Result<Self> {
+        let blocks = Blocks::new(range.len() / BLOCK);
+        Ok(Self { wake: Wake::new()?, range, blocks, requested: 0, usable: 0, waiting: None, active: None })
+    }
+
+    /// The range, for KVM to know of it before [`Mem::request`].
+    pub fn range(&mut self) -> &mut Hotplug {
+        &mut self.range
+    }
+
+    /// How much of the range KVM has to know of before so many bytes are asked for.
+    pub fn extent(&self, bytes: u64) -> u64 {
+        self.range.extent(bytes.saturating_add(BLOCK))
+    }
+
+    /// Asks the guest to have so many bytes plugged, rounded up to whole blocks; `reached` learns when it has.
+    ///
+    /// # Errors
+    /// The error of interrupting the guest.
+    pub fn request(&mut self, bytes: u64, reached: Reached) -> io::Result<()> {
+        self.requested = bytes.min(self.range.len()).next_multiple_of(BLOCK);
+        // What may be used does not shrink: there may be blocks up to its end.
+        self.usable = self.usable.max(self.range.extent(self.requested));
+        let plugged = self.plugged();
+        if let Some(before) = self.waiting.replace(reached) {
+            before(plugged);
+        }
+        self.tell_if_reached();
+        match &self.active {
+            Some(active) => active.interrupt.config(),
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes plugged.
+    pub fn plugged(&self) -> u64 {
+        self.blocks.plugged() * BLOCK
+    }
+
+    fn tell_if_reached(&mut self) {
+        if self.plugged() == self.requested
+            && let Some(reached) = self.waiting.take()
+        {
+            reached(self.requested);
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), QueueFault> {
+        let Some(mut active) = self.active.take() else { return Ok(()) };
+        let result = self.serve_queue(&mut active);
+        self.active = Some(active);
+        self.tell_if_reached();
+        result
+    }
+
+    fn serve_queue(&mut self, active: &mut Active) -> Result<(), QueueFault> {
+        let memory = Arc::clone(&active.memory);
+        let mut more = true;
+        for _ in 0..active.queue.size() {
+            if let Some(chain) = active.queue.pop(&memory)? {
+                let written = self.answer(&chain);
+                active.queue.push(&memory, chain.head, written)?;
+            } else if !active.queue.listen(&memory)? {
+                more = false;
+                break;
+            }
+        }
+        if more {
+            self.wake.wake();
+        }
+        active.queue.flush(&memory, &*active.interrupt)
+    }
+
+    /// Carries out the request of one chain; returns how many bytes the answer has.
+    fn answer(&mut self, chain: &Chain<'_>) -> u32 {
+        let request = chain.readable.clone().take::<REQUEST_LEN>().ok().and_then(|bytes| Request::parse(&bytes));
+        let answer = match request {
+            Some(request) => self.carry_out(request),
+            None => Answer::Error,
+        };
+        if answer == Answer::Error {
+            guest_fault(0, &"virtio-mem request that cannot be");
+        }
+        let bytes = answer.encode();
+        if chain.writable.len() < bytes.len() {
+            return 0;
+        }
+        chain.writable.copy_from(&bytes) as u32
+    }
+
+    fn carry_out(&mut self, request: Request) -> Answer {
+        let find = |address, count| Blocks::find(address, count, self.range.start(), self.usable);
+        match request {
+            Request::Plug { address, count } => match find(address, count) {
+                Some(range) if self.blocks.state(range.clone()) == State::Unplugged => {
+                    let bytes = (range.end - range.start) * BLOCK;
+                    if self.plugged() + bytes > self.requested {
+                        return Answer::Nack;
+                    }
+                    match self.range.open(range.start * BLOCK, bytes) {
+                        Ok(()) => {
+                            self.blocks.set(range, true);
+                            Answer::Ack
+                        }
+                        Err(error) => {
+                            log::warn!("virtio-mem: cannot plug {bytes} bytes: {error}");
+                            Answer::Busy
+                        }
+                    }
+                }
+                _ => Answer::Error,
+            },
+            Request::Unplug { address, count } => match find(address, count) {
+                Some(range) if self.blocks.state(range.clone()) == State::Plugged => self.unplug(range),
+                _ => Answer::Error,
+            },
+            Request::UnplugAll => match self.unplug(0..self.usable / BLOCK) {
+                Answer::Ack => {
+                    // Section 5.15.6.2: with nothing plugged, what may be used can shrink.
+                    self.usable = self.range.extent(self.requested);
+                    Answer::Ack
+                }
+                other => other,
+            },
+            Request::State { address, count } => match find(address, count) {
+                Some(range) => Answer::State(self.blocks.state(range)),
+                None => Answer::Error,
+            },
+        }
+    }
+
+    fn unplug(&mut self, range: std::ops::Range<u64>) -> Answer {
+        match self.range.close(range.start * BLOCK, (range.end - range.start) * BLOCK) {
+            Ok(()) => {
+                self.blocks.set(range, false);
+                Answer::Ack
+            }
+            Err(error) => {
+                log::warn!("virtio-mem: cannot unplug: {error}");
+                Answer::Busy
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for Mem {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.wake.init(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if events.data() == WAKE {
+            self.wake.serve(ops);
+            if let Some(active) = &mut self.active {
+                Wake::register(ops, &mut active.queue);
+            }
+        } else if let Some(active) = &self.active {
+            active.queue.notified();
+        }
+        if let Err(fault) = self.serve() {
+            let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
+            activation::stop(self, "virtio-mem", &fault, interrupt);
+        }
+    }
+}
+
+impl VirtioDevice for Mem {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_MEM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        F_UNPLUGGED_INACCESSIBLE | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
+    }
+
+    /// `struct virtio_mem_config` (5.15.4): block size, node and padding, start, length, usable, plugged, requested.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let words = [BLOCK, 0, self.range.start(), self.range.len(), self.usable, self.plugged(), self.requested];
+        let config: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Opened { memory, interrupt, queues: [queue], .. } = activation::open(activation)?;
+        self.active = Some(Active { memory, interrupt, queue });
+        self.wake.wake();
+        Ok(())
+    }
+
+    /// What is plugged stays: the guest may be using it (5.15.6.2).
+    fn reset(&mut self) {
+        if let Some(active) = self.active.take() {
+            self.wake.retire(active.queue);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
