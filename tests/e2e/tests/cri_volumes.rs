@@ -109,3 +109,37 @@ fn volumes_are_shared_between_containers_and_with_the_node() {
         assert!(seen.is_some(), "{text:?}");
     });
 }
+
+/// What overlayfs needs of the file system its upper directory is on: whiteouts, `trusted.` attributes, renames.
+const OVERLAY: &str = "
+    cd /data && mkdir lower upper work merged lower/dir && echo 1 > lower/gone && echo 2 > lower/dir/kept
+    mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
+    cd merged && rm gone && mv dir moved 2>&1 | head -n 1; rm -rf dir && mkdir dir && echo new > dir/new
+    ls; ls dir; cd .. && umount merged
+    stat -c '%F %t:%T' upper/gone
+    mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
+    ls merged merged/dir
+    umount merged && rm -rf /data/*";
+
+#[test]
+fn overlay_mounts_have_their_upper_directory_on_an_empty_dir() {
+    pods("cri-overlay", |pods| {
+        // On the node's disk, as the kubelet's are.
+        let dir = Path::new("/var/lib/kubelet/pods/uid-cri-overlay");
+        let volume = dir.join("volumes/kubernetes.io~empty-dir/data");
+        fs::create_dir_all(&volume).unwrap();
+        let mut config = pods.config();
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        let pod = pods.run(config);
+        let mut config = pod.sh("sleep 100000");
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+        let container = pod.start(&config);
+        let seen = container.exec(&["sh", "-c", OVERLAY]);
+        let log = container.exec(&["sh", "-c", "dmesg | tail -n 5"]);
+        pod.stop();
+        fs::remove_dir_all(dir).unwrap();
+        let expected = "dir\nmoved\nnew\ncharacter special file 0:0\nmerged:\ndir\nmoved\n\nmerged/dir:\nnew\n";
+        assert_eq!(seen.out, expected, "{}\n{}", seen.err, log.out);
+    });
+}
