@@ -29,10 +29,10 @@ pub const DOCKER: Builder = Builder {
     env: &["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
 };
 
-/// Debian's `buildah`, and a user `build` with user ids of its own to give to what it builds.
+/// Debian's `buildah` with `netavark`, which is only recommended and which it does not start without, and a user `build` with user ids of its own to give to what it builds.
 pub const BUILDAH: Builder = Builder {
     reference: super::BUILDAH,
-    packages: "buildah,uidmap,libcap2-bin,busybox-static",
+    packages: "buildah,netavark,uidmap,libcap2-bin,busybox-static",
     hooks: &[
         "echo build:x:1000:1000::/home/build:/bin/sh >> \"$1/etc/passwd\"",
         "echo build:x:1000: >> \"$1/etc/group\"",
