@@ -34,8 +34,8 @@ enum Command {
     },
     /// Shows where the time of a pod's start went.
     Trace {
-        /// A sandbox that is running, by its id or the beginning of it, or a file of timelines; without it, the newest
-        /// of the file that the configuration's `timeline_log` names.
+        /// A pod that is running, by its name, `namespace/name`, or its sandbox's id or the beginning of it; or a file
+        /// of timelines. Without it, the newest of the file that the configuration's `timeline_log` names.
         what: Option<String>,
     },
 }

@@ -2,6 +2,7 @@
 
 use husk_config::{
     Config, ConfigError,
+    sandbox::Sandbox,
     timeline::{Step, Timeline},
 };
 use std::{
@@ -39,11 +40,11 @@ pub enum TraceError {
         #[source]
         source: serde_json::Error,
     },
-    /// No sandbox has such an id.
-    #[error("no sandbox {0:?} is running on this node")]
+    /// No sandbox has such an id, and no pod such a name.
+    #[error("no pod or sandbox {0:?} is running on this node; `husk ps` lists them")]
     NoSandbox(String),
-    /// Several sandboxes' ids begin so.
-    #[error("several sandboxes' ids begin with {0:?}")]
+    /// Several sandboxes' ids begin so, or several pods are called so.
+    #[error("{0:?} is several sandboxes; `husk ps` lists them")]
     Ambiguous(String),
     /// There is nothing to show.
     #[error("no timeline is kept: name a running sandbox, or set timeline_log in the configuration")]
@@ -53,8 +54,8 @@ pub enum TraceError {
 /// The text to print.
 pub fn main(config: &Path, what: Option<&str>) -> Result<String, TraceError> {
     let path = match what {
-        Some(what) if what.contains('/') => PathBuf::from(what),
-        Some(id) => find(Path::new(STATE), id)?,
+        Some(what) if Path::new(what).is_file() => PathBuf::from(what),
+        Some(what) => find(Path::new(STATE), what)?,
         None => Some(Config::load(config)?.timeline_log)
             .filter(|path| !path.as_os_str().is_empty())
             .ok_or(TraceError::Nothing)?,
@@ -64,23 +65,29 @@ pub fn main(config: &Path, what: Option<&str>) -> Result<String, TraceError> {
     Ok(waterfall(timelines.last().ok_or(TraceError::Nothing)?))
 }
 
-/// The timeline of the one sandbox whose id begins with `id`, or is it.
-fn find(state: &Path, id: &str) -> Result<PathBuf, TraceError> {
+/// The timeline of the one sandbox that is meant: by its id, the beginning of it, or its pod's name with or without the
+/// pod's namespace.
+fn find(state: &Path, what: &str) -> Result<PathBuf, TraceError> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let sandboxes: Vec<PathBuf> = entries(state).flat_map(|namespace| entries(&namespace)).collect();
-    let named = |test: &dyn Fn(&str) -> bool| -> Vec<&PathBuf> {
-        let name = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).is_some_and(test);
-        sandboxes.iter().filter(|path| name(path)).collect()
+    let with = |test: &dyn Fn(&Path) -> bool| -> Vec<&PathBuf> { sandboxes.iter().filter(|path| test(path)).collect() };
+    let id = |path: &Path| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let is_pod = |path: &Path| {
+        let pod = pod(path);
+        pod == what || pod.split_once('/').is_some_and(|(_, name)| name == what)
     };
-    let mut found = named(&|name| name == id);
-    if found.is_empty() {
-        found = named(&|name| name.starts_with(id));
+    let found = [with(&|path| id(path) == what), with(&is_pod), with(&|path| id(path).starts_with(what))];
+    match found.into_iter().find(|found| !found.is_empty()).as_deref() {
+        Some([sandbox]) => Ok(sandbox.join("timeline.json")),
+        None => Err(TraceError::NoSandbox(what.into())),
+        Some(_) => Err(TraceError::Ambiguous(what.into())),
     }
-    match found.as_slice() {
-        [sandbox] => Ok(sandbox.join("timeline.json")),
-        [] => Err(TraceError::NoSandbox(id.into())),
-        _ => Err(TraceError::Ambiguous(id.into())),
-    }
+}
+
+/// The pod of a sandbox, as `namespace/name`; empty where there is none.
+fn pod(sandbox: &Path) -> String {
+    let note = fs::read(sandbox.join("sandbox.json")).ok();
+    note.and_then(|text| serde_json::from_slice::<Sandbox>(&text).ok()).map(|sandbox| sandbox.pod).unwrap_or_default()
 }
 
 /// Each step with its time since the first, since the one before, and a bar for the latter.
@@ -132,14 +139,25 @@ mod tests {
     }
 
     #[test]
-    fn sandboxes_are_found_by_the_beginning_of_their_ids() {
+    fn sandboxes_are_found_by_their_ids_and_their_pods_names() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["default/ab", "default/abc", "k8s.io/xyz"] {
-            fs::create_dir_all(dir.path().join(name)).unwrap();
+        let state = dir.path();
+        for (name, pod) in
+            [("default/ab", ""), ("default/abc", ""), ("k8s.io/xyz", "one/web"), ("k8s.io/uvw", "two/web")]
+        {
+            let dir = state.join(name);
+            fs::create_dir_all(&dir).unwrap();
+            let (namespace, id) = name.split_once('/').unwrap();
+            let (namespace, id, pod) = (namespace.into(), id.into(), pod.into());
+            let (vcpus, memory_mib, started, vmm_pid, shim_pid) = (1, 128, 0, 1, 1);
+            let note = Sandbox { id, namespace, pod, vcpus, memory_mib, started, vmm_pid, shim_pid };
+            fs::write(dir.join("sandbox.json"), serde_json::to_vec(&note).unwrap()).unwrap();
         }
-        let find = |id| find(dir.path(), id);
+        let find = |what| find(state, what);
         assert_eq!(find("x").unwrap(), dir.path().join("k8s.io/xyz/timeline.json"));
         assert_eq!(find("ab").unwrap(), dir.path().join("default/ab/timeline.json"));
+        assert_eq!(find("two/web").unwrap(), dir.path().join("k8s.io/uvw/timeline.json"));
+        assert!(matches!(find("web"), Err(TraceError::Ambiguous(_))));
         assert!(matches!(find("a"), Err(TraceError::Ambiguous(_))));
         assert!(matches!(find("q"), Err(TraceError::NoSandbox(_))));
     }

@@ -2,7 +2,7 @@
 
 use crate::build::Profile;
 use crate::node::{Add, Line, Machine, Run};
-use crate::{bench, demo, dist, image, kernel, node, setup, test};
+use crate::{bench, conformance, demo, dist, image, kernel, node, setup, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -37,6 +37,8 @@ enum Task {
     Demo(demo::Options),
     /// Run all checks and tests.
     Test(test::Options),
+    /// Try what the CRI promises with runc and with Husk, and write docs/conformance.md.
+    Conformance,
     /// Measure.
     Bench {
         #[command(subcommand)]
@@ -127,6 +129,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Task::Demo(options) => return demo::demo(&options),
         Task::Test(options) => return test::test(&options),
+        Task::Conformance => return conformance::conformance(),
         Task::Bench { command } => return bench::bench(&command),
     }
     Ok(0)

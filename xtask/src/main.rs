@@ -5,6 +5,7 @@ mod build;
 mod cache;
 mod cli;
 mod cmd;
+mod conformance;
 mod cpio;
 mod demo;
 mod dist;

@@ -45,7 +45,7 @@ impl Mirrors {
         Self { root, rounds: Mutex::default() }
     }
 
-    /// Applies one message.
+    /// Applies one message; blocks.
     ///
     /// # Errors
     /// The path and what the kernel says; what was applied until then stays.

@@ -22,13 +22,13 @@ use crate::task::error::Fault;
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: Hub,
-    mirrors: Mirrors,
+    mirrors: Arc<Mirrors>,
 }
 
 impl SandboxService {
     /// A service for `sandbox`, with the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
-        Self { sandbox, hub, mirrors: Mirrors::default() }
+        Self { sandbox, hub, mirrors: Arc::default() }
     }
 }
 
@@ -100,7 +100,11 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {
-        self.mirrors.apply(&request).map_err(|error| failed("mirrored volume", &error))?;
+        let mirrors = Arc::clone(&self.mirrors);
+        let applied = tokio::task::spawn_blocking(move || mirrors.apply(&request)).await;
+        applied
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|error| failed("mirrored volume", &error))?;
         Ok(MirrorResponse::new())
     }
 

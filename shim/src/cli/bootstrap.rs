@@ -106,9 +106,7 @@ impl Params {
             form: if version_3 { Form::Json } else { Form::Plain },
         }
     }
-}
 
-impl Params {
     /// Chooses the reply's form by where the bundle is.
     pub fn with_bundle(mut self, bundle: &Path) -> Self {
         if self.form == Form::Plain && is_controllers(bundle) {

@@ -10,6 +10,7 @@ mod watch;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use husk_proto::agent::{MirrorEntry, MirrorRequest};
 use tokio::sync::mpsc;
@@ -25,6 +26,8 @@ const KINDS: [&str; 4] =
 
 /// How often a volume may change while it is looked at: the kubelet does it about once a minute.
 const ATTEMPTS: u32 = 10;
+/// After which a copy that the guest refused, for want of memory perhaps, is tried again.
+const AGAIN: Duration = Duration::from_secs(10);
 
 /// A volume that is mirrored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,7 +81,7 @@ pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Resu
     let mut following = JoinSet::new();
     for mirror in mirrors {
         // First the watch, then the look: what changes in between is seen twice rather than not at all.
-        let watch = Watch::new(&mirror.source);
+        let watch = Watch::new(&mirror.source).await;
         copy(agent, container, &mirror).await?;
         match watch {
             Ok(watch) => drop(following.spawn(follow(agent.clone(), container.to_owned(), mirror, watch))),
@@ -91,22 +94,31 @@ pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Resu
     Ok(following)
 }
 
-/// Copies a volume whenever it changes, until it or the guest is gone.
+/// Copies a volume whenever it changes, until it is gone or the task is ended, as it is with its container.
 async fn follow(agent: Agent, container: String, mirror: Mirror, mut watch: Watch) {
-    while watch.changed().await.is_ok() {
-        if let Err(error) = watch.renew(&mirror.source) {
+    let mut behind = false;
+    loop {
+        tokio::select! {
+            changed = watch.changed() => if let Err(error) = changed {
+                tracing::warn!(container, volume = %mirror.source.display(), %error, "volume is no longer followed");
+                return;
+            },
+            () = tokio::time::sleep(AGAIN), if behind => {}
+        }
+        if let Err(error) = watch.renew(&mirror.source).await {
             tracing::debug!(container, volume = %mirror.source.display(), %error, "volume is gone");
             return;
         }
-        match copy(&agent, &container, &mirror).await {
+        let copied = copy(&agent, &container, &mirror).await;
+        behind = copied.is_err();
+        match copied {
             Ok(()) => tracing::debug!(container, volume = %mirror.source.display(), "volume's changes copied"),
-            // A directory that was replaced while it was read changes again in a moment.
+            // What was replaced while it was read is looked at again.
             Err(error @ MirrorError::Read { .. }) => {
                 tracing::debug!(container, error = crate::chain(&error), "volume changed while it was read");
             }
             Err(error) => {
-                tracing::warn!(container, error = crate::chain(&error), "volume's changes not copied");
-                return;
+                tracing::warn!(container, error = crate::chain(&error), "volume's changes not copied yet");
             }
         }
     }

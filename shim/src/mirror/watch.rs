@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -24,7 +25,7 @@ const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
 
 /// A directory that is watched.
 pub struct Watch {
-    inotify: Inotify,
+    inotify: Arc<Inotify>,
     /// A second descriptor of the same, for the executor.
     events: AsyncFd<File>,
 }
@@ -34,13 +35,13 @@ impl Watch {
     ///
     /// # Errors
     /// When it cannot be read or the host allows no more watches.
-    pub fn new(path: &Path) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    pub async fn new(path: &Path) -> io::Result<Self> {
+        let inotify = Arc::new(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?);
         let events = File::from(inotify.as_fd().try_clone_to_owned()?);
         // SAFETY: a File stays the same open descriptor until it is dropped, which deregisters it first.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE)? };
         let watch = Self { inotify, events };
-        watch.add(path)?;
+        watch.renew(path).await?;
         Ok(watch)
     }
 
@@ -48,23 +49,9 @@ impl Watch {
     ///
     /// # Errors
     /// As [`Watch::new`].
-    pub fn renew(&self, path: &Path) -> io::Result<()> {
-        self.add(path)
-    }
-
-    fn add(&self, path: &Path) -> io::Result<()> {
-        self.inotify.add_watch(path, CHANGES)?;
-        for entry in fs::read_dir(path)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                match self.add(&entry.path()) {
-                    // It went away meanwhile, which is a change that will be told.
-                    Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
-                    result => result?,
-                }
-            }
-        }
-        Ok(())
+    pub async fn renew(&self, path: &Path) -> io::Result<()> {
+        let (inotify, path) = (Arc::clone(&self.inotify), path.to_owned());
+        tokio::task::spawn_blocking(move || add(&inotify, &path)).await.map_err(io::Error::other)?
     }
 
     /// Waits for a change, and takes all that are there.
@@ -85,6 +72,22 @@ impl Watch {
     }
 }
 
+/// Watches a directory and all below it; blocks.
+fn add(inotify: &Inotify, path: &Path) -> io::Result<()> {
+    inotify.add_watch(path, CHANGES)?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            match add(inotify, &entry.path()) {
+                // It went away meanwhile, which is a change that will be told.
+                Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
+                result => result?,
+            }
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,10 +95,10 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn changes_are_told_also_in_new_directories() {
         let dir = tempfile::tempdir().unwrap();
-        let mut watch = Watch::new(dir.path()).unwrap();
+        let mut watch = Watch::new(dir.path()).await.unwrap();
         fs::create_dir(dir.path().join("new")).unwrap();
         watch.changed().await.unwrap();
-        watch.renew(dir.path()).unwrap();
+        watch.renew(dir.path()).await.unwrap();
         fs::write(dir.path().join("new/file"), "x").unwrap();
         watch.changed().await.unwrap();
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use husk_netlink::{Message, Netlink, attributes, link_header};
+use husk_netlink::{Message, Netlink, attributes, number};
 use husk_proto::agent::{Interface, Neighbour, Route};
 
 /// `RTAX_MTU` and `RTNH_F_ONLINK` of linux/rtnetlink.h.
@@ -26,34 +26,16 @@ pub struct Link {
 
 /// The interfaces the guest gets: loopback, tunnels' fallback devices and what is down are none.
 pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
-    let mut links = Vec::new();
-    let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &link_header(0, 0, 0));
-    netlink.dump(request, |kind, body| {
-        if kind == libc::RTM_NEWLINK {
-            links.extend(parse_link(body));
-        }
-    })?;
-    Ok(links)
+    Ok(husk_netlink::links(netlink)?.into_iter().filter_map(usable).collect())
 }
 
-fn parse_link(body: &[u8]) -> Option<Link> {
-    let kind = u16::from_ne_bytes(body.get(2..4)?.try_into().ok()?);
-    let index = i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?);
-    let flags = u32::from_ne_bytes(body.get(8..12)?.try_into().ok()?);
+fn usable(link: husk_netlink::Link) -> Option<Link> {
     let (up, loopback) = (libc::IFF_UP as u32, libc::IFF_LOOPBACK as u32);
-    if kind != libc::ARPHRD_ETHER || flags & up == 0 || flags & loopback != 0 {
+    if link.hardware != libc::ARPHRD_ETHER || link.flags & up == 0 || link.flags & loopback != 0 {
         return None;
     }
-    let (mut name, mut mac, mut mtu) = (String::new(), None, 1500);
-    for (kind, value) in attributes(body.get(16..)?) {
-        match kind {
-            libc::IFLA_IFNAME => name = String::from_utf8_lossy(value).trim_end_matches('\0').to_owned(),
-            libc::IFLA_ADDRESS => mac = value.try_into().ok(),
-            libc::IFLA_MTU => mtu = u16::try_from(number(value)?).unwrap_or(u16::MAX),
-            _ => {}
-        }
-    }
-    Some(Link { index, name, mac: mac?, mtu })
+    let mtu = u16::try_from(link.mtu).unwrap_or(u16::MAX);
+    Some(Link { index: link.index, name: link.name, mac: link.mac.try_into().ok()?, mtu })
 }
 
 /// The interfaces with their addresses, but those of IPv6 that every interface makes for itself.
@@ -179,10 +161,6 @@ fn parse_neighbour(body: &[u8], links: &[Link]) -> Option<Neighbour> {
     Some(Neighbour { address: address?.to_string(), mac: print_mac(&mac?), interface, ..Default::default() })
 }
 
-fn number(value: &[u8]) -> Option<u32> {
-    value.first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes))
-}
-
 fn ip(family: u8, value: &[u8]) -> Option<IpAddr> {
     match i32::from(family) {
         libc::AF_INET => Some(Ipv4Addr::from(*value.first_chunk::<4>()?).into()),
@@ -212,17 +190,9 @@ mod tests {
 
     #[test]
     fn only_ethernet_that_is_up() {
-        let link = |kind: u16, flags: i32| {
-            let mut body = link_header(2, flags as u32, 0).to_vec();
-            body[2..4].copy_from_slice(&kind.to_ne_bytes());
-            let mtu = 1450u32.to_ne_bytes();
-            let list = [
-                (libc::IFLA_IFNAME, &b"eth0\0"[..]),
-                (libc::IFLA_ADDRESS, &[2, 0, 0, 0, 0, 10]),
-                (libc::IFLA_MTU, &mtu),
-            ];
-            body.extend(nest(&list));
-            parse_link(&body)
+        let link = |hardware, flags: i32| {
+            let (name, mac) = ("eth0".to_owned(), vec![2, 0, 0, 0, 0, 10]);
+            usable(husk_netlink::Link { index: 2, hardware, flags: flags as u32, name, mac, mtu: 1450 })
         };
         assert_eq!(link(libc::ARPHRD_ETHER, libc::IFF_UP), Some(eth0()));
         assert_eq!(link(libc::ARPHRD_ETHER, 0), None);
@@ -279,7 +249,6 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_never_panic(bytes: Vec<u8>) {
-            parse_link(&bytes);
             parse_address(&bytes);
             parse_route(&bytes, &HashMap::from([(2, "eth0")]));
             parse_neighbour(&bytes, &[eth0()]);

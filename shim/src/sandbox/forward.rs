@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use husk_proto::{forward, ports};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -14,6 +15,8 @@ use crate::network::Steer;
 
 /// Connections at once; more wait in the listener's backlog.
 const MOST: usize = 512;
+/// Most that a connection within the guest takes.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why a connection was not carried.
 #[derive(Debug, thiserror::Error)]
@@ -30,12 +33,15 @@ enum ForwardError {
         #[source]
         source: std::io::Error,
     },
+    /// The guest did not answer.
+    #[error("no answer from the guest within {PATIENCE:?}")]
+    Silent,
     /// A stream broke.
     #[error("carrying data")]
     Stream(#[from] std::io::Error),
 }
 
-/// Accepts until the returned handle is dropped or the virtual machine ends.
+/// Accepts until the virtual machine ends, each listener in a task of its own.
 pub fn serve(steer: Steer, vmm: &Vmm) {
     let slots = Arc::new(Semaphore::new(MOST));
     let Steer { listeners, link } = steer;
@@ -84,18 +90,22 @@ async fn carry(mut client: TcpStream, vmm: &Vmm) -> Result<(), ForwardError> {
     let address = client.local_addr()?;
     // A reset, not an orderly end, is what a client is to see of a server that is not there.
     reset_at_close(&client, true)?;
+    let mut guest = tokio::time::timeout(PATIENCE, dial(address, vmm)).await.map_err(|_| ForwardError::Silent)??;
+    reset_at_close(&client, false)?;
+    tokio::io::copy_bidirectional(&mut client, &mut guest).await?;
+    Ok(())
+}
+
+/// A stream to whoever listens at `address` in the guest.
+async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError> {
     let guest = vmm.connect(ports::FORWARD).await.map_err(ForwardError::Guest)?;
     guest.set_nonblocking(true)?;
     let mut guest = UnixStream::from_std(guest)?;
     guest.write_all(&forward::encode(address)).await?;
-    let code = guest.read_u8().await?;
-    if code != 0 {
-        let source = std::io::Error::from_raw_os_error(code.into());
-        return Err(ForwardError::Refused { address, source });
+    match guest.read_u8().await? {
+        0 => Ok(guest),
+        code => Err(ForwardError::Refused { address, source: std::io::Error::from_raw_os_error(code.into()) }),
     }
-    reset_at_close(&client, false)?;
-    tokio::io::copy_bidirectional(&mut client, &mut guest).await?;
-    Ok(())
 }
 
 /// SO_LINGER with no time, or none at all.

@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod case;
 pub mod command;
+pub mod conformance;
 pub mod cri;
 pub mod leftovers;
 pub mod node;

@@ -82,6 +82,10 @@ fn a_pod_is_sized_by_its_annotations_and_listed() {
         assert!(listed["used_kib"].as_u64().unwrap() > 10_000, "{listed}");
         let text = Command::new("husk").arg("ps").output().unwrap();
         assert!(String::from_utf8_lossy(&text.stdout).contains("running"));
+        let trace = Command::new("husk").args(["trace", listed["pod"].as_str().unwrap()]).output().unwrap();
+        let waterfall = String::from_utf8_lossy(&trace.stdout);
+        assert!(waterfall.starts_with(&format!("k8s.io/{}\n", pod.id)), "{waterfall}");
+        assert!(waterfall.contains("agent ready") && waterfall.contains('█'), "{waterfall}");
         // By the pod's own annotations, which the drop-in for containerd passes on.
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.vcpus": "2", "io.husk.memory_mib": "300" });

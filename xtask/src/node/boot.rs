@@ -7,12 +7,30 @@ use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 /// The descriptor QEMU has the control pipe on.
 const CONTROL: i32 = 3;
+
+/// The lines of the console that tell of a crash: the kernel's report is some sixty long, and one may follow another.
+const REPORT: usize = 160;
+
+/// The node itself ended, and not its script.
+#[derive(Debug)]
+pub struct Crashed {
+    status: ExitStatus,
+    console: String,
+}
+
+impl std::fmt::Display for Crashed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the node ended without the script's exit code ({}); its console:\n{}", self.status, self.console)
+    }
+}
+
+impl std::error::Error for Crashed {}
 
 /// What is booted.
 pub struct Boot<'a> {
@@ -81,7 +99,7 @@ fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
     Ok((child, reader))
 }
 
-/// Boots, runs the script, and returns its exit code.
+/// Boots, runs the script, and returns its exit code; [`Crashed`] is the error when there is none.
 pub fn run(boot: &Boot, limit: Duration) -> Result<u8> {
     let console = cmd::log_path("node-console")?;
     let log = console.to_string_lossy().replace(',', ",,");
@@ -112,9 +130,7 @@ pub fn run(boot: &Boot, limit: Duration) -> Result<u8> {
         None if begin.elapsed() >= limit => {
             bail!("the node was stopped: the script did not end within {} s", limit.as_secs())
         }
-        None => {
-            bail!("the node ended without the script's exit code ({status}); its console:\n{}", cmd::tail(&console, 30))
-        }
+        None => Err(Crashed { status, console: cmd::tail(&console, REPORT) }.into()),
     }
 }
 

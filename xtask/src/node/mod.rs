@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+pub use boot::Crashed;
 pub use containerd::Line;
 pub use rootfs::SUITE;
 

@@ -36,7 +36,8 @@ fn protocol() -> &'static FileDescriptor {
     PROTOCOL.get_or_init(|| {
         let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/cri.pb"));
         let set = FileDescriptorSet::parse_from_bytes(bytes).unwrap();
-        FileDescriptor::new_dynamic_fds(set.file, &[]).unwrap().remove(0)
+        let files = FileDescriptor::new_dynamic_fds(set.file, &[]).unwrap();
+        files.into_iter().find(|file| file.services().next().is_some()).unwrap()
     })
 }
 

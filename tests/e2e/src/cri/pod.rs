@@ -275,7 +275,7 @@ impl PodContainer {
             let status = self.status();
             (status["state"] == "CONTAINER_EXITED").then_some(status)
         });
-        let status = ended.unwrap_or_else(|| panic!("{} does not end: {}", self.id, self.status()));
+        let status = ended.unwrap_or_else(|| panic!("{} does not end: {}\n{}", self.id, self.status(), self.log()));
         (number(&status["exit_code"]), text(&status["reason"]))
     }
 

@@ -1,0 +1,164 @@
+//! Containers: their life, one by one and several in a pod.
+
+use std::fs;
+
+use husk_e2e::conformance::group;
+use husk_e2e::cri::{call, number, pods, try_call};
+use serde_json::json;
+
+use super::{once, sleeper};
+
+#[test]
+fn container() {
+    pods("conf-container", |pods| {
+        let pod = pods.pod();
+        group("Container", |group| {
+            group.has("create, start, stop, remove, with the state told at each step", || {
+                let container = pod.create(&pod.sh("trap 'exit 0' TERM; sleep 100000 & wait"));
+                assert_eq!(container.status()["state"], "CONTAINER_CREATED");
+                container.start();
+                assert_eq!(container.status()["state"], "CONTAINER_RUNNING");
+                container.stop(10);
+                let status = container.status();
+                assert_eq!((&status["state"], &status["reason"]), (&json!("CONTAINER_EXITED"), &json!("Completed")));
+                assert!(number(&status["started_at"]) <= number(&status["finished_at"]), "{status}");
+                container.remove();
+                assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
+            });
+            group.has("exit code and reason of one that fails", || {
+                let container = pod.start(&pod.sh("exit 42"));
+                assert_eq!(container.wait(), (42, "Error".into()));
+                container.remove();
+            });
+            group.has("SIGTERM first, SIGKILL after the time given", || {
+                let container = pod.start(&pod.sh("trap 'echo asked' TERM; echo up; while :; do sleep 0.1; done"));
+                container.wait_for("up");
+                container.stop(2);
+                assert_eq!(container.wait().0, 137);
+                assert!(container.log().contains("asked"));
+                container.remove();
+            });
+            group.has("removing one that runs ends it", || {
+                let container = sleeper(&pod, |_| {});
+                container.remove();
+                assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
+            });
+            group.has("removing one that is gone succeeds", || {
+                let container = pod.create(&pod.sh("true"));
+                container.remove();
+                container.remove();
+            });
+            group.has("stopping one twice succeeds", || {
+                let container = sleeper(&pod, |_| {});
+                container.stop(0);
+                container.stop(0);
+                container.remove();
+            });
+            group.has("starting one twice is an error", || {
+                let container = sleeper(&pod, |_| {});
+                assert!(try_call("StartContainer", &json!({ "container_id": container.id })).is_err());
+                container.remove();
+            });
+            group.has("a command that does not exist is told of at the start", || {
+                let mut config = pod.sh("");
+                config["command"] = json!(["/no/such/program"]);
+                let container = pod.create(&config);
+                let error = try_call("StartContainer", &json!({ "container_id": container.id })).unwrap_err();
+                assert!(error.message.contains("/no/such/program"), "{error}");
+                assert_eq!(number(&container.status()["exit_code"]), 128);
+                container.remove();
+            });
+            group.has("command, arguments, environment, working directory", || {
+                let text = once(&pod, "", |config| {
+                    config["command"] = json!(["sh", "-c"]);
+                    config["args"] = json!(["echo $WORD in $PWD $0", "argument"]);
+                    config["envs"] = json!([{ "key": "WORD", "value": "value" }]);
+                    config["working_dir"] = json!("/srv");
+                });
+                assert_eq!(text, "value in /srv argument");
+            });
+            group.has("labels, annotations, mounts and image in the status", || {
+                let container = sleeper(&pod, |config| {
+                    config["labels"] = json!({ "a": "label" });
+                    config["annotations"] = json!({ "an": "annotation" });
+                    config["mounts"] =
+                        json!([{ "host_path": pods.dir().to_string_lossy(), "container_path": "/m", "readonly": true }]);
+                });
+                let status = container.status();
+                assert_eq!((&status["labels"]["a"], &status["annotations"]["an"]), (&json!("label"), &json!("annotation")));
+                assert_eq!(status["mounts"][0]["container_path"], "/m");
+                assert!(status["image"]["image"].as_str().unwrap().contains("busybox"), "{status}");
+                container.remove();
+            });
+            group.has("listed by pod, by state and by label", || {
+                let container = sleeper(&pod, |config| config["labels"] = json!({ "find": "me" }));
+                let state = json!({ "state": "CONTAINER_RUNNING" });
+                for filter in [
+                    json!({ "pod_sandbox_id": pod.id, "state": state }),
+                    json!({ "label_selector": { "find": "me" } }),
+                    json!({ "id": container.id }),
+                ] {
+                    let list = call("ListContainers", &json!({ "filter": filter }));
+                    let ids: Vec<_> =
+                        list["containers"].as_array().unwrap().iter().map(|one| one["id"].clone()).collect();
+                    assert_eq!(ids, [json!(container.id)], "{filter}");
+                }
+                container.remove();
+            });
+            group.has("each new one begins with the image's own files", || {
+                assert_eq!(once(&pod, "echo mark > /srv/mark; ls /srv", |_| {}), "mark");
+                assert_eq!(once(&pod, "ls /srv", |_| {}), "");
+            });
+            group.has("a termination message", || {
+                let message = pods.dir().join("message");
+                fs::write(&message, "").unwrap();
+                once(&pod, "echo why > /dev/termination-log", |config| {
+                    config["mounts"] =
+                        json!([{ "host_path": message.to_string_lossy(), "container_path": "/dev/termination-log" }]);
+                });
+                assert_eq!(fs::read_to_string(&message).unwrap(), "why\n");
+            });
+        });
+    });
+}
+
+#[test]
+fn several_containers() {
+    pods("conf-several", |pods| {
+        let pod = pods.pod();
+        group("Several containers of a pod", |group| {
+            group.has("one reaches the other by localhost", || {
+                let server = sleeper(&pod, |config| {
+                    config["command"] = json!(["sh", "-c", "nc -ll -p 8080 -e echo served & echo up; wait"]);
+                });
+                server.wait_for("up");
+                let client = sleeper(&pod, |_| {});
+                client.sh("until netstat -ltn | grep -q :8080; do sleep 0.1; done");
+                assert_eq!(client.sh("nc 127.0.0.1 8080 < /dev/null"), "served");
+                server.remove();
+                client.remove();
+            });
+            group.has("each has a log of its own", || {
+                let (a, b) = (pod.start(&pod.sh("echo of a")), pod.start(&pod.sh("echo of b")));
+                a.wait();
+                b.wait();
+                assert!(a.log().ends_with("of a\n") && b.log().ends_with("of b\n"));
+                a.remove();
+                b.remove();
+            });
+            group.has("System V and POSIX shared memory is the pod's", || {
+                let (a, b) = (sleeper(&pod, |_| {}), sleeper(&pod, |_| {}));
+                a.sh("echo shared > /dev/shm/file");
+                assert_eq!(b.sh("cat /dev/shm/file"), "shared");
+                assert_eq!(a.sh("readlink /proc/self/ns/ipc"), b.sh("readlink /proc/self/ns/ipc"));
+                a.remove();
+                b.remove();
+            });
+            group.has("the last one ends and the pod stays, for the next", || {
+                once(&pod, "true", |_| {});
+                assert!(pod.is_ready());
+                assert_eq!(once(&pod, "echo next", |_| {}), "next");
+            });
+        });
+    });
+}

@@ -1,0 +1,167 @@
+//! Mounts and volumes.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use husk_e2e::BUSYBOX;
+use husk_e2e::conformance::group;
+use husk_e2e::cri::{pods, refused};
+use serde_json::{Value, json};
+
+use super::{context, once, sleeper};
+
+/// A mount of the node's `from` at `/volume`, with more said of it.
+fn mount(from: &Path, more: &Value) -> impl FnOnce(&mut Value) {
+    let mut mount = json!({ "host_path": from.to_string_lossy(), "container_path": "/volume" });
+    mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    move |config| config["mounts"] = json!([mount])
+}
+
+/// Runs a command on the node.
+#[track_caller]
+fn node(command: &[&str]) {
+    let status = Command::new(command[0]).args(&command[1..]).status().unwrap();
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+#[test]
+fn mounts() {
+    pods("conf-mounts", |pods| {
+        let pod = pods.pod();
+        let dir = pods.dir().join("volume");
+        fs::create_dir_all(dir.join("sub")).unwrap();
+        fs::write(dir.join("file"), "of the node\n").unwrap();
+        let plain = json!({});
+        group("Mounts", |group| {
+            group.has("a directory, seen and written to from both sides", || {
+                assert_eq!(once(&pod, "cat /volume/file; echo back > /volume/new", mount(&dir, &plain)), "of the node");
+                assert_eq!(fs::read_to_string(dir.join("new")).unwrap(), "back\n");
+            });
+            group.has("a file", || {
+                assert_eq!(once(&pod, "cat /volume", mount(&dir.join("file"), &plain)), "of the node");
+            });
+            group.has("the target of a symbolic link", || {
+                symlink(&dir, pods.dir().join("link")).unwrap();
+                assert_eq!(once(&pod, "cat /volume/file", mount(&pods.dir().join("link"), &plain)), "of the node");
+            });
+            group.has("a directory that is not there yet is made", || {
+                let missing = pods.dir().join("not/there");
+                once(&pod, "echo made > /volume/file", mount(&missing, &plain));
+                assert_eq!(fs::read_to_string(missing.join("file")).unwrap(), "made\n");
+            });
+            group.has("read-only", || {
+                let text = once(&pod, "touch /volume/x 2>&1", mount(&dir, &json!({ "readonly": true })));
+                assert!(text.contains("ead-only"), "{text}");
+            });
+            group.has("private: what the node mounts later is not seen", || {
+                let late = dir.join("sub");
+                let container = sleeper(&pod, mount(&dir, &plain));
+                node(&["mount", "-t", "tmpfs", "tmpfs", &late.to_string_lossy()]);
+                fs::write(late.join("late"), "").unwrap();
+                let seen = container.sh("ls /volume/sub");
+                node(&["umount", &late.to_string_lossy()]);
+                assert_eq!(seen, "");
+                container.remove();
+            });
+            group.has("host to container: what the node mounts later is seen", || {
+                let late = dir.join("sub");
+                let container = sleeper(&pod, mount(&dir, &json!({ "propagation": "PROPAGATION_HOST_TO_CONTAINER" })));
+                node(&["mount", "-t", "tmpfs", "tmpfs", &late.to_string_lossy()]);
+                fs::write(late.join("late"), "").unwrap();
+                let seen = container.exec(&["ls", "/volume/sub"]).out;
+                container.remove();
+                node(&["umount", &late.to_string_lossy()]);
+                assert_eq!(seen, "late\n");
+            });
+            let both = json!({ "propagation": "PROPAGATION_BIDIRECTIONAL" });
+            let privileged = |config: &mut Value| {
+                mount(&dir, &both)(config);
+                context(config)["privileged"] = json!(true);
+            };
+            let mut config = pods.config();
+            context(&mut config)["privileged"] = json!(true);
+            let trusted = pods.run(config);
+            let seen = || {
+                let container = sleeper(&trusted, privileged);
+                container.sh("mount -t tmpfs tmpfs /volume/sub; touch /volume/sub/inside");
+                let seen = dir.join("sub/inside").exists();
+                container.sh("umount /volume/sub");
+                assert!(seen);
+                container.remove();
+            };
+            group.shares("both ways: what the container mounts is seen by the node", "propagation", seen, || {
+                let mut config = trusted.sh("true");
+                privileged(&mut config);
+                let request =
+                    json!({ "pod_sandbox_id": trusted.id, "config": config, "sandbox_config": trusted.config });
+                let created = husk_e2e::cri::try_call("CreateContainer", &request);
+                match created {
+                    Ok(made) => refused("StartContainer", &json!({ "container_id": made["container_id"] })),
+                    Err(status) => status.message.to_lowercase(),
+                }
+            });
+            trusted.remove();
+        });
+    });
+}
+
+#[test]
+fn volumes() {
+    pods("conf-volumes", |pods| {
+        let pod = pods.pod();
+        let plain = json!({});
+        group("Volumes", |group| {
+            group.has("an emptyDir in memory, with its size", || {
+                let dir = pods.dir().join("memory");
+                fs::create_dir_all(&dir).unwrap();
+                node(&["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", &dir.to_string_lossy()]);
+                let script = "head -c 20000000 /dev/zero > /volume/x 2> /dev/null; stat -c %s /volume/x";
+                let text = once(&pod, script, mount(&dir, &plain));
+                node(&["umount", &dir.to_string_lossy()]);
+                assert_eq!(text, "8388608");
+            });
+            group.has("owner, mode, links, extended times", || {
+                let dir = pods.dir().join("files");
+                fs::create_dir_all(&dir).unwrap();
+                let script = "cd /volume; touch a; chown 1234:5678 a; chmod 4750 a; ln a b; ln -s a c;
+                    touch -d '2001-02-03 04:05:06' a; stat -c '%u %g %a %h %Y' b; readlink c";
+                assert_eq!(once(&pod, script, mount(&dir, &plain)), "1234 5678 4750 2 981173106\na");
+            });
+            group.has("fifos and sockets between containers", || {
+                let dir = pods.dir().join("pipes");
+                fs::create_dir_all(&dir).unwrap();
+                let (a, b) = (sleeper(&pod, mount(&dir, &plain)), sleeper(&pod, mount(&dir, &plain)));
+                a.sh("mkfifo /volume/fifo; (echo through > /volume/fifo) > /dev/null 2>&1 &");
+                assert_eq!(b.sh("cat /volume/fifo"), "through");
+                a.remove();
+                b.remove();
+            });
+            group.has("a raw block device", || {
+                let image = pods.dir().join("disk");
+                fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
+                fs::write(pods.dir().join("head"), "on the disk").unwrap();
+                let made = Command::new("losetup").arg("-f").arg("--show").arg(&image).output().unwrap();
+                let device = String::from_utf8_lossy(&made.stdout).trim().to_owned();
+                assert!(device.starts_with("/dev/loop"), "{made:?}");
+                let text = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    once(&pod, "echo on the disk > /dev/xvda; sync; head -c 11 /dev/xvda", |config| {
+                        config["devices"] =
+                            json!([{ "container_path": "/dev/xvda", "host_path": device, "permissions": "mrw" }]);
+                    })
+                }));
+                node(&["losetup", "-d", &device]);
+                assert_eq!(text.unwrap_or_else(|_| panic!("not started")), "on the disk");
+                assert!(fs::read(&image).unwrap().starts_with(b"on the disk"));
+            });
+            group.has("an image as a volume", || {
+                let text = once(&pod, "ls /volume/bin/busybox", |config| {
+                    config["mounts"] =
+                        json!([{ "image": { "image": BUSYBOX }, "container_path": "/volume", "readonly": true }]);
+                });
+                assert_eq!(text, "/volume/bin/busybox");
+            });
+        });
+    });
+}

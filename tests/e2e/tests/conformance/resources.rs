@@ -1,0 +1,92 @@
+//! Limits, what is done when they are met, and what is told of their use.
+
+use husk_e2e::conformance::group;
+use husk_e2e::cri::{call, number, pods};
+use serde_json::{Value, json};
+
+use super::{once, sleeper};
+
+fn limits(limits: Value) -> impl FnOnce(&mut Value) {
+    move |config| config["linux"]["resources"] = limits
+}
+
+#[test]
+fn resources() {
+    pods("conf-resources", |pods| {
+        let mut config = pods.config();
+        config["linux"]["resources"] =
+            json!({ "cpu_quota": 200_000, "cpu_period": 100_000, "memory_limit_in_bytes": 300 << 20 });
+        let pod = pods.run(config);
+        let cgroup = |file: &str| format!("cat /sys/fs/cgroup/{file}");
+        group("Resources", |group| {
+            group.has("memory limit", || {
+                let text = once(&pod, &cgroup("memory.max"), limits(json!({ "memory_limit_in_bytes": 100 << 20 })));
+                assert_eq!(text, "104857600");
+            });
+            group.has("CPU quota", || {
+                let asked = json!({ "cpu_quota": 50000, "cpu_period": 100_000 });
+                assert_eq!(once(&pod, &cgroup("cpu.max"), limits(asked)), "50000 100000");
+            });
+            group.has("CPU shares", || {
+                // As runc converts them: 1 + (shares - 2) * 9999 / 262142.
+                assert_eq!(once(&pod, &cgroup("cpu.weight"), limits(json!({ "cpu_shares": 2048 }))), "79");
+            });
+            group.has("CPU set", || {
+                let script = "grep Cpus_allowed_list /proc/self/status | cut -f2";
+                assert_eq!(once(&pod, script, limits(json!({ "cpuset_cpus": "1" }))), "1");
+            });
+            group.has("other files of cgroup v2", || {
+                let text =
+                    once(&pod, &cgroup("memory.high"), limits(json!({ "unified": { "memory.high": "67108864" } })));
+                assert_eq!(text, "67108864");
+            });
+            group.has("changed while it runs", || {
+                let container = sleeper(&pod, limits(json!({ "memory_limit_in_bytes": 100 << 20 })));
+                let linux = json!({ "memory_limit_in_bytes": 120 << 20, "cpu_quota": 30000, "cpu_period": 100_000 });
+                call("UpdateContainerResources", &json!({ "container_id": container.id, "linux": linux }));
+                assert_eq!(
+                    container.sh(&format!("{}; {}", cgroup("memory.max"), cgroup("cpu.max"))),
+                    "125829120\n30000 100000"
+                );
+                container.remove();
+            });
+        });
+        group("OOM", |group| {
+            group.has("one that needs more than its limit: OOMKilled, 137", || {
+                let mut config = pod.sh("");
+                config["command"] = json!(["tail", "/dev/zero"]);
+                limits(json!({ "memory_limit_in_bytes": 20 << 20 }))(&mut config);
+                let container = pod.start(&config);
+                assert_eq!(container.wait(), (137, "OOMKilled".into()));
+                container.remove();
+            });
+        });
+        group("Statistics", |group| {
+            let container = sleeper(&pod, |config| {
+                config["command"] = json!([
+                    "sh",
+                    "-c",
+                    "head -c 20000000 /dev/zero > /dev/shm/fill; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo up; sleep 100000"
+                ]);
+            });
+            container.wait_for("up");
+            group.has("ContainerStats: CPU and memory", || {
+                let stats = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
+                assert!(number(&stats["cpu"]["usage_core_nano_seconds"]["value"]) > 1_000_000, "{stats}");
+                assert!(number(&stats["memory"]["working_set_bytes"]["value"]) > 20_000_000, "{stats}");
+            });
+            group.has("ListContainerStats", || {
+                let list = call("ListContainerStats", &json!({ "filter": { "pod_sandbox_id": pod.id } }));
+                assert_eq!(list["stats"][0]["attributes"]["id"], container.id.as_str());
+            });
+            group.has("PodSandboxStats: CPU, memory, network, its containers", || {
+                let stats = call("PodSandboxStats", &json!({ "pod_sandbox_id": pod.id }))["stats"]["linux"].clone();
+                assert!(number(&stats["cpu"]["usage_core_nano_seconds"]["value"]) > 1_000_000, "{stats}");
+                assert!(number(&stats["memory"]["working_set_bytes"]["value"]) > 20_000_000, "{stats}");
+                assert_eq!(stats["network"]["default_interface"]["name"], "eth0");
+                assert_eq!(stats["containers"].as_array().unwrap().len(), 1);
+            });
+            container.stop(0);
+        });
+    });
+}

@@ -1,0 +1,173 @@
+//! Security contexts.
+
+use std::fs;
+
+use husk_e2e::conformance::group;
+use husk_e2e::cri::{pods, try_call};
+use serde_json::{Value, json};
+
+use super::{context, once};
+
+/// A value of `/proc/self/status`.
+fn status(field: &str) -> String {
+    format!("awk '/^{field}:/ {{print $2}}' /proc/self/status")
+}
+
+/// All capabilities of the kernels in use: `CAP_CHECKPOINT_RESTORE` (40) is the last.
+const ALL: &str = "000001ffffffffff";
+
+#[test]
+fn users() {
+    pods("conf-users", |pods| {
+        let pod = pods.pod();
+        group("Security context", |group| {
+            group.has("RunAsUser", || {
+                assert_eq!(once(&pod, "id -u", |c| context(c)["run_as_user"] = json!({ "value": 1001 })), "1001");
+            });
+            group.has("RunAsUserName", || {
+                assert_eq!(once(&pod, "id -u", |c| context(c)["run_as_username"] = json!("tester")), "1000");
+            });
+            group.has("RunAsGroup", || {
+                let text = once(&pod, "id -u; id -g", |config| {
+                    context(config)["run_as_user"] = json!({ "value": 1001 });
+                    context(config)["run_as_group"] = json!({ "value": 1002 });
+                });
+                assert_eq!(text, "1001\n1002");
+            });
+            group.has("RunAsGroup without a user is refused", || {
+                let mut config = pod.sh("id");
+                context(&mut config)["run_as_group"] = json!({ "value": 1002 });
+                let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
+                assert!(try_call("CreateContainer", &request).is_err());
+            });
+            group.has("SupplementalGroups", || {
+                let text = once(&pod, "id -G", |config| {
+                    context(config)["run_as_user"] = json!({ "value": 1001 });
+                    context(config)["supplemental_groups"] = json!([3001, 3002]);
+                });
+                let groups: Vec<&str> = text.split_whitespace().collect();
+                assert!(groups.contains(&"3001") && groups.contains(&"3002"), "{text}");
+            });
+            group.has("a root file system that is read-only", || {
+                let read_only = |config: &mut Value| context(config)["readonly_rootfs"] = json!(true);
+                let text = once(&pod, "touch /srv/x 2>&1; touch /dev/shm/x && echo but not all", read_only);
+                assert!(text.contains("ead-only") && text.ends_with("but not all"), "{text}");
+            });
+            group.has("a root file system that can be written to", || {
+                assert_eq!(once(&pod, "touch /srv/x && echo written", |_| {}), "written");
+            });
+            group.has("no new privileges, and without that", || {
+                let text = once(&pod, &status("NoNewPrivs"), |c| context(c)["no_new_privs"] = json!(true));
+                assert_eq!((text.as_str(), once(&pod, &status("NoNewPrivs"), |_| {}).as_str()), ("1", "0"));
+            });
+            group.has("masked and read-only paths", || {
+                let text = once(&pod, "wc -c < /proc/meminfo; echo x 2>&1 > /proc/sys/kernel/domainname", |config| {
+                    context(config)["masked_paths"] = json!(["/proc/meminfo"]);
+                    context(config)["readonly_paths"] = json!(["/proc/sys"]);
+                });
+                assert!(text.starts_with('0') && text.contains("ead-only"), "{text}");
+            });
+            group.has("oom_score_adj", || {
+                let text = once(&pod, "cat /proc/self/oom_score_adj", |config| {
+                    config["linux"]["resources"]["oom_score_adj"] = json!(777);
+                });
+                assert_eq!(text, "777");
+            });
+        });
+    });
+}
+
+#[test]
+fn capabilities() {
+    pods("conf-capabilities", |pods| {
+        let mut config = pods.config();
+        context(&mut config)["privileged"] = json!(true);
+        let pod = pods.run(config);
+        let change = |change: Value| move |config: &mut Value| context(config)["capabilities"] = change;
+        group("Capabilities and privileges", |group| {
+            group.has("those of a container that asks for nothing", || {
+                assert_eq!(once(&pod, &status("CapEff"), |_| {}), "00000000a80425fb");
+            });
+            group.has("one added", || {
+                let text = once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["SYS_ADMIN"] })));
+                assert_eq!(text, "00000000a82425fb");
+            });
+            group.has("one dropped", || {
+                let text = once(&pod, &status("CapEff"), change(json!({ "drop_capabilities": ["CHOWN"] })));
+                assert_eq!(text, "00000000a80425fa");
+            });
+            group.has("all added", || {
+                assert_eq!(once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["ALL"] }))), ALL);
+            });
+            group.has("all dropped, one added", || {
+                let asked = json!({ "drop_capabilities": ["ALL"], "add_capabilities": ["NET_BIND_SERVICE"] });
+                assert_eq!(once(&pod, &status("CapEff"), change(asked)), "0000000000000400");
+            });
+            group.has("privileged: capabilities, devices, mounts", || {
+                let script = format!(
+                    "{}; mkdir /srv/m && mount -t tmpfs none /srv/m && echo mounted; test -e /dev/kmsg && echo devices;
+                     test -w /sys/fs/cgroup/cgroup.procs && echo cgroups",
+                    status("CapEff")
+                );
+                let text = once(&pod, &script, |config| context(config)["privileged"] = json!(true));
+                assert_eq!(text, format!("{ALL}\nmounted\ndevices\ncgroups"));
+            });
+            group.has("not privileged: none of these", || {
+                let script = "mkdir /srv/m; mount -t tmpfs none /srv/m 2> /dev/null || echo refused;
+                    test -e /dev/kmsg || echo hidden; touch /sys/fs/cgroup/x 2> /dev/null || echo closed";
+                assert_eq!(once(&pod, script, |_| {}), "refused\nhidden\nclosed");
+            });
+        });
+    });
+}
+
+#[test]
+fn profiles() {
+    pods("conf-profiles", |pods| {
+        let pod = pods.pod();
+        let profile = pods.dir().join("profile.json");
+        let rules = json!([{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO" }]);
+        fs::write(&profile, json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules }).to_string()).unwrap();
+        let seccomp = |kind: &str, path: &str| {
+            let profile = json!({ "profile_type": kind, "localhost_ref": path });
+            move |config: &mut Value| context(config)["seccomp"] = profile
+        };
+        group("Seccomp and other profiles", |group| {
+            group.has("seccomp: the runtime's default", || {
+                assert_eq!(once(&pod, &status("Seccomp"), seccomp("RuntimeDefault", "")), "2");
+            });
+            group.has("seccomp: unconfined", || {
+                assert_eq!(once(&pod, &status("Seccomp"), seccomp("Unconfined", "")), "0");
+            });
+            group.has("seccomp: a profile of the node's", || {
+                let path = profile.to_string_lossy().into_owned();
+                let text = once(&pod, "mkdir /srv/x 2>&1; touch /srv/y && echo touched", seccomp("Localhost", &path));
+                assert!(text.contains("not permitted") && text.ends_with("touched"), "{text}");
+            });
+            group.has("seccomp: a profile that is not there is refused", || {
+                let mut config = pod.sh("true");
+                seccomp("Localhost", "/no/such/profile")(&mut config);
+                let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
+                assert!(try_call("CreateContainer", &request).is_err());
+            });
+            group.has("AppArmor: unconfined", || {
+                let text = once(&pod, "echo ran", |config| {
+                    context(config)["apparmor"] = json!({ "profile_type": "Unconfined" });
+                });
+                assert_eq!(text, "ran");
+            });
+            group.has("AppArmor: a profile that cannot be had is refused", || {
+                let mut config = pod.sh("true");
+                context(&mut config)["apparmor"] =
+                    json!({ "profile_type": "Localhost", "localhost_ref": "localhost/no-such-profile" });
+                let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
+                let created = try_call("CreateContainer", &request);
+                assert!(
+                    created
+                        .and_then(|made| try_call("StartContainer", &json!({ "container_id": made["container_id"] })))
+                        .is_err()
+                );
+            });
+        });
+    });
+}

@@ -1,0 +1,144 @@
+//! `cargo xtask conformance`: what the CRI promises, tried with runc and with Husk on each line of containerd; the
+//! results become docs/conformance.md.
+
+use crate::build::{self, Profile};
+use crate::node::{self, Add, Line, Machine, Run};
+use crate::{cache, dist, paths, setup, ui};
+use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::time::Duration;
+
+/// The suite of behaviours.
+const SUITE: &str = "conformance";
+/// What is compared, by the names of the files that the results come in.
+const RUNTIMES: [(&str, &str); 2] = [("runc", "io.containerd.runc.v2"), ("husk", "io.containerd.husk.v2")];
+const LINES: [Line; 2] = [Line::One, Line::Two];
+
+/// A behaviour, and its result in each column.
+struct Row {
+    group: String,
+    behaviour: String,
+    results: BTreeMap<usize, String>,
+}
+
+/// Runs everything and writes the page; the exit code says whether Husk fails where runc does not.
+pub fn conformance() -> Result<u8> {
+    setup::setup()?;
+    dist::dist(Profile::Node)?;
+    let suites = build::tests("husk-e2e")?;
+    let suite = build::find(&suites, &[SUITE])?;
+    let mut script = String::new();
+    for (name, runtime) in RUNTIMES {
+        let _ = writeln!(script, "echo '== {name}'");
+        let _ = writeln!(script, "export HUSK_E2E_RUNTIME={runtime} HUSK_CONFORMANCE=/out/{name}.tsv");
+        let _ = writeln!(script, "/husk/tests/{SUITE} --test-threads=1");
+    }
+    script.push_str("containerd --version > /out/containerd; runc --version | head -n1 > /out/runc\n");
+    cache::make_dir(&paths::node())?;
+    let path = paths::node().join("conformance.sh");
+    fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
+    let (mut rows, mut titles) = (Vec::new(), Vec::new());
+    for line in LINES {
+        let mut add = node::images()?;
+        add.push(Add::new(&suite.path, format!("/husk/tests/{SUITE}")));
+        let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
+        let time_limit = Duration::from_secs(2700);
+        let (machine, script) = (Machine::default(), path.clone());
+        node::run(&Run { script, args: vec![], env, add, machine, containerd: line, time_limit })?;
+        let version = read("containerd")?;
+        let version = version.split_whitespace().nth(2).unwrap_or_default();
+        for (name, _) in RUNTIMES {
+            titles.push(format!("{name}, {}", version.split('~').next().unwrap_or_default()));
+            collect(&mut rows, titles.len() - 1, &read(&format!("{name}.tsv"))?)?;
+        }
+    }
+    let runc = read("runc")?;
+    let text = page(&rows, &titles, runc.trim().trim_start_matches("runc version "));
+    let path = paths::root().join("docs/conformance.md");
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    let worse = worse(&rows);
+    ui::say("conformance", format!("{} behaviours; {} that runc has and Husk has not", rows.len(), worse.len()));
+    Ok(u8::from(!worse.is_empty()))
+}
+
+/// A file that the node left.
+fn read(name: &str) -> Result<String> {
+    let path = node::out_dir().join(name);
+    fs::read_to_string(&path).with_context(|| format!("the node left no {}", path.display()))
+}
+
+/// Adds the results of one column: lines of group, behaviour and result.
+fn collect(rows: &mut Vec<Row>, column: usize, text: &str) -> Result<()> {
+    for line in text.lines() {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let [group, behaviour, result] = fields[..] else { bail!("{line:?} is no result") };
+        let found = rows.iter_mut().find(|row| row.group == group && row.behaviour == behaviour);
+        match found {
+            Some(row) => drop(row.results.insert(column, result.to_owned())),
+            None => rows.push(Row {
+                group: group.to_owned(),
+                behaviour: behaviour.to_owned(),
+                results: BTreeMap::from([(column, result.to_owned())]),
+            }),
+        }
+    }
+    Ok(())
+}
+
+/// The behaviours that runc has on some line, and Husk has not on the same.
+fn worse(rows: &[Row]) -> Vec<&Row> {
+    let is = |row: &Row, column: usize, result: &str| row.results.get(&column).is_some_and(|found| found == result);
+    let lost = |row: &&Row| (0..LINES.len()).any(|line| is(row, 2 * line, "passes") && is(row, 2 * line + 1, "fails"));
+    rows.iter().filter(lost).collect()
+}
+
+fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
+    let mut text = format!(
+        "# What the CRI promises, and who keeps it\n\n\
+         Made by `cargo xtask conformance`, which tries each behaviour through containerd's CRI in the test node: the\n\
+         groups are those of the CRI's validation suite. runc is {runc}; the columns name containerd's version.\n\
+         *refused*: it needs what a virtual machine does not share with its host, and a clear error says so.\n"
+    );
+    let mut group = "";
+    for row in rows {
+        if row.group != group {
+            group = &row.group;
+            let _ = writeln!(
+                text,
+                "\n## {group}\n\n| | {} |\n| --- |{}",
+                titles.join(" | "),
+                " --- |".repeat(titles.len())
+            );
+        }
+        let cell = |column| match row.results.get(&column).map(String::as_str) {
+            Some("fails") => "**fails**",
+            Some(result) => result,
+            None => "not tried",
+        };
+        let cells: Vec<&str> = (0..titles.len()).map(cell).collect();
+        let _ = writeln!(text, "| {} | {} |", row.behaviour, cells.join(" | "));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_become_a_table() {
+        let mut rows = Vec::new();
+        collect(&mut rows, 0, "A\tone\tpasses\nA\ttwo\tfails\nB\tthree\tpasses\n").unwrap();
+        collect(&mut rows, 1, "A\tone\trefused\nA\ttwo\tfails\nB\tthree\tfails\n").unwrap();
+        assert_eq!(worse(&rows).iter().map(|row| row.behaviour.as_str()).collect::<Vec<_>>(), ["three"]);
+        let text = page(&rows, &["runc, 1.7".into(), "husk, 1.7".into(), "runc, 2.1".into()], "1.1");
+        assert!(
+            text.contains("## A\n\n| | runc, 1.7 | husk, 1.7 | runc, 2.1 |\n| --- | --- | --- | --- |\n"),
+            "{text}"
+        );
+        assert!(text.contains("| one | passes | refused | not tried |\n| two | **fails** | **fails** | not tried |\n"));
+        assert!(collect(&mut rows, 1, "nonsense").is_err());
+    }
+}
