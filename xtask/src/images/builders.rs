@@ -29,7 +29,8 @@ pub const DOCKER: Builder = Builder {
     env: &["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
 };
 
-/// Debian's `buildah` with `netavark`, which is only recommended and which it does not start without, and a user `build` with user ids of its own to give to what it builds.
+/// Debian's `buildah` with `netavark`, which is only recommended and which it does not start without, and a user `build`
+/// with user ids of its own to give to what it builds.
 pub const BUILDAH: Builder = Builder {
     reference: super::BUILDAH,
     packages: "buildah,netavark,uidmap,libcap2-bin,busybox-static",
@@ -37,7 +38,7 @@ pub const BUILDAH: Builder = Builder {
         "echo build:x:1000:1000::/home/build:/bin/sh >> \"$1/etc/passwd\"",
         "echo build:x:1000: >> \"$1/etc/group\"",
         "echo build:100000:65536 | tee \"$1/etc/subuid\" > \"$1/etc/subgid\"",
-        // Debian's are set-user-ID programs, and as such want CAP_SYS_ADMIN; with capabilities of their own they do without.
+        // Debian's are set-user-ID programs, and want CAP_SYS_ADMIN as such; with capabilities of their own they do not.
         "chmod u-s \"$1/usr/bin/newuidmap\" \"$1/usr/bin/newgidmap\"",
         "chroot \"$1\" setcap cap_setuid=ep /usr/bin/newuidmap cap_setgid=ep /usr/bin/newgidmap",
         "install -d -o 1000 -g 1000 \"$1/home/build\" \"$1/home/build/.local\" \"$1/home/build/.local/share\"",
