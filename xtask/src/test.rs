@@ -6,11 +6,14 @@ use crate::{cache, cmd, dist, lockfile, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
-/// Suites that run only where the filter names one of their tests: one takes longer than all others together, one fails
+/// Suites that run only where the filter names one of their tests: two take longer than all others together, one fails
 /// now and then, and what one tries `cargo xtask conformance` compares.
-const SOAK: [&str; 3] = ["conformance", "files", "soak"];
+const SOAK: [&str; 4] = ["conformance", BUILDERS, "files", "soak"];
+/// The suite that builds images, in images of its own.
+const BUILDERS: &str = "cri_builders";
 /// Suites of what only containerd 2.x has.
 const TWO_ONLY: [&str; 1] = ["cri_sandboxer"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
@@ -84,6 +87,13 @@ fn runs(suite: &str, line: Line, all: bool, filtered: bool) -> bool {
     }
 }
 
+/// Whether a suite has a test whose name contains `filter`.
+fn has(suite: &Program, filter: &str) -> Result<bool> {
+    let list = cmd::output(Command::new(&suite.path).arg("--list"))
+        .with_context(|| format!("suite {} does not list its tests", suite.name))?;
+    Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).any(|name| name.contains(filter)))
+}
+
 /// Runs the end-to-end suites in the node.
 fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
     dist::dist(profile)?;
@@ -91,8 +101,17 @@ fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
     if suites.is_empty() {
         bail!("husk-e2e has no tests");
     }
+    let mut named = Vec::new();
+    for suite in &suites {
+        if has(suite, filter)? {
+            named.push(suite);
+        }
+    }
+    if named.is_empty() {
+        bail!("no test has a name with {filter} in it");
+    }
     let chosen: Vec<&Program> =
-        suites.iter().filter(|suite| runs(&suite.name, line, all, !filter.is_empty())).collect();
+        named.into_iter().filter(|suite| runs(&suite.name, line, all, !filter.is_empty())).collect();
     let mut code = 0;
     let mut crashed = false;
     let a_boot = if filter.is_empty() { SUITES_A_BOOT } else { chosen.len().max(1) };
@@ -115,6 +134,9 @@ fn boot(suites: &[&Program], filter: &str, line: Line) -> Result<u8> {
     let mut add = node::images()?;
     let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=\n");
     for Program { name, path } in suites {
+        if name == BUILDERS {
+            add.extend(node::builder_images()?);
+        }
         add.push(Add::new(path, format!("/husk/tests/{name}")));
         script.push_str(&format!(
             "echo \"== {name}\"\n/husk/tests/{name} --test-threads=1 \"$@\" || failed=\"$failed {name}\"\n"

@@ -26,6 +26,10 @@ pub const BUSYBOX: &str = "husk.test/busybox:latest";
 pub const PYTHON: &str = "husk.test/python:latest";
 /// Reference of the image that sandboxes are made of.
 pub const PAUSE: &str = "husk.test/pause:latest";
+/// Reference of the image with Docker's daemon.
+pub const DOCKER: &str = "husk.test/docker:latest";
+/// Reference of the image with buildah.
+pub const BUILDAH: &str = "husk.test/buildah:latest";
 /// The reference runtime that Husk is compared with.
 pub const RUNC: &str = "io.containerd.runc.v2";
 /// containerd's namespace for everything the suites do.

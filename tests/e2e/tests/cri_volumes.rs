@@ -1,7 +1,7 @@
 //! A pod's volumes: what kubelet updates is seen as it happens, and files behave as files do.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::time::Duration;
 
@@ -107,5 +107,68 @@ fn volumes_are_shared_between_containers_and_with_the_node() {
         let text = part.exec(&["cat", "/part/below/deep"]);
         nix::mount::umount2(&below, nix::mount::MntFlags::MNT_DETACH).unwrap();
         assert!(seen.is_some(), "{text:?}");
+    });
+}
+
+/// What overlayfs needs of the file system its upper directory is on: whiteouts, `trusted.` attributes, renames.
+const OVERLAY: &str = "
+    cd /data && mkdir lower upper work merged lower/dir && echo 1 > lower/gone && echo 2 > lower/dir/kept
+    mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
+    cd merged && rm gone && mv dir moved 2>&1 | head -n 1; rm -rf dir && mkdir dir && echo new > dir/new
+    ls; ls dir; cd .. && umount merged
+    stat -c '%F %t:%T' upper/gone
+    mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
+    ls merged merged/dir
+    umount merged && rm -rf /data/*";
+
+#[test]
+fn overlay_mounts_have_their_upper_directory_on_an_empty_dir() {
+    pods("cri-overlay", |pods| {
+        // On the node's disk, as the kubelet's are.
+        let dir = Path::new("/var/lib/kubelet/pods/uid-cri-overlay");
+        let volume = dir.join("volumes/kubernetes.io~empty-dir/data");
+        fs::create_dir_all(&volume).unwrap();
+        let mut config = pods.config();
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        let pod = pods.run(config);
+        let mut config = pod.sh("sleep 100000");
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+        let container = pod.start(&config);
+        let seen = container.exec(&["sh", "-c", OVERLAY]);
+        let log = container.exec(&["sh", "-c", "dmesg | tail -n 5"]);
+        pod.stop();
+        fs::remove_dir_all(dir).unwrap();
+        let expected = "dir\nmoved\nnew\ncharacter special file 0:0\nmerged:\ndir\nmoved\n\nmerged/dir:\nnew\n";
+        assert_eq!(seen.out, expected, "{}\n{}", seen.err, log.out);
+    });
+}
+
+/// As root of a user namespace, which is an ordinary user to the pod and to the node.
+const MAPPED: &str = "
+    cd /data && mkdir -m 0 closed && echo inside > closed/file && cat closed/file && stat -c %u:%g closed/file
+    mkdir lower upper work merged && echo 1 > lower/gone
+    mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work,userxattr merged
+    rm merged/gone && echo new > merged/new && ls merged && stat -c '%F' upper/gone && umount merged";
+
+#[test]
+fn root_of_a_user_namespace_is_not_held_by_modes() {
+    pods("cri-mapped", |pods| {
+        let dir = Path::new("/var/lib/kubelet/pods/uid-cri-mapped");
+        let volume = dir.join("volumes/kubernetes.io~empty-dir/data");
+        fs::create_dir_all(&volume).unwrap();
+        fs::set_permissions(&volume, PermissionsExt::from_mode(0o777)).unwrap();
+        let pod = pods.pod();
+        let mut config = pod.sh("sleep 100000");
+        config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1000 });
+        config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1000 });
+        config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+        let container = pod.start(&config);
+        let seen = container.exec(&["unshare", "-U", "-r", "-m", "sh", "-c", MAPPED]);
+        let owner = fs::metadata(volume.join("closed/file")).map(|file| (file.uid(), file.gid()));
+        pod.stop();
+        fs::remove_dir_all(dir).unwrap();
+        assert_eq!((seen.code, seen.out.as_str()), (0, "inside\n0:0\nnew\ncharacter special file\n"), "{}", seen.err);
+        assert_eq!(owner.unwrap(), (1000, 1000));
     });
 }

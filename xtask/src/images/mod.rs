@@ -2,7 +2,9 @@
 //!
 //! Each image is rebuilt only when the hash of its inputs changed; the hash lies beside the tar.
 
+mod builders;
 mod busybox;
+mod debian;
 mod layer;
 mod oci;
 mod pause;
@@ -21,6 +23,11 @@ pub const PYTHON: &str = "husk.test/python:latest";
 /// Reference of the image that pods' sandboxes are made of.
 pub const PAUSE: &str = "husk.test/pause:latest";
 
+/// Reference of the image with Docker's daemon.
+pub const DOCKER: &str = "husk.test/docker:latest";
+/// Reference of the image with buildah.
+pub const BUILDAH: &str = "husk.test/buildah:latest";
+
 /// Makes every image under `out_dir` and returns the paths of their tars, ready for `ctr images import`.
 ///
 /// # Errors
@@ -33,6 +40,18 @@ pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
         cached(out_dir, "busybox", &busybox.hash(), |tar| busybox.build(tar))?,
         cached(out_dir, "pause", &pause::hash(&busybox), |tar| pause::build(&busybox, tar))?,
         cached(out_dir, "python", &python.hash(), |tar| python.build(tar))?,
+    ])
+}
+
+/// Makes the images that build images: several hundred megabytes, for the one suite that is about them.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_builders(out_dir: &Path) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(out_dir).with_context(|| format!("cannot create {}", out_dir.display()))?;
+    Ok(vec![
+        cached(out_dir, "docker", &builders::DOCKER.hash(), |tar| builders::DOCKER.build(tar))?,
+        cached(out_dir, "buildah", &builders::BUILDAH.hash(), |tar| builders::BUILDAH.build(tar))?,
     ])
 }
 

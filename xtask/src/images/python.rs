@@ -3,22 +3,13 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
+use super::debian::{EXCLUDED, Packages};
 use super::{hash_of, oci};
 
 /// Raised whenever what this file builds changes.
 const VERSION: &str = "1";
-
-/// What no container needs, as dpkg path patterns.
-const EXCLUDED: &[&str] = &[
-    "/usr/share/doc/*",
-    "/usr/share/info/*",
-    "/usr/share/locale/*",
-    "/usr/share/man/*",
-    "/usr/share/zoneinfo/*",
-    "/usr/share/lintian/*",
-];
 
 /// What the image is made of.
 pub struct Inputs {
@@ -55,22 +46,14 @@ impl Inputs {
     pub fn build(&self, out: &Path) -> Result<()> {
         let work = tempfile::tempdir()?;
         let layer = work.path().join("layer.tar");
-        let mut command = Command::new("mmdebstrap");
-        command.args(["--variant=essential", "--include=python3", "--format=tar", "--components=main"]);
-        command.arg("--aptopt=APT::Install-Recommends \"false\"");
-        for pattern in EXCLUDED {
-            command.arg(format!("--dpkgopt=path-exclude={pattern}"));
+        Packages {
+            suite: &self.suite,
+            mirror: Some(&self.mirror),
+            include: "python3",
+            // Byte code is made at installation and is a third of Python's size.
+            hooks: &["find \"$1/usr\" -xdev -name __pycache__ -prune -exec rm -rf {} +"],
         }
-        // Byte code is made at installation and is a third of Python's size; debconf's and apt's caches are of no use.
-        command.arg("--customize-hook=find \"$1/usr\" -xdev -name __pycache__ -prune -exec rm -rf {} +");
-        command.arg("--customize-hook=rm -rf \"$1\"/var/cache/* \"$1\"/var/lib/apt/* \"$1\"/var/log/*");
-        command.arg(&self.suite).arg(&layer).arg(&self.mirror);
-        // The date of every file, so that the layer depends on the packages only.
-        command.env("SOURCE_DATE_EPOCH", "1704067200");
-        let status = command.status().context("cannot run mmdebstrap (package mmdebstrap)")?;
-        if !status.success() {
-            bail!("mmdebstrap failed: {status}");
-        }
+        .unpack(&layer)?;
         let config = oci::Config {
             env: &["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"],
             cmd: &["python3"],

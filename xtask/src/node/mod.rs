@@ -80,10 +80,19 @@ impl std::str::FromStr for Add {
 /// Where the OCI images lie in the node.
 pub const IMAGES: &str = "/husk/images";
 
-/// Builds the OCI images, to be put into the node.
+/// Builds the OCI images that demo and most suites use, to be put into the node.
 pub fn images() -> Result<Vec<Add>> {
+    image_tars(images::build)
+}
+
+/// Builds the OCI images of the suite that builds images, to be put into the node.
+pub fn builder_images() -> Result<Vec<Add>> {
+    image_tars(images::build_builders)
+}
+
+fn image_tars(build: impl FnOnce(&Path) -> Result<Vec<PathBuf>>) -> Result<Vec<Add>> {
     let _lock = lock::take("images")?;
-    let tars = images::build(&paths::state().join("images")).context("cannot make the OCI images")?;
+    let tars = build(&paths::state().join("images")).context("cannot make the OCI images")?;
     Ok(tars
         .into_iter()
         .map(|tar| {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{bytes, call, handler, number, try_call, try_call_within};
+use super::{Status, bytes, call, handler, number, try_call, try_call_within};
 use crate::leftovers::Snapshot;
 use crate::{BUSYBOX, KUBERNETES, PAUSE, node};
 
@@ -282,9 +282,28 @@ impl PodContainer {
     /// Runs a command in it.
     #[track_caller]
     pub fn exec(&self, command: &[&str]) -> Executed {
-        let answer = call("ExecSync", &json!({ "container_id": self.id, "cmd": command, "timeout": 60 }));
+        self.exec_within(Duration::from_secs(60), command)
+    }
+
+    /// Runs a command in it that may take so long.
+    #[track_caller]
+    pub fn exec_within(&self, limit: Duration, command: &[&str]) -> Executed {
+        self.exec_sync(limit, command).unwrap_or_else(|status| panic!("{command:?}: {status}\n{}", node::log_tail(40)))
+    }
+
+    /// Runs a command in it, which may have ended.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn try_exec(&self, command: &[&str]) -> Result<Executed, Status> {
+        self.exec_sync(Duration::from_secs(60), command)
+    }
+
+    fn exec_sync(&self, limit: Duration, command: &[&str]) -> Result<Executed, Status> {
+        let request = json!({ "container_id": self.id, "cmd": command, "timeout": limit.as_secs() });
+        let answer = try_call_within(limit + super::TIMEOUT, "RuntimeService", "ExecSync", &request)?;
         let text = |value| String::from_utf8_lossy(&bytes(value)).into_owned();
-        Executed { code: number(&answer["exit_code"]), out: text(&answer["stdout"]), err: text(&answer["stderr"]) }
+        Ok(Executed { code: number(&answer["exit_code"]), out: text(&answer["stdout"]), err: text(&answer["stderr"]) })
     }
 
     /// Runs a shell script in it that has to succeed without a word on standard error; gives what it prints.

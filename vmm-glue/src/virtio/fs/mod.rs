@@ -32,6 +32,8 @@ const QUEUE_SIZES: [u16; 2] = [64, 512];
 const HIGH_PRIORITY: u32 = 0;
 /// Descriptors that stay for the process itself.
 const OWN_DESCRIPTORS: u64 = 512;
+/// include/uapi/linux/securebits.h.
+const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 /// How long the guest believes names and attributes. What the host changes in a volume is seen after at most that.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -75,6 +77,7 @@ impl Handler for Shared {
     const NAME: &'static str = "virtio-fs";
 
     fn prepare_thread(&self) -> io::Result<()> {
+        keep_capabilities()?;
         // SAFETY: takes flags; this thread gets a working directory of its own, which the file system changes for
         // operations on extended attributes.
         match unsafe { libc::unshare(libc::CLONE_FS) } {
@@ -85,6 +88,25 @@ impl Handler for Shared {
 
     fn serve(&self, memory: &GuestMemory, (chain, raw): Taken<'_>) -> u32 {
         request::serve(&self.0, memory, chain, raw)
+    }
+}
+
+/// Has this thread keep its capabilities while it acts as one of the guest's users (capabilities(7)).
+///
+/// What it creates for a user it creates as that user, so that owners are right. Whether the user may has been decided by
+/// the guest's kernel, which knows capabilities that a request does not tell of: root in a user namespace of the guest,
+/// an ordinary user to the host, may well write to a directory whose mode forbids it.
+fn keep_capabilities() -> io::Result<()> {
+    // SAFETY: prctl without pointers.
+    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
+    // SAFETY: as above.
+    match unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // A process without that privilege cannot act as another user in the first place.
+            error if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
+            error => Err(error),
+        },
     }
 }
 

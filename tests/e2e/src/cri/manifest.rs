@@ -1,0 +1,268 @@
+//! Runs a pod from its YAML as the kubelet would: volumes made, specification turned into the CRI's requests.
+//!
+//! It knows what the examples in deploy/kubernetes say, and fails at a field it does not know.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use super::pod::{Executed, Pod, PodContainer, Pods, need_image, text};
+use crate::node;
+
+/// Where the kubelet keeps pods' volumes.
+const KUBELET: &str = "/var/lib/kubelet/pods";
+/// How often the kubelet probes unless told otherwise: every probe is a program that is started.
+const PERIOD: Duration = Duration::from_secs(10);
+/// What the kubelet hides of /proc from a container without privileges (Kubernetes, pkg/securitycontext/util.go).
+const MASKED: [&str; 9] = [
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+];
+/// What it makes read-only.
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// A pod that runs, with its containers in the manifest's order.
+pub struct Applied {
+    /// The pod.
+    pub pod: Pod,
+    /// Its containers, started.
+    pub containers: Vec<PodContainer>,
+    probes: Vec<Option<Vec<String>>>,
+    dir: PathBuf,
+}
+
+/// Runs the pod of a manifest; `images` says what image stands for each one named.
+#[track_caller]
+pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
+    let manifest: Value = serde_yaml_ng::from_str(manifest).unwrap();
+    assert_eq!((&manifest["apiVersion"], &manifest["kind"]), (&json!("v1"), &json!("Pod")));
+    let spec = &manifest["spec"];
+    known(
+        spec,
+        &[
+            "runtimeClassName",
+            "automountServiceAccountToken",
+            "restartPolicy",
+            "securityContext",
+            "containers",
+            "volumes",
+        ],
+    );
+    assert_eq!(spec["runtimeClassName"], "husk");
+    let mut config = pods.config();
+    let uid = text(&config["metadata"]["uid"]);
+    if let Some(annotations) = manifest["metadata"].get("annotations") {
+        config["annotations"] = annotations.clone();
+    }
+    let dir = Path::new(KUBELET).join(&uid);
+    let volumes = volumes(spec, &dir);
+    let containers = spec["containers"].as_array().unwrap();
+    let privileged = containers.iter().any(|container| container["securityContext"]["privileged"] == true);
+    config["linux"]["security_context"]["privileged"] = privileged.into();
+    let limits: Vec<Limits> = containers.iter().map(Limits::of).collect();
+    if limits.iter().all(|limits| limits.memory > 0) {
+        config["linux"]["resources"] =
+            json!({ "memory_limit_in_bytes": limits.iter().map(|limits| limits.memory).sum::<i64>() });
+    }
+    if limits.iter().all(|limits| limits.milli_cpu > 0) {
+        config["linux"]["resources"]["cpu_period"] = 100_000.into();
+        config["linux"]["resources"]["cpu_quota"] =
+            (limits.iter().map(|limits| limits.milli_cpu).sum::<i64>() * 100).into();
+    }
+    let pod = pods.run(config);
+    let started = containers.iter().zip(&limits).map(|(container, limits)| {
+        known(
+            container,
+            &[
+                "name",
+                "image",
+                "command",
+                "args",
+                "env",
+                "ports",
+                "securityContext",
+                "readinessProbe",
+                "volumeMounts",
+                "resources",
+            ],
+        );
+        let image = text(&container["image"]);
+        let image = images.iter().find(|(name, _)| *name == image).unwrap_or_else(|| panic!("no image for {image}")).1;
+        need_image(image);
+        let mut config = pod.sh("");
+        config["metadata"]["name"] = container["name"].clone();
+        config["image"]["image"] = image.into();
+        config["log_path"] = format!("{}.log", text(&container["name"])).into();
+        config["command"] = container.get("command").cloned().unwrap_or_else(|| json!([]));
+        config["args"] = container.get("args").cloned().unwrap_or_else(|| json!([]));
+        let env = container["env"].as_array().into_iter().flatten();
+        config["envs"] = env.map(|one| json!({ "key": one["name"], "value": one["value"] })).collect();
+        let mounts = container["volumeMounts"].as_array().into_iter().flatten();
+        config["mounts"] = mounts.map(|mount| self::mount(mount, &volumes)).collect();
+        limits.set(&mut config["linux"]["resources"]);
+        security(&mut config["linux"]["security_context"], &spec["securityContext"], &container["securityContext"]);
+        pod.start(&config)
+    });
+    let started = started.collect();
+    let probes = containers.iter().map(|container| {
+        let command = container["readinessProbe"]["exec"]["command"].as_array()?;
+        Some(command.iter().map(text).collect())
+    });
+    let probes = probes.collect();
+    Applied { pod, containers: started, probes, dir }
+}
+
+impl Applied {
+    /// Waits until the readiness probes of all containers succeed.
+    #[track_caller]
+    pub fn wait_ready(&self, limit: Duration) {
+        for (container, probe) in self.containers.iter().zip(&self.probes) {
+            let Some(probe) = probe else { continue };
+            let probe: Vec<&str> = probe.iter().map(String::as_str).collect();
+            let mut last = None;
+            let ready = node::eventually(limit, || {
+                std::thread::sleep(PERIOD);
+                assert_eq!(container.status()["state"], "CONTAINER_RUNNING", "its log:\n{}", container.log());
+                // Only the last of its answers is of interest.
+                last = Some(container.try_exec(&probe));
+                matches!(&last, Some(Ok(Executed { code: 0, .. }))).then_some(())
+            });
+            assert!(ready.is_some(), "{probe:?} says {last:?}; the log:\n{}", container.log());
+        }
+    }
+
+    /// The host's directory of an emptyDir.
+    pub fn empty_dir(&self, name: &str) -> PathBuf {
+        self.dir.join("volumes/kubernetes.io~empty-dir").join(name)
+    }
+}
+
+impl Drop for Applied {
+    fn drop(&mut self) {
+        // The kubelet removes volumes when the pod has ended.
+        if !std::thread::panicking() {
+            self.pod.stop();
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Makes the pod's volumes; where they are, by name.
+fn volumes(spec: &Value, dir: &Path) -> BTreeMap<String, PathBuf> {
+    let volumes = spec["volumes"].as_array().into_iter().flatten().map(|volume| {
+        known(volume, &["name", "emptyDir"]);
+        known(&volume["emptyDir"], &["sizeLimit"]);
+        let path = dir.join("volumes/kubernetes.io~empty-dir").join(text(&volume["name"]));
+        fs::create_dir_all(&path).unwrap();
+        // Kubernetes, pkg/volume/emptydir: 0777; fsGroup adds the group and its bit.
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
+        if let Some(group) = spec["securityContext"]["fsGroup"].as_u64() {
+            std::os::unix::fs::chown(&path, None, Some(u32::try_from(group).unwrap())).unwrap();
+            fs::set_permissions(&path, PermissionsExt::from_mode(0o2777)).unwrap();
+        }
+        (text(&volume["name"]), path)
+    });
+    volumes.collect()
+}
+
+fn mount(mount: &Value, volumes: &BTreeMap<String, PathBuf>) -> Value {
+    known(mount, &["name", "mountPath", "readOnly", "subPath"]);
+    let path = volumes[&text(&mount["name"])].join(text(&mount["subPath"]));
+    json!({
+        "host_path": path.to_string_lossy(),
+        "container_path": mount["mountPath"],
+        "readonly": mount["readOnly"] == true,
+    })
+}
+
+/// The security contexts of pod and container as the CRI's.
+fn security(into: &mut Value, pod: &Value, container: &Value) {
+    known(pod, &["runAsUser", "runAsGroup", "fsGroup"]);
+    known(
+        container,
+        &[
+            "privileged",
+            "runAsUser",
+            "runAsGroup",
+            "runAsNonRoot",
+            "readOnlyRootFilesystem",
+            "allowPrivilegeEscalation",
+            "capabilities",
+        ],
+    );
+    let either = |name: &str| container.get(name).or_else(|| pod.get(name)).cloned();
+    if let Some(user) = either("runAsUser") {
+        into["run_as_user"] = json!({ "value": user });
+    }
+    if let Some(group) = either("runAsGroup") {
+        into["run_as_group"] = json!({ "value": group });
+    }
+    if let Some(group) = pod.get("fsGroup") {
+        into["supplemental_groups"] = json!([group]);
+    }
+    let privileged = container["privileged"] == true;
+    into["privileged"] = privileged.into();
+    into["readonly_rootfs"] = (container["readOnlyRootFilesystem"] == true).into();
+    into["no_new_privs"] = (container["allowPrivilegeEscalation"] == false).into();
+    let list = |name: &str| container["capabilities"].get(name).cloned().unwrap_or_else(|| json!([]));
+    into["capabilities"] = json!({ "add_capabilities": list("add"), "drop_capabilities": list("drop") });
+    if !privileged {
+        into["masked_paths"] = json!(MASKED);
+        into["readonly_paths"] = json!(READ_ONLY);
+    }
+}
+
+/// A container's limits; 0 for none.
+struct Limits {
+    memory: i64,
+    milli_cpu: i64,
+}
+
+impl Limits {
+    fn of(container: &Value) -> Self {
+        known(&container["resources"], &["limits"]);
+        let limits = &container["resources"]["limits"];
+        known(limits, &["memory", "cpu"]);
+        Self { memory: bytes(&text(&limits["memory"])), milli_cpu: text(&limits["cpu"]).parse().unwrap_or(0) * 1000 }
+    }
+
+    fn set(&self, into: &mut Value) {
+        if self.memory > 0 {
+            into["memory_limit_in_bytes"] = self.memory.into();
+        }
+        if self.milli_cpu > 0 {
+            into["cpu_period"] = 100_000.into();
+            into["cpu_quota"] = (self.milli_cpu * 100).into();
+            into["cpu_shares"] = (self.milli_cpu * 1024 / 1000).into();
+        }
+    }
+}
+
+/// A quantity in bytes, 0 for none.
+fn bytes(quantity: &str) -> i64 {
+    let (number, shift) = match quantity.split_at(quantity.len().saturating_sub(2)) {
+        (number, "Mi") => (number, 20),
+        (number, "Gi") => (number, 30),
+        _ => (quantity, 0),
+    };
+    number.parse::<i64>().unwrap_or(0) << shift
+}
+
+/// Fails at a field that is not among `fields`: one that is not looked at is one that is not tested.
+#[track_caller]
+fn known(value: &Value, fields: &[&str]) {
+    let keys = value.as_object().into_iter().flat_map(Map::keys);
+    let unknown: Vec<&String> = keys.filter(|key| !fields.contains(&key.as_str())).collect();
+    assert!(unknown.is_empty(), "fields nobody looks at: {unknown:?}");
+}
