@@ -15,6 +15,7 @@ use super::protocol::CreateRequest;
 use super::tmpfs::{self, Staging};
 use super::{devices, trail};
 use crate::log::chain;
+use crate::task::volumes;
 
 /// Creates the container and returns its init's process id.
 ///
@@ -23,6 +24,7 @@ use crate::log::chain;
 pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let config = request.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|error| chain(&error))?;
+    volumes::visit(&volumes::of(&spec));
     make_working_directory(&spec);
     let staging = Staging { dir: &request.bundle, cgroup: &request.cgroup };
     let changed = tmpfs::prepare(&mut spec, &staging).map_err(|(destination, error)| {

@@ -1,6 +1,6 @@
-//! What comes and goes while the pod runs: processors, memory, and devices in slots that were empty at boot.
+//! What comes and goes while the pod runs: processors and memory.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 /// Where the kernel keeps its processors.
@@ -55,24 +55,13 @@ pub fn processors(count: u32) -> Result<u32, ProcessorError> {
     Ok(numbers(&read("online")?).len() as u32)
 }
 
-/// Makes the guest look again at a slot whose device was just plugged in.
-///
-/// # Errors
-/// What the kernel says.
-pub fn rescan(slot: u32) -> io::Result<()> {
-    // Before any memory comes: most of it goes where the kernel puts nothing that it cannot move, so that it can be
-    // given back (Documentation/admin-guide/mm/memory-hotplug.rst, "auto-movable").
+/// Has most of the memory that is plugged in go where the kernel puts nothing that it cannot move, so that it can be
+/// given back (Documentation/admin-guide/mm/memory-hotplug.rst, "auto-movable"). To be called before any comes.
+pub fn prefer_movable() {
     for (name, value) in [("online_policy", "auto-movable"), ("auto_movable_ratio", "400")] {
         if let Err(error) = std::fs::write(Path::new(MEMORY).join(name), value) {
             tracing::debug!("memory_hotplug.{name}: {error}");
         }
-    }
-    let device = husk_proto::slots::device_name(slot);
-    let bind = std::fs::OpenOptions::new().write(true).open("/sys/bus/platform/drivers/virtio-mmio/bind");
-    match bind.and_then(|mut file| file.write_all(device.as_bytes())) {
-        // It is bound already: the guest found it without being told.
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
-        other => other,
     }
 }
 

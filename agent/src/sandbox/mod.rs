@@ -9,6 +9,7 @@ pub mod namespaces;
 mod netlink;
 mod network;
 pub mod service;
+mod slots;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};

@@ -13,7 +13,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::mirror::Mirrors;
-use super::{Sandbox, apply, hotplug, namespaces, network};
+use super::{Sandbox, apply, hotplug, namespaces, network, slots};
 use crate::events::Hub;
 use crate::log::chain;
 use crate::task::error::Fault;
@@ -88,8 +88,14 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
-        hotplug::rescan(request.slot).map_err(|error| failed(&format!("slot {}", request.slot), &error))?;
-        Ok(RescanResponse::new())
+        let found = tokio::task::spawn_blocking(move || {
+            hotplug::prefer_movable();
+            slots::rescan(request.slot)
+        })
+        .await;
+        let found = found.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
+        let (major, minor) = found.unwrap_or_default();
+        Ok(RescanResponse { major, minor, ..Default::default() })
     }
 
     async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {

@@ -12,7 +12,7 @@ use protobuf::Message;
 use super::error::{Fault, unknown};
 use super::helper::Job;
 use super::process::{Phase, Process, StreamNames};
-use super::{Container, STATE, Tasks, check_id, shares_pids, spec, task_dir};
+use super::{Container, STATE, Tasks, check_id, shares_pids, spec, task_dir, volumes};
 use crate::cgroup::Cgroup;
 use crate::helper::protocol::{CreateRequest, Request};
 use crate::io::console::{self, Console};
@@ -61,6 +61,7 @@ impl Tasks {
                 seccomp: linux.and_then(|linux| linux.seccomp().clone()),
                 oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
                 shares_pids: shares_pids(&spec),
+                volumes: volumes::of(&spec),
                 oom,
                 oom_task: Mutex::default(),
                 paused: false.into(),

@@ -9,6 +9,7 @@ mod remove;
 pub mod service;
 mod spec;
 mod stats;
+pub mod volumes;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -47,6 +48,8 @@ pub struct Container {
     seccomp: Option<LinuxSeccomp>,
     oom_score_adj: Option<i32>,
     shares_pids: bool,
+    /// What it has of the shared file system.
+    volumes: Vec<PathBuf>,
     oom: Arc<OomWatch>,
     oom_task: Mutex<Option<AbortHandle>>,
     paused: AtomicBool,
@@ -110,6 +113,12 @@ impl Tasks {
         }
         containers.insert(container.id.clone(), container.clone());
         Ok(())
+    }
+
+    /// Whether another container than `id` has `path` of the shared file system.
+    fn is_shared(&self, path: &Path, id: &str) -> bool {
+        let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        containers.values().any(|other| other.id != id && other.volumes.iter().any(|volume| volume == path))
     }
 
     fn forget(&self, id: &str) {

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::error::Fault;
 use super::process::Phase;
-use super::{Container, STATE, Tasks};
+use super::{Container, STATE, Tasks, volumes};
 use crate::oom::FileWatch;
 use crate::reaper::Ended;
 
@@ -51,6 +51,9 @@ impl Tasks {
         if let Err(error) = remove_group(container).await {
             tracing::warn!("control group of {}: {error}", container.id);
         }
+        let mut alone = container.volumes.clone();
+        alone.retain(|path| !self.is_shared(path, &container.id));
+        let _ = tokio::task::spawn_blocking(move || volumes::leave(&alone)).await;
         crate::sandbox::mirror::remove(&container.id);
         for path in [&container.dir, &Path::new(STATE).join(&container.id)] {
             match std::fs::remove_dir_all(path) {

@@ -13,7 +13,9 @@
 //! share.unmount();
 //! ```
 
+mod binds;
 mod devices;
+mod disks;
 pub mod growth;
 mod hooks;
 mod load;
@@ -31,6 +33,7 @@ mod translate;
 mod update;
 mod volumes;
 
+pub use disks::{Disk, Numbers, number_anew};
 pub use load::{Bundle, BundleError};
 pub use prepare::{PrepareError, Prepared, Request, prepare};
 pub use rootfs::{RootMount, RootfsError};

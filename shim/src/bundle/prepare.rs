@@ -1,7 +1,7 @@
 //! Making a container ready: its mounts on the host, its specification for the guest.
 
 use super::{
-    Bundle, TranslateError,
+    Bundle, Disk, TranslateError, binds, disks,
     rootfs::{self, RootMount, RootfsError},
     teardown::teardown,
     translate,
@@ -36,6 +36,9 @@ pub struct Prepared {
     pub notes: Vec<String>,
     /// Volumes that the guest gets copies of, before it creates the container.
     pub mirrors: Vec<Mirror>,
+    /// Block devices of the host that the guest gets, before it creates the container; the specification has the host's
+    /// numbers until [`super::number_anew`].
+    pub disks: Vec<Disk>,
 }
 
 /// Why a container cannot be made ready.
@@ -82,7 +85,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     create(share.join(id))?; // a container of this id that is still there is not ours to take down
     let made = (|| {
         create(share.join(id).join("rootfs"))?;
-        create(volumes::directory(share, id))?;
+        create(binds::marks(share, id))?;
         mount(bundle, request, &mut raw, &mut notes, &mut mirrors)
     })();
     if let Err(error) = made {
@@ -90,8 +93,8 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         let _ = teardown(share, id);
         return Err(error);
     }
-    let spec = raw.to_string().into_bytes();
-    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, mirrors })
+    let (spec, disks) = (raw.to_string().into_bytes(), disks::of(&raw));
+    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, mirrors, disks })
 }
 
 fn mount(
@@ -117,8 +120,7 @@ fn mount(
     }
     let place = Place {
         bundle: &bundle.dir,
-        host: &volumes::directory(share, id),
-        guest: &format!("{}/{id}/mounts", husk_proto::GUEST_SHARE),
+        share,
         container: id,
         kubernetes: bundle.annotation("io.kubernetes.cri.container-type").is_some(),
     };

@@ -4,6 +4,7 @@
 //! every mount made in `share` propagates to, and the root of the guest's virtio-fs. So the guest writes into root file
 //! systems and volumes, but it can neither fill the tmpfs nor put a link where the host is about to mount something.
 
+use super::binds;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{
     io,
@@ -59,6 +60,8 @@ impl Share {
         mount(Some("husk"), host, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0711,size=4m"))
             .map_err(fail("mount a tmpfs at", host))?;
         mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("share", host))?;
+        let volumes = host.join(binds::VOLUMES);
+        std::fs::create_dir(&volumes).map_err(|source| ShareError { step: "create", path: volumes, source })?;
         mount(Some(host), guest, none, MsFlags::MS_BIND, none).map_err(fail("bind", guest))?;
         mount(none, guest, none, MsFlags::MS_SLAVE, none).map_err(fail("make a slave of", guest))?;
         let read_only =

@@ -51,6 +51,16 @@ pub fn open_path(path: &Path, follow: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// The id of the mount that `file` was reached by.
+pub fn mount_id(file: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: statx is plain data for which all zeroes is valid.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is an empty NUL-terminated string, and the kernel fills the one structure it is given.
+    let result =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_MNT_ID, &raw mut stat) };
+    if result == 0 { Ok(stat.stx_mnt_id) } else { Err(io::Error::last_os_error()) }
+}
+
 /// A detached copy of the mount at `source`, with all mounts below it when `recursive`.
 pub fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH | if recursive { AT_RECURSIVE } else { 0 };

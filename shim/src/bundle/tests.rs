@@ -54,6 +54,20 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
     Bundle::load(dir).unwrap()
 }
 
+/// Where the host has what mount `index` of a specification made ready is, as the guest sees it.
+fn source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
+    let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
+    let path = spec["mounts"][index]["source"].as_str().unwrap().to_owned();
+    share.guest.join(Path::new(&path).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
+}
+
+/// How much is in the share.
+fn contents(share: &Share) -> usize {
+    let count = |path: &Path| fs::read_dir(path).unwrap().count();
+    // The directory of volumes itself is always there.
+    count(&share.host) - 1 + count(&share.host.join(binds::VOLUMES))
+}
+
 fn share(dir: &Path) -> Share {
     let sandbox = dir.join("sandbox");
     fs::create_dir(&sandbox).unwrap();
@@ -80,20 +94,18 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
         let prepared = prepare(&bundle, &request).unwrap();
         assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
         let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
-        assert_eq!(spec["mounts"][2]["source"], "/run/husk/share/c1/mounts/2");
+        let (second, third) = (source(&share, &prepared, 2), source(&share, &prepared, 3));
         assert_eq!(spec["mounts"][0], sample()["mounts"][0]);
 
         // What the guest sees, through the read-only copy of the share.
         let guest = share.guest.join("c1");
         assert_eq!(fs::read_to_string(guest.join("rootfs/from-the-lowest")).unwrap(), "x");
         fs::write(guest.join("rootfs/new"), "new").unwrap();
-        assert_eq!(fs::read_to_string(guest.join("mounts/2/below/deep")).unwrap(), "deep");
-        fs::write(guest.join("mounts/2/from-guest"), "g").unwrap();
+        assert_eq!(fs::read_to_string(second.join("below/deep")).unwrap(), "deep");
+        fs::write(second.join("from-guest"), "g").unwrap();
         assert!(data.join("from-guest").exists());
-        assert_eq!(fs::read_to_string(guest.join("mounts/3")).unwrap(), "file");
-        for refused in
-            [fs::write(guest.join("mounts/3"), "no"), fs::write(guest.join("x"), "no"), fs::remove_dir(&guest)]
-        {
+        assert_eq!(fs::read_to_string(&third).unwrap(), "file");
+        for refused in [fs::write(&third, "no"), fs::write(guest.join("x"), "no"), fs::remove_dir(&guest)] {
             assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
         }
         // The same container again is refused, and the one there is left alone.
@@ -105,6 +117,7 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
         for _ in 0..2 {
             teardown(&share.host, "c1").unwrap();
             assert!(!share.host.join("c1").exists() && !guest.exists());
+            assert_eq!(contents(&share), 0);
         }
         drop(held);
         assert!(data.join("below/deep").exists() && file.exists(), "the sources are untouched");
@@ -129,7 +142,7 @@ fn mounts_of_a_failed_container_do_not_stay() {
         let rootfs = [overlay(dir, 2)];
         let request = Request { id: "c1", share: &share.host, rootfs: &rootfs };
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Volume(_))));
-        assert_eq!(fs::read_dir(&share.host).unwrap().count(), 0);
+        assert_eq!(contents(&share), 0);
         assert_eq!(mounts_below(&share.host).len(), 1);
         let broken = [RootMount { kind: "overlay".into(), ..RootMount::default() }];
         let error = prepare(&bundle, &Request { rootfs: &broken, ..request }).unwrap_err();
@@ -214,14 +227,49 @@ fn mounts_of_the_host_reach_slaves_only() {
             }
         });
         let rootfs = [overlay(dir, 1)];
-        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs }).unwrap();
+        let prepared = prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs }).unwrap();
         mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
         fs::write(source.join("later/x"), "").unwrap();
-        let guest = share.guest.join("c1/mounts");
-        assert!(guest.join("2/later/x").exists(), "a slave sees later mounts");
-        assert!(!guest.join("3/later/x").exists(), "a private mount does not");
+        assert!(self::source(&share, &prepared, 2).join("later/x").exists(), "a slave sees later mounts");
+        assert!(!self::source(&share, &prepared, 3).join("later/x").exists(), "a private mount does not");
         teardown(&share.host, "c1").unwrap();
         assert!(source.join("later/x").exists(), "nothing goes back to the host");
+        share.unmount();
+    });
+}
+
+#[test]
+fn mounts_of_one_directory_are_one_while_a_container_has_it() {
+    isolated(|dir| {
+        let share = share(dir);
+        let data = dir.join("data");
+        fs::create_dir(&data).unwrap();
+        let with = |options: &[&str]| {
+            bundle(dir, |spec| {
+                let mounts = spec["mounts"].as_array_mut().unwrap();
+                for at in ["/one", "/two"] {
+                    mounts.push(json!({"destination": at, "type": "bind", "source": data, "options": options}));
+                }
+            })
+        };
+        let make = |id: &str, options: &[&str]| {
+            let rootfs = [overlay(dir, 1)];
+            prepare(&with(options), &Request { id, share: &share.host, rootfs: &rootfs }).unwrap()
+        };
+        let (a, b) = (make("a", &["rbind"]), make("b", &["rbind"]));
+        let at = source(&share, &a, 2);
+        assert_eq!((source(&share, &a, 3), source(&share, &b, 2)), (at.clone(), at.clone()));
+        let read_only = source(&share, &make("c", &["rbind", "ro"]), 2);
+        assert_ne!(read_only, at);
+        fs::write(at.join("file"), "x").unwrap();
+        assert!(fs::write(read_only.join("file"), "y").is_err());
+        teardown(&share.host, "a").unwrap();
+        assert!(at.join("file").exists(), "b has it still");
+        teardown(&share.host, "b").unwrap();
+        assert!(!at.exists() && read_only.join("file").exists());
+        teardown(&share.host, "c").unwrap();
+        assert_eq!(mounts_below(&share.host).len(), 1);
+        assert_eq!(contents(&share), 0);
         share.unmount();
     });
 }

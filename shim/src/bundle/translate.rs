@@ -124,8 +124,8 @@ fn linux(linux: &mut Map<String, Value>, id: &str, notes: &mut Vec<String>) -> R
         let number = |key: &str| device.get(key).and_then(Value::as_u64).unwrap_or_default();
         let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
         let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
-        if kind == "p" {
-            continue; // a fifo of the container's own
+        if kind == "p" || kind == "b" {
+            continue; // a fifo of the container's own, or a disk that is plugged in
         }
         devices::guest_path(kind == "c" || kind == "u", number("major"), number("minor"))
             .map_err(|message| unsupported(format!("linux.devices: {path}"), message))?;
@@ -251,7 +251,8 @@ mod tests {
         };
         device("c", 1, 3).unwrap();
         device("p", 0, 0).unwrap();
-        assert!(device("b", 8, 0).unwrap_err().to_string().starts_with("linux.devices: /dev/x: block device 8:0"));
+        device("b", 8, 0).unwrap();
+        assert!(device("c", 8, 0).unwrap_err().to_string().starts_with("linux.devices: /dev/x: character device 8:0"));
         assert!(device("c", 10, 232).unwrap_err().to_string().contains("no KVM"));
         assert!(refused(|v| v["linux"]["intelRdt"] = json!({"closID": "a"})).starts_with("linux.intelRdt"));
         assert!(refused(|v| v["linux"]["netDevices"] = json!({"eth1": {}})).starts_with("linux.netDevices"));

@@ -1,11 +1,11 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
-use super::{devices, spec::Mount, syscall};
+use super::{binds, devices, spec::Mount, syscall};
 use crate::mirror::{self, Mirror};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
-    fs, io,
-    os::fd::{AsFd, OwnedFd},
+    io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -54,10 +54,8 @@ enum Plan {
 pub struct Place<'a> {
     /// The bundle, which relative sources are relative to.
     pub bundle: &'a Path,
-    /// `share/<id>/mounts` on the host.
-    pub host: &'a Path,
-    /// The same in the guest.
-    pub guest: &'a str,
+    /// The share on the host.
+    pub share: &'a Path,
     /// The container.
     pub container: &'a str,
     /// Whether containerd's CRI made the specification.
@@ -80,8 +78,7 @@ pub fn make(
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
         Plan::Bind { source, directory } => {
-            bind(mount, &source, directory, &place.host.join(index.to_string()))?;
-            Ok(Some(format!("{}/{index}", place.guest)))
+            binds::bind(mount, &source, directory, place.share, place.container).map(Some)
         }
     }
 }
@@ -123,7 +120,7 @@ fn plan(mount: &Mount, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Pla
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     match kind {
-        SFlag::S_IFDIR if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
+        SFlag::S_IFDIR if place.kubernetes && binds::Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
             Ok(Plan::Mirror(path))
         }
         SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true }),
@@ -146,65 +143,10 @@ fn is_sandbox_shm(path: &Path) -> bool {
         && path.parent().and_then(Path::parent).and_then(Path::file_name).is_some_and(|name| name == "sandboxes")
 }
 
-fn bind(mount: &Mount, source: &OwnedFd, directory: bool, target: &Path) -> Result<(), VolumeError> {
-    let host = |step| {
-        move |source| VolumeError::Host {
-            mount_source: mount.source.clone().unwrap_or_default(),
-            destination: mount.destination.clone(),
-            step,
-            source,
-        }
-    };
-    let made = if directory { fs::create_dir(target) } else { fs::File::create_new(target).map(drop) };
-    made.map_err(host("create the mount point"))?;
-    let flags = Flags::of(mount);
-    let tree = syscall::clone_tree(source.as_fd(), flags.recursive).map_err(host("copy the source's mounts"))?;
-    syscall::set_attr(tree.as_fd(), 0, flags.propagation, true).map_err(host("set the propagation"))?;
-    if flags.read_only {
-        // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
-        syscall::set_attr(tree.as_fd(), syscall::MOUNT_ATTR_RDONLY, 0, flags.read_only_below)
-            .map_err(host("make it read-only"))?;
-    }
-    let target = syscall::open_path(target, false).map_err(host("open the mount point"))?;
-    syscall::attach(tree.as_fd(), target.as_fd()).map_err(host("attach it"))
-}
-
-/// What the host does of a bind mount's options.
-#[derive(Debug, PartialEq, Eq)]
-struct Flags {
-    recursive: bool,
-    read_only: bool,
-    read_only_below: bool,
-    propagation: u64,
-}
-
-impl Flags {
-    fn of(mount: &Mount) -> Self {
-        let mut flags =
-            Self { recursive: false, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
-        for option in mount.options() {
-            match option.as_str() {
-                "rbind" => flags.recursive = true,
-                "ro" => flags.read_only = true,
-                "rw" => flags.read_only = false,
-                "rro" => (flags.read_only, flags.read_only_below) = (true, true),
-                // Of what the host mounts there later, the guest sees each at its first look.
-                "slave" | "rslave" => flags.propagation = libc::MS_SLAVE,
-                _ => {}
-            }
-        }
-        flags
-    }
-}
-
-/// A container's volume directory on the host.
-pub fn directory(share: &Path, id: &str) -> PathBuf {
-    share.join(id).join("mounts")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn mount(source: &str, destination: &str, options: &[&str]) -> Mount {
         Mount {
@@ -217,8 +159,7 @@ mod tests {
     }
 
     fn planned(mount: &Mount) -> Result<Plan, String> {
-        let place =
-            Place { bundle: Path::new("/b"), host: Path::new("/h"), guest: "/g", container: "c", kubernetes: true };
+        let place = Place { bundle: Path::new("/b"), share: Path::new("/h"), container: "c", kubernetes: true };
         plan(mount, &place, &mut Vec::new()).map_err(|error| error.to_string())
     }
 
@@ -262,15 +203,5 @@ mod tests {
         assert!(matches!(planned(&mount(directory, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
         let error = planned(&mount("/nowhere/x", "/x", &["rbind"])).unwrap_err();
         assert_eq!(error, "error mounting \"/nowhere/x\" to rootfs at \"/x\": cannot open the source");
-    }
-
-    #[test]
-    fn options_decide_what_the_host_does() {
-        let of = |options: &[&str]| Flags::of(&mount("/a", "/b", options));
-        let plain = Flags { recursive: true, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
-        assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
-        assert_eq!(of(&["bind", "ro", "rslave"]).propagation, libc::MS_SLAVE);
-        assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_below && !of(&["bind"]).recursive);
-        assert!(of(&["rbind", "rro"]).read_only_below);
     }
 }

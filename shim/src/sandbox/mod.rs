@@ -4,6 +4,7 @@ pub mod agent;
 pub mod boot;
 pub mod cgroup;
 pub mod console;
+pub mod disks;
 pub mod forward;
 pub mod limits;
 pub mod metrics;
@@ -68,6 +69,7 @@ pub struct Sandbox {
     resizer: OnceLock<Resizer>,
     tail: Tail,
     tokens: AtomicU64,
+    disks: disks::Plugged,
     timeline_log: OnceLock<PathBuf>,
 }
 
@@ -102,6 +104,7 @@ impl Sandbox {
             resizer: OnceLock::new(),
             tail,
             tokens: AtomicU64::new(1),
+            disks: disks::Plugged::default(),
             timeline_log: OnceLock::new(),
         })
     }

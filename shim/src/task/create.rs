@@ -15,11 +15,11 @@ use super::container::Container;
 use super::process::Process;
 use super::{Refusal, Shim, paths};
 use crate::bundle::growth::Limits;
-use crate::bundle::{self, Bundle, Prepared};
+use crate::bundle::{self, Bundle, Disk, Prepared};
 use crate::hooks;
 use crate::mirror;
 use crate::pod;
-use crate::sandbox::agent::{timeouts, within};
+use crate::sandbox::agent::{Agent, timeouts, within};
 use crate::spec::Spec;
 use crate::stdio::{Owner, Stdio};
 
@@ -72,11 +72,12 @@ impl Shim {
         for note in &prepared.notes {
             tracing::info!(container = request.id, "{note}");
         }
+        let spec_of_guest = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
         let following = mirror::start(&agent, &request.id, prepared.mirrors).await;
         let following = following.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
         self.make_room(&request.id, Limits::of(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
-        let options = CreateOptions { spec: prepared.spec, rootfs: prepared.rootfs, ..Default::default() };
+        let options = CreateOptions { spec: spec_of_guest, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
             type_url: CREATE_OPTIONS_URL.to_owned(),
             value: options.write_to_bytes().map_err(|e| Refusal::Failed(e.to_string()))?,
@@ -101,6 +102,19 @@ impl Shim {
         // Not before: the start itself is not held to the container's CPU limit.
         self.follow_pod();
         Ok(())
+    }
+
+    /// Gives the guest the block devices that the specification names; gives the specification with the guest's numbers.
+    async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, Refusal> {
+        if disks.is_empty() {
+            return Ok(spec);
+        }
+        let mut numbers = Vec::new();
+        for disk in disks {
+            let guest = self.sandbox.disk(agent, *disk).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+            numbers.push((*disk, guest));
+        }
+        bundle::number_anew(&spec, &numbers).map_err(|e| Refusal::Failed(e.to_string()))
     }
 
     /// The container is there: containerd is told.

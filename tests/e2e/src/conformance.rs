@@ -3,23 +3,38 @@
 //! With `HUSK_CONFORMANCE` naming a file, each behaviour becomes a line of it: group, behaviour, result, with tabs in
 //! between.
 
+use std::cell::RefCell;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::cri;
+use crate::cri::{self, Pods};
+
+thread_local! {
+    /// What failed in this test.
+    static FAILED: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A group of behaviours.
 pub struct Group {
     name: &'static str,
     lines: Vec<String>,
-    failed: Vec<String>,
 }
 
-/// Tries all behaviours of a group; fails at the end when one of them failed.
+/// Pods for some groups of behaviours; fails at the end when one of them failed.
+#[track_caller]
+pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
+    cri::pods(name, |pods| {
+        body(pods);
+        let failed = FAILED.take();
+        assert!(failed.is_empty(), "{failed:#?}");
+    });
+}
+
+/// Tries all behaviours of a group.
 #[track_caller]
 pub fn group(name: &'static str, body: impl FnOnce(&mut Group)) {
-    let mut group = Group { name, lines: Vec::new(), failed: Vec::new() };
+    let mut group = Group { name, lines: Vec::new() };
     let whole = catch_unwind(AssertUnwindSafe(|| body(&mut group)));
     if let Ok(path) = std::env::var("HUSK_CONFORMANCE") {
         let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
@@ -28,7 +43,6 @@ pub fn group(name: &'static str, body: impl FnOnce(&mut Group)) {
     if let Err(panic) = whole {
         std::panic::resume_unwind(panic);
     }
-    assert!(group.failed.is_empty(), "{name}: {:#?}", group.failed);
 }
 
 impl Group {
@@ -53,7 +67,7 @@ impl Group {
 
     fn note(&mut self, behaviour: &str, result: &str) {
         if result == "fails" {
-            self.failed.push(behaviour.to_owned());
+            FAILED.with_borrow_mut(|failed| failed.push(format!("{}: {behaviour}", self.name)));
         }
         self.lines.push(format!("{}\t{behaviour}\t{result}\n", self.name));
     }

@@ -13,7 +13,7 @@ use protobuf::{Message, MessageDyn};
 use serde_json::Value;
 
 pub use grpc::Status;
-pub use pod::{Pod, PodContainer, pods, pods_of};
+pub use pod::{Pod, PodContainer, Pods, pods, pods_of};
 
 /// containerd's socket, which serves the CRI as well.
 const SOCKET: &str = "/run/containerd/containerd.sock";

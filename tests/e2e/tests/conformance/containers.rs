@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use husk_e2e::conformance::group;
-use husk_e2e::cri::{call, number, pods, try_call};
+use husk_e2e::conformance::{group, pods};
+use husk_e2e::cri::{call, number, try_call};
 use serde_json::json;
 
 use super::{once, sleeper};
@@ -14,10 +14,11 @@ fn container() {
         let pod = pods.pod();
         group("Container", |group| {
             group.has("create, start, stop, remove, with the state told at each step", || {
-                let container = pod.create(&pod.sh("trap 'exit 0' TERM; sleep 100000 & wait"));
+                let container = pod.create(&pod.sh("trap 'exit 0' TERM; echo up; sleep 100000 & wait"));
                 assert_eq!(container.status()["state"], "CONTAINER_CREATED");
                 container.start();
                 assert_eq!(container.status()["state"], "CONTAINER_RUNNING");
+                container.wait_for("up");
                 container.stop(10);
                 let status = container.status();
                 assert_eq!((&status["state"], &status["reason"]), (&json!("CONTAINER_EXITED"), &json!("Completed")));

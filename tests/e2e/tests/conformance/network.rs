@@ -4,8 +4,8 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use husk_e2e::conformance::group;
-use husk_e2e::cri::{Pod, PodContainer, pods};
+use husk_e2e::conformance::{group, pods};
+use husk_e2e::cri::{Pod, PodContainer};
 use serde_json::json;
 
 #[track_caller]

@@ -1,7 +1,7 @@
 //! Pod sandboxes: their life, their names, their kernel parameters and their namespaces.
 
-use husk_e2e::conformance::group;
-use husk_e2e::cri::{self, call, pods, refused, try_call};
+use husk_e2e::conformance::{group, pods};
+use husk_e2e::cri::{self, call, refused, try_call};
 use serde_json::{Value, json};
 
 use super::{context, once, sleeper};

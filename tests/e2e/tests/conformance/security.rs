@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use husk_e2e::conformance::group;
-use husk_e2e::cri::{pods, try_call};
+use husk_e2e::conformance::{group, pods};
+use husk_e2e::cri::try_call;
 use serde_json::{Value, json};
 
 use super::{context, once};

@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use husk_e2e::conformance::group;
+use husk_e2e::conformance::{group, pods};
 use husk_e2e::cri::stream::{Stream, channel};
-use husk_e2e::cri::{PodContainer, call, pods, try_call};
+use husk_e2e::cri::{PodContainer, call, try_call};
 use serde_json::{Value, json};
 
 use super::{once, sleeper};

@@ -1,0 +1,195 @@
+//! Host directories and files in the share: each is bound once for the whole pod, however many of its containers have it.
+//!
+//! The guest's file system knows a file by the mount it is reached by (virtiofsd, `passthrough::InodeIds`), so of two
+//! mounts of one directory it would make two sets of inodes, and a fifo, a socket or a lock in one would be none in the
+//! other. What a container uses is marked by an empty file of the mount's name in `<share>/<container>/mounts`.
+
+use super::{spec::Mount, syscall, volumes::VolumeError};
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, umount2},
+    sys::stat::fstat,
+};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Where the mounts are in the share; no container's id begins with a dot. It stays, and no name in it comes twice: the
+/// guest's kernel may know a directory's old entry for a while.
+pub const VOLUMES: &str = ".volumes";
+/// Nobody stacks more mounts on one directory; a bound so that a bug cannot loop.
+const MAX_STACKED: usize = 64;
+
+/// Held while marks and mounts are looked at together: containers come and go on threads of their own.
+static TURN: Mutex<u64> = Mutex::new(0);
+
+/// Guards the number that the next mount's name begins with.
+fn turn() -> MutexGuard<'static, u64> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A container's marks.
+pub fn marks(share: &Path, id: &str) -> PathBuf {
+    share.join(id).join("mounts")
+}
+
+/// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it.
+pub fn bind(mount: &Mount, source: &OwnedFd, directory: bool, share: &Path, id: &str) -> Result<String, VolumeError> {
+    let host = |step| {
+        move |source| VolumeError::Host {
+            mount_source: mount.source.clone().unwrap_or_default(),
+            destination: mount.destination.clone(),
+            step,
+            source,
+        }
+    };
+    let flags = Flags::of(mount);
+    let kind = kind(source, &flags).map_err(host("stat the source"))?;
+    let mut turn = turn();
+    let present = find(share, &kind).map_err(host("list the mounts"))?;
+    let name = present.clone().unwrap_or_else(|| format!("{}.{kind}", *turn));
+    let guest = format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE);
+    fs::File::create(marks(share, id).join(&name)).map_err(host("mark the mount"))?;
+    if present.is_some() {
+        return Ok(guest);
+    }
+    *turn += 1;
+    let target = share.join(VOLUMES).join(&name);
+    let made = if directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
+    made.map_err(host("create the mount point"))?;
+    attach(source, &flags, &target).map_err(|(step, source)| {
+        // Nobody is to take the mount point for the mount.
+        let _ = remove(&target);
+        host(step)(source)
+    })?;
+    Ok(guest)
+}
+
+fn attach(source: &OwnedFd, flags: &Flags, target: &Path) -> Result<(), (&'static str, io::Error)> {
+    let at = |step| move |error| (step, error);
+    let tree = syscall::clone_tree(source.as_fd(), flags.recursive).map_err(at("copy the source's mounts"))?;
+    syscall::set_attr(tree.as_fd(), 0, flags.propagation, true).map_err(at("set the propagation"))?;
+    if flags.read_only {
+        // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
+        syscall::set_attr(tree.as_fd(), syscall::MOUNT_ATTR_RDONLY, 0, flags.read_only_below)
+            .map_err(at("make it read-only"))?;
+    }
+    let target = syscall::open_path(target, false).map_err(at("open the mount point"))?;
+    syscall::attach(tree.as_fd(), target.as_fd()).map_err(at("attach it"))
+}
+
+/// Takes away what only container `id` uses; any number of times. `note` gets what came of each step.
+pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()>)) {
+    let marks = marks(share, id);
+    let _turn = turn();
+    let entries = match fs::read_dir(&marks) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        Err(error) => return note(&marks, Err(error)),
+    };
+    for name in entries.flatten().map(|entry| entry.file_name()) {
+        let mark = marks.join(&name);
+        note(&mark, remove(&mark));
+        let used = fs::read_dir(share).into_iter().flatten().flatten();
+        if !used.map(|container| container.path().join("mounts").join(&name)).any(|mark| mark.exists()) {
+            let target = share.join(VOLUMES).join(&name);
+            note(&target, unmount(&target).and_then(|()| remove(&target)));
+        }
+    }
+}
+
+/// Unmounts whatever is mounted at `path`, detached, so that a file held open does not keep it.
+pub fn unmount(path: &Path) -> io::Result<()> {
+    for _ in 0..MAX_STACKED {
+        match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // Not a mount point (any more), or not there.
+            Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EBUSY))
+}
+
+/// Removes an empty directory or a file that was mounted on: never anything below, which could be somebody's data.
+pub fn remove(path: &Path) -> io::Result<()> {
+    let gone = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir(path).or_else(gone),
+        Ok(_) => fs::remove_file(path).or_else(gone),
+        Err(error) => gone(error),
+    }
+}
+
+/// The name of the mount of this kind, if there is one.
+fn find(share: &Path, kind: &str) -> io::Result<Option<String>> {
+    for entry in fs::read_dir(share.join(VOLUMES))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.split_once('.').is_some_and(|(_, found)| found == kind) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// What tells one mount from another: what is mounted, as seen by which of the host's mounts, and how.
+fn kind(source: &OwnedFd, flags: &Flags) -> io::Result<String> {
+    let stat = fstat(source)?;
+    let mount = syscall::mount_id(source.as_fd())?;
+    let Flags { recursive, read_only, read_only_below, propagation } = flags;
+    let how: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_below) << 2;
+    let slave = u8::from(*propagation == libc::MS_SLAVE) << 3;
+    Ok(format!("{:x}-{:x}-{mount:x}-{:x}", stat.st_dev, stat.st_ino, how | slave))
+}
+
+/// What the host does of a bind mount's options.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Flags {
+    recursive: bool,
+    /// Whether nobody is to write to it.
+    pub read_only: bool,
+    read_only_below: bool,
+    propagation: u64,
+}
+
+impl Flags {
+    /// Those of `mount`.
+    pub fn of(mount: &Mount) -> Self {
+        let mut flags =
+            Self { recursive: false, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
+        for option in mount.options() {
+            match option.as_str() {
+                "rbind" => flags.recursive = true,
+                "ro" => flags.read_only = true,
+                "rw" => flags.read_only = false,
+                "rro" => (flags.read_only, flags.read_only_below) = (true, true),
+                // Of what the host mounts there later, the guest sees each at its first look.
+                "slave" | "rslave" => flags.propagation = libc::MS_SLAVE,
+                _ => {}
+            }
+        }
+        flags
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_decide_what_the_host_does() {
+        let of = |options: &[&str]| {
+            let options = Some(options.iter().map(ToString::to_string).collect());
+            let (kind, source) = (Some("bind".into()), Some("/a".into()));
+            Flags::of(&Mount { destination: "/b".into(), kind, source, options, uid_mappings: None })
+        };
+        let plain = Flags { recursive: true, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
+        assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
+        assert_eq!(of(&["bind", "ro", "rslave"]).propagation, libc::MS_SLAVE);
+        assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_below && !of(&["bind"]).recursive);
+        assert!(of(&["rbind", "rro"]).read_only_below);
+    }
+}

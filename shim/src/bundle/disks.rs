@@ -1,0 +1,132 @@
+//! Block devices of the host that a specification gives to its container: found in it, and given the guest's numbers once
+//! the guest has them.
+
+use serde_json::Value;
+
+/// A block device of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Disk {
+    /// Its major number.
+    pub major: u32,
+    /// Its minor number.
+    pub minor: u32,
+    /// No rule of the container's device cgroup allows it to be written to.
+    pub read_only: bool,
+}
+
+/// The numbers of a block device in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Numbers {
+    /// Its major number.
+    pub major: u32,
+    /// Its minor number.
+    pub minor: u32,
+}
+
+/// The block devices among `linux.devices`.
+pub fn of(spec: &Value) -> Vec<Disk> {
+    let mut disks = Vec::new();
+    for device in list(spec, "/linux/devices").filter(|device| is_block(device)) {
+        if let (Some(major), Some(minor)) = (number(device, "major"), number(device, "minor")) {
+            let disk = Disk { major, minor, read_only: !writable(spec, major, minor) };
+            if !disks.contains(&disk) {
+                disks.push(disk);
+            }
+        }
+    }
+    disks
+}
+
+/// Whether the rules let it be written to. The last one that speaks of a device decides.
+fn writable(spec: &Value, major: u32, minor: u32) -> bool {
+    let speaks = |rule: &&Value| {
+        let kind = rule.get("type").and_then(Value::as_str).unwrap_or("a");
+        let is = |key, wanted: u32| {
+            rule.get(key).and_then(Value::as_i64).is_none_or(|number| number < 0 || number == i64::from(wanted))
+        };
+        let writes = rule.get("access").and_then(Value::as_str).is_none_or(|access| access.contains('w'));
+        matches!(kind, "a" | "b" | "") && is("major", major) && is("minor", minor) && writes
+    };
+    let last = list(spec, "/linux/resources/devices").filter(speaks).last();
+    last.is_some_and(|rule| rule.get("allow").and_then(Value::as_bool).unwrap_or_default())
+}
+
+/// Puts the guest's numbers in the place of the host's.
+///
+/// # Errors
+/// When `spec` is no JSON.
+pub fn number_anew(spec: &[u8], disks: &[(Disk, Numbers)]) -> serde_json::Result<Vec<u8>> {
+    let mut spec: Value = serde_json::from_slice(spec)?;
+    for path in ["/linux/devices", "/linux/resources/devices"] {
+        let Some(entries) = spec.pointer_mut(path).and_then(Value::as_array_mut) else { continue };
+        for entry in entries.iter_mut().filter(|entry| is_block(entry)) {
+            let numbers = (number(entry, "major"), number(entry, "minor"));
+            let found = disks.iter().find(|(disk, _)| numbers == (Some(disk.major), Some(disk.minor)));
+            if let (Some((_, guest)), Some(entry)) = (found, entry.as_object_mut()) {
+                entry.insert("major".into(), guest.major.into());
+                entry.insert("minor".into(), guest.minor.into());
+            }
+        }
+    }
+    serde_json::to_vec(&spec)
+}
+
+fn list<'a>(spec: &'a Value, path: &str) -> impl Iterator<Item = &'a Value> {
+    spec.pointer(path).and_then(Value::as_array).into_iter().flatten()
+}
+
+fn is_block(entry: &Value) -> bool {
+    entry.get("type").and_then(Value::as_str) == Some("b")
+}
+
+fn number(entry: &Value, key: &str) -> Option<u32> {
+    entry.get(key).and_then(Value::as_u64).and_then(|number| u32::try_from(number).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(access: &str) -> Value {
+        json!({ "linux": {
+            "devices": [
+                { "path": "/dev/xvda", "type": "b", "major": 7, "minor": 1 },
+                { "path": "/dev/null", "type": "c", "major": 1, "minor": 3 },
+            ],
+            "resources": { "devices": [
+                { "allow": false, "access": "rwm" },
+                { "allow": true, "type": "b", "major": 7, "minor": 1, "access": access },
+                { "allow": true, "type": "c", "major": 7, "minor": 1, "access": "rwm" },
+            ] },
+        } })
+    }
+
+    #[test]
+    fn block_devices_and_whether_they_are_written_to() {
+        assert_eq!(of(&spec("rwm")), [Disk { major: 7, minor: 1, read_only: false }]);
+        assert_eq!(of(&spec("r")), [Disk { major: 7, minor: 1, read_only: true }]);
+        let mut all = spec("r");
+        all["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
+        assert!(!of(&all)[0].read_only);
+        assert_eq!(of(&json!({})), []);
+        assert_eq!(of(&json!({ "linux": { "devices": [{ "type": "b", "major": -1, "minor": 0 }] } })), []);
+    }
+
+    #[test]
+    fn the_guests_numbers_take_the_place_of_the_hosts() {
+        let disk = Disk { major: 7, minor: 1, read_only: false };
+        let numbered =
+            number_anew(spec("rwm").to_string().as_bytes(), &[(disk, Numbers { major: 254, minor: 16 })]).unwrap();
+        let numbered: Value = serde_json::from_slice(&numbered).unwrap();
+        assert_eq!(numbered["linux"]["devices"][0]["major"], 254);
+        assert_eq!(
+            numbered["linux"]["devices"][1],
+            json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 })
+        );
+        let rules = &numbered["linux"]["resources"]["devices"];
+        assert_eq!((&rules[1]["major"], &rules[1]["minor"]), (&json!(254), &json!(16)));
+        assert_eq!(rules[2]["major"], 7, "a character device's");
+        assert!(number_anew(b"{", &[]).is_err());
+    }
+}
