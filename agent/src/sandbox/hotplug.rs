@@ -55,9 +55,9 @@ pub fn processors(count: u32) -> Result<u32, ProcessorError> {
     Ok(numbers(&read("online")?).len() as u32)
 }
 
-/// Before any memory comes: most of it goes where the kernel puts nothing that it cannot move, so that it can be given
-/// back (Documentation/admin-guide/mm/memory-hotplug.rst, "auto-movable").
-pub fn keep_movable() {
+/// Has most of the memory that is plugged in go where the kernel puts nothing that it cannot move, so that it can be
+/// given back (Documentation/admin-guide/mm/memory-hotplug.rst, "auto-movable"). To be called before any comes.
+pub fn prefer_movable() {
     for (name, value) in [("online_policy", "auto-movable"), ("auto_movable_ratio", "400")] {
         if let Err(error) = std::fs::write(Path::new(MEMORY).join(name), value) {
             tracing::debug!("memory_hotplug.{name}: {error}");

@@ -88,7 +88,11 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
-        let found = tokio::task::spawn_blocking(move || slots::rescan(request.slot)).await;
+        let found = tokio::task::spawn_blocking(move || {
+            hotplug::prefer_movable();
+            slots::rescan(request.slot)
+        })
+        .await;
         let found = found.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
         let (major, minor) = found.unwrap_or_default();
         Ok(RescanResponse { major, minor, ..Default::default() })

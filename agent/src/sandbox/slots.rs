@@ -4,8 +4,6 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
-use super::hotplug;
-
 /// Where the kernel lists platform devices.
 const DEVICES: &str = "/sys/bus/platform/devices";
 const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
@@ -38,7 +36,6 @@ pub enum SlotError {
 /// # Errors
 /// [`SlotError`].
 pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
-    hotplug::keep_movable();
     let device = husk_proto::slots::device_name(slot);
     match OpenOptions::new().write(true).open(BIND).and_then(|mut file| file.write_all(device.as_bytes())) {
         // It is bound already: the guest found it without being told.

@@ -208,7 +208,7 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
         net: taps.map(|(tap, index)| NetConfig { tap: FdIndex(index), mac: tap.mac, mtu: tap.mtu }).collect(),
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
-        spare_slots: 4,
+        spare_slots: 5,
     };
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
     fds.extend(plan.pod.network.taps.iter().map(|tap| tap.fd.as_fd()));
