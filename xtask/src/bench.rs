@@ -40,7 +40,7 @@ pub fn bench(bench: &Bench) -> Result<u8> {
         args: arguments,
         env,
         add,
-        machine: Machine { huge_pages: true, ..Machine::default() },
+        machine: Machine::default(),
         containerd: Line::One,
         time_limit,
     })

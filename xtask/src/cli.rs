@@ -119,17 +119,13 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Task::Node { command: NodeTask::Prepare } => node::prepare()?,
         Task::Node { command: NodeTask::Run { place, time_limit, env, script, args } } => {
-            let machine = Machine { cpus: place.cpus, memory: place.memory, ..Machine::default() };
+            let machine = Machine { cpus: place.cpus, memory: place.memory };
             let time_limit = Duration::from_secs(time_limit);
             let Place { add, containerd, .. } = place;
             return node::run(&Run { script, args, env, add, machine, containerd, time_limit });
         }
         Task::Node { command: NodeTask::Shell { place } } => {
-            node::shell(
-                place.containerd,
-                &place.add,
-                Machine { cpus: place.cpus, memory: place.memory, ..Machine::default() },
-            )?;
+            node::shell(place.containerd, &place.add, Machine { cpus: place.cpus, memory: place.memory })?;
         }
         Task::Demo(options) => return demo::demo(&options),
         Task::Test(options) => return test::test(&options),

@@ -113,12 +113,14 @@ fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
     let chosen: Vec<&Program> =
         named.into_iter().filter(|suite| runs(&suite.name, line, all, !filter.is_empty())).collect();
     let mut code = 0;
+    let mut crashed = false;
     let a_boot = if filter.is_empty() { SUITES_A_BOOT } else { chosen.len().max(1) };
     for suites in chosen.chunks(a_boot) {
         code = code.max(match boot(suites, filter, line) {
-            Err(error) if error.is::<Crashed>() => {
+            Err(error) if !crashed && error.is::<Crashed>() => {
+                crashed = true;
                 ui::say("test", format!("{error:#}"));
-                ui::say("test", "no program is to make a kernel crash: these suites get another node, once");
+                ui::say("test", "no program is to make a kernel crash: once, these suites get another node");
                 boot(suites, filter, line)?
             }
             result => result?,

@@ -69,13 +69,12 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
         let path = path.to_string_lossy().replace(',', ",,");
         command.arg("-drive").arg(format!("file={path},if=virtio,format=raw,{options}"));
     }
-    let huge = if accel == "tcg" && !boot.machine.huge_pages { " transparent_hugepage=never" } else { "" };
     command.args(["-device", "virtio-serial-pci"]);
     command.args(["-chardev", "file,id=control,path=/dev/fd/3", "-device"]);
     command.arg("virtserialport,nr=2,chardev=control,name=husk.control");
-    command.arg("-append").arg(format!(
-        "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable{huge} husk.mode={mode} husk.accel={accel}"
-    ));
+    command
+        .arg("-append")
+        .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable husk.mode={mode} husk.accel={accel}"));
     Ok(command)
 }
 

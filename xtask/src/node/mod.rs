@@ -42,15 +42,11 @@ pub struct Machine {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory: u32,
-    /// Whether programs get huge pages in an emulated node too. There guests in huge pages have been seen to go astray,
-    /// and once the node's own kernel with them ("corrupted stack end detected inside scheduler"): speed is measured
-    /// with them, all else is done without.
-    pub huge_pages: bool,
 }
 
 impl Default for Machine {
     fn default() -> Self {
-        Machine { cpus: 2, memory: 6144, huge_pages: false }
+        Machine { cpus: 2, memory: 6144 }
     }
 }
 
