@@ -74,7 +74,10 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     command.arg("virtserialport,nr=2,chardev=control,name=husk.control");
     command
         .arg("-append")
-        .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable husk.mode={mode} husk.accel={accel}"));
+        // The addresses in a report of the kernel's are those of its symbol table.
+        .arg(format!(
+            "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} husk.accel={accel}"
+        ));
     Ok(command)
 }
 
