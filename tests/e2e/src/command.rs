@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::node;
 
 /// How long anything may take. The emulated node is some 15 times slower than hardware, and ten pods share it at times.
-pub const TIMEOUT: Duration = Duration::from_secs(180);
+pub const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A `ctr` command line in the suites' namespace.
 pub fn ctr<S: AsRef<str>>(args: &[S]) -> Command {
