@@ -56,7 +56,9 @@ fn init_without_a_handler_ignores_sigterm_as_pid_1_does() {
 #[test]
 fn pause_stops_everything_until_resume() {
     case("pause", |case| {
-        let script = "echo up; i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.1; done";
+        // Renamed into place: who reads it sees a number at any time.
+        let script = "i=0; echo 0 > /tmp/count; echo up
+            while :; do i=$((i+1)); echo $i > /tmp/next; mv /tmp/next /tmp/count; sleep 0.1; done";
         let container = case.container(case.sh(script));
         container.task(&["pause"]).expect_clean();
         assert_eq!(container.state(), "PAUSED");
