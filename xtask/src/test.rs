@@ -141,7 +141,7 @@ fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
     Ok(u8::from(!failed.is_empty()))
 }
 
-/// Runs some suites in a node of their own; those that failed, which is all of them when the node itself crashed.
+/// Runs some suites in a node of their own; those that failed, which is all of them when the node itself crashed or hung.
 fn boot<'a>(suites: &[&'a Program], filter: &str, line: Line) -> Result<Vec<&'a Program>> {
     let mut add = node::images()?;
     let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=\n");
@@ -160,7 +160,7 @@ fn boot<'a>(suites: &[&'a Program], filter: &str, line: Line) -> Result<Vec<&'a 
     fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
-    let time_limit = Duration::from_secs(2700);
+    let time_limit = Duration::from_secs(if filter.is_empty() { 1200 } else { 2700 });
     let run = Run { script: path, args, env, add, machine: Machine::default(), containerd: line, time_limit };
     let code = match node::run(&run) {
         Err(error) if error.is::<Crashed>() => {

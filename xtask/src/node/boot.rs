@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -17,16 +17,13 @@ const CONTROL: i32 = 3;
 /// The lines of the console that tell of a crash: the kernel's report is some sixty long, and one may follow another.
 const REPORT: usize = 160;
 
-/// The node itself ended, and not its script.
+/// The node itself ended, or did not get on, and not its script ended.
 #[derive(Debug)]
-pub struct Crashed {
-    status: ExitStatus,
-    console: String,
-}
+pub struct Crashed(String);
 
 impl std::fmt::Display for Crashed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the node ended without the script's exit code ({}); its console:\n{}", self.status, self.console)
+        f.write_str(&self.0)
     }
 }
 
@@ -131,9 +128,13 @@ pub fn run(boot: &Boot, limit: Duration) -> Result<u8> {
             Ok(code)
         }
         None if begin.elapsed() >= limit => {
-            bail!("the node was stopped: the script did not end within {} s", limit.as_secs())
+            Err(Crashed(format!("the node was stopped: the script did not end within {} s", limit.as_secs())).into())
         }
-        None => Err(Crashed { status, console: cmd::tail(&console, REPORT) }.into()),
+        None => {
+            let report = cmd::tail(&console, REPORT);
+            Err(Crashed(format!("the node ended without the script's exit code ({status}); its console:\n{report}"))
+                .into())
+        }
     }
 }
 
