@@ -21,7 +21,7 @@ const TWO_AS_WELL: [&str; 1] = ["cri_pods"];
 /// So that what one leaves in the node's kernel does not reach all others; a boot costs ten seconds.
 const SUITES_A_BOOT: usize = 5;
 /// How often a suite that failed in an emulated node is tried again.
-const MORE_TRIES: u32 = 2;
+const MORE_TRIES: u32 = 3;
 /// Where the node notes the suites that failed.
 const FAILED: &str = "/out/failed";
 
