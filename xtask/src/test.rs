@@ -9,9 +9,9 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
-/// Suites that run only where the filter names one of their tests: two take longer than all others together, one fails
-/// now and then, and what one tries `cargo xtask conformance` compares.
-const SOAK: [&str; 4] = ["conformance", BUILDERS, "files", "soak"];
+/// Suites that run only where the filter names one of their tests: two take longer than all others together, and what
+/// the third tries `cargo xtask conformance` compares with runc.
+const SOAK: [&str; 3] = ["conformance", BUILDERS, "soak"];
 /// The suite that builds images, in images of its own.
 const BUILDERS: &str = "cri_builders";
 /// Suites of what only containerd 2.x has.

@@ -1,4 +1,4 @@
-//! Files in a pod's volume behave as files do. Run by name: about one run in five fails under Husk, and why is not known.
+//! Files in a pod's volume behave as files do.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
