@@ -75,8 +75,17 @@ impl Resizer {
     pub fn start(growth: Growth, vmm: Vmm, boot: watch::Receiver<Boot>, cgroup: Option<PathBuf>) -> Self {
         let (jobs, asked) = mpsc::unbounded_channel();
         let now = Target { size: growth.boot, host: HostLimits::default() };
-        let machine =
-            Machine { vmm, boot, cgroup, start: growth.boot, now, slot: None, plugged_mib: 0, giving_back: None };
+        let machine = Machine {
+            vmm,
+            boot,
+            cgroup,
+            start: growth.boot,
+            now,
+            reached: true,
+            slot: None,
+            plugged_mib: 0,
+            giving_back: None,
+        };
         tokio::spawn(machine.run(asked));
         Self { growth, jobs }
     }
@@ -109,6 +118,8 @@ struct Machine {
     start: Size,
     /// What was asked for last.
     now: Target,
+    /// Whether the guest took all of that: what it did not, it is asked for again.
+    reached: bool,
     /// Where the memory device is, once it is there and the guest was told.
     slot: Option<u32>,
     /// The most that the guest may have plugged in.
@@ -149,15 +160,16 @@ impl Machine {
         if let Some(path) = &self.cgroup {
             target.size.memory_mib = target.size.memory_mib.min(limits::room(path));
         }
-        if target == self.now {
+        if target == self.now && self.reached {
             return Ok(());
         }
+        let again = !std::mem::replace(&mut self.reached, false);
         let before = std::mem::replace(&mut self.now, target).size;
         let wanted_mib = target.size.memory_mib.saturating_sub(self.start.memory_mib);
         let had_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
         self.set_host_limits().await;
-        if wanted_mib > had_mib {
+        if wanted_mib > had_mib || (again && wanted_mib > 0 && wanted_mib == had_mib) {
             // The VMM ends an earlier wait with the new request: what it says then is not what is left.
             self.giving_back = None;
             self.grow_memory(wanted_mib).await?;
@@ -170,12 +182,13 @@ impl Machine {
                 }
             }));
         }
-        if target.size.vcpus != before.vcpus {
+        if again || target.size.vcpus != before.vcpus {
             self.switch_processors(target.size.vcpus).await?;
         }
         if target.size != before {
             tracing::info!(vcpus = target.size.vcpus, memory_mib = target.size.memory_mib, "the pod has another size");
         }
+        self.reached = true;
         Ok(())
     }
 
