@@ -44,20 +44,26 @@ pub struct Boot<'a> {
 fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     let mut command = Command::new("qemu-system-x86_64");
     command.args(["-M", "q35", "-no-reboot", "-nodefaults", "-display", "none"]);
+    let mut cpus = boot.machine.cpus;
     let accel = match kvm::judge() {
         kvm::Verdict::Usable { rate } => {
             ui::say("node", format!("the node uses this machine's KVM ({})", kvm::speed(rate)));
             command.args(["-accel", "kvm", "-cpu", "host"]);
-            "kvm"
+            "husk.accel=kvm"
         }
         kvm::Verdict::Not(why) => {
             ui::say("node", format!("the node is emulated: {why}"));
             // Without "enhanced rep movsb" kernels copy by words: emulated, a byte takes as long as eight.
             command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm"]);
-            "tcg"
+            // No program may run on the first processor. Whenever another one restores its FPU's state, QEMU (10.0 and
+            // 10.2 alike) clears a flag of the first one, not atomically: cpu_clear_ignne() in
+            // target/i386/tcg/system/fpu_helper.c. The word it writes back also says whether nested paging is on and
+            // whether interrupts are held back (GIF), so a VMRUN or #VMEXIT there at that moment goes astray.
+            cpus += 1;
+            "isolcpus=0 husk.accel=tcg"
         }
     };
-    command.arg("-smp").arg(boot.machine.cpus.to_string()).arg("-m").arg(boot.machine.memory.to_string());
+    command.arg("-smp").arg(cpus.to_string()).arg("-m").arg(boot.machine.memory.to_string());
     command.arg("-kernel").arg(&boot.node.kernel).arg("-initrd").arg(&boot.node.initrd);
     for (path, options) in
         [(boot.node.disk.as_path(), "snapshot=on"), (boot.extras, "readonly=on"), (boot.out, "cache=unsafe")]
@@ -72,9 +78,7 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     command
         .arg("-append")
         // The addresses in a report of the kernel's are those of its symbol table.
-        .arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} husk.accel={accel}"
-        ));
+        .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel}"));
     Ok(command)
 }
 
