@@ -9,6 +9,7 @@ use libcontainer::oci_spec::runtime::{
 
 use super::error::Fault;
 use crate::cgroup::Cgroup;
+use crate::helper::devices::allow_everything;
 use crate::sandbox::{IPC, NET, Sandbox, UTS};
 
 /// Makes `spec` fit the guest.
@@ -41,6 +42,10 @@ pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) 
     }
     if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
         return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
+    }
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
+    if rules.is_some_and(allow_everything) {
+        super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
     }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox)?;
     linux.set_namespaces(Some(namespaces));
@@ -147,8 +152,8 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_realtime_period(None).set_realtime_runtime(None);
         let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-        if cpu.cpus().as_deref().is_some_and(|asked| !within(asked, online.trim())) {
-            cpu.set_cpus(None);
+        if let Some(asked) = cpu.cpus().clone() {
+            cpu.set_cpus(guests(&asked, online.trim()));
         }
         if cpu.mems().as_deref().is_some_and(|mems| mems != "0") {
             cpu.set_mems(None);
@@ -156,18 +161,29 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     }
 }
 
-/// Whether every number of the list `asked` is in the list `have`; both are like `0-3,7`.
-fn within(asked: &str, have: &str) -> bool {
+/// The guest's processors for a container that may use those of the list `asked` on the host. The same numbers where the
+/// guest has them, else the first ones, as many as there are in the list; both lists are like `0-3,7`. None is no limit.
+fn guests(asked: &str, online: &str) -> Option<String> {
     let ranges = |list: &str| -> Option<Vec<(u32, u32)>> {
         list.split(',')
             .map(|part| {
                 let (low, high) = part.split_once('-').unwrap_or((part, part));
-                Some((low.trim().parse().ok()?, high.trim().parse().ok()?))
+                Some((low.trim().parse().ok()?, high.trim().parse().ok()?)).filter(|(low, high)| low <= high)
             })
             .collect()
     };
-    let (Some(asked), Some(have)) = (ranges(asked), ranges(have)) else { return false };
-    asked.iter().all(|(low, high)| have.iter().any(|(from, to)| from <= low && high <= to))
+    let (asked_ranges, have) = (ranges(asked)?, ranges(online)?);
+    if asked_ranges.iter().all(|(low, high)| have.iter().any(|(from, to)| from <= low && high <= to)) {
+        return Some(asked.to_owned());
+    }
+    let count = asked_ranges.iter().fold(0u32, |sum, (low, high)| sum.saturating_add((high - low).saturating_add(1)));
+    let first: Vec<String> = have
+        .iter()
+        .flat_map(|&(from, to)| from..=to)
+        .take(usize::try_from(count).unwrap_or(usize::MAX))
+        .map(|cpu| cpu.to_string())
+        .collect();
+    Some(first.join(","))
 }
 
 #[cfg(test)]
@@ -176,11 +192,13 @@ mod tests {
 
     #[test]
     fn processor_lists() {
-        assert!(within("0", "0-1"));
-        assert!(within("0-1", "0-1"));
-        assert!(!within("0-3", "0-1"));
-        assert!(!within("", "0-1"));
-        assert!(within("0,1", "0-7"));
+        assert_eq!(guests("0", "0-1").as_deref(), Some("0"));
+        assert_eq!(guests("0,1", "0-7").as_deref(), Some("0,1"));
+        assert_eq!(guests("4-5", "0-3").as_deref(), Some("0,1"));
+        assert_eq!(guests("0-3", "0-1").as_deref(), Some("0,1"));
+        assert_eq!(guests("0-4294967295,7", "0,2").as_deref(), Some("0,2"));
+        assert_eq!(guests("", "0-1"), None);
+        assert_eq!(guests("2-1", "0-1"), None);
     }
 
     #[test]

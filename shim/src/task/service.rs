@@ -222,7 +222,7 @@ impl Task for Handler {
         let agent = self.shim.agent()?;
         let change = self.shim.prepare_change(&container.id, &request.resources.value).await?;
         let updated = agent.task.update(within(timeouts::QUICK), &guest).await;
-        self.shim.change_room(&container.id, change, updated.is_ok()).await;
+        self.shim.change_room(&container.id, &change, updated.is_ok()).await;
         updated.map_err(|error| self.shim.agent_error("update", error))
     }
 
