@@ -12,11 +12,17 @@ use crate::cgroup::Cgroup;
 use crate::helper::devices::allow_everything;
 use crate::sandbox::{IPC, NET, Sandbox, UTS};
 
-/// Makes `spec` fit the guest.
+/// Makes `spec` fit the guest; `target` gives the process namespace of another container.
 ///
 /// # Errors
 /// [`Fault`] when it asks for what a guest cannot give.
-pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) -> Result<(), Fault> {
+pub fn adapt(
+    spec: &mut Spec,
+    rootfs: &str,
+    cgroup: &Cgroup,
+    sandbox: &Sandbox,
+    target: impl Fn(&str) -> Result<PathBuf, Fault>,
+) -> Result<(), Fault> {
     let invalid = |text: &str| Fault::InvalidArgument(text.to_owned());
     spec.root_mut().as_mut().ok_or_else(|| invalid("no root in the specification"))?.set_path(PathBuf::from(rootfs));
     let process = spec.process_mut().as_mut().ok_or_else(|| invalid("no process in the specification"))?;
@@ -47,7 +53,7 @@ pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) 
     if rules.is_some_and(allow_everything) {
         super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
     }
-    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox)?;
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox, target)?;
     linux.set_namespaces(Some(namespaces));
     if let Some(resources) = linux.resources_mut() {
         adapt_resources(resources, cgroup);
@@ -55,7 +61,11 @@ pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) 
     Ok(())
 }
 
-fn namespaces(asked: &[LinuxNamespace], sandbox: &Sandbox) -> Result<Vec<LinuxNamespace>, Fault> {
+fn namespaces(
+    asked: &[LinuxNamespace],
+    sandbox: &Sandbox,
+    target: impl Fn(&str) -> Result<PathBuf, Fault>,
+) -> Result<Vec<LinuxNamespace>, Fault> {
     let find = |kind| asked.iter().find(|namespace| namespace.typ() == kind);
     let make = |kind, path: Option<PathBuf>| {
         let builder = LinuxNamespaceBuilder::default().typ(kind);
@@ -79,7 +89,10 @@ fn namespaces(asked: &[LinuxNamespace], sandbox: &Sandbox) -> Result<Vec<LinuxNa
     }
     let pid = match find(LinuxNamespaceType::Pid).and_then(|namespace| namespace.path().as_ref()) {
         None => None,
-        Some(_) => Some(sandbox.shared_pid().map_err(super::error::unknown("shared process namespace"))?),
+        Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PIDS).ok().and_then(Path::to_str) {
+            Some(id) => target(id)?,
+            None => sandbox.shared_pid().map_err(super::error::unknown("shared process namespace"))?,
+        }),
     };
     // Without one of its own a container has the pod's name: the guest's own would name the guest.
     let own_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
@@ -218,11 +231,12 @@ mod tests {
                 {"type":"mount"},{"type":"cgroup"}]"#,
         )
         .unwrap();
-        let all = namespaces(&asked, &Sandbox::default()).unwrap();
+        let target = |id: &str| Ok(PathBuf::from(format!("/proc/{id}")));
+        let all = namespaces(&asked, &Sandbox::default(), target).unwrap();
         let path = |kind| all.iter().find(|n| n.typ() == kind).unwrap().path().clone();
         assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET)));
         assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC)));
         assert_eq!(path(LinuxNamespaceType::Uts), None);
-        assert!(namespaces(&asked[1..], &Sandbox::default()).is_err());
+        assert!(namespaces(&asked[1..], &Sandbox::default(), target).is_err());
     }
 }

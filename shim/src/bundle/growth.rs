@@ -220,7 +220,10 @@ mod tests {
     fn the_host_limits_what_is_limited_throughout() {
         let host = |containers: &[Limits]| growth().host_limits(containers.iter());
         assert_eq!(host(&[]), HostLimits::default());
-        assert_eq!(host(&[limits(500, 1), limits(1000, 1)]), HostLimits { memory: true, millis: Some(1750), cpus: None });
+        assert_eq!(
+            host(&[limits(500, 1), limits(1000, 1)]),
+            HostLimits { memory: true, millis: Some(1750), cpus: None }
+        );
         assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
         assert_eq!(host_bytes(u64::MAX), u64::MAX);

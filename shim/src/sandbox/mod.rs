@@ -183,6 +183,21 @@ impl Sandbox {
         self.vmm.get().map_or(0, Vmm::pid)
     }
 
+    /// A pid of the host's for one container alone; [`Sandbox::give_back_pid`] follows.
+    ///
+    /// # Errors
+    /// [`VmmError`] when there is none to be had.
+    pub async fn take_pid(&self) -> Result<u32, VmmError> {
+        self.vmm.get().ok_or(VmmError::Gone)?.take_pid().await
+    }
+
+    /// Gives back what [`Sandbox::take_pid`] gave.
+    pub async fn give_back_pid(&self, pid: u32) {
+        if let Some(vmm) = self.vmm.get() {
+            vmm.give_back_pid(pid).await;
+        }
+    }
+
     /// Whether the virtual machine is gone.
     pub fn is_dead(&self) -> bool {
         self.vmm.get().is_none_or(|vmm| vmm.ended().is_some())

@@ -36,7 +36,8 @@ impl Shim {
         }
         self.sandbox.timeline.mark("started");
         self.sandbox.timeline.save();
-        let event = TaskStart { container_id: container.id.clone(), pid: self.sandbox.pid(), ..Default::default() };
+        let event =
+            TaskStart { container_id: container.id.clone(), pid: self.pid(&container.id), ..Default::default() };
         self.events.publish(TASK_START_EVENT_TOPIC, &event);
         self.after_start(container, process);
         self.run_late_hooks("poststart", container, "running").await;
@@ -85,7 +86,7 @@ impl Shim {
         let event = TaskExecStarted {
             container_id: container.id.clone(),
             exec_id: process.exec.clone(),
-            pid: self.sandbox.pid(),
+            pid: self.pid(&container.id),
             ..Default::default()
         };
         self.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
