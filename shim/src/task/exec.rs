@@ -25,6 +25,8 @@ impl Shim {
         let process = &container.init;
         let agent = self.agent()?;
         process.begin_start()?;
+        // Whoever made the container may have made its network since.
+        self.sandbox.settle_network().await;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
         if !container.is_pause()
             && let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await
