@@ -39,6 +39,9 @@ pub const SHARE_TAG: &str = "husk";
 /// (`/run/husk/ns/uts`): the host's path means nothing in the guest, only that there was one does.
 pub const GUEST_NS: &str = "/run/husk/ns";
 
+/// A path below this stands for the process namespace of the container of that name.
+pub const GUEST_PIDS: &str = "/run/husk/pids";
+
 /// The sandbox's shared memory: a tmpfs that the guest mounts at `Setup` when the shim asks for it, and that the
 /// containers of a Kubernetes pod share at `/dev/shm`.
 pub const GUEST_SHM: &str = "/run/husk/shm";

@@ -12,7 +12,10 @@ use crate::serial::Console;
 use crate::vm::{Vm, VmError};
 
 mod log;
+mod pids;
 mod process;
+
+use pids::Pids;
 
 /// Runs the VMM on its control socket and never returns. The process must have no other thread yet.
 pub fn main(control: OwnedFd) -> ! {
@@ -24,9 +27,10 @@ pub fn main(control: OwnedFd) -> ! {
     }
     reporter.mark(Step::ProcessStarted);
     let mut machine = None;
+    let mut pids = Pids::default();
     loop {
         match wire::recv::<Request>(&reporter.control) {
-            Ok((request, fds)) => serve(&mut machine, request, fds, &reporter),
+            Ok((request, fds)) => serve(&mut machine, &mut pids, request, fds, &reporter),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => process::end(0),
             Err(error) => {
                 ::log::error!("control socket: {error}");
@@ -37,7 +41,7 @@ pub fn main(control: OwnedFd) -> ! {
 }
 
 /// Carries out one request and answers it.
-fn serve(machine: &mut Option<Vm>, request: Request, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) {
+fn serve(machine: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) {
     let Request { seq, call } = request;
     let answer = match (call, machine.as_mut()) {
         (Call::Stop, _) => {
@@ -52,6 +56,11 @@ fn serve(machine: &mut Option<Vm>, request: Request, fds: Vec<OwnedFd>, reporter
             }
             Err(error) => Err(error),
         },
+        (Call::TakePid, _) => pids.take().map(|pid| Answer::Pid { pid }).map_err(|error| chain(&error)),
+        (Call::GiveBackPid { pid }, _) => {
+            pids.give_back(pid);
+            Ok(Answer::Done)
+        }
         (Call::Create(_), Some(_)) => Err("the machine exists already".to_owned()),
         (_, None) => Err("there is no machine yet".to_owned()),
         (Call::Resume, Some(vm)) => {

@@ -58,6 +58,13 @@ pub enum Call {
     },
     /// Asks how much is plugged in now; the answer is `Memory`.
     PluggedMemory,
+    /// Asks for a pid of the host that stands for one container; the answer is `Pid`.
+    TakePid,
+    /// The container is gone.
+    GiveBackPid {
+        /// What `TakePid` gave.
+        pid: u32,
+    },
     /// Ends the process; the guest gets no warning (the agent's Shutdown comes first in an orderly stop).
     Stop,
 }
@@ -87,6 +94,11 @@ pub enum Answer {
     Memory {
         /// MiB beside those of the start.
         plugged_mib: u64,
+    },
+    /// The number of a thread of the VMM's.
+    Pid {
+        /// As the VMM's own process namespace has it, which is the shim's.
+        pid: u32,
     },
     /// Attached in this virtio-mmio slot.
     Attached {

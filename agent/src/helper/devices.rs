@@ -54,14 +54,23 @@ pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevi
     });
     let all: Vec<Rule> =
         rules.iter().filter_map(from_spec).chain(DEFAULTS.iter().copied()).chain(own.take(64)).collect();
-    let everything = |r: &Rule| r.allow && r.kind.is_none() && r.major.is_none() && r.access == MKNOD | READ | WRITE;
-    if all.iter().rev().take_while(|r| r.allow).any(everything) {
-        // Everything is allowed (a privileged container): no program is the same, and quicker.
+    if everything(&all) {
+        // No program is the same, and quicker.
         return Ok(());
     }
     let group = File::open(cgroup)?;
     let program = load(&compile(&all))?;
     attach(&group, &program)
+}
+
+/// Whether a container with these rules may use all devices there are, as a privileged one may.
+pub fn allow_everything(rules: &[LinuxDeviceCgroup]) -> bool {
+    everything(&rules.iter().filter_map(from_spec).collect::<Vec<_>>())
+}
+
+fn everything(rules: &[Rule]) -> bool {
+    let all = |r: &Rule| r.allow && r.kind.is_none() && r.major.is_none() && r.access == MKNOD | READ | WRITE;
+    rules.iter().rev().take_while(|r| r.allow).any(all)
 }
 
 fn from_spec(spec: &LinuxDeviceCgroup) -> Option<Rule> {

@@ -5,7 +5,7 @@
 //! Descriptors 0 to 2 are already the new process's own; the request and the answer are files in a private directory.
 
 mod create;
-mod devices;
+pub mod devices;
 mod exec;
 mod executor;
 pub mod protocol;

@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    Event, EventsRequest, MirrorRequest, MirrorResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest,
-    RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
+    Event, EventsRequest, MirrorRequest, MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest,
+    ProcessorsResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
 };
 use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::mirror::Mirrors;
-use super::{Sandbox, apply, hotplug, namespaces, network, slots};
+use super::network::{Asked, Network};
+use super::{Sandbox, apply, hotplug, namespaces, slots};
 use crate::events::Hub;
 use crate::log::chain;
 use crate::task::error::Fault;
@@ -23,12 +24,13 @@ pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: Hub,
     mirrors: Arc<Mirrors>,
+    network: Network,
 }
 
 impl SandboxService {
     /// A service for `sandbox`, with the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
-        Self { sandbox, hub, mirrors: Arc::default() }
+        Self { sandbox, hub, mirrors: Arc::default(), network: Network::default() }
     }
 }
 
@@ -61,9 +63,8 @@ impl agent_ttrpc::Sandbox for SandboxService {
         for mount in &request.mounts {
             apply::mount_one(mount).map_err(|error| failed(&format!("mount {}", mount.target), &error))?;
         }
-        network::configure(&request.interfaces, &request.routes, &request.neighbours)
-            .await
-            .map_err(|error| failed("network", &error))?;
+        let asked = Asked { interfaces: request.interfaces, routes: request.routes, neighbours: request.neighbours };
+        self.network.follow(asked).await.map_err(|error| failed("network", &error))?;
         namespaces::within(|| -> ttrpc::Result<()> {
             for (name, value) in &request.sysctls {
                 apply::sysctl(name, value).map_err(|error| failed(&format!("sysctl {name}"), &error))?;
@@ -96,6 +97,13 @@ impl agent_ttrpc::Sandbox for SandboxService {
         let found = found.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
         let (major, minor) = found.unwrap_or_default();
         Ok(RescanResponse { major, minor, ..Default::default() })
+    }
+
+    async fn network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<NetworkResponse> {
+        let NetworkRequest { interfaces, routes, neighbours, .. } = request;
+        let changed = self.network.follow(Asked { interfaces, routes, neighbours }).await;
+        changed.map_err(|error| failed("network", &error))?;
+        Ok(NetworkResponse::new())
     }
 
     async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {

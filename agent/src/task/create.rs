@@ -49,7 +49,13 @@ impl Tasks {
             if fresh {
                 cgroup.create().map_err(unknown("control group"))?;
             }
-            spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.sandbox)?;
+            let target = |id: &str| self.process_namespace(id);
+            if let Err(fault) = spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.sandbox, target) {
+                if fresh {
+                    let _ = cgroup.remove();
+                }
+                return Err(fault);
+            }
             if let Some(process) = spec.process_mut() {
                 process.set_terminal(Some(request.terminal));
             }
@@ -78,6 +84,14 @@ impl Tasks {
                 self.forget(&container.id);
                 Err(fault)
             }
+        }
+    }
+
+    /// The process namespace of a container that runs, for another one to join.
+    fn process_namespace(&self, id: &str) -> Result<PathBuf, Fault> {
+        match self.get(id)?.init.phase() {
+            Phase::Created(pid) | Phase::Running(pid) => Ok(format!("/proc/{pid}/ns/pid").into()),
+            _ => Err(Fault::FailedPrecondition(format!("container {id} does not run: its process namespace is gone"))),
         }
     }
 

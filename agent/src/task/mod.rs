@@ -1,6 +1,7 @@
 //! Containers and their processes.
 
 mod create;
+mod devices;
 pub mod error;
 mod exec;
 mod helper;

@@ -9,13 +9,20 @@ use libcontainer::oci_spec::runtime::{
 
 use super::error::Fault;
 use crate::cgroup::Cgroup;
+use crate::helper::devices::allow_everything;
 use crate::sandbox::{IPC, NET, Sandbox, UTS};
 
-/// Makes `spec` fit the guest.
+/// Makes `spec` fit the guest; `target` gives the process namespace of another container.
 ///
 /// # Errors
 /// [`Fault`] when it asks for what a guest cannot give.
-pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) -> Result<(), Fault> {
+pub fn adapt(
+    spec: &mut Spec,
+    rootfs: &str,
+    cgroup: &Cgroup,
+    sandbox: &Sandbox,
+    target: impl Fn(&str) -> Result<PathBuf, Fault>,
+) -> Result<(), Fault> {
     let invalid = |text: &str| Fault::InvalidArgument(text.to_owned());
     spec.root_mut().as_mut().ok_or_else(|| invalid("no root in the specification"))?.set_path(PathBuf::from(rootfs));
     let process = spec.process_mut().as_mut().ok_or_else(|| invalid("no process in the specification"))?;
@@ -42,7 +49,11 @@ pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) 
     if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
         return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
     }
-    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox)?;
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
+    if rules.is_some_and(allow_everything) {
+        super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
+    }
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox, target)?;
     linux.set_namespaces(Some(namespaces));
     if let Some(resources) = linux.resources_mut() {
         adapt_resources(resources, cgroup);
@@ -50,7 +61,11 @@ pub fn adapt(spec: &mut Spec, rootfs: &str, cgroup: &Cgroup, sandbox: &Sandbox) 
     Ok(())
 }
 
-fn namespaces(asked: &[LinuxNamespace], sandbox: &Sandbox) -> Result<Vec<LinuxNamespace>, Fault> {
+fn namespaces(
+    asked: &[LinuxNamespace],
+    sandbox: &Sandbox,
+    target: impl Fn(&str) -> Result<PathBuf, Fault>,
+) -> Result<Vec<LinuxNamespace>, Fault> {
     let find = |kind| asked.iter().find(|namespace| namespace.typ() == kind);
     let make = |kind, path: Option<PathBuf>| {
         let builder = LinuxNamespaceBuilder::default().typ(kind);
@@ -74,7 +89,10 @@ fn namespaces(asked: &[LinuxNamespace], sandbox: &Sandbox) -> Result<Vec<LinuxNa
     }
     let pid = match find(LinuxNamespaceType::Pid).and_then(|namespace| namespace.path().as_ref()) {
         None => None,
-        Some(_) => Some(sandbox.shared_pid().map_err(super::error::unknown("shared process namespace"))?),
+        Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PIDS).ok().and_then(Path::to_str) {
+            Some(id) => target(id)?,
+            None => sandbox.shared_pid().map_err(super::error::unknown("shared process namespace"))?,
+        }),
     };
     // Without one of its own a container has the pod's name: the guest's own would name the guest.
     let own_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
@@ -147,8 +165,8 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_realtime_period(None).set_realtime_runtime(None);
         let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-        if cpu.cpus().as_deref().is_some_and(|asked| !within(asked, online.trim())) {
-            cpu.set_cpus(None);
+        if let Some(asked) = cpu.cpus().clone() {
+            cpu.set_cpus(guests(&asked, online.trim()));
         }
         if cpu.mems().as_deref().is_some_and(|mems| mems != "0") {
             cpu.set_mems(None);
@@ -156,18 +174,29 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     }
 }
 
-/// Whether every number of the list `asked` is in the list `have`; both are like `0-3,7`.
-fn within(asked: &str, have: &str) -> bool {
+/// The guest's processors for a container that may use those of the list `asked` on the host. The same numbers where the
+/// guest has them, else the first ones, as many as there are in the list; both lists are like `0-3,7`. None is no limit.
+fn guests(asked: &str, online: &str) -> Option<String> {
     let ranges = |list: &str| -> Option<Vec<(u32, u32)>> {
         list.split(',')
             .map(|part| {
                 let (low, high) = part.split_once('-').unwrap_or((part, part));
-                Some((low.trim().parse().ok()?, high.trim().parse().ok()?))
+                Some((low.trim().parse().ok()?, high.trim().parse().ok()?)).filter(|(low, high)| low <= high)
             })
             .collect()
     };
-    let (Some(asked), Some(have)) = (ranges(asked), ranges(have)) else { return false };
-    asked.iter().all(|(low, high)| have.iter().any(|(from, to)| from <= low && high <= to))
+    let (asked_ranges, have) = (ranges(asked)?, ranges(online)?);
+    if asked_ranges.iter().all(|(low, high)| have.iter().any(|(from, to)| from <= low && high <= to)) {
+        return Some(asked.to_owned());
+    }
+    let count = asked_ranges.iter().fold(0u32, |sum, (low, high)| sum.saturating_add((high - low).saturating_add(1)));
+    let first: Vec<String> = have
+        .iter()
+        .flat_map(|&(from, to)| from..=to)
+        .take(usize::try_from(count).unwrap_or(usize::MAX))
+        .map(|cpu| cpu.to_string())
+        .collect();
+    Some(first.join(","))
 }
 
 #[cfg(test)]
@@ -176,11 +205,13 @@ mod tests {
 
     #[test]
     fn processor_lists() {
-        assert!(within("0", "0-1"));
-        assert!(within("0-1", "0-1"));
-        assert!(!within("0-3", "0-1"));
-        assert!(!within("", "0-1"));
-        assert!(within("0,1", "0-7"));
+        assert_eq!(guests("0", "0-1").as_deref(), Some("0"));
+        assert_eq!(guests("0,1", "0-7").as_deref(), Some("0,1"));
+        assert_eq!(guests("4-5", "0-3").as_deref(), Some("0,1"));
+        assert_eq!(guests("0-3", "0-1").as_deref(), Some("0,1"));
+        assert_eq!(guests("0-4294967295,7", "0,2").as_deref(), Some("0,2"));
+        assert_eq!(guests("", "0-1"), None);
+        assert_eq!(guests("2-1", "0-1"), None);
     }
 
     #[test]
@@ -200,11 +231,12 @@ mod tests {
                 {"type":"mount"},{"type":"cgroup"}]"#,
         )
         .unwrap();
-        let all = namespaces(&asked, &Sandbox::default()).unwrap();
+        let target = |id: &str| Ok(PathBuf::from(format!("/proc/{id}")));
+        let all = namespaces(&asked, &Sandbox::default(), target).unwrap();
         let path = |kind| all.iter().find(|n| n.typ() == kind).unwrap().path().clone();
         assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET)));
         assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC)));
         assert_eq!(path(LinuxNamespaceType::Uts), None);
-        assert!(namespaces(&asked[1..], &Sandbox::default()).is_err());
+        assert!(namespaces(&asked[1..], &Sandbox::default(), target).is_err());
     }
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use husk_config::Config;
 use serde::Deserialize;
 
+use super::cpuset::CpuSet;
 use super::spec::{Cpu, Memory, Resources};
 
 const MIB: u64 = 1 << 20;
@@ -21,10 +22,12 @@ const PAGE_TABLES: u64 = 256;
 const HOST_MILLIS: u64 = 250;
 
 /// What a container may use; none is without limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Thousandths of a CPU.
     pub millis: Option<u64>,
+    /// The host's processors it may run on.
+    pub cpus: Option<CpuSet>,
     /// Bytes.
     pub memory: Option<u64>,
 }
@@ -39,12 +42,14 @@ pub struct Size {
 }
 
 /// What the pod's processes on the host may use.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostLimits {
     /// Whether memory is limited at all; how far depends on how much the guest has.
     pub memory: bool,
     /// Thousandths of a CPU.
     pub millis: Option<u64>,
+    /// The processors they may run on.
+    pub cpus: Option<CpuSet>,
 }
 
 /// The rules by which a pod's virtual machine grows.
@@ -86,9 +91,20 @@ impl Limits {
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
             self.millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
         }
+        if let Some(cpus) = cpu.as_ref().and_then(|cpu| cpu.cpus.clone()) {
+            self.cpus = Some(cpus);
+        }
         if let Some(limit) = memory.as_ref().and_then(|memory: &Memory| memory.limit).filter(|&limit| limit != 0) {
             self.memory = u64::try_from(limit).ok();
         }
+    }
+}
+
+impl Limits {
+    /// Thousandths of a CPU that it can use at most: no more than its processors have.
+    fn usable_millis(&self) -> Option<u64> {
+        let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
+        self.millis.into_iter().chain(set).min()
     }
 }
 
@@ -116,7 +132,7 @@ impl Growth {
             let total = each.clone().flatten().fold(0u64, u64::saturating_add);
             (total, each.clone().any(|limit| limit.is_none()), each.count() == 0)
         };
-        let (millis, unlimited, none) = sum(|limits| limits.millis);
+        let (millis, unlimited, none) = sum(Limits::usable_millis);
         let free = if unlimited { u64::from(self.default.vcpus) } else { 0 };
         let vcpus = u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX);
         let vcpus = if none { self.boot.vcpus } else { vcpus };
@@ -136,8 +152,11 @@ impl Growth {
         let some = containers.clone().next().is_some();
         let all =
             containers.clone().map(|limits| limits.millis).try_fold(0u64, |sum, one| Some(sum.saturating_add(one?)));
+        let mut sets = containers.clone().map(|limits| limits.cpus.clone());
+        let first = sets.next().flatten();
         HostLimits {
             memory: some && containers.clone().all(|limits| limits.memory.is_some()),
+            cpus: first.and_then(|first| sets.try_fold(first, |all, one| Some(all.union(&one?)))),
             millis: all.filter(|_| some).map(|millis| millis.saturating_add(HOST_MILLIS)),
         }
     }
@@ -177,7 +196,7 @@ mod tests {
     }
 
     fn limits(millis: impl Into<Option<u64>>, mib: impl Into<Option<u64>>) -> Limits {
-        Limits { millis: millis.into(), memory: mib.into().map(|mib| mib << 20) }
+        Limits { millis: millis.into(), memory: mib.into().map(|mib| mib << 20), cpus: None }
     }
 
     fn size(containers: &[Limits], start: bool) -> (u8, u64) {
@@ -200,9 +219,12 @@ mod tests {
     #[test]
     fn the_host_limits_what_is_limited_throughout() {
         let host = |containers: &[Limits]| growth().host_limits(containers.iter());
-        assert_eq!(host(&[]), HostLimits { memory: false, millis: None });
-        assert_eq!(host(&[limits(500, 1), limits(1000, 1)]), HostLimits { memory: true, millis: Some(1750) });
-        assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits { memory: false, millis: None });
+        assert_eq!(host(&[]), HostLimits::default());
+        assert_eq!(
+            host(&[limits(500, 1), limits(1000, 1)]),
+            HostLimits { memory: true, millis: Some(1750), cpus: None }
+        );
+        assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
         assert_eq!(host_bytes(u64::MAX), u64::MAX);
         // The example RuntimeClass has 80 MiB, of which 64 are the guest's.
@@ -212,15 +234,32 @@ mod tests {
     }
 
     #[test]
+    fn processors_limit_as_a_quota_does_and_the_host_has_all_of_them() {
+        let on = |cpus: &str, millis| Limits { millis, cpus: Some(cpus.parse().unwrap()), memory: Some(1) };
+        assert_eq!(size(&[on("0-3", None)], true).0, 4);
+        assert_eq!(size(&[on("0-3", Some(1500))], true).0, 2);
+        assert_eq!(size(&[on("2", Some(1500)), on("2", None)], true).0, 2);
+        let host = |containers: &[Limits]| growth().host_limits(containers.iter()).cpus.map(|set| set.to_string());
+        assert_eq!(host(&[on("0-3", None), on("6", None)]).as_deref(), Some("0-3,6"));
+        assert_eq!(host(&[on("0-3", None), limits(1000, 1)]), None);
+        assert_eq!(host(&[limits(1000, 1), on("0-3", None)]), None);
+    }
+
+    #[test]
     fn an_update_changes_what_it_names() {
         let update = |before: Limits, raw: Value| before.updated(raw.to_string().as_bytes()).unwrap();
         let before = limits(1000, 100);
-        assert_eq!(update(before, json!({})), before);
-        assert_eq!(update(before, Value::Null), before);
-        assert_eq!(update(before, json!({"cpu": {"shares": 7, "quota": 0}, "memory": {}})), before);
-        assert_eq!(update(before, json!({"cpu": {"quota": 50_000, "period": 100_000}})), limits(500, 100));
-        assert_eq!(update(before, json!({"cpu": {"quota": -1}, "memory": {"limit": -1}})), limits(None, None));
-        assert_eq!(update(before, json!({"memory": {"limit": 209_715_200}})), limits(1000, 200));
-        assert!(before.updated(b"[1").is_err());
+        let update = |limits: &Limits, raw: Value| update(limits.clone(), raw);
+        assert_eq!(update(&before, json!({})), before);
+        assert_eq!(update(&before, Value::Null), before);
+        assert_eq!(update(&before, json!({"cpu": {"shares": 7, "quota": 0}, "memory": {}})), before);
+        assert_eq!(update(&before, json!({"cpu": {"quota": 50_000, "period": 100_000}})), limits(500, 100));
+        assert_eq!(update(&before, json!({"cpu": {"quota": -1}, "memory": {"limit": -1}})), limits(None, None));
+        assert_eq!(update(&before, json!({"memory": {"limit": 209_715_200}})), limits(1000, 200));
+        let on = |cpus: &str| Limits { cpus: Some(cpus.parse().unwrap()), ..before.clone() };
+        assert_eq!(update(&before, json!({"cpu": {"cpus": "1-2"}})), on("1-2"));
+        assert_eq!(update(&on("1-2"), json!({"cpu": {"cpus": ""}})), on("1-2"));
+        assert!(before.clone().updated(br#"{"cpu": {"cpus": "x"}}"#).is_err());
+        assert!(before.clone().updated(b"[1").is_err());
     }
 }

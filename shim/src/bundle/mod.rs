@@ -14,6 +14,7 @@
 //! ```
 
 mod binds;
+mod cpuset;
 mod devices;
 mod disks;
 pub mod growth;

@@ -10,6 +10,7 @@ use super::{
 use crate::mirror::Mirror;
 use serde_json::Value;
 use std::{
+    collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -23,6 +24,8 @@ pub struct Request<'a> {
     pub share: &'a Path,
     /// The mounts that make the root file system; none where the bundle has it.
     pub rootfs: &'a [RootMount],
+    /// The other containers by the pids that stand for them on the host.
+    pub pids: &'a HashMap<u32, String>,
 }
 
 /// A container that the guest can create.
@@ -80,7 +83,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     // What needs no mount first: a specification that cannot be has cost nothing then.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut mirrors) = (Vec::new(), Vec::new());
-    translate::spec(&mut raw, id, &mut notes)?;
+    translate::spec(&mut raw, id, request.pids, &mut notes)?;
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
     create(share.join(id))?; // a container of this id that is still there is not ours to take down
     let made = (|| {
@@ -104,7 +107,7 @@ fn mount(
     notes: &mut Vec<String>,
     mirrors: &mut Vec<Mirror>,
 ) -> Result<(), PrepareError> {
-    let Request { id, share, rootfs } = *request;
+    let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);

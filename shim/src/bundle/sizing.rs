@@ -124,7 +124,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
 /// The limits that count: a Kubernetes sandbox's annotations, else the container's own.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
     if spec.annotations.get(cri::CONTAINER_TYPE).map(String::as_str) == Some("sandbox") {
-        let cpu = Cpu { quota: parse(spec, cri::CPU_QUOTA)?, period: parse(spec, cri::CPU_PERIOD)? };
+        let cpu = Cpu { quota: parse(spec, cri::CPU_QUOTA)?, period: parse(spec, cri::CPU_PERIOD)?, cpus: None };
         return Ok((cpu, Memory { limit: parse(spec, cri::MEMORY)? }));
     }
     let resources = spec.linux.resources.clone().unwrap_or_default();

@@ -1,5 +1,7 @@
 //! The parts of the OCI runtime specification that the host has to look at; everything else passes through as JSON.
 
+use super::cpuset::CpuSet;
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 
@@ -99,6 +101,15 @@ pub struct Cpu {
     pub quota: Option<i64>,
     /// Microseconds.
     pub period: Option<u64>,
+    /// The host's processors it may run on.
+    #[serde(default, deserialize_with = "set")]
+    pub cpus: Option<CpuSet>,
+}
+
+/// An empty list says nothing.
+fn set<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
+    let text: Option<String> = Option::deserialize(from)?;
+    text.filter(|text| !text.is_empty()).map(|text| text.parse().map_err(D::Error::custom)).transpose()
 }
 
 /// Memory.

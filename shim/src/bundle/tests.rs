@@ -7,6 +7,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 use std::{
+    collections::HashMap,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -90,7 +91,7 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
             mounts.push(json!({"destination": "/file", "type": "bind", "source": file, "options": ["bind", "ro"]}));
         });
         let rootfs = [overlay(dir, 3)];
-        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs };
+        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
         let prepared = prepare(&bundle, &request).unwrap();
         assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
         let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
@@ -140,7 +141,7 @@ fn mounts_of_a_failed_container_do_not_stay() {
             mounts.push(json!({"destination": "/b", "type": "bind", "source": "/nowhere", "options": ["rbind"]}));
         });
         let rootfs = [overlay(dir, 2)];
-        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs };
+        let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Volume(_))));
         assert_eq!(contents(&share), 0);
         assert_eq!(mounts_below(&share.host).len(), 1);
@@ -160,7 +161,7 @@ fn mounts_of_more_layers_than_fit_a_page() {
         assert!(rootfs[0].options.join(",").len() > 4096);
         let bundle = bundle(dir, |_| ());
         let cwd = std::env::current_dir().unwrap();
-        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs }).unwrap();
+        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() }).unwrap();
         assert!(share.guest.join("c1/rootfs/from-the-lowest").exists());
         assert_eq!(std::env::current_dir().unwrap(), cwd);
         teardown(&share.host, "c1").unwrap();
@@ -177,7 +178,7 @@ fn mounts_of_the_bundle_and_of_image_files() {
         fs::write(root.join("here"), "").unwrap();
         fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
         let bundle = bundle(dir, |_| ());
-        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &[] }).unwrap();
+        prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &[], pids: &HashMap::new() }).unwrap();
         assert!(share.guest.join("c1/rootfs/here").exists());
         let ro = RootMount {
             kind: "bind".into(),
@@ -185,7 +186,7 @@ fn mounts_of_the_bundle_and_of_image_files() {
             options: vec!["rbind".into(), "ro".into()],
             ..RootMount::default()
         };
-        prepare(&bundle, &Request { id: "c2", share: &share.host, rootfs: &[ro] }).unwrap();
+        prepare(&bundle, &Request { id: "c2", share: &share.host, rootfs: &[ro], pids: &HashMap::new() }).unwrap();
         let error = fs::write(share.guest.join("c2/rootfs/no"), "").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
         let image: PathBuf = dir.join("image");
@@ -198,7 +199,7 @@ fn mounts_of_the_bundle_and_of_image_files() {
             options: vec!["loop".into()],
             ..RootMount::default()
         };
-        prepare(&bundle, &Request { id: "c3", share: &share.host, rootfs: &[looped] }).unwrap();
+        prepare(&bundle, &Request { id: "c3", share: &share.host, rootfs: &[looped], pids: &HashMap::new() }).unwrap();
         assert!(share.guest.join("c3/rootfs/lost+found").exists());
         for id in ["c1", "c2", "c3"] {
             teardown(&share.host, id).unwrap();
@@ -227,7 +228,9 @@ fn mounts_of_the_host_reach_slaves_only() {
             }
         });
         let rootfs = [overlay(dir, 1)];
-        let prepared = prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs }).unwrap();
+        let prepared =
+            prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() })
+                .unwrap();
         mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
         fs::write(source.join("later/x"), "").unwrap();
         assert!(self::source(&share, &prepared, 2).join("later/x").exists(), "a slave sees later mounts");
@@ -254,7 +257,8 @@ fn mounts_of_one_directory_are_one_while_a_container_has_it() {
         };
         let make = |id: &str, options: &[&str]| {
             let rootfs = [overlay(dir, 1)];
-            prepare(&with(options), &Request { id, share: &share.host, rootfs: &rootfs }).unwrap()
+            prepare(&with(options), &Request { id, share: &share.host, rootfs: &rootfs, pids: &HashMap::new() })
+                .unwrap()
         };
         let (a, b) = (make("a", &["rbind"]), make("b", &["rbind"]));
         let at = source(&share, &a, 2);

@@ -4,6 +4,7 @@
 
 use super::{devices, hooks, update};
 use serde_json::{Map, Value};
+use std::collections::HashMap;
 
 /// Why a specification cannot be carried over to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +40,12 @@ const DEFAULT_PROFILES: [&str; 5] =
     ["unconfined", "cri-containerd.apparmor.d", "docker-default", "nerdctl-default", "containerd-default"];
 
 /// Rewrites everything but mount sources, which [`super::volumes`] does; `notes` gets what was left out, for the log.
-pub fn spec(raw: &mut Value, id: &str, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+pub fn spec(
+    raw: &mut Value,
+    id: &str,
+    pids: &HashMap<u32, String>,
+    notes: &mut Vec<String>,
+) -> Result<(), TranslateError> {
     let spec = raw.as_object_mut().ok_or(TranslateError::Type("the specification"))?;
     if let Some(hooks) = object(spec, "hooks")? {
         hooks::keep_guests(hooks)?;
@@ -51,7 +57,7 @@ pub fn spec(raw: &mut Value, id: &str, notes: &mut Vec<String>) -> Result<(), Tr
         self::process(process, notes)?;
     }
     if let Some(linux) = object(spec, "linux")? {
-        self::linux(linux, id, notes)?;
+        self::linux(linux, id, pids, notes)?;
     }
     Ok(())
 }
@@ -95,7 +101,12 @@ fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<
     Ok(())
 }
 
-fn linux(linux: &mut Map<String, Value>, id: &str, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+fn linux(
+    linux: &mut Map<String, Value>,
+    id: &str,
+    pids: &HashMap<u32, String>,
+    notes: &mut Vec<String>,
+) -> Result<(), TranslateError> {
     linux.insert("cgroupsPath".into(), format!("/husk/{id}").into());
     if linux.remove("mountLabel").is_some() {
         notes.push("linux.mountLabel left out: it is the host's policy".into());
@@ -119,7 +130,7 @@ fn linux(linux: &mut Map<String, Value>, id: &str, notes: &mut Vec<String>) -> R
         let message = format!("{mode}: mounts made in the guest cannot reach the host; use rslave or rprivate");
         return Err(unsupported("linux.rootfsPropagation", message));
     }
-    namespaces(linux, notes)?;
+    namespaces(linux, pids, notes)?;
     for device in array(linux, "devices", "linux.devices")? {
         let number = |key: &str| device.get(key).and_then(Value::as_u64).unwrap_or_default();
         let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
@@ -136,15 +147,25 @@ fn linux(linux: &mut Map<String, Value>, id: &str, notes: &mut Vec<String>) -> R
     Ok(())
 }
 
-/// Paths of host namespaces become paths that stand for the sandbox's (see `husk_proto::GUEST_NS`).
-fn namespaces(linux: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+/// Paths of host namespaces become paths that stand for the sandbox's (see `husk_proto::GUEST_NS`), or for another
+/// container's process namespace.
+fn namespaces(
+    linux: &mut Map<String, Value>,
+    pids: &HashMap<u32, String>,
+    notes: &mut Vec<String>,
+) -> Result<(), TranslateError> {
     let Some(Value::Array(namespaces)) = linux.get_mut("namespaces") else { return Ok(()) };
     for namespace in namespaces.iter_mut() {
         let namespace = namespace.as_object_mut().ok_or(TranslateError::Type("linux.namespaces"))?;
-        let joins = namespace.remove("path").is_some_and(|path| path.as_str().is_some_and(|path| !path.is_empty()));
+        let path = namespace.remove("path").and_then(|path| path.as_str().map(str::to_owned)).unwrap_or_default();
+        let joins = !path.is_empty();
         let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default();
         match kind {
             "cgroup" if joins => notes.push("cgroup namespace: the container gets one of its own".into()),
+            // containerd names the process namespace of a TARGET by its task's pid (1.7, pkg/cri/sbserver).
+            "pid" if let Some(id) = pid_of(&path).and_then(|pid| pids.get(&pid)) => {
+                namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PIDS).into());
+            }
             kind if joins => {
                 let path = format!("{}/{kind}", husk_proto::GUEST_NS);
                 namespace.insert("path".into(), path.into());
@@ -153,6 +174,11 @@ fn namespaces(linux: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result
         }
     }
     Ok(())
+}
+
+/// The process whose process namespace this path is.
+fn pid_of(path: &str) -> Option<u32> {
+    path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
 }
 
 /// Whether a field is there and says something.
@@ -196,7 +222,7 @@ mod tests {
         let mut value = sample();
         let mut notes = Vec::new();
         change(&mut value);
-        spec(&mut value, "c1", &mut notes).map(|()| (value, notes))
+        spec(&mut value, "c1", &HashMap::from([(77, "c0".to_owned())]), &mut notes).map(|()| (value, notes))
     }
 
     fn refused(change: impl FnOnce(&mut Value)) -> String {
@@ -224,6 +250,17 @@ mod tests {
         ]);
         assert_eq!(value["linux"]["namespaces"], expected);
         assert_eq!(notes.len(), 1, "{:?}", notes);
+    }
+
+    #[test]
+    fn another_containers_process_namespace_is_found_by_its_pid() {
+        let pid = |path: &str| {
+            let (value, _) = translated(|v| v["linux"]["namespaces"][0]["path"] = path.into()).unwrap();
+            value["linux"]["namespaces"][0]["path"].clone()
+        };
+        assert_eq!(pid("/proc/77/ns/pid"), "/run/husk/pids/c0");
+        assert_eq!(pid("/proc/78/ns/pid"), "/run/husk/ns/pid");
+        assert_eq!(pid("/proc/77/ns/net"), "/run/husk/ns/pid");
     }
 
     #[test]
@@ -283,7 +320,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_json_never_panics(mut value in any_json()) {
-            let _ = spec(&mut value, "c1", &mut Vec::new());
+            let _ = spec(&mut value, "c1", &HashMap::new(), &mut Vec::new());
         }
     }
 }

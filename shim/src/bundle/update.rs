@@ -25,11 +25,9 @@ const THROTTLES: [&str; 5] = [
 
 pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
     if let Some(cpu) = object(resources, "cpu")? {
-        // The guest's CPUs are numbered from 0, whatever they run on; the pod's cgroup keeps the VMM on the right ones.
-        for key in ["cpus", "mems"] {
-            if cpu.remove(key).is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
-                notes.push(format!("resources.cpu.{key} left out: the host's numbers mean nothing in the guest"));
-            }
+        // The list of CPUs stays: the agent makes it one of the guest's. NUMA nodes the guest has none.
+        if cpu.remove("mems").is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
+            notes.push("resources.cpu.mems left out: the host's numbers mean nothing in the guest".into());
         }
         // Realtime groups are cgroup v1's; the guest has v2 only.
         cpu.remove("realtimeRuntime");
@@ -81,7 +79,7 @@ mod tests {
             "unified": {"cpuset.cpus": "1", "memory.high": "9"}, "new": 1
         });
         let to = json!({
-            "cpu": {"shares": 10, "quota": 5, "period": 10},
+            "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3"},
             "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 4},
             "devices": [{"allow": false, "access": "rwm"}], "unified": {"memory.high": "9"}, "new": 1
         });

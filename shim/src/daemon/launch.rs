@@ -127,8 +127,13 @@ impl Got {
         let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
         describe(about, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let network = match &network {
-            // What CNI does to a new one comes later, by hooks.
-            spec::Network::New => network::Network::default(),
+            // What CNI does to a new one comes later: by hooks, or between Create and Start as with `ctr run --cni`.
+            spec::Network::New => match &self.vmm {
+                Some(vmm) => {
+                    network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid))).map_err(|e| chain(&e))?
+                }
+                None => network::Network::default(),
+            },
             spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
         };
         about.timeline.mark("network connected");

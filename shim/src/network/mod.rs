@@ -5,8 +5,9 @@
 //! guest gets an interface of the same name, hardware address, addresses, routes and neighbours. The taps live as long
 //! as somebody holds their descriptors: with the VMM they are gone.
 //!
-//! Everything here runs before the daemon has a second thread: it changes the network namespace of the process.
+//! [`connect`] runs before the daemon has a second thread: it changes the network namespace of the process.
 
+mod follow;
 mod read;
 mod steer;
 mod tap;
@@ -16,8 +17,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+pub use follow::{Change, Follow};
 use husk_netlink::Netlink;
-use husk_proto::agent::{Interface, Neighbour, Route};
+use husk_proto::agent::NetworkRequest;
 use nix::sched::{CloneFlags, setns};
 pub use steer::Steer;
 
@@ -26,12 +28,10 @@ pub use steer::Steer;
 pub struct Network {
     /// The host's ends, one for each interface.
     pub taps: Vec<Tap>,
-    /// Interfaces with their addresses.
-    pub interfaces: Vec<Interface>,
-    /// Routes of the main table.
-    pub routes: Vec<Route>,
-    /// Neighbours that were set, not learnt.
-    pub neighbours: Vec<Neighbour>,
+    /// Interfaces with their addresses, routes of the main table, neighbours that were set.
+    pub given: NetworkRequest,
+    /// What tells of changes.
+    pub follow: Option<(Follow, OwnedFd)>,
     /// What takes connections that are dialled within the namespace.
     pub steer: Option<Steer>,
 }
@@ -41,6 +41,10 @@ pub struct Network {
 pub struct Tap {
     /// The open device.
     pub fd: OwnedFd,
+    /// The interface's index in the namespace.
+    pub link: i32,
+    /// Its own.
+    pub index: i32,
     /// The interface's hardware address.
     pub mac: [u8; 6],
     /// Its MTU in bytes.
@@ -91,21 +95,34 @@ fn kernel(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
 pub fn connect(path: &Path) -> Result<Network, NetworkError> {
     within(path, || {
         let netlink = Netlink::open().map_err(kernel("open netlink"))?;
+        // Before anything is read: what changes from here on is told.
+        let notices = follow::notices();
         let links = read::links(&netlink).map_err(kernel("list interfaces"))?;
-        let mut network = Network {
-            interfaces: read::interfaces(&netlink, &links).map_err(kernel("list addresses"))?,
-            routes: read::routes(&netlink, &links).map_err(kernel("list routes"))?,
-            neighbours: read::neighbours(&netlink, &links).map_err(kernel("list neighbours"))?,
-            taps: Vec::with_capacity(links.len()),
-            // The pod runs without it.
+        let given = read::all(&netlink, &links)?;
+        let taps = links.iter().map(|link| tap::beside(&netlink, link)).collect::<Result<Vec<_>, _>>()?;
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&links, &taps, given.clone())?, notices)));
+        let network = Network {
+            taps,
+            given,
+            // The pod runs without these.
+            follow: follow.inspect_err(|error| tracing::warn!(%error, "changes of the network go unnoticed")).ok(),
             steer: steer::current_namespace()
                 .inspect_err(|error| tracing::warn!(%error, "no port-forward: connections cannot be steered"))
                 .ok(),
         };
-        for link in &links {
-            network.taps.push(tap::beside(&netlink, link)?);
-        }
         Ok(network)
+    })?
+}
+
+/// What follows a new namespace, at `path`, in which nothing but a loopback interface is yet.
+///
+/// # Errors
+/// [`NetworkError`], as of [`connect`].
+pub fn fresh(path: &Path) -> Result<Network, NetworkError> {
+    within(path, || {
+        let notices = follow::notices();
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&[], &[], NetworkRequest::default())?, notices)));
+        Ok(Network { follow: Some(follow.map_err(kernel("watch the namespace"))?), ..Network::default() })
     })?
 }
 

@@ -5,7 +5,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_netlink::{Message, Netlink, attributes, number};
-use husk_proto::agent::{Interface, Neighbour, Route};
+use husk_proto::agent::{Interface, Neighbour, NetworkRequest, Route};
+
+use super::{NetworkError, kernel};
 
 /// `RTAX_MTU` and `RTNH_F_ONLINK` of linux/rtnetlink.h.
 const RTAX_MTU: u16 = 2;
@@ -38,8 +40,18 @@ fn usable(link: husk_netlink::Link) -> Option<Link> {
     Some(Link { index: link.index, name: link.name, mac: link.mac.try_into().ok()?, mtu })
 }
 
+/// All that the guest gets of these interfaces.
+pub fn all(netlink: &Netlink, links: &[Link]) -> Result<NetworkRequest, NetworkError> {
+    Ok(NetworkRequest {
+        interfaces: interfaces(netlink, links).map_err(kernel("list addresses"))?,
+        routes: routes(netlink, links).map_err(kernel("list routes"))?,
+        neighbours: neighbours(netlink, links).map_err(kernel("list neighbours"))?,
+        ..Default::default()
+    })
+}
+
 /// The interfaces with their addresses, but those of IPv6 that every interface makes for itself.
-pub fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
+fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
     let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
     // struct ifaddrmsg
     netlink.dump(Message::new(libc::RTM_GETADDR, libc::NLM_F_DUMP, &[0; 8]), |kind, body| {
@@ -76,7 +88,7 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
 }
 
 /// The unicast routes of the main table by these interfaces.
-pub fn routes(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Route>> {
+fn routes(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Route>> {
     let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
     let mut routes = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
@@ -131,7 +143,7 @@ fn parse_route(body: &[u8], names: &HashMap<u32, &str>) -> Option<Route> {
 }
 
 /// The neighbours that somebody set.
-pub fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
+fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
     let mut neighbours = Vec::new();
     // struct ndmsg
     netlink.dump(Message::new(libc::RTM_GETNEIGH, libc::NLM_F_DUMP, &[0; 12]), |kind, body| {

@@ -41,7 +41,7 @@ pub fn beside(netlink: &Netlink, link: &Link) -> Result<Tap, NetworkError> {
     netlink.change(message).map_err(kernel(format!("bring the tap of {} up", link.name)))?;
     redirect(netlink, link.index, index).map_err(kernel(format!("redirect the frames of {}", link.name)))?;
     redirect(netlink, index, link.index).map_err(kernel(format!("redirect frames to {}", link.name)))?;
-    Ok(Tap { fd, mac: link.mac, mtu: link.mtu })
+    Ok(Tap { fd, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
 /// Opens a tap as the VMM wants it; it is gone with its last descriptor.

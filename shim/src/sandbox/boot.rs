@@ -246,9 +246,9 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
         clock_ns: i64::try_from(now.as_nanos()).unwrap_or(0),
         entropy,
         mounts: pod.shared_memory.then_some(shared_memory).into_iter().collect(),
-        interfaces: pod.network.interfaces.clone(),
-        routes: pod.network.routes.clone(),
-        neighbours: pod.network.neighbours.clone(),
+        interfaces: pod.network.given.interfaces.clone(),
+        routes: pod.network.given.routes.clone(),
+        neighbours: pod.network.given.neighbours.clone(),
         sysctls: pod.sysctls.clone(),
         ..Default::default()
     };

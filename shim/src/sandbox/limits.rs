@@ -21,11 +21,16 @@ pub fn room(path: &Path) -> u64 {
 ///
 /// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
 /// kernel, which kills one of its processes, and not on the host, which would kill the VMM.
-pub fn set(path: &Path, limits: HostLimits, guest_mib: u64) {
+pub fn set(path: &Path, limits: &HostLimits, guest_mib: u64) {
     let memory = if limits.memory { host_bytes(guest_mib).to_string() } else { "max".to_owned() };
     let quota = limits.millis.map(|millis| millis.saturating_mul(PERIOD) / 1000);
     let cpu = quota.map_or("max".to_owned(), |quota| quota.to_string());
-    for (file, value) in [("memory.max", memory), ("cpu.max", format!("{cpu} {PERIOD}"))] {
+    // Without a list it has the processors of the cgroup above.
+    let cpus = limits.cpus.as_ref().map(ToString::to_string).unwrap_or_default();
+    for (file, value) in [("memory.max", memory), ("cpu.max", format!("{cpu} {PERIOD}")), ("cpuset.cpus", cpus)] {
+        if value.is_empty() && !path.join(file).exists() {
+            continue;
+        }
         if let Err(error) = std::fs::write(path.join(file), &value) {
             tracing::warn!(%error, file, value, "the host's limit is not set");
         }

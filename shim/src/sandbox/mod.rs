@@ -8,6 +8,7 @@ pub mod disks;
 pub mod forward;
 pub mod limits;
 pub mod metrics;
+mod network;
 pub mod resize;
 pub mod state;
 pub mod timeline;
@@ -26,6 +27,7 @@ use agent::{Agent, Report};
 use boot::Plan;
 use cgroup::Cgroup;
 use console::Tail;
+use network::Follower;
 use resize::Resizer;
 use state::StateDir;
 use timeline::Timeline;
@@ -70,6 +72,7 @@ pub struct Sandbox {
     tail: Tail,
     tokens: AtomicU64,
     disks: disks::Plugged,
+    follower: Arc<OnceLock<Follower>>,
     timeline_log: OnceLock<PathBuf>,
 }
 
@@ -105,6 +108,7 @@ impl Sandbox {
             tail,
             tokens: AtomicU64::new(1),
             disks: disks::Plugged::default(),
+            follower: Arc::default(),
             timeline_log: OnceLock::new(),
         })
     }
@@ -131,15 +135,19 @@ impl Sandbox {
             let _ = self.resizer.set(Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.boot.clone(), path));
         }
         let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
+        let follower = Arc::clone(&self.follower);
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
                 (Ok(_), None) => Err("there is no VMM".to_owned()),
                 (Ok(mut plan), Some(vmm)) => {
-                    let steer = plan.pod.network.steer.take();
+                    let (steer, follow) = (plan.pod.network.steer.take(), plan.pod.network.follow.take());
                     let agent = boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(steer)) = (&agent, steer) {
                         forward::serve(steer, vmm);
+                    }
+                    if let (Ok(agent), Some((follow, notices))) = (&agent, follow) {
+                        let _ = follower.set(Follower::start(follow, notices, vmm.clone(), agent.clone()));
                     }
                     agent
                 }
@@ -183,6 +191,21 @@ impl Sandbox {
         self.vmm.get().map_or(0, Vmm::pid)
     }
 
+    /// A pid of the host's for one container alone; [`Sandbox::give_back_pid`] follows.
+    ///
+    /// # Errors
+    /// [`VmmError`] when there is none to be had.
+    pub async fn take_pid(&self) -> Result<u32, VmmError> {
+        self.vmm.get().ok_or(VmmError::Gone)?.take_pid().await
+    }
+
+    /// Gives back what [`Sandbox::take_pid`] gave.
+    pub async fn give_back_pid(&self, pid: u32) {
+        if let Some(vmm) = self.vmm.get() {
+            vmm.give_back_pid(pid).await;
+        }
+    }
+
     /// Whether the virtual machine is gone.
     pub fn is_dead(&self) -> bool {
         self.vmm.get().is_none_or(|vmm| vmm.ended().is_some())
@@ -212,6 +235,13 @@ impl Sandbox {
         match &*self.boot.borrow() {
             Boot::Ready(agent) => Some(agent.clone()),
             _ => None,
+        }
+    }
+
+    /// Waits until the guest has the network that the host has by now.
+    pub async fn settle_network(&self) {
+        if let Some(follower) = self.follower.get() {
+            follower.settle().await;
         }
     }
 

@@ -50,7 +50,7 @@ pub enum ResizeError {
 }
 
 /// What a pod is to have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// The machine's size.
     pub size: Size,
@@ -164,7 +164,7 @@ impl Machine {
             return Ok(());
         }
         let again = !std::mem::replace(&mut self.reached, false);
-        let before = std::mem::replace(&mut self.now, target).size;
+        let before = std::mem::replace(&mut self.now, target.clone()).size;
         let wanted_mib = target.size.memory_mib.saturating_sub(self.start.memory_mib);
         let had_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
@@ -226,8 +226,8 @@ impl Machine {
     /// Sets the limits on the host for what the guest may have by now. Lowering one waits for memory to be reclaimed.
     async fn set_host_limits(&mut self) {
         let Some(path) = self.cgroup.clone() else { return };
-        let (limits, guest_mib) = (self.now.host, self.start.memory_mib.saturating_add(self.plugged_mib));
-        if let Err(error) = tokio::task::spawn_blocking(move || limits::set(&path, limits, guest_mib)).await {
+        let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
+        if let Err(error) = tokio::task::spawn_blocking(move || limits::set(&path, &limits, guest_mib)).await {
             tracing::warn!(%error, "the host's limits are not set");
         }
     }

@@ -133,6 +133,24 @@ impl Vmm {
         self.inner.pid
     }
 
+    /// A pid of the host's for one container alone; [`Vmm::give_back_pid`] follows.
+    ///
+    /// # Errors
+    /// As [`Vmm::call`].
+    pub async fn take_pid(&self) -> Result<u32, VmmError> {
+        match self.call(Call::TakePid, &[]).await?.0 {
+            Answer::Pid { pid } => Ok(pid),
+            _ => Err(VmmError::Unexpected),
+        }
+    }
+
+    /// The container is gone; so may be the VMM.
+    pub async fn give_back_pid(&self, pid: u32) {
+        if let Err(error) = self.call(Call::GiveBackPid { pid }, &[]).await {
+            tracing::debug!(pid, %error, "pid not given back");
+        }
+    }
+
     /// Asks, and waits for the answer. The descriptors' numbers are their positions.
     ///
     /// # Errors

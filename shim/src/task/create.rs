@@ -46,6 +46,7 @@ impl Shim {
             tracing::error!(container = request.id, error = text, "create failed");
             self.tear_down_bundle(&request.id).await;
             self.take_room(&request.id);
+            self.give_back_pid(&request.id).await;
             self.containers.remove(&request.id);
         }
         created
@@ -59,6 +60,7 @@ impl Shim {
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let owner = Owner { id: &request.id, namespace: &self.namespace };
         let prepare = async {
+            self.take_pid(&request.id, &spec).await;
             let prepared = self.prepare(request).await?;
             // CNI by hook needs the network namespace of the VMM's process, which exists by now.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
@@ -133,7 +135,7 @@ impl Shim {
                 ..Default::default()
             })
             .into(),
-            pid: self.sandbox.pid(),
+            pid: self.pid(&container.id),
             ..Default::default()
         };
         self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
@@ -145,14 +147,14 @@ impl Shim {
     /// Mounts what the container needs; mount calls may block, so not on the executor.
     async fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, Refusal> {
         let (id, share) = (request.id.clone(), self.sandbox.share());
-        let (dir, files) = (request.bundle.clone(), self.api.files());
+        let (dir, files, pids) = (request.bundle.clone(), self.api.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(bundle::RootMount::from).collect();
         let prepared = tokio::task::spawn_blocking(move || {
             let mut bundle = Bundle::load(Path::new(&dir)).map_err(|e| crate::chain(&e))?;
             if let Some(files) = files {
                 pod::add_mounts(&mut bundle, &files);
             }
-            let request = bundle::Request { id: &id, share: &share, rootfs: &rootfs };
+            let request = bundle::Request { id: &id, share: &share, rootfs: &rootfs, pids: &pids };
             bundle::prepare(&bundle, &request).map_err(|e| crate::chain(&e))
         })
         .await;
@@ -186,7 +188,7 @@ impl Shim {
             oci_version: &spec.version,
             id: &request.id,
             status,
-            pid: self.sandbox.pid(),
+            pid: self.pid(&request.id),
             bundle: &request.bundle,
             annotations: &spec.annotations,
         };
@@ -196,7 +198,7 @@ impl Shim {
     /// Runs hooks whose failure only the log hears of.
     pub(super) async fn run_late_hooks(&self, kind: &'static str, container: &Container, status: &str) {
         let (hooks, pid) = match kind {
-            "poststart" => (&container.spec.hooks.poststart, self.sandbox.pid()),
+            "poststart" => (&container.spec.hooks.poststart, self.pid(&container.id)),
             _ => (&container.spec.hooks.poststop, 0),
         };
         let state = hooks::State {

@@ -85,14 +85,16 @@ impl Shim {
         self.sandbox.timeline.mark("deleted");
         let event = TaskDelete {
             container_id: container.id.clone(),
-            pid: self.sandbox.pid(),
+            pid: self.pid(&container.id),
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
         };
         self.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
         self.run_late_hooks("poststop", container, "stopped").await;
-        Ok(self.deleted(process, exit))
+        let deleted = self.deleted(process, exit);
+        self.give_back_pid(&container.id).await;
+        Ok(deleted)
     }
 
     /// Deletes an exec.
@@ -121,7 +123,7 @@ impl Shim {
     fn deleted(&self, process: &Process, exit: Exit) -> DeleteResponse {
         tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "deleted");
         DeleteResponse {
-            pid: self.sandbox.pid(),
+            pid: self.pid(&process.container),
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()

@@ -25,6 +25,8 @@ impl Shim {
         let process = &container.init;
         let agent = self.agent()?;
         process.begin_start()?;
+        // Whoever made the container may have made its network since.
+        self.sandbox.settle_network().await;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
         if !container.is_pause()
             && let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await
@@ -36,7 +38,8 @@ impl Shim {
         }
         self.sandbox.timeline.mark("started");
         self.sandbox.timeline.save();
-        let event = TaskStart { container_id: container.id.clone(), pid: self.sandbox.pid(), ..Default::default() };
+        let event =
+            TaskStart { container_id: container.id.clone(), pid: self.pid(&container.id), ..Default::default() };
         self.events.publish(TASK_START_EVENT_TOPIC, &event);
         self.after_start(container, process);
         self.run_late_hooks("poststart", container, "running").await;
@@ -85,7 +88,7 @@ impl Shim {
         let event = TaskExecStarted {
             container_id: container.id.clone(),
             exec_id: process.exec.clone(),
-            pid: self.sandbox.pid(),
+            pid: self.pid(&container.id),
             ..Default::default()
         };
         self.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);

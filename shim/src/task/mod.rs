@@ -5,6 +5,7 @@ mod create;
 mod delete;
 mod exec;
 mod pause;
+mod pids;
 mod process;
 mod refusal;
 mod resize;
@@ -49,6 +50,7 @@ pub struct Shim {
     api: sandbox::State,
     containers: Containers,
     sizes: resize::Sizes,
+    pids: pids::Pids,
     events: Events,
     /// The virtual machine is gone, and everything in it was told of.
     gone: AtomicBool,
@@ -71,6 +73,7 @@ impl Shim {
             api: sandbox::State::new(pending),
             containers: Containers::default(),
             sizes: resize::Sizes::default(),
+            pids: pids::Pids::default(),
             events,
             gone: AtomicBool::new(false),
             finishing: AtomicBool::new(false),
@@ -167,7 +170,7 @@ impl Shim {
         let event = TaskExit {
             container_id: process.container.clone(),
             id: process.event_id().to_owned(),
-            pid: self.sandbox.pid(),
+            pid: self.pid(&process.container),
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()

@@ -47,14 +47,14 @@ impl Shim {
 
     /// Makes room for a container's new limits (OCI `LinuxResources` as JSON); [`Shim::change_room`] follows.
     pub(super) async fn prepare_change(&self, id: &str, raw: &[u8]) -> Result<Change, Refusal> {
-        let before = lock(&self.sizes.pod).get(id).copied().unwrap_or_default();
-        let after = before.updated(raw).map_err(|error| Refusal::Invalid(format!("resources: {error}")))?;
+        let before = lock(&self.sizes.pod).get(id).cloned().unwrap_or_default();
+        let after = before.clone().updated(raw).map_err(|error| Refusal::Invalid(format!("resources: {error}")))?;
         let change = Change { before, after };
-        if let (true, Some(size)) = (before != after, self.pod_size()) {
+        if let (true, Some(size)) = (change.before != change.after, self.pod_size()) {
             self.sizes.changed.store(true, Ordering::Relaxed);
-            lock(&self.sizes.pod).insert(id.to_owned(), after);
+            lock(&self.sizes.pod).insert(id.to_owned(), change.after.clone());
             if let Err(error) = self.resize(size).await {
-                self.change_room(id, change, false).await;
+                self.change_room(id, &change, false).await;
                 return Err(error);
             }
         }
@@ -62,13 +62,13 @@ impl Shim {
     }
 
     /// The container has its new limits, or still the old ones: what is not needed any more is given back.
-    pub(super) async fn change_room(&self, id: &str, change: Change, done: bool) {
+    pub(super) async fn change_room(&self, id: &str, change: &Change, done: bool) {
         if change.before == change.after {
             return;
         }
         // Unless the container is gone meanwhile.
         if let Some(limits) = lock(&self.sizes.pod).get_mut(id) {
-            *limits = if done { change.after } else { change.before };
+            *limits = if done { &change.after } else { &change.before }.clone();
         }
         if let Err(error) = self.resize(Size { vcpus: 0, memory_mib: 0 }).await {
             tracing::warn!(%error, "the pod keeps its size");
@@ -98,7 +98,7 @@ impl Shim {
 }
 
 /// A change of one container's limits, half done.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Change {
     before: Limits,
     after: Limits,

@@ -80,7 +80,7 @@ impl Task for Handler {
         Ok(StateResponse {
             id: container.id.clone(),
             bundle: container.bundle.clone(),
-            pid: if unstarted_exec { 0 } else { self.shim.sandbox.pid() },
+            pid: if unstarted_exec { 0 } else { self.shim.pid(&container.id) },
             status: status.into(),
             stdin: process.paths.stdin.clone(),
             stdout: process.paths.stdout.clone(),
@@ -94,8 +94,9 @@ impl Task for Handler {
     }
 
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        let id = request.id.clone();
         self.shim.create(request).await?;
-        Ok(CreateTaskResponse { pid: self.shim.sandbox.pid(), ..Default::default() })
+        Ok(CreateTaskResponse { pid: self.shim.pid(&id), ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
@@ -106,7 +107,7 @@ impl Task for Handler {
             let exec = container.exec(&request.exec_id)?;
             self.shim.start_exec(&container, &exec).await?;
         }
-        Ok(StartResponse { pid: self.shim.sandbox.pid(), ..Default::default() })
+        Ok(StartResponse { pid: self.shim.pid(&container.id), ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
@@ -222,7 +223,7 @@ impl Task for Handler {
         let agent = self.shim.agent()?;
         let change = self.shim.prepare_change(&container.id, &request.resources.value).await?;
         let updated = agent.task.update(within(timeouts::QUICK), &guest).await;
-        self.shim.change_room(&container.id, change, updated.is_ok()).await;
+        self.shim.change_room(&container.id, &change, updated.is_ok()).await;
         updated.map_err(|error| self.shim.agent_error("update", error))
     }
 
@@ -242,10 +243,10 @@ impl Task for Handler {
         Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }
 
-    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.shim.sandbox.pid(),
+            task_pid: self.shim.pid(&request.id),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })

@@ -1,7 +1,20 @@
 //! The example pods of deploy/kubernetes, from their YAML; those that build images are in a suite of their own.
 
-use husk_e2e::PYTHON;
+use std::time::Duration;
+
 use husk_e2e::cri::{manifest, pods};
+use husk_e2e::{BUSYBOX, PYTHON, node};
+
+#[test]
+fn a_web_server_serves() {
+    pods("cri-web", |pods| {
+        let manifest = include_str!("../../../deploy/kubernetes/web-server.yaml");
+        let applied = manifest::apply(pods, manifest, &[("busybox:stable", BUSYBOX)]);
+        applied.wait_ready(Duration::from_secs(60));
+        let page = applied.get(80, "/index.html").unwrap();
+        assert!(page.contains("hello from 6.") && !page.contains(&node::kernel_release()), "{page}");
+    });
+}
 
 #[test]
 fn untrusted_code_runs() {

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -38,8 +40,17 @@ pub struct Applied {
     pub pod: Pod,
     /// Its containers, started.
     pub containers: Vec<PodContainer>,
-    probes: Vec<Option<Vec<String>>>,
+    probes: Vec<Option<Probe>>,
     dir: PathBuf,
+}
+
+/// What says that a container is ready.
+#[derive(Debug)]
+enum Probe {
+    /// A command in it that succeeds.
+    Exec(Vec<String>),
+    /// An address on the pod's that answers a request of HTTP with success.
+    Http { port: u16, path: String },
 }
 
 /// Runs the pod of a manifest; `images` says what image stands for each one named.
@@ -55,6 +66,7 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
             "automountServiceAccountToken",
             "restartPolicy",
             "securityContext",
+            "initContainers",
             "containers",
             "volumes",
         ],
@@ -81,7 +93,7 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
             (limits.iter().map(|limits| limits.milli_cpu).sum::<i64>() * 100).into();
     }
     let pod = pods.run(config);
-    let started = containers.iter().zip(&limits).map(|(container, limits)| {
+    let start = |(container, limits): (&Value, &Limits)| {
         known(
             container,
             &[
@@ -113,11 +125,21 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
         limits.set(&mut config["linux"]["resources"]);
         security(&mut config["linux"]["security_context"], &spec["securityContext"], &container["securityContext"]);
         pod.start(&config)
-    });
-    let started = started.collect();
+    };
+    for container in spec["initContainers"].as_array().into_iter().flatten() {
+        let started = start((container, &Limits::of(container)));
+        assert_eq!(started.wait(), (0, "Completed".into()), "{}", started.log());
+        started.remove();
+    }
+    let started = containers.iter().zip(&limits).map(start).collect();
     let probes = containers.iter().map(|container| {
-        let command = container["readinessProbe"]["exec"]["command"].as_array()?;
-        Some(command.iter().map(text).collect())
+        let probe = container.get("readinessProbe")?;
+        known(probe, &["exec", "httpGet", "periodSeconds"]);
+        if let Some(command) = probe["exec"]["command"].as_array() {
+            return Some(Probe::Exec(command.iter().map(text).collect()));
+        }
+        let (port, path) = (probe["httpGet"]["port"].as_u64().unwrap(), text(&probe["httpGet"]["path"]));
+        Some(Probe::Http { port: port.try_into().unwrap(), path })
     });
     let probes = probes.collect();
     Applied { pod, containers: started, probes, dir }
@@ -129,17 +151,49 @@ impl Applied {
     pub fn wait_ready(&self, limit: Duration) {
         for (container, probe) in self.containers.iter().zip(&self.probes) {
             let Some(probe) = probe else { continue };
-            let probe: Vec<&str> = probe.iter().map(String::as_str).collect();
-            let mut last = None;
+            let mut last = Err("nobody asked".to_owned());
             let ready = node::eventually(limit, || {
-                std::thread::sleep(PERIOD);
+                if let Probe::Exec(_) = probe {
+                    std::thread::sleep(PERIOD);
+                }
                 assert_eq!(container.status()["state"], "CONTAINER_RUNNING", "its log:\n{}", container.log());
                 // Only the last of its answers is of interest.
-                last = Some(container.try_exec(&probe));
-                matches!(&last, Some(Ok(Executed { code: 0, .. }))).then_some(())
+                last = self.probe(container, probe);
+                last.is_ok().then_some(())
             });
-            assert!(ready.is_some(), "{probe:?} says {last:?}; the log:\n{}", container.log());
+            assert!(ready.is_some(), "{probe:?}: {last:?}; the log:\n{}", container.log());
         }
+    }
+
+    fn probe(&self, container: &PodContainer, probe: &Probe) -> Result<(), String> {
+        match probe {
+            Probe::Exec(command) => {
+                let command: Vec<&str> = command.iter().map(String::as_str).collect();
+                match container.try_exec(&command) {
+                    Ok(Executed { code: 0, .. }) => Ok(()),
+                    other => Err(format!("{other:?}")),
+                }
+            }
+            Probe::Http { port, path } => self.get(*port, path).map(drop),
+        }
+    }
+
+    /// What a server of the pod answers to a GET from the node, with its headers; only success is an answer.
+    ///
+    /// # Errors
+    /// What came instead.
+    pub fn get(&self, port: u16, path: &str) -> Result<String, String> {
+        let ask = || {
+            let mut stream = TcpStream::connect(
+                self.pod.addresses().iter().map(|ip| (*ip, port).into()).collect::<Vec<SocketAddr>>().as_slice(),
+            )?;
+            write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = ask().map_err(|error: io::Error| error.to_string())?;
+        if answer.split_whitespace().nth(1) == Some("200") { Ok(answer) } else { Err(answer) }
     }
 
     /// The host's directory of an emptyDir.

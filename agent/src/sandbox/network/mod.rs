@@ -1,0 +1,194 @@
+//! The pod's network: interfaces found by hardware address, moved into the pod's namespace, named and
+//! configured, and kept as the host's are while these change.
+
+mod parts;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use husk_proto::agent::{Interface, Neighbour, Route};
+use tokio::time::{Instant, timeout_at};
+
+use super::netlink::{Link, LinkNotices, Message, Netlink, link_header, links};
+use super::{NET, namespaces};
+use parts::Op;
+
+/// How long an interface may take to appear: its device is there before the guest is asked for it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why the network could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// An address, prefix or hardware address is malformed.
+    #[error("{0:?} is no {1}")]
+    Malformed(String, &'static str),
+    /// No device with this hardware address came.
+    #[error("no network device with address {0}")]
+    NoDevice(String),
+    /// A route or neighbour names an interface that the request does not.
+    #[error("no interface {0:?}")]
+    NoInterface(String),
+    /// Another request is under way.
+    #[error("the network is being changed already")]
+    Busy,
+    /// The kernel refused.
+    #[error("cannot {0}")]
+    Kernel(String, #[source] io::Error),
+    /// The pod's namespaces could not be entered.
+    #[error(transparent)]
+    Namespace(#[from] namespaces::NamespaceError),
+}
+
+fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::Kernel(what.into(), source)
+}
+
+/// What the pod's network is to be.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct Asked {
+    /// Interfaces with their addresses.
+    pub interfaces: Vec<Interface>,
+    /// Routes of the main table.
+    pub routes: Vec<Route>,
+    /// Neighbours that somebody set.
+    pub neighbours: Vec<Neighbour>,
+}
+
+/// The pod's network as it was last asked for. What a container adds by itself, a bridge or a route, is none of it.
+pub struct Network(Mutex<Option<Asked>>);
+
+impl Default for Network {
+    fn default() -> Self {
+        Self(Mutex::new(Some(Asked::default())))
+    }
+}
+
+impl Network {
+    /// Makes it what is asked for now: only what differs from before is touched.
+    ///
+    /// # Errors
+    /// [`NetworkError`] naming the first thing that failed; the next call starts from what was asked before this one.
+    pub async fn follow(&self, asked: Asked) -> Result<(), NetworkError> {
+        let take = || self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let before = take().ok_or(NetworkError::Busy)?;
+        let changed = change(&before, &asked).await;
+        let now = if changed.is_ok() { asked } else { before };
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        changed
+    }
+}
+
+async fn change(before: &Asked, after: &Asked) -> Result<(), NetworkError> {
+    if before == after {
+        return Ok(());
+    }
+    let pod = namespaces::within(Netlink::open)?.map_err(kernel("open netlink"))?;
+    remove(before, after, &pod)?;
+    for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
+        bring_in(interface, &pod).await?;
+    }
+    let index =
+        |name: &str| find(&after.interfaces, &pod, name)?.ok_or_else(|| NetworkError::NoInterface(name.to_owned()));
+    // A gateway is reachable only once the routes of its link are there.
+    let new = after.routes.iter().filter(|route| !before.routes.contains(route));
+    let (direct, through): (Vec<_>, Vec<_>) = new.partition(|route| route.gateway.is_empty());
+    for route in direct {
+        parts::route(&pod, Op::Add, route, index(&route.interface)?)?;
+    }
+    for neighbour in after.neighbours.iter().filter(|neighbour| !before.neighbours.contains(neighbour)) {
+        parts::neighbour(&pod, Op::Add, neighbour, index(&neighbour.interface)?)?;
+    }
+    for route in through {
+        parts::route(&pod, Op::Add, route, index(&route.interface)?)?;
+    }
+    Ok(())
+}
+
+/// Takes away what is no longer asked for, the last first.
+fn remove(before: &Asked, after: &Asked, pod: &Netlink) -> Result<(), NetworkError> {
+    let index = |name: &str| find(&before.interfaces, pod, name);
+    for neighbour in before.neighbours.iter().filter(|neighbour| !after.neighbours.contains(neighbour)) {
+        if let Some(index) = index(&neighbour.interface)? {
+            parts::neighbour(pod, Op::Remove, neighbour, index)?;
+        }
+    }
+    for route in before.routes.iter().rev().filter(|route| !after.routes.contains(route)) {
+        if let Some(index) = index(&route.interface)? {
+            parts::route(pod, Op::Remove, route, index)?;
+        }
+    }
+    for interface in &before.interfaces {
+        let Some(index) = index(&interface.name)? else { continue };
+        let now = after.interfaces.iter().find(|now| now.mac == interface.mac);
+        for address in &interface.addresses {
+            if now.is_none_or(|now| !now.addresses.contains(address)) {
+                parts::address(pod, Op::Remove, index, address)?;
+            }
+        }
+        if now.is_none() {
+            let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
+            pod.change(down).map_err(kernel(format!("take {} down", interface.name)))?;
+        }
+    }
+    Ok(())
+}
+
+/// The guest's index of the interface with this name in the request.
+fn find(interfaces: &[Interface], pod: &Netlink, name: &str) -> Result<Option<i32>, NetworkError> {
+    if name == "lo" {
+        return Ok(Some(1));
+    }
+    let Some(interface) = interfaces.iter().find(|i| i.name == name) else { return Ok(None) };
+    Ok(by_mac(pod, &parts::parse_mac(&interface.mac)?)?.map(|link| link.index))
+}
+
+fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
+    Ok(links(netlink).map_err(kernel("list interfaces"))?.into_iter().find(|link| link.mac == mac))
+}
+
+async fn bring_in(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
+    let mac = parts::parse_mac(&interface.mac)?;
+    let link = match by_mac(pod, &mac)? {
+        Some(link) => link,
+        None => {
+            let found = wait_for(&mac).await?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
+            let namespace = File::open(NET).map_err(kernel("open the pod's network namespace"))?;
+            let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(found.index, 0, 0))
+                .number(libc::IFLA_NET_NS_FD, namespace.as_raw_fd().unsigned_abs());
+            let own = Netlink::open().map_err(kernel("open netlink"))?;
+            own.change(message).map_err(kernel(format!("move {}", interface.name)))?;
+            by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?
+        }
+    };
+    let up = libc::IFF_UP as u32;
+    let mut rename =
+        Message::new(libc::RTM_NEWLINK, 0, &link_header(link.index, 0, up)).text(libc::IFLA_IFNAME, &interface.name);
+    if interface.mtu > 0 {
+        rename = rename.number(libc::IFLA_MTU, interface.mtu);
+    }
+    pod.change(rename).map_err(kernel(format!("name {}", interface.name)))?;
+    pod.change(Message::new(libc::RTM_NEWLINK, 0, &link_header(link.index, up, up)))
+        .map_err(kernel(format!("bring {} up", interface.name)))?;
+    for address in &interface.addresses {
+        parts::address(pod, Op::Add, link.index, address)?;
+    }
+    Ok(())
+}
+
+async fn wait_for(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
+    let notices = LinkNotices::subscribe().map_err(kernel("watch interfaces"))?;
+    let own = Netlink::open().map_err(kernel("open netlink"))?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(link) = by_mac(&own, mac)? {
+            return Ok(Some(link));
+        }
+        match timeout_at(deadline, notices.next()).await {
+            Ok(result) => result.map_err(kernel("watch interfaces"))?,
+            Err(_) => return Ok(None),
+        }
+    }
+}

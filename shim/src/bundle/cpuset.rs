@@ -1,0 +1,115 @@
+//! Sets of the host's processors, as cgroups write them: `0-3,7`.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The kernel's own bound for x86 (`NR_CPUS` with `MAXSMP`).
+const MOST: usize = 8192;
+const WORDS: usize = MOST / 64;
+
+/// A set of processors; never empty.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CpuSet(Box<[u64; WORDS]>);
+
+/// Not a list of processors.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} is no list of processors, such as 0-3,7")]
+pub struct CpuSetError(String);
+
+impl CpuSet {
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Those that are in one of the two.
+    pub fn union(mut self, other: &Self) -> Self {
+        self.0.iter_mut().zip(other.0.iter()).for_each(|(word, more)| *word |= more);
+        self
+    }
+
+    fn has(&self, cpu: usize) -> bool {
+        self.0.get(cpu / 64).is_some_and(|word| word & (1 << (cpu % 64)) != 0)
+    }
+}
+
+impl FromStr for CpuSet {
+    type Err = CpuSetError;
+
+    /// The kernel's list format (`Documentation/admin-guide/cgroup-v2.rst`, `cpuset.cpus`), without its strides.
+    fn from_str(text: &str) -> Result<Self, CpuSetError> {
+        let error = || CpuSetError(text.to_owned());
+        let mut words = Box::new([0; WORDS]);
+        for part in text.trim().split(',').filter(|part| !part.trim().is_empty()) {
+            let (low, high) = part.split_once('-').unwrap_or((part, part));
+            let number = |text: &str| text.trim().parse().ok().filter(|&cpu: &usize| cpu < MOST).ok_or_else(error);
+            let (low, high) = (number(low)?, number(high)?);
+            if low > high {
+                return Err(error());
+            }
+            for cpu in low..=high {
+                if let Some(word) = words.get_mut(cpu / 64) {
+                    *word |= 1 << (cpu % 64);
+                }
+            }
+        }
+        if words.iter().all(|&word| word == 0) { Err(error()) } else { Ok(Self(words)) }
+    }
+}
+
+impl fmt::Display for CpuSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mut cpu, mut comma) = (0, "");
+        while cpu < MOST {
+            if !self.has(cpu) {
+                cpu += 1;
+                continue;
+            }
+            let low = cpu;
+            while self.has(cpu) {
+                cpu += 1;
+            }
+            match cpu - 1 {
+                high if high == low => write!(f, "{comma}{low}")?,
+                high => write!(f, "{comma}{low}-{high}")?,
+            }
+            comma = ",";
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for CpuSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CpuSet({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn lists_are_read_and_written() {
+        let set = |text: &str| text.parse::<CpuSet>();
+        assert_eq!(set("0-3,7").unwrap().to_string(), "0-3,7");
+        assert_eq!(set(" 3, 1,2 \n").unwrap().to_string(), "1-3");
+        assert_eq!(set("0-2").unwrap().union(&set("2-4,8191").unwrap()).to_string(), "0-4,8191");
+        assert_eq!(set("0-127").unwrap().count(), 128);
+        for bad in ["", ",", "a", "1-", "3-1", "8192", "-1", "0-99999999999"] {
+            assert!(set(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_set_is_what_its_list_says(cpus in prop::collection::btree_set(0..MOST, 1..40), any in ".*") {
+            let list: Vec<String> = cpus.iter().map(usize::to_string).collect();
+            let set: CpuSet = list.join(",").parse().unwrap();
+            prop_assert_eq!(set.count(), cpus.len() as u64);
+            prop_assert_eq!(set.to_string().parse::<CpuSet>().unwrap(), set);
+            let _ = any.parse::<CpuSet>();
+        }
+    }
+}

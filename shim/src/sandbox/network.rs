@@ -1,0 +1,156 @@
+//! Carries changes of the pod's network to the guest, as long as both are there.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use husk_proto::agent::RescanRequest;
+use husk_vmm::config::{FdIndex, NetConfig};
+use husk_vmm::control::{Answer, Call};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot};
+
+use super::agent::{Agent, timeouts, within};
+use super::vmm::{Vmm, VmmError};
+use crate::network::{Change, Follow, NetworkError};
+
+/// How long after a change the others that belong to it are waited for: an interface, its address and its routes come
+/// one after another.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// Why a change does not reach the guest.
+#[derive(Debug, thiserror::Error)]
+enum FollowError {
+    /// The host's side.
+    #[error(transparent)]
+    Look(#[from] NetworkError),
+    /// The machine does not take the interface.
+    #[error("plugging an interface into the virtual machine")]
+    Plug(#[source] VmmError),
+    /// The guest does not.
+    #[error("the guest's network")]
+    Guest(#[source] ttrpc::Error),
+}
+
+/// A request to take over what has changed by now, and the answer when it is.
+type Ask = oneshot::Sender<()>;
+
+/// What carries changes over.
+pub struct Follower(mpsc::UnboundedSender<Ask>);
+
+impl Follower {
+    /// Follows until the virtual machine ends.
+    pub fn start(follow: Follow, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
+        let (ask, asks) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            tokio::select! {
+                result = watch(follow, notices, asks, &vmm, &agent) => if let Err(error) = result {
+                    tracing::warn!(%error, "changes of the pod's network go unnoticed from now on");
+                },
+                _ = vmm.wait() => {}
+            }
+        });
+        Self(ask)
+    }
+
+    /// Returns when the guest has what there is by now, or cannot have it.
+    pub async fn settle(&self) {
+        let (ask, answer) = oneshot::channel();
+        if self.0.send(ask).is_ok() {
+            let _ = answer.await;
+        }
+    }
+}
+
+async fn watch(
+    mut follow: Follow,
+    notices: OwnedFd,
+    mut asks: mpsc::UnboundedReceiver<Ask>,
+    vmm: &Vmm,
+    agent: &Agent,
+) -> io::Result<()> {
+    // SAFETY: the descriptor is moved into the registration and closed with it, not before.
+    let notices = unsafe { AsyncFd::register_with_interest(notices, Interest::READABLE)? };
+    loop {
+        let ask = tokio::select! {
+            ready = notices.readable() => {
+                ready?.clear_ready();
+                tokio::time::sleep(SETTLE).await;
+                None
+            }
+            ask = asks.recv() => match ask {
+                Some(ask) => Some(ask),
+                None => return Ok(()),
+            },
+        };
+        if drain(&notices)? {
+            let (looked, result) = look(follow).await?;
+            follow = looked;
+            take_over(&mut follow, result, vmm, agent).await;
+        }
+        if let Some(ask) = ask {
+            // Whoever asked may be gone.
+            let _ = ask.send(());
+        }
+    }
+}
+
+async fn take_over(follow: &mut Follow, looked: Result<Option<Change>, NetworkError>, vmm: &Vmm, agent: &Agent) {
+    let (result, taps) = match looked {
+        Ok(None) => return,
+        Ok(Some(mut change)) => (carry(&mut change, vmm, agent).await, change.taps),
+        Err(error) => (Err(error.into()), Vec::new()),
+    };
+    match result {
+        Ok(()) => tracing::info!("the pod's network has changed"),
+        Err(error) => {
+            follow.forget(&taps);
+            tracing::warn!(error = crate::chain(&error), "a change of the pod's network does not reach the guest");
+        }
+    }
+}
+
+/// Takes all notices there are; whether there was one.
+fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
+    let mut some = false;
+    loop {
+        let mut bytes = [0u8; 8192];
+        // SAFETY: the buffer lives through the call and the length is its own.
+        let read = unsafe { libc::recv(notices.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        match (read, io::Error::last_os_error()) {
+            (0.., _) => some = true,
+            // Notices were lost: all the more reason to look.
+            (_, error) if error.raw_os_error() == Some(libc::ENOBUFS) => some = true,
+            (_, error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(some),
+            (_, error) => return Err(error),
+        }
+    }
+}
+
+/// Looks from a thread of its own, which is in the pod's network namespace from then on.
+async fn look(mut follow: Follow) -> io::Result<(Follow, Result<Option<Change>, NetworkError>)> {
+    let (done, looked) = oneshot::channel();
+    std::thread::Builder::new().name("pod-network".into()).spawn(move || {
+        let result = follow.look();
+        // Nobody waits when the sandbox has ended.
+        let _ = done.send((follow, result));
+    })?;
+    looked.await.map_err(io::Error::other)
+}
+
+/// Gives the guest what is new; the taps that it has are taken out of `change`.
+async fn carry(change: &mut Change, vmm: &Vmm, agent: &Agent) -> Result<(), FollowError> {
+    while let Some(tap) = change.taps.first() {
+        let config = NetConfig { tap: FdIndex(0), mac: tap.mac, mtu: tap.mtu };
+        let slot = match vmm.call(Call::AttachNet(config), &[tap.fd.as_fd()]).await.map_err(FollowError::Plug)? {
+            (Answer::Attached { slot }, _) => slot,
+            _ => return Err(FollowError::Plug(VmmError::Unexpected)),
+        };
+        change.taps.remove(0);
+        let request = RescanRequest { slot, ..Default::default() };
+        agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(FollowError::Guest)?;
+    }
+    agent.sandbox.network(within(timeouts::SLOW), &change.now).await.map_err(FollowError::Guest)?;
+    Ok(())
+}

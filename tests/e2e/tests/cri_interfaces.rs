@@ -1,0 +1,85 @@
+//! A pod's network that changes while the pod runs: addresses, routes and interfaces come and go.
+
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::Duration;
+
+use husk_e2e::cri::{Pod, PodContainer, pods};
+use husk_e2e::{case, node};
+use serde_json::json;
+
+#[track_caller]
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// `ip` in the pod's network namespace on the node.
+#[track_caller]
+fn ip(pod: &Pod, arguments: &str) {
+    let netns = format!("--net={}", pod.netns().display());
+    let mut all = vec![netns.as_str(), "ip"];
+    all.extend(arguments.split(' '));
+    run("nsenter", &all);
+}
+
+/// Waits until what the command prints in the container says so.
+#[track_caller]
+fn wait_until(container: &PodContainer, command: &str, holds: impl Fn(&str) -> bool) {
+    let mut last = String::new();
+    let held = node::eventually(Duration::from_secs(30), || {
+        last = container.sh(command);
+        holds(&last).then_some(())
+    });
+    assert!(held.is_some(), "{command}: {last}\n{}", node::log_tail(20));
+}
+
+#[test]
+fn changes_of_the_network_are_followed() {
+    pods("cri-follow", |pods| {
+        let pod = pods.pod();
+        let mut config = pod.sh("nc -ll -p 8080 -e echo hello & echo up; sleep 100000");
+        config["linux"]["security_context"]["capabilities"] = json!({ "add_capabilities": ["NET_ADMIN"] });
+        let container = pod.start(&config);
+        container.wait_for("up");
+        // What the container adds by itself is its own, whatever changes outside.
+        container.sh("ip addr add 10.97.0.1/32 dev lo");
+        ip(&pod, "addr add 10.99.1.5/24 dev eth0");
+        ip(&pod, "route add 10.77.0.0/16 dev eth0 metric 77");
+        wait_until(&container, "ip addr show eth0", |text| text.contains("10.99.1.5/24"));
+        wait_until(&container, "ip route", |text| text.contains("10.77.0.0/16") && text.contains("metric 77"));
+        ip(&pod, "route del 10.77.0.0/16 dev eth0 metric 77");
+        ip(&pod, "addr del 10.99.1.5/24 dev eth0");
+        wait_until(&container, "ip addr show eth0; ip route", |text| {
+            !text.contains("10.99.1.") && !text.contains("10.77.")
+        });
+
+        // A second interface, as a network that is attached later brings it.
+        run("ip", &["link", "add", "huskveth", "type", "veth", "peer", "name", "second"]);
+        let netns = pod.netns();
+        run("ip", &["link", "set", "second", "netns", netns.file_name().unwrap().to_str().unwrap()]);
+        run("ip", &["addr", "add", "10.98.0.1/24", "dev", "huskveth"]);
+        run("ip", &["link", "set", "huskveth", "up"]);
+        ip(&pod, "addr add 10.98.0.2/24 dev second");
+        ip(&pod, "link set second up");
+        wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
+        let address: SocketAddr = "10.98.0.2:8080".parse().unwrap();
+        let mut text = String::new();
+        TcpStream::connect_timeout(&address, Duration::from_secs(20)).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text.trim_end(), "hello");
+
+        run("ip", &["link", "del", "huskveth"]);
+        wait_until(&container, "ip addr", |text| !text.contains("10.98.0.2"));
+        assert!(container.sh("ip addr show lo").contains("10.97.0.1/32"));
+    });
+}
+
+#[test]
+fn a_network_that_is_made_between_create_and_start_is_there_at_the_start() {
+    case("ctr-cni", |case| {
+        let seen = case.sh("ip addr show eth0").flags(&["--cni"]).output();
+        assert!(seen.out().contains("inet 10.88."), "{}", seen.describe());
+        seen.expect_clean();
+    });
+}
