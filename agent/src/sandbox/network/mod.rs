@@ -157,7 +157,9 @@ async fn bring_in(interface: &Interface, pod: &Netlink) -> Result<(), NetworkErr
             let found = wait_for(&mac).await?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
             let namespace = File::open(NET).map_err(kernel("open the pod's network namespace"))?;
             let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(found.index, 0, 0))
-                .number(libc::IFLA_NET_NS_FD, namespace.as_raw_fd().unsigned_abs());
+                .number(libc::IFLA_NET_NS_FD, namespace.as_raw_fd().unsigned_abs())
+                // Counts where its first name is taken there (Linux, do_setlink of net/core/rtnetlink.c).
+                .text(libc::IFLA_IFNAME, &interface.name);
             let own = Netlink::open().map_err(kernel("open netlink"))?;
             own.change(message).map_err(kernel(format!("move {}", interface.name)))?;
             by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?
