@@ -19,11 +19,23 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// How fast a command's output comes through the CRI's Exec: Husk beside runc.
+    Exec {
+        /// Build what is measured in the quick profile.
+        #[arg(long)]
+        quick: bool,
+        /// Arguments of the measuring program.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 /// Measures; the exit code.
 pub fn bench(bench: &Bench) -> Result<u8> {
-    let Bench::Start { quick, args } = bench;
+    let (what, quick, args) = match bench {
+        Bench::Start { quick, args } => ("start", quick, args),
+        Bench::Exec { quick, args } => ("exec", quick, args),
+    };
     setup::setup()?;
     dist::dist(Profile::quick(*quick))?;
     let programs = build::programs(&["husk-e2e"], Profile::Node)?;
@@ -32,7 +44,7 @@ pub fn bench(bench: &Bench) -> Result<u8> {
     add.push(Add::new(&program.path, "/husk/husk-bench"));
     let script = paths::root().join("tests/node/bench.sh");
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
-    let mut arguments = vec!["start".to_owned()];
+    let mut arguments = vec![what.to_owned()];
     arguments.extend(args.iter().cloned());
     let time_limit = Duration::from_secs(2700);
     node::run(&Run {

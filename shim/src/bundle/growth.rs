@@ -127,16 +127,10 @@ impl Growth {
     /// Limits add up. Containers without one count the default once, together: they share what there is, as on a host,
     /// and a pod of ten does not touch ten times the bookkeeping.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
-        let sum = |limit: fn(&Limits) -> Option<u64>| {
-            let each = containers.clone().map(limit);
-            let total = each.clone().flatten().fold(0u64, u64::saturating_add);
-            (total, each.clone().any(|limit| limit.is_none()), each.count() == 0)
-        };
-        let (millis, unlimited, none) = sum(Limits::usable_millis);
-        let free = if unlimited { u64::from(self.default.vcpus) } else { 0 };
-        let vcpus = u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX);
-        let vcpus = if none { self.boot.vcpus } else { vcpus };
-        let (bytes, unlimited, none) = sum(|limits| limits.memory);
+        let vcpus = self.vcpus(containers.clone());
+        let memory = containers.map(|limits| limits.memory);
+        let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
+        let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
         // The default is that of a whole machine, with the overhead in it.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
         let memory_mib = if none { self.boot.memory_mib } else { bytes.div_ceil(MIB).saturating_add(free) };
@@ -145,6 +139,17 @@ impl Growth {
             vcpus: vcpus.max(least.vcpus).min(self.most.vcpus),
             memory_mib: memory_mib.max(least.memory_mib).min(self.most.memory_mib),
         }
+    }
+
+    /// The processors that these containers may use, however many there can be.
+    pub fn vcpus<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> u8 {
+        if containers.clone().next().is_none() {
+            return self.boot.vcpus;
+        }
+        let each = containers.map(Limits::usable_millis);
+        let millis = each.clone().flatten().fold(0u64, u64::saturating_add);
+        let free = if each.clone().any(|millis| millis.is_none()) { u64::from(self.default.vcpus) } else { 0 };
+        u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX)
     }
 
     /// What the host allows for these containers: a limit only where each of them has one.

@@ -160,13 +160,14 @@ fn namespaces(
         let path = namespace.remove("path").and_then(|path| path.as_str().map(str::to_owned)).unwrap_or_default();
         let joins = !path.is_empty();
         let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default();
-        match kind {
-            "cgroup" if joins => notes.push("cgroup namespace: the container gets one of its own".into()),
-            // containerd names the process namespace of a TARGET by its task's pid (1.7, pkg/cri/sbserver).
-            "pid" if let Some(id) = pid_of(&path).and_then(|pid| pids.get(&pid)) => {
+        // containerd names the process namespace of a TARGET by its task's pid (1.7, pkg/cri/sbserver).
+        let target = pid_of(&path).and_then(|pid| pids.get(&pid));
+        match (kind, target) {
+            ("cgroup", _) if joins => notes.push("cgroup namespace: the container gets one of its own".into()),
+            ("pid", Some(id)) => {
                 namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PIDS).into());
             }
-            kind if joins => {
+            (kind, _) if joins => {
                 let path = format!("{}/{kind}", husk_proto::GUEST_NS);
                 namespace.insert("path".into(), path.into());
             }

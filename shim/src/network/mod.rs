@@ -95,11 +95,11 @@ fn kernel(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
 pub fn connect(path: &Path) -> Result<Network, NetworkError> {
     within(path, || {
         let netlink = Netlink::open().map_err(kernel("open netlink"))?;
-        // Before anything is read: what changes from here on is told.
-        let notices = follow::notices();
         let links = read::links(&netlink).map_err(kernel("list interfaces"))?;
-        let given = read::all(&netlink, &links)?;
         let taps = links.iter().map(|link| tap::beside(&netlink, link)).collect::<Result<Vec<_>, _>>()?;
+        // What changes after it was read is told; that the taps were made is not.
+        let notices = follow::notices();
+        let given = read::all(&netlink, &links)?;
         let follow = notices.and_then(|notices| Ok((Follow::begin(&links, &taps, given.clone())?, notices)));
         let network = Network {
             taps,

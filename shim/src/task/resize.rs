@@ -22,6 +22,7 @@ impl Shim {
         let before = self.pod_size();
         lock(&self.sizes.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
+        self.tell_of_cut();
         // Containers come one by one, those of the start among them: none makes the pod smaller.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before => self.resize(before).await,
@@ -53,6 +54,7 @@ impl Shim {
         if let (true, Some(size)) = (change.before != change.after, self.pod_size()) {
             self.sizes.changed.store(true, Ordering::Relaxed);
             lock(&self.sizes.pod).insert(id.to_owned(), change.after.clone());
+            self.tell_of_cut();
             if let Err(error) = self.resize(size).await {
                 self.change_room(id, &change, false).await;
                 return Err(error);
@@ -72,6 +74,19 @@ impl Shim {
         }
         if let Err(error) = self.resize(Size { vcpus: 0, memory_mib: 0 }).await {
             tracing::warn!(%error, "the pod keeps its size");
+        }
+    }
+
+    /// A pod with fewer processors than its containers may use is slower than it would be under runc.
+    fn tell_of_cut(&self) {
+        let Some(resizer) = self.sandbox.resizer() else { return };
+        let (wanted, most) = (resizer.growth.vcpus(lock(&self.sizes.pod).values()), resizer.growth.most.vcpus);
+        if wanted > most {
+            tracing::info!(
+                wanted,
+                most,
+                "the pod has no more processors to get (spare_vcpus, max_vcpus, the host's own)"
+            );
         }
     }
 

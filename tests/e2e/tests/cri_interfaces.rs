@@ -45,6 +45,7 @@ fn changes_of_the_network_are_followed() {
         container.wait_for("up");
         // What the container adds by itself is its own, whatever changes outside.
         container.sh("ip addr add 10.97.0.1/32 dev lo");
+        let routes = container.sh("ip route; ip -6 route");
         ip(&pod, "addr add 10.99.1.5/24 dev eth0");
         ip(&pod, "route add 10.77.0.0/16 dev eth0 metric 77");
         wait_until(&container, "ip addr show eth0", |text| text.contains("10.99.1.5/24"));
@@ -54,6 +55,8 @@ fn changes_of_the_network_are_followed() {
         wait_until(&container, "ip addr show eth0; ip route", |text| {
             !text.contains("10.99.1.") && !text.contains("10.77.")
         });
+
+        assert_eq!(container.sh("ip route; ip -6 route"), routes);
 
         // A second interface, as a network that is attached later brings it.
         run("ip", &["link", "add", "huskveth", "type", "veth", "peer", "name", "second"]);

@@ -110,6 +110,56 @@ fn volumes_are_shared_between_containers_and_with_the_node() {
     });
 }
 
+/// Serves a socket and holds a lock until it was asked.
+const SERVE: &str = r#"
+import fcntl, os, socket
+lock = open("/data/lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+server = socket.socket(socket.AF_UNIX)
+server.bind("/data/socket")
+server.listen()
+print("serving", flush=True)
+while True:
+    peer, _ = server.accept()
+    peer.sendall(b"hello " + peer.recv(100))
+    peer.close()
+"#;
+
+/// Asks by the socket, and tries the lock.
+const ASK: &str = r#"
+import fcntl, socket
+try:
+    fcntl.flock(open("/data/lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("free")
+except BlockingIOError:
+    print("held")
+asking = socket.socket(socket.AF_UNIX)
+asking.connect("/data/socket")
+asking.sendall(b"you")
+print(asking.recv(100).decode())
+"#;
+
+#[test]
+fn sockets_and_locks_of_a_volume_work_between_containers() {
+    need_image(PYTHON);
+    pods("cri-sockets", |pods| {
+        let volume = pods.dir().join("volume");
+        fs::create_dir_all(&volume).unwrap();
+        let pod = pods.pod();
+        let python = |program: &str| {
+            let mut config = pod.sh("");
+            config["image"]["image"] = json!(PYTHON);
+            config["command"] = json!(["python3", "-c", program]);
+            config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+            pod.start(&config)
+        };
+        python(SERVE).wait_for("serving");
+        let asking = python(ASK);
+        assert_eq!(asking.wait().0, 0, "{}", asking.log());
+        assert!(asking.log().contains("held") && asking.log().contains("hello you"), "{}", asking.log());
+    });
+}
+
 /// What overlayfs needs of the file system its upper directory is on: whiteouts, `trusted.` attributes, renames.
 const OVERLAY: &str = "
     cd /data && mkdir lower upper work merged lower/dir && echo 1 > lower/gone && echo 2 > lower/dir/kept

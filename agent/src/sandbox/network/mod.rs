@@ -87,18 +87,30 @@ async fn change(before: &Asked, after: &Asked) -> Result<(), NetworkError> {
     }
     let pod = namespaces::within(Netlink::open)?.map_err(kernel("open netlink"))?;
     remove(before, after, &pod)?;
+    // Those whose routes and neighbours are gone, or never were.
+    let mut fresh = Vec::new();
     for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
-        bring_in(interface, &pod).await?;
+        match before.interfaces.iter().find(|was| was.mac == interface.mac && was.name == interface.name) {
+            Some(was) => adjust(was, interface, &pod)?,
+            None => {
+                bring_in(interface, &pod).await?;
+                fresh.push(interface.name.as_str());
+            }
+        }
     }
     let index =
         |name: &str| find(&after.interfaces, &pod, name)?.ok_or_else(|| NetworkError::NoInterface(name.to_owned()));
     // A gateway is reachable only once the routes of its link are there.
-    let new = after.routes.iter().filter(|route| !before.routes.contains(route));
+    let new = after.routes.iter();
+    let new = new.filter(|route| !before.routes.contains(route) || fresh.contains(&route.interface.as_str()));
     let (direct, through): (Vec<_>, Vec<_>) = new.partition(|route| route.gateway.is_empty());
     for route in direct {
         parts::route(&pod, Op::Add, route, index(&route.interface)?)?;
     }
-    for neighbour in after.neighbours.iter().filter(|neighbour| !before.neighbours.contains(neighbour)) {
+    for neighbour in &after.neighbours {
+        if before.neighbours.contains(neighbour) && !fresh.contains(&neighbour.interface.as_str()) {
+            continue;
+        }
         parts::neighbour(&pod, Op::Add, neighbour, index(&neighbour.interface)?)?;
     }
     for route in through {
@@ -176,6 +188,21 @@ async fn bring_in(interface: &Interface, pod: &Netlink) -> Result<(), NetworkErr
         .map_err(kernel(format!("bring {} up", interface.name)))?;
     for address in &interface.addresses {
         parts::address(pod, Op::Add, link.index, address)?;
+    }
+    Ok(())
+}
+
+/// What changed of an interface that stays up: with it down its routes would be gone.
+fn adjust(was: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
+    let mac = parts::parse_mac(&interface.mac)?;
+    let index = by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoInterface(interface.name.clone()))?.index;
+    if interface.mtu > 0 && interface.mtu != was.mtu {
+        let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, 0));
+        pod.change(message.number(libc::IFLA_MTU, interface.mtu))
+            .map_err(kernel(format!("set the MTU of {}", interface.name)))?;
+    }
+    for address in interface.addresses.iter().filter(|address| !was.addresses.contains(address)) {
+        parts::address(pod, Op::Add, index, address)?;
     }
     Ok(())
 }

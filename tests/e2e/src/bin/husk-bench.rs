@@ -1,16 +1,21 @@
 //! `husk-bench start`: how long containers take to start and end under runc, runsc and Husk, in one boot of the node.
+//! `husk-bench exec`: how fast the output of a command comes through the CRI's Exec.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use husk_config::timeline::Timeline;
 use husk_e2e::bench::{Series, Weight, report, step_times};
 use husk_e2e::command::{Input, Running, ctr};
+use husk_e2e::cri::pod::pods_of;
+use husk_e2e::cri::stream::{Stream, channel};
+use husk_e2e::cri::{PodContainer, call};
 use husk_e2e::{BUSYBOX, node, vm};
+use serde_json::json;
 
 /// Measurements in the test node.
 #[derive(Parser)]
@@ -32,6 +37,15 @@ enum What {
         /// Where the Markdown table is written.
         #[arg(long, default_value = "/out/start.md")]
         out: PathBuf,
+    },
+    /// Rate of a command's output through the CRI's Exec, runc and Husk in turn.
+    Exec {
+        /// Runs of each, after one that is not counted.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+        runs: u32,
+        /// Output of each run in MiB.
+        #[arg(long, default_value_t = 1024)]
+        mib: u64,
     },
 }
 
@@ -59,9 +73,62 @@ const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --network=none --platform=syst
 const TIMELINES: &str = "/run/husk-bench-timelines";
 
 fn main() -> Result<()> {
-    let What::Start { runs, runtimes, out } = Cli::parse().what;
+    match Cli::parse().what {
+        What::Start { runs, runtimes, out } => measure_starts(runs, &runtimes, &out),
+        What::Exec { runs, mib } => {
+            exec(runs, mib);
+            Ok(())
+        }
+    }
+}
+
+/// One pod of each runtime, whose containers' output is read in turn.
+fn exec(runs: u32, mib: u64) {
+    let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
+    pods_of("bench-exec-runc", "runc", |runc| {
+        pods_of("bench-exec-husk", "husk", |husk| {
+            let containers = [runc.pod().sleeper(), husk.pod().sleeper()];
+            for round in 0..=runs {
+                for ((name, rates), container) in rates.iter_mut().zip(&containers) {
+                    let rate = exec_once(container, mib);
+                    if round > 0 {
+                        println!("round {round}: {name} {rate:.1} MiB/s");
+                        rates.push(rate);
+                    }
+                }
+            }
+        });
+    });
+    let [runc, husk] = rates.map(|(_, mut rates)| {
+        rates.sort_by(f64::total_cmp);
+        rates[rates.len() / 2]
+    });
+    println!(
+        "\n{mib} MiB, medians of {runs}: runc {runc:.1} MiB/s, husk {husk:.1} MiB/s: {:.2} of runc's",
+        husk / runc
+    );
+}
+
+/// The rate in MiB/s.
+fn exec_once(container: &PodContainer, mib: u64) -> f64 {
+    let command = ["dd", "if=/dev/zero", "bs=1M", &format!("count={mib}")];
+    let request = json!({ "container_id": container.id, "cmd": command, "stdout": true });
+    let answer = call("Exec", &request);
+    let begin = Instant::now();
+    let mut stream = Stream::connect(answer["url"].as_str().unwrap());
+    let mut bytes = 0;
+    while let Some((from, data)) = stream.receive() {
+        if from == channel::STDOUT {
+            bytes += data.len() as u64;
+        }
+    }
+    assert_eq!(bytes, mib << 20, "all of it, and nothing more");
+    mib as f64 / begin.elapsed().as_secs_f64()
+}
+
+fn measure_starts(runs: u32, runtimes: &[String], out: &Path) -> Result<()> {
     let mut chosen = Vec::new();
-    for name in &runtimes {
+    for name in runtimes {
         let Some(runtime) = RUNTIMES.iter().find(|runtime| runtime.name == name) else {
             bail!("no runtime {name:?}: there are runc, runsc and husk");
         };
@@ -78,7 +145,7 @@ fn main() -> Result<()> {
     if let Some(dir) = out.parent() {
         fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
-    fs::write(&out, text).with_context(|| format!("cannot write {}", out.display()))
+    fs::write(out, text).with_context(|| format!("cannot write {}", out.display()))
 }
 
 fn write_runsc() -> std::io::Result<()> {

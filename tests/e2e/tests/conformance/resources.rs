@@ -89,6 +89,14 @@ fn resources() {
                 assert_eq!(stats["network"]["default_interface"]["name"], "eth0");
                 assert_eq!(stats["containers"].as_array().unwrap().len(), 1);
             });
+            group.has("ListMetricDescriptors and ListPodSandboxMetrics", || {
+                let known = call("ListMetricDescriptors", &json!({}))["descriptors"].clone();
+                assert!(!known.as_array().unwrap().is_empty());
+                let pods = call("ListPodSandboxMetrics", &json!({}))["pod_metrics"].clone();
+                let of_pod = pods.as_array().unwrap().iter().find(|one| one["pod_sandbox_id"] == pod.id.as_str());
+                let containers = of_pod.expect("the pod's metrics")["container_metrics"].clone();
+                assert!(containers.as_array().unwrap().iter().any(|one| one["container_id"] == container.id.as_str()));
+            });
             container.stop(0);
         });
     });
