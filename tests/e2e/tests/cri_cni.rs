@@ -1,7 +1,6 @@
 //! Pods in networks of other kinds than the node's bridge: what the plugin made is what the guest has.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -27,10 +26,8 @@ fn network(name: &str, plugin: Value, body: impl FnOnce(&Pods)) {
         assert!(found.is_some(), "containerd has {:?} and not {wanted}", loaded());
     };
     let config = json!({ "cniVersion": "1.0.0", "name": name, "plugins": [plugin] });
-    // containerd looks when the file is there whole.
-    let draft = Path::new("/etc/cni/draft");
-    fs::write(draft, config.to_string()).unwrap();
-    fs::rename(draft, FILE).unwrap();
+    // containerd looks again when a file was written to, or is gone.
+    fs::write(FILE, config.to_string()).unwrap();
     wait(name);
     pods(name, body);
     fs::remove_file(FILE).unwrap();
