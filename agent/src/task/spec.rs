@@ -10,7 +10,8 @@ use libcontainer::oci_spec::runtime::{
 use super::error::Fault;
 use crate::cgroup::Cgroup;
 use crate::helper::devices::allow_everything;
-use crate::sandbox::{IPC, NET, Sandbox, UTS};
+use crate::sandbox::users::Users;
+use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
 
 /// Makes `spec` fit the guest; `target` gives the process namespace of another container.
 ///
@@ -53,6 +54,23 @@ pub fn adapt(
     if rules.is_some_and(allow_everything) {
         super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
     }
+    let users = Users::of(linux);
+    if users != sandbox.users() {
+        return Err(Fault::InvalidArgument(
+            "the container's user namespace is not the pod's: all of a pod's containers have the same mappings, or none"
+                .into(),
+        ));
+    }
+    if let Some(mounts) = spec.mounts_mut() {
+        // The host has mounted them so.
+        for mount in mounts {
+            mount.set_uid_mappings(None).set_gid_mappings(None);
+            let options = mount.options().clone();
+            let kept = |options: Vec<String>| options.into_iter().filter(|o| o != "idmap" && o != "ridmap").collect();
+            mount.set_options(options.map(kept));
+        }
+    }
+    let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("no linux section in the specification"))?;
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox, target)?;
     linux.set_namespaces(Some(namespaces));
     if let Some(resources) = linux.resources_mut() {
@@ -103,14 +121,13 @@ fn namespaces(
         make(LinuxNamespaceType::Uts, (!own_uts).then(|| PathBuf::from(UTS)))?,
         make(LinuxNamespaceType::Mount, None)?,
     ];
-    for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time, LinuxNamespaceType::User] {
-        match find(kind) {
-            None => {}
-            Some(namespace) if namespace.path().is_some() && kind == LinuxNamespaceType::User => {
-                return Err(refused("user"));
-            }
-            Some(_) => all.push(make(kind, None)?),
+    for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time] {
+        if find(kind).is_some() {
+            all.push(make(kind, None)?);
         }
+    }
+    if find(LinuxNamespaceType::User).is_some() {
+        all.push(make(LinuxNamespaceType::User, Some(PathBuf::from(USER)))?);
     }
     Ok(all)
 }
