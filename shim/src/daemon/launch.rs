@@ -128,11 +128,11 @@ impl Got {
         let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
         describe(about, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let network = match &network {
-            // What CNI does to a new one comes later: by hooks, or between Create and Start as with `ctr run --cni`.
+            // What CNI does to a new one comes later: by hooks, or between Create and Start as with `ctr run --cni` and
+            // for containerd 1.7's pods with a user namespace, which is to own it (pkg/cri/server/sandbox_run.go).
             spec::Network::New => match &self.vmm {
-                Some(vmm) => {
-                    network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid))).map_err(|e| chain(&e))?
-                }
+                Some(vmm) => network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)), spec.is_sandbox())
+                    .map_err(|e| chain(&e))?,
                 None => network::Network::default(),
             },
             spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
