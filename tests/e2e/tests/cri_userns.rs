@@ -75,13 +75,13 @@ fn root_is_mapped(pods: &Pods) {
     assert_eq!(second.sh("cat /dev/shm/y"), "seen");
     // Another user of the image is as mapped as root.
     let mut config = sh(&pod, "id -u; id -G; echo out; sleep 100000");
-    config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1000 });
+    config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1234 });
     config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1001 });
     config["linux"]["security_context"]["supplemental_groups"] = json!([1002]);
     config["working_dir"] = json!("/made/by/runtime");
     let user = pod.start(&config);
     user.wait_for("out");
-    assert_eq!(user.sh("id -u; id -G; pwd; stat -c %u:%g /made/by"), "1000\n1001 1002\n/made/by/runtime\n0:0");
+    assert_eq!(user.sh("id -u; id -G; pwd; stat -c %u:%g /made/by"), "1234\n1001 1002\n/made/by/runtime\n0:0");
     second.stop(0);
     second.remove();
     assert_eq!(first.sh("echo still"), "still");
@@ -153,13 +153,12 @@ fn containers_with_other_users_are_refused() {
         let mut config = sh(&pod, "true");
         config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE + 65536);
         let container = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
-        if husk_e2e::runtime() == husk_e2e::RUNC {
-            return;
-        }
-        // containerd may see it, or the runtime.
-        let created = call("CreateContainer", &container);
-        let error = refused("StartContainer", &json!({ "container_id": created["container_id"] }));
-        assert!(error.contains("user namespace"), "{error}");
+        let error = refused("CreateContainer", &container);
+        assert!(error.contains("user namespace config"), "{error}");
+        // Nor does one run without the namespace in a pod that has it.
+        let none = json!({ "pod_sandbox_id": pod.id, "config": pod.sh("true"), "sandbox_config": pod.config });
+        let error = refused("CreateContainer", &none);
+        assert!(error.contains("user namespace config"), "{error}");
     });
 }
 
