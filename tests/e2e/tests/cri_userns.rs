@@ -149,6 +149,58 @@ fn files_belong_to_whom_they_say() {
 }
 
 #[test]
+fn processes_of_a_pod_are_shared() {
+    pods("userns-pids", |pods| {
+        let mut config = mapped(pods.config());
+        config["linux"]["security_context"]["namespace_options"]["pid"] = json!("POD");
+        let pod = pods.run(config);
+        let with = |script: &str| {
+            let mut config = sh(&pod, script);
+            config["linux"]["security_context"]["namespace_options"]["pid"] = json!("POD");
+            pod.start(&config)
+        };
+        let (first, second) = (with(SLEEP), with("exec sleep 54321"));
+        assert_eq!(first.sh("readlink /proc/self/ns/pid"), second.sh("readlink /proc/self/ns/pid"));
+        // Not what this script's own command line has in it.
+        let find = "grep -l '5432[1]' /proc/[0-9]*/cmdline | cut -d / -f 3";
+        assert_eq!(first.sh(&format!("{find} | wc -l")), "1");
+        first.sh(&format!("kill -KILL $({find})"));
+        assert_eq!(second.wait().0, 137);
+        assert_eq!(first.sh("echo still"), "still");
+    });
+}
+
+#[test]
+fn what_else_a_container_has_stays() {
+    pods("userns-else", |pods| {
+        let pod = pod(pods);
+        let mut config = sh(&pod, &format!("tty; echo out > /dev/tty; stat -c %u /dev/tty $(tty); {SLEEP}"));
+        config["tty"] = json!(true);
+        config["linux"]["security_context"]["readonly_rootfs"] = json!(true);
+        config["linux"]["security_context"]["no_new_privs"] = json!(true);
+        config["linux"]["security_context"]["seccomp"] = json!({ "profile_type": "RuntimeDefault" });
+        let container = pod.start(&config);
+        container.wait_for("out");
+        assert!(container.log().contains("/dev/pts/0"), "{}", container.log());
+        assert_eq!(
+            container.sh("grep -E 'Seccomp:|NoNewPrivs' /proc/self/status | tr -d '\\t\\n'"),
+            "NoNewPrivs:1Seccomp:2"
+        );
+        let denied = container.exec(&["touch", "/x"]);
+        assert!(denied.code != 0 && denied.err.contains("ead-only"), "{denied:?}");
+        // Root here is no root where the namespaces of others are.
+        let denied =
+            container.exec(&["sh", "-c", "mknod /dev/shm/disk b 8 0; mount -t tmpfs x /mnt; date -s 2001-01-01"]);
+        assert_eq!(
+            denied.err.to_lowercase().matches(": permission denied").count()
+                + denied.err.matches("not permitted").count(),
+            3,
+            "{denied:?}"
+        );
+    });
+}
+
+#[test]
 fn containers_with_other_users_are_refused() {
     pods("userns-other", |pods| {
         let pod = pod(pods);
