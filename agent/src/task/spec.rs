@@ -55,12 +55,7 @@ pub fn adapt(
         super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
     }
     let users = Users::of(linux);
-    if users != sandbox.users() {
-        return Err(Fault::InvalidArgument(
-            "the container's user namespace is not the pod's: all of a pod's containers have the same mappings, or none"
-                .into(),
-        ));
-    }
+    same_users(users.as_ref(), sandbox.users().as_ref())?;
     if let Some(mounts) = spec.mounts_mut() {
         // The host has mounted them so.
         for mount in mounts {
@@ -130,6 +125,17 @@ fn namespaces(
         all.push(make(LinuxNamespaceType::User, Some(PathBuf::from(USER)))?);
     }
     Ok(all)
+}
+
+/// A container joins namespaces that the pod's user namespace owns: it has to be in that one.
+fn same_users(asked: Option<&Users>, pods: Option<&Users>) -> Result<(), Fault> {
+    let text = match (asked, pods) {
+        (asked, pods) if asked == pods => return Ok(()),
+        (Some(_), Some(_)) => "the mappings of the container's user namespace are not those of the pod's",
+        (Some(_), None) => "the container has a user namespace, and the pod has none",
+        (None, _) => "the pod has a user namespace, and the container has none",
+    };
+    Err(Fault::InvalidArgument(format!("{text}: all of a pod's containers are in the same one")))
 }
 
 /// What holds for a container's first process and for every later one.
@@ -229,6 +235,23 @@ mod tests {
         assert_eq!(guests("0-4294967295,7", "0,2").as_deref(), Some("0,2"));
         assert_eq!(guests("", "0-1"), None);
         assert_eq!(guests("2-1", "0-1"), None);
+    }
+
+    #[test]
+    fn a_container_is_in_the_pods_user_namespace_or_not_at_all() {
+        let users = |host: u32| {
+            let ids = format!(r#"[{{"containerID":0,"hostID":{host},"size":9}}]"#);
+            let text = format!(r#"{{"namespaces":[{{"type":"user"}}],"uidMappings":{ids},"gidMappings":{ids}}}"#);
+            Users::of(&serde_json::from_str(&text).unwrap())
+        };
+        let refused = |asked: Option<Users>, pods: Option<Users>| {
+            format!("{:?}", same_users(asked.as_ref(), pods.as_ref()).unwrap_err())
+        };
+        same_users(users(7).as_ref(), users(7).as_ref()).unwrap();
+        same_users(None, None).unwrap();
+        assert!(refused(users(7), users(8)).contains("mappings"));
+        assert!(refused(users(7), None).contains("the pod has none"));
+        assert!(refused(None, users(7)).contains("the container has none"));
     }
 
     #[test]

@@ -166,6 +166,21 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_with_a_user_namespace() {
+        let value = spec(|config| {
+            let wants = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            let users = wants.namespace_options.mut_or_insert_default().userns_options.mut_or_insert_default();
+            users.mode = NamespaceMode::POD.into();
+            let ids = IDMapping { host_id: 65536, container_id: 0, length: 65536, ..Default::default() };
+            (users.uids, users.gids) = (vec![ids.clone()], vec![ids]);
+        });
+        assert!(value["linux"]["sysctl"].get("net.ipv4.ping_group_range").is_none());
+        let users = checked(&value).unwrap().users().unwrap().unwrap();
+        assert_eq!((users.uid(0), users.gid(65535)), (Some(65536), Some(131_071)));
+        assert_eq!(checked(&spec(|_| ())).unwrap().users().unwrap(), None);
+    }
+
+    #[test]
     fn what_is_the_nodes_is_refused() {
         for (kind, word) in [("network", "host network"), ("pid", "host PID"), ("ipc", "host IPC")] {
             let value = spec(|config| {
