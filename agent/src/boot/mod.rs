@@ -86,7 +86,7 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     mark::mark(Mark::AgentReady);
 
     // Namespaces are made while the host is still dialling, so that Setup finds them.
-    sandbox.prepare();
+    sandbox.prepare(None);
     loop {
         children.recv().await;
         reaper.reap();

@@ -7,14 +7,16 @@ use std::path::{Component, Path, PathBuf};
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{Gid, Uid, fchownat};
 
 use super::executor::HuskExecutor;
 use super::protocol::CreateRequest;
 use super::tmpfs::{self, Staging};
 use super::{devices, trail};
 use crate::log::chain;
+use crate::sandbox::users::Users;
 use crate::task::volumes;
 
 /// Creates the container and returns its init's process id.
@@ -25,9 +27,10 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let config = request.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|error| chain(&error))?;
     volumes::visit(&volumes::of(&spec));
-    make_working_directory(&spec);
+    let users = spec.linux().as_ref().and_then(Users::of);
+    make_working_directory(&spec, users.as_ref());
     let staging = Staging { dir: &request.bundle, cgroup: &request.cgroup };
-    let changed = tmpfs::prepare(&mut spec, &staging).map_err(|(destination, error)| {
+    let changed = tmpfs::prepare(&mut spec, &staging, users.as_ref()).map_err(|(destination, error)| {
         let error = chain(&error);
         format!("error during container init: error mounting \"tmpfs\" to rootfs at {destination:?}: {error}")
     })?;
@@ -61,7 +64,7 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
 }
 
 /// runc makes a working directory that does not exist. The image is hostile: every step is resolved inside its root.
-fn make_working_directory(spec: &Spec) {
+fn make_working_directory(spec: &Spec, users: Option<&Users>) {
     let (Some(root), Some(process)) = (spec.root(), spec.process()) else { return };
     let Ok(root) = File::open(root.path()) else { return };
     let how = OpenHow::new()
@@ -78,6 +81,11 @@ fn make_working_directory(spec: &Spec) {
             Err(nix::Error::ENOENT)
                 if mkdirat(parent.as_fd(), Path::new(name), Mode::from_bits_truncate(0o755)).is_ok() =>
             {
+                if let Some(users) = users {
+                    let (uid, gid) = (Uid::from_raw(users.uid(0)), Gid::from_raw(users.gid(0)));
+                    let _ =
+                        fchownat(parent.as_fd(), Path::new(name), Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW);
+                }
                 open()
             }
             other => other,

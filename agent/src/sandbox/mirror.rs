@@ -54,8 +54,8 @@ impl Mirrors {
         let (root, aside) =
             (container.join(request.mount.to_string()), container.join(format!("{}.new", request.mount)));
         fs::create_dir_all(&container)?;
-        // Nobody but the containers that mount it looks in here.
-        fs::set_permissions(&self.root, Permissions::from_mode(0o700))?;
+        // Nobody but the containers that mount it looks in here, as whatever user they are while they do.
+        fs::set_permissions(&self.root, Permissions::from_mode(0o711))?;
         let key = (request.container_id.clone(), request.mount);
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = rounds.entry(key.clone()).or_default();

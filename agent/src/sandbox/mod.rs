@@ -10,9 +10,12 @@ mod netlink;
 mod network;
 pub mod service;
 mod slots;
+pub mod users;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+
+use users::Users;
 
 /// The pod's network namespace.
 pub const NET: &str = "/run/husk/ns/net";
@@ -20,6 +23,8 @@ pub const NET: &str = "/run/husk/ns/net";
 pub const IPC: &str = "/run/husk/ns/ipc";
 /// The pod's UTS namespace.
 pub const UTS: &str = "/run/husk/ns/uts";
+/// The pod's user namespace, if it has one.
+pub const USER: &str = "/run/husk/ns/user";
 /// The pod's shared process namespace, if a container asked for it.
 const PID: &str = "/run/husk/ns/pid";
 
@@ -27,6 +32,7 @@ const PID: &str = "/run/husk/ns/pid";
 struct State {
     prepared: bool,
     pid_shared: bool,
+    users: Option<Users>,
 }
 
 /// What the sandbox has so far.
@@ -36,15 +42,21 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes the namespaces, once.
-    pub fn prepare(&self) {
+    /// Makes the namespaces, once; with `users` they are a user namespace's, and replace those that were made before
+    /// anybody knew.
+    pub fn prepare(&self, users: Option<Users>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.prepared {
-            match namespaces::make() {
-                Ok(()) => state.prepared = true,
+        if !state.prepared || (users.is_some() && state.users.is_none()) {
+            match namespaces::make(users.as_ref()) {
+                Ok(()) => (state.prepared, state.users) = (true, users),
                 Err(error) => tracing::error!("{}", crate::log::chain(&error)),
             }
         }
+    }
+
+    /// The users of the pod's user namespace, if it has one.
+    pub fn users(&self) -> Option<Users> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).users.clone()
     }
 
     /// The shared process namespace, made when the first container asks.
@@ -54,7 +66,8 @@ impl Sandbox {
     pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.pid_shared {
-            namespaces::make_shared_pid(Path::new(PID))?;
+            let users = state.users.as_ref().map(|_| Path::new(USER));
+            namespaces::make_shared_pid(Path::new(PID), users)?;
             state.pid_shared = true;
         }
         Ok(PathBuf::from(PID))

@@ -7,12 +7,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::{IPC, NET, UTS, link};
+use super::users::Users;
+use super::{IPC, NET, USER, UTS, link};
 
 /// Why namespaces could not be made or entered.
 #[derive(Debug, thiserror::Error)]
@@ -70,13 +71,20 @@ impl Drop for Home {
     }
 }
 
-/// Makes the pod's network, IPC and UTS namespaces.
+/// Makes the pod's network, IPC and UTS namespaces, and with `users` the user namespace that owns them.
 ///
 /// # Errors
 /// [`NamespaceError`].
-pub fn make() -> Result<(), NamespaceError> {
+pub fn make(users: Option<&Users>) -> Result<(), NamespaceError> {
     let directory = "/run/husk/ns";
     fs::create_dir_all(directory).map_err(|source| NamespaceError::Open { path: directory.into(), source })?;
+    if let Some(users) = users {
+        make_owned(users)?;
+        if let Err(error) = within(link::loopback_up)? {
+            tracing::warn!("cannot bring the pod's lo up: {error}");
+        }
+        return Ok(());
+    }
     let home = Home::remember()?;
     unshare(KINDS.iter().fold(CloneFlags::empty(), |all, kind| all | kind.1)).map_err(kernel("make"))?;
     for (own, _, pin) in KINDS {
@@ -89,7 +97,45 @@ pub fn make() -> Result<(), NamespaceError> {
     Ok(())
 }
 
+/// The same by a process that stays in them until they are pinned: whoever has entered a user namespace is no longer
+/// root outside of it, and the agent has to be.
+fn make_owned(users: &Users) -> Result<(), NamespaceError> {
+    let open = |path: String| move |source| NamespaceError::Open { path, source };
+    let all = KINDS.iter().fold(CloneFlags::CLONE_NEWUSER, |all, kind| all | kind.1);
+    let mut holder = holder(move || unshare(all)).map_err(open("/proc/self/exe".into()))?;
+    let made = (|| {
+        let proc = format!("/proc/{}", holder.id());
+        for (name, text) in [("uid_map", users.uid_map()), ("gid_map", users.gid_map())] {
+            let path = format!("{proc}/{name}");
+            fs::write(&path, text).map_err(open(path))?;
+        }
+        pin_at(&format!("{proc}/ns/user"), USER)?;
+        KINDS.iter().try_for_each(|(own, _, pin)| pin_at(&own.replace("/proc/self", &proc), pin))
+    })();
+    // The reaper collects it.
+    if let Err(error) = holder.kill() {
+        tracing::warn!("namespace holder: {error}");
+    }
+    made
+}
+
+/// Starts a process that does nothing, after `enter` in it; it has happened when this returns.
+fn holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) -> io::Result<Child> {
+    let mut enter = enter;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(crate::helper::ARGV0).arg(crate::helper::REAPER).env_clear();
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // SAFETY: what is given does system calls only, which take no lock of another thread's.
+    unsafe { command.pre_exec(move || Ok(enter()?)) };
+    command.spawn()
+}
+
 fn pin_at(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
+    match umount2(pin, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        // Nothing was pinned here before.
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+        Err(error) => return Err(kernel("replace")(error)),
+    }
     File::create(pin).map_err(|source| NamespaceError::Open { path: pin.to_owned(), source })?;
     mount(Some(namespace), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(kernel("pin"))
 }
@@ -108,11 +154,15 @@ pub fn within<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
     Ok(result)
 }
 
-/// Starts the process that holds a shared process namespace, and pins that at `pin`.
+/// Starts the process that holds a shared process namespace, and pins that at `pin`; with `users` it belongs to that
+/// user namespace.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn make_shared_pid(pin: &Path) -> io::Result<()> {
+pub fn make_shared_pid(pin: &Path, users: Option<&Path>) -> io::Result<()> {
+    if let Some(users) = users {
+        return make_owned_pid(pin, users);
+    }
     let own = File::open("/proc/self/ns/pid")?;
     unshare(CloneFlags::CLONE_NEWPID)?;
     let child = Command::new("/proc/self/exe")
@@ -129,6 +179,32 @@ pub fn make_shared_pid(pin: &Path) -> io::Result<()> {
     }
     let path = format!("/proc/{}/ns/pid", child?.id());
     File::create(pin)?;
+    mount(Some(path.as_str()), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    Ok(())
+}
+
+/// The same in a user namespace. A process namespace is entered by the next child only, so there is a process between,
+/// which tells its child's id and ends.
+fn make_owned_pid(pin: &Path, users: &Path) -> io::Result<()> {
+    let users = File::open(users)?;
+    let (mut told, teller) = io::pipe()?;
+    holder(move || {
+        setns(users.as_fd(), CloneFlags::CLONE_NEWUSER)?;
+        unshare(CloneFlags::CLONE_NEWPID)?;
+        // SAFETY: this process has one thread, being between fork and exec already.
+        match unsafe { nix::unistd::fork() }? {
+            nix::unistd::ForkResult::Child => Ok(()),
+            nix::unistd::ForkResult::Parent { child } => {
+                let told = nix::unistd::write(&teller, &child.as_raw().to_ne_bytes());
+                // SAFETY: this ends the process and runs nothing of it.
+                unsafe { libc::_exit(i32::from(told.is_err())) }
+            }
+        }
+    })?;
+    let mut pid = [0; 4];
+    io::Read::read_exact(&mut told, &mut pid)?;
+    File::create(pin)?;
+    let path = format!("/proc/{}/ns/pid", i32::from_ne_bytes(pid));
     mount(Some(path.as_str()), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     Ok(())
 }

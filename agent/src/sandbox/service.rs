@@ -14,6 +14,7 @@ use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::mirror::Mirrors;
 use super::network::{Asked, Network};
+use super::users::Users;
 use super::{Sandbox, apply, hotplug, namespaces, slots};
 use crate::events::Hub;
 use crate::log::chain;
@@ -51,7 +52,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
         {
             tracing::warn!("cannot add entropy: {error}");
         }
-        self.sandbox.prepare();
+        self.sandbox.prepare(Users::of_setup(&request));
         namespaces::within(|| -> io::Result<()> {
             if !request.hostname.is_empty() {
                 nix::unistd::sethostname(&request.hostname)?;

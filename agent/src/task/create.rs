@@ -18,6 +18,7 @@ use crate::helper::protocol::{CreateRequest, Request};
 use crate::io::console::{self, Console};
 use crate::io::stdio::{self, Dialled, Relays};
 use crate::oom::OomWatch;
+use crate::sandbox::users::uid_in_guest;
 
 impl Tasks {
     /// Creates a container; its first process waits for [`Tasks::start_init`].
@@ -43,7 +44,7 @@ impl Tasks {
         // The group's files tell which limits the guest knows.
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
-            self.sandbox.prepare();
+            self.sandbox.prepare(None);
             let dir = task_dir(&request.id);
             let fresh = self.get(&request.id).is_err();
             if fresh {
@@ -102,6 +103,7 @@ impl Tasks {
         let json = serde_json::to_vec(spec).map_err(unknown("specification"))?;
         std::fs::write(container.dir.join("config.json"), json).map_err(unknown("specification"))?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+        let uid = uid_in_guest(self.sandbox.users().as_ref(), uid);
         let names = &container.init.names;
         let dialled = self.dialled(names).await?;
         let (console, relays, io, dialled) = if names.terminal {

@@ -12,6 +12,7 @@ use super::{Container, Tasks, spec};
 use crate::helper::protocol::{ExecRequest, Request};
 use crate::io::console::Console;
 use crate::io::stdio::{self, Dialled, Relays};
+use crate::sandbox::users::uid_in_guest;
 
 impl Tasks {
     /// Notes a further process; [`Tasks::start_exec`] starts it.
@@ -83,7 +84,7 @@ impl Tasks {
         dialled: Dialled,
     ) -> Result<i32, Fault> {
         let _expecting = self.reaper.expect();
-        let uid = spec.user().uid();
+        let uid = uid_in_guest(self.sandbox.users().as_ref(), spec.user().uid());
         let (console, relays, io, dialled) = if process.names.terminal {
             let console = Console::listen().map_err(unknown("console socket"))?;
             (Some(console), None, stdio::nulls().map_err(unknown("standard streams"))?, Some(dialled))

@@ -10,7 +10,8 @@ use libcontainer::oci_spec::runtime::{
 use super::error::Fault;
 use crate::cgroup::Cgroup;
 use crate::helper::devices::allow_everything;
-use crate::sandbox::{IPC, NET, Sandbox, UTS};
+use crate::sandbox::users::Users;
+use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
 
 /// Makes `spec` fit the guest; `target` gives the process namespace of another container.
 ///
@@ -53,6 +54,18 @@ pub fn adapt(
     if rules.is_some_and(allow_everything) {
         super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
     }
+    let users = Users::of(linux);
+    same_users(users.as_ref(), sandbox.users().as_ref())?;
+    if let Some(mounts) = spec.mounts_mut() {
+        // The host has mounted them so.
+        for mount in mounts {
+            mount.set_uid_mappings(None).set_gid_mappings(None);
+            let options = mount.options().clone();
+            let kept = |options: Vec<String>| options.into_iter().filter(|o| o != "idmap" && o != "ridmap").collect();
+            mount.set_options(options.map(kept));
+        }
+    }
+    let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("no linux section in the specification"))?;
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), sandbox, target)?;
     linux.set_namespaces(Some(namespaces));
     if let Some(resources) = linux.resources_mut() {
@@ -103,16 +116,26 @@ fn namespaces(
         make(LinuxNamespaceType::Uts, (!own_uts).then(|| PathBuf::from(UTS)))?,
         make(LinuxNamespaceType::Mount, None)?,
     ];
-    for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time, LinuxNamespaceType::User] {
-        match find(kind) {
-            None => {}
-            Some(namespace) if namespace.path().is_some() && kind == LinuxNamespaceType::User => {
-                return Err(refused("user"));
-            }
-            Some(_) => all.push(make(kind, None)?),
+    for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time] {
+        if find(kind).is_some() {
+            all.push(make(kind, None)?);
         }
     }
+    if find(LinuxNamespaceType::User).is_some() {
+        all.push(make(LinuxNamespaceType::User, Some(PathBuf::from(USER)))?);
+    }
     Ok(all)
+}
+
+/// A container joins namespaces that the pod's user namespace owns: it has to be in that one.
+fn same_users(asked: Option<&Users>, pods: Option<&Users>) -> Result<(), Fault> {
+    let text = match (asked, pods) {
+        (asked, pods) if asked == pods => return Ok(()),
+        (Some(_), Some(_)) => "the mappings of the container's user namespace are not those of the pod's",
+        (Some(_), None) => "the container has a user namespace, and the pod has none",
+        (None, _) => "the pod has a user namespace, and the container has none",
+    };
+    Err(Fault::InvalidArgument(format!("{text}: all of a pod's containers are in the same one")))
 }
 
 /// What holds for a container's first process and for every later one.
@@ -212,6 +235,23 @@ mod tests {
         assert_eq!(guests("0-4294967295,7", "0,2").as_deref(), Some("0,2"));
         assert_eq!(guests("", "0-1"), None);
         assert_eq!(guests("2-1", "0-1"), None);
+    }
+
+    #[test]
+    fn a_container_is_in_the_pods_user_namespace_or_not_at_all() {
+        let users = |host: u32| {
+            let ids = format!(r#"[{{"containerID":0,"hostID":{host},"size":9}}]"#);
+            let text = format!(r#"{{"namespaces":[{{"type":"user"}}],"uidMappings":{ids},"gidMappings":{ids}}}"#);
+            Users::of(&serde_json::from_str(&text).unwrap())
+        };
+        let refused = |asked: Option<Users>, pods: Option<Users>| {
+            format!("{:?}", same_users(asked.as_ref(), pods.as_ref()).unwrap_err())
+        };
+        same_users(users(7).as_ref(), users(7).as_ref()).unwrap();
+        same_users(None, None).unwrap();
+        assert!(refused(users(7), users(8)).contains("mappings"));
+        assert!(refused(users(7), None).contains("the pod has none"));
+        assert!(refused(None, users(7)).contains("the container has none"));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! mounts of one directory it would make two sets of inodes, and a fifo, a socket or a lock in one would be none in the
 //! other. What a container uses is marked by an empty file of the mount's name in `<share>/<container>/mounts`.
 
-use super::{spec::Mount, syscall, volumes::VolumeError};
+use super::{spec::Mount, syscall, users::Users, volumes::VolumeError};
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},
@@ -36,8 +36,18 @@ pub fn marks(share: &Path, id: &str) -> PathBuf {
     share.join(id).join("mounts")
 }
 
+/// What is bound.
+pub struct Source<'a> {
+    /// The directory or file.
+    pub file: &'a OwnedFd,
+    /// Which of both.
+    pub directory: bool,
+    /// Whom its files are to belong to, where that is not whom they say.
+    pub users: Option<&'a Users>,
+}
+
 /// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it.
-pub fn bind(mount: &Mount, source: &OwnedFd, directory: bool, share: &Path, id: &str) -> Result<String, VolumeError> {
+pub fn bind(mount: &Mount, source: &Source<'_>, share: &Path, id: &str) -> Result<String, VolumeError> {
     let host = |step| {
         move |source| VolumeError::Host {
             mount_source: mount.source.clone().unwrap_or_default(),
@@ -47,7 +57,8 @@ pub fn bind(mount: &Mount, source: &OwnedFd, directory: bool, share: &Path, id: 
         }
     };
     let flags = Flags::of(mount);
-    let kind = kind(source, &flags).map_err(host("stat the source"))?;
+    let kind = kind(source.file, &flags).map_err(host("stat the source"))?;
+    let kind = source.users.map_or(kind.clone(), |users| format!("{kind}-{}", users.tag()));
     let mut turn = turn();
     let present = find(share, &kind).map_err(host("list the mounts"))?;
     let name = present.clone().unwrap_or_else(|| format!("{}.{kind}", *turn));
@@ -58,7 +69,7 @@ pub fn bind(mount: &Mount, source: &OwnedFd, directory: bool, share: &Path, id: 
     }
     *turn += 1;
     let target = share.join(VOLUMES).join(&name);
-    let made = if directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
+    let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
     made.map_err(host("create the mount point"))?;
     attach(source, &flags, &target).map_err(|(step, source)| {
         // Nobody is to take the mount point for the mount.
@@ -68,9 +79,14 @@ pub fn bind(mount: &Mount, source: &OwnedFd, directory: bool, share: &Path, id: 
     Ok(guest)
 }
 
-fn attach(source: &OwnedFd, flags: &Flags, target: &Path) -> Result<(), (&'static str, io::Error)> {
+fn attach(source: &Source<'_>, flags: &Flags, target: &Path) -> Result<(), (&'static str, io::Error)> {
     let at = |step| move |error| (step, error);
-    let tree = syscall::clone_tree(source.as_fd(), flags.recursive).map_err(at("copy the source's mounts"))?;
+    let tree = syscall::clone_tree(source.file.as_fd(), flags.recursive).map_err(at("copy the source's mounts"))?;
+    if let Some(users) = source.users {
+        let users = users.namespace().map_err(at("make a user namespace for its mapped ids"))?;
+        // What is mounted below may be of a kind that cannot be mapped: that is refused, as runc does.
+        syscall::set_users(tree.as_fd(), users.as_fd(), flags.recursive).map_err(at("map its user ids"))?;
+    }
     syscall::set_attr(tree.as_fd(), 0, flags.propagation, true).map_err(at("set the propagation"))?;
     if flags.read_only {
         // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
@@ -184,7 +200,7 @@ mod tests {
         let of = |options: &[&str]| {
             let options = Some(options.iter().map(ToString::to_string).collect());
             let (kind, source) = (Some("bind".into()), Some("/a".into()));
-            Flags::of(&Mount { destination: "/b".into(), kind, source, options, uid_mappings: None })
+            Flags::of(&Mount { destination: "/b".into(), kind, source, options, ..Mount::default() })
         };
         let plain = Flags { recursive: true, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
         assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);

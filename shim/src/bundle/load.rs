@@ -1,6 +1,6 @@
 //! Reading a bundle's `config.json` and refusing what a virtual machine cannot give.
 
-use super::spec::Spec;
+use super::{spec::Spec, users::Users};
 use serde_json::Value;
 use std::{
     io,
@@ -129,6 +129,14 @@ impl Bundle {
         self.spec.linux.namespaces.iter().find(|ns| ns.kind == "network")?.joined()
     }
 
+    /// The users of the specification's user namespace, none where it has no such namespace.
+    ///
+    /// # Errors
+    /// [`BundleError::Invalid`] for mappings that cannot be.
+    pub fn users(&self) -> Result<Option<Users>, BundleError> {
+        Users::of(&self.spec.linux).map_err(|error| BundleError::Invalid(error.to_string()))
+    }
+
     /// The host name the specification sets.
     pub fn hostname(&self) -> Option<&str> {
         self.spec.hostname.as_deref().filter(|name| !name.is_empty())
@@ -164,14 +172,11 @@ impl Bundle {
                 "a mount namespace cannot be joined: it is the host's, the container is in a virtual machine",
             );
         }
-        for kind in ["user", "time"] {
-            if linux.namespaces.iter().any(|ns| ns.kind == kind && ns.joined().is_some()) {
-                return invalid(&format!(
-                    "a {kind} namespace of the host cannot be joined from a virtual machine (for user namespaces: hostUsers)"
-                ));
-            }
+        if linux.namespaces.iter().any(|ns| ns.kind == "time" && ns.joined().is_some()) {
+            return invalid("a time namespace of the host cannot be joined from a virtual machine");
         }
-        Ok(())
+        // One that is joined has its mappings beside it, as containerd's CRI writes them: the guest makes one like it.
+        self.users().map(drop)
     }
 
     /// A path that leads to the network namespace this process is in is host network in disguise.
@@ -292,11 +297,29 @@ pub(super) mod tests {
         for kind in ["uts", "cgroup"] {
             bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
         }
-        for kind in ["user", "time"] {
-            let add = json!({ "type": kind, "path": "/proc/7/ns/x" });
-            let error = bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(add)).unwrap_err();
-            assert!(error.to_string().contains("cannot be joined"), "{error}");
-        }
+        let add = json!({ "type": "time", "path": "/proc/7/ns/x" });
+        let error = bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(add)).unwrap_err();
+        assert!(error.to_string().contains("cannot be joined"), "{error}");
+    }
+
+    #[test]
+    fn a_user_namespace_comes_with_its_mappings() {
+        let with = |uids: Value, gids: Value| {
+            bundle(|v| {
+                let add = json!({ "type": "user", "path": "/proc/7/ns/user" });
+                v["linux"]["namespaces"].as_array_mut().unwrap().push(add);
+                v["linux"]["uidMappings"] = uids;
+                v["linux"]["gidMappings"] = gids;
+            })
+        };
+        let whole = || json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }]);
+        let users = with(whole(), whole()).unwrap().users().unwrap().unwrap();
+        assert_eq!((users.uid(0), users.uid(65535), users.uid(65536)), (Some(65536), Some(131_071), None));
+        let error = with(whole(), Value::Null).unwrap_err().to_string();
+        assert!(error.contains("gidMappings"), "{error}");
+        let other = json!([{ "containerID": 1, "hostID": 65536, "size": 65536 }]);
+        let error = with(other, whole()).unwrap_err().to_string();
+        assert!(error.contains("root"), "{error}");
     }
 
     #[test]

@@ -32,6 +32,7 @@ mod teardown;
 mod tests;
 mod translate;
 mod update;
+mod users;
 mod volumes;
 
 pub use disks::{Disk, Numbers, number_anew};
@@ -44,4 +45,5 @@ pub use spec::{Mount, Resources, Spec};
 pub use teardown::{TeardownError, teardown};
 pub use translate::{TranslateError, exec_process};
 pub use update::resources_update;
+pub use users::{IdMapping, Users};
 pub use volumes::VolumeError;

@@ -1,10 +1,10 @@
 //! Mounting a container's root file system from the mounts containerd's snapshotter names.
 
-use super::syscall;
+use super::{syscall, users::Users};
 use nix::mount::{MsFlags, mount};
 use std::{
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -67,16 +67,20 @@ fn mount_one(root: &RootMount, target: &Path) -> Result<(), RootfsError> {
         let message = format!("a mount at {:?} inside of it is not supported", root.target);
         return Err(RootfsError::Unsupported(message));
     }
-    let options = Options::parse(&root.options);
-    if let Some(option) = options.data.iter().find(|o| o.starts_with("uidmap=") || o.starts_with("gidmap=")) {
-        return Err(RootfsError::Unsupported(format!(
-            "{option}: user namespaces (hostUsers: false) are not supported"
-        )));
-    }
+    let mut options = Options::parse(&root.options);
+    let users = Users::of_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
+    options.data.retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
     let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
-        bind(Path::new(&root.source), target, &options)
+        bind(Path::new(&root.source), target, &options, users.as_ref())
     } else {
-        file_system(root, target, &options)
+        match users {
+            None => file_system(root, target, &options),
+            Some(users) if root.kind == "overlay" => mapped_overlay(target, &options, &users),
+            Some(_) => {
+                let message = format!("{} with mapped user ids, only overlay and bind can be", root.kind);
+                return Err(RootfsError::Unsupported(message));
+            }
+        }
     };
     result.map_err(|source| RootfsError::Mount {
         kind: root.kind.clone(),
@@ -97,10 +101,13 @@ fn shorten(options: &str) -> String {
     text
 }
 
-fn bind(source: &Path, target: &Path, options: &Options<'_>) -> io::Result<()> {
+fn bind(source: &Path, target: &Path, options: &Options<'_>, users: Option<&Users>) -> io::Result<()> {
     let recursive = options.flags.contains(MsFlags::MS_REC);
     let source = syscall::open_path(source, true)?;
     let tree = syscall::clone_tree(source.as_fd(), recursive)?;
+    if let Some(users) = users {
+        syscall::set_users(tree.as_fd(), users.namespace()?.as_fd(), recursive)?;
+    }
     let attr = if options.flags.contains(MsFlags::MS_RDONLY) { syscall::MOUNT_ATTR_RDONLY } else { 0 };
     syscall::set_attr(tree.as_fd(), attr, 0, false)?;
     syscall::attach(tree.as_fd(), syscall::open_path(target, false)?.as_fd())
@@ -129,6 +136,45 @@ fn file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Re
         plain(&source, &target, &kind, flags, &data)
     })?;
     mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+}
+
+/// An overlay whose lower directories belong to `users`: a mount of each shows it so, and the upper directory, which
+/// containerd made for these users, is as it is. The overlay keeps the mounts; nobody else ever sees them.
+fn mapped_overlay(target: &Path, options: &Options<'_>, users: &Users) -> io::Result<()> {
+    let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
+    let lower = lower.ok_or_else(|| io::Error::other("an overlay without lowerdir"))?;
+    if lower.contains('\\') || lower.contains("::") {
+        return Err(io::Error::other("layers with mapped user ids and escaped names"));
+    }
+    let namespace = users.namespace()?;
+    let layers = lower.split(':').map(|layer| {
+        let tree = syscall::clone_tree(syscall::open_path(Path::new(layer), true)?.as_fd(), false)?;
+        syscall::set_users(tree.as_fd(), namespace.as_fd(), false)?;
+        Ok(tree)
+    });
+    let layers: Vec<OwnedFd> = layers.collect::<io::Result<_>>()?;
+    let mut data: Vec<String> =
+        options.data.iter().filter(|option| !option.starts_with("lowerdir=")).map(ToString::to_string).collect();
+    let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
+    data.push(format!("lowerdir={}", names.join(":")));
+    let (stage, flags) = (target.to_path_buf(), options.flags);
+    // Overlay takes mounts of the caller's mount namespace only. In one of a thread's own they go with the thread.
+    let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
+        let none = None::<&Path>;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(Some("layers"), &stage, Some("tmpfs"), MsFlags::empty(), Some("mode=0700"))?;
+        nix::unistd::chdir(&stage)?;
+        for (name, layer) in names.iter().zip(&layers) {
+            std::fs::create_dir(name)?;
+            syscall::attach(layer.as_fd(), syscall::open_path(Path::new(name), false)?.as_fd())?;
+        }
+        std::fs::create_dir("overlay")?;
+        plain(Path::new("overlay"), Path::new("overlay"), "overlay", flags, &data.join(","))?;
+        syscall::clone_tree(syscall::open_path(Path::new("overlay"), false)?.as_fd(), false)
+    })?;
+    let made = mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))?;
+    syscall::attach(made.as_fd(), syscall::open_path(target, false)?.as_fd())
 }
 
 fn plain(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
@@ -245,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts_inside_the_image_and_id_maps_are_refused() {
+    fn mounts_inside_the_image_and_broken_id_maps_are_refused() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
         assert!(matches!(mount_all(&[inside], Path::new("/nowhere")), Err(RootfsError::Unsupported(_))));
         let options = vec!["uidmap=0:1000:1".to_string()];

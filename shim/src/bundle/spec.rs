@@ -1,6 +1,7 @@
 //! The parts of the OCI runtime specification that the host has to look at; everything else passes through as JSON.
 
 use super::cpuset::CpuSet;
+use super::users::IdMapping;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
@@ -65,6 +66,12 @@ pub struct Linux {
     pub resources: Option<Resources>,
     /// Propagation of the root mount.
     pub rootfs_propagation: Option<String>,
+    /// Users of its user namespace.
+    #[serde(default, deserialize_with = "or_default")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// Groups of its user namespace.
+    #[serde(default, deserialize_with = "or_default")]
+    pub gid_mappings: Vec<IdMapping>,
 }
 
 /// A namespace made, or joined where there is a path.
@@ -134,8 +141,11 @@ pub struct Mount {
     #[serde(default)]
     pub options: Option<Vec<String>>,
     /// Mapping of user ids, for idmapped mounts.
-    #[serde(default, rename = "uidMappings")]
-    pub uid_mappings: Option<Vec<serde_json::Value>>,
+    #[serde(default, rename = "uidMappings", deserialize_with = "or_default")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// Mapping of group ids, for idmapped mounts.
+    #[serde(default, rename = "gidMappings", deserialize_with = "or_default")]
+    pub gid_mappings: Vec<IdMapping>,
 }
 
 impl Mount {

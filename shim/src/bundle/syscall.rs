@@ -24,6 +24,8 @@ const AT_EMPTY_PATH: libc::c_uint = libc::AT_EMPTY_PATH as libc::c_uint;
 const MOVE_MOUNT_EMPTY_PATHS: libc::c_uint = 0x4 | 0x40;
 /// `MOUNT_ATTR_RDONLY`.
 pub const MOUNT_ATTR_RDONLY: u64 = 1;
+/// `MOUNT_ATTR_IDMAP`.
+const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 
 /// `struct mount_attr`.
 #[repr(C)]
@@ -75,7 +77,17 @@ pub fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd
 
 /// Sets attributes and propagation (`MS_PRIVATE` …, 0 to leave it) of a mount, and of those below it when `recursive`.
 pub fn set_attr(tree: BorrowedFd<'_>, set: u64, propagation: u64, recursive: bool) -> io::Result<()> {
-    let attr = MountAttr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    setattr(tree, &MountAttr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 }, recursive)
+}
+
+/// Has the files of a detached mount, and of those below it when `recursive`, belong to whom the user namespace
+/// `users` says (Linux 5.12, for overlay's layers 5.19).
+pub fn set_users(tree: BorrowedFd<'_>, users: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    let userns_fd = u64::from(users.as_raw_fd().unsigned_abs());
+    setattr(tree, &MountAttr { attr_set: MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd }, recursive)
+}
+
+fn setattr(tree: BorrowedFd<'_>, attr: &MountAttr, recursive: bool) -> io::Result<()> {
     let flags = AT_EMPTY_PATH | if recursive { AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty NUL-terminated string, and `attr` is as large as the call is told.
     let result = unsafe {
@@ -84,7 +96,7 @@ pub fn set_attr(tree: BorrowedFd<'_>, set: u64, propagation: u64, recursive: boo
             tree.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<MountAttr>(),
         )
     };

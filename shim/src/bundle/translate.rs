@@ -163,6 +163,10 @@ fn namespaces(
         // containerd names the process namespace of a TARGET by its task's pid (1.7, pkg/cri/sbserver).
         let target = pid_of(&path).and_then(|pid| pids.get(&pid));
         match (kind, target) {
+            // The pod's, which the guest makes by the mappings, whether the host has one already or not.
+            ("user", _) => {
+                namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NS).into());
+            }
             ("cgroup", _) if joins => notes.push("cgroup namespace: the container gets one of its own".into()),
             ("pid", Some(id)) => {
                 namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PIDS).into());

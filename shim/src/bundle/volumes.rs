@@ -1,6 +1,6 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
-use super::{binds, devices, spec::Mount, syscall};
+use super::{binds, devices, spec::Mount, syscall, users::Users};
 use crate::mirror::{self, Mirror};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
@@ -45,9 +45,9 @@ enum Plan {
     /// The guest binds a path of its own.
     Guest(String),
     /// The host binds this into the share.
-    Bind { source: OwnedFd, directory: bool },
+    Bind { source: OwnedFd, directory: bool, users: Option<Users> },
     /// The guest gets a copy that is kept up to date.
-    Mirror(PathBuf),
+    Mirror { source: PathBuf, users: Option<Users> },
 }
 
 /// Where the host binds volumes, and the guest finds them.
@@ -71,14 +71,15 @@ pub fn make(
     mirrors: &mut Vec<Mirror>,
 ) -> Result<Option<String>, VolumeError> {
     match plan(mount, place, notes)? {
-        Plan::Mirror(source) => {
-            mirrors.push(Mirror { source, mount: u32::try_from(index).unwrap_or(u32::MAX) });
+        Plan::Mirror { source, users } => {
+            mirrors.push(Mirror { source, users, mount: u32::try_from(index).unwrap_or(u32::MAX) });
             Ok(Some(mirror::guest_path(place.container, index)))
         }
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
-        Plan::Bind { source, directory } => {
-            binds::bind(mount, &source, directory, place.share, place.container).map(Some)
+        Plan::Bind { source, directory, users } => {
+            let source = binds::Source { file: &source, directory, users: users.as_ref() };
+            binds::bind(mount, &source, place.share, place.container).map(Some)
         }
     }
 }
@@ -88,12 +89,18 @@ fn plan(mount: &Mount, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Pla
     let refuse = |message: String| {
         Err(VolumeError::Unsupported { mount_source: source.into(), destination: mount.destination.clone(), message })
     };
-    let mapped = mount.uid_mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
-    if mapped || mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
-        return refuse("mounts with mapped user ids are not supported".into());
+    let users = match Users::of_mount(&mount.uid_mappings, &mount.gid_mappings) {
+        Ok(users) => users,
+        Err(error) => return refuse(error.to_string()),
+    };
+    if users.is_none() && mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
+        return refuse("a mount with mapped user ids has to name them (uidMappings, gidMappings)".into());
     }
     if !mount.is_bind() {
-        return Ok(Plan::Keep);
+        return match users {
+            Some(_) => refuse("only bind mounts can have mapped user ids".into()),
+            None => Ok(Plan::Keep),
+        };
     }
     if let Some(option) = mount.options().iter().find(|option| *option == "shared" || *option == "rshared") {
         let message = format!(
@@ -121,10 +128,10 @@ fn plan(mount: &Mount, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Pla
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     match kind {
         SFlag::S_IFDIR if place.kubernetes && binds::Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
-            Ok(Plan::Mirror(path))
+            Ok(Plan::Mirror { source: path, users })
         }
-        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true }),
-        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false }),
+        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, users }),
+        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, users }),
         SFlag::S_IFCHR | SFlag::S_IFBLK => {
             match devices::guest_path(kind == SFlag::S_IFCHR, major(stat.st_rdev), minor(stat.st_rdev)) {
                 Ok(path) => Ok(Plan::Guest(path.into())),
@@ -154,7 +161,7 @@ mod tests {
             kind: Some("bind".into()),
             source: Some(source.into()),
             options: Some(options.iter().map(ToString::to_string).collect()),
-            uid_mappings: None,
+            ..Mount::default()
         }
     }
 
@@ -181,7 +188,7 @@ mod tests {
         let volume = dir.path().join("volumes/kubernetes.io~configmap/a");
         fs::create_dir_all(&volume).unwrap();
         let of = |options: &[&str]| planned(&mount(volume.to_str().unwrap(), "/x", options));
-        assert!(matches!(of(&["rbind", "ro"]), Ok(Plan::Mirror(path)) if path == volume));
+        assert!(matches!(of(&["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source == volume));
         assert!(matches!(of(&["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
     }
 

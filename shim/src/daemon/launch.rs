@@ -8,7 +8,7 @@ use husk_config::Config;
 use tokio::sync::{mpsc, oneshot};
 
 use super::log;
-use crate::bundle::{self, Bundle, Sizing};
+use crate::bundle::{self, Bundle, Sizing, Users};
 use crate::chain;
 use crate::network;
 use crate::sandbox::agent::Report;
@@ -124,20 +124,21 @@ impl Got {
         }
         self.timeline_log.clone_from(&config.timeline_log);
         let bundle = bundle()?;
+        let users = bundle.users().map_err(|e| chain(&e))?;
         let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
         describe(about, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let network = match &network {
-            // What CNI does to a new one comes later: by hooks, or between Create and Start as with `ctr run --cni`.
+            // What CNI does to a new one comes later: by hooks, or between Create and Start as with `ctr run --cni` and
+            // for containerd 1.7's pods with a user namespace, which is to own it (pkg/cri/server/sandbox_run.go).
             spec::Network::New => match &self.vmm {
-                Some(vmm) => {
-                    network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid))).map_err(|e| chain(&e))?
-                }
+                Some(vmm) => network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)), spec.is_sandbox())
+                    .map_err(|e| chain(&e))?,
                 None => network::Network::default(),
             },
             spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
         };
         about.timeline.mark("network connected");
-        let pod = pod(about, spec, network);
+        let pod = pod(about, spec, users, network);
         Plan::open(pod, config, sizing, share.to_owned()).map_err(|e| chain(&e))
     }
 }
@@ -163,10 +164,10 @@ fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
 
 /// What the guest is set up as. The settings of a lone container's namespaces are its own, those of a pod's sandbox the
 /// pod's: its container is never made.
-fn pod(about: &About, spec: &Spec, network: network::Network) -> Pod {
+fn pod(about: &About, spec: &Spec, users: Option<Users>, network: network::Network) -> Pod {
     let is_sandbox = spec.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
-    Pod { id: about.sandbox.clone(), hostname: hostname(spec), shared_memory: is_sandbox, sysctls, network }
+    Pod { id: about.sandbox.clone(), hostname: hostname(spec), shared_memory: is_sandbox, sysctls, users, network }
 }
 
 /// The sandbox' host name: a container whose specification has none sees the host's under runc.

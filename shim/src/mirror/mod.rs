@@ -16,6 +16,7 @@ use husk_proto::agent::{MirrorEntry, MirrorRequest};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use crate::bundle::Users;
 use crate::sandbox::agent::{Agent, timeouts, within};
 use watch::Watch;
 
@@ -29,11 +30,16 @@ const ATTEMPTS: u32 = 10;
 /// After which a copy that the guest refused, for want of memory perhaps, is tried again.
 const AGAIN: Duration = Duration::from_secs(10);
 
+/// Who owns what belongs to nobody that is mapped (the kernel's `overflowuid`).
+const NOBODY: u32 = 65534;
+
 /// A volume that is mirrored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirror {
     /// The directory on the host.
     pub source: PathBuf,
+    /// Whom its files belong to in the guest, where that is not whom they say.
+    pub users: Option<Users>,
     /// Which of the container's mounts it is.
     pub mount: u32,
 }
@@ -150,13 +156,22 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
         let sent = agent.sandbox.mirror(within(timeouts::SLOW), &request).await;
         sent.map(drop).map_err(|source| MirrorError::Send { path: mirror.source.clone(), source })
     };
-    while let Some(batch) = batches.recv().await {
+    while let Some(mut batch) = batches.recv().await {
+        if let Some(users) = &mirror.users {
+            batch.iter_mut().for_each(|entry| belong(entry, users));
+        }
         send(batch, false).await?;
     }
     let walked = walking.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.clone(), source })?;
     // Only a whole look says what is no longer there.
     send(Vec::new(), true).await
+}
+
+/// Has an entry belong to whom a mount with mapped ids would show it to.
+fn belong(entry: &mut MirrorEntry, users: &Users) {
+    entry.uid = users.uid(entry.uid).unwrap_or(NOBODY);
+    entry.gid = users.gid(entry.gid).unwrap_or(NOBODY);
 }
 
 #[cfg(test)]

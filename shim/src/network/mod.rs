@@ -104,25 +104,33 @@ pub fn connect(path: &Path) -> Result<Network, NetworkError> {
         let network = Network {
             taps,
             given,
-            // The pod runs without these.
+            // The pod runs without it.
             follow: follow.inspect_err(|error| tracing::warn!(%error, "changes of the network go unnoticed")).ok(),
-            steer: steer::current_namespace()
-                .inspect_err(|error| tracing::warn!(%error, "no port-forward: connections cannot be steered"))
-                .ok(),
+            steer: steered(),
         };
         Ok(network)
     })?
 }
 
-/// What follows a new namespace, at `path`, in which nothing but a loopback interface is yet.
+/// What carries connections to localhost in the current namespace to the guest.
+fn steered() -> Option<Steer> {
+    // The pod runs without it.
+    steer::current_namespace()
+        .inspect_err(|error| tracing::warn!(%error, "no port-forward: connections cannot be steered"))
+        .ok()
+}
+
+/// What follows a new namespace, at `path`, in which nothing but a loopback interface is yet; with `steer`, ports of its
+/// localhost are the guest's.
 ///
 /// # Errors
 /// [`NetworkError`], as of [`connect`].
-pub fn fresh(path: &Path) -> Result<Network, NetworkError> {
+pub fn fresh(path: &Path, steer: bool) -> Result<Network, NetworkError> {
     within(path, || {
         let notices = follow::notices();
         let follow = notices.and_then(|notices| Ok((Follow::begin(&[], &[], NetworkRequest::default())?, notices)));
-        Ok(Network { follow: Some(follow.map_err(kernel("watch the namespace"))?), ..Network::default() })
+        let follow = Some(follow.map_err(kernel("watch the namespace"))?);
+        Ok(Network { follow, steer: steer.then(steered).flatten(), ..Network::default() })
     })?
 }
 

@@ -2,7 +2,7 @@
 //! sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
 
 use husk_config::annotation;
-use husk_proto::cri::{NamespaceMode, PodSandboxConfig};
+use husk_proto::cri::{IDMapping, NamespaceMode, PodSandboxConfig};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Map, Value, json};
@@ -54,7 +54,16 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
             namespaces.push(json!({ "type": kind }));
         }
     }
+    let users = &wants.userns_options;
+    let mapped = users.is_some() && users.mode.enum_value() == Ok(NamespaceMode::POD);
+    if mapped {
+        namespaces.push(json!({ "type": "user" }));
+    }
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+    if mapped {
+        // Its upper end is no group of the namespace (containerd leaves it out as well).
+        sysctls.remove("net.ipv4.ping_group_range");
+    }
     sysctls.extend(config.linux.sysctls.iter().map(|(key, value)| (key.clone(), value.clone().into())));
     json!({
         "ociVersion": "1.2.0",
@@ -67,8 +76,15 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
             "namespaces": namespaces,
             "cgroupsPath": cgroups_path(&config.linux.cgroup_parent, id),
             "sysctl": sysctls,
+            "uidMappings": mappings(mapped, &users.uids),
+            "gidMappings": mappings(mapped, &users.gids),
         },
     })
+}
+
+fn mappings(mapped: bool, ids: &[IDMapping]) -> Vec<Value> {
+    let of = |ids: &IDMapping| json!({ "containerID": ids.container_id, "hostID": ids.host_id, "size": ids.length });
+    ids.iter().filter(|_| mapped).map(of).collect()
 }
 
 fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
@@ -147,6 +163,21 @@ mod tests {
         assert_eq!(value["linux"]["cgroupsPath"], "kubepods-pod1.slice:cri-containerd:pod");
         assert_eq!(value["linux"]["sysctl"]["net.ipv4.ip_unprivileged_port_start"], "80");
         assert_eq!(cgroups_path("/kubepods/x", "pod"), "/kubepods/x/pod");
+    }
+
+    #[test]
+    fn a_pod_with_a_user_namespace() {
+        let value = spec(|config| {
+            let wants = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            let users = wants.namespace_options.mut_or_insert_default().userns_options.mut_or_insert_default();
+            users.mode = NamespaceMode::POD.into();
+            let ids = IDMapping { host_id: 65536, container_id: 0, length: 65536, ..Default::default() };
+            (users.uids, users.gids) = (vec![ids.clone()], vec![ids]);
+        });
+        assert!(value["linux"]["sysctl"].get("net.ipv4.ping_group_range").is_none());
+        let users = checked(&value).unwrap().users().unwrap().unwrap();
+        assert_eq!((users.uid(0), users.gid(65535)), (Some(65536), Some(131_071)));
+        assert_eq!(checked(&spec(|_| ())).unwrap().users().unwrap(), None);
     }
 
     #[test]

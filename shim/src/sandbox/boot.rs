@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use husk_config::Config;
-use husk_proto::agent::{Mount, SetupRequest};
+use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, NetConfig, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice, Step};
@@ -19,7 +19,7 @@ use super::agent::Agent;
 use super::console::{self, Tail};
 use super::timeline::Timeline;
 use super::vmm::{Vmm, VmmError};
-use crate::bundle::Sizing;
+use crate::bundle::{self, Sizing, Users};
 use crate::network::Network;
 
 /// Size of a pod's shared memory, as containerd's CRI makes it.
@@ -35,6 +35,8 @@ pub struct Pod {
     pub shared_memory: bool,
     /// Settings of the sandbox' namespaces.
     pub sysctls: HashMap<String, String>,
+    /// The users of its user namespace, if it has one.
+    pub users: Option<Users>,
     /// Interfaces, and what belongs to them.
     pub network: Network,
 }
@@ -232,14 +234,22 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
     let filled = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), libc::GRND_NONBLOCK) };
     entropy.truncate(usize::try_from(filled).unwrap_or(0));
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let pod = &plan.pod;
+    let (uids, gids) = pod.users.as_ref().map(Users::mappings).unwrap_or_default();
+    // As runc shows it: the pod's root owns it.
+    let owner = pod.users.as_ref().and_then(|users| Some((users.uid(0)?, users.gid(0)?)));
+    let owner = owner.map(|(uid, gid)| [format!("uid={uid}"), format!("gid={gid}")]).into_iter().flatten();
     let shared_memory = Mount {
         fs_type: "tmpfs".to_owned(),
         source: "shm".to_owned(),
         target: GUEST_SHM.to_owned(),
-        options: ["nosuid", "nodev", "noexec", "mode=1777", SHM_SIZE].map(str::to_owned).to_vec(),
+        options: ["nosuid", "nodev", "noexec", "mode=1777", SHM_SIZE]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(owner)
+            .collect(),
         ..Default::default()
     };
-    let pod = &plan.pod;
     let request = SetupRequest {
         sandbox_id: pod.id.clone(),
         hostname: pod.hostname.clone(),
@@ -250,12 +260,19 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
         routes: pod.network.given.routes.clone(),
         neighbours: pod.network.given.neighbours.clone(),
         sysctls: pod.sysctls.clone(),
+        uid_mappings: uids.iter().map(message).collect(),
+        gid_mappings: gids.iter().map(message).collect(),
         ..Default::default()
     };
     let kernel = agent.setup(&request, limit).await.map_err(BootError::Setup)?;
     timeline.mark("sandbox set up");
     tracing::debug!(kernel, "guest is up");
     Ok(agent)
+}
+
+fn message(mapping: &bundle::IdMapping) -> IdMapping {
+    let bundle::IdMapping { container, host, size } = *mapping;
+    IdMapping { container, host, size, ..Default::default() }
 }
 
 fn words(tail: &Tail) -> String {

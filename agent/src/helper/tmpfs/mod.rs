@@ -17,6 +17,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::fstat;
 
+use crate::sandbox::users::Users;
 use fill::FillError;
 
 /// The option; the kernel does not know it.
@@ -57,10 +58,10 @@ pub struct Staging<'a> {
 ///
 /// # Errors
 /// The mount's destination, and why it cannot be made.
-pub fn prepare(spec: &mut Spec, staging: &Staging<'_>) -> Result<bool, (PathBuf, TmpfsError)> {
+pub fn prepare(spec: &mut Spec, staging: &Staging<'_>, users: Option<&Users>) -> Result<bool, (PathBuf, TmpfsError)> {
     let Some(root) = spec.root().as_ref().map(|root| root.path().clone()) else { return Ok(false) };
     let Some(mounts) = spec.mounts_mut() else { return Ok(false) };
-    let mut earlier = Earlier { root, places: Vec::new() };
+    let mut earlier = Earlier { root, places: Vec::new(), users };
     let mut changed = false;
     for (index, mount) in mounts.iter_mut().enumerate() {
         let destination = normal(mount.destination());
@@ -79,7 +80,7 @@ type Content = Option<PathBuf>;
 fn prepare_one(
     mount: &mut Mount,
     destination: &Path,
-    earlier: &Earlier,
+    earlier: &Earlier<'_>,
     stage: &Path,
     cgroup: &Path,
 ) -> Result<(Content, bool), TmpfsError> {
@@ -100,6 +101,9 @@ fn prepare_one(
         }
         if copy {
             let source = mount.source().clone().unwrap_or_else(|| "tmpfs".into());
+            if let Some(users) = earlier.users {
+                options = owned(options, users);
+            }
             let (data, mut flags): (Vec<_>, Vec<_>) = options.into_iter().partition(|option| is_data(option));
             make(&source, &data.join(","), &directory, stage, cgroup)?;
             flags.push("bind".to_owned());
@@ -112,6 +116,13 @@ fn prepare_one(
         mount.set_options(Some(options));
     }
     Ok((content, changed))
+}
+
+/// The options of a tmpfs that is not mounted in the user namespace it is for: its owner is a user of that one.
+fn owned(options: Vec<String>, users: &Users) -> Vec<String> {
+    let id = |name: &str| options.iter().rev().find_map(|option| option.strip_prefix(name)?.parse().ok()).unwrap_or(0);
+    let owner = [format!("uid={}", users.uid(id("uid="))), format!("gid={}", users.gid(id("gid=")))];
+    options.into_iter().filter(|o| !o.starts_with("uid=") && !o.starts_with("gid=")).chain(owner).collect()
 }
 
 /// Whether an option is the file system's and not one of a mount (tmpfs(5)).
@@ -146,12 +157,14 @@ fn own_cgroup() -> io::Result<PathBuf> {
 ///
 /// Destinations are compared as they are written. One that leads through a link of the image into an earlier mount
 /// finds what the image has there instead of what was mounted; never anything outside of both.
-struct Earlier {
+struct Earlier<'a> {
     root: PathBuf,
     places: Vec<(PathBuf, Content)>,
+    /// Those of the container's user namespace.
+    users: Option<&'a Users>,
 }
 
-impl Earlier {
+impl Earlier<'_> {
     /// The directory at `path` in the container, if there is one.
     fn directory(&self, path: &Path) -> io::Result<Option<OwnedFd>> {
         let covering = self.places.iter().rev().find_map(|(at, content)| Some((content, path.strip_prefix(at).ok()?)));

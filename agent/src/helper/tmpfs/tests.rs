@@ -89,7 +89,7 @@ fn links_of_the_image_do_not_lead_out_of_it() {
     symlink("/proc/self/root", from.join("magic")).unwrap();
     symlink("loop", from.join("loop")).unwrap();
     fs::write(from.join("file"), "").unwrap();
-    let earlier = Earlier { root: from.clone(), places: Vec::new() };
+    let earlier = Earlier { root: from.clone(), places: Vec::new(), users: None };
     let inode = |path: &str| {
         let found = earlier.directory(Path::new(path)).unwrap();
         found.map(|directory| File::from(directory).metadata().unwrap().ino())
@@ -111,7 +111,7 @@ fn the_last_mount_on_a_path_is_what_lies_underneath() {
     fs::create_dir_all(root.join("data/sub")).unwrap();
     fs::create_dir_all(volume.join("sub")).unwrap();
     fs::write(volume.join("sub/volume"), "yes").unwrap();
-    let mut earlier = Earlier { root, places: vec![("/data".into(), Some(volume))] };
+    let mut earlier = Earlier { root, places: vec![("/data".into(), Some(volume))], users: None };
     let found = earlier.directory(Path::new("/data/sub")).unwrap().unwrap();
     assert_eq!(fs::read_to_string(fill::proc_path(found.as_fd()).join("volume")).unwrap(), "yes");
     earlier.places.push(("/data".into(), None));

@@ -1,0 +1,237 @@
+//! Pods with a user namespace (`hostUsers: false`): their root is nobody's root, and everything else is as without one.
+//!
+//! By runc these pass with containerd 1.7. With 2.x they need runc 1.2, which has mounts with mapped ids.
+
+use std::fs;
+use std::io::Read;
+use std::net::TcpStream;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::time::Duration;
+
+use husk_e2e::command::run_ctr;
+use husk_e2e::cri::{Pod, call, pod::Pods, pods, pods_of, refused};
+use serde_json::{Value, json};
+
+/// The first id of the pod's on the node.
+const BASE: u32 = 65536 * 5;
+
+fn options(base: u32) -> Value {
+    let ids = json!([{ "host_id": base, "container_id": 0, "length": 65536 }]);
+    json!({ "mode": "POD", "uids": ids, "gids": ids })
+}
+
+/// Asks for the user namespace in a pod's or a container's configuration.
+fn mapped(mut config: Value) -> Value {
+    config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE);
+    config
+}
+
+fn pod(pods: &Pods) -> Pod {
+    pods.run(mapped(pods.config()))
+}
+
+fn sh(pod: &Pod, script: &str) -> Value {
+    mapped(pod.sh(script))
+}
+
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
+
+/// Whether containerd maps mounts: 1.7 gives the image a copy of its own, and volumes are as they are.
+fn maps_mounts() -> bool {
+    let version = run_ctr(&["version"]).expect_code(0).value("  Version");
+    version.trim_start_matches('v').starts_with("2.")
+}
+
+#[test]
+fn root_of_a_pod_is_nobody_else() {
+    pods("userns", root_is_mapped);
+}
+
+fn root_is_mapped(pods: &Pods) {
+    let pod = pod(pods);
+    let first = pod.start(&sh(&pod, &format!("cat /proc/self/uid_map; {SLEEP}")));
+    first.wait_for("65536");
+    let map = format!("0 {BASE} 65536");
+    let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    for file in ["uid_map", "gid_map"] {
+        assert_eq!(words(first.sh(&format!("cat /proc/self/{file}"))), map, "by exec");
+    }
+    assert!(words(first.log()).contains(&map), "{}", first.log());
+    // Its own image is its root's, and it may do there what root may.
+    assert_eq!(first.sh("id -u; id -g; stat -c %u:%g / /bin /bin/busybox /etc/passwd | sort -u"), "0\n0\n0:0");
+    assert_eq!(first.sh("touch /new && chown 7:8 /new && stat -c %u:%g /new && rm /new"), "7:8");
+    assert_eq!(first.sh("mkdir -p /a/b && chmod 700 /a && stat -c %u:%g /a/b"), "0:0");
+    // As in a pod without one: file systems, devices, the pod's name.
+    assert_eq!(first.sh("echo x > /dev/null; stat -f -c %T /proc /sys /dev/shm"), "proc\nsysfs\ntmpfs");
+    assert_eq!(first.sh("touch /dev/shm/x && stat -c %u:%g /dev/shm/x; rm /dev/shm/x; hostname"), {
+        format!("0:0\n{}", pod.config["hostname"].as_str().unwrap())
+    });
+    // A second container is in the same user namespace, its network and its memory.
+    let second = pod.start(&sh(&pod, SLEEP));
+    for kind in ["user", "net", "ipc"] {
+        let link = format!("readlink /proc/self/ns/{kind}");
+        assert_eq!(first.sh(&link), second.sh(&link), "{kind}");
+    }
+    assert_eq!(first.sh("echo seen > /dev/shm/y; stat -c %a /dev/shm"), "1777");
+    assert_eq!(second.sh("cat /dev/shm/y"), "seen");
+    // Another user of the image is as mapped as root.
+    let mut config = sh(&pod, "id -u; id -G; echo out; sleep 100000");
+    config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1234 });
+    config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1001 });
+    config["linux"]["security_context"]["supplemental_groups"] = json!([1002]);
+    config["working_dir"] = json!("/made/by/runtime");
+    let user = pod.start(&config);
+    user.wait_for("out");
+    assert_eq!(user.sh("id -u; id -G; pwd; stat -c %u:%g /made/by"), "1234\n1001 1002\n/made/by/runtime\n0:0");
+    second.stop(0);
+    second.remove();
+    assert_eq!(first.sh("echo still"), "still");
+}
+
+#[test]
+fn its_network_is_its_own() {
+    pods("userns-net", |pods| {
+        let pod = pod(pods);
+        let script =
+            "nc -ll -p 80 -e echo hello & until netstat -ltn | grep -q ':80 '; do sleep 0.1; done; echo up; wait";
+        let server = pod.start(&sh(&pod, script));
+        server.wait_for("up");
+        let address = pod.addresses()[0];
+        let mut stream = TcpStream::connect_timeout(&(address, 80).into(), Duration::from_secs(20)).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello\n");
+        assert_eq!(server.sh("nc -w 20 127.0.0.1 80 < /dev/null"), "hello");
+    });
+}
+
+#[test]
+fn files_belong_to_whom_they_say() {
+    pods("userns-volumes", |pods| {
+        let maps = maps_mounts();
+        // On the node's disk, as the kubelet's are.
+        let dir = Path::new("/var/lib/kubelet/pods/uid-userns-volumes/volumes");
+        let data = dir.join("kubernetes.io~empty-dir/data");
+        let settings = dir.join("kubernetes.io~configmap/settings");
+        for volume in [&data, &settings] {
+            fs::create_dir_all(volume).unwrap();
+        }
+        fs::write(settings.join("key"), "value").unwrap();
+        fs::set_permissions(&data, PermissionsExt::from_mode(0o755)).unwrap();
+        // What the kubelet does for containerd 1.7: such volumes belong to the pod's own ids.
+        let owner = if maps { 0 } else { BASE };
+        chown(&data, Some(owner), Some(owner)).unwrap();
+        chown(settings.join("key"), Some(owner + 3), Some(owner + 4)).unwrap();
+        let ids = if maps { json!([{ "host_id": BASE, "container_id": 0, "length": 65536 }]) } else { json!([]) };
+        let mount = |host: &Path, inside: &str, readonly: bool| {
+            json!({ "host_path": host.to_string_lossy(), "container_path": inside, "readonly": readonly,
+                "uidMappings": ids, "gidMappings": ids })
+        };
+        let pod = pod(pods);
+        let mut config = sh(&pod, SLEEP);
+        config["mounts"] = json!([mount(&data, "/data", false), mount(&settings, "/settings", true)]);
+        let container = pod.start(&config);
+        let seen = container.exec(&[
+            "sh",
+            "-c",
+            "stat -c %u:%g /data /settings/key; cat /settings/key; echo; cd /data
+             echo mine > file; chown 5:6 file; mkdir -m 0 closed; echo x > closed/x; stat -c %u:%g file closed/x",
+        ]);
+        let of = |path: &str| fs::metadata(data.join(path)).map(|meta| (meta.uid(), meta.gid()));
+        let owners = (of("file"), of("closed/x"));
+        pod.stop();
+        fs::remove_dir_all(dir.parent().unwrap()).unwrap();
+        assert_eq!((seen.out.as_str(), seen.err.as_str()), ("0:0\n3:4\nvalue\n5:6\n0:0\n", ""));
+        assert_eq!(owners.0.unwrap(), (owner + 5, owner + 6));
+        assert_eq!(owners.1.unwrap(), (owner, owner));
+    });
+}
+
+#[test]
+fn processes_of_a_pod_are_shared() {
+    pods("userns-pids", |pods| {
+        let mut config = mapped(pods.config());
+        config["linux"]["security_context"]["namespace_options"]["pid"] = json!("POD");
+        let pod = pods.run(config);
+        let with = |script: &str| {
+            let mut config = sh(&pod, script);
+            config["linux"]["security_context"]["namespace_options"]["pid"] = json!("POD");
+            pod.start(&config)
+        };
+        let (first, second) = (with(SLEEP), with("exec sleep 54321"));
+        assert_eq!(first.sh("readlink /proc/self/ns/pid"), second.sh("readlink /proc/self/ns/pid"));
+        // Not what this script's own command line has in it.
+        let find = "grep -l '5432[1]' /proc/[0-9]*/cmdline | cut -d / -f 3";
+        assert_eq!(first.sh(&format!("{find} | wc -l")), "1");
+        first.sh(&format!("kill -KILL $({find})"));
+        assert_eq!(second.wait().0, 137);
+        assert_eq!(first.sh("echo still"), "still");
+    });
+}
+
+#[test]
+fn what_else_a_container_has_stays() {
+    pods("userns-else", |pods| {
+        let pod = pod(pods);
+        let mut config = sh(&pod, &format!("tty; echo out > /dev/tty; stat -c %u /dev/tty $(tty); {SLEEP}"));
+        config["tty"] = json!(true);
+        config["linux"]["security_context"]["readonly_rootfs"] = json!(true);
+        config["linux"]["security_context"]["no_new_privs"] = json!(true);
+        config["linux"]["security_context"]["seccomp"] = json!({ "profile_type": "RuntimeDefault" });
+        let container = pod.start(&config);
+        container.wait_for("out");
+        assert!(container.log().contains("/dev/pts/0"), "{}", container.log());
+        assert_eq!(
+            container.sh("grep -E 'Seccomp:|NoNewPrivs' /proc/self/status | tr -d '\\t\\n'"),
+            "NoNewPrivs:1Seccomp:2"
+        );
+        let denied = container.exec(&["touch", "/x"]);
+        assert!(denied.code != 0 && denied.err.contains("ead-only"), "{denied:?}");
+        // Root here is no root where the namespaces of others are.
+        let denied =
+            container.exec(&["sh", "-c", "mknod /dev/shm/disk b 8 0; mount -t tmpfs x /mnt; date -s 2001-01-01"]);
+        assert_eq!(
+            denied.err.to_lowercase().matches(": permission denied").count()
+                + denied.err.matches("not permitted").count(),
+            3,
+            "{denied:?}"
+        );
+    });
+}
+
+#[test]
+fn containers_with_other_users_are_refused() {
+    pods("userns-other", |pods| {
+        let pod = pod(pods);
+        let mut config = sh(&pod, "true");
+        config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE + 65536);
+        let container = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
+        let error = refused("CreateContainer", &container);
+        assert!(error.contains("user namespace config"), "{error}");
+        // Nor does one run without the namespace in a pod that has it.
+        let none = json!({ "pod_sandbox_id": pod.id, "config": pod.sh("true"), "sandbox_config": pod.config });
+        let error = refused("CreateContainer", &none);
+        assert!(error.contains("user namespace config"), "{error}");
+    });
+}
+
+#[test]
+fn a_shim_that_is_the_sandbox_has_user_namespaces() {
+    if maps_mounts() && husk_e2e::runtime() != husk_e2e::RUNC {
+        pods_of("userns-sandbox", "husk-sandbox", root_is_mapped);
+    }
+}
+
+#[test]
+fn the_kubelet_is_told() {
+    if maps_mounts() && husk_e2e::runtime() != husk_e2e::RUNC {
+        let status = call("Status", &json!({}));
+        let handlers = status["runtime_handlers"].as_array().cloned().unwrap_or_default();
+        let handler = handlers.iter().find(|handler| handler["name"] == "husk-userns");
+        let features = &handler.unwrap_or_else(|| panic!("{status}"))["features"];
+        assert_eq!(features["user_namespaces"], true, "{status}");
+        assert_eq!(features["recursive_read_only_mounts"], true, "{status}");
+        pods_of("userns-handler", "husk-userns", root_is_mapped);
+    }
+}
