@@ -10,32 +10,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{Pod, call, pod::Pods, pods, pods_of, refused};
-use serde_json::{Value, json};
-
-/// The first id of the pod's on the node.
-const BASE: u32 = 65536 * 5;
-
-fn options(base: u32) -> Value {
-    let ids = json!([{ "host_id": base, "container_id": 0, "length": 65536 }]);
-    json!({ "mode": "POD", "uids": ids, "gids": ids })
-}
-
-/// Asks for the user namespace in a pod's or a container's configuration.
-fn mapped(mut config: Value) -> Value {
-    config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE);
-    config
-}
-
-fn pod(pods: &Pods) -> Pod {
-    pods.run(mapped(pods.config()))
-}
-
-fn sh(pod: &Pod, script: &str) -> Value {
-    mapped(pod.sh(script))
-}
-
-const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
+use husk_e2e::cri::userns::{BASE, SLEEP, mapped, options, pod, root_is_mapped, sh};
+use husk_e2e::cri::{pods, refused};
+use serde_json::json;
 
 /// Whether containerd maps mounts: 1.7 gives the image a copy of its own, and volumes are as they are.
 fn maps_mounts() -> bool {
@@ -46,47 +23,6 @@ fn maps_mounts() -> bool {
 #[test]
 fn root_of_a_pod_is_nobody_else() {
     pods("userns", root_is_mapped);
-}
-
-fn root_is_mapped(pods: &Pods) {
-    let pod = pod(pods);
-    let first = pod.start(&sh(&pod, &format!("cat /proc/self/uid_map; {SLEEP}")));
-    first.wait_for("65536");
-    let map = format!("0 {BASE} 65536");
-    let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    for file in ["uid_map", "gid_map"] {
-        assert_eq!(words(first.sh(&format!("cat /proc/self/{file}"))), map, "by exec");
-    }
-    assert!(words(first.log()).contains(&map), "{}", first.log());
-    // Its own image is its root's, and it may do there what root may.
-    assert_eq!(first.sh("id -u; id -g; stat -c %u:%g / /bin /bin/busybox /etc/passwd | sort -u"), "0\n0\n0:0");
-    assert_eq!(first.sh("touch /new && chown 7:8 /new && stat -c %u:%g /new && rm /new"), "7:8");
-    assert_eq!(first.sh("mkdir -p /a/b && chmod 700 /a && stat -c %u:%g /a/b"), "0:0");
-    // As in a pod without one: file systems, devices, the pod's name.
-    assert_eq!(first.sh("echo x > /dev/null; stat -f -c %T /proc /sys /dev/shm"), "proc\nsysfs\ntmpfs");
-    assert_eq!(first.sh("touch /dev/shm/x && stat -c %u:%g /dev/shm/x; rm /dev/shm/x; hostname"), {
-        format!("0:0\n{}", pod.config["hostname"].as_str().unwrap())
-    });
-    // A second container is in the same user namespace, its network and its memory.
-    let second = pod.start(&sh(&pod, SLEEP));
-    for kind in ["user", "net", "ipc"] {
-        let link = format!("readlink /proc/self/ns/{kind}");
-        assert_eq!(first.sh(&link), second.sh(&link), "{kind}");
-    }
-    assert_eq!(first.sh("echo seen > /dev/shm/y; stat -c %a /dev/shm"), "1777");
-    assert_eq!(second.sh("cat /dev/shm/y"), "seen");
-    // Another user of the image is as mapped as root.
-    let mut config = sh(&pod, "id -u; id -G; echo out; sleep 100000");
-    config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1234 });
-    config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1001 });
-    config["linux"]["security_context"]["supplemental_groups"] = json!([1002]);
-    config["working_dir"] = json!("/made/by/runtime");
-    let user = pod.start(&config);
-    user.wait_for("out");
-    assert_eq!(user.sh("id -u; id -G; pwd; stat -c %u:%g /made/by"), "1234\n1001 1002\n/made/by/runtime\n0:0");
-    second.stop(0);
-    second.remove();
-    assert_eq!(first.sh("echo still"), "still");
 }
 
 #[test]
@@ -214,24 +150,4 @@ fn containers_with_other_users_are_refused() {
         let error = refused("CreateContainer", &none);
         assert!(error.contains("user namespace config"), "{error}");
     });
-}
-
-#[test]
-fn a_shim_that_is_the_sandbox_has_user_namespaces() {
-    if maps_mounts() && husk_e2e::runtime() != husk_e2e::RUNC {
-        pods_of("userns-sandbox", "husk-sandbox", root_is_mapped);
-    }
-}
-
-#[test]
-fn the_kubelet_is_told() {
-    if maps_mounts() && husk_e2e::runtime() != husk_e2e::RUNC {
-        let status = call("Status", &json!({}));
-        let handlers = status["runtime_handlers"].as_array().cloned().unwrap_or_default();
-        let handler = handlers.iter().find(|handler| handler["name"] == "husk-userns");
-        let features = &handler.unwrap_or_else(|| panic!("{status}"))["features"];
-        assert_eq!(features["user_namespaces"], true, "{status}");
-        assert_eq!(features["recursive_read_only_mounts"], true, "{status}");
-        pods_of("userns-handler", "husk-userns", root_is_mapped);
-    }
 }

@@ -4,6 +4,7 @@ mod grpc;
 pub mod manifest;
 pub mod pod;
 pub mod stream;
+pub mod userns;
 
 use std::sync::OnceLock;
 use std::time::Duration;

@@ -1,0 +1,76 @@
+//! Pods with a user namespace (`hostUsers: false`), as the kubelet asks for them.
+
+use serde_json::{Value, json};
+
+use super::pod::{Pod, Pods};
+
+/// The first id of the pod's on the node.
+pub const BASE: u32 = 65536 * 5;
+
+/// One range of users and groups from `base` on.
+pub fn options(base: u32) -> Value {
+    let ids = json!([{ "host_id": base, "container_id": 0, "length": 65536 }]);
+    json!({ "mode": "POD", "uids": ids, "gids": ids })
+}
+
+/// Asks for the user namespace in a pod's or a container's configuration.
+pub fn mapped(mut config: Value) -> Value {
+    config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE);
+    config
+}
+
+/// A pod with one.
+pub fn pod(pods: &Pods) -> Pod {
+    pods.run(mapped(pods.config()))
+}
+
+/// A container's configuration, in such a pod.
+pub fn sh(pod: &Pod, script: &str) -> Value {
+    mapped(pod.sh(script))
+}
+
+/// A container that stays until it is told to end.
+pub const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
+
+/// Root of the pod is another user outside, in each container and each exec.
+#[track_caller]
+pub fn root_is_mapped(pods: &Pods) {
+    let pod = pod(pods);
+    let first = pod.start(&sh(&pod, &format!("cat /proc/self/uid_map; {SLEEP}")));
+    first.wait_for("65536");
+    let map = format!("0 {BASE} 65536");
+    let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    for file in ["uid_map", "gid_map"] {
+        assert_eq!(words(first.sh(&format!("cat /proc/self/{file}"))), map, "by exec");
+    }
+    assert!(words(first.log()).contains(&map), "{}", first.log());
+    // Its own image is its root's, and it may do there what root may.
+    assert_eq!(first.sh("id -u; id -g; stat -c %u:%g / /bin /bin/busybox /etc/passwd | sort -u"), "0\n0\n0:0");
+    assert_eq!(first.sh("touch /new && chown 7:8 /new && stat -c %u:%g /new && rm /new"), "7:8");
+    assert_eq!(first.sh("mkdir -p /a/b && chmod 700 /a && stat -c %u:%g /a/b"), "0:0");
+    // As in a pod without one: file systems, devices, the pod's name.
+    assert_eq!(first.sh("echo x > /dev/null; stat -f -c %T /proc /sys /dev/shm"), "proc\nsysfs\ntmpfs");
+    assert_eq!(first.sh("touch /dev/shm/x && stat -c %u:%g /dev/shm/x; rm /dev/shm/x; hostname"), {
+        format!("0:0\n{}", pod.config["hostname"].as_str().unwrap())
+    });
+    // A second container is in the same user namespace, its network and its memory.
+    let second = pod.start(&sh(&pod, SLEEP));
+    for kind in ["user", "net", "ipc"] {
+        let link = format!("readlink /proc/self/ns/{kind}");
+        assert_eq!(first.sh(&link), second.sh(&link), "{kind}");
+    }
+    assert_eq!(first.sh("echo seen > /dev/shm/y; stat -c %a /dev/shm"), "1777");
+    assert_eq!(second.sh("cat /dev/shm/y"), "seen");
+    // Another user of the image is as mapped as root.
+    let mut config = sh(&pod, "id -u; id -G; echo out; sleep 100000");
+    config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1234 });
+    config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1001 });
+    config["linux"]["security_context"]["supplemental_groups"] = json!([1002]);
+    config["working_dir"] = json!("/made/by/runtime");
+    let user = pod.start(&config);
+    user.wait_for("out");
+    assert_eq!(user.sh("id -u; id -G; pwd; stat -c %u:%g /made/by"), "1234\n1001 1002\n/made/by/runtime\n0:0");
+    second.stop(0);
+    second.remove();
+    assert_eq!(first.sh("echo still"), "still");
+}
