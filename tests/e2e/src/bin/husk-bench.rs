@@ -44,7 +44,7 @@ enum What {
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
         /// Output of each run in MiB.
-        #[arg(long, default_value_t = 1024)]
+        #[arg(long, default_value_t = 128)]
         mib: u64,
     },
 }
@@ -86,8 +86,9 @@ fn main() -> Result<()> {
 fn exec(runs: u32, mib: u64) {
     let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
     pods_of("bench-exec-runc", "runc", |runc| {
+        let beside = runc.pod().sleeper();
         pods_of("bench-exec-husk", "husk", |husk| {
-            let containers = [runc.pod().sleeper(), husk.pod().sleeper()];
+            let containers = [beside, husk.pod().sleeper()];
             for round in 0..=runs {
                 for ((name, rates), container) in rates.iter_mut().zip(&containers) {
                     let rate = exec_once(container, mib);
