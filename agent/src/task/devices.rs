@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use libcontainer::oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 use nix::sys::stat::{major, minor};
 
-/// Directories below /dev that are mounts of the container's own (containerd 2.2, `pkg/oci/utils_unix.go`).
+/// Directories below /dev that are mounts of the container's own (as containerd's `pkg/oci/utils_unix.go` has them).
 const MOUNTS: [&str; 4] = ["pts", "shm", "fd", "mqueue"];
 /// What libcontainer makes by itself, or, the last two, makes a link or the terminal of.
 const MADE: [&str; 8] = ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "console"];

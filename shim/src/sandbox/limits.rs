@@ -25,14 +25,32 @@ pub fn set(path: &Path, limits: &HostLimits, guest_mib: u64) {
     let memory = if limits.memory { host_bytes(guest_mib).to_string() } else { "max".to_owned() };
     let quota = limits.millis.map(|millis| millis.saturating_mul(PERIOD) / 1000);
     let cpu = quota.map_or("max".to_owned(), |quota| quota.to_string());
-    // Without a list it has the processors of the cgroup above.
-    let cpus = limits.cpus.as_ref().map(ToString::to_string).unwrap_or_default();
+    // Without a list it has the processors of the cgroup above. A line of nothing is one, nothing at all is no write.
+    let cpus = limits.cpus.as_ref().map_or("\n".to_owned(), ToString::to_string);
     for (file, value) in [("memory.max", memory), ("cpu.max", format!("{cpu} {PERIOD}")), ("cpuset.cpus", cpus)] {
-        if value.is_empty() && !path.join(file).exists() {
+        if limits.cpus.is_none() && file == "cpuset.cpus" && !path.join(file).exists() {
             continue;
         }
         if let Err(error) = std::fs::write(path.join(file), &value) {
             tracing::warn!(%error, file, value, "the host's limit is not set");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_of_processors_comes_and_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let cpus = || std::fs::read_to_string(dir.path().join("cpuset.cpus")).ok();
+        set(dir.path(), &HostLimits::default(), 100);
+        assert_eq!(cpus(), None);
+        set(dir.path(), &HostLimits { cpus: Some("1-3".parse().unwrap()), ..HostLimits::default() }, 100);
+        assert_eq!(cpus().as_deref(), Some("1-3"));
+        // Without the line break nothing would be written, and the kernel keep the set.
+        set(dir.path(), &HostLimits::default(), 100);
+        assert_eq!(cpus().as_deref(), Some("\n"));
     }
 }

@@ -239,9 +239,13 @@ impl Sandbox {
     }
 
     /// Waits until the guest has the network that the host has by now.
-    pub async fn settle_network(&self) {
-        if let Some(follower) = self.follower.get() {
-            follower.settle().await;
+    ///
+    /// # Errors
+    /// Why the guest does not get what is new, the whole chain as text.
+    pub async fn settle_network(&self) -> Result<(), String> {
+        match self.follower.get() {
+            Some(follower) => follower.settle().await,
+            None => Ok(()),
         }
     }
 

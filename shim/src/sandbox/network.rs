@@ -33,8 +33,8 @@ enum FollowError {
     Guest(#[source] ttrpc::Error),
 }
 
-/// A request to take over what has changed by now, and the answer when it is.
-type Ask = oneshot::Sender<()>;
+/// A request to take over what has changed by now, and the answer when it is: why it cannot be, the whole chain as text.
+type Ask = oneshot::Sender<Result<(), String>>;
 
 /// What carries changes over.
 pub struct Follower(mpsc::UnboundedSender<Ask>);
@@ -54,12 +54,14 @@ impl Follower {
         Self(ask)
     }
 
-    /// Returns when the guest has what there is by now, or cannot have it.
-    pub async fn settle(&self) {
+    /// Returns when the guest has what there is by now.
+    ///
+    /// # Errors
+    /// Why it does not get what is new.
+    pub async fn settle(&self) -> Result<(), String> {
         let (ask, answer) = oneshot::channel();
-        if self.0.send(ask).is_ok() {
-            let _ = answer.await;
-        }
+        // Nobody follows any more when the machine is gone, which the caller hears of by itself.
+        if self.0.send(ask).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
     }
 }
 
@@ -76,39 +78,49 @@ async fn watch(
         let ask = tokio::select! {
             ready = notices.readable() => {
                 ready?.clear_ready();
-                tokio::time::sleep(SETTLE).await;
-                None
+                tokio::select! {
+                    () = tokio::time::sleep(SETTLE) => None,
+                    // Whoever asks knows that there is nothing more to come.
+                    ask = asks.recv() => ask,
+                }
             }
             ask = asks.recv() => match ask {
                 Some(ask) => Some(ask),
                 None => return Ok(()),
             },
         };
+        let mut taken = Ok(());
         if drain(&notices)? {
             let (looked, result) = look(follow).await?;
             follow = looked;
-            take_over(&mut follow, result, vmm, agent).await;
+            taken = take_over(&mut follow, result, vmm, agent).await;
         }
         if let Some(ask) = ask {
             // Whoever asked may be gone.
-            let _ = ask.send(());
+            let _ = ask.send(taken);
         }
     }
 }
 
-async fn take_over(follow: &mut Follow, looked: Result<Option<Change>, NetworkError>, vmm: &Vmm, agent: &Agent) {
+async fn take_over(
+    follow: &mut Follow,
+    looked: Result<Option<Change>, NetworkError>,
+    vmm: &Vmm,
+    agent: &Agent,
+) -> Result<(), String> {
     let (result, taps) = match looked {
-        Ok(None) => return,
+        Ok(None) => return Ok(()),
         Ok(Some(mut change)) => (carry(&mut change, vmm, agent).await, change.taps),
         Err(error) => (Err(error.into()), Vec::new()),
     };
-    match result {
-        Ok(()) => tracing::info!("the pod's network has changed"),
-        Err(error) => {
-            follow.forget(&taps);
-            tracing::warn!(error = crate::chain(&error), "a change of the pod's network does not reach the guest");
-        }
+    if let Err(error) = result {
+        follow.forget(&taps);
+        let error = crate::chain(&error);
+        tracing::warn!(error, "a change of the pod's network does not reach the guest");
+        return Err(error);
     }
+    tracing::info!("the pod's network has changed");
+    Ok(())
 }
 
 /// Takes all notices there are; whether there was one.

@@ -24,9 +24,11 @@ impl Shim {
     pub(super) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
         let process = &container.init;
         let agent = self.agent()?;
+        // Whoever made the sandbox may have made its network since; the containers that come later have it already.
+        if container.is_pause() || self.containers.is_only(&container.id) {
+            self.sandbox.settle_network().await.map_err(Refusal::Failed)?;
+        }
         process.begin_start()?;
-        // Whoever made the container may have made its network since.
-        self.sandbox.settle_network().await;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
         if !container.is_pause()
             && let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await
