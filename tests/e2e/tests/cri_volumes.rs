@@ -55,9 +55,7 @@ fn changes_of_a_config_map_are_noticed() {
         fs::create_dir_all(&volume).unwrap();
         publish(&volume, "..1", "first");
         let pod = pods.pod();
-        let mut config = pod.sh("");
-        config["image"]["image"] = json!(PYTHON);
-        config["command"] = json!(["python3", "-c", WATCH]);
+        let mut config = pod.python(WATCH);
         config["mounts"] =
             json!([{ "host_path": volume.to_string_lossy(), "container_path": "/config", "readonly": true }]);
         let container = pod.start(&config);
@@ -147,9 +145,7 @@ fn sockets_and_locks_of_a_volume_work_between_containers() {
         fs::create_dir_all(&volume).unwrap();
         let pod = pods.pod();
         let python = |program: &str| {
-            let mut config = pod.sh("");
-            config["image"]["image"] = json!(PYTHON);
-            config["command"] = json!(["python3", "-c", program]);
+            let mut config = pod.python(program);
             config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
             pod.start(&config)
         };

@@ -91,9 +91,7 @@ fn files_behave_as_files_do() {
         let volume = pods.dir().join("volume");
         fs::create_dir_all(&volume).unwrap();
         let pod = pods.pod();
-        let mut config = pod.sh("");
-        config["image"]["image"] = json!(PYTHON);
-        config["command"] = json!(["python3", "-c", FILES]);
+        let mut config = pod.python(FILES);
         config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume" }]);
         let container = pod.start(&config);
         let (code, _) = container.wait();

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Status, bytes, call, handler, number, try_call, try_call_within};
 use crate::leftovers::Snapshot;
-use crate::{BUSYBOX, KUBERNETES, PAUSE, node};
+use crate::{BUSYBOX, KUBERNETES, PAUSE, PYTHON, node};
 
 /// How long the node may take to come to rest after a test.
 const SETTLE: Duration = Duration::from_secs(20);
@@ -185,6 +185,14 @@ impl Pod {
             "log_path": format!("{name}.log"),
             "linux": { "resources": {}, "security_context": KUBELET.clone() },
         })
+    }
+
+    /// The configuration of a container that runs a Python program; [`need_image`] has its image there.
+    pub fn python(&self, program: &str) -> Value {
+        let mut config = self.sh("");
+        config["image"]["image"] = PYTHON.into();
+        config["command"] = json!(["python3", "-c", program]);
+        config
     }
 
     /// Creates a container without starting it.
