@@ -46,5 +46,11 @@ pub const GUEST_PIDS: &str = "/run/husk/pids";
 /// containers of a Kubernetes pod share at `/dev/shm`.
 pub const GUEST_SHM: &str = "/run/husk/shm";
 
+/// Where the guest mounts volumes of its own (in memory, of huge pages), by their names.
+pub const GUEST_VOLUMES: &str = "/run/husk/volumes";
+
+/// Where the guest binds directories of such volumes, `<container>/<mount>`.
+pub const GUEST_SUBPATHS: &str = "/run/husk/subpaths";
+
 /// Where the guest keeps its copies of mirrored volumes, `<container>/<mount>`.
 pub const GUEST_MIRRORS: &str = "/run/husk/mirrors";

@@ -106,6 +106,7 @@ fn config() -> VmConfig {
         max_vcpus: 1,
         memory_mib: 256,
         max_memory_mib: 0,
+        huge_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),

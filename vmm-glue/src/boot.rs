@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use linux_loader::loader::{Elf, KernelLoader};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot_params::{self, BootData, SEED_LEN};
@@ -19,6 +19,7 @@ use crate::bus::Bus;
 use crate::child::Reporter;
 use crate::config::check::Checked;
 use crate::event_loop::{EventLoop, LoopError};
+use crate::memory::hotplug::Backing;
 use crate::memory::{self, MemoryError, hotplug};
 use crate::serial::Console;
 use crate::timing::Timing;
@@ -140,10 +141,9 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let ram_end = memory_size.min(layout::HOLE_START);
     memory::prefault(&ram, &dense(memory_size, kernel_len, initrd_len))?;
     memory::give_to(&vm, &ram)?;
-    let (memory, hotplug) = match hotplug::range(memory_size, config.max_memory_mib << 20) {
-        Some((start, len)) => hotplug::reserve(&ram, start, len).map(|(memory, hotplug)| (memory, Some(hotplug)))?,
-        None => (ram, None),
-    };
+    let (memory, growth) = reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
+    let behind = hotplug::huge_range(memory_size, memory.last_addr().0 + 1, config.huge_mib << 20);
+    let (memory, huge) = reserve(memory, behind, Backing::Huge)?;
     timing.step("memory");
     let loaded =
         Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
@@ -235,7 +235,6 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let event_loop = EventLoop::start(devices, reporter.clone())?;
     let vcpus = Vcpus::start(vcpus, maker, &bus, reporter)?;
     timing.step("threads");
-    let growth = hotplug.map_or(Growth::None, Growth::Reserved);
     Ok(Vm {
         vcpus,
         event_loop,
@@ -243,6 +242,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         vsock,
         balloon,
         growth,
+        huge,
         kvm: vm,
         _vmgenid: vmgenid,
         running: false,
@@ -311,6 +311,20 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
             Err(error) if error.errno() == libc::EINTR => {}
             result => return result.map_err(|error| BootError::Kvm("KVM_CREATE_VM", error)),
         }
+    }
+}
+
+/// Keeps addresses for memory that may be plugged in, if there is to be any.
+fn reserve(
+    memory: GuestMemory,
+    range: Option<(u64, u64)>,
+    backing: Backing,
+) -> Result<(GuestMemory, Growth), MemoryError> {
+    match range {
+        Some(range) => {
+            hotplug::reserve(&memory, range, backing).map(|(memory, hotplug)| (memory, Growth::Reserved(hotplug)))
+        }
+        None => Ok((memory, Growth::None)),
     }
 }
 

@@ -85,12 +85,12 @@ fn serve(machine: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<O
         (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
         (Call::AttachBlk(config), Some(vm)) => attached(vm.attach_blk(&config, fds)),
         (Call::Vcpus { count }, Some(vm)) => done(vm.grow_vcpus(count)),
-        (Call::AttachMemory, Some(vm)) => attached(vm.attach_mem()),
-        (Call::PluggedMemory, Some(vm)) => Ok(Answer::Memory { plugged_mib: vm.plugged_mib() }),
-        (Call::Memory { mib }, Some(vm)) => {
+        (Call::AttachMemory(pages), Some(vm)) => attached(vm.attach_mem(pages)),
+        (Call::PluggedMemory(pages), Some(vm)) => Ok(Answer::Memory { plugged_mib: vm.plugged_mib(pages) }),
+        (Call::Memory { pages, mib }, Some(vm)) => {
             let told = reporter.clone();
             let reached = move |bytes| told.answer(seq, Ok(Answer::Memory { plugged_mib: bytes >> 20 }), None);
-            match vm.request_memory(mib, Box::new(reached)) {
+            match vm.request_memory(pages, mib, Box::new(reached)) {
                 Ok(()) => return,
                 Err(error) => Err(chain(&error)),
             }

@@ -21,6 +21,9 @@ pub struct VmConfig {
     pub memory_mib: u64,
     /// Guest memory there may be later, in MiB: only addresses are kept for it. None of it where it is not more.
     pub max_memory_mib: u64,
+    /// Huge pages of 2 MiB there may be later, in MiB: only addresses are kept for them. They come in addition, and of
+    /// the host's pool.
+    pub huge_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: FdIndex,
     /// The guest kernel: an uncompressed x86-64 ELF image.

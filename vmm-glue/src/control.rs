@@ -49,15 +49,17 @@ pub enum Call {
         count: u8,
     },
     /// Plugs in the device that memory comes by, once; the answer is `Attached`, and the same slot any later time.
-    AttachMemory,
+    AttachMemory(Pages),
     /// Asks the guest to have this many MiB plugged in beside those of the start. The answer, `Memory`, is held back
     /// until it has, or until the next such request.
     Memory {
+        /// Of which kind.
+        pages: Pages,
         /// MiB, rounded up to a whole block.
         mib: u64,
     },
     /// Asks how much is plugged in now; the answer is `Memory`.
-    PluggedMemory,
+    PluggedMemory(Pages),
     /// Asks for a pid of the host that stands for one container; the answer is `Pid`.
     TakePid,
     /// The container is gone.
@@ -67,6 +69,15 @@ pub enum Call {
     },
     /// Ends the process; the guest gets no warning (the agent's Shutdown comes first in an orderly stop).
     Stop,
+}
+
+/// Of what the host makes memory that is plugged in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pages {
+    /// What it has.
+    Ordinary,
+    /// Huge pages of its pool.
+    Huge,
 }
 
 /// From VMM to shim.

@@ -8,6 +8,7 @@ use kvm_ioctls::VmFd;
 
 use crate::config::check::{self, ConfigError};
 use crate::config::{BlkConfig, NetConfig};
+use crate::control::Pages;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::memory::MemoryError;
 use crate::memory::hotplug::Hotplug;
@@ -55,9 +56,9 @@ pub enum VmError {
     /// The vCPUs did not come.
     #[error("cannot make vCPUs")]
     Vcpus(#[from] VcpuError),
-    /// No memory was reserved, or its device is not attached, or could not be.
-    #[error("the machine has no memory device")]
-    NoGrowth,
+    /// No memory of the kind was reserved, or its device is not attached, or could not be.
+    #[error("the machine has no device for memory of pages of this kind: {0:?}")]
+    NoGrowth(Pages),
     /// The memory cannot be had.
     #[error("cannot plug in memory")]
     Memory(#[from] MemoryError),
@@ -74,6 +75,7 @@ pub struct Vm {
     pub(crate) vsock: Arc<Mutex<Vsock>>,
     pub(crate) balloon: Option<Arc<Mutex<Balloon>>>,
     pub(crate) growth: Growth,
+    pub(crate) huge: Growth,
     pub(crate) kvm: Arc<VmFd>,
     /// To be renewed when a machine is restored from a snapshot.
     pub(crate) _vmgenid: VmGenId,
@@ -166,31 +168,28 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError`].
-    pub fn attach_mem(&mut self) -> Result<u32, VmError> {
+    pub fn attach_mem(&mut self, pages: Pages) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused);
         }
-        match std::mem::replace(&mut self.growth, Growth::None) {
-            Growth::None => Err(VmError::NoGrowth),
-            Growth::Attached(slot, device) => {
-                self.growth = Growth::Attached(slot, device);
-                Ok(slot)
-            }
+        let (slot, device) = match std::mem::replace(self.growth_mut(pages), Growth::None) {
+            Growth::None => return Err(VmError::NoGrowth(pages)),
+            Growth::Attached(slot, device) => (slot, device),
             Growth::Reserved(range) => {
                 let device = Arc::new(Mutex::new(Mem::new(range).map_err(VmError::Mem)?));
-                let slot = self.attach(device.clone())?;
-                self.growth = Growth::Attached(slot, device);
-                Ok(slot)
+                (self.attach(device.clone())?, device)
             }
-        }
+        };
+        *self.growth_mut(pages) = Growth::Attached(slot, device);
+        Ok(slot)
     }
 
     /// Asks the guest to have so many MiB plugged in; `reached` learns how many bytes are once it has.
     ///
     /// # Errors
     /// [`VmError`]; `reached` is dropped then.
-    pub fn request_memory(&self, mib: u64, reached: Reached) -> Result<(), VmError> {
-        let Growth::Attached(_, device) = &self.growth else { return Err(VmError::NoGrowth) };
+    pub fn request_memory(&self, pages: Pages, mib: u64, reached: Reached) -> Result<(), VmError> {
+        let Growth::Attached(_, device) = self.growth(pages) else { return Err(VmError::NoGrowth(pages)) };
         let bytes = mib.saturating_mul(1 << 20);
         let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
         let extent = device.extent(bytes);
@@ -199,10 +198,24 @@ impl Vm {
     }
 
     /// MiB plugged in at present.
-    pub fn plugged_mib(&self) -> u64 {
-        match &self.growth {
+    pub fn plugged_mib(&self, pages: Pages) -> u64 {
+        match self.growth(pages) {
             Growth::Attached(_, device) => device.lock().unwrap_or_else(PoisonError::into_inner).plugged() >> 20,
             _ => 0,
+        }
+    }
+
+    fn growth(&self, pages: Pages) -> &Growth {
+        match pages {
+            Pages::Ordinary => &self.growth,
+            Pages::Huge => &self.huge,
+        }
+    }
+
+    fn growth_mut(&mut self, pages: Pages) -> &mut Growth {
+        match pages {
+            Pages::Ordinary => &mut self.growth,
+            Pages::Huge => &mut self.huge,
         }
     }
 

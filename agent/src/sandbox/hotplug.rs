@@ -8,6 +8,9 @@ const PROCESSORS: &str = "/sys/devices/system/cpu";
 /// Settings of memory that is plugged in.
 const MEMORY: &str = "/sys/module/memory_hotplug/parameters";
 
+/// How many huge pages of 2 MiB the kernel keeps (Documentation/admin-guide/mm/hugetlbpage.rst).
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
 /// Why processors did not come or go.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessorError {
@@ -63,6 +66,17 @@ pub fn prefer_movable() {
             tracing::debug!("memory_hotplug.{name}: {error}");
         }
     }
+}
+
+/// Has the kernel keep so many huge pages of 2 MiB; returns how many it has. It looks for them in all of its memory, and
+/// moves what is in the way: not for the executor's thread.
+///
+/// # Errors
+/// What the kernel says.
+pub fn huge_pages(count: u64) -> io::Result<u64> {
+    std::fs::write(HUGE_PAGES, count.to_string())?;
+    let text = std::fs::read_to_string(HUGE_PAGES)?;
+    text.trim().parse().map_err(io::Error::other)
 }
 
 /// The numbers of a list like `0-3,7`, ascending.

@@ -11,6 +11,7 @@ mod network;
 pub mod service;
 mod slots;
 pub mod users;
+pub mod volume;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};

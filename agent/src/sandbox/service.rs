@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    Event, EventsRequest, MirrorRequest, MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest,
-    ProcessorsResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse,
+    Event, EventsRequest, HugePagesRequest, HugePagesResponse, MirrorRequest, MirrorResponse, NetworkRequest,
+    NetworkResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse,
+    ShutdownRequest, ShutdownResponse, VolumeRequest, VolumeResponse,
 };
 use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
@@ -15,6 +16,7 @@ use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use super::mirror::Mirrors;
 use super::network::{Asked, Network};
 use super::users::Users;
+use super::volume::Volumes;
 use super::{Sandbox, apply, hotplug, namespaces, slots};
 use crate::events::Hub;
 use crate::log::chain;
@@ -25,13 +27,14 @@ pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: Hub,
     mirrors: Arc<Mirrors>,
+    volumes: Arc<Volumes>,
     network: Network,
 }
 
 impl SandboxService {
     /// A service for `sandbox`, with the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
-        Self { sandbox, hub, mirrors: Arc::default(), network: Network::default() }
+        Self { sandbox, hub, mirrors: Arc::default(), volumes: Arc::default(), network: Network::default() }
     }
 }
 
@@ -114,6 +117,20 @@ impl agent_ttrpc::Sandbox for SandboxService {
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|error| failed("mirrored volume", &error))?;
         Ok(MirrorResponse::new())
+    }
+
+    async fn volume(&self, _: &TtrpcContext, request: VolumeRequest) -> ttrpc::Result<VolumeResponse> {
+        let volumes = Arc::clone(&self.volumes);
+        let made = tokio::task::spawn_blocking(move || volumes.make(&request)).await;
+        made.map_err(|error| failed("volume", &error))?.map_err(|error| failed("volume", &error))?;
+        Ok(VolumeResponse::new())
+    }
+
+    async fn huge_pages(&self, _: &TtrpcContext, request: HugePagesRequest) -> ttrpc::Result<HugePagesResponse> {
+        let made = tokio::task::spawn_blocking(move || hotplug::huge_pages(request.count)).await;
+        let count =
+            made.map_err(|error| failed("huge pages", &error))?.map_err(|error| failed("huge pages", &error))?;
+        Ok(HugePagesResponse { count, ..Default::default() })
     }
 
     async fn processors(&self, _: &TtrpcContext, request: ProcessorsRequest) -> ttrpc::Result<ProcessorsResponse> {

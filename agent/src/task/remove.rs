@@ -55,6 +55,7 @@ impl Tasks {
         alone.retain(|path| !self.is_shared(path, &container.id));
         let _ = tokio::task::spawn_blocking(move || volumes::leave(&alone)).await;
         crate::sandbox::mirror::remove(&container.id);
+        crate::sandbox::volume::remove(&container.id);
         for path in [&container.dir, &Path::new(STATE).join(&container.id)] {
             match std::fs::remove_dir_all(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

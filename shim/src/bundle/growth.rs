@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::cpuset::CpuSet;
 use super::spec::{Cpu, Memory, Resources};
+use super::update::HUGE_PAGE;
 
 const MIB: u64 = 1 << 20;
 /// cgroups' default period in microseconds, where only a quota is given.
@@ -30,6 +31,8 @@ pub struct Limits {
     pub cpus: Option<CpuSet>,
     /// Bytes.
     pub memory: Option<u64>,
+    /// Bytes of huge pages, none where there is no limit: nobody gets some who does not ask for them.
+    pub huge: u64,
 }
 
 /// A virtual machine's size.
@@ -86,7 +89,7 @@ impl Limits {
     }
 
     fn change(&mut self, resources: &Resources) {
-        let Resources { cpu, memory } = resources;
+        let Resources { cpu, memory, huge } = resources;
         // A quota of 0 and a period alone mean that nothing was said; -1 is no limit.
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
             self.millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
@@ -96,6 +99,9 @@ impl Limits {
         }
         if let Some(limit) = memory.as_ref().and_then(|memory: &Memory| memory.limit).filter(|&limit| limit != 0) {
             self.memory = u64::try_from(limit).ok();
+        }
+        if let Some(pages) = huge.iter().find(|pages| pages.page_size == HUGE_PAGE) {
+            self.huge = pages.limit;
         }
     }
 }
@@ -128,11 +134,12 @@ impl Growth {
     /// and a pod of ten does not touch ten times the bookkeeping.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
-        let memory = containers.map(|limits| limits.memory);
+        let memory = containers.clone().map(|limits| limits.memory);
         let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
         let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
         // The default is that of a whole machine, with the overhead in it.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
+        let free = free.saturating_add(books_mib(self.huge_mib(containers.clone())));
         let memory_mib = if none { self.boot.memory_mib } else { bytes.div_ceil(MIB).saturating_add(free) };
         let least = if start { self.boot } else { Size { vcpus: 1, memory_mib: 0 } };
         Size {
@@ -150,6 +157,11 @@ impl Growth {
         let millis = each.clone().flatten().fold(0u64, u64::saturating_add);
         let free = if each.clone().any(|millis| millis.is_none()) { u64::from(self.default.vcpus) } else { 0 };
         u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX)
+    }
+
+    /// The huge pages that these containers may use, in MiB.
+    pub fn huge_mib<'a>(&self, containers: impl Iterator<Item = &'a Limits>) -> u64 {
+        containers.map(|limits| limits.huge).fold(0, u64::saturating_add).div_ceil(MIB)
     }
 
     /// What the host allows for these containers: a limit only where each of them has one.
@@ -172,6 +184,12 @@ impl Size {
     pub fn max(self, other: Self) -> Self {
         Self { vcpus: self.vcpus.max(other.vcpus), memory_mib: self.memory_mib.max(other.memory_mib) }
     }
+}
+
+/// What the guest's kernel needs to keep books of so many MiB that are plugged in apart: 64 bytes for each page of the
+/// blocks of 128 MiB that they lie in.
+fn books_mib(plugged_mib: u64) -> u64 {
+    plugged_mib.div_ceil(128).saturating_mul(2)
 }
 
 /// Bytes that the host allows a pod whose guest has so much memory: so much that its VMM is never what is killed for
@@ -201,7 +219,7 @@ mod tests {
     }
 
     fn limits(millis: impl Into<Option<u64>>, mib: impl Into<Option<u64>>) -> Limits {
-        Limits { millis: millis.into(), memory: mib.into().map(|mib| mib << 20), cpus: None }
+        Limits { millis: millis.into(), memory: mib.into().map(|mib| mib << 20), ..Limits::default() }
     }
 
     fn size(containers: &[Limits], start: bool) -> (u8, u64) {
@@ -240,7 +258,7 @@ mod tests {
 
     #[test]
     fn processors_limit_as_a_quota_does_and_the_host_has_all_of_them() {
-        let on = |cpus: &str, millis| Limits { millis, cpus: Some(cpus.parse().unwrap()), memory: Some(1) };
+        let on = |cpus: &str, millis| Limits { millis, cpus: Some(cpus.parse().unwrap()), memory: Some(1), huge: 0 };
         assert_eq!(size(&[on("0-3", None)], true).0, 4);
         assert_eq!(size(&[on("0-3", Some(1500))], true).0, 2);
         assert_eq!(size(&[on("2", Some(1500)), on("2", None)], true).0, 2);
@@ -248,6 +266,18 @@ mod tests {
         assert_eq!(host(&[on("0-3", None), on("6", None)]).as_deref(), Some("0-3,6"));
         assert_eq!(host(&[on("0-3", None), limits(1000, 1)]), None);
         assert_eq!(host(&[limits(1000, 1), on("0-3", None)]), None);
+    }
+
+    #[test]
+    fn huge_pages_add_up_and_the_guest_keeps_books_of_them() {
+        let huge = |mib: u64| Limits { huge: mib << 20, ..limits(1, 100) };
+        let growth = growth();
+        assert_eq!(growth.huge_mib([huge(6), huge(2), limits(1, 1)].iter()), 8);
+        assert_eq!(size(&[huge(8)], false).1, 164 + 2);
+        assert_eq!(size(&[huge(1024)], false).1, 164 + 16);
+        let update =
+            json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]});
+        assert_eq!(limits(1, 100).updated(update.to_string().as_bytes()).unwrap(), huge(4));
     }
 
     #[test]

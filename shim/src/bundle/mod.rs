@@ -21,6 +21,7 @@ pub mod growth;
 mod hooks;
 mod load;
 mod loopdev;
+mod own;
 mod prepare;
 mod rootfs;
 mod share;

@@ -5,9 +5,8 @@ use super::{
     rootfs::{self, RootMount, RootfsError},
     teardown::teardown,
     translate,
-    volumes::{self, Place, VolumeError},
+    volumes::{self, InGuest, Place, VolumeError},
 };
-use crate::mirror::Mirror;
 use serde_json::Value;
 use std::{
     collections::HashMap,
@@ -37,8 +36,8 @@ pub struct Prepared {
     pub rootfs: String,
     /// What the guest cannot honour and was left out, for the log.
     pub notes: Vec<String>,
-    /// Volumes that the guest gets copies of, before it creates the container.
-    pub mirrors: Vec<Mirror>,
+    /// Volumes that the guest gets copies of or makes, before it creates the container.
+    pub volumes: InGuest,
     /// Block devices of the host that the guest gets, before it creates the container; the specification has the host's
     /// numbers until [`super::number_anew`].
     pub disks: Vec<Disk>,
@@ -82,14 +81,14 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     }
     // What needs no mount first: a specification that cannot be has cost nothing then.
     let mut raw = bundle.raw.clone();
-    let (mut notes, mut mirrors) = (Vec::new(), Vec::new());
+    let (mut notes, mut volumes) = (Vec::new(), InGuest::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
     create(share.join(id))?; // a container of this id that is still there is not ours to take down
     let made = (|| {
         create(share.join(id).join("rootfs"))?;
         create(binds::marks(share, id))?;
-        mount(bundle, request, &mut raw, &mut notes, &mut mirrors)
+        mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = made {
         // The error that led here is the one to be seen.
@@ -97,7 +96,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         return Err(error);
     }
     let (spec, disks) = (raw.to_string().into_bytes(), disks::of(&raw));
-    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, mirrors, disks })
+    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, volumes, disks })
 }
 
 fn mount(
@@ -105,7 +104,7 @@ fn mount(
     request: &Request<'_>,
     raw: &mut Value,
     notes: &mut Vec<String>,
-    mirrors: &mut Vec<Mirror>,
+    guest: &mut InGuest,
 ) -> Result<(), PrepareError> {
     let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");
@@ -128,7 +127,7 @@ fn mount(
         kubernetes: bundle.annotation("io.kubernetes.cri.container-type").is_some(),
     };
     for (index, mount) in bundle.spec.mounts.iter().enumerate() {
-        if let Some(source) = volumes::make(mount, index, &place, notes, mirrors)?
+        if let Some(source) = volumes::make(mount, index, &place, notes, guest)?
             && let Some(mount) = raw.get_mut("mounts").and_then(|mounts| mounts.get_mut(index))
             && let Some(mount) = mount.as_object_mut()
         {

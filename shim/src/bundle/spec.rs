@@ -99,6 +99,19 @@ pub struct Resources {
     pub cpu: Option<Cpu>,
     /// Memory.
     pub memory: Option<Memory>,
+    /// Huge pages.
+    #[serde(default, rename = "hugepageLimits", deserialize_with = "or_default")]
+    pub huge: Vec<HugePages>,
+}
+
+/// A limit of huge pages of one size.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HugePages {
+    /// Such as `2MB`, which is 2 MiB (OCI runtime specification, config-linux, "Huge page limits").
+    pub page_size: String,
+    /// Bytes.
+    pub limit: u64,
 }
 
 /// CPU time.

@@ -14,6 +14,9 @@ pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
     serde_json::to_vec(&value).map_err(parse)
 }
 
+/// The size of the huge pages there are, as the specification writes 2 MiB.
+pub const HUGE_PAGE: &str = "2MB";
+
 /// Limits of block devices by number.
 const THROTTLES: [&str; 5] = [
     "weightDevice",
@@ -42,13 +45,14 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         let message = "it names a block device of the host by number, which the guest does not have";
         return Err(unsupported(format!("resources.blockIO.{key}"), message));
     }
-    if let Some(limits) = resources.get_mut("hugepageLimits").and_then(Value::as_array_mut) {
-        // Kubernetes sends a limit of 0 for each page size there is; the guest has no huge pages in any case.
-        limits.retain(|limit| limit.get("limit").and_then(Value::as_u64) != Some(0));
-        if !limits.is_empty() {
-            return Err(unsupported("resources.hugepageLimits", "the guest has no huge pages"));
+    if let Some(limits) = resources.get("hugepageLimits").and_then(Value::as_array) {
+        // Kubernetes sends a limit of 0 for each page size that the host has.
+        let some = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) != Some(0);
+        let size = |limit: &Value| limit.get("pageSize").and_then(Value::as_str).unwrap_or_default().to_owned();
+        if let Some(size) = limits.iter().filter(some).map(size).find(|size| size != HUGE_PAGE) {
+            let message = format!("huge pages of {size}: a virtual machine has those of 2MB (2 MiB) only");
+            return Err(unsupported("resources.hugepageLimits", message));
         }
-        resources.remove("hugepageLimits");
     }
     if present(resources, "rdma") {
         return Err(unsupported("resources.rdma", "the guest has no RDMA devices"));
@@ -75,12 +79,13 @@ mod tests {
             "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3", "mems": "0"},
             "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 4},
             "devices": [{"allow": false, "access": "rwm"}], "network": {"classID": 1},
-            "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}, {"pageSize": "1GB", "limit": 0}],
             "unified": {"cpuset.cpus": "1", "memory.high": "9"}, "new": 1
         });
         let to = json!({
             "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3"},
             "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 4},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}, {"pageSize": "1GB", "limit": 0}],
             "devices": [{"allow": false, "access": "rwm"}], "unified": {"memory.high": "9"}, "new": 1
         });
         assert_eq!(update(&from), Ok(to));
@@ -90,7 +95,8 @@ mod tests {
     fn what_limits_the_host_is_refused() {
         let throttle = json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}});
         assert!(update(&throttle).unwrap_err().starts_with("resources.blockIO.throttleReadBpsDevice"));
-        assert!(update(&json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 2}]})).is_err());
+        let gigantic = update(&json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 1u64 << 30}]})).unwrap_err();
+        assert!(gigantic.starts_with("resources.hugepageLimits: huge pages of 1GB"), "{gigantic}");
         assert!(update(&json!({"rdma": {"mlx5": {"hcaHandles": 1}}})).is_err());
         assert!(update(&json!([])).is_err());
         assert!(update(&json!({"cpu": 1})).unwrap_err().contains("wrong type"));

@@ -1,7 +1,8 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
-use super::{binds, devices, spec::Mount, syscall, users::Users};
+use super::{binds, devices, own, spec::Mount, syscall, users::Users};
 use crate::mirror::{self, Mirror};
+use husk_proto::agent::VolumeRequest;
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
     io,
@@ -21,6 +22,17 @@ pub enum VolumeError {
         destination: String,
         /// Why not, and what to do.
         message: String,
+    },
+    /// A volume in memory cannot be made in the guest.
+    #[error("error mounting {mount_source:?} to rootfs at {destination:?}")]
+    Own {
+        /// The mount's source.
+        mount_source: String,
+        /// Where in the container.
+        destination: String,
+        /// Why not.
+        #[source]
+        source: own::OwnError,
     },
     /// The host refused.
     #[error("error mounting {mount_source:?} to rootfs at {destination:?}: cannot {step}")]
@@ -48,6 +60,17 @@ enum Plan {
     Bind { source: OwnedFd, directory: bool, users: Option<Users> },
     /// The guest gets a copy that is kept up to date.
     Mirror { source: PathBuf, users: Option<Users> },
+    /// The guest makes one of its own.
+    Own(Box<VolumeRequest>),
+}
+
+/// What has to be done in the guest before it creates the container.
+#[derive(Debug, Default)]
+pub struct InGuest {
+    /// Volumes that it gets copies of.
+    pub mirrors: Vec<Mirror>,
+    /// Volumes that it makes.
+    pub own: Vec<VolumeRequest>,
 }
 
 /// Where the host binds volumes, and the guest finds them.
@@ -68,12 +91,18 @@ pub fn make(
     index: usize,
     place: &Place<'_>,
     notes: &mut Vec<String>,
-    mirrors: &mut Vec<Mirror>,
+    guest: &mut InGuest,
 ) -> Result<Option<String>, VolumeError> {
-    match plan(mount, place, notes)? {
+    let number = u32::try_from(index).unwrap_or(u32::MAX);
+    match plan(mount, number, place, notes)? {
         Plan::Mirror { source, users } => {
-            mirrors.push(Mirror { source, users, mount: u32::try_from(index).unwrap_or(u32::MAX) });
+            guest.mirrors.push(Mirror { source, users, mount: number });
             Ok(Some(mirror::guest_path(place.container, index)))
+        }
+        Plan::Own(request) => {
+            let path = own::guest_path(&request);
+            guest.own.push(*request);
+            Ok(Some(path))
         }
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
@@ -84,7 +113,7 @@ pub fn make(
     }
 }
 
-fn plan(mount: &Mount, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
+fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
     let source = mount.source.as_deref().unwrap_or_default();
     let refuse = |message: String| {
         Err(VolumeError::Unsupported { mount_source: source.into(), destination: mount.destination.clone(), message })
@@ -126,6 +155,17 @@ fn plan(mount: &Mount, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Pla
     let fd = syscall::open_path(&path, true).map_err(|error| host("open the source", error))?;
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    if kind == SFlag::S_IFDIR {
+        let own = own::find(&fd, &path, users.as_ref(), (place.container, number));
+        let error = |error| VolumeError::Own {
+            mount_source: source.into(),
+            destination: mount.destination.clone(),
+            source: error,
+        };
+        if let Some(request) = own.map_err(error)? {
+            return Ok(Plan::Own(Box::new(request)));
+        }
+    }
     match kind {
         SFlag::S_IFDIR if place.kubernetes && binds::Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
             Ok(Plan::Mirror { source: path, users })
@@ -167,7 +207,7 @@ mod tests {
 
     fn planned(mount: &Mount) -> Result<Plan, String> {
         let place = Place { bundle: Path::new("/b"), share: Path::new("/h"), container: "c", kubernetes: true };
-        plan(mount, &place, &mut Vec::new()).map_err(|error| error.to_string())
+        plan(mount, 0, &place, &mut Vec::new()).map_err(|error| error.to_string())
     }
 
     #[test]

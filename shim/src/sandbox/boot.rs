@@ -17,11 +17,14 @@ use tokio::sync::{mpsc, watch};
 
 use super::agent::Agent;
 use super::console::{self, Tail};
+use super::hugepages;
 use super::timeline::Timeline;
 use super::vmm::{Vmm, VmmError};
 use crate::bundle::{self, Sizing, Users};
 use crate::network::Network;
 
+/// For disks, interfaces and memory that come later.
+const SPARE_SLOTS: u8 = 5;
 /// Size of a pod's shared memory, as containerd's CRI makes it.
 const SHM_SIZE: &str = "size=65536k";
 
@@ -190,12 +193,14 @@ pub async fn boot(
 async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     // The first four descriptors are those of every machine.
     let taps = plan.pod.network.taps.iter().zip(4..);
+    let huge_mib = hugepages::pool_mib();
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.sizing.vcpus,
         max_vcpus: plan.sizing.growth.most.vcpus,
         memory_mib: plan.sizing.memory_mib,
         max_memory_mib: plan.sizing.growth.most.memory_mib,
+        huge_mib,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
@@ -210,7 +215,7 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
         net: taps.map(|(tap, index)| NetConfig { tap: FdIndex(index), mac: tap.mac, mtu: tap.mtu }).collect(),
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
-        spare_slots: 5,
+        spare_slots: SPARE_SLOTS + u8::from(huge_mib > 0),
     };
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
     fds.extend(plan.pod.network.taps.iter().map(|tap| tap.fd.as_fd()));

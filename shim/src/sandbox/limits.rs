@@ -17,6 +17,14 @@ pub fn room(path: &Path) -> u64 {
     }
 }
 
+/// The huge pages of 2 MiB, in MiB, that the cgroup above lets the pod have; none where it sets no limit. kubelet sets one
+/// for every pod, while containerd leaves those of the containers out by default (`disable_hugetlb_controller`).
+pub fn huge_mib(path: &Path) -> u64 {
+    let limit = path.parent().and_then(|parent| std::fs::read_to_string(parent.join("hugetlb.2MB.max")).ok());
+    // Without a limit it is the word "max".
+    limit.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0) >> 20
+}
+
 /// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.
 ///
 /// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own

@@ -6,7 +6,8 @@ pub mod cgroup;
 pub mod console;
 pub mod disks;
 pub mod forward;
-pub mod limits;
+pub mod hugepages;
+mod limits;
 pub mod metrics;
 mod network;
 pub mod resize;
@@ -179,6 +180,14 @@ impl Sandbox {
     /// Its directory on the host.
     pub fn dir(&self) -> &StateDir {
         &self.dir
+    }
+
+    /// The huge pages that the node lets the pod have as a whole, in MiB.
+    pub fn huge_mib(&self) -> u64 {
+        match self.cgroup.get() {
+            Some(cgroup) => limits::huge_mib(cgroup.path()).min(hugepages::pool_mib()),
+            None => 0,
+        }
     }
 
     /// Its cgroup on the host, where it has one.

@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
-use husk_proto::agent::{ProcessorsRequest, RescanRequest};
-use husk_vmm::control::{Answer, Call};
+use husk_proto::agent::{HugePagesRequest, ProcessorsRequest, RescanRequest};
+use husk_vmm::control::{Answer, Call, Pages};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::{Agent, timeouts, within};
 use super::vmm::{Vmm, VmmError};
-use super::{Boot, limits};
+use super::{Boot, hugepages, limits};
 use crate::bundle::growth::{Growth, HostLimits, Size};
 
 /// How long a guest may take to have the memory it gets.
@@ -44,6 +44,22 @@ pub enum ResizeError {
         /// What it was given.
         wanted_mib: u64,
     },
+    /// The node has not so many huge pages to give.
+    #[error("the pod is to have {wanted_mib} MiB of huge pages of 2 MiB, the node has {free_mib} MiB of them to give")]
+    NodeHugePages {
+        /// What it does not have yet.
+        wanted_mib: u64,
+        /// What is free and promised to nobody.
+        free_mib: u64,
+    },
+    /// The guest did not make huge pages of it.
+    #[error("the guest made {count} of {wanted} huge pages")]
+    HugePages {
+        /// How many there are.
+        count: u64,
+        /// How many there should be.
+        wanted: u64,
+    },
     /// There is no machine any more.
     #[error("the virtual machine is gone")]
     Gone,
@@ -54,6 +70,8 @@ pub enum ResizeError {
 pub struct Target {
     /// The machine's size.
     pub size: Size,
+    /// Huge pages in MiB. They are not taken back: a volume may have them, and the node has counted them as the pod's.
+    pub huge_mib: u64,
     /// What the host allows.
     pub host: HostLimits,
 }
@@ -74,7 +92,7 @@ impl Resizer {
     /// Starts the task; it ends with this handle.
     pub fn start(growth: Growth, vmm: Vmm, boot: watch::Receiver<Boot>, cgroup: Option<PathBuf>) -> Self {
         let (jobs, asked) = mpsc::unbounded_channel();
-        let now = Target { size: growth.boot, host: HostLimits::default() };
+        let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
         let machine = Machine {
             vmm,
             boot,
@@ -82,7 +100,7 @@ impl Resizer {
             start: growth.boot,
             now,
             reached: true,
-            slot: None,
+            slots: Slots::default(),
             plugged_mib: 0,
             giving_back: None,
         };
@@ -120,11 +138,17 @@ struct Machine {
     now: Target,
     /// Whether the guest took all of that: what it did not, it is asked for again.
     reached: bool,
-    /// Where the memory device is, once it is there and the guest was told.
-    slot: Option<u32>,
+    slots: Slots,
     /// The most that the guest may have plugged in.
     plugged_mib: u64,
     giving_back: Option<GivingBack>,
+}
+
+/// Where the memory devices are, once they are there and the guest was told.
+#[derive(Default)]
+struct Slots {
+    ordinary: Option<u32>,
+    huge: Option<u32>,
 }
 
 impl Machine {
@@ -160,11 +184,12 @@ impl Machine {
         if let Some(path) = &self.cgroup {
             target.size.memory_mib = target.size.memory_mib.min(limits::room(path));
         }
+        target.huge_mib = target.huge_mib.max(self.now.huge_mib);
         if target == self.now && self.reached {
             return Ok(());
         }
         let again = !std::mem::replace(&mut self.reached, false);
-        let before = std::mem::replace(&mut self.now, target.clone()).size;
+        let Target { size: before, huge_mib: huge_before, .. } = std::mem::replace(&mut self.now, target.clone());
         let wanted_mib = target.size.memory_mib.saturating_sub(self.start.memory_mib);
         let had_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
@@ -172,15 +197,21 @@ impl Machine {
         if wanted_mib > had_mib || (again && wanted_mib > 0 && wanted_mib == had_mib) {
             // The VMM ends an earlier wait with the new request: what it says then is not what is left.
             self.giving_back = None;
-            self.grow_memory(wanted_mib).await?;
+            self.grow_memory(Pages::Ordinary, wanted_mib).await?;
         } else if wanted_mib < had_mib {
             let vmm = self.vmm.clone();
             self.giving_back = Some(Box::pin(async move {
-                match vmm.call(Call::Memory { mib: wanted_mib }, &[]).await {
+                match vmm.call(Call::Memory { pages: Pages::Ordinary, mib: wanted_mib }, &[]).await {
                     Ok((Answer::Memory { plugged_mib }, _)) => Some(plugged_mib),
                     _ => None,
                 }
             }));
+        }
+        if target.huge_mib > huge_before || (again && target.huge_mib > 0) {
+            // If not, the container that asked is not made: nobody else is to ask for its pages again.
+            self.now.huge_mib = huge_before;
+            self.grow_huge_pages(target.huge_mib, huge_before).await?;
+            self.now.huge_mib = target.huge_mib;
         }
         if again || target.size.vcpus != before.vcpus {
             self.switch_processors(target.size.vcpus).await?;
@@ -192,27 +223,49 @@ impl Machine {
         Ok(())
     }
 
-    async fn grow_memory(&mut self, wanted_mib: u64) -> Result<(), ResizeError> {
-        if self.slot.is_none() {
-            let slot = match self.vmm.call(Call::AttachMemory, &[]).await.map_err(ResizeError::Vmm)? {
+    async fn grow_memory(&mut self, pages: Pages, wanted_mib: u64) -> Result<(), ResizeError> {
+        let known = match pages {
+            Pages::Ordinary => self.slots.ordinary,
+            Pages::Huge => self.slots.huge,
+        };
+        if known.is_none() {
+            let slot = match self.vmm.call(Call::AttachMemory(pages), &[]).await.map_err(ResizeError::Vmm)? {
                 (Answer::Attached { slot }, _) => slot,
                 _ => return Err(ResizeError::Vmm(VmmError::Unexpected)),
             };
             let request = RescanRequest { slot, ..Default::default() };
             let found = self.agent()?.sandbox.rescan(within(timeouts::QUICK), &request).await;
             found.map_err(|error| ResizeError::Agent("memory device", error))?;
-            self.slot = Some(slot);
+            match pages {
+                Pages::Ordinary => self.slots.ordinary = Some(slot),
+                Pages::Huge => self.slots.huge = Some(slot),
+            }
         }
         let plugged_mib =
-            match tokio::time::timeout(PATIENCE, self.vmm.call(Call::Memory { mib: wanted_mib }, &[])).await {
+            match tokio::time::timeout(PATIENCE, self.vmm.call(Call::Memory { pages, mib: wanted_mib }, &[])).await {
                 Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
-                Err(_) => self.vmm.call(Call::PluggedMemory, &[]).await.map_err(ResizeError::Vmm)?.0,
+                Err(_) => self.vmm.call(Call::PluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
             };
         match plugged_mib {
             Answer::Memory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),
             Answer::Memory { plugged_mib } => Err(ResizeError::Memory { plugged_mib, wanted_mib }),
             _ => Err(ResizeError::Vmm(VmmError::Unexpected)),
         }
+    }
+
+    /// Plugs huge pages of the host's in, and has the guest make huge pages of what it got.
+    async fn grow_huge_pages(&mut self, wanted_mib: u64, had_mib: u64) -> Result<(), ResizeError> {
+        let more = wanted_mib.saturating_sub(had_mib);
+        match hugepages::free_mib() {
+            // Asked before: a guest that is not given what it was promised asks again and again.
+            free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
+            _ => self.grow_memory(Pages::Huge, wanted_mib).await?,
+        }
+        let wanted = wanted_mib / hugepages::PAGE_MIB;
+        let request = HugePagesRequest { count: wanted, ..Default::default() };
+        let made = self.agent()?.sandbox.huge_pages(within(timeouts::SLOW), &request).await;
+        let count = made.map_err(|error| ResizeError::Agent("huge pages", error))?.count;
+        if count >= wanted { Ok(()) } else { Err(ResizeError::HugePages { count, wanted }) }
     }
 
     async fn switch_processors(&mut self, wanted: u8) -> Result<(), ResizeError> {

@@ -75,7 +75,11 @@ impl Shim {
             tracing::info!(container = request.id, "{note}");
         }
         let spec_of_guest = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
-        let following = mirror::start(&agent, &request.id, prepared.mirrors).await;
+        for volume in &prepared.volumes.own {
+            let made = agent.sandbox.volume(within(timeouts::QUICK), volume).await;
+            made.map_err(|error| self.agent_error("volume", error))?;
+        }
+        let following = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
         let following = following.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
         self.make_room(&request.id, Limits::of(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;

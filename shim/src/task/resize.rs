@@ -19,13 +19,13 @@ pub(super) struct Sizes {
 impl Shim {
     /// Makes room for a container that is about to be made. A container alone has all the room from the start.
     pub(super) async fn make_room(&self, id: &str, limits: Limits) -> Result<(), Refusal> {
-        let before = self.pod_size();
+        let (before, huge) = (self.pod_size(), limits.huge > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.sizes.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.tell_of_cut();
         // Containers come one by one, those of the start among them: none makes the pod smaller.
         match before.zip(after) {
-            Some((before, after)) if before.max(after) != before => self.resize(before).await,
+            Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),
         }
     }
@@ -107,8 +107,10 @@ impl Shim {
 
     fn target(&self, least: Option<Size>) -> Option<Target> {
         let (growth, size) = (&self.sandbox.resizer()?.growth, self.pod_size()?);
-        let host = growth.host_limits(lock(&self.sizes.pod).values());
-        Some(Target { size: least.map_or(size, |least| size.max(least)), host })
+        let pod = lock(&self.sizes.pod);
+        let huge_mib = growth.huge_mib(pod.values()).max(self.sandbox.huge_mib());
+        let host = growth.host_limits(pod.values());
+        Some(Target { size: least.map_or(size, |least| size.max(least)), huge_mib, host })
     }
 }
 

@@ -2,7 +2,8 @@
 #![no_main]
 
 use husk_fuzz::{Step, drive};
-use husk_vmm::memory::{hotplug, map};
+use husk_vmm::memory::hotplug::{self, Backing};
+use husk_vmm::memory::map;
 use husk_vmm::virtio::mem::Mem;
 use husk_vmm::virtio::testing::Bench;
 use libfuzzer_sys::fuzz_target;
@@ -10,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|input: (u32, Vec<Step>)| {
     let (asked, steps) = input;
     let ram = map(64 << 20).expect("memory");
-    let (_, range) = hotplug::reserve(&ram, 4 << 30, 1 << 30).expect("addresses");
+    let (_, range) = hotplug::reserve(&ram, (4 << 30, 1 << 30), Backing::Ordinary).expect("addresses");
     let mut bench = Bench::new(Mem::new(range).expect("a device"));
     let activate = |bench: &mut Bench<Mem>| bench.activate(0);
     activate(&mut bench);

@@ -192,6 +192,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         max_vcpus: 2,
         memory_mib: 512,
         max_memory_mib: 0,
+        huge_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),

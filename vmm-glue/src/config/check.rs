@@ -86,6 +86,7 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     let most = (config.vcpus..=*VCPUS.end()).contains(&config.max_vcpus);
     range(most, "max_vcpus", config.max_vcpus, "vcpus to 64")?;
     range(config.max_memory_mib <= *MEMORY_MIB.end(), "max_memory_mib", config.max_memory_mib, "4194304 at most")?;
+    range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "4194304 at most")?;
     range(MEMORY_MIB.contains(&config.memory_mib), "memory_mib", config.memory_mib, "64 to 4194304")?;
     range((3..u32::MAX).contains(&config.vsock_cid), "vsock_cid", config.vsock_cid, "3 to 4294967294")?;
     let printable = config.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte));

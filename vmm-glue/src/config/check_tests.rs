@@ -18,6 +18,7 @@ fn good() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
         max_vcpus: 1,
         memory_mib: 128,
         max_memory_mib: 0,
+        huge_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),

@@ -12,6 +12,7 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
+use crate::memory::hotplug;
 
 /// Inflate, deflate, and free-page reporting, which comes third when statistics and hints are not offered.
 const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
@@ -40,7 +41,28 @@ struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
     queues: Vec<Vq>,
+    release: Release,
+}
+
+/// How pages are given back.
+struct Release {
     advice: libc::c_int,
+    /// Where huge pages are, start and end: those go by being unplugged only. One that is dropped is not the pod's any
+    /// more (mm/hugetlb.c: its reservation is used up), and might not come back.
+    kept: Vec<(usize, usize)>,
+}
+
+impl Release {
+    /// For this guest memory.
+    fn of(memory: &GuestMemory) -> Self {
+        // Dropping a page of a shared file's mapping leaves it in the file.
+        let shared = memory.iter().any(|region| region.file_offset().is_some());
+        let kept = memory.iter().filter(|region| hotplug::is_huge(region)).map(|region| {
+            let start = region.as_ptr().addr();
+            (start, start.saturating_add(region.size()))
+        });
+        Self { advice: if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED }, kept: kept.collect() }
+    }
 }
 
 impl Balloon {
@@ -78,8 +100,8 @@ impl Balloon {
         for _ in 0..queue.size() {
             if let Some(chain) = queue.pop(&memory)? {
                 match index {
-                    0 => inflate(&memory, &chain, active.advice),
-                    REPORTING => release_all(&chain.writable, active.advice),
+                    0 => inflate(&memory, &chain, &active.release),
+                    REPORTING => release_all(&chain.writable, &active.release),
                     // Deflating only announces that pages will be used: they come back when they are touched.
                     _ => {}
                 }
@@ -97,7 +119,7 @@ impl Balloon {
 }
 
 /// Gives back the pages whose numbers the guest lists, runs of them at once.
-fn inflate(memory: &GuestMemory, chain: &Chain<'_>, advice: libc::c_int) {
+fn inflate(memory: &GuestMemory, chain: &Chain<'_>, how: &Release) {
     let mut numbers = chain.readable.clone();
     if numbers.len() / 4 > MOST_PAGES {
         return guest_fault(0, &"balloon request too long");
@@ -108,39 +130,40 @@ fn inflate(memory: &GuestMemory, chain: &Chain<'_>, advice: libc::c_int) {
         match &mut run {
             Some((first, count)) if *first + *count as u64 == page => *count += 1,
             _ => {
-                release_run(memory, run.take(), advice);
+                release_run(memory, run.take(), how);
                 run = Some((page, 1));
             }
         }
     }
-    release_run(memory, run, advice);
+    release_run(memory, run, how);
 }
 
-fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, advice: libc::c_int) {
+fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, how: &Release) {
     let Some((first, count)) = run else { return };
     // A page number has 32 bits and a run at most MOST_PAGES pages: neither shift overflows.
     match memory.get_slice(GuestAddress(first << PAGE_SHIFT), count << PAGE_SHIFT) {
-        Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), advice),
+        Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), how),
         Err(_) => guest_fault(0, &"balloon pages outside of memory"),
     }
 }
 
-fn release_all(buffers: &Iov<'_>, advice: libc::c_int) {
+fn release_all(buffers: &Iov<'_>, how: &Release) {
     for part in buffers.as_slice() {
-        release(part.iov_base.cast(), part.iov_len, advice);
+        release(part.iov_base.cast(), part.iov_len, how);
     }
 }
 
 /// Drops the whole pages of a part of guest memory; they read as zeroes afterwards.
-fn release(start: *mut u8, len: usize, advice: libc::c_int) {
+fn release(start: *mut u8, len: usize, how: &Release) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);
-    if len == 0 {
+    let first = start.addr().wrapping_add(skipped);
+    if len == 0 || how.kept.iter().any(|&(from, to)| first < to && from < first.saturating_add(len)) {
         return;
     }
     // SAFETY: the range is inside guest memory, which vm-memory has checked and keeps mapped; nobody in this process
     // relies on what guest memory holds.
-    let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, advice) };
+    let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, how.advice) };
     if result < 0 {
         guest_fault(0, &format_args!("cannot release {len} bytes: {}", io::Error::last_os_error()));
     }
@@ -209,10 +232,8 @@ impl VirtioDevice for Balloon {
         // A driver that does not report has no third queue.
         let count = if activation.features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
         let Opened { memory, interrupt, queues, .. } = activation::open_first(activation, count)?;
-        // Dropping a page of a shared file's mapping leaves it in the file.
-        let shared = memory.iter().any(|region| region.file_offset().is_some());
-        let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-        self.active = Some(Active { memory, interrupt, queues, advice });
+        let release = Release::of(&memory);
+        self.active = Some(Active { memory, interrupt, queues, release });
         self.wake.wake();
         Ok(())
     }
@@ -269,6 +290,19 @@ mod tests {
         bench.run();
         assert_eq!(bench.queues[2].poll().unwrap().0, first);
         assert_eq!(bench.memory.read_obj::<u64>(GuestAddress(address)).unwrap(), 0);
+    }
+
+    #[test]
+    fn huge_pages_are_kept() {
+        let mut pages = vec![7u8; PAGE * 3];
+        let start = pages.as_mut_ptr().wrapping_add(pages.as_ptr().align_offset(PAGE));
+        let kept = vec![(start.addr() + PAGE, start.addr() + 2 * PAGE)];
+        let how = Release { advice: libc::MADV_DONTNEED, kept };
+        release(start.wrapping_add(PAGE / 2), PAGE, &how);
+        release(start, PAGE * 2, &how);
+        release(start, PAGE, &how);
+        let at = |offset: usize| pages[start.addr() - pages.as_ptr().addr() + offset];
+        assert_eq!((at(0), at(PAGE)), (0, 7));
     }
 
     #[test]

@@ -23,7 +23,7 @@ const ERROR: Option<(u8, u8)> = Some((3, 0));
 
 fn bench() -> Bench<Mem> {
     let ram = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-    let (_, range) = hotplug::reserve(&ram, START, LEN).unwrap();
+    let (_, range) = hotplug::reserve(&ram, (START, LEN), hotplug::Backing::Ordinary).unwrap();
     let mut bench = Bench::new(Mem::new(range).unwrap());
     bench.activate(0);
     bench
