@@ -38,7 +38,7 @@ pub struct Config {
     pub initrd: PathBuf,
     /// Appended to the guest kernel's parameters.
     pub kernel_params: String,
-    /// vCPUs of a pod that has no CPU limit.
+    /// vCPUs of a pod that has no CPU limit and requests no more.
     pub default_vcpus: u8,
     /// The most vCPUs a pod gets, however high its limit.
     pub max_vcpus: u8,

@@ -6,6 +6,7 @@ use husk_config::Config;
 use serde::Deserialize;
 
 use super::cpuset::CpuSet;
+use super::sizing::cpus_of_shares;
 use super::spec::{Cpu, Memory, Resources};
 use super::update::HUGE_PAGE;
 
@@ -27,6 +28,8 @@ const HOST_MILLIS: u64 = 250;
 pub struct Limits {
     /// Thousandths of a CPU.
     pub millis: Option<u64>,
+    /// What it was promised where it has no limit, as cgroups' shares.
+    pub shares: u64,
     /// The host's processors it may run on.
     pub cpus: Option<CpuSet>,
     /// Bytes.
@@ -94,6 +97,9 @@ impl Limits {
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
             self.millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
         }
+        if let Some(shares) = cpu.as_ref().and_then(|cpu| cpu.shares).filter(|&shares| shares != 0) {
+            self.shares = shares;
+        }
         if let Some(cpus) = cpu.as_ref().and_then(|cpu| cpu.cpus.clone()) {
             self.cpus = Some(cpus);
         }
@@ -153,9 +159,16 @@ impl Growth {
         if containers.clone().next().is_none() {
             return self.boot.vcpus;
         }
-        let each = containers.map(Limits::usable_millis);
-        let millis = each.clone().flatten().fold(0u64, u64::saturating_add);
-        let free = if each.clone().any(|millis| millis.is_none()) { u64::from(self.default.vcpus) } else { 0 };
+        let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
+        let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
+        let free = match unlimited.next() {
+            // They share what was asked for by all of them, and at least the default.
+            Some(first) => {
+                let shares = unlimited.fold(first, u64::saturating_add);
+                cpus_of_shares(shares).max(u64::from(self.default.vcpus))
+            }
+            None => 0,
+        };
         u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX)
     }
 
@@ -240,6 +253,16 @@ mod tests {
     }
 
     #[test]
+    fn what_was_asked_for_counts_where_there_is_no_limit() {
+        let asks = |shares: u64, millis: Option<u64>| Limits { shares, ..limits(millis, 1) };
+        let vcpus = |containers: &[Limits]| growth().vcpus(containers.iter());
+        assert_eq!(vcpus(&[asks(2, None), asks(2, None)]), 1);
+        assert_eq!(vcpus(&[asks(1536, None), asks(1024, None)]), 3);
+        assert_eq!(vcpus(&[asks(1536, None), asks(8192, Some(1000))]), 3);
+        assert_eq!(vcpus(&[asks(u64::MAX, None), asks(1024, None)]), u8::MAX);
+    }
+
+    #[test]
     fn the_host_limits_what_is_limited_throughout() {
         let host = |containers: &[Limits]| growth().host_limits(containers.iter());
         assert_eq!(host(&[]), HostLimits::default());
@@ -258,7 +281,12 @@ mod tests {
 
     #[test]
     fn processors_limit_as_a_quota_does_and_the_host_has_all_of_them() {
-        let on = |cpus: &str, millis| Limits { millis, cpus: Some(cpus.parse().unwrap()), memory: Some(1), huge: 0 };
+        let on = |cpus: &str, millis| Limits {
+            millis,
+            cpus: Some(cpus.parse().unwrap()),
+            memory: Some(1),
+            ..Limits::default()
+        };
         assert_eq!(size(&[on("0-3", None)], true).0, 4);
         assert_eq!(size(&[on("0-3", Some(1500))], true).0, 2);
         assert_eq!(size(&[on("2", Some(1500)), on("2", None)], true).0, 2);
@@ -287,7 +315,8 @@ mod tests {
         let update = |limits: &Limits, raw: Value| update(limits.clone(), raw);
         assert_eq!(update(&before, json!({})), before);
         assert_eq!(update(&before, Value::Null), before);
-        assert_eq!(update(&before, json!({"cpu": {"shares": 7, "quota": 0}, "memory": {}})), before);
+        let more = Limits { shares: 7, ..before.clone() };
+        assert_eq!(update(&before, json!({"cpu": {"shares": 7, "quota": 0}, "memory": {}})), more);
         assert_eq!(update(&before, json!({"cpu": {"quota": 50_000, "period": 100_000}})), limits(500, 100));
         assert_eq!(update(&before, json!({"cpu": {"quota": -1}, "memory": {"limit": -1}})), limits(None, None));
         assert_eq!(update(&before, json!({"memory": {"limit": 209_715_200}})), limits(1000, 200));

@@ -10,12 +10,15 @@ mod cri {
     pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
     pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
     pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+    pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
     pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 }
 
 const MIB: u64 = 1 << 20;
 /// cgroups' default period in microseconds, where only a quota is given.
 const DEFAULT_PERIOD: u64 = 100_000;
+/// Kubernetes' shares of a CPU that is asked for (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
+const SHARES_PER_CPU: u64 = 1024;
 /// The least memory, in MiB, the VMM accepts.
 const MIN_VM_MIB: u64 = 64;
 
@@ -86,7 +89,11 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         Some(vcpus) => vcpus,
         None => match vcpus(&cpu) {
             Some(limit) => limit.min(host.cpus.max(1)).min(u64::from(config.max_vcpus)),
-            None => u64::from(config.default_vcpus),
+            // What it asks for it is to get, where nothing limits it.
+            None => cpus_of_shares(cpu.shares.unwrap_or(0))
+                .max(config.default_vcpus.into())
+                .min(host.cpus.max(config.default_vcpus.into()))
+                .min(u64::from(config.max_vcpus)),
         },
     };
     let memory_mib = match number(spec, annotation::MEMORY_MIB, MIN_VM_MIB, host.memory_mib.max(MIN_VM_MIB))? {
@@ -124,11 +131,21 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
 /// The limits that count: a Kubernetes sandbox's annotations, else the container's own.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
     if spec.annotations.get(cri::CONTAINER_TYPE).map(String::as_str) == Some("sandbox") {
-        let cpu = Cpu { quota: parse(spec, cri::CPU_QUOTA)?, period: parse(spec, cri::CPU_PERIOD)?, cpus: None };
+        let cpu = Cpu {
+            quota: parse(spec, cri::CPU_QUOTA)?,
+            period: parse(spec, cri::CPU_PERIOD)?,
+            shares: parse(spec, cri::CPU_SHARES)?,
+            cpus: None,
+        };
         return Ok((cpu, Memory { limit: parse(spec, cri::MEMORY)? }));
     }
     let resources = spec.linux.resources.clone().unwrap_or_default();
     Ok((resources.cpu.unwrap_or_default(), resources.memory.unwrap_or_default()))
+}
+
+/// The CPUs, in whole numbers and rounded up, that so many shares were asked for.
+pub(super) fn cpus_of_shares(shares: u64) -> u64 {
+    shares.div_ceil(SHARES_PER_CPU)
 }
 
 /// A CPU limit in whole CPUs, rounded up.
@@ -215,6 +232,25 @@ mod tests {
         let mut bad = pod;
         bad["io.kubernetes.cri.sandbox-memory"] = "much".into();
         assert!(matches!(sized(|v| v["annotations"] = bad), Err(SizingError::Annotation { .. })));
+    }
+
+    #[test]
+    fn what_is_asked_for_counts_where_nothing_is_limited() {
+        let pod = |quota: &str, shares: &str| {
+            let pod = json!({
+                "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-period": "100000",
+                "io.kubernetes.cri.sandbox-cpu-quota": quota, "io.kubernetes.cri.sandbox-cpu-shares": shares,
+            });
+            sized(|v| v["annotations"] = pod).map(|(vcpus, _)| vcpus)
+        };
+        assert_eq!(pod("0", "2"), Ok(1));
+        assert_eq!(pod("0", "2048"), Ok(2));
+        assert_eq!(pod("-1", "2500"), Ok(3));
+        assert_eq!(pod("0", "262144"), Ok(8), "the host has no more");
+        assert_eq!(pod("100000", "2048"), Ok(1), "a limit is a limit");
+        assert!(pod("0", "x").is_err());
+        let alone = sized(|v| v["linux"]["resources"] = json!({ "cpu": { "shares": 4096 } }));
+        assert_eq!(alone, Ok((4, 1024)));
     }
 
     #[test]

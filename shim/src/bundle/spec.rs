@@ -121,6 +121,8 @@ pub struct Cpu {
     pub quota: Option<i64>,
     /// Microseconds.
     pub period: Option<u64>,
+    /// Relative weight: 1024 for each CPU that Kubernetes was asked for.
+    pub shares: Option<u64>,
     /// The host's processors it may run on.
     #[serde(default, deserialize_with = "set")]
     pub cpus: Option<CpuSet>,
