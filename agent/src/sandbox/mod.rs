@@ -1,5 +1,6 @@
 //! The sandbox: the pod's own namespaces, network and settings in the guest.
 
+mod apparmor;
 mod apply;
 pub mod forward;
 mod hotplug;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    Event, EventsRequest, HugePagesRequest, HugePagesResponse, MirrorRequest, MirrorResponse, NetworkRequest,
-    NetworkResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse,
-    ShutdownRequest, ShutdownResponse, VolumeRequest, VolumeResponse,
+    AppArmorRequest, AppArmorResponse, Event, EventsRequest, HugePagesRequest, HugePagesResponse, MirrorRequest,
+    MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest,
+    RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse, VolumeRequest, VolumeResponse,
 };
 use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
@@ -17,7 +17,7 @@ use super::mirror::Mirrors;
 use super::network::{Asked, Network};
 use super::users::Users;
 use super::volume::Volumes;
-use super::{Sandbox, apply, hotplug, namespaces, slots};
+use super::{Sandbox, apparmor, apply, hotplug, namespaces, slots};
 use crate::events::Hub;
 use crate::log::chain;
 use crate::task::error::Fault;
@@ -124,6 +124,12 @@ impl agent_ttrpc::Sandbox for SandboxService {
         let made = tokio::task::spawn_blocking(move || volumes.make(&request)).await;
         made.map_err(|error| failed("volume", &error))?.map_err(|error| failed("volume", &error))?;
         Ok(VolumeResponse::new())
+    }
+
+    async fn app_armor(&self, _: &TtrpcContext, request: AppArmorRequest) -> ttrpc::Result<AppArmorResponse> {
+        let loaded = tokio::task::spawn_blocking(move || apparmor::load(&request.policy)).await;
+        loaded.map_err(|error| failed("policy", &error))?.map_err(|error| failed("policy", &error))?;
+        Ok(AppArmorResponse::new())
     }
 
     async fn huge_pages(&self, _: &TtrpcContext, request: HugePagesRequest) -> ttrpc::Result<HugePagesResponse> {

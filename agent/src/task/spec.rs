@@ -164,9 +164,6 @@ pub fn adapt_process(process: &mut Process) {
         process.set_no_new_privileges(None);
     }
     process.set_selinux_label(None);
-    if !Path::new("/sys/module/apparmor").exists() {
-        process.set_apparmor_profile(None);
-    }
 }
 
 fn no_capabilities() -> LinuxCapabilities {

@@ -54,6 +54,11 @@ pub enum BundleError {
     /// The specification contradicts itself or lacks something.
     #[error("bad bundle: {0}")]
     Invalid(String),
+    /// A label of a policy that is the host's.
+    #[error(
+        "SELinux label {0:?}: the guest's kernel has no SELinux, and the virtual machine is not confined by labels; run          the pod privileged, or without SELinux in containerd's configuration (enable_selinux = false)"
+    )]
+    Selinux(String),
     /// The container shares a namespace with the host.
     #[error("{what}: the container's specification has no {kind} namespace of its own; {remedy}")]
     HostNamespace {
@@ -105,6 +110,7 @@ impl Bundle {
     pub fn of_text(dir: &Path, text: &[u8]) -> Result<Self, BundleError> {
         let bundle = Self::parse(dir, text)?;
         bundle.check_network()?;
+        bundle.check_selinux(Path::new("/sys/fs/selinux/enforce").exists())?;
         Ok(bundle)
     }
 
@@ -140,6 +146,15 @@ impl Bundle {
     /// The host name the specification sets.
     pub fn hostname(&self) -> Option<&str> {
         self.spec.hostname.as_deref().filter(|name| !name.is_empty())
+    }
+
+    /// A label on a node without SELinux says nothing, under runc as well; on one with it the guest cannot have it.
+    fn check_selinux(&self, enabled: bool) -> Result<(), BundleError> {
+        let labels = [&self.spec.process.selinux_label, &self.spec.linux.mount_label];
+        match labels.into_iter().flatten().find(|label| !label.is_empty()) {
+            Some(label) if enabled => Err(BundleError::Selinux(label.clone())),
+            _ => Ok(()),
+        }
     }
 
     fn check(&self) -> Result<(), BundleError> {
@@ -284,6 +299,16 @@ pub(super) mod tests {
             v["linux"]["resources"] = Value::Null;
         });
         assert!(bundle.unwrap().spec.mounts.is_empty());
+    }
+
+    #[test]
+    fn labels_are_refused_where_they_mean_something() {
+        let refused = |enabled: bool, change: fn(&mut Value)| bundle(change).unwrap().check_selinux(enabled).is_err();
+        let process: fn(&mut Value) = |v| v["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
+        let mount: fn(&mut Value) = |v| v["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
+        assert!(refused(true, process) && refused(true, mount));
+        assert!(!refused(false, process) && !refused(false, mount));
+        assert!(!refused(true, |v| v["process"]["selinuxLabel"] = "".into()));
     }
 
     #[test]

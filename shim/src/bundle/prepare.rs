@@ -36,6 +36,8 @@ pub struct Prepared {
     pub rootfs: String,
     /// What the guest cannot honour and was left out, for the log.
     pub notes: Vec<String>,
+    /// Its AppArmor profile, which the guest is to know before.
+    pub profile: String,
     /// Volumes that the guest gets copies of or makes, before it creates the container.
     pub volumes: InGuest,
     /// Block devices of the host that the guest gets, before it creates the container; the specification has the host's
@@ -95,8 +97,9 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         let _ = teardown(share, id);
         return Err(error);
     }
+    let profile = bundle.spec.process.apparmor_profile.clone().unwrap_or_default();
     let (spec, disks) = (raw.to_string().into_bytes(), disks::of(&raw));
-    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, volumes, disks })
+    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, profile, volumes, disks })
 }
 
 fn mount(

@@ -44,8 +44,10 @@ pub struct Process {
     pub args: Vec<String>,
     /// The working directory.
     pub cwd: String,
-    /// SELinux label of the process, which on the host is the virtual machine's.
+    /// SELinux label of the process.
     pub selinux_label: Option<String>,
+    /// AppArmor profile of the process.
+    pub apparmor_profile: Option<String>,
 }
 
 /// The root file system.
@@ -64,6 +66,8 @@ pub struct Linux {
     pub namespaces: Vec<Namespace>,
     /// Limits.
     pub resources: Option<Resources>,
+    /// SELinux label of the mounts.
+    pub mount_label: Option<String>,
     /// Propagation of the root mount.
     pub rootfs_propagation: Option<String>,
     /// Users of its user namespace.

@@ -35,10 +35,6 @@ pub(super) fn unsupported(field: impl Into<String>, message: impl Into<String>) 
     TranslateError::Unsupported { field: field.into(), message: message.into() }
 }
 
-/// AppArmor profiles that container engines set when nobody asked for one.
-const DEFAULT_PROFILES: [&str; 5] =
-    ["unconfined", "cri-containerd.apparmor.d", "docker-default", "nerdctl-default", "containerd-default"];
-
 /// Rewrites everything but mount sources, which [`super::volumes`] does; `notes` gets what was left out, for the log.
 pub fn spec(
     raw: &mut Value,
@@ -67,34 +63,22 @@ pub fn guest_rootfs(id: &str) -> String {
     format!("{}/{id}/rootfs", husk_proto::GUEST_SHARE)
 }
 
-/// Rewrites the process of an exec request (OCI `Process` as JSON) for the guest.
+/// Rewrites the process of an exec request (OCI `Process` as JSON) for the guest; gives its AppArmor profile too.
 ///
 /// # Errors
 /// [`TranslateError`] when it is no process or needs the host.
-pub fn exec_process(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
+pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
     let parse = |source| TranslateError::Parse { what: "process to execute", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
     let process = value.as_object_mut().ok_or(TranslateError::Type("the process"))?;
     self::process(process, &mut Vec::new())?;
-    serde_json::to_vec(&value).map_err(parse)
+    let profile = process.get("apparmorProfile").and_then(Value::as_str).unwrap_or_default().to_owned();
+    Ok((serde_json::to_vec(&value).map_err(parse)?, profile))
 }
 
 fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
-    if let Some(profile) = process.remove("apparmorProfile") {
-        let profile = profile.as_str().unwrap_or_default();
-        if !profile.is_empty() && !DEFAULT_PROFILES.contains(&profile) {
-            let message = format!(
-                "the profile {profile:?} is the host's; the guest's kernel has no AppArmor: use RuntimeDefault or Unconfined"
-            );
-            return Err(unsupported("process.apparmorProfile", message));
-        }
-        if !profile.is_empty() {
-            notes.push(format!("AppArmor profile {profile} left out: the guest's kernel has no AppArmor"));
-        }
-    }
-    if process.remove("selinuxLabel").is_some() {
-        notes.push("SELinux label left out: it is the host's policy".into());
-    }
+    // The guest gets the AppArmor profile from the node. A SELinux label was found to mean nothing.
+    process.remove("selinuxLabel");
     if process.remove("execCPUAffinity").is_some() {
         notes.push("execCPUAffinity left out: the host's CPU numbers mean nothing in the guest".into());
     }
@@ -108,9 +92,7 @@ fn linux(
     notes: &mut Vec<String>,
 ) -> Result<(), TranslateError> {
     linux.insert("cgroupsPath".into(), format!("/husk/{id}").into());
-    if linux.remove("mountLabel").is_some() {
-        notes.push("linux.mountLabel left out: it is the host's policy".into());
-    }
+    linux.remove("mountLabel");
     if linux.remove("memoryPolicy").is_some() {
         notes.push("linux.memoryPolicy left out: the host's NUMA nodes mean nothing in the guest".into());
     }
@@ -271,17 +253,21 @@ mod tests {
     #[test]
     fn labels_of_the_host_are_left_out() {
         let (value, notes) = translated(|v| {
-            v["process"]["apparmorProfile"] = "cri-containerd.apparmor.d".into();
             v["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
             v["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
         })
         .unwrap();
-        assert!(value["process"].get("apparmorProfile").is_none() && value["process"].get("selinuxLabel").is_none());
-        assert!(value["linux"].get("mountLabel").is_none());
-        assert_eq!(notes.len(), 3);
-        assert!(refused(|v| v["process"]["apparmorProfile"] = "mine".into()).contains("\"mine\""));
-        let process = exec_process(br#"{"args":["a"],"apparmorProfile":"docker-default","x":1}"#).unwrap();
-        assert_eq!(serde_json::from_slice::<Value>(&process).unwrap(), json!({"args": ["a"], "x": 1}));
+        assert!(value["process"].get("selinuxLabel").is_none() && value["linux"].get("mountLabel").is_none());
+        assert!(notes.is_empty(), "{notes:?}");
+    }
+
+    #[test]
+    fn a_process_to_execute_keeps_what_is_the_guests() {
+        let text = br#"{"args":["a"],"apparmorProfile":"docker-default","selinuxLabel":"l","x":1}"#;
+        let (process, profile) = exec_process(text).unwrap();
+        let expected = json!({"args": ["a"], "apparmorProfile": "docker-default", "x": 1});
+        assert_eq!(serde_json::from_slice::<Value>(&process).unwrap(), expected);
+        assert_eq!(profile, "docker-default");
         assert!(exec_process(b"[]").is_err() && exec_process(b"{").is_err());
     }
 

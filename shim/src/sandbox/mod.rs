@@ -1,6 +1,7 @@
 //! One sandbox: its virtual machine, its agent, its directory and cgroup on the host, and their end.
 
 pub mod agent;
+mod apparmor;
 pub mod boot;
 pub mod cgroup;
 pub mod console;
@@ -73,6 +74,7 @@ pub struct Sandbox {
     tail: Tail,
     tokens: AtomicU64,
     disks: disks::Plugged,
+    profiles: apparmor::Loaded,
     follower: Arc<OnceLock<Follower>>,
     timeline_log: OnceLock<PathBuf>,
 }
@@ -109,6 +111,7 @@ impl Sandbox {
             tail,
             tokens: AtomicU64::new(1),
             disks: disks::Plugged::default(),
+            profiles: apparmor::Loaded::default(),
             follower: Arc::default(),
             timeline_log: OnceLock::new(),
         })

@@ -17,6 +17,8 @@ pub struct Exec {
     pub process: Arc<Process>,
     /// The process' specification for the guest.
     pub spec: Vec<u8>,
+    /// Its AppArmor profile, if any.
+    pub profile: String,
     /// Type URL of that specification.
     pub type_url: String,
 }

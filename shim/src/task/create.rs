@@ -75,6 +75,7 @@ impl Shim {
             tracing::info!(container = request.id, "{note}");
         }
         let spec_of_guest = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
+        self.load_profile(&agent, &prepared.profile).await?;
         for volume in &prepared.volumes.own {
             let made = agent.sandbox.volume(within(timeouts::QUICK), volume).await;
             made.map_err(|error| self.agent_error("volume", error))?;
@@ -121,6 +122,11 @@ impl Shim {
             numbers.push((*disk, guest));
         }
         bundle::number_anew(&spec, &numbers).map_err(|e| Refusal::Failed(e.to_string()))
+    }
+
+    /// Has the guest know the AppArmor profile of a process.
+    pub(super) async fn load_profile(&self, agent: &Agent, profile: &str) -> Result<(), Refusal> {
+        self.sandbox.load_profile(agent, profile).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
     }
 
     /// The container is there: containerd is told.

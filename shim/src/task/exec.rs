@@ -62,10 +62,11 @@ impl Shim {
         if matches!(container.init.state(), State::Stopped | State::Deleted) || self.sandbox.is_dead() {
             return Err(Refusal::Exec("stopped"));
         }
-        let spec = bundle::exec_process(&request.spec.value).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        let (spec, profile) =
+            bundle::exec_process(&request.spec.value).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let process = Process::new(&container.id, &request.exec_id, io).into();
-        container.add_exec(Exec { process, spec, type_url: request.spec.type_url.clone() })?;
+        container.add_exec(Exec { process, spec, profile, type_url: request.spec.type_url.clone() })?;
         let event = TaskExecAdded {
             container_id: container.id.clone(),
             exec_id: request.exec_id.clone(),
@@ -102,6 +103,7 @@ impl Shim {
         let process = &exec.process;
         let agent = self.agent()?;
         let owner = Owner { id: &process.container, namespace: &self.namespace };
+        self.load_profile(&agent, &exec.profile).await?;
         let stdio = Stdio::open(&process.paths, &owner).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         process.set_relay(relay);

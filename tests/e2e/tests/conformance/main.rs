@@ -2,6 +2,7 @@
 //!
 //! Runs against any runtime handler; `cargo xtask conformance` makes docs/conformance.md of it.
 
+mod apparmor;
 mod containers;
 mod mounts;
 mod network;

@@ -150,24 +150,6 @@ fn profiles() {
                 let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
                 assert!(try_call("CreateContainer", &request).is_err());
             });
-            group.has("AppArmor: unconfined", || {
-                let text = once(&pod, "echo ran", |config| {
-                    context(config)["apparmor"] = json!({ "profile_type": "Unconfined" });
-                });
-                assert_eq!(text, "ran");
-            });
-            group.has("AppArmor: a profile that cannot be had is refused", || {
-                let mut config = pod.sh("true");
-                context(&mut config)["apparmor"] =
-                    json!({ "profile_type": "Localhost", "localhost_ref": "localhost/no-such-profile" });
-                let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
-                let created = try_call("CreateContainer", &request);
-                assert!(
-                    created
-                        .and_then(|made| try_call("StartContainer", &json!({ "container_id": made["container_id"] })))
-                        .is_err()
-                );
-            });
         });
     });
 }
