@@ -18,6 +18,10 @@ const BUILDERS: &str = "cri_builders";
 const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
 const TWO_AS_WELL: [&str; 2] = ["cri_pods", "cri_userns"];
+/// What runs on a host with version 1 of control groups.
+const LEGACY: [&str; 2] = ["cri_cgroup1", "cri_pods"];
+/// What runs there only.
+const LEGACY_ONLY: &str = "cri_cgroup1";
 /// So that what one leaves in the node's kernel does not reach all others; a boot costs ten seconds.
 const SUITES_A_BOOT: usize = 8;
 /// How often a suite that failed in an emulated node is tried again.
@@ -34,7 +38,8 @@ pub struct Options {
     /// Only the end-to-end suites, or those of their tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
-    /// Run all end-to-end suites with this containerd; without it, all with 1.7 and a few with 2.x.
+    /// Run all end-to-end suites with this containerd; without it, all with 1.7 and a few with 2.x and on a host
+    /// with version 1 of control groups.
     #[arg(long, value_enum, conflicts_with = "unit")]
     containerd: Option<Line>,
     /// Test the programs as they are shipped; without it they are built in the quick profile, which the suites
@@ -55,7 +60,7 @@ pub fn test(options: &Options) -> Result<u8> {
     }
     let filter = options.e2e.as_deref().unwrap_or_default();
     let mut code = 0;
-    for line in options.containerd.map_or(vec![Line::One, Line::Two], |line| vec![line]) {
+    for line in options.containerd.map_or(vec![Line::One, Line::Two, Line::Legacy], |line| vec![line]) {
         code = code.max(e2e(filter, Profile::quick(!options.release), line, options.containerd.is_some())?);
     }
     ui::say("test", if code == 0 { "all passed" } else { "end-to-end tests failed" });
@@ -86,8 +91,11 @@ fn unit() -> Result<()> {
 fn runs(suite: &str, line: Line, all: bool, filtered: bool) -> bool {
     let soak = !filtered && SOAK.contains(&suite);
     match line {
-        Line::One => !soak && !TWO_ONLY.contains(&suite),
-        Line::Two => !soak && (all || TWO_ONLY.contains(&suite) || TWO_AS_WELL.contains(&suite)),
+        Line::One => !soak && !TWO_ONLY.contains(&suite) && suite != LEGACY_ONLY,
+        Line::Legacy => LEGACY.contains(&suite) || (filtered && !TWO_ONLY.contains(&suite)),
+        Line::Two => {
+            !soak && suite != LEGACY_ONLY && (all || TWO_ONLY.contains(&suite) || TWO_AS_WELL.contains(&suite))
+        }
     }
 }
 

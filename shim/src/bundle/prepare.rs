@@ -7,6 +7,7 @@ use super::{
     translate,
     volumes::{self, InGuest, Place, VolumeError},
 };
+use crate::sandbox::cgroup;
 use serde_json::Value;
 use std::{
     collections::HashMap,
@@ -85,6 +86,9 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), InGuest::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
+    if !cgroup::is_unified() {
+        translate::own_cgroup_namespace(&mut raw);
+    }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
     create(share.join(id))?; // a container of this id that is still there is not ours to take down
     let made = (|| {

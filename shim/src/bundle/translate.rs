@@ -163,6 +163,16 @@ fn namespaces(
     Ok(())
 }
 
+/// Has a container see its own control group at `/sys/fs/cgroup`, as it does on a host with version 1, for which nobody
+/// asks for a namespace: the guest has version 2.
+pub fn own_cgroup_namespace(raw: &mut Value) {
+    if let Some(Value::Array(namespaces)) = raw.pointer_mut("/linux/namespaces")
+        && !namespaces.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "cgroup"))
+    {
+        namespaces.push(serde_json::json!({ "type": "cgroup" }));
+    }
+}
+
 /// The process whose process namespace this path is.
 fn pid_of(path: &str) -> Option<u32> {
     path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
@@ -237,6 +247,17 @@ mod tests {
         ]);
         assert_eq!(value["linux"]["namespaces"], expected);
         assert_eq!(notes.len(), 1, "{:?}", notes);
+    }
+
+    #[test]
+    fn a_cgroup_namespace_is_added_once() {
+        let mut value = sample();
+        own_cgroup_namespace(&mut value);
+        assert_eq!(value, sample());
+        value["linux"]["namespaces"] = json!([{ "type": "pid" }]);
+        own_cgroup_namespace(&mut value);
+        assert_eq!(value["linux"]["namespaces"], json!([{ "type": "pid" }, { "type": "cgroup" }]));
+        own_cgroup_namespace(&mut json!({}));
     }
 
     #[test]

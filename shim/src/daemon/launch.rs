@@ -13,7 +13,7 @@ use crate::chain;
 use crate::network;
 use crate::sandbox::agent::Report;
 use crate::sandbox::boot::{Plan, Pod};
-use crate::sandbox::cgroup::{self, Cgroup};
+use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::state::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox, vmm};
@@ -191,12 +191,13 @@ pub fn note(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
 /// accounted to containerd.
 fn enter_cgroup(about: &About, spec: &Spec) -> Option<Cgroup> {
     let path = &spec.linux.cgroups_path;
-    if path.is_empty() || !cgroup::is_unified() {
+    if path.is_empty() {
         return None;
     }
     match Cgroup::enter(path, &about.namespace) {
         Ok(cgroup) => {
-            if let Err(error) = about.dir.write("cgroup", &cgroup.path().display().to_string()) {
+            let dirs: Vec<_> = cgroup.place().dirs().map(|dir| dir.display().to_string()).collect();
+            if let Err(error) = about.dir.write("cgroup", &dirs.join("\n")) {
                 tracing::warn!(error = %chain(&error), "cgroup not noted");
             }
             Some(cgroup)

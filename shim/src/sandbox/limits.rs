@@ -2,45 +2,64 @@
 
 use std::path::Path;
 
+use super::cgroup::Place;
 use crate::bundle::growth::{HostLimits, guest_mib, host_bytes};
 
 /// Period of the CPU limit in microseconds.
 const PERIOD: u64 = 100_000;
+/// Version 1 has a number for no limit: the largest that pages can be counted to, or a page less.
+const NO_LIMIT: u64 = 1 << 62;
 
 /// The most memory, in MiB, that the guest may have within the cgroup above: kubelet's for the pod, whose limit changes
 /// with the pod. A guest with more would have its VMM killed for using it.
-pub fn room(path: &Path) -> u64 {
-    let limit = path.parent().and_then(|parent| std::fs::read_to_string(parent.join("memory.max")).ok());
-    match limit.and_then(|text| text.trim().parse::<u64>().ok()) {
-        Some(bytes) => guest_mib(bytes),
-        None => u64::MAX,
-    }
+pub fn room(place: &Place) -> u64 {
+    above(place, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
 /// The huge pages of 2 MiB, in MiB, that the cgroup above lets the pod have; none where it sets no limit. kubelet sets one
 /// for every pod, while containerd leaves those of the containers out by default (`disable_hugetlb_controller`).
-pub fn huge_mib(path: &Path) -> u64 {
-    let limit = path.parent().and_then(|parent| std::fs::read_to_string(parent.join("hugetlb.2MB.max")).ok());
-    // Without a limit it is the word "max".
-    limit.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0) >> 20
+pub fn huge_mib(place: &Place) -> u64 {
+    above(place, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
+}
+
+/// A limit of the cgroup above, by its names in version 2 and 1; none where there is none.
+fn above(place: &Place, controller: &str, [unified, legacy]: [&str; 2]) -> Option<u64> {
+    let file = if matches!(place, Place::Unified(_)) { unified } else { legacy };
+    let text = std::fs::read_to_string(place.of(controller)?.parent()?.join(file)).ok()?;
+    text.trim().parse::<u64>().ok().filter(|&limit| limit < NO_LIMIT)
 }
 
 /// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.
 ///
 /// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
 /// kernel, which kills one of its processes, and not on the host, which would kill the VMM.
-pub fn set(path: &Path, limits: &HostLimits, guest_mib: u64) {
-    let memory = if limits.memory { host_bytes(guest_mib).to_string() } else { "max".to_owned() };
-    let quota = limits.millis.map(|millis| millis.saturating_mul(PERIOD) / 1000);
-    let cpu = quota.map_or("max".to_owned(), |quota| quota.to_string());
-    // Without a list it has the processors of the cgroup above. A line of nothing is one, nothing at all is no write.
-    let cpus = limits.cpus.as_ref().map_or("\n".to_owned(), ToString::to_string);
-    for (file, value) in [("memory.max", memory), ("cpu.max", format!("{cpu} {PERIOD}")), ("cpuset.cpus", cpus)] {
-        if limits.cpus.is_none() && file == "cpuset.cpus" && !path.join(file).exists() {
-            continue;
-        }
-        if let Err(error) = std::fs::write(path.join(file), &value) {
+pub fn set(place: &Place, limits: &HostLimits, guest_mib: u64) {
+    let memory = limits.memory.then(|| host_bytes(guest_mib).to_string());
+    let quota = limits.millis.map(|millis| (millis.saturating_mul(PERIOD) / 1000).to_string());
+    let cpus = limits.cpus.as_ref().map(ToString::to_string);
+    let write = |dir: Option<&Path>, file: &str, value: &str| {
+        let Some(dir) = dir else { return };
+        if let Err(error) = std::fs::write(dir.join(file), value) {
             tracing::warn!(%error, file, value, "the host's limit is not set");
+        }
+    };
+    let cpuset = place.of("cpuset").filter(|dir| cpus.is_some() || dir.join("cpuset.cpus").exists());
+    match place {
+        Place::Unified(path) => {
+            write(Some(path), "memory.max", memory.as_deref().unwrap_or("max"));
+            write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
+            // Without a list it has the processors of the cgroup above. A line of nothing is one, nothing at all is no
+            // write.
+            write(cpuset, "cpuset.cpus", cpus.as_deref().unwrap_or("\n"));
+        }
+        Place::Legacy(_) => {
+            write(place.of("memory"), "memory.limit_in_bytes", memory.as_deref().unwrap_or("-1"));
+            write(place.of("cpu"), "cpu.cfs_period_us", &PERIOD.to_string());
+            write(place.of("cpu"), "cpu.cfs_quota_us", quota.as_deref().unwrap_or("-1"));
+            let all = || std::fs::read_to_string(cpuset?.parent()?.join("cpuset.cpus")).ok();
+            if let Some(cpus) = cpus.or_else(all) {
+                write(cpuset, "cpuset.cpus", &cpus);
+            }
         }
     }
 }
@@ -52,13 +71,43 @@ mod tests {
     #[test]
     fn a_set_of_processors_comes_and_goes() {
         let dir = tempfile::tempdir().unwrap();
+        let place = Place::Unified(dir.path().to_owned());
         let cpus = || std::fs::read_to_string(dir.path().join("cpuset.cpus")).ok();
-        set(dir.path(), &HostLimits::default(), 100);
+        set(&place, &HostLimits::default(), 100);
         assert_eq!(cpus(), None);
-        set(dir.path(), &HostLimits { cpus: Some("1-3".parse().unwrap()), ..HostLimits::default() }, 100);
+        set(&place, &HostLimits { cpus: Some("1-3".parse().unwrap()), ..HostLimits::default() }, 100);
         assert_eq!(cpus().as_deref(), Some("1-3"));
         // Without the line break nothing would be written, and the kernel keep the set.
-        set(dir.path(), &HostLimits::default(), 100);
+        set(&place, &HostLimits::default(), 100);
         assert_eq!(cpus().as_deref(), Some("\n"));
+    }
+
+    #[test]
+    fn limits_above_are_found_in_both_versions() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = dir.path().join("pod");
+        let legacy = Place::Legacy(vec![(vec!["memory".to_owned()], pod.clone())]);
+        std::fs::write(dir.path().join("memory.max"), "max\n").unwrap();
+        std::fs::write(dir.path().join("memory.limit_in_bytes"), "9223372036854771712\n").unwrap();
+        assert_eq!((room(&Place::Unified(pod.clone())), room(&legacy)), (u64::MAX, u64::MAX));
+        std::fs::write(dir.path().join("memory.max"), "1073741824\n").unwrap();
+        std::fs::write(dir.path().join("memory.limit_in_bytes"), "536870912\n").unwrap();
+        assert_eq!((room(&Place::Unified(pod)), room(&legacy)), (guest_mib(1 << 30), guest_mib(512 << 20)));
+        assert_eq!(huge_mib(&legacy), 0);
+    }
+
+    #[test]
+    fn version_1_has_other_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = ["cpu", "cpuset", "memory"].map(str::to_owned).to_vec();
+        let (pod, place) = (dir.path().join("pod"), Place::Legacy(vec![(names, dir.path().join("pod"))]));
+        std::fs::create_dir(&pod).unwrap();
+        std::fs::write(dir.path().join("cpuset.cpus"), "0-7").unwrap();
+        let read = |file: &str| std::fs::read_to_string(pod.join(file)).unwrap();
+        set(&place, &HostLimits { memory: true, millis: Some(1500), cpus: Some("1-3".parse().unwrap()) }, 100);
+        assert_eq!([read("cpu.cfs_quota_us"), read("cpuset.cpus")], ["150000", "1-3"]);
+        assert_eq!(read("memory.limit_in_bytes"), host_bytes(100).to_string());
+        set(&place, &HostLimits::default(), 100);
+        assert_eq!([read("cpu.cfs_quota_us"), read("memory.limit_in_bytes"), read("cpuset.cpus")], ["-1", "-1", "0-7"]);
     }
 }

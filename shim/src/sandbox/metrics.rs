@@ -46,7 +46,7 @@ pub fn read(path: &Path) -> Metrics {
 }
 
 /// The number after `key` on a line of its own.
-fn value(table: &str, key: &str) -> u64 {
+pub(super) fn value(table: &str, key: &str) -> u64 {
     let found = table.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok());
     found.unwrap_or(0)
 }

@@ -8,6 +8,7 @@ pub mod console;
 pub mod disks;
 pub mod forward;
 pub mod hugepages;
+pub mod legacy_metrics;
 mod limits;
 pub mod metrics;
 mod network;
@@ -135,8 +136,8 @@ impl Sandbox {
             let _ = self.vmm.set(vmm.clone());
         }
         if let (Ok(plan), Some(vmm)) = (&plan, &vmm) {
-            let path = self.cgroup.get().map(|cgroup| cgroup.path().to_owned());
-            let _ = self.resizer.set(Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.boot.clone(), path));
+            let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
+            let _ = self.resizer.set(Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.boot.clone(), place));
         }
         let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         let follower = Arc::clone(&self.follower);
@@ -188,7 +189,7 @@ impl Sandbox {
     /// The huge pages that the node lets the pod have as a whole, in MiB.
     pub fn huge_mib(&self) -> u64 {
         match self.cgroup.get() {
-            Some(cgroup) => limits::huge_mib(cgroup.path()).min(hugepages::pool_mib()),
+            Some(cgroup) => limits::huge_mib(cgroup.place()).min(hugepages::pool_mib()),
             None => 0,
         }
     }

@@ -3,7 +3,6 @@
 //! What grows, grows before the answer: the host's limit, then memory, then processors. What shrinks, is asked for, and
 //! comes as the guest can give it; the host's limit follows when it has.
 
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use husk_vmm::control::{Answer, Call, Pages};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::{Agent, timeouts, within};
+use super::cgroup::Place;
 use super::vmm::{Vmm, VmmError};
 use super::{Boot, hugepages, limits};
 use crate::bundle::growth::{Growth, HostLimits, Size};
@@ -90,7 +90,7 @@ pub struct Resizer {
 
 impl Resizer {
     /// Starts the task; it ends with this handle.
-    pub fn start(growth: Growth, vmm: Vmm, boot: watch::Receiver<Boot>, cgroup: Option<PathBuf>) -> Self {
+    pub fn start(growth: Growth, vmm: Vmm, boot: watch::Receiver<Boot>, cgroup: Option<Place>) -> Self {
         let (jobs, asked) = mpsc::unbounded_channel();
         let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
         let machine = Machine {
@@ -132,7 +132,7 @@ type GivingBack = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 struct Machine {
     vmm: Vmm,
     boot: watch::Receiver<Boot>,
-    cgroup: Option<PathBuf>,
+    cgroup: Option<Place>,
     start: Size,
     /// What was asked for last.
     now: Target,
@@ -181,8 +181,8 @@ impl Machine {
 
     /// Grows what has to grow, and asks for back what may shrink.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
-        if let Some(path) = &self.cgroup {
-            target.size.memory_mib = target.size.memory_mib.min(limits::room(path));
+        if let Some(place) = &self.cgroup {
+            target.size.memory_mib = target.size.memory_mib.min(limits::room(place));
         }
         target.huge_mib = target.huge_mib.max(self.now.huge_mib);
         if target == self.now && self.reached {
@@ -278,9 +278,9 @@ impl Machine {
 
     /// Sets the limits on the host for what the guest may have by now. Lowering one waits for memory to be reclaimed.
     async fn set_host_limits(&mut self) {
-        let Some(path) = self.cgroup.clone() else { return };
+        let Some(place) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
-        if let Err(error) = tokio::task::spawn_blocking(move || limits::set(&path, &limits, guest_mib)).await {
+        if let Err(error) = tokio::task::spawn_blocking(move || limits::set(&place, &limits, guest_mib)).await {
             tracing::warn!(%error, "the host's limits are not set");
         }
     }

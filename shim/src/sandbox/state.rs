@@ -116,9 +116,9 @@ impl StateDir {
                 process.kill_and_wait();
             }
         }
-        if let Some(path) = self.read("cgroup") {
-            let namespace = self.path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
-            cgroup::remove(Path::new(path.trim()), namespace.unwrap_or_default());
+        let namespace = self.path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
+        for path in self.read("cgroup").unwrap_or_default().lines() {
+            cgroup::remove(Path::new(path), namespace.unwrap_or_default());
         }
         self.remove();
     }

@@ -1,7 +1,6 @@
 //! containerd's Sandbox service (containerd.runtime.sandbox.v1): what its sandbox controller asks of a shim.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -20,7 +19,8 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use super::{Refusal, Shim};
 use crate::events::timestamp;
 use crate::pod;
-use crate::sandbox::metrics;
+use crate::sandbox::cgroup::Place;
+use crate::sandbox::{legacy_metrics, metrics};
 
 /// The states by the CRI's names, which containerd takes as they are.
 const READY: &str = "SANDBOX_READY";
@@ -150,8 +150,12 @@ impl Sandbox for Handler {
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         self.check(&request.sandbox_id)?;
-        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.path().to_owned()).ok_or(Refusal::NoMetrics)?;
-        let read = tokio::task::spawn_blocking(move || metrics::read(Path::new(&cgroup))).await;
+        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.place().clone()).ok_or(Refusal::NoMetrics)?;
+        let read = tokio::task::spawn_blocking(move || match &cgroup {
+            Place::Unified(path) => metrics::read(path),
+            Place::Legacy(_) => legacy_metrics::read(&cgroup),
+        })
+        .await;
         let value = read.map_err(|e| Refusal::Failed(e.to_string()))?.write_to_bytes();
         let value = value.map_err(|e| Refusal::Failed(e.to_string()))?;
         let mut response = SandboxMetricsResponse::new();

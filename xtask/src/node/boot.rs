@@ -39,6 +39,8 @@ pub struct Boot<'a> {
     pub out: &'a Path,
     /// The machine's size.
     pub machine: Machine,
+    /// Whether it has version 1 of control groups.
+    pub legacy: bool,
 }
 
 fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
@@ -60,7 +62,8 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
             // target/i386/tcg/system/fpu_helper.c. The word it writes back also says whether nested paging is on and
             // whether interrupts are held back (GIF), so a VMRUN or #VMEXIT there at that moment goes astray.
             cpus += 1;
-            "isolcpus=0 husk.accel=tcg"
+            // The check that the timer ticks gives up where the machine is as slow as this.
+            "isolcpus=0 no_timer_check husk.accel=tcg"
         }
     };
     command.arg("-smp").arg(cpus.to_string()).arg("-m").arg(boot.machine.memory.to_string());
@@ -75,10 +78,13 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     command.args(["-device", "virtio-serial-pci"]);
     command.args(["-chardev", "file,id=control,path=/dev/fd/3", "-device"]);
     command.arg("virtserialport,nr=2,chardev=control,name=husk.control");
+    let cgroups = if boot.legacy { "husk.cgroups=1" } else { "" };
     command
         .arg("-append")
         // The addresses in a report of the kernel's are those of its symbol table.
-        .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel}"));
+        .arg(format!(
+            "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel} {cgroups}"
+        ));
     Ok(command)
 }
 

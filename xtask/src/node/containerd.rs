@@ -22,6 +22,9 @@ pub enum Line {
     #[default]
     #[value(name = "1.7")]
     One,
+    /// The node's own, on a host with version 1 of control groups.
+    #[value(name = "1.7-cgroup1")]
+    Legacy,
     /// 2.x, of Debian's unstable release.
     #[value(name = "2")]
     Two,
@@ -29,7 +32,7 @@ pub enum Line {
 
 /// What is put over the node for this line: nothing for its own.
 pub fn files(line: Line) -> Result<Vec<Add>> {
-    if line == Line::One {
+    if line != Line::Two {
         return Ok(Vec::new());
     }
     let programs = paths::node().join("containerd-2");

@@ -3,6 +3,7 @@
 mod boot;
 mod containerd;
 pub mod kvm;
+mod legacy;
 mod rootfs;
 mod tar;
 
@@ -113,10 +114,15 @@ pub fn prepare() -> Result<()> {
     rootfs::node().map(drop)
 }
 
+fn node(line: Line) -> Result<rootfs::Node> {
+    let node = rootfs::node()?;
+    if line == Line::Legacy { legacy::node(node) } else { Ok(node) }
+}
+
 /// Boots the node, runs the script when containerd answers, and returns the script's exit code.
 pub fn run(run: &Run) -> Result<u8> {
     let _lock = lock::take("node")?;
-    let node = rootfs::node()?;
+    let node = node(run.containerd)?;
     let mut call = String::from("exec bash /husk/script");
     for arg in &run.args {
         call.push_str(&format!(" '{}'", arg.replace('\'', "'\\''")));
@@ -132,7 +138,14 @@ pub fn run(run: &Run) -> Result<u8> {
         &[("husk/run", format!("{env}{call}\n").as_bytes()), ("husk/script", &script)],
     )?;
     let out = out_disk()?;
-    let end = boot::run(&boot::Boot { node: &node, extras: &extras, out: &out, machine: run.machine }, run.time_limit)?;
+    let boot = boot::Boot {
+        node: &node,
+        extras: &extras,
+        out: &out,
+        machine: run.machine,
+        legacy: run.containerd == Line::Legacy,
+    };
+    let end = boot::run(&boot, run.time_limit)?;
     fetch(&out)?;
     Ok(end)
 }
@@ -140,10 +153,10 @@ pub fn run(run: &Run) -> Result<u8> {
 /// Boots the node with a shell on the terminal.
 pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
     let _lock = lock::take("node")?;
-    let node = rootfs::node()?;
+    let node = node(containerd)?;
     let extras = extras(containerd, add, &[])?;
     let out = out_disk()?;
-    boot::shell(&boot::Boot { node: &node, extras: &extras, out: &out, machine })?;
+    boot::shell(&boot::Boot { node: &node, extras: &extras, out: &out, machine, legacy: containerd == Line::Legacy })?;
     fetch(&out)
 }
 
@@ -158,7 +171,7 @@ fn extras(line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
     } else {
         ui::say("node", "there is no dist/root yet: the node comes without Husk (`cargo xtask dist`)");
     }
-    for Add { from, to } in containerd::files(line)?.iter().chain(add) {
+    for Add { from, to } in containerd::files(line)?.iter().chain(&legacy::files(line)).chain(add) {
         tar.add(from, to)?;
     }
     for (name, content) in files {

@@ -14,11 +14,14 @@ pub const SUITE: &str = "trixie";
 /// Changes when the making of the tree does.
 const TREE_RECIPE: u32 = 1;
 /// Changes when what is made of the tree does.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 /// Documentation and the like, which only makes the image larger.
 const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
 /// Size of the disk; what is not used takes no room.
 const DISK: &str = "12G";
+
+/// What it takes to reach the disk and its file system (which asks for the checksum by name).
+const DRIVERS: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
 /// What QEMU boots.
 pub struct Node {
@@ -49,7 +52,7 @@ pub fn node() -> Result<Node> {
     }
     cache::forget("node")?;
     unpack_modules(&tree)?;
-    make_initrd(&tree, &inputs.join("initramfs-init"), &node)?;
+    make_initrd(&tree, &tree, &inputs.join("initramfs-init"), &node)?;
     make_disk(&tree, &node.disk)?;
     cache::done("node", &key)?;
     Ok(node)
@@ -86,37 +89,64 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     cmd::logged("node", "node-mmdebstrap", &mut command)
 }
 
-/// The kernel's release in the tree: the name of its modules' directory.
-fn release(tree: &Path) -> Result<String> {
-    let modules = tree.join("usr/lib/modules");
+/// The kernel's release in a tree, and the directory of its modules, which has that name.
+pub fn modules(tree: &Path) -> Result<(String, PathBuf)> {
+    // Beside `usr` in trees that were never set up, where it is not a link to `usr/lib` yet.
+    let modules = tree.join("lib/modules");
     let entry = fs::read_dir(&modules).with_context(|| format!("cannot read {}", modules.display()))?.next();
     let entry = entry.context("the node's tree has no kernel")??;
-    Ok(entry.file_name().to_string_lossy().into_owned())
+    Ok((entry.file_name().to_string_lossy().into_owned(), entry.path()))
 }
 
 /// Unpacks the kernel's modules: an emulated machine would take a second for KVM's alone.
 fn unpack_modules(tree: &Path) -> Result<()> {
-    let release = release(tree)?;
-    let modules = tree.join("usr/lib/modules").join(&release);
+    let (release, modules) = modules(tree)?;
     let mut unpack = Command::new("sh");
     unpack.args(["-c", "find \"$1\" -name '*.ko.xz' -print0 | xargs -0 -r -n 50 -P 4 xz -d -f", "sh"]).arg(modules);
     cmd::logged("node", "node-modules", &mut unpack)?;
     cmd::logged("node", "node-depmod", Command::new("chroot").arg(tree).args(["depmod", &release]))
 }
 
-/// Busybox, the disk's driver and a script that mounts the disk.
-fn make_initrd(tree: &Path, init: &Path, node: &Node) -> Result<()> {
-    let release = release(tree)?;
-    fs::copy(tree.join(format!("boot/vmlinuz-{release}")), &node.kernel).context("cannot copy the node's kernel")?;
+/// The modules of a list like modules.dep that these are and need, in the order in which they are loaded. What is not in
+/// the list is built in.
+fn with_what_they_need<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
+    let mut all: Vec<&str> = Vec::new();
+    for name in wanted {
+        let of = |line: &&str| {
+            let path = line.split(':').next().unwrap_or_default();
+            path.rsplit('/').next().and_then(|file| file.strip_suffix(".ko")) == Some(name)
+        };
+        let Some((path, needs)) = list.lines().find(of).and_then(|line| line.split_once(':')) else { continue };
+        // What is named last is what all others need.
+        for module in needs.split_whitespace().rev().chain([path]) {
+            if !all.contains(&module) {
+                all.push(module);
+            }
+        }
+    }
+    all
+}
+
+/// Busybox of a tree, the disk's driver and a script that mounts the disk; and the kernel beside it, of another tree.
+pub fn make_initrd(kernel: &Path, tree: &Path, init: &Path, node: &Node) -> Result<()> {
+    let (release, modules) = modules(kernel)?;
+    fs::copy(kernel.join(format!("boot/vmlinuz-{release}")), &node.kernel).context("cannot copy the node's kernel")?;
     let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let driver = read(&tree.join(format!("usr/lib/modules/{release}/kernel/drivers/block/virtio_blk.ko")))?;
+    let list = String::from_utf8(read(&modules.join("modules.dep"))?).context("modules.dep is no text")?;
+    let drivers = with_what_they_need(&list, &DRIVERS);
     let mut cpio = Cpio::new(Vec::new());
     for name in ["bin", "dev", "proc", "root"] {
         cpio.directory(name, 0o755)?;
     }
     cpio.character("dev/console", 0o600, 5, 1)?;
     cpio.file("bin/busybox", 0o755, &read(&tree.join("usr/bin/busybox"))?)?;
-    cpio.file("virtio_blk.ko", 0o644, &driver)?;
+    let mut names = String::new();
+    for driver in drivers {
+        let name = driver.rsplit('/').next().unwrap_or(driver);
+        cpio.file(name, 0o644, &read(&modules.join(driver))?)?;
+        names.push_str(&format!("{name}\n"));
+    }
+    cpio.file("modules", 0o644, names.as_bytes())?;
     cpio.file("init", 0o755, &read(init)?)?;
     fs::write(&node.initrd, cpio.finish()?).context("cannot write the node's initramfs")
 }
@@ -128,4 +158,16 @@ fn make_disk(tree: &Path, disk: &Path) -> Result<()> {
     let mut mkfs = Command::new("mkfs.ext4");
     mkfs.args(["-q", "-F", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0", "-d"]);
     cmd::logged("node", "node-mkfs", mkfs.arg(tree).arg(disk).arg(DISK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_come_after_what_they_need() {
+        let list = "k/virtio_blk.ko: k/virtio_ring.ko k/virtio.ko\nk/virtio.ko:\nk/ext4.ko: k/jbd2.ko k/virtio.ko\n";
+        let all = with_what_they_need(list, &["virtio_pci", "virtio_blk", "ext4"]);
+        assert_eq!(all, ["k/virtio.ko", "k/virtio_ring.ko", "k/virtio_blk.ko", "k/jbd2.ko", "k/ext4.ko"]);
+    }
 }

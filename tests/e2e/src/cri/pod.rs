@@ -122,7 +122,7 @@ impl Pods {
         }
         // containerd leaves the parents to kubelet, which makes them.
         for number in 1..=self.next.get() {
-            let _ = fs::remove_dir(format!("/sys/fs/cgroup/kubepods/{}-{number}", self.name));
+            remove_parent(&format!("{}-{number}", self.name));
         }
         result
     }
@@ -229,7 +229,16 @@ impl Pod {
     pub fn remove(&self) {
         call("RemovePodSandbox", &json!({ "pod_sandbox_id": self.id }));
         let name = text(&self.config["metadata"]["name"]);
-        let _ = fs::remove_dir(format!("/sys/fs/cgroup/kubepods/{name}"));
+        remove_parent(&name);
+    }
+}
+
+/// Removes the cgroup of a pod's that kubelet would: in version 1 there is one in each hierarchy.
+fn remove_parent(name: &str) {
+    let top = Path::new("/sys/fs/cgroup");
+    let hierarchies = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.chain([top.to_owned()]) {
+        let _ = fs::remove_dir(hierarchy.join("kubepods").join(name));
     }
 }
 

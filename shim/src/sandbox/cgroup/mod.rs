@@ -1,22 +1,30 @@
 //! The sandbox's cgroup on the host: everything that runs for the pod is accounted where containerd expects it.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::AsFd;
+mod legacy;
+mod remove;
+
 use std::path::{Component, Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+pub use remove::remove;
 
-/// Mount point of cgroup v2.
+/// Mount point of cgroup v2, or of the directory with v1's.
 const MOUNT: &str = "/sys/fs/cgroup";
+
+/// Where a sandbox' cgroup is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// In the one hierarchy of version 2.
+    Unified(PathBuf),
+    /// In those of version 1, with the controllers of each.
+    Legacy(Vec<(Vec<String>, PathBuf)>),
+}
 
 /// A cgroup this process made and moved into.
 #[derive(Debug)]
 pub struct Cgroup {
-    path: PathBuf,
-    /// Where the process came from and goes back to before the removal.
-    origin: Option<PathBuf>,
+    place: Place,
+    /// Where the process came from and goes back to before the removal, for each directory.
+    origins: Vec<PathBuf>,
     namespace: String,
 }
 
@@ -26,6 +34,9 @@ pub enum CgroupError {
     /// The specification names something outside the hierarchy.
     #[error("cgroupsPath {0:?} is no path within the cgroup hierarchy")]
     Path(String),
+    /// The host has none.
+    #[error("no hierarchy of control groups is mounted below {MOUNT}")]
+    None,
     /// It cannot be made.
     #[error("making the cgroup {path}")]
     Create {
@@ -105,43 +116,91 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError`]; nothing is left behind then.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
-        let path = Path::new(MOUNT).join(relative_path(cgroups_path)?);
-        let origin = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
-            let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-            Some(Path::new(MOUNT).join(path))
-        });
-        // Two tries: another sandbox may just be removing the parent.
-        std::fs::create_dir_all(&path)
-            .or_else(|_| std::fs::create_dir_all(&path))
-            .map_err(|source| CgroupError::Create { path: path.clone(), source })?;
-        // Before anything runs in it: what was used before is never charged to it.
-        delegate(Path::new(MOUNT), &path);
-        let cgroup = Self { path, origin, namespace: namespace.to_owned() };
-        match std::fs::write(cgroup.path.join("cgroup.procs"), "0") {
-            Ok(()) => Ok(cgroup),
-            Err(source) => {
-                let _ = std::fs::remove_dir(&cgroup.path);
-                Err(CgroupError::Enter { path: cgroup.path.clone(), source })
-            }
+        let relative = relative_path(cgroups_path)?;
+        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let (place, origins) = if is_unified() {
+            let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+            (Place::Unified(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(own)])
+        } else {
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+            legacy::place(&mounts, &own, &relative)
+        };
+        if place.dirs().next().is_none() {
+            return Err(CgroupError::None);
         }
+        let cgroup = Self { place, origins, namespace: namespace.to_owned() };
+        let made = cgroup.make();
+        if made.is_err() {
+            cgroup.place.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
+        }
+        made.map(|()| cgroup)
     }
 
-    /// Its directory.
-    pub fn path(&self) -> &Path {
-        &self.path
+    fn make(&self) -> Result<(), CgroupError> {
+        for path in self.place.dirs() {
+            // Two tries: another sandbox may just be removing the parent.
+            std::fs::create_dir_all(path)
+                .or_else(|_| std::fs::create_dir_all(path))
+                .map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
+        }
+        // Before anything runs in it: what was used before is never charged to it.
+        match &self.place {
+            Place::Unified(path) => delegate(Path::new(MOUNT), path),
+            Place::Legacy(_) => {
+                if let Some(path) = self.place.of("cpuset") {
+                    legacy::inherit_cpuset(Path::new(MOUNT), path);
+                }
+            }
+        }
+        for path in self.place.dirs() {
+            std::fs::write(path.join("cgroup.procs"), "0")
+                .map_err(|source| CgroupError::Enter { path: path.to_owned(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Where it is.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Moves this process back and removes the cgroup, and containerd's own above it when this was the last in it.
     pub async fn leave_and_remove(&self) {
-        let origin = self.origin.as_deref().unwrap_or(Path::new(MOUNT));
-        if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
-            let _ = std::fs::write(Path::new(MOUNT).join("cgroup.procs"), "0");
+        for (path, origin) in self.place.dirs().zip(&self.origins) {
+            if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
+                // Its own is gone; the root of the hierarchy is not.
+                let root = path.ancestors().skip(1).take_while(|above| above.join("cgroup.procs").exists()).last();
+                let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
+            }
         }
-        let (path, namespace) = (self.path.clone(), self.namespace.clone());
+        let (place, namespace) = (self.place.clone(), self.namespace.clone());
         // The wait for the last process would hold up everything else on this thread.
-        if let Err(error) = tokio::task::spawn_blocking(move || remove(&path, &namespace)).await {
-            tracing::warn!(path = %self.path.display(), "cannot remove the cgroup: {error}");
+        let removed =
+            tokio::task::spawn_blocking(move || place.dirs().for_each(|path| remove::remove(path, &namespace))).await;
+        if let Err(error) = removed {
+            tracing::warn!("cannot remove the cgroup: {error}");
         }
+    }
+}
+
+impl Place {
+    /// The directory where a controller's files are, if the host has it.
+    pub fn of(&self, controller: &str) -> Option<&Path> {
+        match self {
+            Self::Unified(path) => Some(path),
+            Self::Legacy(all) => {
+                all.iter().find(|(names, _)| names.iter().any(|name| name == controller)).map(|(_, path)| &**path)
+            }
+        }
+    }
+
+    /// The directories it consists of.
+    pub fn dirs(&self) -> impl Iterator<Item = &Path> {
+        let (one, all): (Option<&Path>, &[_]) = match self {
+            Self::Unified(path) => (Some(path), &[]),
+            Self::Legacy(all) => (None, all),
+        };
+        one.into_iter().chain(all.iter().map(|(_, path): &(Vec<String>, PathBuf)| path.as_path()))
     }
 }
 
@@ -156,80 +215,6 @@ fn delegate(mount: &Path, path: &Path) {
         let on: Vec<&str> = on.split_whitespace().collect();
         for controller in has.split_whitespace().filter(|controller| !on.contains(controller)) {
             let _ = std::fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
-        }
-    }
-}
-
-/// Removes a sandbox' cgroup with what is below it, and containerd's own for the namespace when it was the last in it.
-/// Waits a second at most for the end of processes that were killed.
-pub fn remove(path: &Path, namespace: &str) {
-    if !path.starts_with(MOUNT) || path == Path::new(MOUNT) || path.components().any(|c| c == Component::ParentDir) {
-        return;
-    }
-    remove_tree(path);
-    if let Some(parent) = path.parent()
-        && parent == Path::new(MOUNT).join(namespace)
-    {
-        let _ = std::fs::remove_dir(parent);
-    }
-}
-
-/// How long a cgroup's last processes, killed already, may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Removes a cgroup and those below it.
-fn remove_tree(path: &Path) {
-    let deadline = Instant::now() + PATIENCE;
-    // Of this cgroup and of all below it: a process that was just killed leaves a moment after it was reaped.
-    let empty = wait_until_empty(path, deadline);
-    if let Err(error) = empty.and_then(|()| remove_directories(path)) {
-        tracing::warn!(path = %path.display(), "cannot remove the cgroup: {error}");
-    }
-}
-
-fn remove_directories(path: &Path) -> io::Result<()> {
-    let entries = match std::fs::read_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_directories(&entry.path())?;
-        }
-    }
-    match std::fs::remove_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
-/// Waits until no process is in the cgroup or below it. The kernel tells of a change of `cgroup.events` by POLLPRI to
-/// whoever has read it since it was opened (cgroup-v2.rst, "Basic Operations").
-fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
-    let mut events = match File::open(path.join("cgroup.events")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    loop {
-        let mut text = String::new();
-        let read = events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text));
-        match read {
-            // Removed by somebody else meanwhile.
-            Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => return Ok(()),
-            other => other?,
-        };
-        if !text.lines().any(|line| line == "populated 1") {
-            return Ok(());
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        let mut wanted = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut wanted, timeout) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
         }
     }
 }

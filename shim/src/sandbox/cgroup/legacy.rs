@@ -1,0 +1,132 @@
+//! Version 1 of control groups: a hierarchy for each controller, or for a few together (Linux,
+//! Documentation/admin-guide/cgroup-v1).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::Place;
+
+/// How often a cgroup is looked at whose last process was killed: here the kernel tells nobody that it is gone.
+const LOOK: Duration = Duration::from_millis(5);
+/// What the files of a new cpuset begin as nothing.
+const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
+
+/// The sandbox' directory in each hierarchy, and this process's own there. `mounts` is `/proc/self/mountinfo`, `own`
+/// `/proc/self/cgroup`.
+pub fn place(mounts: &str, own: &str, relative: &Path) -> (Place, Vec<PathBuf>) {
+    let (mut all, mut origins) = (Vec::new(), Vec::new());
+    for (point, options) in mounts.lines().filter_map(hierarchy) {
+        let has = |name: &str| options.split(',').any(|option| option == name);
+        // hierarchy-ID:controllers:path (cgroups(7)); a name stands for controllers where there are none.
+        let line = own.lines().find_map(|line| {
+            let (names, path) = line.split_once(':')?.1.split_once(':')?;
+            (!names.is_empty() && names.split(',').all(has)).then_some((names, path))
+        });
+        let Some((names, path)) = line else { continue };
+        let names: Vec<String> = names.split(',').map(str::to_owned).collect();
+        let dir = point.join(relative);
+        // One hierarchy may be mounted twice.
+        if all.iter().all(|(known, _)| *known != names) {
+            all.push((names, dir));
+            origins.push(point.join(path.trim_start_matches('/')));
+        }
+    }
+    (Place::Legacy(all), origins)
+}
+
+/// Mount point and options of a line of mountinfo that mounts a hierarchy.
+fn hierarchy(line: &str) -> Option<(PathBuf, &str)> {
+    let (mount, system) = line.split_once(" - ")?;
+    let mut system = system.split(' ');
+    if system.next()? != "cgroup" {
+        return None;
+    }
+    let options = system.nth(1)?;
+    Some((mount.split(' ').nth(4)?.into(), options))
+}
+
+/// Gives a new cpuset, and those above it that are new, what the one above has: nothing can be in one that has nothing.
+pub fn inherit_cpuset(top: &Path, path: &Path) {
+    let mut above: Vec<&Path> = path.ancestors().take_while(|dir| dir.starts_with(top) && *dir != top).collect();
+    above.reverse();
+    for pair in above.windows(2) {
+        let [parent, child] = pair else { continue };
+        for file in CPUSET {
+            let read = |dir: &Path| fs::read_to_string(dir.join(file)).unwrap_or_default();
+            if read(child).trim().is_empty() {
+                let _ = fs::write(child.join(file), read(parent));
+            }
+        }
+    }
+}
+
+/// Waits until no process is in the cgroup or below it.
+pub fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
+    while is_populated(path) {
+        if Instant::now() >= deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+fn is_populated(path: &Path) -> bool {
+    let own = fs::read_to_string(path.join("cgroup.procs")).is_ok_and(|text| !text.trim().is_empty());
+    let below = || fs::read_dir(path).into_iter().flatten().flatten();
+    own || below()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .any(|dir| is_populated(&dir.path()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+30 23 0:26 / /sys/fs/cgroup ro,nosuid - tmpfs tmpfs ro,mode=755
+31 30 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate
+32 30 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd
+33 30 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct
+34 30 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+35 30 0:30 / /mnt rw - cgroup cgroup rw,memory";
+    const OWN: &str = "4:memory:/\n3:cpu,cpuacct:/system.slice/x\n1:name=systemd:/system.slice/x\n0::/system.slice/x\n";
+
+    #[test]
+    fn every_hierarchy_has_a_directory() {
+        let (place, origins) = place(MOUNTS, OWN, Path::new("kubepods/pod"));
+        let top = Path::new("/sys/fs/cgroup");
+        assert_eq!(place.of("cpuacct"), Some(&*top.join("cpu,cpuacct/kubepods/pod")));
+        assert_eq!(place.of("memory"), Some(&*top.join("memory/kubepods/pod")));
+        assert_eq!(place.of("pids"), None);
+        assert_eq!(place.dirs().count(), 3);
+        let expected = ["systemd/system.slice/x", "cpu,cpuacct/system.slice/x", "memory/"];
+        assert_eq!(origins, expected.map(|path| top.join(path)));
+    }
+
+    #[test]
+    fn a_new_cpuset_has_what_is_above_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cpuset/a/b");
+        fs::create_dir_all(&path).unwrap();
+        for below in ["cpuset", "cpuset/a", "cpuset/a/b"] {
+            for file in CPUSET {
+                fs::write(dir.path().join(below).join(file), if below == "cpuset" { "0-3\n" } else { "\n" }).unwrap();
+            }
+        }
+        inherit_cpuset(dir.path(), &path);
+        assert_eq!(fs::read_to_string(path.join("cpuset.mems")).unwrap(), "0-3\n");
+    }
+
+    #[test]
+    fn what_is_empty_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("below")).unwrap();
+        let deadline = Instant::now() + Duration::from_millis(20);
+        wait_until_empty(dir.path(), deadline).unwrap();
+        fs::write(dir.path().join("below/cgroup.procs"), "7\n").unwrap();
+        assert!(wait_until_empty(dir.path(), deadline).is_err());
+    }
+}
