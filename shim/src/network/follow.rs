@@ -9,7 +9,7 @@ use husk_proto::agent::NetworkRequest;
 use nix::sched::{CloneFlags, setns};
 
 use super::read::{self, Link};
-use super::{NetworkError, Tap, kernel, tap};
+use super::{NetworkError, Tap, Wish, kernel, tap};
 
 /// The groups of rtnetlink(7) that tell of what the guest is given.
 const GROUPS: i32 = libc::RTMGRP_LINK
@@ -28,6 +28,7 @@ pub struct Follow {
     /// The taps, by theirs.
     taps: Vec<i32>,
     last: NetworkRequest,
+    wish: Wish,
 }
 
 /// How the namespace differs from what it was.
@@ -44,12 +45,13 @@ impl Follow {
     ///
     /// # Errors
     /// When the namespace has no name.
-    pub(super) fn begin(links: &[Link], taps: &[Tap], last: NetworkRequest) -> io::Result<Self> {
+    pub(super) fn begin(links: &[Link], taps: &[Tap], last: NetworkRequest, wish: Wish) -> io::Result<Self> {
         Ok(Self {
             namespace: File::open("/proc/thread-self/ns/net")?,
             connected: links.iter().map(|link| link.index).collect(),
             taps: taps.iter().map(|tap| tap.index).collect(),
             last,
+            wish,
         })
     }
 
@@ -65,7 +67,7 @@ impl Follow {
         links.retain(|link| !self.taps.contains(&link.index));
         let now = read::all(&netlink, &links)?;
         let new = links.iter().filter(|link| !self.connected.contains(&link.index));
-        let taps = new.map(|link| tap::beside(&netlink, link)).collect::<Result<Vec<_>, _>>()?;
+        let taps = new.map(|link| tap::beside(&netlink, link, self.wish.of_each(1))).collect::<Result<Vec<_>, _>>()?;
         self.connected.extend(taps.iter().map(|tap| tap.link));
         self.taps.extend(taps.iter().map(|tap| tap.index));
         let changed = !taps.is_empty() || now != self.last;
