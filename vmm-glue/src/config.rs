@@ -68,9 +68,9 @@ pub struct NetConfig {
     /// The tap: an open `/dev/net/tun` attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. 1 to 8; where there are
     /// several, they are attached with IFF_MULTI_QUEUE to the same interface.
     pub taps: Vec<FdIndex>,
-    /// As many open `/dev/vhost-net`, where the host's kernel is to carry the frames; else none. The kernel does not look
-    /// at them: what is behind the tap has to drop those from another MAC address than the guest's.
-    pub vhost: Vec<FdIndex>,
+    /// `/dev/vhost-net`, opened with O_PATH, where the host's kernel may carry the frames. It does not look at them: what
+    /// is behind the tap has to drop those from another MAC address than the guest's.
+    pub vhost: Option<FdIndex>,
     /// The guest's MAC address; frames it sends with another are dropped, by the VMM where that carries them.
     pub mac: [u8; 6],
     /// In bytes, 68 to 65535.

@@ -130,9 +130,9 @@ impl Vm {
     /// [`VmError`].
     pub fn attach_net(&self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let mut fds = check::Fds::new(fds);
-        let backends = check::net(config, &mut fds)?;
+        let backend = check::net(config, &mut fds)?;
         fds.used_up()?;
-        self.attach(Arc::new(Mutex::new(Net::new(backends, config.mac, config.mtu).map_err(VmError::Tap)?)))
+        self.attach(Arc::new(Mutex::new(Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?)))
     }
 
     /// Plugs a disk into a spare slot and returns the slot's number.

@@ -53,9 +53,8 @@ impl Wish {
     /// For so many interfaces, whose descriptors go to the VMM in one message beside the machine's own: with very many
     /// there are fewer queues.
     fn of_each(self, interfaces: usize) -> Self {
-        let room = wire::MAX_FDS - MACHINE_FDS;
-        let each = interfaces.max(1) * if self.vhost { 2 } else { 1 };
-        Self { pairs: self.pairs.min(room / each).max(1), ..self }
+        let room = (wire::MAX_FDS - MACHINE_FDS) / interfaces.max(1);
+        Self { pairs: self.pairs.min(room.saturating_sub(usize::from(self.vhost))).max(1), ..self }
     }
 }
 
@@ -64,9 +63,9 @@ impl Wish {
 pub struct Tap {
     /// The open device, once for each of its queues.
     pub fds: Vec<OwnedFd>,
-    /// As many open `/dev/vhost-net`, or none: then the VMM is to drop frames with a foreign hardware address, and the
-    /// host does it otherwise.
-    pub vhost: Vec<OwnedFd>,
+    /// `/dev/vhost-net` where the host's kernel may carry the frames: it drops those with a foreign hardware address. Where
+    /// it may not, the VMM is to drop them.
+    pub vhost: Option<OwnedFd>,
     /// The interface's index in the namespace.
     pub link: i32,
     /// Its own.

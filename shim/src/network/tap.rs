@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 
 use husk_netlink::{Message, Netlink, link_header, nest};
 
@@ -57,24 +58,22 @@ pub fn beside(netlink: &Netlink, link: &Link, wish: Wish) -> Result<Tap, Network
         redirect(netlink, link.index, index)
     };
     to_guest().map_err(kernel(format!("redirect the frames of {}", link.name)))?;
-    let vhost = if wish.vhost { vhost(fds.len()) } else { Vec::new() };
-    let guarded = || {
+    let from_guest = || {
         ingress(netlink, index)?;
-        Ok(!vhost.is_empty() && guard(netlink, index, link.index, link.mac))
+        let vhost = wish.vhost.then(vhost).flatten().filter(|_| guard(netlink, index, link.index, link.mac));
+        if vhost.is_none() {
+            redirect(netlink, index, link.index)?;
+        }
+        Ok(vhost)
     };
-    let guarded = guarded().map_err(kernel("filter the frames of the tap"))?;
-    if !guarded {
-        redirect(netlink, index, link.index).map_err(kernel(format!("redirect frames to {}", link.name)))?;
-    }
-    let vhost = if guarded { vhost } else { Vec::new() };
+    let vhost = from_guest().map_err(kernel(format!("redirect frames to {}", link.name)))?;
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
-/// So many open `/dev/vhost-net`, or none where the host has no such thing.
-fn vhost(count: usize) -> Vec<OwnedFd> {
-    let open = |_| File::options().read(true).write(true).open("/dev/vhost-net").map(OwnedFd::from);
-    let result: io::Result<Vec<_>> = (0..count).map(open).collect();
-    result.inspect_err(|error| tracing::debug!(%error, "no /dev/vhost-net: the VMM carries frames")).unwrap_or_default()
+/// `/dev/vhost-net` for the VMM to open, where the host has it.
+fn vhost() -> Option<OwnedFd> {
+    let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").map(OwnedFd::from);
+    vhost.inspect_err(|error| tracing::debug!(%error, "no /dev/vhost-net: the VMM carries frames")).ok()
 }
 
 /// Opens a tap as the VMM wants it; it is gone with its last descriptor.

@@ -153,12 +153,12 @@ async fn look(mut follow: Follow) -> io::Result<(Follow, Result<Option<Change>, 
 
 /// What the VMM is told of a tap, whose descriptors are added to those that go with it.
 pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig {
-    let mut add = |those: &'a [OwnedFd]| {
-        let first = fds.len();
-        fds.extend(those.iter().map(AsFd::as_fd));
-        (first..fds.len()).map(FdIndex).collect()
+    let mut add = |fd: &'a OwnedFd| {
+        fds.push(fd.as_fd());
+        FdIndex(fds.len() - 1)
     };
-    NetConfig { taps: add(&tap.fds), vhost: add(&tap.vhost), mac: tap.mac, mtu: tap.mtu }
+    let taps = tap.fds.iter().map(&mut add).collect();
+    NetConfig { taps, vhost: tap.vhost.as_ref().map(add), mac: tap.mac, mtu: tap.mtu }
 }
 
 /// Gives the guest what is new; the taps that it has are taken out of `change`.

@@ -199,7 +199,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
         console: FdIndex(3),
         share: Some(ShareConfig { tag: "husk".into(), root: root.display().to_string(), workers: 2 }),
         vsock_cid: 3,
-        net: vec![NetConfig { taps: vec![FdIndex(4)], vhost: Vec::new(), mac: [2, 0, 0, 0, 0, 1], mtu: 1400 }],
+        net: vec![NetConfig { taps: vec![FdIndex(4)], vhost: None, mac: [2, 0, 0, 0, 0, 1], mtu: 1400 }],
         blk: vec![BlkConfig { file: FdIndex(5), read_only: false, serial: "disk-0".into() }],
         balloon: true,
         spare_slots: 0,

@@ -73,7 +73,7 @@ pub struct Checked {
     /// The console's pipe.
     pub console: OwnedFd,
     /// Network interfaces and what they are connected to.
-    pub net: Vec<(NetConfig, Vec<Backend>)>,
+    pub net: Vec<(NetConfig, Backend)>,
     /// Disks and their files.
     pub blk: Vec<(BlkConfig, File)>,
 }
@@ -125,28 +125,27 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
 ///
 /// # Errors
 /// [`ConfigError`].
-pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Vec<Backend>, ConfigError> {
+pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
     range((68..=u16::MAX).contains(&config.mtu), "net.mtu", config.mtu, "68 to 65535")?;
     let [first, ..] = config.mac;
     let unicast = first & 1 == 0 && config.mac != [0; 6];
     range(unicast, "net.mac", format!("{:02x?}", config.mac), "a unicast address")?;
-    let (pairs, offloaded) = (config.taps.len(), config.vhost.len());
+    let pairs = config.taps.len();
     range((1..=MOST_PAIRS).contains(&pairs), "number of net.taps", pairs, "1 to 8")?;
-    range(offloaded == 0 || offloaded == pairs, "number of net.vhost", offloaded, "none or as many as taps")?;
     let several = if pairs > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
     let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
-    let mut backends = Vec::with_capacity(pairs);
-    for (number, &tap) in config.taps.iter().enumerate() {
+    let mut taps = Vec::with_capacity(pairs);
+    for &tap in &config.taps {
         let tap = File::from(fds.take("net.taps", tap)?);
         let good = tap_flags(&tap) & wanted == wanted;
         kind(good, "net.taps", "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE where there are several")?;
-        let vhost = config.vhost.get(number).map(|&index| fds.take("net.vhost", index)).transpose()?;
-        if let Some(vhost) = &vhost {
-            kind(is(vhost, "net.vhost", libc::S_IFCHR)?, "net.vhost", "/dev/vhost-net")?;
-        }
-        backends.push(Backend { tap, vhost: vhost.map(File::from) });
+        taps.push(tap);
     }
-    Ok(backends)
+    let vhost = config.vhost.map(|vhost| fds.take("net.vhost", vhost)).transpose()?;
+    if let Some(vhost) = &vhost {
+        kind(is(vhost, "net.vhost", libc::S_IFCHR)?, "net.vhost", "/dev/vhost-net")?;
+    }
+    Ok(Backend { taps, vhost: vhost.map(File::from) })
 }
 
 /// Checks a disk with its file.

@@ -1,11 +1,12 @@
 //! virtio-net (virtio 1.2, 5.1): a network interface behind a tap.
 //!
 //! Frames go between the tap and guest memory without a copy in between, with checksums and segmentation left to
-//! whoever needs them last. They are carried by the device loop or, where the device was given vhost-net, by the host's
-//! kernel: then this is what sets it up. With several processors there are several pairs of queues, each with a queue of
-//! the tap's and a vhost-net of its own.
+//! whoever needs them last. The device loop carries them until there are many; then, where the device was given
+//! vhost-net, the host's kernel does, until the next reset. With several processors there are several pairs of queues,
+//! each with a queue of the tap's and a vhost-net of its own.
 
 mod control;
+mod load;
 mod pump;
 mod tap;
 #[cfg(test)]
@@ -14,6 +15,7 @@ mod vhost;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
@@ -29,6 +31,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::load::Load;
 use self::pump::{Lane, Rules};
 use self::vhost::VhostError;
 use super::activation;
@@ -56,14 +59,14 @@ const ETHERNET: usize = 18;
 /// Header and longest frame with segmentation offload: an IP packet of 64 KiB.
 const LONGEST: usize = HEADER + ETHERNET + 65_536;
 
-/// The host's ends of one pair of queues.
+/// The host's ends of an interface.
 #[derive(Debug)]
 pub struct Backend {
-    /// An open `/dev/net/tun`, attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR; where there are several, with
-    /// IFF_MULTI_QUEUE to one interface.
-    pub tap: File,
-    /// An open `/dev/vhost-net`. What comes from the guest then is not looked at: the host has to drop frames from an
-    /// address that is not the guest's.
+    /// Open `/dev/net/tun`, one for each pair of queues, 1 to [`MOST_PAIRS`]: attached with IFF_TAP, IFF_NO_PI and
+    /// IFF_VNET_HDR; where there are several, with IFF_MULTI_QUEUE to one interface.
+    pub taps: Vec<File>,
+    /// `/dev/vhost-net`, with O_PATH: it is opened when there is much to carry. What comes from the guest is not looked at
+    /// then: the host has to drop frames from an address that is not the guest's.
     pub vhost: Option<File>,
 }
 
@@ -76,12 +79,12 @@ pub struct Net {
     mtu: u16,
     /// Whether the taps are queues that can be taken into use and out of it.
     switchable: bool,
-    /// Whether the kernel is to carry the frames: not once it refused.
-    offload: bool,
+    /// Where the kernel may carry the frames; not once it refused.
+    vhost: Option<File>,
     active: Option<Active>,
 }
 
-/// A [`Backend`] in use.
+/// The host's end of a pair of queues.
 struct Port {
     tap: File,
     /// What epoll watches the tap for.
@@ -89,7 +92,7 @@ struct Port {
     registered: bool,
     /// Whether frames to the guest may go to this queue of the tap's.
     attached: bool,
-    /// vhost-net, and what it signals when the guest breaks a queue.
+    /// vhost-net once it is open, and what it signals when the guest breaks a queue.
     vhost: Option<(File, EventFd)>,
 }
 
@@ -103,6 +106,7 @@ struct Active {
     control: Option<Vq>,
     control_waiting: bool,
     rules: Rules,
+    load: Load,
     features: u64,
     carrier: Carrier,
 }
@@ -117,12 +121,12 @@ enum Carrier {
 }
 
 impl Net {
-    /// An interface with as many pairs of queues as there are backends, 1 to [`MOST_PAIRS`].
+    /// An interface with as many pairs of queues as there are taps.
     ///
     /// # Errors
     /// The error of making a tap non-blocking or of eventfd; [`io::ErrorKind::InvalidInput`] for their number.
-    pub fn new(backends: Vec<Backend>, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
-        let pairs = backends.len();
+    pub fn new(backend: Backend, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
+        let pairs = backend.taps.len();
         if !(1..=MOST_PAIRS).contains(&pairs) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{pairs} pairs of queues")));
         }
@@ -130,10 +134,9 @@ impl Net {
         if pairs > 1 {
             queue_sizes.push(CONTROL_SIZE);
         }
-        let ports = backends.into_iter().map(Port::new).collect::<io::Result<Vec<_>>>()?;
+        let ports = backend.taps.into_iter().map(Port::new).collect::<io::Result<Vec<_>>>()?;
         let switchable = ports.iter().all(|port| tap_flags(&port.tap) & libc::IFF_MULTI_QUEUE != 0);
-        let offload = ports.iter().all(|port| port.vhost.is_some());
-        Ok(Self { wake: Wake::new()?, ports, queue_sizes, mac, mtu, switchable, offload, active: None })
+        Ok(Self { wake: Wake::new()?, ports, queue_sizes, mac, mtu, switchable, vhost: backend.vhost, active: None })
     }
 
     /// Takes the queues over.
@@ -169,22 +172,36 @@ impl Net {
             control,
             control_waiting: true,
             rules: Rules { mac: self.mac, mergeable: has(VIRTIO_NET_F_MRG_RXBUF), longest },
+            load: Load::default(),
             features,
             carrier: Carrier::Loop,
         });
-        self.hand_over();
         self.wake.wake();
         Ok(())
     }
 
-    /// Has the kernel carry the frames where it can; the loop does it otherwise.
-    fn hand_over(&mut self) {
-        let Some(active) = self.active.as_mut().filter(|_| self.offload) else { return };
-        match active.start_vhost(&self.ports) {
-            Ok(()) => active.carrier = Carrier::Kernel,
+    /// Has the kernel carry the frames once there are many, where it can; the loop goes on otherwise.
+    fn hand_over(&mut self, ops: &mut EventOps) {
+        let (Some(active), Some(vhost)) = (self.active.as_mut(), self.vhost.as_ref()) else { return };
+        if active.carrier != Carrier::Loop || !active.load.is_high() {
+            return;
+        }
+        // Nothing is taken from a queue between two turns of the loop: it is the kernel's from where it stands.
+        for lane in &mut active.lanes {
+            Wake::unregister(ops, &mut lane.rx);
+            Wake::unregister(ops, &mut lane.tx);
+        }
+        let opened = (0..).zip(&mut self.ports).try_for_each(|(index, port)| port.open(vhost, index, ops));
+        match opened.map_err(VhostError::Open).and_then(|()| active.start_vhost(&self.ports)) {
+            Ok(()) => {
+                active.carrier = Carrier::Kernel;
+                log::debug!("virtio-net: the kernel carries the frames");
+            }
             Err(error) => {
-                log::warn!("virtio-net: frames are carried by the VMM: {}", chain_of_causes(&error));
-                self.offload = false;
+                log::warn!("virtio-net: the VMM goes on to carry the frames: {}", chain_of_causes(&error));
+                self.vhost = None;
+                active.register(ops);
+                self.wake.wake();
             }
         }
     }
@@ -269,7 +286,7 @@ impl Net {
         }
         if active.carrier == Carrier::Loop {
             for (lane, port) in active.lanes.iter_mut().zip(ports).take(active.in_use) {
-                again |= lane.pump(&memory, &*interrupt, &port.tap, &active.rules)?;
+                again |= lane.pump(&memory, &*interrupt, &port.tap, &active.rules, &mut active.load)?;
             }
         }
         if again {
@@ -285,16 +302,9 @@ impl Net {
 }
 
 impl Port {
-    fn new(backend: Backend) -> io::Result<Self> {
-        tap::set_nonblocking(&backend.tap)?;
-        let fault = |file| Ok::<_, io::Error>((file, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?));
-        Ok(Self {
-            tap: backend.tap,
-            watched: EventSet::empty(),
-            registered: false,
-            attached: true,
-            vhost: backend.vhost.map(fault).transpose()?,
-        })
+    fn new(tap: File) -> io::Result<Self> {
+        tap::set_nonblocking(&tap)?;
+        Ok(Self { tap, watched: EventSet::empty(), registered: false, attached: true, vhost: None })
     }
 
     fn init(&mut self, index: u32, ops: &mut EventOps) {
@@ -302,11 +312,17 @@ impl Port {
             Ok(()) => self.registered = true,
             Err(error) => log::error!("virtio-net: cannot register the tap: {error}"),
         }
-        if let Some((_, fault)) = &self.vhost
-            && let Err(error) = ops.add(Events::with_data(fault, FAULT | index, EventSet::IN))
-        {
-            log::error!("virtio-net: cannot register vhost-net's faults: {error}");
+    }
+
+    /// Opens vhost-net, once.
+    fn open(&mut self, vhost: &File, index: u32, ops: &mut EventOps) -> io::Result<()> {
+        if self.vhost.is_none() {
+            let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", vhost.as_raw_fd()))?;
+            let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+            ops.add(Events::with_data(&fault, FAULT | index, EventSet::IN)).map_err(io::Error::other)?;
+            self.vhost = Some((file, fault));
         }
+        Ok(())
     }
 }
 
@@ -405,8 +421,9 @@ impl MutEventSubscriber for Net {
         if let Err(fault) = self.note(events, ops) {
             self.stop(&fault);
         }
-        if let Err(fault) = self.pump() {
-            self.stop(&fault);
+        match self.pump() {
+            Ok(()) => self.hand_over(ops),
+            Err(fault) => self.stop(&fault),
         }
         self.settle(ops);
     }

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
+use super::load::Load;
 use super::{HEADER, LONGEST, NUM_BUFFERS_AT};
 use crate::virtio::device::{GuestMemory, Interrupt};
 use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Vq, guest_fault};
@@ -51,14 +53,19 @@ impl Lane {
         interrupt: &dyn Interrupt,
         tap: &File,
         rules: &Rules,
+        load: &mut Load,
     ) -> Result<bool, QueueFault> {
         let mut again = false;
+        let mut frames = 0;
         if self.tx_waiting {
-            self.tx_waiting = self.transmit(memory, tap, rules.mac)?;
+            self.tx_waiting = self.transmit(memory, tap, rules.mac, &mut frames)?;
             again |= self.tx_waiting;
         }
         if self.rx_waiting {
-            again |= self.receive(memory, tap, rules)?;
+            again |= self.receive(memory, tap, rules, &mut frames)?;
+        }
+        if frames > 0 {
+            load.add(frames, Instant::now());
         }
         self.tx.flush(memory, interrupt)?;
         self.rx.flush(memory, interrupt)?;
@@ -66,7 +73,13 @@ impl Lane {
     }
 
     /// From the guest; true when there may be more.
-    fn transmit(&mut self, memory: &GuestMemory, tap: &File, mac: [u8; 6]) -> Result<bool, QueueFault> {
+    fn transmit(
+        &mut self,
+        memory: &GuestMemory,
+        tap: &File,
+        mac: [u8; 6],
+        frames: &mut u32,
+    ) -> Result<bool, QueueFault> {
         self.tx.ignore(memory)?;
         let mut parts = Vec::new();
         for _ in 0..self.tx.size() {
@@ -74,6 +87,7 @@ impl Lane {
                 let head = chain.head;
                 send(tap, mac, chain.readable, &mut parts);
                 self.tx.push(memory, head, 0)?;
+                *frames += 1;
             } else if !self.tx.listen(memory)? {
                 return Ok(false);
             }
@@ -83,7 +97,13 @@ impl Lane {
 
     /// To the guest; true when there may be more. What is waited for is left in `rx_waiting`: buffers while it is set,
     /// else frames.
-    fn receive(&mut self, memory: &GuestMemory, tap: &File, rules: &Rules) -> Result<bool, QueueFault> {
+    fn receive(
+        &mut self,
+        memory: &GuestMemory,
+        tap: &File,
+        rules: &Rules,
+        frames: &mut u32,
+    ) -> Result<bool, QueueFault> {
         self.rx.ignore(memory)?;
         // Chains taken and not yet used.
         let mut buffers: VecDeque<Chain<'_>> = VecDeque::new();
@@ -126,6 +146,7 @@ impl Lane {
             let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(result) {
                 Ok(count) => {
+                    *frames += 1;
                     let taken = fill(&buffers, count);
                     if let Some(first) = buffers.front() {
                         let mut header = first.writable.clone();

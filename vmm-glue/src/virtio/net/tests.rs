@@ -14,8 +14,8 @@ const MAC: [u8; 6] = [2, 0, 0, 1, 2, 3];
 fn interface(without: u64) -> (UnixDatagram, Bench<Net>) {
     let (tap, wire) = UnixDatagram::pair().unwrap();
     wire.set_nonblocking(true).unwrap();
-    let backend = Backend { tap: File::from(OwnedFd::from(tap)), vhost: None };
-    let mut bench = Bench::new(Net::new(vec![backend], MAC, 1500).unwrap());
+    let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost: None };
+    let mut bench = Bench::new(Net::new(backend, MAC, 1500).unwrap());
     bench.activate_on_a_socket(without);
     (wire, bench)
 }

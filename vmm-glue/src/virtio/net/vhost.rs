@@ -42,6 +42,9 @@ pub enum VhostError {
     /// It said so while it served.
     #[error("vhost-net: a queue of pair {0} is broken")]
     Broken(usize),
+    /// It cannot be opened: the module may be missing.
+    #[error("cannot open /dev/vhost-net")]
+    Open(#[source] std::io::Error),
     /// Its interrupts have no way to the guest.
     #[error("vhost-net: cannot have the interrupt")]
     Interrupt(#[source] std::io::Error),
