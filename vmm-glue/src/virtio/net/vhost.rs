@@ -224,3 +224,28 @@ pub fn resume(file: &File, tap: &File, memory: &GuestMemory, queues: [&Vq; 2]) -
     }
     device.attach(queues, tap)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_lie_in_one_piece_of_memory() {
+        // Two regions that are neighbours to the guest.
+        let ranges = [(GuestAddress(0), 0x10000), (GuestAddress(0x10000), 0x10000)];
+        let memory = GuestMemory::from_ranges(&ranges).unwrap();
+        let file = File::open("/dev/null").unwrap();
+        let device = Device { file: &file, memory: &memory };
+        let valid = |desc_table_addr, avail_ring_addr, used_ring_addr| {
+            let queue_size = 256;
+            let addresses = VringConfigData { desc_table_addr, avail_ring_addr, used_ring_addr, ..Default::default() };
+            device.is_valid(&VringConfigData { queue_max_size: queue_size, queue_size, ..addresses })
+        };
+        assert!(valid(0, 0x2000, 0x3000));
+        // At the very end, and one entry further.
+        assert!(valid(0xf000, 0x2000, 0x3000) && !valid(0xf010, 0x2000, 0x3000));
+        assert!(valid(0, 0xfdfa, 0x3000) && !valid(0, 0xfdfc, 0x3000));
+        assert!(valid(0, 0x2000, 0x1f7fa) && !valid(0, 0x2000, 0xfffc) && !valid(0, 0x2000, 0x1f7fc));
+        assert!(!valid(u64::MAX - 8, 0x2000, 0x3000));
+    }
+}
