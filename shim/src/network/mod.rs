@@ -126,7 +126,7 @@ pub fn connect(path: &Path, wish: Wish) -> Result<Network, NetworkError> {
         // What changes after it was read is told; that the taps were made is not.
         let notices = follow::notices();
         let given = read::all(&netlink, &links)?;
-        let follow = notices.and_then(|notices| Ok((Follow::begin(&links, &taps, given.clone(), wish)?, notices)));
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&taps, given.clone(), wish)?, notices)));
         let network = Network {
             taps,
             given,
@@ -154,8 +154,7 @@ fn steered() -> Option<Steer> {
 pub fn fresh(path: &Path, steer: bool, wish: Wish) -> Result<Network, NetworkError> {
     within(path, || {
         let notices = follow::notices();
-        let follow =
-            notices.and_then(|notices| Ok((Follow::begin(&[], &[], NetworkRequest::default(), wish)?, notices)));
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&[], NetworkRequest::default(), wish)?, notices)));
         let follow = Some(follow.map_err(kernel("watch the namespace"))?);
         Ok(Network { follow, steer: steer.then(steered).flatten(), ..Network::default() })
     })?

@@ -70,6 +70,17 @@ pub fn beside(netlink: &Netlink, link: &Link, wish: Wish) -> Result<Tap, Network
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
+/// Removes a tap, whoever has it open, and the redirection to it from an interface that may be there still.
+pub fn disconnect(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
+    let gone = |result: io::Result<()>| match result {
+        // Whatever was to be removed went with its interface.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOENT | libc::EINVAL)) => Ok(()),
+        result => result,
+    };
+    gone(netlink.change(Message::new(libc::RTM_DELLINK, 0, &link_header(tap, 0, 0))))?;
+    gone(netlink.change(Message::new(libc::RTM_DELTFILTER, 0, &tcmsg(link, 0, INGRESS, info(FIRST)))))
+}
+
 /// `/dev/vhost-net` for the VMM to open, where the host has it.
 fn vhost() -> Option<OwnedFd> {
     let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").map(OwnedFd::from);
@@ -154,11 +165,14 @@ fn action(kind: &CStr, options: &[u8]) -> Vec<u8> {
 }
 
 fn filter(netlink: &Netlink, from: i32, priority: u16, kind: &str, options: &[u8]) -> io::Result<()> {
-    // The priority in the upper half, the protocol in network order in the lower.
-    let info = u32::from(priority) << 16 | u32::from((libc::ETH_P_ALL as u16).to_be());
     let create = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-    let message = Message::new(libc::RTM_NEWTFILTER, create, &tcmsg(from, 0, INGRESS, info));
+    let message = Message::new(libc::RTM_NEWTFILTER, create, &tcmsg(from, 0, INGRESS, info(priority)));
     netlink.change(message.text(libc::TCA_KIND, kind).attribute(libc::TCA_OPTIONS, options))
+}
+
+/// A filter's priority in the upper half, the protocol in network order in the lower.
+fn info(priority: u16) -> u32 {
+    u32::from(priority) << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
 }
 
 /// `struct tcmsg`.

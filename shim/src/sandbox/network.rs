@@ -163,6 +163,9 @@ pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig 
 
 /// Gives the guest what is new; the taps that it has are taken out of `change`.
 async fn carry(change: &mut Change, vmm: &Vmm, agent: &Agent) -> Result<(), FollowError> {
+    if !change.taps.is_empty() {
+        agent.sandbox.network(within(timeouts::SLOW), &change.without_new()).await.map_err(FollowError::Guest)?;
+    }
     while let Some(tap) = change.taps.first() {
         let mut fds = Vec::new();
         let config = net_config(tap, &mut fds);
