@@ -5,6 +5,7 @@
 //! vhost-net, the host's kernel does, until the next reset. With several processors there are several pairs of queues,
 //! each with a queue of the tap's and a vhost-net of its own.
 
+mod active;
 mod control;
 mod load;
 mod pump;
@@ -31,11 +32,12 @@ use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::active::{Active, Carrier};
 use self::load::Load;
 use self::pump::{Lane, Rules};
 use self::vhost::VhostError;
 use super::activation;
-use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, VirtioDevice};
 use super::queue::{QueueFault, Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
 
 pub use self::tap::flags as tap_flags;
@@ -94,30 +96,6 @@ struct Port {
     attached: bool,
     /// vhost-net once it is open, and what it signals when the guest breaks a queue.
     vhost: Option<(File, EventFd)>,
-}
-
-struct Active {
-    memory: Arc<GuestMemory>,
-    interrupt: Arc<dyn Interrupt>,
-    /// The pairs that the driver has set up.
-    lanes: Vec<Lane>,
-    /// So many of them, the first, it uses.
-    in_use: usize,
-    control: Option<Vq>,
-    control_waiting: bool,
-    rules: Rules,
-    load: Load,
-    features: u64,
-    carrier: Carrier,
-}
-
-/// Who carries the frames.
-#[derive(PartialEq, Eq)]
-enum Carrier {
-    Loop,
-    Kernel,
-    /// The kernel, which stands still.
-    KernelPaused,
 }
 
 impl Net {
@@ -326,66 +304,6 @@ impl Port {
     }
 }
 
-impl Active {
-    /// Registers the queues that are the loop's, and looks at all of them.
-    fn register(&mut self, ops: &mut EventOps) {
-        if let Some(control) = &mut self.control {
-            Wake::register(ops, control);
-        }
-        self.control_waiting = true;
-        if self.carrier == Carrier::Loop {
-            for lane in &mut self.lanes {
-                Wake::register(ops, &mut lane.rx);
-                Wake::register(ops, &mut lane.tx);
-                lane.wait();
-            }
-        }
-    }
-
-    /// The driver has notified a queue.
-    fn notified(&mut self, token: u32) {
-        if let Some(control) = self.control.as_ref().filter(|control| u32::from(control.index()) == token) {
-            control.notified();
-            self.control_waiting = true;
-        } else if let Some(lane) = self.lanes.get_mut(token as usize / 2) {
-            if token % 2 == 0 {
-                lane.rx.notified();
-                lane.rx_waiting = true;
-            } else {
-                lane.tx.notified();
-                lane.tx_waiting = true;
-            }
-        }
-    }
-
-    /// The pairs with what the kernel serves them by.
-    fn served<'a>(
-        lanes: &'a mut [Lane],
-        ports: &'a [Port],
-    ) -> impl Iterator<Item = (&'a mut Lane, &'a File, &'a (File, EventFd))> {
-        lanes.iter_mut().zip(ports).filter_map(|(lane, port)| Some((lane, &port.tap, port.vhost.as_ref()?)))
-    }
-
-    fn start_vhost(&mut self, ports: &[Port]) -> Result<(), VhostError> {
-        let call = self.interrupt.hand_over().map_err(VhostError::Interrupt)?;
-        let mut result = Ok(());
-        for (lane, tap, (file, fault)) in Self::served(&mut self.lanes, ports) {
-            let queues = [&lane.rx, &lane.tx];
-            result = result.and_then(|()| vhost::start(file, tap, &self.memory, self.features, queues, &call, fault));
-        }
-        if result.is_err() {
-            self.stop_vhost(ports);
-        }
-        result
-    }
-
-    fn stop_vhost(&mut self, ports: &[Port]) {
-        for (_, _, (file, _)) in Self::served(&mut self.lanes, ports) {
-            vhost::stop(file, &self.memory);
-        }
-    }
-}
-
 /// Takes the first `count` queues of the tap into use and no others.
 fn switch(ports: &mut [Port], switchable: bool, count: usize) -> io::Result<()> {
     for (index, port) in ports.iter_mut().enumerate() {
@@ -504,27 +422,15 @@ impl VirtioDevice for Net {
     }
 
     fn quiesce(&mut self) {
-        let Some(active) = self.active.as_mut().filter(|active| active.carrier == Carrier::Kernel) else { return };
-        active.carrier = Carrier::KernelPaused;
-        let memory = Arc::clone(&active.memory);
-        for (lane, _, (file, _)) in Active::served(&mut active.lanes, &self.ports) {
-            if let Err(error) = vhost::pause(file, &memory, [&mut lane.rx, &mut lane.tx]) {
-                log::error!("virtio-net: {}", chain_of_causes(&error));
-            }
+        if let Some(active) = self.active.as_mut().filter(|active| active.carrier == Carrier::Kernel) {
+            active.pause_vhost(&self.ports);
         }
     }
 
     fn resume(&mut self) {
-        let Some(active) = self.active.as_mut().filter(|active| active.carrier == Carrier::KernelPaused) else {
-            return;
-        };
-        active.carrier = Carrier::Kernel;
-        let memory = Arc::clone(&active.memory);
-        let mut result = Ok(());
-        for (lane, tap, (file, _)) in Active::served(&mut active.lanes, &self.ports) {
-            result = result.and_then(|()| vhost::resume(file, tap, &memory, [&lane.rx, &lane.tx]));
-        }
-        if let Err(fault) = result {
+        if let Some(active) = self.active.as_mut().filter(|active| active.carrier == Carrier::KernelPaused)
+            && let Err(fault) = active.resume_vhost(&self.ports)
+        {
             self.stop(&fault);
         }
     }
