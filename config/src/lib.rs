@@ -54,6 +54,8 @@ pub struct Config {
     pub virtio_fs_workers: u8,
     /// Whether the guest gives memory it no longer uses back to the host.
     pub free_page_reporting: bool,
+    /// Whether the host's kernel carries the guest's network frames, where it has vhost-net.
+    pub vhost_net: bool,
     /// Seconds until the guest's agent must have answered.
     pub start_timeout_secs: u64,
     /// How much the shim logs.
@@ -78,6 +80,7 @@ impl Default for Config {
             min_memory_mib: 8,
             virtio_fs_workers: 2,
             free_page_reporting: true,
+            vhost_net: true,
             start_timeout_secs: 60,
             log_level: LogLevel::Info,
             timeline_log: PathBuf::new(),

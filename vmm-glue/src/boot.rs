@@ -163,8 +163,8 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     if let Some(share) = &config.share {
         devices.push(("virtio-fs", shared(Fs::new(share).map_err(BootError::Share)?)));
     }
-    for (net, tap) in net {
-        let net = Net::new(tap, net.mac, net.mtu).map_err(|error| BootError::Host("the tap", error))?;
+    for (net, backend) in net {
+        let net = Net::new(backend, net.mac, net.mtu).map_err(|error| BootError::Host("the tap", error))?;
         devices.push(("virtio-net", shared(net)));
     }
     for (blk, file) in blk {

@@ -64,13 +64,17 @@ pub struct ShareConfig {
     pub workers: u8,
 }
 
-/// A network interface backed by a tap.
+/// A network interface backed by a tap, with a pair of queues for each of the tap's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The tap: an open `/dev/net/tun` attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
-    pub tap: FdIndex,
-    /// The guest's MAC address; frames it sends with another are dropped.
+    /// The tap: an open `/dev/net/tun` attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. 1 to 8; where there are
+    /// several, they are attached with IFF_MULTI_QUEUE to the same interface.
+    pub taps: Vec<FdIndex>,
+    /// `/dev/vhost-net`, opened with O_PATH, where the host's kernel may carry the frames. It does not look at them: what
+    /// is behind the tap has to drop those from another MAC address than the guest's.
+    pub vhost: Option<FdIndex>,
+    /// The guest's MAC address; frames it sends with another are dropped, by the VMM where that carries them.
     pub mac: [u8; 6],
     /// In bytes, 68 to 65535.
     pub mtu: u16,

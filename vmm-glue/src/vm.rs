@@ -131,8 +131,10 @@ impl Vm {
     /// # Errors
     /// [`VmError`].
     pub fn attach_net(&self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
-        let tap = check::net(config, one(fds)?)?;
-        self.attach(Arc::new(Mutex::new(Net::new(tap, config.mac, config.mtu).map_err(VmError::Tap)?)))
+        let mut fds = check::Fds::new(fds);
+        let backend = check::net(config, &mut fds)?;
+        fds.used_up()?;
+        self.attach(Arc::new(Mutex::new(Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?)))
     }
 
     /// Plugs a disk into a spare slot and returns the slot's number.

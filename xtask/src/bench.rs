@@ -28,6 +28,15 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// What a pod's network does, carried by vhost-net and by the VMM.
+    Network {
+        /// Build what is measured in the quick profile.
+        #[arg(long)]
+        quick: bool,
+        /// Arguments of the measuring program.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 /// Measures; the exit code.
@@ -35,6 +44,7 @@ pub fn bench(bench: &Bench) -> Result<u8> {
     let (what, quick, args) = match bench {
         Bench::Start { quick, args } => ("start", quick, args),
         Bench::Exec { quick, args } => ("exec", quick, args),
+        Bench::Network { quick, args } => ("network", quick, args),
     };
     setup::setup()?;
     dist::dist(Profile::quick(*quick))?;

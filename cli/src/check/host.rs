@@ -12,7 +12,16 @@ const MIN_KERNEL: (u32, u32) = (5, 12);
 pub fn all() -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let file_systems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    vec![user(), kvm(kvm_speed()), kernel(release.trim()), namespaces(), overlay(&file_systems), tun(), cgroup()]
+    vec![
+        user(),
+        kvm(kvm_speed()),
+        kernel(release.trim()),
+        namespaces(),
+        overlay(&file_systems),
+        tun(),
+        vhost_net(),
+        cgroup(),
+    ]
 }
 
 fn user() -> Finding {
@@ -93,6 +102,18 @@ fn tun() -> Finding {
     }
 }
 
+fn vhost_net() -> Finding {
+    let name = "vhost-net";
+    match fs::OpenOptions::new().read(true).write(true).open("/dev/vhost-net") {
+        Ok(_) => Finding::ok(name, "/dev/vhost-net"),
+        Err(error) => Finding::warn(
+            name,
+            format!("cannot open /dev/vhost-net: {error}"),
+            "modprobe vhost_net: without it pods' frames are carried by the virtual machines' own processes",
+        ),
+    }
+}
+
 fn cgroup() -> Finding {
     let name = "cgroup";
     match file_system("/sys/fs/cgroup") {
@@ -142,6 +163,6 @@ mod tests {
     #[test]
     fn this_machine_is_looked_at_whole() {
         let names: Vec<_> = all().iter().map(|finding| finding.name).collect();
-        assert_eq!(names, ["user", "kvm", "kernel", "namespaces", "overlay", "tun", "cgroup"]);
+        assert_eq!(names, ["user", "kvm", "kernel", "namespaces", "overlay", "tun", "vhost-net", "cgroup"]);
     }
 }

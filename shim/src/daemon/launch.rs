@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use husk_config::Config;
+use husk_vmm::virtio::net::MOST_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
 use super::log;
@@ -127,15 +128,18 @@ impl Got {
         let users = bundle.users().map_err(|e| chain(&e))?;
         let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
         describe(about, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let wish = network::Wish { pairs: usize::from(sizing.vcpus).min(MOST_PAIRS), vhost: config.vhost_net };
         let network = match &network {
             // What CNI does to a new one comes later: by hooks, or between Create and Start as with `ctr run --cni` and
             // for containerd 1.7's pods with a user namespace, which is to own it (pkg/cri/server/sandbox_run.go).
             spec::Network::New => match &self.vmm {
-                Some(vmm) => network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)), spec.is_sandbox())
-                    .map_err(|e| chain(&e))?,
+                Some(vmm) => {
+                    network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)), spec.is_sandbox(), wish)
+                        .map_err(|e| chain(&e))?
+                }
                 None => network::Network::default(),
             },
-            spec::Network::Path(path) => network::connect(path).map_err(|e| chain(&e))?,
+            spec::Network::Path(path) => network::connect(path, wish).map_err(|e| chain(&e))?,
         };
         about.timeline.mark("network connected");
         let pod = pod(about, spec, users, network);

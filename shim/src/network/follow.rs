@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use husk_netlink::{Netlink, socket};
-use husk_proto::agent::NetworkRequest;
+use husk_proto::agent::{Interface, NetworkRequest};
 use nix::sched::{CloneFlags, setns};
 
 use super::read::{self, Link};
-use super::{NetworkError, Tap, kernel, tap};
+use super::{NetworkError, Tap, Wish, kernel, tap};
 
 /// The groups of rtnetlink(7) that tell of what the guest is given.
 const GROUPS: i32 = libc::RTMGRP_LINK
@@ -23,11 +23,28 @@ const GROUPS: i32 = libc::RTMGRP_LINK
 #[derive(Debug)]
 pub struct Follow {
     namespace: File,
-    /// The interfaces that have a tap, by their indices.
-    connected: Vec<i32>,
-    /// The taps, by theirs.
-    taps: Vec<i32>,
+    connected: Vec<Connected>,
+    /// Those whose taps were given up: redirections to them are still there.
+    given_up: Vec<Connected>,
     last: NetworkRequest,
+    wish: Wish,
+}
+
+/// An interface that has a tap.
+#[derive(Debug)]
+struct Connected {
+    /// Its index.
+    link: i32,
+    /// The tap's.
+    tap: i32,
+    /// What the tap was made for: the guest's device has it for good.
+    mac: [u8; 6],
+}
+
+impl Connected {
+    fn by(tap: &Tap) -> Self {
+        Self { link: tap.link, tap: tap.index, mac: tap.mac }
+    }
 }
 
 /// How the namespace differs from what it was.
@@ -39,17 +56,32 @@ pub struct Change {
     pub now: NetworkRequest,
 }
 
+impl Change {
+    /// What is there beside the interfaces that are new: the guest forgets by it what went by the same names and addresses.
+    pub fn without_new(&self) -> NetworkRequest {
+        let mut rest = self.now.clone();
+        let is_new = |mac: &str| self.taps.iter().any(|tap| read::print_mac(&tap.mac) == mac);
+        let (new, old) = rest.interfaces.into_iter().partition(|interface: &Interface| is_new(&interface.mac));
+        rest.interfaces = old;
+        let is_new = |name: &str| new.iter().any(|interface: &Interface| interface.name == name);
+        rest.routes.retain(|route| !is_new(&route.interface));
+        rest.neighbours.retain(|neighbour| !is_new(&neighbour.interface));
+        rest
+    }
+}
+
 impl Follow {
     /// Begins in the current namespace, of which `last` is known and in which `links` have `taps`.
     ///
     /// # Errors
     /// When the namespace has no name.
-    pub(super) fn begin(links: &[Link], taps: &[Tap], last: NetworkRequest) -> io::Result<Self> {
+    pub(super) fn begin(taps: &[Tap], last: NetworkRequest, wish: Wish) -> io::Result<Self> {
         Ok(Self {
             namespace: File::open("/proc/thread-self/ns/net")?,
-            connected: links.iter().map(|link| link.index).collect(),
-            taps: taps.iter().map(|tap| tap.index).collect(),
+            connected: taps.iter().map(Connected::by).collect(),
+            given_up: Vec::new(),
             last,
+            wish,
         })
     }
 
@@ -61,22 +93,42 @@ impl Follow {
     pub fn look(&mut self) -> Result<Option<Change>, NetworkError> {
         setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|error| kernel("be entered")(error.into()))?;
         let netlink = Netlink::open().map_err(kernel("open netlink"))?;
-        let mut links = read::links(&netlink).map_err(kernel("list interfaces"))?;
-        links.retain(|link| !self.taps.contains(&link.index));
+        let all = husk_netlink::links(&netlink).map_err(kernel("list interfaces"))?;
+        let is_tap = |index| self.connected.iter().any(|connected| connected.tap == index);
+        let links: Vec<Link> =
+            all.iter().filter(|link| !is_tap(link.index)).cloned().filter_map(read::usable).collect();
+        self.disconnect(&netlink, &all)?;
         let now = read::all(&netlink, &links)?;
-        let new = links.iter().filter(|link| !self.connected.contains(&link.index));
-        let taps = new.map(|link| tap::beside(&netlink, link)).collect::<Result<Vec<_>, _>>()?;
-        self.connected.extend(taps.iter().map(|tap| tap.link));
-        self.taps.extend(taps.iter().map(|tap| tap.index));
+        let new = links.iter().filter(|link| !self.connected.iter().any(|connected| connected.link == link.index));
+        let taps = new.map(|link| tap::beside(&netlink, link, self.wish.of_each(1))).collect::<Result<Vec<_>, _>>()?;
+        self.connected.extend(taps.iter().map(Connected::by));
         let changed = !taps.is_empty() || now != self.last;
         self.last.clone_from(&now);
         Ok(changed.then_some(Change { taps, now }))
     }
 
+    /// Removes the taps of interfaces that are gone, or that have another hardware address by now: what comes in their place
+    /// gets a tap of its own, and the guest a device.
+    fn disconnect(&mut self, netlink: &Netlink, all: &[husk_netlink::Link]) -> Result<(), NetworkError> {
+        let (stay, go) = std::mem::take(&mut self.connected).into_iter().partition(|connected: &Connected| {
+            all.iter().any(|link| link.index == connected.link && link.mac == connected.mac)
+        });
+        self.connected = stay;
+        self.given_up.extend::<Vec<_>>(go);
+        for connected in self.given_up.drain(..) {
+            tap::disconnect(netlink, connected.link, connected.tap).map_err(kernel("remove a tap"))?;
+        }
+        Ok(())
+    }
+
     /// What was found was not taken over, nor were the interfaces of `taps`: the next look finds all of it again.
     pub fn forget(&mut self, taps: &[Tap]) {
         self.last = NetworkRequest::default();
-        self.connected.retain(|index| taps.iter().all(|tap| tap.link != *index));
+        let (kept, given_up): (Vec<_>, Vec<_>) = std::mem::take(&mut self.connected)
+            .into_iter()
+            .partition(|connected| taps.iter().all(|tap| tap.link != connected.link));
+        self.connected = kept;
+        self.given_up.extend(given_up);
     }
 }
 

@@ -20,8 +20,12 @@ use std::path::{Path, PathBuf};
 pub use follow::{Change, Follow};
 use husk_netlink::Netlink;
 use husk_proto::agent::NetworkRequest;
+use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 pub use steer::Steer;
+
+/// Descriptors that a machine is made of beside its interfaces', at most.
+const MACHINE_FDS: usize = 4;
 
 /// What the guest is given.
 #[derive(Debug, Default)]
@@ -36,11 +40,32 @@ pub struct Network {
     pub steer: Option<Steer>,
 }
 
+/// How taps are made.
+#[derive(Debug, Clone, Copy)]
+pub struct Wish {
+    /// Queues of each, 1 or more.
+    pub pairs: usize,
+    /// Whether the host's kernel is to carry the guest's frames where it can.
+    pub vhost: bool,
+}
+
+impl Wish {
+    /// For so many interfaces, whose descriptors go to the VMM in one message beside the machine's own: with very many
+    /// there are fewer queues.
+    fn of_each(self, interfaces: usize) -> Self {
+        let room = (wire::MAX_FDS - MACHINE_FDS) / interfaces.max(1);
+        Self { pairs: self.pairs.min(room.saturating_sub(usize::from(self.vhost))).max(1), ..self }
+    }
+}
+
 /// A tap whose frames go to and from an interface of the pod.
 #[derive(Debug)]
 pub struct Tap {
-    /// The open device.
-    pub fd: OwnedFd,
+    /// The open device, once for each of its queues.
+    pub fds: Vec<OwnedFd>,
+    /// `/dev/vhost-net` where the host's kernel may carry the frames: it drops those with a foreign hardware address. Where
+    /// it may not, the VMM is to drop them.
+    pub vhost: Option<OwnedFd>,
     /// The interface's index in the namespace.
     pub link: i32,
     /// Its own.
@@ -92,15 +117,16 @@ fn kernel(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
 /// # Errors
 /// [`NetworkError`]; taps made until then are gone. The process is back in its own namespace, but for
 /// [`NetworkError::Enter`] of that one.
-pub fn connect(path: &Path) -> Result<Network, NetworkError> {
+pub fn connect(path: &Path, wish: Wish) -> Result<Network, NetworkError> {
     within(path, || {
         let netlink = Netlink::open().map_err(kernel("open netlink"))?;
         let links = read::links(&netlink).map_err(kernel("list interfaces"))?;
-        let taps = links.iter().map(|link| tap::beside(&netlink, link)).collect::<Result<Vec<_>, _>>()?;
+        let each = wish.of_each(links.len());
+        let taps = links.iter().map(|link| tap::beside(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
         // What changes after it was read is told; that the taps were made is not.
         let notices = follow::notices();
         let given = read::all(&netlink, &links)?;
-        let follow = notices.and_then(|notices| Ok((Follow::begin(&links, &taps, given.clone())?, notices)));
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&taps, given.clone(), wish)?, notices)));
         let network = Network {
             taps,
             given,
@@ -125,10 +151,10 @@ fn steered() -> Option<Steer> {
 ///
 /// # Errors
 /// [`NetworkError`], as of [`connect`].
-pub fn fresh(path: &Path, steer: bool) -> Result<Network, NetworkError> {
+pub fn fresh(path: &Path, steer: bool, wish: Wish) -> Result<Network, NetworkError> {
     within(path, || {
         let notices = follow::notices();
-        let follow = notices.and_then(|notices| Ok((Follow::begin(&[], &[], NetworkRequest::default())?, notices)));
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&[], NetworkRequest::default(), wish)?, notices)));
         let follow = Some(follow.map_err(kernel("watch the namespace"))?);
         Ok(Network { follow, steer: steer.then(steered).flatten(), ..Network::default() })
     })?

@@ -31,7 +31,8 @@ pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
     Ok(husk_netlink::links(netlink)?.into_iter().filter_map(usable).collect())
 }
 
-fn usable(link: husk_netlink::Link) -> Option<Link> {
+/// What of an interface the guest gets, if it gets it.
+pub fn usable(link: husk_netlink::Link) -> Option<Link> {
     let (up, loopback) = (libc::IFF_UP as u32, libc::IFF_LOOPBACK as u32);
     if link.hardware != libc::ARPHRD_ETHER || link.flags & up == 0 || link.flags & loopback != 0 {
         return None;
@@ -186,7 +187,7 @@ fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
-fn print_mac(mac: &[u8; 6]) -> String {
+pub fn print_mac(mac: &[u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 

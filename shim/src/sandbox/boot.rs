@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use husk_config::Config;
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
-use husk_vmm::config::{FdIndex, NetConfig, ShareConfig, VmConfig};
+use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
 use husk_vmm::control::{Call, ExitReason, Notice, Step};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use super::agent::Agent;
 use super::console::{self, Tail};
 use super::hugepages;
+use super::network::net_config;
 use super::timeline::Timeline;
 use super::vmm::{Vmm, VmmError};
 use crate::bundle::{self, Sizing, Users};
@@ -191,9 +192,9 @@ pub async fn boot(
 
 /// Has the VMM make the machine and lets it run.
 async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
-    // The first four descriptors are those of every machine.
-    let taps = plan.pod.network.taps.iter().zip(4..);
     let huge_mib = hugepages::pool_mib();
+    let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
+    let net = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.sizing.vcpus,
@@ -212,13 +213,11 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
             workers: plan.config.virtio_fs_workers,
         }),
         vsock_cid: 3,
-        net: taps.map(|(tap, index)| NetConfig { tap: FdIndex(index), mac: tap.mac, mtu: tap.mtu }).collect(),
+        net,
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
         spare_slots: SPARE_SLOTS + u8::from(huge_mib > 0),
     };
-    let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
-    fds.extend(plan.pod.network.taps.iter().map(|tap| tap.fd.as_fd()));
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };
     vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error(format!("cannot be created {files}")))?;

@@ -1,7 +1,7 @@
 //! Carries changes of the pod's network to the guest, as long as both are there.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use husk_proto::agent::RescanRequest;
@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::agent::{Agent, timeouts, within};
 use super::vmm::{Vmm, VmmError};
-use crate::network::{Change, Follow, NetworkError};
+use crate::network::{Change, Follow, NetworkError, Tap};
 
 /// How long after a change the others that belong to it are waited for: an interface, its address and its routes come
 /// one after another.
@@ -151,11 +151,25 @@ async fn look(mut follow: Follow) -> io::Result<(Follow, Result<Option<Change>, 
     looked.await.map_err(io::Error::other)
 }
 
+/// What the VMM is told of a tap, whose descriptors are added to those that go with it.
+pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig {
+    let mut add = |fd: &'a OwnedFd| {
+        fds.push(fd.as_fd());
+        FdIndex(fds.len() - 1)
+    };
+    let taps = tap.fds.iter().map(&mut add).collect();
+    NetConfig { taps, vhost: tap.vhost.as_ref().map(add), mac: tap.mac, mtu: tap.mtu }
+}
+
 /// Gives the guest what is new; the taps that it has are taken out of `change`.
 async fn carry(change: &mut Change, vmm: &Vmm, agent: &Agent) -> Result<(), FollowError> {
+    if !change.taps.is_empty() {
+        agent.sandbox.network(within(timeouts::SLOW), &change.without_new()).await.map_err(FollowError::Guest)?;
+    }
     while let Some(tap) = change.taps.first() {
-        let config = NetConfig { tap: FdIndex(0), mac: tap.mac, mtu: tap.mtu };
-        let slot = match vmm.call(Call::AttachNet(config), &[tap.fd.as_fd()]).await.map_err(FollowError::Plug)? {
+        let mut fds = Vec::new();
+        let config = net_config(tap, &mut fds);
+        let slot = match vmm.call(Call::AttachNet(config), &fds).await.map_err(FollowError::Plug)? {
             (Answer::Attached { slot }, _) => slot,
             _ => return Err(FollowError::Plug(VmmError::Unexpected)),
         };

@@ -1,5 +1,7 @@
 //! Arithmetic and layout of the benchmark's report.
 
+pub mod network;
+
 use std::fmt::Write as _;
 
 use husk_config::timeline::Timeline;

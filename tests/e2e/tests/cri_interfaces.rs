@@ -79,6 +79,56 @@ fn changes_of_the_network_are_followed() {
 }
 
 #[test]
+fn an_interface_comes_again_and_changes_its_address() {
+    pods("cri-again", |pods| {
+        let pod = pods.pod();
+        let container = pod.start(&pod.sh("nc -ll -p 8080 -e echo hello & echo up; sleep 100000"));
+        container.wait_for("up");
+        let netns = pod.netns().file_name().unwrap().to_string_lossy().into_owned();
+        let make = || {
+            let peer = "address 02:00:00:00:98:02 netns";
+            let pair = format!("link add huskveth type veth peer name second {peer} {netns}");
+            run("ip", &pair.split(' ').collect::<Vec<_>>());
+            run("ip", &["addr", "add", "10.98.0.1/24", "dev", "huskveth"]);
+            run("ip", &["link", "set", "huskveth", "up"]);
+            ip(&pod, "addr add 10.98.0.2/24 dev second");
+            ip(&pod, "link set second up");
+        };
+        let mac = "cat /sys/class/net/second/address";
+        let works = || {
+            wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
+            let address: SocketAddr = "10.98.0.2:8080".parse().unwrap();
+            // Until a new interface is the guest's, the node's own stack answers for it: nobody listens there.
+            let answer = node::eventually(Duration::from_secs(30), || {
+                let mut text = String::new();
+                let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
+                stream.read_to_string(&mut text).ok().map(|_| text)
+            });
+            assert_eq!(answer.as_deref().map(str::trim_end), Some("hello"), "{}", node::log_tail(20));
+        };
+        make();
+        works();
+        run("ip", &["link", "del", "huskveth"]);
+        wait_until(&container, "ip addr", |text| !text.contains("10.98.0.2"));
+        // The same name and the same hardware address, and yet another interface.
+        make();
+        works();
+        // Gone and here again before anybody has seen that it was gone.
+        run("ip", &["link", "del", "huskveth"]);
+        make();
+        wait_until(&container, mac, |text| text == "02:00:00:00:98:02");
+        works();
+        // An address of its own choice: the interface is down meanwhile or not.
+        ip(&pod, "link set second address 02:00:00:00:98:03");
+        wait_until(&container, mac, |text| text == "02:00:00:00:98:03");
+        works();
+        run("ip", &["link", "del", "huskveth"]);
+        wait_until(&container, "ip addr", |text| !text.contains("10.98.0.2"));
+        assert!(container.sh("ip route").contains("default"), "the first interface is untouched");
+    });
+}
+
+#[test]
 fn a_network_that_is_made_between_create_and_start_is_there_at_the_start() {
     case("ctr-cni", |case| {
         let seen = case.sh("ip addr show eth0").flags(&["--cni"]).output();

@@ -73,8 +73,8 @@ pub enum Address {
 impl Address {
     fn get(&self) -> u64 {
         match self {
-            // 96 MiB are memory.
-            Address::Low(address) => u64::from(*address) % (100 << 20),
+            // 144 MiB are memory.
+            Address::Low(address) => u64::from(*address) % (150 << 20),
             Address::Any(address) => *address,
         }
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
 use crate::arch::layout;
+use crate::virtio::net::{Backend, MOST_PAIRS, tap_flags};
 
 /// Least and most guest memory. The most is what one page-table level below 46 bits of address allows everywhere.
 const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=4 << 20;
@@ -71,8 +72,8 @@ pub struct Checked {
     pub initrd_len: u64,
     /// The console's pipe.
     pub console: OwnedFd,
-    /// Network interfaces and their taps.
-    pub net: Vec<(NetConfig, File)>,
+    /// Network interfaces and what they are connected to.
+    pub net: Vec<(NetConfig, Backend)>,
     /// Disks and their files.
     pub blk: Vec<(BlkConfig, File)>,
 }
@@ -95,7 +96,7 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     let slots = devices + config.net.len() + config.blk.len() + usize::from(config.spare_slots);
     range(slots <= layout::MAX_SLOTS, "number of virtio devices and spare slots", slots, "18 at most")?;
 
-    let mut fds = Fds(fds.into_iter().map(Some).collect());
+    let mut fds = Fds::new(fds);
     let kvm = fds.take("kvm", config.kvm)?;
     kind(is(&kvm, "kvm", libc::S_IFCHR)?, "kvm", "/dev/kvm")?;
     let kernel = File::from(fds.take("kernel", config.kernel)?);
@@ -110,39 +111,42 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     config.share.as_ref().map_or(Ok(()), share)?;
     let mut net = Vec::with_capacity(config.net.len());
     for interface in &config.net {
-        let tap = fds.take("net.tap", interface.tap)?;
-        net.push((interface.clone(), self::net(interface, tap)?));
+        net.push((interface.clone(), self::net(interface, &mut fds)?));
     }
     let mut blk = Vec::with_capacity(config.blk.len());
     for disk in &config.blk {
         let file = fds.take("blk.file", disk.file)?;
         blk.push((disk.clone(), self::blk(disk, file)?));
     }
-    match fds.0.iter().flatten().count() {
-        0 => Ok(Checked { config, memory, kvm, kernel, initrd, initrd_len, console, net, blk }),
-        unused => Err(ConfigError::Unused(unused)),
-    }
+    fds.used_up()?;
+    Ok(Checked { config, memory, kvm, kernel, initrd, initrd_len, console, net, blk })
 }
 
-/// Checks a network interface with its tap.
+/// Checks a network interface with its taps.
 ///
 /// # Errors
 /// [`ConfigError`].
-pub fn net(config: &NetConfig, tap: OwnedFd) -> Result<File, ConfigError> {
+pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
     range((68..=u16::MAX).contains(&config.mtu), "net.mtu", config.mtu, "68 to 65535")?;
     let [first, ..] = config.mac;
     let unicast = first & 1 == 0 && config.mac != [0; 6];
     range(unicast, "net.mac", format!("{:02x?}", config.mac), "a unicast address")?;
-    // SAFETY: an all-zero ifreq is valid; TUNGETIFF fills it.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // SAFETY: the request lives until the call returns. A descriptor that is no tap answers with an error.
-    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) };
-    // SAFETY: TUNGETIFF sets the flags, and zero is flags too.
-    let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
-    let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    let good = result == 0 && flags & wanted == wanted;
-    kind(good, "net.tap", "a tap with IFF_NO_PI and IFF_VNET_HDR")?;
-    Ok(File::from(tap))
+    let pairs = config.taps.len();
+    range((1..=MOST_PAIRS).contains(&pairs), "number of net.taps", pairs, "1 to 8")?;
+    let several = if pairs > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
+    let mut taps = Vec::with_capacity(pairs);
+    for &tap in &config.taps {
+        let tap = File::from(fds.take("net.taps", tap)?);
+        let good = tap_flags(&tap) & wanted == wanted;
+        kind(good, "net.taps", "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE where there are several")?;
+        taps.push(tap);
+    }
+    let vhost = config.vhost.map(|vhost| fds.take("net.vhost", vhost)).transpose()?;
+    if let Some(vhost) = &vhost {
+        kind(is(vhost, "net.vhost", libc::S_IFCHR)?, "net.vhost", "/dev/vhost-net")?;
+    }
+    Ok(Backend { taps, vhost: vhost.map(File::from) })
 }
 
 /// Checks a disk with its file.
@@ -170,9 +174,25 @@ fn share(config: &ShareConfig) -> Result<(), ConfigError> {
 }
 
 /// Descriptors not yet taken.
-struct Fds(Vec<Option<OwnedFd>>);
+pub struct Fds(Vec<Option<OwnedFd>>);
 
 impl Fds {
+    /// All that came with a configuration.
+    pub fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    /// That nothing is left.
+    ///
+    /// # Errors
+    /// [`ConfigError::Unused`].
+    pub fn used_up(&self) -> Result<(), ConfigError> {
+        match self.0.iter().flatten().count() {
+            0 => Ok(()),
+            unused => Err(ConfigError::Unused(unused)),
+        }
+    }
+
     fn take(&mut self, what: &'static str, index: FdIndex) -> Result<OwnedFd, ConfigError> {
         let fd = self.0.get_mut(index.0).and_then(Option::take);
         fd.ok_or(ConfigError::Missing { what, index: index.0 })

@@ -91,7 +91,7 @@ fn devices_are_checked() {
         })
         .contains("blk.serial")
     );
-    let tap = NetConfig { tap: FdIndex(4), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+    let tap = NetConfig { taps: vec![FdIndex(4)], vhost: None, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
     assert!(
         refused(|config, fds| {
             config.net.push(tap.clone());

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
-use super::queue::{QueueFault, Vq, chain_of_causes};
+use super::queue::{Vq, chain_of_causes};
 
 /// An activation whose queues are taken over.
 pub struct Opened<Q> {
@@ -49,7 +49,12 @@ pub fn open_first(activation: Activation, count: usize) -> Result<Opened<Vec<Vq>
 }
 
 /// Stops a device whose driver broke a queue, and asks the driver for a reset if the device was active.
-pub fn stop(device: &mut impl VirtioDevice, name: &str, fault: &QueueFault, interrupt: Option<Arc<dyn Interrupt>>) {
+pub fn stop(
+    device: &mut impl VirtioDevice,
+    name: &str,
+    fault: &dyn std::error::Error,
+    interrupt: Option<Arc<dyn Interrupt>>,
+) {
     log::error!("{name}: device stopped: {}", chain_of_causes(fault));
     device.reset();
     if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {

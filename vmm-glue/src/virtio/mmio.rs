@@ -78,6 +78,8 @@ pub struct MmioInterrupt {
     /// The device has given up: the driver sees DEVICE_NEEDS_RESET. Apart from the registers, because a device that
     /// says so is locked, and their lock comes before its.
     needs_reset: AtomicBool,
+    /// Others write to `irq` as well, when they have used buffers: see [`Interrupt::hand_over`].
+    shared: AtomicBool,
     irq: EventFd,
 }
 
@@ -85,6 +87,12 @@ impl Interrupt for MmioInterrupt {
     fn queue(&self, _index: u16) -> io::Result<()> {
         self.status.fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::SeqCst);
         self.irq.write(1)
+    }
+
+    fn hand_over(&self) -> io::Result<EventFd> {
+        let irq = self.irq.try_clone()?;
+        self.shared.store(true, Ordering::SeqCst);
+        Ok(irq)
     }
 
     fn config(&self) -> io::Result<()> {
@@ -103,6 +111,19 @@ impl MmioInterrupt {
     /// What the device adds to the driver's status bits.
     fn status(&self) -> u32 {
         if self.needs_reset.load(Ordering::SeqCst) { NEEDS_RESET } else { 0 }
+    }
+
+    /// Why the driver was interrupted. Drivers look here first: Linux' does nothing about the queues without this bit
+    /// (`vm_interrupt` in drivers/virtio/virtio_mmio.c).
+    fn causes(&self) -> u32 {
+        let shared = if self.shared.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
+        self.status.load(Ordering::SeqCst) | shared
+    }
+
+    fn reset(&self) {
+        self.status.store(0, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
+        self.shared.store(false, Ordering::SeqCst);
     }
 }
 
@@ -130,6 +151,7 @@ impl Transport {
                 status: AtomicU32::new(0),
                 generation: AtomicU32::new(0),
                 needs_reset: AtomicBool::new(false),
+                shared: AtomicBool::new(false),
                 irq,
             }),
             notify,
@@ -185,7 +207,7 @@ impl Transport {
     fn read_register(&self, register: u32) -> u32 {
         match register {
             // The two registers every interrupt touches need no lock.
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.causes(),
             VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
@@ -218,8 +240,7 @@ impl Transport {
             if active {
                 lock(&self.device).reset();
             }
-            self.interrupt.status.store(0, Ordering::SeqCst);
-            self.interrupt.needs_reset.store(false, Ordering::SeqCst);
+            self.interrupt.reset();
             return;
         }
         if registers.advance(value) {

@@ -273,3 +273,24 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_interrupt_that_was_handed_over_always_tells_of_queues() {
+    let (transport, _probe) = transport();
+    negotiate(&transport);
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    let irq = transport.interrupt.hand_over().unwrap();
+    // The kernel interrupts: nobody else could say why.
+    irq.write(1).unwrap();
+    assert_eq!(transport.irq_fd().read().unwrap(), 1);
+    for _ in 0..2 {
+        assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+        set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+    }
+    transport.interrupt.config().unwrap();
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
+    set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+    set(&transport, VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0, "a reset takes it back");
+}

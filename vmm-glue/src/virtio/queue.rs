@@ -324,6 +324,22 @@ impl Vq {
         self.queue.disable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
+    /// Its addresses, size and indices.
+    pub fn ring(&self) -> &virtio_queue::Queue {
+        &self.queue
+    }
+
+    /// Which of the device's queues it is.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Somebody else has taken chains, up to this index; all of them were given back.
+    pub fn taken_until(&mut self, index: u16) {
+        self.queue.set_next_avail(index);
+        self.queue.set_next_used(index);
+    }
+
     /// How many chains are worth serving in one turn.
     pub fn size(&self) -> u16 {
         self.queue.size()
@@ -392,6 +408,15 @@ impl Wake {
             if let Err(error) = ops.remove(Events::empty(&event)) {
                 log::warn!("cannot unregister a queue: {error}");
             }
+        }
+    }
+
+    /// Unregisters a queue, on the loop.
+    pub fn unregister(ops: &mut EventOps, queue: &mut Vq) {
+        if std::mem::take(&mut queue.registered)
+            && let Err(error) = ops.remove(Events::empty(&queue.notify))
+        {
+            log::warn!("cannot unregister a queue: {error}");
         }
     }
 

@@ -14,7 +14,7 @@ use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interru
 use super::net::Net;
 
 /// Guest memory starts at 0; each queue of a test has a part of its own.
-const MEMORY: u64 = 96 << 20;
+const MEMORY: u64 = 6 * PART;
 const PART: u64 = 24 << 20;
 /// Each descriptor has a buffer of its own.
 const BUFFER: u64 = 128 << 10;
@@ -25,7 +25,8 @@ const WRITE: u16 = 2;
 /// Counts interrupts.
 #[derive(Default)]
 pub struct Irq {
-    pub queues: [AtomicU64; 4],
+    pub queues: [AtomicU64; 6],
+    pub handed_over: AtomicU64,
     pub config: AtomicU64,
     pub needs_reset: AtomicU64,
 }
@@ -34,6 +35,11 @@ impl Interrupt for Irq {
     fn queue(&self, index: u16) -> io::Result<()> {
         self.queues[usize::from(index)].fetch_add(1, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn hand_over(&self) -> io::Result<EventFd> {
+        self.handed_over.fetch_add(1, Ordering::SeqCst);
+        EventFd::new(EFD_NONBLOCK)
     }
 
     fn config(&self) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! `husk-bench start`: how long containers take to start and end under runc, runsc and Husk, in one boot of the node.
 //! `husk-bench exec`: how fast the output of a command comes through the CRI's Exec.
+//! `husk-bench network`: what a pod's network does, carried by vhost-net and by the VMM.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use husk_config::timeline::Timeline;
-use husk_e2e::bench::{Series, Weight, report, step_times};
+use husk_e2e::bench::{Series, Weight, network, report, step_times};
 use husk_e2e::command::{Input, Running, ctr};
 use husk_e2e::cri::pod::pods_of;
 use husk_e2e::cri::stream::{Stream, channel};
@@ -47,6 +48,18 @@ enum What {
         #[arg(long, default_value_t = 128)]
         mib: u64,
     },
+    /// Rate, round trip and cost at the start of a pod's network, carried by vhost-net and by the VMM in turn.
+    Network {
+        /// Runs of each, after one that is not counted.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+        runs: u32,
+        /// What is sent in each direction in MiB.
+        #[arg(long, default_value_t = 64)]
+        mib: usize,
+        /// Processors of each pod.
+        #[arg(long, default_value_t = 1)]
+        vcpus: u32,
+    },
 }
 
 /// A runtime and how `ctr` is told to use it.
@@ -77,6 +90,10 @@ fn main() -> Result<()> {
         What::Start { runs, runtimes, out } => measure_starts(runs, &runtimes, &out),
         What::Exec { runs, mib } => {
             exec(runs, mib);
+            Ok(())
+        }
+        What::Network { runs, mib, vcpus } => {
+            network::measure(runs, mib, vcpus);
             Ok(())
         }
     }

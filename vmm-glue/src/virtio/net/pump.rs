@@ -1,53 +1,94 @@
-//! Frames between tap and queues: one turn's worth, then the rest after others had theirs.
+//! Frames between a tap and a pair of queues: one turn's worth, then the rest after others had theirs.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::time::Instant;
 
-use super::{HEADER, LONGEST, NUM_BUFFERS_AT, Net};
-use crate::virtio::device::GuestMemory;
-use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, guest_fault};
+use super::load::Load;
+use super::{HEADER, LONGEST, NUM_BUFFERS_AT};
+use crate::virtio::device::{GuestMemory, Interrupt};
+use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Vq, guest_fault};
 
 /// Ethernet header up to the end of the source address.
 const ADDRESSES: usize = 12;
 /// An Ethernet header.
 const SHORTEST: usize = 14;
 
-impl Net {
-    pub(super) fn pump(&mut self) -> Result<(), QueueFault> {
-        let Some(active) = &self.active else { return Ok(()) };
-        let memory = Arc::clone(&active.memory);
-        let interrupt = Arc::clone(&active.interrupt);
+/// What holds for all frames of an interface.
+pub struct Rules {
+    /// The only address the guest may send from.
+    pub mac: [u8; 6],
+    /// Whether a frame may take several buffers.
+    pub mergeable: bool,
+    /// Bytes of header and frame that may come from the tap.
+    pub longest: usize,
+}
+
+/// A pair of queues.
+pub struct Lane {
+    pub rx: Vq,
+    pub tx: Vq,
+    /// There may be frames from the guest, or to it.
+    pub tx_waiting: bool,
+    pub rx_waiting: bool,
+}
+
+impl Lane {
+    pub fn new(rx: Vq, tx: Vq) -> Self {
+        Self { rx, tx, tx_waiting: false, rx_waiting: false }
+    }
+
+    /// There may be something to do both ways.
+    pub fn wait(&mut self) {
+        self.tx_waiting = true;
+        self.rx_waiting = true;
+    }
+
+    /// One turn; true when there is more to do for another.
+    pub fn pump(
+        &mut self,
+        memory: &GuestMemory,
+        interrupt: &dyn Interrupt,
+        tap: &File,
+        rules: &Rules,
+        load: &mut Load,
+    ) -> Result<bool, QueueFault> {
         let mut again = false;
+        let mut frames = 0;
         if self.tx_waiting {
-            self.tx_waiting = self.transmit(&memory)?;
+            self.tx_waiting = self.transmit(memory, tap, rules.mac, &mut frames)?;
             again |= self.tx_waiting;
         }
         if self.rx_waiting {
-            again |= self.receive(&memory)?;
+            again |= self.receive(memory, tap, rules, &mut frames)?;
         }
-        if again {
-            self.wake.wake();
+        if frames > 0 {
+            load.add(frames, Instant::now());
         }
-        if let Some(active) = &mut self.active {
-            active.tx.flush(&memory, &*interrupt)?;
-            active.rx.flush(&memory, &*interrupt)?;
-        }
-        Ok(())
+        self.tx.flush(memory, interrupt)?;
+        self.rx.flush(memory, interrupt)?;
+        Ok(again)
     }
 
     /// From the guest; true when there may be more.
-    fn transmit(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
-        let Some(active) = &mut self.active else { return Ok(false) };
-        active.tx.ignore(memory)?;
+    fn transmit(
+        &mut self,
+        memory: &GuestMemory,
+        tap: &File,
+        mac: [u8; 6],
+        frames: &mut u32,
+    ) -> Result<bool, QueueFault> {
+        self.tx.ignore(memory)?;
         let mut parts = Vec::new();
-        for _ in 0..active.tx.size() {
-            if let Some(chain) = active.tx.pop(memory)? {
+        for _ in 0..self.tx.size() {
+            if let Some(chain) = self.tx.pop(memory)? {
                 let head = chain.head;
-                send(&self.tap, self.mac, chain.readable, &mut parts);
-                active.tx.push(memory, head, 0)?;
-            } else if !active.tx.listen(memory)? {
+                send(tap, mac, chain.readable, &mut parts);
+                self.tx.push(memory, head, 0)?;
+                *frames += 1;
+            } else if !self.tx.listen(memory)? {
                 return Ok(false);
             }
         }
@@ -56,17 +97,22 @@ impl Net {
 
     /// To the guest; true when there may be more. What is waited for is left in `rx_waiting`: buffers while it is set,
     /// else frames.
-    fn receive(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
-        let Some(active) = &mut self.active else { return Ok(false) };
-        active.rx.ignore(memory)?;
+    fn receive(
+        &mut self,
+        memory: &GuestMemory,
+        tap: &File,
+        rules: &Rules,
+        frames: &mut u32,
+    ) -> Result<bool, QueueFault> {
+        self.rx.ignore(memory)?;
         // Chains taken and not yet used.
         let mut buffers: VecDeque<Chain<'_>> = VecDeque::new();
         let mut parts: Vec<libc::iovec> = Vec::new();
         let mut more = true;
-        for _ in 0..active.rx.size() {
+        for _ in 0..self.rx.size() {
             let mut room: usize = buffers.iter().map(|chain| chain.writable.len()).sum();
-            while room < active.longest && (active.mergeable || buffers.is_empty()) {
-                match active.rx.pop_any(memory)? {
+            while room < rules.longest && (rules.mergeable || buffers.is_empty()) {
+                match self.rx.pop_any(memory)? {
                     Some(chain) if chain.writable.len() < HEADER => {
                         // Giving it back out of turn would put those held out of step.
                         guest_fault(0, &"receive buffer too small");
@@ -83,12 +129,12 @@ impl Net {
             if let Some(position) = buffers.iter().position(|chain| chain.writable.len() < HEADER) {
                 // Those before it go unused with it: rings are not reordered for a driver that breaks the rules.
                 for chain in buffers.drain(..=position) {
-                    active.rx.push(memory, chain.head, 0)?;
+                    self.rx.push(memory, chain.head, 0)?;
                 }
                 continue;
             }
             if buffers.is_empty() {
-                if active.rx.listen(memory)? {
+                if self.rx.listen(memory)? {
                     continue;
                 }
                 more = false;
@@ -97,9 +143,10 @@ impl Net {
             parts.clear();
             parts.extend(buffers.iter().flat_map(|chain| chain.writable.as_slice()).take(MAX_SEGMENTS));
             // SAFETY: the parts are guest memory the driver gave for writing, alive through the call.
-            let result = unsafe { libc::readv(self.tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
+            let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(result) {
                 Ok(count) => {
+                    *frames += 1;
                     let taken = fill(&buffers, count);
                     if let Some(first) = buffers.front() {
                         let mut header = first.writable.clone();
@@ -112,7 +159,7 @@ impl Net {
                         let used = left.min(chain.writable.len());
                         left -= used;
                         // At most LONGEST in all.
-                        active.rx.push(memory, chain.head, used as u32)?;
+                        self.rx.push(memory, chain.head, used as u32)?;
                     }
                 }
                 Err(_) => {
@@ -137,7 +184,7 @@ impl Net {
             }
         }
         for _ in &buffers {
-            active.rx.undo_pop();
+            self.rx.undo_pop();
         }
         Ok(more)
     }
@@ -158,7 +205,7 @@ fn fill(buffers: &VecDeque<Chain<'_>>, count: usize) -> usize {
 }
 
 /// One frame to the tap, or nowhere.
-fn send(tap: &std::fs::File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iovec>) {
+fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iovec>) {
     if packet.len() > LONGEST || packet.len() < HEADER + SHORTEST {
         return guest_fault(1, &"frame of an impossible length");
     }

@@ -48,3 +48,31 @@ pub fn set_offload(tap: &File, header: usize, csum: bool, tso4: bool, tso6: bool
     }
     Ok(())
 }
+
+/// Takes a queue of a tap that has several into use, or out of it: frames to the guest go to those in use.
+///
+/// # Errors
+/// The error of the ioctl.
+pub fn set_queue(tap: &File, used: bool) -> io::Result<()> {
+    // SAFETY: ifreq is plain data for which all zeroes is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flags = if used { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: the request lives through the call, which reads its flags.
+    match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE as _, &raw const request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The flags of TUNSETIFF, or none for what is no tap.
+pub fn flags(tap: &impl AsRawFd) -> libc::c_int {
+    // SAFETY: an all-zero ifreq is valid; TUNGETIFF fills it.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: the request lives until the call returns. A descriptor that is no tap answers with an error.
+    match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) } {
+        // SAFETY: TUNGETIFF has set the flags. They are 16 bits, of which the sign is one.
+        0 => libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags }) & 0xffff,
+        _ => 0,
+    }
+}

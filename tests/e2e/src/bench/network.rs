@@ -1,0 +1,191 @@
+//! What a pod's network does, carried by vhost-net and by the VMM, in turn.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use husk_config::timeline::Timeline;
+
+use super::median;
+use crate::cri::pod::need_image;
+use crate::cri::{Pod, PodContainer, pods_of};
+use crate::{PYTHON, node};
+
+/// Echoes on port 8080, takes and counts on port 8081: one connection after another.
+const SERVER: &str = "import socket, threading
+def serve(port, each):
+    server = socket.create_server(('0.0.0.0', port))
+    while True:
+        connection, _ = server.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with connection:
+            each(connection)
+def echo(connection):
+    while data := connection.recv(65536):
+        connection.sendall(data)
+def sink(connection):
+    buffer, count = bytearray(1 << 20), 0
+    while got := connection.recv_into(buffer):
+        count += got
+    connection.sendall(str(count).encode())
+threading.Thread(target=serve, args=(8081, sink)).start()
+threading.Thread(target=serve, args=(8080, echo)).start()
+print('up', flush=True)";
+
+const SENDER: &str = "import socket, sys
+data = bytes(1 << 20)
+with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
+    for _ in range(int(sys.argv[3])):
+        connection.sendall(data)";
+
+/// Requests of one measurement of the round trip.
+const ROUND_TRIPS: usize = 300;
+const TIMELINES: &str = "/run/husk-bench-timelines";
+
+struct Variant {
+    name: &'static str,
+    config: String,
+    out: Vec<f64>,
+    into: Vec<f64>,
+    round_trip: Vec<f64>,
+    connected: Vec<f64>,
+    started: Vec<f64>,
+}
+
+/// Measures with so many processors in each pod, and prints a line of a table for each of the two.
+///
+/// # Panics
+/// When something does not work.
+pub fn measure(runs: u32, mib: usize, vcpus: u32) {
+    need_image(PYTHON);
+    let variant = |(name, vhost)| Variant {
+        name,
+        config: format!("vhost_net = {vhost}\ntimeline_log = \"{TIMELINES}\"\n"),
+        out: Vec::new(),
+        into: Vec::new(),
+        round_trip: Vec::new(),
+        connected: Vec::new(),
+        started: Vec::new(),
+    };
+    let mut variants = [("vhost-net", true), ("VMM", false)].map(variant);
+    traffic(&mut variants, runs, mib, vcpus);
+    starts(&mut variants, runs);
+    println!("\n| carried by | out MiB/s | in MiB/s | round trip | network connected | sandbox set up |");
+    println!("| --- | ---: | ---: | ---: | ---: | ---: |");
+    for variant in variants {
+        let [out, into, trip] = [&variant.out, &variant.into, &variant.round_trip].map(|values| median(values));
+        let [connected, started] = [&variant.connected, &variant.started].map(|values| median(values));
+        let name = variant.name;
+        println!("| {name} | {out:.1} | {into:.1} | {trip:.0} µs | {connected:.0} ms | {started:.0} ms |");
+    }
+}
+
+fn traffic(variants: &mut [Variant; 2], runs: u32, mib: usize, vcpus: u32) {
+    pods_of("bench-network", "husk", |pods| {
+        let made: Vec<(Pod, PodContainer)> = variants
+            .iter()
+            .map(|variant| {
+                let _config = node::Config::set(&variant.config);
+                let mut config = pods.config();
+                config["annotations"]["io.husk.vcpus"] = vcpus.to_string().into();
+                let pod = pods.run(config);
+                let container = pod.start(&pod.python(SERVER));
+                container.wait_for("up");
+                (pod, container)
+            })
+            .collect();
+        for round in 0..=runs {
+            for (variant, (pod, container)) in variants.iter_mut().zip(&made) {
+                let ip = pod.addresses().into_iter().find(IpAddr::is_ipv4).unwrap();
+                let out = outwards(container, mib);
+                let into = inwards(ip, mib);
+                let trip = round_trip(ip);
+                let threads = fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().count();
+                println!("round {round}: {} {out:.1} {into:.1} MiB/s, {trip:.0} µs, {threads} threads", variant.name);
+                // The first is before the kernel takes over, and warms the node's caches.
+                if round > 0 {
+                    variant.out.push(out);
+                    variant.into.push(into);
+                    variant.round_trip.push(trip);
+                }
+            }
+        }
+    });
+}
+
+/// MiB a second from the pod to the node.
+fn outwards(container: &PodContainer, mib: usize) -> f64 {
+    let listener = TcpListener::bind("10.88.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let counting = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let (mut buffer, mut count) = (vec![0; 1 << 20], 0);
+        let begin = Instant::now();
+        loop {
+            match stream.read(&mut buffer).unwrap() {
+                0 => return (count, begin.elapsed()),
+                got => count += got,
+            }
+        }
+    });
+    let limit = Duration::from_secs(120);
+    let sent = container.exec_within(limit, &["python3", "-c", SENDER, "10.88.0.1", &port, &mib.to_string()]);
+    assert_eq!(sent.code, 0, "{sent:?}");
+    let (count, took) = counting.join().unwrap();
+    assert_eq!(count, mib << 20);
+    mib as f64 / took.as_secs_f64()
+}
+
+/// MiB a second from the node to the pod.
+fn inwards(ip: IpAddr, mib: usize) -> f64 {
+    let mut stream = TcpStream::connect((ip, 8081)).unwrap();
+    let data = vec![0; 1 << 20];
+    let begin = Instant::now();
+    for _ in 0..mib {
+        stream.write_all(&data).unwrap();
+    }
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut count = String::new();
+    stream.read_to_string(&mut count).unwrap();
+    assert_eq!(count, (mib << 20).to_string());
+    mib as f64 / begin.elapsed().as_secs_f64()
+}
+
+/// Microseconds until a byte is back, the median of many.
+fn round_trip(ip: IpAddr) -> f64 {
+    let mut stream = TcpStream::connect((ip, 8080)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    let trips: Vec<f64> = (0..ROUND_TRIPS)
+        .map(|_| {
+            let begin = Instant::now();
+            stream.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+            begin.elapsed().as_secs_f64() * 1e6
+        })
+        .collect();
+    median(&trips)
+}
+
+/// How long a pod's start takes, and of it the taps.
+fn starts(variants: &mut [Variant; 2], runs: u32) {
+    for round in 0..=runs {
+        for variant in variants.iter_mut() {
+            let _config = node::Config::set(&variant.config);
+            let mut id = String::new();
+            pods_of("bench-network-start", "husk", |pods| id = pods.pod().id);
+            let text = fs::read_to_string(Path::new(TIMELINES)).unwrap();
+            let all = Timeline::from_lines(&text).unwrap();
+            let steps = all.into_iter().rev().find(|timeline| timeline.sandbox == id).unwrap().steps;
+            let at = |name: &str| steps.iter().find(|step| step.name == name).unwrap().at_ns as f64 / 1e6;
+            let connected = at("network connected") - at("vmm process");
+            let started = at("sandbox set up") - at("shim start");
+            println!("start {round}: {} network {connected:.1} ms of {started:.0} ms", variant.name);
+            if round > 0 {
+                variant.connected.push(connected);
+                variant.started.push(started);
+            }
+        }
+    }
+}
