@@ -146,7 +146,13 @@ impl Growth {
         // The default is that of a whole machine, with the overhead in it.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
         let free = free.saturating_add(books_mib(self.huge_mib(containers.clone())));
-        let memory_mib = if none { self.boot.memory_mib } else { bytes.div_ceil(MIB).saturating_add(free) };
+        let memory_mib = match none {
+            true => self.boot.memory_mib,
+            false => {
+                let mib = bytes.div_ceil(MIB).saturating_add(free);
+                mib.saturating_add(if unlimited { 0 } else { books_mib(mib) })
+            }
+        };
         let least = if start { self.boot } else { Size { vcpus: 1, memory_mib: 0 } };
         Size {
             vcpus: vcpus.max(least.vcpus).min(self.most.vcpus),
@@ -199,10 +205,10 @@ impl Size {
     }
 }
 
-/// What the guest's kernel needs to keep books of so many MiB that are plugged in apart: 64 bytes for each page of the
-/// blocks of 128 MiB that they lie in.
-fn books_mib(plugged_mib: u64) -> u64 {
-    plugged_mib.div_ceil(128).saturating_mul(2)
+/// What the guest's kernel needs to keep books of so many MiB: 64 bytes for each page, of the blocks of 128 MiB that they
+/// lie in.
+pub(super) fn books_mib(mib: u64) -> u64 {
+    mib.div_ceil(128).saturating_mul(2)
 }
 
 /// Bytes that the host allows a pod whose guest has so much memory: so much that its VMM is never what is killed for
@@ -245,11 +251,11 @@ mod tests {
         assert_eq!(size(&[], true), (1, 264));
         assert_eq!(size(&[], false), (1, 264));
         assert_eq!(size(&[limits(500, 100)], true), (1, 264));
-        assert_eq!(size(&[limits(500, 100)], false), (1, 164));
-        assert_eq!(size(&[limits(500, 100), limits(1000, 300)], true), (2, 464));
+        assert_eq!(size(&[limits(500, 100)], false), (1, 164 + 4));
+        assert_eq!(size(&[limits(500, 100), limits(1000, 300)], true), (2, 464 + 8));
         assert_eq!(size(&[limits(500, 100), limits(None, None), limits(None, None)], true), (2, 1124));
         assert_eq!(size(&[limits(u64::MAX, None), limits(1, 8 << 10)], true), (8, 8192));
-        assert_eq!(size(&[limits(0, 0)], false), (1, 64));
+        assert_eq!(size(&[limits(0, 0)], false), (1, 64 + 2));
     }
 
     #[test]
@@ -301,8 +307,8 @@ mod tests {
         let huge = |mib: u64| Limits { huge: mib << 20, ..limits(1, 100) };
         let growth = growth();
         assert_eq!(growth.huge_mib([huge(6), huge(2), limits(1, 1)].iter()), 8);
-        assert_eq!(size(&[huge(8)], false).1, 164 + 2);
-        assert_eq!(size(&[huge(1024)], false).1, 164 + 16);
+        assert_eq!(size(&[huge(8)], false).1, 164 + 2 + 4);
+        assert_eq!(size(&[huge(1024)], false).1, 164 + 16 + 4);
         let update =
             json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]});
         assert_eq!(limits(1, 100).updated(update.to_string().as_bytes()).unwrap(), huge(4));

@@ -1,6 +1,6 @@
 //! How large a pod's virtual machine is.
 
-use super::growth::{Growth, Size};
+use super::growth::{Growth, Size, books_mib};
 use super::spec::{Cpu, Memory, Spec};
 use husk_config::{Config, annotation, check};
 
@@ -63,12 +63,13 @@ pub enum SizingError {
     Forbidden(String),
 }
 
-/// Sizes the virtual machine for a sandbox whose first specification is `spec`.
+/// Sizes the virtual machine for a sandbox whose first specification is `spec`, and for whose guest the host has room for
+/// `room_mib`.
 ///
 /// # Errors
 /// [`SizingError`] when the limits or annotations cannot be met.
-pub fn sizing(spec: &Spec, config: &Config) -> Result<Sizing, SizingError> {
-    let host = Host { cpus: online_cpus(), memory_mib: total_memory_mib() };
+pub fn sizing(spec: &Spec, config: &Config, room_mib: u64) -> Result<Sizing, SizingError> {
+    let host = Host { cpus: online_cpus(), memory_mib: total_memory_mib(), room_mib };
     size(spec, config, &host)
 }
 
@@ -76,6 +77,8 @@ pub fn sizing(spec: &Spec, config: &Config) -> Result<Sizing, SizingError> {
 struct Host {
     cpus: u64,
     memory_mib: u64,
+    /// For a guest, within the limit of the cgroup above.
+    room_mib: u64,
 }
 
 fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError> {
@@ -103,7 +106,8 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
                 return Err(SizingError::TooLittle { limit, min_mib: config.min_memory_mib });
             }
             Some(limit) => {
-                limit.div_ceil(MIB).saturating_add(config.memory_overhead_mib).min(host.memory_mib.max(MIN_VM_MIB))
+                let mib = limit.div_ceil(MIB).saturating_add(config.memory_overhead_mib);
+                mib.saturating_add(books_mib(mib)).min(host.memory_mib.max(MIN_VM_MIB))
             }
             None => config.default_memory_mib,
         },
@@ -115,6 +119,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         message,
     })?;
     let vcpus = u8::try_from(vcpus).unwrap_or(config.max_vcpus);
+    let memory_mib = memory_mib.min(host.room_mib).max(MIN_VM_MIB);
     let boot = Size { vcpus, memory_mib };
     // A size that the pod names is the size it keeps.
     let named = |key: &str| spec.annotations.contains_key(key);
@@ -188,7 +193,7 @@ mod tests {
     use super::{super::load::tests::bundle, *};
     use serde_json::{Value, json};
 
-    const HOST: Host = Host { cpus: 8, memory_mib: 16 << 10 };
+    const HOST: Host = Host { cpus: 8, memory_mib: 16 << 10, room_mib: u64::MAX };
 
     fn sized(change: impl FnOnce(&mut Value)) -> Result<(u8, u64), SizingError> {
         let config = Config { allowed_annotations: annotation::ALL.map(String::from).to_vec(), ..Config::default() };
@@ -208,9 +213,10 @@ mod tests {
             let resources = json!({ "cpu": { "quota": quota, "period": period }, "memory": { "limit": memory } });
             sized(|v| v["linux"]["resources"] = resources)
         };
-        assert_eq!(limit(150_000, 100_000, 256 << 20), Ok((2, 320)));
-        assert_eq!(limit(100_000, 0, (256 << 20) + 1), Ok((1, 321)));
-        assert_eq!(limit(10_000, 100_000, 8 << 20), Ok((1, 72)));
+        assert_eq!(limit(150_000, 100_000, 256 << 20), Ok((2, 326)));
+        assert_eq!(limit(100_000, 0, (256 << 20) + 1), Ok((1, 327)));
+        assert_eq!(limit(10_000, 100_000, 8 << 20), Ok((1, 74)));
+        assert_eq!(limit(10_000, 100_000, 8 << 30), Ok((1, 8386)));
         // More than the host has is no limit; nor do the numbers' ends overflow.
         assert_eq!(limit(i64::MAX, 1, i64::MAX), Ok((8, 16 << 10)));
         let error = limit(0, 0, 4 << 20).unwrap_err();
@@ -224,7 +230,12 @@ mod tests {
             "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-period": "100000",
             "io.kubernetes.cri.sandbox-cpu-quota": "250000", "io.kubernetes.cri.sandbox-memory": "536870912"
         });
-        assert_eq!(sized(|v| v["annotations"] = pod.clone()), Ok((3, 576)));
+        assert_eq!(sized(|v| v["annotations"] = pod.clone()), Ok((3, 586)));
+        let config = Config::default();
+        let tight = Host { room_mib: 580, ..HOST };
+        let whole = bundle(|v| v["annotations"] = pod.clone()).unwrap();
+        let sized_tight = size(&whole.spec, &config, &tight).unwrap();
+        assert_eq!((sized_tight.memory_mib, sized_tight.growth.boot.memory_mib), (580, 580));
         let mut none = pod.clone();
         none["io.kubernetes.cri.sandbox-memory"] = "0".into();
         none["io.kubernetes.cri.sandbox-cpu-quota"] = "0".into();

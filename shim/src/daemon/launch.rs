@@ -15,6 +15,7 @@ use crate::network;
 use crate::sandbox::agent::Report;
 use crate::sandbox::boot::{Plan, Pod};
 use crate::sandbox::cgroup::Cgroup;
+use crate::sandbox::limits;
 use crate::sandbox::state::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox, vmm};
@@ -125,8 +126,9 @@ impl Got {
         }
         self.timeline_log.clone_from(&config.timeline_log);
         let bundle = bundle()?;
+        let room = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::room(cgroup.place()));
         let users = bundle.users().map_err(|e| chain(&e))?;
-        let sizing = bundle::sizing(&bundle.spec, &config).map_err(|e| chain(&e))?;
+        let sizing = bundle::sizing(&bundle.spec, &config, room).map_err(|e| chain(&e))?;
         describe(about, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let wish = network::Wish { pairs: usize::from(sizing.vcpus).min(MOST_PAIRS), vhost: config.vhost_net };
         let network = match &network {

@@ -9,7 +9,7 @@ pub mod disks;
 pub mod forward;
 pub mod hugepages;
 pub mod legacy_metrics;
-mod limits;
+pub mod limits;
 pub mod metrics;
 mod network;
 pub mod resize;
