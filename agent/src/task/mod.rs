@@ -5,6 +5,7 @@ mod devices;
 pub mod error;
 mod exec;
 mod helper;
+mod kill;
 mod process;
 mod remove;
 pub mod service;

@@ -22,7 +22,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use super::error::{Fault, unknown};
 use super::process::Phase;
-use super::{Container, Tasks, spec, stats};
+use super::{Tasks, kill, spec, stats};
 use crate::oom::FileWatch;
 
 /// Serves the tasks.
@@ -131,8 +131,10 @@ impl Task for TaskService {
         let container = self.tasks.get(&request.id)?;
         let process = container.process(&request.exec_id)?;
         let signal = i32::try_from(request.signal).unwrap_or(-1);
-        if request.all && request.exec_id.is_empty() {
-            kill_all(&container, signal)?;
+        if request.exec_id.is_empty() {
+            if request.all { kill::all(&container, signal)? } else { process.signal(signal)? }
+        } else if signal == libc::SIGKILL {
+            whole(async move { kill::exec(&container, &process).await }).await?;
         } else {
             process.signal(signal)?;
         }
@@ -226,15 +228,4 @@ impl TaskService {
         container.paused.store(frozen, Ordering::Relaxed);
         Ok(Empty::new())
     }
-}
-
-fn kill_all(container: &Container, signal: i32) -> Result<(), Fault> {
-    if signal == libc::SIGKILL {
-        return container.cgroup.kill().map_err(unknown("kill"));
-    }
-    for pid in container.cgroup.pids() {
-        // SAFETY: kill takes plain numbers; the group was read just now, and nothing is reaped in between.
-        unsafe { libc::kill(pid, signal) };
-    }
-    Ok(())
 }

@@ -25,6 +25,29 @@ fn a_pod_whose_machine_dies_is_not_ready() {
 }
 
 #[test]
+fn an_exec_that_times_out_leaves_nothing_running() {
+    pods("cri-timeout", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let count =
+            |number: &str| container.sh(&format!("grep -lE '{number}' /proc/[0-9]*/cmdline 2>/dev/null | wc -l"));
+        // What an exec leaves behind when it ends by itself stays, as with runc.
+        container.sh("setsid sleep 4712 > /dev/null 2>&1 &");
+        // To the background, to another session, to init, and what forks all the time.
+        let script = "sleep 4713 & setsid sleep 4713 & (setsid sh -c 'sleep 4713 & sleep 4713; :' &)
+            (while :; do setsid sh -c 'sleep 0.01; : 4713'; done &) ; sleep 4713; :";
+        let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });
+        let error = cri::try_call("ExecSync", &request).unwrap_err();
+        assert!(error.message.contains("timeout"), "{error}");
+        let gone = node::eventually(Duration::from_secs(10), || (count("471[3]") == "0").then_some(()));
+        assert!(gone.is_some(), "{}", container.sh("ps"));
+        assert_eq!(count("471[2]"), "1");
+        // For this the container does not see anything that it would not see elsewhere.
+        assert_eq!(container.sh("cat /proc/self/cgroup; find /sys/fs/cgroup -mindepth 1 -type d"), "0::/");
+    });
+}
+
+#[test]
 fn a_pod_whose_shim_is_killed_is_stopped_and_removed() {
     pods("cri-shim", |pods| {
         let pod = pods.pod();
