@@ -15,6 +15,7 @@ pub mod users;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use mirror::Mirrors;
 use users::Users;
 
 /// The pod's network namespace.
@@ -39,6 +40,8 @@ struct State {
 #[derive(Default)]
 pub struct Sandbox {
     state: Mutex<State>,
+    /// The copies of volumes.
+    pub mirrors: Mirrors,
 }
 
 impl Sandbox {

@@ -12,7 +12,6 @@ use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
-use super::mirror::Mirrors;
 use super::network::{Asked, Network};
 use super::users::Users;
 use super::{Sandbox, apply, hotplug, namespaces, slots};
@@ -24,14 +23,13 @@ use crate::task::error::Fault;
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: Hub,
-    mirrors: Arc<Mirrors>,
     network: Network,
 }
 
 impl SandboxService {
     /// A service for `sandbox`, with the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
-        Self { sandbox, hub, mirrors: Arc::default(), network: Network::default() }
+        Self { sandbox, hub, network: Network::default() }
     }
 }
 
@@ -108,8 +106,8 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {
-        let mirrors = Arc::clone(&self.mirrors);
-        let applied = tokio::task::spawn_blocking(move || mirrors.apply(&request)).await;
+        let sandbox = Arc::clone(&self.sandbox);
+        let applied = tokio::task::spawn_blocking(move || sandbox.mirrors.apply(&request)).await;
         applied
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|error| failed("mirrored volume", &error))?;

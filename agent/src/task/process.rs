@@ -99,6 +99,11 @@ impl Process {
         });
     }
 
+    /// Waits until it has been made, or will never be.
+    pub async fn settled(&self) {
+        let _ = self.phase.subscribe().wait_for(|phase| *phase != Phase::New).await;
+    }
+
     /// Waits for the end.
     pub async fn wait(&self) -> Option<(i32, Ended)> {
         let mut phase = self.phase.subscribe();

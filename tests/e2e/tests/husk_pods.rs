@@ -1,4 +1,5 @@
 //! Pods as only Husk has them: a machine that can die, and nothing of the host's.
+use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
 use std::process::Command;
@@ -61,6 +62,65 @@ fn a_pod_whose_shim_is_killed_is_stopped_and_removed() {
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the virtual machine outlives its shim");
         pod.stop();
+#[test]
+fn a_node_without_descriptors_for_a_while_forwards_again() {
+    pods("cri-descriptors", |pods| {
+        let pod = pods.pod();
+        let container = pod.start(&pod.sh("mkdir /w; echo heard > /w/x; httpd -f -p 127.0.0.1:8080 -h /w"));
+        let netns = pod.netns();
+        let get = || {
+            let command = ["wget", "-q", "-T", "20", "-O", "-", "http://127.0.0.1:8080/x"];
+            let mut nsenter = Command::new("nsenter");
+            nsenter.arg(format!("--net={}", netns.display())).arg("busybox").args(command);
+            String::from_utf8_lossy(&nsenter.output().unwrap().stdout).into_owned()
+        };
+        let found = node::eventually(Duration::from_secs(20), || (get() == "heard\n").then_some(()));
+        assert!(found.is_some(), "{}", container.log());
+        let shim = vm::shims_of(&pod.id)[0];
+        let limit = vm::limit_descriptors(shim, 3);
+        // It is in the backlog until somebody accepts it.
+        let dialled = thread::scope(|scope| {
+            let dialled = scope.spawn(get);
+            let refused = node::eventually(Duration::from_secs(20), || {
+                node::log_tail(200).contains("was not accepted").then_some(())
+            });
+            vm::limit_descriptors(shim, limit);
+            assert!(refused.is_some(), "{}", node::log_tail(20));
+            dialled.join().unwrap()
+        });
+        assert_eq!(dialled, "heard\n");
+        assert_eq!(get(), "heard\n");
+    });
+}
+
+#[test]
+fn of_a_container_that_cannot_be_made_nothing_stays_in_the_guest() {
+    pods("cri-fails", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let available =
+            || container.sh("awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
+        // A volume that is copied to the guest in part: deeper than any that is copied whole.
+        let volume = pods.dir().join("volumes/kubernetes.io~secret/deep");
+        fs::create_dir_all(volume.join("z/".repeat(70))).unwrap();
+        fs::write(volume.join("large"), vec![1; 32 << 20]).unwrap();
+        let before = available();
+        let mut config = pod.sh("true");
+        config["mounts"] =
+            json!([{ "host_path": volume.to_string_lossy(), "container_path": "/secret", "readonly": true }]);
+        let failing = pod.create(&config);
+        let error = refused("StartContainer", &json!({ "container_id": failing.id }));
+        assert!(error.contains("too deep"), "{error}");
+        let after = available();
+        assert!(after + 10 > before, "{before} MiB were available, {after} MiB are");
+        failing.remove();
+        // Its place is free.
+        fs::remove_dir_all(volume.join("z")).unwrap();
+        let working = pod.start(&config);
+        assert_eq!(working.wait().0, 0);
+    });
+}
+
         pod.remove();
     });
 }
