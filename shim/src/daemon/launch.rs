@@ -156,9 +156,8 @@ fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
         vmm_pid,
         shim_pid: std::process::id(),
     };
-    let written = serde_json::to_string(&sandbox).map_err(|e| e.to_string());
-    if let Err(error) = written.and_then(|text| about.dir.write("sandbox.json", &text).map_err(|e| chain(&e))) {
-        tracing::warn!(error, "sandbox not noted for husk ps");
+    if let Err(error) = about.dir.note(&sandbox) {
+        tracing::warn!(error = %chain(&error), "sandbox not noted for husk ps");
     }
 }
 

@@ -132,7 +132,8 @@ impl Sandbox {
         }
         if let (Ok(plan), Some(vmm)) = (&plan, &vmm) {
             let path = self.cgroup.get().map(|cgroup| cgroup.path().to_owned());
-            let _ = self.resizer.set(Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.boot.clone(), path));
+            let (growth, dir) = (plan.sizing.growth.clone(), self.dir.clone());
+            let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), path, dir));
         }
         let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         let follower = Arc::clone(&self.follower);
