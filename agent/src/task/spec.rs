@@ -175,7 +175,7 @@ fn no_capabilities() -> LinuxCapabilities {
     none
 }
 
-/// Drops the limits that speak of the host's own devices, processors and huge pages.
+/// Drops the limits that speak of the host's own processors and huge pages; those of its devices the shim refuses.
 pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     resources.set_block_io(None).set_rdma(None).set_network(None);
     if let Some(pages) = resources.hugepage_limits().clone() {
