@@ -17,7 +17,7 @@ const BUILDERS: &str = "cri_builders";
 /// Suites of what only containerd 2.x has.
 const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
-const TWO_AS_WELL: [&str; 2] = ["cri_pods", "cri_userns"];
+const TWO_AS_WELL: [&str; 3] = ["cri_events", "cri_pods", "cri_userns"];
 /// So that what one leaves in the node's kernel does not reach all others; a boot costs ten seconds.
 const SUITES_A_BOOT: usize = 8;
 /// How often a suite that failed in an emulated node is tried again.

@@ -6,22 +6,36 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use husk_e2e::cri::{self, pods, refused};
+use husk_e2e::cri::{self, PodContainer, number, pods, refused};
+use husk_e2e::events::{Events, numbered};
 use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 #[test]
 fn a_pod_whose_machine_dies_is_not_ready() {
     pods("cri-death", |pods| {
+        let events = Events::watch();
         let pod = pods.pod();
-        let container = pod.sleeper();
-        // SAFETY: kill takes two integers.
-        assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
+        let (container, other) = (pod.sleeper(), pod.sleeper());
+        let exec = json!({ "container_id": container.id, "cmd": ["sleep", "100000"], "timeout": 100 });
+        thread::scope(|scope| {
+            let executing = scope.spawn(|| cri::try_call("ExecSync", &exec));
+            events.wait_for(&container.id, 4);
+            // SAFETY: kill takes two integers.
+            assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
+            assert_eq!(number(&executing.join().unwrap().unwrap()["exit_code"]), 137);
+        });
         assert_eq!(container.wait(), (137, "Error".into()));
         let gone = node::eventually(Duration::from_secs(20), || (!pod.is_ready()).then_some(()));
         assert!(gone.is_some(), "the pod is still ready");
         pod.stop();
         pod.remove();
+        // Everything in it has ended, once, and was then removed, once.
+        let life = ["create", "start", "exec-added 1", "exec-started 1", "exec-exit 1 137", "exit 137", "delete 137"];
+        assert_eq!(numbered(&events.of(&container.id)), life);
+        assert_eq!(events.of(&other.id), ["create", "start", "exit 137", "delete 137"]);
+        let sandbox = events.of(&pod.id);
+        assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
     });
 }
 
