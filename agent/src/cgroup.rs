@@ -23,6 +23,14 @@ pub fn init_root() -> io::Result<()> {
     fs::write(parent.join("cgroup.subtree_control"), &all)
 }
 
+/// Limits the tasks that all containers together may have.
+///
+/// # Errors
+/// What the kernel says.
+pub fn limit_pids(most: u64) -> io::Result<()> {
+    fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), most.to_string())
+}
+
 /// One container's group.
 #[derive(Debug, Clone)]
 pub struct Cgroup {

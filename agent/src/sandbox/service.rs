@@ -50,6 +50,9 @@ impl agent_ttrpc::Sandbox for SandboxService {
         {
             tracing::warn!("cannot add entropy: {error}");
         }
+        if request.pids_max > 0 {
+            crate::cgroup::limit_pids(request.pids_max).map_err(|error| failed("limit of tasks", &error))?;
+        }
         self.sandbox.prepare(Users::of_setup(&request));
         namespaces::within(|| -> io::Result<()> {
             if !request.hostname.is_empty() {

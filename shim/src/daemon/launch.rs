@@ -166,7 +166,8 @@ fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
 fn pod(about: &About, spec: &Spec, users: Option<Users>, network: network::Network) -> Pod {
     let is_sandbox = spec.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
-    Pod { id: about.sandbox.clone(), hostname: hostname(spec), shared_memory: is_sandbox, sysctls, users, network }
+    let (id, hostname) = (about.sandbox.clone(), hostname(spec));
+    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, users, network }
 }
 
 /// The sandbox' host name: a container whose specification has none sees the host's under runc.

@@ -17,6 +17,13 @@ pub fn room(path: &Path) -> u64 {
     }
 }
 
+/// The most tasks that there may be in the cgroups above: the pod's, by the kubelet's `podPidsLimit`, and those above it.
+/// None where there is no limit. On the host it holds for the VMM's threads, which are few, and for no process of the pod's.
+pub fn pids(path: &Path) -> Option<u64> {
+    let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok()?.trim().parse().ok();
+    path.ancestors().skip(1).filter_map(limit).min()
+}
+
 /// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.
 ///
 /// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
@@ -40,6 +47,21 @@ pub fn set(path: &Path, limits: &HostLimits, guest_mib: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_narrowest_limit_of_tasks_above_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let sandbox = dir.path().join("kubepods/pod/sandbox");
+        std::fs::create_dir_all(&sandbox).unwrap();
+        let limit = |name: &str, text: &str| std::fs::write(dir.path().join(name).join("pids.max"), text).unwrap();
+        limit("kubepods/pod/sandbox", "7\n");
+        assert_eq!(pids(&sandbox), None);
+        limit("kubepods/pod", "max\n");
+        limit("kubepods", "5000\n");
+        assert_eq!(pids(&sandbox), Some(5000));
+        limit("kubepods/pod", "100\n");
+        assert_eq!(pids(&sandbox), Some(100));
+    }
 
     #[test]
     fn a_set_of_processors_comes_and_goes() {

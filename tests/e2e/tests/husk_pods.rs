@@ -63,20 +63,6 @@ fn an_exec_that_times_out_leaves_nothing_running() {
 }
 
 #[test]
-fn a_pod_whose_shim_is_killed_is_stopped_and_removed() {
-    pods("cri-shim", |pods| {
-        let pod = pods.pod();
-        let container = pod.sleeper();
-        let shims = vm::shims_of(&pod.id);
-        assert_eq!(shims.len(), 1, "one shim for a pod");
-        // SAFETY: kill takes two integers.
-        assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
-        // containerd 2.x does not ask the runtime how such a container ended, and says 255 for "unknown".
-        assert!([137, 255].contains(&container.wait().0));
-        let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
-        assert!(gone.is_some(), "the virtual machine outlives its shim");
-        pod.stop();
-#[test]
 fn a_node_without_descriptors_for_a_while_forwards_again() {
     pods("cri-descriptors", |pods| {
         let pod = pods.pod();
@@ -135,6 +121,20 @@ fn of_a_container_that_cannot_be_made_nothing_stays_in_the_guest() {
     });
 }
 
+#[test]
+fn a_pod_whose_shim_is_killed_is_stopped_and_removed() {
+    pods("cri-shim", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let shims = vm::shims_of(&pod.id);
+        assert_eq!(shims.len(), 1, "one shim for a pod");
+        // SAFETY: kill takes two integers.
+        assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
+        // containerd 2.x does not ask the runtime how such a container ended, and says 255 for "unknown".
+        assert!([137, 255].contains(&container.wait().0));
+        let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
+        assert!(gone.is_some(), "the virtual machine outlives its shim");
+        pod.stop();
         pod.remove();
     });
 }
@@ -157,6 +157,38 @@ fn frames_with_a_foreign_address_are_dropped() {
         assert_eq!(container.sh(&dial), "heard");
         accept.join().unwrap().unwrap();
     });
+}
+
+#[test]
+fn a_pods_limit_of_tasks_holds_in_the_guest() {
+    pods("cri-pids", |pods| {
+        // As kubelet makes it with `podPidsLimit`.
+        let config = pods.config();
+        let (root, parent) = ("/sys/fs/cgroup", config["linux"]["cgroup_parent"].as_str().unwrap());
+        let group = format!("{root}{parent}");
+        fs::create_dir_all(&group).unwrap();
+        for above in [root.to_owned(), format!("{root}/kubepods")] {
+            fs::write(format!("{above}/cgroup.subtree_control"), "+pids").unwrap();
+        }
+        fs::write(format!("{group}/pids.max"), "150").unwrap();
+        let pod = pods.run(config);
+        let (one, other) = (pod.sleeper(), pod.sleeper());
+        let fork = |container: &PodContainer, count: u32| {
+            let script =
+                format!("i=0; while [ $i -lt {count} ]; do sleep 1000 > /dev/null 2>&1 & i=$((i+1)); done; echo $i");
+            container.exec(&["sh", "-c", &script])
+        };
+        // Together: what the first has, the other cannot.
+        assert_eq!(fork(&one, 100).out, "100\n");
+        let failed = fork(&other, 100);
+        assert!(failed.code != 0 && failed.err.contains("fork"), "{failed:?}");
+        assert!(pod.is_ready());
+    });
+}
+
+#[test]
+fn annotations_are_as_the_node_allows() {
+    pods("cri-annotations", cri::annotations::are_as_the_node_allows);
 }
 
 #[test]
