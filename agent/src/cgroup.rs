@@ -82,11 +82,6 @@ impl Cgroup {
         fs::write(self.path.join(file), value)
     }
 
-    /// A file that is a single number; nothing for `max`, an absent file or anything else.
-    pub fn number(&self, file: &str) -> Option<u64> {
-        self.read(file).ok()?.trim().parse().ok()
-    }
-
     /// A file of `key value` lines.
     pub fn table(&self, file: &str) -> BTreeMap<String, u64> {
         self.read(file).map(|text| parse_table(&text)).unwrap_or_default()

@@ -10,7 +10,6 @@ mod process;
 mod remove;
 pub mod service;
 mod spec;
-mod stats;
 pub mod volumes;
 
 use std::collections::HashMap;

@@ -12,6 +12,7 @@ use husk_proto::containerd::api::{
     StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use husk_proto::containerd::shim_async::Task;
+use husk_proto::metrics;
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcontainer::oci_spec::runtime::LinuxResources;
 use protobuf::well_known_types::any::Any;
@@ -22,7 +23,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use super::error::{Fault, unknown};
 use super::process::Phase;
-use super::{Tasks, kill, spec, stats};
+use super::{Tasks, kill, spec};
 use crate::oom::FileWatch;
 
 /// Serves the tasks.
@@ -187,8 +188,8 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.tasks.get(&request.id)?;
-        let value = stats::read(&container.cgroup).write_to_bytes().map_err(unknown("metrics"))?;
-        let stats = MessageField::some(Any { type_url: stats::URL.into(), value, ..Default::default() });
+        let value = metrics::read(container.cgroup.path()).write_to_bytes().map_err(unknown("metrics"))?;
+        let stats = MessageField::some(Any { type_url: metrics::URL.into(), value, ..Default::default() });
         Ok(StatsResponse { stats, ..Default::default() })
     }
 

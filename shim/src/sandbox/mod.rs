@@ -7,7 +7,6 @@ pub mod console;
 pub mod disks;
 pub mod forward;
 pub mod limits;
-pub mod metrics;
 mod network;
 pub mod resize;
 pub mod state;
@@ -134,16 +133,16 @@ impl Sandbox {
             let path = self.cgroup.get().map(|cgroup| cgroup.path().to_owned());
             let (growth, dir) = (plan.sizing.growth.clone(), self.dir.clone());
             let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), path, dir));
-        let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.path()));
         }
+        let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.path()));
         let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         let follower = Arc::clone(&self.follower);
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
                 (Ok(_), None) => Err("there is no VMM".to_owned()),
-                    plan.pod.pids_max = pids_max;
                 (Ok(mut plan), Some(vmm)) => {
+                    plan.pod.pids_max = pids_max;
                     let (steer, follow) = (plan.pod.network.steer.take(), plan.pod.network.follow.take());
                     let agent = boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(steer)) = (&agent, steer) {

@@ -20,7 +20,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use super::{Refusal, Shim};
 use crate::events::timestamp;
 use crate::pod;
-use crate::sandbox::metrics;
+use husk_proto::metrics;
 
 /// The states by the CRI's names, which containerd takes as they are.
 const READY: &str = "SANDBOX_READY";
