@@ -23,6 +23,14 @@ pub fn init_root() -> io::Result<()> {
     fs::write(parent.join("cgroup.subtree_control"), &all)
 }
 
+/// Limits the tasks that all containers together may have.
+///
+/// # Errors
+/// What the kernel says.
+pub fn limit_pids(most: u64) -> io::Result<()> {
+    fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), most.to_string())
+}
+
 /// One container's group.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
@@ -72,11 +80,6 @@ impl Cgroup {
     /// What the kernel says.
     pub fn write(&self, file: &str, value: &str) -> io::Result<()> {
         fs::write(self.path.join(file), value)
-    }
-
-    /// A file that is a single number; nothing for `max`, an absent file or anything else.
-    pub fn number(&self, file: &str) -> Option<u64> {
-        self.read(file).ok()?.trim().parse().ok()
     }
 
     /// A file of `key value` lines.

@@ -11,9 +11,9 @@ pub struct Sandbox {
     pub namespace: String,
     /// The Kubernetes pod it is the sandbox of, as `namespace/name`; empty for a container by itself.
     pub pod: String,
-    /// vCPUs at the start.
+    /// vCPUs that it has by now.
     pub vcpus: u8,
-    /// Guest memory at the start, in MiB.
+    /// Guest memory that it has by now, in MiB.
     pub memory_mib: u64,
     /// When it was started, in seconds since the epoch.
     pub started: u64,

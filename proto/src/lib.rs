@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod forward;
+pub mod metrics;
 pub mod ports;
 pub mod slots;
 pub mod stream;

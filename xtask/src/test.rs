@@ -17,7 +17,7 @@ const BUILDERS: &str = "cri_builders";
 /// Suites of what only containerd 2.x has.
 const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
-const TWO_AS_WELL: [&str; 2] = ["cri_pods", "cri_userns"];
+const TWO_AS_WELL: [&str; 3] = ["cri_events", "cri_pods", "cri_userns"];
 /// What runs on a host with version 1 of control groups.
 const LEGACY: [&str; 2] = ["cri_cgroup1", "cri_pods"];
 /// What runs there only.

@@ -19,6 +19,9 @@ use super::protocol::ExecRequest;
 use super::{terminal, trail};
 use crate::log::chain;
 
+/// `CLONE_NEWTIME` of linux/sched.h.
+const CLONE_NEWTIME: i32 = 0x80;
+
 /// Starts the process and returns its id, once it has become the program it is to be.
 ///
 /// # Errors
@@ -30,6 +33,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     let cgroup = join_target(&request).map_err(io("control group"))?;
     let (mut reasons, reason_writer) = io::pipe().map_err(io("pipe"))?;
     let rest = foreign_namespaces(request.init).map_err(io("namespaces"))?;
+    mark();
     // A process namespace is entered by the next child only.
     set_namespaces(&init, rest & libc::CLONE_NEWPID).map_err(io("setns pid"))?;
     let pid = match clone_into(&cgroup).map_err(io("clone"))? {
@@ -47,6 +51,16 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     // The child's end closes when it executes the program, or when it dies.
     reasons.read_to_string(&mut reason).map_err(io("pipe"))?;
     if reason.is_empty() { Ok(pid) } else { Err(reason) }
+}
+
+/// Has the next child be in a time namespace of its own, with the clocks of this one: nothing in the container is
+/// different by it, whatever the process starts is in it as well, and so the agent can tell what that was
+/// (`crate::task::kill`).
+fn mark() {
+    // SAFETY: unshare takes plain numbers, and this one changes nothing for this process (time_namespaces(7)).
+    if unsafe { libc::unshare(CLONE_NEWTIME) } != 0 {
+        trail::record(&format!("no time namespace: {}", io::Error::last_os_error()));
+    }
 }
 
 /// The new process, up to its program; returns only why it failed.
@@ -200,7 +214,7 @@ fn foreign_namespaces(pid: i32) -> io::Result<i32> {
         ("ipc", libc::CLONE_NEWIPC),
         ("uts", libc::CLONE_NEWUTS),
         ("cgroup", libc::CLONE_NEWCGROUP),
-        ("time", 0x80),
+        ("time", CLONE_NEWTIME),
     ];
     let mut flags = 0;
     for (name, flag) in KINDS {

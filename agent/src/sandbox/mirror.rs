@@ -31,18 +31,23 @@ impl Default for Mirrors {
     }
 }
 
-/// Removes the copies of a container's volumes; that there are none is fine.
-pub fn remove(container: &str) {
-    let path = Path::new(GUEST_MIRRORS).join(container);
-    match fs::remove_dir_all(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!("{}: {error}", path.display()),
-        _ => {}
-    }
-}
-
 impl Mirrors {
     fn at(root: PathBuf) -> Self {
         Self { root, rounds: Mutex::default() }
+    }
+
+    /// Removes the copies of a container's volumes, and what was noted of a round that will not end; that there are none
+    /// is fine. Blocks.
+    pub fn remove(&self, container: &str) {
+        let Ok(name) = plain(OsStr::new(container)) else { return };
+        // Held meanwhile: a message that is being applied has an end first.
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        rounds.retain(|(of, _), _| of != container);
+        let path = self.root.join(name);
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!("{}: {error}", path.display()),
+            _ => {}
+        }
     }
 
     /// Applies one message; blocks.
@@ -277,6 +282,22 @@ mod tests {
         let volume = dir.path().join("m/c/3");
         assert_eq!(fs::read_to_string(volume.join("key")).unwrap(), "new");
         assert!(!volume.join("..1").exists());
+    }
+
+    #[test]
+    fn a_container_that_goes_takes_its_copies_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let mirrors = Mirrors::at(dir.path().join("m"));
+        round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), entry(Kind::FILE, "a", "1")]).unwrap();
+        let entries = vec![entry(Kind::DIRECTORY, "", "")];
+        let request = MirrorRequest { container_id: "c".into(), mount: 8, entries, ..Default::default() };
+        mirrors.apply(&request).unwrap();
+        mirrors.remove("no-such");
+        mirrors.remove("..");
+        assert!(dir.path().join("m/c/8").exists());
+        mirrors.remove("c");
+        assert!(!dir.path().join("m/c").exists());
+        assert!(mirrors.rounds.lock().unwrap().is_empty());
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod volume;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use mirror::Mirrors;
 use users::Users;
 
 /// The pod's network namespace.
@@ -41,6 +42,8 @@ struct State {
 #[derive(Default)]
 pub struct Sandbox {
     state: Mutex<State>,
+    /// The copies of volumes.
+    pub mirrors: Mirrors,
 }
 
 impl Sandbox {

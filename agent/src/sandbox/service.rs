@@ -13,7 +13,6 @@ use husk_proto::agent_ttrpc;
 use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
-use super::mirror::Mirrors;
 use super::network::{Asked, Network};
 use super::users::Users;
 use super::volume::Volumes;
@@ -26,7 +25,6 @@ use crate::task::error::Fault;
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: Hub,
-    mirrors: Arc<Mirrors>,
     volumes: Arc<Volumes>,
     network: Network,
 }
@@ -34,7 +32,7 @@ pub struct SandboxService {
 impl SandboxService {
     /// A service for `sandbox`, with the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
-        Self { sandbox, hub, mirrors: Arc::default(), volumes: Arc::default(), network: Network::default() }
+        Self { sandbox, hub, volumes: Arc::default(), network: Network::default() }
     }
 }
 
@@ -54,6 +52,9 @@ impl agent_ttrpc::Sandbox for SandboxService {
             && let Err(error) = apply::entropy(&request.entropy)
         {
             tracing::warn!("cannot add entropy: {error}");
+        }
+        if request.pids_max > 0 {
+            crate::cgroup::limit_pids(request.pids_max).map_err(|error| failed("limit of tasks", &error))?;
         }
         self.sandbox.prepare(Users::of_setup(&request));
         namespaces::within(|| -> io::Result<()> {
@@ -111,8 +112,8 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {
-        let mirrors = Arc::clone(&self.mirrors);
-        let applied = tokio::task::spawn_blocking(move || mirrors.apply(&request)).await;
+        let sandbox = Arc::clone(&self.sandbox);
+        let applied = tokio::task::spawn_blocking(move || sandbox.mirrors.apply(&request)).await;
         applied
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|error| failed("mirrored volume", &error))?;

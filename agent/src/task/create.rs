@@ -18,6 +18,7 @@ use crate::helper::protocol::{CreateRequest, Request};
 use crate::io::console::{self, Console};
 use crate::io::stdio::{self, Dialled, Relays};
 use crate::oom::OomWatch;
+use crate::reaper::{Ended, now_ns};
 use crate::sandbox::users::uid_in_guest;
 
 impl Tasks {
@@ -81,6 +82,7 @@ impl Tasks {
         match self.create_inner(&container, &spec).await {
             Ok(pid) => Ok(pid),
             Err(fault) => {
+                container.init.advance(Phase::Stopped(0, Ended { status: 255, at_ns: now_ns() }));
                 self.clean(&container).await;
                 self.forget(&container.id);
                 Err(fault)

@@ -7,6 +7,7 @@ use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 
 use super::error::{Fault, unknown};
 use super::helper::Job;
+use super::kill::Mark;
 use super::process::{Phase, Process, StreamNames};
 use super::{Container, Tasks, spec};
 use crate::helper::protocol::{ExecRequest, Request};
@@ -116,6 +117,9 @@ impl Tasks {
             (None, Some(master), Some(dialled)) => Relays::terminal(dialled, master).map_err(unknown("terminal"))?,
             _ => return Err(Fault::Unknown("no terminal came".into())),
         };
+        if let Some(mark) = Mark::of(pid, init) {
+            let _ = process.mark.set(mark);
+        }
         process.attach(relays.start(), master);
         process.advance(Phase::Running(pid));
         self.follow(container, process, pid);

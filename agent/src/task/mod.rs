@@ -5,11 +5,11 @@ mod devices;
 pub mod error;
 mod exec;
 mod helper;
+mod kill;
 mod process;
 mod remove;
 pub mod service;
 mod spec;
-mod stats;
 pub mod volumes;
 
 use std::collections::HashMap;

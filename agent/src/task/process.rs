@@ -1,11 +1,12 @@
 //! One process of a container: its phase, its streams, its end.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 use tokio::sync::{Notify, watch};
 
 use super::error::Fault;
+use super::kill::Mark;
 use crate::io::console;
 use crate::io::relay::End;
 use crate::io::stdio::Dialled;
@@ -63,6 +64,8 @@ pub struct Process {
     pub names: StreamNames,
     phase: watch::Sender<Phase>,
     io: Mutex<Io>,
+    /// By which one that Exec made is told from the container's other processes, with all that it starts.
+    pub mark: OnceLock<Mark>,
     /// What a later start needs, of a process made by Exec.
     pub pending: Mutex<Option<(ProcessSpec, Dialled)>>,
 }
@@ -75,6 +78,7 @@ impl Process {
             names,
             phase: watch::Sender::new(Phase::New),
             io: Mutex::default(),
+            mark: OnceLock::new(),
             pending: Mutex::new(pending),
         })
     }
@@ -93,6 +97,11 @@ impl Process {
                 true
             }
         });
+    }
+
+    /// Waits until it has been made, or will never be.
+    pub async fn settled(&self) {
+        let _ = self.phase.subscribe().wait_for(|phase| *phase != Phase::New).await;
     }
 
     /// Waits for the end.

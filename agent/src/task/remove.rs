@@ -21,8 +21,19 @@ impl Tasks {
     /// # Errors
     /// [`Fault`] when it has not, or there is none.
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, Ended), Fault> {
-        let container = self.get(id)?;
+        let container = match self.get(id) {
+            Err(fault) if exec_id.is_empty() => {
+                // It was never made, or not to its end: its volumes may be here already.
+                self.remove_volumes(id).await;
+                return Err(fault);
+            }
+            container => container?,
+        };
         let process = container.process(exec_id)?;
+        if exec_id.is_empty() {
+            // Whoever had it made has lost patience; what is half made cannot be taken apart.
+            process.settled().await;
+        }
         let (pid, ended) = match process.phase() {
             Phase::Stopped(pid, ended) => (pid, ended),
             Phase::New if !exec_id.is_empty() => (0, Ended { status: 0, at_ns: 0 }),
@@ -54,8 +65,7 @@ impl Tasks {
         let mut alone = container.volumes.clone();
         alone.retain(|path| !self.is_shared(path, &container.id));
         let _ = tokio::task::spawn_blocking(move || volumes::leave(&alone)).await;
-        crate::sandbox::mirror::remove(&container.id);
-        crate::sandbox::volume::remove(&container.id);
+        self.remove_volumes(&container.id).await;
         for path in [&container.dir, &Path::new(STATE).join(&container.id)] {
             match std::fs::remove_dir_all(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -64,6 +74,15 @@ impl Tasks {
                 _ => {}
             }
         }
+    }
+
+    async fn remove_volumes(&self, id: &str) {
+        let (sandbox, id) = (Arc::clone(&self.sandbox), id.to_owned());
+        let _ = tokio::task::spawn_blocking(move || {
+            sandbox.mirrors.remove(&id);
+            crate::sandbox::volume::remove(&id);
+        })
+        .await;
     }
 }
 
@@ -83,4 +102,58 @@ async fn remove_group(container: &Container) -> std::io::Result<()> {
         }
     }
     group.remove()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::super::process::{Process, StreamNames};
+    use super::*;
+    use crate::cgroup::Cgroup;
+    use crate::events::Hub;
+    use crate::oom::OomWatch;
+
+    fn container(id: &str) -> Arc<Container> {
+        let cgroup = Cgroup::of(id);
+        Arc::new(Container {
+            id: id.to_owned(),
+            bundle: String::new(),
+            oom: Arc::new(OomWatch::new(id, cgroup.clone(), Hub::default())),
+            cgroup,
+            init: Process::new("", StreamNames::default(), None),
+            dir: std::env::temp_dir().join(id),
+            seccomp: None,
+            oom_score_adj: None,
+            shares_pids: false,
+            volumes: Vec::new(),
+            oom_task: Mutex::default(),
+            paused: false.into(),
+            execs: Mutex::default(),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_container_that_is_being_made_is_deleted_when_it_is_made() {
+        let tasks = Tasks::new(Hub::default(), Default::default(), Default::default(), Default::default());
+        let (made, failed) = (container("husk-test-made"), container("husk-test-failed"));
+        for (container, last) in [(&made, Phase::Created(7)), (&failed, Phase::New)] {
+            tasks.insert(container).unwrap();
+            let deleting = tasks.delete(&container.id, "");
+            tokio::pin!(deleting);
+            tokio::select! {
+                biased;
+                _ = &mut deleting => panic!("deleted before it was made"),
+                () = tokio::task::yield_now() => container.init.advance(last),
+            }
+            tokio::select! {
+                biased;
+                _ = &mut deleting => panic!("deleted before its process ended"),
+                () = tokio::task::yield_now() => {}
+            }
+            container.init.advance(Phase::Stopped(7, Ended { status: 137, at_ns: 1 }));
+            assert_eq!(deleting.await.unwrap(), (7, Ended { status: 137, at_ns: 1 }));
+            assert!(tasks.get(&container.id).is_err());
+        }
+    }
 }

@@ -12,6 +12,7 @@ use husk_proto::containerd::api::{
     StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use husk_proto::containerd::shim_async::Task;
+use husk_proto::metrics;
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcontainer::oci_spec::runtime::LinuxResources;
 use protobuf::well_known_types::any::Any;
@@ -22,7 +23,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use super::error::{Fault, unknown};
 use super::process::Phase;
-use super::{Container, Tasks, spec, stats};
+use super::{Tasks, kill, spec};
 use crate::oom::FileWatch;
 
 /// Serves the tasks.
@@ -131,8 +132,10 @@ impl Task for TaskService {
         let container = self.tasks.get(&request.id)?;
         let process = container.process(&request.exec_id)?;
         let signal = i32::try_from(request.signal).unwrap_or(-1);
-        if request.all && request.exec_id.is_empty() {
-            kill_all(&container, signal)?;
+        if request.exec_id.is_empty() {
+            if request.all { kill::all(&container, signal)? } else { process.signal(signal)? }
+        } else if signal == libc::SIGKILL {
+            whole(async move { kill::exec(&container, &process).await }).await?;
         } else {
             process.signal(signal)?;
         }
@@ -185,8 +188,8 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.tasks.get(&request.id)?;
-        let value = stats::read(&container.cgroup).write_to_bytes().map_err(unknown("metrics"))?;
-        let stats = MessageField::some(Any { type_url: stats::URL.into(), value, ..Default::default() });
+        let value = metrics::read(container.cgroup.path()).write_to_bytes().map_err(unknown("metrics"))?;
+        let stats = MessageField::some(Any { type_url: metrics::URL.into(), value, ..Default::default() });
         Ok(StatsResponse { stats, ..Default::default() })
     }
 
@@ -226,15 +229,4 @@ impl TaskService {
         container.paused.store(frozen, Ordering::Relaxed);
         Ok(Empty::new())
     }
-}
-
-fn kill_all(container: &Container, signal: i32) -> Result<(), Fault> {
-    if signal == libc::SIGKILL {
-        return container.cgroup.kill().map_err(unknown("kill"));
-    }
-    for pid in container.cgroup.pids() {
-        // SAFETY: kill takes plain numbers; the group was read just now, and nothing is reaped in between.
-        unsafe { libc::kill(pid, signal) };
-    }
-    Ok(())
 }

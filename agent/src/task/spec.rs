@@ -172,7 +172,7 @@ fn no_capabilities() -> LinuxCapabilities {
     none
 }
 
-/// Drops the limits that speak of the host's own devices, processors and huge pages.
+/// Drops the limits that speak of the host's own processors and huge pages; those of its devices the shim refuses.
 pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     resources.set_block_io(None).set_rdma(None).set_network(None);
     if let Some(pages) = resources.hugepage_limits().clone() {
@@ -181,6 +181,16 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
             .filter(|limit| cgroup.path().join(format!("hugetlb.{}.max", limit.page_size())).exists())
             .collect();
         resources.set_hugepage_limits(Some(known));
+    }
+    // libcontainer takes the difference of 0 for no limit at all.
+    let memory = resources.memory().as_ref().map(|memory| (memory.limit(), memory.swap()));
+    if let Some((Some(limit), Some(swap))) = memory
+        && limit == swap
+        && limit > 0
+    {
+        let mut unified = resources.unified().clone().unwrap_or_default();
+        unified.entry("memory.swap.max".to_owned()).or_insert_with(|| "0".to_owned());
+        resources.set_unified(Some(unified));
     }
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_realtime_period(None).set_realtime_runtime(None);
@@ -232,6 +242,19 @@ mod tests {
         assert_eq!(guests("0-4294967295,7", "0,2").as_deref(), Some("0,2"));
         assert_eq!(guests("", "0-1"), None);
         assert_eq!(guests("2-1", "0-1"), None);
+    }
+
+    #[test]
+    fn no_swap_is_a_limit() {
+        let adapted = |memory: &str| {
+            let mut resources: LinuxResources = serde_json::from_str(&format!(r#"{{"memory":{memory}}}"#)).unwrap();
+            adapt_resources(&mut resources, &Cgroup::of("none"));
+            resources.unified().as_ref().and_then(|unified| unified.get("memory.swap.max").cloned())
+        };
+        assert_eq!(adapted(r#"{"limit":100,"swap":100}"#).as_deref(), Some("0"));
+        assert_eq!(adapted(r#"{"limit":100,"swap":150}"#), None);
+        assert_eq!(adapted(r#"{"limit":-1,"swap":-1}"#), None);
+        assert_eq!(adapted(r#"{"limit":100}"#), None);
     }
 
     #[test]

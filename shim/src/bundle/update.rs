@@ -16,6 +16,9 @@ pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
 
 /// The size of the huge pages there are, as the specification writes 2 MiB.
 pub const HUGE_PAGE: &str = "2MB";
+/// Most of what a container reads and writes goes to the host by virtio-fs, which no group of the guest's accounts.
+const NO_BLOCK_IO: &str =
+    "the guest has neither the host's block devices, which are named by number, nor a weight for them";
 
 /// Limits of block devices by number.
 const THROTTLES: [&str; 5] = [
@@ -38,12 +41,20 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
     }
     if let Some(unified) = object(resources, "unified")? {
         unified.retain(|key, _| !key.starts_with("cpuset."));
+        if let Some(key) = unified.keys().find(|key| key.starts_with("io.")) {
+            return Err(unsupported(format!("resources.unified.{key}"), NO_BLOCK_IO));
+        }
     }
-    if let Some(block) = object(resources, "blockIO")?
-        && let Some(key) = THROTTLES.iter().find(|key| present(block, key))
-    {
-        let message = "it names a block device of the host by number, which the guest does not have";
-        return Err(unsupported(format!("resources.blockIO.{key}"), message));
+    if let Some(block) = object(resources, "blockIO")? {
+        if let Some(key) = THROTTLES.iter().find(|key| present(block, key)) {
+            return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
+        }
+        // None is 0, as some clients write it.
+        let weight = |key: &&&str| block.get(**key).and_then(Value::as_u64).is_some_and(|weight| weight > 0);
+        if let Some(key) = ["weight", "leafWeight"].iter().find(weight) {
+            return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
+        }
+        resources.remove("blockIO");
     }
     if let Some(limits) = resources.get("hugepageLimits").and_then(Value::as_array) {
         // Kubernetes sends a limit of 0 for each page size that the host has.
@@ -77,14 +88,14 @@ mod tests {
     fn what_the_guest_can_limit_stays() {
         let from = json!({
             "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3", "mems": "0"},
-            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 4},
+            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 0},
             "devices": [{"allow": false, "access": "rwm"}], "network": {"classID": 1},
             "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}, {"pageSize": "1GB", "limit": 0}],
             "unified": {"cpuset.cpus": "1", "memory.high": "9"}, "new": 1
         });
         let to = json!({
             "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3"},
-            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 4},
+            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3},
             "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}, {"pageSize": "1GB", "limit": 0}],
             "devices": [{"allow": false, "access": "rwm"}], "unified": {"memory.high": "9"}, "new": 1
         });
@@ -95,6 +106,8 @@ mod tests {
     fn what_limits_the_host_is_refused() {
         let throttle = json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}});
         assert!(update(&throttle).unwrap_err().starts_with("resources.blockIO.throttleReadBpsDevice"));
+        assert!(update(&json!({"blockIO": {"weight": 4}})).unwrap_err().starts_with("resources.blockIO.weight"));
+        assert!(update(&json!({"unified": {"io.max": "8:0 rbps=1"}})).unwrap_err().contains("unified.io.max"));
         let gigantic = update(&json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 1u64 << 30}]})).unwrap_err();
         assert!(gigantic.starts_with("resources.hugepageLimits: huge pages of 1GB"), "{gigantic}");
         assert!(update(&json!({"rdma": {"mlx5": {"hcaHandles": 1}}})).is_err());

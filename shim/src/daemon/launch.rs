@@ -162,9 +162,8 @@ fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
         vmm_pid,
         shim_pid: std::process::id(),
     };
-    let written = serde_json::to_string(&sandbox).map_err(|e| e.to_string());
-    if let Err(error) = written.and_then(|text| about.dir.write("sandbox.json", &text).map_err(|e| chain(&e))) {
-        tracing::warn!(error, "sandbox not noted for husk ps");
+    if let Err(error) = about.dir.note(&sandbox) {
+        tracing::warn!(error = %chain(&error), "sandbox not noted for husk ps");
     }
 }
 
@@ -173,7 +172,8 @@ fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
 fn pod(about: &About, spec: &Spec, users: Option<Users>, network: network::Network) -> Pod {
     let is_sandbox = spec.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
-    Pod { id: about.sandbox.clone(), hostname: hostname(spec), shared_memory: is_sandbox, sysctls, users, network }
+    let (id, hostname) = (about.sandbox.clone(), hostname(spec));
+    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, users, network }
 }
 
 /// The sandbox' host name: a container whose specification has none sees the host's under runc.

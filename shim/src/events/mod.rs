@@ -93,6 +93,12 @@ impl Events {
 }
 
 /// Delivers one event after the other: the next one waits while this one is tried again.
+///
+/// What failed is sent again, though containerd may have had it: when the connection breaks, or the time is up, after it
+/// has read the request and before its answer came. So an event is delivered at least once, and once unless containerd
+/// itself is stuck or killed at that moment. Nothing in the protocol could tell it that it has seen an event (ttrpc's
+/// `Forward` has no id, and containerd hands on what it gets), and not to send it again would lose ends of containers, for
+/// which kubelet and containerd's own CRI wait; both take an end that they know of for no news.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,

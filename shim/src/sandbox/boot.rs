@@ -39,6 +39,8 @@ pub struct Pod {
     pub shared_memory: bool,
     /// Settings of the sandbox' namespaces.
     pub sysctls: HashMap<String, String>,
+    /// Most tasks that its containers may have together, if there is a limit.
+    pub pids_max: Option<u64>,
     /// The users of its user namespace, if it has one.
     pub users: Option<Users>,
     /// Interfaces, and what belongs to them.
@@ -264,6 +266,7 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
         routes: pod.network.given.routes.clone(),
         neighbours: pod.network.given.neighbours.clone(),
         sysctls: pod.sysctls.clone(),
+        pids_max: pod.pids_max.unwrap_or(0),
         uid_mappings: uids.iter().map(message).collect(),
         gid_mappings: gids.iter().map(message).collect(),
         ..Default::default()

@@ -21,7 +21,30 @@ use crate::bundle::{Disk, Numbers};
 use crate::lock;
 
 /// The disks that are plugged in, or being so.
-pub type Plugged = Mutex<HashMap<Disk, Arc<OnceCell<Numbers>>>>;
+pub type Plugged = Mutex<HashMap<Disk, Arc<Plug>>>;
+
+/// How far one disk has come.
+#[derive(Debug, Default)]
+pub struct Plug {
+    /// The slot it is in: taken once, however often the guest has to be asked for what it found there.
+    slot: OnceCell<u32>,
+    numbers: OnceCell<Numbers>,
+}
+
+impl Plug {
+    /// The guest's numbers: the disk is plugged in by `attach`, then `find` asks the guest.
+    async fn get<E, F: Future<Output = Result<Numbers, E>>>(
+        &self,
+        attach: impl Future<Output = Result<u32, E>>,
+        find: impl FnOnce(u32) -> F,
+    ) -> Result<Numbers, E> {
+        let found = self.numbers.get_or_try_init(|| async {
+            let slot = *self.slot.get_or_try_init(|| attach).await?;
+            find(slot).await
+        });
+        found.await.copied()
+    }
+}
 
 /// Why a container does not get a block device.
 #[derive(Debug, thiserror::Error)]
@@ -62,27 +85,32 @@ impl Sandbox {
     /// # Errors
     /// [`DiskError`]; the next call tries again.
     pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<Numbers, DiskError> {
-        let cell = Arc::clone(lock(&self.disks).entry(disk).or_default());
-        cell.get_or_try_init(|| self.plug(agent, disk)).await.copied()
+        let plug = Arc::clone(lock(&self.disks).entry(disk).or_default());
+        plug.get(self.plug(disk), |slot| find(agent, slot)).await
     }
 
-    async fn plug(&self, agent: &Agent, disk: Disk) -> Result<Numbers, DiskError> {
+    /// Plugs it in; gives its slot.
+    async fn plug(&self, disk: Disk) -> Result<u32, DiskError> {
         let Disk { major, minor, read_only } = disk;
         let file = tokio::task::spawn_blocking(move || open(disk)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
         let file = file.map_err(|source| DiskError::Open { major, minor, source })?;
         let plug = |source| DiskError::Plug { major, minor, source };
         let vmm = self.vmm.get().ok_or_else(|| plug(VmmError::Gone))?;
         let config = BlkConfig { file: FdIndex(0), read_only, serial: format!("{major}:{minor}") };
-        let slot = match vmm.call(Call::AttachBlk(config), &[file.as_fd()]).await.map_err(plug)? {
-            (Answer::Attached { slot }, _) => slot,
-            _ => return Err(plug(VmmError::Unexpected)),
-        };
-        let request = RescanRequest { slot, ..Default::default() };
-        let found = agent.sandbox.rescan(within(timeouts::SLOW), &request).await.map_err(DiskError::Guest)?;
-        match found.major {
-            0 => Err(DiskError::Nothing),
-            major => Ok(Numbers { major, minor: found.minor }),
+        match vmm.call(Call::AttachBlk(config), &[file.as_fd()]).await.map_err(plug)? {
+            (Answer::Attached { slot }, _) => Ok(slot),
+            _ => Err(plug(VmmError::Unexpected)),
         }
+    }
+}
+
+/// What the guest has in a slot.
+async fn find(agent: &Agent, slot: u32) -> Result<Numbers, DiskError> {
+    let request = RescanRequest { slot, ..Default::default() };
+    let found = agent.sandbox.rescan(within(timeouts::SLOW), &request).await.map_err(DiskError::Guest)?;
+    match found.major {
+        0 => Err(DiskError::Nothing),
+        major => Ok(Numbers { major, minor: found.minor }),
     }
 }
 
@@ -101,5 +129,27 @@ fn open(disk: Disk) -> io::Result<File> {
         Ok(file)
     } else {
         Err(io::ErrorKind::InvalidInput.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[tokio::test]
+    async fn a_disk_that_the_guest_did_not_find_at_once_keeps_its_slot() {
+        let (plug, attached) = (Plug::default(), Cell::new(0));
+        let attach = || async {
+            attached.set(attached.get() + 1);
+            Ok(attached.get())
+        };
+        let numbers = Numbers { major: 254, minor: 16 };
+        let fails = |why: &'static str| move |_| std::future::ready(Err(why));
+        assert_eq!(plug.get(async { Err("no slot") }, fails("never asked")).await, Err("no slot"));
+        assert_eq!(plug.get(attach(), fails("not there")).await, Err("not there"));
+        let in_first = |slot| std::future::ready(if slot == 1 { Ok(numbers) } else { Err("elsewhere") });
+        assert_eq!((plug.get(attach(), in_first).await, attached.get()), (Ok(numbers), 1));
+        assert_eq!(plug.get(attach(), fails("asked again")).await, Ok(numbers));
     }
 }

@@ -18,6 +18,9 @@ const MOST: usize = 512;
 /// Most that a connection within the guest takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long nothing is accepted after an accept that failed: the first time, and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
 /// Why a connection was not carried.
 #[derive(Debug, thiserror::Error)]
 enum ForwardError {
@@ -63,14 +66,21 @@ pub fn serve(steer: Steer, vmm: &Vmm) {
 
 async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>) -> std::io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
+    let mut pause = PAUSES.0;
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
         let client = match listener.accept().await {
             Ok((client, _)) => client,
-            // The client was gone before it was accepted.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
-            Err(error) => return Err(error),
+            Err(error) if is_of_the_listener(&error) => return Err(error),
+            Err(error) => {
+                // No descriptors or no memory left for now, or something of that one connection's (accept(2)).
+                tracing::warn!(%error, "a connection within the pod's network namespace was not accepted");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PAUSES.1);
+                continue;
+            }
         };
+        pause = PAUSES.0;
         let vmm = vmm.clone();
         tokio::spawn(async move {
             let carried = tokio::select! {
@@ -83,6 +93,11 @@ async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>
             drop(slot);
         });
     }
+}
+
+/// Whether the listener itself is no good: any other error is of a connection or of the moment.
+fn is_of_the_listener(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP | libc::EFAULT))
 }
 
 async fn carry(mut client: TcpStream, vmm: &Vmm) -> Result<(), ForwardError> {

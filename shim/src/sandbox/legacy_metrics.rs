@@ -7,7 +7,6 @@ use husk_proto::containerd::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, 
 use protobuf::MessageField;
 
 use super::cgroup::Place;
-use super::metrics::value;
 
 /// Version 1 has a number for no limit.
 const NO_LIMIT: u64 = 1 << 62;
@@ -51,6 +50,12 @@ pub fn read(place: &Place) -> Metrics {
         }),
         ..Default::default()
     }
+}
+
+/// The number after `key` on a line of its own.
+fn value(table: &str, key: &str) -> u64 {
+    let found = table.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok());
+    found.unwrap_or(0)
 }
 
 #[cfg(test)]

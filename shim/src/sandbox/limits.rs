@@ -29,6 +29,13 @@ fn above(place: &Place, controller: &str, [unified, legacy]: [&str; 2]) -> Optio
     text.trim().parse::<u64>().ok().filter(|&limit| limit < NO_LIMIT)
 }
 
+/// The most tasks that there may be in the cgroups above: the pod's, by the kubelet's `podPidsLimit`, and those above it.
+/// None where there is no limit. On the host it holds for the VMM's threads, which are few, and for no process of the pod's.
+pub fn pids(place: &Place) -> Option<u64> {
+    let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok()?.trim().parse().ok();
+    place.of("pids")?.ancestors().skip(1).filter_map(limit).min()
+}
+
 /// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.
 ///
 /// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
@@ -67,6 +74,21 @@ pub fn set(place: &Place, limits: &HostLimits, guest_mib: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_narrowest_limit_of_tasks_above_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let sandbox = dir.path().join("kubepods/pod/sandbox");
+        std::fs::create_dir_all(&sandbox).unwrap();
+        let limit = |name: &str, text: &str| std::fs::write(dir.path().join(name).join("pids.max"), text).unwrap();
+        limit("kubepods/pod/sandbox", "7\n");
+        assert_eq!(pids(&Place::Unified(sandbox.clone())), None);
+        limit("kubepods/pod", "max\n");
+        limit("kubepods", "5000\n");
+        assert_eq!(pids(&Place::Unified(sandbox.clone())), Some(5000));
+        limit("kubepods/pod", "100\n");
+        assert_eq!(pids(&Place::Unified(sandbox.clone())), Some(100));
+    }
 
     #[test]
     fn a_set_of_processors_comes_and_goes() {

@@ -10,7 +10,6 @@ pub mod forward;
 pub mod hugepages;
 pub mod legacy_metrics;
 pub mod limits;
-pub mod metrics;
 mod network;
 pub mod resize;
 pub mod state;
@@ -137,8 +136,10 @@ impl Sandbox {
         }
         if let (Ok(plan), Some(vmm)) = (&plan, &vmm) {
             let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
-            let _ = self.resizer.set(Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.boot.clone(), place));
+            let (growth, dir) = (plan.sizing.growth.clone(), self.dir.clone());
+            let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), place, dir));
         }
+        let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.place()));
         let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         let follower = Arc::clone(&self.follower);
         tokio::spawn(async move {
@@ -146,6 +147,7 @@ impl Sandbox {
                 (Err(error), _) => Err(error),
                 (Ok(_), None) => Err("there is no VMM".to_owned()),
                 (Ok(mut plan), Some(vmm)) => {
+                    plan.pod.pids_max = pids_max;
                     let (steer, follow) = (plan.pod.network.steer.take(), plan.pod.network.follow.take());
                     let agent = boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(steer)) = (&agent, steer) {

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::{Agent, timeouts, within};
 use super::cgroup::Place;
+use super::state::StateDir;
 use super::vmm::{Vmm, VmmError};
 use super::{Boot, hugepages, limits};
 use crate::bundle::growth::{Growth, HostLimits, Size};
@@ -90,13 +91,14 @@ pub struct Resizer {
 
 impl Resizer {
     /// Starts the task; it ends with this handle.
-    pub fn start(growth: Growth, vmm: Vmm, boot: watch::Receiver<Boot>, cgroup: Option<Place>) -> Self {
+    pub fn start(growth: Growth, vmm: Vmm, boot: watch::Receiver<Boot>, cgroup: Option<Place>, dir: StateDir) -> Self {
         let (jobs, asked) = mpsc::unbounded_channel();
         let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
         let machine = Machine {
             vmm,
             boot,
             cgroup,
+            dir,
             start: growth.boot,
             now,
             reached: true,
@@ -133,6 +135,8 @@ struct Machine {
     vmm: Vmm,
     boot: watch::Receiver<Boot>,
     cgroup: Option<Place>,
+    /// Where `husk ps` finds the size.
+    dir: StateDir,
     start: Size,
     /// What was asked for last.
     now: Target,
@@ -173,6 +177,7 @@ impl Machine {
                         tracing::debug!(plugged_mib = left, "memory was given back");
                         self.plugged_mib = left;
                         self.set_host_limits().await;
+                        self.note_size().await;
                     }
                 }
             }
@@ -218,6 +223,7 @@ impl Machine {
         }
         if target.size != before {
             tracing::info!(vcpus = target.size.vcpus, memory_mib = target.size.memory_mib, "the pod has another size");
+            self.note_size().await;
         }
         self.reached = true;
         Ok(())
@@ -282,6 +288,17 @@ impl Machine {
         let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
         if let Err(error) = tokio::task::spawn_blocking(move || limits::set(&place, &limits, guest_mib)).await {
             tracing::warn!(%error, "the host's limits are not set");
+        }
+    }
+
+    /// Notes for `husk ps` what the pod has by now.
+    async fn note_size(&mut self) {
+        let (dir, vcpus) = (self.dir.clone(), self.now.size.vcpus);
+        let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
+        match tokio::task::spawn_blocking(move || dir.note_size(vcpus, memory_mib)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = %crate::chain(&error), "size not noted for husk ps"),
+            Err(error) => tracing::warn!(%error, "size not noted for husk ps"),
         }
     }
 

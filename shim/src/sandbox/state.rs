@@ -10,6 +10,10 @@ use crate::bundle::{Share, ShareError};
 /// Where all sandboxes are kept.
 pub const ROOT: &str = "/run/husk";
 
+/// What `husk ps` reads, and where it is written before it replaces what was there.
+const NOTE: &str = "sandbox.json";
+const NOTE_ASIDE: &str = "sandbox.json.new";
+
 /// The directory of one sandbox.
 #[derive(Debug, Clone)]
 pub struct StateDir {
@@ -95,6 +99,32 @@ impl StateDir {
         std::fs::write(&path, text).map_err(|source| StateError::Write { path, source })
     }
 
+    /// Notes for `husk ps` what the sandbox is; who reads meanwhile sees the old note or the new one.
+    ///
+    /// # Errors
+    /// [`StateError::Write`].
+    pub fn note(&self, sandbox: &husk_config::sandbox::Sandbox) -> Result<(), StateError> {
+        let path = self.path.join(NOTE);
+        let write = |source| StateError::Write { path: path.clone(), source };
+        let text = serde_json::to_string(sandbox).map_err(|error| write(error.into()))?;
+        self.write(NOTE_ASIDE, &text)?;
+        std::fs::rename(self.path.join(NOTE_ASIDE), &path).map_err(write)
+    }
+
+    /// Notes that the sandbox has so many vCPUs and so much memory by now; one that was not noted is left so.
+    ///
+    /// # Errors
+    /// [`StateError::Write`].
+    pub fn note_size(&self, vcpus: u8, memory_mib: u64) -> Result<(), StateError> {
+        let note = self.read(NOTE).and_then(|text| serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).ok());
+        match note {
+            Some(note) if (note.vcpus, note.memory_mib) != (vcpus, memory_mib) => {
+                self.note(&husk_config::sandbox::Sandbox { vcpus, memory_mib, ..note })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A process noted earlier.
     pub fn read_process(&self, name: &str) -> Option<ProcessId> {
         let text = self.read(name)?;
@@ -127,7 +157,7 @@ impl StateDir {
     pub fn remove(&self) {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
         // Only what is written here is removed: never a tree in which something may still be mounted.
-        for name in ["vmm.pid", "shim.pid", "cgroup", "address", "timeline.json", "sandbox.json"]
+        for name in ["vmm.pid", "shim.pid", "cgroup", "address", "timeline.json", NOTE, NOTE_ASIDE]
             .iter()
             .chain(&crate::pod::FILES)
         {
@@ -185,6 +215,31 @@ mod tests {
         let stat = "12 (a) b (c)) S 1 12 12 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 1 1";
         assert_eq!(start_time(stat), Some(4711));
         assert_eq!(start_time(""), None);
+    }
+
+    #[test]
+    fn the_note_follows_the_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir { path: dir.path().join("s") };
+        state.note_size(2, 100).unwrap();
+        std::fs::create_dir(state.path()).unwrap();
+        let note = husk_config::sandbox::Sandbox {
+            id: "s".into(),
+            namespace: "n".into(),
+            pod: String::new(),
+            vcpus: 1,
+            memory_mib: 128,
+            started: 7,
+            vmm_pid: 1,
+            shim_pid: 2,
+        };
+        state.note(&note).unwrap();
+        state.note_size(2, 512).unwrap();
+        let text = state.read(NOTE).unwrap();
+        let expected = husk_config::sandbox::Sandbox { vcpus: 2, memory_mib: 512, ..note };
+        assert_eq!(serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).unwrap(), expected);
+        state.remove();
+        assert!(!state.path().exists());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use husk_proto::CREATE_OPTIONS_URL;
 use husk_proto::agent::CreateOptions;
-use husk_proto::containerd::api::CreateTaskRequest;
+use husk_proto::containerd::api::{CreateTaskRequest, DeleteRequest};
 use husk_proto::containerd::events::task::{TaskCreate, TaskIO};
 use husk_proto::containerd::topics::TASK_CREATE_EVENT_TOPIC;
 use protobuf::Message;
@@ -44,6 +44,7 @@ impl Shim {
                 other => other.to_string(),
             };
             tracing::error!(container = request.id, error = text, "create failed");
+            self.forget_in_guest(&request.id).await;
             self.tear_down_bundle(&request.id).await;
             self.take_room(&request.id);
             self.give_back_pid(&request.id).await;
@@ -109,6 +110,18 @@ impl Shim {
         // Not before: the start itself is not held to the container's CPU limit.
         self.follow_pod();
         Ok(())
+    }
+
+    /// Has the agent remove what it has of a container that was not made: copies of volumes, or the container itself when
+    /// only the answer did not come: then it goes as soon as it is made, whether this hears of it or not.
+    async fn forget_in_guest(&self, id: &str) {
+        let Ok(agent) = self.agent() else { return };
+        let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
+        match agent.task.delete(within(timeouts::QUICK), &request).await {
+            Ok(_) => tracing::info!(container = id, "deleted in the guest"),
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
+            Err(error) => tracing::warn!(container = id, %error, "something of it may be left in the guest"),
+        }
     }
 
     /// Gives the guest the block devices that the specification names; gives the specification with the guest's numbers.

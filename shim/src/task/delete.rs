@@ -25,6 +25,8 @@ impl Shim {
             return Err(Refusal::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
+        // What an exec that ended by itself has left behind may stay: containerd kills every exec once more when it is done
+        // with it, and an exec that ran too long just the same (1.7 and 2.1, WithProcessKill in process.go).
         match process.state() {
             State::Stopped | State::Deleted => return Err(Refusal::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(Refusal::NotStarted.into()),

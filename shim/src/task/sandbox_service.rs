@@ -20,7 +20,8 @@ use super::{Refusal, Shim};
 use crate::events::timestamp;
 use crate::pod;
 use crate::sandbox::cgroup::Place;
-use crate::sandbox::{legacy_metrics, metrics};
+use crate::sandbox::legacy_metrics;
+use husk_proto::metrics;
 
 /// The states by the CRI's names, which containerd takes as they are.
 const READY: &str = "SANDBOX_READY";

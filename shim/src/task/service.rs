@@ -13,6 +13,7 @@ use husk_proto::containerd::api::{
 use husk_proto::containerd::events::task::{TaskPaused, TaskResumed};
 use husk_proto::containerd::shim_async::{Task, create_task};
 use husk_proto::containerd::topics::{TASK_PAUSED_EVENT_TOPIC, TASK_RESUMED_EVENT_TOPIC};
+use husk_proto::metrics;
 use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::{Service, TtrpcContext};
 
@@ -23,8 +24,6 @@ use crate::bundle;
 use crate::events::timestamp;
 use crate::sandbox::agent::{timeouts, within};
 
-/// The one kind of statistics the agent may answer with.
-const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
 /// Most processes of a container that are listed, and most bytes of statistics taken from the guest.
 const MAX_PIDS: usize = 1 << 16;
 const MAX_METRICS: usize = 1 << 20;
@@ -238,7 +237,8 @@ impl Task for Handler {
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
         let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
         let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
-        let stats = answer.stats.into_option().filter(|any| any.type_url == METRICS && any.value.len() <= MAX_METRICS);
+        let stats =
+            answer.stats.into_option().filter(|any| any.type_url == metrics::URL && any.value.len() <= MAX_METRICS);
         let stats = stats.ok_or_else(|| Refusal::Failed("the agent's statistics are of no known form".to_owned()))?;
         Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }

@@ -8,6 +8,7 @@ pub mod case;
 pub mod command;
 pub mod conformance;
 pub mod cri;
+pub mod events;
 pub mod leftovers;
 pub mod node;
 pub mod pty;

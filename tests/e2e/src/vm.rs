@@ -21,6 +21,19 @@ pub fn shims_of(id: &str) -> Vec<i32> {
     })
 }
 
+/// Lets a process have no descriptor from this number on; gives the limit it had.
+#[track_caller]
+pub fn limit_descriptors(pid: i32, most: u64) -> u64 {
+    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both limits live through the calls.
+    unsafe {
+        assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut old), 0);
+        let new = libc::rlimit { rlim_cur: most, ..old };
+        assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const new, std::ptr::null_mut()), 0);
+    }
+    old.rlim_cur
+}
+
 fn with_argument(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {
     let mut pids = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {

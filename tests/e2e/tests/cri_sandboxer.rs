@@ -6,7 +6,7 @@ use containerd_shim_protos::sandbox_api::{
     CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest, SandboxStatusRequest, WaitSandboxRequest,
 };
 use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{Pod, pod::Pods, pods_of, refused, try_call};
+use husk_e2e::cri::{Pod, annotations, pod::Pods, pods_of, refused, stats, try_call};
 use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, shim, vm};
 use protobuf::Message;
 use serde_json::json;
@@ -34,6 +34,17 @@ fn wait_until_not_ready(pod: &Pod) {
         (answer["status"]["state"] == "SANDBOX_NOTREADY").then_some(())
     });
     assert!(gone.is_some(), "the pod is still ready");
+}
+
+#[test]
+fn statistics_are_those_inside() {
+    pods("sb-stats", stats::processor_memory_and_processes);
+    pods("sb-network", stats::network);
+}
+
+#[test]
+fn annotations_are_as_the_node_allows() {
+    pods("sb-annotations", annotations::are_as_the_node_allows);
 }
 
 #[test]
@@ -137,6 +148,9 @@ fn the_sandbox_service_is_served_whole() {
         );
         let metrics = Metrics::parse_from_bytes(&metric.data.value).unwrap();
         assert!(metrics.memory.usage > 10 << 20 && metrics.cpu.usage_usec > 0, "{metrics:?}");
+        // With what a container's have, too.
+        assert!(metrics.io.is_some() && metrics.memory_events.is_some(), "{metrics:?}");
+        assert!(metrics.memory.swap_limit > 0 && metrics.pids.current > 0 && metrics.memory.anon > 0, "{metrics:?}");
         let request = CreateSandboxRequest { sandbox_id: id(), ..Default::default() };
         let again = client.create_sandbox(shim::context(), &request).unwrap_err();
         assert!(again.to_string().contains("already exists"), "{again}");

@@ -1,26 +1,123 @@
 //! Pods as only Husk has them: a machine that can die, and nothing of the host's.
+use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use husk_e2e::cri::{self, pods, refused};
+use husk_e2e::cri::{self, PodContainer, number, pods, refused};
+use husk_e2e::events::{Events, numbered};
 use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 #[test]
 fn a_pod_whose_machine_dies_is_not_ready() {
     pods("cri-death", |pods| {
+        let events = Events::watch();
         let pod = pods.pod();
-        let container = pod.sleeper();
-        // SAFETY: kill takes two integers.
-        assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
+        let (container, other) = (pod.sleeper(), pod.sleeper());
+        let exec = json!({ "container_id": container.id, "cmd": ["sleep", "100000"], "timeout": 100 });
+        thread::scope(|scope| {
+            let executing = scope.spawn(|| cri::try_call("ExecSync", &exec));
+            events.wait_for(&container.id, 4);
+            // SAFETY: kill takes two integers.
+            assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
+            assert_eq!(number(&executing.join().unwrap().unwrap()["exit_code"]), 137);
+        });
         assert_eq!(container.wait(), (137, "Error".into()));
         let gone = node::eventually(Duration::from_secs(20), || (!pod.is_ready()).then_some(()));
         assert!(gone.is_some(), "the pod is still ready");
         pod.stop();
         pod.remove();
+        // Everything in it has ended, once, and was then removed, once.
+        let life = ["create", "start", "exec-added 1", "exec-started 1", "exec-exit 1 137", "exit 137", "delete 137"];
+        assert_eq!(numbered(&events.of(&container.id)), life);
+        assert_eq!(events.of(&other.id), ["create", "start", "exit 137", "delete 137"]);
+        let sandbox = events.of(&pod.id);
+        assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
+    });
+}
+
+#[test]
+fn an_exec_that_times_out_leaves_nothing_running() {
+    pods("cri-timeout", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let count =
+            |number: &str| container.sh(&format!("grep -lE '{number}' /proc/[0-9]*/cmdline 2>/dev/null | wc -l"));
+        // What an exec leaves behind when it ends by itself stays, as with runc.
+        container.sh("setsid sleep 4712 > /dev/null 2>&1 &");
+        // To the background, to another session, to init, and what forks all the time.
+        let script = "sleep 4713 & setsid sleep 4713 & (setsid sh -c 'sleep 4713 & sleep 4713; :' &)
+            (while :; do setsid sh -c 'sleep 0.01; : 4713'; done &) ; sleep 4713; :";
+        let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });
+        let error = cri::try_call("ExecSync", &request).unwrap_err();
+        assert!(error.message.contains("timeout"), "{error}");
+        let gone = node::eventually(Duration::from_secs(10), || (count("471[3]") == "0").then_some(()));
+        assert!(gone.is_some(), "{}", container.sh("ps"));
+        assert_eq!(count("471[2]"), "1");
+        // For this the container does not see anything that it would not see elsewhere.
+        assert_eq!(container.sh("cat /proc/self/cgroup; find /sys/fs/cgroup -mindepth 1 -type d"), "0::/");
+    });
+}
+
+#[test]
+fn a_node_without_descriptors_for_a_while_forwards_again() {
+    pods("cri-descriptors", |pods| {
+        let pod = pods.pod();
+        let container = pod.start(&pod.sh("mkdir /w; echo heard > /w/x; httpd -f -p 127.0.0.1:8080 -h /w"));
+        let netns = pod.netns();
+        let get = || {
+            let command = ["wget", "-q", "-T", "20", "-O", "-", "http://127.0.0.1:8080/x"];
+            let mut nsenter = Command::new("nsenter");
+            nsenter.arg(format!("--net={}", netns.display())).arg("busybox").args(command);
+            String::from_utf8_lossy(&nsenter.output().unwrap().stdout).into_owned()
+        };
+        let found = node::eventually(Duration::from_secs(20), || (get() == "heard\n").then_some(()));
+        assert!(found.is_some(), "{}", container.log());
+        let shim = vm::shims_of(&pod.id)[0];
+        let limit = vm::limit_descriptors(shim, 3);
+        // It is in the backlog until somebody accepts it.
+        let dialled = thread::scope(|scope| {
+            let dialled = scope.spawn(get);
+            let refused = node::eventually(Duration::from_secs(20), || {
+                node::log_tail(200).contains("was not accepted").then_some(())
+            });
+            vm::limit_descriptors(shim, limit);
+            assert!(refused.is_some(), "{}", node::log_tail(20));
+            dialled.join().unwrap()
+        });
+        assert_eq!(dialled, "heard\n");
+        assert_eq!(get(), "heard\n");
+    });
+}
+
+#[test]
+fn of_a_container_that_cannot_be_made_nothing_stays_in_the_guest() {
+    pods("cri-fails", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let available =
+            || container.sh("awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
+        // A volume that is copied to the guest in part: deeper than any that is copied whole.
+        let volume = pods.dir().join("volumes/kubernetes.io~secret/deep");
+        fs::create_dir_all(volume.join("z/".repeat(70))).unwrap();
+        fs::write(volume.join("large"), vec![1; 32 << 20]).unwrap();
+        let before = available();
+        let mut config = pod.sh("true");
+        config["mounts"] =
+            json!([{ "host_path": volume.to_string_lossy(), "container_path": "/secret", "readonly": true }]);
+        let failing = pod.create(&config);
+        let error = refused("StartContainer", &json!({ "container_id": failing.id }));
+        assert!(error.contains("too deep"), "{error}");
+        let after = available();
+        assert!(after + 10 > before, "{before} MiB were available, {after} MiB are");
+        failing.remove();
+        // Its place is free.
+        fs::remove_dir_all(volume.join("z")).unwrap();
+        let working = pod.start(&config);
+        assert_eq!(working.wait().0, 0);
     });
 }
 
@@ -60,6 +157,38 @@ fn frames_with_a_foreign_address_are_dropped() {
         assert_eq!(container.sh(&dial), "heard");
         accept.join().unwrap().unwrap();
     });
+}
+
+#[test]
+fn a_pods_limit_of_tasks_holds_in_the_guest() {
+    pods("cri-pids", |pods| {
+        // As kubelet makes it with `podPidsLimit`.
+        let config = pods.config();
+        let (root, parent) = ("/sys/fs/cgroup", config["linux"]["cgroup_parent"].as_str().unwrap());
+        let group = format!("{root}{parent}");
+        fs::create_dir_all(&group).unwrap();
+        for above in [root.to_owned(), format!("{root}/kubepods")] {
+            fs::write(format!("{above}/cgroup.subtree_control"), "+pids").unwrap();
+        }
+        fs::write(format!("{group}/pids.max"), "150").unwrap();
+        let pod = pods.run(config);
+        let (one, other) = (pod.sleeper(), pod.sleeper());
+        let fork = |container: &PodContainer, count: u32| {
+            let script =
+                format!("i=0; while [ $i -lt {count} ]; do sleep 1000 > /dev/null 2>&1 & i=$((i+1)); done; echo $i");
+            container.exec(&["sh", "-c", &script])
+        };
+        // Together: what the first has, the other cannot.
+        assert_eq!(fork(&one, 100).out, "100\n");
+        let failed = fork(&other, 100);
+        assert!(failed.code != 0 && failed.err.contains("fork"), "{failed:?}");
+        assert!(pod.is_ready());
+    });
+}
+
+#[test]
+fn annotations_are_as_the_node_allows() {
+    pods("cri-annotations", cri::annotations::are_as_the_node_allows);
 }
 
 #[test]

@@ -70,6 +70,20 @@ fn a_bundle_that_containerd_would_not_write() {
 }
 
 #[test]
+fn limits_of_block_devices() {
+    case("block-io", |case| {
+        for (limits, part) in [
+            (json!({ "blockIO": { "weight": 500 } }), "blockio.weight"),
+            (json!({ "blockIO": { "throttleReadBpsDevice": [{ "major": 8, "minor": 0, "rate": 1 }] } }), "blockio"),
+            (json!({ "unified": { "io.max": "8:0 rbps=1048576" } }), "unified.io.max"),
+        ] {
+            let run = case.with_spec("true", |spec| spec["linux"]["resources"] = limits.clone());
+            run.output().expect_error(&[part]);
+        }
+    });
+}
+
+#[test]
 fn a_missing_or_wrong_kernel_or_initrd() {
     refused("no-kernel", "kernel = \"/no/such/vmlinux\"\n", &["/no/such/vmlinux", "no such file"]);
     refused("bad-kernel", "kernel = \"/etc/passwd\"\n", &["/etc/passwd"]);

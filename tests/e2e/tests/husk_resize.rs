@@ -1,6 +1,7 @@
 //! A pod's machine follows its containers' limits while it runs: seen in the guest, and on the node.
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use husk_e2e::cri::pod::text;
@@ -58,6 +59,14 @@ fn held(pod: &Pod) -> u64 {
     vm::memory(pod.pid()).unwrap().guest / 1024
 }
 
+/// vCPUs and MiB that `husk ps` tells of a pod.
+fn listed(pod: &Pod) -> (u64, u64) {
+    let output = Command::new("husk").args(["ps", "--output", "json"]).output().unwrap();
+    let list: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let one = list.as_array().unwrap().iter().find(|one| one["id"] == pod.id.as_str()).unwrap();
+    (one["vcpus"].as_u64().unwrap(), one["memory_mib"].as_u64().unwrap())
+}
+
 #[test]
 fn a_container_grows_and_shrinks_with_its_pod() {
     pods("cri-resize", |pods| {
@@ -67,11 +76,18 @@ fn a_container_grows_and_shrinks_with_its_pod() {
         let one = container(&pod, 1000, 128);
         wait_for_size(&one, 1, 120..193);
         let machine = pod.pid();
+        let (vcpus, start) = listed(&pod);
+        assert_eq!(vcpus, 1);
         update(&one, 2000, 512);
         // At once: the answer comes when there is room.
         let (cpus, mib) = size(&one);
         assert!(cpus == 2 && (512..577).contains(&mib), "{cpus} processors, {mib} MiB\n{}", node::log_tail(40));
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "536870912\n200000 100000");
+        let (vcpus, grown) = listed(&pod);
+        assert!(
+            vcpus == 2 && (start + 300..start + 500).contains(&grown),
+            "{vcpus} processors, {start} and {grown} MiB"
+        );
         let host = cgroup(&pod);
         let limit = |file: &str| read(&host, file);
         let bytes: u64 = limit("memory.max").parse().unwrap();
@@ -90,6 +106,7 @@ fn a_container_grows_and_shrinks_with_its_pod() {
             node::eventually(PATIENCE, || (limit("memory.max").parse::<u64>().unwrap() < 240 * MIB).then_some(()));
         assert!(lowered.is_some(), "memory.max {}", limit("memory.max"));
         assert_eq!(limit("cpu.max"), "125000 100000");
+        assert_eq!(listed(&pod), (1, start));
         // And once more, in the same machine.
         update(&one, 2000, 256);
         wait_for_size(&one, 2, 256..321);

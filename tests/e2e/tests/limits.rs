@@ -28,6 +28,27 @@ fn cgroup_limits_are_set() {
     });
 }
 
+// By the specification: containerd's CRI passes it on only where containerd is in a control group that has swap itself.
+#[test]
+fn swap_is_what_is_beyond_memory() {
+    case("swap", |case| {
+        for (swap, expected) in [(157_286_400, "52428800"), (104_857_600, "0"), (-1, "max")] {
+            let run = case.with_spec("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.swap.max", |spec| {
+                spec["linux"]["resources"]["memory"] = json!({ "limit": 104_857_600, "swap": swap });
+                spec::push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
+                spec::push(
+                    spec,
+                    "",
+                    "mounts",
+                    json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+                            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"] }),
+                );
+            });
+            run.output().expect_clean().expect_out(&format!("104857600\n{expected}"));
+        }
+    });
+}
+
 #[test]
 fn a_pids_limit_holds() {
     case("pids", |case| {

@@ -1,9 +1,13 @@
-//! One gRPC call over HTTP/2 on a Unix socket (gRPC's PROTOCOL-HTTP2.md): a message there, a message back, a status.
+//! gRPC calls over HTTP/2 on a Unix socket (gRPC's PROTOCOL-HTTP2.md): a message there, a message or a stream of them
+//! back, a status.
 
 use std::fmt;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
 use std::time::Duration;
 
 use h2::RecvStream;
+use h2::client::ResponseFuture;
 use http::{HeaderMap, Request};
 use tokio::net::UnixStream;
 
@@ -39,7 +43,55 @@ pub fn unary(socket: &str, path: &str, message: Vec<u8>, limit: Duration) -> Res
         .unwrap_or_else(|_| Err(Status { code: DEADLINE, message: format!("no answer within {limit:?}") }))
 }
 
+/// Calls `path` with one message, and hands on those that it answers with until the server ends, or nobody receives.
+pub fn stream(socket: &str, path: &str, message: Vec<u8>) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = channel();
+    let (socket, path) = (socket.to_owned(), path.to_owned());
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        if let Err(status) = runtime.block_on(listen(&socket, &path, message, &sender)) {
+            eprintln!("{path}: {status}");
+        }
+    });
+    receiver
+}
+
+async fn listen(socket: &str, path: &str, message: Vec<u8>, to: &Sender<Vec<u8>>) -> Result<(), Status> {
+    let mut body = send(socket, path, message).await?.await.map_err(broken)?.into_body();
+    let mut data = Vec::new();
+    while let Some(chunk) = body.data().await {
+        let chunk = chunk.map_err(broken)?;
+        let _ = body.flow_control().release_capacity(chunk.len());
+        data.extend_from_slice(&chunk);
+        while let Some((message, rest)) = first(&data) {
+            if to.send(message).is_err() {
+                return Ok(());
+            }
+            data = rest;
+        }
+    }
+    Ok(())
+}
+
+/// The first message of what has arrived, if it is whole, and what follows it.
+fn first(data: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let length: [u8; 4] = data.get(1..5)?.try_into().ok()?;
+    let end = 5 + u32::from_be_bytes(length) as usize;
+    Some((data.get(5..end)?.to_vec(), data[end..].to_vec()))
+}
+
 async fn exchange(socket: &str, path: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
+    let answer = send(socket, path, message).await?.await.map_err(broken)?;
+    let headers = answer.headers().clone();
+    let (data, trailers) = collect(answer.into_body()).await?;
+    let status = status(&trailers).or_else(|| status(&headers)).unwrap_or_else(|| broken("no status"));
+    if status.code != 0 {
+        return Err(status);
+    }
+    first(&data).map(|(message, _)| message).ok_or_else(|| broken("no message"))
+}
+
+async fn send(socket: &str, path: &str, message: Vec<u8>) -> Result<ResponseFuture, Status> {
     let stream = UnixStream::connect(socket).await.map_err(broken)?;
     let (client, connection) = h2::client::handshake(stream).await.map_err(broken)?;
     tokio::spawn(connection);
@@ -55,14 +107,7 @@ async fn exchange(socket: &str, path: &str, message: Vec<u8>) -> Result<Vec<u8>,
     framed.extend((message.len() as u32).to_be_bytes());
     framed.extend(message);
     body.send_data(framed.into(), true).map_err(broken)?;
-    let answer = answer.await.map_err(broken)?;
-    let headers = answer.headers().clone();
-    let (data, trailers) = collect(answer.into_body()).await?;
-    let status = status(&trailers).or_else(|| status(&headers)).unwrap_or_else(|| broken("no status"));
-    if status.code != 0 {
-        return Err(status);
-    }
-    data.get(5..).map(<[u8]>::to_vec).ok_or_else(|| broken("no message"))
+    Ok(answer)
 }
 
 async fn collect(mut body: RecvStream) -> Result<(Vec<u8>, HeaderMap), Status> {
@@ -101,5 +146,12 @@ mod tests {
     #[test]
     fn messages_are_percent_encoded() {
         assert_eq!(super::unescape(b"a%20b%0A%"), "a b\n%");
+    }
+
+    #[test]
+    fn messages_have_a_length() {
+        assert_eq!(super::first(&[0, 0, 0, 0, 2, 7, 8, 9]), Some((vec![7, 8], vec![9])));
+        assert_eq!(super::first(&[0, 0, 0, 0, 2, 7]), None);
+        assert_eq!(super::first(&[0, 0]), None);
     }
 }

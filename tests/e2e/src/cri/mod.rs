@@ -1,8 +1,10 @@
 //! A client of the Kubernetes Container Runtime Interface: requests and answers are JSON, mapped by the protocol file.
 
-mod grpc;
+pub mod annotations;
+pub mod grpc;
 pub mod manifest;
 pub mod pod;
+pub mod stats;
 pub mod stream;
 pub mod userns;
 
@@ -10,7 +12,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use protobuf::descriptor::FileDescriptorSet;
-use protobuf::reflect::FileDescriptor;
+use protobuf::reflect::{FileDescriptor, MessageDescriptor, MethodDescriptor};
 use protobuf::{Message, MessageDyn};
 use serde_json::Value;
 
@@ -18,7 +20,7 @@ pub use grpc::Status;
 pub use pod::{Pod, PodContainer, Pods, pods, pods_of};
 
 /// containerd's socket, which serves the CRI as well.
-const SOCKET: &str = "/run/containerd/containerd.sock";
+pub const SOCKET: &str = "/run/containerd/containerd.sock";
 /// How long a call may take unless told otherwise.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -67,27 +69,42 @@ pub fn refused(method: &str, request: &Value) -> String {
     }
 }
 
-/// Calls any method.
-///
-/// # Errors
-/// What containerd answers.
-pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &Value) -> Result<Value, Status> {
-    let descriptor = protocol().services().find(|s| s.proto().name() == service).unwrap();
-    let called = descriptor.methods().find(|m| m.proto().name() == method);
-    let called = called.unwrap_or_else(|| panic!("the CRI has no {service}.{method}"));
-    let request: Box<dyn MessageDyn> =
-        protobuf_json_mapping::parse_dyn_from_str(&called.input_type(), &request.to_string())
-            .unwrap_or_else(|error| panic!("{method} {request}: {error}"));
-    let path = format!("/runtime.v1.{service}/{method}");
-    let answer = grpc::unary(SOCKET, &path, request.write_to_bytes_dyn().unwrap(), limit)?;
-    let answer = called.output_type().parse_from_bytes(&answer).unwrap();
+/// Calls a method of the runtime service that answers with a stream, which ends here when nothing comes for long.
+pub fn stream_of(method: &str) -> impl Iterator<Item = Value> + use<> {
+    let answer = descriptor("RuntimeService", method).output_type();
+    let answers = grpc::stream(SOCKET, &format!("/runtime.v1.RuntimeService/{method}"), Vec::new());
+    std::iter::from_fn(move || Some(json_of(&answer, &answers.recv_timeout(TIMEOUT).ok()?)))
+}
+
+fn descriptor(service: &str, method: &str) -> MethodDescriptor {
+    let found = protocol().services().find(|s| s.proto().name() == service).unwrap();
+    let called = found.methods().find(|m| m.proto().name() == method);
+    called.unwrap_or_else(|| panic!("the CRI has no {service}.{method}"))
+}
+
+fn json_of(message: &MessageDescriptor, bytes: &[u8]) -> Value {
     let options = protobuf_json_mapping::PrintOptions {
         proto_field_name: true,
         always_output_default_values: true,
         ..Default::default()
     };
-    let text = protobuf_json_mapping::print_to_string_with_options(&*answer, &options).unwrap();
-    Ok(serde_json::from_str(&text).unwrap())
+    let message = message.parse_from_bytes(bytes).unwrap();
+    let text = protobuf_json_mapping::print_to_string_with_options(&*message, &options).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Calls any method.
+///
+/// # Errors
+/// What containerd answers.
+pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &Value) -> Result<Value, Status> {
+    let called = descriptor(service, method);
+    let request: Box<dyn MessageDyn> =
+        protobuf_json_mapping::parse_dyn_from_str(&called.input_type(), &request.to_string())
+            .unwrap_or_else(|error| panic!("{method} {request}: {error}"));
+    let path = format!("/runtime.v1.{service}/{method}");
+    let answer = grpc::unary(SOCKET, &path, request.write_to_bytes_dyn().unwrap(), limit)?;
+    Ok(json_of(&called.output_type(), &answer))
 }
 
 /// A field that protobuf's JSON writes as a string because it has 64 bits.

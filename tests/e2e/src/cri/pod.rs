@@ -109,6 +109,12 @@ impl Pods {
         Pod { id: text(&answer["pod_sandbox_id"]), config, next: Cell::new(0) }
     }
 
+    /// Runs a pod that has to be refused; gives the error's text in lower case.
+    #[track_caller]
+    pub fn refused(&self, config: &Value) -> String {
+        super::refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": self.handler }))
+    }
+
     /// Stops and removes whatever pods there still are.
     fn remove_all(&self) -> Result<(), String> {
         let filter = json!({ "filter": { "label_selector": { LABEL: self.name } } });

@@ -3,7 +3,7 @@
 use std::fs;
 
 use husk_e2e::conformance::{group, pods};
-use husk_e2e::cri::try_call;
+use husk_e2e::cri::{call, try_call};
 use serde_json::{Value, json};
 
 use super::{context, once};
@@ -48,6 +48,24 @@ fn users() {
                 let groups: Vec<&str> = text.split_whitespace().collect();
                 assert!(groups.contains(&"3001") && groups.contains(&"3002"), "{text}");
             });
+            // User 1000 is in more groups by the image's own file.
+            let groups = |policy: &str| {
+                let text = once(&pod, "id -G", |config| {
+                    context(config)["run_as_user"] = json!({ "value": 1000 });
+                    context(config)["run_as_group"] = json!({ "value": 1000 });
+                    context(config)["supplemental_groups"] = json!([3001]);
+                    context(config)["supplemental_groups_policy"] = json!(policy);
+                });
+                let mut groups: Vec<u32> = text.split_whitespace().map(|group| group.parse().unwrap()).collect();
+                groups.sort_unstable();
+                groups
+            };
+            group.has("SupplementalGroupsPolicy: merged with the image's", || {
+                assert_eq!(groups("Merge"), [29, 44, 1000, 2000, 3001]);
+            });
+            if call("Status", &json!({}))["features"]["supplemental_groups_policy"] == true {
+                group.has("SupplementalGroupsPolicy: strict", || assert_eq!(groups("Strict"), [1000, 3001]));
+            }
             group.has("a root file system that is read-only", || {
                 let read_only = |config: &mut Value| context(config)["readonly_rootfs"] = json!(true);
                 let text = once(&pod, "touch /srv/x 2>&1; touch /dev/shm/x && echo but not all", read_only);

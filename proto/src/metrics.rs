@@ -1,22 +1,50 @@
-//! A container's metrics: `io.containerd.cgroups.v2.Metrics` from its control group in the guest.
+//! `io.containerd.cgroups.v2.Metrics` of a control group: a container's in the guest, a sandbox's on the host.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use husk_proto::containerd::cgroups_v2::metrics::{
+use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
 };
 use protobuf::MessageField;
 
-use crate::cgroup::Cgroup;
+/// The directory of a control group.
+struct Group<'a>(&'a Path);
+
+impl Group<'_> {
+    fn read(&self, file: &str) -> Option<String> {
+        std::fs::read_to_string(self.0.join(file)).ok()
+    }
+
+    /// A file that is a single number; nothing for `max`, an absent file or anything else.
+    fn number(&self, file: &str) -> Option<u64> {
+        self.read(file)?.trim().parse().ok()
+    }
+
+    /// The largest number where there is no limit, as containerd's own reader has it.
+    fn limit(&self, file: &str) -> u64 {
+        self.number(file).unwrap_or(u64::MAX)
+    }
+
+    /// A file of lines `key value`; others are skipped.
+    fn table(&self, file: &str) -> BTreeMap<String, u64> {
+        let text = self.read(file).unwrap_or_default();
+        let pairs = text.lines().filter_map(|line| line.split_once(' '));
+        pairs.filter_map(|(key, value)| Some((key.to_owned(), value.trim().parse().ok()?))).collect()
+    }
+}
 
 /// The type URL containerd knows the metrics by.
 pub const URL: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// Reads everything; a controller that is absent leaves its part at zero.
-pub fn read(cgroup: &Cgroup) -> Metrics {
+/// Reads the group in the directory `path`; a controller that is absent leaves its part at zero. Reads a handful of
+/// files of the kernel's.
+pub fn read(path: &Path) -> Metrics {
+    let cgroup = &Group(path);
     Metrics {
         pids: MessageField::some(PidsStat {
             current: cgroup.number("pids.current").unwrap_or(0),
+            // No limit is zero here, and the largest number below, as containerd's own reader has them.
             limit: cgroup.number("pids.max").unwrap_or(0),
             ..Default::default()
         }),
@@ -33,7 +61,7 @@ pub fn read(cgroup: &Cgroup) -> Metrics {
     }
 }
 
-fn cpu(cgroup: &Cgroup) -> CPUStat {
+fn cpu(cgroup: &Group<'_>) -> CPUStat {
     let table = cgroup.table("cpu.stat");
     let get = |key| value(&table, key);
     CPUStat {
@@ -50,11 +78,9 @@ fn cpu(cgroup: &Cgroup) -> CPUStat {
     }
 }
 
-fn memory(cgroup: &Cgroup) -> MemoryStat {
+fn memory(cgroup: &Group<'_>) -> MemoryStat {
     let table = cgroup.table("memory.stat");
     let get = |key| value(&table, key);
-    // `max` is reported as the largest number, as containerd's own reader does.
-    let limit = |file| cgroup.number(file).unwrap_or(u64::MAX);
     MemoryStat {
         anon: get("anon"),
         file: get("file"),
@@ -89,9 +115,9 @@ fn memory(cgroup: &Cgroup) -> MemoryStat {
         thp_fault_alloc: get("thp_fault_alloc"),
         thp_collapse_alloc: get("thp_collapse_alloc"),
         usage: cgroup.number("memory.current").unwrap_or(0),
-        usage_limit: limit("memory.max"),
+        usage_limit: cgroup.limit("memory.max"),
         swap_usage: cgroup.number("memory.swap.current").unwrap_or(0),
-        swap_limit: limit("memory.swap.max"),
+        swap_limit: cgroup.limit("memory.swap.max"),
         max_usage: cgroup.number("memory.peak").unwrap_or(0),
         swap_max_usage: cgroup.number("memory.swap.peak").unwrap_or(0),
         psi: psi(cgroup, "memory.pressure"),
@@ -99,7 +125,7 @@ fn memory(cgroup: &Cgroup) -> MemoryStat {
     }
 }
 
-fn memory_events(cgroup: &Cgroup) -> MemoryEvents {
+fn memory_events(cgroup: &Group<'_>) -> MemoryEvents {
     let table = cgroup.table("memory.events");
     let get = |key| value(&table, key);
     MemoryEvents {
@@ -113,8 +139,8 @@ fn memory_events(cgroup: &Cgroup) -> MemoryEvents {
     }
 }
 
-fn huge_pages(cgroup: &Cgroup) -> Vec<HugeTlbStat> {
-    let Ok(entries) = std::fs::read_dir(cgroup.path()) else { return Vec::new() };
+fn huge_pages(cgroup: &Group<'_>) -> Vec<HugeTlbStat> {
+    let Ok(entries) = std::fs::read_dir(cgroup.0) else { return Vec::new() };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let size = |name: String| Some(name.strip_prefix("hugetlb.")?.strip_suffix(".current")?.to_owned());
     names
@@ -122,7 +148,7 @@ fn huge_pages(cgroup: &Cgroup) -> Vec<HugeTlbStat> {
         .filter(|size| !size.contains("rsvd"))
         .map(|size| HugeTlbStat {
             current: cgroup.number(&format!("hugetlb.{size}.current")).unwrap_or(0),
-            max: cgroup.number(&format!("hugetlb.{size}.max")).unwrap_or(u64::MAX),
+            max: cgroup.limit(&format!("hugetlb.{size}.max")),
             failcnt: value(&cgroup.table(&format!("hugetlb.{size}.events")), "max"),
             pagesize: size,
             ..Default::default()
@@ -155,8 +181,8 @@ fn parse_io(text: &str) -> Vec<IOEntry> {
         .collect()
 }
 
-fn psi(cgroup: &Cgroup, file: &str) -> MessageField<PSIStats> {
-    cgroup.read(file).ok().map(|text| parse_psi(&text)).into()
+fn psi(cgroup: &Group<'_>, file: &str) -> MessageField<PSIStats> {
+    cgroup.read(file).map(|text| parse_psi(&text)).into()
 }
 
 fn parse_psi(text: &str) -> PSIStats {
@@ -191,5 +217,23 @@ mod tests {
         assert_eq!((io.len(), io[0].major, io[0].wios), (1, 254, 4));
         let psi = parse_psi("some avg10=1.50 avg60=0.00 avg300=0.00 total=42\nfull avg10=0.00 total=7\n");
         assert_eq!((psi.some.avg10, psi.some.total, psi.full.total), (1.5, 42, 7));
+    }
+
+    #[test]
+    fn what_is_absent_is_zero() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        write("cpu.stat", "usage_usec 12\nuser_usec 7\nsystem_usec x\n");
+        write("memory.max", "max\n");
+        write("memory.swap.current", "4096\n");
+        write("io.stat", "8:0 rbytes=5 wbytes=6 rios=1 wios=2\n");
+        write("hugetlb.2MB.current", "2097152\n");
+        write("memory.events", "oom 3\noom_kill 2\n");
+        let metrics = read(dir.path());
+        assert_eq!((metrics.cpu.usage_usec, metrics.cpu.user_usec, metrics.cpu.system_usec), (12, 7, 0));
+        assert_eq!((metrics.memory.usage, metrics.memory.usage_limit, metrics.pids.limit), (0, u64::MAX, 0));
+        assert_eq!((metrics.memory.swap_usage, metrics.io.usage[0].wbytes), (4096, 6));
+        assert_eq!((metrics.hugetlb[0].pagesize.as_str(), metrics.hugetlb[0].current), ("2MB", 2 << 20));
+        assert_eq!((metrics.memory_events.oom, metrics.memory_events.oom_kill), (3, 2));
     }
 }

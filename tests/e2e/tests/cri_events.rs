@@ -1,0 +1,92 @@
+//! What containerd tells its subscribers of a pod's containers: each thing once, in the order in which it happened.
+
+use husk_e2e::cri::{self, pods, try_call};
+use husk_e2e::events::{Events, numbered};
+use serde_json::json;
+
+#[test]
+fn each_event_comes_once_and_in_order() {
+    pods("cri-events", |pods| {
+        let events = Events::watch();
+        let pod = pods.pod();
+        // A life with execs: one that ends by itself, one that cannot start, one that takes too long.
+        let container = pod.start(&pod.sh("trap 'exit 3' TERM; sleep 100000 & wait"));
+        assert_eq!(container.exec(&["sh", "-c", "exit 7"]).code, 7);
+        container.try_exec(&["/no/such"]).unwrap_err();
+        let long = json!({ "container_id": container.id, "cmd": ["sleep", "100000"], "timeout": 1 });
+        try_call("ExecSync", &long).unwrap_err();
+        container.stop(30);
+        container.remove();
+        let expected = [
+            "create",
+            "start",
+            "exec-added 1",
+            "exec-started 1",
+            "exec-exit 1 7",
+            "exec-added 2",
+            "exec-added 3",
+            "exec-started 3",
+            "exec-exit 3 137",
+            "exit 3",
+            "delete 3",
+        ];
+        assert_eq!(numbered(&events.of(&container.id)), expected);
+        // One that ends at once, and one that is started again under another id.
+        for attempt in 0..2 {
+            let mut config = pod.sh("exit 5");
+            config["metadata"]["attempt"] = json!(attempt);
+            let short = pod.start(&config);
+            assert_eq!(short.wait(), (5, "Error".into()));
+            short.remove();
+            assert_eq!(events.of(&short.id), ["create", "start", "exit 5", "delete 5"]);
+        }
+        // One that is killed for want of memory: that is known before it has ended.
+        let mut config = pod.sh("");
+        config["command"] = json!(["tail", "/dev/zero"]);
+        config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 30 << 20 });
+        let greedy = pod.start(&config);
+        assert_eq!(greedy.wait(), (137, "OOMKilled".into()));
+        greedy.remove();
+        assert_eq!(events.of(&greedy.id), ["create", "start", "oom", "exit 137", "delete 137"]);
+        // One that goes with its pod.
+        let last = pod.start(&pod.sh("sleep 100000"));
+        pod.stop();
+        pod.remove();
+        assert_eq!(events.of(&last.id), ["create", "start", "exit 137", "delete 137"]);
+        // The sandbox has a task of its own unless the shim is the sandbox.
+        let sandbox = events.of(&pod.id);
+        assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
+    });
+}
+
+#[test]
+fn the_kubelet_is_told_of_each_change_once() {
+    pods("cri-pleg", |pods| {
+        let events = cri::stream_of("GetContainerEvents");
+        let pod = pods.pod();
+        let container = pod.start(&pod.sh("exit 4"));
+        assert_eq!(container.wait(), (4, "Error".into()));
+        container.remove();
+        let killed = pod.start(&pod.sh("sleep 100000"));
+        killed.stop(0);
+        pod.stop();
+        pod.remove();
+        let mut seen = Vec::new();
+        // The last one to be told of is the sandbox' end.
+        for event in events {
+            let (id, kind) = (event["container_id"].clone(), event["container_event_type"].clone());
+            let last = id == pod.id.as_str() && kind == "CONTAINER_DELETED_EVENT";
+            seen.push((id, kind));
+            if last {
+                break;
+            }
+        }
+        let of = |id: &str| -> Vec<_> {
+            let kinds = seen.iter().filter(|(of, _)| of == id).map(|(_, kind)| kind.as_str().unwrap_or_default());
+            kinds.map(|kind| kind.trim_start_matches("CONTAINER_").trim_end_matches("_EVENT")).collect()
+        };
+        assert_eq!(of(&container.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
+        assert_eq!(of(&killed.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
+        assert_eq!(of(&pod.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
+    });
+}
