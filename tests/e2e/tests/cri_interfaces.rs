@@ -118,8 +118,9 @@ fn an_interface_comes_again_and_changes_its_address() {
         make();
         wait_until(&container, mac, |text| text == "02:00:00:00:98:02");
         works();
-        // An address of its own choice: the interface is down meanwhile or not.
+        // Another address, of which nobody tells the node's end.
         ip(&pod, "link set second address 02:00:00:00:98:03");
+        run("ip", &["neigh", "flush", "dev", "huskveth"]);
         wait_until(&container, mac, |text| text == "02:00:00:00:98:03");
         works();
         run("ip", &["link", "del", "huskveth"]);
