@@ -1,6 +1,7 @@
 //! A client of the Kubernetes Container Runtime Interface: requests and answers are JSON, mapped by the protocol file.
 
 mod grpc;
+pub mod kubelet;
 pub mod manifest;
 pub mod pod;
 pub mod stream;
