@@ -11,6 +11,9 @@ use std::process::{Command, Stdio};
 /// What everything that leaves the build machine is built for.
 pub const TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// The compiler's flags for programs that need no library at run time.
+pub const STATIC: &str = "-C target-feature=+crt-static";
+
 /// How much the compiler optimises.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -61,7 +64,7 @@ pub fn cargo() -> Command {
 fn static_cargo(what: &str, profile: Profile) -> Command {
     let mut command = cargo();
     command.args([what, "--target", TARGET, "--profile", profile.name()]);
-    command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    command.env("RUSTFLAGS", STATIC);
     // libseccomp comes from the distribution; its archive lies in the multiarch folder.
     command.env("LIBSECCOMP_LINK_TYPE", "static").env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
     command

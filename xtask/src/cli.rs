@@ -113,7 +113,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Image(Quick { quick }) => drop(image::image(Profile::quick(quick))?),
         Task::Dist(Quick { quick }) => drop(dist::dist(Profile::quick(quick))?),
         Task::Images => {
-            for image in node::images()?.into_iter().chain(node::builder_images()?) {
+            for image in [node::images()?, node::builder_images()?, node::fsx_image()?].concat() {
                 println!("{}", image.from.display());
             }
         }

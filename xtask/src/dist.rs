@@ -7,6 +7,17 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+/// What is installed, with its permissions.
+const INSTALLED: [(&str, u32); 7] = [
+    ("usr/local/bin/containerd-shim-husk-v2", 0o755),
+    ("usr/local/bin/husk", 0o755),
+    ("usr/local/share/husk/vmlinux", 0o644),
+    ("usr/local/share/husk/initrd.cpio", 0o644),
+    ("etc/husk/config.toml", 0o644),
+    ("etc/containerd/conf.d/husk.toml", 0o644),
+    ("usr/local/share/husk/containerd-2.toml", 0o644),
+];
+
 /// Builds everything and lays it out under `dist/root`; returns that directory.
 pub fn dist(profile: Profile) -> Result<PathBuf> {
     let kernel = kernel::kernel()?;
@@ -17,16 +28,16 @@ pub fn dist(profile: Profile) -> Result<PathBuf> {
     let husk = build::find(&programs, &["husk", "husk-cli"])?;
     let root = paths::dist();
     let repository = paths::root();
-    let files: [(&Path, &str, u32); 7] = [
-        (&shim.path, "usr/local/bin/containerd-shim-husk-v2", 0o755),
-        (&husk.path, "usr/local/bin/husk", 0o755),
-        (&kernel, "usr/local/share/husk/vmlinux", 0o644),
-        (&initrd, "usr/local/share/husk/initrd.cpio", 0o644),
-        (&repository.join("config/config.toml"), "etc/husk/config.toml", 0o644),
-        (&repository.join("deploy/containerd/husk.toml"), "etc/containerd/conf.d/husk.toml", 0o644),
-        (&repository.join("deploy/containerd/husk-2.toml"), "usr/local/share/husk/containerd-2.toml", 0o644),
+    let from: [&Path; 7] = [
+        &shim.path,
+        &husk.path,
+        &kernel,
+        &initrd,
+        &repository.join("config/config.toml"),
+        &repository.join("deploy/containerd/husk.toml"),
+        &repository.join("deploy/containerd/husk-2.toml"),
     ];
-    for (from, to, mode) in files {
+    for (from, (to, mode)) in from.into_iter().zip(INSTALLED) {
         place(from, &root.join(to), mode)?;
         if !to.starts_with("etc/") {
             ui::say("dist", format!("{to} ({:.1} MiB)", kernel::mebibytes(from)?));
@@ -48,4 +59,29 @@ fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
     fs::write(&part, &content).with_context(context)?;
     fs::set_permissions(&part, fs::Permissions::from_mode(mode)).with_context(context)?;
     fs::rename(&part, to).with_context(context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_installed_is_told_of_and_removed() {
+        let read = |name: &str| fs::read_to_string(paths::root().join(name)).unwrap();
+        let (install, readme) = (read("docs/install.md"), read("README.md"));
+        let removed: Vec<&str> = install
+            .lines()
+            .filter_map(|line| line.strip_prefix("# rm "))
+            .flat_map(str::split_whitespace)
+            .filter_map(|word| word.strip_prefix('/'))
+            .collect();
+        for (path, _) in INSTALLED {
+            assert!(removed.iter().any(|gone| Path::new(path).starts_with(gone)), "{path} is not removed: {removed:?}");
+            let name = Path::new(path).file_name().unwrap().to_str().unwrap();
+            assert!(readme.contains(&format!("`{path}`")) || readme.contains(&format!("`{name}`")), "{path}");
+        }
+        for gone in removed {
+            assert!(INSTALLED.iter().any(|(path, _)| Path::new(path).starts_with(gone)), "/{gone} is not Husk's");
+        }
+    }
 }

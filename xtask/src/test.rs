@@ -14,6 +14,8 @@ use std::time::Duration;
 const SOAK: [&str; 3] = ["conformance", BUILDERS, "soak"];
 /// The suite that builds images, in images of its own.
 const BUILDERS: &str = "cri_builders";
+/// The suite that runs the public test program for file systems, in an image of its own.
+const FSX: &str = "cri_fsx";
 /// Suites of what only containerd 2.x has.
 const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
@@ -157,6 +159,9 @@ fn boot<'a>(suites: &[&'a Program], filter: &str, line: Line) -> Result<Vec<&'a 
     for Program { name, path } in suites {
         if name == BUILDERS {
             add.extend(node::builder_images()?);
+        }
+        if name == FSX {
+            add.extend(node::fsx_image()?);
         }
         add.push(Add::new(path, format!("/husk/tests/{name}")));
         script.push_str(&format!(

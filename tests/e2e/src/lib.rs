@@ -8,6 +8,8 @@ pub mod case;
 pub mod command;
 pub mod conformance;
 pub mod cri;
+pub mod disk;
+pub mod dns;
 pub mod events;
 pub mod leftovers;
 pub mod node;
@@ -31,6 +33,8 @@ pub const PAUSE: &str = "husk.test/pause:latest";
 pub const DOCKER: &str = "husk.test/docker:latest";
 /// Reference of the image with buildah.
 pub const BUILDAH: &str = "husk.test/buildah:latest";
+/// Reference of the image with the public test program for file systems.
+pub const FSX: &str = "husk.test/fsx:latest";
 /// The reference runtime that Husk is compared with.
 pub const RUNC: &str = "io.containerd.runc.v2";
 /// containerd's namespace for everything the suites do.

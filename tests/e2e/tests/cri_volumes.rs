@@ -1,34 +1,21 @@
 //! A pod's volumes: what kubelet updates is seen as it happens, and files behave as files do.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
+use husk_e2e::cri::kubelet;
 use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::{PYTHON, node};
 use serde_json::json;
 
-/// What kubelet's AtomicWriter does (Kubernetes, pkg/volume/util/atomic_writer.go): a new directory with a time in its
-/// name, and the link `..data` renamed to it in one step.
+/// A version of a ConfigMap with a hundred and one entries.
 fn publish(volume: &Path, version: &str, value: &str) {
-    let old = fs::read_link(volume.join("..data")).ok();
-    let dir = volume.join(version);
-    fs::create_dir(&dir).unwrap();
-    fs::write(dir.join("key"), value).unwrap();
-    fs::set_permissions(dir.join("key"), PermissionsExt::from_mode(0o640)).unwrap();
-    for number in 0..100 {
-        fs::write(dir.join(format!("more-{number}")), format!("{value} {number}")).unwrap();
-    }
-    symlink(version, volume.join("..data_tmp")).unwrap();
-    fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
-    if let Some(old) = old {
-        fs::remove_dir_all(volume.join(old)).unwrap();
-    } else {
-        for name in ["key", "more-0", "more-99"] {
-            symlink(format!("..data/{name}"), volume.join(name)).unwrap();
-        }
-    }
+    let more: Vec<_> = (0..100).map(|n| (format!("more-{n}"), format!("{value} {n}"))).collect();
+    let more = more.iter().map(|(name, text)| (name.as_str(), text.as_bytes(), 0o644));
+    let entries: Vec<_> = [("key", value.as_bytes(), 0o640)].into_iter().chain(more).collect();
+    kubelet::publish(volume, version, &entries);
 }
 
 const WATCH: &str = r#"
@@ -64,7 +51,7 @@ fn changes_of_a_config_map_are_noticed() {
         container.wait_for("event ..data second second 99");
         let denied = container.exec(&["sh", "-c", "echo x > /config/..data/key"]);
         assert!(denied.code != 0 && denied.err.contains("ead-only"), "{denied:?}");
-        assert_eq!(container.exec(&["ls", "-A", "/config"]).out.lines().count(), 5);
+        assert_eq!(container.exec(&["ls", "-A", "/config"]).out.lines().count(), 103);
         publish(&volume, "..3", "third");
         assert_eq!(container.wait().0, 0);
     });

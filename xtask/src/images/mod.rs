@@ -5,6 +5,7 @@
 mod builders;
 mod busybox;
 mod debian;
+mod fsx;
 mod layer;
 mod oci;
 mod pause;
@@ -27,6 +28,8 @@ pub const PAUSE: &str = "husk.test/pause:latest";
 pub const DOCKER: &str = "husk.test/docker:latest";
 /// Reference of the image with buildah.
 pub const BUILDAH: &str = "husk.test/buildah:latest";
+/// Reference of the image with the public test program for file systems.
+pub const FSX: &str = "husk.test/fsx:latest";
 
 /// Makes every image under `out_dir` and returns the paths of their tars, ready for `ctr images import`.
 ///
@@ -53,6 +56,15 @@ pub fn build_builders(out_dir: &Path) -> Result<Vec<PathBuf>> {
         cached(out_dir, "docker", &builders::DOCKER.hash(), |tar| builders::DOCKER.build(tar))?,
         cached(out_dir, "buildah", &builders::BUILDAH.hash(), |tar| builders::BUILDAH.build(tar))?,
     ])
+}
+
+/// Makes the image with fsx, for the one suite that runs it.
+///
+/// # Errors
+/// When the program cannot be fetched or built.
+pub fn build_fsx(out_dir: &Path) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(out_dir).with_context(|| format!("cannot create {}", out_dir.display()))?;
+    Ok(vec![cached(out_dir, "fsx", &fsx::hash(), fsx::build)?])
 }
 
 /// Runs `make` unless `<name>.tar` was made from inputs of this very hash.

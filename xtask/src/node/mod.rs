@@ -91,6 +91,11 @@ pub fn builder_images() -> Result<Vec<Add>> {
     image_tars(images::build_builders)
 }
 
+/// Builds the OCI image of the suite that tries file systems, to be put into the node.
+pub fn fsx_image() -> Result<Vec<Add>> {
+    image_tars(images::build_fsx)
+}
+
 fn image_tars(build: impl FnOnce(&Path) -> Result<Vec<PathBuf>>) -> Result<Vec<Add>> {
     let _lock = lock::take("images")?;
     let tars = build(&paths::state().join("images")).context("cannot make the OCI images")?;

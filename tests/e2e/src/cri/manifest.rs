@@ -1,6 +1,7 @@
 //! Runs a pod from its YAML as the kubelet would: volumes made, specification turned into the CRI's requests.
 //!
-//! It knows what the examples in deploy/kubernetes say, and fails at a field it does not know.
+//! It knows what the examples in deploy/kubernetes say, and init containers and sidecars; it fails at a field it does not
+//! know.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -40,8 +41,18 @@ pub struct Applied {
     pub pod: Pod,
     /// Its containers, started.
     pub containers: Vec<PodContainer>,
+    /// Its init containers with `restartPolicy: Always`, in the order in which they were started, before the others.
+    pub sidecars: Vec<Sidecar>,
     probes: Vec<Option<Probe>>,
     dir: PathBuf,
+}
+
+/// A container that is started among the init containers and stays until the others have ended.
+pub struct Sidecar {
+    /// The container, as it runs now.
+    pub container: PodContainer,
+    config: Value,
+    probe: Option<Probe>,
 }
 
 /// What says that a container is ready.
@@ -83,17 +94,20 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
     let privileged = containers.iter().any(|container| container["securityContext"]["privileged"] == true);
     config["linux"]["security_context"]["privileged"] = privileged.into();
     let limits: Vec<Limits> = containers.iter().map(Limits::of).collect();
-    if limits.iter().all(|limits| limits.memory > 0) {
+    let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
+    // All that runs at once; init containers proper have ended by then, and the tests' need no more than the others.
+    let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::of).collect();
+    if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
-            json!({ "memory_limit_in_bytes": limits.iter().map(|limits| limits.memory).sum::<i64>() });
+            json!({ "memory_limit_in_bytes": at_once.iter().map(|limits| limits.memory).sum::<i64>() });
     }
-    if limits.iter().all(|limits| limits.milli_cpu > 0) {
+    if at_once.iter().all(|limits| limits.milli_cpu > 0) {
         config["linux"]["resources"]["cpu_period"] = 100_000.into();
         config["linux"]["resources"]["cpu_quota"] =
-            (limits.iter().map(|limits| limits.milli_cpu).sum::<i64>() * 100).into();
+            (at_once.iter().map(|limits| limits.milli_cpu).sum::<i64>() * 100).into();
     }
     let pod = pods.run(config);
-    let start = |(container, limits): (&Value, &Limits)| {
+    let configure = |container: &Value, limits: &Limits| {
         known(
             container,
             &[
@@ -105,6 +119,8 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
                 "ports",
                 "securityContext",
                 "readinessProbe",
+                "startupProbe",
+                "restartPolicy",
                 "volumeMounts",
                 "resources",
             ],
@@ -124,25 +140,92 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
         config["mounts"] = mounts.map(|mount| self::mount(mount, &volumes)).collect();
         limits.set(&mut config["linux"]["resources"]);
         security(&mut config["linux"]["security_context"], &spec["securityContext"], &container["securityContext"]);
-        pod.start(&config)
+        config
     };
-    for container in spec["initContainers"].as_array().into_iter().flatten() {
-        let started = start((container, &Limits::of(container)));
-        assert_eq!(started.wait(), (0, "Completed".into()), "{}", started.log());
-        started.remove();
+    let mut sidecars = Vec::new();
+    for container in init {
+        let config = configure(container, &Limits::of(container));
+        let started = pod.start(&config);
+        if is_sidecar(container) {
+            let sidecar = Sidecar { container: started, config, probe: Probe::of(container, "startupProbe") };
+            // The next one waits until it has started.
+            sidecar.wait_started(&pod);
+            sidecars.push(sidecar);
+        } else {
+            assert_eq!(started.wait(), (0, "Completed".into()), "{}", started.log());
+            started.remove();
+        }
     }
-    let started = containers.iter().zip(&limits).map(start).collect();
-    let probes = containers.iter().map(|container| {
-        let probe = container.get("readinessProbe")?;
+    let started = containers.iter().zip(&limits).map(|(container, limits)| {
+        assert!(!is_sidecar(container) && container.get("startupProbe").is_none(), "only sidecars' are looked at");
+        pod.start(&configure(container, limits))
+    });
+    let started = started.collect();
+    let probes = containers.iter().map(|container| Probe::of(container, "readinessProbe")).collect();
+    Applied { pod, containers: started, sidecars, probes, dir }
+}
+
+fn is_sidecar(container: &Value) -> bool {
+    container["restartPolicy"] == "Always"
+}
+
+impl Probe {
+    #[track_caller]
+    fn of(container: &Value, name: &str) -> Option<Self> {
+        let probe = container.get(name)?;
         known(probe, &["exec", "httpGet", "periodSeconds"]);
         if let Some(command) = probe["exec"]["command"].as_array() {
-            return Some(Probe::Exec(command.iter().map(text).collect()));
+            return Some(Self::Exec(command.iter().map(text).collect()));
         }
         let (port, path) = (probe["httpGet"]["port"].as_u64().unwrap(), text(&probe["httpGet"]["path"]));
-        Some(Probe::Http { port: port.try_into().unwrap(), path })
-    });
-    let probes = probes.collect();
-    Applied { pod, containers: started, probes, dir }
+        Some(Self::Http { port: port.try_into().unwrap(), path })
+    }
+
+    /// # Errors
+    /// What came instead of success.
+    fn ask(&self, pod: &Pod, container: &PodContainer) -> Result<(), String> {
+        match self {
+            Probe::Exec(command) => {
+                let command: Vec<&str> = command.iter().map(String::as_str).collect();
+                match container.try_exec(&command) {
+                    Ok(Executed { code: 0, .. }) => Ok(()),
+                    other => Err(format!("{other:?}")),
+                }
+            }
+            Probe::Http { port, path } => get(pod, *port, path).map(drop),
+        }
+    }
+}
+
+impl Sidecar {
+    /// Waits until its startup probe succeeds.
+    #[track_caller]
+    fn wait_started(&self, pod: &Pod) {
+        let Some(probe) = &self.probe else { return };
+        let mut last = Err("nobody asked".to_owned());
+        let started = node::eventually(crate::command::TIMEOUT, || {
+            last = probe.ask(pod, &self.container);
+            last.is_ok().then_some(())
+        });
+        assert!(started.is_some(), "{probe:?}: {last:?}; the log:\n{}", self.container.log());
+    }
+}
+
+/// What a server of the pod answers to a GET from the node, with its headers; only success is an answer.
+///
+/// # Errors
+/// What came instead.
+fn get(pod: &Pod, port: u16, path: &str) -> Result<String, String> {
+    let ask = || {
+        let addresses: Vec<SocketAddr> = pod.addresses().iter().map(|ip| (*ip, port).into()).collect();
+        let mut stream = TcpStream::connect(addresses.as_slice())?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    let answer = ask().map_err(|error: io::Error| error.to_string())?;
+    if answer.split_whitespace().nth(1) == Some("200") { Ok(answer) } else { Err(answer) }
 }
 
 impl Applied {
@@ -158,23 +241,10 @@ impl Applied {
                 }
                 assert_eq!(container.status()["state"], "CONTAINER_RUNNING", "its log:\n{}", container.log());
                 // Only the last of its answers is of interest.
-                last = self.probe(container, probe);
+                last = probe.ask(&self.pod, container);
                 last.is_ok().then_some(())
             });
             assert!(ready.is_some(), "{probe:?}: {last:?}; the log:\n{}", container.log());
-        }
-    }
-
-    fn probe(&self, container: &PodContainer, probe: &Probe) -> Result<(), String> {
-        match probe {
-            Probe::Exec(command) => {
-                let command: Vec<&str> = command.iter().map(String::as_str).collect();
-                match container.try_exec(&command) {
-                    Ok(Executed { code: 0, .. }) => Ok(()),
-                    other => Err(format!("{other:?}")),
-                }
-            }
-            Probe::Http { port, path } => self.get(*port, path).map(drop),
         }
     }
 
@@ -183,17 +253,30 @@ impl Applied {
     /// # Errors
     /// What came instead.
     pub fn get(&self, port: u16, path: &str) -> Result<String, String> {
-        let ask = || {
-            let mut stream = TcpStream::connect(
-                self.pod.addresses().iter().map(|ip| (*ip, port).into()).collect::<Vec<SocketAddr>>().as_slice(),
-            )?;
-            write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        };
-        let answer = ask().map_err(|error: io::Error| error.to_string())?;
-        if answer.split_whitespace().nth(1) == Some("200") { Ok(answer) } else { Err(answer) }
+        get(&self.pod, port, path)
+    }
+
+    /// Has a sidecar that has ended run again, in a new container of the same name.
+    #[track_caller]
+    pub fn restart(&mut self, number: usize) {
+        let sidecar = &mut self.sidecars[number];
+        let attempt = sidecar.config["metadata"]["attempt"].as_u64().unwrap();
+        sidecar.config["metadata"]["attempt"] = (attempt + 1).into();
+        sidecar.container.wait();
+        let next = self.pod.start(&sidecar.config);
+        std::mem::replace(&mut sidecar.container, next).remove();
+        sidecar.wait_started(&self.pod);
+    }
+
+    /// Waits until all containers have ended by themselves, and ends the sidecars, the last one first; their exit codes,
+    /// in the manifest's order.
+    #[track_caller]
+    pub fn finish(&self, grace: u32) -> (Vec<i64>, Vec<i64>) {
+        let codes = self.containers.iter().map(|container| container.wait().0).collect();
+        for sidecar in self.sidecars.iter().rev() {
+            sidecar.container.stop(grace);
+        }
+        (codes, self.sidecars.iter().map(|sidecar| sidecar.container.wait().0).collect())
     }
 
     /// The host's directory of an emptyDir.

@@ -2,6 +2,7 @@
 
 pub mod annotations;
 pub mod grpc;
+pub mod kubelet;
 pub mod manifest;
 pub mod pod;
 pub mod stats;

@@ -105,7 +105,13 @@ impl Pods {
     /// Runs a pod of this configuration.
     #[track_caller]
     pub fn run(&self, config: Value) -> Pod {
-        let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": self.handler }));
+        self.run_by(&self.handler, config)
+    }
+
+    /// Runs a pod of this configuration by another runtime handler than the test's.
+    #[track_caller]
+    pub fn run_by(&self, handler: &str, config: Value) -> Pod {
+        let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler }));
         Pod { id: text(&answer["pod_sandbox_id"]), config, next: Cell::new(0) }
     }
 
@@ -294,7 +300,13 @@ impl PodContainer {
     /// Waits for its end; gives exit code and reason.
     #[track_caller]
     pub fn wait(&self) -> (i64, String) {
-        let ended = node::eventually(crate::command::TIMEOUT, || {
+        self.wait_within(crate::command::TIMEOUT)
+    }
+
+    /// Waits so long for its end; gives exit code and reason.
+    #[track_caller]
+    pub fn wait_within(&self, limit: Duration) -> (i64, String) {
+        let ended = node::eventually(limit, || {
             let status = self.status();
             (status["state"] == "CONTAINER_EXITED").then_some(status)
         });

@@ -155,6 +155,34 @@ fn several_containers() {
                 a.remove();
                 b.remove();
             });
+            group.has("init containers one after another, a sidecar among them that stays, then the rest", || {
+                let dir = pods.dir().join("order");
+                fs::create_dir_all(&dir).unwrap();
+                let shared = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/shared" }]);
+                let line = |text: &str| {
+                    assert_eq!(
+                        once(&pod, &format!("echo {text} >> /shared/order"), |c| c["mounts"] = shared.clone()),
+                        ""
+                    );
+                };
+                line("first");
+                let sidecar = sleeper(&pod, |config| {
+                    config["mounts"] = shared.clone();
+                    config["command"] = json!([
+                        "sh",
+                        "-c",
+                        "trap 'echo ends >> /shared/order; exit 0' TERM; echo sidecar >> /shared/order; echo up
+                         while :; do sleep 0.1; done"
+                    ]);
+                });
+                sidecar.wait_for("up");
+                line("second");
+                line("main");
+                sidecar.stop(30);
+                assert_eq!(sidecar.status()["exit_code"], 0);
+                sidecar.remove();
+                assert_eq!(fs::read_to_string(dir.join("order")).unwrap(), "first\nsidecar\nsecond\nmain\nends\n");
+            });
             group.has("the last one ends and the pod stays, for the next", || {
                 once(&pod, "true", |_| {});
                 assert!(pod.is_ready());

@@ -3,12 +3,15 @@
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::symlink;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
 
 use husk_e2e::BUSYBOX;
 use husk_e2e::conformance::{group, pods};
-use husk_e2e::cri::refused;
+use husk_e2e::cri::kubelet::publish;
+use husk_e2e::cri::{self, refused};
+use husk_e2e::disk::Disk;
 use serde_json::{Value, json};
 
 use super::{context, once, sleeper};
@@ -76,6 +79,22 @@ fn mounts() {
                 node(&["umount", &late.to_string_lossy()]);
                 assert_eq!(seen, "late\n");
             });
+            group.has("recursive read-only (Husk: by the handler husk-userns)", || {
+                let below = dir.join("sub");
+                node(&["mount", "-t", "tmpfs", "tmpfs", &below.to_string_lossy()]);
+                let text = catch_unwind(AssertUnwindSafe(|| {
+                    // containerd 2.x tells the kubelet of recursive mounts for runtimes of runc's type alone.
+                    let handler = if cri::handler() == "runc" { "runc" } else { "husk-userns" };
+                    let pod = pods.run_by(handler, pods.config());
+                    let recursive = json!({ "readonly": true, "recursive_read_only": true });
+                    let text = once(&pod, "touch /volume/x 2>&1; touch /volume/sub/x 2>&1", mount(&dir, &recursive));
+                    pod.remove();
+                    text
+                }));
+                node(&["umount", &below.to_string_lossy()]);
+                let text = text.unwrap_or_default();
+                assert_eq!(text.matches("ead-only").count(), 2, "{text}");
+            });
             let both = json!({ "propagation": "PROPAGATION_BIDIRECTIONAL" });
             let privileged = |config: &mut Value| {
                 mount(&dir, &both)(config);
@@ -139,23 +158,25 @@ fn volumes() {
                 a.remove();
                 b.remove();
             });
-            group.has("a raw block device", || {
-                let image = pods.dir().join("disk");
-                fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
-                let made = Command::new("losetup").arg("-f").arg("--show").arg(&image).output().unwrap();
-                let device = String::from_utf8_lossy(&made.stdout).trim().to_owned();
-                assert!(device.starts_with("/dev/loop"), "{made:?}");
-                let text = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    once(&pod, "echo on the disk > /dev/xvda; sync; head -c 11 /dev/xvda", |config| {
-                        config["devices"] =
-                            json!([{ "container_path": "/dev/xvda", "host_path": device, "permissions": "mrw" }]);
-                    })
-                }));
-                let mut seen = [0; 11];
-                fs::File::open(&device).unwrap().read_exact(&mut seen).unwrap();
-                node(&["losetup", "-d", &device]);
-                assert_eq!(text.unwrap_or_else(|_| panic!("not started")), "on the disk");
-                assert_eq!(&seen, b"on the disk", "as the node sees the device");
+            group.has("what an emptyDir in memory takes is the container's", || {
+                let dir = pods.dir().join("volumes/kubernetes.io~empty-dir/counted");
+                fs::create_dir_all(&dir).unwrap();
+                node(&["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", &dir.to_string_lossy()]);
+                let script = "head -c 16777216 /dev/zero > /volume/x;
+                    awk '/^shmem / {print int($2 / 1048576)}' /sys/fs/cgroup/memory.stat";
+                let text = catch_unwind(AssertUnwindSafe(|| once(&pod, script, mount(&dir, &plain))));
+                node(&["umount", &dir.to_string_lossy()]);
+                assert_eq!(text.unwrap_or_default(), "16");
+            });
+            group.has("a projected volume's change is noticed, whole", || {
+                let dir = pods.dir().join("volumes/kubernetes.io~projected/token");
+                publish(&dir, "..1", &[("dir/token", b"first", 0o600)]);
+                let container = sleeper(&pod, mount(&dir, &json!({ "readonly": true })));
+                assert_eq!(container.sh("cat /volume/dir/token"), "first");
+                publish(&dir, "..2", &[("dir/token", b"second", 0o600), ("more", b"", 0o644)]);
+                container.sh("until [ -e /volume/more ]; do sleep 0.1; done");
+                assert_eq!(container.sh("cat /volume/dir/token; stat -L -c %a /volume/dir/token"), "second600");
+                container.remove();
             });
             group.has("an image as a volume", || {
                 let text = once(&pod, "ls /volume/bin/busybox", |config| {
@@ -165,5 +186,49 @@ fn volumes() {
                 assert_eq!(text, "/volume/bin/busybox");
             });
         });
+    });
+}
+
+#[test]
+fn devices() {
+    pods("conf-devices", |pods| {
+        let disk = Disk::new(&pods.dir().join("disk"), 16);
+        let mut config = pods.config();
+        context(&mut config)["privileged"] = json!(true);
+        let (pod, trusted) = (pods.pod(), pods.run(config));
+        let device = |permissions: &'static str| json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": permissions }]);
+        group("Devices", |group| {
+            group.has("a raw block device", || {
+                let text = once(&pod, "echo on the disk > /dev/xvda; sync; head -c 11 /dev/xvda", |config| {
+                    config["devices"] = device("mrw");
+                });
+                let mut seen = [0; 11];
+                fs::File::open(&disk.device).unwrap().read_exact(&mut seen).unwrap();
+                assert_eq!(text, "on the disk");
+                assert_eq!(&seen, b"on the disk", "as the node sees the device");
+            });
+            group.has("a block device that may only be read", || {
+                let text = once(&pod, "head -c 11 /dev/xvda && echo; echo x 2>&1 > /dev/xvda", |config| {
+                    config["devices"] = device("r");
+                });
+                assert!(text.starts_with("on the disk\n") && text.contains("not permitted"), "{text}");
+                let mut seen = [0; 11];
+                fs::File::open(&disk.device).unwrap().read_exact(&mut seen).unwrap();
+                assert_eq!(&seen, b"on the disk");
+            });
+            group.has("a file system that a privileged container makes on a block device, and mounts", || {
+                let script = "mke2fs /dev/xvda > /dev/null 2>&1; mkdir /mounted; mount -t ext4 /dev/xvda /mounted
+                    echo inside > /mounted/file; umount /mounted";
+                once(&trusted, script, |config| {
+                    config["devices"] = device("mrw");
+                    context(config)["privileged"] = json!(true);
+                });
+                let point = pods.dir().join("mounted");
+                let _mounted = disk.mount(&point, "ro");
+                assert_eq!(fs::read_to_string(point.join("file")).unwrap(), "inside\n");
+            });
+        });
+        pod.stop();
+        trusted.stop();
     });
 }

@@ -1,11 +1,14 @@
 //! A pod's network.
 
 use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use husk_e2e::PYTHON;
 use husk_e2e::conformance::{group, pods};
+use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, PodContainer};
+use husk_e2e::dns::Dns;
 use serde_json::json;
 
 #[track_caller]
@@ -28,8 +31,13 @@ fn server(pod: &Pod) -> PodContainer {
 fn network() {
     pods("conf-network", |pods| {
         let mut config = pods.config();
-        config["port_mappings"] = json!([{ "protocol": "TCP", "container_port": 8080, "host_port": 18081 }]);
-        let (one, two) = (pods.run(config), pods.pod());
+        config["port_mappings"] = json!([
+            { "protocol": "TCP", "container_port": 8080, "host_port": 18081 },
+            { "protocol": "UDP", "container_port": 8080, "host_port": 18081 },
+        ]);
+        let mut asking = pods.config();
+        asking["dns_config"] = json!({ "servers": ["10.88.0.1"], "searches": ["svc.test"], "options": ["timeout:20"] });
+        let (one, two) = (pods.run(config), pods.run(asking));
         server(&one);
         let client = two.sleeper();
         group("Networking", |group| {
@@ -45,6 +53,34 @@ fn network() {
             });
             group.has("a port of the node leads to the pod", || {
                 assert_eq!(greeting("10.88.0.1:18081".parse().unwrap()), "hello");
+            });
+            group.has("a port of the node leads to the pod by UDP", || {
+                need_image(PYTHON);
+                let udp = one.start(&one.python(
+                    "import socket\nserved = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+                     served.bind(('0.0.0.0', 8080))\nprint('up', flush=True)\n\
+                     while True: served.sendto(b'by UDP', served.recvfrom(99)[1])",
+                ));
+                udp.wait_for("up");
+                let socket = UdpSocket::bind("10.88.0.1:0").unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+                socket.connect("10.88.0.1:18081").unwrap();
+                socket.send(b"asking").unwrap();
+                let mut answer = [0; 64];
+                let length = socket.recv(&mut answer).unwrap();
+                assert_eq!(&answer[..length], b"by UDP");
+                udp.remove();
+            });
+            group.has("names by the name server that the pod was given", || {
+                let names = one.addresses().into_iter().map(|ip| ("web.svc.test".to_owned(), ip)).collect();
+                let _dns = Dns::serve("10.88.0.1".parse().unwrap(), names);
+                assert_eq!(client.sh("nc -w 20 $(nslookup -type=a web.svc.test | awk '/^Addr/ {a = $2} END {print a}') 8080 < /dev/null"), "hello");
+                need_image(PYTHON);
+                let config = two.python("import socket; print(socket.create_connection(('web', 8080)).recv(99).decode())");
+                let python = two.start(&config);
+                assert_eq!(python.wait().0, 0, "{}", python.log());
+                assert!(python.log().contains("hello"));
+                python.remove();
             });
             group.has("pods have addresses of their own", || assert_ne!(one.addresses(), two.addresses()));
         });

@@ -6,6 +6,7 @@
 mod request;
 #[cfg(test)]
 mod tests;
+mod whole;
 
 use std::io;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
+use self::whole::Whole;
 use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, read_config_bytes};
@@ -71,7 +73,7 @@ pub struct Fs {
 }
 
 /// What the threads share.
-struct Shared(Server<PassthroughFs>);
+struct Shared(Server<Whole>);
 
 impl Handler for Shared {
     const NAME: &'static str = "virtio-fs";
@@ -143,7 +145,8 @@ impl Fs {
             .checked_sub(OWN_DESCRIPTORS)
             .filter(|&left| left >= OWN_DESCRIPTORS)
             .ok_or_else(|| FsError::Limit(format!("{limit} is too low")))?;
-        let fs = PassthroughFs::new(settings(share.root.clone(), guest_fd_limit)).map_err(root_error)?;
+        let fs = PassthroughFs::new(settings(share.root.clone(), guest_fd_limit)).and_then(Whole::new);
+        let fs = fs.map_err(root_error)?;
         Ok(Self {
             config,
             worker_count: share.workers.max(1),

@@ -1,9 +1,9 @@
 //! One FUSE request: what must hold before virtiofsd sees it, and the answer when it could not give one.
 
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::server::Server;
 
+use super::whole::Whole;
 use crate::virtio::device::GuestMemory;
 use crate::virtio::queue::{Chain, guest_fault};
 
@@ -35,7 +35,7 @@ fn start(chain: &Chain<'_>) -> Option<Start> {
 
 /// Serves a request, which may block; returns the bytes written.
 pub fn serve(
-    server: &Server<PassthroughFs>,
+    server: &Server<Whole>,
     memory: &GuestMemory,
     chain: Chain<'_>,
     raw: virtio_queue::DescriptorChain<&GuestMemory>,
@@ -66,7 +66,7 @@ pub fn serve(
 
 /// Serves what the high-priority queue is for, without blocking; anything else there is refused.
 pub fn serve_quick(
-    server: &Server<PassthroughFs>,
+    server: &Server<Whole>,
     memory: &GuestMemory,
     chain: Chain<'_>,
     raw: virtio_queue::DescriptorChain<&GuestMemory>,

@@ -1,0 +1,256 @@
+//! Disks of the node's: as a volume's file system with an end to its space, and as devices of a container, raw and
+//! mounted.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use husk_e2e::cri::pod::{need_image, pods};
+use husk_e2e::cri::{Pod, PodContainer};
+use husk_e2e::disk::Disk;
+use husk_e2e::{PYTHON, node};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// Fills what is left of the volume in every way a file is written, and uses it on.
+const FILL: &str = r#"
+import errno, mmap, os
+def full(write):
+    try:
+        write()
+    except OSError as error:
+        return error.errno == errno.ENOSPC
+    return False
+kept = os.open("/data/kept", os.O_CREAT | os.O_RDWR)
+os.write(kept, b"k" * (1 << 20))
+os.fsync(kept)
+# By write(2): all that fits, then the error, at once and not when it is too late.
+fd = os.open("/data/large", os.O_CREAT | os.O_WRONLY)
+written = 0
+try:
+    while True:
+        written += os.write(fd, b"x" * (1 << 20))
+except OSError as error:
+    assert error.errno == errno.ENOSPC, error
+os.fsync(fd)
+assert os.fstat(fd).st_size == written, (os.fstat(fd).st_size, written)
+os.close(fd)
+free = os.statvfs("/data")
+assert free.f_bavail * free.f_frsize < 1 << 20, free
+# The same of what else takes room.
+def allocate():
+    fd = os.open("/data/more", os.O_CREAT | os.O_WRONLY)
+    try:
+        os.posix_fallocate(fd, 0, 8 << 20)
+    finally:
+        os.close(fd)
+assert full(allocate), "fallocate"
+os.unlink("/data/more")
+def append():
+    fd = os.open("/data/kept", os.O_WRONLY | os.O_APPEND)
+    try:
+        for _ in range(16):
+            os.write(fd, b"y" * (1 << 20))
+    finally:
+        os.close(fd)
+assert full(append), "append"
+# What was there is whole, and can be changed in place, by write and by memory.
+os.pwrite(kept, b"K", 0)
+shared = mmap.mmap(kept, 1 << 20)
+shared[1:2] = b"M"
+shared.flush()
+os.fsync(kept)
+assert os.pread(kept, 1 << 20, 0)[:1 << 20] == b"KM" + b"k" * ((1 << 20) - 2)
+names = 0
+def names_until_full():
+    global names
+    while True:
+        os.close(os.open("/data/name-" + "n" * 200 + str(names), os.O_CREAT | os.O_WRONLY))
+        names += 1
+assert full(names_until_full), "names"
+# Room comes back with what is removed.
+os.unlink("/data/large")
+fd = os.open("/data/again", os.O_CREAT | os.O_WRONLY)
+os.write(fd, b"z" * (4 << 20))
+os.fsync(fd)
+print("done", written >> 20, names, flush=True)
+"#;
+
+#[test]
+fn a_volume_ends_where_its_file_system_does() {
+    need_image(PYTHON);
+    pods("cri-full", |pods| {
+        let disk = Disk::new(&pods.dir().join("disk"), 64);
+        // An emptyDir of a kubelet whose pods have file systems of their own: of these it mounts each where it is.
+        let volume = pods.dir().join("volumes/kubernetes.io~empty-dir/data");
+        let mounted = disk.format().mount(&volume, "defaults");
+        let pod = pods.pod();
+        let mounts = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+        let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
+        config["mounts"] = mounts.clone();
+        let other = pod.start(&config);
+        let size = |text: String| text.lines().last().unwrap().split_whitespace().nth(1).unwrap().to_owned();
+        let on_node = husk_e2e::disk::on_node(&["df", "-k", &volume.to_string_lossy()]);
+        assert_eq!(size(other.sh("df -k /data")), size(on_node));
+        let mut config = pod.python(FILL);
+        config["mounts"] = mounts;
+        let filling = pod.start(&config);
+        assert_eq!(filling.wait().0, 0, "{}", filling.log());
+        assert!(filling.log().contains("done"), "{}", filling.log());
+        // The other container of the pod, and the node, see what is left.
+        assert_eq!(other.sh("wc -c < /data/again; head -c 2 /data/kept"), "4194304\nKM");
+        assert_eq!(fs::metadata(volume.join("again")).unwrap().len(), 4 * MIB);
+        pod.stop();
+        drop(mounted);
+    });
+}
+
+/// A device of a container's.
+fn device(disk: &Disk, permissions: &str) -> Value {
+    json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": permissions }])
+}
+
+/// A container with a device, privileged or not.
+#[track_caller]
+fn with(pod: &Pod, disk: &Disk, permissions: &str, privileged: bool) -> PodContainer {
+    let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
+    config["devices"] = device(disk, permissions);
+    config["linux"]["security_context"]["privileged"] = privileged.into();
+    pod.start(&config)
+}
+
+#[test]
+fn a_container_makes_a_file_system_on_a_device() {
+    pods("cri-disk-mounted", |pods| {
+        let disk = Disk::new(&pods.dir().join("disk"), 48);
+        let mut config = pods.config();
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        let pod = pods.run(config);
+        let (one, two) = (with(&pod, &disk, "mrw", true), with(&pod, &disk, "mrw", true));
+        let size = "blockdev --getsize64 /dev/xvda";
+        assert_eq!((one.sh(size), two.sh(size)), ((48 * MIB).to_string(), (48 * MIB).to_string()));
+        one.sh("mke2fs -L inside /dev/xvda > /dev/null && mkdir /data && mount -t ext4 /dev/xvda /data");
+        one.sh("mkdir /data/dir && echo by one > /data/dir/file && dd if=/dev/urandom of=/data/large bs=1M count=8 2> /dev/null");
+        let sum = one.sh("sha256sum < /data/large");
+        // It is one device: the other container has the same file system by it.
+        two.sh("mkdir /data && mount -t ext4 /dev/xvda /data");
+        assert_eq!(two.sh("cat /data/dir/file; sha256sum < /data/large"), format!("by one\n{sum}"));
+        two.sh("echo by two > /data/dir/other && sync && umount /data");
+        assert_eq!(one.sh("cat /data/dir/other; umount /data"), "by two");
+        // What was written is on the node's disk by the time it was unmounted, with the containers still there.
+        let point = pods.dir().join("mounted");
+        let mounted = disk.mount(&point, "ro");
+        assert_eq!(fs::read_to_string(point.join("dir/file")).unwrap(), "by one\n");
+        assert_eq!(fs::read_to_string(point.join("dir/other")).unwrap(), "by two\n");
+        let large = point.join("large");
+        assert_eq!(husk_e2e::disk::on_node(&["sh", "-c", &format!("sha256sum < {}", large.display())]), sum);
+        drop(mounted);
+        pod.stop();
+    });
+}
+
+/// Writes in place, with nothing but fsync to make it last.
+const SYNC: &str = r#"
+import os, time
+fd = os.open("/dev/xvda", os.O_RDWR)
+os.pwrite(fd, b"made to last", 1 << 20)
+os.fsync(fd)
+print("synced", flush=True)
+time.sleep(100000)
+"#;
+
+#[test]
+fn a_raw_device_is_written_read_and_shared() {
+    need_image(PYTHON);
+    pods("cri-disk-raw", |pods| {
+        let disk = Disk::new(&pods.dir().join("disk"), 16);
+        let pod = pods.pod();
+        let mut config = pod.python(SYNC);
+        config["devices"] = device(&disk, "rw");
+        let writing = pod.start(&config);
+        writing.wait_for("synced");
+        let mut seen = [0; 12];
+        let mut file = File::open(&disk.device).unwrap();
+        file.seek(SeekFrom::Start(MIB)).unwrap();
+        file.read_exact(&mut seen).unwrap();
+        assert_eq!(&seen, b"made to last");
+        // Killed, and the next container finds it.
+        writing.stop(0);
+        writing.remove();
+        let other = with(&pod, &disk, "mrw", false);
+        let read = "dd if=/dev/xvda bs=1M skip=1 count=1 2> /dev/null | head -c 12";
+        assert_eq!(other.sh(read), "made to last");
+        assert_eq!(other.sh("test -b /dev/xvda && echo block"), "block");
+        // Its end is the disk's.
+        let beyond = other.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/xvda bs=1M seek=15 count=2"]);
+        assert!(beyond.err.contains("No space left"), "{beyond:?}");
+        // Without the right to write, no writing; and what it says is what the disk has.
+        let reading = with(&pod, &disk, "r", false);
+        assert_eq!(reading.sh(read), "made to last");
+        for script in ["echo x > /dev/xvda", "echo x 1<> /dev/xvda"] {
+            let denied = reading.exec(&["sh", "-c", script]);
+            assert!(denied.code != 0 && denied.err.contains("not permitted"), "{script}: {denied:?}");
+        }
+        other.sh("printf changed | dd of=/dev/xvda bs=1M seek=1 conv=notrunc 2> /dev/null; sync");
+        let seen = node::eventually(std::time::Duration::from_secs(20), || {
+            (reading.sh("dd if=/dev/xvda bs=1M skip=1 count=1 2> /dev/null | head -c 7") == "changed").then_some(())
+        });
+        assert!(seen.is_some(), "{}", reading.sh(read));
+        pod.stop();
+        assert_eq!(raw(&disk), "changed");
+    });
+}
+
+/// What is on the disk where the tests write.
+fn raw(disk: &Disk) -> String {
+    let mut seen = [0; 7];
+    let mut file = File::open(Path::new(&disk.device)).unwrap();
+    file.seek(SeekFrom::Start(MIB)).unwrap();
+    file.read_exact(&mut seen).unwrap();
+    String::from_utf8_lossy(&seen).into_owned()
+}
+
+#[test]
+fn a_privileged_container_has_none_of_the_nodes_devices() {
+    pods("cri-none-of-the-nodes", |pods| {
+        // A disk of the node's that no pod was given, with a mark on it.
+        let disk = Disk::new(&pods.dir().join("disk"), 8);
+        fs::write(&disk.device, "the node's own").unwrap();
+        let mut config = pods.config();
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        let pod = pods.run(config);
+        let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
+        config["linux"]["security_context"]["privileged"] = json!(true);
+        let container = pod.start(&config);
+        // Every block device of the node, by name and number.
+        let mut names: Vec<String> = Vec::new();
+        for entry in fs::read_dir("/sys/class/block").unwrap() {
+            let entry = entry.unwrap();
+            let number = fs::read_to_string(entry.path().join("dev")).unwrap();
+            let (major, minor) = number.trim().split_once(':').unwrap();
+            let node = format!("/tmp/b-{major}-{minor}");
+            let read = container.exec(&["sh", "-c", &format!("mknod {node} b {major} {minor} && head -c 64 {node}")]);
+            // Where the guest has a device of that number it is one of its own, with nothing of the node's on it.
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let mut head = Vec::new();
+            File::open(format!("/dev/{name}")).unwrap().take(64).read_to_end(&mut head).unwrap();
+            let head = String::from_utf8_lossy(&head).into_owned();
+            if read.code == 0 && !read.out.is_empty() {
+                assert_ne!(read.out, head, "{number} of the node is open to the pod");
+            }
+            assert!(!read.out.contains("the node's own"), "{read:?}");
+            names.push(name);
+        }
+        assert!(names.iter().any(|name| disk.device.ends_with(name.as_str())), "{names:?}");
+        let listed = container.sh("ls /dev /sys/block; cat /proc/partitions");
+        // The guest's kernel has loop devices of its own, which are empty.
+        for name in names.iter().filter(|name| !name.starts_with("loop")) {
+            assert!(!listed.split_whitespace().any(|word| word == name), "{name} of the node:\n{listed}");
+        }
+        assert_eq!(container.sh("cat /sys/block/loop*/size 2> /dev/null | sort -u | grep -v '^0$'; true"), "");
+        // Nor what is no disk: its KVM, its tunnels, its ports.
+        assert_eq!(container.sh("ls -d /dev/kvm /dev/vhost-* /dev/vport* /dev/disk 2> /dev/null; true"), "");
+        pod.stop();
+    });
+}

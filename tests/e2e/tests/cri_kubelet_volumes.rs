@@ -1,0 +1,185 @@
+//! Secrets, projected volumes and the downward API: whatever is in them, as it was made, and its changes as they happen.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use husk_e2e::PYTHON;
+use husk_e2e::cri::kubelet::{Entry, publish};
+use husk_e2e::cri::pod::{need_image, pods};
+use husk_e2e::cri::{Pod, PodContainer, Pods};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::json;
+
+/// Each file that is to be seen in the directory `$0`: name, mode, owner and size, then what is in it.
+const LOOK: &str = r"
+    cd $0 && export LC_ALL=C && find -L . -path './..?*' -prune -o -type f -print | sort > /tmp/names
+    (xargs stat -L -c '%n %a %u:%g %s' < /tmp/names; xargs sha256sum < /tmp/names) | sha256sum
+    wc -l < /tmp/names";
+
+/// Looks whenever something in the volume's directory has come, gone or been replaced, and tells what it sees.
+const WATCH: &str = r#"
+import ctypes, os, subprocess, sys
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init()
+assert libc.inotify_add_watch(fd, b"/volume", 0x80 | 0x100 | 0x200) > 0
+while True:
+    seen = subprocess.run(["sh", "-c", sys.argv[1], "/volume"], capture_output=True, text=True)
+    print("seen", *seen.stdout.split(), seen.stderr, flush=True)
+    os.read(fd, 1 << 20)
+"#;
+
+/// What the node itself sees in a directory.
+#[track_caller]
+fn look(dir: &Path) -> String {
+    let seen = Command::new("sh").args(["-c", LOOK]).arg(dir).output().unwrap();
+    assert!(seen.status.success() && seen.stderr.is_empty(), "{seen:?}");
+    String::from_utf8(seen.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The directory of a volume of the kubelet's plugin `kind`.
+fn volume(pods: &Pods, kind: &str) -> PathBuf {
+    let path = pods.dir().join("volumes").join(format!("kubernetes.io~{kind}")).join("data");
+    fs::create_dir_all(&path).unwrap();
+    path
+}
+
+/// A container that watches a volume.
+fn watching(pod: &Pod, volume: &Path) -> PodContainer {
+    let mut config = pod.python(WATCH);
+    config["command"].as_array_mut().unwrap().push(LOOK.into());
+    config["mounts"] =
+        json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume", "readonly": true }]);
+    pod.start(&config)
+}
+
+/// All that is in the volume on the node is seen by a container that was there before.
+#[track_caller]
+fn is_seen(container: &PodContainer, volume: &Path) {
+    let expected = look(volume);
+    container.wait_for(&format!("seen {expected}"));
+}
+
+#[test]
+fn secrets_of_any_bytes_are_seen_and_followed() {
+    need_image(PYTHON);
+    pods("cri-secret", |pods| {
+        let volume = volume(pods, "secret");
+        // A Secret lies in memory.
+        mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let every: Vec<u8> = (0..=255).collect();
+        let version = |name: &str, word: &[u8]| {
+            publish(&volume, name, &[("tls.key", word, 0o400), ("bytes", &every, 0o440), ("none", b"", 0o444)]);
+            // With an fsGroup the files are the group's.
+            chown(volume.join("tls.key"), Some(0), Some(2000)).unwrap();
+        };
+        version("..1", b"first");
+        let pod = pods.pod();
+        let container = watching(&pod, &volume);
+        is_seen(&container, &volume);
+        version("..2", b"second");
+        is_seen(&container, &volume);
+        assert_eq!(container.sh("cat /volume/tls.key; stat -L -c ' %a %u:%g' /volume/tls.key"), "second 400 0:2000");
+        let denied = container.exec(&["sh", "-c", "rm /volume/..data/bytes"]);
+        assert!(denied.code != 0 && denied.err.contains("ead-only"), "{denied:?}");
+        pod.stop();
+        umount2(&volume, MntFlags::MNT_DETACH).unwrap();
+    });
+}
+
+#[test]
+fn projected_volumes_have_directories_and_lose_what_is_removed() {
+    need_image(PYTHON);
+    pods("cri-projected", |pods| {
+        let volume = volume(pods, "projected");
+        let first: [Entry; 5] = [
+            ("token", b"one", 0o600),
+            ("ca.crt", b"certificate", 0o644),
+            ("labels/app/name", b"web", 0o444),
+            ("labels/app/tier", b"front", 0o400),
+            ("scripts/run", b"#!/bin/sh\necho ran\n", 0o755),
+        ];
+        publish(&volume, "..1", &first);
+        let pod = pods.pod();
+        let container = watching(&pod, &volume);
+        is_seen(&container, &volume);
+        assert_eq!(container.sh("/volume/scripts/run; ls /volume/labels/app"), "ran\nname\ntier");
+        // One new, one changed, a directory and a file of another gone; another user reads what he may.
+        let second: [Entry; 4] = [
+            ("token", b"two", 0o600),
+            ("ca.crt", b"certificate", 0o644),
+            ("labels/app/name", b"web", 0o444),
+            ("more/deep/er/file", b"new", 0o444),
+        ];
+        publish(&volume, "..2", &second);
+        is_seen(&container, &volume);
+        let gone = "! test -e /volume/scripts && ! test -e /volume/labels/app/tier && cat /volume/more/deep/er/file";
+        let names = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        // The kubelet takes the names away after the version.
+        container.sh("until [ \"$(ls /volume | wc -l)\" = 4 ]; do sleep 0.1; done");
+        assert_eq!(container.sh(gone), "new");
+        assert_eq!(names(container.sh("ls /volume")), ["ca.crt", "labels", "more", "token"]);
+        let mut config = pod.sh("cat /volume/labels/app/name; cat /volume/token; id -u");
+        config["mounts"] =
+            json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume", "readonly": true }]);
+        config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1000 });
+        let user = pod.start(&config);
+        user.wait();
+        assert!(user.log().contains("stdout F web1000") && user.log().contains("Permission denied"), "{}", user.log());
+    });
+}
+
+#[test]
+fn the_downward_apis_changes_are_seen() {
+    need_image(PYTHON);
+    pods("cri-downward", |pods| {
+        let volume = volume(pods, "downward-api");
+        publish(&volume, "..1", &[("labels", b"app=\"web\"", 0o644), ("limits/memory", b"64", 0o644)]);
+        let pod = pods.pod();
+        let container = watching(&pod, &volume);
+        is_seen(&container, &volume);
+        publish(&volume, "..2", &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)]);
+        is_seen(&container, &volume);
+        assert_eq!(container.sh("cat /volume/limits/memory"), "96");
+    });
+}
+
+#[test]
+fn there_is_no_limit_on_entries_nor_on_their_size() {
+    need_image(PYTHON);
+    pods("cri-many-entries", |pods| {
+        let pod = pods.pod();
+        // Five thousand entries.
+        let many = volume(pods, "configmap");
+        let version = |name: &str, count: usize| {
+            let files: Vec<_> = (0..count).map(|n| (format!("entry-{n:05}"), format!("{name} {n}"))).collect();
+            let files: Vec<_> = files.iter().map(|(path, text)| (path.as_str(), text.as_bytes(), 0o644)).collect();
+            publish(&many, name, &files);
+        };
+        version("..1", 5000);
+        let container = watching(&pod, &many);
+        is_seen(&container, &many);
+        assert!(container.log().contains(" 5000"), "{}", container.log());
+        version("..2", 5100);
+        is_seen(&container, &many);
+        assert_eq!(container.sh("cat /volume/entry-05099; cat /volume/entry-00000"), "..2 5099..2 0");
+        container.stop(0);
+        container.remove();
+        // More than one message of ttrpc's may have, 4 MiB, in sum and in one file.
+        let large = volume(pods, "projected");
+        let bytes =
+            |seed: usize, length: usize| (0..length).map(|i| (i * 31 + seed + i / 251) as u8).collect::<Vec<_>>();
+        let contents: Vec<_> = (0..6).map(|n| bytes(n, 1 << 20)).chain([bytes(7, 5 << 20)]).collect();
+        let names: Vec<_> = (0..contents.len()).map(|n| format!("dir-{}/file-{n}", n % 2)).collect();
+        let mut entries: Vec<Entry> =
+            names.iter().zip(&contents).map(|(name, content)| (name.as_str(), content.as_slice(), 0o644)).collect();
+        publish(&large, "..1", &entries);
+        let container = watching(&pod, &large);
+        is_seen(&container, &large);
+        entries.rotate_left(1);
+        entries.truncate(6);
+        publish(&large, "..2", &entries);
+        is_seen(&container, &large);
+    });
+}
