@@ -9,9 +9,9 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
-/// Suites that run only where the filter names one of their tests: two take longer than all others together, and what
-/// the third tries `cargo xtask conformance` compares with runc.
-const SOAK: [&str; 3] = ["conformance", BUILDERS, "soak"];
+/// Suites that run only where the filter names one of their tests: two take longer than all others together, one needs
+/// a program compiled, and what the last tries `cargo xtask conformance` compares with runc.
+const SOAK: [&str; 4] = [BUILDERS, "soak", FSX, "conformance"];
 /// The suite that builds images, in images of its own.
 const BUILDERS: &str = "cri_builders";
 /// The suite that runs the public test program for file systems, in an image of its own.
