@@ -8,6 +8,7 @@
 //! [`connect`] runs before the daemon has a second thread: it changes the network namespace of the process.
 
 mod follow;
+mod left;
 mod read;
 mod steer;
 mod tap;
@@ -126,6 +127,10 @@ pub fn connect(path: &Path, wish: Wish) -> Result<Network, NetworkError> {
         // What changes after it was read is told; that the taps were made is not.
         let notices = follow::notices();
         let given = read::all(&netlink, &links)?;
+        match left::out(&netlink) {
+            Ok(left) => left.iter().for_each(|what| tracing::warn!("the pod's network has {what}: the guest does not")),
+            Err(error) => tracing::debug!(%error, "what the guest does not get is not known"),
+        }
         let follow = notices.and_then(|notices| Ok((Follow::begin(&taps, given.clone(), wish)?, notices)));
         let network = Network {
             taps,

@@ -5,8 +5,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
+use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, PodContainer, pods};
-use husk_e2e::{case, node};
+use husk_e2e::{PYTHON, case, node};
 use serde_json::json;
 
 #[track_caller]
@@ -35,6 +36,28 @@ fn wait_until(container: &PodContainer, command: &str, holds: impl Fn(&str) -> b
     assert!(held.is_some(), "{command}: {last}\n{}", node::log_tail(20));
 }
 
+/// What the driver leaves to the host (linux/ethtool.h: ETHTOOL_GRXCSUM, GTXCSUM, GSG, GTSO).
+const OFFLOADS: &str = r#"
+import array, fcntl, socket, struct
+for name, command in (("rx", 0x14), ("tx", 0x16), ("sg", 0x18), ("tso", 0x1e)):
+    value = array.array("B", struct.pack("II", command, 0))
+    fcntl.ioctl(socket.socket(), 0x8946, struct.pack("16sP", b"eth0", value.buffer_info()[0]))
+    print(name, struct.unpack("II", value.tobytes())[1])
+"#;
+
+#[test]
+fn checksums_and_segments_are_left_to_the_host() {
+    need_image(PYTHON);
+    pods("cri-offloads", |pods| {
+        let pod = pods.pod();
+        let container = pod.start(&pod.python(OFFLOADS));
+        assert_eq!(container.wait().0, 0, "{}", container.log());
+        for line in ["rx 1", "tx 1", "sg 1", "tso 1"] {
+            assert!(container.log().contains(line), "{}", container.log());
+        }
+    });
+}
+
 #[test]
 fn changes_of_the_network_are_followed() {
     pods("cri-follow", |pods| {
@@ -50,10 +73,26 @@ fn changes_of_the_network_are_followed() {
         ip(&pod, "route add 10.77.0.0/16 dev eth0 metric 77");
         wait_until(&container, "ip addr show eth0", |text| text.contains("10.99.1.5/24"));
         wait_until(&container, "ip route", |text| text.contains("10.77.0.0/16") && text.contains("metric 77"));
+        // With all that belongs to a route, of both families, and neighbours that somebody set.
+        ip(&pod, "route add 10.78.0.0/16 dev eth0 metric 5 mtu 1300");
+        ip(&pod, "-6 route add fd00:78::/64 dev eth0 metric 6 mtu 1320");
+        ip(&pod, "neigh add 10.99.1.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent");
+        wait_until(&container, "ip route; ip -6 route", |text| {
+            let has = |line: &str, parts: [&str; 2]| {
+                text.lines().any(|found| found.starts_with(line) && parts.iter().all(|part| found.contains(part)))
+            };
+            has("10.78.0.0/16 dev eth0", ["metric 5", "mtu 1300"]) && has("fd00:78::/64 dev eth0", ["metric 6", "mtu 1320"])
+        });
+        wait_until(&container, "ip neigh", |text| {
+            text.contains("10.99.1.9 dev eth0 lladdr 02:00:00:00:00:09") && text.contains("PERMANENT")
+        });
+        ip(&pod, "neigh del 10.99.1.9 dev eth0");
+        ip(&pod, "-6 route del fd00:78::/64 dev eth0 metric 6");
+        ip(&pod, "route del 10.78.0.0/16 dev eth0 metric 5");
         ip(&pod, "route del 10.77.0.0/16 dev eth0 metric 77");
         ip(&pod, "addr del 10.99.1.5/24 dev eth0");
         wait_until(&container, "ip addr show eth0; ip route", |text| {
-            !text.contains("10.99.1.") && !text.contains("10.77.")
+            !text.contains("10.99.1.") && !text.contains("10.77.") && !text.contains("10.78.")
         });
 
         assert_eq!(container.sh("ip route; ip -6 route"), routes);
