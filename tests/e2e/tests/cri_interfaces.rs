@@ -81,7 +81,8 @@ fn changes_of_the_network_are_followed() {
             let has = |line: &str, parts: [&str; 2]| {
                 text.lines().any(|found| found.starts_with(line) && parts.iter().all(|part| found.contains(part)))
             };
-            has("10.78.0.0/16 dev eth0", ["metric 5", "mtu 1300"]) && has("fd00:78::/64 dev eth0", ["metric 6", "mtu 1320"])
+            has("10.78.0.0/16 dev eth0", ["metric 5", "mtu 1300"])
+                && has("fd00:78::/64 dev eth0", ["metric 6", "mtu 1320"])
         });
         wait_until(&container, "ip neigh", |text| {
             text.contains("10.99.1.9 dev eth0 lladdr 02:00:00:00:00:09") && text.contains("PERMANENT")
