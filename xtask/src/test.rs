@@ -20,9 +20,7 @@ const FSX: &str = "cri_fsx";
 const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
 const TWO_AS_WELL: [&str; 3] = ["cri_events", "cri_pods", "cri_userns"];
-/// What runs on a host with version 1 of control groups.
-const LEGACY: [&str; 2] = ["cri_cgroup1", "cri_pods"];
-/// What runs there only.
+/// What runs on a host with version 1 of control groups, and there only.
 const LEGACY_ONLY: &str = "cri_cgroup1";
 /// So that what one leaves in the node's kernel does not reach all others; a boot costs ten seconds.
 const SUITES_A_BOOT: usize = 8;
@@ -94,7 +92,7 @@ fn runs(suite: &str, line: Line, all: bool, filtered: bool) -> bool {
     let soak = !filtered && SOAK.contains(&suite);
     match line {
         Line::One => !soak && !TWO_ONLY.contains(&suite) && suite != LEGACY_ONLY,
-        Line::Legacy => LEGACY.contains(&suite) || (filtered && !TWO_ONLY.contains(&suite)),
+        Line::Legacy => suite == LEGACY_ONLY || (filtered && !TWO_ONLY.contains(&suite)),
         Line::Two => {
             !soak && suite != LEGACY_ONLY && (all || TWO_ONLY.contains(&suite) || TWO_AS_WELL.contains(&suite))
         }
