@@ -26,7 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = spec.network();
     }
     if let Ok(bundle) = Bundle::load(dir()) {
-        let _ = sizing(&bundle.spec, &Config::default());
+        let _ = sizing(&bundle.spec, &Config::default(), u64::MAX);
     }
     let _ = resources_update(bytes);
 });
