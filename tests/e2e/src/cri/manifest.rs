@@ -336,8 +336,13 @@ fn security(into: &mut Value, pod: &Value, container: &Value) {
             "readOnlyRootFilesystem",
             "allowPrivilegeEscalation",
             "capabilities",
+            "appArmorProfile",
         ],
     );
+    if let Some(profile) = container.get("appArmorProfile") {
+        known(profile, &["type"]);
+        into["apparmor"] = json!({ "profile_type": profile["type"] });
+    }
     let either = |name: &str| container.get(name).or_else(|| pod.get(name)).cloned();
     if let Some(user) = either("runAsUser") {
         into["run_as_user"] = json!({ "value": user });
