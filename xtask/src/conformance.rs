@@ -12,15 +12,9 @@ use std::time::Duration;
 
 /// The suite of behaviours.
 const SUITE: &str = "conformance";
-/// What is compared, by the names of the files that the results come in: runtime and containerd's handler of it.
-const RUNC: Column = ("runc", "io.containerd.runc.v2", "runc");
-const HUSK: Column = ("husk", "io.containerd.husk.v2", "husk");
-/// The same as containerd's sandbox (`sandboxer = "shim"`).
-const HUSK_SANDBOX: Column = ("husk-sandbox", "io.containerd.husk.v2", "husk-sandbox");
-/// Of each line runc comes first.
-const LINES: [(Line, &[Column]); 2] = [(Line::One, &[RUNC, HUSK]), (Line::Two, &[RUNC, HUSK, HUSK_SANDBOX])];
-
-type Column = (&'static str, &'static str, &'static str);
+/// What is compared, by the names of the files that the results come in.
+const RUNTIMES: [(&str, &str); 2] = [("runc", "io.containerd.runc.v2"), ("husk", "io.containerd.husk.v2")];
+const LINES: [Line; 2] = [Line::One, Line::Two];
 
 /// A behaviour, and its result in each column.
 struct Row {
@@ -35,18 +29,18 @@ pub fn conformance() -> Result<u8> {
     dist::dist(Profile::Node)?;
     let suites = build::tests("husk-e2e")?;
     let suite = build::find(&suites, &[SUITE])?;
+    let mut script = String::new();
+    for (name, runtime) in RUNTIMES {
+        let _ = writeln!(script, "echo '== {name}'");
+        let _ = writeln!(script, "export HUSK_E2E_RUNTIME={runtime} HUSK_CONFORMANCE=/out/{name}.tsv");
+        let _ = writeln!(script, "/husk/tests/{SUITE} --test-threads=1");
+    }
+    script.push_str("containerd --version > /out/containerd; runc --version | head -n1 > /out/runc\n");
     cache::make_dir(&paths::node())?;
     let path = paths::node().join("conformance.sh");
+    fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let (mut rows, mut titles) = (Vec::new(), Vec::new());
-    for (line, columns) in LINES {
-        let mut script = String::new();
-        for (name, runtime, handler) in columns {
-            let _ = writeln!(script, "echo '== {name}'");
-            let _ = writeln!(script, "export HUSK_E2E_RUNTIME={runtime} HUSK_E2E_HANDLER={handler}");
-            let _ = writeln!(script, "HUSK_CONFORMANCE=/out/{name}.tsv /husk/tests/{SUITE} --test-threads=1");
-        }
-        script.push_str("containerd --version > /out/containerd; runc --version | head -n1 > /out/runc\n");
-        fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
+    for line in LINES {
         let mut add = node::images()?;
         add.push(Add::new(&suite.path, format!("/husk/tests/{SUITE}")));
         let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
@@ -55,7 +49,7 @@ pub fn conformance() -> Result<u8> {
         node::run(&Run { script, args: vec![], env, add, machine, containerd: line, time_limit })?;
         let version = read("containerd")?;
         let version = version.split_whitespace().nth(2).unwrap_or_default();
-        for (name, ..) in columns {
+        for (name, _) in RUNTIMES {
             titles.push(format!("{name}, {}", version.split('~').next().unwrap_or_default()));
             collect(&mut rows, titles.len() - 1, &read(&format!("{name}.tsv"))?)?;
         }
@@ -96,13 +90,7 @@ fn collect(rows: &mut Vec<Row>, column: usize, text: &str) -> Result<()> {
 /// The behaviours that runc has on some line, and Husk has not on the same.
 fn worse(rows: &[Row]) -> Vec<&Row> {
     let is = |row: &Row, column: usize, result: &str| row.results.get(&column).is_some_and(|found| found == result);
-    let mut pairs = Vec::new();
-    let mut first = 0;
-    for (_, columns) in LINES {
-        pairs.extend((1..columns.len()).map(|column| (first, first + column)));
-        first += columns.len();
-    }
-    let lost = |row: &&Row| pairs.iter().any(|&(runc, husk)| is(row, runc, "passes") && is(row, husk, "fails"));
+    let lost = |row: &&Row| (0..LINES.len()).any(|line| is(row, 2 * line, "passes") && is(row, 2 * line + 1, "fails"));
     rows.iter().filter(lost).collect()
 }
 
@@ -110,8 +98,7 @@ fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
     let mut text = format!(
         "# What the CRI promises, and who keeps it\n\n\
          Made by `cargo xtask conformance`, which tries each behaviour through containerd's CRI in the test node: the\n\
-         groups are those of the CRI's validation suite. runc is {runc}; the columns name containerd's version,\n\
-         husk-sandbox is Husk as containerd's sandbox (`sandboxer = \"shim\"`).\n\
+         groups are those of the CRI's validation suite. runc is {runc}; the columns name containerd's version.\n\
          *refused*: it needs what a virtual machine does not share with its host, and a clear error says so.\n"
     );
     let mut group = "";
