@@ -23,8 +23,6 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// The pages there are, in bytes.
 const HUGE_PAGE: u64 = 2 << 20;
-/// Who owns what belongs to nobody that is mapped (the kernel's `overflowuid`).
-const NOBODY: u32 = 65534;
 
 /// Why there is no such volume.
 #[derive(Debug, thiserror::Error)]
@@ -149,7 +147,7 @@ fn directories(root: &Path, below: &Path, users: Option<&Users>) -> io::Result<V
 
 fn owner(meta: &Metadata, users: Option<&Users>) -> (u32, u32) {
     match users {
-        Some(users) => (users.uid(meta.uid()).unwrap_or(NOBODY), users.gid(meta.gid()).unwrap_or(NOBODY)),
+        Some(users) => users.owner(meta.uid(), meta.gid()),
         None => (meta.uid(), meta.gid()),
     }
 }

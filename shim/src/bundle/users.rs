@@ -8,6 +8,8 @@ use std::{
     os::fd::OwnedFd,
 };
 
+/// Who owns what belongs to nobody that is mapped (the kernel's `overflowuid`).
+const NOBODY: u32 = 65534;
 /// Most lines the kernel takes (user_namespaces(7)).
 const MAX_LINES: usize = 340;
 
@@ -132,6 +134,11 @@ impl Users {
     /// What the group `id` of the namespace is outside of it, if it is any.
     pub fn gid(&self, id: u32) -> Option<u32> {
         self.gids.iter().find_map(|mapping| mapping.outside(id))
+    }
+
+    /// Whom a mount with these mappings shows a file of `uid` and `gid` to belong to.
+    pub fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
+        (self.uid(uid).unwrap_or(NOBODY), self.gid(gid).unwrap_or(NOBODY))
     }
 
     /// The mappings of users and of groups.

@@ -30,9 +30,6 @@ const ATTEMPTS: u32 = 10;
 /// After which a copy that the guest refused, for want of memory perhaps, is tried again.
 const AGAIN: Duration = Duration::from_secs(10);
 
-/// Who owns what belongs to nobody that is mapped (the kernel's `overflowuid`).
-const NOBODY: u32 = 65534;
-
 /// A volume that is mirrored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirror {
@@ -170,8 +167,7 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
 
 /// Has an entry belong to whom a mount with mapped ids would show it to.
 fn belong(entry: &mut MirrorEntry, users: &Users) {
-    entry.uid = users.uid(entry.uid).unwrap_or(NOBODY);
-    entry.gid = users.gid(entry.gid).unwrap_or(NOBODY);
+    (entry.uid, entry.gid) = users.owner(entry.uid, entry.gid);
 }
 
 #[cfg(test)]

@@ -71,7 +71,10 @@ impl Sandbox {
         }
         let name = profile.to_owned();
         let read = tokio::task::spawn_blocking(move || policy(Path::new(PROFILES), &name)).await;
-        let policy = read.unwrap_or_else(|_| Err(AppArmorError::Missing(profile.to_owned())))?;
+        let policy = read.unwrap_or_else(|error| {
+            let (profile, path) = (profile.to_owned(), PROFILES.into());
+            Err(AppArmorError::Read { profile, path, source: io::Error::other(error) })
+        })?;
         let mut digest = DefaultHasher::new();
         policy.hash(&mut digest);
         let digest = digest.finish();

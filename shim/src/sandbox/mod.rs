@@ -190,9 +190,10 @@ impl Sandbox {
 
     /// The huge pages that the node lets the pod have as a whole, in MiB.
     pub fn huge_mib(&self) -> u64 {
-        match self.cgroup.get() {
-            Some(cgroup) => limits::huge_mib(cgroup.place()).min(hugepages::pool_mib()),
-            None => 0,
+        // Most nodes have none, and then nothing more is looked at: this is asked for every container.
+        match (hugepages::pool_mib(), self.cgroup.get()) {
+            (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.place()).min(pool_mib),
+            _ => 0,
         }
     }
 

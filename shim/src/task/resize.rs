@@ -107,8 +107,9 @@ impl Shim {
 
     fn target(&self, least: Option<Size>) -> Option<Target> {
         let (growth, size) = (&self.sandbox.resizer()?.growth, self.pod_size()?);
+        let pods_huge_mib = self.sandbox.huge_mib();
         let pod = lock(&self.sizes.pod);
-        let huge_mib = growth.huge_mib(pod.values()).max(self.sandbox.huge_mib());
+        let huge_mib = growth.huge_mib(pod.values()).max(pods_huge_mib);
         let host = growth.host_limits(pod.values());
         Some(Target { size: least.map_or(size, |least| size.max(least)), huge_mib, host })
     }

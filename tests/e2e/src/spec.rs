@@ -26,6 +26,14 @@ pub fn push(spec: &mut Value, parent: &str, key: &str, item: Value) {
     }
 }
 
+/// Has the container see its own control group at `/sys/fs/cgroup`.
+pub fn show_cgroup(spec: &mut Value) {
+    push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
+    let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
+    let mount = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options });
+    push(spec, "", "mounts", mount);
+}
+
 /// Removes the namespace of this kind, so that the container would get the host's.
 pub fn drop_namespace(spec: &mut Value, kind: &str) {
     if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {

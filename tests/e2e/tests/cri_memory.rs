@@ -194,10 +194,7 @@ fn huge_pages_of_a_container_are_limited() {
                 let mount =
                     json!({ "destination": "/huge", "type": "hugetlbfs", "source": "none", "options": options });
                 spec::push(spec, "", "mounts", mount);
-                spec::push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
-                let mount =
-                    json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
-                spec::push(spec, "", "mounts", mount);
+                spec::show_cgroup(spec);
             })
             .output()
         };

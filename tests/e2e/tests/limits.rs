@@ -13,14 +13,7 @@ fn cgroup_limits_are_set() {
             spec["linux"]["resources"]["memory"] = json!({ "limit": 134_217_728, "reservation": 33_554_432 });
             spec["linux"]["resources"]["cpu"] = json!({ "quota": 150_000, "period": 100_000, "shares": 2048 });
             spec["linux"]["resources"]["pids"] = json!({ "limit": 42 });
-            spec::push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
-            spec::push(
-                spec,
-                "",
-                "mounts",
-                json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                        "options": ["nosuid", "noexec", "nodev", "relatime", "ro"] }),
-            );
+            spec::show_cgroup(spec);
         });
         // Shares 2048 are weight 79 in the runc of the node, 1.1, and 174 since runc 1.3.2, whose conversion libcontainer has.
         let weight = if husk_e2e::runtime() == "io.containerd.runc.v2" { 79 } else { 174 };
@@ -35,14 +28,7 @@ fn swap_is_what_is_beyond_memory() {
         for (swap, expected) in [(157_286_400, "52428800"), (104_857_600, "0"), (-1, "max")] {
             let run = case.with_spec("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.swap.max", |spec| {
                 spec["linux"]["resources"]["memory"] = json!({ "limit": 104_857_600, "swap": swap });
-                spec::push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
-                spec::push(
-                    spec,
-                    "",
-                    "mounts",
-                    json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"] }),
-                );
+                spec::show_cgroup(spec);
             });
             run.output().expect_clean().expect_out(&format!("104857600\n{expected}"));
         }

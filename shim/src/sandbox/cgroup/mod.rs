@@ -131,6 +131,8 @@ impl Cgroup {
         let cgroup = Self { place, origins, namespace: namespace.to_owned() };
         let made = cgroup.make();
         if made.is_err() {
+            // Of version 1 it may be in some already.
+            cgroup.leave();
             cgroup.place.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
         }
         made.map(|()| cgroup)
@@ -164,8 +166,7 @@ impl Cgroup {
         &self.place
     }
 
-    /// Moves this process back and removes the cgroup, and containerd's own above it when this was the last in it.
-    pub async fn leave_and_remove(&self) {
+    fn leave(&self) {
         for (path, origin) in self.place.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
                 // Its own is gone; the root of the hierarchy is not.
@@ -173,6 +174,11 @@ impl Cgroup {
                 let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
             }
         }
+    }
+
+    /// Moves this process back and removes the cgroup, and containerd's own above it when this was the last in it.
+    pub async fn leave_and_remove(&self) {
+        self.leave();
         let (place, namespace) = (self.place.clone(), self.namespace.clone());
         // The wait for the last process would hold up everything else on this thread.
         let removed =
