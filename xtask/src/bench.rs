@@ -1,11 +1,10 @@
 //! `cargo xtask bench …`: measurements, made in the test node.
 
 use crate::build::{self, Profile};
-use crate::node::{self, Add, Line, Machine, Run};
+use crate::node::{self, Add, Limits, Line, Machine, Run};
 use crate::{dist, paths, setup};
 use anyhow::Result;
 use clap::Subcommand;
-use std::time::Duration;
 
 /// What is measured.
 #[derive(Subcommand)]
@@ -56,7 +55,6 @@ pub fn bench(bench: &Bench) -> Result<u8> {
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
     let mut arguments = vec![what.to_owned()];
     arguments.extend(args.iter().cloned());
-    let time_limit = Duration::from_secs(2700);
     node::run(&Run {
         script,
         args: arguments,
@@ -64,6 +62,6 @@ pub fn bench(bench: &Bench) -> Result<u8> {
         add,
         machine: Machine::default(),
         containerd: Line::One,
-        time_limit,
+        limits: Limits::default(),
     })
 }

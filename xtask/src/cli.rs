@@ -1,12 +1,11 @@
 //! The command line.
 
 use crate::build::Profile;
-use crate::node::{Add, Line, Machine, Run};
+use crate::node::{Add, Limits, Line, Machine, Run};
 use crate::{bench, conformance, demo, dist, image, kernel, node, setup, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// Builds, runs and tests Husk.
 #[derive(Parser)]
@@ -120,9 +119,9 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Node { command: NodeTask::Prepare } => node::prepare()?,
         Task::Node { command: NodeTask::Run { place, time_limit, env, script, args } } => {
             let machine = Machine { cpus: place.cpus, memory: place.memory };
-            let time_limit = Duration::from_secs(time_limit);
+            let limits = Limits::secs(time_limit, time_limit);
             let Place { add, containerd, .. } = place;
-            return node::run(&Run { script, args, env, add, machine, containerd, time_limit });
+            return node::run(&Run { script, args, env, add, machine, containerd, limits });
         }
         Task::Node { command: NodeTask::Shell { place } } => {
             node::shell(place.containerd, &place.add, Machine { cpus: place.cpus, memory: place.memory })?;

@@ -4,7 +4,7 @@
 //! nothing behind; elsewhere in the test node.
 
 use crate::build::Profile;
-use crate::node::{self, Add, Line, Machine, Run, kvm};
+use crate::node::{self, Add, Limits, Line, Machine, Run, kvm};
 use crate::{cache, cmd, dist, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -13,7 +13,6 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 /// How it is shown.
 #[derive(Args)]
@@ -79,7 +78,6 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
         ("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()),
         ("HUSK_TIMELINE".to_owned(), "/out/timeline".to_owned()),
     ];
-    let time_limit = Duration::from_secs(600);
     node::run(&Run {
         script: script.to_path_buf(),
         args: vec![],
@@ -87,7 +85,7 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
         add,
         machine: Machine::default(),
         containerd: Line::One,
-        time_limit,
+        limits: Limits::secs(600, 600),
     })
 }
 

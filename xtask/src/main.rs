@@ -16,6 +16,7 @@ mod lock;
 mod lockfile;
 mod node;
 mod paths;
+mod plan;
 mod setup;
 mod test;
 mod ui;

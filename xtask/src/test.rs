@@ -1,13 +1,13 @@
 //! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
 
 use crate::build::{self, Profile, Program, cargo};
-use crate::node::{self, Add, Crashed, Line, Machine, Run, kvm};
+use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, kvm};
+use crate::plan::{Outcome, Plan};
 use crate::{cache, cmd, dist, lockfile, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
 
 /// Suites that run only where the filter names one of their tests: two take longer than all others together, one needs
 /// a program compiled, and what the last tries `cargo xtask conformance` compares with runc.
@@ -24,10 +24,8 @@ const TWO_AS_WELL: [&str; 3] = ["cri_events", "cri_pods", "cri_userns"];
 const LEGACY_ONLY: &str = "cri_cgroup1";
 /// So that what one leaves in the node's kernel does not reach all others; a boot costs ten seconds.
 const SUITES_A_BOOT: usize = 8;
-/// How often a suite that failed in an emulated node is tried again.
-const MORE_TRIES: u32 = 1;
-/// Where the node notes the suites that failed.
-const FAILED: &str = "/out/failed";
+/// How long some suites may take in all, and one test of theirs; the longest take six and two minutes.
+const LIMITS: Limits = Limits::secs(1200, 300);
 
 /// What is run.
 #[derive(Args)]
@@ -124,36 +122,33 @@ fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
     }
     let chosen: Vec<&Program> =
         named.into_iter().filter(|suite| runs(&suite.name, line, all, !filter.is_empty())).collect();
-    let mut failed = Vec::new();
-    let a_boot = if filter.is_empty() { SUITES_A_BOOT } else { chosen.len().max(1) };
-    for suites in chosen.chunks(a_boot) {
-        failed.extend(boot(suites, filter, line)?);
-    }
+    let a_boot = if filter.is_empty() { SUITES_A_BOOT } else { chosen.len() };
     // The worst of the emulator's flaws is kept away from (see node/boot.rs). Another one is known: the vector of an
     // interrupt that is injected with VMRUN stays noted (exception_index in helper_vmrun() of
     // target/i386/tcg/system/svm_helper.c), and is delivered again when the processor is kicked before the next #VMEXIT.
     let emulated = !matches!(kvm::judge(), kvm::Verdict::Usable { .. });
-    for _ in 0..if emulated { MORE_TRIES } else { 0 } {
-        if failed.is_empty() {
+    let mut plan = Plan::new(chosen.iter().map(|suite| suite.name.clone()), a_boot, emulated);
+    loop {
+        let names = plan.next();
+        if names.is_empty() {
             break;
         }
-        let names: Vec<&str> = failed.iter().map(|suite| suite.name.as_str()).collect();
-        ui::say(
-            "test",
-            format!("UNSTEADY in an emulated node, each tried again in one of its own: {}", names.join(", ")),
-        );
-        let again = std::mem::take(&mut failed);
-        for suite in again {
-            failed.extend(boot(&[suite], filter, line)?);
+        let suites: Vec<&Program> =
+            names.iter().filter_map(|name| chosen.iter().copied().find(|suite| suite.name == *name)).collect();
+        plan.ended(boot(&suites, filter, line)?);
+    }
+    for (what, names) in [("UNSTEADY in an emulated node, tried again", plan.unsteady()), ("failed", plan.failed())] {
+        if !names.is_empty() {
+            ui::say("test", format!("{what}: {}", names.join(", ")));
         }
     }
-    Ok(u8::from(!failed.is_empty()))
+    Ok(u8::from(!plan.failed().is_empty()))
 }
 
-/// Runs some suites in a node of their own; those that failed, which is all of them when the node itself crashed or hung.
-fn boot<'a>(suites: &[&'a Program], filter: &str, line: Line) -> Result<Vec<&'a Program>> {
+/// Runs some suites in a node of their own; what became of each.
+fn boot(suites: &[&Program], filter: &str, line: Line) -> Result<Vec<(String, Outcome)>> {
     let mut add = node::images()?;
-    let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=\n");
+    let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=0\n");
     for Program { name, path } in suites {
         if name == BUILDERS {
             add.extend(node::builder_images()?);
@@ -163,33 +158,41 @@ fn boot<'a>(suites: &[&'a Program], filter: &str, line: Line) -> Result<Vec<&'a 
         }
         add.push(Add::new(path, format!("/husk/tests/{name}")));
         script.push_str(&format!(
-            "echo \"== {name}\"\n/husk/tests/{name} --test-threads=1 \"$@\" || {{ failed=\"$failed {name}\"; echo {name} >> {FAILED}; }}\n"
+            "echo \"== {name}\"; echo \"mark begun {name}\" >&9\n\
+             if /husk/tests/{name} --test-threads=1 \"$@\" 9>&-; then echo \"mark passed {name}\" >&9\n\
+             else failed=1; echo \"mark failed {name}\" >&9; fi\n"
         ));
     }
-    script.push_str("[ -z \"$failed\" ] || { echo \"failed:$failed\"; exit 1; }\n");
+    script.push_str("exit $failed\n");
     cache::make_dir(&paths::node())?;
     let path = paths::node().join("e2e.sh");
     fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
-    let time_limit = Duration::from_secs(if filter.is_empty() { 1200 } else { 2700 });
-    let run = Run { script: path, args, env, add, machine: Machine::default(), containerd: line, time_limit };
-    let code = match node::run(&run) {
-        Err(error) if error.is::<Crashed>() => {
-            ui::say("test", format!("{error:#}"));
-            return Ok(suites.to_vec());
-        }
-        code => code?,
-    };
-    let path = node::out_dir().join(FAILED.trim_start_matches("/out/"));
-    let failed = match fs::read_to_string(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-        read => read.with_context(|| format!("cannot read {}", path.display()))?,
-    };
-    let failed: Vec<&Program> =
-        suites.iter().copied().filter(|suite| failed.lines().any(|name| name == suite.name)).collect();
-    if code != 0 && failed.is_empty() {
-        bail!("the suites' script ended with {code}, and names none that failed");
+    let limits = if filter.is_empty() { LIMITS } else { Limits::default() };
+    let run = Run { script: path, args, env, add, machine: Machine::default(), containerd: line, limits };
+    let mut outcomes: Vec<(String, Outcome)> =
+        suites.iter().map(|suite| (suite.name.clone(), Outcome::Waiting)).collect();
+    let end = node::run_marked(&run, &mut |mark| note(&mut outcomes, mark));
+    match end {
+        Err(error) if error.is::<Crashed>() => ui::say("test", format!("{error:#}")),
+        end => drop(end?),
     }
-    Ok(failed)
+    Ok(outcomes)
+}
+
+/// Notes what the script marked: "begun", "passed" or "failed", and a suite.
+fn note(outcomes: &mut [(String, Outcome)], mark: &str) {
+    let Some((word, name)) = mark.split_once(' ') else { return };
+    let outcome = match word {
+        "begun" => Outcome::Begun,
+        "passed" => Outcome::Passed,
+        "failed" => Outcome::Failed,
+        _ => return,
+    };
+    for (suite, noted) in outcomes {
+        if suite == name {
+            *noted = outcome;
+        }
+    }
 }

@@ -8,11 +8,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// The descriptor QEMU has the control pipe on.
 const CONTROL: i32 = 3;
+
+/// From power-on to containerd, which takes seven seconds: an emulated node now and then hangs before it gets there.
+const BOOT: Duration = Duration::from_secs(150);
 
 /// The lines of the console that tell of a crash: the kernel's report is some sixty long, and one may follow another.
 const REPORT: usize = 160;
@@ -28,6 +31,23 @@ impl std::fmt::Display for Crashed {
 }
 
 impl std::error::Error for Crashed {}
+
+/// How long a node may take.
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// All in all.
+    pub whole: Duration,
+    /// Without a word from the script.
+    pub quiet: Duration,
+}
+
+/// What the node is heard to do.
+enum Event {
+    /// A line of its init's, or of the script's, for us.
+    Control(String),
+    /// The script printed something.
+    Output,
+}
 
 /// What is booted.
 pub struct Boot<'a> {
@@ -109,8 +129,9 @@ fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
     Ok((child, reader))
 }
 
-/// Boots, runs the script, and returns its exit code; [`Crashed`] is the error when there is none.
-pub fn run(boot: &Boot, limit: Duration) -> Result<u8> {
+/// Boots, runs the script, and returns its exit code; [`Crashed`] is the error when there is none. What the script
+/// marks, as "mark TEXT" on its descriptor 9, is told as it comes.
+pub fn run(boot: &Boot, limits: Limits, marked: &mut dyn FnMut(&str)) -> Result<u8> {
     let console = cmd::log_path("node-console")?;
     let log = console.to_string_lossy().replace(',', ",,");
     let mut command = qemu(boot, "run")?;
@@ -122,30 +143,34 @@ pub fn run(boot: &Boot, limit: Duration) -> Result<u8> {
     let (mut child, control) = spawn(&mut command)?;
     // The command holds no pipe end of its own; QEMU's are the last.
     let output = child.stdout.take().context("QEMU has no output")?;
-    let show = std::thread::spawn(move || show(output));
-    let end = follow(&lines(control), begin, limit);
-    if end.is_none() {
+    let (sender, events) = channel();
+    let show = std::thread::spawn({
+        let sender = sender.clone();
+        move || show(output, &sender)
+    });
+    std::thread::spawn(move || lines(control, &sender));
+    let end = follow(&events, begin, limits, marked);
+    // Where the exit code is known QEMU is gone, or the machine does not end.
+    if !matches!(end, Ok(None)) {
         let _ = child.kill();
     }
     let status = child.wait()?;
     let _ = show.join();
     match end {
-        Some(code) => {
+        Ok(Some(code)) => {
             ui::say(
                 "node",
                 format!("off after {:.1} s; the script's exit code is {code}", begin.elapsed().as_secs_f64()),
             );
             Ok(code)
         }
-        None if begin.elapsed() >= limit => {
-            Err(Crashed(format!("the node was stopped: the script did not end within {} s", limit.as_secs())).into())
-        }
-        None => {
-            let report = cmd::tail(&console, REPORT);
-            Err(Crashed(format!("the node ended without the script's exit code ({status}); its console:\n{report}"))
-                .into())
-        }
+        Ok(None) => Err(crashed(&format!("the node ended without the script's exit code ({status})"), &console)),
+        Err(late) => Err(crashed(&format!("the node was stopped: {late}"), &console)),
     }
+}
+
+fn crashed(what: &str, console: &Path) -> anyhow::Error {
+    Crashed(format!("{what}; its console:\n{}", cmd::tail(console, REPORT))).into()
 }
 
 /// Boots with a shell on the terminal.
@@ -163,7 +188,7 @@ pub fn shell(boot: &Boot) -> Result<()> {
 }
 
 /// Copies the script's output to the terminal as it comes, and to a file.
-fn show(mut output: impl Read) {
+fn show(mut output: impl Read, events: &Sender<Event>) {
     let mut file = cmd::log_path("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
     let mut buffer = [0; 8192];
     while let Ok(n @ 1..) = output.read(&mut buffer) {
@@ -173,40 +198,62 @@ fn show(mut output: impl Read) {
         }
         let mut stdout = std::io::stdout().lock();
         let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+        let _ = events.send(Event::Output);
     }
 }
 
-/// The lines the node's init writes for us.
-fn lines(control: PipeReader) -> Receiver<String> {
-    let (sender, lines) = channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(control).lines() {
-            let Ok(line) = line else { break };
-            if sender.send(line).is_err() {
-                break;
-            }
+/// Passes on the lines that the node writes for us.
+fn lines(control: PipeReader, events: &Sender<Event>) {
+    for line in BufReader::new(control).lines() {
+        let Ok(line) = line else { break };
+        if events.send(Event::Control(line)).is_err() {
+            break;
         }
-    });
-    lines
+    }
 }
 
-/// Reports what the node says of itself; the script's exit code, unless the node ends or time runs out before.
-fn follow(lines: &Receiver<String>, begin: Instant, limit: Duration) -> Option<u8> {
-    let mut code = None;
+/// Reports what the node says of itself until it is off; the script's exit code if it told one, and as the error what
+/// took too long.
+fn follow(
+    events: &Receiver<Event>,
+    begin: Instant,
+    limits: Limits,
+    marked: &mut dyn FnMut(&str),
+) -> Result<Option<u8>, String> {
+    let (mut code, mut up, mut heard) = (None, false, begin);
     loop {
-        match lines.recv_timeout(limit.saturating_sub(begin.elapsed())) {
-            Ok(line) => match line.trim().split_once(' ') {
-                Some(("exit", number)) => code = Some(number.parse().unwrap_or(125)),
-                Some(("containerd", _)) => {
-                    ui::say(
-                        "node",
-                        format!("containerd answers, {:.1} s after power-on", begin.elapsed().as_secs_f64()),
-                    );
-                }
-                Some(("note", text)) => ui::say("node", text),
-                _ => {}
-            },
-            Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => return code,
+        let whole = limits.whole.saturating_sub(begin.elapsed());
+        let quiet =
+            if up { limits.quiet.saturating_sub(heard.elapsed()) } else { BOOT.saturating_sub(begin.elapsed()) };
+        let event = match events.recv_timeout(whole.min(quiet)) {
+            Ok(event) => event,
+            Err(RecvTimeoutError::Disconnected) => return Ok(code),
+            // The script has ended; all that is missing is the machine's end.
+            Err(RecvTimeoutError::Timeout) if code.is_some() => return Ok(code),
+            Err(RecvTimeoutError::Timeout) if !up => {
+                return Err(format!("containerd did not answer within {} s of power-on", BOOT.as_secs()));
+            }
+            Err(RecvTimeoutError::Timeout) if whole <= quiet => {
+                return Err(format!("the script did not end within {} s", limits.whole.as_secs()));
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(format!("the script printed nothing for {} s", limits.quiet.as_secs()));
+            }
+        };
+        heard = Instant::now();
+        let Event::Control(line) = event else { continue };
+        match line.trim().split_once(' ') {
+            Some(("exit", number)) => code = Some(number.parse().unwrap_or(125)),
+            Some(("containerd", _)) => {
+                up = true;
+                ui::say("node", format!("containerd answers, {:.1} s after power-on", begin.elapsed().as_secs_f64()));
+            }
+            Some(("mark", text)) => marked(text),
+            Some(("note", text)) => {
+                up = true;
+                ui::say("node", text);
+            }
+            _ => {}
         }
     }
 }

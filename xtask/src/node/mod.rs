@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-pub use boot::Crashed;
+pub use boot::{Crashed, Limits};
 pub use containerd::Line;
 pub use rootfs::SUITE;
 
@@ -32,8 +32,21 @@ pub struct Run {
     pub machine: Machine,
     /// Its containerd.
     pub containerd: Line,
-    /// After this long the node is stopped.
-    pub time_limit: Duration,
+    /// How long it may take before the node is stopped.
+    pub limits: Limits,
+}
+
+impl Limits {
+    /// Limits of seconds.
+    pub const fn secs(whole: u64, quiet: u64) -> Limits {
+        Limits { whole: Duration::from_secs(whole), quiet: Duration::from_secs(quiet) }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits::secs(2700, 2700)
+    }
 }
 
 /// The machine's size.
@@ -126,6 +139,11 @@ fn node(line: Line) -> Result<rootfs::Node> {
 
 /// Boots the node, runs the script when containerd answers, and returns the script's exit code.
 pub fn run(run: &Run) -> Result<u8> {
+    run_marked(run, &mut |_| {})
+}
+
+/// As [`run`]; what the script marks, as lines "mark TEXT" on its descriptor 9, is told as it comes.
+pub fn run_marked(run: &Run, marked: &mut dyn FnMut(&str)) -> Result<u8> {
     let _lock = lock::take("node")?;
     let node = node(run.containerd)?;
     let mut call = String::from("exec bash /husk/script");
@@ -150,7 +168,7 @@ pub fn run(run: &Run) -> Result<u8> {
         machine: run.machine,
         legacy: run.containerd == Line::Legacy,
     };
-    let end = boot::run(&boot, run.time_limit)?;
+    let end = boot::run(&boot, run.limits, marked)?;
     fetch(&out)?;
     Ok(end)
 }

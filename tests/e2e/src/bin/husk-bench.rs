@@ -14,7 +14,7 @@ use husk_e2e::bench::{Series, Weight, network, report, step_times};
 use husk_e2e::command::{Input, Running, ctr};
 use husk_e2e::cri::pod::pods_of;
 use husk_e2e::cri::stream::{Stream, channel};
-use husk_e2e::cri::{PodContainer, call};
+use husk_e2e::cri::{Pod, PodContainer, call};
 use husk_e2e::{BUSYBOX, node, vm};
 use serde_json::json;
 
@@ -102,20 +102,18 @@ fn main() -> Result<()> {
 /// One pod of each runtime, whose containers' output is read in turn.
 fn exec(runs: u32, mib: u64) {
     let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
-    pods_of("bench-exec-runc", "runc", |runc| {
-        let beside = runc.pod().sleeper();
-        pods_of("bench-exec-husk", "husk", |husk| {
-            let containers = [beside, husk.pod().sleeper()];
-            for round in 0..=runs {
-                for ((name, rates), container) in rates.iter_mut().zip(&containers) {
-                    let rate = exec_once(container, mib);
-                    if round > 0 {
-                        println!("round {round}: {name} {rate:.1} MiB/s");
-                        rates.push(rate);
-                    }
+    pods_of("bench-exec", "husk", |pods| {
+        let pods = ["runc", "husk"].map(|handler| pods.run_by(handler, pods.config()));
+        let containers = pods.each_ref().map(Pod::sleeper);
+        for round in 0..=runs {
+            for ((name, rates), container) in rates.iter_mut().zip(&containers) {
+                let rate = exec_once(container, mib);
+                if round > 0 {
+                    println!("round {round}: {name} {rate:.1} MiB/s");
+                    rates.push(rate);
                 }
             }
-        });
+        }
     });
     let [runc, husk] = rates.map(|(_, mut rates)| {
         rates.sort_by(f64::total_cmp);
