@@ -53,7 +53,7 @@ pub fn conformance() -> Result<u8> {
         run(suite, column)?;
         let version = read("containerd")?;
         let version = version.split_whitespace().nth(2).unwrap_or_default();
-        titles.push(format!("{}, {}", column.name, version.split('~').next().unwrap_or_default()));
+        titles.push(format!("{}, {}", column.name, version.split(['~', '+']).next().unwrap_or_default()));
         collect(&mut rows, titles.len() - 1, &read("results")?)?;
         runc = read("runc")?;
     }
@@ -133,6 +133,7 @@ fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
          Made by `cargo xtask conformance`, which tries each behaviour through containerd's CRI in the test node: the\n\
          groups are those of the CRI's validation suite. runc is {runc}; the columns name containerd's version.\n\
          *refused*: it needs what a virtual machine does not share with its host, and a clear error says so.\n\
+         What fails with every runtime is what that containerd does not have.\n\
          husk-sandbox is the handler with `sandboxer = \"shim\"`; with it a pod of the node's own network ends containerd\n\
          2.1 itself, before a shim is asked (install.md), and is not tried.\n"
     );
