@@ -33,6 +33,9 @@ pub const CREATE_OPTIONS_URL: &str = "husk.agent.v1.CreateOptions";
 /// Where the guest mounts the directory that the host shares over virtio-fs.
 pub const GUEST_SHARE: &str = "/run/husk/share";
 
+/// The directory of [`GUEST_SHARE`] that has the pod's volumes; no container's id begins with a dot.
+pub const SHARED_VOLUMES: &str = ".volumes";
+
 /// Tag of the virtio-fs device that carries the shared directory.
 pub const SHARE_TAG: &str = "husk";
 
@@ -50,8 +53,11 @@ pub const GUEST_SHM: &str = "/run/husk/shm";
 /// Where the guest mounts volumes of its own (in memory, of huge pages), by their names.
 pub const GUEST_VOLUMES: &str = "/run/husk/volumes";
 
-/// Where the guest binds directories of such volumes, `<container>/<mount>`.
+/// Where the guest binds parts of volumes, `<container>/<mount>`.
 pub const GUEST_SUBPATHS: &str = "/run/husk/subpaths";
+
+/// The file system of a volume that is in [`SHARED_VOLUMES`] already.
+pub const SHARED: &str = "shared";
 
 /// Where the guest keeps its copies of mirrored volumes, `<container>/<mount>`.
 pub const GUEST_MIRRORS: &str = "/run/husk/mirrors";

@@ -1,5 +1,5 @@
 //! Volumes of the guest's own: file systems in memory or of huge pages, shared by the pod's containers and kept as long
-//! as the pod lives.
+//! as the pod lives. And parts of these, and of volumes that the host shares.
 //!
 //! Containers write to them as they like, so a directory below one is looked for component by component without
 //! following links, and what a container gets is a bind of what was found: no link planted later leads elsewhere.
@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use husk_proto::agent::{VolumeDirectory, VolumeRequest};
-use husk_proto::{GUEST_SUBPATHS, GUEST_VOLUMES};
+use husk_proto::{GUEST_SHARE, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED, SHARED_VOLUMES};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -51,8 +51,10 @@ impl Volumes {
     /// # Errors
     /// [`VolumeError`]; a volume that was made stays.
     pub fn make(&self, request: &VolumeRequest) -> Result<(), VolumeError> {
-        let root = Path::new(GUEST_VOLUMES).join(plain(&request.name)?);
-        {
+        let shared = request.fs_type == SHARED;
+        let base = if shared { Path::new(GUEST_SHARE).join(SHARED_VOLUMES) } else { GUEST_VOLUMES.into() };
+        let root = base.join(plain(&request.name)?);
+        if !shared {
             // Containers are made at once, and the first of them makes the volume.
             let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             if !made.contains(&request.name) {

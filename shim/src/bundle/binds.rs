@@ -4,11 +4,15 @@
 //! mounts of one directory it would make two sets of inodes, and a fifo, a socket or a lock in one would be none in the
 //! other. What a container uses is marked by an empty file of the mount's name in `<share>/<container>/mounts`.
 
+/// Where the mounts are in the share. It stays, and no name in it comes twice: the guest's kernel may know a directory's
+/// old entry for a while.
+pub use husk_proto::SHARED_VOLUMES as VOLUMES;
+
 use super::{spec::Mount, syscall, users::Users, volumes::VolumeError};
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},
-    sys::stat::fstat,
+    sys::{stat::fstat, statvfs::fstatvfs},
 };
 use std::{
     fs, io,
@@ -17,9 +21,6 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// Where the mounts are in the share; no container's id begins with a dot. It stays, and no name in it comes twice: the
-/// guest's kernel may know a directory's old entry for a while.
-pub const VOLUMES: &str = ".volumes";
 /// Nobody stacks more mounts on one directory; a bound so that a bug cannot loop.
 const MAX_STACKED: usize = 64;
 
@@ -44,6 +45,10 @@ pub struct Source<'a> {
     pub directory: bool,
     /// Whom its files are to belong to, where that is not whom they say.
     pub users: Option<&'a Users>,
+    /// How it is mounted.
+    pub flags: Flags,
+    /// Whether it is the same by whichever of the host's mounts it is reached.
+    pub any_mount: bool,
 }
 
 /// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it.
@@ -56,8 +61,7 @@ pub fn bind(mount: &Mount, source: &Source<'_>, share: &Path, id: &str) -> Resul
             source,
         }
     };
-    let flags = Flags::of(mount);
-    let kind = kind(source.file, &flags).map_err(host("stat the source"))?;
+    let kind = kind(source).map_err(host("stat the source"))?;
     let kind = source.users.map_or(kind.clone(), |users| format!("{kind}-{}", users.tag()));
     let mut turn = turn();
     let present = find(share, &kind).map_err(host("list the mounts"))?;
@@ -71,7 +75,7 @@ pub fn bind(mount: &Mount, source: &Source<'_>, share: &Path, id: &str) -> Resul
     let target = share.join(VOLUMES).join(&name);
     let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
     made.map_err(host("create the mount point"))?;
-    attach(source, &flags, &target).map_err(|(step, source)| {
+    attach(source, &target).map_err(|(step, source)| {
         // Nobody is to take the mount point for the mount.
         let _ = remove(&target);
         host(step)(source)
@@ -79,8 +83,8 @@ pub fn bind(mount: &Mount, source: &Source<'_>, share: &Path, id: &str) -> Resul
     Ok(guest)
 }
 
-fn attach(source: &Source<'_>, flags: &Flags, target: &Path) -> Result<(), (&'static str, io::Error)> {
-    let at = |step| move |error| (step, error);
+fn attach(source: &Source<'_>, target: &Path) -> Result<(), (&'static str, io::Error)> {
+    let (at, flags) = (|step| move |error| (step, error), &source.flags);
     let tree = syscall::clone_tree(source.file.as_fd(), flags.recursive).map_err(at("copy the source's mounts"))?;
     if let Some(users) = source.users {
         let users = users.namespace().map_err(at("make a user namespace for its mapped ids"))?;
@@ -152,13 +156,17 @@ fn find(share: &Path, kind: &str) -> io::Result<Option<String>> {
 }
 
 /// What tells one mount from another: what is mounted, as seen by which of the host's mounts, and how.
-fn kind(source: &OwnedFd, flags: &Flags) -> io::Result<String> {
-    let stat = fstat(source)?;
-    let mount = syscall::mount_id(source.as_fd())?;
-    let Flags { recursive, read_only, read_only_below, propagation } = flags;
+fn kind(source: &Source<'_>) -> io::Result<String> {
+    let stat = fstat(source.file)?;
+    // Where the mount does not matter, what it allows does.
+    let mount = match source.any_mount {
+        true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
+        false => format!("{:x}", syscall::mount_id(source.file.as_fd())?),
+    };
+    let Flags { recursive, read_only, read_only_below, propagation } = &source.flags;
     let how: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_below) << 2;
     let slave = u8::from(*propagation == libc::MS_SLAVE) << 3;
-    Ok(format!("{:x}-{:x}-{mount:x}-{:x}", stat.st_dev, stat.st_ino, how | slave))
+    Ok(format!("{:x}-{:x}-{mount}-{:x}", stat.st_dev, stat.st_ino, how | slave))
 }
 
 /// What the host does of a bind mount's options.
@@ -188,6 +196,11 @@ impl Flags {
             }
         }
         flags
+    }
+
+    /// The same, but that whoever mounts it in the guest says who may write.
+    pub fn held_by_the_guest(self) -> Self {
+        Self { recursive: true, read_only: false, read_only_below: false, propagation: self.propagation }
     }
 }
 

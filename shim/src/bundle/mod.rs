@@ -19,6 +19,7 @@ mod devices;
 mod disks;
 pub mod growth;
 mod hooks;
+mod kubelet;
 mod load;
 mod loopdev;
 mod own;

@@ -132,6 +132,7 @@ fn mount(
         share,
         container: id,
         kubernetes: bundle.annotation("io.kubernetes.cri.container-type").is_some(),
+        pod: bundle.annotation("io.kubernetes.cri.sandbox-uid").unwrap_or_default(),
     };
     for (index, mount) in bundle.spec.mounts.iter().enumerate() {
         if let Some(source) = volumes::make(mount, index, &place, notes, guest)?

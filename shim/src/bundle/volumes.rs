@@ -1,6 +1,6 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
-use super::{binds, devices, own, spec::Mount, syscall, users::Users};
+use super::{binds, binds::Flags, devices, kubelet, own, spec::Mount, syscall, users::Users};
 use crate::mirror::{self, Mirror};
 use husk_proto::agent::VolumeRequest;
 use nix::sys::stat::{SFlag, fstat, major, minor};
@@ -57,7 +57,9 @@ enum Plan {
     /// The guest binds a path of its own.
     Guest(String),
     /// The host binds this into the share.
-    Bind { source: OwnedFd, directory: bool, users: Option<Users> },
+    Bind { source: OwnedFd, directory: bool, users: Option<Users>, any_mount: bool },
+    /// The host binds a volume into the share, of which the guest gives the container all or a part.
+    Shared { volume: kubelet::Shared, users: Option<Users> },
     /// The guest gets a copy that is kept up to date.
     Mirror { source: PathBuf, users: Option<Users> },
     /// The guest makes one of its own.
@@ -83,6 +85,8 @@ pub struct Place<'a> {
     pub container: &'a str,
     /// Whether containerd's CRI made the specification.
     pub kubernetes: bool,
+    /// The pod's uid, where it says so.
+    pub pod: &'a str,
 }
 
 /// Makes `mount` available to the guest as number `index`; the source the guest is to use, none to leave it.
@@ -106,9 +110,22 @@ pub fn make(
         }
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
-        Plan::Bind { source, directory, users } => {
-            let source = binds::Source { file: &source, directory, users: users.as_ref() };
+        Plan::Bind { source, directory, users, any_mount } => {
+            let (users, flags) = (users.as_ref(), Flags::of(mount));
+            let source = binds::Source { file: &source, directory, users, flags, any_mount };
             binds::bind(mount, &source, place.share, place.container).map(Some)
+        }
+        Plan::Shared { volume: kubelet::Shared { root, below }, users } => {
+            let (users, flags) = (users.as_ref(), Flags::of(mount).held_by_the_guest());
+            let source = binds::Source { file: &root, directory: true, users, flags, any_mount: false };
+            let whole = binds::bind(mount, &source, place.share, place.container)?;
+            if below.is_empty() {
+                return Ok(Some(whole));
+            }
+            let request = own::part_of(&whole, below, (place.container, number));
+            let path = own::guest_path(&request);
+            guest.own.push(request);
+            Ok(Some(path))
         }
     }
 }
@@ -166,12 +183,19 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
             return Ok(Plan::Own(Box::new(request)));
         }
     }
+    if kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG {
+        let shared = kubelet::shared(&fd, &path, users.as_ref(), place.pod);
+        if let Some(volume) = shared.map_err(|error| host("find it in its volume", error))? {
+            return Ok(Plan::Shared { volume, users });
+        }
+    }
+    let any_mount = kubelet::is_sub_path(&path);
     match kind {
-        SFlag::S_IFDIR if place.kubernetes && binds::Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
+        SFlag::S_IFDIR if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
             Ok(Plan::Mirror { source: path, users })
         }
-        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, users }),
-        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, users }),
+        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, users, any_mount }),
+        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, users, any_mount }),
         SFlag::S_IFCHR | SFlag::S_IFBLK => {
             match devices::guest_path(kind == SFlag::S_IFCHR, major(stat.st_rdev), minor(stat.st_rdev)) {
                 Ok(path) => Ok(Plan::Guest(path.into())),
@@ -206,7 +230,8 @@ mod tests {
     }
 
     fn planned(mount: &Mount) -> Result<Plan, String> {
-        let place = Place { bundle: Path::new("/b"), share: Path::new("/h"), container: "c", kubernetes: true };
+        let place =
+            Place { bundle: Path::new("/b"), share: Path::new("/h"), container: "c", kubernetes: true, pod: "p" };
         plan(mount, 0, &place, &mut Vec::new()).map_err(|error| error.to_string())
     }
 

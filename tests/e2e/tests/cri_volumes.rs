@@ -1,13 +1,15 @@
 //! A pod's volumes: what kubelet updates is seen as it happens, and files behave as files do.
 
+use std::cell::RefCell;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use husk_e2e::cri::kubelet;
 use husk_e2e::cri::pod::{need_image, pods};
+use husk_e2e::cri::{Pod, kubelet};
 use husk_e2e::{PYTHON, node};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 /// A version of a ConfigMap with a hundred and one entries.
@@ -84,13 +86,13 @@ fn volumes_are_shared_between_containers_and_with_the_node() {
         assert!(seen.is_some(), "{}", part.sh("cat /part/moved"));
         let below = volume.join("sub/below");
         fs::create_dir(&below).unwrap();
-        nix::mount::mount(Some("tmpfs"), &below, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+        mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         fs::write(below.join("deep"), "mounted later\n").unwrap();
         let seen = node::eventually(Duration::from_secs(5), || {
             (part.exec(&["cat", "/part/below/deep"]).out.trim() == "mounted later").then_some(())
         });
         let text = part.exec(&["cat", "/part/below/deep"]);
-        nix::mount::umount2(&below, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        umount2(&below, MntFlags::MNT_DETACH).unwrap();
         assert!(seen.is_some(), "{text:?}");
     });
 }
@@ -110,16 +112,22 @@ while True:
     peer.close()
 "#;
 
-/// Asks by the socket, and tries the lock.
+/// Asks by the socket in a directory, and tries the lock and to write there.
 const ASK: &str = r#"
-import fcntl, socket
+import fcntl, os, socket, sys
+os.chdir(sys.argv[1])
 try:
-    fcntl.flock(open("/data/lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(open("lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
     print("free")
 except BlockingIOError:
     print("held")
+try:
+    open("written", "w")
+    print("writes")
+except OSError as error:
+    print(error.strerror)
 asking = socket.socket(socket.AF_UNIX)
-asking.connect("/data/socket")
+asking.connect("socket")
 asking.sendall(b"you")
 print(asking.recv(100).decode())
 "#;
@@ -131,15 +139,90 @@ fn sockets_and_locks_of_a_volume_work_between_containers() {
         let volume = pods.dir().join("volume");
         fs::create_dir_all(&volume).unwrap();
         let pod = pods.pod();
-        let python = |program: &str| {
-            let mut config = pod.python(program);
-            config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
-            pod.start(&config)
-        };
-        python(SERVE).wait_for("serving");
-        let asking = python(ASK);
-        assert_eq!(asking.wait().0, 0, "{}", asking.log());
-        assert!(asking.log().contains("held") && asking.log().contains("hello you"), "{}", asking.log());
+        serving(&pod, &volume);
+        assert_eq!(asking(&pod, &volume, "/data", false), "held writes hello you");
+    });
+}
+
+/// A container that has `volume` and serves the socket in it.
+fn serving(pod: &Pod, volume: &Path) {
+    let mut config = pod.python(SERVE);
+    config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
+    pod.start(&config).wait_for("serving");
+}
+
+/// What a container says that has `volume` at `/data` and asks in `at`.
+#[track_caller]
+fn asking(pod: &Pod, volume: &Path, at: &str, readonly: bool) -> String {
+    let mut config = pod.python(ASK);
+    config["command"].as_array_mut().unwrap().push(at.into());
+    config["mounts"] =
+        json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data", "readonly": readonly }]);
+    let asking = pod.start(&config);
+    let code = asking.wait().0;
+    let said = asking.log().lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect::<Vec<_>>().join(" ");
+    assert_eq!(code, 0, "{said}");
+    said
+}
+
+/// A pod's directory as the kubelet makes it, on the node's disk; with what it mounted gone at the end.
+struct Kubelets {
+    dir: PathBuf,
+    mounts: RefCell<Vec<PathBuf>>,
+}
+
+impl Kubelets {
+    fn of(pod: &Pod) -> Self {
+        let uid = pod.config["metadata"]["uid"].as_str().unwrap();
+        Self { dir: Path::new("/var/lib/kubelet/pods").join(uid), mounts: RefCell::default() }
+    }
+
+    /// A volume of a plugin.
+    fn volume(&self, plugin: &str) -> PathBuf {
+        let path = self.dir.join("volumes").join(plugin).join("data");
+        fs::create_dir_all(path.join("sub")).unwrap();
+        path
+    }
+
+    /// A subPath of `volume` for container number `container`: a mount of its own.
+    fn sub_path(&self, volume: &Path, container: usize) -> PathBuf {
+        let path = self.dir.join(format!("volume-subpaths/data/{container}/0"));
+        fs::create_dir_all(&path).unwrap();
+        mount(Some(&volume.join("sub")), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        self.mounts.borrow_mut().push(path.clone());
+        path
+    }
+}
+
+impl Drop for Kubelets {
+    fn drop(&mut self) {
+        for path in self.mounts.borrow().iter() {
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+#[test]
+fn sockets_and_locks_work_however_a_container_has_its_volume() {
+    need_image(PYTHON);
+    pods("cri-sockets-ways", |pods| {
+        for plugin in ["kubernetes.io~empty-dir", "kubernetes.io~csi"] {
+            let pod = pods.pod();
+            let kubelets = Kubelets::of(&pod);
+            let volume = kubelets.volume(plugin);
+            serving(&pod, &kubelets.sub_path(&volume, 0));
+            let part = kubelets.sub_path(&volume, 1);
+            assert_eq!(asking(&pod, &part, "/data", false), "held writes hello you", "{plugin}");
+            if plugin == "kubernetes.io~empty-dir" {
+                let part = kubelets.sub_path(&volume, 2);
+                let read_only = "held Read-only file system hello you";
+                assert_eq!(asking(&pod, &part, "/data", true), read_only);
+                assert_eq!(asking(&pod, &volume, "/data/sub", true), read_only);
+                assert_eq!(asking(&pod, &volume, "/data/sub", false), "held writes hello you");
+            }
+            pod.remove();
+        }
     });
 }
 

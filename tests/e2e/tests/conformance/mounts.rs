@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::symlink;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::Command;
 
@@ -158,6 +158,38 @@ fn volumes() {
                 a.remove();
                 b.remove();
             });
+            for (behaviour, sub_path) in
+                [("a fifo where one container only reads", false), ("a fifo by two subPaths of an emptyDir", true)]
+            {
+                group.has(behaviour, || {
+                    let uid = pod.config["metadata"]["uid"].as_str().unwrap();
+                    let kubelets = Path::new("/var/lib/kubelet/pods").join(uid);
+                    let volume = kubelets.join("volumes/kubernetes.io~empty-dir/pipes");
+                    fs::create_dir_all(volume.join("sub")).unwrap();
+                    let paths = ["a", "b"].map(|container| {
+                        let path = kubelets.join("volume-subpaths/pipes").join(container).join("0");
+                        if !sub_path {
+                            return volume.clone();
+                        }
+                        fs::create_dir_all(&path).unwrap();
+                        node(&["mount", "--bind", &volume.join("sub").to_string_lossy(), &path.to_string_lossy()]);
+                        path
+                    });
+                    let result = catch_unwind(AssertUnwindSafe(|| {
+                        let a = sleeper(&pod, mount(&paths[0], &plain));
+                        let b = sleeper(&pod, mount(&paths[1], &json!({ "readonly": true })));
+                        a.sh("mkfifo /volume/fifo; (echo through > /volume/fifo) > /dev/null 2>&1 &");
+                        assert_eq!(b.sh("timeout 20 cat /volume/fifo"), "through");
+                        a.remove();
+                        b.remove();
+                    }));
+                    for path in paths.iter().filter(|_| sub_path) {
+                        node(&["umount", "-l", &path.to_string_lossy()]);
+                    }
+                    fs::remove_dir_all(&kubelets).unwrap();
+                    result.unwrap_or_else(|panic| resume_unwind(panic));
+                });
+            }
             group.has("what an emptyDir in memory takes is the container's", || {
                 let dir = pods.dir().join("volumes/kubernetes.io~empty-dir/counted");
                 fs::create_dir_all(&dir).unwrap();
