@@ -106,32 +106,41 @@ async fn change(before: &Asked, after: &Asked) -> Result<(), NetworkError> {
             }
         }
     }
-    let indices = Indices::of(&after.interfaces, &pod)?;
-    let is_new = |route: &&Route| route::interfaces(route).any(|name| fresh.contains(&name));
-    routes.extend(after.routes.iter().filter(is_new).map(route::place));
+    let is_fresh = |route: &&Route| route::interfaces(route).any(|name| fresh.contains(&name));
+    routes.extend(after.routes.iter().filter(is_fresh).map(route::place));
+    let is_new = |neighbour: &&Neighbour| {
+        !before.neighbours.contains(neighbour) || fresh.contains(&neighbour.interface.as_str())
+    };
+    let neighbours: Vec<_> = after.neighbours.iter().filter(is_new).collect();
+    add(after, (&routes, &neighbours, &rules), &pod)
+}
+
+/// Adds what is new: of routes and rules what is in these places.
+fn add(
+    after: &Asked,
+    (routes, neighbours, rules): (&HashSet<route::Place<'_>>, &[&Neighbour], &HashSet<rule::Place>),
+    pod: &Netlink,
+) -> Result<(), NetworkError> {
+    let indices = Indices::of(&after.interfaces, pod)?;
     // A gateway is reachable only once the routes of its link are there.
     let new = after.routes.iter().filter(|route| routes.contains(&route::place(route)));
     let (through, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::is_through(route));
     let mut taken = HashSet::new();
+    let mut op = |route| if taken.insert(route::place(route)) { Op::Add } else { Op::Append };
     for route in direct {
-        let op = if taken.insert(route::place(route)) { Op::Add } else { Op::Append };
-        route::change(&pod, op, route, |name| indices.get(name))?;
+        route::change(pod, op(route), route, |name| indices.get(name))?;
     }
-    for neighbour in &after.neighbours {
-        if before.neighbours.contains(neighbour) && !fresh.contains(&neighbour.interface.as_str()) {
-            continue;
-        }
-        parts::neighbour(&pod, Op::Add, neighbour, indices.get(&neighbour.interface)?)?;
+    for neighbour in neighbours {
+        parts::neighbour(pod, Op::Add, neighbour, indices.get(&neighbour.interface)?)?;
     }
     for route in through {
-        let op = if taken.insert(route::place(route)) { Op::Add } else { Op::Append };
-        route::change(&pod, op, route, |name| indices.get(name))?;
+        route::change(pod, op(route), route, |name| indices.get(name))?;
     }
     // What they lead to is there.
     let mut taken = HashSet::new();
     for rule in after.rules.iter().filter(|rule| rules.contains(&rule::place(rule))) {
         let op = if taken.insert(rule::place(rule)) { Op::Add } else { Op::Append };
-        rule::change(&pod, op, rule)?;
+        rule::change(pod, op, rule)?;
     }
     Ok(())
 }
@@ -296,6 +305,40 @@ async fn wait_for(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
         match timeout_at(deadline, notices.next()).await {
             Ok(result) => result.map_err(kernel("watch interfaces"))?,
             Err(_) => return Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn rule(priority: u32, source: &str) -> Rule {
+        Rule { priority, source: source.to_owned(), table: 100, ..Default::default() }
+    }
+
+    #[test]
+    fn what_shares_a_place_is_made_anew_together() {
+        let before = [rule(1, "10.0.0.0/8"), rule(1, ""), rule(2, "")];
+        let after = [rule(1, ""), rule(1, "10.0.0.0/8"), rule(2, ""), rule(3, "")];
+        // Their order counts.
+        assert_eq!(differing(&before, &after, rule::place), HashSet::from([(false, 1), (false, 3)]));
+        assert_eq!(differing(&after, &before, rule::place), HashSet::from([(false, 1), (false, 3)]));
+        let rules = [rule(1, ""), Rule { ipv6: true, ..rule(1, "") }];
+        assert_eq!(differing(&rules[..1], &rules, rule::place), HashSet::from([(true, 1)]));
+    }
+
+    proptest! {
+        #[test]
+        fn places_that_differ_turn_the_one_into_the_other(before: Vec<(u8, u8)>, after: Vec<(u8, u8)>) {
+            let places = differing(&before, &after, |part| part.0);
+            let mut now: Vec<_> = before.iter().filter(|part| !places.contains(&part.0)).copied().collect();
+            now.extend(after.iter().filter(|part| places.contains(&part.0)));
+            let of = |list: &[(u8, u8)], place| list.iter().filter(|part| part.0 == place).copied().collect::<Vec<_>>();
+            for place in 0..=u8::MAX {
+                prop_assert_eq!(of(&now, place), of(&after, place));
+            }
         }
     }
 }
