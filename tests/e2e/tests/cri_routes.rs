@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use husk_e2e::cri::cni::network;
-use husk_e2e::cri::{Pod, PodContainer, pods};
+use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
 use husk_e2e::node;
 use serde_json::{Value, json};
 
@@ -125,6 +125,18 @@ nsenter --net="$CNI_NETNS" sh -e "$0.script" >&2 || exit 1
 printf '%s' "$config" | sed 's/^.*"prevResult":\(.*\),"type":"[^"]*"}$/\1/'
 "#;
 
+/// Runs `body` while pods get a network in whose namespace the script has run.
+#[track_caller]
+fn network_by_script(name: &str, script: &str, body: impl FnOnce(&Pods)) {
+    let plugin = "/usr/lib/cni/husk-test";
+    fs::write(plugin, PLUGIN).unwrap();
+    fs::set_permissions(plugin, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(format!("{plugin}.script"), script).unwrap();
+    network(name, json!([veth(["10.94.0.0/24", "fd00:94::/64"]), { "type": "husk-test" }]), body);
+    fs::remove_file(plugin).unwrap();
+    fs::remove_file(format!("{plugin}.script")).unwrap();
+}
+
 /// All that there is of routes and rules, with addresses for their gateways.
 const SCRIPT: &str = "
 ip addr add 10.94.1.2/24 dev eth0
@@ -164,12 +176,7 @@ ip -6 rule add pref 202 from fd00:9::/64 blackhole
 
 #[test]
 fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
-    let plugin = "/usr/lib/cni/husk-test";
-    fs::write(plugin, PLUGIN).unwrap();
-    fs::set_permissions(plugin, fs::Permissions::from_mode(0o755)).unwrap();
-    fs::write(format!("{plugin}.script"), SCRIPT).unwrap();
-    let plugins = json!([veth(["10.94.0.0/24", "fd00:94::/64"]), { "type": "husk-test" }]);
-    network("cri-routes", plugins, |pods| {
+    network_by_script("cri-routes", SCRIPT, |pods| {
         let pod = pods.pod();
         let container = beside(&pod);
         same(&pod, &container);
@@ -232,7 +239,7 @@ fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
             }
             for line in on_node(&pod, &format!("{family}rule")).lines() {
                 let (priority, _) = line.split_once(':').unwrap();
-                if !["0", "32766", "32767"].contains(&priority) {
+                if !["0", "250", "32766", "32767"].contains(&priority) {
                     on_node(&pod, &format!("{family}rule del pref {priority}"));
                 }
             }
@@ -241,8 +248,26 @@ fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
         in_guest(&container, "rule del pref 250");
         same(&pod, &container);
     });
-    fs::remove_file(plugin).unwrap();
-    fs::remove_file(format!("{plugin}.script")).unwrap();
+}
+
+#[test]
+fn a_route_stays_when_the_way_to_its_gateway_is_gone() {
+    let script = "
+ip route add 10.85.0.1 dev eth0
+ip route add 10.84.0.0/16 via 10.85.0.1 dev eth0
+ip route del 10.85.0.1
+ip -6 route add fd00:85::1 dev eth0
+ip -6 route add fd00:84::/64 via fd00:85::1 dev eth0
+ip -6 route del fd00:85::1
+";
+    network_by_script("cri-lost", script, |pods| {
+        let pod = pods.pod();
+        let container = beside(&pod);
+        let routes = in_guest(&container, "route") + &in_guest(&container, "-6 route");
+        assert!(routes.contains("10.84.0.0/16 via 10.85.0.1 dev eth0"), "{routes}");
+        assert!(routes.contains("fd00:84::/64 via fd00:85::1 dev eth0"), "{routes}");
+        pod.addresses().into_iter().for_each(answers);
+    });
 }
 
 #[track_caller]
