@@ -68,7 +68,8 @@ impl agent_ttrpc::Sandbox for SandboxService {
         for mount in &request.mounts {
             apply::mount_one(mount).map_err(|error| failed(&format!("mount {}", mount.target), &error))?;
         }
-        let asked = Asked { interfaces: request.interfaces, routes: request.routes, neighbours: request.neighbours };
+        let SetupRequest { interfaces, routes, neighbours, rules, .. } = request;
+        let asked = Asked { interfaces, routes, neighbours, rules };
         self.network.follow(asked).await.map_err(|error| failed("network", &error))?;
         namespaces::within(|| -> ttrpc::Result<()> {
             for (name, value) in &request.sysctls {
@@ -105,8 +106,8 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<NetworkResponse> {
-        let NetworkRequest { interfaces, routes, neighbours, .. } = request;
-        let changed = self.network.follow(Asked { interfaces, routes, neighbours }).await;
+        let NetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
+        let changed = self.network.follow(Asked { interfaces, routes, neighbours, rules }).await;
         changed.map_err(|error| failed("network", &error))?;
         Ok(NetworkResponse::new())
     }

@@ -1,4 +1,4 @@
-//! Interfaces, addresses, routes and neighbours that change after the pod's start.
+//! Interfaces, addresses, routes, rules and neighbours that change after the pod's start.
 
 use std::fs::File;
 use std::io;
@@ -8,7 +8,7 @@ use husk_netlink::{Netlink, socket};
 use husk_proto::agent::{Interface, NetworkRequest};
 use nix::sched::{CloneFlags, setns};
 
-use super::read::{self, Link};
+use super::read::{self, Left, Link};
 use super::{NetworkError, Tap, Wish, kernel, tap};
 
 /// The groups of rtnetlink(7) that tell of what the guest is given.
@@ -17,7 +17,11 @@ const GROUPS: i32 = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV6_IFADDR
     | libc::RTMGRP_IPV4_ROUTE
     | libc::RTMGRP_IPV6_ROUTE
+    | libc::RTMGRP_IPV4_RULE
+    | RTMGRP_IPV6_RULE
     | libc::RTMGRP_NEIGH;
+/// The bit of RTNLGRP_IPV6_RULE, 19 (linux/rtnetlink.h), which has no such name of its own there.
+const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 
 /// What looks at the namespace again.
 #[derive(Debug)]
@@ -27,6 +31,7 @@ pub struct Follow {
     /// Those whose taps were given up: redirections to them are still there.
     given_up: Vec<Connected>,
     last: NetworkRequest,
+    left: Left,
     wish: Wish,
 }
 
@@ -64,23 +69,24 @@ impl Change {
         let (new, old) = rest.interfaces.into_iter().partition(|interface: &Interface| is_new(&interface.mac));
         rest.interfaces = old;
         let is_new = |name: &str| new.iter().any(|interface: &Interface| interface.name == name);
-        rest.routes.retain(|route| !is_new(&route.interface));
+        rest.routes.retain(|route| !is_new(&route.interface) && !route.hops.iter().any(|hop| is_new(&hop.interface)));
         rest.neighbours.retain(|neighbour| !is_new(&neighbour.interface));
         rest
     }
 }
 
 impl Follow {
-    /// Begins in the current namespace, of which `last` is known and in which `links` have `taps`.
+    /// Begins in the current namespace, of which so much is given to the guest and so much not, and in which interfaces have `taps`.
     ///
     /// # Errors
     /// When the namespace has no name.
-    pub(super) fn begin(taps: &[Tap], last: NetworkRequest, wish: Wish) -> io::Result<Self> {
+    pub(super) fn begin(taps: &[Tap], (last, left): (NetworkRequest, Left), wish: Wish) -> io::Result<Self> {
         Ok(Self {
             namespace: File::open("/proc/thread-self/ns/net")?,
             connected: taps.iter().map(Connected::by).collect(),
             given_up: Vec::new(),
             last,
+            left,
             wish,
         })
     }
@@ -98,7 +104,9 @@ impl Follow {
         let links: Vec<Link> =
             all.iter().filter(|link| !is_tap(link.index)).cloned().filter_map(read::usable).collect();
         self.disconnect(&netlink, &all)?;
-        let now = read::all(&netlink, &links)?;
+        let (now, left) = read::all(&netlink, &links)?;
+        tell(left.difference(&self.left));
+        self.left = left;
         let new = links.iter().filter(|link| !self.connected.iter().any(|connected| connected.link == link.index));
         let taps = new.map(|link| tap::beside(&netlink, link, self.wish.of_each(1))).collect::<Result<Vec<_>, _>>()?;
         self.connected.extend(taps.iter().map(Connected::by));
@@ -130,6 +138,11 @@ impl Follow {
         self.connected = kept;
         self.given_up.extend(given_up);
     }
+}
+
+/// Says what the guest does not get.
+pub(super) fn tell<'a>(left: impl IntoIterator<Item = &'a String>) {
+    left.into_iter().for_each(|what| tracing::warn!("the pod's network has {what}: the guest does not"));
 }
 
 /// A socket that has something to read when the current namespace changed. Non-blocking.

@@ -2,13 +2,13 @@
 //!
 //! Beside each interface of the namespace a tap is made, and traffic control redirects every frame from one to the
 //! other, both ways. The interface keeps its name and addresses, which statistics and CNI's own checks look for; the
-//! guest gets an interface of the same name, hardware address, addresses, routes and neighbours. The taps live as long
+//! guest gets an interface of the same name, hardware address, addresses, routes, rules
+//! and neighbours. The taps live as long
 //! as somebody holds their descriptors: with the VMM they are gone.
 //!
 //! [`connect`] runs before the daemon has a second thread: it changes the network namespace of the process.
 
 mod follow;
-mod left;
 mod read;
 mod steer;
 mod tap;
@@ -33,7 +33,7 @@ const MACHINE_FDS: usize = 4;
 pub struct Network {
     /// The host's ends, one for each interface.
     pub taps: Vec<Tap>,
-    /// Interfaces with their addresses, routes of the main table, neighbours that were set.
+    /// Interfaces with their addresses, routes, rules, neighbours that were set.
     pub given: NetworkRequest,
     /// What tells of changes.
     pub follow: Option<(Follow, OwnedFd)>,
@@ -126,12 +126,9 @@ pub fn connect(path: &Path, wish: Wish) -> Result<Network, NetworkError> {
         let taps = links.iter().map(|link| tap::beside(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
         // What changes after it was read is told; that the taps were made is not.
         let notices = follow::notices();
-        let given = read::all(&netlink, &links)?;
-        match left::out(&netlink) {
-            Ok(left) => left.iter().for_each(|what| tracing::warn!("the pod's network has {what}: the guest does not")),
-            Err(error) => tracing::debug!(%error, "what the guest does not get is not known"),
-        }
-        let follow = notices.and_then(|notices| Ok((Follow::begin(&taps, given.clone(), wish)?, notices)));
+        let (given, left) = read::all(&netlink, &links)?;
+        follow::tell(&left);
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&taps, (given.clone(), left), wish)?, notices)));
         let network = Network {
             taps,
             given,
@@ -159,7 +156,7 @@ fn steered() -> Option<Steer> {
 pub fn fresh(path: &Path, steer: bool, wish: Wish) -> Result<Network, NetworkError> {
     within(path, || {
         let notices = follow::notices();
-        let follow = notices.and_then(|notices| Ok((Follow::begin(&[], NetworkRequest::default(), wish)?, notices)));
+        let follow = notices.and_then(|notices| Ok((Follow::begin(&[], Default::default(), wish)?, notices)));
         let follow = Some(follow.map_err(kernel("watch the namespace"))?);
         Ok(Network { follow, steer: steer.then(steered).flatten(), ..Network::default() })
     })?

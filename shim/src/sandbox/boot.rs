@@ -265,6 +265,7 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
         interfaces: pod.network.given.interfaces.clone(),
         routes: pod.network.given.routes.clone(),
         neighbours: pod.network.given.neighbours.clone(),
+        rules: pod.network.given.rules.clone(),
         sysctls: pod.sysctls.clone(),
         pids_max: pod.pids_max.unwrap_or(0),
         uid_mappings: uids.iter().map(message).collect(),

@@ -1,45 +1,16 @@
 //! Pods in networks of other kinds than the node's bridge: what the plugin made is what the guest has.
 
-use std::fs;
 use std::process::Command;
-use std::time::Duration;
 
-use husk_e2e::cri::{Pods, call, pods};
-use husk_e2e::node;
-use serde_json::{Value, json};
-
-/// Before the node's own, by its name.
-const FILE: &str = "/etc/cni/net.d/00-test.conflist";
-
-/// The network that containerd has loaded.
-fn loaded() -> String {
-    let info = call("Status", &json!({ "verbose": true }))["info"]["cniconfig"].clone();
-    let config: Value = serde_json::from_str(info.as_str().unwrap_or("{}")).unwrap_or_default();
-    let names = config["Networks"].as_array().into_iter().flatten();
-    names.map(|network| network["Config"]["Name"].as_str().unwrap_or_default()).collect::<Vec<_>>().join(" ")
-}
-
-/// Runs `body` while pods get a network of one plugin.
-fn network(name: &str, plugin: Value, body: impl FnOnce(&Pods)) {
-    let wait = |wanted: &str| {
-        let found = node::eventually(Duration::from_secs(20), || loaded().contains(wanted).then_some(()));
-        assert!(found.is_some(), "containerd has {:?} and not {wanted}", loaded());
-    };
-    let config = json!({ "cniVersion": "1.0.0", "name": name, "plugins": [plugin] });
-    // containerd looks again when a file was written to, or is gone.
-    fs::write(FILE, config.to_string()).unwrap();
-    wait(name);
-    pods(name, body);
-    fs::remove_file(FILE).unwrap();
-    wait("husk");
-}
+use husk_e2e::cri::cni::network;
+use serde_json::json;
 
 #[test]
 fn a_point_to_point_network_has_no_route_to_its_own_subnet() {
     let ipam =
         json!({ "type": "host-local", "ranges": [[{ "subnet": "10.91.0.0/24" }]], "routes": [{ "dst": "0.0.0.0/0" }] });
     let plugin = json!({ "type": "ptp", "mtu": 1400, "ipMasq": false, "ipam": ipam });
-    network("cri-ptp", plugin, |pods| {
+    network("cri-ptp", json!([plugin]), |pods| {
         let (one, two) = (pods.pod(), pods.pod());
         let (a, b) = (one.sleeper(), two.start(&two.sh("nc -ll -p 8080 -e echo hello & echo up; sleep 100000")));
         b.wait_for("up");
@@ -60,7 +31,7 @@ fn pods_of_a_macvlan_network_reach_each_other() {
     ip(&["link", "set", "huskparent", "up"]);
     let ipam = json!({ "type": "host-local", "ranges": [[{ "subnet": "10.92.0.0/24" }]] });
     let plugin = json!({ "type": "macvlan", "master": "huskparent", "mode": "bridge", "ipam": ipam });
-    network("cri-macvlan", plugin, |pods| {
+    network("cri-macvlan", json!([plugin]), |pods| {
         let (one, two) = (pods.pod(), pods.pod());
         let (a, b) = (one.sleeper(), two.start(&two.sh("nc -ll -p 8080 -e echo hello & echo up; sleep 100000")));
         b.wait_for("up");

@@ -2,14 +2,18 @@
 //! configured, and kept as the host's are while these change.
 
 mod parts;
+mod route;
+mod rule;
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::hash::Hash;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use husk_proto::agent::{Interface, Neighbour, Route};
+use husk_proto::agent::{Interface, Neighbour, Route, Rule};
 use tokio::time::{Instant, timeout_at};
 
 use super::netlink::{Link, LinkNotices, Message, Netlink, link_header, links};
@@ -51,8 +55,10 @@ fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
 pub struct Asked {
     /// Interfaces with their addresses.
     pub interfaces: Vec<Interface>,
-    /// Routes of the main table.
+    /// Routes of all tables.
     pub routes: Vec<Route>,
+    /// Rules that lead to the tables.
+    pub rules: Vec<Rule>,
     /// Neighbours that somebody set.
     pub neighbours: Vec<Neighbour>,
 }
@@ -86,7 +92,9 @@ async fn change(before: &Asked, after: &Asked) -> Result<(), NetworkError> {
         return Ok(());
     }
     let pod = namespaces::within(Netlink::open)?.map_err(kernel("open netlink"))?;
-    remove(before, after, &pod)?;
+    let mut routes = differing(&before.routes, &after.routes, route::place);
+    let rules = differing(&before.rules, &after.rules, rule::place);
+    remove(before, after, (&routes, &rules), &pod)?;
     // Those whose routes and neighbours are gone, or never were.
     let mut fresh = Vec::new();
     for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
@@ -98,42 +106,87 @@ async fn change(before: &Asked, after: &Asked) -> Result<(), NetworkError> {
             }
         }
     }
-    let index =
-        |name: &str| find(&after.interfaces, &pod, name)?.ok_or_else(|| NetworkError::NoInterface(name.to_owned()));
+    let is_fresh = |route: &&Route| route::interfaces(route).any(|name| fresh.contains(&name));
+    routes.extend(after.routes.iter().filter(is_fresh).map(route::place));
+    let is_new = |neighbour: &&Neighbour| {
+        !before.neighbours.contains(neighbour) || fresh.contains(&neighbour.interface.as_str())
+    };
+    let neighbours: Vec<_> = after.neighbours.iter().filter(is_new).collect();
+    add(after, (&routes, &neighbours, &rules), &pod)
+}
+
+/// Adds what is new: of routes and rules what is in these places.
+fn add(
+    after: &Asked,
+    (routes, neighbours, rules): (&HashSet<route::Place<'_>>, &[&Neighbour], &HashSet<rule::Place>),
+    pod: &Netlink,
+) -> Result<(), NetworkError> {
+    let indices = Indices::of(&after.interfaces, pod)?;
     // A gateway is reachable only once the routes of its link are there.
-    let new = after.routes.iter();
-    let new = new.filter(|route| !before.routes.contains(route) || fresh.contains(&route.interface.as_str()));
-    let (direct, through): (Vec<_>, Vec<_>) = new.partition(|route| route.gateway.is_empty());
+    let new = after.routes.iter().filter(|route| routes.contains(&route::place(route)));
+    let (through, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::is_through(route));
+    let mut taken = HashSet::new();
+    let mut op = |route| if taken.insert(route::place(route)) { Op::Add } else { Op::Append };
     for route in direct {
-        parts::route(&pod, Op::Add, route, index(&route.interface)?)?;
+        route::change(pod, op(route), route, |name| indices.get(name))?;
     }
-    for neighbour in &after.neighbours {
-        if before.neighbours.contains(neighbour) && !fresh.contains(&neighbour.interface.as_str()) {
-            continue;
-        }
-        parts::neighbour(&pod, Op::Add, neighbour, index(&neighbour.interface)?)?;
+    for neighbour in neighbours {
+        parts::neighbour(pod, Op::Add, neighbour, indices.get(&neighbour.interface)?)?;
     }
     for route in through {
-        parts::route(&pod, Op::Add, route, index(&route.interface)?)?;
+        route::change(pod, op(route), route, |name| indices.get(name))?;
+    }
+    // What they lead to is there.
+    let mut taken = HashSet::new();
+    for rule in after.rules.iter().filter(|rule| rules.contains(&rule::place(rule))) {
+        let op = if taken.insert(rule::place(rule)) { Op::Add } else { Op::Append };
+        rule::change(pod, op, rule)?;
     }
     Ok(())
 }
 
-/// Takes away what is no longer asked for, the last first.
-fn remove(before: &Asked, after: &Asked, pod: &Netlink) -> Result<(), NetworkError> {
-    let index = |name: &str| find(&before.interfaces, pod, name);
+/// The places in which there is something else than before, or in another order: all there is in one is made anew.
+fn differing<'a, T: PartialEq, P: Eq + Hash>(
+    before: &'a [T],
+    after: &'a [T],
+    place: impl Fn(&'a T) -> P,
+) -> HashSet<P> {
+    let mut places: HashMap<P, (Vec<&T>, Vec<&T>)> = HashMap::new();
+    before.iter().for_each(|part| places.entry(place(part)).or_default().0.push(part));
+    after.iter().for_each(|part| places.entry(place(part)).or_default().1.push(part));
+    places.into_iter().filter(|(_, (before, after))| before != after).map(|(place, _)| place).collect()
+}
+
+/// Takes away what is no longer asked for, the last first; of routes and rules what is in these places.
+fn remove(
+    before: &Asked,
+    after: &Asked,
+    (routes, rules): (&HashSet<route::Place<'_>>, &HashSet<rule::Place>),
+    pod: &Netlink,
+) -> Result<(), NetworkError> {
+    let mut gone: Vec<_> = before.rules.iter().filter(|rule| rules.contains(&rule::place(rule))).collect();
+    gone.sort_by_key(|rule| std::cmp::Reverse(rule::demands(rule)));
+    for rule in gone {
+        rule::change(pod, Op::Remove, rule)?;
+    }
+    if before.interfaces.is_empty() && before.routes.is_empty() && before.neighbours.is_empty() {
+        return Ok(());
+    }
+    let indices = Indices::of(&before.interfaces, pod)?;
     for neighbour in before.neighbours.iter().filter(|neighbour| !after.neighbours.contains(neighbour)) {
-        if let Some(index) = index(&neighbour.interface)? {
+        if let Some(index) = indices.find(&neighbour.interface) {
             parts::neighbour(pod, Op::Remove, neighbour, index)?;
         }
     }
-    for route in before.routes.iter().rev().filter(|route| !after.routes.contains(route)) {
-        if let Some(index) = index(&route.interface)? {
-            parts::route(pod, Op::Remove, route, index)?;
+    for route in before.routes.iter().rev().filter(|route| routes.contains(&route::place(route))) {
+        match route::change(pod, Op::Remove, route, |name| indices.get(name)) {
+            // It went with its interface.
+            Err(NetworkError::NoInterface(_)) => {}
+            result => result?,
         }
     }
     for interface in &before.interfaces {
-        let Some(index) = index(&interface.name)? else { continue };
+        let Some(index) = indices.find(&interface.name) else { continue };
         let now = after.interfaces.iter().find(|now| now.mac == interface.mac);
         for address in &interface.addresses {
             if now.is_none_or(|now| !now.addresses.contains(address)) {
@@ -152,13 +205,30 @@ fn remove(before: &Asked, after: &Asked, pod: &Netlink) -> Result<(), NetworkErr
     Ok(())
 }
 
-/// The guest's index of the interface with this name in the request.
-fn find(interfaces: &[Interface], pod: &Netlink, name: &str) -> Result<Option<i32>, NetworkError> {
-    if name == "lo" {
-        return Ok(Some(1));
+/// The guest's indices of the interfaces in a request, by name.
+struct Indices<'a>(HashMap<&'a str, i32>);
+
+impl<'a> Indices<'a> {
+    fn of(interfaces: &'a [Interface], pod: &Netlink) -> Result<Self, NetworkError> {
+        let links = links(pod).map_err(kernel("list interfaces"))?;
+        // LOOPBACK_IFINDEX of include/net/flow.h
+        let mut indices = HashMap::from([("lo", 1)]);
+        for interface in interfaces {
+            let mac = parts::parse_mac(&interface.mac)?;
+            if let Some(link) = links.iter().find(|link| link.mac == mac) {
+                indices.insert(interface.name.as_str(), link.index);
+            }
+        }
+        Ok(Self(indices))
     }
-    let Some(interface) = interfaces.iter().find(|i| i.name == name) else { return Ok(None) };
-    Ok(by_mac(pod, &parts::parse_mac(&interface.mac)?)?.map(|link| link.index))
+
+    fn find(&self, name: &str) -> Option<i32> {
+        self.0.get(name).copied()
+    }
+
+    fn get(&self, name: &str) -> Result<i32, NetworkError> {
+        self.find(name).ok_or_else(|| NetworkError::NoInterface(name.to_owned()))
+    }
 }
 
 fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
@@ -235,6 +305,40 @@ async fn wait_for(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
         match timeout_at(deadline, notices.next()).await {
             Ok(result) => result.map_err(kernel("watch interfaces"))?,
             Err(_) => return Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn rule(priority: u32, source: &str) -> Rule {
+        Rule { priority, source: source.to_owned(), table: 100, ..Default::default() }
+    }
+
+    #[test]
+    fn what_shares_a_place_is_made_anew_together() {
+        let before = [rule(1, "10.0.0.0/8"), rule(1, ""), rule(2, "")];
+        let after = [rule(1, ""), rule(1, "10.0.0.0/8"), rule(2, ""), rule(3, "")];
+        // Their order counts.
+        assert_eq!(differing(&before, &after, rule::place), HashSet::from([(false, 1), (false, 3)]));
+        assert_eq!(differing(&after, &before, rule::place), HashSet::from([(false, 1), (false, 3)]));
+        let rules = [rule(1, ""), Rule { ipv6: true, ..rule(1, "") }];
+        assert_eq!(differing(&rules[..1], &rules, rule::place), HashSet::from([(true, 1)]));
+    }
+
+    proptest! {
+        #[test]
+        fn places_that_differ_turn_the_one_into_the_other(before: Vec<(u8, u8)>, after: Vec<(u8, u8)>) {
+            let places = differing(&before, &after, |part| part.0);
+            let mut now: Vec<_> = before.iter().filter(|part| !places.contains(&part.0)).copied().collect();
+            now.extend(after.iter().filter(|part| places.contains(&part.0)));
+            let of = |list: &[(u8, u8)], place| list.iter().filter(|part| part.0 == place).copied().collect::<Vec<_>>();
+            for place in 0..=u8::MAX {
+                prop_assert_eq!(of(&now, place), of(&after, place));
+            }
         }
     }
 }

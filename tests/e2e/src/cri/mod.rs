@@ -1,6 +1,7 @@
 //! A client of the Kubernetes Container Runtime Interface: requests and answers are JSON, mapped by the protocol file.
 
 pub mod annotations;
+pub mod cni;
 pub mod grpc;
 pub mod kubelet;
 pub mod manifest;

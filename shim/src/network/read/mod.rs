@@ -1,17 +1,30 @@
 //! What CNI left in a network namespace, read by rtnetlink(7).
 
-use std::collections::HashMap;
+mod route;
+mod rule;
+
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use husk_netlink::{Message, Netlink, attributes, number};
-use husk_proto::agent::{Interface, Neighbour, NetworkRequest, Route};
+use husk_netlink::{Message, Netlink, attributes};
+use husk_proto::agent::{Interface, Neighbour, NetworkRequest};
 
 use super::{NetworkError, kernel};
 
-/// `RTAX_MTU` and `RTNH_F_ONLINK` of linux/rtnetlink.h.
-const RTAX_MTU: u16 = 2;
-const RTNH_F_ONLINK: u32 = 4;
+/// What a message tells of.
+#[derive(Debug, PartialEq)]
+enum Found<T> {
+    /// Something the guest gets.
+    Given(T),
+    /// Something the guest's kernel makes by itself, or nothing to a guest.
+    Own,
+    /// Something the guest does not get, though it matters.
+    Left(String),
+}
+
+/// What the guest does not get, each thing once: nobody is to look for it in vain.
+pub type Left = BTreeSet<String>;
 
 /// An Ethernet interface that is up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,14 +54,44 @@ pub fn usable(link: husk_netlink::Link) -> Option<Link> {
     Some(Link { index: link.index, name: link.name, mac: link.mac.try_into().ok()?, mtu })
 }
 
-/// All that the guest gets of these interfaces.
-pub fn all(netlink: &Netlink, links: &[Link]) -> Result<NetworkRequest, NetworkError> {
-    Ok(NetworkRequest {
+/// All that the guest gets of these interfaces, and what it does not.
+pub fn all(netlink: &Netlink, links: &[Link]) -> Result<(NetworkRequest, Left), NetworkError> {
+    let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
+    let mut left = Left::new();
+    let (routes, rules) = (libc::RTM_GETROUTE, libc::RTM_GETRULE);
+    let given = NetworkRequest {
         interfaces: interfaces(netlink, links).map_err(kernel("list addresses"))?,
-        routes: routes(netlink, links).map_err(kernel("list routes"))?,
+        routes: of_both_families(netlink, routes, &mut left, |body| route::parse(body, &names))
+            .map_err(kernel("list routes"))?,
         neighbours: neighbours(netlink, links).map_err(kernel("list neighbours"))?,
+        rules: of_both_families(netlink, rules, &mut left, rule::parse).map_err(kernel("list rules"))?,
         ..Default::default()
-    })
+    };
+    Ok((given, left))
+}
+
+/// What answers to a request of this kind, once for each family.
+fn of_both_families<T>(
+    netlink: &Netlink,
+    request: u16,
+    left: &mut Left,
+    parse: impl Fn(&[u8]) -> Option<Found<T>>,
+) -> io::Result<Vec<T>> {
+    let mut given = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        // struct rtmsg, struct fib_rule_hdr
+        let mut fixed = [0; 12];
+        fixed[0] = family as u8;
+        netlink.dump(Message::new(request, libc::NLM_F_DUMP, &fixed), |kind, body| {
+            let new = kind == libc::RTM_NEWROUTE || kind == libc::RTM_NEWRULE;
+            match new.then(|| parse(body)).flatten() {
+                Some(Found::Given(found)) => given.push(found),
+                Some(Found::Left(what)) => drop(left.insert(what)),
+                Some(Found::Own) | None => {}
+            }
+        })?;
+    }
+    Ok(given)
 }
 
 /// The interfaces with their addresses, but those of IPv6 that every interface makes for itself.
@@ -86,61 +129,6 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     }
     let address = found.filter(|address| !is_link_local(*address))?;
     Some((index, format!("{address}/{prefix}")))
-}
-
-/// The unicast routes of the main table by these interfaces.
-fn routes(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Route>> {
-    let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
-    let mut routes = Vec::new();
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        // struct rtmsg
-        let mut fixed = [0; 12];
-        fixed[0] = family as u8;
-        netlink.dump(Message::new(libc::RTM_GETROUTE, libc::NLM_F_DUMP, &fixed), |kind, body| {
-            if kind == libc::RTM_NEWROUTE {
-                routes.extend(parse_route(body, &names));
-            }
-        })?;
-    }
-    Ok(routes)
-}
-
-fn parse_route(body: &[u8], names: &HashMap<u32, &str>) -> Option<Route> {
-    let [family, prefix, _, _, table, _, scope, kind, flags @ ..] = *body.first_chunk::<12>()?;
-    let flags = u32::from_ne_bytes(flags);
-    // RTM_F_CLONED: an exception the kernel noted for one destination.
-    if table != libc::RT_TABLE_MAIN || kind != libc::RTN_UNICAST || flags & libc::RTM_F_CLONED != 0 {
-        return None;
-    }
-    let ipv6 = i32::from(family) == libc::AF_INET6;
-    let mut route = Route { scope: scope.into(), ipv6, onlink: flags & RTNH_F_ONLINK != 0, ..Default::default() };
-    for (kind, value) in attributes(body.get(12..)?) {
-        match kind {
-            libc::RTA_DST => {
-                let destination = ip(family, value)?;
-                if is_link_local(destination) || destination.is_multicast() {
-                    return None;
-                }
-                route.destination = format!("{destination}/{prefix}");
-            }
-            libc::RTA_GATEWAY => route.gateway = ip(family, value)?.to_string(),
-            libc::RTA_VIA => {
-                let (family, address) = value.split_at_checked(2)?;
-                let family = u16::from_ne_bytes(family.try_into().ok()?);
-                route.gateway = ip(u8::try_from(family).ok()?, address)?.to_string();
-            }
-            libc::RTA_PREFSRC => route.source = ip(family, value)?.to_string(),
-            libc::RTA_OIF => route.interface = (*names.get(&number(value)?)?).to_owned(),
-            libc::RTA_PRIORITY => route.metric = number(value)?,
-            libc::RTA_METRICS => {
-                let mtu = attributes(value).find(|(kind, _)| *kind == RTAX_MTU);
-                route.mtu = mtu.and_then(|(_, value)| number(value)).unwrap_or_default();
-            }
-            _ => {}
-        }
-    }
-    // One over several next hops has no interface of its own.
-    (!route.interface.is_empty()).then_some(route)
 }
 
 /// The neighbours that somebody set.
@@ -227,27 +215,6 @@ mod tests {
     }
 
     #[test]
-    fn routes_with_gateway_metric_and_mtu() {
-        let names = HashMap::from([(2, "eth0")]);
-        let body = |table: u8, list: &[(u16, &[u8])]| {
-            [&[libc::AF_INET as u8, 16, 0, 0, table, 3, 0, 1, 0, 0, 0, 0][..], &nest(list)].concat()
-        };
-        let (oif, metric, mtu) = (2u32.to_ne_bytes(), 50u32.to_ne_bytes(), nest(&[(RTAX_MTU, &1300u32.to_ne_bytes())]));
-        let list = [
-            (libc::RTA_DST, &[10, 9, 0, 0][..]),
-            (libc::RTA_GATEWAY, &[10, 0, 0, 1]),
-            (libc::RTA_OIF, &oif),
-            (libc::RTA_PRIORITY, &metric),
-            (libc::RTA_METRICS, &mtu),
-        ];
-        let route = parse_route(&body(libc::RT_TABLE_MAIN, &list), &names).unwrap();
-        assert_eq!((route.destination.as_str(), route.gateway.as_str()), ("10.9.0.0/16", "10.0.0.1"));
-        assert_eq!((route.interface.as_str(), route.metric, route.mtu), ("eth0", 50, 1300));
-        assert_eq!(parse_route(&body(libc::RT_TABLE_LOCAL, &list), &names), None);
-        assert_eq!(parse_route(&body(libc::RT_TABLE_MAIN, &list), &HashMap::new()), None);
-    }
-
-    #[test]
     fn neighbours_that_were_set() {
         let body = |state: u16| {
             let list = [(libc::NDA_DST, &[10, 0, 0, 9][..]), (libc::NDA_LLADDR, &[2, 0, 0, 0, 0, 9])];
@@ -263,7 +230,6 @@ mod tests {
         #[test]
         fn any_bytes_never_panic(bytes: Vec<u8>) {
             parse_address(&bytes);
-            parse_route(&bytes, &HashMap::from([(2, "eth0")]));
             parse_neighbour(&bytes, &[eth0()]);
         }
     }

@@ -1,0 +1,327 @@
+//! A route of the pod's, as the kernel is asked for it.
+
+use std::io;
+use std::net::IpAddr;
+
+use husk_netlink::{Message, Netlink, nest};
+use husk_proto::agent::Route;
+use husk_proto::agent::route::Kind;
+
+use super::NetworkError;
+use super::parts::{Op, byte, family, octets, optional_cidr, optional_ip};
+
+/// linux/rtnetlink.h.
+const RTAX_MTU: u16 = 2;
+const RTAX_ADVMSS: u16 = 8;
+const RTNH_F_ONLINK: u8 = 4;
+/// The next hops of a route are one attribute, whose length is a number of 16 bits.
+const MAX_HOPS_LENGTH: usize = u16::MAX as usize - 4;
+
+/// What only one route has, but for those that stand behind one another: family, table, destination, type of service,
+/// metric.
+pub type Place<'a> = (bool, u32, &'a str, u32, u32);
+
+/// Where a route belongs.
+pub fn place(route: &Route) -> Place<'_> {
+    (route.ipv6, table(route), &route.destination, route.tos, route.metric)
+}
+
+/// The interfaces a route goes by.
+pub fn interfaces(route: &Route) -> impl Iterator<Item = &str> {
+    let own = Some(route.interface.as_str()).filter(|name| !name.is_empty());
+    own.into_iter().chain(route.hops.iter().map(|hop| hop.interface.as_str()))
+}
+
+/// Whether it needs another route, to a gateway.
+pub fn is_through(route: &Route) -> bool {
+    !route.gateway.is_empty() || route.hops.iter().any(|hop| !hop.gateway.is_empty())
+}
+
+fn table(route: &Route) -> u32 {
+    if route.table == 0 { libc::RT_TABLE_MAIN.into() } else { route.table }
+}
+
+/// Adds or removes a route by interfaces with these indices.
+pub fn change(
+    pod: &Netlink,
+    op: Op,
+    route: &Route,
+    index: impl Fn(&str) -> Result<i32, NetworkError>,
+) -> Result<(), NetworkError> {
+    let wanted = Wanted::of(op, route, index)?;
+    let unreachable = |error: &io::Error| {
+        matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Op::Remove
+    };
+    let done = match op.change(pod, wanted.message(op, false)) {
+        // The way to its gateway is not needed any more once the route is there: the host's has lost it, or has it by a
+        // rule.
+        Err(error) if unreachable(&error) && is_through(route) => op.change(pod, wanted.message(op, true)),
+        done => done,
+    };
+    done.map_err(op.failed(format_args!("route to {:?} by {:?}", route.destination, route.gateway)))
+}
+
+/// Where packets go.
+struct Way {
+    index: i32,
+    gateway: Option<IpAddr>,
+    onlink: bool,
+    weight: u8,
+}
+
+/// A route with all that was text in it understood.
+struct Wanted<'a> {
+    route: &'a Route,
+    family: u8,
+    kind: Kind,
+    tos: u8,
+    destination: Option<(IpAddr, u8)>,
+    source: Option<IpAddr>,
+    ways: Vec<Way>,
+}
+
+impl<'a> Wanted<'a> {
+    fn of(op: Op, route: &'a Route, index: impl Fn(&str) -> Result<i32, NetworkError>) -> Result<Self, NetworkError> {
+        let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
+        let Ok(kind) = route.kind.enum_value() else { return malformed(format!("{:?}", route.kind), "kind of route") };
+        let (destination, source) = (optional_cidr(&route.destination)?, optional_ip(&route.source)?);
+        // A default route's gateway may be of the other family.
+        let family = match destination.map(|(address, _)| address).or(source) {
+            Some(address) => family(address),
+            None if route.ipv6 => libc::AF_INET6 as u8,
+            None => libc::AF_INET as u8,
+        };
+        if source.is_some_and(|source| self::family(source) != family) {
+            return malformed(route.source.clone(), "source for this route");
+        }
+        let mut ways = Vec::new();
+        if !route.interface.is_empty() || (route.hops.is_empty() && matches!(kind, Kind::UNICAST | Kind::LOCAL)) {
+            let (index, gateway) = (index(&route.interface)?, optional_ip(&route.gateway)?);
+            ways.push(Way { index, gateway, onlink: route.onlink, weight: 0 });
+        }
+        for hop in &route.hops {
+            let Some(weight) = hop.weight.max(1).checked_sub(1).and_then(|weight| u8::try_from(weight).ok()) else {
+                return malformed(hop.weight.to_string(), "weight of a next hop");
+            };
+            let index = match index(&hop.interface) {
+                // It went with its interface.
+                Err(NetworkError::NoInterface(_)) if op == Op::Remove => continue,
+                index => index?,
+            };
+            ways.push(Way { index, gateway: optional_ip(&hop.gateway)?, onlink: hop.onlink, weight });
+        }
+        let wanted = Self { route, family, kind, tos: byte(route.tos, "type of service")?, destination, source, ways };
+        if wanted.hops(false).len() > MAX_HOPS_LENGTH {
+            return malformed(route.hops.len().to_string(), "number of next hops");
+        }
+        Ok(wanted)
+    }
+
+    /// The message for the kernel; with `onlink`, all gateways are reached without asking how.
+    fn message(&self, op: Op, onlink: bool) -> Message {
+        let route = self.route;
+        let v4 = self.family == libc::AF_INET as u8;
+        let direct = self.kind == Kind::UNICAST && self.ways.iter().all(|way| way.gateway.is_none());
+        let scope = match route.scope {
+            0 if v4 && direct => libc::RT_SCOPE_LINK,
+            scope => u8::try_from(scope).unwrap_or(libc::RT_SCOPE_UNIVERSE),
+        };
+        let kind = match self.kind {
+            Kind::UNICAST => libc::RTN_UNICAST,
+            Kind::LOCAL => libc::RTN_LOCAL,
+            Kind::BLACKHOLE => libc::RTN_BLACKHOLE,
+            Kind::UNREACHABLE => libc::RTN_UNREACHABLE,
+            Kind::PROHIBIT => libc::RTN_PROHIBIT,
+            Kind::THROW => libc::RTN_THROW,
+        };
+        let several = !route.hops.is_empty();
+        let flags = match &self.ways[..] {
+            [way] if !several => u32::from(way.flags(onlink)),
+            _ => 0,
+        };
+        let (prefix, tos) = (self.destination.map_or(0, |(_, prefix)| prefix), if v4 { self.tos } else { 0 });
+        // struct rtmsg, whose byte for the table is too small for most.
+        let mut fixed =
+            [self.family, prefix, 0, tos, libc::RT_TABLE_UNSPEC, libc::RTPROT_BOOT, scope, kind, 0, 0, 0, 0];
+        fixed[8..].copy_from_slice(&flags.to_ne_bytes());
+        let place = if op == Op::Append { libc::NLM_F_APPEND } else { libc::NLM_F_REPLACE };
+        let mut message =
+            op.message((libc::RTM_NEWROUTE, place), libc::RTM_DELROUTE, &fixed).number(libc::RTA_TABLE, table(route));
+        if let Some((address, _)) = self.destination {
+            message = message.attribute(libc::RTA_DST, &octets(address));
+        }
+        match &self.ways[..] {
+            [way] if !several => {
+                message = message.number(libc::RTA_OIF, way.index.unsigned_abs());
+                if let Some((kind, value)) = way.gateway(self.family) {
+                    message = message.attribute(kind, &value);
+                }
+            }
+            [] => {}
+            _ => message = message.attribute(libc::RTA_MULTIPATH, &self.hops(onlink)),
+        }
+        if let Some(address) = self.source {
+            message = message.attribute(libc::RTA_PREFSRC, &octets(address));
+        }
+        if route.metric > 0 {
+            message = message.number(libc::RTA_PRIORITY, route.metric);
+        }
+        let metrics = [(RTAX_MTU, route.mtu), (RTAX_ADVMSS, route.advmss)];
+        let metrics = metrics.into_iter().filter(|(_, value)| *value > 0);
+        let metrics: Vec<u8> = metrics.flat_map(|(kind, value)| nest(&[(kind, &value.to_ne_bytes())])).collect();
+        if !metrics.is_empty() {
+            message = message.attribute(libc::RTA_METRICS, &metrics);
+        }
+        message
+    }
+
+    /// One struct rtnexthop after another, each with its attributes.
+    fn hops(&self, onlink: bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for way in &self.ways {
+            let gateway = way.gateway(self.family).map(|(kind, value)| nest(&[(kind, &value)])).unwrap_or_default();
+            // Of 32 bytes at most.
+            bytes.extend(((8 + gateway.len()) as u16).to_ne_bytes());
+            bytes.extend([way.flags(onlink), way.weight]);
+            bytes.extend(way.index.to_ne_bytes());
+            bytes.extend(gateway);
+        }
+        bytes
+    }
+}
+
+impl Way {
+    fn flags(&self, onlink: bool) -> u8 {
+        if self.onlink || (onlink && self.gateway.is_some()) { RTNH_F_ONLINK } else { 0 }
+    }
+
+    /// Its gateway's attribute in a route of this family.
+    fn gateway(&self, family: u8) -> Option<(u16, Vec<u8>)> {
+        let address = self.gateway?;
+        let own = self::family(address);
+        // One of the other family (an IPv4 route over an IPv6 next hop) has an attribute of its own: struct rtvia.
+        Some(match own == family {
+            true => (libc::RTA_GATEWAY, octets(address)),
+            false => (libc::RTA_VIA, [&u16::from(own).to_ne_bytes()[..], &octets(address)].concat()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_netlink::attributes;
+    use husk_proto::agent::NextHop;
+    use proptest::prelude::*;
+
+    fn index(name: &str) -> Result<i32, NetworkError> {
+        match name {
+            "lo" => Ok(1),
+            "eth0" => Ok(2),
+            name => Err(NetworkError::NoInterface(name.to_owned())),
+        }
+    }
+
+    fn message(op: Op, route: &Route) -> Vec<u8> {
+        Wanted::of(op, route, index).unwrap().message(op, false).finish()
+    }
+
+    fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+        attributes(&bytes[16 + 12..]).map(|(kind, value)| (kind, value.to_vec())).collect()
+    }
+
+    #[test]
+    fn by_one_way() {
+        let route = Route {
+            destination: "10.9.0.0/16".into(),
+            gateway: "10.0.0.1".into(),
+            interface: "eth0".into(),
+            table: 1000,
+            tos: 0x10,
+            onlink: true,
+            ..Default::default()
+        };
+        let bytes = message(Op::Add, &route);
+        assert_eq!(bytes[16..28], [2, 16, 0, 0x10, 0, libc::RTPROT_BOOT, 0, libc::RTN_UNICAST, 4, 0, 0, 0]);
+        let expected = [
+            (libc::RTA_TABLE, 1000u32.to_ne_bytes().to_vec()),
+            (libc::RTA_DST, vec![10, 9, 0, 0]),
+            (libc::RTA_OIF, 2u32.to_ne_bytes().to_vec()),
+            (libc::RTA_GATEWAY, vec![10, 0, 0, 1]),
+        ];
+        assert_eq!(list(&bytes), expected);
+        let direct = Route { interface: "eth0".into(), ..Default::default() };
+        assert_eq!(message(Op::Add, &direct)[22], libc::RT_SCOPE_LINK);
+        assert_eq!(list(&message(Op::Add, &direct))[0].1, 254u32.to_ne_bytes());
+    }
+
+    #[test]
+    fn a_default_route_by_a_gateway_of_the_other_family() {
+        let gateway = "fe80::1".to_owned();
+        let route = Route { gateway, interface: "eth0".into(), ..Default::default() };
+        let bytes = message(Op::Add, &route);
+        assert_eq!(bytes[16], libc::AF_INET as u8);
+        assert_eq!(list(&bytes)[2].0, libc::RTA_VIA);
+    }
+
+    #[test]
+    fn over_several_next_hops() {
+        let hop = |gateway: &str, weight, onlink| {
+            let (gateway, interface) = (gateway.to_owned(), "eth0".to_owned());
+            NextHop { gateway, interface, weight, onlink, ..Default::default() }
+        };
+        let hops = vec![hop("10.0.0.1", 2, false), hop("fe80::2", 256, true)];
+        let route = Route { hops, ..Default::default() };
+        let bytes = message(Op::Append, &route);
+        assert_eq!(bytes[22], libc::RT_SCOPE_UNIVERSE);
+        let attributes = list(&bytes);
+        assert_eq!(attributes.len(), 2);
+        let (kind, hops) = &attributes[1];
+        assert_eq!(*kind, libc::RTA_MULTIPATH);
+        assert_eq!(hops[..16], [16, 0, 0, 1, 2, 0, 0, 0, 8, 0, libc::RTA_GATEWAY as u8, 0, 10, 0, 0, 1]);
+        assert_eq!(hops[16..24], [32, 0, RTNH_F_ONLINK, 255, 2, 0, 0, 0]);
+        let many = Route { hops: vec![hop("10.0.0.1", 1, false); 4096], ..Default::default() };
+        assert!(matches!(Wanted::of(Op::Add, &many, index), Err(NetworkError::Malformed(..))));
+        let heavy = Route { hops: vec![hop("10.0.0.1", 257, false)], ..Default::default() };
+        assert!(matches!(Wanted::of(Op::Add, &heavy, index), Err(NetworkError::Malformed(..))));
+    }
+
+    #[test]
+    fn to_nowhere() {
+        let route =
+            Route { destination: "fd00::/8".into(), kind: Kind::BLACKHOLE.into(), metric: 7, ..Default::default() };
+        let bytes = message(Op::Remove, &route);
+        assert_eq!((bytes[16], bytes[23]), (libc::AF_INET6 as u8, libc::RTN_BLACKHOLE));
+        let kinds: Vec<_> = list(&bytes).into_iter().map(|(kind, _)| kind).collect();
+        assert_eq!(kinds, [libc::RTA_TABLE, libc::RTA_DST, libc::RTA_PRIORITY]);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let eth0 = Route { interface: "eth0".into(), ..Default::default() };
+        for route in [
+            Route { tos: 256, ..eth0.clone() },
+            Route { source: "fd00::1".into(), destination: "10.0.0.0/8".into(), ..eth0.clone() },
+            Route { kind: protobuf::EnumOrUnknown::from_i32(77), ..eth0.clone() },
+            Route { destination: "10.0.0.0/40".into(), ..eth0.clone() },
+        ] {
+            assert!(matches!(Wanted::of(Op::Add, &route, index), Err(NetworkError::Malformed(..))), "{route}");
+        }
+        assert!(matches!(Wanted::of(Op::Add, &Route::default(), index), Err(NetworkError::NoInterface(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_never_panics(texts: [String; 3], prefix: u8, numbers: [u32; 4]) {
+            let [gateway, source, name] = texts;
+            let hop = NextHop { gateway: gateway.clone(), interface: "eth0".into(), weight: numbers[0], ..Default::default() };
+            let route = Route {
+                destination: format!("10.0.0.0/{prefix}"), gateway, source, interface: name, tos: numbers[1],
+                scope: numbers[2], hops: vec![hop], table: numbers[3], ..Default::default()
+            };
+            if let Ok(wanted) = Wanted::of(Op::Add, &route, |_| Ok(2)) {
+                wanted.message(Op::Add, true).finish();
+            }
+        }
+    }
+}

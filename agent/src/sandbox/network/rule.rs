@@ -1,0 +1,209 @@
+//! A rule by which the pod's kernel chooses a routing table, as the kernel is asked for it.
+
+use husk_netlink::{Message, Netlink};
+use husk_proto::agent::rule::Action;
+use husk_proto::agent::{PortRange, Rule};
+
+use super::NetworkError;
+use super::parts::{Op, byte, family, octets, optional_cidr};
+
+/// linux/fib_rules.h.
+const FRA_DST: u16 = 1;
+const FRA_SRC: u16 = 2;
+const FRA_IIFNAME: u16 = 3;
+const FRA_GOTO: u16 = 4;
+const FRA_PRIORITY: u16 = 6;
+const FRA_FWMARK: u16 = 10;
+const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
+const FRA_TABLE: u16 = 15;
+const FRA_FWMASK: u16 = 16;
+const FRA_OIFNAME: u16 = 17;
+const FRA_PROTOCOL: u16 = 21;
+const FRA_IP_PROTO: u16 = 22;
+const FRA_SPORT_RANGE: u16 = 23;
+const FRA_DPORT_RANGE: u16 = 24;
+const FIB_RULE_INVERT: u32 = 2;
+
+/// Rules in the same place stand in the order in which they came: those of a family with one priority.
+pub type Place = (bool, u32);
+
+/// Where a rule belongs.
+pub fn place(rule: &Rule) -> Place {
+    (rule.ipv6, rule.priority)
+}
+
+/// How much a rule asks for. The kernel removes the first that has all that it is told (net/core/fib_rules.c,
+/// `rule_find`): what has more is to be removed before what has less.
+pub fn demands(rule: &Rule) -> usize {
+    let texts = [&rule.source, &rule.destination, &rule.incoming, &rule.outgoing];
+    let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.origin];
+    let ports = [&rule.source_ports, &rule.destination_ports];
+    texts.iter().filter(|text| !text.is_empty()).count()
+        + numbers.iter().filter(|&&number| number != 0).count()
+        + ports.iter().filter(|ports| ports.is_some()).count()
+        + usize::from(rule.suppress_prefix.is_some())
+}
+
+/// Adds or removes a rule.
+pub fn change(pod: &Netlink, op: Op, rule: &Rule) -> Result<(), NetworkError> {
+    let what = format_args!("rule {} for table {}", rule.priority, rule.table).to_string();
+    op.change(pod, message(op, rule)?).map_err(op.failed(what))
+}
+
+fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
+    let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
+    let action = match rule.action.enum_value() {
+        // The kernel would choose a table by itself.
+        Ok(Action::LOOKUP) if rule.table == 0 => return malformed("0".to_owned(), "table for a rule"),
+        Ok(Action::LOOKUP) => 1,
+        Ok(Action::GOTO) => 2,
+        Ok(Action::NOP) => 3,
+        Ok(Action::BLACKHOLE) => 6,
+        Ok(Action::UNREACHABLE) => 7,
+        Ok(Action::PROHIBIT) => 8,
+        Err(other) => return malformed(other.to_string(), "action of a rule"),
+    };
+    let own = if rule.ipv6 { libc::AF_INET6 as u8 } else { libc::AF_INET as u8 };
+    let (source, destination) = (optional_cidr(&rule.source)?, optional_cidr(&rule.destination)?);
+    for (prefix, text) in [(source, &rule.source), (destination, &rule.destination)] {
+        if prefix.is_some_and(|(address, _)| family(address) != own) {
+            return malformed(text.clone(), "prefix for this rule");
+        }
+    }
+    let flags = if rule.invert { FIB_RULE_INVERT } else { 0 };
+    let length = |prefix: Option<(_, u8)>| prefix.map_or(0, |(_, length)| length);
+    let tos = byte(rule.tos, "type of service")?;
+    // struct fib_rule_hdr, whose byte for the table is too small for most.
+    let mut fixed = [own, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
+    fixed[8..].copy_from_slice(&flags.to_ne_bytes());
+    // One that is there already is not to be there twice; but of another one in its place the kernel believes that it is the
+    // same where it asks for more (`rule_exists`).
+    let flags = if op == Op::Append { 0 } else { libc::NLM_F_EXCL };
+    let mut message = op
+        .message((libc::RTM_NEWRULE, flags), libc::RTM_DELRULE, &fixed)
+        .number(FRA_PRIORITY, rule.priority)
+        .number(FRA_TABLE, rule.table);
+    for (kind, prefix) in [(FRA_SRC, source), (FRA_DST, destination)] {
+        if let Some((address, _)) = prefix {
+            message = message.attribute(kind, &octets(address));
+        }
+    }
+    for (kind, name) in [(FRA_IIFNAME, &rule.incoming), (FRA_OIFNAME, &rule.outgoing)] {
+        if name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0']) {
+            return malformed(name.clone(), "name of an interface");
+        }
+        if !name.is_empty() {
+            message = message.text(kind, name);
+        }
+    }
+    if rule.mark != 0 || rule.mask != 0 {
+        message = message.number(FRA_FWMARK, rule.mark).number(FRA_FWMASK, rule.mask);
+    }
+    if action == 2 {
+        message = message.number(FRA_GOTO, rule.target);
+    }
+    if let Some(length) = rule.suppress_prefix {
+        message = message.number(FRA_SUPPRESS_PREFIXLEN, length);
+    }
+    for (kind, number) in [(FRA_PROTOCOL, rule.origin), (FRA_IP_PROTO, rule.ip_protocol)] {
+        if number != 0 {
+            message = message.attribute(kind, &[byte(number, "protocol")?]);
+        }
+    }
+    for (kind, range) in [(FRA_SPORT_RANGE, &rule.source_ports), (FRA_DPORT_RANGE, &rule.destination_ports)] {
+        if let Some(range) = range.as_ref() {
+            message = message.attribute(kind, &ports(range)?);
+        }
+    }
+    Ok(message)
+}
+
+/// struct fib_rule_port_range
+fn ports(range: &PortRange) -> Result<Vec<u8>, NetworkError> {
+    let malformed = || NetworkError::Malformed(format!("{}-{}", range.first, range.last), "range of ports");
+    let port = |number: u32| u16::try_from(number).map_err(|_| malformed());
+    let (first, last) = (port(range.first)?, port(range.last)?);
+    if first == 0 || first > last {
+        return Err(malformed());
+    }
+    Ok([first.to_ne_bytes(), last.to_ne_bytes()].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_netlink::attributes;
+    use proptest::prelude::*;
+
+    fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+        attributes(&bytes[16 + 12..]).map(|(kind, value)| (kind, value.to_vec())).collect()
+    }
+
+    #[test]
+    fn as_the_kernel_wants_it() {
+        let rule = Rule {
+            priority: 100,
+            source: "10.1.2.3/32".into(),
+            incoming: "eth0".into(),
+            mark: 1,
+            mask: 0xff,
+            invert: true,
+            table: 1000,
+            destination_ports: Some(PortRange { first: 80, last: 90, ..Default::default() }).into(),
+            suppress_prefix: Some(0),
+            origin: 3,
+            ..Default::default()
+        };
+        let bytes = message(Op::Add, &rule).unwrap().finish();
+        assert_eq!(bytes[16..28], [2, 0, 32, 0, 0, 0, 0, 1, FIB_RULE_INVERT as u8, 0, 0, 0]);
+        let expected = [
+            (FRA_PRIORITY, 100u32.to_ne_bytes().to_vec()),
+            (FRA_TABLE, 1000u32.to_ne_bytes().to_vec()),
+            (FRA_SRC, vec![10, 1, 2, 3]),
+            (FRA_IIFNAME, b"eth0\0".to_vec()),
+            (FRA_FWMARK, 1u32.to_ne_bytes().to_vec()),
+            (FRA_FWMASK, 0xffu32.to_ne_bytes().to_vec()),
+            (FRA_SUPPRESS_PREFIXLEN, vec![0; 4]),
+            (FRA_PROTOCOL, vec![3]),
+            (FRA_DPORT_RANGE, vec![80, 0, 90, 0]),
+        ];
+        assert_eq!(list(&bytes), expected);
+        assert!(demands(&rule) > demands(&Rule { source: String::new(), ..rule.clone() }));
+        assert!(demands(&rule) > demands(&Rule { suppress_prefix: None, ..rule.clone() }));
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let table = Rule { table: 5, ..Default::default() };
+        let range = |first, last| Some(PortRange { first, last, ..Default::default() }).into();
+        for rule in [
+            Rule::default(),
+            Rule { source: "fd00::/8".into(), ..table.clone() },
+            Rule { destination: "10.0.0.0/8".into(), ipv6: true, ..table.clone() },
+            Rule { incoming: "a/b".into(), ..table.clone() },
+            Rule { outgoing: "an interface's name".into(), ..table.clone() },
+            Rule { source_ports: range(0, 1), ..table.clone() },
+            Rule { source_ports: range(2, 1), ..table.clone() },
+            Rule { source_ports: range(1, 65_536), ..table.clone() },
+            Rule { ip_protocol: 256, ..table.clone() },
+            Rule { tos: 256, ..table.clone() },
+            Rule { action: protobuf::EnumOrUnknown::from_i32(77), ..table.clone() },
+        ] {
+            assert!(matches!(message(Op::Add, &rule), Err(NetworkError::Malformed(..))), "{rule}");
+        }
+        assert!(message(Op::Remove, &table).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_never_panics(texts: [String; 3], numbers: [u32; 5]) {
+            let [source, incoming, outgoing] = texts;
+            let rule = Rule {
+                source, incoming, outgoing, table: numbers[0], tos: numbers[1], ip_protocol: numbers[2],
+                source_ports: Some(PortRange { first: numbers[3], last: numbers[4], ..Default::default() }).into(),
+                ..Default::default()
+            };
+            let _ = message(Op::Add, &rule);
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! Routes of a network namespace: of all tables, by one way, by several, or to nowhere.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use husk_netlink::{attributes, number};
+use husk_proto::agent::route::Kind;
+use husk_proto::agent::{NextHop, Route};
+
+use super::{Found, ip, is_link_local};
+
+/// linux/rtnetlink.h.
+const RTAX_MTU: u16 = 2;
+const RTAX_ADVMSS: u16 = 8;
+const RTNH_F_ONLINK: u32 = 4;
+const RTA_NH_ID: u16 = 30;
+/// The metric of the route that stands for none (net/ipv6/route.c, `ip6_null_entry`).
+const NO_ROUTE: u32 = u32::MAX;
+const LOCAL_TABLE: u32 = libc::RT_TABLE_LOCAL as u32;
+const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
+
+/// The route in the body of a message, by interfaces of these names; none where it is malformed.
+pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Found<Route>> {
+    // struct rtmsg
+    let [family, prefix, source_prefix, tos, table, protocol, scope, kind, flags @ ..] = *body.first_chunk::<12>()?;
+    let flags = u32::from_ne_bytes(flags);
+    let by_kernel = protocol == libc::RTPROT_KERNEL;
+    let kind = match kind {
+        libc::RTN_UNICAST => Kind::UNICAST,
+        libc::RTN_LOCAL if !by_kernel => Kind::LOCAL,
+        libc::RTN_BLACKHOLE => Kind::BLACKHOLE,
+        libc::RTN_UNREACHABLE => Kind::UNREACHABLE,
+        libc::RTN_PROHIBIT => Kind::PROHIBIT,
+        libc::RTN_THROW => Kind::THROW,
+        // What the kernel makes of addresses.
+        _ => return Some(Found::Own),
+    };
+    let mut route = Route {
+        scope: scope.into(),
+        ipv6: i32::from(family) == libc::AF_INET6,
+        onlink: flags & RTNH_F_ONLINK != 0,
+        table: table.into(),
+        kind: kind.into(),
+        tos: tos.into(),
+        ..Default::default()
+    };
+    let (mut hops, mut destination, mut encapsulates, mut by_object) = (None, None, false, false);
+    for (attribute, value) in attributes(body.get(12..)?) {
+        match attribute {
+            libc::RTA_TABLE => route.table = number(value)?,
+            libc::RTA_DST => destination = Some(ip(family, value)?),
+            libc::RTA_GATEWAY => route.gateway = ip(family, value)?.to_string(),
+            libc::RTA_VIA => route.gateway = via(value)?.to_string(),
+            libc::RTA_PREFSRC => route.source = ip(family, value)?.to_string(),
+            libc::RTA_OIF => route.interface = name(number(value)?, names, by_kernel).unwrap_or_default(),
+            libc::RTA_MULTIPATH => hops = Some(value),
+            libc::RTA_PRIORITY => route.metric = number(value)?,
+            libc::RTA_METRICS => {
+                for (metric, value) in attributes(value) {
+                    match metric {
+                        RTAX_MTU => route.mtu = number(value)?,
+                        RTAX_ADVMSS => route.advmss = number(value)?,
+                        _ => {}
+                    }
+                }
+            }
+            libc::RTA_ENCAP => encapsulates = true,
+            RTA_NH_ID => by_object = true,
+            _ => {}
+        }
+    }
+    let own_table = route.table == LOCAL_TABLE || route.table == MAIN_TABLE;
+    let every_interfaces = |address| is_link_local(address) || address.is_multicast();
+    // RTM_F_CLONED: an exception the kernel noted for one destination.
+    let own = flags & libc::RTM_F_CLONED != 0
+        || kind == Kind::UNICAST && route.table == LOCAL_TABLE
+        || own_table && destination.is_some_and(every_interfaces)
+        || !matches!(kind, Kind::UNICAST | Kind::LOCAL) && route.metric == NO_ROUTE;
+    if own {
+        return Some(Found::Own);
+    }
+    if source_prefix > 0 {
+        return Some(Found::Left("routes for one source alone".to_owned()));
+    }
+    if let Some(destination) = destination {
+        route.destination = format!("{destination}/{prefix}");
+    }
+    let somewhere = matches!(kind, Kind::UNICAST | Kind::LOCAL);
+    if !somewhere || hops.is_some() {
+        // IPv6 says that those to nowhere go to the loopback interface, and does not need to be told.
+        (route.interface, route.gateway, route.onlink) = Default::default();
+    }
+    if let Some(bytes) = hops {
+        encapsulates |= next_hops(&mut route.hops, family, bytes, |index| name(index, names, by_kernel))?;
+    }
+    Some(if encapsulates {
+        Found::Left("encapsulating routes".to_owned())
+    } else if !somewhere || !route.interface.is_empty() || !route.hops.is_empty() {
+        Found::Given(route)
+    } else if by_object {
+        // The kernel does not say what it stands for (sysctl net.ipv4.nexthop_compat_mode).
+        Found::Left("routes by next hop objects".to_owned())
+    } else {
+        // By interfaces that the guest does not get.
+        Found::Own
+    })
+}
+
+/// Puts the next hops by interfaces with a name to the others; whether one of them encapsulates.
+fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u32) -> Option<String>) -> Option<bool> {
+    let (mut rest, mut encapsulates) = (bytes, false);
+    // struct rtnexthop
+    while let Some([low, high, flags, more, index @ ..]) = rest.first_chunk::<8>() {
+        let length = usize::from(u16::from_ne_bytes([*low, *high]));
+        let (weight, onlink) = (u32::from(*more) + 1, u32::from(*flags) & RTNH_F_ONLINK != 0);
+        let mut hop = NextHop { weight, onlink, ..Default::default() };
+        for (attribute, value) in attributes(rest.get(8..length)?) {
+            match attribute {
+                libc::RTA_GATEWAY => hop.gateway = ip(family, value)?.to_string(),
+                libc::RTA_VIA => hop.gateway = via(value)?.to_string(),
+                libc::RTA_ENCAP => encapsulates = true,
+                _ => {}
+            }
+        }
+        if let Some(interface) = name(u32::from_ne_bytes(*index)) {
+            hops.push(NextHop { interface, ..hop });
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(encapsulates)
+}
+
+/// struct rtvia: a gateway of the other family.
+fn via(value: &[u8]) -> Option<IpAddr> {
+    let (family, address) = value.split_at_checked(2)?;
+    ip(u8::try_from(u16::from_ne_bytes(family.try_into().ok()?)).ok()?, address)
+}
+
+/// An interface the guest has; the kernel's own routes by the loopback interface it makes there too.
+fn name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
+    // LOOPBACK_IFINDEX of include/net/flow.h
+    if index == 1 && !by_kernel {
+        return Some("lo".to_owned());
+    }
+    names.get(&index).map(|&name| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_netlink::nest;
+    use proptest::prelude::*;
+
+    fn names() -> HashMap<u32, &'static str> {
+        HashMap::from([(2, "eth0"), (3, "net1")])
+    }
+
+    fn of(family: i32, table: u8, protocol: u8, kind: u8, list: &[(u16, &[u8])]) -> Option<Found<Route>> {
+        let fixed = [family as u8, 16, 0, 0, table, protocol, 0, kind, 0, 0, 0, 0];
+        parse(&[&fixed[..], &nest(list)].concat(), &names())
+    }
+
+    #[track_caller]
+    fn given(found: Option<Found<Route>>) -> Route {
+        match found {
+            Some(Found::Given(route)) => route,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn hop(index: u32, weight: u8, flags: u8, list: &[(u16, &[u8])]) -> Vec<u8> {
+        let list = nest(list);
+        let length = (8 + list.len()) as u16;
+        [&length.to_ne_bytes()[..], &[flags, weight - 1], &index.to_ne_bytes(), &list].concat()
+    }
+
+    const V4: i32 = libc::AF_INET;
+
+    #[test]
+    fn gateway_metric_and_mtu() {
+        let (oif, metric) = (2u32.to_ne_bytes(), 50u32.to_ne_bytes());
+        let metrics = nest(&[(RTAX_MTU, &1300u32.to_ne_bytes()), (RTAX_ADVMSS, &1200u32.to_ne_bytes())]);
+        let list = [
+            (libc::RTA_DST, &[10, 9, 0, 0][..]),
+            (libc::RTA_GATEWAY, &[10, 0, 0, 1]),
+            (libc::RTA_OIF, &oif),
+            (libc::RTA_PRIORITY, &metric),
+            (libc::RTA_METRICS, &metrics),
+        ];
+        let route = given(of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &list));
+        assert_eq!((route.destination.as_str(), route.gateway.as_str()), ("10.9.0.0/16", "10.0.0.1"));
+        assert_eq!((route.interface.as_str(), route.metric, route.mtu, route.advmss), ("eth0", 50, 1300, 1200));
+        assert_eq!(of(V4, libc::RT_TABLE_LOCAL, 3, libc::RTN_UNICAST, &list), Some(Found::Own));
+        let list = [(libc::RTA_OIF, &9u32.to_ne_bytes()[..])];
+        assert_eq!(of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &list), Some(Found::Own));
+    }
+
+    #[test]
+    fn other_tables() {
+        let (oif, table) = (2u32.to_ne_bytes(), 1000u32.to_ne_bytes());
+        let route = given(of(V4, 252, 3, libc::RTN_UNICAST, &[(libc::RTA_TABLE, &table), (libc::RTA_OIF, &oif)]));
+        assert_eq!((route.table, route.destination.as_str(), route.interface.as_str()), (1000, "", "eth0"));
+        // What every interface has in the main table is somebody's doing in another.
+        let link_local: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let list = [(libc::RTA_DST, &link_local[..]), (libc::RTA_OIF, &oif)];
+        let found = |table| of(libc::AF_INET6, table, 2, libc::RTN_UNICAST, &list);
+        assert_eq!(found(libc::RT_TABLE_MAIN), Some(Found::Own));
+        assert_eq!(given(found(100)).destination, "fe80::/16");
+    }
+
+    #[test]
+    fn several_next_hops() {
+        let hops = [
+            hop(2, 2, 0, &[(libc::RTA_GATEWAY, &[10, 0, 0, 1])]),
+            hop(9, 1, 0, &[(libc::RTA_GATEWAY, &[10, 0, 0, 2])]),
+            hop(3, 1, 0, &[(libc::RTA_VIA, &[10, 0, 1, 2, 3, 4])]),
+        ];
+        let route = |hops: &[u8]| of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, hops)]);
+        // AF_INET6 is 10, and that address is too short.
+        assert_eq!(route(&hops.concat()), None);
+        let found = given(route(&hops[..2].concat()));
+        let [only] = &found.hops[..] else { panic!("{found}") };
+        assert_eq!((only.gateway.as_str(), only.interface.as_str(), only.weight), ("10.0.0.1", "eth0", 2));
+        let more = [hops[0].clone(), hop(3, 1, RTNH_F_ONLINK as u8, &[(libc::RTA_GATEWAY, &[10, 1, 0, 2])])].concat();
+        let found = given(route(&more));
+        assert_eq!(found.hops.iter().map(|hop| (hop.weight, hop.onlink)).collect::<Vec<_>>(), [(2, false), (1, true)]);
+        assert_eq!(route(&hops[1]), Some(Found::Own));
+        assert!(matches!(route(&hop(2, 1, 0, &[(libc::RTA_ENCAP, &[0; 4])])), Some(Found::Left(_))));
+    }
+
+    #[test]
+    fn to_nowhere_and_to_itself() {
+        let metric = NO_ROUTE.to_ne_bytes();
+        let lo = 1u32.to_ne_bytes();
+        for (kind, expected) in [
+            (libc::RTN_BLACKHOLE, Kind::BLACKHOLE),
+            (libc::RTN_UNREACHABLE, Kind::UNREACHABLE),
+            (libc::RTN_PROHIBIT, Kind::PROHIBIT),
+            (libc::RTN_THROW, Kind::THROW),
+        ] {
+            let route = given(of(libc::AF_INET6, libc::RT_TABLE_MAIN, 3, kind, &[(libc::RTA_OIF, &lo)]));
+            assert_eq!((route.kind.enum_value(), route.interface.as_str()), (Ok(expected), ""));
+            let none = of(libc::AF_INET6, libc::RT_TABLE_MAIN, 2, kind, &[(libc::RTA_PRIORITY, &metric)]);
+            assert_eq!(none, Some(Found::Own));
+        }
+        let local = |protocol| of(V4, 100, protocol, libc::RTN_LOCAL, &[(libc::RTA_OIF, &lo)]);
+        assert_eq!(given(local(3)).interface, "lo");
+        assert_eq!(local(libc::RTPROT_KERNEL), Some(Found::Own));
+    }
+
+    #[test]
+    fn what_is_not_carried_is_named() {
+        let main = |list: &[(u16, &[u8])]| of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, list);
+        let (oif, id) = (2u32.to_ne_bytes(), 7u32.to_ne_bytes());
+        assert!(matches!(main(&[(RTA_NH_ID, &id)]), Some(Found::Left(what)) if what.contains("next hop")));
+        // The kernel says what the object stands for.
+        assert_eq!(given(main(&[(RTA_NH_ID, &id), (libc::RTA_OIF, &oif)])).interface, "eth0");
+        let encapsulated = main(&[(libc::RTA_OIF, &oif), (libc::RTA_ENCAP, &[0; 4])]);
+        assert!(matches!(encapsulated, Some(Found::Left(what)) if what.contains("encapsulating")));
+        let fixed = [libc::AF_INET6 as u8, 64, 64, 0, libc::RT_TABLE_MAIN, 3, 0, libc::RTN_UNICAST, 0, 0, 0, 0];
+        assert!(matches!(parse(&fixed, &names()), Some(Found::Left(what)) if what.contains("source")));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes: Vec<u8>, hops: Vec<u8>) {
+            parse(&bytes, &names());
+            of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, &hops)]);
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! Rules by which a network namespace chooses among its routing tables.
+
+use husk_netlink::{attributes, number};
+use husk_proto::agent::rule::Action;
+use husk_proto::agent::{PortRange, Rule};
+
+use super::{Found, ip};
+
+/// linux/fib_rules.h.
+const FRA_DST: u16 = 1;
+const FRA_SRC: u16 = 2;
+const FRA_IIFNAME: u16 = 3;
+const FRA_GOTO: u16 = 4;
+const FRA_PRIORITY: u16 = 6;
+const FRA_FWMARK: u16 = 10;
+const FRA_FLOW: u16 = 11;
+const FRA_SUPPRESS_IFGROUP: u16 = 13;
+const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
+const FRA_TABLE: u16 = 15;
+const FRA_FWMASK: u16 = 16;
+const FRA_OIFNAME: u16 = 17;
+const FRA_PAD: u16 = 18;
+const FRA_L3MDEV: u16 = 19;
+const FRA_UID_RANGE: u16 = 20;
+const FRA_PROTOCOL: u16 = 21;
+const FRA_IP_PROTO: u16 = 22;
+const FRA_SPORT_RANGE: u16 = 23;
+const FRA_DPORT_RANGE: u16 = 24;
+const FIB_RULE_INVERT: u32 = 2;
+
+/// The rules that the kernel makes in each namespace (net/ipv4/fib_rules.c, net/ipv6/fib6_rules.c): priority and table.
+const OF_KERNEL: [(u32, u8); 3] =
+    [(0, libc::RT_TABLE_LOCAL), (0x7ffe, libc::RT_TABLE_MAIN), (0x7fff, libc::RT_TABLE_DEFAULT)];
+
+/// The rule in the body of a message; none where it is malformed.
+pub fn parse(body: &[u8]) -> Option<Found<Rule>> {
+    // struct fib_rule_hdr
+    let [family, to, from, tos, table, _, _, action, flags @ ..] = *body.first_chunk::<12>()?;
+    let action = match action {
+        1 => Action::LOOKUP,
+        2 => Action::GOTO,
+        3 => Action::NOP,
+        6 => Action::BLACKHOLE,
+        7 => Action::UNREACHABLE,
+        8 => Action::PROHIBIT,
+        _ => return Some(Found::Left("rules with an unknown action".to_owned())),
+    };
+    let mut rule = Rule {
+        ipv6: i32::from(family) == libc::AF_INET6,
+        action: action.into(),
+        table: table.into(),
+        tos: tos.into(),
+        invert: u32::from_ne_bytes(flags) & FIB_RULE_INVERT != 0,
+        ..Default::default()
+    };
+    for (attribute, value) in attributes(body.get(12..)?) {
+        match attribute {
+            FRA_DST => rule.destination = format!("{}/{to}", ip(family, value)?),
+            FRA_SRC => rule.source = format!("{}/{from}", ip(family, value)?),
+            FRA_IIFNAME => rule.incoming = text(value)?,
+            FRA_OIFNAME => rule.outgoing = text(value)?,
+            FRA_GOTO => rule.target = number(value)?,
+            FRA_PRIORITY => rule.priority = number(value)?,
+            FRA_FWMARK => rule.mark = number(value)?,
+            FRA_FWMASK => rule.mask = number(value)?,
+            FRA_TABLE => rule.table = number(value)?,
+            // -1 is none.
+            FRA_SUPPRESS_PREFIXLEN => rule.suppress_prefix = Some(number(value)?).filter(|&length| length != u32::MAX),
+            FRA_PROTOCOL => rule.origin = u32::from(*value.first()?),
+            FRA_IP_PROTO => rule.ip_protocol = u32::from(*value.first()?),
+            FRA_SPORT_RANGE => rule.source_ports = Some(ports(value)?).into(),
+            FRA_DPORT_RANGE => rule.destination_ports = Some(ports(value)?).into(),
+            FRA_PAD => {}
+            // Without what it is about it would be another rule.
+            FRA_L3MDEV => return left("for VRFs"),
+            FRA_UID_RANGE => return left("for some users"),
+            FRA_FLOW => return left("with realms"),
+            FRA_SUPPRESS_IFGROUP => return left("for groups of interfaces"),
+            _ => return left(&format!("with attribute {attribute}")),
+        }
+    }
+    Some(if is_of_kernel(&rule) { Found::Own } else { Found::Given(rule) })
+}
+
+fn left(what: &str) -> Option<Found<Rule>> {
+    Some(Found::Left(format!("rules {what}")))
+}
+
+fn is_of_kernel(rule: &Rule) -> bool {
+    OF_KERNEL.into_iter().any(|(priority, table)| {
+        let (ipv6, origin, table) = (rule.ipv6, rule.origin, table.into());
+        *rule == Rule { ipv6, origin, priority, table, ..Default::default() }
+    })
+}
+
+fn text(value: &[u8]) -> Option<String> {
+    let text = value.split(|&byte| byte == 0).next()?;
+    Some(std::str::from_utf8(text).ok()?.to_owned())
+}
+
+/// struct fib_rule_port_range
+fn ports(value: &[u8]) -> Option<PortRange> {
+    let [a, b, c, d] = *value.first_chunk::<4>()?;
+    let (first, last) = (u16::from_ne_bytes([a, b]).into(), u16::from_ne_bytes([c, d]).into());
+    Some(PortRange { first, last, ..Default::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_netlink::nest;
+    use proptest::prelude::*;
+
+    /// What the kernel says of every rule beside.
+    fn of(
+        family: i32,
+        lengths: [u8; 2],
+        table: u8,
+        action: u8,
+        flags: u32,
+        list: &[(u16, &[u8])],
+    ) -> Option<Found<Rule>> {
+        let none = u32::MAX.to_ne_bytes();
+        let always = nest(&[
+            (FRA_TABLE, &u32::from(table).to_ne_bytes()),
+            (FRA_SUPPRESS_PREFIXLEN, &none),
+            (FRA_PROTOCOL, &[3]),
+        ]);
+        let fixed = [family as u8, lengths[0], lengths[1], 0, table, 0, 0, action];
+        parse(&[&fixed[..], &flags.to_ne_bytes(), &always, &nest(list)].concat())
+    }
+
+    #[track_caller]
+    fn given(found: Option<Found<Rule>>) -> Rule {
+        match found {
+            Some(Found::Given(rule)) => rule,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    const V4: i32 = libc::AF_INET;
+
+    #[test]
+    fn the_kernels_own_are_not_carried() {
+        let plain = |priority: u32, table| of(V4, [0, 0], table, 1, 0, &[(FRA_PRIORITY, &priority.to_ne_bytes())]);
+        // Its first one has no priority among its attributes.
+        assert_eq!(of(V4, [0, 0], libc::RT_TABLE_LOCAL, 1, 0, &[]), Some(Found::Own));
+        assert_eq!(plain(32766, libc::RT_TABLE_MAIN), Some(Found::Own));
+        assert_eq!(plain(32767, libc::RT_TABLE_DEFAULT), Some(Found::Own));
+        assert_eq!(given(plain(100, libc::RT_TABLE_MAIN)).priority, 100);
+        let from = [(FRA_PRIORITY, &32766u32.to_ne_bytes()[..]), (FRA_SRC, &[10, 0, 0, 0])];
+        assert_eq!(given(of(V4, [0, 8], libc::RT_TABLE_MAIN, 1, 0, &from)).source, "10.0.0.0/8");
+    }
+
+    #[test]
+    fn all_that_a_rule_can_say() {
+        let (priority, mark, mask) = (100u32.to_ne_bytes(), 5u32.to_ne_bytes(), 0xffu32.to_ne_bytes());
+        let (table, suppress) = (1000u32.to_ne_bytes(), 0u32.to_ne_bytes());
+        let range = [80u16.to_ne_bytes(), 90u16.to_ne_bytes()].concat();
+        let list = [
+            (FRA_PRIORITY, &priority[..]),
+            (FRA_DST, &[10, 1, 0, 0]),
+            (FRA_SRC, &[10, 2, 3, 0]),
+            (FRA_IIFNAME, b"eth0\0"),
+            (FRA_OIFNAME, b"net1\0"),
+            (FRA_FWMARK, &mark),
+            (FRA_FWMASK, &mask),
+            (FRA_TABLE, &table),
+            (FRA_SUPPRESS_PREFIXLEN, &suppress),
+            (FRA_IP_PROTO, &[6]),
+            (FRA_DPORT_RANGE, &range),
+        ];
+        let expected = Rule {
+            priority: 100,
+            destination: "10.1.0.0/16".into(),
+            source: "10.2.3.0/24".into(),
+            incoming: "eth0".into(),
+            outgoing: "net1".into(),
+            mark: 5,
+            mask: 0xff,
+            table: 1000,
+            suppress_prefix: Some(0),
+            ip_protocol: 6,
+            destination_ports: Some(PortRange { first: 80, last: 90, ..Default::default() }).into(),
+            invert: true,
+            origin: 3,
+            ..Default::default()
+        };
+        assert_eq!(given(of(V4, [16, 24], 252, 1, FIB_RULE_INVERT, &list)), expected);
+    }
+
+    #[test]
+    fn other_actions() {
+        let action = |action| given(of(libc::AF_INET6, [0, 0], 0, action, 0, &[])).action.enum_value();
+        assert_eq!(
+            [3, 6, 7, 8].map(action),
+            [Action::NOP, Action::BLACKHOLE, Action::UNREACHABLE, Action::PROHIBIT].map(Ok)
+        );
+        let goto = given(of(V4, [0, 0], 0, 2, 0, &[(FRA_GOTO, &500u32.to_ne_bytes())]));
+        assert_eq!((goto.action.enum_value(), goto.target), (Ok(Action::GOTO), 500));
+    }
+
+    #[test]
+    fn what_is_not_carried_is_named() {
+        for attribute in [FRA_L3MDEV, FRA_UID_RANGE, FRA_FLOW, FRA_SUPPRESS_IFGROUP, 25, 99] {
+            let found = of(V4, [0, 0], 100, 1, 0, &[(attribute, &[0; 8])]);
+            assert!(matches!(&found, Some(Found::Left(what)) if what.starts_with("rules")), "{found:?}");
+        }
+        assert!(matches!(of(V4, [0, 0], 100, 4, 0, &[]), Some(Found::Left(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes: Vec<u8>) {
+            parse(&bytes);
+        }
+    }
+}
