@@ -40,6 +40,9 @@ pub struct Options {
     /// with version 1 of control groups.
     #[arg(long, value_enum, conflicts_with = "unit")]
     containerd: Option<Line>,
+    /// Have the pods run by this handler of containerd's (`husk-sandbox`: the shim is the sandbox, with 2.x).
+    #[arg(long, requires = "containerd")]
+    handler: Option<String>,
     /// Test the programs as they are shipped; without it they are built in the quick profile, which the suites
     /// themselves use too, so that everything is compiled once.
     #[arg(long)]
@@ -59,7 +62,7 @@ pub fn test(options: &Options) -> Result<u8> {
     let filter = options.e2e.as_deref().unwrap_or_default();
     let mut code = 0;
     for line in options.containerd.map_or(vec![Line::One, Line::Two, Line::Legacy], |line| vec![line]) {
-        code = code.max(e2e(filter, Profile::quick(!options.release), line, options.containerd.is_some())?);
+        code = code.max(e2e(filter, line, options)?);
     }
     ui::say("test", if code == 0 { "all passed" } else { "end-to-end tests failed" });
     Ok(code)
@@ -105,8 +108,9 @@ fn has(suite: &Program, filter: &str) -> Result<bool> {
 }
 
 /// Runs the end-to-end suites in the node.
-fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
-    dist::dist(profile)?;
+fn e2e(filter: &str, line: Line, options: &Options) -> Result<u8> {
+    dist::dist(Profile::quick(!options.release))?;
+    let all = options.containerd.is_some();
     let suites = build::tests("husk-e2e")?;
     if suites.is_empty() {
         bail!("husk-e2e has no tests");
@@ -135,7 +139,7 @@ fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
         }
         let suites: Vec<&Program> =
             names.iter().filter_map(|name| chosen.iter().copied().find(|suite| suite.name == *name)).collect();
-        plan.ended(boot(&suites, filter, line)?);
+        plan.ended(boot(&suites, filter, line, options.handler.as_deref())?);
     }
     for (what, names) in [("UNSTEADY in an emulated node, tried again", plan.unsteady()), ("failed", plan.failed())] {
         if !names.is_empty() {
@@ -146,7 +150,7 @@ fn e2e(filter: &str, profile: Profile, line: Line, all: bool) -> Result<u8> {
 }
 
 /// Runs some suites in a node of their own; what became of each.
-fn boot(suites: &[&Program], filter: &str, line: Line) -> Result<Vec<(String, Outcome)>> {
+fn boot(suites: &[&Program], filter: &str, line: Line, handler: Option<&str>) -> Result<Vec<(String, Outcome)>> {
     let mut add = node::images()?;
     let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=0\n");
     for Program { name, path } in suites {
@@ -168,7 +172,8 @@ fn boot(suites: &[&Program], filter: &str, line: Line) -> Result<Vec<(String, Ou
     let path = paths::node().join("e2e.sh");
     fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
-    let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
+    let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
+    env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
     let limits = if filter.is_empty() { LIMITS } else { Limits::default() };
     let run = Run { script: path, args, env, add, machine: Machine::default(), containerd: line, limits };
     let mut outcomes: Vec<(String, Outcome)> =
