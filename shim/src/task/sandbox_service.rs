@@ -68,6 +68,8 @@ impl Sandbox for Handler {
             return Err(Refusal::NotCreated.into());
         }
         self.shim.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
+        self.shim.sandbox.timeline.mark("sandbox started");
+        self.shim.sandbox.timeline.save();
         Ok(StartSandboxResponse {
             pid: self.shim.sandbox.pid(),
             created_at: Some(timestamp(self.shim.api.began())).into(),
