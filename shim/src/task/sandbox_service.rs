@@ -147,6 +147,8 @@ impl Sandbox for Handler {
         Ok(ShutdownSandboxResponse::new())
     }
 
+    /// What the pod takes of the host, by its cgroup there: time and memory are those of machine and shim, and `pids`
+    /// counts their threads, not the pod's processes, which are the guest's.
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,
