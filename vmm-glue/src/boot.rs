@@ -32,7 +32,7 @@ use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::mmio::SharedDevice;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
-use crate::virtio::slots::{PlugError, Slots};
+use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
 use crate::vm::{Growth, Vm};
 use crate::vmgenid::{self, VmGenId};
@@ -178,10 +178,11 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         let device = balloon.insert(Arc::new(Mutex::new(device)));
         devices.push(("virtio-balloon", device.clone()));
     }
-    let slots = Slots::new(vm.clone(), memory.clone(), devices.len() + usize::from(config.spare_slots));
-    let slots = Arc::new(slots);
+    let open = devices.len() + usize::from(config.spare_slots);
+    let kept = [&growth, &huge].into_iter().filter(|kind| matches!(kind, Growth::Reserved(_))).count();
+    let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), open, kept));
     for (name, device) in &devices {
-        slots.plug(device.clone()).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
+        slots.plug(device.clone(), Purpose::Any).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
     }
     timing.step("virtio devices");
 

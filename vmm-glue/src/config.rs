@@ -44,7 +44,8 @@ pub struct VmConfig {
     pub blk: Vec<BlkConfig>,
     /// Balloon with free-page reporting.
     pub balloon: bool,
-    /// Empty virtio-mmio slots kept for devices plugged in later.
+    /// Empty virtio-mmio slots for disks and interfaces plugged in later, as far as there is room for them. What memory
+    /// comes by later has slots of its own.
     pub spare_slots: u8,
 }
 

@@ -67,7 +67,7 @@ pub enum Call {
         /// What `TakePid` gave.
         pid: u32,
     },
-    /// Ends the process; the guest gets no warning (the agent's Shutdown comes first in an orderly stop).
+    /// Ends the process; the guest gets no warning. Where it has disks, the agent's Sync comes first.
     Stop,
 }
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::mpsc::{Sender, channel};
 
-use event_manager::{EventManager, RemoteEndpoint, SubscriberOps};
+use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 
 use crate::child::Reporter;
 use crate::control::{ExitReason, chain};
@@ -65,13 +65,16 @@ impl EventLoop {
     ///
     /// # Errors
     /// [`LoopError::Gone`].
-    pub fn add(&self, device: SharedDevice) -> Result<(), LoopError> {
-        self.endpoint
-            .call_blocking(move |loop_| {
-                loop_.add_subscriber(device);
-                Ok(())
-            })
-            .map_err(LoopError::Gone)
+    pub fn add(&self, device: SharedDevice) -> Result<SubscriberId, LoopError> {
+        self.endpoint.call_blocking(move |loop_| Ok(loop_.add_subscriber(device))).map_err(LoopError::Gone)
+    }
+
+    /// Removes a device that was added.
+    ///
+    /// # Errors
+    /// [`LoopError::Gone`].
+    pub fn remove(&self, device: SubscriberId) -> Result<(), LoopError> {
+        self.endpoint.call_blocking(move |loop_| loop_.remove_subscriber(device).map(drop)).map_err(LoopError::Gone)
     }
 
     /// Runs a closure on the loop, without waiting for it.

@@ -19,7 +19,7 @@ use crate::virtio::device::GuestMemory;
 use crate::virtio::mem::{Mem, Reached};
 use crate::virtio::mmio::{self, SharedDevice};
 use crate::virtio::net::Net;
-use crate::virtio::slots::{PlugError, Slots};
+use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::{self, Vsock};
 use crate::vmgenid::VmGenId;
 
@@ -134,7 +134,8 @@ impl Vm {
         let mut fds = check::Fds::new(fds);
         let backend = check::net(config, &mut fds)?;
         fds.used_up()?;
-        self.attach(Arc::new(Mutex::new(Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?)))
+        let device = Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?;
+        self.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 
     /// Plugs a disk into a spare slot and returns the slot's number.
@@ -143,7 +144,7 @@ impl Vm {
     /// [`VmError`].
     pub fn attach_blk(&self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let file = check::blk(config, one(fds)?)?;
-        self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)))
+        self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
     }
 
     /// Asks the guest for so many MiB in all.
@@ -166,7 +167,7 @@ impl Vm {
         Ok(self.vcpus.grow(count)?)
     }
 
-    /// Plugs the device that memory comes by into a spare slot, once, and returns the slot's number.
+    /// Plugs the device that memory comes by into a slot kept for it, once, and returns the slot's number.
     ///
     /// # Errors
     /// [`VmError`].
@@ -179,7 +180,7 @@ impl Vm {
             Growth::Attached(slot, device) => (slot, device),
             Growth::Reserved(range) => {
                 let device = Arc::new(Mutex::new(Mem::new(range).map_err(VmError::Mem)?));
-                (self.attach(device.clone())?, device)
+                (self.attach(device.clone(), Purpose::Memory)?, device)
             }
         };
         *self.growth_mut(pages) = Growth::Attached(slot, device);
@@ -221,13 +222,17 @@ impl Vm {
         }
     }
 
-    fn attach(&self, device: SharedDevice) -> Result<u32, VmError> {
+    fn attach(&self, device: SharedDevice, purpose: Purpose) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused); // the loop could not take the device
         }
         // The loop first: once in its slot, the guest may find the device at any moment.
-        self.event_loop.add(device.clone())?;
-        Ok(self.slots.plug(device)?)
+        let added = self.event_loop.add(device.clone())?;
+        self.slots.plug(device, purpose).map_err(|error| {
+            // With what it has open: a disk of the node's is not held by a machine that did not take it.
+            let _ = self.event_loop.remove(added);
+            error.into()
+        })
     }
 }
 

@@ -19,7 +19,7 @@ const FSX: &str = "cri_fsx";
 /// Suites of what only containerd 2.x has.
 const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
-const TWO_AS_WELL: [&str; 3] = ["cri_events", "cri_pods", "cri_userns"];
+const TWO_AS_WELL: [&str; 4] = ["cri_events", "cri_pods", "cri_restart", "cri_userns"];
 /// What runs on a host with version 1 of control groups, and there only.
 const LEGACY_ONLY: &str = "cri_cgroup1";
 /// So that what one leaves in the node's kernel does not reach all others; a boot costs ten seconds.

@@ -7,10 +7,9 @@ use async_trait::async_trait;
 use husk_proto::agent::{
     AppArmorRequest, AppArmorResponse, Event, EventsRequest, HugePagesRequest, HugePagesResponse, MirrorRequest,
     MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest,
-    RescanResponse, SetupRequest, SetupResponse, ShutdownRequest, ShutdownResponse, VolumeRequest, VolumeResponse,
+    RescanResponse, SetupRequest, SetupResponse, SyncRequest, SyncResponse, VolumeRequest, VolumeResponse,
 };
 use husk_proto::agent_ttrpc;
-use nix::sys::reboot::{RebootMode, reboot};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Asked, Network};
@@ -148,11 +147,10 @@ impl agent_ttrpc::Sandbox for SandboxService {
         Ok(ProcessorsResponse { online, ..Default::default() })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {
+    async fn sync(&self, _: &TtrpcContext, _: SyncRequest) -> ttrpc::Result<SyncResponse> {
         // SAFETY: sync takes nothing and cannot fail.
-        unsafe { libc::sync() };
-        // The machine has no power button, and a kernel told to power off would halt for ever: a reset is what ends it.
-        let _ = reboot(RebootMode::RB_AUTOBOOT);
-        Ok(ShutdownResponse::new())
+        let synced = tokio::task::spawn_blocking(|| unsafe { libc::sync() }).await;
+        synced.map_err(|error| failed("sync", &error))?;
+        Ok(SyncResponse::new())
     }
 }

@@ -204,7 +204,7 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // The guest ends by the Sandbox service's Shutdown, or with its VMM.
+        // The guest ends with its VMM.
         Ok(Empty::new())
     }
 }

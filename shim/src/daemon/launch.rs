@@ -103,7 +103,7 @@ impl Got {
     /// Enters the cgroup and starts the VMM's process in it.
     fn spawn(&mut self, about: &About, spec: &Spec) -> Result<spec::Network, String> {
         let network = spec.network().map_err(|e| chain(&e))?;
-        self.cgroup = enter_cgroup(about, spec);
+        self.cgroup = enter_cgroup(about, spec)?;
         let vmm = self.vmm.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
         about.timeline.mark("vmm spawned");
         note(&about.dir, "vmm.pid", vmm.pid)?;
@@ -193,24 +193,19 @@ pub fn note(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
     dir.write_process(name, process).map_err(|e| chain(&e))
 }
 
-/// Moves into the cgroup the specification names. A host that does not allow it is not refused: the pod runs, and is
-/// accounted to containerd.
-fn enter_cgroup(about: &About, spec: &Spec) -> Option<Cgroup> {
+/// Moves into the cgroup the specification names. Where that cannot be, the sandbox does not start, as with runc, even a
+/// rootless one (libcontainer/cgroups/fs2/fs2.go, Apply): it would run without limits, and be accounted to containerd. One
+/// whose specification names none, as containerd's `disable_cgroup` makes it, does without.
+fn enter_cgroup(about: &About, spec: &Spec) -> Result<Option<Cgroup>, String> {
     let path = &spec.linux.cgroups_path;
     if path.is_empty() {
-        return None;
+        return Ok(None);
     }
-    match Cgroup::enter(path, &about.namespace) {
-        Ok(cgroup) => {
-            let dirs: Vec<_> = cgroup.place().dirs().map(|dir| dir.display().to_string()).collect();
-            if let Err(error) = about.dir.write("cgroup", &dirs.join("\n")) {
-                tracing::warn!(error = %chain(&error), "cgroup not noted");
-            }
-            Some(cgroup)
-        }
-        Err(error) => {
-            tracing::warn!(error = %chain(&error), "no cgroup for the sandbox");
-            None
-        }
+    let cgroup = Cgroup::enter(path, &about.namespace)
+        .map_err(|error| format!("entering the sandbox' cgroup {path}: {}", chain(&error)))?;
+    let dirs: Vec<_> = cgroup.place().dirs().map(|dir| dir.display().to_string()).collect();
+    if let Err(error) = about.dir.write("cgroup", &dirs.join("\n")) {
+        tracing::warn!(error = %chain(&error), "cgroup not noted");
     }
+    Ok(Some(cgroup))
 }

@@ -24,7 +24,7 @@ use super::vmm::{Vmm, VmmError};
 use crate::bundle::{self, Sizing, Users};
 use crate::network::Network;
 
-/// For disks, interfaces and memory that come later.
+/// For disks and interfaces that come later.
 const SPARE_SLOTS: u8 = 5;
 /// Size of a pod's shared memory, as containerd's CRI makes it.
 const SHM_SIZE: &str = "size=65536k";
@@ -218,7 +218,7 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
         net,
         blk: Vec::new(),
         balloon: plan.config.free_page_reporting,
-        spare_slots: SPARE_SLOTS + u8::from(huge_mib > 0),
+        spare_slots: SPARE_SLOTS,
     };
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };

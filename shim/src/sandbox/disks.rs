@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use husk_proto::agent::RescanRequest;
+use husk_proto::agent::{RescanRequest, SyncRequest};
 use husk_vmm::config::{BlkConfig, FdIndex};
 use husk_vmm::control::{Answer, Call};
 use tokio::sync::OnceCell;
@@ -87,6 +87,19 @@ impl Sandbox {
     pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<Numbers, DiskError> {
         let plug = Arc::clone(lock(&self.disks).entry(disk).or_default());
         plug.get(self.plug(disk), |slot| find(agent, slot)).await
+    }
+
+    /// Has the guest write what it still holds of its disks, if it has any: under runc that would be in the node's page
+    /// cache, whatever becomes of the pod. A guest that does not is waited for ten seconds.
+    pub async fn flush_disks(&self) {
+        let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
+        let agent = self.agent().filter(|_| some && !self.is_dead());
+        let Some(agent) = agent else { return };
+        match agent.sandbox.sync(within(timeouts::QUICK), &SyncRequest::new()).await {
+            Ok(_) => tracing::debug!("the guest has written to its disks what it held of them"),
+            Err(_) if self.is_dead() => {}
+            Err(error) => tracing::warn!(%error, "what was written last to the pod's disks may be lost"),
+        }
     }
 
     /// Plugs it in; gives its slot.

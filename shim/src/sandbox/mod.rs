@@ -290,7 +290,13 @@ impl Sandbox {
         self.tail.last_words()
     }
 
-    /// Kills the virtual machine; [`Sandbox::tear_down`] waits for it.
+    /// Ends the virtual machine when its disks have what was written to them; [`Sandbox::tear_down`] waits for it.
+    pub async fn end(&self) {
+        self.flush_disks().await;
+        self.kill();
+    }
+
+    /// Kills the virtual machine.
     pub fn kill(&self) {
         if let Some(vmm) = self.vmm.get() {
             vmm.kill();
@@ -299,8 +305,8 @@ impl Sandbox {
 
     /// Ends the sandbox: nothing of it is left on the host afterwards.
     pub async fn tear_down(&self) {
+        self.end().await;
         if let Some(vmm) = self.vmm.get() {
-            vmm.kill();
             vmm.wait().await;
         }
         self.timeline.mark("vmm gone");

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_proto::agent::RescanRequest;
@@ -10,14 +11,20 @@ use husk_vmm::control::{Answer, Call};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use super::agent::{Agent, timeouts, within};
 use super::vmm::{Vmm, VmmError};
+use crate::lock;
 use crate::network::{Change, Follow, NetworkError, Tap};
 
 /// How long after a change the others that belong to it are waited for: an interface, its address and its routes come
 /// one after another.
 const SETTLE: Duration = Duration::from_millis(50);
+/// After which what did not reach the guest is tried again, at first; then after twice as long each time.
+const AGAIN: Duration = Duration::from_secs(1);
+/// And at last.
+const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
 
 /// Why a change does not reach the guest.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +32,9 @@ enum FollowError {
     /// The host's side.
     #[error(transparent)]
     Look(#[from] NetworkError),
+    /// It cannot be looked at all.
+    #[error("looking at the pod's network")]
+    Thread(#[source] io::Error),
     /// The machine does not take the interface.
     #[error("plugging an interface into the virtual machine")]
     Plug(#[source] VmmError),
@@ -42,13 +52,20 @@ pub struct Follower(mpsc::UnboundedSender<Ask>);
 impl Follower {
     /// Follows until the virtual machine ends.
     pub fn start(follow: Follow, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
-        let (ask, asks) = mpsc::unbounded_channel();
+        let (ask, mut asks) = mpsc::unbounded_channel();
+        let end = vmm.clone();
+        let mut guest = Guest { follow: Arc::new(Mutex::new(follow)), vmm, agent, unseen: Vec::new() };
+        let following = async move {
+            let Err(error) = watch(notices, &mut asks, &mut guest).await else { return };
+            tracing::warn!(%error, "changes of the pod's network go unnoticed from now on");
+            while let Some(ask) = asks.recv().await {
+                let _ = ask.send(Err(format!("changes of the pod's network go unnoticed: {error}")));
+            }
+        };
         tokio::spawn(async move {
             tokio::select! {
-                result = watch(follow, notices, asks, &vmm, &agent) => if let Err(error) = result {
-                    tracing::warn!(%error, "changes of the pod's network go unnoticed from now on");
-                },
-                _ = vmm.wait() => {}
+                () = following => {}
+                _ = end.wait() => {}
             }
         });
         Self(ask)
@@ -65,18 +82,40 @@ impl Follower {
     }
 }
 
-async fn watch(
-    mut follow: Follow,
-    notices: OwnedFd,
-    mut asks: mpsc::UnboundedReceiver<Ask>,
-    vmm: &Vmm,
-    agent: &Agent,
-) -> io::Result<()> {
+/// Where changes are carried to.
+trait Carry {
+    /// Looks at what there is, and carries over what is new.
+    fn carry(&mut self) -> impl Future<Output = Result<(), FollowError>> + Send;
+}
+
+/// What the guest still lacks, since the last try failed.
+struct Behind {
+    error: String,
+    again: Instant,
+    wait: Duration,
+}
+
+impl Behind {
+    fn next(before: Option<Self>, error: FollowError) -> Self {
+        let error = crate::chain(&error);
+        if before.as_ref().is_none_or(|before| before.error != error) {
+            tracing::warn!(error, "a change of the pod's network does not reach the guest yet");
+        }
+        let wait = before.map_or(AGAIN, |before| (before.wait * 2).min(AGAIN_AT_MOST));
+        Self { error, again: Instant::now() + wait, wait }
+    }
+}
+
+/// Carries over what changes, until nobody may ask any more.
+async fn watch(notices: OwnedFd, asks: &mut mpsc::UnboundedReceiver<Ask>, guest: &mut impl Carry) -> io::Result<()> {
     // SAFETY: the descriptor is moved into the registration and closed with it, not before.
     let notices = unsafe { AsyncFd::register_with_interest(notices, Interest::READABLE)? };
+    let mut behind: Option<Behind> = None;
     loop {
+        let again = behind.as_ref().map(|behind| behind.again);
         let ask = tokio::select! {
-            ready = notices.readable() => {
+            // Every try makes taps, and so notices of its own: these do not hasten the next.
+            ready = notices.readable(), if again.is_none() => {
                 ready?.clear_ready();
                 tokio::select! {
                     () = tokio::time::sleep(SETTLE) => None,
@@ -84,43 +123,78 @@ async fn watch(
                     ask = asks.recv() => ask,
                 }
             }
+            () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => None,
             ask = asks.recv() => match ask {
                 Some(ask) => Some(ask),
                 None => return Ok(()),
             },
         };
-        let mut taken = Ok(());
-        if drain(&notices)? {
-            let (looked, result) = look(follow).await?;
-            follow = looked;
-            taken = take_over(&mut follow, result, vmm, agent).await;
+        if drain(&notices)? || behind.is_some() {
+            behind = match guest.carry().await {
+                Ok(()) => None,
+                Err(error) => Some(Behind::next(behind.take(), error)),
+            };
         }
         if let Some(ask) = ask {
             // Whoever asked may be gone.
-            let _ = ask.send(taken);
+            let _ = ask.send(behind.as_ref().map_or(Ok(()), |behind| Err(behind.error.clone())));
         }
     }
 }
 
-async fn take_over(
-    follow: &mut Follow,
-    looked: Result<Option<Change>, NetworkError>,
-    vmm: &Vmm,
-    agent: &Agent,
-) -> Result<(), String> {
-    let (result, taps) = match looked {
-        Ok(None) => return Ok(()),
-        Ok(Some(mut change)) => (carry(&mut change, vmm, agent).await, change.taps),
-        Err(error) => (Err(error.into()), Vec::new()),
-    };
-    if let Err(error) = result {
-        follow.forget(&taps);
-        let error = crate::chain(&error);
-        tracing::warn!(error, "a change of the pod's network does not reach the guest");
-        return Err(error);
+/// The pod's guest.
+struct Guest {
+    follow: Arc<Mutex<Follow>>,
+    vmm: Vmm,
+    agent: Agent,
+    /// Slots with interfaces that the guest has not looked at yet.
+    unseen: Vec<u32>,
+}
+
+impl Carry for Guest {
+    async fn carry(&mut self) -> Result<(), FollowError> {
+        let Some(mut change) = look(&self.follow).await? else { return Ok(()) };
+        let carried = self.give(&mut change).await;
+        match &carried {
+            Ok(()) => tracing::info!("the pod's network has changed"),
+            Err(_) => lock(&self.follow).forget(&change.taps),
+        }
+        carried
     }
-    tracing::info!("the pod's network has changed");
-    Ok(())
+}
+
+impl Guest {
+    /// Gives the guest what is new; the taps that it has are taken out of `change`.
+    async fn give(&mut self, change: &mut Change) -> Result<(), FollowError> {
+        self.have_seen().await?;
+        if !change.taps.is_empty() {
+            let rest = change.without_new();
+            self.agent.sandbox.network(within(timeouts::SLOW), &rest).await.map_err(FollowError::Guest)?;
+        }
+        while let Some(tap) = change.taps.first() {
+            let mut fds = Vec::new();
+            let config = net_config(tap, &mut fds);
+            let slot = match self.vmm.call(Call::AttachNet(config), &fds).await.map_err(FollowError::Plug)? {
+                (Answer::Attached { slot }, _) => slot,
+                _ => return Err(FollowError::Plug(VmmError::Unexpected)),
+            };
+            change.taps.remove(0);
+            self.unseen.push(slot);
+            self.have_seen().await?;
+        }
+        self.agent.sandbox.network(within(timeouts::SLOW), &change.now).await.map_err(FollowError::Guest)?;
+        Ok(())
+    }
+
+    /// Has the guest look at the slots that something was plugged into.
+    async fn have_seen(&mut self) -> Result<(), FollowError> {
+        while let Some(&slot) = self.unseen.last() {
+            let request = RescanRequest { slot, ..Default::default() };
+            self.agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(FollowError::Guest)?;
+            self.unseen.pop();
+        }
+        Ok(())
+    }
 }
 
 /// Takes all notices there are; whether there was one.
@@ -141,14 +215,15 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
 }
 
 /// Looks from a thread of its own, which is in the pod's network namespace from then on.
-async fn look(mut follow: Follow) -> io::Result<(Follow, Result<Option<Change>, NetworkError>)> {
+async fn look(follow: &Arc<Mutex<Follow>>) -> Result<Option<Change>, FollowError> {
     let (done, looked) = oneshot::channel();
-    std::thread::Builder::new().name("pod-network".into()).spawn(move || {
-        let result = follow.look();
+    let follow = Arc::clone(follow);
+    let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {
         // Nobody waits when the sandbox has ended.
-        let _ = done.send((follow, result));
-    })?;
-    looked.await.map_err(io::Error::other)
+        let _ = done.send(lock(&follow).look());
+    });
+    thread.map_err(FollowError::Thread)?;
+    Ok(looked.await.map_err(|error| FollowError::Thread(io::Error::other(error)))??)
 }
 
 /// What the VMM is told of a tap, whose descriptors are added to those that go with it.
@@ -161,22 +236,70 @@ pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig 
     NetConfig { taps, vhost: tap.vhost.as_ref().map(add), mac: tap.mac, mtu: tap.mtu }
 }
 
-/// Gives the guest what is new; the taps that it has are taken out of `change`.
-async fn carry(change: &mut Change, vmm: &Vmm, agent: &Agent) -> Result<(), FollowError> {
-    if !change.taps.is_empty() {
-        agent.sandbox.network(within(timeouts::SLOW), &change.without_new()).await.map_err(FollowError::Guest)?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    /// A guest that takes a change at the try of that number, and tells of every try.
+    struct Fails {
+        tries: mpsc::UnboundedSender<Instant>,
+        left: u32,
+        notices: UnixStream,
     }
-    while let Some(tap) = change.taps.first() {
-        let mut fds = Vec::new();
-        let config = net_config(tap, &mut fds);
-        let slot = match vmm.call(Call::AttachNet(config), &fds).await.map_err(FollowError::Plug)? {
-            (Answer::Attached { slot }, _) => slot,
-            _ => return Err(FollowError::Plug(VmmError::Unexpected)),
-        };
-        change.taps.remove(0);
-        let request = RescanRequest { slot, ..Default::default() };
-        agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(FollowError::Guest)?;
+
+    impl Carry for Fails {
+        async fn carry(&mut self) -> Result<(), FollowError> {
+            self.tries.send(Instant::now()).unwrap();
+            // As a tap does that is made for the try.
+            self.notices.write_all(b"x").unwrap();
+            match self.left {
+                0 => Ok(()),
+                _ => {
+                    self.left -= 1;
+                    Err(FollowError::Plug(VmmError::Unexpected))
+                }
+            }
+        }
     }
-    agent.sandbox.network(within(timeouts::SLOW), &change.now).await.map_err(FollowError::Guest)?;
-    Ok(())
+
+    /// What watches, with the first try still to come: what notices come by, and the tries' times.
+    fn watched(left: u32) -> (Follower, UnixStream, mpsc::UnboundedReceiver<Instant>) {
+        let (notices, input) = UnixStream::pair().unwrap();
+        notices.set_nonblocking(true).unwrap();
+        let (ask, mut asks) = mpsc::unbounded_channel();
+        let (tries, tried) = mpsc::unbounded_channel();
+        let mut guest = Fails { tries, left, notices: input.try_clone().unwrap() };
+        tokio::spawn(async move { watch(notices.into(), &mut asks, &mut guest).await.unwrap() });
+        (Follower(ask), input, tried)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_did_not_reach_the_guest_is_tried_again() {
+        let (_follower, mut input, mut tried) = watched(7);
+        input.write_all(b"x").unwrap();
+        let mut last = tried.recv().await.unwrap();
+        for secs in [1, 2, 4, 8, 16, 30, 30] {
+            let at = tried.recv().await.unwrap();
+            // By the clock of the runtime, which is exact to a millisecond.
+            assert_eq!((at - last).as_secs(), secs);
+            last = at;
+        }
+        // The last one went well: its own notice is looked into, and then nothing more is tried.
+        assert!((tried.recv().await.unwrap() - last) < AGAIN);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_asks_hears_what_is_lacking_and_has_it_tried_again() {
+        let (follower, mut input, mut tried) = watched(2);
+        assert_eq!(follower.settle().await, Ok(()));
+        assert!(tried.try_recv().is_err(), "nothing changed");
+        input.write_all(b"x").unwrap();
+        let began = Instant::now();
+        assert!(follower.settle().await.unwrap_err().contains("plugging"));
+        assert!(follower.settle().await.is_err());
+        assert_eq!(follower.settle().await, Ok(()));
+        assert!(began.elapsed() < AGAIN);
+    }
 }

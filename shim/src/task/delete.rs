@@ -33,7 +33,7 @@ impl Shim {
             _ => {}
         }
         if container.is_pause() {
-            self.kill_pause(container, request);
+            self.kill_pause(container, request).await;
             return Ok(());
         }
         let Ok(agent) = self.agent() else { return Err(Refusal::Finished.into()) };
@@ -64,7 +64,7 @@ impl Shim {
         // The last container takes the virtual machine with it where nothing else stands for the sandbox, and so does the
         // one that stands for the pod: no need to tidy up in there first.
         if container.is_pause() || (self.containers.is_only(&container.id) && !self.api.is_created()) {
-            self.sandbox.kill();
+            self.sandbox.end().await;
         } else if let Ok(agent) = self.agent() {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
             match agent.task.delete(within(timeouts::SLOW), &request).await {

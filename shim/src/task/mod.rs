@@ -93,12 +93,17 @@ impl Shim {
         &self.events
     }
 
-    /// Ends the sandbox, once.
-    pub async fn finish(&self) {
+    /// Ends the sandbox, once; returns to everybody who asks for it when it has ended.
+    pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
-            self.sandbox.tear_down().await;
-            self.finished.send_replace(true);
+            // Not by whoever asked first: a request is given up when its time is over.
+            let shim = Arc::clone(self);
+            tokio::spawn(async move {
+                shim.sandbox.tear_down().await;
+                shim.finished.send_replace(true);
+            });
         }
+        self.finished().await;
     }
 
     /// Turns what the agent says into exits and events, and the virtual machine's end into those that are missing.

@@ -25,8 +25,9 @@ impl Shim {
     }
 
     /// Signals it. The signals that end it end the pod: the virtual machine with whatever still runs there.
-    pub(super) fn kill_pause(&self, container: &Container, request: &KillRequest) {
+    pub(super) async fn kill_pause(&self, container: &Container, request: &KillRequest) {
         let Some(status) = status_after(request.signal) else { return };
+        self.sandbox.flush_disks().await;
         let exit = Exit { status, at: SystemTime::now() };
         let seen = container.init.ended(exit);
         self.sandbox.kill();

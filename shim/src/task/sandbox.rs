@@ -137,7 +137,7 @@ impl Shim {
         *lock(&self.api.stopping) = true;
         // Without a launch its reports end here.
         drop(lock(&self.api.pending).take());
-        self.sandbox.kill();
+        self.sandbox.end().await;
         self.api.wait().await;
     }
 

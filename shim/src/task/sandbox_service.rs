@@ -68,6 +68,8 @@ impl Sandbox for Handler {
             return Err(Refusal::NotCreated.into());
         }
         self.shim.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
+        self.shim.sandbox.timeline.mark("sandbox started");
+        self.shim.sandbox.timeline.save();
         Ok(StartSandboxResponse {
             pid: self.shim.sandbox.pid(),
             created_at: Some(timestamp(self.shim.api.began())).into(),
@@ -145,6 +147,8 @@ impl Sandbox for Handler {
         Ok(ShutdownSandboxResponse::new())
     }
 
+    /// What the pod takes of the host, by its cgroup there: time and memory are those of machine and shim, and `pids`
+    /// counts their threads, not the pod's processes, which are the guest's.
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,

@@ -120,9 +120,11 @@ impl Task for Handler {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id)?;
-        if container.is_pause() {
-            let vmm = ProcessInfo { pid: self.shim.sandbox.pid(), ..Default::default() };
-            return Ok(PidsResponse { processes: vec![vmm], ..Default::default() });
+        // One that has ended keeps its pid until it is deleted: a containerd that is started again takes a container without
+        // any for a left-over and deletes it, and how it ended with it (1.7 and 2.1, shim_load.go, loadShims).
+        if container.is_pause() || container.init.exited().is_some() {
+            let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
+            return Ok(PidsResponse { processes: vec![one], ..Default::default() });
         }
         let agent = self.shim.agent()?;
         let guest = PidsRequest { id: container.id.clone(), ..Default::default() };

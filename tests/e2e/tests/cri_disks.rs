@@ -211,6 +211,30 @@ fn raw(disk: &Disk) -> String {
     String::from_utf8_lossy(&seen).into_owned()
 }
 
+/// Writes without anything that would make it last, and keeps the device open.
+const WRITE: &str = r#"
+import os, time
+fd = os.open("/dev/xvda", os.O_RDWR)
+os.pwrite(fd, b"changed", 1 << 20)
+print("written", flush=True)
+time.sleep(100000)
+"#;
+
+#[test]
+fn what_was_written_is_on_the_disk_when_the_pod_is_gone() {
+    need_image(PYTHON);
+    pods("cri-disk-end", |pods| {
+        let disk = Disk::new(&pods.dir().join("disk"), 4);
+        let pod = pods.pod();
+        let mut config = pod.python(WRITE);
+        config["devices"] = device(&disk, "rw");
+        pod.start(&config).wait_for("written");
+        pod.stop();
+        pod.remove();
+        assert_eq!(raw(&disk), "changed");
+    });
+}
+
 #[test]
 fn a_privileged_container_has_none_of_the_nodes_devices() {
     pods("cri-none-of-the-nodes", |pods| {

@@ -3,10 +3,11 @@ use std::time::Duration;
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::sandbox_api::{
-    CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest, SandboxStatusRequest, WaitSandboxRequest,
+    CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest, SandboxStatusRequest,
+    ShutdownSandboxRequest, StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
 };
 use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{Pod, annotations, pod::Pods, pods_of, refused, stats, try_call};
+use husk_e2e::cri::{Pod, annotations, pod::Pods, pods_of, refused, restart, stats, try_call};
 use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, shim, vm};
 use protobuf::Message;
 use serde_json::json;
@@ -154,6 +155,18 @@ fn the_sandbox_service_is_served_whole() {
         let request = CreateSandboxRequest { sandbox_id: id(), ..Default::default() };
         let again = client.create_sandbox(shim::context(), &request).unwrap_err();
         assert!(again.to_string().contains("already exists"), "{again}");
+        // Started already, and what it was started as.
+        let request = StartSandboxRequest { sandbox_id: id(), ..Default::default() };
+        let started = client.start_sandbox(shim::context(), &request).unwrap();
+        assert_eq!(started.pid, pod.pid().unsigned_abs());
+        assert!((now() - 300..=now()).contains(&started.created_at.seconds), "{started:?}");
+        let request = StartSandboxRequest { sandbox_id: "other".into(), ..Default::default() };
+        assert!(client.start_sandbox(shim::context(), &request).unwrap_err().to_string().contains("not found"));
+        let request = SandboxStatusRequest { sandbox_id: id(), verbose: true, ..Default::default() };
+        let status = client.sandbox_status(shim::context(), &request).unwrap();
+        assert_eq!((status.sandbox_id.as_str(), status.state.as_str()), (id().as_str(), "SANDBOX_READY"));
+        assert_eq!((status.pid, &status.created_at), (started.pid, &started.created_at));
+        assert!(status.exited_at.is_none() && status.info["info"].contains("runtimeSpec"), "{status:?}");
         // Whoever waits for its end is told, and of an end that was asked for as one.
         let waiter = {
             let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
@@ -167,8 +180,77 @@ fn the_sandbox_service_is_served_whole() {
         let request = SandboxStatusRequest { sandbox_id: id(), ..Default::default() };
         let status = client.sandbox_status(shim::context(), &request).unwrap();
         assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
+        assert_eq!((&status.created_at, &status.exited_at), (&started.created_at, &exit.exited_at));
+        // Stopped already.
+        let request = StopSandboxRequest { sandbox_id: id(), ..Default::default() };
+        client.stop_sandbox(shim::context(), &request).unwrap();
+        client.stop_sandbox(shim::context(), &request).unwrap();
+        let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
+        assert_eq!(client.wait_sandbox(shim::context(), &request).unwrap().exited_at, exit.exited_at);
         pod.remove();
     });
+}
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    i64::try_from(now.as_secs()).unwrap()
+}
+
+#[test]
+fn whoever_shuts_it_down_hears_of_it_when_it_is_gone() {
+    pods("sb-shutdown", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let machine = pod.pid();
+        let asking: Vec<_> = (0..4)
+            .map(|_| {
+                let (client, sandbox_id) = (shim::sandbox(&pod.id), pod.id.clone());
+                std::thread::spawn(move || {
+                    let state = format!("/run/husk/{KUBERNETES}/{sandbox_id}");
+                    let request = ShutdownSandboxRequest { sandbox_id, ..Default::default() };
+                    let answer = client.shutdown_sandbox(shim::context(), &request).map(drop);
+                    (answer.map_err(|error| error.to_string()), std::path::Path::new(&state).exists())
+                })
+            })
+            .collect();
+        for thread in asking {
+            assert_eq!(thread.join().unwrap(), (Ok(()), false), "answer, and whether its directory is still there");
+        }
+        assert!(!vm::vmm_pids().contains(&machine), "the machine is still there");
+        wait_until_not_ready(&pod);
+        assert!([137, 255].contains(&container.wait().0));
+        pod.stop();
+        pod.remove();
+    });
+}
+
+#[test]
+fn the_node_s_tools_show_it_before_it_has_a_container() {
+    pods("sb-tools", |pods| {
+        let pod = pods.pod();
+        let husk = |args: &[&str]| {
+            let output = std::process::Command::new("husk").args(args).output().unwrap();
+            assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let list: serde_json::Value = serde_json::from_str(&husk(&["ps", "--output", "json"])).unwrap();
+        let listed = list.as_array().unwrap().iter().find(|one| one["id"] == pod.id.as_str()).unwrap();
+        let name = format!("e2e/{}", pod.config["metadata"]["name"].as_str().unwrap());
+        assert_eq!(
+            (&listed["pod"], &listed["vmm_pid"], &listed["running"]),
+            (&json!(name), &json!(pod.pid()), &json!(true))
+        );
+        let waterfall = husk(&["trace", &name]);
+        assert!(waterfall.starts_with(&format!("k8s.io/{}\n", pod.id)), "{waterfall}");
+        assert!(waterfall.contains("agent ready") && waterfall.contains("sandbox started"), "{waterfall}");
+        pod.stop();
+    });
+}
+
+#[test]
+fn pods_go_on_while_containerd_is_restarted() {
+    pods("sb-restart", restart::is_survived);
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::fs;
 use std::process::Command;
 
 use husk_e2e::command::{Input, Output, Running};
+use husk_e2e::cri::pods;
 use husk_e2e::node::Config;
 use husk_e2e::{case, spec};
 use serde_json::json;
@@ -44,6 +45,30 @@ fn a_bad_bundle() {
         let run = case.with_spec("true", |spec| spec["process"]["cwd"] = json!("not/absolute"));
         run.output().expect_error(&["cwd"]);
     });
+}
+
+#[test]
+fn a_cgroup_that_cannot_be_made() {
+    // Nothing can be made below it (cgroup-v2.rst, cgroup.max.descendants).
+    let closed = std::path::Path::new("/sys/fs/cgroup/husk-closed");
+    fs::create_dir(closed).unwrap();
+    fs::write(closed.join("cgroup.max.descendants"), "0").unwrap();
+    case("cgroup-closed", |case| {
+        let run = case.with_spec("true", |spec| spec["linux"]["cgroupsPath"] = json!("/husk-closed/one"));
+        run.output().expect_error(&["cgroup", "/sys/fs/cgroup/husk-closed/one"]);
+        let run = case.with_spec("true", |spec| spec["linux"]["cgroupsPath"] = json!("/../outside"));
+        run.output().expect_error(&["cgroupsPath", "/../outside"]);
+        // Who names none gets none.
+        let run = case.with_spec("echo runs", |spec| spec["linux"]["cgroupsPath"] = json!(""));
+        run.output().expect_out("runs");
+    });
+    pods("husk-cgroup-closed", |pods| {
+        let mut config = pods.config();
+        config["linux"]["cgroup_parent"] = json!("/husk-closed");
+        let error = pods.refused(&config);
+        assert!(error.contains("making the cgroup /sys/fs/cgroup/husk-closed/"), "{error}");
+    });
+    fs::remove_dir(closed).unwrap();
 }
 
 /// Starts the shim in a bundle as containerd does.

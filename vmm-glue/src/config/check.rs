@@ -93,8 +93,9 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     let printable = config.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     range(printable, "kernel_params", &config.kernel_params, "printable ASCII")?;
     let devices = 2 + usize::from(config.share.is_some()) + usize::from(config.balloon);
-    let slots = devices + config.net.len() + config.blk.len() + usize::from(config.spare_slots);
-    range(slots <= layout::MAX_SLOTS, "number of virtio devices and spare slots", slots, "18 at most")?;
+    let growth = usize::from(config.max_memory_mib > config.memory_mib) + usize::from(config.huge_mib > 0);
+    let slots = devices + config.net.len() + config.blk.len() + growth;
+    range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "18 at most")?;
 
     let mut fds = Fds::new(fds);
     let kvm = fds.take("kvm", config.kvm)?;

@@ -55,7 +55,8 @@ fn numbers_have_ranges() {
     assert!(refused(|config, _| config.memory_mib = 63).contains("memory_mib"));
     assert!(refused(|config, _| config.memory_mib = u64::MAX).contains("memory_mib"));
     assert!(refused(|config, _| config.vsock_cid = 2).contains("vsock_cid"));
-    assert!(refused(|config, _| config.spare_slots = 18).contains("spare slots is 20"));
+    let blk = BlkConfig { file: FdIndex(9), read_only: true, serial: String::new() };
+    assert!(refused(|config, _| config.blk = vec![blk; 17]).contains("virtio devices is 19"));
     assert!(refused(|config, _| config.kernel_params = "a\nb".to_owned()).contains("printable"));
 }
 

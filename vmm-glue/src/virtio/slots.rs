@@ -14,7 +14,7 @@ use crate::arch::layout;
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// Every slot is taken.
-    #[error("no free virtio-mmio slot")]
+    #[error("every slot for disks and interfaces that come later is taken")]
     Full,
     /// The transport could not be made.
     #[error(transparent)]
@@ -32,20 +32,37 @@ pub struct Slots {
     vm: Arc<VmFd>,
     memory: GuestMemory,
     slots: Vec<OnceLock<Transport>>,
+    /// The first that is kept for memory.
+    kept: usize,
+}
+
+/// For whom a slot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Whatever there is at the start, disks and interfaces.
+    Any,
+    /// Memory, for which slots are kept that nothing else gets.
+    Memory,
 }
 
 impl Slots {
-    /// Empty slots.
-    pub fn new(vm: Arc<VmFd>, memory: GuestMemory, count: usize) -> Self {
-        Self { vm, memory, slots: (0..count.min(layout::MAX_SLOTS)).map(|_| OnceLock::new()).collect() }
+    /// Empty slots: `open` of them for anything, as far as there is room, and `kept` for memory.
+    pub fn new(vm: Arc<VmFd>, memory: GuestMemory, open: usize, kept: usize) -> Self {
+        let (open, all) = divide(open, kept);
+        Self { vm, memory, slots: (0..all).map(|_| OnceLock::new()).collect(), kept: open }
     }
 
-    /// Plugs a device into the first free slot and returns its number. One thread at a time plugs.
+    /// Plugs a device into the first free slot of its purpose and returns its number. One thread at a time plugs.
     ///
     /// # Errors
     /// [`PlugError`].
-    pub fn plug(&self, device: SharedDevice) -> Result<u32, PlugError> {
-        let (number, slot) = (0u32..).zip(&self.slots).find(|(_, slot)| slot.get().is_none()).ok_or(PlugError::Full)?;
+    pub fn plug(&self, device: SharedDevice, purpose: Purpose) -> Result<u32, PlugError> {
+        let range = match purpose {
+            Purpose::Any => 0..self.kept,
+            Purpose::Memory => self.kept..self.slots.len(),
+        };
+        let mut all = (0u32..).zip(&self.slots).skip(range.start).take(range.len());
+        let (number, slot) = all.find(|(_, slot)| slot.get().is_none()).ok_or(PlugError::Full)?;
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
         let transport = Transport::new(device, self.memory.clone(), irq)?;
         self.vm.register_irqfd(transport.irq_fd(), layout::slot_gsi(number)).map_err(PlugError::Kvm)?;
@@ -87,5 +104,25 @@ impl Slots {
         let offset = address.checked_sub(layout::MMIO)?;
         let slot = self.slots.get(usize::try_from(offset / layout::MMIO_SLOT).ok()?)?;
         Some((slot.get(), offset % layout::MMIO_SLOT))
+    }
+}
+
+/// How many slots are for anything, and how many there are.
+fn divide(open: usize, kept: usize) -> (usize, usize) {
+    let kept = kept.min(layout::MAX_SLOTS);
+    let open = open.min(layout::MAX_SLOTS - kept);
+    (open, open + kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_for_memory_is_not_given_away() {
+        assert_eq!(divide(9, 2), (9, 11));
+        assert_eq!(divide(17, 2), (16, 18));
+        assert_eq!(divide(5, 0), (5, 5));
+        assert_eq!(divide(5, 30), (0, 18));
     }
 }

@@ -10,6 +10,9 @@ pub use remove::remove;
 /// Mount point of cgroup v2, or of the directory with v1's.
 const MOUNT: &str = "/sys/fs/cgroup";
 
+/// How often a cgroup's directory is made when what is above it vanishes meanwhile.
+const ATTEMPTS: u32 = 10;
+
 /// Where a sandbox' cgroup is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
@@ -140,10 +143,7 @@ impl Cgroup {
 
     fn make(&self) -> Result<(), CgroupError> {
         for path in self.place.dirs() {
-            // Two tries: another sandbox may just be removing the parent.
-            std::fs::create_dir_all(path)
-                .or_else(|_| std::fs::create_dir_all(path))
-                .map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
+            create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
         // Before anything runs in it: what was used before is never charged to it.
         match &self.place {
@@ -208,6 +208,17 @@ impl Place {
         };
         one.into_iter().chain(all.iter().map(|(_, path): &(Vec<String>, PathBuf)| path.as_path()))
     }
+}
+
+/// Makes a directory and those above it, which other sandboxes may just be removing as the last that were in them.
+fn create(path: &Path) -> std::io::Result<()> {
+    for _ in 1..ATTEMPTS {
+        match std::fs::create_dir_all(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            result => return result,
+        }
+    }
+    std::fs::create_dir_all(path)
 }
 
 /// Turns the controllers on for `path` in everything above it, as runc does: without them a cgroup counts neither time

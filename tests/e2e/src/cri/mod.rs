@@ -6,6 +6,7 @@ pub mod grpc;
 pub mod kubelet;
 pub mod manifest;
 pub mod pod;
+pub mod restart;
 pub mod stats;
 pub mod stream;
 pub mod userns;
