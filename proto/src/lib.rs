@@ -6,6 +6,7 @@ pub mod metrics;
 pub mod ports;
 pub mod slots;
 pub mod stream;
+pub mod volume;
 
 pub use containerd_shim_protos as containerd;
 
@@ -53,7 +54,7 @@ pub const GUEST_SHM: &str = "/run/husk/shm";
 /// Where the guest mounts volumes of its own (in memory, of huge pages), by their names.
 pub const GUEST_VOLUMES: &str = "/run/husk/volumes";
 
-/// Where the guest binds parts of volumes, `<container>/<mount>`.
+/// Where the guest binds parts of volumes; see [`volume`].
 pub const GUEST_SUBPATHS: &str = "/run/husk/subpaths";
 
 /// The file system of a volume that is in [`SHARED_VOLUMES`] already.

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use husk_proto::agent::{VolumeDirectory, VolumeRequest};
-use husk_proto::{GUEST_SHARE, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED, SHARED_VOLUMES};
+use husk_proto::{GUEST_SUBPATHS, SHARED, volume};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -52,8 +52,10 @@ impl Volumes {
     /// [`VolumeError`]; a volume that was made stays.
     pub fn make(&self, request: &VolumeRequest) -> Result<(), VolumeError> {
         let shared = request.fs_type == SHARED;
-        let base = if shared { Path::new(GUEST_SHARE).join(SHARED_VOLUMES) } else { GUEST_VOLUMES.into() };
-        let root = base.join(plain(&request.name)?);
+        for name in [&request.name, &request.container_id] {
+            plain(name)?;
+        }
+        let root = volume::root(request);
         if !shared {
             // Containers are made at once, and the first of them makes the volume.
             let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -73,8 +75,7 @@ impl Volumes {
             return Ok(());
         }
         let found = descend(&root, &request.directories)?;
-        let target = Path::new(GUEST_SUBPATHS).join(plain(&request.container_id)?).join(request.mount.to_string());
-        bind(&found, &target)
+        bind(&found, &volume::path(request))
     }
 }
 
@@ -101,7 +102,9 @@ fn descend(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, Volu
         move |error| VolumeError::Below(name, error)
     };
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let mut here = openat(nix::fcntl::AT_FDCWD, root, flags, Mode::empty()).map_err(below("root"))?;
+    // As a directory: only so does the kernel make the mount that a shared volume is (fs/namei.c, `follow_automount`).
+    let mut here =
+        openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(below("root"))?;
     for directory in directories {
         let name = plain(&directory.name)?;
         let next = match openat(&here, name, flags, Mode::empty()) {
@@ -188,7 +191,8 @@ mod tests {
 
     #[test]
     fn only_known_file_systems() {
-        let request = VolumeRequest { name: "a".into(), fs_type: "ext4".into(), ..Default::default() };
+        let request =
+            VolumeRequest { name: "a".into(), container_id: "c".into(), fs_type: "ext4".into(), ..Default::default() };
         assert!(matches!(Volumes::default().make(&request), Err(VolumeError::Invalid(_))));
         let request = VolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
         assert!(matches!(Volumes::default().make(&request), Err(VolumeError::Invalid(_))));

@@ -9,7 +9,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use husk_proto::GUEST_SHARE;
+use husk_proto::volume;
 use libcontainer::oci_spec::runtime::Spec;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
@@ -18,7 +18,7 @@ use nix::mount::{MntFlags, umount2};
 pub fn of(spec: &Spec) -> Vec<PathBuf> {
     let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
     let root = spec.root().iter().map(|root| root.path());
-    sources.chain(root).filter(|path| path.starts_with(GUEST_SHARE)).cloned().collect()
+    sources.chain(root).filter_map(|path| volume::shared_of(path)).collect()
 }
 
 /// Takes the first look at each; blocks. What cannot be opened is found out by whoever mounts it.
@@ -42,6 +42,7 @@ pub fn leave(paths: &[PathBuf]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use husk_proto::GUEST_SHARE;
 
     #[test]
     fn what_is_shared() {
@@ -51,11 +52,12 @@ mod tests {
             "mounts": [
                 { "destination": "/a", "type": "bind", "source": format!("{GUEST_SHARE}/.volumes/1") },
                 { "destination": "/b", "type": "bind", "source": "/run/husk/shm" },
+                { "destination": "/d", "type": "bind", "source": "/run/husk/subpaths/c/3@2" },
                 { "destination": "/c", "type": "tmpfs" },
             ],
         });
         let spec: Spec = serde_json::from_value(spec).unwrap();
-        assert_eq!(of(&spec), [".volumes/1", "c/rootfs"].map(|path| Path::new(GUEST_SHARE).join(path)));
+        assert_eq!(of(&spec), [".volumes/1", ".volumes/2", "c/rootfs"].map(|path| Path::new(GUEST_SHARE).join(path)));
         visit(&of(&spec));
         leave(&of(&spec));
     }

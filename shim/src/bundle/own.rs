@@ -6,8 +6,8 @@
 //! lives as long as the pod.
 
 use super::{kubelet, users::Users};
+use husk_proto::SHARED;
 use husk_proto::agent::{VolumeDirectory, VolumeRequest};
-use husk_proto::{GUEST_SUBPATHS, GUEST_VOLUMES, SHARED};
 use std::{
     fs, io,
     os::{
@@ -88,14 +88,6 @@ pub fn part_of(whole: &str, below: Vec<VolumeDirectory>, (container, mount): (&s
     let name = Path::new(whole).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let (fs_type, container_id) = (SHARED.to_owned(), container.to_owned());
     VolumeRequest { name, fs_type, directories: below, container_id, mount, ..Default::default() }
-}
-
-/// Where the guest has it.
-pub fn guest_path(request: &VolumeRequest) -> String {
-    match request.directories.is_empty() {
-        true => format!("{GUEST_VOLUMES}/{}", request.name),
-        false => format!("{GUEST_SUBPATHS}/{}/{}", request.container_id, request.mount),
-    }
 }
 
 fn filesystem(file: &OwnedFd) -> io::Result<libc::statfs> {

@@ -2,7 +2,7 @@
 
 use super::{binds, binds::Flags, devices, kubelet, own, spec::Mount, syscall, users::Users};
 use crate::mirror::{self, Mirror};
-use husk_proto::agent::VolumeRequest;
+use husk_proto::{agent::VolumeRequest, volume};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
     io,
@@ -104,7 +104,7 @@ pub fn make(
             Ok(Some(mirror::guest_path(place.container, index)))
         }
         Plan::Own(request) => {
-            let path = own::guest_path(&request);
+            let path = volume::path(&request).to_string_lossy().into_owned();
             guest.own.push(*request);
             Ok(Some(path))
         }
@@ -123,7 +123,7 @@ pub fn make(
                 return Ok(Some(whole));
             }
             let request = own::part_of(&whole, below, (place.container, number));
-            let path = own::guest_path(&request);
+            let path = volume::path(&request).to_string_lossy().into_owned();
             guest.own.push(request);
             Ok(Some(path))
         }
