@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
-use husk_e2e::{PYTHON, node};
+use husk_e2e::{PYTHON, node, vm};
 use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -262,4 +262,27 @@ fn only_own_frames_leave(pod: &Pod, container: &PodContainer) {
         .unwrap();
     let text = String::from_utf8_lossy(&dropped.stdout);
     assert_eq!(text.contains("(dropped 160,"), !workers(pod).is_empty(), "{text}");
+}
+
+#[test]
+fn a_change_that_did_not_reach_the_guest_is_tried_again() {
+    pods("husk-net-again", |pods| {
+        let pod = pods.pod();
+        let container = pod.sleeper();
+        let shim = vm::shims_of(&pod.id)[0];
+        // Without a descriptor the shim cannot look at the network.
+        let limit = vm::limit_descriptors(shim, 3);
+        let netns = format!("--net={}", pod.netns().display());
+        let added =
+            Command::new("nsenter").args([&netns, "ip", "route", "add", "10.77.0.0/16", "dev", "eth0"]).status();
+        assert!(added.unwrap().success());
+        let said =
+            node::eventually(PATIENCE, || node::log_tail(40).contains("does not reach the guest yet").then_some(()));
+        vm::limit_descriptors(shim, limit);
+        assert!(said.is_some(), "{}", node::log_tail(20));
+        // Nothing else changes that would tell the shim.
+        let there = node::eventually(PATIENCE, || container.sh("ip route").contains("10.77.0.0/16").then_some(()));
+        assert!(there.is_some(), "{}", node::log_tail(20));
+        pod.stop();
+    });
 }
