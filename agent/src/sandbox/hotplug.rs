@@ -7,6 +7,7 @@ use std::path::Path;
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 /// Settings of memory that is plugged in.
 const MEMORY: &str = "/sys/module/memory_hotplug/parameters";
+const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
 /// How many huge pages of 2 MiB the kernel keeps (Documentation/admin-guide/mm/hugetlbpage.rst).
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
@@ -66,6 +67,15 @@ pub fn prefer_movable() {
             tracing::debug!("memory_hotplug.{name}: {error}");
         }
     }
+}
+
+/// Has the kernel forget files that nobody uses, and with `pages` what it has read of files before
+/// (Documentation/admin-guide/sysctl/vm.rst). It goes through all of them: not for the executor's thread.
+///
+/// # Errors
+/// What the kernel says.
+pub fn forget(pages: bool) -> io::Result<()> {
+    std::fs::write(DROP_CACHES, if pages { "3" } else { "2" })
 }
 
 /// Has the kernel keep so many huge pages of 2 MiB; returns how many it has. It looks for them in all of its memory, and

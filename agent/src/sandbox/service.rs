@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    AppArmorRequest, AppArmorResponse, Event, EventsRequest, HugePagesRequest, HugePagesResponse, MirrorRequest,
-    MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest, ProcessorsResponse, RescanRequest,
-    RescanResponse, SetupRequest, SetupResponse, SyncRequest, SyncResponse, VolumeRequest, VolumeResponse,
+    AppArmorRequest, AppArmorResponse, Event, EventsRequest, ForgetRequest, ForgetResponse, HugePagesRequest,
+    HugePagesResponse, MirrorRequest, MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest,
+    ProcessorsResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse, SyncRequest, SyncResponse,
+    VolumeRequest, VolumeResponse,
 };
 use husk_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
@@ -131,6 +132,12 @@ impl agent_ttrpc::Sandbox for SandboxService {
         let loaded = tokio::task::spawn_blocking(move || apparmor::load(&request.policy)).await;
         loaded.map_err(|error| failed("policy", &error))?.map_err(|error| failed("policy", &error))?;
         Ok(AppArmorResponse::new())
+    }
+
+    async fn forget(&self, _: &TtrpcContext, request: ForgetRequest) -> ttrpc::Result<ForgetResponse> {
+        let forgotten = tokio::task::spawn_blocking(move || hotplug::forget(request.pages)).await;
+        forgotten.map_err(|error| failed("files", &error))?.map_err(|error| failed("files", &error))?;
+        Ok(ForgetResponse::new())
     }
 
     async fn huge_pages(&self, _: &TtrpcContext, request: HugePagesRequest) -> ttrpc::Result<HugePagesResponse> {

@@ -7,6 +7,9 @@ use crate::bundle::growth::{HostLimits, guest_mib, host_bytes};
 
 /// Period of the CPU limit in microseconds.
 const PERIOD: u64 = 100_000;
+/// How far before its limit the sandbox is throttled, in bytes; of what the VMM and the shim have beside the guest's memory
+/// at least, it is a third.
+const THROTTLED: u64 = 4 << 20;
 /// Version 1 has a number for no limit: the largest that pages can be counted to, or a page less.
 const NO_LIMIT: u64 = 1 << 62;
 
@@ -36,6 +39,13 @@ pub fn pids(place: &Place) -> Option<u64> {
     place.of("pids")?.ancestors().skip(1).filter_map(limit).min()
 }
 
+/// Bytes at which the kernel begins to take memory of the sandbox' back; none where there is no limit.
+pub fn memory(place: &Place) -> Option<u64> {
+    let file = if matches!(place, Place::Unified(_)) { "memory.high" } else { "memory.limit_in_bytes" };
+    let text = std::fs::read_to_string(place.of("memory")?.join(file)).ok()?;
+    text.trim().parse().ok().filter(|&limit| limit < NO_LIMIT)
+}
+
 /// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.
 ///
 /// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
@@ -54,6 +64,8 @@ pub fn set(place: &Place, limits: &HostLimits, guest_mib: u64) {
     match place {
         Place::Unified(path) => {
             write(Some(path), "memory.max", memory.as_deref().unwrap_or("max"));
+            let high = limits.memory.then(|| high(place, host_bytes(guest_mib)).to_string());
+            write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
             // Without a list it has the processors of the cgroup above. A line of nothing is one, nothing at all is no
             // write.
@@ -69,6 +81,12 @@ pub fn set(place: &Place, limits: &HostLimits, guest_mib: u64) {
             }
         }
     }
+}
+
+/// Where throttling begins, before the limit of the sandbox or of the pod kills: what can be given back still can be then.
+fn high(place: &Place, max: u64) -> u64 {
+    let above = above(place, "memory", ["memory.max", "memory.limit_in_bytes"]);
+    above.map_or(max, |above| max.min(above)).saturating_sub(THROTTLED)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod hugepages;
 pub mod legacy_metrics;
 pub mod limits;
 mod network;
+mod reclaim;
 pub mod resize;
 pub mod state;
 pub mod timeline;
@@ -139,6 +140,7 @@ impl Sandbox {
             let (growth, dir) = (plan.sizing.growth.clone(), self.dir.clone());
             let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), place, dir));
         }
+        let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
         let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.place()));
         let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         let follower = Arc::clone(&self.follower);
@@ -152,6 +154,9 @@ impl Sandbox {
                     let agent = boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(steer)) = (&agent, steer) {
                         forward::serve(steer, vmm);
+                    }
+                    if let (Ok(agent), Some(place)) = (&agent, place) {
+                        reclaim::start(place, agent.clone(), vmm.clone());
                     }
                     if let (Ok(agent), Some((follow, notices))) = (&agent, follow) {
                         let _ = follower.set(Follower::start(follow, notices, vmm.clone(), agent.clone()));

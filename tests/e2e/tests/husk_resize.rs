@@ -141,23 +141,31 @@ fn a_container_that_comes_later_finds_room() {
     });
 }
 
+/// What kubelet does: the pod's cgroup has the sum of the limits and the RuntimeClass' overhead. The cgroup, and bytes.
+fn kubelets_limit(config: &Value, mib: u64) -> (PathBuf, u64) {
+    let class = include_str!("../../../deploy/kubernetes/runtimeclass.yaml");
+    let overhead = class.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi")).unwrap();
+    let parent = Path::new("/sys/fs/cgroup").join(text(&config["linux"]["cgroup_parent"]).trim_start_matches('/'));
+    fs::create_dir_all(&parent).unwrap();
+    for above in [parent.parent().unwrap().parent().unwrap(), parent.parent().unwrap()] {
+        fs::write(above.join("cgroup.subtree_control"), "+memory").unwrap();
+    }
+    let allowed = (mib + overhead.parse::<u64>().unwrap()) * MIB;
+    fs::write(parent.join("memory.max"), allowed.to_string()).unwrap();
+    (parent, allowed)
+}
+
 #[test]
 fn a_pod_that_uses_its_whole_limit_is_killed_in_the_guest_only() {
     pods("cri-whole", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = limits(1000, 256);
-        // What kubelet does: the pod's cgroup has the sum of the limits and the RuntimeClass' overhead.
-        let class = include_str!("../../../deploy/kubernetes/runtimeclass.yaml");
-        let overhead = class.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi")).unwrap();
-        let parent = Path::new("/sys/fs/cgroup").join(text(&config["linux"]["cgroup_parent"]).trim_start_matches('/'));
-        fs::create_dir_all(&parent).unwrap();
-        for above in [parent.parent().unwrap().parent().unwrap(), parent.parent().unwrap()] {
-            fs::write(above.join("cgroup.subtree_control"), "+memory").unwrap();
-        }
-        let allowed = (256 + overhead.parse::<u64>().unwrap()) * MIB;
-        fs::write(parent.join("memory.max"), allowed.to_string()).unwrap();
+        let (parent, allowed) = kubelets_limit(&config, 256);
         let pod = pods.run(config);
         let other = container(&pod, 500, 128);
+        let inside: u64 = other.sh("cat /sys/fs/cgroup/memory.current").parse().unwrap();
+        let outside: u64 = read(&parent, "memory.current").parse().unwrap();
+        println!("idle: {} MiB beside the container's", outside.saturating_sub(inside) / MIB);
         // Files too: what the host caches of them is the pod's.
         let script = "dd if=/dev/zero of=/file bs=1M count=64; exec dd if=/dev/zero of=/dev/null bs=300M count=1";
         let mut config = pod.sh(script);
@@ -174,11 +182,70 @@ fn a_pod_that_uses_its_whole_limit_is_killed_in_the_guest_only() {
         assert!(events.contains("oom_kill 0"), "{events}");
         println!(
             "peak {} of {} MiB, VMM {:?} KiB",
-            read(&parent, "memory.peak"),
+            read(&parent, "memory.peak").parse::<u64>().unwrap() / MIB,
             allowed / MIB,
             vm::memory(pod.pid()).unwrap()
         );
         pod.stop();
         pod.remove();
+    });
+}
+
+/// More than the host's memory of a pod of 32 MiB has room for, at one and a half KiB for each that is open.
+const FILES: usize = 24_000;
+
+#[test]
+fn a_guest_that_walks_through_many_files_keeps_its_machine() {
+    let dir = Path::new("/var/lib/husk-e2e-many");
+    for n in 0..FILES {
+        if n % 1000 == 0 {
+            fs::create_dir_all(dir.join((n / 1000).to_string())).unwrap();
+        }
+        fs::write(dir.join(format!("{}/{n}", n / 1000)), "x").unwrap();
+    }
+    // Whoever opens them is to pay for them. What is not written yet stays.
+    nix::unistd::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    pods("cri-many-files", |pods| {
+        let mut config = pods.config();
+        config["linux"]["resources"] = limits(1000, 32);
+        let (parent, allowed) = kubelets_limit(&config, 32);
+        let pod = pods.run(config);
+        let mut config =
+            pod.sh("for n in $(seq 24); do echo walked $n: $(ls -l /data/$((n - 1)) | wc -l); done; sleep 100000");
+        config["linux"]["resources"] = limits(1000, 32);
+        config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/data" }]);
+        let walker = pod.start(&config);
+        for n in 1..=FILES / 1000 {
+            walker.wait_for(&format!("walked {n}: 1001"));
+        }
+        let events = read(&parent, "memory.events");
+        assert!(pod.is_ready() && events.contains("oom_kill 0"), "{events}");
+        let peak: u64 = read(&parent, "memory.peak").parse().unwrap();
+        println!("{FILES} files, peak {} of {} MiB", peak / MIB, allowed / MIB);
+        // What the guest has forgotten is found again.
+        assert_eq!(walker.sh("cat /data/1/* | wc -c; ls /data/0 | wc -l"), "1000\n1000");
+    });
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_pod_shrinks_below_its_start() {
+    pods("cri-below", |pods| {
+        let mut config = pods.config();
+        config["linux"]["resources"] = limits(2000, 512);
+        let pod = pods.run(config);
+        let one = container(&pod, 2000, 512);
+        wait_for_size(&one, 2, 512..577);
+        one.sh("dd if=/dev/zero of=/dev/null bs=300M count=1 2> /dev/null; dd if=/dev/zero of=/file bs=1M count=200 2> /dev/null");
+        let used = held(&pod);
+        update(&one, 1000, 128);
+        // The guest's memory stays what it was; what the container may not have any more comes back.
+        wait_for_size(&one, 1, 512..577);
+        assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
+        let back = node::eventually(PATIENCE, || (held(&pod) + 50 < used).then_some(()));
+        assert!(back.is_some(), "{} MiB held after shrinking, {used} before", held(&pod));
+        assert_eq!(read(&cgroup(&pod), "cpu.max"), "125000 100000");
+        assert_eq!(listed(&pod).0, 1);
     });
 }
