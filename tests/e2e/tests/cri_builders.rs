@@ -76,7 +76,7 @@ fn ci_docker_builds_and_runs_on_overlay2() {
 fn ci_buildah_builds_and_runs_unprivileged() {
     pods("ci-buildah", |pods| {
         let manifest = include_str!("../../../deploy/kubernetes/ci-builder-rootless.yaml");
-        let applied = manifest::apply(pods, manifest, &[("REGISTRY/buildah/stable", BUILDAH)]);
+        let applied = manifest::apply(pods, manifest, &[("registry.example/buildah/stable", BUILDAH)]);
         let buildah = &applied.containers[0];
         assert_eq!(step(buildah, "id -u; grep CapEff /proc/self/status"), "1000\nCapEff:\t0000000000000000");
         write_context(buildah);
