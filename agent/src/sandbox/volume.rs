@@ -9,7 +9,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use husk_proto::agent::{VolumeDirectory, VolumeRequest};
 use husk_proto::{GUEST_SUBPATHS, SHARED, volume};
@@ -20,6 +20,7 @@ use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{Gid, Uid, fchown};
 
 use crate::boot::mounts::{MountError, make_dir};
+use crate::task::volumes;
 
 /// What may be asked for.
 const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
@@ -74,25 +75,54 @@ impl Volumes {
         if request.directories.is_empty() {
             return Ok(());
         }
+        let _turn = turn();
         let found = descend(&root, &request.directories)?;
         bind(&found, &volume::path(request))
     }
 }
 
-/// Takes away what was bound for a container; that there is nothing is fine.
-pub fn remove(container: &str) {
+/// Held while a part of a shared volume is taken, and while it is looked whether somebody has one: containers come and go
+/// at once.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Leaves those of the shared volumes at `paths` of which no container has a part; blocks.
+pub fn leave(mut paths: Vec<PathBuf>) {
+    let _turn = turn();
+    if !paths.is_empty() {
+        let taken = parts(Path::new(GUEST_SUBPATHS));
+        paths.retain(|path| !taken.contains(path));
+    }
+    volumes::leave(&paths);
+}
+
+/// The shared volumes of which containers have parts, as `<container>/<part>` in a directory tells.
+fn parts(dir: &Path) -> HashSet<PathBuf> {
+    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let names = entries(dir).flat_map(|container| entries(&container).collect::<Vec<_>>());
+    names.filter_map(|part| volume::shared_of(&Path::new(GUEST_SUBPATHS).join(part.strip_prefix(dir).ok()?))).collect()
+}
+
+/// Takes away what was bound for a container, and gives the shared volumes it was of; that there is nothing is fine.
+pub fn remove(container: &str) -> HashSet<PathBuf> {
     let path = Path::new(GUEST_SUBPATHS).join(container);
+    let of = fs::read_dir(&path).into_iter().flatten().flatten().filter_map(|part| volume::shared_of(&part.path()));
+    let of = of.collect();
     for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
         if let Err(error) = umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             tracing::warn!("{}: {error}", entry.path().display());
             // What is still mounted is somebody's data.
-            return;
+            return HashSet::new();
         }
     }
     match fs::remove_dir_all(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!("{}: {error}", path.display()),
         _ => {}
     }
+    of
 }
 
 /// The directory below `root`, each component made where it is not there. The last may be a file by now.
@@ -187,6 +217,17 @@ mod tests {
             let directories: Vec<_> = path.iter().map(|name| directory(name)).collect();
             assert!(descend(dir.path(), &directories).is_err(), "{path:?}");
         }
+    }
+
+    #[test]
+    fn volumes_that_containers_have_parts_of() {
+        let dir = tempfile::tempdir().unwrap();
+        for part in ["a/3@1.x", "a/4", "b/0@2.y", "b/1@1.x"] {
+            fs::create_dir_all(dir.path().join(part)).unwrap();
+        }
+        let volume = |name: &str| Path::new("/run/husk/share/.volumes").join(name);
+        assert_eq!(parts(dir.path()), HashSet::from([volume("1.x"), volume("2.y")]));
+        assert!(parts(&dir.path().join("none")).is_empty());
     }
 
     #[test]

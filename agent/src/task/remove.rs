@@ -1,6 +1,6 @@
 //! Delete: of a process made by Exec, or of a container with everything it left in the guest.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -8,9 +8,10 @@ use tokio::time::{Instant, timeout_at};
 
 use super::error::Fault;
 use super::process::Phase;
-use super::{Container, STATE, Tasks, volumes};
+use super::{Container, STATE, Tasks};
 use crate::oom::FileWatch;
 use crate::reaper::Ended;
+use crate::sandbox::volume;
 
 /// How long killed processes may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -24,7 +25,7 @@ impl Tasks {
         let container = match self.get(id) {
             Err(fault) if exec_id.is_empty() => {
                 // It was never made, or not to its end: its volumes may be here already.
-                self.remove_volumes(id).await;
+                self.remove_volumes(id, Vec::new()).await;
                 return Err(fault);
             }
             container => container?,
@@ -62,10 +63,7 @@ impl Tasks {
         if let Err(error) = remove_group(container).await {
             tracing::warn!("control group of {}: {error}", container.id);
         }
-        let mut alone = container.volumes.clone();
-        alone.retain(|path| !self.is_shared(path, &container.id));
-        let _ = tokio::task::spawn_blocking(move || volumes::leave(&alone)).await;
-        self.remove_volumes(&container.id).await;
+        self.remove_volumes(&container.id, container.volumes.clone()).await;
         for path in [&container.dir, &Path::new(STATE).join(&container.id)] {
             match std::fs::remove_dir_all(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -76,13 +74,17 @@ impl Tasks {
         }
     }
 
-    async fn remove_volumes(&self, id: &str) {
-        let (sandbox, id) = (Arc::clone(&self.sandbox), id.to_owned());
-        let _ = tokio::task::spawn_blocking(move || {
-            sandbox.mirrors.remove(&id);
-            crate::sandbox::volume::remove(&id);
-        })
-        .await;
+    /// Takes away what there is of a container's volumes, and leaves the shared ones that nobody else has; `of` are those
+    /// it was made with.
+    async fn remove_volumes(&self, id: &str, mut of: Vec<PathBuf>) {
+        let (sandbox, container) = (Arc::clone(&self.sandbox), id.to_owned());
+        let removed = tokio::task::spawn_blocking(move || {
+            sandbox.mirrors.remove(&container);
+            volume::remove(&container)
+        });
+        of.extend(removed.await.unwrap_or_default());
+        of.retain(|path| !self.is_shared(path, id));
+        let _ = tokio::task::spawn_blocking(move || volume::leave(of)).await;
     }
 }
 

@@ -198,9 +198,9 @@ impl Flags {
         flags
     }
 
-    /// The same, but that whoever mounts it in the guest says who may write.
-    pub fn held_by_the_guest(self) -> Self {
-        Self { recursive: true, read_only: false, read_only_below: false, propagation: self.propagation }
+    /// Those of a mount that is everybody's, and of which the guest says who may write and who sees what is mounted later.
+    pub fn held_by_the_guest() -> Self {
+        Self { recursive: true, read_only: false, read_only_below: false, propagation: libc::MS_SLAVE }
     }
 }
 

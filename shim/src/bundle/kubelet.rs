@@ -2,17 +2,16 @@
 
 use super::{syscall, users::Users};
 use husk_proto::agent::VolumeDirectory;
-use nix::sys::{
-    stat::fstat,
-    statfs::{TMPFS_MAGIC, fstatfs},
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::{
+        stat::{Mode, fstat},
+        statfs::{TMPFS_MAGIC, fstatfs},
+    },
 };
 use std::{
-    fs::{self, Metadata},
-    io,
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Component, Path, PathBuf},
 };
 
@@ -51,12 +50,12 @@ pub fn shared(source: &OwnedFd, path: &Path, users: Option<&Users>, pod: &str) -
     let (all, part) = (within_its_filesystem(&volume)?, within_its_filesystem(source)?);
     let Ok(below) = part.strip_prefix(&all) else { return Ok(None) };
     // What is mounted somewhere in the volume is none of it, nor is what was removed or renamed meanwhile.
-    let (here, found) = (identity(source)?, fs::symlink_metadata(root.join(below)));
-    if !found.is_ok_and(|found| (found.dev(), found.ino()) == here) {
-        return Ok(None);
+    match directories(&volume, below, users) {
+        Ok((below, end)) if end == identity(source)? => Ok(Some(Shared { root: volume, below })),
+        Ok(_) => Ok(None),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => Ok(None),
+        Err(error) => Err(error),
     }
-    let below = directories(&root, below, users)?;
-    Ok(Some(Shared { root: volume, below }))
 }
 
 /// Whether `path` is a `subPath` of some volume, which the kubelet mounts anew for each container that asks for it
@@ -113,29 +112,33 @@ fn plain(field: &str) -> PathBuf {
     text.into()
 }
 
-/// What the components of a path below a volume are like on the host.
+/// What the components of a path below a volume are like on the host, and device and inode of the last. A guest may write
+/// to the volume meanwhile: links are not followed.
 ///
 /// # Errors
 /// When one is not there, or is not called by a name.
-pub fn directories(root: &Path, below: &Path, users: Option<&Users>) -> io::Result<Vec<VolumeDirectory>> {
-    let mut path = root.to_owned();
-    let mut directories = Vec::new();
+pub fn directories(
+    volume: &OwnedFd,
+    below: &Path,
+    users: Option<&Users>,
+) -> io::Result<(Vec<VolumeDirectory>, (u64, u64))> {
+    let (mut here, mut directories) = (volume.try_clone()?, Vec::new());
     for part in below.components() {
         let Component::Normal(name) = part else { return Err(io::ErrorKind::InvalidInput.into()) };
-        path.push(name);
-        let meta = fs::symlink_metadata(&path)?;
-        let (uid, gid) = owner(&meta, users);
+        here = openat(&here, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+        let stat = fstat(&here)?;
+        let (uid, gid) = owner(stat.st_uid, stat.st_gid, users);
         let name = name.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        directories.push(VolumeDirectory { name, mode: meta.mode() & 0o7777, uid, gid, ..Default::default() });
+        directories.push(VolumeDirectory { name, mode: stat.st_mode & 0o7777, uid, gid, ..Default::default() });
     }
-    Ok(directories)
+    Ok((directories, identity(&here)?))
 }
 
 /// Who owns a file for the guest: `users` maps ids where its mount does.
-pub fn owner(meta: &Metadata, users: Option<&Users>) -> (u32, u32) {
+pub fn owner(uid: u32, gid: u32, users: Option<&Users>) -> (u32, u32) {
     match users {
-        Some(users) => users.owner(meta.uid(), meta.gid()),
-        None => (meta.uid(), meta.gid()),
+        Some(users) => users.owner(uid, gid),
+        None => (uid, gid),
     }
 }
 

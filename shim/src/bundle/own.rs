@@ -5,7 +5,7 @@
 //! VMM's. Huge pages cannot be shared that way at all. The guest's volume has the size and the owner of the host's and
 //! lives as long as the pod.
 
-use super::{kubelet, users::Users};
+use super::{kubelet, syscall, users::Users};
 use husk_proto::SHARED;
 use husk_proto::agent::{VolumeDirectory, VolumeRequest};
 use std::{
@@ -68,10 +68,12 @@ pub fn find(
     if huge && system.f_bsize.unsigned_abs() != HUGE_PAGE {
         return Err(OwnError::Size(system.f_bsize.unsigned_abs()));
     }
-    let (uid, gid) = kubelet::owner(&at, users);
+    let (uid, gid) = kubelet::owner(at.uid(), at.gid(), users);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
     let below = kubelet::within_its_filesystem(source).map_err(look("find it in its volume"))?;
-    let directories = kubelet::directories(&root, &below, users).map_err(look("stat a directory of the volume"))?;
+    let volume = syscall::open_path(&root, false).map_err(look("open the volume"))?;
+    let directories = kubelet::directories(&volume, &below, users);
+    let (directories, _) = directories.map_err(look("stat a directory of the volume"))?;
     Ok(Some(VolumeRequest {
         name: format!("{name}-{:x}", at.dev()),
         fs_type: fs_type.to_owned(),
@@ -102,7 +104,6 @@ fn filesystem(file: &OwnedFd) -> io::Result<libc::statfs> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::syscall;
     use super::*;
 
     #[test]

@@ -116,7 +116,7 @@ pub fn make(
             binds::bind(mount, &source, place.share, place.container).map(Some)
         }
         Plan::Shared { volume: kubelet::Shared { root, below }, users } => {
-            let (users, flags) = (users.as_ref(), Flags::of(mount).held_by_the_guest());
+            let (users, flags) = (users.as_ref(), Flags::held_by_the_guest());
             let source = binds::Source { file: &root, directory: true, users, flags, any_mount: false };
             let whole = binds::bind(mount, &source, place.share, place.container)?;
             if below.is_empty() {

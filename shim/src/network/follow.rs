@@ -76,7 +76,8 @@ impl Change {
 }
 
 impl Follow {
-    /// Begins in the current namespace, of which so much is given to the guest and so much not, and in which interfaces have `taps`.
+    /// Begins in the current namespace, of which so much is given to the guest and so much not, and in which interfaces
+    /// have `taps`.
     ///
     /// # Errors
     /// When the namespace has no name.
@@ -107,8 +108,20 @@ impl Follow {
         let (now, left) = read::all(&netlink, &links)?;
         tell(left.difference(&self.left));
         self.left = left;
-        let new = links.iter().filter(|link| !self.connected.iter().any(|connected| connected.link == link.index));
-        let taps = new.map(|link| tap::beside(&netlink, link, self.wish.of_each(1))).collect::<Result<Vec<_>, _>>()?;
+        let mut taps = Vec::new();
+        for link in &links {
+            if self.connected.iter().any(|connected| connected.link == link.index) {
+                continue;
+            }
+            match tap::beside(&netlink, link, self.wish.of_each(1)) {
+                Ok(tap) => taps.push(tap),
+                Err(error) => {
+                    // What leads to those that are there already would stand in the way of the next try.
+                    self.given_up.extend(taps.iter().map(Connected::by));
+                    return Err(error);
+                }
+            }
+        }
         self.connected.extend(taps.iter().map(Connected::by));
         let changed = !taps.is_empty() || now != self.last;
         self.last.clone_from(&now);
@@ -123,8 +136,9 @@ impl Follow {
         });
         self.connected = stay;
         self.given_up.extend::<Vec<_>>(go);
-        for connected in self.given_up.drain(..) {
+        while let Some(connected) = self.given_up.last() {
             tap::disconnect(netlink, connected.link, connected.tap).map_err(kernel("remove a tap"))?;
+            self.given_up.pop();
         }
         Ok(())
     }

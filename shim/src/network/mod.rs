@@ -2,9 +2,8 @@
 //!
 //! Beside each interface of the namespace a tap is made, and traffic control redirects every frame from one to the
 //! other, both ways. The interface keeps its name and addresses, which statistics and CNI's own checks look for; the
-//! guest gets an interface of the same name, hardware address, addresses, routes, rules
-//! and neighbours. The taps live as long
-//! as somebody holds their descriptors: with the VMM they are gone.
+//! guest gets an interface of the same name, hardware address, addresses, routes, rules and neighbours. The taps live as
+//! long as somebody holds their descriptors: with the VMM they are gone.
 //!
 //! [`connect`] runs before the daemon has a second thread: it changes the network namespace of the process.
 

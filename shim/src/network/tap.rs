@@ -57,7 +57,6 @@ pub fn beside(netlink: &Netlink, link: &Link, wish: Wish) -> Result<Tap, Network
         ingress(netlink, link.index)?;
         redirect(netlink, link.index, index)
     };
-    to_guest().map_err(kernel(format!("redirect the frames of {}", link.name)))?;
     let from_guest = || {
         ingress(netlink, index)?;
         let vhost = wish.vhost.then(vhost).flatten().filter(|_| guard(netlink, index, link.index, link.mac));
@@ -66,7 +65,14 @@ pub fn beside(netlink: &Netlink, link: &Link, wish: Wish) -> Result<Tap, Network
         }
         Ok(vhost)
     };
-    let vhost = from_guest().map_err(kernel(format!("redirect frames to {}", link.name)))?;
+    let connect = || {
+        to_guest().map_err(kernel(format!("redirect the frames of {}", link.name)))?;
+        from_guest().map_err(kernel(format!("redirect frames to {}", link.name)))
+    };
+    let vhost = connect().inspect_err(|_| {
+        // The tap goes with its descriptors, what leads to it does not; and the first error is the one to be told.
+        let _ = disconnect(netlink, link.index, index);
+    })?;
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 

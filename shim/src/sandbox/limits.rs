@@ -41,9 +41,12 @@ pub fn pids(place: &Place) -> Option<u64> {
 
 /// Bytes at which the kernel begins to take memory of the sandbox' back; none where there is no limit.
 pub fn memory(place: &Place) -> Option<u64> {
-    let file = if matches!(place, Place::Unified(_)) { "memory.high" } else { "memory.limit_in_bytes" };
+    let legacy = matches!(place, Place::Legacy(_));
+    let file = if legacy { "memory.limit_in_bytes" } else { "memory.high" };
     let text = std::fs::read_to_string(place.of("memory")?.join(file)).ok()?;
-    text.trim().parse().ok().filter(|&limit| limit < NO_LIMIT)
+    let own = text.trim().parse().ok().filter(|&limit| limit < NO_LIMIT)?;
+    let above = above(place, "memory", ["memory.max", "memory.limit_in_bytes"]).filter(|_| legacy);
+    Some(above.map_or(own, |above| own.min(above)))
 }
 
 /// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.

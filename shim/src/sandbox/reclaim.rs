@@ -50,37 +50,43 @@ pub fn start(place: Place, agent: Agent, vmm: Vmm) {
 /// What has something to read when the kernel looked for memory.
 struct Watch {
     notices: AsyncFd<OwnedFd>,
-    /// Version 1 tells as long as this is open.
-    _level: Option<File>,
+    /// Version 1 tells as long as these are open.
+    _levels: Vec<File>,
 }
 
 impl Watch {
     fn of(place: &Place) -> io::Result<Self> {
         let dir = place.of("memory").ok_or(io::ErrorKind::NotFound)?;
-        let (notices, level) = match place {
+        let (notices, levels) = match place {
             Place::Unified(_) => {
                 let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
                 inotify.add_watch(&dir.join("memory.events"), AddWatchFlags::IN_MODIFY)?;
-                (OwnedFd::from(inotify), None)
+                (OwnedFd::from(inotify), Vec::new())
             }
             Place::Legacy(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-                let level = File::open(dir.join("memory.pressure_level"))?;
-                let control = format!("{} {} low", event.as_raw_fd(), level.as_raw_fd());
-                fs::write(dir.join("cgroup.event_control"), control)?;
-                (OwnedFd::from(event), Some(level))
+                let mut levels = Vec::new();
+                // The pod's is told of what its own limit makes the kernel look for.
+                for dir in dir.ancestors().take(2) {
+                    let level = File::open(dir.join("memory.pressure_level"))?;
+                    let control = format!("{} {} low", event.as_raw_fd(), level.as_raw_fd());
+                    fs::write(dir.join("cgroup.event_control"), control)?;
+                    levels.push(level);
+                }
+                (OwnedFd::from(event), levels)
             }
         };
         // SAFETY: the descriptor is moved into the registration and closed with it, not before.
         let notices = unsafe { AsyncFd::register(notices) }?;
-        Ok(Self { notices, _level: level })
+        Ok(Self { notices, _levels: levels })
     }
 
     async fn run(&self, place: &Place, agent: &Agent) -> io::Result<()> {
         let mut last: Option<Instant> = None;
         loop {
             self.next().await?;
-            if is_short(place) {
+            let place = place.clone();
+            if tokio::task::spawn_blocking(move || is_short(&place)).await.unwrap_or(false) {
                 let pages = last.is_some_and(|last| last.elapsed() < TWICE);
                 tracing::info!(pages, "the guest is to forget files: the pod's memory on the host is used up");
                 let request = ForgetRequest { pages, ..Default::default() };

@@ -58,6 +58,11 @@ pub struct Shim {
     finished: watch::Sender<bool>,
 }
 
+/// Does work to its end, though whoever asked for it may give up: a request's handler is dropped when its time is over.
+async fn whole<T: Send + 'static>(work: impl Future<Output = ttrpc::Result<T>> + Send + 'static) -> ttrpc::Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(Refusal::Failed(error.to_string()).into()))
+}
+
 impl Shim {
     /// Serves a sandbox; `reports` are what its agent says, `pending` what its creation takes where that is still to come.
     pub fn new(

@@ -16,7 +16,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Refusal, Shim};
+use super::{Refusal, Shim, whole};
 use crate::events::timestamp;
 use crate::pod;
 use crate::sandbox::cgroup::Place;
@@ -89,7 +89,12 @@ impl Sandbox for Handler {
 
     async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        self.shim.stop_sandbox().await;
+        let shim = Arc::clone(&self.shim);
+        whole(async move {
+            shim.stop_sandbox().await;
+            Ok(())
+        })
+        .await?;
         Ok(StopSandboxResponse::new())
     }
 
@@ -142,8 +147,13 @@ impl Sandbox for Handler {
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        self.shim.stop_sandbox().await;
-        self.shim.finish().await;
+        let shim = Arc::clone(&self.shim);
+        whole(async move {
+            shim.stop_sandbox().await;
+            shim.finish().await;
+            Ok(())
+        })
+        .await?;
         Ok(ShutdownSandboxResponse::new())
     }
 

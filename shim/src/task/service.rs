@@ -19,7 +19,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::container::Container;
 use super::process::State;
-use super::{Refusal, Shim};
+use super::{Refusal, Shim, whole};
 use crate::bundle;
 use crate::events::timestamp;
 use crate::sandbox::agent::{timeouts, within};
@@ -111,11 +111,15 @@ impl Task for Handler {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let container = self.container(&request.id)?;
-        if request.exec_id.is_empty() {
-            return self.shim.delete_container(&container).await;
-        }
-        let exec = container.exec(&request.exec_id)?;
-        self.shim.delete_exec(&container, &exec).await
+        let shim = Arc::clone(&self.shim);
+        whole(async move {
+            if request.exec_id.is_empty() {
+                return shim.delete_container(&container).await;
+            }
+            let exec = container.exec(&request.exec_id)?;
+            shim.delete_exec(&container, &exec).await
+        })
+        .await
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
@@ -167,7 +171,8 @@ impl Task for Handler {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
-        self.shim.kill(&container, &request).await?;
+        let shim = Arc::clone(&self.shim);
+        whole(async move { shim.kill(&container, &request).await }).await?;
         Ok(Empty::new())
     }
 

@@ -10,7 +10,7 @@ use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::cri::{Pod, kubelet};
 use husk_e2e::{PYTHON, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A version of a ConfigMap with a hundred and one entries.
 fn publish(volume: &Path, version: &str, value: &str) {
@@ -140,7 +140,7 @@ fn sockets_and_locks_of_a_volume_work_between_containers() {
         fs::create_dir_all(&volume).unwrap();
         let pod = pods.pod();
         serving(&pod, &volume);
-        assert_eq!(asking(&pod, &volume, "/data", false), "held writes hello you");
+        assert_eq!(asking(&pod, &volume, "/data", &json!({})), "held writes hello you");
     });
 }
 
@@ -151,13 +151,14 @@ fn serving(pod: &Pod, volume: &Path) {
     pod.start(&config).wait_for("serving");
 }
 
-/// What a container says that has `volume` at `/data` and asks in `at`.
+/// What a container says that has `volume` at `/data`, with more said of that, and asks in `at`.
 #[track_caller]
-fn asking(pod: &Pod, volume: &Path, at: &str, readonly: bool) -> String {
+fn asking(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
     let mut config = pod.python(ASK);
     config["command"].as_array_mut().unwrap().push(at.into());
-    config["mounts"] =
-        json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data", "readonly": readonly }]);
+    let mut mount = json!({ "host_path": volume.to_string_lossy(), "container_path": "/data" });
+    mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config["mounts"] = json!([mount]);
     let asking = pod.start(&config);
     let code = asking.wait().0;
     let said = asking.log().lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect::<Vec<_>>().join(" ");
@@ -206,6 +207,8 @@ impl Drop for Kubelets {
 #[test]
 fn sockets_and_locks_work_however_a_container_has_its_volume() {
     need_image(PYTHON);
+    let (plain, only_reads) = (json!({}), json!({ "readonly": true }));
+    let sees_mounts = json!({ "propagation": "PROPAGATION_HOST_TO_CONTAINER" });
     pods("cri-sockets-ways", |pods| {
         for plugin in ["kubernetes.io~empty-dir", "kubernetes.io~csi"] {
             let pod = pods.pod();
@@ -213,13 +216,14 @@ fn sockets_and_locks_work_however_a_container_has_its_volume() {
             let volume = kubelets.volume(plugin);
             serving(&pod, &kubelets.sub_path(&volume, 0));
             let part = kubelets.sub_path(&volume, 1);
-            assert_eq!(asking(&pod, &part, "/data", false), "held writes hello you", "{plugin}");
+            assert_eq!(asking(&pod, &part, "/data", &plain), "held writes hello you", "{plugin}");
             if plugin == "kubernetes.io~empty-dir" {
                 let part = kubelets.sub_path(&volume, 2);
                 let read_only = "held Read-only file system hello you";
-                assert_eq!(asking(&pod, &part, "/data", true), read_only);
-                assert_eq!(asking(&pod, &volume, "/data/sub", true), read_only);
-                assert_eq!(asking(&pod, &volume, "/data/sub", false), "held writes hello you");
+                assert_eq!(asking(&pod, &part, "/data", &only_reads), read_only);
+                assert_eq!(asking(&pod, &volume, "/data/sub", &only_reads), read_only);
+                assert_eq!(asking(&pod, &volume, "/data/sub", &plain), "held writes hello you");
+                assert_eq!(asking(&pod, &volume, "/data/sub", &sees_mounts), "held writes hello you");
             }
             pod.remove();
         }

@@ -230,11 +230,11 @@ fn follow(
             Err(RecvTimeoutError::Disconnected) => return Ok(code),
             // The script has ended; all that is missing is the machine's end.
             Err(RecvTimeoutError::Timeout) if code.is_some() => return Ok(code),
-            Err(RecvTimeoutError::Timeout) if !up => {
-                return Err(format!("containerd did not answer within {} s of power-on", BOOT.as_secs()));
-            }
             Err(RecvTimeoutError::Timeout) if whole <= quiet => {
                 return Err(format!("the script did not end within {} s", limits.whole.as_secs()));
+            }
+            Err(RecvTimeoutError::Timeout) if !up => {
+                return Err(format!("containerd did not answer within {} s of power-on", BOOT.as_secs()));
             }
             Err(RecvTimeoutError::Timeout) => {
                 return Err(format!("the script printed nothing for {} s", limits.quiet.as_secs()));

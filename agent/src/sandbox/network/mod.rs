@@ -63,12 +63,33 @@ pub struct Asked {
     pub neighbours: Vec<Neighbour>,
 }
 
+impl Asked {
+    /// What there may be when `asked` was not reached from here: of the interfaces those that were there before.
+    fn with(mut self, asked: Self) -> Self {
+        fn more<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
+            let new: Vec<T> = new.into_iter().filter(|part| !all.contains(part)).collect();
+            all.extend(new);
+        }
+        more(&mut self.routes, asked.routes);
+        more(&mut self.rules, asked.rules);
+        more(&mut self.neighbours, asked.neighbours);
+        self
+    }
+}
+
+/// What the pod's network was made, so far.
+struct Made {
+    asked: Asked,
+    /// Whether all of it is there; some of it may not be when a change failed.
+    whole: bool,
+}
+
 /// The pod's network as it was last asked for. What a container adds by itself, a bridge or a route, is none of it.
-pub struct Network(Mutex<Option<Asked>>);
+pub struct Network(Mutex<Option<Made>>);
 
 impl Default for Network {
     fn default() -> Self {
-        Self(Mutex::new(Some(Asked::default())))
+        Self(Mutex::new(Some(Made { asked: Asked::default(), whole: true })))
     }
 }
 
@@ -76,24 +97,27 @@ impl Network {
     /// Makes it what is asked for now: only what differs from before is touched.
     ///
     /// # Errors
-    /// [`NetworkError`] naming the first thing that failed; the next call starts from what was asked before this one.
+    /// [`NetworkError`] naming the first thing that failed; the next call makes anew whatever this one may have begun.
     pub async fn follow(&self, asked: Asked) -> Result<(), NetworkError> {
         let take = || self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         let before = take().ok_or(NetworkError::Busy)?;
         let changed = change(&before, &asked).await;
-        let now = if changed.is_ok() { asked } else { before };
+        let now = match changed {
+            Ok(()) => Made { asked, whole: true },
+            Err(_) => Made { asked: before.asked.with(asked), whole: false },
+        };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
         changed
     }
 }
 
-async fn change(before: &Asked, after: &Asked) -> Result<(), NetworkError> {
-    if before == after {
+async fn change(Made { asked: before, whole }: &Made, after: &Asked) -> Result<(), NetworkError> {
+    if *whole && before == after {
         return Ok(());
     }
     let pod = namespaces::within(Netlink::open)?.map_err(kernel("open netlink"))?;
-    let mut routes = differing(&before.routes, &after.routes, route::place);
-    let rules = differing(&before.rules, &after.rules, rule::place);
+    let mut routes = differing(&before.routes, &after.routes, *whole, route::place);
+    let rules = differing(&before.rules, &after.rules, *whole, rule::place);
     remove(before, after, (&routes, &rules), &pod)?;
     // Those whose routes and neighbours are gone, or never were.
     let mut fresh = Vec::new();
@@ -109,7 +133,7 @@ async fn change(before: &Asked, after: &Asked) -> Result<(), NetworkError> {
     let is_fresh = |route: &&Route| route::interfaces(route).any(|name| fresh.contains(&name));
     routes.extend(after.routes.iter().filter(is_fresh).map(route::place));
     let is_new = |neighbour: &&Neighbour| {
-        !before.neighbours.contains(neighbour) || fresh.contains(&neighbour.interface.as_str())
+        !whole || !before.neighbours.contains(neighbour) || fresh.contains(&neighbour.interface.as_str())
     };
     let neighbours: Vec<_> = after.neighbours.iter().filter(is_new).collect();
     add(after, (&routes, &neighbours, &rules), &pod)
@@ -145,16 +169,18 @@ fn add(
     Ok(())
 }
 
-/// The places in which there is something else than before, or in another order: all there is in one is made anew.
+/// The places in which there is something else than before, or in another order, or if it is not known that all of it is
+/// there: all there is in one is made anew.
 fn differing<'a, T: PartialEq, P: Eq + Hash>(
     before: &'a [T],
     after: &'a [T],
+    whole: bool,
     place: impl Fn(&'a T) -> P,
 ) -> HashSet<P> {
     let mut places: HashMap<P, (Vec<&T>, Vec<&T>)> = HashMap::new();
     before.iter().for_each(|part| places.entry(place(part)).or_default().0.push(part));
     after.iter().for_each(|part| places.entry(place(part)).or_default().1.push(part));
-    places.into_iter().filter(|(_, (before, after))| before != after).map(|(place, _)| place).collect()
+    places.into_iter().filter(|(_, (before, after))| !whole || before != after).map(|(place, _)| place).collect()
 }
 
 /// Takes away what is no longer asked for, the last first; of routes and rules what is in these places.
@@ -323,16 +349,20 @@ mod tests {
         let before = [rule(1, "10.0.0.0/8"), rule(1, ""), rule(2, "")];
         let after = [rule(1, ""), rule(1, "10.0.0.0/8"), rule(2, ""), rule(3, "")];
         // Their order counts.
-        assert_eq!(differing(&before, &after, rule::place), HashSet::from([(false, 1), (false, 3)]));
-        assert_eq!(differing(&after, &before, rule::place), HashSet::from([(false, 1), (false, 3)]));
+        assert_eq!(differing(&before, &after, true, rule::place), HashSet::from([(false, 1), (false, 3)]));
+        assert_eq!(differing(&after, &before, true, rule::place), HashSet::from([(false, 1), (false, 3)]));
+        // Of what is half made nothing is taken for granted.
+        assert_eq!(differing(&before, &before, false, rule::place), HashSet::from([(false, 1), (false, 2)]));
+        let asked = |rules: &[Rule]| Asked { rules: rules.to_vec(), ..Asked::default() };
+        assert_eq!(asked(&before).with(asked(&after)).rules, [&before[..], &after[3..]].concat());
         let rules = [rule(1, ""), Rule { ipv6: true, ..rule(1, "") }];
-        assert_eq!(differing(&rules[..1], &rules, rule::place), HashSet::from([(true, 1)]));
+        assert_eq!(differing(&rules[..1], &rules, true, rule::place), HashSet::from([(true, 1)]));
     }
 
     proptest! {
         #[test]
         fn places_that_differ_turn_the_one_into_the_other(before: Vec<(u8, u8)>, after: Vec<(u8, u8)>) {
-            let places = differing(&before, &after, |part| part.0);
+            let places = differing(&before, &after, true, |part| part.0);
             let mut now: Vec<_> = before.iter().filter(|part| !places.contains(&part.0)).copied().collect();
             now.extend(after.iter().filter(|part| places.contains(&part.0)));
             let of = |list: &[(u8, u8)], place| list.iter().filter(|part| part.0 == place).copied().collect::<Vec<_>>();
