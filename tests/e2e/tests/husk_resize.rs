@@ -192,7 +192,7 @@ fn a_pod_that_uses_its_whole_limit_is_killed_in_the_guest_only() {
 }
 
 /// More than the host's memory of a pod of 32 MiB has room for, at one and a half KiB for each that is open.
-const FILES: usize = 24_000;
+const FILES: usize = 20_000;
 
 #[test]
 fn a_guest_that_walks_through_many_files_keeps_its_machine() {
@@ -212,7 +212,7 @@ fn a_guest_that_walks_through_many_files_keeps_its_machine() {
         let (parent, allowed) = kubelets_limit(&config, 32);
         let pod = pods.run(config);
         let mut config =
-            pod.sh("for n in $(seq 24); do echo walked $n: $(ls -l /data/$((n - 1)) | wc -l); done; sleep 100000");
+            pod.sh("for n in $(seq 20); do echo walked $n: $(ls -l /data/$((n - 1)) | wc -l); done; sleep 100000");
         config["linux"]["resources"] = limits(1000, 32);
         config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/data" }]);
         let walker = pod.start(&config);
