@@ -1,5 +1,6 @@
 //! The little of rtnetlink(7) that a pod's network needs on both sides: requests, acknowledgements, dumps, attributes.
 
+pub mod fib;
 mod link;
 
 use std::io;

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 
+use husk_netlink::fib::{RTAX_ADVMSS, RTAX_MTU, RTNH_F_ONLINK};
 use husk_netlink::{Message, Netlink, nest};
 use husk_proto::agent::Route;
 use husk_proto::agent::route::Kind;
@@ -10,10 +11,6 @@ use husk_proto::agent::route::Kind;
 use super::NetworkError;
 use super::parts::{Op, byte, family, octets, optional_cidr, optional_ip};
 
-/// linux/rtnetlink.h.
-const RTAX_MTU: u16 = 2;
-const RTAX_ADVMSS: u16 = 8;
-const RTNH_F_ONLINK: u8 = 4;
 /// The next hops of a route are one attribute, whose length is a number of 16 bits.
 const MAX_HOPS_LENGTH: usize = u16::MAX as usize - 4;
 

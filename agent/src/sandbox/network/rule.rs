@@ -1,28 +1,15 @@
 //! A rule by which the pod's kernel chooses a routing table, as the kernel is asked for it.
 
+use husk_netlink::fib::{
+    FIB_RULE_INVERT, FRA_DPORT_RANGE, FRA_DST, FRA_FWMARK, FRA_FWMASK, FRA_GOTO, FRA_IIFNAME, FRA_IP_PROTO,
+    FRA_OIFNAME, FRA_PRIORITY, FRA_PROTOCOL, FRA_SPORT_RANGE, FRA_SRC, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE,
+};
 use husk_netlink::{Message, Netlink};
 use husk_proto::agent::rule::Action;
 use husk_proto::agent::{PortRange, Rule};
 
 use super::NetworkError;
 use super::parts::{Op, byte, family, octets, optional_cidr};
-
-/// linux/fib_rules.h.
-const FRA_DST: u16 = 1;
-const FRA_SRC: u16 = 2;
-const FRA_IIFNAME: u16 = 3;
-const FRA_GOTO: u16 = 4;
-const FRA_PRIORITY: u16 = 6;
-const FRA_FWMARK: u16 = 10;
-const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
-const FRA_TABLE: u16 = 15;
-const FRA_FWMASK: u16 = 16;
-const FRA_OIFNAME: u16 = 17;
-const FRA_PROTOCOL: u16 = 21;
-const FRA_IP_PROTO: u16 = 22;
-const FRA_SPORT_RANGE: u16 = 23;
-const FRA_DPORT_RANGE: u16 = 24;
-const FIB_RULE_INVERT: u32 = 2;
 
 /// Rules in the same place stand in the order in which they came: those of a family with one priority.
 pub type Place = (bool, u32);

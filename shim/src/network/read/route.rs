@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
+use husk_netlink::fib::{RTAX_ADVMSS, RTAX_MTU, RTNH_F_ONLINK};
 use husk_netlink::{attributes, number};
 use husk_proto::agent::route::Kind;
 use husk_proto::agent::{NextHop, Route};
@@ -10,9 +11,6 @@ use husk_proto::agent::{NextHop, Route};
 use super::{Found, ip, is_link_local};
 
 /// linux/rtnetlink.h.
-const RTAX_MTU: u16 = 2;
-const RTAX_ADVMSS: u16 = 8;
-const RTNH_F_ONLINK: u32 = 4;
 const RTA_NH_ID: u16 = 30;
 /// The metric of the route that stands for none (net/ipv6/route.c, `ip6_null_entry`).
 const NO_ROUTE: u32 = u32::MAX;
@@ -38,7 +36,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Found<Route>> {
     let mut route = Route {
         scope: scope.into(),
         ipv6: i32::from(family) == libc::AF_INET6,
-        onlink: flags & RTNH_F_ONLINK != 0,
+        onlink: flags & u32::from(RTNH_F_ONLINK) != 0,
         table: table.into(),
         kind: kind.into(),
         tos: tos.into(),
@@ -112,7 +110,7 @@ fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u3
     // struct rtnexthop
     while let Some([low, high, flags, more, index @ ..]) = rest.first_chunk::<8>() {
         let length = usize::from(u16::from_ne_bytes([*low, *high]));
-        let (weight, onlink) = (u32::from(*more) + 1, u32::from(*flags) & RTNH_F_ONLINK != 0);
+        let (weight, onlink) = (u32::from(*more) + 1, *flags & RTNH_F_ONLINK != 0);
         let mut hop = NextHop { weight, onlink, ..Default::default() };
         for (attribute, value) in attributes(rest.get(8..length)?) {
             match attribute {
@@ -221,7 +219,7 @@ mod tests {
         let found = given(route(&hops[..2].concat()));
         let [only] = &found.hops[..] else { panic!("{found}") };
         assert_eq!((only.gateway.as_str(), only.interface.as_str(), only.weight), ("10.0.0.1", "eth0", 2));
-        let more = [hops[0].clone(), hop(3, 1, RTNH_F_ONLINK as u8, &[(libc::RTA_GATEWAY, &[10, 1, 0, 2])])].concat();
+        let more = [hops[0].clone(), hop(3, 1, RTNH_F_ONLINK, &[(libc::RTA_GATEWAY, &[10, 1, 0, 2])])].concat();
         let found = given(route(&more));
         assert_eq!(found.hops.iter().map(|hop| (hop.weight, hop.onlink)).collect::<Vec<_>>(), [(2, false), (1, true)]);
         assert_eq!(route(&hops[1]), Some(Found::Own));

@@ -1,32 +1,15 @@
 //! Rules by which a network namespace chooses among its routing tables.
 
+use husk_netlink::fib::{
+    FIB_RULE_INVERT, FRA_DPORT_RANGE, FRA_DST, FRA_FLOW, FRA_FWMARK, FRA_FWMASK, FRA_GOTO, FRA_IIFNAME, FRA_IP_PROTO,
+    FRA_L3MDEV, FRA_OIFNAME, FRA_PAD, FRA_PRIORITY, FRA_PROTOCOL, FRA_SPORT_RANGE, FRA_SRC, FRA_SUPPRESS_IFGROUP,
+    FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_UID_RANGE,
+};
 use husk_netlink::{attributes, number};
 use husk_proto::agent::rule::Action;
 use husk_proto::agent::{PortRange, Rule};
 
 use super::{Found, ip};
-
-/// linux/fib_rules.h.
-const FRA_DST: u16 = 1;
-const FRA_SRC: u16 = 2;
-const FRA_IIFNAME: u16 = 3;
-const FRA_GOTO: u16 = 4;
-const FRA_PRIORITY: u16 = 6;
-const FRA_FWMARK: u16 = 10;
-const FRA_FLOW: u16 = 11;
-const FRA_SUPPRESS_IFGROUP: u16 = 13;
-const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
-const FRA_TABLE: u16 = 15;
-const FRA_FWMASK: u16 = 16;
-const FRA_OIFNAME: u16 = 17;
-const FRA_PAD: u16 = 18;
-const FRA_L3MDEV: u16 = 19;
-const FRA_UID_RANGE: u16 = 20;
-const FRA_PROTOCOL: u16 = 21;
-const FRA_IP_PROTO: u16 = 22;
-const FRA_SPORT_RANGE: u16 = 23;
-const FRA_DPORT_RANGE: u16 = 24;
-const FIB_RULE_INVERT: u32 = 2;
 
 /// The rules that the kernel makes in each namespace (net/ipv4/fib_rules.c, net/ipv6/fib6_rules.c): priority and table.
 const OF_KERNEL: [(u32, u8); 3] =
