@@ -1,10 +1,20 @@
 //! A disk of the node's: a file behind a loop device, for the time of a test.
 
 use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::mount::{MntFlags, umount2};
+
+/// Writes "changed" to `/dev/xvda` without anything that would make it last, and keeps the device open.
+pub const WRITES: &str = r#"
+import os, time
+fd = os.open("/dev/xvda", os.O_RDWR)
+os.pwrite(fd, b"changed", 1 << 20)
+print("written", flush=True)
+time.sleep(100000)
+"#;
 
 /// Runs a command on the node that has to succeed; gives what it prints.
 #[track_caller]
@@ -29,6 +39,16 @@ impl Disk {
         File::create(file).unwrap().set_len(mib << 20).unwrap();
         let device = on_node(&["losetup", "--find", "--show", &file.to_string_lossy()]);
         Self { device, file: file.to_owned() }
+    }
+
+    /// What is on it where [`WRITES`] writes.
+    #[track_caller]
+    pub fn changed(&self) -> String {
+        let mut seen = [0; 7];
+        let mut file = File::open(&self.device).unwrap();
+        file.seek(SeekFrom::Start(1 << 20)).unwrap();
+        file.read_exact(&mut seen).unwrap();
+        String::from_utf8_lossy(&seen).into_owned()
     }
 
     /// Makes an ext4 file system on it.

@@ -3,11 +3,10 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
 
 use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::cri::{Pod, PodContainer};
-use husk_e2e::disk::Disk;
+use husk_e2e::disk::{Disk, WRITES};
 use husk_e2e::{PYTHON, node};
 use serde_json::{Value, json};
 
@@ -198,27 +197,9 @@ fn a_raw_device_is_written_read_and_shared() {
         });
         assert!(seen.is_some(), "{}", reading.sh(read));
         pod.stop();
-        assert_eq!(raw(&disk), "changed");
+        assert_eq!(disk.changed(), "changed");
     });
 }
-
-/// What is on the disk where the tests write.
-fn raw(disk: &Disk) -> String {
-    let mut seen = [0; 7];
-    let mut file = File::open(Path::new(&disk.device)).unwrap();
-    file.seek(SeekFrom::Start(MIB)).unwrap();
-    file.read_exact(&mut seen).unwrap();
-    String::from_utf8_lossy(&seen).into_owned()
-}
-
-/// Writes without anything that would make it last, and keeps the device open.
-const WRITE: &str = r#"
-import os, time
-fd = os.open("/dev/xvda", os.O_RDWR)
-os.pwrite(fd, b"changed", 1 << 20)
-print("written", flush=True)
-time.sleep(100000)
-"#;
 
 #[test]
 fn what_was_written_is_on_the_disk_when_the_pod_is_gone() {
@@ -226,12 +207,12 @@ fn what_was_written_is_on_the_disk_when_the_pod_is_gone() {
     pods("cri-disk-end", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 4);
         let pod = pods.pod();
-        let mut config = pod.python(WRITE);
+        let mut config = pod.python(WRITES);
         config["devices"] = device(&disk, "rw");
         pod.start(&config).wait_for("written");
         pod.stop();
         pod.remove();
-        assert_eq!(raw(&disk), "changed");
+        assert_eq!(disk.changed(), "changed");
     });
 }
 

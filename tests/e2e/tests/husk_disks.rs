@@ -1,13 +1,12 @@
 //! Disks of the node's in Husk's machines: how many there may be, and what becomes of data when a machine is ended.
 
-use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use husk_e2e::cri::pod::need_image;
 use husk_e2e::cri::{Pod, pods, refused};
-use husk_e2e::disk::Disk;
+use husk_e2e::disk::{Disk, WRITES};
 use husk_e2e::{PYTHON, node, vm};
 use serde_json::{Value, json};
 
@@ -68,31 +67,13 @@ fn one_disk_too_many_is_refused_and_memory_still_grows() {
     });
 }
 
-/// Writes without anything that would make it last, and keeps the device open.
-const WRITE: &str = r#"
-import os, time
-fd = os.open("/dev/xvda", os.O_RDWR)
-os.pwrite(fd, b"as written", 1 << 20)
-print("written", flush=True)
-time.sleep(100000)
-"#;
-
-/// What is on the disk where the container wrote.
-fn written(disk: &Disk) -> String {
-    let mut seen = [0; 10];
-    let mut file = File::open(&disk.device).unwrap();
-    file.seek(SeekFrom::Start(1 << 20)).unwrap();
-    file.read_exact(&mut seen).unwrap();
-    String::from_utf8_lossy(&seen).into_owned()
-}
-
 #[test]
 fn what_was_written_is_on_the_disk_when_the_machine_ends() {
     need_image(PYTHON);
     pods("husk-disk-end", |pods| {
         let disks = [Disk::new(&pods.dir().join("disk"), 4)];
         let pod = pods.pod();
-        let mut config = pod.python(WRITE);
+        let mut config = pod.python(WRITES);
         config["devices"] = with(&pod, &disks)["devices"].clone();
         let writer = pod.start(&config);
         writer.wait_for("written");
@@ -103,7 +84,7 @@ fn what_was_written_is_on_the_disk_when_the_machine_ends() {
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGTERM) }, 0);
         let gone = node::eventually(Duration::from_secs(30), || vm::shims_of(&pod.id).is_empty().then_some(()));
         assert!(gone.is_some(), "the shim does not end");
-        assert_eq!(written(&disks[0]), "as written");
+        assert_eq!(disks[0].changed(), "changed");
         // containerd 1.7 asks the shim that is gone first, and takes the exit as one at its second try.
         writer.wait();
         pod.stop();
