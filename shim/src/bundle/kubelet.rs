@@ -36,7 +36,7 @@ pub struct Shared {
 pub fn shared(source: &OwnedFd, path: &Path, users: Option<&Users>, pod: &str) -> io::Result<Option<Shared>> {
     let Some((_, root)) = empty_dir(path) else { return Ok(None) };
     // A hostPath may lead into another pod's.
-    if root.ancestors().nth(3).and_then(Path::file_name).is_none_or(|name| name != pod) {
+    if !is_below(&root, pod) {
         return Ok(None);
     }
     let volume = match syscall::open_path(&root, false) {
@@ -45,6 +45,9 @@ pub fn shared(source: &OwnedFd, path: &Path, users: Option<&Users>, pod: &str) -
     };
     if fstatfs(&volume)?.filesystem_type() == TMPFS_MAGIC {
         return Ok(None);
+    }
+    if identity(&volume)? == identity(source)? {
+        return Ok(Some(Shared { root: volume, below: Vec::new() }));
     }
     // A subPath is a mount of its own: where it leads is told by where both lie in their file system.
     let (all, part) = (within_its_filesystem(&volume)?, within_its_filesystem(source)?);
@@ -61,8 +64,12 @@ pub fn shared(source: &OwnedFd, path: &Path, users: Option<&Users>, pod: &str) -
 /// Whether `path` is a `subPath` of some volume, which the kubelet mounts anew for each container that asks for it
 /// (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
 pub fn is_sub_path(path: &Path) -> bool {
-    let parent = |path: &Path, levels| path.ancestors().nth(levels).and_then(Path::file_name).map(ToOwned::to_owned);
-    parent(path, 3).is_some_and(|name| name == "volume-subpaths")
+    is_below(path, "volume-subpaths")
+}
+
+/// Whether the third directory above `path` has this name.
+fn is_below(path: &Path, name: &str) -> bool {
+    path.ancestors().nth(3).and_then(Path::file_name).is_some_and(|found| found == name)
 }
 
 fn identity(file: &OwnedFd) -> io::Result<(u64, u64)> {
