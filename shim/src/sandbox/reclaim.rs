@@ -68,7 +68,11 @@ impl Watch {
                 let mut levels = Vec::new();
                 // The pod's is told of what its own limit makes the kernel look for.
                 for dir in dir.ancestors().take(2) {
-                    let level = File::open(dir.join("memory.pressure_level"))?;
+                    let level = match File::open(dir.join("memory.pressure_level")) {
+                        // Above a sandbox' that no pod's is around there may be none.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound && !levels.is_empty() => break,
+                        level => level?,
+                    };
                     let control = format!("{} {} low", event.as_raw_fd(), level.as_raw_fd());
                     fs::write(dir.join("cgroup.event_control"), control)?;
                     levels.push(level);
