@@ -1,7 +1,7 @@
 //! `cargo xtask bench …`: measurements, made in the test node.
 
 use crate::build::{self, Profile};
-use crate::node::{self, Add, Limits, Line, Machine, Run};
+use crate::node::{self, Add, Limits, Line, Machine, Run, Seat};
 use crate::{dist, paths, setup};
 use anyhow::Result;
 use clap::Subcommand;
@@ -63,5 +63,6 @@ pub fn bench(bench: &Bench) -> Result<u8> {
         machine: Machine::default(),
         containerd: Line::One,
         limits: Limits::default(),
+        seat: Seat::default(),
     })
 }

@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::build::Profile;
-use crate::node::{Add, Limits, Line, Machine, Run};
+use crate::node::{Add, Limits, Line, Machine, Run, Seat};
 use crate::{bench, conformance, demo, dist, image, kernel, node, setup, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -121,7 +121,8 @@ pub fn run(cli: Cli) -> Result<u8> {
             let machine = Machine { cpus: place.cpus, memory: place.memory };
             let limits = Limits::secs(time_limit, time_limit);
             let Place { add, containerd, .. } = place;
-            return node::run(&Run { script, args, env, add, machine, containerd, limits });
+            let seat = Seat::default();
+            return node::run(&Run { script, args, env, add, machine, containerd, limits, seat });
         }
         Task::Node { command: NodeTask::Shell { place } } => {
             node::shell(place.containerd, &place.add, Machine { cpus: place.cpus, memory: place.memory })?;

@@ -2,8 +2,8 @@
 //! results become docs/conformance.md.
 
 use crate::build::{self, Profile, Program};
-use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run};
-use crate::{cache, dist, paths, setup, ui};
+use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
+use crate::{cache, dist, paths, setup, side, ui};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -47,15 +47,25 @@ pub fn conformance() -> Result<u8> {
     dist::dist(Profile::Node)?;
     let suites = build::tests("husk-e2e")?;
     let suite = build::find(&suites, &[SUITE])?;
+    let columns: Vec<(usize, &Column)> = COLUMNS.iter().enumerate().collect();
+    let work = (columns.into_iter(), Vec::new());
+    let (_, mut done) = side::by_side(
+        work,
+        |(columns, _)| columns.next(),
+        |seat, (number, column)| {
+            ui::say("conformance", format!("column {} of {}: {}", number + 1, COLUMNS.len(), column.name));
+            run(seat, suite, column)?;
+            Ok([read(seat, "containerd")?, read(seat, "results")?, read(seat, "runc")?])
+        },
+        |(_, done), (number, column), files| done.push((number, column, files)),
+    )?;
+    done.sort_by_key(|(number, ..)| *number);
     let (mut rows, mut titles, mut runc) = (Vec::new(), Vec::new(), String::new());
-    for (number, column) in COLUMNS.iter().enumerate() {
-        ui::say("conformance", format!("column {} of {}: {}", number + 1, COLUMNS.len(), column.name));
-        run(suite, column)?;
-        let version = read("containerd")?;
-        let version = version.split_whitespace().nth(2).unwrap_or_default();
+    for (number, column, [containerd, results, runc_version]) in done {
+        let version = containerd.split_whitespace().nth(2).unwrap_or_default();
         titles.push(format!("{}, {}", column.name, version.split(['~', '+']).next().unwrap_or_default()));
-        collect(&mut rows, titles.len() - 1, &read("results")?)?;
-        runc = read("runc")?;
+        collect(&mut rows, number, &results)?;
+        runc = runc_version;
     }
     let text = page(&rows, &titles, runc.trim().trim_start_matches("runc version "));
     let path = paths::root().join("docs/conformance.md");
@@ -66,21 +76,21 @@ pub fn conformance() -> Result<u8> {
 }
 
 /// Tries everything with one runtime, in a node of its own: what one leaves in a kernel is not to reach the other.
-fn run(suite: &Program, column: &Column) -> Result<()> {
+fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     let Column { line, runtime, handler, .. } = *column;
     let script = format!(
         "export HUSK_E2E_RUNTIME={runtime} HUSK_E2E_HANDLER={handler} HUSK_CONFORMANCE=/out/results\n\
          /husk/tests/{SUITE} --test-threads=1\n\
          containerd --version > /out/containerd; runc --version | head -n1 > /out/runc\n"
     );
-    cache::make_dir(&paths::node())?;
-    let path = paths::node().join("conformance.sh");
+    cache::make_dir(&seat.dir())?;
+    let path = seat.dir().join("conformance.sh");
     fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let mut add = node::images()?;
     add.push(Add::new(&suite.path, format!("/husk/tests/{SUITE}")));
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
     let machine = Machine::default();
-    let run = Run { script: path, args: vec![], env, add, machine, containerd: line, limits: LIMITS };
+    let run = Run { script: path, args: vec![], env, add, machine, containerd: line, limits: LIMITS, seat };
     let mut end = node::run(&run);
     for _ in 1..TRIES {
         match end {
@@ -93,8 +103,8 @@ fn run(suite: &Program, column: &Column) -> Result<()> {
 }
 
 /// A file that the node left.
-fn read(name: &str) -> Result<String> {
-    let path = node::out_dir().join(name);
+fn read(seat: Seat, name: &str) -> Result<String> {
+    let path = seat.out_dir().join(name);
     fs::read_to_string(&path).with_context(|| format!("the node left no {}", path.display()))
 }
 

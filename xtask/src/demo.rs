@@ -4,7 +4,7 @@
 //! nothing behind; elsewhere in the test node.
 
 use crate::build::Profile;
-use crate::node::{self, Add, Limits, Line, Machine, Run, kvm};
+use crate::node::{self, Add, Limits, Line, Machine, Run, Seat, kvm};
 use crate::{cache, cmd, dist, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -41,7 +41,7 @@ pub fn demo(options: &Options) -> Result<u8> {
         }
         Some(why) => {
             ui::say("demo", format!("in the test node ({why})"));
-            (in_node(images, &script)?, node::out_dir().join("timeline"))
+            (in_node(images, &script)?, Seat::default().out_dir().join("timeline"))
         }
     };
     if code == 0 {
@@ -86,6 +86,7 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
         machine: Machine::default(),
         containerd: Line::One,
         limits: Limits::secs(600, 600),
+        seat: Seat::default(),
     })
 }
 

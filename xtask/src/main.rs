@@ -18,6 +18,7 @@ mod node;
 mod paths;
 mod plan;
 mod setup;
+mod side;
 mod test;
 mod ui;
 

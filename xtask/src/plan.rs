@@ -46,16 +46,18 @@ impl Plan {
         }
     }
 
-    /// The suites of the next boot; none when all are done with.
-    pub fn next(&mut self) -> Vec<String> {
-        if self.together.is_empty() {
-            return self.alone.pop_front().into_iter().collect();
-        }
+    /// The suites of the next boot; none when what is left has to run alone.
+    fn together(&mut self) -> Vec<String> {
         let some = self.a_boot.min(self.together.len());
         self.together.drain(..some).collect()
     }
 
-    /// Notes how a boot went: every suite that [`Self::next`] named, with what became of it.
+    /// A suite that runs once more.
+    fn alone(&mut self) -> Vec<String> {
+        self.alone.pop_front().into_iter().collect()
+    }
+
+    /// Notes how a boot went: every suite that [`next()`] named, with what became of it.
     pub fn ended(&mut self, suites: Vec<(String, Outcome)>) {
         let crashed = suites.iter().any(|(_, outcome)| matches!(outcome, Outcome::Begun | Outcome::Waiting));
         self.crashes += u32::from(crashed);
@@ -91,6 +93,13 @@ impl Plan {
     }
 }
 
+/// The suites of the next boot, and whose they are: what failed anywhere runs again when all else was begun.
+pub fn next<L: Copy>(plans: &mut [(L, Plan)]) -> Option<(L, Vec<String>)> {
+    let some = |line: L, suites: Vec<String>| (!suites.is_empty()).then_some((line, suites));
+    let together = plans.iter_mut().find_map(|(line, plan)| some(*line, plan.together()));
+    together.or_else(|| plans.iter_mut().find_map(|(line, plan)| some(*line, plan.alone())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,8 +108,13 @@ mod tests {
         Plan::new(["a", "b", "c", "d", "e"].map(String::from), 3, again)
     }
 
+    fn suites(plan: &mut Plan) -> Vec<String> {
+        let some = plan.together();
+        if some.is_empty() { plan.alone() } else { some }
+    }
+
     fn end(plan: &mut Plan, outcomes: &[(&str, Outcome)]) {
-        assert_eq!(plan.next(), outcomes.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+        assert_eq!(suites(plan), outcomes.iter().map(|(name, _)| *name).collect::<Vec<_>>());
         plan.ended(outcomes.iter().map(|(name, outcome)| ((*name).to_owned(), *outcome)).collect());
     }
 
@@ -109,7 +123,7 @@ mod tests {
         let mut plan = plan(true);
         end(&mut plan, &[("a", Outcome::Passed), ("b", Outcome::Passed), ("c", Outcome::Passed)]);
         end(&mut plan, &[("d", Outcome::Passed), ("e", Outcome::Passed)]);
-        assert!(plan.next().is_empty() && plan.failed().is_empty() && plan.unsteady().is_empty());
+        assert!(suites(&mut plan).is_empty() && plan.failed().is_empty() && plan.unsteady().is_empty());
     }
 
     #[test]
@@ -119,8 +133,20 @@ mod tests {
         end(&mut plan, &[("d", Outcome::Passed), ("e", Outcome::Passed)]);
         end(&mut plan, &[("b", Outcome::Passed)]);
         end(&mut plan, &[("c", Outcome::Failed)]);
-        assert!(plan.next().is_empty());
+        assert!(suites(&mut plan).is_empty());
         assert_eq!((plan.failed(), plan.unsteady()), (&["c".to_owned()][..], &["b".to_owned(), "c".to_owned()][..]));
+    }
+
+    #[test]
+    fn what_failed_runs_again_when_all_else_was_begun() {
+        let mut plans = [("1", plan(true)), ("2", plan(true))];
+        let (line, names) = next(&mut plans).unwrap();
+        assert_eq!((line, names.len()), ("1", 3));
+        plans[0].1.ended(names.into_iter().map(|name| (name, Outcome::Failed)).collect());
+        let rest: Vec<_> =
+            std::iter::from_fn(|| next(&mut plans)).map(|(line, names)| (line, names.join(""))).collect();
+        let all = [("1", "de"), ("2", "abc"), ("2", "de"), ("1", "a"), ("1", "b"), ("1", "c")];
+        assert_eq!(rest, all.map(|(line, names)| (line, names.to_owned())));
     }
 
     #[test]
@@ -129,7 +155,7 @@ mod tests {
         end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         assert_eq!(plan.failed(), ["a", "b", "c"]);
         end(&mut plan, &[("d", Outcome::Passed), ("e", Outcome::Passed)]);
-        assert!(plan.next().is_empty());
+        assert!(suites(&mut plan).is_empty());
     }
 
     #[test]
@@ -140,7 +166,7 @@ mod tests {
         end(&mut plan, &[("c", Outcome::Passed), ("d", Outcome::Passed), ("e", Outcome::Passed)]);
         end(&mut plan, &[("b", Outcome::Waiting)]);
         end(&mut plan, &[("b", Outcome::Passed)]);
-        assert!(plan.next().is_empty() && plan.failed().is_empty());
+        assert!(suites(&mut plan).is_empty() && plan.failed().is_empty());
     }
 
     #[test]
@@ -148,7 +174,7 @@ mod tests {
         let mut plan = plan(true);
         let mut boots = 0;
         loop {
-            let suites = plan.next();
+            let suites = suites(&mut plan);
             if suites.is_empty() {
                 break;
             }

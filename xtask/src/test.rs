@@ -1,9 +1,9 @@
 //! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
 
 use crate::build::{self, Profile, Program, cargo};
-use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, kvm};
-use crate::plan::{Outcome, Plan};
-use crate::{cache, cmd, dist, lockfile, paths, setup, ui};
+use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat, kvm};
+use crate::plan::{self, Outcome, Plan};
+use crate::{cache, cmd, dist, lockfile, setup, side, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -19,10 +19,15 @@ const FSX: &str = "cri_fsx";
 /// Suites of what only containerd 2.x has.
 const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
 /// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
-const TWO_AS_WELL: [&str; 4] = ["cri_events", "cri_pods", "cri_restart", "cri_userns"];
+const TWO_AS_WELL: [&str; 5] = ["cri_events", "cri_pods", "cri_restart", "cri_userns", "install"];
 /// What runs on a host with version 1 of control groups, and there only.
 const LEGACY_ONLY: &str = "cri_cgroup1";
-/// So that what one leaves in the node's kernel does not reach all others; a boot costs ten seconds.
+/// What runs on a host with systemd, and there only.
+const SYSTEMD_ONLY: &str = "cri_systemd";
+/// What runs where nobody says which.
+const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
+/// So that what one leaves in the node's kernel does not reach all others, and nodes side by side are done at about the
+/// same time; a boot costs ten seconds.
 const SUITES_A_BOOT: usize = 8;
 /// How long some suites may take in all, and one test of theirs; the longest take six and two minutes.
 const LIMITS: Limits = Limits::secs(1200, 300);
@@ -36,8 +41,8 @@ pub struct Options {
     /// Only the end-to-end suites, or those of their tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
-    /// Run all end-to-end suites with this containerd; without it, all with 1.7 and a few with 2.x and on a host
-    /// with version 1 of control groups.
+    /// Run all end-to-end suites with this containerd; without it, all with 1.7 and a few with 2.x, on a host
+    /// with version 1 of control groups and on one with systemd.
     #[arg(long, value_enum, conflicts_with = "unit")]
     containerd: Option<Line>,
     /// Have the pods run by this handler of containerd's (`husk-sandbox`: the shim is the sandbox, with 2.x).
@@ -60,10 +65,7 @@ pub fn test(options: &Options) -> Result<u8> {
         return Ok(0);
     }
     let filter = options.e2e.as_deref().unwrap_or_default();
-    let mut code = 0;
-    for line in options.containerd.map_or(vec![Line::One, Line::Two, Line::Legacy], |line| vec![line]) {
-        code = code.max(e2e(filter, line, options)?);
-    }
+    let code = e2e(filter, options)?;
     ui::say("test", if code == 0 { "all passed" } else { "end-to-end tests failed" });
     Ok(code)
 }
@@ -92,11 +94,13 @@ fn unit() -> Result<()> {
 fn runs(suite: &str, line: Line, all: bool, filtered: bool) -> bool {
     let soak = !filtered && SOAK.contains(&suite);
     match line {
-        Line::One => !soak && !TWO_ONLY.contains(&suite) && suite != LEGACY_ONLY,
-        Line::Legacy => suite == LEGACY_ONLY || (filtered && !TWO_ONLY.contains(&suite)),
-        Line::Two => {
-            !soak && suite != LEGACY_ONLY && (all || TWO_ONLY.contains(&suite) || TWO_AS_WELL.contains(&suite))
-        }
+        // What is meant for systemd's control groups or for version 1 of them finds neither elsewhere.
+        _ if suite == LEGACY_ONLY => line == Line::Legacy,
+        _ if suite == SYSTEMD_ONLY => line == Line::Systemd,
+        Line::One => !soak && !TWO_ONLY.contains(&suite),
+        Line::Legacy => filtered && !TWO_ONLY.contains(&suite),
+        Line::Systemd => filtered && all,
+        Line::Two => !soak && (all || TWO_ONLY.contains(&suite) || TWO_AS_WELL.contains(&suite)),
     }
 }
 
@@ -107,10 +111,9 @@ fn has(suite: &Program, filter: &str) -> Result<bool> {
     Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).any(|name| name.contains(filter)))
 }
 
-/// Runs the end-to-end suites in the node.
-fn e2e(filter: &str, line: Line, options: &Options) -> Result<u8> {
+/// Runs the end-to-end suites in nodes side by side.
+fn e2e(filter: &str, options: &Options) -> Result<u8> {
     dist::dist(Profile::quick(!options.release))?;
-    let all = options.containerd.is_some();
     let suites = build::tests("husk-e2e")?;
     if suites.is_empty() {
         bail!("husk-e2e has no tests");
@@ -124,33 +127,52 @@ fn e2e(filter: &str, line: Line, options: &Options) -> Result<u8> {
     if named.is_empty() {
         bail!("no test has a name with {filter} in it");
     }
-    let chosen: Vec<&Program> =
-        named.into_iter().filter(|suite| runs(&suite.name, line, all, !filter.is_empty())).collect();
-    let a_boot = if filter.is_empty() { SUITES_A_BOOT } else { chosen.len() };
     // The worst of the emulator's flaws is kept away from (see node/boot.rs). Another one is known: the vector of an
     // interrupt that is injected with VMRUN stays noted (exception_index in helper_vmrun() of
     // target/i386/tcg/system/svm_helper.c), and is delivered again when the processor is kicked before the next #VMEXIT.
     let emulated = !matches!(kvm::judge(), kvm::Verdict::Usable { .. });
-    let mut plan = Plan::new(chosen.iter().map(|suite| suite.name.clone()), a_boot, emulated);
-    loop {
-        let names = plan.next();
-        if names.is_empty() {
-            break;
+    let all = options.containerd.is_some();
+    let plan = |line: Line| {
+        let chosen = named.iter().filter(|suite| runs(&suite.name, line, all, !filter.is_empty()));
+        let names: Vec<String> = chosen.map(|suite| suite.name.clone()).collect();
+        let a_boot = if filter.is_empty() { SUITES_A_BOOT } else { names.len() };
+        (line, Plan::new(names, a_boot, emulated))
+    };
+    let lines = options.containerd.map_or(LINES.to_vec(), |line| vec![line]);
+    let plans = side::by_side(
+        lines.into_iter().map(plan).collect(),
+        |plans: &mut Vec<(Line, Plan)>| plan::next(plans),
+        |seat, (line, names)| {
+            let suites = names.iter().filter_map(|name| named.iter().copied().find(|suite| suite.name == *name));
+            boot(seat, &suites.collect::<Vec<_>>(), filter, *line, options.handler.as_deref())
+        },
+        |plans, (line, _), outcomes| {
+            if let Some((_, plan)) = plans.iter_mut().find(|(of, _)| *of == line) {
+                plan.ended(outcomes);
+            }
+        },
+    )?;
+    let mut code = 0;
+    for (line, plan) in &plans {
+        for (what, names) in [("UNSTEADY in an emulated node, tried again", plan.unsteady()), ("failed", plan.failed())]
+        {
+            if !names.is_empty() {
+                ui::say("test", format!("{what} ({line:?}): {}", names.join(", ")));
+            }
         }
-        let suites: Vec<&Program> =
-            names.iter().filter_map(|name| chosen.iter().copied().find(|suite| suite.name == *name)).collect();
-        plan.ended(boot(&suites, filter, line, options.handler.as_deref())?);
+        code = code.max(u8::from(!plan.failed().is_empty()));
     }
-    for (what, names) in [("UNSTEADY in an emulated node, tried again", plan.unsteady()), ("failed", plan.failed())] {
-        if !names.is_empty() {
-            ui::say("test", format!("{what}: {}", names.join(", ")));
-        }
-    }
-    Ok(u8::from(!plan.failed().is_empty()))
+    Ok(code)
 }
 
 /// Runs some suites in a node of their own; what became of each.
-fn boot(suites: &[&Program], filter: &str, line: Line, handler: Option<&str>) -> Result<Vec<(String, Outcome)>> {
+fn boot(
+    seat: Seat,
+    suites: &[&Program],
+    filter: &str,
+    line: Line,
+    handler: Option<&str>,
+) -> Result<Vec<(String, Outcome)>> {
     let mut add = node::images()?;
     let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=0\n");
     for Program { name, path } in suites {
@@ -168,14 +190,14 @@ fn boot(suites: &[&Program], filter: &str, line: Line, handler: Option<&str>) ->
         ));
     }
     script.push_str("exit $failed\n");
-    cache::make_dir(&paths::node())?;
-    let path = paths::node().join("e2e.sh");
+    cache::make_dir(&seat.dir())?;
+    let path = seat.dir().join("e2e.sh");
     fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     let args = if filter.is_empty() { vec![] } else { vec![filter.to_owned()] };
     let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
     let limits = if filter.is_empty() { LIMITS } else { Limits::default() };
-    let run = Run { script: path, args, env, add, machine: Machine::default(), containerd: line, limits };
+    let run = Run { script: path, args, env, add, machine: Machine::default(), containerd: line, limits, seat };
     let mut outcomes: Vec<(String, Outcome)> =
         suites.iter().map(|suite| (suite.name.clone(), Outcome::Waiting)).collect();
     let end = node::run_marked(&run, &mut |mark| note(&mut outcomes, mark));

@@ -1,7 +1,7 @@
 //! Boots the node in QEMU and follows what it does.
 
-use super::{Machine, kvm, rootfs::Node};
-use crate::{cmd, ui};
+use super::{Machine, Seat, kvm, rootfs::Node};
+use crate::cmd;
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
@@ -51,6 +51,8 @@ enum Event {
 
 /// What is booted.
 pub struct Boot<'a> {
+    /// Where.
+    pub seat: Seat,
     /// Disk, kernel and initramfs.
     pub node: &'a Node,
     /// A tar that goes over the root file system.
@@ -59,8 +61,8 @@ pub struct Boot<'a> {
     pub out: &'a Path,
     /// The machine's size.
     pub machine: Machine,
-    /// Whether it has version 1 of control groups.
-    pub legacy: bool,
+    /// More for the kernel's command line, which the node's init reads.
+    pub parameters: &'static str,
 }
 
 fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
@@ -69,12 +71,12 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     let mut cpus = boot.machine.cpus;
     let accel = match kvm::judge() {
         kvm::Verdict::Usable { rate } => {
-            ui::say("node", format!("the node uses this machine's KVM ({})", kvm::speed(rate)));
+            boot.seat.say(format!("the node uses this machine's KVM ({})", kvm::speed(rate)));
             command.args(["-accel", "kvm", "-cpu", "host"]);
             "husk.accel=kvm"
         }
         kvm::Verdict::Not(why) => {
-            ui::say("node", format!("the node is emulated: {why}"));
+            boot.seat.say(format!("the node is emulated: {why}"));
             // Without "enhanced rep movsb" kernels copy by words: emulated, a byte takes as long as eight.
             command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm"]);
             // No program may run on the first processor. Whenever another one restores its FPU's state, QEMU (10.0 and
@@ -98,12 +100,12 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     command.args(["-device", "virtio-serial-pci"]);
     command.args(["-chardev", "file,id=control,path=/dev/fd/3", "-device"]);
     command.arg("virtserialport,nr=2,chardev=control,name=husk.control");
-    let cgroups = if boot.legacy { "husk.cgroups=1" } else { "" };
+    let parameters = boot.parameters;
     command
         .arg("-append")
         // The addresses in a report of the kernel's are those of its symbol table.
         .arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel} {cgroups}"
+            "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel} {parameters}"
         ));
     Ok(command)
 }
@@ -132,7 +134,7 @@ fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
 /// Boots, runs the script, and returns its exit code; [`Crashed`] is the error when there is none. What the script
 /// marks, as "mark TEXT" on its descriptor 9, is told as it comes.
 pub fn run(boot: &Boot, limits: Limits, marked: &mut dyn FnMut(&str)) -> Result<u8> {
-    let console = cmd::log_path("node-console")?;
+    let console = boot.seat.log("node-console")?;
     let log = console.to_string_lossy().replace(',', ",,");
     let mut command = qemu(boot, "run")?;
     command.args(["-chardev", &format!("file,id=console,path={log}"), "-serial", "chardev:console"]);
@@ -145,11 +147,11 @@ pub fn run(boot: &Boot, limits: Limits, marked: &mut dyn FnMut(&str)) -> Result<
     let output = child.stdout.take().context("QEMU has no output")?;
     let (sender, events) = channel();
     let show = std::thread::spawn({
-        let sender = sender.clone();
-        move || show(output, &sender)
+        let (sender, seat) = (sender.clone(), boot.seat);
+        move || show(seat, output, &sender)
     });
     std::thread::spawn(move || lines(control, &sender));
-    let end = follow(&events, begin, limits, marked);
+    let end = follow(boot.seat, &events, begin, limits, marked);
     // Where the exit code is known QEMU is gone, or the machine does not end.
     if !matches!(end, Ok(None)) {
         let _ = child.kill();
@@ -158,10 +160,8 @@ pub fn run(boot: &Boot, limits: Limits, marked: &mut dyn FnMut(&str)) -> Result<
     let _ = show.join();
     match end {
         Ok(Some(code)) => {
-            ui::say(
-                "node",
-                format!("off after {:.1} s; the script's exit code is {code}", begin.elapsed().as_secs_f64()),
-            );
+            let secs = begin.elapsed().as_secs_f64();
+            boot.seat.say(format!("off after {secs:.1} s; the script's exit code is {code}"));
             Ok(code)
         }
         Ok(None) => Err(crashed(&format!("the node ended without the script's exit code ({status})"), &console)),
@@ -175,7 +175,7 @@ fn crashed(what: &str, console: &Path) -> anyhow::Error {
 
 /// Boots with a shell on the terminal.
 pub fn shell(boot: &Boot) -> Result<()> {
-    ui::say("node", "the shell's end powers the node off; Ctrl-A X stops it at once");
+    boot.seat.say("the shell's end powers the node off; Ctrl-A X stops it at once");
     let mut command = qemu(boot, "shell")?;
     command.args(["-serial", "mon:stdio", "-chardev", "null,id=output", "-device"]);
     command.arg("virtserialport,nr=1,chardev=output,name=husk.output");
@@ -187,19 +187,37 @@ pub fn shell(boot: &Boot) -> Result<()> {
     Ok(())
 }
 
-/// Copies the script's output to the terminal as it comes, and to a file.
-fn show(mut output: impl Read, events: &Sender<Event>) {
-    let mut file = cmd::log_path("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
-    let mut buffer = [0; 8192];
+/// Copies the script's output to the terminal as it comes, or by lines that say where they are from, and to a file.
+fn show(seat: Seat, mut output: impl Read, events: &Sender<Event>) {
+    let mut file = seat.log("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
+    let label = seat.label();
+    let (mut buffer, mut line) = ([0; 8192], Vec::new());
     while let Ok(n @ 1..) = output.read(&mut buffer) {
         let bytes = buffer.get(..n).unwrap_or_default();
         if let Some(file) = &mut file {
             let _ = file.write_all(bytes);
         }
-        let mut stdout = std::io::stdout().lock();
-        let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+        if label.is_empty() {
+            print(&[bytes]);
+        } else {
+            line.extend_from_slice(bytes);
+            let whole = line.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            let rest = line.split_off(whole);
+            for text in line.split_inclusive(|byte| *byte == b'\n') {
+                print(&[label.as_bytes(), text]);
+            }
+            line = rest;
+        }
         let _ = events.send(Event::Output);
     }
+    if !line.is_empty() {
+        print(&[label.as_bytes(), &line, b"\n"]);
+    }
+}
+
+fn print(parts: &[&[u8]]) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = parts.iter().try_for_each(|part| stdout.write_all(part)).and_then(|()| stdout.flush());
 }
 
 /// Passes on the lines that the node writes for us.
@@ -215,6 +233,7 @@ fn lines(control: PipeReader, events: &Sender<Event>) {
 /// Reports what the node says of itself until it is off; the script's exit code if it told one, and as the error what
 /// took too long.
 fn follow(
+    seat: Seat,
     events: &Receiver<Event>,
     begin: Instant,
     limits: Limits,
@@ -246,12 +265,12 @@ fn follow(
             Some(("exit", number)) => code = Some(number.parse().unwrap_or(125)),
             Some(("containerd", _)) => {
                 up = true;
-                ui::say("node", format!("containerd answers, {:.1} s after power-on", begin.elapsed().as_secs_f64()));
+                seat.say(format!("containerd answers, {:.1} s after power-on", begin.elapsed().as_secs_f64()));
             }
             Some(("mark", text)) => marked(text),
             Some(("note", text)) => {
                 up = true;
-                ui::say("node", text);
+                seat.say(text);
             }
             _ => {}
         }

@@ -28,11 +28,26 @@ pub enum Line {
     /// 2.x, of Debian's unstable release.
     #[value(name = "2")]
     Two,
+    /// The same, as a service of systemd's, on a host with that as its PID 1.
+    #[value(name = "2-systemd")]
+    Systemd,
+}
+
+impl Line {
+    /// What the node's init finds of it on the kernel's command line.
+    pub fn parameters(self) -> &'static str {
+        match self {
+            Line::One | Line::Two => "",
+            Line::Legacy => "husk.cgroups=1",
+            // Without BPF among the security modules: systemd's program for it takes an emulated machine seconds to load.
+            Line::Systemd => "husk.systemd lsm=apparmor",
+        }
+    }
 }
 
 /// What is put over the node for this line: nothing for its own.
 pub fn files(line: Line) -> Result<Vec<Add>> {
-    if line != Line::Two {
+    if matches!(line, Line::One | Line::Legacy) {
         return Ok(Vec::new());
     }
     let programs = paths::node().join("containerd-2");
@@ -42,6 +57,10 @@ pub fn files(line: Line) -> Result<Vec<Add>> {
     // Husk's drop-in of the other configuration version takes the place of the one in dist/root.
     add.push(Add::new(paths::root().join("deploy/containerd/husk-2.toml"), "/etc/containerd/conf.d/husk.toml"));
     add.push(Add::new(paths::root().join("tests/node/containerd-2"), "/"));
+    if line == Line::Systemd {
+        // systemd itself is in the node's tree: Debian's packages depend on it.
+        add.push(Add::new(paths::root().join("tests/node/systemd"), "/"));
+    }
     Ok(add)
 }
 

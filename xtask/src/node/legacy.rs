@@ -24,7 +24,7 @@ fn dir() -> PathBuf {
 pub fn files(line: Line) -> Vec<Add> {
     match line {
         Line::Legacy => vec![Add::new(dir().join("usr"), "/usr")],
-        Line::One | Line::Two => Vec::new(),
+        Line::One | Line::Two | Line::Systemd => Vec::new(),
     }
 }
 

@@ -34,6 +34,54 @@ pub struct Run {
     pub containerd: Line,
     /// How long it may take before the node is stopped.
     pub limits: Limits,
+    /// Where it runs.
+    pub seat: Seat,
+}
+
+/// Where a node runs: nodes side by side have seats of their own, with their own files and logs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seat {
+    number: usize,
+    /// Whether others run at the same time: lines for the terminal say whose they are.
+    beside: bool,
+}
+
+impl Seat {
+    /// The seat of this number, counted from zero, with others beside it.
+    pub fn beside(number: usize) -> Seat {
+        Seat { number, beside: true }
+    }
+
+    /// A name of the seat's own: the first has the plain one.
+    fn name(self, plain: &str, between: &str) -> String {
+        if self.number == 0 { plain.to_owned() } else { format!("{plain}{between}{}", self.number + 1) }
+    }
+
+    /// Its directory.
+    pub fn dir(self) -> PathBuf {
+        paths::state().join(self.name("node", "/"))
+    }
+
+    /// Where the files end up that a script leaves in `/out`.
+    pub fn out_dir(self) -> PathBuf {
+        self.dir().join("out")
+    }
+
+    /// Where its log called `name` is.
+    fn log(self, name: &str) -> Result<PathBuf> {
+        cmd::log_path(&self.name(name, "-"))
+    }
+
+    /// What stands before each line that is shown.
+    fn label(self) -> String {
+        if self.beside { format!("{}| ", self.number + 1) } else { String::new() }
+    }
+
+    /// Tells about it on the terminal.
+    fn say(self, text: impl AsRef<str>) {
+        let step = if self.beside { format!("node {}", self.number + 1) } else { "node".to_owned() };
+        ui::say(&step, text);
+    }
 }
 
 impl Limits {
@@ -91,6 +139,9 @@ impl std::str::FromStr for Add {
     }
 }
 
+/// What nodes share is made by one xtask at a time.
+const PARTS: &str = "node/parts";
+
 /// Where the OCI images lie in the node.
 pub const IMAGES: &str = "/husk/images";
 
@@ -121,18 +172,13 @@ fn image_tars(build: impl FnOnce(&Path) -> Result<Vec<PathBuf>>) -> Result<Vec<A
         .collect())
 }
 
-/// Where the files end up that a script leaves in `/out`.
-pub fn out_dir() -> PathBuf {
-    paths::node().join("out")
-}
-
 /// Makes the node's parts, without booting it.
 pub fn prepare() -> Result<()> {
-    let _lock = lock::take("node")?;
-    rootfs::node().map(drop)
+    node(Line::One).map(drop)
 }
 
 fn node(line: Line) -> Result<rootfs::Node> {
+    let _lock = lock::take(PARTS)?;
     let node = rootfs::node()?;
     if line == Line::Legacy { legacy::node(node) } else { Ok(node) }
 }
@@ -144,7 +190,8 @@ pub fn run(run: &Run) -> Result<u8> {
 
 /// As [`run`]; what the script marks, as lines "mark TEXT" on its descriptor 9, is told as it comes.
 pub fn run_marked(run: &Run, marked: &mut dyn FnMut(&str)) -> Result<u8> {
-    let _lock = lock::take("node")?;
+    let seat = run.seat;
+    let _lock = lock::take(&seat.name("node", "/"))?;
     let node = node(run.containerd)?;
     let mut call = String::from("exec bash /husk/script");
     for arg in &run.args {
@@ -156,36 +203,40 @@ pub fn run_marked(run: &Run, marked: &mut dyn FnMut(&str)) -> Result<u8> {
     }
     let script = fs::read(&run.script).with_context(|| format!("cannot read {}", run.script.display()))?;
     let extras = extras(
+        seat,
         run.containerd,
         &run.add,
         &[("husk/run", format!("{env}{call}\n").as_bytes()), ("husk/script", &script)],
     )?;
-    let out = out_disk()?;
+    let out = out_disk(seat)?;
     let boot = boot::Boot {
+        seat,
         node: &node,
         extras: &extras,
         out: &out,
         machine: run.machine,
-        legacy: run.containerd == Line::Legacy,
+        parameters: run.containerd.parameters(),
     };
     let end = boot::run(&boot, run.limits, marked)?;
-    fetch(&out)?;
+    fetch(seat, &out)?;
     Ok(end)
 }
 
 /// Boots the node with a shell on the terminal.
 pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
-    let _lock = lock::take("node")?;
+    let seat = Seat::default();
+    let _lock = lock::take(&seat.name("node", "/"))?;
     let node = node(containerd)?;
-    let extras = extras(containerd, add, &[])?;
-    let out = out_disk()?;
-    boot::shell(&boot::Boot { node: &node, extras: &extras, out: &out, machine, legacy: containerd == Line::Legacy })?;
-    fetch(&out)
+    let extras = extras(seat, containerd, add, &[])?;
+    let out = out_disk(seat)?;
+    let parameters = containerd.parameters();
+    boot::shell(&boot::Boot { seat, node: &node, extras: &extras, out: &out, machine, parameters })?;
+    fetch(seat, &out)
 }
 
 /// The tar that the node unpacks over its root: the node's own files, what is installed, and what was asked for.
-fn extras(line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
-    let path = paths::node().join("extras.tar");
+fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
+    let path = seat.dir().join("extras.tar");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let mut tar = tar::Tar::new(file);
     tar.add(&paths::root().join("tests/node/root"), Path::new("/"))?;
@@ -194,7 +245,11 @@ fn extras(line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
     } else {
         ui::say("node", "there is no dist/root yet: the node comes without Husk (`cargo xtask dist`)");
     }
-    for Add { from, to } in containerd::files(line)?.iter().chain(&legacy::files(line)).chain(add) {
+    let programs = {
+        let _lock = lock::take(PARTS)?;
+        containerd::files(line)?
+    };
+    for Add { from, to } in programs.iter().chain(&legacy::files(line)).chain(add) {
         tar.add(from, to)?;
     }
     for (name, content) in files {
@@ -205,16 +260,16 @@ fn extras(line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
 }
 
 /// The disk that the node writes a tar of `/out` on.
-fn out_disk() -> Result<PathBuf> {
-    let path = paths::node().join("out.img");
+fn out_disk(seat: Seat) -> Result<PathBuf> {
+    let path = seat.dir().join("out.img");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     file.set_len(4 << 30).context("cannot size the node's output disk")?;
     Ok(path)
 }
 
 /// Unpacks what the node left.
-fn fetch(disk: &Path) -> Result<()> {
-    let dir = out_dir();
+fn fetch(seat: Seat, disk: &Path) -> Result<()> {
+    let dir = seat.out_dir();
     if dir.exists() {
         fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
     }
