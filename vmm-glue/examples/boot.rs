@@ -70,6 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     loop {
         match vmm.notice()? {
             Notice::Mark { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
+            Notice::ManyFiles => eprintln!("[the guest knows of as many files as can be open]"),
             Notice::Exited { reason } => {
                 eprintln!("[exited: {reason:?} at {} ms]", now_ms() - started);
                 let _ = output.join();

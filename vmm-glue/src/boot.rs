@@ -1,6 +1,7 @@
 //! The boot recipe: from a checked configuration to a machine whose vCPUs stand at the kernel's entry, from top to
 //! bottom in one function.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Seek};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -161,7 +162,9 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     if let Some(share) = &config.share {
-        devices.push(("virtio-fs", shared(Fs::new(share).map_err(BootError::Share)?)));
+        let told = Arc::clone(reporter);
+        let fs = Fs::new(share, move || told.many_files()).map_err(BootError::Share)?;
+        devices.push(("virtio-fs", shared(fs)));
     }
     for (net, backend) in net {
         let net = Net::new(backend, net.mac, net.mtu).map_err(|error| BootError::Host("the tap", error))?;
@@ -240,6 +243,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         vcpus,
         event_loop,
         slots,
+        added: HashMap::new(),
         vsock,
         balloon,
         growth,

@@ -84,6 +84,10 @@ fn serve(machine: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<O
         }
         (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
         (Call::AttachBlk(config), Some(vm)) => attached(vm.attach_blk(&config, fds)),
+        (Call::FindNet(mac), Some(vm)) => {
+            Ok(vm.find_net(mac).map_or(Answer::Nowhere, |slot| Answer::Attached { slot }))
+        }
+        (Call::Detach { slot }, Some(vm)) => done(vm.detach(slot)),
         (Call::Vcpus { count }, Some(vm)) => done(vm.grow_vcpus(count)),
         (Call::AttachMemory(pages), Some(vm)) => attached(vm.attach_mem(pages)),
         (Call::PluggedMemory(pages), Some(vm)) => Ok(Answer::Memory { plugged_mib: vm.plugged_mib(pages) }),
@@ -124,6 +128,11 @@ impl Reporter {
     /// Notes a step of the start.
     pub fn mark(&self, step: Step) {
         self.send(&Reply::Notice(Notice::Mark { step, at_ns: process::monotonic_ns() }), None);
+    }
+
+    /// Says that the guest should forget files.
+    pub(crate) fn many_files(&self) {
+        self.send(&Reply::Notice(Notice::ManyFiles), None);
     }
 
     /// Says why the guest is gone, and ends the process.

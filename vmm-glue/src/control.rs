@@ -37,6 +37,13 @@ pub enum Call {
     AttachNet(NetConfig),
     /// Plugs a disk into a spare slot.
     AttachBlk(BlkConfig),
+    /// Asks for the slot of the interface with this address; the answer is `Attached`, or `Nowhere`.
+    FindNet([u8; 6]),
+    /// Takes a disk or an interface out of its slot and closes it; the agent's Release comes first.
+    Detach {
+        /// Its slot.
+        slot: u32,
+    },
     /// Asks the guest for this many MiB back, from the start size; 0 deflates the balloon.
     Balloon {
         /// Target in MiB.
@@ -99,6 +106,8 @@ pub enum Reply {
 pub enum Answer {
     /// Done.
     Done,
+    /// There is no such thing.
+    Nowhere,
     /// Connected; the packet carries the socket.
     Connected,
     /// So much memory is plugged in.
@@ -128,6 +137,8 @@ pub enum Notice {
         /// When.
         at_ns: u64,
     },
+    /// The guest knows of so many files that hardly any more can be opened: it is to forget those it does not use.
+    ManyFiles,
     /// The guest is gone; the process ends after this.
     Exited {
         /// Why.

@@ -1,7 +1,7 @@
 //! The device loop: one thread that serves every device's events, and runs closures for other threads in between.
 
 use std::io;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 
@@ -24,6 +24,9 @@ pub enum LoopError {
     /// The loop does not answer any more.
     #[error("the device loop is gone")]
     Gone(#[source] event_manager::Error),
+    /// It has no such device.
+    #[error("the device loop knows no device {0}")]
+    Unknown(u32),
     /// It was gone while pausing.
     #[error("the device loop did not pause")]
     NotPaused,
@@ -32,6 +35,9 @@ pub enum LoopError {
 /// The loop, seen from outside.
 pub struct EventLoop {
     endpoint: RemoteEndpoint<SharedDevice>,
+    /// What the loop knows the devices of its start by, in their order, once somebody wants to know.
+    first: Receiver<SubscriberId>,
+    known: Vec<SubscriberId>,
     /// While there, the loop stands still; dropping it lets the loop go on.
     paused: Option<Sender<()>>,
 }
@@ -44,12 +50,14 @@ impl EventLoop {
     pub fn start(devices: Vec<SharedDevice>, reporter: std::sync::Arc<Reporter>) -> Result<Self, LoopError> {
         let mut manager = EventManager::<SharedDevice>::new().map_err(LoopError::Setup)?;
         let endpoint = manager.remote_endpoint();
+        let (id, first) = channel();
         std::thread::Builder::new()
             .name("devices".to_owned())
             .stack_size(STACK)
             .spawn(move || {
                 for device in devices {
-                    manager.add_subscriber(device);
+                    // Nobody wants to know of a machine that is gone.
+                    let _ = id.send(manager.add_subscriber(device));
                 }
                 loop {
                     if let Err(error) = manager.run() {
@@ -58,7 +66,7 @@ impl EventLoop {
                 }
             })
             .map_err(LoopError::Thread)?;
-        Ok(Self { endpoint, paused: None })
+        Ok(Self { endpoint, first, known: Vec::new(), paused: None })
     }
 
     /// Adds a device.
@@ -75,6 +83,16 @@ impl EventLoop {
     /// [`LoopError::Gone`].
     pub fn remove(&self, device: SubscriberId) -> Result<(), LoopError> {
         self.endpoint.call_blocking(move |loop_| loop_.remove_subscriber(device).map(drop)).map_err(LoopError::Gone)
+    }
+
+    /// Removes the device of this place among those of the start.
+    ///
+    /// # Errors
+    /// [`LoopError`].
+    pub fn remove_first(&mut self, place: u32) -> Result<(), LoopError> {
+        self.known.extend(self.first.try_iter());
+        let device = *self.known.get(place as usize).ok_or(LoopError::Unknown(place))?;
+        self.remove(device)
     }
 
     /// Runs a closure on the loop, without waiting for it.

@@ -1,9 +1,11 @@
 //! A built machine: what the control socket asks of it.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use event_manager::SubscriberId;
 use kvm_ioctls::VmFd;
 
 use crate::config::check::{self, ConfigError};
@@ -72,6 +74,8 @@ pub struct Vm {
     pub(crate) vcpus: Vcpus,
     pub(crate) event_loop: EventLoop,
     pub(crate) slots: Arc<Slots>,
+    /// What the loop knows the devices by that came later, by their slots.
+    pub(crate) added: HashMap<u32, SubscriberId>,
     pub(crate) vsock: Arc<Mutex<Vsock>>,
     pub(crate) balloon: Option<Arc<Mutex<Balloon>>>,
     pub(crate) growth: Growth,
@@ -98,7 +102,7 @@ impl Vm {
     /// Lets device loop and vCPUs run.
     pub fn resume(&mut self) {
         for device in self.slots.devices() {
-            mmio::lock(device).resume();
+            mmio::lock(&device).resume();
         }
         self.event_loop.resume();
         self.vcpus.resume();
@@ -116,7 +120,7 @@ impl Vm {
         }
         self.event_loop.pause()?;
         for device in self.slots.devices() {
-            mmio::lock(device).quiesce();
+            mmio::lock(&device).quiesce();
         }
         Ok(())
     }
@@ -130,7 +134,7 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError`].
-    pub fn attach_net(&self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
+    pub fn attach_net(&mut self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let mut fds = check::Fds::new(fds);
         let backend = check::net(config, &mut fds)?;
         fds.used_up()?;
@@ -142,9 +146,33 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError`].
-    pub fn attach_blk(&self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
+    pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let file = check::blk(config, one(fds)?)?;
         self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
+    }
+
+    /// Takes a disk or an interface out of its slot, which is free then, and closes what it had open. The guest had better
+    /// be done with it: what it has asked of it is not answered.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn detach(&mut self, slot: u32) -> Result<(), VmError> {
+        if self.event_loop.is_paused() {
+            return Err(VmError::Paused);
+        }
+        // The slot first: from here on no vCPU starts it again.
+        let device = self.slots.unplug(slot)?;
+        mmio::lock(&device).reset();
+        match self.added.remove(&slot) {
+            Some(added) => self.event_loop.remove(added)?,
+            None => self.event_loop.remove_first(slot)?,
+        }
+        Ok(())
+    }
+
+    /// The slot of the interface with this address, if there is one.
+    pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
+        self.slots.find_net(mac)
     }
 
     /// Asks the guest for so many MiB in all.
@@ -222,17 +250,23 @@ impl Vm {
         }
     }
 
-    fn attach(&self, device: SharedDevice, purpose: Purpose) -> Result<u32, VmError> {
+    fn attach(&mut self, device: SharedDevice, purpose: Purpose) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused); // the loop could not take the device
         }
         // The loop first: once in its slot, the guest may find the device at any moment.
         let added = self.event_loop.add(device.clone())?;
-        self.slots.plug(device, purpose).map_err(|error| {
-            // With what it has open: a disk of the node's is not held by a machine that did not take it.
-            let _ = self.event_loop.remove(added);
-            error.into()
-        })
+        match self.slots.plug(device, purpose) {
+            Ok(slot) => {
+                self.added.insert(slot, added);
+                Ok(slot)
+            }
+            Err(error) => {
+                // With what it has open: a disk of the node's is not held by a machine that did not take it.
+                let _ = self.event_loop.remove(added);
+                Err(error.into())
+            }
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use husk_proto::agent::{
     AppArmorRequest, AppArmorResponse, Event, EventsRequest, ForgetRequest, ForgetResponse, HugePagesRequest,
     HugePagesResponse, MirrorRequest, MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest,
-    ProcessorsResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse, SyncRequest, SyncResponse,
-    VolumeRequest, VolumeResponse,
+    ProcessorsResponse, ReleaseRequest, ReleaseResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse,
+    SyncRequest, SyncResponse, VolumeRequest, VolumeResponse,
 };
 use husk_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
@@ -103,6 +103,12 @@ impl agent_ttrpc::Sandbox for SandboxService {
         let found = found.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
         let (major, minor) = found.unwrap_or_default();
         Ok(RescanResponse { major, minor, ..Default::default() })
+    }
+
+    async fn release(&self, _: &TtrpcContext, request: ReleaseRequest) -> ttrpc::Result<ReleaseResponse> {
+        let released = tokio::task::spawn_blocking(move || slots::release(request.slot)).await;
+        released.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
+        Ok(ReleaseResponse::new())
     }
 
     async fn network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<NetworkResponse> {

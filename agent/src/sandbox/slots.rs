@@ -1,4 +1,4 @@
-//! Devices that were plugged into the machine's spare slots while it ran.
+//! Devices that are plugged into the machine's slots while it runs, and taken out.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -7,6 +7,7 @@ use std::path::Path;
 /// Where the kernel lists platform devices.
 const DEVICES: &str = "/sys/bus/platform/devices";
 const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
+const UNBIND: &str = "/sys/bus/platform/drivers/virtio-mmio/unbind";
 
 /// Why a slot's device cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +15,15 @@ pub enum SlotError {
     /// The driver does not take it.
     #[error("bind {device}")]
     Bind {
+        /// The platform device.
+        device: String,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+    /// The driver does not let go of it.
+    #[error("unbind {device}")]
+    Unbind {
         /// The platform device.
         device: String,
         /// What the kernel says.
@@ -37,13 +47,30 @@ pub enum SlotError {
 /// [`SlotError`].
 pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     let device = husk_proto::slots::device_name(slot);
-    match OpenOptions::new().write(true).open(BIND).and_then(|mut file| file.write_all(device.as_bytes())) {
+    match tell(BIND, &device) {
         // It is bound already: the guest found it without being told.
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
         Err(source) => return Err(SlotError::Bind { device, source }),
         Ok(()) => {}
     }
     disk(&Path::new(DEVICES).join(&device)).map_err(|source| SlotError::Look { device, source })
+}
+
+/// Makes the kernel give up the device of a slot, whoever uses it. Blocks.
+///
+/// # Errors
+/// [`SlotError::Unbind`].
+pub fn release(slot: u32) -> Result<(), SlotError> {
+    let device = husk_proto::slots::device_name(slot);
+    match tell(UNBIND, &device) {
+        // It has no driver.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        result => result.map_err(|source| SlotError::Unbind { device, source }),
+    }
+}
+
+fn tell(file: &str, device: &str) -> io::Result<()> {
+    OpenOptions::new().write(true).open(file)?.write_all(device.as_bytes())
 }
 
 /// The numbers of the disk below a platform device: `virtio<n>/block/vd<x>/dev`.

@@ -30,6 +30,8 @@ pub struct Follow {
     connected: Vec<Connected>,
     /// Those whose taps were given up: redirections to them are still there.
     given_up: Vec<Connected>,
+    /// Addresses of the guest's devices whose interfaces are gone, since a look told of them.
+    gone: Vec<[u8; 6]>,
     last: NetworkRequest,
     left: Left,
     wish: Wish,
@@ -57,6 +59,8 @@ impl Connected {
 pub struct Change {
     /// The taps of the interfaces that are new.
     pub taps: Vec<Tap>,
+    /// The addresses of those that are gone.
+    pub gone: Vec<[u8; 6]>,
     /// All that is there now.
     pub now: NetworkRequest,
 }
@@ -86,6 +90,7 @@ impl Follow {
             namespace: File::open("/proc/thread-self/ns/net")?,
             connected: taps.iter().map(Connected::by).collect(),
             given_up: Vec::new(),
+            gone: Vec::new(),
             last,
             left,
             wish,
@@ -123,9 +128,9 @@ impl Follow {
             }
         }
         self.connected.extend(taps.iter().map(Connected::by));
-        let changed = !taps.is_empty() || now != self.last;
+        let changed = !taps.is_empty() || !self.gone.is_empty() || now != self.last;
         self.last.clone_from(&now);
-        Ok(changed.then_some(Change { taps, now }))
+        Ok(changed.then(|| Change { taps, gone: std::mem::take(&mut self.gone), now }))
     }
 
     /// Removes the taps of interfaces that are gone, or that have another hardware address by now: what comes in their place
@@ -135,7 +140,9 @@ impl Follow {
             all.iter().any(|link| link.index == connected.link && link.mac == connected.mac)
         });
         self.connected = stay;
-        self.given_up.extend::<Vec<_>>(go);
+        let go: Vec<Connected> = go;
+        self.gone.extend(go.iter().map(|connected| connected.mac));
+        self.given_up.extend(go);
         while let Some(connected) = self.given_up.last() {
             tap::disconnect(netlink, connected.link, connected.tap).map_err(kernel("remove a tap"))?;
             self.given_up.pop();

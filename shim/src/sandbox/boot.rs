@@ -302,6 +302,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         update.send_modify(|p| p.ready = true);
                     }
                 }
+                // For another: `Vmm::many_files`.
+                Notice::ManyFiles => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {
                         ExitReason::Reset => "the guest reset or powered itself off".to_owned(),

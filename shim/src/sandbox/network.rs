@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use husk_proto::agent::RescanRequest;
+use husk_proto::agent::{ReleaseRequest, RescanRequest};
 use husk_vmm::config::{FdIndex, NetConfig};
 use husk_vmm::control::{Answer, Call};
 use tokio::io::Interest;
@@ -35,8 +35,8 @@ enum FollowError {
     /// It cannot be looked at all.
     #[error("looking at the pod's network")]
     Thread(#[source] io::Error),
-    /// The machine does not take the interface.
-    #[error("plugging an interface into the virtual machine")]
+    /// The machine does not take the interface, or does not give it back.
+    #[error("plugging an interface into the virtual machine, or taking one out")]
     Plug(#[source] VmmError),
     /// The guest does not.
     #[error("the guest's network")]
@@ -54,7 +54,8 @@ impl Follower {
     pub fn start(follow: Follow, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
         let (ask, mut asks) = mpsc::unbounded_channel();
         let end = vmm.clone();
-        let mut guest = Guest { follow: Arc::new(Mutex::new(follow)), vmm, agent, unseen: Vec::new() };
+        let mut guest =
+            Guest { follow: Arc::new(Mutex::new(follow)), vmm, agent, unseen: Vec::new(), gone: Vec::new() };
         let following = async move {
             let Err(error) = watch(notices, &mut asks, &mut guest).await else { return };
             tracing::warn!(%error, "changes of the pod's network go unnoticed from now on");
@@ -149,11 +150,14 @@ struct Guest {
     agent: Agent,
     /// Slots with interfaces that the guest has not looked at yet.
     unseen: Vec<u32>,
+    /// Addresses of devices whose interfaces are gone.
+    gone: Vec<[u8; 6]>,
 }
 
 impl Carry for Guest {
     async fn carry(&mut self) -> Result<(), FollowError> {
         let Some(mut change) = look(&self.follow).await? else { return Ok(()) };
+        self.gone.append(&mut change.gone);
         let carried = self.give(&mut change).await;
         match &carried {
             Ok(()) => tracing::info!("the pod's network has changed"),
@@ -167,14 +171,16 @@ impl Guest {
     /// Gives the guest what is new; the taps that it has are taken out of `change`.
     async fn give(&mut self, change: &mut Change) -> Result<(), FollowError> {
         self.have_seen().await?;
-        if !change.taps.is_empty() {
+        if !change.taps.is_empty() || !self.gone.is_empty() {
             let rest = change.without_new();
             self.agent.sandbox.network(within(timeouts::SLOW), &rest).await.map_err(FollowError::Guest)?;
         }
+        // Before one comes that may have the same address.
+        self.take_out().await?;
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
             let config = net_config(tap, &mut fds);
-            let slot = match self.vmm.call(Call::AttachNet(config), &fds).await.map_err(FollowError::Plug)? {
+            let slot = match self.call(Call::AttachNet(config), &fds).await? {
                 (Answer::Attached { slot }, _) => slot,
                 _ => return Err(FollowError::Plug(VmmError::Unexpected)),
             };
@@ -184,6 +190,23 @@ impl Guest {
         }
         self.agent.sandbox.network(within(timeouts::SLOW), &change.now).await.map_err(FollowError::Guest)?;
         Ok(())
+    }
+
+    /// Takes the devices out whose interfaces are gone: others may come in their slots.
+    async fn take_out(&mut self) -> Result<(), FollowError> {
+        while let Some(&mac) = self.gone.last() {
+            if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
+                let request = ReleaseRequest { slot, ..Default::default() };
+                self.agent.sandbox.release(within(timeouts::SLOW), &request).await.map_err(FollowError::Guest)?;
+                self.call(Call::Detach { slot }, &[]).await?;
+            }
+            self.gone.pop();
+        }
+        Ok(())
+    }
+
+    async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), FollowError> {
+        self.vmm.call(call, fds).await.map_err(FollowError::Plug)
     }
 
     /// Has the guest look at the slots that something was plugged into.

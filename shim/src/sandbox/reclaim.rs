@@ -1,4 +1,5 @@
-//! Gives back what the guest remembers of files when the pod's memory on the host comes to its end.
+//! Gives back what the guest remembers of files when the pod's memory on the host, or what the VMM may have open, comes to
+//! its end.
 //!
 //! Every file that the guest's kernel remembers is open in the VMM, which pins the host's inode: memory of the pod's that
 //! the host's kernel cannot take back, and that the guest's does not know of. A guest that walks through many files would
@@ -10,6 +11,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use husk_proto::agent::ForgetRequest;
@@ -22,6 +24,7 @@ use super::agent::{Agent, timeouts, within};
 use super::cgroup::Place;
 use super::limits;
 use super::vmm::Vmm;
+use crate::lock;
 
 /// The kernel tells of every time it takes something back; one look is enough for those that come together.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -32,19 +35,49 @@ const TWICE: Duration = Duration::from_secs(15);
 const MARGIN: u64 = 2 << 20;
 
 /// Begins to watch, until the virtual machine ends.
-pub fn start(place: Place, agent: Agent, vmm: Vmm) {
+pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
+    let guest = Guest { agent, last: Mutex::new(None) };
     tokio::spawn(async move {
-        let watched = async { Watch::of(&place)?.run(&place, &agent).await };
-        tokio::select! {
-            result = watched => match result {
+        let memory = async {
+            let Some(place) = &place else { return };
+            match async { Watch::of(place)?.run(place, &guest).await }.await {
                 // The host does not count memory, or the cgroup is not where it would.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => tracing::warn!(%error, "nobody watches the pod's memory on the host"),
                 Ok(()) => {}
-            },
+            }
+        };
+        let files = async {
+            loop {
+                vmm.many_files().await;
+                guest.forget("it knows of as many as can be open on the host").await;
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        tokio::select! {
+            () = async { tokio::join!(memory, files).1 } => {}
             _ = vmm.wait() => {}
         }
     });
+}
+
+/// The guest, and when it last forgot.
+struct Guest {
+    agent: Agent,
+    last: Mutex<Option<Instant>>,
+}
+
+impl Guest {
+    /// Has it forget files that nobody uses.
+    async fn forget(&self, reason: &str) {
+        let pages = lock(&self.last).is_some_and(|last| last.elapsed() < TWICE);
+        tracing::info!(pages, reason, "the guest is to forget files");
+        let request = ForgetRequest { pages, ..Default::default() };
+        if let Err(error) = self.agent.sandbox.forget(within(timeouts::SLOW), &request).await {
+            tracing::warn!(%error, "the guest forgets no files");
+        }
+        *lock(&self.last) = Some(Instant::now());
+    }
 }
 
 /// What has something to read when the kernel looked for memory.
@@ -85,19 +118,12 @@ impl Watch {
         Ok(Self { notices, _levels: levels })
     }
 
-    async fn run(&self, place: &Place, agent: &Agent) -> io::Result<()> {
-        let mut last: Option<Instant> = None;
+    async fn run(&self, place: &Place, guest: &Guest) -> io::Result<()> {
         loop {
             self.next().await?;
             let place = place.clone();
             if tokio::task::spawn_blocking(move || is_short(&place)).await.unwrap_or(false) {
-                let pages = last.is_some_and(|last| last.elapsed() < TWICE);
-                tracing::info!(pages, "the guest is to forget files: the pod's memory on the host is used up");
-                let request = ForgetRequest { pages, ..Default::default() };
-                if let Err(error) = agent.sandbox.forget(within(timeouts::SLOW), &request).await {
-                    tracing::warn!(%error, "the guest forgets no files");
-                }
-                last = Some(Instant::now());
+                guest.forget("the pod's memory on the host is used up").await;
             }
             tokio::time::sleep(PAUSE).await;
         }

@@ -12,7 +12,7 @@ use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::lock;
 use crate::spec::Network;
@@ -58,6 +58,7 @@ struct Inner {
     pending: Mutex<Option<Pending>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
+    many_files: Notify,
 }
 
 /// A handle of a running VMM process.
@@ -115,7 +116,7 @@ impl Vmm {
         };
         let (died, dead) = watch::channel(None);
         let pending = Mutex::new(Some(Pending::new()));
-        let inner = Arc::new(Inner { control, next: AtomicU64::new(1), pending, pid, dead });
+        let inner = Arc::new(Inner { control, next: AtomicU64::new(1), pending, pid, dead, many_files: Notify::new() });
         let vmm = Self { inner: Arc::clone(&inner) };
         tokio::spawn(async move {
             read(&inner, &notices).await;
@@ -201,6 +202,11 @@ impl Vmm {
         }
     }
 
+    /// Waits until the VMM has so many files open for the guest that this is to forget some.
+    pub async fn many_files(&self) {
+        self.inner.many_files.notified().await;
+    }
+
     /// How the process ended, if it did.
     pub fn ended(&self) -> Option<ExitStatus> {
         *self.inner.dead.borrow()
@@ -218,6 +224,7 @@ async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
                     let _ = waiting.send(result.map_err(VmmError::Refused));
                 }
             }
+            Ok((Reply::Notice(Notice::ManyFiles), _)) => inner.many_files.notify_one(),
             Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 tracing::warn!(%error, "the VMM said something unknown");

@@ -172,6 +172,11 @@ impl Transport {
         &self.notify
     }
 
+    /// Its ID of the virtio specification, section 5.
+    pub fn device_type(&self) -> u32 {
+        self.device_type
+    }
+
     /// The device.
     pub fn device(&self) -> &SharedDevice {
         &self.device

@@ -1,9 +1,11 @@
-//! The virtio-mmio slots: fixed places on the bus, some with a device from the start, some to be filled later.
+//! The virtio-mmio slots: fixed places on the bus, some with a device from the start, some to be filled later, and
+//! emptied again.
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::GuestMemory;
@@ -25,13 +27,19 @@ pub enum PlugError {
     /// KVM refused an eventfd.
     #[error("KVM refused an eventfd of the device")]
     Kvm(#[source] kvm_ioctls::Error),
+    /// There is nothing in the slot that can be taken out.
+    #[error("slot {0} has no device that can be taken out")]
+    Fixed(u32),
 }
+
+/// A place on the bus. vCPUs hold it for as long as one access takes.
+type Slot = RwLock<Option<Transport>>;
 
 /// All slots of one machine.
 pub struct Slots {
     vm: Arc<VmFd>,
     memory: GuestMemory,
-    slots: Vec<OnceLock<Transport>>,
+    slots: Vec<Slot>,
     /// The first that is kept for memory.
     kept: usize,
 }
@@ -49,7 +57,7 @@ impl Slots {
     /// Empty slots: `open` of them for anything, as far as there is room, and `kept` for memory.
     pub fn new(vm: Arc<VmFd>, memory: GuestMemory, open: usize, kept: usize) -> Self {
         let (open, all) = divide(open, kept);
-        Self { vm, memory, slots: (0..all).map(|_| OnceLock::new()).collect(), kept: open }
+        Self { vm, memory, slots: (0..all).map(|_| Slot::default()).collect(), kept: open }
     }
 
     /// Plugs a device into the first free slot of its purpose and returns its number. One thread at a time plugs.
@@ -62,7 +70,7 @@ impl Slots {
             Purpose::Memory => self.kept..self.slots.len(),
         };
         let mut all = (0u32..).zip(&self.slots).skip(range.start).take(range.len());
-        let (number, slot) = all.find(|(_, slot)| slot.get().is_none()).ok_or(PlugError::Full)?;
+        let (number, slot) = all.find(|(_, slot)| read(slot).is_none()).ok_or(PlugError::Full)?;
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
         let transport = Transport::new(device, self.memory.clone(), irq)?;
         self.vm.register_irqfd(transport.irq_fd(), layout::slot_gsi(number)).map_err(PlugError::Kvm)?;
@@ -70,27 +78,59 @@ impl Slots {
         for (queue, notify) in (0u32..).zip(transport.notify_fds()) {
             self.vm.register_ioevent(notify, &address, queue).map_err(PlugError::Kvm)?;
         }
-        slot.set(transport).map_err(|_| PlugError::Full)?;
+        *write(slot) = Some(transport);
         Ok(number)
     }
 
+    /// Takes a disk or an interface out of its slot. The guest finds the slot empty from here on, and KVM tells nobody
+    /// of its notifications; the device is in the state in which the guest left it.
+    ///
+    /// # Errors
+    /// [`PlugError::Fixed`].
+    pub fn unplug(&self, number: u32) -> Result<SharedDevice, PlugError> {
+        let fixed = || PlugError::Fixed(number);
+        let slot = self.slots.get(number as usize).ok_or_else(fixed)?;
+        let is_loose = |transport: &mut Transport| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
+        let transport = write(slot).take_if(is_loose).ok_or_else(fixed)?;
+        let address = IoEventAddress::Mmio(layout::slot_address(number) + mmio::NOTIFY_OFFSET);
+        for (queue, notify) in (0u32..).zip(transport.notify_fds()) {
+            self.vm.unregister_ioevent(notify, &address, queue).map_err(PlugError::Kvm)?;
+        }
+        self.vm.unregister_irqfd(transport.irq_fd(), layout::slot_gsi(number)).map_err(PlugError::Kvm)?;
+        Ok(transport.device().clone())
+    }
+
+    /// Where the interface with this address is.
+    pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
+        let is_it = |transport: &Transport| {
+            let mut has = [0; 6];
+            mmio::lock(transport.device()).read_config(0, &mut has);
+            transport.device_type() == VIRTIO_ID_NET && has == mac
+        };
+        (0u32..).zip(&self.slots).find(|(_, slot)| read(slot).as_ref().is_some_and(is_it)).map(|(number, _)| number)
+    }
+
     /// Every device plugged in.
-    pub fn devices(&self) -> impl Iterator<Item = &SharedDevice> {
-        self.slots.iter().filter_map(|slot| slot.get().map(Transport::device))
+    pub fn devices(&self) -> impl Iterator<Item = SharedDevice> {
+        self.slots.iter().filter_map(|slot| read(slot).as_ref().map(|transport| transport.device().clone()))
     }
 
     /// The guest reads from the slots' address range; addresses of no slot read as all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
-            Some((Some(transport), offset)) => transport.read(offset, data),
-            Some((None, offset)) => mmio::read_empty(offset, data),
+            Some((slot, offset)) => match &*read(slot) {
+                Some(transport) => transport.read(offset, data),
+                None => mmio::read_empty(offset, data),
+            },
             None => data.fill(0xff),
         }
     }
 
     /// The guest writes to the slots' address range.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((Some(transport), offset)) = self.find(address) {
+        if let Some((slot, offset)) = self.find(address)
+            && let Some(transport) = &*read(slot)
+        {
             transport.write(offset, data);
         }
     }
@@ -100,11 +140,19 @@ impl Slots {
         self.slots.len() as u32
     }
 
-    fn find(&self, address: u64) -> Option<(Option<&Transport>, u64)> {
+    fn find(&self, address: u64) -> Option<(&Slot, u64)> {
         let offset = address.checked_sub(layout::MMIO)?;
         let slot = self.slots.get(usize::try_from(offset / layout::MMIO_SLOT).ok()?)?;
-        Some((slot.get(), offset % layout::MMIO_SLOT))
+        Some((slot, offset % layout::MMIO_SLOT))
     }
+}
+
+fn read(slot: &Slot) -> RwLockReadGuard<'_, Option<Transport>> {
+    slot.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write(slot: &Slot) -> RwLockWriteGuard<'_, Option<Transport>> {
+    slot.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How many slots are for anything, and how many there are.

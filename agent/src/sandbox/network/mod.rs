@@ -221,11 +221,8 @@ fn remove(
         }
         if now.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
+            // Its device is taken out before another one comes by its name or its hardware address.
             pod.change(down).map_err(kernel(format!("take {} down", interface.name)))?;
-            // Another one may come by this name.
-            let away = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, 0));
-            let away = away.text(libc::IFLA_IFNAME, &format!("gone{index}"));
-            pod.change(away).map_err(kernel(format!("rename {}", interface.name)))?;
         }
     }
     Ok(())
@@ -263,13 +260,9 @@ fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
 
 async fn bring_in(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
     let mac = parts::parse_mac(&interface.mac)?;
-    let plugged = by_mac(&Netlink::open().map_err(kernel("open netlink"))?, &mac)?;
     let link = match by_mac(pod, &mac)? {
-        Some(link) if plugged.is_none() => link,
-        old => {
-            if let Some(old) = old {
-                give_up_address(&old, pod)?;
-            }
+        Some(link) => link,
+        None => {
             let found = wait_for(&mac).await?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
             let namespace = File::open(NET).map_err(kernel("open the pod's network namespace"))?;
             let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(found.index, 0, 0))
@@ -309,15 +302,6 @@ fn adjust(was: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), N
         parts::address(pod, Op::Add, index, address)?;
     }
     Ok(())
-}
-
-/// Has an interface that went make room for the one that came in its place, with the same hardware address.
-fn give_up_address(old: &Link, pod: &Netlink) -> Result<(), NetworkError> {
-    let [a, b, c, d] = old.index.to_be_bytes();
-    // Locally administered, and no other interface's here.
-    let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(old.index, 0, libc::IFF_UP as u32));
-    let message = message.attribute(libc::IFLA_ADDRESS, &[2, 0xff, a, b, c, d]);
-    pod.change(message).map_err(kernel(format!("take the address from {}", old.name)))
 }
 
 async fn wait_for(mac: &[u8]) -> Result<Option<Link>, NetworkError> {

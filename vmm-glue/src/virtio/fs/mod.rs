@@ -4,6 +4,7 @@
 //! loop only serves the high-priority queue, where FORGET never waits for a request that blocks.
 
 mod request;
+mod room;
 #[cfg(test)]
 mod tests;
 mod whole;
@@ -20,6 +21,7 @@ use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
+use self::room::Room;
 use self::whole::Whole;
 use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
@@ -34,6 +36,8 @@ const QUEUE_SIZES: [u16; 2] = [64, 512];
 const HIGH_PRIORITY: u32 = 0;
 /// Descriptors that stay for the process itself.
 const OWN_DESCRIPTORS: u64 = 512;
+/// This part of the others is left when the guest is to forget files.
+const SPARE: u64 = 8;
 /// include/uapi/linux/securebits.h.
 const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 /// How long the guest believes names and attributes. What the host changes in a volume is seen after at most that.
@@ -120,11 +124,12 @@ struct Active {
 }
 
 impl Fs {
-    /// Opens the directory, which must exist, and raises the process's limit of open files.
+    /// Opens the directory, which must exist, and raises the process's limit of open files. When these are nearly used up,
+    /// `forget` is called now and then, on a thread that serves requests: to have the guest forget files.
     ///
     /// # Errors
     /// [`FsError`].
-    pub fn new(share: &ShareConfig) -> Result<Self, FsError> {
+    pub fn new(share: &ShareConfig, forget: impl Fn() + Send + Sync + 'static) -> Result<Self, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_LEN {
             return Err(FsError::Tag(share.tag.clone()));
         }
@@ -145,8 +150,9 @@ impl Fs {
             .checked_sub(OWN_DESCRIPTORS)
             .filter(|&left| left >= OWN_DESCRIPTORS)
             .ok_or_else(|| FsError::Limit(format!("{limit} is too low")))?;
-        let fs = PassthroughFs::new(settings(share.root.clone(), guest_fd_limit)).and_then(Whole::new);
-        let fs = fs.map_err(root_error)?;
+        let room = Room::new(guest_fd_limit - guest_fd_limit / SPARE, Box::new(forget)).map_err(root_error)?;
+        let fs = PassthroughFs::new(settings(share.root.clone(), guest_fd_limit));
+        let fs = fs.and_then(|fs| Whole::new(fs, room)).map_err(root_error)?;
         Ok(Self {
             config,
             worker_count: share.workers.max(1),

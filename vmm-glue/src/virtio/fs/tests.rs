@@ -35,7 +35,7 @@ impl Guest {
     fn new(workers: u8) -> Self {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("hello"), b"content").unwrap();
-        let mut bench = Bench::new(Fs::new(&share(root.path(), workers)).unwrap());
+        let mut bench = Bench::new(Fs::new(&share(root.path(), workers), || {}).unwrap());
         bench.activate(0);
         Self { bench, _root: root, unique: 0 }
     }
@@ -193,7 +193,7 @@ fn a_broken_ring_asks_for_a_reset() {
 #[test]
 fn configuration() {
     let root = tempfile::tempdir().unwrap();
-    let fs = Fs::new(&share(root.path(), 1)).unwrap();
+    let fs = Fs::new(&share(root.path(), 1), || {}).unwrap();
     let mut config = [9; 44];
     fs.read_config(0, &mut config);
     assert_eq!(&config[..5], b"husk\0");
@@ -201,7 +201,7 @@ fn configuration() {
     fs.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 44]);
     let missing = root.path().join("missing");
-    assert!(matches!(Fs::new(&share(&missing, 1)), Err(FsError::Root { .. })));
+    assert!(matches!(Fs::new(&share(&missing, 1), || {}), Err(FsError::Root { .. })));
     let long = ShareConfig { tag: "t".repeat(37), ..share(root.path(), 1) };
-    assert!(matches!(Fs::new(&long), Err(FsError::Tag(_))));
+    assert!(matches!(Fs::new(&long, || {}), Err(FsError::Tag(_))));
 }

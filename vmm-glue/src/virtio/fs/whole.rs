@@ -1,4 +1,5 @@
-//! virtiofsd's file system, but that a write that fails half-way says how much it wrote.
+//! virtiofsd's file system, but that a write that fails half-way says how much it wrote, and that what opens a file sees to
+//! it that there is room for it.
 //!
 //! virtiofsd 1.14 goes on after a short write, to get all of it done, and when the next one fails (a full disk, a quota) it
 //! answers with the error alone, though the file has grown (`ZcReader` in its server.rs). write(2) gives the count then, and
@@ -16,6 +17,8 @@ use virtiofsd::fuse::{Attr, FsOptions, OpenOptions, SetattrIn, SetattrValid, Set
 use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
+use super::room::Room;
+
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
@@ -23,6 +26,7 @@ type Opened = (Option<Handle>, OpenOptions);
 /// The file system.
 pub struct Whole {
     fs: PassthroughFs,
+    room: Room,
     /// Takes whatever is written to it: /dev/null.
     nowhere: File,
 }
@@ -30,8 +34,8 @@ pub struct Whole {
 impl Whole {
     /// # Errors
     /// When there is no /dev/null.
-    pub fn new(fs: PassthroughFs) -> io::Result<Self> {
-        Ok(Self { fs, nowhere: File::options().write(true).open("/dev/null")? })
+    pub fn new(fs: PassthroughFs, room: Room) -> io::Result<Self> {
+        Ok(Self { fs, room, nowhere: File::options().write(true).open("/dev/null")? })
     }
 }
 
@@ -60,6 +64,16 @@ impl<R: ZeroCopyReader> ZeroCopyReader for Counting<'_, R> {
             _ => Err(error),
         }
     }
+}
+
+/// Methods that pass on what they are called with, and may open a file.
+macro_rules! opening {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) -> $result:ty;)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> $result {
+            self.room.take();
+            self.fs.$name($($argument),*)
+        })*
+    };
 }
 
 /// Methods that only pass on what they are called with.
@@ -108,29 +122,47 @@ impl FileSystem for Whole {
     }
 
     // All that PassthroughFs has of its own; the rest of the trait's methods say what they say there.
-    pass_on! {
-        fn init(capable: FsOptions) -> io::Result<FsOptions>;
-        fn destroy() -> ();
-        fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
+    opening! {
         fn lookup(ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry>;
-        fn forget(ctx: Context, inode: Inode, count: u64) -> ();
-        fn batch_forget(ctx: Context, requests: Vec<(Inode, u64)>) -> ();
         fn opendir(ctx: Context, inode: Inode, flags: u32) -> io::Result<Opened>;
-        fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
         fn mkdir(
             ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
-        fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
-        fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
         fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<Opened>;
-        fn release(
-            ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, flock_release: bool,
-            lock_owner: Option<u64>
-        ) -> io::Result<()>;
         fn create(
             ctx: Context, parent: Inode, name: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32,
             extensions: Extensions
         ) -> io::Result<(Entry, Option<Handle>, OpenOptions)>;
+        fn mknod(
+            ctx: Context, inode: Inode, name: &CStr, mode: u32, rdev: u32, umask: u32, extensions: Extensions
+        ) -> io::Result<Entry>;
+        fn link(ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry>;
+        fn symlink(
+            ctx: Context, linkname: &CStr, parent: Inode, name: &CStr, extensions: Extensions
+        ) -> io::Result<Entry>;
+    }
+
+    fn forget(&self, ctx: Context, inode: Inode, count: u64) {
+        self.fs.forget(ctx, inode, count);
+        self.room.freed();
+    }
+
+    fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
+        self.fs.batch_forget(ctx, requests);
+        self.room.freed();
+    }
+
+    pass_on! {
+        fn init(capable: FsOptions) -> io::Result<FsOptions>;
+        fn destroy() -> ();
+        fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
+        fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
+        fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
+        fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
+        fn release(
+            ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, flock_release: bool,
+            lock_owner: Option<u64>
+        ) -> io::Result<()>;
         fn unlink(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(
@@ -139,13 +171,6 @@ impl FileSystem for Whole {
         fn rename(
             ctx: Context, olddir: Inode, oldname: &CStr, newdir: Inode, newname: &CStr, flags: u32
         ) -> io::Result<()>;
-        fn mknod(
-            ctx: Context, inode: Inode, name: &CStr, mode: u32, rdev: u32, umask: u32, extensions: Extensions
-        ) -> io::Result<Entry>;
-        fn link(ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry>;
-        fn symlink(
-            ctx: Context, linkname: &CStr, parent: Inode, name: &CStr, extensions: Extensions
-        ) -> io::Result<Entry>;
         fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
         fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
