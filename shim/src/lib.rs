@@ -12,6 +12,7 @@ pub mod pod;
 pub mod sandbox;
 pub mod spec;
 pub mod stdio;
+pub mod systemd;
 pub mod task;
 
 use std::os::fd::{FromRawFd, OwnedFd};

@@ -28,6 +28,14 @@ impl CpuSet {
         self
     }
 
+    /// A bit for each processor, the first in the lowest bit of the first byte, as far as there are any: as systemd takes
+    /// it.
+    pub fn mask(&self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.0.iter().flat_map(|word| word.to_le_bytes()).collect();
+        bytes.truncate(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
+        bytes
+    }
+
     fn has(&self, cpu: usize) -> bool {
         self.0.get(cpu / 64).is_some_and(|word| word & (1 << (cpu % 64)) != 0)
     }

@@ -14,7 +14,7 @@
 //! ```
 
 mod binds;
-mod cpuset;
+pub mod cpuset;
 mod devices;
 mod disks;
 pub mod growth;

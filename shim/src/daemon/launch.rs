@@ -58,8 +58,14 @@ impl Pending {
         let share = share?;
         let bundle = Bundle::of_text(&bundle, spec.as_bytes()).map_err(|e| chain(&e))?;
         let spec: Spec = serde_json::from_str(spec).map_err(|e| e.to_string())?;
+        // Not here, where a service manager that takes its time would hold everything up.
+        let entered = tokio::task::spawn_blocking({
+            let (about, spec) = (about.clone(), spec.clone());
+            move || enter_cgroup(&about, &spec)
+        });
+        let cgroup = entered.await.unwrap_or_else(|error| Err(format!("entering the sandbox' cgroup: {error}")));
         let mut got = Got::default();
-        let spawned = got.spawn(&about, &spec);
+        let spawned = cgroup.and_then(|cgroup| got.spawn(&about, &spec, cgroup));
         let (done, wait) = oneshot::channel();
         // A thread of its own: it goes to the pod's network namespace, and one that does not get back must end.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
@@ -86,7 +92,8 @@ struct Got {
 /// Does all of it, while this process has one thread.
 pub fn prepare(about: &About, spec: &Spec, share: &Path, bundle: impl FnOnce() -> Result<Bundle, String>) -> Prepared {
     let mut got = Got::default();
-    let plan = got.spawn(about, spec).and_then(|network| got.plan(about, spec, share, network, bundle));
+    let spawned = enter_cgroup(about, spec).and_then(|cgroup| got.spawn(about, spec, cgroup));
+    let plan = spawned.and_then(|network| got.plan(about, spec, share, network, bundle));
     got.finish(plan)
 }
 
@@ -100,10 +107,10 @@ impl Got {
         Prepared { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
     }
 
-    /// Enters the cgroup and starts the VMM's process in it.
-    fn spawn(&mut self, about: &About, spec: &Spec) -> Result<spec::Network, String> {
+    /// Starts the VMM's process, in the cgroup that was entered.
+    fn spawn(&mut self, about: &About, spec: &Spec, cgroup: Option<Cgroup>) -> Result<spec::Network, String> {
+        self.cgroup = cgroup;
         let network = spec.network().map_err(|e| chain(&e))?;
-        self.cgroup = enter_cgroup(about, spec)?;
         let vmm = self.vmm.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
         about.timeline.mark("vmm spawned");
         note(&about.dir, "vmm.pid", vmm.pid)?;
@@ -204,7 +211,9 @@ fn enter_cgroup(about: &About, spec: &Spec) -> Result<Option<Cgroup>, String> {
     let cgroup = Cgroup::enter(path, &about.namespace)
         .map_err(|error| format!("entering the sandbox' cgroup {path}: {}", chain(&error)))?;
     let dirs: Vec<_> = cgroup.place().dirs().map(|dir| dir.display().to_string()).collect();
-    if let Err(error) = about.dir.write("cgroup", &dirs.join("\n")) {
+    let noted = about.dir.write("cgroup", &dirs.join("\n"));
+    let noted = noted.and_then(|()| cgroup.unit().map_or(Ok(()), |unit| about.dir.write("unit", unit.name())));
+    if let Err(error) = noted {
         tracing::warn!(error = %chain(&error), "cgroup not noted");
     }
     Ok(Some(cgroup))

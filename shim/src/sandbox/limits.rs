@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use super::cgroup::Place;
+use crate::bundle::cpuset::CpuSet;
 use crate::bundle::growth::{HostLimits, guest_mib, host_bytes};
+use crate::systemd::{Property, Unit, Value};
 
 /// Period of the CPU limit in microseconds.
 const PERIOD: u64 = 100_000;
@@ -53,7 +55,54 @@ pub fn memory(place: &Place) -> Option<u64> {
 ///
 /// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
 /// kernel, which kills one of its processes, and not on the host, which would kill the VMM.
-pub fn set(place: &Place, limits: &HostLimits, guest_mib: u64) {
+///
+/// Where the cgroup is a scope, systemd is told of them afterwards, so that it writes what is there already: it is this
+/// process that waits until memory was taken back, and not the host's service manager.
+pub fn set(place: &Place, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
+    let millis = limits.millis.map(|millis| rounded(unit, millis));
+    let cpus = limits.cpus.clone().or_else(|| all_cpus(place));
+    let limits = &HostLimits { millis, cpus, ..limits.clone() };
+    write(place, limits, guest_mib);
+    if let Some(unit) = unit
+        && let Err(error) = unit.set(&properties(place, limits, guest_mib))
+    {
+        tracing::warn!(error = %crate::chain(&error), "systemd may undo the host's limits");
+    }
+}
+
+/// systemd keeps a quota by the hundredth of a processor.
+fn rounded(unit: Option<&Unit>, millis: u64) -> u64 {
+    if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
+}
+
+/// The processors of the cgroup above, where there is a list to be taken away: the kernel takes no empty one for a cgroup
+/// with processes in it (kernel/cgroup/cpuset.c, validate_change: ENOSPC).
+fn all_cpus(place: &Place) -> Option<CpuSet> {
+    let Place::Unified(path) = place else { return None };
+    let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).ok()?.parse().ok();
+    read(path, "cpuset.cpus").and_then(|_: CpuSet| read(path.parent()?, "cpuset.cpus.effective"))
+}
+
+/// The limits as a scope has them (org.freedesktop.systemd1(5), systemd.resource-control(5)).
+fn properties(place: &Place, limits: &HostLimits, guest_mib: u64) -> Vec<Property> {
+    let number = |value: Option<u64>| Value::U64(value.unwrap_or(u64::MAX));
+    let memory = limits.memory.then(|| host_bytes(guest_mib));
+    let quota = limits.millis.map(|millis| millis.saturating_mul(1000));
+    let mut all = vec![("CPUQuotaPerSecUSec", number(quota))];
+    match place {
+        Place::Unified(_) => {
+            all.push(("MemoryMax", number(memory)));
+            all.push(("MemoryHigh", number(memory.map(|max| high(place, max)))));
+            // Of systemd 244 and later: not named where nobody asks for it.
+            all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
+        }
+        // Of version 1 it has not all controllers.
+        Place::Legacy(_) => all.push(("MemoryLimit", number(memory))),
+    }
+    all
+}
+
+fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
     let memory = limits.memory.then(|| host_bytes(guest_mib).to_string());
     let quota = limits.millis.map(|millis| (millis.saturating_mul(PERIOD) / 1000).to_string());
     let cpus = limits.cpus.as_ref().map(ToString::to_string);
@@ -63,16 +112,17 @@ pub fn set(place: &Place, limits: &HostLimits, guest_mib: u64) {
             tracing::warn!(%error, file, value, "the host's limit is not set");
         }
     };
-    let cpuset = place.of("cpuset").filter(|dir| cpus.is_some() || dir.join("cpuset.cpus").exists());
+    let cpuset = place.of("cpuset");
     match place {
         Place::Unified(path) => {
             write(Some(path), "memory.max", memory.as_deref().unwrap_or("max"));
             let high = limits.memory.then(|| high(place, host_bytes(guest_mib)).to_string());
             write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
-            // Without a list it has the processors of the cgroup above. A line of nothing is one, nothing at all is no
-            // write.
-            write(cpuset, "cpuset.cpus", cpus.as_deref().unwrap_or("\n"));
+            // Without a list it has the processors of the cgroup above.
+            if let Some(cpus) = cpus {
+                write(cpuset, "cpuset.cpus", &cpus);
+            }
         }
         Place::Legacy(_) => {
             write(place.of("memory"), "memory.limit_in_bytes", memory.as_deref().unwrap_or("-1"));
@@ -114,15 +164,21 @@ mod tests {
     #[test]
     fn a_set_of_processors_comes_and_goes() {
         let dir = tempfile::tempdir().unwrap();
-        let place = Place::Unified(dir.path().to_owned());
-        let cpus = || std::fs::read_to_string(dir.path().join("cpuset.cpus")).ok();
-        set(&place, &HostLimits::default(), 100);
+        let pod = dir.path().join("pod");
+        std::fs::create_dir(&pod).unwrap();
+        let place = Place::Unified(pod.clone());
+        let cpus = || std::fs::read_to_string(pod.join("cpuset.cpus")).ok();
+        std::fs::write(dir.path().join("cpuset.cpus.effective"), "0-7\n").unwrap();
+        set(&place, None, &HostLimits::default(), 100);
         assert_eq!(cpus(), None);
-        set(&place, &HostLimits { cpus: Some("1-3".parse().unwrap()), ..HostLimits::default() }, 100);
-        assert_eq!(cpus().as_deref(), Some("1-3"));
-        // Without the line break nothing would be written, and the kernel keep the set.
-        set(&place, &HostLimits::default(), 100);
+        // As it is before anybody sets it.
+        std::fs::write(pod.join("cpuset.cpus"), "\n").unwrap();
+        set(&place, None, &HostLimits::default(), 100);
         assert_eq!(cpus().as_deref(), Some("\n"));
+        set(&place, None, &HostLimits { cpus: Some("1-3".parse().unwrap()), ..HostLimits::default() }, 100);
+        assert_eq!(cpus().as_deref(), Some("1-3"));
+        set(&place, None, &HostLimits::default(), 100);
+        assert_eq!(cpus().as_deref(), Some("0-7"));
     }
 
     #[test]
@@ -147,10 +203,32 @@ mod tests {
         std::fs::create_dir(&pod).unwrap();
         std::fs::write(dir.path().join("cpuset.cpus"), "0-7").unwrap();
         let read = |file: &str| std::fs::read_to_string(pod.join(file)).unwrap();
-        set(&place, &HostLimits { memory: true, millis: Some(1500), cpus: Some("1-3".parse().unwrap()) }, 100);
+        set(&place, None, &HostLimits { memory: true, millis: Some(1500), cpus: Some("1-3".parse().unwrap()) }, 100);
         assert_eq!([read("cpu.cfs_quota_us"), read("cpuset.cpus")], ["150000", "1-3"]);
         assert_eq!(read("memory.limit_in_bytes"), host_bytes(100).to_string());
-        set(&place, &HostLimits::default(), 100);
+        set(&place, None, &HostLimits::default(), 100);
         assert_eq!([read("cpu.cfs_quota_us"), read("memory.limit_in_bytes"), read("cpuset.cpus")], ["-1", "-1", "0-7"]);
+    }
+
+    #[test]
+    fn systemd_has_the_same_limits() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = dir.path().join("pod");
+        std::fs::create_dir(&pod).unwrap();
+        std::fs::write(dir.path().join("memory.max"), (100u64 << 20).to_string()).unwrap();
+        let (place, unit) = (Place::Unified(pod.clone()), Unit::new("a.scope"));
+        let limits = HostLimits { memory: true, millis: Some(1505), cpus: Some("1-3,9".parse().unwrap()) };
+        assert_eq!((rounded(Some(&unit), 1505), rounded(None, 1505)), (1510, 1505));
+        let expected = vec![
+            ("CPUQuotaPerSecUSec", Value::U64(1_505_000)),
+            ("MemoryMax", Value::U64(host_bytes(128))),
+            ("MemoryHigh", Value::U64(96 << 20)),
+            ("AllowedCPUs", Value::Bytes(vec![0b1110, 0b10])),
+        ];
+        assert_eq!(properties(&place, &limits, 128), expected);
+        let none = properties(&place, &HostLimits::default(), 128);
+        assert!(none.len() == 3 && none.iter().all(|(_, value)| *value == Value::U64(u64::MAX)));
+        let legacy = properties(&Place::Legacy(Vec::new()), &limits, 128);
+        assert_eq!(legacy.last(), Some(&("MemoryLimit", Value::U64(host_bytes(128)))));
     }
 }

@@ -136,9 +136,9 @@ impl Sandbox {
             let _ = self.vmm.set(vmm.clone());
         }
         if let (Ok(plan), Some(vmm)) = (&plan, &vmm) {
-            let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
+            let cgroup = self.cgroup.get().map(|cgroup| (cgroup.place().clone(), cgroup.unit().cloned()));
             let (growth, dir) = (plan.sizing.growth.clone(), self.dir.clone());
-            let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), place, dir));
+            let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), cgroup, dir));
         }
         let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
         let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.place()));
@@ -155,7 +155,7 @@ impl Sandbox {
                     if let (Ok(_), Some(steer)) = (&agent, steer) {
                         forward::serve(steer, vmm);
                     }
-                    if let (Ok(agent), Some(place)) = (&agent, place) {
+                    if let Ok(agent) = &agent {
                         reclaim::start(place, agent.clone(), vmm.clone());
                     }
                     if let (Ok(agent), Some((follow, notices))) = (&agent, follow) {

@@ -16,6 +16,7 @@ use super::state::StateDir;
 use super::vmm::{Vmm, VmmError};
 use super::{Boot, hugepages, limits};
 use crate::bundle::growth::{Growth, HostLimits, Size};
+use crate::systemd::Unit;
 
 /// How long a guest may take to have the memory it gets.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -91,7 +92,13 @@ pub struct Resizer {
 
 impl Resizer {
     /// Starts the task; it ends with this handle.
-    pub fn start(growth: Growth, vmm: Vmm, boot: watch::Receiver<Boot>, cgroup: Option<Place>, dir: StateDir) -> Self {
+    pub fn start(
+        growth: Growth,
+        vmm: Vmm,
+        boot: watch::Receiver<Boot>,
+        cgroup: Option<(Place, Option<Unit>)>,
+        dir: StateDir,
+    ) -> Self {
         let (jobs, asked) = mpsc::unbounded_channel();
         let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
         let machine = Machine {
@@ -134,7 +141,8 @@ type GivingBack = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 struct Machine {
     vmm: Vmm,
     boot: watch::Receiver<Boot>,
-    cgroup: Option<Place>,
+    /// With what systemd has of it, if that made it.
+    cgroup: Option<(Place, Option<Unit>)>,
     /// Where `husk ps` finds the size.
     dir: StateDir,
     start: Size,
@@ -186,7 +194,7 @@ impl Machine {
 
     /// Grows what has to grow, and asks for back what may shrink.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
-        if let Some(place) = &self.cgroup {
+        if let Some((place, _)) = &self.cgroup {
             target.size.memory_mib = target.size.memory_mib.min(limits::room(place));
         }
         target.huge_mib = target.huge_mib.max(self.now.huge_mib);
@@ -284,9 +292,10 @@ impl Machine {
 
     /// Sets the limits on the host for what the guest may have by now. Lowering one waits for memory to be reclaimed.
     async fn set_host_limits(&mut self) {
-        let Some(place) = self.cgroup.clone() else { return };
+        let Some((place, unit)) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
-        if let Err(error) = tokio::task::spawn_blocking(move || limits::set(&place, &limits, guest_mib)).await {
+        let set = move || limits::set(&place, unit.as_ref(), &limits, guest_mib);
+        if let Err(error) = tokio::task::spawn_blocking(set).await {
             tracing::warn!(%error, "the host's limits are not set");
         }
     }

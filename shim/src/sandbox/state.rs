@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::cgroup;
 use crate::bundle::{Share, ShareError};
+use crate::systemd::Unit;
 
 /// Where all sandboxes are kept.
 pub const ROOT: &str = "/run/husk";
@@ -147,9 +148,10 @@ impl StateDir {
             }
         }
         let namespace = self.path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
-        for path in self.read("cgroup").unwrap_or_default().lines() {
-            cgroup::remove(Path::new(path), namespace.unwrap_or_default());
-        }
+        let dirs = self.read("cgroup").unwrap_or_default();
+        let dirs: Vec<&Path> = dirs.lines().map(Path::new).collect();
+        let unit = self.read("unit").map(Unit::new);
+        cgroup::remove(&dirs, unit.as_ref(), namespace.unwrap_or_default());
         self.remove();
     }
 
@@ -157,7 +159,7 @@ impl StateDir {
     pub fn remove(&self) {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
         // Only what is written here is removed: never a tree in which something may still be mounted.
-        for name in ["vmm.pid", "shim.pid", "cgroup", "address", "timeline.json", NOTE, NOTE_ASIDE]
+        for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", NOTE, NOTE_ASIDE]
             .iter()
             .chain(&crate::pod::FILES)
         {

@@ -14,10 +14,16 @@ const LOOK: Duration = Duration::from_millis(5);
 const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
 /// The sandbox' directory in each hierarchy, and this process's own there. `mounts` is `/proc/self/mountinfo`, `own`
-/// `/proc/self/cgroup`.
-pub fn place(mounts: &str, own: &str, relative: &Path) -> (Place, Vec<PathBuf>) {
+/// `/proc/self/cgroup`. Where systemd makes it (`scope`), that of version 2 is one of them: beside version 1 systemd has it
+/// to know by which processes there are.
+pub fn place(mounts: &str, own: &str, relative: &Path, scope: bool) -> (Place, Vec<PathBuf>) {
     let (mut all, mut origins) = (Vec::new(), Vec::new());
-    for (point, options) in mounts.lines().filter_map(hierarchy) {
+    let unified = mounts.lines().find_map(|line| hierarchy(line, "cgroup2")).filter(|_| scope);
+    if let Some(((point, _), path)) = unified.zip(own.lines().find_map(|line| line.strip_prefix("0::/"))) {
+        all.push((Vec::new(), point.join(relative)));
+        origins.push(point.join(path));
+    }
+    for (point, options) in mounts.lines().filter_map(|line| hierarchy(line, "cgroup")) {
         let has = |name: &str| options.split(',').any(|option| option == name);
         // hierarchy-ID:controllers:path (cgroups(7)); a name stands for controllers where there are none.
         let line = own.lines().find_map(|line| {
@@ -36,11 +42,11 @@ pub fn place(mounts: &str, own: &str, relative: &Path) -> (Place, Vec<PathBuf>) 
     (Place::Legacy(all), origins)
 }
 
-/// Mount point and options of a line of mountinfo that mounts a hierarchy.
-fn hierarchy(line: &str) -> Option<(PathBuf, &str)> {
+/// Mount point and options of a line of mountinfo that mounts a hierarchy of this kind.
+fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     let (mount, system) = line.split_once(" - ")?;
     let mut system = system.split(' ');
-    if system.next()? != "cgroup" {
+    if system.next()? != kind {
         return None;
     }
     let options = system.nth(1)?;
@@ -96,7 +102,7 @@ mod tests {
 
     #[test]
     fn every_hierarchy_has_a_directory() {
-        let (place, origins) = place(MOUNTS, OWN, Path::new("kubepods/pod"));
+        let (place, origins) = place(MOUNTS, OWN, Path::new("kubepods/pod"), false);
         let top = Path::new("/sys/fs/cgroup");
         assert_eq!(place.of("cpuacct"), Some(&*top.join("cpu,cpuacct/kubepods/pod")));
         assert_eq!(place.of("memory"), Some(&*top.join("memory/kubepods/pod")));
@@ -104,6 +110,15 @@ mod tests {
         assert_eq!(place.dirs().count(), 3);
         let expected = ["systemd/system.slice/x", "cpu,cpuacct/system.slice/x", "memory/"];
         assert_eq!(origins, expected.map(|path| top.join(path)));
+    }
+
+    #[test]
+    fn a_scope_is_left_where_systemd_looks() {
+        let (place, origins) = place(MOUNTS, OWN, Path::new("a.slice/b.scope"), true);
+        let first = (place.dirs().next(), origins.first().map(PathBuf::as_path));
+        let top = Path::new("/sys/fs/cgroup/unified");
+        assert_eq!(first, (Some(&*top.join("a.slice/b.scope")), Some(&*top.join("system.slice/x"))));
+        assert_eq!((place.dirs().count(), origins.len(), place.of("")), (4, 4, None));
     }
 
     #[test]

@@ -1,11 +1,14 @@
 //! The sandbox's cgroup on the host: everything that runs for the pod is accounted where containerd expects it.
 
 mod legacy;
+mod path;
 mod remove;
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 pub use remove::remove;
+
+use crate::systemd::{Unit, UnitError};
 
 /// Mount point of cgroup v2, or of the directory with v1's.
 const MOUNT: &str = "/sys/fs/cgroup";
@@ -29,6 +32,8 @@ pub struct Cgroup {
     /// Where the process came from and goes back to before the removal, for each directory.
     origins: Vec<PathBuf>,
     namespace: String,
+    /// The scope that it is, where systemd made it.
+    unit: Option<Unit>,
 }
 
 /// Why there is no cgroup.
@@ -37,6 +42,9 @@ pub enum CgroupError {
     /// The specification names something outside the hierarchy.
     #[error("cgroupsPath {0:?} is no path within the cgroup hierarchy")]
     Path(String),
+    /// systemd was asked for it, and did not make it.
+    #[error("having systemd make the cgroup")]
+    Unit(#[from] UnitError),
     /// The host has none.
     #[error("no hierarchy of control groups is mounted below {MOUNT}")]
     None,
@@ -60,85 +68,46 @@ pub enum CgroupError {
     },
 }
 
-/// The cgroup a `cgroupsPath` means: a path, or systemd's `slice:prefix:name`.
-///
-/// # Errors
-/// [`CgroupError::Path`] when it would lead out of the hierarchy.
-pub fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
-    let error = || CgroupError::Path(cgroups_path.to_owned());
-    let parts: Vec<&str> = cgroups_path.split(':').collect();
-    let text = match parts.as_slice() {
-        [path] => (*path).to_owned(),
-        [slice, prefix, name] => {
-            let slice = if slice.is_empty() { "system.slice" } else { slice };
-            let unit = if name.ends_with(".slice") { (*name).to_owned() } else { format!("{prefix}-{name}.scope") };
-            format!("{}/{unit}", expand_slice(slice).ok_or_else(error)?)
-        }
-        _ => return Err(error()),
-    };
-    let mut path = PathBuf::new();
-    for component in Path::new(&text).components() {
-        match component {
-            Component::Normal(name) => path.push(name),
-            Component::RootDir | Component::CurDir => {}
-            Component::ParentDir | Component::Prefix(_) => return Err(error()),
-        }
-    }
-    if path.as_os_str().is_empty() { Err(error()) } else { Ok(path) }
-}
-
-/// systemd keeps `a-b.slice` in `a.slice`.
-fn expand_slice(slice: &str) -> Option<String> {
-    let name = slice.strip_suffix(".slice")?;
-    if name == "-" {
-        return Some(String::new());
-    }
-    if name.is_empty() || name.contains('/') {
-        return None;
-    }
-    let mut path = String::new();
-    let mut prefix = String::new();
-    for part in name.split('-') {
-        if part.is_empty() {
-            return None;
-        }
-        prefix = if prefix.is_empty() { part.to_owned() } else { format!("{prefix}-{part}") };
-        path.push_str(&format!("/{prefix}.slice"));
-    }
-    Some(path)
-}
-
 /// Whether this host has the unified hierarchy.
 pub fn is_unified() -> bool {
     Path::new(MOUNT).join("cgroup.controllers").exists()
 }
 
 impl Cgroup {
-    /// Makes the cgroup and moves this process, which has no other threads yet, into it.
+    /// Makes the cgroup, or has systemd make it, and moves this process into it. Blocks as long as systemd takes.
     ///
     /// # Errors
     /// [`CgroupError`]; nothing is left behind then.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
-        let relative = relative_path(cgroups_path)?;
+        let path::Named { relative, scope } = path::named(cgroups_path)?;
         let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let (place, origins) = if is_unified() {
             let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
             (Place::Unified(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(own)])
         } else {
             let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-            legacy::place(&mounts, &own, &relative)
+            legacy::place(&mounts, &own, &relative, scope.is_some())
         };
         if place.dirs().next().is_none() {
             return Err(CgroupError::None);
         }
-        let cgroup = Self { place, origins, namespace: namespace.to_owned() };
+        if let Some(scope) = &scope {
+            scope.start(std::process::id())?;
+        }
+        let cgroup = Self { place, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
         let made = cgroup.make();
         if made.is_err() {
             // Of version 1 it may be in some already.
             cgroup.leave();
+            cgroup.unit.iter().for_each(stop);
             cgroup.place.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
         }
         made.map(|()| cgroup)
+    }
+
+    /// What systemd has of it, if that made it.
+    pub fn unit(&self) -> Option<&Unit> {
+        self.unit.as_ref()
     }
 
     fn make(&self) -> Result<(), CgroupError> {
@@ -179,10 +148,13 @@ impl Cgroup {
     /// Moves this process back and removes the cgroup, and containerd's own above it when this was the last in it.
     pub async fn leave_and_remove(&self) {
         self.leave();
-        let (place, namespace) = (self.place.clone(), self.namespace.clone());
+        let (place, namespace, unit) = (self.place.clone(), self.namespace.clone(), self.unit.clone());
         // The wait for the last process would hold up everything else on this thread.
-        let removed =
-            tokio::task::spawn_blocking(move || place.dirs().for_each(|path| remove::remove(path, &namespace))).await;
+        let removed = tokio::task::spawn_blocking(move || {
+            let dirs: Vec<&Path> = place.dirs().collect();
+            remove(&dirs, unit.as_ref(), &namespace);
+        })
+        .await;
         if let Err(error) = removed {
             tracing::warn!("cannot remove the cgroup: {error}");
         }
@@ -207,6 +179,12 @@ impl Place {
             Self::Legacy(all) => (None, all),
         };
         one.into_iter().chain(all.iter().map(|(_, path): &(Vec<String>, PathBuf)| path.as_path()))
+    }
+}
+
+fn stop(unit: &Unit) {
+    if let Err(error) = unit.stop() {
+        tracing::warn!(error = %crate::chain(&error), "the scope is left to systemd");
     }
 }
 
@@ -255,20 +233,5 @@ mod tests {
         let text = |parent| std::fs::read_to_string(control(parent)).unwrap();
         assert_eq!([text(""), text("pods"), text("pods/one")], ["cpu memory\n", "+memory", "+memory"]);
         assert_eq!(text("pods/one/sandbox"), "");
-    }
-
-    #[test]
-    fn paths() {
-        let path = |text: &str| relative_path(text).map(|path| path.display().to_string()).ok();
-        assert_eq!(path("/default/c1").as_deref(), Some("default/c1"));
-        assert_eq!(path("k8s.io/x").as_deref(), Some("k8s.io/x"));
-        assert_eq!(
-            path("kubepods-burstable-pod1.slice:cri-containerd:abc").as_deref(),
-            Some("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope")
-        );
-        assert_eq!(path(":p:n").as_deref(), Some("system.slice/p-n.scope"));
-        for bad in ["", "/", "/../x", "a:b", "a/b.slice:p:n", "a--b.slice:p:n"] {
-            assert_eq!(path(bad), None, "{bad}");
-        }
     }
 }

@@ -9,34 +9,37 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{MOUNT, legacy};
+use crate::systemd::Unit;
 
-/// Removes a sandbox' cgroup with what is below it, and containerd's own for the namespace when it was the last in it.
-/// Waits a second at most for the end of processes that were killed.
-pub fn remove(path: &Path, namespace: &str) {
-    if !path.starts_with(MOUNT) || path == Path::new(MOUNT) || path.components().any(|c| c == Component::ParentDir) {
-        return;
+/// Removes a sandbox' cgroup, one directory or one of each hierarchy, with what is below it, and containerd's own for the
+/// namespace when it was the last in it. Waits a second at most for the end of processes that were killed. Where systemd
+/// made it, it ends it: one that is gone before systemd saw it empty would be a unit without end.
+pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
+    let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
+    let deadline = Instant::now() + PATIENCE;
+    // Of these and of all below: a process that was just killed leaves a moment after it was reaped.
+    let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
+    unit.into_iter().for_each(super::stop);
+    for (path, empty) in dirs.into_iter().zip(empty) {
+        if let Err(error) = empty.and_then(|()| remove_directories(path)) {
+            tracing::warn!(path = %path.display(), "cannot remove the cgroup: {error}");
+        }
+        if let Some(parent) = path.parent()
+            && parent.file_name().is_some_and(|name| name == namespace)
+        {
+            let _ = std::fs::remove_dir(parent);
+        }
     }
-    remove_tree(path);
-    if let Some(parent) = path.parent()
-        && parent.file_name().is_some_and(|name| name == namespace)
-    {
-        let _ = std::fs::remove_dir(parent);
-    }
+}
+
+fn is_within(path: &Path) -> bool {
+    path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
 }
 
 /// How long a cgroup's last processes, killed already, may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Removes a cgroup and those below it.
-fn remove_tree(path: &Path) {
-    let deadline = Instant::now() + PATIENCE;
-    // Of this cgroup and of all below it: a process that was just killed leaves a moment after it was reaped.
-    let empty = wait_until_empty(path, deadline);
-    if let Err(error) = empty.and_then(|()| remove_directories(path)) {
-        tracing::warn!(path = %path.display(), "cannot remove the cgroup: {error}");
-    }
-}
-
 fn remove_directories(path: &Path) -> io::Result<()> {
     let entries = match std::fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -1,0 +1,458 @@
+//! Messages of D-Bus, as far as the service manager is asked and answers (D-Bus Specification 0.43, "Type System" and
+//! "Message Protocol"). Only little-endian: the other side is of this machine, which Husk runs on as x86_64.
+
+/// Largest message that is taken; a signal may carry all properties of a unit.
+pub const MOST: usize = 16 << 20;
+/// Length of a header's fixed part: with the length of the fields that follow.
+pub const FIXED: usize = 16;
+/// The header's alignment, and that of a structure.
+const STRUCT: usize = 8;
+
+/// A value of a property.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Value {
+    /// `b`
+    Bool(bool),
+    /// `t`
+    U64(u64),
+    /// `s`
+    Text(String),
+    /// `au`
+    Numbers(Vec<u32>),
+    /// `ay`
+    Bytes(Vec<u8>),
+}
+
+/// A property and its value.
+pub type Property = (&'static str, Value);
+
+/// A call of a method.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// Object.
+    pub path: &'a str,
+    /// Interface.
+    pub interface: &'a str,
+    /// Method.
+    pub member: &'a str,
+    /// The name on the bus that is meant; nobody looks at it where there is no bus.
+    pub destination: &'a str,
+    /// Types of the arguments.
+    pub signature: &'a str,
+    /// The arguments.
+    pub body: Body,
+}
+
+/// Arguments as they are written.
+#[derive(Debug, Default)]
+pub struct Body(Vec<u8>);
+
+/// What was received.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Received {
+    /// A method has returned; with the arguments' bytes.
+    Return {
+        /// Serial number of the call.
+        to: u32,
+        /// Its results.
+        body: Vec<u8>,
+    },
+    /// A method has failed.
+    Error {
+        /// Serial number of the call.
+        to: u32,
+        /// The error's name.
+        name: String,
+        /// What the peer says about it.
+        text: String,
+    },
+    /// A signal.
+    Signal {
+        /// Its name.
+        member: String,
+        /// Its arguments.
+        body: Vec<u8>,
+    },
+    /// A call: nobody has anything to call here.
+    Other,
+}
+
+/// The peer does not keep to the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a message that is none of D-Bus'")]
+pub struct Malformed;
+
+impl Body {
+    fn align(&mut self, to: usize) {
+        self.0.resize(self.0.len().next_multiple_of(to), 0);
+    }
+
+    fn u32(&mut self, number: u32) {
+        self.align(4);
+        self.0.extend(number.to_le_bytes());
+    }
+
+    fn length(&mut self, length: usize) {
+        // What is written here has no more than a few hundred bytes.
+        self.u32(u32::try_from(length).unwrap_or(u32::MAX));
+    }
+
+    /// `b`
+    pub fn bool(mut self, value: bool) -> Self {
+        self.u32(value.into());
+        self
+    }
+
+    /// `s` and `o`
+    pub fn text(mut self, text: &str) -> Self {
+        self.put_text(text);
+        self
+    }
+
+    fn put_text(&mut self, text: &str) {
+        self.length(text.len());
+        self.0.extend(text.as_bytes());
+        self.0.push(0);
+    }
+
+    fn signature(&mut self, signature: &str) {
+        // The same: a few letters.
+        self.0.push(u8::try_from(signature.len()).unwrap_or(u8::MAX));
+        self.0.extend(signature.as_bytes());
+        self.0.push(0);
+    }
+
+    fn variant(&mut self, value: &Value) {
+        match value {
+            Value::Bool(value) => {
+                self.signature("b");
+                self.u32((*value).into());
+            }
+            Value::U64(number) => {
+                self.signature("t");
+                self.align(8);
+                self.0.extend(number.to_le_bytes());
+            }
+            Value::Text(text) => {
+                self.signature("s");
+                self.put_text(text);
+            }
+            Value::Numbers(numbers) => {
+                self.signature("au");
+                self.array(4, |body| numbers.iter().for_each(|number| body.u32(*number)));
+            }
+            Value::Bytes(bytes) => {
+                self.signature("ay");
+                self.array(1, |body| body.0.extend(bytes));
+            }
+        }
+    }
+
+    /// Its length is that of the elements, without what aligns the first one.
+    fn array(&mut self, alignment: usize, fill: impl FnOnce(&mut Self)) {
+        self.u32(0);
+        let length_at = self.0.len() - 4;
+        self.align(alignment);
+        let begin = self.0.len();
+        fill(self);
+        let length = u32::try_from(self.0.len() - begin).unwrap_or(u32::MAX);
+        if let Some(place) = self.0.get_mut(length_at..length_at + 4) {
+            place.copy_from_slice(&length.to_le_bytes());
+        }
+    }
+
+    /// `a(sv)`
+    pub fn properties(mut self, properties: &[Property]) -> Self {
+        self.array(STRUCT, |body| {
+            for (name, value) in properties {
+                body.align(STRUCT);
+                body.put_text(name);
+                body.variant(value);
+            }
+        });
+        self
+    }
+
+    /// An array of structures with nothing in it.
+    pub fn no_structures(mut self) -> Self {
+        self.array(STRUCT, |_| ());
+        self
+    }
+}
+
+impl Call<'_> {
+    /// The message with this serial number, which is not 0.
+    pub fn encode(&self, serial: u32) -> Vec<u8> {
+        let mut out = Body(vec![b'l', METHOD_CALL, 0, 1]);
+        out.length(self.body.0.len());
+        out.u32(serial);
+        out.array(STRUCT, |fields| {
+            for (code, kind, text) in [
+                (PATH, "o", self.path),
+                (INTERFACE, "s", self.interface),
+                (MEMBER, "s", self.member),
+                (DESTINATION, "s", self.destination),
+                (SIGNATURE, "g", self.signature),
+            ] {
+                fields.align(STRUCT);
+                fields.0.push(code);
+                fields.signature(kind);
+                if kind == "g" { fields.signature(text) } else { fields.put_text(text) }
+            }
+        });
+        out.align(STRUCT);
+        out.0.extend(&self.body.0);
+        out.0
+    }
+}
+
+const METHOD_CALL: u8 = 1;
+const METHOD_RETURN: u8 = 2;
+const ERROR: u8 = 3;
+const SIGNAL: u8 = 4;
+
+const PATH: u8 = 1;
+const INTERFACE: u8 = 2;
+const MEMBER: u8 = 3;
+const ERROR_NAME: u8 = 4;
+const REPLY_SERIAL: u8 = 5;
+const DESTINATION: u8 = 6;
+const SIGNATURE: u8 = 8;
+
+/// Reads values one after another.
+pub struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    /// Of a body, or of a message from its begin.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    fn align(&mut self, to: usize) {
+        self.at = self.at.next_multiple_of(to);
+    }
+
+    fn take(&mut self, length: usize) -> Result<&'a [u8], Malformed> {
+        let end = self.at.checked_add(length).ok_or(Malformed)?;
+        let bytes = self.bytes.get(self.at..end).ok_or(Malformed)?;
+        self.at = end;
+        Ok(bytes)
+    }
+
+    fn u8(&mut self) -> Result<u8, Malformed> {
+        self.take(1)?.first().copied().ok_or(Malformed)
+    }
+
+    /// `u`
+    ///
+    /// # Errors
+    /// [`Malformed`] at the end of what there is.
+    pub fn u32(&mut self) -> Result<u32, Malformed> {
+        self.align(4);
+        Ok(u32::from_le_bytes(self.take(4)?.try_into().map_err(|_| Malformed)?))
+    }
+
+    /// `s` or `o`
+    ///
+    /// # Errors
+    /// [`Malformed`] where there is none, or it is no text.
+    pub fn text(&mut self) -> Result<&'a str, Malformed> {
+        let length = usize::try_from(self.u32()?).map_err(|_| Malformed)?;
+        self.terminated(length)
+    }
+
+    fn terminated(&mut self, length: usize) -> Result<&'a str, Malformed> {
+        let text = std::str::from_utf8(self.take(length)?).map_err(|_| Malformed)?;
+        if self.u8()? == 0 { Ok(text) } else { Err(Malformed) }
+    }
+
+    fn signature(&mut self) -> Result<&'a str, Malformed> {
+        let length = self.u8()?.into();
+        self.terminated(length)
+    }
+}
+
+/// How many bytes follow a header's fixed part.
+///
+/// # Errors
+/// [`Malformed`] when it is none, or announces more than [`MOST`].
+pub fn rest(fixed: &[u8; FIXED]) -> Result<usize, Malformed> {
+    if fixed.first() != Some(&b'l') || fixed.get(3) != Some(&1) {
+        return Err(Malformed);
+    }
+    let (body, fields) = lengths(fixed)?;
+    let rest = fields.next_multiple_of(STRUCT).checked_add(body).ok_or(Malformed)?;
+    if rest <= MOST { Ok(rest) } else { Err(Malformed) }
+}
+
+/// Of the body and of the header's fields.
+fn lengths(message: &[u8]) -> Result<(usize, usize), Malformed> {
+    let mut reader = Reader { bytes: message, at: 4 };
+    let body = reader.u32()?;
+    let _serial = reader.u32()?;
+    let fields = reader.u32()?;
+    let fields = usize::try_from(fields).ok().filter(|length| *length <= MOST).ok_or(Malformed)?;
+    Ok((usize::try_from(body).map_err(|_| Malformed)?, fields))
+}
+
+/// Takes a whole message apart.
+///
+/// # Errors
+/// [`Malformed`].
+pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
+    let (body_length, fields_length) = lengths(message)?;
+    let end = FIXED.checked_add(fields_length).ok_or(Malformed)?;
+    let (mut member, mut error_name, mut to) = (None, None, None);
+    // Alignment counts from the message's begin.
+    let mut reader = Reader { bytes: message.get(..end).ok_or(Malformed)?, at: FIXED };
+    while reader.at < end {
+        reader.align(STRUCT);
+        let code = reader.u8()?;
+        match (code, reader.signature()?) {
+            (MEMBER, "s") => member = Some(reader.text()?),
+            (ERROR_NAME, "s") => error_name = Some(reader.text()?),
+            (REPLY_SERIAL, "u") => to = Some(reader.u32()?),
+            (_, "s" | "o") => drop(reader.text()?),
+            (_, "u") => drop(reader.u32()?),
+            (_, "g") => drop(reader.signature()?),
+            _ => return Err(Malformed),
+        }
+    }
+    let begin = end.next_multiple_of(STRUCT);
+    let body = message.get(begin..).filter(|body| body.len() == body_length).ok_or(Malformed)?;
+    Ok(match message.get(1) {
+        Some(&METHOD_RETURN) => Received::Return { to: to.ok_or(Malformed)?, body: body.to_vec() },
+        Some(&ERROR) => Received::Error {
+            to: to.ok_or(Malformed)?,
+            name: error_name.ok_or(Malformed)?.to_owned(),
+            // By convention the first argument, if it is a string: where it is not, that is no text either.
+            text: Reader::new(body).text().unwrap_or_default().to_owned(),
+        },
+        Some(&SIGNAL) => Received::Signal { member: member.ok_or(Malformed)?.to_owned(), body: body.to_vec() },
+        _ => Received::Other,
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A message as the service manager would send it.
+    pub fn message(kind: u8, fields: &[(u8, &str, &str)], to: Option<u32>, body: Body) -> Vec<u8> {
+        let mut out = Body(vec![b'l', kind, 0, 1]);
+        out.length(body.0.len());
+        out.u32(7);
+        out.array(STRUCT, |list| {
+            for (code, signature, text) in fields {
+                list.align(STRUCT);
+                list.0.push(*code);
+                list.signature(signature);
+                if *signature == "g" { list.signature(text) } else { list.put_text(text) }
+            }
+            if let Some(to) = to {
+                list.align(STRUCT);
+                list.0.push(REPLY_SERIAL);
+                list.signature("u");
+                list.u32(to);
+            }
+        });
+        out.align(STRUCT);
+        out.0.extend(body.0);
+        out.0
+    }
+
+    pub fn returned(to: u32, job: &str) -> Vec<u8> {
+        message(METHOD_RETURN, &[(SIGNATURE, "g", "o")], Some(to), Body::default().text(job))
+    }
+
+    pub fn failed(to: u32, name: &str, text: &str) -> Vec<u8> {
+        let fields = [(ERROR_NAME, "s", name), (SIGNATURE, "g", "s")];
+        message(ERROR, &fields, Some(to), Body::default().text(text))
+    }
+
+    pub fn removed(job: &str, unit: &str, result: &str) -> Vec<u8> {
+        let fields = [(PATH, "o", "/x"), (MEMBER, "s", "JobRemoved"), (SIGNATURE, "g", "uoss")];
+        message(SIGNAL, &fields, None, Body(vec![9, 0, 0, 0]).text(job).text(unit).text(result))
+    }
+
+    #[test]
+    fn a_call_is_as_busctl_sends_it() {
+        // Of `busctl call … ResetFailedUnit s a.scope`, byte by byte by the specification.
+        let call = Call {
+            path: "/o",
+            interface: "i.M",
+            member: "ResetFailedUnit",
+            destination: "d.s",
+            signature: "s",
+            body: Body::default().text("a.scope"),
+        };
+        let expected = b"l\x01\0\x01\x0c\0\0\0\x05\0\0\0\x5d\0\0\0\
+            \x01\x01o\0\x02\0\0\0/o\0\0\0\0\0\0\
+            \x02\x01s\0\x03\0\0\0i.M\0\0\0\0\0\
+            \x03\x01s\0\x0f\0\0\0ResetFailedUnit\0\
+            \x06\x01s\0\x03\0\0\0d.s\0\0\0\0\0\
+            \x08\x01g\0\x01s\0";
+        let encoded = call.encode(5);
+        let (header, body) = encoded.split_at(encoded.len() - 12);
+        let mut expected = expected.to_vec();
+        let fields = u8::try_from(expected.len() - FIXED).unwrap();
+        expected[12] = fields;
+        expected.resize(expected.len().next_multiple_of(8), 0);
+        assert_eq!((header, body), (&*expected, &b"\x07\0\0\0a.scope\0"[..]));
+    }
+
+    #[test]
+    fn properties_are_aligned() {
+        let properties = [
+            ("P", Value::Numbers(vec![1, 2])),
+            ("D", Value::Bool(true)),
+            ("M", Value::U64(3)),
+            ("C", Value::Bytes(vec![6])),
+            ("S", Value::Text("x".into())),
+        ];
+        let Body(bytes) = Body::default().properties(&properties);
+        let expected = b"\x6a\0\0\0\0\0\0\0\
+            \x01\0\0\0P\0\x02au\0\0\0\x08\0\0\0\x01\0\0\0\x02\0\0\0\
+            \x01\0\0\0D\0\x01b\0\0\0\0\x01\0\0\0\
+            \x01\0\0\0M\0\x01t\0\0\0\0\0\0\0\0\
+            \x03\0\0\0\0\0\0\0\
+            \x01\0\0\0C\0\x02ay\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\
+            \x01\0\0\0S\0\x01s\0\0\0\0\x01\0\0\0x\0";
+        assert_eq!(bytes, expected);
+        assert_eq!(Body::default().no_structures().0, [0; 8]);
+    }
+
+    #[test]
+    fn what_comes_is_understood() {
+        let back = |message: Vec<u8>| {
+            let fixed: [u8; FIXED] = message[..FIXED].try_into().unwrap();
+            assert_eq!(rest(&fixed).unwrap(), message.len() - FIXED);
+            decode(&message).unwrap()
+        };
+        assert!(matches!(back(returned(4, "/job/1")), Received::Return { to: 4, .. }));
+        let error = Received::Error { to: 5, name: "a.b".into(), text: "why".into() };
+        assert_eq!(back(failed(5, "a.b", "why")), error);
+        let Received::Signal { member, body } = back(removed("/job/1", "x.scope", "done")) else { panic!("no signal") };
+        let mut reader = Reader::new(&body);
+        assert_eq!((member.as_str(), reader.u32()), ("JobRemoved", Ok(9)));
+        assert_eq!([reader.text(), reader.text(), reader.text()], [Ok("/job/1"), Ok("x.scope"), Ok("done")]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn nothing_that_comes_breaks_it(bytes: Vec<u8>, cut in 0..80usize, change: (u8, u8)) {
+            let _ = decode(&bytes);
+            let mut message = removed("/job/1", "x.scope", "done");
+            let at = usize::from(change.0) % message.len();
+            message[at] = change.1;
+            message.truncate(message.len() - cut.min(message.len()));
+            let _ = decode(&message);
+            if let Some(Ok(fixed)) = message.get(..FIXED).map(<[u8; FIXED]>::try_from) {
+                let _ = rest(&fixed);
+            }
+        }
+    }
+}
