@@ -20,10 +20,12 @@ const STATE: &[(&str, usize)] = &[
     ("/run/netns", 1),
     ("/run/ipcns", 1),
     ("/dev/shm", 1),
+    // The files of units that were made by asking systemd: they go when systemd forgets the unit.
+    ("/run/systemd/transient", 2),
 ];
 
 /// Cgroups that are not a container's own.
-const PARENTS: [&str; 3] = [NAMESPACE, KUBERNETES, "kubepods"];
+const PARENTS: [&str; 4] = [NAMESPACE, KUBERNETES, "kubepods", "kubepods.slice"];
 
 /// What there was at one moment.
 #[derive(Debug)]

@@ -250,6 +250,65 @@ fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
     });
 }
 
+/// Two more interfaces, whose other ends are the node's: each with sizes, addresses and routes of its own.
+const INTERFACES: &str = "
+for number in 1 2; do
+    ip link add net$number address 02:00:00:00:97:0$number type veth peer name huskfar$number netns 1
+    ip link set net$number mtu $((1300 + 7650 * (number - 1))) up
+    ip addr add 10.97.$number.2/24 dev net$number
+    ip -6 addr add fd00:97:$number::2/64 dev net$number nodad
+    ip route add default via 10.97.$number.1 dev net$number metric $((number * 100)) mtu 1280
+    ip route add 10.98.0.0/16 via 10.97.$number.1 dev net$number metric $((30 - number))
+    ip -6 route add default via fd00:97:$number::1 dev net$number metric $((2000 + number)) mtu 1290
+done
+ip neigh add 10.97.1.9 lladdr 02:00:00:00:97:99 dev net1 nud permanent
+ip link set eth0 mtu 1400
+";
+
+#[test]
+fn several_interfaces_are_there_at_the_start() {
+    network_by_script("cri-several", INTERFACES, |pods| {
+        let pod = pods.pod();
+        for number in 1..=2 {
+            for arguments in [
+                format!("link set huskfar{number} mtu {} up", 1300 + 7650 * (number - 1)),
+                format!("addr add 10.97.{number}.1/24 dev huskfar{number}"),
+                format!("addr add fd00:97:{number}::1/64 dev huskfar{number} nodad"),
+            ] {
+                assert!(Command::new("ip").args(arguments.split(' ')).status().unwrap().success(), "{arguments}");
+            }
+        }
+        // The first thing a container sees: nothing has to come yet.
+        let first = pod.start(&pod.sh("cd /sys/class/net; grep . eth0/mtu net1/mtu net2/mtu net*/address; ip -o addr"));
+        assert_eq!(first.wait().0, 0, "{}", first.log());
+        for wanted in [
+            "eth0/mtu:1400",
+            "net1/mtu:1300",
+            "net2/mtu:8950",
+            "net1/address:02:00:00:00:97:01",
+            "net2/address:02:00:00:00:97:02",
+            "10.97.1.2/24",
+            "10.97.2.2/24",
+            "fd00:97:1::2/64",
+            "fd00:97:2::2/64",
+        ] {
+            assert!(first.log().contains(wanted), "{wanted}: {}", first.log());
+        }
+        let container = beside(&pod);
+        same(&pod, &container);
+        let neighbours = in_guest(&container, "neigh");
+        assert!(neighbours.contains("10.97.1.9 dev net1 lladdr 02:00:00:00:97:99 PERMANENT"), "{neighbours}");
+        // The lower metric's, and the other one's by its address.
+        assert!(in_guest(&container, "route get 10.98.1.1").contains("via 10.97.2.1 dev net2"));
+        pod.addresses().into_iter().for_each(answers);
+        for address in ["10.97.1.2", "10.97.2.2", "fd00:97:1::2", "fd00:97:2::2"] {
+            answers(address.parse().unwrap());
+        }
+        // A datagram as large as the link, whole.
+        assert_eq!(container.sh("ping -c 1 -w 20 -s 8922 10.97.2.1 | grep -c '8930 bytes'"), "1");
+    });
+}
+
 #[test]
 fn a_route_stays_when_the_way_to_its_gateway_is_gone() {
     let script = "

@@ -58,6 +58,9 @@ fn a_cgroup_that_cannot_be_made() {
         run.output().expect_error(&["cgroup", "/sys/fs/cgroup/husk-closed/one"]);
         let run = case.with_spec("true", |spec| spec["linux"]["cgroupsPath"] = json!("/../outside"));
         run.output().expect_error(&["cgroupsPath", "/../outside"]);
+        // The suite runs on hosts without systemd.
+        let run = case.sh("true").flags(&["--cgroup", "husk_e2e.slice:husk:one"]);
+        run.output().expect_error(&["husk-one.scope", "husk_e2e.slice", "/run/systemd/private"]);
         // Who names none gets none.
         let run = case.with_spec("echo runs", |spec| spec["linux"]["cgroupsPath"] = json!(""));
         run.output().expect_out("runs");

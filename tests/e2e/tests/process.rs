@@ -1,4 +1,7 @@
 //! The process as the OCI specification wants it: user, groups, capabilities, limits, environment, program look-up.
+use std::fs;
+use std::os::unix::fs::{MetadataExt, chown};
+
 use husk_e2e::command::{Output, run_ctr};
 use husk_e2e::{RUNC, case, spec};
 use serde_json::json;
@@ -225,5 +228,39 @@ fn a_privileged_container_has_everything() {
         let effective = u64::from_str_radix(&output.value("CapEff"), 16).unwrap();
         assert_eq!(effective & (1 << 21), 1 << 21, "CAP_SYS_ADMIN");
         assert!(output.out().ends_with("mounted\n1\ndevices\n"), "{}", output.describe());
+    });
+}
+
+#[test]
+fn ids_are_mapped_where_asked_for() {
+    case("userns", |case| {
+        // As `ctr run` describes it: ids of the container's, of the node's, and how many.
+        let map = "0:200000:65536";
+        let volume = case.dir().join("volume");
+        fs::create_dir(&volume).unwrap();
+        chown(&volume, Some(200_000), Some(200_000)).unwrap();
+        fs::write(volume.join("theirs"), "").unwrap();
+        let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", volume.display());
+        let script = "cat /proc/self/uid_map /proc/self/gid_map | tr -s ' '; id -u; id -g
+            stat -c %u:%g / /bin/busybox /etc/passwd | sort -u
+            touch /new && chown 5:6 /new && stat -c %u:%g /new
+            touch /volume/mine && chown 7:8 /volume/mine && stat -c %u:%g /volume /volume/mine /volume/theirs
+            cat /dev/null; ls /root > /dev/null && echo seen; kill -0 1 && echo killed";
+        let run = case.sh(script).flags(&["--uidmap", map, "--gidmap", map, "--mount", &mount]);
+        let output = run.output();
+        let lines: Vec<String> = output.out().lines().map(|line| line.trim().to_owned()).collect();
+        let seen = fs::metadata(volume.join("mine")).map(|meta| (meta.uid(), meta.gid()));
+        let expected = ["0 200000 65536", "0 200000 65536", "0", "0", "0:0", "5:6", "0:0", "7:8", "65534:65534"];
+        assert_eq!(lines.get(..expected.len()).unwrap_or(&lines), expected, "{}", output.describe());
+        assert_eq!(seen.unwrap(), (200_007, 200_008));
+        // An exec is in it as well, and so is another container of the same image beside.
+        let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--uidmap", map, "--gidmap", map]));
+        let other = case.sleeper();
+        let inside = container.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
+        assert_eq!(inside.expect_clean().out().trim(), "0 200000 65536\n0");
+        let beside = other.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
+        assert_eq!(beside.expect_clean().out().trim(), "0 0 4294967295\n0");
+        container.kill();
+        other.kill();
     });
 }

@@ -7,6 +7,7 @@ pub mod kubelet;
 pub mod manifest;
 pub mod pod;
 pub mod restart;
+pub mod spdy;
 pub mod stats;
 pub mod stream;
 pub mod userns;

@@ -14,7 +14,7 @@ use crate::node;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The process of the node's containerd that is not a zombie.
-fn containerd() -> Option<i32> {
+pub fn containerd() -> Option<i32> {
     let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let mut running = pids.filter(|pid: &i32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -50,6 +50,13 @@ fn begin() {
         (ready("RuntimeReady") && ready("NetworkReady")).then_some(())
     });
     assert!(answers.is_some(), "containerd does not answer:\n{}", node::log_tail(40));
+}
+
+/// Ends containerd and starts it again.
+#[track_caller]
+pub fn restart() {
+    end();
+    begin();
 }
 
 /// A container that writes a number every tenth of a second.

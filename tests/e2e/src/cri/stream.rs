@@ -56,6 +56,7 @@ impl Stream {
     }
 
     /// Reads more; false at the end.
+    #[track_caller]
     fn fill(&mut self) -> bool {
         let mut buffer = [0; 64 * 1024];
         match self.socket.read(&mut buffer) {
