@@ -26,11 +26,16 @@ fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
 /// Says what it hears, to both outputs.
 const EAR: &str = "echo up; while read line; do echo heard $line; echo aside $line >&2; done; echo end; exit 5";
 
+/// Says what it hears, and the terminal's size whenever that changes. A signal that comes just before `read` is looked at
+/// after it only; `wait` misses none.
+const TERMINAL: &str = "exec 3<&0; while read line; do echo heard $line; done <&3 & trap 'stty size' WINCH; echo up; \
+                        while :; do wait; done";
+
 #[test]
 fn a_terminal_has_the_size_of_the_one_that_is_attached() {
     pods("cri-attach-size", |pods| {
         let pod = pods.pod();
-        let mut config = pod.sh("trap 'stty size' WINCH; echo up; while :; do read line && echo heard $line; done");
+        let mut config = pod.sh(TERMINAL);
         config["tty"] = json!(true);
         config["stdin"] = json!(true);
         let container = pod.start(&config);
