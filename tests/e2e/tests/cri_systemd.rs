@@ -215,11 +215,14 @@ fn a_shim_that_is_killed_leaves_no_unit() {
         let (config, slice) = in_a_slice(pods);
         let pod = pods.run(config);
         let name = unit(&pod);
-        pod.sleeper();
+        let container = pod.sleeper();
         let dir = cgroup(&name);
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shim(&pod), libc::SIGKILL) }, 0);
         gone(&name);
+        // containerd tries once more, a second later, to delete a task that it could not ask for, and removes nothing
+        // before.
+        container.wait();
         pod.stop();
         pod.remove();
         assert!(!dir.exists());
