@@ -18,16 +18,12 @@ const BUILDERS: &str = "cri_builders";
 const FSX: &str = "cri_fsx";
 /// Tests that run only where `--all`, a containerd or a name asks for them: in an emulated node each takes half a minute
 /// to a minute and a half, and shorter ones are about the same parts.
-const LONG: [&str; 10] = [
+const LONG: [&str; 6] = [
     "a_guest_that_walks_through_many_files_keeps_its_machine",
     "a_pod_can_walk_through_more_files_than_can_be_open",
     "a_pod_shrinks_below_its_start",
     "huge_pages_of_a_container_are_limited",
-    "large_data_goes_both_ways",
-    "of_a_container_that_cannot_be_made_nothing_stays_in_the_guest",
-    "projected_volumes_have_directories_and_lose_what_is_removed",
     "sockets_and_locks_work_however_a_container_has_its_volume",
-    "the_operator_can_do_without_vhost",
     "there_is_no_limit_on_entries_nor_on_their_size",
 ];
 /// Suites of what only containerd 2.x has.
