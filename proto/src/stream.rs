@@ -12,7 +12,7 @@ pub const HEADER_LEN: usize = 12;
 /// Names a stream for the request that uses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Header {
-    /// Unique within the sandbox; never 0.
+    /// Random, so that it is unique within the sandbox and cannot be guessed; never 0.
     pub token: u64,
 }
 

@@ -9,6 +9,7 @@ pub mod hooks;
 pub mod mirror;
 pub mod network;
 pub mod pod;
+pub mod random;
 pub mod sandbox;
 pub mod spec;
 pub mod stdio;

@@ -74,9 +74,8 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     let mut children = reaper.signals().map_err(BootError::Reaper)?;
     let sandbox = Arc::new(Sandbox::default());
     let tasks = Arc::new(Tasks::new(hub.clone(), streams.clone(), reaper.clone(), sandbox.clone()));
-    let mut server = api
-        .into_ttrpc(ttrpc::asynchronous::Server::new())
-        .map_err(BootError::Serve)?
+    let mut server = ttrpc::asynchronous::Server::new()
+        .add_listener(api.into_ttrpc())
         .register_service(containerd::shim_async::create_task(Arc::new(TaskService::new(tasks))))
         .register_service(agent_ttrpc::create_sandbox(Arc::new(SandboxService::new(sandbox.clone(), hub))));
     server.start().await.map_err(BootError::Serve)?;

@@ -23,6 +23,7 @@ use super::timeline::Timeline;
 use super::vmm::{Vmm, VmmError};
 use crate::bundle::{self, Sizing, Users};
 use crate::network::Network;
+use crate::random;
 
 /// For disks and interfaces that come later.
 const SPARE_SLOTS: u8 = 5;
@@ -235,10 +236,7 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
         .map_err(|source| BootError::Vmm { step: "has no agent that answers".into(), source })?;
     timeline.mark("agent connected");
     let agent = Agent::new(stream).map_err(BootError::Connect)?;
-    let mut entropy = vec![0; 64];
-    // SAFETY: getrandom writes at most the buffer's length into it.
-    let filled = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), libc::GRND_NONBLOCK) };
-    entropy.truncate(usize::try_from(filled).unwrap_or(0));
+    let entropy = random::bytes::<64>().map(Vec::from).unwrap_or_default();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;
     let (uids, gids) = pod.users.as_ref().map(Users::mappings).unwrap_or_default();

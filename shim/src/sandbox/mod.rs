@@ -19,7 +19,6 @@ pub mod vmm;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use husk_proto::{ports, stream};
@@ -35,6 +34,8 @@ use resize::Resizer;
 use state::StateDir;
 use timeline::Timeline;
 use vmm::{Vmm, VmmError};
+
+use crate::random;
 
 /// How far a sandbox is.
 #[derive(Clone)]
@@ -73,7 +74,6 @@ pub struct Sandbox {
     update: Mutex<Option<watch::Sender<Boot>>>,
     resizer: OnceLock<Resizer>,
     tail: Tail,
-    tokens: AtomicU64,
     disks: disks::Plugged,
     profiles: apparmor::Loaded,
     follower: Arc<OnceLock<Follower>>,
@@ -86,6 +86,9 @@ pub enum StreamError {
     /// No connection.
     #[error("opening a stream into the guest")]
     Connect(#[source] VmmError),
+    /// The kernel gives no random token.
+    #[error("failed to get a random token for a stream into the guest")]
+    Token(#[source] std::io::Error),
     /// The header cannot be written.
     #[error("naming a stream into the guest")]
     Header(#[source] std::io::Error),
@@ -110,7 +113,6 @@ impl Sandbox {
             update: Mutex::new(Some(update)),
             resizer: OnceLock::new(),
             tail,
-            tokens: AtomicU64::new(1),
             disks: disks::Plugged::default(),
             profiles: apparmor::Loaded::default(),
             follower: Arc::default(),
@@ -281,7 +283,8 @@ impl Sandbox {
     /// [`StreamError`] when the guest does not take it.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
         let vmm = self.vmm.get().ok_or(StreamError::Connect(VmmError::Gone))?;
-        let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+        // Not to be guessed: whoever names a token in a request gets its stream.
+        let token = random::token().map_err(StreamError::Token)?;
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
         stream.set_nonblocking(true).map_err(StreamError::Header)?;
         let mut stream = tokio::net::UnixStream::from_std(stream).map_err(StreamError::Header)?;

@@ -1,0 +1,40 @@
+//! Random bytes of the host's kernel.
+
+use std::io;
+
+/// Random bytes; at most 256 come whole and without a wait once the kernel's pool is initialised (getrandom(2)).
+///
+/// # Errors
+/// When the kernel has none yet, as early in its boot.
+pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
+    const { assert!(N <= 256) };
+    let mut bytes = [0; N];
+    // SAFETY: getrandom writes at most the buffer's length into it.
+    let filled = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, libc::GRND_NONBLOCK) };
+    match usize::try_from(filled) {
+        Ok(filled) if filled == N => Ok(bytes),
+        Ok(_) => Err(io::ErrorKind::Interrupted.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A number that nobody can guess; never 0.
+///
+/// # Errors
+/// Those of [`bytes`].
+pub fn token() -> io::Result<u64> {
+    Ok(u64::from_ne_bytes(bytes()?).max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn tokens_do_not_follow_one_another() {
+        let tokens: Vec<u64> = (0..64).map(|_| token().unwrap()).collect();
+        assert_eq!(tokens.iter().collect::<HashSet<_>>().len(), tokens.len());
+        assert!(tokens.windows(2).all(|pair| pair[0].abs_diff(pair[1]) > 1 << 20));
+    }
+}
