@@ -8,7 +8,7 @@
 /// old entry for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-use super::{spec::Mount, syscall, users::Users, volumes::VolumeError};
+use super::{spec::Mount, syscall, tree::Stage, users::Users, volumes::VolumeError};
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},
@@ -51,8 +51,14 @@ pub struct Source<'a> {
     pub any_mount: bool,
 }
 
-/// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it.
-pub fn bind(mount: &Mount, source: &Source<'_>, share: &Path, id: &str) -> Result<String, VolumeError> {
+/// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it. `notes` gets what
+/// is left out of it.
+pub fn bind(
+    mount: &Mount,
+    source: &Source<'_>,
+    (share, id): (&Path, &str),
+    notes: &mut Vec<String>,
+) -> Result<String, VolumeError> {
     let host = |step| {
         move |source| VolumeError::Host {
             mount_source: mount.source.clone().unwrap_or_default(),
@@ -75,35 +81,63 @@ pub fn bind(mount: &Mount, source: &Source<'_>, share: &Path, id: &str) -> Resul
     let target = share.join(VOLUMES).join(&name);
     let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
     made.map_err(host("create the mount point"))?;
-    attach(source, &target).map_err(|(step, source)| {
+    let stage = Stage::of(share);
+    let left_out = attach(source, &target, (&stage, &name)).map_err(|(step, source)| {
         // Nobody is to take the mount point for the mount.
-        let _ = remove(&target);
+        let _ = (remove(&target), stage.remove(&name));
         host(step)(source)
     })?;
+    if !left_out.is_empty() {
+        let source = mount.source.as_deref().unwrap_or_default();
+        notes.push(format!("{source} is without the node's own file systems: {}", left_out.join(", ")));
+    }
     Ok(guest)
 }
 
-fn attach(source: &Source<'_>, target: &Path) -> Result<(), (&'static str, io::Error)> {
+/// Attaches a copy of the source's mounts at `target`; gives the places of those that are left out.
+fn attach(
+    source: &Source<'_>,
+    target: &Path,
+    (stage, name): (&Stage, &str),
+) -> Result<Vec<String>, (&'static str, io::Error)> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
-    let tree = syscall::clone_tree(source.file.as_fd(), flags.recursive).map_err(at("copy the source's mounts"))?;
+    // Nothing is mounted below a file.
+    let recursive = flags.recursive && source.directory;
+    let mut tree = syscall::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
     if let Some(users) = source.users {
         let users = users.namespace().map_err(at("make a user namespace for its mapped ids"))?;
         // What is mounted below may be of a kind that cannot be mapped: that is refused, as runc does.
-        syscall::set_users(tree.as_fd(), users.as_fd(), flags.recursive).map_err(at("map its user ids"))?;
+        syscall::set_users(tree.as_fd(), users.as_fd(), recursive).map_err(at("map its user ids"))?;
     }
     syscall::set_attr(tree.as_fd(), 0, flags.propagation, true).map_err(at("set the propagation"))?;
+    let (follows, mut left_out) = (flags.follows(), Vec::new());
+    if recursive || follows {
+        (tree, left_out) = stage
+            .copy(&tree, source.directory, name, follows)
+            .map_err(at("take the node's own file systems out of it"))?;
+    }
     if flags.read_only {
         // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
         syscall::set_attr(tree.as_fd(), syscall::MOUNT_ATTR_RDONLY, 0, flags.read_only_below)
             .map_err(at("make it read-only"))?;
     }
     let target = syscall::open_path(target, false).map_err(at("open the mount point"))?;
-    syscall::attach(tree.as_fd(), target.as_fd()).map_err(at("attach it"))
+    syscall::attach(tree.as_fd(), target.as_fd()).map_err(at("attach it"))?;
+    Ok(left_out)
+}
+
+/// Does in the share what the host has mounted and unmounted since in the volumes that follow it.
+///
+/// # Errors
+/// The first failure; what can be done is done.
+pub fn sync(share: &Path) -> io::Result<()> {
+    let _turn = turn();
+    Stage::of(share).sync(&share.join(VOLUMES))
 }
 
 /// Takes away what only container `id` uses; any number of times. `note` gets what came of each step.
 pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()>)) {
-    let marks = marks(share, id);
+    let (marks, stage) = (marks(share, id), Stage::of(share));
     let _turn = turn();
     let entries = match fs::read_dir(&marks) {
         Ok(entries) => entries,
@@ -117,6 +151,7 @@ pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()
         if !used.map(|container| container.path().join("mounts").join(&name)).any(|mark| mark.exists()) {
             let target = share.join(VOLUMES).join(&name);
             note(&target, unmount(&target).and_then(|()| remove(&target)));
+            note(&target, name.to_str().map_or(Ok(()), |name| stage.remove(name)));
         }
     }
 }
@@ -196,6 +231,11 @@ impl Flags {
             }
         }
         flags
+    }
+
+    /// Whether what the host mounts later is to be seen.
+    pub fn follows(&self) -> bool {
+        self.propagation == libc::MS_SLAVE
     }
 
     /// Those of a mount that is everybody's, and of which the guest says who may write and who sees what is mounted later.

@@ -1,6 +1,6 @@
 //! What the kubelet makes for a pod's volumes on the node: where they lie, and what a `subPath` is of them.
 
-use super::{syscall, users::Users};
+use super::{mountinfo, syscall, users::Users};
 use husk_proto::agent::VolumeDirectory;
 use nix::{
     fcntl::{OFlag, openat},
@@ -96,27 +96,11 @@ pub fn empty_dir(path: &Path) -> Option<(String, PathBuf)> {
 /// # Errors
 /// What the kernel says; that there is no such mount.
 pub fn within_its_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
-    let id = syscall::mount_id(source.as_fd())?.to_string();
+    let id = syscall::mount_id(source.as_fd())?;
     let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
-    let mounts = fs::read_to_string("/proc/thread-self/mountinfo")?;
-    let of_mount = mounts.lines().find(|line| line.split(' ').next() == Some(&id));
-    let (root, point) = of_mount.and_then(root_and_point).ok_or(io::ErrorKind::NotFound)?;
-    let below = path.strip_prefix(point).map_err(io::Error::other)?;
-    Ok(root.strip_prefix("/").map_err(io::Error::other)?.join(below))
-}
-
-fn root_and_point(line: &str) -> Option<(PathBuf, PathBuf)> {
-    let mut fields = line.split(' ').skip(3);
-    Some((plain(fields.next()?), plain(fields.next()?)))
-}
-
-/// A path of mountinfo, in which blanks and backslashes are octal (fs/proc_namespace.c, `mangle`).
-fn plain(field: &str) -> PathBuf {
-    let mut text = field.to_owned();
-    for (code, character) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
-        text = text.replace(code, character);
-    }
-    text.into()
+    let mount = mountinfo::read()?.into_iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
+    let below = path.strip_prefix(mount.point).map_err(io::Error::other)?;
+    Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(below))
 }
 
 /// What the components of a path below a volume are like on the host, and device and inode of the last. A guest may write
@@ -164,13 +148,6 @@ mod tests {
         assert_eq!(empty_dir(Path::new(&format!("{pod}/volume-subpaths/cache/web/0"))), expected);
         assert_eq!(empty_dir(Path::new(&format!("{pod}/volumes/kubernetes.io~secret/cache"))), None);
         assert_eq!(empty_dir(Path::new("/dev/shm")), None);
-    }
-
-    #[test]
-    fn lines_of_mountinfo() {
-        let line = r"36 35 98:0 /sub\040dir /mnt/a\134b rw,noatime master:1 - tmpfs tmpfs rw";
-        assert_eq!(root_and_point(line), Some(("/sub dir".into(), r"/mnt/a\b".into())));
-        assert_eq!(root_and_point("36 35"), None);
     }
 
     #[test]

@@ -19,9 +19,11 @@ mod devices;
 mod disks;
 pub mod growth;
 mod hooks;
+mod host_only;
 mod kubelet;
 mod load;
 mod loopdev;
+mod mountinfo;
 mod own;
 mod prepare;
 mod rootfs;
@@ -33,10 +35,12 @@ mod teardown;
 #[cfg(test)]
 mod tests;
 mod translate;
+mod tree;
 mod update;
 mod users;
 mod volumes;
 
+pub use binds::sync as sync_mounts;
 pub use disks::{Disk, Numbers, number_anew};
 pub use load::{Bundle, BundleError};
 pub use prepare::{PrepareError, Prepared, Request, prepare};

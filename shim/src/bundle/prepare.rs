@@ -1,10 +1,13 @@
 //! Making a container ready: its mounts on the host, its specification for the guest.
 
 use super::{
-    Bundle, Disk, TranslateError, binds, disks,
+    Bundle, Disk, TranslateError,
+    binds::{self, Flags},
+    disks,
     rootfs::{self, RootMount, RootfsError},
     teardown::teardown,
     translate,
+    tree::Stage,
     volumes::{self, InGuest, Place, VolumeError},
 };
 use crate::sandbox::cgroup;
@@ -37,6 +40,8 @@ pub struct Prepared {
     pub rootfs: String,
     /// What the guest cannot honour and was left out, for the log.
     pub notes: Vec<String>,
+    /// Whether a volume is to show what the host mounts in it later ([`super::sync_mounts`]).
+    pub follows_mounts: bool,
     /// Its AppArmor profile, which the guest is to know before.
     pub profile: String,
     /// Volumes that the guest gets copies of or makes, before it creates the container.
@@ -103,7 +108,9 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     }
     let profile = bundle.spec.process.apparmor_profile.clone().unwrap_or_default();
     let (spec, disks) = (raw.to_string().into_bytes(), disks::of(&raw));
-    Ok(Prepared { spec, rootfs: translate::guest_rootfs(id), notes, profile, volumes, disks })
+    let follows_mounts = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).follows());
+    let rootfs = translate::guest_rootfs(id);
+    Ok(Prepared { spec, rootfs, notes, follows_mounts, profile, volumes, disks })
 }
 
 fn mount(
@@ -115,6 +122,8 @@ fn mount(
 ) -> Result<(), PrepareError> {
     let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");
+    // A volume's name begins with a number and a dot.
+    let (stage, name) = (Stage::of(share), format!("rootfs.{id}"));
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);
         let bind = RootMount {
@@ -123,9 +132,9 @@ fn mount(
             options: vec!["rbind".into()],
             ..RootMount::default()
         };
-        rootfs::mount_all(&[bind], &target)?;
+        notes.extend(rootfs::mount_all(&[bind], &target, (&stage, &name))?);
     } else {
-        rootfs::mount_all(rootfs, &target)?;
+        notes.extend(rootfs::mount_all(rootfs, &target, (&stage, &name))?);
     }
     let place = Place {
         bundle: &bundle.dir,

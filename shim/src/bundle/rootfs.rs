@@ -1,6 +1,6 @@
 //! Mounting a container's root file system from the mounts containerd's snapshotter names.
 
-use super::{syscall, users::Users};
+use super::{syscall, tree::Stage, users::Users};
 use nix::mount::{MsFlags, mount};
 use std::{
     io,
@@ -56,12 +56,14 @@ pub enum RootfsError {
     Unsupported(String),
 }
 
-/// Mounts `mounts`, one over the other, at `target`.
-pub fn mount_all(mounts: &[RootMount], target: &Path) -> Result<(), RootfsError> {
-    mounts.iter().try_for_each(|mount| mount_one(mount, target))
+/// Mounts `mounts`, one over the other, at `target`, by way of a staged tree of this name, which does not stay; gives
+/// notes on what is left out.
+pub fn mount_all(mounts: &[RootMount], target: &Path, staged: (&Stage, &str)) -> Result<Vec<String>, RootfsError> {
+    let left_out = mounts.iter().map(|mount| mount_one(mount, target, staged));
+    Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-fn mount_one(root: &RootMount, target: &Path) -> Result<(), RootfsError> {
+fn mount_one(root: &RootMount, target: &Path, staged: (&Stage, &str)) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
         // Below the root lies what the image holds, where a link may lead anywhere on the host.
         let message = format!("a mount at {:?} inside of it is not supported", root.target);
@@ -71,11 +73,11 @@ fn mount_one(root: &RootMount, target: &Path) -> Result<(), RootfsError> {
     let users = Users::of_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
     options.data.retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
     let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
-        bind(Path::new(&root.source), target, &options, users.as_ref())
+        bind(Path::new(&root.source), target, staged, &options, users.as_ref())
     } else {
         match users {
-            None => file_system(root, target, &options),
-            Some(users) if root.kind == "overlay" => mapped_overlay(target, &options, &users),
+            None => file_system(root, target, &options).map(|()| Vec::new()),
+            Some(users) if root.kind == "overlay" => mapped_overlay(target, &options, &users).map(|()| Vec::new()),
             Some(_) => {
                 let message = format!("{} with mapped user ids, only overlay and bind can be", root.kind);
                 return Err(RootfsError::Unsupported(message));
@@ -101,16 +103,31 @@ fn shorten(options: &str) -> String {
     text
 }
 
-fn bind(source: &Path, target: &Path, options: &Options<'_>, users: Option<&Users>) -> io::Result<()> {
+fn bind(
+    source: &Path,
+    target: &Path,
+    (stage, name): (&Stage, &str),
+    options: &Options<'_>,
+    users: Option<&Users>,
+) -> io::Result<Vec<String>> {
     let recursive = options.flags.contains(MsFlags::MS_REC);
-    let source = syscall::open_path(source, true)?;
-    let tree = syscall::clone_tree(source.as_fd(), recursive)?;
+    let (file, mut left_out) = (syscall::open_path(source, true)?, Vec::new());
+    if let Some(kind) = stage.host_only().type_of(&file)? {
+        return Err(io::Error::other(format!("it is on a file system that is the node's own ({kind})")));
+    }
+    let mut tree = syscall::clone_tree(file.as_fd(), recursive)?;
     if let Some(users) = users {
         syscall::set_users(tree.as_fd(), users.namespace()?.as_fd(), recursive)?;
     }
+    if recursive {
+        syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
+        (tree, left_out) = stage.copy(&tree, true, name, false)?;
+    }
     let attr = if options.flags.contains(MsFlags::MS_RDONLY) { syscall::MOUNT_ATTR_RDONLY } else { 0 };
     syscall::set_attr(tree.as_fd(), attr, 0, false)?;
-    syscall::attach(tree.as_fd(), syscall::open_path(target, false)?.as_fd())
+    syscall::attach(tree.as_fd(), syscall::open_path(target, false)?.as_fd())?;
+    let note = |out: &String| format!("{out} of the root file system is the node's own and left out");
+    Ok(left_out.iter().map(note).collect())
 }
 
 fn file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
@@ -293,9 +310,15 @@ mod tests {
     #[test]
     fn mounts_inside_the_image_and_broken_id_maps_are_refused() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
-        assert!(matches!(mount_all(&[inside], Path::new("/nowhere")), Err(RootfsError::Unsupported(_))));
+        assert!(matches!(
+            mount_all(&[inside], Path::new("/nowhere"), (&Stage::of(Path::new("/x/share")), "x")),
+            Err(RootfsError::Unsupported(_))
+        ));
         let options = vec!["uidmap=0:1000:1".to_string()];
         let mapped = RootMount { kind: "overlay".into(), options, ..RootMount::default() };
-        assert!(matches!(mount_all(&[mapped], Path::new("/nowhere")), Err(RootfsError::Unsupported(_))));
+        assert!(matches!(
+            mount_all(&[mapped], Path::new("/nowhere"), (&Stage::of(Path::new("/x/share")), "x")),
+            Err(RootfsError::Unsupported(_))
+        ));
     }
 }

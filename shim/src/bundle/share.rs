@@ -3,8 +3,9 @@
 //! Two directories, one tmpfs: the host creates directories and mounts in `share`; `guest` is a read-only copy that
 //! every mount made in `share` propagates to, and the root of the guest's virtio-fs. So the guest writes into root file
 //! systems and volumes, but it can neither fill the tmpfs nor put a link where the host is about to mount something.
+//! What is to be in the share is made ready in a third directory, `stage`, which the guest has no view of.
 
-use super::binds;
+use super::{binds, tree::Stage};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{
     io,
@@ -41,12 +42,17 @@ impl Share {
         Ok(share)
     }
 
+    fn stage(&self) -> PathBuf {
+        Stage::of(&self.host).dir().to_owned()
+    }
+
     fn make(&self) -> Result<(), ShareError> {
         let fail = |step, path: &Path| {
             let path = path.to_path_buf();
             move |source: nix::Error| ShareError { step, path, source: source.into() }
         };
-        for path in [&self.host, &self.guest] {
+        let stage = self.stage();
+        for path in [&self.host, &self.guest, &stage] {
             match std::fs::create_dir(path) {
                 Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(ShareError { step: "create", path: path.clone(), source });
@@ -56,9 +62,13 @@ impl Share {
         }
         let (host, guest) = (self.host.as_path(), self.guest.as_path());
         let none = None::<&Path>;
-        // Directories and empty files to mount on are all it ever holds.
-        mount(Some("husk"), host, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0711,size=4m"))
-            .map_err(fail("mount a tmpfs at", host))?;
+        // Directories and empty files to mount on are all they ever hold.
+        for (path, options) in [(host, "mode=0711,size=4m"), (&stage, "mode=0700,size=4m")] {
+            mount(Some("husk"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options))
+                .map_err(fail("mount a tmpfs at", path))?;
+        }
+        // Mounts can be moved from here, and what is unmounted here stays mounted elsewhere.
+        mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none).map_err(fail("make private", &stage))?;
         mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("share", host))?;
         let volumes = host.join(binds::VOLUMES);
         std::fs::create_dir(&volumes).map_err(|source| ShareError { step: "create", path: volumes, source })?;
@@ -71,7 +81,7 @@ impl Share {
 
     /// Unmounts the share with whatever is still mounted in it and removes its directories; any number of times.
     pub fn unmount(&self) {
-        for path in [&self.guest, &self.host] {
+        for path in [&self.guest, &self.host, &self.stage()] {
             // Detached, it goes with everything below it; there may be nothing to unmount.
             let _ = umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
             let _ = std::fs::remove_dir(path);

@@ -122,7 +122,7 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
         }
         drop(held);
         assert!(data.join("below/deep").exists() && file.exists(), "the sources are untouched");
-        assert_eq!(mounts_below(&dir.join("sandbox")).len(), 2);
+        assert_eq!(mounts_below(&dir.join("sandbox")).len(), 3);
         for _ in 0..2 {
             share.unmount();
             assert_eq!(mounts_below(&dir.join("sandbox")), Vec::<String>::new());
@@ -233,6 +233,7 @@ fn mounts_of_the_host_reach_slaves_only() {
                 .unwrap();
         mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
         fs::write(source.join("later/x"), "").unwrap();
+        sync_mounts(&share.host).unwrap();
         assert!(self::source(&share, &prepared, 2).join("later/x").exists(), "a slave sees later mounts");
         assert!(!self::source(&share, &prepared, 3).join("later/x").exists(), "a private mount does not");
         teardown(&share.host, "c1").unwrap();
@@ -275,5 +276,189 @@ fn mounts_of_one_directory_are_one_while_a_container_has_it() {
         assert_eq!(mounts_below(&share.host).len(), 1);
         assert_eq!(contents(&share), 0);
         share.unmount();
+    });
+}
+
+/// Types of file systems that the host alone has, and what a test may mount of each without the host taking notice.
+const OWN: [(&str, &str); 6] = [
+    ("proc", "proc"),
+    ("sysfs", "sys"),
+    ("cgroup2", "cgroup"),
+    ("devpts", "pts"),
+    ("mqueue", "mqueue"),
+    ("devtmpfs", "dev"),
+];
+
+/// A directory with one of each mounted below it, and a tmpfs with a file beside them.
+fn with_the_hosts_own(dir: &Path) -> PathBuf {
+    let root = dir.join("root");
+    let none = None::<&Path>;
+    for (kind, name) in OWN {
+        fs::create_dir_all(root.join(name)).unwrap();
+        let options = (kind == "devpts").then_some("newinstance");
+        mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
+    }
+    // In what is left out, and over it: both go with it.
+    mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
+        .or_else(|_| {
+            fs::create_dir(root.join("dev/shm"))?;
+            mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none).map_err(std::io::Error::from)
+        })
+        .unwrap();
+    mount(Some("t"), &root.join("sys"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    fs::create_dir(root.join("data")).unwrap();
+    mount(Some("t"), &root.join("data"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    fs::write(root.join("data/file"), "data").unwrap();
+    root
+}
+
+/// Has a volume of `root` made ready with these options; gives where the guest finds it.
+fn volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
+    let bundle = bundle(dir, |spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
+    });
+    let rootfs = [overlay(dir, 1)];
+    let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
+    let prepared = prepare(&bundle, &request).unwrap();
+    assert_eq!(prepared.follows_mounts, options.contains(&"rslave"));
+    source(share, &prepared, 2)
+}
+
+fn assert_nothing_of_the_hosts_own(volume: &Path, share: &Share) {
+    for (_, name) in OWN {
+        let found: Vec<_> = fs::read_dir(volume.join(name)).unwrap().collect();
+        assert!(found.is_empty(), "{name}: {found:?}");
+    }
+    for place in [&share.host, &share.guest] {
+        let kinds = mountinfo::read().unwrap();
+        let kinds: Vec<_> = mountinfo::below(&kinds, place).into_iter().map(|entry| entry.kind.clone()).collect();
+        assert!(!kinds.iter().any(|kind| OWN.iter().any(|(own, _)| own == kind)), "{kinds:?}");
+    }
+}
+
+#[test]
+fn a_volume_brings_no_file_system_of_the_hosts_own() {
+    for options in [&["rbind", "ro"][..], &["rbind", "rw"], &["rbind", "rro"], &["rbind", "rslave", "rw"]] {
+        isolated(move |dir| {
+            let share = share(dir);
+            let root = with_the_hosts_own(dir);
+            let seen = volume(dir, &share, &root, options);
+            assert_nothing_of_the_hosts_own(&seen, &share);
+            assert_eq!(fs::read_to_string(seen.join("data/file")).unwrap(), "data");
+            // The host keeps its own.
+            assert!(root.join("proc/self").exists() && root.join("dev/null").exists());
+            teardown(&share.host, "c1").unwrap();
+            assert_eq!(contents(&share), 0);
+            assert_eq!(fs::read_dir(tree::Stage::of(&share.host).dir()).unwrap().count(), 0);
+        });
+    }
+}
+
+#[test]
+fn later_mounts_are_followed_but_for_the_hosts_own() {
+    isolated(|dir| {
+        let none = None::<&Path>;
+        let share = share(dir);
+        let root = dir.join("followed");
+        fs::create_dir(&root).unwrap();
+        mount(Some("t"), &root, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
+        for name in ["proc", "late", "deep"] {
+            fs::create_dir(root.join(name)).unwrap();
+        }
+        let seen = volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), none).unwrap();
+        mount(Some("t"), &root.join("late"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        fs::create_dir(root.join("late/below")).unwrap();
+        mount(Some("t"), &root.join("late/below"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        fs::write(root.join("late/below/file"), "late").unwrap();
+        sync_mounts(&share.host).unwrap();
+        assert_eq!(fs::read_to_string(seen.join("late/below/file")).unwrap(), "late");
+        assert_eq!(fs::read_dir(seen.join("proc")).unwrap().count(), 0);
+        // A second look changes nothing.
+        let before = mounts_below(&share.guest);
+        sync_mounts(&share.host).unwrap();
+        assert_eq!(mounts_below(&share.guest), before);
+        // The host can unmount what a guest has open.
+        let held = fs::File::open(seen.join("late/below/file")).unwrap();
+        for path in ["late/below", "late", "proc"] {
+            nix::mount::umount(&root.join(path)).unwrap();
+        }
+        sync_mounts(&share.host).unwrap();
+        assert_eq!(fs::read_dir(seen.join("late")).unwrap().count(), 0);
+        drop(held);
+        teardown(&share.host, "c1").unwrap();
+        assert_eq!(contents(&share), 0);
+    });
+}
+
+#[test]
+fn a_link_of_the_guests_leads_no_mount_astray() {
+    isolated(|dir| {
+        let none = None::<&Path>;
+        let share = share(dir);
+        let root = dir.join("followed");
+        fs::create_dir(&root).unwrap();
+        mount(Some("t"), &root, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
+        fs::create_dir_all(root.join("a/b")).unwrap();
+        let outside = dir.join("outside");
+        fs::create_dir_all(outside.join("b")).unwrap();
+        let seen = volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        mount(Some("t"), &root.join("a/b"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        // In place of the directory in between, as a guest can write it.
+        fs::rename(seen.join("a"), seen.join("moved")).unwrap();
+        std::os::unix::fs::symlink(&outside, seen.join("a")).unwrap();
+        sync_mounts(&share.host).unwrap();
+        assert!(mounts_below(&outside).is_empty());
+        nix::mount::umount(&root.join("moved/b")).unwrap();
+        sync_mounts(&share.host).unwrap();
+        teardown(&share.host, "c1").unwrap();
+    });
+}
+
+#[test]
+fn a_volume_brings_nothing_of_the_sandboxs_share() {
+    isolated(|dir| {
+        let share = share(dir);
+        let seen = volume(dir, &share, &dir.join("sandbox"), &["rbind", "ro"]);
+        for name in ["share", "guest", "stage"] {
+            assert_eq!(fs::read_dir(seen.join(name)).unwrap().count(), 0, "{name}");
+        }
+        teardown(&share.host, "c1").unwrap();
+        let bundle = bundle(dir, |spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            mounts.push(json!({"destination": "/x", "type": "bind", "source": share.host, "options": ["rbind"]}));
+        });
+        let request = Request { id: "c1", share: &share.host, rootfs: &[overlay(dir, 1)], pids: &HashMap::new() };
+        let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
+        assert!(error.contains("the sandbox's share"), "{error}");
+        assert_eq!(contents(&share), 0);
+    });
+}
+
+#[test]
+fn a_root_file_system_brings_none_either() {
+    isolated(|dir| {
+        let share = share(dir);
+        let root = with_the_hosts_own(dir);
+        let bundle = bundle(dir, |spec| spec["root"]["path"] = json!(root));
+        let request = Request { id: "c1", share: &share.host, rootfs: &[], pids: &HashMap::new() };
+        let prepared = prepare(&bundle, &request).unwrap();
+        let seen = share.guest.join("c1/rootfs");
+        assert_nothing_of_the_hosts_own(&seen, &share);
+        assert_eq!(fs::read_to_string(seen.join("data/file")).unwrap(), "data");
+        assert!(prepared.notes.iter().any(|note| note.starts_with("/proc (proc)")), "{:?}", prepared.notes);
+        teardown(&share.host, "c1").unwrap();
+        let itself = RootMount {
+            kind: "bind".into(),
+            source: root.join("proc").to_string_lossy().into(),
+            ..RootMount::default()
+        };
+        let request = Request { id: "c2", rootfs: &[itself], ..request };
+        let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
+        assert!(error.contains("node's own (proc)"), "{error}");
+        assert_eq!(contents(&share), 0);
     });
 }

@@ -1,13 +1,13 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
-use super::{binds, binds::Flags, devices, kubelet, own, spec::Mount, syscall, users::Users};
+use super::{binds, binds::Flags, devices, host_only, kubelet, own, spec::Mount, syscall, tree::Stage, users::Users};
 use crate::mirror::{self, Mirror};
 use husk_proto::{agent::VolumeRequest, volume};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
-    io,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    fs, io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Component, Path, PathBuf},
 };
 
 /// Why a volume cannot be given to the guest.
@@ -113,12 +113,12 @@ pub fn make(
         Plan::Bind { source, directory, users, any_mount } => {
             let (users, flags) = (users.as_ref(), Flags::of(mount));
             let source = binds::Source { file: &source, directory, users, flags, any_mount };
-            binds::bind(mount, &source, place.share, place.container).map(Some)
+            binds::bind(mount, &source, (place.share, place.container), notes).map(Some)
         }
         Plan::Shared { volume: kubelet::Shared { root, below }, users } => {
             let (users, flags) = (users.as_ref(), Flags::held_by_the_guest());
             let source = binds::Source { file: &root, directory: true, users, flags, any_mount: false };
-            let whole = binds::bind(mount, &source, place.share, place.container)?;
+            let whole = binds::bind(mount, &source, (place.share, place.container), notes)?;
             if below.is_empty() {
                 return Ok(Some(whole));
             }
@@ -155,10 +155,15 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         return refuse(message);
     }
     let path = place.bundle.join(source);
-    if path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev") {
+    let of_the_guest = |path: &Path, notes: &mut Vec<String>| {
         // The machine's view of itself: here the machine is the guest, and the host's would give away the VMM's.
         notes.push(format!("{} is the guest's own, not the host's", path.display()));
-        return Ok(Plan::Guest(path.to_string_lossy().into_owned()));
+        Ok(Plan::Guest(path.to_string_lossy().into_owned()))
+    };
+    let named = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
+    // By its name alone, so that the guest's is had where the host has none; `..` may lead out again.
+    if named && !path.components().any(|part| part == Component::ParentDir) {
+        return of_the_guest(&path, notes);
     }
     if place.kubernetes && mount.destination == "/dev/shm" && is_sandbox_shm(&path) {
         return Ok(Plan::Guest(husk_proto::GUEST_SHM.into()));
@@ -172,6 +177,22 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
     let fd = syscall::open_path(&path, true).map_err(|error| host("open the source", error))?;
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    if kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG {
+        let found =
+            Stage::of(place.share).host_only().type_of(&fd).map_err(|error| host("stat its file system", error))?;
+        if let Some(fs_type) = found {
+            // Whatever links led there.
+            let at = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("find it", e))?;
+            return match host_only::in_the_guest(&at) {
+                Some(path) => of_the_guest(&path, notes),
+                None => refuse(format!(
+                    "{} is on a file system that is the node's own ({fs_type}) and cannot be given to a virtual machine; \
+                     name /proc, /sys or /dev to have the guest's",
+                    at.display()
+                )),
+            };
+        }
+    }
     if kind == SFlag::S_IFDIR {
         let own = own::find(&fd, &path, users.as_ref(), (place.container, number));
         let error = |error| VolumeError::Own {
@@ -217,7 +238,6 @@ fn is_sandbox_shm(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
     fn mount(source: &str, destination: &str, options: &[&str]) -> Mount {
         Mount {
@@ -245,6 +265,26 @@ mod tests {
         assert!(matches!(planned(&shm), Ok(Plan::Guest(to)) if to == husk_proto::GUEST_SHM));
         let tmpfs = Mount { kind: Some("tmpfs".into()), options: None, ..mount("tmpfs", "/tmp", &[]) };
         assert!(matches!(planned(&tmpfs), Ok(Plan::Keep)));
+    }
+
+    #[test]
+    fn a_link_leads_to_nothing_of_the_nodes_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |target: &str, name: &str| {
+            let link = dir.path().join(name);
+            std::os::unix::fs::symlink(target, &link).unwrap();
+            planned(&mount(link.to_str().unwrap(), "/x", &["rbind"]))
+        };
+        for (target, name) in [("/proc", "a"), ("/proc/sys/kernel", "b"), ("/sys/kernel", "c"), ("/dev", "d")] {
+            assert!(matches!(of(target, name), Ok(Plan::Guest(to)) if to == target), "{target}");
+        }
+        for (target, name) in [("/proc/1", "e"), ("/proc/self/status", "f"), ("/proc/self/ns/net", "g")] {
+            let error = of(target, name).unwrap_err();
+            assert!(error.contains("node's own") && error.contains("/proc"), "{error}");
+        }
+        let sideways = format!("/proc/..{}", dir.path().display());
+        assert!(matches!(planned(&mount(&sideways, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
+        assert!(planned(&mount("/sys/../proc/1", "/x", &["rbind"])).is_err());
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod forward;
 pub mod hugepages;
 pub mod legacy_metrics;
 pub mod limits;
+mod mounts;
 mod network;
 mod reclaim;
 pub mod resize;
@@ -75,6 +76,7 @@ pub struct Sandbox {
     resizer: OnceLock<Resizer>,
     tail: Tail,
     disks: disks::Plugged,
+    mounts: mounts::Follower,
     profiles: apparmor::Loaded,
     follower: Arc<OnceLock<Follower>>,
     timeline_log: OnceLock<PathBuf>,
@@ -114,6 +116,7 @@ impl Sandbox {
             resizer: OnceLock::new(),
             tail,
             disks: disks::Plugged::default(),
+            mounts: mounts::Follower::default(),
             profiles: apparmor::Loaded::default(),
             follower: Arc::default(),
             timeline_log: OnceLock::new(),
@@ -293,6 +296,19 @@ impl Sandbox {
         Ok((token, stream))
     }
 
+    /// Has volumes show from now on what the host mounts in them.
+    ///
+    /// # Errors
+    /// As [`mounts::Follower::start`].
+    pub fn follow_mounts(&self) -> std::io::Result<()> {
+        self.mounts.start(&self.share())
+    }
+
+    /// Waits until volumes show what the host has mounted in them by now.
+    pub async fn settle_mounts(&self) {
+        self.mounts.settle(&self.share()).await;
+    }
+
     /// Why the guest died, as far as its console tells.
     pub fn last_words(&self) -> String {
         self.tail.last_words()
@@ -318,6 +334,7 @@ impl Sandbox {
             vmm.wait().await;
         }
         self.timeline.mark("vmm gone");
+        self.mounts.stop();
         if let Some(cgroup) = self.cgroup.get() {
             cgroup.leave_and_remove().await;
         }

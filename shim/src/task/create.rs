@@ -63,6 +63,10 @@ impl Shim {
         let prepare = async {
             self.take_pid(&request.id, &spec).await;
             let prepared = self.prepare(request).await?;
+            if prepared.follows_mounts {
+                let following = self.sandbox.follow_mounts();
+                following.map_err(|error| Refusal::Failed(format!("failed to watch the host's mounts: {error}")))?;
+            }
             // CNI by hook needs the network namespace of the VMM's process, which exists by now.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;

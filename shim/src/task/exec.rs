@@ -28,6 +28,7 @@ impl Shim {
         if container.is_pause() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(Refusal::Failed)?;
         }
+        self.sandbox.settle_mounts().await;
         process.begin_start()?;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
         if !container.is_pause()
@@ -104,6 +105,7 @@ impl Shim {
         let agent = self.agent()?;
         let owner = Owner { id: &process.container, namespace: &self.namespace };
         self.load_profile(&agent, &exec.profile).await?;
+        self.sandbox.settle_mounts().await;
         let stdio = Stdio::open(&process.paths, &owner).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         process.set_relay(relay);

@@ -1,0 +1,119 @@
+//! The kernel's list of the mounts of this thread's mount namespace (proc_pid_mountinfo(5)).
+
+use nix::sys::stat::makedev;
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
+};
+
+/// A mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its id, which statx(2) gives as well; used again after the mount is gone.
+    pub id: u64,
+    /// The id of the mount it is mounted on.
+    pub parent: u64,
+    /// The device number of its file system.
+    pub device: u64,
+    /// The directory or file of its file system that is mounted.
+    pub root: PathBuf,
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// File system type, such as `ext4` or `fuse.sshfs`.
+    pub kind: String,
+}
+
+/// The mounts, in the kernel's order. Mounts on one mount point are in the order they were made in.
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn read() -> io::Result<Vec<Entry>> {
+    Ok(parse(&fs::read("/proc/thread-self/mountinfo")?))
+}
+
+/// The mounts at or below `point`.
+pub fn below<'a>(entries: &'a [Entry], point: &Path) -> Vec<&'a Entry> {
+    entries.iter().filter(|entry| entry.point.starts_with(point)).collect()
+}
+
+fn parse(text: &[u8]) -> Vec<Entry> {
+    text.split(|byte| *byte == b'\n').filter_map(entry).collect()
+}
+
+fn entry(line: &[u8]) -> Option<Entry> {
+    let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+    let [id, parent, device, root, point, rest @ ..] = fields.as_slice() else { return None };
+    let (major, minor) = text(device)?.split_once(':')?;
+    // Optional fields come before a hyphen.
+    let kind = rest.iter().skip_while(|field| **field != b"-").nth(1)?;
+    Some(Entry {
+        id: text(id)?.parse().ok()?,
+        parent: text(parent)?.parse().ok()?,
+        device: makedev(major.parse().ok()?, minor.parse().ok()?),
+        root: plain(root),
+        point: plain(point),
+        kind: text(kind)?.to_owned(),
+    })
+}
+
+fn text(field: &[u8]) -> Option<&str> {
+    std::str::from_utf8(field).ok()
+}
+
+/// A path, in which blanks, tabs, line ends and backslashes are octal (fs/proc_namespace.c, `mangle`).
+fn plain(field: &[u8]) -> PathBuf {
+    let (mut bytes, mut rest) = (Vec::with_capacity(field.len()), field);
+    while let Some((&first, tail)) = rest.split_first() {
+        let code = (first == b'\\').then(|| tail.get(..3).and_then(octal)).flatten();
+        bytes.push(code.unwrap_or(first));
+        rest = tail.get(if code.is_some() { 3 } else { 0 }..).unwrap_or_default();
+    }
+    OsString::from_vec(bytes).into()
+}
+
+fn octal(digits: &[u8]) -> Option<u8> {
+    u8::from_str_radix(text(digits)?, 8).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_entries() {
+        let text = b"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n\
+            37 36 0:5 / /a\\040b\\134c\\012 ro - devtmpfs udev ro\n\
+            cut 36 0:5\n\
+            38 36 0:6 / /x rw shared:1\n";
+        let entries = parse(text);
+        assert_eq!(entries.len(), 2);
+        let first = Entry {
+            id: 36,
+            parent: 35,
+            device: makedev(98, 0),
+            root: "/mnt1".into(),
+            point: "/mnt2".into(),
+            kind: "ext3".into(),
+        };
+        assert_eq!(entries[0], first);
+        assert_eq!((entries[1].point.to_str(), &*entries[1].kind), (Some("/a b\\c\n"), "devtmpfs"));
+        assert_eq!(below(&entries, Path::new("/mnt2")), [&first]);
+        assert!(below(&entries, Path::new("/mnt")).is_empty());
+    }
+
+    #[test]
+    fn the_kernels_own_list_is_read() {
+        let entries = read().unwrap();
+        assert!(entries.iter().any(|entry| entry.point == Path::new("/proc") && entry.kind == "proc"), "{entries:?}");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = parse(&bytes);
+            let _ = plain(&bytes);
+        }
+    }
+}

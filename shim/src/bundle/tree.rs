@@ -1,0 +1,215 @@
+//! Trees of the host's mounts for the guest: copies without the file systems that are the host's alone.
+//!
+//! A tree is staged first, in a place that the guest never sees, because only a mount that is attached somewhere can be
+//! unmounted and gets what the host mounts later. What the guest may have of it is copied to the share. Where later
+//! mounts are wanted (`rslave`), the staged tree stays, and [`Stage::sync`] does in the share what the host did: so a mount of
+//! the host's own kinds never gets there, and the host can unmount what a guest still has open files of.
+
+use super::{
+    binds,
+    host_only::HostOnly,
+    mountinfo::{self, Entry},
+    syscall,
+};
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    mount::{MntFlags, umount2},
+};
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+/// Mounts on one mount point; nobody stacks more. A bound so that a host that mounts all the time ends no loop.
+const MOST_STACKED: usize = 64;
+
+/// Where a sandbox's trees are staged.
+pub struct Stage {
+    dir: PathBuf,
+    host_only: HostOnly,
+}
+
+impl Stage {
+    /// That of the sandbox whose share is at `share`: a directory beside it.
+    pub fn of(share: &Path) -> Self {
+        let dir = share.with_file_name("stage");
+        // By a volume of `/` a container would else get at the share itself, writable.
+        let host_only = HostOnly::now().and([share, &dir], "the sandbox's share");
+        Self { dir, host_only }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What is the host's alone.
+    pub fn host_only(&self) -> &HostOnly {
+        &self.host_only
+    }
+
+    /// Stages `tree`, a detached copy of the host's mounts, as `name`, and gives a private copy of what the guest may have
+    /// of it, with the mount points that were left out, relative to the tree. The staged tree stays when `keep`.
+    ///
+    /// # Errors
+    /// When a mount cannot be made or a host-only one not be taken out: nothing stays staged then.
+    pub fn copy(&self, tree: &OwnedFd, directory: bool, name: &str, keep: bool) -> io::Result<(OwnedFd, Vec<String>)> {
+        let point = self.dir.join(name);
+        if directory {
+            fs::create_dir(&point)?
+        } else {
+            fs::File::create_new(&point).map(drop)?
+        };
+        let copied = (|| {
+            syscall::attach(tree.as_fd(), syscall::open_path(&point, false)?.as_fd())?;
+            let left_out = self.prune(&point)?;
+            let copy = syscall::clone_tree(syscall::open_path(&point, false)?.as_fd(), true)?;
+            syscall::set_attr(copy.as_fd(), 0, libc::MS_PRIVATE, true)?;
+            Ok((copy, left_out))
+        })();
+        if !keep || copied.is_err() {
+            self.remove(name)?;
+        }
+        copied
+    }
+
+    /// Takes a staged tree away; any number of times.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn remove(&self, name: &str) -> io::Result<()> {
+        let point = self.dir.join(name);
+        binds::unmount(&point)?;
+        binds::remove(&point)
+    }
+
+    /// Mounts and unmounts in `volumes`, in the directory of each staged tree's name, what the host has mounted and
+    /// unmounted below these. Goes on after a failure.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn sync(&self, volumes: &Path) -> io::Result<()> {
+        let names: Vec<_> = fs::read_dir(&self.dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
+        let results = names.iter().map(|name| self.sync_tree(&self.dir.join(name), &volumes.join(name)));
+        results.fold(Ok(()), |first, result| first.and(result))
+    }
+
+    fn sync_tree(&self, point: &Path, target: &Path) -> io::Result<()> {
+        self.prune(point)?;
+        let entries = mountinfo::read()?;
+        let (staged, shared) = (Tree::of(&entries, point), Tree::of(&entries, target));
+        let (mut gone, mut new) = differences(shared.mounts().collect(), staged.mounts().collect());
+        gone.sort_by_key(|(path, _)| std::cmp::Reverse(path.components().count()));
+        new.sort_by_key(|(path, _)| path.components().count());
+        let gone = gone.into_iter().map(|(path, entry)| detach(target, &path, Some(entry.id)));
+        let new = new.into_iter().map(|(path, entry)| copy(point, target, &path, entry.id));
+        gone.chain(new).fold(Ok(()), |first, result| first.and(result))
+    }
+
+    /// Unmounts every host-only mount below `point`, with what is mounted below and over it; gives their places.
+    fn prune(&self, point: &Path) -> io::Result<Vec<String>> {
+        let mut left_out = Vec::new();
+        for _ in 0..MOST_STACKED {
+            let entries = mountinfo::read()?;
+            let tree = Tree::of(&entries, point);
+            let base = tree.base()?;
+            if self.host_only.has(base) {
+                return Err(io::Error::other(format!("it is on a file system that is the node's own ({})", base.kind)));
+            }
+            let mut out: Vec<Placed<'_>> = tree.mounts().filter(|(_, entry)| self.host_only.has(entry)).collect();
+            if out.is_empty() {
+                return Ok(left_out);
+            }
+            // A parent takes with it what is mounted below.
+            out.sort_by_key(|(path, _)| path.components().count());
+            let mut gone: Vec<&Path> = Vec::new();
+            for (path, entry) in &out {
+                if !gone.iter().any(|gone| path.starts_with(gone)) {
+                    detach(point, path, None)?;
+                    left_out.push(format!("{} ({})", Path::new("/").join(path).display(), entry.kind));
+                    gone.push(path);
+                }
+            }
+        }
+        Err(io::Error::other("file systems of the node's own are mounted there again and again"))
+    }
+}
+
+/// Copies the one mount with this id.
+fn copy(point: &Path, target: &Path, path: &Path, id: u64) -> io::Result<()> {
+    let source = open_below(point, path)?;
+    if syscall::mount_id(source.as_fd())? != id {
+        // Another covers it, which is copied in its place.
+        return Ok(());
+    }
+    let tree = syscall::clone_tree(source.as_fd(), false)?;
+    syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
+    syscall::attach(tree.as_fd(), open_below(target, path)?.as_fd())
+}
+
+/// Unmounts what is mounted last at `path` below `point`: never what is mounted at `point` first.
+fn detach(point: &Path, path: &Path, id: Option<u64>) -> io::Result<()> {
+    let file = open_below(point, path)?;
+    if id.is_some_and(|id| syscall::mount_id(file.as_fd()).is_ok_and(|found| found != id)) {
+        return Err(io::Error::other(format!("another mount covers the one at {}", path.display())));
+    }
+    // Not by its path, in which a guest may put a link meanwhile.
+    Ok(umount2(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), MntFlags::MNT_DETACH)?)
+}
+
+/// Opens `path` below `point`. A guest may write to the directories in between: no link is followed.
+fn open_below(point: &Path, path: &Path) -> io::Result<OwnedFd> {
+    let base = syscall::open_path(point, false)?;
+    if path.as_os_str().is_empty() {
+        return Ok(base);
+    }
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    Ok(openat2(&base, path, how)?)
+}
+
+/// The mounts at and below a mount point.
+struct Tree<'a> {
+    point: PathBuf,
+    entries: Vec<&'a Entry>,
+}
+
+impl<'a> Tree<'a> {
+    fn of(entries: &'a [Entry], point: &Path) -> Self {
+        Self { point: point.to_owned(), entries: mountinfo::below(entries, point) }
+    }
+
+    fn is_base(&self, entry: &Entry) -> bool {
+        entry.point == self.point && !self.entries.iter().any(|other| other.id == entry.parent)
+    }
+
+    /// The one that is mounted there first.
+    fn base(&self) -> io::Result<&'a Entry> {
+        let base = self.entries.iter().copied().find(|entry| self.is_base(entry));
+        base.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "nothing is mounted there"))
+    }
+
+    /// The others, each with its place relative to the point.
+    fn mounts(&self) -> impl Iterator<Item = (PathBuf, &'a Entry)> {
+        let others = self.entries.iter().copied().filter(|entry| !self.is_base(entry));
+        others.filter_map(|entry| Some((entry.point.strip_prefix(&self.point).ok()?.to_owned(), entry)))
+    }
+}
+
+type Placed<'a> = (PathBuf, &'a Entry);
+
+/// What is in `left` alone, and what is in `right` alone: the same directory of one file system at the same place is one.
+fn differences<'a>(left: Vec<Placed<'a>>, mut right: Vec<Placed<'a>>) -> (Vec<Placed<'a>>, Vec<Placed<'a>>) {
+    let mut alone = Vec::new();
+    for (path, entry) in left {
+        let same =
+            |(other, found): &Placed<'_>| (other, found.device, &found.root) == (&path, entry.device, &entry.root);
+        match right.iter().position(same) {
+            Some(at) => drop(right.remove(at)),
+            None => alone.push((path, entry)),
+        }
+    }
+    (alone, right)
+}

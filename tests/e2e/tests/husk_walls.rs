@@ -1,0 +1,282 @@
+//! What a container must not reach: the guest's agent over vsock, and the node's own file systems by way of a volume.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_e2e::cri::pods;
+use husk_e2e::{Case, case, node};
+use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
+use serde_json::json;
+
+/// Dials every context id a guest knows of at the agent's ports and around them, all at once, and tells who answered.
+///
+/// A packet that nobody takes is a connection that ends with ETIMEDOUT after the kernel's own two seconds, so every
+/// socket comes to an end.
+const DIAL: &str = r#"
+import errno, os, select, socket
+try:
+    socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+except OSError as error:
+    print("no socket:", errno.errorcode[error.errno])
+    raise SystemExit
+cids = [*range(0, 17), 0x7fffffff, 0xfffffffe, 0xffffffff]
+try:
+    import fcntl, struct
+    with open("/dev/vsock") as device:
+        cids.append(struct.unpack("I", fcntl.ioctl(device, 0x7b9, bytes(4)))[0])
+except OSError:
+    pass
+poll, waiting, answered, refused = select.poll(), {}, [], set()
+for cid in cids:
+    for port in [0, 1, 1023, 1024, 1025, 1026, 1027, 1028]:
+        s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        s.setblocking(False)
+        error = s.connect_ex((cid, port))
+        if error == errno.EINPROGRESS:
+            poll.register(s, select.POLLOUT)
+            waiting[s.fileno()] = (s, cid, port)
+        elif error:
+            refused.add(errno.errorcode[error])
+        else:
+            answered.append((cid, port))
+while waiting:
+    for fd, _ in poll.poll():
+        s, cid, port = waiting.pop(fd)
+        poll.unregister(fd)
+        error = s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            refused.add(errno.errorcode[error])
+        else:
+            answered.append((cid, port))
+        s.close()
+print("answered:", sorted(answered), "of", os.getuid())
+"#;
+
+#[test]
+fn no_container_can_connect_to_the_agent() {
+    let ways: [(&str, &[&str]); 4] = [
+        ("0", &[]),
+        ("1000", &["--user", "1000:1000"]),
+        ("0", &["--privileged", "--privileged-without-host-devices"]),
+        ("0", &["--seccomp"]),
+    ];
+    case("vsock-dial", |case| {
+        for (user, flags) in ways {
+            let output = case.python(DIAL).flags(flags).output().expect_code(0);
+            let text = output.out();
+            let expected = format!("answered: [] of {user}");
+            // containerd's default profile may keep the address family away altogether.
+            let kept_away = flags.contains(&"--seccomp") && text.trim() == "no socket: EPERM";
+            assert!(kept_away || text.trim() == expected, "{flags:?}\n{}", output.describe());
+        }
+    });
+}
+
+#[test]
+fn dialling_the_agent_stops_no_exec() {
+    case("vsock-flood", |case| {
+        // As many as wait for a header at most, and some, each kept open.
+        let program = "import socket, time\n\
+            held = []\n\
+            for cid in (1, 3):\n    for _ in range(300):\n        \
+                s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n        s.setblocking(False)\n        \
+                s.connect_ex((cid, 1025))\n        held.append(s)\n\
+            print('up', flush=True)\ntime.sleep(1000)";
+        let container = case.container(case.python(program));
+        for exec in ["one", "two"] {
+            container.exec(exec, &["echo", "still served"]).expect_out("still served");
+        }
+        container.kill();
+    });
+}
+
+/// File systems by which a node's kernel, devices and processes are seen and changed.
+const OWN: [&str; 17] = [
+    "proc",
+    "sysfs",
+    "cgroup",
+    "cgroup2",
+    "debugfs",
+    "tracefs",
+    "securityfs",
+    "bpf",
+    "configfs",
+    "devtmpfs",
+    "devpts",
+    "mqueue",
+    "pstore",
+    "efivarfs",
+    "binfmt_misc",
+    "fusectl",
+    "nsfs",
+];
+/// Those of them that the test mounts once more below a directory of its own, whatever the node has mounted.
+const MOUNTED: [&str; 11] =
+    ["proc", "sysfs", "cgroup2", "debugfs", "tracefs", "securityfs", "bpf", "configfs", "devtmpfs", "devpts", "mqueue"];
+
+/// Mounts below a directory of the node's, unmounted at the end.
+struct Mounted(Vec<PathBuf>);
+
+impl Mounted {
+    /// One of each kind below `dir`, and a tmpfs with a file in it.
+    fn below(dir: &Path) -> Self {
+        let mut mounted = Self(Vec::new());
+        for kind in MOUNTED {
+            mounted.add(kind, &dir.join(kind));
+        }
+        mounted.add("tmpfs", &dir.join("data"));
+        fs::write(dir.join("data/file"), "of the node\n").unwrap();
+        mounted
+    }
+
+    fn add(&mut self, kind: &str, at: &Path) {
+        fs::create_dir_all(at).unwrap();
+        let options = (kind == "devpts").then_some("newinstance");
+        mount(Some(kind), at, Some(kind), MsFlags::empty(), options).unwrap_or_else(|error| panic!("{kind}: {error}"));
+        self.0.push(at.to_owned());
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        for at in self.0.iter().rev() {
+            let _ = umount2(at, MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+/// Where the node has file systems of its own mounted.
+fn own_mounts() -> Vec<String> {
+    let list = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let own = list.lines().filter(|line| {
+        let kind = line.split(" - ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+        OWN.contains(&kind)
+    });
+    own.map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
+}
+
+/// Looks at each argument below /host, and says of each that has anything in it what that is; then tries to open files by
+/// which a container would get hold of the node.
+const LOOK: &str = r#"
+import os, sys
+for at in sys.argv[1:]:
+    path = "/host" + at
+    try:
+        found = os.listdir(path) if os.path.isdir(path) else [f"{os.path.getsize(path)} bytes"] if os.path.getsize(path) else []
+    except FileNotFoundError:
+        continue
+    if found:
+        print("has", at, found[:3])
+for at in ["proc/kcore", "proc/1/mem", "proc/1/root/etc/hostname", "proc/sys/kernel/core_pattern", "proc/sysrq-trigger",
+           "sys/kernel/uevent_helper", "sys/fs/cgroup/cgroup.procs", "sys/kernel/debug/sched/debug", "dev/mem", "dev/kmsg",
+           "dev/vda", "dev/console", "dev/pts/ptmx"]:
+    for flags in (os.O_RDONLY, os.O_WRONLY):
+        try:
+            os.close(os.open("/host/" + at, flags | os.O_NONBLOCK))
+            print("opened", at, flags)
+        except OSError:
+            pass
+# Whatever is shared with the guest is not to be written to in another way.
+for top, dirs, files in os.walk("/host/run/husk"):
+    if any(part in ("share", "guest", "stage") for part in top.split("/")) and dirs + files:
+        print("reached", top, dirs, files)
+print("looked at", len(sys.argv) - 1, open("/host" + sys.argv[1] + "/../data/file").read().strip())
+"#;
+
+/// What a container that has the node's root at /host finds there of the node's own.
+fn look(case: &Case, dir: &Path, options: &str, flags: &[&str]) -> String {
+    let mut own = vec![dir.join("proc").to_string_lossy().into_owned()];
+    own.extend(own_mounts());
+    let program = LOOK.replace("sys.argv[1:]", "ARGS").replace("sys.argv[1]", "ARGS[0]");
+    let program = format!("ARGS = {own:?}\n{}", program.replace("len(sys.argv) - 1", "len(ARGS)"));
+    let mount = format!("type=bind,src=/,dst=/host,options={options}");
+    let output = case.python(&program).flags(&["--mount", &mount]).flags(flags).output().expect_code(0);
+    let expected = format!("looked at {} of the node", own.len());
+    assert!(output.out().contains(&expected), "{}", output.describe());
+    output.out().replace(&expected, "").trim().to_owned()
+}
+
+#[test]
+fn a_volume_of_the_nodes_root_has_no_file_system_of_the_nodes_own() {
+    case("own-file-systems", |case| {
+        let dir = case.dir().join("own");
+        let _mounted = Mounted::below(&dir);
+        let privileged: &[&str] = &["--privileged", "--privileged-without-host-devices"];
+        for options in ["rbind:ro", "rbind:rw", "rbind:rslave:rw"] {
+            for flags in [&[], privileged] {
+                assert_eq!(look(case, &dir, options, flags), "", "{options} {flags:?}");
+            }
+        }
+        // The node has its own still, and a device node in a volume is no device of the node's.
+        assert!(
+            dir.join("proc/self").exists()
+                && fs::metadata(dir.join("devtmpfs/null")).unwrap().file_type().is_char_device()
+        );
+    });
+}
+
+#[test]
+fn a_pods_volume_of_the_nodes_root_has_none_either() {
+    pods("own-file-systems-pod", |pods| {
+        let dir = pods.dir().join("own");
+        let _mounted = Mounted::below(&dir);
+        for privileged in [false, true] {
+            let mut config = pods.config();
+            config["linux"]["security_context"]["privileged"] = json!(privileged);
+            let pod = pods.run(config);
+            for (readonly, propagation) in [(true, "PROPAGATION_PRIVATE"), (false, "PROPAGATION_HOST_TO_CONTAINER")] {
+                let mut config = pod.sh("sleep 100000");
+                config["metadata"]["name"] = json!(propagation.to_lowercase());
+                config["linux"]["security_context"]["privileged"] = json!(privileged);
+                config["mounts"] = json!([
+                    { "host_path": "/", "container_path": "/host", "readonly": readonly, "propagation": propagation }
+                ]);
+                let container = pod.start(&config);
+                let own: Vec<String> = own_mounts().into_iter().map(|at| format!("/host{at}")).collect();
+                let all = "for at; do if [ -d $at ]; then ls -A $at; elif [ -e $at ]; then cat $at; fi; done";
+                let mut script = vec!["sh", "-c", all, "sh"];
+                script.extend(own.iter().map(String::as_str));
+                let found = container.exec(&script);
+                assert_eq!((found.code, found.out.trim()), (0, ""), "{}", found.err);
+                assert_eq!(container.sh(&format!("cat /host{}/data/file", dir.display())), "of the node");
+                container.remove();
+            }
+            pod.remove();
+        }
+    });
+}
+
+#[test]
+fn later_mounts_of_the_node_are_seen_but_for_its_own_and_can_be_unmounted() {
+    case("own-later", |case| {
+        let dir = case.dir().join("followed");
+        fs::create_dir_all(dir.join("under")).unwrap();
+        fs::write(dir.join("under/file"), "below it\n").unwrap();
+        let mut mounted = Mounted(Vec::new());
+        mounted.add("tmpfs", &dir.join("before"));
+        fs::write(dir.join("before/file"), "before\n").unwrap();
+        let flags = format!("type=bind,src={},dst=/v,options=rbind:rslave:rw", dir.display());
+        let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--mount", &flags]));
+        for (kind, name) in [("proc", "proc"), ("sysfs", "sys"), ("devtmpfs", "dev"), ("tmpfs", "under")] {
+            mounted.add(kind, &dir.join(name));
+        }
+        fs::write(dir.join("under/file"), "over it\n").unwrap();
+        let seen = container.exec("seen", &["sh", "-c", "cat /v/before/file /v/under/file; ls /v/proc /v/sys /v/dev"]);
+        let seen = seen.expect_code(0).out();
+        assert_eq!(seen.trim(), "before\nover it\n/v/dev:\n\n/v/proc:\n\n/v/sys:");
+        // No container keeps the node from unmounting, though it has looked at what is there.
+        for name in ["before", "under"] {
+            umount(&dir.join(name)).unwrap();
+        }
+        let mut next = 0;
+        let gone = node::eventually(Duration::from_secs(10), || {
+            next += 1;
+            let look = ["sh", "-c", "cat /v/under/file; ls /v/before"];
+            (container.exec(&format!("gone-{next}"), &look).out() == "below it\n").then_some(())
+        });
+        assert!(gone.is_some(), "what the node unmounted is still there");
+        container.kill();
+    });
+}
