@@ -1,5 +1,7 @@
 //! What the targets of virtio devices share: a driver that does whatever the fuzzer says.
 
+pub mod jail;
+
 use arbitrary::Arbitrary;
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::testing::Bench;

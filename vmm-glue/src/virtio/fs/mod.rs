@@ -3,8 +3,17 @@
 //! Requests are taken by the worker threads themselves ([`super::workers`]), so that a request costs one wake-up; the device
 //! loop only serves the high-priority queue, where FORGET never waits for a request that blocks.
 
+mod checks;
+#[cfg(test)]
+mod names_tests;
 mod request;
+#[cfg(test)]
+mod requests_tests;
 mod room;
+#[cfg(test)]
+mod test_guest;
+#[cfg(test)]
+mod test_tree;
 #[cfg(test)]
 mod tests;
 mod whole;

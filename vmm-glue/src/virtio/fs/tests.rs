@@ -1,87 +1,9 @@
 //! FUSE requests through crafted chains, against a directory.
 
-use std::fs;
 use std::sync::atomic::Ordering;
 
+use super::test_guest::*;
 use super::*;
-use crate::virtio::testing::Bench;
-
-const LOOKUP: u32 = 1;
-const FORGET: u32 = 2;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
-const INIT: u32 = 26;
-const ROOT: u64 = 1;
-
-struct Guest {
-    bench: Bench<Fs>,
-    _root: tempfile::TempDir,
-    unique: u64,
-}
-
-fn share(root: &std::path::Path, workers: u8) -> ShareConfig {
-    ShareConfig { tag: "husk".into(), root: root.to_str().unwrap().into(), workers }
-}
-
-fn words<const N: usize>(words: [u32; N]) -> Vec<u8> {
-    words.into_iter().flat_map(u32::to_le_bytes).collect()
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
-}
-
-impl Guest {
-    fn new(workers: u8) -> Self {
-        let root = tempfile::tempdir().unwrap();
-        fs::write(root.path().join("hello"), b"content").unwrap();
-        let mut bench = Bench::new(Fs::new(&share(root.path(), workers), || {}).unwrap());
-        bench.activate(0);
-        Self { bench, _root: root, unique: 0 }
-    }
-
-    fn header(&mut self, opcode: u32, node: u64, body: usize) -> Vec<u8> {
-        self.unique += 1;
-        let mut bytes = words([(40 + body) as u32, opcode]);
-        bytes.extend(self.unique.to_le_bytes());
-        bytes.extend(node.to_le_bytes());
-        bytes.extend(words([0, 0, 1, 0]));
-        bytes
-    }
-
-    /// A request and its answer: the error, and what follows the header.
-    fn call(&mut self, opcode: u32, node: u64, body: &[u8], room: usize) -> (i32, Vec<u8>) {
-        let header = self.header(opcode, node, body.len());
-        self.bench.queues[1].add(&[&header, body], &[16, room]);
-        let mut answer = None;
-        self.bench.run_until(|queues| {
-            answer = queues[1].poll();
-            answer.is_some()
-        });
-        let (_, bytes) = answer.unwrap();
-        assert_eq!(u64_at(&bytes, 8), self.unique);
-        assert_eq!(u32::from_le_bytes(bytes[..4].try_into().unwrap()) as usize, bytes.len());
-        (i32::from_le_bytes(bytes[4..8].try_into().unwrap()), bytes[16..].to_vec())
-    }
-
-    fn init(&mut self) {
-        let mut body = words([7, 36, 65536, u32::MAX, 0]);
-        body.resize(64, 0);
-        let (error, answer) = self.call(INIT, 0, &body, 64);
-        assert_eq!((error, answer.len()), (0, 64));
-    }
-
-    fn read_hello(&mut self) {
-        let (error, entry) = self.call(LOOKUP, ROOT, b"hello\0", 128);
-        assert_eq!(error, 0);
-        let node = u64_at(&entry, 0);
-        let (error, opened) = self.call(OPEN, node, &words([0, 0]), 16);
-        assert_eq!(error, 0);
-        let mut body = opened[..8].to_vec();
-        body.extend(words([0, 0, 4096, 0, 0, 0, 0, 0]));
-        assert_eq!(self.call(READ, node, &body, 4096), (0, b"content".to_vec()));
-    }
-}
 
 #[test]
 fn a_file_is_found_and_read() {

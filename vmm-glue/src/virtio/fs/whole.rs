@@ -1,5 +1,5 @@
-//! virtiofsd's file system, but that a write that fails half-way says how much it wrote, and that what opens a file sees to
-//! it that there is room for it.
+//! virtiofsd's file system, but that a hostile request is refused ([`checks`]), that a write that fails half-way says how
+//! much it wrote, and that what opens a file sees to it that there is room for it.
 //!
 //! virtiofsd 1.14 goes on after a short write, to get all of it done, and when the next one fails (a full disk, a quota) it
 //! answers with the error alone, though the file has grown (`ZcReader` in its server.rs). write(2) gives the count then, and
@@ -17,6 +17,7 @@ use virtiofsd::fuse::{Attr, FsOptions, OpenOptions, SetattrIn, SetattrValid, Set
 use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
+use super::checks;
 use super::room::Room;
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -36,6 +37,11 @@ impl Whole {
     /// When there is no /dev/null.
     pub fn new(fs: PassthroughFs, room: Room) -> io::Result<Self> {
         Ok(Self { fs, room, nowhere: File::options().write(true).open("/dev/null")? })
+    }
+
+    /// Before a request that may open a file.
+    fn opening(&self) {
+        self.room.take();
     }
 }
 
@@ -66,20 +72,37 @@ impl<R: ZeroCopyReader> ZeroCopyReader for Counting<'_, R> {
     }
 }
 
-/// Methods that pass on what they are called with, and may open a file.
-macro_rules! opening {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*) -> $result:ty;)*) => {
-        $(fn $name(&self, $($argument: $kind),*) -> $result {
-            self.room.take();
-            self.fs.$name($($argument),*)
-        })*
-    };
+/// The type that an argument's kind stands for; any other kind is itself one.
+///
+/// `&CStr` is no kind, so a method that takes one has to say whether it is a name. If it is, `checked` sees to it.
+macro_rules! kind {
+    // The name of a directory entry.
+    (Name) => { &CStr };
+    // A string that no system call takes for a path to follow: a symlink's target, the name of an attribute.
+    (Text) => { &CStr };
+    (Bytes) => { &[u8] };
+    // Those of open(2).
+    (OpenFlags) => { u32 };
+    ($kind:ident $(<$of:ident>)?) => { $kind$(<$of>)? };
 }
 
-/// Methods that only pass on what they are called with.
+/// Refuses a request for an argument of it.
+macro_rules! checked {
+    ($argument:ident: Name) => {
+        checks::name($argument)?
+    };
+    ($argument:ident: OpenFlags) => {
+        checks::open_flags($argument)?
+    };
+    ($argument:ident: $kind:ident) => {};
+}
+
+/// Methods that pass on what they are called with, once it is checked. Those that begin with `opening` may open a file.
 macro_rules! pass_on {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*) -> $result:ty;)*) => {
-        $(fn $name(&self, $($argument: $kind),*) -> $result {
+    ($($(#[$opening:ident])? fn $name:ident($($argument:ident: $kind:ident $(<$of:ident>)?),*) -> $result:ty;)*) => {
+        $(fn $name(&self, $($argument: kind!($kind $(<$of>)?)),*) -> $result {
+            $(checked!($argument: $kind);)*
+            $(self.$opening();)?
             self.fs.$name($($argument),*)
         })*
     };
@@ -103,6 +126,7 @@ impl FileSystem for Whole {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        checks::offset(offset)?;
         let r = Counting { inner: r, nowhere: &self.nowhere };
         self.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
     }
@@ -118,28 +142,8 @@ impl FileSystem for Whole {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        checks::offset(offset)?;
         self.fs.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
-    }
-
-    // All that PassthroughFs has of its own; the rest of the trait's methods say what they say there.
-    opening! {
-        fn lookup(ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry>;
-        fn opendir(ctx: Context, inode: Inode, flags: u32) -> io::Result<Opened>;
-        fn mkdir(
-            ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions
-        ) -> io::Result<Entry>;
-        fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<Opened>;
-        fn create(
-            ctx: Context, parent: Inode, name: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32,
-            extensions: Extensions
-        ) -> io::Result<(Entry, Option<Handle>, OpenOptions)>;
-        fn mknod(
-            ctx: Context, inode: Inode, name: &CStr, mode: u32, rdev: u32, umask: u32, extensions: Extensions
-        ) -> io::Result<Entry>;
-        fn link(ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry>;
-        fn symlink(
-            ctx: Context, linkname: &CStr, parent: Inode, name: &CStr, extensions: Extensions
-        ) -> io::Result<Entry>;
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
@@ -152,36 +156,62 @@ impl FileSystem for Whole {
         self.room.freed();
     }
 
+    // All that PassthroughFs has of its own; the rest of the trait's methods say what they say there.
     pass_on! {
         fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn destroy() -> ();
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
+        #[opening]
+        fn lookup(ctx: Context, parent: Inode, name: Name) -> io::Result<Entry>;
+        #[opening]
+        fn opendir(ctx: Context, inode: Inode, flags: OpenFlags) -> io::Result<Opened>;
         fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
-        fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
+        #[opening]
+        fn mkdir(
+            ctx: Context, parent: Inode, name: Name, mode: u32, umask: u32, extensions: Extensions
+        ) -> io::Result<Entry>;
+        fn rmdir(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
+        #[opening]
+        fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: OpenFlags) -> io::Result<Opened>;
         fn release(
             ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, flock_release: bool,
             lock_owner: Option<u64>
         ) -> io::Result<()>;
-        fn unlink(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
+        #[opening]
+        fn create(
+            ctx: Context, parent: Inode, name: Name, mode: u32, kill_priv: bool, flags: OpenFlags, umask: u32,
+            extensions: Extensions
+        ) -> io::Result<(Entry, Option<Handle>, OpenOptions)>;
+        fn unlink(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(
             ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid
         ) -> io::Result<(Attr, Duration)>;
         fn rename(
-            ctx: Context, olddir: Inode, oldname: &CStr, newdir: Inode, newname: &CStr, flags: u32
+            ctx: Context, olddir: Inode, oldname: Name, newdir: Inode, newname: Name, flags: u32
         ) -> io::Result<()>;
+        #[opening]
+        fn mknod(
+            ctx: Context, inode: Inode, name: Name, mode: u32, rdev: u32, umask: u32, extensions: Extensions
+        ) -> io::Result<Entry>;
+        #[opening]
+        fn link(ctx: Context, inode: Inode, newparent: Inode, newname: Name) -> io::Result<Entry>;
+        #[opening]
+        fn symlink(
+            ctx: Context, linkname: Text, parent: Inode, name: Name, extensions: Extensions
+        ) -> io::Result<Entry>;
         fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
         fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn fsyncdir(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn access(ctx: Context, inode: Inode, mask: u32) -> io::Result<()>;
         fn setxattr(
-            ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra_flags: SetxattrFlags
+            ctx: Context, inode: Inode, name: Text, value: Bytes, flags: u32, extra_flags: SetxattrFlags
         ) -> io::Result<()>;
-        fn getxattr(ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply>;
+        fn getxattr(ctx: Context, inode: Inode, name: Text, size: u32) -> io::Result<GetxattrReply>;
         fn listxattr(ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
-        fn removexattr(ctx: Context, inode: Inode, name: &CStr) -> io::Result<()>;
+        fn removexattr(ctx: Context, inode: Inode, name: Text) -> io::Result<()>;
         fn fallocate(
             ctx: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64
         ) -> io::Result<()>;
