@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_e2e::cri::pods;
-use husk_e2e::{Case, case, node};
+use husk_e2e::{Case, case, node, vm};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::json;
 
@@ -127,6 +127,11 @@ impl Mounted {
             mounted.add(kind, &dir.join(kind));
         }
         mounted.add("tmpfs", &dir.join("data"));
+        // The node's root alone, without what is mounted below.
+        let bare = dir.join("bare");
+        fs::create_dir_all(&bare).unwrap();
+        mount(Some("/"), &bare, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        mounted.0.push(bare);
         fs::write(dir.join("data/file"), "of the node\n").unwrap();
         mounted
     }
@@ -157,21 +162,23 @@ fn own_mounts() -> Vec<String> {
     own.map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
 }
 
-/// Looks at each argument below /host, and says of each that has anything in it what that is; then tries to open files by
-/// which a container would get hold of the node.
+/// Looks at each mount point below /host, and says of each what it has beside what is to be there; then tries to open files
+/// by which a container would get hold of the node.
 const LOOK: &str = r#"
-import os, sys
-for at in sys.argv[1:]:
+import os
+for at, expected in sorted(MOUNTS.items()):
     path = "/host" + at
-    try:
-        found = os.listdir(path) if os.path.isdir(path) else [f"{os.path.getsize(path)} bytes"] if os.path.getsize(path) else []
-    except FileNotFoundError:
-        continue
-    if found:
+    if os.path.isdir(path):
+        found = os.listdir(path)
+    elif os.path.exists(path):
+        found = [f"{len(open(path, 'rb').read())} bytes"]
+    else:
+        found = []
+    if sorted(found) != expected:
         print("has", at, found[:3])
 for at in ["proc/kcore", "proc/1/mem", "proc/1/root/etc/hostname", "proc/sys/kernel/core_pattern", "proc/sysrq-trigger",
            "sys/kernel/uevent_helper", "sys/fs/cgroup/cgroup.procs", "sys/kernel/debug/sched/debug", "dev/mem", "dev/kmsg",
-           "dev/vda", "dev/console", "dev/pts/ptmx"]:
+           "dev/vda", "dev/kvm", "dev/vhost-net"]:
     for flags in (os.O_RDONLY, os.O_WRONLY):
         try:
             os.close(os.open("/host/" + at, flags | os.O_NONBLOCK))
@@ -182,20 +189,30 @@ for at in ["proc/kcore", "proc/1/mem", "proc/1/root/etc/hostname", "proc/sys/ker
 for top, dirs, files in os.walk("/host/run/husk"):
     if any(part in ("share", "guest", "stage") for part in top.split("/")) and dirs + files:
         print("reached", top, dirs, files)
-print("looked at", len(sys.argv) - 1, open("/host" + sys.argv[1] + "/../data/file").read().strip())
+print(open("/host" + DATA).read().strip())
 "#;
+
+/// What lies under each of the node's own file systems: a container sees that in their place.
+fn under_them(bare: &Path) -> Vec<(String, Vec<String>)> {
+    let listed = |at: &str| {
+        let entries = fs::read_dir(bare.join(at.trim_start_matches('/'))).into_iter().flatten();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    own_mounts().into_iter().map(|at| (at.clone(), listed(&at))).collect()
+}
 
 /// What a container that has the node's root at /host finds there of the node's own.
 fn look(case: &Case, dir: &Path, options: &str, flags: &[&str]) -> String {
-    let mut own = vec![dir.join("proc").to_string_lossy().into_owned()];
-    own.extend(own_mounts());
-    let program = LOOK.replace("sys.argv[1:]", "ARGS").replace("sys.argv[1]", "ARGS[0]");
-    let program = format!("ARGS = {own:?}\n{}", program.replace("len(sys.argv) - 1", "len(ARGS)"));
+    let mounts: serde_json::Map<_, _> =
+        under_them(&dir.join("bare")).into_iter().map(|(at, names)| (at, json!(names))).collect();
+    let data = dir.join("data/file");
+    let program = format!("MOUNTS = {}\nDATA = {data:?}\n{LOOK}", json!(mounts));
     let mount = format!("type=bind,src=/,dst=/host,options={options}");
     let output = case.python(&program).flags(&["--mount", &mount]).flags(flags).output().expect_code(0);
-    let expected = format!("looked at {} of the node", own.len());
-    assert!(output.out().contains(&expected), "{}", output.describe());
-    output.out().replace(&expected, "").trim().to_owned()
+    let found = output.out().trim().strip_suffix("of the node").map(|found| found.trim().to_owned());
+    found.unwrap_or_else(|| panic!("the data was not read\n{}", output.describe()))
 }
 
 #[test]
@@ -234,12 +251,17 @@ fn a_pods_volume_of_the_nodes_root_has_none_either() {
                     { "host_path": "/", "container_path": "/host", "readonly": readonly, "propagation": propagation }
                 ]);
                 let container = pod.start(&config);
-                let own: Vec<String> = own_mounts().into_iter().map(|at| format!("/host{at}")).collect();
+                let (own, expected): (Vec<_>, Vec<_>) = under_them(&dir.join("bare")).into_iter().unzip();
+                let own: Vec<String> = own.into_iter().map(|at| format!("/host{at}")).collect();
                 let all = "for at; do if [ -d $at ]; then ls -A $at; elif [ -e $at ]; then cat $at; fi; done";
                 let mut script = vec!["sh", "-c", all, "sh"];
                 script.extend(own.iter().map(String::as_str));
                 let found = container.exec(&script);
-                assert_eq!((found.code, found.out.trim()), (0, ""), "{}", found.err);
+                let mut names: Vec<&str> = found.out.lines().collect();
+                names.sort_unstable();
+                let mut expected = expected.concat();
+                expected.sort_unstable();
+                assert_eq!((found.code, names), (0, expected.iter().map(String::as_str).collect()), "{}", found.err);
                 assert_eq!(container.sh(&format!("cat /host{}/data/file", dir.display())), "of the node");
                 container.remove();
             }
@@ -277,6 +299,32 @@ fn later_mounts_of_the_node_are_seen_but_for_its_own_and_can_be_unmounted() {
             (container.exec(&format!("gone-{next}"), &look).out() == "below it\n").then_some(())
         });
         assert!(gone.is_some(), "what the node unmounted is still there");
+        container.kill();
+    });
+}
+
+/// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
+const FILE_SERVER: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
+
+#[test]
+fn threads_that_serve_files_have_few_capabilities() {
+    case("capabilities", |case| {
+        let container = case.sleeper();
+        let [vmm] = vm::vmm_of(&container.id)[..] else { panic!("not one VMM of {}", container.id) };
+        let mut servers = 0;
+        for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
+            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
+            if field("Name:").starts_with("virtio-fs") {
+                servers += 1;
+                for (set, most) in [("CapEff:", FILE_SERVER), ("CapPrm:", FILE_SERVER), ("CapInh:", 0), ("CapAmb:", 0)]
+                {
+                    let has = u64::from_str_radix(field(set), 16).unwrap();
+                    assert_eq!(has & !most, 0, "{set} {status}");
+                }
+            }
+        }
+        assert!(servers > 0, "no thread of the VMM serves files");
         container.kill();
     });
 }

@@ -3,6 +3,7 @@
 //! Requests are taken by the worker threads themselves ([`super::workers`]), so that a request costs one wake-up; the device
 //! loop only serves the high-priority queue, where FORGET never waits for a request that blocks.
 
+mod capabilities;
 mod checks;
 #[cfg(test)]
 mod names_tests;
@@ -93,6 +94,7 @@ impl Handler for Shared {
 
     fn prepare_thread(&self) -> io::Result<()> {
         keep_capabilities()?;
+        capabilities::limit()?;
         // SAFETY: takes flags; this thread gets a working directory of its own, which the file system changes for
         // operations on extended attributes.
         match unsafe { libc::unshare(libc::CLONE_FS) } {
