@@ -92,7 +92,7 @@ impl Stage {
     pub fn sync(&self, volumes: &Path) -> io::Result<()> {
         let names: Vec<_> = fs::read_dir(&self.dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
         let results = names.iter().map(|name| self.sync_tree(&self.dir.join(name), &volumes.join(name)));
-        results.fold(Ok(()), |first, result| first.and(result))
+        first_error(results)
     }
 
     fn sync_tree(&self, point: &Path, target: &Path) -> io::Result<()> {
@@ -104,7 +104,7 @@ impl Stage {
         new.sort_by_key(|(path, _)| path.components().count());
         let gone = gone.into_iter().map(|(path, entry)| detach(target, &path, Some(entry.id)));
         let new = new.into_iter().map(|(path, entry)| copy(point, target, &path, entry.id));
-        gone.chain(new).fold(Ok(()), |first, result| first.and(result))
+        first_error(gone.chain(new))
     }
 
     /// Unmounts every host-only mount below `point`, with what is mounted below and over it; gives their places.
@@ -134,6 +134,12 @@ impl Stage {
         }
         Err(io::Error::other("file systems of the node's own are mounted there again and again"))
     }
+}
+
+/// Runs all steps; gives the first error.
+fn first_error(steps: impl Iterator<Item = io::Result<()>>) -> io::Result<()> {
+    let errors: Vec<io::Error> = steps.filter_map(Result::err).collect();
+    errors.into_iter().next().map_or(Ok(()), Err)
 }
 
 /// Copies the one mount with this id.
