@@ -49,6 +49,8 @@ pub struct Source<'a> {
     pub flags: Flags,
     /// Whether it is the same by whichever of the host's mounts it is reached.
     pub any_mount: bool,
+    /// Whether the guest is to see what the host mounts there later.
+    pub follows: bool,
 }
 
 /// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it. `notes` gets what
@@ -74,47 +76,48 @@ pub fn bind(
     let name = present.clone().unwrap_or_else(|| format!("{}.{kind}", *turn));
     let guest = format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE);
     fs::File::create(marks(share, id).join(&name)).map_err(host("mark the mount"))?;
-    if present.is_some() {
-        return Ok(guest);
-    }
-    *turn += 1;
-    let target = share.join(VOLUMES).join(&name);
-    let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
-    made.map_err(host("create the mount point"))?;
     let stage = Stage::of(share);
-    let left_out = attach(source, &target, (&stage, &name)).map_err(|(step, source)| {
-        // Nobody is to take the mount point for the mount.
-        let _ = (remove(&target), stage.remove(&name));
-        host(step)(source)
-    })?;
-    if !left_out.is_empty() {
-        let source = mount.source.as_deref().unwrap_or_default();
-        notes.push(format!("{source} is without the node's own file systems: {}", left_out.join(", ")));
+    if present.is_none() {
+        *turn += 1;
+        let target = share.join(VOLUMES).join(&name);
+        let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
+        made.map_err(host("create the mount point"))?;
+        let left_out = attach(source, &target, (&stage, &name)).map_err(|(step, source)| {
+            // Nobody is to take the mount point for the mount.
+            let _ = remove(&target);
+            host(step)(source)
+        })?;
+        if !left_out.is_empty() {
+            let source = mount.source.as_deref().unwrap_or_default();
+            notes.push(format!("{source} is without the node's own file systems: {}", left_out.join(", ")));
+        }
+    }
+    if source.follows && !stage.has(&name) {
+        // What it lacks in the share by now, the next update makes up for.
+        receive(source, (&stage, &name)).map_err(|(step, source)| {
+            let _ = stage.remove(&name);
+            host(step)(source)
+        })?;
     }
     Ok(guest)
 }
 
+type Step = (&'static str, io::Error);
+
 /// Attaches a copy of the source's mounts at `target`; gives the places of those that are left out.
-fn attach(
-    source: &Source<'_>,
-    target: &Path,
-    (stage, name): (&Stage, &str),
-) -> Result<Vec<String>, (&'static str, io::Error)> {
+fn attach(source: &Source<'_>, target: &Path, (stage, name): (&Stage, &str)) -> Result<Vec<String>, Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // Nothing is mounted below a file.
     let recursive = flags.recursive && source.directory;
-    let mut tree = syscall::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
+    let mut tree = copied(source, recursive, libc::MS_PRIVATE)?;
+    let mut left_out = Vec::new();
+    if recursive {
+        (tree, left_out) = stage.copy(&tree, name).map_err(at("take the node's own file systems out of it"))?;
+    }
     if let Some(users) = source.users {
         let users = users.namespace().map_err(at("make a user namespace for its mapped ids"))?;
         // What is mounted below may be of a kind that cannot be mapped: that is refused, as runc does.
         syscall::set_users(tree.as_fd(), users.as_fd(), recursive).map_err(at("map its user ids"))?;
-    }
-    syscall::set_attr(tree.as_fd(), 0, flags.propagation, true).map_err(at("set the propagation"))?;
-    let (follows, mut left_out) = (flags.follows(), Vec::new());
-    if recursive || follows {
-        (tree, left_out) = stage
-            .copy(&tree, source.directory, name, follows)
-            .map_err(at("take the node's own file systems out of it"))?;
     }
     if flags.read_only {
         // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
@@ -124,6 +127,21 @@ fn attach(
     let target = syscall::open_path(target, false).map_err(at("open the mount point"))?;
     syscall::attach(tree.as_fd(), target.as_fd()).map_err(at("attach it"))?;
     Ok(left_out)
+}
+
+/// Stages a copy of the source's mounts that receives what the host mounts later.
+fn receive(source: &Source<'_>, (stage, name): (&Stage, &str)) -> Result<(), Step> {
+    let tree = copied(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
+    let kept = stage.keep(&tree, source.directory, name);
+    kept.map(drop).map_err(|error| ("stage a copy that receives later mounts", error))
+}
+
+/// A detached copy of the source's mounts, of this propagation.
+fn copied(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
+    let at = |step| move |error| (step, error);
+    let tree = syscall::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
+    syscall::set_attr(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
+    Ok(tree)
 }
 
 /// Does in the share what the host has mounted and unmounted since in the volumes that follow it.
@@ -198,10 +216,10 @@ fn kind(source: &Source<'_>) -> io::Result<String> {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", syscall::mount_id(source.file.as_fd())?),
     };
-    let Flags { recursive, read_only, read_only_below, propagation } = &source.flags;
+    let Flags { recursive, read_only, read_only_below, follows } = &source.flags;
     let how: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_below) << 2;
-    let slave = u8::from(*propagation == libc::MS_SLAVE) << 3;
-    Ok(format!("{:x}-{:x}-{mount}-{:x}", stat.st_dev, stat.st_ino, how | slave))
+    let how = how | u8::from(*follows) << 3;
+    Ok(format!("{:x}-{:x}-{mount}-{how:x}", stat.st_dev, stat.st_ino))
 }
 
 /// What the host does of a bind mount's options.
@@ -211,14 +229,14 @@ pub struct Flags {
     /// Whether nobody is to write to it.
     pub read_only: bool,
     read_only_below: bool,
-    propagation: u64,
+    /// Whether what the host mounts later is to be seen.
+    pub follows: bool,
 }
 
 impl Flags {
     /// Those of `mount`.
     pub fn of(mount: &Mount) -> Self {
-        let mut flags =
-            Self { recursive: false, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
+        let mut flags = Self { recursive: false, read_only: false, read_only_below: false, follows: false };
         for option in mount.options() {
             match option.as_str() {
                 "rbind" => flags.recursive = true,
@@ -226,21 +244,16 @@ impl Flags {
                 "rw" => flags.read_only = false,
                 "rro" => (flags.read_only, flags.read_only_below) = (true, true),
                 // Of what the host mounts there later, the guest sees each at its first look.
-                "slave" | "rslave" => flags.propagation = libc::MS_SLAVE,
+                "slave" | "rslave" => flags.follows = true,
                 _ => {}
             }
         }
         flags
     }
 
-    /// Whether what the host mounts later is to be seen.
-    pub fn follows(&self) -> bool {
-        self.propagation == libc::MS_SLAVE
-    }
-
     /// Those of a mount that is everybody's, and of which the guest says who may write and who sees what is mounted later.
     pub fn held_by_the_guest() -> Self {
-        Self { recursive: true, read_only: false, read_only_below: false, propagation: libc::MS_SLAVE }
+        Self { recursive: true, read_only: false, read_only_below: false, follows: false }
     }
 }
 
@@ -255,9 +268,9 @@ mod tests {
             let (kind, source) = (Some("bind".into()), Some("/a".into()));
             Flags::of(&Mount { destination: "/b".into(), kind, source, options, ..Mount::default() })
         };
-        let plain = Flags { recursive: true, read_only: false, read_only_below: false, propagation: libc::MS_PRIVATE };
+        let plain = Flags { recursive: true, read_only: false, read_only_below: false, follows: false };
         assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
-        assert_eq!(of(&["bind", "ro", "rslave"]).propagation, libc::MS_SLAVE);
+        assert!(of(&["bind", "ro", "rslave"]).follows);
         assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_below && !of(&["bind"]).recursive);
         assert!(of(&["rbind", "rro"]).read_only_below);
     }

@@ -108,7 +108,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     }
     let profile = bundle.spec.process.apparmor_profile.clone().unwrap_or_default();
     let (spec, disks) = (raw.to_string().into_bytes(), disks::of(&raw));
-    let follows_mounts = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).follows());
+    let follows_mounts = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).follows);
     let rootfs = translate::guest_rootfs(id);
     Ok(Prepared { spec, rootfs, notes, follows_mounts, profile, volumes, disks })
 }

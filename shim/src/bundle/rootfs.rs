@@ -116,12 +116,12 @@ fn bind(
         return Err(io::Error::other(format!("it is on a file system that is the node's own ({kind})")));
     }
     let mut tree = syscall::clone_tree(file.as_fd(), recursive)?;
-    if let Some(users) = users {
-        syscall::set_users(tree.as_fd(), users.namespace()?.as_fd(), recursive)?;
-    }
     if recursive {
         syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
-        (tree, left_out) = stage.copy(&tree, true, name, false)?;
+        (tree, left_out) = stage.copy(&tree, name)?;
+    }
+    if let Some(users) = users {
+        syscall::set_users(tree.as_fd(), users.namespace()?.as_fd(), recursive)?;
     }
     let attr = if options.flags.contains(MsFlags::MS_RDONLY) { syscall::MOUNT_ATTR_RDONLY } else { 0 };
     syscall::set_attr(tree.as_fd(), attr, 0, false)?;

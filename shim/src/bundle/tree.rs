@@ -1,9 +1,11 @@
 //! Trees of the host's mounts for the guest: copies without the file systems that are the host's alone.
 //!
-//! A tree is staged first, in a place that the guest never sees, because only a mount that is attached somewhere can be
-//! unmounted and gets what the host mounts later. What the guest may have of it is copied to the share. Where later
-//! mounts are wanted (`rslave`), the staged tree stays, and [`Stage::sync`] does in the share what the host did: so a mount of
-//! the host's own kinds never gets there, and the host can unmount what a guest still has open files of.
+//! A tree is staged in a directory that the guest has no view of, because only an attached mount can be unmounted. What
+//! the guest may have of it is then copied to the share. Staged trees are private, so nothing is mounted in them between.
+//!
+//! A volume with `rslave` propagation has a second staged tree, which stays and receives what the host mounts later.
+//! [`Stage::sync`] makes the same changes in the share, mount by mount. So no host-only file system gets there, and the
+//! host can unmount what a guest has open files of.
 
 use super::{
     binds,
@@ -49,29 +51,38 @@ impl Stage {
         &self.host_only
     }
 
-    /// Stages `tree`, a detached copy of the host's mounts, as `name`, and gives a private copy of what the guest may have
-    /// of it, with the mount points that were left out, relative to the tree. The staged tree stays when `keep`.
+    /// What the guest may have of `tree`, a detached private copy of the host's mounts; with the mount points that were
+    /// left out, relative to the tree. It is staged as `name` meanwhile.
     ///
     /// # Errors
-    /// When a mount cannot be made or a host-only one not be taken out: nothing stays staged then.
-    pub fn copy(&self, tree: &OwnedFd, directory: bool, name: &str, keep: bool) -> io::Result<(OwnedFd, Vec<String>)> {
+    /// When a mount cannot be made, or a host-only one not be unmounted.
+    pub fn copy(&self, tree: &OwnedFd, name: &str) -> io::Result<(OwnedFd, Vec<String>)> {
+        let copied = self.keep(tree, true, name).and_then(|left_out| {
+            let copy = syscall::clone_tree(syscall::open_path(&self.dir.join(name), false)?.as_fd(), true)?;
+            Ok((copy, left_out))
+        });
+        self.remove(name)?;
+        copied
+    }
+
+    /// Stages `tree` as `name` until [`Stage::remove`]; gives the mount points that were left out.
+    ///
+    /// # Errors
+    /// As [`Stage::copy`]; something may be staged then.
+    pub fn keep(&self, tree: &OwnedFd, directory: bool, name: &str) -> io::Result<Vec<String>> {
         let point = self.dir.join(name);
         if directory {
-            fs::create_dir(&point)?
+            fs::create_dir(&point)?;
         } else {
-            fs::File::create_new(&point).map(drop)?
-        };
-        let copied = (|| {
-            syscall::attach(tree.as_fd(), syscall::open_path(&point, false)?.as_fd())?;
-            let left_out = self.prune(&point)?;
-            let copy = syscall::clone_tree(syscall::open_path(&point, false)?.as_fd(), true)?;
-            syscall::set_attr(copy.as_fd(), 0, libc::MS_PRIVATE, true)?;
-            Ok((copy, left_out))
-        })();
-        if !keep || copied.is_err() {
-            self.remove(name)?;
+            fs::File::create_new(&point)?;
         }
-        copied
+        syscall::attach(tree.as_fd(), syscall::open_path(&point, false)?.as_fd())?;
+        self.prune(&point)
+    }
+
+    /// Whether a tree of this name is staged.
+    pub fn has(&self, name: &str) -> bool {
+        self.dir.join(name).exists()
     }
 
     /// Takes a staged tree away; any number of times.
@@ -99,12 +110,27 @@ impl Stage {
         self.prune(point)?;
         let entries = mountinfo::read()?;
         let (staged, shared) = (Tree::of(&entries, point), Tree::of(&entries, target));
-        let (mut gone, mut new) = differences(shared.mounts().collect(), staged.mounts().collect());
+        // A host-only mount may have come since.
+        let allowed = staged.mounts().filter(|(_, entry)| !self.host_only.has(entry));
+        let (mut gone, mut new) = differences(shared.mounts().collect(), allowed.collect());
         gone.sort_by_key(|(path, _)| std::cmp::Reverse(path.components().count()));
         new.sort_by_key(|(path, _)| path.components().count());
         let gone = gone.into_iter().map(|(path, entry)| detach(target, &path, Some(entry.id)));
-        let new = new.into_iter().map(|(path, entry)| copy(point, target, &path, entry.id));
+        let new = new.into_iter().map(|(path, entry)| self.copy_one(point, target, &path, entry.id));
         first_error(gone.chain(new))
+    }
+
+    /// Copies one mount, without what is mounted below it.
+    fn copy_one(&self, point: &Path, target: &Path, path: &Path, id: u64) -> io::Result<()> {
+        let source = open_below(point, path)?;
+        // Another may cover it, which is copied in its place. The list and the mount are not of one moment: what counts
+        // is what was opened.
+        if syscall::mount_id(source.as_fd())? != id || self.host_only.type_of(&source)?.is_some() {
+            return Ok(());
+        }
+        let tree = syscall::clone_tree(source.as_fd(), false)?;
+        syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
+        syscall::attach(tree.as_fd(), open_below(target, path)?.as_fd())
     }
 
     /// Unmounts every host-only mount below `point`, with what is mounted below and over it; gives their places.
@@ -140,18 +166,6 @@ impl Stage {
 fn first_error(steps: impl Iterator<Item = io::Result<()>>) -> io::Result<()> {
     let errors: Vec<io::Error> = steps.filter_map(Result::err).collect();
     errors.into_iter().next().map_or(Ok(()), Err)
-}
-
-/// Copies the one mount with this id.
-fn copy(point: &Path, target: &Path, path: &Path, id: u64) -> io::Result<()> {
-    let source = open_below(point, path)?;
-    if syscall::mount_id(source.as_fd())? != id {
-        // Another covers it, which is copied in its place.
-        return Ok(());
-    }
-    let tree = syscall::clone_tree(source.as_fd(), false)?;
-    syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
-    syscall::attach(tree.as_fd(), open_below(target, path)?.as_fd())
 }
 
 /// Unmounts what is mounted last at `path` below `point`: never what is mounted at `point` first.

@@ -111,13 +111,13 @@ pub fn make(
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
         Plan::Bind { source, directory, users, any_mount } => {
-            let (users, flags) = (users.as_ref(), Flags::of(mount));
-            let source = binds::Source { file: &source, directory, users, flags, any_mount };
+            let (users, flags, follows) = (users.as_ref(), Flags::of(mount), Flags::of(mount).follows);
+            let source = binds::Source { file: &source, directory, users, flags, any_mount, follows };
             binds::bind(mount, &source, (place.share, place.container), notes).map(Some)
         }
         Plan::Shared { volume: kubelet::Shared { root, below }, users } => {
-            let (users, flags) = (users.as_ref(), Flags::held_by_the_guest());
-            let source = binds::Source { file: &root, directory: true, users, flags, any_mount: false };
+            let (users, flags, follows) = (users.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).follows);
+            let source = binds::Source { file: &root, directory: true, users, flags, any_mount: false, follows };
             let whole = binds::bind(mount, &source, (place.share, place.container), notes)?;
             if below.is_empty() {
                 return Ok(Some(whole));
