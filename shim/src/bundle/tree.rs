@@ -23,7 +23,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Mounts on one mount point; nobody stacks more. A bound so that a host that mounts all the time ends no loop.
+/// Maximum number of mounts stacked on one mount point. It bounds the loop of [`Stage::prune`].
 const MOST_STACKED: usize = 64;
 
 /// Where a sandbox's trees are staged.
@@ -33,10 +33,10 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// That of the sandbox whose share is at `share`: a directory beside it.
+    /// The stage of the sandbox with this share: a directory beside it.
     pub fn of(share: &Path) -> Self {
         let dir = share.with_file_name("stage");
-        // By a volume of `/` a container would else get at the share itself, writable.
+        // Otherwise a volume of `/` would give a container write access to the share itself.
         let host_only = HostOnly::now().and([share, &dir], "the sandbox's share");
         Self { dir, host_only }
     }
@@ -46,7 +46,7 @@ impl Stage {
         &self.dir
     }
 
-    /// What is the host's alone.
+    /// The rule that tells host-only file systems.
     pub fn host_only(&self) -> &HostOnly {
         &self.host_only
     }
@@ -95,8 +95,8 @@ impl Stage {
         binds::remove(&point)
     }
 
-    /// Mounts and unmounts in `volumes`, in the directory of each staged tree's name, what the host has mounted and
-    /// unmounted below these. Goes on after a failure.
+    /// Updates the mounts in `volumes` to those of the staged trees. A tree and its volume have the same name. Goes on after
+    /// a failure.
     ///
     /// # Errors
     /// The first failure.
@@ -158,7 +158,9 @@ impl Stage {
                 }
             }
         }
-        Err(io::Error::other("file systems of the node's own are mounted there again and again"))
+        Err(io::Error::other(
+            "failed to unmount the node's own file systems: too many are stacked, or more are mounted meanwhile",
+        ))
     }
 }
 

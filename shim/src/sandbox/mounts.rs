@@ -1,4 +1,4 @@
-//! Follows what the host mounts and unmounts later in the volumes of containers that ask for it (`rslave`).
+//! Propagates later mounts and unmounts of the host to volumes with `rslave` propagation.
 
 use std::fs::File;
 use std::io;
@@ -13,10 +13,10 @@ use tokio::time::timeout;
 
 use crate::bundle;
 
-/// How long a process that is started waits for what was mounted before; a file system that hangs must not stop it.
+/// How long the start of a process waits for mounts that the host made before. A file system that hangs must not stop it.
 const SETTLE_LIMIT: Duration = Duration::from_secs(2);
 
-/// The follower of a sandbox; it does nothing until a container asks for it.
+/// The follower of a sandbox's volumes. It does nothing until a container has such a volume.
 #[derive(Default)]
 pub struct Follower {
     task: OnceLock<JoinHandle<()>>,
@@ -61,7 +61,7 @@ async fn follow(list: AsyncFd<File>, share: PathBuf) {
     let mut last = None;
     loop {
         let failure = sync(share.clone()).await.err().map(|error| error.to_string());
-        // A mount that cannot be followed is tried at every change, and told of once.
+        // A mount that fails is retried at every change, and logged once.
         if let Some(error) = failure.as_ref().filter(|_| failure != last) {
             tracing::warn!(error, "failed to follow the host's mounts in a volume");
         }

@@ -1,6 +1,6 @@
-//! What a request must not say, for virtiofsd 1.14 hands it to the host's kernel as it is.
+//! Checks of FUSE requests that virtiofsd 1.14 does not make.
 //!
-//! virtiofsd expects that its root directory is the process's own, by pivot_root(2); here the host's files are still there.
+//! virtiofsd expects that its root directory is the root of the process (pivot_root(2)). Here the host's files are in reach.
 
 use std::ffi::CStr;
 use std::io;
@@ -8,7 +8,7 @@ use std::io;
 /// Part of O_TMPFILE that O_DIRECTORY is not (include/uapi/asm-generic/fcntl.h). arm64's O_DIRECTORY is another bit.
 const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
-/// Whether this can be the name of a directory entry.
+/// Checks that this can be the name of a directory entry.
 ///
 /// unlinkat(2), mkdirat(2), mknodat(2), symlinkat(2), linkat(2) and renameat2(2) get the name as a path: one with a slash,
 /// or `..`, is an entry of another directory. The guest's kernel sends none: it has resolved the path itself.
@@ -23,7 +23,7 @@ pub fn name(name: &CStr) -> io::Result<()> {
     refuse(matches!(name, b"" | b"." | b"..") || name.contains(&b'/'))
 }
 
-/// Whether these flags only open a file that is there.
+/// Checks that these flags only open an existing file.
 ///
 /// open(2) of the directory with O_TMPFILE makes a file that no node stands for; a handle by O_PATH is none to read or
 /// write by. The guest's kernel sends neither: it has FUSE_TMPFILE, and O_PATH never reaches a file system.
@@ -34,7 +34,7 @@ pub fn open_flags(flags: u32) -> io::Result<()> {
     refuse(flags.cast_signed() & (TMPFILE | libc::O_PATH) != 0)
 }
 
-/// Whether a file can have data there: virtiofsd panics otherwise (file_traits.rs), which ends this process.
+/// Checks that a file can have data at this offset. virtiofsd panics otherwise (file_traits.rs), which ends the process.
 ///
 /// # Errors
 /// EINVAL when not.
