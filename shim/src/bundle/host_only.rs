@@ -15,9 +15,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// File system types, and what statfs(2) gives as `f_type` (include/uapi/linux/magic.h and each file system's source).
+/// Types of Linux 6.12 that are interfaces to its kernel, devices or processes, and what statfs(2) gives as `f_type` (include/uapi/linux/magic.h and each file system's source).
 /// A devtmpfs is told by its device number: statfs calls it a tmpfs.
-const TYPES: [(&str, Option<i64>); 27] = [
+const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
     ("bpf", Some(0xcafe_4a11)),
@@ -31,14 +31,19 @@ const TYPES: [(&str, Option<i64>); 27] = [
     ("efivarfs", Some(0xde5e_81e4)),
     ("functionfs", Some(0xa64_7361)),
     ("fusectl", Some(0x6573_5543)),
+    ("gadgetfs", Some(0xaee7_1ee7)),
+    ("ibmasmfs", Some(0x6672_6f67)),
+    ("ipathfs", Some(0x72_6a77)),
     ("mqueue", Some(0x1980_0202)),
     ("nfsd", Some(0x6e66_7364)),
     ("nsfs", Some(0x6e73_6673)),
+    ("ocfs2_dlmfs", Some(0x76a9_f425)),
     ("pidfs", Some(0x5049_4446)),
     ("proc", Some(0x9fa0)),
     ("pstore", Some(0x6165_676c)),
     ("resctrl", Some(0x765_5821)),
     ("rpc_pipefs", Some(0x6759_6969)),
+    ("s390_hypfs", Some(0x68_7970)),
     ("securityfs", Some(0x7363_6673)),
     ("selinuxfs", Some(0xf97c_ff8c)),
     ("smackfs", Some(0x4341_5d53)),
