@@ -355,15 +355,21 @@ fn a_volume_brings_no_file_system_of_the_hosts_own() {
     }
 }
 
+/// A tmpfs in a mount that propagates, as those of a host do.
+fn shared_mount(dir: &Path) -> PathBuf {
+    let (root, none) = (dir.join("followed"), None::<&Path>);
+    fs::create_dir(&root).unwrap();
+    mount(Some("t"), &root, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
+    root
+}
+
 #[test]
 fn later_mounts_are_followed_but_for_the_hosts_own() {
     isolated(|dir| {
         let none = None::<&Path>;
         let share = share(dir);
-        let root = dir.join("followed");
-        fs::create_dir(&root).unwrap();
-        mount(Some("t"), &root, Some("tmpfs"), MsFlags::empty(), none).unwrap();
-        mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
+        let root = shared_mount(dir);
         for name in ["proc", "late", "deep"] {
             fs::create_dir(root.join(name)).unwrap();
         }
@@ -398,10 +404,7 @@ fn a_link_of_the_guests_leads_no_mount_astray() {
     isolated(|dir| {
         let none = None::<&Path>;
         let share = share(dir);
-        let root = dir.join("followed");
-        fs::create_dir(&root).unwrap();
-        mount(Some("t"), &root, Some("tmpfs"), MsFlags::empty(), none).unwrap();
-        mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
+        let root = shared_mount(dir);
         fs::create_dir_all(root.join("a/b")).unwrap();
         let outside = dir.join("outside");
         fs::create_dir_all(outside.join("b")).unwrap();

@@ -286,7 +286,7 @@ impl Sandbox {
     /// [`StreamError`] when the guest does not take it.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
         let vmm = self.vmm.get().ok_or(StreamError::Connect(VmmError::Gone))?;
-        // Not to be guessed: whoever names a token in a request gets its stream.
+        // It must not be guessable: a request that names a token gets its stream.
         let token = random::token().map_err(StreamError::Token)?;
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
         stream.set_nonblocking(true).map_err(StreamError::Header)?;

@@ -1,4 +1,4 @@
-//! FUSE requests to virtio-fs over a directory, of which none may touch what is around it.
+//! FUSE requests to virtio-fs over a directory. None may touch anything outside that directory.
 #![no_main]
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
