@@ -28,7 +28,7 @@ const MAX_STACKED: usize = 64;
 static TURN: Mutex<u64> = Mutex::new(0);
 
 /// Guards the number that the next mount's name begins with.
-fn turn() -> MutexGuard<'static, u64> {
+pub fn turn() -> MutexGuard<'static, u64> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -1,6 +1,6 @@
 //! Mounting a container's root file system from the mounts containerd's snapshotter names.
 
-use super::{syscall, tree::Stage, users::Users};
+use super::{binds, syscall, tree::Stage, users::Users};
 use nix::mount::{MsFlags, mount};
 use std::{
     io,
@@ -116,8 +116,11 @@ fn bind(
         return Err(io::Error::other(format!("it is on a file system that is the node's own ({kind})")));
     }
     let mut tree = syscall::clone_tree(file.as_fd(), recursive)?;
+    // Otherwise it receives what the host mounts there later.
+    syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
     if recursive {
-        syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
+        // No update of the staged trees of volumes meets this one.
+        let _turn = binds::turn();
         (tree, left_out) = stage.copy(&tree, name)?;
     }
     if let Some(users) = users {

@@ -465,3 +465,24 @@ fn a_root_file_system_brings_none_either() {
         assert_eq!(contents(&share), 0);
     });
 }
+
+#[test]
+fn a_root_file_system_receives_no_later_mounts() {
+    isolated(|dir| {
+        let share = share(dir);
+        let root = shared_mount(dir);
+        fs::create_dir(root.join("proc")).unwrap();
+        let source = root.to_string_lossy().into_owned();
+        for (id, option) in [("c1", "bind"), ("c2", "rbind")] {
+            let (kind, source, options) = ("bind".into(), source.clone(), vec![option.into()]);
+            let mounts = [RootMount { kind, source, options, ..RootMount::default() }];
+            let request = Request { id, share: &share.host, rootfs: &mounts, pids: &HashMap::new() };
+            prepare(&bundle(dir, |_| {}), &request).unwrap();
+        }
+        mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
+        for id in ["c1", "c2"] {
+            assert_eq!(fs::read_dir(share.guest.join(id).join("rootfs/proc")).unwrap().count(), 0, "{id}");
+            teardown(&share.host, id).unwrap();
+        }
+    });
+}

@@ -115,7 +115,7 @@ impl Stage {
         let (mut gone, mut new) = differences(shared.mounts().collect(), allowed.collect());
         gone.sort_by_key(|(path, _)| std::cmp::Reverse(path.components().count()));
         new.sort_by_key(|(path, _)| path.components().count());
-        let gone = gone.into_iter().map(|(path, entry)| detach(target, &path, Some(entry.id)));
+        let gone = gone.into_iter().map(|(path, entry)| detach(target, &path, entry.id));
         let new = new.into_iter().map(|(path, entry)| self.copy_one(point, target, &path, entry.id));
         first_error(gone.chain(new))
     }
@@ -135,7 +135,7 @@ impl Stage {
 
     /// Unmounts every host-only mount below `point`, with what is mounted below and over it; gives their places.
     fn prune(&self, point: &Path) -> io::Result<Vec<String>> {
-        let mut left_out = Vec::new();
+        let (mut left_out, mut failure) = (Vec::new(), None);
         for _ in 0..MOST_STACKED {
             let entries = mountinfo::read()?;
             let tree = Tree::of(&entries, point);
@@ -152,15 +152,20 @@ impl Stage {
             let mut gone: Vec<&Path> = Vec::new();
             for (path, entry) in &out {
                 if !gone.iter().any(|gone| path.starts_with(gone)) {
-                    detach(point, path, None)?;
-                    left_out.push(format!("{} ({})", Path::new("/").join(path).display(), entry.kind));
+                    // A mount over it has to go first.
+                    let top = tree.mounts().filter(|(other, _)| other == path).last();
+                    match detach(point, path, top.map_or(entry.id, |(_, top)| top.id)) {
+                        Ok(()) => left_out.push(format!("{} ({})", Path::new("/").join(path).display(), entry.kind)),
+                        // Something has changed since the list was read, so it is read again.
+                        Err(error) => failure = Some(error),
+                    }
                     gone.push(path);
                 }
             }
         }
-        Err(io::Error::other(
-            "failed to unmount the node's own file systems: too many are stacked, or more are mounted meanwhile",
-        ))
+        let stacked =
+            "failed to unmount the node's own file systems: too many are stacked, or more are mounted meanwhile";
+        Err(failure.unwrap_or_else(|| io::Error::other(stacked)))
     }
 }
 
@@ -170,11 +175,11 @@ fn first_error(steps: impl Iterator<Item = io::Result<()>>) -> io::Result<()> {
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Unmounts what is mounted last at `path` below `point`: never what is mounted at `point` first.
-fn detach(point: &Path, path: &Path, id: Option<u64>) -> io::Result<()> {
+/// Unmounts the mount with this id, which is the last one made at `path` below `point`.
+fn detach(point: &Path, path: &Path, id: u64) -> io::Result<()> {
     let file = open_below(point, path)?;
-    if id.is_some_and(|id| syscall::mount_id(file.as_fd()).is_ok_and(|found| found != id)) {
-        return Err(io::Error::other(format!("another mount covers the one at {}", path.display())));
+    if syscall::mount_id(file.as_fd())? != id {
+        return Err(io::Error::other(format!("another mount is at {} by now", path.display())));
     }
     // Not by its path, in which a guest may put a link meanwhile.
     Ok(umount2(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), MntFlags::MNT_DETACH)?)
