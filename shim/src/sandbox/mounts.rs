@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use crate::bundle;
 
-/// How long the start of a process waits for mounts that the host made before. A file system that hangs must not stop it.
+/// How long the start of a process waits for mounts that the host made before.
 const SETTLE_LIMIT: Duration = Duration::from_secs(2);
 
 /// The follower of a sandbox's volumes. It does nothing until a container has such a volume.
