@@ -8,7 +8,14 @@
 /// old entry for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-use super::{spec::Mount, syscall, tree::Stage, users::Users, volumes::VolumeError};
+use super::{
+    host_only::HostOnly,
+    spec::Mount,
+    stage::{Stage, SyncError},
+    syscall,
+    users::Users,
+    volumes::VolumeError,
+};
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},
@@ -28,7 +35,7 @@ const MAX_STACKED: usize = 64;
 static TURN: Mutex<u64> = Mutex::new(0);
 
 /// Guards the number that the next mount's name begins with.
-pub fn turn() -> MutexGuard<'static, u64> {
+fn turn() -> MutexGuard<'static, u64> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -59,6 +66,7 @@ pub fn bind(
     mount: &Mount,
     source: &Source<'_>,
     (share, id): (&Path, &str),
+    host_only: &HostOnly,
     notes: &mut Vec<String>,
 ) -> Result<String, VolumeError> {
     let host = |step| {
@@ -82,22 +90,19 @@ pub fn bind(
         let target = share.join(VOLUMES).join(&name);
         let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
         made.map_err(host("create the mount point"))?;
-        let left_out = attach(source, &target, (&stage, &name)).map_err(|(step, source)| {
+        let left_out = attach(source, &target, host_only, (&stage, &name)).map_err(|(step, source)| {
             // Nobody is to take the mount point for the mount.
             let _ = remove(&target);
             host(step)(source)
         })?;
         if !left_out.is_empty() {
             let source = mount.source.as_deref().unwrap_or_default();
-            notes.push(format!("{source} is without the node's own file systems: {}", left_out.join(", ")));
+            notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
         }
     }
     if source.follows && !stage.has(&name) {
         // What it lacks in the share by now, the next update makes up for.
-        receive(source, (&stage, &name)).map_err(|(step, source)| {
-            let _ = stage.remove(&name);
-            host(step)(source)
-        })?;
+        receive(source, host_only, (&stage, &name)).map_err(|(step, source)| host(step)(source))?;
     }
     Ok(guest)
 }
@@ -105,14 +110,19 @@ pub fn bind(
 type Step = (&'static str, io::Error);
 
 /// Attaches a copy of the source's mounts at `target`; gives the places of those that are left out.
-fn attach(source: &Source<'_>, target: &Path, (stage, name): (&Stage, &str)) -> Result<Vec<String>, Step> {
+fn attach(
+    source: &Source<'_>,
+    target: &Path,
+    host_only: &HostOnly,
+    (stage, name): (&Stage, &str),
+) -> Result<Vec<String>, Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // Nothing is mounted below a file.
     let recursive = flags.recursive && source.directory;
     let mut tree = copied(source, recursive, libc::MS_PRIVATE)?;
     let mut left_out = Vec::new();
     if recursive {
-        (tree, left_out) = stage.copy(&tree, name).map_err(at("take the node's own file systems out of it"))?;
+        (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy its submounts"))?;
     }
     if let Some(users) = source.users {
         let users = users.namespace().map_err(at("make a user namespace for its mapped ids"))?;
@@ -130,10 +140,10 @@ fn attach(source: &Source<'_>, target: &Path, (stage, name): (&Stage, &str)) -> 
 }
 
 /// Stages a copy of the source's mounts that receives what the host mounts later.
-fn receive(source: &Source<'_>, (stage, name): (&Stage, &str)) -> Result<(), Step> {
+fn receive(source: &Source<'_>, host_only: &HostOnly, (stage, name): (&Stage, &str)) -> Result<(), Step> {
     let tree = copied(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
-    let kept = stage.keep(&tree, source.directory, name);
-    kept.map(drop).map_err(|error| ("stage a copy that receives later mounts", error))
+    let kept = stage.keep(&tree, host_only, source.directory, name);
+    kept.map_err(|error| ("stage a copy that receives later mounts", error))
 }
 
 /// A detached copy of the source's mounts, of this propagation.
@@ -144,13 +154,14 @@ fn copied(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<Owne
     Ok(tree)
 }
 
-/// Does in the share what the host has mounted and unmounted since in the volumes that follow it.
+/// Mounts and unmounts in the share what the host has mounted and unmounted in the volumes with `rslave` propagation. Calls
+/// must not overlap.
 ///
 /// # Errors
-/// The first failure; what can be done is done.
-pub fn sync(share: &Path) -> io::Result<()> {
-    let _turn = turn();
-    Stage::of(share).sync(&share.join(VOLUMES))
+/// The first error; everything else is attempted.
+pub fn sync(share: &Path) -> Result<(), SyncError> {
+    let stage = Stage::of(share);
+    stage.sync(&share.join(VOLUMES), &stage.host_only(share)?)
 }
 
 /// Takes away what only container `id` uses; any number of times. `note` gets what came of each step.
@@ -169,7 +180,7 @@ pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()
         if !used.map(|container| container.path().join("mounts").join(&name)).any(|mark| mark.exists()) {
             let target = share.join(VOLUMES).join(&name);
             note(&target, unmount(&target).and_then(|()| remove(&target)));
-            note(&target, name.to_str().map_or(Ok(()), |name| stage.remove(name)));
+            note(stage.dir(), stage.remove(&name));
         }
     }
 }

@@ -1,22 +1,25 @@
-//! File systems that are the host's alone: interfaces to its kernel, devices and processes, which no guest gets.
+//! Host-only file systems: interfaces to the host's kernel, devices or processes. They never get into the share.
 //!
-//! Under runc a container may look at the node's `/proc` by a volume of `/` because it runs with its own rights there.
-//! Here the VMM would open such files for it, with the VMM's rights. What a guest needs of these file systems it has of
-//! its own kernel's.
+//! Under runc, a container opens files of the node's `/proc` with its own rights, for example in a volume of `/`. Here the
+//! VMM would open them with the VMM's rights. The guest has its own instances of the file systems it needs.
 
-use super::mountinfo::Entry;
+use super::{mountinfo, mountinfo::Entry, syscall};
 use nix::sys::{
     stat::{fstat, stat},
     statfs::{TMPFS_MAGIC, fstatfs, statfs},
 };
 use std::{
+    ffi::OsStr,
     io,
-    os::fd::OwnedFd,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
 };
 
-/// Types of Linux 6.12 that are interfaces to its kernel, devices or processes, and what statfs(2) gives as `f_type` (include/uapi/linux/magic.h and each file system's source).
-/// A devtmpfs is told by its device number: statfs calls it a tmpfs.
+/// The types in Linux 6.12, each with its `f_type` in statfs(2) (include/uapi/linux/magic.h and each file system's source).
+/// statfs cannot tell devtmpfs from tmpfs.
 const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
@@ -52,41 +55,58 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
-/// What tells the host's own file systems from others.
+/// Tells host-only file systems from others.
 #[derive(Debug, Clone)]
 pub struct HostOnly {
-    /// Device numbers of further ones, each with its name.
+    /// Device numbers of further host-only file systems, each with its name.
     devices: Vec<(u64, &'static str)>,
 }
 
 impl HostOnly {
-    /// As the host is now. A node that is itself a container has a tmpfs with device nodes at /dev.
-    pub fn now() -> Self {
-        let own = statfs("/dev").is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC);
-        Self { devices: Vec::new() }.and(own.then_some(Path::new("/dev")), "devtmpfs")
-    }
-
-    /// As [`HostOnly::now`], and the file systems that these directories are on.
-    pub fn and<'a>(mut self, directories: impl IntoIterator<Item = &'a Path>, name: &'static str) -> Self {
-        let devices = directories.into_iter().filter_map(|path| Some((stat(path).ok()?.st_dev, name)));
-        self.devices.extend(devices);
-        self
+    /// The rule for a sandbox: the types above, a tmpfs at /dev, which has device nodes if the node is itself a container,
+    /// and the file systems of the sandbox's own directories. A volume of `/` would otherwise give a container write access
+    /// to the share.
+    ///
+    /// # Errors
+    /// The error of stat(2): without one of these file systems the rule would let it through.
+    pub fn new<'a>(sandbox: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
+        let dev = Path::new("/dev");
+        let mut devices = Vec::new();
+        if statfs(dev)?.filesystem_type() == TMPFS_MAGIC {
+            devices.push((stat(dev)?.st_dev, "devtmpfs"));
+        }
+        for path in sandbox {
+            devices.push((stat(path)?.st_dev, "the sandbox's share"));
+        }
+        Ok(Self { devices })
     }
 
     fn by_device(&self, device: u64) -> Option<&'static str> {
         self.devices.iter().find(|(own, _)| *own == device).map(|(_, name)| *name)
     }
 
-    /// Whether a mount is of such a file system.
+    /// Whether a mount is of a host-only file system.
     pub fn has(&self, mount: &Entry) -> bool {
-        self.by_device(mount.device).is_some() || TYPES.iter().any(|(kind, _)| *kind == mount.kind)
+        self.name_of(mount).is_some()
     }
 
-    /// The type of the file system that `file` is on, if it is such a one.
+    fn name_of(&self, mount: &Entry) -> Option<&'static str> {
+        let of_type = TYPES.iter().find(|(kind, _)| *kind == mount.kind).map(|(kind, _)| *kind);
+        of_type.or_else(|| self.by_device(mount.device))
+    }
+
+    /// The name of the host-only file system that `file` is on; `None` if it is on another one.
+    ///
+    /// It goes by the type of the mount. Mounts of the kernel's own, as files of nsfs and pidfs are on, are in no list: for
+    /// these it goes by statfs(2).
     ///
     /// # Errors
-    /// What fstatfs(2) and fstat(2) say.
+    /// The error of fstatfs(2), fstat(2) or of reading the mount list.
     pub fn type_of(&self, file: &OwnedFd) -> io::Result<Option<&'static str>> {
+        let (id, mounts) = (syscall::mount_id(file.as_fd())?, mountinfo::read()?);
+        if let Some(name) = mounts.iter().find(|mount| mount.id == id).and_then(|mount| self.name_of(mount)) {
+            return Ok(Some(name));
+        }
         let magic = fstatfs(file)?.filesystem_type().0;
         match TYPES.iter().find(|(_, of_type)| *of_type == Some(magic)) {
             Some((kind, _)) => Ok(Some(kind)),
@@ -95,18 +115,23 @@ impl HostOnly {
     }
 }
 
-/// The guest's path of what the host has at `path` on such a file system: the same, where the guest has one of its own
-/// there. Not what is of one process of the host's: a process id means another one in the guest.
+/// The directories of /dev on host-only file systems that every guest has too.
+const GUEST_DEV: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
+
+/// The guest's path for the host's file or directory `path` on a host-only file system: the same path, if the guest has its
+/// own instance there. `None` for a process's directory, since a process id of the host means another process in the guest,
+/// and for other directories of devices.
 pub fn in_the_guest(path: &Path) -> Option<PathBuf> {
-    let process = |rest: &Path| {
-        let first = rest.components().next().map(|part| part.as_os_str().to_string_lossy().into_owned());
-        first.is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
-    };
     let own = match path.strip_prefix("/proc") {
-        Ok(rest) => !process(rest),
-        Err(_) => path.starts_with("/sys") || path.starts_with("/dev"),
+        Ok(rest) => !rest.components().next().is_some_and(|first| is_process(first.as_os_str())),
+        Err(_) => path.starts_with("/sys") || GUEST_DEV.iter().any(|dev| path == Path::new(dev)),
     };
     own.then(|| path.to_owned())
+}
+
+/// Whether `/proc/NAME` is of one process or thread.
+fn is_process(name: &OsStr) -> bool {
+    name == "self" || name == "thread-self" || name.as_bytes().iter().all(u8::is_ascii_digit)
 }
 
 #[cfg(test)]
@@ -116,7 +141,7 @@ mod tests {
 
     #[test]
     fn the_types_are_told_by_name_number_and_device() {
-        let host_only = HostOnly::now();
+        let host_only = HostOnly::new([]).unwrap();
         let of = |path: &str| host_only.type_of(&syscall::open_path(Path::new(path), true).unwrap()).unwrap();
         assert_eq!(of("/proc"), Some("proc"));
         assert_eq!(of("/proc/self/status"), Some("proc"));
@@ -138,10 +163,10 @@ mod tests {
 
     #[test]
     fn the_guest_has_its_own_but_for_processes() {
-        for path in ["/proc", "/proc/sys/vm", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts"] {
+        for path in ["/proc", "/proc/sys/vm", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts", "/dev/net"] {
             assert_eq!(in_the_guest(Path::new(path)).as_deref(), Some(Path::new(path)));
         }
-        for path in ["/proc/1", "/proc/4711/root", "/mnt/proc", "/procfs", "/"] {
+        for path in ["/proc/1", "/proc/4711/root", "/proc/self/fd", "/dev/dri", "/mnt/proc", "/procfs", "/"] {
             assert_eq!(in_the_guest(Path::new(path)), None, "{path}");
         }
     }

@@ -30,6 +30,7 @@ mod rootfs;
 mod share;
 mod sizing;
 mod spec;
+mod stage;
 mod syscall;
 mod teardown;
 #[cfg(test)]
@@ -48,6 +49,7 @@ pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
 pub use sizing::{Sizing, SizingError, sizing};
 pub use spec::{Mount, Resources, Spec};
+pub use stage::SyncError;
 pub use teardown::{TeardownError, teardown};
 pub use translate::{TranslateError, exec_process};
 pub use update::resources_update;

@@ -1,12 +1,7 @@
 //! The kernel's list of the mounts of this thread's mount namespace (proc_pid_mountinfo(5)).
 
 use nix::sys::stat::makedev;
-use std::{
-    ffi::OsString,
-    fs, io,
-    os::unix::ffi::OsStringExt,
-    path::{Path, PathBuf},
-};
+use std::{ffi::OsString, fs, io, os::unix::ffi::OsStringExt, path::PathBuf};
 
 /// A mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,11 +26,6 @@ pub struct Entry {
 /// When /proc cannot be read.
 pub fn read() -> io::Result<Vec<Entry>> {
     Ok(parse(&fs::read("/proc/thread-self/mountinfo")?))
-}
-
-/// The mounts at or below `point`.
-pub fn below<'a>(entries: &'a [Entry], point: &Path) -> Vec<&'a Entry> {
-    entries.iter().filter(|entry| entry.point.starts_with(point)).collect()
 }
 
 fn parse(text: &[u8]) -> Vec<Entry> {
@@ -80,6 +70,7 @@ fn octal(digits: &[u8]) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     #[test]
     fn lines_are_entries() {
@@ -99,8 +90,6 @@ mod tests {
         };
         assert_eq!(entries[0], first);
         assert_eq!((entries[1].point.to_str(), &*entries[1].kind), (Some("/a b\\c\n"), "devtmpfs"));
-        assert_eq!(below(&entries, Path::new("/mnt2")), [&first]);
-        assert!(below(&entries, Path::new("/mnt")).is_empty());
     }
 
     #[test]

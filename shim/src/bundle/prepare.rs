@@ -4,10 +4,10 @@ use super::{
     Bundle, Disk, TranslateError,
     binds::{self, Flags},
     disks,
-    rootfs::{self, RootMount, RootfsError},
+    rootfs::{self, RootMount, RootfsError, Staging},
+    stage::{Stage, SyncError},
     teardown::teardown,
     translate,
-    tree::Stage,
     volumes::{self, InGuest, Place, VolumeError},
 };
 use crate::sandbox::cgroup;
@@ -66,6 +66,9 @@ pub enum PrepareError {
     /// A volume cannot be given to the guest.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// Host-only file systems cannot be told from others.
+    #[error(transparent)]
+    Stage(#[from] SyncError),
     /// A directory in the share cannot be made.
     #[error("cannot create {}", path.display())]
     Create {
@@ -122,8 +125,10 @@ fn mount(
 ) -> Result<(), PrepareError> {
     let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");
-    // A volume's name begins with a number and a dot.
-    let (stage, name) = (Stage::of(share), format!("rootfs.{id}"));
+    let stage = Stage::of(share);
+    let host_only = stage.host_only(share)?;
+    // The name of a volume begins with a number and a dot.
+    let staging = Staging { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);
         let bind = RootMount {
@@ -132,13 +137,14 @@ fn mount(
             options: vec!["rbind".into()],
             ..RootMount::default()
         };
-        notes.extend(rootfs::mount_all(&[bind], &target, (&stage, &name))?);
+        notes.extend(rootfs::mount_all(&[bind], &target, staging)?);
     } else {
-        notes.extend(rootfs::mount_all(rootfs, &target, (&stage, &name))?);
+        notes.extend(rootfs::mount_all(rootfs, &target, staging)?);
     }
     let place = Place {
         bundle: &bundle.dir,
         share,
+        host_only: &host_only,
         container: id,
         kubernetes: bundle.annotation("io.kubernetes.cri.container-type").is_some(),
         pod: bundle.annotation("io.kubernetes.cri.sandbox-uid").unwrap_or_default(),

@@ -1,6 +1,6 @@
 //! Mounting a container's root file system from the mounts containerd's snapshotter names.
 
-use super::{binds, syscall, tree::Stage, users::Users};
+use super::{host_only::HostOnly, stage::Stage, syscall, users::Users};
 use nix::mount::{MsFlags, mount};
 use std::{
     io,
@@ -56,14 +56,24 @@ pub enum RootfsError {
     Unsupported(String),
 }
 
-/// Mounts `mounts`, one over the other, at `target`, by way of a staged tree of this name, which does not stay; gives
-/// notes on what is left out.
-pub fn mount_all(mounts: &[RootMount], target: &Path, staged: (&Stage, &str)) -> Result<Vec<String>, RootfsError> {
-    let left_out = mounts.iter().map(|mount| mount_one(mount, target, staged));
+/// What bind mounts need.
+#[derive(Clone, Copy)]
+pub struct Staging<'a> {
+    /// Where trees are copied.
+    pub stage: &'a Stage,
+    /// What is not copied.
+    pub host_only: &'a HostOnly,
+    /// The tree's name there.
+    pub name: &'a str,
+}
+
+/// Mounts `mounts`, one over the other, at `target`. Returns notes on what is left out.
+pub fn mount_all(mounts: &[RootMount], target: &Path, staging: Staging<'_>) -> Result<Vec<String>, RootfsError> {
+    let left_out = mounts.iter().map(|mount| mount_one(mount, target, staging));
     Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-fn mount_one(root: &RootMount, target: &Path, staged: (&Stage, &str)) -> Result<Vec<String>, RootfsError> {
+fn mount_one(root: &RootMount, target: &Path, staging: Staging<'_>) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
         // Below the root lies what the image holds, where a link may lead anywhere on the host.
         let message = format!("a mount at {:?} inside of it is not supported", root.target);
@@ -73,7 +83,7 @@ fn mount_one(root: &RootMount, target: &Path, staged: (&Stage, &str)) -> Result<
     let users = Users::of_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
     options.data.retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
     let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
-        bind(Path::new(&root.source), target, staged, &options, users.as_ref())
+        bind(Path::new(&root.source), target, staging, &options, users.as_ref())
     } else {
         match users {
             None => file_system(root, target, &options).map(|()| Vec::new()),
@@ -106,22 +116,21 @@ fn shorten(options: &str) -> String {
 fn bind(
     source: &Path,
     target: &Path,
-    (stage, name): (&Stage, &str),
+    staging: Staging<'_>,
     options: &Options<'_>,
     users: Option<&Users>,
 ) -> io::Result<Vec<String>> {
+    let Staging { stage, host_only, name } = staging;
     let recursive = options.flags.contains(MsFlags::MS_REC);
     let (file, mut left_out) = (syscall::open_path(source, true)?, Vec::new());
-    if let Some(kind) = stage.host_only().type_of(&file)? {
-        return Err(io::Error::other(format!("it is on a file system that is the node's own ({kind})")));
+    if let Some(kind) = host_only.type_of(&file)? {
+        return Err(io::Error::other(format!("the source is on a host-only file system ({kind})")));
     }
     let mut tree = syscall::clone_tree(file.as_fd(), recursive)?;
     // Otherwise it receives what the host mounts there later.
     syscall::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
     if recursive {
-        // No update of the staged trees of volumes meets this one.
-        let _turn = binds::turn();
-        (tree, left_out) = stage.copy(&tree, name)?;
+        (tree, left_out) = stage.copy(&tree, host_only, name)?;
     }
     if let Some(users) = users {
         syscall::set_users(tree.as_fd(), users.namespace()?.as_fd(), recursive)?;
@@ -129,8 +138,9 @@ fn bind(
     let attr = if options.flags.contains(MsFlags::MS_RDONLY) { syscall::MOUNT_ATTR_RDONLY } else { 0 };
     syscall::set_attr(tree.as_fd(), attr, 0, false)?;
     syscall::attach(tree.as_fd(), syscall::open_path(target, false)?.as_fd())?;
-    let note = |out: &String| format!("{out} of the root file system is the node's own and left out");
-    Ok(left_out.iter().map(note).collect())
+    let notes = (!left_out.is_empty())
+        .then(|| format!("host-only file systems are left out of the root file system: {}", left_out.join(", ")));
+    Ok(notes.into_iter().collect())
 }
 
 fn file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
@@ -313,15 +323,12 @@ mod tests {
     #[test]
     fn mounts_inside_the_image_and_broken_id_maps_are_refused() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
-        assert!(matches!(
-            mount_all(&[inside], Path::new("/nowhere"), (&Stage::of(Path::new("/x/share")), "x")),
-            Err(RootfsError::Unsupported(_))
-        ));
+        let (stage, host_only) = (Stage::of(Path::new("/x/share")), HostOnly::new([]).unwrap());
+        let staging = Staging { stage: &stage, host_only: &host_only, name: "x" };
+        let mounted = |mount| mount_all(&[mount], Path::new("/nowhere"), staging);
+        assert!(matches!(mounted(inside), Err(RootfsError::Unsupported(_))));
         let options = vec!["uidmap=0:1000:1".to_string()];
         let mapped = RootMount { kind: "overlay".into(), options, ..RootMount::default() };
-        assert!(matches!(
-            mount_all(&[mapped], Path::new("/nowhere"), (&Stage::of(Path::new("/x/share")), "x")),
-            Err(RootfsError::Unsupported(_))
-        ));
+        assert!(matches!(mounted(mapped), Err(RootfsError::Unsupported(_))));
     }
 }

@@ -5,7 +5,7 @@
 //! systems and volumes, but it can neither fill the tmpfs nor put a link where the host is about to mount something.
 //! What is to be in the share is made ready in a third directory, `stage`, which the guest has no view of.
 
-use super::{binds, tree::Stage};
+use super::{binds, stage::Stage};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{
     io,
@@ -70,6 +70,7 @@ impl Share {
         // Mounts can be moved from here, and what is unmounted here stays mounted elsewhere.
         mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none).map_err(fail("make private", &stage))?;
         mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("share", host))?;
+        Stage::of(host).create().map_err(|source| ShareError { step: "create directories in", path: stage, source })?;
         let volumes = host.join(binds::VOLUMES);
         std::fs::create_dir(&volumes).map_err(|source| ShareError { step: "create", path: volumes, source })?;
         mount(Some(host), guest, none, MsFlags::MS_BIND, none).map_err(fail("bind", guest))?;

@@ -4,7 +4,7 @@
 
 use std::{
     ffi::CString,
-    io,
+    fs, io,
     os::{
         fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -53,14 +53,13 @@ pub fn open_path(path: &Path, follow: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The id of the mount that `file` was reached by.
+/// The id of the mount that `file` was opened on, from proc_pid_fdinfo(5).
+///
+/// statx(2) gives it too, but asks the file system for attributes, and one whose server hangs never answers.
 pub fn mount_id(file: BorrowedFd<'_>) -> io::Result<u64> {
-    // SAFETY: statx is plain data for which all zeroes is valid.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is an empty NUL-terminated string, and the kernel fills the one structure it is given.
-    let result =
-        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_MNT_ID, &raw mut stat) };
-    if result == 0 { Ok(stat.stx_mnt_id) } else { Err(io::Error::last_os_error()) }
+    let info = fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", file.as_raw_fd()))?;
+    let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).and_then(|id| id.trim().parse().ok());
+    id.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "fdinfo has no mount id"))
 }
 
 /// A detached copy of the mount at `source`, with all mounts below it when `recursive`.

@@ -69,6 +69,12 @@ fn contents(share: &Share) -> usize {
     count(&share.host) - 1 + count(&share.host.join(binds::VOLUMES))
 }
 
+/// Number of trees in the staging directory.
+fn staged(share: &Share) -> usize {
+    let dirs = fs::read_dir(stage::Stage::of(&share.host).dir()).unwrap();
+    dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
+}
+
 fn share(dir: &Path) -> Share {
     let sandbox = dir.join("sandbox");
     fs::create_dir(&sandbox).unwrap();
@@ -332,7 +338,8 @@ fn assert_nothing_of_the_hosts_own(volume: &Path, share: &Share) {
     }
     for place in [&share.host, &share.guest] {
         let kinds = mountinfo::read().unwrap();
-        let kinds: Vec<_> = mountinfo::below(&kinds, place).into_iter().map(|entry| entry.kind.clone()).collect();
+        let below = kinds.iter().filter(|entry| entry.point.starts_with(place));
+        let kinds: Vec<_> = below.map(|entry| entry.kind.clone()).collect();
         assert!(!kinds.iter().any(|kind| OWN.iter().any(|(own, _)| own == kind)), "{kinds:?}");
     }
 }
@@ -350,7 +357,7 @@ fn a_volume_brings_no_file_system_of_the_hosts_own() {
             assert!(root.join("proc/self").exists() && root.join("dev/null").exists());
             teardown(&share.host, "c1").unwrap();
             assert_eq!(contents(&share), 0);
-            assert_eq!(fs::read_dir(tree::Stage::of(&share.host).dir()).unwrap().count(), 0);
+            assert_eq!(staged(&share), 0);
         });
     }
 }
@@ -400,24 +407,124 @@ fn later_mounts_are_followed_but_for_the_hosts_own() {
 }
 
 #[test]
-fn a_link_of_the_guests_leads_no_mount_astray() {
+fn sync_follows_mounts_that_cover_others() {
     isolated(|dir| {
-        let none = None::<&Path>;
         let share = share(dir);
         let root = shared_mount(dir);
         fs::create_dir_all(root.join("a/b")).unwrap();
-        let outside = dir.join("outside");
-        fs::create_dir_all(outside.join("b")).unwrap();
         let seen = volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
-        mount(Some("t"), &root.join("a/b"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
-        // In place of the directory in between, as a guest can write it.
-        fs::rename(seen.join("a"), seen.join("moved")).unwrap();
-        std::os::unix::fs::symlink(&outside, seen.join("a")).unwrap();
-        sync_mounts(&share.host).unwrap();
-        assert!(mounts_below(&outside).is_empty());
-        nix::mount::umount(&root.join("moved/b")).unwrap();
-        sync_mounts(&share.host).unwrap();
+        let tmpfs = |path: &str, file: &str| {
+            mount(Some("t"), &root.join(path), Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
+            fs::write(root.join(path).join(file), "").unwrap();
+            sync_mounts(&share.host).unwrap();
+        };
+        tmpfs("a/b", "first");
+        assert!(seen.join("a/b/first").exists());
+        tmpfs("a/b", "second");
+        assert!(seen.join("a/b/second").exists());
+        tmpfs("a", "third");
+        assert!(seen.join("a/third").exists() && !seen.join("a/b").exists());
+        // The volume's own directory.
+        tmpfs("", "fourth");
+        assert!(seen.join("fourth").exists() && !seen.join("a").exists());
+        for (path, file) in [("", "a/third"), ("a", "a/b/second"), ("a/b", "a/b/first")] {
+            nix::mount::umount(&root.join(path)).unwrap();
+            sync_mounts(&share.host).unwrap();
+            assert!(seen.join(file).exists(), "{file}");
+        }
         teardown(&share.host, "c1").unwrap();
+        assert_eq!((contents(&share), staged(&share)), (0, 0));
+    });
+}
+
+#[test]
+fn a_covered_host_only_mount_is_no_hindrance() {
+    for options in [&["rbind", "rw"][..], &["rbind", "rslave", "rw"]] {
+        isolated(move |dir| {
+            let share = share(dir);
+            let (root, none) = (shared_mount(dir), None::<&Path>);
+            fs::create_dir_all(root.join("run/netns")).unwrap();
+            // As `ip netns` leaves them below /run.
+            fs::write(root.join("run/netns/a"), "").unwrap();
+            mount(Some("/proc/self/ns/net"), &root.join("run/netns/a"), none, MsFlags::MS_BIND, none).unwrap();
+            mount(Some("t"), &root.join("run"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            fs::write(root.join("run/file"), "").unwrap();
+            let seen = volume(dir, &share, &root, options);
+            assert!(seen.join("run/file").exists());
+            sync_mounts(&share.host).unwrap();
+            nix::mount::umount(&root.join("run")).unwrap();
+            sync_mounts(&share.host).unwrap();
+            if options.contains(&"rslave") {
+                assert_eq!(fs::read(seen.join("run/netns/a")).unwrap(), b"", "the namespace's file is not mounted");
+            }
+            teardown(&share.host, "c1").unwrap();
+            assert_eq!((contents(&share), staged(&share)), (0, 0));
+        });
+    }
+}
+
+#[test]
+fn sync_does_not_wait_for_a_file_system_that_hangs() {
+    isolated(|dir| {
+        let share = share(dir);
+        let root = shared_mount(dir);
+        for name in ["hung", "late"] {
+            fs::create_dir(root.join(name)).unwrap();
+        }
+        let seen = volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        // Nobody answers its requests.
+        let server = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
+        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", std::os::fd::AsRawFd::as_raw_fd(&server));
+        mount(Some("hung"), &root.join("hung"), Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
+        mount(Some("t"), &root.join("late"), Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
+        fs::write(root.join("late/file"), "").unwrap();
+        sync_mounts(&share.host).unwrap();
+        assert!(seen.join("late/file").exists());
+        assert!(mounts_below(&share.guest).iter().any(|point| point.ends_with("/hung")));
+        nix::mount::umount(&root.join("late")).unwrap();
+        sync_mounts(&share.host).unwrap();
+        assert!(!seen.join("late/file").exists());
+        teardown(&share.host, "c1").unwrap();
+        assert_eq!((contents(&share), staged(&share)), (0, 0));
+    });
+}
+
+#[test]
+fn sync_tolerates_volumes_that_come_and_go() {
+    isolated(|dir| {
+        let (share, root) = (share(dir), shared_mount(dir));
+        for at in 0..8 {
+            fs::create_dir(root.join(at.to_string())).unwrap();
+        }
+        let bundle = bundle(dir, |spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            let options = ["rbind", "rslave"];
+            mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
+        });
+        std::thread::scope(|scope| {
+            let (bundle, host) = (&bundle, &share.host);
+            let churn = scope.spawn(move || {
+                for round in 0..40 {
+                    let id = format!("c{round}");
+                    let rootfs = [overlay(dir, 1)];
+                    let request = Request { id: &id, share: host, rootfs: &rootfs, pids: &HashMap::new() };
+                    prepare(bundle, &request).unwrap();
+                    teardown(host, &id).unwrap();
+                }
+            });
+            let mut round = 0;
+            while !churn.is_finished() {
+                let point = root.join((round % 8).to_string());
+                mount(Some("t"), &point, Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
+                // What it meets half-way it makes up for at the next change.
+                let _ = sync_mounts(host);
+                nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).unwrap();
+                let _ = sync_mounts(host);
+                round += 1;
+            }
+        });
+        assert_eq!((contents(&share), staged(&share)), (0, 0));
+        assert_eq!(mounts_below(&share.host).len(), 1);
     });
 }
 
@@ -452,7 +559,7 @@ fn a_root_file_system_brings_none_either() {
         let seen = share.guest.join("c1/rootfs");
         assert_nothing_of_the_hosts_own(&seen, &share);
         assert_eq!(fs::read_to_string(seen.join("data/file")).unwrap(), "data");
-        assert!(prepared.notes.iter().any(|note| note.starts_with("/proc (proc)")), "{:?}", prepared.notes);
+        assert!(prepared.notes.iter().any(|note| note.contains("/proc (proc)")), "{:?}", prepared.notes);
         teardown(&share.host, "c1").unwrap();
         let itself = RootMount {
             kind: "bind".into(),
@@ -461,7 +568,7 @@ fn a_root_file_system_brings_none_either() {
         };
         let request = Request { id: "c2", rootfs: &[itself], ..request };
         let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
-        assert!(error.contains("node's own (proc)"), "{error}");
+        assert!(error.contains("host-only file system (proc)"), "{error}");
         assert_eq!(contents(&share), 0);
     });
 }

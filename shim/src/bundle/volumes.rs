@@ -1,13 +1,15 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
-use super::{binds, binds::Flags, devices, host_only, kubelet, own, spec::Mount, syscall, tree::Stage, users::Users};
-use crate::mirror::{self, Mirror};
+use super::{
+    binds, binds::Flags, devices, host_only, host_only::HostOnly, kubelet, own, spec::Mount, syscall, users::Users,
+};
+use crate::mirror::{self, Mirror, Volume};
 use husk_proto::{agent::VolumeRequest, volume};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
     fs, io,
     os::fd::{AsRawFd, OwnedFd},
-    path::{Component, Path, PathBuf},
+    path::{Component, Path},
 };
 
 /// Why a volume cannot be given to the guest.
@@ -61,7 +63,7 @@ enum Plan {
     /// The host binds a volume into the share, of which the guest gives the container all or a part.
     Shared { volume: kubelet::Shared, users: Option<Users> },
     /// The guest gets a copy that is kept up to date.
-    Mirror { source: PathBuf, users: Option<Users> },
+    Mirror { source: Volume, users: Option<Users> },
     /// The guest makes one of its own.
     Own(Box<VolumeRequest>),
 }
@@ -81,6 +83,8 @@ pub struct Place<'a> {
     pub bundle: &'a Path,
     /// The share on the host.
     pub share: &'a Path,
+    /// The rule for host-only file systems.
+    pub host_only: &'a HostOnly,
     /// The container.
     pub container: &'a str,
     /// Whether containerd's CRI made the specification.
@@ -113,12 +117,12 @@ pub fn make(
         Plan::Bind { source, directory, users, any_mount } => {
             let (users, flags, follows) = (users.as_ref(), Flags::of(mount), Flags::of(mount).follows);
             let source = binds::Source { file: &source, directory, users, flags, any_mount, follows };
-            binds::bind(mount, &source, (place.share, place.container), notes).map(Some)
+            binds::bind(mount, &source, (place.share, place.container), place.host_only, notes).map(Some)
         }
         Plan::Shared { volume: kubelet::Shared { root, below }, users } => {
             let (users, flags, follows) = (users.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).follows);
             let source = binds::Source { file: &root, directory: true, users, flags, any_mount: false, follows };
-            let whole = binds::bind(mount, &source, (place.share, place.container), notes)?;
+            let whole = binds::bind(mount, &source, (place.share, place.container), place.host_only, notes)?;
             if below.is_empty() {
                 return Ok(Some(whole));
             }
@@ -155,15 +159,22 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         return refuse(message);
     }
     let path = place.bundle.join(source);
-    let of_the_guest = |path: &Path, notes: &mut Vec<String>| {
-        // The machine's view of itself: here the machine is the guest, and the host's would give away the VMM's.
-        notes.push(format!("{} is the guest's own, not the host's", path.display()));
-        Ok(Plan::Guest(path.to_string_lossy().into_owned()))
+    // The guest is the machine that the container sees, and the host's instance would be opened with the VMM's rights.
+    let of_the_guest = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::in_the_guest(path) {
+        Some(guest) => {
+            notes.push(format!("{} is the guest's own, not the host's", path.display()));
+            Ok(Plan::Guest(guest.to_string_lossy().into_owned()))
+        }
+        None => refuse(format!(
+            "{} is on a host-only file system ({kind}) and cannot be shared with a virtual machine; mount /proc, /sys or /dev \
+             for the guest's own, and list single devices as devices",
+            path.display()
+        )),
     };
     let named = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
-    // By its name alone, so that the guest's is had where the host has none; `..` may lead out again.
+    // By its name alone, since the host may have nothing there. `..` may lead out again.
     if named && !path.components().any(|part| part == Component::ParentDir) {
-        return of_the_guest(&path, notes);
+        return of_the_guest(&path, "proc", notes);
     }
     if place.kubernetes && mount.destination == "/dev/shm" && is_sandbox_shm(&path) {
         return Ok(Plan::Guest(husk_proto::GUEST_SHM.into()));
@@ -177,21 +188,15 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
     let fd = syscall::open_path(&path, true).map_err(|error| host("open the source", error))?;
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
-    if kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG {
-        let found =
-            Stage::of(place.share).host_only().type_of(&fd).map_err(|error| host("stat its file system", error))?;
-        if let Some(fs_type) = found {
-            // Whatever links led there.
-            let at = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("find it", e))?;
-            return match host_only::in_the_guest(&at) {
-                Some(path) => of_the_guest(&path, notes),
-                None => refuse(format!(
-                    "{} is on a file system that is the node's own ({fs_type}) and cannot be given to a virtual machine; \
-                     name /proc, /sys or /dev to have the guest's",
-                    at.display()
-                )),
-            };
-        }
+    let shareable = kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG;
+    // Without the symlinks that led there.
+    let resolved =
+        fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("resolve the source", e))?;
+    let on_host_only = |file: &OwnedFd| {
+        place.host_only.type_of(file).map_err(|error| host("stat the file system of the source", error))
+    };
+    if shareable && let Some(kind) = on_host_only(&fd)? {
+        return of_the_guest(&resolved, kind, notes);
     }
     if kind == SFlag::S_IFDIR {
         let own = own::find(&fd, &path, users.as_ref(), (place.container, number));
@@ -204,16 +209,21 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
             return Ok(Plan::Own(Box::new(request)));
         }
     }
-    if kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG {
+    if shareable {
         let shared = kubelet::shared(&fd, &path, users.as_ref(), place.pod);
         if let Some(volume) = shared.map_err(|error| host("find it in its volume", error))? {
+            if let Some(kind) = on_host_only(&volume.root)? {
+                return of_the_guest(&path, kind, notes);
+            }
             return Ok(Plan::Shared { volume, users });
         }
     }
     let any_mount = kubelet::is_sub_path(&path);
     match kind {
-        SFlag::S_IFDIR if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&path) => {
-            Ok(Plan::Mirror { source: path, users })
+        SFlag::S_IFDIR
+            if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&resolved, place.pod) =>
+        {
+            Ok(Plan::Mirror { source: Volume::new(fd, path), users })
         }
         SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, users, any_mount }),
         SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, users, any_mount }),
@@ -250,8 +260,9 @@ mod tests {
     }
 
     fn planned(mount: &Mount) -> Result<Plan, String> {
-        let place =
-            Place { bundle: Path::new("/b"), share: Path::new("/h"), container: "c", kubernetes: true, pod: "p" };
+        let host_only = &HostOnly::new([]).unwrap();
+        let (bundle, share) = (Path::new("/b"), Path::new("/h"));
+        let place = Place { bundle, share, host_only, container: "c", kubernetes: true, pod: "pod-uid" };
         plan(mount, 0, &place, &mut Vec::new()).map_err(|error| error.to_string())
     }
 
@@ -280,7 +291,7 @@ mod tests {
         }
         for (target, name) in [("/proc/1", "e"), ("/proc/self/status", "f"), ("/proc/self/ns/net", "g")] {
             let error = of(target, name).unwrap_err();
-            assert!(error.contains("node's own") && error.contains("/proc"), "{error}");
+            assert!(error.contains("host-only") && error.contains("/proc"), "{error}");
         }
         let sideways = format!("/proc/..{}", dir.path().display());
         assert!(matches!(planned(&mount(&sideways, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
@@ -288,13 +299,28 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kubelet_updates_is_mirrored_where_nobody_writes() {
+    fn a_process_of_the_host_is_rejected_by_name_too() {
+        for path in ["/proc/1/root", "/proc/self", "/proc/thread-self/attr"] {
+            let error = planned(&mount(path, "/x", &["rbind"])).unwrap_err();
+            assert!(error.contains("host-only"), "{error}");
+        }
+    }
+
+    #[test]
+    fn read_only_config_maps_of_the_pod_are_mirrored() {
         let dir = tempfile::tempdir().unwrap();
-        let volume = dir.path().join("volumes/kubernetes.io~configmap/a");
+        let volume = dir.path().join("pod-uid/volumes/kubernetes.io~configmap/a");
         fs::create_dir_all(&volume).unwrap();
-        let of = |options: &[&str]| planned(&mount(volume.to_str().unwrap(), "/x", options));
-        assert!(matches!(of(&["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source == volume));
-        assert!(matches!(of(&["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
+        let of = |path: &Path, options: &[&str]| planned(&mount(path.to_str().unwrap(), "/x", options));
+        assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
+        assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
+        // A directory that only a symlink puts there, and one of another pod.
+        let link = volume.with_file_name("link");
+        std::os::unix::fs::symlink("/etc", &link).unwrap();
+        assert!(matches!(of(&link, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));
+        let other = dir.path().join("other-uid/volumes/kubernetes.io~configmap/a");
+        fs::create_dir_all(&other).unwrap();
+        assert!(matches!(of(&other, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));
     }
 
     #[test]

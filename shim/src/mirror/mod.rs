@@ -8,11 +8,16 @@
 mod walk;
 mod watch;
 
+use std::ffi::OsStr;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent::{MirrorEntry, MirrorRequest};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -30,11 +35,48 @@ const ATTEMPTS: u32 = 10;
 /// After which a copy that the guest refused, for want of memory perhaps, is tried again.
 const AGAIN: Duration = Duration::from_secs(10);
 
+/// The directory of a volume on the host.
+///
+/// It is opened once, when the mount is checked. A tenant who can write above it could put another one at its path later.
+#[derive(Debug, Clone)]
+pub struct Volume {
+    root: Arc<OwnedFd>,
+    path: PathBuf,
+}
+
+impl Volume {
+    /// The directory `root`, an O_PATH fd, opened at `path`.
+    pub fn new(root: OwnedFd, path: PathBuf) -> Self {
+        Self { root: Arc::new(root), path }
+    }
+
+    /// The path, for messages only.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens a file or directory of the volume at `path`, relative to its root. No symlink is followed, and no other file
+    /// system is entered.
+    fn open(&self, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+        // openat2(2) takes no empty path.
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let how = OpenHow::new()
+            .flags(flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
+        Ok(openat2(&*self.root, path, how)?)
+    }
+
+    /// Whether the directory is still linked in its file system.
+    fn exists(&self) -> bool {
+        fstat(&self.root).is_ok_and(|stat| stat.st_nlink > 0)
+    }
+}
+
 /// A volume that is mirrored.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Mirror {
     /// The directory on the host.
-    pub source: PathBuf,
+    pub source: Volume,
     /// Whom its files belong to in the guest, where that is not whom they say.
     pub users: Option<Users>,
     /// Which of the container's mounts it is.
@@ -64,11 +106,12 @@ pub enum MirrorError {
     },
 }
 
-/// Whether a read-only directory at `path` is one of the kubelet's.
-pub fn is_kubelets(path: &Path) -> bool {
-    let kind = path.parent().and_then(Path::file_name);
-    let volumes = path.parent().and_then(Path::parent).and_then(Path::file_name);
-    volumes.is_some_and(|name| name == "volumes") && kind.is_some_and(|name| KINDS.iter().any(|kind| name == *kind))
+/// Whether the directory at `path`, which has no symlinks in it, is one that the kubelet fills for the pod with this uid:
+/// `…/<uid>/volumes/<kind>/<name>`.
+pub fn is_kubelets(path: &Path, pod: &str) -> bool {
+    let mut above = path.ancestors().skip(1).map(|directory| directory.file_name().and_then(OsStr::to_str));
+    let (kind, volumes, uid) = (above.next().flatten(), above.next().flatten(), above.next().flatten());
+    !pod.is_empty() && uid == Some(pod) && volumes == Some("volumes") && kind.is_some_and(|kind| KINDS.contains(&kind))
 }
 
 /// Where the guest finds the copy.
@@ -89,7 +132,7 @@ pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Resu
         match watch {
             Ok(watch) => drop(following.spawn(follow(agent.clone(), container.to_owned(), mirror, watch))),
             Err(error) => tracing::warn!(
-                container, volume = %mirror.source.display(), %error,
+                container, volume = %mirror.source.path.display(), %error,
                 "changes of this volume will not be seen in the guest (fs.inotify.max_user_watches?)"
             ),
         }
@@ -103,19 +146,19 @@ async fn follow(agent: Agent, container: String, mirror: Mirror, mut watch: Watc
     loop {
         tokio::select! {
             changed = watch.changed() => if let Err(error) = changed {
-                tracing::warn!(container, volume = %mirror.source.display(), %error, "volume is no longer followed");
+                tracing::warn!(container, volume = %mirror.source.path.display(), %error, "volume is no longer followed");
                 return;
             },
             () = tokio::time::sleep(AGAIN), if behind => {}
         }
         if let Err(error) = watch.renew(&mirror.source).await {
-            tracing::debug!(container, volume = %mirror.source.display(), %error, "volume is gone");
+            tracing::debug!(container, volume = %mirror.source.path.display(), %error, "volume is gone");
             return;
         }
         let copied = copy(&agent, &container, &mirror).await;
         behind = copied.is_err();
         match copied {
-            Ok(()) => tracing::debug!(container, volume = %mirror.source.display(), "volume's changes copied"),
+            Ok(()) => tracing::debug!(container, volume = %mirror.source.path.display(), "volume's changes copied"),
             // What was replaced while it was read is looked at again.
             Err(error @ MirrorError::Read { .. }) => {
                 tracing::debug!(container, error = crate::chain(&error), "volume changed while it was read");
@@ -131,7 +174,7 @@ async fn follow(agent: Agent, container: String, mirror: Mirror, mut watch: Watc
 async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
     for _ in 1..ATTEMPTS {
         match copy_once(agent, container, mirror).await {
-            Err(MirrorError::Read { .. }) if mirror.source.is_dir() => {}
+            Err(MirrorError::Read { .. }) if mirror.source.exists() => {}
             result => return result,
         }
     }
@@ -151,7 +194,7 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
             ..Default::default()
         };
         let sent = agent.sandbox.mirror(within(timeouts::SLOW), &request).await;
-        sent.map(drop).map_err(|source| MirrorError::Send { path: mirror.source.clone(), source })
+        sent.map(drop).map_err(|source| MirrorError::Send { path: mirror.source.path.clone(), source })
     };
     while let Some(mut batch) = batches.recv().await {
         if let Some(users) = &mirror.users {
@@ -160,7 +203,7 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
         send(batch, false).await?;
     }
     let walked = walking.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-    walked.map_err(|source| MirrorError::Read { path: mirror.source.clone(), source })?;
+    walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
     // Only a whole look says what is no longer there.
     send(Vec::new(), true).await
 }
@@ -175,12 +218,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kubelet_keeps_up_to_date() {
-        let pod = "/var/lib/kubelet/pods/5e1c/volumes";
-        assert!(is_kubelets(Path::new(&format!("{pod}/kubernetes.io~configmap/settings"))));
-        assert!(is_kubelets(Path::new(&format!("{pod}/kubernetes.io~projected/kube-api-access-x"))));
-        assert!(!is_kubelets(Path::new(&format!("{pod}/kubernetes.io~empty-dir/cache"))));
-        assert!(!is_kubelets(Path::new(&format!("{pod}/kubernetes.io~configmap"))));
-        assert!(!is_kubelets(Path::new("/kubernetes.io~configmap/x")));
+    fn volumes_of_the_kubelet_are_recognized_by_pod_and_kind() {
+        let is = |path: &str| is_kubelets(Path::new(&format!("/var/lib/kubelet/pods/{path}")), "5e1c");
+        assert!(is("5e1c/volumes/kubernetes.io~configmap/settings"));
+        assert!(is("5e1c/volumes/kubernetes.io~projected/kube-api-access-x"));
+        assert!(!is("5e1d/volumes/kubernetes.io~configmap/settings"));
+        assert!(!is("5e1c/volumes/kubernetes.io~empty-dir/cache"));
+        assert!(!is("5e1c/volumes/kubernetes.io~configmap"));
+        assert!(!is_kubelets(Path::new("/volumes/kubernetes.io~configmap/x"), ""));
     }
 }

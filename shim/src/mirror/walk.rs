@@ -1,14 +1,18 @@
 //! Looks at a volume: its directories and files, then its links, in pieces that fit a message.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use husk_proto::agent::MirrorEntry;
 use husk_proto::agent::mirror_entry::Kind;
+use nix::fcntl::{OFlag, readlinkat};
+use nix::sys::stat::{FileStat, SFlag, fstat};
+
+use super::Volume;
 
 /// Contents sent in one message, in bytes: well below ttrpc's limit of 4 MiB.
 const BATCH: usize = 1 << 20;
@@ -21,16 +25,16 @@ const MAX_DEPTH: usize = 64;
 ///
 /// # Errors
 /// When something cannot be read, or changed meanwhile ([`io::ErrorKind::Interrupted`]). No link was handed over then.
-pub fn walk(volume: &Path, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
+pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
     let mut walk = Walk { volume, send, batch: Vec::new(), weight: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
     // The kubelet publishes by a link to a new directory, and takes the old one away only then: what was seen is whole
     // if the links still are what they were before the directories were read.
     let unchanged = |link: &MirrorEntry| {
-        let path = volume.join(OsStr::from_bytes(&link.path));
-        fs::read_link(path).is_ok_and(|now| now.as_os_str().as_bytes() == link.content)
+        let now = Found::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
+        now.is_ok_and(|now| now.as_os_str().as_bytes() == link.content)
     };
-    if !walk.links.iter().all(unchanged) || walk.versions.iter().any(|version| !version.exists()) {
+    if !walk.links.iter().all(unchanged) || walk.versions.iter().any(|version| Found::at(volume, version).is_err()) {
         return Err(io::ErrorKind::Interrupted.into());
     }
     // Last, so that a link never changes before what it points to is there.
@@ -40,13 +44,36 @@ pub fn walk(volume: &Path, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Re
     walk.flush()
 }
 
+/// A file of the volume, opened with O_PATH, and its attributes.
+struct Found {
+    file: OwnedFd,
+    stat: FileStat,
+}
+
+impl Found {
+    fn at(volume: &Volume, path: &Path) -> io::Result<Self> {
+        let file = volume.open(path, OFlag::O_PATH)?;
+        let stat = fstat(&file)?;
+        Ok(Self { file, stat })
+    }
+
+    fn is(&self, kind: SFlag) -> bool {
+        SFlag::from_bits_truncate(self.stat.st_mode) & SFlag::S_IFMT == kind
+    }
+
+    /// What a symlink points to.
+    fn target(&self) -> io::Result<PathBuf> {
+        Ok(readlinkat(&self.file, "")?.into())
+    }
+}
+
 struct Walk<'a, F> {
-    volume: &'a Path,
+    volume: &'a Volume,
     send: F,
     batch: Vec<MirrorEntry>,
     weight: usize,
     links: Vec<MirrorEntry>,
-    /// What links beside them point to.
+    /// The directories that symlinks beside them point to, relative to the volume.
     versions: Vec<PathBuf>,
 }
 
@@ -55,33 +82,34 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
         if depth > MAX_DEPTH {
             return Err(io::Error::other(format!("{}: too deep", path.display())));
         }
-        let here = self.volume.join(path);
-        self.add(entry(Kind::DIRECTORY, path, &fs::symlink_metadata(&here)?))?;
+        let here = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+        self.add(entry(Kind::DIRECTORY, path, &fstat(&here)?))?;
+        let listed = fs::read_dir(format!("/proc/self/fd/{}", here.as_raw_fd()))?;
         let mut names: Vec<PathBuf> =
-            fs::read_dir(&here)?.map(|entry| Ok(path.join(entry?.file_name()))).collect::<io::Result<_>>()?;
+            listed.map(|entry| Ok(path.join(entry?.file_name()))).collect::<io::Result<_>>()?;
         names.sort();
-        let all: Vec<(PathBuf, Metadata)> = names
-            .iter()
-            .map(|name| Ok((name.clone(), fs::symlink_metadata(self.volume.join(name))?)))
-            .collect::<io::Result<_>>()?;
-        for (name, meta) in all.iter().filter(|(_, meta)| meta.is_symlink()) {
-            let target = fs::read_link(self.volume.join(name))?;
+        let all: Vec<(&PathBuf, Found)> =
+            names.iter().map(|name| Ok((name, Found::at(self.volume, name)?))).collect::<io::Result<_>>()?;
+        for (name, found) in all.iter().filter(|(_, found)| found.is(SFlag::S_IFLNK)) {
+            let target = found.target()?;
             let beside = path.join(&target);
-            if target.components().count() == 1 && self.volume.join(&beside).is_dir() {
+            let is_version = target.components().count() == 1
+                && Found::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
+            if is_version {
                 // It was made after the directory was listed.
                 if !names.contains(&beside) {
                     return Err(io::ErrorKind::Interrupted.into());
                 }
-                self.versions.push(self.volume.join(beside));
+                self.versions.push(beside);
             }
             let content = target.into_os_string().into_vec();
-            self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, meta) });
+            self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, &found.stat) });
         }
-        // Nothing but directories and files is ever in there beside them, and could not be carried over.
-        for (name, meta) in &all {
-            if meta.is_dir() {
+        // The kubelet makes nothing else, and nothing else could be copied.
+        for (name, found) in &all {
+            if found.is(SFlag::S_IFDIR) {
                 self.directory(name, depth + 1)?;
-            } else if meta.is_file() {
+            } else if found.is(SFlag::S_IFREG) {
                 self.file(name)?;
             }
         }
@@ -89,9 +117,8 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     }
 
     fn file(&mut self, path: &Path) -> io::Result<()> {
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
-        let mut file = File::options().read(true).custom_flags(flags).open(self.volume.join(path))?;
-        let meta = file.metadata()?;
+        let mut file = File::from(self.volume.open(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?);
+        let stat = fstat(&file)?;
         let mut offset = 0;
         loop {
             let mut content = Vec::new();
@@ -99,7 +126,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             // A full piece may be the last: then an empty one follows.
             let more = content.len() == BATCH;
             let length = content.len() as u64;
-            self.add(MirrorEntry { content, more, offset, ..entry(Kind::FILE, path, &meta) })?;
+            self.add(MirrorEntry { content, more, offset, ..entry(Kind::FILE, path, &stat) })?;
             offset += length;
             if !more {
                 return Ok(());
@@ -120,14 +147,14 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     }
 }
 
-fn entry(kind: Kind, path: &Path, meta: &Metadata) -> MirrorEntry {
+fn entry(kind: Kind, path: &Path, stat: &FileStat) -> MirrorEntry {
     MirrorEntry {
         kind: kind.into(),
         path: path.as_os_str().as_bytes().to_vec(),
-        mode: meta.mode() & 0o7777,
-        uid: meta.uid(),
-        gid: meta.gid(),
-        modified_ns: meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec()),
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        modified_ns: stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec),
         ..Default::default()
     }
 }
@@ -137,9 +164,13 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    fn walked(volume: &Path) -> Vec<MirrorEntry> {
+    fn volume(path: &Path) -> Volume {
+        Volume::new(nix::fcntl::open(path, OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap(), path.to_owned())
+    }
+
+    fn walked(path: &Path) -> Vec<MirrorEntry> {
         let mut all = Vec::new();
-        walk(volume, |batch| {
+        walk(&volume(path), |batch| {
             all.extend(batch);
             true
         })
@@ -184,7 +215,7 @@ mod tests {
         publish("..1");
         let mut links = 0;
         // The file fills a message: the next version comes while it is being sent.
-        let walked = walk(dir.path(), |batch| {
+        let walked = walk(&volume(dir.path()), |batch| {
             links += batch.iter().filter(|entry| entry.kind == Kind::SYMLINK.into()).count();
             if !dir.path().join("..2").exists() {
                 publish("..2");
@@ -194,13 +225,43 @@ mod tests {
         });
         assert_eq!(walked.unwrap_err().kind(), io::ErrorKind::Interrupted);
         assert_eq!(links, 0);
-        walk(dir.path(), |_| true).unwrap();
+        walk(&volume(dir.path()), |_| true).unwrap();
     }
 
     #[test]
-    fn nobody_listening_ends_it() {
+    fn walk_ends_if_nobody_receives_or_the_volume_is_gone() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(walk(dir.path(), |_| false).is_err());
-        assert!(walk(&dir.path().join("nowhere"), |_| true).is_err());
+        assert!(walk(&volume(dir.path()), |_| false).is_err());
+        let gone = dir.path().join("gone");
+        fs::create_dir(&gone).unwrap();
+        let removed = volume(&gone);
+        fs::write(gone.join("file"), "").unwrap();
+        fs::remove_dir_all(&gone).unwrap();
+        assert!(!removed.exists() && walk(&removed, |_| true).is_ok_and(|()| true));
+    }
+
+    #[test]
+    fn walk_stays_in_the_directory_that_was_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let (outside, path) = (dir.path().join("outside"), dir.path().join("pods/volume"));
+        fs::create_dir_all(outside.join("volume")).unwrap();
+        fs::write(outside.join("volume/secret"), "").unwrap();
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("key"), "").unwrap();
+        symlink(outside.join("volume"), path.join("link")).unwrap();
+        let volume = volume(&path);
+        // Another directory at its path, by a symlink above it.
+        fs::rename(dir.path().join("pods"), dir.path().join("moved")).unwrap();
+        symlink(&outside, dir.path().join("pods")).unwrap();
+        assert!(path.join("secret").exists());
+        let mut paths = Vec::new();
+        walk(&volume, |batch| {
+            paths.extend(batch.into_iter().map(|entry| String::from_utf8(entry.path).unwrap()));
+            true
+        })
+        .unwrap();
+        assert_eq!(paths, ["", "key", "link"]);
+        assert!(volume.open(Path::new("link/secret"), OFlag::O_PATH).is_err());
+        assert!(volume.open(Path::new("../outside"), OFlag::O_PATH).is_err());
     }
 }

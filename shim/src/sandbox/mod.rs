@@ -76,7 +76,7 @@ pub struct Sandbox {
     resizer: OnceLock<Resizer>,
     tail: Tail,
     disks: disks::Plugged,
-    mounts: mounts::Follower,
+    propagation: mounts::Propagation,
     profiles: apparmor::Loaded,
     follower: Arc<OnceLock<Follower>>,
     timeline_log: OnceLock<PathBuf>,
@@ -116,7 +116,7 @@ impl Sandbox {
             resizer: OnceLock::new(),
             tail,
             disks: disks::Plugged::default(),
-            mounts: mounts::Follower::default(),
+            propagation: mounts::Propagation::default(),
             profiles: apparmor::Loaded::default(),
             follower: Arc::default(),
             timeline_log: OnceLock::new(),
@@ -299,14 +299,14 @@ impl Sandbox {
     /// Has volumes show from now on what the host mounts in them.
     ///
     /// # Errors
-    /// As [`mounts::Follower::start`].
+    /// As [`mounts::Propagation::start`].
     pub fn follow_mounts(&self) -> std::io::Result<()> {
-        self.mounts.start(&self.share())
+        self.propagation.start(&self.share())
     }
 
     /// Waits until volumes show what the host has mounted in them by now.
     pub async fn settle_mounts(&self) {
-        self.mounts.settle(&self.share()).await;
+        self.propagation.settle().await;
     }
 
     /// Why the guest died, as far as its console tells.
@@ -334,7 +334,7 @@ impl Sandbox {
             vmm.wait().await;
         }
         self.timeline.mark("vmm gone");
-        self.mounts.stop();
+        self.propagation.stop();
         if let Some(cgroup) = self.cgroup.get() {
             cgroup.leave_and_remove().await;
         }

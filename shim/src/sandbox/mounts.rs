@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -15,64 +16,116 @@ use crate::bundle;
 
 /// How long the start of a process waits for mounts that the host made before.
 const SETTLE_LIMIT: Duration = Duration::from_secs(2);
+/// Time between a change of the mount list and the update that it causes. Changes come in bursts, and each update reads the
+/// whole list.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+/// Minimum time between two log lines about failed updates. A guest can cause them, by renaming directories.
+const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The follower of a sandbox's volumes. It does nothing until a container has such a volume.
+/// Keeps the mounts in a sandbox's volumes up to date. It does nothing until a container has an `rslave` volume.
 #[derive(Default)]
-pub struct Follower {
-    task: OnceLock<JoinHandle<()>>,
+pub struct Propagation {
+    running: OnceLock<Running>,
 }
 
-impl Follower {
-    /// Follows from now on; once is enough. Call it within the runtime.
+struct Running {
+    task: JoinHandle<()>,
+    /// Number of the latest requested update.
+    requested: watch::Sender<u64>,
+    /// Number of the latest request that an update has served.
+    served: watch::Receiver<u64>,
+}
+
+impl Propagation {
+    /// Starts the updates, unless they run. Has to be called within the runtime.
     ///
     /// # Errors
-    /// When the list of mounts cannot be opened or polled.
+    /// If the list of mounts cannot be opened or polled.
     pub fn start(&self, share: &Path) -> io::Result<()> {
-        if self.task.get().is_some() {
+        if self.running.get().is_some() {
             return Ok(());
         }
-        // Poll(2) of this file tells of every change of the mount namespace (proc_pid_mounts(5)).
+        // poll(2) of this file reports every change of the mount namespace (proc_pid_mounts(5)).
         let list = File::open("/proc/self/mountinfo")?;
         // SAFETY: a File stays the same open descriptor until it is dropped, which deregisters it first.
         let list = unsafe { AsyncFd::register_with_interest(list, Interest::PRIORITY)? };
-        let task = tokio::spawn(follow(list, share.to_owned()));
-        if let Err(second) = self.task.set(task) {
-            second.abort();
+        let (requested, requests) = watch::channel(0);
+        let (serves, served) = watch::channel(0);
+        let task = tokio::spawn(run(list, share.to_owned(), requests, serves));
+        if let Err(second) = self.running.set(Running { task, requested, served }) {
+            second.task.abort();
         }
         Ok(())
     }
 
-    /// Waits until what the host has mounted by now is seen by the guest, or it has been waited for long enough.
-    pub async fn settle(&self, share: &Path) {
-        if self.task.get().is_some() && timeout(SETTLE_LIMIT, sync(share.to_owned())).await.is_err() {
-            tracing::warn!(limit = ?SETTLE_LIMIT, "mounts of the host are not in the volumes yet");
+    /// Waits until the guest sees what the host has mounted before the call, but not for longer than [`SETTLE_LIMIT`].
+    pub async fn settle(&self) {
+        let Some(running) = self.running.get() else { return };
+        let mut number = 0;
+        running.requested.send_modify(|latest| {
+            *latest += 1;
+            number = *latest;
+        });
+        let mut served = running.served.clone();
+        match timeout(SETTLE_LIMIT, served.wait_for(|served| *served >= number)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => tracing::warn!("later mounts of the host are no longer propagated to the volumes"),
+            Err(_) => {
+                tracing::warn!(limit = ?SETTLE_LIMIT, "recent mounts of the host are not in the volumes yet");
+            }
         }
     }
 
-    /// Follows no longer.
+    /// Stops the updates. One that is in progress may still end later, and does nothing to volumes that are removed.
     pub fn stop(&self) {
-        if let Some(task) = self.task.get() {
-            task.abort();
+        if let Some(running) = self.running.get() {
+            running.task.abort();
         }
     }
 }
 
-async fn follow(list: AsyncFd<File>, share: PathBuf) {
-    let mut last = None;
+/// Runs one update at a time: one that hangs in a file system takes one thread, and no lock.
+async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<u64>, serves: watch::Sender<u64>) {
+    let mut failures = Failures::default();
     loop {
-        let failure = sync(share.clone()).await.err().map(|error| error.to_string());
-        // A mount that fails is retried at every change, and logged once.
-        if let Some(error) = failure.as_ref().filter(|_| failure != last) {
-            tracing::warn!(error, "failed to follow the host's mounts in a volume");
+        let request = *requests.borrow_and_update();
+        let share = share.clone();
+        let updated = tokio::task::spawn_blocking(move || bundle::sync_mounts(&share)).await;
+        match updated {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => failures.log(&crate::chain(&error)),
+            Err(error) => failures.log(&error),
         }
-        last = failure;
-        match list.ready(Interest::PRIORITY).await {
-            Ok(mut changed) => changed.clear_ready(),
-            Err(error) => return tracing::error!(%error, "failed to watch the host's mounts"),
+        serves.send_replace(request);
+        tokio::select! {
+            changed = list.ready(Interest::PRIORITY) => match changed {
+                Ok(mut changed) => changed.clear_ready(),
+                Err(error) => return tracing::error!(%error, "failed to watch the host's mounts"),
+            },
+            open = requests.changed() => match open {
+                Ok(()) => continue,
+                Err(_) => return,
+            },
         }
+        // Cut short by a request.
+        let _ = timeout(DEBOUNCE, requests.changed()).await;
     }
 }
 
-async fn sync(share: PathBuf) -> io::Result<()> {
-    tokio::task::spawn_blocking(move || bundle::sync_mounts(&share)).await.map_err(io::Error::other)?
+/// Logs failed updates, at a limited rate.
+#[derive(Default)]
+struct Failures {
+    logged: Option<Instant>,
+    suppressed: u32,
+}
+
+impl Failures {
+    fn log(&mut self, error: &dyn std::fmt::Display) {
+        if self.logged.is_some_and(|logged| logged.elapsed() < LOG_INTERVAL) {
+            self.suppressed = self.suppressed.saturating_add(1);
+            return;
+        }
+        tracing::warn!(%error, suppressed = self.suppressed, "failed to propagate the host's mounts to a volume");
+        *self = Self { logged: Some(Instant::now()), suppressed: 0 };
+    }
 }

@@ -1,14 +1,13 @@
 //! Secrets, projected volumes and the downward API: whatever is in them, as it was made, and its changes as they happen.
 
-use std::fs;
 use std::os::unix::fs::chown;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use husk_e2e::PYTHON;
 use husk_e2e::cri::kubelet::{Entry, publish};
 use husk_e2e::cri::pod::{need_image, pods};
-use husk_e2e::cri::{Pod, PodContainer, Pods};
+use husk_e2e::cri::{Pod, PodContainer};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
@@ -38,13 +37,6 @@ fn look(dir: &Path) -> String {
     String::from_utf8(seen.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The directory of a volume of the kubelet's plugin `kind`.
-fn volume(pods: &Pods, kind: &str) -> PathBuf {
-    let path = pods.dir().join("volumes").join(format!("kubernetes.io~{kind}")).join("data");
-    fs::create_dir_all(&path).unwrap();
-    path
-}
-
 /// A container that watches a volume.
 fn watching(pod: &Pod, volume: &Path) -> PodContainer {
     let mut config = pod.python(WATCH);
@@ -65,7 +57,8 @@ fn is_seen(container: &PodContainer, volume: &Path) {
 fn secrets_of_any_bytes_are_seen_and_followed() {
     need_image(PYTHON);
     pods("cri-secret", |pods| {
-        let volume = volume(pods, "secret");
+        let pod = pods.pod();
+        let volume = pods.volume(&pod, "secret", "data");
         // A Secret lies in memory.
         mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         let every: Vec<u8> = (0..=255).collect();
@@ -75,7 +68,6 @@ fn secrets_of_any_bytes_are_seen_and_followed() {
             chown(volume.join("tls.key"), Some(0), Some(2000)).unwrap();
         };
         version("..1", b"first");
-        let pod = pods.pod();
         let container = watching(&pod, &volume);
         is_seen(&container, &volume);
         version("..2", b"second");
@@ -92,7 +84,8 @@ fn secrets_of_any_bytes_are_seen_and_followed() {
 fn projected_volumes_have_directories_and_lose_what_is_removed() {
     need_image(PYTHON);
     pods("cri-projected", |pods| {
-        let volume = volume(pods, "projected");
+        let pod = pods.pod();
+        let volume = pods.volume(&pod, "projected", "data");
         let first: [Entry; 5] = [
             ("token", b"one", 0o600),
             ("ca.crt", b"certificate", 0o644),
@@ -101,7 +94,6 @@ fn projected_volumes_have_directories_and_lose_what_is_removed() {
             ("scripts/run", b"#!/bin/sh\necho ran\n", 0o755),
         ];
         publish(&volume, "..1", &first);
-        let pod = pods.pod();
         let container = watching(&pod, &volume);
         is_seen(&container, &volume);
         assert_eq!(container.sh("/volume/scripts/run; ls /volume/labels/app"), "ran\nname\ntier");
@@ -134,9 +126,9 @@ fn projected_volumes_have_directories_and_lose_what_is_removed() {
 fn the_downward_apis_changes_are_seen() {
     need_image(PYTHON);
     pods("cri-downward", |pods| {
-        let volume = volume(pods, "downward-api");
-        publish(&volume, "..1", &[("labels", b"app=\"web\"", 0o644), ("limits/memory", b"64", 0o644)]);
         let pod = pods.pod();
+        let volume = pods.volume(&pod, "downward-api", "data");
+        publish(&volume, "..1", &[("labels", b"app=\"web\"", 0o644), ("limits/memory", b"64", 0o644)]);
         let container = watching(&pod, &volume);
         is_seen(&container, &volume);
         publish(&volume, "..2", &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)]);
@@ -151,7 +143,7 @@ fn there_is_no_limit_on_entries_nor_on_their_size() {
     pods("cri-many-entries", |pods| {
         let pod = pods.pod();
         // Five thousand entries.
-        let many = volume(pods, "configmap");
+        let many = pods.volume(&pod, "configmap", "data");
         let version = |name: &str, count: usize| {
             let files: Vec<_> = (0..count).map(|n| (format!("entry-{n:05}"), format!("{name} {n}"))).collect();
             let files: Vec<_> = files.iter().map(|(path, text)| (path.as_str(), text.as_bytes(), 0o644)).collect();
@@ -167,7 +159,7 @@ fn there_is_no_limit_on_entries_nor_on_their_size() {
         container.stop(0);
         container.remove();
         // More than one message of ttrpc's may have, 4 MiB, in sum and in one file.
-        let large = volume(pods, "projected");
+        let large = pods.volume(&pod, "projected", "data");
         let bytes =
             |seed: usize, length: usize| (0..length).map(|i| (i * 31 + seed + i / 251) as u8).collect::<Vec<_>>();
         let contents: Vec<_> = (0..6).map(|n| bytes(n, 1 << 20)).chain([bytes(7, 5 << 20)]).collect();

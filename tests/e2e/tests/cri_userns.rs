@@ -47,7 +47,7 @@ fn files_belong_to_whom_they_say() {
     pods("userns-volumes", |pods| {
         let maps = maps_mounts();
         // On the node's disk, as the kubelet's are.
-        let dir = Path::new("/var/lib/kubelet/pods/uid-userns-volumes/volumes");
+        let dir = Path::new("/var/lib/kubelet/pods/uid-userns-volumes-1/volumes");
         let data = dir.join("kubernetes.io~empty-dir/data");
         let settings = dir.join("kubernetes.io~configmap/settings");
         for volume in [&data, &settings] {

@@ -40,10 +40,9 @@ while True:
 fn changes_of_a_config_map_are_noticed() {
     need_image(PYTHON);
     pods("cri-config-map", |pods| {
-        let volume = pods.dir().join("volumes/kubernetes.io~configmap/settings");
-        fs::create_dir_all(&volume).unwrap();
-        publish(&volume, "..1", "first");
         let pod = pods.pod();
+        let volume = pods.volume(&pod, "configmap", "settings");
+        publish(&volume, "..1", "first");
         let mut config = pod.python(WATCH);
         config["mounts"] =
             json!([{ "host_path": volume.to_string_lossy(), "container_path": "/config", "readonly": true }]);

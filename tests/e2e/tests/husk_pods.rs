@@ -101,7 +101,7 @@ fn of_a_container_that_cannot_be_made_nothing_stays_in_the_guest() {
         let available =
             || container.sh("awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
         // A volume that is copied to the guest in part: deeper than any that is copied whole.
-        let volume = pods.dir().join("volumes/kubernetes.io~secret/deep");
+        let volume = pods.volume(&pod, "secret", "deep");
         fs::create_dir_all(volume.join("z/".repeat(70))).unwrap();
         fs::write(volume.join("large"), vec![1; 32 << 20]).unwrap();
         let before = available();

@@ -303,6 +303,33 @@ fn later_mounts_of_the_node_are_seen_but_for_its_own_and_can_be_unmounted() {
     });
 }
 
+#[test]
+fn a_mirrored_volume_stays_the_directory_that_was_mounted() {
+    pods("mirror-symlink", |pods| {
+        let pod = pods.pod();
+        let (outside, volume) = (pods.dir().join("outside/settings"), pods.volume(&pod, "configmap", "settings"));
+        fs::create_dir_all(&outside).unwrap();
+        fs::write(outside.join("secret"), "secret").unwrap();
+        fs::write(volume.join("key"), "first").unwrap();
+        // As an administrator must not, but may: the directory above is writable by hostPath.
+        let kinds = volume.parent().unwrap().parent().unwrap();
+        let mut config = pod.sh("sleep 100000");
+        config["mounts"] = json!([
+            { "host_path": volume.to_string_lossy(), "container_path": "/config", "readonly": true },
+            { "host_path": kinds.to_string_lossy(), "container_path": "/kinds" },
+        ]);
+        let container = pod.start(&config);
+        assert_eq!(container.sh("cat /config/key"), "first");
+        let script = format!(
+            "cd /kinds && mv kubernetes.io~configmap moved && ln -s {} kubernetes.io~configmap
+             echo second > moved/settings/key; until [ $(cat /config/key) = second ]; do sleep 0.1; done; ls /config",
+            outside.parent().unwrap().display()
+        );
+        assert_eq!(container.sh(&script), "key");
+        container.remove();
+    });
+}
+
 /// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
 const FILE_SERVER: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
 

@@ -96,6 +96,14 @@ impl Pods {
         })
     }
 
+    /// Creates the directory of a volume, as the kubelet names it: `…/<uid>/volumes/kubernetes.io~<kind>/<name>`.
+    pub fn volume(&self, pod: &Pod, kind: &str, name: &str) -> PathBuf {
+        let uid = text(&pod.config["metadata"]["uid"]);
+        let path = self.dir.join(uid).join("volumes").join(format!("kubernetes.io~{kind}")).join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
     /// Runs a pod with nothing in it.
     #[track_caller]
     pub fn pod(&self) -> Pod {

@@ -201,7 +201,7 @@ fn volumes() {
                 assert_eq!(text.unwrap_or_default(), "16");
             });
             group.has("a projected volume's change is noticed, whole", || {
-                let dir = pods.dir().join("volumes/kubernetes.io~projected/token");
+                let dir = pods.volume(&pod, "projected", "token");
                 publish(&dir, "..1", &[("dir/token", b"first", 0o600)]);
                 let container = sleeper(&pod, mount(&dir, &json!({ "readonly": true })));
                 assert_eq!(container.sh("cat /volume/dir/token"), "first");
