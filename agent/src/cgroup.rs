@@ -1,18 +1,15 @@
-//! Guest control groups: the hierarchy's root, and what is read from and written to one container's group.
+//! The guest's cgroup v2 hierarchy: its root, and the files of each container's cgroup.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// Where the hierarchy is mounted.
+/// Mount point of the hierarchy.
 pub const MOUNT: &str = "/sys/fs/cgroup";
-/// The group all containers live under.
+/// Parent cgroup of all containers.
 const PARENT: &str = "husk";
 
-/// Makes the parent of all containers' groups, with every controller on.
-///
-/// # Errors
-/// What the kernel says when the group cannot be made.
+/// Creates the parent cgroup of all containers and enables all controllers in it.
 pub fn init_root() -> io::Result<()> {
     let root = Path::new(MOUNT);
     let parent = root.join(PARENT);
@@ -23,15 +20,12 @@ pub fn init_root() -> io::Result<()> {
     fs::write(parent.join("cgroup.subtree_control"), &all)
 }
 
-/// Limits the tasks that all containers together may have.
-///
-/// # Errors
-/// What the kernel says.
-pub fn limit_pids(most: u64) -> io::Result<()> {
-    fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), most.to_string())
+/// Limits the number of tasks that all containers may have together.
+pub fn limit_pids(max: u64) -> io::Result<()> {
+    fs::write(Path::new(MOUNT).join(PARENT).join("pids.max"), max.to_string())
 }
 
-/// One container's group.
+/// Cgroup of one container.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
     name: PathBuf,
@@ -39,16 +33,13 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The group of container `id`, whether it exists or not.
+    /// Returns the cgroup of container `id`, which need not exist.
     pub fn of(id: &str) -> Self {
         let name = Path::new("/").join(PARENT).join(id);
         Self { path: Path::new(MOUNT).join(PARENT).join(id), name }
     }
 
-    /// Makes it.
-    ///
-    /// # Errors
-    /// What the kernel says.
+    /// Creates the cgroup; succeeds if it exists.
     pub fn create(&self) -> io::Result<()> {
         match fs::create_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -56,46 +47,40 @@ impl Cgroup {
         }
     }
 
-    /// Its name in the hierarchy, as `cgroupsPath` wants it.
+    /// Path below the hierarchy's root, in the form of `cgroupsPath`.
     pub fn name(&self) -> &Path {
         &self.name
     }
 
-    /// Its directory.
+    /// Directory of the cgroup.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// One of its files.
-    ///
-    /// # Errors
-    /// What the kernel says.
+    /// Reads a file of the cgroup.
     pub fn read(&self, file: &str) -> io::Result<String> {
         fs::read_to_string(self.path.join(file))
     }
 
-    /// Writes one of its files.
-    ///
-    /// # Errors
-    /// What the kernel says.
+    /// Writes a file of the cgroup.
     pub fn write(&self, file: &str, value: &str) -> io::Result<()> {
         fs::write(self.path.join(file), value)
     }
 
-    /// A file of `key value` lines.
+    /// Reads a file of `key value` lines. Returns an empty map if it cannot be read.
     pub fn table(&self, file: &str) -> BTreeMap<String, u64> {
         self.read(file).map(|text| parse_table(&text)).unwrap_or_default()
     }
 
-    /// How often the kernel has killed a process of this group for want of memory.
+    /// Number of processes of this cgroup that the OOM killer has killed.
     pub fn oom_kills(&self) -> u64 {
         self.table("memory.events").get("oom_kill").copied().unwrap_or(0)
     }
 
-    /// All processes, of this group and of those below it (a container may have made some).
+    /// Returns the PIDs in this cgroup and in its descendants, which the container may have created.
     pub fn pids(&self) -> Vec<i32> {
         let mut pids = Vec::new();
-        self.each_group(&mut |path| {
+        self.for_each_cgroup(&mut |path| {
             if let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) {
                 pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
             }
@@ -103,39 +88,30 @@ impl Cgroup {
         pids
     }
 
-    /// Kills every process.
-    ///
-    /// # Errors
-    /// What the kernel says.
+    /// Kills all processes of the cgroup.
     pub fn kill(&self) -> io::Result<()> {
         self.write("cgroup.kill", "1")
     }
 
-    /// Stops or continues every process. The kernel acts at once; it reports through `cgroup.events`.
-    ///
-    /// # Errors
-    /// What the kernel says.
+    /// Freezes or thaws all processes. The write returns at once; `cgroup.events` reports when it is done.
     pub fn freeze(&self, frozen: bool) -> io::Result<()> {
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })
     }
 
-    /// Whether every process has stopped.
+    /// Whether all processes are frozen.
     pub fn is_frozen(&self) -> bool {
         self.table("cgroup.events").get("frozen") == Some(&1)
     }
 
-    /// Whether any process is left.
+    /// Whether the cgroup or a descendant contains a process.
     pub fn is_populated(&self) -> bool {
         self.table("cgroup.events").get("populated") == Some(&1)
     }
 
-    /// Removes it and the groups below it.
-    ///
-    /// # Errors
-    /// What the kernel says, EBUSY while a process is left.
+    /// Removes the cgroup and its descendants. Fails with EBUSY while one of them contains a process.
     pub fn remove(&self) -> io::Result<()> {
         let mut groups = Vec::new();
-        self.each_group(&mut |path| groups.push(path.to_owned()));
+        self.for_each_cgroup(&mut |path| groups.push(path.to_owned()));
         for path in groups.iter().rev() {
             match fs::remove_dir(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -145,8 +121,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Visits this group and all below it, parents first.
-    fn each_group(&self, visit: &mut dyn FnMut(&Path)) {
+    /// Calls `visit` for this cgroup and all descendants, parents first.
+    fn for_each_cgroup(&self, visit: &mut dyn FnMut(&Path)) {
         let mut queue = vec![self.path.clone()];
         while let Some(path) = queue.pop() {
             visit(&path);
@@ -158,7 +134,7 @@ impl Cgroup {
     }
 }
 
-/// Lines of `key value`; others are skipped.
+/// Parses lines of `key value`; other lines are skipped.
 pub fn parse_table(text: &str) -> BTreeMap<String, u64> {
     text.lines()
         .filter_map(|line| {
@@ -173,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables() {
+    fn parse_table_skips_malformed_lines() {
         let table = parse_table("anon 12\nfile 0\nbroken\nmax max\n");
         assert_eq!(table.get("anon"), Some(&12));
         assert_eq!(table.len(), 2);

@@ -1,18 +1,18 @@
-//! The event hub: every exit and every out-of-memory kill, in order, to whoever subscribed.
+//! The event hub: sends process exits and OOM kills to all subscribers, in order.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use husk_proto::agent::{Event, Exit, Oom};
 use tokio::sync::mpsc;
 
-/// Hands events to all subscribers; cloning it clones the handle.
+/// Sends events to all subscribers. Clones share the same subscribers.
 #[derive(Clone, Default)]
 pub struct Hub {
     subscribers: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
 }
 
 impl Hub {
-    /// Every event from now on.
+    /// Subscribes to all events from now on.
     pub fn subscribe(&self) -> mpsc::UnboundedReceiver<Event> {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.subscribers.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
@@ -26,7 +26,7 @@ impl Hub {
         self.publish(event);
     }
 
-    /// Publishes an out-of-memory kill.
+    /// Publishes an OOM kill.
     pub fn oom(&self, container_id: &str) {
         let mut event = Event::new();
         event.set_oom(Oom { container_id: container_id.to_owned(), ..Default::default() });

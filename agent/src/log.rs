@@ -1,6 +1,6 @@
-//! The agent's log: a ring of lines until somebody reads it over vsock; warnings and errors go to the kernel log too.
+//! The agent's log: a ring buffer of lines that the host reads over vsock. Warnings and errors also go to the kernel log.
 //!
-//! Lines of lesser weight never reach the serial console: each byte there is an exit to the VMM.
+//! Lines of lower levels never reach the serial console: each byte written there causes a VM exit.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -16,7 +16,7 @@ use tracing::{Event, Level, Metadata, span};
 
 use crate::vsock::Listener;
 
-/// What waits for a reader at most; older lines go first.
+/// Maximum size of unread lines, in bytes. The oldest lines are dropped first.
 const RING_BYTES: usize = 64 * 1024;
 
 struct Ring {
@@ -26,28 +26,28 @@ struct Ring {
 
 struct Log {
     ring: Mutex<Ring>,
-    more: Notify,
+    new_line: Notify,
     kmsg: Option<Mutex<File>>,
     level: Level,
 }
 
 static LOG: OnceLock<Log> = OnceLock::new();
 
-/// Starts logging; `husk.log=debug` on the kernel's command line asks for more.
+/// Initialises logging. `husk.log=debug` on the kernel command line enables debug lines.
 pub fn init() {
     let debug =
         std::fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split(' ').any(|w| w == "husk.log=debug"));
     let kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg").ok().map(Mutex::new);
     let level = if debug { Level::DEBUG } else { Level::INFO };
     let ring = Mutex::new(Ring { lines: VecDeque::new(), bytes: 0 });
-    let _ = LOG.set(Log { ring, more: Notify::new(), kmsg, level });
+    let _ = LOG.set(Log { ring, new_line: Notify::new(), kmsg, level });
     let _ = tracing::subscriber::set_global_default(Subscriber);
-    if log::set_logger(&Bridge).is_ok() {
+    if log::set_logger(&LogBridge).is_ok() {
         log::set_max_level(log::LevelFilter::Warn);
     }
 }
 
-/// An error and everything that caused it, in one line.
+/// Formats an error and its chain of sources as one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -61,24 +61,24 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Hands the log to one reader after another.
+/// Serves the log to one reader at a time.
 pub async fn serve(listener: Listener) {
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                if let Err(error) = feed(stream).await {
-                    tracing::debug!("log reader left: {error}");
+                if let Err(error) = send_lines(stream).await {
+                    tracing::debug!("log reader disconnected: {error}");
                 }
             }
             Err(error) => {
-                tracing::warn!("log port: {error}");
+                tracing::warn!("failed to accept a connection to the log port: {error}");
                 return;
             }
         }
     }
 }
 
-async fn feed(stream: OwnedFd) -> std::io::Result<()> {
+async fn send_lines(stream: OwnedFd) -> std::io::Result<()> {
     let Some(log) = LOG.get() else { return Ok(()) };
     let stream = crate::io::register(File::from(stream), Interest::WRITABLE)?;
     loop {
@@ -89,7 +89,7 @@ async fn feed(stream: OwnedFd) -> std::io::Result<()> {
             line
         };
         let Some(line) = line else {
-            log.more.notified().await;
+            log.new_line.notified().await;
             continue;
         };
         let mut rest = line.as_bytes();
@@ -108,8 +108,8 @@ fn record(level: Level, message: &str) {
     if level <= Level::WARN
         && let Some(kmsg) = &log.kmsg
     {
-        let weight = if level == Level::ERROR { 3 } else { 4 };
-        let text = format!("<{weight}>husk-agent: {}\n", message.replace('\n', " "));
+        let priority = if level == Level::ERROR { 3 } else { 4 };
+        let text = format!("<{priority}>husk-agent: {}\n", message.replace('\n', " "));
         let _ = kmsg.lock().unwrap_or_else(PoisonError::into_inner).write_all(text.as_bytes());
     }
     let mut ring = log.ring.lock().unwrap_or_else(PoisonError::into_inner);
@@ -120,15 +120,15 @@ fn record(level: Level, message: &str) {
         ring.bytes -= old.len();
     }
     drop(ring);
-    log.more.notify_one();
+    log.new_line.notify_one();
 }
 
-/// The least a `tracing` subscriber can be: events become lines, spans are ignored.
+/// Minimal `tracing` subscriber: formats events as lines and ignores spans.
 struct Subscriber;
 
 impl tracing::Subscriber for Subscriber {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Libraries warn of what is ordinary here; their errors come back as errors of a request.
+        // Libraries log warnings for conditions that are normal here. Failures reach the caller as request errors.
         let level = *metadata.level();
         let ours = metadata.target().starts_with("husk") || level == Level::ERROR;
         metadata.is_event() && LOG.get().is_some_and(|log| level <= log.level && (ours || log.level == Level::DEBUG))
@@ -147,7 +147,7 @@ impl tracing::Subscriber for Subscriber {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// An event's message and fields as text.
+/// Collects an event's message and fields as text.
 pub struct Line(pub String);
 
 impl Visit for Line {
@@ -159,10 +159,10 @@ impl Visit for Line {
     }
 }
 
-/// Lines of crates that use `log`.
-struct Bridge;
+/// Forwards records of the `log` crate.
+struct LogBridge;
 
-impl log::Log for Bridge {
+impl log::Log for LogBridge {
     fn enabled(&self, _: &log::Metadata<'_>) -> bool {
         true
     }

@@ -1,4 +1,4 @@
-//! `husk-agent`: PID 1 of the guest, and, re-executed under another first argument, the helper that starts a process.
+//! `husk-agent`: PID 1 of the guest. Re-executed with another `argv[0]`, it is the helper that starts one process.
 
 mod boot;
 mod cgroup;
@@ -16,11 +16,11 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
-    // The name tells, not the process id: the first process of a pod's own process namespace is 1 there too, and what
-    // the kernel passes to its init comes from the command line.
-    let helps = args.next().is_some_and(|name| name == helper::ARGV0);
+    // The role depends on `argv[0]`, not on the PID: the first process of a pod's PID namespace is PID 1 there too.
+    // The kernel command line can only set the arguments of init that follow `argv[0]`.
+    let is_helper = args.next().is_some_and(|name| name == helper::ARGV0);
     match args.next() {
-        Some(role) if helps => helper::main(&role, args),
+        Some(role) if is_helper => helper::main(&role, args),
         _ => boot::main(),
     }
 }

@@ -1,4 +1,4 @@
-//! Watches control group files for changes, and one container's memory events for kills.
+//! Watches cgroup files for changes, and a container's memory events for OOM kills.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -14,19 +14,16 @@ use tokio::io::unix::AsyncFd;
 use crate::cgroup::Cgroup;
 use crate::events::Hub;
 
-/// Reports every change of one file; the kernel notifies cgroup v2's `*.events` files.
+/// Watches one file for changes with inotify(7). The kernel generates notifications for cgroup v2's `*.events` files.
 pub struct FileWatch {
     inotify: AsyncFd<File>,
 }
 
 impl FileWatch {
-    /// Starts watching.
-    ///
-    /// # Errors
-    /// What the kernel says.
+    /// Starts watching `path`.
     pub fn new(path: &Path) -> io::Result<Self> {
         let path = CString::new(path.as_os_str().as_bytes())?;
-        // SAFETY: a non-negative result is a descriptor nobody else owns; the path lives through the call.
+        // SAFETY: a non-negative result of inotify_init1 is a new fd that nothing else owns; the path outlives the call.
         let inotify = unsafe {
             let fd = libc::inotify_init1(libc::IN_NONBLOCK | libc::IN_CLOEXEC);
             if fd < 0 {
@@ -41,13 +38,13 @@ impl FileWatch {
         Ok(Self { inotify: crate::io::register(File::from(inotify), Interest::READABLE)? })
     }
 
-    /// Waits for a change; false when the file is gone.
+    /// Waits for a change. Returns false if the file has been removed or the watch fails.
     pub async fn changed(&self) -> bool {
         let mut bytes = [0u8; 1024];
         let Ok(read) = self.inotify.async_io(Interest::READABLE, |mut file| file.read(&mut bytes)).await else {
             return false;
         };
-        // struct inotify_event: wd, mask, cookie, len; the watch is on a file, so no name follows.
+        // struct inotify_event: wd, mask, cookie, len. No name follows, because the watch is on a file.
         let events = bytes.get(..read).unwrap_or_default().chunks_exact(16);
         !events
             .filter_map(|event| event.get(4..8)?.try_into().ok().map(u32::from_ne_bytes))
@@ -55,7 +52,7 @@ impl FileWatch {
     }
 }
 
-/// One container's kills for want of memory.
+/// OOM kills of one container.
 pub struct OomWatch {
     id: String,
     cgroup: Cgroup,
@@ -64,12 +61,12 @@ pub struct OomWatch {
 }
 
 impl OomWatch {
-    /// Nothing has been seen yet.
+    /// Starts with no OOM kills seen.
     pub fn new(id: &str, cgroup: Cgroup, hub: Hub) -> Self {
         Self { id: id.to_owned(), cgroup, hub, seen: AtomicU64::new(0) }
     }
 
-    /// Looks, publishes what is new, and says whether there has ever been a kill.
+    /// Publishes an event if there are new OOM kills. Returns whether there has ever been one.
     pub fn check(&self) -> bool {
         let kills = self.cgroup.oom_kills();
         if kills > self.seen.fetch_max(kills, Ordering::Relaxed) {
@@ -78,7 +75,7 @@ impl OomWatch {
         self.seen.load(Ordering::Relaxed) > 0
     }
 
-    /// Looks at every change for as long as the group exists.
+    /// Checks for OOM kills at every change of `memory.events`, until the cgroup is removed.
     pub async fn run(self: std::sync::Arc<Self>) {
         match FileWatch::new(&self.cgroup.path().join("memory.events")) {
             Ok(watch) => {
@@ -86,7 +83,7 @@ impl OomWatch {
                     self.check();
                 }
             }
-            Err(error) => tracing::warn!("no memory events for {}: {error}", self.id),
+            Err(error) => tracing::warn!("failed to watch the memory events of container {}: {error}", self.id),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The reaper: collects every ended child, tells whoever claimed it, exactly once and in the order of the kernel.
+//! The reaper: collects all exited children and calls each PID's callback exactly once, in the kernel's order.
 
 use std::collections::HashMap;
 use std::io;
@@ -7,39 +7,40 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// How a process ended.
+/// Exit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ended {
-    /// 0 to 255: the exit code, or 128 + the signal's number.
+pub struct ProcessExit {
+    /// Exit code, or 128 + signal number: 0 to 255.
     pub status: u32,
-    /// Nanoseconds since the epoch.
+    /// Exit time, in nanoseconds since the epoch.
     pub at_ns: i64,
 }
 
-type Callback = Box<dyn FnOnce(Ended) + Send>;
+type Callback = Box<dyn FnOnce(ProcessExit) + Send>;
 
 #[derive(Default)]
 struct Inner {
     claimed: HashMap<i32, Callback>,
-    /// Ended before anybody knew whose they are; kept only while somebody is about to learn a pid.
-    unclaimed: HashMap<i32, Ended>,
-    expecting: usize,
+    /// Exits of PIDs that nothing has claimed yet. Kept only while an [`ExpectGuard`] lives.
+    unclaimed: HashMap<i32, ProcessExit>,
+    guards: usize,
 }
 
-/// The handle to the reaper; cloning it clones the handle.
+/// Handle to the reaper. Clones share the same state.
 #[derive(Clone, Default)]
 pub struct Reaper {
     inner: Arc<Mutex<Inner>>,
 }
 
-/// While one of these lives, ends of unknown processes are remembered. Take it before a helper is spawned.
-pub struct Expecting(Reaper);
+/// Keeps the exits of unclaimed processes while it lives. Must be taken before a helper is spawned: its child may exit
+/// before the child's PID is known.
+pub struct ExpectGuard(Reaper);
 
-impl Drop for Expecting {
+impl Drop for ExpectGuard {
     fn drop(&mut self) {
         self.0.with(|inner| {
-            inner.expecting = inner.expecting.saturating_sub(1);
-            if inner.expecting == 0 {
+            inner.guards = inner.guards.saturating_sub(1);
+            if inner.guards == 0 {
                 inner.unclaimed.clear();
             }
         });
@@ -47,62 +48,59 @@ impl Drop for Expecting {
 }
 
 impl Reaper {
-    /// The executor's notice that children ended.
-    ///
-    /// # Errors
-    /// When the handler cannot be installed.
+    /// Subscribes to SIGCHLD.
     pub fn signals(&self) -> io::Result<Signal> {
         signal(SignalKind::child())
     }
 
-    /// See [`Expecting`].
-    pub fn expect(&self) -> Expecting {
-        self.with(|inner| inner.expecting += 1);
-        Expecting(self.clone())
+    /// Starts keeping exits of unclaimed processes; see [`ExpectGuard`].
+    pub fn expect(&self) -> ExpectGuard {
+        self.with(|inner| inner.guards += 1);
+        ExpectGuard(self.clone())
     }
 
-    /// Calls `callback` when `pid` has ended, at once if it already has. The caller holds an [`Expecting`].
-    pub fn claim(&self, pid: i32, callback: impl FnOnce(Ended) + Send + 'static) {
+    /// Calls `callback` when `pid` has exited, at once if it already has. The caller holds an [`ExpectGuard`].
+    pub fn claim(&self, pid: i32, callback: impl FnOnce(ProcessExit) + Send + 'static) {
         let ready = self.with(|inner| match inner.unclaimed.remove(&pid) {
-            Some(ended) => Some((ended, Box::new(callback) as Callback)),
+            Some(exit) => Some((exit, Box::new(callback) as Callback)),
             None => {
                 inner.claimed.insert(pid, Box::new(callback));
                 None
             }
         });
-        if let Some((ended, callback)) = ready {
-            callback(ended);
+        if let Some((exit, callback)) = ready {
+            callback(exit);
         }
     }
 
-    /// Waits for `pid`.
-    pub async fn wait(&self, pid: i32) -> Option<Ended> {
+    /// Waits for the exit of `pid`.
+    pub async fn wait(&self, pid: i32) -> Option<ProcessExit> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
-        self.claim(pid, move |ended| {
-            let _ = sender.send(ended);
+        self.claim(pid, move |exit| {
+            let _ = sender.send(exit);
         });
         receiver.await.ok()
     }
 
-    /// Collects all children that have ended.
+    /// Collects all exited children.
     pub fn reap(&self) {
         loop {
             let mut status = 0;
-            // SAFETY: the status is a live integer; -1 asks for any child. The raw call, because a typed one refuses
-            // real-time signals after it has taken the child's status.
+            // nix's waitpid returns an error for real-time signals after it has consumed the child's status.
+            // SAFETY: the status points to an integer that outlives the call; -1 means any child.
             let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
             match pid {
                 0 => return,
                 1.. => {
                     if let Some(status) = decode(status) {
-                        self.ended(pid, Ended { status, at_ns: now_ns() });
+                        self.record_exit(pid, ProcessExit { status, at_ns: now_ns() });
                     }
                 }
                 _ => match nix::Error::last() {
                     nix::Error::EINTR => {}
                     nix::Error::ECHILD => return,
                     error => {
-                        tracing::error!("waitpid: {error}");
+                        tracing::error!("failed to collect exited children: waitpid: {error}");
                         return;
                     }
                 },
@@ -110,16 +108,16 @@ impl Reaper {
         }
     }
 
-    fn ended(&self, pid: i32, ended: Ended) {
+    fn record_exit(&self, pid: i32, exit: ProcessExit) {
         let callback = self.with(|inner| {
             let callback = inner.claimed.remove(&pid);
-            if callback.is_none() && inner.expecting > 0 {
-                inner.unclaimed.insert(pid, ended);
+            if callback.is_none() && inner.guards > 0 {
+                inner.unclaimed.insert(pid, exit);
             }
             callback
         });
         if let Some(callback) = callback {
-            callback(ended);
+            callback(exit);
         }
     }
 
@@ -128,12 +126,13 @@ impl Reaper {
     }
 }
 
-/// The wall clock in nanoseconds since the epoch.
+/// Returns the wall clock time in nanoseconds since the epoch.
 pub fn now_ns() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
 }
 
-/// The status of wait(2) as runtimes report it; `None` for a process that is stopped or continued, not ended.
+/// Converts a wait(2) status to the exit status that runtimes report. Returns `None` if the process has not exited but
+/// stopped or continued.
 fn decode(status: i32) -> Option<u32> {
     if libc::WIFEXITED(status) {
         Some((libc::WEXITSTATUS(status) & 0xff) as u32)
@@ -150,7 +149,7 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     #[test]
-    fn statuses() {
+    fn decode_converts_exit_codes_and_signals() {
         assert_eq!(decode(3 << 8), Some(3));
         assert_eq!(decode(libc::SIGKILL), Some(137));
         assert_eq!(decode(40), Some(168));
@@ -158,18 +157,18 @@ mod tests {
     }
 
     #[test]
-    fn an_end_before_the_claim_is_delivered_once() {
+    fn claim_after_exit_calls_back_once() {
         let (reaper, seen) = (Reaper::default(), Arc::new(AtomicU32::new(0)));
         let guard = reaper.expect();
-        reaper.ended(42, Ended { status: 7, at_ns: 1 });
+        reaper.record_exit(42, ProcessExit { status: 7, at_ns: 1 });
         let count = seen.clone();
-        reaper.claim(42, move |ended| {
-            count.fetch_add(ended.status, Ordering::Relaxed);
+        reaper.claim(42, move |exit| {
+            count.fetch_add(exit.status, Ordering::Relaxed);
         });
-        reaper.ended(42, Ended { status: 7, at_ns: 2 });
+        reaper.record_exit(42, ProcessExit { status: 7, at_ns: 2 });
         drop(guard);
         assert_eq!(seen.load(Ordering::Relaxed), 7);
-        reaper.ended(43, Ended { status: 1, at_ns: 3 });
+        reaper.record_exit(43, ProcessExit { status: 1, at_ns: 3 });
         reaper.with(|inner| assert!(inner.unclaimed.is_empty()));
     }
 }

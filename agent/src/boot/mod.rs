@@ -1,4 +1,4 @@
-//! The life of PID 1, from the kernel's hand-over to a served API, in one linear function.
+//! The boot sequence of PID 1: from the first instruction to a served API, in one linear function.
 
 pub mod fatal;
 mod mark;
@@ -17,32 +17,32 @@ use crate::sandbox::{Sandbox, forward};
 use crate::task::{Tasks, service::TaskService};
 use crate::{events, log, reaper, vsock};
 
-/// Why the agent could not come up.
+/// Reason why the agent failed to boot.
 #[derive(Debug, thiserror::Error)]
 enum BootError {
     #[error(transparent)]
     Mount(#[from] mounts::MountError),
-    #[error("cannot set up the control groups")]
+    #[error("failed to set up the cgroup hierarchy")]
     Cgroup(#[source] std::io::Error),
-    #[error("cannot build the executor")]
+    #[error("failed to build the async runtime")]
     Runtime(#[source] std::io::Error),
-    #[error("cannot listen on vsock port {port}")]
+    #[error("failed to listen on vsock port {port}")]
     Listen {
         port: u32,
         #[source]
         source: std::io::Error,
     },
-    #[error("cannot watch for ended processes")]
+    #[error("failed to install the SIGCHLD handler")]
     Reaper(#[source] std::io::Error),
-    #[error("cannot serve the API")]
+    #[error("failed to start the API server")]
     Serve(#[source] ttrpc::Error),
 }
 
-/// Runs PID 1; returns only when it is not PID 1.
+/// Runs PID 1. Returns only if this process is not PID 1.
 pub fn main() -> ExitCode {
     mark::mark(Mark::AgentStarted);
     if std::process::id() != 1 {
-        eprintln!("husk-agent is the first process of a Husk guest; it does nothing elsewhere");
+        eprintln!("husk-agent must be PID 1 of a Husk guest; it cannot be started by hand");
         return ExitCode::FAILURE;
     }
     fatal::install_panic_hook();
@@ -84,7 +84,7 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     tokio::spawn(forward::serve(forward_port));
     mark::mark(Mark::AgentReady);
 
-    // Namespaces are made while the host is still dialling, so that Setup finds them.
+    // The namespaces are created while the host is still connecting, to save time in Setup.
     sandbox.prepare(None);
     loop {
         children.recv().await;

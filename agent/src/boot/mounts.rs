@@ -1,4 +1,4 @@
-//! The guest's own mounts, and the move of the root off the initial rootfs.
+//! Mounts the guest's file systems and moves the root away from the kernel's initial rootfs.
 
 use std::path::Path;
 
@@ -6,35 +6,31 @@ use husk_proto::{GUEST_SHARE, SHARE_TAG};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 
-/// Why the guest's file systems could not be set up.
+/// Reason why the guest's file systems were not set up.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
-    /// A directory for a mount could not be made.
-    #[error("cannot create {path}")]
+    /// A mount point was not created.
+    #[error("failed to create directory {path}")]
     Create {
-        /// The directory.
         path: String,
-        /// What the kernel said.
         #[source]
         source: std::io::Error,
     },
     /// A mount failed.
-    #[error("cannot mount {fs} at {path}")]
+    #[error("failed to mount {fs} at {path}")]
     Mount {
         /// File system type.
         fs: String,
         /// Mount point.
         path: String,
-        /// What the kernel said.
         #[source]
         source: nix::Error,
     },
-    /// The root could not be moved.
-    #[error("cannot move the root off the initial file system: {step}")]
+    /// The root was not moved.
+    #[error("failed to move the root away from the initial rootfs, at step {step}")]
     Root {
-        /// What was being done.
+        /// System call that failed.
         step: &'static str,
-        /// What the kernel said.
         #[source]
         source: nix::Error,
     },
@@ -42,13 +38,10 @@ pub enum MountError {
 
 const RESTRICTED: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
-/// Puts a bind of `/` over `/` and enters it.
+/// Bind-mounts `/` over itself and makes the new mount the root.
 ///
-/// A pivot_root(2) fails while the current root is the kernel's initial rootfs, which has no parent mount; a bind of
-/// it has one, costs no memory and keeps every file where it was.
-///
-/// # Errors
-/// [`MountError::Root`] with the step that failed.
+/// pivot_root(2) fails while the current root is the kernel's initial rootfs, which has no parent mount. A bind mount
+/// of it has a parent, costs no memory and keeps all paths.
 pub fn leave_rootfs() -> Result<(), MountError> {
     let step = |step| move |source| MountError::Root { step, source };
     make_dir("/mnt")?;
@@ -59,44 +52,35 @@ pub fn leave_rootfs() -> Result<(), MountError> {
     chdir("/").map_err(step("chdir"))
 }
 
-/// Mounts what the agent and every container stand on.
-///
-/// # Errors
-/// [`MountError`] naming the mount that failed.
+/// Mounts the file systems that the agent and all containers need.
 pub fn mount_all() -> Result<(), MountError> {
-    fixed("devtmpfs", "/dev", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=0755")?;
-    fixed("proc", "/proc", RESTRICTED, "")?;
-    fixed("sysfs", "/sys", RESTRICTED, "")?;
-    fixed("cgroup2", "/sys/fs/cgroup", RESTRICTED, "nsdelegate,memory_recursiveprot")?;
-    fixed("tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=0755")?;
-    fixed("tmpfs", "/tmp", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=1777")?;
-    fixed("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666")?;
-    fixed("tmpfs", "/dev/shm", RESTRICTED, "mode=1777")?;
-    fixed("mqueue", "/dev/mqueue", RESTRICTED, "")
+    mount_new("devtmpfs", "/dev", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=0755")?;
+    mount_new("proc", "/proc", RESTRICTED, "")?;
+    mount_new("sysfs", "/sys", RESTRICTED, "")?;
+    mount_new("cgroup2", "/sys/fs/cgroup", RESTRICTED, "nsdelegate,memory_recursiveprot")?;
+    mount_new("tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=0755")?;
+    mount_new("tmpfs", "/tmp", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=1777")?;
+    mount_new("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666")?;
+    mount_new("tmpfs", "/dev/shm", RESTRICTED, "mode=1777")?;
+    mount_new("mqueue", "/dev/mqueue", RESTRICTED, "")
 }
 
-/// Mounts the directory that the host shares.
-///
-/// # Errors
-/// [`MountError`] when there is no such device or the mount fails.
+/// Mounts the share.
 pub fn mount_share() -> Result<(), MountError> {
     make_dir("/run/husk")?;
     make_dir(GUEST_SHARE)?;
-    // Device nodes on it work, as in a container's root under runc; which may be opened is the device programs' to say.
+    // Without MS_NODEV: device nodes in a rootfs work under runc too. The BPF device programs restrict access to them.
     mount(Some(SHARE_TAG), GUEST_SHARE, Some("virtiofs"), MsFlags::empty(), None::<&str>)
         .map_err(|source| MountError::Mount { fs: "virtiofs".into(), path: GUEST_SHARE.into(), source })
 }
 
-/// Makes `path` and its parents.
-///
-/// # Errors
-/// [`MountError::Create`].
+/// Creates `path` and its parents.
 pub fn make_dir(path: impl AsRef<Path>) -> Result<(), MountError> {
     let path = path.as_ref();
     std::fs::create_dir_all(path).map_err(|source| MountError::Create { path: path.display().to_string(), source })
 }
 
-fn fixed(fs: &str, path: &str, flags: MsFlags, data: &str) -> Result<(), MountError> {
+fn mount_new(fs: &str, path: &str, flags: MsFlags, data: &str) -> Result<(), MountError> {
     make_dir(path)?;
     mount(Some(fs), path, Some(fs), flags, Some(data)).map_err(|source| MountError::Mount {
         fs: fs.into(),

@@ -1,14 +1,14 @@
-//! Kernel settings every guest has, whatever its pod asks for.
+//! Kernel settings that every guest gets, independent of its pod.
 
 use std::fs;
 
-/// Paths under `/proc/sys` and their values. A kernel without one goes on without it.
+/// Paths under `/proc/sys` and their values. A setting that the kernel does not have is skipped.
 const SETTINGS: &[(&str, &str)] = &[
-    // Tunnel fallback devices (tunl0, sit0 …) would otherwise appear in every new network namespace.
+    // Without this, tunnel fallback devices (tunl0, sit0 …) appear in every new network namespace.
     ("net/core/fb_tunnels_only_for_init_net", "1"),
-    // A guest's own panic is a reset, which the VMM reports.
+    // A panic of the guest kernel resets the VM at once; the VMM reports the reset.
     ("kernel/panic", "-1"),
-    // What container hosts set: many small programs, few limits of the kernel's own.
+    // Usual settings of container hosts: many small programs, few limits set by the kernel.
     ("vm/overcommit_memory", "1"),
     ("kernel/keys/root_maxkeys", "1000000"),
     ("kernel/keys/root_maxbytes", "25000000"),
@@ -24,8 +24,8 @@ pub fn kernel() {
         }
     }
     if let Err(error) = crate::sandbox::link::loopback_up() {
-        tracing::warn!("cannot bring lo up: {error}");
+        tracing::warn!("failed to bring up lo: {error}");
     }
-    // SAFETY: umask only replaces the process's file mode mask.
+    // SAFETY: umask takes no pointers; it only replaces the process's file mode creation mask.
     unsafe { libc::umask(0o022) };
 }

@@ -44,9 +44,6 @@ const fn rule(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) ->
 }
 
 /// Attaches the rules to the group in `cgroup`: the last rule that speaks of a device decides, nobody speaking means no.
-///
-/// # Errors
-/// What the kernel says about the program or the attachment.
 pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> io::Result<()> {
     let own = devices.iter().filter_map(|device| {
         let kind = kind_of(device.typ())?;
@@ -217,7 +214,7 @@ fn load(program: &[Insn]) -> io::Result<OwnedFd> {
     // SAFETY: the attribute, the instructions and the licence live through the call, which only reads them.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<LoadAttr>()) };
     match i32::try_from(fd) {
-        // SAFETY: the kernel has just made this descriptor for us.
+        // SAFETY: the kernel has just returned this fd; nothing else owns it.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }
@@ -230,7 +227,7 @@ fn attach(group: &File, program: &OwnedFd) -> io::Result<()> {
         attach_type: BPF_CGROUP_DEVICE,
         attach_flags: BPF_F_ALLOW_MULTI,
     };
-    // SAFETY: the attribute lives through the call, which only reads it.
+    // SAFETY: the attribute outlives the call, which only reads it.
     match unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -93,7 +93,7 @@ fn prepare(
     }
     let no_new_privileges = process.no_new_privileges() == Some(true);
     if no_new_privileges {
-        // SAFETY: this prctl takes plain numbers.
+        // SAFETY: this prctl operation takes no pointers.
         unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     }
     if let Some(console) = console {
@@ -103,7 +103,7 @@ fn prepare(
         apparmor::apply_profile(profile).map_err(|error| chain(&error))?;
     }
     if let Some(umask) = process.user().umask() {
-        // SAFETY: umask only replaces the process's file mode mask.
+        // SAFETY: umask takes no pointers; it only replaces the process's file mode creation mask.
         unsafe { libc::umask(umask & 0o777) };
     }
     let early = enter(process.cwd());
@@ -195,10 +195,10 @@ fn join_target(request: &ExecRequest) -> io::Result<Vec<File>> {
 }
 
 fn pidfd(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes plain numbers.
+    // SAFETY: pidfd_open takes no pointers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     match i32::try_from(fd) {
-        // SAFETY: the kernel has just made this descriptor for us.
+        // SAFETY: the kernel has just returned this fd; nothing else owns it.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }
@@ -227,7 +227,7 @@ fn foreign_namespaces(pid: i32) -> io::Result<i32> {
 }
 
 fn set_namespaces(pidfd: &OwnedFd, flags: i32) -> io::Result<()> {
-    // SAFETY: setns takes plain numbers.
+    // SAFETY: setns takes no pointers.
     if flags != 0 && unsafe { libc::setns(pidfd.as_raw_fd(), flags) } != 0 {
         return Err(io::Error::last_os_error());
     }

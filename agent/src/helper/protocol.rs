@@ -57,17 +57,11 @@ pub struct Response {
 
 impl Request {
     /// Reads a request.
-    ///
-    /// # Errors
-    /// When the file cannot be read or is no request.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
     /// Writes it.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         fs::write(path, serde_json::to_vec(self)?)
     }
@@ -75,17 +69,11 @@ impl Request {
 
 impl Response {
     /// Reads an answer.
-    ///
-    /// # Errors
-    /// When the file cannot be read or is no answer.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
     /// Writes it.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         fs::write(path, serde_json::to_vec(self)?)
     }

@@ -32,13 +32,13 @@ pub fn take(console: &UnixStream, process: &Process) -> io::Result<()> {
     if slave < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor for us.
+    // SAFETY: the kernel has just returned this fd; nothing else owns it.
     let slave = unsafe { OwnedFd::from_raw_fd(slave) };
     if let Some(size) = process.console_size() {
         let clamp = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
         let size =
             libc::winsize { ws_row: clamp(size.height()), ws_col: clamp(size.width()), ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: the size lives through the call, which only reads it.
+        // SAFETY: the size outlives the call, which only reads it.
         unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
     }
     let _ = fchown(&slave, Some(process.user().uid()), None);

@@ -18,9 +18,6 @@ static TRAIL: OnceLock<(File, PathBuf)> = OnceLock::new();
 const VERDICT: &str = "verdict: ";
 
 /// Starts the trail at `path`.
-///
-/// # Errors
-/// When the file cannot be made.
 pub fn open(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
     let _ = TRAIL.set((file, path.to_owned()));

@@ -1,4 +1,4 @@
-//! Receives a container's terminal from the helper over a console socket, and sizes it.
+//! Receives a container's terminal from the helper over a console socket, and sets its window size.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -9,20 +9,17 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::Interest;
 use tokio::net::UnixListener;
 
-use super::relay::{self, End};
+use super::relay::{self, Endpoint};
 
-/// A console socket; its path goes to the helper.
+/// Console socket of one process; the helper gets its path.
 pub struct Console {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl Console {
-    /// Listens at a path of its own: a socket's path ends at 108 bytes (unix(7)), and a pod's container id and exec id
-    /// have 64 each.
-    ///
-    /// # Errors
-    /// What the kernel says.
+    /// Listens at a new, short path. A socket path has at most 108 bytes (unix(7)), and the container id and the exec id
+    /// of a pod have 64 bytes each.
     pub fn listen() -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = PathBuf::from(format!("/run/husk/tty-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
@@ -30,16 +27,13 @@ impl Console {
         Ok(Self { listener: UnixListener::bind(&path)?, path })
     }
 
-    /// Where it listens.
+    /// Path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The terminal's master, once the helper has sent it.
-    ///
-    /// # Errors
-    /// When the connection ends without one.
-    pub async fn receive(self) -> io::Result<End> {
+    /// Waits for the terminal's master from the helper. Fails if the connection ends without one.
+    pub async fn receive(self) -> io::Result<Endpoint> {
         let (stream, _) = self.listener.accept().await?;
         let fd = loop {
             stream.readable().await?;
@@ -48,7 +42,7 @@ impl Console {
                 result => break result?,
             }
         };
-        relay::end(fd)
+        relay::endpoint(fd)
     }
 }
 
@@ -67,34 +61,31 @@ fn receive_fd(socket: i32) -> io::Result<OwnedFd> {
         if let ControlMessageOwned::ScmRights(fds) = part
             && let Some(&fd) = fds.first()
         {
-            // SAFETY: the kernel has just installed this descriptor for us; nobody else knows it.
+            // SAFETY: the kernel has just installed this fd for this process; nothing else owns it.
             return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
     Err(io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Sets the terminal's size; 0 by 0 is left alone.
-///
-/// # Errors
-/// What the kernel says.
-pub fn resize(master: &End, width: u32, height: u32) -> io::Result<()> {
+/// Sets the terminal's window size.
+pub fn resize(master: &Endpoint, width: u32, height: u32) -> io::Result<()> {
     let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
     let size = libc::winsize { ws_row: clamp(height), ws_col: clamp(width), ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the size lives through the call, which only reads it.
+    // SAFETY: the size outlives the call, which only reads it.
     match unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Gives the terminal's other end to `uid`, as runc does, so that its user may open it again.
-pub fn give_to(master: &End, uid: u32) {
-    // SAFETY: the ioctl takes flags, no pointer, and returns a new descriptor or an error.
+/// Makes `uid` the owner of the terminal's slave, as runc does, so that this user can open it again.
+pub fn chown_slave(master: &Endpoint, uid: u32) {
+    // SAFETY: TIOCGPTPEER takes flags, no pointer, and returns a new fd or an error.
     let fd =
         unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
     if fd >= 0 {
-        // SAFETY: the descriptor was just made for us.
+        // SAFETY: the kernel has just returned this fd; nothing else owns it.
         let peer = unsafe { OwnedFd::from_raw_fd(fd) };
         let _ = std::os::unix::fs::fchown(peer, Some(uid), None);
     }

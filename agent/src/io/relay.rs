@@ -1,4 +1,4 @@
-//! Copies bytes between a stream and a process's pipe or terminal until one side ends.
+//! Copies bytes between a stream and a process's pipe or terminal until one side closes.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -9,20 +9,17 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-/// One read: a vsock packet of this kernel carries at most 64 KiB.
+/// Size of one read, in bytes. The kernel's vsock packets carry at most 64 KiB.
 const CHUNK: usize = 64 * 1024;
-/// What a pipe holds: room for the writer while a chunk is on its way.
+/// Capacity of a pipe, in bytes. The process can write on while a chunk is being sent.
 pub const PIPE_BYTES: libc::c_int = 256 * 1024;
 
-/// Either side of a relay, registered with the executor.
-pub type End = Arc<AsyncFd<File>>;
+/// Either side of a relay, registered with the async runtime.
+pub type Endpoint = Arc<AsyncFd<File>>;
 
-/// Registers a non-blocking descriptor.
-///
-/// # Errors
-/// When the descriptor cannot be made non-blocking or be polled.
-pub fn end(fd: OwnedFd) -> io::Result<End> {
-    // SAFETY: fcntl with these commands takes no pointers; the descriptor is alive.
+/// Makes an fd non-blocking and registers it.
+pub fn endpoint(fd: OwnedFd) -> io::Result<Endpoint> {
+    // SAFETY: fcntl with these commands takes no pointers; the fd is open.
     unsafe {
         let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
         if flags < 0 || libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) < 0 {
@@ -32,15 +29,15 @@ pub fn end(fd: OwnedFd) -> io::Result<End> {
     Ok(Arc::new(crate::io::register(File::from(fd), Interest::READABLE | Interest::WRITABLE)?))
 }
 
-/// Copies until `from` ends, or, once `close` is notified, until all that has arrived is written.
+/// Copies until `from` reaches its end. After a notification of `close`, copies only the data that has already arrived.
 ///
 /// # Errors
-/// The first error of either side; a terminal's EIO and a closed peer are ends, not errors.
-pub async fn copy(from: &End, to: &End, close: &Notify) -> io::Result<()> {
+/// Returns the first error of either side. EIO of a terminal and a closed peer count as the end of `from`.
+pub async fn copy(from: &Endpoint, to: &Endpoint, close: &Notify) -> io::Result<()> {
     let mut buffer = Vec::new();
     let mut closing = false;
     loop {
-        // The buffer is memory only while there is something to move: an idle container's streams cost none.
+        // The buffer is allocated only while there is data, so that the streams of an idle container need no memory.
         let ready = match closing {
             true => None,
             false => tokio::select! {
@@ -67,7 +64,7 @@ pub async fn copy(from: &End, to: &End, close: &Notify) -> io::Result<()> {
             Ok(0) => return Ok(()),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_end(&error) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_end_of_file(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
         let mut rest = buffer.get(..read).unwrap_or_default();
@@ -81,35 +78,35 @@ pub async fn copy(from: &End, to: &End, close: &Notify) -> io::Result<()> {
     }
 }
 
-/// A process's output to its stream; when the host stops listening the output is read and dropped, as a pipe that
-/// nobody reads would stop the process.
-pub async fn output(from: End, to: End) {
+/// Relays a process's output to its stream. If the host closes the stream, the output is read and discarded: the process
+/// would block on a full pipe.
+pub async fn output(from: Endpoint, to: Endpoint) {
     if let Err(error) = copy(&from, &to, &Notify::new()).await {
-        tracing::debug!("output stream: {error}");
+        tracing::debug!("failed to relay output: {error}");
         drain(&from).await;
     }
     half_close(&to);
 }
 
-/// A stream to a process's standard input, until the host half-closes it or `close` asks for the end.
-pub async fn input(from: End, to: End, close: Arc<Notify>) {
+/// Relays a stream to a process's standard input, until the host half-closes the stream or `close` is notified.
+pub async fn input(from: Endpoint, to: Endpoint, close: Arc<Notify>) {
     if let Err(error) = copy(&from, &to, &close).await {
-        tracing::debug!("input stream: {error}");
+        tracing::debug!("failed to relay input: {error}");
     }
 }
 
-async fn drain(from: &End) {
+async fn drain(from: &Endpoint) {
     let mut buffer = vec![0; 4096];
     while let Ok(1..) = from.async_io(Interest::READABLE, |mut file| file.read(&mut buffer)).await {}
 }
 
-/// Tells the peer that nothing more comes.
-pub fn half_close(stream: &End) {
-    // SAFETY: shutdown takes no pointers; the descriptor is alive. On anything but a socket it fails, harmlessly.
+/// Signals the end of the data to the peer.
+pub fn half_close(stream: &Endpoint) {
+    // SAFETY: shutdown takes no pointers; the fd is open. On anything but a socket it fails without effect.
     unsafe { libc::shutdown(stream.as_raw_fd(), libc::SHUT_WR) };
 }
 
-fn is_end(error: &io::Error) -> bool {
+fn is_end_of_file(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EIO | libc::ECONNRESET | libc::ENOTCONN))
 }
 
@@ -119,7 +116,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[tokio::test]
-    async fn every_byte_arrives_and_then_the_end() {
+    async fn output_copies_all_bytes_and_half_closes() {
         let (mut host, guest) = UnixStream::pair().unwrap();
         let (reader, mut writer) = io::pipe().unwrap();
         let sent: Vec<u8> = (0..3_000_017u32).map(|n| (n % 251) as u8).collect();
@@ -130,29 +127,29 @@ mod tests {
             host.read_to_end(&mut all).unwrap();
             all
         });
-        output(end(reader.into()).unwrap(), end(guest.into()).unwrap()).await;
+        output(endpoint(reader.into()).unwrap(), endpoint(guest.into()).unwrap()).await;
         writing.join().unwrap();
         assert!(reading.join().unwrap() == expected);
     }
 
     #[tokio::test]
-    async fn output_nobody_reads_does_not_stop_the_writer() {
+    async fn output_drains_the_pipe_after_the_host_closes() {
         let (host, guest) = UnixStream::pair().unwrap();
         let (reader, mut writer) = io::pipe().unwrap();
         drop(host);
         let writing = std::thread::spawn(move || writer.write_all(&vec![1; 4 << 20]).unwrap());
-        output(end(reader.into()).unwrap(), end(guest.into()).unwrap()).await;
+        output(endpoint(reader.into()).unwrap(), endpoint(guest.into()).unwrap()).await;
         writing.join().unwrap();
     }
 
     #[tokio::test]
-    async fn closing_input_writes_what_has_arrived() {
+    async fn close_writes_input_that_has_arrived() {
         let (mut host, guest) = UnixStream::pair().unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
         host.write_all(b"last words").unwrap();
         let close = Arc::new(Notify::new());
         close.notify_one();
-        input(end(guest.into()).unwrap(), end(writer.into()).unwrap(), close).await;
+        input(endpoint(guest.into()).unwrap(), endpoint(writer.into()).unwrap(), close).await;
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "last words");

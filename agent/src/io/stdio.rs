@@ -1,4 +1,4 @@
-//! The standard streams of one process: what it gets as descriptors 0 to 2 and the relays behind them.
+//! The standard streams of one process: its fds 0 to 2 and the relays that serve them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -7,73 +7,64 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 
-use super::relay::{self, End};
+use super::relay::{self, Endpoint};
 
-/// The streams a request named.
+/// Streams that a request named, taken from the table of connected streams.
 #[derive(Default)]
-pub struct Dialled {
-    /// Bytes for standard input, or for the terminal.
+pub struct StdioStreams {
+    /// Stream for standard input, or for the terminal's input.
     pub stdin: Option<OwnedFd>,
-    /// Standard output, or the terminal's.
+    /// Stream for standard output, or for the terminal's output.
     pub stdout: Option<OwnedFd>,
-    /// Standard error; never with a terminal.
+    /// Stream for standard error; `None` with a terminal.
     pub stderr: Option<OwnedFd>,
 }
 
-/// Descriptors 0 to 2 of a process about to be started.
+/// Fds 0 to 2 of a process that is about to start.
 pub struct ChildIo {
-    /// Descriptor 0.
     pub stdin: OwnedFd,
-    /// Descriptor 1.
     pub stdout: OwnedFd,
-    /// Descriptor 2.
     pub stderr: OwnedFd,
 }
 
-/// The agent's side, not yet moving bytes.
+/// Relays between streams and a process, not yet started.
 #[derive(Default)]
 pub struct Relays {
-    input: Option<(End, End)>,
-    outputs: Vec<(End, End)>,
+    input: Option<(Endpoint, Endpoint)>,
+    outputs: Vec<(Endpoint, Endpoint)>,
     close: Arc<Notify>,
 }
 
 impl Relays {
-    /// Pipes for a process that runs as `uid`, or `/dev/null` where no stream was named.
-    ///
-    /// # Errors
-    /// When a pipe or `/dev/null` cannot be opened.
-    pub fn pipes(dialled: Dialled, uid: u32) -> io::Result<(Self, ChildIo)> {
+    /// Creates pipes for a process that runs as `uid`. Fds without a stream get `/dev/null`.
+    pub fn pipes(streams: StdioStreams, uid: u32) -> io::Result<(Self, ChildIo)> {
         let mut relays = Self::default();
-        let stdin = match dialled.stdin {
-            None => null()?,
+        let stdin = match streams.stdin {
+            None => open_null()?,
             Some(stream) => {
                 let (reader, writer) = pipe(uid)?;
-                relays.input = Some((relay::end(stream)?, relay::end(writer)?));
+                relays.input = Some((relay::endpoint(stream)?, relay::endpoint(writer)?));
                 reader
             }
         };
         let mut output = |stream: Option<OwnedFd>| match stream {
-            None => null(),
+            None => open_null(),
             Some(stream) => {
                 let (reader, writer) = pipe(uid)?;
-                relays.outputs.push((relay::end(reader)?, relay::end(stream)?));
+                relays.outputs.push((relay::endpoint(reader)?, relay::endpoint(stream)?));
                 Ok(writer)
             }
         };
-        let (stdout, stderr) = (output(dialled.stdout)?, output(dialled.stderr)?);
+        let (stdout, stderr) = (output(streams.stdout)?, output(streams.stderr)?);
         Ok((relays, ChildIo { stdin, stdout, stderr }))
     }
 
-    /// A terminal: one stream carries both directions, or two carry one each.
-    ///
-    /// # Errors
-    /// When a descriptor cannot be registered with the executor.
-    pub fn terminal(dialled: Dialled, master: &End) -> io::Result<Self> {
+    /// Creates the relays of a terminal. One stream carries both directions, or two streams carry one each.
+    pub fn terminal(streams: StdioStreams, master: &Endpoint) -> io::Result<Self> {
         let mut relays = Self::default();
-        let stdout = dialled.stdout.map(relay::end).transpose()?;
-        let stdin = match dialled.stdin {
-            Some(stream) => Some(relay::end(stream)?),
+        let stdout = streams.stdout.map(relay::endpoint).transpose()?;
+        let stdin = match streams.stdin {
+            Some(stream) => Some(relay::endpoint(stream)?),
             None => stdout.clone(),
         };
         if let Some(stream) = &stdin {
@@ -85,7 +76,7 @@ impl Relays {
         Ok(relays)
     }
 
-    /// Starts moving bytes; what is returned closes standard input when notified.
+    /// Starts the relays. Notifying the returned value closes standard input.
     pub fn start(self) -> Arc<Notify> {
         if let Some((stream, process)) = self.input {
             tokio::spawn(relay::input(stream, process, self.close.clone()));
@@ -97,23 +88,20 @@ impl Relays {
     }
 }
 
-/// Descriptors for a process whose streams come from elsewhere, a terminal.
-///
-/// # Errors
-/// When `/dev/null` cannot be opened.
-pub fn nulls() -> io::Result<ChildIo> {
-    Ok(ChildIo { stdin: null()?, stdout: null()?, stderr: null()? })
+/// Opens `/dev/null` three times, for a process that replaces fds 0 to 2 by a terminal.
+pub fn null_stdio() -> io::Result<ChildIo> {
+    Ok(ChildIo { stdin: open_null()?, stdout: open_null()?, stderr: open_null()? })
 }
 
-fn null() -> io::Result<OwnedFd> {
+fn open_null() -> io::Result<OwnedFd> {
     Ok(OpenOptions::new().read(true).write(true).open("/dev/null")?.into())
 }
 
-/// A pipe whose both ends the user can open again, as programs do with `/dev/stdout`.
+/// Creates a pipe owned by `uid`, so that the process can open it again through `/dev/stdout`.
 fn pipe(uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = io::pipe()?;
     let (reader, writer): (File, OwnedFd) = (File::from(OwnedFd::from(reader)), writer.into());
-    // SAFETY: fcntl with F_SETPIPE_SZ takes no pointers; the descriptor is alive. A refusal leaves the default size.
+    // SAFETY: F_SETPIPE_SZ takes no pointers; the fd is open. If it fails, the pipe keeps the default size.
     unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETPIPE_SZ, relay::PIPE_BYTES) };
     std::os::unix::fs::fchown(&reader, Some(uid), None)?;
     Ok((reader.into(), writer))

@@ -1,4 +1,4 @@
-//! The table of stdio streams that have been dialled and not yet been named by a request.
+//! The table of stdio streams that the host has connected and no request has named yet.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -14,19 +14,19 @@ use tokio::time::timeout;
 
 use crate::vsock::Listener;
 
-/// Connections that wait for their request, or for their header, at most.
-const PENDING: usize = 256;
-/// How long a request waits for a stream it names, and a connection for its header.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Maximum number of connections that wait for their request. The same limit applies to those that wait for a header.
+const MAX_PENDING: usize = 256;
+/// Timeout of a request that waits for its stream, and of a connection that waits for its header.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why a request does not get the stream it names.
+/// Reason why a request does not get a stream that it names.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// The string in the request is no token.
-    #[error("{0:?} is not a stream token")]
+    /// The request's string is not a token.
+    #[error("invalid stream token {0:?}: not a decimal number")]
     Token(String),
-    /// Nobody dialled the stream in time.
-    #[error("stream {0} has not been opened")]
+    /// The host did not connect the stream in time.
+    #[error("timed out waiting for the host to connect stream {0}")]
     Missing(u64),
 }
 
@@ -36,31 +36,31 @@ struct Table {
     awaited: HashMap<u64, oneshot::Sender<OwnedFd>>,
 }
 
-/// The handle to the table; cloning it clones the handle.
+/// Handle to the table. Clones share the same table.
 #[derive(Clone, Default)]
 pub struct Streams {
     table: Arc<Mutex<Table>>,
 }
 
 impl Streams {
-    /// Accepts streams for ever.
+    /// Accepts streams until the listener fails.
     pub async fn serve(self, listener: Listener) {
-        let slots = Arc::new(Semaphore::new(PENDING));
+        let slots = Arc::new(Semaphore::new(MAX_PENDING));
         loop {
             let Ok(slot) = slots.clone().acquire_owned().await else { return };
             let stream = match listener.accept().await {
                 Ok(stream) => stream,
                 Err(error) => {
-                    tracing::error!("stream port: {error}");
+                    tracing::error!("failed to accept a connection to the stream port: {error}");
                     return;
                 }
             };
             let this = self.clone();
             tokio::spawn(async move {
-                match timeout(PATIENCE, read_header(stream)).await {
+                match timeout(TIMEOUT, read_header(stream)).await {
                     Ok(Ok((header, stream))) => this.insert(header.token, stream),
-                    Ok(Err(error)) => tracing::warn!("stream refused: {error}"),
-                    Err(_) => tracing::warn!("stream refused: no header in time"),
+                    Ok(Err(error)) => tracing::warn!("rejected a stream: failed to read its header: {error}"),
+                    Err(_) => tracing::warn!("rejected a stream: timed out waiting for its header"),
                 }
                 drop(slot);
             });
@@ -73,17 +73,14 @@ impl Streams {
             Some(waiter) => {
                 let _ = waiter.send(stream);
             }
-            None if table.ready.len() < PENDING => {
+            None if table.ready.len() < MAX_PENDING => {
                 table.ready.insert(token, stream);
             }
-            None => tracing::warn!("stream {token} refused: too many wait for a request"),
+            None => tracing::warn!("rejected stream {token}: {MAX_PENDING} streams already wait for a request"),
         }
     }
 
-    /// The stream that `token` names; nothing for an empty string.
-    ///
-    /// # Errors
-    /// [`StreamError`] when it is no token or the stream does not come.
+    /// Takes the stream that `token` names, and waits for it if necessary. Returns `None` for an empty string.
     pub async fn take(&self, token: &str) -> Result<Option<OwnedFd>, StreamError> {
         if token.is_empty() {
             return Ok(None);
@@ -98,7 +95,7 @@ impl Streams {
             table.awaited.insert(number, sender);
             receiver
         };
-        match timeout(PATIENCE, waiter).await {
+        match timeout(TIMEOUT, waiter).await {
             Ok(Ok(stream)) => Ok(Some(stream)),
             _ => {
                 self.table.lock().unwrap_or_else(PoisonError::into_inner).awaited.remove(&number);
@@ -129,7 +126,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[tokio::test]
-    async fn a_stream_meets_its_request_in_either_order() {
+    async fn take_works_before_and_after_the_stream_connects() {
         let streams = Streams::default();
         let (mut dialled, accepted) = UnixStream::pair().unwrap();
         accepted.set_nonblocking(true).unwrap();
@@ -152,7 +149,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bytes_that_are_no_header_are_refused() {
+    async fn read_header_rejects_invalid_bytes() {
         let (mut dialled, accepted) = UnixStream::pair().unwrap();
         accepted.set_nonblocking(true).unwrap();
         dialled.write_all(&[0; HEADER_LEN]).unwrap();

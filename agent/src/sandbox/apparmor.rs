@@ -23,9 +23,6 @@ pub enum LoadError {
 }
 
 /// Loads a policy; blocks.
-///
-/// # Errors
-/// [`LoadError`].
 pub fn load(policy: &[u8]) -> Result<(), LoadError> {
     if !Path::new(REPLACE).exists() {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;

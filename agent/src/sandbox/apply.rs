@@ -9,12 +9,9 @@ use husk_proto::agent::Mount;
 use nix::mount::{MsFlags, mount};
 
 /// Sets the wall clock.
-///
-/// # Errors
-/// What the kernel says.
 pub fn clock(ns: i64) -> io::Result<()> {
     let time = libc::timespec { tv_sec: ns / 1_000_000_000, tv_nsec: ns % 1_000_000_000 };
-    // SAFETY: the time lives through the call, which only reads it.
+    // SAFETY: the time outlives the call, which only reads it.
     match unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -22,9 +19,6 @@ pub fn clock(ns: i64) -> io::Result<()> {
 }
 
 /// Adds credited entropy: `RNDADDENTROPY` with `struct rand_pool_info` of linux/random.h.
-///
-/// # Errors
-/// What the kernel says.
 pub fn entropy(bytes: &[u8]) -> io::Result<()> {
     const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
     let bytes = bytes.get(..bytes.len().min(512)).unwrap_or_default();
@@ -39,9 +33,6 @@ pub fn entropy(bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Makes one mount, its target first.
-///
-/// # Errors
-/// What the kernel says.
 pub fn mount_one(request: &Mount) -> io::Result<()> {
     let (flags, data) = options(&request.options);
     let target = Path::new(&request.target);

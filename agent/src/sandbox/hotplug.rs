@@ -31,7 +31,6 @@ pub enum ProcessorError {
     Switch {
         /// Which.
         number: u32,
-        /// What the kernel said.
         #[source]
         source: io::Error,
     },
@@ -71,18 +70,12 @@ pub fn prefer_movable() {
 
 /// Has the kernel forget files that nobody uses, and with `pages` what it has read of files before
 /// (Documentation/admin-guide/sysctl/vm.rst). It goes through all of them: not for the executor's thread.
-///
-/// # Errors
-/// What the kernel says.
 pub fn forget(pages: bool) -> io::Result<()> {
     std::fs::write(DROP_CACHES, if pages { "3" } else { "2" })
 }
 
 /// Has the kernel keep so many huge pages of 2 MiB; returns how many it has. It looks for them in all of its memory, and
 /// moves what is in the way: not for the executor's thread.
-///
-/// # Errors
-/// What the kernel says.
 pub fn huge_pages(count: u64) -> io::Result<u64> {
     std::fs::write(HUGE_PAGES, count.to_string())?;
     let text = std::fs::read_to_string(HUGE_PAGES)?;

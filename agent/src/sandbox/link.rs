@@ -4,11 +4,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Sets `lo` up.
-///
-/// # Errors
-/// What the kernel says.
 pub fn loopback_up() -> io::Result<()> {
-    // SAFETY: socket takes no pointers; a non-negative result is a descriptor nobody else owns.
+    // SAFETY: socket takes no pointers; a non-negative result is a new fd that nothing else owns.
     let socket = unsafe {
         match libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) {
             fd if fd < 0 => return Err(io::Error::last_os_error()),

@@ -215,7 +215,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn entry(kind: Kind, path: &str, content: &str) -> MirrorEntry {
-        // SAFETY: neither call takes anything.
+        // SAFETY: neither call takes arguments.
         let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
         let mode = if kind == Kind::DIRECTORY { 0o755 } else { 0o644 };
         MirrorEntry {

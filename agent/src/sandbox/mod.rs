@@ -65,9 +65,6 @@ impl Sandbox {
     }
 
     /// The shared process namespace, made when the first container asks.
-    ///
-    /// # Errors
-    /// What the kernel says.
     pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.pid_shared {

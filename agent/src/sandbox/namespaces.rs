@@ -23,7 +23,6 @@ pub enum NamespaceError {
     Open {
         /// The file.
         path: String,
-        /// What the kernel said.
         #[source]
         source: io::Error,
     },
@@ -32,7 +31,6 @@ pub enum NamespaceError {
     Kernel {
         /// What was being done.
         action: &'static str,
-        /// What the kernel said.
         #[source]
         source: nix::Error,
     },
@@ -72,9 +70,6 @@ impl Drop for Home {
 }
 
 /// Makes the pod's network, IPC and UTS namespaces, and with `users` the user namespace that owns them.
-///
-/// # Errors
-/// [`NamespaceError`].
 pub fn make(users: Option<&Users>) -> Result<(), NamespaceError> {
     let directory = "/run/husk/ns";
     fs::create_dir_all(directory).map_err(|source| NamespaceError::Open { path: directory.into(), source })?;
@@ -141,9 +136,6 @@ fn pin_at(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
 }
 
 /// Runs `f` in the pod's namespaces. It must not wait for anything.
-///
-/// # Errors
-/// [`NamespaceError`] when they cannot be entered.
 pub fn within<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
     let home = Home::remember()?;
     for (_, flag, pin) in KINDS {
@@ -156,9 +148,6 @@ pub fn within<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
 
 /// Starts the process that holds a shared process namespace, and pins that at `pin`; with `users` it belongs to that
 /// user namespace.
-///
-/// # Errors
-/// What the kernel says.
 pub fn make_shared_pid(pin: &Path, users: Option<&Path>) -> io::Result<()> {
     if let Some(users) = users {
         return make_owned_pid(pin, users);

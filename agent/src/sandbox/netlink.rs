@@ -15,9 +15,6 @@ pub struct LinkNotices {
 
 impl LinkNotices {
     /// Subscribes in the current namespace.
-    ///
-    /// # Errors
-    /// What the kernel says.
     pub fn subscribe() -> io::Result<Self> {
         let socket = socket(libc::RTMGRP_LINK as u32, libc::SOCK_NONBLOCK)?;
         Ok(Self { socket: crate::io::register(socket, Interest::READABLE)? })

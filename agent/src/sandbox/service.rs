@@ -161,7 +161,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn sync(&self, _: &TtrpcContext, _: SyncRequest) -> ttrpc::Result<SyncResponse> {
-        // SAFETY: sync takes nothing and cannot fail.
+        // SAFETY: sync takes no arguments and cannot fail.
         let synced = tokio::task::spawn_blocking(|| unsafe { libc::sync() }).await;
         synced.map_err(|error| failed("sync", &error))?;
         Ok(SyncResponse::new())

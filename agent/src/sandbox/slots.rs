@@ -17,7 +17,6 @@ pub enum SlotError {
     Bind {
         /// The platform device.
         device: String,
-        /// What the kernel says.
         #[source]
         source: io::Error,
     },
@@ -26,7 +25,6 @@ pub enum SlotError {
     Unbind {
         /// The platform device.
         device: String,
-        /// What the kernel says.
         #[source]
         source: io::Error,
     },
@@ -35,16 +33,12 @@ pub enum SlotError {
     Look {
         /// The platform device.
         device: String,
-        /// What the kernel says.
         #[source]
         source: io::Error,
     },
 }
 
 /// Makes the kernel look again at a slot that was empty; gives major and minor of the disk in it, if it is one. Blocks.
-///
-/// # Errors
-/// [`SlotError`].
 pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     let device = husk_proto::slots::device_name(slot);
     match tell(BIND, &device) {
@@ -57,9 +51,6 @@ pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
 }
 
 /// Makes the kernel give up the device of a slot, whoever uses it. Blocks.
-///
-/// # Errors
-/// [`SlotError::Unbind`].
 pub fn release(slot: u32) -> Result<(), SlotError> {
     let device = husk_proto::slots::device_name(slot);
     match tell(UNBIND, &device) {

@@ -199,7 +199,7 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, symlink};
 
     fn directory(name: &str) -> VolumeDirectory {
-        // SAFETY: neither call takes anything.
+        // SAFETY: neither call takes arguments.
         let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
         VolumeDirectory { name: name.into(), mode: 0o2770, uid, gid, ..Default::default() }
     }

@@ -16,9 +16,9 @@ use super::{Container, STATE, Tasks, check_id, shares_pids, spec, task_dir, volu
 use crate::cgroup::Cgroup;
 use crate::helper::protocol::{CreateRequest, Request};
 use crate::io::console::{self, Console};
-use crate::io::stdio::{self, Dialled, Relays};
+use crate::io::stdio::{self, Relays, StdioStreams};
 use crate::oom::OomWatch;
-use crate::reaper::{Ended, now_ns};
+use crate::reaper::{ProcessExit, now_ns};
 use crate::sandbox::users::uid_in_guest;
 
 impl Tasks {
@@ -82,7 +82,7 @@ impl Tasks {
         match self.create_inner(&container, &spec).await {
             Ok(pid) => Ok(pid),
             Err(fault) => {
-                container.init.advance(Phase::Stopped(0, Ended { status: 255, at_ns: now_ns() }));
+                container.init.advance(Phase::Stopped(0, ProcessExit { status: 255, at_ns: now_ns() }));
                 self.clean(&container).await;
                 self.forget(&container.id);
                 Err(fault)
@@ -99,7 +99,7 @@ impl Tasks {
     }
 
     async fn create_inner(&self, container: &Arc<Container>, spec: &Spec) -> Result<i32, Fault> {
-        let _expecting = self.reaper.expect();
+        let _guard = self.reaper.expect();
         std::fs::create_dir_all(&container.dir).map_err(unknown("task directory"))?;
         std::fs::create_dir_all(STATE).map_err(unknown("state directory"))?;
         let json = serde_json::to_vec(spec).map_err(unknown("specification"))?;
@@ -110,7 +110,7 @@ impl Tasks {
         let dialled = self.dialled(names).await?;
         let (console, relays, io, dialled) = if names.terminal {
             let console = Console::listen().map_err(unknown("console socket"))?;
-            (Some(console), None, stdio::nulls().map_err(unknown("standard streams"))?, Some(dialled))
+            (Some(console), None, stdio::null_stdio().map_err(unknown("standard streams"))?, Some(dialled))
         } else {
             let (relays, io) = Relays::pipes(dialled, uid).map_err(unknown("standard streams"))?;
             (None, Some(relays), io, None)
@@ -138,7 +138,7 @@ impl Tasks {
         let relays = match (relays, &master, dialled) {
             (Some(relays), _, _) => relays,
             (None, Some(master), Some(dialled)) => {
-                console::give_to(master, uid);
+                console::chown_slave(master, uid);
                 Relays::terminal(dialled, master).map_err(unknown("terminal"))?
             }
             _ => return Err(Fault::Unknown("no terminal came".into())),
@@ -152,15 +152,15 @@ impl Tasks {
     }
 
     /// The streams a request named.
-    pub(super) async fn dialled(&self, names: &StreamNames) -> Result<Dialled, Fault> {
+    pub(super) async fn dialled(&self, names: &StreamNames) -> Result<StdioStreams, Fault> {
         let invalid = |error| Fault::InvalidArgument(format!("streams: {error}"));
         if names.terminal && names.stdin == names.stdout {
-            return Ok(Dialled {
+            return Ok(StdioStreams {
                 stdout: self.streams.take(&names.stdout).await.map_err(invalid)?,
                 ..Default::default()
             });
         }
-        Ok(Dialled {
+        Ok(StdioStreams {
             stdin: self.streams.take(&names.stdin).await.map_err(invalid)?,
             stdout: self.streams.take(&names.stdout).await.map_err(invalid)?,
             stderr: self.streams.take(&names.stderr).await.map_err(invalid)?,

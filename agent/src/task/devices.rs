@@ -15,9 +15,6 @@ const MADE: [&str; 8] = ["null", "zero", "full", "random", "urandom", "tty", "pt
 const DEPTH: usize = 4;
 
 /// Adds all devices that the guest has now and the specification does not name.
-///
-/// # Errors
-/// When /dev cannot be read, or a device does not fit a specification.
 pub fn add_all(linux: &mut Linux) -> io::Result<()> {
     let mut devices = linux.devices().clone().unwrap_or_default();
     let mut found = Vec::new();

@@ -12,7 +12,7 @@ use super::process::{Phase, Process, StreamNames};
 use super::{Container, Tasks, spec};
 use crate::helper::protocol::{ExecRequest, Request};
 use crate::io::console::Console;
-use crate::io::stdio::{self, Dialled, Relays};
+use crate::io::stdio::{self, Relays, StdioStreams};
 use crate::sandbox::users::uid_in_guest;
 
 impl Tasks {
@@ -71,7 +71,7 @@ impl Tasks {
         if result.is_err() {
             // As with runc a process that could not be started has ended, and can be deleted.
             let at_ns = crate::reaper::now_ns();
-            process.advance(Phase::Stopped(0, crate::reaper::Ended { status: 255, at_ns }));
+            process.advance(Phase::Stopped(0, crate::reaper::ProcessExit { status: 255, at_ns }));
         }
         result
     }
@@ -82,13 +82,13 @@ impl Tasks {
         process: &Arc<Process>,
         init: i32,
         spec: ProcessSpec,
-        dialled: Dialled,
+        dialled: StdioStreams,
     ) -> Result<i32, Fault> {
-        let _expecting = self.reaper.expect();
+        let _guard = self.reaper.expect();
         let uid = uid_in_guest(self.sandbox.users().as_ref(), spec.user().uid());
         let (console, relays, io, dialled) = if process.names.terminal {
             let console = Console::listen().map_err(unknown("console socket"))?;
-            (Some(console), None, stdio::nulls().map_err(unknown("standard streams"))?, Some(dialled))
+            (Some(console), None, stdio::null_stdio().map_err(unknown("standard streams"))?, Some(dialled))
         } else {
             let (relays, io) = Relays::pipes(dialled, uid).map_err(unknown("standard streams"))?;
             (None, Some(relays), io, None)

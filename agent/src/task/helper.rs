@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::Tasks;
 use crate::helper::protocol::{Request, Response};
 use crate::io::console::Console;
-use crate::io::relay::End;
+use crate::io::relay::Endpoint;
 use crate::io::stdio::ChildIo;
 use crate::log::chain;
 
@@ -32,11 +32,11 @@ pub struct Job<'a> {
 }
 
 impl Tasks {
-    /// Runs a helper to its end. The caller holds an [`crate::reaper::Expecting`].
+    /// Runs a helper to its end. The caller holds an [`crate::reaper::ExpectGuard`].
     ///
     /// # Errors
     /// The reason in runc's form.
-    pub async fn help(&self, job: Job<'_>) -> Result<(i32, Option<End>), String> {
+    pub async fn help(&self, job: Job<'_>) -> Result<(i32, Option<Endpoint>), String> {
         job.request.write(job.request_file).map_err(|error| format!("request: {error}"))?;
         let stdio = |fd: OwnedFd| Stdio::from(fd);
         let child = Command::new("/proc/self/exe")

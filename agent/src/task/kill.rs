@@ -111,10 +111,10 @@ fn kill_marked(mark: &Mark, killed: &mut HashSet<i32>) -> io::Result<usize> {
         if killed.contains(&pid) || !mark.is_on(pid) {
             continue;
         }
-        // SAFETY: pidfd_open takes plain numbers.
+        // SAFETY: pidfd_open takes no pointers.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         let Some(fd) = i32::try_from(fd).ok().filter(|fd| *fd >= 0) else { continue };
-        // SAFETY: the kernel has just made this descriptor for us.
+        // SAFETY: the kernel has just returned this fd; nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         // Between the look and the descriptor the number may have become another process's.
         if mark.is_on(pid) {

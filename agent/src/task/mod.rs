@@ -25,7 +25,7 @@ use crate::cgroup::Cgroup;
 use crate::events::Hub;
 use crate::io::streams::Streams;
 use crate::oom::OomWatch;
-use crate::reaper::{Ended, Reaper};
+use crate::reaper::{ProcessExit, Reaper};
 use crate::sandbox::Sandbox;
 use error::Fault;
 use process::{Phase, Process};
@@ -59,9 +59,6 @@ pub struct Container {
 
 impl Container {
     /// The process `exec_id`, the first one if that is empty.
-    ///
-    /// # Errors
-    /// [`Fault::NotFound`].
     pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Fault> {
         if exec_id.is_empty() {
             return Ok(self.init.clone());
@@ -99,9 +96,6 @@ impl Tasks {
     }
 
     /// The container `id`.
-    ///
-    /// # Errors
-    /// [`Fault::NotFound`].
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Fault> {
         let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.get(id).cloned().ok_or_else(|| Fault::NotFound(format!("task {id}")))
@@ -129,7 +123,7 @@ impl Tasks {
     /// From now on the end of `pid` is the end of `process`: its event goes out, after an out-of-memory kill's.
     fn follow(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
         let (container, process, hub) = (container.clone(), process.clone(), self.hub.clone());
-        self.reaper.claim(pid, move |ended: Ended| {
+        self.reaper.claim(pid, move |ended: ProcessExit| {
             let oom = container.oom.check();
             if process.exec_id.is_empty() && container.shares_pids {
                 // Nothing else ends what it leaves behind when the namespace lives on.

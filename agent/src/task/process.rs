@@ -8,9 +8,9 @@ use tokio::sync::{Notify, watch};
 use super::error::Fault;
 use super::kill::Mark;
 use crate::io::console;
-use crate::io::relay::End;
-use crate::io::stdio::Dialled;
-use crate::reaper::Ended;
+use crate::io::relay::Endpoint;
+use crate::io::stdio::StdioStreams;
+use crate::reaper::ProcessExit;
 
 /// How far a process has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub enum Phase {
     /// It runs.
     Running(i32),
     /// It has ended.
-    Stopped(i32, Ended),
+    Stopped(i32, ProcessExit),
 }
 
 impl Phase {
@@ -53,7 +53,7 @@ pub struct StreamNames {
 #[derive(Default)]
 struct Io {
     close: Option<Arc<Notify>>,
-    master: Option<End>,
+    master: Option<Endpoint>,
 }
 
 /// A process; the first one of a container has an empty exec id.
@@ -67,12 +67,12 @@ pub struct Process {
     /// By which one that Exec made is told from the container's other processes, with all that it starts.
     pub mark: OnceLock<Mark>,
     /// What a later start needs, of a process made by Exec.
-    pub pending: Mutex<Option<(ProcessSpec, Dialled)>>,
+    pub pending: Mutex<Option<(ProcessSpec, StdioStreams)>>,
 }
 
 impl Process {
     /// A process that has not been started.
-    pub fn new(exec_id: &str, names: StreamNames, pending: Option<(ProcessSpec, Dialled)>) -> Arc<Self> {
+    pub fn new(exec_id: &str, names: StreamNames, pending: Option<(ProcessSpec, StdioStreams)>) -> Arc<Self> {
         Arc::new(Self {
             exec_id: exec_id.to_owned(),
             names,
@@ -105,7 +105,7 @@ impl Process {
     }
 
     /// Waits for the end.
-    pub async fn wait(&self) -> Option<(i32, Ended)> {
+    pub async fn wait(&self) -> Option<(i32, ProcessExit)> {
         let mut phase = self.phase.subscribe();
         let stopped = phase.wait_for(|phase| matches!(phase, Phase::Stopped(..))).await.ok()?;
         match *stopped {
@@ -115,7 +115,7 @@ impl Process {
     }
 
     /// Remembers the means to close its input and to size its terminal.
-    pub fn attach(&self, close: Arc<Notify>, master: Option<End>) {
+    pub fn attach(&self, close: Arc<Notify>, master: Option<Endpoint>) {
         let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
         *io = Io { close: Some(close), master };
     }
@@ -153,7 +153,7 @@ impl Process {
         match self.phase() {
             Phase::Created(pid) | Phase::Running(pid) => {
                 // The process is ours and not reaped: its id cannot have been given to another.
-                // SAFETY: kill takes plain numbers.
+                // SAFETY: kill takes no pointers.
                 match unsafe { libc::kill(pid, signal) } {
                     0 => Ok(()),
                     _ => match std::io::Error::last_os_error() {

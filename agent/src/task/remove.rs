@@ -10,7 +10,7 @@ use super::error::Fault;
 use super::process::Phase;
 use super::{Container, STATE, Tasks};
 use crate::oom::FileWatch;
-use crate::reaper::Ended;
+use crate::reaper::ProcessExit;
 use crate::sandbox::volume;
 
 /// How long killed processes may take to be gone.
@@ -21,7 +21,7 @@ impl Tasks {
     ///
     /// # Errors
     /// [`Fault`] when it has not, or there is none.
-    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, Ended), Fault> {
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, ProcessExit), Fault> {
         let container = match self.get(id) {
             Err(fault) if exec_id.is_empty() => {
                 // It was never made, or not to its end: its volumes may be here already.
@@ -37,7 +37,7 @@ impl Tasks {
         }
         let (pid, ended) = match process.phase() {
             Phase::Stopped(pid, ended) => (pid, ended),
-            Phase::New if !exec_id.is_empty() => (0, Ended { status: 0, at_ns: 0 }),
+            Phase::New if !exec_id.is_empty() => (0, ProcessExit { status: 0, at_ns: 0 }),
             Phase::Created(_) if exec_id.is_empty() => {
                 // As with runc, what was created and never started is killed by its deletion.
                 let _ = container.cgroup.kill();
@@ -153,8 +153,8 @@ mod tests {
                 _ = &mut deleting => panic!("deleted before its process ended"),
                 () = tokio::task::yield_now() => {}
             }
-            container.init.advance(Phase::Stopped(7, Ended { status: 137, at_ns: 1 }));
-            assert_eq!(deleting.await.unwrap(), (7, Ended { status: 137, at_ns: 1 }));
+            container.init.advance(Phase::Stopped(7, ProcessExit { status: 137, at_ns: 1 }));
+            assert_eq!(deleting.await.unwrap(), (7, ProcessExit { status: 137, at_ns: 1 }));
             assert!(tasks.get(&container.id).is_err());
         }
     }
