@@ -1,4 +1,4 @@
-//! Creates a container: libcontainer up to the point where its init waits to be started.
+//! Creates a container with libcontainer, up to the point where its init waits for Start.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -16,21 +16,21 @@ use super::protocol::CreateRequest;
 use super::tmpfs::{self, Staging};
 use super::{devices, trail};
 use crate::log::chain;
-use crate::sandbox::users::Users;
+use crate::sandbox::users::IdMappings;
 use crate::task::volumes;
 
-/// Creates the container and returns its init's process id.
+/// Creates the container and returns the PID of its init.
 ///
 /// # Errors
-/// The reason in runc's form.
+/// Returns the reason in runc's words.
 pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let config = request.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|error| chain(&error))?;
     volumes::visit(&volumes::of(&spec));
-    let users = spec.linux().as_ref().and_then(Users::of);
-    make_working_directory(&spec, users.as_ref());
+    let id_mappings = spec.linux().as_ref().and_then(IdMappings::from_spec);
+    create_working_directory(&spec, id_mappings.as_ref());
     let staging = Staging { dir: &request.bundle, cgroup: &request.cgroup };
-    let changed = tmpfs::prepare(&mut spec, &staging, users.as_ref()).map_err(|(destination, error)| {
+    let changed = tmpfs::prepare(&mut spec, &staging, id_mappings.as_ref()).map_err(|(destination, error)| {
         let error = chain(&error);
         format!("error during container init: error mounting \"tmpfs\" to rootfs at {destination:?}: {error}")
     })?;
@@ -45,26 +45,27 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
         .and_then(|builder| {
             builder.as_init(request.bundle.clone()).with_systemd(false).with_detach(true).as_sibling(true).build()
         });
-    let container = built.map_err(|error| match trail::read_own() {
-        // runc looks the program up before what it calls the init.
+    let container = built.map_err(|error| match trail::read_reason() {
+        // runc looks up the program before the step that it calls "container init".
         Some(reason) if reason.starts_with("exec: ") => reason,
         Some(reason) => format!("error during container init: {reason}"),
         None => chain(&error),
     })?;
-    let pid = container.pid().ok_or("the container has no process")?.as_raw();
+    let pid = container.pid().ok_or("libcontainer returned no PID for the container")?.as_raw();
     let rules = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let extra = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
+    let devices_of_spec = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let rules = rules.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
-    devices::restrict(&request.cgroup, rules, extra).map_err(|error| {
-        // SAFETY: kill takes no pointers; the process is the init just made, waiting for its start.
+    devices::restrict(&request.cgroup, rules, devices_of_spec).map_err(|error| {
+        // SAFETY: kill takes no pointers. The process is the init that was just created and waits for Start.
         unsafe { libc::kill(pid, libc::SIGKILL) };
-        format!("error setting cgroup config for procHooks process: cannot restrict devices: {error}")
+        format!("error setting cgroup config for procHooks process: failed to restrict devices: {error}")
     })?;
     Ok(pid)
 }
 
-/// runc makes a working directory that does not exist. The image is hostile: every step is resolved inside its root.
-fn make_working_directory(spec: &Spec, users: Option<&Users>) {
+/// Creates a missing working directory, as runc does. The image is untrusted: each path component is resolved inside
+/// its root. Best effort.
+fn create_working_directory(spec: &Spec, id_mappings: Option<&IdMappings>) {
     let (Some(root), Some(process)) = (spec.root(), spec.process()) else { return };
     let Ok(root) = File::open(root.path()) else { return };
     let how = OpenHow::new()
@@ -81,8 +82,8 @@ fn make_working_directory(spec: &Spec, users: Option<&Users>) {
             Err(nix::Error::ENOENT)
                 if mkdirat(parent.as_fd(), Path::new(name), Mode::from_bits_truncate(0o755)).is_ok() =>
             {
-                if let Some(users) = users {
-                    let (uid, gid) = (Uid::from_raw(users.uid(0)), Gid::from_raw(users.gid(0)));
+                if let Some(id_mappings) = id_mappings {
+                    let (uid, gid) = (Uid::from_raw(id_mappings.uid(0)), Gid::from_raw(id_mappings.gid(0)));
                     let _ =
                         fchownat(parent.as_fd(), Path::new(name), Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW);
                 }
@@ -93,7 +94,7 @@ fn make_working_directory(spec: &Spec, users: Option<&Users>) {
         match next {
             Ok(fd) => parent = fd,
             Err(error) => {
-                tracing::debug!("working directory (descriptor {}): {error}", parent.as_raw_fd());
+                tracing::debug!("failed to create the working directory (parent fd {}): {error}", parent.as_raw_fd());
                 return;
             }
         }

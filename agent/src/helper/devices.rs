@@ -1,4 +1,4 @@
-//! The device rules of a control group, as the kernel takes them on cgroup v2: a small BPF program.
+//! Compiles the device rules of a cgroup to a BPF program, the form in which cgroup v2 takes them.
 //!
 //! Program type and context: `BPF_PROG_TYPE_CGROUP_DEVICE` and `struct bpf_cgroup_dev_ctx` of linux/bpf.h.
 
@@ -15,7 +15,7 @@ const MKNOD: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
 
-/// One rule; `None` means any.
+/// Device rule; `None` means any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Rule {
     allow: bool,
@@ -25,7 +25,7 @@ struct Rule {
     access: i32,
 }
 
-/// What runc allows every container, after the rules of its specification.
+/// Devices that runc allows for every container. These rules follow those of the specification.
 const DEFAULTS: &[Rule] = &[
     rule(TYPE_CHAR, None, None, MKNOD),
     rule(TYPE_BLOCK, None, None, MKNOD),
@@ -43,29 +43,30 @@ const fn rule(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) ->
     Rule { allow: true, kind: Some(kind), major, minor, access }
 }
 
-/// Attaches the rules to the group in `cgroup`: the last rule that speaks of a device decides, nobody speaking means no.
+/// Attaches the rules to the cgroup with directory `cgroup`. The last rule that matches a device decides; without a
+/// match, access is denied.
 pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> io::Result<()> {
-    let own = devices.iter().filter_map(|device| {
+    let named = devices.iter().filter_map(|device| {
         let kind = kind_of(device.typ())?;
         Some(rule(kind, number(Some(device.major())), number(Some(device.minor())), MKNOD | READ | WRITE))
     });
     let all: Vec<Rule> =
-        rules.iter().filter_map(from_spec).chain(DEFAULTS.iter().copied()).chain(own.take(64)).collect();
-    if everything(&all) {
-        // No program is the same, and quicker.
+        rules.iter().filter_map(from_spec).chain(DEFAULTS.iter().copied()).chain(named.take(64)).collect();
+    if allows_all(&all) {
+        // Without a program all access is allowed too, and checks are faster.
         return Ok(());
     }
-    let group = File::open(cgroup)?;
+    let cgroup = File::open(cgroup)?;
     let program = load(&compile(&all))?;
-    attach(&group, &program)
+    attach(&cgroup, &program)
 }
 
-/// Whether a container with these rules may use all devices there are, as a privileged one may.
-pub fn allow_everything(rules: &[LinuxDeviceCgroup]) -> bool {
-    everything(&rules.iter().filter_map(from_spec).collect::<Vec<_>>())
+/// Whether these rules allow all devices, as those of a privileged container do.
+pub fn allows_all_devices(rules: &[LinuxDeviceCgroup]) -> bool {
+    allows_all(&rules.iter().filter_map(from_spec).collect::<Vec<_>>())
 }
 
-fn everything(rules: &[Rule]) -> bool {
+fn allows_all(rules: &[Rule]) -> bool {
     let all = |r: &Rule| r.allow && r.kind.is_none() && r.major.is_none() && r.access == MKNOD | READ | WRITE;
     rules.iter().rev().take_while(|r| r.allow).any(all)
 }
@@ -123,7 +124,7 @@ const fn insn(code: u8, to: u8, from: u8, offset: i16, imm: i32) -> Insn {
     Insn { code, registers: from << 4 | to, offset, imm }
 }
 
-/// Registers: r2 type, r3 access, r4 major, r5 minor; r1 scratch once the context has been read.
+/// Compiles the rules. Registers: r2 type, r3 access, r4 major, r5 minor. r1 is scratch after the context is read.
 fn compile(rules: &[Rule]) -> Vec<Insn> {
     let mut program = vec![
         insn(LOAD_WORD, 3, 1, 0, 0),
@@ -141,7 +142,7 @@ fn compile(rules: &[Rule]) -> Vec<Insn> {
         if rule.access != MKNOD | READ | WRITE {
             tests.push(insn(MOVE_REG, 1, 3, 0, 0));
             tests.push(insn(AND_IMM, 1, 0, 0, rule.access));
-            // An allowing rule must cover all that is asked for; a denying one speaks when it covers any of it.
+            // An allow rule must cover all requested access bits. A deny rule matches if it covers any of them.
             tests.push(match rule.allow {
                 true => insn(JUMP_NE_REG, 1, 3, 0, 0),
                 false => insn(JUMP_EQ_IMM, 1, 0, 0, 0),
@@ -164,7 +165,7 @@ fn compile(rules: &[Rule]) -> Vec<Insn> {
         }
         program.extend(verdict);
         if unconditional {
-            // The verifier refuses instructions that can never run.
+            // The verifier rejects unreachable instructions.
             return program;
         }
     }
@@ -211,7 +212,7 @@ fn load(program: &[Insn]) -> io::Result<OwnedFd> {
         license: c"Apache-2.0".as_ptr() as u64,
         ..Default::default()
     };
-    // SAFETY: the attribute, the instructions and the licence live through the call, which only reads them.
+    // SAFETY: the attribute, the instructions and the licence outlive the call, which only reads them.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<LoadAttr>()) };
     match i32::try_from(fd) {
         // SAFETY: the kernel has just returned this fd; nothing else owns it.
@@ -220,9 +221,9 @@ fn load(program: &[Insn]) -> io::Result<OwnedFd> {
     }
 }
 
-fn attach(group: &File, program: &OwnedFd) -> io::Result<()> {
+fn attach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
     let attr = AttachAttr {
-        target_fd: group.as_raw_fd().unsigned_abs(),
+        target_fd: cgroup.as_raw_fd().unsigned_abs(),
         attach_bpf_fd: program.as_raw_fd().unsigned_abs(),
         attach_type: BPF_CGROUP_DEVICE,
         attach_flags: BPF_F_ALLOW_MULTI,
@@ -238,7 +239,7 @@ fn attach(group: &File, program: &OwnedFd) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// Runs a program as the kernel would.
+    /// Interprets a program as the kernel would.
     fn run(program: &[Insn], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let context = [access << 16 | kind, major, minor];
         let mut r = [0i32; 6];
@@ -264,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_list() {
+    fn default_rules_allow_the_usual_devices_only() {
         let deny = Rule { allow: false, kind: None, major: None, minor: None, access: MKNOD | READ | WRITE };
         let fuse = rule(TYPE_CHAR, Some(10), Some(229), READ | WRITE);
         let all: Vec<Rule> = [deny, fuse].into_iter().chain(DEFAULTS.iter().copied()).collect();
@@ -279,12 +280,12 @@ mod tests {
     }
 
     #[test]
-    fn nobody_speaking_means_no() {
+    fn empty_rules_deny_access() {
         assert!(!run(&compile(&[]), TYPE_CHAR, READ, 1, 3));
     }
 
     #[test]
-    fn a_denial_of_part_denies_the_whole() {
+    fn deny_of_one_access_bit_denies_combined_access() {
         let allow = Rule { allow: true, kind: None, major: None, minor: None, access: MKNOD | READ | WRITE };
         let deny = Rule { allow: false, kind: Some(TYPE_BLOCK), major: Some(8), minor: None, access: WRITE };
         let program = compile(&[allow, deny]);

@@ -1,7 +1,7 @@
-//! Starts a further process in a container: the order of steps is runc's `setns` init.
+//! Starts an exec in a container, with the order of steps of runc's `setns` init.
 //!
-//! libcontainer's own builder for this drops the seccomp filter, the supplementary groups' check and the order of the
-//! environment; the parts of libcontainer that set capabilities, identities and filters are used from here.
+//! libcontainer's exec builder loses the seccomp filter, the check of the supplementary groups and the order of the
+//! environment. This module uses only the parts of libcontainer that set capabilities, identities and filters.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -14,7 +14,7 @@ use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{apparmor, capabilities, seccomp};
 use nix::unistd::setsid;
 
-use super::executor::{become_process, home_of, text};
+use super::executor::{errno_text, exec_program, home_directory};
 use super::protocol::ExecRequest;
 use super::{terminal, trail};
 use crate::log::chain;
@@ -22,24 +22,29 @@ use crate::log::chain;
 /// `CLONE_NEWTIME` of linux/sched.h.
 const CLONE_NEWTIME: i32 = 0x80;
 
-/// Starts the process and returns its id, once it has become the program it is to be.
+/// Starts the process and returns its PID after it has executed its program.
 ///
 /// # Errors
-/// The reason in runc's form.
+/// Returns the reason in runc's words.
 pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
-    let io = |what: &'static str| move |error: io::Error| format!("{what}: {}", io_text(&error));
-    let console = request.console.as_ref().map(UnixStream::connect).transpose().map_err(io("console socket"))?;
+    let io = |what: &'static str| move |error: io::Error| format!("{what}: {}", io_error_text(&error));
+    let console = request
+        .console
+        .as_ref()
+        .map(UnixStream::connect)
+        .transpose()
+        .map_err(io("failed to connect to the console socket"))?;
     let init = pidfd(request.init).map_err(io("cannot exec in a stopped container"))?;
-    let cgroup = join_target(&request).map_err(io("control group"))?;
-    let (mut reasons, reason_writer) = io::pipe().map_err(io("pipe"))?;
-    let rest = foreign_namespaces(request.init).map_err(io("namespaces"))?;
-    mark();
-    // A process namespace is entered by the next child only.
-    set_namespaces(&init, rest & libc::CLONE_NEWPID).map_err(io("setns pid"))?;
-    let pid = match clone_into(&cgroup).map_err(io("clone"))? {
+    let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
+    let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe"))?;
+    let namespaces = foreign_namespaces(request.init).map_err(io("failed to read the namespaces of the container"))?;
+    unshare_time();
+    // setns(2) with a PID namespace takes effect only for children created later.
+    set_namespaces(&init, namespaces & libc::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
+    let pid = match clone_into(&cgroups).map_err(io("failed to clone the process"))? {
         0 => {
             drop(reasons);
-            let reason = child(&request, &init, rest & !libc::CLONE_NEWPID, console);
+            let reason = child(&request, &init, namespaces & !libc::CLONE_NEWPID, console);
             let _ = (&reason_writer).write_all(reason.as_bytes());
             std::process::exit(1)
         }
@@ -48,25 +53,24 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     drop(reason_writer);
     drop(console);
     let mut reason = String::new();
-    // The child's end closes when it executes the program, or when it dies.
-    reasons.read_to_string(&mut reason).map_err(io("pipe"))?;
+    // The child's end of the pipe closes when the child executes its program or exits.
+    reasons.read_to_string(&mut reason).map_err(io("failed to read from the pipe"))?;
     if reason.is_empty() { Ok(pid) } else { Err(reason) }
 }
 
-/// Has the next child be in a time namespace of its own, with the clocks of this one: nothing in the container is
-/// different by it, whatever the process starts is in it as well, and so the agent can tell what that was
-/// (`crate::task::kill`).
-fn mark() {
-    // SAFETY: unshare takes plain numbers, and this one changes nothing for this process (time_namespaces(7)).
+/// Puts the next child into a new time namespace, whose clocks equal those of this namespace. Nothing changes for the
+/// container. The child's descendants inherit the namespace, so the agent can identify them (`crate::task::kill`).
+fn unshare_time() {
+    // SAFETY: unshare takes no pointers. With CLONE_NEWTIME it changes nothing for this process (time_namespaces(7)).
     if unsafe { libc::unshare(CLONE_NEWTIME) } != 0 {
-        trail::record(&format!("no time namespace: {}", io::Error::last_os_error()));
+        trail::record(&format!("failed to create a time namespace: {}", io::Error::last_os_error()));
     }
 }
 
-/// The new process, up to its program; returns only why it failed.
+/// Runs in the new process: prepares it and executes its program. Returns only on failure, with the reason.
 fn child(request: &ExecRequest, init: &OwnedFd, namespaces: i32, console: Option<UnixStream>) -> String {
     match prepare(request, init, namespaces, console) {
-        Ok(home) => become_process(&request.process, Some(&home)),
+        Ok(home) => exec_program(&request.process, Some(&home)),
         Err(reason) => reason,
     }
 }
@@ -80,14 +84,16 @@ fn prepare(
     let process = &request.process;
     let syscall = create_syscall();
     let syscall = syscall.as_ref();
-    setsid().map_err(|errno| format!("setsid: {}", text(errno)))?;
+    setsid().map_err(|errno| format!("setsid: {}", errno_text(errno)))?;
     if let Some(score) = process.oom_score_adj() {
-        std::fs::write("/proc/self/oom_score_adj", score.to_string()).map_err(|e| format!("oom_score_adj: {e}"))?;
+        std::fs::write("/proc/self/oom_score_adj", score.to_string())
+            .map_err(|e| format!("failed to set oom_score_adj: {e}"))?;
     }
     for rlimit in process.rlimits().iter().flatten() {
         syscall.set_rlimit(rlimit).map_err(|error| format!("error setting rlimits: {error}"))?;
     }
-    set_namespaces(init, namespaces).map_err(|error| format!("setns: {}", io_text(&error)))?;
+    set_namespaces(init, namespaces)
+        .map_err(|error| format!("failed to enter the namespaces of the container: {}", io_error_text(&error)))?;
     if namespaces & libc::CLONE_NEWUSER != 0 {
         set_id(0, 0)?;
     }
@@ -97,7 +103,8 @@ fn prepare(
         unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     }
     if let Some(console) = console {
-        terminal::take(&console, process).map_err(|error| format!("terminal: {}", io_text(&error)))?;
+        terminal::attach(&console, process)
+            .map_err(|error| format!("failed to set up the terminal: {}", io_error_text(&error)))?;
     }
     if let Some(profile) = process.apparmor_profile() {
         apparmor::apply_profile(profile).map_err(|error| chain(&error))?;
@@ -106,53 +113,54 @@ fn prepare(
         // SAFETY: umask takes no pointers; it only replaces the process's file mode creation mask.
         unsafe { libc::umask(umask & 0o777) };
     }
-    let early = enter(process.cwd());
-    identity(process)?;
+    let entered = change_directory(process.cwd());
+    set_user_and_groups(process)?;
     close_on_exec();
     let filter = || match &request.seccomp {
         Some(filter) => seccomp::initialize_seccomp(filter).map(|_| ()).map_err(|error| chain(&error)),
         None => Ok(()),
     };
     if !no_new_privileges {
-        // Loading a filter needs a capability that the next steps take away.
+        // Without no_new_privs, loading a filter needs CAP_SYS_ADMIN, which the next steps drop.
         filter()?;
     }
     capabilities::reset_effective(syscall).map_err(|error| chain(&error))?;
     if let Some(set) = process.capabilities() {
         capabilities::drop_privileges(set, syscall).map_err(|error| chain(&error))?;
     }
-    // As root the directory may be out of reach where its user can enter, over a network file system.
-    early.or_else(|_| enter(process.cwd()))?;
+    // On a network file system, root may have no access to the directory while the process's user does.
+    entered.or_else(|_| change_directory(process.cwd()))?;
     std::env::current_dir()
         .map_err(|_| "current working directory is outside of container mount namespace root".to_owned())?;
-    let home = home_of(process.user().uid());
+    let home = home_directory(process.user().uid());
     if no_new_privileges {
         filter()?;
     }
     Ok(home)
 }
 
-fn identity(process: &Process) -> Result<(), String> {
+fn set_user_and_groups(process: &Process) -> Result<(), String> {
     let user = process.user();
     let groups: Vec<libc::gid_t> = user.additional_gids().iter().flatten().copied().collect();
-    // A user namespace may forbid setgroups; then there is nothing to drop either.
+    // A user namespace can deny setgroups. In that case there are no groups to drop either.
     let denied = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny");
     if !denied || !groups.is_empty() {
-        // SAFETY: the list lives through the call and its length is its own.
+        // SAFETY: the list outlives the call and has the given length.
         if unsafe { libc::setgroups(groups.len(), groups.as_ptr()) } != 0 {
-            return Err(format!("setgroups: {}", text(nix::Error::last())));
+            return Err(format!("setgroups: {}", errno_text(nix::Error::last())));
         }
     }
     set_id(user.uid(), user.gid())
 }
 
-/// Becomes `uid` and `gid`, keeping the permitted capabilities for the steps that follow.
+/// Sets `uid` and `gid` and keeps the permitted capabilities for the next steps.
 fn set_id(uid: u32, gid: u32) -> Result<(), String> {
-    let failed = |what: &str| format!("{what}: {}", text(nix::Error::last()));
-    // SAFETY: all of these take plain numbers; the process has one thread, so no other keeps an old identity.
+    let failed = |what: &str| format!("{what}: {}", errno_text(nix::Error::last()));
+    // SAFETY: none of these calls takes a pointer. The process has one thread, so no other thread keeps the old
+    // identity.
     unsafe {
         if libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) != 0 {
-            return Err(failed("keep capabilities"));
+            return Err(failed("prctl PR_SET_KEEPCAPS"));
         }
         if libc::setresgid(gid, gid, gid) != 0 {
             return Err(failed("setgid"));
@@ -161,37 +169,37 @@ fn set_id(uid: u32, gid: u32) -> Result<(), String> {
             return Err(failed("setuid"));
         }
         if libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0) != 0 {
-            return Err(failed("keep capabilities"));
+            return Err(failed("prctl PR_SET_KEEPCAPS"));
         }
     }
     Ok(())
 }
 
-fn enter(cwd: &Path) -> Result<(), String> {
+fn change_directory(cwd: &Path) -> Result<(), String> {
     if cwd.as_os_str().is_empty() {
         return Ok(());
     }
     std::env::set_current_dir(cwd)
-        .map_err(|error| format!("chdir to cwd ({:?}) set in config.json failed: {}", cwd, io_text(&error)))
+        .map_err(|error| format!("chdir to cwd ({:?}) set in config.json failed: {}", cwd, io_error_text(&error)))
 }
 
 fn close_on_exec() {
-    // SAFETY: close_range with this flag only marks descriptors; none is closed under anybody's feet.
+    // SAFETY: close_range with this flag only sets FD_CLOEXEC; it closes no fd that something else owns.
     unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
 }
 
-/// The container's group, or, where it has given its controllers to groups below it and takes no process any more,
-/// the one its init is in.
-fn join_target(request: &ExecRequest) -> io::Result<Vec<File>> {
-    let own = File::open(&request.cgroup)?;
+/// Opens the cgroups that the process can join, in order of preference: the container's cgroup, then the cgroup of its
+/// init. The first accepts no process if the container has enabled controllers for child cgroups (cgroups(7)).
+fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
+    let container = File::open(&request.cgroup)?;
     let line = std::fs::read_to_string(format!("/proc/{}/cgroup", request.init))?;
     let name = line.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
     let of_init = Path::new(crate::cgroup::MOUNT).join(name);
     if !of_init.starts_with(&request.cgroup) {
-        // The number was given to another process: the container's init is gone.
+        // The PID has been reused by another process: the container's init has exited.
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
-    Ok(vec![own, File::open(of_init)?])
+    Ok(vec![container, File::open(of_init)?])
 }
 
 fn pidfd(pid: i32) -> io::Result<OwnedFd> {
@@ -204,7 +212,7 @@ fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     }
 }
 
-/// The kinds of namespace in which `pid` is elsewhere than this process.
+/// Returns the CLONE_NEW* flags of the namespaces of `pid` that differ from those of this process.
 fn foreign_namespaces(pid: i32) -> io::Result<i32> {
     const KINDS: &[(&str, i32)] = &[
         ("user", libc::CLONE_NEWUSER),
@@ -251,28 +259,28 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// Forks a sibling, born in the first of `groups` that takes it.
-fn clone_into(groups: &[File]) -> io::Result<i32> {
+/// Forks a sibling of this process, directly into the first of `cgroups` that accepts it.
+fn clone_into(cgroups: &[File]) -> io::Result<i32> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut last = io::Error::from_raw_os_error(libc::EINVAL);
-    for group in groups {
+    for cgroup in cgroups {
         let args = CloneArgs {
             flags: libc::CLONE_PARENT as u64 | CLONE_INTO_CGROUP,
-            cgroup: u64::from(group.as_raw_fd().unsigned_abs()),
+            cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
             ..Default::default()
         };
-        // SAFETY: without a stack and CLONE_VM this is fork(2); the process has one thread, so the child's copy of all
-        // locks is free. The arguments live through the call.
+        // SAFETY: without a stack and CLONE_VM, clone3 works like fork(2). The process has one thread, so no lock is
+        // held in the child's copy of the memory. The arguments outlive the call.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
         match i32::try_from(pid) {
             Ok(pid) if pid >= 0 => return Ok(pid),
             _ => last = io::Error::last_os_error(),
         }
     }
-    trail::record(&format!("clone: {last}"));
+    trail::record(&format!("failed to clone the process: {last}"));
     Err(last)
 }
 
-fn io_text(error: &io::Error) -> String {
-    error.raw_os_error().map_or_else(|| error.to_string(), |code| text(nix::Error::from_raw(code)))
+fn io_error_text(error: &io::Error) -> String {
+    error.raw_os_error().map_or_else(|| error.to_string(), |code| errno_text(nix::Error::from_raw(code)))
 }

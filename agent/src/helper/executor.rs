@@ -1,4 +1,4 @@
-//! The last step inside a container: look the program up and become it, with runc's rules and runc's words.
+//! The last step inside a container: looks up the program and executes it, with runc's rules and error messages.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ use nix::libc;
 
 use super::trail;
 
-/// libcontainer's hook for what runs in the container.
+/// libcontainer's executor: runs the container's program.
 #[derive(Clone, Default)]
 pub struct HuskExecutor {
     home: RefCell<Option<String>>,
@@ -22,9 +22,9 @@ impl Executor for HuskExecutor {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let failed = match spec.process() {
             None => "no process in the specification".to_owned(),
-            Some(process) => become_process(process, self.home.borrow().as_deref()),
+            Some(process) => exec_program(process, self.home.borrow().as_deref()),
         };
-        // As with runc, the start has been reported by now: the reason goes to the container's own standard error.
+        // Start has already succeeded for the client, as with runc, so the reason goes to the container's stderr.
         let _ = writeln!(std::io::stderr(), "{failed}");
         std::process::exit(1)
     }
@@ -36,7 +36,7 @@ impl Executor for HuskExecutor {
             .ok_or_else(|| "no process in the specification".to_owned())
             .and_then(|process| program(process).map(|_| ()));
         found.map_err(|reason| {
-            trail::verdict(&reason);
+            trail::record_verdict(&reason);
             ExecutorValidationError::ArgValidationError(reason)
         })
     }
@@ -48,8 +48,8 @@ impl Executor for HuskExecutor {
     }
 }
 
-/// Replaces this process by the container's program; returns only the reason why that failed.
-pub fn become_process(process: &Process, home: Option<&str>) -> String {
+/// Executes the container's program in this process. Returns only on failure, with the reason.
+pub fn exec_program(process: &Process, home: Option<&str>) -> String {
     let path = match program(process) {
         Ok(path) => path,
         Err(reason) => return reason,
@@ -61,21 +61,21 @@ pub fn become_process(process: &Process, home: Option<&str>) -> String {
     else {
         return format!("exec {path}: invalid argument");
     };
-    // Rust ignores SIGPIPE from the start; programs expect it to end them.
-    // SAFETY: setting a default disposition takes no pointers.
+    // Rust's runtime ignores SIGPIPE; programs expect the default, which terminates them.
+    // SAFETY: signal with the default disposition takes no pointers.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
         strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
     };
-    // SAFETY: all strings and both null-terminated arrays live through the call.
+    // SAFETY: all strings and both null-terminated arrays outlive the call.
     unsafe { libc::execve(program.as_ptr(), pointers(&args).as_ptr(), pointers(&environment).as_ptr()) };
-    format!("exec {path}: {}", text(Errno::last()))
+    format!("exec {path}: {}", errno_text(Errno::last()))
 }
 
-/// The home directory that the container's own user list gives `uid`, or `/`.
+/// Returns the home directory of `uid` in the container's `/etc/passwd`, or `/`.
 ///
-/// The list is the image's: only a regular file is read, and not without end.
-pub fn home_of(uid: u32) -> String {
+/// The image is untrusted: the file is read only if it is a regular file, and only up to 1 MiB.
+pub fn home_directory(uid: u32) -> String {
     use std::io::Read;
     use std::os::unix::fs::OpenOptionsExt;
     let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/etc/passwd").ok();
@@ -95,22 +95,22 @@ fn home_in(passwd: &str, uid: u32) -> Option<&str> {
     })
 }
 
-/// The file to execute.
+/// Returns the path of the file to execute.
 fn program(process: &Process) -> Result<String, String> {
     let args = process.args().as_deref().unwrap_or_default();
     let name = args.first().ok_or("no process arguments in the specification")?;
     let path = process.env().iter().flatten().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default();
-    look_up(name, path)
+    look_path(name, path)
 }
 
-/// The rules of Go's `exec.LookPath`, which is what runc uses, and its error texts.
-fn look_up(name: &str, path: &str) -> Result<String, String> {
+/// Follows the rules and the error texts of Go's `exec.LookPath`, which runc uses.
+fn look_path(name: &str, path: &str) -> Result<String, String> {
     if name.contains('/') {
         return match executable(name) {
             Ok(()) => Ok(name.to_owned()),
             Err(Errno::ENOENT) => Err(format!("exec: {name:?}: stat {name}: no such file or directory")),
             Err(Errno::ENOTDIR) => Err(format!("exec: {name:?}: stat {name}: not a directory")),
-            Err(errno) => Err(format!("exec: {name:?}: {}", text(errno))),
+            Err(errno) => Err(format!("exec: {name:?}: {}", errno_text(errno))),
         };
     }
     for dir in path.split(':').filter(|_| !path.is_empty()) {
@@ -135,33 +135,34 @@ fn executable(path: &str) -> Result<(), Errno> {
         return Err(Errno::EISDIR);
     }
     let c_path = CString::new(path).map_err(|_| Errno::EINVAL)?;
-    // SAFETY: the path lives through the call.
+    // SAFETY: the path outlives the call.
     if unsafe { libc::faccessat(libc::AT_FDCWD, c_path.as_ptr(), libc::X_OK, libc::AT_EACCESS) } == 0 {
         return Ok(());
     }
     match Errno::last() {
-        // A filter may forbid the question; then the mode bits have to do.
+        // A seccomp filter may forbid faccessat(2). The fallback is the mode bits.
         Errno::ENOSYS | Errno::EPERM if metadata.permissions().mode() & 0o111 != 0 => Ok(()),
         Errno::ENOSYS | Errno::EPERM => Err(Errno::EACCES),
         errno => Err(errno),
     }
 }
 
-/// The environment in the specification's order, the last value of a name in its first place, HOME if it has none.
+/// Returns the environment in the specification's order. Of a name's values the last one is kept, at the position of the
+/// first. HOME is added if it is missing or empty.
 fn environment(entries: &[String], home: Option<&str>) -> Vec<String> {
-    let mut place: HashMap<&str, usize> = HashMap::new();
+    let mut positions: HashMap<&str, usize> = HashMap::new();
     let mut result: Vec<String> = Vec::with_capacity(entries.len() + 1);
     for entry in entries {
         let Some((name, _)) = entry.split_once('=') else { continue };
-        match place.get(name).and_then(|index| result.get_mut(*index)) {
+        match positions.get(name).and_then(|index| result.get_mut(*index)) {
             Some(earlier) => entry.clone_into(earlier),
             None => {
-                place.insert(name, result.len());
+                positions.insert(name, result.len());
                 result.push(entry.clone());
             }
         }
     }
-    let set = place.get("HOME").and_then(|index| result.get(*index)).is_some_and(|entry| entry != "HOME=");
+    let set = positions.get("HOME").and_then(|index| result.get(*index)).is_some_and(|entry| entry != "HOME=");
     if let Some(home) = home.filter(|_| !set) {
         result.retain(|entry| entry != "HOME=");
         result.push(format!("HOME={home}"));
@@ -173,8 +174,8 @@ fn c_strings(strings: &[String]) -> Option<Vec<CString>> {
     strings.iter().map(|s| CString::new(s.as_str()).ok()).collect()
 }
 
-/// An error in the words C and Go use, without the number.
-pub fn text(errno: Errno) -> String {
+/// Returns the error text of C and Go, without the number.
+pub fn errno_text(errno: Errno) -> String {
     let words = errno.desc();
     let mut letters = words.chars();
     letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
@@ -185,17 +186,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_read_as_with_runc() {
-        assert_eq!(look_up("nosuch", "/bin"), Err("exec: \"nosuch\": executable file not found in $PATH".into()));
-        assert_eq!(look_up("/no/such", ""), Err("exec: \"/no/such\": stat /no/such: no such file or directory".into()));
-        assert_eq!(look_up("/tmp", "").unwrap_err(), "exec: \"/tmp\": is a directory");
-        assert_eq!(look_up("/etc/passwd", "").unwrap_err(), "exec: \"/etc/passwd\": permission denied");
-        assert_eq!(look_up("sh", "/nosuch:/bin/").as_deref(), Ok("/bin/sh"));
-        assert_eq!(look_up("", "/bin").unwrap_err(), "exec: \"\": executable file not found in $PATH");
+    fn look_path_returns_runc_error_texts() {
+        assert_eq!(look_path("nosuch", "/bin"), Err("exec: \"nosuch\": executable file not found in $PATH".into()));
+        assert_eq!(
+            look_path("/no/such", ""),
+            Err("exec: \"/no/such\": stat /no/such: no such file or directory".into())
+        );
+        assert_eq!(look_path("/tmp", "").unwrap_err(), "exec: \"/tmp\": is a directory");
+        assert_eq!(look_path("/etc/passwd", "").unwrap_err(), "exec: \"/etc/passwd\": permission denied");
+        assert_eq!(look_path("sh", "/nosuch:/bin/").as_deref(), Ok("/bin/sh"));
+        assert_eq!(look_path("", "/bin").unwrap_err(), "exec: \"\": executable file not found in $PATH");
     }
 
     #[test]
-    fn homes() {
+    fn home_in_finds_the_home_directory_of_a_uid() {
         let list = "root:x:0:0:root:/root:/bin/sh\nbad\nu:x:1000:1000::/home/u:\nn:x:5:5:::\n";
         assert_eq!(home_in(list, 1000), Some("/home/u"));
         assert_eq!(home_in(list, 0), Some("/root"));

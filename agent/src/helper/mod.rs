@@ -1,8 +1,8 @@
-//! The re-executed, single-threaded helper: starts one process of a container and ends.
+//! The helper: the re-executed, single-threaded agent that starts one process of a container and exits.
 //!
-//! It is a process of its own because what it does (namespaces, working directory, resource limits, dumpable flag)
-//! changes a whole process, and because what runs between fork and exec must not meet another thread's locks.
-//! Descriptors 0 to 2 are already the new process's own; the request and the answer are files in a private directory.
+//! It is a separate process for two reasons. Namespaces, working directory, resource limits and the dumpable flag are
+//! attributes of a whole process. Code between fork and exec must not wait for locks that another thread holds.
+//! Fds 0 to 2 are those of the new process. Request and response are files in a private directory.
 
 mod create;
 pub mod devices;
@@ -19,47 +19,47 @@ use std::process::ExitCode;
 
 use protocol::{Request, Response};
 
-/// Name under which the agent runs itself as a helper.
+/// `argv[0]` with which the agent re-executes itself as a helper.
 pub const ARGV0: &str = "husk-helper";
 /// First argument of the helper that creates a container.
 pub const CREATE: &str = "create";
-/// First argument of the helper that starts a further process in a container.
+/// First argument of the helper that starts an exec.
 pub const EXEC: &str = "exec";
-/// First argument of the process that holds a pod's shared process namespace.
+/// First argument of the process that is PID 1 of a pod's shared PID namespace, and of those that hold namespaces open.
 pub const REAPER: &str = "pod-init";
 
-/// Runs the helper `role`.
+/// Runs the helper with role `role`.
 pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode {
     if role == REAPER {
         return pod_init();
     }
-    let (Some(request), Some(response)) = (args.next().map(PathBuf::from), args.next().map(PathBuf::from)) else {
+    let (Some(request), Some(response_file)) = (args.next().map(PathBuf::from), args.next().map(PathBuf::from)) else {
         return ExitCode::FAILURE;
     };
-    let trail = response.with_extension("log");
+    let trail = response_file.with_extension("log");
     std::panic::set_hook(Box::new(|info| trail::record(&format!("panic: {info}"))));
     let result = trail::open(&trail)
         .and_then(|()| Request::read(&request))
-        .map_err(|error| format!("cannot read the request: {error}"))
+        .map_err(|error| format!("failed to read the helper's request: {error}"))
         .and_then(|request| match request {
             Request::Create(request) => create::run(&request),
             Request::Exec(request) => exec::run(request),
         });
     let _ = std::fs::remove_file(&trail);
-    let answer = match result {
+    let response = match result {
         Ok(pid) => Response { pid, error: None },
         Err(error) => Response { pid: 0, error: Some(error) },
     };
-    match answer.write(&response) {
+    match response.write(&response_file) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
 }
 
-/// PID 1 of a process namespace that several containers share: it only collects the orphans.
+/// Runs PID 1 of a PID namespace that several containers share. It only reaps orphans.
 fn pod_init() -> ExitCode {
     loop {
-        // SAFETY: neither call takes a pointer that must be valid: a null status is allowed.
+        // SAFETY: waitpid accepts a null status, and pause takes no arguments.
         unsafe {
             if libc::waitpid(-1, std::ptr::null_mut(), 0) < 0 {
                 libc::pause();

@@ -1,4 +1,4 @@
-//! What agent and helper tell each other: JSON files in a directory only the agent can reach.
+//! The protocol between agent and helper: JSON files in a directory that only the agent can access.
 
 use std::fs;
 use std::io;
@@ -7,51 +7,51 @@ use std::path::{Path, PathBuf};
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process};
 use serde::{Deserialize, Serialize};
 
-/// What the helper is to do.
+/// Request to a helper.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
     /// Create a container.
     Create(CreateRequest),
-    /// Start a further process in one.
+    /// Start an exec in a container.
     Exec(Box<ExecRequest>),
 }
 
-/// The specification is `config.json` in the bundle.
+/// Request to create a container. The specification is `config.json` in the bundle.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CreateRequest {
-    /// The container.
+    /// Container id.
     pub id: String,
     /// Directory of `config.json`.
     pub bundle: PathBuf,
     /// Directory of libcontainer's state.
     pub state_root: PathBuf,
-    /// Directory of the container's control group.
+    /// Directory of the container's cgroup.
     pub cgroup: PathBuf,
-    /// Where the terminal's master goes, if there is to be one.
+    /// Path of the console socket that takes the terminal's master; `None` without a terminal.
     pub console: Option<PathBuf>,
 }
 
-/// A process to start beside a container's first.
+/// Request to start an exec.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ExecRequest {
-    /// The container's first process.
+    /// PID of the container's init, as the agent sees it.
     pub init: i32,
-    /// The process.
+    /// Process as the client specified it.
     pub process: Process,
-    /// The container's filter.
+    /// The container's seccomp filter.
     pub seccomp: Option<LinuxSeccomp>,
-    /// Directory of the container's control group.
+    /// Directory of the container's cgroup.
     pub cgroup: PathBuf,
-    /// Where the terminal's master goes, if there is to be one.
+    /// Path of the console socket that takes the terminal's master; `None` without a terminal.
     pub console: Option<PathBuf>,
 }
 
-/// What came of it.
+/// Response of a helper.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Response {
-    /// The new process.
+    /// PID of the new process; 0 on failure.
     pub pid: i32,
-    /// Why there is none.
+    /// Reason of a failure, in runc's words.
     pub error: Option<String>,
 }
 
@@ -61,19 +61,19 @@ impl Request {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
-    /// Writes it.
+    /// Writes the request.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         fs::write(path, serde_json::to_vec(self)?)
     }
 }
 
 impl Response {
-    /// Reads an answer.
+    /// Reads a response.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
-    /// Writes it.
+    /// Writes the response.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         fs::write(path, serde_json::to_vec(self)?)
     }

@@ -1,4 +1,4 @@
-//! Opens a terminal inside a container, makes it this process's own and sends its master to the agent.
+//! Opens a terminal inside a container, makes it this process's controlling terminal and sends its master to the agent.
 
 use std::fs::OpenOptions;
 use std::io::{self, IoSlice};
@@ -13,21 +13,21 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 /// `DEVPTS_SUPER_MAGIC` of linux/magic.h.
 const DEVPTS: libc::c_long = 0x1cd1;
 
-/// Makes a new terminal this process's standard streams and controlling terminal.
+/// Opens a new terminal and makes it this process's standard streams and controlling terminal.
 ///
 /// # Errors
-/// What the kernel says, EINVAL when the container's `/dev/pts` is no terminal file system.
-pub fn take(console: &UnixStream, process: &Process) -> io::Result<()> {
+/// Fails with EINVAL if the container's `/dev/pts` is not a devpts file system.
+pub fn attach(console: &UnixStream, process: &Process) -> io::Result<()> {
     let flags = libc::O_NOCTTY | libc::O_NOFOLLOW;
     let master: OwnedFd = OpenOptions::new().read(true).write(true).custom_flags(flags).open("/dev/pts/ptmx")?.into();
-    check(&master)?;
+    check_devpts(&master)?;
     let unlock: libc::c_int = 0;
-    // SAFETY: the ioctl reads one integer that lives through the call.
+    // SAFETY: TIOCSPTLCK reads one integer, which outlives the call.
     if unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // Asking the master for its peer cannot be led astray by what the image put into /dev/pts.
-    // SAFETY: the ioctl takes flags, no pointer.
+    // TIOCGPTPEER needs no path, so files that the image put into /dev/pts cannot redirect it.
+    // SAFETY: TIOCGPTPEER takes flags, no pointer.
     let slave = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY) };
     if slave < 0 {
         return Err(io::Error::last_os_error());
@@ -50,12 +50,12 @@ pub fn take(console: &UnixStream, process: &Process) -> io::Result<()> {
         MsgFlags::empty(),
         None,
     )?;
-    // SAFETY: this ioctl takes a number.
+    // SAFETY: TIOCSCTTY takes a number, no pointer.
     if unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) } != 0 {
         return Err(io::Error::last_os_error());
     }
     for target in 0..3 {
-        // SAFETY: dup2 onto the standard descriptors, which no Rust object of this process owns.
+        // SAFETY: dup2 takes no pointers and replaces only fds 0 to 2, which no Rust object of this process owns.
         if unsafe { libc::dup2(slave.as_raw_fd(), target) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -63,14 +63,14 @@ pub fn take(console: &UnixStream, process: &Process) -> io::Result<()> {
     Ok(())
 }
 
-fn check(master: &OwnedFd) -> io::Result<()> {
-    let mut about = MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the buffer is of the type the call fills.
-    if unsafe { libc::fstatfs(master.as_raw_fd(), about.as_mut_ptr()) } != 0 {
+fn check_devpts(master: &OwnedFd) -> io::Result<()> {
+    let mut stat = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the buffer has the type that fstatfs fills in.
+    if unsafe { libc::fstatfs(master.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so the buffer is filled.
-    match unsafe { about.assume_init() }.f_type == DEVPTS {
+    // SAFETY: the call succeeded, so the buffer is initialised.
+    match unsafe { stat.assume_init() }.f_type == DEVPTS {
         true => Ok(()),
         false => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }

@@ -1,6 +1,6 @@
-//! What libcontainer logs as errors, and why an init gave up, kept in a file that all of the helper's processes share.
+//! The error trail: a file shared by all processes of a helper, with libcontainer's error lines and the init's verdict.
 //!
-//! libcontainer hands only the outermost message from process to process; the cause is in its log lines.
+//! libcontainer passes only the outermost message from process to process; the cause appears only in its log lines.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -14,10 +14,10 @@ use crate::log::Line;
 
 static TRAIL: OnceLock<(File, PathBuf)> = OnceLock::new();
 
-/// Marks a line that says, in runc's words, why the container's init gave up.
+/// Prefix of the line with the reason, in runc's words, why the container's init failed.
 const VERDICT: &str = "verdict: ";
 
-/// Starts the trail at `path`.
+/// Opens the trail at `path` and records error events in it from now on.
 pub fn open(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
     let _ = TRAIL.set((file, path.to_owned()));
@@ -25,20 +25,20 @@ pub fn open(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Adds a line.
+/// Appends a line. Best effort.
 pub fn record(line: &str) {
     if let Some((mut file, _)) = TRAIL.get().map(|(file, path)| (file, path)) {
         let _ = file.write_all(format!("{}\n", line.replace('\n', " ")).as_bytes());
     }
 }
 
-/// Adds the reason for giving up.
-pub fn verdict(reason: &str) {
+/// Appends the reason why the container's init failed.
+pub fn record_verdict(reason: &str) {
     record(&format!("{VERDICT}{reason}"));
 }
 
-/// What the trail says about a failure: the verdict, or else the first error, which is the deepest.
-pub fn read_own() -> Option<String> {
+/// Returns the reason of a failure from the trail: the verdict, or else the first error, which is the innermost.
+pub fn read_reason() -> Option<String> {
     let (_, path) = TRAIL.get()?;
     summarise(&std::fs::read_to_string(path).ok()?)
 }
@@ -48,6 +48,7 @@ fn summarise(text: &str) -> Option<String> {
     verdict.or_else(|| text.lines().next()).map(str::to_owned)
 }
 
+/// Minimal `tracing` subscriber: records error events and ignores spans.
 struct Subscriber;
 
 impl tracing::Subscriber for Subscriber {
@@ -73,7 +74,7 @@ mod tests {
     use super::summarise;
 
     #[test]
-    fn the_verdict_wins_over_the_first_line() {
+    fn summarise_prefers_the_verdict() {
         assert_eq!(summarise("deep\nouter\n").as_deref(), Some("deep"));
         assert_eq!(summarise("deep\nverdict: exec: \"x\": gone\n").as_deref(), Some("exec: \"x\": gone"));
         assert_eq!(summarise(""), None);

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use mirror::Mirrors;
-use users::Users;
+use users::IdMappings;
 
 /// The pod's network namespace.
 pub const NET: &str = "/run/husk/ns/net";
@@ -35,7 +35,7 @@ const PID: &str = "/run/husk/ns/pid";
 struct State {
     prepared: bool,
     pid_shared: bool,
-    users: Option<Users>,
+    id_mappings: Option<IdMappings>,
 }
 
 /// What the sandbox has so far.
@@ -47,29 +47,29 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes the namespaces, once; with `users` they are a user namespace's, and replace those that were made before
+    /// Makes the namespaces, once; with `id_mappings` they are a user namespace's, and replace those that were made before
     /// anybody knew.
-    pub fn prepare(&self, users: Option<Users>) {
+    pub fn prepare(&self, id_mappings: Option<IdMappings>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.prepared || (users.is_some() && state.users.is_none()) {
-            match namespaces::make(users.as_ref()) {
-                Ok(()) => (state.prepared, state.users) = (true, users),
+        if !state.prepared || (id_mappings.is_some() && state.id_mappings.is_none()) {
+            match namespaces::make(id_mappings.as_ref()) {
+                Ok(()) => (state.prepared, state.id_mappings) = (true, id_mappings),
                 Err(error) => tracing::error!("{}", crate::log::chain(&error)),
             }
         }
     }
 
     /// The users of the pod's user namespace, if it has one.
-    pub fn users(&self) -> Option<Users> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).users.clone()
+    pub fn id_mappings(&self) -> Option<IdMappings> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).id_mappings.clone()
     }
 
     /// The shared process namespace, made when the first container asks.
     pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.pid_shared {
-            let users = state.users.as_ref().map(|_| Path::new(USER));
-            namespaces::make_shared_pid(Path::new(PID), users)?;
+            let id_mappings = state.id_mappings.as_ref().map(|_| Path::new(USER));
+            namespaces::make_shared_pid(Path::new(PID), id_mappings)?;
             state.pid_shared = true;
         }
         Ok(PathBuf::from(PID))

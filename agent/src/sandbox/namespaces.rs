@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::users::Users;
+use super::users::IdMappings;
 use super::{IPC, NET, USER, UTS, link};
 
 /// Why namespaces could not be made or entered.
@@ -69,12 +69,12 @@ impl Drop for Home {
     }
 }
 
-/// Makes the pod's network, IPC and UTS namespaces, and with `users` the user namespace that owns them.
-pub fn make(users: Option<&Users>) -> Result<(), NamespaceError> {
+/// Makes the pod's network, IPC and UTS namespaces, and with `id_mappings` the user namespace that owns them.
+pub fn make(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     let directory = "/run/husk/ns";
     fs::create_dir_all(directory).map_err(|source| NamespaceError::Open { path: directory.into(), source })?;
-    if let Some(users) = users {
-        make_owned(users)?;
+    if let Some(id_mappings) = id_mappings {
+        make_owned(id_mappings)?;
         if let Err(error) = within(link::loopback_up)? {
             tracing::warn!("cannot bring the pod's lo up: {error}");
         }
@@ -94,13 +94,13 @@ pub fn make(users: Option<&Users>) -> Result<(), NamespaceError> {
 
 /// The same by a process that stays in them until they are pinned: whoever has entered a user namespace is no longer
 /// root outside of it, and the agent has to be.
-fn make_owned(users: &Users) -> Result<(), NamespaceError> {
+fn make_owned(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
     let open = |path: String| move |source| NamespaceError::Open { path, source };
     let all = KINDS.iter().fold(CloneFlags::CLONE_NEWUSER, |all, kind| all | kind.1);
     let mut holder = holder(move || unshare(all)).map_err(open("/proc/self/exe".into()))?;
     let made = (|| {
         let proc = format!("/proc/{}", holder.id());
-        for (name, text) in [("uid_map", users.uid_map()), ("gid_map", users.gid_map())] {
+        for (name, text) in [("uid_map", id_mappings.uid_map()), ("gid_map", id_mappings.gid_map())] {
             let path = format!("{proc}/{name}");
             fs::write(&path, text).map_err(open(path))?;
         }
@@ -146,11 +146,11 @@ pub fn within<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
     Ok(result)
 }
 
-/// Starts the process that holds a shared process namespace, and pins that at `pin`; with `users` it belongs to that
+/// Starts the process that holds a shared process namespace, and pins that at `pin`; with `id_mappings` it belongs to that
 /// user namespace.
-pub fn make_shared_pid(pin: &Path, users: Option<&Path>) -> io::Result<()> {
-    if let Some(users) = users {
-        return make_owned_pid(pin, users);
+pub fn make_shared_pid(pin: &Path, id_mappings: Option<&Path>) -> io::Result<()> {
+    if let Some(id_mappings) = id_mappings {
+        return make_owned_pid(pin, id_mappings);
     }
     let own = File::open("/proc/self/ns/pid")?;
     unshare(CloneFlags::CLONE_NEWPID)?;
@@ -174,11 +174,11 @@ pub fn make_shared_pid(pin: &Path, users: Option<&Path>) -> io::Result<()> {
 
 /// The same in a user namespace. A process namespace is entered by the next child only, so there is a process between,
 /// which tells its child's id and ends.
-fn make_owned_pid(pin: &Path, users: &Path) -> io::Result<()> {
-    let users = File::open(users)?;
+fn make_owned_pid(pin: &Path, id_mappings: &Path) -> io::Result<()> {
+    let id_mappings = File::open(id_mappings)?;
     let (mut told, teller) = io::pipe()?;
     holder(move || {
-        setns(users.as_fd(), CloneFlags::CLONE_NEWUSER)?;
+        setns(id_mappings.as_fd(), CloneFlags::CLONE_NEWUSER)?;
         unshare(CloneFlags::CLONE_NEWPID)?;
         // SAFETY: this process has one thread, being between fork and exec already.
         match unsafe { nix::unistd::fork() }? {

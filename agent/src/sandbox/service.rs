@@ -14,7 +14,7 @@ use husk_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Asked, Network};
-use super::users::Users;
+use super::users::IdMappings;
 use super::volume::Volumes;
 use super::{Sandbox, apparmor, apply, hotplug, namespaces, slots};
 use crate::events::Hub;
@@ -56,7 +56,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
         if request.pids_max > 0 {
             crate::cgroup::limit_pids(request.pids_max).map_err(|error| failed("limit of tasks", &error))?;
         }
-        self.sandbox.prepare(Users::of_setup(&request));
+        self.sandbox.prepare(IdMappings::from_setup(&request));
         namespaces::within(|| -> io::Result<()> {
             if !request.hostname.is_empty() {
                 nix::unistd::sethostname(&request.hostname)?;

@@ -105,7 +105,7 @@ impl Tasks {
         let json = serde_json::to_vec(spec).map_err(unknown("specification"))?;
         std::fs::write(container.dir.join("config.json"), json).map_err(unknown("specification"))?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
-        let uid = uid_in_guest(self.sandbox.users().as_ref(), uid);
+        let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), uid);
         let names = &container.init.names;
         let dialled = self.dialled(names).await?;
         let (console, relays, io, dialled) = if names.terminal {

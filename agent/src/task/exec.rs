@@ -85,7 +85,7 @@ impl Tasks {
         dialled: StdioStreams,
     ) -> Result<i32, Fault> {
         let _guard = self.reaper.expect();
-        let uid = uid_in_guest(self.sandbox.users().as_ref(), spec.user().uid());
+        let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), spec.user().uid());
         let (console, relays, io, dialled) = if process.names.terminal {
             let console = Console::listen().map_err(unknown("console socket"))?;
             (Some(console), None, stdio::null_stdio().map_err(unknown("standard streams"))?, Some(dialled))

@@ -9,8 +9,8 @@ use libcontainer::oci_spec::runtime::{
 
 use super::error::Fault;
 use crate::cgroup::Cgroup;
-use crate::helper::devices::allow_everything;
-use crate::sandbox::users::Users;
+use crate::helper::devices::allows_all_devices;
+use crate::sandbox::users::IdMappings;
 use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
 
 /// Makes `spec` fit the guest; `target` gives the process namespace of another container.
@@ -51,11 +51,11 @@ pub fn adapt(
         return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
     }
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
-    if rules.is_some_and(allow_everything) {
+    if rules.is_some_and(allows_all_devices) {
         super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
     }
-    let users = Users::of(linux);
-    same_users(users.as_ref(), sandbox.users().as_ref())?;
+    let id_mappings = IdMappings::from_spec(linux);
+    same_users(id_mappings.as_ref(), sandbox.id_mappings().as_ref())?;
     if let Some(mounts) = spec.mounts_mut() {
         // The host has mounted them so.
         for mount in mounts {
@@ -128,7 +128,7 @@ fn namespaces(
 }
 
 /// A container joins namespaces that the pod's user namespace owns: it has to be in that one.
-fn same_users(asked: Option<&Users>, pods: Option<&Users>) -> Result<(), Fault> {
+fn same_users(asked: Option<&IdMappings>, pods: Option<&IdMappings>) -> Result<(), Fault> {
     let text = match (asked, pods) {
         (asked, pods) if asked == pods => return Ok(()),
         (Some(_), Some(_)) => "the mappings of the container's user namespace are not those of the pod's",
@@ -259,19 +259,19 @@ mod tests {
 
     #[test]
     fn a_container_is_in_the_pods_user_namespace_or_not_at_all() {
-        let users = |host: u32| {
+        let id_mappings = |host: u32| {
             let ids = format!(r#"[{{"containerID":0,"hostID":{host},"size":9}}]"#);
             let text = format!(r#"{{"namespaces":[{{"type":"user"}}],"uidMappings":{ids},"gidMappings":{ids}}}"#);
-            Users::of(&serde_json::from_str(&text).unwrap())
+            IdMappings::from_spec(&serde_json::from_str(&text).unwrap())
         };
-        let refused = |asked: Option<Users>, pods: Option<Users>| {
+        let refused = |asked: Option<IdMappings>, pods: Option<IdMappings>| {
             format!("{:?}", same_users(asked.as_ref(), pods.as_ref()).unwrap_err())
         };
-        same_users(users(7).as_ref(), users(7).as_ref()).unwrap();
+        same_users(id_mappings(7).as_ref(), id_mappings(7).as_ref()).unwrap();
         same_users(None, None).unwrap();
-        assert!(refused(users(7), users(8)).contains("mappings"));
-        assert!(refused(users(7), None).contains("the pod has none"));
-        assert!(refused(None, users(7)).contains("the container has none"));
+        assert!(refused(id_mappings(7), id_mappings(8)).contains("mappings"));
+        assert!(refused(id_mappings(7), None).contains("the pod has none"));
+        assert!(refused(None, id_mappings(7)).contains("the container has none"));
     }
 
     #[test]

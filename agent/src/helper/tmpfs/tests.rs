@@ -1,4 +1,4 @@
-//! What is found underneath a mount, and what a copy keeps.
+//! Tests of the directory that is found underneath a mount, and of copied trees.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
-use super::{Earlier, fill, is_data, normal};
+use super::{EarlierMounts, fill, is_fs_option, normalize};
 
-/// A directory that is gone with this.
+/// Temporary directory that is removed when dropped.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -43,7 +43,7 @@ impl Drop for Scratch {
 }
 
 #[test]
-fn a_copy_keeps_content_modes_and_links() {
+fn fill_keeps_content_modes_and_links() {
     let scratch = Scratch::new("copy");
     let (from, to) = (scratch.from(), scratch.to());
     fs::create_dir_all(from.join("a/b")).unwrap();
@@ -61,12 +61,12 @@ fn a_copy_keeps_content_modes_and_links() {
     assert_eq!(mode("a"), 0o1733);
     assert_eq!(fs::read_link(to.join("out")).unwrap(), Path::new("/etc/passwd"));
     assert_eq!(fs::read_link(to.join("a/up")).unwrap(), Path::new(".."));
-    // A pipe is made, not opened: that would wait for a writer.
+    // The fifo is created but never opened: opening it would wait for a writer.
     assert!(fs::symlink_metadata(to.join("fifo")).unwrap().file_type().is_fifo());
 }
 
 #[test]
-fn a_very_deep_image_is_an_error_and_no_crash() {
+fn fill_rejects_a_very_deep_tree() {
     let scratch = Scratch::new("deep");
     let mut at = nix::fcntl::open(&scratch.from(), nix::fcntl::OFlag::O_DIRECTORY, Mode::empty()).unwrap();
     for _ in 0..3000 {
@@ -74,11 +74,11 @@ fn a_very_deep_image_is_an_error_and_no_crash() {
         at = nix::fcntl::openat(&at, "d", nix::fcntl::OFlag::O_DIRECTORY, Mode::empty()).unwrap();
     }
     let error = scratch.fill().unwrap_err();
-    assert!(matches!(error, fill::FillError::Read(..) | fill::FillError::Make(..)), "{error}");
+    assert!(matches!(error, fill::FillError::Read(..) | fill::FillError::Create(..)), "{error}");
 }
 
 #[test]
-fn links_of_the_image_do_not_lead_out_of_it() {
+fn symlinks_of_the_image_do_not_escape_it() {
     let scratch = Scratch::new("links");
     let from = scratch.from();
     let outside = scratch.0.join("outside");
@@ -89,7 +89,7 @@ fn links_of_the_image_do_not_lead_out_of_it() {
     symlink("/proc/self/root", from.join("magic")).unwrap();
     symlink("loop", from.join("loop")).unwrap();
     fs::write(from.join("file"), "").unwrap();
-    let earlier = Earlier { root: from.clone(), places: Vec::new(), users: None };
+    let earlier = EarlierMounts { root: from.clone(), mounts: Vec::new(), id_mappings: None };
     let inode = |path: &str| {
         let found = earlier.directory(Path::new(path)).unwrap();
         found.map(|directory| File::from(directory).metadata().unwrap().ino())
@@ -105,42 +105,42 @@ fn links_of_the_image_do_not_lead_out_of_it() {
 }
 
 #[test]
-fn the_last_mount_on_a_path_is_what_lies_underneath() {
+fn last_mount_on_a_path_is_the_one_underneath() {
     let scratch = Scratch::new("earlier");
     let (root, volume) = (scratch.from(), scratch.to());
     fs::create_dir_all(root.join("data/sub")).unwrap();
     fs::create_dir_all(volume.join("sub")).unwrap();
     fs::write(volume.join("sub/volume"), "yes").unwrap();
-    let mut earlier = Earlier { root, places: vec![("/data".into(), Some(volume))], users: None };
+    let mut earlier = EarlierMounts { root, mounts: vec![("/data".into(), Some(volume))], id_mappings: None };
     let found = earlier.directory(Path::new("/data/sub")).unwrap().unwrap();
     assert_eq!(fs::read_to_string(fill::proc_path(found.as_fd()).join("volume")).unwrap(), "yes");
-    earlier.places.push(("/data".into(), None));
+    earlier.mounts.push(("/data".into(), None));
     assert!(earlier.directory(Path::new("/data/sub")).unwrap().is_none());
 }
 
 #[test]
-fn destinations_and_options() {
-    assert_eq!(normal(Path::new("/a/./b/../c/")), Path::new("/a/c"));
-    assert_eq!(normal(Path::new("../../x")), Path::new("/x"));
-    assert!(is_data("size=8m") && is_data("inode64"));
-    assert!(!is_data("nosuid") && !is_data("ro"));
+fn destinations_are_normalized_and_options_classified() {
+    assert_eq!(normalize(Path::new("/a/./b/../c/")), Path::new("/a/c"));
+    assert_eq!(normalize(Path::new("../../x")), Path::new("/x"));
+    assert!(is_fs_option("size=8m") && is_fs_option("inode64"));
+    assert!(!is_fs_option("nosuid") && !is_fs_option("ro"));
 }
 
 #[test]
-fn a_copy_keeps_extended_attributes() {
+fn fill_keeps_extended_attributes() {
     let scratch = Scratch::new("attributes");
     let file = scratch.from().join("file");
     fs::write(&file, "").unwrap();
     let c_path = |path: &Path| std::ffi::CString::new(path.to_str().unwrap()).unwrap();
     let value = b"some\0bytes";
     let (path, name) = (c_path(&file), c"user.husk");
-    // SAFETY: path, name and value live through the call, and the value has the length that is told.
+    // SAFETY: path, name and value outlive the call, and the value has the given length.
     let set = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
     scratch.fill().unwrap();
     let mut found = [0_u8; 32];
     let path = c_path(&scratch.to().join("file"));
-    // SAFETY: path, name and buffer live through the call, and the buffer has the length that is told.
+    // SAFETY: path, name and buffer outlive the call, and the buffer has the given length.
     let length = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), found.as_mut_ptr().cast(), found.len()) };
     assert_eq!(found.get(..usize::try_from(length).unwrap()), Some(value.as_slice()));
 }
