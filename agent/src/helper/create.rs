@@ -26,7 +26,7 @@ use crate::task::volumes;
 pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let config = request.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|error| chain(&error))?;
-    volumes::visit(&volumes::of(&spec));
+    volumes::trigger_automounts(&volumes::of_spec(&spec));
     let id_mappings = spec.linux().as_ref().and_then(IdMappings::from_spec);
     create_working_directory(&spec, id_mappings.as_ref());
     let staging = Staging { dir: &request.bundle, cgroup: &request.cgroup };

@@ -1,4 +1,4 @@
-//! AppArmor policy of the node's, loaded into the guest's kernel.
+//! Loads the node's AppArmor policy into the guest kernel.
 
 use std::fs;
 use std::io;
@@ -7,22 +7,22 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 
 const SECURITYFS: &str = "/sys/kernel/security";
-/// Takes a whole policy in one write, and puts it in place of what there is of the same profiles
+/// Takes a complete policy in one write and replaces loaded profiles of the same names
 /// (security/apparmor/apparmorfs.c, `profile_replace`).
 const REPLACE: &str = "/sys/kernel/security/apparmor/.replace";
 
-/// Why the policy is not loaded.
+/// Reason why the policy was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The kernel has none of it.
-    #[error("mounting {SECURITYFS}")]
+    /// securityfs was not mounted: the kernel may lack it.
+    #[error("failed to mount securityfs at {SECURITYFS}")]
     Mount(#[source] nix::Error),
-    /// The kernel does not take this one: it may be of a newer kernel's kind.
-    #[error("the guest's kernel refuses the policy")]
+    /// The kernel rejected the policy, which may be in the format of a newer kernel.
+    #[error("failed to load the policy: rejected by the guest kernel")]
     Refused(#[source] io::Error),
 }
 
-/// Loads a policy; blocks.
+/// Loads a policy. Blocks.
 pub fn load(policy: &[u8]) -> Result<(), LoadError> {
     if !Path::new(REPLACE).exists() {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;

@@ -1,4 +1,4 @@
-//! The parts of a sandbox's set-up that are one kernel call each: clock, entropy, mounts, settings.
+//! The simple steps of Setup: clock, entropy, mounts and sysctls.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -18,21 +18,22 @@ pub fn clock(ns: i64) -> io::Result<()> {
     }
 }
 
-/// Adds credited entropy: `RNDADDENTROPY` with `struct rand_pool_info` of linux/random.h.
+/// Adds entropy to the kernel's pool and credits it: `RNDADDENTROPY` with `struct rand_pool_info` of linux/random.h.
 pub fn entropy(bytes: &[u8]) -> io::Result<()> {
     const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
     let bytes = bytes.get(..bytes.len().min(512)).unwrap_or_default();
     let length = i32::try_from(bytes.len()).unwrap_or(0);
     let pool = [&(length * 8).to_ne_bytes()[..], &length.to_ne_bytes(), bytes].concat();
     let random = OpenOptions::new().write(true).open("/dev/urandom")?;
-    // SAFETY: the ioctl reads two integers and as many bytes as the second says, all in the live buffer.
+    // SAFETY: the ioctl reads two integers and as many bytes as the second one says. All are in `pool`, which outlives the
+    // call.
     match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Makes one mount, its target first.
+/// Mounts one request and creates its target if it is missing.
 pub fn mount_one(request: &Mount) -> io::Result<()> {
     let (flags, data) = options(&request.options);
     let target = Path::new(&request.target);
@@ -47,7 +48,7 @@ pub fn mount_one(request: &Mount) -> io::Result<()> {
     let data = Some(data.as_str()).filter(|data| !data.is_empty());
     mount(Some(request.source.as_str()), target, Some(request.fs_type.as_str()), flags, data)?;
     if flags.contains(MsFlags::MS_BIND) && flags.contains(MsFlags::MS_RDONLY) {
-        // A bind takes no other flag until it is mounted again.
+        // mount(2) ignores other flags when it creates a bind mount; they take effect with a remount.
         mount(None::<&str>, target, None::<&str>, flags | MsFlags::MS_REMOUNT, None::<&str>)?;
     }
     Ok(())
@@ -75,12 +76,9 @@ fn options(options: &[String]) -> (MsFlags, String) {
     (flags, data.join(","))
 }
 
-/// Writes a kernel setting; its name may use dots or slashes.
-///
-/// # Errors
-/// What the kernel says, or that the name is none.
+/// Writes a sysctl. Its name may use dots or slashes as separators.
 pub fn sysctl(name: &str, value: &str) -> io::Result<()> {
-    // With slashes a dot belongs to a name, as in net/ipv4/conf/eth0.5/forwarding.
+    // With slashes as separators, a dot is part of a name, as in net/ipv4/conf/eth0.5/forwarding.
     let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
     if path.split('/').any(|part| part.is_empty() || part == "..") {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -93,14 +91,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_options() {
+    fn options_splits_flags_and_data() {
         let (flags, data) = options(&["ro", "nosuid", "size=1m", "mode=755"].map(str::to_owned));
         assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
         assert_eq!(data, "size=1m,mode=755");
     }
 
     #[test]
-    fn settings_stay_below_their_root() {
+    fn sysctl_rejects_names_outside_proc_sys() {
         assert!(sysctl("net/../../../etc/passwd", "x").is_err());
         assert!(sysctl("", "x").is_err());
     }

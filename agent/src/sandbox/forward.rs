@@ -1,4 +1,5 @@
-//! Connections that were dialled on the host within the pod's network namespace, made again in the guest's.
+//! Port forwarding: for each connection accepted in the pod's network namespace on the host, connects to the same
+//! address in the guest's and relays the data.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -15,36 +16,37 @@ use tokio::time::timeout;
 use super::namespaces;
 use crate::vsock::Listener;
 
-/// Connections at once.
-const MOST: usize = 1024;
-/// How long the header and the connection may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Maximum number of concurrent connections.
+const MAX_CONNECTIONS: usize = 1024;
+/// Timeout for reading the header, and for connecting.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Accepts for ever.
+/// Accepts connections until the listener fails.
 pub async fn serve(listener: Listener) {
-    let slots = Arc::new(Semaphore::new(MOST));
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok(stream) => stream,
-            Err(error) => return tracing::error!("forward port: {error}"),
+            Err(error) => return tracing::error!("failed to accept a connection to the port forwarding port: {error}"),
         };
         tokio::spawn(async move {
-            if let Err(error) = carry(stream).await {
-                tracing::debug!("forwarded connection: {error}");
+            if let Err(error) = forward_connection(stream).await {
+                tracing::debug!("failed to forward a connection: {error}");
             }
             drop(slot);
         });
     }
 }
 
-async fn carry(stream: OwnedFd) -> io::Result<()> {
-    // Reading, writing and shutting down are the same for every stream socket; nothing here asks for its name.
+async fn forward_connection(stream: OwnedFd) -> io::Result<()> {
+    // A `UnixStream` works here: read, write and shutdown are the same for all stream sockets, and nothing asks for the
+    // socket's address.
     let mut host = UnixStream::from_std(stream.into())?;
     let mut header = [0; HEADER_LEN];
-    timeout(PATIENCE, host.read_exact(&mut header)).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    timeout(TIMEOUT, host.read_exact(&mut header)).await.map_err(|_| io::ErrorKind::TimedOut)??;
     let address = forward::decode(header).map_err(io::Error::other)?;
-    match timeout(PATIENCE, connect(address)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+    match timeout(TIMEOUT, connect(address)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
         Ok(mut server) => {
             host.write_all(&[0]).await?;
             tokio::io::copy_bidirectional(&mut host, &mut server).await.map(drop)
@@ -57,8 +59,8 @@ async fn carry(stream: OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Connects in the pod. Whoever dials 127.0.0.1 means localhost: the host's end cannot know whether the server listens
-/// on the other one, and would try that only after a refusal.
+/// Connects to `address` in the pod. 127.0.0.1 stands for localhost, so `::1` is the fallback. The host's side cannot know
+/// which of the two the server listens on, and a client tries `::1` only after a refused connection.
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     match connect_to(address).await {
         Err(error)
@@ -71,7 +73,7 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = namespaces::within(|| if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })
+    let socket = namespaces::run_in_pod(|| if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })
         .map_err(io::Error::other)??;
     socket.connect(address).await
 }
@@ -81,10 +83,10 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_is_no_header_is_refused() {
+    async fn forward_rejects_an_invalid_header() {
         let (mut dialled, accepted) = std::os::unix::net::UnixStream::pair().unwrap();
         accepted.set_nonblocking(true).unwrap();
         io::Write::write_all(&mut dialled, &[0; HEADER_LEN]).unwrap();
-        assert!(carry(accepted.into()).await.is_err());
+        assert!(forward_connection(accepted.into()).await.is_err());
     }
 }

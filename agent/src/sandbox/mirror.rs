@@ -1,8 +1,8 @@
-//! Copies of volumes whose changes a container is to notice: what the shim sends is made or replaced here, on a file
-//! system of the guest's own, so that inotify(7) tells of it as on any other machine.
+//! Mirrored volumes: copies of volumes in the guest, kept up to date with entries that the shim sends.
 //!
-//! Whatever is there already and the same is not touched; whatever is new or different is made aside and renamed into
-//! place, so that a reader sees the old or the new and nothing between.
+//! The copies are on a file system of the guest, so inotify(7) reports their changes to containers as usual. Unchanged
+//! entries are not touched. New and changed files are written to a temporary path and renamed, so that a reader sees
+//! either the old or the new version.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
@@ -21,7 +21,7 @@ use husk_proto::agent::{MirrorEntry, MirrorRequest};
 /// The mirrored volumes of all containers.
 pub struct Mirrors {
     root: PathBuf,
-    /// What the messages of a round that has not ended named, by container and mount.
+    /// Paths that the messages of an unfinished round have named, by container and mount.
     rounds: Mutex<HashMap<(String, u32), BTreeSet<PathBuf>>>,
 }
 
@@ -36,42 +36,44 @@ impl Mirrors {
         Self { root, rounds: Mutex::default() }
     }
 
-    /// Removes the copies of a container's volumes, and what was noted of a round that will not end; that there are none
-    /// is fine. Blocks.
+    /// Removes the mirrored volumes of a container and the state of its unfinished rounds, if there are any. Blocks.
     pub fn remove(&self, container: &str) {
-        let Ok(name) = plain(OsStr::new(container)) else { return };
-        // Held meanwhile: a message that is being applied has an end first.
+        let Ok(name) = path_component(OsStr::new(container)) else { return };
+        // The lock is held during the removal, so that it waits for a message that is being applied.
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
         rounds.retain(|(of, _), _| of != container);
         let path = self.root.join(name);
         match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!("{}: {error}", path.display()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("failed to remove the mirrored volumes in {}: {error}", path.display())
+            }
             _ => {}
         }
     }
 
-    /// Applies one message; blocks.
+    /// Applies one message. Blocks.
     ///
     /// # Errors
-    /// The path and what the kernel says; what was applied until then stays.
+    /// Returns the path that failed with the kernel's error. Entries that were applied before it stay.
     pub fn apply(&self, request: &MirrorRequest) -> io::Result<()> {
-        let container = self.root.join(plain(OsStr::new(&request.container_id))?);
-        let (root, aside) =
+        let container = self.root.join(path_component(OsStr::new(&request.container_id))?);
+        let (root, temporary) =
             (container.join(request.mount.to_string()), container.join(format!("{}.new", request.mount)));
         fs::create_dir_all(&container)?;
-        // Nobody but the containers that mount it looks in here, as whatever user they are while they do.
+        // Search permission for all: containers that mount a volume from here run as any user. They cannot list it.
         fs::set_permissions(&self.root, Permissions::from_mode(0o711))?;
         let key = (request.container_id.clone(), request.mount);
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = rounds.entry(key.clone()).or_default();
         for entry in &request.entries {
-            let path = relative(OsStr::from_bytes(&entry.path))?;
+            let path = relative_path(OsStr::from_bytes(&entry.path))?;
             if path.as_os_str().is_empty() {
-                // Of a round that was given up nothing counts.
+                // The volume's root begins a new round: the paths of an unfinished round no longer count.
                 seen.clear();
             }
-            put(&root, &path, &aside, entry)
-                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+            apply_entry(&root, &path, &temporary, entry).map_err(|error| {
+                io::Error::new(error.kind(), format!("failed to write {}: {error}", path.display()))
+            })?;
             seen.insert(path);
         }
         if request.last {
@@ -82,8 +84,8 @@ impl Mirrors {
     }
 }
 
-/// A single ordinary path component.
-fn plain(name: &OsStr) -> io::Result<&OsStr> {
+/// Checks that `name` is a single normal path component.
+fn path_component(name: &OsStr) -> io::Result<&OsStr> {
     let mut parts = Path::new(name).components();
     match (parts.next(), parts.next()) {
         (Some(Component::Normal(part)), None) if part == name => Ok(part),
@@ -91,8 +93,8 @@ fn plain(name: &OsStr) -> io::Result<&OsStr> {
     }
 }
 
-/// A path that stays below where it starts.
-fn relative(path: &OsStr) -> io::Result<PathBuf> {
+/// Checks that `path` is relative and has no `..`.
+fn relative_path(path: &OsStr) -> io::Result<PathBuf> {
     let path = Path::new(path);
     match path.components().all(|part| matches!(part, Component::Normal(_))) {
         true => Ok(path.to_path_buf()),
@@ -100,8 +102,8 @@ fn relative(path: &OsStr) -> io::Result<PathBuf> {
     }
 }
 
-/// Makes one entry. Its parents are directories, not links: they were entries before it.
-fn put(root: &Path, path: &Path, aside: &Path, entry: &MirrorEntry) -> io::Result<()> {
+/// Applies one entry. Its parents must be directories and not symbolic links; their own entries precede it.
+fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) -> io::Result<()> {
     let mut parent = root.to_path_buf();
     for part in path.parent().into_iter().flat_map(Path::components) {
         if !fs::symlink_metadata(&parent)?.is_dir() {
@@ -114,10 +116,10 @@ fn put(root: &Path, path: &Path, aside: &Path, entry: &MirrorEntry) -> io::Resul
     match entry.kind.enum_value_or_default() {
         Kind::DIRECTORY => {
             if !present.as_ref().is_some_and(Metadata::is_dir) {
-                clear(&target, present.as_ref())?;
+                remove_existing(&target, present.as_ref())?;
                 fs::create_dir(&target)?;
             }
-            own(&target, entry)
+            set_owner_and_mode(&target, entry)
         }
         Kind::SYMLINK => {
             let link = PathBuf::from(std::ffi::OsString::from_vec(entry.content.clone()));
@@ -125,58 +127,58 @@ fn put(root: &Path, path: &Path, aside: &Path, entry: &MirrorEntry) -> io::Resul
                 return Ok(());
             }
             if present.as_ref().is_some_and(Metadata::is_dir) {
-                clear(&target, present.as_ref())?;
+                remove_existing(&target, present.as_ref())?;
             }
-            let _ = fs::remove_file(aside);
-            symlink(link, aside)?;
-            lchown(aside, Some(entry.uid), Some(entry.gid))?;
-            fs::rename(aside, &target)
+            let _ = fs::remove_file(temporary);
+            symlink(link, temporary)?;
+            lchown(temporary, Some(entry.uid), Some(entry.gid))?;
+            fs::rename(temporary, &target)
         }
         Kind::FILE => {
-            if entry.offset == 0 && !entry.more && same(&target, present.as_ref(), entry) {
+            if entry.offset == 0 && !entry.more && is_unchanged(&target, present.as_ref(), entry) {
                 return Ok(());
             }
-            let mut file = piece(aside, entry.offset)?;
+            let mut file = open_temporary(temporary, entry.offset)?;
             file.write_all(&entry.content)?;
             if entry.more {
                 return Ok(());
             }
-            own(aside, entry)?;
+            set_owner_and_mode(temporary, entry)?;
             let modified = UNIX_EPOCH + Duration::from_nanos(u64::try_from(entry.modified_ns).unwrap_or(0));
             File::set_modified(&file, modified)?;
             if present.as_ref().is_some_and(Metadata::is_dir) {
-                clear(&target, present.as_ref())?;
+                remove_existing(&target, present.as_ref())?;
             }
-            fs::rename(aside, &target)
+            fs::rename(temporary, &target)
         }
     }
 }
 
-/// The file aside, to be written from `offset` on: the first piece begins it, whatever an earlier round left there.
-fn piece(aside: &Path, offset: u64) -> io::Result<File> {
+/// Opens the temporary file to append at `offset`. Offset 0 replaces what an earlier round left there.
+fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
-        let file = OpenOptions::new().append(true).open(aside)?;
+        let file = OpenOptions::new().append(true).open(temporary)?;
         return if file.metadata()?.len() == offset { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) };
     }
-    clear(aside, fs::symlink_metadata(aside).ok().as_ref())?;
-    OpenOptions::new().append(true).create_new(true).mode(0o600).open(aside)
+    remove_existing(temporary, fs::symlink_metadata(temporary).ok().as_ref())?;
+    OpenOptions::new().append(true).create_new(true).mode(0o600).open(temporary)
 }
 
-/// Sets owner and permissions where they differ.
-fn own(path: &Path, entry: &MirrorEntry) -> io::Result<()> {
+/// Sets owner and mode if they differ.
+fn set_owner_and_mode(path: &Path, entry: &MirrorEntry) -> io::Result<()> {
     let meta = fs::symlink_metadata(path)?;
     if (meta.uid(), meta.gid()) != (entry.uid, entry.gid) {
         chown(path, Some(entry.uid), Some(entry.gid))?;
     }
-    // After the owner, whose change takes set-id bits away.
+    // After the owner, because changing the owner clears the set-ID bits.
     if fs::symlink_metadata(path)?.mode() & 0o7777 != entry.mode & 0o7777 {
         fs::set_permissions(path, Permissions::from_mode(entry.mode & 0o7777))?;
     }
     Ok(())
 }
 
-/// Whether a file is there already, with this owner, mode and content.
-fn same(target: &Path, present: Option<&Metadata>, entry: &MirrorEntry) -> bool {
+/// Whether the file already has the entry's owner, mode and content.
+fn is_unchanged(target: &Path, present: Option<&Metadata>, entry: &MirrorEntry) -> bool {
     present.is_some_and(|meta| {
         meta.is_file()
             && (meta.uid(), meta.gid(), meta.mode() & 0o7777) == (entry.uid, entry.gid, entry.mode & 0o7777)
@@ -185,7 +187,7 @@ fn same(target: &Path, present: Option<&Metadata>, entry: &MirrorEntry) -> bool 
     })
 }
 
-fn clear(path: &Path, present: Option<&Metadata>) -> io::Result<()> {
+fn remove_existing(path: &Path, present: Option<&Metadata>) -> io::Result<()> {
     match present {
         None => Ok(()),
         Some(meta) if meta.is_dir() => fs::remove_dir_all(path),
@@ -193,7 +195,7 @@ fn clear(path: &Path, present: Option<&Metadata>) -> io::Result<()> {
     }
 }
 
-/// Removes what is not in `keep`, which has paths relative to `root`.
+/// Removes files and directories that are not in `keep`, whose paths are relative to `root`.
 fn prune(root: &Path, below: &Path, keep: &BTreeSet<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(root.join(below))? {
         let entry = entry?;
@@ -244,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_round_replaces_what_was_before() {
+    fn round_replaces_the_previous_round() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         round(&mirrors, projected("..1", "old")).unwrap();
@@ -253,25 +255,28 @@ mod tests {
         round(&mirrors, projected("..2", "new")).unwrap();
         assert_eq!(fs::read_to_string(volume.join("key")).unwrap(), "new");
         assert!(!volume.join("..1").exists());
-        // What stays the same is not touched.
+        // Unchanged entries are not touched.
         let inode = fs::metadata(volume.join("key")).unwrap().ino();
         round(&mirrors, projected("..2", "new")).unwrap();
         assert_eq!(fs::metadata(volume.join("key")).unwrap().ino(), inode);
     }
 
     #[test]
-    fn files_come_in_pieces() {
+    fn file_can_be_sent_in_pieces() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         let piece = MirrorEntry { more: true, ..entry(Kind::FILE, "f", "one ") };
         let rest = MirrorEntry { offset: 4, ..entry(Kind::FILE, "f", "two") };
         round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), piece, rest.clone()]).unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("m/c/3/f")).unwrap(), "one two");
-        assert!(round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), rest]).is_err(), "a rest without a beginning");
+        assert!(
+            round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), rest]).is_err(),
+            "accepted a piece without the preceding one"
+        );
     }
 
     #[test]
-    fn of_a_round_that_was_given_up_nothing_stays() {
+    fn abandoned_round_leaves_no_files() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         let piece = MirrorEntry { more: true, ..entry(Kind::FILE, "..1/large", "half of it") };
@@ -285,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_that_goes_takes_its_copies_along() {
+    fn remove_deletes_all_copies_of_the_container() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), entry(Kind::FILE, "a", "1")]).unwrap();
@@ -301,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_change() {
+    fn entry_can_change_its_kind() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         for kind in [Kind::FILE, Kind::DIRECTORY, Kind::SYMLINK, Kind::DIRECTORY, Kind::FILE, Kind::SYMLINK] {
@@ -310,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leaves_the_volume() {
+    fn paths_outside_the_volume_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let mirrors = Mirrors::at(dir.path().join("m"));
         for path in ["..", "/etc/x", "a/../../b"] {
@@ -328,8 +333,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_path_stays_inside(path: Vec<u8>) {
-            if let Ok(path) = relative(OsStr::from_bytes(&path)) {
+        fn relative_path_never_leaves_the_volume(path: Vec<u8>) {
+            if let Ok(path) = relative_path(OsStr::from_bytes(&path)) {
                 prop_assert!(path.components().all(|part| matches!(part, Component::Normal(_))));
             }
         }

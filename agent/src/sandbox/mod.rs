@@ -1,4 +1,4 @@
-//! The sandbox: the pod's own namespaces, network and settings in the guest.
+//! The sandbox in the guest: the pod's namespaces, network, volumes and kernel settings.
 
 mod apparmor;
 mod apply;
@@ -28,49 +28,49 @@ pub const IPC: &str = "/run/husk/ns/ipc";
 pub const UTS: &str = "/run/husk/ns/uts";
 /// The pod's user namespace, if it has one.
 pub const USER: &str = "/run/husk/ns/user";
-/// The pod's shared process namespace, if a container asked for it.
+/// The pod's shared PID namespace, if a container has requested it.
 const PID: &str = "/run/husk/ns/pid";
 
 #[derive(Default)]
 struct State {
-    prepared: bool,
-    pid_shared: bool,
+    has_namespaces: bool,
+    has_shared_pid: bool,
     id_mappings: Option<IdMappings>,
 }
 
-/// What the sandbox has so far.
+/// State of the sandbox.
 #[derive(Default)]
 pub struct Sandbox {
     state: Mutex<State>,
-    /// The copies of volumes.
+    /// Mirrored volumes.
     pub mirrors: Mirrors,
 }
 
 impl Sandbox {
-    /// Makes the namespaces, once; with `id_mappings` they are a user namespace's, and replace those that were made before
-    /// anybody knew.
+    /// Creates the pod's namespaces, once. With `id_mappings`, a new user namespace owns them; they then replace namespaces
+    /// that were created before the mappings were known.
     pub fn prepare(&self, id_mappings: Option<IdMappings>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.prepared || (id_mappings.is_some() && state.id_mappings.is_none()) {
-            match namespaces::make(id_mappings.as_ref()) {
-                Ok(()) => (state.prepared, state.id_mappings) = (true, id_mappings),
+        if !state.has_namespaces || (id_mappings.is_some() && state.id_mappings.is_none()) {
+            match namespaces::create(id_mappings.as_ref()) {
+                Ok(()) => (state.has_namespaces, state.id_mappings) = (true, id_mappings),
                 Err(error) => tracing::error!("{}", crate::log::chain(&error)),
             }
         }
     }
 
-    /// The users of the pod's user namespace, if it has one.
+    /// Id mappings of the pod's user namespace, if it has one.
     pub fn id_mappings(&self) -> Option<IdMappings> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).id_mappings.clone()
     }
 
-    /// The shared process namespace, made when the first container asks.
+    /// Path of the shared PID namespace, which is created at the first call.
     pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.pid_shared {
+        if !state.has_shared_pid {
             let id_mappings = state.id_mappings.as_ref().map(|_| Path::new(USER));
-            namespaces::make_shared_pid(Path::new(PID), id_mappings)?;
-            state.pid_shared = true;
+            namespaces::create_shared_pid(Path::new(PID), id_mappings)?;
+            state.has_shared_pid = true;
         }
         Ok(PathBuf::from(PID))
     }

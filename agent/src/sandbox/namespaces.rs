@@ -1,6 +1,7 @@
-//! Makes the pod's namespaces, pins them by bind mounts and runs code in them.
+//! Creates the pod's namespaces, pins them with bind mounts and runs code in them.
 //!
-//! The agent has one thread, and nothing here waits: entering and leaving is invisible to everything else.
+//! The agent has one async thread, and nothing here awaits. No other code can run while the thread is in the pod's
+//! namespaces.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,21 +16,20 @@ use nix::sched::{CloneFlags, setns, unshare};
 use super::users::IdMappings;
 use super::{IPC, NET, USER, UTS, link};
 
-/// Why namespaces could not be made or entered.
+/// Reason why namespaces were not created or entered.
 #[derive(Debug, thiserror::Error)]
 pub enum NamespaceError {
-    /// A file of a namespace could not be opened or made.
-    #[error("cannot open {path}")]
+    /// A file of a namespace was not opened or created.
+    #[error("failed to open {path}")]
     Open {
-        /// The file.
         path: String,
         #[source]
         source: io::Error,
     },
-    /// A namespace could not be made, entered or pinned.
-    #[error("cannot {action} namespaces")]
+    /// A namespace was not created, entered or pinned.
+    #[error("failed to {action}")]
     Kernel {
-        /// What was being done.
+        /// Action that failed: verb and object.
         action: &'static str,
         #[source]
         source: nix::Error,
@@ -50,109 +50,111 @@ fn kernel(action: &'static str) -> impl Fn(nix::Error) -> NamespaceError {
     move |source| NamespaceError::Kernel { action, source }
 }
 
-/// Puts the agent back where it was, whatever happened in between.
-struct Home(Vec<(File, CloneFlags)>);
+/// Returns the agent to its current namespaces when dropped.
+struct NamespaceGuard(Vec<(File, CloneFlags)>);
 
-impl Home {
-    fn remember() -> Result<Self, NamespaceError> {
-        KINDS.iter().map(|(own, flag, _)| Ok((open(own)?, *flag))).collect::<Result<_, _>>().map(Self)
+impl NamespaceGuard {
+    /// Opens the current namespaces.
+    fn save() -> Result<Self, NamespaceError> {
+        KINDS.iter().map(|(current, flag, _)| Ok((open(current)?, *flag))).collect::<Result<_, _>>().map(Self)
     }
 }
 
-impl Drop for Home {
+impl Drop for NamespaceGuard {
     fn drop(&mut self) {
         for (file, flag) in &self.0 {
             if let Err(error) = setns(file.as_fd(), *flag) {
-                crate::boot::fatal::die(&format!("cannot return to the agent's own namespaces: {error}"));
+                crate::boot::fatal::die(&format!("failed to return to the agent's namespaces: {error}"));
             }
         }
     }
 }
 
-/// Makes the pod's network, IPC and UTS namespaces, and with `id_mappings` the user namespace that owns them.
-pub fn make(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
+/// Creates the pod's network, IPC and UTS namespaces and, with `id_mappings`, the user namespace that owns them.
+pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     let directory = "/run/husk/ns";
     fs::create_dir_all(directory).map_err(|source| NamespaceError::Open { path: directory.into(), source })?;
     if let Some(id_mappings) = id_mappings {
-        make_owned(id_mappings)?;
-        if let Err(error) = within(link::loopback_up)? {
-            tracing::warn!("cannot bring the pod's lo up: {error}");
+        create_in_user_namespace(id_mappings)?;
+        if let Err(error) = run_in_pod(link::loopback_up)? {
+            tracing::warn!("failed to bring up lo in the pod: {error}");
         }
         return Ok(());
     }
-    let home = Home::remember()?;
-    unshare(KINDS.iter().fold(CloneFlags::empty(), |all, kind| all | kind.1)).map_err(kernel("make"))?;
-    for (own, _, pin) in KINDS {
-        pin_at(own, pin)?;
+    let guard = NamespaceGuard::save()?;
+    unshare(KINDS.iter().fold(CloneFlags::empty(), |all, kind| all | kind.1))
+        .map_err(kernel("create the pod's namespaces"))?;
+    for (current, _, pin) in KINDS {
+        pin_namespace(current, pin)?;
     }
     if let Err(error) = link::loopback_up() {
-        tracing::warn!("cannot bring the pod's lo up: {error}");
+        tracing::warn!("failed to bring up lo in the pod: {error}");
     }
-    drop(home);
+    drop(guard);
     Ok(())
 }
 
-/// The same by a process that stays in them until they are pinned: whoever has entered a user namespace is no longer
-/// root outside of it, and the agent has to be.
-fn make_owned(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
+/// Creates the namespaces in a helper process that holds them until they are pinned. A process in a user namespace is no
+/// longer root outside it, so the agent cannot enter it itself.
+fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
     let open = |path: String| move |source| NamespaceError::Open { path, source };
     let all = KINDS.iter().fold(CloneFlags::CLONE_NEWUSER, |all, kind| all | kind.1);
-    let mut holder = holder(move || unshare(all)).map_err(open("/proc/self/exe".into()))?;
-    let made = (|| {
+    let mut holder = spawn_holder(move || unshare(all)).map_err(open("/proc/self/exe".into()))?;
+    let result = (|| {
         let proc = format!("/proc/{}", holder.id());
         for (name, text) in [("uid_map", id_mappings.uid_map()), ("gid_map", id_mappings.gid_map())] {
             let path = format!("{proc}/{name}");
             fs::write(&path, text).map_err(open(path))?;
         }
-        pin_at(&format!("{proc}/ns/user"), USER)?;
-        KINDS.iter().try_for_each(|(own, _, pin)| pin_at(&own.replace("/proc/self", &proc), pin))
+        pin_namespace(&format!("{proc}/ns/user"), USER)?;
+        KINDS.iter().try_for_each(|(current, _, pin)| pin_namespace(&current.replace("/proc/self", &proc), pin))
     })();
-    // The reaper collects it.
+    // The reaper collects the holder.
     if let Err(error) = holder.kill() {
-        tracing::warn!("namespace holder: {error}");
+        tracing::warn!("failed to kill the namespace holder: {error}");
     }
-    made
+    result
 }
 
-/// Starts a process that does nothing, after `enter` in it; it has happened when this returns.
-fn holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) -> io::Result<Child> {
+/// Spawns a process that calls `enter` and then idles. `enter` has finished when this function returns.
+fn spawn_holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) -> io::Result<Child> {
     let mut enter = enter;
     let mut command = Command::new("/proc/self/exe");
     command.arg0(crate::helper::ARGV0).arg(crate::helper::REAPER).env_clear();
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // SAFETY: what is given does system calls only, which take no lock of another thread's.
+    // SAFETY: `enter` makes only system calls; it takes no lock that another thread could hold.
     unsafe { command.pre_exec(move || Ok(enter()?)) };
     command.spawn()
 }
 
-fn pin_at(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
+fn pin_namespace(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
     match umount2(pin, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-        // Nothing was pinned here before.
+        // Nothing is pinned at this path yet.
         Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-        Err(error) => return Err(kernel("replace")(error)),
+        Err(error) => return Err(kernel("unmount a pinned namespace")(error)),
     }
     File::create(pin).map_err(|source| NamespaceError::Open { path: pin.to_owned(), source })?;
-    mount(Some(namespace), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(kernel("pin"))
+    mount(Some(namespace), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(kernel("pin a namespace"))
 }
 
-/// Runs `f` in the pod's namespaces. It must not wait for anything.
-pub fn within<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
-    let home = Home::remember()?;
+/// Runs `f` in the pod's namespaces. `f` must not block.
+pub fn run_in_pod<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
+    let guard = NamespaceGuard::save()?;
     for (_, flag, pin) in KINDS {
-        setns(open(pin)?.as_fd(), *flag).map_err(kernel("enter"))?;
+        setns(open(pin)?.as_fd(), *flag).map_err(kernel("enter the pod's namespaces"))?;
     }
     let result = f();
-    drop(home);
+    drop(guard);
     Ok(result)
 }
 
-/// Starts the process that holds a shared process namespace, and pins that at `pin`; with `id_mappings` it belongs to that
-/// user namespace.
-pub fn make_shared_pid(pin: &Path, id_mappings: Option<&Path>) -> io::Result<()> {
-    if let Some(id_mappings) = id_mappings {
-        return make_owned_pid(pin, id_mappings);
+/// Creates a shared PID namespace with its PID 1 and pins it at `pin`. If `user_namespace` is given, it owns the PID
+/// namespace.
+pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Result<()> {
+    if let Some(user_namespace) = user_namespace {
+        return create_shared_pid_in(pin, user_namespace);
     }
-    let own = File::open("/proc/self/ns/pid")?;
+    let current = File::open("/proc/self/ns/pid")?;
     unshare(CloneFlags::CLONE_NEWPID)?;
     let child = Command::new("/proc/self/exe")
         .arg0(crate::helper::ARGV0)
@@ -162,9 +164,9 @@ pub fn make_shared_pid(pin: &Path, id_mappings: Option<&Path>) -> io::Result<()>
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn();
-    // SAFETY: setns takes a live descriptor and a number.
-    if unsafe { libc::setns(own.as_raw_fd(), libc::CLONE_NEWPID) } != 0 {
-        crate::boot::fatal::die("cannot return to the agent's own process namespace");
+    // SAFETY: setns takes an open fd and a number, no pointers.
+    if unsafe { libc::setns(current.as_raw_fd(), libc::CLONE_NEWPID) } != 0 {
+        crate::boot::fatal::die("failed to return to the agent's PID namespace");
     }
     let path = format!("/proc/{}/ns/pid", child?.id());
     File::create(pin)?;
@@ -172,26 +174,26 @@ pub fn make_shared_pid(pin: &Path, id_mappings: Option<&Path>) -> io::Result<()>
     Ok(())
 }
 
-/// The same in a user namespace. A process namespace is entered by the next child only, so there is a process between,
-/// which tells its child's id and ends.
-fn make_owned_pid(pin: &Path, id_mappings: &Path) -> io::Result<()> {
-    let id_mappings = File::open(id_mappings)?;
-    let (mut told, teller) = io::pipe()?;
-    holder(move || {
-        setns(id_mappings.as_fd(), CloneFlags::CLONE_NEWUSER)?;
+/// Creates the shared PID namespace in a user namespace. unshare(2) puts only children into the new PID namespace, so an
+/// intermediate process forks its PID 1, reports that child's PID and exits.
+fn create_shared_pid_in(pin: &Path, user_namespace: &Path) -> io::Result<()> {
+    let user_namespace = File::open(user_namespace)?;
+    let (mut pid_reader, pid_writer) = io::pipe()?;
+    spawn_holder(move || {
+        setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER)?;
         unshare(CloneFlags::CLONE_NEWPID)?;
-        // SAFETY: this process has one thread, being between fork and exec already.
+        // SAFETY: this process is between fork and exec, so it has one thread.
         match unsafe { nix::unistd::fork() }? {
             nix::unistd::ForkResult::Child => Ok(()),
             nix::unistd::ForkResult::Parent { child } => {
-                let told = nix::unistd::write(&teller, &child.as_raw().to_ne_bytes());
-                // SAFETY: this ends the process and runs nothing of it.
-                unsafe { libc::_exit(i32::from(told.is_err())) }
+                let written = nix::unistd::write(&pid_writer, &child.as_raw().to_ne_bytes());
+                // SAFETY: _exit takes no pointers and runs no exit handlers.
+                unsafe { libc::_exit(i32::from(written.is_err())) }
             }
         }
     })?;
     let mut pid = [0; 4];
-    io::Read::read_exact(&mut told, &mut pid)?;
+    io::Read::read_exact(&mut pid_reader, &mut pid)?;
     File::create(pin)?;
     let path = format!("/proc/{}/ns/pid", i32::from_ne_bytes(pid));
     mount(Some(path.as_str()), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;

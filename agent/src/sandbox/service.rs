@@ -1,4 +1,4 @@
-//! The service `husk.agent.v1.Sandbox`.
+//! The ttrpc service `husk.agent.v1.Sandbox`.
 
 use std::io;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use husk_proto::agent::{
 use husk_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
-use super::network::{Asked, Network};
+use super::network::{Network, NetworkConfig};
 use super::users::IdMappings;
 use super::volume::Volumes;
 use super::{Sandbox, apparmor, apply, hotplug, namespaces, slots};
@@ -21,7 +21,7 @@ use crate::events::Hub;
 use crate::log::chain;
 use crate::task::error::Fault;
 
-/// Serves the sandbox.
+/// Implementation of the Sandbox service.
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
     hub: Hub,
@@ -30,14 +30,15 @@ pub struct SandboxService {
 }
 
 impl SandboxService {
-    /// A service for `sandbox`, with the events of `hub`.
+    /// Creates the service for `sandbox`, with the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
         Self { sandbox, hub, volumes: Arc::default(), network: Network::default() }
     }
 }
 
-fn failed(what: &str, error: &dyn std::error::Error) -> ttrpc::Error {
-    Fault::Unknown(format!("{what}: {}", chain(error))).into()
+/// Returns the status of a failed action: verb and object.
+fn failed(action: &str, error: &dyn std::error::Error) -> ttrpc::Error {
+    Fault::Unknown(format!("failed to {action}: {}", chain(error))).into()
 }
 
 #[async_trait]
@@ -46,38 +47,38 @@ impl agent_ttrpc::Sandbox for SandboxService {
         if request.clock_ns > 0
             && let Err(error) = apply::clock(request.clock_ns)
         {
-            tracing::warn!("cannot set the clock: {error}");
+            tracing::warn!("failed to set the clock: {error}");
         }
         if !request.entropy.is_empty()
             && let Err(error) = apply::entropy(&request.entropy)
         {
-            tracing::warn!("cannot add entropy: {error}");
+            tracing::warn!("failed to add entropy: {error}");
         }
         if request.pids_max > 0 {
-            crate::cgroup::limit_pids(request.pids_max).map_err(|error| failed("limit of tasks", &error))?;
+            crate::cgroup::limit_pids(request.pids_max).map_err(|error| failed("limit the number of tasks", &error))?;
         }
         self.sandbox.prepare(IdMappings::from_setup(&request));
-        namespaces::within(|| -> io::Result<()> {
+        namespaces::run_in_pod(|| -> io::Result<()> {
             if !request.hostname.is_empty() {
                 nix::unistd::sethostname(&request.hostname)?;
             }
             Ok(())
         })
-        .map_err(|error| failed("sandbox namespaces", &error))?
-        .map_err(|error| failed("hostname", &error))?;
+        .map_err(|error| failed("enter the pod's namespaces", &error))?
+        .map_err(|error| failed("set the host name", &error))?;
         for mount in &request.mounts {
             apply::mount_one(mount).map_err(|error| failed(&format!("mount {}", mount.target), &error))?;
         }
         let SetupRequest { interfaces, routes, neighbours, rules, .. } = request;
-        let asked = Asked { interfaces, routes, neighbours, rules };
-        self.network.follow(asked).await.map_err(|error| failed("network", &error))?;
-        namespaces::within(|| -> ttrpc::Result<()> {
+        let config = NetworkConfig { interfaces, routes, neighbours, rules };
+        self.network.apply(config).await.map_err(|error| failed("set up the network", &error))?;
+        namespaces::run_in_pod(|| -> ttrpc::Result<()> {
             for (name, value) in &request.sysctls {
-                apply::sysctl(name, value).map_err(|error| failed(&format!("sysctl {name}"), &error))?;
+                apply::sysctl(name, value).map_err(|error| failed(&format!("set sysctl {name}"), &error))?;
             }
             Ok(())
         })
-        .map_err(|error| failed("sandbox namespaces", &error))??;
+        .map_err(|error| failed("enter the pod's namespaces", &error))??;
         let kernel_release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(SetupResponse {
             kernel_release: kernel_release.trim().to_owned(),
@@ -96,25 +97,29 @@ impl agent_ttrpc::Sandbox for SandboxService {
 
     async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
         let found = tokio::task::spawn_blocking(move || {
-            hotplug::prefer_movable();
+            hotplug::set_movable_policy();
             slots::rescan(request.slot)
         })
         .await;
-        let found = found.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
+        let found = found
+            .map_err(|error| failed("probe the slot", &error))?
+            .map_err(|error| failed("probe the slot", &error))?;
         let (major, minor) = found.unwrap_or_default();
         Ok(RescanResponse { major, minor, ..Default::default() })
     }
 
     async fn release(&self, _: &TtrpcContext, request: ReleaseRequest) -> ttrpc::Result<ReleaseResponse> {
         let released = tokio::task::spawn_blocking(move || slots::release(request.slot)).await;
-        released.map_err(|error| failed("slot", &error))?.map_err(|error| failed("slot", &error))?;
+        released
+            .map_err(|error| failed("release the slot", &error))?
+            .map_err(|error| failed("release the slot", &error))?;
         Ok(ReleaseResponse::new())
     }
 
     async fn network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<NetworkResponse> {
         let NetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
-        let changed = self.network.follow(Asked { interfaces, routes, neighbours, rules }).await;
-        changed.map_err(|error| failed("network", &error))?;
+        let changed = self.network.apply(NetworkConfig { interfaces, routes, neighbours, rules }).await;
+        changed.map_err(|error| failed("set up the network", &error))?;
         Ok(NetworkResponse::new())
     }
 
@@ -123,47 +128,53 @@ impl agent_ttrpc::Sandbox for SandboxService {
         let applied = tokio::task::spawn_blocking(move || sandbox.mirrors.apply(&request)).await;
         applied
             .unwrap_or_else(|error| Err(io::Error::other(error)))
-            .map_err(|error| failed("mirrored volume", &error))?;
+            .map_err(|error| failed("update the mirrored volume", &error))?;
         Ok(MirrorResponse::new())
     }
 
     async fn volume(&self, _: &TtrpcContext, request: VolumeRequest) -> ttrpc::Result<VolumeResponse> {
         let volumes = Arc::clone(&self.volumes);
-        let made = tokio::task::spawn_blocking(move || volumes.make(&request)).await;
-        made.map_err(|error| failed("volume", &error))?.map_err(|error| failed("volume", &error))?;
+        let provided = tokio::task::spawn_blocking(move || volumes.provide(&request)).await;
+        provided
+            .map_err(|error| failed("provide the volume", &error))?
+            .map_err(|error| failed("provide the volume", &error))?;
         Ok(VolumeResponse::new())
     }
 
     async fn app_armor(&self, _: &TtrpcContext, request: AppArmorRequest) -> ttrpc::Result<AppArmorResponse> {
         let loaded = tokio::task::spawn_blocking(move || apparmor::load(&request.policy)).await;
-        loaded.map_err(|error| failed("policy", &error))?.map_err(|error| failed("policy", &error))?;
+        loaded
+            .map_err(|error| failed("load the AppArmor policy", &error))?
+            .map_err(|error| failed("load the AppArmor policy", &error))?;
         Ok(AppArmorResponse::new())
     }
 
     async fn forget(&self, _: &TtrpcContext, request: ForgetRequest) -> ttrpc::Result<ForgetResponse> {
-        let forgotten = tokio::task::spawn_blocking(move || hotplug::forget(request.pages)).await;
-        forgotten.map_err(|error| failed("files", &error))?.map_err(|error| failed("files", &error))?;
+        let dropped = tokio::task::spawn_blocking(move || hotplug::drop_caches(request.pages)).await;
+        dropped.map_err(|error| failed("drop caches", &error))?.map_err(|error| failed("drop caches", &error))?;
         Ok(ForgetResponse::new())
     }
 
     async fn huge_pages(&self, _: &TtrpcContext, request: HugePagesRequest) -> ttrpc::Result<HugePagesResponse> {
-        let made = tokio::task::spawn_blocking(move || hotplug::huge_pages(request.count)).await;
-        let count =
-            made.map_err(|error| failed("huge pages", &error))?.map_err(|error| failed("huge pages", &error))?;
+        let resized = tokio::task::spawn_blocking(move || hotplug::set_huge_pages(request.count)).await;
+        let count = resized
+            .map_err(|error| failed("set the number of huge pages", &error))?
+            .map_err(|error| failed("set the number of huge pages", &error))?;
         Ok(HugePagesResponse { count, ..Default::default() })
     }
 
     async fn processors(&self, _: &TtrpcContext, request: ProcessorsRequest) -> ttrpc::Result<ProcessorsResponse> {
-        let switched = tokio::task::spawn_blocking(move || hotplug::processors(request.count)).await;
-        let online =
-            switched.map_err(|error| failed("processors", &error))?.map_err(|error| failed("processors", &error))?;
+        let switched = tokio::task::spawn_blocking(move || hotplug::set_online_cpus(request.count)).await;
+        let online = switched
+            .map_err(|error| failed("set the number of online CPUs", &error))?
+            .map_err(|error| failed("set the number of online CPUs", &error))?;
         Ok(ProcessorsResponse { online, ..Default::default() })
     }
 
     async fn sync(&self, _: &TtrpcContext, _: SyncRequest) -> ttrpc::Result<SyncResponse> {
         // SAFETY: sync takes no arguments and cannot fail.
         let synced = tokio::task::spawn_blocking(|| unsafe { libc::sync() }).await;
-        synced.map_err(|error| failed("sync", &error))?;
+        synced.map_err(|error| failed("sync file systems", &error))?;
         Ok(SyncResponse::new())
     }
 }

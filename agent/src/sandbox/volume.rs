@@ -1,8 +1,8 @@
-//! Volumes of the guest's own: file systems in memory or of huge pages, shared by the pod's containers and kept as long
-//! as the pod lives. And parts of these, and of volumes that the host shares.
+//! Memory volumes: tmpfs and hugetlbfs mounts that the pod's containers share and that live as long as the pod. Also
+//! subpaths of memory volumes and of volumes in the share.
 //!
-//! Containers write to them as they like, so a directory below one is looked for component by component without
-//! following links, and what a container gets is a bind of what was found: no link planted later leads elsewhere.
+//! Containers can write to volumes. A subpath is therefore opened component by component without following symbolic
+//! links, and the container gets a bind mount of the opened file. A link created later cannot redirect it.
 
 use std::collections::HashSet;
 use std::fs;
@@ -22,45 +22,45 @@ use nix::unistd::{Gid, Uid, fchown};
 use crate::boot::mounts::{MountError, make_dir};
 use crate::task::volumes;
 
-/// What may be asked for.
+/// Supported file systems.
 const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 
-/// Why there is no such volume.
+/// Reason why a volume or its subpath was not provided.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// A name that is no name, or a file system that is none of these.
-    #[error("{0:?} cannot be")]
+    /// A name is not a path component, or a file system is not supported.
+    #[error("invalid name or file system {0:?}: expected a single path component, tmpfs or hugetlbfs")]
     Invalid(String),
-    /// A directory cannot be made.
+    /// A mount point was not created.
     #[error(transparent)]
     Directory(#[from] MountError),
     /// A mount failed.
-    #[error("mounting {0}")]
+    #[error("failed to mount at {0}")]
     Mount(PathBuf, #[source] nix::Error),
-    /// A directory of the volume cannot be had.
-    #[error("{0:?} of the volume")]
-    Below(String, #[source] nix::Error),
+    /// A component of the subpath was not opened or created.
+    #[error("failed to open {0:?} in the volume")]
+    Subpath(String, #[source] nix::Error),
 }
 
-/// The volumes there are.
+/// Names of the mounted memory volumes.
 #[derive(Debug, Default)]
 pub struct Volumes(Mutex<HashSet<String>>);
 
 impl Volumes {
-    /// Makes sure of a volume, and of the directory in it that a container is to have; blocks.
+    /// Mounts a volume unless it is mounted, and binds the container's subpath of it, if the request has one. Blocks.
     ///
     /// # Errors
-    /// [`VolumeError`]; a volume that was made stays.
-    pub fn make(&self, request: &VolumeRequest) -> Result<(), VolumeError> {
+    /// After an error, a volume that has been mounted stays mounted.
+    pub fn provide(&self, request: &VolumeRequest) -> Result<(), VolumeError> {
         let shared = request.fs_type == SHARED;
         for name in [&request.name, &request.container_id] {
-            plain(name)?;
+            path_component(name)?;
         }
         let root = volume::root(request);
         if !shared {
-            // Containers are made at once, and the first of them makes the volume.
-            let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if !made.contains(&request.name) {
+            // Containers are created concurrently, and the first one mounts the volume.
+            let mut mounted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if !mounted.contains(&request.name) {
                 let kind = request.fs_type.as_str();
                 if !KINDS.contains(&kind) {
                     return Err(VolumeError::Invalid(kind.to_owned()));
@@ -69,99 +69,102 @@ impl Volumes {
                 let options = Some(request.options.as_str());
                 mount(Some(kind), &root, Some(kind), MsFlags::empty(), options)
                     .map_err(|error| VolumeError::Mount(root.clone(), error))?;
-                made.insert(request.name.clone());
+                mounted.insert(request.name.clone());
             }
         }
         if request.directories.is_empty() {
             return Ok(());
         }
-        let _turn = turn();
-        let found = descend(&root, &request.directories)?;
+        let _guard = lock_shared_volumes();
+        let found = open_subpath(&root, &request.directories)?;
         bind(&found, &volume::path(request))
     }
 }
 
-/// Held while a part of a shared volume is taken, and while it is looked whether somebody has one: containers come and go
-/// at once.
-static TURN: Mutex<()> = Mutex::new(());
+/// Held while a subpath of a shared volume is bound, and while unused shared volumes are unmounted. Containers are created
+/// and deleted concurrently, and a volume must not be unmounted while a subpath of it is being bound.
+static SHARED_VOLUMES_LOCK: Mutex<()> = Mutex::new(());
 
-fn turn() -> MutexGuard<'static, ()> {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock_shared_volumes() -> MutexGuard<'static, ()> {
+    SHARED_VOLUMES_LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Leaves those of the shared volumes at `paths` of which no container has a part; blocks.
-pub fn leave(mut paths: Vec<PathBuf>) {
-    let _turn = turn();
+/// Unmounts those shared volumes in `paths` of which no container has a subpath. Blocks.
+pub fn unmount_unused(mut paths: Vec<PathBuf>) {
+    let _guard = lock_shared_volumes();
     if !paths.is_empty() {
-        let taken = parts(Path::new(GUEST_SUBPATHS));
-        paths.retain(|path| !taken.contains(path));
+        let used = shared_volumes_in_use(Path::new(GUEST_SUBPATHS));
+        paths.retain(|path| !used.contains(path));
     }
-    volumes::leave(&paths);
+    volumes::unmount(&paths);
 }
 
-/// The shared volumes of which containers have parts, as `<container>/<part>` in a directory tells.
-fn parts(dir: &Path) -> HashSet<PathBuf> {
+/// Returns the shared volumes of which containers have subpaths, from the names `<container>/<subpath>` below `dir`.
+fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let names = entries(dir).flat_map(|container| entries(&container).collect::<Vec<_>>());
     names.filter_map(|part| volume::shared_of(&Path::new(GUEST_SUBPATHS).join(part.strip_prefix(dir).ok()?))).collect()
 }
 
-/// Takes away what was bound for a container, and gives the shared volumes it was of; that there is nothing is fine.
-pub fn remove(container: &str) -> HashSet<PathBuf> {
+/// Unmounts the subpaths of a container, if it has any. Returns the shared volumes that contain them.
+pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     let path = Path::new(GUEST_SUBPATHS).join(container);
-    let of = fs::read_dir(&path).into_iter().flatten().flatten().filter_map(|part| volume::shared_of(&part.path()));
-    let of = of.collect();
+    let volumes =
+        fs::read_dir(&path).into_iter().flatten().flatten().filter_map(|part| volume::shared_of(&part.path()));
+    let volumes = volumes.collect();
     for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
         if let Err(error) = umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            tracing::warn!("{}: {error}", entry.path().display());
-            // What is still mounted is somebody's data.
+            tracing::warn!("failed to unmount {}: {error}", entry.path().display());
+            // Removing a directory that is still mounted would delete the data of a volume.
             return HashSet::new();
         }
     }
     match fs::remove_dir_all(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!("{}: {error}", path.display()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("failed to remove {}: {error}", path.display())
+        }
         _ => {}
     }
-    of
+    volumes
 }
 
-/// The directory below `root`, each component made where it is not there. The last may be a file by now.
-fn descend(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, VolumeError> {
-    let below = |name: &str| {
+/// Opens a path below `root` and creates missing components as directories. An existing last component may be a file.
+fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, VolumeError> {
+    let subpath_error = |name: &str| {
         let name = name.to_owned();
-        move |error| VolumeError::Below(name, error)
+        move |error| VolumeError::Subpath(name, error)
     };
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    // As a directory: only so does the kernel make the mount that a shared volume is (fs/namei.c, `follow_automount`).
-    let mut here =
-        openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(below("root"))?;
+    // O_DIRECTORY triggers the automount of a shared volume; O_PATH alone does not (fs/namei.c, `follow_automount`).
+    let mut current =
+        openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(subpath_error("root"))?;
     for directory in directories {
-        let name = plain(&directory.name)?;
-        let next = match openat(&here, name, flags, Mode::empty()) {
+        let name = path_component(&directory.name)?;
+        let next = match openat(&current, name, flags, Mode::empty()) {
             Err(Errno::ENOENT) => {
-                make(here.as_fd(), name, directory).map_err(below(&directory.name))?;
-                openat(&here, name, flags, Mode::empty())
+                create_directory(current.as_fd(), name, directory).map_err(subpath_error(&directory.name))?;
+                openat(&current, name, flags, Mode::empty())
             }
             found => found,
         };
-        here = next.map_err(below(&directory.name))?;
-        if kind(&here).map_err(below(&directory.name))? == SFlag::S_IFLNK {
-            return Err(VolumeError::Below(directory.name.clone(), Errno::ELOOP));
+        current = next.map_err(subpath_error(&directory.name))?;
+        if kind(&current).map_err(subpath_error(&directory.name))? == SFlag::S_IFLNK {
+            return Err(VolumeError::Subpath(directory.name.clone(), Errno::ELOOP));
         }
     }
-    Ok(here)
+    Ok(current)
 }
 
-fn make(parent: BorrowedFd<'_>, name: &Path, directory: &VolumeDirectory) -> nix::Result<()> {
+fn create_directory(parent: BorrowedFd<'_>, name: &Path, directory: &VolumeDirectory) -> nix::Result<()> {
     match mkdirat(parent, name, Mode::S_IRWXU) {
-        // Somebody else was faster, and it is theirs.
+        // Another process has created it in the meantime. It keeps its owner and mode.
         Err(Errno::EEXIST) => return Ok(()),
         made => made?,
     }
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let made = openat(parent, name, flags, Mode::empty())?;
     fchown(&made, Some(Uid::from_raw(directory.uid)), Some(Gid::from_raw(directory.gid)))?;
-    // After the owner, whose change takes set-id bits away.
+    // After the owner, because changing the owner clears the set-ID bits.
     fchmod(&made, Mode::from_bits_truncate(directory.mode))
 }
 
@@ -183,8 +186,8 @@ fn kind(file: &OwnedFd) -> nix::Result<SFlag> {
     Ok(SFlag::from_bits_truncate(fstat(file)?.st_mode) & SFlag::S_IFMT)
 }
 
-/// A name that is one component of a path.
-fn plain(name: &str) -> Result<&Path, VolumeError> {
+/// Checks that `name` is a single normal path component.
+fn path_component(name: &str) -> Result<&Path, VolumeError> {
     let path = Path::new(name);
     let mut parts = path.components();
     match (parts.next(), parts.next()) {
@@ -205,37 +208,37 @@ mod tests {
     }
 
     #[test]
-    fn directories_are_made_and_links_are_not_followed() {
+    fn open_subpath_creates_directories_and_rejects_links() {
         let dir = tempfile::tempdir().unwrap();
-        descend(dir.path(), &[directory("a"), directory("b")]).unwrap();
+        open_subpath(dir.path(), &[directory("a"), directory("b")]).unwrap();
         assert_eq!(fs::metadata(dir.path().join("a/b")).unwrap().mode() & 0o7777, 0o2770);
         fs::write(dir.path().join("a/file"), "x").unwrap();
-        let file = descend(dir.path(), &[directory("a"), directory("file")]).unwrap();
+        let file = open_subpath(dir.path(), &[directory("a"), directory("file")]).unwrap();
         assert_eq!(kind(&file).unwrap(), SFlag::S_IFREG);
         symlink("/tmp", dir.path().join("out")).unwrap();
         for path in [&["out"][..], &["out", "x"], &["a", "file", "x"], &[".."], &["a/b"], &[""]] {
             let directories: Vec<_> = path.iter().map(|name| directory(name)).collect();
-            assert!(descend(dir.path(), &directories).is_err(), "{path:?}");
+            assert!(open_subpath(dir.path(), &directories).is_err(), "{path:?}");
         }
     }
 
     #[test]
-    fn volumes_that_containers_have_parts_of() {
+    fn shared_volumes_in_use_reads_subpath_names() {
         let dir = tempfile::tempdir().unwrap();
         for part in ["a/3@1.x", "a/4", "b/0@2.y", "b/1@1.x"] {
             fs::create_dir_all(dir.path().join(part)).unwrap();
         }
         let volume = |name: &str| Path::new("/run/husk/share/.volumes").join(name);
-        assert_eq!(parts(dir.path()), HashSet::from([volume("1.x"), volume("2.y")]));
-        assert!(parts(&dir.path().join("none")).is_empty());
+        assert_eq!(shared_volumes_in_use(dir.path()), HashSet::from([volume("1.x"), volume("2.y")]));
+        assert!(shared_volumes_in_use(&dir.path().join("none")).is_empty());
     }
 
     #[test]
-    fn only_known_file_systems() {
+    fn provide_rejects_unknown_file_systems_and_names() {
         let request =
             VolumeRequest { name: "a".into(), container_id: "c".into(), fs_type: "ext4".into(), ..Default::default() };
-        assert!(matches!(Volumes::default().make(&request), Err(VolumeError::Invalid(_))));
+        assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
         let request = VolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
-        assert!(matches!(Volumes::default().make(&request), Err(VolumeError::Invalid(_))));
+        assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
     }
 }

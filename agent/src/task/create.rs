@@ -9,10 +9,10 @@ use husk_proto::containerd::api::CreateTaskRequest;
 use libcontainer::oci_spec::runtime::Spec;
 use protobuf::Message;
 
-use super::error::{Fault, unknown};
-use super::helper::Job;
+use super::error::{Fault, internal};
+use super::helper::HelperJob;
 use super::process::{Phase, Process, StreamNames};
-use super::{Container, STATE, Tasks, check_id, shares_pids, spec, task_dir, volumes};
+use super::{Container, STATE, Tasks, check_id, shares_pid_namespace, spec, task_dir, volumes};
 use crate::cgroup::Cgroup;
 use crate::helper::protocol::{CreateRequest, Request};
 use crate::io::console::{self, Console};
@@ -22,16 +22,16 @@ use crate::reaper::{ProcessExit, now_ns};
 use crate::sandbox::users::uid_in_guest;
 
 impl Tasks {
-    /// Creates a container; its first process waits for [`Tasks::start_init`].
+    /// Creates a container. Its init waits for [`Tasks::start_init`].
     ///
     /// # Errors
-    /// [`Fault`], worded as runc's shim words it; nothing of the container is left then.
+    /// Uses the error texts of runc's shim. After an error, nothing of the container is left.
     pub async fn create(&self, request: CreateTaskRequest) -> Result<i32, Fault> {
         check_id(&request.id)?;
         let options = CreateOptions::parse_from_bytes(&request.options.value)
-            .map_err(|error| Fault::InvalidArgument(format!("create options: {error}")))?;
+            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the create options: {error}")))?;
         let mut spec: Spec = serde_json::from_slice(&options.spec)
-            .map_err(|error| Fault::InvalidArgument(format!("specification: {error}")))?;
+            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the specification: {error}")))?;
         if !request.checkpoint.is_empty() {
             return Err(Fault::Unimplemented("restore from a checkpoint".into()));
         }
@@ -42,18 +42,18 @@ impl Tasks {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        // The group's files tell which limits the guest knows.
+        // The cgroup is created first: its files show which limits the guest kernel supports.
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
             self.sandbox.prepare(None);
             let dir = task_dir(&request.id);
-            let fresh = self.get(&request.id).is_err();
-            if fresh {
-                cgroup.create().map_err(unknown("control group"))?;
+            let is_new = self.get(&request.id).is_err();
+            if is_new {
+                cgroup.create().map_err(internal("create the cgroup"))?;
             }
-            let target = |id: &str| self.process_namespace(id);
+            let target = |id: &str| self.pid_namespace(id);
             if let Err(fault) = spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.sandbox, target) {
-                if fresh {
+                if is_new {
                     let _ = cgroup.remove();
                 }
                 return Err(fault);
@@ -68,8 +68,8 @@ impl Tasks {
                 init: Process::new("", names, None),
                 seccomp: linux.and_then(|linux| linux.seccomp().clone()),
                 oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
-                shares_pids: shares_pids(&spec),
-                volumes: volumes::of(&spec),
+                shares_pid_namespace: shares_pid_namespace(&spec),
+                volumes: volumes::of_spec(&spec),
                 oom,
                 oom_task: Mutex::default(),
                 paused: false.into(),
@@ -79,40 +79,43 @@ impl Tasks {
             })
         };
         self.insert(&container)?;
-        match self.create_inner(&container, &spec).await {
+        match self.create_inserted(&container, &spec).await {
             Ok(pid) => Ok(pid),
             Err(fault) => {
                 container.init.advance(Phase::Stopped(0, ProcessExit { status: 255, at_ns: now_ns() }));
-                self.clean(&container).await;
-                self.forget(&container.id);
+                self.cleanup(&container).await;
+                self.remove(&container.id);
                 Err(fault)
             }
         }
     }
 
-    /// The process namespace of a container that runs, for another one to join.
-    fn process_namespace(&self, id: &str) -> Result<PathBuf, Fault> {
+    /// Returns the path of a running container's PID namespace, for another container to join.
+    fn pid_namespace(&self, id: &str) -> Result<PathBuf, Fault> {
         match self.get(id)?.init.phase() {
             Phase::Created(pid) | Phase::Running(pid) => Ok(format!("/proc/{pid}/ns/pid").into()),
-            _ => Err(Fault::FailedPrecondition(format!("container {id} does not run: its process namespace is gone"))),
+            _ => Err(Fault::FailedPrecondition(format!(
+                "container {id} is not running: its PID namespace no longer exists"
+            ))),
         }
     }
 
-    async fn create_inner(&self, container: &Arc<Container>, spec: &Spec) -> Result<i32, Fault> {
+    async fn create_inserted(&self, container: &Arc<Container>, spec: &Spec) -> Result<i32, Fault> {
         let _guard = self.reaper.expect();
-        std::fs::create_dir_all(&container.dir).map_err(unknown("task directory"))?;
-        std::fs::create_dir_all(STATE).map_err(unknown("state directory"))?;
-        let json = serde_json::to_vec(spec).map_err(unknown("specification"))?;
-        std::fs::write(container.dir.join("config.json"), json).map_err(unknown("specification"))?;
+        std::fs::create_dir_all(&container.dir).map_err(internal("create the task directory"))?;
+        std::fs::create_dir_all(STATE).map_err(internal("create the state directory"))?;
+        let json = serde_json::to_vec(spec).map_err(internal("serialise the specification"))?;
+        std::fs::write(container.dir.join("config.json"), json).map_err(internal("write the specification"))?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), uid);
         let names = &container.init.names;
-        let dialled = self.dialled(names).await?;
-        let (console, relays, io, dialled) = if names.terminal {
-            let console = Console::listen().map_err(unknown("console socket"))?;
-            (Some(console), None, stdio::null_stdio().map_err(unknown("standard streams"))?, Some(dialled))
+        let streams = self.take_streams(names).await?;
+        let (console, relays, io, streams) = if names.terminal {
+            let console = Console::listen().map_err(internal("create the console socket"))?;
+            (Some(console), None, stdio::null_stdio().map_err(internal("open /dev/null"))?, Some(streams))
         } else {
-            let (relays, io) = Relays::pipes(dialled, uid).map_err(unknown("standard streams"))?;
+            let (relays, io) =
+                Relays::pipes(streams, uid).map_err(internal("create pipes for the standard streams"))?;
             (None, Some(relays), io, None)
         };
         let request = Request::Create(CreateRequest {
@@ -122,38 +125,38 @@ impl Tasks {
             cgroup: container.cgroup.path().to_owned(),
             console: console.as_ref().map(|console| console.path().to_owned()),
         });
-        let job = Job {
+        let job = HelperJob {
             role: crate::helper::CREATE,
             request,
-            request_file: &container.file("", "req"),
-            response_file: &container.file("", "rsp"),
+            request_file: &container.helper_file("", "req"),
+            response_file: &container.helper_file("", "rsp"),
             io,
             console,
         };
-        let (pid, master) = self.help(job).await.map_err(|reason| {
+        let (pid, master) = self.run_helper(job).await.map_err(|reason| {
             Fault::Unknown(format!(
                 "OCI runtime create failed: runc create failed: unable to start container process: {reason}"
             ))
         })?;
-        let relays = match (relays, &master, dialled) {
+        let relays = match (relays, &master, streams) {
             (Some(relays), _, _) => relays,
-            (None, Some(master), Some(dialled)) => {
+            (None, Some(master), Some(streams)) => {
                 console::chown_slave(master, uid);
-                Relays::terminal(dialled, master).map_err(unknown("terminal"))?
+                Relays::terminal(streams, master).map_err(internal("set up the terminal's relays"))?
             }
-            _ => return Err(Fault::Unknown("no terminal came".into())),
+            _ => return Err(Fault::Unknown("the helper sent no terminal".into())),
         };
         container.init.attach(relays.start(), master);
         container.init.advance(Phase::Created(pid));
-        self.follow(container, &container.init, pid);
-        let watching = tokio::spawn(container.oom.clone().run()).abort_handle();
-        *container.oom_task.lock().unwrap_or_else(PoisonError::into_inner) = Some(watching);
+        self.watch_exit(container, &container.init, pid);
+        let watch_task = tokio::spawn(container.oom.clone().run()).abort_handle();
+        *container.oom_task.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch_task);
         Ok(pid)
     }
 
-    /// The streams a request named.
-    pub(super) async fn dialled(&self, names: &StreamNames) -> Result<StdioStreams, Fault> {
-        let invalid = |error| Fault::InvalidArgument(format!("streams: {error}"));
+    /// Takes the streams that a request named.
+    pub(super) async fn take_streams(&self, names: &StreamNames) -> Result<StdioStreams, Fault> {
+        let invalid = |error| Fault::InvalidArgument(format!("failed to take the streams: {error}"));
         if names.terminal && names.stdin == names.stdout {
             return Ok(StdioStreams {
                 stdout: self.streams.take(&names.stdout).await.map_err(invalid)?,
@@ -167,20 +170,17 @@ impl Tasks {
         })
     }
 
-    /// Lets a created container's first process go.
-    ///
-    /// # Errors
-    /// [`Fault`] when it is not waiting.
+    /// Starts the init of a created container.
     pub fn start_init(&self, container: &Arc<Container>) -> Result<i32, Fault> {
         match container.init.phase() {
             Phase::Created(pid) => {
-                // libcontainer's init accepts one connection on this socket and goes on when it ends.
+                // libcontainer's init accepts one connection on this socket and continues when it is closed.
                 let socket = PathBuf::from(STATE).join(&container.id).join("notify.sock");
-                let go = || -> std::io::Result<()> {
+                let notify_init = || -> std::io::Result<()> {
                     use std::io::Write;
                     UnixStream::connect(&socket)?.write_all(b"start container")
                 };
-                go().map_err(unknown("start"))?;
+                notify_init().map_err(internal("start the init of the container"))?;
                 container.init.advance(Phase::Running(pid));
                 Ok(pid)
             }

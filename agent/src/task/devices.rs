@@ -1,4 +1,4 @@
-//! The guest's own devices, for a privileged container: what runc gives one of the host's.
+//! Adds the guest's devices to a privileged container, as runc adds the host's.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -7,18 +7,18 @@ use std::path::{Path, PathBuf};
 use libcontainer::oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 use nix::sys::stat::{major, minor};
 
-/// Directories below /dev that are mounts of the container's own (as containerd's `pkg/oci/utils_unix.go` has them).
+/// Directories below /dev that are separate mounts in a container (as in containerd's `pkg/oci/utils_unix.go`).
 const MOUNTS: [&str; 4] = ["pts", "shm", "fd", "mqueue"];
-/// What libcontainer makes by itself, or, the last two, makes a link or the terminal of.
-const MADE: [&str; 8] = ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "console"];
-/// Deeper than any device driver makes directories.
-const DEPTH: usize = 4;
+/// Devices that libcontainer creates itself. It creates the last two as a symbolic link and as the terminal.
+const DEFAULT_DEVICES: [&str; 8] = ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "console"];
+/// Maximum depth below /dev. No device driver creates deeper directories.
+const MAX_DEPTH: usize = 4;
 
-/// Adds all devices that the guest has now and the specification does not name.
+/// Adds all present devices of the guest that the specification does not name.
 pub fn add_all(linux: &mut Linux) -> io::Result<()> {
     let mut devices = linux.devices().clone().unwrap_or_default();
     let mut found = Vec::new();
-    collect(Path::new("/dev"), DEPTH, &mut found)?;
+    collect(Path::new("/dev"), MAX_DEPTH, &mut found)?;
     found.retain(|device| !devices.iter().any(|named| named.path() == device.path()));
     devices.append(&mut found);
     linux.set_devices(Some(devices));
@@ -40,7 +40,7 @@ fn collect(dir: &Path, depth: usize, found: &mut Vec<LinuxDevice>) -> io::Result
             kind if kind.is_block_device() => LinuxDeviceType::B,
             _ => continue,
         };
-        if !MADE.iter().any(|made| name == *made) {
+        if !DEFAULT_DEVICES.iter().any(|default| name == *default) {
             found.push(device(entry.path(), kind, &entry.metadata()?)?);
         }
     }
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_named_stays_and_what_libcontainer_makes_is_left_to_it() {
+    fn add_all_skips_named_and_default_devices() {
         let mut linux = Linux::default();
         linux.set_devices(None);
         add_all(&mut linux).unwrap();

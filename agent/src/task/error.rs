@@ -1,26 +1,26 @@
-//! Errors of the Task API: each kind is a status code that containerd knows.
+//! Errors of the Task API. Each variant maps to a gRPC status code that containerd knows.
 
 use ttrpc::{Code, get_status};
 
-/// Why a request failed.
+/// Error of a request.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
-    /// No such container, process or ended process.
+    /// The container or process does not exist, or the process has already exited.
     #[error("{0}: not found")]
     NotFound(String),
-    /// It is there already.
+    /// The container or exec already exists.
     #[error("{0}: already exists")]
     AlreadyExists(String),
-    /// The state does not allow it.
+    /// The state of the container or process does not allow the request.
     #[error("{0}: failed precondition")]
     FailedPrecondition(String),
-    /// The request makes no sense.
+    /// The request is invalid.
     #[error("{0}: invalid argument")]
     InvalidArgument(String),
-    /// This runtime does not do that.
+    /// This runtime does not support the request.
     #[error("{0}: not implemented")]
     Unimplemented(String),
-    /// Anything else; the text is complete.
+    /// Any other error; the text is complete.
     #[error("{0}")]
     Unknown(String),
 }
@@ -39,7 +39,7 @@ impl From<Fault> for ttrpc::Error {
     }
 }
 
-/// An unexpected failure of `what`.
-pub fn unknown<E: std::error::Error>(what: &'static str) -> impl Fn(E) -> Fault {
-    move |error| Fault::Unknown(format!("{what}: {}", crate::log::chain(&error)))
+/// Returns a function that converts an unexpected error of `action` (verb and object) to a [`Fault`].
+pub fn internal<E: std::error::Error>(action: &'static str) -> impl Fn(E) -> Fault {
+    move |error| Fault::Unknown(format!("failed to {action}: {}", crate::log::chain(&error)))
 }

@@ -1,13 +1,13 @@
-//! Exec, and Start of what it made.
+//! Exec, and Start of an exec.
 
 use std::sync::{Arc, PoisonError};
 
 use husk_proto::containerd::api::ExecProcessRequest;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 
-use super::error::{Fault, unknown};
-use super::helper::Job;
-use super::kill::Mark;
+use super::error::{Fault, internal};
+use super::helper::HelperJob;
+use super::kill::TimeNamespace;
 use super::process::{Phase, Process, StreamNames};
 use super::{Container, Tasks, spec};
 use crate::helper::protocol::{ExecRequest, Request};
@@ -16,20 +16,20 @@ use crate::io::stdio::{self, Relays, StdioStreams};
 use crate::sandbox::users::uid_in_guest;
 
 impl Tasks {
-    /// Notes a further process; [`Tasks::start_exec`] starts it.
-    ///
-    /// # Errors
-    /// [`Fault`] when the request makes no sense or its name is taken.
+    /// Registers an exec. [`Tasks::start_exec`] starts it.
     pub async fn exec(&self, request: ExecProcessRequest) -> Result<(), Fault> {
         let container = self.get(&request.id)?;
         if request.exec_id.is_empty() || request.exec_id.len() > 100 {
-            return Err(Fault::InvalidArgument(format!("exec id {:?}", request.exec_id)));
+            return Err(Fault::InvalidArgument(format!(
+                "invalid exec id {:?}: must have 1 to 100 bytes",
+                request.exec_id
+            )));
         }
         if container.process(&request.exec_id).is_ok() {
             return Err(Fault::AlreadyExists(format!("exec {}", request.exec_id)));
         }
         let mut process: ProcessSpec = serde_json::from_slice(&request.spec.value)
-            .map_err(|error| Fault::InvalidArgument(format!("process: {error}")))?;
+            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the process: {error}")))?;
         spec::adapt_process(&mut process);
         process.set_terminal(Some(request.terminal));
         if process.oom_score_adj().is_none() {
@@ -41,8 +41,8 @@ impl Tasks {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        let dialled = self.dialled(&names).await?;
-        let process = Process::new(&request.exec_id, names, Some((process, dialled)));
+        let streams = self.take_streams(&names).await?;
+        let process = Process::new(&request.exec_id, names, Some((process, streams)));
         let mut execs = container.execs.lock().unwrap_or_else(PoisonError::into_inner);
         if execs.contains_key(&request.exec_id) {
             return Err(Fault::AlreadyExists(format!("exec {}", request.exec_id)));
@@ -51,10 +51,10 @@ impl Tasks {
         Ok(())
     }
 
-    /// Starts what [`Tasks::exec`] noted.
+    /// Starts an exec that [`Tasks::exec`] has registered.
     ///
     /// # Errors
-    /// [`Fault`], worded as runc's shim words it.
+    /// Uses the error texts of runc's shim.
     pub async fn start_exec(&self, container: &Arc<Container>, process: &Arc<Process>) -> Result<i32, Fault> {
         let Phase::Running(init) = container.init.phase() else {
             return Err(exec_failed("cannot exec in a stopped container"));
@@ -63,13 +63,13 @@ impl Tasks {
             return Err(exec_failed("cannot exec in a paused container (use --ignore-paused to override)"));
         }
         let pending = process.pending.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((spec, dialled)) = pending else {
-            return Err(Fault::FailedPrecondition("the process has been started".into()));
+        let Some((spec, streams)) = pending else {
+            return Err(Fault::FailedPrecondition("the process has already been started".into()));
         };
         process.advance(Phase::Starting);
-        let result = self.start_pending(container, process, init, spec, dialled).await;
+        let result = self.start_pending(container, process, init, spec, streams).await;
         if result.is_err() {
-            // As with runc a process that could not be started has ended, and can be deleted.
+            // As with runc, a process that failed to start counts as exited and can be deleted.
             let at_ns = crate::reaper::now_ns();
             process.advance(Phase::Stopped(0, crate::reaper::ProcessExit { status: 255, at_ns }));
         }
@@ -82,15 +82,16 @@ impl Tasks {
         process: &Arc<Process>,
         init: i32,
         spec: ProcessSpec,
-        dialled: StdioStreams,
+        streams: StdioStreams,
     ) -> Result<i32, Fault> {
         let _guard = self.reaper.expect();
         let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), spec.user().uid());
-        let (console, relays, io, dialled) = if process.names.terminal {
-            let console = Console::listen().map_err(unknown("console socket"))?;
-            (Some(console), None, stdio::null_stdio().map_err(unknown("standard streams"))?, Some(dialled))
+        let (console, relays, io, streams) = if process.names.terminal {
+            let console = Console::listen().map_err(internal("create the console socket"))?;
+            (Some(console), None, stdio::null_stdio().map_err(internal("open /dev/null"))?, Some(streams))
         } else {
-            let (relays, io) = Relays::pipes(dialled, uid).map_err(unknown("standard streams"))?;
+            let (relays, io) =
+                Relays::pipes(streams, uid).map_err(internal("create pipes for the standard streams"))?;
             (None, Some(relays), io, None)
         };
         let request = Request::Exec(Box::new(ExecRequest {
@@ -100,29 +101,31 @@ impl Tasks {
             cgroup: container.cgroup.path().to_owned(),
             console: console.as_ref().map(|console| console.path().to_owned()),
         }));
-        let job = Job {
+        let job = HelperJob {
             role: crate::helper::EXEC,
             request,
-            request_file: &container.file(&process.exec_id, "req"),
-            response_file: &container.file(&process.exec_id, "rsp"),
+            request_file: &container.helper_file(&process.exec_id, "req"),
+            response_file: &container.helper_file(&process.exec_id, "rsp"),
             io,
             console,
         };
         let (pid, master) = self
-            .help(job)
+            .run_helper(job)
             .await
             .map_err(|reason| exec_failed(&format!("unable to start container process: {reason}")))?;
-        let relays = match (relays, &master, dialled) {
+        let relays = match (relays, &master, streams) {
             (Some(relays), _, _) => relays,
-            (None, Some(master), Some(dialled)) => Relays::terminal(dialled, master).map_err(unknown("terminal"))?,
-            _ => return Err(Fault::Unknown("no terminal came".into())),
+            (None, Some(master), Some(streams)) => {
+                Relays::terminal(streams, master).map_err(internal("set up the terminal's relays"))?
+            }
+            _ => return Err(Fault::Unknown("the helper sent no terminal".into())),
         };
-        if let Some(mark) = Mark::of(pid, init) {
-            let _ = process.mark.set(mark);
+        if let Some(namespace) = TimeNamespace::of_exec(pid, init) {
+            let _ = process.time_namespace.set(namespace);
         }
         process.attach(relays.start(), master);
         process.advance(Phase::Running(pid));
-        self.follow(container, process, pid);
+        self.watch_exit(container, process, pid);
         Ok(pid)
     }
 }

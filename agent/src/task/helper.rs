@@ -1,4 +1,4 @@
-//! Runs the helper and collects what it leaves: a process id, and the terminal if there is one.
+//! Runs a helper and receives its result: a PID, and the terminal's master if there is a terminal.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -15,29 +15,30 @@ use crate::io::relay::Endpoint;
 use crate::io::stdio::ChildIo;
 use crate::log::chain;
 
-/// Where to run a helper.
-pub struct Job<'a> {
+/// Parameters of one helper.
+pub struct HelperJob<'a> {
     /// [`crate::helper::CREATE`] or [`crate::helper::EXEC`].
     pub role: &'static str,
-    /// What to do.
     pub request: Request,
-    /// File for it.
+    /// Path of the request file.
     pub request_file: &'a Path,
-    /// File for the answer.
+    /// Path of the response file.
     pub response_file: &'a Path,
-    /// The new process's standard streams.
+    /// Standard streams of the new process.
     pub io: ChildIo,
-    /// Where its terminal will arrive.
+    /// Console socket that receives the terminal's master; `None` without a terminal.
     pub console: Option<Console>,
 }
 
 impl Tasks {
-    /// Runs a helper to its end. The caller holds an [`crate::reaper::ExpectGuard`].
+    /// Runs a helper to its end. The caller holds a [`crate::reaper::ExpectGuard`].
     ///
     /// # Errors
-    /// The reason in runc's form.
-    pub async fn help(&self, job: Job<'_>) -> Result<(i32, Option<Endpoint>), String> {
-        job.request.write(job.request_file).map_err(|error| format!("request: {error}"))?;
+    /// Returns the reason in runc's words.
+    pub async fn run_helper(&self, job: HelperJob<'_>) -> Result<(i32, Option<Endpoint>), String> {
+        job.request
+            .write(job.request_file)
+            .map_err(|error| format!("failed to write the helper's request: {error}"))?;
         let stdio = |fd: OwnedFd| Stdio::from(fd);
         let child = Command::new("/proc/self/exe")
             .arg0(crate::helper::ARGV0)
@@ -49,34 +50,36 @@ impl Tasks {
             .stdout(stdio(job.io.stdout))
             .stderr(stdio(job.io.stderr))
             .spawn()
-            .map_err(|error| format!("cannot run the helper: {error}"))?;
+            .map_err(|error| format!("failed to run the helper: {error}"))?;
         let ended = self.reaper.wait(child.id().cast_signed());
         let (ended, master) = match job.console {
             None => (ended.await, None),
             Some(console) => {
                 let receiving = tokio::spawn(console.receive());
                 let ended = ended.await;
-                // Whatever was sent is here already: the helper has ended.
-                let patience = Duration::from_secs(if ended.is_some_and(|e| e.status == 0) { 5 } else { 0 });
-                (ended, timeout(patience, receiving).await.ok())
+                // The helper has exited, so a terminal that it sent is already in the socket's buffer.
+                let limit = Duration::from_secs(if ended.is_some_and(|e| e.status == 0) { 5 } else { 0 });
+                (ended, timeout(limit, receiving).await.ok())
             }
         };
-        let answer = Response::read(job.response_file);
+        let response = Response::read(job.response_file);
         let _ = std::fs::remove_file(job.request_file);
         let _ = std::fs::remove_file(job.response_file);
-        let answer = answer.map_err(|error| {
+        let response = response.map_err(|error| {
             let status = ended.map_or(0, |ended| ended.status);
-            format!("the helper ended with status {status} and no answer: {error}")
+            format!("failed to read the helper's response: {error}; the helper exited with status {status}")
         })?;
-        if let Some(error) = answer.error {
+        if let Some(error) = response.error {
             return Err(error);
         }
         let master = match master {
             None => None,
-            Some(received) => {
-                Some(received.map_err(|error| chain(&error))?.map_err(|error| format!("terminal: {error}"))?)
-            }
+            Some(received) => Some(
+                received
+                    .map_err(|error| chain(&error))?
+                    .map_err(|error| format!("failed to receive the terminal: {error}"))?,
+            ),
         };
-        Ok((answer.pid, master))
+        Ok((response.pid, master))
     }
 }

@@ -1,9 +1,9 @@
-//! Signals to more than one process: to all of a container's, and the end of an exec with everything that it started.
+//! Signals to several processes: to all processes of a container, and to an exec with all its descendants.
 //!
-//! runc kills an exec's first process only, and what that started goes on: a probe that times out leaves a process more
-//! in the container each time. A control group of the exec's own would tell what belongs to it, but the container would
-//! see it; parents and sessions do not, once a process has left them. So each exec has a time namespace of its own, which
-//! everything that it starts inherits and only a process with CAP_SYS_ADMIN can leave; its clocks are the guest's.
+//! runc kills only an exec's first process. Its descendants keep running: each probe that times out leaks a process in
+//! the container. A separate cgroup would identify the descendants, but would be visible to the container. Parent PIDs
+//! and sessions are no identification, because a process can leave them. Each exec therefore has its own time namespace.
+//! All its descendants inherit it, and only a process with CAP_SYS_ADMIN can leave it. Its clocks equal the guest's.
 
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
@@ -14,34 +14,36 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Container;
-use super::error::{Fault, unknown};
+use super::error::{Fault, internal};
 use super::process::Process;
 
-/// How often what has been forked meanwhile is looked for before the container is frozen for that.
-const CHASES: usize = 4;
-/// How often at most: what is frozen does not fork.
-const ATTEMPTS: usize = 64;
+/// Number of scans for newly forked processes before the container is frozen.
+const SCANS_BEFORE_FREEZE: usize = 4;
+/// Maximum number of scans. Frozen processes cannot fork, so the limit is not reached in practice.
+const MAX_SCANS: usize = 64;
 
-/// The time namespace of an exec.
-pub struct Mark {
-    /// Held open: its number is not another's meanwhile.
-    _held: File,
-    number: (u64, u64),
+/// Time namespace of an exec, which identifies the exec's processes.
+pub struct TimeNamespace {
+    /// Keeps the namespace alive, so that its inode number is not reused.
+    _file: File,
+    /// Device and inode number.
+    id: (u64, u64),
 }
 
-impl Mark {
-    /// That of the exec `pid` in the container whose first process is `init`. None where the exec has none of its own,
-    /// as when it has ended already, or where the container has one.
-    pub fn of(pid: i32, init: i32) -> Option<Self> {
-        let held = File::open(path(pid)).ok()?;
-        let number = number(&held.metadata().ok()?);
+impl TimeNamespace {
+    /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has no time
+    /// namespace of its own: it has already exited, or creating the namespace failed.
+    pub fn of_exec(pid: i32, init: i32) -> Option<Self> {
+        let file = File::open(path(pid)).ok()?;
+        let id = namespace_id(&file.metadata().ok()?);
         let others = [path(init), path(std::process::id().cast_signed())];
-        let own = others.iter().all(|other| fs::metadata(other).is_ok_and(|meta| self::number(&meta) != number));
-        own.then_some(Self { _held: held, number })
+        let is_new = others.iter().all(|other| fs::metadata(other).is_ok_and(|meta| namespace_id(&meta) != id));
+        is_new.then_some(Self { _file: file, id })
     }
 
-    fn is_on(&self, pid: i32) -> bool {
-        fs::metadata(path(pid)).is_ok_and(|meta| number(&meta) == self.number)
+    /// Whether the process `pid` is in this namespace.
+    fn contains(&self, pid: i32) -> bool {
+        fs::metadata(path(pid)).is_ok_and(|meta| namespace_id(&meta) == self.id)
     }
 }
 
@@ -49,49 +51,47 @@ fn path(pid: i32) -> PathBuf {
     format!("/proc/{pid}/ns/time").into()
 }
 
-fn number(meta: &Metadata) -> (u64, u64) {
+fn namespace_id(meta: &Metadata) -> (u64, u64) {
     (meta.dev(), meta.ino())
 }
 
-/// Signals every process of a container.
-///
-/// # Errors
-/// [`Fault`] when the kernel does not.
+/// Signals all processes of a container.
 pub fn all(container: &Container, signal: i32) -> Result<(), Fault> {
     if signal == libc::SIGKILL {
-        return container.cgroup.kill().map_err(unknown("kill"));
+        return container.cgroup.kill().map_err(internal("kill the processes of the container"));
     }
     for pid in container.cgroup.pids() {
-        // SAFETY: kill takes plain numbers; the group was read just now, and nothing is reaped in between.
+        // SAFETY: kill takes no pointers. The PIDs were read just now, and the agent's only async thread reaps no process in
+        // between.
         unsafe { libc::kill(pid, signal) };
     }
     Ok(())
 }
 
-/// Kills an exec with everything that it started, wherever that has gone.
+/// Kills an exec with all its descendants, including those that have left its session or process group.
 ///
 /// # Errors
-/// [`Fault`] when its first process has ended already: then the rest stays.
+/// Fails if the exec's first process has already exited. Its descendants keep running then.
 pub async fn exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(), Fault> {
     process.signal(libc::SIGKILL)?;
-    if process.mark.get().is_some() {
+    if process.time_namespace.get().is_some() {
         let (container, process) = (Arc::clone(container), Arc::clone(process));
-        let swept = tokio::task::spawn_blocking(move || sweep(&container, &process)).await;
-        swept.map_err(unknown("kill"))?.map_err(unknown("kill"))?;
+        let killed = tokio::task::spawn_blocking(move || kill_descendants(&container, &process)).await;
+        killed.map_err(internal("kill the exec"))?.map_err(internal("kill the exec"))?;
     }
     Ok(())
 }
 
-fn sweep(container: &Container, process: &Process) -> io::Result<()> {
-    let Some(mark) = process.mark.get() else { return Ok(()) };
+fn kill_descendants(container: &Container, process: &Process) -> io::Result<()> {
+    let Some(namespace) = process.time_namespace.get() else { return Ok(()) };
     let mut killed = HashSet::new();
     let mut frozen = false;
-    let result = (0..ATTEMPTS).find_map(|attempt| {
-        // Faster at forking than this at looking: then the container stands still meanwhile, if it does not already.
-        if attempt == CHASES && !container.is_paused() {
+    let result = (0..MAX_SCANS).find_map(|scan| {
+        // The exec forks faster than the scans find its processes. Freezing the container stops it.
+        if scan == SCANS_BEFORE_FREEZE && !container.is_paused() {
             frozen = container.cgroup.freeze(true).is_ok();
         }
-        match kill_marked(mark, &mut killed) {
+        match kill_members(namespace, &mut killed) {
             Ok(0) => Some(Ok(())),
             Ok(_) => None,
             Err(error) => Some(Err(error)),
@@ -100,15 +100,15 @@ fn sweep(container: &Container, process: &Process) -> io::Result<()> {
     if frozen && !container.is_paused() {
         container.cgroup.freeze(false)?;
     }
-    result.unwrap_or_else(|| Err(io::Error::other("what the exec started does not end")))
+    result.unwrap_or_else(|| Err(io::Error::other("failed to kill all processes of the exec: it still forks new ones")))
 }
 
-/// Kills what has the mark and was not killed before; returns how many that were.
-fn kill_marked(mark: &Mark, killed: &mut HashSet<i32>) -> io::Result<usize> {
+/// Kills the processes in `namespace` that are not in `killed`. Returns their number.
+fn kill_members(namespace: &TimeNamespace, killed: &mut HashSet<i32>) -> io::Result<usize> {
     let before = killed.len();
     let names = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     for pid in names.filter_map(|name| name.parse::<i32>().ok()) {
-        if killed.contains(&pid) || !mark.is_on(pid) {
+        if killed.contains(&pid) || !namespace.contains(pid) {
             continue;
         }
         // SAFETY: pidfd_open takes no pointers.
@@ -116,9 +116,9 @@ fn kill_marked(mark: &Mark, killed: &mut HashSet<i32>) -> io::Result<usize> {
         let Some(fd) = i32::try_from(fd).ok().filter(|fd| *fd >= 0) else { continue };
         // SAFETY: the kernel has just returned this fd; nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // Between the look and the descriptor the number may have become another process's.
-        if mark.is_on(pid) {
-            // SAFETY: without a siginfo this takes plain numbers.
+        // Checked again, because the PID may have been reused before the pidfd was opened.
+        if namespace.contains(pid) {
+            // SAFETY: pidfd_send_signal accepts a null siginfo; its other arguments are no pointers.
             unsafe {
                 libc::syscall(libc::SYS_pidfd_send_signal, fd.as_raw_fd(), libc::SIGKILL, std::ptr::null::<u8>(), 0)
             };
@@ -133,9 +133,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_has_no_namespace_of_its_own_has_no_mark() {
+    fn of_exec_returns_none_for_shared_and_missing_namespaces() {
         let own = std::process::id().cast_signed();
-        assert!(Mark::of(own, own).is_none());
-        assert!(Mark::of(i32::MAX, own).is_none());
+        assert!(TimeNamespace::of_exec(own, own).is_none());
+        assert!(TimeNamespace::of_exec(i32::MAX, own).is_none());
     }
 }

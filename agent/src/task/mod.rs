@@ -30,26 +30,26 @@ use crate::sandbox::Sandbox;
 use error::Fault;
 use process::{Phase, Process};
 
-/// Where requests to and answers from the helper, bundles and console sockets live, one directory per container.
+/// Directory with one subdirectory per container, which holds its bundle and its helpers' requests and responses.
 const RUN: &str = "/run/husk/tasks";
-/// libcontainer's own state.
+/// Directory of libcontainer's state.
 const STATE: &str = "/run/husk/state";
 
 /// A container.
 pub struct Container {
-    /// Its id.
+    /// Container id.
     pub id: String,
-    /// The bundle on the host, as the request named it.
+    /// Path of the bundle on the host, as given in the request.
     pub bundle: String,
-    /// Its control group.
+    /// Cgroup of the container.
     pub cgroup: Cgroup,
-    /// Its first process.
+    /// First process of the container.
     pub init: Arc<Process>,
     dir: PathBuf,
     seccomp: Option<LinuxSeccomp>,
     oom_score_adj: Option<i32>,
-    shares_pids: bool,
-    /// What it has of the shared file system.
+    shares_pid_namespace: bool,
+    /// Volumes of the container that are in the share.
     volumes: Vec<PathBuf>,
     oom: Arc<OomWatch>,
     oom_task: Mutex<Option<AbortHandle>>,
@@ -58,7 +58,7 @@ pub struct Container {
 }
 
 impl Container {
-    /// The process `exec_id`, the first one if that is empty.
+    /// Returns the process `exec_id`, or the init if `exec_id` is empty.
     pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Fault> {
         if exec_id.is_empty() {
             return Ok(self.init.clone());
@@ -67,14 +67,14 @@ impl Container {
         execs.get(exec_id).cloned().ok_or_else(|| Fault::NotFound(format!("exec {exec_id}")))
     }
 
-    /// Whether it is paused.
+    /// Whether the container is paused.
     pub fn is_paused(&self) -> bool {
         self.paused.load(Ordering::Relaxed)
     }
 
-    /// Where the helper for `exec_id` finds its request.
-    fn file(&self, exec_id: &str, suffix: &str) -> PathBuf {
-        // An exec id is the client's; hexadecimal is a file name whatever it holds.
+    /// Path of a file of the helper that starts `exec_id`.
+    fn helper_file(&self, exec_id: &str, suffix: &str) -> PathBuf {
+        // The client chooses the exec id. Its hexadecimal form is always a valid file name.
         let name: String = exec_id.bytes().map(|byte| format!("{byte:02x}")).collect();
         self.dir.join(format!("p{name}.{suffix}"))
     }
@@ -90,12 +90,12 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// None yet.
+    /// Creates an empty table.
     pub fn new(hub: Hub, streams: Streams, reaper: Reaper, sandbox: Arc<Sandbox>) -> Self {
         Self { containers: Mutex::default(), hub, streams, reaper, sandbox }
     }
 
-    /// The container `id`.
+    /// Returns the container `id`.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Fault> {
         let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.get(id).cloned().ok_or_else(|| Fault::NotFound(format!("task {id}")))
@@ -110,33 +110,34 @@ impl Tasks {
         Ok(())
     }
 
-    /// Whether another container than `id` has `path` of the shared file system.
-    fn is_shared(&self, path: &Path, id: &str) -> bool {
+    /// Whether a container other than `id` uses the shared volume `path`.
+    fn is_used_by_another(&self, path: &Path, id: &str) -> bool {
         let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.values().any(|other| other.id != id && other.volumes.iter().any(|volume| volume == path))
     }
 
-    fn forget(&self, id: &str) {
+    fn remove(&self, id: &str) {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
-    /// From now on the end of `pid` is the end of `process`: its event goes out, after an out-of-memory kill's.
-    fn follow(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
+    /// Binds the exit of `pid` to `process`. The exit event is published after the event of an OOM kill, if there is one.
+    fn watch_exit(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
         let (container, process, hub) = (container.clone(), process.clone(), self.hub.clone());
-        self.reaper.claim(pid, move |ended: ProcessExit| {
+        self.reaper.claim(pid, move |exit: ProcessExit| {
             let oom = container.oom.check();
-            if process.exec_id.is_empty() && container.shares_pids {
-                // Nothing else ends what it leaves behind when the namespace lives on.
+            if process.exec_id.is_empty() && container.shares_pid_namespace {
+                // The shared PID namespace outlives this init, so the kernel does not kill the container's other
+                // processes.
                 let _ = container.cgroup.kill();
             }
-            process.advance(Phase::Stopped(pid, ended));
+            process.advance(Phase::Stopped(pid, exit));
             process.detach();
             hub.exit(Exit {
                 container_id: container.id.clone(),
                 exec_id: process.exec_id.clone(),
                 pid: pid.unsigned_abs(),
-                status: ended.status,
-                exited_at_ns: ended.at_ns,
+                status: exit.status,
+                exited_at_ns: exit.at_ns,
                 oom,
                 ..Default::default()
             });
@@ -144,14 +145,20 @@ impl Tasks {
     }
 }
 
-/// Ids become file names.
+/// Checks that a container id can be used as a file name.
 fn check_id(id: &str) -> Result<(), Fault> {
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
-    let ok = !id.is_empty() && id.len() <= 128 && id.chars().all(good) && id != "." && id != "..";
-    if ok { Ok(()) } else { Err(Fault::InvalidArgument(format!("container id {id:?}"))) }
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
+    let ok = !id.is_empty() && id.len() <= 128 && id.chars().all(allowed) && id != "." && id != "..";
+    if ok {
+        Ok(())
+    } else {
+        Err(Fault::InvalidArgument(format!(
+            "invalid container id {id:?}: must have 1 to 128 characters of A-Z a-z 0-9 _ - . +"
+        )))
+    }
 }
 
-fn shares_pids(spec: &Spec) -> bool {
+fn shares_pid_namespace(spec: &Spec) -> bool {
     use libcontainer::oci_spec::runtime::LinuxNamespaceType::Pid;
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
     namespaces.iter().any(|namespace| namespace.typ() == Pid && namespace.path().is_some())

@@ -1,4 +1,4 @@
-//! One process of a container: its phase, its streams, its end.
+//! One process of a container: phase, streams and exit.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -6,29 +6,29 @@ use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 use tokio::sync::{Notify, watch};
 
 use super::error::Fault;
-use super::kill::Mark;
+use super::kill::TimeNamespace;
 use crate::io::console;
 use crate::io::relay::Endpoint;
 use crate::io::stdio::StdioStreams;
 use crate::reaper::ProcessExit;
 
-/// How far a process has come.
+/// Phase in the life of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// It has no process id yet.
+    /// The process has no PID yet.
     New,
-    /// A container's first process waits for its start.
+    /// The container's init waits for Start.
     Created(i32),
-    /// Its start is under way.
+    /// Start is in progress.
     Starting,
-    /// It runs.
+    /// The process runs.
     Running(i32),
-    /// It has ended.
+    /// The process has exited.
     Stopped(i32, ProcessExit),
 }
 
 impl Phase {
-    /// The process id, 0 if there is none yet.
+    /// Returns the PID, or 0 if there is none yet.
     pub fn pid(self) -> i32 {
         match self {
             Self::New | Self::Starting => 0,
@@ -37,16 +37,16 @@ impl Phase {
     }
 }
 
-/// What the request that made a process said of its streams.
+/// Streams of a process, as given in the request that created it.
 #[derive(Debug, Clone, Default)]
 pub struct StreamNames {
-    /// It has a terminal.
+    /// Whether the process has a terminal.
     pub terminal: bool,
-    /// Token of standard input.
+    /// Stream token of standard input.
     pub stdin: String,
-    /// Token of standard output.
+    /// Stream token of standard output.
     pub stdout: String,
-    /// Token of standard error.
+    /// Stream token of standard error.
     pub stderr: String,
 }
 
@@ -56,39 +56,39 @@ struct Io {
     master: Option<Endpoint>,
 }
 
-/// A process; the first one of a container has an empty exec id.
+/// A process of a container: its init or an exec.
 pub struct Process {
-    /// Its name in its container.
+    /// Exec id; empty for the container's init.
     pub exec_id: String,
-    /// Its streams' names.
+    /// Stream tokens of the process.
     pub names: StreamNames,
     phase: watch::Sender<Phase>,
     io: Mutex<Io>,
-    /// By which one that Exec made is told from the container's other processes, with all that it starts.
-    pub mark: OnceLock<Mark>,
-    /// What a later start needs, of a process made by Exec.
+    /// Time namespace of an exec, which identifies the exec and its descendants.
+    pub time_namespace: OnceLock<TimeNamespace>,
+    /// Specification and streams of an exec that has not been started.
     pub pending: Mutex<Option<(ProcessSpec, StdioStreams)>>,
 }
 
 impl Process {
-    /// A process that has not been started.
+    /// Creates a process that has not been started.
     pub fn new(exec_id: &str, names: StreamNames, pending: Option<(ProcessSpec, StdioStreams)>) -> Arc<Self> {
         Arc::new(Self {
             exec_id: exec_id.to_owned(),
             names,
             phase: watch::Sender::new(Phase::New),
             io: Mutex::default(),
-            mark: OnceLock::new(),
+            time_namespace: OnceLock::new(),
             pending: Mutex::new(pending),
         })
     }
 
-    /// How far it has come.
+    /// Returns the current phase.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
     }
 
-    /// Takes the next step, unless it has already ended.
+    /// Sets the phase, unless the process has already exited.
     pub fn advance(&self, next: Phase) {
         self.phase.send_if_modified(|phase| match phase {
             Phase::Stopped(..) => false,
@@ -99,12 +99,12 @@ impl Process {
         });
     }
 
-    /// Waits until it has been made, or will never be.
-    pub async fn settled(&self) {
+    /// Waits until the process has been created, or its creation has failed.
+    pub async fn wait_created(&self) {
         let _ = self.phase.subscribe().wait_for(|phase| *phase != Phase::New).await;
     }
 
-    /// Waits for the end.
+    /// Waits for the exit.
     pub async fn wait(&self) -> Option<(i32, ProcessExit)> {
         let mut phase = self.phase.subscribe();
         let stopped = phase.wait_for(|phase| matches!(phase, Phase::Stopped(..))).await.ok()?;
@@ -114,45 +114,41 @@ impl Process {
         }
     }
 
-    /// Remembers the means to close its input and to size its terminal.
+    /// Stores what closes standard input, and the terminal's master.
     pub fn attach(&self, close: Arc<Notify>, master: Option<Endpoint>) {
         let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
         *io = Io { close: Some(close), master };
     }
 
-    /// Ends its standard input once what has arrived is written.
+    /// Closes standard input after the data that has arrived is written.
     pub fn close_stdin(&self) {
         if let Some(close) = &self.io.lock().unwrap_or_else(PoisonError::into_inner).close {
             close.notify_one();
         }
     }
 
-    /// Sizes its terminal.
-    ///
-    /// # Errors
-    /// [`Fault`] when it has none or the kernel refuses.
+    /// Sets the window size of the terminal.
     pub fn resize(&self, width: u32, height: u32) -> Result<(), Fault> {
         let master = self.io.lock().unwrap_or_else(PoisonError::into_inner).master.clone();
         match master {
-            Some(master) => console::resize(&master, width, height).map_err(super::error::unknown("resize")),
-            // runc's shim ignores a resize of what has no terminal.
+            Some(master) => {
+                console::resize(&master, width, height).map_err(super::error::internal("resize the terminal"))
+            }
+            // As with runc's shim, resizing a process without a terminal succeeds.
             None => Ok(()),
         }
     }
 
-    /// Lets go of its terminal.
+    /// Releases the terminal's master.
     pub fn detach(&self) {
         *self.io.lock().unwrap_or_else(PoisonError::into_inner) = Io::default();
     }
 
-    /// Sends a signal.
-    ///
-    /// # Errors
-    /// [`Fault`] when there is no such process any more, or not yet.
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: i32) -> Result<(), Fault> {
         match self.phase() {
             Phase::Created(pid) | Phase::Running(pid) => {
-                // The process is ours and not reaped: its id cannot have been given to another.
+                // The process is a child of the agent and has not been reaped, so its PID cannot have been reused.
                 // SAFETY: kill takes no pointers.
                 match unsafe { libc::kill(pid, signal) } {
                     0 => Ok(()),
@@ -161,9 +157,9 @@ impl Process {
                             Err(Fault::NotFound("process already finished".into()))
                         }
                         error if error.raw_os_error() == Some(libc::EINVAL) => {
-                            Err(Fault::InvalidArgument(format!("signal {signal}")))
+                            Err(Fault::InvalidArgument(format!("invalid signal {signal}")))
                         }
-                        error => Err(Fault::Unknown(format!("kill: {error}"))),
+                        error => Err(Fault::Unknown(format!("failed to send signal {signal}: {error}"))),
                     },
                 }
             }

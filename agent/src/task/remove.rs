@@ -1,4 +1,4 @@
-//! Delete: of a process made by Exec, or of a container with everything it left in the guest.
+//! Delete of an exec, or of a container with everything that it left in the guest.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -13,18 +13,15 @@ use crate::oom::FileWatch;
 use crate::reaper::ProcessExit;
 use crate::sandbox::volume;
 
-/// How long killed processes may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout for killed processes to exit.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Tasks {
-    /// Deletes a container or one of its processes, which must have ended.
-    ///
-    /// # Errors
-    /// [`Fault`] when it has not, or there is none.
+    /// Deletes a container or an exec. Its process must have exited, unless it was never started.
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, ProcessExit), Fault> {
         let container = match self.get(id) {
             Err(fault) if exec_id.is_empty() => {
-                // It was never made, or not to its end: its volumes may be here already.
+                // Creation was not attempted or has failed. Its volumes may exist already: they are provided first.
                 self.remove_volumes(id, Vec::new()).await;
                 return Err(fault);
             }
@@ -32,78 +29,82 @@ impl Tasks {
         };
         let process = container.process(exec_id)?;
         if exec_id.is_empty() {
-            // Whoever had it made has lost patience; what is half made cannot be taken apart.
-            process.settled().await;
+            // The client has given up on a Create that is still running. A container that is being created cannot be
+            // cleaned up, so wait.
+            process.wait_created().await;
         }
-        let (pid, ended) = match process.phase() {
-            Phase::Stopped(pid, ended) => (pid, ended),
+        let (pid, exit) = match process.phase() {
+            Phase::Stopped(pid, exit) => (pid, exit),
             Phase::New if !exec_id.is_empty() => (0, ProcessExit { status: 0, at_ns: 0 }),
             Phase::Created(_) if exec_id.is_empty() => {
-                // As with runc, what was created and never started is killed by its deletion.
+                // As with runc, deleting a container that was created and never started kills it.
                 let _ = container.cgroup.kill();
-                process.wait().await.ok_or_else(|| Fault::Unknown("the process did not end".into()))?
+                process
+                    .wait()
+                    .await
+                    .ok_or_else(|| Fault::Unknown("the process did not exit after it was killed".into()))?
             }
             _ => return Err(Fault::FailedPrecondition("cannot delete a running process".into())),
         };
         if exec_id.is_empty() {
-            self.clean(&container).await;
-            self.forget(id);
+            self.cleanup(&container).await;
+            self.remove(id);
         } else {
             container.execs.lock().unwrap_or_else(PoisonError::into_inner).remove(exec_id);
         }
-        Ok((pid, ended))
+        Ok((pid, exit))
     }
 
-    /// Ends and removes whatever there is of a container.
-    pub(super) async fn clean(&self, container: &Arc<Container>) {
-        if let Some(watching) = container.oom_task.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            // The kernel does not tell a watch that a control group's file is gone.
-            watching.abort();
+    /// Kills the processes of a container and removes its cgroup, volumes and directories. Best effort.
+    pub(super) async fn cleanup(&self, container: &Arc<Container>) {
+        if let Some(watch_task) = container.oom_task.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // inotify does not report the removal of a cgroup file.
+            watch_task.abort();
         }
-        if let Err(error) = remove_group(container).await {
-            tracing::warn!("control group of {}: {error}", container.id);
+        if let Err(error) = remove_cgroup(container).await {
+            tracing::warn!("failed to remove the cgroup of container {}: {error}", container.id);
         }
         self.remove_volumes(&container.id, container.volumes.clone()).await;
         for path in [&container.dir, &Path::new(STATE).join(&container.id)] {
             match std::fs::remove_dir_all(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    tracing::warn!("{}: {error}", path.display());
+                    tracing::warn!("failed to remove {}: {error}", path.display());
                 }
                 _ => {}
             }
         }
     }
 
-    /// Takes away what there is of a container's volumes, and leaves the shared ones that nobody else has; `of` are those
-    /// it was made with.
-    async fn remove_volumes(&self, id: &str, mut of: Vec<PathBuf>) {
+    /// Removes a container's mirrored volumes and subpaths, and unmounts shared volumes that no other container uses.
+    /// `volumes` are the shared volumes of its specification.
+    async fn remove_volumes(&self, id: &str, mut volumes: Vec<PathBuf>) {
         let (sandbox, container) = (Arc::clone(&self.sandbox), id.to_owned());
         let removed = tokio::task::spawn_blocking(move || {
             sandbox.mirrors.remove(&container);
-            volume::remove(&container)
+            volume::remove_subpaths(&container)
         });
-        of.extend(removed.await.unwrap_or_default());
-        of.retain(|path| !self.is_shared(path, id));
-        let _ = tokio::task::spawn_blocking(move || volume::leave(of)).await;
+        volumes.extend(removed.await.unwrap_or_default());
+        volumes.retain(|path| !self.is_used_by_another(path, id));
+        let _ = tokio::task::spawn_blocking(move || volume::unmount_unused(volumes)).await;
     }
 }
 
-async fn remove_group(container: &Container) -> std::io::Result<()> {
-    let group = &container.cgroup;
-    if !group.path().exists() {
+async fn remove_cgroup(container: &Container) -> std::io::Result<()> {
+    let cgroup = &container.cgroup;
+    if !cgroup.path().exists() {
         return Ok(());
     }
-    if group.is_populated() {
-        let watch = FileWatch::new(&group.path().join("cgroup.events"))?;
-        group.kill()?;
-        let deadline = Instant::now() + PATIENCE;
-        while group.is_populated() {
+    if cgroup.is_populated() {
+        let watch = FileWatch::new(&cgroup.path().join("cgroup.events"))?;
+        cgroup.kill()?;
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        while cgroup.is_populated() {
             if timeout_at(deadline, watch.changed()).await.is_err() {
                 break;
             }
         }
     }
-    group.remove()
+    cgroup.remove()
 }
 
 #[cfg(test)]
@@ -127,7 +128,7 @@ mod tests {
             dir: std::env::temp_dir().join(id),
             seccomp: None,
             oom_score_adj: None,
-            shares_pids: false,
+            shares_pid_namespace: false,
             volumes: Vec::new(),
             oom_task: Mutex::default(),
             paused: false.into(),
@@ -136,21 +137,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_container_that_is_being_made_is_deleted_when_it_is_made() {
+    async fn delete_waits_for_a_container_that_is_being_created() {
         let tasks = Tasks::new(Hub::default(), Default::default(), Default::default(), Default::default());
-        let (made, failed) = (container("husk-test-made"), container("husk-test-failed"));
-        for (container, last) in [(&made, Phase::Created(7)), (&failed, Phase::New)] {
+        let (created, failed) = (container("husk-test-made"), container("husk-test-failed"));
+        for (container, last) in [(&created, Phase::Created(7)), (&failed, Phase::New)] {
             tasks.insert(container).unwrap();
             let deleting = tasks.delete(&container.id, "");
             tokio::pin!(deleting);
             tokio::select! {
                 biased;
-                _ = &mut deleting => panic!("deleted before it was made"),
+                _ = &mut deleting => panic!("deleted before it was created"),
                 () = tokio::task::yield_now() => container.init.advance(last),
             }
             tokio::select! {
                 biased;
-                _ = &mut deleting => panic!("deleted before its process ended"),
+                _ = &mut deleting => panic!("deleted before its process exited"),
                 () = tokio::task::yield_now() => {}
             }
             container.init.advance(Phase::Stopped(7, ProcessExit { status: 137, at_ns: 1 }));

@@ -1,4 +1,4 @@
-//! containerd's Task service on guest paths.
+//! containerd's Task service, with paths of the guest.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,25 +21,27 @@ use protobuf::{Message, MessageField};
 use tokio::time::{Instant, timeout_at};
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::error::{Fault, unknown};
+use super::error::{Fault, internal};
 use super::process::Phase;
 use super::{Tasks, kill, spec};
 use crate::oom::FileWatch;
 
-/// Serves the tasks.
+/// Implementation of the Task service.
 pub struct TaskService {
     tasks: Arc<Tasks>,
 }
 
 impl TaskService {
-    /// A service for `tasks`.
+    /// Creates the service for `tasks`.
     pub fn new(tasks: Arc<Tasks>) -> Self {
         Self { tasks }
     }
 }
 
-/// Work that a lost connection must not leave half done runs as a task of its own.
-async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T, Fault>> + Send + 'static) -> Result<T, Fault> {
+/// Runs `work` as a separate task, so that it completes even if the client's connection is lost.
+async fn run_to_completion<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Fault>> + Send + 'static,
+) -> Result<T, Fault> {
     tokio::spawn(work).await.unwrap_or_else(|error| Err(Fault::Unknown(error.to_string())))
 }
 
@@ -52,7 +54,7 @@ fn timestamp(ns: i64) -> MessageField<Timestamp> {
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let tasks = self.tasks.clone();
-        let pid = whole(async move { tasks.create(request).await }).await?;
+        let pid = run_to_completion(async move { tasks.create(request).await }).await?;
         Ok(CreateTaskResponse { pid: pid.unsigned_abs(), ..Default::default() })
     }
 
@@ -63,18 +65,18 @@ impl Task for TaskService {
         } else {
             let process = container.process(&request.exec_id)?;
             let tasks = self.tasks.clone();
-            whole(async move { tasks.start_exec(&container, &process).await }).await?
+            run_to_completion(async move { tasks.start_exec(&container, &process).await }).await?
         };
         Ok(StartResponse { pid: pid.unsigned_abs(), ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let tasks = self.tasks.clone();
-        let (pid, ended) = whole(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        let (pid, exit) = run_to_completion(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
             pid: pid.unsigned_abs(),
-            exit_status: ended.status,
-            exited_at: timestamp(ended.at_ns),
+            exit_status: exit.status,
+            exited_at: timestamp(exit.at_ns),
             ..Default::default()
         })
     }
@@ -101,16 +103,16 @@ impl Task for TaskService {
             terminal: process.names.terminal,
             ..Default::default()
         };
-        if let Phase::Stopped(_, ended) = phase {
-            response.exit_status = ended.status;
-            response.exited_at = timestamp(ended.at_ns);
+        if let Phase::Stopped(_, exit) = phase {
+            response.exit_status = exit.status;
+            response.exited_at = timestamp(exit.at_ns);
         }
         Ok(response)
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
         let tasks = self.tasks.clone();
-        whole(async move { tasks.exec(request).await }).await?;
+        run_to_completion(async move { tasks.exec(request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -135,7 +137,7 @@ impl Task for TaskService {
         if request.exec_id.is_empty() {
             if request.all { kill::all(&container, signal)? } else { process.signal(signal)? }
         } else if signal == libc::SIGKILL {
-            whole(async move { kill::exec(&container, &process).await }).await?;
+            run_to_completion(async move { kill::exec(&container, &process).await }).await?;
         } else {
             process.signal(signal)?;
         }
@@ -164,11 +166,11 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.tasks.get(&request.id)?;
         let mut resources: LinuxResources = serde_json::from_slice(&request.resources.value)
-            .map_err(|error| Fault::InvalidArgument(format!("resources: {error}")))?;
+            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the resources: {error}")))?;
         spec::adapt_resources(&mut resources, &container.cgroup);
         let manager =
             libcgroups::v2::manager::Manager::new(crate::cgroup::MOUNT.into(), container.cgroup.name().to_owned())
-                .map_err(unknown("control group"))?;
+                .map_err(internal("open the cgroup"))?;
         manager
             .apply(&ControllerOpt {
                 resources: &resources,
@@ -176,19 +178,20 @@ impl Task for TaskService {
                 oom_score_adj: None,
                 freezer_state: None,
             })
-            .map_err(unknown("update"))?;
+            .map_err(internal("update the resources"))?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let process = self.tasks.get(&request.id)?.process(&request.exec_id)?;
-        let (_, ended) = process.wait().await.ok_or_else(|| Fault::NotFound("process".into()))?;
-        Ok(WaitResponse { exit_status: ended.status, exited_at: timestamp(ended.at_ns), ..Default::default() })
+        let (_, exit) = process.wait().await.ok_or_else(|| Fault::NotFound("process".into()))?;
+        Ok(WaitResponse { exit_status: exit.status, exited_at: timestamp(exit.at_ns), ..Default::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.tasks.get(&request.id)?;
-        let value = metrics::read(container.cgroup.path()).write_to_bytes().map_err(unknown("metrics"))?;
+        let value =
+            metrics::read(container.cgroup.path()).write_to_bytes().map_err(internal("serialise the metrics"))?;
         let stats = MessageField::some(Any { type_url: metrics::URL.into(), value, ..Default::default() });
         Ok(StatsResponse { stats, ..Default::default() })
     }
@@ -204,26 +207,29 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // The guest ends with its VMM.
+        // Nothing to do: the VM ends with the VMM.
         Ok(Empty::new())
     }
 }
 
 impl TaskService {
     async fn freeze(&self, id: &str, frozen: bool) -> ttrpc::Result<Empty> {
-        const PATIENCE: Duration = Duration::from_secs(10);
+        const TIMEOUT: Duration = Duration::from_secs(10);
         let container = self.tasks.get(id)?;
         if !matches!(container.init.phase(), Phase::Running(_) | Phase::Created(_)) {
             return Err(Fault::FailedPrecondition("the container is not running".into()).into());
         }
         let events = container.cgroup.path().join("cgroup.events");
-        let watch = FileWatch::new(&events).map_err(unknown("freezer"))?;
-        container.cgroup.freeze(frozen).map_err(unknown("freezer"))?;
-        let deadline = Instant::now() + PATIENCE;
+        let watch = FileWatch::new(&events).map_err(internal("watch the freezer state"))?;
+        container.cgroup.freeze(frozen).map_err(internal("set the freezer state"))?;
+        let deadline = Instant::now() + TIMEOUT;
         while container.cgroup.is_frozen() != frozen {
             if timeout_at(deadline, watch.changed()).await.is_err() {
                 let _ = container.cgroup.freeze(!frozen);
-                return Err(Fault::Unknown("unable to freeze: the processes do not stop".into()).into());
+                return Err(Fault::Unknown(
+                    "unable to freeze: timed out waiting for the freezer state to change".into(),
+                )
+                .into());
             }
         }
         container.paused.store(frozen, Ordering::Relaxed);

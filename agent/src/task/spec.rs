@@ -1,5 +1,5 @@
-//! The specification as libcontainer gets it: the pod's namespaces, the container's control group, and none of the
-//! traps that libcontainer and runc see differently.
+//! Adapts a specification to the guest and to libcontainer: the pod's namespaces, the container's cgroup, and settings
+//! that libcontainer interprets differently from runc.
 
 use std::path::{Path, PathBuf};
 
@@ -13,10 +13,10 @@ use crate::helper::devices::allows_all_devices;
 use crate::sandbox::users::IdMappings;
 use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
 
-/// Makes `spec` fit the guest; `target` gives the process namespace of another container.
+/// Adapts `spec` to the guest. `target` returns the path of another container's PID namespace.
 ///
 /// # Errors
-/// [`Fault`] when it asks for what a guest cannot give.
+/// Fails if the specification requests something that a guest cannot provide.
 pub fn adapt(
     spec: &mut Spec,
     rootfs: &str,
@@ -29,35 +29,35 @@ pub fn adapt(
     let process = spec.process_mut().as_mut().ok_or_else(|| invalid("no process in the specification"))?;
     adapt_process(process);
     if process.oom_score_adj().is_none() {
-        // The agent's own score is lower, and is inherited.
+        // Without a value, the container would inherit the agent's lower score.
         process.set_oom_score_adj(Some(0));
     }
     if let Some(hooks) = spec.hooks_mut() {
-        // These belong to the host and have run there.
+        // These hooks run on the host; the shim has run them.
         #[allow(deprecated)]
         hooks.set_prestart(None);
         hooks.set_create_runtime(None).set_poststart(None).set_poststop(None);
     }
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("no linux section in the specification"))?;
     linux.set_cgroups_path(Some(cgroup.name().to_owned()));
-    // The guest kernel has no such security module, and no such hardware.
+    // The guest has neither SELinux nor Intel RDT.
     linux.set_mount_label(None).set_intel_rdt(None);
-    // libcontainer knows the names without the r and always means the whole tree, as runc does.
+    // libcontainer accepts only names without the leading r and always changes the whole mount tree, as runc does.
     if let Some(name) = linux.rootfs_propagation().as_deref().and_then(|name| name.strip_prefix('r')) {
         let name = name.to_owned();
         linux.set_rootfs_propagation(Some(name));
     }
     if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
-        return Err(Fault::Unimplemented("seccomp notification to a listener on the host".into()));
+        return Err(Fault::Unimplemented("seccomp notifications to a listener on the host are not supported".into()));
     }
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
     if rules.is_some_and(allows_all_devices) {
-        super::devices::add_all(linux).map_err(super::error::unknown("devices"))?;
+        super::devices::add_all(linux).map_err(super::error::internal("add the guest's devices"))?;
     }
     let id_mappings = IdMappings::from_spec(linux);
-    same_users(id_mappings.as_ref(), sandbox.id_mappings().as_ref())?;
+    check_id_mappings(id_mappings.as_ref(), sandbox.id_mappings().as_ref())?;
     if let Some(mounts) = spec.mounts_mut() {
-        // The host has mounted them so.
+        // The shim has already mounted them with their id mappings.
         for mount in mounts {
             mount.set_uid_mappings(None).set_gid_mappings(None);
             let options = mount.options().clone();
@@ -75,25 +75,26 @@ pub fn adapt(
 }
 
 fn namespaces(
-    asked: &[LinuxNamespace],
+    requested: &[LinuxNamespace],
     sandbox: &Sandbox,
     target: impl Fn(&str) -> Result<PathBuf, Fault>,
 ) -> Result<Vec<LinuxNamespace>, Fault> {
-    let find = |kind| asked.iter().find(|namespace| namespace.typ() == kind);
+    let find = |kind| requested.iter().find(|namespace| namespace.typ() == kind);
     let make = |kind, path: Option<PathBuf>| {
         let builder = LinuxNamespaceBuilder::default().typ(kind);
         let builder = match path {
             Some(path) => builder.path(path),
             None => builder,
         };
-        builder.build().map_err(|error| Fault::InvalidArgument(format!("namespaces: {error}")))
+        builder.build().map_err(|error| Fault::InvalidArgument(format!("invalid namespaces: {error}")))
     };
-    let refused =
-        |what: &str| Fault::InvalidArgument(format!("the host's {what} namespace is out of reach of a guest"));
+    let refused = |kind_name: &str| {
+        Fault::InvalidArgument(format!("invalid namespaces: the host's {kind_name} namespace is not available in a VM"))
+    };
     for (kind, name) in [
         (LinuxNamespaceType::Network, "network"),
         (LinuxNamespaceType::Ipc, "IPC"),
-        (LinuxNamespaceType::Pid, "process"),
+        (LinuxNamespaceType::Pid, "PID"),
         (LinuxNamespaceType::Mount, "mount"),
     ] {
         if find(kind).is_none() {
@@ -104,16 +105,16 @@ fn namespaces(
         None => None,
         Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PIDS).ok().and_then(Path::to_str) {
             Some(id) => target(id)?,
-            None => sandbox.shared_pid().map_err(super::error::unknown("shared process namespace"))?,
+            None => sandbox.shared_pid().map_err(super::error::internal("create the shared PID namespace"))?,
         }),
     };
-    // Without one of its own a container has the pod's name: the guest's own would name the guest.
-    let own_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
+    // A container without a UTS namespace joins the pod's, because the guest's has the guest's host name.
+    let has_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
     let mut all = vec![
         make(LinuxNamespaceType::Pid, pid)?,
         make(LinuxNamespaceType::Network, Some(PathBuf::from(NET)))?,
         make(LinuxNamespaceType::Ipc, Some(PathBuf::from(IPC)))?,
-        make(LinuxNamespaceType::Uts, (!own_uts).then(|| PathBuf::from(UTS)))?,
+        make(LinuxNamespaceType::Uts, (!has_uts).then(|| PathBuf::from(UTS)))?,
         make(LinuxNamespaceType::Mount, None)?,
     ];
     for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time] {
@@ -127,20 +128,23 @@ fn namespaces(
     Ok(all)
 }
 
-/// A container joins namespaces that the pod's user namespace owns: it has to be in that one.
-fn same_users(asked: Option<&IdMappings>, pods: Option<&IdMappings>) -> Result<(), Fault> {
-    let text = match (asked, pods) {
-        (asked, pods) if asked == pods => return Ok(()),
-        (Some(_), Some(_)) => "the mappings of the container's user namespace are not those of the pod's",
+/// Checks that a container has the pod's id mappings. It joins namespaces that the pod's user namespace owns, so it must be
+/// in that user namespace.
+fn check_id_mappings(requested: Option<&IdMappings>, pod: Option<&IdMappings>) -> Result<(), Fault> {
+    let text = match (requested, pod) {
+        (requested, pod) if requested == pod => return Ok(()),
+        (Some(_), Some(_)) => "the id mappings of the container differ from those of the pod",
         (Some(_), None) => "the container has a user namespace, and the pod has none",
         (None, _) => "the pod has a user namespace, and the container has none",
     };
-    Err(Fault::InvalidArgument(format!("{text}: all of a pod's containers are in the same one")))
+    Err(Fault::InvalidArgument(format!(
+        "invalid user namespace: {text}; all containers of a pod must share one user namespace"
+    )))
 }
 
-/// What holds for a container's first process and for every later one.
+/// Adapts the process of a container or of an exec.
 pub fn adapt_process(process: &mut Process) {
-    // libcontainer leaves a set that is absent as it is, runc empties it.
+    // libcontainer leaves an absent capability set unchanged; runc empties it.
     let mut capabilities = process.capabilities().clone().unwrap_or_else(no_capabilities);
     let empty = || Some(Default::default());
     if capabilities.bounding().is_none() {
@@ -159,7 +163,7 @@ pub fn adapt_process(process: &mut Process) {
         capabilities.set_ambient(empty());
     }
     process.set_capabilities(Some(capabilities));
-    // libcontainer takes a present `false` as a reason to load the filter when it no longer can.
+    // With an explicit `false`, libcontainer loads the seccomp filter after it has dropped the necessary capability.
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
@@ -172,7 +176,7 @@ fn no_capabilities() -> LinuxCapabilities {
     none
 }
 
-/// Drops the limits that speak of the host's own processors and huge pages; those of its devices the shim refuses.
+/// Removes limits that apply to the host's CPUs and huge pages only. The shim rejects limits of the host's devices.
 pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     resources.set_block_io(None).set_rdma(None).set_network(None);
     if let Some(pages) = resources.hugepage_limits().clone() {
@@ -182,7 +186,7 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
             .collect();
         resources.set_hugepage_limits(Some(known));
     }
-    // libcontainer takes the difference of 0 for no limit at all.
+    // libcontainer takes a difference of 0 between memory and swap limits for unlimited swap.
     let memory = resources.memory().as_ref().map(|memory| (memory.limit(), memory.swap()));
     if let Some((Some(limit), Some(swap))) = memory
         && limit == swap
@@ -195,8 +199,8 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_realtime_period(None).set_realtime_runtime(None);
         let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-        if let Some(asked) = cpu.cpus().clone() {
-            cpu.set_cpus(guests(&asked, online.trim()));
+        if let Some(requested) = cpu.cpus().clone() {
+            cpu.set_cpus(guest_cpuset(&requested, online.trim()));
         }
         if cpu.mems().as_deref().is_some_and(|mems| mems != "0") {
             cpu.set_mems(None);
@@ -204,9 +208,10 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     }
 }
 
-/// The guest's processors for a container that may use those of the list `asked` on the host. The same numbers where the
-/// guest has them, else the first ones, as many as there are in the list; both lists are like `0-3,7`. None is no limit.
-fn guests(asked: &str, online: &str) -> Option<String> {
+/// Returns the guest's cpuset for a container with the cpuset `requested` on the host. Uses the same CPU numbers if the
+/// guest has them. The fallback is the same number of CPUs, starting with the first one. `online` are the guest's CPUs, in
+/// the same form: `0-3,7`. Returns `None`, which means no limit, if a list is invalid.
+fn guest_cpuset(requested: &str, online: &str) -> Option<String> {
     let ranges = |list: &str| -> Option<Vec<(u32, u32)>> {
         list.split(',')
             .map(|part| {
@@ -215,12 +220,13 @@ fn guests(asked: &str, online: &str) -> Option<String> {
             })
             .collect()
     };
-    let (asked_ranges, have) = (ranges(asked)?, ranges(online)?);
-    if asked_ranges.iter().all(|(low, high)| have.iter().any(|(from, to)| from <= low && high <= to)) {
-        return Some(asked.to_owned());
+    let (requested_ranges, online_ranges) = (ranges(requested)?, ranges(online)?);
+    if requested_ranges.iter().all(|(low, high)| online_ranges.iter().any(|(from, to)| from <= low && high <= to)) {
+        return Some(requested.to_owned());
     }
-    let count = asked_ranges.iter().fold(0u32, |sum, (low, high)| sum.saturating_add((high - low).saturating_add(1)));
-    let first: Vec<String> = have
+    let count =
+        requested_ranges.iter().fold(0u32, |sum, (low, high)| sum.saturating_add((high - low).saturating_add(1)));
+    let first: Vec<String> = online_ranges
         .iter()
         .flat_map(|&(from, to)| from..=to)
         .take(usize::try_from(count).unwrap_or(usize::MAX))
@@ -234,18 +240,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn processor_lists() {
-        assert_eq!(guests("0", "0-1").as_deref(), Some("0"));
-        assert_eq!(guests("0,1", "0-7").as_deref(), Some("0,1"));
-        assert_eq!(guests("4-5", "0-3").as_deref(), Some("0,1"));
-        assert_eq!(guests("0-3", "0-1").as_deref(), Some("0,1"));
-        assert_eq!(guests("0-4294967295,7", "0,2").as_deref(), Some("0,2"));
-        assert_eq!(guests("", "0-1"), None);
-        assert_eq!(guests("2-1", "0-1"), None);
+    fn guest_cpuset_maps_host_cpus() {
+        assert_eq!(guest_cpuset("0", "0-1").as_deref(), Some("0"));
+        assert_eq!(guest_cpuset("0,1", "0-7").as_deref(), Some("0,1"));
+        assert_eq!(guest_cpuset("4-5", "0-3").as_deref(), Some("0,1"));
+        assert_eq!(guest_cpuset("0-3", "0-1").as_deref(), Some("0,1"));
+        assert_eq!(guest_cpuset("0-4294967295,7", "0,2").as_deref(), Some("0,2"));
+        assert_eq!(guest_cpuset("", "0-1"), None);
+        assert_eq!(guest_cpuset("2-1", "0-1"), None);
     }
 
     #[test]
-    fn no_swap_is_a_limit() {
+    fn equal_memory_and_swap_limits_disable_swap() {
         let adapted = |memory: &str| {
             let mut resources: LinuxResources = serde_json::from_str(&format!(r#"{{"memory":{memory}}}"#)).unwrap();
             adapt_resources(&mut resources, &Cgroup::of("none"));
@@ -258,17 +264,17 @@ mod tests {
     }
 
     #[test]
-    fn a_container_is_in_the_pods_user_namespace_or_not_at_all() {
+    fn check_id_mappings_requires_the_mappings_of_the_pod() {
         let id_mappings = |host: u32| {
             let ids = format!(r#"[{{"containerID":0,"hostID":{host},"size":9}}]"#);
             let text = format!(r#"{{"namespaces":[{{"type":"user"}}],"uidMappings":{ids},"gidMappings":{ids}}}"#);
             IdMappings::from_spec(&serde_json::from_str(&text).unwrap())
         };
-        let refused = |asked: Option<IdMappings>, pods: Option<IdMappings>| {
-            format!("{:?}", same_users(asked.as_ref(), pods.as_ref()).unwrap_err())
+        let refused = |requested: Option<IdMappings>, pod: Option<IdMappings>| {
+            format!("{:?}", check_id_mappings(requested.as_ref(), pod.as_ref()).unwrap_err())
         };
-        same_users(id_mappings(7).as_ref(), id_mappings(7).as_ref()).unwrap();
-        same_users(None, None).unwrap();
+        check_id_mappings(id_mappings(7).as_ref(), id_mappings(7).as_ref()).unwrap();
+        check_id_mappings(None, None).unwrap();
         assert!(refused(id_mappings(7), id_mappings(8)).contains("mappings"));
         assert!(refused(id_mappings(7), None).contains("the pod has none"));
         assert!(refused(None, id_mappings(7)).contains("the container has none"));
@@ -285,18 +291,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_container_gets_the_pods_namespaces() {
-        let asked: Vec<LinuxNamespace> = serde_json::from_str(
+    fn namespaces_are_those_of_the_pod() {
+        let requested: Vec<LinuxNamespace> = serde_json::from_str(
             r#"[{"type":"pid"},{"type":"network","path":"/proc/1/ns/net"},{"type":"ipc"},{"type":"uts"},
                 {"type":"mount"},{"type":"cgroup"}]"#,
         )
         .unwrap();
         let target = |id: &str| Ok(PathBuf::from(format!("/proc/{id}")));
-        let all = namespaces(&asked, &Sandbox::default(), target).unwrap();
+        let all = namespaces(&requested, &Sandbox::default(), target).unwrap();
         let path = |kind| all.iter().find(|n| n.typ() == kind).unwrap().path().clone();
         assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET)));
         assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC)));
         assert_eq!(path(LinuxNamespaceType::Uts), None);
-        assert!(namespaces(&asked[1..], &Sandbox::default(), target).is_err());
+        assert!(namespaces(&requested[1..], &Sandbox::default(), target).is_err());
     }
 }

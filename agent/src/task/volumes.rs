@@ -1,9 +1,9 @@
-//! What a container has of the shared file system: mounts that the kernel makes by itself at the first look (FUSE
+//! The volumes of a container that are in the share. The guest kernel automounts each of them at the first access (FUSE
 //! submounts, fs/fuse/dir.c, `fuse_dentry_automount`).
 //!
-//! The first look is taken in the agent's mount namespace. One taken in a container's would make a file system of that
-//! container's own, and a fifo, a socket or a lock of one container would be none in the other. Somebody has to unmount
-//! them then, or the host's mounts would be in use as long as the guest lives.
+//! The agent accesses them first, in its mount namespace. An automount in a container's namespace would be a separate
+//! file system, and containers could not share fifos, sockets or locks. The agent also has to unmount them: otherwise the
+//! host's mounts would stay in use until the VM ends.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,27 +14,27 @@ use libcontainer::oci_spec::runtime::Spec;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
-/// The shared paths of a specification: its mounts' sources and its root file system.
-pub fn of(spec: &Spec) -> Vec<PathBuf> {
+/// Returns the shared volumes of a specification: those of its mounts, and its rootfs.
+pub fn of_spec(spec: &Spec) -> Vec<PathBuf> {
     let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
     let root = spec.root().iter().map(|root| root.path());
     sources.chain(root).filter_map(|path| volume::shared_of(path)).collect()
 }
 
-/// Takes the first look at each; blocks. What cannot be opened is found out by whoever mounts it.
-pub fn visit(paths: &[PathBuf]) {
+/// Triggers the automount of each path. Blocks. Errors are ignored: libcontainer reports them when it mounts the path.
+pub fn trigger_automounts(paths: &[PathBuf]) {
     for path in paths {
         let _ = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NONBLOCK).open(path);
     }
 }
 
-/// Unmounts them; blocks.
-pub fn leave(paths: &[PathBuf]) {
+/// Unmounts the automounts at `paths`. Blocks. Best effort.
+pub fn unmount(paths: &[PathBuf]) {
     for path in paths {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            // A file, which has no mount of its own, or one that the host has taken away.
+            // A file, which is not automounted, or a volume that the host has removed.
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-            Err(error) => tracing::warn!("{}: {error}", Path::display(path)),
+            Err(error) => tracing::warn!("failed to unmount {}: {error}", Path::display(path)),
         }
     }
 }
@@ -45,7 +45,7 @@ mod tests {
     use husk_proto::GUEST_SHARE;
 
     #[test]
-    fn what_is_shared() {
+    fn of_spec_returns_paths_in_the_share() {
         let spec = serde_json::json!({
             "ociVersion": "1.0.2",
             "root": { "path": format!("{GUEST_SHARE}/c/rootfs") },
@@ -57,8 +57,11 @@ mod tests {
             ],
         });
         let spec: Spec = serde_json::from_value(spec).unwrap();
-        assert_eq!(of(&spec), [".volumes/1", ".volumes/2", "c/rootfs"].map(|path| Path::new(GUEST_SHARE).join(path)));
-        visit(&of(&spec));
-        leave(&of(&spec));
+        assert_eq!(
+            of_spec(&spec),
+            [".volumes/1", ".volumes/2", "c/rootfs"].map(|path| Path::new(GUEST_SHARE).join(path))
+        );
+        trigger_automounts(&of_spec(&spec));
+        unmount(&of_spec(&spec));
     }
 }

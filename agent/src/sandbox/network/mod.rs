@@ -1,5 +1,5 @@
-//! The pod's network: interfaces found by hardware address, moved into the pod's namespace, named and
-//! configured, and kept as the host's are while these change.
+//! The pod's network: finds interfaces by MAC address, moves them to the pod's namespace, names and configures them.
+//! Later requests update them when the network on the host changes.
 
 mod parts;
 mod route;
@@ -16,183 +16,184 @@ use std::time::Duration;
 use husk_proto::agent::{Interface, Neighbour, Route, Rule};
 use tokio::time::{Instant, timeout_at};
 
-use super::netlink::{Link, LinkNotices, Message, Netlink, link_header, links};
+use super::netlink::{Link, LinkNotifications, Message, Netlink, link_header, links};
 use super::{NET, namespaces};
 use parts::Op;
 
-/// How long an interface may take to appear: its device is there before the guest is asked for it.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout for an interface to appear. Its device has been hot-plugged before the request arrives.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why the network could not be set up.
+/// Reason why the network was not set up or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    /// An address, prefix or hardware address is malformed.
-    #[error("{0:?} is no {1}")]
+    /// A value of the request is malformed: the value, and what it should be.
+    #[error("invalid {1}: {0:?}")]
     Malformed(String, &'static str),
-    /// No device with this hardware address came.
-    #[error("no network device with address {0}")]
+    /// No interface with this MAC address appeared.
+    #[error("failed to find a network interface with MAC address {0}")]
     NoDevice(String),
-    /// A route or neighbour names an interface that the request does not.
-    #[error("no interface {0:?}")]
+    /// A route or neighbour names an interface that the request does not contain.
+    #[error("failed to find interface {0:?} of a route or neighbour")]
     NoInterface(String),
-    /// Another request is under way.
-    #[error("the network is being changed already")]
+    /// Another request is in progress.
+    #[error("another network change is in progress")]
     Busy,
-    /// The kernel refused.
-    #[error("cannot {0}")]
+    /// The kernel rejected a request.
+    #[error("failed to {0}")]
     Kernel(String, #[source] io::Error),
-    /// The pod's namespaces could not be entered.
+    /// The pod's namespaces were not entered.
     #[error(transparent)]
     Namespace(#[from] namespaces::NamespaceError),
 }
 
-fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
-    move |source| NetworkError::Kernel(what.into(), source)
+fn kernel(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::Kernel(action.into(), source)
 }
 
-/// What the pod's network is to be.
+/// Configuration of the pod's network.
 #[derive(Debug, Default, Clone, PartialEq)]
-pub struct Asked {
+pub struct NetworkConfig {
     /// Interfaces with their addresses.
     pub interfaces: Vec<Interface>,
     /// Routes of all tables.
     pub routes: Vec<Route>,
-    /// Rules that lead to the tables.
+    /// Routing policy rules.
     pub rules: Vec<Rule>,
-    /// Neighbours that somebody set.
+    /// Permanent neighbour entries.
     pub neighbours: Vec<Neighbour>,
 }
 
-impl Asked {
-    /// What there may be when `asked` was not reached from here: of the interfaces those that were there before.
-    fn with(mut self, asked: Self) -> Self {
-        fn more<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
+impl NetworkConfig {
+    /// Returns everything that may exist after a failed change from `self` to `config`. Of interfaces, only those of `self`
+    /// count.
+    fn merge(mut self, config: Self) -> Self {
+        fn add_missing<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
             let new: Vec<T> = new.into_iter().filter(|part| !all.contains(part)).collect();
             all.extend(new);
         }
-        more(&mut self.routes, asked.routes);
-        more(&mut self.rules, asked.rules);
-        more(&mut self.neighbours, asked.neighbours);
+        add_missing(&mut self.routes, config.routes);
+        add_missing(&mut self.rules, config.rules);
+        add_missing(&mut self.neighbours, config.neighbours);
         self
     }
 }
 
-/// What the pod's network was made, so far.
-struct Made {
-    asked: Asked,
-    /// Whether all of it is there; some of it may not be when a change failed.
-    whole: bool,
+/// Configuration that has been applied.
+struct Applied {
+    config: NetworkConfig,
+    /// Whether all parts exist. False after a failed change.
+    complete: bool,
 }
 
-/// The pod's network as it was last asked for. What a container adds by itself, a bridge or a route, is none of it.
-pub struct Network(Mutex<Option<Made>>);
+/// The pod's network as last requested. A bridge or route that a container adds itself is not part of it.
+pub struct Network(Mutex<Option<Applied>>);
 
 impl Default for Network {
     fn default() -> Self {
-        Self(Mutex::new(Some(Made { asked: Asked::default(), whole: true })))
+        Self(Mutex::new(Some(Applied { config: NetworkConfig::default(), complete: true })))
     }
 }
 
 impl Network {
-    /// Makes it what is asked for now: only what differs from before is touched.
+    /// Changes the network to `config`. Touches only parts that differ from the previous configuration.
     ///
     /// # Errors
-    /// [`NetworkError`] naming the first thing that failed; the next call makes anew whatever this one may have begun.
-    pub async fn follow(&self, asked: Asked) -> Result<(), NetworkError> {
-        let take = || self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let before = take().ok_or(NetworkError::Busy)?;
-        let changed = change(&before, &asked).await;
-        let now = match changed {
-            Ok(()) => Made { asked, whole: true },
-            Err(_) => Made { asked: before.asked.with(asked), whole: false },
+    /// Returns the first failure. The next call recreates all parts that this call may have changed.
+    pub async fn apply(&self, config: NetworkConfig) -> Result<(), NetworkError> {
+        let take_applied = || self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let before = take_applied().ok_or(NetworkError::Busy)?;
+        let changed = change(&before, &config).await;
+        let applied = match changed {
+            Ok(()) => Applied { config, complete: true },
+            Err(_) => Applied { config: before.config.merge(config), complete: false },
         };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(applied);
         changed
     }
 }
 
-async fn change(Made { asked: before, whole }: &Made, after: &Asked) -> Result<(), NetworkError> {
-    if *whole && before == after {
+async fn change(Applied { config: before, complete }: &Applied, after: &NetworkConfig) -> Result<(), NetworkError> {
+    if *complete && before == after {
         return Ok(());
     }
-    let pod = namespaces::within(Netlink::open)?.map_err(kernel("open netlink"))?;
-    let mut routes = differing(&before.routes, &after.routes, *whole, route::place);
-    let rules = differing(&before.rules, &after.rules, *whole, rule::place);
+    let pod = namespaces::run_in_pod(Netlink::open)?.map_err(kernel("open a netlink socket"))?;
+    let mut routes = changed_keys(&before.routes, &after.routes, *complete, route::key);
+    let rules = changed_keys(&before.rules, &after.rules, *complete, rule::key);
     remove(before, after, (&routes, &rules), &pod)?;
-    // Those whose routes and neighbours are gone, or never were.
+    // Interfaces without routes and neighbours: new ones, or those whose routes and neighbours have been removed.
     let mut fresh = Vec::new();
     for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
         match before.interfaces.iter().find(|was| was.mac == interface.mac && was.name == interface.name) {
-            Some(was) => adjust(was, interface, &pod)?,
+            Some(was) => update_interface(was, interface, &pod)?,
             None => {
-                bring_in(interface, &pod).await?;
+                add_interface(interface, &pod).await?;
                 fresh.push(interface.name.as_str());
             }
         }
     }
     let is_fresh = |route: &&Route| route::interfaces(route).any(|name| fresh.contains(&name));
-    routes.extend(after.routes.iter().filter(is_fresh).map(route::place));
+    routes.extend(after.routes.iter().filter(is_fresh).map(route::key));
     let is_new = |neighbour: &&Neighbour| {
-        !whole || !before.neighbours.contains(neighbour) || fresh.contains(&neighbour.interface.as_str())
+        !complete || !before.neighbours.contains(neighbour) || fresh.contains(&neighbour.interface.as_str())
     };
     let neighbours: Vec<_> = after.neighbours.iter().filter(is_new).collect();
     add(after, (&routes, &neighbours, &rules), &pod)
 }
 
-/// Adds what is new: of routes and rules what is in these places.
+/// Adds the routes and rules with the given keys, and the given neighbours.
 fn add(
-    after: &Asked,
-    (routes, neighbours, rules): (&HashSet<route::Place<'_>>, &[&Neighbour], &HashSet<rule::Place>),
+    after: &NetworkConfig,
+    (routes, neighbours, rules): (&HashSet<route::Key<'_>>, &[&Neighbour], &HashSet<rule::Key>),
     pod: &Netlink,
 ) -> Result<(), NetworkError> {
     let indices = Indices::of(&after.interfaces, pod)?;
-    // A gateway is reachable only once the routes of its link are there.
-    let new = after.routes.iter().filter(|route| routes.contains(&route::place(route)));
-    let (through, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::is_through(route));
-    let mut taken = HashSet::new();
-    let mut op = |route| if taken.insert(route::place(route)) { Op::Add } else { Op::Append };
+    // Direct routes first: a gateway is reachable only through the routes of its link.
+    let new = after.routes.iter().filter(|route| routes.contains(&route::key(route)));
+    let (via_gateway, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::has_gateway(route));
+    let mut seen_keys = HashSet::new();
+    let mut op = |route| if seen_keys.insert(route::key(route)) { Op::Add } else { Op::Append };
     for route in direct {
         route::change(pod, op(route), route, |name| indices.get(name))?;
     }
     for neighbour in neighbours {
         parts::neighbour(pod, Op::Add, neighbour, indices.get(&neighbour.interface)?)?;
     }
-    for route in through {
+    for route in via_gateway {
         route::change(pod, op(route), route, |name| indices.get(name))?;
     }
-    // What they lead to is there.
-    let mut taken = HashSet::new();
-    for rule in after.rules.iter().filter(|rule| rules.contains(&rule::place(rule))) {
-        let op = if taken.insert(rule::place(rule)) { Op::Add } else { Op::Append };
+    // Rules last, because the tables that they look up are filled by now.
+    let mut seen_keys = HashSet::new();
+    for rule in after.rules.iter().filter(|rule| rules.contains(&rule::key(rule))) {
+        let op = if seen_keys.insert(rule::key(rule)) { Op::Add } else { Op::Append };
         rule::change(pod, op, rule)?;
     }
     Ok(())
 }
 
-/// The places in which there is something else than before, or in another order, or if it is not known that all of it is
-/// there: all there is in one is made anew.
-fn differing<'a, T: PartialEq, P: Eq + Hash>(
+/// Returns the keys whose parts differ in content or order and have to be recreated together. Returns all keys unless
+/// `before` is `complete`.
+fn changed_keys<'a, T: PartialEq, P: Eq + Hash>(
     before: &'a [T],
     after: &'a [T],
-    whole: bool,
-    place: impl Fn(&'a T) -> P,
+    complete: bool,
+    key: impl Fn(&'a T) -> P,
 ) -> HashSet<P> {
-    let mut places: HashMap<P, (Vec<&T>, Vec<&T>)> = HashMap::new();
-    before.iter().for_each(|part| places.entry(place(part)).or_default().0.push(part));
-    after.iter().for_each(|part| places.entry(place(part)).or_default().1.push(part));
-    places.into_iter().filter(|(_, (before, after))| !whole || before != after).map(|(place, _)| place).collect()
+    let mut keys: HashMap<P, (Vec<&T>, Vec<&T>)> = HashMap::new();
+    before.iter().for_each(|part| keys.entry(key(part)).or_default().0.push(part));
+    after.iter().for_each(|part| keys.entry(key(part)).or_default().1.push(part));
+    keys.into_iter().filter(|(_, (before, after))| !complete || before != after).map(|(key, _)| key).collect()
 }
 
-/// Takes away what is no longer asked for, the last first; of routes and rules what is in these places.
+/// Removes the parts that are no longer configured, last ones first, and all routes and rules with the given keys.
 fn remove(
-    before: &Asked,
-    after: &Asked,
-    (routes, rules): (&HashSet<route::Place<'_>>, &HashSet<rule::Place>),
+    before: &NetworkConfig,
+    after: &NetworkConfig,
+    (routes, rules): (&HashSet<route::Key<'_>>, &HashSet<rule::Key>),
     pod: &Netlink,
 ) -> Result<(), NetworkError> {
-    let mut gone: Vec<_> = before.rules.iter().filter(|rule| rules.contains(&rule::place(rule))).collect();
-    gone.sort_by_key(|rule| std::cmp::Reverse(rule::demands(rule)));
-    for rule in gone {
+    let mut removed_rules: Vec<_> = before.rules.iter().filter(|rule| rules.contains(&rule::key(rule))).collect();
+    removed_rules.sort_by_key(|rule| std::cmp::Reverse(rule::selector_count(rule)));
+    for rule in removed_rules {
         rule::change(pod, Op::Remove, rule)?;
     }
     if before.interfaces.is_empty() && before.routes.is_empty() && before.neighbours.is_empty() {
@@ -204,9 +205,9 @@ fn remove(
             parts::neighbour(pod, Op::Remove, neighbour, index)?;
         }
     }
-    for route in before.routes.iter().rev().filter(|route| routes.contains(&route::place(route))) {
+    for route in before.routes.iter().rev().filter(|route| routes.contains(&route::key(route))) {
         match route::change(pod, Op::Remove, route, |name| indices.get(name)) {
-            // It went with its interface.
+            // The kernel removed it with its interface.
             Err(NetworkError::NoInterface(_)) => {}
             result => result?,
         }
@@ -221,14 +222,14 @@ fn remove(
         }
         if now.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
-            // Its device is taken out before another one comes by its name or its hardware address.
-            pod.change(down).map_err(kernel(format!("take {} down", interface.name)))?;
+            // The shim hot-unplugs the device before another one with the same name or MAC address appears.
+            pod.change(down).map_err(kernel(format!("bring down interface {}", interface.name)))?;
         }
     }
     Ok(())
 }
 
-/// The guest's indices of the interfaces in a request, by name.
+/// Interface indices in the guest of the interfaces of a request, by name.
 struct Indices<'a>(HashMap<&'a str, i32>);
 
 impl<'a> Indices<'a> {
@@ -258,19 +259,22 @@ fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
     Ok(links(netlink).map_err(kernel("list interfaces"))?.into_iter().find(|link| link.mac == mac))
 }
 
-async fn bring_in(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
+async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
     let mac = parts::parse_mac(&interface.mac)?;
     let link = match by_mac(pod, &mac)? {
         Some(link) => link,
         None => {
-            let found = wait_for(&mac).await?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
+            let found = wait_for_link(&mac).await?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
             let namespace = File::open(NET).map_err(kernel("open the pod's network namespace"))?;
             let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(found.index, 0, 0))
                 .number(libc::IFLA_NET_NS_FD, namespace.as_raw_fd().unsigned_abs())
-                // Counts where its first name is taken there (Linux, do_setlink of net/core/rtnetlink.c).
+                // The rename matters if the pod's namespace already has an interface of the old name (Linux,
+                // do_setlink of net/core/rtnetlink.c).
                 .text(libc::IFLA_IFNAME, &interface.name);
-            let own = Netlink::open().map_err(kernel("open netlink"))?;
-            own.change(message).map_err(kernel(format!("move {}", interface.name)))?;
+            let agent_netlink = Netlink::open().map_err(kernel("open a netlink socket"))?;
+            agent_netlink
+                .change(message)
+                .map_err(kernel(format!("move interface {} to the pod's network namespace", interface.name)))?;
             by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?
         }
     };
@@ -280,23 +284,23 @@ async fn bring_in(interface: &Interface, pod: &Netlink) -> Result<(), NetworkErr
     if interface.mtu > 0 {
         rename = rename.number(libc::IFLA_MTU, interface.mtu);
     }
-    pod.change(rename).map_err(kernel(format!("name {}", interface.name)))?;
+    pod.change(rename).map_err(kernel(format!("rename an interface to {}", interface.name)))?;
     pod.change(Message::new(libc::RTM_NEWLINK, 0, &link_header(link.index, up, up)))
-        .map_err(kernel(format!("bring {} up", interface.name)))?;
+        .map_err(kernel(format!("bring up interface {}", interface.name)))?;
     for address in &interface.addresses {
         parts::address(pod, Op::Add, link.index, address)?;
     }
     Ok(())
 }
 
-/// What changed of an interface that stays up: with it down its routes would be gone.
-fn adjust(was: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
+/// Updates an interface without bringing it down, because the kernel would remove its routes.
+fn update_interface(was: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
     let mac = parts::parse_mac(&interface.mac)?;
     let index = by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoInterface(interface.name.clone()))?.index;
     if interface.mtu > 0 && interface.mtu != was.mtu {
         let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, 0));
         pod.change(message.number(libc::IFLA_MTU, interface.mtu))
-            .map_err(kernel(format!("set the MTU of {}", interface.name)))?;
+            .map_err(kernel(format!("set the MTU of interface {}", interface.name)))?;
     }
     for address in interface.addresses.iter().filter(|address| !was.addresses.contains(address)) {
         parts::address(pod, Op::Add, index, address)?;
@@ -304,16 +308,16 @@ fn adjust(was: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), N
     Ok(())
 }
 
-async fn wait_for(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
-    let notices = LinkNotices::subscribe().map_err(kernel("watch interfaces"))?;
-    let own = Netlink::open().map_err(kernel("open netlink"))?;
-    let deadline = Instant::now() + PATIENCE;
+async fn wait_for_link(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
+    let notices = LinkNotifications::subscribe().map_err(kernel("subscribe to link notifications"))?;
+    let agent_netlink = Netlink::open().map_err(kernel("open a netlink socket"))?;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
-        if let Some(link) = by_mac(&own, mac)? {
+        if let Some(link) = by_mac(&agent_netlink, mac)? {
             return Ok(Some(link));
         }
         match timeout_at(deadline, notices.next()).await {
-            Ok(result) => result.map_err(kernel("watch interfaces"))?,
+            Ok(result) => result.map_err(kernel("receive link notifications"))?,
             Err(_) => return Ok(None),
         }
     }
@@ -329,29 +333,29 @@ mod tests {
     }
 
     #[test]
-    fn what_shares_a_place_is_made_anew_together() {
+    fn changed_keys_include_all_parts_of_a_key() {
         let before = [rule(1, "10.0.0.0/8"), rule(1, ""), rule(2, "")];
         let after = [rule(1, ""), rule(1, "10.0.0.0/8"), rule(2, ""), rule(3, "")];
-        // Their order counts.
-        assert_eq!(differing(&before, &after, true, rule::place), HashSet::from([(false, 1), (false, 3)]));
-        assert_eq!(differing(&after, &before, true, rule::place), HashSet::from([(false, 1), (false, 3)]));
-        // Of what is half made nothing is taken for granted.
-        assert_eq!(differing(&before, &before, false, rule::place), HashSet::from([(false, 1), (false, 2)]));
-        let asked = |rules: &[Rule]| Asked { rules: rules.to_vec(), ..Asked::default() };
-        assert_eq!(asked(&before).with(asked(&after)).rules, [&before[..], &after[3..]].concat());
+        // The order within a key matters.
+        assert_eq!(changed_keys(&before, &after, true, rule::key), HashSet::from([(false, 1), (false, 3)]));
+        assert_eq!(changed_keys(&after, &before, true, rule::key), HashSet::from([(false, 1), (false, 3)]));
+        // After a failed change, all keys have to be recreated.
+        assert_eq!(changed_keys(&before, &before, false, rule::key), HashSet::from([(false, 1), (false, 2)]));
+        let config = |rules: &[Rule]| NetworkConfig { rules: rules.to_vec(), ..NetworkConfig::default() };
+        assert_eq!(config(&before).merge(config(&after)).rules, [&before[..], &after[3..]].concat());
         let rules = [rule(1, ""), Rule { ipv6: true, ..rule(1, "") }];
-        assert_eq!(differing(&rules[..1], &rules, true, rule::place), HashSet::from([(true, 1)]));
+        assert_eq!(changed_keys(&rules[..1], &rules, true, rule::key), HashSet::from([(true, 1)]));
     }
 
     proptest! {
         #[test]
-        fn places_that_differ_turn_the_one_into_the_other(before: Vec<(u8, u8)>, after: Vec<(u8, u8)>) {
-            let places = differing(&before, &after, true, |part| part.0);
-            let mut now: Vec<_> = before.iter().filter(|part| !places.contains(&part.0)).copied().collect();
-            now.extend(after.iter().filter(|part| places.contains(&part.0)));
-            let of = |list: &[(u8, u8)], place| list.iter().filter(|part| part.0 == place).copied().collect::<Vec<_>>();
-            for place in 0..=u8::MAX {
-                prop_assert_eq!(of(&now, place), of(&after, place));
+        fn recreating_changed_keys_yields_the_new_list(before: Vec<(u8, u8)>, after: Vec<(u8, u8)>) {
+            let keys = changed_keys(&before, &after, true, |part| part.0);
+            let mut now: Vec<_> = before.iter().filter(|part| !keys.contains(&part.0)).copied().collect();
+            now.extend(after.iter().filter(|part| keys.contains(&part.0)));
+            let of = |list: &[(u8, u8)], key| list.iter().filter(|part| part.0 == key).copied().collect::<Vec<_>>();
+            for key in 0..=u8::MAX {
+                prop_assert_eq!(of(&now, key), of(&after, key));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The parts of an interface's configuration, each of them one request to the kernel.
+//! Addresses and neighbours of an interface, each set with one netlink request, and parsers for all parts.
 
 use std::fmt::Display;
 use std::io;
@@ -9,19 +9,19 @@ use husk_proto::agent::Neighbour;
 
 use super::NetworkError;
 
-/// What is done with a part.
+/// Operation on a part of the network configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
-    /// It is there afterwards, in place of what was where it belongs.
+    /// Adds the part and replaces an existing part with the same key.
     Add,
-    /// It is there afterwards, behind what is where it belongs too.
+    /// Adds the part after existing parts with the same key.
     Append,
-    /// It is not there afterwards.
+    /// Removes the part.
     Remove,
 }
 
 impl Op {
-    /// A message that adds, with these flags, or removes.
+    /// Returns the netlink message of this operation. `flags` apply to additions.
     pub(super) fn message(self, (add, flags): (u16, i32), remove: u16, fixed: &[u8]) -> Message {
         match self {
             Self::Add | Self::Append => Message::new(add, libc::NLM_F_CREATE | flags, fixed),
@@ -29,12 +29,12 @@ impl Op {
         }
     }
 
-    /// Has the kernel do it.
+    /// Sends the message. Succeeds if the part to remove is missing or the part to add exists.
     pub(super) fn change(self, pod: &Netlink, message: Message) -> io::Result<()> {
-        // With its interface, or by the pod's own hand.
-        const GONE: [i32; 4] = [libc::ENODEV, libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL];
+        // Errors for parts that the kernel removed with their interface, or that a container removed.
+        const MISSING: [i32; 4] = [libc::ENODEV, libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL];
         match pod.change(message) {
-            Err(error) if self == Self::Remove && error.raw_os_error().is_some_and(|code| GONE.contains(&code)) => {
+            Err(error) if self == Self::Remove && error.raw_os_error().is_some_and(|code| MISSING.contains(&code)) => {
                 Ok(())
             }
             Err(error) if self != Self::Remove && error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
@@ -42,20 +42,20 @@ impl Op {
         }
     }
 
-    /// The error for what the kernel refused.
-    pub(super) fn failed(self, what: impl Display) -> impl FnOnce(io::Error) -> NetworkError {
-        let text = format!("{} {what}", if self == Self::Remove { "remove" } else { "add" });
+    /// Returns the error of this operation on `object`.
+    pub(super) fn failed(self, object: impl Display) -> impl FnOnce(io::Error) -> NetworkError {
+        let text = format!("{} {object}", if self == Self::Remove { "remove" } else { "add" });
         move |source| NetworkError::Kernel(text, source)
     }
 }
 
-/// An address of the interface `index`, in CIDR form.
+/// Adds or removes an address, in CIDR form, of the interface `index`.
 pub fn address(pod: &Netlink, op: Op, index: i32, cidr: &str) -> Result<(), NetworkError> {
     let (address, prefix) = parse_cidr(cidr)?;
     let bytes = octets(address);
     let family = family(address);
-    // An address of a pod has been checked for duplicates by whoever gave it out, and its routes come by themselves:
-    // some networks have none to their own subnet.
+    // NODAD: the CNI plugin that assigned the address is responsible for its uniqueness. NOPREFIXROUTE: routes are
+    // requested explicitly, and some networks have no route to their own subnet.
     let flags = libc::IFA_F_NOPREFIXROUTE | if address.is_ipv6() { libc::IFA_F_NODAD } else { 0 };
     let scope = if address.is_loopback() { libc::RT_SCOPE_HOST } else { libc::RT_SCOPE_UNIVERSE };
     // struct ifaddrmsg
@@ -75,7 +75,7 @@ pub fn address(pod: &Netlink, op: Op, index: i32, cidr: &str) -> Result<(), Netw
     op.change(pod, message).map_err(op.failed(format_args!("address {cidr}")))
 }
 
-/// A neighbour at the interface `index`.
+/// Adds or removes a permanent neighbour of the interface `index`.
 pub fn neighbour(pod: &Netlink, op: Op, neighbour: &Neighbour, index: i32) -> Result<(), NetworkError> {
     let address = parse_ip(&neighbour.address)?;
     // struct ndmsg
@@ -105,13 +105,13 @@ pub(super) fn parse_ip(text: &str) -> Result<IpAddr, NetworkError> {
     text.parse().map_err(|_| NetworkError::Malformed(text.to_owned(), "IP address"))
 }
 
-/// An address, or none where there is no text.
+/// Parses an IP address. Returns `None` for an empty string.
 pub(super) fn optional_ip(text: &str) -> Result<Option<IpAddr>, NetworkError> {
     if text.is_empty() { Ok(None) } else { parse_ip(text).map(Some) }
 }
 
 pub(super) fn parse_cidr(text: &str) -> Result<(IpAddr, u8), NetworkError> {
-    let malformed = || NetworkError::Malformed(text.to_owned(), "address with prefix length");
+    let malformed = || NetworkError::Malformed(text.to_owned(), "address with prefix length, such as 10.0.0.1/24");
     let (address, prefix) = text.split_once('/').ok_or_else(malformed)?;
     let address = parse_ip(address)?;
     let prefix: u8 = prefix.parse().map_err(|_| malformed())?;
@@ -119,20 +119,20 @@ pub(super) fn parse_cidr(text: &str) -> Result<(IpAddr, u8), NetworkError> {
     if prefix <= longest { Ok((address, prefix)) } else { Err(malformed()) }
 }
 
-/// A prefix, or none where there is no text or it is that of all addresses.
+/// Parses a prefix. Returns `None` for an empty string and for the prefix of all addresses.
 pub(super) fn optional_cidr(text: &str) -> Result<Option<(IpAddr, u8)>, NetworkError> {
     if text.is_empty() { Ok(None) } else { Ok(Some(parse_cidr(text)?).filter(|(_, prefix)| *prefix > 0)) }
 }
 
-/// A number that has but a byte in the kernel's message.
+/// Converts a number to the byte that it has in the netlink message.
 pub(super) fn byte(number: u32, what: &'static str) -> Result<u8, NetworkError> {
     u8::try_from(number).map_err(|_| NetworkError::Malformed(number.to_string(), what))
 }
 
-/// Six bytes in hexadecimal, with colons between them.
+/// Parses a MAC address: six bytes in hexadecimal, separated by colons.
 pub fn parse_mac(text: &str) -> Result<Vec<u8>, NetworkError> {
     let bytes: Result<Vec<u8>, _> = text.split(':').map(|part| u8::from_str_radix(part, 16)).collect();
-    bytes.ok().filter(|mac| mac.len() == 6).ok_or_else(|| NetworkError::Malformed(text.to_owned(), "hardware address"))
+    bytes.ok().filter(|mac| mac.len() == 6).ok_or_else(|| NetworkError::Malformed(text.to_owned(), "MAC address"))
 }
 
 #[cfg(test)]
@@ -141,7 +141,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn addresses() {
+    fn parsers_reject_malformed_addresses() {
         assert_eq!(parse_cidr("10.1.2.3/24").unwrap(), ("10.1.2.3".parse().unwrap(), 24));
         assert!(parse_cidr("10.1.2.3/33").is_err());
         assert!(parse_cidr("fd00::1/64").is_ok());
@@ -151,7 +151,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_never_panics(text: String) {
+        fn parsers_never_panic(text: String) {
             let _ = parse_cidr(&text);
             let _ = parse_mac(&text);
         }

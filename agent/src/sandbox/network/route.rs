@@ -1,4 +1,4 @@
-//! A route of the pod's, as the kernel is asked for it.
+//! Converts a route of the pod to a netlink request.
 
 use std::io;
 use std::net::IpAddr;
@@ -11,26 +11,26 @@ use husk_proto::agent::route::Kind;
 use super::NetworkError;
 use super::parts::{Op, byte, family, octets, optional_cidr, optional_ip};
 
-/// The next hops of a route are one attribute, whose length is a number of 16 bits.
+/// Maximum length of the next hops, in bytes. They are one netlink attribute, whose length field has 16 bits.
 const MAX_HOPS_LENGTH: usize = u16::MAX as usize - 4;
 
-/// What only one route has, but for those that stand behind one another: family, table, destination, type of service,
-/// metric.
-pub type Place<'a> = (bool, u32, &'a str, u32, u32);
+/// Key of a route: family, table, destination, type of service and metric. Routes with the same key form an ordered list
+/// (NLM_F_APPEND).
+pub type Key<'a> = (bool, u32, &'a str, u32, u32);
 
-/// Where a route belongs.
-pub fn place(route: &Route) -> Place<'_> {
+/// Returns the key of a route.
+pub fn key(route: &Route) -> Key<'_> {
     (route.ipv6, table(route), &route.destination, route.tos, route.metric)
 }
 
-/// The interfaces a route goes by.
+/// Returns the names of a route's interfaces.
 pub fn interfaces(route: &Route) -> impl Iterator<Item = &str> {
-    let own = Some(route.interface.as_str()).filter(|name| !name.is_empty());
-    own.into_iter().chain(route.hops.iter().map(|hop| hop.interface.as_str()))
+    let single = Some(route.interface.as_str()).filter(|name| !name.is_empty());
+    single.into_iter().chain(route.hops.iter().map(|hop| hop.interface.as_str()))
 }
 
-/// Whether it needs another route, to a gateway.
-pub fn is_through(route: &Route) -> bool {
+/// Whether the route has a gateway, and so depends on a route to it.
+pub fn has_gateway(route: &Route) -> bool {
     !route.gateway.is_empty() || route.hops.iter().any(|hop| !hop.gateway.is_empty())
 }
 
@@ -38,87 +38,87 @@ fn table(route: &Route) -> u32 {
     if route.table == 0 { libc::RT_TABLE_MAIN.into() } else { route.table }
 }
 
-/// Adds or removes a route by interfaces with these indices.
+/// Adds or removes a route. `index` returns the index of an interface in the guest.
 pub fn change(
     pod: &Netlink,
     op: Op,
     route: &Route,
     index: impl Fn(&str) -> Result<i32, NetworkError>,
 ) -> Result<(), NetworkError> {
-    let wanted = Wanted::of(op, route, index)?;
+    let parsed = ParsedRoute::of(op, route, index)?;
     let unreachable = |error: &io::Error| {
         matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Op::Remove
     };
-    let done = match op.change(pod, wanted.message(op, false)) {
-        // The way to its gateway is not needed any more once the route is there: the host's has lost it, or has it by a
-        // rule.
-        Err(error) if unreachable(&error) && is_through(route) => op.change(pod, wanted.message(op, true)),
+    let done = match op.change(pod, parsed.message(op, false)) {
+        // The kernel needs a route to the gateway only when the route is added. The host's network no longer has it, or
+        // finds it through a rule. Retry with RTNH_F_ONLINK, which skips the check.
+        Err(error) if unreachable(&error) && has_gateway(route) => op.change(pod, parsed.message(op, true)),
         done => done,
     };
-    done.map_err(op.failed(format_args!("route to {:?} by {:?}", route.destination, route.gateway)))
+    done.map_err(op.failed(format_args!("route to {:?} via {:?}", route.destination, route.gateway)))
 }
 
-/// Where packets go.
-struct Way {
+/// Next hop of a route.
+struct Hop {
     index: i32,
     gateway: Option<IpAddr>,
     onlink: bool,
     weight: u8,
 }
 
-/// A route with all that was text in it understood.
-struct Wanted<'a> {
+/// Route with parsed addresses.
+struct ParsedRoute<'a> {
     route: &'a Route,
     family: u8,
     kind: Kind,
     tos: u8,
     destination: Option<(IpAddr, u8)>,
     source: Option<IpAddr>,
-    ways: Vec<Way>,
+    hops: Vec<Hop>,
 }
 
-impl<'a> Wanted<'a> {
+impl<'a> ParsedRoute<'a> {
     fn of(op: Op, route: &'a Route, index: impl Fn(&str) -> Result<i32, NetworkError>) -> Result<Self, NetworkError> {
         let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
-        let Ok(kind) = route.kind.enum_value() else { return malformed(format!("{:?}", route.kind), "kind of route") };
+        let Ok(kind) = route.kind.enum_value() else { return malformed(format!("{:?}", route.kind), "route type") };
         let (destination, source) = (optional_cidr(&route.destination)?, optional_ip(&route.source)?);
-        // A default route's gateway may be of the other family.
+        // The gateway does not determine the family: a default route may have a gateway of the other family.
         let family = match destination.map(|(address, _)| address).or(source) {
             Some(address) => family(address),
             None if route.ipv6 => libc::AF_INET6 as u8,
             None => libc::AF_INET as u8,
         };
         if source.is_some_and(|source| self::family(source) != family) {
-            return malformed(route.source.clone(), "source for this route");
+            return malformed(route.source.clone(), "source address for this route's family");
         }
-        let mut ways = Vec::new();
+        let mut hops = Vec::new();
         if !route.interface.is_empty() || (route.hops.is_empty() && matches!(kind, Kind::UNICAST | Kind::LOCAL)) {
             let (index, gateway) = (index(&route.interface)?, optional_ip(&route.gateway)?);
-            ways.push(Way { index, gateway, onlink: route.onlink, weight: 0 });
+            hops.push(Hop { index, gateway, onlink: route.onlink, weight: 0 });
         }
         for hop in &route.hops {
             let Some(weight) = hop.weight.max(1).checked_sub(1).and_then(|weight| u8::try_from(weight).ok()) else {
                 return malformed(hop.weight.to_string(), "weight of a next hop");
             };
             let index = match index(&hop.interface) {
-                // It went with its interface.
+                // The kernel removed this next hop with its interface.
                 Err(NetworkError::NoInterface(_)) if op == Op::Remove => continue,
                 index => index?,
             };
-            ways.push(Way { index, gateway: optional_ip(&hop.gateway)?, onlink: hop.onlink, weight });
+            hops.push(Hop { index, gateway: optional_ip(&hop.gateway)?, onlink: hop.onlink, weight });
         }
-        let wanted = Self { route, family, kind, tos: byte(route.tos, "type of service")?, destination, source, ways };
-        if wanted.hops(false).len() > MAX_HOPS_LENGTH {
+        let parsed = Self { route, family, kind, tos: byte(route.tos, "type of service")?, destination, source, hops };
+        if parsed.multipath(false).len() > MAX_HOPS_LENGTH {
             return malformed(route.hops.len().to_string(), "number of next hops");
         }
-        Ok(wanted)
+        Ok(parsed)
     }
 
-    /// The message for the kernel; with `onlink`, all gateways are reached without asking how.
+    /// Returns the netlink message. With `onlink`, all gateways get RTNH_F_ONLINK.
     fn message(&self, op: Op, onlink: bool) -> Message {
         let route = self.route;
         let v4 = self.family == libc::AF_INET as u8;
-        let direct = self.kind == Kind::UNICAST && self.ways.iter().all(|way| way.gateway.is_none());
+        let direct = self.kind == Kind::UNICAST && self.hops.iter().all(|hop| hop.gateway.is_none());
         let scope = match route.scope {
             0 if v4 && direct => libc::RT_SCOPE_LINK,
             scope => u8::try_from(scope).unwrap_or(libc::RT_SCOPE_UNIVERSE),
@@ -132,30 +132,30 @@ impl<'a> Wanted<'a> {
             Kind::THROW => libc::RTN_THROW,
         };
         let several = !route.hops.is_empty();
-        let flags = match &self.ways[..] {
-            [way] if !several => u32::from(way.flags(onlink)),
+        let flags = match &self.hops[..] {
+            [hop] if !several => u32::from(hop.flags(onlink)),
             _ => 0,
         };
         let (prefix, tos) = (self.destination.map_or(0, |(_, prefix)| prefix), if v4 { self.tos } else { 0 });
-        // struct rtmsg, whose byte for the table is too small for most.
+        // struct rtmsg. Its table field has one byte; the RTA_TABLE attribute holds larger table ids.
         let mut fixed =
             [self.family, prefix, 0, tos, libc::RT_TABLE_UNSPEC, libc::RTPROT_BOOT, scope, kind, 0, 0, 0, 0];
         fixed[8..].copy_from_slice(&flags.to_ne_bytes());
-        let place = if op == Op::Append { libc::NLM_F_APPEND } else { libc::NLM_F_REPLACE };
+        let order = if op == Op::Append { libc::NLM_F_APPEND } else { libc::NLM_F_REPLACE };
         let mut message =
-            op.message((libc::RTM_NEWROUTE, place), libc::RTM_DELROUTE, &fixed).number(libc::RTA_TABLE, table(route));
+            op.message((libc::RTM_NEWROUTE, order), libc::RTM_DELROUTE, &fixed).number(libc::RTA_TABLE, table(route));
         if let Some((address, _)) = self.destination {
             message = message.attribute(libc::RTA_DST, &octets(address));
         }
-        match &self.ways[..] {
-            [way] if !several => {
-                message = message.number(libc::RTA_OIF, way.index.unsigned_abs());
-                if let Some((kind, value)) = way.gateway(self.family) {
+        match &self.hops[..] {
+            [hop] if !several => {
+                message = message.number(libc::RTA_OIF, hop.index.unsigned_abs());
+                if let Some((kind, value)) = hop.gateway(self.family) {
                     message = message.attribute(kind, &value);
                 }
             }
             [] => {}
-            _ => message = message.attribute(libc::RTA_MULTIPATH, &self.hops(onlink)),
+            _ => message = message.attribute(libc::RTA_MULTIPATH, &self.multipath(onlink)),
         }
         if let Some(address) = self.source {
             message = message.attribute(libc::RTA_PREFSRC, &octets(address));
@@ -172,34 +172,34 @@ impl<'a> Wanted<'a> {
         message
     }
 
-    /// One struct rtnexthop after another, each with its attributes.
-    fn hops(&self, onlink: bool) -> Vec<u8> {
+    /// Returns the value of RTA_MULTIPATH: a struct rtnexthop with attributes for each next hop.
+    fn multipath(&self, onlink: bool) -> Vec<u8> {
         let mut bytes = Vec::new();
-        for way in &self.ways {
-            let gateway = way.gateway(self.family).map(|(kind, value)| nest(&[(kind, &value)])).unwrap_or_default();
-            // Of 32 bytes at most.
+        for hop in &self.hops {
+            let gateway = hop.gateway(self.family).map(|(kind, value)| nest(&[(kind, &value)])).unwrap_or_default();
+            // At most 32 bytes.
             bytes.extend(((8 + gateway.len()) as u16).to_ne_bytes());
-            bytes.extend([way.flags(onlink), way.weight]);
-            bytes.extend(way.index.to_ne_bytes());
+            bytes.extend([hop.flags(onlink), hop.weight]);
+            bytes.extend(hop.index.to_ne_bytes());
             bytes.extend(gateway);
         }
         bytes
     }
 }
 
-impl Way {
+impl Hop {
     fn flags(&self, onlink: bool) -> u8 {
         if self.onlink || (onlink && self.gateway.is_some()) { RTNH_F_ONLINK } else { 0 }
     }
 
-    /// Its gateway's attribute in a route of this family.
+    /// Returns the attribute of the gateway in a route of `family`.
     fn gateway(&self, family: u8) -> Option<(u16, Vec<u8>)> {
         let address = self.gateway?;
-        let own = self::family(address);
-        // One of the other family (an IPv4 route over an IPv6 next hop) has an attribute of its own: struct rtvia.
-        Some(match own == family {
+        let gateway_family = self::family(address);
+        // A gateway of the other family (an IPv4 route via an IPv6 next hop) needs RTA_VIA with struct rtvia.
+        Some(match gateway_family == family {
             true => (libc::RTA_GATEWAY, octets(address)),
-            false => (libc::RTA_VIA, [&u16::from(own).to_ne_bytes()[..], &octets(address)].concat()),
+            false => (libc::RTA_VIA, [&u16::from(gateway_family).to_ne_bytes()[..], &octets(address)].concat()),
         })
     }
 }
@@ -220,7 +220,7 @@ mod tests {
     }
 
     fn message(op: Op, route: &Route) -> Vec<u8> {
-        Wanted::of(op, route, index).unwrap().message(op, false).finish()
+        ParsedRoute::of(op, route, index).unwrap().message(op, false).finish()
     }
 
     fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn by_one_way() {
+    fn message_with_one_next_hop() {
         let route = Route {
             destination: "10.9.0.0/16".into(),
             gateway: "10.0.0.1".into(),
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_default_route_by_a_gateway_of_the_other_family() {
+    fn default_route_with_a_gateway_of_the_other_family_uses_rta_via() {
         let gateway = "fe80::1".to_owned();
         let route = Route { gateway, interface: "eth0".into(), ..Default::default() };
         let bytes = message(Op::Add, &route);
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn over_several_next_hops() {
+    fn message_with_several_next_hops_uses_rta_multipath() {
         let hop = |gateway: &str, weight, onlink| {
             let (gateway, interface) = (gateway.to_owned(), "eth0".to_owned());
             NextHop { gateway, interface, weight, onlink, ..Default::default() }
@@ -278,13 +278,13 @@ mod tests {
         assert_eq!(hops[..16], [16, 0, 0, 1, 2, 0, 0, 0, 8, 0, libc::RTA_GATEWAY as u8, 0, 10, 0, 0, 1]);
         assert_eq!(hops[16..24], [32, 0, RTNH_F_ONLINK, 255, 2, 0, 0, 0]);
         let many = Route { hops: vec![hop("10.0.0.1", 1, false); 4096], ..Default::default() };
-        assert!(matches!(Wanted::of(Op::Add, &many, index), Err(NetworkError::Malformed(..))));
+        assert!(matches!(ParsedRoute::of(Op::Add, &many, index), Err(NetworkError::Malformed(..))));
         let heavy = Route { hops: vec![hop("10.0.0.1", 257, false)], ..Default::default() };
-        assert!(matches!(Wanted::of(Op::Add, &heavy, index), Err(NetworkError::Malformed(..))));
+        assert!(matches!(ParsedRoute::of(Op::Add, &heavy, index), Err(NetworkError::Malformed(..))));
     }
 
     #[test]
-    fn to_nowhere() {
+    fn blackhole_route_has_no_next_hop() {
         let route =
             Route { destination: "fd00::/8".into(), kind: Kind::BLACKHOLE.into(), metric: 7, ..Default::default() };
         let bytes = message(Op::Remove, &route);
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn malformed_routes_are_rejected() {
         let eth0 = Route { interface: "eth0".into(), ..Default::default() };
         for route in [
             Route { tos: 256, ..eth0.clone() },
@@ -302,22 +302,22 @@ mod tests {
             Route { kind: protobuf::EnumOrUnknown::from_i32(77), ..eth0.clone() },
             Route { destination: "10.0.0.0/40".into(), ..eth0.clone() },
         ] {
-            assert!(matches!(Wanted::of(Op::Add, &route, index), Err(NetworkError::Malformed(..))), "{route}");
+            assert!(matches!(ParsedRoute::of(Op::Add, &route, index), Err(NetworkError::Malformed(..))), "{route}");
         }
-        assert!(matches!(Wanted::of(Op::Add, &Route::default(), index), Err(NetworkError::NoInterface(_))));
+        assert!(matches!(ParsedRoute::of(Op::Add, &Route::default(), index), Err(NetworkError::NoInterface(_))));
     }
 
     proptest! {
         #[test]
-        fn any_text_never_panics(texts: [String; 3], prefix: u8, numbers: [u32; 4]) {
+        fn message_never_panics(texts: [String; 3], prefix: u8, numbers: [u32; 4]) {
             let [gateway, source, name] = texts;
             let hop = NextHop { gateway: gateway.clone(), interface: "eth0".into(), weight: numbers[0], ..Default::default() };
             let route = Route {
                 destination: format!("10.0.0.0/{prefix}"), gateway, source, interface: name, tos: numbers[1],
                 scope: numbers[2], hops: vec![hop], table: numbers[3], ..Default::default()
             };
-            if let Ok(wanted) = Wanted::of(Op::Add, &route, |_| Ok(2)) {
-                wanted.message(Op::Add, true).finish();
+            if let Ok(parsed) = ParsedRoute::of(Op::Add, &route, |_| Ok(2)) {
+                parsed.message(Op::Add, true).finish();
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A rule by which the pod's kernel chooses a routing table, as the kernel is asked for it.
+//! Converts a routing policy rule of the pod to a netlink request.
 
 use husk_netlink::fib::{
     FIB_RULE_INVERT, FRA_DPORT_RANGE, FRA_DST, FRA_FWMARK, FRA_FWMASK, FRA_GOTO, FRA_IIFNAME, FRA_IP_PROTO,
@@ -11,17 +11,17 @@ use husk_proto::agent::{PortRange, Rule};
 use super::NetworkError;
 use super::parts::{Op, byte, family, octets, optional_cidr};
 
-/// Rules in the same place stand in the order in which they came: those of a family with one priority.
-pub type Place = (bool, u32);
+/// Key of a rule: family and priority. Rules with the same key keep the order in which they are added.
+pub type Key = (bool, u32);
 
-/// Where a rule belongs.
-pub fn place(rule: &Rule) -> Place {
+/// Returns the key of a rule.
+pub fn key(rule: &Rule) -> Key {
     (rule.ipv6, rule.priority)
 }
 
-/// How much a rule asks for. The kernel removes the first that has all that it is told (net/core/fib_rules.c,
-/// `rule_find`): what has more is to be removed before what has less.
-pub fn demands(rule: &Rule) -> usize {
+/// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of the
+/// request (net/core/fib_rules.c, `rule_find`), so rules with more attributes must be removed first.
+pub fn selector_count(rule: &Rule) -> usize {
     let texts = [&rule.source, &rule.destination, &rule.incoming, &rule.outgoing];
     let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.origin];
     let ports = [&rule.source_ports, &rule.destination_ports];
@@ -33,15 +33,15 @@ pub fn demands(rule: &Rule) -> usize {
 
 /// Adds or removes a rule.
 pub fn change(pod: &Netlink, op: Op, rule: &Rule) -> Result<(), NetworkError> {
-    let what = format_args!("rule {} for table {}", rule.priority, rule.table).to_string();
-    op.change(pod, message(op, rule)?).map_err(op.failed(what))
+    let object = format_args!("rule {} for table {}", rule.priority, rule.table).to_string();
+    op.change(pod, message(op, rule)?).map_err(op.failed(object))
 }
 
 fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
     let action = match rule.action.enum_value() {
-        // The kernel would choose a table by itself.
-        Ok(Action::LOOKUP) if rule.table == 0 => return malformed("0".to_owned(), "table for a rule"),
+        // With table 0, the kernel would allocate a table itself.
+        Ok(Action::LOOKUP) if rule.table == 0 => return malformed("0".to_owned(), "table of a rule"),
         Ok(Action::LOOKUP) => 1,
         Ok(Action::GOTO) => 2,
         Ok(Action::NOP) => 3,
@@ -50,21 +50,21 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
         Ok(Action::PROHIBIT) => 8,
         Err(other) => return malformed(other.to_string(), "action of a rule"),
     };
-    let own = if rule.ipv6 { libc::AF_INET6 as u8 } else { libc::AF_INET as u8 };
+    let rule_family = if rule.ipv6 { libc::AF_INET6 as u8 } else { libc::AF_INET as u8 };
     let (source, destination) = (optional_cidr(&rule.source)?, optional_cidr(&rule.destination)?);
     for (prefix, text) in [(source, &rule.source), (destination, &rule.destination)] {
-        if prefix.is_some_and(|(address, _)| family(address) != own) {
-            return malformed(text.clone(), "prefix for this rule");
+        if prefix.is_some_and(|(address, _)| family(address) != rule_family) {
+            return malformed(text.clone(), "prefix for this rule's family");
         }
     }
     let flags = if rule.invert { FIB_RULE_INVERT } else { 0 };
     let length = |prefix: Option<(_, u8)>| prefix.map_or(0, |(_, length)| length);
     let tos = byte(rule.tos, "type of service")?;
-    // struct fib_rule_hdr, whose byte for the table is too small for most.
-    let mut fixed = [own, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
+    // struct fib_rule_hdr. Its table field has one byte; the FRA_TABLE attribute holds larger table ids.
+    let mut fixed = [rule_family, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
     fixed[8..].copy_from_slice(&flags.to_ne_bytes());
-    // One that is there already is not to be there twice; but of another one in its place the kernel believes that it is the
-    // same where it asks for more (`rule_exists`).
+    // NLM_F_EXCL prevents duplicates. It cannot be used to append: `rule_exists` of the kernel also takes a rule with the
+    // same key for a duplicate if it sets more attributes.
     let flags = if op == Op::Append { 0 } else { libc::NLM_F_EXCL };
     let mut message = op
         .message((libc::RTM_NEWRULE, flags), libc::RTM_DELRULE, &fixed)
@@ -77,7 +77,7 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     }
     for (kind, name) in [(FRA_IIFNAME, &rule.incoming), (FRA_OIFNAME, &rule.outgoing)] {
         if name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0']) {
-            return malformed(name.clone(), "name of an interface");
+            return malformed(name.clone(), "interface name");
         }
         if !name.is_empty() {
             message = message.text(kind, name);
@@ -105,9 +105,9 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     Ok(message)
 }
 
-/// struct fib_rule_port_range
+/// Converts a port range to struct fib_rule_port_range.
 fn ports(range: &PortRange) -> Result<Vec<u8>, NetworkError> {
-    let malformed = || NetworkError::Malformed(format!("{}-{}", range.first, range.last), "range of ports");
+    let malformed = || NetworkError::Malformed(format!("{}-{}", range.first, range.last), "port range");
     let port = |number: u32| u16::try_from(number).map_err(|_| malformed());
     let (first, last) = (port(range.first)?, port(range.last)?);
     if first == 0 || first > last {
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn as_the_kernel_wants_it() {
+    fn message_contains_all_attributes() {
         let rule = Rule {
             priority: 100,
             source: "10.1.2.3/32".into(),
@@ -155,12 +155,12 @@ mod tests {
             (FRA_DPORT_RANGE, vec![80, 0, 90, 0]),
         ];
         assert_eq!(list(&bytes), expected);
-        assert!(demands(&rule) > demands(&Rule { source: String::new(), ..rule.clone() }));
-        assert!(demands(&rule) > demands(&Rule { suppress_prefix: None, ..rule.clone() }));
+        assert!(selector_count(&rule) > selector_count(&Rule { source: String::new(), ..rule.clone() }));
+        assert!(selector_count(&rule) > selector_count(&Rule { suppress_prefix: None, ..rule.clone() }));
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn malformed_rules_are_rejected() {
         let table = Rule { table: 5, ..Default::default() };
         let range = |first, last| Some(PortRange { first, last, ..Default::default() }).into();
         for rule in [
@@ -183,7 +183,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_never_panics(texts: [String; 3], numbers: [u32; 5]) {
+        fn message_never_panics(texts: [String; 3], numbers: [u32; 5]) {
             let [source, incoming, outgoing] = texts;
             let rule = Rule {
                 source, incoming, outgoing, table: numbers[0], tos: numbers[1], ip_protocol: numbers[2],
