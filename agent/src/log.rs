@@ -1,4 +1,5 @@
-//! The agent's log: a ring buffer of lines that the host reads over vsock. Warnings and errors also go to the kernel log.
+//! The agent's log: a ring buffer of lines that the host reads over vsock. Warnings and errors also go to the kernel
+//! log.
 //!
 //! Lines of lower levels never reach the serial console: each byte written there causes a VM exit.
 

@@ -23,7 +23,8 @@ impl FileWatch {
     /// Starts watching `path`.
     pub fn new(path: &Path) -> io::Result<Self> {
         let path = CString::new(path.as_os_str().as_bytes())?;
-        // SAFETY: a non-negative result of inotify_init1 is a new fd that nothing else owns; the path outlives the call.
+        // SAFETY: a non-negative result of inotify_init1 is a new fd that nothing else owns; the path outlives the
+        // call.
         let inotify = unsafe {
             let fd = libc::inotify_init1(libc::IN_NONBLOCK | libc::IN_CLOEXEC);
             if fd < 0 {

@@ -50,7 +50,8 @@ impl Listener {
         Ok(Self { socket: crate::io::register(socket, Interest::READABLE)?, port })
     }
 
-    /// Accepts the next connection from the host, non-blocking and close-on-exec. Connections of other peers are closed.
+    /// Accepts the next connection from the host, non-blocking and close-on-exec. Connections of other peers are
+    /// closed.
     ///
     /// Cancel safe: a connection is either returned or stays in the backlog.
     ///

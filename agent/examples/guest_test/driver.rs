@@ -1,4 +1,4 @@
-//! Calls of the Task API, and streams for what a process reads and writes.
+//! Calls of the Task API, and stdio streams of processes.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -40,7 +40,8 @@ pub async fn timed<T, E>(what: &str, future: impl Future<Output = Result<T, E>>)
 }
 
 pub fn dial(port: u32) -> std::io::Result<File> {
-    // SAFETY: plain socket calls on data that lives through them.
+    // SAFETY: the address outlives connect and the length is its size; a non-negative result of socket is a new fd that
+    // nothing else owns.
     unsafe {
         let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
         let mut address: libc::sockaddr_vm = std::mem::zeroed();
@@ -72,15 +73,15 @@ pub fn reader(mut file: File) -> JoinHandle<Vec<u8>> {
 
 pub fn half_close(file: &File) {
     use std::os::fd::AsRawFd;
-    // SAFETY: a live socket.
+    // SAFETY: shutdown takes no pointers; the fd is open.
     unsafe { libc::shutdown(file.as_raw_fd(), libc::SHUT_WR) };
 }
 
-pub fn ensure(good: bool, what: impl Into<String>) -> Outcome {
-    if good { Ok(()) } else { Err(what.into().into()) }
+pub fn ensure(condition: bool, message: impl Into<String>) -> Outcome {
+    if condition { Ok(()) } else { Err(message.into().into()) }
 }
 
-pub struct Ran {
+pub struct RunResult {
     pub status: u32,
     pub out: String,
 }
@@ -122,11 +123,11 @@ impl Driver {
         Ok(self.task.delete(ctx(), &request).await?.exit_status)
     }
 
-    pub async fn kill_it(&self, id: &str, signal: u32, all: bool) -> ttrpc::Result<()> {
+    pub async fn signal(&self, id: &str, signal: u32, all: bool) -> ttrpc::Result<()> {
         self.task.kill(ctx(), &KillRequest { id: id.into(), signal, all, ..Default::default() }).await.map(|_| ())
     }
 
-    pub async fn run(&self, spec: &Value) -> Outcome<Ran> {
+    pub async fn run(&self, spec: &Value) -> Outcome<RunResult> {
         let id = self.name();
         let (token, file) = stream()?;
         let out = reader(file);
@@ -135,10 +136,10 @@ impl Driver {
         let status = timed("wait", self.wait(&id, "")).await?;
         let out = String::from_utf8_lossy(&out.join().unwrap_or_default()).into_owned();
         timed("delete", self.delete(&id, "")).await?;
-        Ok(Ran { status, out })
+        Ok(RunResult { status, out })
     }
 
-    pub async fn sh(&self, script: &str) -> Outcome<Ran> {
+    pub async fn sh(&self, script: &str) -> Outcome<RunResult> {
         self.run(&spec(&["sh", "-c", script])).await
     }
 
@@ -150,13 +151,13 @@ impl Driver {
     }
 
     pub async fn end(&self, id: &str) -> Outcome {
-        self.kill_it(id, 9, true).await?;
+        self.signal(id, 9, true).await?;
         self.wait(id, "").await?;
         self.delete(id, "").await?;
         Ok(())
     }
 
-    pub async fn exec_in(&self, id: &str, exec_id: &str, process: &Value) -> Outcome<Ran> {
+    pub async fn exec_in(&self, id: &str, exec_id: &str, process: &Value) -> Outcome<RunResult> {
         let (token, file) = stream()?;
         let out = reader(file);
         let value = process.to_string().into_bytes();
@@ -172,6 +173,6 @@ impl Driver {
         let status = self.wait(id, exec_id).await?;
         let out = String::from_utf8_lossy(&out.join().unwrap_or_default()).into_owned();
         self.delete(id, exec_id).await?;
-        Ok(Ran { status, out })
+        Ok(RunResult { status, out })
     }
 }

@@ -1,7 +1,7 @@
-//! Drives an agent over vsock loopback from inside its own guest and prints what it finds: `guest_test ROOTFS`.
+//! Tests an agent over vsock loopback from inside its own guest and prints the results. Usage: `guest_test ROOTFS`.
 //!
-//! Boot a guest whose `/init` starts this in the background and then becomes `husk-agent`; the root file system needs
-//! a busybox in `/bin`.
+//! Boot a guest whose `/init` starts this program in the background and then executes `husk-agent`. ROOTFS needs
+//! busybox in `/bin`.
 
 mod driver;
 mod processes;
@@ -58,7 +58,7 @@ async fn all(rootfs: String) -> Outcome {
         }
     });
     let mut setup = SetupRequest { hostname: "pod".into(), entropy: vec![7; 32], ..Default::default() };
-    // With a network device in the guest (QEMU's user network), the pod gets it.
+    // If the guest has a network interface (QEMU's user network), the pod gets it.
     let device = std::fs::read_to_string("/sys/class/net/eth0/address");
     if let Ok(mac) = &device {
         let (name, mac) = ("pod0".to_owned(), mac.trim().to_owned());
@@ -103,31 +103,31 @@ async fn all(rootfs: String) -> Outcome {
         )*};
     }
     check!(
-        prints,
-        code,
-        missing,
-        missing_path,
-        not_executable,
+        prints_output,
+        exit_code,
+        missing_program,
+        missing_program_path,
+        non_executable_program,
         stdin,
-        output,
+        large_output,
         terminal,
         exec,
         exec_missing,
         exec_terminal,
-        limits,
-        oom,
-        pause,
+        resource_limits,
+        oom_kill,
+        pause_and_resume,
         pids_and_stats,
         kill,
-        user,
+        unprivileged_user,
         devices,
-        readonly,
-        many,
+        readonly_root,
+        twenty_containers,
         eight_execs,
         seccomp_exec,
         stdout_reopened,
         shared_pids,
-        no_process_left
+        no_leftovers
     );
     println!("guest_test: {failed} failed");
     Ok(())

@@ -1,4 +1,4 @@
-//! Checks of several processes: exec, limits, signals, pause, what is left over.
+//! Checks with several processes: exec, limits, signals, pause, leftovers.
 
 use std::io::Read;
 use std::time::{Duration, Instant};
@@ -58,7 +58,7 @@ impl Driver {
         ensure(status == 0 && text.contains("33 77") && text.contains("1000"), text)
     }
 
-    pub async fn limits(&self) -> Outcome {
+    pub async fn resource_limits(&self) -> Outcome {
         let mut spec = spec(&[
             "sh",
             "-c",
@@ -90,14 +90,14 @@ impl Driver {
         )
     }
 
-    pub async fn oom(&self) -> Outcome {
+    pub async fn oom_kill(&self) -> Outcome {
         let mut spec = spec(&["sh", "-c", "x=$(dd if=/dev/zero bs=1M count=200 | tr '\\0' x); echo survived"]);
         spec["linux"]["resources"] = json!({"memory": {"limit": 20971520, "swap": 20971520}});
         let ran = self.run(&spec).await?;
         ensure(ran.status != 0, format!("{} {}", ran.status, ran.out))
     }
 
-    pub async fn pause(&self) -> Outcome {
+    pub async fn pause_and_resume(&self) -> Outcome {
         let id = self.sleeper().await?;
         self.task.pause(ctx(), &PauseRequest { id: id.clone(), ..Default::default() }).await?;
         let state = self.task.state(ctx(), &StateRequest { id: id.clone(), ..Default::default() }).await?;
@@ -136,15 +136,15 @@ impl Driver {
 
     pub async fn kill(&self) -> Outcome {
         let id = self.sleeper().await?;
-        self.kill_it(&id, 9, false).await?;
+        self.signal(&id, 9, false).await?;
         let status = self.wait(&id, "").await?;
-        let again = self.kill_it(&id, 9, false).await.map(|_| ()).err().map(|e| e.to_string()).unwrap_or_default();
+        let again = self.signal(&id, 9, false).await.map(|_| ()).err().map(|e| e.to_string()).unwrap_or_default();
         self.delete(&id, "").await?;
         let gone = self.delete(&id, "").await.is_err();
         ensure(status == 137 && again.contains("NOT_FOUND") && gone, format!("{status} {again}"))
     }
 
-    pub async fn many(&self) -> Outcome {
+    pub async fn twenty_containers(&self) -> Outcome {
         let started = Instant::now();
         for _ in 0..20 {
             let ran = self.sh("echo x").await?;
@@ -193,14 +193,14 @@ impl Driver {
         self.create(&id, &shared(&["sh", "-c", "sleep 4242 & wait"]), ("", "", ""), false).await?;
         self.start(&id, "").await?;
         let other = self.run(&shared(&["sh", "-c", "until ps | grep -q 'sleep 424[2]'; do :; done; ps"])).await?;
-        self.kill_it(&id, 9, false).await?;
+        self.signal(&id, 9, false).await?;
         self.wait(&id, "").await?;
         self.delete(&id, "").await?;
         let left = self.run(&shared(&["sh", "-c", "ps | grep -c 'sleep 424[2]'"])).await?;
         ensure(other.out.contains("pod-init") && left.out == "0\n", format!("{} {}", other.out, left.out))
     }
 
-    pub async fn no_process_left(&self) -> Outcome {
+    pub async fn no_leftovers(&self) -> Outcome {
         let groups =
             std::fs::read_dir("/proc/1/root/sys/fs/cgroup/husk")?.flatten().filter(|e| e.path().is_dir()).count();
         let dirs = std::fs::read_dir("/proc/1/root/run/husk/tasks")?.count()
@@ -208,7 +208,7 @@ impl Driver {
         let status = std::fs::read_to_string("/proc/1/root/proc/1/status")?;
         let fds = std::fs::read_dir("/proc/1/root/proc/1/fd")?.count();
         let line = |key: &str| status.lines().find(|l| l.starts_with(key)).unwrap_or_default().to_owned();
-        println!("agent: {} {} descriptors {fds}", line("VmRSS"), line("Threads"));
-        ensure(groups == 0 && dirs == 0, format!("{groups} groups, {dirs} directories left"))
+        println!("agent: {} {} fds {fds}", line("VmRSS"), line("Threads"));
+        ensure(groups == 0 && dirs == 0, format!("left over: {groups} cgroups, {dirs} directories"))
     }
 }

@@ -1,4 +1,4 @@
-//! Checks of one process: what it prints, reads, may and sees.
+//! Checks with one process: its output, input, privileges and environment.
 
 use std::io::{Read, Write};
 
@@ -9,14 +9,14 @@ use crate::driver::{Driver, Outcome, ctx, ensure, half_close, reader, stream, ti
 use crate::spec::spec;
 
 impl Driver {
-    pub async fn prints(&self) -> Outcome {
+    pub async fn prints_output(&self) -> Outcome {
         let ran =
             self.sh("echo hello; hostname; pwd; echo $A $HOME; id; ls /proc/self/fd | wc -l; cat /proc/1/comm").await?;
         println!("{}", ran.out);
         ensure(ran.status == 0 && ran.out.starts_with("hello\nbox\n/\nb /root\n"), ran.out)
     }
 
-    pub async fn code(&self) -> Outcome {
+    pub async fn exit_code(&self) -> Outcome {
         let ran = self.sh("exit 3").await?;
         ensure(ran.status == 3, format!("{}", ran.status))
     }
@@ -24,24 +24,24 @@ impl Driver {
     async fn fails(&self, args: &[&str], want: &str) -> Outcome {
         let id = self.name();
         match self.create(&id, &spec(args), ("", "", ""), false).await {
-            Ok(_) => Err("created".into()),
+            Ok(_) => Err("create succeeded".into()),
             Err(error) => {
                 let left = std::path::Path::new("/proc/1/root/sys/fs/cgroup/husk").join(&id).exists();
-                ensure(error.to_string().contains(want) && !left, format!("{error} left {left}"))
+                ensure(error.to_string().contains(want) && !left, format!("{error}, leftovers: {left}"))
             }
         }
     }
 
-    pub async fn missing(&self) -> Outcome {
+    pub async fn missing_program(&self) -> Outcome {
         self.fails(&["nosuch"], "error during container init: exec: \\\"nosuch\\\": executable file not found in $PATH")
             .await
     }
 
-    pub async fn missing_path(&self) -> Outcome {
+    pub async fn missing_program_path(&self) -> Outcome {
         self.fails(&["/no/such"], "exec: \\\"/no/such\\\": stat /no/such: no such file or directory").await
     }
 
-    pub async fn not_executable(&self) -> Outcome {
+    pub async fn non_executable_program(&self) -> Outcome {
         self.fails(&["/etc/passwd"], "exec: \\\"/etc/passwd\\\": permission denied").await
     }
 
@@ -67,7 +67,7 @@ impl Driver {
         ensure(status == 0 && out == b"67108864\n", format!("{status} {}", String::from_utf8_lossy(&out)))
     }
 
-    pub async fn output(&self) -> Outcome {
+    pub async fn large_output(&self) -> Outcome {
         let ran = timed("64 MiB out", self.sh("dd if=/dev/zero bs=1M count=64 2>/dev/null")).await?;
         ensure(ran.out.len() == 64 << 20, format!("{}", ran.out.len()))
     }
@@ -89,7 +89,7 @@ impl Driver {
         ensure(status == 0 && text.contains("40 100") && text.contains("got word") && text.contains("terminal"), text)
     }
 
-    pub async fn user(&self) -> Outcome {
+    pub async fn unprivileged_user(&self) -> Outcome {
         let mut spec = spec(&[
             "sh",
             "-c",
@@ -109,7 +109,7 @@ impl Driver {
         ensure(ran.out.contains("Operation not permitted") && ran.out.contains("3\nnull"), ran.out)
     }
 
-    pub async fn readonly(&self) -> Outcome {
+    pub async fn readonly_root(&self) -> Outcome {
         let mut spec = spec(&[
             "sh",
             "-c",

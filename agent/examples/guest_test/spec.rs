@@ -1,4 +1,4 @@
-//! Specifications like those containerd makes.
+//! Specifications like those of containerd.
 
 use serde_json::{Value, json};
 

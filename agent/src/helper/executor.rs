@@ -147,8 +147,8 @@ fn executable(path: &str) -> Result<(), Errno> {
     }
 }
 
-/// Returns the environment in the specification's order. Of a name's values the last one is kept, at the position of the
-/// first. HOME is added if it is missing or empty.
+/// Returns the environment in the specification's order. Of a name's values the last one is kept, at the position of
+/// the first. HOME is added if it is missing or empty.
 fn environment(entries: &[String], home: Option<&str>) -> Vec<String> {
     let mut positions: HashMap<&str, usize> = HashMap::new();
     let mut result: Vec<String> = Vec::with_capacity(entries.len() + 1);

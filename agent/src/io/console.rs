@@ -18,8 +18,8 @@ pub struct Console {
 }
 
 impl Console {
-    /// Listens at a new, short path. A socket path has at most 108 bytes (unix(7)), and the container id and the exec id
-    /// of a pod have 64 bytes each.
+    /// Listens at a new, short path. A socket path has at most 108 bytes (unix(7)), and the container id and the exec
+    /// id of a pod have 64 bytes each.
     pub fn listen() -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = PathBuf::from(format!("/run/husk/tty-{}", NEXT.fetch_add(1, Ordering::Relaxed)));

@@ -25,8 +25,8 @@ pub fn entropy(bytes: &[u8]) -> io::Result<()> {
     let length = i32::try_from(bytes.len()).unwrap_or(0);
     let pool = [&(length * 8).to_ne_bytes()[..], &length.to_ne_bytes(), bytes].concat();
     let random = OpenOptions::new().write(true).open("/dev/urandom")?;
-    // SAFETY: the ioctl reads two integers and as many bytes as the second one says. All are in `pool`, which outlives the
-    // call.
+    // SAFETY: the ioctl reads two integers and as many bytes as the second one says. All are in `pool`, which outlives
+    // the call.
     match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

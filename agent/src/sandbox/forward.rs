@@ -59,8 +59,8 @@ async fn forward_connection(stream: OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Connects to `address` in the pod. 127.0.0.1 stands for localhost, so `::1` is the fallback. The host's side cannot know
-/// which of the two the server listens on, and a client tries `::1` only after a refused connection.
+/// Connects to `address` in the pod. 127.0.0.1 stands for localhost, so `::1` is the fallback. The host's side cannot
+/// know which of the two the server listens on, and a client tries `::1` only after a refused connection.
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     match connect_to(address).await {
         Err(error)

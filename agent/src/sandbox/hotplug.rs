@@ -36,8 +36,8 @@ pub enum CpuError {
     },
 }
 
-/// Brings the first `count` CPUs online and takes the others offline. Returns the number of online CPUs. Blocks for some
-/// milliseconds per CPU, so it must not run on the async runtime's thread.
+/// Brings the first `count` CPUs online and takes the others offline. Returns the number of online CPUs. Blocks for
+/// some milliseconds per CPU, so it must not run on the async runtime's thread.
 ///
 /// # Errors
 /// CPUs whose state was changed before the error keep their new state.

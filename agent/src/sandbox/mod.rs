@@ -47,8 +47,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Creates the pod's namespaces, once. With `id_mappings`, a new user namespace owns them; they then replace namespaces
-    /// that were created before the mappings were known.
+    /// Creates the pod's namespaces, once. With `id_mappings`, a new user namespace owns them; they then replace
+    /// namespaces that were created before the mappings were known.
     pub fn prepare(&self, id_mappings: Option<IdMappings>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.has_namespaces || (id_mappings.is_some() && state.id_mappings.is_none()) {

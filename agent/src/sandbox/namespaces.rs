@@ -50,7 +50,7 @@ fn kernel(action: &'static str) -> impl Fn(nix::Error) -> NamespaceError {
     move |source| NamespaceError::Kernel { action, source }
 }
 
-/// Returns the agent to its current namespaces when dropped.
+/// Returns the agent to its own namespaces when dropped.
 struct NamespaceGuard(Vec<(File, CloneFlags)>);
 
 impl NamespaceGuard {
@@ -94,7 +94,7 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     Ok(())
 }
 
-/// Creates the namespaces in a helper process that holds them until they are pinned. A process in a user namespace is no
+/// Creates the namespaces in a process that holds them until they are pinned. A process in a user namespace is no
 /// longer root outside it, so the agent cannot enter it itself.
 fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
     let open = |path: String| move |source| NamespaceError::Open { path, source };
@@ -174,8 +174,8 @@ pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Resul
     Ok(())
 }
 
-/// Creates the shared PID namespace in a user namespace. unshare(2) puts only children into the new PID namespace, so an
-/// intermediate process forks its PID 1, reports that child's PID and exits.
+/// Creates the shared PID namespace in a user namespace. unshare(2) puts only children into the new PID namespace, so
+/// an intermediate process forks its PID 1, reports that child's PID and exits.
 fn create_shared_pid_in(pin: &Path, user_namespace: &Path) -> io::Result<()> {
     let user_namespace = File::open(user_namespace)?;
     let (mut pid_reader, pid_writer) = io::pipe()?;

@@ -38,7 +38,8 @@ pub enum SlotError {
     },
 }
 
-/// Makes the kernel probe a slot that was empty. Returns major and minor of the block device in it, if it is one. Blocks.
+/// Makes the kernel probe a slot that was empty. Returns major and minor of the block device in it, if it is one.
+/// Blocks.
 pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     let device = husk_proto::slots::device_name(slot);
     match write_driver_file(BIND, &device) {

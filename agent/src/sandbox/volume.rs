@@ -29,7 +29,7 @@ const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A name is not a path component, or a file system is not supported.
-    #[error("invalid name or file system {0:?}: expected a single path component, tmpfs or hugetlbfs")]
+    #[error("invalid name or file system type {0:?}: must be a single path component, or tmpfs or hugetlbfs")]
     Invalid(String),
     /// A mount point was not created.
     #[error(transparent)]
@@ -81,8 +81,8 @@ impl Volumes {
     }
 }
 
-/// Held while a subpath of a shared volume is bound, and while unused shared volumes are unmounted. Containers are created
-/// and deleted concurrently, and a volume must not be unmounted while a subpath of it is being bound.
+/// Held while a subpath of a shared volume is bound, and while unused shared volumes are unmounted. Containers are
+/// created and deleted concurrently, and a volume must not be unmounted while a subpath of it is being bound.
 static SHARED_VOLUMES_LOCK: Mutex<()> = Mutex::new(());
 
 fn lock_shared_volumes() -> MutexGuard<'static, ()> {

@@ -33,7 +33,7 @@ impl Tasks {
         let mut spec: Spec = serde_json::from_slice(&options.spec)
             .map_err(|error| Fault::InvalidArgument(format!("failed to parse the specification: {error}")))?;
         if !request.checkpoint.is_empty() {
-            return Err(Fault::Unimplemented("restore from a checkpoint".into()));
+            return Err(Fault::Unimplemented("restoring from a checkpoint is not supported".into()));
         }
         let cgroup = Cgroup::of(&request.id);
         let names = StreamNames {

@@ -2,8 +2,9 @@
 //!
 //! runc kills only an exec's first process. Its descendants keep running: each probe that times out leaks a process in
 //! the container. A separate cgroup would identify the descendants, but would be visible to the container. Parent PIDs
-//! and sessions are no identification, because a process can leave them. Each exec therefore has its own time namespace.
-//! All its descendants inherit it, and only a process with CAP_SYS_ADMIN can leave it. Its clocks equal the guest's.
+//! and sessions are no identification, because a process can leave them. Each exec therefore has its own time
+//! namespace. All its descendants inherit it, and only a process with CAP_SYS_ADMIN can leave it. Its clocks equal the
+//! guest's.
 
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
@@ -19,7 +20,7 @@ use super::process::Process;
 
 /// Number of scans for newly forked processes before the container is frozen.
 const SCANS_BEFORE_FREEZE: usize = 4;
-/// Maximum number of scans. Frozen processes cannot fork, so the limit is not reached in practice.
+/// Maximum number of scans. Frozen processes do not fork, so more scans would not find more processes.
 const MAX_SCANS: usize = 64;
 
 /// Time namespace of an exec, which identifies the exec's processes.
@@ -31,8 +32,8 @@ pub struct TimeNamespace {
 }
 
 impl TimeNamespace {
-    /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has no time
-    /// namespace of its own: it has already exited, or creating the namespace failed.
+    /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has no
+    /// time namespace of its own: it has already exited, or it has joined a time namespace of the container.
     pub fn of_exec(pid: i32, init: i32) -> Option<Self> {
         let file = File::open(path(pid)).ok()?;
         let id = namespace_id(&file.metadata().ok()?);
@@ -61,8 +62,8 @@ pub fn all(container: &Container, signal: i32) -> Result<(), Fault> {
         return container.cgroup.kill().map_err(internal("kill the processes of the container"));
     }
     for pid in container.cgroup.pids() {
-        // SAFETY: kill takes no pointers. The PIDs were read just now, and the agent's only async thread reaps no process in
-        // between.
+        // SAFETY: kill takes no pointers. The PIDs were read just now, and the agent's only async thread reaps no
+        // process in between.
         unsafe { libc::kill(pid, signal) };
     }
     Ok(())

@@ -120,7 +120,8 @@ impl Tasks {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
-    /// Binds the exit of `pid` to `process`. The exit event is published after the event of an OOM kill, if there is one.
+    /// Binds the exit of `pid` to `process`. The exit event is published after the event of an OOM kill, if there is
+    /// one.
     fn watch_exit(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
         let (container, process, hub) = (container.clone(), process.clone(), self.hub.clone());
         self.reaper.claim(pid, move |exit: ProcessExit| {
@@ -153,7 +154,7 @@ fn check_id(id: &str) -> Result<(), Fault> {
         Ok(())
     } else {
         Err(Fault::InvalidArgument(format!(
-            "invalid container id {id:?}: must have 1 to 128 characters of A-Z a-z 0-9 _ - . +"
+            "invalid container id {id:?}: must have 1 to 128 characters of A-Z a-z 0-9 _ - . + and not be . or .."
         )))
     }
 }

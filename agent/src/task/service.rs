@@ -160,7 +160,7 @@ impl Task for TaskService {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(Fault::Unimplemented("checkpoint".into()).into())
+        Err(Fault::Unimplemented("checkpointing a container is not supported".into()).into())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {

@@ -128,8 +128,8 @@ fn namespaces(
     Ok(all)
 }
 
-/// Checks that a container has the pod's id mappings. It joins namespaces that the pod's user namespace owns, so it must be
-/// in that user namespace.
+/// Checks that a container has the pod's id mappings. It joins namespaces that the pod's user namespace owns, so it
+/// must be in that user namespace.
 fn check_id_mappings(requested: Option<&IdMappings>, pod: Option<&IdMappings>) -> Result<(), Fault> {
     let text = match (requested, pod) {
         (requested, pod) if requested == pod => return Ok(()),
@@ -209,8 +209,8 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
 }
 
 /// Returns the guest's cpuset for a container with the cpuset `requested` on the host. Uses the same CPU numbers if the
-/// guest has them. The fallback is the same number of CPUs, starting with the first one. `online` are the guest's CPUs, in
-/// the same form: `0-3,7`. Returns `None`, which means no limit, if a list is invalid.
+/// guest has them. The fallback is the same number of CPUs, starting with the first one. `online` are the guest's CPUs,
+/// in the same form: `0-3,7`. Returns `None`, which means no limit, if a list is invalid.
 fn guest_cpuset(requested: &str, online: &str) -> Option<String> {
     let ranges = |list: &str| -> Option<Vec<(u32, u32)>> {
         list.split(',')

@@ -2,8 +2,8 @@
 //! submounts, fs/fuse/dir.c, `fuse_dentry_automount`).
 //!
 //! The agent accesses them first, in its mount namespace. An automount in a container's namespace would be a separate
-//! file system, and containers could not share fifos, sockets or locks. The agent also has to unmount them: otherwise the
-//! host's mounts would stay in use until the VM ends.
+//! file system, and containers could not share fifos, sockets or locks. The agent also has to unmount them: otherwise
+//! the host's mounts would stay in use until the VM ends.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;

@@ -1,8 +1,8 @@
 //! tmpfs features of runc that libcontainer lacks: `tmpcopyup`, and inheriting the mode of the directory underneath.
 //!
 //! A tmpfs with `tmpcopyup` gets the content that the image has at its mount point. It is mounted and filled here, in
-//! the helper's private mount namespace, and libcontainer bind-mounts it at its destination. The namespace ends with the
-//! helper.
+//! the helper's private mount namespace, and libcontainer bind-mounts it at its destination. The namespace ends with
+//! the helper.
 
 mod fill;
 
@@ -123,7 +123,8 @@ fn prepare_one(
     Ok((content, changed))
 }
 
-/// Translates `uid=` and `gid=` to ids of the guest, because the tmpfs is mounted outside the container's user namespace.
+/// Translates `uid=` and `gid=` to ids of the guest, because the tmpfs is mounted outside the container's user
+/// namespace.
 fn map_owner(options: Vec<String>, id_mappings: &IdMappings) -> Vec<String> {
     let id = |name: &str| options.iter().rev().find_map(|option| option.strip_prefix(name)?.parse().ok()).unwrap_or(0);
     let owner = [format!("uid={}", id_mappings.uid(id("uid="))), format!("gid={}", id_mappings.gid(id("gid=")))];

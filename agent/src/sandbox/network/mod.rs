@@ -32,8 +32,8 @@ pub enum NetworkError {
     /// No interface with this MAC address appeared.
     #[error("failed to find a network interface with MAC address {0}")]
     NoDevice(String),
-    /// A route or neighbour names an interface that the request does not contain.
-    #[error("failed to find interface {0:?} of a route or neighbour")]
+    /// An interface does not exist in the pod, or a route or neighbour names one that the request does not contain.
+    #[error("failed to find interface {0:?} in the pod's network")]
     NoInterface(String),
     /// Another request is in progress.
     #[error("another network change is in progress")]
@@ -64,8 +64,8 @@ pub struct NetworkConfig {
 }
 
 impl NetworkConfig {
-    /// Returns everything that may exist after a failed change from `self` to `config`. Of interfaces, only those of `self`
-    /// count.
+    /// Returns everything that may exist after a failed change from `self` to `config`. Of interfaces, only those of
+    /// `self` count.
     fn merge(mut self, config: Self) -> Self {
         fn add_missing<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
             let new: Vec<T> = new.into_iter().filter(|part| !all.contains(part)).collect();
@@ -121,20 +121,21 @@ async fn change(Applied { config: before, complete }: &Applied, after: &NetworkC
     let rules = changed_keys(&before.rules, &after.rules, *complete, rule::key);
     remove(before, after, (&routes, &rules), &pod)?;
     // Interfaces without routes and neighbours: new ones, or those whose routes and neighbours have been removed.
-    let mut fresh = Vec::new();
+    let mut added = Vec::new();
     for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
-        match before.interfaces.iter().find(|was| was.mac == interface.mac && was.name == interface.name) {
-            Some(was) => update_interface(was, interface, &pod)?,
+        match before.interfaces.iter().find(|previous| previous.mac == interface.mac && previous.name == interface.name)
+        {
+            Some(previous) => update_interface(previous, interface, &pod)?,
             None => {
                 add_interface(interface, &pod).await?;
-                fresh.push(interface.name.as_str());
+                added.push(interface.name.as_str());
             }
         }
     }
-    let is_fresh = |route: &&Route| route::interfaces(route).any(|name| fresh.contains(&name));
-    routes.extend(after.routes.iter().filter(is_fresh).map(route::key));
+    let has_added_interface = |route: &&Route| route::interfaces(route).any(|name| added.contains(&name));
+    routes.extend(after.routes.iter().filter(has_added_interface).map(route::key));
     let is_new = |neighbour: &&Neighbour| {
-        !complete || !before.neighbours.contains(neighbour) || fresh.contains(&neighbour.interface.as_str())
+        !complete || !before.neighbours.contains(neighbour) || added.contains(&neighbour.interface.as_str())
     };
     let neighbours: Vec<_> = after.neighbours.iter().filter(is_new).collect();
     add(after, (&routes, &neighbours, &rules), &pod)
@@ -178,10 +179,10 @@ fn changed_keys<'a, T: PartialEq, P: Eq + Hash>(
     complete: bool,
     key: impl Fn(&'a T) -> P,
 ) -> HashSet<P> {
-    let mut keys: HashMap<P, (Vec<&T>, Vec<&T>)> = HashMap::new();
-    before.iter().for_each(|part| keys.entry(key(part)).or_default().0.push(part));
-    after.iter().for_each(|part| keys.entry(key(part)).or_default().1.push(part));
-    keys.into_iter().filter(|(_, (before, after))| !complete || before != after).map(|(key, _)| key).collect()
+    let mut parts: HashMap<P, (Vec<&T>, Vec<&T>)> = HashMap::new();
+    before.iter().for_each(|part| parts.entry(key(part)).or_default().0.push(part));
+    after.iter().for_each(|part| parts.entry(key(part)).or_default().1.push(part));
+    parts.into_iter().filter(|(_, (before, after))| !complete || before != after).map(|(key, _)| key).collect()
 }
 
 /// Removes the parts that are no longer configured, last ones first, and all routes and rules with the given keys.
@@ -214,13 +215,13 @@ fn remove(
     }
     for interface in &before.interfaces {
         let Some(index) = indices.find(&interface.name) else { continue };
-        let now = after.interfaces.iter().find(|now| now.mac == interface.mac);
+        let current = after.interfaces.iter().find(|current| current.mac == interface.mac);
         for address in &interface.addresses {
-            if now.is_none_or(|now| !now.addresses.contains(address)) {
+            if current.is_none_or(|current| !current.addresses.contains(address)) {
                 parts::address(pod, Op::Remove, index, address)?;
             }
         }
-        if now.is_none() {
+        if current.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
             // The shim hot-unplugs the device before another one with the same name or MAC address appears.
             pod.change(down).map_err(kernel(format!("bring down interface {}", interface.name)))?;
@@ -284,7 +285,7 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
     if interface.mtu > 0 {
         rename = rename.number(libc::IFLA_MTU, interface.mtu);
     }
-    pod.change(rename).map_err(kernel(format!("rename an interface to {}", interface.name)))?;
+    pod.change(rename).map_err(kernel(format!("set the name and MTU of interface {}", interface.name)))?;
     pod.change(Message::new(libc::RTM_NEWLINK, 0, &link_header(link.index, up, up)))
         .map_err(kernel(format!("bring up interface {}", interface.name)))?;
     for address in &interface.addresses {
@@ -294,29 +295,29 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
 }
 
 /// Updates an interface without bringing it down, because the kernel would remove its routes.
-fn update_interface(was: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
+fn update_interface(previous: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
     let mac = parts::parse_mac(&interface.mac)?;
     let index = by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoInterface(interface.name.clone()))?.index;
-    if interface.mtu > 0 && interface.mtu != was.mtu {
+    if interface.mtu > 0 && interface.mtu != previous.mtu {
         let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, 0));
         pod.change(message.number(libc::IFLA_MTU, interface.mtu))
             .map_err(kernel(format!("set the MTU of interface {}", interface.name)))?;
     }
-    for address in interface.addresses.iter().filter(|address| !was.addresses.contains(address)) {
+    for address in interface.addresses.iter().filter(|address| !previous.addresses.contains(address)) {
         parts::address(pod, Op::Add, index, address)?;
     }
     Ok(())
 }
 
 async fn wait_for_link(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
-    let notices = LinkNotifications::subscribe().map_err(kernel("subscribe to link notifications"))?;
+    let notifications = LinkNotifications::subscribe().map_err(kernel("subscribe to link notifications"))?;
     let agent_netlink = Netlink::open().map_err(kernel("open a netlink socket"))?;
     let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(link) = by_mac(&agent_netlink, mac)? {
             return Ok(Some(link));
         }
-        match timeout_at(deadline, notices.next()).await {
+        match timeout_at(deadline, notifications.next()).await {
             Ok(result) => result.map_err(kernel("receive link notifications"))?,
             Err(_) => return Ok(None),
         }
@@ -351,11 +352,11 @@ mod tests {
         #[test]
         fn recreating_changed_keys_yields_the_new_list(before: Vec<(u8, u8)>, after: Vec<(u8, u8)>) {
             let keys = changed_keys(&before, &after, true, |part| part.0);
-            let mut now: Vec<_> = before.iter().filter(|part| !keys.contains(&part.0)).copied().collect();
-            now.extend(after.iter().filter(|part| keys.contains(&part.0)));
+            let mut current: Vec<_> = before.iter().filter(|part| !keys.contains(&part.0)).copied().collect();
+            current.extend(after.iter().filter(|part| keys.contains(&part.0)));
             let of = |list: &[(u8, u8)], key| list.iter().filter(|part| part.0 == key).copied().collect::<Vec<_>>();
             for key in 0..=u8::MAX {
-                prop_assert_eq!(of(&now, key), of(&after, key));
+                prop_assert_eq!(of(&current, key), of(&after, key));
             }
         }
     }

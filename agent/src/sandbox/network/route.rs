@@ -14,8 +14,8 @@ use super::parts::{Op, byte, family, octets, optional_cidr, optional_ip};
 /// Maximum length of the next hops, in bytes. They are one netlink attribute, whose length field has 16 bits.
 const MAX_HOPS_LENGTH: usize = u16::MAX as usize - 4;
 
-/// Key of a route: family, table, destination, type of service and metric. Routes with the same key form an ordered list
-/// (NLM_F_APPEND).
+/// Key of a route: family, table, destination, type of service and metric. Routes with the same key form an ordered
+/// list (NLM_F_APPEND).
 pub type Key<'a> = (bool, u32, &'a str, u32, u32);
 
 /// Returns the key of a route.
@@ -50,8 +50,8 @@ pub fn change(
         matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Op::Remove
     };
     let done = match op.change(pod, parsed.message(op, false)) {
-        // The kernel needs a route to the gateway only when the route is added. The host's network no longer has it, or
-        // finds it through a rule. Retry with RTNH_F_ONLINK, which skips the check.
+        // The kernel needs a route to the gateway only when the route is added. The host may have lost that route
+        // since, or finds it through a rule. Retry with RTNH_F_ONLINK, which skips the check.
         Err(error) if unreachable(&error) && has_gateway(route) => op.change(pod, parsed.message(op, true)),
         done => done,
     };

@@ -19,8 +19,8 @@ pub fn key(rule: &Rule) -> Key {
     (rule.ipv6, rule.priority)
 }
 
-/// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of the
-/// request (net/core/fib_rules.c, `rule_find`), so rules with more attributes must be removed first.
+/// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of
+/// the request (net/core/fib_rules.c, `rule_find`), so rules with more attributes must be removed first.
 pub fn selector_count(rule: &Rule) -> usize {
     let texts = [&rule.source, &rule.destination, &rule.incoming, &rule.outgoing];
     let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.origin];
@@ -63,8 +63,8 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     // struct fib_rule_hdr. Its table field has one byte; the FRA_TABLE attribute holds larger table ids.
     let mut fixed = [rule_family, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
     fixed[8..].copy_from_slice(&flags.to_ne_bytes());
-    // NLM_F_EXCL prevents duplicates. It cannot be used to append: `rule_exists` of the kernel also takes a rule with the
-    // same key for a duplicate if it sets more attributes.
+    // NLM_F_EXCL prevents duplicates. It cannot be used to append: the kernel (`rule_exists`) also rejects a new rule
+    // if an existing rule with the same key has all its attributes and more.
     let flags = if op == Op::Append { 0 } else { libc::NLM_F_EXCL };
     let mut message = op
         .message((libc::RTM_NEWRULE, flags), libc::RTM_DELRULE, &fixed)
