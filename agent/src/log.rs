@@ -93,10 +93,10 @@ async fn send_lines(stream: OwnedFd) -> std::io::Result<()> {
             log.new_line.notified().await;
             continue;
         };
-        let mut rest = line.as_bytes();
-        while !rest.is_empty() {
-            let written = stream.async_io(Interest::WRITABLE, |mut file| file.write(rest)).await?;
-            rest = rest.get(written..).unwrap_or_default();
+        let mut remaining = line.as_bytes();
+        while !remaining.is_empty() {
+            let written = stream.async_io(Interest::WRITABLE, |mut file| file.write(remaining)).await?;
+            remaining = remaining.get(written..).unwrap_or_default();
         }
     }
 }
@@ -131,8 +131,9 @@ impl tracing::Subscriber for Subscriber {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         // Libraries log warnings for conditions that are normal here. Failures reach the caller as request errors.
         let level = *metadata.level();
-        let ours = metadata.target().starts_with("husk") || level == Level::ERROR;
-        metadata.is_event() && LOG.get().is_some_and(|log| level <= log.level && (ours || log.level == Level::DEBUG))
+        let from_husk = metadata.target().starts_with("husk") || level == Level::ERROR;
+        metadata.is_event()
+            && LOG.get().is_some_and(|log| level <= log.level && (from_husk || log.level == Level::DEBUG))
     }
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)

@@ -58,22 +58,23 @@ pub struct OomWatch {
     id: String,
     cgroup: Cgroup,
     hub: Hub,
-    seen: AtomicU64,
+    /// Number of kills for which events have been published.
+    reported: AtomicU64,
 }
 
 impl OomWatch {
     /// Starts with no OOM kills seen.
     pub fn new(id: &str, cgroup: Cgroup, hub: Hub) -> Self {
-        Self { id: id.to_owned(), cgroup, hub, seen: AtomicU64::new(0) }
+        Self { id: id.to_owned(), cgroup, hub, reported: AtomicU64::new(0) }
     }
 
     /// Publishes an event if there are new OOM kills. Returns whether there has ever been one.
     pub fn check(&self) -> bool {
         let kills = self.cgroup.oom_kills();
-        if kills > self.seen.fetch_max(kills, Ordering::Relaxed) {
+        if kills > self.reported.fetch_max(kills, Ordering::Relaxed) {
             self.hub.oom(&self.id);
         }
-        self.seen.load(Ordering::Relaxed) > 0
+        self.reported.load(Ordering::Relaxed) > 0
     }
 
     /// Checks for OOM kills at every change of `memory.events`, until the cgroup is removed.

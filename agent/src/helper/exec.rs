@@ -84,7 +84,7 @@ fn prepare(
     let process = &request.process;
     let syscall = create_syscall();
     let syscall = syscall.as_ref();
-    setsid().map_err(|errno| format!("setsid: {}", errno_text(errno)))?;
+    setsid().map_err(|errno| format!("failed to create a session: {}", errno_text(errno)))?;
     if let Some(score) = process.oom_score_adj() {
         std::fs::write("/proc/self/oom_score_adj", score.to_string())
             .map_err(|e| format!("failed to set oom_score_adj: {e}"))?;
@@ -147,7 +147,7 @@ fn set_user_and_groups(process: &Process) -> Result<(), String> {
     if !denied || !groups.is_empty() {
         // SAFETY: the list outlives the call and has the given length.
         if unsafe { libc::setgroups(groups.len(), groups.as_ptr()) } != 0 {
-            return Err(format!("setgroups: {}", errno_text(nix::Error::last())));
+            return Err(format!("failed to set the supplementary groups: {}", errno_text(nix::Error::last())));
         }
     }
     set_id(user.uid(), user.gid())
@@ -155,21 +155,21 @@ fn set_user_and_groups(process: &Process) -> Result<(), String> {
 
 /// Sets `uid` and `gid` and keeps the permitted capabilities for the next steps.
 fn set_id(uid: u32, gid: u32) -> Result<(), String> {
-    let failed = |what: &str| format!("{what}: {}", errno_text(nix::Error::last()));
+    let failed = |action: &str| format!("failed to {action}: {}", errno_text(nix::Error::last()));
     // SAFETY: none of these calls takes a pointer. The process has one thread, so no other thread keeps the old
     // identity.
     unsafe {
         if libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) != 0 {
-            return Err(failed("prctl PR_SET_KEEPCAPS"));
+            return Err(failed("set PR_SET_KEEPCAPS"));
         }
         if libc::setresgid(gid, gid, gid) != 0 {
-            return Err(failed("setgid"));
+            return Err(failed("set the gid"));
         }
         if libc::setresuid(uid, uid, uid) != 0 {
-            return Err(failed("setuid"));
+            return Err(failed("set the uid"));
         }
         if libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0) != 0 {
-            return Err(failed("prctl PR_SET_KEEPCAPS"));
+            return Err(failed("set PR_SET_KEEPCAPS"));
         }
     }
     Ok(())

@@ -67,10 +67,10 @@ pub async fn copy(from: &Endpoint, to: &Endpoint, close: &Notify) -> io::Result<
             Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_end_of_file(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
-        let mut rest = buffer.get(..read).unwrap_or_default();
-        while !rest.is_empty() {
-            match to.async_io(Interest::WRITABLE, |mut file| file.write(rest)).await {
-                Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+        let mut remaining = buffer.get(..read).unwrap_or_default();
+        while !remaining.is_empty() {
+            match to.async_io(Interest::WRITABLE, |mut file| file.write(remaining)).await {
+                Ok(written) => remaining = remaining.get(written..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }

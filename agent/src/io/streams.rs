@@ -109,8 +109,8 @@ async fn read_header(stream: OwnedFd) -> io::Result<(Header, OwnedFd)> {
     let stream = crate::io::register(File::from(stream), Interest::READABLE)?;
     let mut bytes = [0; HEADER_LEN];
     let mut filled = 0;
-    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match stream.async_io(Interest::READABLE, |mut file| file.read(rest)).await? {
+    while let Some(unread) = bytes.get_mut(filled..).filter(|unread| !unread.is_empty()) {
+        match stream.async_io(Interest::READABLE, |mut file| file.read(unread)).await? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             read => filled += read,
         }

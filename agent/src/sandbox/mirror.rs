@@ -64,21 +64,21 @@ impl Mirrors {
         fs::set_permissions(&self.root, Permissions::from_mode(0o711))?;
         let key = (request.container_id.clone(), request.mount);
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = rounds.entry(key.clone()).or_default();
+        let named = rounds.entry(key.clone()).or_default();
         for entry in &request.entries {
             let path = relative_path(OsStr::from_bytes(&entry.path))?;
             if path.as_os_str().is_empty() {
                 // The volume's root begins a new round: the paths of an unfinished round no longer count.
-                seen.clear();
+                named.clear();
             }
             apply_entry(&root, &path, &temporary, entry).map_err(|error| {
                 io::Error::new(error.kind(), format!("failed to write {}: {error}", path.display()))
             })?;
-            seen.insert(path);
+            named.insert(path);
         }
         if request.last {
-            let seen = rounds.remove(&key).unwrap_or_default();
-            prune(&root, Path::new(""), &seen)?;
+            let named = rounds.remove(&key).unwrap_or_default();
+            prune(&root, Path::new(""), &named)?;
         }
         Ok(())
     }
@@ -123,7 +123,7 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
         }
         Kind::SYMLINK => {
             let link = PathBuf::from(std::ffi::OsString::from_vec(entry.content.clone()));
-            if fs::read_link(&target).is_ok_and(|now| now == link) {
+            if fs::read_link(&target).is_ok_and(|existing| existing == link) {
                 return Ok(());
             }
             if present.as_ref().is_some_and(Metadata::is_dir) {
@@ -183,7 +183,7 @@ fn is_unchanged(target: &Path, present: Option<&Metadata>, entry: &MirrorEntry) 
         meta.is_file()
             && (meta.uid(), meta.gid(), meta.mode() & 0o7777) == (entry.uid, entry.gid, entry.mode & 0o7777)
             && meta.len() == entry.content.len() as u64
-            && fs::read(target).is_ok_and(|now| now == entry.content)
+            && fs::read(target).is_ok_and(|existing| existing == entry.content)
     })
 }
 

@@ -159,13 +159,13 @@ fn create_directory(parent: BorrowedFd<'_>, name: &Path, directory: &VolumeDirec
     match mkdirat(parent, name, Mode::S_IRWXU) {
         // Another process has created it in the meantime. It keeps its owner and mode.
         Err(Errno::EEXIST) => return Ok(()),
-        made => made?,
+        created => created?,
     }
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let made = openat(parent, name, flags, Mode::empty())?;
-    fchown(&made, Some(Uid::from_raw(directory.uid)), Some(Gid::from_raw(directory.gid)))?;
+    let created = openat(parent, name, flags, Mode::empty())?;
+    fchown(&created, Some(Uid::from_raw(directory.uid)), Some(Gid::from_raw(directory.gid)))?;
     // After the owner, because changing the owner clears the set-ID bits.
-    fchmod(&made, Mode::from_bits_truncate(directory.mode))
+    fchmod(&created, Mode::from_bits_truncate(directory.mode))
 }
 
 fn bind(source: &OwnedFd, target: &Path) -> Result<(), VolumeError> {

@@ -61,8 +61,9 @@ pub fn adapt(
         for mount in mounts {
             mount.set_uid_mappings(None).set_gid_mappings(None);
             let options = mount.options().clone();
-            let kept = |options: Vec<String>| options.into_iter().filter(|o| o != "idmap" && o != "ridmap").collect();
-            mount.set_options(options.map(kept));
+            let remove_idmap_options =
+                |options: Vec<String>| options.into_iter().filter(|o| o != "idmap" && o != "ridmap").collect();
+            mount.set_options(options.map(remove_idmap_options));
         }
     }
     let linux = spec.linux_mut().as_mut().ok_or_else(|| invalid("no linux section in the specification"))?;
@@ -109,12 +110,12 @@ fn namespaces(
         }),
     };
     // A container without a UTS namespace joins the pod's, because the guest's has the guest's host name.
-    let has_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
+    let new_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
     let mut all = vec![
         make(LinuxNamespaceType::Pid, pid)?,
         make(LinuxNamespaceType::Network, Some(PathBuf::from(NET)))?,
         make(LinuxNamespaceType::Ipc, Some(PathBuf::from(IPC)))?,
-        make(LinuxNamespaceType::Uts, (!has_uts).then(|| PathBuf::from(UTS)))?,
+        make(LinuxNamespaceType::Uts, (!new_uts).then(|| PathBuf::from(UTS)))?,
         make(LinuxNamespaceType::Mount, None)?,
     ];
     for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time] {

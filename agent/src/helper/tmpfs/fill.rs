@@ -93,8 +93,9 @@ fn copy(source: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr, path: &Pat
         SFlag::S_IFREG => {
             let mut content = File::open(proc_path(object.as_fd())).map_err(read_error)?;
             let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let made = openat(target, name, flags, private).map_err(create_error)?;
-            io::copy(&mut content, &mut File::from(made)).map_err(|error| FillError::Copy(path.to_owned(), error))?;
+            let created = openat(target, name, flags, private).map_err(create_error)?;
+            io::copy(&mut content, &mut File::from(created))
+                .map_err(|error| FillError::Copy(path.to_owned(), error))?;
         }
         _ => mknodat(target, name, kind, private, status.st_rdev).map_err(create_error)?,
     }

@@ -174,9 +174,9 @@ impl EarlierMounts<'_> {
     /// Opens the directory at `path` in the container. Returns `None` if there is none.
     fn directory(&self, path: &Path) -> io::Result<Option<OwnedFd>> {
         let covering = self.mounts.iter().rev().find_map(|(at, content)| Some((content, path.strip_prefix(at).ok()?)));
-        let (base, rest) = match covering {
+        let (base, relative) = match covering {
             None => (self.root.as_path(), path.strip_prefix("/").unwrap_or(path)),
-            Some((Some(base), rest)) => (base.as_path(), rest),
+            Some((Some(base), relative)) => (base.as_path(), relative),
             // The content of this mount comes from the kernel or is empty.
             Some((None, _)) => return Ok(None),
         };
@@ -187,7 +187,7 @@ impl EarlierMounts<'_> {
         let how = OpenHow::new()
             .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        match openat2(base.as_fd(), &Path::new(".").join(rest), how) {
+        match openat2(base.as_fd(), &Path::new(".").join(relative), how) {
             Ok(directory) => Ok(Some(directory)),
             // libcontainer creates a missing destination, and fails to mount on one that is not a directory.
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),

@@ -162,7 +162,7 @@ fn add(
     for route in via_gateway {
         route::change(pod, op(route), route, |name| indices.get(name))?;
     }
-    // Rules last, because the tables that they look up are filled by now.
+    // Rules last, because the tables that they look up must be filled first.
     let mut seen_keys = HashSet::new();
     for rule in after.rules.iter().filter(|rule| rules.contains(&rule::key(rule))) {
         let op = if seen_keys.insert(rule::key(rule)) { Op::Add } else { Op::Append };
