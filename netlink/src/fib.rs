@@ -1,49 +1,49 @@
-//! Numbers of routes and rules that libc lacks: linux/fib_rules.h and linux/rtnetlink.h.
+//! Constants for routes and routing rules that libc lacks, from linux/fib_rules.h and linux/rtnetlink.h.
 
-/// The prefix packets go to.
+/// Destination prefix.
 pub const FRA_DST: u16 = 1;
-/// The prefix they come from.
+/// Source prefix.
 pub const FRA_SRC: u16 = 2;
-/// The interface they come by.
+/// Incoming interface.
 pub const FRA_IIFNAME: u16 = 3;
-/// The priority to go on with.
+/// Priority of the rule to jump to (FR_ACT_GOTO).
 pub const FRA_GOTO: u16 = 4;
-/// Where the rule stands.
+/// Priority of the rule.
 pub const FRA_PRIORITY: u16 = 6;
-/// The packets' mark.
+/// Packet mark (fwmark).
 pub const FRA_FWMARK: u16 = 10;
-/// Realms.
+/// Routing realms.
 pub const FRA_FLOW: u16 = 11;
-/// Routes by interfaces of this group are not taken.
+/// Interface group whose routes are suppressed.
 pub const FRA_SUPPRESS_IFGROUP: u16 = 13;
-/// Routes with a prefix of this length or a shorter one are not taken.
+/// Routes whose prefix is of this length or shorter are suppressed.
 pub const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
-/// The table looked up.
+/// Routing table to look up.
 pub const FRA_TABLE: u16 = 15;
-/// The bits of the mark that count.
+/// Mask of [`FRA_FWMARK`].
 pub const FRA_FWMASK: u16 = 16;
-/// The interface packets are bound to.
+/// Outgoing interface: matches packets of sockets that are bound to it.
 pub const FRA_OIFNAME: u16 = 17;
-/// Nothing.
+/// Padding for alignment.
 pub const FRA_PAD: u16 = 18;
-/// The table of a VRF.
+/// The rule looks up the table of a VRF (l3mdev).
 pub const FRA_L3MDEV: u16 = 19;
-/// The users whose packets they are.
+/// Range of user ids that own the sockets.
 pub const FRA_UID_RANGE: u16 = 20;
-/// Who made the rule.
+/// Originator of the rule, `RTPROT_…`.
 pub const FRA_PROTOCOL: u16 = 21;
-/// IP's protocol.
+/// IP protocol number.
 pub const FRA_IP_PROTO: u16 = 22;
-/// The ports packets come from.
+/// Source port range.
 pub const FRA_SPORT_RANGE: u16 = 23;
-/// The ports they go to.
+/// Destination port range.
 pub const FRA_DPORT_RANGE: u16 = 24;
-/// A flag of a rule: it is for what it does not describe.
+/// Rule flag: the rule applies to packets that do not match its selectors.
 pub const FIB_RULE_INVERT: u32 = 2;
 
-/// A route's metric: the largest packet.
+/// Route metric: MTU.
 pub const RTAX_MTU: u16 = 2;
-/// A route's metric: the largest segment of TCP that is announced.
+/// Route metric: advertised TCP maximum segment size.
 pub const RTAX_ADVMSS: u16 = 8;
-/// A flag of a next hop: its gateway is on the link, whatever the routes say.
+/// Next hop flag: the gateway is on-link, even if no route covers it.
 pub const RTNH_F_ONLINK: u8 = 4;

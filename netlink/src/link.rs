@@ -1,30 +1,27 @@
-//! The interfaces of a network namespace, as the kernel lists them.
+//! Lists the interfaces of a network namespace (RTM_GETLINK).
 
 use std::io;
 
 use crate::{Message, Netlink, attributes, number};
 
-/// An interface.
+/// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
-    /// Its index in its namespace.
+    /// Index, unique within its network namespace.
     pub index: i32,
-    /// Its hardware's type, one of `ARPHRD_…`.
+    /// Hardware type, `ARPHRD_…`.
     pub hardware: u16,
-    /// Its state, of `IFF_…`.
+    /// Flags, `IFF_…`.
     pub flags: u32,
-    /// Its name.
+    /// Name, such as `eth0`.
     pub name: String,
-    /// Its hardware address; empty where it has none.
+    /// Hardware address; empty if it has none.
     pub mac: Vec<u8>,
-    /// In bytes.
+    /// MTU in bytes.
     pub mtu: u32,
 }
 
-/// All interfaces of the socket's namespace.
-///
-/// # Errors
-/// What the kernel says.
+/// Lists all interfaces of the socket's network namespace.
 pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
     let mut links = Vec::new();
     let request = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP, &link_header(0, 0, 0));
@@ -36,7 +33,7 @@ pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
     Ok(links)
 }
 
-/// `struct ifinfomsg`.
+/// Encodes a `struct ifinfomsg`, the fixed header of link messages.
 pub fn link_header(index: i32, flags: u32, change: u32) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[4..8].copy_from_slice(&index.to_ne_bytes());
@@ -68,7 +65,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn the_machine_has_a_loopback() {
+    fn lists_the_loopback_interface() {
         let links = links(&Netlink::open().unwrap()).unwrap();
         let loopback = links.iter().find(|link| link.index == 1).unwrap();
         assert_eq!((loopback.name.as_str(), loopback.hardware), ("lo", libc::ARPHRD_LOOPBACK));
@@ -77,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_as_the_kernel_describes_it() {
+    fn parses_a_link_message() {
         let up = libc::IFF_UP as u32;
         let mut body = link_header(2, up, 0).to_vec();
         body[2..4].copy_from_slice(&libc::ARPHRD_ETHER.to_ne_bytes());
@@ -89,7 +86,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>) {
+        fn parsing_arbitrary_bytes_never_panics(bytes: Vec<u8>) {
             parse(&bytes);
         }
     }
