@@ -1,4 +1,4 @@
-//! Generates the agent's service from its protocol file, without `protoc`.
+//! Generates Rust code for the agent's ttrpc service and the CRI messages from `protos/`, without `protoc`.
 
 use std::path::Path;
 
@@ -14,7 +14,8 @@ fn main() -> std::io::Result<()> {
         .rust_protobuf()
         .customize(Customize { async_all: true, ..Default::default() })
         .run()?;
-    // Inner attributes cannot be included into a module; the including module sets its own.
+    // `include!` does not accept inner attributes or inner doc comments. The module that includes the file sets its
+    // own.
     for file in ["agent.rs", "agent_ttrpc.rs", "cri_sandbox.rs"] {
         let path = Path::new(&out).join(file);
         let text: String =

@@ -1,13 +1,14 @@
-//! Boot marks: the guest writes one byte to an I/O port, and the VMM notes the time and tells the shim.
+//! Boot marks: steps of the guest's start. The agent writes one byte to an I/O port; the VMM records the time and sends
+//! the shim a notice.
 
-/// The I/O port, in a range no PC device uses.
+/// The I/O port, in a range that no PC device uses.
 pub const PORT: u16 = 0x5f0;
 
-/// How far the guest has come.
+/// A step of the guest's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Mark {
-    /// The agent's first act as PID 1.
+    /// The agent runs as PID 1; it writes this mark first.
     AgentStarted = 1,
     /// The agent listens on all its vsock ports.
     AgentReady = 2,

@@ -1,7 +1,7 @@
-//! The header that opens a forwarded TCP connection on [`crate::ports::FORWARD`], and the byte it is answered with.
+//! The header that opens a forwarded TCP connection on [`crate::ports::FORWARD`].
 //!
-//! The shim dials, writes this header and reads one byte: 0 when the guest has connected, else what connect(2) failed
-//! with. From then on the stream is the connection; end of file is a half-close.
+//! The shim connects, writes the header and reads a one-byte reply: 0 if the guest has connected, otherwise the errno
+//! of connect(2). After the reply, the vsock connection carries the TCP connection's data. End of file is a half-close.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -11,12 +11,12 @@ const MAGIC: [u8; 4] = *b"HSKF";
 /// Length of an encoded header in bytes.
 pub const HEADER_LEN: usize = 22;
 
-/// Why bytes are no header.
+/// The bytes are not a valid header.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("not the header of a forwarded connection: bad magic number")]
+#[error("invalid port forwarding header: wrong magic number")]
 pub struct HeaderError;
 
-/// The header for a connection to `address` in the pod's network namespace.
+/// Encodes the header for a connection to `address` in the pod's network namespace.
 pub fn encode(address: SocketAddr) -> [u8; HEADER_LEN] {
     let ip = match address.ip() {
         IpAddr::V4(v4) => v4.to_ipv6_mapped(),
@@ -29,10 +29,7 @@ pub fn encode(address: SocketAddr) -> [u8; HEADER_LEN] {
     bytes
 }
 
-/// Reads a header.
-///
-/// # Errors
-/// [`HeaderError`] when the bytes are anything else.
+/// Decodes a header.
 pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<SocketAddr, HeaderError> {
     let [a, b, c, d, high, low, ip @ ..] = bytes;
     if [a, b, c, d] != MAGIC {
@@ -56,7 +53,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_never_panic(bytes: [u8; HEADER_LEN]) {
+        fn decoding_arbitrary_bytes_never_panics(bytes: [u8; HEADER_LEN]) {
             let _ = decode(bytes);
         }
     }

@@ -1,4 +1,5 @@
-//! What shim, VMM and guest agent share on the wire: ports, the stream header, boot marks and the agent's services.
+//! Protocols between shim, VMM and guest agent: vsock ports, stream headers, boot marks, guest paths and ttrpc
+//! services.
 
 pub mod boot;
 pub mod forward;
@@ -16,49 +17,51 @@ pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
-/// A pod's configuration by the Kubernetes CRI, as far as a sandbox needs it.
+/// Messages of the Kubernetes CRI: the subset of a pod's configuration that a sandbox needs.
 #[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
 pub mod cri {
     include!(concat!(env!("OUT_DIR"), "/cri_sandbox.rs"));
 }
 
-/// The `husk.agent.v1.Sandbox` service, asynchronous client and server.
+/// Asynchronous client and server of the `husk.agent.v1.Sandbox` service.
 #[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
 pub mod agent_ttrpc {
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
 }
 
-/// Type URL under which [`agent::CreateOptions`] travels in a create request.
+/// Type URL of [`agent::CreateOptions`] in the options of a create request.
 pub const CREATE_OPTIONS_URL: &str = "husk.agent.v1.CreateOptions";
 
-/// Where the guest mounts the directory that the host shares over virtio-fs.
+/// Guest mount point of the share, which the host serves over virtio-fs.
 pub const GUEST_SHARE: &str = "/run/husk/share";
 
-/// The directory of [`GUEST_SHARE`] that has the pod's volumes; no container's id begins with a dot.
+/// Directory in [`GUEST_SHARE`] that holds the pod's volumes. It cannot collide with a container's directory, because
+/// no container id begins with a dot.
 pub const SHARED_VOLUMES: &str = ".volumes";
 
-/// Tag of the virtio-fs device that carries the shared directory.
+/// Tag of the virtio-fs device that serves the share.
 pub const SHARE_TAG: &str = "husk";
 
-/// What stands for a namespace of the sandbox in a specification's namespace paths, followed by the namespace's type
-/// (`/run/husk/ns/uts`): the host's path means nothing in the guest, only that there was one does.
+/// Path prefix that stands for a namespace of the sandbox in a specification's namespace paths. The namespace type
+/// follows: `/run/husk/ns/uts`. It replaces the host's path, which is meaningless in the guest: the guest only needs to
+/// know that a path was set.
 pub const GUEST_NS: &str = "/run/husk/ns";
 
-/// A path below this stands for the process namespace of the container of that name.
+/// Path prefix that stands for a container's PID namespace. The container id follows.
 pub const GUEST_PIDS: &str = "/run/husk/pids";
 
-/// The sandbox's shared memory: a tmpfs that the guest mounts at `Setup` when the shim asks for it, and that the
-/// containers of a Kubernetes pod share at `/dev/shm`.
+/// Guest mount point of the sandbox's shared memory. The agent mounts a tmpfs there during `Setup` if the shim requests
+/// it; the containers of a Kubernetes pod share it at `/dev/shm`.
 pub const GUEST_SHM: &str = "/run/husk/shm";
 
-/// Where the guest mounts volumes of its own (in memory, of huge pages), by their names.
+/// Directory in which the guest mounts memory volumes (tmpfs, hugetlbfs), by volume name.
 pub const GUEST_VOLUMES: &str = "/run/husk/volumes";
 
-/// Where the guest binds parts of volumes; see [`volume`].
+/// Directory in which the guest bind-mounts directories of volumes (`subPath`); see [`volume`].
 pub const GUEST_SUBPATHS: &str = "/run/husk/subpaths";
 
-/// The file system of a volume that is in [`SHARED_VOLUMES`] already.
+/// `fs_type` of a volume request whose volume is already in [`SHARED_VOLUMES`].
 pub const SHARED: &str = "shared";
 
-/// Where the guest keeps its copies of mirrored volumes, `<container>/<mount>`.
+/// Directory of the guest's copies of mirrored volumes, `<container>/<mount>`.
 pub const GUEST_MIRRORS: &str = "/run/husk/mirrors";

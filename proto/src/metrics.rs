@@ -1,4 +1,5 @@
-//! `io.containerd.cgroups.v2.Metrics` of a control group: a container's in the guest, a sandbox's on the host.
+//! Reads cgroup v2 metrics as containerd's `io.containerd.cgroups.v2.Metrics`: of a container's cgroup in the guest, or
+//! of a sandbox's cgroup on the host.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,25 +9,26 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 };
 use protobuf::MessageField;
 
-/// The directory of a control group.
-struct Group<'a>(&'a Path);
+/// A cgroup, by its directory.
+struct Cgroup<'a>(&'a Path);
 
-impl Group<'_> {
+impl Cgroup<'_> {
     fn read(&self, file: &str) -> Option<String> {
         std::fs::read_to_string(self.0.join(file)).ok()
     }
 
-    /// A file that is a single number; nothing for `max`, an absent file or anything else.
+    /// Reads a file that holds a single number. Returns `None` if the file is missing or holds anything else, such as
+    /// `max`.
     fn number(&self, file: &str) -> Option<u64> {
         self.read(file)?.trim().parse().ok()
     }
 
-    /// The largest number where there is no limit, as containerd's own reader has it.
+    /// Reads a limit. Returns `u64::MAX` if there is none, like containerd's own reader.
     fn limit(&self, file: &str) -> u64 {
         self.number(file).unwrap_or(u64::MAX)
     }
 
-    /// A file of lines `key value`; others are skipped.
+    /// Reads a flat keyed file (`key value` lines). Other lines are skipped.
     fn table(&self, file: &str) -> BTreeMap<String, u64> {
         let text = self.read(file).unwrap_or_default();
         let pairs = text.lines().filter_map(|line| line.split_once(' '));
@@ -34,17 +36,17 @@ impl Group<'_> {
     }
 }
 
-/// The type URL containerd knows the metrics by.
+/// Type URL of the metrics in containerd's API.
 pub const URL: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// Reads the group in the directory `path`; a controller that is absent leaves its part at zero. Reads a handful of
-/// files of the kernel's.
+/// Reads the metrics of the cgroup at `path`. The values of an absent controller are zero. Cheap: it reads a
+/// handful of cgroup files.
 pub fn read(path: &Path) -> Metrics {
-    let cgroup = &Group(path);
+    let cgroup = &Cgroup(path);
     Metrics {
         pids: MessageField::some(PidsStat {
             current: cgroup.number("pids.current").unwrap_or(0),
-            // No limit is zero here, and the largest number below, as containerd's own reader has them.
+            // "No limit" is 0 here but `u64::MAX` for memory and huge pages, like in containerd's own reader.
             limit: cgroup.number("pids.max").unwrap_or(0),
             ..Default::default()
         }),
@@ -61,7 +63,7 @@ pub fn read(path: &Path) -> Metrics {
     }
 }
 
-fn cpu(cgroup: &Group<'_>) -> CPUStat {
+fn cpu(cgroup: &Cgroup<'_>) -> CPUStat {
     let table = cgroup.table("cpu.stat");
     let get = |key| value(&table, key);
     CPUStat {
@@ -78,7 +80,7 @@ fn cpu(cgroup: &Group<'_>) -> CPUStat {
     }
 }
 
-fn memory(cgroup: &Group<'_>) -> MemoryStat {
+fn memory(cgroup: &Cgroup<'_>) -> MemoryStat {
     let table = cgroup.table("memory.stat");
     let get = |key| value(&table, key);
     MemoryStat {
@@ -101,7 +103,7 @@ fn memory(cgroup: &Group<'_>) -> MemoryStat {
         slab_unreclaimable: get("slab_unreclaimable"),
         pgfault: get("pgfault"),
         pgmajfault: get("pgmajfault"),
-        // The kernel counts these apart for anonymous memory and files since 5.9.
+        // Since 5.9 the kernel counts these separately for anonymous memory and files.
         workingset_refault: get("workingset_refault_anon") + get("workingset_refault_file"),
         workingset_activate: get("workingset_activate_anon") + get("workingset_activate_file"),
         workingset_nodereclaim: get("workingset_nodereclaim"),
@@ -125,7 +127,7 @@ fn memory(cgroup: &Group<'_>) -> MemoryStat {
     }
 }
 
-fn memory_events(cgroup: &Group<'_>) -> MemoryEvents {
+fn memory_events(cgroup: &Cgroup<'_>) -> MemoryEvents {
     let table = cgroup.table("memory.events");
     let get = |key| value(&table, key);
     MemoryEvents {
@@ -139,7 +141,7 @@ fn memory_events(cgroup: &Group<'_>) -> MemoryEvents {
     }
 }
 
-fn huge_pages(cgroup: &Group<'_>) -> Vec<HugeTlbStat> {
+fn huge_pages(cgroup: &Cgroup<'_>) -> Vec<HugeTlbStat> {
     let Ok(entries) = std::fs::read_dir(cgroup.0) else { return Vec::new() };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let size = |name: String| Some(name.strip_prefix("hugetlb.")?.strip_suffix(".current")?.to_owned());
@@ -181,7 +183,7 @@ fn parse_io(text: &str) -> Vec<IOEntry> {
         .collect()
 }
 
-fn psi(cgroup: &Group<'_>, file: &str) -> MessageField<PSIStats> {
+fn psi(cgroup: &Cgroup<'_>, file: &str) -> MessageField<PSIStats> {
     cgroup.read(file).map(|text| parse_psi(&text)).into()
 }
 
@@ -212,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_formats() {
+    fn parses_io_stat_and_psi() {
         let io = parse_io("254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\nnonsense\n");
         assert_eq!((io.len(), io[0].major, io[0].wios), (1, 254, 4));
         let psi = parse_psi("some avg10=1.50 avg60=0.00 avg300=0.00 total=42\nfull avg10=0.00 total=7\n");
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_absent_is_zero() {
+    fn absent_files_and_keys_read_as_zero() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         write("cpu.stat", "usage_usec 12\nuser_usec 7\nsystem_usec x\n");

@@ -1,10 +1,10 @@
-//! The vsock ports the agent listens on in the guest.
+//! The vsock ports on which the agent listens.
 
 /// ttrpc: containerd's Task service and `husk.agent.v1.Sandbox`.
 pub const AGENT: u32 = 1024;
-/// Raw streams of container stdio, each opened with a [`crate::stream::Header`].
+/// Raw stdio streams. Each starts with a [`crate::stream::Header`].
 pub const STREAM: u32 = 1025;
-/// TCP connections made again in the pod, each opened with a header of [`crate::forward`].
+/// Port forwarding: TCP connections to the pod. Each starts with a header of [`crate::forward`].
 pub const FORWARD: u32 = 1027;
-/// The agent's own log: it accepts one connection and writes lines of text.
+/// The agent's log. The agent accepts one connection and writes lines of text to it.
 pub const LOG: u32 = 1026;

@@ -1,7 +1,8 @@
 //! The header that opens a stdio stream on [`crate::ports::STREAM`].
 //!
-//! The shim dials, writes this header, then names the token in the create or exec request. One stream carries
-//! one direction of one standard stream (a terminal's stream carries both). End of file is a half-close.
+//! The shim connects, writes this header, and then passes the token in the create or exec request. One vsock connection
+//! carries one of stdin, stdout and stderr. With a terminal, one connection carries both directions. End of file is a
+//! half-close.
 
 /// Magic number at the start of every stream: "HSK1".
 const MAGIC: [u8; 4] = *b"HSK1";
@@ -9,26 +10,26 @@ const MAGIC: [u8; 4] = *b"HSK1";
 /// Length of an encoded header in bytes.
 pub const HEADER_LEN: usize = 12;
 
-/// Names a stream for the request that uses it.
+/// Identifies a stream, so that a create or exec request can refer to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Header {
-    /// Random, so that it is unique within the sandbox and cannot be guessed; never 0.
+    /// Random: unique within the sandbox, and cannot be guessed. Never 0.
     pub token: u64,
 }
 
-/// Why bytes are no stream header.
+/// The bytes are not a valid stream header.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum HeaderError {
-    /// The first bytes are not the magic number.
-    #[error("not a stream header: bad magic number")]
+    /// Wrong magic number.
+    #[error("invalid stream header: wrong magic number")]
     Magic,
-    /// Token 0 names nothing.
-    #[error("not a stream header: token 0")]
+    /// Token 0 is reserved.
+    #[error("invalid stream header: token 0")]
     ZeroToken,
 }
 
 impl Header {
-    /// The header's bytes on the wire.
+    /// Encodes the header for the wire.
     pub fn encode(self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         bytes[..4].copy_from_slice(&MAGIC);
@@ -36,10 +37,7 @@ impl Header {
         bytes
     }
 
-    /// Reads a header.
-    ///
-    /// # Errors
-    /// [`HeaderError`] when the bytes are anything else.
+    /// Decodes a header.
     pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<Self, HeaderError> {
         let [a, b, c, d, token @ ..] = bytes;
         if [a, b, c, d] != MAGIC {
@@ -64,7 +62,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_never_panic(bytes: [u8; HEADER_LEN]) {
+        fn decoding_arbitrary_bytes_never_panics(bytes: [u8; HEADER_LEN]) {
             let _ = Header::decode(bytes);
         }
     }

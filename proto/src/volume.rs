@@ -1,10 +1,10 @@
-//! Where the guest has the volumes that it is asked for.
+//! Guest paths of requested volumes.
 
 use crate::agent::VolumeRequest;
 use crate::{GUEST_SHARE, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED, SHARED_VOLUMES};
 use std::path::{Path, PathBuf};
 
-/// Where the volume is, as a whole.
+/// Returns the path of the volume's root directory.
 pub fn root(request: &VolumeRequest) -> PathBuf {
     match request.fs_type == SHARED {
         true => shared(&request.name),
@@ -12,16 +12,17 @@ pub fn root(request: &VolumeRequest) -> PathBuf {
     }
 }
 
-/// Where the container has what it is to have of it: all, or a part that is bound there.
+/// Returns the path that the container mounts: the volume's root, or the bind mount of one of its directories.
 pub fn path(request: &VolumeRequest) -> PathBuf {
     if request.directories.is_empty() {
         return root(request);
     }
-    let of = if request.fs_type == SHARED { format!("@{}", request.name) } else { String::new() };
-    Path::new(GUEST_SUBPATHS).join(&request.container_id).join(format!("{}{of}", request.mount))
+    let volume = if request.fs_type == SHARED { format!("@{}", request.name) } else { String::new() };
+    Path::new(GUEST_SUBPATHS).join(&request.container_id).join(format!("{}{volume}", request.mount))
 }
 
-/// The shared volume that `path` leads to or into, if it is one.
+/// Returns the shared volume of a path that [`path`] returned: the path itself, or the root of the volume that the path
+/// was bind-mounted from. Returns `None` if the volume is not shared.
 pub fn shared_of(path: &Path) -> Option<PathBuf> {
     if path.starts_with(GUEST_SHARE) {
         return Some(path.to_owned());
@@ -40,11 +41,11 @@ mod tests {
     use crate::agent::VolumeDirectory;
 
     #[test]
-    fn a_part_tells_what_it_is_of() {
-        let request = |fs_type: &str, parts: &[&str]| VolumeRequest {
+    fn subpaths_of_shared_volumes_name_their_volume() {
+        let request = |fs_type: &str, directories: &[&str]| VolumeRequest {
             name: "3.fe-1-2".into(),
             fs_type: fs_type.into(),
-            directories: parts
+            directories: directories
                 .iter()
                 .map(|name| VolumeDirectory { name: (*name).into(), ..Default::default() })
                 .collect(),
@@ -52,11 +53,11 @@ mod tests {
             mount: 7,
             ..Default::default()
         };
-        let whole = path(&request(SHARED, &[]));
-        assert_eq!(whole, Path::new("/run/husk/share/.volumes/3.fe-1-2"));
-        let part = path(&request(SHARED, &["sub"]));
-        assert_eq!(part, Path::new("/run/husk/subpaths/c/7@3.fe-1-2"));
-        assert_eq!((shared_of(&part), shared_of(&whole)), (Some(whole.clone()), Some(whole)));
+        let root = path(&request(SHARED, &[]));
+        assert_eq!(root, Path::new("/run/husk/share/.volumes/3.fe-1-2"));
+        let subpath = path(&request(SHARED, &["sub"]));
+        assert_eq!(subpath, Path::new("/run/husk/subpaths/c/7@3.fe-1-2"));
+        assert_eq!((shared_of(&subpath), shared_of(&root)), (Some(root.clone()), Some(root)));
         assert_eq!(shared_of(&path(&request("tmpfs", &["sub"]))), None);
         assert_eq!(path(&request("tmpfs", &[])), Path::new("/run/husk/volumes/3.fe-1-2"));
         assert_eq!(shared_of(Path::new("/run/husk/shm")), None);
