@@ -1,4 +1,4 @@
-//! `husk`: what an operator asks of Husk on a node.
+//! `husk`: the operator's command line tool on a node.
 
 mod check;
 mod ps;
@@ -7,11 +7,11 @@ mod trace;
 use clap::{Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode};
 
-/// Containers in microVMs of their own, run by containerd.
+/// Inspects Husk on this node. Husk runs containerd's pods in microVMs.
 #[derive(Debug, Parser)]
 #[command(name = "husk", version, arg_required_else_help = true)]
 struct Arguments {
-    /// Husk's configuration file.
+    /// Configuration file of Husk.
     #[arg(long, global = true, value_name = "FILE", default_value = husk_config::DEFAULT_PATH)]
     config: PathBuf,
     #[command(subcommand)]
@@ -20,23 +20,23 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Says whether this node can run Husk, and what to do if not; exits with 1 if it cannot.
+    /// Checks whether this node can run Husk and suggests remedies. Exits with status 1 if it cannot.
     Check {
-        /// How to print what was found.
+        /// Output format.
         #[arg(long, short, value_enum, default_value_t = check::Output::Text)]
         output: check::Output,
     },
-    /// Lists the pods of this node that run under Husk, and their virtual machines.
+    /// Lists this node's Husk pods and their VMs.
     Ps {
-        /// How to print the list.
+        /// Output format.
         #[arg(long, short, value_enum, default_value_t = ps::Output::Text)]
         output: ps::Output,
     },
-    /// Shows where the time of a pod's start went.
+    /// Shows how long each step of a pod's start took.
     Trace {
-        /// A pod that is running, by its name, `namespace/name`, or its sandbox's id or the beginning of it; or a file
-        /// of timelines. Without it, the newest of the file that the configuration's `timeline_log` names.
-        what: Option<String>,
+        /// A running pod (`name` or `namespace/name`), a sandbox id or its prefix, or a timeline file. Default: the
+        /// newest timeline in the file that `timeline_log` names in the configuration.
+        target: Option<String>,
     },
 }
 
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     match arguments.command {
         Command::Check { output } => check::main(&arguments.config, output),
         Command::Ps { output } => print(&ps::main(output)),
-        Command::Trace { what } => match trace::main(&arguments.config, what.as_deref()) {
+        Command::Trace { target } => match trace::main(&arguments.config, target.as_deref()) {
             Ok(text) => print(&text),
             Err(error) => {
                 eprintln!("husk: {}", chain(&error));
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints to standard output; that it was closed is no reason to panic.
+/// Writes to stdout. Unlike `print!`, does not panic if stdout is closed.
 fn print(text: &str) -> ExitCode {
     use std::io::Write;
     match std::io::stdout().write_all(text.as_bytes()) {
@@ -64,7 +64,7 @@ fn print(text: &str) -> ExitCode {
     }
 }
 
-/// An error with its causes.
+/// Formats an error and its sources, separated by colons.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

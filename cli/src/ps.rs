@@ -1,4 +1,4 @@
-//! `husk ps`: the sandboxes of this node and their virtual machines.
+//! `husk ps`: lists the sandboxes of this node and their VMs.
 
 use husk_config::sandbox::Sandbox;
 use serde::Serialize;
@@ -9,10 +9,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Where shims keep their sandboxes' state: `<namespace>/<sandbox>/sandbox.json`.
-const STATE: &str = "/run/husk";
+/// State directory of the shims. The files read are `<namespace>/<sandbox>/sandbox.json`.
+const STATE_DIR: &str = "/run/husk";
 
-/// How the list is printed.
+/// Output format of the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Output {
     /// A table.
@@ -21,20 +21,20 @@ pub enum Output {
     Json,
 }
 
-/// One line of the list.
+/// One row of the list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Row {
     #[serde(flatten)]
     sandbox: Sandbox,
-    /// Memory that the VMM's and the shim's processes hold by themselves (their PSS), in KiB, that of the guest included.
+    /// Proportional set size (PSS) of the VMM and shim processes, in KiB. Includes guest memory.
     used_kib: u64,
-    /// Whether the VMM lives.
+    /// Whether the VMM process exists.
     running: bool,
 }
 
-/// The text to print.
+/// Returns the text to print.
 pub fn main(output: Output) -> String {
-    let mut rows = rows(Path::new(STATE), Path::new("/proc"));
+    let mut rows = rows(Path::new(STATE_DIR), Path::new("/proc"));
     rows.sort_by_key(|row| (row.sandbox.started, row.sandbox.id.clone()));
     match output {
         Output::Text => table(&rows, SystemTime::now()),
@@ -45,9 +45,9 @@ pub fn main(output: Output) -> String {
 fn rows(state: &Path, proc: &Path) -> Vec<Row> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let sandboxes = entries(state).flat_map(|namespace| entries(&namespace));
-    // One that is just ending is not there any more.
-    let notes = sandboxes.filter_map(|dir| fs::read(dir.join("sandbox.json")).ok());
-    notes
+    // A sandbox that is being removed may have no file any more.
+    let files = sandboxes.filter_map(|dir| fs::read(dir.join("sandbox.json")).ok());
+    files
         .filter_map(|text| serde_json::from_slice::<Sandbox>(&text).ok())
         .map(|sandbox| {
             let used_kib = pss(proc, sandbox.vmm_pid) + pss(proc, sandbox.shim_pid);
@@ -57,7 +57,7 @@ fn rows(state: &Path, proc: &Path) -> Vec<Row> {
         .collect()
 }
 
-/// The proportional set size of a process in KiB.
+/// Returns the proportional set size of a process, in KiB; 0 if unknown.
 fn pss(proc: &Path, pid: u32) -> u64 {
     let rollup = fs::read_to_string(proc.join(pid.to_string()).join("smaps_rollup")).unwrap_or_default();
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
@@ -96,7 +96,7 @@ fn table(rows: &[Row], now: SystemTime) -> String {
     text
 }
 
-/// The largest unit that fits.
+/// Formats a duration in the largest unit of which it has at least two.
 fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     match seconds {
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sandboxes_are_listed_with_what_they_use() {
+    fn lists_sandboxes_with_memory_use() {
         let dir = tempfile::tempdir().unwrap();
         let (state, proc) = (dir.path().join("husk"), dir.path().join("proc"));
         let sandbox = Sandbox {
@@ -127,8 +127,8 @@ mod tests {
         };
         fs::create_dir_all(state.join("k8s.io/0123456789abcdef")).unwrap();
         fs::create_dir_all(state.join("k8s.io/ending")).unwrap();
-        let note = serde_json::to_vec(&sandbox).unwrap();
-        fs::write(state.join("k8s.io/0123456789abcdef/sandbox.json"), note).unwrap();
+        let json = serde_json::to_vec(&sandbox).unwrap();
+        fs::write(state.join("k8s.io/0123456789abcdef/sandbox.json"), json).unwrap();
         fs::create_dir_all(proc.join("12")).unwrap();
         fs::write(proc.join("12/smaps_rollup"), "Rss: 9 kB\nPss:   40960 kB\nPss_Dirty: 1 kB\n").unwrap();
         let rows = rows(&state, &proc);
@@ -144,8 +144,8 @@ k8s.io     0123456789abc  shop/cart  running  2      320 MiB  40 MiB  90s  12   
     }
 
     #[test]
-    fn ages() {
-        let of = |seconds| age(Duration::from_secs(seconds));
-        assert_eq!([of(3), of(130), of(7300), of(200_000)], ["3s", "2m", "2h", "2d"]);
+    fn age_uses_the_largest_fitting_unit() {
+        let format = |seconds| age(Duration::from_secs(seconds));
+        assert_eq!([format(3), format(130), format(7300), format(200_000)], ["3s", "2m", "2h", "2d"]);
     }
 }

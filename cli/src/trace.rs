@@ -1,4 +1,4 @@
-//! `husk trace`: a pod's start as a waterfall.
+//! `husk trace`: shows the timeline of a pod's start as a waterfall chart.
 
 use husk_config::{
     Config, ConfigError,
@@ -11,92 +11,95 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where shims keep their sandboxes' state: `<namespace>/<sandbox>/timeline.json`.
-const STATE: &str = "/run/husk";
-/// Columns of the bars.
-const WIDTH: u128 = 40;
+/// State directory of the shims. The files read are `<namespace>/<sandbox>/timeline.json`.
+const STATE_DIR: &str = "/run/husk";
+/// Width of the chart in columns.
+const CHART_WIDTH: u128 = 40;
 
-/// Why there is nothing to show.
+/// Why no timeline can be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// The configuration cannot be used.
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A file cannot be read.
-    #[error("cannot read {}", path.display())]
+    /// The timeline file is unreadable.
+    #[error("failed to read timelines from {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The OS error.
         #[source]
         source: io::Error,
     },
-    /// A file holds something else.
-    #[error("{} holds no timelines", path.display())]
+    /// The file is not a timeline file.
+    #[error("failed to parse timelines in {}", path.display())]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Where and why.
+        /// The position and the reason.
         #[source]
         source: serde_json::Error,
     },
-    /// No sandbox has such an id, and no pod such a name.
-    #[error("no pod or sandbox {0:?} is running on this node; `husk ps` lists them")]
+    /// No sandbox has this id and no pod has this name.
+    #[error("no pod or sandbox {0:?} is running on this node; `husk ps` lists the running ones")]
     NoSandbox(String),
-    /// Several sandboxes' ids begin so, or several pods are called so.
-    #[error("{0:?} is several sandboxes; `husk ps` lists them")]
+    /// Several sandbox ids have this prefix, or several pods have this name.
+    #[error("{0:?} matches several sandboxes; use a sandbox id from `husk ps`")]
     Ambiguous(String),
-    /// There is nothing to show.
-    #[error("no timeline is kept: name a running sandbox, or set timeline_log in the configuration")]
-    Nothing,
+    /// No timeline was recorded, or none was named.
+    #[error("no timeline to show: name a running sandbox, or set timeline_log in the configuration")]
+    NoTimeline,
 }
 
-/// The text to print.
-pub fn main(config: &Path, what: Option<&str>) -> Result<String, TraceError> {
-    let path = match what {
-        Some(what) if Path::new(what).is_file() => PathBuf::from(what),
-        Some(what) => find(Path::new(STATE), what)?,
+/// Returns the text to print.
+pub fn main(config: &Path, target: Option<&str>) -> Result<String, TraceError> {
+    let path = match target {
+        Some(target) if Path::new(target).is_file() => PathBuf::from(target),
+        Some(target) => find(Path::new(STATE_DIR), target)?,
         None => Some(Config::load(config)?.timeline_log)
             .filter(|path| !path.as_os_str().is_empty())
-            .ok_or(TraceError::Nothing)?,
+            .ok_or(TraceError::NoTimeline)?,
     };
     let text = fs::read_to_string(&path).map_err(|source| TraceError::Read { path: path.clone(), source })?;
     let timelines = Timeline::from_lines(&text).map_err(|source| TraceError::Parse { path, source })?;
-    Ok(waterfall(timelines.last().ok_or(TraceError::Nothing)?))
+    Ok(waterfall(timelines.last().ok_or(TraceError::NoTimeline)?))
 }
 
-/// The timeline of the one sandbox that is meant: by its id, the beginning of it, or its pod's name with or without the
-/// pod's namespace.
-fn find(state: &Path, what: &str) -> Result<PathBuf, TraceError> {
+/// Finds the timeline file of the only sandbox that matches `target`. Tries the sandbox id, then the pod name with or
+/// without namespace, then a prefix of the sandbox id.
+fn find(state: &Path, target: &str) -> Result<PathBuf, TraceError> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let sandboxes: Vec<PathBuf> = entries(state).flat_map(|namespace| entries(&namespace)).collect();
-    let with = |test: &dyn Fn(&Path) -> bool| -> Vec<&PathBuf> { sandboxes.iter().filter(|path| test(path)).collect() };
+    let matching =
+        |test: &dyn Fn(&Path) -> bool| -> Vec<&PathBuf> { sandboxes.iter().filter(|path| test(path)).collect() };
     let id = |path: &Path| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
     let is_pod = |path: &Path| {
         let pod = pod(path);
-        pod == what || pod.split_once('/').is_some_and(|(_, name)| name == what)
+        pod == target || pod.split_once('/').is_some_and(|(_, name)| name == target)
     };
-    let found = [with(&|path| id(path) == what), with(&is_pod), with(&|path| id(path).starts_with(what))];
+    let found =
+        [matching(&|path| id(path) == target), matching(&is_pod), matching(&|path| id(path).starts_with(target))];
     match found.into_iter().find(|found| !found.is_empty()).as_deref() {
         Some([sandbox]) => Ok(sandbox.join("timeline.json")),
-        None => Err(TraceError::NoSandbox(what.into())),
-        Some(_) => Err(TraceError::Ambiguous(what.into())),
+        None => Err(TraceError::NoSandbox(target.into())),
+        Some(_) => Err(TraceError::Ambiguous(target.into())),
     }
 }
 
-/// The pod of a sandbox, as `namespace/name`; empty where there is none.
+/// Returns the pod of a sandbox as `namespace/name`; empty if it has none.
 fn pod(sandbox: &Path) -> String {
-    let note = fs::read(sandbox.join("sandbox.json")).ok();
-    note.and_then(|text| serde_json::from_slice::<Sandbox>(&text).ok()).map(|sandbox| sandbox.pod).unwrap_or_default()
+    let json = fs::read(sandbox.join("sandbox.json")).ok();
+    json.and_then(|text| serde_json::from_slice::<Sandbox>(&text).ok()).map(|sandbox| sandbox.pod).unwrap_or_default()
 }
 
-/// Each step with its time since the first, since the one before, and a bar for the latter.
+/// Formats each step with its time since the first step, its time since the previous step, and a bar for the latter.
 fn waterfall(timeline: &Timeline) -> String {
     let Timeline { sandbox, namespace, steps } = timeline;
     let at = |step: Option<&Step>| step.map_or(0, |step| step.at_ns);
     let (first, last) = (at(steps.first()), at(steps.last()));
     let total = u128::from(last.saturating_sub(first)).max(1);
-    let column = |ns: u64| usize::try_from(u128::from(ns.saturating_sub(first)) * WIDTH / total).unwrap_or_default();
+    let column =
+        |ns: u64| usize::try_from(u128::from(ns.saturating_sub(first)) * CHART_WIDTH / total).unwrap_or_default();
     let longest = steps.iter().map(|step| step.name.chars().count()).max().unwrap_or_default();
     let mut text = format!("{namespace}/{sandbox}\n");
     let mut before = first;
@@ -127,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn bars_follow_each_other_over_the_whole_width() {
+    fn bars_span_the_chart_width_without_gaps() {
         let text = waterfall(&timeline(&[("shim up", 5_000_000), ("agent ready", 10_000_000), ("exited", 15_000_000)]));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "default/abc");
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn sandboxes_are_found_by_their_ids_and_their_pods_names() {
+    fn finds_sandboxes_by_id_and_by_pod_name() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path();
         for (name, pod) in
@@ -150,10 +153,10 @@ mod tests {
             let (namespace, id) = name.split_once('/').unwrap();
             let (namespace, id, pod) = (namespace.into(), id.into(), pod.into());
             let (vcpus, memory_mib, started, vmm_pid, shim_pid) = (1, 128, 0, 1, 1);
-            let note = Sandbox { id, namespace, pod, vcpus, memory_mib, started, vmm_pid, shim_pid };
-            fs::write(dir.join("sandbox.json"), serde_json::to_vec(&note).unwrap()).unwrap();
+            let sandbox = Sandbox { id, namespace, pod, vcpus, memory_mib, started, vmm_pid, shim_pid };
+            fs::write(dir.join("sandbox.json"), serde_json::to_vec(&sandbox).unwrap()).unwrap();
         }
-        let find = |what| find(state, what);
+        let find = |target| find(state, target);
         assert_eq!(find("x").unwrap(), dir.path().join("k8s.io/xyz/timeline.json"));
         assert_eq!(find("ab").unwrap(), dir.path().join("default/ab/timeline.json"));
         assert_eq!(find("two/web").unwrap(), dir.path().join("k8s.io/uvw/timeline.json"));
@@ -163,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_of_the_log_is_shown() {
+    fn shows_the_newest_timeline_of_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         let config = dir.path().join("config.toml");
@@ -174,6 +177,6 @@ mod tests {
         assert!(main(&config, None).unwrap().contains("new"));
         assert!(main(&config, Some(log.to_str().unwrap())).unwrap().contains("new"));
         fs::write(&config, "").unwrap();
-        assert!(matches!(main(&config, None), Err(TraceError::Nothing)));
+        assert!(matches!(main(&config, None), Err(TraceError::NoTimeline)));
     }
 }

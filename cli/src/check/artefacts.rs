@@ -1,40 +1,40 @@
-//! The configuration, and the guest's kernel and image that it names.
+//! Checks the configuration, and the guest kernel and initrd that it names.
 
 use super::Finding;
 use crate::chain;
 use husk_config::Config;
 use std::{fs::File, io, io::Read, path::Path};
 
-/// The configuration to go on with, and what is to be said of it.
+/// Loads the configuration. Returns the defaults if it is invalid, so that the other checks can run.
 pub fn configuration(path: &Path) -> (Config, Vec<Finding>) {
     let name = "configuration";
     match Config::load(path) {
         Ok(config) if path.exists() => (config, vec![Finding::ok(name, path.display().to_string())]),
-        Ok(config) => (config, vec![Finding::ok(name, format!("defaults: there is no {}", path.display()))]),
+        Ok(config) => (config, vec![Finding::ok(name, format!("using defaults: {} does not exist", path.display()))]),
         Err(error) => {
-            let remedy = format!("correct {}; no pod starts with it", path.display());
+            let remedy = format!("correct {}: no pod starts until then", path.display());
             (Config::default(), vec![Finding::fail(name, chain(&error), remedy)])
         }
     }
 }
 
-/// The kernel and the image.
+/// Checks the guest kernel and the initrd.
 pub fn images(config: &Config) -> [Finding; 2] {
     [image("guest kernel", "kernel", &config.kernel, kernel), image("guest image", "initrd", &config.initrd, initrd)]
 }
 
 fn image(name: &'static str, key: &str, path: &Path, kind: fn(&[u8]) -> Result<&'static str, &'static str>) -> Finding {
-    let remedy = format!("install dist/root of Husk over /, or set {key} in the configuration");
+    let remedy = format!("copy Husk's dist/root to /, or set {key} in the configuration");
     match head(path) {
-        Err(error) => Finding::fail(name, format!("cannot read {}: {error}", path.display()), remedy),
+        Err(error) => Finding::fail(name, format!("failed to read {}: {error}", path.display()), remedy),
         Ok((head, len)) => match kind(&head) {
             Ok(kind) => Finding::ok(name, format!("{}, {kind}, {} KiB", path.display(), len.div_ceil(1024))),
-            Err(wrong) => Finding::fail(name, format!("{}: {wrong}", path.display()), remedy),
+            Err(reason) => Finding::fail(name, format!("{}: {reason}", path.display()), remedy),
         },
     }
 }
 
-/// The first bytes of a file, and its length.
+/// Reads the first 64 bytes of a file; also returns the file's length.
 fn head(path: &Path) -> io::Result<(Vec<u8>, u64)> {
     let file = File::open(path)?;
     let len = file.metadata()?.len();
@@ -43,18 +43,18 @@ fn head(path: &Path) -> io::Result<(Vec<u8>, u64)> {
     Ok((head, len))
 }
 
-/// `e_ident`, `e_type` and `e_machine` of an ELF header.
+/// Checks `e_ident`, `e_type` and `e_machine` of an ELF header.
 fn kernel(head: &[u8]) -> Result<&'static str, &'static str> {
     if !head.starts_with(b"\x7fELF") {
-        return Err("no ELF image: an uncompressed vmlinux is needed, not a bzImage");
+        return Err("not an ELF image: an uncompressed vmlinux is required, not a bzImage");
     }
     match (head.get(4), head.get(16..20)) {
         (Some(2), Some([2 | 3, 0, 62, 0])) => Ok("ELF for x86-64"),
-        _ => Err("no executable for x86-64"),
+        _ => Err("not an x86-64 executable"),
     }
 }
 
-/// The archive formats a kernel unpacks.
+/// Checks for the archive formats that a kernel unpacks.
 fn initrd(head: &[u8]) -> Result<&'static str, &'static str> {
     let formats: [(&[u8], _); 5] = [
         (b"070701", "cpio"),
@@ -64,7 +64,7 @@ fn initrd(head: &[u8]) -> Result<&'static str, &'static str> {
         (b"\xfd7zXZ", "xz"),
     ];
     let found = formats.iter().find(|(magic, _)| head.starts_with(magic));
-    found.map(|(_, name)| *name).ok_or("no initial RAM file system: a cpio archive (newc) is needed")
+    found.map(|(_, name)| *name).ok_or("not an initial RAM file system: a cpio archive (newc) is required")
 }
 
 #[cfg(test)]
@@ -74,7 +74,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn images_of_the_right_kind_are_told_from_others() {
+    fn recognizes_kernel_and_initrd_formats() {
         let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
         elf.resize(16, 0);
         elf.extend([2, 0, 62, 0]);
@@ -85,13 +85,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_wrong_fails_with_a_remedy() {
+    fn missing_or_invalid_files_fail_with_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
         let config = Config { kernel: dir.path().join("k"), initrd: dir.path().join("i"), ..Config::default() };
         fs::write(&config.initrd, "070701").unwrap();
         let [kernel, initrd] = images(&config);
         assert_eq!((kernel.status, initrd.status), (Status::Fail, Status::Ok));
-        assert!(kernel.detail.contains("cannot read") && kernel.remedy.contains("kernel"));
+        assert!(kernel.detail.contains("failed to read") && kernel.remedy.contains("kernel"));
         let path = dir.path().join("c");
         assert_eq!(configuration(&path).1[0].status, Status::Ok);
         fs::write(&path, "x = 1").unwrap();

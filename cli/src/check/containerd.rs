@@ -1,4 +1,4 @@
-//! containerd: its version, whether it finds the shim, and whether Kubernetes' pods can choose Husk.
+//! Checks containerd: its version, whether it finds the shim, and whether Kubernetes pods can use Husk.
 
 use super::Finding;
 use std::{
@@ -11,50 +11,54 @@ use std::{
     time::Duration,
 };
 
-/// The shim's program, by which containerd knows the runtime.
+/// File name of the shim. containerd derives it from the runtime's name.
 const SHIM: &str = "containerd-shim-husk-v2";
 const RUNTIME: &str = "io.containerd.husk.v2";
-/// containerd's API socket, where distributions have it.
+/// containerd's API socket, at the path that distributions use.
 const SOCKET: &str = "/run/containerd/containerd.sock";
-/// Task v2 and its shim protocol are whole since then.
+/// First version with the complete Task v2 API and its shim protocol.
 const MIN_VERSION: (u32, u32) = (1, 6);
-/// How long containerd may take to print something.
-const LIMIT: Duration = Duration::from_secs(30);
-/// Where programs are when the environment does not say.
+/// Timeout of a containerd command.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Search path if the environment has none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Everything about containerd.
+/// Runs all checks of containerd.
 pub fn all() -> Vec<Finding> {
     let path = env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.into());
     let mut findings = Vec::new();
     match find(&path, "containerd") {
         None => {
             let remedy = "install containerd 1.6 or newer";
-            findings.push(Finding::fail("containerd", format!("no containerd in {path}"), remedy));
+            findings.push(Finding::fail("containerd", format!("not found in {path}"), remedy));
         }
         Some(program) => {
             findings.push(match output(&program, &["--version"]) {
                 Ok(text) => version(&text),
-                Err(error) => {
-                    Finding::fail("containerd", format!("{}: {error}", program.display()), "repair containerd")
-                }
+                Err(error) => Finding::fail(
+                    "containerd",
+                    format!("failed to run {} --version: {error}", program.display()),
+                    "repair the installation of containerd",
+                ),
             });
             findings.push(match output(&program, &["config", "dump"]) {
                 Ok(text) => runtime(&text),
                 Err(error) => {
-                    let remedy = "see what `containerd config dump` complains of";
-                    Finding::warn("runtime", format!("the configuration cannot be read: {error}"), remedy)
+                    let remedy = "run `containerd config dump` and correct the reported errors";
+                    Finding::warn("runtime", format!("failed to read containerd's configuration: {error}"), remedy)
                 }
             });
         }
     }
     findings.push(match std::os::unix::net::UnixStream::connect(SOCKET) {
         Ok(_) => Finding::ok("daemon", format!("answers at {SOCKET}")),
-        Err(error) => {
-            Finding::warn("daemon", format!("{SOCKET}: {error}"), "start containerd (systemctl start containerd)")
-        }
+        Err(error) => Finding::warn(
+            "daemon",
+            format!("failed to connect to {SOCKET}: {error}"),
+            "start containerd (systemctl start containerd)",
+        ),
     });
-    findings.push(shim(&daemons_path().unwrap_or(path)));
+    findings.push(shim(&daemon_search_path().unwrap_or(path)));
     findings
 }
 
@@ -62,18 +66,14 @@ fn shim(path: &str) -> Finding {
     match find(path, SHIM) {
         Some(program) => Finding::ok("shim", program.display().to_string()),
         None => {
-            let detail = format!("no {SHIM} in {path}");
-            Finding::fail(
-                "shim",
-                detail,
-                "install dist/root of Husk over /, and have /usr/local/bin in containerd's PATH",
-            )
+            let detail = format!("{SHIM} not found in {path}");
+            Finding::fail("shim", detail, "copy Husk's dist/root to /, and add /usr/local/bin to containerd's PATH")
         }
     }
 }
 
-/// The PATH of the containerd that runs, which is the one that counts.
-fn daemons_path() -> Option<String> {
+/// Returns the PATH of the running containerd, in which it searches for the shim.
+fn daemon_search_path() -> Option<String> {
     let processes = fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path());
     let name = |path: &Path| fs::read_to_string(path.join("comm")).unwrap_or_default();
     let daemon = processes.into_iter().find(|path| name(path).trim() == "containerd")?;
@@ -82,7 +82,7 @@ fn daemons_path() -> Option<String> {
     String::from_utf8(path.to_vec()).ok()
 }
 
-/// The first executable of that name in a search path.
+/// Returns the first executable named `name` in the search path `path`.
 fn find(path: &str, name: &str) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let executable =
@@ -90,7 +90,7 @@ fn find(path: &str, name: &str) -> Option<PathBuf> {
     env::split_paths(path).map(|dir| dir.join(name)).find(executable)
 }
 
-/// What a program prints, if it does so in time and succeeds.
+/// Runs a program and returns its stdout. Fails if the program fails or exceeds the timeout.
 fn output(program: &Path, arguments: &[&str]) -> io::Result<String> {
     let mut child = Command::new(program)
         .args(arguments)
@@ -109,7 +109,7 @@ fn output(program: &Path, arguments: &[&str]) -> io::Result<String> {
         let _ = child.kill();
         let _ = child.wait();
     };
-    match receiver.recv_timeout(LIMIT) {
+    match receiver.recv_timeout(TIMEOUT) {
         Ok(Ok(text)) => match child.wait()? {
             status if status.success() => Ok(text),
             status => Err(io::Error::other(status.to_string())),
@@ -125,7 +125,7 @@ fn output(program: &Path, arguments: &[&str]) -> io::Result<String> {
     }
 }
 
-/// Judges `containerd github.com/containerd/containerd/v2 v2.1.9 …` or `… 1.7.24~ds1 …`.
+/// Checks the version in `containerd github.com/containerd/containerd/v2 v2.1.9 …` or `… 1.7.24~ds1 …`.
 fn version(text: &str) -> Finding {
     let name = "containerd";
     let numbers = |word: &str| -> Option<(u32, u32)> {
@@ -135,35 +135,39 @@ fn version(text: &str) -> Finding {
     match text.split_whitespace().find_map(|word| Some((word, numbers(word)?))) {
         Some((word, found)) if found >= MIN_VERSION => Finding::ok(name, format!("version {word}")),
         Some((word, _)) => Finding::fail(name, format!("version {word}"), "install containerd 1.6 or newer"),
-        None => Finding::warn(name, format!("unknown version: {}", text.trim()), "see `containerd --version`"),
+        None => Finding::warn(
+            name,
+            format!("unknown version: {}", text.trim()),
+            "check `containerd --version`: 1.6 or newer is required",
+        ),
     }
 }
 
-/// Whether containerd's CRI plugin has a runtime that is Husk; `ctr` and `nerdctl` need none.
+/// Checks whether containerd's CRI plugin has a Husk runtime. `ctr` and `nerdctl` do not need one.
 fn runtime(dump: &str) -> Finding {
     let name = "runtime";
     let Ok(dump) = dump.parse::<toml::Table>() else {
-        return Finding::warn(name, "the configuration is no TOML", "see `containerd config dump`");
+        return Finding::warn(name, "containerd's configuration is not valid TOML", "check `containerd config dump`");
     };
-    // The CRI plugin's name before 2.0, and since.
+    // The CRI plugin's name before containerd 2.0, and since 2.0.
     let found = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"].iter().find_map(|plugin| {
         let runtimes = dump.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?.as_table()?;
-        let of_husk = |value: &toml::Value| value.get("runtime_type").and_then(toml::Value::as_str) == Some(RUNTIME);
-        runtimes.iter().find(|(_, value)| of_husk(value))
+        let is_husk = |value: &toml::Value| value.get("runtime_type").and_then(toml::Value::as_str) == Some(RUNTIME);
+        runtimes.iter().find(|(_, value)| is_husk(value))
     });
     match found {
         None => Finding::warn(
             name,
-            format!("no runtime of containerd's CRI plugin is {RUNTIME}: Kubernetes cannot choose Husk, ctr can"),
-            "have containerd import /etc/containerd/conf.d/husk.toml, and restart it",
+            format!("containerd's CRI plugin has no runtime {RUNTIME}: Kubernetes cannot use Husk, ctr can"),
+            "import /etc/containerd/conf.d/husk.toml in containerd's configuration and restart containerd",
         ),
         Some((handler, runtime)) => {
-            let detail = format!("RuntimeClass handler {handler:?} is {RUNTIME}");
+            let detail = format!("RuntimeClass handler {handler:?} runs {RUNTIME}");
             if runtime.get("privileged_without_host_devices").and_then(toml::Value::as_bool) == Some(true) {
                 return Finding::ok(name, detail);
             }
             let remedy =
-                "set privileged_without_host_devices = true for it: privileged pods cannot have the host's devices";
+                "set privileged_without_host_devices = true for it: privileged pods cannot use the host's devices";
             Finding::warn(name, detail, remedy)
         }
     }
@@ -175,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_as_distributions_print_them() {
+    fn parses_versions_of_distributions() {
         for (text, status) in [
             ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Status::Ok),
             ("containerd github.com/containerd/containerd/v2 v2.1.9 abc", Status::Ok),
@@ -189,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn runtimes_of_both_generations_are_found() {
+    fn finds_runtimes_of_containerd_1_and_2() {
         for plugin in ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"] {
             let text = format!(
                 "[plugins.\"{plugin}\".containerd.runtimes.vm]\nruntime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = "
@@ -198,12 +202,12 @@ mod tests {
             let finding = runtime(&format!("{text}false"));
             assert!(finding.status == Status::Warn && finding.detail.contains("\"vm\""), "{finding:?}");
         }
-        assert!(runtime("version = 2").detail.contains("Kubernetes cannot choose Husk"));
+        assert!(runtime("version = 2").detail.contains("Kubernetes cannot use Husk"));
         assert_eq!(runtime("[").status, Status::Warn);
     }
 
     #[test]
-    fn programs_are_searched_and_bounded() {
+    fn finds_executables_and_reports_failures() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(SHIM), "").unwrap();
         assert_eq!(find(dir.path().to_str().unwrap(), SHIM), None, "not executable");

@@ -1,14 +1,14 @@
-//! The machine: KVM, and what Husk needs of the host's kernel.
+//! Checks the host: KVM, and the kernel features that Husk needs.
 
 use super::Finding;
 use crate::chain;
 use husk_vmm::probe::{Probe, ProbeError, kvm_speed};
 use std::{ffi::CString, fs, io, path::Path};
 
-/// `mount_setattr`, by which volumes are made read-only, is in Linux since then.
+/// First kernel with mount_setattr(2), which makes volumes read-only.
 const MIN_KERNEL: (u32, u32) = (5, 12);
 
-/// Everything about the host.
+/// Runs all checks of the host.
 pub fn all() -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let file_systems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
@@ -25,18 +25,16 @@ pub fn all() -> Vec<Finding> {
 }
 
 fn user() -> Finding {
-    // SAFETY: geteuid takes nothing and cannot fail.
+    // SAFETY: geteuid(2) takes no arguments and always succeeds.
     match unsafe { libc::geteuid() } {
         0 => Finding::ok("user", "root"),
-        _ => {
-            Finding::warn("user", "not root: some of the findings may be wrong", "run this as root, as containerd runs")
-        }
+        _ => Finding::warn("user", "not root: some findings may be wrong", "run this as root, like containerd"),
     }
 }
 
 fn kvm(probe: Result<Probe, ProbeError>) -> Finding {
     let name = "kvm";
-    let remedy = "load kvm_intel or kvm_amd; in a virtual machine, have nested virtualization turned on";
+    let remedy = "load kvm_intel or kvm_amd; if the node is a VM, enable nested virtualization";
     match probe {
         Ok(probe) => {
             let speed = format!(
@@ -47,15 +45,15 @@ fn kvm(probe: Result<Probe, ProbeError>) -> Finding {
                 return Finding::ok(name, speed);
             }
             let remedy =
-                "this KVM is interpreted, and no kernel comes up on it: use a machine with hardware virtualization";
+                "this KVM interprets guest code and cannot boot a kernel: use a node with hardware virtualization";
             Finding::fail(name, format!("much too slow: {speed}"), remedy)
         }
         Err(ProbeError::Open(error)) => match error.kind() {
-            io::ErrorKind::NotFound => Finding::fail(name, "there is no /dev/kvm", remedy),
+            io::ErrorKind::NotFound => Finding::fail(name, "/dev/kvm does not exist", remedy),
             io::ErrorKind::PermissionDenied => {
-                Finding::fail(name, "no permission to use /dev/kvm", "run this as root, as containerd runs")
+                Finding::fail(name, "no permission to open /dev/kvm", "run this as root, like containerd")
             }
-            _ => Finding::fail(name, format!("cannot open /dev/kvm: {error}"), remedy),
+            _ => Finding::fail(name, format!("failed to open /dev/kvm: {error}"), remedy),
         },
         Err(error) => Finding::fail(name, chain(&error), remedy),
     }
@@ -68,7 +66,7 @@ fn kernel(release: &str) -> Finding {
     if version >= MIN_KERNEL {
         return Finding::ok("kernel", format!("Linux {release}"));
     }
-    Finding::fail("kernel", format!("Linux {release}"), format!("Linux {major}.{minor} or newer is needed"))
+    Finding::fail("kernel", format!("Linux {release}"), format!("install Linux {major}.{minor} or newer"))
 }
 
 fn namespaces() -> Finding {
@@ -85,9 +83,9 @@ fn namespaces() -> Finding {
 fn overlay(file_systems: &str) -> Finding {
     let name = "overlay";
     if file_systems.lines().any(|line| line.split_whitespace().last() == Some("overlay")) {
-        return Finding::ok(name, "in the kernel");
+        return Finding::ok(name, "available");
     }
-    Finding::warn(name, "not in the kernel yet", "modprobe overlay, or use another snapshotter in containerd")
+    Finding::warn(name, "not loaded", "modprobe overlay, or use another snapshotter in containerd")
 }
 
 fn tun() -> Finding {
@@ -96,8 +94,8 @@ fn tun() -> Finding {
         Ok(_) => Finding::ok(name, "/dev/net/tun"),
         Err(error) => Finding::warn(
             name,
-            format!("cannot open /dev/net/tun: {error}"),
-            "modprobe tun: pods have no network without it",
+            format!("failed to open /dev/net/tun: {error}"),
+            "modprobe tun: without it, pods have no network",
         ),
     }
 }
@@ -108,8 +106,8 @@ fn vhost_net() -> Finding {
         Ok(_) => Finding::ok(name, "/dev/vhost-net"),
         Err(error) => Finding::warn(
             name,
-            format!("cannot open /dev/vhost-net: {error}"),
-            "modprobe vhost_net: without it pods' frames are carried by the virtual machines' own processes",
+            format!("failed to open /dev/vhost-net: {error}"),
+            "modprobe vhost_net: without it, the VMM processes forward network frames",
         ),
     }
 }
@@ -117,21 +115,21 @@ fn vhost_net() -> Finding {
 fn cgroup() -> Finding {
     let name = "cgroup";
     match file_system("/sys/fs/cgroup") {
-        Some(libc::CGROUP2_SUPER_MAGIC) => Finding::ok(name, "version 2"),
-        Some(libc::TMPFS_MAGIC) => Finding::ok(name, "version 1"),
-        _ => Finding::fail(name, "nothing is mounted at /sys/fs/cgroup", "mount -t cgroup2 cgroup2 /sys/fs/cgroup"),
+        Some(libc::CGROUP2_SUPER_MAGIC) => Finding::ok(name, "cgroup v2"),
+        Some(libc::TMPFS_MAGIC) => Finding::ok(name, "cgroup v1"),
+        _ => Finding::fail(name, "no cgroup file system at /sys/fs/cgroup", "mount -t cgroup2 cgroup2 /sys/fs/cgroup"),
     }
 }
 
-/// The magic number of the file system at `path`.
+/// Returns the magic number of the file system at `path`.
 fn file_system(path: &str) -> Option<libc::c_long> {
     let path = CString::new(path).ok()?;
     let mut stat = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the path is NUL-terminated, and the call writes one statfs.
+    // SAFETY: `path` is NUL-terminated, and `stat` has room for the one `statfs` that the call writes.
     if unsafe { libc::statfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
         return None;
     }
-    // SAFETY: the call succeeded, and so has filled it.
+    // SAFETY: statfs(2) succeeded and has initialized `stat`.
     Some(unsafe { stat.assume_init() }.f_type)
 }
 
@@ -141,17 +139,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kvm_is_judged_by_its_speed() {
+    fn kvm_is_rated_by_its_speed() {
         let speed = |rate| kvm(Ok(Probe { instructions_per_second: rate }));
         assert_eq!(speed(2.5e9).status, Status::Ok);
         assert!(speed(6e5).detail.starts_with("much too slow: 0.6 million"));
         let open = |kind: io::ErrorKind| kvm(Err(ProbeError::Open(kind.into())));
-        assert_eq!(open(io::ErrorKind::NotFound).detail, "there is no /dev/kvm");
-        assert_eq!(open(io::ErrorKind::PermissionDenied).detail, "no permission to use /dev/kvm");
+        assert_eq!(open(io::ErrorKind::NotFound).detail, "/dev/kvm does not exist");
+        assert_eq!(open(io::ErrorKind::PermissionDenied).detail, "no permission to open /dev/kvm");
     }
 
     #[test]
-    fn kernels_are_compared_by_their_numbers() {
+    fn kernel_versions_are_compared_numerically() {
         assert_eq!(kernel("6.1.0-18-amd64").status, Status::Ok);
         assert_eq!(kernel("5.12").status, Status::Ok);
         assert_eq!(kernel("5.4.0-1").status, Status::Fail);
@@ -161,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_is_looked_at_whole() {
+    fn all_host_checks_run() {
         let names: Vec<_> = all().iter().map(|finding| finding.name).collect();
         assert_eq!(names, ["user", "kvm", "kernel", "namespaces", "overlay", "tun", "vhost-net", "cgroup"]);
     }

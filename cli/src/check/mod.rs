@@ -1,4 +1,4 @@
-//! `husk check`: whether this node can run Husk.
+//! `husk check`: checks whether this node can run Husk.
 
 mod artefacts;
 mod containerd;
@@ -8,59 +8,59 @@ use crate::print;
 use serde::Serialize;
 use std::{fmt::Write, path::Path, process::ExitCode};
 
-/// How findings are printed.
+/// Output format of the findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Output {
-    /// A line for each finding, and one below it where there is something to do.
+    /// One line per finding, followed by a line with the remedy if there is one.
     Text,
     /// One JSON object.
     Json,
 }
 
-/// How a finding bears on running Husk.
+/// Severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Husk runs, something it can do does not.
+    /// Husk runs, but a feature does not work.
     Warn,
     /// Husk does not run.
     Fail,
 }
 
-/// One thing that was looked at.
+/// Result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at.
+    /// Subject of the check.
     pub name: &'static str,
-    /// How it is.
+    /// Severity.
     pub status: Status,
-    /// What was found.
+    /// Details of the result.
     pub detail: String,
-    /// What to do about it; empty where nothing has to be done.
+    /// How to solve the problem; empty if there is none.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub remedy: String,
 }
 
 impl Finding {
-    /// All is well.
+    /// Creates a finding without a problem.
     pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
         Self { name, status: Status::Ok, detail: detail.into(), remedy: String::new() }
     }
 
-    /// Something does not work.
+    /// Creates a finding that a feature does not work.
     pub fn warn(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, status: Status::Warn, detail: detail.into(), remedy: remedy.into() }
     }
 
-    /// Husk does not work.
+    /// Creates a finding that Husk cannot run.
     pub fn fail(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, status: Status::Fail, detail: detail.into(), remedy: remedy.into() }
     }
 }
 
-/// Looks at everything, prints it, and says by the exit code whether Husk runs.
+/// Runs all checks and prints the findings. The exit code tells whether Husk can run.
 pub fn main(config: &Path, output: Output) -> ExitCode {
     let (configuration, mut findings) = artefacts::configuration(config);
     findings.extend(artefacts::images(&configuration));
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn findings_are_lines_with_what_to_do_below() {
+    fn text_output_has_remedies_below_findings() {
         let findings = [Finding::ok("kvm", "there"), Finding::fail("containerd", "not found", "install it")];
         let expected = "ok    kvm         there\nFAIL  containerd  not found\n                  → install it\n\
                         This node cannot run Husk yet.\n";
