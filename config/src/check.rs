@@ -1,31 +1,29 @@
-//! Whether the configuration's values can be.
+//! Validates the configuration's values.
 
 use crate::{Config, annotation};
 use std::path::Path;
 
-/// A key whose value cannot be.
+/// A key with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// The key.
     pub key: &'static str,
-    /// What is wrong and what would be right.
+    /// What is wrong, and which values are valid.
     pub message: String,
 }
 
-/// The most vCPUs the VMM can give a virtual machine.
+/// Maximum number of vCPUs that the VMM supports.
 const MAX_VCPUS: u8 = 64;
-/// The least memory, in MiB, that the VMM accepts for a virtual machine.
+/// Minimum VM memory that the VMM accepts, in MiB.
 const MIN_VM_MIB: u64 = 64;
-/// More than any x86 host has, and far from overflow: 64 TiB in MiB.
+/// Maximum VM memory, in MiB: 64 TiB. It is more than any x86 host has, and sums of it cannot overflow.
 const MAX_VM_MIB: u64 = 64 << 20;
-/// The longest command line an x86-64 kernel takes is 2048 bytes, and the VMM needs some of it.
+/// Maximum length of additional kernel parameters. An x86-64 kernel's command line has at most 2048 bytes
+/// (COMMAND_LINE_SIZE), and the VMM needs a part of it.
 const MAX_PARAMS: usize = 1024;
 
 impl Config {
-    /// Checks every value.
-    ///
-    /// # Errors
-    /// The first key whose value cannot be.
+    /// Validates all values. Returns the first key that has an invalid value.
     pub fn check(&self) -> Result<(), Problem> {
         absolute("kernel", &self.kernel)?;
         absolute("initrd", &self.initrd)?;
@@ -43,7 +41,7 @@ impl Config {
         }
         for name in &self.allowed_annotations {
             if !annotation::ALL.contains(&name.as_str()) {
-                let message = format!("{name:?} is none of {}", annotation::ALL.join(", "));
+                let message = format!("unknown annotation {name:?}: must be one of {}", annotation::ALL.join(", "));
                 return Err(Problem { key: "allowed_annotations", message });
             }
         }
@@ -51,16 +49,13 @@ impl Config {
     }
 }
 
-/// Checks text to be appended to the guest kernel's parameters.
-///
-/// # Errors
-/// Says why the kernel could not take it.
+/// Validates text to be appended to the guest kernel's command line. Returns what is wrong with it.
 pub fn params(text: &str) -> Result<(), String> {
     if text.len() > MAX_PARAMS {
-        return Err(format!("{} bytes are too many, at most {MAX_PARAMS}", text.len()));
+        return Err(format!("{} bytes exceed the limit of {MAX_PARAMS}", text.len()));
     }
     match text.chars().find(|&c| !(c == ' ' || c.is_ascii_graphic())) {
-        Some(c) => Err(format!("{c:?} cannot be in kernel parameters: printable ASCII only")),
+        Some(c) => Err(format!("{c:?} is not a printable ASCII character")),
         None => Ok(()),
     }
 }
@@ -74,7 +69,7 @@ fn absolute(key: &'static str, path: &Path) -> Result<(), Problem> {
 
 fn range<T: PartialOrd + std::fmt::Display>(key: &'static str, value: T, low: T, high: T) -> Result<(), Problem> {
     if value < low || value > high {
-        return Err(Problem { key, message: format!("{value} is not in {low} to {high}") });
+        return Err(Problem { key, message: format!("{value} is out of range: must be {low} to {high}") });
     }
     Ok(())
 }
@@ -83,7 +78,7 @@ fn range<T: PartialOrd + std::fmt::Display>(key: &'static str, value: T, low: T,
 mod tests {
     use super::*;
 
-    fn broken(change: impl FnOnce(&mut Config)) -> String {
+    fn problem(change: impl FnOnce(&mut Config)) -> String {
         let mut config = Config::default();
         change(&mut config);
         let problem = config.check().unwrap_err();
@@ -91,20 +86,24 @@ mod tests {
     }
 
     #[test]
-    fn impossible_values_are_named() {
+    fn check_names_the_key_with_an_invalid_value() {
         assert_eq!(Config::default().check(), Ok(()));
-        assert_eq!(broken(|c| c.kernel = "vmlinux".into()), "kernel: \"vmlinux\" is not an absolute path");
-        assert_eq!(broken(|c| c.max_vcpus = 65), "max_vcpus: 65 is not in 1 to 64");
-        assert_eq!(broken(|c| c.default_vcpus = 17), "default_vcpus: 17 is not in 1 to 16");
-        assert_eq!(broken(|c| c.default_vcpus = 0), "default_vcpus: 0 is not in 1 to 16");
-        assert!(broken(|c| c.default_memory_mib = 63).starts_with("default_memory_mib: 63 is not in 64"));
-        assert!(broken(|c| c.memory_overhead_mib = 1).starts_with("memory_overhead_mib: "));
-        assert!(broken(|c| c.min_memory_mib = 0).starts_with("min_memory_mib: "));
-        assert!(broken(|c| c.virtio_fs_workers = 0).starts_with("virtio_fs_workers: "));
-        assert!(broken(|c| c.start_timeout_secs = 0).starts_with("start_timeout_secs: "));
-        assert!(broken(|c| c.timeline_log = "x".into()).starts_with("timeline_log: "));
-        assert!(broken(|c| c.kernel_params = "a\nb".into()).starts_with("kernel_params: '\\n'"));
-        assert!(broken(|c| c.kernel_params = "a".repeat(1025)).starts_with("kernel_params: 1025 bytes"));
-        assert!(broken(|c| c.allowed_annotations = vec!["io.husk.x".into()]).contains("\"io.husk.x\" is none of"));
+        assert_eq!(problem(|c| c.kernel = "vmlinux".into()), "kernel: \"vmlinux\" is not an absolute path");
+        assert_eq!(problem(|c| c.max_vcpus = 65), "max_vcpus: 65 is out of range: must be 1 to 64");
+        assert_eq!(problem(|c| c.default_vcpus = 17), "default_vcpus: 17 is out of range: must be 1 to 16");
+        assert_eq!(problem(|c| c.default_vcpus = 0), "default_vcpus: 0 is out of range: must be 1 to 16");
+        assert!(
+            problem(|c| c.default_memory_mib = 63).starts_with("default_memory_mib: 63 is out of range: must be 64")
+        );
+        assert!(problem(|c| c.memory_overhead_mib = 1).starts_with("memory_overhead_mib: "));
+        assert!(problem(|c| c.min_memory_mib = 0).starts_with("min_memory_mib: "));
+        assert!(problem(|c| c.virtio_fs_workers = 0).starts_with("virtio_fs_workers: "));
+        assert!(problem(|c| c.start_timeout_secs = 0).starts_with("start_timeout_secs: "));
+        assert!(problem(|c| c.timeline_log = "x".into()).starts_with("timeline_log: "));
+        assert!(problem(|c| c.kernel_params = "a\nb".into()).starts_with("kernel_params: '\\n'"));
+        assert!(problem(|c| c.kernel_params = "a".repeat(1025)).starts_with("kernel_params: 1025 bytes"));
+        assert!(
+            problem(|c| c.allowed_annotations = vec!["io.husk.x".into()]).contains("unknown annotation \"io.husk.x\"")
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! Husk's configuration file, `/etc/husk/config.toml`, and the start timeline that shim and operator share.
+//! Husk's configuration file, `/etc/husk/config.toml`, and the state files that the shim writes for the `husk` command.
 
 pub mod check;
 mod load;
@@ -11,58 +11,58 @@ pub use load::ConfigError;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// Where the configuration is read from unless the operator says otherwise.
+/// Default path of the configuration file.
 pub const DEFAULT_PATH: &str = "/etc/husk/config.toml";
 
-/// The annotations a pod may carry; [`Config::allowed_annotations`] chooses among them.
+/// Husk's pod annotations; [`Config::allowed_annotations`] selects those that pods may use.
 pub mod annotation {
-    /// Number of vCPUs, a whole number.
+    /// Number of vCPUs.
     pub const VCPUS: &str = "io.husk.vcpus";
-    /// The virtual machine's memory in MiB, overhead included.
+    /// VM memory in MiB, overhead included.
     pub const MEMORY_MIB: &str = "io.husk.memory_mib";
-    /// Appended to the guest kernel's parameters.
+    /// Parameters appended to the guest kernel's command line.
     pub const KERNEL_PARAMS: &str = "io.husk.kernel_params";
-    /// What all of Husk's annotations start with.
+    /// Common prefix of Husk's annotations.
     pub const PREFIX: &str = "io.husk.";
-    /// Every annotation there is.
+    /// All annotations.
     pub const ALL: [&str; 3] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS];
 }
 
-/// Everything an operator can set; each key is documented in `config.toml`, and absent keys have their defaults.
+/// The operator's settings. `config.toml` documents each key; absent keys have their defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// The guest kernel, an uncompressed x86-64 ELF image.
+    /// Guest kernel, an uncompressed x86-64 ELF image.
     pub kernel: PathBuf,
-    /// The guest's initial RAM file system, with the agent in it.
+    /// Initrd of the guest, which contains the agent.
     pub initrd: PathBuf,
-    /// Appended to the guest kernel's parameters.
+    /// Parameters appended to the guest kernel's command line.
     pub kernel_params: String,
-    /// vCPUs of a pod that has no CPU limit and requests no more.
+    /// vCPUs of a pod that has no CPU limit and whose CPU request is not larger.
     pub default_vcpus: u8,
-    /// The most vCPUs a pod gets, however high its limit.
+    /// Maximum number of vCPUs of a pod, whatever its limit is.
     pub max_vcpus: u8,
-    /// vCPUs that a pod may get beyond those of its start.
+    /// Number of vCPUs that can be hot-plugged into a running pod.
     pub spare_vcpus: u8,
-    /// Memory, in MiB, of the virtual machine of a pod that has no memory limit.
+    /// VM memory of a pod that has no memory limit, in MiB.
     pub default_memory_mib: u64,
-    /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
+    /// VM memory for the guest kernel and the agent, in MiB; added to the pod's memory limit.
     pub memory_overhead_mib: u64,
-    /// A pod with a memory limit below this, in MiB, is refused.
+    /// Minimum memory limit of a pod, in MiB.
     pub min_memory_mib: u64,
-    /// Threads per pod that serve the shared file system.
+    /// Number of virtio-fs threads per pod.
     pub virtio_fs_workers: u8,
-    /// Whether the guest gives memory it no longer uses back to the host.
+    /// Whether the guest returns unused memory to the host (virtio-balloon).
     pub free_page_reporting: bool,
-    /// Whether the host's kernel carries the guest's network frames, where it has vhost-net.
+    /// Whether the host's kernel forwards network frames (vhost-net), if it is available.
     pub vhost_net: bool,
-    /// Seconds until the guest's agent must have answered.
+    /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
-    /// How much the shim logs.
+    /// Log level of the shim.
     pub log_level: LogLevel,
-    /// File that each start's [`timeline::Timeline`] is appended to; empty for none.
+    /// File to which the [`timeline::Timeline`] of each start is appended; empty for none.
     pub timeline_log: PathBuf,
-    /// The annotations of [`annotation`] that pods may use.
+    /// The annotations from [`annotation`] that pods may use.
     pub allowed_annotations: Vec<String>,
 }
 
@@ -89,24 +89,24 @@ impl Default for Config {
     }
 }
 
-/// How much is logged.
+/// Log level. Each level includes those above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// Failures only.
     Error,
-    /// And what looks wrong.
+    /// Suspicious conditions.
     Warn,
-    /// And what happens to a pod.
+    /// Events in a pod's life.
     Info,
-    /// And how.
+    /// Details of each event.
     Debug,
     /// Everything.
     Trace,
 }
 
 impl LogLevel {
-    /// The level's name as `tracing` and the configuration file spell it.
+    /// Returns the level's name in `tracing` and in the configuration file.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Error => "error",

@@ -1,31 +1,31 @@
-//! Reading the configuration file, with errors that name the line.
+//! Reads the configuration file. Errors name the line.
 
 use crate::{Config, check::Problem};
 use std::{io, path::Path, path::PathBuf};
 
-/// Why there is no configuration.
+/// An error in the configuration file.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file exists but cannot be read.
-    #[error("cannot read the configuration {}", path.display())]
+    /// The file exists but is unreadable.
+    #[error("failed to read the configuration {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The OS error.
         #[source]
         source: io::Error,
     },
-    /// The file is no TOML, or a key is unknown or of the wrong type.
+    /// The file is not valid TOML, or a key is unknown or has the wrong type.
     #[error("{}:{line}: {message}", path.display())]
     Parse {
         /// The file.
         path: PathBuf,
         /// Line number, from 1.
         line: usize,
-        /// What is wrong there.
+        /// Description of the error.
         message: String,
     },
-    /// A key's value cannot be.
+    /// A key's value is invalid.
     #[error("{}: {}: {}", path.display(), problem.key, problem.message)]
     Value {
         /// The file.
@@ -36,10 +36,7 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// Reads and checks the configuration; a file that does not exist means every default.
-    ///
-    /// # Errors
-    /// [`ConfigError`] says which file, which line or key, and why.
+    /// Reads and validates the configuration. Returns the defaults if the file does not exist.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         match std::fs::read(path) {
             Ok(bytes) => Self::parse(path, &bytes),
@@ -64,9 +61,9 @@ impl Config {
     }
 }
 
-/// The line, from 1, that byte `at` is in.
-fn line_of(bytes: &[u8], at: usize) -> usize {
-    1 + bytes.iter().take(at).filter(|&&byte| byte == b'\n').count()
+/// Returns the line number, from 1, of the byte at `offset`.
+fn line_of(bytes: &[u8], offset: usize) -> usize {
+    1 + bytes.iter().take(offset).filter(|&&byte| byte == b'\n').count()
 }
 
 #[cfg(test)]
@@ -79,10 +76,10 @@ mod tests {
     }
 
     #[test]
-    fn the_documented_file_is_the_defaults_and_names_every_key() {
+    fn shipped_file_documents_every_key_with_its_default() {
         let text = include_str!("../config.toml");
         assert_eq!(parse(text).unwrap(), Config::default());
-        // Every key stands in the file as its default, commented out; uncommented it must still be the default.
+        // Every key is in the file with its default, commented out: uncommenting all keys must not change the result.
         let uncommented: String = text
             .lines()
             .map(|line| line.strip_prefix("#").filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase())))
@@ -95,10 +92,10 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_is_the_defaults_and_an_unreadable_one_an_error() {
+    fn load_defaults_if_missing_and_fails_if_unreadable() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Config::load(&dir.path().join("none")).unwrap(), Config::default());
-        // A directory cannot be read as a file, whoever asks.
+        // Reading a directory fails even for root.
         let error = Config::load(dir.path()).unwrap_err();
         assert!(matches!(error, ConfigError::Read { .. }), "{error}");
         let file = dir.path().join("config.toml");
@@ -107,14 +104,14 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_named_with_its_line() {
+    fn unknown_key_error_names_key_and_line() {
         let error = parse("# one\ndefault_vcpus = 2\nkernle = \"/x\"\n").unwrap_err();
         assert!(error.starts_with("/etc/husk/config.toml:3: "), "{error}");
         assert!(error.contains("kernle") && !error.contains('\n'), "{error}");
     }
 
     #[test]
-    fn wrong_types_and_broken_syntax_name_the_line() {
+    fn type_and_syntax_errors_name_the_line() {
         for (text, line) in [("\nmax_vcpus = \"four\"\n", 2), ("max_vcpus = 300\n", 1), ("a\n", 1), ("\n\nx = [\n", 3)]
         {
             let error = parse(text).unwrap_err();

@@ -1,24 +1,24 @@
-//! What a sandbox is, as its shim notes it for `husk ps`: `/run/husk/<namespace>/<sandbox>/sandbox.json`.
+//! State file of a sandbox, which the shim writes for `husk ps`: `/run/husk/<namespace>/<sandbox>/sandbox.json`.
 
 use serde::{Deserialize, Serialize};
 
-/// A sandbox and its virtual machine.
+/// A sandbox and its VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sandbox {
-    /// Its id.
+    /// Sandbox id.
     pub id: String,
-    /// containerd's namespace.
+    /// containerd namespace.
     pub namespace: String,
-    /// The Kubernetes pod it is the sandbox of, as `namespace/name`; empty for a container by itself.
+    /// The sandbox's Kubernetes pod, as `namespace/name`; empty if it has none.
     pub pod: String,
-    /// vCPUs that it has by now.
+    /// Current number of vCPUs.
     pub vcpus: u8,
-    /// Guest memory that it has by now, in MiB.
+    /// Current guest memory, in MiB.
     pub memory_mib: u64,
-    /// When it was started, in seconds since the epoch.
+    /// Start time, in seconds since the epoch.
     pub started: u64,
-    /// The VMM's process.
+    /// PID of the VMM.
     pub vmm_pid: u32,
-    /// The shim's process.
+    /// PID of the shim.
     pub shim_pid: u32,
 }

@@ -1,7 +1,7 @@
-//! When the steps of a pod's start happened: written by the shim, read by `husk trace` and the benchmark.
+//! Timeline of a pod's start. The shim writes it; `husk trace` and the benchmark read it.
 //!
-//! `/run/husk/<namespace>/<sandbox>/timeline.json` holds one [`Timeline`]; the file `timeline_log` of the configuration
-//! holds one per line.
+//! `/run/husk/<namespace>/<sandbox>/timeline.json` holds one [`Timeline`]. The file that `timeline_log` names in the
+//! configuration holds one per line.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,32 +10,33 @@ use serde::{Deserialize, Serialize};
 pub struct Timeline {
     /// Sandbox id.
     pub sandbox: String,
-    /// containerd's namespace.
+    /// containerd namespace.
     pub namespace: String,
-    /// The steps, in the order they happened.
+    /// The steps, in chronological order.
     pub steps: Vec<Step>,
 }
 
-/// One moment of a start.
+/// A step of a start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// What was reached, such as `agent ready`.
+    /// Name of the step, such as `agent ready`.
     pub name: String,
-    /// Nanoseconds of the host's monotonic clock (CLOCK_MONOTONIC), so that steps of several processes compare.
+    /// When the step was reached: nanoseconds of the host's CLOCK_MONOTONIC, so that times of several processes are
+    /// comparable.
     pub at_ns: u64,
 }
 
 impl Timeline {
-    /// Notes that `name` was reached at `at_ns`; steps noted out of order are put in order.
+    /// Records that the step `name` was reached at `at_ns`. Steps may be recorded out of order.
     pub fn push(&mut self, name: impl Into<String>, at_ns: u64) {
         let at = self.steps.partition_point(|step| step.at_ns <= at_ns);
         self.steps.insert(at, Step { name: name.into(), at_ns });
     }
 
-    /// The timeline as one line of JSON, newline included.
+    /// Encodes the timeline as one line of JSON, newline included.
     ///
     /// # Errors
-    /// None that these types can produce; `serde_json` has the signature.
+    /// Never fails with these types; the signature is `serde_json`'s.
     pub fn to_line(&self) -> Result<String, serde_json::Error> {
         serde_json::to_string(self).map(|mut line| {
             line.push('\n');
@@ -43,10 +44,7 @@ impl Timeline {
         })
     }
 
-    /// Reads a file of timelines, one per line; empty lines are skipped.
-    ///
-    /// # Errors
-    /// The first line that is no timeline.
+    /// Parses timelines, one per line. Skips empty lines; fails at the first line that is not a timeline.
     pub fn from_lines(text: &str) -> Result<Vec<Self>, serde_json::Error> {
         text.lines().filter(|line| !line.trim().is_empty()).map(serde_json::from_str).collect()
     }
@@ -57,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn steps_are_kept_in_order_of_time_and_lines_round_trip() {
+    fn push_keeps_steps_sorted_and_lines_round_trip() {
         let mut timeline = Timeline { sandbox: "a".into(), namespace: "default".into(), steps: vec![] };
         for (name, at) in [("two", 20), ("three", 30), ("one", 10), ("two again", 20)] {
             timeline.push(name, at);
