@@ -1,4 +1,4 @@
-# The demo: a container of a real image, under Husk. Runs in the test node, or on a machine with KVM and containerd.
+# The demo: runs a container from a real image under Husk. Runs in the test node, or on a host with KVM and containerd.
 set -eu
 image=husk.test/python:latest
 for tar in "${HUSK_IMAGES:?}"/*.tar; do
@@ -17,14 +17,14 @@ echo
 echo "\$ ctr run --rm --runtime io.containerd.husk.v2 $image husk-demo python3 -c …"
 output=$(husk 1)
 echo "$output" | sed 's/^/    /'
-inside=$(echo "$output" | sed -n 's/^Kernel: //p')
-outside=$(uname -r)
+guest=$(echo "$output" | sed -n 's/^Kernel: //p')
+host=$(uname -r)
 echo
-echo "The kernel in there is $inside; the host's is $outside."
-if [ -z "$inside" ] || [ "$inside" = "$outside" ]; then
-    echo "That is not a kernel of its own." >&2
+echo "Guest kernel: $guest. Host kernel: $host."
+if [ -z "$guest" ] || [ "$guest" = "$host" ]; then
+    echo "The container did not run in a guest kernel." >&2
     exit 1
 fi
-# Once more, now that files are in memory: this start's timeline is the one shown.
+# Second run, with a warm page cache: the timeline of this start is shown.
 : > "${HUSK_TIMELINE:?}"
 husk 2 > /dev/null
