@@ -1,4 +1,4 @@
-//! Requests to virtio-blk, each of which has to be given back.
+//! Fuzzes virtio-blk with requests. The device has to complete each well-formed request.
 #![no_main]
 
 use husk_fuzz::{chain, memory_file};
@@ -11,19 +11,19 @@ use libfuzzer_sys::fuzz_target;
 struct Input {
     read_only: bool,
     requests: Vec<(Vec<Vec<u8>>, Vec<u16>)>,
-    /// Descriptors and heads that need not make sense, at the end.
-    last: Vec<(u8, u64, u32, u8, u16)>,
+    /// Arbitrary descriptors and chain heads, offered after the requests.
+    descriptors: Vec<(u8, u64, u32, u8, u16)>,
 }
 
 fuzz_target!(|input: Input| {
-    let mut bench = Bench::new(Blk::new(memory_file(64 * 512), input.read_only, "serial").expect("a device"));
+    let mut bench = Bench::new(Blk::new(memory_file(64 * 512), input.read_only, "serial").expect("create the device"));
     bench.activate(0);
     for (readable, writable) in input.requests.iter().take(16) {
         if chain(&mut bench, 0, readable, writable) {
             bench.run_until(|queues| queues[0].poll().is_some());
         }
     }
-    for (index, address, len, flags, next) in input.last.iter().take(16) {
+    for (index, address, len, flags, next) in input.descriptors.iter().take(16) {
         bench.queues[0].write_descriptor(u16::from(index % 16), address % (100 << 20), *len, u16::from(*flags), *next);
         bench.queues[0].offer(u16::from(index % 16));
     }

@@ -1,4 +1,4 @@
-//! What containerd writes to the standard input of the shim's `start`.
+//! Fuzzes the bootstrap parameters that containerd writes to the stdin of the shim's `start`.
 #![no_main]
 
 use husk_shim::cli::Args;

@@ -1,4 +1,4 @@
-//! `config.json` of a bundle, as the shim reads it at `start` and at Create.
+//! Fuzzes a bundle's `config.json`, as the shim reads it at `start` and at Create.
 #![no_main]
 
 use std::path::PathBuf;
@@ -9,23 +9,23 @@ use husk_shim::bundle::{Bundle, resources_update, sizing};
 use husk_shim::spec::Spec;
 use libfuzzer_sys::fuzz_target;
 
-/// A directory of this process, which stays after it.
-fn dir() -> &'static PathBuf {
+/// Returns this process's bundle directory. It is not removed at exit.
+fn bundle_dir() -> &'static PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
         let dir = std::env::temp_dir().join(format!("husk-fuzz-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).expect("a directory");
+        std::fs::create_dir_all(&dir).expect("create the bundle directory");
         dir
     })
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    std::fs::write(dir().join("config.json"), bytes).expect("a file");
-    if let Ok(spec) = Spec::load(dir()) {
+    std::fs::write(bundle_dir().join("config.json"), bytes).expect("write config.json");
+    if let Ok(spec) = Spec::load(bundle_dir()) {
         let _ = spec.group("id");
         let _ = spec.network();
     }
-    if let Ok(bundle) = Bundle::load(dir()) {
+    if let Ok(bundle) = Bundle::load(bundle_dir()) {
         let _ = sizing(&bundle.spec, &Config::default(), u64::MAX);
     }
     let _ = resources_update(bytes);

@@ -1,4 +1,4 @@
-//! `/etc/husk/config.toml`.
+//! Fuzzes the configuration file, `/etc/husk/config.toml`.
 #![no_main]
 
 use husk_config::Config;

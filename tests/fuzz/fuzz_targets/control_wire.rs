@@ -1,4 +1,4 @@
-//! Packets on the VMM's control socket, read as each kind of message.
+//! Fuzzes packets on the VMM's control socket, decoded as each message type.
 #![no_main]
 
 use std::os::fd::AsRawFd;
@@ -7,9 +7,9 @@ use husk_vmm::control::{Notice, Reply, Request, wire};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    let (ours, theirs) = wire::pair().expect("a pair of sockets");
+    let (ours, theirs) = wire::pair().expect("create a socket pair");
     let send = || {
-        // SAFETY: the bytes live through the call and have the length that is told.
+        // SAFETY: `bytes` outlives the call, and the length passed is the slice's length.
         unsafe { libc::send(ours.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) >= 0 }
     };
     if send() {

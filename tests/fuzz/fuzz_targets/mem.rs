@@ -1,4 +1,4 @@
-//! Descriptor chains of virtio-mem, for a guest that was asked to take some memory.
+//! Fuzzes virtio-mem with descriptor chains, after the VMM has requested a memory size of the guest.
 #![no_main]
 
 use husk_fuzz::{Step, drive};
@@ -9,13 +9,13 @@ use husk_vmm::virtio::testing::Bench;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (u32, Vec<Step>)| {
-    let (asked, steps) = input;
-    let ram = map(64 << 20).expect("memory");
-    let (_, range) = hotplug::reserve(&ram, (4 << 30, 1 << 30), Backing::Ordinary).expect("addresses");
-    let mut bench = Bench::new(Mem::new(range).expect("a device"));
+    let (requested, steps) = input;
+    let ram = map(64 << 20).expect("map guest memory");
+    let (_, range) = hotplug::reserve(&ram, (4 << 30, 1 << 30), Backing::Ordinary).expect("reserve an address range");
+    let mut bench = Bench::new(Mem::new(range).expect("create the device"));
     let activate = |bench: &mut Bench<Mem>| bench.activate(0);
     activate(&mut bench);
-    bench.lock().request(u64::from(asked), Box::new(|_| {})).expect("no interrupt fails");
+    bench.lock().request(u64::from(requested), Box::new(|_| {})).expect("request a size");
     drive(&mut bench, &steps, activate);
     assert!(bench.lock().plugged() <= 1 << 30);
 });

@@ -1,5 +1,5 @@
-//! Descriptor chains of virtio-net both ways, and commands on its control queue; pairs of sockets are in the place of the
-//! tap's queues.
+//! Fuzzes virtio-net: descriptor chains of the receive and transmit queues, and commands on the control queue. Socket
+//! pairs stand in for the tap's queues.
 #![no_main]
 
 use std::fs::File;
@@ -15,16 +15,16 @@ fuzz_target!(|input: (Vec<Vec<u8>>, Vec<Step>, bool)| {
     let (frames, steps, several) = input;
     let (taps, wires): (Vec<_>, Vec<_>) = (0..if several { 2 } else { 1 })
         .map(|_| {
-            let (tap, wire) = UnixDatagram::pair().expect("a pair of sockets");
-            wire.set_nonblocking(true).expect("a mode");
+            let (tap, wire) = UnixDatagram::pair().expect("create a socket pair");
+            wire.set_nonblocking(true).expect("set non-blocking mode");
             (File::from(OwnedFd::from(tap)), wire)
         })
         .unzip();
-    let device = Net::new(Backend { taps, vhost: None }, [2, 0, 0, 1, 2, 3], 1500).expect("a device");
+    let device = Net::new(Backend { taps, vhost: None }, [2, 0, 0, 1, 2, 3], 1500).expect("create the device");
     let mut bench = Bench::new(device);
     let activate = |bench: &mut Bench<Net>| bench.activate_on_a_socket(0);
     activate(&mut bench);
-    // A tap gives no frame shorter than its own header.
+    // A tap never delivers a frame that is shorter than the tap's header (virtio_net_hdr).
     for (frame, wire) in frames.iter().filter(|frame| frame.len() >= 12).take(8).zip(wires.iter().cycle()) {
         let _ = wire.send(frame);
     }

@@ -1,4 +1,4 @@
-//! Descriptor chains of virtio-rng.
+//! Fuzzes virtio-rng with descriptor chains.
 #![no_main]
 
 use husk_fuzz::{Step, drive};
@@ -7,7 +7,7 @@ use husk_vmm::virtio::testing::Bench;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|steps: Vec<Step>| {
-    let mut bench = Bench::new(Rng::new().expect("a device"));
+    let mut bench = Bench::new(Rng::new().expect("create the device"));
     let activate = |bench: &mut Bench<Rng>| bench.activate(0);
     activate(&mut bench);
     drive(&mut bench, &steps, activate);

@@ -1,4 +1,4 @@
-//! The header that opens a stream to the agent.
+//! Fuzzes the header that opens a stream to the agent.
 #![no_main]
 
 use husk_proto::stream::{HEADER_LEN, Header};

@@ -1,4 +1,4 @@
-//! Packets of a guest on virtio-vsock, while the host connects, writes, reads and closes.
+//! Fuzzes virtio-vsock with guest packets, while the host connects, writes, reads and closes.
 #![no_main]
 
 use std::io::{Read, Write};
@@ -12,12 +12,12 @@ use husk_vmm::virtio::vsock::Vsock;
 use libfuzzer_sys::fuzz_target;
 
 const CID: u64 = 3;
-/// The guest's port, and the first that the device takes for the host's end.
+/// The guest's port, and the first host port that the device allocates.
 const PORTS: (u32, u32) = (1024, 0x4000_0000);
 
 #[derive(arbitrary::Arbitrary, Debug)]
 enum Action {
-    /// A packet whose header names the connection.
+    /// A packet of the open connection.
     Packet {
         op: u8,
         flags: u32,
@@ -26,9 +26,9 @@ enum Action {
         len: Option<u32>,
         data: Vec<u8>,
     },
-    /// Any bytes on the transmit queue.
+    /// Arbitrary bytes on the transmit queue.
     Raw(Vec<Vec<u8>>),
-    /// Buffers for the device to fill.
+    /// Empty buffers on the receive queue.
     Buffers(u8),
     Write(u16),
     Read(u16),
@@ -41,7 +41,7 @@ struct Input {
     steps: Vec<Step>,
 }
 
-/// `struct virtio_vsock_hdr` (virtio 1.2, 5.10.6), from the guest's end of the connection.
+/// Encodes a `struct virtio_vsock_hdr` (virtio 1.2, 5.10.6) from the guest to the host.
 fn header(op: u8, flags: u32, buf_alloc: u32, fwd_cnt: u32, len: u32) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(44);
     bytes.extend(CID.to_le_bytes());
@@ -58,13 +58,13 @@ fn header(op: u8, flags: u32, buf_alloc: u32, fwd_cnt: u32, len: u32) -> Vec<u8>
 }
 
 fuzz_target!(|input: Input| {
-    let mut bench = Bench::new(Vsock::new(CID).expect("a device"));
+    let mut bench = Bench::new(Vsock::new(CID).expect("create the device"));
     bench.activate(0);
     let (sender, receiver) = channel::<std::io::Result<OwnedFd>>();
     bench.lock().connect(PORTS.0, Box::new(move |result| drop(sender.send(result))));
     let mut stream: Option<UnixStream> = None;
     for action in input.actions.iter().take(64) {
-        // What was sent and given back makes room again.
+        // Reclaims the descriptors of completed chains.
         while bench.queues[1].poll().is_some() {}
         while bench.queues[0].poll().is_some() {}
         match action {
@@ -86,7 +86,7 @@ fuzz_target!(|input: Input| {
         bench.run();
         if let Ok(Ok(socket)) = receiver.try_recv() {
             let socket = UnixStream::from(socket);
-            socket.set_nonblocking(true).expect("a mode");
+            socket.set_nonblocking(true).expect("set non-blocking mode");
             stream = Some(socket);
         }
     }

@@ -1,4 +1,4 @@
-//! A file system of a target's own: whatever a target does by a path, it does not reach the host's files.
+//! Runs a fuzz target in a private root file system, so that no path leads to the host's files.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -9,42 +9,42 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
-/// Where the file system is until it is the root. In the mount namespace alone, so nothing of it stays.
+/// Mount point of the file system before chroot(2). It exists only in the private mount namespace, so nothing remains.
 const AT: &str = "/tmp";
-/// What the file system has of the host's, and must not be looked at for changes.
+/// Paths that are bind-mounted from the host. The check for changes must skip them.
 pub const OF_THE_HOST: [&str; 2] = ["/dev/null", "/proc/self/fd"];
 
-/// Has an ordinary user be root in a user namespace; call it while there is one thread.
+/// Enters a user namespace as root, if the user is not root already. The process must be single-threaded.
 ///
 /// # Panics
-/// When there are no user namespaces for this user.
+/// If this user may not create user namespaces.
 pub fn prepare() {
-    // SAFETY: take nothing.
+    // SAFETY: geteuid(2) and getegid(2) take no arguments and always succeed.
     let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
     if user == 0 {
         return;
     }
-    // SAFETY: takes flags.
+    // SAFETY: unshare(2) takes only flags.
     check("unshare", unsafe { libc::unshare(libc::CLONE_NEWUSER) });
     fs::write("/proc/self/setgroups", "deny").expect("setgroups");
     fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("uid_map");
     fs::write("/proc/self/gid_map", format!("0 {group} 1")).expect("gid_map");
 }
 
-/// A thread whose root directory is a tmpfs, as is that of the threads it starts. It does `work` for each input.
+/// A thread whose root directory is a tmpfs; the threads that it starts inherit it. It calls `work` for each input.
 ///
-/// libFuzzer's own thread stays with the host's files: the corpus and what is found.
+/// libFuzzer's thread keeps the host's root directory: it needs the corpus and writes artifacts.
 pub struct Jail<T> {
     inputs: SyncSender<T>,
     done: Mutex<Receiver<Result<(), String>>>,
 }
 
 impl<T: Send + 'static> Jail<T> {
-    /// Starts the thread. `start` is called there first, `work` with what it returns.
+    /// Starts the thread, which calls `start` once and passes the result to each call of `work`.
     pub fn new<S>(start: impl FnOnce() -> S + Send + 'static, work: impl Fn(&mut S, T) + Send + 'static) -> Self {
         let (inputs, input) = sync_channel::<T>(0);
         let (done, when_done) = sync_channel(1);
-        hand_over_panics(done.clone());
+        forward_panics(done.clone());
         thread::spawn(move || {
             enter();
             let mut state = start();
@@ -58,10 +58,10 @@ impl<T: Send + 'static> Jail<T> {
         Self { inputs, done: Mutex::new(when_done) }
     }
 
-    /// Returns when the work is done.
+    /// Processes one input and waits for the end.
     ///
     /// # Panics
-    /// When a thread of the jail does.
+    /// If a thread of the jail panics.
     pub fn run(&self, input: T) {
         let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         self.inputs.send(input).expect("the jail's thread");
@@ -71,53 +71,54 @@ impl<T: Send + 'static> Jail<T> {
     }
 }
 
-/// Has this thread panic where another does. libFuzzer writes the input down on the thread that does, by a path.
-fn hand_over_panics(to: SyncSender<Result<(), String>>) {
-    let (own, hook) = (thread::current().id(), std::panic::take_hook());
+/// Forwards panics of other threads to this thread. libFuzzer saves the input on the thread that panics, and that
+/// thread needs the host's root directory.
+fn forward_panics(to: SyncSender<Result<(), String>>) {
+    let (this_thread, hook) = (thread::current().id(), std::panic::take_hook());
     std::panic::set_hook(Box::new(move |info| {
-        if thread::current().id() == own || to.send(Err(info.to_string())).is_err() {
+        if thread::current().id() == this_thread || to.send(Err(info.to_string())).is_err() {
             return hook(info);
         }
-        // The process is about to end.
+        // The process is about to exit.
         loop {
             thread::park();
         }
     }));
 }
 
-/// The one jail of a process.
+/// The process's only jail.
 pub type Only<T> = OnceLock<Jail<T>>;
 
 fn enter() {
     let at = |path: &str| Path::new(AT).join(path);
     let limit = fs::read("/proc/sys/fs/nr_open").expect("nr_open");
-    // SAFETY: takes flags; this thread alone has the new namespace, working and root directory.
+    // SAFETY: unshare(2) takes only flags. The new mount namespace, root and working directory affect only this thread.
     check("unshare", unsafe { libc::unshare(libc::CLONE_NEWNS) });
     mount(c"none", Path::new("/"), c"", libc::MS_REC | libc::MS_PRIVATE, c"");
-    // Device nodes that a guest makes cannot be opened, even if something tries to.
+    // MS_NODEV: device nodes that a guest creates cannot be opened, even by mistake.
     mount(c"tmpfs", Path::new(AT), c"tmpfs", libc::MS_NODEV | libc::MS_NOSUID, c"size=64m,mode=755");
     for directory in ["dev", "proc/self/fd", "proc/sys/fs"] {
-        fs::create_dir_all(at(directory)).expect("a directory");
+        fs::create_dir_all(at(directory)).expect("create a directory");
     }
     fs::write(at("proc/sys/fs/nr_open"), limit).expect("nr_open");
-    fs::write(at("dev/null"), "").expect("a file");
+    fs::write(at("dev/null"), "").expect("create /dev/null");
     mount(c"/dev/null", &at("dev/null"), c"", libc::MS_BIND, c"");
     mount(c"/proc/self/fd", &at("proc/self/fd"), c"", libc::MS_BIND, c"");
     let root = path(Path::new(AT));
-    // SAFETY: the path is a string with its end.
+    // SAFETY: the path is NUL-terminated.
     check("chroot", unsafe { libc::chroot(root.as_ptr()) });
-    std::env::set_current_dir("/").expect("the root directory");
+    std::env::set_current_dir("/").expect("change to the root directory");
     let host = fs::metadata("/etc").map_err(|error| error.kind());
-    assert!(matches!(host, Err(ErrorKind::NotFound)), "still among the host's files");
+    assert!(matches!(host, Err(ErrorKind::NotFound)), "the host's files are still reachable");
 }
 
 fn path(path: &Path) -> CString {
-    CString::new(path.as_os_str().as_bytes()).expect("a path")
+    CString::new(path.as_os_str().as_bytes()).expect("path contains NUL")
 }
 
 fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: &CStr) {
     let target = path(target);
-    // SAFETY: all are strings with their ends; the kernel copies the data.
+    // SAFETY: all strings are NUL-terminated, and the kernel copies the data.
     let result = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) };
     check("mount", result);
 }

@@ -1,4 +1,4 @@
-//! What the targets of virtio devices share: a driver that does whatever the fuzzer says.
+//! Shared by the targets of virtio devices: a driver that the fuzzer controls.
 
 pub mod jail;
 
@@ -6,67 +6,67 @@ use arbitrary::Arbitrary;
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::testing::Bench;
 
-/// Steps that are taken of one input; more only makes it slower.
-const MOST_STEPS: usize = 64;
-/// Bytes of one writable buffer at most.
-const MOST_WRITABLE: usize = 64 * 1024;
+/// Maximum number of steps taken from one input. More steps only make it slower.
+const MAX_STEPS: usize = 64;
+/// Maximum length of one buffer, in bytes.
+const MAX_BUFFER_LEN: usize = 64 * 1024;
 
-/// What a driver may do to a queue.
+/// An action of the driver.
 #[derive(Arbitrary, Debug)]
 pub enum Step {
     /// Write a descriptor.
     Describe {
-        /// Which queue, modulo their number.
+        /// Queue index, modulo the number of queues.
         queue: u8,
-        /// Which descriptor, modulo 16.
+        /// Descriptor index, modulo 16.
         index: u8,
         /// Guest address.
         address: Address,
         /// Length.
         len: u32,
-        /// NEXT, WRITE, INDIRECT and what does not exist.
+        /// NEXT, WRITE, INDIRECT and undefined flags.
         flags: u8,
         /// The next descriptor.
         next: u16,
     },
-    /// Make a descriptor available, whatever it says.
+    /// Make a chain available, valid or not.
     Offer {
-        /// Which queue, modulo their number.
+        /// Queue index, modulo the number of queues.
         queue: u8,
-        /// The head of the chain.
+        /// Index of the chain's first descriptor.
         head: u16,
     },
     /// Make a well-formed chain available.
     Chain {
-        /// Which queue, modulo their number.
+        /// Queue index, modulo the number of queues.
         queue: u8,
-        /// What the device reads.
+        /// Device-readable buffers.
         readable: Vec<Vec<u8>>,
-        /// Lengths of what it writes.
+        /// Lengths of the device-writable buffers.
         writable: Vec<u16>,
     },
-    /// Claim that so many chains are available.
+    /// Set the available ring's index, without offering chains.
     Index {
-        /// Which queue, modulo their number.
+        /// Queue index, modulo the number of queues.
         queue: u8,
         /// The index.
         index: u16,
     },
     /// Write to the configuration space.
     Configure {
-        /// Where.
+        /// Offset in the configuration space.
         offset: u16,
-        /// What.
+        /// Bytes to write.
         bytes: Vec<u8>,
     },
     /// Reset the device and activate it again.
     Reset,
 }
 
-/// An address that is often in guest memory.
+/// A guest address that is often in guest memory.
 #[derive(Arbitrary, Debug)]
 pub enum Address {
-    /// Within the first 4 GiB, of which the start is memory.
+    /// Reduced to the first 150 MiB, most of which is guest memory.
     Low(u32),
     /// Anywhere.
     Any(u64),
@@ -75,16 +75,16 @@ pub enum Address {
 impl Address {
     fn get(&self) -> u64 {
         match self {
-            // 144 MiB are memory.
+            // The bench has 144 MiB of guest memory.
             Address::Low(address) => u64::from(*address) % (150 << 20),
             Address::Any(address) => *address,
         }
     }
 }
 
-/// Takes the steps, one turn of the device's loop after each.
+/// Executes the steps. Runs the device loop after each.
 pub fn drive<D: VirtioDevice>(bench: &mut Bench<D>, steps: &[Step], activate: fn(&mut Bench<D>)) {
-    for step in steps.iter().take(MOST_STEPS) {
+    for step in steps.iter().take(MAX_STEPS) {
         take(bench, step, activate);
         bench.run();
     }
@@ -120,27 +120,27 @@ fn take<D: VirtioDevice>(bench: &mut Bench<D>, step: &Step, activate: fn(&mut Be
     }
 }
 
-/// Adds a chain if it is one and there is room for it.
+/// Adds a chain. Returns false if it is empty or the queue has too few free descriptors.
 pub fn chain<D: VirtioDevice>(bench: &mut Bench<D>, queue: usize, readable: &[Vec<u8>], writable: &[u16]) -> bool {
     let count = readable.len() + writable.len();
     if count == 0 || count > bench.queues[queue].room() {
         return false;
     }
-    let readable: Vec<&[u8]> = readable.iter().map(|bytes| &bytes[..bytes.len().min(MOST_WRITABLE)]).collect();
+    let readable: Vec<&[u8]> = readable.iter().map(|bytes| &bytes[..bytes.len().min(MAX_BUFFER_LEN)]).collect();
     let writable: Vec<usize> = writable.iter().map(|&len| usize::from(len)).collect();
     bench.queues[queue].add(&readable, &writable);
     true
 }
 
-/// A file in memory of this length.
+/// Creates a memfd of this length.
 pub fn memory_file(len: u64) -> std::fs::File {
     use std::os::fd::FromRawFd;
-    // SAFETY: the name is a string with its end; the new descriptor is nobody else's.
+    // SAFETY: the name is NUL-terminated, and nothing else owns the new fd.
     let file = unsafe {
         let fd = libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC);
         assert!(fd >= 0, "memfd_create");
         std::fs::File::from_raw_fd(fd)
     };
-    file.set_len(len).expect("a length");
+    file.set_len(len).expect("set the file length");
     file
 }
