@@ -1,19 +1,19 @@
-//! Compiles the CRI's protocol file into a descriptor set, without `protoc`; the client works by reflection.
+//! Compiles the CRI's .proto files into a descriptor set, without `protoc`. The client uses reflection.
 
 use protobuf::Message;
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // What the shim reads of it as well is written there.
-    let shims = "../../proto/protos";
+    // The messages that the shim reads too are defined there.
+    let shared = "../../proto/protos";
     println!("cargo:rerun-if-changed=protos");
-    println!("cargo:rerun-if-changed={shims}/cri_sandbox.proto");
+    println!("cargo:rerun-if-changed={shared}/cri_sandbox.proto");
     let mut parser = protobuf_parse::Parser::new();
     parser
         .pure()
         .include("protos")
-        .include(shims)
-        .input(format!("{shims}/cri_sandbox.proto"))
+        .include(shared)
+        .input(format!("{shared}/cri_sandbox.proto"))
         .input("protos/cri.proto");
     let set = parser.file_descriptor_set()?;
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);

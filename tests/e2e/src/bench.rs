@@ -1,4 +1,4 @@
-//! Arithmetic and layout of the benchmark's report.
+//! Statistics and report of the benchmark.
 
 pub mod network;
 
@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use husk_config::timeline::Timeline;
 
-/// The middle of the values, the mean of the two middle ones when their number is even; 0 of none.
+/// Returns the median; the mean of the two middle values if their number is even, and 0 if there are none.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -18,17 +18,17 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// A step of the timeline over several starts.
+/// A timeline step over several starts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepTime {
-    /// What was reached.
+    /// Name of the step.
     pub name: String,
-    /// Median of the milliseconds since `ctr` was started.
+    /// Median time since the start of `ctr`, in ms.
     pub at: f64,
 }
 
-/// Medians of each step over starts that are given with the moment of their `ctr`'s start (CLOCK_MONOTONIC, ns).
-/// A step that some start lacks is left out.
+/// Computes the median time of each step over several starts. Each start has the time at which its `ctr` was started
+/// (CLOCK_MONOTONIC, ns). Omits steps that are not in all starts.
 pub fn step_times(starts: &[(u64, Timeline)]) -> Vec<StepTime> {
     let Some((_, first)) = starts.first() else { return Vec::new() };
     let mut times: Vec<StepTime> = Vec::new();
@@ -48,19 +48,19 @@ pub fn step_times(starts: &[(u64, Timeline)]) -> Vec<StepTime> {
     times
 }
 
-/// What one runtime took.
+/// Measurements of one runtime.
 #[derive(Debug, Clone)]
 pub struct Series {
     /// The runtime's short name.
     pub name: &'static str,
-    /// Seconds of each run.
+    /// Duration of each run, in seconds.
     pub seconds: Vec<f64>,
 }
 
-/// Memory at idle in KiB.
+/// Memory use at idle, in KiB.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Weight {
-    /// PSS of the VMM beside guest memory.
+    /// PSS of the VMM, without guest memory.
     pub vmm: u64,
     /// PSS of guest memory.
     pub guest: u64,
@@ -68,7 +68,7 @@ pub struct Weight {
     pub shim: u64,
 }
 
-/// The report, in Markdown, as `docs/performance.md` keeps it.
+/// Formats the report as Markdown, for `docs/performance.md`.
 pub fn report(series: &[Series], steps: &[StepTime], weight: Option<Weight>) -> String {
     let mut text = String::new();
     let base = series.iter().find(|one| one.name == "runc").map_or(0.0, |one| median(&one.seconds));
@@ -106,14 +106,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn medians_of_odd_and_even_numbers() {
+    fn median_handles_odd_and_even_counts() {
         assert_eq!(median(&[]), 0.0);
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
     }
 
     #[test]
-    fn steps_are_those_of_all_starts_in_order() {
+    fn step_times_keeps_steps_common_to_all_starts_in_order() {
         let start = |offset: u64, steps: &[(&str, u64)]| {
             let mut timeline = Timeline::default();
             steps.iter().for_each(|(name, at)| timeline.push(*name, offset + at * 1_000_000));
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn ratios_are_to_runc() {
+    fn report_shows_ratio_to_runc() {
         let series =
             [Series { name: "runc", seconds: vec![2.0] }, Series { name: "husk", seconds: vec![3.0, 3.0, 9.0] }];
         let text = report(&series, &[StepTime { name: "shim up".into(), at: 12.0 }], Some(Weight::default()));

@@ -1,4 +1,4 @@
-//! One guarded test: unique names, everything removed at the end, and the check that nothing is left over.
+//! Isolated test cases: unique names, cleanup at the end, and the check for leftovers.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -14,7 +14,7 @@ use crate::leftovers::Snapshot;
 use crate::run::Run;
 use crate::{BUSYBOX, NAMESPACE, PYTHON, node, spec};
 
-/// How long the node may take to come to rest after a test.
+/// Timeout for leftovers to disappear after a test.
 const SETTLE: Duration = Duration::from_secs(20);
 
 /// A test in progress.
@@ -26,13 +26,13 @@ pub struct Case {
     rootfs: RefCell<Vec<PathBuf>>,
 }
 
-/// Runs `body` as the test `name`; afterwards nothing of it may be left in the node.
+/// Runs `body` as the test `name`. Fails if it leaves anything in the node.
 #[track_caller]
 pub fn case(name: &str, body: impl FnOnce(&Case)) {
     case_of(name, &crate::runtime(), body);
 }
 
-/// Like [`case`], with a runtime of the test's own choice.
+/// Like [`case`], with another runtime than the one under test.
 #[track_caller]
 pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
     node::need_image(BUSYBOX);
@@ -46,60 +46,60 @@ pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
     fs::create_dir_all(&case.dir).unwrap();
     let before = Snapshot::take();
     let result = catch_unwind(AssertUnwindSafe(|| body(&case)));
-    let cleaned = case.clean_up(result.is_err());
+    let forced = case.clean_up(result.is_err());
     if let Err(panic) = result {
-        // The failure itself is what counts; what is left over is said as well, since it may explain it.
+        // The failure itself is reported. The leftovers are printed too, because they may explain it.
         if let Err(left) = before.compare_until_equal(Duration::from_secs(5)) {
-            eprintln!("after the failed test these were left over:\n{left}");
+            eprintln!("leftovers of the failed test:\n{left}");
         }
         resume_unwind(panic);
     }
     if let Err(left) = before.compare_until_equal(SETTLE) {
-        panic!("left over after {name}:\n{left}\n--- containerd's log ends\n{}", node::log_tail(40));
+        panic!("leftovers of {name}:\n{left}\n--- end of containerd's log\n{}", node::log_tail(40));
     }
-    assert!(cleaned.is_empty(), "{name} did not end by itself: {cleaned:?}");
+    assert!(forced.is_empty(), "{name}: containers had to be removed by force: {forced:?}");
 }
 
 impl Case {
-    /// A container id that no other test uses.
+    /// Returns a new container id that no other test uses.
     pub fn id(&self) -> String {
         self.next.set(self.next.get() + 1);
         format!("{}-{}", self.name, self.next.get())
     }
 
-    /// A directory of this test's on the node, removed afterwards.
+    /// Returns the test's directory on the node. It is removed at the end.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The runtime this case runs with.
+    /// Returns the runtime of this case.
     pub fn runtime(&self) -> &str {
         &self.runtime
     }
 
-    /// A `ctr run` of the busybox image.
+    /// Prepares a `ctr run` of the busybox image.
     pub fn busybox<S: AsRef<str>>(&self, command: &[S]) -> Run {
         Run::new(&self.runtime, self.id(), BUSYBOX, command)
     }
 
-    /// A `ctr run` of a busybox shell script.
+    /// Prepares a `ctr run` of a shell script in the busybox image.
     pub fn sh(&self, script: &str) -> Run {
         self.busybox(&["sh", "-c", script])
     }
 
-    /// A `ctr run` of the Python image.
+    /// Prepares a `ctr run` of a Python program.
     pub fn python(&self, program: &str) -> Run {
         node::need_image(PYTHON);
         Run::new(&self.runtime, self.id(), PYTHON, &["python3", "-c", program])
     }
 
-    /// A container that only sleeps, started in the background and up.
+    /// Starts a container in the background that only sleeps, and waits until it runs.
     #[track_caller]
     pub fn sleeper(&self) -> Container {
         self.container(self.sh("echo up; exec sleep 1000"))
     }
 
-    /// Starts `run` in the background and waits for its line "up".
+    /// Starts `run` in the background and waits until it prints a line with "up".
     #[track_caller]
     pub fn container(&self, run: Run) -> Container {
         let id = run.id().to_owned();
@@ -108,7 +108,7 @@ impl Case {
         Container { id, running }
     }
 
-    /// A `ctr run` with a specification of the test's own: the default one, changed by `patch`.
+    /// Prepares a `ctr run` with the default specification, modified by `patch`.
     pub fn with_spec(&self, script: &str, patch: impl FnOnce(&mut Value)) -> Run {
         let id = self.id();
         let mut value = spec::default_spec();
@@ -121,7 +121,7 @@ impl Case {
         Run::of_config(&self.runtime, id, &path)
     }
 
-    /// A writable busybox tree of this test's own on the node, made by containerd's snapshotter.
+    /// Mounts a writable busybox rootfs for this test on the node, made by containerd's snapshotter.
     pub fn rootfs(&self, name: &str) -> PathBuf {
         let path = self.dir.join(format!("{name}.rootfs"));
         fs::create_dir_all(&path).unwrap();
@@ -130,7 +130,7 @@ impl Case {
         path
     }
 
-    /// Removes what is still there; gives the containers that had to be removed by force.
+    /// Removes the test's containers and mounts. Returns the containers that had to be removed by force.
     fn clean_up(&self, failed: bool) -> Vec<String> {
         let prefix = format!("{}-", self.name);
         let listed = run_ctr(&["containers", "ls", "-q"]).out();
@@ -155,28 +155,28 @@ pub fn remove(id: &str) {
     }
 }
 
-/// A container that runs in the background, its `ctr run --rm` with it.
+/// A container in the background, with its `ctr run --rm`.
 pub struct Container {
     /// The container's id.
     pub id: String,
-    /// Its `ctr run`.
+    /// The `ctr run` process.
     pub running: Running,
 }
 
 impl Container {
-    /// Runs `ctr task exec` in it.
+    /// Runs `ctr task exec` in the container.
     #[track_caller]
     pub fn exec(&self, exec_id: &str, command: &[&str]) -> Output {
         self.exec_with(exec_id, &[], command)
     }
 
-    /// Runs `ctr task exec` in it with further options.
+    /// Runs `ctr task exec` in the container, with further options.
     #[track_caller]
     pub fn exec_with(&self, exec_id: &str, options: &[&str], command: &[&str]) -> Output {
         Running::start(self.exec_command(exec_id, options, command), Input::Null).wait()
     }
 
-    /// The command line of a `ctr task exec`.
+    /// Returns the command line of a `ctr task exec`.
     pub fn exec_command(&self, exec_id: &str, options: &[&str], command: &[&str]) -> Command {
         let mut args = vec!["tasks", "exec", "--exec-id", exec_id];
         args.extend(options);
@@ -194,7 +194,7 @@ impl Container {
         run_ctr(&all)
     }
 
-    /// The pid containerd knows the task by.
+    /// Returns the pid that containerd has for the task.
     pub fn pid(&self) -> i32 {
         let list = run_ctr(&["tasks", "ls"]).expect_code(0).out();
         let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id)).map(str::to_owned);
@@ -202,14 +202,14 @@ impl Container {
         line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no pid in {line}"))
     }
 
-    /// The state `ctr task ls` gives.
+    /// Returns the state in `ctr task ls`.
     pub fn state(&self) -> String {
         let list = run_ctr(&["tasks", "ls"]).expect_code(0).out();
         let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id)).unwrap_or_default();
         line.split_whitespace().nth(2).unwrap_or_default().to_owned()
     }
 
-    /// Kills the container and waits for the end of its `ctr run`, which must report signal 9.
+    /// Kills the container and waits for its `ctr run` to exit, which has to report signal 9.
     #[track_caller]
     pub fn kill(self) -> Output {
         self.task(&["kill", "--signal", "SIGKILL"]).expect_code(0);

@@ -1,4 +1,4 @@
-//! Runs programs with a time-out and collects what they print; a failed expectation shows everything there is to know.
+//! Runs programs with a timeout and collects their output. A failed expectation prints all of it.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -10,71 +10,71 @@ use std::time::{Duration, Instant};
 
 use crate::node;
 
-/// How long anything may take. The emulated node is some 15 times slower than hardware, and ten pods share it at times.
+/// Timeout of each command. The emulated node is about 15 times slower than hardware, and up to ten pods share it.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A `ctr` command line in the suites' namespace.
+/// Returns a `ctr` command line in the suites' containerd namespace.
 pub fn ctr<S: AsRef<str>>(args: &[S]) -> Command {
     let mut command = Command::new("ctr");
     command.args(["-n", crate::NAMESPACE]).args(args.iter().map(AsRef::as_ref));
     command
 }
 
-/// Runs `ctr` to its end without input.
+/// Runs `ctr` without input and waits for its end.
 pub fn run_ctr<S: AsRef<str>>(args: &[S]) -> Output {
     Running::start(ctr(args), Input::Null).wait()
 }
 
-/// What a program is given to read.
+/// Standard input of a program.
 #[derive(Debug)]
 pub enum Input {
-    /// Nothing: `/dev/null`.
+    /// `/dev/null`.
     Null,
-    /// A pipe that the test writes to.
+    /// A pipe to which the test writes.
     Pipe,
 }
 
-/// What ended, and what it printed.
+/// Result of a program that has exited.
 #[derive(Debug, Clone)]
 pub struct Output {
     /// The command line.
     pub command: String,
     /// Exit code; 128 + n after signal n.
     pub code: i32,
-    /// All of standard output.
+    /// Standard output.
     pub stdout: Vec<u8>,
-    /// All of standard error.
+    /// Standard error.
     pub stderr: Vec<u8>,
     /// Wall time.
     pub took: Duration,
 }
 
 impl Output {
-    /// Standard output as text.
+    /// Returns standard output as text.
     pub fn out(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// Standard error as text.
+    /// Returns standard error as text.
     pub fn err(&self) -> String {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
-    /// Demands an exit code.
+    /// Requires an exit code.
     #[track_caller]
     pub fn expect_code(self, code: i32) -> Self {
         assert!(self.code == code, "expected exit code {code}\n{}", self.describe());
         self
     }
 
-    /// Demands success and an empty standard error.
+    /// Requires success and an empty standard error.
     #[track_caller]
     pub fn expect_clean(self) -> Self {
-        assert!(self.code == 0 && self.stderr.is_empty(), "expected success and no message\n{}", self.describe());
+        assert!(self.code == 0 && self.stderr.is_empty(), "expected success and empty stderr\n{}", self.describe());
         self
     }
 
-    /// Demands success and exactly this output, line ends aside.
+    /// Requires success and exactly this output, apart from trailing white space.
     #[track_caller]
     pub fn expect_out(self, expected: &str) -> Self {
         let out = self.out();
@@ -86,7 +86,7 @@ impl Output {
         self
     }
 
-    /// Demands failure (exit code 1) with an error that contains all of `parts`, in whatever case.
+    /// Requires failure (exit code 1) with an error that contains all `parts`. Ignores case.
     #[track_caller]
     pub fn expect_error(self, parts: &[&str]) -> Self {
         let err = self.err().to_lowercase();
@@ -95,7 +95,7 @@ impl Output {
         self
     }
 
-    /// The value after `key` and a colon or equals sign on a line of the output.
+    /// Returns the value of a line `key: value` or `key=value` of the output.
     #[track_caller]
     pub fn value(&self, key: &str) -> String {
         let out = self.out();
@@ -104,20 +104,20 @@ impl Output {
             .unwrap_or_else(|| panic!("no {key} in the output\n{}", self.describe()))
     }
 
-    /// Everything about this run and the end of containerd's log, for a failure's message.
+    /// Describes this run, with the end of containerd's log, for a failure message.
     pub fn describe(&self) -> String {
         let mut text = String::new();
         let _ = writeln!(text, "$ {}\nexit code {} after {:.1?}", self.command, self.code, self.took);
         let _ = writeln!(text, "--- stdout ({} bytes)\n{}", self.stdout.len(), shorten(&self.out()));
         let _ = writeln!(text, "--- stderr ({} bytes)\n{}", self.stderr.len(), shorten(&self.err()));
-        let _ = writeln!(text, "--- containerd's log ends\n{}", node::log_tail(40));
+        let _ = writeln!(text, "--- end of containerd's log\n{}", node::log_tail(40));
         text
     }
 }
 
 fn shorten(text: &str) -> String {
-    const MOST: usize = 4000;
-    match text.char_indices().nth(MOST) {
+    const MAX_CHARS: usize = 4000;
+    match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{} …", &text[..end]),
         None => text.to_owned(),
     }
@@ -129,7 +129,7 @@ enum Message {
     End,
 }
 
-/// A program that runs while the test goes on.
+/// A program that runs in the background.
 pub struct Running {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -137,12 +137,12 @@ pub struct Running {
     open: usize,
     output: Output,
     started: Instant,
-    /// How much of standard output `wait_for` has looked at.
+    /// Number of bytes of standard output that `wait_for` has consumed.
     seen: usize,
 }
 
 impl Running {
-    /// Starts `command` with its outputs collected.
+    /// Starts `command` and collects its output.
     #[track_caller]
     pub fn start(mut command: Command, input: Input) -> Self {
         let line = format!("{command:?}").replace('"', "");
@@ -151,7 +151,7 @@ impl Running {
             Input::Pipe => Stdio::piped(),
         });
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        let mut child = child.unwrap_or_else(|error| panic!("cannot run {line}: {error}"));
+        let mut child = child.unwrap_or_else(|error| panic!("failed to run {line}: {error}"));
         let (sender, messages) = channel();
         let err_sender = sender.clone();
         let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
@@ -160,12 +160,12 @@ impl Running {
         Self::new(child, line, messages, 2)
     }
 
-    /// Starts `command` on a terminal; `master` is the test's end of it.
+    /// Starts `command` on a terminal, whose master side is `master`.
     #[track_caller]
     pub fn start_on_terminal(mut command: Command, master: OwnedFd) -> Self {
         let line = format!("{command:?}").replace('"', "");
-        let child = command.spawn().unwrap_or_else(|error| panic!("cannot run {line}: {error}"));
-        // The command holds the terminal's other side, and the master ends only when every copy is closed.
+        let child = command.spawn().unwrap_or_else(|error| panic!("failed to run {line}: {error}"));
+        // `command` holds fds of the slave side. The master reports end of file only when all of them are closed.
         drop(command);
         let (sender, messages) = channel();
         let master = std::fs::File::from(master);
@@ -182,35 +182,39 @@ impl Running {
     /// Writes to the program's standard input.
     #[track_caller]
     pub fn write(&mut self, bytes: &[u8]) {
-        self.stdin.as_mut().unwrap().write_all(bytes).unwrap_or_else(|error| panic!("cannot write to stdin: {error}"));
+        self.stdin
+            .as_mut()
+            .unwrap()
+            .write_all(bytes)
+            .unwrap_or_else(|error| panic!("failed to write to stdin: {error}"));
     }
 
-    /// Hands the writing side of standard input out, for a thread.
+    /// Takes the write end of standard input, for another thread.
     pub fn take_stdin(&mut self) -> ChildStdin {
         self.stdin.take().unwrap()
     }
 
-    /// Ends the program's standard input.
+    /// Closes the program's standard input.
     pub fn close_stdin(&mut self) {
         self.stdin = None;
     }
 
-    /// The program's process.
+    /// Returns the program's pid.
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
     }
 
-    /// Waits until standard output has a line with `text` that was not waited for before, and returns that line.
+    /// Waits until standard output has a further line with `text`, and returns that line.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> String {
         if let Some(line) = self.try_wait_for(text, TIMEOUT) {
             return line;
         }
-        let output = self.give_up();
+        let output = self.kill();
         panic!("{text:?} was not printed\n{}", output.describe());
     }
 
-    /// Like [`Running::wait_for`], for no longer than told; without such a line the program goes on.
+    /// Like [`Running::wait_for`], with a timeout. Returns `None` if it expires; the program keeps running.
     pub fn try_wait_for(&mut self, text: &str, limit: Duration) -> Option<String> {
         let deadline = Instant::now() + limit;
         loop {
@@ -234,7 +238,7 @@ impl Running {
         None
     }
 
-    /// Takes one message; false when there will be none before the deadline.
+    /// Receives one message. Returns false if none arrives before the deadline.
     fn receive(&mut self, deadline: Instant) -> bool {
         if self.open == 0 {
             return false;
@@ -249,38 +253,39 @@ impl Running {
         true
     }
 
-    /// Whether standard output so far, waited for or not, has a line with `text`.
+    /// Returns whether standard output has a line with `text` so far, whether or not [`Running::wait_for`] has consumed
+    /// it.
     pub fn has_printed(&mut self, text: &str) -> bool {
         while self.receive(Instant::now()) {}
         self.output.out().lines().any(|line| line.contains(text))
     }
 
-    /// Whether the program still runs.
+    /// Returns whether the program is running.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().is_ok_and(|status| status.is_none())
     }
 
-    /// Waits for the program's end.
+    /// Waits for the program to exit.
     #[track_caller]
     pub fn wait(self) -> Output {
         self.wait_within(TIMEOUT)
     }
 
-    /// Waits for the program's end, for no longer than told.
+    /// Waits for the program to exit, with a timeout.
     #[track_caller]
     pub fn wait_within(mut self, limit: Duration) -> Output {
         self.stdin = None;
         let deadline = self.started.max(Instant::now()) + limit;
         while self.open > 0 {
             if !self.receive(deadline) {
-                let output = self.give_up();
-                panic!("not done after {limit:?}\n{}", output.describe());
+                let output = self.kill();
+                panic!("still running after {limit:?}\n{}", output.describe());
             }
         }
         self.finish()
     }
 
-    fn give_up(&mut self) -> Output {
+    fn kill(&mut self) -> Output {
         let _ = self.child.kill();
         self.finish()
     }
@@ -304,7 +309,8 @@ impl Drop for Running {
     }
 }
 
-/// Sends what `source` gives, then `None`. A terminal whose other side is closed gives EIO: that is its end.
+/// Sends the data read from `source`, then `None` at its end. For a terminal, the end is EIO: all fds of the slave side
+/// are closed.
 fn pump(mut source: impl Read, send: &dyn Fn(Option<Vec<u8>>) -> bool) {
     let mut buffer = vec![0; 256 * 1024];
     while let Ok(length @ 1..) = source.read(&mut buffer) {

@@ -1,7 +1,7 @@
-//! Behaviours tried one by one and noted, for the table in docs/conformance.md.
+//! Tests single behaviours and records the results for the table in docs/conformance.md.
 //!
-//! With `HUSK_CONFORMANCE` naming a file, each behaviour becomes a line of it: group, behaviour, result, with tabs in
-//! between.
+//! If `HUSK_CONFORMANCE` names a file, one line per behaviour is appended to it: group, behaviour and result, separated
+//! by tabs.
 
 use std::cell::RefCell;
 use std::fs::OpenOptions;
@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::cri::{self, Pods};
 
 thread_local! {
-    /// What failed in this test.
+    /// Behaviours that failed in this test.
     static FAILED: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -21,7 +21,7 @@ pub struct Group {
     lines: Vec<String>,
 }
 
-/// Pods for some groups of behaviours; fails at the end when one of them failed.
+/// Provides pods for groups of behaviours. Fails at the end if a behaviour failed.
 #[track_caller]
 pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     cri::pods(name, |pods| {
@@ -31,41 +31,41 @@ pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     });
 }
 
-/// Tries all behaviours of a group.
+/// Tests all behaviours of a group.
 #[track_caller]
 pub fn group(name: &'static str, body: impl FnOnce(&mut Group)) {
     let mut group = Group { name, lines: Vec::new() };
-    let whole = catch_unwind(AssertUnwindSafe(|| body(&mut group)));
+    let result = catch_unwind(AssertUnwindSafe(|| body(&mut group)));
     if let Ok(path) = std::env::var("HUSK_CONFORMANCE") {
         let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
         file.write_all(group.lines.concat().as_bytes()).unwrap();
     }
-    if let Err(panic) = whole {
+    if let Err(panic) = result {
         std::panic::resume_unwind(panic);
     }
 }
 
 impl Group {
-    /// A behaviour that every runtime is to have.
+    /// Tests a behaviour that every runtime should have.
     pub fn has(&mut self, behaviour: &str, probe: impl FnOnce()) {
         let result = if catch_unwind(AssertUnwindSafe(probe)).is_ok() { "passes" } else { "fails" };
-        self.note(behaviour, result);
+        self.record(behaviour, result);
     }
 
-    /// A behaviour that needs what a virtual machine does not share with its host: under Husk it is refused, by an error
-    /// with `word` in it.
-    pub fn shares(&mut self, behaviour: &str, word: &str, probe: impl FnOnce(), asked: impl FnOnce() -> String) {
+    /// Tests a behaviour that requires something a VM does not share with its host. Under Husk, `request` has to return
+    /// an error that contains `word`.
+    pub fn shares(&mut self, behaviour: &str, word: &str, probe: impl FnOnce(), request: impl FnOnce() -> String) {
         if cri::handler() == "runc" {
             return self.has(behaviour, probe);
         }
         let refused = catch_unwind(AssertUnwindSafe(|| {
-            let error = asked();
+            let error = request();
             assert!(error.contains(word), "{error}");
         }));
-        self.note(behaviour, if refused.is_ok() { "refused" } else { "fails" });
+        self.record(behaviour, if refused.is_ok() { "refused" } else { "fails" });
     }
 
-    fn note(&mut self, behaviour: &str, result: &str) {
+    fn record(&mut self, behaviour: &str, result: &str) {
         if result == "fails" {
             FAILED.with_borrow_mut(|failed| failed.push(format!("{}: {behaviour}", self.name)));
         }

@@ -1,4 +1,4 @@
-//! A disk of the node's: a file behind a loop device, for the time of a test.
+//! A temporary disk of the node: a file behind a loop device.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use nix::mount::{MntFlags, umount2};
 
-/// Writes "changed" to `/dev/xvda` without anything that would make it last, and keeps the device open.
+/// Python program: writes "changed" to `/dev/xvda` without syncing it, and keeps the device open.
 pub const WRITES: &str = r#"
 import os, time
 fd = os.open("/dev/xvda", os.O_RDWR)
@@ -16,7 +16,7 @@ print("written", flush=True)
 time.sleep(100000)
 "#;
 
-/// Runs a command on the node that has to succeed; gives what it prints.
+/// Runs a command on the node. Fails if the command fails; returns its output.
 #[track_caller]
 pub fn on_node(command: &[&str]) -> String {
     let output = Command::new(command[0]).args(&command[1..]).output().unwrap();
@@ -25,15 +25,15 @@ pub fn on_node(command: &[&str]) -> String {
     text
 }
 
-/// The disk. It goes when this is dropped, and the file with it.
+/// A disk. Dropping it detaches the loop device and removes the file.
 pub struct Disk {
-    /// Its node in /dev.
+    /// Path of the loop device.
     pub device: String,
     file: PathBuf,
 }
 
 impl Disk {
-    /// An empty one of so many MiB, in a file of this name.
+    /// Creates an empty disk of `mib` MiB, backed by `file`.
     #[track_caller]
     pub fn new(file: &Path, mib: u64) -> Self {
         File::create(file).unwrap().set_len(mib << 20).unwrap();
@@ -41,7 +41,7 @@ impl Disk {
         Self { device, file: file.to_owned() }
     }
 
-    /// What is on it where [`WRITES`] writes.
+    /// Reads the bytes at the position to which [`WRITES`] writes.
     #[track_caller]
     pub fn changed(&self) -> String {
         let mut seen = [0; 7];
@@ -51,14 +51,14 @@ impl Disk {
         String::from_utf8_lossy(&seen).into_owned()
     }
 
-    /// Makes an ext4 file system on it.
+    /// Creates an ext4 file system on the disk.
     #[track_caller]
     pub fn format(&self) -> &Self {
         on_node(&["mkfs.ext4", "-q", &self.device]);
         self
     }
 
-    /// Mounts it.
+    /// Mounts the disk.
     #[track_caller]
     pub fn mount(&self, point: &Path, options: &str) -> Mounted {
         fs::create_dir_all(point).unwrap();
@@ -74,7 +74,7 @@ impl Drop for Disk {
     }
 }
 
-/// A mount that ends when this is dropped.
+/// A mount. Dropping it unmounts the disk.
 pub struct Mounted(PathBuf);
 
 impl Drop for Mounted {

@@ -1,34 +1,34 @@
-//! A name server on the node for the time of a test: answers questions over UDP (RFC 1035, RFC 3596).
+//! A temporary DNS server on the node, over UDP (RFC 1035, RFC 3596).
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-/// Bytes of a message's header.
-const HEADER: usize = 12;
-/// NXDOMAIN.
-const NO_SUCH_NAME: u8 = 3;
+/// Length of a message header, in bytes.
+const HEADER_LEN: usize = 12;
+/// Response code of a name that does not exist.
+const NXDOMAIN: u8 = 3;
 
-/// The server. It ends when this is dropped.
+/// The server. Dropping it stops the server.
 pub struct Dns {
     address: SocketAddr,
-    ended: Arc<AtomicBool>,
+    stopped: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Dns {
-    /// Answers at port 53 of this address, from `names`; any other name does not exist.
+    /// Serves `names` at port 53 of this address. Other names do not exist.
     #[track_caller]
     pub fn serve(at: IpAddr, names: Vec<(String, IpAddr)>) -> Self {
         let socket = UdpSocket::bind((at, 53)).unwrap();
         let address = socket.local_addr().unwrap();
-        let ended = Arc::new(AtomicBool::new(false));
-        let end = Arc::clone(&ended);
+        let stopped = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&stopped);
         let thread = thread::spawn(move || {
             let mut message = [0; 512];
             while let Ok((length, from)) = socket.recv_from(&mut message) {
-                if end.load(Ordering::Acquire) {
+                if stop.load(Ordering::Acquire) {
                     return;
                 }
                 if let Some(answer) = answer(&message[..length], &names) {
@@ -36,14 +36,14 @@ impl Dns {
                 }
             }
         });
-        Self { address, ended, thread: Some(thread) }
+        Self { address, stopped, thread: Some(thread) }
     }
 }
 
 impl Drop for Dns {
     fn drop(&mut self) {
-        self.ended.store(true, Ordering::Release);
-        // Wakes it.
+        self.stopped.store(true, Ordering::Release);
+        // Wakes the server thread.
         let sent = UdpSocket::bind((self.address.ip(), 0)).and_then(|socket| socket.send_to(&[0], self.address));
         if let (Ok(_), Some(thread)) = (sent, self.thread.take()) {
             let _ = thread.join();
@@ -51,9 +51,9 @@ impl Drop for Dns {
     }
 }
 
-/// The answer to a message with one question.
+/// Returns the response to a message with one question.
 fn answer(message: &[u8], names: &[(String, IpAddr)]) -> Option<Vec<u8>> {
-    let (mut at, mut labels) = (HEADER, Vec::new());
+    let (mut at, mut labels) = (HEADER_LEN, Vec::new());
     loop {
         let length = usize::from(*message.get(at)?);
         at += 1;
@@ -64,29 +64,29 @@ fn answer(message: &[u8], names: &[(String, IpAddr)]) -> Option<Vec<u8>> {
         at += length;
     }
     let name = labels.join(".");
-    let question = message.get(HEADER..at + 4)?;
+    let question = message.get(HEADER_LEN..at + 4)?;
     let kind = u16::from_be_bytes([*message.get(at)?, *message.get(at + 1)?]);
     let known: Vec<&IpAddr> = names.iter().filter(|(known, _)| *known == name).map(|(_, ip)| ip).collect();
     let records: Vec<Vec<u8>> = known.iter().filter_map(|ip| record(ip, kind)).collect();
     let mut answer = message.get(..2)?.to_vec();
-    // A response, authoritative, recursion desired and there; and what came of it.
-    answer.extend([0x85, 0x80 | if known.is_empty() { NO_SUCH_NAME } else { 0 }]);
+    // Flags: response, authoritative, recursion desired and available; response code.
+    answer.extend([0x85, 0x80 | if known.is_empty() { NXDOMAIN } else { 0 }]);
     answer.extend([0, 1, 0, u8::try_from(records.len()).ok()?, 0, 0, 0, 0]);
     answer.extend(question);
     answer.extend(records.concat());
     Some(answer)
 }
 
-/// A record of the question's type: its name is a pointer to the question's.
+/// Encodes a resource record of the question's type. Its name is a pointer to the question's name.
 fn record(ip: &IpAddr, kind: u16) -> Option<Vec<u8>> {
     let data = match (ip, kind) {
         (IpAddr::V4(ip), 1) => ip.octets().to_vec(),
         (IpAddr::V6(ip), 28) => ip.octets().to_vec(),
         _ => return None,
     };
-    let mut record = vec![0xc0, HEADER as u8];
+    let mut record = vec![0xc0, HEADER_LEN as u8];
     record.extend(kind.to_be_bytes());
-    // Of the internet, for a second.
+    // Class IN, TTL of one second.
     record.extend([0, 1, 0, 0, 0, 1, 0, u8::try_from(data.len()).ok()?]);
     record.extend(data);
     Some(record)
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn questions_are_answered() {
+    fn answers_questions() {
         let names = [("a.b".to_owned(), "10.0.0.1".parse().unwrap())];
         let ask = |name: &[u8], kind: u8| [&[7, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0], name, &[0, kind, 0, 1]].concat();
         let found = answer(&ask(b"\x01A\x01b\0", 1), &names).unwrap();

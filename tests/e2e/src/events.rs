@@ -1,4 +1,4 @@
-//! containerd's events about tasks, as every subscriber gets them: what happened to each container, in the order of arrival.
+//! Records containerd's task events of each container, in order of arrival.
 
 use std::cell::RefCell;
 use std::process::Command;
@@ -15,15 +15,15 @@ use crate::command::{Input, Running};
 use crate::cri::{SOCKET, grpc};
 use crate::{KUBERNETES, node};
 
-/// Everything from the time it was made on.
+/// A subscription to containerd's events, and the task events received so far.
 pub struct Events {
     arriving: Receiver<Vec<u8>>,
-    /// Container and what happened.
+    /// Container id and event.
     seen: RefCell<Vec<(String, String)>>,
 }
 
 impl Events {
-    /// Subscribes; what happens after this has returned is seen.
+    /// Subscribes. All events after the return are recorded.
     #[track_caller]
     pub fn watch() -> Self {
         let arriving = grpc::stream(SOCKET, "/containerd.services.events.v1.Events/Subscribe", Vec::new());
@@ -32,7 +32,7 @@ impl Events {
         events
     }
 
-    /// What happened to a container: `create`, `start`, `exec-added ID`, `exec-started ID`, `exit STATUS`,
+    /// Returns the events of a container: `create`, `start`, `exec-added ID`, `exec-started ID`, `exit STATUS`,
     /// `exec-exit ID STATUS`, `oom`, `delete STATUS` …
     pub fn of(&self, container: &str) -> Vec<String> {
         self.catch_up();
@@ -40,23 +40,23 @@ impl Events {
         seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()
     }
 
-    /// Waits until so many things have happened to a container.
+    /// Waits until a container has at least `count` events.
     #[track_caller]
     pub fn wait_for(&self, container: &str, count: usize) -> Vec<String> {
         let enough = || Some(self.of(container)).filter(|seen| seen.len() >= count);
         node::eventually(Duration::from_secs(30), enough)
-            .unwrap_or_else(|| panic!("{count} events wanted, there are {:?}", self.of(container)))
+            .unwrap_or_else(|| panic!("expected {count} events, received {:?}", self.of(container)))
     }
 
-    /// Takes what has been sent until now: containerd sends each subscriber what it gets in that order, so an event of
-    /// this test's own comes after all that there were.
+    /// Receives all events sent so far. It triggers an event and waits for it: containerd sends events to each
+    /// subscriber in order, so all earlier events have then arrived.
     #[track_caller]
     fn catch_up(&self) {
-        let own = node::eventually(Duration::from_secs(30), || {
+        let marker = node::eventually(Duration::from_secs(30), || {
             let mut label = Command::new("ctr");
             label.args(["namespaces", "label", KUBERNETES, "husk-e2e=seen"]);
             Running::start(label, Input::Null).wait().expect_code(0);
-            // The first may be sent before the server knows of the subscription.
+            // The first event may be sent before the server has registered the subscription.
             while let Ok(bytes) = self.arriving.recv_timeout(Duration::from_secs(1)) {
                 let envelope = Envelope::parse_from_bytes(&bytes).unwrap();
                 if envelope.topic == "/namespaces/update" {
@@ -66,11 +66,11 @@ impl Events {
             }
             None
         });
-        assert!(own.is_some(), "containerd sends no events");
+        assert!(marker.is_some(), "containerd sends no events");
     }
 }
 
-/// The container of an event about a task, and what it says.
+/// Returns the container id and a description of a task event.
 fn task(envelope: &Envelope) -> Option<(String, String)> {
     let value = &envelope.event.value;
     let what = envelope.topic.strip_prefix("/tasks/")?;
@@ -90,8 +90,8 @@ fn task(envelope: &Envelope) -> Option<(String, String)> {
         }
         "exit" => {
             let event = TaskExit::parse_from_bytes(value).unwrap();
-            let own = event.id == event.container_id;
-            let what = if own {
+            let is_init = event.id == event.container_id;
+            let what = if is_init {
                 format!("exit {}", event.exit_status)
             } else {
                 format!("exec-exit {} {}", event.id, event.exit_status)
@@ -106,7 +106,7 @@ fn task(envelope: &Envelope) -> Option<(String, String)> {
     })
 }
 
-/// The events with the ids that containerd gave execs replaced by numbers from 1 on, by their first appearance.
+/// Replaces exec ids in events by numbers from 1, in order of first appearance.
 pub fn numbered(events: &[String]) -> Vec<String> {
     let mut ids: Vec<&str> = Vec::new();
     let mut all = Vec::new();
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn execs_are_numbered() {
+    fn exec_ids_are_numbered() {
         let events = ["start", "exec-added b", "exec-added a", "exec-exit b 7", "exit 0"].map(str::to_owned);
         assert_eq!(numbered(&events), ["start", "exec-added 1", "exec-added 2", "exec-exit 1 7", "exit 0"]);
     }

@@ -1,4 +1,5 @@
-//! Says what a test left in the node: processes, mounts, directories, cgroups, interfaces, containerd's own records.
+//! Finds leftovers of a test in the node: processes, mounts, directories, cgroups, interfaces, loop devices and
+//! containerd's records.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -9,8 +10,8 @@ use std::time::Duration;
 
 use crate::{KUBERNETES, NAMESPACE, node};
 
-/// Directories in which runtimes keep per-container state, with how deep to look.
-const STATE: &[(&str, usize)] = &[
+/// Directories in which runtimes keep per-container state, and the depth to which each is searched.
+const STATE_DIRS: &[(&str, usize)] = &[
     ("/run/husk", 6),
     ("/run/containerd/s", 1),
     ("/run/containerd/fifo", 1),
@@ -20,31 +21,31 @@ const STATE: &[(&str, usize)] = &[
     ("/run/netns", 1),
     ("/run/ipcns", 1),
     ("/dev/shm", 1),
-    // The files of units that were made by asking systemd: they go when systemd forgets the unit.
+    // Unit files of transient units. systemd removes them when it unloads the unit.
     ("/run/systemd/transient", 2),
 ];
 
-/// Cgroups that are not a container's own.
-const PARENTS: [&str; 4] = [NAMESPACE, KUBERNETES, "kubepods", "kubepods.slice"];
+/// Cgroups that several containers share.
+const SHARED_CGROUPS: [&str; 4] = [NAMESPACE, KUBERNETES, "kubepods", "kubepods.slice"];
 
-/// What there was at one moment.
+/// State of the node at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
     things: BTreeSet<String>,
 }
 
 impl Snapshot {
-    /// Looks at everything.
+    /// Records the node's current state.
     pub fn take() -> Self {
         let mut things = BTreeSet::new();
         processes(&mut things);
         mounts(&mut things);
-        for (dir, depth) in STATE {
-            // The directory itself comes with the first container of a boot and stays.
+        for (dir, depth) in STATE_DIRS {
+            // The directory itself is created with the first container after boot, and stays.
             entries(Path::new(dir), *depth, &mut things);
         }
         cgroups(Path::new("/sys/fs/cgroup"), &mut things);
-        // CNI's bridge comes with the first pod and stays.
+        // CNI's bridge is created with the first pod, and stays.
         for name in names("/sys/class/net").iter().filter(|name| *name != "cni0") {
             things.insert(format!("interface {name}"));
         }
@@ -52,10 +53,10 @@ impl Snapshot {
         Self { things }
     }
 
-    /// Waits until nothing is there that was not there before.
+    /// Waits until the node has nothing that was not in the snapshot.
     ///
     /// # Errors
-    /// The list of what is left, and of containerd's records of containers and snapshots if there are any.
+    /// The list of leftovers, including containerd's records of containers and tasks.
     pub fn compare_until_equal(&self, limit: Duration) -> Result<(), String> {
         let mut left = Vec::new();
         let clean = node::eventually(limit, || {
@@ -76,7 +77,7 @@ impl Snapshot {
     }
 }
 
-/// All processes but kernel threads and the suite's own children.
+/// Lists all processes except kernel threads, containerd, `ctr` and this process.
 fn processes(things: &mut BTreeSet<String>) {
     for name in names("/proc") {
         let Ok(pid) = name.parse::<u32>() else { continue };
@@ -85,7 +86,7 @@ fn processes(things: &mut BTreeSet<String>) {
         let comm = before.split_once('(').map_or("", |(_, comm)| comm);
         let mut fields = after.split_whitespace();
         let (state, parent) = (fields.next().unwrap_or(""), fields.next().unwrap_or(""));
-        // Kernel threads are children of kthreadd, pid 2; KVM's own, `kvm-…`, too.
+        // Kernel threads, including KVM's `kvm-…` threads, are children of kthreadd, pid 2.
         if parent == "2" || pid == 2 || pid == std::process::id() {
             continue;
         }
@@ -102,7 +103,7 @@ fn zombie(state: &str) -> &'static str {
     if state == "Z" { ", zombie" } else { "" }
 }
 
-/// The mounts of the node and of containerd, whose mount namespace may be its own.
+/// Lists the mounts of the node and of containerd, which may have its own mount namespace.
 fn mounts(things: &mut BTreeSet<String>) {
     let mut pids = vec!["self".to_owned()];
     for name in names("/proc") {
@@ -123,7 +124,7 @@ fn entries(dir: &Path, depth: usize, things: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        // A directory per containerd namespace is shared by all containers.
+        // All containers of a containerd namespace share its directory.
         if path.file_name().is_some_and(|name| name != NAMESPACE && name != KUBERNETES) {
             things.insert(format!("path {}", path.display()));
         }
@@ -136,8 +137,8 @@ fn entries(dir: &Path, depth: usize, things: &mut BTreeSet<String>) {
 fn cgroups(dir: &Path, things: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            // Those that all containers of a namespace or all pods share stay.
-            if !PARENTS.iter().any(|parent| entry.file_name() == *parent) {
+            // The shared cgroups stay.
+            if !SHARED_CGROUPS.iter().any(|parent| entry.file_name() == *parent) {
                 things.insert(format!("cgroup {}", entry.path().display()));
             }
             cgroups(&entry.path(), things);

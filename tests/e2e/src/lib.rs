@@ -1,7 +1,7 @@
-//! What the end-to-end suites share: a driver for `ctr`, one guarded test case, and the check that nothing is left over.
+//! Shared code of the end-to-end suites: a driver for `ctr`, isolated test cases, and the check for leftovers.
 //!
-//! The suites run in the test node as root, one test at a time, against the containerd there. `HUSK_E2E_RUNTIME` names
-//! the runtime under test, so that the same tests run against runc, which proves the tests themselves.
+//! The suites run in the test node as root, one test at a time, against the node's containerd. `HUSK_E2E_RUNTIME` names
+//! the runtime under test. Running the same tests against runc verifies the tests themselves.
 
 pub mod bench;
 pub mod case;
@@ -27,22 +27,22 @@ pub use run::Run;
 pub const BUSYBOX: &str = "husk.test/busybox:latest";
 /// Reference of the Debian-based image with Python.
 pub const PYTHON: &str = "husk.test/python:latest";
-/// Reference of the image that sandboxes are made of.
+/// Reference of the sandbox image (pause).
 pub const PAUSE: &str = "husk.test/pause:latest";
 /// Reference of the image with Docker's daemon.
 pub const DOCKER: &str = "husk.test/docker:latest";
 /// Reference of the image with buildah.
 pub const BUILDAH: &str = "husk.test/buildah:latest";
-/// Reference of the image with the public test program for file systems.
+/// Reference of the image with fsx, the file system exerciser.
 pub const FSX: &str = "husk.test/fsx:latest";
-/// The reference runtime that Husk is compared with.
+/// The reference runtime with which Husk is compared.
 pub const RUNC: &str = "io.containerd.runc.v2";
-/// containerd's namespace for everything the suites do.
+/// containerd namespace of the containers that the suites run with `ctr`.
 pub const NAMESPACE: &str = "e2e";
-/// containerd's namespace for what the CRI does.
+/// containerd namespace of the CRI plugin.
 pub const KUBERNETES: &str = "k8s.io";
 
-/// The runtime under test.
+/// Returns the runtime under test.
 pub fn runtime() -> String {
     std::env::var("HUSK_E2E_RUNTIME").unwrap_or_else(|_| "io.containerd.husk.v2".to_owned())
 }

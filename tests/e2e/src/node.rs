@@ -1,4 +1,4 @@
-//! The node the suites run in: containerd's log, the images, waiting for a condition.
+//! The test node: containerd's log, images, Husk's configuration, and waiting for a condition.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,28 +10,28 @@ use std::time::{Duration, Instant};
 
 use crate::command::{Input, Running};
 
-/// The last lines of containerd's log, which `HUSK_E2E_CONTAINERD_LOG` names.
+/// Returns the last lines of containerd's log. `HUSK_E2E_CONTAINERD_LOG` overrides the log's path.
 pub fn log_tail(lines: usize) -> String {
     let path = std::env::var("HUSK_E2E_CONTAINERD_LOG").unwrap_or_else(|_| "/var/log/containerd.log".to_owned());
     let Ok(log) = fs::read(&path) else {
-        return format!("(cannot read {path})");
+        return format!("(failed to read {path})");
     };
     let log = String::from_utf8_lossy(&log);
     let all: Vec<&str> = log.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-/// Directory of the image tars, which `HUSK_IMAGES` names.
+/// Returns the directory of the image tars. `HUSK_IMAGES` overrides it.
 pub fn image_dir() -> PathBuf {
     std::env::var_os("HUSK_IMAGES").map_or_else(|| PathBuf::from("/husk/images"), PathBuf::from)
 }
 
-/// Imports the image unless this boot has it already.
+/// Imports an image unless containerd has it already.
 pub fn need_image(reference: &str) {
     need_image_in(crate::NAMESPACE, reference);
 }
 
-/// The same for one of containerd's namespaces.
+/// Like [`need_image`], for another containerd namespace.
 pub fn need_image_in(namespace: &str, reference: &str) {
     static KNOWN: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
     let ctr = |args: &[&str]| {
@@ -52,7 +52,7 @@ pub fn need_image_in(namespace: &str, reference: &str) {
     known.push(reference.to_owned());
 }
 
-/// Waits until `probe` gives something. For what sends no event that a test could wait for.
+/// Polls `probe` until it returns a value or the timeout expires. For conditions without an event to wait for.
 pub fn eventually<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
@@ -66,29 +66,29 @@ pub fn eventually<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> O
     }
 }
 
-/// The kernel release of the node itself.
+/// Returns the node's kernel release.
 pub fn kernel_release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().trim().to_owned()
 }
 
-/// Where Husk's configuration is.
+/// Path of Husk's configuration.
 const CONFIG: &str = "/etc/husk/config.toml";
 
-/// Another configuration of Husk's for the time of a test; the node's own comes back when this is dropped.
+/// A temporary configuration of Husk. Dropping it restores the node's configuration.
 #[derive(Debug)]
 pub struct Config {
     saved: Option<Vec<u8>>,
 }
 
 impl Config {
-    /// Makes `content` the configuration.
+    /// Replaces the configuration by `content`.
     pub fn set(content: &str) -> Self {
         let saved = Self { saved: fs::read(CONFIG).ok() };
         fs::write(CONFIG, content).unwrap();
         saved
     }
 
-    /// Puts a directory where the configuration should be: something that not even root can read.
+    /// Replaces the configuration file by a directory, which not even root can read as a file.
     pub fn directory() -> Self {
         let saved = Self { saved: fs::read(CONFIG).ok() };
         let _ = fs::remove_file(CONFIG);

@@ -1,4 +1,4 @@
-//! A pseudo-terminal to run `ctr -t` under.
+//! A pseudo-terminal for `ctr -t`.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -8,9 +8,9 @@ use nix::pty::{Winsize, openpty};
 
 use crate::command::Running;
 
-/// A program on a terminal of its own.
+/// A program on its own terminal.
 pub struct Terminal {
-    /// What runs on it; what it prints is its standard output.
+    /// The program. Terminal output counts as its standard output.
     pub running: Running,
     master: OwnedFd,
 }
@@ -19,14 +19,14 @@ impl Terminal {
     /// Starts `command` on a new terminal of this size.
     #[track_caller]
     pub fn start(mut command: Command, rows: u16, columns: u16) -> Self {
-        let pty = openpty(&size(rows, columns), None).expect("a pseudo-terminal");
-        let slave = || pty.slave.try_clone().expect("a duplicate of the terminal");
+        let pty = openpty(&size(rows, columns), None).expect("open a pseudo-terminal");
+        let slave = || pty.slave.try_clone().expect("duplicate the terminal's fd");
         command.stdin(slave()).stdout(slave()).stderr(slave());
-        // SAFETY: setsid and the ioctl are async-signal-safe and touch nothing of the parent's.
+        // SAFETY: setsid(2) and ioctl(2) are async-signal-safe, and the closure accesses no memory of the parent.
         unsafe {
             command.pre_exec(|| {
                 nix::unistd::setsid()?;
-                // The terminal becomes the session's controlling one, so that a resize sends SIGWINCH.
+                // Makes it the session's controlling terminal, so that a resize sends SIGWINCH.
                 if libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
@@ -34,23 +34,23 @@ impl Terminal {
             });
         }
         drop(pty.slave);
-        let reader = pty.master.try_clone().expect("a duplicate of the terminal");
+        let reader = pty.master.try_clone().expect("duplicate the terminal's fd");
         Self { running: Running::start_on_terminal(command, reader), master: pty.master }
     }
 
-    /// Changes the terminal's size; the kernel tells the program by SIGWINCH.
+    /// Changes the terminal's size. The kernel sends SIGWINCH to the program.
     pub fn resize(&self, rows: u16, columns: u16) {
-        // SAFETY: the descriptor is an open terminal and the structure lives through the call.
+        // SAFETY: the fd is an open terminal, and the structure outlives the call.
         let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size(rows, columns)) };
         assert_eq!(result, 0, "TIOCSWINSZ: {}", std::io::Error::last_os_error());
     }
 
-    /// Types text.
+    /// Types `text` on the terminal.
     #[track_caller]
     pub fn type_in(&self, text: &str) {
         let mut rest = text.as_bytes();
         while !rest.is_empty() {
-            let written = nix::unistd::write(&self.master, rest).expect("writing to the terminal");
+            let written = nix::unistd::write(&self.master, rest).expect("write to the terminal");
             rest = &rest[written..];
         }
     }

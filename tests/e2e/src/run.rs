@@ -1,4 +1,4 @@
-//! Builds and starts one `ctr run`.
+//! Builds and starts a `ctr run`.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,12 +6,12 @@ use std::process::Command;
 use crate::NAMESPACE;
 use crate::command::{Input, Output, Running};
 
-/// A `ctr run` to be.
+/// A builder for `ctr run`.
 #[derive(Debug, Clone)]
 pub struct Run {
     runtime: String,
     id: String,
-    /// The image; none where a specification of its own names the root.
+    /// The image; `None` if the specification names the rootfs.
     image: Option<String>,
     flags: Vec<String>,
     command: Vec<String>,
@@ -19,7 +19,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run of an image.
+    /// Creates a run of an image.
     pub fn new<S: AsRef<str>>(runtime: &str, id: String, image: &str, command: &[S]) -> Self {
         Self {
             runtime: runtime.to_owned(),
@@ -31,7 +31,7 @@ impl Run {
         }
     }
 
-    /// A run of a specification.
+    /// Creates a run of a specification.
     pub fn of_config(runtime: &str, id: String, config: &Path) -> Self {
         Self {
             runtime: runtime.to_owned(),
@@ -43,7 +43,7 @@ impl Run {
         }
     }
 
-    /// The container's id.
+    /// Returns the container id.
     pub fn id(&self) -> &str {
         &self.id
     }
@@ -55,14 +55,14 @@ impl Run {
         self
     }
 
-    /// Leaves the container when its task ends: without `--rm`.
+    /// Keeps the container when its task exits: omits `--rm`.
     #[must_use]
     pub fn keep(mut self) -> Self {
         self.remove = false;
         self
     }
 
-    /// The command line.
+    /// Returns the command line.
     pub fn command(&self) -> Command {
         let mut command = Command::new("ctr");
         command.args(["-n", NAMESPACE, "run", "--runtime", &self.runtime]);
@@ -73,13 +73,13 @@ impl Run {
         command
     }
 
-    /// Starts it in the background.
+    /// Starts the command in the background.
     #[track_caller]
     pub fn start(&self, input: Input) -> Running {
         Running::start(self.command(), input)
     }
 
-    /// Runs it to its end without input.
+    /// Runs the command without input and waits for its end.
     #[track_caller]
     pub fn output(&self) -> Output {
         self.start(Input::Null).wait()

@@ -1,4 +1,4 @@
-//! Talks to a container's shim as containerd does, for the requests that `ctr` has no command for.
+//! Calls a shim like containerd does, for requests that `ctr` has no command for.
 
 use std::fs;
 
@@ -10,18 +10,19 @@ use serde_json::Value;
 
 use crate::{KUBERNETES, NAMESPACE};
 
-/// Type URL of a `LinuxResources` in JSON, as containerd sends it.
+/// Type URL of JSON-encoded `LinuxResources`, as containerd sends them.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
-/// The version of the service that containerd 1.7 calls, and the only one that its shim for runc has.
+/// The service version that containerd 1.7 calls, and the only one that its runc shim implements.
 const SERVICE: &str = "containerd.task.v2.Task";
 
-/// Changes the resource limits of a running container.
+/// Updates the resource limits of a running container.
 #[track_caller]
 pub fn update(id: &str, resources: &Value) -> Result<(), String> {
     let path = format!("/run/containerd/io.containerd.runtime.v2.task/{NAMESPACE}/{id}/address");
-    let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"));
-    let client = ttrpc::Client::connect(address.trim()).unwrap_or_else(|error| panic!("cannot connect: {error}"));
+    let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("failed to read {path}: {error}"));
+    let client =
+        ttrpc::Client::connect(address.trim()).unwrap_or_else(|error| panic!("failed to connect to the shim: {error}"));
     let any = Any { type_url: RESOURCES.to_owned(), value: serde_json::to_vec(resources).unwrap(), ..Any::default() };
     let request = UpdateTaskRequest { id: id.to_owned(), resources: Some(any).into(), ..UpdateTaskRequest::default() };
     let context = context();
@@ -36,16 +37,17 @@ pub fn update(id: &str, resources: &Value) -> Result<(), String> {
     client.request(call).map(|_| ()).map_err(|error| error.to_string())
 }
 
-/// A client of the Sandbox service of a pod's shim, of a pod whose sandbox the shim is.
+/// Returns a client of the Sandbox service of a pod's shim. The shim has to be the pod's sandbox controller.
 #[track_caller]
 pub fn sandbox(id: &str) -> SandboxClient {
     let path = format!("/run/containerd/io.containerd.sandbox.controller.v1.shim/{KUBERNETES}/{id}/address");
-    let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"));
-    let client = ttrpc::Client::connect(address.trim()).unwrap_or_else(|error| panic!("cannot connect: {error}"));
+    let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("failed to read {path}: {error}"));
+    let client =
+        ttrpc::Client::connect(address.trim()).unwrap_or_else(|error| panic!("failed to connect to the shim: {error}"));
     SandboxClient::new(client)
 }
 
-/// A request's time limit and namespace.
+/// Returns a request context with a timeout and the containerd namespace.
 pub fn context() -> ttrpc::context::Context {
     let mut context = ttrpc::context::with_timeout(30_000_000_000);
     context.metadata.insert("containerd-namespace-ttrpc".to_owned(), vec![NAMESPACE.to_owned()]);

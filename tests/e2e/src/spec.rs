@@ -1,4 +1,4 @@
-//! The runtime specification the suites start from, and JSON helpers to change it.
+//! The suites' default runtime specification, and helpers to modify it.
 
 use std::sync::OnceLock;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::command::run_ctr;
 
-/// What `ctr oci spec` prints, with an environment, which it lacks.
+/// Returns the output of `ctr oci spec`, with an environment, which it lacks.
 pub fn default_spec() -> Value {
     static SPEC: OnceLock<Value> = OnceLock::new();
     let spec = SPEC.get_or_init(|| {
@@ -17,7 +17,7 @@ pub fn default_spec() -> Value {
     spec.clone()
 }
 
-/// Appends to the array at `pointer`, making it where it is missing.
+/// Appends to the array `key` of the object at the JSON pointer `parent`. Creates the array if it is missing.
 pub fn push(spec: &mut Value, parent: &str, key: &str, item: Value) {
     let parent = spec.pointer_mut(parent).unwrap_or_else(|| panic!("no {parent} in the specification"));
     match parent[key].as_array_mut() {
@@ -26,7 +26,7 @@ pub fn push(spec: &mut Value, parent: &str, key: &str, item: Value) {
     }
 }
 
-/// Has the container see its own control group at `/sys/fs/cgroup`.
+/// Gives the container a cgroup namespace and mounts its cgroup at `/sys/fs/cgroup`.
 pub fn show_cgroup(spec: &mut Value) {
     push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
     let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
@@ -34,7 +34,7 @@ pub fn show_cgroup(spec: &mut Value) {
     push(spec, "", "mounts", mount);
 }
 
-/// Removes the namespace of this kind, so that the container would get the host's.
+/// Removes the namespace of type `kind`, which requests the host's namespace.
 pub fn drop_namespace(spec: &mut Value, kind: &str) {
     if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
         namespaces.retain(|namespace| namespace["type"] != kind);

@@ -1,40 +1,40 @@
-//! Husk's processes as the node sees them: the VMM and the shim of a container, and what memory they take.
+//! Finds Husk's processes in the node (VMM and shim of a container) and reads their memory use.
 
 use std::fs;
 
-/// The pids of all VMM processes: those whose argv[0] is `husk-vmm`.
+/// Returns the pids of all VMM processes, whose argv[0] is `husk-vmm`.
 pub fn vmm_pids() -> Vec<i32> {
-    with_argument(|arguments| arguments.first().is_some_and(|first| first == "husk-vmm"))
+    processes_with(|arguments| arguments.first().is_some_and(|first| first == "husk-vmm"))
 }
 
-/// The VMMs of one container: the children of its shims.
+/// Returns the VMM pids of one container: the children of its shims.
 pub fn vmm_of(id: &str) -> Vec<i32> {
     let shims = shims_of(id);
     vmm_pids().into_iter().filter(|pid| parent(*pid).is_some_and(|parent| shims.contains(&parent))).collect()
 }
 
-/// The pids of the shims that were started for container `id`.
+/// Returns the pids of the shims that were started for container `id`.
 pub fn shims_of(id: &str) -> Vec<i32> {
-    with_argument(|arguments| {
+    processes_with(|arguments| {
         arguments.first().is_some_and(|first| first.contains("containerd-shim-husk"))
             && arguments.windows(2).any(|pair| pair[0] == "-id" && pair[1] == id)
     })
 }
 
-/// Lets a process have no descriptor from this number on; gives the limit it had.
+/// Sets the soft fd limit (RLIMIT_NOFILE) of a process. Returns the previous limit.
 #[track_caller]
-pub fn limit_descriptors(pid: i32, most: u64) -> u64 {
+pub fn limit_descriptors(pid: i32, limit: u64) -> u64 {
     let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both limits live through the calls.
+    // SAFETY: `old` and `new` outlive the calls.
     unsafe {
         assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut old), 0);
-        let new = libc::rlimit { rlim_cur: most, ..old };
+        let new = libc::rlimit { rlim_cur: limit, ..old };
         assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const new, std::ptr::null_mut()), 0);
     }
     old.rlim_cur
 }
 
-fn with_argument(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {
+fn processes_with(wanted: impl Fn(&[String]) -> bool) -> Vec<i32> {
     let mut pids = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -53,22 +53,24 @@ fn parent(pid: i32) -> Option<i32> {
     stat.rsplit_once(") ")?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Proportional memory of a process in KiB.
+/// Proportional set size (PSS) of a process, in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
-    /// PSS of guest memory: the mappings that a core dump leaves out. The VMM advises that for guest memory and for
-    /// nothing else; by size it cannot be told, since advice about huge pages splits the mapping.
+    /// PSS of guest memory: the mappings that are excluded from core dumps (MADV_DONTDUMP). The VMM sets this advice
+    /// only for guest memory. Guest memory cannot be identified by size, because advice about huge pages splits the
+    /// mapping.
     pub guest: u64,
-    /// PSS of everything else.
+    /// PSS of all other mappings.
     pub own: u64,
 }
 
-/// Reads a process's proportional set size.
+/// Reads the PSS of a process.
 pub fn memory(pid: i32) -> std::io::Result<Memory> {
     Ok(parse_smaps(&fs::read_to_string(format!("/proc/{pid}/smaps"))?))
 }
 
-/// `VmFlags` is the last line of each mapping (Linux, fs/proc/task_mmu.c); `dd` is "do not include area into core dump".
+/// Parses smaps. `VmFlags` is the last line of each mapping (Linux, fs/proc/task_mmu.c); `dd` is "do not include area
+/// into core dump".
 fn parse_smaps(smaps: &str) -> Memory {
     let mut memory = Memory { guest: 0, own: 0 };
     let mut pss = 0;
@@ -89,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guest_memory_is_told_from_the_rest() {
+    fn guest_memory_is_separated_from_other_memory() {
         let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize: 262144 kB\nPss: 30000 kB\nPss_Dirty: 30000 kB\n\
                      VmFlags: rd wr mr mw me nr dd nh\n\
                      5500-5501 r-xp 0 08:01 3 /usr/local/bin/x\nSize: 4096 kB\nPss: 1500 kB\nVmFlags: rd ex mr mw me\n";

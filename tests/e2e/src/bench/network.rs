@@ -1,4 +1,4 @@
-//! What a pod's network does, carried by vhost-net and by the VMM, in turn.
+//! Measures a pod's network with vhost-net and with the VMM's data path, alternately.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use crate::cri::pod::need_image;
 use crate::cri::{Pod, PodContainer, pods_of};
 use crate::{PYTHON, node};
 
-/// Echoes on port 8080, takes and counts on port 8081: one connection after another.
+/// Python server: echoes on port 8080, receives and counts on port 8081. It serves one connection at a time.
 const SERVER: &str = "import socket, threading
 def serve(port, each):
     server = socket.create_server(('0.0.0.0', port))
@@ -40,31 +40,31 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
     for _ in range(int(sys.argv[3])):
         connection.sendall(data)";
 
-/// Requests of one measurement of the round trip.
+/// Number of requests in one measurement of the round-trip time.
 const ROUND_TRIPS: usize = 300;
 const TIMELINES: &str = "/run/husk-bench-timelines";
 
 struct Variant {
     name: &'static str,
     config: String,
-    out: Vec<f64>,
-    into: Vec<f64>,
+    egress: Vec<f64>,
+    ingress: Vec<f64>,
     round_trip: Vec<f64>,
     connected: Vec<f64>,
     started: Vec<f64>,
 }
 
-/// Measures with so many processors in each pod, and prints a line of a table for each of the two.
+/// Measures both variants with `vcpus` vCPUs per pod, and prints a table with one row per variant.
 ///
 /// # Panics
-/// When something does not work.
+/// If a step fails.
 pub fn measure(runs: u32, mib: usize, vcpus: u32) {
     need_image(PYTHON);
     let variant = |(name, vhost)| Variant {
         name,
         config: format!("vhost_net = {vhost}\ntimeline_log = \"{TIMELINES}\"\n"),
-        out: Vec::new(),
-        into: Vec::new(),
+        egress: Vec::new(),
+        ingress: Vec::new(),
         round_trip: Vec::new(),
         connected: Vec::new(),
         started: Vec::new(),
@@ -75,10 +75,11 @@ pub fn measure(runs: u32, mib: usize, vcpus: u32) {
     println!("\n| carried by | out MiB/s | in MiB/s | round trip | network connected | sandbox set up |");
     println!("| --- | ---: | ---: | ---: | ---: | ---: |");
     for variant in variants {
-        let [out, into, trip] = [&variant.out, &variant.into, &variant.round_trip].map(|values| median(values));
+        let [egress, ingress, trip] =
+            [&variant.egress, &variant.ingress, &variant.round_trip].map(|values| median(values));
         let [connected, started] = [&variant.connected, &variant.started].map(|values| median(values));
         let name = variant.name;
-        println!("| {name} | {out:.1} | {into:.1} | {trip:.0} µs | {connected:.0} ms | {started:.0} ms |");
+        println!("| {name} | {egress:.1} | {ingress:.1} | {trip:.0} µs | {connected:.0} ms | {started:.0} ms |");
     }
 }
 
@@ -99,15 +100,18 @@ fn traffic(variants: &mut [Variant; 2], runs: u32, mib: usize, vcpus: u32) {
         for round in 0..=runs {
             for (variant, (pod, container)) in variants.iter_mut().zip(&made) {
                 let ip = pod.addresses().into_iter().find(IpAddr::is_ipv4).unwrap();
-                let out = outwards(container, mib);
-                let into = inwards(ip, mib);
+                let egress = measure_egress(container, mib);
+                let ingress = measure_ingress(ip, mib);
                 let trip = round_trip(ip);
                 let threads = fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().count();
-                println!("round {round}: {} {out:.1} {into:.1} MiB/s, {trip:.0} µs, {threads} threads", variant.name);
-                // The first is before the kernel takes over, and warms the node's caches.
+                println!(
+                    "round {round}: {} {egress:.1} {ingress:.1} MiB/s, {trip:.0} µs, {threads} threads",
+                    variant.name
+                );
+                // Round 0 warms the node's caches and includes the switch to vhost-net: it is not counted.
                 if round > 0 {
-                    variant.out.push(out);
-                    variant.into.push(into);
+                    variant.egress.push(egress);
+                    variant.ingress.push(ingress);
                     variant.round_trip.push(trip);
                 }
             }
@@ -115,31 +119,31 @@ fn traffic(variants: &mut [Variant; 2], runs: u32, mib: usize, vcpus: u32) {
     });
 }
 
-/// MiB a second from the pod to the node.
-fn outwards(container: &PodContainer, mib: usize) -> f64 {
+/// Returns the throughput from the pod to the node, in MiB/s.
+fn measure_egress(container: &PodContainer, mib: usize) -> f64 {
     let listener = TcpListener::bind("10.88.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
-    let counting = std::thread::spawn(move || {
+    let receiver = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let (mut buffer, mut count) = (vec![0; 1 << 20], 0);
         let begin = Instant::now();
         loop {
             match stream.read(&mut buffer).unwrap() {
                 0 => return (count, begin.elapsed()),
-                got => count += got,
+                length => count += length,
             }
         }
     });
     let limit = Duration::from_secs(120);
     let sent = container.exec_within(limit, &["python3", "-c", SENDER, "10.88.0.1", &port, &mib.to_string()]);
     assert_eq!(sent.code, 0, "{sent:?}");
-    let (count, took) = counting.join().unwrap();
+    let (count, took) = receiver.join().unwrap();
     assert_eq!(count, mib << 20);
     mib as f64 / took.as_secs_f64()
 }
 
-/// MiB a second from the node to the pod.
-fn inwards(ip: IpAddr, mib: usize) -> f64 {
+/// Returns the throughput from the node to the pod, in MiB/s.
+fn measure_ingress(ip: IpAddr, mib: usize) -> f64 {
     let mut stream = TcpStream::connect((ip, 8081)).unwrap();
     let data = vec![0; 1 << 20];
     let begin = Instant::now();
@@ -153,7 +157,7 @@ fn inwards(ip: IpAddr, mib: usize) -> f64 {
     mib as f64 / begin.elapsed().as_secs_f64()
 }
 
-/// Microseconds until a byte is back, the median of many.
+/// Returns the median round-trip time of one byte, in µs.
 fn round_trip(ip: IpAddr) -> f64 {
     let mut stream = TcpStream::connect((ip, 8080)).unwrap();
     stream.set_nodelay(true).unwrap();
@@ -168,7 +172,7 @@ fn round_trip(ip: IpAddr) -> f64 {
     median(&trips)
 }
 
-/// How long a pod's start takes, and of it the taps.
+/// Measures the duration of a pod's start, and the part of it that sets up the taps.
 fn starts(variants: &mut [Variant; 2], runs: u32) {
     for round in 0..=runs {
         for variant in variants.iter_mut() {

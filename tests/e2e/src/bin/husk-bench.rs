@@ -1,6 +1,8 @@
-//! `husk-bench start`: how long containers take to start and end under runc, runsc and Husk, in one boot of the node.
-//! `husk-bench exec`: how fast the output of a command comes through the CRI's Exec.
-//! `husk-bench network`: what a pod's network does, carried by vhost-net and by the VMM.
+//! Benchmarks in the test node.
+//!
+//! - `husk-bench start`: wall time of a container's run under runc, runsc and Husk, in one boot of the node.
+//! - `husk-bench exec`: throughput of a command's output through the CRI's Exec.
+//! - `husk-bench network`: throughput and latency of a pod's network, with vhost-net and with the VMM's data path.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,51 +20,51 @@ use husk_e2e::cri::{Pod, PodContainer, call};
 use husk_e2e::{BUSYBOX, node, vm};
 use serde_json::json;
 
-/// Measurements in the test node.
+/// Benchmarks in the test node.
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
-    what: What,
+    command: Command,
 }
 
 #[derive(Subcommand)]
-enum What {
-    /// Wall time of `ctr run --rm … true`, interleaved, and where Husk's time goes.
+enum Command {
+    /// Measures the wall time of `ctr run --rm … true`, interleaved, and the steps of Husk's starts.
     Start {
-        /// Runs of each runtime, after one that is not counted.
+        /// Runs of each runtime, after one warm-up run.
         #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(5..))]
         runs: u32,
-        /// What is measured.
+        /// Runtimes to measure.
         #[arg(long, value_delimiter = ',', default_value = "runc,runsc,husk")]
         runtimes: Vec<String>,
-        /// Where the Markdown table is written.
+        /// Output file for the Markdown table.
         #[arg(long, default_value = "/out/start.md")]
         out: PathBuf,
     },
-    /// Rate of a command's output through the CRI's Exec, runc and Husk in turn.
+    /// Measures the throughput of a command's output through the CRI's Exec, alternating runc and Husk.
     Exec {
-        /// Runs of each, after one that is not counted.
+        /// Runs of each variant, after one warm-up run.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
-        /// Output of each run in MiB.
+        /// Output of each run, in MiB.
         #[arg(long, default_value_t = 128)]
         mib: u64,
     },
-    /// Rate, round trip and cost at the start of a pod's network, carried by vhost-net and by the VMM in turn.
+    /// Measures throughput, round-trip time and start-up cost of a pod's network, alternating vhost-net and the VMM.
     Network {
-        /// Runs of each, after one that is not counted.
+        /// Runs of each variant, after one warm-up run.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
-        /// What is sent in each direction in MiB.
+        /// Data to send in each direction, in MiB.
         #[arg(long, default_value_t = 64)]
         mib: usize,
-        /// Processors of each pod.
+        /// vCPUs of each pod.
         #[arg(long, default_value_t = 1)]
         vcpus: u32,
     },
 }
 
-/// A runtime and how `ctr` is told to use it.
+/// A runtime, and the `ctr` flags that select it.
 struct Runtime {
     name: &'static str,
     flags: &'static [&'static str],
@@ -70,36 +72,36 @@ struct Runtime {
 
 const RUNTIMES: [Runtime; 3] = [
     Runtime { name: "runc", flags: &["--runtime", "io.containerd.runc.v2"] },
-    // Debian's runsc comes without a shim of its own; containerd's shim for runc drives it.
+    // Debian's runsc has no shim: containerd's shim for runc runs it.
     Runtime { name: "runsc", flags: &["--runtime", "io.containerd.runc.v2", "--runc-binary", RUNSC] },
     Runtime { name: "husk", flags: &["--runtime", "io.containerd.husk.v2"] },
 ];
 
-/// Calls runsc with the options that containerd's shim for runc cannot give it.
+/// Path of a wrapper script. It passes options to runsc that containerd's shim for runc cannot pass.
 const RUNSC: &str = "/run/husk-bench-runsc";
 
-/// The network namespace that `ctr run` makes has nothing in it, where runsc with a network refuses to start. systrap
-/// needs no KVM: the comparison is of what each runtime does in a node whose KVM belongs to Husk's guests.
+/// `--network=none`: the network namespace of `ctr run` is empty, and runsc refuses to start with a network in it.
+/// `--platform=systrap`: needs no KVM, so that Husk's guests have the node's KVM for themselves.
 const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --network=none --platform=systrap \"$@\"\n";
 
-/// Where Husk's shims note their timelines meanwhile.
+/// File to which Husk's shims append timelines during the benchmark.
 const TIMELINES: &str = "/run/husk-bench-timelines";
 
 fn main() -> Result<()> {
-    match Cli::parse().what {
-        What::Start { runs, runtimes, out } => measure_starts(runs, &runtimes, &out),
-        What::Exec { runs, mib } => {
+    match Cli::parse().command {
+        Command::Start { runs, runtimes, out } => measure_starts(runs, &runtimes, &out),
+        Command::Exec { runs, mib } => {
             exec(runs, mib);
             Ok(())
         }
-        What::Network { runs, mib, vcpus } => {
+        Command::Network { runs, mib, vcpus } => {
             network::measure(runs, mib, vcpus);
             Ok(())
         }
     }
 }
 
-/// One pod of each runtime, whose containers' output is read in turn.
+/// Creates one pod per runtime, and measures the output of a container in each, alternately.
 fn exec(runs: u32, mib: u64) {
     let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
     pods_of("bench-exec", "husk", |pods| {
@@ -125,7 +127,7 @@ fn exec(runs: u32, mib: u64) {
     );
 }
 
-/// The rate in MiB/s.
+/// Returns the throughput of one run, in MiB/s.
 fn exec_once(container: &PodContainer, mib: u64) -> f64 {
     let command = ["dd", "if=/dev/zero", "bs=1M", &format!("count={mib}")];
     let request = json!({ "container_id": container.id, "cmd": command, "stdout": true });
@@ -138,7 +140,7 @@ fn exec_once(container: &PodContainer, mib: u64) -> f64 {
             bytes += data.len() as u64;
         }
     }
-    assert_eq!(bytes, mib << 20, "all of it, and nothing more");
+    assert_eq!(bytes, mib << 20, "wrong amount of output");
     mib as f64 / begin.elapsed().as_secs_f64()
 }
 
@@ -146,22 +148,22 @@ fn measure_starts(runs: u32, runtimes: &[String], out: &Path) -> Result<()> {
     let mut chosen = Vec::new();
     for name in runtimes {
         let Some(runtime) = RUNTIMES.iter().find(|runtime| runtime.name == name) else {
-            bail!("no runtime {name:?}: there are runc, runsc and husk");
+            bail!("unknown runtime {name:?}: use runc, runsc or husk");
         };
         chosen.push(runtime);
     }
     node::need_image(BUSYBOX);
     if runtimes.iter().any(|name| name == "runsc") {
-        write_runsc().with_context(|| format!("cannot write {RUNSC}"))?;
+        write_runsc().with_context(|| format!("failed to write {RUNSC}"))?;
     }
     let configuration = fs::read_to_string("/etc/husk/config.toml").unwrap_or_default();
     let _config = node::Config::set(&format!("{configuration}\ntimeline_log = \"{TIMELINES}\"\n"));
     let text = start(runs, &chosen)?;
     println!("\n{text}");
     if let Some(dir) = out.parent() {
-        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
     }
-    fs::write(out, text).with_context(|| format!("cannot write {}", out.display()))
+    fs::write(out, text).with_context(|| format!("failed to write {}", out.display()))
 }
 
 fn write_runsc() -> std::io::Result<()> {
@@ -177,7 +179,7 @@ fn start(runs: u32, runtimes: &[&Runtime]) -> Result<String> {
     for round in 0..=runs {
         for (runtime, series) in runtimes.iter().zip(&mut series) {
             let began = monotonic();
-            let (seconds, id) = one(runtime, round)?;
+            let (seconds, id) = run_once(runtime, round)?;
             if round == 0 {
                 continue;
             }
@@ -192,8 +194,8 @@ fn start(runs: u32, runtimes: &[&Runtime]) -> Result<String> {
     Ok(report(&series, &step_times(&starts), weight))
 }
 
-/// One container from start to end; its wall time and its id.
-fn one(runtime: &Runtime, round: u32) -> Result<(f64, String)> {
+/// Runs one container to its end. Returns the wall time in seconds and the container id.
+fn run_once(runtime: &Runtime, round: u32) -> Result<(f64, String)> {
     let id = format!("bench-{}-{round}", runtime.name);
     let mut args = vec!["run", "--rm"];
     args.extend(runtime.flags);
@@ -205,7 +207,7 @@ fn one(runtime: &Runtime, round: u32) -> Result<(f64, String)> {
     Ok((output.took.as_secs_f64(), id))
 }
 
-/// The timeline that the shim of `id` has noted, possibly a moment after `ctr` has returned.
+/// Returns the timeline of sandbox `id`. The shim may write it shortly after `ctr` has returned.
 fn timeline(id: &str) -> Result<Timeline> {
     let find = || {
         let text = fs::read_to_string(Path::new(TIMELINES)).ok()?;
@@ -214,7 +216,7 @@ fn timeline(id: &str) -> Result<Timeline> {
     node::eventually(Duration::from_secs(10), find).with_context(|| format!("no timeline of {id} in {TIMELINES}"))
 }
 
-/// What an idle container of Husk's takes of memory.
+/// Measures the memory use of an idle Husk container.
 fn weigh() -> Result<Weight> {
     let id = "bench-weight";
     let mut running = Running::start(
@@ -232,16 +234,16 @@ fn weigh() -> Result<Weight> {
         Input::Null,
     );
     running.wait_for("up");
-    let [vmm] = vm::vmm_of(id)[..] else { bail!("the container has not one VMM") };
-    let [shim] = vm::shims_of(id)[..] else { bail!("the container has not one shim") };
+    let [vmm] = vm::vmm_of(id)[..] else { bail!("expected exactly one VMM of {id}") };
+    let [shim] = vm::shims_of(id)[..] else { bail!("expected exactly one shim of {id}") };
     let (vmm, shim) = (vm::memory(vmm)?, vm::memory(shim)?);
     Running::start(ctr(&["tasks", "kill", "-s", "KILL", id]), Input::Null).wait();
     running.wait();
     Ok(Weight { vmm: vmm.own, guest: vmm.guest, shim: shim.own + shim.guest })
 }
 
-/// Now, on the clock that the timelines use.
+/// Returns the current time of CLOCK_MONOTONIC, the clock of the timelines, in ns.
 fn monotonic() -> u64 {
-    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("the monotonic clock");
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("read CLOCK_MONOTONIC");
     u64::try_from(time.tv_sec()).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or(0)
 }

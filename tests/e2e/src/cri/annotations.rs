@@ -1,4 +1,4 @@
-//! The annotations by which a pod says what its machine is to be like, as far as the node's configuration lets it.
+//! Tests Husk's pod annotations, which the node's configuration can allow.
 
 use serde_json::json;
 
@@ -13,7 +13,7 @@ fn allow(names: &[&str]) -> Config {
     Config::set(&format!("allowed_annotations = {names:?}\n"))
 }
 
-/// Each of them does what it says where it is allowed, and has the pod refused where it is not.
+/// Tests that each annotation takes effect if it is allowed, and that the pod is rejected if it is not.
 #[track_caller]
 pub fn are_as_the_node_allows(pods: &Pods) {
     {
@@ -40,7 +40,7 @@ pub fn are_as_the_node_allows(pods: &Pods) {
         };
         let error = refused(&others, value);
         assert!(error.contains(name) && error.contains("not allowed on this node"), "{error}");
-        // No number, and no parameter.
+        // Neither a valid number nor a valid kernel parameter.
         let error = refused(&[name], "zw\u{f6}lf");
         assert!(error.contains(name), "{error}");
     }

@@ -1,4 +1,4 @@
-//! Networks of other kinds than the node's bridge.
+//! Temporary CNI networks, instead of the node's bridge network.
 
 use std::fs;
 use std::time::Duration;
@@ -8,21 +8,21 @@ use serde_json::{Value, json};
 use super::{Pods, call, pods};
 use crate::node;
 
-/// Before the node's own, by its name.
+/// CNI uses the first file by name: this one precedes the node's configuration.
 const FILE: &str = "/etc/cni/net.d/00-test.conflist";
 
-/// Runs `body` while pods get a network by these plugins, one after the other.
+/// Runs `body` while pods get a network from this chain of plugins.
 ///
 /// # Panics
-/// When containerd does not take the network over, and as [`pods`] does.
+/// If containerd does not load the network, and like [`pods`].
 #[track_caller]
 pub fn network(name: &str, plugins: Value, body: impl FnOnce(&Pods)) {
     let wait = |wanted: &str| {
         let found = node::eventually(Duration::from_secs(20), || loaded().contains(wanted).then_some(()));
-        assert!(found.is_some(), "containerd has {:?} and not {wanted}", loaded());
+        assert!(found.is_some(), "containerd has loaded network {:?}, expected {wanted}", loaded());
     };
     let config = json!({ "cniVersion": "1.0.0", "name": name, "plugins": plugins });
-    // containerd looks again when a file was written to, or is gone.
+    // containerd reloads the directory when a file is written or removed.
     fs::write(FILE, config.to_string()).unwrap();
     wait(name);
     pods(name, body);
@@ -30,7 +30,7 @@ pub fn network(name: &str, plugins: Value, body: impl FnOnce(&Pods)) {
     wait("husk");
 }
 
-/// The network that containerd has loaded.
+/// Returns the names of the networks that containerd has loaded.
 fn loaded() -> String {
     let info = call("Status", &json!({ "verbose": true }))["info"]["cniconfig"].clone();
     let config: Value = serde_json::from_str(info.as_str().unwrap_or("{}")).unwrap_or_default();

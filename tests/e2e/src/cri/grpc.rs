@@ -1,5 +1,5 @@
-//! gRPC calls over HTTP/2 on a Unix socket (gRPC's PROTOCOL-HTTP2.md): a message there, a message or a stream of them
-//! back, a status.
+//! A minimal gRPC client over HTTP/2 on a Unix socket (gRPC's PROTOCOL-HTTP2.md). Supports unary calls and server
+//! streaming.
 
 use std::fmt;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -11,12 +11,12 @@ use h2::client::ResponseFuture;
 use http::{HeaderMap, Request};
 use tokio::net::UnixStream;
 
-/// Why a call did not succeed.
+/// Status of a failed call.
 #[derive(Debug, Clone)]
 pub struct Status {
-    /// gRPC's code.
+    /// gRPC status code.
     pub code: u32,
-    /// The server's words.
+    /// Error message of the server.
     pub message: String,
 }
 
@@ -26,24 +26,25 @@ impl fmt::Display for Status {
     }
 }
 
-/// DEADLINE_EXCEEDED and UNAVAILABLE.
-const DEADLINE: u32 = 4;
+/// gRPC status codes.
+const DEADLINE_EXCEEDED: u32 = 4;
 const UNAVAILABLE: u32 = 14;
 
-fn broken(what: impl fmt::Display) -> Status {
-    Status { code: UNAVAILABLE, message: what.to_string() }
+fn unavailable(error: impl fmt::Display) -> Status {
+    Status { code: UNAVAILABLE, message: error.to_string() }
 }
 
-/// Calls `path` with one message and gives the one it answers with.
+/// Calls `path` with one message and returns the response message.
 pub fn unary(socket: &str, path: &str, message: Vec<u8>, limit: Duration) -> Result<Vec<u8>, Status> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let call = async { tokio::time::timeout(limit, exchange(socket, path, message)).await };
     runtime
         .block_on(call)
-        .unwrap_or_else(|_| Err(Status { code: DEADLINE, message: format!("no answer within {limit:?}") }))
+        .unwrap_or_else(|_| Err(Status { code: DEADLINE_EXCEEDED, message: format!("no response within {limit:?}") }))
 }
 
-/// Calls `path` with one message, and hands on those that it answers with until the server ends, or nobody receives.
+/// Calls `path` with one message and forwards the response messages, until the server closes the stream or the receiver
+/// is dropped.
 pub fn stream(socket: &str, path: &str, message: Vec<u8>) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
     let (socket, path) = (socket.to_owned(), path.to_owned());
@@ -57,13 +58,13 @@ pub fn stream(socket: &str, path: &str, message: Vec<u8>) -> Receiver<Vec<u8>> {
 }
 
 async fn listen(socket: &str, path: &str, message: Vec<u8>, to: &Sender<Vec<u8>>) -> Result<(), Status> {
-    let mut body = send(socket, path, message).await?.await.map_err(broken)?.into_body();
+    let mut body = send(socket, path, message).await?.await.map_err(unavailable)?.into_body();
     let mut data = Vec::new();
     while let Some(chunk) = body.data().await {
-        let chunk = chunk.map_err(broken)?;
+        let chunk = chunk.map_err(unavailable)?;
         let _ = body.flow_control().release_capacity(chunk.len());
         data.extend_from_slice(&chunk);
-        while let Some((message, rest)) = first(&data) {
+        while let Some((message, rest)) = split_message(&data) {
             if to.send(message).is_err() {
                 return Ok(());
             }
@@ -73,51 +74,52 @@ async fn listen(socket: &str, path: &str, message: Vec<u8>, to: &Sender<Vec<u8>>
     Ok(())
 }
 
-/// The first message of what has arrived, if it is whole, and what follows it.
-fn first(data: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+/// Splits the first message off the received data. Returns `None` if it is incomplete.
+fn split_message(data: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let length: [u8; 4] = data.get(1..5)?.try_into().ok()?;
     let end = 5 + u32::from_be_bytes(length) as usize;
     Some((data.get(5..end)?.to_vec(), data[end..].to_vec()))
 }
 
 async fn exchange(socket: &str, path: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
-    let answer = send(socket, path, message).await?.await.map_err(broken)?;
+    let answer = send(socket, path, message).await?.await.map_err(unavailable)?;
     let headers = answer.headers().clone();
     let (data, trailers) = collect(answer.into_body()).await?;
-    let status = status(&trailers).or_else(|| status(&headers)).unwrap_or_else(|| broken("no status"));
+    let status =
+        status(&trailers).or_else(|| status(&headers)).unwrap_or_else(|| unavailable("the response has no status"));
     if status.code != 0 {
         return Err(status);
     }
-    first(&data).map(|(message, _)| message).ok_or_else(|| broken("no message"))
+    split_message(&data).map(|(message, _)| message).ok_or_else(|| unavailable("the response has no message"))
 }
 
 async fn send(socket: &str, path: &str, message: Vec<u8>) -> Result<ResponseFuture, Status> {
-    let stream = UnixStream::connect(socket).await.map_err(broken)?;
-    let (client, connection) = h2::client::handshake(stream).await.map_err(broken)?;
+    let stream = UnixStream::connect(socket).await.map_err(unavailable)?;
+    let (client, connection) = h2::client::handshake(stream).await.map_err(unavailable)?;
     tokio::spawn(connection);
-    let mut client = client.ready().await.map_err(broken)?;
+    let mut client = client.ready().await.map_err(unavailable)?;
     let request = Request::post(format!("http://localhost{path}"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .body(())
-        .map_err(broken)?;
-    let (answer, mut body) = client.send_request(request, false).map_err(broken)?;
-    // One byte says "not compressed", four the length.
+        .map_err(unavailable)?;
+    let (answer, mut body) = client.send_request(request, false).map_err(unavailable)?;
+    // Length-prefixed message: one byte for "not compressed", four for the length.
     let mut framed = vec![0];
     framed.extend((message.len() as u32).to_be_bytes());
     framed.extend(message);
-    body.send_data(framed.into(), true).map_err(broken)?;
+    body.send_data(framed.into(), true).map_err(unavailable)?;
     Ok(answer)
 }
 
 async fn collect(mut body: RecvStream) -> Result<(Vec<u8>, HeaderMap), Status> {
     let mut data = Vec::new();
     while let Some(chunk) = body.data().await {
-        let chunk = chunk.map_err(broken)?;
+        let chunk = chunk.map_err(unavailable)?;
         let _ = body.flow_control().release_capacity(chunk.len());
         data.extend_from_slice(&chunk);
     }
-    let trailers = body.trailers().await.map_err(broken)?.unwrap_or_default();
+    let trailers = body.trailers().await.map_err(unavailable)?.unwrap_or_default();
     Ok((data, trailers))
 }
 
@@ -127,7 +129,7 @@ fn status(headers: &HeaderMap) -> Option<Status> {
     Some(Status { code, message })
 }
 
-/// Percent-encoding.
+/// Decodes percent-encoding.
 fn unescape(text: &[u8]) -> String {
     let mut out = Vec::new();
     let mut rest = text;
@@ -144,14 +146,14 @@ fn unescape(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn messages_are_percent_encoded() {
+    fn unescape_decodes_percent_encoding() {
         assert_eq!(super::unescape(b"a%20b%0A%"), "a b\n%");
     }
 
     #[test]
-    fn messages_have_a_length() {
-        assert_eq!(super::first(&[0, 0, 0, 0, 2, 7, 8, 9]), Some((vec![7, 8], vec![9])));
-        assert_eq!(super::first(&[0, 0, 0, 0, 2, 7]), None);
-        assert_eq!(super::first(&[0, 0]), None);
+    fn split_message_waits_for_the_full_length() {
+        assert_eq!(super::split_message(&[0, 0, 0, 0, 2, 7, 8, 9]), Some((vec![7, 8], vec![9])));
+        assert_eq!(super::split_message(&[0, 0, 0, 0, 2, 7]), None);
+        assert_eq!(super::split_message(&[0, 0]), None);
     }
 }

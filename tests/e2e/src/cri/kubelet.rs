@@ -1,4 +1,4 @@
-//! Volumes that the kubelet fills, made as it makes them: `pkg/volume/util/atomic_writer.go` of Kubernetes.
+//! Writes ConfigMap-like volumes like the kubelet does: Kubernetes, `pkg/volume/util/atomic_writer.go`.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -7,11 +7,11 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Component, Path};
 
-/// A file of such a volume: its path below it, what is in it, its permissions.
+/// A file of a volume: its path in the volume, its content and its permissions.
 pub type Entry<'a> = (&'a str, &'a [u8], u32);
 
-/// Makes `entries` what is in `volume`: in a new directory called `version`, to which the link `..data` is renamed in
-/// one step. What is seen beside it are links through `..data`.
+/// Replaces the content of `volume` by `entries`. Writes them to a new directory `version`, then atomically renames a
+/// new symbolic link to `..data`. The visible names are symbolic links through `..data`.
 #[track_caller]
 pub fn publish(volume: &Path, version: &str, entries: &[Entry]) {
     fs::create_dir_all(volume).unwrap();
@@ -36,7 +36,7 @@ pub fn publish(volume: &Path, version: &str, entries: &[Entry]) {
             made => made.unwrap(),
         }
     }
-    // What is no longer in it loses its name, then the old directory goes.
+    // Removes the links of removed files, then the old directory.
     let there: Vec<OsString> = fs::read_dir(volume).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     for name in there.iter().filter(|name| !name.to_string_lossy().starts_with("..") && !visible.contains(*name)) {
         fs::remove_file(volume.join(name)).unwrap();

@@ -1,7 +1,6 @@
-//! Runs a pod from its YAML as the kubelet would: volumes made, specification turned into the CRI's requests.
+//! Runs a pod from a YAML manifest like the kubelet: creates volumes and translates the specification to CRI requests.
 //!
-//! It knows what the examples in deploy/kubernetes say, and init containers and sidecars; it fails at a field it does not
-//! know.
+//! Supports the fields of the examples in deploy/kubernetes, init containers and sidecars. Fails at unknown fields.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,11 +15,11 @@ use serde_json::{Map, Value, json};
 use super::pod::{Executed, Pod, PodContainer, Pods, need_image, text};
 use crate::node;
 
-/// Where the kubelet keeps pods' volumes.
-const KUBELET: &str = "/var/lib/kubelet/pods";
-/// How often the kubelet probes unless told otherwise: every probe is a program that is started.
-const PERIOD: Duration = Duration::from_secs(10);
-/// What the kubelet hides of /proc from a container without privileges (Kubernetes, pkg/securitycontext/util.go).
+/// The kubelet's directory of pod volumes.
+const POD_VOLUMES: &str = "/var/lib/kubelet/pods";
+/// The kubelet's default probe period. Each exec probe starts a program, so they are not repeated faster.
+const PROBE_PERIOD: Duration = Duration::from_secs(10);
+/// Paths that the kubelet masks in unprivileged containers (Kubernetes, pkg/securitycontext/util.go).
 const MASKED: [&str; 9] = [
     "/proc/asound",
     "/proc/acpi",
@@ -32,39 +31,39 @@ const MASKED: [&str; 9] = [
     "/proc/sched_debug",
     "/proc/scsi",
 ];
-/// What it makes read-only.
+/// Paths that the kubelet makes read-only in unprivileged containers.
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// A pod that runs, with its containers in the manifest's order.
+/// A running pod, with its containers in the manifest's order.
 pub struct Applied {
     /// The pod.
     pub pod: Pod,
-    /// Its containers, started.
+    /// The pod's started containers.
     pub containers: Vec<PodContainer>,
-    /// Its init containers with `restartPolicy: Always`, in the order in which they were started, before the others.
+    /// The pod's sidecars (init containers with `restartPolicy: Always`), in the order of their start.
     pub sidecars: Vec<Sidecar>,
     probes: Vec<Option<Probe>>,
     dir: PathBuf,
 }
 
-/// A container that is started among the init containers and stays until the others have ended.
+/// A sidecar: started among the init containers, it runs until the pod's containers have exited.
 pub struct Sidecar {
-    /// The container, as it runs now.
+    /// The current container; a restart replaces it.
     pub container: PodContainer,
     config: Value,
     probe: Option<Probe>,
 }
 
-/// What says that a container is ready.
+/// A readiness or startup probe.
 #[derive(Debug)]
 enum Probe {
-    /// A command in it that succeeds.
+    /// Succeeds if a command in the container succeeds.
     Exec(Vec<String>),
-    /// An address on the pod's that answers a request of HTTP with success.
+    /// Succeeds if an HTTP server in the pod responds with status 200.
     Http { port: u16, path: String },
 }
 
-/// Runs the pod of a manifest; `images` says what image stands for each one named.
+/// Runs the pod of a manifest. `images` maps the manifest's image names to local images.
 #[track_caller]
 pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
     let manifest: Value = serde_yaml_ng::from_str(manifest).unwrap();
@@ -88,14 +87,15 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
     if let Some(annotations) = manifest["metadata"].get("annotations") {
         config["annotations"] = annotations.clone();
     }
-    let dir = Path::new(KUBELET).join(&uid);
+    let dir = Path::new(POD_VOLUMES).join(&uid);
     let volumes = volumes(spec, &dir);
     let containers = spec["containers"].as_array().unwrap();
     let privileged = containers.iter().any(|container| container["securityContext"]["privileged"] == true);
     config["linux"]["security_context"]["privileged"] = privileged.into();
     let limits: Vec<Limits> = containers.iter().map(Limits::of).collect();
     let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    // All that runs at once; init containers proper have ended by then, and the tests' need no more than the others.
+    // The containers that run at the same time. Regular init containers have exited by then, and those of the tests
+    // need no more than the others.
     let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::of).collect();
     if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
@@ -148,7 +148,7 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
         let started = pod.start(&config);
         if is_sidecar(container) {
             let sidecar = Sidecar { container: started, config, probe: Probe::of(container, "startupProbe") };
-            // The next one waits until it has started.
+            // The next container starts only when the sidecar has started.
             sidecar.wait_started(&pod);
             sidecars.push(sidecar);
         } else {
@@ -157,7 +157,10 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
         }
     }
     let started = containers.iter().zip(&limits).map(|(container, limits)| {
-        assert!(!is_sidecar(container) && container.get("startupProbe").is_none(), "only sidecars' are looked at");
+        assert!(
+            !is_sidecar(container) && container.get("startupProbe").is_none(),
+            "startup probes and restart policies are supported for sidecars only"
+        );
         pod.start(&configure(container, limits))
     });
     let started = started.collect();
@@ -181,9 +184,11 @@ impl Probe {
         Some(Self::Http { port: port.try_into().unwrap(), path })
     }
 
+    /// Runs the probe once.
+    ///
     /// # Errors
-    /// What came instead of success.
-    fn ask(&self, pod: &Pod, container: &PodContainer) -> Result<(), String> {
+    /// The response of a failed probe.
+    fn run(&self, pod: &Pod, container: &PodContainer) -> Result<(), String> {
         match self {
             Probe::Exec(command) => {
                 let command: Vec<&str> = command.iter().map(String::as_str).collect();
@@ -198,25 +203,25 @@ impl Probe {
 }
 
 impl Sidecar {
-    /// Waits until its startup probe succeeds.
+    /// Waits until the startup probe succeeds.
     #[track_caller]
     fn wait_started(&self, pod: &Pod) {
         let Some(probe) = &self.probe else { return };
-        let mut last = Err("nobody asked".to_owned());
+        let mut last = Err("never probed".to_owned());
         let started = node::eventually(crate::command::TIMEOUT, || {
-            last = probe.ask(pod, &self.container);
+            last = probe.run(pod, &self.container);
             last.is_ok().then_some(())
         });
         assert!(started.is_some(), "{probe:?}: {last:?}; the log:\n{}", self.container.log());
     }
 }
 
-/// What a server of the pod answers to a GET from the node, with its headers; only success is an answer.
+/// Sends an HTTP GET from the node to the pod. Returns the response with its headers if the status is 200.
 ///
 /// # Errors
-/// What came instead.
+/// The I/O error, or the response with another status.
 fn get(pod: &Pod, port: u16, path: &str) -> Result<String, String> {
-    let ask = || {
+    let exchange = || {
         let addresses: Vec<SocketAddr> = pod.addresses().iter().map(|ip| (*ip, port).into()).collect();
         let mut stream = TcpStream::connect(addresses.as_slice())?;
         write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
@@ -224,7 +229,7 @@ fn get(pod: &Pod, port: u16, path: &str) -> Result<String, String> {
         stream.read_to_string(&mut answer)?;
         Ok(answer)
     };
-    let answer = ask().map_err(|error: io::Error| error.to_string())?;
+    let answer = exchange().map_err(|error: io::Error| error.to_string())?;
     if answer.split_whitespace().nth(1) == Some("200") { Ok(answer) } else { Err(answer) }
 }
 
@@ -234,29 +239,28 @@ impl Applied {
     pub fn wait_ready(&self, limit: Duration) {
         for (container, probe) in self.containers.iter().zip(&self.probes) {
             let Some(probe) = probe else { continue };
-            let mut last = Err("nobody asked".to_owned());
+            let mut last = Err("never probed".to_owned());
             let ready = node::eventually(limit, || {
                 if let Probe::Exec(_) = probe {
-                    std::thread::sleep(PERIOD);
+                    std::thread::sleep(PROBE_PERIOD);
                 }
                 assert_eq!(container.status()["state"], "CONTAINER_RUNNING", "its log:\n{}", container.log());
-                // Only the last of its answers is of interest.
-                last = probe.ask(&self.pod, container);
+                last = probe.run(&self.pod, container);
                 last.is_ok().then_some(())
             });
             assert!(ready.is_some(), "{probe:?}: {last:?}; the log:\n{}", container.log());
         }
     }
 
-    /// What a server of the pod answers to a GET from the node, with its headers; only success is an answer.
+    /// Sends an HTTP GET from the node to the pod. Returns the response with its headers if the status is 200.
     ///
     /// # Errors
-    /// What came instead.
+    /// The I/O error, or the response with another status.
     pub fn get(&self, port: u16, path: &str) -> Result<String, String> {
         get(&self.pod, port, path)
     }
 
-    /// Has a sidecar that has ended run again, in a new container of the same name.
+    /// Restarts a sidecar that has exited, in a new container of the same name.
     #[track_caller]
     pub fn restart(&mut self, number: usize) {
         let sidecar = &mut self.sidecars[number];
@@ -268,8 +272,8 @@ impl Applied {
         sidecar.wait_started(&self.pod);
     }
 
-    /// Waits until all containers have ended by themselves, and ends the sidecars, the last one first; their exit codes,
-    /// in the manifest's order.
+    /// Waits until all containers have exited, then stops the sidecars in reverse order. Returns the exit codes of
+    /// containers and sidecars, in the manifest's order.
     #[track_caller]
     pub fn finish(&self, grace: u32) -> (Vec<i64>, Vec<i64>) {
         let codes = self.containers.iter().map(|container| container.wait().0).collect();
@@ -279,7 +283,7 @@ impl Applied {
         (codes, self.sidecars.iter().map(|sidecar| sidecar.container.wait().0).collect())
     }
 
-    /// The host's directory of an emptyDir.
+    /// Returns the host directory of an emptyDir.
     pub fn empty_dir(&self, name: &str) -> PathBuf {
         self.dir.join("volumes/kubernetes.io~empty-dir").join(name)
     }
@@ -287,7 +291,7 @@ impl Applied {
 
 impl Drop for Applied {
     fn drop(&mut self) {
-        // The kubelet removes volumes when the pod has ended.
+        // The kubelet removes volumes after the pod has stopped.
         if !std::thread::panicking() {
             self.pod.stop();
         }
@@ -295,14 +299,14 @@ impl Drop for Applied {
     }
 }
 
-/// Makes the pod's volumes; where they are, by name.
+/// Creates the pod's volumes. Returns their paths by name.
 fn volumes(spec: &Value, dir: &Path) -> BTreeMap<String, PathBuf> {
     let volumes = spec["volumes"].as_array().into_iter().flatten().map(|volume| {
         known(volume, &["name", "emptyDir"]);
         known(&volume["emptyDir"], &["sizeLimit"]);
         let path = dir.join("volumes/kubernetes.io~empty-dir").join(text(&volume["name"]));
         fs::create_dir_all(&path).unwrap();
-        // Kubernetes, pkg/volume/emptydir: 0777; fsGroup adds the group and its bit.
+        // Kubernetes, pkg/volume/emptydir: mode 0777. fsGroup sets the group and the setgid bit.
         fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
         if let Some(group) = spec["securityContext"]["fsGroup"].as_u64() {
             std::os::unix::fs::chown(&path, None, Some(u32::try_from(group).unwrap())).unwrap();
@@ -323,7 +327,7 @@ fn mount(mount: &Value, volumes: &BTreeMap<String, PathBuf>) -> Value {
     })
 }
 
-/// The security contexts of pod and container as the CRI's.
+/// Translates the security contexts of pod and container to the CRI's security context.
 fn security(into: &mut Value, pod: &Value, container: &Value) {
     known(pod, &["runAsUser", "runAsGroup", "fsGroup"]);
     known(
@@ -365,7 +369,7 @@ fn security(into: &mut Value, pod: &Value, container: &Value) {
     }
 }
 
-/// A container's limits; 0 for none.
+/// Resource limits of a container; 0 is no limit.
 struct Limits {
     memory: i64,
     milli_cpu: i64,
@@ -391,7 +395,7 @@ impl Limits {
     }
 }
 
-/// A quantity in bytes, 0 for none.
+/// Parses a memory quantity to bytes; 0 if it is empty.
 fn bytes(quantity: &str) -> i64 {
     let (number, shift) = match quantity.split_at(quantity.len().saturating_sub(2)) {
         (number, "Mi") => (number, 20),
@@ -401,10 +405,10 @@ fn bytes(quantity: &str) -> i64 {
     number.parse::<i64>().unwrap_or(0) << shift
 }
 
-/// Fails at a field that is not among `fields`: one that is not looked at is one that is not tested.
+/// Fails if `value` has a field that is not in `fields`: an ignored field would not be tested.
 #[track_caller]
 fn known(value: &Value, fields: &[&str]) {
     let keys = value.as_object().into_iter().flat_map(Map::keys);
     let unknown: Vec<&String> = keys.filter(|key| !fields.contains(&key.as_str())).collect();
-    assert!(unknown.is_empty(), "fields nobody looks at: {unknown:?}");
+    assert!(unknown.is_empty(), "unsupported fields: {unknown:?}");
 }

@@ -1,4 +1,5 @@
-//! A client of the Kubernetes Container Runtime Interface: requests and answers are JSON, mapped by the protocol file.
+//! A client of the Kubernetes Container Runtime Interface (CRI). Requests and responses are JSON, mapped to protobuf
+//! with the .proto file.
 
 pub mod annotations;
 pub mod cni;
@@ -23,12 +24,13 @@ use serde_json::Value;
 pub use grpc::Status;
 pub use pod::{Pod, PodContainer, Pods, pods, pods_of};
 
-/// containerd's socket, which serves the CRI as well.
+/// containerd's socket, which also serves the CRI.
 pub const SOCKET: &str = "/run/containerd/containerd.sock";
-/// How long a call may take unless told otherwise.
+/// Default timeout of a call.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The runtime handler under test: the one `HUSK_E2E_HANDLER` names, else that of the runtime `HUSK_E2E_RUNTIME` names.
+/// Returns the runtime handler under test: `HUSK_E2E_HANDLER` if it is set, otherwise the handler of the runtime under
+/// test.
 pub fn handler() -> &'static str {
     static HANDLER: OnceLock<String> = OnceLock::new();
     HANDLER.get_or_init(|| {
@@ -37,7 +39,7 @@ pub fn handler() -> &'static str {
     })
 }
 
-/// The protocol, compiled by the build script.
+/// Returns the CRI's file descriptor, which the build script has compiled.
 fn protocol() -> &'static FileDescriptor {
     static PROTOCOL: OnceLock<FileDescriptor> = OnceLock::new();
     PROTOCOL.get_or_init(|| {
@@ -49,22 +51,19 @@ fn protocol() -> &'static FileDescriptor {
 }
 
 /// Calls a method of the runtime service.
-///
-/// # Errors
-/// What containerd answers.
 pub fn try_call(method: &str, request: &Value) -> Result<Value, Status> {
     try_call_within(TIMEOUT, "RuntimeService", method, request)
 }
 
-/// Calls a method that has to succeed.
+/// Calls a method of the runtime service. Panics if it fails.
 #[track_caller]
 pub fn call(method: &str, request: &Value) -> Value {
     try_call(method, request).unwrap_or_else(|status| {
-        panic!("{method} {request}\nanswered {status}\n--- containerd's log ends\n{}", crate::node::log_tail(40))
+        panic!("{method} {request}\nfailed: {status}\n--- end of containerd's log\n{}", crate::node::log_tail(40))
     })
 }
 
-/// Calls a method that has to fail; gives the error's text in lower case.
+/// Calls a method of the runtime service. Panics if it succeeds; returns the error message in lower case.
 #[track_caller]
 pub fn refused(method: &str, request: &Value) -> String {
     match try_call(method, request) {
@@ -73,7 +72,7 @@ pub fn refused(method: &str, request: &Value) -> String {
     }
 }
 
-/// Calls a method of the runtime service that answers with a stream, which ends here when nothing comes for long.
+/// Calls a streaming method of the runtime service. The iterator ends if no message arrives within the timeout.
 pub fn stream_of(method: &str) -> impl Iterator<Item = Value> + use<> {
     let answer = descriptor("RuntimeService", method).output_type();
     let answers = grpc::stream(SOCKET, &format!("/runtime.v1.RuntimeService/{method}"), Vec::new());
@@ -97,10 +96,7 @@ fn json_of(message: &MessageDescriptor, bytes: &[u8]) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-/// Calls any method.
-///
-/// # Errors
-/// What containerd answers.
+/// Calls a method of any CRI service, with a timeout.
 pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &Value) -> Result<Value, Status> {
     let called = descriptor(service, method);
     let request: Box<dyn MessageDyn> =
@@ -111,16 +107,16 @@ pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &V
     Ok(json_of(&called.output_type(), &answer))
 }
 
-/// A field that protobuf's JSON writes as a string because it has 64 bits.
+/// Reads a 64-bit integer field, which protobuf's JSON mapping encodes as a string.
 pub fn number(value: &Value) -> i64 {
     let parsed = value.as_i64().or_else(|| value.as_str()?.parse().ok());
-    parsed.unwrap_or_else(|| panic!("{value} is no number"))
+    parsed.unwrap_or_else(|| panic!("{value} is not a number"))
 }
 
-/// A field of type `bytes`, which protobuf's JSON writes in base64.
+/// Decodes a field of type `bytes`, which protobuf's JSON mapping encodes in base64.
 pub fn bytes(value: &Value) -> Vec<u8> {
     let mut out = Vec::new();
-    let (mut bits, mut have) = (0u32, 0);
+    let (mut bits, mut count) = (0u32, 0);
     for byte in value.as_str().unwrap_or_default().bytes() {
         let six = match byte {
             b'A'..=b'Z' => byte - b'A',
@@ -131,11 +127,11 @@ pub fn bytes(value: &Value) -> Vec<u8> {
             _ => break,
         };
         bits = (bits << 6) | u32::from(six);
-        have += 6;
-        if have >= 8 {
-            have -= 8;
-            out.push((bits >> have) as u8);
-            bits &= (1 << have) - 1;
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            out.push((bits >> count) as u8);
+            bits &= (1 << count) - 1;
         }
     }
     out
@@ -147,14 +143,14 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn base64() {
+    fn bytes_decodes_base64() {
         assert_eq!(bytes(&json!("aGVsbG8K")), b"hello\n");
         assert_eq!(bytes(&json!("aGVsbG8=")), b"hello");
         assert_eq!(bytes(&json!("")), b"");
     }
 
     #[test]
-    fn the_protocol_file_names_what_is_called() {
+    fn protocol_has_the_runtime_service() {
         let service = protocol().services().find(|s| s.proto().name() == "RuntimeService").unwrap();
         assert!(service.methods().any(|m| m.proto().name() == "RunPodSandbox"));
     }

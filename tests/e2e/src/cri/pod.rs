@@ -1,4 +1,4 @@
-//! Pods for one test: run, filled with containers, looked into, and removed at the end with the check that nothing stays.
+//! Pods of one test: run them, create containers and exec in them. Removes them at the end and checks for leftovers.
 
 use std::cell::Cell;
 use std::fs;
@@ -14,12 +14,12 @@ use super::{Status, bytes, call, handler, number, try_call, try_call_within};
 use crate::leftovers::Snapshot;
 use crate::{BUSYBOX, KUBERNETES, PAUSE, PYTHON, node};
 
-/// How long the node may take to come to rest after a test.
+/// Timeout for leftovers to disappear after a test.
 const SETTLE: Duration = Duration::from_secs(20);
-/// The label by which a test finds its pods again.
+/// The label that identifies a test's pods.
 const LABEL: &str = "husk-e2e";
 
-/// What kubelet sets for a pod that asks for nothing: the protocol's own default shares processes.
+/// The kubelet's default security context: the CRI's default PID namespace mode is POD, the kubelet's is CONTAINER.
 static KUBELET: LazyLock<Value> = LazyLock::new(|| json!({ "namespace_options": { "pid": "CONTAINER" } }));
 
 /// The pods of one test.
@@ -30,13 +30,13 @@ pub struct Pods {
     next: Cell<u32>,
 }
 
-/// Runs `body` as the test `name`; afterwards nothing of its pods may be left in the node.
+/// Runs `body` as the test `name`. Fails if its pods leave anything in the node.
 #[track_caller]
 pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     pods_of(name, handler(), body);
 }
 
-/// Like [`pods`], with a runtime handler of the test's own choice.
+/// Like [`pods`], with another runtime handler than the one under test.
 #[track_caller]
 pub fn pods_of(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     for image in [PAUSE, BUSYBOX] {
@@ -48,23 +48,23 @@ pub fn pods_of(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     let before = Snapshot::take();
     let result = catch_unwind(AssertUnwindSafe(|| body(&pods)));
     if result.is_err() {
-        eprintln!("--- containerd's log ends\n{}", node::log_tail(60));
+        eprintln!("--- end of containerd's log\n{}", node::log_tail(60));
     }
     let removed = pods.remove_all();
     let _ = fs::remove_dir_all(&pods.dir);
     if let Err(panic) = result {
         if let Err(left) = before.compare_until_equal(Duration::from_secs(5)) {
-            eprintln!("after the failed test these were left over:\n{left}");
+            eprintln!("leftovers of the failed test:\n{left}");
         }
         resume_unwind(panic);
     }
-    removed.unwrap_or_else(|error| panic!("{name}: {error}\n--- containerd's log ends\n{}", node::log_tail(40)));
+    removed.unwrap_or_else(|error| panic!("{name}: {error}\n--- end of containerd's log\n{}", node::log_tail(40)));
     if let Err(left) = before.compare_until_equal(SETTLE) {
-        panic!("left over after {name}:\n{left}\n--- containerd's log ends\n{}", node::log_tail(60));
+        panic!("leftovers of {name}:\n{left}\n--- end of containerd's log\n{}", node::log_tail(60));
     }
 }
 
-/// Imports an image for the CRI, and waits until it knows of it.
+/// Imports an image for the CRI, and waits until the CRI lists it.
 pub fn need_image(reference: &str) {
     node::need_image_in(KUBERNETES, reference);
     let request = json!({ "image": { "image": reference } });
@@ -76,12 +76,12 @@ pub fn need_image(reference: &str) {
 }
 
 impl Pods {
-    /// A directory of this test's on the node, removed afterwards.
+    /// Returns the test's directory on the node. It is removed at the end.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The configuration of a pod, with a name of its own.
+    /// Returns the configuration of a pod with a new, unique name.
     pub fn config(&self) -> Value {
         self.next.set(self.next.get() + 1);
         let name = format!("{}-{}", self.name, self.next.get());
@@ -104,32 +104,32 @@ impl Pods {
         path
     }
 
-    /// Runs a pod with nothing in it.
+    /// Runs a pod without containers.
     #[track_caller]
     pub fn pod(&self) -> Pod {
         self.run(self.config())
     }
 
-    /// Runs a pod of this configuration.
+    /// Runs a pod with this configuration.
     #[track_caller]
     pub fn run(&self, config: Value) -> Pod {
         self.run_by(&self.handler, config)
     }
 
-    /// Runs a pod of this configuration by another runtime handler than the test's.
+    /// Runs a pod with this configuration and another runtime handler.
     #[track_caller]
     pub fn run_by(&self, handler: &str, config: Value) -> Pod {
         let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler }));
         Pod { id: text(&answer["pod_sandbox_id"]), config, next: Cell::new(0) }
     }
 
-    /// Runs a pod that has to be refused; gives the error's text in lower case.
+    /// Requires that running a pod with this configuration fails. Returns the error message in lower case.
     #[track_caller]
     pub fn refused(&self, config: &Value) -> String {
         super::refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": self.handler }))
     }
 
-    /// Stops and removes whatever pods there still are.
+    /// Stops and removes the test's remaining pods.
     fn remove_all(&self) -> Result<(), String> {
         let filter = json!({ "filter": { "label_selector": { LABEL: self.name } } });
         let mut result = Ok(());
@@ -140,7 +140,7 @@ impl Pods {
                 }
             }
         }
-        // containerd leaves the parents to kubelet, which makes them.
+        // The kubelet creates and removes the pod's parent cgroup; containerd does not.
         for number in 1..=self.next.get() {
             remove_parent(&format!("{}-{number}", self.name));
         }
@@ -150,27 +150,27 @@ impl Pods {
 
 /// A pod.
 pub struct Pod {
-    /// Its sandbox's id.
+    /// Sandbox id.
     pub id: String,
-    /// Its configuration.
+    /// Pod configuration.
     pub config: Value,
     next: Cell<u32>,
 }
 
 impl Pod {
-    /// The CRI's status of it, verbose.
+    /// Returns the pod's verbose CRI status.
     #[track_caller]
     pub fn status(&self) -> Value {
         call("PodSandboxStatus", &json!({ "pod_sandbox_id": self.id, "verbose": true }))
     }
 
-    /// Whether the CRI counts it as ready.
+    /// Returns whether the pod is ready according to the CRI.
     #[track_caller]
     pub fn is_ready(&self) -> bool {
         self.status()["status"]["state"] == "SANDBOX_READY"
     }
 
-    /// Its addresses, the first one first.
+    /// Returns the pod's IP addresses, the primary address first.
     #[track_caller]
     pub fn addresses(&self) -> Vec<IpAddr> {
         let network = &self.status()["status"]["network"];
@@ -178,7 +178,7 @@ impl Pod {
         std::iter::once(&network["ip"]).chain(more).map(|ip| text(ip).parse().unwrap()).collect()
     }
 
-    /// The path of its network namespace on the node.
+    /// Returns the path of the pod's network namespace on the node.
     #[track_caller]
     pub fn netns(&self) -> PathBuf {
         let info: Value = serde_json::from_str(&text(&self.status()["info"]["info"])).unwrap();
@@ -187,14 +187,14 @@ impl Pod {
         text(&network["path"]).into()
     }
 
-    /// The pid the CRI has for it.
+    /// Returns the sandbox's pid according to the CRI.
     #[track_caller]
     pub fn pid(&self) -> i32 {
         let info: Value = serde_json::from_str(&text(&self.status()["info"]["info"])).unwrap();
         i32::try_from(info["pid"].as_i64().unwrap()).unwrap()
     }
 
-    /// The configuration of a busybox container that runs a shell script.
+    /// Returns the configuration of a busybox container that runs a shell script.
     pub fn sh(&self, script: &str) -> Value {
         self.next.set(self.next.get() + 1);
         let name = format!("c{}", self.next.get());
@@ -207,7 +207,8 @@ impl Pod {
         })
     }
 
-    /// The configuration of a container that runs a Python program; [`need_image`] has its image there.
+    /// Returns the configuration of a container that runs a Python program. [`need_image`] has to import its image
+    /// before.
     pub fn python(&self, program: &str) -> Value {
         let mut config = self.sh("");
         config["image"]["image"] = PYTHON.into();
@@ -232,19 +233,19 @@ impl Pod {
         container
     }
 
-    /// A container that sleeps, to look into the pod with.
+    /// Starts a container that only sleeps, to exec in it.
     #[track_caller]
     pub fn sleeper(&self) -> PodContainer {
         self.start(&self.sh("trap 'exit 0' TERM; sleep 100000 & wait"))
     }
 
-    /// Stops it.
+    /// Stops the pod.
     #[track_caller]
     pub fn stop(&self) {
         call("StopPodSandbox", &json!({ "pod_sandbox_id": self.id }));
     }
 
-    /// Removes it.
+    /// Removes the pod.
     #[track_caller]
     pub fn remove(&self) {
         call("RemovePodSandbox", &json!({ "pod_sandbox_id": self.id }));
@@ -253,7 +254,7 @@ impl Pod {
     }
 }
 
-/// Removes the cgroup of a pod's that kubelet would: in version 1 there is one in each hierarchy.
+/// Removes the pod's parent cgroup, like the kubelet. With cgroup v1 there is one in each hierarchy.
 fn remove_parent(name: &str) {
     let top = Path::new("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -262,82 +263,79 @@ fn remove_parent(name: &str) {
     }
 }
 
-/// What a command in a container gave.
+/// Result of a command in a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Executed {
-    /// Its exit code.
+    /// Exit code.
     pub code: i64,
-    /// Its standard output.
+    /// Standard output.
     pub out: String,
-    /// Its standard error.
+    /// Standard error.
     pub err: String,
 }
 
 /// A container of a pod.
 pub struct PodContainer {
-    /// Its id.
+    /// Container id.
     pub id: String,
     log: PathBuf,
 }
 
 impl PodContainer {
-    /// Starts it.
+    /// Starts the container.
     #[track_caller]
     pub fn start(&self) {
         call("StartContainer", &json!({ "container_id": self.id }));
     }
 
-    /// Stops it, with so many seconds between SIGTERM and SIGKILL.
+    /// Stops the container: SIGTERM, then SIGKILL after `timeout` seconds.
     #[track_caller]
     pub fn stop(&self, timeout: u32) {
         call("StopContainer", &json!({ "container_id": self.id, "timeout": timeout }));
     }
 
-    /// Removes it.
+    /// Removes the container.
     #[track_caller]
     pub fn remove(&self) {
         call("RemoveContainer", &json!({ "container_id": self.id }));
     }
 
-    /// The CRI's status of it.
+    /// Returns the container's CRI status.
     #[track_caller]
     pub fn status(&self) -> Value {
         call("ContainerStatus", &json!({ "container_id": self.id }))["status"].clone()
     }
 
-    /// Waits for its end; gives exit code and reason.
+    /// Waits for the container to exit. Returns exit code and reason.
     #[track_caller]
     pub fn wait(&self) -> (i64, String) {
         self.wait_within(crate::command::TIMEOUT)
     }
 
-    /// Waits so long for its end; gives exit code and reason.
+    /// Like [`PodContainer::wait`], with a timeout.
     #[track_caller]
     pub fn wait_within(&self, limit: Duration) -> (i64, String) {
         let ended = node::eventually(limit, || {
             let status = self.status();
             (status["state"] == "CONTAINER_EXITED").then_some(status)
         });
-        let status = ended.unwrap_or_else(|| panic!("{} does not end: {}\n{}", self.id, self.status(), self.log()));
+        let status = ended.unwrap_or_else(|| panic!("{} does not exit: {}\n{}", self.id, self.status(), self.log()));
         (number(&status["exit_code"]), text(&status["reason"]))
     }
 
-    /// Runs a command in it.
+    /// Runs a command in the container.
     #[track_caller]
     pub fn exec(&self, command: &[&str]) -> Executed {
         self.exec_within(Duration::from_secs(60), command)
     }
 
-    /// Runs a command in it that may take so long.
+    /// Like [`PodContainer::exec`], with a timeout.
     #[track_caller]
     pub fn exec_within(&self, limit: Duration, command: &[&str]) -> Executed {
         self.exec_sync(limit, command).unwrap_or_else(|status| panic!("{command:?}: {status}\n{}", node::log_tail(40)))
     }
 
-    /// Runs a command in it, which may have ended.
-    ///
-    /// # Errors
-    /// What containerd answers.
+    /// Like [`PodContainer::exec`], but returns containerd's error, for example if the container has exited.
     pub fn try_exec(&self, command: &[&str]) -> Result<Executed, Status> {
         self.exec_sync(Duration::from_secs(60), command)
     }
@@ -349,25 +347,25 @@ impl PodContainer {
         Ok(Executed { code: number(&answer["exit_code"]), out: text(&answer["stdout"]), err: text(&answer["stderr"]) })
     }
 
-    /// Runs a shell script in it that has to succeed without a word on standard error; gives what it prints.
+    /// Runs a shell script in the container. Requires success and an empty standard error. Returns the trimmed output.
     #[track_caller]
     pub fn sh(&self, script: &str) -> String {
         let done = self.exec(&["sh", "-c", script]);
-        assert!(done.code == 0 && done.err.is_empty(), "{script}\ngave {done:?}\n{}", node::log_tail(20));
+        assert!(done.code == 0 && done.err.is_empty(), "{script}\nresult: {done:?}\n{}", node::log_tail(20));
         done.out.trim_end().to_owned()
     }
 
-    /// Its log file.
+    /// Returns the content of the container's log.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_else(|error| panic!("{}: {error}", self.log.display()))
     }
 
-    /// Where its log is.
+    /// Returns the path of the container's log.
     pub fn log_path(&self) -> &Path {
         &self.log
     }
 
-    /// Waits until its log has a line with `text`.
+    /// Waits until the container's log contains `text`.
     #[track_caller]
     pub fn wait_for(&self, text: &str) {
         let found = node::eventually(crate::command::TIMEOUT, || self.log().contains(text).then_some(()));
@@ -375,7 +373,7 @@ impl PodContainer {
     }
 }
 
-/// A string, or nothing.
+/// Returns the string in `value`; an empty string if it is not a string.
 pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }

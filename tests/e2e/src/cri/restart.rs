@@ -1,4 +1,4 @@
-//! containerd ends and starts again while its pods go on.
+//! Restarts containerd while pods keep running.
 
 use std::fs;
 use std::path::Path;
@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use super::{Pods, try_call};
 use crate::node;
 
-/// How long containerd may take to end, and to answer again: an emulated node is slow.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout for containerd to exit, and to respond after its start. An emulated node is slow.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The process of the node's containerd that is not a zombie.
+/// Returns the pid of the node's containerd; ignores zombies.
 pub fn containerd() -> Option<i32> {
     let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let mut running = pids.filter(|pid: &i32| {
@@ -23,25 +23,25 @@ pub fn containerd() -> Option<i32> {
     running.next()
 }
 
-/// Ends containerd by SIGTERM, as the node's service manager does.
+/// Stops containerd with SIGTERM, like a service manager.
 #[track_caller]
-fn end() {
-    let pid = containerd().expect("containerd is running");
-    // SAFETY: kill takes two integers.
+fn stop() {
+    let pid = containerd().expect("containerd is not running");
+    // SAFETY: kill(2) takes two integers and no pointers.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
-    let gone = node::eventually(PATIENCE, || containerd().is_none().then_some(()));
-    assert!(gone.is_some(), "containerd does not end:\n{}", node::log_tail(20));
+    let gone = node::eventually(TIMEOUT, || containerd().is_none().then_some(()));
+    assert!(gone.is_some(), "containerd does not exit:\n{}", node::log_tail(20));
 }
 
-/// Starts it as the node's init does.
+/// Starts containerd like the node's init.
 #[track_caller]
-fn begin() {
-    // Descriptor 9 is the node's own, to tell how the tests end.
-    // By a shell that ends at once: the node's init inherits it, and not the test's process.
+fn start() {
+    // fd 9 is the node's status port, which containerd must not keep open. The shell exits at once, so that containerd
+    // becomes a child of the node's init, not of the test process.
     let mut command = Command::new("sh");
     command.args(["-c", "setsid containerd >> /var/log/containerd.log 2>&1 9>&- &"]).stdin(Stdio::null());
     assert!(command.status().unwrap().success());
-    let answers = node::eventually(PATIENCE, || {
+    let answers = node::eventually(TIMEOUT, || {
         let status = try_call("Status", &json!({})).ok()?;
         let ready = |name: &str| {
             let conditions = status["status"]["conditions"].as_array().into_iter().flatten();
@@ -49,71 +49,72 @@ fn begin() {
         };
         (ready("RuntimeReady") && ready("NetworkReady")).then_some(())
     });
-    assert!(answers.is_some(), "containerd does not answer:\n{}", node::log_tail(40));
+    assert!(answers.is_some(), "containerd does not respond:\n{}", node::log_tail(40));
 }
 
-/// Ends containerd and starts it again.
+/// Restarts containerd.
 #[track_caller]
 pub fn restart() {
-    end();
-    begin();
+    stop();
+    start();
 }
 
-/// A container that writes a number every tenth of a second.
+/// Script of a container that prints a number every tenth of a second.
 const COUNT: &str = "i=0; while :; do echo number $i; i=$((i+1)); sleep 0.1; done";
 
-/// The numbers in its log.
-fn counted(log: &str) -> Vec<u64> {
+/// Returns the numbers in the log of [`COUNT`].
+fn numbers(log: &str) -> Vec<u64> {
     let words = log.lines().filter_map(|line| line.rsplit_once("number ")?.1.parse().ok());
     words.collect()
 }
 
-/// The configuration of a container that ends with code 7 when it is told by a file, which it says by another.
-fn ends(config: Value, dir: &Path) -> Value {
+/// Adds the mount of `dir` to a container's configuration. The container exits when a file appears there, and signals
+/// its exit with another file.
+fn with_signal_dir(config: Value, dir: &Path) -> Value {
     let mut config = config;
-    config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/told" }]);
+    config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/signals" }]);
     config
 }
 
-/// What runs goes on, and what ended meanwhile is known.
+/// Tests that containers keep running without containerd, and that exits in that time are reported after its start.
 #[track_caller]
 pub fn is_survived(pods: &Pods) {
-    let told = pods.dir().join("told");
-    fs::create_dir_all(&told).unwrap();
+    let signals = pods.dir().join("signals");
+    fs::create_dir_all(&signals).unwrap();
     let (pod, other) = (pods.pod(), pods.pod());
     let counting = pod.start(&pod.sh(COUNT));
     let sleeper = pod.sleeper();
-    let until = "until [ -e /told/end ]; do sleep 0.1; done; touch /told/ended; exit 7";
-    let ending = pod.start(&ends(pod.sh(until), &told));
+    let until = "until [ -e /signals/exit ]; do sleep 0.1; done; touch /signals/exited; exit 7";
+    let ending = pod.start(&with_signal_dir(pod.sh(until), &signals));
     let created = pod.create(&pod.sh("echo begun; exit 5"));
     let alone = other.sleeper();
     counting.wait_for("number 3");
-    let machine = pod.pid();
+    let sandbox_pid = pod.pid();
 
-    end();
-    let before = counted(&counting.log());
-    fs::write(told.join("end"), "").unwrap();
-    let ended = node::eventually(PATIENCE, || told.join("ended").exists().then_some(()));
-    assert!(ended.is_some(), "a container does not go on without containerd");
-    begin();
+    stop();
+    let before = numbers(&counting.log());
+    fs::write(signals.join("exit"), "").unwrap();
+    let ended = node::eventually(TIMEOUT, || signals.join("exited").exists().then_some(()));
+    assert!(ended.is_some(), "a container does not keep running without containerd");
+    start();
 
-    assert!(pod.is_ready() && other.is_ready(), "a pod is not ready any more:\n{}", node::log_tail(60));
-    assert_eq!(pod.pid(), machine);
-    // runc's shim counts nothing of a container that has ended, which containerd then takes for a left-over.
+    assert!(pod.is_ready() && other.is_ready(), "a pod is no longer ready:\n{}", node::log_tail(60));
+    assert_eq!(pod.pid(), sandbox_pid);
+    // runc's shim does not report a container that has exited, so containerd takes it for a leftover.
     assert_eq!(ending.wait().0, if crate::runtime() == crate::RUNC { 255 } else { 7 });
     assert_eq!(sleeper.sh("echo still here"), "still here");
     let failed = alone.exec(&["sh", "-c", "echo bad >&2; exit 4"]);
     assert_eq!((failed.code, failed.err.as_str()), (4, "bad\n"));
-    // Nothing of what was written is missing, that from the time without containerd included.
+    // The log is complete, including the output from the time without containerd.
     let last = before.last().copied().unwrap();
-    let goes_on = node::eventually(PATIENCE, || {
-        let numbers = counted(&counting.log());
+    let continued = node::eventually(TIMEOUT, || {
+        let numbers = numbers(&counting.log());
         numbers.last().is_some_and(|number| *number > last + 20).then_some(numbers)
     });
-    let numbers = goes_on.unwrap_or_else(|| panic!("the log does not go on:\n{}", counting.log()));
+    let numbers = continued.unwrap_or_else(|| panic!("the log does not continue:\n{}", counting.log()));
     let expected: Vec<u64> = (0..u64::try_from(numbers.len()).unwrap()).collect();
     assert_eq!(numbers, expected, "lines are missing");
-    // What was created before is started, what ends now is told, and more can be made.
+    // A container created before the restart can be started, exits are reported, and new containers can be created.
     created.start();
     assert_eq!(created.wait(), (5, "Error".into()));
     let new = pod.start(&pod.sh("echo new; exit 6"));

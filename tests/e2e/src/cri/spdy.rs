@@ -1,7 +1,7 @@
-//! CRI port-forwarding as kubectl does it: many connections over one of SPDY/3.1, each of which may be closed by halves.
+//! CRI port forwarding like kubectl: many connections over one SPDY/3.1 connection, each with half-close.
 //!
-//! A stream of data and one for an error make a connection (k8s.io/apimachinery, `pkg/util/httpstream/spdy`;
-//! k8s.io/kubelet, `pkg/cri/streaming/portforward`). The frames are those of the SPDY draft 3.1; nobody here keeps windows.
+//! Each connection consists of a data stream and an error stream (k8s.io/apimachinery, `pkg/util/httpstream/spdy`;
+//! k8s.io/kubelet, `pkg/cri/streaming/portforward`). Frames are those of the SPDY draft 3.1, without flow control.
 
 use std::collections::HashMap;
 use std::io::{BufReader, Read, Write};
@@ -11,19 +11,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// How long nothing may come.
+/// Timeout of a read.
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// Types of control frames (SPDY draft 3.1, 2.6).
 const SYN_STREAM: u8 = 1;
 const RST_STREAM: u8 = 3;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
-/// Flag of the last frame in a direction.
+/// Flag of the last frame in a direction (FLAG_FIN).
 const FIN: u8 = 1;
-/// Most that is sent in one frame.
-const PIECE: usize = 32 * 1024;
+/// Maximum payload of a sent frame.
+const MAX_PAYLOAD: usize = 32 * 1024;
 
-/// What comes for a stream; nothing more after an end.
+/// Receivers of the streams' data, by stream id. A stream is removed at its end.
 type Streams = Arc<Mutex<HashMap<u32, Sender<Vec<u8>>>>>;
 
 /// The connection to the streaming server.
@@ -34,13 +34,13 @@ pub struct Forward {
 
 struct Writer {
     socket: TcpStream,
-    /// The next stream's; a client's are odd.
+    /// Next stream id. A client's stream ids are odd.
     next: u32,
-    /// Whether the headers' compression has begun.
-    begun: bool,
+    /// Whether the zlib header of the header compression has been sent.
+    zlib_started: bool,
 }
 
-/// A connection to a port of the pod's.
+/// A connection to a port of the pod.
 pub struct Connection {
     writer: Arc<Mutex<Writer>>,
     id: u32,
@@ -48,14 +48,14 @@ pub struct Connection {
     error: Receiver<Vec<u8>>,
 }
 
-/// The end of a connection that sends; it can go to another thread.
+/// The sending half of a connection, which can be moved to another thread.
 pub struct Sending {
     writer: Arc<Mutex<Writer>>,
     id: u32,
 }
 
 impl Forward {
-    /// Connects to the URL that a PortForward request was answered with.
+    /// Connects to the URL in the response to a PortForward request.
     #[track_caller]
     pub fn connect(url: &str) -> Self {
         let (host, path) = url.strip_prefix("http://").and_then(|url| url.split_once('/')).unwrap();
@@ -75,22 +75,22 @@ impl Forward {
         let head = String::from_utf8_lossy(&head).into_owned();
         assert!(head.starts_with("HTTP/1.1 101"), "{url}: {head}");
         let streams = Streams::default();
-        let writer = Arc::new(Mutex::new(Writer { socket, next: 1, begun: false }));
-        let (of_reader, answers) = (Arc::clone(&streams), Arc::clone(&writer));
+        let writer = Arc::new(Mutex::new(Writer { socket, next: 1, zlib_started: false }));
+        let (reader_streams, reader_writer) = (Arc::clone(&streams), Arc::clone(&writer));
         thread::spawn(move || {
-            while deal_out(&mut reader, &of_reader, &answers).is_ok() {}
-            // Whoever still waits is told that nothing more comes.
-            lock(&of_reader).clear();
+            while dispatch_frame(&mut reader, &reader_streams, &reader_writer).is_ok() {}
+            // Ends all streams: their receivers return `None`.
+            lock(&reader_streams).clear();
         });
         Self { writer, streams }
     }
 
-    /// Opens a connection to a port of the pod's; `number` is one that no other connection here has.
+    /// Opens a connection to a port of the pod. `number` has to be unique among the connections.
     #[track_caller]
     pub fn open(&self, port: u16, number: u32) -> Connection {
         let mut writer = lock(&self.writer);
         let error = self.stream(&mut writer, "error", port, number);
-        // Nothing goes this way.
+        // The client sends nothing on the error stream.
         writer.frame(error.0, FIN, &[]).unwrap();
         let data = self.stream(&mut writer, "data", port, number);
         Connection { writer: Arc::clone(&self.writer), id: data.0, data: data.1, error: error.1 }
@@ -103,7 +103,7 @@ impl Forward {
         let (sender, receiver) = channel();
         lock(&self.streams).insert(id, sender);
         writer
-            .begin(id, &[("streamtype", kind), ("port", &port.to_string()), ("requestid", &number.to_string())])
+            .syn_stream(id, &[("streamtype", kind), ("port", &port.to_string()), ("requestid", &number.to_string())])
             .unwrap();
         (id, receiver)
     }
@@ -116,24 +116,24 @@ impl Drop for Forward {
 }
 
 impl Connection {
-    /// Sends.
+    /// Sends data.
     #[track_caller]
     pub fn send(&self, data: &[u8]) {
         self.sending().send(data);
     }
 
-    /// Says that no more will be sent; what comes can still be read.
+    /// Half-closes the connection: data can still be received.
     #[track_caller]
     pub fn finish(&self) {
         self.sending().finish();
     }
 
-    /// The end that sends.
+    /// Returns the sending half.
     pub fn sending(&self) -> Sending {
         Sending { writer: Arc::clone(&self.writer), id: self.id }
     }
 
-    /// Reads what comes next; nothing at the end.
+    /// Receives the next data; `None` at the end.
     #[track_caller]
     pub fn receive(&self) -> Option<Vec<u8>> {
         receive(&self.data)
@@ -145,7 +145,7 @@ impl Connection {
         std::iter::from_fn(|| self.receive()).flatten().collect()
     }
 
-    /// Reads so many bytes.
+    /// Reads at least `length` bytes.
     #[track_caller]
     pub fn read(&self, length: usize) -> Vec<u8> {
         let mut all = Vec::new();
@@ -155,7 +155,7 @@ impl Connection {
         all
     }
 
-    /// Waits until the connection has ended; gives what went wrong, or nothing.
+    /// Waits for the end of the connection. Returns the error message; empty if there was none.
     #[track_caller]
     pub fn error(&self) -> String {
         let text: Vec<u8> = std::iter::from_fn(|| receive(&self.error)).flatten().collect();
@@ -164,15 +164,15 @@ impl Connection {
 }
 
 impl Sending {
-    /// Sends.
+    /// Sends data.
     #[track_caller]
     pub fn send(&self, data: &[u8]) {
-        for piece in data.chunks(PIECE) {
-            lock(&self.writer).frame(self.id, 0, piece).unwrap();
+        for chunk in data.chunks(MAX_PAYLOAD) {
+            lock(&self.writer).frame(self.id, 0, chunk).unwrap();
         }
     }
 
-    /// Says that no more will be sent.
+    /// Half-closes the connection.
     #[track_caller]
     pub fn finish(&self) {
         lock(&self.writer).frame(self.id, FIN, &[]).unwrap();
@@ -184,7 +184,7 @@ fn receive(stream: &Receiver<Vec<u8>>) -> Option<Vec<u8>> {
     match stream.recv_timeout(TIMEOUT) {
         Ok(data) => Some(data),
         Err(RecvTimeoutError::Disconnected) => None,
-        Err(RecvTimeoutError::Timeout) => panic!("nothing comes for {TIMEOUT:?}"),
+        Err(RecvTimeoutError::Timeout) => panic!("no data within {TIMEOUT:?}"),
     }
 }
 
@@ -192,8 +192,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reads a frame and gives it to whom it is for.
-fn deal_out(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writer>) -> std::io::Result<()> {
+/// Reads a frame and dispatches it to its stream.
+fn dispatch_frame(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writer>) -> std::io::Result<()> {
     let mut head = [0; 8];
     reader.read_exact(&mut head)?;
     let [control, _, _, kind, flags, length @ ..] = head;
@@ -204,7 +204,7 @@ fn deal_out(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writer>) -
         let id = first(&head);
         let mut streams = lock(streams);
         if let Some(stream) = streams.get(&id).filter(|_| !payload.is_empty()) {
-            // Whoever does not want to read it any more has dropped the other end.
+            // An error means that the receiver was dropped: the data is not needed.
             let _ = stream.send(payload);
         }
         if flags & FIN != 0 {
@@ -216,7 +216,7 @@ fn deal_out(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writer>) -
         RST_STREAM => drop(lock(streams).remove(&first(&payload))),
         PING => lock(writer).socket.write_all(&[&head[..], &payload].concat())?,
         GOAWAY => return Err(std::io::ErrorKind::ConnectionAborted.into()),
-        // What a SYN_REPLY says is compressed, and nothing.
+        // SYN_REPLY and others: a SYN_REPLY has only compressed headers without information.
         _ => {}
     }
     Ok(())
@@ -231,9 +231,9 @@ impl Writer {
         self.socket.write_all(&frame)
     }
 
-    /// SYN_STREAM (2.6.1), its headers in blocks that zlib stores as they are (RFC 1950, RFC 1951, 3.2.4): that takes no
-    /// dictionary. The empty block at the end is what zlib's own flush writes.
-    fn begin(&mut self, id: u32, headers: &[(&str, &str)]) -> std::io::Result<()> {
+    /// Sends SYN_STREAM (2.6.1). The headers are in stored zlib blocks (RFC 1950; RFC 1951, 3.2.4), which need no
+    /// dictionary. The empty block at the end is what a zlib flush writes.
+    fn syn_stream(&mut self, id: u32, headers: &[(&str, &str)]) -> std::io::Result<()> {
         let mut plain = u32::try_from(headers.len()).unwrap().to_be_bytes().to_vec();
         for text in headers.iter().flat_map(|(name, value)| [name, value]) {
             plain.extend(u32::try_from(text.len()).unwrap().to_be_bytes());
@@ -241,9 +241,9 @@ impl Writer {
         }
         let mut payload = id.to_be_bytes().to_vec();
         payload.extend([0; 6]);
-        if !self.begun {
+        if !self.zlib_started {
             payload.extend([0x78, 0x01]);
-            self.begun = true;
+            self.zlib_started = true;
         }
         let length = u16::try_from(plain.len()).unwrap();
         payload.push(0);

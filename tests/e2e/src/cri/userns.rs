@@ -1,38 +1,38 @@
-//! Pods with a user namespace (`hostUsers: false`), as the kubelet asks for them.
+//! Pods with a user namespace (`hostUsers: false`), requested like the kubelet does.
 
 use serde_json::{Value, json};
 
 use super::pod::{Pod, Pods};
 
-/// The first id of the pod's on the node.
+/// First host id of the pod's id mapping.
 pub const BASE: u32 = 65536 * 5;
 
-/// One range of users and groups from `base` on.
+/// Returns user namespace options that map one range of users and groups to host ids from `base` up.
 pub fn options(base: u32) -> Value {
     let ids = json!([{ "host_id": base, "container_id": 0, "length": 65536 }]);
     json!({ "mode": "POD", "uids": ids, "gids": ids })
 }
 
-/// Asks for the user namespace in a pod's or a container's configuration.
+/// Adds the user namespace to a pod's or a container's configuration.
 pub fn mapped(mut config: Value) -> Value {
     config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE);
     config
 }
 
-/// A pod with one.
+/// Runs a pod with a user namespace.
 pub fn pod(pods: &Pods) -> Pod {
     pods.run(mapped(pods.config()))
 }
 
-/// A container's configuration, in such a pod.
+/// Returns a container's configuration for a pod with a user namespace.
 pub fn sh(pod: &Pod, script: &str) -> Value {
     mapped(pod.sh(script))
 }
 
-/// A container that stays until it is told to end.
+/// Script that sleeps until SIGTERM.
 pub const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
-/// Root of the pod is another user outside, in each container and each exec.
+/// Tests that the pod's root is mapped to another host user, in containers and execs.
 #[track_caller]
 pub fn root_is_mapped(pods: &Pods) {
     let pod = pod(pods);
@@ -44,16 +44,16 @@ pub fn root_is_mapped(pods: &Pods) {
         assert_eq!(words(first.sh(&format!("cat /proc/self/{file}"))), map, "by exec");
     }
     assert!(words(first.log()).contains(&map), "{}", first.log());
-    // Its own image is its root's, and it may do there what root may.
+    // Files of the image belong to the pod's root, which has root's permissions on them.
     assert_eq!(first.sh("id -u; id -g; stat -c %u:%g / /bin /bin/busybox /etc/passwd | sort -u"), "0\n0\n0:0");
     assert_eq!(first.sh("touch /new && chown 7:8 /new && stat -c %u:%g /new && rm /new"), "7:8");
     assert_eq!(first.sh("mkdir -p /a/b && chmod 700 /a && stat -c %u:%g /a/b"), "0:0");
-    // As in a pod without one: file systems, devices, the pod's name.
+    // The same as in a pod without a user namespace: file systems, devices, host name.
     assert_eq!(first.sh("echo x > /dev/null; stat -f -c %T /proc /sys /dev/shm"), "proc\nsysfs\ntmpfs");
     assert_eq!(first.sh("touch /dev/shm/x && stat -c %u:%g /dev/shm/x; rm /dev/shm/x; hostname"), {
         format!("0:0\n{}", pod.config["hostname"].as_str().unwrap())
     });
-    // A second container is in the same user namespace, its network and its memory.
+    // A second container shares the user, network and IPC namespaces and the shared memory.
     let second = pod.start(&sh(&pod, SLEEP));
     for kind in ["user", "net", "ipc"] {
         let link = format!("readlink /proc/self/ns/{kind}");
@@ -61,7 +61,7 @@ pub fn root_is_mapped(pods: &Pods) {
     }
     assert_eq!(first.sh("echo seen > /dev/shm/y; stat -c %a /dev/shm"), "1777");
     assert_eq!(second.sh("cat /dev/shm/y"), "seen");
-    // Another user of the image is as mapped as root.
+    // Other users of the image are mapped like root.
     let mut config = sh(&pod, "id -u; id -G; echo out; sleep 100000");
     config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1234 });
     config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1001 });
