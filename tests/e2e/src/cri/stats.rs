@@ -89,12 +89,12 @@ pub fn processor_memory_and_processes(pods: &Pods) {
     container.sh("dd if=/dev/zero of=/dev/shm/fill bs=1M count=40 2> /dev/null; cat /bin/busybox > /dev/null");
     let group = Path::new("/sys/fs/cgroup").join(text(&pod.config["linux"]["cgroup_parent"]).trim_start_matches('/'));
     let (before, host) = (inside(&container), outside(&group));
-    let told = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
+    let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
     let of_pod = of_pod(&pod);
     let (host_after, after) = (outside(&group), inside(&container));
-    assert_between(&told, before, after);
+    assert_between(&reported, before, after);
     assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "{before:?}");
-    assert_eq!(told["attributes"]["metadata"]["name"], config["metadata"]["name"]);
+    assert_eq!(reported["attributes"]["metadata"]["name"], config["metadata"]["name"]);
     assert_between(&of_pod, host, host_after);
     assert_eq!(of_pod["containers"].as_array().unwrap().len(), 1, "{of_pod}");
     assert_between(&of_pod["containers"][0], before, after);
@@ -105,8 +105,8 @@ pub fn processor_memory_and_processes(pods: &Pods) {
     // Freed memory is reported too.
     container.sh("rm /dev/shm/fill");
     let before = inside(&container);
-    let told = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
-    assert_between(&told, before, inside(&container));
+    let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
+    assert_between(&reported, before, inside(&container));
     assert!(before.1 < 20 * MIB, "{before:?}");
     container.stop(0);
 }
