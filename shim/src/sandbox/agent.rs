@@ -1,4 +1,6 @@
-//! The agent in the guest, which is not trusted: every answer has a time-out, and what it says is checked.
+//! Client of the agent in the guest.
+//!
+//! The agent is not trusted: every call has a timeout, and every answer is checked.
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime};
@@ -9,98 +11,101 @@ use husk_proto::containerd::shim_async::{Client, TaskClient};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-/// Longest error text passed on.
+/// Maximum length of an error text of the agent, in bytes.
 const MAX_ERROR: usize = 4096;
 
 /// Clients of the agent's services, over one connection.
 #[derive(Clone)]
 pub struct Agent {
-    /// containerd's Task service, with guest paths.
+    /// containerd's Task service; its paths are paths in the guest.
     pub task: TaskClient,
-    /// The sandbox service.
+    /// Husk's own Sandbox service.
     pub sandbox: SandboxClient,
 }
 
-/// Something the agent reported, checked.
+/// A checked event of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
-    /// A process ended.
+    /// A process exited.
     Exit {
-        /// Its container.
+        /// Id of the container.
         container: String,
-        /// Its exec id; empty for the first process.
+        /// Id of the exec; empty for the init process.
         exec: String,
-        /// 0 to 255.
+        /// Exit status, 0 to 255.
         status: u32,
-        /// When.
+        /// Time of the exit.
         at: SystemTime,
-        /// The guest's kernel killed for lack of memory.
+        /// Whether the guest's OOM killer killed a process of the container.
         oom: bool,
     },
-    /// The guest's kernel killed a process of this container for lack of memory.
+    /// The guest's OOM killer killed a process of the container.
     Oom {
-        /// The container.
+        /// Id of the container.
         container: String,
     },
 }
 
-/// How long calls may take: the agent's work is quick, a node under load is not.
+/// Timeouts of calls. The agent itself answers quickly, but a loaded node may not.
 pub mod timeouts {
     use std::time::Duration;
 
-    /// Calls that only look something up or pass it on.
+    /// Timeout of calls that only look something up or pass it on.
     pub const QUICK: Duration = Duration::from_secs(10);
-    /// Creating, starting and deleting.
+    /// Timeout of calls that create, start or delete.
     pub const SLOW: Duration = Duration::from_secs(60);
 }
 
-/// A request's context with a time-out.
+/// Returns a request context with a timeout.
 pub fn within(limit: Duration) -> Context {
     ttrpc::context::with_duration(limit)
 }
 
 impl Agent {
-    /// Speaks over a connected stream.
+    /// Returns clients that use a connected stream.
     ///
     /// # Errors
-    /// When the stream cannot be watched.
+    /// If the stream cannot be registered with the async runtime.
     pub fn new(stream: UnixStream) -> std::io::Result<Self> {
         let client = Client::new(Socket::try_from(stream)?);
         Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client) })
     }
 
-    /// Sets the guest up.
+    /// Sets up the guest. Returns the release of its kernel.
     ///
     /// # Errors
-    /// What the agent says.
+    /// The agent's error, or a timeout.
     pub async fn setup(&self, request: &SetupRequest, limit: Duration) -> ttrpc::Result<String> {
         let response = self.sandbox.setup(within(limit), request).await?;
-        Ok(short(&response.kernel_release, 256))
+        Ok(bounded(&response.kernel_release, 256))
     }
 
-    /// Asks for events, from now on.
+    /// Subscribes to events from now on.
     ///
     /// # Errors
-    /// When the connection is gone.
+    /// If the connection is closed.
     pub async fn events(&self) -> ttrpc::Result<ttrpc::r#async::ClientStreamReceiver<Event>> {
         self.sandbox.events(Context::default(), &EventsRequest::new()).await
     }
 }
 
-/// Checks an event. The host's clock counts, except that the guest's may be nearer to the truth by a little.
+/// Checks an event.
+///
+/// The guest's time of an exit is used only if it lies in the last 60 seconds of the host's clock. Otherwise the
+/// current time is used.
 pub fn check(event: Event) -> Option<Report> {
     match event.kind? {
         event::Kind::Exit(exit) => {
             let now = SystemTime::now();
-            let said =
+            let reported =
                 u64::try_from(exit.exited_at_ns).ok().map(|ns| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
-            let near =
+            let plausible =
                 |at: &SystemTime| *at <= now && now.duration_since(*at).is_ok_and(|d| d < Duration::from_secs(60));
             Some(Report::Exit {
                 container: exit.container_id,
                 exec: exit.exec_id,
                 status: exit.status.min(255),
-                at: said.filter(near).unwrap_or(now),
+                at: reported.filter(plausible).unwrap_or(now),
                 oom: exit.oom,
             })
         }
@@ -109,11 +114,11 @@ pub fn check(event: Event) -> Option<Report> {
     }
 }
 
-/// An error of the agent's for containerd: bounded, and without control characters.
+/// Converts an error of the agent for containerd: bounds its length and replaces control characters.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => {
-            let text = short(&status.message, MAX_ERROR);
+            let text = bounded(&status.message, MAX_ERROR);
             let code = status.code.enum_value().unwrap_or(ttrpc::Code::UNKNOWN);
             let text = if code == ttrpc::Code::DEADLINE_EXCEEDED { format!("agent: {what}: {text}") } else { text };
             ttrpc::error::get_rpc_status(code, text)
@@ -122,8 +127,8 @@ pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     }
 }
 
-/// At most `limit` bytes of it, cleaned.
-fn short(text: &str, limit: usize) -> String {
+/// Returns at most `limit` bytes of the text, without control characters.
+fn bounded(text: &str, limit: usize) -> String {
     let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     super::console::clean(text.get(..end).unwrap_or_default())
 }
@@ -140,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_put_right() {
+    fn check_corrects_exit_status_and_time() {
         for at in [i64::MIN, -1, 0, i64::MAX] {
             let Some(Report::Exit { status, at, .. }) = check(exit(u32::MAX, at)) else { panic!("no exit") };
             assert_eq!(status, 255);

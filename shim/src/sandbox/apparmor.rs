@@ -1,7 +1,8 @@
-//! AppArmor profiles: a container's is the node's, carried over to the guest's kernel before the container is made.
+//! Loads the AppArmor profiles of the node into the guest's kernel before a container is created.
 //!
-//! The kernel gives out the policy that was loaded into it (security/apparmor/apparmorfs.c, `raw_data`, where it is built
-//! with CONFIG_SECURITY_APPARMOR_EXPORT_BINARY): so the guest enforces what the node would, whoever wrote the profile.
+//! The kernel exports the policy that was loaded into it (security/apparmor/apparmorfs.c, `raw_data`, if built with
+//! CONFIG_SECURITY_APPARMOR_EXPORT_BINARY). The guest thus enforces what the node would, independent of the profile's
+//! origin.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,52 +17,52 @@ use super::Sandbox;
 use super::agent::{Agent, timeouts, within};
 use crate::lock;
 
-/// Where the kernel lists the profiles.
+/// Directory in which the kernel lists the loaded profiles.
 const PROFILES: &str = "/sys/kernel/security/apparmor/policy/profiles";
-/// The profile that is none.
+/// Name that stands for no profile.
 const UNCONFINED: &str = "unconfined";
-/// Beyond this a message is too long for the agent; a policy is some ten KiB.
-const MOST: u64 = 3 << 20;
+/// Maximum size of a policy in bytes: a ttrpc message cannot be longer. A typical policy has some ten KiB.
+const MAX_POLICY: u64 = 3 << 20;
 
-/// The profiles the guest has, with a digest of their policies.
+/// Profiles that the guest has loaded, with a digest of each policy.
 pub type Loaded = Mutex<HashMap<String, u64>>;
 
-/// Why a container does not get its profile.
+/// Error of loading an AppArmor profile into the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum AppArmorError {
-    /// The node has none of this name.
+    /// The node has no profile with this name.
     #[error("AppArmor profile {0:?} is not loaded on the node (apparmor_parser loads it)")]
     Missing(String),
-    /// The node's kernel does not give it out.
+    /// The node's kernel does not export the policy.
     #[error(
-        "AppArmor profile {profile:?} cannot be carried over to the guest: reading {path}: use Unconfined on nodes whose \
-         kernel lacks CONFIG_SECURITY_APPARMOR_EXPORT_BINARY"
+        "failed to read the policy of AppArmor profile {profile:?} from {path}: use Unconfined on nodes whose kernel \
+         lacks CONFIG_SECURITY_APPARMOR_EXPORT_BINARY"
     )]
     Read {
-        /// The profile.
+        /// Name of the profile.
         profile: String,
-        /// What was read.
+        /// File that was read.
         path: PathBuf,
-        /// Why not.
+        /// Cause.
         #[source]
         source: io::Error,
     },
     /// The policy is too large.
-    #[error("AppArmor profile {0:?} is larger than 3 MiB with those it was loaded with")]
+    #[error("AppArmor profile {0:?} and the profiles loaded with it are larger than 3 MiB")]
     Large(String),
-    /// The guest does not take it.
-    #[error("AppArmor profile {profile:?} cannot be loaded in the guest")]
+    /// The guest did not load the policy.
+    #[error("failed to load AppArmor profile {profile:?} in the guest")]
     Guest {
-        /// The profile.
+        /// Name of the profile.
         profile: String,
-        /// Why not.
+        /// Cause.
         #[source]
         source: ttrpc::Error,
     },
 }
 
 impl Sandbox {
-    /// Makes sure that the guest has the profile of the node's, as the node has it now.
+    /// Loads the node's current version of a profile into the guest, unless the guest has it already.
     ///
     /// # Errors
     /// [`AppArmorError`].
@@ -89,23 +90,26 @@ impl Sandbox {
     }
 }
 
-/// The policy by which `profile` was loaded; blocks.
+/// Reads the policy with which `profile` was loaded. Blocks.
 fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
-    // A child is loaded with its parent, as a hat is.
+    // A child profile or hat is loaded together with its parent.
     let parent = profile.split_once("//").map_or(profile, |(parent, _)| parent);
     let missing = || AppArmorError::Missing(profile.to_owned());
-    // The directory's name is the profile's, made plain and with a number behind it; the name itself is in a file.
+    // The directory name is the profile name in plain characters with a number appended. The file `name` has the real
+    // name.
     let entries = fs::read_dir(profiles).map_err(|_| missing())?;
-    let is_it = |dir: &Path| fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim_end() == parent);
-    let found = entries.flatten().map(|entry| entry.path()).find(|dir| may_be(dir, parent) && is_it(dir));
+    let name_matches = |dir: &Path| fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim_end() == parent);
+    let found = entries.flatten().map(|entry| entry.path()).find(|dir| may_match(dir, parent) && name_matches(dir));
     let path = found.ok_or_else(missing)?.join("raw_data");
     let read = |source| AppArmorError::Read { profile: profile.to_owned(), path: path.clone(), source };
     let policy = fs::read(&path).map_err(read)?;
-    if policy.len() as u64 > MOST { Err(AppArmorError::Large(profile.to_owned())) } else { Ok(policy) }
+    if policy.len() as u64 > MAX_POLICY { Err(AppArmorError::Large(profile.to_owned())) } else { Ok(policy) }
 }
 
-/// Whether a directory's name can be that of a profile, by the letters that every name keeps: there are hundreds.
-fn may_be(dir: &Path, profile: &str) -> bool {
+/// Returns whether a directory can belong to a profile. Compares only the characters that the kernel keeps in the name.
+///
+/// This avoids reading a file for each of the node's hundreds of profiles.
+fn may_match(dir: &Path, profile: &str) -> bool {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let plain = |text: &str| text.chars().filter(char::is_ascii_alphanumeric).collect::<String>();
     name.rsplit_once('.').is_some_and(|(name, _)| plain(name) == plain(profile))
@@ -116,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_policy_is_found_by_the_profiles_name() {
+    fn policy_finds_the_profile_by_name() {
         let dir = tempfile::tempdir().unwrap();
         for (number, name) in ["a.b", "ab", "/usr/bin/x"].into_iter().enumerate() {
             let profile = dir.path().join(format!("{}.{number}", name.trim_matches('/').replace('/', ".")));

@@ -1,4 +1,4 @@
-//! From nothing to a guest that takes containers, in one line: what is asked of the VMM and the agent, in order.
+//! Boots a guest: the calls to the VMM and the agent, in order, until the agent accepts containers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -25,102 +25,102 @@ use crate::bundle::{self, Sizing, Users};
 use crate::network::Network;
 use crate::random;
 
-/// For disks and interfaces that come later.
+/// Slots that are free at boot, for disks and interfaces that are hot-plugged.
 const SPARE_SLOTS: u8 = 5;
-/// Size of a pod's shared memory, as containerd's CRI makes it.
+/// Mount option with the size of the pod's shared memory, as containerd's CRI sets it.
 const SHM_SIZE: &str = "size=65536k";
 
-/// What a guest is set up as.
+/// Configuration of the guest for its pod.
 pub struct Pod {
     /// Sandbox id.
     pub id: String,
     /// Host name of the sandbox.
     pub hostname: String,
-    /// Whether its containers share `/dev/shm`.
+    /// Whether the containers share `/dev/shm`.
     pub shared_memory: bool,
-    /// Settings of the sandbox' namespaces.
+    /// Sysctls of the sandbox's namespaces.
     pub sysctls: HashMap<String, String>,
-    /// Most tasks that its containers may have together, if there is a limit.
+    /// Maximum number of tasks of all containers together, if limited.
     pub pids_max: Option<u64>,
-    /// The users of its user namespace, if it has one.
+    /// Id mappings of the pod's user namespace, if it has one.
     pub users: Option<Users>,
-    /// Interfaces, and what belongs to them.
+    /// Network interfaces, with their addresses, routes, neighbours and rules.
     pub network: Network,
 }
 
-/// Everything a boot needs, prepared while the VMM's process starts.
+/// Everything that a boot needs. Prepared while the VMM process starts.
 pub struct Plan {
-    /// What the guest is set up as.
+    /// Configuration of the guest for its pod.
     pub pod: Pod,
-    /// The operator's settings.
+    /// The operator's configuration.
     pub config: Config,
-    /// vCPUs and memory.
+    /// vCPUs and memory at boot, and what they may grow to.
     pub sizing: Sizing,
-    /// The directory shared with the guest, as the guest sees it.
+    /// The share, as the VMM sees its path.
     pub share: PathBuf,
     /// `/dev/kvm`.
     pub kvm: File,
     /// The guest kernel.
     pub kernel: File,
-    /// The initial RAM file system.
+    /// The guest's initial RAM file system.
     pub initrd: File,
 }
 
-/// Why a guest did not come up.
+/// Error of a boot.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// A file of the installation, or the device, cannot be opened.
-    #[error("opening the {what} {path}")]
+    /// A file of the installation or `/dev/kvm` cannot be opened.
+    #[error("failed to open the {what} {path}")]
     Open {
-        /// What it is.
+        /// Name of the file's role.
         what: &'static str,
-        /// Where.
+        /// Path.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
-    /// No pipe for the console.
-    #[error("making the console's pipe")]
+    /// No pipe for the console could be created.
+    #[error("failed to create a pipe for the guest's console")]
     Console(#[source] std::io::Error),
-    /// The VMM refused or died.
-    #[error("the virtual machine {step}")]
+    /// The VMM refused a call or has ended.
+    #[error("failed to {step}")]
     Vmm {
-        /// What was asked of it.
+        /// What was attempted.
         step: String,
-        /// Why.
+        /// Cause.
         #[source]
         source: VmmError,
     },
     /// The guest ended before its agent was ready.
-    #[error("the guest ended during its boot: {reason}{words}")]
+    #[error("the guest ended during its boot: {reason}{console}")]
     Ended {
-        /// Why.
+        /// Cause.
         reason: String,
-        /// What it said last.
-        words: String,
+        /// Last lines of the console.
+        console: String,
     },
-    /// The agent did not get ready.
-    #[error("the guest's agent is not ready after {secs} s{words}")]
+    /// The agent was not ready before the timeout.
+    #[error("the guest's agent is not ready after {secs} s{console}")]
     Timeout {
-        /// The limit.
+        /// Timeout in seconds.
         secs: u64,
-        /// What the guest said last.
-        words: String,
+        /// Last lines of the console.
+        console: String,
     },
-    /// The connection cannot be used.
-    #[error("connecting to the agent")]
+    /// The connection to the agent cannot be used.
+    #[error("failed to connect to the agent")]
     Connect(#[source] std::io::Error),
-    /// The agent refused.
-    #[error("setting the sandbox up")]
+    /// The agent could not set up the sandbox.
+    #[error("failed to set up the sandbox in the guest")]
     Setup(#[source] ttrpc::Error),
 }
 
 impl Plan {
-    /// Opens what a boot needs.
+    /// Opens the files that a boot needs.
     ///
     /// # Errors
-    /// [`BootError::Open`] naming the file that is missing.
+    /// [`BootError::Open`] with the file that cannot be opened.
     pub fn open(pod: Pod, config: Config, sizing: Sizing, share: PathBuf) -> Result<Self, BootError> {
         let open = |what, path: &std::path::Path, write| {
             File::options().read(true).write(write).open(path).map_err(|source| BootError::Open {
@@ -141,7 +141,7 @@ impl Plan {
     }
 }
 
-/// What the guest's stream of notices has told so far.
+/// State of the boot according to the VMM's notices.
 #[derive(Debug, Clone, Default)]
 struct Progress {
     ready: bool,
@@ -151,7 +151,7 @@ struct Progress {
 /// Boots the guest and connects to its agent.
 ///
 /// # Errors
-/// [`BootError`], with the console's last lines where they matter.
+/// [`BootError`]; with the last lines of the console if the guest ended or the boot timed out.
 pub async fn boot(
     plan: Plan,
     vmm: &Vmm,
@@ -167,7 +167,7 @@ pub async fn boot(
         create(&plan, vmm, console_in).await?;
         let state = progress.wait_for(|p| p.ready || p.ended.is_some()).await.map(|p| p.clone()).unwrap_or_default();
         if !state.ready {
-            return Err(BootError::Ended { reason: String::new(), words: String::new() });
+            return Err(BootError::Ended { reason: String::new(), console: String::new() });
         }
         connect(&plan, vmm, timeline, limit).await
     })
@@ -178,22 +178,23 @@ pub async fn boot(
             Ok(agent)
         }
         Ok(Err(error)) => {
-            // A guest that is gone is the cause of whatever failed; wait for its last words.
+            // If the guest has ended, that is the cause of any other error. Wait for the VMM, so that the console is
+            // complete.
             let gone = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if gone || progress.borrow().ended.is_some() {
                 vmm.kill();
                 let status = vmm.wait().await;
                 let reason = progress.borrow().ended.clone().unwrap_or_else(|| format!("the VMM ended with {status}"));
-                return Err(BootError::Ended { reason, words: words(tail) });
+                return Err(BootError::Ended { reason, console: console_suffix(tail) });
             }
             Err(error)
         }
-        Err(_) => Err(BootError::Timeout { secs: limit.as_secs(), words: words(tail) }),
+        Err(_) => Err(BootError::Timeout { secs: limit.as_secs(), console: console_suffix(tail) }),
     }
 }
 
-/// Has the VMM make the machine and lets it run.
+/// Has the VMM create the VM and starts it.
 async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
@@ -223,24 +224,24 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
     };
     let files = format!("from kernel {} and initrd {}", plan.config.kernel.display(), plan.config.initrd.display());
     let error = |step: String| move |source| BootError::Vmm { step, source };
-    vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error(format!("cannot be created {files}")))?;
-    vmm.call(Call::Resume, &[]).await.map_err(error("cannot be started".into()))?;
+    vmm.call(Call::Create(Box::new(config)), &fds).await.map_err(error(format!("create the VM {files}")))?;
+    vmm.call(Call::Resume, &[]).await.map_err(error("start the VM".into()))?;
     Ok(())
 }
 
-/// Connects to the agent and sets the sandbox up.
+/// Connects to the agent and sets up the sandbox.
 async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -> Result<Agent, BootError> {
     let stream = vmm
         .connect(ports::AGENT)
         .await
-        .map_err(|source| BootError::Vmm { step: "has no agent that answers".into(), source })?;
+        .map_err(|source| BootError::Vmm { step: "connect to the agent".into(), source })?;
     timeline.mark("agent connected");
     let agent = Agent::new(stream).map_err(BootError::Connect)?;
     let entropy = random::bytes::<64>().map(Vec::from).unwrap_or_default();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;
     let (uids, gids) = pod.users.as_ref().map(Users::mappings).unwrap_or_default();
-    // As runc shows it: the pod's root owns it.
+    // Owned by the pod's root user, as under runc.
     let owner = pod.users.as_ref().and_then(|users| Some((users.uid(0)?, users.gid(0)?)));
     let owner = owner.map(|(uid, gid)| [format!("uid={uid}"), format!("gid={gid}")]).into_iter().flatten();
     let shared_memory = Mount {
@@ -281,14 +282,14 @@ fn message(mapping: &bundle::IdMapping) -> IdMapping {
     IdMapping { container, host, size, ..Default::default() }
 }
 
-fn words(tail: &Tail) -> String {
-    match tail.last_words() {
-        words if words.is_empty() => "; its console is empty".to_owned(),
-        words => format!("; the last lines of its console:\n{words}"),
+fn console_suffix(tail: &Tail) -> String {
+    match tail.console_tail() {
+        lines if lines.is_empty() => "; its console is empty".to_owned(),
+        lines => format!("; the last lines of its console:\n{lines}"),
     }
 }
 
-/// Notes the VMM's marks as they come.
+/// Records the VMM's notices in the timeline as they arrive, and publishes the progress of the boot.
 fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Timeline>) -> watch::Receiver<Progress> {
     let (update, progress) = watch::channel(Progress::default());
     let task = async move {
@@ -300,21 +301,22 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         update.send_modify(|p| p.ready = true);
                     }
                 }
-                // For another: `Vmm::many_files`.
+                // Handled elsewhere: see `Vmm::many_files`.
                 Notice::ManyFiles => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {
                         ExitReason::Reset => "the guest reset or powered itself off".to_owned(),
                         ExitReason::Stopped => "stopped".to_owned(),
-                        ExitReason::Failed(why) => format!("the virtual machine failed: {}", console::clean(&why)),
+                        ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
                     };
-                    // An orderly end is the VMM's by SIGKILL: this one was nobody's wish.
+                    // Logged as a warning, because the shim ends a VM with SIGKILL, which sends no notice: this end was
+                    // unexpected.
                     tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }
             }
         }
-        // The VMM's process is gone, whether it said so or not.
+        // The VMM process has ended, with or without a notice.
         update.send_if_modified(|p| p.ended.is_none().then(|| p.ended = Some("the VMM died".to_owned())).is_some());
     };
     tokio::spawn(task);
@@ -331,11 +333,11 @@ fn name(step: Step) -> &'static str {
     }
 }
 
-/// Takes the lines of a pipe into the log and the tail.
+/// Copies the lines of a pipe to the log and to the tail.
 pub fn follow(pipe: OwnedFd, from: &'static str, tail: Tail) {
     let pipe = match pipe::Receiver::from_owned_fd(pipe) {
         Ok(pipe) => pipe,
-        Err(error) => return tracing::warn!(%error, from, "no log"),
+        Err(error) => return tracing::warn!(%error, from, "failed to read the log pipe"),
     };
     tokio::spawn(console::follow(pipe, move |line| {
         match from {
@@ -356,19 +358,19 @@ fn follow_agent_log(vmm: Vmm) {
         });
         match stream {
             Ok(stream) => console::follow(stream, |line| tracing::debug!(from = "agent", "{line}")).await,
-            Err(error) => tracing::debug!(error, "no agent log"),
+            Err(error) => tracing::debug!(error, "failed to read the agent's log"),
         }
     };
     tokio::spawn(task);
 }
 
-/// Read and write end.
+/// Returns the read end and the write end of a new pipe.
 ///
 /// # Errors
-/// When there are too many descriptors.
+/// If no fd is left.
 pub fn pipe_pair() -> std::io::Result<(OwnedFd, OwnedFd)> {
     let (out, input) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-    // tokio asks for a non-blocking read end.
+    // tokio requires a non-blocking read end.
     nix::fcntl::fcntl(&out, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
     Ok((out, input))
 }

@@ -1,4 +1,6 @@
-//! Text from the guest, its console and its agent's log: to the shim's log line by line, the last lines kept for errors.
+//! Text from the guest: copies the lines of its console and of the agent's log to the shim's log.
+//!
+//! The last lines are kept for error messages.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -7,9 +9,9 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::lock;
 
-/// Lines kept.
-const KEEP: usize = 40;
-/// Longest line passed on; the guest may write anything.
+/// Number of lines that are kept.
+const MAX_LINES: usize = 40;
+/// Maximum length of a line in bytes. The guest is not trusted to end its lines.
 const MAX_LINE: usize = 1024;
 
 /// The last lines of a stream.
@@ -22,19 +24,19 @@ impl Tail {
     /// Keeps a line.
     pub fn push(&self, line: String) {
         let mut lines = lock(&self.lines);
-        if lines.len() == KEEP {
+        if lines.len() == MAX_LINES {
             lines.pop_front();
         }
         lines.push_back(line);
     }
 
-    /// What tells why the guest died: from the kernel's panic on where there is one, else the last few lines.
-    pub fn last_words(&self) -> String {
+    /// Returns the lines that explain the end of the guest: those from a kernel panic on, else the last 8.
+    pub fn console_tail(&self) -> String {
         let lines = lock(&self.lines);
         let panic = lines.iter().position(|line| line.contains("Kernel panic") || line.contains("panicked at"));
         let from = panic.unwrap_or_else(|| lines.len().saturating_sub(8));
-        let words: Vec<&str> = lines.iter().skip(from).take(12).map(String::as_str).collect();
-        words.join("\n")
+        let explanation: Vec<&str> = lines.iter().skip(from).take(12).map(String::as_str).collect();
+        explanation.join("\n")
     }
 }
 
@@ -66,7 +68,7 @@ fn emit(text: &mut Vec<u8>, line: &mut impl FnMut(String)) {
     }
 }
 
-/// Without control characters: a guest must not draw on the terminal of whoever reads the log.
+/// Replaces control characters: a guest must not be able to control the terminal on which the log is read.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\t' && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
@@ -86,14 +88,14 @@ mod tests {
     }
 
     #[test]
-    fn last_words_begin_at_the_panic() {
+    fn console_tail_begins_at_the_panic() {
         let tail = Tail::default();
         for n in 0..60 {
             tail.push(format!("line {n}"));
         }
-        assert!(tail.last_words().starts_with("line 52\n"));
+        assert!(tail.console_tail().starts_with("line 52\n"));
         tail.push("Kernel panic - not syncing: x".into());
         tail.push("CPU: 0".into());
-        assert_eq!(tail.last_words(), "Kernel panic - not syncing: x\nCPU: 0");
+        assert_eq!(tail.console_tail(), "Kernel panic - not syncing: x\nCPU: 0");
     }
 }

@@ -1,5 +1,6 @@
-//! Block devices of the host that containers of the pod are given: each is plugged into the machine once, and stays there
-//! for the pod's life, whichever containers come and go.
+//! Block devices of the host for the pod's containers.
+//!
+//! Each is hot-plugged once and stays attached until the pod ends, independent of the containers that use it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,19 +21,19 @@ use super::vmm::VmmError;
 use crate::bundle::{Disk, Numbers};
 use crate::lock;
 
-/// The disks that are plugged in, or being so.
+/// Disks that are attached or being attached.
 pub type Plugged = Mutex<HashMap<Disk, Arc<Plug>>>;
 
-/// How far one disk has come.
+/// State of attaching one disk.
 #[derive(Debug, Default)]
 pub struct Plug {
-    /// The slot it is in: taken once, however often the guest has to be asked for what it found there.
+    /// Slot of the disk. Attached once, even if finding the disk in the guest has to be retried.
     slot: OnceCell<u32>,
     numbers: OnceCell<Numbers>,
 }
 
 impl Plug {
-    /// The guest's numbers: the disk is plugged in by `attach`, then `find` asks the guest.
+    /// Returns the guest's device numbers. `attach` hot-plugs the disk, then `find` asks the guest for its numbers.
     async fn get<E, F: Future<Output = Result<Numbers, E>>>(
         &self,
         attach: impl Future<Output = Result<u32, E>>,
@@ -46,63 +47,67 @@ impl Plug {
     }
 }
 
-/// Why a container does not get a block device.
+/// Error of giving a block device to a container.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The host does not let it be opened.
-    #[error("opening the block device {major}:{minor} of the host")]
+    /// The device cannot be opened on the host.
+    #[error("failed to open block device {major}:{minor} of the host")]
     Open {
-        /// Its major number.
+        /// Major number on the host.
         major: u32,
-        /// Its minor number.
+        /// Minor number on the host.
         minor: u32,
-        /// Why.
+        /// Cause.
         #[source]
         source: io::Error,
     },
-    /// The machine does not take it.
+    /// The VMM did not attach it.
     #[error("plugging the block device {major}:{minor} of the host into the virtual machine")]
     Plug {
-        /// Its major number.
+        /// Major number on the host.
         major: u32,
-        /// Its minor number.
+        /// Minor number on the host.
         minor: u32,
-        /// Why.
+        /// Cause.
         #[source]
         source: VmmError,
     },
-    /// The guest does not find it.
-    #[error("finding the block device in the guest")]
+    /// The guest's agent did not answer with a device.
+    #[error("failed to find the block device in the guest")]
     Guest(#[source] ttrpc::Error),
-    /// The guest has something else there.
-    #[error("the guest has no disk where it was plugged in")]
-    Nothing,
+    /// The guest has no disk in the slot.
+    #[error("the guest has no disk in the slot to which it was attached")]
+    Missing,
 }
 
 impl Sandbox {
-    /// The guest's numbers of a block device of the host, which is plugged in if it is not there yet.
+    /// Returns the guest's device numbers of a block device of the host. Hot-plugs the device if it is not attached
+    /// yet.
     ///
     /// # Errors
-    /// [`DiskError`]; the next call tries again.
+    /// [`DiskError`]; the next call retries.
     pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<Numbers, DiskError> {
         let plug = Arc::clone(lock(&self.disks).entry(disk).or_default());
         plug.get(self.plug(disk), |slot| find(agent, slot)).await
     }
 
-    /// Has the guest write what it still holds of its disks, if it has any: under runc that would be in the node's page
-    /// cache, whatever becomes of the pod. A guest that does not is waited for ten seconds.
+    /// Has the guest write its dirty pages to its disks, if it has any. Waits for at most ten seconds.
+    ///
+    /// Under runc the data would be in the node's page cache, and would survive the pod.
     pub async fn flush_disks(&self) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
         let agent = self.agent().filter(|_| some && !self.is_dead());
         let Some(agent) = agent else { return };
         match agent.sandbox.sync(within(timeouts::QUICK), &SyncRequest::new()).await {
-            Ok(_) => tracing::debug!("the guest has written to its disks what it held of them"),
+            Ok(_) => tracing::debug!("flushed the guest's disks"),
             Err(_) if self.is_dead() => {}
-            Err(error) => tracing::warn!(%error, "what was written last to the pod's disks may be lost"),
+            Err(error) => {
+                tracing::warn!(%error, "failed to flush the guest's disks: the last writes may be lost")
+            }
         }
     }
 
-    /// Plugs it in; gives its slot.
+    /// Hot-plugs the disk. Returns its slot.
     async fn plug(&self, disk: Disk) -> Result<u32, DiskError> {
         let Disk { major, minor, read_only } = disk;
         let file = tokio::task::spawn_blocking(move || open(disk)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
@@ -117,27 +122,27 @@ impl Sandbox {
     }
 }
 
-/// What the guest has in a slot.
+/// Asks the guest for the device numbers of the disk in a slot.
 async fn find(agent: &Agent, slot: u32) -> Result<Numbers, DiskError> {
     let request = RescanRequest { slot, ..Default::default() };
     let found = agent.sandbox.rescan(within(timeouts::SLOW), &request).await.map_err(DiskError::Guest)?;
     match found.major {
-        0 => Err(DiskError::Nothing),
+        0 => Err(DiskError::Missing),
         major => Ok(Numbers { major, minor: found.minor }),
     }
 }
 
-/// Opens a block device by its number; blocks.
+/// Opens a block device by its number. Blocks.
 fn open(disk: Disk) -> io::Result<File> {
     let Disk { major, minor, read_only } = disk;
-    // Where the kernel says how its node in /dev is called (Linux, Documentation/ABI/testing/sysfs-dev).
-    let about = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
-    let name = about.lines().find_map(|line| line.strip_prefix("DEVNAME=")).ok_or(io::ErrorKind::NotFound)?;
+    // The kernel gives the name of the device's node in /dev (Linux, Documentation/ABI/testing/sysfs-dev).
+    let uevent = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=")).ok_or(io::ErrorKind::NotFound)?;
     let path: PathBuf = ["/dev", name].iter().collect();
     let file = File::options().read(true).write(!read_only).open(path)?;
     let meta = file.metadata()?;
     let number = libc::makedev(major, minor);
-    // A node of the same name that is something else is none of the container's.
+    // The node in /dev may be another device, which the container must not get.
     if meta.file_type().is_block_device() && meta.rdev() == number {
         Ok(file)
     } else {
@@ -151,7 +156,7 @@ mod tests {
     use std::cell::Cell;
 
     #[tokio::test]
-    async fn a_disk_that_the_guest_did_not_find_at_once_keeps_its_slot() {
+    async fn disk_keeps_its_slot_when_the_guest_finds_it_late() {
         let (plug, attached) = (Plug::default(), Cell::new(0));
         let attach = || async {
             attached.set(attached.get() + 1);

@@ -1,4 +1,6 @@
-//! Connections dialled within the pod's host-side network namespace, carried to the guest (see `crate::network::steer`).
+//! Port forwarding: connects to the guest what is dialled in the pod's network namespace on the host.
+//!
+//! See `crate::network::steer` for how such connections reach the listeners here.
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -13,40 +15,40 @@ use tokio::sync::Semaphore;
 use super::vmm::{Vmm, VmmError};
 use crate::network::Steer;
 
-/// Connections at once; more wait in the listener's backlog.
-const MOST: usize = 512;
-/// Most that a connection within the guest takes.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Maximum number of connections at once. More wait in the listener's backlog.
+const MAX_CONNECTIONS: usize = 512;
+/// Timeout for the connection inside the guest.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long nothing is accepted after an accept that failed: the first time, and at most.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// First and maximum backoff after a failed accept.
+const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
-/// Why a connection was not carried.
+/// Error of forwarding a connection.
 #[derive(Debug, thiserror::Error)]
 enum ForwardError {
-    /// No stream into the guest.
-    #[error("connecting to the guest")]
+    /// No stream to the guest could be opened.
+    #[error("failed to connect to the guest")]
     Guest(#[source] VmmError),
-    /// Nobody listens there, or the guest cannot connect for another reason.
-    #[error("connecting to {address} in the pod")]
+    /// The guest could not connect, usually because nothing listens at the address.
+    #[error("failed to connect to {address} in the pod")]
     Refused {
-        /// What was dialled.
+        /// Address that was dialled.
         address: SocketAddr,
-        /// What the guest's kernel said.
+        /// Error of the guest's kernel.
         #[source]
         source: std::io::Error,
     },
-    /// The guest did not answer.
-    #[error("no answer from the guest within {PATIENCE:?}")]
-    Silent,
-    /// A stream broke.
-    #[error("carrying data")]
+    /// The guest did not answer before the timeout.
+    #[error("no answer from the guest within {CONNECT_TIMEOUT:?}")]
+    Timeout,
+    /// One of the two connections failed.
+    #[error("failed to copy data between client and guest")]
     Stream(#[from] std::io::Error),
 }
 
-/// Accepts until the virtual machine ends, each listener in a task of its own.
+/// Accepts connections until the VM ends. Each listener has a task of its own.
 pub fn serve(steer: Steer, vmm: &Vmm) {
-    let slots = Arc::new(Semaphore::new(MOST));
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let Steer { listeners, link } = steer;
     let link = Arc::new(link);
     for listener in listeners {
@@ -55,7 +57,7 @@ pub fn serve(steer: Steer, vmm: &Vmm) {
             let accepting = accept(listener, vmm.clone(), slots);
             tokio::select! {
                 result = accepting => if let Err(error) = result {
-                    tracing::warn!(%error, "connections within the pod's network namespace are no longer forwarded");
+                    tracing::warn!(%error, "stopped port forwarding: a listener in the pod's network namespace failed");
                 },
                 _ = vmm.wait() => {}
             }
@@ -66,52 +68,53 @@ pub fn serve(steer: Steer, vmm: &Vmm) {
 
 async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>) -> std::io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
-    let mut pause = PAUSES.0;
+    let mut backoff = ACCEPT_BACKOFF.0;
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
         let client = match listener.accept().await {
             Ok((client, _)) => client,
-            Err(error) if is_of_the_listener(&error) => return Err(error),
+            Err(error) if is_listener_error(&error) => return Err(error),
             Err(error) => {
-                // No descriptors or no memory left for now, or something of that one connection's (accept(2)).
+                // Out of fds or memory for now, or an error of this one connection (accept(2)).
                 tracing::warn!(%error, "a connection within the pod's network namespace was not accepted");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSES.1);
+                tokio::time::sleep(backoff).await;
+                backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
                 continue;
             }
         };
-        pause = PAUSES.0;
+        backoff = ACCEPT_BACKOFF.0;
         let vmm = vmm.clone();
         tokio::spawn(async move {
-            let carried = tokio::select! {
-                result = carry(client, &vmm) => result,
+            let forwarded = tokio::select! {
+                result = forward_connection(client, &vmm) => result,
                 _ = vmm.wait() => Ok(()),
             };
-            if let Err(error) = carried {
-                tracing::debug!(error = %crate::chain(&error), "connection not forwarded");
+            if let Err(error) = forwarded {
+                tracing::debug!(error = %crate::chain(&error), "failed to forward a connection");
             }
             drop(slot);
         });
     }
 }
 
-/// Whether the listener itself is no good: any other error is of a connection or of the moment.
-fn is_of_the_listener(error: &std::io::Error) -> bool {
+/// Returns whether the listener itself is broken. Any other error concerns one connection or is temporary.
+fn is_listener_error(error: &std::io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP | libc::EFAULT))
 }
 
-async fn carry(mut client: TcpStream, vmm: &Vmm) -> Result<(), ForwardError> {
-    // The accepted connection's own address is what was dialled.
+async fn forward_connection(mut client: TcpStream, vmm: &Vmm) -> Result<(), ForwardError> {
+    // The local address of an accepted connection is the address that was dialled.
     let address = client.local_addr()?;
-    // A reset, not an orderly end, is what a client is to see of a server that is not there.
+    // If nothing listens in the guest, the client must see a reset instead of an orderly end.
     reset_at_close(&client, true)?;
-    let mut guest = tokio::time::timeout(PATIENCE, dial(address, vmm)).await.map_err(|_| ForwardError::Silent)??;
+    let mut guest =
+        tokio::time::timeout(CONNECT_TIMEOUT, dial(address, vmm)).await.map_err(|_| ForwardError::Timeout)??;
     reset_at_close(&client, false)?;
     tokio::io::copy_bidirectional(&mut client, &mut guest).await?;
     Ok(())
 }
 
-/// A stream to whoever listens at `address` in the guest.
+/// Connects to the listener at `address` in the guest.
 async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError> {
     let guest = vmm.connect(ports::FORWARD).await.map_err(ForwardError::Guest)?;
     guest.set_nonblocking(true)?;
@@ -123,11 +126,11 @@ async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError
     }
 }
 
-/// SO_LINGER with no time, or none at all.
+/// Sets SO_LINGER: with a timeout of zero, so that close(2) sends a reset, or off.
 fn reset_at_close(client: &TcpStream, reset: bool) -> std::io::Result<()> {
     let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
     let length = size_of::<libc::linger>() as libc::socklen_t;
-    // SAFETY: the option lives through the call and the length is its own.
+    // SAFETY: `linger` outlives the call, and `length` is its size.
     let result = unsafe {
         libc::setsockopt(client.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length)
     };

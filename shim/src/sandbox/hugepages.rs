@@ -1,24 +1,24 @@
-//! The node's pool of huge pages of 2 MiB (Documentation/admin-guide/mm/hugetlbpage.rst).
+//! Reads the node's pool of 2 MiB huge pages (Documentation/admin-guide/mm/hugetlbpage.rst).
 
 use std::path::Path;
 
-/// MiB of a page.
+/// Size of a huge page in MiB.
 pub const PAGE_MIB: u64 = 2;
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// All there are, in MiB: what a pod can get at most. None on a node without.
+/// Returns the size of the pool in MiB: the most that a pod can get. Zero on a node without huge pages.
 pub fn pool_mib() -> u64 {
     pages("nr_hugepages") * PAGE_MIB
 }
 
-/// Those nobody has and nobody was promised, in MiB.
+/// Returns the size of the pages that are neither in use nor reserved, in MiB.
 pub fn free_mib() -> u64 {
     pages("free_hugepages").saturating_sub(pages("resv_hugepages")) * PAGE_MIB
 }
 
 fn pages(name: &str) -> u64 {
     let text = std::fs::read_to_string(Path::new(POOL).join(name)).unwrap_or_default();
-    // No machine has so many that the sum in MiB overflows.
+    // Parsed as u32 so that the size in MiB cannot overflow.
     text.trim().parse::<u32>().unwrap_or(0).into()
 }

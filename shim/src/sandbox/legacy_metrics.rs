@@ -1,5 +1,6 @@
-//! What a sandbox uses of a host with version 1 of control groups, in the words of version 2: which of both the metrics
-//! speak, their type URL says.
+//! Reads a sandbox's metrics on a host with cgroup v1, and reports them as metrics of cgroup v2.
+//!
+//! The type URL of the metrics names cgroup v2 on every host.
 
 use std::path::Path;
 
@@ -8,13 +9,13 @@ use protobuf::MessageField;
 
 use super::cgroup::Place;
 
-/// Version 1 has a number for no limit.
+/// cgroup v1 shows no limit as a very large number.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// Reads the cgroup; a controller that is absent leaves its part at zero. Reads a handful of small files.
+/// Reads the cgroup's metrics, which are a handful of small files. Values of an absent controller are zero.
 pub fn read(place: &Place) -> Metrics {
     let text = |controller: &str, file: &str| {
-        let dir = place.of(controller).unwrap_or(Path::new("/nowhere"));
+        let dir = place.of(controller).unwrap_or(Path::new("/nonexistent"));
         std::fs::read_to_string(dir.join(file)).unwrap_or_default()
     };
     let number = |controller: &str, file: &str| text(controller, file).trim().parse::<u64>().ok();
@@ -52,7 +53,7 @@ pub fn read(place: &Place) -> Metrics {
     }
 }
 
-/// The number after `key` on a line of its own.
+/// Returns the number after `key` on a line of its own; zero if there is none.
 fn value(table: &str, key: &str) -> u64 {
     let found = table.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok());
     found.unwrap_or(0)
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_of_version_1() {
+    fn read_converts_cgroup_v1_values() {
         let dir = tempfile::tempdir().unwrap();
         for (file, text) in [
             ("cpuacct.usage", "5000\n"),

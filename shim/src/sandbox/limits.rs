@@ -1,4 +1,4 @@
-//! The limits of the sandbox's cgroup on the host, which follow the size of its virtual machine.
+//! Sets the limits of the sandbox's cgroup on the host, which follow the size of the VM.
 
 use std::path::Path;
 
@@ -9,55 +9,60 @@ use crate::systemd::{Property, Unit, Value};
 
 /// Period of the CPU limit in microseconds.
 const PERIOD: u64 = 100_000;
-/// How far before its limit the sandbox is throttled, in bytes; of what the VMM and the shim have beside the guest's memory
-/// at least, it is a third.
-const THROTTLED: u64 = 4 << 20;
-/// Version 1 has a number for no limit: the largest that pages can be counted to, or a page less.
+/// Distance in bytes between the limit at which the sandbox is throttled and the limit at which it is killed.
+///
+/// It is a third of the minimum that the VMM and the shim have beside the guest's memory.
+const THROTTLE_MARGIN: u64 = 4 << 20;
+/// cgroup v1 shows no limit as a number: the largest multiple of the page size, or one page less.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// The most memory, in MiB, that the guest may have within the cgroup above: kubelet's for the pod, whose limit changes
-/// with the pod. A guest with more would have its VMM killed for using it.
+/// Returns the maximum guest memory, in MiB, within the limit of the parent cgroup, which the kubelet sets for the pod.
+///
+/// The limit changes with the pod. If a guest used more memory, the kernel would kill the VMM.
 pub fn room(place: &Place) -> u64 {
-    above(place, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
+    parent_limit(place, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
-/// The huge pages of 2 MiB, in MiB, that the cgroup above lets the pod have; none where it sets no limit. kubelet sets one
-/// for every pod, while containerd leaves those of the containers out by default (`disable_hugetlb_controller`).
+/// Returns the pod's limit of 2 MiB huge pages in the parent cgroup, in MiB; zero if there is no limit.
+///
+/// The kubelet sets a limit for every pod. containerd by default sets none for containers
+/// (`disable_hugetlb_controller`).
 pub fn huge_mib(place: &Place) -> u64 {
-    above(place, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
+    parent_limit(place, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
 
-/// A limit of the cgroup above, by its names in version 2 and 1; none where there is none.
-fn above(place: &Place, controller: &str, [unified, legacy]: [&str; 2]) -> Option<u64> {
+/// Reads a limit of the parent cgroup, by its file names in cgroup v2 and v1. Returns `None` if there is no limit.
+fn parent_limit(place: &Place, controller: &str, [unified, legacy]: [&str; 2]) -> Option<u64> {
     let file = if matches!(place, Place::Unified(_)) { unified } else { legacy };
     let text = std::fs::read_to_string(place.of(controller)?.parent()?.join(file)).ok()?;
     text.trim().parse::<u64>().ok().filter(|&limit| limit < NO_LIMIT)
 }
 
-/// The most tasks that there may be in the cgroups above: the pod's, by the kubelet's `podPidsLimit`, and those above it.
-/// None where there is no limit. On the host it holds for the VMM's threads, which are few, and for no process of the pod's.
+/// Returns the lowest task limit of the parent cgroups: the pod's (the kubelet's `podPidsLimit`) and its ancestors'.
+///
+/// On the host the limit counts only the few threads of the VMM and none of the pod's processes. The guest enforces it.
 pub fn pids(place: &Place) -> Option<u64> {
     let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok()?.trim().parse().ok();
     place.of("pids")?.ancestors().skip(1).filter_map(limit).min()
 }
 
-/// Bytes at which the kernel begins to take memory of the sandbox' back; none where there is no limit.
+/// Returns the number of bytes from which the kernel reclaims memory of the sandbox; `None` if there is no limit.
 pub fn memory(place: &Place) -> Option<u64> {
     let legacy = matches!(place, Place::Legacy(_));
     let file = if legacy { "memory.limit_in_bytes" } else { "memory.high" };
     let text = std::fs::read_to_string(place.of("memory")?.join(file)).ok()?;
-    let own = text.trim().parse().ok().filter(|&limit| limit < NO_LIMIT)?;
-    let above = above(place, "memory", ["memory.max", "memory.limit_in_bytes"]).filter(|_| legacy);
-    Some(above.map_or(own, |above| own.min(above)))
+    let limit = text.trim().parse().ok().filter(|&limit| limit < NO_LIMIT)?;
+    let parent = parent_limit(place, "memory", ["memory.max", "memory.limit_in_bytes"]).filter(|_| legacy);
+    Some(parent.map_or(limit, |parent| limit.min(parent)))
 }
 
-/// Sets the limits for a guest that has so much memory now. Lowering a limit may take a while.
+/// Sets the limits for a guest that now has `guest_mib` of memory. Lowering a limit may take a while.
 ///
-/// Memory is limited by what the guest has, not by what the pod may use: a guest at its limit is at an end in its own
-/// kernel, which kills one of its processes, and not on the host, which would kill the VMM.
+/// Memory is limited to what the guest has, not to what the pod may use. A guest that runs out of memory then kills one
+/// of its own processes; otherwise the host would kill the VMM.
 ///
-/// Where the cgroup is a scope, systemd is told of them afterwards, so that it writes what is there already: it is this
-/// process that waits until memory was taken back, and not the host's service manager.
+/// If the cgroup is a systemd scope, systemd is told of the limits afterwards, so that it writes values that are
+/// already set. This process, not the host's service manager, thus waits for memory to be reclaimed.
 pub fn set(place: &Place, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let millis = limits.millis.map(|millis| rounded(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(place));
@@ -66,24 +71,25 @@ pub fn set(place: &Place, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u
     if let Some(unit) = unit
         && let Err(error) = unit.set(&properties(place, limits, guest_mib))
     {
-        tracing::warn!(error = %crate::chain(&error), "systemd may undo the host's limits");
+        tracing::warn!(error = %crate::chain(&error), "failed to tell systemd the limits: it may revert them");
     }
 }
 
-/// systemd keeps a quota by the hundredth of a processor.
+/// Rounds a CPU limit up as systemd does: it stores a quota in hundredths of a CPU.
 fn rounded(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// The processors of the cgroup above, where there is a list to be taken away: the kernel takes no empty one for a cgroup
-/// with processes in it (kernel/cgroup/cpuset.c, validate_change: ENOSPC).
+/// Returns all CPUs of the parent cgroup if the sandbox has a list that must be reset.
+///
+/// The kernel accepts no empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change: ENOSPC).
 fn all_cpus(place: &Place) -> Option<CpuSet> {
     let Place::Unified(path) = place else { return None };
     let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).ok()?.parse().ok();
     read(path, "cpuset.cpus").and_then(|_: CpuSet| read(path.parent()?, "cpuset.cpus.effective"))
 }
 
-/// The limits as a scope has them (org.freedesktop.systemd1(5), systemd.resource-control(5)).
+/// Returns the limits as properties of a scope (org.freedesktop.systemd1(5), systemd.resource-control(5)).
 fn properties(place: &Place, limits: &HostLimits, guest_mib: u64) -> Vec<Property> {
     let number = |value: Option<u64>| Value::U64(value.unwrap_or(u64::MAX));
     let memory = limits.memory.then(|| host_bytes(guest_mib));
@@ -93,10 +99,10 @@ fn properties(place: &Place, limits: &HostLimits, guest_mib: u64) -> Vec<Propert
         Place::Unified(_) => {
             all.push(("MemoryMax", number(memory)));
             all.push(("MemoryHigh", number(memory.map(|max| high(place, max)))));
-            // Of systemd 244 and later: not named where nobody asks for it.
+            // Since systemd 244; set only if the limits name CPUs.
             all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
         }
-        // Of version 1 it has not all controllers.
+        // systemd does not have all controllers of cgroup v1 as properties.
         Place::Legacy(_) => all.push(("MemoryLimit", number(memory))),
     }
     all
@@ -109,7 +115,7 @@ fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
     let write = |dir: Option<&Path>, file: &str, value: &str| {
         let Some(dir) = dir else { return };
         if let Err(error) = std::fs::write(dir.join(file), value) {
-            tracing::warn!(%error, file, value, "the host's limit is not set");
+            tracing::warn!(%error, file, value, "failed to set a limit of the sandbox's cgroup");
         }
     };
     let cpuset = place.of("cpuset");
@@ -119,7 +125,7 @@ fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
             let high = limits.memory.then(|| high(place, host_bytes(guest_mib)).to_string());
             write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
-            // Without a list it has the processors of the cgroup above.
+            // Without a list, the cgroup has the CPUs of its parent.
             if let Some(cpus) = cpus {
                 write(cpuset, "cpuset.cpus", &cpus);
             }
@@ -136,10 +142,11 @@ fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
     }
 }
 
-/// Where throttling begins, before the limit of the sandbox or of the pod kills: what can be given back still can be then.
+/// Returns the limit at which the sandbox is throttled, below the limit at which it or the pod is killed. Memory can
+/// still be reclaimed then.
 fn high(place: &Place, max: u64) -> u64 {
-    let above = above(place, "memory", ["memory.max", "memory.limit_in_bytes"]);
-    above.map_or(max, |above| max.min(above)).saturating_sub(THROTTLED)
+    let parent = parent_limit(place, "memory", ["memory.max", "memory.limit_in_bytes"]);
+    parent.map_or(max, |parent| max.min(parent)).saturating_sub(THROTTLE_MARGIN)
 }
 
 #[cfg(test)]
@@ -147,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_narrowest_limit_of_tasks_above_counts() {
+    fn pids_returns_the_lowest_limit_above() {
         let dir = tempfile::tempdir().unwrap();
         let sandbox = dir.path().join("kubepods/pod/sandbox");
         std::fs::create_dir_all(&sandbox).unwrap();
@@ -162,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_of_processors_comes_and_goes() {
+    fn set_writes_and_resets_the_cpuset() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         std::fs::create_dir(&pod).unwrap();
@@ -171,7 +178,7 @@ mod tests {
         std::fs::write(dir.path().join("cpuset.cpus.effective"), "0-7\n").unwrap();
         set(&place, None, &HostLimits::default(), 100);
         assert_eq!(cpus(), None);
-        // As it is before anybody sets it.
+        // An empty list, as before the first write.
         std::fs::write(pod.join("cpuset.cpus"), "\n").unwrap();
         set(&place, None, &HostLimits::default(), 100);
         assert_eq!(cpus().as_deref(), Some("\n"));
@@ -182,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_above_are_found_in_both_versions() {
+    fn parent_limits_are_read_in_cgroup_v1_and_v2() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         let legacy = Place::Legacy(vec![(vec!["memory".to_owned()], pod.clone())]);
@@ -196,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn version_1_has_other_names() {
+    fn set_writes_cgroup_v1_files() {
         let dir = tempfile::tempdir().unwrap();
         let names = ["cpu", "cpuset", "memory"].map(str::to_owned).to_vec();
         let (pod, place) = (dir.path().join("pod"), Place::Legacy(vec![(names, dir.path().join("pod"))]));
@@ -211,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn systemd_has_the_same_limits() {
+    fn properties_match_the_written_limits() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         std::fs::create_dir(&pod).unwrap();

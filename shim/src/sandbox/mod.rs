@@ -1,4 +1,4 @@
-//! One sandbox: its virtual machine, its agent, its directory and cgroup on the host, and their end.
+//! One sandbox: its VM, its agent, its directory and cgroup on the host, and their teardown.
 
 pub mod agent;
 mod apparmor;
@@ -38,40 +38,40 @@ use vmm::{Vmm, VmmError};
 
 use crate::random;
 
-/// How far a sandbox is.
+/// State of a sandbox's boot.
 #[derive(Clone)]
 pub enum Boot {
-    /// On its way.
+    /// The guest is booting.
     Booting,
-    /// Takes containers.
+    /// The agent accepts containers.
     Ready(Agent),
-    /// It will never; the whole chain of causes.
+    /// The boot failed; the text is the chain of causes.
     Failed(Arc<str>),
 }
 
-/// What a boot starts from.
+/// Input of [`Sandbox::launch`].
 pub struct Prepared {
-    /// Its cgroup.
+    /// The sandbox's cgroup.
     pub cgroup: Option<Cgroup>,
-    /// The VMM's process, where it got that far.
+    /// The VMM process, if it could be started.
     pub vmm: Option<Spawned>,
-    /// What to boot, or why not.
+    /// What to boot, or why the boot could not be prepared.
     pub plan: Result<Plan, String>,
-    /// Where the timeline goes at the end.
+    /// File to which the timeline is appended at the end.
     pub timeline_log: PathBuf,
 }
 
 /// A sandbox.
 pub struct Sandbox {
-    /// Its id.
+    /// Sandbox id.
     pub id: String,
-    /// Its start's timeline.
+    /// Timeline of the start.
     pub timeline: Arc<Timeline>,
     dir: StateDir,
     cgroup: OnceLock<Cgroup>,
     vmm: OnceLock<Vmm>,
     boot: watch::Receiver<Boot>,
-    /// Taken by the launch.
+    /// Sender of `boot`, taken by the launch.
     update: Mutex<Option<watch::Sender<Boot>>>,
     resizer: OnceLock<Resizer>,
     tail: Tail,
@@ -82,23 +82,22 @@ pub struct Sandbox {
     timeline_log: OnceLock<PathBuf>,
 }
 
-/// Why a stream into the guest cannot be had.
+/// Error of opening a stream to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// No connection.
-    #[error("opening a stream into the guest")]
+    /// The vsock connection failed.
+    #[error("failed to open a stream to the guest")]
     Connect(#[source] VmmError),
-    /// The kernel gives no random token.
-    #[error("failed to get a random token for a stream into the guest")]
+    /// The kernel returned no random token.
+    #[error("failed to get a random token for a stream to the guest")]
     Token(#[source] std::io::Error),
-    /// The header cannot be written.
-    #[error("naming a stream into the guest")]
+    /// The header could not be written.
+    #[error("failed to write the header of a stream to the guest")]
     Header(#[source] std::io::Error),
 }
 
 impl Sandbox {
-    /// A sandbox that nothing was made of yet but its directory; `vmm_log` is the read end of what the VMM will say on
-    /// its standard error.
+    /// Returns a sandbox of which only the directory exists. `vmm_log` is the read end of the VMM's standard error.
     pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
         let (update, boot) = watch::channel(Boot::Booting);
         let tail = Tail::default();
@@ -123,7 +122,7 @@ impl Sandbox {
         })
     }
 
-    /// Starts the boot, once; what the agent reports goes to `reports`, which ends with the virtual machine.
+    /// Starts the boot, once. The agent's reports go to `reports`, which is closed when the VM ends.
     pub fn launch(&self, prepared: Prepared, reports: mpsc::UnboundedSender<Report>) {
         let Some(update) = crate::lock(&self.update).take() else { return };
         let Prepared { cgroup, vmm, plan, timeline_log } = prepared;
@@ -173,7 +172,7 @@ impl Sandbox {
                 (Ok(agent), Some(vmm)) => live(agent, vmm, &update, &reports).await,
                 (Ok(_), None) => {}
                 (Err(error), vmm) => {
-                    tracing::error!(error, "sandbox did not start");
+                    tracing::error!(error, "failed to start the sandbox");
                     update.send_replace(Boot::Failed(error.into()));
                     if let Some(vmm) = vmm {
                         vmm.kill();
@@ -183,80 +182,80 @@ impl Sandbox {
             if let Some(vmm) = handle {
                 vmm.wait().await;
             }
-            // Dropping `reports` now tells that nothing will come any more.
+            // Closing `reports` signals the end of the VM.
             drop(reports);
         });
     }
 
-    /// Whether its boot was started.
+    /// Returns whether the boot was started.
     pub fn is_launched(&self) -> bool {
         crate::lock(&self.update).is_none()
     }
 
-    /// Its directory on the host.
+    /// Returns the sandbox's directory on the host.
     pub fn dir(&self) -> &StateDir {
         &self.dir
     }
 
-    /// The huge pages that the node lets the pod have as a whole, in MiB.
+    /// Returns the huge pages that the node and the pod's cgroup allow for the whole pod, in MiB.
     pub fn huge_mib(&self) -> u64 {
-        // Most nodes have none, and then nothing more is looked at: this is asked for every container.
+        // Called for every container. Most nodes have no huge pages, and then the cgroup need not be read.
         match (hugepages::pool_mib(), self.cgroup.get()) {
             (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.place()).min(pool_mib),
             _ => 0,
         }
     }
 
-    /// Its cgroup on the host, where it has one.
+    /// Returns the sandbox's cgroup on the host, if it has one.
     pub fn cgroup(&self) -> Option<&Cgroup> {
         self.cgroup.get()
     }
 
-    /// The pid reported for every task: a live process of the host that owns the sandbox' network namespace.
+    /// Returns the VMM's PID: a live process on the host in the sandbox's network namespace. 0 if there is no VMM.
     pub fn pid(&self) -> u32 {
         self.vmm.get().map_or(0, Vmm::pid)
     }
 
-    /// A pid of the host's for one container alone; [`Sandbox::give_back_pid`] follows.
+    /// Acquires a host PID for one container. [`Sandbox::release_pid`] must follow.
     ///
     /// # Errors
-    /// [`VmmError`] when there is none to be had.
-    pub async fn take_pid(&self) -> Result<u32, VmmError> {
-        self.vmm.get().ok_or(VmmError::Gone)?.take_pid().await
+    /// [`VmmError`] if the VMM cannot provide one.
+    pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
+        self.vmm.get().ok_or(VmmError::Gone)?.acquire_pid().await
     }
 
-    /// Gives back what [`Sandbox::take_pid`] gave.
-    pub async fn give_back_pid(&self, pid: u32) {
+    /// Releases a PID that [`Sandbox::acquire_pid`] returned.
+    pub async fn release_pid(&self, pid: u32) {
         if let Some(vmm) = self.vmm.get() {
-            vmm.give_back_pid(pid).await;
+            vmm.release_pid(pid).await;
         }
     }
 
-    /// Whether the virtual machine is gone.
+    /// Returns whether the VM has ended.
     pub fn is_dead(&self) -> bool {
         self.vmm.get().is_none_or(|vmm| vmm.ended().is_some())
     }
 
-    /// Where containers' directories are made for the guest.
+    /// Returns the share: the directory in which containers' directories are created for the guest.
     pub fn share(&self) -> PathBuf {
         self.dir.path().join("share")
     }
 
-    /// Waits until the guest takes containers.
+    /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// The whole chain of causes, as text: it is told to every caller.
+    /// The chain of causes, as text, because every caller gets it.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         let mut boot = self.boot.clone();
         let state = boot.wait_for(|boot| !matches!(boot, Boot::Booting)).await.map(|boot| boot.clone());
         match state {
             Ok(Boot::Ready(agent)) => Ok(agent),
             Ok(Boot::Failed(error)) => Err(error),
-            Ok(Boot::Booting) | Err(_) => Err("the sandbox is gone".into()),
+            Ok(Boot::Booting) | Err(_) => Err("the sandbox has ended".into()),
         }
     }
 
-    /// The agent, if it is there now.
+    /// Returns the agent, if it is ready.
     pub fn agent(&self) -> Option<Agent> {
         match &*self.boot.borrow() {
             Boot::Ready(agent) => Some(agent.clone()),
@@ -264,10 +263,10 @@ impl Sandbox {
         }
     }
 
-    /// Waits until the guest has the network that the host has by now.
+    /// Waits until the guest has the network configuration that the host has now.
     ///
     /// # Errors
-    /// Why the guest does not get what is new, the whole chain as text.
+    /// Why the guest does not get the changes; the chain of causes as text.
     pub async fn settle_network(&self) -> Result<(), String> {
         match self.follower.get() {
             Some(follower) => follower.settle().await,
@@ -275,18 +274,18 @@ impl Sandbox {
         }
     }
 
-    /// What changes the machine's size; none where there is no machine.
+    /// Returns the handle for changing the VM's size, or `None` if there is no VM.
     pub fn resizer(&self) -> Option<&Resizer> {
         self.resizer.get()
     }
 
-    /// Opens a stream of container stdio; the number names it in the request that uses it.
+    /// Opens a stream for container stdio. Returns the token that names it in the request that uses it.
     ///
     /// # Errors
-    /// [`StreamError`] when the guest does not take it.
+    /// [`StreamError`] if the stream cannot be opened.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
         let vmm = self.vmm.get().ok_or(StreamError::Connect(VmmError::Gone))?;
-        // It must not be guessable: a request that names a token gets its stream.
+        // The token must be unpredictable: the stream goes to any request that names it.
         let token = random::token().map_err(StreamError::Token)?;
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
         stream.set_nonblocking(true).map_err(StreamError::Header)?;
@@ -296,7 +295,7 @@ impl Sandbox {
         Ok((token, stream))
     }
 
-    /// Has volumes show from now on what the host mounts in them.
+    /// Starts to propagate new mounts of the host into volumes.
     ///
     /// # Errors
     /// As [`mounts::Propagation::start`].
@@ -304,30 +303,30 @@ impl Sandbox {
         self.propagation.start(&self.share())
     }
 
-    /// Waits until volumes show what the host has mounted in them by now.
+    /// Waits until volumes show the mounts that the host has now.
     pub async fn settle_mounts(&self) {
         self.propagation.settle().await;
     }
 
-    /// Why the guest died, as far as its console tells.
-    pub fn last_words(&self) -> String {
-        self.tail.last_words()
+    /// Returns the console's lines that explain the end of the guest.
+    pub fn console_tail(&self) -> String {
+        self.tail.console_tail()
     }
 
-    /// Ends the virtual machine when its disks have what was written to them; [`Sandbox::tear_down`] waits for it.
+    /// Flushes the guest's disks and kills the VM. [`Sandbox::tear_down`] waits for its end.
     pub async fn end(&self) {
         self.flush_disks().await;
         self.kill();
     }
 
-    /// Kills the virtual machine.
+    /// Kills the VM.
     pub fn kill(&self) {
         if let Some(vmm) = self.vmm.get() {
             vmm.kill();
         }
     }
 
-    /// Ends the sandbox: nothing of it is left on the host afterwards.
+    /// Ends the VM and removes everything of the sandbox from the host.
     pub async fn tear_down(&self) {
         self.end().await;
         if let Some(vmm) = self.vmm.get() {
@@ -346,13 +345,13 @@ impl Sandbox {
     }
 }
 
-/// Follows the agent's events until the virtual machine ends.
+/// Publishes the agent and passes its events on until the VM ends.
 async fn live(agent: Agent, vmm: &Vmm, update: &watch::Sender<Boot>, reports: &mpsc::UnboundedSender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {
-            tracing::error!(%error, "the agent gives no events");
-            update.send_replace(Boot::Failed(format!("the agent gives no events: {error}").into()));
+            tracing::error!(%error, "failed to subscribe to the agent's events");
+            update.send_replace(Boot::Failed(format!("failed to subscribe to the agent's events: {error}").into()));
             return vmm.kill();
         }
     };
@@ -363,10 +362,10 @@ async fn live(agent: Agent, vmm: &Vmm, update: &watch::Sender<Boot>, reports: &m
                 Some(report) => drop(reports.send(report)),
                 None => tracing::warn!("the agent sent an unknown event"),
             },
-            // Without events no exit would ever be seen: a guest that stops telling is a dead one.
+            // Without events, no exit would be reported. A guest that stops sending them is treated as dead.
             Ok(None) => return vmm.kill(),
             Err(error) => {
-                tracing::debug!(%error, "the agent's events ended");
+                tracing::debug!(%error, "event stream of the agent ended");
                 return vmm.kill();
             }
         }

@@ -1,4 +1,4 @@
-//! Carries changes of the pod's network to the guest, as long as both are there.
+//! Applies changes of the pod's network to the guest while the VM runs.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -18,49 +18,49 @@ use super::vmm::{Vmm, VmmError};
 use crate::lock;
 use crate::network::{Change, Follow, NetworkError, Tap};
 
-/// How long after a change the others that belong to it are waited for: an interface, its address and its routes come
-/// one after another.
-const SETTLE: Duration = Duration::from_millis(50);
-/// After which what did not reach the guest is tried again, at first; then after twice as long each time.
-const AGAIN: Duration = Duration::from_secs(1);
-/// And at last.
-const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
+/// Delay after a first change, so that related changes are applied together: an interface, its address and its routes
+/// arrive one after another.
+const COALESCE_DELAY: Duration = Duration::from_millis(50);
+/// First backoff after a failed update; it doubles with every retry.
+const FIRST_BACKOFF: Duration = Duration::from_secs(1);
+/// Maximum backoff.
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// Why a change does not reach the guest.
+/// Error of applying a change to the guest.
 #[derive(Debug, thiserror::Error)]
 enum FollowError {
-    /// The host's side.
+    /// The pod's network on the host cannot be read.
     #[error(transparent)]
     Look(#[from] NetworkError),
-    /// It cannot be looked at all.
-    #[error("looking at the pod's network")]
+    /// No thread could be started to read the pod's network.
+    #[error("failed to start a thread that reads the pod's network")]
     Thread(#[source] io::Error),
-    /// The machine does not take the interface, or does not give it back.
-    #[error("plugging an interface into the virtual machine, or taking one out")]
+    /// The VMM cannot attach or detach an interface.
+    #[error("failed plugging or unplugging a network interface of the VM")]
     Plug(#[source] VmmError),
-    /// The guest does not.
-    #[error("the guest's network")]
+    /// The agent could not apply the configuration.
+    #[error("failed to configure the guest's network")]
     Guest(#[source] ttrpc::Error),
 }
 
-/// A request to take over what has changed by now, and the answer when it is: why it cannot be, the whole chain as text.
-type Ask = oneshot::Sender<Result<(), String>>;
+/// Request to apply all current changes. The answer arrives when that is done; an error is the chain of causes as text.
+type SettleRequest = oneshot::Sender<Result<(), String>>;
 
-/// What carries changes over.
-pub struct Follower(mpsc::UnboundedSender<Ask>);
+/// Handle of the task that applies changes.
+pub struct Follower(mpsc::UnboundedSender<SettleRequest>);
 
 impl Follower {
-    /// Follows until the virtual machine ends.
+    /// Starts the task, which runs until the VM ends.
     pub fn start(follow: Follow, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
-        let (ask, mut asks) = mpsc::unbounded_channel();
+        let (request, mut requests) = mpsc::unbounded_channel();
         let end = vmm.clone();
         let mut guest =
-            Guest { follow: Arc::new(Mutex::new(follow)), vmm, agent, unseen: Vec::new(), gone: Vec::new() };
+            Guest { follow: Arc::new(Mutex::new(follow)), vmm, agent, unscanned: Vec::new(), gone: Vec::new() };
         let following = async move {
-            let Err(error) = watch(notices, &mut asks, &mut guest).await else { return };
-            tracing::warn!(%error, "changes of the pod's network go unnoticed from now on");
-            while let Some(ask) = asks.recv().await {
-                let _ = ask.send(Err(format!("changes of the pod's network go unnoticed: {error}")));
+            let Err(error) = watch(notices, &mut requests, &mut guest).await else { return };
+            tracing::warn!(%error, "stopped watching the pod's network: the guest gets no further changes");
+            while let Some(request) = requests.recv().await {
+                let _ = request.send(Err(format!("the pod's network is no longer watched: {error}")));
             }
         };
         tokio::spawn(async move {
@@ -69,114 +69,118 @@ impl Follower {
                 _ = end.wait() => {}
             }
         });
-        Self(ask)
+        Self(request)
     }
 
-    /// Returns when the guest has what there is by now.
+    /// Returns when the guest has the current configuration.
     ///
     /// # Errors
-    /// Why it does not get what is new.
+    /// Why the guest does not get the changes.
     pub async fn settle(&self) -> Result<(), String> {
-        let (ask, answer) = oneshot::channel();
-        // Nobody follows any more when the machine is gone, which the caller hears of by itself.
-        if self.0.send(ask).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
+        let (request, answer) = oneshot::channel();
+        // Without the task the VM has ended, which the caller notices by itself.
+        if self.0.send(request).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
     }
 }
 
-/// Where changes are carried to.
-trait Carry {
-    /// Looks at what there is, and carries over what is new.
-    fn carry(&mut self) -> impl Future<Output = Result<(), FollowError>> + Send;
+/// Receiver of changes: the guest, or a test double.
+trait Apply {
+    /// Reads the host's configuration and applies what has changed.
+    fn apply(&mut self) -> impl Future<Output = Result<(), FollowError>> + Send;
 }
 
-/// What the guest still lacks, since the last try failed.
-struct Behind {
+/// State of the retries after a failed update.
+struct Retry {
     error: String,
-    again: Instant,
-    wait: Duration,
+    retry_at: Instant,
+    backoff: Duration,
 }
 
-impl Behind {
+impl Retry {
     fn next(before: Option<Self>, error: FollowError) -> Self {
         let error = crate::chain(&error);
         if before.as_ref().is_none_or(|before| before.error != error) {
-            tracing::warn!(error, "a change of the pod's network does not reach the guest yet");
+            tracing::warn!(error, "a change of the pod's network does not reach the guest yet; retrying");
         }
-        let wait = before.map_or(AGAIN, |before| (before.wait * 2).min(AGAIN_AT_MOST));
-        Self { error, again: Instant::now() + wait, wait }
+        let backoff = before.map_or(FIRST_BACKOFF, |before| (before.backoff * 2).min(MAX_BACKOFF));
+        Self { error, retry_at: Instant::now() + backoff, backoff }
     }
 }
 
-/// Carries over what changes, until nobody may ask any more.
-async fn watch(notices: OwnedFd, asks: &mut mpsc::UnboundedReceiver<Ask>, guest: &mut impl Carry) -> io::Result<()> {
-    // SAFETY: the descriptor is moved into the registration and closed with it, not before.
+/// Applies changes until all handles are dropped.
+async fn watch(
+    notices: OwnedFd,
+    requests: &mut mpsc::UnboundedReceiver<SettleRequest>,
+    guest: &mut impl Apply,
+) -> io::Result<()> {
+    // SAFETY: the fd is owned by the registration, which closes it only when it is deregistered.
     let notices = unsafe { AsyncFd::register_with_interest(notices, Interest::READABLE)? };
-    let mut behind: Option<Behind> = None;
+    let mut retry: Option<Retry> = None;
     loop {
-        let again = behind.as_ref().map(|behind| behind.again);
-        let ask = tokio::select! {
-            // Every try makes taps, and so notices of its own: these do not hasten the next.
-            ready = notices.readable(), if again.is_none() => {
+        let retry_at = retry.as_ref().map(|retry| retry.retry_at);
+        let request = tokio::select! {
+            // Every attempt creates taps, which cause notices. They must not shorten the backoff.
+            ready = notices.readable(), if retry_at.is_none() => {
                 ready?.clear_ready();
                 tokio::select! {
-                    () = tokio::time::sleep(SETTLE) => None,
-                    // Whoever asks knows that there is nothing more to come.
-                    ask = asks.recv() => ask,
+                    () = tokio::time::sleep(COALESCE_DELAY) => None,
+                    // A caller asks when the configuration is complete, so the delay can be cut short.
+                    request = requests.recv() => request,
                 }
             }
-            () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => None,
-            ask = asks.recv() => match ask {
-                Some(ask) => Some(ask),
+            () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => None,
+            request = requests.recv() => match request {
+                Some(request) => Some(request),
                 None => return Ok(()),
             },
         };
-        if drain(&notices)? || behind.is_some() {
-            behind = match guest.carry().await {
+        if drain(&notices)? || retry.is_some() {
+            retry = match guest.apply().await {
                 Ok(()) => None,
-                Err(error) => Some(Behind::next(behind.take(), error)),
+                Err(error) => Some(Retry::next(retry.take(), error)),
             };
         }
-        if let Some(ask) = ask {
-            // Whoever asked may be gone.
-            let _ = ask.send(behind.as_ref().map_or(Ok(()), |behind| Err(behind.error.clone())));
+        if let Some(request) = request {
+            // The caller may have gone away.
+            let _ = request.send(retry.as_ref().map_or(Ok(()), |retry| Err(retry.error.clone())));
         }
     }
 }
 
-/// The pod's guest.
+/// The guest of the pod.
 struct Guest {
     follow: Arc<Mutex<Follow>>,
     vmm: Vmm,
     agent: Agent,
-    /// Slots with interfaces that the guest has not looked at yet.
-    unseen: Vec<u32>,
-    /// Addresses of devices whose interfaces are gone.
+    /// Slots of attached interfaces that the guest has not scanned yet.
+    unscanned: Vec<u32>,
+    /// MAC addresses of devices whose interfaces have disappeared.
     gone: Vec<[u8; 6]>,
 }
 
-impl Carry for Guest {
-    async fn carry(&mut self) -> Result<(), FollowError> {
+impl Apply for Guest {
+    async fn apply(&mut self) -> Result<(), FollowError> {
         let Some(mut change) = look(&self.follow).await? else { return Ok(()) };
         self.gone.append(&mut change.gone);
-        let carried = self.give(&mut change).await;
-        match &carried {
-            Ok(()) => tracing::info!("the pod's network has changed"),
+        let applied = self.apply_change(&mut change).await;
+        match &applied {
+            Ok(()) => tracing::info!("applied a change of the pod's network"),
             Err(_) => lock(&self.follow).forget(&change.taps),
         }
-        carried
+        applied
     }
 }
 
 impl Guest {
-    /// Gives the guest what is new; the taps that it has are taken out of `change`.
-    async fn give(&mut self, change: &mut Change) -> Result<(), FollowError> {
-        self.have_seen().await?;
+    /// Applies a change. Taps that are attached are removed from `change`, so that a retry does not attach them again.
+    async fn apply_change(&mut self, change: &mut Change) -> Result<(), FollowError> {
+        self.rescan().await?;
         if !change.taps.is_empty() || !self.gone.is_empty() {
             let rest = change.without_new();
             self.agent.sandbox.network(within(timeouts::SLOW), &rest).await.map_err(FollowError::Guest)?;
         }
-        // Before one comes that may have the same address.
-        self.take_out().await?;
+        // Before attaching, because a new interface may have the MAC address of an old one.
+        self.detach_gone().await?;
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
             let config = net_config(tap, &mut fds);
@@ -185,15 +189,15 @@ impl Guest {
                 _ => return Err(FollowError::Plug(VmmError::Unexpected)),
             };
             change.taps.remove(0);
-            self.unseen.push(slot);
-            self.have_seen().await?;
+            self.unscanned.push(slot);
+            self.rescan().await?;
         }
         self.agent.sandbox.network(within(timeouts::SLOW), &change.now).await.map_err(FollowError::Guest)?;
         Ok(())
     }
 
-    /// Takes the devices out whose interfaces are gone: others may come in their slots.
-    async fn take_out(&mut self) -> Result<(), FollowError> {
+    /// Hot-unplugs the devices whose interfaces have disappeared. This frees their slots.
+    async fn detach_gone(&mut self) -> Result<(), FollowError> {
         while let Some(&mac) = self.gone.last() {
             if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
                 let request = ReleaseRequest { slot, ..Default::default() };
@@ -209,27 +213,27 @@ impl Guest {
         self.vmm.call(call, fds).await.map_err(FollowError::Plug)
     }
 
-    /// Has the guest look at the slots that something was plugged into.
-    async fn have_seen(&mut self) -> Result<(), FollowError> {
-        while let Some(&slot) = self.unseen.last() {
+    /// Has the guest scan the slots to which interfaces were attached.
+    async fn rescan(&mut self) -> Result<(), FollowError> {
+        while let Some(&slot) = self.unscanned.last() {
             let request = RescanRequest { slot, ..Default::default() };
             self.agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(FollowError::Guest)?;
-            self.unseen.pop();
+            self.unscanned.pop();
         }
         Ok(())
     }
 }
 
-/// Takes all notices there are; whether there was one.
+/// Reads all pending notices. Returns whether there was one.
 fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     let mut some = false;
     loop {
         let mut bytes = [0u8; 8192];
-        // SAFETY: the buffer lives through the call and the length is its own.
+        // SAFETY: `bytes` outlives the call, and the length passed is its length.
         let read = unsafe { libc::recv(notices.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), 0) };
         match (read, io::Error::last_os_error()) {
             (0.., _) => some = true,
-            // Notices were lost: all the more reason to look.
+            // The kernel dropped notices, so there were some.
             (_, error) if error.raw_os_error() == Some(libc::ENOBUFS) => some = true,
             (_, error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(some),
             (_, error) => return Err(error),
@@ -237,19 +241,19 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     }
 }
 
-/// Looks from a thread of its own, which is in the pod's network namespace from then on.
+/// Reads the pod's network, on a new thread because the thread joins the pod's network namespace.
 async fn look(follow: &Arc<Mutex<Follow>>) -> Result<Option<Change>, FollowError> {
     let (done, looked) = oneshot::channel();
     let follow = Arc::clone(follow);
     let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {
-        // Nobody waits when the sandbox has ended.
+        // The receiver is gone if the sandbox has ended.
         let _ = done.send(lock(&follow).look());
     });
     thread.map_err(FollowError::Thread)?;
     Ok(looked.await.map_err(|error| FollowError::Thread(io::Error::other(error)))??)
 }
 
-/// What the VMM is told of a tap, whose descriptors are added to those that go with it.
+/// Returns the VMM's configuration of a tap, and adds the tap's fds to `fds`.
 pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig {
     let mut add = |fd: &'a OwnedFd| {
         fds.push(fd.as_fd());
@@ -265,17 +269,17 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
-    /// A guest that takes a change at the try of that number, and tells of every try.
-    struct Fails {
+    /// A guest that fails `left` attempts before it succeeds, and reports the time of every attempt.
+    struct FailingGuest {
         tries: mpsc::UnboundedSender<Instant>,
         left: u32,
         notices: UnixStream,
     }
 
-    impl Carry for Fails {
-        async fn carry(&mut self) -> Result<(), FollowError> {
+    impl Apply for FailingGuest {
+        async fn apply(&mut self) -> Result<(), FollowError> {
             self.tries.send(Instant::now()).unwrap();
-            // As a tap does that is made for the try.
+            // Every attempt causes a notice, as creating a tap does.
             self.notices.write_all(b"x").unwrap();
             match self.left {
                 0 => Ok(()),
@@ -287,34 +291,35 @@ mod tests {
         }
     }
 
-    /// What watches, with the first try still to come: what notices come by, and the tries' times.
+    /// Starts the task with a guest that fails `left` attempts. Returns also the notices' input and the attempts'
+    /// times.
     fn watched(left: u32) -> (Follower, UnixStream, mpsc::UnboundedReceiver<Instant>) {
         let (notices, input) = UnixStream::pair().unwrap();
         notices.set_nonblocking(true).unwrap();
-        let (ask, mut asks) = mpsc::unbounded_channel();
+        let (request, mut requests) = mpsc::unbounded_channel();
         let (tries, tried) = mpsc::unbounded_channel();
-        let mut guest = Fails { tries, left, notices: input.try_clone().unwrap() };
-        tokio::spawn(async move { watch(notices.into(), &mut asks, &mut guest).await.unwrap() });
-        (Follower(ask), input, tried)
+        let mut guest = FailingGuest { tries, left, notices: input.try_clone().unwrap() };
+        tokio::spawn(async move { watch(notices.into(), &mut requests, &mut guest).await.unwrap() });
+        (Follower(request), input, tried)
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_did_not_reach_the_guest_is_tried_again() {
+    async fn failed_updates_are_retried_with_backoff() {
         let (_follower, mut input, mut tried) = watched(7);
         input.write_all(b"x").unwrap();
         let mut last = tried.recv().await.unwrap();
         for secs in [1, 2, 4, 8, 16, 30, 30] {
             let at = tried.recv().await.unwrap();
-            // By the clock of the runtime, which is exact to a millisecond.
+            // The runtime's clock has a resolution of a millisecond.
             assert_eq!((at - last).as_secs(), secs);
             last = at;
         }
-        // The last one went well: its own notice is looked into, and then nothing more is tried.
-        assert!((tried.recv().await.unwrap() - last) < AGAIN);
+        // The last attempt succeeded. Its own notice causes one more read, and then nothing is retried.
+        assert!((tried.recv().await.unwrap() - last) < FIRST_BACKOFF);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_asks_hears_what_is_lacking_and_has_it_tried_again() {
+    async fn settle_returns_the_error_and_retries_at_once() {
         let (follower, mut input, mut tried) = watched(2);
         assert_eq!(follower.settle().await, Ok(()));
         assert!(tried.try_recv().is_err(), "nothing changed");
@@ -323,6 +328,6 @@ mod tests {
         assert!(follower.settle().await.unwrap_err().contains("plugging"));
         assert!(follower.settle().await.is_err());
         assert_eq!(follower.settle().await, Ok(()));
-        assert!(began.elapsed() < AGAIN);
+        assert!(began.elapsed() < FIRST_BACKOFF);
     }
 }

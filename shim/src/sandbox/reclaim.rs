@@ -1,11 +1,12 @@
-//! Gives back what the guest remembers of files when the pod's memory on the host, or what the VMM may have open, comes to
-//! its end.
+//! Reclaims the guest's caches of files when the pod's memory on the host, or the VMM's open files, run out.
 //!
-//! Every file that the guest's kernel remembers is open in the VMM, which pins the host's inode: memory of the pod's that
-//! the host's kernel cannot take back, and that the guest's does not know of. A guest that walks through many files would
-//! so have its VMM killed. Version 2 of control groups throttles at `memory.high` and tells of it (`memory.events`,
-//! Documentation/admin-guide/cgroup-v2.rst); version 1 tells when it looks for memory to take back
-//! (`memory.pressure_level`, Documentation/admin-guide/cgroup-v1/memory.rst).
+//! For every inode in its cache, the guest's kernel has a file open in the VMM. That pins the host's inode: memory of
+//! the pod's cgroup that the host's kernel cannot reclaim, and that the guest's kernel does not know of. A guest that
+//! walks through many files would thus get its VMM killed.
+//!
+//! cgroup v2 throttles at `memory.high` and reports it (`memory.events`, Documentation/admin-guide/cgroup-v2.rst).
+//! cgroup v1 reports when the kernel begins to reclaim (`memory.pressure_level`,
+//! Documentation/admin-guide/cgroup-v1/memory.rst).
 
 use std::fs::{self, File};
 use std::io;
@@ -26,32 +27,33 @@ use super::limits;
 use super::vmm::Vmm;
 use crate::lock;
 
-/// The kernel tells of every time it takes something back; one look is enough for those that come together.
-const PAUSE: Duration = Duration::from_secs(1);
-/// Files that the guest has read of stay in its memory as long as what it read. Where it was not enough to forget the
-/// others, and that shows within this time, it is to forget that too.
-const TWICE: Duration = Duration::from_secs(15);
-/// How close to its limit the memory that cannot be taken back may come.
+/// Minimum time between two reactions: the kernel reports every reclaim, and often several together.
+const MIN_INTERVAL: Duration = Duration::from_secs(1);
+/// If the guest has to drop its caches again within this time, it drops the page cache too.
+///
+/// An inode with cached pages stays in the guest's memory, so dropping the unused inodes alone may not be enough.
+const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
+/// Distance in bytes from the limit at which unreclaimable memory counts as short.
 const MARGIN: u64 = 2 << 20;
 
-/// Begins to watch, until the virtual machine ends.
+/// Starts to watch, until the VM ends.
 pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
     let guest = Guest { agent, last: Mutex::new(None) };
     tokio::spawn(async move {
         let memory = async {
             let Some(place) = &place else { return };
             match async { Watch::of(place)?.run(place, &guest).await }.await {
-                // The host does not count memory, or the cgroup is not where it would.
+                // The host does not account memory, or the cgroup has no memory controller.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => tracing::warn!(%error, "nobody watches the pod's memory on the host"),
+                Err(error) => tracing::warn!(%error, "failed to watch the pod's memory on the host"),
                 Ok(()) => {}
             }
         };
         let files = async {
             loop {
                 vmm.many_files().await;
-                guest.forget("it knows of as many as can be open on the host").await;
-                tokio::time::sleep(PAUSE).await;
+                guest.forget("the VMM has nearly as many files open as it can").await;
+                tokio::time::sleep(MIN_INTERVAL).await;
             }
         };
         tokio::select! {
@@ -61,29 +63,29 @@ pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
     });
 }
 
-/// The guest, and when it last forgot.
+/// The guest, and the time at which it last dropped caches.
 struct Guest {
     agent: Agent,
     last: Mutex<Option<Instant>>,
 }
 
 impl Guest {
-    /// Has it forget files that nobody uses.
+    /// Has the guest drop its cache of unused files.
     async fn forget(&self, reason: &str) {
-        let pages = lock(&self.last).is_some_and(|last| last.elapsed() < TWICE);
-        tracing::info!(pages, reason, "the guest is to forget files");
+        let pages = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
+        tracing::info!(pages, reason, "dropping the guest's file caches");
         let request = ForgetRequest { pages, ..Default::default() };
         if let Err(error) = self.agent.sandbox.forget(within(timeouts::SLOW), &request).await {
-            tracing::warn!(%error, "the guest forgets no files");
+            tracing::warn!(%error, "failed to drop the guest's file caches");
         }
         *lock(&self.last) = Some(Instant::now());
     }
 }
 
-/// What has something to read when the kernel looked for memory.
+/// Notifications of the kernel about reclaim in the cgroup.
 struct Watch {
     notices: AsyncFd<OwnedFd>,
-    /// Version 1 tells as long as these are open.
+    /// cgroup v1 notifies as long as these files are open.
     _levels: Vec<File>,
 }
 
@@ -99,10 +101,10 @@ impl Watch {
             Place::Legacy(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
                 let mut levels = Vec::new();
-                // The pod's is told of what its own limit makes the kernel look for.
+                // The pod's cgroup is notified of reclaim that its own limit causes.
                 for dir in dir.ancestors().take(2) {
                     let level = match File::open(dir.join("memory.pressure_level")) {
-                        // Above a sandbox' that no pod's is around there may be none.
+                        // A sandbox outside a pod may have no parent cgroup with this file.
                         Err(error) if error.kind() == io::ErrorKind::NotFound && !levels.is_empty() => break,
                         level => level?,
                     };
@@ -113,7 +115,7 @@ impl Watch {
                 (OwnedFd::from(event), levels)
             }
         };
-        // SAFETY: the descriptor is moved into the registration and closed with it, not before.
+        // SAFETY: the fd is owned by the registration, which closes it only when it is deregistered.
         let notices = unsafe { AsyncFd::register(notices) }?;
         Ok(Self { notices, _levels: levels })
     }
@@ -122,19 +124,19 @@ impl Watch {
         loop {
             self.next().await?;
             let place = place.clone();
-            if tokio::task::spawn_blocking(move || is_short(&place)).await.unwrap_or(false) {
+            if tokio::task::spawn_blocking(move || is_nearly_exhausted(&place)).await.unwrap_or(false) {
                 guest.forget("the pod's memory on the host is used up").await;
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(MIN_INTERVAL).await;
         }
     }
 
-    /// Waits for a notice, and takes all there are.
+    /// Waits for a notification, and consumes all that are pending.
     async fn next(&self) -> io::Result<()> {
         let mut ready = self.notices.readable().await?;
         let mut bytes = [0u8; 4096];
         loop {
-            // SAFETY: the buffer lives through the call and the length is its own.
+            // SAFETY: `bytes` outlives the call, and the length passed is its length.
             let read = unsafe { libc::read(self.notices.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) };
             match (read, io::Error::last_os_error()) {
                 (1.., _) => {}
@@ -149,16 +151,16 @@ impl Watch {
     }
 }
 
-/// Whether there is hardly more than what the host's kernel cannot take back.
-fn is_short(place: &Place) -> bool {
-    match (limits::memory(place), held(place)) {
-        (Some(limit), Some(held)) => held.saturating_add(MARGIN) >= limit,
+/// Returns whether nearly all of the limit is memory that the host's kernel cannot reclaim.
+fn is_nearly_exhausted(place: &Place) -> bool {
+    match (limits::memory(place), unreclaimable(place)) {
+        (Some(limit), Some(unreclaimable)) => unreclaimable.saturating_add(MARGIN) >= limit,
         _ => false,
     }
 }
 
-/// Bytes of the cgroup's that are no cache of files.
-fn held(place: &Place) -> Option<u64> {
+/// Returns the cgroup's memory without its page cache, in bytes.
+fn unreclaimable(place: &Place) -> Option<u64> {
     let dir = place.of("memory")?;
     let (usage, prefix) = match place {
         Place::Unified(_) => ("memory.current", ""),
@@ -184,21 +186,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cache_of_files_is_no_shortage() {
+    fn page_cache_does_not_count_as_shortage() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         fs::create_dir(&pod).unwrap();
         let write = |file: &str, text: String| fs::write(pod.join(file), text).unwrap();
         let place = Place::Unified(pod.clone());
-        assert!(!is_short(&place));
+        assert!(!is_nearly_exhausted(&place));
         write("memory.current", (100u64 << 20).to_string());
         write("memory.stat", format!("anon 1\nfile 9\ninactive_file {}\nactive_file 0\nslab 3\n", 10 << 20));
-        assert!(!is_short(&place));
+        assert!(!is_nearly_exhausted(&place));
         write("memory.high", "max\n".into());
-        assert!(!is_short(&place));
+        assert!(!is_nearly_exhausted(&place));
         write("memory.high", format!("{}\n", 101u64 << 20));
-        assert!(!is_short(&place));
+        assert!(!is_nearly_exhausted(&place));
         write("memory.high", format!("{}\n", 91u64 << 20));
-        assert!(is_short(&place));
+        assert!(is_nearly_exhausted(&place));
     }
 }

@@ -1,7 +1,7 @@
-//! Makes a running virtual machine larger and smaller: one task, which asks the VMM and the agent in turn.
+//! Resizes a running VM: one task that calls the VMM and the agent in turn.
 //!
-//! What grows, grows before the answer: the host's limit, then memory, then processors. What shrinks, is asked for, and
-//! comes as the guest can give it; the host's limit follows when it has.
+//! Growing is complete before the answer: first the host's limit, then memory, then vCPUs. Shrinking is only requested;
+//! the guest gives memory back when it can, and the host's limit follows.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -18,63 +18,63 @@ use super::{Boot, hugepages, limits};
 use crate::bundle::growth::{Growth, HostLimits, Size};
 use crate::systemd::Unit;
 
-/// How long a guest may take to have the memory it gets.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout for the guest to accept hot-plugged memory.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Why a machine did not grow.
+/// Error of growing a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeError {
     /// The VMM refused.
-    #[error("growing the virtual machine")]
+    #[error("failed to grow the VM")]
     Vmm(#[source] VmmError),
-    /// The guest refused.
-    #[error("the guest's {0}")]
+    /// The agent refused.
+    #[error("failed to set up the {0} in the guest")]
     Agent(&'static str, #[source] ttrpc::Error),
-    /// The guest has fewer processors than it was given.
-    #[error("the guest runs {online} of {wanted} processors")]
+    /// The guest has fewer vCPUs online than requested.
+    #[error("the guest has {online} of {wanted} vCPUs online")]
     Processors {
-        /// What it runs.
+        /// vCPUs that are online.
         online: u32,
-        /// What it should.
+        /// vCPUs that were requested.
         wanted: u8,
     },
-    /// The guest did not take all of its memory.
-    #[error("the guest took {plugged_mib} of {wanted_mib} MiB of memory")]
+    /// The guest did not accept all of the hot-plugged memory.
+    #[error("the guest accepted {plugged_mib} of {wanted_mib} MiB of hot-plugged memory")]
     Memory {
-        /// What it took, beside that of its start.
+        /// Hot-plugged memory that the guest accepted.
         plugged_mib: u64,
-        /// What it was given.
+        /// Hot-plugged memory that was offered.
         wanted_mib: u64,
     },
-    /// The node has not so many huge pages to give.
+    /// The node has too few free huge pages.
     #[error("the pod is to have {wanted_mib} MiB of huge pages of 2 MiB, the node has {free_mib} MiB of them to give")]
     NodeHugePages {
-        /// What it does not have yet.
+        /// Huge pages that the pod does not have yet.
         wanted_mib: u64,
-        /// What is free and promised to nobody.
+        /// Huge pages of the node that are neither in use nor reserved.
         free_mib: u64,
     },
-    /// The guest did not make huge pages of it.
-    #[error("the guest made {count} of {wanted} huge pages")]
+    /// The guest could not allocate the huge pages.
+    #[error("the guest allocated {count} of {wanted} huge pages")]
     HugePages {
-        /// How many there are.
+        /// Number of huge pages in the guest.
         count: u64,
-        /// How many there should be.
+        /// Number that was requested.
         wanted: u64,
     },
-    /// There is no machine any more.
-    #[error("the virtual machine is gone")]
+    /// The VM has ended.
+    #[error("the VM has ended")]
     Gone,
 }
 
-/// What a pod is to have.
+/// Size and limits that a pod is to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// The machine's size.
+    /// Size of the VM.
     pub size: Size,
-    /// Huge pages in MiB. They are not taken back: a volume may have them, and the node has counted them as the pod's.
+    /// Huge pages in MiB. They are never taken back: a volume may use them, and the node counts them as the pod's.
     pub huge_mib: u64,
-    /// What the host allows.
+    /// Limits on the host.
     pub host: HostLimits,
 }
 
@@ -83,15 +83,15 @@ struct Job {
     done: oneshot::Sender<Result<(), ResizeError>>,
 }
 
-/// Asks for another size.
+/// Handle of the task that resizes the VM.
 pub struct Resizer {
-    /// The rules.
+    /// Rules that turn containers' limits into a size.
     pub growth: Growth,
     jobs: mpsc::UnboundedSender<Job>,
 }
 
 impl Resizer {
-    /// Starts the task; it ends with this handle.
+    /// Starts the task, which ends when this handle is dropped.
     pub fn start(
         growth: Growth,
         vmm: Vmm,
@@ -99,34 +99,34 @@ impl Resizer {
         cgroup: Option<(Place, Option<Unit>)>,
         dir: StateDir,
     ) -> Self {
-        let (jobs, asked) = mpsc::unbounded_channel();
+        let (jobs, requests) = mpsc::unbounded_channel();
         let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
-        let machine = Machine {
+        let vm = Vm {
             vmm,
             boot,
             cgroup,
             dir,
             start: growth.boot,
             now,
-            reached: true,
+            complete: true,
             slots: Slots::default(),
             plugged_mib: 0,
-            giving_back: None,
+            shrinking: None,
         };
-        tokio::spawn(machine.run(asked));
+        tokio::spawn(vm.run(requests));
         Self { growth, jobs }
     }
 
-    /// Like [`Resizer::resize`], for who does not wait.
+    /// Like [`Resizer::resize`], but does not wait.
     pub fn post(&self, target: Target) {
         // The task lives as long as this handle.
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
     }
 
-    /// Makes the pod as large as `target`: returns when what grows has grown.
+    /// Resizes the pod to `target`. Returns when everything that grows has grown.
     ///
     /// # Errors
-    /// [`ResizeError`]; what had grown by then stays, until the next target.
+    /// [`ResizeError`]; what has grown before the error stays until the next target.
     pub async fn resize(&self, target: Target) -> Result<(), ResizeError> {
         let (done, wait) = oneshot::channel();
         self.jobs.send(Job { target, done }).map_err(|_| ResizeError::Gone)?;
@@ -134,40 +134,40 @@ impl Resizer {
     }
 }
 
-/// Memory that the guest is giving back: how many MiB it has left beside those of its start.
-type GivingBack = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
+/// Pending request to shrink memory. Returns the hot-plugged memory that the guest still has, in MiB.
+type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 
 /// The task's state.
-struct Machine {
+struct Vm {
     vmm: Vmm,
     boot: watch::Receiver<Boot>,
-    /// With what systemd has of it, if that made it.
+    /// The cgroup, and its systemd unit if systemd created it.
     cgroup: Option<(Place, Option<Unit>)>,
-    /// Where `husk ps` finds the size.
+    /// Directory of the record that `husk ps` reads.
     dir: StateDir,
     start: Size,
-    /// What was asked for last.
+    /// Target that was requested last.
     now: Target,
-    /// Whether the guest took all of that: what it did not, it is asked for again.
-    reached: bool,
+    /// Whether that target was reached. If not, the next request retries it.
+    complete: bool,
     slots: Slots,
-    /// The most that the guest may have plugged in.
+    /// Maximum hot-plugged memory that the guest may have at this time.
     plugged_mib: u64,
-    giving_back: Option<GivingBack>,
+    shrinking: Option<Shrinking>,
 }
 
-/// Where the memory devices are, once they are there and the guest was told.
+/// Slots of the memory devices that are attached and known to the guest.
 #[derive(Default)]
 struct Slots {
     ordinary: Option<u32>,
     huge: Option<u32>,
 }
 
-impl Machine {
+impl Vm {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
         loop {
-            let giving_back = async {
-                match self.giving_back.as_mut() {
+            let shrinking = async {
+                match self.shrinking.as_mut() {
                     Some(left) => left.await,
                     None => std::future::pending().await,
                 }
@@ -176,64 +176,65 @@ impl Machine {
                 job = jobs.recv() => {
                     let Some(Job { target, done }) = job else { return };
                     if let Err(Err(error)) = done.send(self.apply(target).await) {
-                        tracing::warn!(error = %crate::chain(&error), "the pod has not the size it should have");
+                        tracing::warn!(error = %crate::chain(&error), "failed to resize the pod");
                     }
                 }
-                left = giving_back => {
-                    self.giving_back = None;
+                left = shrinking => {
+                    self.shrinking = None;
                     if let Some(left) = left {
-                        tracing::debug!(plugged_mib = left, "memory was given back");
+                        tracing::debug!(plugged_mib = left, "the guest gave memory back");
                         self.plugged_mib = left;
                         self.set_host_limits().await;
-                        self.note_size().await;
+                        self.record_size().await;
                     }
                 }
             }
         }
     }
 
-    /// Grows what has to grow, and asks for back what may shrink.
+    /// Grows what has to grow, and requests what has to shrink.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
         if let Some((place, _)) = &self.cgroup {
             target.size.memory_mib = target.size.memory_mib.min(limits::room(place));
         }
         target.huge_mib = target.huge_mib.max(self.now.huge_mib);
-        if target == self.now && self.reached {
+        if target == self.now && self.complete {
             return Ok(());
         }
-        let again = !std::mem::replace(&mut self.reached, false);
+        let retry = !std::mem::replace(&mut self.complete, false);
         let Target { size: before, huge_mib: huge_before, .. } = std::mem::replace(&mut self.now, target.clone());
         let wanted_mib = target.size.memory_mib.saturating_sub(self.start.memory_mib);
-        let had_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
+        let previous_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
         self.set_host_limits().await;
-        if wanted_mib > had_mib || (again && wanted_mib > 0 && wanted_mib == had_mib) {
-            // The VMM ends an earlier wait with the new request: what it says then is not what is left.
-            self.giving_back = None;
+        if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
+            // The new request ends an earlier wait in the VMM. The answer to that one would not be the remaining
+            // memory.
+            self.shrinking = None;
             self.grow_memory(Pages::Ordinary, wanted_mib).await?;
-        } else if wanted_mib < had_mib {
+        } else if wanted_mib < previous_mib {
             let vmm = self.vmm.clone();
-            self.giving_back = Some(Box::pin(async move {
+            self.shrinking = Some(Box::pin(async move {
                 match vmm.call(Call::Memory { pages: Pages::Ordinary, mib: wanted_mib }, &[]).await {
                     Ok((Answer::Memory { plugged_mib }, _)) => Some(plugged_mib),
                     _ => None,
                 }
             }));
         }
-        if target.huge_mib > huge_before || (again && target.huge_mib > 0) {
-            // If not, the container that asked is not made: nobody else is to ask for its pages again.
+        if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
+            // If this fails, the container is not created, and later targets must not include its pages.
             self.now.huge_mib = huge_before;
             self.grow_huge_pages(target.huge_mib, huge_before).await?;
             self.now.huge_mib = target.huge_mib;
         }
-        if again || target.size.vcpus != before.vcpus {
-            self.switch_processors(target.size.vcpus).await?;
+        if retry || target.size.vcpus != before.vcpus {
+            self.set_vcpus(target.size.vcpus).await?;
         }
         if target.size != before {
-            tracing::info!(vcpus = target.size.vcpus, memory_mib = target.size.memory_mib, "the pod has another size");
-            self.note_size().await;
+            tracing::info!(vcpus = target.size.vcpus, memory_mib = target.size.memory_mib, "resized the pod");
+            self.record_size().await;
         }
-        self.reached = true;
+        self.complete = true;
         Ok(())
     }
 
@@ -256,7 +257,9 @@ impl Machine {
             }
         }
         let plugged_mib =
-            match tokio::time::timeout(PATIENCE, self.vmm.call(Call::Memory { pages, mib: wanted_mib }, &[])).await {
+            match tokio::time::timeout(MEMORY_TIMEOUT, self.vmm.call(Call::Memory { pages, mib: wanted_mib }, &[]))
+                .await
+            {
                 Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
                 Err(_) => self.vmm.call(Call::PluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
             };
@@ -267,11 +270,11 @@ impl Machine {
         }
     }
 
-    /// Plugs huge pages of the host's in, and has the guest make huge pages of what it got.
-    async fn grow_huge_pages(&mut self, wanted_mib: u64, had_mib: u64) -> Result<(), ResizeError> {
-        let more = wanted_mib.saturating_sub(had_mib);
+    /// Hot-plugs memory from the host's huge pages, and has the guest allocate huge pages in it.
+    async fn grow_huge_pages(&mut self, wanted_mib: u64, previous_mib: u64) -> Result<(), ResizeError> {
+        let more = wanted_mib.saturating_sub(previous_mib);
         match hugepages::free_mib() {
-            // Asked before: a guest that is not given what it was promised asks again and again.
+            // Checked first, because a guest that does not get all the memory it was offered retries for ever.
             free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
             _ => self.grow_memory(Pages::Huge, wanted_mib).await?,
         }
@@ -282,32 +285,32 @@ impl Machine {
         if count >= wanted { Ok(()) } else { Err(ResizeError::HugePages { count, wanted }) }
     }
 
-    async fn switch_processors(&mut self, wanted: u8) -> Result<(), ResizeError> {
+    async fn set_vcpus(&mut self, wanted: u8) -> Result<(), ResizeError> {
         self.vmm.call(Call::Vcpus { count: wanted }, &[]).await.map_err(ResizeError::Vmm)?;
         let request = ProcessorsRequest { count: wanted.into(), ..Default::default() };
         let switched = self.agent()?.sandbox.processors(within(timeouts::SLOW), &request).await;
-        let online = switched.map_err(|error| ResizeError::Agent("processors", error))?.online;
+        let online = switched.map_err(|error| ResizeError::Agent("vCPUs", error))?.online;
         if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
     }
 
-    /// Sets the limits on the host for what the guest may have by now. Lowering one waits for memory to be reclaimed.
+    /// Sets the host's limits for what the guest may have now. Lowering a limit waits for memory to be reclaimed.
     async fn set_host_limits(&mut self) {
         let Some((place, unit)) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
         let set = move || limits::set(&place, unit.as_ref(), &limits, guest_mib);
         if let Err(error) = tokio::task::spawn_blocking(set).await {
-            tracing::warn!(%error, "the host's limits are not set");
+            tracing::warn!(%error, "failed to set the sandbox's limits on the host");
         }
     }
 
-    /// Notes for `husk ps` what the pod has by now.
-    async fn note_size(&mut self) {
+    /// Records the pod's current size for `husk ps`.
+    async fn record_size(&mut self) {
         let (dir, vcpus) = (self.dir.clone(), self.now.size.vcpus);
         let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
-        match tokio::task::spawn_blocking(move || dir.note_size(vcpus, memory_mib)).await {
+        match tokio::task::spawn_blocking(move || dir.record_size(vcpus, memory_mib)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error = %crate::chain(&error), "size not noted for husk ps"),
-            Err(error) => tracing::warn!(%error, "size not noted for husk ps"),
+            Ok(Err(error)) => tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps"),
+            Err(error) => tracing::warn!(%error, "failed to record the size for husk ps"),
         }
     }
 

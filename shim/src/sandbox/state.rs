@@ -1,4 +1,6 @@
-//! A sandbox's directory on the host, `/run/husk/<namespace>/<sandbox>`: what `delete` needs to clean up after a shim.
+//! A sandbox's directory on the host, `/run/husk/<namespace>/<sandbox>`.
+//!
+//! It records what `delete` needs to clean up after a shim that ended unexpectedly.
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
@@ -8,12 +10,12 @@ use super::cgroup;
 use crate::bundle::{Share, ShareError};
 use crate::systemd::Unit;
 
-/// Where all sandboxes are kept.
+/// Parent of all sandboxes' directories.
 pub const ROOT: &str = "/run/husk";
 
-/// What `husk ps` reads, and where it is written before it replaces what was there.
-const NOTE: &str = "sandbox.json";
-const NOTE_ASIDE: &str = "sandbox.json.new";
+/// Record that `husk ps` reads, and the temporary file that is renamed over it.
+const RECORD: &str = "sandbox.json";
+const RECORD_NEW: &str = "sandbox.json.new";
 
 /// The directory of one sandbox.
 #[derive(Debug, Clone)]
@@ -21,24 +23,24 @@ pub struct StateDir {
     path: PathBuf,
 }
 
-/// A process known by its pid and start time, so that a pid used again is not mistaken for it.
+/// A process, identified by PID and start time, so that a reused PID is not mistaken for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessId {
-    /// The pid.
+    /// PID.
     pub pid: i32,
     /// Start time in clock ticks since boot, field 22 of proc_pid_stat(5).
     pub start: u64,
 }
 
-/// Why the directory cannot be made.
+/// Error of creating or writing the directory.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// A directory cannot be made.
-    #[error("making {path}")]
+    /// A directory cannot be created.
+    #[error("failed to create {path}")]
     Create {
-        /// The directory.
+        /// Path of the directory.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
@@ -46,44 +48,44 @@ pub enum StateError {
     #[error(transparent)]
     Share(ShareError),
     /// A file cannot be written.
-    #[error("writing {path}")]
+    #[error("failed to write {path}")]
     Write {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
 }
 
 impl StateDir {
-    /// The directory of a sandbox, there or not.
+    /// Returns the directory of a sandbox, which need not exist.
     pub fn new(namespace: &str, sandbox: &str) -> Self {
         Self { path: Path::new(ROOT).join(namespace).join(sandbox) }
     }
 
-    /// The directory.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The start's timeline.
+    /// Returns the path of the timeline of the start.
     pub fn timeline(&self) -> PathBuf {
         self.path.join("timeline.json")
     }
 
-    /// Makes the directory and mounts the share in it, which only this mount namespace sees.
+    /// Creates the directory and mounts the share in it, visible only in this mount namespace.
     ///
     /// # Errors
-    /// [`StateError`] naming what could not be made.
+    /// [`StateError`] with the path that could not be created.
     pub fn create(&self) -> Result<Share, StateError> {
-        // Two tries: the last sandbox of this namespace may just be removing the directory above.
+        // Retried once, because the last sandbox of this namespace may be removing the parent directory.
         let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
         make().or_else(|_| make()).map_err(|source| StateError::Create { path: self.path.clone(), source })?;
         Share::mount(&self.path).map_err(StateError::Share)
     }
 
-    /// Notes a process under `name`.
+    /// Records a process under `name`.
     ///
     /// # Errors
     /// [`StateError::Write`].
@@ -100,45 +102,46 @@ impl StateDir {
         std::fs::write(&path, text).map_err(|source| StateError::Write { path, source })
     }
 
-    /// Notes for `husk ps` what the sandbox is; who reads meanwhile sees the old note or the new one.
+    /// Records the sandbox for `husk ps`. A concurrent reader sees either the old record or the new one.
     ///
     /// # Errors
     /// [`StateError::Write`].
     pub fn note(&self, sandbox: &husk_config::sandbox::Sandbox) -> Result<(), StateError> {
-        let path = self.path.join(NOTE);
+        let path = self.path.join(RECORD);
         let write = |source| StateError::Write { path: path.clone(), source };
         let text = serde_json::to_string(sandbox).map_err(|error| write(error.into()))?;
-        self.write(NOTE_ASIDE, &text)?;
-        std::fs::rename(self.path.join(NOTE_ASIDE), &path).map_err(write)
+        self.write(RECORD_NEW, &text)?;
+        std::fs::rename(self.path.join(RECORD_NEW), &path).map_err(write)
     }
 
-    /// Notes that the sandbox has so many vCPUs and so much memory by now; one that was not noted is left so.
+    /// Updates vCPUs and memory in the record. Does nothing if there is no record.
     ///
     /// # Errors
     /// [`StateError::Write`].
-    pub fn note_size(&self, vcpus: u8, memory_mib: u64) -> Result<(), StateError> {
-        let note = self.read(NOTE).and_then(|text| serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).ok());
-        match note {
-            Some(note) if (note.vcpus, note.memory_mib) != (vcpus, memory_mib) => {
-                self.note(&husk_config::sandbox::Sandbox { vcpus, memory_mib, ..note })
+    pub fn record_size(&self, vcpus: u8, memory_mib: u64) -> Result<(), StateError> {
+        let record =
+            self.read(RECORD).and_then(|text| serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).ok());
+        match record {
+            Some(record) if (record.vcpus, record.memory_mib) != (vcpus, memory_mib) => {
+                self.note(&husk_config::sandbox::Sandbox { vcpus, memory_mib, ..record })
             }
             _ => Ok(()),
         }
     }
 
-    /// A process noted earlier.
+    /// Returns a process that was recorded earlier.
     pub fn read_process(&self, name: &str) -> Option<ProcessId> {
         let text = self.read(name)?;
         let (pid, start) = text.trim().split_once(' ')?;
         Some(ProcessId { pid: pid.parse().ok().filter(|pid| *pid > 1)?, start: start.parse().ok()? })
     }
 
-    /// A small file written earlier.
+    /// Returns the contents of a small file that was written earlier.
     pub fn read(&self, name: &str) -> Option<String> {
         std::fs::read_to_string(self.path.join(name)).ok()
     }
 
-    /// Removes everything of the sandbox that is on the host: leftover processes, mounts, cgroup and the directory.
+    /// Removes everything of the sandbox from the host: leftover processes, mounts, cgroup and directory.
     pub fn clean_up(&self) {
         for name in ["vmm.pid", "shim.pid"] {
             if let Some(process) = self.read_process(name)
@@ -155,11 +158,11 @@ impl StateDir {
         self.remove();
     }
 
-    /// Unmounts the share and removes the directory, and that of the namespace when it was the last.
+    /// Unmounts the share and removes the directory, and the namespace's directory if it is then empty.
     pub fn remove(&self) {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
-        // Only what is written here is removed: never a tree in which something may still be mounted.
-        for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", NOTE, NOTE_ASIDE]
+        // Removes only known files, never recursively: something may still be mounted below.
+        for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", RECORD, RECORD_NEW]
             .iter()
             .chain(&crate::pod::FILES)
         {
@@ -168,7 +171,7 @@ impl StateDir {
         if let Err(error) = std::fs::remove_dir(&self.path)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            tracing::warn!(%error, path = %self.path.display(), "state directory not removed");
+            tracing::warn!(%error, path = %self.path.display(), "failed to remove the state directory");
         }
         if let Some(namespace) = self.path.parent() {
             let _ = std::fs::remove_dir(namespace);
@@ -177,23 +180,23 @@ impl StateDir {
 }
 
 impl ProcessId {
-    /// The process with this pid, if there is one.
+    /// Returns the process with this PID, if there is one.
     pub fn of(pid: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         Some(Self { pid: i32::try_from(pid).ok()?, start: start_time(&stat)? })
     }
 
-    /// Kills the process, if it is still the same, and waits until it is gone.
+    /// Kills the process if the PID still belongs to it, and waits for its end.
     pub fn kill_and_wait(self) {
-        // SAFETY: pidfd_open takes a pid and flags and returns a new descriptor or -1.
+        // SAFETY: pidfd_open takes a PID and flags, and returns a new fd or -1.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
         let Ok(fd) = i32::try_from(fd) else { return };
         if fd < 0 {
             return;
         }
-        // SAFETY: the descriptor was just made and belongs to nobody else.
+        // SAFETY: the fd was just created, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // The descriptor is open: from here on the pid cannot be used again without this check noticing.
+        // The pidfd refers to one process. If the start time matches now, the PID cannot have been reused before.
         if Self::of(self.pid.cast_unsigned()) != Some(self) {
             return;
         }
@@ -203,7 +206,7 @@ impl ProcessId {
     }
 }
 
-/// Field 22 of /proc/pid/stat; the name in field 2 may hold anything, its end is the last parenthesis.
+/// Returns field 22 of /proc/pid/stat. The command name in field 2 may contain anything and ends at the last `)`.
 fn start_time(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
@@ -220,12 +223,12 @@ mod tests {
     }
 
     #[test]
-    fn the_note_follows_the_size() {
+    fn note_size_updates_the_record() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir { path: dir.path().join("s") };
-        state.note_size(2, 100).unwrap();
+        state.record_size(2, 100).unwrap();
         std::fs::create_dir(state.path()).unwrap();
-        let note = husk_config::sandbox::Sandbox {
+        let record = husk_config::sandbox::Sandbox {
             id: "s".into(),
             namespace: "n".into(),
             pod: String::new(),
@@ -235,17 +238,17 @@ mod tests {
             vmm_pid: 1,
             shim_pid: 2,
         };
-        state.note(&note).unwrap();
-        state.note_size(2, 512).unwrap();
-        let text = state.read(NOTE).unwrap();
-        let expected = husk_config::sandbox::Sandbox { vcpus: 2, memory_mib: 512, ..note };
+        state.note(&record).unwrap();
+        state.record_size(2, 512).unwrap();
+        let text = state.read(RECORD).unwrap();
+        let expected = husk_config::sandbox::Sandbox { vcpus: 2, memory_mib: 512, ..record };
         assert_eq!(serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).unwrap(), expected);
         state.remove();
         assert!(!state.path().exists());
     }
 
     #[test]
-    fn a_reused_pid_is_left_alone() {
+    fn kill_and_wait_spares_a_reused_pid() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId::of(child.id()).unwrap();
         ProcessId { start: id.start + 1, ..id }.kill_and_wait();

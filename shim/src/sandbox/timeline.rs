@@ -1,4 +1,4 @@
-//! The start's timeline: noted by the shim and the VMM, written beside the sandbox's state while it lives.
+//! Timeline of a sandbox's start, with steps of the shim and the VMM. Saved in the sandbox's directory.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -8,37 +8,37 @@ use husk_config::timeline::Timeline as Record;
 
 use crate::lock;
 
-/// Most steps kept; a pod with many containers must not grow its shim.
+/// Maximum number of steps: a pod with many containers must not make its shim grow.
 const MAX_STEPS: usize = 256;
 
-/// A timeline that several parts note steps in.
+/// A timeline that several threads add steps to.
 #[derive(Debug)]
 pub struct Timeline {
     record: Mutex<Record>,
     file: PathBuf,
 }
 
-/// Now, on the clock all of the host's processes share.
+/// Returns the time of the monotonic clock, which all processes of the host share, in nanoseconds.
 pub fn now() -> u64 {
     let mut at = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: clock_gettime writes one timespec to the valid pointer it is given.
+    // SAFETY: clock_gettime writes one timespec to `at`, which is valid for writes.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut at) };
     u64::try_from(at.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(at.tv_nsec).unwrap_or(0)
 }
 
 impl Timeline {
-    /// An empty timeline that is kept in `file`.
+    /// Returns an empty timeline that is saved in `file`.
     pub fn new(namespace: &str, sandbox: &str, file: PathBuf) -> Self {
         let record = Record { sandbox: sandbox.to_owned(), namespace: namespace.to_owned(), steps: Vec::new() };
         Self { record: Mutex::new(record), file }
     }
 
-    /// Notes a step now.
+    /// Adds a step with the current time.
     pub fn mark(&self, name: &str) {
         self.mark_at(name, now());
     }
 
-    /// Notes a step of another process.
+    /// Adds a step of another process.
     pub fn mark_at(&self, name: &str, at_ns: u64) {
         let mut record = lock(&self.record);
         if record.steps.len() < MAX_STEPS {
@@ -46,17 +46,17 @@ impl Timeline {
         }
     }
 
-    /// Writes the file beside the sandbox's state.
+    /// Saves the timeline to its file.
     pub fn save(&self) {
         let line = lock(&self.record).to_line();
         if let Ok(line) = line
             && let Err(error) = std::fs::write(&self.file, line)
         {
-            tracing::debug!(%error, "timeline not written");
+            tracing::debug!(%error, "failed to write the timeline");
         }
     }
 
-    /// The end: one line in the log, and one in the file the configuration names.
+    /// Logs the timeline, and appends it to the file that the configuration names.
     pub fn finish(&self, log: &Path) {
         let record = lock(&self.record).clone();
         let first = record.steps.first().map_or(0, |step| step.at_ns);
@@ -70,11 +70,11 @@ impl Timeline {
             return;
         }
         let written = record.to_line().map_err(std::io::Error::other).and_then(|line| {
-            // One write of one line: appends of several shims do not mix.
+            // A single write of one line, so that appends of several shims do not mix.
             std::fs::OpenOptions::new().create(true).append(true).open(log)?.write_all(line.as_bytes())
         });
         if let Err(error) = written {
-            tracing::warn!(%error, path = %log.display(), "timeline not appended");
+            tracing::warn!(%error, path = %log.display(), "failed to append the timeline");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The VMM process as the shim sees it: started, asked over its control socket, and noticed when it dies.
+//! The VMM process as the shim sees it: starts it, sends requests over the control socket, and waits for its end.
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -17,35 +17,35 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use crate::lock;
 use crate::spec::Network;
 
-/// Why the VMM did not do what was asked.
+/// Error of starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
     /// The process cannot be started.
-    #[error("starting the VMM's process")]
+    #[error("failed to start the VMM process")]
     Spawn(#[source] SpawnError),
-    /// Its descriptors cannot be watched.
-    #[error("watching the VMM's process")]
+    /// Its fds cannot be registered with the async runtime.
+    #[error("failed to watch the VMM process")]
     Watch(#[source] std::io::Error),
     /// The network namespace cannot be opened.
-    #[error("opening the network namespace {path}")]
+    #[error("failed to open the network namespace {path}")]
     Netns {
-        /// The namespace.
+        /// Path of the namespace.
         path: String,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
-    /// The request cannot be written.
-    #[error("sending a request to the VMM")]
+    /// The request cannot be sent.
+    #[error("failed to send a request to the VMM")]
     Send(#[source] std::io::Error),
-    /// The VMM refused.
+    /// The VMM refused; the text is its error.
     #[error("{0}")]
     Refused(String),
-    /// The VMM is no more.
-    #[error("the VMM's process is gone")]
+    /// The VMM has ended.
+    #[error("the VMM process has ended")]
     Gone,
-    /// The VMM answered something else than what was asked.
-    #[error("the VMM's answer does not fit the request")]
+    /// The VMM's answer does not match the request.
+    #[error("the VMM's answer does not match the request")]
     Unexpected,
 }
 
@@ -54,7 +54,7 @@ type Pending = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>), Vm
 struct Inner {
     control: AsyncFd<OwnedFd>,
     next: AtomicU64,
-    /// None once the VMM is gone.
+    /// `None` once the VMM has ended.
     pending: Mutex<Option<Pending>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
@@ -67,11 +67,12 @@ pub struct Vmm {
     inner: Arc<Inner>,
 }
 
-/// Starts the VMM's process in the sandbox' network namespace. Call it from the main thread: the process dies with the
-/// thread that started it.
+/// Starts the VMM process in the sandbox's network namespace.
+///
+/// Must be called on the main thread: the process is killed when the thread that started it ends.
 ///
 /// # Errors
-/// [`VmmError`] when namespace or process cannot be had.
+/// [`VmmError`] if the namespace cannot be opened or the process cannot be started.
 pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
     let network = match network {
         Network::New => client::Network::New,
@@ -84,24 +85,25 @@ pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
     client::spawn(SpawnOptions { network, ..Default::default() }).map_err(VmmError::Spawn)
 }
 
-/// Waits for a child that has ended or is about to.
+/// Waits for a child that has ended or is about to end.
 fn reap(pid: u32) -> ExitStatus {
     let mut status = 0;
-    // SAFETY: waitpid writes the status of a child of this process that nobody else waits for.
+    // SAFETY: waitpid writes to `status`, which is valid, and nothing else waits for this child.
     unsafe { libc::waitpid(pid.cast_signed(), &raw mut status, 0) };
     ExitStatus::from_raw(status)
 }
 
 impl Vmm {
-    /// Hands a started process to the runtime; what it says unasked goes to `notices`.
+    /// Registers a started process with the async runtime. Its notices go to `notices`.
     ///
     /// # Errors
-    /// [`VmmError::Watch`] when its descriptors cannot be watched; it has ended then.
+    /// [`VmmError::Watch`] if its fds cannot be registered. The process has ended then.
     pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
             nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
-            // SAFETY: an OwnedFd stays the same open descriptor until it is dropped, which deregisters it first.
+            // SAFETY: an OwnedFd refers to the same open fd until it is dropped, and dropping the AsyncFd deregisters
+            // it first.
             let watched =
                 unsafe { (AsyncFd::register(control)?, AsyncFd::register_with_interest(pidfd, Interest::READABLE)?) };
             Ok(watched)
@@ -109,7 +111,7 @@ impl Vmm {
         let (control, pidfd) = match watch() {
             Ok(fds) => fds,
             Err(error) => {
-                // Its control socket is closed by now, which ends it.
+                // Its control socket was closed with the error, which ends the process.
                 reap(pid);
                 return Err(VmmError::Watch(error));
             }
@@ -120,7 +122,7 @@ impl Vmm {
         let vmm = Self { inner: Arc::clone(&inner) };
         tokio::spawn(async move {
             read(&inner, &notices).await;
-            // The socket's end comes with the process' end; what it said before has been read.
+            // The socket closes when the process ends. Everything that it sent before has been read.
             lock(&inner.pending).take();
             drop(notices);
             let _ = pidfd.readable().await;
@@ -129,33 +131,34 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// The process' pid: what the runtime reports as its tasks' pid.
+    /// Returns the PID of the process.
     pub fn pid(&self) -> u32 {
         self.inner.pid
     }
 
-    /// A pid of the host's for one container alone; [`Vmm::give_back_pid`] follows.
+    /// Acquires a host PID for one container. [`Vmm::release_pid`] must follow.
     ///
     /// # Errors
     /// As [`Vmm::call`].
-    pub async fn take_pid(&self) -> Result<u32, VmmError> {
+    pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
         match self.call(Call::TakePid, &[]).await?.0 {
             Answer::Pid { pid } => Ok(pid),
             _ => Err(VmmError::Unexpected),
         }
     }
 
-    /// The container is gone; so may be the VMM.
-    pub async fn give_back_pid(&self, pid: u32) {
+    /// Releases a PID. Best effort: the VMM may have ended.
+    pub async fn release_pid(&self, pid: u32) {
         if let Err(error) = self.call(Call::GiveBackPid { pid }, &[]).await {
-            tracing::debug!(pid, %error, "pid not given back");
+            tracing::debug!(pid, %error, "failed to release a PID");
         }
     }
 
-    /// Asks, and waits for the answer. The descriptors' numbers are their positions.
+    /// Sends a request and waits for the answer. An [`FdIndex`](husk_vmm::config::FdIndex) in the request is an index
+    /// into `fds`.
     ///
     /// # Errors
-    /// [`VmmError`] when the VMM refuses, or is gone before it answered.
+    /// [`VmmError`] if the VMM refuses, or ends before it answers.
     pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
         let seq = self.inner.next.fetch_add(1, Ordering::Relaxed);
         let request = Request { seq, call };
@@ -175,7 +178,7 @@ impl Vmm {
     /// Connects to a vsock port of the guest.
     ///
     /// # Errors
-    /// [`VmmError`] when the guest refuses, or the VMM is gone.
+    /// [`VmmError`] if the guest refuses, or the VMM has ended.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VmmError> {
         match self.call(Call::Connect { port }, &[]).await? {
             (Answer::Connected, Some(fd)) => Ok(UnixStream::from(fd)),
@@ -183,17 +186,17 @@ impl Vmm {
         }
     }
 
-    /// Kills the process; [`Vmm::wait`] tells when it is gone.
+    /// Kills the process. [`Vmm::wait`] waits for its end.
     pub fn kill(&self) {
         if self.inner.dead.borrow().is_none()
             && let Ok(pid) = i32::try_from(self.inner.pid)
         {
-            // Not reaped yet (the status is set right after), so the pid is still its own.
+            // The process is not reaped before `dead` is set, so the PID still belongs to it.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
 
-    /// Waits for the process' end.
+    /// Waits for the end of the process.
     pub async fn wait(&self) -> ExitStatus {
         let mut dead = self.inner.dead.clone();
         match dead.wait_for(Option::is_some).await {
@@ -202,18 +205,18 @@ impl Vmm {
         }
     }
 
-    /// Waits until the VMM has so many files open for the guest that this is to forget some.
+    /// Waits until the VMM has so many files open for the guest that the guest should drop its caches.
     pub async fn many_files(&self) {
         self.inner.many_files.notified().await;
     }
 
-    /// How the process ended, if it did.
+    /// Returns the exit status, if the process has ended.
     pub fn ended(&self) -> Option<ExitStatus> {
         *self.inner.dead.borrow()
     }
 }
 
-/// Reads replies until the socket ends.
+/// Reads replies until the socket is closed.
 async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
     loop {
         match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
@@ -227,9 +230,9 @@ async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
             Ok((Reply::Notice(Notice::ManyFiles), _)) => inner.many_files.notify_one(),
             Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                tracing::warn!(%error, "the VMM said something unknown");
+                tracing::warn!(%error, "the VMM sent an unknown message");
             }
-            Err(error) => return tracing::debug!(%error, "the VMM's control socket ended"),
+            Err(error) => return tracing::debug!(%error, "control socket of the VMM closed"),
         }
     }
 }

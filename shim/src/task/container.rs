@@ -11,37 +11,37 @@ use super::refusal::Refusal;
 use crate::lock;
 use crate::spec::Spec;
 
-/// An exec: its process, and what to run, kept until it is started.
+/// An exec. Keeps its process specification until the exec is started.
 pub struct Exec {
-    /// Its process.
+    /// State of the process.
     pub process: Arc<Process>,
-    /// The process' specification for the guest.
+    /// Process specification for the guest, encoded as `type_url` says.
     pub spec: Vec<u8>,
-    /// Its AppArmor profile, if any.
+    /// AppArmor profile; empty if there is none.
     pub profile: String,
-    /// Type URL of that specification.
+    /// Type URL of `spec`.
     pub type_url: String,
 }
 
 /// A container.
 pub struct Container {
-    /// Its id.
+    /// Container id.
     pub id: String,
-    /// Its bundle on the host.
+    /// Bundle directory on the host.
     pub bundle: String,
-    /// The shim's part of its configuration.
+    /// The part of the container's `config.json` that the shim reads.
     pub spec: Spec,
-    /// Its first process.
+    /// State of the init process.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     paused: AtomicBool,
-    oom_told: AtomicBool,
-    /// What keeps its mirrored volumes up to date; ends with the container.
+    oom_reported: AtomicBool,
+    /// Tasks that keep the mirrored volumes up to date. Dropping them with the container stops them.
     _following: JoinSet<()>,
 }
 
 impl Container {
-    /// A container whose first process was made.
+    /// Returns a container whose init process has been created.
     pub fn new(id: &str, bundle: &str, spec: Spec, init: Process, following: JoinSet<()>) -> Self {
         Self {
             id: id.to_owned(),
@@ -50,12 +50,12 @@ impl Container {
             init: Arc::new(init),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
-            oom_told: AtomicBool::new(false),
+            oom_reported: AtomicBool::new(false),
             _following: following,
         }
     }
 
-    /// The first process, or an exec's.
+    /// Returns the init process if `exec` is empty, else the process of that exec.
     ///
     /// # Errors
     /// [`Refusal::NoProcess`].
@@ -63,7 +63,7 @@ impl Container {
         if exec.is_empty() { Ok(Arc::clone(&self.init)) } else { self.exec(exec).map(|e| Arc::clone(&e.process)) }
     }
 
-    /// An exec.
+    /// Returns the exec with this id.
     ///
     /// # Errors
     /// [`Refusal::NoProcess`].
@@ -74,7 +74,7 @@ impl Container {
     /// Adds an exec.
     ///
     /// # Errors
-    /// [`Refusal::Exists`] when its id is taken.
+    /// [`Refusal::Exists`] if the id is taken.
     pub fn add_exec(&self, exec: Exec) -> Result<(), Refusal> {
         let id = exec.process.exec.clone();
         match lock(&self.execs).entry(id) {
@@ -86,50 +86,50 @@ impl Container {
         }
     }
 
-    /// Forgets an exec.
+    /// Removes an exec.
     pub fn remove_exec(&self, id: &str) {
         lock(&self.execs).remove(id);
     }
 
-    /// All processes, execs first: they end before the container's first does.
+    /// Returns all processes, execs first: they exit before the init process does.
     pub fn processes(&self) -> Vec<Arc<Process>> {
         let mut all: Vec<_> = lock(&self.execs).values().map(|exec| Arc::clone(&exec.process)).collect();
         all.push(Arc::clone(&self.init));
         all
     }
 
-    /// Whether it is paused.
+    /// Returns whether the container is paused.
     pub fn is_paused(&self) -> bool {
         self.paused.load(Ordering::Relaxed)
     }
 
-    /// Notes whether it is paused.
+    /// Records whether the container is paused.
     pub fn set_paused(&self, paused: bool) {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
-    /// Whether it is the one that stands for its pod: nothing of it runs in the guest.
-    pub fn is_pause(&self) -> bool {
+    /// Returns whether this is the sandbox container of a pod. It has no process in the guest.
+    pub fn is_sandbox_container(&self) -> bool {
         self.spec.is_sandbox()
     }
 
-    /// True once: the first caller tells containerd that memory ran out.
-    pub fn tell_oom(&self) -> bool {
-        !self.oom_told.swap(true, Ordering::Relaxed)
+    /// Returns true to the first caller only, which then publishes the OOM event.
+    pub fn claim_oom_report(&self) -> bool {
+        !self.oom_reported.swap(true, Ordering::Relaxed)
     }
 }
 
-/// The containers of a sandbox, and the ids of those just being made.
+/// The containers of a sandbox. An id whose container is still being created has the value `None`.
 #[derive(Default)]
 pub struct Containers {
     slots: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
 
 impl Containers {
-    /// Takes an id; [`Containers::insert`] or [`Containers::remove`] follows.
+    /// Reserves an id. [`Containers::insert`] or [`Containers::remove`] must follow.
     ///
     /// # Errors
-    /// [`Refusal::Exists`] when it is taken.
+    /// [`Refusal::Exists`] if the id is taken.
     pub fn reserve(&self, id: &str) -> Result<(), Refusal> {
         let mut slots = lock(&self.slots);
         if slots.contains_key(id) {
@@ -139,38 +139,38 @@ impl Containers {
         Ok(())
     }
 
-    /// Fills a reserved id.
+    /// Stores a container under its reserved id.
     pub fn insert(&self, container: Arc<Container>) {
         lock(&self.slots).insert(container.id.clone(), Some(container));
     }
 
-    /// Frees an id; returns whether it was the last.
+    /// Removes an id. Returns whether it was the last one.
     pub fn remove(&self, id: &str) -> bool {
         let mut slots = lock(&self.slots);
         slots.remove(id);
         slots.is_empty()
     }
 
-    /// A container.
+    /// Returns the container with this id.
     ///
     /// # Errors
-    /// [`Refusal::NoContainer`].
+    /// [`Refusal::NoContainer`], also while the container is still being created.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Refusal> {
         lock(&self.slots).get(id).cloned().flatten().ok_or(Refusal::NoContainer)
     }
 
-    /// Whether there is none, not even one being made.
+    /// Returns whether there is no container, and none being created.
     pub fn is_empty(&self) -> bool {
         lock(&self.slots).is_empty()
     }
 
-    /// Whether `id` is the only one.
+    /// Returns whether `id` is the only id.
     pub fn is_only(&self, id: &str) -> bool {
         let slots = lock(&self.slots);
         slots.len() == 1 && slots.contains_key(id)
     }
 
-    /// All that were made.
+    /// Returns all containers that have been created.
     pub fn all(&self) -> Vec<Arc<Container>> {
         lock(&self.slots).values().flatten().cloned().collect()
     }

@@ -1,4 +1,4 @@
-//! Create: the bundle is made ready while the guest still boots, then the agent makes the container.
+//! Handles Create: prepares the bundle while the guest still boots, then has the agent create the container.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::spec::Spec;
 use crate::stdio::{Owner, Stdio};
 
 impl Shim {
-    /// Creates a container; on an error nothing of it is left.
+    /// Creates a container. On an error, everything made for it is removed again.
     pub(super) async fn create(&self, request: CreateTaskRequest) -> ttrpc::Result<()> {
         if !crate::cli::is_name(&request.id) {
             return Err(Refusal::Invalid(format!("container id {:?}", request.id)).into());
@@ -43,11 +43,11 @@ impl Shim {
                 ttrpc::Error::RpcStatus(status) => status.message.clone(),
                 other => other.to_string(),
             };
-            tracing::error!(container = request.id, error = text, "create failed");
+            tracing::error!(container = request.id, error = text, "failed to create the container");
             self.forget_in_guest(&request.id).await;
             self.tear_down_bundle(&request.id).await;
-            self.take_room(&request.id);
-            self.give_back_pid(&request.id).await;
+            self.release_resources(&request.id);
+            self.release_pid(&request.id).await;
             self.containers.remove(&request.id);
         }
         created
@@ -61,13 +61,13 @@ impl Shim {
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let owner = Owner { id: &request.id, namespace: &self.namespace };
         let prepare = async {
-            self.take_pid(&request.id, &spec).await;
+            self.acquire_pid(&request.id, &spec).await;
             let prepared = self.prepare(request).await?;
             if prepared.follows_mounts {
                 let following = self.sandbox.follow_mounts();
                 following.map_err(|error| Refusal::Failed(format!("failed to watch the host's mounts: {error}")))?;
             }
-            // CNI by hook needs the network namespace of the VMM's process, which exists by now.
+            // CNI plugins that run as hooks need the network namespace of the VMM process, which exists by this point.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, Refusal>(prepared)
@@ -79,7 +79,7 @@ impl Shim {
         for note in &prepared.notes {
             tracing::info!(container = request.id, "{note}");
         }
-        let spec_of_guest = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
+        let guest_spec = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
         self.load_profile(&agent, &prepared.profile).await?;
         for volume in &prepared.volumes.own {
             let made = agent.sandbox.volume(within(timeouts::QUICK), volume).await;
@@ -87,9 +87,9 @@ impl Shim {
         }
         let following = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
         let following = following.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
-        self.make_room(&request.id, Limits::of(&spec.linux.resources)).await?;
+        self.reserve_resources(&request.id, Limits::of(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
-        let options = CreateOptions { spec: spec_of_guest, rootfs: prepared.rootfs, ..Default::default() };
+        let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
             type_url: CREATE_OPTIONS_URL.to_owned(),
             value: options.write_to_bytes().map_err(|e| Refusal::Failed(e.to_string()))?,
@@ -111,24 +111,30 @@ impl Shim {
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, following));
         self.created(&container, request);
-        // Not before: the start itself is not held to the container's CPU limit.
-        self.follow_pod();
+        // Only now, because the container's start must not be throttled by its own CPU limit.
+        self.queue_resize();
         Ok(())
     }
 
-    /// Has the agent remove what it has of a container that was not made: copies of volumes, or the container itself when
-    /// only the answer did not come: then it goes as soon as it is made, whether this hears of it or not.
+    /// Has the agent remove what it holds for a container whose creation failed: copies of volumes, or the container
+    /// itself.
+    ///
+    /// If only the agent's answer was lost, the agent deletes the container as soon as it is created, even if this
+    /// request has timed out by then.
     async fn forget_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
         match agent.task.delete(within(timeouts::QUICK), &request).await {
-            Ok(_) => tracing::info!(container = id, "deleted in the guest"),
+            Ok(_) => tracing::info!(container = id, "deleted in the guest after a failed create"),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
-            Err(error) => tracing::warn!(container = id, %error, "something of it may be left in the guest"),
+            Err(error) => {
+                tracing::warn!(container = id, %error, "failed to clean up in the guest after a failed create")
+            }
         }
     }
 
-    /// Gives the guest the block devices that the specification names; gives the specification with the guest's numbers.
+    /// Hot-plugs the block devices that the specification names. Returns the specification with the guest's device
+    /// numbers.
     async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, Refusal> {
         if disks.is_empty() {
             return Ok(spec);
@@ -141,12 +147,12 @@ impl Shim {
         bundle::number_anew(&spec, &numbers).map_err(|e| Refusal::Failed(e.to_string()))
     }
 
-    /// Has the guest know the AppArmor profile of a process.
+    /// Loads a process's AppArmor profile into the guest's kernel.
     pub(super) async fn load_profile(&self, agent: &Agent, profile: &str) -> Result<(), Refusal> {
         self.sandbox.load_profile(agent, profile).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
     }
 
-    /// The container is there: containerd is told.
+    /// Stores the new container and publishes its TaskCreate event.
     pub(super) fn created(&self, container: &Arc<Container>, request: &CreateTaskRequest) {
         self.containers.insert(Arc::clone(container));
         self.sandbox.timeline.mark("create end");
@@ -171,7 +177,7 @@ impl Shim {
         }
     }
 
-    /// Mounts what the container needs; mount calls may block, so not on the executor.
+    /// Prepares the bundle. Runs on a blocking thread, because mount(2) can block.
     async fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, Refusal> {
         let (id, share) = (request.id.clone(), self.sandbox.share());
         let (dir, files, pids) = (request.bundle.clone(), self.api.files(), self.pids());
@@ -191,15 +197,15 @@ impl Shim {
         }
     }
 
-    /// Unmounts what was mounted for a container.
+    /// Removes the container's mounts from the host. Best effort.
     pub(super) async fn tear_down_bundle(&self, id: &str) {
         let (id, share) = (id.to_owned(), self.sandbox.share());
         let done =
             tokio::task::spawn_blocking(move || bundle::teardown(&share, &id).map_err(|e| crate::chain(&e))).await;
         match done {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error, "container's mounts not removed"),
-            Err(error) => tracing::warn!(%error, "container's mounts not removed"),
+            Ok(Err(error)) => tracing::warn!(error, "failed to remove the container's mounts"),
+            Err(error) => tracing::warn!(%error, "failed to remove the container's mounts"),
         }
     }
 
@@ -222,7 +228,7 @@ impl Shim {
         hooks::run(kind, hooks, &state).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
     }
 
-    /// Runs hooks whose failure only the log hears of.
+    /// Runs the poststart or poststop hooks. A failure is only logged.
     pub(super) async fn run_late_hooks(&self, kind: &'static str, container: &Container, status: &str) {
         let (hooks, pid) = match kind {
             "poststart" => (&container.spec.hooks.poststart, self.pid(&container.id)),

@@ -1,4 +1,4 @@
-//! Kill and Delete: what runs ends, and nothing of it stays.
+//! Handles Kill and Delete: signals processes, and removes containers and execs.
 
 use std::time::{Duration, SystemTime};
 
@@ -12,27 +12,30 @@ use super::{KILLED, Refusal, Shim};
 use crate::events::timestamp;
 use crate::sandbox::agent::{timeouts, within};
 
-/// How long a container's output may stand still before it counts as complete: its processes are gone, so only a
-/// reader that does not read holds it up.
-const QUIET_INIT: Duration = Duration::from_secs(10);
-/// The same for an exec, whose stdout a process it left behind may hold open for ever. runc's shim waits as long.
-const QUIET_EXEC: Duration = Duration::from_secs(2);
+/// Maximum time without progress in copying a container's output before the output counts as complete.
+///
+/// The container's processes are gone by then, so only a client that does not read can delay the copying.
+const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same limit for an exec. A process that the exec left behind may hold its stdout open for ever. runc's shim waits
+/// as long.
+const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Shim {
-    /// Signals a process.
+    /// Sends a signal to a process.
     pub(super) async fn kill(&self, container: &Container, request: &KillRequest) -> ttrpc::Result<()> {
         if request.signal > 64 {
             return Err(Refusal::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
-        // What an exec that ended by itself has left behind may stay: containerd kills every exec once more when it is done
-        // with it, and an exec that ran too long just the same (1.7 and 2.1, WithProcessKill in process.go).
+        // Processes that a finished exec has left behind stay. containerd kills every exec once more after its exit,
+        // and does the same to an exec that exceeded its timeout (1.7 and 2.1, WithProcessKill in process.go), so the
+        // two cannot be told apart.
         match process.state() {
             State::Stopped | State::Deleted => return Err(Refusal::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(Refusal::NotStarted.into()),
             _ => {}
         }
-        if container.is_pause() {
+        if container.is_sandbox_container() {
             self.kill_pause(container, request).await;
             return Ok(());
         }
@@ -46,7 +49,7 @@ impl Shim {
         };
         match agent.task.kill(within(timeouts::QUICK), &guest).await {
             Ok(_) => Ok(()),
-            // It ended, with its machine or without, before the signal came.
+            // The process exited before the signal arrived, alone or because the VM ended.
             Err(_) if self.sandbox.is_dead() || process.exited().is_some() => Err(Refusal::Finished.into()),
             Err(error) => Err(self.agent_error("kill", error)),
         }
@@ -59,11 +62,11 @@ impl Shim {
         if before == State::Stopped
             && let Some(relay) = process.relay()
         {
-            relay.drain(QUIET_INIT).await;
+            relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
         }
-        // The last container takes the virtual machine with it where nothing else stands for the sandbox, and so does the
-        // one that stands for the pod: no need to tidy up in there first.
-        if container.is_pause() || (self.containers.is_only(&container.id) && !self.api.is_created()) {
+        // Deleting the sandbox container ends the VM. So does deleting the last container, unless the sandbox
+        // controller created the sandbox. The guest needs no cleanup in either case.
+        if container.is_sandbox_container() || (self.containers.is_only(&container.id) && !self.api.is_created()) {
             self.sandbox.end().await;
         } else if let Ok(agent) = self.agent() {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
@@ -83,7 +86,7 @@ impl Shim {
         self.tear_down_bundle(&container.id).await;
         let exit = process.exited().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
         self.containers.remove(&container.id);
-        self.take_room(&container.id);
+        self.release_resources(&container.id);
         self.sandbox.timeline.mark("deleted");
         let event = TaskDelete {
             container_id: container.id.clone(),
@@ -95,7 +98,7 @@ impl Shim {
         self.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
         self.run_late_hooks("poststop", container, "stopped").await;
         let deleted = self.deleted(process, exit);
-        self.give_back_pid(&container.id).await;
+        self.release_pid(&container.id).await;
         Ok(deleted)
     }
 
@@ -106,14 +109,14 @@ impl Shim {
         let exit = process.exited().unwrap_or(Exit { status: 0, at: SystemTime::now() });
         if before == State::Stopped {
             if let Some(relay) = process.relay() {
-                relay.drain(QUIET_EXEC).await;
+                relay.drain(EXEC_OUTPUT_IDLE_TIMEOUT).await;
             }
             if let Ok(agent) = self.agent() {
                 let request =
                     DeleteRequest { id: container.id.clone(), exec_id: process.exec.clone(), ..Default::default() };
-                // The agent may have forgotten it with a failed start; nothing depends on its answer.
+                // Best effort: the agent has no such exec if its start failed.
                 if let Err(error) = agent.task.delete(within(timeouts::QUICK), &request).await {
-                    tracing::debug!(container = container.id, exec = process.exec, %error, "exec not deleted");
+                    tracing::debug!(container = container.id, exec = process.exec, %error, "failed to delete the exec");
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Start and Exec: what is created begins to run.
+//! Handles Start and Exec: starts containers and execs.
 
 use std::time::SystemTime;
 
@@ -16,22 +16,22 @@ use crate::bundle;
 use crate::sandbox::agent::{timeouts, within};
 use crate::stdio::{Owner, Stdio};
 
-/// Status of a process that could not be started, as in runc's shim.
+/// Exit status of a process that could not be started, as in runc's shim.
 const NOT_STARTED: u32 = 255;
 
 impl Shim {
-    /// Starts a container's first process.
+    /// Starts a container's init process.
     pub(super) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
         let process = &container.init;
         let agent = self.agent()?;
-        // Whoever made the sandbox may have made its network since; the containers that come later have it already.
-        if container.is_pause() || self.containers.is_only(&container.id) {
+        // The pod's network may have been configured since the sandbox was created. Later containers find it in place.
+        if container.is_sandbox_container() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(Refusal::Failed)?;
         }
         self.sandbox.settle_mounts().await;
         process.begin_start()?;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
-        if !container.is_pause()
+        if !container.is_sandbox_container()
             && let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await
         {
             process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
@@ -49,12 +49,12 @@ impl Shim {
         Ok(())
     }
 
-    /// Adds an exec; the agent hears of it when it is started, which is also where runc's errors come.
+    /// Adds an exec. The agent is told when the exec is started; runc's shim reports errors at that point too.
     pub(super) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), Refusal> {
         if !crate::cli::is_name(&request.exec_id) {
             return Err(Refusal::Invalid(format!("exec id {:?}", request.exec_id)));
         }
-        if container.is_pause() {
+        if container.is_sandbox_container() {
             return Err(Refusal::Sandbox);
         }
         if container.is_paused() {
@@ -131,10 +131,10 @@ impl Shim {
         Ok(())
     }
 
-    /// The start was told of: now an exit that came meanwhile may be.
+    /// Publishes an exit that was reported before the start event, and ends the process if the VM is gone.
     fn after_start(&self, container: &Container, process: &Process) {
         if let Some(exit) = process.started() {
-            self.tell_exit(process, exit);
+            self.publish_exit(process, exit);
         }
         if self.is_gone() {
             self.end_all(container);

@@ -1,4 +1,4 @@
-//! containerd's Task service over the containers of one sandbox.
+//! Implements containerd's Task and Sandbox services for the containers of one sandbox.
 
 mod container;
 mod create;
@@ -29,42 +29,46 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::agent::{Agent, Report};
 use crate::stdio::{Paths, Relay, Stdio, Streams};
 use container::{Container, Containers};
-use process::{Exit, Process, Seen};
+use process::{Exit, ExitReport, Process};
 pub use refusal::Refusal;
 
-/// Every service of the shim's.
+/// Returns all ttrpc services of the shim.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut all = service::services(shim);
     all.extend(sandbox_service::services(shim));
     all
 }
 
-/// What a process gets as its status when its virtual machine died under it: as if killed.
+/// Exit status of a process whose VM ended: the status of a process killed by SIGKILL.
 const KILLED: u32 = 128 + 9;
 
 /// The shim's state: one sandbox and its containers.
 pub struct Shim {
     namespace: String,
     sandbox: Arc<Sandbox>,
-    /// What containerd's sandbox controller made of it.
+    /// State of the sandbox as containerd's sandbox controller set it.
     api: sandbox::State,
     containers: Containers,
     sizes: resize::Sizes,
     pids: pids::Pids,
     events: Events,
-    /// The virtual machine is gone, and everything in it was told of.
+    /// The VM is gone, and the exits of all its processes have been published.
     gone: AtomicBool,
     finishing: AtomicBool,
     finished: watch::Sender<bool>,
 }
 
-/// Does work to its end, though whoever asked for it may give up: a request's handler is dropped when its time is over.
-async fn whole<T: Send + 'static>(work: impl Future<Output = ttrpc::Result<T>> + Send + 'static) -> ttrpc::Result<T> {
+/// Runs `work` to completion even if the caller goes away: ttrpc drops a request's handler when its timeout expires.
+async fn run_to_completion<T: Send + 'static>(
+    work: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
     tokio::spawn(work).await.unwrap_or_else(|error| Err(Refusal::Failed(error.to_string()).into()))
 }
 
 impl Shim {
-    /// Serves a sandbox; `reports` are what its agent says, `pending` what its creation takes where that is still to come.
+    /// Returns the shim's state for a sandbox, and starts to process `reports`, the agent's events.
+    ///
+    /// `pending` is what the launch needs if the sandbox is still to be created by a request.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,
@@ -93,15 +97,15 @@ impl Shim {
         let _ = self.finished.subscribe().wait_for(|done| *done).await;
     }
 
-    /// The events' queue.
+    /// Returns the event queue.
     pub fn events(&self) -> &Events {
         &self.events
     }
 
-    /// Ends the sandbox, once; returns to everybody who asks for it when it has ended.
+    /// Tears the sandbox down once, and returns to every caller when that is done.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
-            // Not by whoever asked first: a request is given up when its time is over.
+            // In a task of its own: the first caller's request may be dropped when its timeout expires.
             let shim = Arc::clone(self);
             tokio::spawn(async move {
                 shim.sandbox.tear_down().await;
@@ -111,12 +115,13 @@ impl Shim {
         self.finished().await;
     }
 
-    /// Turns what the agent says into exits and events, and the virtual machine's end into those that are missing.
+    /// Turns the agent's reports into exits and events. When the VM ends, reports the exit of every process still
+    /// known.
     async fn follow(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
         while let Some(report) = reports.recv().await {
             match report {
                 Report::Oom { container } => match self.containers.get(&container) {
-                    Ok(container) => self.tell_oom(&container),
+                    Ok(container) => self.publish_oom(&container),
                     Err(_) => tracing::warn!(container, "the agent reported an unknown container out of memory"),
                 },
                 Report::Exit { container, exec, status, at, oom } => {
@@ -133,11 +138,11 @@ impl Shim {
                         continue;
                     };
                     if oom {
-                        self.tell_oom(&container);
+                        self.publish_oom(&container);
                     }
                     let exit = Exit { status, at };
-                    if process.ended(exit) == Seen::Now {
-                        self.tell_exit(&process, exit);
+                    if process.ended(exit) == ExitReport::Publish {
+                        self.publish_exit(&process, exit);
                     }
                 }
             }
@@ -149,13 +154,13 @@ impl Shim {
         self.api.ended();
     }
 
-    /// The virtual machine is gone: so is everything in it.
+    /// Marks all processes of a container as killed, after the VM has ended.
     fn end_all(&self, container: &Container) {
         let exit = Exit { status: KILLED, at: SystemTime::now() };
         for process in container.processes() {
-            let told = process.exec.is_empty() || process.state() != process::State::Created;
-            if process.ended(exit) == Seen::Now && told {
-                self.tell_exit(&process, exit);
+            let started = process.exec.is_empty() || process.state() != process::State::Created;
+            if process.ended(exit) == ExitReport::Publish && started {
+                self.publish_exit(&process, exit);
             }
         }
     }
@@ -164,15 +169,15 @@ impl Shim {
         self.gone.load(Ordering::Relaxed)
     }
 
-    fn tell_oom(&self, container: &Container) {
-        if container.tell_oom() {
+    fn publish_oom(&self, container: &Container) {
+        if container.claim_oom_report() {
             tracing::info!(container = container.id, "out of memory");
             let event = TaskOOM { container_id: container.id.clone(), ..Default::default() };
             self.events.publish(TASK_OOM_EVENT_TOPIC, &event);
         }
     }
 
-    fn tell_exit(&self, process: &Process, exit: Exit) {
+    fn publish_exit(&self, process: &Process, exit: Exit) {
         if process.exec.is_empty() {
             self.sandbox.timeline.mark("exited");
         }
@@ -188,7 +193,7 @@ impl Shim {
         self.events.publish(TASK_EXIT_EVENT_TOPIC, &event);
     }
 
-    /// The agent, for a request about something that exists.
+    /// Returns the agent, or [`Refusal::Gone`] if the VM has ended.
     fn agent(&self) -> Result<Agent, Refusal> {
         if self.sandbox.is_dead() {
             return Err(Refusal::Gone);
@@ -196,17 +201,19 @@ impl Shim {
         self.sandbox.agent().ok_or(Refusal::Gone)
     }
 
-    /// An error of the agent's; when the machine died it says why, as far as its console tells.
+    /// Converts an error of the agent. If the VM has ended, the error contains the last lines of its console.
     fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
         if self.sandbox.is_dead() {
-            let words = self.sandbox.last_words();
-            let words = if words.is_empty() { words } else { format!("; the last lines of its console:\n{words}") };
-            return Refusal::Failed(format!("{what}: the virtual machine died{words}")).into();
+            let console = self.sandbox.console_tail();
+            let console =
+                if console.is_empty() { console } else { format!("; the last lines of its console:\n{console}") };
+            return Refusal::Failed(format!("{what}: the VM has ended{console}")).into();
         }
         crate::sandbox::agent::error(what, error)
     }
 
-    /// Opens the streams a process' stdio wants, and starts copying; returns the names for the guest's request.
+    /// Opens the streams that a process's stdio needs and starts copying. Returns the stream names for the guest's
+    /// request.
     async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, Tokens), Refusal> {
         let wants = stdio.wants();
         let open = async |wanted: bool| match wanted {
@@ -243,7 +250,7 @@ impl Shim {
     }
 }
 
-/// The names of a process' streams in the guest's request.
+/// Names of a process's streams in the guest's request.
 #[derive(Debug, Default)]
 struct Tokens {
     stdin: String,

@@ -1,5 +1,7 @@
-//! The sandbox container of a Kubernetes pod: a record that stands for the virtual machine. Its image, which waits for
-//! signals and does nothing else, is never run; what containerd sees of it is what that program would do.
+//! The sandbox container of a Kubernetes pod: a record that stands for the VM.
+//!
+//! Its image contains only the pause program, which waits for signals. Husk never runs it, but reports to containerd
+//! what the pause program would do.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -8,12 +10,12 @@ use husk_proto::containerd::api::{CreateTaskRequest, KillRequest};
 use tokio::task::JoinSet;
 
 use super::container::Container;
-use super::process::{Exit, Process, Seen};
+use super::process::{Exit, ExitReport, Process};
 use super::{Refusal, Shim, paths};
 use crate::spec::Spec;
 
 impl Shim {
-    /// Makes the record once the guest takes containers.
+    /// Creates the sandbox container's record as soon as the agent is ready.
     pub(super) async fn create_pause(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
         self.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
         self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
@@ -24,21 +26,23 @@ impl Shim {
         Ok(())
     }
 
-    /// Signals it. The signals that end it end the pod: the virtual machine with whatever still runs there.
+    /// Handles a signal to the sandbox container. A signal that ends the pause program ends the pod's VM.
     pub(super) async fn kill_pause(&self, container: &Container, request: &KillRequest) {
         let Some(status) = status_after(request.signal) else { return };
         self.sandbox.flush_disks().await;
         let exit = Exit { status, at: SystemTime::now() };
         let seen = container.init.ended(exit);
         self.sandbox.kill();
-        if seen == Seen::Now {
-            self.tell_exit(&container.init, exit);
+        if seen == ExitReport::Publish {
+            self.publish_exit(&container.init, exit);
         }
     }
 }
 
-/// How the pause program ends by a signal, if it does: it has handlers for two, and process 1 of a process namespace
-/// gets no other but SIGKILL (kubernetes/build/pause/linux/pause.c; pid_namespaces(7)).
+/// Returns the exit status of the pause program after a signal, or `None` if the signal does not end it.
+///
+/// The program handles SIGINT and SIGTERM. PID 1 of a PID namespace gets no other signal except SIGKILL
+/// (kubernetes/build/pause/linux/pause.c; pid_namespaces(7)).
 fn status_after(signal: u32) -> Option<u32> {
     match i32::try_from(signal).unwrap_or_default() {
         libc::SIGINT | libc::SIGTERM => Some(0),
@@ -52,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn signals() {
+    fn only_sigint_sigterm_and_sigkill_end_the_sandbox_container() {
         assert_eq!(status_after(9), Some(137));
         assert_eq!(status_after(15), Some(0));
         assert_eq!(status_after(0), None);

@@ -1,4 +1,4 @@
-//! One process of a container, its first or an exec's: a state machine that no lock guards across a call.
+//! State machine of one process: a container's init process or an exec. Its lock is never held across a call.
 
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -9,33 +9,33 @@ use super::refusal::Refusal;
 use crate::lock;
 use crate::stdio::{Paths, Relay};
 
-/// How a process ended.
+/// Exit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exit {
-    /// 0 to 255.
+    /// Exit status, 0 to 255.
     pub status: u32,
-    /// When.
+    /// Time of the exit.
     pub at: SystemTime,
 }
 
-/// Where a process is in its life.
+/// State of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Made, not started.
+    /// Created, not started.
     Created,
     /// The agent is starting it.
     Starting,
-    /// Runs.
+    /// Running.
     Running,
-    /// Has ended.
+    /// Exited.
     Stopped,
-    /// Is being deleted, or is.
+    /// Deleted, or being deleted.
     Deleted,
 }
 
 impl State {
-    /// The word for it in errors.
-    pub fn word(self) -> &'static str {
+    /// Returns the name of the state in error messages.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Created => "created",
             Self::Starting | Self::Running => "running",
@@ -47,104 +47,104 @@ impl State {
 
 struct Inner {
     state: State,
-    /// An exit that came before the start was told of.
-    early: Option<Exit>,
+    /// Exit that was reported before the start event was published.
+    unpublished: Option<Exit>,
     relay: Option<Arc<Relay>>,
 }
 
 /// A process.
 pub struct Process {
-    /// Its container.
+    /// Id of the container.
     pub container: String,
-    /// Its exec id; empty for the container's first.
+    /// Id of the exec; empty for the init process.
     pub exec: String,
-    /// Its streams, as the request named them.
+    /// Paths of the stdio streams, as in the request.
     pub paths: Paths,
     inner: Mutex<Inner>,
     exit: watch::Sender<Option<Exit>>,
 }
 
-/// What an exit means.
+/// How to handle a reported exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
-    /// Tell containerd now.
-    Now,
-    /// The start was not told of yet; [`Process::started`] will give it back.
-    Later,
-    /// It ended before.
-    Again,
+pub enum ExitReport {
+    /// Publish the exit event.
+    Publish,
+    /// Do nothing yet: [`Process::started`] returns the exit once the start event is published.
+    Deferred,
+    /// Ignore it: the exit has been reported before.
+    Duplicate,
 }
 
 impl Process {
-    /// A process that was made.
+    /// Returns a process in the state [`State::Created`].
     pub fn new(container: &str, exec: &str, paths: Paths) -> Self {
         Self {
             container: container.to_owned(),
             exec: exec.to_owned(),
             paths,
-            inner: Mutex::new(Inner { state: State::Created, early: None, relay: None }),
+            inner: Mutex::new(Inner { state: State::Created, unpublished: None, relay: None }),
             exit: watch::Sender::new(None),
         }
     }
 
-    /// Its id in events: the exec's, or the container's for the first process.
+    /// Returns the id for events: the exec's id, or the container's id for the init process.
     pub fn event_id(&self) -> &str {
         if self.exec.is_empty() { &self.container } else { &self.exec }
     }
 
-    /// Where it is.
+    /// Returns the current state.
     pub fn state(&self) -> State {
         lock(&self.inner).state
     }
 
-    /// How it ended, if it did.
+    /// Returns the exit, if the process has exited.
     pub fn exited(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
-    /// Waits for its end.
+    /// Waits for the exit.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
             Ok(Some(exit)) => exit,
-            // The sender is `self`: it cannot be gone.
+            // Unreachable: the sender belongs to `self`.
             _ => Exit { status: 255, at: SystemTime::now() },
         }
     }
 
-    /// Keeps the copies of its streams going.
+    /// Stores the relay, which copies the streams.
     pub fn set_relay(&self, relay: Relay) {
         lock(&self.inner).relay = Some(Arc::new(relay));
     }
 
-    /// The copies of its streams.
+    /// Returns the relay.
     pub fn relay(&self) -> Option<Arc<Relay>> {
         lock(&self.inner).relay.clone()
     }
 
-    /// Ends the copies of its streams.
+    /// Drops the relay, which ends the copying.
     pub fn drop_relay(&self) {
         let relay = lock(&self.inner).relay.take();
         drop(relay);
     }
 
-    /// From created to starting.
+    /// Moves from created to starting.
     ///
     /// # Errors
     /// [`Refusal::Start`] from any other state.
     pub fn begin_start(&self) -> Result<(), Refusal> {
         let mut inner = lock(&self.inner);
-        if inner.state != State::Created || inner.early.is_some() {
-            return Err(Refusal::Start(inner.state.word()));
+        if inner.state != State::Created || inner.unpublished.is_some() {
+            return Err(Refusal::Start(inner.state.name()));
         }
         inner.state = State::Starting;
         Ok(())
     }
 
-    /// The agent started it, and containerd was told. An exit that came meanwhile is to be told next.
+    /// Records that the start event was published. Returns the exit to publish next, if one was reported before it.
     pub fn started(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
-        match inner.early.take() {
+        match inner.unpublished.take() {
             Some(exit) => {
                 inner.state = State::Stopped;
                 drop(inner);
@@ -160,38 +160,40 @@ impl Process {
         }
     }
 
-    /// The agent could not start it. runc's shim counts such a process as stopped: an exec with 255 as its status.
+    /// Records that the agent could not start the process.
+    ///
+    /// runc's shim counts such a process as stopped, with the exit status 255 for an exec.
     pub fn start_failed(&self, exit: Exit) {
         let mut inner = lock(&self.inner);
-        inner.early = None;
+        inner.unpublished = None;
         inner.state = State::Stopped;
         drop(inner);
         self.exit.send_if_modified(|e| e.is_none().then(|| *e = Some(exit)).is_some());
     }
 
-    /// It ended.
-    pub fn ended(&self, exit: Exit) -> Seen {
+    /// Records a reported exit.
+    pub fn ended(&self, exit: Exit) -> ExitReport {
         let mut inner = lock(&self.inner);
         match inner.state {
-            State::Stopped | State::Deleted => Seen::Again,
-            State::Starting if inner.early.is_some() => Seen::Again,
+            State::Stopped | State::Deleted => ExitReport::Duplicate,
+            State::Starting if inner.unpublished.is_some() => ExitReport::Duplicate,
             State::Starting => {
-                inner.early = Some(exit);
-                Seen::Later
+                inner.unpublished = Some(exit);
+                ExitReport::Deferred
             }
             State::Created | State::Running => {
                 inner.state = State::Stopped;
                 drop(inner);
                 self.exit.send_replace(Some(exit));
-                Seen::Now
+                ExitReport::Publish
             }
         }
     }
 
-    /// Nobody else deletes it from here on.
+    /// Begins the deletion. Later callers get `gone`. Returns the state before.
     ///
     /// # Errors
-    /// [`Refusal::Delete`] while it runs, `gone` when it is deleted already.
+    /// [`Refusal::Delete`] while the process runs, `gone` if it is already deleted.
     pub fn begin_delete(&self, gone: Refusal) -> Result<State, Refusal> {
         let mut inner = lock(&self.inner);
         match inner.state {
@@ -204,7 +206,7 @@ impl Process {
         }
     }
 
-    /// The deletion failed; it may be tried again.
+    /// Restores the state before a failed deletion, so that the deletion can be retried.
     pub fn delete_failed(&self, before: State) {
         lock(&self.inner).state = before;
     }
@@ -224,26 +226,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_exit_before_the_start_returned_is_held_back() {
+    async fn exit_before_the_start_event_is_deferred() {
         let p = process();
         p.begin_start().unwrap();
-        assert_eq!(p.ended(exit(3)), Seen::Later);
+        assert_eq!(p.ended(exit(3)), ExitReport::Deferred);
         assert_eq!(p.exited(), None);
-        assert_eq!(p.ended(exit(4)), Seen::Again);
+        assert_eq!(p.ended(exit(4)), ExitReport::Duplicate);
         assert_eq!(p.started(), Some(exit(3)));
         assert_eq!(p.wait().await, exit(3));
         assert_eq!(p.state(), State::Stopped);
     }
 
     #[test]
-    fn life() {
+    fn start_exit_and_delete_move_through_the_states() {
         let p = process();
         p.begin_start().unwrap();
         assert_eq!(p.begin_start(), Err(Refusal::Start("running")));
         assert_eq!(p.started(), None);
         assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::Delete("running")));
-        assert_eq!(p.ended(exit(0)), Seen::Now);
-        assert_eq!(p.ended(exit(9)), Seen::Again);
+        assert_eq!(p.ended(exit(0)), ExitReport::Publish);
+        assert_eq!(p.ended(exit(9)), ExitReport::Duplicate);
         assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
         assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Stopped));
         assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::NoContainer));
@@ -251,9 +253,9 @@ mod tests {
     }
 
     #[test]
-    fn never_started() {
+    fn exit_or_failed_start_stops_a_created_process() {
         let p = process();
-        assert_eq!(p.ended(exit(137)), Seen::Now);
+        assert_eq!(p.ended(exit(137)), ExitReport::Publish);
         assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
         let p = process();
         assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Created));

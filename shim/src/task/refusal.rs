@@ -1,74 +1,74 @@
-//! Why a request is refused, in the words and with the codes of containerd's own runc shim: clients match on them.
+//! Errors of the shim's ttrpc services, with the texts and codes of containerd's own runc shim: clients match on them.
 
 use ttrpc::{Code, Error};
 
-/// A refused request.
+/// Error of a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// No such container here.
+    /// No container has this id.
     #[error("container not created: not found")]
     NoContainer,
-    /// No such process in the container.
+    /// The container has no process with this id.
     #[error("process does not exist {0}: not found")]
     NoProcess(String),
     /// The id is taken.
     #[error("id {0}: already exists")]
     Exists(String),
-    /// A signal for a process that has ended.
+    /// The process to signal has exited.
     #[error("process already finished: not found")]
     Finished,
-    /// A signal for an exec that was not started.
+    /// The exec to signal has not been started.
     #[error("process not created: failed precondition")]
     NotStarted,
-    /// Starting what is not freshly created.
+    /// The process to start is in this state instead of created.
     #[error("cannot start a {0} process: failed precondition")]
     Start(&'static str),
-    /// Deleting what still runs.
+    /// The process to delete is in this state and still runs.
     #[error("cannot delete a {0} process: failed precondition")]
     Delete(&'static str),
-    /// Executing in what does not run.
+    /// The container of an exec is in this state instead of running.
     #[error("cannot exec in a {0} state: failed precondition")]
     Exec(&'static str),
-    /// Pausing what does not run.
+    /// The container to pause is in this state instead of running.
     #[error("cannot pause a {0} container: failed precondition")]
     Pause(&'static str),
-    /// Resuming what is not paused.
+    /// The container to resume is in this state instead of paused.
     #[error("cannot resume a {0} container: failed precondition")]
     Resume(&'static str),
-    /// Changing what has ended.
+    /// The container to update has exited.
     #[error("cannot update a stopped container: failed precondition")]
     Update,
-    /// Resizing the terminal of what has ended.
+    /// The process whose terminal is to be resized has exited.
     #[error("cannot resize a stopped container: failed precondition")]
     Resize,
-    /// Something the request says cannot be.
+    /// A value in the request is invalid.
     #[error("{0}: invalid argument")]
     Invalid(String),
-    /// A thing this runtime does not do.
+    /// The runtime does not support the request.
     #[error("{0}: not implemented")]
     Unsupported(&'static str),
-    /// A request for the container that stands for its pod, which only a program that runs could answer.
-    #[error("the sandbox container runs nothing: ask a container of the pod: failed precondition")]
+    /// The request needs a running program, which the sandbox container does not have.
+    #[error("the sandbox container runs no program; name another container of the pod: failed precondition")]
     Sandbox,
-    /// Another sandbox than this shim's.
+    /// The request names a sandbox that is not this shim's.
     #[error("sandbox {0}: not found")]
     NoSandbox(String),
-    /// Starting a sandbox, or a container in one, that no request has created.
+    /// The request needs a sandbox that no request has created yet.
     #[error("the sandbox was not created: failed precondition")]
     NotCreated,
     /// The sandbox has no cgroup on the host.
-    #[error("the sandbox has no cgroup of its own: failed precondition")]
+    #[error("the sandbox has no cgroup on the host: failed precondition")]
     NoMetrics,
-    /// The virtual machine is gone.
-    #[error("the sandbox is gone: failed precondition")]
+    /// The VM has ended.
+    #[error("the sandbox's VM has ended: failed precondition")]
     Gone,
-    /// Whatever else went wrong: the chain of causes.
+    /// Any other failure; the text is the chain of causes.
     #[error("{0}")]
     Failed(String),
 }
 
 impl Refusal {
-    /// Its ttrpc code.
+    /// Returns the ttrpc status code.
     pub fn code(&self) -> Code {
         match self {
             Self::NoContainer | Self::NoSandbox(_) | Self::NoProcess(_) | Self::Finished => Code::NOT_FOUND,

@@ -1,4 +1,4 @@
-//! The pod's size follows its containers: more before a container gets more, less after it has less.
+//! Resizes the pod with its containers: grows it before a container gets more, shrinks it after a container has less.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,84 +8,89 @@ use crate::bundle::growth::{Limits, Pod, Size};
 use crate::lock;
 use crate::sandbox::resize::Target;
 
-/// What the pod's containers may use.
+/// Resource limits of the pod's containers.
 #[derive(Default)]
 pub(super) struct Sizes {
     pod: Mutex<Pod>,
-    /// Somebody has changed a limit: from then on the pod may be smaller than at its start.
+    /// A limit was updated. From then on the pod may be smaller than at boot.
     changed: AtomicBool,
 }
 
 impl Shim {
-    /// Makes room for a container that is about to be made. A container alone has all the room from the start.
-    pub(super) async fn make_room(&self, id: &str, limits: Limits) -> Result<(), Refusal> {
+    /// Grows the pod for a container that is about to be created. A container outside a pod has its full size from
+    /// boot.
+    pub(super) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), Refusal> {
         let (before, huge) = (self.pod_size(), limits.huge > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.sizes.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
-        self.tell_of_cut();
-        // Containers come one by one, those of the start among them: none makes the pod smaller.
+        self.log_vcpu_shortage();
+        // The pod boots with the size for its first containers, which are created one by one. Creating one must not
+        // shrink it.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),
         }
     }
 
-    /// Takes back the room of a container that is gone or was never made; nobody waits for that.
-    pub(super) fn take_room(&self, id: &str) {
+    /// Releases the resources of a container that was deleted or could not be created. Does not wait for the resize.
+    pub(super) fn release_resources(&self, id: &str) {
         let removed = lock(&self.sizes.pod).remove(id).is_some();
-        // With the last container the machine goes.
+        // The VM ends with the last container.
         if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {
-            self.follow_pod();
+            self.queue_resize();
         }
     }
 
-    /// Has the pod get the size that its containers need, and the host its limits, some time soon.
-    pub(super) fn follow_pod(&self) {
+    /// Queues a resize of the pod and its host limits to what its containers need. Does not wait for it.
+    pub(super) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
             resizer.post(target);
         }
     }
 
-    /// Makes room for a container's new limits (OCI `LinuxResources` as JSON); [`Shim::change_room`] follows.
-    pub(super) async fn prepare_change(&self, id: &str, raw: &[u8]) -> Result<Change, Refusal> {
+    /// Grows the pod for a container's new limits (OCI `LinuxResources` as JSON). [`Shim::finish_update`] must follow.
+    pub(super) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<Change, Refusal> {
         let before = lock(&self.sizes.pod).get(id).cloned().unwrap_or_default();
-        let after = before.clone().updated(raw).map_err(|error| Refusal::Invalid(format!("resources: {error}")))?;
+        let after = before
+            .clone()
+            .updated(raw)
+            .map_err(|error| Refusal::Invalid(format!("failed to parse the resources: {error}")))?;
         let change = Change { before, after };
         if let (true, Some(size)) = (change.before != change.after, self.pod_size()) {
             self.sizes.changed.store(true, Ordering::Relaxed);
             lock(&self.sizes.pod).insert(id.to_owned(), change.after.clone());
-            self.tell_of_cut();
+            self.log_vcpu_shortage();
             if let Err(error) = self.resize(size).await {
-                self.change_room(id, &change, false).await;
+                self.finish_update(id, &change, false).await;
                 return Err(error);
             }
         }
         Ok(change)
     }
 
-    /// The container has its new limits, or still the old ones: what is not needed any more is given back.
-    pub(super) async fn change_room(&self, id: &str, change: &Change, done: bool) {
+    /// Records whether the update succeeded, and releases resources that are no longer needed.
+    pub(super) async fn finish_update(&self, id: &str, change: &Change, done: bool) {
         if change.before == change.after {
             return;
         }
-        // Unless the container is gone meanwhile.
+        // `None` if the container was deleted during the update.
         if let Some(limits) = lock(&self.sizes.pod).get_mut(id) {
             *limits = if done { &change.after } else { &change.before }.clone();
         }
         if let Err(error) = self.resize(Size { vcpus: 0, memory_mib: 0 }).await {
-            tracing::warn!(%error, "the pod keeps its size");
+            tracing::warn!(%error, "failed to shrink the pod after an update");
         }
     }
 
-    /// A pod with fewer processors than its containers may use is slower than it would be under runc.
-    fn tell_of_cut(&self) {
+    /// Logs that the pod has fewer vCPUs than its containers may use: it is slower than it would be under runc.
+    fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
         let (wanted, most) = (resizer.growth.vcpus(lock(&self.sizes.pod).values()), resizer.growth.most.vcpus);
         if wanted > most {
             tracing::info!(
                 wanted,
                 most,
-                "the pod has no more processors to get (spare_vcpus, max_vcpus, the host's own)"
+                "the pod has fewer vCPUs than its containers may use (see spare_vcpus and max_vcpus)"
             );
         }
     }
@@ -95,7 +100,7 @@ impl Shim {
         Some(growth.size(lock(&self.sizes.pod).values(), !self.sizes.changed.load(Ordering::Relaxed)))
     }
 
-    /// Gives the pod the size that its containers need, and at least `least`.
+    /// Resizes the pod to what its containers need, but at least to `least`.
     async fn resize(&self, least: Size) -> Result<(), Refusal> {
         match self.sandbox.resizer().zip(self.target(Some(least))) {
             Some((resizer, target)) => {
@@ -115,7 +120,7 @@ impl Shim {
     }
 }
 
-/// A change of one container's limits, half done.
+/// An update of one container's limits that has begun.
 #[derive(Debug)]
 pub(super) struct Change {
     before: Limits,

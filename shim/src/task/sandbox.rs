@@ -1,5 +1,6 @@
-//! The sandbox as containerd's sandbox controller has it: created, started, stopped and shut down by requests of its own,
-//! whatever containers come and go in it.
+//! The sandbox as containerd's sandbox controller sees it.
+//!
+//! Requests create, start, stop and shut down the sandbox, independently of its containers.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -17,31 +18,31 @@ use crate::lock;
 use crate::pod;
 use crate::spec::Spec;
 
-/// How long a shim waits for the request that creates its sandbox: containerd sends it with the answer to `start`.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout for the request that creates the sandbox. containerd sends it right after the answer to `start`.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What the requests have made of it.
+/// State of the sandbox that the controller's requests change.
 pub struct State {
-    /// What the launch takes, until then.
+    /// What the launch needs; taken by the launch.
     pending: Mutex<Option<Pending>>,
-    /// Whether it was created by a request: then it stays until one ends it.
+    /// Set if a request created the sandbox. It then stays until a request ends it.
     created: OnceLock<Created>,
-    /// Whether it was told to stop.
+    /// Whether a request to stop has arrived.
     stopping: Mutex<bool>,
-    /// Its end.
+    /// Exit of the sandbox.
     exit: watch::Sender<Option<Exit>>,
     began: SystemTime,
 }
 
 struct Created {
-    /// Its specification, where this shim made it.
+    /// Specification that this shim made for the sandbox; `{}` if the bundle has one.
     spec: Value,
-    /// Where the pod's files are, where this shim made them.
+    /// Directory of the pod's files, if this shim wrote them.
     files: Option<PathBuf>,
 }
 
 impl State {
-    /// A sandbox; `pending` where its specification is still to come.
+    /// Returns the initial state; `pending` is set if the specification is still to come.
     pub fn new(pending: Option<Pending>) -> Self {
         Self {
             pending: Mutex::new(pending),
@@ -52,32 +53,32 @@ impl State {
         }
     }
 
-    /// Whether a request created it.
+    /// Returns whether a request created the sandbox.
     pub fn is_created(&self) -> bool {
         self.created.get().is_some()
     }
 
-    /// When it began.
+    /// Returns the time at which the shim began to serve the sandbox.
     pub fn began(&self) -> SystemTime {
         self.began
     }
 
-    /// How it ended, if it has.
+    /// Returns the exit, if the sandbox has ended.
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
-    /// Its specification as far as this shim made it.
+    /// Returns the specification that this shim made, or null.
     pub fn spec(&self) -> Value {
         self.created.get().map_or(Value::Null, |created| created.spec.clone())
     }
 
-    /// Where the files are that its containers see as their own.
+    /// Returns the directory of files that the pod's containers see, such as `/etc/hosts`.
     pub fn files(&self) -> Option<PathBuf> {
         self.created.get()?.files.clone()
     }
 
-    /// The virtual machine is gone.
+    /// Records the end of the VM.
     pub fn ended(&self) {
         let status = if *lock(&self.stopping) { 0 } else { KILLED };
         self.exit.send_if_modified(|exit| {
@@ -87,17 +88,18 @@ impl State {
         });
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the sandbox.
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
-        // The sender lives as long as this does.
+        // Unreachable fallback: the sender belongs to `self`.
         ended.ok().flatten().unwrap_or(Exit { status: KILLED, at: SystemTime::now() })
     }
 }
 
 impl Shim {
-    /// Creates the sandbox by its pod's configuration, and starts its boot. One whose bundle has a specification boots
-    /// already.
+    /// Creates the sandbox from the pod's configuration and starts its boot.
+    ///
+    /// A sandbox whose bundle has a specification is already booting.
     pub(super) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), Refusal> {
         let pending = lock(&self.api.pending).take();
         let (created, launch) = match pending {
@@ -107,10 +109,10 @@ impl Shim {
             None => (Created { spec: json!({}), files: None }, None),
             Some(pending) => {
                 let spec = pod::specification(&self.sandbox.id, config, netns);
-                let own = Spec { hostname: config.hostname.clone(), ..Spec::default() };
+                let with_hostname = Spec { hostname: config.hostname.clone(), ..Spec::default() };
                 let dir = self.sandbox.dir().path().to_owned();
-                let (files, wanted, name) = (dir.clone(), config.clone(), hostname(&own));
-                let written = tokio::task::spawn_blocking(move || pod::write(&dir, &wanted, &name)).await;
+                let (files, pod_config, name) = (dir.clone(), config.clone(), hostname(&with_hostname));
+                let written = tokio::task::spawn_blocking(move || pod::write(&dir, &pod_config, &name)).await;
                 written
                     .map_err(|e| e.to_string())
                     .and_then(|done| done.map_err(|e| crate::chain(&e)))
@@ -124,7 +126,7 @@ impl Shim {
         }
         if let Some(pending) = launch {
             pending.launch(&text, &self.sandbox).await.map_err(Refusal::Failed)?;
-            // Told to stop meanwhile, when there was nothing to kill yet.
+            // A stop may have arrived during the launch, before there was a VM to kill.
             if *lock(&self.api.stopping) {
                 self.sandbox.kill();
             }
@@ -132,21 +134,21 @@ impl Shim {
         Ok(())
     }
 
-    /// Stops the sandbox with everything that still runs in it, and waits until it is gone.
+    /// Stops the sandbox with everything that runs in it, and waits for its end.
     pub(super) async fn stop_sandbox(&self) {
         *lock(&self.api.stopping) = true;
-        // Without a launch its reports end here.
+        // Dropping `pending` closes the report channel, which ends a sandbox that was never launched.
         drop(lock(&self.api.pending).take());
         self.sandbox.end().await;
         self.api.wait().await;
     }
 
-    /// Ends when it is certain that nobody will create this sandbox.
+    /// Returns if no request creates this sandbox within [`CREATE_TIMEOUT`]; otherwise never.
     pub async fn forsaken(self: &Arc<Self>) {
         if lock(&self.api.pending).is_none() {
             return std::future::pending().await;
         }
-        tokio::time::sleep(PATIENCE).await;
+        tokio::time::sleep(CREATE_TIMEOUT).await;
         if lock(&self.api.pending).is_none() {
             std::future::pending().await
         }

@@ -1,4 +1,4 @@
-//! containerd's Sandbox service (containerd.runtime.sandbox.v1): what its sandbox controller asks of a shim.
+//! Serves containerd's Sandbox API (containerd.runtime.sandbox.v1) to its sandbox controller.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,18 +16,18 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{Refusal, Shim, whole};
+use super::{Refusal, Shim, run_to_completion};
 use crate::events::timestamp;
 use crate::pod;
 use crate::sandbox::cgroup::Place;
 use crate::sandbox::legacy_metrics;
 use husk_proto::metrics;
 
-/// The states by the CRI's names, which containerd takes as they are.
+/// States by their CRI names, which containerd passes on unchanged.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
 
-/// The Sandbox service.
+/// Returns the Sandbox service.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     create_sandbox(Arc::new(Handler { shim: Arc::clone(shim) }))
 }
@@ -37,7 +37,7 @@ struct Handler {
 }
 
 impl Handler {
-    /// A shim has one sandbox.
+    /// Checks that the request names this shim's only sandbox.
     fn check(&self, id: &str) -> Result<(), Refusal> {
         if id == self.shim.sandbox.id { Ok(()) } else { Err(Refusal::NoSandbox(id.to_owned())) }
     }
@@ -81,7 +81,7 @@ impl Sandbox for Handler {
         self.check(&request.sandbox_id)?;
         let mut response = PlatformResponse::new();
         let platform = response.platform.mut_or_insert_default();
-        // By Go's names. The guest is of the host's architecture, which is the one Husk is built for.
+        // Go's names (GOOS, GOARCH). The guest has the host's architecture, the one that Husk is built for.
         platform.os = "linux".to_owned();
         platform.architecture = "amd64".to_owned();
         Ok(response)
@@ -90,7 +90,7 @@ impl Sandbox for Handler {
     async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
         self.check(&request.sandbox_id)?;
         let shim = Arc::clone(&self.shim);
-        whole(async move {
+        run_to_completion(async move {
             shim.stop_sandbox().await;
             Ok(())
         })
@@ -148,7 +148,7 @@ impl Sandbox for Handler {
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         self.check(&request.sandbox_id)?;
         let shim = Arc::clone(&self.shim);
-        whole(async move {
+        run_to_completion(async move {
             shim.stop_sandbox().await;
             shim.finish().await;
             Ok(())
@@ -157,8 +157,10 @@ impl Sandbox for Handler {
         Ok(ShutdownSandboxResponse::new())
     }
 
-    /// What the pod takes of the host, by its cgroup there: time and memory are those of machine and shim, and `pids`
-    /// counts their threads, not the pod's processes, which are the guest's.
+    /// Returns what the pod uses on the host, from its cgroup there.
+    ///
+    /// CPU time and memory are those of the VMM and the shim. `pids` counts their threads, not the processes in the
+    /// guest.
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,

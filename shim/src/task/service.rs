@@ -1,4 +1,4 @@
-//! The Task service as containerd calls it, under the names of its second and its third version.
+//! Serves containerd's Task API, under the service names of versions 2 and 3.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,16 +19,16 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::container::Container;
 use super::process::State;
-use super::{Refusal, Shim, whole};
+use super::{Refusal, Shim, run_to_completion};
 use crate::bundle;
 use crate::events::timestamp;
 use crate::sandbox::agent::{timeouts, within};
 
-/// Most processes of a container that are listed, and most bytes of statistics taken from the guest.
+/// Maximum number of processes that are listed, and maximum size of the guest's statistics in bytes.
 const MAX_PIDS: usize = 1 << 16;
 const MAX_METRICS: usize = 1 << 20;
 
-/// The Task service under both its names: the messages are the same.
+/// Returns the Task service under both names; their messages are the same.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut services = HashMap::new();
     for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
@@ -47,17 +47,17 @@ impl Handler {
         self.shim.containers.get(id)
     }
 
-    /// A container that there is something of in the guest.
+    /// Returns a container that has processes in the guest.
     fn guest_container(&self, id: &str) -> Result<Arc<Container>, Refusal> {
         self.container(id)
-            .and_then(|container| if container.is_pause() { Err(Refusal::Sandbox) } else { Ok(container) })
+            .and_then(|container| if container.is_sandbox_container() { Err(Refusal::Sandbox) } else { Ok(container) })
     }
 
     fn is_running(container: &Container) -> Result<(), &'static str> {
         match container.init.state() {
             State::Running if container.is_paused() => Err("paused"),
             State::Running => Ok(()),
-            state => Err(state.word()),
+            state => Err(state.name()),
         }
     }
 }
@@ -112,7 +112,7 @@ impl Task for Handler {
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let container = self.container(&request.id)?;
         let shim = Arc::clone(&self.shim);
-        whole(async move {
+        run_to_completion(async move {
             if request.exec_id.is_empty() {
                 return shim.delete_container(&container).await;
             }
@@ -124,9 +124,10 @@ impl Task for Handler {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id)?;
-        // One that has ended keeps its pid until it is deleted: a containerd that is started again takes a container without
-        // any for a left-over and deletes it, and how it ended with it (1.7 and 2.1, shim_load.go, loadShims).
-        if container.is_pause() || container.init.exited().is_some() {
+        // A container that has exited keeps its PID until it is deleted. A restarted containerd takes a container
+        // without any PID for a leftover, and deletes it together with its exit status (1.7 and 2.1, shim_load.go,
+        // loadShims).
+        if container.is_sandbox_container() || container.init.exited().is_some() {
             let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
             return Ok(PidsResponse { processes: vec![one], ..Default::default() });
         }
@@ -154,7 +155,7 @@ impl Task for Handler {
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let container = self.guest_container(&request.id)?;
         if Self::is_running(&container) != Err("paused") {
-            return Err(Refusal::Resume(container.init.state().word()).into());
+            return Err(Refusal::Resume(container.init.state().name()).into());
         }
         let guest = ResumeRequest { id: container.id.clone(), ..Default::default() };
         let resumed = self.shim.agent()?.task.resume(within(timeouts::QUICK), &guest).await;
@@ -172,7 +173,7 @@ impl Task for Handler {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
         let shim = Arc::clone(&self.shim);
-        whole(async move { shim.kill(&container, &request).await }).await?;
+        run_to_completion(async move { shim.kill(&container, &request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -187,7 +188,7 @@ impl Task for Handler {
         let process = container.process(&request.exec_id)?;
         match process.state() {
             State::Stopped | State::Deleted => return Err(Refusal::Resize.into()),
-            // The agent does not know of it yet; runc's shim has no terminal to resize then either.
+            // The agent does not know the exec yet. runc's shim has no terminal to resize at that point either.
             State::Created | State::Starting if !process.exec.is_empty() => return Ok(Empty::new()),
             _ => {}
         }
@@ -218,7 +219,7 @@ impl Task for Handler {
         if matches!(container.init.state(), State::Stopped | State::Deleted) {
             return Err(Refusal::Update.into());
         }
-        if container.is_pause() {
+        if container.is_sandbox_container() {
             return Ok(Empty::new());
         }
         let value = bundle::resources_update(&request.resources.value);
@@ -227,9 +228,9 @@ impl Task for Handler {
         let guest =
             UpdateTaskRequest { id: container.id.clone(), resources: Some(resources).into(), ..Default::default() };
         let agent = self.shim.agent()?;
-        let change = self.shim.prepare_change(&container.id, &request.resources.value).await?;
+        let change = self.shim.prepare_update(&container.id, &request.resources.value).await?;
         let updated = agent.task.update(within(timeouts::QUICK), &guest).await;
-        self.shim.change_room(&container.id, &change, updated.is_ok()).await;
+        self.shim.finish_update(&container.id, &change, updated.is_ok()).await;
         updated.map_err(|error| self.shim.agent_error("update", error))
     }
 
@@ -246,7 +247,9 @@ impl Task for Handler {
         let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
         let stats =
             answer.stats.into_option().filter(|any| any.type_url == metrics::URL && any.value.len() <= MAX_METRICS);
-        let stats = stats.ok_or_else(|| Refusal::Failed("the agent's statistics are of no known form".to_owned()))?;
+        let stats = stats.ok_or_else(|| {
+            Refusal::Failed("the agent's statistics have an unknown type or are too large".to_owned())
+        })?;
         Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }
 
@@ -260,7 +263,7 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // One that the sandbox controller created is ended by it.
+        // A sandbox that the sandbox controller created is ended by ShutdownSandbox.
         if self.shim.containers.is_empty() && !self.shim.api.is_created() {
             self.shim.finish().await;
         }

@@ -1,5 +1,4 @@
-//! Version 1 of control groups: a hierarchy for each controller, or for a few together (Linux,
-//! Documentation/admin-guide/cgroup-v1).
+//! cgroup v1: one hierarchy for each controller or group of controllers (Linux, Documentation/admin-guide/cgroup-v1).
 
 use std::fs;
 use std::io;
@@ -8,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use super::Place;
 
-/// How often a cgroup is looked at whose last process was killed: here the kernel tells nobody that it is gone.
-const LOOK: Duration = Duration::from_millis(5);
-/// What the files of a new cpuset begin as nothing.
+/// Polling interval while a cgroup's last processes end: cgroup v1 has no notification for that.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+/// Files that are empty in a new cpuset cgroup.
 const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
-/// The sandbox' directory in each hierarchy, and this process's own there. `mounts` is `/proc/self/mountinfo`, `own`
-/// `/proc/self/cgroup`. Where systemd makes it (`scope`), that of version 2 is one of them: beside version 1 systemd has it
-/// to know by which processes there are.
+/// Returns the sandbox's directory in each hierarchy, and this process's current directory there.
+///
+/// `mounts` is `/proc/self/mountinfo`, `own` is `/proc/self/cgroup`. For a systemd `scope`, the cgroup v2 hierarchy is
+/// included: beside cgroup v1, systemd tracks the processes of its units there.
 pub fn place(mounts: &str, own: &str, relative: &Path, scope: bool) -> (Place, Vec<PathBuf>) {
     let (mut all, mut origins) = (Vec::new(), Vec::new());
     let unified = mounts.lines().find_map(|line| hierarchy(line, "cgroup2")).filter(|_| scope);
@@ -25,7 +25,7 @@ pub fn place(mounts: &str, own: &str, relative: &Path, scope: bool) -> (Place, V
     }
     for (point, options) in mounts.lines().filter_map(|line| hierarchy(line, "cgroup")) {
         let has = |name: &str| options.split(',').any(|option| option == name);
-        // hierarchy-ID:controllers:path (cgroups(7)); a name stands for controllers where there are none.
+        // hierarchy-ID:controllers:path (cgroups(7)). A hierarchy without controllers has a name instead.
         let line = own.lines().find_map(|line| {
             let (names, path) = line.split_once(':')?.1.split_once(':')?;
             (!names.is_empty() && names.split(',').all(has)).then_some((names, path))
@@ -33,7 +33,7 @@ pub fn place(mounts: &str, own: &str, relative: &Path, scope: bool) -> (Place, V
         let Some((names, path)) = line else { continue };
         let names: Vec<String> = names.split(',').map(str::to_owned).collect();
         let dir = point.join(relative);
-        // One hierarchy may be mounted twice.
+        // A hierarchy may be mounted twice.
         if all.iter().all(|(known, _)| *known != names) {
             all.push((names, dir));
             origins.push(point.join(path.trim_start_matches('/')));
@@ -42,7 +42,7 @@ pub fn place(mounts: &str, own: &str, relative: &Path, scope: bool) -> (Place, V
     (Place::Legacy(all), origins)
 }
 
-/// Mount point and options of a line of mountinfo that mounts a hierarchy of this kind.
+/// Returns mount point and super options of a line of mountinfo that mounts a hierarchy of type `kind`.
 fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     let (mount, system) = line.split_once(" - ")?;
     let mut system = system.split(' ');
@@ -53,7 +53,7 @@ fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     Some((mount.split(' ').nth(4)?.into(), options))
 }
 
-/// Gives a new cpuset, and those above it that are new, what the one above has: nothing can be in one that has nothing.
+/// Copies the parent's CPUs and memory nodes to each new cpuset cgroup: without them no process can join it.
 pub fn inherit_cpuset(top: &Path, path: &Path) {
     let mut above: Vec<&Path> = path.ancestors().take_while(|dir| dir.starts_with(top) && *dir != top).collect();
     above.reverse();
@@ -68,13 +68,13 @@ pub fn inherit_cpuset(top: &Path, path: &Path) {
     }
 }
 
-/// Waits until no process is in the cgroup or below it.
+/// Waits until no process is left in the cgroup or below it.
 pub fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     while is_populated(path) {
         if Instant::now() >= deadline {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
     Ok(())
 }
@@ -101,7 +101,7 @@ mod tests {
     const OWN: &str = "4:memory:/\n3:cpu,cpuacct:/system.slice/x\n1:name=systemd:/system.slice/x\n0::/system.slice/x\n";
 
     #[test]
-    fn every_hierarchy_has_a_directory() {
+    fn place_returns_a_directory_for_every_hierarchy() {
         let (place, origins) = place(MOUNTS, OWN, Path::new("kubepods/pod"), false);
         let top = Path::new("/sys/fs/cgroup");
         assert_eq!(place.of("cpuacct"), Some(&*top.join("cpu,cpuacct/kubepods/pod")));
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scope_is_left_where_systemd_looks() {
+    fn place_of_a_scope_includes_the_cgroup_v2_hierarchy() {
         let (place, origins) = place(MOUNTS, OWN, Path::new("a.slice/b.scope"), true);
         let first = (place.dirs().next(), origins.first().map(PathBuf::as_path));
         let top = Path::new("/sys/fs/cgroup/unified");
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_cpuset_has_what_is_above_it() {
+    fn new_cpusets_inherit_from_their_parent() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cpuset/a/b");
         fs::create_dir_all(&path).unwrap();
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_empty_is_not_waited_for() {
+    fn wait_until_empty_waits_only_while_there_are_processes() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("below")).unwrap();
         let deadline = Instant::now() + Duration::from_millis(20);
