@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::bundle::BundleError;
+
 /// containerd's annotation that names a container's sandbox.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// The same by CRI-O.
@@ -142,9 +144,7 @@ pub enum SpecError {
     #[error("annotation {SANDBOX_ID} names no sandbox: {0:?}")]
     SandboxId(String),
     /// The host's network.
-    #[error(
-        "host network is not supported: a Husk container has a kernel of its own (the specification names no network namespace)"
-    )]
+    #[error("{}", BundleError::host_network())]
     HostNetwork,
 }
 

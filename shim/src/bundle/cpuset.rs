@@ -1,42 +1,42 @@
-//! Sets of the host's processors, as cgroups write them: `0-3,7`.
+//! Sets of the host's CPUs in cgroup notation: `0-3,7`.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The kernel's own bound for x86 (`NR_CPUS` with `MAXSMP`).
-const MOST: usize = 8192;
-const WORDS: usize = MOST / 64;
+/// Maximum number of CPUs: the kernel's bound for x86 (`NR_CPUS` with `MAXSMP`).
+const MAX_CPUS: usize = 8192;
+const WORDS: usize = MAX_CPUS / 64;
 
-/// A set of processors; never empty.
+/// A set of CPUs; never empty.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CpuSet(Box<[u64; WORDS]>);
 
-/// Not a list of processors.
+/// The text is not a list of CPUs.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is no list of processors, such as 0-3,7")]
+#[error("{0:?} is not a list of CPUs such as 0-3,7")]
 pub struct CpuSetError(String);
 
 impl CpuSet {
-    /// How many there are.
+    /// Returns the number of CPUs.
     pub fn count(&self) -> u64 {
         self.0.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Those that are in one of the two.
+    /// Returns the CPUs that are in either set.
     pub fn union(mut self, other: &Self) -> Self {
         self.0.iter_mut().zip(other.0.iter()).for_each(|(word, more)| *word |= more);
         self
     }
 
-    /// A bit for each processor, the first in the lowest bit of the first byte, as far as there are any: as systemd takes
-    /// it.
+    /// Returns the set as systemd expects it: one bit for each CPU, CPU 0 in the lowest bit of the first byte, without
+    /// trailing zero bytes.
     pub fn mask(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = self.0.iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.truncate(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
         bytes
     }
 
-    fn has(&self, cpu: usize) -> bool {
+    fn contains(&self, cpu: usize) -> bool {
         self.0.get(cpu / 64).is_some_and(|word| word & (1 << (cpu % 64)) != 0)
     }
 }
@@ -44,13 +44,13 @@ impl CpuSet {
 impl FromStr for CpuSet {
     type Err = CpuSetError;
 
-    /// The kernel's list format (`Documentation/admin-guide/cgroup-v2.rst`, `cpuset.cpus`), without its strides.
+    /// Parses the kernel's list format (`Documentation/admin-guide/cgroup-v2.rst`, `cpuset.cpus`), without strides.
     fn from_str(text: &str) -> Result<Self, CpuSetError> {
         let error = || CpuSetError(text.to_owned());
         let mut words = Box::new([0; WORDS]);
         for part in text.trim().split(',').filter(|part| !part.trim().is_empty()) {
             let (low, high) = part.split_once('-').unwrap_or((part, part));
-            let number = |text: &str| text.trim().parse().ok().filter(|&cpu: &usize| cpu < MOST).ok_or_else(error);
+            let number = |text: &str| text.trim().parse().ok().filter(|&cpu: &usize| cpu < MAX_CPUS).ok_or_else(error);
             let (low, high) = (number(low)?, number(high)?);
             if low > high {
                 return Err(error());
@@ -68,13 +68,13 @@ impl FromStr for CpuSet {
 impl fmt::Display for CpuSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (mut cpu, mut comma) = (0, "");
-        while cpu < MOST {
-            if !self.has(cpu) {
+        while cpu < MAX_CPUS {
+            if !self.contains(cpu) {
                 cpu += 1;
                 continue;
             }
             let low = cpu;
-            while self.has(cpu) {
+            while self.contains(cpu) {
                 cpu += 1;
             }
             match cpu - 1 {
@@ -99,7 +99,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn lists_are_read_and_written() {
+    fn lists_are_parsed_and_formatted() {
         let set = |text: &str| text.parse::<CpuSet>();
         assert_eq!(set("0-3,7").unwrap().to_string(), "0-3,7");
         assert_eq!(set(" 3, 1,2 \n").unwrap().to_string(), "1-3");
@@ -112,7 +112,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_set_is_what_its_list_says(cpus in prop::collection::btree_set(0..MOST, 1..40), any in ".*") {
+        fn parse_and_display_round_trip(cpus in prop::collection::btree_set(0..MAX_CPUS, 1..40), any in ".*") {
             let list: Vec<String> = cpus.iter().map(usize::to_string).collect();
             let set: CpuSet = list.join(",").parse().unwrap();
             prop_assert_eq!(set.count(), cpus.len() as u64);

@@ -1,4 +1,4 @@
-//! Which devices the guest has of its own, so that a container may be given them.
+//! Devices that the guest has itself, so that a container may use them.
 
 /// A character device that every guest has.
 struct Standard {
@@ -11,7 +11,7 @@ const fn standard(path: &'static str, major: u64, minor: u64) -> Standard {
     Standard { path, major, minor }
 }
 
-/// Numbers from the kernel's `Documentation/admin-guide/devices.txt`: the same on every Linux.
+/// Device numbers from the kernel's `Documentation/admin-guide/devices.txt`: the same on every Linux.
 const STANDARD: [Standard; 10] = [
     standard("/dev/null", 1, 3),
     standard("/dev/zero", 1, 5),
@@ -28,19 +28,19 @@ const STANDARD: [Standard; 10] = [
 /// `/dev/kvm`.
 const KVM: (u64, u64) = (10, 232);
 
-/// The guest's own path of a character device.
+/// Returns the guest's path of a character device.
 ///
 /// # Errors
-/// Says why the guest has no such device.
+/// Why the guest does not have the device.
 pub fn guest_path(character: bool, major: u64, minor: u64) -> Result<&'static str, String> {
     if character && (major, minor) == KVM {
-        return Err("the guest has no KVM: virtual machines cannot be nested in a container".into());
+        return Err("the guest has no KVM: VMs cannot be nested in a container".into());
     }
     match STANDARD.iter().find(|d| character && (d.major, d.minor) == (major, minor)) {
         Some(device) => Ok(device.path),
         None => Err(format!(
-            "{} device {major}:{minor} is the host's, and the container is in a virtual machine (for privileged \
-             containers set privileged_without_host_devices = true in the runtime's containerd configuration)",
+            "{} device {major}:{minor} belongs to the host and is not available in the VM (for privileged containers, \
+             set privileged_without_host_devices = true in the runtime's containerd configuration)",
             if character { "character" } else { "block" }
         )),
     }
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn standard_devices_are_the_guests_and_others_refused() {
+    fn guest_path_knows_standard_devices_only() {
         assert_eq!(guest_path(true, 1, 3), Ok("/dev/null"));
         assert_eq!(guest_path(true, 10, 229), Ok("/dev/fuse"));
         assert!(guest_path(true, 10, 232).unwrap_err().contains("no KVM"));

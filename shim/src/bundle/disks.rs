@@ -1,29 +1,28 @@
-//! Block devices of the host that a specification gives to its container: found in it, and given the guest's numbers once
-//! the guest has them.
+//! Block devices of the host in a specification: finds them, and replaces their numbers by the guest's.
 
 use serde_json::Value;
 
 /// A block device of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Disk {
-    /// Its major number.
+    /// Major number on the host.
     pub major: u32,
-    /// Its minor number.
+    /// Minor number on the host.
     pub minor: u32,
-    /// No rule of the container's device cgroup allows it to be written to.
+    /// True if no rule of the container's device cgroup allows writing.
     pub read_only: bool,
 }
 
-/// The numbers of a block device in the guest.
+/// Device numbers of a block device in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Numbers {
-    /// Its major number.
+    /// Major number.
     pub major: u32,
-    /// Its minor number.
+    /// Minor number.
     pub minor: u32,
 }
 
-/// The block devices among `linux.devices`.
+/// Returns the block devices in `linux.devices`.
 pub fn of(spec: &Value) -> Vec<Disk> {
     let mut disks = Vec::new();
     for device in list(spec, "/linux/devices").filter(|device| is_block(device)) {
@@ -37,9 +36,9 @@ pub fn of(spec: &Value) -> Vec<Disk> {
     disks
 }
 
-/// Whether the rules let it be written to. The last one that speaks of a device decides.
+/// Returns whether the device cgroup's rules allow writing. The last rule that matches the device decides.
 fn writable(spec: &Value, major: u32, minor: u32) -> bool {
-    let speaks = |rule: &&Value| {
+    let matches = |rule: &&Value| {
         let kind = rule.get("type").and_then(Value::as_str).unwrap_or("a");
         let is = |key, wanted: u32| {
             rule.get(key).and_then(Value::as_i64).is_none_or(|number| number < 0 || number == i64::from(wanted))
@@ -47,14 +46,14 @@ fn writable(spec: &Value, major: u32, minor: u32) -> bool {
         let writes = rule.get("access").and_then(Value::as_str).is_none_or(|access| access.contains('w'));
         matches!(kind, "a" | "b" | "") && is("major", major) && is("minor", minor) && writes
     };
-    let last = list(spec, "/linux/resources/devices").filter(speaks).last();
+    let last = list(spec, "/linux/resources/devices").filter(matches).last();
     last.is_some_and(|rule| rule.get("allow").and_then(Value::as_bool).unwrap_or_default())
 }
 
-/// Puts the guest's numbers in the place of the host's.
+/// Replaces the host's device numbers by the guest's.
 ///
 /// # Errors
-/// When `spec` is no JSON.
+/// If `spec` is not JSON.
 pub fn number_anew(spec: &[u8], disks: &[(Disk, Numbers)]) -> serde_json::Result<Vec<u8>> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     for path in ["/linux/devices", "/linux/resources/devices"] {
@@ -103,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn block_devices_and_whether_they_are_written_to() {
+    fn disks_are_found_with_their_write_access() {
         assert_eq!(of(&spec("rwm")), [Disk { major: 7, minor: 1, read_only: false }]);
         assert_eq!(of(&spec("r")), [Disk { major: 7, minor: 1, read_only: true }]);
         let mut all = spec("r");
@@ -114,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guests_numbers_take_the_place_of_the_hosts() {
+    fn number_anew_replaces_the_numbers_of_disks_only() {
         let disk = Disk { major: 7, minor: 1, read_only: false };
         let numbered =
             number_anew(spec("rwm").to_string().as_bytes(), &[(disk, Numbers { major: 254, minor: 16 })]).unwrap();

@@ -1,4 +1,4 @@
-//! How large a pod's virtual machine has to be for the containers that are in it, while they come, go and change.
+//! Computes how large a pod's VM has to be for its containers, while containers are added, removed and updated.
 
 use std::collections::HashMap;
 
@@ -11,81 +11,83 @@ use super::spec::{Cpu, Memory, Resources};
 use super::update::HUGE_PAGE;
 
 const MIB: u64 = 1 << 20;
-/// cgroups' default period in microseconds, where only a quota is given.
+/// Default period of cgroups in microseconds, used if only a quota is given.
 const DEFAULT_PERIOD: u64 = 100_000;
-/// What the VMM and the shim may hold on the host beside guest memory: their own (5 MiB), buffers and sockets of the
-/// kernel, and some page cache of shared files. In MiB.
+/// Host memory in MiB that the VMM and the shim may use beside guest memory.
+///
+/// It covers their own memory (5 MiB), buffers and sockets of the kernel, and some page cache of shared files.
 const HOST_MIB: u64 = 32;
-/// What they need of it at least: the rest is cache. In MiB.
-const LEAST_HOST_MIB: u64 = 12;
-/// Page tables of host and guest for the guest's memory are two times 1/512 of it when all of it is used.
+/// The part of it that they need at least, in MiB. The rest is page cache.
+const MIN_HOST_MIB: u64 = 12;
+/// Guest memory divided by the size of its page tables: those of host and guest are 1/512 each if all of it is used.
 const PAGE_TABLES: u64 = 256;
-/// What the VMM's device threads and the guest's kernel may use beside the containers' quota, in thousandths of a CPU.
+/// CPU time that the VMM's device threads and the guest's kernel may use beside the containers' quota, in millicores.
 const HOST_MILLIS: u64 = 250;
 
-/// What a container may use; none is without limit.
+/// Resource limits of a container; `None` means unlimited.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Thousandths of a CPU.
+    /// CPU quota in millicores.
     pub millis: Option<u64>,
-    /// What it was promised where it has no limit, as cgroups' shares.
+    /// CPU request as cgroup shares, used if there is no quota.
     pub shares: u64,
-    /// The host's processors it may run on.
+    /// The host's CPUs that it may run on.
     pub cpus: Option<CpuSet>,
-    /// Bytes.
+    /// Memory limit in bytes.
     pub memory: Option<u64>,
-    /// Bytes of huge pages, none where there is no limit: nobody gets some who does not ask for them.
+    /// Limit of huge pages in bytes. Zero if there is no limit, since only a container that asks for huge pages gets
+    /// some.
     pub huge: u64,
 }
 
-/// A virtual machine's size.
+/// Size of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
-    /// Processors online.
+    /// Number of vCPUs that are online.
     pub vcpus: u8,
     /// Memory in MiB.
     pub memory_mib: u64,
 }
 
-/// What the pod's processes on the host may use.
+/// Limits of the pod's processes on the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostLimits {
-    /// Whether memory is limited at all; how far depends on how much the guest has.
+    /// Whether memory is limited. The limit itself depends on the guest's memory.
     pub memory: bool,
-    /// Thousandths of a CPU.
+    /// CPU quota in millicores.
     pub millis: Option<u64>,
-    /// The processors they may run on.
+    /// The host's CPUs that they may run on.
     pub cpus: Option<CpuSet>,
 }
 
-/// The rules by which a pod's virtual machine grows.
+/// Rules by which a pod's VM grows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Growth {
-    /// The size it starts with.
+    /// Size at boot.
     pub boot: Size,
-    /// The largest it may get.
-    pub most: Size,
-    /// For the containers without a limit, all together.
+    /// Maximum size.
+    pub max: Size,
+    /// Size for all containers without a limit together.
     default: Size,
     overhead_mib: u64,
 }
 
 impl Limits {
-    /// The limits in a specification.
+    /// Returns the limits of a specification.
     pub fn of(resources: &Resources) -> Self {
         let mut limits = Self::default();
         limits.change(resources);
         limits
     }
 
-    /// Takes over what an update request names (OCI `LinuxResources` as JSON); what it does not name stays.
+    /// Applies an update request (OCI `LinuxResources` as JSON). A limit that the request does not name stays.
     ///
     /// # Errors
-    /// When it is no such thing.
+    /// If the request is not `LinuxResources`.
     pub fn updated(mut self, raw: &[u8]) -> Result<Self, serde_json::Error> {
         #[derive(Deserialize)]
-        struct Whole(Option<Resources>);
-        if let Whole(Some(resources)) = serde_json::from_slice(raw)? {
+        struct UpdateRequest(Option<Resources>);
+        if let UpdateRequest(Some(resources)) = serde_json::from_slice(raw)? {
             self.change(&resources);
         }
         Ok(self)
@@ -93,7 +95,7 @@ impl Limits {
 
     fn change(&mut self, resources: &Resources) {
         let Resources { cpu, memory, huge } = resources;
-        // A quota of 0 and a period alone mean that nothing was said; -1 is no limit.
+        // A quota of 0 and a period alone count as unset; -1 means unlimited.
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
             self.millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
         }
@@ -113,7 +115,8 @@ impl Limits {
 }
 
 impl Limits {
-    /// Thousandths of a CPU that it can use at most: no more than its processors have.
+    /// Returns the CPU time that the container can use at most, in millicores: its quota, or all of its CPUs if that is
+    /// less.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.millis.into_iter().chain(set).min()
@@ -126,41 +129,41 @@ fn millis(quota: i64, period: Option<u64>) -> Option<u64> {
 }
 
 impl Growth {
-    /// For a machine that starts with `boot` and may get as large as `most`.
-    pub fn new(boot: Size, most: Size, config: &Config) -> Self {
-        let most = Size { vcpus: most.vcpus.max(boot.vcpus), memory_mib: most.memory_mib.max(boot.memory_mib) };
+    /// Returns the rules of a VM that boots with `boot` and may grow to `max`.
+    pub fn new(boot: Size, max: Size, config: &Config) -> Self {
+        let max = Size { vcpus: max.vcpus.max(boot.vcpus), memory_mib: max.memory_mib.max(boot.memory_mib) };
         let default = Size { vcpus: config.default_vcpus, memory_mib: config.default_memory_mib };
-        Self { boot, most, default, overhead_mib: config.memory_overhead_mib }
+        Self { boot, max, default, overhead_mib: config.memory_overhead_mib }
     }
 
-    /// The size for these containers; `start` keeps it from falling below the size at the start, which is for containers
-    /// that are yet to come.
+    /// Returns the size for these containers. With `start`, it is at least the boot size, which includes containers
+    /// that are still to be created.
     ///
-    /// Limits add up. Containers without one count the default once, together: they share what there is, as on a host,
-    /// and a pod of ten does not touch ten times the bookkeeping.
+    /// Limits add up. All containers without a limit together count the default once: they share it as they would on a
+    /// host, and a pod of ten such containers does not need ten times the kernel's page metadata.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
         let memory = containers.clone().map(|limits| limits.memory);
         let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
         let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
-        // The default is that of a whole machine, with the overhead in it.
+        // The default is the memory of a whole VM, so it includes the overhead.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
-        let free = free.saturating_add(books_mib(self.huge_mib(containers.clone())));
+        let free = free.saturating_add(page_metadata_mib(self.huge_mib(containers.clone())));
         let memory_mib = match none {
             true => self.boot.memory_mib,
             false => {
                 let mib = bytes.div_ceil(MIB).saturating_add(free);
-                mib.saturating_add(if unlimited { 0 } else { books_mib(mib) })
+                mib.saturating_add(if unlimited { 0 } else { page_metadata_mib(mib) })
             }
         };
-        let least = if start { self.boot } else { Size { vcpus: 1, memory_mib: 0 } };
+        let min_size = if start { self.boot } else { Size { vcpus: 1, memory_mib: 0 } };
         Size {
-            vcpus: vcpus.max(least.vcpus).min(self.most.vcpus),
-            memory_mib: memory_mib.max(least.memory_mib).min(self.most.memory_mib),
+            vcpus: vcpus.max(min_size.vcpus).min(self.max.vcpus),
+            memory_mib: memory_mib.max(min_size.memory_mib).min(self.max.memory_mib),
         }
     }
 
-    /// The processors that these containers may use, however many there can be.
+    /// Returns the number of vCPUs that these containers may use, without regard to the maximum.
     pub fn vcpus<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> u8 {
         if containers.clone().next().is_none() {
             return self.boot.vcpus;
@@ -168,7 +171,7 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // They share what was asked for by all of them, and at least the default.
+            // They share the sum of their requests, but at least the default.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
                 cpus_of_shares(shares).max(u64::from(self.default.vcpus))
@@ -178,12 +181,13 @@ impl Growth {
         u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX)
     }
 
-    /// The huge pages that these containers may use, in MiB.
+    /// Returns the huge pages that these containers may use, in MiB.
     pub fn huge_mib<'a>(&self, containers: impl Iterator<Item = &'a Limits>) -> u64 {
         containers.map(|limits| limits.huge).fold(0, u64::saturating_add).div_ceil(MIB)
     }
 
-    /// What the host allows for these containers: a limit only where each of them has one.
+    /// Returns the host's limits for these containers. A resource is limited only if every container has a limit for
+    /// it.
     pub fn host_limits<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> HostLimits {
         let some = containers.clone().next().is_some();
         let all =
@@ -199,30 +203,32 @@ impl Growth {
 }
 
 impl Size {
-    /// The larger of both, each by each.
+    /// Returns the maximum of each dimension.
     pub fn max(self, other: Self) -> Self {
         Self { vcpus: self.vcpus.max(other.vcpus), memory_mib: self.memory_mib.max(other.memory_mib) }
     }
 }
 
-/// What the guest's kernel needs to keep books of so many MiB: 64 bytes for each page, of the blocks of 128 MiB that they
-/// lie in.
-pub(super) fn books_mib(mib: u64) -> u64 {
+/// Returns the memory that the guest's kernel needs for page metadata, in MiB.
+///
+/// The kernel has 64 bytes for each page, and allocates them for blocks of 128 MiB.
+pub(super) fn page_metadata_mib(mib: u64) -> u64 {
     mib.div_ceil(128).saturating_mul(2)
 }
 
-/// Bytes that the host allows a pod whose guest has so much memory: so much that its VMM is never what is killed for
-/// what the guest uses.
+/// Returns the host's memory limit in bytes for a pod whose guest has `guest_mib` of memory.
+///
+/// It is large enough that the VMM is never killed for memory that the guest uses.
 pub fn host_bytes(guest_mib: u64) -> u64 {
     guest_mib.saturating_add(guest_mib / PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
 }
 
-/// MiB of guest memory that fit into so many bytes on the host, with what the VMM and the shim cannot do without.
+/// Returns the guest memory in MiB that fits into a host limit of `bytes`, beside what the VMM and the shim need.
 pub fn guest_mib(bytes: u64) -> u64 {
-    (bytes / MIB).saturating_sub(LEAST_HOST_MIB).saturating_mul(PAGE_TABLES) / (PAGE_TABLES + 1)
+    (bytes / MIB).saturating_sub(MIN_HOST_MIB).saturating_mul(PAGE_TABLES) / (PAGE_TABLES + 1)
 }
 
-/// What each container of a pod may use, by its id.
+/// Resource limits of a pod's containers, by container id.
 pub type Pod = HashMap<String, Limits>;
 
 #[cfg(test)]
@@ -233,8 +239,8 @@ mod tests {
     fn growth() -> Growth {
         let config =
             Config { default_vcpus: 1, default_memory_mib: 1024, memory_overhead_mib: 64, ..Config::default() };
-        let (boot, most) = (Size { vcpus: 1, memory_mib: 264 }, Size { vcpus: 8, memory_mib: 8192 });
-        Growth::new(boot, most, &config)
+        let (boot, max) = (Size { vcpus: 1, memory_mib: 264 }, Size { vcpus: 8, memory_mib: 8192 });
+        Growth::new(boot, max, &config)
     }
 
     fn limits(millis: impl Into<Option<u64>>, mib: impl Into<Option<u64>>) -> Limits {
@@ -247,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_add_up_and_what_has_none_counts_once() {
+    fn limits_add_up_and_unlimited_containers_count_once() {
         assert_eq!(size(&[], true), (1, 264));
         assert_eq!(size(&[], false), (1, 264));
         assert_eq!(size(&[limits(500, 100)], true), (1, 264));
@@ -259,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_asked_for_counts_where_there_is_no_limit() {
+    fn shares_count_where_there_is_no_quota() {
         let asks = |shares: u64, millis: Option<u64>| Limits { shares, ..limits(millis, 1) };
         let vcpus = |containers: &[Limits]| growth().vcpus(containers.iter());
         assert_eq!(vcpus(&[asks(2, None), asks(2, None)]), 1);
@@ -269,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn the_host_limits_what_is_limited_throughout() {
+    fn host_limits_apply_only_if_every_container_has_one() {
         let host = |containers: &[Limits]| growth().host_limits(containers.iter());
         assert_eq!(host(&[]), HostLimits::default());
         assert_eq!(
@@ -279,14 +285,14 @@ mod tests {
         assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
         assert_eq!(host_bytes(u64::MAX), u64::MAX);
-        // The example RuntimeClass has 80 MiB, of which 64 are the guest's.
+        // The example RuntimeClass has an overhead of 80 MiB, 64 of them for the guest.
         assert!((320..=324).contains(&guest_mib((256 + 80) << 20)));
         assert_eq!(guest_mib(1), 0);
         assert!(guest_mib(u64::MAX) > 1 << 30);
     }
 
     #[test]
-    fn processors_limit_as_a_quota_does_and_the_host_has_all_of_them() {
+    fn cpusets_limit_vcpus_and_the_host_limit_is_their_union() {
         let on = |cpus: &str, millis| Limits {
             millis,
             cpus: Some(cpus.parse().unwrap()),
@@ -303,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_add_up_and_the_guest_keeps_books_of_them() {
+    fn huge_pages_add_up_with_their_page_metadata() {
         let huge = |mib: u64| Limits { huge: mib << 20, ..limits(1, 100) };
         let growth = growth();
         assert_eq!(growth.huge_mib([huge(6), huge(2), limits(1, 1)].iter()), 8);
@@ -315,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_changes_what_it_names() {
+    fn update_changes_only_the_limits_it_names() {
         let update = |before: Limits, raw: Value| before.updated(raw.to_string().as_bytes()).unwrap();
         let before = limits(1000, 100);
         let update = |limits: &Limits, raw: Value| update(limits.clone(), raw);

@@ -1,14 +1,14 @@
-//! A specification's OCI hooks: the host's are run by the shim and taken out, the guest's stay.
+//! OCI hooks of a specification: the shim runs the host's hooks, so only the guest's stay in the specification.
 
 use super::translate::{TranslateError, present, unsupported};
 use serde_json::{Map, Value};
 
-/// Leaves in `hooks` what the guest runs (`startContainer`, whose program is in the container's image).
+/// Keeps only the hooks that the guest runs: `startContainer`, whose program is in the container's image.
 pub fn keep_guests(hooks: &mut Map<String, Value>) -> Result<(), TranslateError> {
     if present(hooks, "createContainer") {
-        // Its program is the host's, and its place the container's namespaces: there is no place with both.
+        // Its program is on the host, but it has to run in the container's namespaces: no place has both.
         let message =
-            "its program is the host's and would have to run in the guest; use createRuntime or startContainer";
+            "its program is on the host, but would have to run in the guest; use createRuntime or startContainer";
         return Err(unsupported("hooks.createContainer", message));
     }
     hooks.retain(|kind, _| kind == "startContainer");
@@ -21,7 +21,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn only_what_the_guest_runs_stays() {
+    fn keep_guests_keeps_start_container_hooks_only() {
         let hook = |name: &str| json!([{ "path": name }]);
         let keep = |mut value: Value| keep_guests(value.as_object_mut().unwrap()).map(|()| value);
         let all = json!({

@@ -1,4 +1,4 @@
-//! Reading a bundle's `config.json` and refusing what a virtual machine cannot give.
+//! Reads a bundle's `config.json` and rejects what a VM cannot provide.
 
 use super::{spec::Spec, users::Users};
 use serde_json::Value;
@@ -8,90 +8,96 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A `config.json` larger than this, in bytes, is none: containerd's messages end at 16 MiB, specifications at kilobytes.
+/// Maximum size of `config.json` in bytes. containerd's messages end at 16 MiB, and specifications have some kilobytes.
 const MAX_LEN: u64 = 16 << 20;
 
-/// A bundle that was read and can run in a virtual machine.
+/// A bundle that was checked: it can run in a VM.
 #[derive(Debug, Clone)]
 pub struct Bundle {
-    /// The bundle's directory.
+    /// Directory of the bundle.
     pub dir: PathBuf,
-    /// All of `config.json`.
+    /// The whole `config.json`.
     pub raw: Value,
-    /// The parts the shim looks at.
+    /// The parts that the shim reads.
     pub spec: Spec,
 }
 
-/// Why a bundle cannot be run.
+/// Error of reading or checking a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     /// `config.json` cannot be read.
-    #[error("bad bundle: cannot read {}", path.display())]
+    #[error("failed to read the bundle's {}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Cause.
         #[source]
         source: io::Error,
     },
-    /// `config.json` is far too large.
-    #[error("bad bundle: {} has {len} bytes, at most {MAX_LEN} can be a specification", path.display())]
+    /// `config.json` is too large.
+    #[error("invalid bundle: {} has {len} bytes; the maximum is {MAX_LEN}", path.display())]
     TooLarge {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its length.
+        /// Its size in bytes.
         len: u64,
     },
-    /// `config.json` is no OCI runtime specification.
-    #[error("bad bundle: {} is no OCI runtime specification", path.display())]
+    /// `config.json` is not an OCI runtime specification.
+    #[error("invalid bundle: {} is not an OCI runtime specification", path.display())]
     Parse {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where and why.
+        /// Position and cause.
         #[source]
         source: serde_json::Error,
     },
-    /// The specification contradicts itself or lacks something.
-    #[error("bad bundle: {0}")]
+    /// A value in the specification is missing or invalid.
+    #[error("invalid bundle: {0}")]
     Invalid(String),
-    /// A label of a policy that is the host's.
+    /// The specification has a label of the host's SELinux policy.
     #[error(
-        "SELinux label {0:?}: the guest's kernel has no SELinux, and the virtual machine is not confined by labels; run          the pod privileged, or without SELinux in containerd's configuration (enable_selinux = false)"
+        "SELinux label {0:?} cannot be applied: the guest's kernel has no SELinux; run the pod privileged, or without \
+         SELinux in containerd's configuration (enable_selinux = false)"
     )]
     Selinux(String),
-    /// The container shares a namespace with the host.
-    #[error("{what}: the container's specification has no {kind} namespace of its own; {remedy}")]
+    /// The container would share a namespace with the host.
+    #[error("{what}: the container's specification has no {kind} namespace; {remedy}")]
     HostNamespace {
-        /// Such as "host network is not possible in a virtual machine".
+        /// What is impossible, such as "host PID is not possible in a VM".
         what: &'static str,
-        /// The namespace's type.
+        /// Type of the namespace.
         kind: &'static str,
         /// What the user can do.
         remedy: &'static str,
     },
-    /// The network namespace named is the host's own.
-    #[error(
-        "host network is not possible in a virtual machine: {0} is the host's network namespace; use a pod network, or another runtime for this pod"
-    )]
+    /// The path of the network namespace leads to the host's network namespace.
+    #[error("{what}: {0} is the host's network namespace; {remedy}", what = NETWORK.what, remedy = NETWORK.remedy)]
     HostNetwork(String),
-    /// A namespace named by its path is not there.
-    #[error("bad bundle: {kind} namespace {path}")]
+    /// A namespace that is named by its path does not exist.
+    #[error("invalid bundle: failed to find the {kind} namespace {path}")]
     Namespace {
-        /// The namespace's type.
+        /// Type of the namespace.
         kind: &'static str,
-        /// Its path.
+        /// Path of the namespace.
         path: String,
-        /// What the system said.
+        /// Cause.
         #[source]
         source: io::Error,
     },
 }
 
+impl BundleError {
+    /// Returns the error of a specification without a network namespace.
+    pub fn host_network() -> Self {
+        NETWORK.missing()
+    }
+}
+
 impl Bundle {
-    /// Reads `config.json` in `dir` and checks it.
+    /// Reads and checks `config.json` in `dir`.
     ///
     /// # Errors
-    /// [`BundleError`] for what cannot be read or cannot run in a virtual machine.
+    /// [`BundleError`] if it cannot be read or cannot run in a VM.
     pub fn load(dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join("config.json");
         let read = |source| BundleError::Read { path: path.clone(), source };
@@ -103,10 +109,10 @@ impl Bundle {
         Self::of_text(dir, &bytes)
     }
 
-    /// The same of a specification that is no file.
+    /// Like [`Bundle::load`], for a specification that is not in a file.
     ///
     /// # Errors
-    /// [`BundleError`] as [`Bundle::load`].
+    /// [`BundleError`], as [`Bundle::load`].
     pub fn of_text(dir: &Path, text: &[u8]) -> Result<Self, BundleError> {
         let bundle = Self::parse(dir, text)?;
         bundle.check_network()?;
@@ -114,10 +120,10 @@ impl Bundle {
         Ok(bundle)
     }
 
-    /// Parses and checks the specification, without a look at the host.
+    /// Parses and checks the specification without access to the host.
     pub(super) fn parse(dir: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
-        // Twice from the text, so that an error of either pass names its line and column.
+        // Parsed twice from the text, so that an error of either pass has line and column.
         let spec: Spec = serde_json::from_slice(bytes).map_err(parse)?;
         let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
         let bundle = Self { dir: dir.into(), raw, spec };
@@ -125,30 +131,31 @@ impl Bundle {
         Ok(bundle)
     }
 
-    /// The value of an annotation.
+    /// Returns the value of an annotation.
     pub fn annotation(&self, key: &str) -> Option<&str> {
         self.spec.annotations.get(key).map(String::as_str)
     }
 
-    /// The network namespace the specification names, none where it asks for a new one.
+    /// Returns the path of the network namespace, or `None` if the specification asks for a new one.
     pub fn network_namespace(&self) -> Option<&str> {
         self.spec.linux.namespaces.iter().find(|ns| ns.kind == "network")?.joined()
     }
 
-    /// The users of the specification's user namespace, none where it has no such namespace.
+    /// Returns the id mappings of the user namespace, or `None` if the specification has no user namespace.
     ///
     /// # Errors
-    /// [`BundleError::Invalid`] for mappings that cannot be.
+    /// [`BundleError::Invalid`] if the mappings are invalid.
     pub fn users(&self) -> Result<Option<Users>, BundleError> {
         Users::of(&self.spec.linux).map_err(|error| BundleError::Invalid(error.to_string()))
     }
 
-    /// The host name the specification sets.
+    /// Returns the host name that the specification sets.
     pub fn hostname(&self) -> Option<&str> {
         self.spec.hostname.as_deref().filter(|name| !name.is_empty())
     }
 
-    /// A label on a node without SELinux says nothing, under runc as well; on one with it the guest cannot have it.
+    /// Rejects labels on a node with SELinux, because the guest cannot apply them. Without SELinux they have no effect
+    /// under runc either.
     fn check_selinux(&self, enabled: bool) -> Result<(), BundleError> {
         let labels = [&self.spec.process.selinux_label, &self.spec.linux.mount_label];
         match labels.into_iter().flatten().find(|label| !label.is_empty()) {
@@ -179,22 +186,21 @@ impl Bundle {
         }
         for host in &HOST_NAMESPACES {
             if !linux.namespaces.iter().any(|ns| ns.kind == host.kind) {
-                return Err(BundleError::HostNamespace { what: host.what, kind: host.kind, remedy: host.remedy });
+                return Err(host.missing());
             }
         }
         if linux.namespaces.iter().any(|ns| ns.kind == "mount" && ns.joined().is_some()) {
-            return invalid(
-                "a mount namespace cannot be joined: it is the host's, the container is in a virtual machine",
-            );
+            return invalid("a mount namespace cannot be joined: it is the host's, and the container runs in a VM");
         }
         if linux.namespaces.iter().any(|ns| ns.kind == "time" && ns.joined().is_some()) {
-            return invalid("a time namespace of the host cannot be joined from a virtual machine");
+            return invalid("a time namespace cannot be joined: it is the host's, and the container runs in a VM");
         }
-        // One that is joined has its mappings beside it, as containerd's CRI writes them: the guest makes one like it.
+        // containerd's CRI writes the mappings also if the namespace is joined. The guest creates one with the same
+        // mappings.
         self.users().map(drop)
     }
 
-    /// A path that leads to the network namespace this process is in is host network in disguise.
+    /// Rejects a path to the network namespace of this process, which is the host's.
     fn check_network(&self) -> Result<(), BundleError> {
         let Some(path) = self.network_namespace() else { return Ok(()) };
         let stat = |path: &str| {
@@ -211,34 +217,40 @@ impl Bundle {
     }
 }
 
+/// A namespace type that a container must not share with the host, and the texts that reject it.
 struct HostNamespace {
     kind: &'static str,
     what: &'static str,
     remedy: &'static str,
 }
 
-/// The namespaces without which a container would share them with the host.
+impl HostNamespace {
+    fn missing(&self) -> BundleError {
+        let Self { kind, what, remedy } = *self;
+        BundleError::HostNamespace { what, kind, remedy }
+    }
+}
+
+const NETWORK: HostNamespace = HostNamespace {
+    kind: "network",
+    what: "host network is not possible in a VM",
+    remedy: "use a pod network (without hostNetwork or --net-host), or another runtime for this pod",
+};
+
+/// The namespaces that a container would share with the host if the specification did not name them.
 const HOST_NAMESPACES: [HostNamespace; 4] = [
-    HostNamespace {
-        kind: "network",
-        what: "host network is not possible in a virtual machine",
-        remedy: "drop hostNetwork (--net-host), or use another runtime for this pod",
-    },
+    NETWORK,
     HostNamespace {
         kind: "pid",
-        what: "host PID is not possible in a virtual machine",
+        what: "host PID is not possible in a VM",
         remedy: "drop hostPID (--pid=host), or use another runtime for this pod",
     },
     HostNamespace {
         kind: "ipc",
-        what: "host IPC is not possible in a virtual machine",
+        what: "host IPC is not possible in a VM",
         remedy: "drop hostIPC (--ipc=host), or use another runtime for this pod",
     },
-    HostNamespace {
-        kind: "mount",
-        what: "the host's mounts are not visible in a virtual machine",
-        remedy: "ask for a mount namespace",
-    },
+    HostNamespace { kind: "mount", what: "the host's mounts are not visible in a VM", remedy: "add a mount namespace" },
 ];
 
 #[cfg(test)]
@@ -247,7 +259,7 @@ pub(super) mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    /// A specification as `ctr run` makes it, cut short.
+    /// Returns a shortened specification as `ctr run` makes it.
     pub fn sample() -> Value {
         json!({
             "ociVersion": "1.1.0",
@@ -284,7 +296,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_ctr_makes_is_taken() {
+    fn specification_of_ctr_is_accepted() {
         let bundle = bundle(|_| ()).unwrap();
         assert_eq!(bundle.network_namespace(), None);
         assert_eq!(bundle.hostname(), None);
@@ -292,7 +304,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn null_is_as_good_as_absent() {
+    fn null_counts_as_absent() {
         let bundle = bundle(|v| {
             v["annotations"] = Value::Null;
             v["mounts"] = Value::Null;
@@ -302,23 +314,34 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn labels_are_refused_where_they_mean_something() {
+    fn selinux_labels_are_rejected_only_where_selinux_is_enabled() {
         let refused = |enabled: bool, change: fn(&mut Value)| bundle(change).unwrap().check_selinux(enabled).is_err();
         let process: fn(&mut Value) = |v| v["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
         let mount: fn(&mut Value) = |v| v["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
         assert!(refused(true, process) && refused(true, mount));
         assert!(!refused(false, process) && !refused(false, mount));
         assert!(!refused(true, |v| v["process"]["selinuxLabel"] = "".into()));
+        let text = BundleError::Selinux("a:b:c:s0".into()).to_string();
+        assert!(!text.contains("  ") && text.contains("enable_selinux"), "{text}");
     }
 
     #[test]
-    fn host_namespaces_are_refused_with_a_remedy() {
-        assert!(without("network").starts_with("host network is not possible in a virtual machine"));
+    fn host_network_has_one_text() {
+        let text = without("network");
+        assert_eq!(crate::spec::SpecError::HostNetwork.to_string(), text);
+        let by_path = BundleError::HostNetwork("/proc/1/ns/net".into()).to_string();
+        assert!(by_path.starts_with(NETWORK.what) && by_path.ends_with(NETWORK.remedy), "{by_path}");
+        assert!(text.starts_with(NETWORK.what) && text.ends_with(NETWORK.remedy), "{text}");
+    }
+
+    #[test]
+    fn host_namespaces_are_rejected_with_a_remedy() {
+        assert!(without("network").starts_with("host network is not possible in a VM: "));
         assert!(without("network").contains("hostNetwork"));
         assert!(without("pid").contains("hostPID"));
         assert!(without("ipc").contains("hostIPC"));
         assert!(without("mount").contains("mount namespace"));
-        // These are the guest's own then.
+        // The container gets the guest's own in these cases.
         for kind in ["uts", "cgroup"] {
             bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
         }
@@ -328,7 +351,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_user_namespace_comes_with_its_mappings() {
+    fn user_namespace_needs_valid_mappings() {
         let with = |uids: Value, gids: Value| {
             bundle(|v| {
                 let add = json!({ "type": "user", "path": "/proc/7/ns/user" });
@@ -348,14 +371,14 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_hosts_network_namespace_by_path_is_refused() {
+    fn host_network_namespace_by_path_is_rejected() {
         let path = |path: &str| bundle(|v| v["linux"]["namespaces"][4]["path"] = path.into()).unwrap().check_network();
         assert!(matches!(path("/proc/self/ns/net"), Err(BundleError::HostNetwork(_))));
-        assert!(matches!(path("/nowhere/net"), Err(BundleError::Namespace { .. })));
+        assert!(matches!(path("/nonexistent/net"), Err(BundleError::Namespace { .. })));
     }
 
     #[test]
-    fn bad_bundles_say_what_is_wrong() {
+    fn invalid_bundles_are_rejected_with_the_cause() {
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(Bundle::load(dir.path()), Err(BundleError::Read { .. })));
         std::fs::write(dir.path().join("config.json"), "{\n\"ociVersion\": 1}").unwrap();

@@ -1,4 +1,4 @@
-//! Loop devices for root file systems in image files.
+//! Loop devices, for root file systems in image files.
 
 use std::{
     fs::{File, OpenOptions},
@@ -12,7 +12,7 @@ const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
-/// Others take loop devices too: a free one may be gone once we have opened it.
+/// Maximum attempts: another process may take the free loop device before it is opened here.
 const ATTEMPTS: usize = 64;
 
 /// `struct loop_info64`.
@@ -42,12 +42,12 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// Puts `file` behind a loop device, which goes by itself once the handle is closed and nothing is mounted from it.
+/// Attaches `file` to a loop device. The device is detached once the handle is closed and nothing is mounted from it.
 pub fn attach(file: &Path, read_only: bool) -> io::Result<(PathBuf, File)> {
     let backing = OpenOptions::new().read(true).write(!read_only).open(file)?;
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
     for _ in 0..ATTEMPTS {
-        // SAFETY: the request takes no argument.
+        // SAFETY: LOOP_CTL_GET_FREE takes no argument.
         let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
         if number < 0 {
             return Err(io::Error::last_os_error());
@@ -75,7 +75,7 @@ pub fn attach(file: &Path, read_only: bool) -> io::Result<(PathBuf, File)> {
             },
             reserved: [0; 8],
         };
-        // SAFETY: the request reads a `struct loop_config`, which `config` is and which lives through the call.
+        // SAFETY: LOOP_CONFIGURE reads a `struct loop_config`. `config` has that layout and outlives the call.
         if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw const config) } == 0 {
             return Ok((path, device));
         }

@@ -1,10 +1,10 @@
-//! How large a pod's virtual machine is.
+//! Computes the size of a pod's VM.
 
-use super::growth::{Growth, Size, books_mib};
+use super::growth::{Growth, Size, page_metadata_mib};
 use super::spec::{Cpu, Memory, Spec};
 use husk_config::{Config, annotation, check};
 
-/// Annotations by which containerd's CRI tells a sandbox what its containers may use together.
+/// Annotations with which containerd's CRI passes the sum of the containers' resources to the sandbox.
 mod cri {
     /// `sandbox` or `container`.
     pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -15,70 +15,72 @@ mod cri {
 }
 
 const MIB: u64 = 1 << 20;
-/// cgroups' default period in microseconds, where only a quota is given.
+/// Default period of cgroups in microseconds, used if only a quota is given.
 const DEFAULT_PERIOD: u64 = 100_000;
-/// Kubernetes' shares of a CPU that is asked for (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
+/// CPU shares that Kubernetes sets for a requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
 const SHARES_PER_CPU: u64 = 1024;
-/// The least memory, in MiB, the VMM accepts.
+/// Minimum memory of a VM, in MiB, that the VMM accepts.
 const MIN_VM_MIB: u64 = 64;
 
-/// A virtual machine's size.
+/// Size of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sizing {
-    /// vCPUs, 1 or more.
+    /// vCPUs at boot, at least 1.
     pub vcpus: u8,
-    /// Guest memory in MiB.
+    /// Guest memory at boot in MiB.
     pub memory_mib: u64,
-    /// Kernel parameters the pod adds.
+    /// Kernel parameters that the pod adds.
     pub kernel_params: String,
-    /// How it grows.
+    /// Rules by which the VM grows.
     pub growth: Growth,
 }
 
-/// Why a pod gets no virtual machine.
+/// Error of sizing a VM.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SizingError {
-    /// The pod's memory limit is below what a container can start in.
+    /// The pod's memory limit is too low to start a container.
     #[error(
-        "too little memory: the limit is {limit} bytes, at least {min_mib} MiB are needed (min_memory_mib in the configuration)"
+        "the memory limit of {limit} bytes is too low: at least {min_mib} MiB are needed (min_memory_mib in the \
+         configuration)"
     )]
-    TooLittle {
-        /// The pod's limit.
+    MemoryTooLow {
+        /// Memory limit of the pod, in bytes.
         limit: u64,
-        /// The least there must be.
+        /// Minimum limit in MiB.
         min_mib: u64,
     },
-    /// An annotation has a value that cannot be.
+    /// An annotation has an invalid value.
     #[error("annotation {key}={value:?}: {message}")]
     Annotation {
-        /// The annotation.
+        /// Key of the annotation.
         key: String,
-        /// Its value.
+        /// Value of the annotation.
         value: String,
-        /// What would be right.
+        /// Why the value is invalid.
         message: String,
     },
-    /// The operator does not let pods use this annotation.
+    /// The operator does not allow pods to use this annotation.
     #[error("annotation {0} is not allowed on this node (allowed_annotations in the configuration)")]
     Forbidden(String),
 }
 
-/// Sizes the virtual machine for a sandbox whose first specification is `spec`, and for whose guest the host has room for
-/// `room_mib`.
+/// Sizes the VM of a sandbox from `spec`, the specification of its first container.
+///
+/// `max_guest_mib` is the maximum guest memory within the limit of the parent cgroup.
 ///
 /// # Errors
-/// [`SizingError`] when the limits or annotations cannot be met.
-pub fn sizing(spec: &Spec, config: &Config, room_mib: u64) -> Result<Sizing, SizingError> {
-    let host = Host { cpus: online_cpus(), memory_mib: total_memory_mib(), room_mib };
+/// [`SizingError`] if the limits or annotations cannot be met.
+pub fn sizing(spec: &Spec, config: &Config, max_guest_mib: u64) -> Result<Sizing, SizingError> {
+    let host = Host { cpus: online_cpus(), memory_mib: total_memory_mib(), max_guest_mib };
     size(spec, config, &host)
 }
 
-/// What the host has: limits above it limit nothing.
+/// Resources of the host. A limit above them has no effect.
 struct Host {
     cpus: u64,
     memory_mib: u64,
-    /// For a guest, within the limit of the cgroup above.
-    room_mib: u64,
+    /// Maximum guest memory within the limit of the parent cgroup.
+    max_guest_mib: u64,
 }
 
 fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError> {
@@ -92,7 +94,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         Some(vcpus) => vcpus,
         None => match vcpus(&cpu) {
             Some(limit) => limit.min(host.cpus.max(1)).min(u64::from(config.max_vcpus)),
-            // What it asks for it is to get, where nothing limits it.
+            // Without a limit, the VM gets at least the CPUs that were requested.
             None => cpus_of_shares(cpu.shares.unwrap_or(0))
                 .max(config.default_vcpus.into())
                 .min(host.cpus.max(config.default_vcpus.into()))
@@ -103,11 +105,11 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         Some(mib) => mib,
         None => match memory.limit.and_then(|limit| u64::try_from(limit).ok()).filter(|&limit| limit > 0) {
             Some(limit) if limit / MIB < config.min_memory_mib => {
-                return Err(SizingError::TooLittle { limit, min_mib: config.min_memory_mib });
+                return Err(SizingError::MemoryTooLow { limit, min_mib: config.min_memory_mib });
             }
             Some(limit) => {
                 let mib = limit.div_ceil(MIB).saturating_add(config.memory_overhead_mib);
-                mib.saturating_add(books_mib(mib)).min(host.memory_mib.max(MIN_VM_MIB))
+                mib.saturating_add(page_metadata_mib(mib)).min(host.memory_mib.max(MIN_VM_MIB))
             }
             None => config.default_memory_mib,
         },
@@ -119,21 +121,21 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         message,
     })?;
     let vcpus = u8::try_from(vcpus).unwrap_or(config.max_vcpus);
-    let memory_mib = memory_mib.min(host.room_mib).max(MIN_VM_MIB);
+    let memory_mib = memory_mib.min(host.max_guest_mib).max(MIN_VM_MIB);
     let boot = Size { vcpus, memory_mib };
-    // A size that the pod names is the size it keeps.
-    let named = |key: &str| spec.annotations.contains_key(key);
+    // A size that an annotation sets is fixed.
+    let fixed = |key: &str| spec.annotations.contains_key(key);
     let host_vcpus = u8::try_from(host.cpus.max(1)).unwrap_or(u8::MAX);
-    // The guest's kernel keeps tables for each from its start.
-    let later = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
-    let most = Size {
-        vcpus: if named(annotation::VCPUS) { vcpus } else { later },
-        memory_mib: if named(annotation::MEMORY_MIB) { memory_mib } else { host.memory_mib },
+    // Limited by spare_vcpus because the guest's kernel allocates per-CPU data for every possible vCPU at boot.
+    let grown_vcpus = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
+    let max = Size {
+        vcpus: if fixed(annotation::VCPUS) { vcpus } else { grown_vcpus },
+        memory_mib: if fixed(annotation::MEMORY_MIB) { memory_mib } else { host.memory_mib },
     };
-    Ok(Sizing { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, most, config) })
+    Ok(Sizing { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
 }
 
-/// The limits that count: a Kubernetes sandbox's annotations, else the container's own.
+/// Returns the limits that size the VM: a Kubernetes sandbox's annotations, else the container's resources.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
     if spec.annotations.get(cri::CONTAINER_TYPE).map(String::as_str) == Some("sandbox") {
         let cpu = Cpu {
@@ -148,12 +150,12 @@ fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
     Ok((resources.cpu.unwrap_or_default(), resources.memory.unwrap_or_default()))
 }
 
-/// The CPUs, in whole numbers and rounded up, that so many shares were asked for.
+/// Returns the number of CPUs for a request of `shares`, rounded up.
 pub(super) fn cpus_of_shares(shares: u64) -> u64 {
     shares.div_ceil(SHARES_PER_CPU)
 }
 
-/// A CPU limit in whole CPUs, rounded up.
+/// Returns a CPU limit in whole CPUs, rounded up, or `None` if there is no limit.
 fn vcpus(cpu: &Cpu) -> Option<u64> {
     let quota = cpu.quota.and_then(|quota| u64::try_from(quota).ok()).filter(|&quota| quota > 0)?;
     let period = cpu.period.filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);
@@ -165,7 +167,7 @@ fn parse<T: std::str::FromStr>(spec: &Spec, key: &str) -> Result<Option<T>, Sizi
     value.parse().map(Some).map_err(|_| SizingError::Annotation {
         key: key.into(),
         value: value.clone(),
-        message: "not a whole number".into(),
+        message: "must be a whole number".into(),
     })
 }
 
@@ -174,7 +176,7 @@ fn number(spec: &Spec, key: &str, low: u64, high: u64) -> Result<Option<u64>, Si
         Some(number) if number < low || number > high => Err(SizingError::Annotation {
             key: key.into(),
             value: number.to_string(),
-            message: format!("not in {low} to {high}"),
+            message: format!("must be in the range {low} to {high}"),
         }),
         other => Ok(other),
     }
@@ -193,7 +195,7 @@ mod tests {
     use super::{super::load::tests::bundle, *};
     use serde_json::{Value, json};
 
-    const HOST: Host = Host { cpus: 8, memory_mib: 16 << 10, room_mib: u64::MAX };
+    const HOST: Host = Host { cpus: 8, memory_mib: 16 << 10, max_guest_mib: u64::MAX };
 
     fn sized(change: impl FnOnce(&mut Value)) -> Result<(u8, u64), SizingError> {
         let config = Config { allowed_annotations: annotation::ALL.map(String::from).to_vec(), ..Config::default() };
@@ -201,14 +203,14 @@ mod tests {
     }
 
     #[test]
-    fn without_limits_the_defaults() {
+    fn defaults_apply_without_limits() {
         assert_eq!(sized(|_| ()), Ok((1, 1024)));
         let unlimited = json!({ "cpu": { "quota": -1, "period": 0, "shares": 2 }, "memory": { "limit": -1 } });
         assert_eq!(sized(|v| v["linux"]["resources"] = unlimited), Ok((1, 1024)));
     }
 
     #[test]
-    fn limits_are_rounded_up_and_the_overhead_is_added() {
+    fn limits_are_rounded_up_and_include_the_overhead() {
         let limit = |quota: i64, period: u64, memory: i64| {
             let resources = json!({ "cpu": { "quota": quota, "period": period }, "memory": { "limit": memory } });
             sized(|v| v["linux"]["resources"] = resources)
@@ -217,24 +219,24 @@ mod tests {
         assert_eq!(limit(100_000, 0, (256 << 20) + 1), Ok((1, 327)));
         assert_eq!(limit(10_000, 100_000, 8 << 20), Ok((1, 74)));
         assert_eq!(limit(10_000, 100_000, 8 << 30), Ok((1, 8386)));
-        // More than the host has is no limit; nor do the numbers' ends overflow.
+        // Limits above the host's resources have no effect, and extreme values do not overflow.
         assert_eq!(limit(i64::MAX, 1, i64::MAX), Ok((8, 16 << 10)));
         let error = limit(0, 0, 4 << 20).unwrap_err();
-        assert_eq!(error, SizingError::TooLittle { limit: 4 << 20, min_mib: 8 });
-        assert!(error.to_string().starts_with("too little memory: the limit is 4194304 bytes, at least 8 MiB"));
+        assert_eq!(error, SizingError::MemoryTooLow { limit: 4 << 20, min_mib: 8 });
+        assert!(error.to_string().starts_with("the memory limit of 4194304 bytes is too low: at least 8 MiB"));
     }
 
     #[test]
-    fn a_kubernetes_sandbox_is_sized_by_its_annotations() {
+    fn kubernetes_sandbox_is_sized_by_its_annotations() {
         let pod = json!({
             "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-period": "100000",
             "io.kubernetes.cri.sandbox-cpu-quota": "250000", "io.kubernetes.cri.sandbox-memory": "536870912"
         });
         assert_eq!(sized(|v| v["annotations"] = pod.clone()), Ok((3, 586)));
         let config = Config::default();
-        let tight = Host { room_mib: 580, ..HOST };
-        let whole = bundle(|v| v["annotations"] = pod.clone()).unwrap();
-        let sized_tight = size(&whole.spec, &config, &tight).unwrap();
+        let tight = Host { max_guest_mib: 580, ..HOST };
+        let sandbox = bundle(|v| v["annotations"] = pod.clone()).unwrap();
+        let sized_tight = size(&sandbox.spec, &config, &tight).unwrap();
         assert_eq!((sized_tight.memory_mib, sized_tight.growth.boot.memory_mib), (580, 580));
         let mut none = pod.clone();
         none["io.kubernetes.cri.sandbox-memory"] = "0".into();
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_counts_where_nothing_is_limited() {
+    fn requested_cpus_count_where_there_is_no_limit() {
         let pod = |quota: &str, shares: &str| {
             let pod = json!({
                 "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-period": "100000",
@@ -265,22 +267,22 @@ mod tests {
     }
 
     #[test]
-    fn it_may_grow_by_the_spare_vcpus_unless_the_pod_names_its_size() {
-        let most = |annotations: Value, spare_vcpus: u8| {
+    fn growth_is_limited_by_spare_vcpus_and_by_fixed_sizes() {
+        let max = |annotations: Value, spare_vcpus: u8| {
             let config = Config { max_vcpus: 12, spare_vcpus, ..Config::default() };
             let bundle = bundle(|v| v["annotations"] = annotations).unwrap();
-            let most = size(&bundle.spec, &config, &HOST).unwrap().growth.most;
-            (most.vcpus, most.memory_mib)
+            let max = size(&bundle.spec, &config, &HOST).unwrap().growth.max;
+            (max.vcpus, max.memory_mib)
         };
-        assert_eq!(most(json!({}), 3), (4, 16 << 10));
-        assert_eq!(most(json!({}), 0), (1, 16 << 10));
-        assert_eq!(most(json!({}), 63), (8, 16 << 10), "the host has no more");
-        assert_eq!(most(json!({ annotation::VCPUS: "3" }), 3), (3, 16 << 10));
-        assert_eq!(most(json!({ annotation::MEMORY_MIB: "512" }), 3), (4, 512));
+        assert_eq!(max(json!({}), 3), (4, 16 << 10));
+        assert_eq!(max(json!({}), 0), (1, 16 << 10));
+        assert_eq!(max(json!({}), 63), (8, 16 << 10), "the host has no more");
+        assert_eq!(max(json!({ annotation::VCPUS: "3" }), 3), (3, 16 << 10));
+        assert_eq!(max(json!({ annotation::MEMORY_MIB: "512" }), 3), (4, 512));
     }
 
     #[test]
-    fn annotations_win_and_are_checked() {
+    fn size_annotations_take_precedence_and_are_checked() {
         let with = |key: &str, value: &str| sized(|v| v["annotations"] = json!({ key: value }));
         assert_eq!(with(annotation::VCPUS, "16"), Ok((16, 1024)));
         assert_eq!(with(annotation::MEMORY_MIB, "2048"), Ok((1, 2048)));

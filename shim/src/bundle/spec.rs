@@ -1,4 +1,4 @@
-//! The parts of the OCI runtime specification that the host has to look at; everything else passes through as JSON.
+//! The parts of the OCI runtime specification that the host reads. Everything else is passed to the guest as JSON.
 
 use super::cpuset::CpuSet;
 use super::users::IdMapping;
@@ -6,43 +6,43 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 
-/// `null` is as good as absent: that is how some engines write an empty list.
+/// Deserializes `null` like an absent field: some engines write an empty list as `null`.
 fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
-/// What the shim reads of a `config.json`.
+/// The parts of a `config.json` that the shim reads.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Spec {
     /// Version of the specification.
     pub oci_version: String,
-    /// The container's first process.
+    /// Init process of the container.
     pub process: Process,
     /// The root file system.
     pub root: Root,
     /// Host name of the container's UTS namespace.
     pub hostname: Option<String>,
-    /// Arbitrary annotations.
+    /// Annotations.
     #[serde(default, deserialize_with = "or_default")]
     pub annotations: BTreeMap<String, String>,
-    /// What is Linux's own.
+    /// Linux-specific configuration.
     pub linux: Linux,
-    /// Mounts below the root file system.
+    /// Mounts of the container.
     #[serde(default, deserialize_with = "or_default")]
     pub mounts: Vec<Mount>,
 }
 
-/// A container's first process.
+/// Init process of a container.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Process {
-    /// Whether it has a terminal.
+    /// Whether the process has a terminal.
     #[serde(default)]
     pub terminal: bool,
-    /// The command line.
+    /// Command line.
     pub args: Vec<String>,
-    /// The working directory.
+    /// Working directory.
     pub cwd: String,
     /// SELinux label of the process.
     pub selinux_label: Option<String>,
@@ -50,53 +50,53 @@ pub struct Process {
     pub apparmor_profile: Option<String>,
 }
 
-/// The root file system.
+/// Root file system.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Root {
-    /// Absolute, or relative to the bundle.
+    /// Path; absolute, or relative to the bundle.
     pub path: String,
 }
 
-/// What is Linux's own.
+/// Linux-specific configuration.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Linux {
-    /// The namespaces made or joined.
+    /// Namespaces that are created or joined.
     #[serde(default, deserialize_with = "or_default")]
     pub namespaces: Vec<Namespace>,
-    /// Limits.
+    /// Resource limits.
     pub resources: Option<Resources>,
     /// SELinux label of the mounts.
     pub mount_label: Option<String>,
     /// Propagation of the root mount.
     pub rootfs_propagation: Option<String>,
-    /// Users of its user namespace.
+    /// User id mappings of the user namespace.
     #[serde(default, deserialize_with = "or_default")]
     pub uid_mappings: Vec<IdMapping>,
-    /// Groups of its user namespace.
+    /// Group id mappings of the user namespace.
     #[serde(default, deserialize_with = "or_default")]
     pub gid_mappings: Vec<IdMapping>,
 }
 
-/// A namespace made, or joined where there is a path.
+/// A namespace that is created, or joined if it has a path.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Namespace {
-    /// `network`, `pid`, …
+    /// Type, such as `network` or `pid`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// The namespace to join.
+    /// Path of the namespace to join.
     #[serde(default)]
     pub path: Option<String>,
 }
 
 impl Namespace {
-    /// The path, where one is named.
+    /// Returns the path of the namespace to join, or `None` if the namespace is created.
     pub fn joined(&self) -> Option<&str> {
         self.path.as_deref().filter(|path| !path.is_empty())
     }
 }
 
-/// Limits that size a virtual machine.
+/// Resource limits that determine the size of a VM.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Resources {
     /// CPU time.
@@ -112,28 +112,29 @@ pub struct Resources {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HugePages {
-    /// Such as `2MB`, which is 2 MiB (OCI runtime specification, config-linux, "Huge page limits").
+    /// Size of the pages, such as `2MB`, which means 2 MiB (OCI runtime specification, config-linux, "Huge page
+    /// limits").
     pub page_size: String,
-    /// Bytes.
+    /// Limit in bytes.
     pub limit: u64,
 }
 
 /// CPU time.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Cpu {
-    /// Microseconds per period; 0 or less is no limit.
+    /// Quota in microseconds per period; 0 or less means unlimited.
     pub quota: Option<i64>,
-    /// Microseconds.
+    /// Period in microseconds.
     pub period: Option<u64>,
-    /// Relative weight: 1024 for each CPU that Kubernetes was asked for.
+    /// Relative weight: 1024 for each CPU requested in Kubernetes.
     pub shares: Option<u64>,
-    /// The host's processors it may run on.
-    #[serde(default, deserialize_with = "set")]
+    /// CPUs of the host that the container may run on.
+    #[serde(default, deserialize_with = "cpu_list")]
     pub cpus: Option<CpuSet>,
 }
 
-/// An empty list says nothing.
-fn set<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
+/// Deserializes a list of CPUs; an empty list counts as absent.
+fn cpu_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
     let text: Option<String> = Option::deserialize(from)?;
     text.filter(|text| !text.is_empty()).map(|text| text.parse().map_err(D::Error::custom)).transpose()
 }
@@ -141,39 +142,39 @@ fn set<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
 /// Memory.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Memory {
-    /// Bytes; 0 or less is no limit.
+    /// Limit in bytes; 0 or less means unlimited.
     pub limit: Option<i64>,
 }
 
-/// A mount below the root file system.
+/// A mount of the container.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Mount {
-    /// Where, in the container.
+    /// Path in the container.
     pub destination: String,
     /// File system type; `bind` for bind mounts.
     #[serde(rename = "type", default)]
     pub kind: Option<String>,
-    /// Device, directory or file.
+    /// Device, directory or file; for a volume, a host path.
     #[serde(default)]
     pub source: Option<String>,
-    /// As in fstab.
+    /// Options, as in fstab(5).
     #[serde(default)]
     pub options: Option<Vec<String>>,
-    /// Mapping of user ids, for idmapped mounts.
+    /// User id mappings of an id-mapped mount.
     #[serde(default, rename = "uidMappings", deserialize_with = "or_default")]
     pub uid_mappings: Vec<IdMapping>,
-    /// Mapping of group ids, for idmapped mounts.
+    /// Group id mappings of an id-mapped mount.
     #[serde(default, rename = "gidMappings", deserialize_with = "or_default")]
     pub gid_mappings: Vec<IdMapping>,
 }
 
 impl Mount {
-    /// The options, none where the specification has none.
+    /// Returns the options; empty if the specification has none.
     pub fn options(&self) -> &[String] {
         self.options.as_deref().unwrap_or_default()
     }
 
-    /// Whether this is a bind mount, by its type or its options.
+    /// Returns whether this is a bind mount, by its type or its options.
     pub fn is_bind(&self) -> bool {
         self.kind.as_deref() == Some("bind")
             || self.options().iter().any(|option| option == "bind" || option == "rbind")

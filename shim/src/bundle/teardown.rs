@@ -1,4 +1,4 @@
-//! Taking away what was mounted and created for a container.
+//! Removes what was mounted and created on the host for a container.
 
 use super::binds::{self, remove, unmount};
 use std::{
@@ -6,19 +6,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What is left of a container.
+/// Error of removing a container's files and mounts.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot remove {}", path.display())]
+#[error("failed to remove {}", path.display())]
 pub struct TeardownError {
     path: PathBuf,
     #[source]
     source: io::Error,
 }
 
-/// Unmounts and removes everything of container `id` under `share`; any number of times.
+/// Unmounts and removes everything of container `id` under `share`. May be repeated.
 ///
 /// # Errors
-/// The first thing that stayed; everything else is tried nevertheless.
+/// The first error. The rest is removed nevertheless.
 pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
     let dir = share.join(id);
     let mut first = Ok(());

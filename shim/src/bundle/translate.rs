@@ -1,32 +1,32 @@
-//! Rewriting a specification for the guest: what names the host is taken out, replaced or refused.
+//! Translates a specification for the guest: references to the host are removed, replaced or rejected.
 //!
-//! The JSON is edited in place, so that fields this code does not know reach the guest.
+//! The JSON is edited in place, so that fields unknown to this code reach the guest.
 
 use super::{devices, hooks, update};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 
-/// Why a specification cannot be carried over to the guest.
+/// Error of translating a specification.
 #[derive(Debug, thiserror::Error)]
 pub enum TranslateError {
-    /// The JSON cannot be read.
-    #[error("cannot read the {what}")]
+    /// The JSON cannot be parsed.
+    #[error("failed to parse the {what}")]
     Parse {
-        /// Which message.
+        /// Name of the message.
         what: &'static str,
-        /// Where and why.
+        /// Position and cause.
         #[source]
         source: serde_json::Error,
     },
     /// A field has the wrong type.
-    #[error("bad bundle: {0} has the wrong type")]
+    #[error("invalid bundle: {0} has the wrong type")]
     Type(&'static str),
-    /// It asks for something of the host.
+    /// The specification asks for something that a VM cannot provide.
     #[error("{field}: {message}")]
     Unsupported {
-        /// The field of the specification.
+        /// Field of the specification.
         field: String,
-        /// Why it cannot be, and what to do.
+        /// Why it is not supported, and the remedy.
         message: String,
     },
 }
@@ -35,7 +35,8 @@ pub(super) fn unsupported(field: impl Into<String>, message: impl Into<String>) 
     TranslateError::Unsupported { field: field.into(), message: message.into() }
 }
 
-/// Rewrites everything but mount sources, which [`super::volumes`] does; `notes` gets what was left out, for the log.
+/// Translates everything except mount sources, which [`super::volumes`] does. Adds to `notes` what was left out, for
+/// the log.
 pub fn spec(
     raw: &mut Value,
     id: &str,
@@ -58,15 +59,15 @@ pub fn spec(
     Ok(())
 }
 
-/// Where the guest finds a container's root file system.
+/// Returns the path of a container's root file system in the guest.
 pub fn guest_rootfs(id: &str) -> String {
     format!("{}/{id}/rootfs", husk_proto::GUEST_SHARE)
 }
 
-/// Rewrites the process of an exec request (OCI `Process` as JSON) for the guest; gives its AppArmor profile too.
+/// Translates the process of an exec request (OCI `Process` as JSON). Returns it with the name of its AppArmor profile.
 ///
 /// # Errors
-/// [`TranslateError`] when it is no process or needs the host.
+/// [`TranslateError`] if it is not a process or asks for something of the host.
 pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
     let parse = |source| TranslateError::Parse { what: "process to execute", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
@@ -77,7 +78,7 @@ pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
 }
 
 fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
-    // The guest gets the AppArmor profile from the node. A SELinux label was found to mean nothing.
+    // The AppArmor profile stays: the shim loads it into the guest. A SELinux label was checked to have no effect.
     process.remove("selinuxLabel");
     if process.remove("execCPUAffinity").is_some() {
         notes.push("execCPUAffinity left out: the host's CPU numbers mean nothing in the guest".into());
@@ -97,7 +98,7 @@ fn linux(
         notes.push("linux.memoryPolicy left out: the host's NUMA nodes mean nothing in the guest".into());
     }
     if present(linux, "intelRdt") {
-        return Err(unsupported("linux.intelRdt", "cache and bandwidth classes are the host's, not the guest's"));
+        return Err(unsupported("linux.intelRdt", "cache and bandwidth classes of the host cannot be used in a VM"));
     }
     if present(linux, "netDevices") {
         return Err(unsupported("linux.netDevices", "the host's network devices cannot be moved into the guest"));
@@ -105,9 +106,12 @@ fn linux(
     if let Some(seccomp) = object(linux, "seccomp")?
         && present(seccomp, "listenerPath")
     {
-        return Err(unsupported("linux.seccomp.listenerPath", "a listener on the host cannot follow guest processes"));
+        return Err(unsupported(
+            "linux.seccomp.listenerPath",
+            "a listener on the host cannot serve processes in the guest",
+        ));
     }
-    // A slave of the host has the same view in the guest as one that is private: the guest's root has no peers.
+    // In the guest, slave propagation has the same effect as private: the root has no peer on the host.
     if let Some(mode @ ("shared" | "rshared")) = linux.get("rootfsPropagation").and_then(Value::as_str) {
         let message = format!("{mode}: mounts made in the guest cannot reach the host; use rslave or rprivate");
         return Err(unsupported("linux.rootfsPropagation", message));
@@ -118,7 +122,7 @@ fn linux(
         let kind = device.get("type").and_then(Value::as_str).unwrap_or_default();
         let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
         if kind == "p" || kind == "b" {
-            continue; // a fifo of the container's own, or a disk that is plugged in
+            continue; // a FIFO in the container, or a disk that is hot-plugged
         }
         devices::guest_path(kind == "c" || kind == "u", number("major"), number("minor"))
             .map_err(|message| unsupported(format!("linux.devices: {path}"), message))?;
@@ -129,8 +133,8 @@ fn linux(
     Ok(())
 }
 
-/// Paths of host namespaces become paths that stand for the sandbox's (see `husk_proto::GUEST_NS`), or for another
-/// container's process namespace.
+/// Replaces paths of host namespaces by paths of the sandbox's namespaces (see `husk_proto::GUEST_NS`), or of another
+/// container's PID namespace.
 fn namespaces(
     linux: &mut Map<String, Value>,
     pids: &HashMap<u32, String>,
@@ -142,14 +146,14 @@ fn namespaces(
         let path = namespace.remove("path").and_then(|path| path.as_str().map(str::to_owned)).unwrap_or_default();
         let joins = !path.is_empty();
         let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default();
-        // containerd names the process namespace of a TARGET by its task's pid (1.7, pkg/cri/sbserver).
+        // containerd names the PID namespace of a TARGET container by its task's PID (1.7, pkg/cri/sbserver).
         let target = pid_of(&path).and_then(|pid| pids.get(&pid));
         match (kind, target) {
-            // The pod's, which the guest makes by the mappings, whether the host has one already or not.
+            // The pod's user namespace, which the guest creates from the mappings even if the host has one already.
             ("user", _) => {
                 namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NS).into());
             }
-            ("cgroup", _) if joins => notes.push("cgroup namespace: the container gets one of its own".into()),
+            ("cgroup", _) if joins => notes.push("cgroup namespace not joined: the container gets a new one".into()),
             ("pid", Some(id)) => {
                 namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PIDS).into());
             }
@@ -163,8 +167,11 @@ fn namespaces(
     Ok(())
 }
 
-/// Has a container see its own control group at `/sys/fs/cgroup`, as it does on a host with version 1, for which nobody
-/// asks for a namespace: the guest has version 2.
+/// Adds a cgroup namespace if the specification has none, so that the container sees its own cgroup at
+/// `/sys/fs/cgroup`.
+///
+/// On a host with cgroup v1 no client asks for the namespace and the container sees its own cgroup without it. The
+/// guest has cgroup v2.
 pub fn own_cgroup_namespace(raw: &mut Value) {
     if let Some(Value::Array(namespaces)) = raw.pointer_mut("/linux/namespaces")
         && !namespaces.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "cgroup"))
@@ -173,12 +180,12 @@ pub fn own_cgroup_namespace(raw: &mut Value) {
     }
 }
 
-/// The process whose process namespace this path is.
+/// Returns the PID of a path to a PID namespace, `/proc/PID/ns/pid`.
 fn pid_of(path: &str) -> Option<u32> {
     path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
 }
 
-/// Whether a field is there and says something.
+/// Returns whether a field exists and is not empty.
 pub(super) fn present(map: &Map<String, Value>, key: &str) -> bool {
     map.get(key).is_some_and(|value| match value {
         Value::Null => false,
@@ -189,7 +196,7 @@ pub(super) fn present(map: &Map<String, Value>, key: &str) -> bool {
     })
 }
 
-/// A field that is an object, if it is there.
+/// Returns a field that must be an object, or `None` if it is absent.
 pub(super) fn object<'a>(
     map: &'a mut Map<String, Value>,
     key: &'static str,
@@ -227,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_the_guests_and_unknown_fields_stay() {
+    fn host_paths_are_replaced_and_unknown_fields_stay() {
         let (value, notes) = translated(|v| {
             v["linux"]["namespaces"][2]["path"] = "/proc/7/ns/uts".into();
             v["linux"]["namespaces"][4]["path"] = "/var/run/netns/x".into();
@@ -250,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_namespace_is_added_once() {
+    fn own_cgroup_namespace_adds_at_most_one() {
         let mut value = sample();
         own_cgroup_namespace(&mut value);
         assert_eq!(value, sample());
@@ -261,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn another_containers_process_namespace_is_found_by_its_pid() {
+    fn pid_namespace_of_another_container_is_found_by_its_pid() {
         let pid = |path: &str| {
             let (value, _) = translated(|v| v["linux"]["namespaces"][0]["path"] = path.into()).unwrap();
             value["linux"]["namespaces"][0]["path"].clone()
@@ -272,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_of_the_host_are_left_out() {
+    fn selinux_labels_are_removed() {
         let (value, notes) = translated(|v| {
             v["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
             v["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
@@ -283,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_to_execute_keeps_what_is_the_guests() {
+    fn exec_process_keeps_unknown_fields_and_the_profile() {
         let text = br#"{"args":["a"],"apparmorProfile":"docker-default","selinuxLabel":"l","x":1}"#;
         let (process, profile) = exec_process(text).unwrap();
         let expected = json!({"args": ["a"], "apparmorProfile": "docker-default", "x": 1});
@@ -293,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_the_host_is_refused() {
+    fn host_resources_are_rejected() {
         let device = |kind: &str, major: u64, minor: u64| {
             let device = json!([{"path": "/dev/x", "type": kind, "major": major, "minor": minor}]);
             translated(|v| v["linux"]["devices"] = device)

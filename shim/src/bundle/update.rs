@@ -1,12 +1,13 @@
-//! Limits, in a specification and in an update request: those of the guest's cgroups pass, the host's do not.
+//! Resource limits in a specification or an update request: limits of the guest's cgroups pass, those of the host do
+//! not.
 
 use super::translate::{TranslateError, object, present, unsupported};
 use serde_json::{Map, Value};
 
-/// Rewrites the resources of an update request (OCI `LinuxResources` as JSON) for the guest.
+/// Translates the resources of an update request (OCI `LinuxResources` as JSON) for the guest.
 ///
 /// # Errors
-/// [`TranslateError`] when they are none or limit something of the host.
+/// [`TranslateError`] if they are not resources or limit something of the host.
 pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
     let parse = |source| TranslateError::Parse { what: "resources to update", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
@@ -14,11 +15,11 @@ pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
     serde_json::to_vec(&value).map_err(parse)
 }
 
-/// The size of the huge pages there are, as the specification writes 2 MiB.
+/// Size of the supported huge pages, 2 MiB, in the notation of the specification.
 pub const HUGE_PAGE: &str = "2MB";
-/// Most of what a container reads and writes goes to the host by virtio-fs, which no group of the guest's accounts.
+/// Most of a container's I/O goes to the host by virtio-fs, which the guest's cgroups do not account.
 const NO_BLOCK_IO: &str =
-    "the guest has neither the host's block devices, which are named by number, nor a weight for them";
+    "block I/O limits are not supported: device numbers are the host's, and the guest's cgroups have no I/O weight";
 
 /// Limits of block devices by number.
 const THROTTLES: [&str; 5] = [
@@ -31,11 +32,11 @@ const THROTTLES: [&str; 5] = [
 
 pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
     if let Some(cpu) = object(resources, "cpu")? {
-        // The list of CPUs stays: the agent makes it one of the guest's. NUMA nodes the guest has none.
+        // The list of CPUs stays: the agent maps it to vCPUs. The guest has no NUMA nodes.
         if cpu.remove("mems").is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
-            notes.push("resources.cpu.mems left out: the host's numbers mean nothing in the guest".into());
+            notes.push("resources.cpu.mems left out: the host's NUMA nodes mean nothing in the guest".into());
         }
-        // Realtime groups are cgroup v1's; the guest has v2 only.
+        // Realtime scheduling is a feature of cgroup v1 only; the guest has cgroup v2.
         cpu.remove("realtimeRuntime");
         cpu.remove("realtimePeriod");
     }
@@ -49,7 +50,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         if let Some(key) = THROTTLES.iter().find(|key| present(block, key)) {
             return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
         }
-        // None is 0, as some clients write it.
+        // Some clients write 0 for no weight.
         let weight = |key: &&&str| block.get(**key).and_then(Value::as_u64).is_some_and(|weight| weight > 0);
         if let Some(key) = ["weight", "leafWeight"].iter().find(weight) {
             return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
@@ -57,11 +58,11 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         resources.remove("blockIO");
     }
     if let Some(limits) = resources.get("hugepageLimits").and_then(Value::as_array) {
-        // Kubernetes sends a limit of 0 for each page size that the host has.
-        let some = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) != Some(0);
+        // Kubernetes sends a limit of 0 for every page size of the host.
+        let nonzero = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) != Some(0);
         let size = |limit: &Value| limit.get("pageSize").and_then(Value::as_str).unwrap_or_default().to_owned();
-        if let Some(size) = limits.iter().filter(some).map(size).find(|size| size != HUGE_PAGE) {
-            let message = format!("huge pages of {size}: a virtual machine has those of 2MB (2 MiB) only");
+        if let Some(size) = limits.iter().filter(nonzero).map(size).find(|size| size != HUGE_PAGE) {
+            let message = format!("huge pages of {size}: a VM supports only huge pages of 2MB (2 MiB)");
             return Err(unsupported("resources.hugepageLimits", message));
         }
     }
@@ -69,7 +70,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         return Err(unsupported("resources.rdma", "the guest has no RDMA devices"));
     }
     if resources.remove("network").is_some() {
-        notes.push("resources.network left out: it is cgroup v1's, the guest has cgroup v2".into());
+        notes.push("resources.network left out: it needs cgroup v1, and the guest has cgroup v2".into());
     }
     Ok(())
 }
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_can_limit_stays() {
+    fn resources_update_keeps_limits_of_the_guest() {
         let from = json!({
             "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3", "mems": "0"},
             "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 0},
@@ -103,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_limits_the_host_is_refused() {
+    fn resources_update_rejects_limits_of_the_host() {
         let throttle = json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}});
         assert!(update(&throttle).unwrap_err().starts_with("resources.blockIO.throttleReadBpsDevice"));
         assert!(update(&json!({"blockIO": {"weight": 4}})).unwrap_err().starts_with("resources.blockIO.weight"));

@@ -202,9 +202,9 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
     let config = VmConfig {
         id: plan.pod.id.clone(),
         vcpus: plan.sizing.vcpus,
-        max_vcpus: plan.sizing.growth.most.vcpus,
+        max_vcpus: plan.sizing.growth.max.vcpus,
         memory_mib: plan.sizing.memory_mib,
-        max_memory_mib: plan.sizing.growth.most.memory_mib,
+        max_memory_mib: plan.sizing.growth.max.memory_mib,
         huge_mib,
         kvm: FdIndex(0),
         kernel: FdIndex(1),

@@ -62,7 +62,7 @@ pub enum DiskError {
         source: io::Error,
     },
     /// The VMM did not attach it.
-    #[error("plugging the block device {major}:{minor} of the host into the virtual machine")]
+    #[error("failed plugging the block device {major}:{minor} of the host into the VM")]
     Plug {
         /// Major number on the host.
         major: u32,

@@ -36,7 +36,7 @@ enum FollowError {
     #[error("failed to start a thread that reads the pod's network")]
     Thread(#[source] io::Error),
     /// The VMM cannot attach or detach an interface.
-    #[error("failed plugging or unplugging a network interface of the VM")]
+    #[error("failed to attach or detach a network interface of the VM")]
     Plug(#[source] VmmError),
     /// The agent could not apply the configuration.
     #[error("failed to configure the guest's network")]
@@ -325,7 +325,7 @@ mod tests {
         assert!(tried.try_recv().is_err(), "nothing changed");
         input.write_all(b"x").unwrap();
         let began = Instant::now();
-        assert!(follower.settle().await.unwrap_err().contains("plugging"));
+        assert!(follower.settle().await.unwrap_err().contains("attach or detach"));
         assert!(follower.settle().await.is_err());
         assert_eq!(follower.settle().await, Ok(()));
         assert!(began.elapsed() < FIRST_BACKOFF);

@@ -85,7 +85,7 @@ impl Shim {
     /// Logs that the pod has fewer vCPUs than its containers may use: it is slower than it would be under runc.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
-        let (wanted, most) = (resizer.growth.vcpus(lock(&self.sizes.pod).values()), resizer.growth.most.vcpus);
+        let (wanted, most) = (resizer.growth.vcpus(lock(&self.sizes.pod).values()), resizer.growth.max.vcpus);
         if wanted > most {
             tracing::info!(
                 wanted,

@@ -55,9 +55,9 @@ fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
 
 /// Copies the parent's CPUs and memory nodes to each new cpuset cgroup: without them no process can join it.
 pub fn inherit_cpuset(top: &Path, path: &Path) {
-    let mut above: Vec<&Path> = path.ancestors().take_while(|dir| dir.starts_with(top) && *dir != top).collect();
-    above.reverse();
-    for pair in above.windows(2) {
+    let mut parents: Vec<&Path> = path.ancestors().take_while(|dir| dir.starts_with(top) && *dir != top).collect();
+    parents.reverse();
+    for pair in parents.windows(2) {
         let [parent, child] = pair else { continue };
         for file in CPUSET {
             let read = |dir: &Path| fs::read_to_string(dir.join(file)).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! The sandbox's cgroup on the host: everything that runs for the pod is accounted where containerd expects it.
+//! The sandbox's cgroup on the host. Everything that runs for the pod is accounted where containerd expects it.
 
 mod legacy;
 mod path;
@@ -10,74 +10,74 @@ pub use remove::remove;
 
 use crate::systemd::{Unit, UnitError};
 
-/// Mount point of cgroup v2, or of the directory with v1's.
+/// Mount point of cgroup v2, or parent directory of the cgroup v1 mounts.
 const MOUNT: &str = "/sys/fs/cgroup";
 
-/// How often a cgroup's directory is made when what is above it vanishes meanwhile.
+/// Maximum attempts to create a cgroup whose parent another sandbox may be removing.
 const ATTEMPTS: u32 = 10;
 
-/// Where a sandbox' cgroup is.
+/// Location of a sandbox's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
-    /// In the one hierarchy of version 2.
+    /// Directory in the cgroup v2 hierarchy.
     Unified(PathBuf),
-    /// In those of version 1, with the controllers of each.
+    /// Directories in the cgroup v1 hierarchies, each with the controllers of its hierarchy.
     Legacy(Vec<(Vec<String>, PathBuf)>),
 }
 
-/// A cgroup this process made and moved into.
+/// A cgroup that this process created and moved into.
 #[derive(Debug)]
 pub struct Cgroup {
     place: Place,
-    /// Where the process came from and goes back to before the removal, for each directory.
+    /// Cgroups to which this process returns before the removal, one for each directory.
     origins: Vec<PathBuf>,
     namespace: String,
-    /// The scope that it is, where systemd made it.
+    /// systemd scope of the cgroup, if systemd created it.
     unit: Option<Unit>,
 }
 
-/// Why there is no cgroup.
+/// Error of creating or entering the cgroup.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// The specification names something outside the hierarchy.
-    #[error("cgroupsPath {0:?} is no path within the cgroup hierarchy")]
+    /// The specification names a path outside the hierarchy.
+    #[error("cgroupsPath {0:?} is not a path within the cgroup hierarchy")]
     Path(String),
-    /// systemd was asked for it, and did not make it.
-    #[error("having systemd make the cgroup")]
+    /// systemd could not create the scope.
+    #[error("failed to have systemd create the cgroup")]
     Unit(#[from] UnitError),
-    /// The host has none.
-    #[error("no hierarchy of control groups is mounted below {MOUNT}")]
+    /// The host has no cgroup hierarchy.
+    #[error("no cgroup hierarchy is mounted below {MOUNT}")]
     None,
-    /// It cannot be made.
-    #[error("making the cgroup {path}")]
+    /// The directory cannot be created.
+    #[error("failed making the cgroup {path}")]
     Create {
-        /// The cgroup.
+        /// Path of the cgroup.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
-    /// Nothing can be moved in.
-    #[error("moving into the cgroup {path}")]
+    /// The process cannot be moved into the cgroup.
+    #[error("failed to move into the cgroup {path}")]
     Enter {
-        /// The cgroup.
+        /// Path of the cgroup.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
 }
 
-/// Whether this host has the unified hierarchy.
+/// Returns whether the host uses cgroup v2.
 pub fn is_unified() -> bool {
     Path::new(MOUNT).join("cgroup.controllers").exists()
 }
 
 impl Cgroup {
-    /// Makes the cgroup, or has systemd make it, and moves this process into it. Blocks as long as systemd takes.
+    /// Creates the cgroup, directly or through systemd, and moves this process into it. Blocks until systemd is done.
     ///
     /// # Errors
-    /// [`CgroupError`]; nothing is left behind then.
+    /// [`CgroupError`]; everything that was created is removed again.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::Named { relative, scope } = path::named(cgroups_path)?;
         let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -97,15 +97,15 @@ impl Cgroup {
         let cgroup = Self { place, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
         let made = cgroup.make();
         if made.is_err() {
-            // Of version 1 it may be in some already.
+            // With cgroup v1, the process may already be in the cgroups of some hierarchies.
             cgroup.leave();
-            cgroup.unit.iter().for_each(stop);
+            cgroup.unit.iter().for_each(stop_scope);
             cgroup.place.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
         }
         made.map(|()| cgroup)
     }
 
-    /// What systemd has of it, if that made it.
+    /// Returns the systemd scope of the cgroup, if systemd created it.
     pub fn unit(&self) -> Option<&Unit> {
         self.unit.as_ref()
     }
@@ -114,7 +114,7 @@ impl Cgroup {
         for path in self.place.dirs() {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
-        // Before anything runs in it: what was used before is never charged to it.
+        // Before a process is moved in: memory that a process used before is never charged to its new cgroup.
         match &self.place {
             Place::Unified(path) => delegate(Path::new(MOUNT), path),
             Place::Legacy(_) => {
@@ -130,7 +130,7 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Where it is.
+    /// Returns the location of the cgroup.
     pub fn place(&self) -> &Place {
         &self.place
     }
@@ -138,31 +138,32 @@ impl Cgroup {
     fn leave(&self) {
         for (path, origin) in self.place.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
-                // Its own is gone; the root of the hierarchy is not.
-                let root = path.ancestors().skip(1).take_while(|above| above.join("cgroup.procs").exists()).last();
+                // The original cgroup has been removed. The root of the hierarchy always exists.
+                let root = path.ancestors().skip(1).take_while(|parents| parents.join("cgroup.procs").exists()).last();
                 let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
             }
         }
     }
 
-    /// Moves this process back and removes the cgroup, and containerd's own above it when this was the last in it.
+    /// Moves this process back and removes the cgroup, and containerd's parent cgroup for the namespace if it is then
+    /// empty.
     pub async fn leave_and_remove(&self) {
         self.leave();
         let (place, namespace, unit) = (self.place.clone(), self.namespace.clone(), self.unit.clone());
-        // The wait for the last process would hold up everything else on this thread.
+        // Blocks until the last process has left, so not on this thread.
         let removed = tokio::task::spawn_blocking(move || {
             let dirs: Vec<&Path> = place.dirs().collect();
             remove(&dirs, unit.as_ref(), &namespace);
         })
         .await;
         if let Err(error) = removed {
-            tracing::warn!("cannot remove the cgroup: {error}");
+            tracing::warn!("failed to remove the cgroup: {error}");
         }
     }
 }
 
 impl Place {
-    /// The directory where a controller's files are, if the host has it.
+    /// Returns the directory of a controller's files, if the host has the controller.
     pub fn of(&self, controller: &str) -> Option<&Path> {
         match self {
             Self::Unified(path) => Some(path),
@@ -172,7 +173,7 @@ impl Place {
         }
     }
 
-    /// The directories it consists of.
+    /// Returns all directories of the cgroup.
     pub fn dirs(&self) -> impl Iterator<Item = &Path> {
         let (one, all): (Option<&Path>, &[_]) = match self {
             Self::Unified(path) => (Some(path), &[]),
@@ -182,13 +183,13 @@ impl Place {
     }
 }
 
-fn stop(unit: &Unit) {
+fn stop_scope(unit: &Unit) {
     if let Err(error) = unit.stop() {
-        tracing::warn!(error = %crate::chain(&error), "the scope is left to systemd");
+        tracing::warn!(error = %crate::chain(&error), "failed to stop the systemd scope of the sandbox");
     }
 }
 
-/// Makes a directory and those above it, which other sandboxes may just be removing as the last that were in them.
+/// Creates a directory with its parents. Another sandbox may be removing a parent at the same time, as the last in it.
 fn create(path: &Path) -> std::io::Result<()> {
     for _ in 1..ATTEMPTS {
         match std::fs::create_dir_all(path) {
@@ -199,12 +200,13 @@ fn create(path: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(path)
 }
 
-/// Turns the controllers on for `path` in everything above it, as runc does: without them a cgroup counts neither time
-/// nor memory. One that cannot be had (its parent has processes of its own) is done without.
+/// Enables all controllers for `path` in its parents, as runc does: without them the cgroup has no accounting.
+///
+/// Best effort: a controller cannot be enabled where the parent has processes of its own.
 fn delegate(mount: &Path, path: &Path) {
-    let mut above: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
-    above.reverse();
-    for parent in above {
+    let mut parents: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
+    parents.reverse();
+    for parent in parents {
         let read = |name| std::fs::read_to_string(parent.join(name)).unwrap_or_default();
         let (has, on) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
         let on: Vec<&str> = on.split_whitespace().collect();
@@ -219,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn controllers_are_turned_on_from_above() {
+    fn delegate_enables_controllers_in_all_parents() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pods/one/sandbox");
         std::fs::create_dir_all(&path).unwrap();

@@ -1,23 +1,23 @@
-//! What a `cgroupsPath` means: a path, or systemd's `slice:prefix:name`.
+//! Parses a `cgroupsPath`: a path, or systemd's `slice:prefix:name`.
 
 use std::path::{Component, Path, PathBuf};
 
 use super::CgroupError;
 use crate::systemd::{Scope, Unit};
 
-/// A cgroup that was named.
+/// A parsed `cgroupsPath`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Named {
-    /// Where it is in the hierarchy.
+    /// Path relative to the root of the hierarchy.
     pub relative: PathBuf,
-    /// The scope of systemd's that it is to be.
+    /// systemd scope to create, if the path has systemd's form.
     pub scope: Option<Scope>,
 }
 
-/// Reads a `cgroupsPath`.
+/// Parses a `cgroupsPath`.
 ///
 /// # Errors
-/// [`CgroupError::Path`] when it would lead out of the hierarchy, or is of systemd's form and names no scope.
+/// [`CgroupError::Path`] if the path leads out of the hierarchy, or has systemd's form and names no scope.
 pub fn named(cgroups_path: &str) -> Result<Named, CgroupError> {
     let error = || CgroupError::Path(cgroups_path.to_owned());
     let parts: Vec<&str> = cgroups_path.split(':').collect();
@@ -25,7 +25,7 @@ pub fn named(cgroups_path: &str) -> Result<Named, CgroupError> {
         [path] => ((*path).to_owned(), None),
         [slice, prefix, name] => {
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            // As with runc (libcontainer/cgroups/systemd/common.go, getUnitName). A slice has no processes of its own.
+            // As in runc (libcontainer/cgroups/systemd/common.go, getUnitName). A slice has no processes of its own.
             let unit = format!("{prefix}-{name}.scope");
             if name.is_empty() || name.ends_with(".slice") || unit.contains('/') {
                 return Err(error());
@@ -46,7 +46,7 @@ pub fn named(cgroups_path: &str) -> Result<Named, CgroupError> {
     if relative.as_os_str().is_empty() { Err(error()) } else { Ok(Named { relative, scope }) }
 }
 
-/// systemd keeps `a-b.slice` in `a.slice`.
+/// Returns the path of a slice: systemd places `a-b.slice` in `a.slice`.
 fn expand_slice(slice: &str) -> Option<String> {
     let name = slice.strip_suffix(".slice")?;
     if name == "-" {
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths() {
+    fn named_returns_the_path_and_rejects_invalid_ones() {
         let path = |text: &str| named(text).map(|named| named.relative.display().to_string()).ok();
         assert_eq!(path("/default/c1").as_deref(), Some("default/c1"));
         assert_eq!(path("k8s.io/x").as_deref(), Some("k8s.io/x"));
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn systemd_is_asked_only_in_its_own_form() {
+    fn only_the_slice_form_names_a_scope() {
         let scope = |text: &str| named(text).unwrap().scope;
         assert_eq!(scope("/kubepods.slice/x.scope"), None);
         assert_eq!(scope(":p:n"), Some(Scope { slice: "system.slice".into(), unit: Unit::new("p-n.scope") }));

@@ -1,4 +1,4 @@
-//! The end of a sandbox' cgroup.
+//! Removes a sandbox's cgroup.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -11,18 +11,19 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::{MOUNT, legacy};
 use crate::systemd::Unit;
 
-/// Removes a sandbox' cgroup, one directory or one of each hierarchy, with what is below it, and containerd's own for the
-/// namespace when it was the last in it. Waits a second at most for the end of processes that were killed. Where systemd
-/// made it, it ends it: one that is gone before systemd saw it empty would be a unit without end.
+/// Removes a sandbox's cgroup with everything below it, and containerd's cgroup for the namespace if it is then empty.
+///
+/// `dirs` has one directory, or one for each cgroup v1 hierarchy. Waits at most a second for killed processes to end. A
+/// scope of systemd is stopped only then: if its cgroup were removed before systemd saw it empty, the unit would stay.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
-    let deadline = Instant::now() + PATIENCE;
-    // Of these and of all below: a process that was just killed leaves a moment after it was reaped.
+    let deadline = Instant::now() + EXIT_TIMEOUT;
+    // Covers the cgroups below too: a killed process leaves its cgroup shortly after it was reaped.
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
-    unit.into_iter().for_each(super::stop);
+    unit.into_iter().for_each(super::stop_scope);
     for (path, empty) in dirs.into_iter().zip(empty) {
         if let Err(error) = empty.and_then(|()| remove_directories(path)) {
-            tracing::warn!(path = %path.display(), "cannot remove the cgroup: {error}");
+            tracing::warn!(path = %path.display(), "failed to remove the cgroup: {error}");
         }
         if let Some(parent) = path.parent()
             && parent.file_name().is_some_and(|name| name == namespace)
@@ -36,10 +37,10 @@ fn is_within(path: &Path) -> bool {
     path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
 }
 
-/// How long a cgroup's last processes, killed already, may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Timeout for the last processes of a cgroup to end. They have been killed already.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Removes a cgroup and those below it.
+/// Removes a cgroup and the cgroups below it.
 fn remove_directories(path: &Path) -> io::Result<()> {
     let entries = match std::fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -56,11 +57,13 @@ fn remove_directories(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Waits until no process is in the cgroup or below it. The kernel tells of a change of `cgroup.events` by POLLPRI to
-/// whoever has read it since it was opened (cgroup-v2.rst, "Basic Operations").
+/// Waits until no process is left in the cgroup or below it.
+///
+/// The kernel reports a change of `cgroup.events` as POLLPRI to a process that has read the file since it opened it
+/// (cgroup-v2.rst, "Basic Operations").
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
-        // Version 1 tells nobody; or it is gone.
+        // cgroup v1 has no notification, or the cgroup has been removed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return legacy::wait_until_empty(path, deadline),
         other => other?,
     };
@@ -68,19 +71,19 @@ fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
         let mut text = String::new();
         let read = events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text));
         match read {
-            // Removed by somebody else meanwhile.
+            // Removed concurrently.
             Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => return Ok(()),
             other => other?,
         };
         if !text.lines().any(|line| line == "populated 1") {
             return Ok(());
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        if remaining.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
         let mut wanted = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let timeout = PollTimeout::try_from(remaining).unwrap_or(PollTimeout::MAX);
         match poll(&mut wanted, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
