@@ -211,9 +211,9 @@ struct Holder(libc::pid_t);
 
 impl Holder {
     fn new() -> io::Result<Self> {
-        // Without an exit signal, this child is not reaped by a wait for any child elsewhere in the shim. SAFETY:
-        // without a stack and CLONE_VM this is fork(2). The child has one thread and calls only prctl(2) and pause(2),
-        // which take no lock that another thread may have held.
+        // Without an exit signal, this child is not reaped by a wait for any child elsewhere in the shim.
+        // SAFETY: without a stack and CLONE_VM this is fork(2). The child has one thread and calls only prctl(2) and
+        // pause(2), which take no lock that another thread may have held.
         let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };
         match libc::pid_t::try_from(pid) {
             Ok(0) => loop {
@@ -277,7 +277,8 @@ mod tests {
     #[test]
     fn namespace_is_created_with_its_mappings() {
         let users = Users { uids: vec![mapping(0, 70_000, 10)], gids: vec![mapping(0, 80_000, 10)] };
-        // Only root may map ranges of ids. SAFETY: geteuid takes no argument and cannot fail.
+        // Only root may map ranges of ids.
+        // SAFETY: geteuid takes no argument and cannot fail.
         if unsafe { libc::geteuid() } == 0 {
             users.namespace().unwrap();
         }

@@ -21,7 +21,7 @@ use crate::lock;
 const PROFILES: &str = "/sys/kernel/security/apparmor/policy/profiles";
 /// Name that stands for no profile.
 const UNCONFINED: &str = "unconfined";
-/// Maximum size of a policy in bytes: a ttrpc message cannot be longer. A typical policy has some ten KiB.
+/// Maximum size of a policy in bytes: the agent accepts no longer message. A typical policy has some ten KiB.
 const MAX_POLICY: u64 = 3 << 20;
 
 /// Profiles that the guest has loaded, with a digest of each policy.

@@ -16,7 +16,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
 use super::agent::Agent;
-use super::console::{self, Tail};
+use super::console::{self, LogTail};
 use super::hugepages;
 use super::network::net_config;
 use super::timeline::Timeline;
@@ -56,7 +56,7 @@ pub struct Plan {
     pub config: Config,
     /// vCPUs and memory at boot, and what they may grow to.
     pub sizing: Sizing,
-    /// The share, as the VMM sees its path.
+    /// Directory that the VMM serves to the guest: the guest's view of the share.
     pub share: PathBuf,
     /// `/dev/kvm`.
     pub kvm: File,
@@ -157,7 +157,7 @@ pub async fn boot(
     vmm: &Vmm,
     notices: mpsc::UnboundedReceiver<Notice>,
     timeline: &Arc<Timeline>,
-    tail: &Tail,
+    tail: &LogTail,
 ) -> Result<Agent, BootError> {
     let limit = Duration::from_secs(plan.config.start_timeout_secs.max(1));
     let (console_out, console_in) = pipe_pair().map_err(BootError::Console)?;
@@ -282,7 +282,7 @@ fn message(mapping: &bundle::IdMapping) -> IdMapping {
     IdMapping { container, host, size, ..Default::default() }
 }
 
-fn console_suffix(tail: &Tail) -> String {
+fn console_suffix(tail: &LogTail) -> String {
     match tail.console_tail() {
         lines if lines.is_empty() => "; its console is empty".to_owned(),
         lines => format!("; the last lines of its console:\n{lines}"),
@@ -334,7 +334,7 @@ fn name(step: Step) -> &'static str {
 }
 
 /// Copies the lines of a pipe to the log and to the tail.
-pub fn follow(pipe: OwnedFd, from: &'static str, tail: Tail) {
+pub fn follow(pipe: OwnedFd, from: &'static str, tail: LogTail) {
     let pipe = match pipe::Receiver::from_owned_fd(pipe) {
         Ok(pipe) => pipe,
         Err(error) => return tracing::warn!(%error, from, "failed to read the log pipe"),

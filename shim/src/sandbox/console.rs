@@ -16,11 +16,11 @@ const MAX_LINE: usize = 1024;
 
 /// The last lines of a stream.
 #[derive(Debug, Clone, Default)]
-pub struct Tail {
+pub struct LogTail {
     lines: Arc<Mutex<VecDeque<String>>>,
 }
 
-impl Tail {
+impl LogTail {
     /// Keeps a line.
     pub fn push(&self, line: String) {
         let mut lines = lock(&self.lines);
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn console_tail_begins_at_the_panic() {
-        let tail = Tail::default();
+        let tail = LogTail::default();
         for n in 0..60 {
             tail.push(format!("line {n}"));
         }

@@ -29,7 +29,7 @@ use tokio::sync::{mpsc, watch};
 use agent::{Agent, Report};
 use boot::Plan;
 use cgroup::Cgroup;
-use console::Tail;
+use console::LogTail;
 use network::Follower;
 use resize::Resizer;
 use state::StateDir;
@@ -74,7 +74,7 @@ pub struct Sandbox {
     /// Sender of `boot`, taken by the launch.
     update: Mutex<Option<watch::Sender<Boot>>>,
     resizer: OnceLock<Resizer>,
-    tail: Tail,
+    tail: LogTail,
     disks: disks::Plugged,
     propagation: mounts::Propagation,
     profiles: apparmor::Loaded,
@@ -100,7 +100,7 @@ impl Sandbox {
     /// Returns a sandbox of which only the directory exists. `vmm_log` is the read end of the VMM's standard error.
     pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
         let (update, boot) = watch::channel(Boot::Booting);
-        let tail = Tail::default();
+        let tail = LogTail::default();
         if let Some(log) = vmm_log {
             boot::follow(log, "vmm", tail.clone());
         }
@@ -146,7 +146,7 @@ impl Sandbox {
         }
         let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
         let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.place()));
-        let (handle, marks, words) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
+        let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
         let follower = Arc::clone(&self.follower);
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
@@ -155,7 +155,7 @@ impl Sandbox {
                 (Ok(mut plan), Some(vmm)) => {
                     plan.pod.pids_max = pids_max;
                     let (steer, follow) = (plan.pod.network.steer.take(), plan.pod.network.follow.take());
-                    let agent = boot::boot(plan, vmm, notices, &marks, &words).await.map_err(|e| crate::chain(&e));
+                    let agent = boot::boot(plan, vmm, notices, &timeline, &console).await.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(steer)) = (&agent, steer) {
                         forward::serve(steer, vmm);
                     }
@@ -169,7 +169,7 @@ impl Sandbox {
                 }
             };
             match (booted, &handle) {
-                (Ok(agent), Some(vmm)) => live(agent, vmm, &update, &reports).await,
+                (Ok(agent), Some(vmm)) => follow_events(agent, vmm, &update, &reports).await,
                 (Ok(_), None) => {}
                 (Err(error), vmm) => {
                     tracing::error!(error, "failed to start the sandbox");
@@ -211,7 +211,8 @@ impl Sandbox {
         self.cgroup.get()
     }
 
-    /// Returns the VMM's PID: a live process on the host in the sandbox's network namespace. 0 if there is no VMM.
+    /// Returns the VMM's PID: a follow_events process on the host in the sandbox's network namespace. 0 if there is no
+    /// VMM.
     pub fn pid(&self) -> u32 {
         self.vmm.get().map_or(0, Vmm::pid)
     }
@@ -346,7 +347,7 @@ impl Sandbox {
 }
 
 /// Publishes the agent and passes its events on until the VM ends.
-async fn live(agent: Agent, vmm: &Vmm, update: &watch::Sender<Boot>, reports: &mpsc::UnboundedSender<Report>) {
+async fn follow_events(agent: Agent, vmm: &Vmm, update: &watch::Sender<Boot>, reports: &mpsc::UnboundedSender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {

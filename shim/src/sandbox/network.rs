@@ -113,7 +113,7 @@ async fn watch(
     requests: &mut mpsc::UnboundedReceiver<SettleRequest>,
     guest: &mut impl Apply,
 ) -> io::Result<()> {
-    // SAFETY: the fd is owned by the registration, which closes it only when it is deregistered.
+    // SAFETY: the fd is moved into the registration, and stays open until the registration is dropped.
     let notices = unsafe { AsyncFd::register_with_interest(notices, Interest::READABLE)? };
     let mut retry: Option<Retry> = None;
     loop {

@@ -52,7 +52,7 @@ pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
         let files = async {
             loop {
                 vmm.many_files().await;
-                guest.forget("the VMM has nearly as many files open as it can").await;
+                guest.drop_caches("the VMM has nearly as many files open as it can").await;
                 tokio::time::sleep(MIN_INTERVAL).await;
             }
         };
@@ -71,7 +71,7 @@ struct Guest {
 
 impl Guest {
     /// Has the guest drop its cache of unused files.
-    async fn forget(&self, reason: &str) {
+    async fn drop_caches(&self, reason: &str) {
         let pages = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
         tracing::info!(pages, reason, "dropping the guest's file caches");
         let request = ForgetRequest { pages, ..Default::default() };
@@ -115,7 +115,7 @@ impl Watch {
                 (OwnedFd::from(event), levels)
             }
         };
-        // SAFETY: the fd is owned by the registration, which closes it only when it is deregistered.
+        // SAFETY: the fd is moved into the registration, and stays open until the registration is dropped.
         let notices = unsafe { AsyncFd::register(notices) }?;
         Ok(Self { notices, _levels: levels })
     }
@@ -125,7 +125,7 @@ impl Watch {
             self.next().await?;
             let place = place.clone();
             if tokio::task::spawn_blocking(move || is_nearly_exhausted(&place)).await.unwrap_or(false) {
-                guest.forget("the pod's memory on the host is used up").await;
+                guest.drop_caches("the pod's memory on the host is used up").await;
             }
             tokio::time::sleep(MIN_INTERVAL).await;
         }

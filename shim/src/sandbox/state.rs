@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn note_size_updates_the_record() {
+    fn record_size_updates_the_record() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir { path: dir.path().join("s") };
         state.record_size(2, 100).unwrap();

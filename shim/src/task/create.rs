@@ -44,7 +44,7 @@ impl Shim {
                 other => other.to_string(),
             };
             tracing::error!(container = request.id, error = text, "failed to create the container");
-            self.forget_in_guest(&request.id).await;
+            self.delete_in_guest(&request.id).await;
             self.tear_down_bundle(&request.id).await;
             self.release_resources(&request.id);
             self.release_pid(&request.id).await;
@@ -121,7 +121,7 @@ impl Shim {
     ///
     /// If only the agent's answer was lost, the agent deletes the container as soon as it is created, even if this
     /// request has timed out by then.
-    async fn forget_in_guest(&self, id: &str) {
+    async fn delete_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
         match agent.task.delete(within(timeouts::QUICK), &request).await {

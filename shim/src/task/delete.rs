@@ -50,7 +50,7 @@ impl Shim {
         match agent.task.kill(within(timeouts::QUICK), &guest).await {
             Ok(_) => Ok(()),
             // The process exited before the signal arrived, alone or because the VM ended.
-            Err(_) if self.sandbox.is_dead() || process.exited().is_some() => Err(Refusal::Finished.into()),
+            Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(Refusal::Finished.into()),
             Err(error) => Err(self.agent_error("kill", error)),
         }
     }
@@ -84,7 +84,7 @@ impl Shim {
             process.drop_relay();
         }
         self.tear_down_bundle(&container.id).await;
-        let exit = process.exited().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
+        let exit = process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
         self.containers.remove(&container.id);
         self.release_resources(&container.id);
         self.sandbox.timeline.mark("deleted");
@@ -106,7 +106,7 @@ impl Shim {
     pub(super) async fn delete_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<DeleteResponse> {
         let process = &exec.process;
         let before = process.begin_delete(Refusal::NoProcess(process.exec.clone()))?;
-        let exit = process.exited().unwrap_or(Exit { status: 0, at: SystemTime::now() });
+        let exit = process.exit().unwrap_or(Exit { status: 0, at: SystemTime::now() });
         if before == State::Stopped {
             if let Some(relay) = process.relay() {
                 relay.drain(EXEC_OUTPUT_IDLE_TIMEOUT).await;

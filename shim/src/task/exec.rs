@@ -131,9 +131,9 @@ impl Shim {
         Ok(())
     }
 
-    /// Publishes an exit that was reported before the start event, and ends the process if the VM is gone.
+    /// Publishes an exit that was reported before the start event. Marks all processes as killed if the VM has ended.
     fn after_start(&self, container: &Container, process: &Process) {
-        if let Some(exit) = process.started() {
+        if let Some(exit) = process.confirm_start() {
             self.publish_exit(process, exit);
         }
         if self.is_gone() {

@@ -141,7 +141,7 @@ impl Shim {
                         self.publish_oom(&container);
                     }
                     let exit = Exit { status, at };
-                    if process.ended(exit) == ExitReport::Publish {
+                    if process.record_exit(exit) == ExitReport::Publish {
                         self.publish_exit(&process, exit);
                     }
                 }
@@ -159,7 +159,7 @@ impl Shim {
         let exit = Exit { status: KILLED, at: SystemTime::now() };
         for process in container.processes() {
             let started = process.exec.is_empty() || process.state() != process::State::Created;
-            if process.ended(exit) == ExitReport::Publish && started {
+            if process.record_exit(exit) == ExitReport::Publish && started {
                 self.publish_exit(&process, exit);
             }
         }

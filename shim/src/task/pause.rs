@@ -31,7 +31,7 @@ impl Shim {
         let Some(status) = status_after(request.signal) else { return };
         self.sandbox.flush_disks().await;
         let exit = Exit { status, at: SystemTime::now() };
-        let seen = container.init.ended(exit);
+        let seen = container.init.record_exit(exit);
         self.sandbox.kill();
         if seen == ExitReport::Publish {
             self.publish_exit(&container.init, exit);

@@ -69,7 +69,7 @@ pub struct Process {
 pub enum ExitReport {
     /// Publish the exit event.
     Publish,
-    /// Do nothing yet: [`Process::started`] returns the exit once the start event is published.
+    /// Do nothing yet: [`Process::confirm_start`] returns the exit once the start event is published.
     Deferred,
     /// Ignore it: the exit has been reported before.
     Duplicate,
@@ -98,7 +98,7 @@ impl Process {
     }
 
     /// Returns the exit, if the process has exited.
-    pub fn exited(&self) -> Option<Exit> {
+    pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
@@ -142,7 +142,7 @@ impl Process {
     }
 
     /// Records that the start event was published. Returns the exit to publish next, if one was reported before it.
-    pub fn started(&self) -> Option<Exit> {
+    pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.unpublished.take() {
             Some(exit) => {
@@ -172,7 +172,7 @@ impl Process {
     }
 
     /// Records a reported exit.
-    pub fn ended(&self, exit: Exit) -> ExitReport {
+    pub fn record_exit(&self, exit: Exit) -> ExitReport {
         let mut inner = lock(&self.inner);
         match inner.state {
             State::Stopped | State::Deleted => ExitReport::Duplicate,
@@ -229,10 +229,10 @@ mod tests {
     async fn exit_before_the_start_event_is_deferred() {
         let p = process();
         p.begin_start().unwrap();
-        assert_eq!(p.ended(exit(3)), ExitReport::Deferred);
-        assert_eq!(p.exited(), None);
-        assert_eq!(p.ended(exit(4)), ExitReport::Duplicate);
-        assert_eq!(p.started(), Some(exit(3)));
+        assert_eq!(p.record_exit(exit(3)), ExitReport::Deferred);
+        assert_eq!(p.exit(), None);
+        assert_eq!(p.record_exit(exit(4)), ExitReport::Duplicate);
+        assert_eq!(p.confirm_start(), Some(exit(3)));
         assert_eq!(p.wait().await, exit(3));
         assert_eq!(p.state(), State::Stopped);
     }
@@ -242,26 +242,26 @@ mod tests {
         let p = process();
         p.begin_start().unwrap();
         assert_eq!(p.begin_start(), Err(Refusal::Start("running")));
-        assert_eq!(p.started(), None);
+        assert_eq!(p.confirm_start(), None);
         assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::Delete("running")));
-        assert_eq!(p.ended(exit(0)), ExitReport::Publish);
-        assert_eq!(p.ended(exit(9)), ExitReport::Duplicate);
+        assert_eq!(p.record_exit(exit(0)), ExitReport::Publish);
+        assert_eq!(p.record_exit(exit(9)), ExitReport::Duplicate);
         assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
         assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Stopped));
         assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::NoContainer));
-        assert_eq!(p.exited(), Some(exit(0)));
+        assert_eq!(p.exit(), Some(exit(0)));
     }
 
     #[test]
     fn exit_or_failed_start_stops_a_created_process() {
         let p = process();
-        assert_eq!(p.ended(exit(137)), ExitReport::Publish);
+        assert_eq!(p.record_exit(exit(137)), ExitReport::Publish);
         assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
         let p = process();
         assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Created));
         p.delete_failed(State::Created);
         p.begin_start().unwrap();
         p.start_failed(exit(255));
-        assert_eq!(p.exited(), Some(exit(255)));
+        assert_eq!(p.exit(), Some(exit(255)));
     }
 }

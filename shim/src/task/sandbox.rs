@@ -31,7 +31,7 @@ pub struct State {
     stopping: Mutex<bool>,
     /// Exit of the sandbox.
     exit: watch::Sender<Option<Exit>>,
-    began: SystemTime,
+    created_at: SystemTime,
 }
 
 struct Created {
@@ -49,7 +49,7 @@ impl State {
             created: OnceLock::new(),
             stopping: Mutex::new(false),
             exit: watch::Sender::new(None),
-            began: SystemTime::now(),
+            created_at: SystemTime::now(),
         }
     }
 
@@ -59,8 +59,8 @@ impl State {
     }
 
     /// Returns the time at which the shim began to serve the sandbox.
-    pub fn began(&self) -> SystemTime {
-        self.began
+    pub fn created_at(&self) -> SystemTime {
+        self.created_at
     }
 
     /// Returns the exit, if the sandbox has ended.

@@ -72,7 +72,7 @@ impl Sandbox for Handler {
         self.shim.sandbox.timeline.save();
         Ok(StartSandboxResponse {
             pid: self.shim.sandbox.pid(),
-            created_at: Some(timestamp(self.shim.api.began())).into(),
+            created_at: Some(timestamp(self.shim.api.created_at())).into(),
             ..Default::default()
         })
     }
@@ -127,7 +127,7 @@ impl Sandbox for Handler {
             pid: if exit.is_none() { sandbox.pid() } else { 0 },
             state: if ready { READY } else { NOT_READY }.to_owned(),
             info,
-            created_at: Some(timestamp(api.began())).into(),
+            created_at: Some(timestamp(api.created_at())).into(),
             exited_at: exit.map(|exit| timestamp(exit.at)).into(),
             ..Default::default()
         })

@@ -68,7 +68,7 @@ impl Task for Handler {
         let container = self.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
         let state = process.state();
-        let exit = process.exited();
+        let exit = process.exit();
         let status = match state {
             State::Created | State::Starting => Status::CREATED,
             State::Running if container.is_paused() && process.exec.is_empty() => Status::PAUSED,
@@ -127,7 +127,7 @@ impl Task for Handler {
         // A container that has exited keeps its PID until it is deleted. A restarted containerd takes a container
         // without any PID for a leftover, and deletes it together with its exit status (1.7 and 2.1, shim_load.go,
         // loadShims).
-        if container.is_sandbox_container() || container.init.exited().is_some() {
+        if container.is_sandbox_container() || container.init.exit().is_some() {
             let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
             return Ok(PidsResponse { processes: vec![one], ..Default::default() });
         }

@@ -79,7 +79,7 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError`]; everything that was created is removed again.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
-        let path::Named { relative, scope } = path::named(cgroups_path)?;
+        let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let (place, origins) = if is_unified() {
             let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();

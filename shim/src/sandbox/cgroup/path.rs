@@ -7,7 +7,7 @@ use crate::systemd::{Scope, Unit};
 
 /// A parsed `cgroupsPath`.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Named {
+pub struct CgroupsPath {
     /// Path relative to the root of the hierarchy.
     pub relative: PathBuf,
     /// systemd scope to create, if the path has systemd's form.
@@ -18,7 +18,7 @@ pub struct Named {
 ///
 /// # Errors
 /// [`CgroupError::Path`] if the path leads out of the hierarchy, or has systemd's form and names no scope.
-pub fn named(cgroups_path: &str) -> Result<Named, CgroupError> {
+pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
     let error = || CgroupError::Path(cgroups_path.to_owned());
     let parts: Vec<&str> = cgroups_path.split(':').collect();
     let (text, scope) = match parts.as_slice() {
@@ -43,7 +43,7 @@ pub fn named(cgroups_path: &str) -> Result<Named, CgroupError> {
             Component::ParentDir | Component::Prefix(_) => return Err(error()),
         }
     }
-    if relative.as_os_str().is_empty() { Err(error()) } else { Ok(Named { relative, scope }) }
+    if relative.as_os_str().is_empty() { Err(error()) } else { Ok(CgroupsPath { relative, scope }) }
 }
 
 /// Returns the path of a slice: systemd places `a-b.slice` in `a.slice`.
@@ -72,8 +72,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn named_returns_the_path_and_rejects_invalid_ones() {
-        let path = |text: &str| named(text).map(|named| named.relative.display().to_string()).ok();
+    fn parse_returns_the_path_and_rejects_invalid_ones() {
+        let path = |text: &str| parse(text).map(|parse| parse.relative.display().to_string()).ok();
         assert_eq!(path("/default/c1").as_deref(), Some("default/c1"));
         assert_eq!(path("k8s.io/x").as_deref(), Some("k8s.io/x"));
         assert_eq!(
@@ -90,8 +90,8 @@ mod tests {
     }
 
     #[test]
-    fn only_the_slice_form_names_a_scope() {
-        let scope = |text: &str| named(text).unwrap().scope;
+    fn only_the_slice_form_has_a_scope() {
+        let scope = |text: &str| parse(text).unwrap().scope;
         assert_eq!(scope("/kubepods.slice/x.scope"), None);
         assert_eq!(scope(":p:n"), Some(Scope { slice: "system.slice".into(), unit: Unit::new("p-n.scope") }));
     }
