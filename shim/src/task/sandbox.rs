@@ -143,7 +143,7 @@ impl Shim {
         self.api.wait().await;
     }
 
-    /// Returns if no request creates this sandbox within [`CREATE_TIMEOUT`]; otherwise never.
+    /// Returns if no request creates this sandbox within `CREATE_TIMEOUT`; otherwise never.
     pub async fn forsaken(self: &Arc<Self>) {
         if lock(&self.api.pending).is_none() {
             return std::future::pending().await;
