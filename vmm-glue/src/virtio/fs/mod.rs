@@ -5,8 +5,11 @@
 
 mod capabilities;
 mod checks;
+mod descriptor_table;
 #[cfg(test)]
 mod names_tests;
+#[cfg(test)]
+mod race_tests;
 mod request;
 #[cfg(test)]
 mod requests_tests;
@@ -29,8 +32,8 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
-use virtiofsd::server::Server;
 
+use self::request::{FuseServer, HIGH_PRIORITY_QUEUE};
 use self::room::Room;
 use self::whole::Whole;
 use super::activation::{self, Opened};
@@ -43,7 +46,7 @@ use crate::config::ShareConfig;
 pub const TAG_LEN: usize = 36;
 /// High priority, requests. Linux limits a request to the queue's size in pages, less its headers: 1 MiB needs 256.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
-const HIGH_PRIORITY: u32 = 0;
+const HIGH_PRIORITY: u32 = HIGH_PRIORITY_QUEUE as u32;
 /// Descriptors that stay for the process itself.
 const OWN_DESCRIPTORS: u64 = 512;
 /// This part of the others is left when the guest is to forget files.
@@ -80,16 +83,13 @@ pub enum FsError {
 pub struct Fs {
     config: [u8; TAG_LEN + 4],
     worker_count: u8,
-    server: Arc<Shared>,
+    server: Arc<FuseServer>,
     wake: Wake,
     active: Option<Active>,
     paused: bool,
 }
 
-/// What the threads share.
-struct Shared(Server<Whole>);
-
-impl Handler for Shared {
+impl Handler for FuseServer {
     const NAME: &'static str = "virtio-fs";
 
     fn prepare_thread(&self) -> io::Result<()> {
@@ -103,8 +103,8 @@ impl Handler for Shared {
         }
     }
 
-    fn serve(&self, memory: &GuestMemory, (chain, raw): Taken<'_>) -> u32 {
-        request::serve(&self.0, memory, chain, raw)
+    fn serve(&self, memory: &GuestMemory, (chain, _): Taken<'_>) -> u32 {
+        FuseServer::serve(self, memory, chain)
     }
 }
 
@@ -131,7 +131,7 @@ struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
     high_priority: Vq,
-    workers: Workers<Shared>,
+    workers: Workers<FuseServer>,
 }
 
 impl Fs {
@@ -163,11 +163,11 @@ impl Fs {
             .ok_or_else(|| FsError::Limit(format!("{limit} is too low")))?;
         let room = Room::new(guest_fd_limit - guest_fd_limit / SPARE, Box::new(forget)).map_err(root_error)?;
         let fs = PassthroughFs::new(settings(share.root.clone(), guest_fd_limit));
-        let fs = fs.and_then(|fs| Whole::new(fs, room)).map_err(root_error)?;
+        let server = fs.and_then(|fs| FuseServer::new(Whole::new(fs, room)?)).map_err(root_error)?;
         Ok(Self {
             config,
             worker_count: share.workers.max(1),
-            server: Arc::new(Shared(Server::new(fs))),
+            server: Arc::new(server),
             wake: Wake::new().map_err(FsError::Event)?,
             active: None,
             paused: false,
@@ -181,9 +181,9 @@ impl Fs {
         queue.ignore(&memory)?;
         let mut more = true;
         for _ in 0..queue.size() {
-            if let Some((chain, raw)) = queue.pop_with_raw(&memory)? {
+            if let Some(chain) = queue.pop(&memory)? {
                 let head = chain.head;
-                let used = request::serve_quick(&self.server.0, &memory, chain, raw);
+                let used = self.server.serve_high_priority(chain);
                 queue.push(&memory, head, used)?;
             } else if !queue.listen(&memory)? {
                 more = false;

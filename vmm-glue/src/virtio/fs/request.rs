@@ -1,81 +1,153 @@
-//! One FUSE request: what must hold before virtiofsd sees it, and the answer when it could not give one.
+//! Serves FUSE requests: decodes those without an answer, and passes the others on to virtiofsd.
+//!
+//! A vCPU can change guest memory while a request is served, so whatever is checked is read once:
+//!
+//! * The chain is walked once. virtiofsd gets a copy of what was checked ([`DescriptorTable`]).
+//! * virtiofsd reads the request's header itself, after it was read here, and can find another opcode. So no check depends on
+//!   the opcode of a request that goes to virtiofsd: each has room for an answer's header, and is served by a worker thread.
+//! * A request on the high-priority queue never goes to virtiofsd. The device loop, which serves it, keeps all capabilities
+//!   of the process and must not block.
 
-use virtiofsd::descriptor_utils::{Reader, Writer};
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use virtiofsd::filesystem::{Context, FileSystem as _};
+use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader};
 use virtiofsd::server::Server;
+use vm_memory::ByteValued;
 
-use super::whole::Whole;
+use super::descriptor_table::DescriptorTable;
+use super::whole::{Inode, Whole};
 use crate::virtio::device::GuestMemory;
-use crate::virtio::queue::{Chain, guest_fault};
+use crate::virtio::queue::{Chain, Iov, guest_fault};
 
-/// FUSE operations without an answer (include/uapi/linux/fuse.h).
+// FUSE operations without an answer (include/uapi/linux/fuse.h, `enum fuse_opcode`).
 const FORGET: u32 = 2;
 const INTERRUPT: u32 = 36;
 const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
-/// Bytes of `struct fuse_out_header`.
+/// Size of `struct fuse_out_header`, in bytes.
 const OUT_HEADER: usize = 16;
+/// Maximum number of nodes in one BATCH_FORGET. Linux sends none over virtio-fs (`virtio_fs_send_forget()` in
+/// fs/fuse/virtio_fs.c sends one FORGET per node).
+const MAX_BATCH: usize = 4096;
 
-/// The start of `struct fuse_in_header`.
-struct Start {
-    opcode: u32,
-    unique: u64,
+/// Index of the queue for FORGET.
+pub const HIGH_PRIORITY_QUEUE: u16 = 0;
+/// Index of the queue for all other requests.
+pub const REQUEST_QUEUE: u16 = 1;
+
+/// Serves the requests of one device.
+pub struct FuseServer {
+    server: Server<Whole>,
+    /// The file system that `server` has, too.
+    fs: Whole,
+    table: Mutex<DescriptorTable>,
 }
 
-fn start(chain: &Chain<'_>) -> Option<Start> {
-    let mut bytes = [0; OUT_HEADER];
-    if chain.readable.copy_to(&mut bytes) < bytes.len() {
-        return None;
+impl FuseServer {
+    /// # Errors
+    /// The error of mapping memory for the descriptor table.
+    pub fn new(fs: Whole) -> io::Result<Self> {
+        Ok(Self { server: Server::new(fs.clone()), fs, table: Mutex::new(DescriptorTable::new()?) })
     }
-    let [_, _, _, _, o0, o1, o2, o3, u0, u1, u2, u3, u4, u5, u6, u7] = bytes;
-    Some(Start {
-        opcode: u32::from_le_bytes([o0, o1, o2, o3]),
-        unique: u64::from_le_bytes([u0, u1, u2, u3, u4, u5, u6, u7]),
-    })
-}
 
-/// Serves a request, which may block; returns the bytes written.
-pub fn serve(
-    server: &Server<Whole>,
-    memory: &GuestMemory,
-    chain: Chain<'_>,
-    raw: virtio_queue::DescriptorChain<&GuestMemory>,
-) -> u32 {
-    let Some(start) = start(&chain) else {
-        guest_fault(1, &"request without a header");
-        return 0;
-    };
-    let silent = matches!(start.opcode, FORGET | BATCH_FORGET | INTERRUPT | DESTROY);
-    // virtiofsd takes room for an answer's header for granted.
-    if !silent && chain.writable.len() < OUT_HEADER {
-        guest_fault(1, &"request without room for an answer");
-        return 0;
+    /// Serves a request of the request queue, which may block. Returns the number of bytes written.
+    pub fn serve(&self, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {
+        let Some(header) = peek::<InHeader>(&chain.readable) else {
+            guest_fault(REQUEST_QUEUE, &"FUSE request without a header");
+            return 0;
+        };
+        if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT | DESTROY) {
+            chain.readable.skip(size_of::<InHeader>());
+            self.serve_unanswered(REQUEST_QUEUE, header, chain.readable);
+            return 0;
+        }
+        // virtiofsd splits its writer after the answer's header and unwraps the result.
+        if chain.writable.len() < OUT_HEADER {
+            guest_fault(REQUEST_QUEUE, &"FUSE request without room for an answer");
+            return 0;
+        }
+        let opened = self.table.lock().unwrap_or_else(PoisonError::into_inner).open(memory, &chain);
+        let result = match opened {
+            Ok((reader, writer)) => {
+                self.server.handle_message(reader, writer, None::<&mut ()>).map_err(|error| error.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        match result {
+            // An answer is at most 1 MiB.
+            Ok(written) => u32::try_from(written.min(chain.writable.len())).unwrap_or(0),
+            Err(error) => {
+                guest_fault(REQUEST_QUEUE, &format_args!("FUSE request {}: {error}", header.opcode));
+                refuse(&chain, header.unique, libc::EINVAL)
+            }
+        }
     }
-    let result = match (Reader::new(memory, raw.clone()), Writer::new(memory, raw)) {
-        (Ok(reader), Ok(writer)) => server.handle_message(reader, writer, None::<&mut ()>).map_err(|e| e.to_string()),
-        (Err(error), _) | (_, Err(error)) => Err(error.to_string()),
-    };
-    match result {
-        // An answer is at most 1 MiB.
-        Ok(written) => u32::try_from(written.min(chain.writable.len())).unwrap_or(0),
-        Err(error) => {
-            guest_fault(1, &format_args!("FUSE request {}: {error}", start.opcode));
-            if silent { 0 } else { refuse(&chain, start.unique, libc::EINVAL) }
+
+    /// Serves a request of the high-priority queue: FORGET, BATCH_FORGET or INTERRUPT. Answers any other with EOPNOTSUPP.
+    /// Returns the number of bytes written.
+    pub fn serve_high_priority(&self, mut chain: Chain<'_>) -> u32 {
+        match take::<InHeader>(&mut chain.readable) {
+            Some(header) if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT) => {
+                self.serve_unanswered(HIGH_PRIORITY_QUEUE, header, chain.readable);
+                0
+            }
+            Some(header) => refuse(&chain, header.unique, libc::EOPNOTSUPP),
+            None => {
+                guest_fault(HIGH_PRIORITY_QUEUE, &"FUSE request without a header");
+                0
+            }
+        }
+    }
+
+    /// Serves a request without an answer, from a private copy of its header and arguments.
+    ///
+    /// FORGET runs on the device loop and closes the node's O_PATH fd once the guest has no more references. That can block
+    /// for as long as the host's file system takes to free a file that was unlinked before (the last iput() of its inode).
+    fn serve_unanswered(&self, queue: u16, header: InHeader, mut arguments: Iov<'_>) {
+        let decoded = match header.opcode {
+            FORGET => take::<ForgetIn>(&mut arguments).map(|ForgetIn { nlookup }| {
+                self.fs.forget(Context::from(header), header.nodeid, nlookup);
+            }),
+            BATCH_FORGET => take_batch(&mut arguments).map(|nodes| {
+                self.fs.batch_forget(Context::from(header), nodes);
+            }),
+            DESTROY => {
+                self.server.destroy();
+                Some(())
+            }
+            // INTERRUPT: requests are not interrupted, as in virtiofsd.
+            _ => Some(()),
+        };
+        if decoded.is_none() {
+            guest_fault(queue, &format_args!("FUSE request {} with incomplete arguments", header.opcode));
         }
     }
 }
 
-/// Serves what the high-priority queue is for, without blocking; anything else there is refused.
-pub fn serve_quick(
-    server: &Server<Whole>,
-    memory: &GuestMemory,
-    chain: Chain<'_>,
-    raw: virtio_queue::DescriptorChain<&GuestMemory>,
-) -> u32 {
-    match start(&chain) {
-        Some(Start { opcode: FORGET | BATCH_FORGET | INTERRUPT, .. }) => serve(server, memory, chain, raw),
-        Some(Start { unique, .. }) => refuse(&chain, unique, libc::EOPNOTSUPP),
-        None => 0,
+/// Copies a value out of guest memory. Returns `None` if the chain is too short.
+fn peek<T: ByteValued + Default>(from: &Iov<'_>) -> Option<T> {
+    let mut value = T::default();
+    (from.copy_to(value.as_mut_slice()) == size_of::<T>()).then_some(value)
+}
+
+/// Copies a value out of guest memory and consumes it, so that it is read once.
+fn take<T: ByteValued + Default>(from: &mut Iov<'_>) -> Option<T> {
+    let value = peek(from)?;
+    from.skip(size_of::<T>());
+    Some(value)
+}
+
+/// Copies the arguments of a BATCH_FORGET: nodes, and the number of references of each. Returns `None` if the chain holds
+/// fewer than the count says, or if there are more than [`MAX_BATCH`].
+fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
+    let BatchForgetIn { count, .. } = take(arguments)?;
+    let count = usize::try_from(count).ok().filter(|&count| count <= MAX_BATCH)?;
+    if count * size_of::<ForgetOne>() > arguments.len() {
+        return None;
     }
+    (0..count).map(|_| take(arguments).map(|ForgetOne { nodeid, nlookup }| (nodeid, nlookup))).collect()
 }
 
 /// Answers with an error.

@@ -8,6 +8,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use virtiofsd::filesystem::{
@@ -20,23 +21,26 @@ use virtiofsd::passthrough::PassthroughFs;
 use super::checks;
 use super::room::Room;
 
-type Inode = <PassthroughFs as FileSystem>::Inode;
+/// The number of a node.
+pub type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
-/// The file system.
+/// The file system. Clones are the same one.
+#[derive(Clone)]
 pub struct Whole {
-    fs: PassthroughFs,
-    room: Room,
+    fs: Arc<PassthroughFs>,
+    room: Arc<Room>,
     /// Takes whatever is written to it: /dev/null.
-    nowhere: File,
+    nowhere: Arc<File>,
 }
 
 impl Whole {
     /// # Errors
     /// When there is no /dev/null.
     pub fn new(fs: PassthroughFs, room: Room) -> io::Result<Self> {
-        Ok(Self { fs, room, nowhere: File::options().write(true).open("/dev/null")? })
+        let nowhere = File::options().write(true).open("/dev/null")?;
+        Ok(Self { fs: Arc::new(fs), room: Arc::new(room), nowhere: Arc::new(nowhere) })
     }
 
     /// Before a request that may open a file.

@@ -1,0 +1,166 @@
+//! FUSE requests that a vCPU changes in guest memory while the device serves them, and FORGET in all its forms.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::test_guest::*;
+use crate::virtio::device::GuestMemory;
+
+/// Requests per test. With two reads of the opcode, between 1 in 40 and 1 in 1500 requests won the race.
+const ATTEMPTS: usize = 2000;
+/// Offset of the opcode in `struct fuse_in_header`.
+const OPCODE: u64 = 4;
+const INDIRECT: u16 = 4;
+/// A descriptor that `Driver::add` does not reach in these tests.
+const HEAD: u16 = 100;
+
+/// Calls `serve` while another thread writes the two values to an address of guest memory in turn.
+fn while_flipping(memory: &GuestMemory, address: u64, values: [u32; 2], serve: impl FnOnce()) {
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stop = Stop(&done);
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for value in values {
+                    memory.store(value, GuestAddress(address), Ordering::Relaxed).unwrap();
+                }
+            }
+        });
+        serve();
+    });
+}
+
+#[test]
+fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
+    let root = tempfile::tempdir().unwrap();
+    let mut guest = Guest::over(root.path(), 1);
+    guest.init();
+    let memory = guest.bench.memory.clone();
+    // MKDIR of "escaped" with mode 0, and FORGET of no references.
+    let body = [words([0, 0]), b"escaped\0".to_vec()].concat();
+    let request = [guest.header(FORGET, ROOT, body.len()), body].concat();
+    // The first descriptor is free again after each request.
+    let head = guest.bench.queues[0].add(&[&request], &[]);
+    guest.bench.run();
+    let opcode = guest.bench.queues[0].buffer(head) + OPCODE;
+    while_flipping(&memory, opcode, [FORGET, MKDIR], || {
+        for attempt in 0..ATTEMPTS {
+            assert_eq!(guest.bench.queues[0].poll(), Some((head, Vec::new())));
+            assert!(!root.path().join("escaped").exists(), "request {attempt} made a directory");
+            assert_eq!(guest.bench.queues[0].add(&[&request], &[]), head);
+            guest.bench.run();
+        }
+    });
+}
+
+#[test]
+fn opcode_that_replaces_forget_needs_room_for_an_answer() {
+    let mut guest = Guest::new(1);
+    guest.init();
+    let memory = guest.bench.memory.clone();
+    let request = [guest.header(FORGET, ROOT, 40), vec![0; 40]].concat();
+    let head = guest.bench.queues[1].add(&[&request], &[]);
+    let opcode = guest.bench.queues[1].buffer(head) + OPCODE;
+    while_flipping(&memory, opcode, [FORGET, READ], || {
+        for _ in 0..ATTEMPTS {
+            guest.bench.run_until(|queues| queues[1].poll().is_some());
+            assert_eq!(guest.bench.queues[1].add(&[&request], &[]), head);
+        }
+        guest.bench.run_until(|queues| queues[1].poll().is_some());
+    });
+    guest.read_hello();
+}
+
+#[test]
+fn answer_descriptor_that_shrinks_is_measured_once() {
+    let mut guest = Guest::new(1);
+    guest.init();
+    let memory = guest.bench.memory.clone();
+    let request = [guest.header(READ, ROOT, 40), vec![0; 40]].concat();
+    let queue = &guest.bench.queues[1];
+    let (table, readable, writable) = (queue.buffer(HEAD), queue.buffer(HEAD + 1), queue.buffer(HEAD + 2));
+    memory.write_slice(&request, GuestAddress(readable)).unwrap();
+    // struct virtq_desc: address, length, flags (NEXT, WRITE) and the next one's index.
+    let descriptors = [longs([readable]), words([request.len() as u32, 1 | 1 << 16])].concat();
+    memory.write_slice(&[descriptors, longs([writable]), words([64, 2])].concat(), GuestAddress(table)).unwrap();
+    queue.write_descriptor(HEAD, table, 32, INDIRECT, 0);
+    while_flipping(&memory, table + 16 + 8, [64, 8], || {
+        for _ in 0..ATTEMPTS {
+            guest.bench.queues[1].offer(HEAD);
+            guest.bench.run_until(|queues| queues[1].poll().is_some());
+        }
+    });
+    guest.read_hello();
+}
+
+#[test]
+fn batch_forget_with_fewer_nodes_than_its_count_forgets_none() {
+    let mut guest = Guest::new(1);
+    guest.init();
+    let node = guest.lookup(ROOT, "hello");
+    let forget = |guest: &mut Guest, queue: usize, count: u32| {
+        let body = [words([count, 0]), longs([node, 1])].concat();
+        let header = guest.header(BATCH_FORGET, 0, body.len());
+        guest.bench.queues[queue].add(&[&header, &body], &[]);
+        guest.bench.run_until(|queues| queues[queue].poll().is_some());
+        guest.error(OPEN, node, &words([0, 0]))
+    };
+    for count in [0, 2, 3, 4096, 65536, 1 << 28, u32::MAX] {
+        for queue in [0, 1] {
+            assert_eq!(forget(&mut guest, queue, count), 0, "{count} in queue {queue}");
+        }
+    }
+    assert_eq!(forget(&mut guest, 0, 1), libc::EBADF);
+}
+
+#[test]
+fn forget_and_batch_forget_work_in_both_queues() {
+    let mut guest = Guest::new(1);
+    guest.init();
+    for queue in [0, 1] {
+        for (opcode, lookups) in [(FORGET, 1), (FORGET, 3), (BATCH_FORGET, 1), (BATCH_FORGET, 2)] {
+            let node = (0..lookups).fold(0, |_, _| guest.lookup(ROOT, "hello"));
+            let body = match opcode {
+                FORGET => longs([lookups]),
+                // Each of the entries forgets one lookup; there is none of the node in between.
+                _ => {
+                    let entries = longs([node + 1, 1]).into_iter().chain(longs([node, lookups]));
+                    words([2, 0]).into_iter().chain(entries).collect()
+                }
+            };
+            let header = guest.header(opcode, node, body.len());
+            guest.bench.queues[queue].add(&[&header, &body], &[]);
+            guest.bench.run_until(|queues| queues[queue].poll().is_some());
+            assert_eq!(guest.error(OPEN, node, &words([0, 0])), libc::EBADF, "{opcode} in queue {queue}");
+        }
+    }
+}
+
+#[test]
+fn forget_without_its_arguments_is_given_back_unused() {
+    let mut guest = Guest::new(1);
+    guest.init();
+    let node = guest.lookup(ROOT, "hello");
+    for queue in [0, 1] {
+        for (opcode, body) in [(FORGET, 0), (FORGET, 7), (BATCH_FORGET, 0), (BATCH_FORGET, 7), (INTERRUPT, 0)] {
+            for room in [&[][..], &[8], &[16, 64]] {
+                let header = guest.header(opcode, node, body);
+                guest.bench.queues[queue].add(&[&header, &vec![1; body]], room);
+                let mut answer = None;
+                guest.bench.run_until(|queues| {
+                    answer = queues[queue].poll();
+                    answer.is_some()
+                });
+                assert_eq!(answer.unwrap().1, b"", "{opcode} in queue {queue}");
+            }
+        }
+    }
+    assert_eq!(guest.error(OPEN, node, &words([0, 0])), 0);
+}
