@@ -4,8 +4,10 @@
 //! loop only serves the high-priority queue, where FORGET never waits for a request that blocks.
 
 mod capabilities;
+mod checked;
 mod checks;
 mod descriptor_table;
+mod fd_limit;
 #[cfg(test)]
 mod names_tests;
 #[cfg(test)]
@@ -13,14 +15,12 @@ mod race_tests;
 mod request;
 #[cfg(test)]
 mod requests_tests;
-mod room;
 #[cfg(test)]
 mod test_guest;
 #[cfg(test)]
 mod test_tree;
 #[cfg(test)]
 mod tests;
-mod whole;
 
 use std::io;
 use std::sync::Arc;
@@ -33,9 +33,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
+use self::checked::CheckedFs;
+use self::fd_limit::FdLimit;
 use self::request::{FuseServer, HIGH_PRIORITY_QUEUE};
-use self::room::Room;
-use self::whole::Whole;
 use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, read_config_bytes};
@@ -161,9 +161,9 @@ impl Fs {
             .checked_sub(OWN_DESCRIPTORS)
             .filter(|&left| left >= OWN_DESCRIPTORS)
             .ok_or_else(|| FsError::Limit(format!("{limit} is too low")))?;
-        let room = Room::new(guest_fd_limit - guest_fd_limit / SPARE, Box::new(forget)).map_err(root_error)?;
+        let room = FdLimit::new(guest_fd_limit - guest_fd_limit / SPARE, Box::new(forget)).map_err(root_error)?;
         let fs = PassthroughFs::new(settings(share.root.clone(), guest_fd_limit));
-        let server = fs.and_then(|fs| FuseServer::new(Whole::new(fs, room)?)).map_err(root_error)?;
+        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, room)?)).map_err(root_error)?;
         Ok(Self {
             config,
             worker_count: share.workers.max(1),

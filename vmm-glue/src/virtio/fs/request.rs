@@ -16,8 +16,8 @@ use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader};
 use virtiofsd::server::Server;
 use vm_memory::ByteValued;
 
+use super::checked::{CheckedFs, Inode};
 use super::descriptor_table::DescriptorTable;
-use super::whole::{Inode, Whole};
 use crate::virtio::device::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, guest_fault};
 
@@ -39,16 +39,16 @@ pub const REQUEST_QUEUE: u16 = 1;
 
 /// Serves the requests of one device.
 pub struct FuseServer {
-    server: Server<Whole>,
+    server: Server<CheckedFs>,
     /// The file system that `server` has, too.
-    fs: Whole,
+    fs: CheckedFs,
     table: Mutex<DescriptorTable>,
 }
 
 impl FuseServer {
     /// # Errors
     /// The error of mapping memory for the descriptor table.
-    pub fn new(fs: Whole) -> io::Result<Self> {
+    pub fn new(fs: CheckedFs) -> io::Result<Self> {
         Ok(Self { server: Server::new(fs.clone()), fs, table: Mutex::new(DescriptorTable::new()?) })
     }
 

@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub type Ask = Box<dyn Fn() + Send + Sync>;
 
 /// What is known of the process' descriptors.
-pub struct Room {
+pub struct FdLimit {
     /// The directory of this process' descriptors.
     descriptors: File,
     /// From so many on there is little room.
@@ -40,7 +40,7 @@ struct State {
     asked: Option<Instant>,
 }
 
-impl Room {
+impl FdLimit {
     /// Up to `enough` descriptors there is room; `ask` is called from there on, now and then.
     ///
     /// # Errors
@@ -122,7 +122,7 @@ mod tests {
         // As many as other tests may have open meanwhile: the first number that is free is above.
         let held: Vec<File> = std::iter::repeat_with(lowest).take(600).collect();
         let (asks, asked) = channel();
-        let room = Arc::new(Room::new(500, Box::new(move || asks.send(()).unwrap())).unwrap());
+        let room = Arc::new(FdLimit::new(500, Box::new(move || asks.send(()).unwrap())).unwrap());
         let waiting = std::thread::spawn({
             let room = Arc::clone(&room);
             move || room.take()
@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn nobody_waits_forever() {
         let (asks, asked) = channel();
-        let room = Room::new(0, Box::new(move || asks.send(()).unwrap())).unwrap();
+        let room = FdLimit::new(0, Box::new(move || asks.send(()).unwrap())).unwrap();
         let began = Instant::now();
         room.take();
         assert!(began.elapsed() >= PATIENCE && asked.try_iter().count() > 1);

@@ -19,7 +19,7 @@ use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
 use super::checks;
-use super::room::Room;
+use super::fd_limit::FdLimit;
 
 /// The number of a node.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -28,17 +28,17 @@ type Opened = (Option<Handle>, OpenOptions);
 
 /// The file system. Clones are the same one.
 #[derive(Clone)]
-pub struct Whole {
+pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
-    room: Arc<Room>,
+    room: Arc<FdLimit>,
     /// Takes whatever is written to it: /dev/null.
     nowhere: Arc<File>,
 }
 
-impl Whole {
+impl CheckedFs {
     /// # Errors
     /// When there is no /dev/null.
-    pub fn new(fs: PassthroughFs, room: Room) -> io::Result<Self> {
+    pub fn new(fs: PassthroughFs, room: FdLimit) -> io::Result<Self> {
         let nowhere = File::options().write(true).open("/dev/null")?;
         Ok(Self { fs: Arc::new(fs), room: Arc::new(room), nowhere: Arc::new(nowhere) })
     }
@@ -112,7 +112,7 @@ macro_rules! pass_on {
     };
 }
 
-impl FileSystem for Whole {
+impl FileSystem for CheckedFs {
     type Inode = Inode;
     type Handle = Handle;
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
