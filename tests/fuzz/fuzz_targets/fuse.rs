@@ -1,4 +1,4 @@
-//! FUSE requests to virtio-fs over a directory. None may touch anything outside that directory.
+//! Sends FUSE requests to virtio-fs over a directory. None may change a file outside that directory.
 #![no_main]
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -13,38 +13,19 @@ use husk_vmm::config::ShareConfig;
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::fs::Fs;
 use husk_vmm::virtio::testing::Bench;
+use husk_vmm::virtio::testing::fuse::*;
 use libfuzzer_sys::fuzz_target;
 
 const SHARE: &str = "/top/share";
-const ROOT: u64 = 1;
-/// No request waits: not even for the other end of a fifo.
-const PATIENCE: Duration = Duration::from_secs(10);
-const MOST_REQUESTS: usize = 48;
+/// Maximum time of a request. None blocks, not even on the other end of a fifo.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_REQUESTS: usize = 48;
 
-// include/uapi/linux/fuse.h
-const LOOKUP: u32 = 1;
-const FORGET: u32 = 2;
-const SETATTR: u32 = 4;
-const SYMLINK: u32 = 6;
-const MKNOD: u32 = 8;
-const MKDIR: u32 = 9;
-const RENAME: u32 = 12;
-const LINK: u32 = 13;
-const OPEN: u32 = 14;
-const WRITE: u32 = 16;
-const SETXATTR: u32 = 21;
-const INIT: u32 = 26;
-const OPENDIR: u32 = 27;
-const CREATE: u32 = 35;
-const INTERRUPT: u32 = 36;
-const DESTROY: u32 = 38;
-const BATCH_FORGET: u32 = 42;
-const RENAME2: u32 = 45;
-const NAMED: [u32; 10] = [LOOKUP, SYMLINK, MKNOD, MKDIR, 10, 11, RENAME, LINK, CREATE, RENAME2];
-/// GETATTR, SETATTR, READLINK, OPEN, STATFS, the four of extended attributes, OPENDIR, ACCESS, SYNCFS.
-const OF_A_NODE: [u32; 12] = [3, SETATTR, 5, OPEN, 17, SETXATTR, 22, 23, 24, OPENDIR, 34, 50];
-/// READ, WRITE, RELEASE, FSYNC, FLUSH, READDIR, RELEASEDIR, FSYNCDIR, FALLOCATE, READDIRPLUS, LSEEK, COPY_FILE_RANGE.
-const OF_A_HANDLE: [u32; 12] = [15, WRITE, 18, 20, 25, 28, 29, 30, 43, 44, 46, 47];
+const WITH_NAME: [u32; 10] = [LOOKUP, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2];
+const WITH_NODE: [u32; 12] =
+    [GETATTR, SETATTR, READLINK, OPEN, STATFS, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, OPENDIR, ACCESS, SYNCFS];
+const WITH_HANDLE: [u32; 12] =
+    [READ, WRITE, RELEASE, FSYNC, FLUSH, READDIR, RELEASEDIR, FSYNCDIR, FALLOCATE, READDIRPLUS, LSEEK, COPY_FILE_RANGE];
 
 const TYPES: [u32; 8] = [
     libc::S_IFREG,
@@ -56,43 +37,17 @@ const TYPES: [u32; 8] = [
     libc::S_IFLNK,
     libc::S_IFMT,
 ];
-const INSIDE: [&str; 13] =
+/// Names that are directory entries of the share, or could be.
+const VALID: [&str; 13] =
     ["file", "dir", "hollow", "inner", "fifo", "out", "outfile", "absolute", "new", "other", "...", "outside", "empty"];
-const OUTSIDE: [&str; 28] = [
-    "",
-    ".",
-    "..",
-    "/",
-    "../",
-    "file/",
-    "dir/",
-    "new/",
-    "dir/inner",
-    "dir/new",
-    "../outside",
-    "../empty",
-    "../new",
-    "../full/inner",
-    "../../far",
-    "../../x",
-    "dir/../../outside",
-    "dir/../../new",
-    "out/outside",
-    "out/new",
-    "absolute/inner",
-    "absolute/new",
-    "/far",
-    "/x",
-    "/top/outside",
-    "/top/empty",
-    "/top/new",
-    "/dev/x",
-];
+/// Absolute paths, all within the jail.
+const ABSOLUTE: [&str; 6] = ["/far", "/x", "/top/outside", "/top/empty", "/top/new", "/dev/x"];
 
 #[derive(Arbitrary, Debug)]
 enum Name {
-    Inside(u8),
-    Outside(u8),
+    Valid(u8),
+    Hostile(u8),
+    Absolute(u8),
     Any(Vec<u8>),
 }
 
@@ -100,8 +55,9 @@ impl Name {
     fn bytes(&self) -> Vec<u8> {
         let of = |names: &[&str], at: &u8| names[usize::from(*at) % names.len()].as_bytes().to_vec();
         let mut bytes = match self {
-            Name::Inside(at) => of(&INSIDE, at),
-            Name::Outside(at) => of(&OUTSIDE, at),
+            Name::Valid(at) => of(&VALID, at),
+            Name::Hostile(at) => of(&HOSTILE_NAMES, at),
+            Name::Absolute(at) => of(&ABSOLUTE, at),
             Name::Any(bytes) => bytes.clone(),
         };
         bytes.push(0);
@@ -117,16 +73,16 @@ enum Node {
 
 #[derive(Arbitrary, Debug)]
 enum Handle {
-    /// With the node it is of.
+    /// With the node that was opened.
     Known(u8),
-    /// With any.
+    /// With any node.
     Foreign(u8, Node),
     Any(u64, Node),
 }
 
 #[derive(Arbitrary, Debug)]
 enum Operation {
-    Named {
+    WithName {
         which: u8,
         parent: Node,
         names: [Name; 2],
@@ -134,9 +90,9 @@ enum Operation {
         mode: (u8, u16),
         word: u32,
         flags: u32,
-        tail: Vec<u8>,
+        extensions: Vec<u8>,
     },
-    OfANode {
+    WithNode {
         which: u8,
         node: Node,
         name: Name,
@@ -145,7 +101,7 @@ enum Operation {
         owner: (u16, u16),
         handle: Handle,
     },
-    OfAHandle {
+    WithHandle {
         which: u8,
         handles: [Handle; 2],
         offset: u64,
@@ -154,7 +110,7 @@ enum Operation {
         data: Vec<u8>,
     },
     Forget(Node, u8),
-    ForgetMany(Vec<(Node, u8)>),
+    BatchForget(Vec<(Node, u8)>),
     Init(u64),
     Destroy,
     Raw {
@@ -168,11 +124,11 @@ enum Operation {
 struct Request {
     operation: Operation,
     user: (u16, u16),
-    /// What the header's length is wrong by.
+    /// Error of the length in the header.
     len: i8,
-    /// Lengths for the answer, if not enough for any.
+    /// Sizes of the answer's buffers. If `None`, they suffice for any answer.
     writable: Option<Vec<u16>>,
-    /// By the high-priority queue, which is for FORGET.
+    /// Whether the request is sent on the high-priority queue, which is for FORGET.
     high_priority: bool,
 }
 
@@ -183,27 +139,19 @@ struct Input {
     requests: Vec<Request>,
 }
 
-fn words<const N: usize>(words: [u32; N]) -> Vec<u8> {
-    words.into_iter().flat_map(u32::to_le_bytes).collect()
-}
-
-fn longs<const N: usize>(longs: [u64; N]) -> Vec<u8> {
-    longs.into_iter().flat_map(u64::to_le_bytes).collect()
-}
-
-/// A number of an answer; 0 beyond its end.
+/// A 64-bit field of an answer, or 0 beyond its end.
 fn long_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..at + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().expect("8 bytes")))
 }
 
-/// What is around the share: by path, all but the access time.
+/// Metadata, except the access time, and content of each file around the share, by path.
 type Around = BTreeMap<PathBuf, (String, Vec<u8>)>;
 
-fn look(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
+fn read_around(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
     if path == Path::new(SHARE) || OF_THE_HOST.iter().any(|host| path == Path::new(host)) {
         return;
     }
-    let meta = fs::symlink_metadata(path).expect("what is around stays");
+    let meta = fs::symlink_metadata(path).expect("metadata of a file around the share");
     inodes.insert(meta.ino());
     let content = if meta.is_file() { fs::read(path).expect("a file") } else { Vec::new() };
     let times = (meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec());
@@ -211,12 +159,12 @@ fn look(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
     around.insert(path.into(), (format!("{mode:o} {owner:?} {links} {times:?} {}", meta.len()), content));
     if meta.is_dir() {
         for entry in fs::read_dir(path).expect("a directory") {
-            look(&entry.expect("an entry").path(), around, inodes);
+            read_around(&entry.expect("an entry").path(), around, inodes);
         }
     }
 }
 
-/// What is around the share, once for all inputs.
+/// Creates the files around the share, once for all inputs.
 fn make_surroundings() {
     for directory in ["/top/full", "/top/empty"] {
         fs::create_dir_all(directory).expect("a directory");
@@ -229,7 +177,7 @@ fn make_surroundings() {
 fn make_share() {
     let share = Path::new(SHARE);
     if share.exists() {
-        fs::remove_dir_all(share).expect("the share of the last input");
+        fs::remove_dir_all(share).expect("removing the share of the last input");
     }
     for directory in ["dir", "hollow"] {
         fs::create_dir_all(share.join(directory)).expect("a directory");
@@ -259,7 +207,7 @@ impl Guest {
         }
     }
 
-    /// A node and a handle.
+    /// Returns a node and a handle.
     fn handle(&self, handle: &Handle) -> (u64, u64) {
         let known =
             |at: &u8| self.handles.get(usize::from(*at) % self.handles.len().max(1)).copied().unwrap_or((ROOT, 0));
@@ -270,12 +218,12 @@ impl Guest {
         }
     }
 
-    /// The opcode, node and body of a request.
+    /// Returns the opcode, node and body of a request.
     fn encode(&self, operation: &Operation) -> (u32, u64, Vec<u8>) {
         let of = |opcodes: &[u32], which: &u8| opcodes[usize::from(*which) % opcodes.len()];
         match operation {
-            Operation::Named { which, parent, names: [name, other], node, mode, word, flags, tail } => {
-                let opcode = of(&NAMED, which);
+            Operation::WithName { which, parent, names: [name, other], node, mode, word, flags, extensions } => {
+                let opcode = of(&WITH_NAME, which);
                 let mode = TYPES[usize::from(mode.0) % TYPES.len()] | u32::from(mode.1 & 0o7777);
                 let mut body = match opcode {
                     MKNOD => words([mode, *word, *flags, 0]),
@@ -289,11 +237,11 @@ impl Guest {
                 if matches!(opcode, RENAME | RENAME2 | SYMLINK) {
                     body.extend(other.bytes());
                 }
-                body.extend(tail);
+                body.extend(extensions);
                 (opcode, self.node(parent), body)
             }
-            Operation::OfANode { which, node, name, flags, size, owner, handle } => {
-                let opcode = of(&OF_A_NODE, which);
+            Operation::WithNode { which, node, name, flags, size, owner, handle } => {
+                let opcode = of(&WITH_NODE, which);
                 let value = vec![b'v'; usize::from(size % 64)];
                 let body = match opcode {
                     SETATTR => {
@@ -305,33 +253,35 @@ impl Guest {
                         let name = [b"user.", name.bytes().as_slice()].concat();
                         [words([value.len() as u32, flags % 4, 0, 0]), name, value].concat()
                     }
-                    22 => [words([u32::from(*size), 0]), b"user.".to_vec(), name.bytes()].concat(),
-                    24 => [b"user.".to_vec(), name.bytes()].concat(),
-                    23 => words([u32::from(*size), 0]),
+                    GETXATTR => [words([u32::from(*size), 0]), b"user.".to_vec(), name.bytes()].concat(),
+                    REMOVEXATTR => [b"user.".to_vec(), name.bytes()].concat(),
+                    LISTXATTR => words([u32::from(*size), 0]),
                     _ => words([*flags, 0, 0, 0]),
                 };
                 (opcode, self.node(node), body)
             }
-            Operation::OfAHandle { which, handles: [handle, other], offset, size, flags, data } => {
-                let opcode = of(&OF_A_HANDLE, which);
+            Operation::WithHandle { which, handles: [handle, other], offset, size, flags, data } => {
+                let opcode = of(&WITH_HANDLE, which);
                 let (node, handle) = self.handle(handle);
                 let other = self.handle(other);
                 let size = u32::from(*size);
                 let body = match opcode {
-                    15 | 28 | 44 => [longs([handle, *offset]), words([size, 0, 0, 0, *flags, 0])].concat(),
+                    READ | READDIR | READDIRPLUS => {
+                        [longs([handle, *offset]), words([size, 0, 0, 0, *flags, 0])].concat()
+                    }
                     WRITE => {
                         let start = [longs([handle, *offset]), words([data.len() as u32, flags % 8, 0, 0, *flags, 0])];
                         [start.concat(), data.clone()].concat()
                     }
-                    43 => [longs([handle, *offset, u64::from(size)]), words([flags % 128, 0])].concat(),
-                    46 => [longs([handle, *offset]), words([flags % 8, 0])].concat(),
-                    47 => longs([handle, *offset, other.0, other.1, u64::from(size), u64::from(size), 0]),
+                    FALLOCATE => [longs([handle, *offset, u64::from(size)]), words([flags % 128, 0])].concat(),
+                    LSEEK => [longs([handle, *offset]), words([flags % 8, 0])].concat(),
+                    COPY_FILE_RANGE => longs([handle, *offset, other.0, other.1, u64::from(size), u64::from(size), 0]),
                     _ => longs([handle, u64::from(*flags), *offset]),
                 };
                 (opcode, node, body)
             }
             Operation::Forget(node, count) => (FORGET, self.node(node), longs([u64::from(*count)])),
-            Operation::ForgetMany(nodes) => {
+            Operation::BatchForget(nodes) => {
                 let mut body = words([nodes.len() as u32, 0]);
                 body.extend(nodes.iter().flat_map(|(node, count)| longs([self.node(node), u64::from(*count)])));
                 (BATCH_FORGET, 0, body)
@@ -349,10 +299,10 @@ impl Guest {
         let len = (40 + body.len() as u32).wrapping_add_signed(i32::from(request.len));
         let ids = words([u32::from(request.user.0), u32::from(request.user.1), 1, 0]);
         let header = [words([len, opcode]), longs([self.unique, node]), ids].concat();
-        let silent = matches!(opcode, FORGET | BATCH_FORGET | INTERRUPT | DESTROY);
+        let unanswered = matches!(opcode, FORGET | BATCH_FORGET | INTERRUPT | DESTROY);
         let writable: Vec<usize> = match &request.writable {
             Some(lengths) => lengths.iter().take(4).map(|&len| usize::from(len)).collect(),
-            None if silent => Vec::new(),
+            None if unanswered => Vec::new(),
             None => vec![16, 66_000],
         };
         let queue = usize::from(!request.high_priority);
@@ -362,7 +312,7 @@ impl Guest {
         }
         let answer = self.answer(queue, opcode);
         assert!(!request.high_priority || answer.len() <= 16, "the high-priority queue served request {opcode}");
-        if silent || long_at(&answer, 4) as u32 != 0 || answer.len() < 24 {
+        if unanswered || long_at(&answer, 4) as u32 != 0 || answer.len() < 24 {
             return;
         }
         self.learn(opcode, node, &answer[16..]);
@@ -374,19 +324,19 @@ impl Guest {
             if let Some((_, answer)) = self.bench.queues[queue].poll() {
                 return answer;
             }
-            assert!(start.elapsed() < PATIENCE, "request {opcode} is not answered");
+            assert!(start.elapsed() < TIMEOUT, "request {opcode} is not answered");
             std::thread::yield_now();
         }
     }
 
-    /// What an answer tells of nodes and handles.
+    /// Remembers the nodes and handles of an answer.
     fn learn(&mut self, opcode: u32, node: u64, answer: &[u8]) {
         let entry = matches!(opcode, LOOKUP | SYMLINK | MKNOD | MKDIR | LINK | CREATE) && answer.len() >= 128;
         let mut opened = matches!(opcode, OPEN | OPENDIR).then(|| (node, long_at(answer, 0)));
         if entry {
             // struct fuse_entry_out: 40 bytes, then struct fuse_attr.
             let (node, inode, mode) = (long_at(answer, 0), long_at(answer, 40), long_at(answer, 100) as u32);
-            assert!(!self.inodes.contains(&inode), "node {node} by {opcode} is outside of the share");
+            assert!(!self.inodes.contains(&inode), "node {node} by {opcode} is outside the share");
             self.nodes.push(node);
             self.modes.insert(node, mode & libc::S_IFMT);
             opened = (opcode == CREATE && answer.len() >= 136).then(|| (node, long_at(answer, 128)));
@@ -408,7 +358,7 @@ fn init(flags: u64) -> Vec<u8> {
 fn serve(input: Input) {
     make_share();
     let (mut before, mut inodes) = Default::default();
-    look(Path::new("/"), &mut before, &mut inodes);
+    read_around(Path::new("/"), &mut before, &mut inodes);
     let share = ShareConfig { tag: "fuzz".into(), root: SHARE.into(), workers: 1 + u8::from(input.two_workers) };
     let mut bench = Bench::new(Fs::new(&share, || {}).expect("a device"));
     bench.activate(0);
@@ -417,16 +367,16 @@ fn serve(input: Input) {
         let operation = Operation::Init(u64::MAX);
         guest.send(&Request { operation, user: (0, 0), len: 0, writable: None, high_priority: false });
     }
-    for request in input.requests.iter().take(MOST_REQUESTS) {
+    for request in input.requests.iter().take(MAX_REQUESTS) {
         guest.send(request);
     }
     guest.bench.lock().reset();
     let (mut after, mut inodes) = Default::default();
-    look(Path::new("/"), &mut after, &mut inodes);
+    read_around(Path::new("/"), &mut after, &mut inodes);
     if before != after {
-        let gone = before.iter().filter(|(path, was)| after.get(*path) != Some(was)).collect::<Vec<_>>();
-        let new = after.iter().filter(|(path, is)| before.get(*path) != Some(is)).collect::<Vec<_>>();
-        panic!("what is around the share has changed: was {gone:?}, is {new:?}");
+        let old = before.iter().filter(|(path, old)| after.get(*path) != Some(old)).collect::<Vec<_>>();
+        let new = after.iter().filter(|(path, new)| before.get(*path) != Some(new)).collect::<Vec<_>>();
+        panic!("files around the share changed from {old:?} to {new:?}");
     }
 }
 

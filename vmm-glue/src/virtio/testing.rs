@@ -1,5 +1,7 @@
 //! The driver's side of a device, for tests: queues in guest memory, an event loop, a counted interrupt.
 
+pub mod fuse;
+
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};

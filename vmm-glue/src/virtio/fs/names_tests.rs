@@ -1,4 +1,4 @@
-//! Names in FUSE requests: a hostile one is refused by every operation, and touches nothing.
+//! Tests of names in FUSE requests: every operation rejects a hostile name, and changes no file.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -6,14 +6,15 @@ use std::os::unix::ffi::OsStrExt;
 use super::test_guest::*;
 use super::test_tree::{Tree, differences};
 
-/// Bit 34 of the flags, FUSE_CREATE_SUPP_GROUP, which Linux 6.3 and later offer: what follows a name is read then.
+/// FUSE_CREATE_SUPP_GROUP: bit 34 of the INIT flags, which Linux 6.3 and later offer. With it, virtiofsd parses the
+/// bytes after a name as extensions.
 const CREATE_SUPP_GROUP: u32 = 1 << 2;
 const FILE_MODE: u32 = libc::S_IFREG | 0o644;
 
-/// An operation with a name: what to call it, its opcode and body.
+/// A request: its label in messages, its opcode and its body.
 pub type Request = (String, u32, Vec<u8>);
 
-/// All operations that take a name, with this one; `directory` and `file` are nodes.
+/// Returns one request of every operation that takes a name. `directory` and `file` are nodes.
 pub fn requests(directory: u64, file: u64, name: &[u8]) -> Vec<Request> {
     let with = |start: Vec<u8>| [&start, name].concat();
     let create = |flags: i32| with(words([flags.cast_unsigned(), 0o644, 0, 0]));
@@ -32,23 +33,24 @@ pub fn requests(directory: u64, file: u64, name: &[u8]) -> Vec<Request> {
     ]
     .map(|(label, opcode, body)| (label.to_owned(), opcode, body))
     .into();
-    for (part, names) in [
+    for (which, names) in [
         ("old name", [name, b"new\0"].concat()),
         ("new name", [b"file\0", name].concat()),
         ("new name of a directory", [b"hollow\0", name].concat()),
         ("both names", [name, name].concat()),
     ] {
-        let old_style = [longs([directory]), names.clone()].concat();
-        requests.push((format!("RENAME, {part}"), RENAME, old_style));
+        let body = [longs([directory]), names.clone()].concat();
+        requests.push((format!("RENAME, {which}"), RENAME, body));
         for flags in [0, libc::RENAME_NOREPLACE, libc::RENAME_EXCHANGE, libc::RENAME_WHITEOUT] {
             let body = [longs([directory]), words([flags, 0]), names.clone()].concat();
-            requests.push((format!("RENAME2 {flags}, {part}"), RENAME2, body));
+            requests.push((format!("RENAME2 {flags}, {which}"), RENAME2, body));
         }
     }
     requests
 }
 
-/// Names that no directory entry has, with the error that is due. Even unchecked they only reach what is in the tree.
+/// Returns names that no directory entry can have, each with the expected error. Even if they were not checked, they
+/// would reach only files of the tree.
 fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     let mut names = vec![
         (b"".to_vec(), libc::EINVAL),
@@ -59,40 +61,7 @@ fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
         ([&[b'n'; 256][..], b"\0"].concat(), libc::ENAMETOOLONG),
         ([&b"../".repeat(2000)[..], b"\0"].concat(), libc::EINVAL),
     ];
-    let texts = [
-        "",
-        ".",
-        "..",
-        "/",
-        "//",
-        "../",
-        "./",
-        "file/",
-        "dir/",
-        "hollow/",
-        "new/",
-        "./file",
-        "a/b",
-        "dir/inner",
-        "dir/new",
-        "../outside",
-        "../empty",
-        "../new",
-        "../full/inner",
-        "../../far",
-        "../../x",
-        "dir/../../outside",
-        "dir/../../empty",
-        "dir/../../new",
-        "out/outside",
-        "out/empty",
-        "out/new",
-        "absolute/inner",
-        "absolute/new",
-        "outfile/",
-        "../share",
-    ];
-    names.extend(texts.map(|name| (format!("{name}\0").into_bytes(), libc::EINVAL)));
+    names.extend(HOSTILE_NAMES.map(|name| (format!("{name}\0").into_bytes(), libc::EINVAL)));
     for name in ["outside", "empty", "new", "full/inner"] {
         let path = tree.top().join(name);
         names.push(([path.as_os_str().as_bytes(), b"\0"].concat(), libc::EINVAL));
@@ -100,57 +69,64 @@ fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     names
 }
 
-/// What a row of the table gets wrong.
-fn row(tree: &Tree, guest: &mut Guest, request: &Request, parent: u64, due: i32) -> Option<String> {
+/// Sends a request that should fail and change nothing. Returns what went wrong, if anything.
+fn check_rejected(
+    tree: &Tree,
+    guest: &mut Guest,
+    request: &Request,
+    parent: u64,
+    expected_error: i32,
+) -> Option<String> {
     let (around, inside) = tree.state();
     let error = guest.error(request.1, parent, &request.2);
     let (around_after, inside_after) = tree.state();
-    let mut wrong = differences(&around, &around_after);
-    wrong.extend(differences(&inside, &inside_after));
-    if error != due {
-        wrong.insert(0, format!("answered {error}"));
+    let mut failures = differences(&around, &around_after);
+    failures.extend(differences(&inside, &inside_after));
+    if error != expected_error {
+        failures.insert(0, format!("answered {error}"));
     }
-    (!wrong.is_empty()).then(|| wrong.join("; "))
+    (!failures.is_empty()).then(|| failures.join("; "))
 }
 
-pub fn over(tree: &Tree) -> Guest {
-    let mut guest = Guest::over(&tree.share(), 1);
+/// A guest whose share is the tree's.
+pub fn guest_of(tree: &Tree) -> Guest {
+    let mut guest = Guest::with_share(&tree.share(), 1);
     guest.init_with(CREATE_SUPP_GROUP);
     guest
 }
 
 #[test]
-fn every_operation_refuses_names_that_are_no_entry_of_the_directory() {
-    let mut wrong = Vec::new();
+fn every_operation_rejects_names_that_cannot_be_directory_entries() {
+    let mut failures = Vec::new();
     let mut tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let count = requests(ROOT, ROOT, b"\0").len();
     for parent in ["", "dir"] {
         for at in 0..hostile_names(&tree).len() {
             for request in 0..count {
                 let file = guest.lookup(ROOT, "file");
                 let node = if parent.is_empty() { ROOT } else { guest.lookup(ROOT, parent) };
-                let (name, due) = hostile_names(&tree).swap_remove(at);
+                let (name, expected_error) = hostile_names(&tree).swap_remove(at);
                 let request = requests(node, file, &name).swap_remove(request);
-                if let Some(what) = row(&tree, &mut guest, &request, node, due) {
+                if let Some(failure) = check_rejected(&tree, &mut guest, &request, node, expected_error) {
                     let mut name = String::from_utf8_lossy(&name).into_owned();
                     name.truncate(40);
-                    wrong.push(format!("{} of {name:?} in {parent:?}: {what}", request.0));
+                    failures.push(format!("{} of {name:?} in {parent:?}: {failure}", request.0));
                     tree = Tree::new();
-                    guest = over(&tree);
+                    guest = guest_of(&tree);
                 }
             }
         }
     }
-    assert!(wrong.is_empty(), "{} rows:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(failures.is_empty(), "{} requests failed:\n{}", failures.len(), failures.join("\n"));
 }
 
 #[test]
-fn operations_take_any_name_that_a_directory_entry_can_have() {
+fn operations_accept_all_names_that_directory_entries_can_have() {
     let names: [&[u8]; 9] = [b"plain", b"...", b"..a", b".a", b"a..", b"a\\b", b"\xff\xfe\x80", b"a\nb", &[b'n'; 255]];
     for name in names {
         let tree = Tree::new();
-        let mut guest = over(&tree);
+        let mut guest = guest_of(&tree);
         let file = guest.lookup(ROOT, "file");
         let name = [name, b"\0"].concat();
         let at = tree.share().join(std::ffi::OsStr::from_bytes(&name[..name.len() - 1]));
@@ -161,12 +137,12 @@ fn operations_take_any_name_that_a_directory_entry_can_have() {
         rename(b"file\0", &name);
         rename(&name, b"file\0");
         for (label, opcode, body) in requests(ROOT, file, &name).into_iter().skip(1) {
-            let makes = match opcode {
+            let creates = match opcode {
                 MKDIR | MKNOD | SYMLINK | CREATE | LINK => true,
                 _ => continue,
             };
             assert_eq!(guest.error(opcode, ROOT, &body), 0, "{label} {name:?}");
-            assert_eq!(fs::symlink_metadata(&at).is_ok(), makes);
+            assert_eq!(fs::symlink_metadata(&at).is_ok(), creates);
             assert_eq!(guest.error(LOOKUP, ROOT, &name), 0, "LOOKUP {name:?}");
             let remove = if opcode == MKDIR { RMDIR } else { UNLINK };
             assert_eq!(guest.error(remove, ROOT, &name), 0, "{remove} {name:?}");
@@ -176,24 +152,24 @@ fn operations_take_any_name_that_a_directory_entry_can_have() {
 }
 
 #[test]
-fn a_symlink_may_point_anywhere_and_is_not_followed() {
+fn symlink_to_any_target_is_created_and_not_followed() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let (around, _) = tree.state();
     for (name, target) in [("a", "../../far"), ("b", ".."), ("c", "/"), ("d", "a//b/./c/"), ("e", "../outside")] {
         let body = format!("{name}\0{target}\0");
         assert_eq!(guest.error(SYMLINK, ROOT, body.as_bytes()), 0);
         let node = guest.lookup(ROOT, name);
-        assert_eq!(guest.call(READLINK, node, b"", ROOM), (0, target.as_bytes().to_vec()));
+        assert_eq!(guest.call(READLINK, node, b"", ANSWER_SIZE), (0, target.as_bytes().to_vec()));
         assert_eq!(guest.error(LOOKUP, node, b"far\0"), libc::ENOTDIR);
     }
     assert_eq!(differences(&around, &tree.state().0), Vec::<String>::new());
 }
 
 #[test]
-fn the_name_of_an_extended_attribute_is_no_path() {
+fn xattr_name_with_slashes_is_not_resolved_as_a_path() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let file = guest.lookup(ROOT, "file");
     for name in ["user.a/b", "user./", "user...", "user.../../outside"] {
         let name = format!("{name}\0").into_bytes();
@@ -208,9 +184,9 @@ fn the_name_of_an_extended_attribute_is_no_path() {
 }
 
 #[test]
-fn a_directory_is_listed_with_the_nodes_of_its_entries() {
+fn readdirplus_returns_all_entries_with_their_nodes() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let handle = guest.open(OPENDIR, ROOT, libc::O_RDONLY);
     let body = [longs([handle, 0]), words([8192, 0, 0, 0, 0, 0])].concat();
     let (error, mut entries) = guest.call(READDIRPLUS, ROOT, &body, 8192 + 16);

@@ -1,4 +1,4 @@
-//! FUSE requests that a vCPU changes in guest memory while the device serves them, and FORGET in all its forms.
+//! Tests of requests that a vCPU changes in guest memory while the device serves them, and of FORGET and BATCH_FORGET.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,10 +12,10 @@ const ATTEMPTS: usize = 2000;
 /// Offset of the opcode in `struct fuse_in_header`.
 const OPCODE: u64 = 4;
 const INDIRECT: u16 = 4;
-/// A descriptor that `Driver::add` does not reach in these tests.
+/// Index of a descriptor that `Driver::add` does not use in these tests.
 const HEAD: u16 = 100;
 
-/// Calls `serve` while another thread writes the two values to an address of guest memory in turn.
+/// Calls `serve` while another thread alternately writes two values to an address of guest memory.
 fn while_flipping(memory: &GuestMemory, address: u64, values: [u32; 2], serve: impl FnOnce()) {
     struct Stop<'a>(&'a AtomicBool);
     impl Drop for Stop<'_> {
@@ -40,7 +40,7 @@ fn while_flipping(memory: &GuestMemory, address: u64, values: [u32; 2], serve: i
 #[test]
 fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
     let root = tempfile::tempdir().unwrap();
-    let mut guest = Guest::over(root.path(), 1);
+    let mut guest = Guest::with_share(root.path(), 1);
     guest.init();
     let memory = guest.bench.memory.clone();
     // MKDIR of "escaped" with mode 0, and FORGET of no references.
@@ -61,7 +61,7 @@ fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
 }
 
 #[test]
-fn opcode_that_replaces_forget_needs_room_for_an_answer() {
+fn opcode_that_replaces_forget_does_not_panic_without_an_answer_buffer() {
     let mut guest = Guest::new(1);
     guest.init();
     let memory = guest.bench.memory.clone();
@@ -129,7 +129,7 @@ fn forget_and_batch_forget_work_in_both_queues() {
             let node = (0..lookups).fold(0, |_, _| guest.lookup(ROOT, "hello"));
             let body = match opcode {
                 FORGET => longs([lookups]),
-                // Each of the entries forgets one lookup; there is none of the node in between.
+                // The first entry's node does not exist.
                 _ => {
                     let entries = longs([node + 1, 1]).into_iter().chain(longs([node, lookups]));
                     words([2, 0]).into_iter().chain(entries).collect()
@@ -144,15 +144,15 @@ fn forget_and_batch_forget_work_in_both_queues() {
 }
 
 #[test]
-fn forget_without_its_arguments_is_given_back_unused() {
+fn forget_with_incomplete_arguments_is_ignored() {
     let mut guest = Guest::new(1);
     guest.init();
     let node = guest.lookup(ROOT, "hello");
     for queue in [0, 1] {
         for (opcode, body) in [(FORGET, 0), (FORGET, 7), (BATCH_FORGET, 0), (BATCH_FORGET, 7), (INTERRUPT, 0)] {
-            for room in [&[][..], &[8], &[16, 64]] {
+            for writable in [&[][..], &[8], &[16, 64]] {
                 let header = guest.header(opcode, node, body);
-                guest.bench.queues[queue].add(&[&header, &vec![1; body]], room);
+                guest.bench.queues[queue].add(&[&header, &vec![1; body]], writable);
                 let mut answer = None;
                 guest.bench.run_until(|queues| {
                     answer = queues[queue].poll();

@@ -1,10 +1,11 @@
-//! FUSE requests that no guest's kernel sends: none follows a symlink, opens a special file or uses what is another's.
+//! Tests of FUSE requests that no guest kernel sends: none follows a symlink, opens a special file, or uses another
+//! node's handle.
 
-use super::names_tests::{Request, over, requests};
+use super::names_tests::{Request, guest_of, requests};
 use super::test_guest::*;
 use super::test_tree::{Tree, differences};
 
-/// Bit 32 of the flags, FUSE_SECURITY_CTX.
+/// FUSE_SECURITY_CTX: bit 32 of the INIT flags.
 const SECURITY_CTX: u32 = 1 << 0;
 const FATTR_MODE: u32 = 1 << 0;
 const FATTR_UID: u32 = 1 << 1;
@@ -27,7 +28,7 @@ fn create(flags: i32, name: &str) -> Vec<u8> {
     [words([flags.cast_unsigned(), 0o644, 0, 0]), format!("{name}\0").into_bytes()].concat()
 }
 
-/// Requests that use a handle; `other` is the node that one of them copies to.
+/// Returns one request of every operation that takes a handle. COPY_FILE_RANGE copies to the node `other`.
 fn with_handle(handle: u64, other: u64) -> Vec<Request> {
     let read = || [longs([handle, 0]), words([128, 0, 0, 0, 0, 0])].concat();
     [
@@ -49,8 +50,8 @@ fn with_handle(handle: u64, other: u64) -> Vec<Request> {
     .into()
 }
 
-/// Requests of a node alone.
-fn of_a_node() -> Vec<Request> {
+/// Returns requests of the operations that take neither a name nor a handle.
+fn without_handle() -> Vec<Request> {
     let xattr = b"user.a\0";
     [
         ("GETATTR", GETATTR, longs([0, 0])),
@@ -73,18 +74,18 @@ fn of_a_node() -> Vec<Request> {
     .into()
 }
 
-/// A request without an answer.
-fn tell(guest: &mut Guest, opcode: u32, body: &[u8]) {
+/// Sends a request that has no answer.
+fn send_unanswered(guest: &mut Guest, opcode: u32, body: &[u8]) {
     let header = guest.header(opcode, ROOT, body.len());
     guest.bench.queues[1].add(&[&header, body], &[]);
     guest.bench.run_until(|queues| queues[1].poll().is_some());
 }
 
 #[test]
-fn no_request_for_a_symlink_reaches_what_it_points_to() {
+fn no_request_for_a_symlink_reaches_its_target() {
     for link in ["outfile", "out", "absolute"] {
         let tree = Tree::new();
-        let mut guest = over(&tree);
+        let mut guest = guest_of(&tree);
         let (around, _) = tree.state();
         let node = guest.lookup(ROOT, link);
         let file = guest.lookup(ROOT, "file");
@@ -93,7 +94,7 @@ fn no_request_for_a_symlink_reaches_what_it_points_to() {
                 assert_eq!(guest.error(opcode, node, &body), libc::ENOTDIR, "{label} in {link}");
             }
         }
-        for (label, opcode, body) in of_a_node() {
+        for (label, opcode, body) in without_handle() {
             let error = guest.error(opcode, node, &body);
             let opens = matches!(opcode, OPEN | OPENDIR | SYNCFS) || label == "SETATTR of the size";
             assert!(!opens || error == libc::EBADF, "{label} of {link}: {error}");
@@ -110,12 +111,12 @@ fn no_request_for_a_symlink_reaches_what_it_points_to() {
 }
 
 #[test]
-fn special_files_are_never_opened_on_the_host() {
+fn special_files_are_never_opened() {
     let tree = Tree::new();
-    // One worker: a request that blocks would be the last.
-    let mut guest = over(&tree);
+    // There is one worker thread: if a request blocked, the test would time out.
+    let mut guest = guest_of(&tree);
     let mut names = vec!["fifo", "socket"];
-    // Device nodes need a privilege: null, which takes any data, and a disk that no host has (major 60 is for local use).
+    // Creating device nodes needs a privilege: /dev/null, and a disk that no host has (major 60 is for local use).
     for (name, mode, device) in [("null", libc::S_IFCHR, 0x103), ("disk", libc::S_IFBLK, 0x3c00)] {
         let body = [words([mode | 0o666, device, 0, 0]), format!("{name}\0").into_bytes()].concat();
         if guest.error(MKNOD, ROOT, &body) == 0 {
@@ -132,7 +133,7 @@ fn special_files_are_never_opened_on_the_host() {
             let create = create(access | libc::O_CREAT, name);
             assert_eq!(guest.error(CREATE, ROOT, &create), libc::EBADF, "CREATE {name}");
         }
-        for (label, opcode, body) in of_a_node() {
+        for (label, opcode, body) in without_handle() {
             let error = guest.error(opcode, node, &body);
             let opens = matches!(opcode, OPEN | OPENDIR | SYNCFS) || label == "SETATTR of the size";
             assert!(!opens || error == libc::EBADF, "{label} of {name}: {error}");
@@ -142,9 +143,9 @@ fn special_files_are_never_opened_on_the_host() {
 }
 
 #[test]
-fn mknod_makes_no_directory_symlink_or_unknown_type() {
+fn mknod_rejects_directories_symlinks_and_unknown_types() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let before = tree.state();
     for mode in [libc::S_IFDIR | 0o755, libc::S_IFLNK | 0o777, libc::S_IFMT, 0o050_000, u32::MAX] {
         let body = [&words([mode, u32::MAX, 0, 0])[..], b"new\0"].concat();
@@ -155,9 +156,9 @@ fn mknod_makes_no_directory_symlink_or_unknown_type() {
 }
 
 #[test]
-fn opening_makes_no_unnamed_file_and_no_handle_of_a_path() {
+fn open_and_create_reject_o_tmpfile_and_o_path() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let file = guest.lookup(ROOT, "file");
     let before = tree.state();
     for flags_refused in [libc::O_TMPFILE | libc::O_RDWR, libc::O_PATH, libc::O_PATH | libc::O_DIRECTORY] {
@@ -169,7 +170,7 @@ fn opening_makes_no_unnamed_file_and_no_handle_of_a_path() {
             assert_eq!(guest.error(CREATE, ROOT, &create(flags_refused, name)), libc::EINVAL);
         }
     }
-    // Creating flags mean nothing to a node that is there.
+    // Creation flags have no effect on an existing node, except O_EXCL.
     assert_eq!(guest.error(OPEN, file, &flags(libc::O_RDWR | libc::O_CREAT)), 0);
     assert_eq!(guest.error(OPEN, file, &flags(libc::O_RDWR | libc::O_CREAT | libc::O_EXCL)), libc::EEXIST);
     assert_eq!(guest.error(OPENDIR, ROOT, &flags(libc::O_RDONLY | libc::O_DIRECTORY)), 0);
@@ -177,15 +178,15 @@ fn opening_makes_no_unnamed_file_and_no_handle_of_a_path() {
 }
 
 #[test]
-fn nodes_that_were_never_told_of_are_refused() {
+fn unknown_nodes_are_rejected() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let file = guest.lookup(ROOT, "file");
     let handle = guest.open(OPEN, file, libc::O_RDWR);
     let before = tree.state();
     for node in [0, file + 1, 1 << 32, u64::MAX] {
         let named = requests(node, node, b"file\0").into_iter().chain(requests(ROOT, node, b"new\0"));
-        for (label, opcode, body) in named.chain(of_a_node()).chain(with_handle(handle, node)) {
+        for (label, opcode, body) in named.chain(without_handle()).chain(with_handle(handle, node)) {
             assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "{label} of {node}");
         }
     }
@@ -193,14 +194,16 @@ fn nodes_that_were_never_told_of_are_refused() {
 }
 
 #[test]
-fn handles_serve_the_node_that_was_opened_and_no_other() {
+fn handle_is_rejected_with_another_node() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let (file, other) = (guest.lookup(ROOT, "file"), guest.lookup(ROOT, "hello"));
     let handle = guest.open(OPEN, file, libc::O_RDWR);
-    let own = guest.open(OPEN, other, libc::O_RDWR);
+    let other_handle = guest.open(OPEN, other, libc::O_RDWR);
     let before = tree.state();
-    for (node, handle) in [(other, handle), (ROOT, handle), (file, own), (file, own + 1), (file, u64::MAX)] {
+    for (node, handle) in
+        [(other, handle), (ROOT, handle), (file, other_handle), (file, other_handle + 1), (file, u64::MAX)]
+    {
         for (label, opcode, body) in with_handle(handle, other) {
             assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "{label}");
         }
@@ -208,35 +211,35 @@ fn handles_serve_the_node_that_was_opened_and_no_other() {
     let copy = longs([handle, 0, other, handle, 0, 3, 0]);
     assert_eq!(guest.error(COPY_FILE_RANGE, file, &copy), libc::EBADF);
     assert_eq!(tree.state(), before);
-    let copy = longs([handle, 0, other, own, 0, 3, 0]);
+    let copy = longs([handle, 0, other, other_handle, 0, 3, 0]);
     assert_eq!(guest.error(COPY_FILE_RANGE, file, &copy), 0);
 }
 
 #[test]
-fn nothing_is_served_before_init_and_after_destroy() {
+fn requests_before_init_and_after_destroy_are_rejected() {
     let tree = Tree::new();
-    let mut guest = Guest::over(&tree.share(), 1);
+    let mut guest = Guest::with_share(&tree.share(), 1);
     let before = tree.state();
-    let refuse_all = |guest: &mut Guest, node: u64, handle: u64| {
-        let all = requests(ROOT, node, b"file\0").into_iter().chain(of_a_node()).chain(with_handle(handle, node));
+    let check_all_rejected = |guest: &mut Guest, node: u64, handle: u64| {
+        let all = requests(ROOT, node, b"file\0").into_iter().chain(without_handle()).chain(with_handle(handle, node));
         for (label, opcode, body) in all {
             let error = guest.error(opcode, node, &body);
-            // Its body is a longer one once FUSE_SETXATTR_EXT is negotiated.
+            // This SETXATTR has the longer body of FUSE_SETXATTR_EXT, which is not negotiated yet.
             let short = opcode == SETXATTR && error == libc::EINVAL;
             assert!(short || error == libc::EBADF, "{label}: {error}");
         }
     };
-    refuse_all(&mut guest, ROOT, 0);
+    check_all_rejected(&mut guest, ROOT, 0);
     guest.init();
     let file = guest.lookup(ROOT, "file");
     let handle = guest.open(OPEN, file, libc::O_RDWR);
-    tell(&mut guest, DESTROY, b"");
-    refuse_all(&mut guest, ROOT, handle);
-    refuse_all(&mut guest, file, handle);
-    // Of what was before, nothing is left after INIT, however often.
+    send_unanswered(&mut guest, DESTROY, b"");
+    check_all_rejected(&mut guest, ROOT, handle);
+    check_all_rejected(&mut guest, file, handle);
+    // INIT does not restore nodes and handles, even if repeated.
     for _ in 0..3 {
         guest.init();
-        let stale: Vec<_> = of_a_node().into_iter().chain(with_handle(handle, file)).collect();
+        let stale: Vec<_> = without_handle().into_iter().chain(with_handle(handle, file)).collect();
         for (label, opcode, body) in stale {
             assert_eq!(guest.error(opcode, file, &body), libc::EBADF, "{label}");
         }
@@ -246,11 +249,12 @@ fn nothing_is_served_before_init_and_after_destroy() {
 }
 
 #[test]
-fn other_operations_are_not_known() {
+fn unsupported_opcodes_are_answered_with_enosys() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let before = tree.state();
-    // GETLK to SETLKW, BMAP, IOCTL, POLL, NOTIFY_REPLY, SETUPMAPPING, REMOVEMAPPING, TMPFILE, STATX, CUSE_INIT, and none.
+    // GETLK to SETLKW, BMAP, IOCTL, POLL, NOTIFY_REPLY, SETUPMAPPING, REMOVEMAPPING, TMPFILE, STATX, CUSE_INIT, and
+    // unknown.
     for opcode in [0, 7, 19, 31, 32, 33, 37, 39, 40, 41, 48, 49, 51, 52, 53, 4096, 1 << 20, u32::MAX] {
         for body in [&[0; 128][..], b"../outside\0", b""] {
             assert_eq!(guest.error(opcode, ROOT, body), libc::ENOSYS, "{opcode}");
@@ -260,9 +264,9 @@ fn other_operations_are_not_known() {
 }
 
 #[test]
-fn offsets_beyond_any_file_are_refused() {
+fn offsets_beyond_the_maximum_are_rejected() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let file = guest.lookup(ROOT, "file");
     let handle = guest.open(OPEN, file, libc::O_RDWR);
     let before = tree.state();
@@ -276,9 +280,9 @@ fn offsets_beyond_any_file_are_refused() {
 }
 
 #[test]
-fn what_follows_a_name_is_read_only_as_it_was_negotiated() {
+fn extensions_are_parsed_only_if_negotiated() {
     let tree = Tree::new();
-    let mut guest = over(&tree);
+    let mut guest = guest_of(&tree);
     let before = tree.state();
     // struct fuse_ext_header (one security context), struct fuse_secctx, its attribute's name and value.
     let context = [&words([32, 1, 5, 0])[..], b"user.../x\0", b"value\0"].concat();
@@ -288,7 +292,8 @@ fn what_follows_a_name_is_read_only_as_it_was_negotiated() {
         assert_eq!(guest.error(*opcode, ROOT, &body), libc::EINVAL);
     }
     assert_eq!(tree.state(), before);
-    // FUSE_SECURITY_CTX is never negotiated, even if the guest offers it; without FUSE_CREATE_SUPP_GROUP nothing is read.
+    // FUSE_SECURITY_CTX is never negotiated, even if the guest offers it. Without FUSE_CREATE_SUPP_GROUP, the
+    // extensions are ignored.
     guest.init_with(SECURITY_CTX);
     for (opcode, start) in &starts {
         let body = [start, format!("new{opcode}\0").as_bytes(), &context].concat();

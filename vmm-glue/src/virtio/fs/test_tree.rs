@@ -1,4 +1,4 @@
-//! A share with surroundings on the host, for the tests: both are compared before and after a request.
+//! A share and the host's files around it, for tests that compare both before and after a request.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -7,12 +7,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-/// The share is `top/share`; the rest is around it.
+/// A directory tree. `top/share` is the share.
 pub struct Tree {
     base: tempfile::TempDir,
 }
 
-/// By path, all that stat(2) tells but the access time, and the content.
+/// Content and stat(2) fields of each file by path, except the access time.
 pub type State = BTreeMap<PathBuf, String>;
 
 impl Tree {
@@ -45,7 +45,7 @@ impl Tree {
         self.top().join("share")
     }
 
-    /// What is around the share, and what is in it.
+    /// Returns the state of the files around the share, and of those in it.
     pub fn state(&self) -> (State, State) {
         let mut all = State::new();
         describe(self.base.path(), &mut all);
@@ -54,20 +54,20 @@ impl Tree {
     }
 }
 
-/// What differs between two states.
+/// Returns the differences between two states.
 pub fn differences(before: &State, after: &State) -> Vec<String> {
-    let gone = before.keys().filter(|path| !after.contains_key(*path)).map(|path| format!("{path:?} is gone"));
-    let other = after.iter().filter_map(|(path, now)| match before.get(path) {
-        None => Some(format!("{path:?} is new")),
-        Some(then) => (then != now).then(|| format!("{path:?} was {then}, is {now}")),
+    let removed = before.keys().filter(|path| !after.contains_key(*path)).map(|path| format!("{path:?} was removed"));
+    let changed = after.iter().filter_map(|(path, new)| match before.get(path) {
+        None => Some(format!("{path:?} was created")),
+        Some(old) => (old != new).then(|| format!("{path:?} changed from {old} to {new}")),
     });
-    gone.chain(other).collect()
+    removed.chain(changed).collect()
 }
 
-/// Makes a special file.
+/// Creates a special file.
 pub fn mknod(path: &Path, mode: libc::mode_t, device: libc::dev_t) -> std::io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes()).unwrap();
-    // SAFETY: the path is a string with its end.
+    // SAFETY: the path is a C string that lives through the call.
     match unsafe { libc::mknod(path.as_ptr(), mode, device) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),

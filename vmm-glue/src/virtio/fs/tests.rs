@@ -1,4 +1,5 @@
-//! FUSE requests through crafted chains, against a directory.
+//! Tests of the device: FUSE requests over a directory, pause and resume, reset, broken queues and the configuration
+//! space.
 
 use std::sync::atomic::Ordering;
 
@@ -6,7 +7,7 @@ use super::test_guest::*;
 use super::*;
 
 #[test]
-fn a_file_is_found_and_read() {
+fn file_is_looked_up_and_read() {
     let mut guest = Guest::new(2);
     guest.init();
     guest.read_hello();
@@ -15,7 +16,7 @@ fn a_file_is_found_and_read() {
 }
 
 #[test]
-fn many_requests_at_once() {
+fn many_requests_are_served_in_parallel() {
     let mut guest = Guest::new(4);
     guest.init();
     let mut left = 200;
@@ -24,21 +25,21 @@ fn many_requests_at_once() {
             let header = guest.header(LOOKUP, ROOT, 6);
             guest.bench.queues[1].add(&[&header, b"hello\0"], &[16, 128]);
         }
-        let mut got = 0;
+        let mut answered = 0;
         guest.bench.run_until(|queues| {
             while let Some((_, bytes)) = queues[1].poll() {
                 assert_eq!(bytes[4..8], [0; 4]);
-                got += 1;
+                answered += 1;
             }
-            got == 20
+            answered == 20
         });
-        left -= got;
+        left -= answered;
     }
     assert_eq!(left, 0);
 }
 
 #[test]
-fn forget_goes_by_the_high_priority_queue_and_nothing_else_does() {
+fn high_priority_queue_serves_forget_and_rejects_other_opcodes() {
     let mut guest = Guest::new(1);
     guest.init();
     let (_, entry) = guest.call(LOOKUP, ROOT, b"hello\0", 128);
@@ -47,7 +48,7 @@ fn forget_goes_by_the_high_priority_queue_and_nothing_else_does() {
     guest.bench.queues[0].add(&[&header, &1_u64.to_le_bytes()], &[]);
     guest.bench.run();
     assert_eq!(guest.bench.queues[0].poll().unwrap().1, b"");
-    // The guest has forgotten it, and so has the host.
+    // The device no longer knows the node.
     assert_eq!(guest.call(OPEN, node, &words([0, 0]), 16).0, -libc::EBADF);
     let header = guest.header(READ, node, 40);
     guest.bench.queues[0].add(&[&header, &[0; 40]], &[16]);
@@ -62,7 +63,7 @@ fn malformed_requests_are_answered_or_dropped() {
     guest.init();
     let read = guest.header(READ, ROOT, 40);
     let cut = guest.header(READ, ROOT, 40);
-    // No room for an answer, no header, a body too short, and one that is no request at all.
+    // An answer buffer that is too small, no header, a body that is too short, and no readable buffer at all.
     guest.bench.queues[1].add(&[&read, &[0; 40]], &[8]);
     guest.bench.queues[1].add(&[&[0; 10]], &[64]);
     guest.bench.queues[1].add(&[&cut, &[0; 3]], &[64]);
@@ -78,7 +79,7 @@ fn malformed_requests_are_answered_or_dropped() {
 }
 
 #[test]
-fn paused_it_serves_nothing() {
+fn paused_device_serves_no_request() {
     let mut guest = Guest::new(2);
     guest.init();
     guest.bench.lock().quiesce();
@@ -91,7 +92,7 @@ fn paused_it_serves_nothing() {
 }
 
 #[test]
-fn reset_and_again() {
+fn device_serves_again_after_each_reset() {
     let mut guest = Guest::new(3);
     for _ in 0..5 {
         guest.init();
@@ -102,7 +103,7 @@ fn reset_and_again() {
 }
 
 #[test]
-fn a_broken_ring_asks_for_a_reset() {
+fn broken_ring_needs_a_reset() {
     let mut guest = Guest::new(2);
     guest.bench.queues[1].set_avail_index(30_000);
     let irq = Arc::clone(&guest.bench.irq);
@@ -113,7 +114,7 @@ fn a_broken_ring_asks_for_a_reset() {
 }
 
 #[test]
-fn configuration() {
+fn configuration_space_holds_the_tag_and_bad_shares_are_rejected() {
     let root = tempfile::tempdir().unwrap();
     let fs = Fs::new(&share(root.path(), 1), || {}).unwrap();
     let mut config = [9; 44];
