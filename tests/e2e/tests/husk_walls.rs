@@ -333,8 +333,8 @@ fn a_mirrored_volume_stays_the_directory_that_was_mounted() {
 /// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
 const FILE_SERVER: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
 
-/// Checks the worker threads of virtio-fs, `virtio-fs0` and up: only they serve requests for the host's files. The device loop
-/// (`devices`) keeps the capabilities of the process; of virtio-fs it serves FORGET alone.
+/// Checks the worker threads of virtio-fs, `virtio-fs0` and up: only they serve requests for the host's files. The device
+/// loop (`devices`) keeps the capabilities of the process. It serves only FORGET.
 #[test]
 fn threads_that_serve_files_have_few_capabilities() {
     case("capabilities", |case| {

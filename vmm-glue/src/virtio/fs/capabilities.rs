@@ -1,21 +1,23 @@
-//! The capabilities of the threads that serve virtio-fs, and why each is kept (capabilities(7)).
+//! Limits the capabilities of virtio-fs worker threads (capabilities(7)).
 
 use std::io;
 
-/// Kept, where the process has them. Linux numbers (include/uapi/linux/capability.h).
+/// The capabilities that a worker thread keeps if the process has them, by their Linux numbers
+/// (include/uapi/linux/capability.h), with the reason for each.
 ///
-/// Not among them, on purpose: CAP_DAC_READ_SEARCH opens any inode of a file system by its handle. CAP_SYS_RESOURCE
-/// writes past quotas and reserved blocks. CAP_SYS_PTRACE and CAP_SYS_RAWIO open what the host's /proc has of others.
+/// Dropped on purpose: CAP_DAC_READ_SEARCH opens any inode of a file system by its file handle. CAP_SYS_RESOURCE allows
+/// writes beyond quotas and into reserved blocks. CAP_SYS_PTRACE and CAP_SYS_RAWIO open files of other processes in
+/// /proc.
 const KEPT: [(u32, &str); 9] = [
     (0, "CAP_CHOWN: SETATTR gives files to other users"),
-    (1, "CAP_DAC_OVERRIDE: the guest's kernel has decided whether a user may"),
-    (3, "CAP_FOWNER: SETATTR and SETXATTR of files of all users"),
-    (4, "CAP_FSETID: the set-group-ID bit of SETATTR stays"),
-    (6, "CAP_SETGID: what is created gets the user's group"),
-    (7, "CAP_SETUID: what is created gets the user as its owner"),
-    (27, "CAP_MKNOD: MKNOD of devices, as images hold them"),
-    (31, "CAP_SETFCAP: SETXATTR of security.capability"),
-    (21, "CAP_SYS_ADMIN: trusted attributes, for overlayfs in the guest with its upper directory on the share"),
+    (1, "CAP_DAC_OVERRIDE: the guest's kernel has already checked a user's permissions"),
+    (3, "CAP_FOWNER: SETATTR and SETXATTR change files of all users"),
+    (4, "CAP_FSETID: SETATTR keeps the set-group-ID bit"),
+    (6, "CAP_SETGID: new files get the requesting user's group"),
+    (7, "CAP_SETUID: new files get the requesting user as their owner"),
+    (27, "CAP_MKNOD: MKNOD creates devices, which images can contain"),
+    (31, "CAP_SETFCAP: SETXATTR sets security.capability"),
+    (21, "CAP_SYS_ADMIN: trusted.* attributes, for overlayfs in the guest with its upper directory on the share"),
 ];
 
 /// _LINUX_CAPABILITY_VERSION_3: two words of 32 bits each.
@@ -37,10 +39,7 @@ struct Sets {
     inheritable: u32,
 }
 
-/// Takes from this thread every capability but those of the list.
-///
-/// # Errors
-/// What capget(2) and capset(2) say.
+/// Drops every capability of this thread that is not in [`KEPT`].
 pub fn limit() -> io::Result<()> {
     let mut sets = [Sets::default(); 2];
     let mut header = Header { version: VERSION, pid: 0 };
@@ -49,7 +48,7 @@ pub fn limit() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     for (set, kept) in sets.iter_mut().zip([kept(), kept() >> 32]) {
-        // Truncated on purpose: each structure has 32 of the bits.
+        // Truncated on purpose: each structure has 32 bits of the set.
         set.permitted &= kept as u32;
         *set = Sets { effective: set.permitted, permitted: set.permitted, inheritable: 0 };
     }
@@ -60,7 +59,7 @@ pub fn limit() -> io::Result<()> {
     }
 }
 
-/// The list as a set of bits.
+/// [`KEPT`] as a bit set.
 fn kept() -> u64 {
     KEPT.iter().fold(0, |bits, (number, _)| bits | 1 << number)
 }
@@ -79,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn limit_leaves_this_thread_the_list_and_no_other_thread_less() {
+    fn limit_drops_other_capabilities_of_this_thread_alone() {
         let before = sets();
         let limited = std::thread::spawn(|| {
             limit().unwrap();
@@ -91,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn the_list_has_each_capability_once() {
+    fn kept_has_no_capability_twice() {
         assert_eq!(kept().count_ones() as usize, KEPT.len());
         assert!(KEPT.iter().all(|(_, reason)| reason.starts_with("CAP_")));
     }

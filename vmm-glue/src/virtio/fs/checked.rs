@@ -1,9 +1,9 @@
-//! virtiofsd's file system, but that a hostile request is refused ([`checks`]), that a write that fails half-way says how
-//! much it wrote, and that what opens a file sees to it that there is room for it.
+//! Wraps virtiofsd's file system: rejects hostile requests ([`checks`]), reports short writes, and keeps to the fd
+//! limit.
 //!
-//! virtiofsd 1.14 goes on after a short write, to get all of it done, and when the next one fails (a full disk, a quota) it
-//! answers with the error alone, though the file has grown (`ZcReader` in its server.rs). write(2) gives the count then, and
-//! programs rely on it: who appends again what he takes for not written has part of it twice.
+//! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails (a full disk, a
+//! quota), it answers with the error alone, although the file has grown. write(2) returns the number of bytes written
+//! in that case, and programs rely on it: one that appends the data again would have part of it in the file twice.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -21,41 +21,39 @@ use virtiofsd::passthrough::PassthroughFs;
 use super::checks;
 use super::fd_limit::FdLimit;
 
-/// The number of a node.
+/// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
-/// The file system. Clones are the same one.
+/// The file system. Clones share its state.
 #[derive(Clone)]
 pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
-    room: Arc<FdLimit>,
-    /// Takes whatever is written to it: /dev/null.
-    nowhere: Arc<File>,
+    fd_limit: Arc<FdLimit>,
+    dev_null: Arc<File>,
 }
 
 impl CheckedFs {
-    /// # Errors
-    /// When there is no /dev/null.
-    pub fn new(fs: PassthroughFs, room: FdLimit) -> io::Result<Self> {
-        let nowhere = File::options().write(true).open("/dev/null")?;
-        Ok(Self { fs: Arc::new(fs), room: Arc::new(room), nowhere: Arc::new(nowhere) })
+    /// Wraps a file system. Fails if /dev/null cannot be opened.
+    pub fn new(fs: PassthroughFs, fd_limit: FdLimit) -> io::Result<Self> {
+        let dev_null = File::options().write(true).open("/dev/null")?;
+        Ok(Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null) })
     }
 
-    /// Before a request that may open a file.
-    fn opening(&self) {
-        self.room.take();
+    /// Called before a request that may open a file.
+    fn wait_for_fd(&self) {
+        self.fd_limit.wait_for_fd();
     }
 }
 
-/// What a request brings to be written.
-struct Counting<'a, R> {
+/// The data of a WRITE. Reports how much of it was written before an error.
+struct CountingReader<'a, R> {
     inner: R,
-    nowhere: &'a File,
+    dev_null: &'a File,
 }
 
-impl<R: ZeroCopyReader> ZeroCopyReader for Counting<'_, R> {
+impl<R: ZeroCopyReader> ZeroCopyReader for CountingReader<'_, R> {
     fn write_to_file_at(
         &mut self,
         file: &File,
@@ -67,31 +65,31 @@ impl<R: ZeroCopyReader> ZeroCopyReader for Counting<'_, R> {
             Ok(written) => return Ok(written),
             Err(error) => error,
         };
-        // What is still there to be read was not written; it goes nowhere, and the answer is how much it was.
-        let left = self.inner.write_to_file_at(self.nowhere, count, 0, None)?;
-        match count.checked_sub(left) {
+        // The reader still holds the bytes that were not written. Discarding them tells how many they are.
+        let unwritten = self.inner.write_to_file_at(self.dev_null, count, 0, None)?;
+        match count.checked_sub(unwritten) {
             Some(written) if written > 0 => Ok(written),
             _ => Err(error),
         }
     }
 }
 
-/// The type that an argument's kind stands for; any other kind is itself one.
+/// Maps the kind of an argument to its type. A kind that is not listed is a type itself.
 ///
-/// `&CStr` is no kind, so a method that takes one has to say whether it is a name. If it is, `checked` sees to it.
+/// `&CStr` is not a kind, so each method has to state whether a string is a name, which `check` then checks.
 macro_rules! kind {
-    // The name of a directory entry.
+    // Name of a directory entry.
     (Name) => { &CStr };
-    // A string that no system call takes for a path to follow: a symlink's target, the name of an attribute.
+    // String that no system call resolves as a path: target of a symlink, name of an extended attribute.
     (Text) => { &CStr };
     (Bytes) => { &[u8] };
-    // Those of open(2).
+    // Flags of open(2).
     (OpenFlags) => { u32 };
     ($kind:ident $(<$of:ident>)?) => { $kind$(<$of>)? };
 }
 
-/// Refuses a request for an argument of it.
-macro_rules! checked {
+/// Rejects a request if the argument is invalid for its kind.
+macro_rules! check {
     ($argument:ident: Name) => {
         checks::name($argument)?
     };
@@ -101,12 +99,13 @@ macro_rules! checked {
     ($argument:ident: $kind:ident) => {};
 }
 
-/// Methods that pass on what they are called with, once it is checked. Those that begin with `opening` may open a file.
-macro_rules! pass_on {
-    ($($(#[$opening:ident])? fn $name:ident($($argument:ident: $kind:ident $(<$of:ident>)?),*) -> $result:ty;)*) => {
+/// Defines methods that check their arguments and then call the same method of virtiofsd's file system. Methods marked
+/// `#[wait_for_fd]` may open a file.
+macro_rules! forward {
+    ($($(#[$before:ident])? fn $name:ident($($argument:ident: $kind:ident $(<$of:ident>)?),*) -> $result:ty;)*) => {
         $(fn $name(&self, $($argument: kind!($kind $(<$of>)?)),*) -> $result {
-            $(checked!($argument: $kind);)*
-            $(self.$opening();)?
+            $(check!($argument: $kind);)*
+            $(self.$before();)?
             self.fs.$name($($argument),*)
         })*
     };
@@ -131,7 +130,7 @@ impl FileSystem for CheckedFs {
         flags: u32,
     ) -> io::Result<usize> {
         checks::offset(offset)?;
-        let r = Counting { inner: r, nowhere: &self.nowhere };
+        let r = CountingReader { inner: r, dev_null: &self.dev_null };
         self.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
     }
 
@@ -152,37 +151,37 @@ impl FileSystem for CheckedFs {
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
         self.fs.forget(ctx, inode, count);
-        self.room.freed();
+        self.fd_limit.released();
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
         self.fs.batch_forget(ctx, requests);
-        self.room.freed();
+        self.fd_limit.released();
     }
 
-    // All that PassthroughFs has of its own; the rest of the trait's methods say what they say there.
-    pass_on! {
+    // All methods that PassthroughFs implements. For the others, the defaults of the trait apply.
+    forward! {
         fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn destroy() -> ();
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
-        #[opening]
+        #[wait_for_fd]
         fn lookup(ctx: Context, parent: Inode, name: Name) -> io::Result<Entry>;
-        #[opening]
+        #[wait_for_fd]
         fn opendir(ctx: Context, inode: Inode, flags: OpenFlags) -> io::Result<Opened>;
         fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
-        #[opening]
+        #[wait_for_fd]
         fn mkdir(
             ctx: Context, parent: Inode, name: Name, mode: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
         fn rmdir(ctx: Context, parent: Inode, name: Name) -> io::Result<()>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<Self::DirIter>;
-        #[opening]
+        #[wait_for_fd]
         fn open(ctx: Context, inode: Inode, kill_priv: bool, flags: OpenFlags) -> io::Result<Opened>;
         fn release(
             ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, flock_release: bool,
             lock_owner: Option<u64>
         ) -> io::Result<()>;
-        #[opening]
+        #[wait_for_fd]
         fn create(
             ctx: Context, parent: Inode, name: Name, mode: u32, kill_priv: bool, flags: OpenFlags, umask: u32,
             extensions: Extensions
@@ -195,13 +194,13 @@ impl FileSystem for CheckedFs {
         fn rename(
             ctx: Context, olddir: Inode, oldname: Name, newdir: Inode, newname: Name, flags: u32
         ) -> io::Result<()>;
-        #[opening]
+        #[wait_for_fd]
         fn mknod(
             ctx: Context, inode: Inode, name: Name, mode: u32, rdev: u32, umask: u32, extensions: Extensions
         ) -> io::Result<Entry>;
-        #[opening]
+        #[wait_for_fd]
         fn link(ctx: Context, inode: Inode, newparent: Inode, newname: Name) -> io::Result<Entry>;
-        #[opening]
+        #[wait_for_fd]
         fn symlink(
             ctx: Context, linkname: Text, parent: Inode, name: Name, extensions: Extensions
         ) -> io::Result<Entry>;
@@ -234,13 +233,13 @@ mod tests {
     use std::io::Read;
     use std::os::unix::fs::FileExt;
 
-    /// As virtiofsd's: goes on after a short write. A file ends at `room`.
-    struct Looping<'a> {
+    /// Continues after a short write, as virtiofsd does. Regular files cannot grow beyond `max_size`.
+    struct LoopingReader<'a> {
         data: &'a [u8],
-        room: u64,
+        max_size: u64,
     }
 
-    impl ZeroCopyReader for Looping<'_> {
+    impl ZeroCopyReader for LoopingReader<'_> {
         fn write_to_file_at(
             &mut self,
             file: &File,
@@ -249,22 +248,22 @@ mod tests {
             _flags: Option<WritevFlags>,
         ) -> io::Result<usize> {
             let all = self.data.get(..count.min(self.data.len())).unwrap_or(self.data);
-            // Nothing limits what goes nowhere.
-            let room = if file.metadata()?.is_file() { self.room.saturating_sub(offset) } else { u64::MAX };
+            // /dev/null takes any amount.
+            let room = if file.metadata()?.is_file() { self.max_size.saturating_sub(offset) } else { u64::MAX };
             let fits = all.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-            let (now, rest) = self.data.split_at(fits);
-            file.write_all_at(now, offset)?;
+            let (written, rest) = self.data.split_at(fits);
+            file.write_all_at(written, offset)?;
             self.data = rest;
             if fits < all.len() { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(fits) }
         }
     }
 
     #[test]
-    fn what_was_written_before_the_end_of_space_is_told() {
-        let nowhere = File::options().write(true).open("/dev/null").unwrap();
+    fn write_to_a_full_disk_returns_the_bytes_written_before() {
+        let dev_null = File::options().write(true).open("/dev/null").unwrap();
         let mut file = tempfile::tempfile().unwrap();
-        let write = |data: &[u8], room, offset| {
-            let mut reader = Counting { inner: Looping { data, room }, nowhere: &nowhere };
+        let write = |data: &[u8], max_size, offset| {
+            let mut reader = CountingReader { inner: LoopingReader { data, max_size }, dev_null: &dev_null };
             reader.write_to_file_at(&file, data.len(), offset, None).map_err(|error| error.raw_os_error())
         };
         assert_eq!(write(b"all of it", 100, 0), Ok(9));

@@ -1,47 +1,43 @@
-//! Checks of FUSE requests that virtiofsd 1.14 does not make.
+//! Checks FUSE requests for values that virtiofsd 1.14 passes on to the kernel unchecked.
 //!
-//! virtiofsd expects that its root directory is the root of the process (pivot_root(2)). Here the host's files are in reach.
+//! virtiofsd expects that its root directory is the root of the process (pivot_root(2)). In the VMM it is not: the
+//! host's other files are reachable.
 
 use std::ffi::CStr;
 use std::io;
 
-/// Part of O_TMPFILE that O_DIRECTORY is not (include/uapi/asm-generic/fcntl.h). arm64's O_DIRECTORY is another bit.
+/// O_TMPFILE without O_DIRECTORY, which it includes (include/uapi/asm-generic/fcntl.h). On arm64, O_DIRECTORY is
+/// another bit than on x86.
 const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
-/// Checks that this can be the name of a directory entry.
+/// Checks that a name can be a directory entry: not empty, `.` or `..`, and without a slash. Returns EINVAL otherwise.
 ///
-/// unlinkat(2), mkdirat(2), mknodat(2), symlinkat(2), linkat(2) and renameat2(2) get the name as a path: one with a slash,
-/// or `..`, is an entry of another directory. The guest's kernel sends none: it has resolved the path itself.
-/// Only for file handles does it look up `.` and `..`, if FUSE_EXPORT_SUPPORT was negotiated (fuse_get_dentry() and
+/// virtiofsd passes the name to unlinkat(2), mkdirat(2), mknodat(2), symlinkat(2), linkat(2) and renameat2(2). These
+/// take a path, so a name with a slash, or `..`, would be an entry of another directory. The guest's kernel resolves
+/// paths itself and sends no such name.
+///
+/// It looks up `.` and `..` only for file handles, if FUSE_EXPORT_SUPPORT was negotiated (fuse_get_dentry() and
 /// fuse_get_parent() in fs/fuse/inode.c). virtiofsd negotiates it neither in `Server::init()` (server.rs) nor in
 /// `PassthroughFs::init()` (passthrough/mod.rs), and its READDIRPLUS looks up neither (`handle_dirent()` in server.rs).
-///
-/// # Errors
-/// EINVAL when not.
 pub fn name(name: &CStr) -> io::Result<()> {
     let name = name.to_bytes();
-    refuse(matches!(name, b"" | b"." | b"..") || name.contains(&b'/'))
+    reject_if(matches!(name, b"" | b"." | b"..") || name.contains(&b'/'))
 }
 
-/// Checks that these flags only open an existing file.
+/// Checks that open(2) flags have neither O_TMPFILE nor O_PATH. Returns EINVAL otherwise.
 ///
-/// open(2) of the directory with O_TMPFILE makes a file that no node stands for; a handle by O_PATH is none to read or
-/// write by. The guest's kernel sends neither: it has FUSE_TMPFILE, and O_PATH never reaches a file system.
-///
-/// # Errors
-/// EINVAL when not.
+/// O_TMPFILE on a directory creates a file that no node refers to. An O_PATH handle cannot be read or written. The
+/// guest's kernel sends neither: it has FUSE_TMPFILE, and O_PATH never reaches a file system.
 pub fn open_flags(flags: u32) -> io::Result<()> {
-    refuse(flags.cast_signed() & (TMPFILE | libc::O_PATH) != 0)
+    reject_if(flags.cast_signed() & (TMPFILE | libc::O_PATH) != 0)
 }
 
-/// Checks that a file can have data at this offset. virtiofsd panics otherwise (file_traits.rs), which ends the process.
-///
-/// # Errors
-/// EINVAL when not.
+/// Checks that a file offset is at most 2^63 - 1. Returns EINVAL otherwise: virtiofsd would panic (file_traits.rs),
+/// which ends the process.
 pub fn offset(offset: u64) -> io::Result<()> {
-    refuse(i64::try_from(offset).is_err())
+    reject_if(i64::try_from(offset).is_err())
 }
 
-fn refuse(whether: bool) -> io::Result<()> {
-    if whether { Err(io::Error::from_raw_os_error(libc::EINVAL)) } else { Ok(()) }
+fn reject_if(invalid: bool) -> io::Result<()> {
+    if invalid { Err(io::Error::from_raw_os_error(libc::EINVAL)) } else { Ok(()) }
 }

@@ -1,9 +1,10 @@
 //! A private descriptor table, from which virtiofsd reads chains that the guest cannot change.
 //!
 //! virtiofsd 1.14 takes a `DescriptorChain` of virtio-queue and walks it for its `Reader`, and again for its `Writer`
-//! (descriptor_utils.rs). A walk reads the descriptors from the memory that the chain refers to. If that was guest memory, a
-//! vCPU could change them after they were checked: `Server::read()`, `readdir()` and `readdirplus()` (server.rs) panic if
-//! fewer than 16 bytes are writable, and more than [`MAX_SEGMENTS`] descriptors fail in readv(2) and writev(2).
+//! (descriptor_utils.rs). A walk reads the descriptors from the memory that the chain refers to. If that was guest
+//! memory, a vCPU could change them after they were checked: `Server::read()`, `readdir()` and `readdirplus()`
+//! (server.rs) panic if fewer than 16 bytes are writable, and more than [`MAX_SEGMENTS`] descriptors fail in readv(2)
+//! and writev(2).
 
 use std::io;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ const SIZE: usize = AVAIL_RING + 6 + MAX_SEGMENTS * 2;
 /// Offset of `idx` in `struct virtq_avail`.
 const AVAIL_INDEX: usize = 2;
 
-/// The table.
+/// A descriptor table in private memory.
 pub struct DescriptorTable {
     memory: Arc<GuestMemoryMmap<()>>,
     /// Starts at the table's first descriptor.
@@ -34,8 +35,7 @@ pub struct DescriptorTable {
 }
 
 impl DescriptorTable {
-    /// # Errors
-    /// The error of mapping the private memory.
+    /// Fails if the private memory cannot be mapped.
     pub fn new() -> io::Result<Self> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE)]).map_err(io::Error::other)?;
         let memory = Arc::new(memory);
@@ -49,10 +49,7 @@ impl DescriptorTable {
         Ok(Self { memory, chain: chain.ok_or(io::ErrorKind::InvalidData)? })
     }
 
-    /// Makes virtiofsd's reader and writer of a chain from its buffers as they were checked.
-    ///
-    /// # Errors
-    /// [`Error`] if a buffer is not in guest memory, which [`Chain`] excludes.
+    /// Returns virtiofsd's reader and writer for a chain, made from the buffers that [`Chain`] holds.
     pub fn open<'m>(&mut self, memory: &'m GuestMemory, chain: &Chain<'m>) -> Result<(Reader<'m>, Writer<'m>), Error> {
         let (readable, writable) = (chain.readable.as_slice(), chain.writable.as_slice());
         let count = readable.len() + writable.len();

@@ -1,7 +1,7 @@
-//! Room for the files that the guest knows of: each is open here, and a process can have only so many.
+//! Keeps the number of open fds below the process's fd limit: each file that the guest knows is open in the VMM.
 //!
-//! The guest's kernel forgets files when it wants memory, of which it may have plenty. So where there is little room left,
-//! the shim is asked to have it forget, and whoever wants another file waits a little for that.
+//! The guest's kernel forgets files only when it is short of memory. So when few fds are left, the shim is asked to
+//! make the guest forget files, and requests that may open a file wait for a limited time.
 
 use std::fs::File;
 use std::io;
@@ -10,99 +10,98 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Files between two looks.
-const EVERY: u32 = 64;
-/// How often the shim is asked at most.
-const AGAIN: Duration = Duration::from_secs(1);
-/// Longest that requests wait, from where there was no room: then they take what there is, and may fail.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Number of requests between two checks of the number of open fds.
+const CHECK_INTERVAL: u32 = 64;
+/// Minimum time between two requests to the shim.
+const REQUEST_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum time that requests wait after fds became scarce. Then they proceed, and may fail.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Asks for files to be forgotten.
-pub type Ask = Box<dyn Fn() + Send + Sync>;
+/// Requests that the guest forgets files.
+pub type RequestForget = Box<dyn Fn() + Send + Sync>;
 
-/// What is known of the process' descriptors.
+/// Watches the number of open fds.
 pub struct FdLimit {
-    /// The directory of this process' descriptors.
-    descriptors: File,
-    /// From so many on there is little room.
-    enough: u64,
-    ask: Ask,
+    /// /proc/self/fd.
+    fd_directory: File,
+    /// Fds are scarce from this number of open fds on.
+    threshold: u64,
+    request_forget: RequestForget,
+    /// Number of calls of [`FdLimit::wait_for_fd`].
     count: AtomicU32,
-    short: AtomicBool,
+    scarce: AtomicBool,
     state: Mutex<State>,
-    freed: Condvar,
+    changed: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// Since when there is little room.
-    since: Option<Instant>,
-    asked: Option<Instant>,
+    /// When fds became scarce.
+    scarce_since: Option<Instant>,
+    last_request: Option<Instant>,
 }
 
 impl FdLimit {
-    /// Up to `enough` descriptors there is room; `ask` is called from there on, now and then.
-    ///
-    /// # Errors
-    /// When there is no /proc.
-    pub fn new(enough: u64, ask: Ask) -> io::Result<Self> {
+    /// Calls `request_forget` repeatedly while `threshold` or more fds are open. Fails if /proc is not mounted.
+    pub fn new(threshold: u64, request_forget: RequestForget) -> io::Result<Self> {
         Ok(Self {
-            descriptors: File::open("/proc/self/fd")?,
-            enough,
-            ask,
+            fd_directory: File::open("/proc/self/fd")?,
+            threshold,
+            request_forget,
             count: AtomicU32::new(0),
-            short: AtomicBool::new(false),
+            scarce: AtomicBool::new(false),
             state: Mutex::default(),
-            freed: Condvar::new(),
+            changed: Condvar::new(),
         })
     }
 
-    /// Before a request that may open something. Waits for room, but not for long.
-    pub fn take(&self) {
-        let turn = self.count.fetch_add(1, Ordering::Relaxed).is_multiple_of(EVERY);
-        if turn || self.short.load(Ordering::Relaxed) {
+    /// Called before a request that may open a file. While fds are scarce, waits at most until [`TIMEOUT`].
+    pub fn wait_for_fd(&self) {
+        let check = self.count.fetch_add(1, Ordering::Relaxed).is_multiple_of(CHECK_INTERVAL);
+        if check || self.scarce.load(Ordering::Relaxed) {
             self.wait();
         }
     }
 
-    /// After files have been forgotten.
-    pub fn freed(&self) {
-        if self.short.load(Ordering::Relaxed) {
-            // Whoever looks has this, and sees either what is free or the notification.
+    /// Called after files were forgotten. Wakes the requests that wait.
+    pub fn released(&self) {
+        if self.scarce.load(Ordering::Relaxed) {
+            // A thread counts fds with the lock held. So it sees the released fds, or already waits for the
+            // notification.
             drop(self.lock());
-            self.freed.notify_all();
+            self.changed.notify_all();
         }
     }
 
     fn wait(&self) {
         let mut state = self.lock();
         loop {
-            if self.is_there() {
-                state.since = None;
-                self.short.store(false, Ordering::Relaxed);
+            if self.is_below_threshold() {
+                state.scarce_since = None;
+                self.scarce.store(false, Ordering::Relaxed);
                 return;
             }
-            self.short.store(true, Ordering::Relaxed);
-            let waited = state.since.get_or_insert_with(Instant::now).elapsed();
-            if state.asked.is_none_or(|asked| asked.elapsed() >= AGAIN) {
-                state.asked = Some(Instant::now());
+            self.scarce.store(true, Ordering::Relaxed);
+            let waited = state.scarce_since.get_or_insert_with(Instant::now).elapsed();
+            if state.last_request.is_none_or(|last| last.elapsed() >= REQUEST_INTERVAL) {
+                state.last_request = Some(Instant::now());
                 drop(state);
-                (self.ask)();
+                (self.request_forget)();
                 state = self.lock();
                 continue;
             }
-            let Some(left) = PATIENCE.checked_sub(waited).filter(|left| !left.is_zero()) else { return };
-            let woken = self.freed.wait_timeout(state, left.min(AGAIN));
+            let Some(left) = TIMEOUT.checked_sub(waited).filter(|left| !left.is_zero()) else { return };
+            let woken = self.changed.wait_timeout(state, left.min(REQUEST_INTERVAL));
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    fn is_there(&self) -> bool {
-        // Linux 6.2 and later tell how many there are (proc_readfd_count() in fs/proc/fd.c). To any, a new descriptor has the
-        // lowest number that is free: all below it are in use.
-        let counted = self.descriptors.metadata().map_or(0, |directory| directory.len());
-        let lowest = self.descriptors.try_clone().map_or(u64::MAX, |lowest| lowest.as_raw_fd().unsigned_abs().into());
-        counted.max(lowest) < self.enough
+    fn is_below_threshold(&self) -> bool {
+        // The size of /proc/self/fd is the number of open fds since Linux 6.2 (proc_readfd_count() in fs/proc/fd.c). On
+        // any kernel, a new fd is the lowest free number, so all numbers below it are in use.
+        let count = self.fd_directory.metadata().map_or(0, |directory| directory.len());
+        let lowest_free = self.fd_directory.try_clone().map_or(u64::MAX, |file| file.as_raw_fd().unsigned_abs().into());
+        count.max(lowest_free) < self.threshold
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -117,35 +116,35 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
-    fn whoever_has_no_room_asks_and_waits_until_some_is_free() {
-        let lowest = || File::open("/dev/null").unwrap();
-        // As many as other tests may have open meanwhile: the first number that is free is above.
-        let held: Vec<File> = std::iter::repeat_with(lowest).take(600).collect();
-        let (asks, asked) = channel();
-        let room = Arc::new(FdLimit::new(500, Box::new(move || asks.send(()).unwrap())).unwrap());
+    fn request_waits_until_fds_are_released() {
+        let open = || File::open("/dev/null").unwrap();
+        // More than other tests may have open: the lowest free fd is above the threshold.
+        let held: Vec<File> = std::iter::repeat_with(open).take(600).collect();
+        let (requests, requested) = channel();
+        let limit = Arc::new(FdLimit::new(500, Box::new(move || requests.send(()).unwrap())).unwrap());
         let waiting = std::thread::spawn({
-            let room = Arc::clone(&room);
-            move || room.take()
+            let limit = Arc::clone(&limit);
+            move || limit.wait_for_fd()
         });
-        asked.recv().unwrap();
+        requested.recv().unwrap();
         assert!(!waiting.is_finished());
         drop(held);
-        room.freed();
+        limit.released();
         waiting.join().unwrap();
-        room.take();
-        assert!(asked.try_recv().is_err() && !room.short.load(Ordering::Relaxed));
+        limit.wait_for_fd();
+        assert!(requested.try_recv().is_err() && !limit.scarce.load(Ordering::Relaxed));
     }
 
     #[test]
-    fn nobody_waits_forever() {
-        let (asks, asked) = channel();
-        let room = FdLimit::new(0, Box::new(move || asks.send(()).unwrap())).unwrap();
+    fn request_proceeds_after_the_timeout() {
+        let (requests, requested) = channel();
+        let limit = FdLimit::new(0, Box::new(move || requests.send(()).unwrap())).unwrap();
         let began = Instant::now();
-        room.take();
-        assert!(began.elapsed() >= PATIENCE && asked.try_iter().count() > 1);
-        // Where waiting was of no use, the next does not wait either.
+        limit.wait_for_fd();
+        assert!(began.elapsed() >= TIMEOUT && requested.try_iter().count() > 1);
+        // The timeout starts when fds become scarce, so the next request does not wait again.
         let began = Instant::now();
-        room.take();
-        assert!(began.elapsed() < AGAIN);
+        limit.wait_for_fd();
+        assert!(began.elapsed() < REQUEST_INTERVAL);
     }
 }

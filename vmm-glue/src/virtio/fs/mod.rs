@@ -1,7 +1,7 @@
-//! virtio-fs (virtio 1.2, 5.11): a directory of the host, served in this process by virtiofsd's file system.
+//! The virtio-fs device (virtio 1.2, 5.11): serves a directory of the host with virtiofsd's file system.
 //!
-//! Requests are taken by the worker threads themselves ([`super::workers`]), so that a request costs one wake-up; the device
-//! loop only serves the high-priority queue, where FORGET never waits for a request that blocks.
+//! Worker threads take requests from the request queue themselves ([`super::workers`]), so each request costs one
+//! wake-up. The device loop serves only the high-priority queue, so FORGET never waits for a request that blocks.
 
 mod capabilities;
 mod checked;
@@ -42,44 +42,47 @@ use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, read_config_bytes};
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
 
-/// Bytes of the tag in the configuration space.
+/// Size of the tag in the configuration space, in bytes.
 pub const TAG_LEN: usize = 36;
-/// High priority, requests. Linux limits a request to the queue's size in pages, less its headers: 1 MiB needs 256.
+/// Sizes of the high-priority queue and the request queue. Linux limits a request to as many pages as the queue has
+/// descriptors, less those of its headers: 1 MiB needs 256.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
+/// Event token of the high-priority queue.
 const HIGH_PRIORITY: u32 = HIGH_PRIORITY_QUEUE as u32;
-/// Descriptors that stay for the process itself.
-const OWN_DESCRIPTORS: u64 = 512;
-/// This part of the others is left when the guest is to forget files.
-const SPARE: u64 = 8;
+/// Number of fds reserved for the process itself.
+const RESERVED_FDS: u64 = 512;
+/// The guest is asked to forget files once less than one part in this many of its fds is free.
+const SPARE_FRACTION: u64 = 8;
 /// include/uapi/linux/securebits.h.
 const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
-/// How long the guest believes names and attributes. What the host changes in a volume is seen after at most that.
-const TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the guest caches names and attributes. It sees changes that the host makes in a volume after this time at
+/// most.
+const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a share cannot be served.
+/// Why a virtio-fs device could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
     /// The tag is empty or too long.
     #[error("virtio-fs tag {0:?} is not 1 to {TAG_LEN} bytes long")]
     Tag(String),
-    /// The limit on descriptors is unknown or too low.
-    #[error("limit of open files: {0}")]
+    /// The fd limit could not be raised, or is too low.
+    #[error("failed to raise the fd limit (RLIMIT_NOFILE): {0}")]
     Limit(String),
     /// The directory cannot be served.
-    #[error("cannot share {root}")]
+    #[error("failed to share directory {root}")]
     Root {
         /// The directory.
         root: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// No eventfd.
-    #[error("cannot make an eventfd")]
+    /// The device's eventfd could not be created.
+    #[error("failed to create an eventfd")]
     Event(#[source] io::Error),
 }
 
-/// The device.
+/// A virtio-fs device.
 pub struct Fs {
     config: [u8; TAG_LEN + 4],
     worker_count: u8,
@@ -95,8 +98,8 @@ impl Handler for FuseServer {
     fn prepare_thread(&self) -> io::Result<()> {
         keep_capabilities()?;
         capabilities::limit()?;
-        // SAFETY: takes flags; this thread gets a working directory of its own, which the file system changes for
-        // operations on extended attributes.
+        // virtiofsd changes the working directory for operations on extended attributes.
+        // SAFETY: unshare takes flags and no pointer.
         match unsafe { libc::unshare(libc::CLONE_FS) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -108,19 +111,19 @@ impl Handler for FuseServer {
     }
 }
 
-/// Has this thread keep its capabilities while it acts as one of the guest's users (capabilities(7)).
+/// Makes this thread keep its capabilities when it switches to a user of the guest (capabilities(7)).
 ///
-/// What it creates for a user it creates as that user, so that owners are right. Whether the user may has been decided by
-/// the guest's kernel, which knows capabilities that a request does not tell of: root in a user namespace of the guest,
-/// an ordinary user to the host, may well write to a directory whose mode forbids it.
+/// The thread creates files as the requesting user, so that they have the right owner. The guest's kernel has already
+/// decided whether that user has permission. It knows capabilities that a request does not carry: root in a user
+/// namespace of the guest is an ordinary user on the host, yet can write to a directory whose mode forbids it.
 fn keep_capabilities() -> io::Result<()> {
-    // SAFETY: prctl without pointers.
+    // SAFETY: PR_GET_SECUREBITS takes no pointer.
     let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
-    // SAFETY: as above.
+    // SAFETY: PR_SET_SECUREBITS takes flags and no pointer.
     match unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) } {
         0 => Ok(()),
         _ => match io::Error::last_os_error() {
-            // A process without that privilege cannot act as another user in the first place.
+            // Without the privilege (CAP_SETPCAP), the process cannot switch to another user either.
             error if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
             error => Err(error),
         },
@@ -135,12 +138,9 @@ struct Active {
 }
 
 impl Fs {
-    /// Opens the directory, which must exist, and raises the process's limit of open files. When these are nearly used up,
-    /// `forget` is called now and then, on a thread that serves requests: to have the guest forget files.
-    ///
-    /// # Errors
-    /// [`FsError`].
-    pub fn new(share: &ShareConfig, forget: impl Fn() + Send + Sync + 'static) -> Result<Self, FsError> {
+    /// Creates the device for an existing directory, and raises the process's fd limit. When few fds are left, a worker
+    /// thread calls `request_forget`, at most once a second: it should make the guest forget files.
+    pub fn new(share: &ShareConfig, request_forget: impl Fn() + Send + Sync + 'static) -> Result<Self, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_LEN {
             return Err(FsError::Tag(share.tag.clone()));
         }
@@ -158,12 +158,13 @@ impl Fs {
         }
         let limit = setup_rlimit_nofile(None).map_err(FsError::Limit)?;
         let guest_fd_limit = limit
-            .checked_sub(OWN_DESCRIPTORS)
-            .filter(|&left| left >= OWN_DESCRIPTORS)
-            .ok_or_else(|| FsError::Limit(format!("{limit} is too low")))?;
-        let room = FdLimit::new(guest_fd_limit - guest_fd_limit / SPARE, Box::new(forget)).map_err(root_error)?;
-        let fs = PassthroughFs::new(settings(share.root.clone(), guest_fd_limit));
-        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, room)?)).map_err(root_error)?;
+            .checked_sub(RESERVED_FDS)
+            .filter(|&guest_fds| guest_fds >= RESERVED_FDS)
+            .ok_or_else(|| FsError::Limit(format!("{limit} is too low, at least {} are needed", 2 * RESERVED_FDS)))?;
+        let threshold = guest_fd_limit - guest_fd_limit / SPARE_FRACTION;
+        let fd_limit = FdLimit::new(threshold, Box::new(request_forget)).map_err(root_error)?;
+        let fs = PassthroughFs::new(passthrough_config(share.root.clone(), guest_fd_limit));
+        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit)?)).map_err(root_error)?;
         Ok(Self {
             config,
             worker_count: share.workers.max(1),
@@ -197,31 +198,33 @@ impl Fs {
     }
 }
 
-/// How virtiofsd's file system is to behave.
-fn settings(root_dir: String, guest_fd_limit: u64) -> Config {
+/// The configuration of virtiofsd's file system.
+fn passthrough_config(root_dir: String, guest_fd_limit: u64) -> Config {
     Config {
         root_dir,
         guest_fd_limit,
-        // Names and attributes are asked for again after a second. File data stays in the guest's page cache beyond
-        // that as long as size and mtime are what they were (FUSE_AUTO_INVAL_DATA), which `Always` permits and `Auto`
-        // does not: that one drops a file's pages whenever it is opened, so every exec would read its binary again.
-        entry_timeout: TIMEOUT,
-        attr_timeout: TIMEOUT,
+        // The guest looks names and attributes up again after the timeout. File data stays in its page cache for
+        // longer, while size and mtime do not change (FUSE_AUTO_INVAL_DATA). That needs `Always`: with `Auto`, each
+        // open drops the file's pages, so every exec would read its binary again.
+        entry_timeout: CACHE_TIMEOUT,
+        attr_timeout: CACHE_TIMEOUT,
         cache_policy: CachePolicy::Always,
-        // The host changes files behind the guest's back, and a killed guest loses nothing that it was told is written.
+        // The host changes files that the guest has cached. And a killed guest must not lose data that was reported as
+        // written.
         writeback: false,
         xattr: true,
         posix_acl: NegotiationMode::Auto,
         // Saves a GETXATTR of security.capability before each write.
         killpriv_v2: true,
-        // Mounts appear under the root while the guest runs; they get st_dev values of their own.
+        // Mounts appear under the root while the guest runs; each gets its own st_dev.
         announce_submounts: true,
         readdirplus: true,
-        // A descriptor per inode the guest knows. Handles instead need CAP_DAC_READ_SEARCH, with which a process opens
-        // any inode of the host, jail or not; and overlayfs, under every rootfs, has none without nfs_export.
+        // Keeps one fd per inode that the guest knows. File handles would need CAP_DAC_READ_SEARCH, which opens any
+        // inode of the host, even from a jail. And overlayfs, under every rootfs, has no file handles without
+        // nfs_export.
         inode_file_handles: InodeFileHandlesMode::Never,
-        // The guest bypasses its own cache for O_DIRECT; what is under a share (tmpfs, overlay, network file systems)
-        // might refuse the flag or its alignment.
+        // O_DIRECT bypasses only the guest's cache. The file systems under a share (tmpfs, overlayfs, network file
+        // systems) may reject the flag or the alignment of a buffer.
         allow_direct_io: false,
         ..Config::default()
     }

@@ -1,12 +1,13 @@
 //! Serves FUSE requests: decodes those without an answer, and passes the others on to virtiofsd.
 //!
-//! A vCPU can change guest memory while a request is served, so whatever is checked is read once:
+//! A vCPU can change guest memory while a request is served. So no value is used that was read again after its check:
 //!
 //! * The chain is walked once. virtiofsd gets a copy of what was checked ([`DescriptorTable`]).
-//! * virtiofsd reads the request's header itself, after it was read here, and can find another opcode. So no check depends on
-//!   the opcode of a request that goes to virtiofsd: each has room for an answer's header, and is served by a worker thread.
-//! * A request on the high-priority queue never goes to virtiofsd. The device loop, which serves it, keeps all capabilities
-//!   of the process and must not block.
+//! * virtiofsd reads the request's header itself, after it was read here, and can find another opcode. So no check
+//!   depends on the opcode of a request that goes to virtiofsd: each has room for an answer's header, and is served by
+//!   a worker thread.
+//! * A request on the high-priority queue never goes to virtiofsd. The device loop, which serves it, keeps all
+//!   capabilities of the process and must not block.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -46,8 +47,7 @@ pub struct FuseServer {
 }
 
 impl FuseServer {
-    /// # Errors
-    /// The error of mapping memory for the descriptor table.
+    /// Fails if memory for the descriptor table cannot be mapped.
     pub fn new(fs: CheckedFs) -> io::Result<Self> {
         Ok(Self { server: Server::new(fs.clone()), fs, table: Mutex::new(DescriptorTable::new()?) })
     }
@@ -65,7 +65,7 @@ impl FuseServer {
         }
         // virtiofsd splits its writer after the answer's header and unwraps the result.
         if chain.writable.len() < OUT_HEADER {
-            guest_fault(REQUEST_QUEUE, &"FUSE request without room for an answer");
+            guest_fault(REQUEST_QUEUE, &"FUSE request with too small an answer buffer");
             return 0;
         }
         let opened = self.table.lock().unwrap_or_else(PoisonError::into_inner).open(memory, &chain);
@@ -80,20 +80,20 @@ impl FuseServer {
             Ok(written) => u32::try_from(written.min(chain.writable.len())).unwrap_or(0),
             Err(error) => {
                 guest_fault(REQUEST_QUEUE, &format_args!("FUSE request {}: {error}", header.opcode));
-                refuse(&chain, header.unique, libc::EINVAL)
+                reply_error(&chain, header.unique, libc::EINVAL)
             }
         }
     }
 
-    /// Serves a request of the high-priority queue: FORGET, BATCH_FORGET or INTERRUPT. Answers any other with EOPNOTSUPP.
-    /// Returns the number of bytes written.
+    /// Serves a request of the high-priority queue: FORGET, BATCH_FORGET or INTERRUPT. Answers any other with
+    /// EOPNOTSUPP. Returns the number of bytes written.
     pub fn serve_high_priority(&self, mut chain: Chain<'_>) -> u32 {
         match take::<InHeader>(&mut chain.readable) {
             Some(header) if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT) => {
                 self.serve_unanswered(HIGH_PRIORITY_QUEUE, header, chain.readable);
                 0
             }
-            Some(header) => refuse(&chain, header.unique, libc::EOPNOTSUPP),
+            Some(header) => reply_error(&chain, header.unique, libc::EOPNOTSUPP),
             None => {
                 guest_fault(HIGH_PRIORITY_QUEUE, &"FUSE request without a header");
                 0
@@ -103,8 +103,9 @@ impl FuseServer {
 
     /// Serves a request without an answer, from a private copy of its header and arguments.
     ///
-    /// FORGET runs on the device loop and closes the node's O_PATH fd once the guest has no more references. That can block
-    /// for as long as the host's file system takes to free a file that was unlinked before (the last iput() of its inode).
+    /// FORGET runs on the device loop and closes the node's O_PATH fd once the guest has no more references. That can
+    /// block for as long as the host's file system takes to free a file that was unlinked before (the last iput() of
+    /// its inode).
     fn serve_unanswered(&self, queue: u16, header: InHeader, mut arguments: Iov<'_>) {
         let decoded = match header.opcode {
             FORGET => take::<ForgetIn>(&mut arguments).map(|ForgetIn { nlookup }| {
@@ -139,8 +140,8 @@ fn take<T: ByteValued + Default>(from: &mut Iov<'_>) -> Option<T> {
     Some(value)
 }
 
-/// Copies the arguments of a BATCH_FORGET: nodes, and the number of references of each. Returns `None` if the chain holds
-/// fewer than the count says, or if there are more than [`MAX_BATCH`].
+/// Copies the arguments of a BATCH_FORGET: nodes, and the number of references of each. Returns `None` if the chain
+/// holds fewer than the count says, or if there are more than [`MAX_BATCH`].
 fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
     let BatchForgetIn { count, .. } = take(arguments)?;
     let count = usize::try_from(count).ok().filter(|&count| count <= MAX_BATCH)?;
@@ -150,8 +151,8 @@ fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
     (0..count).map(|_| take(arguments).map(|ForgetOne { nodeid, nlookup }| (nodeid, nlookup))).collect()
 }
 
-/// Answers with an error.
-fn refuse(chain: &Chain<'_>, unique: u64, errno: i32) -> u32 {
+/// Writes an answer that consists of an error. Returns the number of bytes written.
+fn reply_error(chain: &Chain<'_>, unique: u64, errno: i32) -> u32 {
     let mut header = [0; OUT_HEADER];
     let fields: [&[u8]; 3] = [&(OUT_HEADER as u32).to_le_bytes(), &(-errno).to_le_bytes(), &unique.to_le_bytes()];
     for (to, from) in header.iter_mut().zip(fields.into_iter().flatten()) {
