@@ -1,5 +1,5 @@
-//! The boot recipe: from a checked configuration to a machine whose vCPUs stand at the kernel's entry, from top to
-//! bottom in one function.
+//! The boot recipe: builds a VM from a checked configuration, in one function that reads from top to bottom. In the
+//! result, the boot vCPU is at the kernel's entry point and no vCPU runs yet.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -38,96 +38,95 @@ use crate::virtio::vsock::Vsock;
 use crate::vm::{Growth, Vm};
 use crate::vmgenid::{self, VmGenId};
 
-/// Always on the guest's command line:
-/// - `console`, `quiet`: each character on the serial port is an exit, so errors only;
-/// - `reboot=k panic=-1`: a panic ends the machine at once, through the keyboard controller's reset;
-/// - `rcupdate.rcu_expedited=1`: grace periods by interprocessor interrupt, not by waiting for ticks: unmounts and
-///   namespaces of a container's start and end wait for many, and the processors are few;
-/// - `swiotlb=noforce`: no bounce buffers (64 MiB touched in a guest with more than 3 GiB): virtio needs none;
-/// - `noreplace-smp`: with one processor the kernel would patch each of its ten thousand lock prefixes away, one at a
-///   time (a seventh of the boot in the test node), and back when a second one comes;
-/// - `tsc=reliable`: no check of the clock against slower clocks that this machine does not have; `kvm-clock` stays
-///   the clock source where the TSC is not stable.
+/// Kernel parameters that every guest gets:
+/// - `console`, `quiet`: each character on the serial port is a VM exit, so the kernel prints errors only;
+/// - `reboot=k panic=-1`: a panic resets the VM at once, through the keyboard controller;
+/// - `rcupdate.rcu_expedited=1`: RCU grace periods use interprocessor interrupts and do not wait for ticks. Starting
+///   and stopping a container unmounts file systems and removes namespaces, and each waits for many grace periods.
+///   With few vCPUs, the interrupts are cheap;
+/// - `swiotlb=noforce`: no bounce buffers, which virtio does not need. They would touch 64 MiB in a guest with more
+///   than 3 GiB;
+/// - `noreplace-smp`: with one vCPU, the kernel would remove each of its ten thousand lock prefixes, one at a time (a
+///   seventh of the boot time in the test node). It would restore them when a second vCPU is hot-plugged;
+/// - `tsc=reliable`: no check of the TSC against slower clocks, which this VM does not have. `kvm-clock` stays the
+///   clock source if the TSC is not stable.
 const CMDLINE: &str =
     "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp tsc=reliable";
 
-/// Why a machine could not be built.
+/// Why a VM could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The descriptor is no KVM, or an old one.
-    #[error("/dev/kvm: not KVM with API version 12")]
+    /// The fd is not KVM, or the host kernel is too old.
+    #[error("failed to use /dev/kvm: it is not KVM with API version 12")]
     NotKvm,
-    /// KVM cannot do what we need.
-    #[error("/dev/kvm: this host's KVM lacks {0}")]
+    /// KVM lacks a capability that the VMM needs.
+    #[error("failed to use /dev/kvm: this host's KVM lacks {0}")]
     Capability(&'static str),
-    /// More vCPUs than this host can run in one machine.
-    #[error("/dev/kvm: {wanted} vCPUs wanted, this host allows {allowed}")]
+    /// The configuration has more vCPUs than this host can run in one VM.
+    #[error("failed to use /dev/kvm: {wanted} vCPUs requested, this host allows {allowed}")]
     Vcpus {
-        /// What the configuration says.
+        /// The configuration's `max_vcpus`.
         wanted: u8,
         /// KVM_CAP_MAX_VCPUS.
         allowed: usize,
     },
-    /// An ioctl of KVM failed.
-    #[error("{0} failed")]
+    /// A KVM ioctl failed.
+    #[error("ioctl {0} failed")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// No memory.
+    /// Guest memory could not be set up.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The kernel is no kernel.
-    #[error("cannot load the guest kernel")]
+    /// The kernel image could not be loaded.
+    #[error("failed to load the guest kernel")]
     Kernel(#[source] linux_loader::loader::Error),
-    /// The initial RAM file system does not fit.
-    #[error("guest memory is too small for kernel and initrd: they end at {0} MiB")]
+    /// The kernel and the initrd do not fit into guest memory.
+    #[error("guest memory is too small for the kernel and the initrd, which end at {0} MiB")]
     TooSmall(u64),
-    /// The initial RAM file system cannot be read.
-    #[error("cannot load the initrd")]
+    /// The initrd could not be read.
+    #[error("failed to load the initrd")]
     Initrd(#[source] io::Error),
-    /// Boot data cannot be written.
-    #[error("cannot write boot data to guest memory")]
+    /// Boot data could not be written.
+    #[error("failed to write boot data to guest memory")]
     Write(#[source] vm_memory::GuestMemoryError),
-    /// Too many parameters.
-    #[error("the kernel command line is {0} bytes long, allowed are 2047")]
+    /// The kernel command line is too long.
+    #[error("the kernel command line is too long: {0} bytes, at most 2047 are allowed")]
     Cmdline(usize),
-    /// The device tree is malformed.
-    #[error("cannot write the device tree")]
+    /// The device tree could not be written.
+    #[error("failed to write the device tree")]
     DeviceTree(#[source] vm_fdt::Error),
-    /// A vCPU could not be made.
+    /// A vCPU could not be created.
     #[error(transparent)]
     Vcpu(#[from] MakeError),
-    /// A host resource could not be had.
-    #[error("cannot prepare {0}")]
+    /// A host resource could not be prepared.
+    #[error("failed to prepare {0}")]
     Host(&'static str, #[source] io::Error),
-    /// The shared directory cannot be served.
-    #[error("cannot share the directory")]
+    /// The share could not be set up.
+    #[error("failed to set up the share")]
     Share(#[source] FsError),
-    /// A device could not be plugged in.
-    #[error("cannot plug in {0}")]
+    /// A device could not be plugged into a slot.
+    #[error("failed to plug in {0}")]
     Plug(String, #[source] PlugError),
-    /// A disk cannot be used.
-    #[error("cannot use the disk")]
+    /// A disk could not be set up.
+    #[error("failed to set up the disk")]
     Disk(#[source] BlkError),
-    /// The device loop did not start.
+    /// The device loop could not be started.
     #[error(transparent)]
     Loop(#[from] LoopError),
-    /// The vCPU threads did not start.
+    /// The vCPU threads could not be started.
     #[error(transparent)]
     Threads(#[from] VcpuError),
 }
 
-/// Builds the machine; its vCPUs wait.
-///
-/// # Errors
-/// [`BootError`].
+/// Builds the VM. Its vCPUs do not run until [`Vm::resume`].
 pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
     let mut timing = Timing::start();
     let Checked { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } = checked;
 
-    // KVM, and whether it can do all this.
+    // Open KVM and check its capabilities.
     let kvm = open_kvm(kvm)?;
     check_capabilities(&kvm, config.max_vcpus)?;
 
-    // An empty machine. Its interrupt controllers and timer are KVM's, and must be there before vCPUs.
+    // Create an empty VM. The interrupt controllers and the timer are KVM's, and must exist before the vCPUs.
     let vm = Arc::new(create_vm(&kvm)?);
     timing.step("KVM_CREATE_VM");
     vm.set_tss_address(layout::KVM_TSS).map_err(|error| BootError::Kvm("KVM_SET_TSS_ADDR", error))?;
@@ -136,15 +135,15 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     vm.create_pit2(pit).map_err(|error| BootError::Kvm("KVM_CREATE_PIT2", error))?;
     timing.step("interrupt controllers");
 
-    // Memory, with kernel and initrd in it, one behind the other.
+    // Map guest memory, and load the kernel and then the initrd into it.
     let ram = memory::map(memory_size)?;
-    let kernel_len = kernel.metadata().map_err(|error| BootError::Host("the kernel's length", error))?.len();
+    let kernel_len = kernel.metadata().map_err(|error| BootError::Host("the kernel file", error))?.len();
     let ram_end = memory_size.min(layout::HOLE_START);
-    memory::prefault(&ram, &dense(memory_size, kernel_len, initrd_len))?;
-    memory::give_to(&vm, &ram)?;
+    memory::prefault(&ram, &prefault_ranges(memory_size, kernel_len, initrd_len))?;
+    memory::register(&vm, &ram)?;
     let (memory, growth) = reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
-    let behind = hotplug::huge_range(memory_size, memory.last_addr().0 + 1, config.huge_mib << 20);
-    let (memory, huge) = reserve(memory, behind, Backing::Huge)?;
+    let huge_range = hotplug::huge_range(memory_size, memory.last_addr().0 + 1, config.huge_mib << 20);
+    let (memory, huge) = reserve(memory, huge_range, Backing::Huge)?;
     timing.step("memory");
     let loaded =
         Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
@@ -157,13 +156,13 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     read_initrd(&memory, &mut initrd, initrd_start, initrd_len)?;
     timing.step("initrd read");
 
-    // Devices, in the order the guest finds them, and slots to spare.
+    // Devices, in the order in which the guest finds them, and spare slots.
     let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("vsock", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     if let Some(share) = &config.share {
-        let told = Arc::clone(reporter);
-        let fs = Fs::new(share, move || told.many_files()).map_err(BootError::Share)?;
+        let reporter = Arc::clone(reporter);
+        let fs = Fs::new(share, move || reporter.report_many_files()).map_err(BootError::Share)?;
         devices.push(("virtio-fs", shared(fs)));
     }
     for (net, backend) in net {
@@ -181,15 +180,15 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         let device = balloon.insert(Arc::new(Mutex::new(device)));
         devices.push(("virtio-balloon", device.clone()));
     }
-    let open = devices.len() + usize::from(config.spare_slots);
-    let kept = [&growth, &huge].into_iter().filter(|kind| matches!(kind, Growth::Reserved(_))).count();
-    let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), open, kept));
+    let device_slots = devices.len() + usize::from(config.spare_slots);
+    let memory_slots = [&growth, &huge].into_iter().filter(|kind| matches!(kind, Growth::Reserved(_))).count();
+    let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), device_slots, memory_slots));
     for (name, device) in &devices {
         slots.plug(device.clone(), Purpose::Any).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
     }
     timing.step("virtio devices");
 
-    // The console, and the bus that leads to all of them.
+    // The console, and the bus that connects the console and the slots to the vCPUs.
     let serial_irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(|error| BootError::Host("the console's interrupt", error))?;
     vm.register_irqfd(&serial_irq, layout::SERIAL_GSI).map_err(|error| BootError::Kvm("KVM_IRQFD", error))?;
@@ -198,8 +197,8 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let bus = Arc::new(Bus { console, slots: slots.clone() });
     timing.step("console");
 
-    // What the kernel reads at its start.
-    // The tree has all processors that there may be; those of the start come up.
+    // What the kernel reads when it starts. The device tree lists all vCPUs that there may be; `maxcpus` limits those
+    // that the kernel brings up at boot.
     let maxcpus = if config.vcpus < config.max_vcpus { format!(" maxcpus={}", config.vcpus) } else { String::new() };
     let cmdline = format!("{CMDLINE}{maxcpus} {}", config.kernel_params);
     if cmdline.len() >= layout::CMDLINE_MAX {
@@ -218,11 +217,11 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     };
     boot_params::write(&memory, &data).map_err(BootError::Write)?;
     regs::write_tables(&memory).map_err(BootError::Write)?;
-    let vmgenid = VmGenId::new(&vm).map_err(|error| BootError::Host("the generation id", error))?;
-    vmgenid.renew(&memory).map_err(|error| BootError::Host("the generation id", error))?;
+    let vmgenid = VmGenId::new(&vm).map_err(|error| BootError::Host("the VM Generation ID", error))?;
+    vmgenid.renew(&memory).map_err(|error| BootError::Host("the VM Generation ID", error))?;
     timing.step("boot data");
 
-    // vCPUs: the first at the kernel's entry, the others waiting for its signal.
+    // vCPUs: the first is at the kernel's entry point, the others wait for its startup interprocessor interrupt.
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
@@ -243,7 +242,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         vcpus,
         event_loop,
         slots,
-        added: HashMap::new(),
+        hotplugged: HashMap::new(),
         vsock,
         balloon,
         growth,
@@ -255,11 +254,16 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     })
 }
 
-/// The parts of memory that a boot fills nearly whole, in the order in which they are needed: the kernel's second half
-/// (its first is being read meanwhile) and the initrd with what is unpacked behind it; the end of RAM, where the kernel
-/// puts what it allocates first (64 bytes for each page, hash tables); and all below the kernel, which its page
-/// allocator hands out first. Elsewhere it uses one page here and there.
-fn dense(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u64)> {
+/// Returns the ranges of guest memory (start, end) that the boot fills almost completely, in the order in which they
+/// are needed:
+/// - the second half of the kernel (the first half is read while the range is faulted in), the initrd and the files
+///   unpacked after it;
+/// - the end of RAM, where the kernel makes its first allocations: 64 bytes for each page, and hash tables;
+/// - the first half of the kernel;
+/// - all memory below the kernel, which the kernel's page allocator hands out first.
+///
+/// Elsewhere the kernel uses single, scattered pages.
+fn prefault_ranges(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u64)> {
     let kernel_end = KERNEL_START + kernel_len + 2 * initrd_len + UNPACKED;
     let mut ranges = vec![
         (KERNEL_START + kernel_len / 2, kernel_end),
@@ -272,16 +276,16 @@ fn dense(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Where a kernel of ours begins (CONFIG_PHYSICAL_START); only what is faulted in ahead depends on it.
+/// Start address of the guest kernel (CONFIG_PHYSICAL_START). Only the ranges to prefault depend on it.
 const KERNEL_START: u64 = 16 << 20;
-/// What the boot fills behind the initrd beside its copy.
+/// Bytes that the boot fills after the initrd, in addition to the initrd's unpacked copy.
 const UNPACKED: u64 = 2 << 20;
-/// What the boot fills at the end of RAM beside the array of pages.
+/// Bytes that the boot fills at the end of RAM, in addition to the kernel's array of pages.
 const FIRST_ALLOCATIONS: u64 = 8 << 20;
 const PAGE: u64 = 4096;
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, BootError> {
-    // SAFETY: the descriptor is ours, and open until Kvm closes it.
+    // SAFETY: `into_raw_fd` gives up ownership of a valid, open fd, so `Kvm` is its only owner and closes it once.
     let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
     if kvm.get_api_version() == KVM_API_VERSION as i32 { Ok(kvm) } else { Err(BootError::NotKvm) }
 }
@@ -309,7 +313,7 @@ fn check_capabilities(kvm: &Kvm, vcpus: u8) -> Result<(), BootError> {
     Ok(())
 }
 
-/// KVM_CREATE_VM, which a signal may interrupt while the host allocates.
+/// Retries KVM_CREATE_VM if a signal interrupts it while the host allocates memory.
 fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
     loop {
         match kvm.create_vm() {
@@ -319,7 +323,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
     }
 }
 
-/// Keeps addresses for memory that may be plugged in, if there is to be any.
+/// Reserves guest-physical addresses for hot-plugged memory, if `range` is not `None`.
 fn reserve(
     memory: GuestMemory,
     range: Option<(u64, u64)>,
@@ -337,7 +341,7 @@ fn shared(device: impl VirtioDevice + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
 }
 
-/// Reads the file straight into guest memory.
+/// Reads the file directly into guest memory.
 fn read_initrd(memory: &GuestMemory, file: &mut File, start: u64, len: u64) -> Result<(), BootError> {
     file.rewind().map_err(BootError::Initrd)?;
     let len = usize::try_from(len).map_err(|_| BootError::TooSmall(len >> 20))?;

@@ -1,4 +1,4 @@
-//! Where the guest's port and memory accesses go: a match, no table, no lock.
+//! Dispatches the guest's port and memory accesses: a `match`, without a table and without a lock.
 
 use std::sync::Arc;
 
@@ -7,23 +7,23 @@ use crate::control::Step;
 use crate::serial::{self, Console};
 use crate::virtio::slots::Slots;
 
-/// Command port of the keyboard controller.
+/// Command port of the i8042 keyboard controller.
 const I8042_COMMAND: u16 = 0x64;
-/// The command that pulses the processor's reset line.
+/// Command that pulses the CPU's reset line.
 const I8042_RESET: u8 = 0xfe;
 
-/// What an access means beyond itself.
+/// The effect of a port access on the VM.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Nothing.
+    /// The access has no further effect.
     None,
-    /// The guest resets the machine.
+    /// The guest resets the VM.
     Reset,
-    /// The guest marks a step of its start.
+    /// The guest marks a boot step.
     Mark(Step),
 }
 
-/// Everything the guest can reach by an exit.
+/// All devices that a guest reaches through VM exits.
 pub struct Bus {
     /// COM1.
     pub console: Arc<Console>,
@@ -32,19 +32,19 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// IN: fills `data`.
+    /// Serves an IN instruction: fills `data`.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         for byte in data.iter_mut() {
             *byte = match port {
                 serial::PORT..serial::PORT_END => self.console.read((port - serial::PORT) as u8),
-                // Input and output buffers empty: the kernel may send its reset command.
+                // Input and output buffers are empty, so the kernel may send its reset command.
                 I8042_COMMAND => 0,
                 _ => 0xff,
             };
         }
     }
 
-    /// OUT.
+    /// Serves an OUT instruction.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Effect {
         match port {
             serial::PORT..serial::PORT_END => {

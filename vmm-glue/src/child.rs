@@ -1,4 +1,4 @@
-//! The VMM process' whole life, from `main` to its end with the guest, the shim or the control socket.
+//! The VMM process from `main` to its end. It ends with the guest, the shim or the control socket.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +17,7 @@ mod process;
 
 use pids::Pids;
 
-/// Runs the VMM on its control socket and never returns. The process must have no other thread yet.
+/// Runs the VMM on its control socket and never returns. The process must not have other threads yet.
 pub fn main(control: OwnedFd) -> ! {
     let reporter = Arc::new(Reporter { control, console: OnceLock::new(), ending: AtomicBool::new(false) });
     log::init();
@@ -26,43 +26,43 @@ pub fn main(control: OwnedFd) -> ! {
         process::end(1);
     }
     reporter.mark(Step::ProcessStarted);
-    let mut machine = None;
+    let mut current_vm = None;
     let mut pids = Pids::default();
     loop {
         match wire::recv::<Request>(&reporter.control) {
-            Ok((request, fds)) => serve(&mut machine, &mut pids, request, fds, &reporter),
+            Ok((request, fds)) => serve(&mut current_vm, &mut pids, request, fds, &reporter),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => process::end(0),
             Err(error) => {
-                ::log::error!("control socket: {error}");
+                ::log::error!("failed to receive from the control socket: {error}");
                 process::end(1);
             }
         }
     }
 }
 
-/// Carries out one request and answers it.
-fn serve(machine: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) {
+/// Serves one request and sends its answer.
+fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) {
     let Request { seq, call } = request;
-    let answer = match (call, machine.as_mut()) {
+    let answer = match (call, current_vm.as_mut()) {
         (Call::Stop, _) => {
             reporter.answer(seq, Ok(Answer::Done), None);
             reporter.exit(ExitReason::Stopped)
         }
         (Call::Create(config), None) => match create(*config, fds, reporter) {
             Ok(vm) => {
-                *machine = Some(vm);
+                *current_vm = Some(vm);
                 reporter.mark(Step::VmCreated);
                 Ok(Answer::Done)
             }
             Err(error) => Err(error),
         },
-        (Call::TakePid, _) => pids.take().map(|pid| Answer::Pid { pid }).map_err(|error| chain(&error)),
+        (Call::TakePid, _) => pids.acquire().map(|pid| Answer::Pid { pid }).map_err(|error| chain(&error)),
         (Call::GiveBackPid { pid }, _) => {
-            pids.give_back(pid);
+            pids.release(pid);
             Ok(Answer::Done)
         }
-        (Call::Create(_), Some(_)) => Err("the machine exists already".to_owned()),
-        (_, None) => Err("there is no machine yet".to_owned()),
+        (Call::Create(_), Some(_)) => Err("failed to create the VM: it exists already".to_owned()),
+        (_, None) => Err("failed to serve the request: the VM has not been created yet".to_owned()),
         (Call::Resume, Some(vm)) => {
             vm.resume();
             Ok(Answer::Done)
@@ -75,7 +75,7 @@ fn serve(machine: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<O
                 Box::new(move |result| match result {
                     Ok(stream) => reporter.answer(seq, Ok(Answer::Connected), Some(&stream)),
                     Err(error) => {
-                        let text = format!("cannot connect to guest port {port}: {}", chain(&error));
+                        let text = format!("failed to connect to guest port {port}: {}", chain(&error));
                         reporter.answer(seq, Err(text), None);
                     }
                 }),
@@ -92,8 +92,8 @@ fn serve(machine: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Vec<O
         (Call::AttachMemory(pages), Some(vm)) => attached(vm.attach_mem(pages)),
         (Call::PluggedMemory(pages), Some(vm)) => Ok(Answer::Memory { plugged_mib: vm.plugged_mib(pages) }),
         (Call::Memory { pages, mib }, Some(vm)) => {
-            let told = reporter.clone();
-            let reached = move |bytes| told.answer(seq, Ok(Answer::Memory { plugged_mib: bytes >> 20 }), None);
+            let reporter = reporter.clone();
+            let reached = move |bytes| reporter.answer(seq, Ok(Answer::Memory { plugged_mib: bytes >> 20 }), None);
             match vm.request_memory(pages, mib, Box::new(reached)) {
                 Ok(()) => return,
                 Err(error) => Err(chain(&error)),
@@ -113,11 +113,11 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
 }
 
 fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {
-    let checked = check::check(config, fds).map_err(|error| format!("bad configuration: {}", chain(&error)))?;
+    let checked = check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
     boot::build(checked, reporter).map_err(|error| chain(&error))
 }
 
-/// The way from every thread of the process to the shim.
+/// Sends answers and notices to the shim, from any thread of the process.
 pub struct Reporter {
     control: OwnedFd,
     console: OnceLock<Arc<Console>>,
@@ -125,20 +125,20 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// Notes a step of the start.
+    /// Reports a boot step.
     pub fn mark(&self, step: Step) {
         self.send(&Reply::Notice(Notice::Mark { step, at_ns: process::monotonic_ns() }), None);
     }
 
-    /// Says that the guest should forget files.
-    pub(crate) fn many_files(&self) {
+    /// Reports that the guest should forget unused files.
+    pub(crate) fn report_many_files(&self) {
         self.send(&Reply::Notice(Notice::ManyFiles), None);
     }
 
-    /// Says why the guest is gone, and ends the process.
+    /// Reports why the VM has ended, and ends the process.
     pub fn exit(&self, reason: ExitReason) -> ! {
         if self.ending.swap(true, Ordering::SeqCst) {
-            // Another thread is at it: the first reason counts.
+            // Another thread is ending the process already. The first reason is the one that is reported.
             loop {
                 std::thread::park();
             }
@@ -151,9 +151,9 @@ impl Reporter {
         process::end(code)
     }
 
-    /// What is still in the console's buffer is written when the process ends.
+    /// Registers the console, whose buffered output is written when the process ends.
     pub(crate) fn flush_at_exit(&self, console: Arc<Console>) {
-        // The machine is built once, so it is empty.
+        // The VM is built once, so the cell is empty.
         let _ = self.console.set(console);
     }
 
@@ -164,8 +164,8 @@ impl Reporter {
     fn send(&self, reply: &Reply, fd: Option<&OwnedFd>) {
         let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
         if let Err(error) = wire::send(&self.control, reply, &fds) {
-            // The shim is gone: nobody is left to run for.
-            ::log::debug!("control socket: {error}");
+            // The shim is gone, so the VM has no purpose any more.
+            ::log::debug!("failed to send on the control socket: {error}");
             process::end(0);
         }
     }

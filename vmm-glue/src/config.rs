@@ -1,55 +1,56 @@
-//! The typed configuration of one virtual machine, sent by the shim and validated as a whole before anything is made.
+//! The typed configuration of one VM. The shim sends it, and the VMM validates all of it before it creates anything.
 
 use serde::{Deserialize, Serialize};
 
 pub mod check;
 
-/// Everything a virtual machine is made of.
+/// The complete configuration of a VM.
 ///
-/// Files and devices are never named by path: where a device needs one, the configuration holds an [`FdIndex`], the
-/// position of the descriptor among those that travel with the configuration.
+/// Files and devices are never named by path. Where a device needs an fd, the configuration holds an [`FdIndex`]: the
+/// position of the fd among those that are sent with the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Sandbox id, for logs and thread names only.
+    /// Sandbox id; used in logs and thread names only.
     pub id: String,
-    /// vCPUs to start with, 1 to 64.
+    /// vCPUs at boot, 1 to 64.
     pub vcpus: u8,
-    /// vCPUs there may be later, `vcpus` to 64: each costs the guest 0.3 MiB from the start.
+    /// Maximum number of vCPUs, `vcpus` to 64. Each costs the guest 0.3 MiB from boot on.
     pub max_vcpus: u8,
-    /// Guest memory in MiB, at least 64.
+    /// Guest memory at boot in MiB, at least 64.
     pub memory_mib: u64,
-    /// Guest memory there may be later, in MiB: only addresses are kept for it. None of it where it is not more.
+    /// Maximum guest memory in MiB, including hot-plugged memory. Only addresses are reserved for it. A value of at
+    /// most `memory_mib` means that no memory can be hot-plugged.
     pub max_memory_mib: u64,
-    /// Huge pages of 2 MiB there may be later, in MiB: only addresses are kept for them. They come in addition, and of
-    /// the host's pool.
+    /// Maximum memory from 2 MiB huge pages that can be hot-plugged, in MiB, in addition to `max_memory_mib`. Only
+    /// addresses are reserved for it. The pages come from the host's hugetlb pool.
     pub huge_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: FdIndex,
     /// The guest kernel: an uncompressed x86-64 ELF image.
     pub kernel: FdIndex,
-    /// The initial RAM file system.
+    /// The initrd.
     pub initrd: FdIndex,
-    /// Appended to the kernel parameters the VMM sets itself.
+    /// Kernel parameters that are appended to those that the VMM sets.
     pub kernel_params: String,
-    /// Where the guest's serial console is written: the write end of a pipe.
+    /// Write end of a pipe, to which the VMM writes the guest's serial console output.
     pub console: FdIndex,
-    /// The directory shared over virtio-fs.
+    /// The share, which virtio-fs serves.
     pub share: Option<ShareConfig>,
-    /// The guest's vsock address, 3 or more.
+    /// The guest's vsock CID, 3 or more.
     pub vsock_cid: u32,
-    /// Network interfaces there at boot.
+    /// Network interfaces at boot.
     pub net: Vec<NetConfig>,
-    /// Disks there at boot.
+    /// Disks at boot.
     pub blk: Vec<BlkConfig>,
-    /// Balloon with free-page reporting.
+    /// Adds a balloon with free page reporting.
     pub balloon: bool,
-    /// Empty virtio-mmio slots for disks and interfaces plugged in later, as far as there is room for them. What memory
-    /// comes by later has slots of its own.
+    /// Number of empty virtio-mmio slots for hot-plugged disks and interfaces. There may be fewer if not enough slots
+    /// are left. Hot-plugged memory has slots of its own.
     pub spare_slots: u8,
 }
 
-/// Position of a descriptor in the list passed with the configuration.
+/// Position of an fd in the list that is sent with the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub usize);
 
@@ -57,27 +58,28 @@ pub struct FdIndex(pub usize);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShareConfig {
-    /// The tag the guest mounts it by.
+    /// Tag by which the guest mounts the share.
     pub tag: String,
-    /// Directory on the host, in the mount namespace the VMM process has.
+    /// Directory on the host, in the VMM process's mount namespace.
     pub root: String,
-    /// Threads that serve requests, 1 or more.
+    /// Number of worker threads, 1 to 64.
     pub workers: u8,
 }
 
-/// A network interface backed by a tap, with a pair of queues for each of the tap's.
+/// A network interface backed by a tap. It has one queue pair for each queue of the tap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The tap: an open `/dev/net/tun` attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. 1 to 8; where there are
-    /// several, they are attached with IFF_MULTI_QUEUE to the same interface.
+    /// The tap's queues, 1 to 8: open fds of `/dev/net/tun`, attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. If
+    /// there are several, they are attached to the same interface, with IFF_MULTI_QUEUE.
     pub taps: Vec<FdIndex>,
-    /// `/dev/vhost-net`, opened with O_PATH, where the host's kernel may carry the frames. It does not look at them: what
-    /// is behind the tap has to drop those from another MAC address than the guest's.
+    /// `/dev/vhost-net`, opened with O_PATH, if the host kernel may carry the frames. vhost-net does not look at them,
+    /// so MAC anti-spoofing must happen on the other side of the tap.
     pub vhost: Option<FdIndex>,
-    /// The guest's MAC address; frames it sends with another are dropped, by the VMM where that carries them.
+    /// The guest's MAC address. Frames from the guest with another source MAC are dropped: by the VMM, or on the other
+    /// side of the tap if vhost-net carries the frames.
     pub mac: [u8; 6],
-    /// In bytes, 68 to 65535.
+    /// MTU in bytes, 68 to 65535.
     pub mtu: u16,
 }
 
@@ -85,10 +87,10 @@ pub struct NetConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkConfig {
-    /// The opened file or device.
+    /// The open file or block device.
     pub file: FdIndex,
     /// Refuses writes.
     pub read_only: bool,
-    /// Seen in the guest as the disk's serial number, at most 20 bytes.
+    /// Serial number of the disk in the guest, at most 20 bytes.
     pub serial: String,
 }

@@ -1,7 +1,8 @@
-//! What shim and VMM process say to each other over the control socket.
+//! Messages between the shim and the VMM process on the control socket.
 //!
-//! The socket is a `SOCK_SEQPACKET` pair; each packet is one JSON message, with descriptors as `SCM_RIGHTS`.
-//! Requests carry a number that the answer repeats; notices carry none and come in the order they happened.
+//! The socket is one end of a `SOCK_SEQPACKET` pair. Each packet is one JSON message, with fds as `SCM_RIGHTS`. A
+//! request has a sequence number, which the answer repeats. Notices have no number and are sent in the order of their
+//! events.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,176 +10,179 @@ use crate::config::{BlkConfig, NetConfig, VmConfig};
 
 pub mod wire;
 
-/// From shim to VMM.
+/// A message from the shim to the VMM.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
-    /// Repeated in the answer.
+    /// Sequence number, repeated in the answer.
     pub seq: u64,
-    /// What to do.
+    /// The operation.
     pub call: Call,
 }
 
-/// What the shim asks for.
+/// An operation that the shim requests.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Call {
-    /// Builds the virtual machine; its vCPUs stay paused. Descriptors: those the configuration counts.
+    /// Creates the VM. Its vCPUs stay paused. The packet carries the fds that the configuration refers to.
     Create(Box<VmConfig>),
-    /// Lets the vCPUs run, for the first time or after `Pause`.
+    /// Starts the vCPUs, or resumes them after `Pause`.
     Resume,
-    /// Stops the vCPUs and the device loop between two requests; returns when all stand still.
+    /// Stops the vCPUs and the device loop between two requests. The answer is sent when all of them have stopped.
     Pause,
-    /// Opens a vsock stream to a port of the guest. The answer carries one connected stream socket; it is held back
-    /// until the guest has accepted the connection, or fails when the guest refuses it.
+    /// Opens a vsock connection to a port in the guest. The answer carries one connected stream socket. It is sent when
+    /// the guest has accepted the connection, or as an error if the guest refuses it.
     Connect {
         /// Port in the guest.
         port: u32,
     },
-    /// Plugs a network interface into a spare slot.
+    /// Hot-plugs a network interface into a spare slot.
     AttachNet(NetConfig),
-    /// Plugs a disk into a spare slot.
+    /// Hot-plugs a disk into a spare slot.
     AttachBlk(BlkConfig),
-    /// Asks for the slot of the interface with this address; the answer is `Attached`, or `Nowhere`.
+    /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `Nowhere` if there is
+    /// none.
     FindNet([u8; 6]),
-    /// Takes a disk or an interface out of its slot and closes it; the agent's Release comes first.
+    /// Hot-unplugs a disk or an interface and closes its fds. The agent's Release must come first.
     Detach {
-        /// Its slot.
+        /// Number of the device's slot.
         slot: u32,
     },
-    /// Asks the guest for this many MiB back, from the start size; 0 deflates the balloon.
+    /// Sets the balloon's target: how many MiB of the boot size the guest gives back to the host. 0 deflates the
+    /// balloon.
     Balloon {
         /// Target in MiB.
         mib: u64,
     },
-    /// Makes vCPUs until there are `count`, at most the configuration's `max_vcpus`; the guest then has to start them.
-    /// There are never fewer again.
+    /// Hot-plugs vCPUs until there are `count`, at most the configuration's `max_vcpus`. The guest then has to bring
+    /// them online. vCPUs are never removed.
     Vcpus {
-        /// vCPUs in all.
+        /// Total number of vCPUs.
         count: u8,
     },
-    /// Plugs in the device that memory comes by, once; the answer is `Attached`, and the same slot any later time.
+    /// Hot-plugs the virtio-mem device. The answer is `Attached`. If the device exists already, the answer has its
+    /// slot.
     AttachMemory(Pages),
-    /// Asks the guest to have this many MiB plugged in beside those of the start. The answer, `Memory`, is held back
-    /// until it has, or until the next such request.
+    /// Requests that the guest plugs this many MiB in addition to the memory at boot. The answer, `Memory`, is sent
+    /// when the guest has done so, or when the next request of this kind arrives.
     Memory {
-        /// Of which kind.
+        /// Kind of memory.
         pages: Pages,
-        /// MiB, rounded up to a whole block.
+        /// Size in MiB, rounded up to a whole block.
         mib: u64,
     },
-    /// Asks how much is plugged in now; the answer is `Memory`.
+    /// Requests the amount of plugged memory. The answer is `Memory`.
     PluggedMemory(Pages),
-    /// Asks for a pid of the host that stands for one container; the answer is `Pid`.
+    /// Requests a host pid that stands for one container. The answer is `Pid`.
     TakePid,
-    /// The container is gone.
+    /// Releases a container's pid.
     GiveBackPid {
-        /// What `TakePid` gave.
+        /// The pid from the answer to `TakePid`.
         pid: u32,
     },
-    /// Ends the process; the guest gets no warning. Where it has disks, the agent's Sync comes first.
+    /// Ends the process without warning the guest. If the guest has disks, the agent's Sync must come first.
     Stop,
 }
 
-/// Of what the host makes memory that is plugged in.
+/// The kind of host pages that back hot-plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pages {
-    /// What it has.
+    /// Ordinary pages.
     Ordinary,
-    /// Huge pages of its pool.
+    /// Huge pages from the host's hugetlb pool.
     Huge,
 }
 
-/// From VMM to shim.
+/// A message from the VMM to the shim.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
-    /// The answer to the request with this number.
+    /// The answer to a request.
     Answer {
-        /// The request's number.
+        /// The request's sequence number.
         seq: u64,
-        /// What came of it; the error is the whole chain of causes, printed.
+        /// The result. An error is the text of the whole chain of causes.
         result: Result<Answer, String>,
     },
-    /// Something happened.
+    /// An unsolicited message.
     Notice(Notice),
 }
 
 /// A successful answer.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
-    /// Done.
+    /// The operation is complete.
     Done,
-    /// There is no such thing.
+    /// The requested item does not exist.
     Nowhere,
-    /// Connected; the packet carries the socket.
+    /// The connection is open. The packet carries the socket.
     Connected,
-    /// So much memory is plugged in.
+    /// The amount of plugged memory.
     Memory {
-        /// MiB beside those of the start.
+        /// MiB in addition to the memory at boot.
         plugged_mib: u64,
     },
-    /// The number of a thread of the VMM's.
+    /// The id of a VMM thread that stands for a container.
     Pid {
-        /// As the VMM's own process namespace has it, which is the shim's.
+        /// The pid as seen in the pid namespace of the VMM, which is also the shim's.
         pid: u32,
     },
-    /// Attached in this virtio-mmio slot.
+    /// The device is in this virtio-mmio slot.
     Attached {
-        /// Slot number; `husk_proto::slots::device_name` tells the guest's name of it.
+        /// Slot number. `husk_proto::slots::device_name` returns the guest's name for it.
         slot: u32,
     },
 }
 
-/// Something the VMM says unasked.
+/// An unsolicited message from the VMM.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Notice {
-    /// A step of the start, with CLOCK_MONOTONIC in nanoseconds.
+    /// A boot step.
     Mark {
-        /// Which step.
+        /// The step.
         step: Step,
-        /// When.
+        /// Time of the step: CLOCK_MONOTONIC in nanoseconds.
         at_ns: u64,
     },
-    /// The guest knows of so many files that hardly any more can be opened: it is to forget those it does not use.
+    /// The guest holds so many files open that the VMM is close to its fd limit. The guest should forget unused files.
     ManyFiles,
-    /// The guest is gone; the process ends after this.
+    /// The VM has ended. The VMM process ends after this notice.
     Exited {
-        /// Why.
+        /// The reason.
         reason: ExitReason,
     },
 }
 
-/// Steps of a start that the VMM sees.
+/// Boot steps that the VMM observes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
-    /// The process runs `main`.
+    /// The VMM process has entered `main`.
     ProcessStarted,
-    /// Memory, devices and vCPUs exist.
+    /// Memory, devices and vCPUs have been created.
     VmCreated,
-    /// Just before the first KVM_RUN.
+    /// The boot vCPU is about to enter the guest for the first time.
     FirstInstruction,
-    /// The agent's first act as PID 1.
+    /// The agent has started as PID 1.
     AgentStarted,
-    /// The agent listens.
+    /// The agent listens for connections.
     AgentReady,
 }
 
-/// Why a guest ended.
+/// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitReason {
-    /// The guest reset or powered itself off: orderly, or after a panic that the console tells of.
+    /// The guest reset or powered off: an orderly shutdown, or a panic, which the console output reports.
     Reset,
-    /// The shim asked for it.
+    /// The shim requested it.
     Stopped,
-    /// KVM could not go on.
+    /// KVM failed.
     Failed(String),
 }
 
-/// An error with all its causes, in one line: what goes into an answer and into the log.
+/// Formats an error with all its causes in one line, for answers and for the log.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let message = error.to_string();
-        // Transparent wrappers repeat what they wrap.
+        // A transparent wrapper has the same text as the error that it wraps.
         if !text.ends_with(&message) {
             text.push_str(": ");
             text.push_str(&message);

@@ -1,4 +1,5 @@
-//! The device loop: one thread that serves every device's events, and runs closures for other threads in between.
+//! The device loop: one thread that serves the events of all devices, and runs closures for other threads between
+//! events.
 
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,126 +10,108 @@ use crate::child::Reporter;
 use crate::control::{ExitReason, chain};
 use crate::virtio::mmio::SharedDevice;
 
-/// Stack of the loop's thread.
+/// Stack size of the device loop's thread.
 const STACK: usize = 256 << 10;
 
-/// Why the loop failed.
+/// Why the device loop failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LoopError {
-    /// Epoll or eventfd could not be made.
-    #[error("cannot set up the device loop")]
+    /// An epoll instance or an eventfd could not be created.
+    #[error("failed to set up the device loop")]
     Setup(#[source] event_manager::Error),
-    /// The thread could not be made.
-    #[error("cannot start the device loop")]
+    /// The thread could not be started.
+    #[error("failed to start the device loop")]
     Thread(#[source] io::Error),
-    /// The loop does not answer any more.
-    #[error("the device loop is gone")]
+    /// The device loop does not respond.
+    #[error("the device loop does not respond")]
     Gone(#[source] event_manager::Error),
-    /// It has no such device.
-    #[error("the device loop knows no device {0}")]
+    /// The device loop has no such device.
+    #[error("the device loop has no device {0}")]
     Unknown(u32),
-    /// It was gone while pausing.
-    #[error("the device loop did not pause")]
+    /// The device loop ended before it could pause.
+    #[error("failed to pause the device loop")]
     NotPaused,
 }
 
-/// The loop, seen from outside.
+/// Handle to the device loop, for other threads.
 pub struct EventLoop {
     endpoint: RemoteEndpoint<SharedDevice>,
-    /// What the loop knows the devices of its start by, in their order, once somebody wants to know.
-    first: Receiver<SubscriberId>,
-    known: Vec<SubscriberId>,
-    /// While there, the loop stands still; dropping it lets the loop go on.
+    /// Receives the ids of the boot devices, in the order of the devices. It is read when an id is needed.
+    boot_ids: Receiver<SubscriberId>,
+    boot_devices: Vec<SubscriberId>,
+    /// While this exists, the device loop is paused. Dropping it resumes the loop.
     paused: Option<Sender<()>>,
 }
 
 impl EventLoop {
-    /// Starts the loop's thread.
-    ///
-    /// # Errors
-    /// [`LoopError`].
+    /// Starts the device loop's thread.
     pub fn start(devices: Vec<SharedDevice>, reporter: std::sync::Arc<Reporter>) -> Result<Self, LoopError> {
         let mut manager = EventManager::<SharedDevice>::new().map_err(LoopError::Setup)?;
         let endpoint = manager.remote_endpoint();
-        let (id, first) = channel();
+        let (id_sender, boot_ids) = channel();
         std::thread::Builder::new()
             .name("devices".to_owned())
             .stack_size(STACK)
             .spawn(move || {
                 for device in devices {
-                    // Nobody wants to know of a machine that is gone.
-                    let _ = id.send(manager.add_subscriber(device));
+                    // Sending fails only if the VM is gone, and then no id is needed.
+                    let _ = id_sender.send(manager.add_subscriber(device));
                 }
                 loop {
                     if let Err(error) = manager.run() {
-                        reporter.exit(ExitReason::Failed(format!("device loop: {}", chain(&error))));
+                        reporter.exit(ExitReason::Failed(format!("the device loop failed: {}", chain(&error))));
                     }
                 }
             })
             .map_err(LoopError::Thread)?;
-        Ok(Self { endpoint, first, known: Vec::new(), paused: None })
+        Ok(Self { endpoint, boot_ids, boot_devices: Vec::new(), paused: None })
     }
 
     /// Adds a device.
-    ///
-    /// # Errors
-    /// [`LoopError::Gone`].
     pub fn add(&self, device: SharedDevice) -> Result<SubscriberId, LoopError> {
         self.endpoint.call_blocking(move |loop_| Ok(loop_.add_subscriber(device))).map_err(LoopError::Gone)
     }
 
-    /// Removes a device that was added.
-    ///
-    /// # Errors
-    /// [`LoopError::Gone`].
+    /// Removes a device that [`Self::add`] has added.
     pub fn remove(&self, device: SubscriberId) -> Result<(), LoopError> {
         self.endpoint.call_blocking(move |loop_| loop_.remove_subscriber(device).map(drop)).map_err(LoopError::Gone)
     }
 
-    /// Removes the device of this place among those of the start.
-    ///
-    /// # Errors
-    /// [`LoopError`].
-    pub fn remove_first(&mut self, place: u32) -> Result<(), LoopError> {
-        self.known.extend(self.first.try_iter());
-        let device = *self.known.get(place as usize).ok_or(LoopError::Unknown(place))?;
+    /// Removes a boot device, by its index in the list given to [`Self::start`].
+    pub fn remove_boot_device(&mut self, index: u32) -> Result<(), LoopError> {
+        self.boot_devices.extend(self.boot_ids.try_iter());
+        let device = *self.boot_devices.get(index as usize).ok_or(LoopError::Unknown(index))?;
         self.remove(device)
     }
 
-    /// Runs a closure on the loop, without waiting for it.
-    ///
-    /// # Errors
-    /// [`LoopError::Gone`].
+    /// Runs a closure on the device loop and does not wait for it.
     pub fn run(&self, closure: impl FnOnce() + Send + 'static) -> Result<(), LoopError> {
         self.endpoint.fire(move |_| closure()).map_err(LoopError::Gone)
     }
 
-    /// Makes the loop stand still between two events, and returns when it does.
-    ///
-    /// # Errors
-    /// [`LoopError`].
+    /// Pauses the device loop between two events. Returns when it has paused.
     pub fn pause(&mut self) -> Result<(), LoopError> {
         if self.paused.is_some() {
             return Ok(());
         }
-        let (stands, standing) = channel();
-        let (go_on, wait) = channel::<()>();
+        let (paused_tx, paused_rx) = channel();
+        let (resume_tx, resume_rx) = channel::<()>();
         self.run(move || {
-            let _ = stands.send(());
-            // Ends with an error when the other side is dropped: that is the signal.
-            let _ = wait.recv();
+            let _ = paused_tx.send(());
+            // Returns an error when `paused` is dropped, which is the signal to resume.
+            let _ = resume_rx.recv();
         })?;
-        standing.recv().map_err(|_| LoopError::NotPaused)?;
-        self.paused = Some(go_on);
+        paused_rx.recv().map_err(|_| LoopError::NotPaused)?;
+        self.paused = Some(resume_tx);
         Ok(())
     }
 
-    /// Whether it stands still.
+    /// Whether the device loop is paused.
     pub fn is_paused(&self) -> bool {
         self.paused.is_some()
     }
 
-    /// Lets the loop go on.
+    /// Resumes the device loop.
     pub fn resume(&mut self) {
         self.paused = None;
     }

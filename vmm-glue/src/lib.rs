@@ -1,7 +1,7 @@
-//! Husk's embedded virtual machine monitor: boots a Linux guest through KVM with a handful of virtio devices.
+//! Husk's embedded virtual machine monitor (VMM): boots a Linux guest with KVM and a few virtio devices.
 //!
-//! The library runs in a child process of the shim ([`child::main`]); the shim starts it with [`client::spawn`] and
-//! drives it over a control socket ([`control`]). [`boot`] is the boot recipe, from top to bottom.
+//! The library runs in a child process of the shim ([`child::main`]). The shim starts that process with
+//! [`client::spawn`] and controls it over a control socket ([`control`]). [`boot`] is the boot recipe.
 
 pub mod arch;
 pub mod boot;
@@ -20,8 +20,8 @@ pub mod virtio;
 pub mod vm;
 pub mod vmgenid;
 
-// The agent and the VMM must agree on boot marks and slots, and neither wants the other's dependencies: these files are
-// the protocol crate's, compiled here as well.
+// The agent and the VMM must agree on boot marks and slots. These files belong to the protocol crate and are compiled
+// here too, so that the VMM does not get the protocol crate's dependencies.
 #[path = "../../proto/src/boot.rs"]
 pub mod boot_mark;
 #[path = "../../proto/src/slots.rs"]

@@ -1,4 +1,5 @@
-//! Guest memory: anonymous, private, not reserved, and small pages except where everything is used anyway.
+//! Guest memory: anonymous, private, without reserved swap space, and in small pages except where the boot uses all of
+//! it.
 
 pub mod hotplug;
 
@@ -11,43 +12,40 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 use crate::arch::layout;
 use crate::virtio::device::GuestMemory;
 
-/// Why there is no guest memory.
+/// Why guest memory could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The size is no size.
-    #[error("guest memory size does not fit this machine")]
+    /// The size does not fit into the address space.
+    #[error("guest memory size does not fit into the address space")]
     Size,
-    /// The mapping failed.
-    #[error("cannot map guest memory")]
+    /// mmap failed.
+    #[error("failed to map guest memory")]
     Map(#[source] vm_memory::mmap::FromRangesError),
-    /// The addresses of memory to be plugged in could not be reserved.
-    #[error("cannot reserve the addresses of memory to be plugged in")]
+    /// The addresses of hot-plugged memory could not be reserved.
+    #[error("failed to reserve addresses for hot-plugged memory")]
     Reserve(#[source] io::Error),
-    /// The advice failed.
-    #[error("cannot advise on guest memory")]
+    /// madvise failed.
+    #[error("failed to call madvise on guest memory")]
     Advise(#[source] io::Error),
-    /// No thread could be started.
-    #[error("cannot start a thread")]
+    /// The thread that faults in memory could not be started.
+    #[error("failed to start the prefault thread")]
     Thread(#[source] io::Error),
-    /// KVM refused the memory.
-    #[error("KVM_SET_USER_MEMORY_REGION failed")]
+    /// KVM refused the memory region.
+    #[error("ioctl KVM_SET_USER_MEMORY_REGION failed")]
     Region(#[source] kvm_ioctls::Error),
 }
 
 /// Maps the guest's memory.
 ///
-/// Huge pages are off at first: a guest touches a page here and a page there, and each would bring 2 MiB with it that
-/// an idle pod never uses (measured: 5 MiB more after the boot of a small guest, and no faster). [`prefault`] turns
-/// them on where the boot fills memory densely.
-///
-/// # Errors
-/// [`MemoryError`].
+/// Huge pages are off at first. A guest touches scattered pages, and each would bring 2 MiB with it that an idle pod
+/// never uses. (Measured: 5 MiB more after the boot of a small guest, and the boot is not faster.) [`prefault`] turns
+/// huge pages on where the boot fills memory densely.
 pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
     let mut ranges = Vec::with_capacity(2);
     for (start, len) in layout::ram(bytes) {
         ranges.push((GuestAddress(start), usize::try_from(len).map_err(|_| MemoryError::Size)?));
     }
-    // MAP_ANONYMOUS, MAP_PRIVATE and MAP_NORESERVE are what vm-memory uses without a file.
+    // Without a file, vm-memory maps with MAP_ANONYMOUS, MAP_PRIVATE and MAP_NORESERVE.
     let memory = GuestMemory::from_ranges(&ranges).map_err(MemoryError::Map)?;
     for (start, len) in ranges {
         advise(&memory, start.0, len, libc::MADV_NOHUGEPAGE)?;
@@ -56,12 +54,10 @@ pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
     Ok(memory)
 }
 
-/// Has the kernel back these ranges (start, end) by huge pages, one fault for 2 MiB instead of 512, and brings them in
-/// from a thread of its own: zeroing them takes longer than most of what the boot does meanwhile, and host processors
-/// idle while the guest's first one works. Who comes to a page first just faults it in.
+/// Makes the kernel back these ranges (start, end) with huge pages: one page fault for 2 MiB instead of 512.
 ///
-/// # Errors
-/// [`MemoryError::Advise`], [`MemoryError::Thread`].
+/// A separate thread faults them in. Zeroing them takes longer than most steps of the boot, and host CPUs are idle
+/// while the guest's first vCPU works. If a page is accessed before the thread reaches it, the access faults it in.
 pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), MemoryError> {
     const HUGE: u64 = 2 << 20;
     let end_of = |start| memory.find_region(GuestAddress(start)).map(|r| r.start_addr().0.saturating_add(r.len()));
@@ -79,9 +75,9 @@ pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), Memor
     let memory = memory.clone();
     let populate = move || {
         for (start, len) in ranges {
-            // Linux before 5.14 does not know this advice; then the first access does it.
+            // Linux before 5.14 does not have this advice. Then the first access faults the page in.
             if let Err(error) = advise(&memory, start, len, libc::MADV_POPULATE_WRITE) {
-                log::debug!("cannot fault in {len} bytes at {start:#x}: {error}");
+                log::debug!("failed to fault in {len} bytes at guest address {start:#x}: {error}");
             }
         }
     };
@@ -92,22 +88,19 @@ pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), Memor
 fn advise(memory: &GuestMemory, start: u64, len: usize, advice: libc::c_int) -> Result<(), MemoryError> {
     let slice = memory.get_slice(GuestAddress(start), len).map_err(|_| MemoryError::Size)?;
     let pointer = slice.ptr_guard_mut();
-    // SAFETY: the range lies within one mapping of ours, as get_slice has checked; none of the advices used changes
-    // what is in it.
+    // SAFETY: `get_slice` has checked that the range lies within one mapping, which `memory` keeps mapped during the
+    // call. None of the advices that callers use changes the memory's content.
     let result = unsafe { libc::madvise(pointer.as_ptr().cast(), len, advice) };
     let error = io::Error::last_os_error();
-    // A host kernel without transparent huge pages answers EINVAL: then there is nothing to advise.
+    // A host kernel without transparent huge pages returns EINVAL. Then no advice is needed.
     if result != 0 && error.raw_os_error() != Some(libc::EINVAL) {
         return Err(MemoryError::Advise(error));
     }
     Ok(())
 }
 
-/// Gives the memory to the virtual machine.
-///
-/// # Errors
-/// [`MemoryError::Region`].
-pub fn give_to(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
+/// Registers guest memory with KVM.
+pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
     for (slot, region) in (0u32..).zip(memory.iter()) {
         let region = kvm_userspace_memory_region {
             slot,
@@ -116,8 +109,8 @@ pub fn give_to(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the mapping lives as long as the process: it belongs to the GuestMemory that the machine holds, and
-        // the process ends before the machine is dropped.
+        // SAFETY: the host address range is a valid mapping for as long as KVM uses it. The `Vm` holds the
+        // `GuestMemory`, and the process ends before the `Vm` is dropped.
         unsafe { vm.set_user_memory_region(region) }.map_err(MemoryError::Region)?;
     }
     Ok(())

@@ -1,7 +1,8 @@
-//! Whether this machine's KVM is usable, found out by measuring it.
+//! Measures whether this host's KVM is fast enough to boot a guest.
 //!
-//! A `/dev/kvm` that opens and runs vCPUs is not yet one a guest can boot on: some hypervisors interpret guest code at
-//! privilege level 0, a thousand times too slow for a kernel. So a loop of known length runs there, and is timed.
+//! Opening `/dev/kvm` and running vCPUs may succeed on a host where no guest can boot. Some hypervisors interpret guest
+//! code at privilege level 0, a thousand times too slow for a kernel. So the probe runs a loop of known length there
+//! and measures its duration.
 
 use crate::arch::{layout, regs};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
@@ -12,21 +13,21 @@ use std::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
-/// Instructions a second at privilege level 0 below which a kernel does not come up in useful time: real hardware does
-/// thousands of millions, emulated hardware hundreds, an interpreter about one.
+/// Minimum speed in instructions per second at privilege level 0 at which a kernel boots in useful time. Real hardware
+/// runs thousands of millions, emulated hardware hundreds of millions, an interpreter about one million.
 pub const USABLE: f64 = 50e6;
 
-/// Guest memory: page tables, then the code.
+/// Size of guest memory: page tables, then the code.
 const MEMORY: usize = 0x10_0000;
-/// Where the code lies, clear of the page tables.
+/// Address of the code, after the page tables.
 const CODE: u64 = 0x2_0000;
-/// Rounds to begin with, and the most there are.
-const FEW: u32 = 2_000;
-const MANY: u32 = 200_000_000;
-/// A run that takes so long can be timed: entering and leaving the guest no longer counts.
-const TIMED: Duration = Duration::from_millis(5);
+/// Rounds of the first run, and the maximum.
+const FIRST_ROUNDS: u32 = 2_000;
+const MAX_ROUNDS: u32 = 200_000_000;
+/// Minimum duration of a measured run. In a shorter run, entering and leaving the guest would count too much.
+const MIN_DURATION: Duration = Duration::from_millis(5);
 
-/// What was found.
+/// Result of the measurement.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Probe {
     /// Guest instructions a second at privilege level 0.
@@ -34,61 +35,61 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Whether a kernel comes up on it.
+    /// Whether a guest kernel boots in useful time.
     pub fn usable(self) -> bool {
         self.instructions_per_second >= USABLE
     }
 }
 
-/// Why there is no KVM.
+/// Why KVM could not be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
     /// `/dev/kvm` cannot be opened.
-    #[error("cannot open /dev/kvm")]
+    #[error("failed to open /dev/kvm")]
     Open(#[source] io::Error),
-    /// Guest memory cannot be made.
-    #[error("cannot make guest memory: {0}")]
+    /// Guest memory could not be set up.
+    #[error("failed to set up guest memory: {0}")]
     Memory(String),
-    /// KVM refused something every KVM can do.
-    #[error("cannot {step}")]
+    /// KVM refused an operation that every KVM supports.
+    #[error("failed to {step}")]
     Kvm {
-        /// What it refused.
+        /// The refused operation.
         step: &'static str,
-        /// What it said.
+        /// The error from KVM.
         #[source]
         source: io::Error,
     },
-    /// The vCPU did not halt at the end of the loop.
-    #[error("a vCPU stopped where it should not: {0}")]
+    /// The vCPU did not stop at the end of the loop.
+    #[error("unexpected KVM exit: {0}")]
     Exit(String),
 }
 
-/// Measures how fast guest code runs at privilege level 0; takes some tens of milliseconds, whatever the speed.
+/// Measures the speed of guest code at privilege level 0. Takes some tens of milliseconds at any speed.
 ///
 /// # Errors
-/// [`ProbeError`] when there is no KVM, or this process may not use it.
+/// [`ProbeError`] if there is no KVM, or if this process may not use it.
 pub fn kvm_speed() -> Result<Probe, ProbeError> {
-    let mut rounds = FEW;
+    let mut rounds = FIRST_ROUNDS;
     loop {
-        let took = counted(rounds)?;
-        if took >= TIMED || rounds >= MANY {
-            return Ok(Probe { instructions_per_second: rate(rounds, took) });
+        let duration = run_loop(rounds)?;
+        if duration >= MIN_DURATION || rounds >= MAX_ROUNDS {
+            return Ok(Probe { instructions_per_second: rate(rounds, duration) });
         }
         rounds *= 10;
     }
 }
 
-/// Two instructions a round.
-fn rate(rounds: u32, took: Duration) -> f64 {
-    f64::from(rounds) * 2.0 / took.as_secs_f64().max(1e-9)
+/// Instructions per second; a round has two instructions.
+fn rate(rounds: u32, duration: Duration) -> f64 {
+    f64::from(rounds) * 2.0 / duration.as_secs_f64().max(1e-9)
 }
 
-/// Runs a loop of `rounds` rounds in 64-bit mode; the time it takes.
-fn counted(rounds: u32) -> Result<Duration, ProbeError> {
+/// Runs a loop of `rounds` rounds in 64-bit mode and returns its duration.
+fn run_loop(rounds: u32) -> Result<Duration, ProbeError> {
     let step = |step| move |error: kvm_ioctls::Error| ProbeError::Kvm { step, source: error.into() };
     let memory = memory(rounds)?;
     let kvm = Kvm::new().map_err(|error| ProbeError::Open(error.into()))?;
-    let vm = kvm.create_vm().map_err(step("create a virtual machine"))?;
+    let vm = kvm.create_vm().map_err(step("create a VM"))?;
     let host = memory.get_host_address(GuestAddress(0)).map_err(|error| ProbeError::Memory(error.to_string()))?;
     let region = kvm_userspace_memory_region {
         slot: 0,
@@ -97,8 +98,8 @@ fn counted(rounds: u32) -> Result<Duration, ProbeError> {
         memory_size: MEMORY as u64,
         userspace_addr: host as u64,
     };
-    // SAFETY: the region is all of `memory`, which was made before the virtual machine and so outlives it.
-    unsafe { vm.set_user_memory_region(region) }.map_err(step("give a virtual machine memory"))?;
+    // SAFETY: the region is all of `memory`, which is dropped after `vm` because it was declared before it.
+    unsafe { vm.set_user_memory_region(region) }.map_err(step("register guest memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(step("create a vCPU"))?;
     let mut sregs = vcpu.get_sregs().map_err(step("read a vCPU's registers"))?;
     regs::long_mode(&mut sregs);
@@ -117,7 +118,7 @@ fn counted(rounds: u32) -> Result<Duration, ProbeError> {
     }
 }
 
-/// Memory with an identity mapping of the first 2 MiB, and the loop.
+/// Returns guest memory that holds the loop and page tables with an identity mapping of the first 2 MiB.
 fn memory(rounds: u32) -> Result<GuestMemoryMmap, ProbeError> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])
         .map_err(|error| ProbeError::Memory(error.to_string()))?;
@@ -125,7 +126,7 @@ fn memory(rounds: u32) -> Result<GuestMemoryMmap, ProbeError> {
     code.extend(rounds.to_le_bytes());
     code.extend([0xff, 0xc9, 0x75, 0xfc, 0xf4]); // 1: dec ecx; jnz 1b; hlt
     let table = |index: u64| layout::PML4 + index * 0x1000;
-    // Present and writable; the last is a page of 2 MiB.
+    // Present and writable. The last entry maps a 2 MiB page.
     let entries = [(table(0), table(1) | 3), (table(1), table(2) | 3), (table(2), 0x83)];
     entries
         .iter()
@@ -140,14 +141,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rates_and_their_verdicts() {
+    fn usable_depends_on_instructions_per_second() {
         assert_eq!(rate(1_000_000, Duration::from_millis(10)), 2e8);
         assert!(Probe { instructions_per_second: 6e8 }.usable());
         assert!(!Probe { instructions_per_second: 6e5 }.usable());
     }
 
     #[test]
-    fn the_loop_fits_its_memory() {
+    fn guest_memory_holds_the_loop() {
         let memory = memory(7).unwrap();
         let mut code = [0; 10];
         memory.read_slice(&mut code, GuestAddress(CODE)).unwrap();

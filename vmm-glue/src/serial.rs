@@ -1,6 +1,7 @@
-//! The guest's console: a 16550A whose output goes to a pipe, line by line.
+//! The guest's console: a 16550A serial port whose output is written to a pipe, line by line.
 //!
-//! The pipe never holds up a processor: what does not fit is dropped, counted, and told when there is room again.
+//! The pipe never blocks a vCPU. Output that does not fit into the pipe is dropped and counted. The count is written as
+//! soon as the pipe accepts output again.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -13,39 +14,39 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// First I/O port of COM1.
 pub const PORT: u16 = 0x3f8;
-/// Behind its last.
+/// First port after COM1.
 pub const PORT_END: u16 = PORT + 8;
-/// Longest piece written at once: a pipe takes as much in one go or not at all (PIPE_BUF).
+/// Maximum bytes of one write. Writes of at most PIPE_BUF to a pipe are atomic (pipe(7)).
 const LINE_MAX: usize = 1024;
 
 /// The serial port.
 pub struct Console(Mutex<Serial<Irq, NoEvents, Lines>>);
 
 impl Console {
-    /// A console that writes to `pipe` and interrupts through `irq`.
+    /// Creates a console that writes to `pipe` and raises interrupts through `irq`.
     ///
     /// # Errors
-    /// When the pipe cannot be made non-blocking.
+    /// If the pipe cannot be made non-blocking.
     pub fn new(pipe: OwnedFd, irq: EventFd) -> io::Result<Self> {
         set_nonblocking(&pipe)?;
         let lines = Lines { pipe: File::from(pipe), line: Vec::with_capacity(LINE_MAX), dropped: 0 };
         Ok(Self(Mutex::new(Serial::new(Irq(irq), lines))))
     }
 
-    /// The guest reads a register.
+    /// Serves a read of a register.
     pub fn read(&self, register: u8) -> u8 {
         self.lock().read(register)
     }
 
-    /// The guest writes a register.
+    /// Serves a write to a register.
     pub fn write(&self, register: u8, value: u8) {
-        // Neither a lost byte nor a lost interrupt is the guest's business, and `Lines` never fails.
+        // `Lines` never fails. A lost byte or interrupt must not disturb the guest.
         let _ = self.lock().write(register, value);
     }
 
-    /// Writes what has no end of line yet.
+    /// Writes buffered output that does not end with a newline yet.
     pub fn flush(&self) {
-        self.lock().writer_mut().send();
+        self.lock().writer_mut().write_out();
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Irq, NoEvents, Lines>> {
@@ -64,7 +65,7 @@ impl Trigger for Irq {
     }
 }
 
-/// Collects output to lines.
+/// Collects output into lines.
 struct Lines {
     pipe: File,
     line: Vec<u8>,
@@ -72,8 +73,8 @@ struct Lines {
 }
 
 impl Lines {
-    /// Passes the collected bytes on, or drops them.
-    fn send(&mut self) {
+    /// Writes the buffered bytes to the pipe, or drops them.
+    fn write_out(&mut self) {
         if self.line.is_empty() {
             return;
         }
@@ -95,22 +96,22 @@ impl Write for Lines {
         for &byte in bytes {
             self.line.push(byte);
             if byte == b'\n' || self.line.len() >= LINE_MAX {
-                self.send();
+                self.write_out();
             }
         }
         Ok(bytes.len())
     }
 
-    /// Called after each byte; lines decide instead.
+    /// The serial port calls this after each byte. Output is written at the end of a line instead.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
 
 fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    // SAFETY: fcntl on a descriptor of ours, without pointers.
+    // SAFETY: F_GETFL takes no pointer, and the fd is open because `fd` is borrowed.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-    // SAFETY: as above.
+    // SAFETY: F_SETFL takes an integer and no pointer, and the fd is open because `fd` is borrowed.
     if flags < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_come_out_whole() {
+    fn console_writes_complete_lines() {
         let (console, mut reader) = console();
         for byte in b"panic: one\ntwo" {
             console.write(0, *byte);
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_pipe_drops_and_tells() {
+    fn full_pipe_drops_output_and_reports_it() {
         let (console, mut reader) = console();
         for _ in 0..200 {
             for _ in 0..1000 {

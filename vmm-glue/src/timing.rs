@@ -1,12 +1,12 @@
-//! How long each step of a build takes, in the log at debug level.
+//! Measures the duration of each boot step and logs it at debug level.
 
 use std::time::Instant;
 
-/// A running clock.
+/// Time of the last step.
 pub struct Timing(Instant);
 
 impl Timing {
-    /// Starts it.
+    /// Starts the measurement.
     pub fn start() -> Self {
         Self(Instant::now())
     }

@@ -1,8 +1,8 @@
-//! vCPU threads: they start paused, run until told to pause, and end with the process.
+//! vCPU threads: they start paused, run until they are paused, and end with the process.
 //!
-//! Pausing is a signal: its handler sets `immediate_exit` of the thread's own `kvm_run`, so that a signal that comes
-//! just before KVM_RUN is not lost. A thread parks only when KVM_RUN has returned EINTR, and then no access of the
-//! guest is half done.
+//! A signal pauses a thread. Its handler sets `immediate_exit` in the thread's own `kvm_run`, so that a signal just
+//! before KVM_RUN is not lost. A thread parks only after KVM_RUN has returned EINTR. Then no access of the guest is
+//! half done.
 
 pub mod make;
 
@@ -23,32 +23,32 @@ use crate::child::Reporter;
 use crate::control::{ExitReason, Step};
 use make::{MakeError, Maker};
 
-/// Stack of a vCPU thread: it calls nothing deep.
+/// Stack size of a vCPU thread, whose calls are not nested deeply.
 const STACK: usize = 128 << 10;
 
-/// Why the vCPUs could not be started.
+/// Why vCPUs could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
-    /// The signal that interrupts them could not be prepared.
-    #[error("cannot install the vCPU signal handler")]
+    /// The signal handler that interrupts vCPUs could not be installed.
+    #[error("failed to install the vCPU signal handler")]
     Signal(#[source] io::Error),
-    /// A thread could not be made.
-    #[error("cannot start a vCPU thread")]
+    /// A thread could not be started.
+    #[error("failed to start a vCPU thread")]
     Thread(#[source] io::Error),
-    /// KVM refused one.
+    /// KVM could not create a vCPU.
     #[error(transparent)]
     Make(#[from] MakeError),
-    /// The guest's kernel was not told of so many.
-    #[error("{wanted} vCPUs wanted, this machine can have {most}")]
+    /// The VM was built for fewer vCPUs.
+    #[error("failed to hot-plug vCPUs: {wanted} requested, at max {max} are possible")]
     TooMany {
-        /// What was asked for.
+        /// The requested number of vCPUs.
         wanted: u8,
-        /// What it was built for.
-        most: u8,
+        /// The maximum number of vCPUs of this VM.
+        max: u8,
     },
 }
 
-/// All vCPU threads of the machine.
+/// All vCPU threads of the VM.
 pub struct Vcpus {
     threads: Vec<JoinHandle<()>>,
     gate: Arc<Gate>,
@@ -57,7 +57,7 @@ pub struct Vcpus {
     reporter: Arc<Reporter>,
 }
 
-/// Where threads wait while the machine is paused.
+/// Where vCPU threads wait while the VM is paused.
 struct Gate {
     open: AtomicBool,
     parked: Mutex<usize>,
@@ -65,15 +65,14 @@ struct Gate {
 }
 
 thread_local! {
-    /// The `kvm_run` of this thread, for the signal handler. Without initialiser or destructor it is safe to use there.
+    /// The `kvm_run` of this thread, for the signal handler. The handler may access it, because it has neither a lazy
+    /// initializer nor a destructor.
     static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; all wait for [`Self::resume`]. `maker` makes those that come later.
-    ///
-    /// # Errors
-    /// [`VcpuError`].
+    /// Starts a thread for each vCPU. All wait for [`Self::resume`]. `maker` creates the vCPUs that are hot-plugged
+    /// later.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         maker: Maker,
@@ -91,15 +90,15 @@ impl Vcpus {
         Ok(this)
     }
 
-    /// Makes vCPUs until there are `count`; they wait until the guest's kernel starts them. There are never fewer again:
-    /// one that the guest has taken offline costs a thread that sleeps.
+    /// Creates vCPUs until there are `count`. They wait until the guest's kernel starts them. vCPUs are never removed:
+    /// one that the guest has taken offline costs one sleeping thread.
     ///
     /// # Errors
-    /// [`VcpuError`]; those made before the error stay.
+    /// [`VcpuError`]. vCPUs that were created before the error stay.
     pub fn grow(&mut self, count: u8) -> Result<(), VcpuError> {
-        let most = self.maker.most();
-        if count > most {
-            return Err(VcpuError::TooMany { wanted: count, most });
+        let max = self.maker.max();
+        if count > max {
+            return Err(VcpuError::TooMany { wanted: count, max });
         }
         while let Some(id) = u8::try_from(self.threads.len()).ok().filter(|&id| id < count) {
             let vcpu = self.maker.make(id, None)?;
@@ -120,19 +119,20 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Lets all vCPUs run.
+    /// Resumes all vCPUs.
     pub fn resume(&self) {
         let _guard = self.gate.parked.lock().unwrap_or_else(PoisonError::into_inner);
         self.gate.open.store(true, Ordering::SeqCst);
         self.gate.changed.notify_all();
     }
 
-    /// Stops all vCPUs and returns when every one stands still.
+    /// Pauses all vCPUs. Returns when every one has stopped.
     pub fn pause(&self) {
         let mut parked = self.gate.parked.lock().unwrap_or_else(PoisonError::into_inner);
         self.gate.open.store(false, Ordering::SeqCst);
         for thread in &self.threads {
-            // SAFETY: the thread has not been joined, so its pthread_t is valid; the signal has a handler.
+            // SAFETY: the thread has not been joined or detached, so its pthread_t is valid. The signal has a handler,
+            // so it does not end the process.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
         }
         while *parked < self.threads.len() {
@@ -154,17 +154,18 @@ impl Gate {
     }
 }
 
-/// Makes the KVM_RUN under way, or the next one, return at once.
+/// Makes the current KVM_RUN, or the next one, return at once.
 extern "C" fn on_signal(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     let run = KVM_RUN.get();
     if !run.is_null() {
-        // SAFETY: the pointer is this thread's own mapping, which lives while the thread runs its vCPU.
+        // SAFETY: the pointer is not null, so it is the `kvm_run` mapping of this thread's vCPU. It stays mapped while
+        // the thread runs its vCPU. The handler runs on this thread, so there is no data race.
         unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
         compiler_fence(Ordering::SeqCst);
     }
 }
 
-/// A vCPU thread's life.
+/// Main function of a vCPU thread.
 fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Reporter) {
     KVM_RUN.set(vcpu.get_kvm_run());
     gate.pass();
@@ -181,18 +182,18 @@ fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Report
                 vcpu.set_kvm_immediate_exit(0);
                 if !gate.open.load(Ordering::SeqCst) {
                     gate.pass();
-                    // Tells the guest that its clock stood still, so that it does not suspect a lock-up. KVM refuses
-                    // while the guest has no kvmclock yet: then there is nobody to tell.
+                    // Tells the guest that its clock was stopped, so that it does not report a lockup. KVM refuses this
+                    // while the guest has no kvmclock yet. Then it is not needed.
                     let _ = vcpu.kvmclock_ctrl();
                 }
             }
             Err(error) if error.errno() == libc::EAGAIN => {}
-            Err(error) => reporter.exit(ExitReason::Failed(format!("KVM_RUN: {error}"))),
+            Err(error) => reporter.exit(ExitReason::Failed(format!("ioctl KVM_RUN failed: {error}"))),
         }
     }
 }
 
-/// Serves one exit; a reason ends the machine.
+/// Serves one VM exit. Returns a reason if the VM ends.
 fn handle(exit: VcpuExit<'_>, bus: &Bus, reporter: &Reporter) -> Option<ExitReason> {
     match exit {
         VcpuExit::MmioRead(address, data) => bus.slots.read(address, data),
@@ -204,16 +205,16 @@ fn handle(exit: VcpuExit<'_>, bus: &Bus, reporter: &Reporter) -> Option<ExitReas
             Effect::Mark(step) => reporter.mark(step),
         },
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
-        // A triple fault is the PC's other way to reset.
+        // A triple fault is another way to reset a PC.
         VcpuExit::Shutdown => return Some(ExitReason::Reset),
         VcpuExit::SystemEvent(kind, _) if kind == KVM_SYSTEM_EVENT_CRASH => {
             return Some(ExitReason::Failed("the guest reported a crash".to_owned()));
         }
         VcpuExit::SystemEvent(..) => return Some(ExitReason::Reset),
         VcpuExit::FailEntry(reason, cpu) => {
-            return Some(ExitReason::Failed(format!("KVM could not enter the guest: reason {reason:#x} on CPU {cpu}")));
+            return Some(ExitReason::Failed(format!("KVM failed to enter the guest: reason {reason:#x} on CPU {cpu}")));
         }
-        VcpuExit::InternalError => return Some(ExitReason::Failed("KVM internal error".to_owned())),
+        VcpuExit::InternalError => return Some(ExitReason::Failed("KVM reported an internal error".to_owned())),
         other => return Some(ExitReason::Failed(format!("unexpected KVM exit: {other:?}"))),
     }
     None

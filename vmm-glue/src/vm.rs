@@ -1,4 +1,4 @@
-//! A built machine: what the control socket asks of it.
+//! A built VM and the operations that the control socket requests.
 
 use std::collections::HashMap;
 use std::io;
@@ -25,81 +25,81 @@ use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::{self, Vsock};
 use crate::vmgenid::VmGenId;
 
-/// Why a machine did not do what it was asked.
+/// Why an operation on a VM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
-    /// It is paused, and this needs its device loop.
-    #[error("the machine is paused")]
+    /// The operation needs the device loop, which is paused.
+    #[error("the VM is paused")]
     Paused,
     /// The device loop failed.
     #[error(transparent)]
     Loop(#[from] LoopError),
-    /// The device could not be plugged in.
+    /// The device could not be plugged into a slot.
     #[error(transparent)]
     Plug(#[from] PlugError),
-    /// The device's configuration is wrong.
+    /// The device's configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The device's descriptor did not come, or more did.
-    #[error("one descriptor is needed, {0} came")]
-    Descriptors(usize),
-    /// The tap cannot be used.
-    #[error("cannot use the tap")]
+    /// The number of fds is not one.
+    #[error("exactly one fd is required, {0} were received")]
+    Fds(usize),
+    /// The tap could not be set up.
+    #[error("failed to set up the tap")]
     Tap(#[source] io::Error),
-    /// The disk cannot be used.
-    #[error("cannot use the disk")]
+    /// The disk could not be set up.
+    #[error("failed to set up the disk")]
     Disk(#[from] BlkError),
-    /// There is no balloon.
-    #[error("the machine has no balloon")]
+    /// The VM has no balloon.
+    #[error("the VM has no balloon")]
     NoBalloon,
-    /// The guest could not be told.
-    #[error("cannot tell the guest about the balloon")]
+    /// The guest could not be notified.
+    #[error("failed to notify the guest of the balloon's target")]
     Balloon(#[source] io::Error),
-    /// The vCPUs did not come.
-    #[error("cannot make vCPUs")]
+    /// The vCPUs could not be hot-plugged.
+    #[error("failed to hot-plug vCPUs")]
     Vcpus(#[from] VcpuError),
-    /// No memory of the kind was reserved, or its device is not attached, or could not be.
-    #[error("the machine has no device for memory of pages of this kind: {0:?}")]
+    /// No addresses were reserved for this kind of memory, or its device is not attached, or attaching it failed.
+    #[error("the VM has no memory device for pages of kind {0:?}")]
     NoGrowth(Pages),
-    /// The memory cannot be had.
-    #[error("cannot plug in memory")]
+    /// The memory could not be registered with KVM.
+    #[error("failed to hot-plug memory")]
     Memory(#[from] MemoryError),
-    /// Its device cannot be used.
-    #[error("cannot use the memory device")]
+    /// The memory device could not be set up or notified.
+    #[error("failed to use the memory device")]
     Mem(#[source] io::Error),
 }
 
-/// The machine.
+/// A VM.
 pub struct Vm {
     pub(crate) vcpus: Vcpus,
     pub(crate) event_loop: EventLoop,
     pub(crate) slots: Arc<Slots>,
-    /// What the loop knows the devices by that came later, by their slots.
-    pub(crate) added: HashMap<u32, SubscriberId>,
+    /// The device loop's ids of hot-plugged devices, by slot.
+    pub(crate) hotplugged: HashMap<u32, SubscriberId>,
     pub(crate) vsock: Arc<Mutex<Vsock>>,
     pub(crate) balloon: Option<Arc<Mutex<Balloon>>>,
     pub(crate) growth: Growth,
     pub(crate) huge: Growth,
     pub(crate) kvm: Arc<VmFd>,
-    /// To be renewed when a machine is restored from a snapshot.
+    /// Will be renewed when a VM is restored from a snapshot.
     pub(crate) _vmgenid: VmGenId,
     pub(crate) running: bool,
-    /// Last, because everything above uses it until the process ends.
+    /// Last field, and so dropped last: everything above uses guest memory until the process ends.
     pub(crate) _memory: GuestMemory,
 }
 
-/// Memory that may be plugged in.
+/// State of one kind of hot-plugged memory.
 pub(crate) enum Growth {
-    /// There can be none.
+    /// This kind of memory cannot be hot-plugged.
     None,
-    /// Its addresses are kept for it.
+    /// Its addresses are reserved, and it has no device yet.
     Reserved(Hotplug),
-    /// The device is there, in this slot.
+    /// The slot and the device.
     Attached(u32, Arc<Mutex<Mem>>),
 }
 
 impl Vm {
-    /// Lets device loop and vCPUs run.
+    /// Resumes the device loop and the vCPUs.
     pub fn resume(&mut self) {
         for device in self.slots.devices() {
             mmio::lock(&device).resume();
@@ -109,10 +109,7 @@ impl Vm {
         self.running = true;
     }
 
-    /// Stops the vCPUs, the device loop, and the devices' own threads, in this order; returns when all stand still.
-    ///
-    /// # Errors
-    /// [`VmError::Loop`].
+    /// Stops the vCPUs, the device loop, and the devices' own threads, in this order. Returns when all have stopped.
     pub fn pause(&mut self) -> Result<(), VmError> {
         if self.running {
             self.vcpus.pause();
@@ -125,69 +122,54 @@ impl Vm {
         Ok(())
     }
 
-    /// Opens a stream to a port of the guest; `reply` gets it when the guest has accepted.
+    /// Opens a vsock connection to a port in the guest. `reply` gets the stream when the guest has accepted it.
     pub fn connect(&self, port: u32, reply: vsock::Reply) {
         self.vsock.lock().unwrap_or_else(PoisonError::into_inner).connect(port, reply);
     }
 
-    /// Plugs a network interface into a spare slot and returns the slot's number.
-    ///
-    /// # Errors
-    /// [`VmError`].
+    /// Hot-plugs a network interface into a spare slot and returns the slot's number.
     pub fn attach_net(&mut self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let mut fds = check::Fds::new(fds);
         let backend = check::net(config, &mut fds)?;
-        fds.used_up()?;
+        fds.reject_unused()?;
         let device = Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?;
         self.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 
-    /// Plugs a disk into a spare slot and returns the slot's number.
-    ///
-    /// # Errors
-    /// [`VmError`].
+    /// Hot-plugs a disk into a spare slot and returns the slot's number.
     pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let file = check::blk(config, one(fds)?)?;
         self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
     }
 
-    /// Takes a disk or an interface out of its slot, which is free then, and closes what it had open. The guest had better
-    /// be done with it: what it has asked of it is not answered.
-    ///
-    /// # Errors
-    /// [`VmError`].
+    /// Hot-unplugs a disk or an interface: frees its slot and closes its fds. The guest should have stopped using the
+    /// device, because requests that are in progress are not answered.
     pub fn detach(&mut self, slot: u32) -> Result<(), VmError> {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused);
         }
-        // The slot first: from here on no vCPU starts it again.
+        // Empty the slot first: after that no vCPU can activate the device again.
         let device = self.slots.unplug(slot)?;
         mmio::lock(&device).reset();
-        match self.added.remove(&slot) {
-            Some(added) => self.event_loop.remove(added)?,
-            None => self.event_loop.remove_first(slot)?,
+        match self.hotplugged.remove(&slot) {
+            Some(id) => self.event_loop.remove(id)?,
+            None => self.event_loop.remove_boot_device(slot)?,
         }
         Ok(())
     }
 
-    /// The slot of the interface with this address, if there is one.
+    /// Returns the slot of the interface with this MAC address, or `None`.
     pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
         self.slots.find_net(mac)
     }
 
-    /// Asks the guest for so many MiB in all.
-    ///
-    /// # Errors
-    /// [`VmError`].
+    /// Requests that the guest gives back `mib` MiB in total.
     pub fn balloon(&self, mib: u64) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::NoBalloon)?;
         balloon.lock().unwrap_or_else(PoisonError::into_inner).set_target(mib).map_err(VmError::Balloon)
     }
 
-    /// Makes vCPUs until there are so many, for the guest to start.
-    ///
-    /// # Errors
-    /// [`VmError`].
+    /// Creates vCPUs until there are `count`. The guest has to start them.
     pub fn grow_vcpus(&mut self, count: u8) -> Result<(), VmError> {
         if !self.running {
             return Err(VmError::Paused);
@@ -195,10 +177,8 @@ impl Vm {
         Ok(self.vcpus.grow(count)?)
     }
 
-    /// Plugs the device that memory comes by into a slot kept for it, once, and returns the slot's number.
-    ///
-    /// # Errors
-    /// [`VmError`].
+    /// Hot-plugs the memory device into the slot that is kept for it, if that has not happened, and returns the slot's
+    /// number.
     pub fn attach_mem(&mut self, pages: Pages) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused);
@@ -215,20 +195,20 @@ impl Vm {
         Ok(slot)
     }
 
-    /// Asks the guest to have so many MiB plugged in; `reached` learns how many bytes are once it has.
+    /// Requests that the guest has `mib` MiB plugged. When it has, `reached` gets the number of plugged bytes.
     ///
     /// # Errors
-    /// [`VmError`]; `reached` is dropped then.
+    /// [`VmError`]. Then `reached` is dropped.
     pub fn request_memory(&self, pages: Pages, mib: u64, reached: Reached) -> Result<(), VmError> {
         let Growth::Attached(_, device) = self.growth(pages) else { return Err(VmError::NoGrowth(pages)) };
         let bytes = mib.saturating_mul(1 << 20);
         let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
         let extent = device.extent(bytes);
-        device.range().give_to(&self.kvm, extent)?;
+        device.range().register(&self.kvm, extent)?;
         device.request(bytes, reached).map_err(VmError::Mem)
     }
 
-    /// MiB plugged in at present.
+    /// Returns how many MiB are plugged.
     pub fn plugged_mib(&self, pages: Pages) -> u64 {
         match self.growth(pages) {
             Growth::Attached(_, device) => device.lock().unwrap_or_else(PoisonError::into_inner).plugged() >> 20,
@@ -252,18 +232,19 @@ impl Vm {
 
     fn attach(&mut self, device: SharedDevice, purpose: Purpose) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
-            return Err(VmError::Paused); // the loop could not take the device
+            return Err(VmError::Paused); // the paused device loop cannot add the device
         }
-        // The loop first: once in its slot, the guest may find the device at any moment.
-        let added = self.event_loop.add(device.clone())?;
+        // The device loop first: as soon as the device is in its slot, the guest may find it.
+        let id = self.event_loop.add(device.clone())?;
         match self.slots.plug(device, purpose) {
             Ok(slot) => {
-                self.added.insert(slot, added);
+                self.hotplugged.insert(slot, id);
                 Ok(slot)
             }
             Err(error) => {
-                // With what it has open: a disk of the node's is not held by a machine that did not take it.
-                let _ = self.event_loop.remove(added);
+                // Close the device's fds too, so that a VM which did not accept a disk of the node does not keep it
+                // open.
+                let _ = self.event_loop.remove(id);
                 Err(error.into())
             }
         }
@@ -272,6 +253,6 @@ impl Vm {
 
 fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
     let count = fds.len();
-    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| VmError::Descriptors(count))?;
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| VmError::Fds(count))?;
     Ok(fd)
 }

@@ -1,6 +1,7 @@
-//! What the kernel's 64-bit boot protocol wants to find in memory: the zero page, its memory map, and boot data.
+//! Boot data in guest memory that the kernel's 64-bit boot protocol requires: the zero page, its memory map and
+//! `setup_data`.
 //!
-//! Documentation/arch/x86/boot.rst and zero-page.rst of Linux.
+//! See Documentation/arch/x86/boot.rst and zero-page.rst of Linux.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
@@ -14,46 +15,44 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
-/// `struct setup_data` of this type is a device tree.
+/// `setup_data` type: a device tree.
 const SETUP_DTB: u32 = 2;
-/// `struct setup_data` of this type seeds the kernel's random number generator.
+/// `setup_data` type: a seed for the kernel's random number generator.
 const SETUP_RNG_SEED: u32 = 9;
-/// Bytes of entropy passed: what the kernel's generator takes in for full strength.
+/// Length of the seed in bytes: what the kernel's generator needs for full strength.
 pub const SEED_LEN: usize = 32;
 
-/// boot_params is plain data; the wrapper lets vm-memory write it.
+/// Wrapper that lets vm-memory write `boot_params`, which is plain data.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
 struct ZeroPage(boot_params);
 
-// SAFETY: boot_params is a packed C structure of integers without padding.
+// SAFETY: boot_params is a packed C structure of integers without padding, so every byte pattern is valid and all bytes
+// are initialized.
 unsafe impl ByteValued for ZeroPage {}
 
-/// Where the parts of the boot are, as the kernel is told.
+/// Addresses and contents that the kernel gets at boot.
 pub struct BootData<'a> {
     /// Guest memory in bytes.
     pub memory: u64,
     /// Command line without its final NUL.
     pub cmdline: &'a str,
-    /// Guest-physical address of the initial RAM file system.
+    /// Guest-physical address of the initrd.
     pub initrd: u64,
-    /// Its length.
+    /// Length of the initrd in bytes.
     pub initrd_len: u64,
     /// The device tree.
     pub device_tree: &'a [u8],
-    /// Fresh entropy.
+    /// Fresh entropy for the kernel's random number generator.
     pub seed: [u8; SEED_LEN],
 }
 
-/// Writes zero page, command line and setup data.
-///
-/// # Errors
-/// Those of guest memory.
+/// Writes the zero page, the command line and the `setup_data` list.
 pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory::GuestMemoryError> {
     memory.write_slice(data.cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(layout::CMDLINE + data.cmdline.len() as u64))?;
 
-    // The kernel credits the seed and wipes it: its generator is ready before the first process asks.
+    // The kernel credits the seed as entropy and wipes it. So its generator is ready before the first process needs it.
     write_setup_data(memory, layout::SETUP_DATA, layout::DEVICE_TREE, SETUP_RNG_SEED, &data.seed)?;
     write_setup_data(memory, layout::DEVICE_TREE, 0, SETUP_DTB, data.device_tree)?;
 
@@ -76,7 +75,7 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     memory.write_obj(ZeroPage(params), GuestAddress(layout::ZERO_PAGE))
 }
 
-/// Writes one element of the list of `setup_data`, whose next one is at `next`.
+/// Writes one element of the `setup_data` list. The next element is at `next`.
 fn write_setup_data(
     memory: &GuestMemory,
     address: u64,
@@ -92,7 +91,7 @@ fn write_setup_data(
     memory.write_slice(&bytes, GuestAddress(address))
 }
 
-/// The memory map: start, length, type.
+/// Returns the memory map: start, length and type of each range.
 fn e820(memory: u64) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, layout::LOW_RAM_END, E820_RAM),

@@ -1,4 +1,4 @@
-//! What the guest's processors say they are: KVM's supported CPUID, with what must differ in a machine of this shape.
+//! The guest's CPUID: what KVM supports on this host, adapted to the VM's vCPUs.
 //!
 //! Leaf numbers and fields: Intel SDM volume 2A "CPUID", AMD APM volume 3 appendix E,
 //! Documentation/virt/kvm/x86/cpuid.rst for 0x4000_0001.
@@ -12,20 +12,20 @@ const ECX1_TSC_DEADLINE: u32 = 1 << 24;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
 const EDX1_HTT: u32 = 1 << 28;
 const EXT1_ECX_SVM: u32 = 1 << 2;
-/// Asynchronous page faults, in the three bits that offer them: they pay only when the host swaps guest memory, and
-/// on older hosts cost an exit storm.
+/// The three bits that offer asynchronous page faults. They help only if the host swaps guest memory, and they cause an
+/// exit storm on older hosts.
 const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// Facts about this machine that CPUID has to agree with.
+/// Properties of the VM that CPUID has to agree with.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine {
-    /// Number of processors; their APIC ids count from 0.
+    /// Number of vCPUs; their APIC ids are 0 to `vcpus - 1`.
     pub vcpus: u8,
     /// KVM emulates the TSC deadline timer.
     pub tsc_deadline: bool,
 }
 
-/// CPUID of processor `id`, from what KVM supports on this host.
+/// Returns the CPUID entries of vCPU `id`, from those that KVM supports on this host.
 pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Vec<kvm_cpuid_entry2> {
     let vcpus = u32::from(machine.vcpus);
     let id = u32::from(id);
@@ -42,7 +42,8 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Ve
                 }
                 entry.edx = if vcpus > 1 { entry.edx | EDX1_HTT } else { entry.edx & !EDX1_HTT };
             }
-            // Deterministic cache parameters: first and second level to one processor, the rest to all.
+            // Deterministic cache parameters: caches of level 1 and 2 belong to one vCPU each, the others are shared by
+            // all.
             0x4 if entry.eax & 0x1f != 0 => {
                 let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << id_bits) - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1u32 << id_bits) - 1).min(63) << 26;
@@ -52,16 +53,16 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Ve
                 entry.eax = entry.eax & 0x3fff | sharing << 14;
             }
             0x4000_0001 => entry.eax &= !KVM_ASYNC_PF,
-            // Nested virtualisation is no business of a pod's guest.
+            // A pod's guest gets no nested virtualization.
             0x8000_0001 => entry.ecx &= !EXT1_ECX_SVM,
-            // Cores, and how many bits of the APIC id tell them apart.
+            // Number of cores, and number of APIC id bits that identify a core.
             0x8000_0008 => entry.ecx = id_bits << 12 | (vcpus - 1),
             // APIC id, one thread per core, one node.
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
             _ => {}
         }
     }
-    // Extended topology: every processor a core of the one package.
+    // Extended topology: every vCPU is a core of the single package.
     if entries.iter().any(|entry| entry.function == 0 && entry.eax >= 0xb) {
         let level = |index, shift, count, kind: u32| kvm_cpuid_entry2 {
             function: 0xb,
@@ -80,16 +81,16 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Ve
     entries
 }
 
-/// Leaves that are left out altogether.
+/// Whether a leaf is passed to the guest.
 fn keep(function: u32) -> bool {
     !matches!(
         function,
         0x5                 // MONITOR
-        | 0xa               // performance counters: they would let guests watch the host
-        | 0xb | 0x1f        // topology: made anew
+        | 0xa               // performance counters: a side channel from the host to the guest
+        | 0xb | 0x1f        // topology: replaced below
         | 0x12              // SGX
         | 0x14              // processor trace
-        | 0x15 | 0x16       // clock frequencies: the host's, and wrong under emulation; kvmclock tells the truth
+        | 0x15 | 0x16       // clock frequencies of the host: wrong under emulation; kvmclock is right
         | 0x8000_000a       // SVM
         | 0x8000_001b       // instruction based sampling
         | 0x8000_001f       // memory encryption
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_and_forbidden_leaves() {
+    fn normalise_sets_ids_and_drops_hidden_leaves() {
         let supported: Vec<_> = [0, 1, 0xa, 0xb, 0x15, 0x16, 0x4000_0001, 0x8000_0001, 0x8000_0008].map(leaf).to_vec();
         let machine = Machine { vcpus: 3, tsc_deadline: false };
         for id in 0..3u8 {
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn one_processor_is_no_hyperthread() {
+    fn single_vcpu_is_not_a_hyperthread() {
         let entries = normalise(&[leaf(0), leaf(1)], Machine { vcpus: 1, tsc_deadline: true }, 0);
         let one = entries.iter().find(|entry| entry.function == 1).unwrap();
         assert_eq!(one.edx & EDX1_HTT, 0);

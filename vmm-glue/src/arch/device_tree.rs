@@ -1,29 +1,30 @@
-//! The device tree: processors, interrupt controllers, virtio slots and the generation id, for a kernel without ACPI.
+//! The device tree: vCPUs, interrupt controllers, virtio slots and the VM Generation ID, for a kernel without ACPI.
 //!
-//! x86 Linux takes a flattened device tree as `setup_data` and then asks no MP table (arch/x86/kernel/devicetree.c,
-//! from where the `intel,ce4100-…` names come: they stand for any PC's controllers). It is the only way to a virtual
-//! machine generation id without ACPI (Documentation/devicetree/bindings/rng/microsoft,vmgenid.yaml).
+//! x86 Linux accepts a flattened device tree as `setup_data` and then needs no MP table (arch/x86/kernel/devicetree.c).
+//! The names `intel,ce4100-…` come from that file and stand for the interrupt controllers of any PC. Without ACPI, only
+//! a device tree can describe a VM Generation ID (Documentation/devicetree/bindings/rng/microsoft,vmgenid.yaml).
 
 use vm_fdt::{Error, FdtWriter};
 
 use super::layout;
 
-/// Handle of the I/O APIC, to which all interrupts go.
+/// Phandle of the I/O APIC, the parent of all interrupts.
 const IOAPIC_HANDLE: u32 = 1;
-/// Second interrupt cell: edge, active high (index into `of_ioapic_type` of devicetree.c). KVM's irqfd raises edges.
+/// Second interrupt cell: edge-triggered, active high (index into `of_ioapic_type` of devicetree.c). KVM's irqfd raises
+/// edges.
 const EDGE_RISING: u32 = 3;
 
-/// The tree's bytes; processors have the APIC ids 0 to `vcpus - 1`.
+/// Builds the device tree blob. The vCPUs have the APIC ids 0 to `vcpus - 1`.
 ///
 /// # Errors
-/// None in practice: the tree is well-formed whatever the numbers are.
+/// None in practice: the tree is well-formed for all numbers.
 pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
     fdt.property_u32("interrupt-parent", IOAPIC_HANDLE)?;
-    // Without it the kernel takes the tree for empty.
+    // Without this property, the kernel ignores the tree.
     fdt.property_string("compatible", "husk,microvm")?;
 
     let cpus = fdt.begin_node("cpus")?;
@@ -40,8 +41,9 @@ pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
     let lapic = fdt.begin_node(&format!("lapic@{:x}", layout::LAPIC))?;
     fdt.property_string("compatible", "intel,ce4100-lapic")?;
     fdt.property_array_u64("reg", &[layout::LAPIC.into(), 0x1000])?;
-    // Without `intel,virtual-wire-mode` the kernel leaves the old interrupt controller connected to LINT0, through which
-    // the serial port interrupts: the tree has no interrupt for a port that the kernel knows by itself.
+    // No `intel,virtual-wire-mode`: without it, the kernel leaves the legacy interrupt controller connected to LINT0.
+    // The serial port interrupts through it, because the tree has no interrupt for a port that the kernel knows by
+    // itself.
     fdt.end_node(lapic)?;
 
     let ioapic = fdt.begin_node(&format!("ioapic@{:x}", layout::IOAPIC))?;
@@ -76,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_largest_tree_fits_its_place() {
+    fn largest_tree_fits_reserved_space() {
         for vcpus in [1, 64] {
             let tree = build(vcpus, layout::MAX_SLOTS as u32).unwrap();
             assert_eq!(tree[..4], [0xd0, 0x0d, 0xfe, 0xed]);

@@ -1,4 +1,4 @@
-//! What is particular to x86-64: where things lie in guest memory, processor state at entry, tables for the kernel.
+//! x86-64: memory layout, CPU state at the kernel's entry point, and tables for the kernel.
 
 pub mod boot_params;
 pub mod cpuid;

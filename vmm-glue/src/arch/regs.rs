@@ -1,7 +1,7 @@
-//! Processor state at the kernel's entry: long mode with the first GiB mapped one to one.
+//! CPU state at the kernel's entry point: long mode, with an identity mapping of the first GiB.
 //!
-//! The 64-bit boot protocol (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol") asks for flat segments, paging
-//! on with the kernel and the zero page mapped, interrupts off and RSI pointing to the zero page.
+//! The 64-bit boot protocol (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol") requires flat segments, paging
+//! with the kernel and the zero page mapped, disabled interrupts, and RSI pointing to the zero page.
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -20,7 +20,7 @@ const PDE_HUGE: u64 = 1 << 7;
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// MTRRs on, everything write-back unless the page tables say otherwise.
+/// MTRRs enabled; memory is write-back unless the page tables set another type.
 const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
 const APIC_LVT0: usize = 0x350;
 const APIC_LVT1: usize = 0x360;
@@ -30,10 +30,7 @@ const APIC_MODE_NMI: u32 = 4 << 8;
 /// Segment descriptors: null, 64-bit code, data, task state.
 const GDT: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
 
-/// Writes descriptor table and page tables.
-///
-/// # Errors
-/// Those of guest memory.
+/// Writes the global descriptor table and the page tables.
 pub fn write_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     for (address, entry) in (layout::GDT..).step_by(8).zip(GDT) {
         memory.write_obj(entry, GuestAddress(address))?;
@@ -48,7 +45,7 @@ pub fn write_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     memory.write_slice(&entries, GuestAddress(pd))
 }
 
-/// General registers of the boot processor.
+/// Returns the boot vCPU's general registers.
 pub fn general(entry: u64) -> kvm_regs {
     kvm_regs {
         rip: entry,
@@ -60,7 +57,7 @@ pub fn general(entry: u64) -> kvm_regs {
     }
 }
 
-/// Turns the reset state of the boot processor's system registers into long mode.
+/// Changes the boot vCPU's system registers from the reset state to long mode.
 pub fn long_mode(sregs: &mut kvm_sregs) {
     let code = segment(1);
     let data = segment(2);
@@ -81,7 +78,7 @@ pub fn long_mode(sregs: &mut kvm_sregs) {
     sregs.efer |= EFER_LME | EFER_LMA;
 }
 
-/// The segment register that a load of descriptor `index` gives.
+/// Returns the segment register that results from loading descriptor `index`.
 fn segment(index: u16) -> kvm_segment {
     let descriptor = GDT.get(usize::from(index)).copied().unwrap_or(0);
     let bit = |shift: u32| (descriptor >> shift & 1) as u8;
@@ -103,12 +100,12 @@ fn segment(index: u16) -> kvm_segment {
     }
 }
 
-/// Floating point as after FNINIT, with all SSE exceptions masked.
+/// Returns the FPU state after FNINIT, with all SSE exceptions masked.
 pub fn fpu() -> kvm_fpu {
     kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }
 }
 
-/// Model-specific registers that firmware would have set.
+/// Returns the model-specific registers that firmware would set.
 ///
 /// # Errors
 /// None in practice: the list is short.
@@ -120,7 +117,7 @@ pub fn msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
     ])
 }
 
-/// Wires the local APIC's pins as the MP table says: LINT0 to the PIC, LINT1 to NMI.
+/// Connects the local APIC's pins as an MP table would: LINT0 to the PIC, LINT1 to NMI.
 pub fn wire_lint(lapic: &mut kvm_lapic_state) {
     for (offset, mode) in [(APIC_LVT0, APIC_MODE_EXTINT), (APIC_LVT1, APIC_MODE_NMI)] {
         if let Some(register) = lapic.regs.get_mut(offset..offset + 4) {
@@ -136,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_map_the_first_gib() {
+    fn page_tables_map_first_gib() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         write_tables(&memory).unwrap();
         let read = |address| memory.read_obj::<u64>(GuestAddress(address)).unwrap();
@@ -149,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_are_flat() {
+    fn code_and_data_segments_are_flat() {
         let code = segment(1);
         assert_eq!((code.base, code.limit, code.l, code.db, code.type_), (0, u32::MAX, 1, 0, 0xb));
         let data = segment(2);

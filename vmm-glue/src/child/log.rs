@@ -1,11 +1,11 @@
-//! The VMM process' log: lines on standard error, as much as `HUSK_VMM_LOG` asks for.
+//! The VMM process's log: lines on standard error, at the level that `HUSK_VMM_LOG` sets.
 
 use std::io::Write;
 use std::str::FromStr;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-/// The environment variable that holds the level.
+/// Environment variable with the log level.
 const VARIABLE: &str = "HUSK_VMM_LOG";
 
 struct Stderr;
@@ -17,7 +17,8 @@ impl Log for Stderr {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            // One write a line, so that lines of several processes do not mix; nobody to tell when it fails.
+            // One write for each line, so that lines of several processes do not mix. A failed write cannot be
+            // reported.
             let line = format!("husk-vmm: {}: {}\n", record.level().as_str().to_lowercase(), record.args());
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
@@ -26,10 +27,10 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// Starts logging, warnings and errors unless the environment says otherwise.
+/// Starts logging. The level is "warn" unless the environment variable sets another.
 pub fn init() {
     let level = std::env::var(VARIABLE).ok().and_then(|text| LevelFilter::from_str(&text).ok());
     log::set_max_level(level.unwrap_or(LevelFilter::Warn));
-    // Fails only when there is a logger already, and then that one is as good.
+    // Fails only if there is a logger already. Then that logger stays.
     let _ = log::set_logger(&Stderr);
 }

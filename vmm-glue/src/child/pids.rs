@@ -1,36 +1,37 @@
-//! Pids of the host that stand for the pod's containers: each is a thread that does nothing.
+//! Host pids that stand for the pod's containers. Each is the id of an idle thread of the VMM.
 //!
-//! A container's processes are the guest's, but who asks a runtime for a task's pid looks at `/proc/PID/ns` and
-//! `/proc/PID/cgroup` of it: a thread of this process has the pod's, and a number of its own.
+//! A container's processes are in the guest. But a client that asks the runtime for a task's pid reads the namespaces
+//! and the cgroup from `/proc/PID/ns` and `/proc/PID/cgroup`. A thread of the VMM has the pod's namespaces and cgroup,
+//! and a pid that no other task has.
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
 use std::{io, thread};
 
-/// Far more than a pod has containers.
-const MOST: usize = 1024;
-/// In bytes: the thread calls nothing.
+/// Maximum number of pids; far more than a pod has containers.
+const MAX_PIDS: usize = 1024;
+/// Stack size in bytes. The thread calls almost nothing.
 const STACK: usize = 32 << 10;
 
-/// The threads; each ends when its sender is dropped.
+/// The idle threads by pid. Each ends when its sender is dropped.
 #[derive(Default)]
 pub struct Pids(HashMap<u32, Sender<()>>);
 
 impl Pids {
-    /// A pid of its own, until it is given back.
+    /// Acquires a unique pid.
     ///
     /// # Errors
-    /// When there is no thread to be had.
-    pub fn take(&mut self) -> io::Result<u32> {
-        if self.0.len() >= MOST {
-            return Err(io::Error::other("too many containers"));
+    /// If there are too many pids, or if no thread can be started.
+    pub fn acquire(&mut self) -> io::Result<u32> {
+        if self.0.len() >= MAX_PIDS {
+            return Err(io::Error::other("failed to acquire a pid: the sandbox has too many containers"));
         }
-        let (told, pid) = channel();
+        let (sender, pid) = channel();
         let (hold, held) = channel::<()>();
         thread::Builder::new().name("husk-task".into()).stack_size(STACK).spawn(move || {
-            // SAFETY: gettid takes nothing and cannot fail.
-            let _ = told.send(unsafe { libc::gettid() });
-            // Ends with an error, when the sender is dropped.
+            // SAFETY: gettid takes no arguments and always succeeds.
+            let _ = sender.send(unsafe { libc::gettid() });
+            // Returns an error when the sender is dropped.
             let _ = held.recv();
         })?;
         let pid = pid.recv().map_err(io::Error::other)?.cast_unsigned();
@@ -38,8 +39,8 @@ impl Pids {
         Ok(pid)
     }
 
-    /// Gives a pid back; one that is not held is not missed.
-    pub fn give_back(&mut self, pid: u32) {
+    /// Releases a pid. Does nothing if the pid is not held.
+    pub fn release(&mut self, pid: u32) {
         self.0.remove(&pid);
     }
 }
@@ -49,14 +50,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_is_a_thread_of_this_process_while_it_is_held() {
+    fn pid_is_a_thread_of_this_process_until_released() {
         let mut pids = Pids::default();
-        let (a, b) = (pids.take().unwrap(), pids.take().unwrap());
+        let (a, b) = (pids.acquire().unwrap(), pids.acquire().unwrap());
         assert_ne!(a, b);
         let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_eq!(namespace(&a.to_string()), namespace("self"));
-        pids.give_back(a);
-        pids.give_back(a);
+        pids.release(a);
+        pids.release(a);
         while std::fs::exists(format!("/proc/{a}")).unwrap() {
             thread::yield_now();
         }

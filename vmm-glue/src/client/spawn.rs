@@ -1,4 +1,5 @@
-//! Starts the VMM process: like vfork and exec, with what has to happen in between.
+//! Starts the VMM process with clone and exec, as vfork does. The child sets its network namespace and its control
+//! socket before exec.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
@@ -9,73 +10,73 @@ use std::path::PathBuf;
 use super::{ARGV0, CONTROL_FD};
 use crate::control::wire;
 
-/// Stack of the child between clone and exec.
+/// Stack size of the child between clone and exec.
 const STACK: usize = 64 << 10;
 
-/// The network namespace of the VMM process.
+/// The VMM process's network namespace.
 #[derive(Debug, Default)]
 pub enum Network {
-    /// The parent's.
+    /// The parent's network namespace.
     #[default]
     Inherit,
-    /// A new one, empty but for a loopback interface that is down.
+    /// A new network namespace, with no interface but a loopback interface that is down.
     New,
-    /// This one.
+    /// An existing network namespace.
     Join(OwnedFd),
 }
 
-/// How to start a VMM process.
+/// Options of [`spawn`].
 #[derive(Debug)]
 pub struct SpawnOptions {
-    /// The binary, which calls [`crate::child::main`] when its name is [`ARGV0`].
+    /// The binary. It must call [`crate::child::main`] if its `argv[0]` is [`ARGV0`].
     pub exe: PathBuf,
-    /// Its network namespace.
+    /// The network namespace of the process.
     pub network: Network,
 }
 
 impl Default for SpawnOptions {
-    /// The binary that is running, in the network namespace it has.
+    /// The running binary, in the parent's network namespace.
     fn default() -> Self {
         Self { exe: PathBuf::from("/proc/self/exe"), network: Network::Inherit }
     }
 }
 
-/// A started VMM process. It dies with the thread that started it, and when the control socket is closed; its parent
-/// has to wait for it.
+/// A running VMM process. It ends when the thread that started it ends, or when the control socket is closed. The
+/// parent has to wait for it.
 #[derive(Debug)]
 pub struct Spawned {
-    /// Its process id.
+    /// The process id.
     pub pid: u32,
-    /// Readable when it has ended.
+    /// A pidfd, which is readable when the process has ended.
     pub pidfd: OwnedFd,
-    /// Our end of the control socket, blocking.
+    /// The shim's end of the control socket, in blocking mode.
     pub control: OwnedFd,
 }
 
-/// Why no VMM process was started.
+/// Why the VMM process could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    /// The path has a NUL in it.
-    #[error("the path of the VMM binary is no path")]
+    /// The path contains a NUL byte.
+    #[error("invalid path of the VMM binary: it contains a NUL byte")]
     Path,
-    /// Socket pair.
-    #[error("cannot create the control socket")]
+    /// socketpair failed.
+    #[error("failed to create the control socket")]
     Socket(#[source] io::Error),
-    /// Clone.
-    #[error("cannot create the VMM process")]
+    /// clone failed.
+    #[error("failed to create the VMM process")]
     Clone(#[source] io::Error),
-    /// The child could not enter or make its network namespace.
-    #[error("cannot set the network namespace of the VMM process")]
+    /// The child could not create or enter its network namespace.
+    #[error("failed to set the network namespace of the VMM process")]
     Network(#[source] io::Error),
-    /// The child could not place its control socket.
-    #[error("cannot pass the control socket")]
+    /// The child could not move its control socket to [`CONTROL_FD`].
+    #[error("failed to pass the control socket to the VMM process")]
     Control(#[source] io::Error),
     /// The child could not execute the binary.
-    #[error("cannot execute the VMM binary")]
+    #[error("failed to execute the VMM binary")]
     Exec(#[source] io::Error),
 }
 
-/// What the child needs; plain data, prepared before the clone, for the child must not allocate.
+/// Data for the child. It is plain data, prepared before the clone, because the child must not allocate.
 struct Plan {
     exe: *const c_char,
     argv: *const *const c_char,
@@ -83,7 +84,7 @@ struct Plan {
     control: RawFd,
     netns: RawFd,
     new_network: bool,
-    /// Written by the child when a step fails: which, and errno.
+    /// The failed step and its errno, written by the child.
     failed: (Step, c_int),
 }
 
@@ -95,24 +96,21 @@ enum Step {
     Exec,
 }
 
-/// Starts a VMM process. Every other descriptor of the caller must be close-on-exec; standard error is shared, it is
-/// where the VMM logs.
-///
-/// # Errors
-/// [`SpawnError`].
+/// Starts a VMM process. Every other fd of the caller must be close-on-exec. The child inherits standard error, to
+/// which the VMM logs.
 pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let exe = CString::new(options.exe.into_os_string().into_vec()).map_err(|_| SpawnError::Path)?;
     let argv0 = CString::new(ARGV0).map_err(|_| SpawnError::Path)?;
-    // Of the environment only what the VMM itself looks at.
+    // Pass only the environment variable that the VMM reads.
     let log = std::env::var("HUSK_VMM_LOG").ok().and_then(|level| CString::new(format!("HUSK_VMM_LOG={level}")).ok());
     let argv = [argv0.as_ptr(), std::ptr::null()];
     let envp = [log.as_deref().map_or(std::ptr::null(), CStr::as_ptr), std::ptr::null()];
-    let (ours, theirs) = wire::pair().map_err(SpawnError::Socket)?;
+    let (parent_end, child_end) = wire::pair().map_err(SpawnError::Socket)?;
     let mut plan = Plan {
         exe: exe.as_ptr(),
         argv: argv.as_ptr(),
         envp: envp.as_ptr(),
-        control: theirs.as_raw_fd(),
+        control: child_end.as_raw_fd(),
         netns: match &options.network {
             Network::Join(netns) => netns.as_raw_fd(),
             Network::Inherit | Network::New => -1,
@@ -124,24 +122,26 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let (step, errno) = plan.failed;
     let error = io::Error::from_raw_os_error(errno);
     let error = match step {
-        Step::None => return Ok(Spawned { pid, pidfd, control: ours }),
+        Step::None => return Ok(Spawned { pid, pidfd, control: parent_end }),
         Step::Network => SpawnError::Network(error),
         Step::Control => SpawnError::Control(error),
         Step::Exec => SpawnError::Exec(error),
     };
-    // SAFETY: the child is ours and has ended; nothing is written through the null pointer.
+    // SAFETY: waitpid accepts a null status pointer. The pid belongs to a child that has not been waited for, so it
+    // cannot have been reused.
     unsafe { libc::waitpid(pid as libc::pid_t, std::ptr::null_mut(), 0) };
     Err(error)
 }
 
-/// Clones with shared memory, so that nothing is copied, and waits until the child has executed or ended.
+/// Clones with shared memory, so that no page tables are copied. Returns when the child has called execve or has ended.
 fn clone_and_exec(plan: &mut Plan) -> io::Result<(u32, OwnedFd)> {
     let mut stack = vec![0u128; STACK / 16];
     let mut pidfd: c_int = -1;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
-    // SAFETY: the stack is aligned and large enough for a few system calls; plan and stack outlive the child's use of
-    // them, because CLONE_VFORK holds this thread until the child has executed or ended. Signals are blocked
-    // meanwhile, so that no handler of ours runs in the child; it executes with them blocked, and unblocks them.
+    // SAFETY: `top` is the 16-byte-aligned end of a stack that is large enough for a few system calls. CLONE_VFORK
+    // suspends this thread until the child has called execve or ended, so `plan` and `stack` outlive the child's use of
+    // them. All signals are blocked, so that no signal handler runs in the child, which shares this memory. The VMM
+    // unblocks signals after execve. A successful clone has stored a new fd in `pidfd`, which is owned here only.
     unsafe {
         let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&raw mut all);
@@ -157,10 +157,11 @@ fn clone_and_exec(plan: &mut Plan) -> io::Result<(u32, OwnedFd)> {
     }
 }
 
-/// The child between clone and exec: system calls only.
+/// Main function of the child between clone and exec. It makes system calls only.
 extern "C" fn child(plan: *mut c_void) -> c_int {
     let plan = plan.cast::<Plan>();
-    // SAFETY: the parent waits and lends us its plan; the strings and arrays in it end as execve needs.
+    // SAFETY: `plan` points to the parent's [`Plan`], which nobody else uses while CLONE_VFORK suspends the parent. Its
+    // strings end with NUL and its arrays with a null pointer, as execve requires.
     unsafe {
         let network = match ((*plan).netns, (*plan).new_network) {
             (-1, false) => 0,
@@ -170,7 +171,7 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
         if network != 0 {
             return fail(plan, Step::Network);
         }
-        // dup2 clears close-on-exec, except onto itself.
+        // dup2 clears close-on-exec, but not if both fds are the same.
         let placed = if (*plan).control == CONTROL_FD {
             libc::fcntl(CONTROL_FD, libc::F_SETFD, 0)
         } else {
@@ -184,9 +185,10 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
     }
 }
 
-/// Tells the parent what went wrong.
+/// Stores the failed step and its errno for the parent.
 unsafe fn fail(plan: *mut Plan, step: Step) -> c_int {
-    // SAFETY: as in `child`; errno is this thread's, which is the parent's while it waits.
+    // SAFETY: `plan` is valid and unshared, as in `child`. The errno location is valid: it is that of the suspended
+    // parent thread, whose thread-local storage the child shares.
     unsafe { (*plan).failed = (step, *libc::__errno_location()) };
     127
 }

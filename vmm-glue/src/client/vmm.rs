@@ -1,4 +1,4 @@
-//! A blocking client: one request at a time, notices kept in order.
+//! A blocking client of the VMM. It sends one request at a time and keeps notices in order.
 
 use std::collections::VecDeque;
 use std::io;
@@ -6,18 +6,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::control::{Answer, Call, Notice, Reply, Request, wire};
 
-/// Why a request came to nothing.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// The VMM refused or failed.
+    /// The VMM refused the request or failed to serve it.
     #[error("{0}")]
     Refused(String),
-    /// The control socket failed, or ended with the VMM.
-    #[error("control socket")]
+    /// The control socket failed, or was closed because the VMM has ended.
+    #[error("failed to use the control socket")]
     Socket(#[from] io::Error),
 }
 
-/// The VMM behind a control socket.
+/// A client of one VMM process.
 #[derive(Debug)]
 pub struct Vmm {
     control: OwnedFd,
@@ -26,15 +26,12 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// A client on a blocking control socket.
+    /// Creates a client on a blocking control socket.
     pub fn new(control: OwnedFd) -> Self {
         Self { control, seq: 0, notices: VecDeque::new() }
     }
 
     /// Sends a request and waits for its answer.
-    ///
-    /// # Errors
-    /// [`CallError`].
     pub fn call(&mut self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Vec<OwnedFd>), CallError> {
         self.seq += 1;
         wire::send(&self.control, &Request { seq: self.seq, call }, fds)?;
@@ -52,7 +49,7 @@ impl Vmm {
     /// Waits for the next notice.
     ///
     /// # Errors
-    /// [`CallError::Socket`], at the end too.
+    /// [`CallError::Socket`], also when the VMM has ended.
     pub fn notice(&mut self) -> Result<Notice, CallError> {
         loop {
             if let Some(notice) = self.notices.pop_front() {
@@ -64,14 +61,11 @@ impl Vmm {
         }
     }
 
-    /// Opens a stream to a port of the guest.
-    ///
-    /// # Errors
-    /// [`CallError`].
+    /// Opens a vsock connection to a port in the guest.
     pub fn connect(&mut self, port: u32) -> Result<std::os::unix::net::UnixStream, CallError> {
         match self.call(Call::Connect { port }, &[])? {
             (Answer::Connected, mut fds) => {
-                fds.pop().map(Into::into).ok_or_else(|| CallError::Refused("no stream came".to_owned()))
+                fds.pop().map(Into::into).ok_or_else(|| CallError::Refused("the VMM sent no stream".to_owned()))
             }
             (other, _) => Err(CallError::Refused(format!("unexpected answer {other:?}"))),
         }

@@ -1,4 +1,4 @@
-//! Checks a configuration as a whole, and turns descriptor positions into descriptors of the right kind.
+//! Validates a VM configuration and replaces fd positions by fds of the right kind.
 
 use std::fs::File;
 use std::io;
@@ -9,85 +9,85 @@ use super::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
 use crate::arch::layout;
 use crate::virtio::net::{Backend, MOST_PAIRS, tap_flags};
 
-/// Least and most guest memory. The most is what one page-table level below 46 bits of address allows everywhere.
+/// Minimum and maximum guest memory. Every host supports the maximum: it is one page-table level below 46 address bits.
 const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=4 << 20;
-/// As many processors as the guest kernel is built for.
+/// Number of vCPUs. The guest kernel is built for the maximum.
 const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
-/// Longest virtio-fs tag (virtio 1.2, 5.11.4).
+/// Maximum length of a virtio-fs tag (virtio 1.2, 5.11.4).
 const TAG_MAX: usize = 36;
-/// Longest serial number of a disk (virtio 1.2, 5.2.6).
+/// Maximum length of a disk's serial number (virtio 1.2, 5.2.6).
 const SERIAL_MAX: usize = 20;
 
-/// What is wrong with a configuration.
+/// Why a configuration is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// A value is out of its range.
-    #[error("{what} is {value}, allowed is {allowed}")]
+    /// A value is out of range.
+    #[error("invalid {what}: {value}, must be {allowed}")]
     Range {
-        /// Which value.
+        /// Name of the value.
         what: &'static str,
-        /// What it is.
+        /// The value.
         value: String,
-        /// What it may be.
+        /// The allowed values.
         allowed: &'static str,
     },
-    /// A descriptor's position is beyond the list, or taken twice.
-    #[error("{what}: no descriptor {index} for it came with the configuration")]
+    /// An fd's position is beyond the end of the list, or is used twice.
+    #[error("invalid {what}: fd {index} was not received, or is used twice")]
     Missing {
-        /// What it is for.
+        /// Name of the fd.
         what: &'static str,
-        /// Its position.
+        /// Position of the fd.
         index: usize,
     },
-    /// Descriptors came that nothing uses.
-    #[error("{0} descriptors came that the configuration does not use")]
+    /// The configuration does not use all fds.
+    #[error("the configuration does not use {0} of the received fds")]
     Unused(usize),
-    /// A descriptor is something else.
-    #[error("{what}: the descriptor is not {wanted}")]
+    /// An fd has the wrong kind.
+    #[error("invalid {what}: the fd is not {wanted}")]
     Kind {
-        /// What it is for.
+        /// Name of the fd.
         what: &'static str,
-        /// What it should be.
+        /// The required kind.
         wanted: &'static str,
     },
-    /// A descriptor cannot be examined.
-    #[error("{0}: cannot examine the descriptor")]
+    /// An fd or path could not be examined.
+    #[error("failed to examine {0}")]
     Examine(&'static str, #[source] io::Error),
 }
 
-/// A configuration that has passed, with its descriptors.
+/// A valid configuration, with its fds.
 #[derive(Debug)]
 pub struct Checked {
-    /// The plain values.
+    /// The configuration as received.
     pub config: VmConfig,
-    /// Guest memory in bytes.
+    /// Guest memory at boot, in bytes.
     pub memory: u64,
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
-    /// The kernel.
+    /// The guest kernel.
     pub kernel: File,
-    /// The initial RAM file system.
+    /// The initrd.
     pub initrd: File,
-    /// Its length.
+    /// Length of the initrd in bytes.
     pub initrd_len: u64,
-    /// The console's pipe.
+    /// Write end of the console's pipe.
     pub console: OwnedFd,
-    /// Network interfaces and what they are connected to.
+    /// Network interfaces and their taps.
     pub net: Vec<(NetConfig, Backend)>,
     /// Disks and their files.
     pub blk: Vec<(BlkConfig, File)>,
 }
 
-/// Checks everything, creates nothing.
+/// Validates the whole configuration and creates nothing.
 ///
 /// # Errors
-/// [`ConfigError`], for the first thing found wrong.
+/// [`ConfigError`] for the first violation.
 pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError> {
     range(VCPUS.contains(&config.vcpus), "vcpus", config.vcpus, "1 to 64")?;
-    let most = (config.vcpus..=*VCPUS.end()).contains(&config.max_vcpus);
-    range(most, "max_vcpus", config.max_vcpus, "vcpus to 64")?;
-    range(config.max_memory_mib <= *MEMORY_MIB.end(), "max_memory_mib", config.max_memory_mib, "4194304 at most")?;
-    range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "4194304 at most")?;
+    let in_range = (config.vcpus..=*VCPUS.end()).contains(&config.max_vcpus);
+    range(in_range, "max_vcpus", config.max_vcpus, "vcpus to 64")?;
+    range(config.max_memory_mib <= *MEMORY_MIB.end(), "max_memory_mib", config.max_memory_mib, "at in_range 4194304")?;
+    range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "at in_range 4194304")?;
     range(MEMORY_MIB.contains(&config.memory_mib), "memory_mib", config.memory_mib, "64 to 4194304")?;
     range((3..u32::MAX).contains(&config.vsock_cid), "vsock_cid", config.vsock_cid, "3 to 4294967294")?;
     let printable = config.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte));
@@ -95,7 +95,7 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     let devices = 2 + usize::from(config.share.is_some()) + usize::from(config.balloon);
     let growth = usize::from(config.max_memory_mib > config.memory_mib) + usize::from(config.huge_mib > 0);
     let slots = devices + config.net.len() + config.blk.len() + growth;
-    range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "18 at most")?;
+    range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "at in_range 18")?;
 
     let mut fds = Fds::new(fds);
     let kvm = fds.take("kvm", config.kvm)?;
@@ -119,14 +119,11 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
         let file = fds.take("blk.file", disk.file)?;
         blk.push((disk.clone(), self::blk(disk, file)?));
     }
-    fds.used_up()?;
+    fds.reject_unused()?;
     Ok(Checked { config, memory, kvm, kernel, initrd, initrd_len, console, net, blk })
 }
 
-/// Checks a network interface with its taps.
-///
-/// # Errors
-/// [`ConfigError`].
+/// Validates a network interface and its taps.
 pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
     range((68..=u16::MAX).contains(&config.mtu), "net.mtu", config.mtu, "68 to 65535")?;
     let [first, ..] = config.mac;
@@ -139,8 +136,8 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
     let mut taps = Vec::with_capacity(pairs);
     for &tap in &config.taps {
         let tap = File::from(fds.take("net.taps", tap)?);
-        let good = tap_flags(&tap) & wanted == wanted;
-        kind(good, "net.taps", "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE where there are several")?;
+        let valid = tap_flags(&tap) & wanted == wanted;
+        kind(valid, "net.taps", "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE if there are several")?;
         taps.push(tap);
     }
     let vhost = config.vhost.map(|vhost| fds.take("net.vhost", vhost)).transpose()?;
@@ -150,14 +147,11 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
     Ok(Backend { taps, vhost: vhost.map(File::from) })
 }
 
-/// Checks a disk with its file.
-///
-/// # Errors
-/// [`ConfigError`].
+/// Validates a disk and its file.
 pub fn blk(config: &BlkConfig, file: OwnedFd) -> Result<File, ConfigError> {
     let serial = &config.serial;
     let plain = serial.len() <= SERIAL_MAX && serial.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    range(plain, "blk.serial", serial, "20 printable ASCII characters at most")?;
+    range(plain, "blk.serial", serial, "at in_range 20 printable ASCII characters")?;
     let disk = is(&file, "blk.file", libc::S_IFREG)? || is(&file, "blk.file", libc::S_IFBLK)?;
     kind(disk, "blk.file", "a regular file or a block device")?;
     kind(config.read_only || writable(&file, "blk.file")?, "blk.file", "open for writing")?;
@@ -174,20 +168,17 @@ fn share(config: &ShareConfig) -> Result<(), ConfigError> {
     range(directory, "share.root", &config.root, "the absolute path of a directory")
 }
 
-/// Descriptors not yet taken.
+/// Received fds that have not been taken yet.
 pub struct Fds(Vec<Option<OwnedFd>>);
 
 impl Fds {
-    /// All that came with a configuration.
+    /// Holds all fds that were received with a configuration.
     pub fn new(fds: Vec<OwnedFd>) -> Self {
         Self(fds.into_iter().map(Some).collect())
     }
 
-    /// That nothing is left.
-    ///
-    /// # Errors
-    /// [`ConfigError::Unused`].
-    pub fn used_up(&self) -> Result<(), ConfigError> {
+    /// Fails if fds are left.
+    pub fn reject_unused(&self) -> Result<(), ConfigError> {
         match self.0.iter().flatten().count() {
             0 => Ok(()),
             unused => Err(ConfigError::Unused(unused)),
@@ -200,18 +191,18 @@ impl Fds {
     }
 }
 
-fn range(good: bool, what: &'static str, value: impl ToString, allowed: &'static str) -> Result<(), ConfigError> {
-    if good { Ok(()) } else { Err(ConfigError::Range { what, value: value.to_string(), allowed }) }
+fn range(valid: bool, what: &'static str, value: impl ToString, allowed: &'static str) -> Result<(), ConfigError> {
+    if valid { Ok(()) } else { Err(ConfigError::Range { what, value: value.to_string(), allowed }) }
 }
 
-fn kind(good: bool, what: &'static str, wanted: &'static str) -> Result<(), ConfigError> {
-    if good { Ok(()) } else { Err(ConfigError::Kind { what, wanted }) }
+fn kind(valid: bool, what: &'static str, wanted: &'static str) -> Result<(), ConfigError> {
+    if valid { Ok(()) } else { Err(ConfigError::Kind { what, wanted }) }
 }
 
 fn is(fd: &impl AsRawFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
-    // SAFETY: an all-zero stat is valid.
+    // SAFETY: `stat` is a C structure of integers, for which all-zero is valid.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: the structure lives until the call returns.
+    // SAFETY: the pointer is to a live, writable `stat`, and the fd is open because `fd` is borrowed.
     if unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) } != 0 {
         return Err(ConfigError::Examine(what, io::Error::last_os_error()));
     }
@@ -219,7 +210,7 @@ fn is(fd: &impl AsRawFd, what: &'static str, format: libc::mode_t) -> Result<boo
 }
 
 fn writable(fd: &impl AsRawFd, what: &'static str) -> Result<bool, ConfigError> {
-    // SAFETY: fcntl without pointers.
+    // SAFETY: F_GETFL takes no pointer, and the fd is open because `fd` is borrowed.
     match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } {
         -1 => Err(ConfigError::Examine(what, io::Error::last_os_error())),
         flags => Ok(flags & libc::O_ACCMODE != libc::O_RDONLY),

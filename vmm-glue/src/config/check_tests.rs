@@ -1,11 +1,11 @@
-//! Tests of the configuration's check: every rule refuses what breaks it, before anything is made.
+//! Tests of the configuration check: each rule rejects configurations that violate it, before anything is created.
 
 use std::io;
 
 use super::*;
 
-/// A good configuration and its descriptors: a character device, two files, a pipe.
-fn good() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
+/// Returns a valid configuration and its fds: a character device, two files and a pipe.
+fn valid() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
     let file = || {
         let file = tempfile::tempfile().unwrap();
         file.set_len(100).unwrap();
@@ -35,58 +35,58 @@ fn good() -> (VmConfig, Vec<OwnedFd>, io::PipeReader) {
     (config, fds, reader)
 }
 
-fn refused(change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>)) -> String {
-    let (mut config, mut fds, _reader) = good();
+fn check_error(change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>)) -> String {
+    let (mut config, mut fds, _reader) = valid();
     change(&mut config, &mut fds);
     check(config, fds).unwrap_err().to_string()
 }
 
 #[test]
-fn good_passes() {
-    let (config, fds, _reader) = good();
+fn check_accepts_valid_configuration() {
+    let (config, fds, _reader) = valid();
     let checked = check(config, fds).unwrap();
     assert_eq!((checked.memory, checked.initrd_len), (128 << 20, 100));
 }
 
 #[test]
-fn numbers_have_ranges() {
-    assert!(refused(|config, _| config.vcpus = 0).contains("vcpus is 0"));
-    assert!(refused(|config, _| config.vcpus = 65).contains("vcpus is 65"));
-    assert!(refused(|config, _| config.memory_mib = 63).contains("memory_mib"));
-    assert!(refused(|config, _| config.memory_mib = u64::MAX).contains("memory_mib"));
-    assert!(refused(|config, _| config.vsock_cid = 2).contains("vsock_cid"));
+fn check_rejects_values_out_of_range() {
+    assert!(check_error(|config, _| config.vcpus = 0).contains("vcpus: 0"));
+    assert!(check_error(|config, _| config.vcpus = 65).contains("vcpus: 65"));
+    assert!(check_error(|config, _| config.memory_mib = 63).contains("memory_mib"));
+    assert!(check_error(|config, _| config.memory_mib = u64::MAX).contains("memory_mib"));
+    assert!(check_error(|config, _| config.vsock_cid = 2).contains("vsock_cid"));
     let blk = BlkConfig { file: FdIndex(9), read_only: true, serial: String::new() };
-    assert!(refused(|config, _| config.blk = vec![blk; 17]).contains("virtio devices is 19"));
-    assert!(refused(|config, _| config.kernel_params = "a\nb".to_owned()).contains("printable"));
+    assert!(check_error(|config, _| config.blk = vec![blk; 17]).contains("virtio devices: 19"));
+    assert!(check_error(|config, _| config.kernel_params = "a\nb".to_owned()).contains("printable"));
 }
 
 #[test]
-fn descriptors_are_there_and_of_their_kind() {
-    assert!(refused(|config, _| config.kernel = FdIndex(9)).contains("no descriptor 9"));
-    assert!(refused(|config, _| config.initrd = FdIndex(1)).contains("no descriptor 1"));
-    assert!(refused(|_, fds| fds.push(tempfile::tempfile().unwrap().into())).contains("1 descriptors"));
-    assert!(refused(|config, _| config.kernel = FdIndex(3)).contains("kernel"));
-    assert!(refused(|_, fds| fds.swap(2, 3)).contains("initrd: the descriptor is not a regular file"));
-    assert!(refused(|_, fds| fds[0] = tempfile::tempfile().unwrap().into()).contains("/dev/kvm"));
-    assert!(refused(|_, fds| fds[2] = tempfile::tempfile().unwrap().into()).contains("length of initrd"));
+fn check_rejects_missing_unused_and_wrong_fds() {
+    assert!(check_error(|config, _| config.kernel = FdIndex(9)).contains("fd 9"));
+    assert!(check_error(|config, _| config.initrd = FdIndex(1)).contains("fd 1"));
+    assert!(check_error(|_, fds| fds.push(tempfile::tempfile().unwrap().into())).contains("use 1 of the received fds"));
+    assert!(check_error(|config, _| config.kernel = FdIndex(3)).contains("kernel"));
+    assert!(check_error(|_, fds| fds.swap(2, 3)).contains("initrd: the fd is not a regular file"));
+    assert!(check_error(|_, fds| fds[0] = tempfile::tempfile().unwrap().into()).contains("/dev/kvm"));
+    assert!(check_error(|_, fds| fds[2] = tempfile::tempfile().unwrap().into()).contains("length of initrd"));
 }
 
 #[test]
-fn devices_are_checked() {
+fn check_rejects_invalid_devices() {
     let share = |tag: &str, root: &str| ShareConfig { tag: tag.to_owned(), root: root.to_owned(), workers: 1 };
-    assert!(refused(|config, _| config.share = Some(share("", "/"))).contains("share.tag"));
-    assert!(refused(|config, _| config.share = Some(share("husk", "tmp"))).contains("share.root"));
-    assert!(refused(|config, _| config.share = Some(share("husk", "/nowhere"))).contains("share.root"));
+    assert!(check_error(|config, _| config.share = Some(share("", "/"))).contains("share.tag"));
+    assert!(check_error(|config, _| config.share = Some(share("husk", "tmp"))).contains("share.root"));
+    assert!(check_error(|config, _| config.share = Some(share("husk", "/nowhere"))).contains("share.root"));
     let disk = |serial: &str| BlkConfig { file: FdIndex(4), read_only: false, serial: serial.to_owned() };
     assert!(
-        refused(|config, fds| {
+        check_error(|config, fds| {
             config.blk.push(disk("s"));
             fds.push(File::open("/dev/null").unwrap().into());
         })
         .contains("block device")
     );
     assert!(
-        refused(|config, fds| {
+        check_error(|config, fds| {
             config.blk.push(disk("012345678901234567890"));
             fds.push(tempfile::tempfile().unwrap().into());
         })
@@ -94,7 +94,7 @@ fn devices_are_checked() {
     );
     let tap = NetConfig { taps: vec![FdIndex(4)], vhost: None, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
     assert!(
-        refused(|config, fds| {
+        check_error(|config, fds| {
             config.net.push(tap.clone());
             fds.push(File::open("/dev/null").unwrap().into());
         })

@@ -1,5 +1,5 @@
-//! Memory to be plugged in while the machine runs: a reserved address range that costs nothing until a part of it is
-//! made accessible, and that is as unusable to the guest as no memory at all where it is not.
+//! Address range for hot-plugged memory. It is reserved at boot and costs nothing until a part of it is made
+//! accessible. For the guest, an inaccessible part is as unusable as no memory.
 
 use std::io;
 use std::sync::Arc;
@@ -17,26 +17,27 @@ use crate::virtio::device::GuestMemory;
 /// One region of guest memory.
 pub type Region = GuestRegionMmap<BitmapMmapRegion>;
 
-/// Linux adds memory by blocks of this size (`MIN_MEMORY_BLOCK_SIZE`, arch/x86/mm/init_64.c) …
+/// Size of the blocks in which Linux adds memory (`MIN_MEMORY_BLOCK_SIZE`, arch/x86/mm/init_64.c).
 const BLOCK: u64 = 128 << 20;
-/// … and of up to this, `MAX_BLOCK_SIZE`, where it began with so much RAM.
+/// Maximum block size (`MAX_BLOCK_SIZE`), which Linux may use if it started with at least [`LARGE_FROM`] of RAM.
 const LARGE_BLOCK: u64 = 2 << 30;
 const LARGE_FROM: u64 = 64 << 30;
-/// KVM learns of the range a part at a time, since it keeps tables of what it knows of: parts are this large …
+/// Minimum size of a part. Parts of the range are registered with KVM one at a time, because KVM keeps tables for all
+/// registered memory.
 const PART: u64 = 1 << 30;
-/// … or larger, so that there are never more than this many.
-const MOST_PARTS: u64 = 256;
-/// KVM's number of the first part; those below are RAM's.
+/// Maximum number of parts. In a large range, the parts are larger than [`PART`].
+const MAX_PARTS: u64 = 256;
+/// KVM memory slot of the first part. The slots below belong to RAM.
 const FIRST_SLOT: u32 = 16;
-/// The host's huge pages that a range can be made of, in bytes.
+/// Size of the host's huge pages that can back a range, in bytes.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
-/// What a range's memory is, once it is plugged in.
+/// The kind of host pages that back the range's plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backing {
-    /// Pages as they come.
+    /// Ordinary pages.
     Ordinary,
-    /// Huge pages of the host's pool (hugetlb), which it counts apart from other memory.
+    /// Huge pages from the host's hugetlb pool, which the host accounts separately.
     Huge,
 }
 
@@ -44,26 +45,27 @@ impl Backing {
     fn first_slot(self) -> u32 {
         match self {
             Self::Ordinary => FIRST_SLOT,
-            Self::Huge => FIRST_SLOT + MOST_PARTS as u32,
+            Self::Huge => FIRST_SLOT + MAX_PARTS as u32,
         }
     }
 }
 
-/// What the guest's kernel adds memory by, at most; the range begins and ends at a multiple.
+/// Returns the largest block size that the guest's kernel may use. The range starts and ends at a multiple of it.
 fn unit(ram: u64) -> u64 {
     if ram < LARGE_FROM { BLOCK } else { LARGE_BLOCK }
 }
 
-/// Where memory can be plugged in: start and length, for a machine that has `ram` bytes and may get `most`.
-pub fn range(ram: u64, most: u64) -> Option<(u64, u64)> {
+/// Returns start and length of the range for hot-plugged memory, in a VM with `ram` bytes that may grow to `max` bytes.
+pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
     let end = layout::ram(ram).last().map_or(0, |(start, len)| start + len);
     let start = end.max(layout::HOLE_END).next_multiple_of(unit(ram));
-    let len = most.checked_sub(ram).filter(|&len| len > 0)?.checked_next_multiple_of(unit(ram))?;
+    let len = max.checked_sub(ram).filter(|&len| len > 0)?.checked_next_multiple_of(unit(ram))?;
     start.checked_add(len)?;
     Some((start, len))
 }
 
-/// Where huge pages can be plugged in, behind all other memory, `end` being the end of that; none of none.
+/// Returns start and length of the range for hot-plugged huge pages, after all other memory, which ends at `end`.
+/// Returns `None` if `bytes` is 0.
 pub fn huge_range(ram: u64, end: u64, bytes: u64) -> Option<(u64, u64)> {
     let start = end.max(layout::HOLE_END).checked_next_multiple_of(unit(ram))?;
     let len = Some(bytes).filter(|&bytes| bytes > 0)?.checked_next_multiple_of(unit(ram))?;
@@ -71,10 +73,7 @@ pub fn huge_range(ram: u64, end: u64, bytes: u64) -> Option<(u64, u64)> {
     Some((start, len))
 }
 
-/// Reserves the range's addresses, and adds them to the memory that devices see.
-///
-/// # Errors
-/// [`MemoryError`].
+/// Reserves the range's addresses, and adds the range to the memory that devices access.
 pub fn reserve(
     memory: &GuestMemory,
     (start, len): (u64, u64),
@@ -83,56 +82,58 @@ pub fn reserve(
     let size = usize::try_from(len).map_err(|_| MemoryError::Size)?;
     let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_NONE);
     let builder = match backing {
-        Backing::Ordinary => builder.with_mmap_flags(NOTHING),
-        // The flag says what is to come, for who asks `is_huge`.
+        Backing::Ordinary => builder.with_mmap_flags(RESERVE_FLAGS),
+        // The flag does not change this mapping. It tells `is_huge` which pages will be plugged.
         Backing::Huge => {
-            let pointer = address_space(size)?.cast();
-            // SAFETY: the mapping is our own, so long, and nobody unmaps it: it is guest memory until the process ends.
-            unsafe { builder.with_mmap_flags(NOTHING | libc::MAP_HUGETLB).with_raw_mmap_pointer(pointer) }
+            let pointer = reserve_addresses(size)?.cast();
+            // SAFETY: the pointer is to a mapping of `size` bytes that nothing else uses. It is never unmapped: it is
+            // guest memory until the process ends.
+            unsafe { builder.with_mmap_flags(RESERVE_FLAGS | libc::MAP_HUGETLB).with_raw_mmap_pointer(pointer) }
         }
     };
     let mapping = builder.build().map_err(|error| MemoryError::Reserve(io::Error::other(error)))?;
     let region = Arc::new(Region::new(mapping, GuestAddress(start)).ok_or(MemoryError::Size)?);
     let unit = unit(memory.iter().map(GuestMemoryRegion::len).sum());
-    let hotplug = Hotplug { region: region.clone(), unit, part: part(len), given: 0, backing };
+    let hotplug = Hotplug { region: region.clone(), unit, part: part(len), registered: 0, backing };
     for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_DONTDUMP] {
-        // As for RAM; a kernel without huge pages has nothing to be advised of.
+        // As for RAM. Best effort: a kernel without transparent huge pages does not need the advice.
         let _ = hotplug.advise(0, len, advice);
     }
     let memory = memory.insert_region(region).map_err(|error| MemoryError::Reserve(io::Error::other(error)))?;
     Ok((memory, hotplug))
 }
 
-/// Whether a region of guest memory is one of huge pages.
+/// Whether a region of guest memory is backed by huge pages.
 pub fn is_huge(region: &Region) -> bool {
     region.flags() & libc::MAP_HUGETLB != 0
 }
 
-/// Addresses that nothing is behind.
-const NOTHING: libc::c_int = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+/// Flags of a mapping that only reserves addresses.
+const RESERVE_FLAGS: libc::c_int = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
 
-/// Maps so many bytes of nothing, aligned to huge pages: they can be mapped nowhere else.
-fn address_space(size: usize) -> Result<*mut libc::c_void, MemoryError> {
+/// Reserves `size` bytes of address space, aligned to huge pages, because a huge page needs an aligned address.
+fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
     let spare = HUGE_PAGE as usize;
-    let whole = size.checked_add(spare).ok_or(MemoryError::Size)?;
-    // SAFETY: a new mapping where the kernel likes, which touches none that there is.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), whole, libc::PROT_NONE, NOTHING, -1, 0) };
+    let total = size.checked_add(spare).ok_or(MemoryError::Size)?;
+    // SAFETY: without MAP_FIXED the kernel chooses unused addresses, so no existing mapping changes.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), total, libc::PROT_NONE, RESERVE_FLAGS, -1, 0) };
     if start == libc::MAP_FAILED {
         return Err(MemoryError::Reserve(io::Error::last_os_error()));
     }
     let before = start.addr().next_multiple_of(spare) - start.addr();
     let aligned = start.wrapping_byte_add(before);
     for (rest, len) in [(start, before), (aligned.wrapping_byte_add(size), spare - before)] {
-        // What cannot be unmapped stays, and costs nothing.
-        // SAFETY: the ends of the mapping made above, which nobody knows of yet.
+        // Best effort: a part that cannot be unmapped stays, and costs nothing.
+        // SAFETY: both parts lie within the mapping made above, outside the part that is returned, and nothing uses
+        // them.
         let _ = len == 0 || unsafe { libc::munmap(rest, len) } == 0;
     }
     Ok(aligned)
 }
 
-/// The size of the parts that KVM is told of.
+/// Returns the size of the parts that are registered with KVM.
 fn part(len: u64) -> u64 {
-    len.div_ceil(MOST_PARTS).next_multiple_of(PART)
+    len.div_ceil(MAX_PARTS).next_multiple_of(PART)
 }
 
 /// The reserved range.
@@ -141,24 +142,24 @@ pub struct Hotplug {
     region: Arc<Region>,
     unit: u64,
     part: u64,
-    /// Bytes from the start that KVM knows of.
-    given: u64,
+    /// Length of the range's first part that is registered with KVM, in bytes.
+    registered: u64,
     backing: Backing,
 }
 
 impl Hotplug {
-    /// Guest-physical address.
+    /// Returns the guest-physical start address.
     pub fn start(&self) -> u64 {
         self.region.start_addr().0
     }
 
-    /// Bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> GuestUsize {
         self.region.len()
     }
 
-    /// How much of it, from its start, has to be usable for so many bytes to find a place: whole blocks of the guest's
-    /// kernel, and one more for when it has some that it cannot fill.
+    /// Returns how many bytes from the range's start must be usable so that the guest can plug `bytes`. The guest's
+    /// kernel adds whole blocks. One more block is needed if there are blocks that it cannot fill.
     pub fn extent(&self, bytes: u64) -> u64 {
         match bytes {
             0 => 0,
@@ -168,36 +169,40 @@ impl Hotplug {
         }
     }
 
-    /// Whether there is nothing of it: never.
+    /// Always false: a range is never empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Has KVM know of at least the first `bytes`. It forgets nothing again: what is not accessible stays so.
+    /// Registers at least the first `bytes` with KVM. Nothing is unregistered later: inaccessible parts stay
+    /// inaccessible.
     ///
     /// # Errors
-    /// [`MemoryError::Region`]; what it knew before, it knows.
-    pub fn give_to(&mut self, vm: &VmFd, bytes: u64) -> Result<(), MemoryError> {
-        while self.given < bytes.min(self.len()) {
+    /// [`MemoryError::Region`]. Parts that were registered before stay registered.
+    pub fn register(&mut self, vm: &VmFd, bytes: u64) -> Result<(), MemoryError> {
+        while self.registered < bytes.min(self.len()) {
             let region = kvm_userspace_memory_region {
-                slot: u32::try_from(self.given / self.part).map_err(|_| MemoryError::Size)? + self.backing.first_slot(),
+                slot: u32::try_from(self.registered / self.part).map_err(|_| MemoryError::Size)?
+                    + self.backing.first_slot(),
                 flags: 0,
-                guest_phys_addr: self.start() + self.given,
-                memory_size: self.part.min(self.len() - self.given),
-                userspace_addr: self.region.as_ptr() as u64 + self.given,
+                guest_phys_addr: self.start() + self.registered,
+                memory_size: self.part.min(self.len() - self.registered),
+                userspace_addr: self.region.as_ptr() as u64 + self.registered,
             };
-            // SAFETY: as with RAM: the mapping lives as long as the process, and this part lies within it.
+            // SAFETY: the host address range lies within the region's mapping, which is not unmapped before the process
+            // ends.
             unsafe { vm.set_user_memory_region(region) }.map_err(MemoryError::Region)?;
-            self.given += region.memory_size;
+            self.registered += region.memory_size;
         }
         Ok(())
     }
 
-    /// Makes a part, of whole huge pages, usable by the guest; it reads as zeroes.
+    /// Makes a part accessible to the guest; it reads as zeroes. Of a range of huge pages, the part must consist of
+    /// whole huge pages.
     ///
     /// # Errors
-    /// Those of mprotect: too many parts of different kinds, or too much memory for a host that counts it. Of huge
-    /// pages, those of mmap and madvise: there are not so many. The part is unusable then.
+    /// The error of mprotect: the mapping has too many parts with different protection, or the host's overcommit limit
+    /// is reached. For huge pages, the error of mmap or madvise: the host has too few. Then the part is inaccessible.
     pub fn open(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.backing {
             Backing::Ordinary => self.protect(offset, len, libc::PROT_READ | libc::PROT_WRITE),
@@ -205,8 +210,9 @@ impl Hotplug {
                 let (start, size) = self.within(offset, len)?;
                 let protection = libc::PROT_READ | libc::PROT_WRITE;
                 replace(start, size, protection, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)?;
-                // At once: a page that is not there when the guest touches it would be a bus error of ours. (Linux 5.14;
-                // an older kernel has reserved the pages, and can only be stopped by its control group's limit.)
+                // Populate at once: if a page were missing when the guest touched it, the VMM would get SIGBUS. (Linux
+                // 5.14 and later. An older kernel has reserved the pages, so populating can fail only at the cgroup's
+                // limit.)
                 let populated = self.advise(offset, len, libc::MADV_POPULATE_WRITE);
                 match populated.as_ref().map_err(io::Error::raw_os_error) {
                     Ok(()) | Err(Some(libc::EINVAL)) => Ok(()),
@@ -216,10 +222,10 @@ impl Hotplug {
         }
     }
 
-    /// Takes a part from the guest and gives its memory back to the host. The guest's accesses fail from then on.
+    /// Makes a part inaccessible and gives its memory back to the host. From then on, the guest's accesses fail.
     ///
     /// # Errors
-    /// Those of mprotect and madvise; the part may be unusable already then.
+    /// The error of mprotect or madvise. Then the part may be inaccessible already.
     pub fn close(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.backing {
             Backing::Ordinary => {
@@ -235,7 +241,8 @@ impl Hotplug {
 
     fn protect(&self, offset: u64, len: u64, protection: libc::c_int) -> io::Result<()> {
         let (start, len) = self.within(offset, len)?;
-        // SAFETY: the range lies within this mapping, which is used through volatile accesses and system calls only.
+        // SAFETY: the range lies within this mapping, as `within` has checked. Guest memory is accessed through
+        // volatile accesses and system calls only, so no Rust reference depends on the protection.
         match unsafe { libc::mprotect(start, len, protection) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -244,14 +251,15 @@ impl Hotplug {
 
     fn advise(&self, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
         let (start, len) = self.within(offset, len)?;
-        // SAFETY: as above; nobody relies on what guest memory holds.
+        // SAFETY: the range lies within this mapping, as `within` has checked. No Rust reference points to guest
+        // memory, and no code relies on its content.
         match unsafe { libc::madvise(start, len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Address and length of a part, checked.
+    /// Returns the address and the length of a part, if the part lies within the range.
     fn within(&self, offset: u64, len: u64) -> io::Result<(*mut libc::c_void, usize)> {
         let fits = offset.checked_add(len).is_some_and(|end| end <= self.len());
         match (fits, usize::try_from(offset), usize::try_from(len)) {
@@ -261,10 +269,11 @@ impl Hotplug {
     }
 }
 
-/// Maps something else over a part of a reserved range.
+/// Replaces the mapping of a part of a reserved range.
 fn replace(start: *mut libc::c_void, len: usize, protection: libc::c_int, kind: libc::c_int) -> io::Result<()> {
     let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_FIXED | kind;
-    // SAFETY: the part lies within a mapping that is guest memory, used through volatile accesses and system calls only.
+    // SAFETY: callers pass a part that `within` has checked, so MAP_FIXED replaces guest memory only. Guest memory is
+    // accessed through volatile accesses and system calls only.
     match unsafe { libc::mmap(start, len, protection, flags, -1, 0) } {
         libc::MAP_FAILED => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -277,7 +286,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     #[test]
-    fn the_range_is_above_ram_and_devices() {
+    fn range_is_above_ram_and_devices() {
         assert_eq!(range(64 << 20, 64 << 20), None);
         assert_eq!(range(64 << 20, 128 << 20), Some((4 << 30, 128 << 20)));
         assert_eq!(range(5 << 30, 8 << 30), Some((6 << 30, 3 << 30)));
@@ -287,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_are_behind_everything() {
+    fn huge_range_is_after_all_other_memory() {
         assert_eq!(huge_range(64 << 20, 64 << 20, 0), None);
         assert_eq!(huge_range(64 << 20, 64 << 20, 2 << 20), Some((4 << 30, 128 << 20)));
         assert_eq!(huge_range(64 << 20, 5 << 30, 256 << 20), Some((5 << 30, 256 << 20)));
@@ -295,34 +304,34 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_that_the_host_does_not_have_cannot_be_opened() {
+    fn open_fails_if_host_has_too_few_huge_pages() {
         let ram = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let pages = 1u64 << 20;
         let (_, hotplug) = reserve(&ram, (4 << 30, pages * HUGE_PAGE), Backing::Huge).unwrap();
         assert!((hotplug.region.as_ptr() as u64).is_multiple_of(HUGE_PAGE));
-        // Two TiB of them nobody has.
+        // No host has 2 TiB of huge pages.
         assert_eq!(hotplug.open(0, pages * HUGE_PAGE).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
         hotplug.close(0, pages * HUGE_PAGE).unwrap();
     }
 
     #[test]
-    fn kvm_never_sees_too_many_parts() {
+    fn number_of_parts_is_limited() {
         for gib in [1u64, 6, 255, 257, 1000, 64 << 10] {
             let len = gib << 30;
-            assert!(len.div_ceil(part(len)) <= MOST_PARTS && part(len).is_multiple_of(PART), "{gib}");
+            assert!(len.div_ceil(part(len)) <= MAX_PARTS && part(len).is_multiple_of(PART), "{gib}");
         }
     }
 
     #[test]
-    fn only_what_is_open_can_be_used() {
+    fn only_open_parts_are_accessible() {
         let ram = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let (memory, hotplug) = reserve(&ram, (4 << 30, 128 << 20), Backing::Ordinary).unwrap();
         assert_eq!(memory.num_regions(), 2);
-        // A system call tells by EFAULT what the processor would fault on.
+        // A system call fails with EFAULT where a CPU access would fault.
         let usable = |offset: u64| {
             let slice = memory.get_slice(GuestAddress((4 << 30) + offset), 16).unwrap();
             let (_from, to) = io::pipe().unwrap();
-            // SAFETY: write reads from the range, or fails.
+            // SAFETY: the range lies within a mapping of `memory`. If it is not readable, write fails with EFAULT.
             unsafe { libc::write(to.as_raw_fd(), slice.ptr_guard().as_ptr().cast(), 16) == 16 }
         };
         assert!(!usable(2 << 20));
@@ -335,7 +344,7 @@ mod tests {
         hotplug.open(2 << 20, 2 << 20).unwrap();
         let mut bytes = [9u8; 4];
         slice.copy_to(&mut bytes);
-        assert_eq!(bytes, [0; 4], "what was given back is gone");
+        assert_eq!(bytes, [0; 4], "memory that was registered back reads as zeroes");
         assert!(hotplug.open(127 << 20, 2 << 20).is_err());
         assert!(hotplug.close(u64::MAX, 2).is_err());
     }

@@ -1,4 +1,4 @@
-//! Makes vCPUs in KVM: those of the start, and those that come when the pod grows.
+//! Creates vCPUs in KVM, at boot and when the pod grows.
 
 use std::sync::Arc;
 
@@ -8,18 +8,18 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use crate::arch::cpuid::{self, Machine};
 use crate::arch::regs;
 
-/// Why there is no vCPU.
+/// Why a vCPU could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum MakeError {
-    /// An ioctl of KVM failed.
-    #[error("{0} failed")]
+    /// A KVM ioctl failed.
+    #[error("ioctl {0} failed")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// A KVM structure could not be made.
-    #[error("too many entries for KVM")]
+    /// A KVM structure with a variable number of entries could not be allocated.
+    #[error("failed to build a KVM structure: too many entries")]
     Fam(#[source] vmm_sys_util::fam::Error),
 }
 
-/// What every vCPU of a machine is made of.
+/// Creates the vCPUs of one VM, all with the same CPUID but for their ids.
 pub struct Maker {
     vm: Arc<VmFd>,
     supported: Vec<kvm_cpuid_entry2>,
@@ -27,37 +27,35 @@ pub struct Maker {
 }
 
 impl Maker {
-    /// For a machine, on a host whose KVM supports this CPUID.
+    /// Creates a maker for one VM, on a host whose KVM supports this CPUID.
     pub fn new(vm: Arc<VmFd>, supported: Vec<kvm_cpuid_entry2>, machine: Machine) -> Self {
         Self { vm, supported, machine }
     }
 
-    /// Makes vCPU `id`; `entry` is where the boot processor starts, the others wait for its signal.
-    ///
-    /// # Errors
-    /// [`MakeError`].
+    /// Creates vCPU `id`. `entry` is the boot vCPU's entry point. The other vCPUs wait for the boot vCPU's startup
+    /// interprocessor interrupt.
     pub fn make(&self, id: u8, entry: Option<u64>) -> Result<VcpuFd, MakeError> {
         let cpuid = cpuid::normalise(&self.supported, self.machine, id);
         create(&self.vm, id, &CpuId::from_entries(&cpuid).map_err(MakeError::Fam)?, entry)
     }
 
-    /// How many there can be.
-    pub fn most(&self) -> u8 {
+    /// Returns the maximum number of vCPUs.
+    pub fn max(&self) -> u8 {
         self.machine.vcpus
     }
 }
 
-/// Creates one vCPU with all its state; `entry` is where the boot processor starts, the others wait.
+/// Creates a vCPU and sets all its state. `entry` is the boot vCPU's entry point.
 fn create(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd, MakeError> {
     let failed = |what| move |error| MakeError::Kvm(what, error);
     let vcpu = vm.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
-    // CPUID first: it decides which model-specific registers there are.
+    // CPUID first, because it decides which model-specific registers exist.
     vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
     let msrs = regs::msrs().map_err(MakeError::Fam)?;
-    // KVM stops at the first register this host does not know; the kernel lives without either.
+    // KVM stops at the first register that this host does not support. The guest kernel works without either register.
     let written = vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
     if written < msrs.as_slice().len() {
-        log::debug!("vCPU {id}: KVM took {written} of {} model-specific registers", msrs.as_slice().len());
+        log::debug!("vCPU {id}: KVM has set only {written} of {} model-specific registers", msrs.as_slice().len());
     }
     vcpu.set_fpu(&regs::fpu()).map_err(failed("KVM_SET_FPU"))?;
     let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;

@@ -67,17 +67,11 @@ impl Release {
 
 impl Balloon {
     /// A device that asks for nothing yet.
-    ///
-    /// # Errors
-    /// The error of eventfd.
     pub fn new() -> io::Result<Self> {
         Ok(Self { wake: Wake::new()?, active: None, target: 0, actual: 0 })
     }
 
     /// Asks the guest for so many MiB in all; it complies as it can.
-    ///
-    /// # Errors
-    /// The error of interrupting the guest.
     pub fn set_target(&mut self, mib: u64) -> io::Result<()> {
         self.target = u32::try_from(mib.saturating_mul(PAGES_PER_MIB)).unwrap_or(u32::MAX);
         match &self.active {

@@ -33,26 +33,14 @@ pub struct Activation {
 /// Raises the device's interrupts.
 pub trait Interrupt: Send + Sync {
     /// Buffers of the queue were used.
-    ///
-    /// # Errors
-    /// The error of writing to KVM's irqfd.
     fn queue(&self, index: u16) -> std::io::Result<()>;
     /// Somebody outside the VMM, vhost in the host's kernel, interrupts by writing to this eventfd when it has used
     /// buffers of a queue. Nobody tells the transport which of its interrupts were these: from this call until the
     /// device's reset the driver is told with each that buffers may have been used, which costs it a look.
-    ///
-    /// # Errors
-    /// The error of dup.
     fn hand_over(&self) -> std::io::Result<EventFd>;
     /// The configuration space changed.
-    ///
-    /// # Errors
-    /// The error of writing to KVM's irqfd.
     fn config(&self) -> std::io::Result<()>;
     /// The driver broke the rules of its queues: the device has stopped, and sets DEVICE_NEEDS_RESET if it can.
-    ///
-    /// # Errors
-    /// The error of writing to KVM's irqfd.
     fn needs_reset(&self) -> std::io::Result<()> {
         self.config()
     }

@@ -49,9 +49,6 @@ struct Active {
 
 impl Mem {
     /// A device with nothing plugged and nothing asked for.
-    ///
-    /// # Errors
-    /// The error of eventfd.
     pub fn new(range: Hotplug) -> io::Result<Self> {
         let blocks = Blocks::new(range.len() / BLOCK);
         Ok(Self { wake: Wake::new()?, range, blocks, requested: 0, usable: 0, waiting: None, active: None })
@@ -68,9 +65,6 @@ impl Mem {
     }
 
     /// Asks the guest to have so many bytes plugged, rounded up to whole blocks; `reached` learns when it has.
-    ///
-    /// # Errors
-    /// The error of interrupting the guest.
     pub fn request(&mut self, bytes: u64, reached: Reached) -> io::Result<()> {
         self.requested = bytes.min(self.range.len()).next_multiple_of(BLOCK);
         // What may be used does not shrink: there may be blocks up to its end.

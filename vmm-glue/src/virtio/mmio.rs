@@ -129,9 +129,6 @@ impl MmioInterrupt {
 
 impl Transport {
     /// Puts `device` behind registers; `irq` is what interrupts the guest.
-    ///
-    /// # Errors
-    /// [`TransportError`].
     pub fn new(device: SharedDevice, memory: GuestMemory, irq: EventFd) -> Result<Self, TransportError> {
         let (device_type, device_features, queues) = {
             let device = lock(&device);

@@ -161,9 +161,6 @@ impl<'m> Iov<'m> {
     }
 
     /// Reads exactly `N` bytes and consumes them.
-    ///
-    /// # Errors
-    /// [`ChainFault::Short`].
     pub fn take<const N: usize>(&mut self) -> Result<[u8; N], ChainFault> {
         let mut bytes = [0; N];
         if self.copy_to(&mut bytes) < N {
@@ -242,17 +239,11 @@ impl Vq {
     }
 
     /// The next good chain. Bad ones are given back unused, and one call passes at most a queue's worth of them.
-    ///
-    /// # Errors
-    /// [`QueueFault::Ring`].
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_with_raw(memory)?.map(|(chain, _)| chain))
     }
 
     /// The next chain, of which nothing is left when it is bad: for who holds several and so gives back in order.
-    ///
-    /// # Errors
-    /// [`QueueFault::Ring`].
     pub fn pop_any<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_raw(memory)?.map(|raw| match Chain::collect(memory, raw) {
             (_, Ok(chain)) => chain,
@@ -264,9 +255,6 @@ impl Vq {
     }
 
     /// Like [`Vq::pop`], and with it the chain as `virtio-queue` knows it.
-    ///
-    /// # Errors
-    /// [`QueueFault::Ring`].
     pub fn pop_with_raw<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Taken<'m>>, QueueFault> {
         for _ in 0..self.queue.size() {
             let Some(raw) = self.pop_raw(memory)? else { return Ok(None) };
@@ -287,18 +275,12 @@ impl Vq {
     }
 
     /// Gives a chain back with `len` bytes written.
-    ///
-    /// # Errors
-    /// [`QueueFault::Ring`].
     pub fn push(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueFault> {
         self.signal = true;
         self.queue.add_used(memory, head, len).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
     /// Interrupts the driver once for all that was given back, if it wants that.
-    ///
-    /// # Errors
-    /// [`QueueFault`].
     pub fn flush(&mut self, memory: &GuestMemory, interrupt: &dyn Interrupt) -> Result<(), QueueFault> {
         if std::mem::take(&mut self.signal)
             && self.queue.needs_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))?
@@ -309,17 +291,11 @@ impl Vq {
     }
 
     /// Asks to be told of new chains; true when there are some already.
-    ///
-    /// # Errors
-    /// [`QueueFault::Ring`].
     pub fn listen(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
         self.queue.enable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
     /// Asks not to be told of new chains.
-    ///
-    /// # Errors
-    /// [`QueueFault::Ring`].
     pub fn ignore(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
         self.queue.disable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
@@ -365,9 +341,6 @@ pub struct Wake {
 
 impl Wake {
     /// Makes the event.
-    ///
-    /// # Errors
-    /// The error of eventfd.
     pub fn new() -> io::Result<Self> {
         Ok(Self { event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, stale: Vec::new() })
     }
@@ -385,9 +358,6 @@ impl Wake {
     }
 
     /// Another handle on the event, for a thread of the device's.
-    ///
-    /// # Errors
-    /// The error of dup.
     pub fn handle(&self) -> io::Result<EventFd> {
         self.event.try_clone()
     }

@@ -46,9 +46,6 @@ struct Active {
 
 impl Rng {
     /// A device.
-    ///
-    /// # Errors
-    /// The error of making an eventfd or a timer.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             wake: Wake::new()?,

@@ -61,9 +61,6 @@ impl Slots {
     }
 
     /// Plugs a device into the first free slot of its purpose and returns its number. One thread at a time plugs.
-    ///
-    /// # Errors
-    /// [`PlugError`].
     pub fn plug(&self, device: SharedDevice, purpose: Purpose) -> Result<u32, PlugError> {
         let range = match purpose {
             Purpose::Any => 0..self.kept,
@@ -84,9 +81,6 @@ impl Slots {
 
     /// Takes a disk or an interface out of its slot. The guest finds the slot empty from here on, and KVM tells nobody
     /// of its notifications; the device is in the state in which the guest left it.
-    ///
-    /// # Errors
-    /// [`PlugError::Fixed`].
     pub fn unplug(&self, number: u32) -> Result<SharedDevice, PlugError> {
         let fixed = || PlugError::Fixed(number);
         let slot = self.slots.get(number as usize).ok_or_else(fixed)?;

@@ -62,9 +62,6 @@ pub struct Workers<H: Handler> {
 
 impl<H: Handler> Workers<H> {
     /// Starts them.
-    ///
-    /// # Errors
-    /// The error of making an eventfd or a thread.
     pub fn start(
         count: u8,
         paused: bool,

@@ -53,9 +53,6 @@ pub struct Blk {
 
 impl Blk {
     /// A disk of the file's size, in whole sectors.
-    ///
-    /// # Errors
-    /// [`BlkError`].
     pub fn new(mut file: File, read_only: bool, serial: &str) -> Result<Self, BlkError> {
         if serial.len() > SERIAL_LEN {
             return Err(BlkError::Serial(serial.to_owned()));

@@ -12,9 +12,6 @@ const TUN_F_TSO4: libc::c_ulong = 0x02;
 const TUN_F_TSO6: libc::c_ulong = 0x04;
 
 /// Makes reads and writes return rather than wait.
-///
-/// # Errors
-/// The error of fcntl.
 pub fn set_nonblocking(tap: &File) -> io::Result<()> {
     // SAFETY: takes a descriptor and a number.
     let flags = unsafe { libc::fcntl(tap.as_raw_fd(), libc::F_GETFL) };
@@ -26,9 +23,6 @@ pub fn set_nonblocking(tap: &File) -> io::Result<()> {
 }
 
 /// Sets the header's size, and what the reader can do without.
-///
-/// # Errors
-/// The error of the ioctls.
 pub fn set_offload(tap: &File, header: usize, csum: bool, tso4: bool, tso6: bool) -> io::Result<()> {
     let size = libc::c_int::try_from(header).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     // SAFETY: the ioctl reads the integer it is pointed to.
@@ -50,9 +44,6 @@ pub fn set_offload(tap: &File, header: usize, csum: bool, tso4: bool, tso6: bool
 }
 
 /// Takes a queue of a tap that has several into use, or out of it: frames to the guest go to those in use.
-///
-/// # Errors
-/// The error of the ioctl.
 pub fn set_queue(tap: &File, used: bool) -> io::Result<()> {
     // SAFETY: ifreq is plain data for which all zeroes is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

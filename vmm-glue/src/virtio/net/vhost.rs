@@ -213,9 +213,6 @@ pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Vq; 2]) -> Result<
 }
 
 /// Has it go on from where the queues are.
-///
-/// # Errors
-/// [`VhostError`].
 pub fn resume(file: &File, tap: &File, memory: &GuestMemory, queues: [&Vq; 2]) -> Result<(), VhostError> {
     let device = Device { file, memory };
     for (index, queue) in queues.into_iter().enumerate() {

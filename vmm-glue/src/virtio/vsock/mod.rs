@@ -71,9 +71,6 @@ struct Active {
 
 impl Vsock {
     /// A device with the guest's address.
-    ///
-    /// # Errors
-    /// The error of eventfd.
     pub fn new(guest_cid: u64) -> io::Result<Self> {
         Ok(Self {
             guest_cid,

@@ -4,9 +4,6 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// A connected pair of stream sockets.
-///
-/// # Errors
-/// The error of socketpair.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [-1; 2];
     // SAFETY: fds has room for the two descriptors.
