@@ -1,4 +1,4 @@
-//! virtio-balloon (virtio 1.2, 5.5): memory the guest gives back, on request or, as it frees pages, by itself.
+//! virtio-balloon (virtio 1.2, 5.5): reclaims guest memory on request, and reclaims free pages that the guest reports.
 
 use std::io;
 use std::sync::Arc;
@@ -14,25 +14,26 @@ use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDev
 use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
 use crate::memory::hotplug;
 
-/// Inflate, deflate, and free-page reporting, which comes third when statistics and hints are not offered.
+/// Queues: inflate, deflate and free page reporting. Reporting is the third one, because neither statistics nor free
+/// page hints are offered.
 const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
 const REPORTING: usize = 2;
 /// VIRTIO_BALLOON_F_DEFLATE_ON_OOM
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 /// VIRTIO_BALLOON_F_REPORTING
 const F_REPORTING: u64 = 1 << 5;
-/// The balloon counts in pages of 4 KiB, whatever the guest's are.
+/// The balloon counts pages of 4 KiB, independent of the guest's page size.
 const PAGE_SHIFT: u32 = 12;
 const PAGE: usize = 1 << PAGE_SHIFT;
 const PAGES_PER_MIB: u64 = 256;
-/// Page numbers of one request that are looked at; Linux sends 256.
-const MOST_PAGES: usize = 64 * 1024;
+/// Maximum number of page numbers in a request. Linux sends 256.
+const MAX_PAGES: usize = 64 * 1024;
 
-/// The device.
+/// The balloon device.
 pub struct Balloon {
     wake: Wake,
     active: Option<Active>,
-    /// Pages the guest is asked for, and pages it says it gave.
+    /// Pages that the guest should give back, and pages that it reports to have given back.
     target: u32,
     actual: u32,
 }
@@ -44,34 +45,35 @@ struct Active {
     release: Release,
 }
 
-/// How pages are given back.
+/// How pages are given back to the host.
 struct Release {
     advice: libc::c_int,
-    /// Where huge pages are, start and end: those go by being unplugged only. One that is dropped is not the pod's any
-    /// more (mm/hugetlb.c: its reservation is used up), and might not come back.
-    kept: Vec<(usize, usize)>,
+    /// Ranges of huge pages, start and end, which are not released. They go back to the host only by being unplugged.
+    /// If one were dropped, its reservation would be used up (mm/hugetlb.c): the page would no longer belong to the
+    /// pod, and might not come back.
+    huge_pages: Vec<(usize, usize)>,
 }
 
 impl Release {
-    /// For this guest memory.
-    fn of(memory: &GuestMemory) -> Self {
-        // Dropping a page of a shared file's mapping leaves it in the file.
+    /// Chooses how to release pages of this guest memory.
+    fn for_memory(memory: &GuestMemory) -> Self {
+        // MADV_DONTNEED on a mapping of a shared file would leave the page in the file.
         let shared = memory.iter().any(|region| region.file_offset().is_some());
-        let kept = memory.iter().filter(|region| hotplug::is_huge(region)).map(|region| {
+        let huge_pages = memory.iter().filter(|region| hotplug::is_huge(region)).map(|region| {
             let start = region.as_ptr().addr();
             (start, start.saturating_add(region.size()))
         });
-        Self { advice: if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED }, kept: kept.collect() }
+        Self { advice: if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED }, huge_pages: huge_pages.collect() }
     }
 }
 
 impl Balloon {
-    /// A device that asks for nothing yet.
+    /// Creates a device with target 0.
     pub fn new() -> io::Result<Self> {
         Ok(Self { wake: Wake::new()?, active: None, target: 0, actual: 0 })
     }
 
-    /// Asks the guest for so many MiB in all; it complies as it can.
+    /// Sets how many MiB in total the guest should give back. The guest complies as far as it can.
     pub fn set_target(&mut self, mib: u64) -> io::Result<()> {
         self.target = u32::try_from(mib.saturating_mul(PAGES_PER_MIB)).unwrap_or(u32::MAX);
         match &self.active {
@@ -80,7 +82,7 @@ impl Balloon {
         }
     }
 
-    /// MiB the guest says it gave.
+    /// Returns how many MiB the guest reports to have given back.
     pub fn actual_mib(&self) -> u64 {
         u64::from(self.actual) / PAGES_PER_MIB
     }
@@ -96,7 +98,7 @@ impl Balloon {
                 match index {
                     0 => inflate(&memory, &chain, &active.release),
                     REPORTING => release_all(&chain.writable, &active.release),
-                    // Deflating only announces that pages will be used: they come back when they are touched.
+                    // Deflating only announces that pages will be used. They come back when they are touched.
                     _ => {}
                 }
                 queue.push(&memory, chain.head, 0)?;
@@ -112,11 +114,11 @@ impl Balloon {
     }
 }
 
-/// Gives back the pages whose numbers the guest lists, runs of them at once.
+/// Releases the pages whose numbers the guest lists. Consecutive pages are released together.
 fn inflate(memory: &GuestMemory, chain: &Chain<'_>, how: &Release) {
     let mut numbers = chain.readable.clone();
-    if numbers.len() / 4 > MOST_PAGES {
-        return guest_fault(0, &"balloon request too long");
+    if numbers.len() / 4 > MAX_PAGES {
+        return guest_fault(0, &"the balloon request is too long");
     }
     let mut run: Option<(u64, usize)> = None;
     while let Ok(bytes) = numbers.take::<4>() {
@@ -134,10 +136,10 @@ fn inflate(memory: &GuestMemory, chain: &Chain<'_>, how: &Release) {
 
 fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, how: &Release) {
     let Some((first, count)) = run else { return };
-    // A page number has 32 bits and a run at most MOST_PAGES pages: neither shift overflows.
+    // A page number has 32 bits and a run at most MAX_PAGES pages, so neither shift overflows.
     match memory.get_slice(GuestAddress(first << PAGE_SHIFT), count << PAGE_SHIFT) {
         Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), how),
-        Err(_) => guest_fault(0, &"balloon pages outside of memory"),
+        Err(_) => guest_fault(0, &"the balloon request has pages outside of guest memory"),
     }
 }
 
@@ -147,19 +149,19 @@ fn release_all(buffers: &Iov<'_>, how: &Release) {
     }
 }
 
-/// Drops the whole pages of a part of guest memory; they read as zeroes afterwards.
+/// Drops the whole pages within a part of guest memory. Afterwards they read as zeroes.
 fn release(start: *mut u8, len: usize, how: &Release) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);
     let first = start.addr().wrapping_add(skipped);
-    if len == 0 || how.kept.iter().any(|&(from, to)| first < to && from < first.saturating_add(len)) {
+    if len == 0 || how.huge_pages.iter().any(|&(from, to)| first < to && from < first.saturating_add(len)) {
         return;
     }
-    // SAFETY: the range is inside guest memory, which vm-memory has checked and keeps mapped; nobody in this process
-    // relies on what guest memory holds.
+    // SAFETY: callers pass a range that vm-memory has checked to lie in guest memory and keeps mapped. No Rust
+    // reference points to guest memory, and no code relies on its content.
     let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, how.advice) };
     if result < 0 {
-        guest_fault(0, &format_args!("cannot release {len} bytes: {}", io::Error::last_os_error()));
+        guest_fault(0, &format_args!("failed to release {len} bytes: {}", io::Error::last_os_error()));
     }
 }
 
@@ -223,10 +225,10 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        // A driver that does not report has no third queue.
+        // A driver without reporting has no third queue.
         let count = if activation.features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
         let Opened { memory, interrupt, queues, .. } = activation::open_first(activation, count)?;
-        let release = Release::of(&memory);
+        let release = Release::for_memory(&memory);
         self.active = Some(Active { memory, interrupt, queues, release });
         self.wake.wake();
         Ok(())
@@ -257,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn inflating_drops_exactly_the_pages_listed() {
+    fn inflate_drops_exactly_the_listed_pages() {
         let mut bench = Bench::new(Balloon::new().unwrap());
         bench.activate(0);
         bench.memory.write_slice(&[7; PAGE * 4], GuestAddress(AT)).unwrap();
@@ -274,7 +276,7 @@ mod tests {
     fn reported_pages_are_dropped() {
         let mut bench = Bench::new(Balloon::new().unwrap());
         bench.activate(0);
-        // The driver's buffers of this queue are the free pages themselves.
+        // The buffers in this queue are the free pages.
         let queue = &mut bench.queues[2];
         let address = queue.buffer(queue.room() as u16 - 1);
         let first = queue.add(&[], &[8192]);
@@ -287,11 +289,11 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_are_kept() {
+    fn huge_pages_are_not_released() {
         let mut pages = vec![7u8; PAGE * 3];
         let start = pages.as_mut_ptr().wrapping_add(pages.as_ptr().align_offset(PAGE));
-        let kept = vec![(start.addr() + PAGE, start.addr() + 2 * PAGE)];
-        let how = Release { advice: libc::MADV_DONTNEED, kept };
+        let huge_pages = vec![(start.addr() + PAGE, start.addr() + 2 * PAGE)];
+        let how = Release { advice: libc::MADV_DONTNEED, huge_pages };
         release(start.wrapping_add(PAGE / 2), PAGE, &how);
         release(start, PAGE * 2, &how);
         release(start, PAGE, &how);
@@ -300,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_reaches_the_guest() {
+    fn target_is_visible_in_configuration_space() {
         let mut bench = Bench::new(Balloon::new().unwrap());
         bench.activate(F_REPORTING);
         bench.lock().set_target(3).unwrap();
@@ -315,7 +317,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn any_pages(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
+        fn any_page_numbers_do_not_panic(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
             let mut bench = Bench::new(Balloon::new().unwrap());
             bench.activate(0);
             let mut bytes = numbers(&pages);
@@ -323,7 +325,7 @@ mod tests {
             bench.queues[0].add(&[&bytes], &[]);
             bench.queues[1].add(&[&bytes], &[]);
             bench.run();
-            // Page numbers among the queue's own pages drop the queue itself: whatever it says then, nothing panics.
+            // Page numbers of the queue's own pages drop the queue itself. Even then nothing may panic.
         }
     }
 }

@@ -1,7 +1,7 @@
-//! virtio-mem (virtio 1.2, 5.15): memory the guest gets and gives back while it runs.
+//! virtio-mem (virtio 1.2, 5.15): memory that is plugged into the running guest and unplugged from it.
 //!
-//! The host names a size; the driver asks block by block, and gives back what it can free. A block that is not plugged
-//! is inaccessible: a guest that touches it all the same, by a processor or by a device's queue, ends itself.
+//! The VMM sets a requested size. The driver plugs blocks one by one, and unplugs those that it can free. A block that
+//! is not plugged is inaccessible. If a guest accesses one with a vCPU or through a queue, it ends its VM.
 
 use std::io;
 use std::sync::Arc;
@@ -21,20 +21,22 @@ mod request;
 
 /// Linux has one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
-/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: a driver that reads unplugged memory (an old kernel's dump) is not for us.
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE. It excludes drivers that read unplugged memory, as the dump code of old kernels
+/// does.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
-/// The unit of plugging, in bytes: the least Linux can plug on x86-64.
+/// Size of a block in bytes: the smallest that Linux can plug on x86-64.
 pub const BLOCK: u64 = 2 << 20;
 
-/// Told how many bytes are plugged once the guest has done what it was asked for, or is asked for something else.
+/// Called with the number of plugged bytes, when the guest has reached the requested size or when another size is
+/// requested.
 pub type Reached = Box<dyn FnOnce(u64) + Send>;
 
-/// The device.
+/// The memory device.
 pub struct Mem {
     wake: Wake,
     range: Hotplug,
     blocks: Blocks,
-    /// Bytes the guest is asked to have, and the part of the range it may plug them in.
+    /// Bytes that the guest should have plugged, and length of the range's part in which it may plug them.
     requested: u64,
     usable: u64,
     waiting: Option<Reached>,
@@ -48,44 +50,44 @@ struct Active {
 }
 
 impl Mem {
-    /// A device with nothing plugged and nothing asked for.
+    /// Creates a device with no plugged blocks and a requested size of 0.
     pub fn new(range: Hotplug) -> io::Result<Self> {
         let blocks = Blocks::new(range.len() / BLOCK);
         Ok(Self { wake: Wake::new()?, range, blocks, requested: 0, usable: 0, waiting: None, active: None })
     }
 
-    /// The range, for KVM to know of it before [`Mem::request`].
+    /// Returns the range, so that it can be registered with KVM before [`Mem::request`].
     pub fn range(&mut self) -> &mut Hotplug {
         &mut self.range
     }
 
-    /// How much of the range KVM has to know of before so many bytes are asked for.
+    /// Returns the length of the range's first part that must be registered with KVM before `bytes` are requested.
     pub fn extent(&self, bytes: u64) -> u64 {
         self.range.extent(bytes.saturating_add(BLOCK))
     }
 
-    /// Asks the guest to have so many bytes plugged, rounded up to whole blocks; `reached` learns when it has.
+    /// Requests that the guest has `bytes` plugged, rounded up to whole blocks. `reached` is called when it has.
     pub fn request(&mut self, bytes: u64, reached: Reached) -> io::Result<()> {
         self.requested = bytes.min(self.range.len()).next_multiple_of(BLOCK);
-        // What may be used does not shrink: there may be blocks up to its end.
+        // The usable part does not shrink, because blocks up to its end may be plugged.
         self.usable = self.usable.max(self.range.extent(self.requested));
         let plugged = self.plugged();
-        if let Some(before) = self.waiting.replace(reached) {
-            before(plugged);
+        if let Some(previous) = self.waiting.replace(reached) {
+            previous(plugged);
         }
-        self.tell_if_reached();
+        self.report_if_reached();
         match &self.active {
             Some(active) => active.interrupt.config(),
             None => Ok(()),
         }
     }
 
-    /// Bytes plugged.
+    /// Returns the number of plugged bytes.
     pub fn plugged(&self) -> u64 {
         self.blocks.plugged() * BLOCK
     }
 
-    fn tell_if_reached(&mut self) {
+    fn report_if_reached(&mut self) {
         if self.plugged() == self.requested
             && let Some(reached) = self.waiting.take()
         {
@@ -97,7 +99,7 @@ impl Mem {
         let Some(mut active) = self.active.take() else { return Ok(()) };
         let result = self.serve_queue(&mut active);
         self.active = Some(active);
-        self.tell_if_reached();
+        self.report_if_reached();
         result
     }
 
@@ -119,15 +121,15 @@ impl Mem {
         active.queue.flush(&memory, &*active.interrupt)
     }
 
-    /// Carries out the request of one chain; returns how many bytes the answer has.
+    /// Serves the request of one chain. Returns the length of the response.
     fn answer(&mut self, chain: &Chain<'_>) -> u32 {
         let request = chain.readable.clone().take::<REQUEST_LEN>().ok().and_then(|bytes| Request::parse(&bytes));
         let answer = match request {
-            Some(request) => self.carry_out(request),
+            Some(request) => self.execute(request),
             None => Answer::Error,
         };
         if answer == Answer::Error {
-            guest_fault(0, &"virtio-mem request that cannot be");
+            guest_fault(0, &"invalid virtio-mem request");
         }
         let bytes = answer.encode();
         if chain.writable.len() < bytes.len() {
@@ -136,7 +138,7 @@ impl Mem {
         chain.writable.copy_from(&bytes) as u32
     }
 
-    fn carry_out(&mut self, request: Request) -> Answer {
+    fn execute(&mut self, request: Request) -> Answer {
         let find = |address, count| Blocks::find(address, count, self.range.start(), self.usable);
         match request {
             Request::Plug { address, count } => match find(address, count) {
@@ -151,7 +153,7 @@ impl Mem {
                             Answer::Ack
                         }
                         Err(error) => {
-                            log::warn!("virtio-mem: cannot plug {bytes} bytes: {error}");
+                            log::warn!("virtio-mem: failed to plug {bytes} bytes: {error}");
                             Answer::Busy
                         }
                     }
@@ -164,7 +166,7 @@ impl Mem {
             },
             Request::UnplugAll => match self.unplug(0..self.usable / BLOCK) {
                 Answer::Ack => {
-                    // Section 5.15.6.2: with nothing plugged, what may be used can shrink.
+                    // Section 5.15.6.2: if nothing is plugged, the usable part can shrink.
                     self.usable = self.range.extent(self.requested);
                     Answer::Ack
                 }
@@ -184,7 +186,7 @@ impl Mem {
                 Answer::Ack
             }
             Err(error) => {
-                log::warn!("virtio-mem: cannot unplug: {error}");
+                log::warn!("virtio-mem: failed to unplug memory: {error}");
                 Answer::Busy
             }
         }
@@ -225,7 +227,8 @@ impl VirtioDevice for Mem {
         F_UNPLUGGED_INACCESSIBLE | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
     }
 
-    /// `struct virtio_mem_config` (5.15.4): block size, node and padding, start, length, usable, plugged, requested.
+    /// Returns fields of `struct virtio_mem_config` (5.15.4): block size, node and padding, start, length, usable,
+    /// plugged and requested size.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let words = [BLOCK, 0, self.range.start(), self.range.len(), self.usable, self.plugged(), self.requested];
         let config: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
@@ -241,7 +244,7 @@ impl VirtioDevice for Mem {
         Ok(())
     }
 
-    /// What is plugged stays: the guest may be using it (5.15.6.2).
+    /// Plugged blocks stay plugged: the guest may be using them (5.15.6.2).
     fn reset(&mut self) {
         if let Some(active) = self.active.take() {
             self.wake.retire(active.queue);

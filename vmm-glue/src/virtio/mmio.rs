@@ -1,7 +1,7 @@
-//! The virtio-mmio transport, version 2: one device's registers, interrupt and notifications.
+//! The virtio-mmio transport, version 2: registers, interrupt and notifications of one device.
 //!
-//! Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Everything written here comes from the guest:
-//! what the protocol does not allow at the moment is ignored, and queue configuration is frozen at DRIVER_OK.
+//! See Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Every write comes from the guest. Writes that
+//! the protocol does not allow in the current state are ignored. The queue configuration is frozen at DRIVER_OK.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -26,31 +26,31 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
 use crate::control::chain;
 
-/// A device as the loop and the transport share it.
+/// A device, shared by the device loop and the transport.
 pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;
 
-/// Offset of the register that a driver writes to notify a queue; KVM turns the write into an eventfd.
+/// Offset of the register that a driver writes to notify a queue. KVM turns the write into an eventfd signal.
 pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
-/// "virt".
+/// "virt" in little-endian byte order.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
-/// "HUSK".
+/// "HUSK" in little-endian byte order.
 const VENDOR: u32 = 0x4b53_5548;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
-/// Why a device could not be put on the transport.
+/// Why a device could not be attached to a transport.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// The device asks for a queue that cannot be.
-    #[error("a queue size of the device is no power of two")]
+    /// The device has a queue of an invalid size.
+    #[error("invalid queue size: it is not a power of two")]
     QueueSize(#[source] virtio_queue::Error),
-    /// No more descriptors.
-    #[error("cannot create an eventfd")]
+    /// An eventfd could not be created.
+    #[error("failed to create an eventfd")]
     EventFd(#[source] io::Error),
 }
 
-/// One device behind its registers.
+/// A device with its registers.
 pub struct Transport {
     device: SharedDevice,
     device_type: u32,
@@ -60,7 +60,7 @@ pub struct Transport {
     registers: Mutex<Registers>,
 }
 
-/// What the driver has written.
+/// Register values that the driver has written.
 struct Registers {
     status: u32,
     device_features: u64,
@@ -71,14 +71,14 @@ struct Registers {
     queues: Vec<Queue>,
 }
 
-/// The device's one interrupt line, with the two causes it can have.
+/// The device's single interrupt line, with two possible causes.
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
-    /// The device has given up: the driver sees DEVICE_NEEDS_RESET. Apart from the registers, because a device that
-    /// says so is locked, and their lock comes before its.
+    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. It is not among the registers, because a
+    /// device that sets it is locked, and the registers' lock must be taken before the device's.
     needs_reset: AtomicBool,
-    /// Others write to `irq` as well, when they have used buffers: see [`Interrupt::hand_over`].
+    /// Whether vhost writes to `irq` too when it has used buffers: see [`Interrupt::hand_over`].
     shared: AtomicBool,
     irq: EventFd,
 }
@@ -108,13 +108,13 @@ impl Interrupt for MmioInterrupt {
 }
 
 impl MmioInterrupt {
-    /// What the device adds to the driver's status bits.
+    /// Returns the status bits that the device adds to the driver's.
     fn status(&self) -> u32 {
         if self.needs_reset.load(Ordering::SeqCst) { NEEDS_RESET } else { 0 }
     }
 
-    /// Why the driver was interrupted. Drivers look here first: Linux' does nothing about the queues without this bit
-    /// (`vm_interrupt` in drivers/virtio/virtio_mmio.c).
+    /// Returns the causes of an interrupt. Drivers read them first: without the VRING bit, Linux's driver does not look
+    /// at its queues (`vm_interrupt` in drivers/virtio/virtio_mmio.c).
     fn causes(&self) -> u32 {
         let shared = if self.shared.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
         self.status.load(Ordering::SeqCst) | shared
@@ -128,7 +128,7 @@ impl MmioInterrupt {
 }
 
 impl Transport {
-    /// Puts `device` behind registers; `irq` is what interrupts the guest.
+    /// Attaches `device` to a new transport. `irq` interrupts the guest.
     pub fn new(device: SharedDevice, memory: GuestMemory, irq: EventFd) -> Result<Self, TransportError> {
         let (device_type, device_features, queues) = {
             let device = lock(&device);
@@ -164,27 +164,27 @@ impl Transport {
         })
     }
 
-    /// The eventfds that stand for a write of the queue's number to [`NOTIFY_OFFSET`].
+    /// Returns the eventfds of the queues. Each stands for a write of the queue's number to [`NOTIFY_OFFSET`].
     pub fn notify_fds(&self) -> &[EventFd] {
         &self.notify
     }
 
-    /// Its ID of the virtio specification, section 5.
+    /// Returns the device ID of the virtio specification, section 5.
     pub fn device_type(&self) -> u32 {
         self.device_type
     }
 
-    /// The device.
+    /// Returns the device.
     pub fn device(&self) -> &SharedDevice {
         &self.device
     }
 
-    /// The eventfd that interrupts the guest.
+    /// Returns the eventfd that interrupts the guest.
     pub fn irq_fd(&self) -> &EventFd {
         &self.interrupt.irq
     }
 
-    /// The driver reads.
+    /// Serves a read by the driver.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
@@ -194,7 +194,7 @@ impl Transport {
         }
     }
 
-    /// The driver writes.
+    /// Serves a write by the driver.
     pub fn write(&self, offset: u64, data: &[u8]) {
         if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
             let status = self.registers().status | self.interrupt.status();
@@ -208,14 +208,14 @@ impl Transport {
 
     fn read_register(&self, register: u32) -> u32 {
         match register {
-            // The two registers every interrupt touches need no lock.
+            // Every interrupt reads these two registers, so they need no lock.
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.causes(),
             VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
             VIRTIO_MMIO_DEVICE_ID => self.device_type,
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            // No shared memory regions: length and base are all ones.
+            // There are no shared memory regions: length and base are all ones.
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             VIRTIO_MMIO_STATUS => self.registers().status | self.interrupt.status(),
             _ => self.registers().read(register),
@@ -227,7 +227,7 @@ impl Transport {
             VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
             }
-            // KVM takes what names a queue; the rest names nothing.
+            // KVM consumes the write if the value is a queue's number. Other values have no effect.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
             VIRTIO_MMIO_STATUS => self.write_status(value),
             _ => self.registers().write(register, value),
@@ -248,19 +248,19 @@ impl Transport {
         if registers.advance(value) {
             let result = self.activate(&mut registers);
             if let Err(error) = result {
-                log::warn!("virtio device type {}: not activated: {}", self.device_type, chain(&error));
+                log::warn!("failed to activate virtio device of type {}: {}", self.device_type, chain(&error));
                 if let Err(error) = self.interrupt.needs_reset() {
-                    log::warn!("virtio device type {}: cannot interrupt: {error}", self.device_type);
+                    log::warn!("failed to interrupt the driver of virtio device of type {}: {error}", self.device_type);
                 }
             }
         }
     }
 
-    /// Hands the queues to the device, which serves from here on.
+    /// Passes the queues to the device, which serves them from then on.
     fn activate(&self, registers: &mut Registers) -> Result<(), ActivateError> {
         let mut queues = Vec::with_capacity(registers.queues.len());
         for (index, (queue, notify)) in registers.queues.iter().zip(&self.notify).enumerate() {
-            // A ready queue must lie in guest memory whole; what to do without one, the device decides.
+            // A ready queue must lie completely in guest memory. The device decides about queues that are not ready.
             if queue.ready() && !queue.is_valid(&self.memory) {
                 return Err(ActivateError::Queue(index));
             }
@@ -319,27 +319,27 @@ impl Registers {
         }
     }
 
-    /// Between DRIVER and FEATURES_OK features are negotiated.
+    /// Whether features are negotiated: the status is between DRIVER and FEATURES_OK.
     fn negotiating(&self) -> bool {
         self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
     }
 
-    /// Between FEATURES_OK and DRIVER_OK queues are configured.
+    /// Whether queues are configured: the status is between FEATURES_OK and DRIVER_OK.
     fn configuring(&self) -> bool {
         self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
     }
 
-    /// Takes one step of the status machine (section 3.1.1), and says whether the device is to be activated.
+    /// Advances the status by one step (section 3.1.1). Returns whether the device must be activated.
     fn advance(&mut self, value: u32) -> bool {
-        let known = self.status;
-        if value & known != known || self.status & VIRTIO_CONFIG_S_FAILED != 0 {
-            return false; // bits are only added, and nothing follows FAILED
+        let current = self.status;
+        if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 {
+            return false; // a driver may only add bits, and nothing follows FAILED
         }
-        match value & !known & !NEEDS_RESET {
+        match value & !current & !NEEDS_RESET {
             0 => {}
             VIRTIO_CONFIG_S_FAILED => self.status |= VIRTIO_CONFIG_S_FAILED,
-            VIRTIO_CONFIG_S_ACKNOWLEDGE if known == 0 => self.status |= VIRTIO_CONFIG_S_ACKNOWLEDGE,
-            VIRTIO_CONFIG_S_DRIVER if known == VIRTIO_CONFIG_S_ACKNOWLEDGE => self.status |= VIRTIO_CONFIG_S_DRIVER,
+            VIRTIO_CONFIG_S_ACKNOWLEDGE if current == 0 => self.status |= VIRTIO_CONFIG_S_ACKNOWLEDGE,
+            VIRTIO_CONFIG_S_DRIVER if current == VIRTIO_CONFIG_S_ACKNOWLEDGE => self.status |= VIRTIO_CONFIG_S_DRIVER,
             VIRTIO_CONFIG_S_FEATURES_OK if self.negotiating() => {
                 let version_1 = self.driver_features >> VIRTIO_F_VERSION_1 & 1 == 1;
                 if version_1 && self.driver_features & !self.device_features == 0 {
@@ -350,7 +350,7 @@ impl Registers {
                 self.status |= VIRTIO_CONFIG_S_DRIVER_OK;
                 return true;
             }
-            step => log::debug!("virtio status {:#x}: step {step:#x} is out of order", self.status),
+            step => log::debug!("virtio status {:#x}: ignored {step:#x}, which is out of order", self.status),
         }
         false
     }
@@ -373,7 +373,7 @@ impl Registers {
     }
 }
 
-/// Writes one of a queue's own registers; the setters refuse what is misaligned or too large.
+/// Writes one register of a queue. The setters ignore values that are misaligned or too large.
 fn configure(queue: &mut Queue, register: u32, value: u32) {
     match register {
         VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
@@ -387,7 +387,7 @@ fn configure(queue: &mut Queue, register: u32, value: u32) {
     }
 }
 
-/// Copies a queue's configuration: the device's queue lives on while the registers are read.
+/// Copies a queue's configuration. The device needs its own queue, because the registers stay readable.
 fn copy(from: &Queue, to: &mut Queue) {
     let halves = |address: u64| (Some(half(address, 0)), Some(half(address, 1)));
     to.set_size(from.size());
@@ -400,7 +400,7 @@ fn copy(from: &Queue, to: &mut Queue) {
     to.set_ready(from.ready());
 }
 
-/// The 32 bits of `value` that a selector register asks for.
+/// Returns the half of `value` that a selector register selects.
 fn half(value: u64, select: u32) -> u32 {
     match select {
         0 => value as u32,
@@ -414,7 +414,7 @@ pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static>
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What an empty slot answers: a transport without a device (section 4.2.2: device ID 0 means "nothing here").
+/// Serves a read from an empty slot: a transport without a device (section 4.2.2: device ID 0).
 pub fn read_empty(offset: u64, data: &mut [u8]) {
     data.fill(0);
     if let (Ok(register), Ok(data)) = (u32::try_from(offset), <&mut [u8; 4]>::try_from(data)) {

@@ -1,4 +1,4 @@
-//! Tests of the transport: the way a driver goes, and everything a hostile one might write instead.
+//! Tests of the transport: a well-behaved driver, and the writes that a hostile driver might make.
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
@@ -11,7 +11,7 @@ const ACK_DRIVER: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
 const FEATURES_OK: u32 = ACK_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
 const DRIVER_OK: u32 = FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
 
-/// Remembers what it was told.
+/// A device that records its calls.
 #[derive(Default)]
 struct Probe {
     activations: Vec<(u64, Vec<(u16, u64)>)>,
@@ -84,7 +84,7 @@ fn set(transport: &Transport, register: u32, value: u32) {
     transport.write(register.into(), &value.to_le_bytes());
 }
 
-/// Acknowledges all features, as a driver does up to FEATURES_OK.
+/// Negotiates all features, as a driver does up to FEATURES_OK.
 fn negotiate(transport: &Transport) {
     set(transport, VIRTIO_MMIO_STATUS, 0);
     set(transport, VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_ACKNOWLEDGE);
@@ -109,7 +109,7 @@ fn set_up_queue(transport: &Transport, index: u32, size: u32, base: u32) {
 }
 
 #[test]
-fn a_driver_gets_through_and_back() {
+fn driver_can_activate_and_reset_device() {
     let (transport, probe) = transport();
     assert_eq!(get(&transport, VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
     assert_eq!(get(&transport, VIRTIO_MMIO_DEVICE_ID), 42);
@@ -143,7 +143,7 @@ fn queues_are_frozen_at_driver_ok() {
 }
 
 #[test]
-fn features_not_offered_are_refused() {
+fn features_not_offered_are_rejected() {
     let (transport, _) = transport();
     for features in [1u64 << VIRTIO_F_VERSION_1 | 1, 1 << 5] {
         set(&transport, VIRTIO_MMIO_STATUS, 0);
@@ -159,7 +159,7 @@ fn features_not_offered_are_refused() {
 }
 
 #[test]
-fn queues_outside_memory_need_a_reset() {
+fn queue_outside_guest_memory_sets_needs_reset() {
     let (transport, probe) = transport();
     negotiate(&transport);
     set_up_queue(&transport, 0, 256, 0xffff_0000);
@@ -171,7 +171,7 @@ fn queues_outside_memory_need_a_reset() {
 }
 
 #[test]
-fn a_device_that_fails_needs_a_reset() {
+fn failed_activation_sets_needs_reset() {
     let (transport, probe) = transport();
     probe.lock().unwrap().refuse = true;
     negotiate(&transport);
@@ -181,7 +181,7 @@ fn a_device_that_fails_needs_a_reset() {
 }
 
 #[test]
-fn a_device_that_gives_up_needs_a_reset() {
+fn failed_device_sets_needs_reset() {
     let (transport, probe) = transport();
     negotiate(&transport);
     set(&transport, VIRTIO_MMIO_STATUS, DRIVER_OK);
@@ -192,7 +192,7 @@ fn a_device_that_gives_up_needs_a_reset() {
 }
 
 #[test]
-fn interrupts_say_why_until_acknowledged() {
+fn interrupt_causes_stay_until_acknowledged() {
     let (transport, _) = transport();
     let generation = get(&transport, VIRTIO_MMIO_CONFIG_GENERATION);
     transport.interrupt.queue(0).unwrap();
@@ -205,12 +205,12 @@ fn interrupts_say_why_until_acknowledged() {
 }
 
 #[test]
-fn configuration_space_is_the_devices() {
+fn configuration_space_is_writable_only_with_driver() {
     let (transport, _) = transport();
     transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
     let mut data = [9; 8];
     transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);
-    assert_eq!(data, [0; 8], "not writable before there is a driver");
+    assert_eq!(data, [0; 8], "the space is writable before DRIVER is set");
     negotiate(&transport);
     transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
     transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);
@@ -218,7 +218,7 @@ fn configuration_space_is_the_devices() {
 }
 
 #[test]
-fn an_empty_slot_is_a_transport_without_a_device() {
+fn empty_slot_reads_as_transport_without_device() {
     let mut data = [0; 4];
     read_empty(VIRTIO_MMIO_MAGIC_VALUE.into(), &mut data);
     assert_eq!(u32::from_le_bytes(data), MAGIC);
@@ -226,7 +226,7 @@ fn an_empty_slot_is_a_transport_without_a_device() {
     assert_eq!(data, [0; 4]);
 }
 
-/// One access of a hostile driver: likely registers and values, and unlikely ones.
+/// Generates one access of a hostile driver: registers and values that are likely, and some that are not.
 fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
     let status = prop::sample::select(vec![0u32, 1, ACK_DRIVER, FEATURES_OK, DRIVER_OK, DRIVER_OK, 0x80, 0xff]);
     let value = prop_oneof![3 => status, 2 => 0u32..0x400, 1 => any::<u32>()];
@@ -239,7 +239,7 @@ fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
 
 proptest! {
     #[test]
-    fn whatever_is_written_the_protocol_holds(start in 0..3u8, accesses in prop::collection::vec(access(), 0..200)) {
+    fn any_writes_keep_status_and_queues_consistent(start in 0..3u8, accesses in prop::collection::vec(access(), 0..200)) {
         let (transport, probe) = transport();
         if start > 0 {
             negotiate(&transport);
@@ -261,7 +261,7 @@ proptest! {
                 transport.read(offset, &mut data);
             }
             let now = get(&transport, VIRTIO_MMIO_STATUS);
-            // Bits are only added, but for a reset; the device is active exactly in DRIVER_OK.
+            // Bits are only added, except at a reset. The device is active exactly in DRIVER_OK.
             prop_assert!(now == 0 || now & status == status);
             let ok = now & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now & NEEDS_RESET == 0;
             prop_assert_eq!(probe.lock().unwrap().active, ok);
@@ -275,12 +275,12 @@ proptest! {
 }
 
 #[test]
-fn an_interrupt_that_was_handed_over_always_tells_of_queues() {
+fn handed_over_interrupt_always_reports_used_buffers() {
     let (transport, _probe) = transport();
     negotiate(&transport);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
     let irq = transport.interrupt.hand_over().unwrap();
-    // The kernel interrupts: nobody else could say why.
+    // vhost interrupts, and sets no cause.
     irq.write(1).unwrap();
     assert_eq!(transport.irq_fd().read().unwrap(), 1);
     for _ in 0..2 {
@@ -292,5 +292,5 @@ fn an_interrupt_that_was_handed_over_always_tells_of_queues() {
     set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
     set(&transport, VIRTIO_MMIO_STATUS, 0);
-    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0, "a reset takes it back");
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0, "a reset clears the cause");
 }

@@ -1,4 +1,4 @@
-//! Virtio: the transport, and what every device has in common.
+//! Virtio: the virtio-mmio transport, the devices, and what all devices share.
 
 pub mod activation;
 pub mod balloon;

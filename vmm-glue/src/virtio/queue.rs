@@ -1,4 +1,4 @@
-//! What every device does with its queues: taking bounded chains, giving them back, notifying, and being told.
+//! Virtqueue operations of all devices: popping bounded descriptor chains, returning them, and notifications.
 
 use std::io;
 use std::marker::PhantomData;
@@ -17,41 +17,42 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, ActiveQueue, GuestMemory, Interrupt};
 
-/// Segments of one chain that a device looks at: what one readv or writev takes (IOV_MAX).
+/// Maximum number of a chain's segments, which is the limit of one readv or writev (IOV_MAX).
 pub const MAX_SEGMENTS: usize = 1024;
 
-/// The token of a device's own event; queues have their index.
+/// Event token of a device's own eventfd. Queue events have the queue's index as token.
 pub const WAKE: u32 = u32::MAX;
 
-/// The driver broke the rules of a queue as such (not of one buffer): the device stops until it is reset.
+/// A violation that breaks the whole queue and not only one chain. The device stops until the driver resets it.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueFault {
-    /// The rings cannot be read or written, or their indices make no sense.
-    #[error("queue {0} is broken")]
+    /// The rings cannot be accessed, or their indices are invalid.
+    #[error("failed to access the rings of queue {0}")]
     Ring(u16, #[source] virtio_queue::Error),
     /// The driver could not be interrupted.
-    #[error("cannot interrupt for queue {0}")]
+    #[error("failed to interrupt the driver for queue {0}")]
     Interrupt(u16, #[source] io::Error),
 }
 
-/// What is wrong with one chain. The chain is given back unused.
+/// Why a chain is invalid. The chain is returned unused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainFault {
-    /// More than [`MAX_SEGMENTS`] descriptors.
-    #[error("chain of more than {MAX_SEGMENTS} segments")]
+    /// The chain has more than [`MAX_SEGMENTS`] descriptors.
+    #[error("the chain has more than {MAX_SEGMENTS} segments")]
     TooLong,
-    /// A descriptor points outside the guest's memory.
-    #[error("descriptor outside of memory")]
+    /// A descriptor points outside of guest memory.
+    #[error("a descriptor points outside of guest memory")]
     Address,
-    /// A readable descriptor follows a writable one (virtio 1.2, 2.7.4.2 forbids it).
-    #[error("readable descriptor after a writable one")]
+    /// A readable descriptor follows a writable one, which virtio 1.2, 2.7.4.2 forbids.
+    #[error("a readable descriptor follows a writable one")]
     Order,
-    /// Too short for what must be in it.
-    #[error("chain too short")]
+    /// The chain is too short for its required content.
+    #[error("the chain is too short")]
     Short,
 }
 
-/// One direction of a chain as the I/O vector of a system call, over guest memory that lives as long as `'m`.
+/// The readable or the writable part of a chain, as an I/O vector for system calls. It points to guest memory that
+/// lives for `'m`.
 #[derive(Debug, Clone)]
 pub struct Iov<'m> {
     parts: Vec<libc::iovec>,
@@ -72,31 +73,32 @@ impl<'m> Iov<'m> {
         }
         let slice = memory.get_slice(descriptor.addr(), length).map_err(|_| ChainFault::Address)?;
         if write {
-            // Marked early: what the device writes goes through system calls on plain addresses.
+            // Mark the range before the write: devices write with system calls on plain addresses, which vm-memory does
+            // not see.
             slice.bitmap().mark_dirty(0, length);
         }
         self.parts.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length });
-        // Sums to less than 2^32, which virtio-queue's iterator sees to.
+        // The sum is less than 2^32: virtio-queue's iterator ensures that.
         self.len += length;
         Ok(())
     }
 
-    /// Bytes left.
+    /// Returns the number of bytes left.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether nothing is left.
+    /// Whether no bytes are left.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The vector for a system call; at most [`MAX_SEGMENTS`] elements.
+    /// Returns the vector for a system call, with at most [`MAX_SEGMENTS`] elements.
     pub fn as_slice(&self) -> &[libc::iovec] {
         self.parts.get(self.first..).unwrap_or_default()
     }
 
-    /// Leaves out the first `count` bytes, or all there are.
+    /// Drops the first `count` bytes, or all if there are fewer.
     pub fn skip(&mut self, count: usize) {
         let mut left = count.min(self.len);
         self.len -= left;
@@ -111,7 +113,7 @@ impl<'m> Iov<'m> {
         }
     }
 
-    /// Leaves out everything after the first `count` bytes.
+    /// Drops everything after the first `count` bytes.
     pub fn truncate(&mut self, count: usize) {
         if count >= self.len {
             return;
@@ -132,13 +134,13 @@ impl<'m> Iov<'m> {
 
     fn slices(&self) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
         self.as_slice().iter().map(|part| {
-            // SAFETY: the parts come from slices that guest memory checked, it outlives 'm, and skip and truncate
-            // only shrink them.
+            // SAFETY: `push` takes each part from a slice that guest memory has checked, and `skip` and `truncate` only
+            // shrink parts. The borrow of `'m` keeps guest memory mapped.
             unsafe { VolatileSlice::new(part.iov_base.cast(), part.iov_len) }
         })
     }
 
-    /// Copies out of guest memory from the start, consuming nothing; returns how much there was.
+    /// Copies from the start of the vector to `buffer` and consumes nothing. Returns the number of bytes copied.
     pub fn copy_to(&self, buffer: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
@@ -148,7 +150,7 @@ impl<'m> Iov<'m> {
         done
     }
 
-    /// Copies into guest memory at the start, consuming nothing; returns how much fitted.
+    /// Copies `buffer` to the start of the vector and consumes nothing. Returns the number of bytes copied.
     pub fn copy_from(&self, buffer: &[u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
@@ -171,14 +173,14 @@ impl<'m> Iov<'m> {
     }
 }
 
-/// A chain taken from a queue.
+/// A descriptor chain that was popped from a queue.
 #[derive(Debug)]
 pub struct Chain<'m> {
-    /// To give it back by.
+    /// Index of the first descriptor, with which the chain is returned.
     pub head: u16,
-    /// What the driver wrote for the device.
+    /// Buffers that the driver has written.
     pub readable: Iov<'m>,
-    /// What the device may write.
+    /// Buffers that the device may write.
     pub writable: Iov<'m>,
 }
 
@@ -207,10 +209,10 @@ impl<'m> Chain<'m> {
     }
 }
 
-/// A chain checked and collected, and as the queue has it.
+/// A checked chain, and the same chain in the form of `virtio-queue`.
 pub type Taken<'m> = (Chain<'m>, DescriptorChain<&'m GuestMemory>);
 
-/// A queue in use.
+/// A queue of an active device.
 pub struct Vq {
     queue: virtio_queue::Queue,
     notify: EventFd,
@@ -220,10 +222,10 @@ pub struct Vq {
 }
 
 impl Vq {
-    /// Takes a queue over, with the features the driver acknowledged.
+    /// Takes over a queue, with the features that the driver has acknowledged.
     ///
     /// # Errors
-    /// [`ActivateError::Queue`] when its rings are not in guest memory.
+    /// [`ActivateError::Queue`] if its rings are not in guest memory.
     pub fn new(active: ActiveQueue, index: u16, memory: &GuestMemory, features: u64) -> Result<Self, ActivateError> {
         let ActiveQueue { mut queue, notify } = active;
         if !queue.is_valid(memory) {
@@ -238,12 +240,14 @@ impl Vq {
         Ok(self.queue.iter(memory).map_err(|error| QueueFault::Ring(index, error))?.next())
     }
 
-    /// The next good chain. Bad ones are given back unused, and one call passes at most a queue's worth of them.
+    /// Pops the next valid chain. Invalid chains are returned unused; one call skips at most as many as the queue's
+    /// size.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_with_raw(memory)?.map(|(chain, _)| chain))
     }
 
-    /// The next chain, of which nothing is left when it is bad: for who holds several and so gives back in order.
+    /// Pops the next chain; an invalid chain has no buffers. For callers that hold several chains and must return them
+    /// in order.
     pub fn pop_any<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_raw(memory)?.map(|raw| match Chain::collect(memory, raw) {
             (_, Ok(chain)) => chain,
@@ -254,7 +258,7 @@ impl Vq {
         }))
     }
 
-    /// Like [`Vq::pop`], and with it the chain as `virtio-queue` knows it.
+    /// Pops a chain like [`Vq::pop`], and also returns it in the form of `virtio-queue`.
     pub fn pop_with_raw<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Taken<'m>>, QueueFault> {
         for _ in 0..self.queue.size() {
             let Some(raw) = self.pop_raw(memory)? else { return Ok(None) };
@@ -269,18 +273,18 @@ impl Vq {
         Ok(None)
     }
 
-    /// Puts back the chain taken last; nothing else was taken or given back since.
+    /// Undoes the last pop. No chain may have been popped or returned since.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Gives a chain back with `len` bytes written.
+    /// Returns a chain to the driver, with `len` bytes written.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueFault> {
         self.signal = true;
         self.queue.add_used(memory, head, len).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
-    /// Interrupts the driver once for all that was given back, if it wants that.
+    /// Interrupts the driver once for all returned chains, if the driver has requested that.
     pub fn flush(&mut self, memory: &GuestMemory, interrupt: &dyn Interrupt) -> Result<(), QueueFault> {
         if std::mem::take(&mut self.signal)
             && self.queue.needs_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))?
@@ -290,80 +294,80 @@ impl Vq {
         Ok(())
     }
 
-    /// Asks to be told of new chains; true when there are some already.
+    /// Enables the driver's notifications for new chains. Returns true if there are new chains already.
     pub fn listen(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
         self.queue.enable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
-    /// Asks not to be told of new chains.
+    /// Disables the driver's notifications for new chains.
     pub fn ignore(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
         self.queue.disable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
-    /// Its addresses, size and indices.
+    /// Returns the queue's addresses, size and indices.
     pub fn ring(&self) -> &virtio_queue::Queue {
         &self.queue
     }
 
-    /// Which of the device's queues it is.
+    /// Returns the queue's index among the device's queues.
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// Somebody else has taken chains, up to this index; all of them were given back.
+    /// Updates the indices after vhost has served the queue: all chains up to `index` were popped and returned.
     pub fn taken_until(&mut self, index: u16) {
         self.queue.set_next_avail(index);
         self.queue.set_next_used(index);
     }
 
-    /// How many chains are worth serving in one turn.
+    /// Returns the queue's size, which is also the maximum number of chains to serve in one turn.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
     /// Clears the notification.
     pub fn notified(&self) {
-        // Would block at worst: somebody else cleared it.
+        // Fails with EAGAIN if it has been cleared already.
         let _ = self.notify.read();
     }
 
-    /// The queue's notification, for who waits by other means than the device loop.
+    /// Returns the queue's notification eventfd, for threads other than the device loop.
     pub fn notify_event(&self) -> &EventFd {
         &self.notify
     }
 }
 
-/// A device's own event, and the bookkeeping of queue events that only the device loop may do.
+/// A device's own eventfd, and the registration of queue events, which only the device loop may change.
 pub struct Wake {
     event: EventFd,
     stale: Vec<EventFd>,
 }
 
 impl Wake {
-    /// Makes the event.
+    /// Creates the eventfd.
     pub fn new() -> io::Result<Self> {
         Ok(Self { event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, stale: Vec::new() })
     }
 
-    /// Registers the event, with token [`WAKE`]: a device's `init`.
+    /// Registers the eventfd with token [`WAKE`]. To be called by a device's `init`.
     pub fn init(&self, ops: &mut EventOps) {
         add(ops, &self.event, WAKE, EventSet::IN);
     }
 
-    /// Makes the loop serve the event.
+    /// Makes the device loop serve the eventfd.
     pub fn wake(&self) {
         if let Err(error) = self.event.write(1) {
-            log::error!("cannot wake the device loop: {error}");
+            log::error!("failed to wake the device loop: {error}");
         }
     }
 
-    /// Another handle on the event, for a thread of the device's.
+    /// Returns another handle to the eventfd, for a thread of the device.
     pub fn handle(&self) -> io::Result<EventFd> {
         self.event.try_clone()
     }
 
-    /// Takes a queue out of use, off the loop: its event stays open until the loop has unregistered it, so that its
-    /// number is not another's meanwhile.
+    /// Takes a queue out of use, from outside of the device loop. The queue's eventfd stays open until the loop has
+    /// unregistered it, so that no other file gets its fd number before that.
     pub fn retire(&mut self, queue: Vq) {
         if queue.registered {
             self.stale.push(queue.notify);
@@ -371,26 +375,26 @@ impl Wake {
         self.wake();
     }
 
-    /// Serves the event: forgets retired queues.
+    /// Serves the eventfd: unregisters retired queues.
     pub fn serve(&mut self, ops: &mut EventOps) {
         let _ = self.event.read();
         for event in self.stale.drain(..) {
             if let Err(error) = ops.remove(Events::empty(&event)) {
-                log::warn!("cannot unregister a queue: {error}");
+                log::warn!("failed to unregister a queue from the device loop: {error}");
             }
         }
     }
 
-    /// Unregisters a queue, on the loop.
+    /// Unregisters a queue. To be called on the device loop.
     pub fn unregister(ops: &mut EventOps, queue: &mut Vq) {
         if std::mem::take(&mut queue.registered)
             && let Err(error) = ops.remove(Events::empty(&queue.notify))
         {
-            log::warn!("cannot unregister a queue: {error}");
+            log::warn!("failed to unregister a queue from the device loop: {error}");
         }
     }
 
-    /// Registers a queue that is not yet, with its index as token.
+    /// Registers a queue with its index as token, if it is not registered. To be called on the device loop.
     pub fn register(ops: &mut EventOps, queue: &mut Vq) {
         if !queue.registered {
             queue.registered = add(ops, &queue.notify, queue.index.into(), EventSet::IN);
@@ -401,12 +405,12 @@ impl Wake {
 fn add<T: AsRawFd>(ops: &mut EventOps, source: &T, token: u32, set: EventSet) -> bool {
     let added = ops.add(Events::with_data(source, token, set));
     if let Err(error) = &added {
-        log::error!("cannot register an event: {error}");
+        log::error!("failed to register an event with the device loop: {error}");
     }
     added.is_ok()
 }
 
-/// Copies out of a configuration space; what is beyond its end reads as zero.
+/// Reads from a configuration space. Bytes beyond its end are zero.
 pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let Some(rest) = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)) else { return };
@@ -415,13 +419,14 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     }
 }
 
-/// Logs what a guest did wrong, a few times a second at most for the whole process: a guest can do wrong very often.
+/// Logs a guest's fault. The rate limit is a few messages per second for the whole process, because a guest can cause
+/// faults very often.
 pub fn guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
     static WINDOW: AtomicU64 = AtomicU64::new(0);
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     const PER_SECOND: u64 = 5;
     let elapsed: Duration = START.get_or_init(Instant::now).elapsed();
-    // Second in the upper half, messages of that second in the lower.
+    // The upper half holds the second, the lower half the number of messages in that second.
     let second = elapsed.as_secs() << 32;
     let before = WINDOW
         .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |window| {
@@ -433,7 +438,7 @@ pub fn guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
     }
 }
 
-/// An error with all its causes, for a log line.
+/// Formats an error with all its causes for a log line.
 pub fn chain_of_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

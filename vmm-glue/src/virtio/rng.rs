@@ -1,4 +1,5 @@
-//! virtio-entropy (virtio 1.2, 5.4): the host's random bytes, at a rate that costs the host nothing.
+//! virtio-entropy (virtio 1.2, 5.4): random bytes from the host, with a rate limit that keeps the host's cost
+//! negligible.
 
 use std::io;
 use std::sync::Arc;
@@ -19,16 +20,16 @@ use super::queue::{Iov, QueueFault, Vq, WAKE, Wake};
 const QUEUE_SIZES: [u16; 1] = [8];
 const QUEUE: u32 = 0;
 const TIMER: u32 = 1;
-/// Bytes per request; the driver asks again for the rest.
-const MOST: usize = 4096;
-/// Bytes a guest may take at once.
+/// Maximum number of bytes per request. The driver requests the rest again.
+const MAX_REQUEST: usize = 4096;
+/// Number of bytes that a guest may read without a pause.
 const BURST: usize = 64 * 1024;
-/// Bytes per second after that. A seed is 32 bytes.
+/// Rate limit after the burst, in bytes per second. A seed is 32 bytes.
 const RATE: usize = 64 * 1024;
-/// How long to wait when nothing is left.
+/// Wait before serving again when the limit is reached.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The device.
+/// The entropy device.
 pub struct Rng {
     wake: Wake,
     timer: TimerFd,
@@ -45,7 +46,7 @@ struct Active {
 }
 
 impl Rng {
-    /// A device.
+    /// Creates the device.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             wake: Wake::new()?,
@@ -59,9 +60,9 @@ impl Rng {
 
     fn refill(&mut self) {
         let elapsed = usize::try_from(self.refilled.elapsed().as_millis()).unwrap_or(usize::MAX);
-        let earned = elapsed.saturating_mul(RATE) / 1000;
-        if earned > 0 {
-            self.left = self.left.saturating_add(earned).min(BURST);
+        let refill = elapsed.saturating_mul(RATE) / 1000;
+        if refill > 0 {
+            self.left = self.left.saturating_add(refill).min(BURST);
             self.refilled = Instant::now();
         }
     }
@@ -74,10 +75,10 @@ impl Rng {
         let mut more = true;
         while self.left > 0 && rounds.next().is_some() {
             if let Some(mut chain) = active.queue.pop(&memory)? {
-                chain.writable.truncate(MOST.min(self.left));
+                chain.writable.truncate(MAX_REQUEST.min(self.left));
                 let written = fill(&chain.writable);
                 self.left -= written;
-                // At most MOST.
+                // `written` is at most MAX_REQUEST.
                 active.queue.push(&memory, chain.head, written as u32)?;
             } else if !active.queue.listen(&memory)? {
                 more = false;
@@ -85,20 +86,21 @@ impl Rng {
             }
         }
         if more {
-            // The rest when more was earned.
+            // Serve the rest after the wait.
             if let Err(error) = self.timer.reset(PAUSE, None) {
-                log::error!("virtio-rng: cannot set the timer: {error}");
+                log::error!("virtio-rng: failed to set the timer: {error}");
             }
         }
         active.queue.flush(&memory, &*active.interrupt)
     }
 }
 
-/// Random bytes into guest memory; returns how many.
+/// Writes random bytes to guest memory. Returns their number.
 fn fill(buffer: &Iov<'_>) -> usize {
-    let mut bytes = [0_u8; MOST];
-    // SAFETY: the buffer is writable and as long as said. With the pool initialised, as it is long since, this neither
-    // blocks nor, up to 256 bytes at a time, is interrupted; a shorter answer is used as it is.
+    let mut bytes = [0_u8; MAX_REQUEST];
+    // SAFETY: the pointer is to a writable array, and the length is at most that of the array. The host's entropy pool
+    // has long been initialized, so the call does not block. A signal can interrupt requests of more than 256 bytes;
+    // then the result is shorter and is used as it is.
     let count =
         unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len().min(buffer.len()), libc::GRND_NONBLOCK) };
     match usize::try_from(count).ok().and_then(|count| bytes.get(..count)) {
@@ -112,7 +114,7 @@ impl MutEventSubscriber for Rng {
         self.wake.init(ops);
         self.timer_registered = ops.add(Events::with_data(&self.timer, TIMER, EventSet::IN)).is_ok();
         if !self.timer_registered {
-            log::error!("virtio-rng: cannot register the timer");
+            log::error!("virtio-rng: failed to register the timer");
         }
     }
 
@@ -130,7 +132,7 @@ impl MutEventSubscriber for Rng {
                 }
             }
             _ => {
-                // Only served when it has expired.
+                // Runs only when the timer has expired, so this does not block.
                 let _ = self.timer.wait();
             }
         }
@@ -180,7 +182,7 @@ mod tests {
     use crate::virtio::testing::Bench;
 
     #[test]
-    fn random_bytes_until_the_burst_is_used_up_then_slower() {
+    fn rate_is_limited_after_burst() {
         let mut bench = Bench::new(Rng::new().unwrap());
         bench.activate(0);
         bench.queues[0].add(&[], &[20, 12]);
@@ -194,7 +196,7 @@ mod tests {
             bench.queues[0].add(&[], &[100_000]);
             bench.run_until(|queues| match queues[0].poll() {
                 Some((_, bytes)) => {
-                    assert!(!bytes.is_empty() && bytes.len() <= MOST);
+                    assert!(!bytes.is_empty() && bytes.len() <= MAX_REQUEST);
                     total += bytes.len();
                     true
                 }
@@ -205,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn reset_and_a_readable_chain() {
+    fn readable_chain_gets_no_bytes_also_after_reset() {
         let mut bench = Bench::new(Rng::new().unwrap());
         for _ in 0..3 {
             bench.activate(0);

@@ -1,5 +1,4 @@
-//! The virtio-mmio slots: fixed places on the bus, some with a device from the start, some to be filled later, and
-//! emptied again.
+//! The virtio-mmio slots: fixed address ranges. Some hold a device from boot on, others hold hot-plugged devices.
 
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -12,59 +11,61 @@ use super::device::GuestMemory;
 use super::mmio::{self, SharedDevice, Transport, TransportError};
 use crate::arch::layout;
 
-/// Why a device could not be plugged in.
+/// Why a device could not be plugged into or out of a slot.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
-    /// Every slot is taken.
-    #[error("every slot for disks and interfaces that come later is taken")]
+    /// No slot is free.
+    #[error("no free slot: the limit of hot-plugged disks and interfaces is reached")]
     Full,
-    /// The transport could not be made.
+    /// The device's transport could not be created.
     #[error(transparent)]
     Transport(#[from] TransportError),
-    /// No more descriptors.
-    #[error("cannot create an eventfd")]
+    /// An eventfd could not be created.
+    #[error("failed to create an eventfd")]
     EventFd(#[source] io::Error),
-    /// KVM refused an eventfd.
-    #[error("KVM refused an eventfd of the device")]
+    /// KVM refused an irqfd or an ioeventfd.
+    #[error("failed to register the device's eventfds with KVM")]
     Kvm(#[source] kvm_ioctls::Error),
-    /// There is nothing in the slot that can be taken out.
-    #[error("slot {0} has no device that can be taken out")]
-    Fixed(u32),
+    /// The slot has no device that can be hot-unplugged.
+    #[error("failed to empty slot {0}: it has no disk or interface")]
+    NotRemovable(u32),
 }
 
-/// A place on the bus. vCPUs hold it for as long as one access takes.
+/// One slot. vCPUs hold the read lock during an access.
 type Slot = RwLock<Option<Transport>>;
 
-/// All slots of one machine.
+/// All slots of a VM.
 pub struct Slots {
     vm: Arc<VmFd>,
     memory: GuestMemory,
     slots: Vec<Slot>,
-    /// The first that is kept for memory.
-    kept: usize,
+    /// Number of the first slot that is reserved for memory devices.
+    first_memory_slot: usize,
 }
 
-/// For whom a slot is.
+/// The kind of devices that a slot is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// Whatever there is at the start, disks and interfaces.
+    /// Boot devices, and hot-plugged disks and interfaces.
     Any,
-    /// Memory, for which slots are kept that nothing else gets.
+    /// Memory devices, for which slots are reserved.
     Memory,
 }
 
 impl Slots {
-    /// Empty slots: `open` of them for anything, as far as there is room, and `kept` for memory.
-    pub fn new(vm: Arc<VmFd>, memory: GuestMemory, open: usize, kept: usize) -> Self {
-        let (open, all) = divide(open, kept);
-        Self { vm, memory, slots: (0..all).map(|_| Slot::default()).collect(), kept: open }
+    /// Creates empty slots: `device_slots` for any device, if the VM has enough slots, and `memory_slots` for memory
+    /// devices.
+    pub fn new(vm: Arc<VmFd>, memory: GuestMemory, device_slots: usize, memory_slots: usize) -> Self {
+        let (device_slots, all) = divide(device_slots, memory_slots);
+        Self { vm, memory, slots: (0..all).map(|_| Slot::default()).collect(), first_memory_slot: device_slots }
     }
 
-    /// Plugs a device into the first free slot of its purpose and returns its number. One thread at a time plugs.
+    /// Plugs a device into the first free slot for its purpose and returns the slot's number. Callers must not run
+    /// concurrently.
     pub fn plug(&self, device: SharedDevice, purpose: Purpose) -> Result<u32, PlugError> {
         let range = match purpose {
-            Purpose::Any => 0..self.kept,
-            Purpose::Memory => self.kept..self.slots.len(),
+            Purpose::Any => 0..self.first_memory_slot,
+            Purpose::Memory => self.first_memory_slot..self.slots.len(),
         };
         let mut all = (0u32..).zip(&self.slots).skip(range.start).take(range.len());
         let (number, slot) = all.find(|(_, slot)| read(slot).is_none()).ok_or(PlugError::Full)?;
@@ -79,13 +80,13 @@ impl Slots {
         Ok(number)
     }
 
-    /// Takes a disk or an interface out of its slot. The guest finds the slot empty from here on, and KVM tells nobody
-    /// of its notifications; the device is in the state in which the guest left it.
+    /// Removes a disk or an interface from its slot. From then on, the guest finds the slot empty and KVM signals no
+    /// notifications. The device stays in the state in which the guest left it.
     pub fn unplug(&self, number: u32) -> Result<SharedDevice, PlugError> {
-        let fixed = || PlugError::Fixed(number);
-        let slot = self.slots.get(number as usize).ok_or_else(fixed)?;
-        let is_loose = |transport: &mut Transport| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
-        let transport = write(slot).take_if(is_loose).ok_or_else(fixed)?;
+        let not_removable = || PlugError::NotRemovable(number);
+        let slot = self.slots.get(number as usize).ok_or_else(not_removable)?;
+        let can_unplug = |transport: &mut Transport| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
+        let transport = write(slot).take_if(can_unplug).ok_or_else(not_removable)?;
         let address = IoEventAddress::Mmio(layout::slot_address(number) + mmio::NOTIFY_OFFSET);
         for (queue, notify) in (0u32..).zip(transport.notify_fds()) {
             self.vm.unregister_ioevent(notify, &address, queue).map_err(PlugError::Kvm)?;
@@ -94,22 +95,25 @@ impl Slots {
         Ok(transport.device().clone())
     }
 
-    /// Where the interface with this address is.
+    /// Returns the slot of the interface with this MAC address, or `None`.
     pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
-        let is_it = |transport: &Transport| {
-            let mut has = [0; 6];
-            mmio::lock(transport.device()).read_config(0, &mut has);
-            transport.device_type() == VIRTIO_ID_NET && has == mac
+        let matches_mac = |transport: &Transport| {
+            let mut device_mac = [0; 6];
+            mmio::lock(transport.device()).read_config(0, &mut device_mac);
+            transport.device_type() == VIRTIO_ID_NET && device_mac == mac
         };
-        (0u32..).zip(&self.slots).find(|(_, slot)| read(slot).as_ref().is_some_and(is_it)).map(|(number, _)| number)
+        (0u32..)
+            .zip(&self.slots)
+            .find(|(_, slot)| read(slot).as_ref().is_some_and(matches_mac))
+            .map(|(number, _)| number)
     }
 
-    /// Every device plugged in.
+    /// Returns all plugged devices.
     pub fn devices(&self) -> impl Iterator<Item = SharedDevice> {
         self.slots.iter().filter_map(|slot| read(slot).as_ref().map(|transport| transport.device().clone()))
     }
 
-    /// The guest reads from the slots' address range; addresses of no slot read as all ones.
+    /// Serves a read from the slots' address range. Addresses without a slot read as all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
             Some((slot, offset)) => match &*read(slot) {
@@ -120,7 +124,7 @@ impl Slots {
         }
     }
 
-    /// The guest writes to the slots' address range.
+    /// Serves a write to the slots' address range.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((slot, offset)) = self.find(address)
             && let Some(transport) = &*read(slot)
@@ -129,7 +133,7 @@ impl Slots {
         }
     }
 
-    /// How many slots there are, empty ones included.
+    /// Returns the number of slots, including empty ones.
     pub fn count(&self) -> u32 {
         self.slots.len() as u32
     }
@@ -149,11 +153,11 @@ fn write(slot: &Slot) -> RwLockWriteGuard<'_, Option<Transport>> {
     slot.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How many slots are for anything, and how many there are.
-fn divide(open: usize, kept: usize) -> (usize, usize) {
-    let kept = kept.min(layout::MAX_SLOTS);
-    let open = open.min(layout::MAX_SLOTS - kept);
-    (open, open + kept)
+/// Returns the number of slots for any device, and the number of all slots.
+fn divide(device_slots: usize, memory_slots: usize) -> (usize, usize) {
+    let memory_slots = memory_slots.min(layout::MAX_SLOTS);
+    let device_slots = device_slots.min(layout::MAX_SLOTS - memory_slots);
+    (device_slots, device_slots + memory_slots)
 }
 
 #[cfg(test)]
@@ -161,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_kept_for_memory_is_not_given_away() {
+    fn slots_for_memory_devices_stay_reserved() {
         assert_eq!(divide(9, 2), (9, 11));
         assert_eq!(divide(17, 2), (16, 18));
         assert_eq!(divide(5, 0), (5, 5));

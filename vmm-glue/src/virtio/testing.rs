@@ -1,4 +1,4 @@
-//! The driver's side of a device, for tests: queues in guest memory, an event loop, a counted interrupt.
+//! The driver's side of a device, for tests: queues in guest memory, an event loop and counters of interrupts.
 
 pub mod fuse;
 
@@ -15,10 +15,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
 use super::net::Net;
 
-/// Guest memory starts at 0; each queue of a test has a part of its own.
+/// Guest memory starts at 0. Each queue of a test has one part of it.
 const MEMORY: u64 = 6 * PART;
 const PART: u64 = 24 << 20;
-/// Each descriptor has a buffer of its own.
+/// Size of a descriptor's buffer; each descriptor has its own.
 const BUFFER: u64 = 128 << 10;
 
 const NEXT: u16 = 1;
@@ -55,7 +55,7 @@ impl Interrupt for Irq {
     }
 }
 
-/// A chain's descriptors, how many of them are readable, and all their lengths.
+/// A chain in flight: its descriptors, how many of them are readable, and the lengths of all.
 type Flight = (Vec<u16>, usize, Vec<u32>);
 
 /// The driver's side of one queue.
@@ -64,7 +64,7 @@ pub struct Driver {
     base: u64,
     size: u16,
     free: Vec<u16>,
-    /// By head, what is in flight.
+    /// Chains in flight, by head.
     chains: Vec<Option<Flight>>,
     avail: u16,
     used: u16,
@@ -129,7 +129,7 @@ impl Driver {
         self.memory.write_obj(next, GuestAddress(at.0 + 14)).unwrap();
     }
 
-    /// Makes a head available, whatever is in its descriptor.
+    /// Makes a head available, with any content of its descriptor.
     pub fn offer(&mut self, head: u16) {
         let slot = self.avail_ring() + 4 + u64::from(self.avail % self.size) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
@@ -143,7 +143,7 @@ impl Driver {
         self.notify.write(1).unwrap();
     }
 
-    /// Adds a chain of readable parts, then writable ones.
+    /// Adds a chain of readable and then writable parts.
     pub fn add(&mut self, readable: &[&[u8]], writable: &[usize]) -> u16 {
         let count = readable.len() + writable.len();
         let indices: Vec<u16> = (0..count).map(|_| self.free.pop().unwrap()).collect();
@@ -168,7 +168,7 @@ impl Driver {
         head
     }
 
-    /// The next chain given back: its head and what was written.
+    /// Returns the head and the written bytes of the next chain that the device has returned.
     pub fn poll(&mut self) -> Option<(u16, Vec<u8>)> {
         let index: u16 = self.memory.load(GuestAddress(self.used_ring() + 2), Ordering::SeqCst).unwrap();
         if index == self.used {
@@ -192,14 +192,14 @@ impl Driver {
                 bytes.extend(part);
                 left -= count;
             }
-            assert_eq!(left, 0, "more used than there was");
+            assert_eq!(left, 0, "the device reports more bytes than the chain has");
             self.free.extend(indices);
         }
         Some((head, bytes))
     }
 }
 
-/// A device on a loop, with its driver's queues.
+/// A device on an event loop, with its driver's queues.
 pub struct Bench<D: VirtioDevice> {
     pub device: Arc<Mutex<D>>,
     pub memory: GuestMemory,
@@ -209,7 +209,7 @@ pub struct Bench<D: VirtioDevice> {
 }
 
 impl<D: VirtioDevice> Bench<D> {
-    /// The device on a loop, not yet activated.
+    /// Creates an event loop with the device, which is not activated.
     pub fn new(device: D) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
         let queues = (0..).zip(device.queue_sizes()).map(|(index, &size)| Driver::new(&memory, index, size)).collect();
@@ -219,7 +219,7 @@ impl<D: VirtioDevice> Bench<D> {
         Self { device, memory, irq: Arc::default(), queues, manager }
     }
 
-    /// Activates with fresh queues and all features but `without`.
+    /// Activates the device with new queues and all features except `without`.
     pub fn activate(&mut self, without: u64) {
         self.activate_by(without, D::activate);
     }
@@ -238,17 +238,17 @@ impl<D: VirtioDevice> Bench<D> {
         self.device.lock().unwrap()
     }
 
-    /// Runs the loop until nothing happens.
+    /// Runs the event loop until no events are left.
     pub fn run(&mut self) {
         for _ in 0..10_000 {
             if self.manager.run_with_timeout(0).unwrap() == 0 {
                 return;
             }
         }
-        panic!("the device never comes to rest");
+        panic!("the device does not stop causing events");
     }
 
-    /// Runs the loop until a condition holds, for devices with threads of their own.
+    /// Runs the event loop until a condition is true, for devices with their own threads.
     pub fn run_until(&mut self, mut done: impl FnMut(&mut [Driver]) -> bool) {
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
         while !done(&mut self.queues) {
@@ -259,7 +259,8 @@ impl<D: VirtioDevice> Bench<D> {
 }
 
 impl Bench<Net> {
-    /// Like [`Bench::activate`], for an interface with a socket in the tap's place: that has no offloads to set.
+    /// Activates like [`Bench::activate`], for an interface with a socket instead of a tap. A socket has no offloads to
+    /// set.
     pub fn activate_on_a_socket(&mut self, without: u64) {
         self.activate_by(without, Net::start);
     }

@@ -1,7 +1,9 @@
-//! Threads of a device whose requests block: from the queue straight to the handler and back.
+//! Worker threads of a device whose requests can block. A worker pops a request, calls the handler and returns the
+//! result.
 //!
-//! Idle threads wait for the queue's notification, of which the kernel wakes one (EPOLLEXCLUSIVE). A thread that takes a
-//! request while others idle asks to be notified of the next, or passes the notification on when there is one already.
+//! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). A worker that
+//! takes a request while others are idle enables the next notification. If there is another request already, it signals
+//! the notification itself.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -14,21 +16,21 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::device::{GuestMemory, Interrupt};
 use super::queue::{QueueFault, Taken, Vq, chain_of_causes};
 
-/// Handlers are shallow, and their buffers are on the heap.
+/// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
 const STACK: usize = 256 * 1024;
 
-/// What serves a device's requests.
+/// Serves a device's requests.
 pub trait Handler: Send + Sync + 'static {
-    /// For thread names and log lines.
+    /// Name for threads and log lines.
     const NAME: &'static str;
-    /// Once on each thread; the thread ends on an error.
+    /// Prepares a worker thread; called once on each. The thread ends on an error.
     ///
     /// # Errors
-    /// What the thread cannot work without.
+    /// The error of a preparation without which the thread cannot work.
     fn prepare_thread(&self) -> io::Result<()> {
         Ok(())
     }
-    /// Serves one request; returns how many bytes were written to the chain.
+    /// Serves one request. Returns the number of bytes written to the chain.
     fn serve(&self, memory: &GuestMemory, request: Taken<'_>) -> u32;
 }
 
@@ -44,24 +46,24 @@ struct Shared<H> {
 
 struct State {
     queue: Vq,
-    /// Threads that wait for a notification.
+    /// Number of threads that wait for a notification.
     idle: usize,
-    /// Requests being served.
+    /// Number of requests that are being served.
     busy: usize,
     paused: bool,
     stopped: bool,
-    /// The driver broke the queue: nothing more is taken from it.
+    /// Whether the driver broke the queue. Then no more requests are taken from it.
     failed: bool,
 }
 
-/// The threads of one activation.
+/// The worker threads of one activation.
 pub struct Workers<H: Handler> {
     shared: Arc<Shared<H>>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl<H: Handler> Workers<H> {
-    /// Starts them.
+    /// Starts the worker threads.
     pub fn start(
         count: u8,
         paused: bool,
@@ -103,12 +105,12 @@ impl<H: Handler> Workers<H> {
         std::thread::Builder::new().name(format!("{}{number}", H::NAME)).stack_size(STACK).spawn(move || {
             match shared.handler.prepare_thread() {
                 Ok(()) => shared.run(&epoll),
-                Err(error) => log::error!("{}: cannot prepare a worker: {error}", H::NAME),
+                Err(error) => log::error!("{}: failed to prepare a worker thread: {error}", H::NAME),
             }
         })
     }
 
-    /// Returns when no request is being served, and none is until [`Workers::resume`].
+    /// Returns when no request is being served, and none will be until [`Workers::resume`].
     pub fn quiesce(&self) {
         let mut state = self.shared.lock();
         state.paused = true;
@@ -117,24 +119,24 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Serves again.
+    /// Resumes serving.
     pub fn resume(&self) {
         self.shared.lock().paused = false;
         self.shared.changed.notify_all();
-        // Who waits for a notification may have missed one while paused.
+        // A thread that waits for a notification may have missed one during the pause.
         self.shared.notify_one();
     }
 
-    /// Ends the threads; returns when the last request is done.
+    /// Stops the threads. Returns when the last request is complete.
     pub fn stop(self) {
         self.shared.lock().stopped = true;
         self.shared.changed.notify_all();
         if let Err(error) = self.shared.stop.write(1) {
-            log::error!("{}: cannot stop the workers: {error}", H::NAME);
+            log::error!("{}: failed to stop the worker threads: {error}", H::NAME);
         }
         for thread in self.threads {
             if thread.join().is_err() {
-                log::error!("{}: a worker panicked", H::NAME);
+                log::error!("{}: a worker thread panicked", H::NAME);
             }
         }
     }
@@ -147,7 +149,7 @@ impl<H: Handler> Shared<H> {
 
     fn notify_one(&self) {
         if let Err(error) = self.notify.write(1) {
-            log::error!("{}: cannot pass a notification on: {error}", H::NAME);
+            log::error!("{}: failed to signal the queue's notification: {error}", H::NAME);
         }
     }
 
@@ -162,16 +164,16 @@ impl<H: Handler> Shared<H> {
             if let Err(error) = epoll.wait(-1, &mut event)
                 && error.kind() != io::ErrorKind::Interrupted
             {
-                log::error!("{}: a worker cannot wait: {error}", H::NAME);
+                log::error!("{}: failed to wait for notifications: {error}", H::NAME);
                 return;
             }
-            // Would block when another thread was quicker.
+            // Fails with EAGAIN if another thread has cleared it.
             let _ = self.notify.read();
             self.lock().idle -= 1;
         }
     }
 
-    /// Serves requests until there is none, then counts this thread as idle; false when it is to end.
+    /// Serves requests until there are none, and then counts this thread as idle. Returns false if the thread must end.
     fn serve_until_empty(&self) -> Result<bool, QueueFault> {
         let mut state = self.lock();
         loop {
@@ -210,9 +212,9 @@ impl<H: Handler> Shared<H> {
         let mut state = self.lock();
         state.idle += 1;
         if !std::mem::replace(&mut state.failed, true) {
-            log::error!("{}: requests stopped: {}", H::NAME, chain_of_causes(fault));
+            log::error!("{}: stopped serving requests: {}", H::NAME, chain_of_causes(fault));
             if let Err(error) = self.interrupt.needs_reset() {
-                log::error!("{}: cannot ask for a reset: {error}", H::NAME);
+                log::error!("{}: failed to request a reset: {error}", H::NAME);
             }
         }
     }

@@ -1,5 +1,5 @@
-//! What the driver of virtio-mem asks and is told (`struct virtio_mem_req` and `virtio_mem_resp`, virtio 1.2, 5.15.6),
-//! and which blocks it has.
+//! Requests and responses of virtio-mem (`struct virtio_mem_req` and `virtio_mem_resp`, virtio 1.2, 5.15.6), and the
+//! set of plugged blocks.
 
 use std::ops::Range;
 
@@ -7,39 +7,39 @@ use super::BLOCK;
 
 /// Length of a request: type, padding, address, number of blocks, padding.
 pub const REQUEST_LEN: usize = 24;
-/// Length of an answer: type, padding, state.
+/// Length of a response: type, padding, state.
 pub const ANSWER_LEN: usize = 10;
 
-/// A request, of which only the form was checked.
+/// A parsed request, whose values have not been checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
-    /// Make blocks usable.
+    /// Plugs blocks.
     Plug {
-        /// Guest-physical.
+        /// Guest-physical address.
         address: u64,
-        /// Blocks.
+        /// Number of blocks.
         count: u16,
     },
-    /// Take blocks back.
+    /// Unplugs blocks.
     Unplug {
-        /// Guest-physical.
+        /// Guest-physical address.
         address: u64,
-        /// Blocks.
+        /// Number of blocks.
         count: u16,
     },
-    /// Take all blocks back.
+    /// Unplugs all blocks.
     UnplugAll,
-    /// Tell whether blocks are plugged.
+    /// Returns whether blocks are plugged.
     State {
-        /// Guest-physical.
+        /// Guest-physical address.
         address: u64,
-        /// Blocks.
+        /// Number of blocks.
         count: u16,
     },
 }
 
 impl Request {
-    /// Reads a request; none when it is of no known type.
+    /// Parses a request. Returns `None` if its type is unknown.
     pub fn parse(bytes: &[u8; REQUEST_LEN]) -> Option<Self> {
         let number = |at: usize, len: usize| -> Option<u64> {
             let mut word = [0; 8];
@@ -57,34 +57,34 @@ impl Request {
     }
 }
 
-/// What the driver is told.
+/// The response to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// Done.
+    /// The operation is complete.
     Ack,
-    /// Not now: more is plugged than was asked for, or would be.
+    /// Refused for now: more than the requested size would be plugged.
     Nack,
-    /// The host cannot do it at present.
+    /// The host cannot serve the request at present.
     Busy,
-    /// The request is wrong.
+    /// The request is invalid.
     Error,
-    /// Done, and this is how the blocks are.
+    /// The state of the blocks.
     State(State),
 }
 
-/// How a range of blocks is.
+/// State of a range of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// All plugged.
+    /// All are plugged.
     Plugged,
-    /// None plugged.
+    /// None is plugged.
     Unplugged,
-    /// Some plugged.
+    /// Some are plugged.
     Mixed,
 }
 
 impl Answer {
-    /// The bytes of `struct virtio_mem_resp`.
+    /// Returns the bytes of `struct virtio_mem_resp`.
     pub fn encode(self) -> [u8; ANSWER_LEN] {
         let (kind, state) = match self {
             Self::Ack => (0, 0),
@@ -99,7 +99,7 @@ impl Answer {
     }
 }
 
-/// Which blocks are plugged.
+/// The set of plugged blocks.
 #[derive(Debug)]
 pub struct Blocks {
     plugged: Vec<bool>,
@@ -107,18 +107,18 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// So many blocks, none plugged.
+    /// Creates a set of `count` blocks, none of which is plugged.
     pub fn new(count: u64) -> Self {
         Self { plugged: vec![false; usize::try_from(count).unwrap_or(0)], count: 0 }
     }
 
-    /// How many are plugged.
+    /// Returns the number of plugged blocks.
     pub fn plugged(&self) -> u64 {
         self.count
     }
 
-    /// The numbers of the blocks that a request means: none unless it is aligned, not empty, and within the first
-    /// `usable` bytes from `start`.
+    /// Returns the block numbers of a request. Returns `None` if the request is not aligned, is empty, or is not within
+    /// the first `usable` bytes from `start`.
     pub fn find(address: u64, count: u16, start: u64, usable: u64) -> Option<Range<u64>> {
         let offset = address.checked_sub(start).filter(|offset| offset.is_multiple_of(BLOCK))?;
         let len = u64::from(count) * BLOCK;
@@ -126,7 +126,7 @@ impl Blocks {
         Some(offset / BLOCK..end / BLOCK)
     }
 
-    /// How the blocks of a range are; blocks that are not there are not plugged.
+    /// Returns the state of a range of blocks. Blocks that do not exist are not plugged.
     pub fn state(&self, range: Range<u64>) -> State {
         let wanted = range.end.saturating_sub(range.start);
         match self.slice(range).map_or(0, |blocks| blocks.iter().filter(|plugged| **plugged).count()) as u64 {
@@ -136,7 +136,7 @@ impl Blocks {
         }
     }
 
-    /// Notes what became of a range.
+    /// Records whether a range of blocks is plugged.
     pub fn set(&mut self, range: Range<u64>, plugged: bool) {
         let Some(blocks) = usize::try_from(range.start)
             .ok()
