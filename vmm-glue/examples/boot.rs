@@ -1,8 +1,8 @@
-//! Boots a kernel and an initial RAM file system by hand: `boot VMLINUX INITRD [--memory MIB] [--vcpus N]
-//! [--most-vcpus N] [--most-memory MIB] [--share DIR] [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The
-//! guest's console goes to standard output, marks to standard error.
+//! Boots a kernel and an initrd: `boot VMLINUX INITRD [--memory MIB] [--vcpus N] [--max-vcpus N] [--max-memory MIB]
+//! [--share DIR] [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The guest's console is copied to standard
+//! output, boot marks are printed to standard error.
 //!
-//! With `--connect` standard input and output are joined to a vsock stream once the guest accepts it.
+//! With `--connect`, standard input and output are connected to a vsock connection once the guest accepts it.
 
 use std::error::Error;
 use std::fs::File;
@@ -16,18 +16,19 @@ use husk_vmm::control::{Call, ExitReason, Notice};
 
 fn main() -> Result<(), Box<dyn Error>> {
     if std::env::args().next().as_deref() == Some(ARGV0) {
-        // SAFETY: the spawning process has placed the control socket here for us.
+        // SAFETY: under this name, the program is only started by `spawn`, which has put the control socket at
+        // CONTROL_FD. Nothing else owns that fd.
         husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     }
     let mut arguments = std::env::args().skip(1);
     let (mut files, mut config, mut port, mut disk, mut pause) = (Vec::new(), config(), None, None, false);
     while let Some(argument) = arguments.next() {
-        let mut value = || arguments.next().ok_or("a value is missing");
+        let mut value = || arguments.next().ok_or("missing value of an option");
         match argument.as_str() {
             "--memory" => config.memory_mib = value()?.parse()?,
             "--vcpus" => config.vcpus = value()?.parse()?,
-            "--most-vcpus" => config.max_vcpus = value()?.parse()?,
-            "--most-memory" => config.max_memory_mib = value()?.parse()?,
+            "--max-vcpus" => config.max_vcpus = value()?.parse()?,
+            "--max-memory" => config.max_memory_mib = value()?.parse()?,
             "--params" => config.kernel_params = value()?,
             "--share" => config.share = Some(ShareConfig { tag: "husk".to_owned(), root: value()?, workers: 1 }),
             "--connect" => port = Some(value()?.parse()?),
@@ -64,13 +65,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         eprintln!("[{answer:?}]");
     }
     if let Some(port) = port {
-        join(vmm.connect(port)?)?;
+        connect_stdio(vmm.connect(port)?)?;
         vmm.call(Call::Stop, &[])?;
     }
     loop {
         match vmm.notice()? {
             Notice::Mark { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
-            Notice::ManyFiles => eprintln!("[the guest knows of as many files as can be open]"),
+            Notice::ManyFiles => eprintln!("[the VMM is close to its fd limit: the guest should forget unused files]"),
             Notice::Exited { reason } => {
                 eprintln!("[exited: {reason:?} at {} ms]", now_ms() - started);
                 let _ = output.join();
@@ -83,8 +84,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Joins standard input and output to the stream, until the guest closes it.
-fn join(stream: std::os::unix::net::UnixStream) -> io::Result<()> {
+/// Copies between standard input and output and the stream, until the guest closes it.
+fn connect_stdio(stream: std::os::unix::net::UnixStream) -> io::Result<()> {
     let mut writer = stream.try_clone()?;
     std::thread::spawn(move || {
         let _ = io::copy(&mut io::stdin(), &mut writer);
@@ -124,7 +125,7 @@ fn config() -> VmConfig {
 
 fn now_ms() -> f64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the structure lives until the call returns.
+    // SAFETY: the pointer is to a live, writable timespec.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     now.tv_sec as f64 * 1e3 + now.tv_nsec as f64 / 1e6
 }

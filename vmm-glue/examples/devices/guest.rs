@@ -1,4 +1,4 @@
-//! The guest's side.
+//! The program in the guest: mounts file systems, listens on vsock and runs the tests that the host requests.
 
 use std::ffi::CString;
 use std::fs;
@@ -15,7 +15,8 @@ pub fn main() -> super::Result<()> {
     mount("sys", "/sys", "sysfs")?;
     mount("husk", "/share", "virtiofs")?;
     data();
-    // SAFETY: plain system calls on a descriptor of ours; the address is a valid sockaddr_vm.
+    // SAFETY: all-zero is a valid sockaddr_vm, and bind gets its pointer and length. The fd from socket has no other
+    // owner. If socket failed, accept below fails too.
     let listener = unsafe {
         let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0);
         let mut address: libc::sockaddr_vm = std::mem::zeroed();
@@ -27,17 +28,17 @@ pub fn main() -> super::Result<()> {
         OwnedFd::from_raw_fd(fd)
     };
     loop {
-        // SAFETY: accepts on our listener; the descriptor it returns is ours.
+        // SAFETY: accept may get null pointers for the address, and the fd is open because `listener` owns it.
         let fd = unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
         if fd < 0 {
-            println!("accept: {}", std::io::Error::last_os_error());
+            println!("failed to accept a connection: {}", std::io::Error::last_os_error());
             continue;
         }
-        // SAFETY: as above.
+        // SAFETY: accept succeeded, so the fd is open and has no other owner.
         let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
         std::thread::spawn(move || {
             if let Err(error) = serve(stream) {
-                println!("guest: {error}");
+                println!("failed to serve a connection: {error}");
             }
         });
     }
@@ -46,14 +47,14 @@ pub fn main() -> super::Result<()> {
 fn mount(source: &str, target: &str, kind: &str) -> Result<()> {
     fs::create_dir_all(target)?;
     let [source, path, kind] = [source, target, kind].map(|text| CString::new(text).unwrap_or_default());
-    // SAFETY: all strings end with NUL; there are no options.
+    // SAFETY: all strings end with NUL, and mount accepts a null pointer for the options.
     match unsafe { libc::mount(source.as_ptr(), path.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
     }
 }
 
-/// Made once: it takes long in a node that is emulated.
+/// Computed once, because it takes long in an emulated node.
 fn data() -> &'static [u8] {
     static DATA: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     DATA.get_or_init(|| pattern(64 * MIB))
@@ -75,12 +76,12 @@ fn serve(mut stream: UnixStream) -> Result<()> {
             }
         }
         b"s" => {
-            let mut got = Vec::with_capacity(64 * MIB);
-            stream.read_to_end(&mut got)?;
-            stream.write_all(if got == data() { b"same" } else { b"different" })
+            let mut received = Vec::with_capacity(64 * MIB);
+            stream.read_to_end(&mut received)?;
+            stream.write_all(if received == data() { b"same" } else { b"different" })
         }
         b"g" => match stream.write_all(data()) {
-            // The reader may go early.
+            // The reader may close the connection early.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => Ok(()),
             other => other,
         },
@@ -98,19 +99,19 @@ fn serve(mut stream: UnixStream) -> Result<()> {
 }
 
 fn test(name: &str) -> Result<bool> {
-    let five = &data()[..5 * MIB];
+    let content = &data()[..5 * MIB];
     match name {
         "files" => {
-            let right = fs::read("/share/hello")? == five && fs::read("/share/hello")? == five;
-            fs::write("/share/written", &five[..MIB])?;
+            let unchanged = fs::read("/share/hello")? == content && fs::read("/share/hello")? == content;
+            fs::write("/share/written", &content[..MIB])?;
             File::open("/share/written")?.sync_all()?;
             fs::create_dir("/share/directory")?;
             fs::rename("/share/written", "/share/directory/written")?;
             std::os::unix::fs::symlink("directory/written", "/share/link")?;
-            let linked = fs::read("/share/link")? == five[..MIB];
+            let linked = fs::read("/share/link")? == content[..MIB];
             fs::rename("/share/directory/written", "/share/written")?;
             fs::remove_dir("/share/directory")?;
-            Ok(right && linked)
+            Ok(unchanged && linked)
         }
         "volume" => Ok(fs::read_to_string("/share/late")? == "made after the mount"),
         "many" => {
@@ -132,13 +133,14 @@ fn test(name: &str) -> Result<bool> {
             let before = (meta.uid(), meta.gid(), meta.mode()) == (1000, 1001, 0o104_755);
             let name = CString::new("user.husk")?;
             let path = CString::new("/share/mine")?;
-            // SAFETY: all strings end with NUL, the value is as long as said.
+            // SAFETY: both strings end with NUL, and the value has the given length.
             let set = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), b"value".as_ptr().cast(), 5, 0) };
             println!("xattr: {set}");
-            // As another user: the server must act as that user, not as root.
+            // As another user: the file server must act as that user, and not as root.
             fs::create_dir("/share/open")?;
             fs::set_permissions("/share/open", fs::Permissions::from_mode(0o1777))?;
-            // SAFETY: system calls on this thread only, so that it alone becomes that user.
+            // SAFETY: the calls take no pointers. As raw system calls they change this thread only, which has no other
+            // user of its ids.
             unsafe {
                 libc::syscall(libc::SYS_setresgid, 2000, 2000, 2000);
                 libc::syscall(libc::SYS_setresuid, 2000, 2000, 2000);
@@ -148,7 +150,7 @@ fn test(name: &str) -> Result<bool> {
             let refused = fs::write("/share/mine", "z").is_err();
             Ok(before && refused && (meta.uid(), meta.gid()) == (2000, 2000))
         }
-        // Of names that are not there nothing is kept: each is one request.
+        // Missing names are not cached, so each lookup is one request.
         "lookups" => Ok((0..500).all(|number| fs::metadata(format!("/share/none{number}")).is_err())),
         "disk" => {
             let serial = fs::read_to_string("/sys/block/vda/serial")?;
@@ -157,10 +159,11 @@ fn test(name: &str) -> Result<bool> {
             disk.write_all(&data()[..8 * MIB])?;
             disk.sync_all()?;
             drop(disk);
-            // Read again past the page cache.
+            // Read without the page cache.
             let mut direct = File::options().read(true).custom_flags(libc::O_DIRECT).open("/dev/vda")?;
             let layout = std::alloc::Layout::from_size_align(MIB, 4096).map_err(std::io::Error::other)?;
-            // SAFETY: the layout is not empty; the memory is zeroed, and kept until the process ends.
+            // SAFETY: the layout is not empty. The memory is zeroed, has the given length and alignment, and is never
+            // freed.
             let buffer = unsafe { std::slice::from_raw_parts_mut(std::alloc::alloc_zeroed(layout), MIB) };
             for part in data()[..8 * MIB].chunks(MIB) {
                 direct.read_exact(buffer)?;
@@ -169,10 +172,10 @@ fn test(name: &str) -> Result<bool> {
                 }
             }
             let (start, length) = (MIB as u64, MIB as u64);
-            // SAFETY: BLKDISCARD takes two numbers.
+            // SAFETY: BLKDISCARD reads two u64, to which the argument is a valid reference.
             let discarded = unsafe { libc::ioctl(direct.as_raw_fd(), 0x1277, &[start, length]) };
             let writable = File::options().write(true).open("/dev/vda")?;
-            // SAFETY: as above.
+            // SAFETY: BLKDISCARD reads two u64, to which the argument is a valid reference.
             let discarded_there = unsafe { libc::ioctl(writable.as_raw_fd(), 0x1277, &[start, length]) };
             direct.seek(std::io::SeekFrom::Start(start))?;
             direct.read_exact(buffer)?;
@@ -184,9 +187,9 @@ fn test(name: &str) -> Result<bool> {
             interface::up("eth0", interface::GUEST)?;
             let mut stream = std::net::TcpStream::connect((interface::HOST, interface::PORT))?;
             stream.write_all(&data()[..16 * MIB])?;
-            let mut got = vec![0; 16 * MIB];
-            stream.read_exact(&mut got)?;
-            Ok(got == data()[..16 * MIB])
+            let mut received = vec![0; 16 * MIB];
+            stream.read_exact(&mut received)?;
+            Ok(received == data()[..16 * MIB])
         }
         "balloon" => {
             let inflated = || {
@@ -206,7 +209,7 @@ fn test(name: &str) -> Result<bool> {
         "locks" => {
             let file = File::create("/share/lock")?;
             let other = File::open("/share/lock")?;
-            // SAFETY: both take a descriptor of ours and flags.
+            // SAFETY: flock takes no pointers, and both fds are open because the files own them.
             let (first, second) = unsafe {
                 (
                     libc::flock(file.as_raw_fd(), libc::LOCK_EX),

@@ -1,22 +1,22 @@
-//! A tap, and an address on an interface, by ioctl: neither the node nor the guest needs any tool.
+//! Sets up a tap and an interface's address with ioctls, so that neither the node nor the guest needs a tool.
 
 use std::fs::File;
 use std::io::{Error, Result};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 
-/// The tap's name.
+/// Name of the tap.
 pub const TAP: &str = "husktap";
-/// The host's address and the guest's.
+/// Addresses of the host and the guest.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
-/// Where the host listens.
+/// TCP port on which the host listens.
 pub const PORT: u16 = 5000;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 
 fn request(name: &str) -> libc::ifreq {
-    // SAFETY: all zeroes is a valid ifreq.
+    // SAFETY: ifreq is a C structure for which all-zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
@@ -25,14 +25,14 @@ fn request(name: &str) -> libc::ifreq {
 }
 
 fn ioctl(fd: RawFd, number: libc::c_ulong, request: &mut libc::ifreq) -> Result<()> {
-    // SAFETY: these ioctls read and write an ifreq.
+    // SAFETY: the ioctls that callers use read or write an ifreq, to which the argument is a valid pointer.
     match unsafe { libc::ioctl(fd, number, std::ptr::from_mut(request)) } {
         0 => Ok(()),
         _ => Err(Error::last_os_error()),
     }
 }
 
-/// Makes the tap.
+/// Creates the tap.
 pub fn tap() -> Result<File> {
     let tap = File::options().read(true).write(true).open("/dev/net/tun")?;
     let mut request = request(TAP);
@@ -41,7 +41,7 @@ pub fn tap() -> Result<File> {
     Ok(tap)
 }
 
-/// Gives an interface an address and brings it up.
+/// Sets an interface's address and brings the interface up.
 pub fn up(name: &str, address: Ipv4Addr) -> Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     let mut set = request(name);
@@ -51,7 +51,8 @@ pub fn up(name: &str, address: Ipv4Addr) -> Result<()> {
         sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.octets()) },
         sin_zero: [0; 8],
     };
-    // SAFETY: a sockaddr_in is one kind of sockaddr, and as long.
+    // SAFETY: sockaddr_in has the size of sockaddr, and both are plain data. For AF_INET, the kernel reads the address
+    // as a sockaddr_in.
     set.ifr_ifru.ifru_addr = unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(address) };
     ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &mut set)?;
     let mut flags = request(name);

@@ -1,6 +1,7 @@
-//! Boots a guest whose only program is this one, and tries the devices against its Linux drivers.
+//! Boots a guest whose only program is this one, and tests the devices with their Linux drivers.
 //!
-//! Usage: `devices KERNEL`, with further kernel parameters in `DEVICES_KERNEL_PARAMS`. Built static, the same binary is the tester, the VMM process and the guest's `/init`.
+//! Usage: `devices KERNEL`, with further kernel parameters in `DEVICES_KERNEL_PARAMS`. The static binary is the tester,
+//! the VMM process and the guest's `/init`.
 
 mod guest;
 mod interface;
@@ -29,7 +30,8 @@ fn main() -> Result<()> {
     }
     let mut arguments = std::env::args();
     if arguments.next().as_deref() == Some(ARGV0) {
-        // SAFETY: the spawner put the control socket there, and nothing else uses it.
+        // SAFETY: under this name, the program is only started by `spawn`, which has put the control socket at
+        // CONTROL_FD. Nothing else owns that fd.
         husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
     }
     let kernel = arguments.next().ok_or("usage: devices KERNEL")?;
@@ -37,7 +39,7 @@ fn main() -> Result<()> {
     prepare_share(share.path())?;
     let mut vmm = boot(&kernel, share.path())?;
 
-    step("connect, refused", || match vmm.connect(9) {
+    step("refused connection", || match vmm.connect(9) {
         Err(error) if error.to_string().contains("refused") => Ok(()),
         other => Err(format!("{other:?}").into()),
     })?;
@@ -52,13 +54,13 @@ fn main() -> Result<()> {
     })?;
     step("64 MiB from the guest", || {
         let mut stream = open(&mut vmm, b"g")?;
-        let mut got = Vec::with_capacity(data.len());
-        stream.read_to_end(&mut got)?;
-        check(got == data)
+        let mut received = Vec::with_capacity(data.len());
+        stream.read_to_end(&mut received)?;
+        check(received == data)
     })?;
-    step("16 MiB both ways at once", || echo(&open(&mut vmm, b"e")?, &data[..16 * MIB]))?;
-    step("200 quick connections", || (0..200).try_for_each(|_| echo(&open(&mut vmm, b"e")?, b"a few bytes")))?;
-    step("8 at once, 4 MiB each, both ways", || {
+    step("16 MiB in both directions at once", || echo(&open(&mut vmm, b"e")?, &data[..16 * MIB]))?;
+    step("200 short connections", || (0..200).try_for_each(|_| echo(&open(&mut vmm, b"e")?, b"a few bytes")))?;
+    step("8 connections at once, 4 MiB each, in both directions", || {
         let streams = (0..8).map(|_| open(&mut vmm, b"e")).collect::<Result<Vec<_>>>()?;
         std::thread::scope(|scope| {
             let echoes: Vec<_> = streams
@@ -68,14 +70,14 @@ fn main() -> Result<()> {
             echoes.into_iter().try_for_each(|echo| Ok(echo.join().map_err(|_| "panic")??))
         })
     })?;
-    step("a reader that sleeps, and another beside it", || {
+    step("a slow reader beside a fast one", || {
         let mut slow = open(&mut vmm, b"g")?;
         echo(&open(&mut vmm, b"e")?, &data[..MIB])?;
-        let mut got = Vec::new();
-        slow.read_to_end(&mut got)?;
-        check(got == data)
+        let mut received = Vec::new();
+        slow.read_to_end(&mut received)?;
+        check(received == data)
     })?;
-    step("100 streams closed in the middle", || {
+    step("100 connections closed during a transfer", || {
         for _ in 0..100 {
             let mut stream = open(&mut vmm, b"g")?;
             stream.read_exact(&mut [0; 1000])?;
@@ -85,16 +87,16 @@ fn main() -> Result<()> {
     let listener = std::net::TcpListener::bind((interface::HOST, interface::PORT))?;
     let served = data.clone();
     std::thread::spawn(move || serve_tcp(&listener, &served));
-    for what in ["files", "volume", "lookups", "many", "permissions", "locks", "rng", "disk", "tcp", "balloon"] {
-        if what == "volume" {
+    for test in ["files", "volume", "lookups", "many", "permissions", "locks", "rng", "disk", "tcp", "balloon"] {
+        if test == "volume" {
             std::fs::write(share.path().join("late"), "made after the mount")?;
         }
-        if what == "balloon" {
+        if test == "balloon" {
             vmm.call(Call::Balloon { mib: 64 }, &[])?;
         }
-        step(what, || {
+        step(test, || {
             let mut stream = open(&mut vmm, b"t")?;
-            stream.write_all(what.as_bytes())?;
+            stream.write_all(test.as_bytes())?;
             stream.shutdown(Shutdown::Write)?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;
@@ -118,7 +120,7 @@ fn main() -> Result<()> {
         check(answer.join().map_err(|_| "panic")?? == "ok")
     })?;
     check(std::fs::read(share.path().join("written"))? == data[..MIB])?;
-    println!("all good");
+    println!("all steps passed");
     Ok(())
 }
 
@@ -129,8 +131,8 @@ fn step(name: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
     result
 }
 
-fn check(right: bool) -> Result<()> {
-    if right { Ok(()) } else { Err("not what was expected".into()) }
+fn check(condition: bool) -> Result<()> {
+    if condition { Ok(()) } else { Err("unexpected result".into()) }
 }
 
 fn pattern(length: usize) -> Vec<u8> {
@@ -145,17 +147,17 @@ fn pattern(length: usize) -> Vec<u8> {
 
 fn echo(stream: &UnixStream, data: &[u8]) -> Result<()> {
     let (mut reader, mut writer) = (stream, stream);
-    let got = std::thread::scope(|scope| {
+    let received = std::thread::scope(|scope| {
         let writing = scope.spawn(move || {
             writer.write_all(data)?;
             writer.shutdown(Shutdown::Write)
         });
-        let mut got = Vec::with_capacity(data.len());
-        reader.read_to_end(&mut got)?;
+        let mut received = Vec::with_capacity(data.len());
+        reader.read_to_end(&mut received)?;
         writing.join().map_err(|_| "panic")??;
-        Ok::<_, Box<dyn Error>>(got)
+        Ok::<_, Box<dyn Error>>(received)
     })?;
-    check(got == data)
+    check(received == data)
 }
 
 fn open(vmm: &mut Vmm, command: &[u8]) -> Result<UnixStream> {
@@ -164,14 +166,14 @@ fn open(vmm: &mut Vmm, command: &[u8]) -> Result<UnixStream> {
     Ok(stream)
 }
 
-/// Takes 16 MiB from each client, and gives them back.
+/// Receives 16 MiB from each client, and sends them back.
 fn serve_tcp(listener: &std::net::TcpListener, data: &[u8]) -> std::io::Result<()> {
     for stream in listener.incoming() {
         let mut stream = stream?;
-        let mut got = vec![0; 16 * MIB];
-        stream.read_exact(&mut got)?;
-        if got == data[..16 * MIB] {
-            stream.write_all(&got)?;
+        let mut received = vec![0; 16 * MIB];
+        stream.read_exact(&mut received)?;
+        if received == data[..16 * MIB] {
+            stream.write_all(&received)?;
         }
     }
     Ok(())
@@ -202,7 +204,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     let disk = tempfile::tempfile()?;
     disk.set_len(64 * MIB as u64)?;
     let tap = interface::tap()?;
-    // Where the host has it. Frames from foreign addresses nobody drops here.
+    // vhost-net if the host has it. This example has no MAC anti-spoofing.
     let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").ok();
     interface::up(interface::TAP, interface::HOST)?;
     let config = VmConfig {
@@ -234,7 +236,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     vmm.call(Call::Create(Box::new(config)), &fds)?;
     println!("{:8.1} ms  created", start.elapsed().as_secs_f64() * 1e3);
     vmm.call(Call::Resume, &[])?;
-    // The first connection waits for the driver; until the guest listens it is refused.
+    // The first connection waits for the driver. Connections are refused until the guest listens.
     loop {
         match vmm.connect(PORT) {
             Ok(_) => break,
@@ -246,10 +248,10 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     Ok(vmm)
 }
 
-/// Name, mode, device number and content.
+/// Name, mode, device number and content of a file.
 type Entry<'a> = (&'a str, u32, (u32, u32), &'a [u8]);
 
-/// An initial RAM file system with `/init` and `/dev/console` (newc format).
+/// Returns an initrd with `/init` and `/dev/console`, in newc format.
 fn cpio(init: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();
     let entries: [Entry<'_>; 4] = [

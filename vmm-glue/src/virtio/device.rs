@@ -38,7 +38,7 @@ pub trait Interrupt: Send + Sync {
     ///
     /// The transport does not learn which interrupts came from vhost. So from this call until the device's reset, every
     /// interrupt reports that buffers may have been used. The cost for the driver is one look at its queues.
-    fn hand_over(&self) -> std::io::Result<EventFd>;
+    fn share_irq(&self) -> std::io::Result<EventFd>;
     /// Interrupts the driver because the configuration space changed.
     fn config(&self) -> std::io::Result<()>;
     /// Reports that the driver broke its queues and the device has stopped. Sets DEVICE_NEEDS_RESET if the transport

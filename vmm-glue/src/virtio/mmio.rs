@@ -78,7 +78,7 @@ pub struct MmioInterrupt {
     /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. It is not among the registers, because a
     /// device that sets it is locked, and the registers' lock must be taken before the device's.
     needs_reset: AtomicBool,
-    /// Whether vhost writes to `irq` too when it has used buffers: see [`Interrupt::hand_over`].
+    /// Whether vhost writes to `irq` too when it has used buffers: see [`Interrupt::share_irq`].
     shared: AtomicBool,
     irq: EventFd,
 }
@@ -89,7 +89,7 @@ impl Interrupt for MmioInterrupt {
         self.irq.write(1)
     }
 
-    fn hand_over(&self) -> io::Result<EventFd> {
+    fn share_irq(&self) -> io::Result<EventFd> {
         let irq = self.irq.try_clone()?;
         self.shared.store(true, Ordering::SeqCst);
         Ok(irq)

@@ -275,11 +275,11 @@ proptest! {
 }
 
 #[test]
-fn handed_over_interrupt_always_reports_used_buffers() {
+fn shared_interrupt_always_reports_used_buffers() {
     let (transport, _probe) = transport();
     negotiate(&transport);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
-    let irq = transport.interrupt.hand_over().unwrap();
+    let irq = transport.interrupt.share_irq().unwrap();
     // vhost interrupts, and sets no cause.
     irq.write(1).unwrap();
     assert_eq!(transport.irq_fd().read().unwrap(), 1);

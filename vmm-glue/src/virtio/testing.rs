@@ -28,7 +28,7 @@ const WRITE: u16 = 2;
 #[derive(Default)]
 pub struct Irq {
     pub queues: [AtomicU64; 6],
-    pub handed_over: AtomicU64,
+    pub shared_irqs: AtomicU64,
     pub config: AtomicU64,
     pub needs_reset: AtomicU64,
 }
@@ -39,8 +39,8 @@ impl Interrupt for Irq {
         Ok(())
     }
 
-    fn hand_over(&self) -> io::Result<EventFd> {
-        self.handed_over.fetch_add(1, Ordering::SeqCst);
+    fn share_irq(&self) -> io::Result<EventFd> {
+        self.shared_irqs.fetch_add(1, Ordering::SeqCst);
         EventFd::new(EFD_NONBLOCK)
     }
 

@@ -1,6 +1,6 @@
-//! virtio-blk (virtio 1.2, 5.2): a raw file or block device as a disk.
+//! virtio-blk (virtio 1.2, 5.2): a raw file or a block device as a disk.
 //!
-//! Requests are served one after another on a thread of the device's own, by plain system calls on guest memory.
+//! A worker thread of the device serves one request at a time, with plain system calls on guest memory.
 
 mod request;
 #[cfg(test)]
@@ -24,27 +24,27 @@ use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, VirtioDevice};
 use super::workers::Workers;
 
-/// One request queue.
+/// The single request queue.
 const QUEUE_SIZES: [u16; 1] = [128];
-/// Data segments of a request: the queue's size less header and status.
+/// Maximum number of a request's data segments: the queue's size without header and status.
 const SEGMENTS: u32 = 126;
-/// Bytes of a sector in all of the protocol's numbers.
+/// Size of a sector in bytes; the protocol counts in sectors.
 pub const SECTOR: u64 = 512;
-/// Bytes of the serial number.
+/// Length of the serial number in bytes.
 pub const SERIAL_LEN: usize = 20;
 
-/// Why a disk cannot be made.
+/// Why a disk could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
-    /// More than [`SERIAL_LEN`] bytes.
-    #[error("disk serial {0:?} is longer than {SERIAL_LEN} bytes")]
+    /// The serial number has more than [`SERIAL_LEN`] bytes.
+    #[error("invalid disk serial {0:?}: it is longer than {SERIAL_LEN} bytes")]
     Serial(String),
-    /// The file has no size, or none that is known.
-    #[error("cannot tell the disk's size")]
+    /// The file's size could not be determined.
+    #[error("failed to determine the disk's size")]
     Size(#[source] io::Error),
 }
 
-/// The device.
+/// The disk device.
 pub struct Blk {
     disk: Arc<Disk>,
     workers: Option<Workers<Disk>>,
@@ -52,7 +52,7 @@ pub struct Blk {
 }
 
 impl Blk {
-    /// A disk of the file's size, in whole sectors.
+    /// Creates a disk with the file's size, rounded down to whole sectors.
     pub fn new(mut file: File, read_only: bool, serial: &str) -> Result<Self, BlkError> {
         if serial.len() > SERIAL_LEN {
             return Err(BlkError::Serial(serial.to_owned()));
@@ -61,30 +61,30 @@ impl Blk {
         for (to, from) in bytes.iter_mut().zip(serial.as_bytes()) {
             *to = *from;
         }
-        // Unlike the metadata's length, also right for block devices.
+        // Unlike the length in the file's metadata, this works for block devices too.
         let sectors = file.seek(SeekFrom::End(0)).map_err(BlkError::Size)? / SECTOR;
         let disk = Disk { file, sectors, read_only, serial: bytes };
         Ok(Self { disk: Arc::new(disk), workers: None, paused: false })
     }
 
-    /// `struct virtio_blk_config`.
+    /// Returns the bytes of `struct virtio_blk_config`.
     fn config(&self) -> Vec<u8> {
         let mut config = Vec::with_capacity(60);
         config.extend(self.disk.sectors.to_le_bytes());
-        // size_max, not offered.
+        // size_max, which is not offered.
         config.extend(0_u32.to_le_bytes());
         config.extend(SEGMENTS.to_le_bytes());
-        // Geometry, not offered.
+        // Geometry, which is not offered.
         config.extend([0; 4]);
         config.extend((SECTOR as u32).to_le_bytes());
-        // Topology, writeback and queues, not offered.
+        // Topology, writeback and number of queues, which are not offered.
         config.extend([0; 12]);
         let zeroes = u32::try_from(MAX_ZEROES / SECTOR).unwrap_or(u32::MAX);
-        // Discard: sectors, segments, alignment.
+        // Discard: maximum sectors, maximum segments, alignment.
         for word in [zeroes, MAX_RANGES as u32, 1] {
             config.extend(word.to_le_bytes());
         }
-        // Write zeroes: sectors, segments, may unmap.
+        // Write zeroes: maximum sectors, maximum segments, may unmap.
         for word in [zeroes, MAX_RANGES as u32, 1] {
             config.extend(word.to_le_bytes());
         }
@@ -94,7 +94,7 @@ impl Blk {
 
 impl MutEventSubscriber for Blk {
     fn init(&mut self, _ops: &mut EventOps) {
-        // The device's thread waits for its queue itself.
+        // The worker thread waits for the queue's notifications.
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {}
@@ -132,7 +132,7 @@ impl VirtioDevice for Blk {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Opened { memory, interrupt, queues: [queue], .. } = activation::open(activation)?;
         let workers = Workers::start(1, self.paused, Arc::clone(&self.disk), memory, queue, interrupt)
-            .map_err(|error| ActivateError::Host("virtio-blk thread", error))?;
+            .map_err(|error| ActivateError::Host("the virtio-blk thread", error))?;
         self.workers = Some(workers);
         Ok(())
     }

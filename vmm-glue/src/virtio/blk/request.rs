@@ -1,4 +1,4 @@
-//! One request to a disk.
+//! Serves one disk request.
 
 use std::fs::File;
 use std::io;
@@ -16,16 +16,16 @@ use crate::virtio::device::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, Taken, guest_fault};
 use crate::virtio::workers::Handler;
 
-/// Bytes of a request's header.
+/// Length of a request's header in bytes.
 const HEADER: usize = 16;
-/// Bytes of one range to discard or zero.
+/// Length of one range in a discard or write-zeroes request, in bytes.
 const RANGE: usize = 16;
-/// Ranges of one request.
+/// Maximum number of ranges in a request.
 pub const MAX_RANGES: usize = 16;
-/// Bytes of one range: where the host has no way but to write zeroes, a request must end.
+/// Maximum length of a range in bytes. It bounds the time of a request if the host can only write zeroes.
 pub const MAX_ZEROES: u64 = 64 << 20;
 
-/// What is behind the device.
+/// The file behind the device.
 pub struct Disk {
     pub file: File,
     pub sectors: u64,
@@ -33,13 +33,13 @@ pub struct Disk {
     pub serial: [u8; SERIAL_LEN],
 }
 
-/// Why a request fails.
+/// Why a request failed.
 enum Failure {
-    /// The guest asked for what does not exist or is not allowed.
+    /// The guest's request is invalid or not allowed.
     Guest(&'static str),
-    /// The device does not do that.
+    /// The device does not support the request.
     Unsupported,
-    /// The host could not.
+    /// The host failed to serve the request.
     Host(io::Error),
 }
 
@@ -57,28 +57,28 @@ impl Handler for Disk {
 
     fn serve(&self, _memory: &GuestMemory, (chain, _): Taken<'_>) -> u32 {
         let Chain { mut readable, mut writable, .. } = chain;
-        // The status is the last byte, whatever descriptor it is in.
-        let Some(room) = writable.len().checked_sub(1) else {
-            guest_fault(0, &"disk request without room for its status");
+        // The status is the last writable byte, in any descriptor.
+        let Some(data_len) = writable.len().checked_sub(1) else {
+            guest_fault(0, &"the disk request has no byte for its status");
             return 0;
         };
         let mut status = writable.clone();
-        status.skip(room);
-        writable.truncate(room);
+        status.skip(data_len);
+        writable.truncate(data_len);
         let (written, code) = match self.request(&mut readable, &mut writable) {
             Ok(written) => (written, VIRTIO_BLK_S_OK),
             Err(Failure::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
-            Err(Failure::Guest(what)) => {
-                guest_fault(0, &what);
+            Err(Failure::Guest(reason)) => {
+                guest_fault(0, &reason);
                 (0, VIRTIO_BLK_S_IOERR)
             }
             Err(Failure::Host(error)) => {
-                // As many as a guest likes to have, hence the limited log.
-                guest_fault(0, &format_args!("disk: {error}"));
+                // A guest can cause many of these, so they are logged with a rate limit.
+                guest_fault(0, &format_args!("failed to serve a disk request: {error}"));
                 (0, VIRTIO_BLK_S_IOERR)
             }
         };
-        // The codes are 0, 1 and 2.
+        // The status codes are 0, 1 and 2.
         status.copy_from(&[code as u8]);
         u32::try_from(written + 1).unwrap_or(u32::MAX)
     }
@@ -86,7 +86,7 @@ impl Handler for Disk {
 
 impl Disk {
     fn request(&self, readable: &mut Iov<'_>, writable: &mut Iov<'_>) -> Result<usize, Failure> {
-        let header = readable.take::<HEADER>().map_err(|_| Failure::Guest("disk request without a header"))?;
+        let header = readable.take::<HEADER>().map_err(|_| Failure::Guest("the disk request has no header"))?;
         let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         match u32::from_le_bytes([t0, t1, t2, t3]) {
@@ -131,22 +131,22 @@ impl Disk {
     }
 
     fn check_writable(&self) -> Result<(), Failure> {
-        if self.read_only { Err(Failure::Guest("write to a read-only disk")) } else { Ok(()) }
+        if self.read_only { Err(Failure::Guest("the disk request writes to a read-only disk")) } else { Ok(()) }
     }
 
-    /// The offset of whole sectors that are all on the disk.
+    /// Returns the byte offset of a range, if it consists of whole sectors and lies on the disk.
     fn offset(&self, sector: u64, length: u64) -> Result<u64, Failure> {
         if !length.is_multiple_of(SECTOR) {
-            return Err(Failure::Guest("disk request of broken sectors"));
+            return Err(Failure::Guest("the length of the disk request is not a multiple of the sector size"));
         }
         match sector.checked_add(length / SECTOR) {
-            // No overflow: the disk's size in bytes is a u64.
+            // No overflow: the disk's size in bytes fits into a u64.
             Some(end) if end <= self.sectors => Ok(sector * SECTOR),
-            _ => Err(Failure::Guest("disk request beyond the end")),
+            _ => Err(Failure::Guest("the disk request goes beyond the end of the disk")),
         }
     }
 
-    /// All of the vector, by preadv or pwritev.
+    /// Transfers the whole vector with preadv or pwritev.
     fn transfer(
         &self,
         iov: &mut Iov<'_>,
@@ -155,12 +155,13 @@ impl Disk {
     ) -> Result<(), Failure> {
         while !iov.is_empty() {
             let parts = iov.as_slice();
-            let at = libc::off_t::try_from(offset).map_err(|_| Failure::Guest("disk offset too large"))?;
-            // SAFETY: the parts are guest memory, at most MAX_SEGMENTS of them, alive through the call; preadv gets
-            // only writable ones.
+            let at = libc::off_t::try_from(offset)
+                .map_err(|_| Failure::Guest("the offset of the disk request is too large"))?;
+            // SAFETY: the parts are checked guest memory, which stays mapped during the call. There are at most
+            // MAX_SEGMENTS (IOV_MAX). preadv gets only parts that the device may write.
             let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
             match usize::try_from(result) {
-                // The file has shrunk since.
+                // The file has shrunk after the device was created.
                 Ok(0) => return Err(Failure::Host(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => {
                     iov.skip(count);
@@ -177,18 +178,18 @@ impl Disk {
         Ok(())
     }
 
-    /// Each range of a discard or write-zeroes request: offset, length, flags.
+    /// Calls `each` for each range of a discard or write-zeroes request, with offset, length and flags.
     fn ranges(&self, list: &mut Iov<'_>, mut each: impl FnMut(u64, u64, u32) -> io::Result<()>) -> Result<(), Failure> {
         self.check_writable()?;
         if list.is_empty() || !list.len().is_multiple_of(RANGE) || list.len() / RANGE > MAX_RANGES {
-            return Err(Failure::Guest("disk request with a bad list of ranges"));
+            return Err(Failure::Guest("the disk request has an invalid list of ranges"));
         }
         while let Ok(bytes) = list.take::<RANGE>() {
             let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
             let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
             let length = u64::from(u32::from_le_bytes([n0, n1, n2, n3])) * SECTOR;
             if length > MAX_ZEROES {
-                return Err(Failure::Guest("disk range too long"));
+                return Err(Failure::Guest("the disk request has a range that is too long"));
             }
             let offset = self.offset(sector, length)?;
             if length > 0 {
@@ -201,7 +202,7 @@ impl Disk {
     fn fallocate(&self, mode: libc::c_int, offset: u64, length: u64) -> io::Result<()> {
         let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
         let (offset, length) = (offset.try_into().map_err(invalid)?, length.try_into().map_err(invalid)?);
-        // SAFETY: takes a descriptor and numbers.
+        // SAFETY: fallocate takes no pointers, and the fd is open because `self.file` owns it.
         match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, length) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),

@@ -1,4 +1,4 @@
-//! Requests against a file.
+//! Tests of disk requests on a temporary file.
 
 use std::os::unix::fs::FileExt;
 
@@ -50,11 +50,11 @@ fn call(bench: &mut Bench<Blk>, readable: &[&[u8]], writable: &[usize]) -> Vec<u
 }
 
 #[test]
-fn read_write_flush_and_name() {
+fn read_write_flush_and_get_id() {
     let (file, mut bench) = disk(false);
     let bytes = call(&mut bench, &[&header(IN, 2)], &[100, 924, 1]);
     assert_eq!((bytes[0], bytes[512], bytes[1024], bytes.len()), (3, 4, 0, 1025));
-    // Header and data in one descriptor, status in the last byte of another.
+    // Header and data are in one descriptor, and the status is the last byte of another.
     let mut request = header(OUT, 63);
     request.extend([9; 300]);
     assert_eq!(call(&mut bench, &[&request, &[9; 212]], &[1]), [0]);
@@ -77,22 +77,24 @@ fn discard_and_write_zeroes() {
     let mut bytes = [0; 32 * 512];
     file.read_exact_at(&mut bytes, 0).unwrap();
     for (sector, part) in bytes.chunks(512).enumerate() {
-        let gone = matches!(sector, 1 | 2 | 8..=15 | 20 | 22);
-        assert_eq!(part[0], if gone { 0 } else { sector as u8 + 1 }, "{sector}");
+        let zeroed = matches!(sector, 1 | 2 | 8..=15 | 20 | 22);
+        assert_eq!(part[0], if zeroed { 0 } else { sector as u8 + 1 }, "{sector}");
     }
-    for bad in [range(63, 2, 0), range(u64::MAX, 1, 0), range(0, u32::MAX, 0), vec![0; 15], vec![], vec![0; 17 * 16]] {
-        assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &bad], &[1]), [1]);
+    for invalid in
+        [range(63, 2, 0), range(u64::MAX, 1, 0), range(0, u32::MAX, 0), vec![0; 15], vec![], vec![0; 17 * 16]]
+    {
+        assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &invalid], &[1]), [1]);
     }
 }
 
 #[test]
-fn what_is_refused() {
+fn invalid_requests_fail() {
     let (file, mut bench) = disk(true);
     assert_eq!(call(&mut bench, &[&header(OUT, 0), &[0; 512]], &[1]), [1]);
     assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &range(0, 1, 0)], &[1]), [1]);
     assert_eq!(call(&mut bench, &[&header(99, 0)], &[1]), [2]);
     for (sector, length) in [(64, 512), (63, 1024), (u64::MAX, 512), (u64::MAX / 512 + 1, 512), (0, 511)] {
-        // Of a read that fails only the status counts as written.
+        // If a read fails, only the status counts as written.
         bench.queues[0].add(&[&header(IN, sector)], &[length, 1]);
         let mut status = None;
         bench.run_until(|queues| {
@@ -109,7 +111,7 @@ fn what_is_refused() {
 }
 
 #[test]
-fn a_file_that_shrinks_and_a_pause() {
+fn read_beyond_shrunk_file_fails_and_pause_stops_requests() {
     let (file, mut bench) = disk(false);
     file.set_len(512).unwrap();
     assert_eq!(call(&mut bench, &[&header(IN, 10)], &[512, 1]).len(), 1);
@@ -125,7 +127,7 @@ fn a_file_that_shrinks_and_a_pause() {
 }
 
 #[test]
-fn configuration() {
+fn configuration_space_has_size_and_limits() {
     let (_, bench) = disk(false);
     let mut config = [0; 64];
     bench.lock().read_config(0, &mut config);
@@ -138,7 +140,7 @@ fn configuration() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn hostile_requests(requests in proptest::collection::vec(
+    fn hostile_requests_do_not_resize_the_file(requests in proptest::collection::vec(
         (0u32..16, any::<u64>(), 0u64..80, any::<bool>(), proptest::collection::vec(any::<u8>(), 0..1100),
          proptest::collection::vec(0usize..1500, 0..4)), 1..12)) {
         let (file, mut bench) = disk(false);

@@ -1,4 +1,4 @@
-//! The driver's side: what is asked is carried out within bounds, and nothing else is.
+//! Tests from the driver's side: valid requests are served within the limits, and all others are rejected.
 
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
@@ -37,7 +37,7 @@ fn encode(kind: u16, address: u64, count: u16) -> Vec<u8> {
     bytes
 }
 
-/// Type and state of the answer; none when there was none.
+/// Returns type and state of the response, or `None` if there is none.
 fn send(bench: &mut Bench<Mem>, request: &[u8]) -> Option<(u8, u8)> {
     bench.queues[0].add(&[request], &[ANSWER_LEN]);
     bench.run();
@@ -45,7 +45,7 @@ fn send(bench: &mut Bench<Mem>, request: &[u8]) -> Option<(u8, u8)> {
     (answer.len() == ANSWER_LEN).then(|| (answer[0], answer[8]))
 }
 
-fn ask(bench: &mut Bench<Mem>, kind: u16, block: u64, count: u16) -> Option<(u8, u8)> {
+fn driver_request(bench: &mut Bench<Mem>, kind: u16, block: u64, count: u16) -> Option<(u8, u8)> {
     send(bench, &encode(kind, START + block * BLOCK, count))
 }
 
@@ -56,61 +56,61 @@ fn config(bench: &Bench<Mem>) -> Vec<u64> {
 }
 
 fn request(bench: &Bench<Mem>, blocks: u64) -> Arc<Mutex<Option<u64>>> {
-    let told = Arc::new(Mutex::new(None));
-    let note = told.clone();
-    bench.lock().request(blocks * BLOCK, Box::new(move |bytes| *note.lock().unwrap() = Some(bytes))).unwrap();
-    told
+    let reached = Arc::new(Mutex::new(None));
+    let sender = reached.clone();
+    bench.lock().request(blocks * BLOCK, Box::new(move |bytes| *sender.lock().unwrap() = Some(bytes))).unwrap();
+    reached
 }
 
 #[test]
-fn a_guest_grows_and_shrinks_as_asked() {
+fn guest_plugs_and_unplugs_up_to_requested_size() {
     let mut bench = bench();
-    assert_eq!(ask(&mut bench, PLUG, 0, 1), ERROR, "nothing was asked for");
-    let told = request(&bench, 4);
+    assert_eq!(driver_request(&mut bench, PLUG, 0, 1), ERROR, "the requested size is 0");
+    let reached = request(&bench, 4);
     assert_eq!(bench.irq.config.load(Ordering::SeqCst), 1);
     assert_eq!(config(&bench), [BLOCK, 0, START, LEN, LEN, 0, 4 * BLOCK]);
-    assert_eq!(ask(&mut bench, PLUG, 0, 3), ACK);
-    assert_eq!(*told.lock().unwrap(), None);
-    assert_eq!(ask(&mut bench, STATE, 0, 3), Some((0, 0)));
-    assert_eq!(ask(&mut bench, STATE, 3, 1), Some((0, 1)));
-    assert_eq!(ask(&mut bench, STATE, 0, 4), Some((0, 2)));
-    assert_eq!(ask(&mut bench, PLUG, 3, 1), ACK);
-    assert_eq!(*told.lock().unwrap(), Some(4 * BLOCK));
+    assert_eq!(driver_request(&mut bench, PLUG, 0, 3), ACK);
+    assert_eq!(*reached.lock().unwrap(), None);
+    assert_eq!(driver_request(&mut bench, STATE, 0, 3), Some((0, 0)));
+    assert_eq!(driver_request(&mut bench, STATE, 3, 1), Some((0, 1)));
+    assert_eq!(driver_request(&mut bench, STATE, 0, 4), Some((0, 2)));
+    assert_eq!(driver_request(&mut bench, PLUG, 3, 1), ACK);
+    assert_eq!(*reached.lock().unwrap(), Some(4 * BLOCK));
     assert_eq!(config(&bench)[5], 4 * BLOCK);
-    // Nothing beyond the end, nothing twice.
-    assert_eq!(ask(&mut bench, PLUG, 4, 1), NACK);
-    assert_eq!(ask(&mut bench, PLUG, LEN / BLOCK, 1), ERROR);
-    assert_eq!(ask(&mut bench, PLUG, 0, 1), ERROR);
-    // Less again: the usable part stays, but nothing more is plugged in it.
-    let told = request(&bench, 1);
-    assert_eq!(ask(&mut bench, UNPLUG, 0, 2), ACK);
-    assert_eq!(ask(&mut bench, UNPLUG, 0, 1), ERROR, "it is not plugged");
-    assert_eq!(ask(&mut bench, PLUG, 0, 1), NACK);
-    assert_eq!(*told.lock().unwrap(), None);
-    assert_eq!(ask(&mut bench, UNPLUG, 2, 1), ACK);
-    assert_eq!(*told.lock().unwrap(), Some(BLOCK));
-    assert_eq!(ask(&mut bench, UNPLUG_ALL, 0, 0), ACK);
+    // The requested size is the limit, and no block is plugged twice.
+    assert_eq!(driver_request(&mut bench, PLUG, 4, 1), NACK);
+    assert_eq!(driver_request(&mut bench, PLUG, LEN / BLOCK, 1), ERROR);
+    assert_eq!(driver_request(&mut bench, PLUG, 0, 1), ERROR);
+    // A smaller requested size: the usable part stays, but nothing more is plugged in it.
+    let reached = request(&bench, 1);
+    assert_eq!(driver_request(&mut bench, UNPLUG, 0, 2), ACK);
+    assert_eq!(driver_request(&mut bench, UNPLUG, 0, 1), ERROR, "the block is not plugged");
+    assert_eq!(driver_request(&mut bench, PLUG, 0, 1), NACK);
+    assert_eq!(*reached.lock().unwrap(), None);
+    assert_eq!(driver_request(&mut bench, UNPLUG, 2, 1), ACK);
+    assert_eq!(*reached.lock().unwrap(), Some(BLOCK));
+    assert_eq!(driver_request(&mut bench, UNPLUG_ALL, 0, 0), ACK);
     assert_eq!(config(&bench)[4..], [LEN, 0, BLOCK]);
 }
 
 #[test]
-fn a_new_request_ends_the_wait_for_the_one_before() {
+fn new_request_completes_the_previous_one() {
     let mut bench = bench();
     let first = request(&bench, 8);
-    assert_eq!(ask(&mut bench, PLUG, 0, 2), ACK);
+    assert_eq!(driver_request(&mut bench, PLUG, 0, 2), ACK);
     let second = request(&bench, 2);
     assert_eq!((*first.lock().unwrap(), *second.lock().unwrap()), (Some(2 * BLOCK), Some(2 * BLOCK)));
-    // More than there is room for is all there is room for.
+    // A request for more than the whole range is limited to the range.
     request(&bench, 1 << 40);
     assert_eq!(config(&bench)[6], LEN);
-    // What is plugged survives the driver's reset.
+    // Plugged blocks survive the driver's reset.
     bench.lock().reset();
     bench.activate(0);
-    assert_eq!(ask(&mut bench, STATE, 0, 2), Some((0, 0)));
+    assert_eq!(driver_request(&mut bench, STATE, 0, 2), Some((0, 0)));
 }
 
 #[test]
-fn requests_that_cannot_be_are_refused() {
+fn invalid_requests_are_rejected() {
     let mut bench = bench();
     request(&bench, 4);
     assert_eq!(send(&mut bench, &encode(PLUG, START + 4096, 1)), ERROR);
@@ -119,7 +119,7 @@ fn requests_that_cannot_be_are_refused() {
     assert_eq!(send(&mut bench, &encode(PLUG, START, 0)), ERROR);
     assert_eq!(send(&mut bench, &encode(7, START, 1)), ERROR);
     assert_eq!(send(&mut bench, &[0; 23]), ERROR);
-    // No room for the answer: none is written, and the request was carried out.
+    // The chain is too short for the response, which is not written, although the request has been served.
     bench.queues[0].add(&[&encode(PLUG, START, 1)], &[ANSWER_LEN - 1]);
     bench.run();
     assert!(bench.queues[0].poll().unwrap().1.is_empty());
@@ -128,7 +128,7 @@ fn requests_that_cannot_be_are_refused() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn never_more_than_asked_for(
+    fn plugged_size_stays_within_requested_size(
         requests in proptest::collection::vec((0u16..5, 0u64..140, 0u16..140, any::<bool>()), 1..40),
         wanted in proptest::collection::vec(0u64..150, 1..4),
     ) {
@@ -139,7 +139,7 @@ proptest! {
             if step % 10 == 0 {
                 request(&bench, wanted[step / 10 % wanted.len()]);
             }
-            let asked = config(&bench)[6];
+            let requested = config(&bench)[6];
             let address = START + block * BLOCK + if shift { 4096 } else { 0 };
             let answer = send(&mut bench, &encode(kind, address, count));
             let range = block..block + u64::from(count);
@@ -151,12 +151,12 @@ proptest! {
             }
             let now = bench.lock().plugged();
             prop_assert_eq!(now, plugged.len() as u64 * BLOCK);
-            prop_assert!(now <= asked.max(before) && plugged.iter().all(|block| block * BLOCK < LEN));
+            prop_assert!(now <= requested.max(before) && plugged.iter().all(|block| block * BLOCK < LEN));
         }
     }
 
     #[test]
-    fn any_bytes_are_parsed(bytes: [u8; REQUEST_LEN]) {
+    fn parse_accepts_any_bytes(bytes: [u8; REQUEST_LEN]) {
         let _ = Request::parse(&bytes);
     }
 }

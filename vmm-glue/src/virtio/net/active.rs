@@ -1,4 +1,4 @@
-//! What of an interface there is from the driver's readiness to its next reset, and who serves it meanwhile.
+//! State of an interface from the driver's readiness to the next reset, and the data path that moves its frames.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -6,112 +6,115 @@ use std::sync::Arc;
 use event_manager::EventOps;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Port;
+use super::TapQueue;
 use super::load::Load;
-use super::pump::{Lane, Rules};
+use super::pump::{QueuePair, Rules};
 use super::vhost::{self, VhostError};
 use crate::virtio::device::{GuestMemory, Interrupt};
 use crate::virtio::queue::{Vq, Wake, chain_of_causes};
 
-/// A device whose driver is ready.
+/// State of a device whose driver is ready.
 pub struct Active {
     pub memory: Arc<GuestMemory>,
     pub interrupt: Arc<dyn Interrupt>,
-    /// The pairs that the driver has set up.
-    pub lanes: Vec<Lane>,
-    /// So many of them, the first, it uses.
-    pub in_use: usize,
+    /// The queue pairs that the driver has set up.
+    pub queue_pairs: Vec<QueuePair>,
+    /// Number of active queue pairs; these are the first ones.
+    pub active_pairs: usize,
     pub control: Option<Vq>,
     pub control_waiting: bool,
     pub rules: Rules,
     pub load: Load,
     pub features: u64,
-    pub carrier: Carrier,
+    pub data_path: DataPath,
 }
 
-/// Who carries the frames.
+/// What moves the frames.
 #[derive(PartialEq, Eq)]
-pub enum Carrier {
-    Loop,
-    Kernel,
-    /// The kernel, which stands still.
-    KernelPaused,
+pub enum DataPath {
+    DeviceLoop,
+    Vhost,
+    /// vhost-net, which is paused.
+    VhostPaused,
 }
 
 impl Active {
-    /// Registers the queues that are the loop's, and looks at all of them.
+    /// Registers the queues that the device loop serves, and marks all of them for serving.
     pub fn register(&mut self, ops: &mut EventOps) {
         if let Some(control) = &mut self.control {
             Wake::register(ops, control);
         }
         self.control_waiting = true;
-        if self.carrier == Carrier::Loop {
-            for lane in &mut self.lanes {
-                Wake::register(ops, &mut lane.rx);
-                Wake::register(ops, &mut lane.tx);
-                lane.wait();
+        if self.data_path == DataPath::DeviceLoop {
+            for pair in &mut self.queue_pairs {
+                Wake::register(ops, &mut pair.rx);
+                Wake::register(ops, &mut pair.tx);
+                pair.mark_waiting();
             }
         }
     }
 
-    /// The driver has notified a queue.
+    /// Handles the driver's notification of a queue.
     pub fn notified(&mut self, token: u32) {
         if let Some(control) = self.control.as_ref().filter(|control| u32::from(control.index()) == token) {
             control.notified();
             self.control_waiting = true;
-        } else if let Some(lane) = self.lanes.get_mut(token as usize / 2) {
+        } else if let Some(pair) = self.queue_pairs.get_mut(token as usize / 2) {
             if token.is_multiple_of(2) {
-                lane.rx.notified();
-                lane.rx_waiting = true;
+                pair.rx.notified();
+                pair.rx_waiting = true;
             } else {
-                lane.tx.notified();
-                lane.tx_waiting = true;
+                pair.tx.notified();
+                pair.tx_waiting = true;
             }
         }
     }
 
-    /// The pairs with what the kernel serves them by.
-    fn served<'a>(
-        lanes: &'a mut [Lane],
-        ports: &'a [Port],
-    ) -> impl Iterator<Item = (&'a mut Lane, &'a File, &'a (File, EventFd))> {
-        lanes.iter_mut().zip(ports).filter_map(|(lane, port)| Some((lane, &port.tap, port.vhost.as_ref()?)))
+    /// Returns the queue pairs with their taps and vhost-net files.
+    fn vhost_pairs<'a>(
+        queue_pairs: &'a mut [QueuePair],
+        tap_queues: &'a [TapQueue],
+    ) -> impl Iterator<Item = (&'a mut QueuePair, &'a File, &'a (File, EventFd))> {
+        queue_pairs
+            .iter_mut()
+            .zip(tap_queues)
+            .filter_map(|(pair, tap_queue)| Some((pair, &tap_queue.tap, tap_queue.vhost.as_ref()?)))
     }
 
-    pub fn start_vhost(&mut self, ports: &[Port]) -> Result<(), VhostError> {
-        let call = self.interrupt.hand_over().map_err(VhostError::Interrupt)?;
+    pub fn start_vhost(&mut self, tap_queues: &[TapQueue]) -> Result<(), VhostError> {
+        let call = self.interrupt.share_irq().map_err(VhostError::Interrupt)?;
         let mut result = Ok(());
-        for (lane, tap, (file, fault)) in Self::served(&mut self.lanes, ports) {
-            let queues = [&lane.rx, &lane.tx];
+        for (pair, tap, (file, fault)) in Self::vhost_pairs(&mut self.queue_pairs, tap_queues) {
+            let queues = [&pair.rx, &pair.tx];
             result = result.and_then(|()| vhost::start(file, tap, &self.memory, self.features, queues, &call, fault));
         }
         if result.is_err() {
-            self.stop_vhost(ports);
+            self.stop_vhost(tap_queues);
         }
         result
     }
 
-    pub fn stop_vhost(&mut self, ports: &[Port]) {
-        for (_, _, (file, _)) in Self::served(&mut self.lanes, ports) {
+    pub fn stop_vhost(&mut self, tap_queues: &[TapQueue]) {
+        for (_, _, (file, _)) in Self::vhost_pairs(&mut self.queue_pairs, tap_queues) {
             vhost::stop(file, &self.memory);
         }
     }
 
-    /// Has the kernel stand still.
-    pub fn pause_vhost(&mut self, ports: &[Port]) {
-        self.carrier = Carrier::KernelPaused;
-        for (lane, _, (file, _)) in Self::served(&mut self.lanes, ports) {
-            if let Err(error) = vhost::pause(file, &self.memory, [&mut lane.rx, &mut lane.tx]) {
+    /// Pauses vhost-net.
+    pub fn pause_vhost(&mut self, tap_queues: &[TapQueue]) {
+        self.data_path = DataPath::VhostPaused;
+        for (pair, _, (file, _)) in Self::vhost_pairs(&mut self.queue_pairs, tap_queues) {
+            if let Err(error) = vhost::pause(file, &self.memory, [&mut pair.rx, &mut pair.tx]) {
                 log::error!("virtio-net: {}", chain_of_causes(&error));
             }
         }
     }
 
-    /// Has it go on.
-    pub fn resume_vhost(&mut self, ports: &[Port]) -> Result<(), VhostError> {
-        self.carrier = Carrier::Kernel;
-        for (lane, tap, (file, _)) in Self::served(&mut self.lanes, ports) {
-            vhost::resume(file, tap, &self.memory, [&lane.rx, &lane.tx])?;
+    /// Resumes vhost-net.
+    pub fn resume_vhost(&mut self, tap_queues: &[TapQueue]) -> Result<(), VhostError> {
+        self.data_path = DataPath::Vhost;
+        for (pair, tap, (file, _)) in Self::vhost_pairs(&mut self.queue_pairs, tap_queues) {
+            vhost::resume(file, tap, &self.memory, [&pair.rx, &pair.tx])?;
         }
         Ok(())
     }

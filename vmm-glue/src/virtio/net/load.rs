@@ -1,11 +1,12 @@
-//! Whether there is so much to carry that the host's kernel should do it.
+//! Decides when there are so many frames that vhost-net should move them.
 
 use std::time::{Duration, Instant};
 
-/// Frames within a [`WINDOW`] that are many. A pod that waits, is probed and now and then answers stays far below, and
-/// never has what vhost-net costs: 200 KiB of the host's memory and a thread for each pair of queues, and at the end of
-/// the VMM a grace period of the kernel's for each. A transfer, or a server that is used, is above within moments.
-const MANY: u32 = 128;
+/// Number of frames within a [`WINDOW`] that counts as high load. A pod that is idle, is probed and answers now and
+/// then stays far below. So it never pays the cost of vhost-net: 200 KiB of host memory and a thread for each queue
+/// pair, and a kernel grace period for each when the VMM ends. A transfer, or a server in use, exceeds the number
+/// within moments.
+const HIGH_LOAD_FRAMES: u32 = 128;
 const WINDOW: Duration = Duration::from_secs(1);
 
 /// Counts frames.
@@ -16,7 +17,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// So many frames were carried by now.
+    /// Adds `frames` that were moved until `now`.
     pub fn add(&mut self, frames: u32, now: Instant) {
         if self.is_high() {
             return;
@@ -27,9 +28,9 @@ impl Load {
         self.frames = self.frames.saturating_add(frames);
     }
 
-    /// Whether there were many at some time.
+    /// Whether the load was high in any window so far.
     pub fn is_high(&self) -> bool {
-        self.frames >= MANY
+        self.frames >= HIGH_LOAD_FRAMES
     }
 }
 
@@ -38,15 +39,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_within_a_second_are_many() {
+    fn load_is_high_after_many_frames_within_a_second() {
         let (start, mut load) = (Instant::now(), Load::default());
         for second in 0..100 {
-            load.add(MANY - 1, start + WINDOW * second);
-            assert!(!load.is_high(), "a few each second");
+            load.add(HIGH_LOAD_FRAMES - 1, start + WINDOW * second);
+            assert!(!load.is_high(), "the load is high with few frames each second");
         }
         load.add(1, start + WINDOW * 99 + WINDOW / 2);
         assert!(load.is_high());
         load.add(1, start + WINDOW * 200);
-        assert!(load.is_high(), "once is enough");
+        assert!(load.is_high(), "the load is not high any more");
     }
 }

@@ -1,9 +1,9 @@
-//! virtio-net (virtio 1.2, 5.1): a network interface behind a tap.
+//! virtio-net (virtio 1.2, 5.1): a network interface with a tap as its backend.
 //!
-//! Frames go between the tap and guest memory without a copy in between, with checksums and segmentation left to
-//! whoever needs them last. The device loop carries them until there are many; then, where the device was given
-//! vhost-net, the host's kernel does, until the next reset. With several processors there are several pairs of queues,
-//! each with a queue of the tap's and a vhost-net of its own.
+//! Frames are moved between the tap and guest memory without a copy. Checksums and segmentation are offloaded to the
+//! last one that needs them. The device loop moves the frames until there are many. Then vhost-net in the host's kernel
+//! does, if the device has it, until the next reset. With several vCPUs there are several queue pairs, each with its
+//! own queue of the tap and its own vhost-net.
 
 mod active;
 mod control;
@@ -32,9 +32,9 @@ use virtio_queue::QueueT;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::active::{Active, Carrier};
+use self::active::{Active, DataPath};
 use self::load::Load;
-use self::pump::{Lane, Rules};
+use self::pump::{QueuePair, Rules};
 use self::vhost::VhostError;
 use super::activation;
 use super::device::{ActivateError, Activation, VirtioDevice};
@@ -42,87 +42,100 @@ use super::queue::{QueueFault, Vq, WAKE, Wake, chain_of_causes, read_config_byte
 
 pub use self::tap::flags as tap_flags;
 
-/// Most pairs of queues. Each costs buffers in guest and host and, with vhost-net, a thread in the host's kernel; and
-/// they have one interrupt between them, as virtio-mmio has it, which eight processors keep busy.
+/// Maximum number of queue pairs. Each costs buffers in guest and host and, with vhost-net, a thread in the host's
+/// kernel. virtio-mmio has one interrupt for all of them, and eight vCPUs keep it busy.
 pub const MOST_PAIRS: usize = 8;
 
-/// Tokens of events: those of queues are their indices, and these have the pair's number in the lower half.
+/// Event tokens. A queue's token is its index. These have the pair's index in the lower half.
 const TAP: u32 = 1 << 16;
 const FAULT: u32 = 2 << 16;
-/// Entries of a queue of frames, and of the control queue.
+/// Size of a queue for frames, and of the control queue.
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
-/// Bytes of `struct virtio_net_hdr_v1`, before each frame.
+/// Length of `struct virtio_net_hdr_v1`, which precedes each frame.
 const HEADER: usize = 12;
-/// Where `num_buffers` is in it.
+/// Offset of `num_buffers` in that structure.
 const NUM_BUFFERS_AT: usize = 10;
-/// Ethernet header with a VLAN tag.
+/// Length of an Ethernet header with a VLAN tag.
 const ETHERNET: usize = 18;
-/// Header and longest frame with segmentation offload: an IP packet of 64 KiB.
-const LONGEST: usize = HEADER + ETHERNET + 65_536;
+/// Length of the header and the longest frame with segmentation offload, which is an IP packet of 64 KiB.
+const MAX_PACKET: usize = HEADER + ETHERNET + 65_536;
 
-/// The host's ends of an interface.
+/// The host's side of an interface.
 #[derive(Debug)]
 pub struct Backend {
-    /// Open `/dev/net/tun`, one for each pair of queues, 1 to [`MOST_PAIRS`]: attached with IFF_TAP, IFF_NO_PI and
-    /// IFF_VNET_HDR; where there are several, with IFF_MULTI_QUEUE to one interface.
+    /// Open fds of `/dev/net/tun`, one for each queue pair, 1 to [`MOST_PAIRS`]. They are attached with IFF_TAP,
+    /// IFF_NO_PI and IFF_VNET_HDR. If there are several, they are attached to one interface with IFF_MULTI_QUEUE.
     pub taps: Vec<File>,
-    /// `/dev/vhost-net`, with O_PATH: it is opened when there is much to carry. What comes from the guest is not looked at
-    /// then: the host has to drop frames from an address that is not the guest's.
+    /// `/dev/vhost-net`, opened with O_PATH; it is reopened when there are many frames. vhost-net does not check frames
+    /// from the guest, so the host must do MAC anti-spoofing.
     pub vhost: Option<File>,
 }
 
-/// The device.
+/// The network device.
 pub struct Net {
     wake: Wake,
-    ports: Vec<Port>,
+    tap_queues: Vec<TapQueue>,
     queue_sizes: Vec<u16>,
     mac: [u8; 6],
     mtu: u16,
-    /// Whether the taps are queues that can be taken into use and out of it.
+    /// Whether the tap's queues can be attached and detached.
     switchable: bool,
-    /// Where the kernel may carry the frames; not once it refused.
+    /// vhost-net, if the kernel may move the frames. `None` after the kernel has refused.
     vhost: Option<File>,
     active: Option<Active>,
 }
 
-/// The host's end of a pair of queues.
-struct Port {
+/// The host's side of a queue pair.
+struct TapQueue {
     tap: File,
-    /// What epoll watches the tap for.
+    /// The events for which epoll watches the tap.
     watched: EventSet,
     registered: bool,
-    /// Whether frames to the guest may go to this queue of the tap's.
+    /// Whether this queue of the tap is attached, so that it may receive frames for the guest.
     attached: bool,
-    /// vhost-net once it is open, and what it signals when the guest breaks a queue.
+    /// vhost-net once it is open, and the eventfd that it signals when the guest breaks a queue.
     vhost: Option<(File, EventFd)>,
 }
 
 impl Net {
-    /// An interface with as many pairs of queues as there are taps.
+    /// Creates an interface with as many queue pairs as there are taps.
     ///
     /// # Errors
-    /// The error of making a tap non-blocking or of eventfd; [`io::ErrorKind::InvalidInput`] for their number.
+    /// The error of making a tap non-blocking or of creating an eventfd. [`io::ErrorKind::InvalidInput`] if the number
+    /// of taps is invalid.
     pub fn new(backend: Backend, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
         let pairs = backend.taps.len();
         if !(1..=MOST_PAIRS).contains(&pairs) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{pairs} pairs of queues")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("invalid number of queue pairs: {pairs}, must be 1 to {MOST_PAIRS}"),
+            ));
         }
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
         if pairs > 1 {
             queue_sizes.push(CONTROL_SIZE);
         }
-        let ports = backend.taps.into_iter().map(Port::new).collect::<io::Result<Vec<_>>>()?;
-        let switchable = ports.iter().all(|port| tap_flags(&port.tap) & libc::IFF_MULTI_QUEUE != 0);
-        Ok(Self { wake: Wake::new()?, ports, queue_sizes, mac, mtu, switchable, vhost: backend.vhost, active: None })
+        let tap_queues = backend.taps.into_iter().map(TapQueue::new).collect::<io::Result<Vec<_>>>()?;
+        let switchable = tap_queues.iter().all(|tap_queue| tap_flags(&tap_queue.tap) & libc::IFF_MULTI_QUEUE != 0);
+        Ok(Self {
+            wake: Wake::new()?,
+            tap_queues,
+            queue_sizes,
+            mac,
+            mtu,
+            switchable,
+            vhost: backend.vhost,
+            active: None,
+        })
     }
 
-    /// Takes the queues over.
+    /// Takes over the queues.
     pub(super) fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, features, queues, interrupt } = activation;
         let has = |bit: u32| features & 1 << bit != 0;
-        // Without VIRTIO_NET_F_MQ the control queue is the third (virtio 1.2, 5.1.2).
-        let pairs = if has(VIRTIO_NET_F_MQ) { self.ports.len() } else { 1 };
+        // Without VIRTIO_NET_F_MQ, the control queue is the third queue (virtio 1.2, 5.1.2).
+        let pairs = if has(VIRTIO_NET_F_MQ) { self.tap_queues.len() } else { 1 };
         let mut open = Vec::with_capacity(queues.len());
         for (index, queue) in (0u16..).zip(queues) {
             let ready = queue.queue.ready();
@@ -133,50 +146,56 @@ impl Net {
         }
         let control = open.get_mut(2 * pairs).and_then(Option::take).filter(|_| has(VIRTIO_NET_F_CTRL_VQ));
         let mut open = open.into_iter();
-        let lane = |_| Some(Lane::new(open.next()??, open.next()??));
-        let lanes: Vec<Lane> = (0..pairs).map_while(lane).collect();
-        if lanes.is_empty() {
+        let pair = |_| Some(QueuePair::new(open.next()??, open.next()??));
+        let queue_pairs: Vec<QueuePair> = (0..pairs).map_while(pair).collect();
+        if queue_pairs.is_empty() {
             return Err(ActivateError::Queue(0));
         }
-        // The first pair until the driver says otherwise (virtio 1.2, 5.1.5).
-        switch(&mut self.ports, self.switchable, 1).map_err(|error| ActivateError::Host("the tap's queues", error))?;
+        // Only the first pair is active until the driver requests more (virtio 1.2, 5.1.5).
+        set_active_queues(&mut self.tap_queues, self.switchable, 1)
+            .map_err(|error| ActivateError::Host("the tap's queues", error))?;
         let segmented = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
-        let longest = if segmented { LONGEST } else { HEADER + ETHERNET + usize::from(self.mtu) };
+        let max_len = if segmented { MAX_PACKET } else { HEADER + ETHERNET + usize::from(self.mtu) };
         self.active = Some(Active {
             memory: Arc::new(memory),
             interrupt,
-            lanes,
-            in_use: 1,
+            queue_pairs,
+            active_pairs: 1,
             control,
             control_waiting: true,
-            rules: Rules { mac: self.mac, mergeable: has(VIRTIO_NET_F_MRG_RXBUF), longest },
+            rules: Rules { mac: self.mac, mergeable: has(VIRTIO_NET_F_MRG_RXBUF), max_len },
             load: Load::default(),
             features,
-            carrier: Carrier::Loop,
+            data_path: DataPath::DeviceLoop,
         });
         self.wake.wake();
         Ok(())
     }
 
-    /// Has the kernel carry the frames once there are many, where it can; the loop goes on otherwise.
-    fn hand_over(&mut self, ops: &mut EventOps) {
+    /// Starts vhost-net once there are many frames, if possible. Otherwise the device loop goes on to move them.
+    fn switch_to_vhost(&mut self, ops: &mut EventOps) {
         let (Some(active), Some(vhost)) = (self.active.as_mut(), self.vhost.as_ref()) else { return };
-        if active.carrier != Carrier::Loop || !active.load.is_high() {
+        if active.data_path != DataPath::DeviceLoop || !active.load.is_high() {
             return;
         }
-        // Nothing is taken from a queue between two turns of the loop: it is the kernel's from where it stands.
-        for lane in &mut active.lanes {
-            Wake::unregister(ops, &mut lane.rx);
-            Wake::unregister(ops, &mut lane.tx);
+        // Between two turns of the loop no chain is popped and not returned. So the kernel can start at the current
+        // indices.
+        for pair in &mut active.queue_pairs {
+            Wake::unregister(ops, &mut pair.rx);
+            Wake::unregister(ops, &mut pair.tx);
         }
-        let opened = (0..).zip(&mut self.ports).try_for_each(|(index, port)| port.open(vhost, index, ops));
-        match opened.map_err(VhostError::Open).and_then(|()| active.start_vhost(&self.ports)) {
+        let opened =
+            (0..).zip(&mut self.tap_queues).try_for_each(|(index, tap_queue)| tap_queue.open(vhost, index, ops));
+        match opened.map_err(VhostError::Open).and_then(|()| active.start_vhost(&self.tap_queues)) {
             Ok(()) => {
-                active.carrier = Carrier::Kernel;
-                log::debug!("virtio-net: the kernel carries the frames");
+                active.data_path = DataPath::Vhost;
+                log::debug!("virtio-net: vhost-net moves the frames from now on");
             }
             Err(error) => {
-                log::warn!("virtio-net: the VMM goes on to carry the frames: {}", chain_of_causes(&error));
+                log::warn!(
+                    "virtio-net: failed to start vhost-net, the VMM goes on to move the frames: {}",
+                    chain_of_causes(&error)
+                );
                 self.vhost = None;
                 active.register(ops);
                 self.wake.wake();
@@ -184,23 +203,24 @@ impl Net {
         }
     }
 
-    /// Watches the taps while frames are wanted, and not while there is nowhere to put them.
-    fn settle(&mut self, ops: &mut EventOps) {
-        let active = self.active.as_ref().filter(|active| active.carrier == Carrier::Loop);
-        for (index, port) in self.ports.iter_mut().enumerate() {
-            let lane = active.filter(|active| index < active.in_use).and_then(|active| active.lanes.get(index));
-            let wanted = if lane.is_some_and(|lane| !lane.rx_waiting) { EventSet::IN } else { EventSet::empty() };
-            if port.registered && wanted != port.watched {
-                match ops.modify(Events::with_data(&port.tap, TAP | index as u32, wanted)) {
-                    Ok(()) => port.watched = wanted,
-                    Err(error) => log::error!("virtio-net: cannot watch the tap: {error}"),
+    /// Makes epoll watch the taps from which frames can be received, and only those.
+    fn update_interest(&mut self, ops: &mut EventOps) {
+        let active = self.active.as_ref().filter(|active| active.data_path == DataPath::DeviceLoop);
+        for (index, tap_queue) in self.tap_queues.iter_mut().enumerate() {
+            let pair =
+                active.filter(|active| index < active.active_pairs).and_then(|active| active.queue_pairs.get(index));
+            let wanted = if pair.is_some_and(|pair| !pair.rx_waiting) { EventSet::IN } else { EventSet::empty() };
+            if tap_queue.registered && wanted != tap_queue.watched {
+                match ops.modify(Events::with_data(&tap_queue.tap, TAP | index as u32, wanted)) {
+                    Ok(()) => tap_queue.watched = wanted,
+                    Err(error) => log::error!("virtio-net: failed to watch the tap: {error}"),
                 }
             }
         }
     }
 
-    /// Takes note of an event; an error is the end of the device's work until it is reset.
-    fn note(&mut self, events: Events, ops: &mut EventOps) -> Result<(), VhostError> {
+    /// Handles an event. After an error, the device must be stopped until it is reset.
+    fn handle_event(&mut self, events: Events, ops: &mut EventOps) -> Result<(), VhostError> {
         let token = events.data();
         let index = (token & 0xffff) as usize;
         match token {
@@ -211,26 +231,26 @@ impl Net {
                 }
             }
             TAP.. if token & FAULT != 0 => {
-                let Some((_, fault)) = self.ports.get(index).and_then(|port| port.vhost.as_ref()) else {
+                let Some((_, fault)) = self.tap_queues.get(index).and_then(|tap_queue| tap_queue.vhost.as_ref()) else {
                     return Ok(());
                 };
                 let _ = fault.read();
-                let active = self.active.as_ref().filter(|active| active.carrier != Carrier::Loop);
-                // A frame sent by a pair that was just given up has nowhere to go, and is no fault.
-                if active.is_some_and(|active| index < active.in_use) {
+                let active = self.active.as_ref().filter(|active| active.data_path != DataPath::DeviceLoop);
+                // A frame sent on a pair that was just deactivated fails. That is not a fault of the guest.
+                if active.is_some_and(|active| index < active.active_pairs) {
                     return Err(VhostError::Broken(index));
                 }
             }
             TAP.. => {
-                let Some(port) = self.ports.get_mut(index) else { return Ok(()) };
+                let Some(tap_queue) = self.tap_queues.get_mut(index) else { return Ok(()) };
                 if !events.event_set().contains(EventSet::IN) {
-                    // The interface was deleted under us; that is all the tap will ever say.
-                    log::warn!("virtio-net: the tap is gone");
-                    if ops.remove(Events::empty(&port.tap)).is_ok() {
-                        port.registered = false;
+                    // The interface was deleted on the host. No more events will come from the tap.
+                    log::warn!("virtio-net: the tap was deleted");
+                    if ops.remove(Events::empty(&tap_queue.tap)).is_ok() {
+                        tap_queue.registered = false;
                     }
-                } else if let Some(lane) = self.active.as_mut().and_then(|active| active.lanes.get_mut(index)) {
-                    lane.rx_waiting = true;
+                } else if let Some(pair) = self.active.as_mut().and_then(|active| active.queue_pairs.get_mut(index)) {
+                    pair.rx_waiting = true;
                 }
             }
             _ => {
@@ -243,31 +263,31 @@ impl Net {
     }
 
     fn pump(&mut self) -> Result<(), QueueFault> {
-        let Self { active: Some(active), ports, switchable, wake, .. } = self else { return Ok(()) };
+        let Self { active: Some(active), tap_queues, switchable, wake, .. } = self else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
         let interrupt = Arc::clone(&active.interrupt);
-        let mut again = false;
+        let mut more = false;
         if let Some(control) = active.control.as_mut().filter(|_| active.control_waiting) {
-            let (lanes, in_use) = (&mut active.lanes, &mut active.in_use);
+            let (queue_pairs, active_pairs) = (&mut active.queue_pairs, &mut active.active_pairs);
             active.control_waiting = control::serve(control, &memory, |pairs| {
                 let pairs = usize::from(pairs);
-                let possible = (1..=lanes.len()).contains(&pairs);
-                let done = possible && use_pairs(ports, *switchable, *in_use, pairs);
+                let possible = (1..=queue_pairs.len()).contains(&pairs);
+                let done = possible && use_pairs(tap_queues, *switchable, *active_pairs, pairs);
                 if done {
-                    *in_use = pairs;
-                    lanes.iter_mut().for_each(Lane::wait);
+                    *active_pairs = pairs;
+                    queue_pairs.iter_mut().for_each(QueuePair::mark_waiting);
                 }
                 done
             })?;
             control.flush(&memory, &*interrupt)?;
-            again |= active.control_waiting;
+            more |= active.control_waiting;
         }
-        if active.carrier == Carrier::Loop {
-            for (lane, port) in active.lanes.iter_mut().zip(ports).take(active.in_use) {
-                again |= lane.pump(&memory, &*interrupt, &port.tap, &active.rules, &mut active.load)?;
+        if active.data_path == DataPath::DeviceLoop {
+            for (pair, tap_queue) in active.queue_pairs.iter_mut().zip(tap_queues).take(active.active_pairs) {
+                more |= pair.pump(&memory, &*interrupt, &tap_queue.tap, &active.rules, &mut active.load)?;
             }
         }
-        if again {
+        if more {
             wake.wake();
         }
         Ok(())
@@ -279,7 +299,7 @@ impl Net {
     }
 }
 
-impl Port {
+impl TapQueue {
     fn new(tap: File) -> io::Result<Self> {
         tap::set_nonblocking(&tap)?;
         Ok(Self { tap, watched: EventSet::empty(), registered: false, attached: true, vhost: None })
@@ -288,11 +308,11 @@ impl Port {
     fn init(&mut self, index: u32, ops: &mut EventOps) {
         match ops.add(Events::with_data(&self.tap, TAP | index, EventSet::empty())) {
             Ok(()) => self.registered = true,
-            Err(error) => log::error!("virtio-net: cannot register the tap: {error}"),
+            Err(error) => log::error!("virtio-net: failed to register the tap: {error}"),
         }
     }
 
-    /// Opens vhost-net, once.
+    /// Opens vhost-net, if it is not open.
     fn open(&mut self, vhost: &File, index: u32, ops: &mut EventOps) -> io::Result<()> {
         if self.vhost.is_none() {
             let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", vhost.as_raw_fd()))?;
@@ -304,25 +324,25 @@ impl Port {
     }
 }
 
-/// Takes the first `count` queues of the tap into use and no others.
-fn switch(ports: &mut [Port], switchable: bool, count: usize) -> io::Result<()> {
-    for (index, port) in ports.iter_mut().enumerate() {
+/// Attaches the first `count` queues of the tap, and detaches the others.
+fn set_active_queues(tap_queues: &mut [TapQueue], switchable: bool, count: usize) -> io::Result<()> {
+    for (index, tap_queue) in tap_queues.iter_mut().enumerate() {
         let wanted = index < count;
-        if switchable && port.attached != wanted {
-            tap::set_queue(&port.tap, wanted)?;
-            port.attached = wanted;
+        if switchable && tap_queue.attached != wanted {
+            tap::set_queue(&tap_queue.tap, wanted)?;
+            tap_queue.attached = wanted;
         }
     }
     Ok(())
 }
 
-/// Has the driver use so many pairs instead of `before`; whether it can.
-fn use_pairs(ports: &mut [Port], switchable: bool, before: usize, count: usize) -> bool {
-    let switched = switch(ports, switchable, count);
+/// Activates `count` queue pairs instead of `before`. Returns whether that succeeded.
+fn use_pairs(tap_queues: &mut [TapQueue], switchable: bool, before: usize, count: usize) -> bool {
+    let switched = set_active_queues(tap_queues, switchable, count);
     if let Err(error) = &switched {
-        log::warn!("virtio-net: cannot use {count} queues of the tap: {error}");
-        // Those it used, it used before.
-        let _ = switch(ports, switchable, before);
+        log::warn!("virtio-net: failed to attach {count} queues of the tap: {error}");
+        // Best effort: the queues that were attached before can be attached again.
+        let _ = set_active_queues(tap_queues, switchable, before);
     }
     switched.is_ok()
 }
@@ -330,20 +350,20 @@ fn use_pairs(ports: &mut [Port], switchable: bool, before: usize, count: usize) 
 impl MutEventSubscriber for Net {
     fn init(&mut self, ops: &mut EventOps) {
         self.wake.init(ops);
-        for (index, port) in (0..).zip(&mut self.ports) {
-            port.init(index, ops);
+        for (index, tap_queue) in (0..).zip(&mut self.tap_queues) {
+            tap_queue.init(index, ops);
         }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if let Err(fault) = self.note(events, ops) {
+        if let Err(fault) = self.handle_event(events, ops) {
             self.stop(&fault);
         }
         match self.pump() {
-            Ok(()) => self.hand_over(ops),
+            Ok(()) => self.switch_to_vhost(ops),
             Err(fault) => self.stop(&fault),
         }
-        self.settle(ops);
+        self.update_interest(ops);
     }
 }
 
@@ -357,7 +377,7 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        let several: &[u32] = if self.ports.len() > 1 { &[VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ] } else { &[] };
+        let several: &[u32] = if self.tap_queues.len() > 1 { &[VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ] } else { &[] };
         [
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_EVENT_IDX,
@@ -382,8 +402,8 @@ impl VirtioDevice for Net {
         // struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
         let mut config = self.mac.to_vec();
         config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        // Means nothing where it is not offered; never more than MOST_PAIRS.
-        let pairs = if self.ports.len() > 1 { self.ports.len() as u16 } else { 0 };
+        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It is at most MOST_PAIRS.
+        let pairs = if self.tap_queues.len() > 1 { self.tap_queues.len() as u16 } else { 0 };
         config.extend(pairs.to_le_bytes());
         config.extend(self.mtu.to_le_bytes());
         read_config_bytes(&config, offset, data);
@@ -393,10 +413,10 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let has = |bit: u32| activation.features & 1 << bit != 0;
-        // What one queue of a tap is told holds for all.
-        if let Some(port) = self.ports.first() {
+        // The offloads set on one queue of a tap apply to all.
+        if let Some(tap_queue) = self.tap_queues.first() {
             tap::set_offload(
-                &port.tap,
+                &tap_queue.tap,
                 HEADER,
                 has(VIRTIO_NET_F_GUEST_CSUM),
                 has(VIRTIO_NET_F_GUEST_TSO4),
@@ -409,12 +429,12 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         let Some(mut active) = self.active.take() else { return };
-        if active.carrier != Carrier::Loop {
-            active.stop_vhost(&self.ports);
+        if active.data_path != DataPath::DeviceLoop {
+            active.stop_vhost(&self.tap_queues);
         }
-        for lane in active.lanes {
-            self.wake.retire(lane.rx);
-            self.wake.retire(lane.tx);
+        for pair in active.queue_pairs {
+            self.wake.retire(pair.rx);
+            self.wake.retire(pair.tx);
         }
         if let Some(control) = active.control {
             self.wake.retire(control);
@@ -422,14 +442,14 @@ impl VirtioDevice for Net {
     }
 
     fn quiesce(&mut self) {
-        if let Some(active) = self.active.as_mut().filter(|active| active.carrier == Carrier::Kernel) {
-            active.pause_vhost(&self.ports);
+        if let Some(active) = self.active.as_mut().filter(|active| active.data_path == DataPath::Vhost) {
+            active.pause_vhost(&self.tap_queues);
         }
     }
 
     fn resume(&mut self) {
-        if let Some(active) = self.active.as_mut().filter(|active| active.carrier == Carrier::KernelPaused)
-            && let Err(fault) = active.resume_vhost(&self.ports)
+        if let Some(active) = self.active.as_mut().filter(|active| active.data_path == DataPath::VhostPaused)
+            && let Err(fault) = active.resume_vhost(&self.tap_queues)
         {
             self.stop(&fault);
         }

@@ -1,4 +1,4 @@
-//! Frames between a tap and a pair of queues: one turn's worth, then the rest after others had theirs.
+//! Moves frames between a tap and a queue pair. One call moves a limited number, so that other devices get their turn.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -7,46 +7,46 @@ use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use super::load::Load;
-use super::{HEADER, LONGEST, NUM_BUFFERS_AT};
+use super::{HEADER, MAX_PACKET, NUM_BUFFERS_AT};
 use crate::virtio::device::{GuestMemory, Interrupt};
 use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Vq, guest_fault};
 
-/// Ethernet header up to the end of the source address.
-const ADDRESSES: usize = 12;
-/// An Ethernet header.
-const SHORTEST: usize = 14;
+/// Length of an Ethernet header up to the end of the source address.
+const MAC_ADDRESSES: usize = 12;
+/// Length of an Ethernet header, and so the minimum length of a frame.
+const ETHERNET_HEADER: usize = 14;
 
-/// What holds for all frames of an interface.
+/// Rules for all frames of an interface.
 pub struct Rules {
-    /// The only address the guest may send from.
+    /// The only source MAC address that the guest may use.
     pub mac: [u8; 6],
-    /// Whether a frame may take several buffers.
+    /// Whether a received frame may span several buffers.
     pub mergeable: bool,
-    /// Bytes of header and frame that may come from the tap.
-    pub longest: usize,
+    /// Maximum length of header and frame from the tap, in bytes.
+    pub max_len: usize,
 }
 
-/// A pair of queues.
-pub struct Lane {
+/// A queue pair.
+pub struct QueuePair {
     pub rx: Vq,
     pub tx: Vq,
-    /// There may be frames from the guest, or to it.
+    /// Whether there may be frames to transmit, and frames or buffers to receive with.
     pub tx_waiting: bool,
     pub rx_waiting: bool,
 }
 
-impl Lane {
+impl QueuePair {
     pub fn new(rx: Vq, tx: Vq) -> Self {
         Self { rx, tx, tx_waiting: false, rx_waiting: false }
     }
 
-    /// There may be something to do both ways.
-    pub fn wait(&mut self) {
+    /// Marks both queues for serving.
+    pub fn mark_waiting(&mut self) {
         self.tx_waiting = true;
         self.rx_waiting = true;
     }
 
-    /// One turn; true when there is more to do for another.
+    /// Serves both queues for one turn. Returns true if another turn is needed.
     pub fn pump(
         &mut self,
         memory: &GuestMemory,
@@ -55,24 +55,24 @@ impl Lane {
         rules: &Rules,
         load: &mut Load,
     ) -> Result<bool, QueueFault> {
-        let mut again = false;
+        let mut more = false;
         let mut frames = 0;
         if self.tx_waiting {
             self.tx_waiting = self.transmit(memory, tap, rules.mac, &mut frames)?;
-            again |= self.tx_waiting;
+            more |= self.tx_waiting;
         }
         if self.rx_waiting {
-            again |= self.receive(memory, tap, rules, &mut frames)?;
+            more |= self.receive(memory, tap, rules, &mut frames)?;
         }
         if frames > 0 {
             load.add(frames, Instant::now());
         }
         self.tx.flush(memory, interrupt)?;
         self.rx.flush(memory, interrupt)?;
-        Ok(again)
+        Ok(more)
     }
 
-    /// From the guest; true when there may be more.
+    /// Sends frames from the guest to the tap. Returns true if there may be more.
     fn transmit(
         &mut self,
         memory: &GuestMemory,
@@ -95,8 +95,8 @@ impl Lane {
         Ok(true)
     }
 
-    /// To the guest; true when there may be more. What is waited for is left in `rx_waiting`: buffers while it is set,
-    /// else frames.
+    /// Receives frames from the tap for the guest. Returns true if there may be more. Afterwards, `rx_waiting` says
+    /// what is missing: buffers if it is set, otherwise frames.
     fn receive(
         &mut self,
         memory: &GuestMemory,
@@ -105,17 +105,17 @@ impl Lane {
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
         self.rx.ignore(memory)?;
-        // Chains taken and not yet used.
+        // Chains that were popped and not used yet.
         let mut buffers: VecDeque<Chain<'_>> = VecDeque::new();
         let mut parts: Vec<libc::iovec> = Vec::new();
         let mut more = true;
         for _ in 0..self.rx.size() {
             let mut room: usize = buffers.iter().map(|chain| chain.writable.len()).sum();
-            while room < rules.longest && (rules.mergeable || buffers.is_empty()) {
+            while room < rules.max_len && (rules.mergeable || buffers.is_empty()) {
                 match self.rx.pop_any(memory)? {
                     Some(chain) if chain.writable.len() < HEADER => {
-                        // Giving it back out of turn would put those held out of step.
-                        guest_fault(0, &"receive buffer too small");
+                        // Returning it out of order would break the order of the chains in `buffers`.
+                        guest_fault(0, &"the receive buffer is too small");
                         buffers.push_back(chain);
                         break;
                     }
@@ -127,7 +127,8 @@ impl Lane {
                 }
             }
             if let Some(position) = buffers.iter().position(|chain| chain.writable.len() < HEADER) {
-                // Those before it go unused with it: rings are not reordered for a driver that breaks the rules.
+                // The chains before it are returned unused too. Rings are not reordered for a driver that breaks the
+                // rules.
                 for chain in buffers.drain(..=position) {
                     self.rx.push(memory, chain.head, 0)?;
                 }
@@ -142,7 +143,8 @@ impl Lane {
             }
             parts.clear();
             parts.extend(buffers.iter().flat_map(|chain| chain.writable.as_slice()).take(MAX_SEGMENTS));
-            // SAFETY: the parts are guest memory the driver gave for writing, alive through the call.
+            // SAFETY: the parts are checked guest memory that the device may write, and it stays mapped during the
+            // call. `take` limits their number to IOV_MAX.
             let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(result) {
                 Ok(count) => {
@@ -151,14 +153,14 @@ impl Lane {
                     if let Some(first) = buffers.front() {
                         let mut header = first.writable.clone();
                         header.skip(NUM_BUFFERS_AT);
-                        // At most the queue's size.
+                        // At most the queue's size, which fits.
                         header.copy_from(&(taken as u16).to_le_bytes());
                     }
                     let mut left = count;
                     for chain in buffers.drain(..taken) {
                         let used = left.min(chain.writable.len());
                         left -= used;
-                        // At most LONGEST in all.
+                        // At most MAX_PACKET in total, which fits.
                         self.rx.push(memory, chain.head, used as u32)?;
                     }
                 }
@@ -171,10 +173,10 @@ impl Lane {
                             more = false;
                             break;
                         }
-                        // A frame that did not fit, which is lost, or a tap that is down: there is nothing to do about
-                        // either but to wait for the next.
+                        // Either a frame did not fit and is lost, or the tap is down. Both need no action but waiting
+                        // for the next frame.
                         _ => {
-                            log::debug!("virtio-net: reading the tap: {error}");
+                            log::debug!("virtio-net: failed to read from the tap: {error}");
                             self.rx_waiting = false;
                             more = false;
                             break;
@@ -190,7 +192,7 @@ impl Lane {
     }
 }
 
-/// How many of the buffers a frame of so many bytes takes, at least one.
+/// Returns how many of the buffers a frame of `count` bytes uses, at least one.
 fn fill(buffers: &VecDeque<Chain<'_>>, count: usize) -> usize {
     let mut left = count;
     let mut taken = 0;
@@ -204,23 +206,23 @@ fn fill(buffers: &VecDeque<Chain<'_>>, count: usize) -> usize {
     taken
 }
 
-/// One frame to the tap, or nowhere.
+/// Sends one frame to the tap, or drops it.
 fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iovec>) {
-    if packet.len() > LONGEST || packet.len() < HEADER + SHORTEST {
-        return guest_fault(1, &"frame of an impossible length");
+    if packet.len() > MAX_PACKET || packet.len() < HEADER + ETHERNET_HEADER {
+        return guest_fault(1, &"the frame's length is invalid");
     }
-    // Copied, so that what is checked is what is sent.
-    let Ok(mut start) = packet.take::<{ HEADER + ADDRESSES }>() else { return };
+    // Copied, so that the guest cannot change the header after the check.
+    let Ok(mut start) = packet.take::<{ HEADER + MAC_ADDRESSES }>() else { return };
     if start.get(HEADER + 6..) != Some(&mac) {
-        return guest_fault(1, &"frame from an address not its own");
+        return guest_fault(1, &"dropped a frame with another source MAC address than the interface's");
     }
     parts.clear();
     parts.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });
     parts.extend(packet.as_slice());
-    // SAFETY: the parts are our copy and guest memory, alive through the call, which only reads them. One part too many
-    // is an error like any other.
+    // SAFETY: the parts are `start`, which outlives the call, and checked guest memory, which stays mapped. writev only
+    // reads them. If there is one part more than IOV_MAX, the call fails.
     if unsafe { libc::writev(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) } < 0 {
-        // A frame may get lost: the guest's header makes no sense, the interface is down or its queue full.
-        log::debug!("virtio-net: writing the tap: {}", io::Error::last_os_error());
+        // A frame may get lost: the guest's header is invalid, the interface is down, or its queue is full.
+        log::debug!("virtio-net: failed to write to the tap: {}", io::Error::last_os_error());
     }
 }

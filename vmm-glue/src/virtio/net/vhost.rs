@@ -1,7 +1,7 @@
-//! vhost-net: the host's kernel carries frames between a pair of queues and a tap, and no frame passes the VMM.
+//! vhost-net: the host's kernel moves frames between a queue pair and a tap, without the VMM.
 //!
-//! The kernel reads and writes the guest's memory by the VMM's mappings: what it is told of the queues is checked here
-//! to lie in them. Descriptors it checks by itself, against the same table of memory.
+//! The kernel accesses guest memory through the VMM's mappings. This module checks that the rings lie within them. The
+//! kernel checks descriptors itself, against the same memory table.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,9 +20,9 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use crate::virtio::device::GuestMemory;
 use crate::virtio::queue::Vq;
 
-/// What of the driver's features concerns the queues. Offloads are between the driver and the tap, and the header too:
-/// VHOST_NET_F_VIRTIO_NET_HDR is never set, so the kernel leaves it to the tap.
-const CONCERNS_QUEUES: u64 = 1 << VIRTIO_F_VERSION_1
+/// The driver's features that concern the queues. Offloads are negotiated between the driver and the tap. So is the
+/// header: VHOST_NET_F_VIRTIO_NET_HDR is never set, so the kernel leaves the header to the tap.
+const QUEUE_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
     | 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -30,27 +30,27 @@ const CONCERNS_QUEUES: u64 = 1 << VIRTIO_F_VERSION_1
 /// Why the kernel does not serve the queues.
 #[derive(Debug, thiserror::Error)]
 pub enum VhostError {
-    /// It refused.
-    #[error("vhost-net: {0} failed")]
+    /// An ioctl failed.
+    #[error("vhost-net ioctl {0} failed")]
     Refused(&'static str, #[source] vhost::Error),
-    /// It cannot do what the driver has been promised.
+    /// vhost-net lacks features that were offered to the driver.
     #[error("vhost-net lacks features {0:#x}")]
     Features(u64),
-    /// A ring is not in one piece of memory.
-    #[error("vhost-net: queue {0} lies across regions of memory")]
+    /// A ring does not lie within one region of memory.
+    #[error("failed to start vhost-net: queue {0} does not lie within one region of guest memory")]
     Ring(u16),
-    /// It said so while it served.
-    #[error("vhost-net: a queue of pair {0} is broken")]
+    /// vhost-net has reported a broken queue.
+    #[error("vhost-net reported a broken queue in queue pair {0}")]
     Broken(usize),
-    /// It cannot be opened: the module may be missing.
-    #[error("cannot open /dev/vhost-net")]
+    /// It could not be opened. Its kernel module may be missing.
+    #[error("failed to open /dev/vhost-net")]
     Open(#[source] std::io::Error),
-    /// Its interrupts have no way to the guest.
-    #[error("vhost-net: cannot have the interrupt")]
+    /// The eventfd that interrupts the guest could not be shared.
+    #[error("failed to share the interrupt with vhost-net")]
     Interrupt(#[source] std::io::Error),
 }
 
-/// An open `/dev/vhost-net`, with the memory that it is told of.
+/// An open `/dev/vhost-net`, with the guest memory that it gets.
 struct Device<'a> {
     file: &'a File,
     memory: &'a GuestMemory,
@@ -69,8 +69,8 @@ impl<'a> VhostKernBackend for Device<'a> {
         &self.memory
     }
 
-    // The crate's own check refuses a ring at the very end of memory and lets one pass that lies across two regions,
-    // which are neighbours for the guest and not for the VMM: the kernel would write beyond the mapping.
+    // The crate's own check rejects a ring at the very end of memory, and accepts one that spans two regions. Regions
+    // that are adjacent for the guest are not adjacent in the VMM, so the kernel would write beyond the mapping.
     fn is_valid(&self, ring: &VringConfigData) -> bool {
         let size = usize::from(ring.queue_size);
         // virtio 1.2, 2.7
@@ -81,10 +81,10 @@ impl<'a> VhostKernBackend for Device<'a> {
 }
 
 impl Device<'_> {
-    /// Attaches a ring to the tap, or to nothing.
+    /// Attaches a ring to the tap, or detaches it.
     fn set_backend(&self, index: u32, tap: Option<&File>) -> Result<(), VhostError> {
         let backend = vhost_vring_file { index, fd: tap.map_or(-1, AsRawFd::as_raw_fd) };
-        // SAFETY: the ioctl reads the structure it is pointed to.
+        // SAFETY: VHOST_NET_SET_BACKEND reads a `vhost_vring_file`, to which the argument is a valid reference.
         match unsafe { ioctl_with_ref(self, VHOST_NET_SET_BACKEND(), &backend) } {
             0.. => Ok(()),
             _ => {
@@ -124,14 +124,14 @@ impl Device<'_> {
         fault: &EventFd,
         tap: &File,
     ) -> Result<(), VhostError> {
-        let able = self.get_features().map_err(refused("VHOST_GET_FEATURES"))?;
-        let wanted = features & CONCERNS_QUEUES;
-        if wanted & !able != 0 {
-            return Err(VhostError::Features(wanted & !able));
+        let supported = self.get_features().map_err(refused("VHOST_GET_FEATURES"))?;
+        let wanted = features & QUEUE_FEATURES;
+        if wanted & !supported != 0 {
+            return Err(VhostError::Features(wanted & !supported));
         }
         self.set_owner().map_err(refused("VHOST_SET_OWNER"))?;
         self.set_features(wanted).map_err(refused("VHOST_SET_FEATURES"))?;
-        // All of it, what is not plugged in too: that is not accessible, to the kernel either.
+        // The whole memory, including blocks that are not plugged: those are inaccessible for the kernel too.
         let regions: Vec<_> = self
             .memory
             .iter()
@@ -153,9 +153,9 @@ impl Device<'_> {
     fn attach(&self, queues: [&Vq; 2], tap: &File) -> Result<(), VhostError> {
         for (index, queue) in (0..).zip(queues) {
             self.set_backend(index, Some(tap))?;
-            // A notification that came while there was no backend was taken for nothing.
+            // vhost-net ignores notifications while it has no backend, so signal one now.
             if let Err(error) = queue.notify_event().write(1) {
-                log::error!("virtio-net: cannot notify vhost-net: {error}");
+                log::error!("virtio-net: failed to notify vhost-net: {error}");
             }
         }
         Ok(())
@@ -166,11 +166,11 @@ fn refused(step: &'static str) -> impl FnOnce(vhost::Error) -> VhostError {
     move |error| VhostError::Refused(step, error)
 }
 
-/// Has the kernel serve the pair of queues (receive, transmit) from where they are, with the features the driver
-/// acknowledged. It interrupts by `call`, and tells by `fault` that the guest broke a queue.
+/// Makes the kernel serve the queues (receive, transmit) from their current indices, with the features that the driver
+/// has acknowledged. The kernel interrupts the guest through `call`, and signals `fault` when the guest breaks a queue.
 ///
 /// # Errors
-/// [`VhostError`]; the kernel serves nothing then.
+/// [`VhostError`]. Then the kernel serves no queue.
 pub fn start(
     file: &File,
     tap: &File,
@@ -180,7 +180,7 @@ pub fn start(
     call: &EventFd,
     fault: &EventFd,
 ) -> Result<(), VhostError> {
-    // Faults of another time.
+    // Clear faults of an earlier activation.
     let _ = fault.read();
     let result = Device { file, memory }.set_up(features, queues, call, fault, tap);
     if result.is_err() {
@@ -189,30 +189,30 @@ pub fn start(
     result
 }
 
-/// Stops the kernel's work for good: its thread is gone when this returns.
+/// Stops vhost-net. When this returns, its thread has ended.
 pub fn stop(file: &File, memory: &GuestMemory) {
-    // Fails where the set-up failed before there was an owner.
+    // Fails if `set_up` failed before VHOST_SET_OWNER.
     if let Err(error) = (Device { file, memory }).reset_owner() {
-        log::debug!("virtio-net: VHOST_RESET_OWNER: {error}");
+        log::debug!("virtio-net: ioctl VHOST_RESET_OWNER failed: {error}");
     }
 }
 
-/// Has the kernel stand still, and notes in the queues where it did: all chains that it took are given back.
+/// Pauses vhost-net, and stores its indices in the queues. All chains that it has popped are returned.
 ///
 /// # Errors
-/// [`VhostError`]; it may serve on.
+/// [`VhostError`]. Then vhost-net may still be serving.
 pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Vq; 2]) -> Result<(), VhostError> {
     let device = Device { file, memory };
     for (index, queue) in (0u8..).zip(queues) {
         device.set_backend(index.into(), None)?;
         let base = device.get_vring_base(index.into()).map_err(refused("VHOST_GET_VRING_BASE"))?;
-        // A split ring's index, of 16 bits.
+        // The index of a split ring has 16 bits.
         queue.taken_until(base as u16);
     }
     Ok(())
 }
 
-/// Has it go on from where the queues are.
+/// Resumes vhost-net from the queues' current indices.
 pub fn resume(file: &File, tap: &File, memory: &GuestMemory, queues: [&Vq; 2]) -> Result<(), VhostError> {
     let device = Device { file, memory };
     for (index, queue) in queues.into_iter().enumerate() {
@@ -227,8 +227,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rings_lie_in_one_piece_of_memory() {
-        // Two regions that are neighbours to the guest.
+    fn ring_must_lie_within_one_region() {
+        // Two regions that are adjacent for the guest.
         let ranges = [(GuestAddress(0), 0x10000), (GuestAddress(0x10000), 0x10000)];
         let memory = GuestMemory::from_ranges(&ranges).unwrap();
         let file = File::open("/dev/null").unwrap();
@@ -239,7 +239,7 @@ mod tests {
             device.is_valid(&VringConfigData { queue_max_size: queue_size, queue_size, ..addresses })
         };
         assert!(valid(0, 0x2000, 0x3000));
-        // At the very end, and one entry further.
+        // A ring that ends at the end of a region, and one that ends one entry after it.
         assert!(valid(0xf000, 0x2000, 0x3000) && !valid(0xf010, 0x2000, 0x3000));
         assert!(valid(0, 0xfdfa, 0x3000) && !valid(0, 0xfdfc, 0x3000));
         assert!(valid(0, 0x2000, 0x1f7fa) && !valid(0, 0x2000, 0xfffc) && !valid(0, 0x2000, 0x1f7fc));

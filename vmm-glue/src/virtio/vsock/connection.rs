@@ -1,4 +1,4 @@
-//! One vsock connection: its socket, its credit both ways, and what it still has to tell the guest.
+//! One vsock connection: its socket, the credit in both directions, and the packets that it has to send.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,28 +10,28 @@ use super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTD
 use super::socket;
 use crate::virtio::queue::Iov;
 
-/// Bytes from the guest that a connection holds while the socket is full: the credit the guest gets. It is used, and
-/// memory spent, only while whoever has the other end does not read.
+/// Size of a connection's buffer for data from the guest, in bytes, and so the guest's credit. The buffer uses memory
+/// only while the socket is full because its reader is slow.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
-/// Told how a connection attempt ended.
+/// Called with the result of a connection attempt.
 pub type Reply = Box<dyn FnOnce(io::Result<OwnedFd>) + Send>;
 
-/// Where a connection stands.
+/// State of a connection.
 enum State {
-    /// REQUEST sent or about to be: the peer's end waits here for the guest's word.
+    /// REQUEST is sent or about to be sent. The client's end waits here for the guest's response.
     Connecting { peer: OwnedFd, reply: Reply },
-    /// The guest accepted.
+    /// The guest has accepted.
     Open,
-    /// Nothing more goes to the guest; what it sent before is still being delivered.
+    /// Nothing more is sent to the guest. Data that it has sent before is still being delivered.
     Draining,
-    /// To be forgotten.
+    /// To be removed.
     Dead,
 }
 
-/// Control packets waiting for a buffer. Each is sent once, however often it became due.
+/// Control packets that wait for a receive buffer. Each is sent once, even if it was needed several times.
 #[derive(Default)]
-struct Due {
+struct Pending {
     request: bool,
     reset: bool,
     credit_update: bool,
@@ -39,55 +39,55 @@ struct Due {
     shutdown: bool,
 }
 
-/// What the connection wants to do with a receive buffer of the guest.
+/// The next use of a receive buffer.
 pub enum Next {
     /// Send this packet.
     Control(Header),
-    /// Read from the socket up to so many bytes.
+    /// Read up to this many bytes from the socket.
     Data(usize),
-    /// Nothing now.
+    /// There is nothing to send.
     Nothing,
 }
 
-/// One connection.
+/// A connection.
 pub struct Connection {
     guest_cid: u64,
     local_port: u32,
     guest_port: u32,
     socket: OwnedFd,
     state: State,
-    due: Due,
+    pending: Pending,
     // Host to guest.
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
-    credit_asked: bool,
-    /// The socket may have something to read: not watched for it until a read says otherwise.
+    credit_requested: bool,
+    /// Whether the socket may have data to read. Then epoll does not watch it, until a read finds no data.
     readable: bool,
-    /// All was read that will ever come from the socket.
+    /// Whether all data has been read from the socket.
     read_end: bool,
-    /// The other end of the socket is gone altogether.
+    /// Whether the other end of the socket is closed.
     hung_up: bool,
     // Guest to host.
     received: u32,
     forwarded: u32,
-    told_forwarded: u32,
-    held: VecDeque<u8>,
-    /// Nobody will read what the guest sends.
+    reported_forwarded: u32,
+    buffered: VecDeque<u8>,
+    /// Whether nobody reads what the guest sends.
     write_end: bool,
-    /// The socket was told that the guest sends no more.
+    /// Whether the socket's write direction was shut down, because the guest sends no more.
     write_shut: bool,
-    /// What the guest said it stopped, and what it was told that we stopped.
+    /// The directions that the guest has shut down, and those that the host has shut down.
     guest_shutdown: u32,
-    own_shutdown: u32,
-    /// What epoll watches; nothing when the socket is not registered.
+    host_shutdown: u32,
+    /// The events that epoll watches. `None` if the socket is not registered.
     pub watched: Option<EventSet>,
-    /// In the device's list of those that want to send.
+    /// Whether the connection is in the device's list of connections that need a receive buffer.
     pub queued: bool,
 }
 
 impl Connection {
-    /// A connection from the host, REQUEST due.
+    /// Creates a connection from the host, whose REQUEST is pending.
     pub fn connect(guest_cid: u64, local_port: u32, guest_port: u32, pair: (OwnedFd, OwnedFd), reply: Reply) -> Self {
         let (socket, peer) = pair;
         Self {
@@ -96,80 +96,80 @@ impl Connection {
             guest_port,
             socket,
             state: State::Connecting { peer, reply },
-            due: Due { request: true, ..Due::default() },
+            pending: Pending { request: true, ..Pending::default() },
             sent: 0,
             guest_buf_alloc: 0,
             guest_fwd_cnt: 0,
-            credit_asked: false,
+            credit_requested: false,
             readable: false,
             read_end: false,
             hung_up: false,
             received: 0,
             forwarded: 0,
-            told_forwarded: 0,
-            held: VecDeque::new(),
+            reported_forwarded: 0,
+            buffered: VecDeque::new(),
             write_end: false,
             write_shut: false,
             guest_shutdown: 0,
-            own_shutdown: 0,
+            host_shutdown: 0,
             watched: None,
             queued: false,
         }
     }
 
-    /// The guest's port.
+    /// Returns the guest's port.
     pub fn guest_port(&self) -> u32 {
         self.guest_port
     }
 
-    /// The host's end of the connection.
+    /// Returns the device's end of the socket pair.
     pub fn socket(&self) -> &OwnedFd {
         &self.socket
     }
 
-    /// Whether it may be forgotten.
+    /// Whether the connection can be removed.
     pub fn is_dead(&self) -> bool {
         matches!(self.state, State::Dead)
     }
 
-    /// Whether both ends of the host are gone, so that only the guest's word is awaited.
+    /// Whether the client has closed its end and all data was read, so that only the guest's answer is awaited.
     pub fn is_orphan(&self) -> bool {
         self.hung_up && self.read_end
     }
 
-    /// The device is reset, or the connection cannot be: whoever waits is told, sockets close.
+    /// Aborts the connection because the device is reset: fails a pending connection attempt, and closes the sockets.
     pub fn abort(&mut self, error: io::ErrorKind) {
         if let State::Connecting { reply, .. } = std::mem::replace(&mut self.state, State::Dead) {
             reply(Err(error.into()));
         }
     }
 
-    /// Ends with a RST to the guest.
+    /// Ends the connection with an RST packet to the guest.
     pub fn reset(&mut self) {
         if let State::Connecting { reply, .. } = std::mem::replace(&mut self.state, State::Draining) {
             reply(Err(io::ErrorKind::ConnectionReset.into()));
         }
-        self.held = VecDeque::new();
-        self.due = Due { reset: true, ..Due::default() };
+        self.buffered = VecDeque::new();
+        self.pending = Pending { reset: true, ..Pending::default() };
     }
 
-    /// A packet came from the guest; `payload` has exactly the header's length.
+    /// Handles a packet from the guest. `payload` has the length from the header.
     pub fn receive(&mut self, header: &Header, payload: Iov<'_>) {
-        if matches!(self.state, State::Dead) || self.due.reset {
+        if matches!(self.state, State::Dead) || self.pending.reset {
             return;
         }
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_fwd_cnt = header.fwd_cnt;
         if self.credit() > 0 {
-            self.credit_asked = false;
+            self.credit_requested = false;
         }
         match header.op {
             Op::Response => self.accepted(),
             Op::Reset => self.refused(),
             _ if matches!(self.state, State::Connecting { .. }) => self.reset(),
-            Op::Shutdown => self.guest_stopped(header.flags),
+            Op::Shutdown => self.guest_shut_down(header.flags),
             Op::ReadWrite => self.data(payload),
-            Op::CreditRequest => self.due.credit_update = true,
+            Op::CreditRequest => self.pending.credit_update = true,
             Op::CreditUpdate => {}
             Op::Request | Op::Unknown(_) => self.reset(),
         }
@@ -177,9 +177,9 @@ impl Connection {
 
     fn accepted(&mut self) {
         match std::mem::replace(&mut self.state, State::Open) {
-            State::Connecting { peer, reply } if !self.due.request => reply(Ok(peer)),
+            State::Connecting { peer, reply } if !self.pending.request => reply(Ok(peer)),
             State::Connecting { reply, .. } => {
-                // An answer to a question not yet asked.
+                // A response to a request that has not been sent yet.
                 reply(Err(io::ErrorKind::InvalidData.into()));
                 self.state = State::Draining;
                 self.reset();
@@ -199,19 +199,19 @@ impl Connection {
             }
             State::Dead => self.state = State::Dead,
             State::Open | State::Draining => {
-                // What the guest sent is delivered all the same: Linux sends RST some seconds after a close that was
-                // not answered, and it was not because somebody here reads slowly.
-                self.due = Due::default();
+                // Deliver the data that the guest has sent before. Linux sends RST some seconds after a close that was
+                // not answered. The reason may be that the reader here is slow.
+                self.pending = Pending::default();
                 self.guest_shutdown = SHUTDOWN_BOTH;
                 self.finish_writing();
             }
         }
     }
 
-    fn guest_stopped(&mut self, flags: u32) {
+    fn guest_shut_down(&mut self, flags: u32) {
         self.guest_shutdown |= flags & SHUTDOWN_BOTH;
         if flags & SHUTDOWN_RECEIVE != 0 && !self.read_end {
-            // Makes the peer's writes fail, as they would with any stream socket.
+            // Makes the client's writes fail, as on any stream socket whose peer does not receive.
             socket::shutdown(&self.socket, libc::SHUT_RD);
             self.read_end = true;
             self.readable = false;
@@ -223,11 +223,11 @@ impl Connection {
         let Ok(length) = u32::try_from(payload.len()) else { return self.reset() };
         let in_use = self.received.wrapping_sub(self.forwarded);
         if self.guest_shutdown & SHUTDOWN_SEND != 0 || length > BUF_ALLOC.saturating_sub(in_use) {
-            // Data after the end, or more than it had credit for.
+            // Data after the end of the stream, or more than the credit.
             return self.reset();
         }
         self.received = self.received.wrapping_add(length);
-        if self.held.is_empty() && !self.write_end {
+        if self.buffered.is_empty() && !self.write_end {
             while !payload.is_empty() {
                 match socket::send(&self.socket, payload.as_slice()) {
                     Ok(count) => {
@@ -236,7 +236,7 @@ impl Connection {
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(_) => {
-                        self.nobody_reads();
+                        self.stop_receiving();
                         break;
                     }
                 }
@@ -247,43 +247,43 @@ impl Connection {
         } else if !payload.is_empty() {
             let mut rest = vec![0; payload.len()];
             payload.copy_to(&mut rest);
-            if self.held.is_empty() {
-                self.held = rest.into();
+            if self.buffered.is_empty() {
+                self.buffered = rest.into();
             } else {
-                self.held.extend(rest);
+                self.buffered.extend(rest);
             }
         }
     }
 
-    /// So many bytes left our buffer.
+    /// Notes that `count` bytes have left the buffer.
     fn forward(&mut self, count: usize) {
-        // Bounded by what was received, which is counted modulo 2^32 as well.
+        // At most the number of received bytes, which is counted modulo 2^32 too.
         self.forwarded = self.forwarded.wrapping_add(count as u32);
-        if self.forwarded.wrapping_sub(self.told_forwarded) >= BUF_ALLOC / 4 {
-            self.due.credit_update = true;
+        if self.forwarded.wrapping_sub(self.reported_forwarded) >= BUF_ALLOC / 4 {
+            self.pending.credit_update = true;
         }
     }
 
-    /// The socket does not take data any more: the guest is told, and what it sends is dropped.
-    fn nobody_reads(&mut self) {
+    /// Handles a socket that accepts no more data: tells the guest, and drops what it sends.
+    fn stop_receiving(&mut self) {
         self.write_end = true;
-        let held = std::mem::take(&mut self.held).len();
+        let held = std::mem::take(&mut self.buffered).len();
         self.forward(held);
-        self.stop(SHUTDOWN_RECEIVE);
+        self.shut_down(SHUTDOWN_RECEIVE);
         self.finish_writing();
     }
 
-    /// Tells the guest that we stopped a direction, once.
-    fn stop(&mut self, flags: u32) {
-        if matches!(self.state, State::Open) && self.own_shutdown & flags != flags {
-            self.own_shutdown |= flags;
-            self.due.shutdown = true;
+    /// Tells the guest that the host has shut down a direction, once.
+    fn shut_down(&mut self, flags: u32) {
+        if matches!(self.state, State::Open) && self.host_shutdown & flags != flags {
+            self.host_shutdown |= flags;
+            self.pending.shutdown = true;
         }
     }
 
-    /// Once all that the guest sent is delivered, ends what the guest has ended.
+    /// Once all data from the guest is delivered, ends the directions that the guest has ended.
     fn finish_writing(&mut self) {
-        if !self.held.is_empty() {
+        if !self.buffered.is_empty() {
             return;
         }
         if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_shut {
@@ -291,21 +291,21 @@ impl Connection {
             socket::shutdown(&self.socket, libc::SHUT_WR);
         }
         if self.guest_shutdown == SHUTDOWN_BOTH {
-            // Unread data would make the peer see an error where the stream just ended.
+            // With unread data, the client would see an error instead of the end of the stream.
             socket::discard_unread(&self.socket);
             match self.state {
-                // Both ways are closed: RST says that we know (virtio 1.2, 5.10.6.5).
+                // Both directions are closed: RST confirms that (virtio 1.2, 5.10.6.5).
                 State::Open => {
                     self.state = State::Draining;
-                    self.due = Due { reset: true, ..Due::default() };
+                    self.pending = Pending { reset: true, ..Pending::default() };
                 }
-                State::Draining if !self.due.reset => self.state = State::Dead,
+                State::Draining if !self.pending.reset => self.state = State::Dead,
                 _ => {}
             }
         }
     }
 
-    /// The socket has something to say.
+    /// Handles an event of the socket.
     pub fn socket_event(&mut self, set: EventSet) {
         if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
             self.hung_up = true;
@@ -314,89 +314,94 @@ impl Connection {
         {
             self.readable = true;
         }
-        if set.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR) && !self.held.is_empty() {
-            self.write_held();
+        if set.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR) && !self.buffered.is_empty() {
+            self.write_buffered();
         }
         if self.hung_up && self.read_end && !self.write_end {
-            // It had half closed before, and is gone now.
-            self.nobody_reads();
+            // The client had shut down its write direction before, and has now closed its end.
+            self.stop_receiving();
         }
     }
 
-    fn write_held(&mut self) {
-        while !self.held.is_empty() {
-            let (front, back) = self.held.as_slices();
+    fn write_buffered(&mut self) {
+        while !self.buffered.is_empty() {
+            let (front, back) = self.buffered.as_slices();
             let parts = [socket::iovec(front), socket::iovec(back)];
             match socket::send(&self.socket, &parts) {
                 Ok(count) => {
-                    self.held.drain(..count.min(self.held.len()));
+                    self.buffered.drain(..count.min(self.buffered.len()));
                     self.forward(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => return self.nobody_reads(),
+                Err(_) => return self.stop_receiving(),
             }
         }
-        // The memory is needed again only when the socket is full again.
-        self.held = VecDeque::new();
+        // Free the memory: it is needed again only when the socket is full again.
+        self.buffered = VecDeque::new();
         self.finish_writing();
     }
 
-    /// Bytes the guest has room for.
+    /// Returns the number of bytes for which the guest has buffer space.
     fn credit(&self) -> u32 {
         self.guest_buf_alloc.saturating_sub(self.sent.wrapping_sub(self.guest_fwd_cnt))
     }
 
-    /// Whether it wants a receive buffer.
+    /// Whether the connection needs a receive buffer.
     pub fn wants_to_send(&self) -> bool {
         if self.is_dead() {
             return false;
         }
-        let due = &self.due;
-        due.request || due.reset || due.credit_update || due.shutdown || due.credit_request || self.wants_to_read()
+        let pending = &self.pending;
+        pending.request
+            || pending.reset
+            || pending.credit_update
+            || pending.shutdown
+            || pending.credit_request
+            || self.wants_to_read()
     }
 
     fn wants_to_read(&self) -> bool {
-        matches!(self.state, State::Open) && self.readable && (self.credit() > 0 || !self.credit_asked)
+        matches!(self.state, State::Open) && self.readable && (self.credit() > 0 || !self.credit_requested)
     }
 
-    /// What it would do with a receive buffer now.
+    /// Returns the next use of a receive buffer.
     pub fn next(&mut self) -> Next {
-        let due = &mut self.due;
-        if std::mem::take(&mut due.reset) {
+        let pending = &mut self.pending;
+        if std::mem::take(&mut pending.reset) {
             let header = self.header(Op::Reset);
             self.state = State::Dead;
             return Next::Control(header);
         }
-        if std::mem::take(&mut due.request) {
+        if std::mem::take(&mut pending.request) {
             return Next::Control(self.header(Op::Request));
         }
-        if std::mem::take(&mut due.credit_update) {
+        if std::mem::take(&mut pending.credit_update) {
             return Next::Control(self.header(Op::CreditUpdate));
         }
-        // SEND is among the flags only after all was read, so this overtakes no data.
-        if std::mem::take(&mut self.due.shutdown) {
-            return Next::Control(Header { flags: self.own_shutdown, ..self.header(Op::Shutdown) });
+        // SEND is among the flags only after all data was read, so this packet overtakes no data.
+        if std::mem::take(&mut self.pending.shutdown) {
+            return Next::Control(Header { flags: self.host_shutdown, ..self.header(Op::Shutdown) });
         }
         if matches!(self.state, State::Open) && self.readable {
             match self.credit() {
-                0 if !self.credit_asked => self.due.credit_request = true,
+                0 if !self.credit_requested => self.pending.credit_request = true,
                 0 => {}
                 credit => return Next::Data(credit as usize),
             }
         }
-        if std::mem::take(&mut self.due.credit_request) {
-            self.credit_asked = true;
+        if std::mem::take(&mut self.pending.credit_request) {
+            self.credit_requested = true;
             return Next::Control(self.header(Op::CreditRequest));
         }
         Next::Nothing
     }
 
-    /// Reads from the socket into the guest's buffer; the packet's header when something came.
+    /// Reads from the socket into the guest's buffer. Returns the packet's header if there was data.
     pub fn read(&mut self, buffer: &Iov<'_>) -> Option<Header> {
         match socket::receive(&self.socket, buffer.as_slice()) {
             Ok(0) => {}
             Ok(count) => {
-                // At most the credit, a u32.
+                // At most the credit, which is a u32.
                 let count = count as u32;
                 self.sent = self.sent.wrapping_add(count);
                 return Some(Header { len: count, ..self.header(Op::ReadWrite) });
@@ -409,14 +414,14 @@ impl Connection {
         }
         self.readable = false;
         self.read_end = true;
-        self.stop(if self.hung_up { SHUTDOWN_BOTH } else { SHUTDOWN_SEND });
+        self.shut_down(if self.hung_up { SHUTDOWN_BOTH } else { SHUTDOWN_SEND });
         None
     }
 
     fn header(&mut self, op: Op) -> Header {
-        self.told_forwarded = self.forwarded;
-        // Any packet carries our credit.
-        self.due.credit_update = false;
+        self.reported_forwarded = self.forwarded;
+        // Every packet carries the current credit.
+        self.pending.credit_update = false;
         Header {
             src_cid: HOST_CID,
             dst_cid: self.guest_cid,
@@ -431,8 +436,9 @@ impl Connection {
         }
     }
 
-    /// What epoll should watch; `None` when the socket should not be registered at all. A socket whose other end is
-    /// gone reports that for ever, so it is registered only while something can be done about it.
+    /// Returns the events that epoll should watch, or `None` if the socket should not be registered. epoll always
+    /// reports a socket whose other end is closed, so such a socket is registered only while the device can handle
+    /// that.
     pub fn interest(&self) -> Option<EventSet> {
         if matches!(self.state, State::Connecting { .. } | State::Dead) {
             return None;
@@ -441,7 +447,7 @@ impl Connection {
         if matches!(self.state, State::Open) && !self.readable && !self.read_end {
             set |= EventSet::IN;
         }
-        if !self.held.is_empty() {
+        if !self.buffered.is_empty() {
             set |= EventSet::OUT;
         }
         (!set.is_empty() || !self.hung_up).then_some(set)

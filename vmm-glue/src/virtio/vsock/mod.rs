@@ -1,8 +1,10 @@
-//! virtio-vsock (virtio 1.2, 5.10): streams from the host to ports of the guest, handed out as sockets.
+//! virtio-vsock (virtio 1.2, 5.10): connections from the host to ports in the guest, passed to the host's side as
+//! sockets.
 //!
-//! Each connection has a pair of AF_UNIX stream sockets, one end of which the asker gets once the guest has accepted.
-//! Data goes between the other end and guest memory without a copy in between; only when that socket is full does the
-//! device hold bytes itself, as many as the credit it gave. There are no files and no names on the host.
+//! Each connection has a pair of AF_UNIX stream sockets. The client gets one end when the guest has accepted the
+//! connection. The device moves data between the other end and guest memory without a copy. It buffers data only when
+//! that socket is full, and at most as much as the credit that it has granted. There are no files and no names on the
+//! host.
 
 mod connection;
 mod packet;
@@ -31,32 +33,34 @@ use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
 const RX: u32 = 0;
 const TX: u32 = 1;
 const EVENT: u32 = 2;
-/// Receive, transmit, event. Linux fills the whole receive queue with buffers of 8 KiB of its memory each, and posts 8
-/// event buffers.
+/// Receive, transmit and event queue. Linux fills the whole receive queue with buffers of 8 KiB of guest memory each,
+/// and posts 8 event buffers.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
-/// Connections at once, those that wait for the driver included.
+/// Maximum number of connections, including those that wait for the driver.
 const MAX_CONNECTIONS: usize = 1024;
-/// Refusals that wait for a receive buffer; the guest's packets wait when there are more.
-const MAX_STRAYS: usize = 64;
-/// Ports of the host's ends; each is also the event token of its connection, apart from those of queues and [`WAKE`].
+/// Maximum number of RST packets that wait for a receive buffer. If it is reached, packets from the guest are not
+/// taken.
+const MAX_RESET_PACKETS: usize = 64;
+/// Ports of the host's side. A port is also the event token of its connection, and differs from those of queues and
+/// [`WAKE`].
 const PORTS: std::ops::Range<u32> = 0x4000_0000..0xffff_0000;
 
-/// The device.
+/// The vsock device.
 pub struct Vsock {
     guest_cid: u64,
     wake: Wake,
     active: Option<Active>,
     pending: VecDeque<(u32, Reply)>,
     connections: HashMap<u32, Connection>,
-    /// Connections that want a receive buffer, in turn.
+    /// Connections that need a receive buffer, in the order of their turns.
     ready: VecDeque<u32>,
-    /// Connections whose interest in events may have changed in this turn.
-    touched: Vec<u32>,
-    /// Refusals of packets that belong to no connection.
-    strays: VecDeque<Header>,
-    /// There may be packets from the guest.
+    /// Connections whose watched events may have changed in this turn.
+    changed: Vec<u32>,
+    /// RST packets for packets that belong to no connection.
+    reset_packets: VecDeque<Header>,
+    /// Whether there may be packets from the guest.
     tx_waiting: bool,
-    /// Of an earlier activation, until the loop has unregistered their sockets.
+    /// Connections of an earlier activation, until the device loop has unregistered their sockets.
     stale: Vec<Connection>,
     next_port: u32,
 }
@@ -70,7 +74,7 @@ struct Active {
 }
 
 impl Vsock {
-    /// A device with the guest's address.
+    /// Creates a device for a guest with this CID.
     pub fn new(guest_cid: u64) -> io::Result<Self> {
         Ok(Self {
             guest_cid,
@@ -79,38 +83,38 @@ impl Vsock {
             pending: VecDeque::new(),
             connections: HashMap::new(),
             ready: VecDeque::new(),
-            touched: Vec::new(),
-            strays: VecDeque::new(),
+            changed: Vec::new(),
+            reset_packets: VecDeque::new(),
             tx_waiting: false,
             stale: Vec::new(),
             next_port: PORTS.start,
         })
     }
 
-    /// Connects to a port of the guest. `reply` is called on the device loop, with the device locked: with a connected
-    /// stream socket when the guest has accepted, with `ConnectionRefused` when it has not. What is asked before the
-    /// driver is there waits for it.
+    /// Connects to a port in the guest. `reply` is called on the device loop, with the device locked. It gets a
+    /// connected stream socket if the guest accepts, or `ConnectionRefused` if the guest refuses. Requests that are
+    /// made before the driver is ready wait for it.
     pub fn connect(&mut self, port: u32, reply: Reply) {
         if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS && !self.evict() {
-            return reply(Err(io::Error::other("too many vsock connections")));
+            return reply(Err(io::Error::other("failed to open a vsock connection: too many connections")));
         }
         self.pending.push_back((port, reply));
         self.wake.wake();
     }
 
-    /// How many connections there are.
+    /// Returns the number of connections.
     pub fn connections(&self) -> usize {
         self.connections.len()
     }
 
-    /// Ends a connection that only the guest still holds; true when there was one.
+    /// Resets a connection that only the guest still holds. Returns true if there was one.
     fn evict(&mut self) -> bool {
         let Some((&port, connection)) = self.connections.iter_mut().find(|(_, connection)| connection.is_orphan())
         else {
             return false;
         };
         connection.reset();
-        self.touch(port);
+        self.mark_changed(port);
         true
     }
 
@@ -128,11 +132,11 @@ impl Vsock {
             };
             let local = self.free_port();
             self.connections.insert(local, Connection::connect(self.guest_cid, local, port, pair, reply));
-            self.touch(local);
+            self.mark_changed(local);
         }
     }
 
-    /// There are far fewer connections than ports, so one is found at once.
+    /// Returns an unused port. There are far fewer connections than ports, so the loop is short.
     fn free_port(&mut self) -> u32 {
         loop {
             let port = self.next_port;
@@ -143,28 +147,28 @@ impl Vsock {
         }
     }
 
-    /// A connection changed: it may want to send, and its interest in events may be another.
-    fn touch(&mut self, port: u32) {
+    /// Notes that a connection has changed: it may have packets to send, and its watched events may be different.
+    fn mark_changed(&mut self, port: u32) {
         if let Some(connection) = self.connections.get_mut(&port) {
             if !connection.queued && connection.wants_to_send() {
                 connection.queued = true;
                 self.ready.push_back(port);
             }
-            self.touched.push(port);
+            self.changed.push(port);
         }
     }
 
-    /// Moves packets both ways, then settles what epoll watches.
-    fn turn(&mut self, ops: &mut EventOps) {
+    /// Moves packets in both directions, and then updates the events that epoll watches.
+    fn serve(&mut self, ops: &mut EventOps) {
         if let Err(fault) = self.pump() {
             self.fail(&fault);
         }
-        for port in std::mem::take(&mut self.touched) {
-            self.settle(port, ops);
+        for port in std::mem::take(&mut self.changed) {
+            self.update_interest(port, ops);
         }
     }
 
-    fn settle(&mut self, port: u32, ops: &mut EventOps) {
+    fn update_interest(&mut self, port: u32, ops: &mut EventOps) {
         let Some(connection) = self.connections.get_mut(&port) else { return };
         let dead = connection.is_dead();
         let wanted = if dead { None } else { connection.interest() };
@@ -178,7 +182,7 @@ impl Vsock {
         };
         match result {
             Ok(()) => connection.watched = wanted,
-            Err(error) => log::error!("vsock: cannot watch a socket: {error}"),
+            Err(error) => log::error!("vsock: failed to watch a socket: {error}"),
         }
         if dead {
             self.connections.remove(&port);
@@ -204,7 +208,7 @@ impl MutEventSubscriber for Vsock {
                     if connection.watched.is_some()
                         && let Err(error) = ops.remove(Events::empty(connection.socket()))
                     {
-                        log::warn!("vsock: cannot unregister a socket: {error}");
+                        log::warn!("vsock: failed to unregister a socket: {error}");
                     }
                 }
                 if let Some(active) = &mut self.active {
@@ -230,11 +234,11 @@ impl MutEventSubscriber for Vsock {
             port => {
                 if let Some(connection) = self.connections.get_mut(&port) {
                     connection.socket_event(events.event_set());
-                    self.touch(port);
+                    self.mark_changed(port);
                 }
             }
         }
-        self.turn(ops);
+        self.serve(ops);
     }
 }
 
@@ -275,8 +279,8 @@ impl VirtioDevice for Vsock {
             self.stale.push(connection);
         }
         self.ready.clear();
-        self.touched.clear();
-        self.strays.clear();
+        self.changed.clear();
+        self.reset_packets.clear();
         self.wake.wake();
     }
 }

@@ -1,24 +1,24 @@
 //! The header of a vsock packet (virtio 1.2, 5.10.6).
 //!
-//! Parsed here rather than by the `virtio-vsock` crate, which takes the payload from one descriptor only: drivers may
-//! split a packet as they like (2.7.4.3), and Linux does for MSG_ZEROCOPY.
+//! The `virtio-vsock` crate is not used, because it supports a payload in one descriptor only. Drivers may split a
+//! packet in any way (2.7.4.3), and Linux does so for MSG_ZEROCOPY.
 
-/// Bytes of a header.
+/// Length of a header in bytes.
 pub const HEADER_LEN: usize = 44;
-/// The host's address.
+/// The host's CID.
 pub const HOST_CID: u64 = 2;
-/// Longest payload a driver sends, VIRTIO_VSOCK_MAX_PKT_BUF_SIZE in Linux.
+/// Maximum length of a payload from a driver: VIRTIO_VSOCK_MAX_PKT_BUF_SIZE in Linux.
 pub const MAX_PAYLOAD: u32 = 64 * 1024;
 /// VIRTIO_VSOCK_TYPE_STREAM.
 pub const TYPE_STREAM: u16 = 1;
-/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: the sender receives no more.
+/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: the sender receives no more data.
 pub const SHUTDOWN_RECEIVE: u32 = 1;
-/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender sends no more.
+/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender sends no more data.
 pub const SHUTDOWN_SEND: u32 = 2;
-/// Both.
+/// Both flags.
 pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
-/// What a packet is for (5.10.6: `VIRTIO_VSOCK_OP_*`).
+/// Operation of a packet (5.10.6: `VIRTIO_VSOCK_OP_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Op {
@@ -62,33 +62,33 @@ impl From<Op> for u16 {
     }
 }
 
-/// A packet without its payload.
+/// The header of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// Address it comes from.
+    /// Source CID.
     pub src_cid: u64,
-    /// Address it goes to.
+    /// Destination CID.
     pub dst_cid: u64,
-    /// Port it comes from.
+    /// Source port.
     pub src_port: u32,
-    /// Port it goes to.
+    /// Destination port.
     pub dst_port: u32,
-    /// Bytes of payload.
+    /// Length of the payload in bytes.
     pub len: u32,
-    /// Socket type, [`TYPE_STREAM`].
+    /// Socket type: [`TYPE_STREAM`].
     pub kind: u16,
-    /// What it is for.
+    /// Operation.
     pub op: Op,
-    /// Of a shutdown: which directions.
+    /// Flags of a shutdown: the directions.
     pub flags: u32,
-    /// The sender's receive buffer in bytes.
+    /// Size of the sender's receive buffer in bytes.
     pub buf_alloc: u32,
-    /// How many bytes the sender has taken out of that buffer, ever.
+    /// Total number of bytes that the sender has taken out of its receive buffer.
     pub fwd_cnt: u32,
 }
 
 impl Header {
-    /// Reads the wire form.
+    /// Parses the wire format.
     pub fn parse(bytes: &[u8; HEADER_LEN]) -> Self {
         let [s0, s1, s2, s3, s4, s5, s6, s7, d0, d1, d2, d3, d4, d5, d6, d7, rest @ ..] = *bytes;
         let [p0, p1, p2, p3, q0, q1, q2, q3, l0, l1, l2, l3, t0, t1, o0, o1, rest @ ..] = rest;
@@ -107,7 +107,7 @@ impl Header {
         }
     }
 
-    /// Writes the wire form.
+    /// Encodes the wire format.
     pub fn to_bytes(self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         let fields: [&[u8]; 10] = [
@@ -128,7 +128,7 @@ impl Header {
         bytes
     }
 
-    /// The refusal of this packet.
+    /// Returns the RST packet that refuses this packet.
     pub fn reset(&self) -> Self {
         Self {
             src_cid: self.dst_cid,

@@ -1,15 +1,16 @@
-//! Packets between the queues and the connections: one turn's worth, then the rest after others had theirs.
+//! Moves packets between the queues and the connections. One call moves a limited number, so that other devices get
+//! their turn.
 
 use std::sync::Arc;
 
 use super::connection::Next;
 use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
-use super::{MAX_STRAYS, Vsock};
+use super::{MAX_RESET_PACKETS, Vsock};
 use crate::virtio::device::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, QueueFault, guest_fault};
 
 impl Vsock {
-    /// Takes what the guest sent, gives it what there is, and interrupts it once per queue.
+    /// Takes packets from the guest, gives it packets, and interrupts it once per queue.
     pub(super) fn pump(&mut self) -> Result<(), QueueFault> {
         let Some(active) = &self.active else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
@@ -18,8 +19,8 @@ impl Vsock {
             self.pump_tx(&memory)?;
         }
         self.pump_rx(&memory)?;
-        if self.tx_waiting && self.strays.len() < MAX_STRAYS {
-            // More than one turn's worth, or refusals that had to wait are on their way.
+        if self.tx_waiting && self.reset_packets.len() < MAX_RESET_PACKETS {
+            // There are more packets than one turn may take, or RST packets that have blocked them have been sent.
             self.wake.wake();
         }
         if let Some(active) = &mut self.active {
@@ -33,13 +34,13 @@ impl Vsock {
         let Some(active) = &mut self.active else { return Ok(()) };
         active.tx.ignore(memory)?;
         for _ in 0..active.tx.size() {
-            if self.strays.len() >= MAX_STRAYS {
+            if self.reset_packets.len() >= MAX_RESET_PACKETS {
                 return Ok(());
             }
             let Some(active) = &mut self.active else { return Ok(()) };
             match active.tx.pop(memory)? {
                 Some(Chain { head, readable, .. }) => {
-                    self.take(readable);
+                    self.receive_packet(readable);
                     if let Some(active) = &mut self.active {
                         active.tx.push(memory, head, 0)?;
                     }
@@ -54,14 +55,14 @@ impl Vsock {
         Ok(())
     }
 
-    /// One packet from the guest.
-    fn take(&mut self, mut packet: Iov<'_>) {
+    /// Handles one packet from the guest.
+    fn receive_packet(&mut self, mut packet: Iov<'_>) {
         let header = match packet.take::<HEADER_LEN>() {
             Ok(bytes) => Header::parse(&bytes),
             Err(fault) => return guest_fault(1, &fault),
         };
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
-            return guest_fault(1, &"vsock packet with addresses not its own");
+            return guest_fault(1, &"dropped a vsock packet with a wrong CID");
         }
         let connection =
             self.connections.get_mut(&header.dst_port).filter(|connection| connection.guest_port() == header.src_port);
@@ -69,26 +70,26 @@ impl Vsock {
             Some(connection) if header.kind == TYPE_STREAM => {
                 let length = header.len as usize;
                 if header.len > MAX_PAYLOAD || length > packet.len() || (length != 0 && header.op != Op::ReadWrite) {
-                    guest_fault(1, &"vsock packet with a wrong length");
+                    guest_fault(1, &"the vsock packet has an invalid length");
                     connection.reset();
                 } else {
                     packet.truncate(length);
                     connection.receive(&header, packet);
                 }
-                self.touch(header.dst_port);
+                self.mark_changed(header.dst_port);
             }
-            // Nobody listens on the host. A refusal is not refused.
-            _ if header.op != Op::Reset => self.strays.push_back(header.reset()),
+            // No socket listens on the host, so refuse the packet. An RST packet is never answered.
+            _ if header.op != Op::Reset => self.reset_packets.push_back(header.reset()),
             _ => {}
         }
     }
 
     fn pump_rx(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        // A chain taken and not yet used.
+        // A chain that was popped and not used yet.
         let mut buffer: Option<Chain<'_>> = None;
         for _ in 0..u32::from(active.rx.size()) * 2 {
-            if self.strays.is_empty() && self.ready.is_empty() {
+            if self.reset_packets.is_empty() && self.ready.is_empty() {
                 break;
             }
             let Some(chain) = (match buffer.take() {
@@ -98,15 +99,15 @@ impl Vsock {
                 if active.rx.listen(memory)? {
                     continue;
                 }
-                // The driver will tell when there are buffers again.
+                // The driver will notify the queue when there are buffers again.
                 return Ok(());
             };
             if chain.writable.len() <= HEADER_LEN {
-                guest_fault(0, &"vsock receive buffer too small");
+                guest_fault(0, &"the vsock receive buffer is too small");
                 active.rx.push(memory, chain.head, 0)?;
                 continue;
             }
-            let header = match self.strays.pop_front() {
+            let header = match self.reset_packets.pop_front() {
                 Some(header) => Some(header),
                 None => {
                     let Some(port) = self.ready.pop_front() else {
@@ -132,14 +133,14 @@ impl Vsock {
                         connection.queued = true;
                         self.ready.push_back(port);
                     }
-                    self.touched.push(port);
+                    self.changed.push(port);
                     header
                 }
             };
             match header {
                 Some(header) => {
                     chain.writable.copy_from(&header.to_bytes());
-                    // A payload is less than 2^32 bytes, with its header as well: both are in one chain.
+                    // A payload is less than 2^32 bytes, even with its header, because both are in one chain.
                     active.rx.push(memory, chain.head, (HEADER_LEN as u32).saturating_add(header.len))?;
                 }
                 None => buffer = Some(chain),
@@ -148,7 +149,7 @@ impl Vsock {
         if buffer.is_some() {
             active.rx.undo_pop();
         }
-        if !self.ready.is_empty() || !self.strays.is_empty() {
+        if !self.ready.is_empty() || !self.reset_packets.is_empty() {
             self.wake.wake();
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! What a guest can do wrong: packets, lengths, rings, resets in between.
+//! Tests of a hostile guest: invalid packets, lengths and rings, and resets at any time.
 
 use std::io::{ErrorKind, Read, Write};
 use std::sync::atomic::Ordering;
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 
 #[test]
-fn more_than_its_credit_ends_the_connection() {
+fn data_beyond_credit_resets_connection() {
     let mut guest = Guest::new(0);
     let (side, _stream) = guest.open(1);
     for _ in 0..20 {
@@ -19,14 +19,14 @@ fn more_than_its_credit_ends_the_connection() {
 }
 
 #[test]
-fn packets_of_no_connection() {
+fn packets_without_connection_are_refused() {
     let mut guest = Guest::new(0);
     let (side, _stream) = guest.open(1);
-    let nobody = Side { host: 77, guest: 88 };
-    guest.send(nobody, Op::Request, 0, 0, &[]);
+    let unknown = Side { host: 77, guest: 88 };
+    guest.send(unknown, Op::Request, 0, 0, &[]);
     let packets = guest.packets();
     assert_eq!((packets[0].0.op, packets[0].0.dst_port, packets[0].0.src_port), (Op::Reset, 88, 77));
-    guest.send(nobody, Op::Reset, 0, 0, &[]);
+    guest.send(unknown, Op::Reset, 0, 0, &[]);
     guest.send(Side { guest: 2, ..side }, Op::ReadWrite, 0, 0, b"forged");
     assert_eq!(guest.ops(), [Op::Reset]);
     let header = Header { src_cid: 9, ..Guest::header(side, Op::Reset) };
@@ -35,7 +35,7 @@ fn packets_of_no_connection() {
 }
 
 #[test]
-fn hostile_lengths() {
+fn invalid_lengths_reset_connection() {
     for (len, sent) in [(5, 4), (u32::MAX, 0), (65537, 65537), (1, 0)] {
         let mut guest = Guest::new(0);
         let (side, _stream) = guest.open(1);
@@ -51,7 +51,7 @@ fn hostile_lengths() {
 }
 
 #[test]
-fn many_refusals_without_buffers_stop_nothing_for_ever() {
+fn many_resets_without_buffers_are_sent_later() {
     let mut bench = Bench::new(Vsock::new(CID).unwrap());
     bench.activate(0);
     let mut guest = Guest { bench };
@@ -68,7 +68,7 @@ fn many_refusals_without_buffers_stop_nothing_for_ever() {
 }
 
 #[test]
-fn a_broken_ring_stops_the_device_until_reset() {
+fn broken_ring_stops_device_until_reset() {
     let mut guest = Guest::new(0);
     let (_, mut stream) = guest.open(1);
     guest.bench.queues[1].set_avail_index(40_000);
@@ -82,11 +82,11 @@ fn a_broken_ring_stops_the_device_until_reset() {
 }
 
 #[test]
-fn reset_while_connecting_and_again() {
+fn device_reset_ends_connections_and_attempts() {
     let mut guest = Guest::new(0);
     for round in 0..20 {
         let (_side, mut stream) = guest.open(round);
-        let reply = guest.ask(round);
+        let reply = guest.connect(round);
         guest.bench.lock().reset();
         assert_eq!(reply.try_recv().unwrap().unwrap_err().kind(), ErrorKind::ConnectionReset);
         guest.bench.activate(0);
@@ -106,9 +106,9 @@ proptest! {
         prop_assert_eq!(Header::parse(&all).to_bytes(), all);
     }
 
-    /// Whatever the guest sends to a connection, nothing panics and the device goes on or asks for a reset.
+    /// For any packets from the guest, nothing panics, and the device goes on or requests a reset.
     #[test]
-    fn hostile_packets(packets in proptest::collection::vec(
+    fn hostile_packets_do_not_panic(packets in proptest::collection::vec(
         (0u16..9, any::<u32>(), any::<u32>(), any::<u32>(), 0u32..70_000, 0usize..3000, any::<bool>()), 1..40)) {
         let mut guest = Guest::new(0);
         let (side, mut stream) = guest.open(1);
@@ -125,9 +125,9 @@ proptest! {
         }
     }
 
-    /// Whatever is in the descriptors, the device does not panic and comes to rest.
+    /// For any descriptors, nothing panics, and the device stops causing events.
     #[test]
-    fn hostile_descriptors(
+    fn hostile_descriptors_do_not_panic(
         queue in 0usize..3,
         descriptors in proptest::collection::vec((any::<u64>(), any::<u32>(), 0u16..8, any::<u16>()), 8),
         near in any::<bool>(),

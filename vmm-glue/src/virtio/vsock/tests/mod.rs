@@ -1,4 +1,4 @@
-//! The connection machine against a scripted guest.
+//! Tests of the connection state machine with a scripted guest.
 
 mod hostile;
 mod streams;
@@ -13,14 +13,14 @@ use super::*;
 use crate::virtio::testing::Bench;
 
 const CID: u64 = 3;
-const ROOM: u32 = 128 * 1024;
+const GUEST_BUFFER: u32 = 128 * 1024;
 
-/// A guest that does what a test says.
+/// A guest that a test controls.
 struct Guest {
     bench: Bench<Vsock>,
 }
 
-/// The guest's side of a connection.
+/// The ports of a connection.
 #[derive(Clone, Copy)]
 struct Side {
     host: u32,
@@ -46,14 +46,14 @@ impl Guest {
         self.bench.run();
     }
 
-    fn ask(&mut self, port: u32) -> Receiver<std::io::Result<OwnedFd>> {
+    fn connect(&mut self, port: u32) -> Receiver<std::io::Result<OwnedFd>> {
         let (sender, receiver) = channel();
         self.bench.lock().connect(port, Box::new(move |result| sender.send(result).unwrap()));
         self.bench.run();
         receiver
     }
 
-    /// Packets that came, their buffers made available again.
+    /// Returns the packets that were received, and makes their buffers available again.
     fn packets(&mut self) -> Vec<(Header, Vec<u8>)> {
         self.bench.run();
         let mut packets = Vec::new();
@@ -86,7 +86,7 @@ impl Guest {
             kind: TYPE_STREAM,
             op,
             flags: 0,
-            buf_alloc: ROOM,
+            buf_alloc: GUEST_BUFFER,
             fwd_cnt: 0,
         }
     }
@@ -97,12 +97,12 @@ impl Guest {
     }
 
     fn open(&mut self, port: u32) -> (Side, UnixStream) {
-        let reply = self.ask(port);
+        let reply = self.connect(port);
         let packets = self.packets();
         let (request, _) = packets[0];
         assert_eq!((packets.len(), request.op, request.dst_port), (1, Op::Request, port));
         assert_eq!((request.src_cid, request.dst_cid, request.buf_alloc), (2, CID, BUF_ALLOC));
-        assert!(reply.try_recv().is_err(), "not before the guest has answered");
+        assert!(reply.try_recv().is_err(), "the client received a reply before the guest has answered");
         let side = Side { host: request.src_port, guest: port };
         self.send(side, Op::Response, 0, 0, &[]);
         let stream = UnixStream::from(reply.try_recv().unwrap().unwrap());

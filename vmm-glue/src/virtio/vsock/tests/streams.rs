@@ -1,4 +1,4 @@
-//! What a well-behaved guest sees: connections, data with credit, closing by halves.
+//! Tests with a well-behaved guest: connections, data with credit, and shutdown of single directions.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -8,9 +8,9 @@ use super::*;
 use crate::virtio::vsock::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 #[test]
-fn connect_refused_and_accepted() {
+fn connect_reports_refusal_and_acceptance() {
     let mut guest = Guest::new(0);
-    let reply = guest.ask(7);
+    let reply = guest.connect(7);
     let (request, _) = guest.packets()[0];
     guest.send(Side { host: request.src_port, guest: 7 }, Op::Reset, 0, 0, &[]);
     assert_eq!(reply.try_recv().unwrap().unwrap_err().kind(), ErrorKind::ConnectionRefused);
@@ -20,7 +20,7 @@ fn connect_refused_and_accepted() {
 }
 
 #[test]
-fn connect_waits_for_the_driver_and_for_buffers() {
+fn connect_waits_for_driver_and_buffers() {
     let mut bench = Bench::new(Vsock::new(CID).unwrap());
     let (sender, receiver) = channel();
     bench.lock().connect(5, Box::new(move |result| sender.send(result).unwrap()));
@@ -34,30 +34,31 @@ fn connect_waits_for_the_driver_and_for_buffers() {
     assert!(receiver.try_recv().unwrap().is_ok());
 }
 
-/// Both ways at once, more than any buffer holds, with a reader that is sometimes slow on each side.
+/// Transfers more data than any buffer holds in both directions at once, with a reader on each side that is sometimes
+/// slow.
 fn transfer(without: u64) {
     let mut guest = Guest::new(without);
     let (side, mut stream) = guest.open(1024);
     let total = 3 * 1024 * 1024;
     let (down, up) = (pattern(total, 1), pattern(total, 2));
-    let (mut written, mut got_down, mut taken) = (0, Vec::new(), 0_u32);
-    let (mut sent, mut got_up, mut host_fwd) = (0_usize, Vec::new(), 0_u32);
+    let (mut written, mut received_down, mut taken) = (0, Vec::new(), 0_u32);
+    let (mut sent, mut received_up, mut host_fwd) = (0_usize, Vec::new(), 0_u32);
     for turn in 0.. {
-        assert!(turn < 100_000, "stuck: {} {} {} {}", written, got_down.len(), sent, got_up.len());
+        assert!(turn < 100_000, "no progress: {} {} {} {}", written, received_down.len(), sent, received_up.len());
         if let Ok(count) = stream.write(&down[written..]) {
             written += count;
         }
         for (header, data) in guest.packets() {
             host_fwd = header.fwd_cnt;
-            got_down.extend(data);
+            received_down.extend(data);
             if header.op == Op::CreditRequest {
-                taken = got_down.len() as u32;
+                taken = received_down.len() as u32;
                 guest.send(side, Op::CreditUpdate, 0, taken, &[]);
             }
         }
-        assert!(got_down.len() as u32 - taken <= ROOM, "the guest's credit was exceeded");
+        assert!(received_down.len() as u32 - taken <= GUEST_BUFFER, "the guest's credit was exceeded");
         if turn % 3 == 0 {
-            taken = got_down.len() as u32;
+            taken = received_down.len() as u32;
         }
         let credit = BUF_ALLOC as usize - (sent as u32).wrapping_sub(host_fwd) as usize;
         let count = credit.min(65536).min(total - sent);
@@ -70,24 +71,24 @@ fn transfer(without: u64) {
         if turn % 2 == 0 {
             let mut buffer = vec![0; 100_000];
             if let Ok(count) = stream.read(&mut buffer) {
-                got_up.extend_from_slice(&buffer[..count]);
+                received_up.extend_from_slice(&buffer[..count]);
             }
         }
-        if got_down.len() == total && got_up.len() == total {
+        if received_down.len() == total && received_up.len() == total {
             break;
         }
     }
-    assert!(got_down == down && got_up == up);
+    assert!(received_down == down && received_up == up);
 }
 
 #[test]
-fn data_both_ways() {
+fn data_arrives_in_both_directions() {
     transfer(0);
     transfer(1 << VIRTIO_RING_F_EVENT_IDX);
 }
 
 #[test]
-fn no_credit_no_data() {
+fn data_is_sent_only_with_credit() {
     let mut guest = Guest::new(0);
     let (side, mut stream) = guest.open(1);
     let mut written = 0;
@@ -95,31 +96,31 @@ fn no_credit_no_data() {
         written += count;
         guest.bench.run();
     }
-    let mut got = 0;
+    let mut received = 0;
     loop {
         let packets = guest.packets();
         if packets.is_empty() {
             break;
         }
-        got += packets.iter().map(|(_, data)| data.len()).sum::<usize>();
+        received += packets.iter().map(|(_, data)| data.len()).sum::<usize>();
         let requests = packets.iter().filter(|(header, _)| header.op == Op::CreditRequest).count();
         assert!(requests <= 1);
     }
-    assert_eq!(got, ROOM as usize);
-    guest.send(side, Op::CreditUpdate, 0, ROOM, &[]);
+    assert_eq!(received, GUEST_BUFFER as usize);
+    guest.send(side, Op::CreditUpdate, 0, GUEST_BUFFER, &[]);
     let more: usize = guest.packets().iter().map(|(_, data)| data.len()).sum();
-    assert!(more > 0 && written > ROOM as usize);
+    assert!(more > 0 && written > GUEST_BUFFER as usize);
 }
 
 #[test]
-fn a_slow_reader_holds_nobody_else_up() {
+fn slow_reader_does_not_delay_other_connections() {
     let mut guest = Guest::new(0);
     let (slow, mut slow_stream) = guest.open(1);
     let (quick, mut quick_stream) = guest.open(2);
     let mut sent = 0;
     let data = pattern(BUF_ALLOC as usize * 2, 0);
     let mut fwd = 0;
-    // Fills the socket, then our buffer, to the last byte of credit.
+    // Fill the socket and then the connection's buffer, up to the last byte of credit.
     loop {
         fwd = guest.packets().iter().map(|(header, _)| header.fwd_cnt).max().unwrap_or(fwd).max(fwd);
         let credit = (BUF_ALLOC - (sent as u32 - fwd)) as usize;
@@ -133,25 +134,25 @@ fn a_slow_reader_holds_nobody_else_up() {
     guest.send(quick, Op::ReadWrite, 0, 0, b"hello");
     let mut buffer = [0; 16];
     assert_eq!(quick_stream.read(&mut buffer).unwrap(), 5);
-    // The guest closes; all it sent arrives all the same, then the end.
+    // The guest closes. All data that it sent still arrives, and then the end of the stream.
     guest.send(slow, Op::Shutdown, SHUTDOWN_BOTH, 0, &[]);
     guest.send(slow, Op::Reset, 0, 0, &[]);
-    let mut got = Vec::new();
+    let mut received = Vec::new();
     let mut part = vec![0; 30_000];
     loop {
         match slow_stream.read(&mut part) {
             Ok(0) => break,
-            Ok(count) => got.extend_from_slice(&part[..count]),
+            Ok(count) => received.extend_from_slice(&part[..count]),
             Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
         }
         guest.bench.run();
     }
-    assert!(got == data[..sent]);
+    assert!(received == data[..sent]);
     assert_eq!(guest.connections(), 1);
 }
 
 #[test]
-fn half_close_from_the_host() {
+fn host_shutdown_of_write_reaches_guest() {
     let mut guest = Guest::new(0);
     let (side, mut stream) = guest.open(1);
     stream.write_all(b"last words").unwrap();
@@ -163,7 +164,7 @@ fn half_close_from_the_host() {
     guest.send(side, Op::ReadWrite, 0, 10, b"answer");
     let mut buffer = [0; 16];
     assert_eq!(stream.read(&mut buffer).unwrap(), 6);
-    // The other half goes when the socket does.
+    // The other direction is shut down when the socket is closed.
     drop(stream);
     let packets = guest.packets();
     assert_eq!((packets[0].0.op, packets[0].0.flags), (Op::Shutdown, SHUTDOWN_BOTH));
@@ -172,7 +173,7 @@ fn half_close_from_the_host() {
 }
 
 #[test]
-fn half_close_from_the_guest() {
+fn guest_shutdown_of_single_directions_reaches_host() {
     let mut guest = Guest::new(0);
     let (side, mut stream) = guest.open(1);
     guest.send(side, Op::ReadWrite, 0, 0, b"bye");
@@ -189,11 +190,11 @@ fn half_close_from_the_guest() {
 }
 
 #[test]
-fn closing_with_unread_data_is_the_end_of_the_stream_not_an_error() {
+fn close_with_unread_data_ends_stream_without_error() {
     let mut guest = Guest::new(0);
-    // No buffer, so that what the host wrote stays unread.
+    // The guest grants no credit, so the data from the host stays unread.
     let (side, mut stream) = guest.open(1);
-    guest.send(Side { ..side }, Op::CreditUpdate, 0, 0u32.wrapping_sub(ROOM), &[]);
+    guest.send(Side { ..side }, Op::CreditUpdate, 0, 0u32.wrapping_sub(GUEST_BUFFER), &[]);
     stream.write_all(b"never read").unwrap();
     guest.bench.run();
     guest.send(side, Op::Shutdown, SHUTDOWN_BOTH, 0, &[]);
@@ -203,7 +204,7 @@ fn closing_with_unread_data_is_the_end_of_the_stream_not_an_error() {
 }
 
 #[test]
-fn the_host_closes() {
+fn host_close_shuts_down_both_directions() {
     let mut guest = Guest::new(0);
     let (side, stream) = guest.open(1);
     drop(stream);
@@ -215,7 +216,7 @@ fn the_host_closes() {
 }
 
 #[test]
-fn a_header_in_pieces_and_a_payload_in_more() {
+fn packet_may_be_split_over_descriptors() {
     let mut guest = Guest::new(0);
     let (side, mut stream) = guest.open(1);
     let header = Header { len: 6, ..Guest::header(side, Op::ReadWrite) }.to_bytes();
@@ -226,7 +227,7 @@ fn a_header_in_pieces_and_a_payload_in_more() {
 }
 
 #[test]
-fn two_hundred_quick_connections_and_one_interrupt_a_turn() {
+fn many_short_connections_and_one_interrupt_per_turn() {
     let mut guest = Guest::new(1 << VIRTIO_RING_F_EVENT_IDX);
     for round in 0..200 {
         let (side, mut stream) = guest.open(1025);
