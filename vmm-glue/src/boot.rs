@@ -46,8 +46,8 @@ use crate::vmgenid::{self, VmGenId};
 ///   With few vCPUs, the interrupts are cheap;
 /// - `swiotlb=noforce`: no bounce buffers, which virtio does not need. They would touch 64 MiB in a guest with more
 ///   than 3 GiB;
-/// - `noreplace-smp`: with one vCPU, the kernel would remove each of its ten thousand lock prefixes, one at a time (a
-///   seventh of the boot time in the test node). It would restore them when a second vCPU is hot-plugged;
+/// - `noreplace-smp`: with one vCPU, the kernel would remove its ten thousand lock prefixes, one at a time. That takes a
+///   seventh of the boot time in the test node. It would restore them when a second vCPU is hot-plugged;
 /// - `tsc=reliable`: no check of the TSC against slower clocks, which this VM does not have. `kvm-clock` stays the
 ///   clock source if the TSC is not stable.
 const CMDLINE: &str =
@@ -256,8 +256,8 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
 
 /// Returns the ranges of guest memory (start, end) that the boot fills almost completely, in the order in which they
 /// are needed:
-/// - the second half of the kernel (the first half is read while the range is faulted in), the initrd and the files
-///   unpacked after it;
+/// - the second half of the kernel, the initrd and the files unpacked after it. The first half of the kernel is read
+///   while this range is faulted in;
 /// - the end of RAM, where the kernel makes its first allocations: 64 bytes for each page, and hash tables;
 /// - the first half of the kernel;
 /// - all memory below the kernel, which the kernel's page allocator hands out first.

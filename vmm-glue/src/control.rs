@@ -141,7 +141,7 @@ pub enum Notice {
         /// Time of the step: CLOCK_MONOTONIC in nanoseconds.
         at_ns: u64,
     },
-    /// The guest holds so many files open that the VMM is close to its fd limit. The guest should forget unused files.
+    /// The guest knows many files, and the VMM is close to its fd limit. The guest should forget unused files.
     ManyFiles,
     /// The VM has ended. The VMM process ends after this notice.
     Exited {

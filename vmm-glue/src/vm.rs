@@ -138,7 +138,7 @@ impl Vm {
 
     /// Hot-plugs a disk into a spare slot and returns the slot's number.
     pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
-        let file = check::blk(config, one(fds)?)?;
+        let file = check::blk(config, single_fd(fds)?)?;
         self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
     }
 
@@ -177,7 +177,7 @@ impl Vm {
         Ok(self.vcpus.grow(count)?)
     }
 
-    /// Hot-plugs the memory device into the slot that is kept for it, if that has not happened, and returns the slot's
+    /// Hot-plugs the memory device into the slot that is reserved for it, unless it is there already. Returns the slot's
     /// number.
     pub fn attach_mem(&mut self, pages: Pages) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
@@ -251,7 +251,7 @@ impl Vm {
     }
 }
 
-fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
+fn single_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
     let count = fds.len();
     let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| VmError::Fds(count))?;
     Ok(fd)

@@ -1,7 +1,8 @@
 //! CPU state at the kernel's entry point: long mode, with an identity mapping of the first GiB.
 //!
-//! The 64-bit boot protocol (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol") requires flat segments, paging
-//! with the kernel and the zero page mapped, disabled interrupts, and RSI pointing to the zero page.
+//! This state is required by the 64-bit boot protocol (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"). It has
+//! flat segments, and paging with the kernel and the zero page mapped. Interrupts are disabled, and RSI points to the
+//! zero page.
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};

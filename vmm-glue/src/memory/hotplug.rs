@@ -120,9 +120,9 @@ fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
     if start == libc::MAP_FAILED {
         return Err(MemoryError::Reserve(io::Error::last_os_error()));
     }
-    let before = start.addr().next_multiple_of(spare) - start.addr();
-    let aligned = start.wrapping_byte_add(before);
-    for (rest, len) in [(start, before), (aligned.wrapping_byte_add(size), spare - before)] {
+    let misaligned = start.addr().next_multiple_of(spare) - start.addr();
+    let aligned = start.wrapping_byte_add(misaligned);
+    for (rest, len) in [(start, misaligned), (aligned.wrapping_byte_add(size), spare - misaligned)] {
         // Best effort: a part that cannot be unmapped stays, and costs nothing.
         // SAFETY: both parts lie within the mapping made above, outside the part that is returned, and nothing uses
         // them.

@@ -115,7 +115,7 @@ impl Balloon {
 }
 
 /// Releases the pages whose numbers the guest lists. Consecutive pages are released together.
-fn inflate(memory: &GuestMemory, chain: &Chain<'_>, how: &Release) {
+fn inflate(memory: &GuestMemory, chain: &Chain<'_>, policy: &Release) {
     let mut numbers = chain.readable.clone();
     if numbers.len() / 4 > MAX_PAGES {
         return guest_fault(0, &"the balloon request is too long");
@@ -126,40 +126,40 @@ fn inflate(memory: &GuestMemory, chain: &Chain<'_>, how: &Release) {
         match &mut run {
             Some((first, count)) if *first + *count as u64 == page => *count += 1,
             _ => {
-                release_run(memory, run.take(), how);
+                release_run(memory, run.take(), policy);
                 run = Some((page, 1));
             }
         }
     }
-    release_run(memory, run, how);
+    release_run(memory, run, policy);
 }
 
-fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, how: &Release) {
+fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, policy: &Release) {
     let Some((first, count)) = run else { return };
     // A page number has 32 bits and a run at most MAX_PAGES pages, so neither shift overflows.
     match memory.get_slice(GuestAddress(first << PAGE_SHIFT), count << PAGE_SHIFT) {
-        Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), how),
+        Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), policy),
         Err(_) => guest_fault(0, &"the balloon request has pages outside of guest memory"),
     }
 }
 
-fn release_all(buffers: &Iov<'_>, how: &Release) {
+fn release_all(buffers: &Iov<'_>, policy: &Release) {
     for part in buffers.as_slice() {
-        release(part.iov_base.cast(), part.iov_len, how);
+        release(part.iov_base.cast(), part.iov_len, policy);
     }
 }
 
 /// Drops the whole pages within a part of guest memory. Afterwards they read as zeroes.
-fn release(start: *mut u8, len: usize, how: &Release) {
+fn release(start: *mut u8, len: usize, policy: &Release) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);
     let first = start.addr().wrapping_add(skipped);
-    if len == 0 || how.huge_pages.iter().any(|&(from, to)| first < to && from < first.saturating_add(len)) {
+    if len == 0 || policy.huge_pages.iter().any(|&(from, to)| first < to && from < first.saturating_add(len)) {
         return;
     }
     // SAFETY: callers pass a range that vm-memory has checked to lie in guest memory and keeps mapped. No Rust
     // reference points to guest memory, and no code relies on its content.
-    let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, how.advice) };
+    let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, policy.advice) };
     if result < 0 {
         guest_fault(0, &format_args!("failed to release {len} bytes: {}", io::Error::last_os_error()));
     }
@@ -293,10 +293,10 @@ mod tests {
         let mut pages = vec![7u8; PAGE * 3];
         let start = pages.as_mut_ptr().wrapping_add(pages.as_ptr().align_offset(PAGE));
         let huge_pages = vec![(start.addr() + PAGE, start.addr() + 2 * PAGE)];
-        let how = Release { advice: libc::MADV_DONTNEED, huge_pages };
-        release(start.wrapping_add(PAGE / 2), PAGE, &how);
-        release(start, PAGE * 2, &how);
-        release(start, PAGE, &how);
+        let policy = Release { advice: libc::MADV_DONTNEED, huge_pages };
+        release(start.wrapping_add(PAGE / 2), PAGE, &policy);
+        release(start, PAGE * 2, &policy);
+        release(start, PAGE, &policy);
         let at = |offset: usize| pages[start.addr() - pages.as_ptr().addr() + offset];
         assert_eq!((at(0), at(PAGE)), (0, 7));
     }

@@ -239,7 +239,7 @@ fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
 
 proptest! {
     #[test]
-    fn any_writes_keep_status_and_queues_consistent(start in 0..3u8, accesses in prop::collection::vec(access(), 0..200)) {
+    fn any_writes_keep_state_consistent(start in 0..3u8, accesses in prop::collection::vec(access(), 0..200)) {
         let (transport, probe) = transport();
         if start > 0 {
             negotiate(&transport);

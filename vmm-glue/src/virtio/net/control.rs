@@ -32,6 +32,6 @@ fn pairs(chain: &Chain<'_>) -> Option<u16> {
     // struct virtio_net_ctrl has a class, a command and the command's data, here struct virtio_net_ctrl_mq. A longer
     // request is another command.
     let [class, command, low, high] = chain.readable.clone().take::<4>().ok()?;
-    let known = u32::from(class) == VIRTIO_NET_CTRL_MQ && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
-    (known && chain.readable.len() == 4 && !chain.writable.is_empty()).then_some(u16::from_le_bytes([low, high]))
+    let is_pairs_set = u32::from(class) == VIRTIO_NET_CTRL_MQ && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
+    (is_pairs_set && chain.readable.len() == 4 && !chain.writable.is_empty()).then_some(u16::from_le_bytes([low, high]))
 }

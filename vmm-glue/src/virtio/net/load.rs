@@ -1,4 +1,4 @@
-//! Decides when there are so many frames that vhost-net should move them.
+//! Decides, by the number of frames, when vhost-net should move them.
 
 use std::time::{Duration, Instant};
 

@@ -110,8 +110,8 @@ impl QueuePair {
         let mut parts: Vec<libc::iovec> = Vec::new();
         let mut more = true;
         for _ in 0..self.rx.size() {
-            let mut room: usize = buffers.iter().map(|chain| chain.writable.len()).sum();
-            while room < rules.max_len && (rules.mergeable || buffers.is_empty()) {
+            let mut capacity: usize = buffers.iter().map(|chain| chain.writable.len()).sum();
+            while capacity < rules.max_len && (rules.mergeable || buffers.is_empty()) {
                 match self.rx.pop_any(memory)? {
                     Some(chain) if chain.writable.len() < HEADER => {
                         // Returning it out of order would break the order of the chains in `buffers`.
@@ -120,7 +120,7 @@ impl QueuePair {
                         break;
                     }
                     Some(chain) => {
-                        room += chain.writable.len();
+                        capacity += chain.writable.len();
                         buffers.push_back(chain);
                     }
                     None => break,
@@ -156,10 +156,10 @@ impl QueuePair {
                         // At most the queue's size, which fits.
                         header.copy_from(&(taken as u16).to_le_bytes());
                     }
-                    let mut left = count;
+                    let mut remaining = count;
                     for chain in buffers.drain(..taken) {
-                        let used = left.min(chain.writable.len());
-                        left -= used;
+                        let used = remaining.min(chain.writable.len());
+                        remaining -= used;
                         // At most MAX_PACKET in total, which fits.
                         self.rx.push(memory, chain.head, used as u32)?;
                     }
@@ -194,12 +194,12 @@ impl QueuePair {
 
 /// Returns how many of the buffers a frame of `count` bytes uses, at least one.
 fn fill(buffers: &VecDeque<Chain<'_>>, count: usize) -> usize {
-    let mut left = count;
+    let mut remaining = count;
     let mut taken = 0;
     for chain in buffers {
         taken += 1;
-        left = left.saturating_sub(chain.writable.len());
-        if left == 0 {
+        remaining = remaining.saturating_sub(chain.writable.len());
+        if remaining == 0 {
             break;
         }
     }

@@ -267,8 +267,8 @@ impl Connection {
     /// Handles a socket that accepts no more data: tells the guest, and drops what it sends.
     fn stop_receiving(&mut self) {
         self.write_end = true;
-        let held = std::mem::take(&mut self.buffered).len();
-        self.forward(held);
+        let dropped = std::mem::take(&mut self.buffered).len();
+        self.forward(dropped);
         self.shut_down(SHUTDOWN_RECEIVE);
         self.finish_writing();
     }
