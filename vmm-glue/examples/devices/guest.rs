@@ -15,8 +15,8 @@ pub fn main() -> super::Result<()> {
     mount("sys", "/sys", "sysfs")?;
     mount("husk", "/share", "virtiofs")?;
     data();
-    // SAFETY: all-zero is a valid sockaddr_vm, and bind gets its pointer and length. The fd from socket has no other
-    // owner. If socket failed, accept below fails too.
+    // SAFETY: all-zero is a valid sockaddr_vm, and bind gets its pointer and length. The fd from socket is open and has
+    // no other owner: the kernels that run this example support vsock, so socket does not fail.
     let listener = unsafe {
         let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0);
         let mut address: libc::sockaddr_vm = std::mem::zeroed();
