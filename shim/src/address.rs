@@ -1,4 +1,4 @@
-//! Where a sandbox's shim listens: one socket per containerd, namespace and group.
+//! The address of a sandbox's shim: one Unix socket per containerd, namespace and sandbox.
 
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -6,81 +6,78 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-/// Where containerd's own shims keep their sockets.
+/// Socket directory of containerd's own shims.
 pub const SOCKET_DIR: &str = "/run/containerd/s";
 
-/// The socket of a sandbox.
+/// The socket path of a sandbox's shim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     path: PathBuf,
 }
 
-/// Why a socket cannot be listened on.
+/// A failure to listen on the socket.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// The directory cannot be made.
-    #[error("making the socket directory {path}")]
+    /// The directory cannot be created.
+    #[error("failed to create the socket directory {path}")]
     Directory {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
     /// The socket cannot be bound.
-    #[error("binding {path}")]
+    #[error("failed to bind the socket {path}")]
     Bind {
         /// The socket.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
 }
 
-/// What came of trying to listen.
+/// Result of [`Address::listen`].
 #[derive(Debug)]
 pub enum Listen {
-    /// Nobody else is there.
+    /// This process now listens on the socket.
     Bound(UnixListener),
-    /// A live shim answers there.
-    Taken,
+    /// A live shim already listens on the socket.
+    InUse,
 }
 
 impl Address {
-    /// The address of `group` in `namespace` of the containerd at `containerd`.
-    pub fn new(dir: Option<&str>, containerd: &str, namespace: &str, group: &str) -> Self {
+    /// Returns the address of `sandbox` in `namespace` of the containerd that listens at `containerd`.
+    pub fn new(dir: Option<&str>, containerd: &str, namespace: &str, sandbox: &str) -> Self {
         let mut hash = Sha256::new();
-        hash.update(Path::new(containerd).join(namespace).join(group).as_os_str().as_encoded_bytes());
+        hash.update(Path::new(containerd).join(namespace).join(sandbox).as_os_str().as_encoded_bytes());
         let name: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Self { path: Path::new(dir.unwrap_or(SOCKET_DIR)).join(name) }
     }
 
-    /// The address at a path found earlier.
+    /// Parses the URI of an address file.
     pub fn from_uri(uri: &str) -> Option<Self> {
         let path = uri.trim().strip_prefix("unix://")?;
         path.starts_with('/').then(|| Self { path: path.into() })
     }
 
-    /// The socket's path.
+    /// Returns the socket's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// As containerd wants it.
+    /// Returns the address as a `unix://` URI, the form that containerd expects.
     pub fn uri(&self) -> String {
         format!("unix://{}", self.path.display())
     }
 
-    /// Whether somebody listens.
+    /// Returns whether a process listens on the socket.
     pub fn is_live(&self) -> bool {
         UnixStream::connect(&self.path).is_ok()
     }
 
-    /// Binds the socket, in place of a dead one.
-    ///
-    /// # Errors
-    /// [`ListenError`] when directory or socket cannot be made.
+    /// Binds the socket, and replaces a dead one.
     pub fn listen(&self) -> Result<Listen, ListenError> {
         if let Some(dir) = self.path.parent() {
             std::fs::DirBuilder::new()
@@ -98,7 +95,7 @@ impl Address {
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
                     if self.is_live() {
-                        return Ok(Listen::Taken);
+                        return Ok(Listen::InUse);
                     }
                     self.remove();
                 }
@@ -108,7 +105,7 @@ impl Address {
         Err(error(std::io::ErrorKind::AddrInUse.into()))
     }
 
-    /// Removes the socket, and nothing that is none.
+    /// Removes the socket; does nothing if the path is not a socket.
     pub fn remove(&self) {
         if std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.file_type().is_socket()) {
             let _ = std::fs::remove_file(&self.path);
@@ -121,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_address_per_group() {
+    fn address_is_unique_per_containerd_namespace_and_sandbox() {
         let a = Address::new(None, "/run/containerd/containerd.sock", "default", "a");
         assert_eq!(a, Address::new(None, "/run/containerd/containerd.sock", "default", "a"));
         assert_ne!(a, Address::new(None, "/run/containerd/containerd.sock", "default", "b"));
@@ -134,11 +131,11 @@ mod tests {
     }
 
     #[test]
-    fn live_sockets_are_kept_and_dead_ones_replaced() {
+    fn listen_keeps_live_sockets_and_replaces_dead_ones() {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::new(dir.path().to_str(), "c", "n", "g");
-        let Listen::Bound(listener) = address.listen().unwrap() else { panic!("taken") };
-        assert!(matches!(address.listen().unwrap(), Listen::Taken));
+        let Listen::Bound(listener) = address.listen().unwrap() else { panic!("socket in use") };
+        assert!(matches!(address.listen().unwrap(), Listen::InUse));
         drop(listener);
         assert!(!address.is_live());
         assert!(matches!(address.listen().unwrap(), Listen::Bound(_)));

@@ -1,4 +1,4 @@
-//! OCI hooks, run on the host by the shim: the network of `nerdctl` comes by one of them.
+//! OCI hooks, which the shim runs on the host. nerdctl, for example, sets up its network in a hook.
 
 use std::collections::HashMap;
 use std::process::Stdio;
@@ -9,25 +9,25 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::spec::Hook;
 
-/// Longest a hook without a time-out of its own may take.
+/// Timeout of a hook whose specification has none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Most of a failed hook's output that is repeated.
+/// Maximum length of a failed hook's output in the error, in bytes, for stdout and stderr each.
 const MAX_OUTPUT: u64 = 4096;
 
-/// The container's state, as the OCI runtime specification gives it to hooks.
+/// The container's state, which the OCI runtime specification passes to hooks on stdin.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct State<'a> {
     /// Version of the specification.
     pub oci_version: &'a str,
-    /// The container.
+    /// The container's id.
     pub id: &'a str,
     /// `creating`, `created`, `running` or `stopped`.
     pub status: &'a str,
-    /// A process whose namespaces are the sandbox's on the host: the VMM.
+    /// The VMM's PID: its namespaces are the sandbox's namespaces on the host.
     #[serde(skip_serializing_if = "is_zero")]
     pub pid: u32,
-    /// The bundle's directory.
+    /// The bundle directory.
     pub bundle: &'a str,
     /// The specification's annotations.
     #[serde(skip_serializing_if = "HashMap::is_empty")]
@@ -38,69 +38,66 @@ fn is_zero(pid: &u32) -> bool {
     *pid == 0
 }
 
-/// Why a hook failed.
+/// A hook that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
-    /// It cannot be run.
+    /// The hook cannot be run.
     #[error("error running {kind} hook #{index} ({path})")]
     Run {
         /// `createRuntime`, …
         kind: &'static str,
-        /// Position, from 0.
+        /// Its position in the list, from 0.
         index: usize,
         /// The program.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// It ended badly.
+    /// The hook ended with an error status.
     #[error("error running {kind} hook #{index} ({path}): {status}, stdout: {stdout}, stderr: {stderr}")]
     Status {
         /// `createRuntime`, …
         kind: &'static str,
-        /// Position, from 0.
+        /// Its position in the list, from 0.
         index: usize,
         /// The program.
         path: String,
-        /// How it ended.
+        /// Its exit status.
         status: std::process::ExitStatus,
-        /// What it printed.
+        /// The beginning of its stdout.
         stdout: String,
-        /// What it complained of.
+        /// The beginning of its stderr.
         stderr: String,
     },
-    /// It took too long.
-    #[error("{kind} hook #{index} ({path}) timed out after {} s", after.as_secs())]
+    /// The hook exceeded its timeout.
+    #[error("{kind} hook #{index} ({path}) timed out after {} s", timeout.as_secs())]
     Timeout {
         /// `createRuntime`, …
         kind: &'static str,
-        /// Position, from 0.
+        /// Its position in the list, from 0.
         index: usize,
         /// The program.
         path: String,
-        /// Its limit.
-        after: Duration,
+        /// Its timeout.
+        timeout: Duration,
     },
-    /// The state cannot be written as JSON.
-    #[error("encoding the container's state")]
+    /// The state cannot be encoded as JSON.
+    #[error("failed to encode the container's state")]
     Encode(#[source] serde_json::Error),
 }
 
-/// Runs hooks one after the other; the first failure ends it.
-///
-/// # Errors
-/// [`HookError`] of the hook that failed.
+/// Runs hooks one after the other and stops at the first failure.
 pub async fn run(kind: &'static str, hooks: &[Hook], state: &State<'_>) -> Result<(), HookError> {
     if hooks.is_empty() {
         return Ok(());
     }
     let state = serde_json::to_vec(state).map_err(HookError::Encode)?;
     for (index, hook) in hooks.iter().enumerate() {
-        let after = hook.timeout.filter(|t| *t > 0).map_or(DEFAULT_TIMEOUT, Duration::from_secs);
+        let timeout = hook.timeout.filter(|t| *t > 0).map_or(DEFAULT_TIMEOUT, Duration::from_secs);
         let path = hook.path.display().to_string();
-        match tokio::time::timeout(after, run_one(hook, &state)).await {
-            Err(_) => return Err(HookError::Timeout { kind, index, path, after }),
+        match tokio::time::timeout(timeout, run_one(hook, &state)).await {
+            Err(_) => return Err(HookError::Timeout { kind, index, path, timeout }),
             Ok(Err(source)) => return Err(HookError::Run { kind, index, path, source }),
             Ok(Ok((status, _, _))) if status.success() => {}
             Ok(Ok((status, stdout, stderr))) => {
@@ -125,7 +122,7 @@ async fn run_one(hook: &Hook, state: &[u8]) -> std::io::Result<(std::process::Ex
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async {
         if let Some(mut stdin) = stdin {
-            // A hook need not read its state.
+            // A hook may end without reading its state.
             let _ = stdin.write_all(state).await;
         }
     };
@@ -133,7 +130,7 @@ async fn run_one(hook: &Hook, state: &[u8]) -> std::io::Result<(std::process::Ex
     Ok((status?, stdout, stderr))
 }
 
-/// The beginning of a hook's output; the rest is read and dropped, so that it does not block.
+/// Returns the beginning of a hook's output. Reads and drops the rest, so that the hook does not block.
 async fn collect(stream: Option<impl tokio::io::AsyncRead + Unpin>) -> String {
     let mut text = Vec::new();
     if let Some(mut stream) = stream {
@@ -161,7 +158,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn state_arrives_and_failures_are_told() {
+    async fn run_passes_the_state_and_reports_stderr_on_failure() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("state");
         let none = HashMap::new();
@@ -176,7 +173,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn time_out() {
+    async fn run_ends_a_hook_after_its_timeout() {
         let mut slow = hook("exec sleep 30");
         slow.timeout = Some(1);
         let none = HashMap::new();

@@ -1,4 +1,4 @@
-//! Husk's containerd shim: one process per pod, which boots the pod's virtual machine and serves containerd's Task API.
+//! Husk's containerd shim: one process per sandbox. It boots the sandbox's VM and serves containerd's Task API.
 
 pub mod address;
 pub mod bundle;
@@ -22,19 +22,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cli::Args;
 
-/// The program: the VMM under its own name, else what the command line says.
+/// Runs the program: the VMM if argv[0] is the VMM's name, otherwise the action on the command line.
 pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();
     if args.next().is_some_and(|name| name == husk_vmm::client::ARGV0) {
-        // SAFETY: under this name the program is only started by `husk_vmm::client::spawn`, which has put the control
-        // socket there; nothing else in this process knows of the descriptor.
+        // SAFETY: only `husk_vmm::client::spawn` starts the program under this name. It has placed the control socket
+        // at this fd number, and nothing else in this process uses the fd.
         husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(husk_vmm::client::CONTROL_FD) });
     }
     match run(args, started_ns) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // containerd puts what a failed shim prints into its error.
+            // containerd copies the output of a failed shim into its own error.
             eprintln!("husk: {error}");
             ExitCode::FAILURE
         }
@@ -42,7 +42,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: std::env::ArgsOs, started_ns: u64) -> Result<(), String> {
-    let args = args.map(|arg| arg.into_string().map_err(|_| cli::ArgsError::NotText));
+    let args = args.map(|arg| arg.into_string().map_err(|_| cli::ArgsError::NotUtf8));
     let args = args.collect::<Result<Vec<_>, _>>().and_then(Args::parse).map_err(|e| chain(&e))?;
     if args.version {
         cli::info::version();
@@ -55,17 +55,17 @@ fn run(args: std::env::ArgsOs, started_ns: u64) -> Result<(), String> {
     match args.action.as_str() {
         "start" => cli::start::start(&args, started_ns).map_err(|e| chain(&e)),
         "delete" => cli::delete::delete(&args).map_err(|e| chain(&e)),
-        other => Err(format!("unknown action {other:?}: containerd calls this program with start or delete")),
+        other => Err(format!("unknown action {other:?}: containerd runs this program with start or delete")),
     }
 }
 
-/// An error and all its causes in one line.
+/// Formats an error and all its causes in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let more = error.to_string();
-        // Some errors print their cause themselves.
+        // Some errors already print their cause.
         if !text.ends_with(&more) {
             text.push_str(": ");
             text.push_str(&more);
@@ -75,7 +75,9 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Locks what no panic can leave half done: every holder only reads or assigns.
+/// Locks a mutex and ignores poisoning.
+///
+/// Only for data that a panic cannot leave inconsistent: every holder only reads or assigns.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,15 +1,18 @@
-//! Random bytes of the host's kernel.
+//! Random bytes from the host's kernel.
 
 use std::io;
 
-/// Random bytes; at most 256 come whole and without a wait once the kernel's pool is initialised (getrandom(2)).
+/// Returns `N` random bytes.
+///
+/// `N` is at most 256: once the kernel's pool is initialised, getrandom(2) returns up to 256 bytes at once, without
+/// blocking.
 ///
 /// # Errors
-/// When the kernel has none yet, as early in its boot.
+/// Early in the host's boot, before the kernel's pool is initialised.
 pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     const { assert!(N <= 256) };
     let mut bytes = [0; N];
-    // SAFETY: getrandom writes at most the buffer's length into it.
+    // SAFETY: getrandom writes at most `N` bytes, the length of the buffer.
     let filled = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, libc::GRND_NONBLOCK) };
     match usize::try_from(filled) {
         Ok(filled) if filled == N => Ok(bytes),
@@ -18,10 +21,10 @@ pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     }
 }
 
-/// A number that nobody can guess; never 0.
+/// Returns an unpredictable number that is never 0.
 ///
 /// # Errors
-/// Those of [`bytes`].
+/// As [`bytes`].
 pub fn token() -> io::Result<u64> {
     Ok(u64::from_ne_bytes(bytes()?).max(1))
 }
@@ -32,7 +35,7 @@ mod tests {
     use std::collections::HashSet;
 
     #[test]
-    fn tokens_do_not_follow_one_another() {
+    fn tokens_are_distinct_and_not_consecutive() {
         let tokens: Vec<u64> = (0..64).map(|_| token().unwrap()).collect();
         assert_eq!(tokens.iter().collect::<HashSet<_>>().len(), tokens.len());
         assert!(tokens.windows(2).all(|pair| pair[0].abs_diff(pair[1]) > 1 << 20));

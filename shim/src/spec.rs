@@ -1,4 +1,4 @@
-//! The few things of a container's `config.json` that the shim itself acts on; the rest is the bundle's translation.
+//! The parts of a container's `config.json` that the shim itself acts on. `bundle` translates the rest for the guest.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -7,18 +7,18 @@ use serde::Deserialize;
 
 use crate::bundle::BundleError;
 
-/// containerd's annotation that names a container's sandbox.
+/// containerd's annotation with the id of a container's sandbox.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-/// The same by CRI-O.
+/// CRI-O's equivalent of [`SANDBOX_ID`].
 const SANDBOX_ID_CRIO: &str = "io.kubernetes.cri-o.SandboxID";
-/// containerd's annotation that tells a pod's sandbox container from its others.
+/// containerd's annotation that tells a pod's sandbox container from its other containers.
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-/// The same by CRI-O.
+/// CRI-O's equivalent of [`CONTAINER_TYPE`].
 const CONTAINER_TYPE_CRIO: &str = "io.kubernetes.cri-o.ContainerType";
-/// Annotations of containerd's and CRI-O's that name the pod.
+/// containerd's and CRI-O's annotations with the pod's namespace and name.
 const POD_NAMESPACE: [&str; 2] = ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"];
 const POD_NAME: [&str; 2] = ["io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"];
-/// Most bytes of a configuration that are read.
+/// Maximum size of a `config.json`, in bytes.
 const MAX_SIZE: u64 = 16 << 20;
 
 /// The shim's view of a `config.json`.
@@ -33,139 +33,136 @@ pub struct Spec {
     pub annotations: HashMap<String, String>,
     /// The container's host name.
     pub hostname: String,
-    /// Programs to run on the host.
+    /// OCI hooks.
     #[serde(deserialize_with = "nullable")]
     pub hooks: Hooks,
-    /// What is Linux' own.
+    /// The Linux-specific part.
     #[serde(deserialize_with = "nullable")]
     pub linux: Linux,
 }
 
-/// OCI hooks by their point in a container's life.
+/// OCI hooks by their point in a container's lifecycle.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Hooks {
     /// Deprecated form of `createRuntime`.
     #[serde(deserialize_with = "nullable")]
     pub prestart: Vec<Hook>,
-    /// After the namespaces exist, before the root is pivoted; on the host.
+    /// Run after the namespaces exist and before the root is pivoted.
     #[serde(deserialize_with = "nullable")]
     pub create_runtime: Vec<Hook>,
-    /// After the process was started.
+    /// Run after the process was started.
     #[serde(deserialize_with = "nullable")]
     pub poststart: Vec<Hook>,
-    /// After the container was deleted.
+    /// Run after the container was deleted.
     #[serde(deserialize_with = "nullable")]
     pub poststop: Vec<Hook>,
 }
 
-/// A program to run on the host.
+/// A hook: a program that the shim runs on the host.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Hook {
     /// Absolute path.
     pub path: PathBuf,
-    /// With argv[0].
+    /// Arguments, beginning with argv[0].
     #[serde(deserialize_with = "nullable")]
     pub args: Vec<String>,
-    /// The whole environment.
+    /// The complete environment.
     #[serde(deserialize_with = "nullable")]
     pub env: Vec<String>,
-    /// In seconds.
+    /// Timeout in seconds.
     pub timeout: Option<u64>,
 }
 
-/// The Linux part.
+/// The Linux-specific part of a specification.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Linux {
-    /// Namespaces to make or join.
+    /// Namespaces to create or join.
     #[serde(deserialize_with = "nullable")]
     pub namespaces: Vec<Namespace>,
     /// The container's cgroup.
     #[serde(deserialize_with = "nullable")]
     pub cgroups_path: String,
-    /// The container's limits.
+    /// The container's resource limits.
     #[serde(deserialize_with = "nullable")]
     pub resources: crate::bundle::Resources,
-    /// Kernel settings of the container's namespaces.
+    /// Sysctls of the container's namespaces.
     #[serde(deserialize_with = "nullable")]
     pub sysctl: HashMap<String, String>,
 }
 
-/// A namespace to make or, with a path, to join.
+/// A namespace to create, or to join if it has a path.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Namespace {
     /// `network`, `pid`, …
     #[serde(rename = "type")]
     pub kind: String,
-    /// The namespace to join.
+    /// Path of the namespace to join; empty for a new one.
     #[serde(deserialize_with = "nullable")]
     pub path: String,
 }
 
-/// Go writes `null` for an empty slice or map.
+/// Accepts `null` for a default value: Go writes `null` for an empty slice or map.
 fn nullable<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
-/// Which network namespace a container asks for.
+/// The network namespace that a specification requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Network {
-    /// One of its own, which the VMM's process makes.
+    /// A new namespace, which the VMM process creates.
     New,
-    /// This one, made by CNI.
+    /// An existing namespace, made by CNI.
     Path(PathBuf),
 }
 
-/// Why a configuration cannot be used.
+/// A `config.json` that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
     /// The file cannot be read.
-    #[error("reading the bundle's configuration {path}")]
+    #[error("failed to read the bundle's specification {path}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// It is no OCI runtime configuration.
-    #[error("{path} is no OCI runtime configuration")]
+    /// The file is not an OCI runtime specification.
+    #[error("failed to parse {path} as an OCI runtime specification")]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: serde_json::Error,
     },
-    /// The sandbox it names cannot be one.
-    #[error("annotation {SANDBOX_ID} names no sandbox: {0:?}")]
+    /// The annotation with the sandbox id has a value that is not valid as an id.
+    #[error("invalid sandbox id {0:?} in annotation {SANDBOX_ID}")]
     SandboxId(String),
-    /// The host's network.
+    /// The specification has no network namespace: the container would use the host's network.
     #[error("{}", BundleError::host_network())]
     HostNetwork,
 }
 
 impl Spec {
-    /// Reads `config.json` of a bundle.
-    ///
-    /// # Errors
-    /// [`SpecError`] when it cannot be read or is no JSON of that form.
+    /// Reads the `config.json` of a bundle.
     pub fn load(bundle: &Path) -> Result<Self, SpecError> {
         let path = bundle.join("config.json");
         let text = read(&path).map_err(|source| SpecError::Read { path: path.clone(), source })?;
-        // By way of a map: serde would read a struct from a JSON array as well.
+        // Parses an object first: serde would also deserialize the struct from a JSON array.
         serde_json::from_slice(&text)
             .and_then(|object| serde_json::from_value(serde_json::Value::Object(object)))
             .map_err(|source| SpecError::Parse { path, source })
     }
 
-    /// The sandbox a container belongs to.
+    /// Returns the id of the container's sandbox; for a container without a pod, its own id.
     ///
     /// # Errors
-    /// [`SpecError::SandboxId`] when the annotation would not be a plain file name.
+    /// [`SpecError::SandboxId`] if the annotation is not a plain file name.
     pub fn group<'a>(&'a self, id: &'a str) -> Result<&'a str, SpecError> {
         let group = [SANDBOX_ID, SANDBOX_ID_CRIO].iter().find_map(|key| self.annotations.get(*key));
         match group {
@@ -175,14 +172,14 @@ impl Spec {
         }
     }
 
-    /// Whether this is a pod's sandbox container: the one that stands for the pod and runs nothing.
+    /// Returns whether this is a pod's sandbox container, which represents the pod and runs nothing.
     pub fn is_sandbox(&self) -> bool {
         [CONTAINER_TYPE, CONTAINER_TYPE_CRIO]
             .iter()
             .any(|key| self.annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
     }
 
-    /// The Kubernetes pod, as `namespace/name`; empty for a container by itself.
+    /// Returns the Kubernetes pod as `namespace/name`; empty for a container without a pod.
     pub fn pod_name(&self) -> String {
         let part = |names: [&str; 2]| names.iter().find_map(|name| self.annotations.get(*name));
         match (part(POD_NAMESPACE), part(POD_NAME)) {
@@ -191,17 +188,17 @@ impl Spec {
         }
     }
 
-    /// The network namespace of the sandbox.
+    /// Returns the network namespace of the sandbox.
     ///
     /// # Errors
-    /// [`SpecError::HostNetwork`] when there is none.
+    /// [`SpecError::HostNetwork`] if the specification has none.
     pub fn network(&self) -> Result<Network, SpecError> {
         let namespace = self.linux.namespaces.iter().find(|n| n.kind == "network").ok_or(SpecError::HostNetwork)?;
         Ok(if namespace.path.is_empty() { Network::New } else { Network::Path(PathBuf::from(&namespace.path)) })
     }
 }
 
-/// Reads a file that somebody else wrote, no more of it than is sensible.
+/// Reads a file of at most [`MAX_SIZE`] bytes.
 fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
     let mut text = Vec::new();
@@ -222,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn groups() {
+    fn sandbox_id_and_container_type_come_from_annotations() {
         assert_eq!(spec("{}").group("c").unwrap(), "c");
         let pod = spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#);
         assert_eq!(pod.group("c").unwrap(), "pod");
@@ -234,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn networks() {
+    fn network_distinguishes_host_new_and_existing_namespaces() {
         assert!(matches!(spec("{}").network(), Err(SpecError::HostNetwork)));
         let own = spec(r#"{"linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/a/b"}}"#);
         assert_eq!(own.network().unwrap(), Network::New);
@@ -244,7 +241,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_panics(text: String) {
+        fn parsing_never_panics(text: String) {
             let _ = serde_json::from_str::<Spec>(&text);
         }
     }

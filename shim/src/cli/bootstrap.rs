@@ -1,15 +1,16 @@
-//! The protocol between containerd and `start`: what stdin holds and what stdout must say.
+//! The bootstrap protocol between containerd and `start`: the format of stdin and of the reply on stdout.
 //!
 //! | containerd | stdin | reply |
 //! | --- | --- | --- |
 //! | 1.6, 1.7 | nothing, or the runtime options (an `Any`) | the plain address (task API v2) |
-//! | 2.0 to 2.2 | the same | the same; for a sandbox of its sandbox controller JSON with version 3 |
+//! | 2.0 to 2.2 | the same | the same; JSON with version 3 for a sandbox of the sandbox controller |
 //! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
 //!
-//! containerd 1.7 refuses JSON with a version above 2, and everything from 1.6 on takes the plain address for a shim
-//! of version 2, so that form is the default. All of them say `MAX_SHIM_VERSION=2` (containerd 2.1, pkg/shim/util.go), though
-//! 2.0 and later take version 3 as well; which one it is shows in the directory of a sandbox's bundle, where the sandbox
-//! controller has another name since 2.0.
+//! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 takes a plain address for a shim of
+//! version 2, so the plain address is the default.
+//!
+//! All of them set `MAX_SHIM_VERSION=2` (containerd 2.1, pkg/shim/util.go), although 2.0 and later also accept
+//! version 3. The path of a sandbox's bundle tells them apart: the sandbox controller has another name since 2.0.
 
 use std::path::Path;
 
@@ -18,41 +19,41 @@ use protobuf::Message;
 
 use super::Args;
 
-/// The directory in the path of a bundle of the sandbox controller's, since containerd 2.0.
-const CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
+/// Path component of a bundle that the sandbox controller made, since containerd 2.0.
+const SANDBOX_CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
-/// Most bytes read from stdin, as containerd's own shims do.
+/// Maximum number of bytes read from stdin, as in containerd's own shims.
 pub const MAX_INPUT: u64 = 10 << 20;
 
-/// The form the reply takes.
+/// Format of the reply to `start`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// The address alone.
     Plain,
-    /// JSON, with the version in it.
+    /// JSON with a version.
     Json,
     /// A `BootstrapResult`.
     Protobuf,
 }
 
-/// What `start` was told, from wherever it came.
+/// Parameters of `start`, merged from stdin, flags and environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Params {
-    /// containerd's ttrpc socket, where events go.
+    /// containerd's ttrpc socket, which receives events.
     pub ttrpc_address: String,
     /// containerd's gRPC socket.
     pub address: String,
-    /// containerd's binary, to publish events with where there is no ttrpc socket.
+    /// containerd's binary, which publishes events if there is no ttrpc socket.
     pub publish_binary: String,
-    /// Where the shim's socket goes.
+    /// Directory for the shim's socket.
     pub socket_dir: Option<String>,
     /// Log at debug level.
     pub debug: bool,
-    /// How to answer.
+    /// Format of the reply.
     pub form: Form,
 }
 
-/// The environment containerd sets for a shim.
+/// The environment variables that containerd sets for a shim.
 #[derive(Debug, Clone, Default)]
 pub struct Env {
     /// `TTRPC_ADDRESS`
@@ -64,7 +65,7 @@ pub struct Env {
 }
 
 impl Env {
-    /// From this process' environment.
+    /// Reads the environment of this process.
     pub fn read() -> Self {
         let var = |name| std::env::var(name).unwrap_or_default();
         Self {
@@ -76,10 +77,10 @@ impl Env {
 }
 
 impl Params {
-    /// Works out the parameters from stdin, flags and environment.
+    /// Merges the parameters from stdin, flags and environment.
     ///
-    /// Runtime options also decode as `BootstrapParams` (the type URL lands in the id), so stdin counts as bootstrap
-    /// parameters only when id and namespace are those of the command line.
+    /// Runtime options also decode as `BootstrapParams`: their type URL is then decoded as the id. Stdin therefore
+    /// counts as bootstrap parameters only if its id and namespace equal those of the command line.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
             && let Ok(params) = BootstrapParams::parse_from_bytes(input)
@@ -107,21 +108,21 @@ impl Params {
         }
     }
 
-    /// Chooses the reply's form by where the bundle is.
+    /// Selects JSON for a bundle of the sandbox controller.
     pub fn with_bundle(mut self, bundle: &Path) -> Self {
-        if self.form == Form::Plain && is_controllers(bundle) {
+        if self.form == Form::Plain && is_sandbox_controller_bundle(bundle) {
             self.form = Form::Json;
         }
         self
     }
 }
 
-/// Whether a bundle is one of the sandbox controller's, which has no specification.
-pub fn is_controllers(bundle: &Path) -> bool {
-    bundle.components().any(|part| part.as_os_str() == CONTROLLER)
+/// Returns whether the sandbox controller made the bundle; such a bundle has no `config.json`.
+pub fn is_sandbox_controller_bundle(bundle: &Path) -> bool {
+    bundle.components().any(|part| part.as_os_str() == SANDBOX_CONTROLLER)
 }
 
-/// The reply to `start`.
+/// Encodes the reply to `start`.
 pub fn reply(address: &str, form: Form) -> Vec<u8> {
     match form {
         Form::Plain => address.as_bytes().to_vec(),
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn containerd_1_7_gets_the_plain_address() {
+    fn reply_is_plain_for_containerd_1_7() {
         let env = Env { ttrpc_address: "/ttrpc".into(), max_shim_version: "2".into(), ..Default::default() };
         let params = Params::new(&[], &args(), &env);
         assert_eq!(
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sandbox_of_containerd_2s_controller_is_of_version_3() {
+    fn reply_is_json_for_a_sandbox_controller_bundle() {
         let env = Env { max_shim_version: "2".into(), ..Default::default() };
         let form = |bundle: &str| Params::new(&[], &args(), &env).with_bundle(Path::new(bundle)).form;
         assert_eq!(form("/run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io/x"), Form::Json);
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn version_3_where_allowed() {
+    fn reply_is_json_if_max_shim_version_is_3() {
         let env = Env { max_shim_version: "3".into(), ..Default::default() };
         let form = Params::new(&[], &args(), &env).form;
         let json: serde_json::Value = serde_json::from_slice(&reply("unix:///x", form)).unwrap();
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn bootstrap_message() {
+    fn bootstrap_params_are_read_from_stdin() {
         let message = BootstrapParams {
             instance_id: "c1".into(),
             namespace: "default".into(),
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn runtime_options_are_no_bootstrap_message() {
+    fn runtime_options_are_not_taken_for_bootstrap_params() {
         let any = Any { type_url: "containerd.runc.v1.Options".into(), value: b"x".to_vec(), ..Default::default() };
         let params = Params::new(&any.write_to_bytes().unwrap(), &args(), &Env::default());
         assert_eq!(params.form, Form::Plain);

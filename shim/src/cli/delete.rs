@@ -1,4 +1,4 @@
-//! `delete`: run by containerd when a shim died or could not be reached; cleans up whatever remains of it.
+//! The action `delete`: containerd runs it after a shim has died or was unreachable, to clean up its leftovers.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -16,37 +16,38 @@ use crate::events::timestamp;
 use crate::sandbox::state::StateDir;
 use crate::spec::Spec;
 
-/// What a task gets as its status that nobody saw the end of.
-const KILLED: u32 = 128 + 9;
-/// How long a shim may take to say whether it is still needed.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// Exit status reported for a task whose end nobody observed.
+const EXIT_STATUS_KILLED: u32 = 128 + 9;
+/// Timeout of each request to a shim that may still be needed.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Cleans up after a container, and after its sandbox when the shim of it is gone or was this container's.
-///
-/// # Errors
-/// When the answer cannot be written.
+/// Cleans up after a container, and after its sandbox if the sandbox's shim is dead or no longer needed.
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
-    // The configuration may be gone with the bundle, or there was none; then the container counts as its own sandbox.
+    // config.json may be gone with the bundle, or never existed. The container then counts as its own sandbox.
     let spec = Spec::load(&bundle).ok();
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
     let state = StateDir::new(&args.namespace, &group);
-    let noted = |path: PathBuf| std::fs::read_to_string(path).ok().and_then(|text| Address::from_uri(&text));
-    let address = noted(bundle.join("address")).or_else(|| noted(state.path().join("address"))).unwrap_or_else(|| {
-        let address = if args.address.is_empty() { Env::read().grpc_address } else { args.address.clone() };
-        Address::new(None, &address, &args.namespace, &group)
-    });
-    // Other containers of the pod go on in a live shim. Only the sandbox' own deletion ends it, unless the sandbox'
-    // container was deleted in order and others still are about to be: containerd calls this after any deletion.
-    let is_needed =
-        || if group == args.id { spec.is_some() && has_others(&address, &args.id) } else { address.is_live() };
+    let read_address = |path: PathBuf| std::fs::read_to_string(path).ok().and_then(|text| Address::from_uri(&text));
+    let address = read_address(bundle.join("address"))
+        .or_else(|| read_address(state.path().join("address")))
+        .unwrap_or_else(|| {
+            let address = if args.address.is_empty() { Env::read().grpc_address } else { args.address.clone() };
+            Address::new(None, &address, &args.namespace, &group)
+        });
+    // A live shim goes on serving the other containers of the pod: only the deletion of the sandbox ends it. There is
+    // one exception, because containerd runs this after every deletion: the sandbox container was deleted normally, and
+    // other containers of the pod are still to be deleted.
+    let is_needed = || {
+        if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
+    };
     if !is_needed() {
         state.clean_up();
         address.remove();
     }
     let response = DeleteResponse {
-        exit_status: KILLED,
+        exit_status: EXIT_STATUS_KILLED,
         exited_at: Some(timestamp(SystemTime::now())).into(),
         ..Default::default()
     };
@@ -56,22 +57,24 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Whether a shim that knows of no container `id` any more has others, and so does not end when it is told to.
-fn has_others(address: &Address, id: &str) -> bool {
+/// Returns whether the shim still has other containers although it no longer knows container `id`.
+///
+/// A shim with other containers does not end on a Shutdown request.
+fn has_other_containers(address: &Address, id: &str) -> bool {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
-    let asked = async {
+    let probe = async {
         let stream = tokio::net::UnixStream::connect(address.path()).await.ok()?;
         let task = TaskClient::new(Client::new(Socket::from(stream)));
-        let limit = || ttrpc::context::with_duration(PATIENCE);
+        let context = || ttrpc::context::with_duration(REQUEST_TIMEOUT);
         let state = StateRequest { id: id.to_owned(), ..Default::default() };
-        match task.state(limit(), &state).await {
+        match task.state(context(), &state).await {
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             _ => return None,
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
-        task.shutdown(limit(), &shutdown).await.ok()?;
-        // One that ends does not take connections any more when it has answered.
+        task.shutdown(context(), &shutdown).await.ok()?;
+        // A shim that ends has stopped accepting connections before it answers.
         Some(())
     };
-    runtime.block_on(asked).is_some() && address.is_live()
+    runtime.block_on(probe).is_some() && address.is_live()
 }

@@ -1,4 +1,4 @@
-//! `-info` (containerd 2.0 and later) and `-v`.
+//! The flags `-info` (containerd 2.0 and later) and `-v`.
 
 use std::io::{Read, Write};
 
@@ -6,15 +6,16 @@ use husk_proto::containerd::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 
-/// Prints the version, as containerd's own shims do.
+/// Prints the version in the format of containerd's own shims.
 pub fn version() {
     println!("containerd-shim-husk-v2:");
     println!("  Version:  {}", env!("CARGO_PKG_VERSION"));
 }
 
-/// The features of the OCI runtime specification (features.md there) that callers ask for. containerd tells the kubelet
-/// by these which runtime can run pods with user namespaces (`user` and mapped mounts) and which has recursive
-/// read-only mounts (`rro`) (containerd 2.x, internal/cri/server/service.go).
+/// Returns the OCI runtime features (features.md of the OCI runtime specification) that callers evaluate.
+///
+/// containerd derives two runtime handler features from them and reports both to the kubelet: user namespaces (`user`
+/// and id-mapped mounts) and recursive read-only mounts (`rro`) (containerd 2.x, internal/cri/server/service.go).
 fn features() -> Any {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",
@@ -37,10 +38,7 @@ fn features() -> Any {
     }
 }
 
-/// Reads the runtime options from stdin, which Husk has none of, and prints the RuntimeInfo message.
-///
-/// # Errors
-/// When stdin or stdout fail.
+/// Prints the RuntimeInfo message. Reads the runtime options from stdin and ignores them: Husk has none.
 pub fn info() -> std::io::Result<()> {
     let mut options = Vec::new();
     std::io::stdin().lock().take(super::bootstrap::MAX_INPUT).read_to_end(&mut options)?;

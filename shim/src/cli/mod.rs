@@ -1,4 +1,4 @@
-//! The command line as containerd calls it: Go's flag syntax and the actions `start` and `delete`.
+//! The shim's command line as containerd uses it: Go's flag syntax and the actions `start` and `delete`.
 
 pub mod bootstrap;
 pub mod delete;
@@ -7,20 +7,20 @@ pub mod start;
 
 use std::path::PathBuf;
 
-/// What the command line says.
+/// The parsed command line.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Args {
     /// containerd namespace.
     pub namespace: String,
-    /// Id of the container.
+    /// Container id.
     pub id: String,
     /// Address of containerd's gRPC socket.
     pub address: String,
-    /// The containerd binary, to publish events with.
+    /// The containerd binary, for publishing events.
     pub publish_binary: String,
-    /// The bundle's directory, when it is not the working directory.
+    /// The bundle directory, if it is not the working directory.
     pub bundle: PathBuf,
-    /// Socket to serve on; kept for compatibility, the shim chooses its own.
+    /// Socket to serve on. Accepted for compatibility and ignored: the shim chooses its own.
     pub socket: String,
     /// Log at debug level.
     pub debug: bool,
@@ -28,46 +28,48 @@ pub struct Args {
     pub version: bool,
     /// Print the RuntimeInfo message.
     pub info: bool,
-    /// `start`, `delete` or nothing.
+    /// `start`, `delete` or empty.
     pub action: String,
 }
 
-/// Why a command line cannot be used.
+/// A command line that cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ArgsError {
-    /// A flag this program does not have.
+    /// An unknown flag.
     #[error("flag provided but not defined: -{0}")]
-    Unknown(String),
-    /// A flag without its value.
+    UnknownFlag(String),
+    /// A flag without the value that it needs.
     #[error("flag needs an argument: -{0}")]
     MissingValue(String),
-    /// A boolean flag with a value that is none.
+    /// A boolean flag with a value that is not a boolean.
     #[error("invalid boolean value {value:?} for -{flag}")]
-    BadBool {
+    InvalidBool {
         /// The flag.
         flag: String,
-        /// What it was given.
+        /// Its value.
         value: String,
     },
-    /// An argument that is not text.
+    /// An argument that is not UTF-8.
     #[error("argument is not valid UTF-8")]
-    NotText,
+    NotUtf8,
     /// An id or namespace that would escape its directory or its cgroup.
     #[error("invalid {what} {value:?}: must be 1 to 255 of [A-Za-z0-9_.-], beginning with a letter or digit")]
-    BadName {
+    InvalidName {
         /// `id` or `namespace`.
         what: &'static str,
-        /// What it was given.
+        /// Its value.
         value: String,
     },
 }
 
 impl Args {
-    /// Reads the arguments after the program's name, as Go's `flag` package does: one or two dashes, `-flag value` or
-    /// `-flag=value`, booleans without a value, and the first argument that is no flag ends them.
+    /// Parses the arguments after the program name, as Go's `flag` package does.
+    ///
+    /// A flag has one or two dashes and the form `-flag value` or `-flag=value`. A boolean needs no value. The first
+    /// argument that is not a flag ends the flags.
     ///
     /// # Errors
-    /// [`ArgsError`] for what Go would refuse too.
+    /// [`ArgsError`] for command lines that Go's `flag` package rejects too.
     pub fn parse<I: IntoIterator<Item = String>>(args: I) -> Result<Self, ArgsError> {
         let mut out = Self::default();
         let mut args = args.into_iter();
@@ -86,9 +88,9 @@ impl Args {
                 None => (flag.to_owned(), None),
             };
             match name.as_str() {
-                "debug" => out.debug = boolean(&name, value)?,
-                "v" | "version" => out.version = boolean(&name, value)?,
-                "info" => out.info = boolean(&name, value)?,
+                "debug" => out.debug = parse_bool(&name, value)?,
+                "v" | "version" => out.version = parse_bool(&name, value)?,
+                "info" => out.info = parse_bool(&name, value)?,
                 "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
                     let value = value.or_else(|| args.next()).ok_or_else(|| ArgsError::MissingValue(name.clone()))?;
                     match name.as_str() {
@@ -100,7 +102,7 @@ impl Args {
                         _ => out.socket = value,
                     }
                 }
-                _ => return Err(ArgsError::Unknown(name)),
+                _ => return Err(ArgsError::UnknownFlag(name)),
             }
         }
         Ok(out)
@@ -109,30 +111,32 @@ impl Args {
     /// Checks the names that become path components.
     ///
     /// # Errors
-    /// [`ArgsError::BadName`] when one would not be a plain file name.
+    /// [`ArgsError::InvalidName`] if a name is not a plain file name.
     pub fn check_names(&self) -> Result<(), ArgsError> {
         for (what, value) in [("namespace", &self.namespace), ("id", &self.id)] {
             if !is_name(value) {
-                return Err(ArgsError::BadName { what, value: value.clone() });
+                return Err(ArgsError::InvalidName { what, value: value.clone() });
             }
         }
         Ok(())
     }
 }
 
-/// Whether `name` can be an id: containerd's own rule is narrower (76 characters), what matters here is that it names
-/// one file and nothing above it.
+/// Returns whether `name` is valid as an id or a namespace.
+///
+/// containerd's own rule is narrower (76 characters). Here the name only has to be a single path component that cannot
+/// leave its directory.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 255
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
-fn boolean(flag: &str, value: Option<String>) -> Result<bool, ArgsError> {
+fn parse_bool(flag: &str, value: Option<String>) -> Result<bool, ArgsError> {
     match value.as_deref() {
         None | Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
         Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(false),
-        Some(other) => Err(ArgsError::BadBool { flag: flag.to_owned(), value: other.to_owned() }),
+        Some(other) => Err(ArgsError::InvalidBool { flag: flag.to_owned(), value: other.to_owned() }),
     }
 }
 
@@ -146,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn as_containerd_calls_start() {
+    fn parse_accepts_containerds_start_command() {
         let args = parse(&[
             "-namespace",
             "default",
@@ -167,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn go_forms() {
+    fn parse_accepts_every_go_flag_form() {
         let args = parse(&["--id=x", "-debug=false", "-bundle", "/b", "delete", "-ignored"]).unwrap();
         assert_eq!((args.id.as_str(), args.debug, args.action.as_str()), ("x", false, "delete"));
         assert_eq!(args.bundle, PathBuf::from("/b"));
@@ -176,10 +180,10 @@ mod tests {
     }
 
     #[test]
-    fn refused() {
-        assert_eq!(parse(&["-nonsense"]), Err(ArgsError::Unknown("nonsense".into())));
+    fn parse_and_is_name_reject_invalid_input() {
+        assert_eq!(parse(&["-nonsense"]), Err(ArgsError::UnknownFlag("nonsense".into())));
         assert_eq!(parse(&["-id"]), Err(ArgsError::MissingValue("id".into())));
-        assert!(matches!(parse(&["-debug=maybe"]), Err(ArgsError::BadBool { .. })));
+        assert!(matches!(parse(&["-debug=maybe"]), Err(ArgsError::InvalidBool { .. })));
         for bad in ["", "..", "a/b", ".hidden", "a\nb"] {
             assert!(!is_name(bad), "{bad:?}");
         }
@@ -188,7 +192,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_panics(args: Vec<String>) {
+        fn parse_never_panics(args: Vec<String>) {
             let _ = Args::parse(args);
         }
     }

@@ -1,4 +1,4 @@
-//! `start`: binds the sandbox' socket, leaves a daemon behind that boots its virtual machine, and answers at once.
+//! The action `start`: binds the sandbox's socket, forks the daemon that boots the VM, and replies immediately.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -9,54 +9,54 @@ use crate::address::{Address, Listen, ListenError};
 use crate::daemon;
 use crate::spec::{Spec, SpecError};
 
-/// Why no shim was started.
+/// A failure to start the shim.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The bundle's configuration.
+    /// The bundle's `config.json` cannot be used.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// The socket.
+    /// The sandbox's socket cannot be bound.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The bundle's directory is not known.
-    #[error("finding the working directory")]
+    /// The working directory, which is the bundle, cannot be determined.
+    #[error("failed to determine the working directory")]
     Bundle(#[source] std::io::Error),
     /// Stdin cannot be read.
-    #[error("reading the bootstrap parameters")]
+    #[error("failed to read the bootstrap parameters from stdin")]
     Input(#[source] std::io::Error),
     /// The address file cannot be written.
-    #[error("writing {path}")]
+    #[error("failed to write the address file {path}")]
     AddressFile {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// No second process.
-    #[error("forking the shim's daemon")]
+    /// The daemon cannot be forked.
+    #[error("failed to fork the shim's daemon")]
     Fork(#[source] nix::Error),
-    /// The answer cannot be written.
-    #[error("writing the answer")]
+    /// The reply cannot be written.
+    #[error("failed to write the reply to stdout")]
     Reply(#[source] std::io::Error),
-    /// A container of a sandbox whose shim is not there.
+    /// The container belongs to a sandbox that has no running shim.
     #[error("sandbox {0} is not running")]
     NoSandbox(String),
 }
 
-/// Starts the sandbox' shim, or finds the one that is there.
+/// Starts the sandbox's shim, or finds the one that is already running.
 ///
 /// # Errors
-/// [`StartError`]; nothing is left behind then.
+/// [`StartError`]. Everything created before the failure is removed.
 pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let bundle = std::env::current_dir().map_err(StartError::Bundle)?;
     let mut input = Vec::new();
     std::io::stdin().lock().take(MAX_INPUT).read_to_end(&mut input).map_err(StartError::Input)?;
     let params = Params::new(&input, args, &Env::read()).with_bundle(&bundle);
-    // A sandbox that the shim is itself comes without a specification: the request that creates it says what it is.
+    // With `sandboxer = "shim"` the bundle has no config.json: CreateSandbox brings the pod's configuration.
     let spec = match Spec::load(&bundle) {
         Err(SpecError::Read { source, .. })
-            if source.kind() == std::io::ErrorKind::NotFound && bootstrap::is_controllers(&bundle) =>
+            if source.kind() == std::io::ErrorKind::NotFound && bootstrap::is_sandbox_controller_bundle(&bundle) =>
         {
             None
         }
@@ -65,22 +65,22 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let group = spec.as_ref().map_or(Ok(args.id.as_str()), |spec| spec.group(&args.id))?.to_owned();
     let address = Address::new(params.socket_dir.as_deref(), &params.address, &args.namespace, &group);
     let listener = match address.listen()? {
-        Listen::Taken => None,
+        Listen::InUse => None,
         Listen::Bound(listener) => Some(listener),
     };
-    // Later containers of a pod only find their sandbox' shim: a virtual machine is sized by the sandbox' own bundle.
+    // Later containers of a pod must not start a shim of their own: the VM is sized by the sandbox's bundle.
     if listener.is_some() && group != args.id {
         address.remove();
         return Err(StartError::NoSandbox(group));
     }
     write_address(&bundle, &address)?;
-    let Some(listener) = listener else { return answer(&address, params.form) };
+    let Some(listener) = listener else { return write_reply(&address, params.form) };
     adjust_oom_score();
-    // SAFETY: this process has one thread, so the child may do anything the parent could.
+    // SAFETY: this process has a single thread, so the child is not limited to async-signal-safe functions.
     match unsafe { nix::unistd::fork() } {
-        Ok(nix::unistd::ForkResult::Parent { .. }) => answer(&address, params.form),
+        Ok(nix::unistd::ForkResult::Parent { .. }) => write_reply(&address, params.form),
         Ok(nix::unistd::ForkResult::Child) => {
-            let start = daemon::Start {
+            let args = daemon::DaemonArgs {
                 namespace: args.namespace.clone(),
                 sandbox: group,
                 bundle,
@@ -90,8 +90,8 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
                 listener,
                 started_ns,
             };
-            // A daemon ends here and nowhere else: it must not return into its parent's code.
-            std::process::exit(daemon::run(start));
+            // The daemon must end here: it must not return into its parent's code.
+            std::process::exit(daemon::run(args));
         }
         Err(error) => {
             address.remove();
@@ -100,12 +100,12 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     }
 }
 
-fn answer(address: &Address, form: bootstrap::Form) -> Result<(), StartError> {
+fn write_reply(address: &Address, form: bootstrap::Form) -> Result<(), StartError> {
     let mut out = std::io::stdout().lock();
     out.write_all(&bootstrap::reply(&address.uri(), form)).and_then(|()| out.flush()).map_err(StartError::Reply)
 }
 
-/// containerd reads the file to find its shims again after a restart: it is there whole or not at all.
+/// Writes the bundle's `address` file atomically: containerd reads it after a restart to find its shims.
 fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
     let (path, temporary) = (bundle.join("address"), bundle.join(".address"));
     std::fs::write(&temporary, address.uri())
@@ -113,7 +113,9 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
         .map_err(|source| StartError::AddressFile { path, source })
 }
 
-/// One more than containerd's, as its own shims do: the kernel takes the shim before it takes containerd.
+/// Sets the shim's `oom_score_adj` to containerd's plus one, as containerd's own shims do.
+///
+/// The kernel's OOM killer then prefers the shim to containerd.
 fn adjust_oom_score() {
     let parent = nix::unistd::getppid();
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));

@@ -1,4 +1,4 @@
-//! A sandbox's launch: from its specification to everything a boot needs.
+//! Launching a sandbox: from its specification to everything that a boot needs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,106 +21,113 @@ use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox, vmm};
 use crate::spec::{self, Spec};
 
-/// What is known of a sandbox before its specification.
+/// Properties of a sandbox that are known before its specification.
 #[derive(Clone)]
-pub struct About {
+pub struct LaunchContext {
     /// containerd's namespace.
     pub namespace: String,
-    /// Its id.
+    /// The sandbox's id.
     pub sandbox: String,
-    /// Log at debug level whatever the configuration says.
+    /// Log at debug level, whatever the configuration sets.
     pub debug: bool,
-    /// Its directory.
+    /// The sandbox's state directory.
     pub dir: StateDir,
-    /// Its start's timeline.
+    /// The timeline of the sandbox's start.
     pub timeline: Arc<Timeline>,
 }
 
-/// A sandbox whose specification is still to come.
+/// A sandbox that is launched later, when its specification arrives.
 pub struct Pending {
     /// The sandbox.
-    pub about: About,
-    /// The guest's view of the shared directory, or why there is none.
+    pub context: LaunchContext,
+    /// The guest's view of the share, or the error that prevented it.
     pub share: Result<PathBuf, String>,
-    /// Its bundle.
+    /// The bundle directory.
     pub bundle: PathBuf,
-    /// Where the agent's reports go.
+    /// Receives the agent's reports.
     pub reports: mpsc::UnboundedSender<Report>,
 }
 
 impl Pending {
-    /// Launches the sandbox. Call it from the main thread, which the VMM's process dies with.
+    /// Launches the sandbox. Must be called from the main thread, because the VMM process ends with the thread that
+    /// spawned it.
     ///
     /// # Errors
-    /// The chain of causes, when the specification cannot be. What fails later is told by the sandbox.
+    /// The chain of causes, if the specification cannot be used. The sandbox itself reports later failures.
     pub async fn launch(self, spec: &str, sandbox: &Sandbox) -> Result<(), String> {
-        let Self { about, share, bundle, reports } = self;
+        let Self { context, share, bundle, reports } = self;
         let share = share?;
         let bundle = Bundle::of_text(&bundle, spec.as_bytes()).map_err(|e| chain(&e))?;
         let spec: Spec = serde_json::from_str(spec).map_err(|e| e.to_string())?;
-        // Not here, where a service manager that takes its time would hold everything up.
+        // In a blocking thread: a slow service manager must not block the runtime.
         let entered = tokio::task::spawn_blocking({
-            let (about, spec) = (about.clone(), spec.clone());
-            move || enter_cgroup(&about, &spec)
+            let (context, spec) = (context.clone(), spec.clone());
+            move || enter_cgroup(&context, &spec)
         });
-        let cgroup = entered.await.unwrap_or_else(|error| Err(format!("entering the sandbox' cgroup: {error}")));
-        let mut got = Got::default();
-        let spawned = cgroup.and_then(|cgroup| got.spawn(&about, &spec, cgroup));
+        let cgroup =
+            entered.await.unwrap_or_else(|error| Err(format!("failed to enter the sandbox's cgroup: {error}")));
+        let mut partial = PartialLaunch::default();
+        let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &spec, cgroup));
         let (done, wait) = oneshot::channel();
-        // A thread of its own: it goes to the pod's network namespace, and one that does not get back must end.
+        // In a separate thread: it enters the pod's network namespace, and must end if it cannot leave it again.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
-            let plan = spawned.and_then(|network| got.plan(&about, &spec, &share, network, || Ok(bundle)));
-            let _ = done.send(got.finish(plan));
+            let plan = spawned.and_then(|network| partial.plan(&context, &spec, &share, network, || Ok(bundle)));
+            let _ = done.send(partial.finish(plan));
         });
         let prepared = match thread {
-            Ok(_) => wait.await.map_err(|_| "the thread that launches the sandbox died".to_owned())?,
-            Err(error) => return Err(format!("starting a thread: {error}")),
+            Ok(_) => wait.await.map_err(|_| "the thread that launches the sandbox panicked".to_owned())?,
+            Err(error) => return Err(format!("failed to start the thread that launches the sandbox: {error}")),
         };
         sandbox.launch(prepared, reports);
         Ok(())
     }
 }
 
-/// What was had so far, whatever comes next.
+/// The resources that a launch has acquired so far. They are kept even if a later step fails.
 #[derive(Default)]
-struct Got {
+struct PartialLaunch {
     cgroup: Option<Cgroup>,
     vmm: Option<husk_vmm::client::Spawned>,
     timeline_log: PathBuf,
 }
 
-/// Does all of it, while this process has one thread.
-pub fn prepare(about: &About, spec: &Spec, share: &Path, bundle: impl FnOnce() -> Result<Bundle, String>) -> Prepared {
-    let mut got = Got::default();
-    let spawned = enter_cgroup(about, spec).and_then(|cgroup| got.spawn(about, spec, cgroup));
-    let plan = spawned.and_then(|network| got.plan(about, spec, share, network, bundle));
-    got.finish(plan)
+/// Prepares a launch. The process must have a single thread.
+pub fn prepare(
+    context: &LaunchContext,
+    spec: &Spec,
+    share: &Path,
+    bundle: impl FnOnce() -> Result<Bundle, String>,
+) -> Prepared {
+    let mut partial = PartialLaunch::default();
+    let spawned = enter_cgroup(context, spec).and_then(|cgroup| partial.spawn(context, spec, cgroup));
+    let plan = spawned.and_then(|network| partial.plan(context, spec, share, network, bundle));
+    partial.finish(plan)
 }
 
-/// A launch that did not get anywhere.
+/// Returns a launch that failed before it acquired anything.
 pub fn failed(error: String) -> Prepared {
-    Got::default().finish(Err(error))
+    PartialLaunch::default().finish(Err(error))
 }
 
-impl Got {
+impl PartialLaunch {
     fn finish(self, plan: Result<Plan, String>) -> Prepared {
         Prepared { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
     }
 
-    /// Starts the VMM's process, in the cgroup that was entered.
-    fn spawn(&mut self, about: &About, spec: &Spec, cgroup: Option<Cgroup>) -> Result<spec::Network, String> {
+    /// Spawns the VMM process, which inherits the cgroup that this process has entered.
+    fn spawn(&mut self, context: &LaunchContext, spec: &Spec, cgroup: Option<Cgroup>) -> Result<spec::Network, String> {
         self.cgroup = cgroup;
         let network = spec.network().map_err(|e| chain(&e))?;
         let vmm = self.vmm.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
-        about.timeline.mark("vmm spawned");
-        note(&about.dir, "vmm.pid", vmm.pid)?;
+        context.timeline.mark("vmm spawned");
+        record_process(&context.dir, "vmm.pid", vmm.pid)?;
         Ok(network)
     }
 
-    /// Reads what says how the machine is, connects the network, and opens the files.
+    /// Reads the configuration, sizes the VM, connects the network and opens the files that the VM needs.
     fn plan(
         &mut self,
-        about: &About,
+        context: &LaunchContext,
         spec: &Spec,
         share: &Path,
         network: spec::Network,
@@ -128,40 +135,44 @@ impl Got {
     ) -> Result<Plan, String> {
         let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
         let config = Config::load(&path).map_err(|e| chain(&e))?;
-        if !about.debug {
+        if !context.debug {
             log::set_level(config.log_level);
         }
         self.timeline_log.clone_from(&config.timeline_log);
         let bundle = bundle()?;
-        let room = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::room(cgroup.place()));
+        let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::room(cgroup.place()));
         let users = bundle.users().map_err(|e| chain(&e))?;
-        let sizing = bundle::sizing(&bundle.spec, &config, room).map_err(|e| chain(&e))?;
-        describe(about, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
-        let wish = network::Wish { pairs: usize::from(sizing.vcpus).min(MOST_PAIRS), vhost: config.vhost_net };
+        let sizing = bundle::sizing(&bundle.spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
+        record_sandbox(context, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let tap_options =
+            network::TapOptions { queue_pairs: usize::from(sizing.vcpus).min(MOST_PAIRS), vhost: config.vhost_net };
         let network = match &network {
-            // What CNI does to a new one comes later: by hooks, or between Create and Start as with `ctr run --cni` and
-            // for containerd 1.7's pods with a user namespace, which is to own it (pkg/cri/server/sandbox_run.go).
+            // CNI sets up a new namespace later: in hooks, or between Create and Start. The latter is what
+            // `ctr run --cni` does, and containerd 1.7 for pods with a user namespace, which has to own the network
+            // namespace (pkg/cri/server/sandbox_run.go).
             spec::Network::New => match &self.vmm {
-                Some(vmm) => {
-                    network::fresh(&PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)), spec.is_sandbox(), wish)
-                        .map_err(|e| chain(&e))?
-                }
+                Some(vmm) => network::watch_new(
+                    &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
+                    spec.is_sandbox(),
+                    tap_options,
+                )
+                .map_err(|e| chain(&e))?,
                 None => network::Network::default(),
             },
-            spec::Network::Path(path) => network::connect(path, wish).map_err(|e| chain(&e))?,
+            spec::Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
         };
-        about.timeline.mark("network connected");
-        let pod = pod(about, spec, users, network);
+        context.timeline.mark("network connected");
+        let pod = pod(context, spec, users, network);
         Plan::open(pod, config, sizing, share.to_owned()).map_err(|e| chain(&e))
     }
 }
 
-/// Notes for `husk ps` what this sandbox is.
-fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
+/// Records the sandbox's properties for `husk ps`. Best effort.
+fn record_sandbox(context: &LaunchContext, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let sandbox = husk_config::sandbox::Sandbox {
-        id: about.sandbox.clone(),
-        namespace: about.namespace.clone(),
+        id: context.sandbox.clone(),
+        namespace: context.namespace.clone(),
         pod: spec.pod_name(),
         vcpus: sizing.vcpus,
         memory_mib: sizing.memory_mib,
@@ -169,21 +180,23 @@ fn describe(about: &About, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
         vmm_pid,
         shim_pid: std::process::id(),
     };
-    if let Err(error) = about.dir.note(&sandbox) {
-        tracing::warn!(error = %chain(&error), "sandbox not noted for husk ps");
+    if let Err(error) = context.dir.note(&sandbox) {
+        tracing::warn!(error = %chain(&error), "failed to record the sandbox for husk ps");
     }
 }
 
-/// What the guest is set up as. The settings of a lone container's namespaces are its own, those of a pod's sandbox the
-/// pod's: its container is never made.
-fn pod(about: &About, spec: &Spec, users: Option<Users>, network: network::Network) -> Pod {
+/// Returns the pod that the guest is set up as.
+///
+/// The sysctls of a sandbox container belong to the pod, because that container is never created. Those of a container
+/// without a pod are applied when the container is created.
+fn pod(context: &LaunchContext, spec: &Spec, users: Option<Users>, network: network::Network) -> Pod {
     let is_sandbox = spec.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
-    let (id, hostname) = (about.sandbox.clone(), hostname(spec));
+    let (id, hostname) = (context.sandbox.clone(), hostname(spec));
     Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, users, network }
 }
 
-/// The sandbox' host name: a container whose specification has none sees the host's under runc.
+/// Returns the sandbox's host name. Without one in the specification it is the host's, as under runc.
 pub fn hostname(spec: &Spec) -> String {
     if !spec.hostname.is_empty() {
         return spec.hostname.clone();
@@ -191,30 +204,32 @@ pub fn hostname(spec: &Spec) -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
 }
 
-/// Notes a process in the sandbox's directory.
+/// Records a process in the sandbox's state directory.
 ///
 /// # Errors
-/// The chain of causes.
-pub fn note(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
-    let process = ProcessId::of(pid).ok_or_else(|| format!("process {pid} ended at once"))?;
+/// The chain of causes, as text.
+pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
+    let process = ProcessId::of(pid).ok_or_else(|| format!("process {pid} has already ended"))?;
     dir.write_process(name, process).map_err(|e| chain(&e))
 }
 
-/// Moves into the cgroup the specification names. Where that cannot be, the sandbox does not start, as with runc, even a
-/// rootless one (libcontainer/cgroups/fs2/fs2.go, Apply): it would run without limits, and be accounted to containerd. One
-/// whose specification names none, as containerd's `disable_cgroup` makes it, does without.
-fn enter_cgroup(about: &About, spec: &Spec) -> Result<Option<Cgroup>, String> {
+/// Moves this process into the cgroup that the specification names.
+///
+/// If that fails, the sandbox does not start: it would run without limits, and be accounted to containerd. runc does
+/// the same, even a rootless one (libcontainer/cgroups/fs2/fs2.go, Apply). Without a cgroup in the specification, as
+/// with containerd's `disable_cgroup`, the process stays where it is.
+fn enter_cgroup(context: &LaunchContext, spec: &Spec) -> Result<Option<Cgroup>, String> {
     let path = &spec.linux.cgroups_path;
     if path.is_empty() {
         return Ok(None);
     }
-    let cgroup = Cgroup::enter(path, &about.namespace)
-        .map_err(|error| format!("entering the sandbox' cgroup {path}: {}", chain(&error)))?;
+    let cgroup = Cgroup::enter(path, &context.namespace)
+        .map_err(|error| format!("failed to enter the sandbox's cgroup {path}: {}", chain(&error)))?;
     let dirs: Vec<_> = cgroup.place().dirs().map(|dir| dir.display().to_string()).collect();
-    let noted = about.dir.write("cgroup", &dirs.join("\n"));
-    let noted = noted.and_then(|()| cgroup.unit().map_or(Ok(()), |unit| about.dir.write("unit", unit.name())));
-    if let Err(error) = noted {
-        tracing::warn!(error = %chain(&error), "cgroup not noted");
+    let recorded = context.dir.write("cgroup", &dirs.join("\n"));
+    let recorded = recorded.and_then(|()| cgroup.unit().map_or(Ok(()), |unit| context.dir.write("unit", unit.name())));
+    if let Err(error) = recorded {
+        tracing::warn!(error = %chain(&error), "failed to record the sandbox's cgroup");
     }
     Ok(Some(cgroup))
 }

@@ -1,4 +1,5 @@
-//! The shim's log: lines in logfmt, as Go's shims write them, into the fifo from which containerd copies to its own.
+//! The shim's log: logfmt lines, as containerd's Go shims write them. They go to a fifo, and containerd copies them to
+//! its own log.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -12,10 +13,10 @@ use husk_config::LogLevel;
 use tracing::field::{Field, Visit};
 use tracing::span;
 
-/// Longest line: what a pipe takes in one piece, so that lines of several threads do not mix.
+/// Maximum line length. A pipe takes a line of this length atomically, so lines of several threads do not interleave.
 const MAX_LINE: usize = 4000;
 
-/// The level in force; 1 is error and 5 trace, as in [`tracing`] and [`log`].
+/// The current log level, from 1 (error) to 5 (trace), in the order of [`tracing`] and [`log`].
 static LEVEL: AtomicU8 = AtomicU8::new(3);
 
 struct Logger {
@@ -25,17 +26,17 @@ struct Logger {
     dropped: AtomicU64,
 }
 
-/// Begins logging into `log` of the bundle; every line names the sandbox.
+/// Starts logging to the bundle's `log` fifo. Every line names the sandbox.
 pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     if debug {
         set_level(LogLevel::Debug);
     }
-    // Never waits: containerd may be slow, or gone and not read at all.
+    // Non-blocking: containerd may read slowly, or not at all after it has died.
     let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
     let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
     let logger =
         Logger { fifo, sandbox: sandbox.to_owned(), namespace: namespace.to_owned(), dropped: AtomicU64::new(0) };
-    // One logger for the life of the process; both crates want it static.
+    // Leaked, because both crates need a `'static` logger; there is one for the life of the process.
     let logger: &'static Logger = Box::leak(Box::new(logger));
     let _ = tracing::subscriber::set_global_default(Tracing(logger));
     if log::set_logger(logger).is_ok() {
@@ -43,21 +44,21 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     }
 }
 
-/// Sets how much is logged.
+/// Sets the log level.
 pub fn set_level(level: LogLevel) {
-    let number = match level {
+    let severity = match level {
         LogLevel::Error => 1,
         LogLevel::Warn => 2,
         LogLevel::Info => 3,
         LogLevel::Debug => 4,
         LogLevel::Trace => 5,
     };
-    LEVEL.store(number, Ordering::Relaxed);
+    LEVEL.store(severity, Ordering::Relaxed);
     tracing::callsite::rebuild_interest_cache();
 }
 
 impl Logger {
-    fn line(&self, level: &str, message: &str, fields: &str) {
+    fn write_line(&self, level: &str, message: &str, fields: &str) {
         let Some(mut fifo) = self.fifo.as_ref() else { return };
         let mut line = String::with_capacity(256);
         let _ = write!(line, "time=\"{}\" level={level} msg=", rfc3339(SystemTime::now()));
@@ -76,12 +77,12 @@ impl Logger {
     }
 }
 
-/// [`tracing`]'s events; its spans carry nothing that the lines do not.
+/// Subscriber for [`tracing`]'s events. Spans are ignored: they add nothing to the lines.
 struct Tracing(&'static Logger);
 
 impl tracing::Subscriber for Tracing {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        metadata.is_event() && number(*metadata.level()) <= LEVEL.load(Ordering::Relaxed)
+        metadata.is_event() && severity(*metadata.level()) <= LEVEL.load(Ordering::Relaxed)
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
@@ -95,14 +96,14 @@ impl tracing::Subscriber for Tracing {
     fn event(&self, event: &tracing::Event<'_>) {
         let mut fields = Fields::default();
         event.record(&mut fields);
-        let level = match number(*event.metadata().level()) {
+        let level = match severity(*event.metadata().level()) {
             1 => "error",
             2 => "warning",
             3 => "info",
             4 => "debug",
             _ => "trace",
         };
-        self.0.line(level, &fields.message, &fields.rest);
+        self.0.write_line(level, &fields.message, &fields.rest);
     }
 
     fn enter(&self, _: &span::Id) {}
@@ -110,7 +111,7 @@ impl tracing::Subscriber for Tracing {
     fn exit(&self, _: &span::Id) {}
 }
 
-fn number(level: tracing::Level) -> u8 {
+fn severity(level: tracing::Level) -> u8 {
     match level {
         tracing::Level::ERROR => 1,
         tracing::Level::WARN => 2,
@@ -135,7 +136,7 @@ impl log::Log for Logger {
     fn log(&self, record: &log::Record<'_>) {
         if self.enabled(record.metadata()) {
             let level = record.level().as_str().to_ascii_lowercase();
-            self.line(&level, &record.args().to_string(), "");
+            self.write_line(&level, &record.args().to_string(), "");
         }
     }
 
@@ -163,7 +164,7 @@ impl Visit for Fields {
     }
 }
 
-/// Bare where that is unambiguous, else in quotes with escapes.
+/// Appends a value: bare if that is unambiguous, otherwise quoted and escaped.
 fn quote(out: &mut String, value: &str) {
     let bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '/' | '@' | '^' | '+');
     if !value.is_empty() && value.chars().all(bare) {
@@ -181,17 +182,17 @@ fn truncate(line: &mut String, at: usize) {
     }
 }
 
-/// The time as RFC 3339 in UTC, to the nanosecond.
+/// Formats a time as RFC 3339 in UTC, with nanoseconds.
 fn rfc3339(at: SystemTime) -> String {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    let (year, month, day) = civil(days);
+    let (year, month, day) = civil_from_days(days);
     let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:09}Z", since.subsec_nanos())
 }
 
-/// Year, month and day of a day counted from 1970-01-01, by the eras of 400 years of the Gregorian calendar.
-fn civil(days: u64) -> (u64, u64, u64) {
+/// Converts a number of days since 1970-01-01 to year, month and day, by the 400-year eras of the Gregorian calendar.
+fn civil_from_days(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
@@ -208,7 +209,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn dates() {
+    fn rfc3339_handles_leap_and_century_years() {
         let at = |seconds| rfc3339(UNIX_EPOCH + Duration::from_secs(seconds));
         assert_eq!(at(0), "1970-01-01T00:00:00.000000000Z");
         assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000000Z");
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_quoted_where_needed() {
+    fn quote_escapes_only_ambiguous_values() {
         let quoted = |value: &str| {
             let mut out = String::new();
             quote(&mut out, value);

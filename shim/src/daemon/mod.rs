@@ -1,4 +1,4 @@
-//! The shim's daemon: from the fork in `start` to the end of the sandbox.
+//! The shim's daemon. It lives from the fork in `start` to the end of the sandbox.
 
 pub mod launch;
 pub mod log;
@@ -18,60 +18,60 @@ use crate::address::Address;
 use crate::bundle::Bundle;
 use crate::chain;
 use crate::cli::bootstrap::Params;
-use crate::events::{Destination, Events, Patience};
+use crate::events::{Destination, Events, RetryPolicy};
 use crate::sandbox::boot::pipe_pair;
 use crate::sandbox::state::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox};
 use crate::spec::Spec;
 use crate::task::{self, Shim};
-pub use launch::{About, Pending};
+pub use launch::{LaunchContext, Pending};
 
-/// How long events may take to reach containerd once everything else is over.
-const LAST_EVENTS: Duration = Duration::from_secs(10);
-/// How long the last answers may take.
-const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// Timeout for delivering the last events to containerd at the end.
+const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for sending the last responses at the end.
+const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What `start` found out before it forked.
-pub struct Start {
+/// The state that `start` passes to the daemon that it forks.
+pub struct DaemonArgs {
     /// containerd's namespace.
     pub namespace: String,
-    /// The sandbox.
+    /// The sandbox's id.
     pub sandbox: String,
-    /// Its bundle.
+    /// The sandbox's bundle directory.
     pub bundle: PathBuf,
-    /// The shim's part of its configuration; none where the sandbox is created by a request.
+    /// The sandbox's specification; `None` if CreateSandbox brings it.
     pub spec: Option<Spec>,
-    /// How containerd is reached.
+    /// The parameters of `start`, among them containerd's addresses.
     pub params: Params,
-    /// Where this shim listens.
+    /// The address of this shim.
     pub address: Address,
     /// The bound socket.
     pub listener: UnixListener,
-    /// When the program started.
+    /// Start time of the program.
     pub started_ns: u64,
 }
 
-/// Runs the daemon; returns its exit code.
-pub fn run(start: Start) -> i32 {
-    small_heap();
+/// Runs the daemon and returns its exit code.
+pub fn run(args: DaemonArgs) -> i32 {
+    tune_allocator();
     let vmm_log = detach();
-    log::init(&start.bundle, &start.namespace, &start.sandbox, start.params.debug);
-    let state = StateDir::new(&start.namespace, &start.sandbox);
-    let timeline = Arc::new(Timeline::new(&start.namespace, &start.sandbox, state.timeline()));
-    timeline.mark_at("shim start", start.started_ns);
+    log::init(&args.bundle, &args.namespace, &args.sandbox, args.params.debug);
+    let state = StateDir::new(&args.namespace, &args.sandbox);
+    let timeline = Arc::new(Timeline::new(&args.namespace, &args.sandbox, state.timeline()));
+    timeline.mark_at("shim start", args.started_ns);
     timeline.mark("shim daemon");
-    let (about, share) = prepare(&start, state, timeline);
-    // In an order that has the VMM's process start while the configuration is read.
-    let launch = match (&start.spec, share) {
-        (None, share) => Launch::Later(share),
-        (Some(_), Err(error)) => Launch::Now(Box::new(launch::failed(error))),
+    let (context, share) = prepare(&args, state, timeline);
+    // Spawns the VMM process first: it starts while this process reads the configuration.
+    let launch = match (&args.spec, share) {
+        (None, share) => Launch::Deferred(share),
+        (Some(_), Err(error)) => Launch::Immediate(Box::new(launch::failed(error))),
         (Some(spec), Ok(share)) => {
-            let bundle = || Bundle::load(&start.bundle).map_err(|e| chain(&e));
-            Launch::Now(Box::new(launch::prepare(&about, spec, &share, bundle)))
+            let bundle = || Bundle::load(&args.bundle).map_err(|e| chain(&e));
+            Launch::Immediate(Box::new(launch::prepare(&context, spec, &share, bundle)))
         }
     };
-    // The bundle's directory goes before the shim does.
+    // containerd removes the bundle directory before the shim ends.
     let _ = std::env::set_current_dir("/");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -79,19 +79,19 @@ pub fn run(start: Start) -> i32 {
         .thread_keep_alive(Duration::from_secs(1))
         .build();
     match runtime {
-        Ok(runtime) => runtime.block_on(serve(start, about, launch, vmm_log)),
+        Ok(runtime) => runtime.block_on(serve(args, context, launch, vmm_log)),
         Err(error) => {
-            tracing::error!(%error, "no runtime");
-            start.address.remove();
-            about.dir.remove();
+            tracing::error!(%error, "failed to start the async runtime");
+            args.address.remove();
+            context.dir.remove();
             1
         }
     }
 }
 
-/// One heap for all threads, and freed memory given back early: the daemon idles most of its life.
-fn small_heap() {
-    // SAFETY: mallopt changes settings of the allocator only; this process has one thread.
+/// Sets up a single heap for all threads that returns freed memory early: the daemon is idle most of its life.
+fn tune_allocator() {
+    // SAFETY: mallopt only changes settings of the allocator, and this process has a single thread.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
@@ -99,84 +99,90 @@ fn small_heap() {
     }
 }
 
-/// Leaves containerd's session and its pipes: it waits for their end. Standard error, which the VMM inherits, becomes
-/// a pipe whose lines go to the log; its read end is returned.
+/// Leaves containerd's session, and closes its pipes because containerd waits for their end.
+///
+/// Stderr, which the VMM inherits, becomes a pipe whose lines go to the log. Returns the pipe's read end.
 fn detach() -> Option<OwnedFd> {
     let _ = nix::unistd::setsid();
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").ok()?;
     let pipe = pipe_pair().ok();
     let error = pipe.as_ref().map_or(null.as_raw_fd(), |(_, input)| input.as_raw_fd());
     for (from, to) in [(null.as_raw_fd(), 0), (null.as_raw_fd(), 1), (error, 2)] {
-        // SAFETY: dup2 of two valid descriptors; what stdin, stdout and stderr were before is no longer used.
+        // SAFETY: dup2 gets an open fd and the number of a standard stream; nothing uses the old standard streams.
         unsafe { libc::dup2(from, to) };
     }
     pipe.map(|(out, _)| out)
 }
 
-/// What is done before there is a runtime. Whatever fails is told by Create, or by the sandbox's start.
-fn prepare(start: &Start, dir: StateDir, timeline: Arc<Timeline>) -> (About, Result<PathBuf, String>) {
-    let made = own_mounts().map_err(|e| format!("leaving the host's mount namespace: {e}")).and_then(|()| {
-        let share = dir.create().map_err(|e| chain(&e))?;
-        launch::note(&dir, "shim.pid", std::process::id())?;
-        dir.write("address", &start.address.uri()).map_err(|e| chain(&e))?;
-        Ok(share.guest)
-    });
-    let (namespace, sandbox, debug) = (start.namespace.clone(), start.sandbox.clone(), start.params.debug);
-    (About { namespace, sandbox, debug, dir, timeline }, made)
+/// Prepares the mount namespace and the state directory, before there is a runtime.
+///
+/// A failure is reported later, by Create or by the start of the sandbox.
+fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
+    let made =
+        create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {
+            let share = dir.create().map_err(|e| chain(&e))?;
+            launch::record_process(&dir, "shim.pid", std::process::id())?;
+            dir.write("address", &args.address.uri()).map_err(|e| chain(&e))?;
+            Ok(share.guest)
+        });
+    let (namespace, sandbox, debug) = (args.namespace.clone(), args.sandbox.clone(), args.params.debug);
+    (LaunchContext { namespace, sandbox, debug, dir, timeline }, made)
 }
 
-/// A mount namespace of the pod's own: the host's mounts go on coming in, nothing goes out, and everything mounted
-/// for the pod vanishes with its processes.
-fn own_mounts() -> nix::Result<()> {
+/// Moves this process to a new mount namespace with slave propagation.
+///
+/// The host's later mounts still propagate into it, and nothing propagates out. The pod's mounts vanish with the pod's
+/// processes.
+fn create_mount_namespace() -> nix::Result<()> {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&Path>)
 }
 
-/// When the boot begins.
+/// The start of the boot.
 enum Launch {
-    /// At once: there is a specification.
-    Now(Box<Prepared>),
-    /// When the sandbox is created; with the guest's view of the share, or why there is none.
-    Later(Result<PathBuf, String>),
+    /// Boots immediately: the specification is known.
+    Immediate(Box<Prepared>),
+    /// Boots when the sandbox is created. Contains the guest's view of the share, or the error that prevented it.
+    Deferred(Result<PathBuf, String>),
 }
 
-async fn serve(start: Start, about: About, launch: Launch, vmm_log: Option<OwnedFd>) -> i32 {
-    let Start { namespace, params, address, listener, bundle, .. } = start;
+async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log: Option<OwnedFd>) -> i32 {
+    let DaemonArgs { namespace, params, address, listener, bundle, .. } = args;
     let (reports, reported) = mpsc::unbounded_channel();
-    let sandbox = Sandbox::new(&about.sandbox, about.dir.clone(), Arc::clone(&about.timeline), vmm_log);
+    let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
-        Launch::Now(prepared) => {
+        Launch::Immediate(prepared) => {
             sandbox.launch(*prepared, reports);
             None
         }
-        Launch::Later(share) => Some(Pending { about, share, bundle, reports }),
+        Launch::Deferred(share) => Some(Pending { context, share, bundle, reports }),
     };
     let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
-    let events = Events::start(&namespace, destination, Patience::default());
+    let events = Events::start(&namespace, destination, RetryPolicy::default());
     let shim = Shim::new(&namespace, sandbox, events, reported, pending);
     let code = match listen(listener, &shim).await {
         Ok(mut server) => {
             tokio::select! {
                 () = shim.finished() => {}
-                () = shim.forsaken() => tracing::warn!("nobody created the sandbox"),
-                () = signalled() => tracing::info!("told to end by a signal"),
+                () = shim.forsaken() => tracing::warn!("no request to create the sandbox arrived: the shim ends"),
+                () = termination_signal() => tracing::info!("the shim ends after a signal"),
             }
             shim.finish().await;
             address.remove();
-            shim.events().flush(LAST_EVENTS).await;
-            // The answer to the last request may still be on its way.
-            let _ = tokio::time::timeout(LAST_ANSWERS, server.shutdown()).await;
+            shim.events().flush(EVENT_FLUSH_TIMEOUT).await;
+            // The response to the last request may not have been sent yet.
+            let _ = tokio::time::timeout(SERVER_SHUTDOWN_TIMEOUT, server.shutdown()).await;
             0
         }
         Err(error) => {
-            tracing::error!(error, "cannot serve");
+            tracing::error!(error, "failed to serve the sandbox's socket");
             shim.finish().await;
             address.remove();
             1
         }
     };
-    tracing::debug!("shim ends");
+    tracing::debug!("the shim ends");
     code
 }
 
@@ -187,8 +193,8 @@ async fn listen(listener: UnixListener, shim: &Arc<Shim>) -> Result<Server, Stri
     Ok(server)
 }
 
-/// Waits for a signal that means the end.
-async fn signalled() {
+/// Waits for SIGTERM or SIGINT.
+async fn termination_signal() {
     let streams = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     let (Ok(mut term), Ok(mut int)) = streams else { return std::future::pending().await };
     tokio::select! {

@@ -1,4 +1,4 @@
-//! Events to containerd: one queue, delivered in order, whatever has to be tried again.
+//! Events to containerd: one queue, delivered in order, with retries.
 
 mod publish;
 
@@ -14,13 +14,13 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use publish::{Destination, PublishError};
 
-/// Events waiting at most; containerd gone for long must not cost the node its memory.
-const MAX_WAITING: usize = 4096;
+/// Maximum number of queued events: a long absence of containerd must not use up the node's memory.
+const MAX_QUEUED: usize = 4096;
 
 /// Delivers one event.
 #[async_trait::async_trait]
 pub trait Publish: Send {
-    /// Hands the event over, once.
+    /// Attempts to deliver the event once.
     async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError>;
 }
 
@@ -29,7 +29,7 @@ enum Item {
     Flush(oneshot::Sender<()>),
 }
 
-/// The queue's end that takes events.
+/// The sending end of the event queue.
 #[derive(Clone)]
 pub struct Events {
     namespace: Arc<str>,
@@ -37,73 +37,74 @@ pub struct Events {
     waiting: Arc<AtomicUsize>,
 }
 
-/// How long delivery of one event is tried.
+/// Timeout and backoff for the delivery of one event.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
-    /// Until it is given up.
-    pub total: Duration,
-    /// Before the second try; doubled for each one after that.
-    pub first_pause: Duration,
+pub struct RetryPolicy {
+    /// Time after which the event is dropped.
+    pub timeout: Duration,
+    /// Delay before the first retry; doubled for each further one, up to two seconds.
+    pub initial_backoff: Duration,
 }
 
-impl Default for Patience {
+impl Default for RetryPolicy {
     fn default() -> Self {
-        Self { total: Duration::from_secs(30), first_pause: Duration::from_millis(20) }
+        Self { timeout: Duration::from_secs(30), initial_backoff: Duration::from_millis(20) }
     }
 }
 
 impl Events {
-    /// Starts the delivery on the current runtime.
-    pub fn start(namespace: &str, publisher: impl Publish + 'static, patience: Patience) -> Self {
+    /// Starts delivery on the current async runtime.
+    pub fn start(namespace: &str, publisher: impl Publish + 'static, retry: RetryPolicy) -> Self {
         let (queue, items) = mpsc::unbounded_channel();
         let waiting = Arc::new(AtomicUsize::new(0));
-        tokio::spawn(deliver(items, Arc::clone(&waiting), publisher, patience));
+        tokio::spawn(deliver(items, Arc::clone(&waiting), publisher, retry));
         Self { namespace: namespace.into(), queue, waiting }
     }
 
-    /// Puts an event at the end of the queue.
+    /// Queues an event. Drops it if the queue is full.
     pub fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
-        if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_WAITING {
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_QUEUED {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
-            tracing::error!(topic, "event dropped: too many wait for containerd");
+            tracing::error!(topic, "event dropped: the queue of events for containerd is full");
             return;
         }
         let value = match event.write_to_bytes() {
             Ok(value) => value,
-            Err(error) => return tracing::error!(topic, %error, "event cannot be encoded"),
+            Err(error) => return tracing::error!(topic, %error, "failed to encode an event"),
         };
         let envelope = Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),
             namespace: self.namespace.to_string(),
             topic: topic.to_owned(),
-            // containerd's typeurl wants the bare message name.
+            // containerd's typeurl package expects the message name without a host.
             event: Some(Any { type_url: M::descriptor().full_name().to_owned(), value, ..Default::default() }).into(),
             ..Default::default()
         };
         let _ = self.queue.send(Item::Event(Box::new(envelope)));
     }
 
-    /// Waits until everything queued so far was delivered or given up, at most this long.
-    pub async fn flush(&self, at_most: Duration) {
+    /// Waits until every event queued so far was delivered or dropped, for at most `timeout`.
+    pub async fn flush(&self, timeout: Duration) {
         let (done, wait) = oneshot::channel();
-        if self.queue.send(Item::Flush(done)).is_ok() && tokio::time::timeout(at_most, wait).await.is_err() {
-            tracing::warn!(waiting = self.waiting.load(Ordering::Relaxed), "events not delivered in time");
+        if self.queue.send(Item::Flush(done)).is_ok() && tokio::time::timeout(timeout, wait).await.is_err() {
+            tracing::warn!(waiting = self.waiting.load(Ordering::Relaxed), "timeout while delivering the last events");
         }
     }
 }
 
-/// Delivers one event after the other: the next one waits while this one is tried again.
+/// Delivers the queued events in order: later events wait while one is retried.
 ///
-/// What failed is sent again, though containerd may have had it: when the connection breaks, or the time is up, after it
-/// has read the request and before its answer came. So an event is delivered at least once, and once unless containerd
-/// itself is stuck or killed at that moment. Nothing in the protocol could tell it that it has seen an event (ttrpc's
-/// `Forward` has no id, and containerd hands on what it gets), and not to send it again would lose ends of containers, for
-/// which kubelet and containerd's own CRI wait; both take an end that they know of for no news.
+/// Delivery is at least once. A retry repeats an event that containerd has already read, if the connection broke or the
+/// timeout passed before its response arrived. That only happens if containerd hangs or is killed at that moment.
+///
+/// The protocol cannot prevent duplicates: ttrpc's `Forward` has no event id, and containerd forwards every event that
+/// it receives. Without a retry, exit events could be lost. The kubelet and containerd's CRI wait for exit events, and
+/// both ignore the exit of a container that they already know to have ended.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,
     mut publisher: impl Publish,
-    patience: Patience,
+    retry: RetryPolicy,
 ) {
     while let Some(item) = items.recv().await {
         let event = match item {
@@ -113,22 +114,22 @@ async fn deliver(
                 continue;
             }
         };
-        let give_up = tokio::time::Instant::now() + patience.total;
-        let mut pause = patience.first_pause;
+        let deadline = tokio::time::Instant::now() + retry.timeout;
+        let mut backoff = retry.initial_backoff;
         while let Err(error) = publisher.publish(&event).await {
-            if tokio::time::Instant::now() + pause > give_up {
-                tracing::error!(topic = event.topic, error = %crate::chain(&error), "event given up");
+            if tokio::time::Instant::now() + backoff > deadline {
+                tracing::error!(topic = event.topic, error = %crate::chain(&error), "event dropped: delivery failed");
                 break;
             }
-            tracing::debug!(topic = event.topic, error = %crate::chain(&error), "event not delivered, trying again");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(2));
+            tracing::debug!(topic = event.topic, error = %crate::chain(&error), "failed to deliver an event: retrying");
+            tokio::time::sleep(backoff).await;
+            backoff = (backoff * 2).min(Duration::from_secs(2));
         }
         waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// A protobuf timestamp.
+/// Converts a time to a protobuf timestamp.
 pub fn timestamp(at: SystemTime) -> Timestamp {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Timestamp {
@@ -146,7 +147,7 @@ mod tests {
 
     struct Flaky {
         fails: usize,
-        seen: Arc<Mutex<Vec<String>>>,
+        delivered: Arc<Mutex<Vec<String>>>,
     }
 
     #[async_trait::async_trait]
@@ -154,34 +155,35 @@ mod tests {
         async fn publish(&mut self, event: &Envelope) -> Result<(), PublishError> {
             if self.fails > 0 {
                 self.fails -= 1;
-                return Err(PublishError::Nowhere);
+                return Err(PublishError::NoDestination);
             }
-            self.seen.lock().unwrap().push(format!("{} {}", event.topic, event.event.type_url));
+            self.delivered.lock().unwrap().push(format!("{} {}", event.topic, event.event.type_url));
             Ok(())
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn order_is_kept_over_retries() {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let events = Events::start("default", Flaky { fails: 3, seen: Arc::clone(&seen) }, Patience::default());
+    async fn retries_keep_the_order_of_events() {
+        let delivered = Arc::new(Mutex::new(Vec::new()));
+        let events =
+            Events::start("default", Flaky { fails: 3, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
         events.publish("/tasks/start", &TaskStart::new());
         events.publish("/tasks/exit", &TaskExit::new());
         events.flush(Duration::from_secs(60)).await;
         assert_eq!(
-            *seen.lock().unwrap(),
+            *delivered.lock().unwrap(),
             ["/tasks/start containerd.events.TaskStart", "/tasks/exit containerd.events.TaskExit"]
         );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lost_event_does_not_stop_the_next() {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let patience = Patience { total: Duration::from_secs(1), first_pause: Duration::from_millis(400) };
-        let events = Events::start("default", Flaky { fails: 2, seen: Arc::clone(&seen) }, patience);
+    async fn event_after_a_dropped_one_is_delivered() {
+        let delivered = Arc::new(Mutex::new(Vec::new()));
+        let retry = RetryPolicy { timeout: Duration::from_secs(1), initial_backoff: Duration::from_millis(400) };
+        let events = Events::start("default", Flaky { fails: 2, delivered: Arc::clone(&delivered) }, retry);
         events.publish("/tasks/start", &TaskStart::new());
         events.publish("/tasks/exit", &TaskExit::new());
         events.flush(Duration::from_secs(60)).await;
-        assert_eq!(*seen.lock().unwrap(), ["/tasks/exit containerd.events.TaskExit"]);
+        assert_eq!(*delivered.lock().unwrap(), ["/tasks/exit containerd.events.TaskExit"]);
     }
 }

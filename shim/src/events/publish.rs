@@ -1,4 +1,4 @@
-//! The two ways to containerd: its ttrpc socket, or its binary's `publish` command.
+//! Publishes events to containerd, through its ttrpc socket or its binary's `publish` command.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -12,62 +12,62 @@ use ttrpc::asynchronous::transport::Socket;
 
 use super::Publish;
 
-/// How long one delivery may take.
+/// Timeout of one delivery attempt.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why an event was not delivered.
+/// A failed delivery attempt.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// Neither socket nor binary are known.
-    #[error("containerd named neither a ttrpc socket nor its binary")]
-    Nowhere,
-    /// containerd's socket cannot be reached.
-    #[error("connecting to {path}")]
+    /// Neither the socket nor the binary is known.
+    #[error("containerd passed neither a ttrpc socket nor the path of its binary")]
+    NoDestination,
+    /// The connection to containerd's socket failed.
+    #[error("failed to connect to {path}")]
     Connect {
         /// The socket.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// The call failed.
-    #[error("forwarding the event")]
+    /// The ttrpc call failed.
+    #[error("failed to forward the event")]
     Forward(#[source] ttrpc::Error),
     /// The binary cannot be run.
-    #[error("running {path} publish")]
+    #[error("failed to run {path} publish")]
     Binary {
         /// The binary.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// The binary failed.
-    #[error("{path} publish: {status}")]
+    /// The binary ended with an error status.
+    #[error("{path} publish failed: {status}")]
     BinaryStatus {
         /// The binary.
         path: String,
-        /// How it ended.
+        /// Its exit status.
         status: std::process::ExitStatus,
     },
-    /// It took too long.
-    #[error("no answer in {} s", TIMEOUT.as_secs())]
+    /// The binary exceeded its timeout.
+    #[error("containerd's publish command timed out after {} s", TIMEOUT.as_secs())]
     Timeout,
 }
 
-/// containerd, as the shim was told to reach it.
+/// The containerd that receives the events.
 pub struct Destination {
     /// Its ttrpc socket; may be empty.
     pub ttrpc_address: String,
-    /// Its gRPC socket, which the binary needs.
+    /// Its gRPC socket, for the binary.
     pub address: String,
-    /// Its binary; may be empty.
+    /// Path of its binary; may be empty.
     pub binary: String,
     client: Option<EventsClient>,
 }
 
 impl Destination {
-    /// A destination nothing was sent to yet.
+    /// Returns a destination that connects at the first event.
     pub fn new(ttrpc_address: String, address: String, binary: String) -> Self {
         Self { ttrpc_address, address, binary, client: None }
     }
@@ -87,7 +87,7 @@ impl Destination {
         let request = ForwardRequest { envelope: Some(event.clone()).into(), ..Default::default() };
         let result = client.forward(ttrpc::context::with_duration(TIMEOUT), &request).await;
         if result.is_err() {
-            // A new connection for the next try; containerd may have been restarted.
+            // The next attempt needs a new connection: containerd may have been restarted.
             self.client = None;
         }
         result.map(drop).map_err(PublishError::Forward)
@@ -120,7 +120,7 @@ impl Publish for Destination {
         } else if !self.binary.is_empty() {
             tokio::time::timeout(TIMEOUT, self.run_binary(event)).await.map_err(|_| PublishError::Timeout)?
         } else {
-            Err(PublishError::Nowhere)
+            Err(PublishError::NoDestination)
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Interfaces, addresses, routes, rules and neighbours that change after the pod's start.
+//! Changes of the pod's network after its start: interfaces, addresses, routes, rules and neighbours.
 
 use std::fs::File;
 use std::io;
@@ -8,11 +8,11 @@ use husk_netlink::{Netlink, socket};
 use husk_proto::agent::{Interface, NetworkRequest};
 use nix::sched::{CloneFlags, setns};
 
-use super::read::{self, Left, Link};
-use super::{NetworkError, Tap, Wish, kernel, tap};
+use super::read::{self, Link, Unsupported};
+use super::{NetworkError, Tap, TapOptions, kernel_error, tap};
 
-/// The groups of rtnetlink(7) that tell of what the guest is given.
-const GROUPS: i32 = libc::RTMGRP_LINK
+/// The rtnetlink(7) multicast groups for everything that the guest gets.
+const MULTICAST_GROUPS: i32 = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_IFADDR
     | libc::RTMGRP_IPV6_IFADDR
     | libc::RTMGRP_IPV4_ROUTE
@@ -20,56 +20,59 @@ const GROUPS: i32 = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_RULE
     | RTMGRP_IPV6_RULE
     | libc::RTMGRP_NEIGH;
-/// The bit of RTNLGRP_IPV6_RULE, 19 (linux/rtnetlink.h), which has no such name of its own there.
+/// The bit of RTNLGRP_IPV6_RULE, which is 19 (linux/rtnetlink.h). The kernel has no RTMGRP_ constant for it.
 const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 
-/// What looks at the namespace again.
+/// Compares the network of a namespace with its earlier state.
 #[derive(Debug)]
 pub struct Follow {
     namespace: File,
-    connected: Vec<Connected>,
-    /// Those whose taps were given up: redirections to them are still there.
-    given_up: Vec<Connected>,
-    /// Addresses of the guest's devices whose interfaces are gone, since a look told of them.
+    connected: Vec<TapLink>,
+    /// Interfaces whose taps are to be removed: their redirections still exist.
+    stale: Vec<TapLink>,
+    /// MAC addresses of removed interfaces that no [`Change`] has reported yet.
     gone: Vec<[u8; 6]>,
     last: NetworkRequest,
-    left: Left,
-    wish: Wish,
+    unsupported: Unsupported,
+    options: TapOptions,
 }
 
 /// An interface that has a tap.
 #[derive(Debug)]
-struct Connected {
-    /// Its index.
+struct TapLink {
+    /// Index of the interface.
     link: i32,
-    /// The tap's.
+    /// Index of the tap.
     tap: i32,
-    /// What the tap was made for: the guest's device has it for good.
+    /// MAC address of the interface when the tap was created. The guest's device keeps it.
     mac: [u8; 6],
 }
 
-impl Connected {
-    fn by(tap: &Tap) -> Self {
+impl TapLink {
+    fn from_tap(tap: &Tap) -> Self {
         Self { link: tap.link, tap: tap.index, mac: tap.mac }
     }
 }
 
-/// How the namespace differs from what it was.
+/// The difference between the current and the earlier state of a namespace.
 #[derive(Debug)]
 pub struct Change {
-    /// The taps of the interfaces that are new.
+    /// The taps of new interfaces.
     pub taps: Vec<Tap>,
-    /// The addresses of those that are gone.
+    /// The MAC addresses of removed interfaces.
     pub gone: Vec<[u8; 6]>,
-    /// All that is there now.
+    /// The complete current state.
     pub now: NetworkRequest,
 }
 
 impl Change {
-    /// What is there beside the interfaces that are new: the guest forgets by it what went by the same names and addresses.
+    /// Returns the current state without the new interfaces, and without their routes and neighbours.
+    ///
+    /// It is sent before the devices of new interfaces are hot-plugged: the guest then removes everything of an earlier
+    /// interface with the same name or MAC address.
     pub fn without_new(&self) -> NetworkRequest {
         let mut rest = self.now.clone();
-        let is_new = |mac: &str| self.taps.iter().any(|tap| read::print_mac(&tap.mac) == mac);
+        let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
         let (new, old) = rest.interfaces.into_iter().partition(|interface: &Interface| is_new(&interface.mac));
         rest.interfaces = old;
         let is_new = |name: &str| new.iter().any(|interface: &Interface| interface.name == name);
@@ -80,96 +83,100 @@ impl Change {
 }
 
 impl Follow {
-    /// Begins in the current namespace, of which so much is given to the guest and so much not, and in which interfaces
-    /// have `taps`.
-    ///
-    /// # Errors
-    /// When the namespace has no name.
-    pub(super) fn begin(taps: &[Tap], (last, left): (NetworkRequest, Left), wish: Wish) -> io::Result<Self> {
+    /// Starts with the current namespace, the state that was read from it, and the taps of its interfaces.
+    pub(super) fn new(
+        taps: &[Tap],
+        (last, unsupported): (NetworkRequest, Unsupported),
+        options: TapOptions,
+    ) -> io::Result<Self> {
         Ok(Self {
             namespace: File::open("/proc/thread-self/ns/net")?,
-            connected: taps.iter().map(Connected::by).collect(),
-            given_up: Vec::new(),
+            connected: taps.iter().map(TapLink::from_tap).collect(),
+            stale: Vec::new(),
             gone: Vec::new(),
             last,
-            left,
-            wish,
+            unsupported,
+            options,
         })
     }
 
-    /// Looks at the namespace and makes taps for interfaces that are new; none when nothing changed. Blocks, and enters
-    /// the namespace for good: to be called in a thread that ends with it.
+    /// Reads the namespace and creates taps for new interfaces. Returns `None` if nothing has changed.
+    ///
+    /// Blocks, and moves the calling thread to the namespace permanently: call it in a thread that ends afterwards.
     ///
     /// # Errors
-    /// [`NetworkError`]; the next look finds the same again.
+    /// [`NetworkError`]. The next call reports the same changes again.
     pub fn look(&mut self) -> Result<Option<Change>, NetworkError> {
-        setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|error| kernel("be entered")(error.into()))?;
-        let netlink = Netlink::open().map_err(kernel("open netlink"))?;
-        let all = husk_netlink::links(&netlink).map_err(kernel("list interfaces"))?;
+        setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+            .map_err(|error| kernel_error("enter the network namespace")(error.into()))?;
+        let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
+        let all = husk_netlink::links(&netlink).map_err(kernel_error("list interfaces"))?;
         let is_tap = |index| self.connected.iter().any(|connected| connected.tap == index);
         let links: Vec<Link> =
-            all.iter().filter(|link| !is_tap(link.index)).cloned().filter_map(read::usable).collect();
-        self.disconnect(&netlink, &all)?;
-        let (now, left) = read::all(&netlink, &links)?;
-        tell(left.difference(&self.left));
-        self.left = left;
+            all.iter().filter(|link| !is_tap(link.index)).cloned().filter_map(read::to_guest_link).collect();
+        self.remove_taps(&netlink, &all)?;
+        let (now, unsupported) = read::network(&netlink, &links)?;
+        log_unsupported(unsupported.difference(&self.unsupported));
+        self.unsupported = unsupported;
         let mut taps = Vec::new();
         for link in &links {
             if self.connected.iter().any(|connected| connected.link == link.index) {
                 continue;
             }
-            match tap::beside(&netlink, link, self.wish.of_each(1)) {
+            match tap::create(&netlink, link, self.options.per_interface(1)) {
                 Ok(tap) => taps.push(tap),
                 Err(error) => {
-                    // What leads to those that are there already would stand in the way of the next try.
-                    self.given_up.extend(taps.iter().map(Connected::by));
+                    // The redirections to the taps made in this call would make the next attempt fail.
+                    self.stale.extend(taps.iter().map(TapLink::from_tap));
                     return Err(error);
                 }
             }
         }
-        self.connected.extend(taps.iter().map(Connected::by));
+        self.connected.extend(taps.iter().map(TapLink::from_tap));
         let changed = !taps.is_empty() || !self.gone.is_empty() || now != self.last;
         self.last.clone_from(&now);
         Ok(changed.then(|| Change { taps, gone: std::mem::take(&mut self.gone), now }))
     }
 
-    /// Removes the taps of interfaces that are gone, or that have another hardware address by now: what comes in their place
-    /// gets a tap of its own, and the guest a device.
-    fn disconnect(&mut self, netlink: &Netlink, all: &[husk_netlink::Link]) -> Result<(), NetworkError> {
-        let (stay, go) = std::mem::take(&mut self.connected).into_iter().partition(|connected: &Connected| {
+    /// Removes the taps of interfaces that were removed or whose MAC address has changed.
+    ///
+    /// An interface with a new MAC address counts as a new one: it gets a new tap, and the guest a new device.
+    fn remove_taps(&mut self, netlink: &Netlink, all: &[husk_netlink::Link]) -> Result<(), NetworkError> {
+        let (kept, removed) = std::mem::take(&mut self.connected).into_iter().partition(|connected: &TapLink| {
             all.iter().any(|link| link.index == connected.link && link.mac == connected.mac)
         });
-        self.connected = stay;
-        let go: Vec<Connected> = go;
-        self.gone.extend(go.iter().map(|connected| connected.mac));
-        self.given_up.extend(go);
-        while let Some(connected) = self.given_up.last() {
-            tap::disconnect(netlink, connected.link, connected.tap).map_err(kernel("remove a tap"))?;
-            self.given_up.pop();
+        self.connected = kept;
+        let removed: Vec<TapLink> = removed;
+        self.gone.extend(removed.iter().map(|connected| connected.mac));
+        self.stale.extend(removed);
+        while let Some(connected) = self.stale.last() {
+            tap::remove(netlink, connected.link, connected.tap).map_err(kernel_error("remove a tap"))?;
+            self.stale.pop();
         }
         Ok(())
     }
 
-    /// What was found was not taken over, nor were the interfaces of `taps`: the next look finds all of it again.
+    /// Records that the last change, with the new interfaces of `taps`, did not reach the guest.
+    ///
+    /// The next [`Follow::look`] reports all of it again.
     pub fn forget(&mut self, taps: &[Tap]) {
         self.last = NetworkRequest::default();
-        let (kept, given_up): (Vec<_>, Vec<_>) = std::mem::take(&mut self.connected)
+        let (kept, stale): (Vec<_>, Vec<_>) = std::mem::take(&mut self.connected)
             .into_iter()
             .partition(|connected| taps.iter().all(|tap| tap.link != connected.link));
         self.connected = kept;
-        self.given_up.extend(given_up);
+        self.stale.extend(stale);
     }
 }
 
-/// Says what the guest does not get.
-pub(super) fn tell<'a>(left: impl IntoIterator<Item = &'a String>) {
-    left.into_iter().for_each(|what| tracing::warn!("the pod's network has {what}: the guest does not"));
+/// Logs the parts of the pod's network that the guest does not get.
+pub(super) fn log_unsupported<'a>(unsupported: impl IntoIterator<Item = &'a String>) {
+    unsupported
+        .into_iter()
+        .for_each(|what| tracing::warn!("the pod's network has {what}, which Husk does not support: ignored"));
 }
 
-/// A socket that has something to read when the current namespace changed. Non-blocking.
-///
-/// # Errors
-/// What the kernel says.
-pub(super) fn notices() -> io::Result<OwnedFd> {
-    socket(GROUPS as u32, libc::SOCK_NONBLOCK)
+/// Opens a non-blocking socket that becomes readable when the network of the current namespace changes.
+pub(super) fn subscribe() -> io::Result<OwnedFd> {
+    socket(MULTICAST_GROUPS as u32, libc::SOCK_NONBLOCK)
 }

@@ -1,11 +1,11 @@
-//! The pod's network, as CNI made it in a namespace of the host, carried over to the guest.
+//! The pod's network: connects the guest to the network namespace that CNI set up on the host.
 //!
-//! Beside each interface of the namespace a tap is made, and traffic control redirects every frame from one to the
-//! other, both ways. The interface keeps its name and addresses, which statistics and CNI's own checks look for; the
-//! guest gets an interface of the same name, hardware address, addresses, routes, rules and neighbours. The taps live as
-//! long as somebody holds their descriptors: with the VMM they are gone.
+//! Each interface of the namespace gets a tap, and traffic control redirects every frame between the two, in both
+//! directions. The interface keeps its name and addresses, because statistics and CNI's checks expect them. The guest
+//! gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A tap exists as long as
+//! one of its fds is open, so it disappears with the VMM.
 //!
-//! [`connect`] runs before the daemon has a second thread: it changes the network namespace of the process.
+//! [`connect`] changes the calling thread's network namespace. In the daemon it runs while there is a single thread.
 
 mod follow;
 mod read;
@@ -24,140 +24,143 @@ use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 pub use steer::Steer;
 
-/// Descriptors that a machine is made of beside its interfaces', at most.
-const MACHINE_FDS: usize = 4;
+/// Maximum number of fds in the message that creates a VM, apart from those of its interfaces.
+const VM_FDS: usize = 4;
 
-/// What the guest is given.
+/// The pod's network as the guest gets it.
 #[derive(Debug, Default)]
 pub struct Network {
-    /// The host's ends, one for each interface.
+    /// The taps, one for each interface.
     pub taps: Vec<Tap>,
-    /// Interfaces with their addresses, routes, rules, neighbours that were set.
+    /// Interfaces with their addresses, and the configured routes, rules and neighbours.
     pub given: NetworkRequest,
-    /// What tells of changes.
+    /// The watcher for later changes, with the socket that becomes readable when something has changed.
     pub follow: Option<(Follow, OwnedFd)>,
-    /// What takes connections that are dialled within the namespace.
+    /// Accepts connections that host processes open inside the namespace.
     pub steer: Option<Steer>,
 }
 
-/// How taps are made.
+/// Options for creating taps.
 #[derive(Debug, Clone, Copy)]
-pub struct Wish {
-    /// Queues of each, 1 or more.
-    pub pairs: usize,
-    /// Whether the host's kernel is to carry the guest's frames where it can.
+pub struct TapOptions {
+    /// Queue pairs of each tap, at least 1.
+    pub queue_pairs: usize,
+    /// Use vhost-net if the host has it.
     pub vhost: bool,
 }
 
-impl Wish {
-    /// For so many interfaces, whose descriptors go to the VMM in one message beside the machine's own: with very many
-    /// there are fewer queues.
-    fn of_each(self, interfaces: usize) -> Self {
-        let room = (wire::MAX_FDS - MACHINE_FDS) / interfaces.max(1);
-        Self { pairs: self.pairs.min(room.saturating_sub(usize::from(self.vhost))).max(1), ..self }
+impl TapOptions {
+    /// Limits the queue pairs for a VM with this many interfaces.
+    ///
+    /// All their fds go to the VMM in one message, together with the VM's other fds. With very many interfaces each has
+    /// fewer queue pairs.
+    fn per_interface(self, interfaces: usize) -> Self {
+        let fds = (wire::MAX_FDS - VM_FDS) / interfaces.max(1);
+        Self { queue_pairs: self.queue_pairs.min(fds.saturating_sub(usize::from(self.vhost))).max(1), ..self }
     }
 }
 
-/// A tap whose frames go to and from an interface of the pod.
+/// A tap that exchanges frames with an interface of the pod.
 #[derive(Debug)]
 pub struct Tap {
-    /// The open device, once for each of its queues.
+    /// The open device, one fd per queue pair.
     pub fds: Vec<OwnedFd>,
-    /// `/dev/vhost-net` where the host's kernel may carry the frames: it drops those with a foreign hardware address. Where
-    /// it may not, the VMM is to drop them.
+    /// `/dev/vhost-net`, if vhost-net may carry the frames. MAC anti-spoofing is then done by traffic control on the
+    /// host, otherwise by the VMM.
     pub vhost: Option<OwnedFd>,
     /// The interface's index in the namespace.
     pub link: i32,
-    /// Its own.
+    /// The tap's index in the namespace.
     pub index: i32,
-    /// The interface's hardware address.
+    /// The interface's MAC address.
     pub mac: [u8; 6],
-    /// Its MTU in bytes.
+    /// The interface's MTU in bytes.
     pub mtu: u16,
 }
 
-/// Why a pod's network cannot be carried over.
+/// A failure to connect a pod's network.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// A namespace cannot be opened.
-    #[error("opening the network namespace {path}")]
+    #[error("failed to open the network namespace {path}")]
     Open {
         /// The namespace.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The namespace cannot be entered or left.
-    #[error("changing to the network namespace {path}")]
+    #[error("failed to enter the network namespace {path}")]
     Enter {
         /// The namespace.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: nix::Error,
     },
-    /// The kernel refused.
-    #[error("pod's network: cannot {step}")]
+    /// The kernel rejected an operation.
+    #[error("pod network: failed to {step}")]
     Kernel {
-        /// What was being done.
+        /// The operation, as a verb with its object.
         step: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
-fn kernel(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+/// Returns a conversion to [`NetworkError::Kernel`], for use with `map_err`.
+fn kernel_error(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Kernel { step: step.into(), source }
 }
 
-/// Reads the network of the namespace at `path` and puts a tap beside each of its interfaces.
+/// Reads the network of the namespace at `path` and creates a tap for each of its interfaces.
 ///
 /// # Errors
-/// [`NetworkError`]; taps made until then are gone. The process is back in its own namespace, but for
-/// [`NetworkError::Enter`] of that one.
-pub fn connect(path: &Path, wish: Wish) -> Result<Network, NetworkError> {
-    within(path, || {
-        let netlink = Netlink::open().map_err(kernel("open netlink"))?;
-        let links = read::links(&netlink).map_err(kernel("list interfaces"))?;
-        let each = wish.of_each(links.len());
-        let taps = links.iter().map(|link| tap::beside(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // What changes after it was read is told; that the taps were made is not.
-        let notices = follow::notices();
-        let (given, left) = read::all(&netlink, &links)?;
-        follow::tell(&left);
-        let follow = notices.and_then(|notices| Ok((Follow::begin(&taps, (given.clone(), left), wish)?, notices)));
+/// [`NetworkError`]. Taps created before the failure are removed. The thread is back in its original namespace, unless
+/// the error is [`NetworkError::Enter`] for that namespace.
+pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError> {
+    in_namespace(path, || {
+        let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
+        let links = read::links(&netlink).map_err(kernel_error("list interfaces"))?;
+        let each = options.per_interface(links.len());
+        let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
+        // Changes after this are reported; the creation of the taps is not.
+        let notices = follow::subscribe();
+        let (given, unsupported) = read::network(&netlink, &links)?;
+        follow::log_unsupported(&unsupported);
+        let follow =
+            notices.and_then(|notices| Ok((Follow::new(&taps, (given.clone(), unsupported), options)?, notices)));
         let network = Network {
             taps,
             given,
-            // The pod runs without it.
-            follow: follow.inspect_err(|error| tracing::warn!(%error, "changes of the network go unnoticed")).ok(),
-            steer: steered(),
+            // Best effort.
+            follow: follow
+                .inspect_err(|error| tracing::warn!(%error, "failed to watch the pod's network for changes"))
+                .ok(),
+            steer: steer_connections(),
         };
         Ok(network)
     })?
 }
 
-/// What carries connections to localhost in the current namespace to the guest.
-fn steered() -> Option<Steer> {
-    // The pod runs without it.
+/// Starts port forwarding: steers TCP connections that host processes open in the current namespace to the shim.
+fn steer_connections() -> Option<Steer> {
+    // Best effort.
     steer::current_namespace()
-        .inspect_err(|error| tracing::warn!(%error, "no port-forward: connections cannot be steered"))
+        .inspect_err(|error| tracing::warn!(%error, "port forwarding is not available: failed to steer connections"))
         .ok()
 }
 
-/// What follows a new namespace, at `path`, in which nothing but a loopback interface is yet; with `steer`, ports of its
-/// localhost are the guest's.
-///
-/// # Errors
-/// [`NetworkError`], as of [`connect`].
-pub fn fresh(path: &Path, steer: bool, wish: Wish) -> Result<Network, NetworkError> {
-    within(path, || {
-        let notices = follow::notices();
-        let follow = notices.and_then(|notices| Ok((Follow::begin(&[], Default::default(), wish)?, notices)));
-        let follow = Some(follow.map_err(kernel("watch the namespace"))?);
-        Ok(Network { follow, steer: steer.then(steered).flatten(), ..Network::default() })
+/// Watches the new network namespace at `path`, which has only a loopback interface yet. With `steer`, also starts port
+/// forwarding.
+pub fn watch_new(path: &Path, steer: bool, options: TapOptions) -> Result<Network, NetworkError> {
+    in_namespace(path, || {
+        let notices = follow::subscribe();
+        let follow = notices.and_then(|notices| Ok((Follow::new(&[], Default::default(), options)?, notices)));
+        let follow = Some(follow.map_err(kernel_error("subscribe to changes"))?);
+        Ok(Network { follow, steer: steer.then(steer_connections).flatten(), ..Network::default() })
     })?
 }
 
@@ -165,16 +168,33 @@ pub fn fresh(path: &Path, steer: bool, wish: Wish) -> Result<Network, NetworkErr
 ///
 /// # Errors
 /// [`NetworkError::Open`] and [`NetworkError::Enter`].
-pub fn within<T>(path: &Path, f: impl FnOnce() -> T) -> Result<T, NetworkError> {
+pub fn in_namespace<T>(path: &Path, f: impl FnOnce() -> T) -> Result<T, NetworkError> {
     let open = |path: &Path| File::open(path).map_err(|source| NetworkError::Open { path: path.into(), source });
     let enter = |file: &File, path: &Path| {
         setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|source| NetworkError::Enter { path: path.into(), source })
     };
-    let own = Path::new("/proc/self/ns/net");
-    let (home, pod) = (open(own)?, open(path)?);
+    let original_path = Path::new("/proc/self/ns/net");
+    let (original, pod) = (open(original_path)?, open(path)?);
     enter(&pod, path)?;
     let result = f();
-    enter(&home, own)?;
+    enter(&original, original_path)?;
     Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn per_interface_leaves_room_for_every_fd() {
+        for vhost in [false, true] {
+            let options = TapOptions { queue_pairs: 8, vhost };
+            assert_eq!(options.per_interface(1).queue_pairs, 8);
+            for interfaces in 1..=(wire::MAX_FDS - VM_FDS) / 2 {
+                let each = options.per_interface(interfaces).queue_pairs + usize::from(vhost);
+                assert!(interfaces * each <= wire::MAX_FDS - VM_FDS, "{interfaces}");
+            }
+        }
+    }
 }

@@ -1,21 +1,23 @@
-//! Steers every TCP connection within the pod's host-side network namespace to two listeners of the shim's.
+//! Port forwarding on the host: steers TCP connections inside the pod's network namespace to two listeners of the shim.
 //!
-//! That namespace has no servers of its own (the pod's are in the guest), and what comes by an interface never reaches
-//! its stack. What is left is what a process of the host dials there: containerd's port-forward dials localhost. A
-//! program at the kernel's socket look-up (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) answers with the listener of the family,
-//! whatever address and port were dialled; the accepted connection has these as its own. No netfilter is needed, and all
-//! of it is gone with its descriptors.
+//! The namespace has no servers, because those of the pod are in the guest. Frames that arrive at an interface are
+//! redirected and never reach the namespace's network stack. The only connections are those that host processes open
+//! inside the namespace: containerd's port forwarding connects to localhost there.
+//!
+//! A BPF program at the kernel's socket lookup (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener of the address
+//! family, for every destination address and port. The accepted connection has the destination as its local address.
+//! This needs no netfilter, and everything disappears when its fds are closed.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-/// The listeners, and what steers connections to them.
+/// The listeners, and the BPF link that steers connections to them.
 #[derive(Debug)]
 pub struct Steer {
-    /// For IPv4, and for IPv6 where the namespace has it. Non-blocking.
+    /// Non-blocking listeners for IPv4, and for IPv6 if the namespace has it.
     pub listeners: Vec<TcpListener>,
-    /// The program's link to the namespace, which ends when it is closed.
+    /// The BPF link between the program and the namespace. Closing it ends the steering.
     pub link: OwnedFd,
 }
 
@@ -39,7 +41,7 @@ const CTX_PROTOCOL: i16 = 12;
 /// Steers the connections of the current network namespace.
 ///
 /// # Errors
-/// What the kernel says: it may be older than the program's kind, or be told not to allow any.
+/// Among others, if the kernel is older than this program type, or is configured to forbid BPF programs.
 pub fn current_namespace() -> io::Result<Steer> {
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
@@ -47,7 +49,7 @@ pub fn current_namespace() -> io::Result<Steer> {
         Ok::<_, io::Error>(listener)
     };
     let mut listeners = vec![listen((Ipv4Addr::LOCALHOST, 0).into())?];
-    // A namespace may have no IPv6.
+    // The namespace may lack IPv6.
     listeners.extend(listen((Ipv6Addr::LOCALHOST, 0).into()));
     let map = create_map()?;
     for (key, listener) in listeners.iter().enumerate() {
@@ -57,24 +59,25 @@ pub fn current_namespace() -> io::Result<Steer> {
     let namespace = std::fs::File::open("/proc/thread-self/ns/net")?;
     // struct { prog_fd, target_fd, attach_type, flags }
     let mut attr = [program.as_raw_fd().cast_unsigned(), namespace.as_raw_fd().cast_unsigned(), BPF_SK_LOOKUP, 0];
-    // SAFETY: the attributes are the four numbers the command reads.
+    // SAFETY: the attributes are the four numbers that BPF_LINK_CREATE reads, and contain no pointers.
     let link = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
-    // The link holds the program, and that the map.
+    // The link keeps the program alive, and the program keeps the map alive.
     Ok(Steer { listeners, link })
 }
 
 fn create_map() -> io::Result<OwnedFd> {
     // struct { map_type, key_size, value_size, max_entries }
     let mut attr = [BPF_MAP_TYPE_SOCKMAP, 4, 8, 2];
-    // SAFETY: the attributes are the four numbers the command needs; what is beyond them counts as zero.
+    // SAFETY: the attributes are the four numbers that BPF_MAP_CREATE needs, and contain no pointers. The kernel takes
+    // missing attributes as zero.
     unsafe { bpf(BPF_MAP_CREATE, &mut attr) }
 }
 
 fn insert(map: &OwnedFd, key: usize, socket: &impl AsFd) -> io::Result<()> {
     let (key, value) = (key as u32, socket.as_fd().as_raw_fd() as u64);
-    // struct { map_fd, key, value, flags }, the first padded to eight bytes
+    // struct { map_fd, key, value, flags }; map_fd is padded to eight bytes
     let mut attr = [map.as_raw_fd() as u64, (&raw const key).addr() as u64, (&raw const value).addr() as u64, 0];
-    // SAFETY: key and value are as large as the map was told, and live through the call.
+    // SAFETY: the pointers lead to a key and a value of the sizes that the map was created with; both outlive the call.
     unsafe { command(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
 }
 
@@ -87,11 +90,12 @@ fn load(program: &[u64]) -> io::Result<OwnedFd> {
     attr[1] = program.as_ptr().addr() as u64;
     attr[2] = license.as_ptr().addr() as u64;
     attr[8] = u64::from(BPF_SK_LOOKUP) << 32;
-    // SAFETY: program and license live through the call, and the program's length is its own.
+    // SAFETY: the pointers lead to the program, with its own length, and to the NUL-terminated license; both outlive
+    // the call.
     unsafe { bpf(BPF_PROG_LOAD, &mut attr) }
 }
 
-/// One instruction: operation, registers, offset, value.
+/// Encodes one BPF instruction: opcode, registers, offset and immediate value.
 fn op(code: u8, dst: u8, src: u8, offset: i16, value: i32) -> u64 {
     u64::from(code)
         | u64::from(src << 4 | dst) << 8
@@ -99,15 +103,15 @@ fn op(code: u8, dst: u8, src: u8, offset: i16, value: i32) -> u64 {
         | u64::from(value.cast_unsigned()) << 32
 }
 
-/// The program; jumps count the instructions they skip.
+/// Returns the BPF program. A jump offset is the number of instructions to skip.
 fn program(map: i32) -> Vec<u64> {
-    // linux/bpf_common.h and linux/bpf.h: classes and modes of the operations used.
+    // linux/bpf_common.h and linux/bpf.h: the opcodes in use.
     const MOV: u8 = 0xbf; // dst = src
     const MOV_VALUE: u8 = 0xb7; // dst = value
     const ADD_VALUE: u8 = 0x07;
     const LOAD_WORD: u8 = 0x61; // dst = *(u32 *)(src + offset)
     const STORE_WORD: u8 = 0x62; // *(u32 *)(dst + offset) = value
-    const LOAD_MAP: u8 = 0x18; // takes two slots
+    const LOAD_MAP: u8 = 0x18; // occupies two instructions
     const JUMP_NOT_EQUAL: u8 = 0x55;
     const JUMP_EQUAL: u8 = 0x15;
     const CALL: u8 = 0x85;
@@ -116,7 +120,7 @@ fn program(map: i32) -> Vec<u64> {
         op(MOV, 6, 1, 0, 0),
         op(LOAD_WORD, 2, 6, CTX_PROTOCOL, 0),
         op(JUMP_NOT_EQUAL, 2, 0, 17, libc::IPPROTO_TCP),
-        // The listener's position is 0 for IPv4, 1 for IPv6.
+        // The map key is 0 for the IPv4 listener and 1 for the IPv6 listener.
         op(LOAD_WORD, 2, 6, CTX_FAMILY, 0),
         op(STORE_WORD, 10, 0, -4, 0),
         op(JUMP_EQUAL, 2, 0, 1, libc::AF_INET),
@@ -132,7 +136,7 @@ fn program(map: i32) -> Vec<u64> {
         op(MOV, 2, 7, 0, 0),
         op(MOV_VALUE, 3, 0, 0, 0),
         op(CALL, 0, 0, 0, FUNC_SK_ASSIGN),
-        // (r7 is the looked-up socket, whose reference is given back)
+        // Releases the reference to the listener in r7.
         op(MOV, 1, 7, 0, 0),
         op(CALL, 0, 0, 0, FUNC_SK_RELEASE),
         op(MOV_VALUE, 0, 0, 0, SK_PASS),
@@ -140,19 +144,22 @@ fn program(map: i32) -> Vec<u64> {
     ]
 }
 
-/// A bpf(2) command that makes a descriptor.
+/// Runs a bpf(2) command that returns a new fd.
 ///
 /// # Safety
-/// The attributes are those of the command, and what they point to is valid through the call.
+/// The attributes must be those of the command, and all pointers in them must stay valid during the call.
 unsafe fn bpf<T>(cmd: libc::c_int, attr: &mut [T]) -> io::Result<OwnedFd> {
-    // SAFETY: as the caller promises; the descriptor is new and nobody else's.
+    // SAFETY: the caller upholds the contract of `command`; the kernel has just created the fd, and nothing else owns
+    // it.
     unsafe { command(cmd, attr).map(|fd| OwnedFd::from_raw_fd(fd)) }
 }
 
+/// Runs a bpf(2) command and returns its result.
+///
 /// # Safety
 /// As for [`bpf`].
 unsafe fn command<T>(cmd: libc::c_int, attr: &mut [T]) -> io::Result<libc::c_int> {
-    // SAFETY: as the caller promises; the length is that of the attributes.
+    // SAFETY: the caller passes attributes that are valid for the command; the size is that of the attributes.
     match unsafe { libc::syscall(libc::SYS_bpf, cmd, attr.as_mut_ptr(), size_of_val(attr)) } {
         result if result < 0 => Err(io::Error::last_os_error()),
         result => Ok(result as libc::c_int),
@@ -164,18 +171,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn jumps_lead_to_the_end_they_mean() {
+    fn jumps_reach_the_intended_instructions() {
         let program = program(3);
         let at = |index: usize| (program[index] & 0xff) as u8;
         let target = |index: usize| index + 1 + ((program[index] >> 16) & 0xffff) as usize;
-        // The last two instructions let the look-up go on.
+        // The last two instructions return SK_PASS: the lookup continues.
         let end = program.len() - 2;
         assert_eq!(at(end), 0xb7);
         assert_eq!((at(2), at(12)), (0x55, 0x15));
         for jump in [2, 12] {
             assert_eq!(target(jump), end, "from {jump}");
         }
-        // Over the store of position 1, to the map.
+        // Skips the store of key 1 and reaches LOAD_MAP.
         assert_eq!((at(5), at(target(5))), (0x15, 0x18));
     }
 }

@@ -1,4 +1,4 @@
-//! The files every container of a pod sees as its own: host name, hosts and resolv.conf, and the pod's shared memory.
+//! Files that all containers of a pod share: `hostname`, `hosts` and `resolv.conf` in `/etc`, and the pod's `/dev/shm`.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,52 +8,52 @@ use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
 
-/// Their names in the sandbox's directory, each mounted at `/etc` of a container.
+/// File names in the sandbox's state directory. Each is mounted in a container's `/etc`.
 pub const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
-/// Where containers have shared memory.
+/// Mount point of shared memory in a container.
 const SHM: &str = "/dev/shm";
-/// What the pod's shared memory is called in a specification: a name of containerd's form, which the bundle's
-/// translation takes for the guest's own. There is nothing at that path.
+/// Source of the pod's shared memory in a specification. The path does not exist: it has the form of containerd's
+/// paths, and the translation of the bundle replaces a mount from there with the guest's shared memory.
 const SHM_SOURCE: &str = "/run/husk/sandboxes/pod/shm";
 
-/// Why they cannot be made.
+/// A failure to write the pod's files.
 #[derive(Debug, thiserror::Error)]
 pub enum FilesError {
-    /// One of the node's cannot be read.
-    #[error("reading {path}")]
+    /// A file of the node cannot be read.
+    #[error("failed to read the node's {path}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// One of the pod's cannot be written.
-    #[error("writing {path}")]
+    /// A file of the pod cannot be written.
+    #[error("failed to write the pod's {path}")]
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
-/// Writes the files into `dir`.
+/// Writes the pod's files into `dir`.
 ///
 /// # Errors
-/// [`FilesError`]; those written until then stay, and go with the directory.
+/// [`FilesError`]. Files already written stay in `dir`, and are removed with it.
 pub fn write(dir: &Path, config: &PodSandboxConfig, hostname: &str) -> Result<(), FilesError> {
-    let node = |path: &str| match std::fs::read(path) {
-        // A node without one has nothing to hand on.
+    let read_node_file = |path: &str| match std::fs::read(path) {
+        // If the node has no such file, the pod gets an empty one.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         other => other.map_err(|source| FilesError::Read { path: path.into(), source }),
     };
     let resolv = match config.dns_config.as_ref() {
         Some(dns) => resolv_conf(dns).into_bytes(),
-        None => node("/etc/resolv.conf")?,
+        None => read_node_file("/etc/resolv.conf")?,
     };
-    let contents = [format!("{hostname}\n").into_bytes(), node("/etc/hosts")?, resolv];
+    let contents = [format!("{hostname}\n").into_bytes(), read_node_file("/etc/hosts")?, resolv];
     for (name, content) in FILES.iter().zip(contents) {
         let path = dir.join(name);
         std::fs::write(&path, content).map_err(|source| FilesError::Write { path, source })?;
@@ -75,8 +75,10 @@ fn resolv_conf(dns: &DNSConfig) -> String {
     text
 }
 
-/// Adds to a container's specification what containerd leaves to the sandbox, where the container has nothing of its
-/// own there: the files in `dir`, and the pod's shared memory instead of the container's.
+/// Adds the mounts that containerd leaves to the sandbox: the files in `dir`, and the pod's shared memory.
+///
+/// A mount that the container already has at one of these places stays. The exception is shared memory of the
+/// container's own (a tmpfs), which the pod's shared memory replaces.
 pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let read_only = bundle.raw.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let access = if read_only { "ro" } else { "rw" };
@@ -92,7 +94,7 @@ pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let shm = json!({ "destination": SHM, "type": "bind", "source": SHM_SOURCE, "options": ["rbind", "rw"] });
     let raw = bundle.raw.get_mut("mounts").and_then(Value::as_array_mut);
     match bundle.spec.mounts.iter_mut().zip(raw.into_iter().flatten()).find(|(mount, _)| mount.destination == SHM) {
-        // A volume that the pod has put there stays.
+        // A volume of the pod at /dev/shm stays.
         Some((mount, _)) if mount.is_bind() => {}
         Some((mount, raw)) => {
             if let Ok(shared) = serde_json::from_value(shm.clone()) {
@@ -104,7 +106,7 @@ pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let Some(raw) = bundle.raw.as_object_mut() else { return };
     let Value::Array(mounts) = raw.entry("mounts").or_insert_with(|| Value::Array(Vec::new())) else { return };
     for mount in add {
-        // Both lists have the same order.
+        // The parsed and the raw list must keep the same order.
         if let Ok(parsed) = serde_json::from_value(mount.clone()) {
             bundle.spec.mounts.push(parsed);
             mounts.push(mount);
@@ -135,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_added() {
+    fn add_mounts_adds_missing_files_and_shared_memory() {
         let mut bundle = bundle(Value::Null);
         add_mounts(&mut bundle, Path::new("/d"));
         let expected = [
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_container_has_stays() {
+    fn add_mounts_keeps_existing_mounts_and_replaces_tmpfs_shm() {
         let mut bundle = bundle(json!([
             { "destination": "/dev/shm", "type": "tmpfs", "source": "shm" },
             { "destination": "/etc/hosts", "type": "bind", "source": "/kubelet/hosts", "options": ["rbind"] },
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn resolv_conf_as_containerd_writes_it() {
+    fn resolv_conf_has_containerds_format() {
         let dns = DNSConfig {
             servers: vec!["10.0.0.53".into(), "::1".into()],
             searches: vec!["a".into(), "b".into()],

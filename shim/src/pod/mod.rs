@@ -1,5 +1,7 @@
-//! A pod whose sandbox the shim is itself, without a sandbox container that containerd prepares: what containerd's own
-//! controller makes of the pod's configuration is made here, a specification of the sandbox and the pod's files.
+//! Pods under `sandboxer = "shim"`, which have no sandbox container prepared by containerd.
+//!
+//! From the pod's configuration this module makes the sandbox's specification and the pod's files. containerd's own
+//! podsandbox controller does the same for a sandbox container.
 
 mod files;
 mod specification;

@@ -1,4 +1,4 @@
-//! The specification of a sandbox by its pod's configuration, as containerd's podsandbox controller makes one for the
+//! Makes a sandbox's specification from the pod's configuration, as containerd's podsandbox controller makes one for a
 //! sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
 
 use husk_config::annotation;
@@ -7,27 +7,24 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Map, Value, json};
 
-/// How the configuration's message is named; containerd's type URLs have no host.
+/// Message name of the pod's configuration. containerd's type URLs have no host.
 const MESSAGE: &str = "runtime.v1.PodSandboxConfig";
-/// Settings containerd 2.x gives a pod unless it is told otherwise (enable_unprivileged_ports and _icmp).
+/// Sysctls that containerd 2.x sets in a pod by default (enable_unprivileged_ports and enable_unprivileged_icmp).
 const SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
-/// Why there is no configuration.
+/// Options of a sandbox that are not a pod's configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
-    /// Options of another kind.
-    #[error("the sandbox's options are of type {0:?}, not {MESSAGE}")]
+    /// The options are of another type.
+    #[error("invalid type {0:?} of the sandbox's options: expected {MESSAGE}")]
     Type(String),
-    /// It cannot be decoded.
-    #[error("the sandbox's options are no {MESSAGE}")]
+    /// The options cannot be decoded.
+    #[error("failed to decode the sandbox's options as {MESSAGE}")]
     Decode(#[source] protobuf::Error),
 }
 
-/// The configuration that came as a sandbox's options; without any, one that asks for nothing.
-///
-/// # Errors
-/// [`PodError`] for options that are something else.
+/// Decodes the pod's configuration from a sandbox's options. Without options, returns an empty configuration.
 pub fn config(options: Option<&Any>) -> Result<PodSandboxConfig, PodError> {
     match options {
         None => Ok(PodSandboxConfig::default()),
@@ -38,37 +35,39 @@ pub fn config(options: Option<&Any>) -> Result<PodSandboxConfig, PodError> {
     }
 }
 
-/// The sandbox's specification. What a pod shares with its node is left out, and so refused where it is checked.
+/// Makes the sandbox's specification.
+///
+/// A namespace that the pod shares with the node is omitted. The checks of the bundle then reject the specification.
 pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
-    let wants = &config.linux.security_context.namespace_options;
+    let options = &config.linux.security_context.namespace_options;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "uts" })];
-    let own = |mode: &protobuf::EnumOrUnknown<NamespaceMode>| mode.enum_value() != Ok(NamespaceMode::NODE);
-    if own(&wants.network) {
+    let is_private = |mode: &protobuf::EnumOrUnknown<NamespaceMode>| mode.enum_value() != Ok(NamespaceMode::NODE);
+    if is_private(&options.network) {
         namespaces.push(match netns {
             "" => json!({ "type": "network" }),
             path => json!({ "type": "network", "path": path }),
         });
     }
-    for (kind, mode) in [("pid", &wants.pid), ("ipc", &wants.ipc)] {
-        if own(mode) {
+    for (kind, mode) in [("pid", &options.pid), ("ipc", &options.ipc)] {
+        if is_private(mode) {
             namespaces.push(json!({ "type": kind }));
         }
     }
-    let users = &wants.userns_options;
-    let mapped = users.is_some() && users.mode.enum_value() == Ok(NamespaceMode::POD);
-    if mapped {
+    let users = &options.userns_options;
+    let has_user_namespace = users.is_some() && users.mode.enum_value() == Ok(NamespaceMode::POD);
+    if has_user_namespace {
         namespaces.push(json!({ "type": "user" }));
     }
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
-    if mapped {
-        // Its upper end is no group of the namespace (containerd leaves it out as well).
+    if has_user_namespace {
+        // The upper end of its range is not a group of the user namespace. containerd omits the sysctl too.
         sysctls.remove("net.ipv4.ping_group_range");
     }
     sysctls.extend(config.linux.sysctls.iter().map(|(key, value)| (key.clone(), value.clone().into())));
     json!({
         "ociVersion": "1.2.0",
         "hostname": config.hostname,
-        // Nothing of this runs: a specification has to have it.
+        // A specification must have a process. It is never run.
         "process": { "args": ["sandbox"], "cwd": "/" },
         "root": { "path": "rootfs", "readonly": true },
         "annotations": annotations(id, config),
@@ -76,21 +75,21 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
             "namespaces": namespaces,
             "cgroupsPath": cgroups_path(&config.linux.cgroup_parent, id),
             "sysctl": sysctls,
-            "uidMappings": mappings(mapped, &users.uids),
-            "gidMappings": mappings(mapped, &users.gids),
+            "uidMappings": mappings(has_user_namespace, &users.uids),
+            "gidMappings": mappings(has_user_namespace, &users.gids),
         },
     })
 }
 
-fn mappings(mapped: bool, ids: &[IDMapping]) -> Vec<Value> {
+fn mappings(has_user_namespace: bool, ids: &[IDMapping]) -> Vec<Value> {
     let of = |ids: &IDMapping| json!({ "containerID": ids.container_id, "hostID": ids.host_id, "size": ids.length });
-    ids.iter().filter(|_| mapped).map(of).collect()
+    ids.iter().filter(|_| has_user_namespace).map(of).collect()
 }
 
 fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
-    // Which of these a pod may use is Husk's own configuration to say.
-    let own = config.annotations.iter().filter(|(key, _)| key.starts_with(annotation::PREFIX));
-    let mut all: Map<String, Value> = own.map(|(key, value)| (key.clone(), value.clone().into())).collect();
+    // Husk's configuration decides later which of these annotations a pod may use.
+    let husk = config.annotations.iter().filter(|(key, _)| key.starts_with(annotation::PREFIX));
+    let mut all: Map<String, Value> = husk.map(|(key, value)| (key.clone(), value.clone().into())).collect();
     let mut put = |key: &str, value: String| all.insert(format!("io.kubernetes.cri.{key}"), value.into());
     put("container-type", "sandbox".into());
     put("sandbox-id", id.into());
@@ -106,7 +105,7 @@ fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
     all
 }
 
-/// A slice of systemd's and a scope in it, or a plain path below the parent.
+/// Returns the cgroup path: a scope in a systemd slice if the parent is a slice, otherwise a path below the parent.
 fn cgroups_path(parent: &str, id: &str) -> String {
     let name = parent.rsplit('/').next().unwrap_or_default();
     match parent {
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_asks_for_nothing() {
+    fn empty_configuration_gets_containerds_defaults() {
         let value = spec(|_| ());
         let bundle = checked(&value).unwrap();
         assert_eq!(bundle.network_namespace(), Some("/proc/self/ns/ipc"));
@@ -144,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_may_ask_for() {
+    fn specification_carries_annotations_cgroup_parent_and_sysctls() {
         let value = spec(|config| {
             config.annotations.insert("io.husk.vcpus".into(), "2".into());
             config.annotations.insert("other".into(), "x".into());
@@ -166,10 +165,10 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_with_a_user_namespace() {
+    fn user_namespace_gets_id_mappings_and_no_ping_group_range() {
         let value = spec(|config| {
-            let wants = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
-            let users = wants.namespace_options.mut_or_insert_default().userns_options.mut_or_insert_default();
+            let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            let users = options.namespace_options.mut_or_insert_default().userns_options.mut_or_insert_default();
             users.mode = NamespaceMode::POD.into();
             let ids = IDMapping { host_id: 65536, container_id: 0, length: 65536, ..Default::default() };
             (users.uids, users.gids) = (vec![ids.clone()], vec![ids]);
@@ -181,15 +180,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_nodes_is_refused() {
+    fn node_namespaces_are_rejected() {
         for (kind, word) in [("network", "host network"), ("pid", "host PID"), ("ipc", "host IPC")] {
             let value = spec(|config| {
-                let wants = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
-                let wants = wants.namespace_options.mut_or_insert_default();
+                let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+                let options = options.namespace_options.mut_or_insert_default();
                 let mode = match kind {
-                    "network" => &mut wants.network,
-                    "pid" => &mut wants.pid,
-                    _ => &mut wants.ipc,
+                    "network" => &mut options.network,
+                    "pid" => &mut options.pid,
+                    _ => &mut options.ipc,
                 };
                 *mode = NamespaceMode::NODE.into();
             });
@@ -199,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn options_of_another_kind() {
+    fn config_rejects_options_of_another_type() {
         assert!(config(None).is_ok());
         let mut any = Any { type_url: "x/runtime.v1.PodSandboxConfig".into(), value: vec![8], ..Default::default() };
         assert!(matches!(config(Some(&any)), Err(PodError::Decode(_))));

@@ -1,4 +1,4 @@
-//! What CNI left in a network namespace, read by rtnetlink(7).
+//! Reads the network that CNI set up in a namespace, through rtnetlink(7).
 
 mod route;
 mod rule;
@@ -10,42 +10,44 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use husk_netlink::{Message, Netlink, attributes};
 use husk_proto::agent::{Interface, Neighbour, NetworkRequest};
 
-use super::{NetworkError, kernel};
+use super::{NetworkError, kernel_error};
 
-/// What a message tells of.
+/// A parsed entry of a netlink dump.
 #[derive(Debug, PartialEq)]
-enum Found<T> {
-    /// Something the guest gets.
-    Given(T),
-    /// Something the guest's kernel makes by itself, or nothing to a guest.
-    Own,
-    /// Something the guest does not get, though it matters.
-    Left(String),
+enum Entry<T> {
+    /// The guest gets it.
+    Supported(T),
+    /// The guest does not need it: its kernel creates it by itself, or it has no meaning in a guest.
+    Implicit,
+    /// The guest would need it but does not get it. Contains a description for the log.
+    Unsupported(String),
 }
 
-/// What the guest does not get, each thing once: nobody is to look for it in vain.
-pub type Left = BTreeSet<String>;
+/// Descriptions of the parts of the network that the guest does not get, for the log.
+pub type Unsupported = BTreeSet<String>;
 
 /// An Ethernet interface that is up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
-    /// Its index in the namespace.
+    /// Index in the namespace.
     pub index: i32,
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its hardware address.
+    /// MAC address.
     pub mac: [u8; 6],
-    /// In bytes.
+    /// MTU in bytes.
     pub mtu: u16,
 }
 
-/// The interfaces the guest gets: loopback, tunnels' fallback devices and what is down are none.
+/// Lists the interfaces that the guest gets.
+///
+/// Loopback interfaces, the fallback devices of tunnels and interfaces that are down are not among them.
 pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
-    Ok(husk_netlink::links(netlink)?.into_iter().filter_map(usable).collect())
+    Ok(husk_netlink::links(netlink)?.into_iter().filter_map(to_guest_link).collect())
 }
 
-/// What of an interface the guest gets, if it gets it.
-pub fn usable(link: husk_netlink::Link) -> Option<Link> {
+/// Converts an interface; returns `None` if the guest does not get it.
+pub fn to_guest_link(link: husk_netlink::Link) -> Option<Link> {
     let (up, loopback) = (libc::IFF_UP as u32, libc::IFF_LOOPBACK as u32);
     if link.hardware != libc::ARPHRD_ETHER || link.flags & up == 0 || link.flags & loopback != 0 {
         return None;
@@ -54,30 +56,30 @@ pub fn usable(link: husk_netlink::Link) -> Option<Link> {
     Some(Link { index: link.index, name: link.name, mac: link.mac.try_into().ok()?, mtu })
 }
 
-/// All that the guest gets of these interfaces, and what it does not.
-pub fn all(netlink: &Netlink, links: &[Link]) -> Result<(NetworkRequest, Left), NetworkError> {
+/// Reads everything that the guest gets of these interfaces, and describes what it does not get.
+pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(NetworkRequest, Unsupported), NetworkError> {
     let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
-    let mut left = Left::new();
+    let mut unsupported = Unsupported::new();
     let (routes, rules) = (libc::RTM_GETROUTE, libc::RTM_GETRULE);
-    let given = NetworkRequest {
-        interfaces: interfaces(netlink, links).map_err(kernel("list addresses"))?,
-        routes: of_both_families(netlink, routes, &mut left, |body| route::parse(body, &names))
-            .map_err(kernel("list routes"))?,
-        neighbours: neighbours(netlink, links).map_err(kernel("list neighbours"))?,
-        rules: of_both_families(netlink, rules, &mut left, rule::parse).map_err(kernel("list rules"))?,
+    let request = NetworkRequest {
+        interfaces: interfaces(netlink, links).map_err(kernel_error("list addresses"))?,
+        routes: dump_both_families(netlink, routes, &mut unsupported, |body| route::parse(body, &names))
+            .map_err(kernel_error("list routes"))?,
+        neighbours: neighbours(netlink, links).map_err(kernel_error("list neighbours"))?,
+        rules: dump_both_families(netlink, rules, &mut unsupported, rule::parse).map_err(kernel_error("list rules"))?,
         ..Default::default()
     };
-    Ok((given, left))
+    Ok((request, unsupported))
 }
 
-/// What answers to a request of this kind, once for each family.
-fn of_both_families<T>(
+/// Sends a dump request for each address family and parses the replies.
+fn dump_both_families<T>(
     netlink: &Netlink,
     request: u16,
-    left: &mut Left,
-    parse: impl Fn(&[u8]) -> Option<Found<T>>,
+    unsupported: &mut Unsupported,
+    parse: impl Fn(&[u8]) -> Option<Entry<T>>,
 ) -> io::Result<Vec<T>> {
-    let mut given = Vec::new();
+    let mut entries = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
         // struct rtmsg, struct fib_rule_hdr
         let mut fixed = [0; 12];
@@ -85,16 +87,16 @@ fn of_both_families<T>(
         netlink.dump(Message::new(request, libc::NLM_F_DUMP, &fixed), |kind, body| {
             let new = kind == libc::RTM_NEWROUTE || kind == libc::RTM_NEWRULE;
             match new.then(|| parse(body)).flatten() {
-                Some(Found::Given(found)) => given.push(found),
-                Some(Found::Left(what)) => drop(left.insert(what)),
-                Some(Found::Own) | None => {}
+                Some(Entry::Supported(found)) => entries.push(found),
+                Some(Entry::Unsupported(what)) => drop(unsupported.insert(what)),
+                Some(Entry::Implicit) | None => {}
             }
         })?;
     }
-    Ok(given)
+    Ok(entries)
 }
 
-/// The interfaces with their addresses, but those of IPv6 that every interface makes for itself.
+/// Reads the interfaces' addresses, except for link-local IPv6 addresses, which every interface generates itself.
 fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
     let mut addresses: HashMap<i32, Vec<String>> = HashMap::new();
     // struct ifaddrmsg
@@ -107,7 +109,7 @@ fn interfaces(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Interface>> {
     })?;
     let interface = |link: &Link| Interface {
         name: link.name.clone(),
-        mac: print_mac(&link.mac),
+        mac: format_mac(&link.mac),
         mtu: link.mtu.into(),
         addresses: addresses.remove(&link.index).unwrap_or_default(),
         ..Default::default()
@@ -121,7 +123,7 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     let mut found = None;
     for (kind, value) in attributes(body.get(8..)?) {
         match kind {
-            // The own address of a link with a peer, and of every IPv4 one.
+            // The local address, on point-to-point interfaces and always in IPv4. IFA_ADDRESS is the peer's there.
             libc::IFA_LOCAL => found = ip(family, value),
             libc::IFA_ADDRESS if found.is_none() => found = ip(family, value),
             _ => {}
@@ -131,7 +133,7 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     Some((index, format!("{address}/{prefix}")))
 }
 
-/// The neighbours that somebody set.
+/// Reads the permanent neighbours, which are those that were configured.
 fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
     let mut neighbours = Vec::new();
     // struct ndmsg
@@ -159,7 +161,7 @@ fn parse_neighbour(body: &[u8], links: &[Link]) -> Option<Neighbour> {
             _ => {}
         }
     }
-    Some(Neighbour { address: address?.to_string(), mac: print_mac(&mac?), interface, ..Default::default() })
+    Some(Neighbour { address: address?.to_string(), mac: format_mac(&mac?), interface, ..Default::default() })
 }
 
 fn ip(family: u8, value: &[u8]) -> Option<IpAddr> {
@@ -170,12 +172,13 @@ fn ip(family: u8, value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// fe80::/10, which the guest's kernel makes of the same hardware address.
+/// Returns whether the address is in fe80::/10. The guest's kernel generates the same one from the same MAC address.
 fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
-pub fn print_mac(mac: &[u8; 6]) -> String {
+/// Formats a MAC address.
+pub fn format_mac(mac: &[u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
@@ -190,10 +193,10 @@ mod tests {
     }
 
     #[test]
-    fn only_ethernet_that_is_up() {
+    fn only_ethernet_interfaces_that_are_up_are_used() {
         let link = |hardware, flags: i32| {
             let (name, mac) = ("eth0".to_owned(), vec![2, 0, 0, 0, 0, 10]);
-            usable(husk_netlink::Link { index: 2, hardware, flags: flags as u32, name, mac, mtu: 1450 })
+            to_guest_link(husk_netlink::Link { index: 2, hardware, flags: flags as u32, name, mac, mtu: 1450 })
         };
         assert_eq!(link(libc::ARPHRD_ETHER, libc::IFF_UP), Some(eth0()));
         assert_eq!(link(libc::ARPHRD_ETHER, 0), None);
@@ -201,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses() {
+    fn addresses_are_local_and_not_link_local() {
         let address = |family: i32, prefix: u8, list: &[(u16, &[u8])]| {
             let body = [&[family as u8, prefix, 0, 0][..], &2i32.to_ne_bytes(), &nest(list)].concat();
             parse_address(&body).map(|(_, address)| address)
@@ -215,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_that_were_set() {
+    fn only_permanent_neighbours_are_read() {
         let body = |state: u16| {
             let list = [(libc::NDA_DST, &[10, 0, 0, 9][..]), (libc::NDA_LLADDR, &[2, 0, 0, 0, 0, 9])];
             [&[libc::AF_INET as u8, 0, 0, 0][..], &2i32.to_ne_bytes(), &state.to_ne_bytes(), &[0; 2], &nest(&list)]
@@ -228,7 +231,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>) {
+        fn parsing_never_panics(bytes: Vec<u8>) {
             parse_address(&bytes);
             parse_neighbour(&bytes, &[eth0()]);
         }

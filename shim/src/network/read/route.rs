@@ -1,4 +1,4 @@
-//! Routes of a network namespace: of all tables, by one way, by several, or to nowhere.
+//! Parses routes of all routing tables: with one next hop, several, or none (blackhole, unreachable, prohibit, throw).
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -8,17 +8,17 @@ use husk_netlink::{attributes, number};
 use husk_proto::agent::route::Kind;
 use husk_proto::agent::{NextHop, Route};
 
-use super::{Found, ip, is_link_local};
+use super::{Entry, ip, is_link_local};
 
 /// linux/rtnetlink.h.
 const RTA_NH_ID: u16 = 30;
-/// The metric of the route that stands for none (net/ipv6/route.c, `ip6_null_entry`).
+/// The metric of the entry that represents "no route" (net/ipv6/route.c, `ip6_null_entry`).
 const NO_ROUTE: u32 = u32::MAX;
 const LOCAL_TABLE: u32 = libc::RT_TABLE_LOCAL as u32;
 const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
 
-/// The route in the body of a message, by interfaces of these names; none where it is malformed.
-pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Found<Route>> {
+/// Parses the body of a route message. `names` maps the guest's interfaces. Returns `None` if the message is malformed.
+pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     // struct rtmsg
     let [family, prefix, source_prefix, tos, table, protocol, scope, kind, flags @ ..] = *body.first_chunk::<12>()?;
     let flags = u32::from_ne_bytes(flags);
@@ -30,8 +30,8 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Found<Route>> {
         libc::RTN_UNREACHABLE => Kind::UNREACHABLE,
         libc::RTN_PROHIBIT => Kind::PROHIBIT,
         libc::RTN_THROW => Kind::THROW,
-        // What the kernel makes of addresses.
-        _ => return Some(Found::Own),
+        // Routes that the kernel derives from addresses.
+        _ => return Some(Entry::Implicit),
     };
     let mut route = Route {
         scope: scope.into(),
@@ -42,7 +42,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Found<Route>> {
         tos: tos.into(),
         ..Default::default()
     };
-    let (mut hops, mut destination, mut encapsulates, mut by_object) = (None, None, false, false);
+    let (mut hops, mut destination, mut encapsulates, mut has_nexthop_object) = (None, None, false, false);
     for (attribute, value) in attributes(body.get(12..)?) {
         match attribute {
             libc::RTA_TABLE => route.table = number(value)?,
@@ -50,7 +50,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Found<Route>> {
             libc::RTA_GATEWAY => route.gateway = ip(family, value)?.to_string(),
             libc::RTA_VIA => route.gateway = via(value)?.to_string(),
             libc::RTA_PREFSRC => route.source = ip(family, value)?.to_string(),
-            libc::RTA_OIF => route.interface = name(number(value)?, names, by_kernel).unwrap_or_default(),
+            libc::RTA_OIF => route.interface = interface_name(number(value)?, names, by_kernel).unwrap_or_default(),
             libc::RTA_MULTIPATH => hops = Some(value),
             libc::RTA_PRIORITY => route.metric = number(value)?,
             libc::RTA_METRICS => {
@@ -63,48 +63,49 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Found<Route>> {
                 }
             }
             libc::RTA_ENCAP => encapsulates = true,
-            RTA_NH_ID => by_object = true,
+            RTA_NH_ID => has_nexthop_object = true,
             _ => {}
         }
     }
-    let own_table = route.table == LOCAL_TABLE || route.table == MAIN_TABLE;
-    let every_interfaces = |address| is_link_local(address) || address.is_multicast();
-    // RTM_F_CLONED: an exception the kernel noted for one destination.
-    let own = flags & libc::RTM_F_CLONED != 0
+    let is_kernel_table = route.table == LOCAL_TABLE || route.table == MAIN_TABLE;
+    let is_generated = |address| is_link_local(address) || address.is_multicast();
+    // RTM_F_CLONED: a route exception that the kernel stored for one destination.
+    let is_implicit = flags & libc::RTM_F_CLONED != 0
         || kind == Kind::UNICAST && route.table == LOCAL_TABLE
-        || own_table && destination.is_some_and(every_interfaces)
+        || is_kernel_table && destination.is_some_and(is_generated)
         || !matches!(kind, Kind::UNICAST | Kind::LOCAL) && route.metric == NO_ROUTE;
-    if own {
-        return Some(Found::Own);
+    if is_implicit {
+        return Some(Entry::Implicit);
     }
     if source_prefix > 0 {
-        return Some(Found::Left("routes for one source alone".to_owned()));
+        return Some(Entry::Unsupported("routes with a source prefix".to_owned()));
     }
     if let Some(destination) = destination {
         route.destination = format!("{destination}/{prefix}");
     }
-    let somewhere = matches!(kind, Kind::UNICAST | Kind::LOCAL);
-    if !somewhere || hops.is_some() {
-        // IPv6 says that those to nowhere go to the loopback interface, and does not need to be told.
+    let has_next_hop = matches!(kind, Kind::UNICAST | Kind::LOCAL);
+    if !has_next_hop || hops.is_some() {
+        // IPv6 reports the loopback interface for routes without a next hop, but does not need it in a request.
         (route.interface, route.gateway, route.onlink) = Default::default();
     }
     if let Some(bytes) = hops {
-        encapsulates |= next_hops(&mut route.hops, family, bytes, |index| name(index, names, by_kernel))?;
+        encapsulates |= next_hops(&mut route.hops, family, bytes, |index| interface_name(index, names, by_kernel))?;
     }
     Some(if encapsulates {
-        Found::Left("encapsulating routes".to_owned())
-    } else if !somewhere || !route.interface.is_empty() || !route.hops.is_empty() {
-        Found::Given(route)
-    } else if by_object {
-        // The kernel does not say what it stands for (sysctl net.ipv4.nexthop_compat_mode).
-        Found::Left("routes by next hop objects".to_owned())
+        Entry::Unsupported("routes with encapsulation".to_owned())
+    } else if !has_next_hop || !route.interface.is_empty() || !route.hops.is_empty() {
+        Entry::Supported(route)
+    } else if has_nexthop_object {
+        // The kernel does not expand the nexthop object (sysctl net.ipv4.nexthop_compat_mode).
+        Entry::Unsupported("routes with nexthop objects".to_owned())
     } else {
-        // By interfaces that the guest does not get.
-        Found::Own
+        // Through interfaces that the guest does not get.
+        Entry::Implicit
     })
 }
 
-/// Puts the next hops by interfaces with a name to the others; whether one of them encapsulates.
+/// Appends the next hops through interfaces that the guest has. Returns whether a next hop uses encapsulation, or
+/// `None` if the attribute is malformed.
 fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u32) -> Option<String>) -> Option<bool> {
     let (mut rest, mut encapsulates) = (bytes, false);
     // struct rtnexthop
@@ -128,14 +129,16 @@ fn next_hops(hops: &mut Vec<NextHop>, family: u8, bytes: &[u8], name: impl Fn(u3
     Some(encapsulates)
 }
 
-/// struct rtvia: a gateway of the other family.
+/// Parses `struct rtvia`, a gateway of another address family.
 fn via(value: &[u8]) -> Option<IpAddr> {
     let (family, address) = value.split_at_checked(2)?;
     ip(u8::try_from(u16::from_ne_bytes(family.try_into().ok()?)).ok()?, address)
 }
 
-/// An interface the guest has; the kernel's own routes by the loopback interface it makes there too.
-fn name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
+/// Returns the name of an interface that the guest has.
+///
+/// The loopback interface counts only for routes that the kernel did not create: the guest's kernel creates those too.
+fn interface_name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
     // LOOPBACK_IFINDEX of include/net/flow.h
     if index == 1 && !by_kernel {
         return Some("lo".to_owned());
@@ -153,15 +156,15 @@ mod tests {
         HashMap::from([(2, "eth0"), (3, "net1")])
     }
 
-    fn of(family: i32, table: u8, protocol: u8, kind: u8, list: &[(u16, &[u8])]) -> Option<Found<Route>> {
+    fn parse_route(family: i32, table: u8, protocol: u8, kind: u8, list: &[(u16, &[u8])]) -> Option<Entry<Route>> {
         let fixed = [family as u8, 16, 0, 0, table, protocol, 0, kind, 0, 0, 0, 0];
         parse(&[&fixed[..], &nest(list)].concat(), &names())
     }
 
     #[track_caller]
-    fn given(found: Option<Found<Route>>) -> Route {
+    fn supported(found: Option<Entry<Route>>) -> Route {
         match found {
-            Some(Found::Given(route)) => route,
+            Some(Entry::Supported(route)) => route,
             other => panic!("{other:?}"),
         }
     }
@@ -175,7 +178,7 @@ mod tests {
     const V4: i32 = libc::AF_INET;
 
     #[test]
-    fn gateway_metric_and_mtu() {
+    fn gateway_metric_mtu_and_mss_are_parsed() {
         let (oif, metric) = (2u32.to_ne_bytes(), 50u32.to_ne_bytes());
         let metrics = nest(&[(RTAX_MTU, &1300u32.to_ne_bytes()), (RTAX_ADVMSS, &1200u32.to_ne_bytes())]);
         let list = [
@@ -185,49 +188,51 @@ mod tests {
             (libc::RTA_PRIORITY, &metric),
             (libc::RTA_METRICS, &metrics),
         ];
-        let route = given(of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &list));
+        let route = supported(parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &list));
         assert_eq!((route.destination.as_str(), route.gateway.as_str()), ("10.9.0.0/16", "10.0.0.1"));
         assert_eq!((route.interface.as_str(), route.metric, route.mtu, route.advmss), ("eth0", 50, 1300, 1200));
-        assert_eq!(of(V4, libc::RT_TABLE_LOCAL, 3, libc::RTN_UNICAST, &list), Some(Found::Own));
+        assert_eq!(parse_route(V4, libc::RT_TABLE_LOCAL, 3, libc::RTN_UNICAST, &list), Some(Entry::Implicit));
         let list = [(libc::RTA_OIF, &9u32.to_ne_bytes()[..])];
-        assert_eq!(of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &list), Some(Found::Own));
+        assert_eq!(parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &list), Some(Entry::Implicit));
     }
 
     #[test]
-    fn other_tables() {
+    fn routes_of_other_tables_are_parsed() {
         let (oif, table) = (2u32.to_ne_bytes(), 1000u32.to_ne_bytes());
-        let route = given(of(V4, 252, 3, libc::RTN_UNICAST, &[(libc::RTA_TABLE, &table), (libc::RTA_OIF, &oif)]));
+        let route =
+            supported(parse_route(V4, 252, 3, libc::RTN_UNICAST, &[(libc::RTA_TABLE, &table), (libc::RTA_OIF, &oif)]));
         assert_eq!((route.table, route.destination.as_str(), route.interface.as_str()), (1000, "", "eth0"));
-        // What every interface has in the main table is somebody's doing in another.
+        // The kernel creates this route in the main table. In another table it was configured.
         let link_local: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let list = [(libc::RTA_DST, &link_local[..]), (libc::RTA_OIF, &oif)];
-        let found = |table| of(libc::AF_INET6, table, 2, libc::RTN_UNICAST, &list);
-        assert_eq!(found(libc::RT_TABLE_MAIN), Some(Found::Own));
-        assert_eq!(given(found(100)).destination, "fe80::/16");
+        let found = |table| parse_route(libc::AF_INET6, table, 2, libc::RTN_UNICAST, &list);
+        assert_eq!(found(libc::RT_TABLE_MAIN), Some(Entry::Implicit));
+        assert_eq!(supported(found(100)).destination, "fe80::/16");
     }
 
     #[test]
-    fn several_next_hops() {
+    fn multipath_keeps_next_hops_of_known_interfaces() {
         let hops = [
             hop(2, 2, 0, &[(libc::RTA_GATEWAY, &[10, 0, 0, 1])]),
             hop(9, 1, 0, &[(libc::RTA_GATEWAY, &[10, 0, 0, 2])]),
             hop(3, 1, 0, &[(libc::RTA_VIA, &[10, 0, 1, 2, 3, 4])]),
         ];
-        let route = |hops: &[u8]| of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, hops)]);
-        // AF_INET6 is 10, and that address is too short.
+        let route =
+            |hops: &[u8]| parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, hops)]);
+        // The family in RTA_VIA is 10, AF_INET6, but the address is too short for it.
         assert_eq!(route(&hops.concat()), None);
-        let found = given(route(&hops[..2].concat()));
+        let found = supported(route(&hops[..2].concat()));
         let [only] = &found.hops[..] else { panic!("{found}") };
         assert_eq!((only.gateway.as_str(), only.interface.as_str(), only.weight), ("10.0.0.1", "eth0", 2));
         let more = [hops[0].clone(), hop(3, 1, RTNH_F_ONLINK, &[(libc::RTA_GATEWAY, &[10, 1, 0, 2])])].concat();
-        let found = given(route(&more));
+        let found = supported(route(&more));
         assert_eq!(found.hops.iter().map(|hop| (hop.weight, hop.onlink)).collect::<Vec<_>>(), [(2, false), (1, true)]);
-        assert_eq!(route(&hops[1]), Some(Found::Own));
-        assert!(matches!(route(&hop(2, 1, 0, &[(libc::RTA_ENCAP, &[0; 4])])), Some(Found::Left(_))));
+        assert_eq!(route(&hops[1]), Some(Entry::Implicit));
+        assert!(matches!(route(&hop(2, 1, 0, &[(libc::RTA_ENCAP, &[0; 4])])), Some(Entry::Unsupported(_))));
     }
 
     #[test]
-    fn to_nowhere_and_to_itself() {
+    fn routes_without_next_hop_and_local_routes_are_parsed() {
         let metric = NO_ROUTE.to_ne_bytes();
         let lo = 1u32.to_ne_bytes();
         for (kind, expected) in [
@@ -236,34 +241,34 @@ mod tests {
             (libc::RTN_PROHIBIT, Kind::PROHIBIT),
             (libc::RTN_THROW, Kind::THROW),
         ] {
-            let route = given(of(libc::AF_INET6, libc::RT_TABLE_MAIN, 3, kind, &[(libc::RTA_OIF, &lo)]));
+            let route = supported(parse_route(libc::AF_INET6, libc::RT_TABLE_MAIN, 3, kind, &[(libc::RTA_OIF, &lo)]));
             assert_eq!((route.kind.enum_value(), route.interface.as_str()), (Ok(expected), ""));
-            let none = of(libc::AF_INET6, libc::RT_TABLE_MAIN, 2, kind, &[(libc::RTA_PRIORITY, &metric)]);
-            assert_eq!(none, Some(Found::Own));
+            let none = parse_route(libc::AF_INET6, libc::RT_TABLE_MAIN, 2, kind, &[(libc::RTA_PRIORITY, &metric)]);
+            assert_eq!(none, Some(Entry::Implicit));
         }
-        let local = |protocol| of(V4, 100, protocol, libc::RTN_LOCAL, &[(libc::RTA_OIF, &lo)]);
-        assert_eq!(given(local(3)).interface, "lo");
-        assert_eq!(local(libc::RTPROT_KERNEL), Some(Found::Own));
+        let local = |protocol| parse_route(V4, 100, protocol, libc::RTN_LOCAL, &[(libc::RTA_OIF, &lo)]);
+        assert_eq!(supported(local(3)).interface, "lo");
+        assert_eq!(local(libc::RTPROT_KERNEL), Some(Entry::Implicit));
     }
 
     #[test]
-    fn what_is_not_carried_is_named() {
-        let main = |list: &[(u16, &[u8])]| of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, list);
+    fn unsupported_routes_are_described() {
+        let main = |list: &[(u16, &[u8])]| parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, list);
         let (oif, id) = (2u32.to_ne_bytes(), 7u32.to_ne_bytes());
-        assert!(matches!(main(&[(RTA_NH_ID, &id)]), Some(Found::Left(what)) if what.contains("next hop")));
-        // The kernel says what the object stands for.
-        assert_eq!(given(main(&[(RTA_NH_ID, &id), (libc::RTA_OIF, &oif)])).interface, "eth0");
+        assert!(matches!(main(&[(RTA_NH_ID, &id)]), Some(Entry::Unsupported(what)) if what.contains("nexthop")));
+        // The kernel has expanded the nexthop object.
+        assert_eq!(supported(main(&[(RTA_NH_ID, &id), (libc::RTA_OIF, &oif)])).interface, "eth0");
         let encapsulated = main(&[(libc::RTA_OIF, &oif), (libc::RTA_ENCAP, &[0; 4])]);
-        assert!(matches!(encapsulated, Some(Found::Left(what)) if what.contains("encapsulating")));
+        assert!(matches!(encapsulated, Some(Entry::Unsupported(what)) if what.contains("encapsulation")));
         let fixed = [libc::AF_INET6 as u8, 64, 64, 0, libc::RT_TABLE_MAIN, 3, 0, libc::RTN_UNICAST, 0, 0, 0, 0];
-        assert!(matches!(parse(&fixed, &names()), Some(Found::Left(what)) if what.contains("source")));
+        assert!(matches!(parse(&fixed, &names()), Some(Entry::Unsupported(what)) if what.contains("source")));
     }
 
     proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>, hops: Vec<u8>) {
+        fn parsing_never_panics(bytes: Vec<u8>, hops: Vec<u8>) {
             parse(&bytes, &names());
-            of(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, &hops)]);
+            parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, &hops)]);
         }
     }
 }

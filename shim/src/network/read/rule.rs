@@ -1,4 +1,4 @@
-//! Rules by which a network namespace chooses among its routing tables.
+//! Parses routing policy rules, which select a routing table.
 
 use husk_netlink::fib::{
     FIB_RULE_INVERT, FRA_DPORT_RANGE, FRA_DST, FRA_FLOW, FRA_FWMARK, FRA_FWMASK, FRA_GOTO, FRA_IIFNAME, FRA_IP_PROTO,
@@ -9,14 +9,14 @@ use husk_netlink::{attributes, number};
 use husk_proto::agent::rule::Action;
 use husk_proto::agent::{PortRange, Rule};
 
-use super::{Found, ip};
+use super::{Entry, ip};
 
-/// The rules that the kernel makes in each namespace (net/ipv4/fib_rules.c, net/ipv6/fib6_rules.c): priority and table.
-const OF_KERNEL: [(u32, u8); 3] =
+/// Priority and table of the kernel's default rules in each namespace (net/ipv4/fib_rules.c, net/ipv6/fib6_rules.c).
+const DEFAULT_RULES: [(u32, u8); 3] =
     [(0, libc::RT_TABLE_LOCAL), (0x7ffe, libc::RT_TABLE_MAIN), (0x7fff, libc::RT_TABLE_DEFAULT)];
 
-/// The rule in the body of a message; none where it is malformed.
-pub fn parse(body: &[u8]) -> Option<Found<Rule>> {
+/// Parses the body of a rule message. Returns `None` if it is malformed.
+pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
     // struct fib_rule_hdr
     let [family, to, from, tos, table, _, _, action, flags @ ..] = *body.first_chunk::<12>()?;
     let action = match action {
@@ -26,7 +26,7 @@ pub fn parse(body: &[u8]) -> Option<Found<Rule>> {
         6 => Action::BLACKHOLE,
         7 => Action::UNREACHABLE,
         8 => Action::PROHIBIT,
-        _ => return Some(Found::Left("rules with an unknown action".to_owned())),
+        _ => return Some(Entry::Unsupported("rules with an unknown action".to_owned())),
     };
     let mut rule = Rule {
         ipv6: i32::from(family) == libc::AF_INET6,
@@ -47,30 +47,30 @@ pub fn parse(body: &[u8]) -> Option<Found<Rule>> {
             FRA_FWMARK => rule.mark = number(value)?,
             FRA_FWMASK => rule.mask = number(value)?,
             FRA_TABLE => rule.table = number(value)?,
-            // -1 is none.
+            // -1 means that it is not set.
             FRA_SUPPRESS_PREFIXLEN => rule.suppress_prefix = Some(number(value)?).filter(|&length| length != u32::MAX),
             FRA_PROTOCOL => rule.origin = u32::from(*value.first()?),
             FRA_IP_PROTO => rule.ip_protocol = u32::from(*value.first()?),
             FRA_SPORT_RANGE => rule.source_ports = Some(ports(value)?).into(),
             FRA_DPORT_RANGE => rule.destination_ports = Some(ports(value)?).into(),
             FRA_PAD => {}
-            // Without what it is about it would be another rule.
-            FRA_L3MDEV => return left("for VRFs"),
-            FRA_UID_RANGE => return left("for some users"),
-            FRA_FLOW => return left("with realms"),
-            FRA_SUPPRESS_IFGROUP => return left("for groups of interfaces"),
-            _ => return left(&format!("with attribute {attribute}")),
+            // Without the unsupported attribute the rule would have another meaning.
+            FRA_L3MDEV => return unsupported("with l3mdev (VRF)"),
+            FRA_UID_RANGE => return unsupported("with a UID range"),
+            FRA_FLOW => return unsupported("with realms"),
+            FRA_SUPPRESS_IFGROUP => return unsupported("with suppress_ifgroup"),
+            _ => return unsupported(&format!("with attribute {attribute}")),
         }
     }
-    Some(if is_of_kernel(&rule) { Found::Own } else { Found::Given(rule) })
+    Some(if is_default_rule(&rule) { Entry::Implicit } else { Entry::Supported(rule) })
 }
 
-fn left(what: &str) -> Option<Found<Rule>> {
-    Some(Found::Left(format!("rules {what}")))
+fn unsupported(what: &str) -> Option<Entry<Rule>> {
+    Some(Entry::Unsupported(format!("rules {what}")))
 }
 
-fn is_of_kernel(rule: &Rule) -> bool {
-    OF_KERNEL.into_iter().any(|(priority, table)| {
+fn is_default_rule(rule: &Rule) -> bool {
+    DEFAULT_RULES.into_iter().any(|(priority, table)| {
         let (ipv6, origin, table) = (rule.ipv6, rule.origin, table.into());
         *rule == Rule { ipv6, origin, priority, table, ..Default::default() }
     })
@@ -81,7 +81,7 @@ fn text(value: &[u8]) -> Option<String> {
     Some(std::str::from_utf8(text).ok()?.to_owned())
 }
 
-/// struct fib_rule_port_range
+/// Parses `struct fib_rule_port_range`.
 fn ports(value: &[u8]) -> Option<PortRange> {
     let [a, b, c, d] = *value.first_chunk::<4>()?;
     let (first, last) = (u16::from_ne_bytes([a, b]).into(), u16::from_ne_bytes([c, d]).into());
@@ -94,15 +94,15 @@ mod tests {
     use husk_netlink::nest;
     use proptest::prelude::*;
 
-    /// What the kernel says of every rule beside.
-    fn of(
+    /// Parses a rule with these attributes, and with those that the kernel adds to every rule.
+    fn parse_rule(
         family: i32,
         lengths: [u8; 2],
         table: u8,
         action: u8,
         flags: u32,
         list: &[(u16, &[u8])],
-    ) -> Option<Found<Rule>> {
+    ) -> Option<Entry<Rule>> {
         let none = u32::MAX.to_ne_bytes();
         let always = nest(&[
             (FRA_TABLE, &u32::from(table).to_ne_bytes()),
@@ -114,9 +114,9 @@ mod tests {
     }
 
     #[track_caller]
-    fn given(found: Option<Found<Rule>>) -> Rule {
-        match found {
-            Some(Found::Given(rule)) => rule,
+    fn supported(parsed: Option<Entry<Rule>>) -> Rule {
+        match parsed {
+            Some(Entry::Supported(rule)) => rule,
             other => panic!("{other:?}"),
         }
     }
@@ -124,19 +124,20 @@ mod tests {
     const V4: i32 = libc::AF_INET;
 
     #[test]
-    fn the_kernels_own_are_not_carried() {
-        let plain = |priority: u32, table| of(V4, [0, 0], table, 1, 0, &[(FRA_PRIORITY, &priority.to_ne_bytes())]);
-        // Its first one has no priority among its attributes.
-        assert_eq!(of(V4, [0, 0], libc::RT_TABLE_LOCAL, 1, 0, &[]), Some(Found::Own));
-        assert_eq!(plain(32766, libc::RT_TABLE_MAIN), Some(Found::Own));
-        assert_eq!(plain(32767, libc::RT_TABLE_DEFAULT), Some(Found::Own));
-        assert_eq!(given(plain(100, libc::RT_TABLE_MAIN)).priority, 100);
+    fn default_rules_of_the_kernel_are_skipped() {
+        let plain =
+            |priority: u32, table| parse_rule(V4, [0, 0], table, 1, 0, &[(FRA_PRIORITY, &priority.to_ne_bytes())]);
+        // The kernel's first rule has priority 0 and no priority attribute.
+        assert_eq!(parse_rule(V4, [0, 0], libc::RT_TABLE_LOCAL, 1, 0, &[]), Some(Entry::Implicit));
+        assert_eq!(plain(32766, libc::RT_TABLE_MAIN), Some(Entry::Implicit));
+        assert_eq!(plain(32767, libc::RT_TABLE_DEFAULT), Some(Entry::Implicit));
+        assert_eq!(supported(plain(100, libc::RT_TABLE_MAIN)).priority, 100);
         let from = [(FRA_PRIORITY, &32766u32.to_ne_bytes()[..]), (FRA_SRC, &[10, 0, 0, 0])];
-        assert_eq!(given(of(V4, [0, 8], libc::RT_TABLE_MAIN, 1, 0, &from)).source, "10.0.0.0/8");
+        assert_eq!(supported(parse_rule(V4, [0, 8], libc::RT_TABLE_MAIN, 1, 0, &from)).source, "10.0.0.0/8");
     }
 
     #[test]
-    fn all_that_a_rule_can_say() {
+    fn every_supported_attribute_is_parsed() {
         let (priority, mark, mask) = (100u32.to_ne_bytes(), 5u32.to_ne_bytes(), 0xffu32.to_ne_bytes());
         let (table, suppress) = (1000u32.to_ne_bytes(), 0u32.to_ne_bytes());
         let range = [80u16.to_ne_bytes(), 90u16.to_ne_bytes()].concat();
@@ -169,32 +170,32 @@ mod tests {
             origin: 3,
             ..Default::default()
         };
-        assert_eq!(given(of(V4, [16, 24], 252, 1, FIB_RULE_INVERT, &list)), expected);
+        assert_eq!(supported(parse_rule(V4, [16, 24], 252, 1, FIB_RULE_INVERT, &list)), expected);
     }
 
     #[test]
-    fn other_actions() {
-        let action = |action| given(of(libc::AF_INET6, [0, 0], 0, action, 0, &[])).action.enum_value();
+    fn every_supported_action_is_parsed() {
+        let action = |action| supported(parse_rule(libc::AF_INET6, [0, 0], 0, action, 0, &[])).action.enum_value();
         assert_eq!(
             [3, 6, 7, 8].map(action),
             [Action::NOP, Action::BLACKHOLE, Action::UNREACHABLE, Action::PROHIBIT].map(Ok)
         );
-        let goto = given(of(V4, [0, 0], 0, 2, 0, &[(FRA_GOTO, &500u32.to_ne_bytes())]));
+        let goto = supported(parse_rule(V4, [0, 0], 0, 2, 0, &[(FRA_GOTO, &500u32.to_ne_bytes())]));
         assert_eq!((goto.action.enum_value(), goto.target), (Ok(Action::GOTO), 500));
     }
 
     #[test]
-    fn what_is_not_carried_is_named() {
+    fn unsupported_rules_are_described() {
         for attribute in [FRA_L3MDEV, FRA_UID_RANGE, FRA_FLOW, FRA_SUPPRESS_IFGROUP, 25, 99] {
-            let found = of(V4, [0, 0], 100, 1, 0, &[(attribute, &[0; 8])]);
-            assert!(matches!(&found, Some(Found::Left(what)) if what.starts_with("rules")), "{found:?}");
+            let parsed = parse_rule(V4, [0, 0], 100, 1, 0, &[(attribute, &[0; 8])]);
+            assert!(matches!(&parsed, Some(Entry::Unsupported(what)) if what.starts_with("rules")), "{parsed:?}");
         }
-        assert!(matches!(of(V4, [0, 0], 100, 4, 0, &[]), Some(Found::Left(_))));
+        assert!(matches!(parse_rule(V4, [0, 0], 100, 4, 0, &[]), Some(Entry::Unsupported(_))));
     }
 
     proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>) {
+        fn parsing_never_panics(bytes: Vec<u8>) {
             parse(&bytes);
         }
     }
