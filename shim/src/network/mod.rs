@@ -22,6 +22,7 @@ use husk_netlink::Netlink;
 use husk_proto::agent::NetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
+use read::Link;
 pub use steer::Steer;
 
 /// Maximum number of fds in the message that creates a VM, apart from those of its interfaces.
@@ -123,11 +124,16 @@ fn kernel_error(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkErr
 pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
-        let links = read::links(&netlink).map_err(kernel_error("list interfaces"))?;
+        let list = || read::links(&netlink).map_err(kernel_error("list interfaces"));
+        // Subscribes before the first listing: otherwise an interface that changes after it would be missed.
+        let before = follow::subscribe();
+        let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // Changes after this are reported; the creation of the taps is not.
-        let notices = follow::subscribe();
+        // The new taps have queued messages in the first subscription, which would wake the watcher for nothing. A
+        // subscription made now has none. It suffices if no interface has changed since the first listing.
+        let after = follow::subscribe();
+        let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (given, unsupported) = read::network(&netlink, &links)?;
         follow::log_unsupported(&unsupported);
         let follow =
@@ -143,6 +149,12 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         };
         Ok(network)
     })?
+}
+
+/// Removes the taps from a list of interfaces.
+fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
+    links.retain(|link| taps.iter().all(|tap| tap.index != link.index));
+    links
 }
 
 /// Starts port forwarding: steers TCP connections that host processes open in the current namespace to the shim.
@@ -185,6 +197,19 @@ pub fn in_namespace<T>(path: &Path, f: impl FnOnce() -> T) -> Result<T, NetworkE
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn link(index: i32) -> Link {
+        Link { index, name: format!("eth{index}"), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }
+    }
+
+    #[test]
+    fn without_taps_keeps_every_change_but_the_taps() {
+        let tap = Tap { fds: Vec::new(), vhost: None, link: 2, index: 7, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+        let before = vec![link(2)];
+        assert_eq!(without_taps(vec![link(2), link(7)], &[tap]), before);
+        assert_ne!(without_taps(vec![link(2), link(3)], &[]), before);
+        assert_ne!(without_taps(Vec::new(), &[]), before);
+    }
 
     #[test]
     fn per_interface_leaves_room_for_every_fd() {
