@@ -1,13 +1,13 @@
 //! OCI hooks, which the shim runs on the host. nerdctl, for example, sets up its network in a hook.
 
-use std::collections::HashMap;
 use std::process::Stdio;
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::spec::Hook;
+use crate::bundle::Hook;
+use crate::bundle::annotations::Annotations;
 
 /// Timeout of a hook whose specification has none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -30,8 +30,8 @@ pub struct State<'a> {
     /// The bundle directory.
     pub bundle: &'a str,
     /// The specification's annotations.
-    #[serde(skip_serializing_if = "HashMap::is_empty")]
-    pub annotations: &'a HashMap<String, String>,
+    #[serde(skip_serializing_if = "Annotations::is_empty")]
+    pub annotations: &'a Annotations,
 }
 
 fn is_zero(pid: &u32) -> bool {
@@ -153,7 +153,7 @@ mod tests {
         }
     }
 
-    fn state(annotations: &HashMap<String, String>) -> State<'_> {
+    fn state(annotations: &Annotations) -> State<'_> {
         State { oci_version: "1.0.2", id: "c", status: "creating", pid: 7, bundle: "/b", annotations }
     }
 
@@ -161,7 +161,7 @@ mod tests {
     async fn run_passes_the_state_and_reports_stderr_on_failure() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("state");
-        let none = HashMap::new();
+        let none = Annotations::default();
         run("createRuntime", &[hook(&format!("cat > {}", out.display()))], &state(&none)).await.unwrap();
         let seen: serde_json::Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
         assert_eq!(
@@ -176,7 +176,7 @@ mod tests {
     async fn run_ends_a_hook_after_its_timeout() {
         let mut slow = hook("exec sleep 30");
         slow.timeout = Some(1);
-        let none = HashMap::new();
+        let none = Annotations::default();
         assert!(matches!(run("prestart", &[slow], &state(&none)).await, Err(HookError::Timeout { .. })));
     }
 }

@@ -1,9 +1,14 @@
 //! Reads a bundle's `config.json` and rejects what a VM cannot provide.
 
-use super::{spec::Spec, users::Users};
+use super::{
+    annotations::SANDBOX_ID,
+    spec::{Network, Spec},
+    users::Users,
+};
+use serde::Deserialize;
 use serde_json::Value;
 use std::{
-    io,
+    io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -11,7 +16,7 @@ use std::{
 /// Maximum size of `config.json` in bytes. containerd's messages end at 16 MiB, and specifications have some kilobytes.
 const MAX_LEN: u64 = 16 << 20;
 
-/// A bundle that was checked: it can run in a VM.
+/// A bundle with its specification.
 #[derive(Debug, Clone)]
 pub struct Bundle {
     /// Directory of the bundle.
@@ -35,12 +40,10 @@ pub enum BundleError {
         source: io::Error,
     },
     /// `config.json` is too large.
-    #[error("invalid bundle: {} has {len} bytes; the maximum is {MAX_LEN}", path.display())]
+    #[error("invalid bundle: {} is larger than {MAX_LEN} bytes", path.display())]
     TooLarge {
         /// Path of the file.
         path: PathBuf,
-        /// Its size in bytes.
-        len: u64,
     },
     /// `config.json` is not an OCI runtime specification.
     #[error("invalid bundle: {} is not an OCI runtime specification", path.display())]
@@ -51,6 +54,9 @@ pub enum BundleError {
         #[source]
         source: serde_json::Error,
     },
+    /// The annotation with the sandbox's id has a value that is not valid as an id.
+    #[error("invalid sandbox id {0:?} in annotation {SANDBOX_ID}")]
+    SandboxId(String),
     /// A value in the specification is missing or invalid.
     #[error("invalid bundle: {0}")]
     Invalid(String),
@@ -94,51 +100,54 @@ impl BundleError {
 }
 
 impl Bundle {
-    /// Reads and checks `config.json` in `dir`.
+    /// Reads `config.json` in `dir`, without [`Bundle::check`].
     ///
     /// # Errors
-    /// [`BundleError`] if it cannot be read or cannot run in a VM.
-    pub fn load(dir: &Path) -> Result<Self, BundleError> {
+    /// [`BundleError`] if it cannot be read or is no OCI runtime specification.
+    pub fn read(dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join("config.json");
         let read = |source| BundleError::Read { path: path.clone(), source };
-        let len = std::fs::metadata(&path).map_err(read)?.len();
-        if len > MAX_LEN {
-            return Err(BundleError::TooLarge { path, len });
+        let mut bytes = Vec::new();
+        std::fs::File::open(&path).map_err(read)?.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(read)?;
+        if bytes.len() as u64 > MAX_LEN {
+            return Err(BundleError::TooLarge { path });
         }
-        let bytes = std::fs::read(&path).map_err(read)?;
-        Self::of_text(dir, &bytes)
+        Self::parse(dir, &bytes)
     }
 
-    /// Like [`Bundle::load`], for a specification that is not in a file.
+    /// As [`Bundle::read`], for a specification that is not in a file.
     ///
     /// # Errors
-    /// [`BundleError`], as [`Bundle::load`].
-    pub fn of_text(dir: &Path, text: &[u8]) -> Result<Self, BundleError> {
-        let bundle = Self::parse(dir, text)?;
-        bundle.check_network()?;
-        bundle.check_selinux(Path::new("/sys/fs/selinux/enforce").exists())?;
-        Ok(bundle)
-    }
-
-    /// Parses and checks the specification without access to the host.
-    pub(super) fn parse(dir: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
+    /// [`BundleError::Parse`].
+    pub fn from_value(dir: &Path, raw: Value) -> Result<Self, BundleError> {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
-        // Parsed twice from the text, so that an error of either pass has line and column.
-        let spec: Spec = serde_json::from_slice(bytes).map_err(parse)?;
+        // serde would also deserialize the struct from an array.
+        if !raw.is_object() {
+            return Err(BundleError::Invalid("the specification is not a JSON object".into()));
+        }
+        let spec = Spec::deserialize(&raw).map_err(parse)?;
+        Ok(Self { dir: dir.into(), raw, spec })
+    }
+
+    /// Parses the specification.
+    fn parse(dir: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
+        let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
         let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
-        let bundle = Self { dir: dir.into(), raw, spec };
-        bundle.check()?;
-        Ok(bundle)
+        Self::from_value(dir, raw).map_err(|error| match serde_json::from_slice::<Spec>(bytes) {
+            // This one has line and column.
+            Err(source) => parse(source),
+            Ok(_) => error,
+        })
     }
 
-    /// Returns the value of an annotation.
-    pub fn annotation(&self, key: &str) -> Option<&str> {
-        self.spec.annotations.get(key).map(String::as_str)
-    }
-
-    /// Returns the path of the network namespace, or `None` if the specification asks for a new one.
-    pub fn network_namespace(&self) -> Option<&str> {
-        self.spec.linux.namespaces.iter().find(|ns| ns.kind == "network")?.joined()
+    /// Rejects a specification that cannot run in a VM.
+    ///
+    /// # Errors
+    /// [`BundleError`].
+    pub fn check(&self) -> Result<(), BundleError> {
+        self.check_spec()?;
+        self.check_network()?;
+        self.check_selinux(Path::new("/sys/fs/selinux/enforce").exists())
     }
 
     /// Returns the id mappings of the user namespace, or `None` if the specification has no user namespace.
@@ -147,11 +156,6 @@ impl Bundle {
     /// [`BundleError::Invalid`] if the mappings are invalid.
     pub fn users(&self) -> Result<Option<Users>, BundleError> {
         Users::of(&self.spec.linux).map_err(|error| BundleError::Invalid(error.to_string()))
-    }
-
-    /// Returns the host name that the specification sets.
-    pub fn hostname(&self) -> Option<&str> {
-        self.spec.hostname.as_deref().filter(|name| !name.is_empty())
     }
 
     /// Rejects labels on a node with SELinux, because the guest cannot apply them. Without SELinux they have no effect
@@ -164,7 +168,8 @@ impl Bundle {
         }
     }
 
-    fn check(&self) -> Result<(), BundleError> {
+    /// The part that needs no access to the host.
+    fn check_spec(&self) -> Result<(), BundleError> {
         let Spec { process, root, linux, oci_version, .. } = &self.spec;
         let invalid = |message: &str| Err(BundleError::Invalid(message.into()));
         if !oci_version.starts_with("1.") {
@@ -202,16 +207,16 @@ impl Bundle {
 
     /// Rejects a path to the network namespace of this process, which is the host's.
     fn check_network(&self) -> Result<(), BundleError> {
-        let Some(path) = self.network_namespace() else { return Ok(()) };
-        let stat = |path: &str| {
+        let Network::Path(path) = self.spec.network()? else { return Ok(()) };
+        let stat = |path: &Path| {
             std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).map_err(|source| BundleError::Namespace {
                 kind: "network",
-                path: path.into(),
+                path: path.display().to_string(),
                 source,
             })
         };
-        if stat(path)? == stat("/proc/self/ns/net")? {
-            return Err(BundleError::HostNetwork(path.into()));
+        if stat(&path)? == stat(Path::new("/proc/self/ns/net"))? {
+            return Err(BundleError::HostNetwork(path.display().to_string()));
         }
         Ok(())
     }
@@ -284,7 +289,8 @@ pub(super) mod tests {
     pub fn bundle(change: impl FnOnce(&mut Value)) -> Result<Bundle, BundleError> {
         let mut value = sample();
         change(&mut value);
-        Bundle::parse(Path::new("/bundle"), value.to_string().as_bytes())
+        let bundle = Bundle::parse(Path::new("/bundle"), value.to_string().as_bytes())?;
+        bundle.check_spec().map(|()| bundle)
     }
 
     fn without(kind: &str) -> String {
@@ -298,8 +304,7 @@ pub(super) mod tests {
     #[test]
     fn specification_of_ctr_is_accepted() {
         let bundle = bundle(|_| ()).unwrap();
-        assert_eq!(bundle.network_namespace(), None);
-        assert_eq!(bundle.hostname(), None);
+        assert_eq!((bundle.spec.network().unwrap(), bundle.spec.hostname.as_str()), (Network::New, ""));
         assert_eq!(bundle.spec.process.args, ["true"]);
     }
 
@@ -328,7 +333,7 @@ pub(super) mod tests {
     #[test]
     fn host_network_has_one_text() {
         let text = without("network");
-        assert_eq!(crate::spec::SpecError::HostNetwork.to_string(), text);
+        assert_eq!(Spec::default().network().unwrap_err().to_string(), text);
         let by_path = BundleError::HostNetwork("/proc/1/ns/net".into()).to_string();
         assert!(by_path.starts_with(NETWORK.what) && by_path.ends_with(NETWORK.remedy), "{by_path}");
         assert!(text.starts_with(NETWORK.what) && text.ends_with(NETWORK.remedy), "{text}");
@@ -380,9 +385,9 @@ pub(super) mod tests {
     #[test]
     fn invalid_bundles_are_rejected_with_the_cause() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(Bundle::load(dir.path()), Err(BundleError::Read { .. })));
+        assert!(matches!(Bundle::read(dir.path()), Err(BundleError::Read { .. })));
         std::fs::write(dir.path().join("config.json"), "{\n\"ociVersion\": 1}").unwrap();
-        let error = Bundle::load(dir.path()).unwrap_err();
+        let error = Bundle::read(dir.path()).unwrap_err();
         let source = std::error::Error::source(&error).unwrap().to_string();
         assert!(source.contains("line 2"), "{source}");
         for (change, expected) in [
@@ -396,6 +401,9 @@ pub(super) mod tests {
             assert!(error.contains(expected), "{error}");
         }
         assert!(bundle(|v| drop(v.as_object_mut().unwrap().remove("process"))).is_err());
+        assert!(Bundle::parse(Path::new("/"), b"[]").is_err());
+        std::fs::write(dir.path().join("config.json"), vec![b' '; MAX_LEN as usize + 1]).unwrap();
+        assert!(matches!(Bundle::read(dir.path()), Err(BundleError::TooLarge { .. })));
     }
 
     proptest! {

@@ -3,7 +3,8 @@
 //! Everything here blocks (file system and mount calls): call it from `spawn_blocking`, or before the runtime is up.
 //!
 //! ```text
-//! let bundle = Bundle::load(dir)?;                  // config.json, checked: host namespaces are refused
+//! let bundle = Bundle::read(dir)?;                  // config.json
+//! bundle.check()?;                                  // host namespaces are rejected
 //! let sizing = sizing(&bundle.spec, &config)?;      // once per sandbox
 //! let share = Share::mount(sandbox_dir)?;           // once per sandbox; the VMM gets share.guest
 //! let rootfs: Vec<RootMount> = request.rootfs.iter().map(RootMount::from).collect();
@@ -13,6 +14,7 @@
 //! share.unmount();
 //! ```
 
+pub mod annotations;
 mod binds;
 pub mod cpuset;
 mod devices;
@@ -48,7 +50,7 @@ pub use prepare::{PrepareError, Prepared, Request, prepare};
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
 pub use sizing::{Sizing, SizingError, sizing};
-pub use spec::{Mount, Resources, Spec};
+pub use spec::{Hook, Mount, Network, Resources, Spec};
 pub use stage::SyncError;
 pub use teardown::{TeardownError, teardown};
 pub use translate::{TranslateError, exec_process};

@@ -2,6 +2,7 @@
 
 use super::{
     Bundle, Disk, TranslateError,
+    annotations::POD_UID,
     binds::{self, Flags},
     disks,
     rootfs::{self, RootMount, RootfsError, Staging},
@@ -146,8 +147,8 @@ fn mount(
         share,
         host_only: &host_only,
         container: id,
-        kubernetes: bundle.annotation("io.kubernetes.cri.container-type").is_some(),
-        pod: bundle.annotation("io.kubernetes.cri.sandbox-uid").unwrap_or_default(),
+        kubernetes: bundle.spec.annotations.is_cri(),
+        pod: bundle.spec.annotations.cri(POD_UID).unwrap_or_default(),
     };
     for (index, mount) in bundle.spec.mounts.iter().enumerate() {
         if let Some(source) = volumes::make(mount, index, &place, notes, guest)?

@@ -1,18 +1,9 @@
 //! Computes the size of a pod's VM.
 
+use super::annotations;
 use super::growth::{Growth, Size, page_metadata_mib};
 use super::spec::{Cpu, Memory, Spec};
 use husk_config::{Config, annotation, check};
-
-/// Annotations with which containerd's CRI passes the sum of the containers' resources to the sandbox.
-mod cri {
-    /// `sandbox` or `container`.
-    pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-    pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-    pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-    pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
-    pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-}
 
 const MIB: u64 = 1 << 20;
 /// Default period of cgroups in microseconds, used if only a quota is given.
@@ -84,7 +75,7 @@ struct Host {
 }
 
 fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError> {
-    for key in spec.annotations.keys().filter(|key| key.starts_with(annotation::PREFIX)) {
+    for key in spec.annotations.0.keys().filter(|key| key.starts_with(annotation::PREFIX)) {
         if !config.allowed_annotations.contains(key) {
             return Err(SizingError::Forbidden(key.clone()));
         }
@@ -114,7 +105,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
             None => config.default_memory_mib,
         },
     };
-    let kernel_params = spec.annotations.get(annotation::KERNEL_PARAMS).cloned().unwrap_or_default();
+    let kernel_params = spec.annotations.get(annotation::KERNEL_PARAMS).unwrap_or_default().to_owned();
     check::params(&kernel_params).map_err(|message| SizingError::Annotation {
         key: annotation::KERNEL_PARAMS.into(),
         value: kernel_params.clone(),
@@ -124,7 +115,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
     let memory_mib = memory_mib.min(host.max_guest_mib).max(MIN_VM_MIB);
     let boot = Size { vcpus, memory_mib };
     // A size that an annotation sets is fixed.
-    let fixed = |key: &str| spec.annotations.contains_key(key);
+    let fixed = |key: &str| spec.annotations.get(key).is_some();
     let host_vcpus = u8::try_from(host.cpus.max(1)).unwrap_or(u8::MAX);
     // Limited by spare_vcpus because the guest's kernel allocates per-CPU data for every possible vCPU at boot.
     let grown_vcpus = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
@@ -137,16 +128,16 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
 
 /// Returns the limits that size the VM: a Kubernetes sandbox's annotations, else the container's resources.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
-    if spec.annotations.get(cri::CONTAINER_TYPE).map(String::as_str) == Some("sandbox") {
+    if spec.annotations.is_sandbox() {
         let cpu = Cpu {
-            quota: parse(spec, cri::CPU_QUOTA)?,
-            period: parse(spec, cri::CPU_PERIOD)?,
-            shares: parse(spec, cri::CPU_SHARES)?,
+            quota: parse(spec, annotations::CPU_QUOTA)?,
+            period: parse(spec, annotations::CPU_PERIOD)?,
+            shares: parse(spec, annotations::CPU_SHARES)?,
             cpus: None,
         };
-        return Ok((cpu, Memory { limit: parse(spec, cri::MEMORY)? }));
+        return Ok((cpu, Memory { limit: parse(spec, annotations::MEMORY)? }));
     }
-    let resources = spec.linux.resources.clone().unwrap_or_default();
+    let resources = spec.linux.resources.clone();
     Ok((resources.cpu.unwrap_or_default(), resources.memory.unwrap_or_default()))
 }
 
@@ -166,7 +157,7 @@ fn parse<T: std::str::FromStr>(spec: &Spec, key: &str) -> Result<Option<T>, Sizi
     let Some(value) = spec.annotations.get(key) else { return Ok(None) };
     value.parse().map(Some).map_err(|_| SizingError::Annotation {
         key: key.into(),
-        value: value.clone(),
+        value: value.into(),
         message: "must be a whole number".into(),
     })
 }

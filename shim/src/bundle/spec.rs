@@ -1,10 +1,15 @@
 //! The parts of the OCI runtime specification that the host reads. Everything else is passed to the guest as JSON.
+//!
+//! Every field has a default: what must be there is checked later (see [`super::load`]), with a better error.
 
+use super::annotations::{Annotations, SANDBOX_ID};
 use super::cpuset::CpuSet;
+use super::load::BundleError;
 use super::users::IdMapping;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::path::PathBuf;
 
 /// Deserializes `null` like an absent field: some engines write an empty list as `null`.
 fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
@@ -12,8 +17,8 @@ fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D)
 }
 
 /// The parts of a `config.json` that the shim reads.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Spec {
     /// Version of the specification.
     pub oci_version: String,
@@ -21,26 +26,29 @@ pub struct Spec {
     pub process: Process,
     /// The root file system.
     pub root: Root,
-    /// Host name of the container's UTS namespace.
-    pub hostname: Option<String>,
+    /// Host name of the container's UTS namespace; empty if there is none.
+    #[serde(deserialize_with = "or_default")]
+    pub hostname: String,
     /// Annotations.
-    #[serde(default, deserialize_with = "or_default")]
-    pub annotations: BTreeMap<String, String>,
+    #[serde(deserialize_with = "or_default")]
+    pub annotations: Annotations,
+    /// OCI hooks.
+    #[serde(deserialize_with = "or_default")]
+    pub hooks: Hooks,
     /// Linux-specific configuration.
+    #[serde(deserialize_with = "or_default")]
     pub linux: Linux,
     /// Mounts of the container.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(deserialize_with = "or_default")]
     pub mounts: Vec<Mount>,
 }
 
 /// Init process of a container.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Process {
-    /// Whether the process has a terminal.
-    #[serde(default)]
-    pub terminal: bool,
     /// Command line.
+    #[serde(deserialize_with = "or_default")]
     pub args: Vec<String>,
     /// Working directory.
     pub cwd: String,
@@ -51,30 +59,72 @@ pub struct Process {
 }
 
 /// Root file system.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
 pub struct Root {
     /// Path; absolute, or relative to the bundle.
     pub path: String,
 }
 
+/// OCI hooks by their point in a container's lifecycle.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Hooks {
+    /// Deprecated form of `createRuntime`.
+    #[serde(deserialize_with = "or_default")]
+    pub prestart: Vec<Hook>,
+    /// Run after the namespaces exist and before the root is pivoted.
+    #[serde(deserialize_with = "or_default")]
+    pub create_runtime: Vec<Hook>,
+    /// Run after the process was started.
+    #[serde(deserialize_with = "or_default")]
+    pub poststart: Vec<Hook>,
+    /// Run after the container was deleted.
+    #[serde(deserialize_with = "or_default")]
+    pub poststop: Vec<Hook>,
+}
+
+/// A hook: a program that the shim runs on the host.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Hook {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Arguments, beginning with argv[0].
+    #[serde(deserialize_with = "or_default")]
+    pub args: Vec<String>,
+    /// The complete environment.
+    #[serde(deserialize_with = "or_default")]
+    pub env: Vec<String>,
+    /// Timeout in seconds.
+    pub timeout: Option<u64>,
+}
+
 /// Linux-specific configuration.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Linux {
     /// Namespaces that are created or joined.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(deserialize_with = "or_default")]
     pub namespaces: Vec<Namespace>,
+    /// The container's cgroup; empty if there is none.
+    #[serde(deserialize_with = "or_default")]
+    pub cgroups_path: String,
     /// Resource limits.
-    pub resources: Option<Resources>,
+    #[serde(deserialize_with = "or_default")]
+    pub resources: Resources,
+    /// Sysctls of the container's namespaces.
+    #[serde(deserialize_with = "or_default")]
+    pub sysctl: HashMap<String, String>,
     /// SELinux label of the mounts.
     pub mount_label: Option<String>,
     /// Propagation of the root mount.
     pub rootfs_propagation: Option<String>,
     /// User id mappings of the user namespace.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(deserialize_with = "or_default")]
     pub uid_mappings: Vec<IdMapping>,
     /// Group id mappings of the user namespace.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(deserialize_with = "or_default")]
     pub gid_mappings: Vec<IdMapping>,
 }
 
@@ -93,6 +143,41 @@ impl Namespace {
     /// Returns the path of the namespace to join, or `None` if the namespace is created.
     pub fn joined(&self) -> Option<&str> {
         self.path.as_deref().filter(|path| !path.is_empty())
+    }
+}
+
+/// The network namespace that a specification requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// A new namespace, which the VMM process creates.
+    New,
+    /// An existing namespace, made by CNI.
+    Path(PathBuf),
+}
+
+impl Spec {
+    /// Returns the id of the container's sandbox; for a container without a pod, its own id.
+    ///
+    /// # Errors
+    /// [`BundleError::SandboxId`] if the annotation is not a plain file name.
+    pub fn group<'a>(&'a self, id: &'a str) -> Result<&'a str, BundleError> {
+        match self.annotations.cri(SANDBOX_ID) {
+            None => Ok(id),
+            Some(group) if crate::ids::is_name(group) => Ok(group),
+            Some(group) => Err(BundleError::SandboxId(group.into())),
+        }
+    }
+
+    /// Returns the network namespace of the sandbox.
+    ///
+    /// # Errors
+    /// [`BundleError::HostNamespace`] if the specification has none.
+    pub fn network(&self) -> Result<Network, BundleError> {
+        let namespace = self.linux.namespaces.iter().find(|namespace| namespace.kind == "network");
+        Ok(match namespace.ok_or_else(BundleError::host_network)?.joined() {
+            None => Network::New,
+            Some(path) => Network::Path(path.into()),
+        })
     }
 }
 
@@ -178,5 +263,39 @@ impl Mount {
     pub fn is_bind(&self) -> bool {
         self.kind.as_deref() == Some("bind")
             || self.options().iter().any(|option| option == "bind" || option == "rbind")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn spec(text: &str) -> Spec {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn group_is_the_sandbox_id_or_the_containers_own() {
+        assert_eq!(spec("{}").group("c").unwrap(), "c");
+        assert_eq!(spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#).group("c").unwrap(), "pod");
+        let bad = spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"../../etc"}}"#);
+        assert!(bad.group("c").unwrap_err().to_string().contains("../../etc"));
+    }
+
+    #[test]
+    fn network_distinguishes_host_new_and_existing_namespaces() {
+        assert!(spec("{}").network().unwrap_err().to_string().contains("host network"));
+        let own = spec(r#"{"linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/a/b"}}"#);
+        assert_eq!(own.network().unwrap(), Network::New);
+        let cni = spec(r#"{"annotations":null,"linux":{"namespaces":[{"type":"network","path":"/var/run/netns/x"}]}}"#);
+        assert_eq!(cni.network().unwrap(), Network::Path("/var/run/netns/x".into()));
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics(text: String) {
+            let _ = serde_json::from_str::<Spec>(&text);
+        }
     }
 }

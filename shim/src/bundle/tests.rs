@@ -52,7 +52,7 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
     let mut value = sample();
     change(&mut value);
     fs::write(dir.join("config.json"), value.to_string()).unwrap();
-    Bundle::load(dir).unwrap()
+    Bundle::read(dir).unwrap()
 }
 
 /// Where the host has what mount `index` of a specification made ready is, as the guest sees it.

@@ -12,9 +12,9 @@ use ttrpc::asynchronous::transport::Socket;
 use super::Args;
 use super::bootstrap::Env;
 use crate::address::Address;
+use crate::bundle::Bundle;
 use crate::events::timestamp;
 use crate::sandbox::state::StateDir;
-use crate::spec::Spec;
 
 /// Exit status reported for a task whose end nobody observed.
 const EXIT_STATUS_KILLED: u32 = 128 + 9;
@@ -25,7 +25,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
     // config.json may be gone with the bundle, or never existed. The container then counts as its own sandbox.
-    let spec = Spec::load(&bundle).ok();
+    let spec = Bundle::read(&bundle).ok().map(|bundle| bundle.spec);
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
     let state = StateDir::new(&args.namespace, &group);

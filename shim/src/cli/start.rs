@@ -6,21 +6,21 @@ use std::path::{Path, PathBuf};
 use super::Args;
 use super::bootstrap::{self, Env, MAX_INPUT, Params};
 use crate::address::{Address, Listen, ListenError};
+use crate::bundle::{Bundle, BundleError};
 use crate::daemon;
-use crate::spec::{Spec, SpecError};
 
 /// A failure to start the shim.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The bundle's `config.json` cannot be used.
     #[error(transparent)]
-    Spec(#[from] SpecError),
+    Bundle(#[from] BundleError),
     /// The sandbox's socket cannot be bound.
     #[error(transparent)]
     Listen(#[from] ListenError),
     /// The working directory, which is the bundle, cannot be determined.
     #[error("failed to determine the working directory")]
-    Bundle(#[source] std::io::Error),
+    WorkingDirectory(#[source] std::io::Error),
     /// Stdin cannot be read.
     #[error("failed to read the bootstrap parameters from stdin")]
     Input(#[source] std::io::Error),
@@ -49,20 +49,20 @@ pub enum StartError {
 /// # Errors
 /// [`StartError`]. Everything created before the failure is removed.
 pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
-    let bundle = std::env::current_dir().map_err(StartError::Bundle)?;
+    let dir = std::env::current_dir().map_err(StartError::WorkingDirectory)?;
     let mut input = Vec::new();
     std::io::stdin().lock().take(MAX_INPUT).read_to_end(&mut input).map_err(StartError::Input)?;
-    let params = Params::new(&input, args, &Env::read()).with_bundle(&bundle);
+    let params = Params::new(&input, args, &Env::read()).with_bundle(&dir);
     // With `sandboxer = "shim"` the bundle has no config.json: CreateSandbox brings the pod's configuration.
-    let spec = match Spec::load(&bundle) {
-        Err(SpecError::Read { source, .. })
-            if source.kind() == std::io::ErrorKind::NotFound && bootstrap::is_sandbox_controller_bundle(&bundle) =>
+    let bundle = match Bundle::read(&dir) {
+        Err(BundleError::Read { source, .. })
+            if source.kind() == std::io::ErrorKind::NotFound && bootstrap::is_sandbox_controller_bundle(&dir) =>
         {
             None
         }
         other => Some(other?),
     };
-    let group = spec.as_ref().map_or(Ok(args.id.as_str()), |spec| spec.group(&args.id))?.to_owned();
+    let group = bundle.as_ref().map_or(Ok(args.id.as_str()), |bundle| bundle.spec.group(&args.id))?.to_owned();
     let address = Address::new(params.socket_dir.as_deref(), &params.address, &args.namespace, &group);
     let listener = match address.listen()? {
         Listen::InUse => None,
@@ -73,7 +73,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
         address.remove();
         return Err(StartError::NoSandbox(group));
     }
-    write_address(&bundle, &address)?;
+    write_address(&dir, &address)?;
     let Some(listener) = listener else { return write_reply(&address, params.form) };
     adjust_oom_score();
     // SAFETY: this process has a single thread, so the child is not limited to async-signal-safe functions.
@@ -83,8 +83,8 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
             let args = daemon::DaemonArgs {
                 namespace: args.namespace.clone(),
                 sandbox: group,
+                dir,
                 bundle,
-                spec,
                 params,
                 address,
                 listener,

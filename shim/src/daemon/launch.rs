@@ -9,7 +9,7 @@ use husk_vmm::virtio::net::MOST_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
 use super::log;
-use crate::bundle::{self, Bundle, Sizing, Users};
+use crate::bundle::{self, Bundle, Network, Sizing, Spec, Users};
 use crate::chain;
 use crate::network;
 use crate::sandbox::agent::Report;
@@ -19,7 +19,6 @@ use crate::sandbox::limits;
 use crate::sandbox::state::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox, vmm};
-use crate::spec::{self, Spec};
 
 /// Properties of a sandbox that are known before its specification.
 #[derive(Clone)]
@@ -43,7 +42,7 @@ pub struct Pending {
     /// The guest's view of the share, or the error that prevented it.
     pub share: Result<PathBuf, String>,
     /// The bundle directory.
-    pub bundle: PathBuf,
+    pub dir: PathBuf,
     /// Receives the agent's reports.
     pub reports: mpsc::UnboundedSender<Report>,
 }
@@ -54,24 +53,24 @@ impl Pending {
     ///
     /// # Errors
     /// The chain of causes, if the specification cannot be used. The sandbox itself reports later failures.
-    pub async fn launch(self, spec: &str, sandbox: &Sandbox) -> Result<(), String> {
-        let Self { context, share, bundle, reports } = self;
+    pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
+        let Self { context, share, dir, reports } = self;
         let share = share?;
-        let bundle = Bundle::of_text(&bundle, spec.as_bytes()).map_err(|e| chain(&e))?;
-        let spec: Spec = serde_json::from_str(spec).map_err(|e| e.to_string())?;
+        let bundle = Bundle::from_value(&dir, spec).map_err(|e| chain(&e))?;
+        bundle.check().map_err(|e| chain(&e))?;
         // In a blocking thread: a slow service manager must not block the runtime.
         let entered = tokio::task::spawn_blocking({
-            let (context, spec) = (context.clone(), spec.clone());
-            move || enter_cgroup(&context, &spec)
+            let (context, path) = (context.clone(), bundle.spec.linux.cgroups_path.clone());
+            move || enter_cgroup(&context, &path)
         });
         let cgroup =
             entered.await.unwrap_or_else(|error| Err(format!("failed to enter the sandbox's cgroup: {error}")));
         let mut partial = PartialLaunch::default();
-        let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &spec, cgroup));
+        let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup));
         let (done, wait) = oneshot::channel();
         // In a separate thread: it enters the pod's network namespace, and must end if it cannot leave it again.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
-            let plan = spawned.and_then(|network| partial.plan(&context, &spec, &share, network, || Ok(bundle)));
+            let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network));
             let _ = done.send(partial.finish(plan));
         });
         let prepared = match thread {
@@ -92,15 +91,12 @@ struct PartialLaunch {
 }
 
 /// Prepares a launch. The process must have a single thread.
-pub fn prepare(
-    context: &LaunchContext,
-    spec: &Spec,
-    share: &Path,
-    bundle: impl FnOnce() -> Result<Bundle, String>,
-) -> Prepared {
+pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Prepared {
     let mut partial = PartialLaunch::default();
-    let spawned = enter_cgroup(context, spec).and_then(|cgroup| partial.spawn(context, spec, cgroup));
-    let plan = spawned.and_then(|network| partial.plan(context, spec, share, network, bundle));
+    let spec = &bundle.spec;
+    let entered = enter_cgroup(context, &spec.linux.cgroups_path);
+    let spawned = entered.and_then(|cgroup| partial.spawn(context, spec, cgroup));
+    let plan = spawned.and_then(|network| partial.plan(context, bundle, share, network));
     partial.finish(plan)
 }
 
@@ -115,7 +111,7 @@ impl PartialLaunch {
     }
 
     /// Spawns the VMM process, which inherits the cgroup that this process has entered.
-    fn spawn(&mut self, context: &LaunchContext, spec: &Spec, cgroup: Option<Cgroup>) -> Result<spec::Network, String> {
+    fn spawn(&mut self, context: &LaunchContext, spec: &Spec, cgroup: Option<Cgroup>) -> Result<Network, String> {
         self.cgroup = cgroup;
         let network = spec.network().map_err(|e| chain(&e))?;
         let vmm = self.vmm.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
@@ -128,10 +124,9 @@ impl PartialLaunch {
     fn plan(
         &mut self,
         context: &LaunchContext,
-        spec: &Spec,
+        bundle: &Bundle,
         share: &Path,
-        network: spec::Network,
-        bundle: impl FnOnce() -> Result<Bundle, String>,
+        network: Network,
     ) -> Result<Plan, String> {
         let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
         let config = Config::load(&path).map_err(|e| chain(&e))?;
@@ -139,10 +134,11 @@ impl PartialLaunch {
             log::set_level(config.log_level);
         }
         self.timeline_log.clone_from(&config.timeline_log);
-        let bundle = bundle()?;
+        bundle.check().map_err(|e| chain(&e))?;
+        let spec = &bundle.spec;
         let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::room(cgroup.place()));
         let users = bundle.users().map_err(|e| chain(&e))?;
-        let sizing = bundle::sizing(&bundle.spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
+        let sizing = bundle::sizing(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let tap_options =
             network::TapOptions { queue_pairs: usize::from(sizing.vcpus).min(MOST_PAIRS), vhost: config.vhost_net };
@@ -150,16 +146,16 @@ impl PartialLaunch {
             // CNI sets up a new namespace later: in hooks, or between Create and Start. The latter is what
             // `ctr run --cni` does, and containerd 1.7 for pods with a user namespace, which has to own the network
             // namespace (pkg/cri/server/sandbox_run.go).
-            spec::Network::New => match &self.vmm {
+            Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
-                    spec.is_sandbox(),
+                    spec.annotations.is_sandbox(),
                     tap_options,
                 )
                 .map_err(|e| chain(&e))?,
                 None => network::Network::default(),
             },
-            spec::Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
+            Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
         };
         context.timeline.mark("network connected");
         let pod = pod(context, spec, users, network);
@@ -173,7 +169,7 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, sizing: &Sizing, vmm_pid
     let sandbox = husk_config::sandbox::Sandbox {
         id: context.sandbox.clone(),
         namespace: context.namespace.clone(),
-        pod: spec.pod_name(),
+        pod: spec.annotations.pod(),
         vcpus: sizing.vcpus,
         memory_mib: sizing.memory_mib,
         started: started.as_secs(),
@@ -190,16 +186,16 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, sizing: &Sizing, vmm_pid
 /// The sysctls of a sandbox container belong to the pod, because that container is never created. Those of a container
 /// without a pod are applied when the container is created.
 fn pod(context: &LaunchContext, spec: &Spec, users: Option<Users>, network: network::Network) -> Pod {
-    let is_sandbox = spec.is_sandbox();
+    let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
-    let (id, hostname) = (context.sandbox.clone(), hostname(spec));
+    let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
     Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, users, network }
 }
 
-/// Returns the sandbox's host name. Without one in the specification it is the host's, as under runc.
-pub fn hostname(spec: &Spec) -> String {
-    if !spec.hostname.is_empty() {
-        return spec.hostname.clone();
+/// Returns the sandbox's host name. If the specification's is empty it is the host's, as under runc.
+pub fn hostname(name: &str) -> String {
+    if !name.is_empty() {
+        return name.to_owned();
     }
     std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
 }
@@ -218,8 +214,7 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
 /// If that fails, the sandbox does not start: it would run without limits, and be accounted to containerd. runc does
 /// the same, even a rootless one (libcontainer/cgroups/fs2/fs2.go, Apply). Without a cgroup in the specification, as
 /// with containerd's `disable_cgroup`, the process stays where it is.
-fn enter_cgroup(context: &LaunchContext, spec: &Spec) -> Result<Option<Cgroup>, String> {
-    let path = &spec.linux.cgroups_path;
+fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
     if path.is_empty() {
         return Ok(None);
     }

@@ -23,7 +23,6 @@ use crate::sandbox::boot::pipe_pair;
 use crate::sandbox::state::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox};
-use crate::spec::Spec;
 use crate::task::{self, Shim};
 pub use launch::{LaunchContext, Pending};
 
@@ -39,9 +38,9 @@ pub struct DaemonArgs {
     /// The sandbox's id.
     pub sandbox: String,
     /// The sandbox's bundle directory.
-    pub bundle: PathBuf,
-    /// The sandbox's specification; `None` if CreateSandbox brings it.
-    pub spec: Option<Spec>,
+    pub dir: PathBuf,
+    /// The sandbox's bundle; `None` if CreateSandbox brings the specification.
+    pub bundle: Option<Bundle>,
     /// The parameters of `start`, among them containerd's addresses.
     pub params: Params,
     /// The address of this shim.
@@ -56,20 +55,17 @@ pub struct DaemonArgs {
 pub fn run(args: DaemonArgs) -> i32 {
     tune_allocator();
     let vmm_log = detach();
-    log::init(&args.bundle, &args.namespace, &args.sandbox, args.params.debug);
+    log::init(&args.dir, &args.namespace, &args.sandbox, args.params.debug);
     let state = StateDir::new(&args.namespace, &args.sandbox);
     let timeline = Arc::new(Timeline::new(&args.namespace, &args.sandbox, state.timeline()));
     timeline.mark_at("shim start", args.started_ns);
     timeline.mark("shim daemon");
     let (context, share) = prepare(&args, state, timeline);
     // Spawns the VMM process first: it starts while this process reads the configuration.
-    let launch = match (&args.spec, share) {
+    let launch = match (&args.bundle, share) {
         (None, share) => Launch::Deferred(share),
         (Some(_), Err(error)) => Launch::Immediate(Box::new(launch::failed(error))),
-        (Some(spec), Ok(share)) => {
-            let bundle = || Bundle::load(&args.bundle).map_err(|e| chain(&e));
-            Launch::Immediate(Box::new(launch::prepare(&context, spec, &share, bundle)))
-        }
+        (Some(bundle), Ok(share)) => Launch::Immediate(Box::new(launch::prepare(&context, bundle, &share))),
     };
     // containerd removes the bundle directory before the shim ends.
     let _ = std::env::set_current_dir("/");
@@ -148,7 +144,7 @@ enum Launch {
 }
 
 async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log: Option<OwnedFd>) -> i32 {
-    let DaemonArgs { namespace, params, address, listener, bundle, .. } = args;
+    let DaemonArgs { namespace, params, address, listener, dir, .. } = args;
     let (reports, reported) = mpsc::unbounded_channel();
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
@@ -156,7 +152,7 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
             sandbox.launch(*prepared, reports);
             None
         }
-        Launch::Deferred(share) => Some(Pending { context, share, bundle, reports }),
+        Launch::Deferred(share) => Some(Pending { context, share, dir, reports }),
     };
     let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
     let events = Events::start(&namespace, destination, RetryPolicy::default());

@@ -124,7 +124,7 @@ mod tests {
         if !mounts.is_null() {
             spec["mounts"] = mounts;
         }
-        Bundle::of_text(Path::new("/"), spec.to_string().as_bytes()).unwrap()
+        Bundle::from_value(Path::new("/"), spec).unwrap()
     }
 
     fn destinations(bundle: &Bundle) -> Vec<String> {

@@ -118,7 +118,7 @@ fn cgroups_path(parent: &str, id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bundle::Bundle;
+    use crate::bundle::{Bundle, Network};
     use husk_proto::cri::{LinuxContainerResources, LinuxPodSandboxConfig};
 
     fn spec(change: impl FnOnce(&mut PodSandboxConfig)) -> Value {
@@ -128,16 +128,17 @@ mod tests {
     }
 
     fn checked(spec: &Value) -> Result<Bundle, String> {
-        Bundle::of_text(std::path::Path::new("/"), spec.to_string().as_bytes()).map_err(|e| crate::chain(&e))
+        let bundle = Bundle::from_value(std::path::Path::new("/"), spec.clone());
+        bundle.and_then(|bundle| bundle.check().map(|()| bundle)).map_err(|e| crate::chain(&e))
     }
 
     #[test]
     fn empty_configuration_gets_containerds_defaults() {
         let value = spec(|_| ());
         let bundle = checked(&value).unwrap();
-        assert_eq!(bundle.network_namespace(), Some("/proc/self/ns/ipc"));
-        let spec: crate::spec::Spec = serde_json::from_value(value).unwrap();
-        assert!(spec.is_sandbox() && spec.linux.cgroups_path.is_empty());
+        let spec = bundle.spec;
+        assert_eq!(spec.network().unwrap(), Network::Path("/proc/self/ns/ipc".into()));
+        assert!(spec.annotations.is_sandbox() && spec.linux.cgroups_path.is_empty());
         assert_eq!(spec.linux.sysctl["net.ipv4.ip_unprivileged_port_start"], "0");
         assert_eq!(spec.group("pod").unwrap(), "pod");
     }

@@ -14,8 +14,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use crate::bundle::Network;
 use crate::lock;
-use crate::spec::Network;
 
 /// Error of starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]

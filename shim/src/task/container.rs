@@ -8,8 +8,8 @@ use tokio::task::JoinSet;
 
 use super::process::Process;
 use super::refusal::Refusal;
+use crate::bundle::Spec;
 use crate::lock;
-use crate::spec::Spec;
 
 /// An exec. Keeps its process specification until the exec is started.
 pub struct Exec {
@@ -110,7 +110,7 @@ impl Container {
 
     /// Returns whether this is the sandbox container of a pod. It has no process in the guest.
     pub fn is_sandbox_container(&self) -> bool {
-        self.spec.is_sandbox()
+        self.spec.annotations.is_sandbox()
     }
 
     /// Returns true to the first caller only, which then publishes the OOM event.

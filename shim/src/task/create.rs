@@ -15,18 +15,17 @@ use super::container::Container;
 use super::process::Process;
 use super::{Refusal, Shim, paths};
 use crate::bundle::growth::Limits;
-use crate::bundle::{self, Bundle, Disk, Prepared};
+use crate::bundle::{self, Bundle, Disk, Prepared, Spec};
 use crate::hooks;
 use crate::mirror;
 use crate::pod;
 use crate::sandbox::agent::{Agent, timeouts, within};
-use crate::spec::Spec;
 use crate::stdio::{Owner, Stdio};
 
 impl Shim {
     /// Creates a container. On an error, everything made for it is removed again.
     pub(super) async fn create(&self, request: CreateTaskRequest) -> ttrpc::Result<()> {
-        if !crate::cli::is_name(&request.id) {
+        if !crate::ids::is_name(&request.id) {
             return Err(Refusal::Invalid(format!("container id {:?}", request.id)).into());
         }
         if !request.checkpoint.is_empty() {
@@ -54,15 +53,16 @@ impl Shim {
     }
 
     async fn create_reserved(&self, request: &CreateTaskRequest) -> ttrpc::Result<()> {
-        let spec = Spec::load(Path::new(&request.bundle)).map_err(|e| Refusal::Failed(crate::chain(&e)))?;
-        if spec.is_sandbox() {
+        let bundle = read(request.bundle.clone()).await?;
+        let spec = bundle.spec.clone();
+        if spec.annotations.is_sandbox() {
             return self.create_pause(request, spec).await;
         }
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let owner = Owner { id: &request.id, namespace: &self.namespace };
         let prepare = async {
             self.acquire_pid(&request.id, &spec).await;
-            let prepared = self.prepare(request).await?;
+            let prepared = self.prepare(request, bundle).await?;
             if prepared.follows_mounts {
                 let following = self.sandbox.follow_mounts();
                 following.map_err(|error| Refusal::Failed(format!("failed to watch the host's mounts: {error}")))?;
@@ -178,12 +178,12 @@ impl Shim {
     }
 
     /// Prepares the bundle. Runs on a blocking thread, because mount(2) can block.
-    async fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, Refusal> {
+    async fn prepare(&self, request: &CreateTaskRequest, mut bundle: Bundle) -> Result<Prepared, Refusal> {
         let (id, share) = (request.id.clone(), self.sandbox.share());
-        let (dir, files, pids) = (request.bundle.clone(), self.api.files(), self.pids());
+        let (files, pids) = (self.api.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(bundle::RootMount::from).collect();
         let prepared = tokio::task::spawn_blocking(move || {
-            let mut bundle = Bundle::load(Path::new(&dir)).map_err(|e| crate::chain(&e))?;
+            bundle.check().map_err(|e| crate::chain(&e))?;
             if let Some(files) = files {
                 pod::add_mounts(&mut bundle, &files);
             }
@@ -212,13 +212,13 @@ impl Shim {
     pub(super) async fn run_hooks(
         &self,
         kind: &'static str,
-        hooks: &[crate::spec::Hook],
+        hooks: &[bundle::Hook],
         status: &str,
         request: &CreateTaskRequest,
         spec: &Spec,
     ) -> Result<(), Refusal> {
         let state = hooks::State {
-            oci_version: &spec.version,
+            oci_version: &spec.oci_version,
             id: &request.id,
             status,
             pid: self.pid(&request.id),
@@ -235,7 +235,7 @@ impl Shim {
             _ => (&container.spec.hooks.poststop, 0),
         };
         let state = hooks::State {
-            oci_version: &container.spec.version,
+            oci_version: &container.spec.oci_version,
             id: &container.id,
             status,
             pid,
@@ -245,5 +245,13 @@ impl Shim {
         if let Err(error) = hooks::run(kind, hooks, &state).await {
             tracing::warn!(container = container.id, error = %crate::chain(&error), "hook failed");
         }
+    }
+}
+
+/// Reads the bundle's specification. Runs on a blocking thread, because a file system can block.
+async fn read(dir: String) -> Result<Bundle, Refusal> {
+    match tokio::task::spawn_blocking(move || Bundle::read(Path::new(&dir))).await {
+        Ok(bundle) => bundle.map_err(|e| Refusal::Failed(crate::chain(&e))),
+        Err(error) => Err(Refusal::Failed(error.to_string())),
     }
 }

@@ -51,7 +51,7 @@ impl Shim {
 
     /// Adds an exec. The agent is told when the exec is started; runc's shim reports errors at that point too.
     pub(super) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), Refusal> {
-        if !crate::cli::is_name(&request.exec_id) {
+        if !crate::ids::is_name(&request.exec_id) {
             return Err(Refusal::Invalid(format!("exec id {:?}", request.exec_id)));
         }
         if container.is_sandbox_container() {

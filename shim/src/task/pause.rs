@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use super::container::Container;
 use super::process::{Exit, ExitReport, Process};
 use super::{Refusal, Shim, paths};
-use crate::spec::Spec;
+use crate::bundle::Spec;
 
 impl Shim {
     /// Creates the sandbox container's record as soon as the agent is ready.

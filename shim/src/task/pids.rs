@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use super::Shim;
+use crate::bundle::Spec;
 use crate::lock;
-use crate::spec::Spec;
 
 /// PIDs of the containers that have one of their own, by container id.
 #[derive(Default)]

@@ -16,7 +16,6 @@ use crate::daemon::Pending;
 use crate::daemon::launch::hostname;
 use crate::lock;
 use crate::pod;
-use crate::spec::Spec;
 
 /// Timeout for the request that creates the sandbox. containerd sends it right after the answer to `start`.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -109,9 +108,8 @@ impl Shim {
             None => (Created { spec: json!({}), files: None }, None),
             Some(pending) => {
                 let spec = pod::specification(&self.sandbox.id, config, netns);
-                let with_hostname = Spec { hostname: config.hostname.clone(), ..Spec::default() };
                 let dir = self.sandbox.dir().path().to_owned();
-                let (files, pod_config, name) = (dir.clone(), config.clone(), hostname(&with_hostname));
+                let (files, pod_config, name) = (dir.clone(), config.clone(), hostname(&config.hostname));
                 let written = tokio::task::spawn_blocking(move || pod::write(&dir, &pod_config, &name)).await;
                 written
                     .map_err(|e| e.to_string())
@@ -120,12 +118,12 @@ impl Shim {
                 (Created { spec, files: Some(files) }, Some(pending))
             }
         };
-        let text = created.spec.to_string();
+        let spec = created.spec.clone();
         if self.api.created.set(created).is_err() {
             return Err(Refusal::Exists(self.sandbox.id.clone()));
         }
         if let Some(pending) = launch {
-            pending.launch(&text, &self.sandbox).await.map_err(Refusal::Failed)?;
+            pending.launch(spec, &self.sandbox).await.map_err(Refusal::Failed)?;
             // A stop may have arrived during the launch, before there was a VM to kill.
             if *lock(&self.api.stopping) {
                 self.sandbox.kill();

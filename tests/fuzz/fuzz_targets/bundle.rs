@@ -6,7 +6,6 @@ use std::sync::OnceLock;
 
 use husk_config::Config;
 use husk_shim::bundle::{Bundle, resources_update, sizing};
-use husk_shim::spec::Spec;
 use libfuzzer_sys::fuzz_target;
 
 /// Returns this process's bundle directory. It is not removed at exit.
@@ -21,11 +20,9 @@ fn bundle_dir() -> &'static PathBuf {
 
 fuzz_target!(|bytes: &[u8]| {
     std::fs::write(bundle_dir().join("config.json"), bytes).expect("write config.json");
-    if let Ok(spec) = Spec::load(bundle_dir()) {
-        let _ = spec.group("id");
-        let _ = spec.network();
-    }
-    if let Ok(bundle) = Bundle::load(bundle_dir()) {
+    if let Ok(bundle) = Bundle::read(bundle_dir()) {
+        let _ = bundle.spec.group("id");
+        let _ = bundle.check();
         let _ = sizing(&bundle.spec, &Config::default(), u64::MAX);
     }
     let _ = resources_update(bytes);

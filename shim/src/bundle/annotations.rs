@@ -1,0 +1,102 @@
+//! Annotations of the container runtimes that call the shim: containerd's CRI plugin and CRI-O. Husk's own are in
+//! [`husk_config::annotation`].
+
+use std::collections::BTreeMap;
+
+/// Annotations of a specification.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(transparent)]
+pub struct Annotations(pub BTreeMap<String, String>);
+
+/// Id of the container's sandbox.
+pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// `sandbox` for a pod's sandbox container, `container` for its other containers.
+pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// Namespace, name and uid of the pod.
+pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+/// See [`POD_NAMESPACE`].
+pub const POD_NAME: &str = "io.kubernetes.cri.sandbox-name";
+/// See [`POD_NAMESPACE`].
+pub const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
+/// CFS period in microseconds, for the sum of the containers' CPU limits.
+pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// CFS quota in microseconds, the sum of the containers' CPU limits.
+pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// CPU shares, the sum of the containers' CPU requests.
+pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
+/// Memory in bytes, the sum of the containers' limits.
+pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// CRI-O's keys for the same values (CRI-O, pkg/annotations/internal.go; kubelet labels for the pod). CRI-O does not pass
+/// the resources.
+const CRIO: [(&str, &str); 5] = [
+    (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
+    (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),
+    (POD_NAMESPACE, "io.kubernetes.pod.namespace"),
+    (POD_NAME, "io.kubernetes.pod.name"),
+    (POD_UID, "io.kubernetes.pod.uid"),
+];
+
+impl Annotations {
+    /// Returns the value of one of the keys above, from containerd or CRI-O.
+    pub fn cri(&self, key: &str) -> Option<&str> {
+        let of_crio =
+            || CRIO.iter().find(|(of_containerd, _)| *of_containerd == key).and_then(|(_, key)| self.get(key));
+        self.get(key).or_else(of_crio)
+    }
+
+    /// Returns the value of a key.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(String::as_str)
+    }
+
+    /// Returns whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns whether a CRI made the specification.
+    pub fn is_cri(&self) -> bool {
+        self.cri(CONTAINER_TYPE).is_some()
+    }
+
+    /// Returns whether this is a pod's sandbox container, which represents the pod and runs nothing.
+    pub fn is_sandbox(&self) -> bool {
+        self.cri(CONTAINER_TYPE) == Some("sandbox")
+    }
+
+    /// Returns the Kubernetes pod as `namespace/name`; empty for a container without a pod.
+    pub fn pod(&self) -> String {
+        match (self.cri(POD_NAMESPACE), self.cri(POD_NAME)) {
+            (Some(namespace), Some(name)) => format!("{namespace}/{name}"),
+            _ => String::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_containerd_and_cri_o_have_the_same_meaning() {
+        let of = |pairs: &[(&str, &str)]| {
+            Annotations(pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect())
+        };
+        let containerd = of(&[(CONTAINER_TYPE, "sandbox"), (POD_NAMESPACE, "n"), (POD_NAME, "p"), (POD_UID, "u")]);
+        let crio = of(&[
+            ("io.kubernetes.cri-o.ContainerType", "sandbox"),
+            ("io.kubernetes.pod.namespace", "n"),
+            ("io.kubernetes.pod.name", "p"),
+            ("io.kubernetes.pod.uid", "u"),
+        ]);
+        for annotations in [containerd, crio] {
+            assert!(annotations.is_cri() && annotations.is_sandbox());
+            assert_eq!((annotations.pod().as_str(), annotations.cri(POD_UID)), ("n/p", Some("u")));
+            assert_eq!(annotations.cri(SANDBOX_ID), None);
+        }
+        let container = of(&[("io.kubernetes.cri-o.ContainerType", "container")]);
+        assert!(container.is_cri() && !container.is_sandbox());
+        assert!(!of(&[]).is_cri() && of(&[]).pod().is_empty());
+    }
+}

@@ -1,0 +1,24 @@
+//! Ids and namespaces of containerd, which become path components.
+
+/// Returns whether `name` is valid as an id or a namespace.
+///
+/// containerd's own rule is narrower (76 characters). Here the name only has to be a single path component that cannot
+/// leave its directory.
+pub fn is_name(name: &str) -> bool {
+    name.len() <= 255
+        && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_name_accepts_single_path_components_only() {
+        for bad in ["", "..", "a/b", ".hidden", "a\nb"] {
+            assert!(!is_name(bad), "{bad:?}");
+        }
+        assert!(is_name("a.b_c-1"));
+    }
+}
