@@ -1,8 +1,8 @@
-//! Copying between a stream to the guest and containerd's end of it.
+//! Copies between a stream to the guest and containerd's end of it.
 //!
-//! Between a socket and a pipe splice(2) moves what is large without a copy through this process. What is small is
-//! read and written, because each spliced fragment takes one of the pipe's few slots, however short it is: a container
-//! nobody reads from would block after a handful of lines instead of 64 KiB.
+//! Large amounts are moved between a socket and a pipe with splice(2), without a copy through this process. Small
+//! amounts are read and written, because each spliced fragment occupies one of the pipe's few buffers, however short it
+//! is. Without a reader, a container would otherwise block after a few lines instead of after 64 KiB.
 
 use nix::{
     errno::Errno,
@@ -24,12 +24,12 @@ use tokio::{
     net::UnixStream,
 };
 
-/// From so many bytes waiting in the socket on, splice.
-const LARGE: usize = 16 << 10;
-/// What one splice moves at most: what a pipe holds.
-const CHUNK: usize = 64 << 10;
+/// Number of bytes in the socket's receive queue from which splice(2) is used.
+const SPLICE_THRESHOLD: usize = 16 << 10;
+/// Maximum number of bytes per splice: the default capacity of a pipe.
+const SPLICE_MAX: usize = 64 << 10;
 
-/// Where the bytes of one stream can go.
+/// The destination of an output stream.
 #[derive(Debug)]
 pub enum Sink {
     /// A fifo or pipe.
@@ -38,63 +38,64 @@ pub enum Sink {
     File(Arc<File>),
 }
 
-/// What became of an attempt to move bytes between two descriptors neither of which may block.
-enum Moved {
-    /// So many bytes.
+/// Result of a non-blocking splice.
+enum Spliced {
+    /// This many bytes were moved.
     Bytes(usize),
     /// The source is at its end.
     End,
-    /// The pipe was not ready.
-    Pipe,
-    /// One was not ready, and is now.
-    Again,
+    /// The pipe is not ready.
+    PipeNotReady,
+    /// The splice would have blocked, but both sides are ready by now.
+    Retry,
 }
 
-/// Copies the guest's output until it ends. What cannot be written any more is read nevertheless, so that the
-/// container does not block on a logger that died.
-pub async fn output(stream: &UnixStream, sink: Sink, moved: &AtomicU64) {
+/// Copies the guest's output until it ends.
+///
+/// After a write error the output is still read and discarded, so that the container does not block on a dead logger.
+pub async fn output(stream: &UnixStream, sink: Sink, copied: &AtomicU64) {
     let result = match sink {
-        Sink::Pipe(pipe) => to_pipe(stream, &pipe, moved).await,
-        Sink::File(file) => to_file(stream, file, moved).await,
+        Sink::Pipe(pipe) => to_pipe(stream, &pipe, copied).await,
+        Sink::File(file) => to_file(stream, file, copied).await,
     };
     if result.is_err() {
-        let _ = discard(stream, moved).await;
+        let _ = discard(stream, copied).await;
     }
 }
 
-async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, moved: &AtomicU64) -> io::Result<()> {
-    let mut buffer = vec![0; LARGE];
+async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU64) -> io::Result<()> {
+    let mut buffer = vec![0; SPLICE_THRESHOLD];
     loop {
         stream.readable().await?;
-        if waiting(stream.as_fd())? < LARGE {
+        if queued_bytes(stream.as_fd())? < SPLICE_THRESHOLD {
             match stream.try_read(&mut buffer) {
                 Ok(0) => return Ok(()),
-                Ok(count) => write_all(pipe, buffer.get(..count).unwrap_or_default(), moved).await?,
+                Ok(count) => write_all(pipe, buffer.get(..count).unwrap_or_default(), copied).await?,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The guest is gone: so is its output.
+                // The guest has ended, and its output with it.
                 Err(_) => return Ok(()),
             }
             continue;
         }
         let mut writable = pipe.writable().await?;
-        let attempt = stream.try_io(Interest::READABLE, || {
+        let result = stream.try_io(Interest::READABLE, || {
             let (from, to) = (stream.as_fd(), pipe.get_ref().as_fd());
-            attempt(from, to, from, PollFlags::POLLIN, to, PollFlags::POLLOUT)
+            try_splice(from, to, from, PollFlags::POLLIN, to, PollFlags::POLLOUT)
         });
-        match attempt {
-            Ok(Moved::Bytes(count)) => note(moved, count),
-            Ok(Moved::End) => return Ok(()),
-            Ok(Moved::Pipe) => writable.clear_ready(),
-            Ok(Moved::Again) => {}
+        match result {
+            Ok(Spliced::Bytes(count)) => add(copied, count),
+            Ok(Spliced::End) => return Ok(()),
+            Ok(Spliced::PipeNotReady) => writable.clear_ready(),
+            Ok(Spliced::Retry) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        // Splicing never waits while both are ready: others want a turn too.
+        // While both sides are ready, the loop never waits. Yields, so that other tasks can run.
         tokio::task::yield_now().await;
     }
 }
 
-/// Copies what clients write to an input fifo until it ends, then tells the guest so.
+/// Copies a stdin fifo to the guest until it ends, then shuts down the write side of the stream.
 pub async fn input(fifo: &AsyncFd<OwnedFd>, stream: &UnixStream) {
     if from_pipe(fifo, stream).await.is_ok() {
         let _ = nix::sys::socket::shutdown(stream.as_raw_fd(), nix::sys::socket::Shutdown::Write);
@@ -105,14 +106,14 @@ async fn from_pipe(fifo: &AsyncFd<OwnedFd>, stream: &UnixStream) -> io::Result<(
     loop {
         let mut readable = fifo.readable().await?;
         stream.writable().await?;
-        let attempt = stream.try_io(Interest::WRITABLE, || {
+        let result = stream.try_io(Interest::WRITABLE, || {
             let (from, to) = (fifo.get_ref().as_fd(), stream.as_fd());
-            attempt(from, to, to, PollFlags::POLLOUT, from, PollFlags::POLLIN)
+            try_splice(from, to, to, PollFlags::POLLOUT, from, PollFlags::POLLIN)
         });
-        match attempt {
-            Ok(Moved::End) => return Ok(()),
-            Ok(Moved::Pipe) => readable.clear_ready(),
-            Ok(Moved::Bytes(_) | Moved::Again) => {}
+        match result {
+            Ok(Spliced::End) => return Ok(()),
+            Ok(Spliced::PipeNotReady) => readable.clear_ready(),
+            Ok(Spliced::Bytes(_) | Spliced::Retry) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
@@ -120,20 +121,22 @@ async fn from_pipe(fifo: &AsyncFd<OwnedFd>, stream: &UnixStream) -> io::Result<(
     }
 }
 
-/// Splices once. When the kernel says that it would block it does not say on which side, and to wait for the wrong one
-/// is to wait for ever: so both are asked. `WouldBlock` is returned for the socket, `Moved::Pipe` for the pipe.
-fn attempt(
+/// Splices once.
+///
+/// EAGAIN does not tell which side would block, and waiting for the wrong one could take forever. Both sides are
+/// therefore polled. Returns `WouldBlock` if the socket is not ready, and [`Spliced::PipeNotReady`] if the pipe is not.
+fn try_splice(
     from: BorrowedFd<'_>,
     to: BorrowedFd<'_>,
     socket: BorrowedFd<'_>,
     socket_event: PollFlags,
     pipe: BorrowedFd<'_>,
     pipe_event: PollFlags,
-) -> io::Result<Moved> {
+) -> io::Result<Spliced> {
     loop {
-        match splice(from, None, to, None, CHUNK, SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE) {
-            Ok(0) => return Ok(Moved::End),
-            Ok(count) => return Ok(Moved::Bytes(count)),
+        match splice(from, None, to, None, SPLICE_MAX, SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE) {
+            Ok(0) => return Ok(Spliced::End),
+            Ok(count) => return Ok(Spliced::Bytes(count)),
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => break,
             Err(error) => return Err(error.into()),
@@ -141,27 +144,27 @@ fn attempt(
     }
     let mut fds = [PollFd::new(socket, socket_event), PollFd::new(pipe, pipe_event)];
     poll(&mut fds, PollTimeout::ZERO)?;
-    // Any event counts, a hang-up too: the next attempt then tells.
+    // Every event counts as ready, a hang-up too: the next attempt then returns the error.
     let [socket, pipe] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
     match (socket, pipe) {
         (false, _) => Err(io::ErrorKind::WouldBlock.into()),
-        (true, false) => Ok(Moved::Pipe),
-        (true, true) => Ok(Moved::Again),
+        (true, false) => Ok(Spliced::PipeNotReady),
+        (true, true) => Ok(Spliced::Retry),
     }
 }
 
-async fn write_all(pipe: &AsyncFd<OwnedFd>, mut bytes: &[u8], moved: &AtomicU64) -> io::Result<()> {
+async fn write_all(pipe: &AsyncFd<OwnedFd>, mut bytes: &[u8], copied: &AtomicU64) -> io::Result<()> {
     while !bytes.is_empty() {
         let count = pipe.async_io(Interest::WRITABLE, |fd| Ok(write(fd, bytes)?)).await?;
-        note(moved, count);
+        add(copied, count);
         bytes = bytes.get(count..).unwrap_or_default();
     }
     Ok(())
 }
 
-/// Files never would block, they do: a thread of the runtime's blocking pool writes.
-async fn to_file(stream: &UnixStream, file: Arc<File>, moved: &AtomicU64) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
+/// Copies to a file. A write to a file blocks instead of returning EAGAIN, so it runs in the runtime's blocking pool.
+async fn to_file(stream: &UnixStream, file: Arc<File>, copied: &AtomicU64) -> io::Result<()> {
+    let mut buffer = vec![0; SPLICE_MAX];
     loop {
         stream.readable().await?;
         let count = match stream.try_read(&mut buffer) {
@@ -175,42 +178,43 @@ async fn to_file(stream: &UnixStream, file: Arc<File>, moved: &AtomicU64) -> io:
             let result = (&*file).write_all(buffer.get(..count).unwrap_or_default());
             (buffer, result)
         });
-        let (back, result) = written.await.map_err(io::Error::other)?;
-        buffer = back;
+        let (returned, result) = written.await.map_err(io::Error::other)?;
+        buffer = returned;
         result?;
-        note(moved, count);
+        add(copied, count);
     }
 }
 
-async fn discard(stream: &UnixStream, moved: &AtomicU64) -> io::Result<()> {
-    let mut buffer = vec![0; LARGE];
+async fn discard(stream: &UnixStream, copied: &AtomicU64) -> io::Result<()> {
+    let mut buffer = vec![0; SPLICE_THRESHOLD];
     loop {
         stream.readable().await?;
         match stream.try_read(&mut buffer) {
             Ok(0) => return Ok(()),
-            Ok(count) => note(moved, count),
+            Ok(count) => add(copied, count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
     }
 }
 
-/// Bytes that wait in a socket (`SIOCINQ`, which is `FIONREAD`).
-fn waiting(socket: BorrowedFd<'_>) -> io::Result<usize> {
+/// Returns the number of bytes in a socket's receive queue (`SIOCINQ`, which is `FIONREAD`).
+fn queued_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut count: libc::c_int = 0;
-    // SAFETY: the request writes one int, which `count` is.
+    // SAFETY: FIONREAD writes one int, and `count` is one that outlives the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut count) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(usize::try_from(count).unwrap_or_default())
 }
 
-/// Lets the runtime wait for a descriptor.
+/// Registers an fd with the async runtime.
 pub fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an owned descriptor is open, is always the same, and goes with the `AsyncFd` that now owns it.
+    // SAFETY: `OwnedFd` keeps the same fd open, and the `AsyncFd` that now owns it closes it only after it has
+    // deregistered it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
-fn note(moved: &AtomicU64, count: usize) {
-    moved.fetch_add(count as u64, Ordering::Relaxed);
+fn add(copied: &AtomicU64, count: usize) {
+    copied.fetch_add(count as u64, Ordering::Relaxed);
 }

@@ -1,7 +1,7 @@
-//! `binary://` loggers: a program that reads the container's output.
+//! `binary://` loggers: programs that read a container's output.
 //!
-//! containerd's protocol: CONTAINER_ID and CONTAINER_NAMESPACE in the environment, descriptor 3 is standard output, 4
-//! standard error, and 5 is a pipe that the logger closes (or writes to) once it is ready.
+//! In containerd's protocol the logger gets CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
+//! container's stdout and fd 4 its stderr. Fd 5 is a pipe, which the logger closes or writes to when it is ready.
 
 use super::{Owner, StdioError, copy::register};
 use nix::{
@@ -25,60 +25,65 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a logger may take to be ready.
-const READY: Duration = Duration::from_secs(10);
-/// How long it may take to write what it has once its input has ended.
-const FLUSH: Duration = Duration::from_secs(10);
-/// How long it may take to end when told to.
-const TERM: Duration = Duration::from_secs(2);
+/// Timeout for a logger to become ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for a logger to write the rest and end after its input has ended; SIGTERM follows.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for a logger to end after SIGTERM; SIGKILL follows.
+const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Holds on to a logger: when it is dropped, the logger has a while to end and is then made to.
+/// Handle to a running logger. After it is dropped, the logger has to end, or is terminated after a timeout.
 #[derive(Debug)]
-pub struct Minder {
+pub struct LoggerHandle {
     _released: oneshot::Sender<()>,
 }
 
-/// Starts a logger and waits until it is ready; the write ends of its standard output and error pipes.
-pub async fn start(path: &Path, args: &[String], owner: &Owner<'_>) -> Result<(OwnedFd, OwnedFd, Minder), StdioError> {
+/// Starts a logger and waits until it is ready. Returns the write ends of its pipes for stdout and stderr.
+pub async fn start(
+    path: &Path,
+    args: &[String],
+    owner: &Owner<'_>,
+) -> Result<(OwnedFd, OwnedFd, LoggerHandle), StdioError> {
     let fail = |message: &str, source| StdioError::Logger { path: path.into(), message: message.into(), source };
     let system = |message: &'static str| move |source: io::Error| fail(message, Some(source));
-    let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|error| system("cannot make a pipe")(error.into()));
+    let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|error| system("failed to create a pipe")(error.into()));
     let (out_read, out_write) = pipe()?;
     let (err_read, err_write) = pipe()?;
     let (ready_read, ready_write) = pipe()?;
     for end in [&out_write, &err_write, &ready_read] {
-        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| system("cannot set up a pipe")(e.into()))?;
+        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+            .map_err(|e| system("failed to make a pipe non-blocking")(e.into()))?;
     }
     let ends = [out_read, err_read, ready_write];
-    let child = spawn(path, args, owner, &ends).map_err(system("cannot be started"))?;
+    let child = spawn(path, args, owner, &ends).map_err(system("failed to spawn"))?;
     drop(ends);
-    let pidfd = pidfd(&child).map_err(system("cannot be watched"))?;
+    let pidfd = pidfd(&child).map_err(system("failed to open a pidfd"))?;
     let (released, release) = oneshot::channel();
-    tokio::spawn(mind(path.to_path_buf(), child, pidfd, release));
-    let minder = Minder { _released: released };
+    tokio::spawn(supervise(path.to_path_buf(), child, pidfd, release));
+    let handle = LoggerHandle { _released: released };
     let ready = register(ready_read, Interest::READABLE).map_err(StdioError::Register)?;
     let wait = async {
         loop {
             let mut guard = ready.readable().await?;
             let read = |fd: BorrowedFd<'_>| Ok(nix::unistd::read(fd, &mut [0])?);
-            // A byte or the end: containerd takes both for readiness.
+            // The logger is ready after a byte or the end of the pipe, as with containerd.
             if let Ok(result) = guard.try_io(|fd| read(fd.as_fd())) {
                 return result;
             }
         }
     };
-    match timeout(READY, wait).await {
-        Ok(Ok(_)) => Ok((out_write, err_write, minder)),
-        Ok(Err(source)) => Err(fail("cannot be waited for", Some(source))),
-        Err(_) => Err(fail(&format!("was not ready after {} s", READY.as_secs()), None)),
+    match timeout(READY_TIMEOUT, wait).await {
+        Ok(Ok(_)) => Ok((out_write, err_write, handle)),
+        Ok(Err(source)) => Err(fail("failed to wait until it is ready", Some(source))),
+        Err(_) => Err(fail(&format!("not ready after {} s", READY_TIMEOUT.as_secs()), None)),
     }
 }
 
 fn spawn(path: &Path, args: &[String], owner: &Owner<'_>, ends: &[OwnedFd; 3]) -> io::Result<Child> {
-    // Copies far from 3 to 5, so that putting one there cannot overwrite another.
+    // Duplicates the fds to numbers above 5, so that dup2 to 3, 4 and 5 cannot overwrite one of them.
     let copy = |fd: &OwnedFd| -> io::Result<OwnedFd> {
         let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(16))?;
-        // SAFETY: the kernel has just made this descriptor, and nobody else owns it.
+        // SAFETY: the kernel has just created this fd, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(copy) })
     };
     let [out, err, ready] = ends;
@@ -93,59 +98,59 @@ fn spawn(path: &Path, args: &[String], owner: &Owner<'_>, ends: &[OwnedFd; 3]) -
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let numbers = copies.each_ref().map(AsRawFd::as_raw_fd);
-    let place = move || {
+    let dup_fds = move || {
         for (from, to) in numbers.iter().zip(3..) {
-            // SAFETY: dup2 takes two numbers and is safe to call after fork; `from` is open until the exec.
+            // SAFETY: dup2 takes two numbers and is async-signal-safe; `from` stays open until exec.
             if unsafe { libc::dup2(*from, to) } < 0 {
                 return Err(io::Error::last_os_error());
             }
         }
         Ok(())
     };
-    // SAFETY: between fork and exec `place` only calls dup2, and allocates nothing.
-    unsafe { command.pre_exec(place) };
+    // SAFETY: between fork and exec, `dup_fds` only calls dup2, which is async-signal-safe, and allocates nothing.
+    unsafe { command.pre_exec(dup_fds) };
     command.spawn()
 }
 
-/// A descriptor that becomes readable when the child ends.
+/// Opens a pidfd, which becomes readable when the child ends.
 fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
     let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
-    // SAFETY: the call takes two numbers; the child is not reaped yet, so the pid is its.
+    // SAFETY: the call takes two numbers. The child is not reaped yet, so the PID cannot belong to another process.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor, and nobody else owns it.
+    // SAFETY: the kernel has just created this fd, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
     register(fd, Interest::READABLE)
 }
 
-/// Reaps the logger when it ends, and sees to it that it does once it is released.
-async fn mind(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
-    let gone = async || {
+/// Reaps the logger when it ends. After the release, terminates it with escalation: SIGTERM, then SIGKILL.
+async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
+    let ended = async || {
         let _ = pidfd.readable().await;
     };
     tokio::select! {
-        () = gone() => {}
+        () = ended() => {}
         _ = release => {
             let signal = |signal| {
                 if let Ok(pid) = i32::try_from(child.id()) {
                     let _ = kill(Pid::from_raw(pid), signal);
                 }
             };
-            if timeout(FLUSH, gone()).await.is_err() {
+            if timeout(EXIT_TIMEOUT, ended()).await.is_err() {
                 signal(Signal::SIGTERM);
-                if timeout(TERM, gone()).await.is_err() {
+                if timeout(SIGTERM_TIMEOUT, ended()).await.is_err() {
                     signal(Signal::SIGKILL);
-                    gone().await;
+                    ended().await;
                 }
             }
         }
     }
-    // It has ended: this does not wait.
+    // Does not block, because the logger has ended.
     if let Ok(status) = child.wait()
         && !status.success()
     {
-        tracing::warn!("logger {}: {status}", path.display());
+        tracing::warn!("logger {} failed: {status}", path.display());
     }
 }

@@ -1,12 +1,12 @@
-//! A process' standard streams: containerd's ends (fifos, files, loggers) and their relay to the guest.
+//! A process's stdin, stdout and stderr: containerd's ends (fifos, files, loggers), and their relay to the guest.
 //!
 //! ```text
-//! let stdio = Stdio::open(&paths, &owner).await?;   // before the request is passed on
-//! let wants = stdio.wants();                        // one vsock stream for each; a terminal has one for everything
+//! let stdio = Stdio::open(&paths, &owner).await?;   // before the request goes to the guest
+//! let wants = stdio.wants();                        // one vsock stream for each; a terminal has a single stream
 //! let relay = stdio.start(streams)?;                // copies until the streams end
 //! relay.close_stdin();                              // CloseIO
 //! relay.drain(quiet).await;                         // before Delete
-//! drop(relay);                                      // stops what still runs, closes containerd's ends
+//! drop(relay);                                      // stops the remaining copies, closes containerd's ends
 //! ```
 
 mod copy;
@@ -19,57 +19,57 @@ mod tests;
 pub use relay::Relay;
 pub use target::StdioError;
 
-use logger::Minder;
+use logger::LoggerHandle;
 use target::{Input, Output};
 use tokio::net::UnixStream;
 
-/// The streams as a create or exec request names them: paths of fifos, `file://` and `binary://` URIs, or nothing.
+/// The streams as a Create or Exec request names them: the path of a fifo, a `file://` or `binary://` URI, or empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Paths {
-    /// Standard input.
+    /// Stdin.
     pub stdin: String,
-    /// Standard output; a terminal's, both ways.
+    /// Stdout, or the output of the terminal.
     pub stdout: String,
-    /// Standard error; nothing for a terminal.
+    /// Stderr; ignored for a terminal.
     pub stderr: String,
     /// Whether the process has a terminal.
     pub terminal: bool,
 }
 
-/// What a logger is told about the container.
+/// The container that a logger logs for.
 #[derive(Debug, Clone, Copy)]
 pub struct Owner<'a> {
-    /// The container.
+    /// The container's id.
     pub id: &'a str,
     /// containerd's namespace.
     pub namespace: &'a str,
 }
 
-/// Which streams to the guest there should be.
+/// The streams to the guest that are needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wants {
-    /// A stream for input.
+    /// A stream for stdin.
     pub stdin: bool,
-    /// A stream for output.
+    /// A stream for stdout.
     pub stdout: bool,
-    /// A stream for error output.
+    /// A stream for stderr.
     pub stderr: bool,
-    /// Instead of the three, one stream both ways.
+    /// One bidirectional stream, in place of the other three.
     pub terminal: bool,
 }
 
 /// The streams to the guest.
 #[derive(Debug)]
 pub enum Streams {
-    /// A terminal's.
+    /// The bidirectional stream of a terminal.
     Terminal(UnixStream),
-    /// One per standard stream.
+    /// A stream for each standard stream.
     Pipes {
-        /// For input.
+        /// Stdin.
         stdin: Option<UnixStream>,
-        /// For output.
+        /// Stdout.
         stdout: Option<UnixStream>,
-        /// For error output.
+        /// Stderr.
         stderr: Option<UnixStream>,
     },
 }
@@ -81,19 +81,16 @@ pub struct Stdio {
     stdin: Option<Input>,
     stdout: Option<Output>,
     stderr: Option<Output>,
-    logger: Option<Minder>,
+    logger: Option<LoggerHandle>,
 }
 
 impl Stdio {
     /// Opens containerd's ends and starts the logger, if there is one.
-    ///
-    /// # Errors
-    /// [`StdioError`] says which cannot be opened, and why.
     pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Self, StdioError> {
         target::open(paths, owner).await
     }
 
-    /// Which streams to the guest there should be.
+    /// Returns the streams to the guest that are needed.
     pub fn wants(&self) -> Wants {
         Wants {
             stdin: self.stdin.is_some(),
@@ -103,10 +100,10 @@ impl Stdio {
         }
     }
 
-    /// Copies between containerd's ends and the guest's until they end; needs a running runtime.
+    /// Starts copying between containerd's ends and the streams to the guest. Must be called in an async runtime.
     ///
     /// # Errors
-    /// [`StdioError::Register`] when the runtime takes no more descriptors.
+    /// [`StdioError::Register`] if an fd cannot be registered with the runtime.
     pub fn start(self, streams: Streams) -> Result<Relay, StdioError> {
         Relay::start(self, streams)
     }

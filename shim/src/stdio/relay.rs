@@ -1,9 +1,9 @@
-//! The running copies of one process' streams.
+//! The running copy tasks of one process's streams.
 
 use super::{
     Stdio, StdioError, Streams,
     copy::{self, Sink},
-    logger::Minder,
+    logger::LoggerHandle,
     target::{Input, Output},
 };
 use std::{
@@ -16,17 +16,17 @@ use std::{
 };
 use tokio::{io::Interest, net::UnixStream, sync::watch, task::AbortHandle};
 
-/// The copies; dropping it stops them and closes containerd's ends.
+/// The copy tasks. Dropping it stops them and closes containerd's ends.
 #[derive(Debug)]
 pub struct Relay {
     tasks: Vec<AbortHandle>,
-    /// How many outputs have not ended yet.
+    /// Number of outputs that have not ended yet.
     open: watch::Receiver<usize>,
-    /// Bytes of output moved so far.
-    moved: Arc<AtomicU64>,
-    keeper: Mutex<Option<OwnedFd>>,
-    /// Last, so that the logger's input has ended when it is told to end.
-    _logger: Option<Minder>,
+    /// Bytes of output copied so far.
+    copied: Arc<AtomicU64>,
+    write_end: Mutex<Option<OwnedFd>>,
+    /// The last field, because fields are dropped in order: the logger's input ends before the logger must end.
+    _logger: Option<LoggerHandle>,
 }
 
 impl Relay {
@@ -43,11 +43,11 @@ impl Relay {
         };
         let (ended, open) = watch::channel(0);
         let ended = Arc::new(ended);
-        let moved = Arc::new(AtomicU64::new(0));
-        let mut relay = Self { tasks: Vec::new(), open, moved, keeper: Mutex::default(), _logger: logger };
-        if let (Some(stream), Some(Input { fifo, keeper })) = (input, stdin) {
+        let copied = Arc::new(AtomicU64::new(0));
+        let mut relay = Self { tasks: Vec::new(), open, copied, write_end: Mutex::default(), _logger: logger };
+        if let (Some(stream), Some(Input { fifo, write_end })) = (input, stdin) {
             let fifo = copy::register(fifo, Interest::READABLE).map_err(StdioError::Register)?;
-            relay.keeper = Mutex::new(Some(keeper));
+            relay.write_end = Mutex::new(Some(write_end));
             let task = tokio::spawn(async move { copy::input(&fifo, &stream).await });
             relay.tasks.push(task.abort_handle());
         }
@@ -70,35 +70,39 @@ impl Relay {
             Output::File(file) => Sink::File(file),
         };
         ended.send_modify(|open| *open += 1);
-        let (ended, moved) = (Arc::clone(ended), Arc::clone(&self.moved));
+        let (ended, copied) = (Arc::clone(ended), Arc::clone(&self.copied));
         let task = tokio::spawn(async move {
-            copy::output(&stream, sink, &moved).await;
+            copy::output(&stream, sink, &copied).await;
             ended.send_modify(|open| *open -= 1);
         });
         self.tasks.push(task.abort_handle());
         Ok(())
     }
 
-    /// Waits until all output has come and is written, or none has moved for `quiet`: somebody may hold the guest's end
-    /// open, or nobody read the fifo, for ever.
+    /// Waits until all output is copied, or no byte was copied for the duration of `quiet`.
+    ///
+    /// Without the second condition it could wait forever: for a process that keeps the guest's end open, or for a fifo
+    /// that nobody reads.
     pub async fn drain(&self, quiet: Duration) {
         let mut open = self.open.clone();
         loop {
-            let before = self.moved.load(Ordering::Relaxed);
-            // An error means that all copies are gone.
+            let before = self.copied.load(Ordering::Relaxed);
+            // An error means that all copy tasks have ended.
             if tokio::time::timeout(quiet, open.wait_for(|open| *open == 0)).await.is_ok() {
                 return;
             }
-            if self.moved.load(Ordering::Relaxed) == before {
+            if self.copied.load(Ordering::Relaxed) == before {
                 return;
             }
         }
     }
 
-    /// Lets input end when what clients have written is through, and they have closed their ends.
+    /// Closes the shim's write end of the stdin fifo.
+    ///
+    /// Stdin then ends after all clients have closed their ends and everything they wrote is copied.
     pub fn close_stdin(&self) {
-        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(keeper);
+        let write_end = self.write_end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(write_end);
     }
 }
 

@@ -1,11 +1,11 @@
-//! Opening containerd's ends of the streams.
+//! Opens containerd's ends of the streams.
 //!
-//! As runc's shim does it: of output fifos both ends stay open here, so that a client may go and come back and the
-//! container neither gets SIGPIPE nor loses output; an input fifo has its write end open here too, until `CloseIO`.
+//! As in runc's shim, both ends of an output fifo stay open here. A client may then disconnect and reconnect, and the
+//! container neither gets SIGPIPE nor loses output. The write end of the stdin fifo also stays open, until `CloseIO`.
 
 use super::{
     Owner, Paths, Stdio,
-    logger::{self, Minder},
+    logger::{self, LoggerHandle},
 };
 use nix::{
     fcntl::{OFlag, open as open_fd},
@@ -19,72 +19,73 @@ use std::{
     sync::Arc,
 };
 
-/// Why a stream cannot be opened.
+/// A failure to open a stream.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
     /// The file or fifo cannot be opened.
-    #[error("cannot open {} for {stream}", path.display())]
+    #[error("failed to open {} for {stream}", path.display())]
     Open {
-        /// Which stream.
+        /// `stdin`, `stdout` or `stderr`.
         stream: &'static str,
         /// The path.
         path: PathBuf,
-        /// What the system said.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// Input comes from fifos only.
-    #[error("cannot open {} for {stream}: it is no fifo", path.display())]
-    NoFifo {
-        /// Which stream.
+    /// The file is not a fifo, which stdin needs.
+    #[error("failed to open {} for {stream}: not a fifo", path.display())]
+    NotFifo {
+        /// `stdin` or `stdout`.
         stream: &'static str,
         /// The path.
         path: PathBuf,
     },
-    /// The URI is of a kind nobody knows.
-    #[error("cannot open {uri:?} for {stream}: {message}")]
+    /// The URI is malformed, or its scheme is not supported.
+    #[error("invalid URI {uri:?} for {stream}: {message}")]
     Uri {
-        /// Which stream.
+        /// `stdout` or `stderr`.
         stream: &'static str,
         /// The URI.
         uri: String,
-        /// What is wrong with it.
+        /// The defect.
         message: &'static str,
     },
-    /// The logger did not come up.
-    #[error("logger {}: {message}", path.display())]
+    /// The logger did not start.
+    #[error("failed to start the logger {}: {message}", path.display())]
     Logger {
         /// The program.
         path: PathBuf,
-        /// What happened.
+        /// The operation that failed.
         message: String,
-        /// What the system said.
+        /// The cause.
         #[source]
         source: Option<io::Error>,
     },
-    /// The runtime takes no more descriptors.
-    #[error("cannot wait for a stream")]
+    /// An fd cannot be registered with the async runtime.
+    #[error("failed to register a stream with the async runtime")]
     Register(#[source] io::Error),
 }
 
-/// Where input comes from.
+/// The source of stdin.
 #[derive(Debug)]
 pub struct Input {
-    /// The fifo's read end, not blocking.
+    /// The fifo's read end, non-blocking.
     pub fifo: OwnedFd,
-    /// Its write end: while it is open, input does not end when a client goes.
-    pub keeper: OwnedFd,
+    /// The fifo's write end. While it is open, stdin does not end when a client disconnects.
+    pub write_end: OwnedFd,
 }
 
-/// Where output goes.
+/// The destination of stdout or stderr.
 #[derive(Debug)]
 pub enum Output {
-    /// A fifo or a logger's pipe, not blocking.
+    /// A fifo or a logger's pipe, non-blocking.
     Pipe(OwnedFd),
-    /// A file, to the end of which is written.
+    /// A file, opened for appending.
     File(Arc<File>),
 }
 
+/// Opens all streams of a request and starts the logger, if there is one.
 pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Stdio, StdioError> {
     let stdin = match paths.stdin.as_str() {
         "" => None,
@@ -92,28 +93,28 @@ pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Stdio, StdioError>
     };
     let stderr_path = if paths.terminal { "" } else { paths.stderr.as_str() };
     let (stdout, stderr, logger) = match Target::parse(&paths.stdout, "stdout")? {
-        // One logger gets both streams, whatever the request says of stderr.
+        // The logger gets both streams, whatever the request names for stderr.
         Some(Target::Binary { path, args }) => {
-            let (stdout, stderr, minder) = logger::start(&path, &args, owner).await?;
+            let (stdout, stderr, handle) = logger::start(&path, &args, owner).await?;
             let stderr = (!paths.terminal).then_some(Output::Pipe(stderr));
-            (Some(Output::Pipe(stdout)), stderr, Some(minder))
+            (Some(Output::Pipe(stdout)), stderr, Some(handle))
         }
         Some(Target::File(path)) => {
             let stdout = file(&path, true, "stdout")?;
             let stderr = match Target::parse(stderr_path, "stderr")? {
                 _ if paths.terminal => None,
                 Some(Target::File(other)) if other != path => Some(file(&other, true, "stderr")?),
-                // One open file for both: lines keep their order.
+                // One open file for both streams, so that lines keep their order.
                 _ => Some(Output::File(Arc::clone(&stdout_file(&stdout, &path)?))),
             };
-            (Some(stdout), stderr, None::<Minder>)
+            (Some(stdout), stderr, None::<LoggerHandle>)
         }
         target => {
             let plain = |target, stream| match target {
                 Some(Target::Path(path)) => output(&path, stream).map(Some),
                 Some(Target::File(path)) => file(&path, true, stream).map(Some),
                 Some(Target::Binary { .. }) => {
-                    let message = "a logger is named for stdout and gets both streams";
+                    let message = "a logger for stderr alone is not supported; name it for stdout, and it gets both";
                     Err(StdioError::Uri { stream, uri: paths.stderr.clone(), message })
                 }
                 None => Ok(None),
@@ -134,11 +135,11 @@ pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Stdio, StdioError>
 fn stdout_file(output: &Output, path: &Path) -> Result<Arc<File>, StdioError> {
     match output {
         Output::File(file) => Ok(Arc::clone(file)),
-        Output::Pipe(_) => Err(StdioError::NoFifo { stream: "stdout", path: path.into() }),
+        Output::Pipe(_) => Err(StdioError::NotFifo { stream: "stdout", path: path.into() }),
     }
 }
 
-/// What a stream's string names.
+/// A parsed stream name.
 #[derive(Debug, PartialEq, Eq)]
 enum Target {
     Path(PathBuf),
@@ -154,9 +155,9 @@ impl Target {
         let fail = |message| Err(StdioError::Uri { stream, uri: text.into(), message });
         let Some((scheme, rest)) = text.split_once("://") else { return Ok(Some(Self::Path(text.into()))) };
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let Some(path) = decode(path, false) else { return fail("it is not escaped as a URI is") };
+        let Some(path) = decode(path, false) else { return fail("invalid percent encoding") };
         if !path.starts_with('/') {
-            return fail("its path is not absolute");
+            return fail("the path is not absolute");
         }
         match scheme {
             "fifo" => Ok(Some(Self::Path(path.into()))),
@@ -166,19 +167,19 @@ impl Target {
                 for pair in query.split('&').filter(|pair| !pair.is_empty()) {
                     let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
                     let (Some(key), Some(value)) = (decode(key, true), decode(value, true)) else {
-                        return fail("it is not escaped as a URI is");
+                        return fail("invalid percent encoding");
                     };
-                    // containerd passes the key and the first of its values: two arguments each.
+                    // containerd passes two arguments per key: the key and its first value.
                     args.extend([key, value]);
                 }
                 Ok(Some(Self::Binary { path: path.into(), args }))
             }
-            _ => fail("only fifos, file:// and binary:// are known"),
+            _ => fail("unsupported scheme: expected fifo://, file:// or binary://"),
         }
     }
 }
 
-/// Undoes percent encoding, and in queries `+` for a blank.
+/// Decodes percent encoding, and in a query also `+` for a space.
 fn decode(text: &str, query: bool) -> Option<String> {
     let mut bytes = text.bytes();
     let mut decoded = Vec::with_capacity(text.len());
@@ -198,18 +199,18 @@ fn decode(text: &str, query: bool) -> Option<String> {
 fn input(path: &Path) -> Result<Input, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream: "stdin", path: path.into(), source: source.into() };
     let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    // The read end first, which never waits; with it there, neither does the write end.
+    // Opens the read end first, which does not need a writer. The write end needs a reader, and now there is one.
     let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty()).map_err(fail)?;
     if !is_fifo(&fifo).map_err(fail)? {
-        return Err(StdioError::NoFifo { stream: "stdin", path: path.into() });
+        return Err(StdioError::NotFifo { stream: "stdin", path: path.into() });
     }
-    let keeper = open_fd(path, OFlag::O_WRONLY | flags, Mode::empty()).map_err(fail)?;
-    Ok(Input { fifo, keeper })
+    let write_end = open_fd(path, OFlag::O_WRONLY | flags, Mode::empty()).map_err(fail)?;
+    Ok(Input { fifo, write_end })
 }
 
 fn output(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream, path: path.into(), source: source.into() };
-    // Both ends in one descriptor, which needs no reader to be there.
+    // One fd for both ends, so that opening does not need a reader.
     let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).map_err(fail)?;
     if is_fifo(&fd).map_err(fail)? {
         return Ok(Output::Pipe(fd));
@@ -221,10 +222,10 @@ fn is_fifo(fd: &OwnedFd) -> nix::Result<bool> {
     Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO)
 }
 
-/// Opens a file for appending; `fresh` creates and empties it first, as containerd does for a `file://` URI.
-fn file(path: &Path, fresh: bool, stream: &'static str) -> Result<Output, StdioError> {
+/// Opens a file for appending. With `truncate`, creates or truncates it first, as containerd does for a `file://` URI.
+fn file(path: &Path, truncate: bool, stream: &'static str) -> Result<Output, StdioError> {
     let fail = |source| StdioError::Open { stream, path: path.into(), source };
-    if fresh {
+    if truncate {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).map_err(fail)?;
         }
@@ -243,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn strings_name_fifos_files_and_loggers() {
+    fn parse_accepts_fifos_files_and_loggers() {
         assert_eq!(parse(""), None);
         assert_eq!(parse("/run/x"), Some(Target::Path("/run/x".into())));
         assert_eq!(parse("fifo:///run/x"), Some(Target::Path("/run/x".into())));
@@ -257,7 +258,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_never_panics(text: String) {
+        fn parse_never_panics(text: String) {
             let _ = Target::parse(&text, "stdout");
             let _ = Target::parse(&format!("binary:///{text}"), "stdout");
         }

@@ -1,4 +1,4 @@
-//! Streams end to end: real fifos, files and loggers on one side, a socket pair in place of the vsock on the other.
+//! Tests of whole streams: real fifos, files and loggers on one side, a socket pair instead of vsock on the other.
 
 use super::*;
 use nix::{sys::stat::Mode, unistd::mkfifo};
@@ -21,7 +21,7 @@ fn fifo(dir: &Path, name: &str) -> String {
     path.to_str().unwrap().into()
 }
 
-/// Bytes that never repeat with the length of a page or a buffer.
+/// Returns bytes whose pattern does not repeat with the length of a page or a buffer.
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n % 251) as u8 ^ (n / 65_521) as u8).collect()
 }
@@ -46,7 +46,7 @@ async fn pipes(paths: &Paths) -> (Relay, [Option<UnixStream>; 3]) {
 }
 
 #[tokio::test]
-async fn output_of_64_mib_and_of_many_short_lines_is_exact() {
+async fn output_of_64_mib_and_of_many_short_lines_is_complete() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), stderr: fifo(dir.path(), "err"), ..Paths::default() };
     let (relay, [_, out, err]) = pipes(&paths).await;
@@ -67,7 +67,7 @@ async fn output_of_64_mib_and_of_many_short_lines_is_exact() {
 }
 
 #[tokio::test]
-async fn input_of_64_mib_is_exact_and_ends_with_close_io() {
+async fn stdin_of_64_mib_is_complete_and_ends_with_close_io() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdin: fifo(dir.path(), "in"), ..Paths::default() };
     let (relay, [guest, _, _]) = pipes(&paths).await;
@@ -75,37 +75,37 @@ async fn input_of_64_mib_is_exact_and_ends_with_close_io() {
     let (half, rest) = bytes.split_at(32 * MIB + 7);
     let (first, second, path) = (half.to_vec(), rest.to_vec(), paths.stdin.clone());
     let writer = std::thread::spawn(move || {
-        // A client that goes and another that comes: input does not end between them.
+        // One client disconnects and another one connects: stdin does not end between them.
         for part in [first, second] {
             OpenOptions::new().write(true).open(&path).unwrap().write_all(&part).unwrap();
         }
     });
     let mut guest = guest.unwrap();
-    let mut got = vec![0; bytes.len()];
-    guest.read_exact(&mut got).await.unwrap();
-    assert!(got == bytes);
+    let mut received = vec![0; bytes.len()];
+    guest.read_exact(&mut received).await.unwrap();
+    assert!(received == bytes);
     writer.join().unwrap();
     let more = tokio::time::timeout(Duration::from_millis(100), guest.read_u8()).await;
-    assert!(more.is_err(), "no end before CloseIO");
+    assert!(more.is_err(), "stdin ended before CloseIO");
     relay.close_stdin();
     relay.close_stdin();
     assert_eq!(guest.read(&mut [0]).await.unwrap(), 0);
 }
 
 #[tokio::test]
-async fn a_client_may_go_and_come_back() {
+async fn client_can_disconnect_and_reconnect() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
-    // Nobody reads yet: neither opening nor writing waits for it.
+    // There is no reader yet: neither opening nor writing waits for one.
     let (relay, [_, guest, _]) = pipes(&paths).await;
     let mut guest = guest.unwrap();
     guest.write_all(b"one\n").await.unwrap();
     let read = |expected: &'static [u8]| {
         let path = paths.stdout.clone();
         tokio::task::spawn_blocking(move || {
-            let mut got = vec![0; expected.len()];
-            fs::File::open(path).unwrap().read_exact(&mut got).unwrap();
-            assert_eq!(got, expected);
+            let mut received = vec![0; expected.len()];
+            fs::File::open(path).unwrap().read_exact(&mut received).unwrap();
+            assert_eq!(received, expected);
         })
     };
     read(b"one\n").await.unwrap();
@@ -116,7 +116,7 @@ async fn a_client_may_go_and_come_back() {
 }
 
 #[tokio::test]
-async fn many_short_lines_that_nobody_reads_fit_the_fifo() {
+async fn many_short_lines_fit_the_fifo_without_a_reader() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
     let (relay, [_, guest, _]) = pipes(&paths).await;
@@ -127,16 +127,16 @@ async fn many_short_lines_that_nobody_reads_fit_the_fifo() {
     }
     drop(guest);
     let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdout).unwrap();
-    // Everything is in the fifo, so that draining does not need its time limit.
+    // Everything is in the fifo, so draining ends before its timeout.
     tokio::time::timeout(LONG, relay.drain(LONG)).await.unwrap();
     drop(relay);
-    let mut got = Vec::new();
-    (&open).read_to_end(&mut got).unwrap();
-    assert_eq!(got.len(), 22_000);
+    let mut received = Vec::new();
+    (&open).read_to_end(&mut received).unwrap();
+    assert_eq!(received.len(), 22_000);
 }
 
 #[tokio::test]
-async fn a_full_fifo_without_a_reader_does_not_hold_up_the_end() {
+async fn drain_ends_although_a_full_fifo_has_no_reader() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
     let (relay, [_, guest, _]) = pipes(&paths).await;
@@ -145,11 +145,11 @@ async fn a_full_fifo_without_a_reader_does_not_hold_up_the_end() {
     relay.drain(Duration::from_millis(200)).await;
     assert!(!write.is_finished());
     drop(relay);
-    assert!(write.await.unwrap().is_err(), "the guest's end is told");
+    assert!(write.await.unwrap().is_err(), "the guest's write did not fail");
 }
 
 #[tokio::test]
-async fn files_are_emptied_and_written_by_both_streams() {
+async fn file_is_truncated_and_gets_both_streams() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("new/log file");
     fs::create_dir(path.parent().unwrap()).unwrap();
@@ -175,7 +175,7 @@ fn logger(dir: &Path, script: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_logger_gets_both_streams_and_ends_with_them() {
+async fn logger_gets_both_streams_and_ends_with_them() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let program = logger(
@@ -207,7 +207,7 @@ async fn a_logger_gets_both_streams_and_ends_with_them() {
 }
 
 #[tokio::test]
-async fn output_for_a_logger_that_died_is_dropped() {
+async fn output_for_a_dead_logger_is_discarded() {
     let dir = tempfile::tempdir().unwrap();
     let program = logger(dir.path(), "exec 5>&-\nexec /bin/head -c 10 <&3 >/dev/null");
     let paths = Paths { stdout: format!("binary://{program}"), ..Paths::default() };
@@ -219,7 +219,7 @@ async fn output_for_a_logger_that_died_is_dropped() {
 }
 
 #[tokio::test]
-async fn a_terminal_has_one_stream() {
+async fn terminal_has_one_bidirectional_stream() {
     let dir = tempfile::tempdir().unwrap();
     let paths =
         Paths { stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new(), terminal: true };
@@ -241,7 +241,7 @@ async fn a_terminal_has_one_stream() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_opened_is_named() {
+async fn open_reports_the_stream_that_failed() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
@@ -252,6 +252,6 @@ async fn what_cannot_be_opened_is_named() {
     };
     assert!(matches!(open("", "/nowhere/x").await, StdioError::Open { stream: "stdout", .. }));
     assert!(matches!(open("/nowhere/x", "").await, StdioError::Open { stream: "stdin", .. }));
-    assert!(matches!(open(file, "").await, StdioError::NoFifo { .. }));
+    assert!(matches!(open(file, "").await, StdioError::NotFifo { .. }));
     assert!(matches!(open("", "binary:///nowhere/x").await, StdioError::Logger { .. }));
 }

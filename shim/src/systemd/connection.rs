@@ -1,5 +1,6 @@
-//! A connection to the service manager: a Unix socket, on which D-Bus is spoken, for a few calls one after another. Every
-//! one of them blocks, within the time that the connection was given: not for the thread of an async runtime.
+//! A D-Bus connection to systemd over a Unix socket, for a few calls in sequence.
+//!
+//! Every call blocks until the connection's deadline at most. Do not use it in a thread of an async runtime.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -11,80 +12,77 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-use super::message::{self, Body, Call, FIXED, Malformed, Reader, Received};
+use super::message::{self, Body, Call, FIXED_HEADER, Malformed, Reader, Received};
 
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
-/// What the answer to the authentication may have.
-const LINE: usize = 256;
+/// Maximum length of the reply to the authentication, in bytes.
+const MAX_AUTH_REPLY: usize = 256;
 
-/// Why a call came to nothing.
+/// A failed call.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// Nobody listens.
-    #[error("connecting to {path}")]
+    /// The connection to the socket failed.
+    #[error("failed to connect to {path}")]
     Connect {
         /// The socket.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// It does not let this process in.
-    #[error("the service manager refuses this process: {0}")]
-    Refused(String),
-    /// The connection broke, or took too long.
-    #[error("talking with the service manager")]
+    /// systemd rejected the authentication.
+    #[error("failed to authenticate to systemd: {0}")]
+    Authentication(String),
+    /// The connection broke, or the deadline passed.
+    #[error("failed to communicate with systemd")]
     Io(#[from] io::Error),
-    /// It said something that cannot be understood.
-    #[error("the service manager's answer")]
+    /// The reply is malformed.
+    #[error("failed to parse systemd's reply")]
     Malformed(#[from] Malformed),
-    /// The method failed.
+    /// The method returned an error.
     #[error("{text} ({name})")]
     Failed {
-        /// The error's name.
+        /// The D-Bus error name.
         name: String,
-        /// What the service manager says.
+        /// systemd's message.
         text: String,
     },
-    /// A job ended otherwise.
-    #[error("the job of {unit} ended as {result:?}")]
+    /// The job did not end with the result `done`.
+    #[error("the job of unit {unit} ended with result {result:?}")]
     Job {
         /// The unit.
         unit: String,
-        /// How it ended (`canceled`, `timeout`, `failed`, `dependency`, …).
+        /// Its result (`canceled`, `timeout`, `failed`, `dependency`, …).
         result: String,
     },
 }
 
 impl CallError {
-    /// Whether it is the error with this name.
+    /// Returns whether this is the D-Bus error with this name.
     pub fn is(&self, error: &str) -> bool {
         matches!(self, Self::Failed { name, .. } if name == error)
     }
 
-    /// Whether the other side went away, as it does for a moment when the service manager executes itself anew.
-    pub fn is_gone(&self) -> bool {
+    /// Returns whether systemd closed the connection, as it does when it re-executes itself.
+    pub fn is_disconnected(&self) -> bool {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
         matches!(self, Self::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof))
     }
 }
 
-/// A connection.
+/// An authenticated connection to systemd.
 pub struct Connection {
     stream: UnixStream,
     deadline: Instant,
     serial: u32,
-    /// Jobs that ended before anybody asked, with their results.
+    /// Jobs known to have ended, with their results.
     ended: Vec<(String, String)>,
 }
 
 impl Connection {
-    /// Connects, as the user this process is; all that is done with it has to be done within `patience`.
-    ///
-    /// # Errors
-    /// [`CallError`].
-    pub fn open(path: &Path, patience: Duration) -> Result<Self, CallError> {
-        let deadline = Instant::now() + patience;
+    /// Connects as this process's user. `timeout` is the timeout for everything that is done on the connection.
+    pub fn open(path: &Path, timeout: Duration) -> Result<Self, CallError> {
+        let deadline = Instant::now() + timeout;
         let stream = connect(path, deadline)
             .map_err(|source| CallError::Connect { path: path.display().to_string(), source })?;
         let mut connection = Self { stream, deadline, serial: 0, ended: Vec::new() };
@@ -92,31 +90,30 @@ impl Connection {
         Ok(connection)
     }
 
-    /// By the socket's own credentials ("Authentication Protocol", EXTERNAL). All in one go, as libsystemd itself does:
-    /// where `BEGIN` comes later, and systemd reads it together with the first message, it looks at the message only when
-    /// something else comes (libsystemd/sd-bus/bus-socket.c).
+    /// Authenticates with the socket's credentials ("Authentication Protocol", EXTERNAL).
+    ///
+    /// Sends everything in one write, as libsystemd does. If `BEGIN` is sent later and systemd reads it together with
+    /// the first message, it does not process that message until more data arrives
+    /// (libsystemd/sd-bus/bus-socket.c).
     fn authenticate(&mut self) -> Result<(), CallError> {
         let user = nix::unistd::geteuid().to_string();
         let hex: String = user.bytes().map(|digit| format!("{digit:02x}")).collect();
         self.write(format!("\0AUTH EXTERNAL {hex}\r\nBEGIN\r\n").as_bytes())?;
         let mut line = Vec::new();
-        // Not a byte more: what comes then are messages.
+        // Reads no byte beyond the line, because messages follow.
         while !line.ends_with(b"\r\n") {
             let mut byte = [0];
             self.read(&mut byte)?;
             line.extend(byte);
-            if line.len() > LINE {
+            if line.len() > MAX_AUTH_REPLY {
                 return Err(Malformed.into());
             }
         }
         let line = String::from_utf8_lossy(&line);
-        if line.starts_with("OK ") { Ok(()) } else { Err(CallError::Refused(line.trim_end().to_owned())) }
+        if line.starts_with("OK ") { Ok(()) } else { Err(CallError::Authentication(line.trim_end().to_owned())) }
     }
 
-    /// Calls a method of the manager's and waits for its return; gives its results.
-    ///
-    /// # Errors
-    /// [`CallError`].
+    /// Calls a method of systemd's manager object, and returns the body of its reply.
     pub fn call(&mut self, member: &str, signature: &str, body: Body) -> Result<Vec<u8>, CallError> {
         self.serial += 1;
         let serial = self.serial;
@@ -133,15 +130,15 @@ impl Connection {
             match self.receive()? {
                 Received::Return { to, body } if to == serial => return Ok(body),
                 Received::Error { to, name, text } if to == serial => return Err(CallError::Failed { name, text }),
-                other => self.note(other)?,
+                other => self.record_job(other)?,
             }
         }
     }
 
-    /// Calls a method that makes a job, and waits for the job's end.
+    /// Calls a method that starts a job, and waits until the job ends.
     ///
     /// # Errors
-    /// [`CallError`].
+    /// Among others [`CallError::Job`], if the job's result is not `done`.
     pub fn job(&mut self, unit: &str, member: &str, signature: &str, body: Body) -> Result<(), CallError> {
         let body = self.call(member, signature, body)?;
         let job = Reader::new(&body).text()?.to_owned();
@@ -151,12 +148,12 @@ impl Connection {
                 return if result == "done" { Ok(()) } else { Err(CallError::Job { unit, result }) };
             }
             let received = self.receive()?;
-            self.note(received)?;
+            self.record_job(received)?;
         }
     }
 
-    /// Keeps what a signal tells of jobs.
-    fn note(&mut self, received: Received) -> Result<(), CallError> {
+    /// Records the result of a job if the message is a JobRemoved signal.
+    fn record_job(&mut self, received: Received) -> Result<(), CallError> {
         if let Received::Signal { member, body } = received
             && member == "JobRemoved"
         {
@@ -168,22 +165,22 @@ impl Connection {
     }
 
     fn receive(&mut self) -> Result<Received, CallError> {
-        let mut message = vec![0; FIXED];
+        let mut message = vec![0; FIXED_HEADER];
         self.read(&mut message)?;
-        let fixed: &[u8; FIXED] = message.first_chunk().ok_or(Malformed)?;
-        let rest = message::rest(fixed)?;
-        message.resize(FIXED + rest, 0);
-        self.read(message.get_mut(FIXED..).unwrap_or_default())?;
+        let fixed: &[u8; FIXED_HEADER] = message.first_chunk().ok_or(Malformed)?;
+        let rest = message::remaining_length(fixed)?;
+        message.resize(FIXED_HEADER + rest, 0);
+        self.read(message.get_mut(FIXED_HEADER..).unwrap_or_default())?;
         Ok(message::decode(&message)?)
     }
 
     fn read(&mut self, mut buffer: &mut [u8]) -> io::Result<()> {
         while !buffer.is_empty() {
-            self.stream.set_read_timeout(Some(self.left()?))?;
+            self.stream.set_read_timeout(Some(self.remaining_time()?))?;
             match self.stream.read(buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(length) => buffer = buffer.get_mut(length..).unwrap_or_default(),
-                Err(error) => again(error)?,
+                Err(error) => check_retry(error)?,
             }
         }
         Ok(())
@@ -191,24 +188,26 @@ impl Connection {
 
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            self.stream.set_write_timeout(Some(self.left()?))?;
-            // std sends with MSG_NOSIGNAL.
+            self.stream.set_write_timeout(Some(self.remaining_time()?))?;
+            // No SIGPIPE: std sends with MSG_NOSIGNAL.
             match self.stream.write(bytes) {
                 Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
-                Err(error) => again(error)?,
+                Err(error) => check_retry(error)?,
             }
         }
         Ok(())
     }
 
-    fn left(&self) -> io::Result<Duration> {
+    fn remaining_time(&self) -> io::Result<Duration> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
     }
 }
 
-/// Connects. While systemd executes itself anew nobody listens at its socket; it touches the new one when it does, for
-/// those who wait by inotify (src/core/dbus.c, bus_init_private).
+/// Connects to systemd's socket, and waits while systemd re-executes itself.
+///
+/// During that time connections are refused. When systemd listens again, it touches the new socket for clients that wait
+/// with inotify (src/core/dbus.c, bus_init_private).
 fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let refused = |result: &io::Result<_>| {
         result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused)
@@ -239,8 +238,9 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     }
 }
 
-/// Whether to go on after an error; a socket's time that is over is `EAGAIN`.
-fn again(error: io::Error) -> io::Result<()> {
+/// Returns `Ok` if the operation can be retried after this error. Converts EAGAIN, with which a socket timeout is
+/// reported, to `TimedOut`.
+fn check_retry(error: io::Error) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::Interrupted => Ok(()),
         io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
@@ -255,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_listens_anew_is_waited_for() {
+    fn connect_waits_for_a_new_listener() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
@@ -268,7 +268,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         std::fs::remove_file(&path).unwrap();
         let listener = UnixListener::bind(&path).unwrap();
-        // A change of its attributes, as touch(1) makes one.
+        // Changes the attributes of the socket, as systemd does by touching it.
         nix::unistd::chown(&path, Some(nix::unistd::geteuid()), None).unwrap();
         waiting.join().unwrap().unwrap();
         drop(listener);

@@ -1,14 +1,14 @@
-//! Messages of D-Bus, as far as the service manager is asked and answers (D-Bus Specification 0.43, "Type System" and
-//! "Message Protocol"). Only little-endian: the other side is of this machine, which Husk runs on as x86_64.
+//! D-Bus messages, as far as systemd's requests and replies need them (D-Bus Specification 0.43, "Type System" and
+//! "Message Protocol"). Little-endian only: systemd runs on the same host, and Husk supports only x86_64.
 
-/// Largest message that is taken; a signal may carry all properties of a unit.
-pub const MOST: usize = 16 << 20;
-/// Length of a header's fixed part: with the length of the fields that follow.
-pub const FIXED: usize = 16;
-/// The header's alignment, and that of a structure.
+/// Maximum size of a received message, in bytes. A signal may carry all properties of a unit.
+pub const MAX_MESSAGE: usize = 16 << 20;
+/// Length of a header's fixed part, including the length of the header fields, in bytes.
+pub const FIXED_HEADER: usize = 16;
+/// Alignment of a structure, and of the header.
 const STRUCT: usize = 8;
 
-/// A value of a property.
+/// The value of a property, by D-Bus type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value {
     /// `b`
@@ -26,60 +26,60 @@ pub enum Value {
 /// A property and its value.
 pub type Property = (&'static str, Value);
 
-/// A call of a method.
+/// A method call.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// Object.
+    /// Object path.
     pub path: &'a str,
     /// Interface.
     pub interface: &'a str,
     /// Method.
     pub member: &'a str,
-    /// The name on the bus that is meant; nobody looks at it where there is no bus.
+    /// Bus name of the receiver. Ignored on a connection without a message bus.
     pub destination: &'a str,
-    /// Types of the arguments.
+    /// Signature of the arguments.
     pub signature: &'a str,
     /// The arguments.
     pub body: Body,
 }
 
-/// Arguments as they are written.
+/// Encoder for the body of a message.
 #[derive(Debug, Default)]
 pub struct Body(Vec<u8>);
 
-/// What was received.
+/// A received message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received {
-    /// A method has returned; with the arguments' bytes.
+    /// The reply to a method call.
     Return {
         /// Serial number of the call.
         to: u32,
-        /// Its results.
+        /// The encoded results.
         body: Vec<u8>,
     },
-    /// A method has failed.
+    /// The error reply to a method call.
     Error {
         /// Serial number of the call.
         to: u32,
-        /// The error's name.
+        /// The error name.
         name: String,
-        /// What the peer says about it.
+        /// The error message.
         text: String,
     },
     /// A signal.
     Signal {
         /// Its name.
         member: String,
-        /// Its arguments.
+        /// Its encoded arguments.
         body: Vec<u8>,
     },
-    /// A call: nobody has anything to call here.
+    /// Any other message, such as a method call. It is ignored.
     Other,
 }
 
-/// The peer does not keep to the protocol.
+/// A message that violates the D-Bus protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a message that is none of D-Bus'")]
+#[error("malformed D-Bus message")]
 pub struct Malformed;
 
 impl Body {
@@ -93,7 +93,7 @@ impl Body {
     }
 
     fn length(&mut self, length: usize) {
-        // What is written here has no more than a few hundred bytes.
+        // Never saturates: these messages have a few hundred bytes at most.
         self.u32(u32::try_from(length).unwrap_or(u32::MAX));
     }
 
@@ -116,7 +116,7 @@ impl Body {
     }
 
     fn signature(&mut self, signature: &str) {
-        // The same: a few letters.
+        // Never saturates: these signatures have a few letters.
         self.0.push(u8::try_from(signature.len()).unwrap_or(u8::MAX));
         self.0.extend(signature.as_bytes());
         self.0.push(0);
@@ -148,7 +148,7 @@ impl Body {
         }
     }
 
-    /// Its length is that of the elements, without what aligns the first one.
+    /// Encodes an array. Its length excludes the padding before the first element.
     fn array(&mut self, alignment: usize, fill: impl FnOnce(&mut Self)) {
         self.u32(0);
         let length_at = self.0.len() - 4;
@@ -156,8 +156,8 @@ impl Body {
         let begin = self.0.len();
         fill(self);
         let length = u32::try_from(self.0.len() - begin).unwrap_or(u32::MAX);
-        if let Some(place) = self.0.get_mut(length_at..length_at + 4) {
-            place.copy_from_slice(&length.to_le_bytes());
+        if let Some(slot) = self.0.get_mut(length_at..length_at + 4) {
+            slot.copy_from_slice(&length.to_le_bytes());
         }
     }
 
@@ -173,15 +173,15 @@ impl Body {
         self
     }
 
-    /// An array of structures with nothing in it.
-    pub fn no_structures(mut self) -> Self {
+    /// An empty array of structures.
+    pub fn empty_structures(mut self) -> Self {
         self.array(STRUCT, |_| ());
         self
     }
 }
 
 impl Call<'_> {
-    /// The message with this serial number, which is not 0.
+    /// Encodes the message. `serial` must not be 0.
     pub fn encode(&self, serial: u32) -> Vec<u8> {
         let mut out = Body(vec![b'l', METHOD_CALL, 0, 1]);
         out.length(self.body.0.len());
@@ -219,14 +219,14 @@ const REPLY_SERIAL: u8 = 5;
 const DESTINATION: u8 = 6;
 const SIGNATURE: u8 = 8;
 
-/// Reads values one after another.
+/// Decodes values in sequence.
 pub struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
 impl<'a> Reader<'a> {
-    /// Of a body, or of a message from its begin.
+    /// Starts at the beginning of a body or of a whole message.
     pub fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0 }
     }
@@ -247,18 +247,12 @@ impl<'a> Reader<'a> {
     }
 
     /// `u`
-    ///
-    /// # Errors
-    /// [`Malformed`] at the end of what there is.
     pub fn u32(&mut self) -> Result<u32, Malformed> {
         self.align(4);
         Ok(u32::from_le_bytes(self.take(4)?.try_into().map_err(|_| Malformed)?))
     }
 
     /// `s` or `o`
-    ///
-    /// # Errors
-    /// [`Malformed`] where there is none, or it is no text.
     pub fn text(&mut self) -> Result<&'a str, Malformed> {
         let length = usize::try_from(self.u32()?).map_err(|_| Malformed)?;
         self.terminated(length)
@@ -275,39 +269,36 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// How many bytes follow a header's fixed part.
+/// Returns the number of bytes that follow a header's fixed part.
 ///
 /// # Errors
-/// [`Malformed`] when it is none, or announces more than [`MOST`].
-pub fn rest(fixed: &[u8; FIXED]) -> Result<usize, Malformed> {
+/// [`Malformed`], also if there are more than [`MAX_MESSAGE`].
+pub fn remaining_length(fixed: &[u8; FIXED_HEADER]) -> Result<usize, Malformed> {
     if fixed.first() != Some(&b'l') || fixed.get(3) != Some(&1) {
         return Err(Malformed);
     }
     let (body, fields) = lengths(fixed)?;
     let rest = fields.next_multiple_of(STRUCT).checked_add(body).ok_or(Malformed)?;
-    if rest <= MOST { Ok(rest) } else { Err(Malformed) }
+    if rest <= MAX_MESSAGE { Ok(rest) } else { Err(Malformed) }
 }
 
-/// Of the body and of the header's fields.
+/// Returns the lengths of the body and of the header fields.
 fn lengths(message: &[u8]) -> Result<(usize, usize), Malformed> {
     let mut reader = Reader { bytes: message, at: 4 };
     let body = reader.u32()?;
     let _serial = reader.u32()?;
     let fields = reader.u32()?;
-    let fields = usize::try_from(fields).ok().filter(|length| *length <= MOST).ok_or(Malformed)?;
+    let fields = usize::try_from(fields).ok().filter(|length| *length <= MAX_MESSAGE).ok_or(Malformed)?;
     Ok((usize::try_from(body).map_err(|_| Malformed)?, fields))
 }
 
-/// Takes a whole message apart.
-///
-/// # Errors
-/// [`Malformed`].
+/// Decodes a complete message.
 pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
     let (body_length, fields_length) = lengths(message)?;
-    let end = FIXED.checked_add(fields_length).ok_or(Malformed)?;
+    let end = FIXED_HEADER.checked_add(fields_length).ok_or(Malformed)?;
     let (mut member, mut error_name, mut to) = (None, None, None);
-    // Alignment counts from the message's begin.
-    let mut reader = Reader { bytes: message.get(..end).ok_or(Malformed)?, at: FIXED };
+    // Alignment is relative to the beginning of the message.
+    let mut reader = Reader { bytes: message.get(..end).ok_or(Malformed)?, at: FIXED_HEADER };
     while reader.at < end {
         reader.align(STRUCT);
         let code = reader.u8()?;
@@ -328,7 +319,7 @@ pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
         Some(&ERROR) => Received::Error {
             to: to.ok_or(Malformed)?,
             name: error_name.ok_or(Malformed)?.to_owned(),
-            // By convention the first argument, if it is a string: where it is not, that is no text either.
+            // By convention the message is the first argument, if that is a string.
             text: Reader::new(body).text().unwrap_or_default().to_owned(),
         },
         Some(&SIGNAL) => Received::Signal { member: member.ok_or(Malformed)?.to_owned(), body: body.to_vec() },
@@ -340,7 +331,7 @@ pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
 pub(super) mod tests {
     use super::*;
 
-    /// A message as the service manager would send it.
+    /// Encodes a message as systemd would send it.
     pub fn message(kind: u8, fields: &[(u8, &str, &str)], to: Option<u32>, body: Body) -> Vec<u8> {
         let mut out = Body(vec![b'l', kind, 0, 1]);
         out.length(body.0.len());
@@ -379,8 +370,8 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_call_is_as_busctl_sends_it() {
-        // Of `busctl call … ResetFailedUnit s a.scope`, byte by byte by the specification.
+    fn call_has_the_encoding_of_busctl() {
+        // `busctl call … ResetFailedUnit s a.scope`, byte by byte by the specification.
         let call = Call {
             path: "/o",
             interface: "i.M",
@@ -398,7 +389,7 @@ pub(super) mod tests {
         let encoded = call.encode(5);
         let (header, body) = encoded.split_at(encoded.len() - 12);
         let mut expected = expected.to_vec();
-        let fields = u8::try_from(expected.len() - FIXED).unwrap();
+        let fields = u8::try_from(expected.len() - FIXED_HEADER).unwrap();
         expected[12] = fields;
         expected.resize(expected.len().next_multiple_of(8), 0);
         assert_eq!((header, body), (&*expected, &b"\x07\0\0\0a.scope\0"[..]));
@@ -422,14 +413,14 @@ pub(super) mod tests {
             \x01\0\0\0C\0\x02ay\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\
             \x01\0\0\0S\0\x01s\0\0\0\0\x01\0\0\0x\0";
         assert_eq!(bytes, expected);
-        assert_eq!(Body::default().no_structures().0, [0; 8]);
+        assert_eq!(Body::default().empty_structures().0, [0; 8]);
     }
 
     #[test]
-    fn what_comes_is_understood() {
+    fn decode_reads_returns_errors_and_signals() {
         let back = |message: Vec<u8>| {
-            let fixed: [u8; FIXED] = message[..FIXED].try_into().unwrap();
-            assert_eq!(rest(&fixed).unwrap(), message.len() - FIXED);
+            let fixed: [u8; FIXED_HEADER] = message[..FIXED_HEADER].try_into().unwrap();
+            assert_eq!(remaining_length(&fixed).unwrap(), message.len() - FIXED_HEADER);
             decode(&message).unwrap()
         };
         assert!(matches!(back(returned(4, "/job/1")), Received::Return { to: 4, .. }));
@@ -443,15 +434,15 @@ pub(super) mod tests {
 
     proptest::proptest! {
         #[test]
-        fn nothing_that_comes_breaks_it(bytes: Vec<u8>, cut in 0..80usize, change: (u8, u8)) {
+        fn decode_never_panics(bytes: Vec<u8>, cut in 0..80usize, change: (u8, u8)) {
             let _ = decode(&bytes);
             let mut message = removed("/job/1", "x.scope", "done");
             let at = usize::from(change.0) % message.len();
             message[at] = change.1;
             message.truncate(message.len() - cut.min(message.len()));
             let _ = decode(&message);
-            if let Some(Ok(fixed)) = message.get(..FIXED).map(<[u8; FIXED]>::try_from) {
-                let _ = rest(&fixed);
+            if let Some(Ok(fixed)) = message.get(..FIXED_HEADER).map(<[u8; FIXED_HEADER]>::try_from) {
+                let _ = remaining_length(&fixed);
             }
         }
     }

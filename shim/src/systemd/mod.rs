@@ -1,5 +1,5 @@
-//! Scopes of systemd's: what a `cgroupsPath` of the form `slice:prefix:name` asks for, as the kubelet's driver "systemd"
-//! makes them. systemd is asked as runc asks it (libcontainer/cgroups/systemd), but by the socket that `systemctl` uses.
+//! systemd scopes, which a `cgroupsPath` of the form `slice:prefix:name` requests, as with the kubelet's cgroup driver
+//! "systemd". The requests are those of runc (libcontainer/cgroups/systemd), but sent through systemctl's private socket.
 
 mod connection;
 mod message;
@@ -12,70 +12,70 @@ use connection::Connection;
 use message::Body;
 pub use message::{Property, Value};
 
-/// Where systemd itself listens. There is no bus, and none of its limits, between it and root there.
+/// systemd's private socket, which only root can use. It works without a message bus and without the bus's limits.
 const SOCKET: &str = "/run/systemd/private";
-/// How long a scope may take to come, as with runc.
-const START: Duration = Duration::from_secs(30);
-/// How long properties may take.
-const SET: Duration = Duration::from_secs(10);
-/// How long the end may take: containerd waits three seconds for a shim's.
-const STOP: Duration = Duration::from_secs(2);
+/// Timeout for starting a scope, as in runc.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout for setting properties.
+const SET_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for stopping a scope. containerd waits three seconds for a shim to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-const EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
-const NO_SUCH: &str = "org.freedesktop.systemd1.NoSuchUnit";
+const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
+const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 
 /// A unit's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit(String);
 
-/// A scope to be made.
+/// A scope to be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {
-    /// The slice it is in; systemd makes it if there is none.
+    /// Its slice, which systemd creates if it does not exist.
     pub slice: String,
-    /// Its name, with `.scope`.
+    /// Its name, with the suffix `.scope`.
     pub unit: Unit,
 }
 
-/// Why systemd did not do what it was asked for.
+/// A request that systemd did not fulfil.
 #[derive(Debug, thiserror::Error)]
 pub enum UnitError {
-    /// No scope.
-    #[error("starting systemd's {unit} in {slice}")]
+    /// The scope cannot be started.
+    #[error("failed to start systemd unit {unit} in {slice}")]
     Start {
         /// The scope.
         unit: String,
         /// Its slice.
         slice: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: CallError,
     },
-    /// Properties are as they were.
-    #[error("setting properties of systemd's {unit}")]
+    /// Properties cannot be set. They keep their old values.
+    #[error("failed to set properties of systemd unit {unit}")]
     Set {
         /// The scope.
         unit: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: CallError,
     },
-    /// It may be there still.
-    #[error("stopping systemd's {unit}")]
+    /// The scope cannot be stopped, and may still exist.
+    #[error("failed to stop systemd unit {unit}")]
     Stop {
         /// The scope.
         unit: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: CallError,
     },
 }
 
 impl Scope {
-    /// Has systemd make the scope and move the process into it; both are done when this returns. Blocks.
+    /// Starts the scope, with the process `pid` in it. Blocks until both are done.
     ///
     /// # Errors
-    /// [`UnitError::Start`]; also where there is one of that name that has not failed.
+    /// [`UnitError::Start`], among others if a scope of that name exists and has not failed.
     pub fn start(&self, pid: u32) -> Result<(), UnitError> {
         self.start_at(Path::new(SOCKET), pid)
     }
@@ -84,24 +84,28 @@ impl Scope {
         let Self { slice, unit: Unit(unit) } = self;
         let properties = self.properties(pid);
         let start = |connection: &mut Connection| {
-            let body = Body::default().text(unit).text("replace").properties(&properties).no_structures();
+            let body = Body::default().text(unit).text("replace").properties(&properties).empty_structures();
             connection.job(unit, "StartTransientUnit", "ssa(sv)a(sa(sv))", body)
         };
-        let all = |connection: &mut Connection| match start(connection) {
-            // One that failed stays until somebody has taken note, and may be what is left of an earlier sandbox.
-            // Made by the call before, if systemd went away over the answer.
-            Err(error) if error.is(EXISTS) && is_in(pid, unit) => Ok(()),
-            Err(error) if error.is(EXISTS) => {
-                reset(connection, unit)?;
+        let start_or_recover = |connection: &mut Connection| match start(connection) {
+            // The previous attempt has created the scope, but systemd re-executed before it replied.
+            Err(error) if error.is(UNIT_EXISTS) && is_member(pid, unit) => Ok(()),
+            // Possibly a failed scope of an earlier sandbox: systemd keeps a failed unit until it is reset.
+            Err(error) if error.is(UNIT_EXISTS) => {
+                reset_failed(connection, unit)?;
                 start(connection)
             }
             Err(error @ CallError::Job { .. }) => {
-                reset(connection, unit)?;
+                reset_failed(connection, unit)?;
                 Err(error)
             }
             other => other,
         };
-        with(socket, START, all).map_err(|source| UnitError::Start { unit: unit.clone(), slice: slice.clone(), source })
+        with_connection(socket, START_TIMEOUT, start_or_recover).map_err(|source| UnitError::Start {
+            unit: unit.clone(),
+            slice: slice.clone(),
+            source,
+        })
     }
 
     fn properties(&self, pid: u32) -> Vec<Property> {
@@ -115,41 +119,38 @@ impl Scope {
             ("IOAccounting", Value::Bool(true)),
             ("TasksAccounting", Value::Bool(true)),
             ("DefaultDependencies", Value::Bool(false)),
-            // One whose VMM was killed for its memory is not to stay as a failed unit: who runs it knows already.
+            // A scope whose VMM was killed by the OOM killer must not stay as a failed unit: its caller already knows.
             ("CollectMode", Value::Text("inactive-or-failed".into())),
         ]
     }
 }
 
 impl Unit {
-    /// The unit of this name.
+    /// Returns the unit of this name.
     pub fn new(name: impl Into<String>) -> Self {
         Self(name.into())
     }
 
-    /// Its name.
+    /// Returns the unit's name.
     pub fn name(&self) -> &str {
         &self.0
     }
 
-    /// Sets properties until the next boot: systemd writes them now, and whenever it writes those of the same controller
-    /// again, as after `systemctl set-property`. Blocks.
+    /// Sets runtime properties, which last until the next boot. Blocks.
     ///
-    /// # Errors
-    /// [`UnitError::Set`].
+    /// systemd writes them now, and whenever it rewrites the same controller's attributes, for example after
+    /// `systemctl set-property`.
     pub fn set(&self, properties: &[Property]) -> Result<(), UnitError> {
         let Self(unit) = self;
         let set = |connection: &mut Connection| {
             let body = Body::default().text(unit).bool(true).properties(properties);
             connection.call("SetUnitProperties", "sba(sv)", body).map(drop)
         };
-        with(Path::new(SOCKET), SET, set).map_err(|source| UnitError::Set { unit: unit.clone(), source })
+        with_connection(Path::new(SOCKET), SET_TIMEOUT, set)
+            .map_err(|source| UnitError::Set { unit: unit.clone(), source })
     }
 
-    /// Has systemd end it; one that is not there has ended. Its processes have to be gone, or systemd ends them. Blocks.
-    ///
-    /// # Errors
-    /// [`UnitError::Stop`].
+    /// Stops the unit; succeeds if it does not exist. systemd ends the unit's remaining processes. Blocks.
     pub fn stop(&self) -> Result<(), UnitError> {
         self.stop_at(Path::new(SOCKET))
     }
@@ -159,38 +160,40 @@ impl Unit {
         let stop = |connection: &mut Connection| {
             let body = Body::default().text(unit).text("replace");
             match connection.job(unit, "StopUnit", "ss", body) {
-                Err(error) if error.is(NO_SUCH) => Ok(()),
+                Err(error) if error.is(NO_SUCH_UNIT) => Ok(()),
                 other => other,
             }
         };
-        with(socket, STOP, stop).map_err(|source| UnitError::Stop { unit: unit.clone(), source })
+        with_connection(socket, STOP_TIMEOUT, stop).map_err(|source| UnitError::Stop { unit: unit.clone(), source })
     }
 }
 
-/// Whether a process is in a unit's cgroup.
-fn is_in(pid: u32, unit: &str) -> bool {
+/// Returns whether a process is in the unit's cgroup.
+fn is_member(pid: u32, unit: &str) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     text.lines().any(|line| line.rsplit('/').next() == Some(unit))
 }
 
-/// Makes systemd forget that a unit failed; one that has not, or is not there, stays so.
-fn reset(connection: &mut Connection, unit: &str) -> Result<(), CallError> {
+/// Resets the failed state of a unit. Succeeds if the unit has not failed or does not exist.
+fn reset_failed(connection: &mut Connection, unit: &str) -> Result<(), CallError> {
     match connection.call("ResetFailedUnit", "s", Body::default().text(unit)) {
         Err(CallError::Failed { .. }) => Ok(()),
         other => other.map(drop),
     }
 }
 
-/// Does something on a connection of its own, which is closed then: a sandbox that runs has none. Once more where systemd
-/// went away, as it does when it executes itself anew (`systemctl daemon-reexec`, an upgrade).
-fn with<T>(
+/// Opens a connection, runs `act` on it, and closes it: a running sandbox keeps no connection to systemd.
+///
+/// Retries once if systemd has closed the connection. It does so when it re-executes itself (`systemctl daemon-reexec`,
+/// an upgrade).
+fn with_connection<T>(
     socket: &Path,
-    patience: Duration,
+    timeout: Duration,
     mut act: impl FnMut(&mut Connection) -> Result<T, CallError>,
 ) -> Result<T, CallError> {
-    let mut once = || act(&mut Connection::open(socket, patience)?);
+    let mut once = || act(&mut Connection::open(socket, timeout)?);
     match once() {
-        Err(error) if error.is_gone() => once(),
+        Err(error) if error.is_disconnected() => once(),
         other => other,
     }
 }
@@ -204,7 +207,8 @@ mod tests {
     use super::message::tests::{failed, removed, returned};
     use super::*;
 
-    /// Answers each call by what is next; gives the calls' bytes. A connection that is to be answered by nothing is closed.
+    /// Plays systemd's role: answers the calls of each connection in turn, and returns the bytes of all calls. Closes a
+    /// connection that has no answers.
     fn peer(dir: &Path, connections: Vec<Vec<Vec<Vec<u8>>>>) -> JoinHandle<Vec<Vec<u8>>> {
         let listener = UnixListener::bind(dir.join("socket")).unwrap();
         std::thread::spawn(move || {
@@ -219,13 +223,13 @@ mod tests {
                 assert_eq!(line, b"BEGIN\r\n");
                 stream.get_mut().write_all(b"OK 0123\r\n").unwrap();
                 for answer in answers {
-                    let mut call = vec![0; message::FIXED];
+                    let mut call = vec![0; message::FIXED_HEADER];
                     stream.read_exact(&mut call).unwrap();
-                    let rest = message::rest(call.first_chunk().unwrap()).unwrap();
-                    call.resize(message::FIXED + rest, 0);
-                    stream.read_exact(&mut call[message::FIXED..]).unwrap();
+                    let rest = message::remaining_length(call.first_chunk().unwrap()).unwrap();
+                    call.resize(message::FIXED_HEADER + rest, 0);
+                    stream.read_exact(&mut call[message::FIXED_HEADER..]).unwrap();
                     calls.push(call);
-                    // In pieces, as a socket may give them.
+                    // In small pieces, as a socket may deliver them.
                     for bytes in answer.concat().chunks(7) {
                         stream.get_mut().write_all(bytes).unwrap();
                     }
@@ -244,9 +248,9 @@ mod tests {
     }
 
     #[test]
-    fn a_scope_is_there_when_its_job_is_done() {
+    fn start_and_stop_wait_for_the_end_of_their_job() {
         let dir = tempfile::tempdir().unwrap();
-        // The job's end may come before the answer, and other jobs end as well.
+        // JobRemoved may arrive before the reply to the call, and may be about other jobs.
         let early = vec![removed("/job/3", "p-n.scope", "done"), returned(1, "/job/3")];
         let late = vec![returned(1, "/job/4"), removed("/job/3", "x", "failed"), removed("/job/4", "p", "done")];
         let calls = peer(dir.path(), vec![vec![early], vec![late]]);
@@ -259,33 +263,35 @@ mod tests {
     }
 
     #[test]
-    fn what_an_earlier_one_left_is_forgotten() {
+    fn start_resets_the_failed_unit_of_an_earlier_sandbox() {
         let dir = tempfile::tempdir().unwrap();
         let again = vec![returned(3, "/job/5"), removed("/job/5", "p-n.scope", "done")];
         let none = failed(2, "org.freedesktop.systemd1.NoSuchUnit", "not loaded");
-        let calls = peer(dir.path(), vec![vec![vec![failed(1, EXISTS, "exists")], vec![none], again]]);
+        let calls = peer(dir.path(), vec![vec![vec![failed(1, UNIT_EXISTS, "exists")], vec![none], again]]);
         scope().start_at(&dir.path().join("socket"), 77).unwrap();
         assert!(has(&calls.join().unwrap()[1], "ResetFailedUnit"));
     }
 
     #[test]
-    fn what_fails_is_told() {
+    fn errors_name_the_unit_and_the_cause() {
         let dir = tempfile::tempdir().unwrap();
         let job = vec![returned(1, "/job/6"), removed("/job/6", "p-n.scope", "dependency")];
-        let exists = || vec![failed(1, EXISTS, "Unit p-n.scope was already loaded")];
-        let there = vec![failed(3, EXISTS, "Unit p-n.scope was already loaded")];
+        let exists = || vec![failed(1, UNIT_EXISTS, "Unit p-n.scope was already loaded")];
+        let there = vec![failed(3, UNIT_EXISTS, "Unit p-n.scope was already loaded")];
         let reset = || vec![returned(2, "")];
-        let gone = vec![vec![failed(1, NO_SUCH, "not loaded")]];
+        let gone = vec![vec![failed(1, NO_SUCH_UNIT, "not loaded")]];
         let peer = peer(dir.path(), vec![vec![job, reset()], vec![exists(), reset(), there], vec![], gone]);
         let socket = dir.path().join("socket");
         let error = crate::chain(&scope().start_at(&socket, 7).unwrap_err());
-        assert_eq!(error, "starting systemd's p-n.scope in pods.slice: the job of p-n.scope ended as \"dependency\"");
+        let expected = "failed to start systemd unit p-n.scope in pods.slice: \
+                        the job of unit p-n.scope ended with result \"dependency\"";
+        assert_eq!(error, expected);
         let error = crate::chain(&scope().start_at(&socket, 7).unwrap_err());
         assert!(error.contains("already loaded (org.freedesktop.systemd1.UnitExists)"), "{error}");
-        // systemd executed itself anew, and knows nothing of the unit.
+        // systemd has re-executed itself, and does not know the unit.
         scope().unit.stop_at(&socket).unwrap();
         assert_eq!(peer.join().unwrap().len(), 6);
         let error = crate::chain(&scope().start_at(&dir.path().join("none"), 7).unwrap_err());
-        assert!(error.contains("connecting to") && error.contains("none: No such file"), "{error}");
+        assert!(error.contains("failed to connect to") && error.contains("none: No such file"), "{error}");
     }
 }
