@@ -206,8 +206,8 @@ impl Connection {
 
 /// Connects to systemd's socket, and waits while systemd re-executes itself.
 ///
-/// During that time connections are refused. When systemd listens again, it touches the new socket for clients that wait
-/// with inotify (src/core/dbus.c, bus_init_private).
+/// During that time connections are refused. When systemd listens again, it touches the new socket, for clients that
+/// wait with inotify (src/core/dbus.c, bus_init_private).
 fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let refused = |result: &io::Result<_>| {
         result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused)

@@ -1,5 +1,6 @@
 //! systemd scopes, which a `cgroupsPath` of the form `slice:prefix:name` requests, as with the kubelet's cgroup driver
-//! "systemd". The requests are those of runc (libcontainer/cgroups/systemd), but sent through systemctl's private socket.
+//! "systemd". The requests are those of runc (libcontainer/cgroups/systemd), but sent through the private socket that
+//! systemctl uses.
 
 mod connection;
 mod message;
