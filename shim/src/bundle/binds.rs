@@ -13,23 +13,17 @@ use super::{
     spec::Mount,
     stage::{Stage, SyncError},
     syscall,
+    unmount::{remove, unmount},
     users::Users,
-    volumes::VolumeError,
+    volume_error::VolumeError,
 };
-use nix::{
-    errno::Errno,
-    mount::{MntFlags, umount2},
-    sys::{stat::fstat, statvfs::fstatvfs},
-};
+use nix::sys::{stat::fstat, statvfs::fstatvfs};
 use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
-
-/// Nobody stacks more mounts on one directory; a bound so that a bug cannot loop.
-const MAX_STACKED: usize = 64;
 
 /// Held while marks and mounts are looked at together: containers come and go on threads of their own.
 static TURN: Mutex<u64> = Mutex::new(0);
@@ -182,29 +176,6 @@ pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()
             note(&target, unmount(&target).and_then(|()| remove(&target)));
             note(stage.dir(), stage.remove(&name));
         }
-    }
-}
-
-/// Unmounts whatever is mounted at `path`, detached, so that a file held open does not keep it.
-pub fn unmount(path: &Path) -> io::Result<()> {
-    for _ in 0..MAX_STACKED {
-        match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) => {}
-            // Not a mount point (any more), or not there.
-            Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Err(io::Error::from_raw_os_error(libc::EBUSY))
-}
-
-/// Removes an empty directory or a file that was mounted on: never anything below, which could be somebody's data.
-pub fn remove(path: &Path) -> io::Result<()> {
-    let gone = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
-    match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir(path).or_else(gone),
-        Ok(_) => fs::remove_file(path).or_else(gone),
-        Err(error) => gone(error),
     }
 }
 

@@ -6,10 +6,11 @@ use husk_config::Config;
 use serde::Deserialize;
 
 use super::cpuset::CpuSet;
-use super::sizing::cpus_of_shares;
 use super::spec::{Cpu, Memory, Resources};
 use super::update::HUGE_PAGE;
 
+/// CPU shares that Kubernetes sets for a requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
+const SHARES_PER_CPU: u64 = 1024;
 const MIB: u64 = 1 << 20;
 /// Default period of cgroups in microseconds, used if only a quota is given.
 const DEFAULT_PERIOD: u64 = 100_000;
@@ -212,7 +213,7 @@ impl Size {
 /// Returns the memory that the guest's kernel needs for page metadata, in MiB.
 ///
 /// The kernel has 64 bytes for each page, and allocates them for blocks of 128 MiB.
-pub(super) fn page_metadata_mib(mib: u64) -> u64 {
+pub fn page_metadata_mib(mib: u64) -> u64 {
     mib.div_ceil(128).saturating_mul(2)
 }
 
@@ -230,6 +231,11 @@ pub fn guest_mib(bytes: u64) -> u64 {
 
 /// Resource limits of a pod's containers, by container id.
 pub type Pod = HashMap<String, Limits>;
+
+/// Returns the number of CPUs for a request of `shares`, rounded up.
+pub fn cpus_of_shares(shares: u64) -> u64 {
+    shares.div_ceil(SHARES_PER_CPU)
+}
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,6 @@
 //! OCI hooks of a specification: the shim runs the host's hooks, so only the guest's stay in the specification.
 
-use super::translate::{TranslateError, present, unsupported};
+use super::json::{TranslateError, present, unsupported};
 use serde_json::{Map, Value};
 
 /// Keeps only the hooks that the guest runs: `startContainer`, whose program is in the container's image.

@@ -99,6 +99,32 @@ impl BundleError {
     }
 }
 
+impl Spec {
+    /// Returns the id of the container's sandbox; for a container without a pod, its own id.
+    ///
+    /// # Errors
+    /// [`BundleError::SandboxId`] if the annotation is not a plain file name.
+    pub fn group<'a>(&'a self, id: &'a str) -> Result<&'a str, BundleError> {
+        match self.annotations.cri(SANDBOX_ID) {
+            None => Ok(id),
+            Some(group) if crate::ids::is_name(group) => Ok(group),
+            Some(group) => Err(BundleError::SandboxId(group.into())),
+        }
+    }
+
+    /// Returns the network namespace of the sandbox.
+    ///
+    /// # Errors
+    /// [`BundleError::HostNamespace`] if the specification has none.
+    pub fn network(&self) -> Result<Network, BundleError> {
+        let namespace = self.linux.namespaces.iter().find(|namespace| namespace.kind == "network");
+        Ok(match namespace.ok_or_else(BundleError::host_network)?.joined() {
+            None => Network::New,
+            Some(path) => Network::Path(path.into()),
+        })
+    }
+}
+
 impl Bundle {
     /// Reads `config.json` in `dir`, without [`Bundle::check`].
     ///
@@ -155,7 +181,10 @@ impl Bundle {
     /// # Errors
     /// [`BundleError::Invalid`] if the mappings are invalid.
     pub fn users(&self) -> Result<Option<Users>, BundleError> {
-        Users::of(&self.spec.linux).map_err(|error| BundleError::Invalid(error.to_string()))
+        let linux = &self.spec.linux;
+        let has_namespace = linux.namespaces.iter().any(|namespace| namespace.kind == "user");
+        Users::of_namespace(has_namespace, &linux.uid_mappings, &linux.gid_mappings)
+            .map_err(|error| BundleError::Invalid(error.to_string()))
     }
 
     /// Rejects labels on a node with SELinux, because the guest cannot apply them. Without SELinux they have no effect
@@ -299,6 +328,27 @@ pub(super) mod tests {
         })
         .unwrap_err()
         .to_string()
+    }
+
+    fn spec(text: &str) -> Spec {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn group_is_the_sandbox_id_or_the_containers_own() {
+        assert_eq!(spec("{}").group("c").unwrap(), "c");
+        assert_eq!(spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#).group("c").unwrap(), "pod");
+        let bad = spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"../../etc"}}"#);
+        assert!(bad.group("c").unwrap_err().to_string().contains("../../etc"));
+    }
+
+    #[test]
+    fn network_distinguishes_host_new_and_existing_namespaces() {
+        assert!(spec("{}").network().unwrap_err().to_string().contains("host network"));
+        let own = spec(r#"{"linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/a/b"}}"#);
+        assert_eq!(own.network().unwrap(), Network::New);
+        let cni = spec(r#"{"annotations":null,"linux":{"namespaces":[{"type":"network","path":"/var/run/netns/x"}]}}"#);
+        assert_eq!(cni.network().unwrap(), Network::Path("/var/run/netns/x".into()));
     }
 
     #[test]

@@ -9,7 +9,8 @@ use super::{
     stage::{Stage, SyncError},
     teardown::teardown,
     translate,
-    volumes::{self, InGuest, Place, VolumeError},
+    volume_error::VolumeError,
+    volumes::{self, InGuest, Place},
 };
 use crate::sandbox::cgroup;
 use serde_json::Value;

@@ -1,15 +1,13 @@
 //! Computes the size of a pod's VM.
 
 use super::annotations;
-use super::growth::{Growth, Size, page_metadata_mib};
+use super::growth::{Growth, Size, cpus_of_shares, page_metadata_mib};
 use super::spec::{Cpu, Memory, Spec};
 use husk_config::{Config, annotation, check};
 
 const MIB: u64 = 1 << 20;
 /// Default period of cgroups in microseconds, used if only a quota is given.
 const DEFAULT_PERIOD: u64 = 100_000;
-/// CPU shares that Kubernetes sets for a requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
-const SHARES_PER_CPU: u64 = 1024;
 /// Minimum memory of a VM, in MiB, that the VMM accepts.
 const MIN_VM_MIB: u64 = 64;
 
@@ -139,11 +137,6 @@ fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
     }
     let resources = spec.linux.resources.clone();
     Ok((resources.cpu.unwrap_or_default(), resources.memory.unwrap_or_default()))
-}
-
-/// Returns the number of CPUs for a request of `shares`, rounded up.
-pub(super) fn cpus_of_shares(shares: u64) -> u64 {
-    shares.div_ceil(SHARES_PER_CPU)
 }
 
 /// Returns a CPU limit in whole CPUs, rounded up, or `None` if there is no limit.

@@ -8,10 +8,10 @@
 //! file system of which a guest has files open.
 
 use super::{
-    binds,
     host_only::HostOnly,
     mountinfo, syscall,
     tree::{Submount, Tree, differences},
+    unmount,
 };
 use nix::{
     errno::Errno,
@@ -89,8 +89,8 @@ impl Stage {
         let (from, to) = (dir.join("from"), dir.join("to"));
         let copied = copy_by(tree, host_only, &dir, (&from, &to));
         let points = [&to, &from];
-        let removed = points.iter().map(|point| binds::unmount(point).and_then(|()| binds::remove(point)));
-        let removed = first_error(removed).and(binds::remove(&dir));
+        let removed = points.iter().map(|point| unmount::unmount(point).and_then(|()| unmount::remove(point)));
+        let removed = first_error(removed).and(unmount::remove(&dir));
         let copied = copied?;
         removed.map(|()| copied)
     }
@@ -109,7 +109,7 @@ impl Stage {
         let attached = syscall::open_path(&point, false).and_then(|to| syscall::attach(tree.as_fd(), to.as_fd()));
         if let Err(error) = attached {
             // The error that led here is the one to be reported.
-            let _ = binds::remove(&point);
+            let _ = unmount::remove(&point);
             return Err(error);
         }
         // Best effort: `sync` excludes what stays. Without the copies of the share and of this directory, a later volume
@@ -135,8 +135,8 @@ impl Stage {
     /// The error of umount2(2), unlink(2) or rmdir(2).
     pub fn remove(&self, name: &OsStr) -> io::Result<()> {
         let point = self.dir.join(RECEIVING).join(name);
-        binds::unmount(&point)?;
-        binds::remove(&point)
+        unmount::unmount(&point)?;
+        unmount::remove(&point)
     }
 
     /// Mounts and unmounts in `volumes`, the share's directory of volumes, what was mounted and unmounted in the receiving

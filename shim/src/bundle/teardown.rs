@@ -1,6 +1,9 @@
 //! Removes what was mounted and created on the host for a container.
 
-use super::binds::{self, remove, unmount};
+use super::{
+    binds,
+    unmount::{remove, unmount},
+};
 use std::{
     io,
     path::{Path, PathBuf},

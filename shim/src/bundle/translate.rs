@@ -2,38 +2,10 @@
 //!
 //! The JSON is edited in place, so that fields unknown to this code reach the guest.
 
+use super::json::{TranslateError, array, object, present, unsupported};
 use super::{devices, hooks, update};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
-
-/// Error of translating a specification.
-#[derive(Debug, thiserror::Error)]
-pub enum TranslateError {
-    /// The JSON cannot be parsed.
-    #[error("failed to parse the {what}")]
-    Parse {
-        /// Name of the message.
-        what: &'static str,
-        /// Position and cause.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// A field has the wrong type.
-    #[error("invalid bundle: {0} has the wrong type")]
-    Type(&'static str),
-    /// The specification asks for something that a VM cannot provide.
-    #[error("{field}: {message}")]
-    Unsupported {
-        /// Field of the specification.
-        field: String,
-        /// Why it is not supported, and the remedy.
-        message: String,
-    },
-}
-
-pub(super) fn unsupported(field: impl Into<String>, message: impl Into<String>) -> TranslateError {
-    TranslateError::Unsupported { field: field.into(), message: message.into() }
-}
 
 /// Translates everything except mount sources, which [`super::volumes`] does. Adds to `notes` what was left out, for
 /// the log.
@@ -183,37 +155,6 @@ pub fn own_cgroup_namespace(raw: &mut Value) {
 /// Returns the PID of a path to a PID namespace, `/proc/PID/ns/pid`.
 fn pid_of(path: &str) -> Option<u32> {
     path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
-}
-
-/// Returns whether a field exists and is not empty.
-pub(super) fn present(map: &Map<String, Value>, key: &str) -> bool {
-    map.get(key).is_some_and(|value| match value {
-        Value::Null => false,
-        Value::Array(values) => !values.is_empty(),
-        Value::Object(values) => !values.is_empty(),
-        Value::String(text) => !text.is_empty(),
-        _ => true,
-    })
-}
-
-/// Returns a field that must be an object, or `None` if it is absent.
-pub(super) fn object<'a>(
-    map: &'a mut Map<String, Value>,
-    key: &'static str,
-) -> Result<Option<&'a mut Map<String, Value>>, TranslateError> {
-    match map.get_mut(key) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Object(object)) => Ok(Some(object)),
-        Some(_) => Err(TranslateError::Type(key)),
-    }
-}
-
-fn array<'a>(map: &'a Map<String, Value>, key: &str, name: &'static str) -> Result<&'a [Value], TranslateError> {
-    match map.get(key) {
-        None | Some(Value::Null) => Ok(&[]),
-        Some(Value::Array(values)) => Ok(values),
-        Some(_) => Err(TranslateError::Type(name)),
-    }
 }
 
 #[cfg(test)]

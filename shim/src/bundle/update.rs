@@ -1,7 +1,7 @@
 //! Resource limits in a specification or an update request: limits of the guest's cgroups pass, those of the host do
 //! not.
 
-use super::translate::{TranslateError, object, present, unsupported};
+use super::json::{TranslateError, object, present, unsupported};
 use serde_json::{Map, Value};
 
 /// Translates the resources of an update request (OCI `LinuxResources` as JSON) for the guest.

@@ -1,6 +1,5 @@
 //! Id mappings of user namespaces and id-mapped mounts.
 
-use super::spec::Linux;
 use serde::Deserialize;
 use std::{
     fs::{self, File},
@@ -75,13 +74,17 @@ pub struct Users {
 }
 
 impl Users {
-    /// Returns the mappings of a specification, or `None` if it has no user namespace.
+    /// Returns the mappings of a specification's user namespace; `None` if it has none (`has_namespace`).
     ///
     /// # Errors
     /// [`IdMappingError`].
-    pub fn of(linux: &Linux) -> Result<Option<Self>, IdMappingError> {
-        let kinds = [("linux.uidMappings", &linux.uid_mappings), ("linux.gidMappings", &linux.gid_mappings)];
-        if !linux.namespaces.iter().any(|namespace| namespace.kind == "user") {
+    pub fn of_namespace(
+        has_namespace: bool,
+        uids: &[IdMapping],
+        gids: &[IdMapping],
+    ) -> Result<Option<Self>, IdMappingError> {
+        let kinds = [("linux.uidMappings", uids), ("linux.gidMappings", gids)];
+        if !has_namespace {
             return match kinds.iter().find(|(_, mappings)| !mappings.is_empty()) {
                 Some((kind, _)) => Err(IdMappingError::NoNamespace(kind)),
                 None => Ok(None),
@@ -93,7 +96,7 @@ impl Users {
                 return Err(IdMappingError::NoRoot(kind));
             }
         }
-        Ok(Some(Self { uids: linux.uid_mappings.clone(), gids: linux.gid_mappings.clone() }))
+        Ok(Some(Self { uids: uids.to_vec(), gids: gids.to_vec() }))
     }
 
     /// Returns the mappings of an id-mapped mount, or `None` if the mount has none.

@@ -2,54 +2,16 @@
 
 use super::{
     binds, binds::Flags, devices, host_only, host_only::HostOnly, kubelet, own, spec::Mount, syscall, users::Users,
+    volume_error::VolumeError,
 };
 use crate::mirror::{self, Mirror, Volume};
 use husk_proto::{agent::VolumeRequest, volume};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::{
-    fs, io,
+    fs,
     os::fd::{AsRawFd, OwnedFd},
     path::{Component, Path},
 };
-
-/// Why a volume cannot be given to the guest.
-#[derive(Debug, thiserror::Error)]
-pub enum VolumeError {
-    /// It asks for something that cannot cross into a virtual machine.
-    #[error("mount of {mount_source:?} at {destination:?}: {message}")]
-    Unsupported {
-        /// The mount's source.
-        mount_source: String,
-        /// Where in the container.
-        destination: String,
-        /// Why not, and what to do.
-        message: String,
-    },
-    /// A volume in memory cannot be made in the guest.
-    #[error("error mounting {mount_source:?} to rootfs at {destination:?}")]
-    Own {
-        /// The mount's source.
-        mount_source: String,
-        /// Where in the container.
-        destination: String,
-        /// Why not.
-        #[source]
-        source: own::OwnError,
-    },
-    /// The host refused.
-    #[error("error mounting {mount_source:?} to rootfs at {destination:?}: cannot {step}")]
-    Host {
-        /// The mount's source.
-        mount_source: String,
-        /// Where in the container.
-        destination: String,
-        /// What failed.
-        step: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-}
 
 /// What becomes of a mount of the specification.
 #[derive(Debug)]

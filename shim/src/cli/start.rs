@@ -8,6 +8,7 @@ use super::bootstrap::{self, Env, MAX_INPUT, Params};
 use crate::address::{Address, Listen, ListenError};
 use crate::bundle::{Bundle, BundleError};
 use crate::daemon;
+use crate::events::Destination;
 
 /// A failure to start the shim.
 #[derive(Debug, thiserror::Error)]
@@ -74,18 +75,21 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
         return Err(StartError::NoSandbox(group));
     }
     write_address(&dir, &address)?;
-    let Some(listener) = listener else { return write_reply(&address, params.form) };
+    let form = params.form;
+    let Some(listener) = listener else { return write_reply(&address, form) };
+    let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
     adjust_oom_score();
     // SAFETY: this process has a single thread, so the child is not limited to async-signal-safe functions.
     match unsafe { nix::unistd::fork() } {
-        Ok(nix::unistd::ForkResult::Parent { .. }) => write_reply(&address, params.form),
+        Ok(nix::unistd::ForkResult::Parent { .. }) => write_reply(&address, form),
         Ok(nix::unistd::ForkResult::Child) => {
             let args = daemon::DaemonArgs {
                 namespace: args.namespace.clone(),
                 sandbox: group,
                 dir,
                 bundle,
-                params,
+                destination,
+                debug: params.debug,
                 address,
                 listener,
                 started_ns,

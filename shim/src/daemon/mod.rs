@@ -17,7 +17,6 @@ use ttrpc::asynchronous::transport::Listener;
 use crate::address::Address;
 use crate::bundle::Bundle;
 use crate::chain;
-use crate::cli::bootstrap::Params;
 use crate::events::{Destination, Events, RetryPolicy};
 use crate::sandbox::boot::pipe_pair;
 use crate::sandbox::state::StateDir;
@@ -41,8 +40,10 @@ pub struct DaemonArgs {
     pub dir: PathBuf,
     /// The sandbox's bundle; `None` if CreateSandbox brings the specification.
     pub bundle: Option<Bundle>,
-    /// The parameters of `start`, among them containerd's addresses.
-    pub params: Params,
+    /// Receiver of the events.
+    pub destination: Destination,
+    /// Log at debug level.
+    pub debug: bool,
     /// The address of this shim.
     pub address: Address,
     /// The bound socket.
@@ -55,7 +56,7 @@ pub struct DaemonArgs {
 pub fn run(args: DaemonArgs) -> i32 {
     tune_allocator();
     let vmm_log = detach();
-    log::init(&args.dir, &args.namespace, &args.sandbox, args.params.debug);
+    log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
     let state = StateDir::new(&args.namespace, &args.sandbox);
     let timeline = Arc::new(Timeline::new(&args.namespace, &args.sandbox, state.timeline()));
     timeline.mark_at("shim start", args.started_ns);
@@ -121,7 +122,7 @@ fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (Launch
             dir.write("address", &args.address.uri()).map_err(|e| chain(&e))?;
             Ok(share.guest)
         });
-    let (namespace, sandbox, debug) = (args.namespace.clone(), args.sandbox.clone(), args.params.debug);
+    let (namespace, sandbox, debug) = (args.namespace.clone(), args.sandbox.clone(), args.debug);
     (LaunchContext { namespace, sandbox, debug, dir, timeline }, made)
 }
 
@@ -144,7 +145,7 @@ enum Launch {
 }
 
 async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log: Option<OwnedFd>) -> i32 {
-    let DaemonArgs { namespace, params, address, listener, dir, .. } = args;
+    let DaemonArgs { namespace, destination, address, listener, dir, .. } = args;
     let (reports, reported) = mpsc::unbounded_channel();
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
@@ -154,7 +155,6 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
         }
         Launch::Deferred(share) => Some(Pending { context, share, dir, reports }),
     };
-    let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
     let events = Events::start(&namespace, destination, RetryPolicy::default());
     let shim = Shim::new(&namespace, sandbox, events, reported, pending);
     let code = match listen(listener, &shim).await {

@@ -36,6 +36,7 @@ use state::StateDir;
 use timeline::Timeline;
 use vmm::{Vmm, VmmError};
 
+use crate::bundle::growth::Size;
 use crate::random;
 
 /// State of a sandbox's boot.
@@ -142,7 +143,12 @@ impl Sandbox {
         if let (Ok(plan), Some(vmm)) = (&plan, &vmm) {
             let cgroup = self.cgroup.get().map(|cgroup| (cgroup.place().clone(), cgroup.unit().cloned()));
             let (growth, dir) = (plan.sizing.growth.clone(), self.dir.clone());
-            let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), cgroup, dir));
+            let record = Arc::new(move |size: Size| {
+                if let Err(error) = dir.record_size(size.vcpus, size.memory_mib) {
+                    tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps");
+                }
+            });
+            let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), cgroup, record));
         }
         let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
         let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.place()));

@@ -4,6 +4,7 @@
 //! the guest gives memory back when it can, and the host's limit follows.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent::{HugePagesRequest, ProcessorsRequest, RescanRequest};
@@ -12,7 +13,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::{Agent, timeouts, within};
 use super::cgroup::Place;
-use super::state::StateDir;
 use super::vmm::{Vmm, VmmError};
 use super::{Boot, hugepages, limits};
 use crate::bundle::growth::{Growth, HostLimits, Size};
@@ -97,7 +97,7 @@ impl Resizer {
         vmm: Vmm,
         boot: watch::Receiver<Boot>,
         cgroup: Option<(Place, Option<Unit>)>,
-        dir: StateDir,
+        record: RecordSize,
     ) -> Self {
         let (jobs, requests) = mpsc::unbounded_channel();
         let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
@@ -105,7 +105,7 @@ impl Resizer {
             vmm,
             boot,
             cgroup,
-            dir,
+            record,
             start: growth.boot,
             now,
             complete: true,
@@ -134,6 +134,9 @@ impl Resizer {
     }
 }
 
+/// Records the pod's current size for `husk ps`. It may block.
+pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
+
 /// Pending request to shrink memory. Returns the hot-plugged memory that the guest still has, in MiB.
 type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 
@@ -143,8 +146,7 @@ struct Vm {
     boot: watch::Receiver<Boot>,
     /// The cgroup, and its systemd unit if systemd created it.
     cgroup: Option<(Place, Option<Unit>)>,
-    /// Directory of the record that `husk ps` reads.
-    dir: StateDir,
+    record: RecordSize,
     start: Size,
     /// Target that was requested last.
     now: Target,
@@ -305,12 +307,10 @@ impl Vm {
 
     /// Records the pod's current size for `husk ps`.
     async fn record_size(&mut self) {
-        let (dir, vcpus) = (self.dir.clone(), self.now.size.vcpus);
+        let (record, vcpus) = (Arc::clone(&self.record), self.now.size.vcpus);
         let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
-        match tokio::task::spawn_blocking(move || dir.record_size(vcpus, memory_mib)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps"),
-            Err(error) => tracing::warn!(%error, "failed to record the size for husk ps"),
+        if let Err(error) = tokio::task::spawn_blocking(move || record(Size { vcpus, memory_mib })).await {
+            tracing::warn!(%error, "failed to record the size for husk ps");
         }
     }
 

@@ -10,14 +10,15 @@
 //! ```
 
 mod copy;
+mod error;
 mod logger;
 mod relay;
 mod target;
 #[cfg(test)]
 mod tests;
 
+pub use error::StdioError;
 pub use relay::Relay;
-pub use target::StdioError;
 
 use logger::LoggerHandle;
 use target::{Input, Output};

@@ -4,7 +4,7 @@
 //! container neither gets SIGPIPE nor loses output. The write end of the stdin fifo also stays open, until `CloseIO`.
 
 use super::{
-    Owner, Paths, Stdio,
+    Owner, Paths, Stdio, StdioError,
     logger::{self, LoggerHandle},
 };
 use nix::{
@@ -13,59 +13,10 @@ use nix::{
 };
 use std::{
     fs::{self, File, OpenOptions},
-    io,
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
-
-/// A failure to open a stream.
-#[derive(Debug, thiserror::Error)]
-pub enum StdioError {
-    /// The file or fifo cannot be opened.
-    #[error("failed to open {} for {stream}", path.display())]
-    Open {
-        /// `stdin`, `stdout` or `stderr`.
-        stream: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is not a fifo, which stdin needs.
-    #[error("failed to open {} for {stream}: not a fifo", path.display())]
-    NotFifo {
-        /// `stdin` or `stdout`.
-        stream: &'static str,
-        /// The path.
-        path: PathBuf,
-    },
-    /// The URI is malformed, or its scheme is not supported.
-    #[error("invalid URI {uri:?} for {stream}: {message}")]
-    Uri {
-        /// `stdout` or `stderr`.
-        stream: &'static str,
-        /// The URI.
-        uri: String,
-        /// The defect.
-        message: &'static str,
-    },
-    /// The logger did not start.
-    #[error("failed to start the logger {}: {message}", path.display())]
-    Logger {
-        /// The program.
-        path: PathBuf,
-        /// The operation that failed.
-        message: String,
-        /// The cause.
-        #[source]
-        source: Option<io::Error>,
-    },
-    /// An fd cannot be registered with the async runtime.
-    #[error("failed to register a stream with the async runtime")]
-    Register(#[source] io::Error),
-}
 
 /// The source of stdin.
 #[derive(Debug)]

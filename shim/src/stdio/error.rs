@@ -1,0 +1,51 @@
+//! Why the streams of a process cannot be opened.
+
+use std::{io, path::PathBuf};
+
+/// A failure to open a stream.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    /// The file or fifo cannot be opened.
+    #[error("failed to open {} for {stream}", path.display())]
+    Open {
+        /// `stdin`, `stdout` or `stderr`.
+        stream: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a fifo, which stdin needs.
+    #[error("failed to open {} for {stream}: not a fifo", path.display())]
+    NotFifo {
+        /// `stdin` or `stdout`.
+        stream: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// The URI is malformed, or its scheme is not supported.
+    #[error("invalid URI {uri:?} for {stream}: {message}")]
+    Uri {
+        /// `stdout` or `stderr`.
+        stream: &'static str,
+        /// The URI.
+        uri: String,
+        /// The defect.
+        message: &'static str,
+    },
+    /// The logger did not start.
+    #[error("failed to start the logger {}: {message}", path.display())]
+    Logger {
+        /// The program.
+        path: PathBuf,
+        /// The operation that failed.
+        message: String,
+        /// The cause.
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// An fd cannot be registered with the async runtime.
+    #[error("failed to register a stream with the async runtime")]
+    Register(#[source] io::Error),
+}
