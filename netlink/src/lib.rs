@@ -10,6 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 pub use link::{Link, link_header, links};
 
 const HEADER_LEN: usize = size_of::<libc::nlmsghdr>();
+/// Maximum number of attempts at a dump whose list changes during the dump.
+const MAX_DUMPS: usize = 16;
 
 /// A message under construction.
 pub struct Message {
@@ -117,13 +119,28 @@ impl Netlink {
     /// The errno of the kernel's NLMSG_ERROR reply, or of the socket call that failed.
     pub fn change(&self, message: Message) -> io::Result<()> {
         self.send(&message.finish_with_ack())?;
-        self.receive(|_, _| ())
+        self.receive(|_, _| ()).map(drop)
     }
 
-    /// Sends a dump request (NLM_F_DUMP in its flags) and passes the type and payload of each entry to `visit`.
-    pub fn dump(&self, message: Message, visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
-        self.send(&message.finish())?;
-        self.receive(visit)
+    /// Sends a dump request (NLM_F_DUMP among its flags) and calls `visit` with the type and body of each entry.
+    ///
+    /// Repeats the dump if its list changed while the kernel sent it (NLM_F_DUMP_INTR).
+    ///
+    /// After [`MAX_DUMPS`] of them it takes the last one: whoever lists what changes all the time also subscribes to the
+    /// changes, and lists again.
+    pub fn dump(&self, message: Message, mut visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        let request = message.finish();
+        // Collects first: the entries of an interrupted dump must not be visited.
+        let mut entries = Vec::new();
+        for _ in 0..MAX_DUMPS {
+            self.send(&request)?;
+            entries.clear();
+            if self.receive(|kind, body| entries.push((kind, body.to_vec())))? {
+                break;
+            }
+        }
+        entries.iter().for_each(|(kind, body)| visit(*kind, body));
+        Ok(())
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
@@ -134,25 +151,42 @@ impl Netlink {
         }
     }
 
-    fn receive(&self, mut visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    /// Receives the reply to a request. Returns whether it is consistent, which an interrupted dump is not.
+    fn receive(&self, mut visit: impl FnMut(u16, &[u8])) -> io::Result<bool> {
         let mut buffer = vec![0u8; 32 * 1024];
+        let mut consistent = true;
         loop {
             // SAFETY: `buffer` outlives the call, and the length passed is the buffer's length.
             let read = unsafe { libc::recv(self.socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
             let Ok(read) = usize::try_from(read) else { return Err(io::Error::last_os_error()) };
-            let mut rest = buffer.get(..read).unwrap_or_default();
-            while let Some((kind, body, next)) = split(rest) {
-                rest = next;
-                match i32::from(kind) {
-                    libc::NLMSG_DONE => return Ok(()),
-                    libc::NLMSG_ERROR => {
-                        let code = body.first_chunk::<4>().map_or(libc::EPROTO, |b| -i32::from_ne_bytes(*b));
-                        return if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(code)) };
-                    }
-                    _ => visit(kind, body),
-                }
+            if read_datagram(buffer.get(..read).unwrap_or_default(), &mut consistent, &mut visit)? {
+                return Ok(consistent);
             }
         }
+    }
+}
+
+/// Reads the messages of a datagram. Returns whether the reply is complete; clears `consistent` for an interrupted dump.
+fn read_datagram(bytes: &[u8], consistent: &mut bool, visit: &mut impl FnMut(u16, &[u8])) -> io::Result<bool> {
+    let mut rest = bytes;
+    while let Some((kind, flags, body, next)) = split(rest) {
+        rest = next;
+        *consistent &= i32::from(flags) & libc::NLM_F_DUMP_INTR == 0;
+        match i32::from(kind) {
+            // The payload of both is a negative errno. Old kernels send NLMSG_DONE without one.
+            libc::NLMSG_DONE => return check_errno(body, 0),
+            libc::NLMSG_ERROR => return check_errno(body, libc::EPROTO),
+            _ => visit(kind, body),
+        }
+    }
+    Ok(false)
+}
+
+/// Returns the error in the payload of NLMSG_DONE or NLMSG_ERROR, or `Ok(true)` for errno 0.
+fn check_errno(body: &[u8], missing: i32) -> io::Result<bool> {
+    match body.first_chunk::<4>().map_or(missing, |bytes| i32::from_ne_bytes(*bytes).saturating_neg()) {
+        0 => Ok(true),
+        errno => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 
@@ -189,12 +223,13 @@ pub fn number(value: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(value.try_into().ok()?))
 }
 
-/// Splits the first message off a datagram. Returns its type, its payload and the remaining bytes.
-fn split(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+/// Splits off the first message of a datagram. Returns its type, flags and body, and the rest of the datagram.
+fn split(bytes: &[u8]) -> Option<(u16, u16, &[u8], &[u8])> {
     let length = u32::from_ne_bytes(*bytes.first_chunk::<4>()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
+    let flags = u16::from_ne_bytes(bytes.get(6..8)?.try_into().ok()?);
     let body = bytes.get(HEADER_LEN..length)?;
-    Some((kind, body, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
+    Some((kind, flags, body, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -213,10 +248,44 @@ mod tests {
         assert_eq!(nest(&[(1, b"a"), (2, b"")]), [5, 0, 1, 0, b'a', 0, 0, 0, 4, 0, 2, 0]);
     }
 
+    /// Encodes a message as the kernel would send it.
+    fn reply(kind: i32, flags: i32, body: &[u8]) -> Vec<u8> {
+        let mut bytes = Message::new(kind as u16, 0, body).finish();
+        bytes[6..8].copy_from_slice(&(flags as u16).to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn interrupted_dump_is_inconsistent() {
+        for (flags, expected) in [(libc::NLM_F_MULTI, true), (libc::NLM_F_MULTI | libc::NLM_F_DUMP_INTR, false)] {
+            let mut consistent = true;
+            let mut entries = 0;
+            let entry = reply(libc::RTM_NEWLINK.into(), flags, &[0; 16]);
+            assert!(!read_datagram(&entry, &mut consistent, &mut |_, _| entries += 1).unwrap());
+            let done = reply(libc::NLMSG_DONE, libc::NLM_F_MULTI, &[0; 4]);
+            assert!(read_datagram(&done, &mut consistent, &mut |_, _| entries += 1).unwrap());
+            assert_eq!((entries, consistent), (1, expected));
+        }
+    }
+
+    #[test]
+    fn errno_of_done_and_error_is_returned() {
+        let errno = |kind, body: &[u8]| {
+            read_datagram(&reply(kind, 0, body), &mut true, &mut |_, _| ()).map_err(|error| error.raw_os_error())
+        };
+        let no_memory = (-libc::ENOMEM).to_ne_bytes();
+        assert_eq!(errno(libc::NLMSG_DONE, &no_memory), Err(Some(libc::ENOMEM)));
+        assert_eq!(errno(libc::NLMSG_ERROR, &no_memory), Err(Some(libc::ENOMEM)));
+        assert_eq!(errno(libc::NLMSG_DONE, &[0; 4]), Ok(true));
+        assert_eq!(errno(libc::NLMSG_DONE, &[]), Ok(true));
+        assert_eq!(errno(libc::NLMSG_ERROR, &[]), Err(Some(libc::EPROTO)));
+    }
+
     proptest! {
         #[test]
-        fn parsing_arbitrary_bytes_never_panics(bytes: Vec<u8>) {
-            if let Some((_, body, _)) = split(&bytes) {
+        fn any_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = read_datagram(&bytes, &mut true, &mut |_, _| ());
+            if let Some((_, _, body, _)) = split(&bytes) {
                 attributes(body).count();
             }
             attributes(&bytes).count();
