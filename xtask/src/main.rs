@@ -12,13 +12,18 @@ mod dist;
 mod image;
 mod images;
 mod kernel;
+mod libtest;
 mod lock;
 mod lockfile;
 mod node;
 mod paths;
 mod plan;
+mod results;
 mod setup;
 mod side;
+mod source;
+mod stages;
+mod suites;
 mod test;
 mod ui;
 

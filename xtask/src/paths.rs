@@ -36,3 +36,8 @@ pub fn initrd() -> PathBuf {
 pub fn node() -> PathBuf {
     state().join("node")
 }
+
+/// The results of the last end-to-end run: JSON, JUnit and logs.
+pub fn results() -> PathBuf {
+    state().join("results")
+}

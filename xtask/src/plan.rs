@@ -1,116 +1,121 @@
-//! Which suites run in which boot of the node, and which run again.
+//! Plans the boots of the node: which suites run in which boot, and which run a second time.
 
 use std::collections::VecDeque;
 
-/// How often a node may end without being done before the run is given up.
+/// Node crashes after which no suite is retried or resumed.
 const CRASHES: u32 = 4;
 
-/// What became of a suite in one boot.
+/// The result of a suite in one boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All its tests passed.
     Passed,
     /// A test failed.
     Failed,
-    /// It was begun, and then the node ended.
+    /// The node ended while the suite ran.
     Begun,
-    /// The node ended before.
+    /// The node ended before the suite began.
     Waiting,
 }
 
-/// The suites that are still to run, and what became of the others.
+/// What follows when suites do not pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retries {
+    /// Nothing: suites that a crashed node did not reach have failed. For nodes on real KVM.
+    Never,
+    /// Suites that a crashed node did not reach run in the next boot. For emulated nodes, after `--no-retry`.
+    Resume,
+    /// As `Resume`, and a suite that failed runs once more, alone. For emulated nodes, which now and then go astray.
+    Retry,
+}
+
+/// The suites of one containerd line that are still to run, and the results of the others.
 pub struct Plan {
-    /// Those that run together, so many a boot.
+    /// Suites that run together, `batch` of them in a boot.
     together: VecDeque<String>,
-    /// Those that run once more, each in a boot of its own.
+    /// Suites that run once more, each in a boot of its own.
     alone: VecDeque<String>,
-    a_boot: usize,
-    /// Whether one that fails is tried again: where the processor is emulated, and now and then goes astray.
-    again: bool,
-    unsteady: Vec<String>,
+    batch: usize,
+    retries: Retries,
+    retried: Vec<String>,
     failed: Vec<String>,
     crashes: u32,
 }
 
 impl Plan {
-    /// Of `suites`, `a_boot` run together; `again` gives those that fail a second try.
-    pub fn new(suites: impl IntoIterator<Item = String>, a_boot: usize, again: bool) -> Self {
+    /// Plans boots of `batch` suites each.
+    pub fn new(suites: impl IntoIterator<Item = String>, batch: usize, retries: Retries) -> Self {
         Plan {
             together: suites.into_iter().collect(),
             alone: VecDeque::new(),
-            a_boot,
-            again,
-            unsteady: Vec::new(),
+            batch,
+            retries,
+            retried: Vec::new(),
             failed: Vec::new(),
             crashes: 0,
         }
     }
 
-    /// The suites of the next boot; none when what is left has to run alone.
-    fn together(&mut self) -> Vec<String> {
-        let some = self.a_boot.min(self.together.len());
-        self.together.drain(..some).collect()
+    /// Takes the suites of the next boot; none if all that remain run alone.
+    fn take_together(&mut self) -> Vec<String> {
+        let count = self.batch.min(self.together.len());
+        self.together.drain(..count).collect()
     }
 
-    /// A suite that runs once more.
-    fn alone(&mut self) -> Vec<String> {
+    /// Takes a suite that runs once more.
+    fn take_alone(&mut self) -> Vec<String> {
         self.alone.pop_front().into_iter().collect()
     }
 
-    /// Notes how a boot went: every suite that [`next()`] named, with what became of it.
+    /// Notes the results of a boot: every suite that [`next()`] returned, with its outcome.
     pub fn ended(&mut self, suites: Vec<(String, Outcome)>) {
         let crashed = suites.iter().any(|(_, outcome)| matches!(outcome, Outcome::Begun | Outcome::Waiting));
         self.crashes += u32::from(crashed);
-        // The same state of the emulated machine fails them all: after so many there is more to it.
-        let again = self.again && self.crashes <= CRASHES;
+        // A flaw that ends every node is not the emulator's occasional one.
+        let retries = if self.crashes <= CRASHES { self.retries } else { Retries::Never };
         let mut waiting = VecDeque::new();
         for (suite, outcome) in suites {
             match outcome {
                 Outcome::Passed => {}
-                Outcome::Waiting if again => waiting.push_back(suite),
-                Outcome::Failed | Outcome::Begun if again && !self.unsteady.contains(&suite) => {
-                    self.unsteady.push(suite.clone());
+                Outcome::Waiting if retries != Retries::Never => waiting.push_back(suite),
+                Outcome::Failed | Outcome::Begun if retries == Retries::Retry && !self.retried.contains(&suite) => {
+                    self.retried.push(suite.clone());
                     self.alone.push_back(suite);
                 }
                 _ => self.failed.push(suite),
             }
         }
-        let alone = waiting.len() == 1 && self.unsteady.contains(&waiting[0]);
+        let alone = waiting.len() == 1 && self.retried.contains(&waiting[0]);
         let queue = if alone { &mut self.alone } else { &mut self.together };
         for suite in waiting.into_iter().rev() {
             queue.push_front(suite);
         }
     }
 
-    /// The suites that have, or had, a second try.
-    pub fn unsteady(&self) -> &[String] {
-        &self.unsteady
-    }
-
-    /// The suites that failed for good.
+    /// The suites that failed, after their retry if they had one.
     pub fn failed(&self) -> &[String] {
         &self.failed
     }
 }
 
-/// The suites of the next boot, and whose they are: what failed anywhere runs again when all else was begun.
+/// Takes the suites of the next boot, and their containerd line. Suites run a second time after all others have begun.
 pub fn next<L: Copy>(plans: &mut [(L, Plan)]) -> Option<(L, Vec<String>)> {
-    let some = |line: L, suites: Vec<String>| (!suites.is_empty()).then_some((line, suites));
-    let together = plans.iter_mut().find_map(|(line, plan)| some(*line, plan.together()));
-    together.or_else(|| plans.iter_mut().find_map(|(line, plan)| some(*line, plan.alone())))
+    let non_empty = |line: L, suites: Vec<String>| (!suites.is_empty()).then_some((line, suites));
+    let together = plans.iter_mut().find_map(|(line, plan)| non_empty(*line, plan.take_together()));
+    together.or_else(|| plans.iter_mut().find_map(|(line, plan)| non_empty(*line, plan.take_alone())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn plan(again: bool) -> Plan {
-        Plan::new(["a", "b", "c", "d", "e"].map(String::from), 3, again)
+    fn plan(retries: Retries) -> Plan {
+        Plan::new(["a", "b", "c", "d", "e"].map(String::from), 3, retries)
     }
 
     fn suites(plan: &mut Plan) -> Vec<String> {
-        let some = plan.together();
-        if some.is_empty() { plan.alone() } else { some }
+        let together = plan.take_together();
+        if together.is_empty() { plan.take_alone() } else { together }
     }
 
     fn end(plan: &mut Plan, outcomes: &[(&str, Outcome)]) {
@@ -120,26 +125,27 @@ mod tests {
 
     #[test]
     fn suites_that_pass_run_once() {
-        let mut plan = plan(true);
+        let mut plan = plan(Retries::Retry);
         end(&mut plan, &[("a", Outcome::Passed), ("b", Outcome::Passed), ("c", Outcome::Passed)]);
         end(&mut plan, &[("d", Outcome::Passed), ("e", Outcome::Passed)]);
-        assert!(suites(&mut plan).is_empty() && plan.failed().is_empty() && plan.unsteady().is_empty());
+        assert!(suites(&mut plan).is_empty() && plan.failed().is_empty() && plan.retried.is_empty());
     }
 
     #[test]
-    fn a_suite_that_fails_has_one_more_try_at_the_end() {
-        let mut plan = plan(true);
+    fn failed_suites_are_retried_once_at_the_end() {
+        let mut plan = plan(Retries::Retry);
         end(&mut plan, &[("a", Outcome::Passed), ("b", Outcome::Failed), ("c", Outcome::Failed)]);
         end(&mut plan, &[("d", Outcome::Passed), ("e", Outcome::Passed)]);
         end(&mut plan, &[("b", Outcome::Passed)]);
         end(&mut plan, &[("c", Outcome::Failed)]);
         assert!(suites(&mut plan).is_empty());
-        assert_eq!((plan.failed(), plan.unsteady()), (&["c".to_owned()][..], &["b".to_owned(), "c".to_owned()][..]));
+        assert_eq!(plan.failed(), ["c"]);
+        assert_eq!(plan.retried, ["b", "c"]);
     }
 
     #[test]
-    fn what_failed_runs_again_when_all_else_was_begun() {
-        let mut plans = [("1", plan(true)), ("2", plan(true))];
+    fn retries_follow_the_first_attempts_of_all_lines() {
+        let mut plans = [("1", plan(Retries::Retry)), ("2", plan(Retries::Retry))];
         let (line, names) = next(&mut plans).unwrap();
         assert_eq!((line, names.len()), ("1", 3));
         plans[0].1.ended(names.into_iter().map(|name| (name, Outcome::Failed)).collect());
@@ -150,8 +156,8 @@ mod tests {
     }
 
     #[test]
-    fn where_kvm_is_real_nothing_is_tried_again() {
-        let mut plan = plan(false);
+    fn real_kvm_has_no_retries() {
+        let mut plan = plan(Retries::Never);
         end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         assert_eq!(plan.failed(), ["a", "b", "c"]);
         end(&mut plan, &[("d", Outcome::Passed), ("e", Outcome::Passed)]);
@@ -159,8 +165,17 @@ mod tests {
     }
 
     #[test]
-    fn what_a_crashed_node_did_not_come_to_goes_on_in_the_next() {
-        let mut plan = plan(true);
+    fn without_retries_a_crashed_node_is_resumed_only() {
+        let mut plan = plan(Retries::Resume);
+        end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
+        end(&mut plan, &[("c", Outcome::Passed), ("d", Outcome::Passed), ("e", Outcome::Passed)]);
+        assert!(suites(&mut plan).is_empty());
+        assert_eq!(plan.failed(), ["a", "b"]);
+    }
+
+    #[test]
+    fn suites_that_a_crashed_node_did_not_reach_run_in_the_next() {
+        let mut plan = plan(Retries::Retry);
         end(&mut plan, &[("a", Outcome::Passed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Waiting), ("d", Outcome::Waiting), ("e", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Passed), ("d", Outcome::Passed), ("e", Outcome::Passed)]);
@@ -170,8 +185,8 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_never_boots_ends_the_run() {
-        let mut plan = plan(true);
+    fn repeated_crashes_end_the_run() {
+        let mut plan = plan(Retries::Retry);
         let mut boots = 0;
         loop {
             let suites = suites(&mut plan);

@@ -2,65 +2,52 @@
 
 use crate::build::{self, Profile, Program, cargo};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat, kvm};
-use crate::plan::{self, Outcome, Plan};
+use crate::plan::{self, Outcome, Plan, Retries};
+use crate::results::{Attempt, AttemptOutcome, Recorder, Results, SuiteOutcome, Summary};
+use crate::stages::{self, Part, Stages};
+use crate::suites::{self, Lines, Needs, NodeKind};
 use crate::{cache, cmd, dist, kernel, lockfile, setup, side, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
 use std::process::Command;
+use std::time::Instant;
 
-/// Suites that run only where the filter names one of their tests: two take longer than all others together, one needs
-/// a program compiled, and what the last tries `cargo xtask conformance` compares with runc.
-const SOAK: [&str; 4] = [BUILDERS, "soak", FSX, "conformance"];
-/// The suite that builds images, in images of its own.
+/// The suite that builds images. It has images of its own.
 const BUILDERS: &str = "cri_builders";
-/// The suite that runs the public test program for file systems, in an image of its own.
+/// The suite that runs fsx, a public test program for file systems. It has an image of its own.
 const FSX: &str = "cri_fsx";
-/// Tests that run only where `--all`, a containerd or a name asks for them: in an emulated node each takes half a minute
-/// to a minute and a half, and shorter ones are about the same parts.
-const LONG: [&str; 6] = [
-    "a_guest_that_walks_through_many_files_keeps_its_machine",
-    "a_pod_can_walk_through_more_files_than_can_be_open",
-    "a_pod_shrinks_below_its_start",
-    "huge_pages_of_a_container_are_limited",
-    "sockets_and_locks_work_however_a_container_has_its_volume",
-    "there_is_no_limit_on_entries_nor_on_their_size",
-];
-/// Suites of what only containerd 2.x has.
-const TWO_ONLY: [&str; 2] = ["cri_sandboxer", "cri_userns_handlers"];
-/// What runs with containerd 2.x as well, unless all of it is asked for: a second boot is to cost two minutes.
-const TWO_AS_WELL: [&str; 2] = ["cri_events", "cri_pods"];
-/// What runs with containerd 2.x in place of 1.7, unless all of either is asked for.
-const TWO_INSTEAD: [&str; 2] = ["cri_restart", "cri_userns"];
-/// What runs on a host with version 1 of control groups, and there only.
-const LEGACY_ONLY: &str = "cri_cgroup1";
-/// What runs on a host with systemd, and there only.
-const SYSTEMD_ONLY: &str = "cri_systemd";
-/// What runs where nobody says which.
+/// The containerd lines that run without `--containerd`.
 const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
-/// So that what one leaves in the node's kernel does not reach all others, and nodes side by side are done at about the
-/// same time; a boot costs half a minute, most of it for unpacking images.
+/// Suites that share a boot. What a suite leaves in the node's kernel reaches only these, and nodes side by side end at
+/// about the same time. A boot costs half a minute, mostly for unpacking images.
 const SUITES_A_BOOT: usize = 12;
-/// How long some suites may take in all, and one test of theirs; the longest take six and two minutes.
+/// Limits for the suites of a boot together, and for one of their tests. The longest take six and two minutes.
 const LIMITS: Limits = Limits::secs(1200, 300);
 
-/// What is run.
+/// The options of `cargo xtask test`.
 #[derive(Args)]
 pub struct Options {
-    /// Only the checks and the unit tests.
+    /// Run only the checks and the unit tests.
     #[arg(long, conflicts_with = "e2e")]
     unit: bool,
-    /// Only the end-to-end suites, or those of their tests whose name contains FILTER.
+    /// Run only the end-to-end suites, or only their tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
+    /// List the end-to-end suites and what each needs, or only those with a test whose name contains FILTER. Runs nothing.
+    #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "", exclusive = true)]
+    list: Option<String>,
     /// Run all end-to-end suites with this containerd; without it, those with 1.7 and a few with 2.x, on a host
-    /// with version 1 of control groups and on one with systemd.
+    /// with cgroup v1 and on one with systemd.
     #[arg(long, value_enum, conflicts_with = "unit")]
     containerd: Option<Line>,
-    /// Run the long tests too, and with 1.7 what runs with 2.x only otherwise.
+    /// Run the long tests too, and with 1.7 the suites that otherwise run with 2.x only.
     #[arg(long, conflicts_with_all = ["unit", "containerd"])]
     all: bool,
-    /// Have the pods run by this handler of containerd's (`husk-sandbox`: the shim is the sandbox, with 2.x).
+    /// Do not retry a suite that failed; without it, suites are retried once in an emulated node.
+    #[arg(long, conflicts_with = "unit")]
+    no_retry: bool,
+    /// Run the pods with this handler of containerd (`husk-sandbox`: the shim is the sandbox, with 2.x).
     #[arg(long, requires = "containerd")]
     handler: Option<String>,
     /// Test the programs as they are shipped; without it they are built in the quick profile, which the suites
@@ -69,100 +56,158 @@ pub struct Options {
     release: bool,
 }
 
-/// Runs what was asked for; the exit code.
+/// The end of a run.
+struct End {
+    code: u8,
+    /// The last lines that the run prints.
+    notes: Vec<String>,
+}
+
+/// Runs what the options ask for. Returns the exit code.
 pub fn test(options: &Options) -> Result<u8> {
-    setup::setup()?;
-    if options.e2e.is_none() {
-        format()?;
-        if options.unit {
-            unit()?;
-            ui::say("test", "all passed");
-            return Ok(0);
-        }
-        // Cargo often has work for one processor only, and a package server has none.
-        std::thread::scope(|scope| {
-            let parts = scope.spawn(parts);
-            unit()?;
-            parts.join().unwrap_or_else(|_| bail!("making the node's parts was given up"))
-        })?;
+    if let Some(filter) = &options.list {
+        print!("{}", suites::list(&suites::read()?, filter));
+        return Ok(0);
     }
-    let filter = options.e2e.as_deref().unwrap_or_default();
-    let code = e2e(filter, options)?;
-    ui::say("test", if code == 0 { "all passed" } else { "end-to-end tests failed" });
+    let stages = Stages::new();
+    let end = run(options, &stages);
+    ui::say("test", "where the time went, in seconds:");
+    eprint!("{}", stages::table(&stages.list(), stages.elapsed()));
+    let End { code, notes } = end?;
+    for note in notes {
+        ui::say("test", note);
+    }
     Ok(code)
 }
 
-/// What is seen without compiling anything.
+fn run(options: &Options, stages: &Stages) -> Result<End> {
+    let passed = || "all passed".to_owned();
+    // First of all: results of an earlier run are not taken for those of a run that fails before its first suite.
+    let results = if options.unit { None } else { Some(Results::new()?) };
+    stages.measure("setup", setup::setup)?;
+    if options.e2e.is_none() {
+        stages.measure("format and structure", format)?;
+        let Some(_) = results else {
+            unit(stages)?;
+            return Ok(End { code: 0, notes: vec![passed()] });
+        };
+        // Cargo often has work for one processor only, and a package server has none.
+        std::thread::scope(|scope| {
+            let parts = scope.spawn(|| stages.measure("parts of the node (beside lints and unit tests)", parts));
+            unit(stages)?;
+            parts.join().unwrap_or_else(|_| bail!("making the node's parts panicked"))
+        })?;
+    }
+    let filter = options.e2e.as_deref().unwrap_or_default();
+    let mut end = e2e(filter, options, stages, results.unwrap_or_default())?;
+    end.notes.push(if end.code == 0 { passed() } else { "end-to-end tests failed".to_owned() });
+    Ok(end)
+}
+
+/// Checks that need no compiler.
 fn format() -> Result<()> {
-    ui::say("test", "Cargo.lock, format");
+    ui::say("test", "Cargo.lock, format, needs of the suites");
     lockfile::check()?;
-    cmd::shown(cargo().args(["fmt", "--all", "--check"]))
+    cmd::shown(cargo().args(["fmt", "--all", "--check"]))?;
+    suites::read().map(drop)
 }
 
 /// Lints, and the tests beside the code.
-fn unit() -> Result<()> {
+fn unit(stages: &Stages) -> Result<()> {
     ui::say("test", "lints");
-    cmd::shown(cargo().args([
-        "clippy",
-        "--quiet",
-        "--workspace",
-        "--all-targets",
-        "--locked",
-        "--",
-        "-D",
-        "warnings",
-    ]))?;
+    let mut clippy = cargo();
+    clippy.args(["clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]);
+    stages.measure("lints", || cmd::shown(&mut clippy))?;
     ui::say("test", "unit tests");
     // The end-to-end suites are a package of their own, which only the node can run.
-    cmd::shown(cargo().args(["test", "--quiet", "--workspace", "--exclude", "husk-e2e", "--locked"]))
+    let mut tests = cargo();
+    tests.args(["test", "--quiet", "--workspace", "--exclude", "husk-e2e", "--locked"]);
+    stages.measure("unit tests", || cmd::shown(&mut tests))
 }
 
-/// What the suites need that is not cargo's to make.
+/// Makes the parts of the node that cargo does not build.
 fn parts() -> Result<()> {
     kernel::kernel()?;
     node::prepare()?;
     node::images().map(drop)
 }
 
-/// How much is asked for.
+/// How much the options ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Extent {
     /// What every change has to pass.
     Change,
     /// The long tests too.
     All,
-    /// All there is with one containerd.
+    /// All suites of one containerd line.
     Line,
 }
 
-/// Whether a suite runs with this containerd; with `filtered` it has a test that was named.
-fn runs(suite: &str, line: Line, extent: Extent, filtered: bool) -> bool {
-    let soak = !filtered && SOAK.contains(&suite);
-    let in_one = |some: &[&[&str]]| some.iter().any(|some| some.contains(&suite));
-    match line {
-        // What is meant for systemd's control groups or for version 1 of them finds neither elsewhere.
-        _ if suite == LEGACY_ONLY => line == Line::Legacy,
-        _ if suite == SYSTEMD_ONLY => line == Line::Systemd,
-        _ if soak => false,
-        Line::One => !in_one(&[&TWO_ONLY]) && (filtered || extent > Extent::Change || !in_one(&[&TWO_INSTEAD])),
-        Line::Two => extent == Extent::Line || in_one(&[&TWO_ONLY, &TWO_AS_WELL, &TWO_INSTEAD]),
-        Line::Legacy => filtered && extent == Extent::Line && !in_one(&[&TWO_ONLY]),
-        Line::Systemd => filtered && extent == Extent::Line,
+/// Whether a suite runs with a containerd line. `filtered`: the options have a filter, and the suite a test that it names.
+fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
+    match (needs.node, line) {
+        (NodeKind::CgroupV1, line) => return line == Line::Legacy,
+        (NodeKind::Systemd, line) => return line == Line::Systemd,
+        (NodeKind::Any, _) if needs.by_name_only.is_some() && !filtered => return false,
+        (NodeKind::Any, _) => {}
+    }
+    match (line, needs.lines) {
+        (Line::One, Lines::One | Lines::Both) => true,
+        (Line::One, Lines::TwoInstead) => filtered || extent > Extent::Change,
+        (Line::One, Lines::TwoOnly) => false,
+        (Line::Two, Lines::One) => extent == Extent::Line,
+        (Line::Two, Lines::Both | Lines::TwoInstead | Lines::TwoOnly) => true,
+        (Line::Legacy, lines) => filtered && extent == Extent::Line && lines != Lines::TwoOnly,
+        (Line::Systemd, _) => filtered && extent == Extent::Line,
     }
 }
 
-/// Whether a suite has a test whose name contains `filter` and that is not left out.
-fn has(suite: &Program, filter: &str, left_out: &[&str]) -> Result<bool> {
-    let list = cmd::output(Command::new(&suite.path).arg("--list"))
-        .with_context(|| format!("suite {} does not list its tests", suite.name))?;
-    let mut tests = list.lines().filter_map(|line| line.strip_suffix(": test"));
-    Ok(tests.any(|name| name.contains(filter) && !left_out.contains(&name)))
+/// The names of the tests in a suite that run: those whose name contains the filter, and the long ones only if `long`.
+fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
+    let list = |arg: Option<&str>| -> Result<Vec<String>> {
+        let list = cmd::output(Command::new(&suite.path).arg("--list").args(arg))
+            .with_context(|| format!("failed to list the tests of suite {}", suite.name))?;
+        Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+    };
+    let left_out = if long { Vec::new() } else { list(Some("--ignored"))? };
+    let tests = list(None)?.into_iter();
+    Ok(tests.filter(|name| name.contains(filter) && !left_out.contains(name)).collect())
+}
+
+/// The work that nodes side by side take from.
+struct Work {
+    plans: Vec<(Line, Plan)>,
+    results: Results,
+    boots: usize,
+}
+
+/// The suites of one boot.
+struct Boot {
+    number: usize,
+    line: Line,
+    /// The suites, and the number of the attempt of each.
+    suites: Vec<(String, usize)>,
+}
+
+impl Work {
+    fn next(&mut self) -> Option<Boot> {
+        let (line, names) = plan::next(&mut self.plans)?;
+        self.boots += 1;
+        let numbered = |name: String| {
+            let attempt = self.results.next_attempt(&line.name(), &name);
+            (name, attempt)
+        };
+        Some(Boot { number: self.boots, line, suites: names.into_iter().map(numbered).collect() })
+    }
 }
 
 /// Runs the end-to-end suites in nodes side by side.
-fn e2e(filter: &str, options: &Options) -> Result<u8> {
-    dist::dist(Profile::quick(!options.release))?;
-    let suites = build::tests("husk-e2e")?;
+fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Result<End> {
+    let declared = suites::read()?;
+    let suites = stages.measure("build of programs and suites", || {
+        dist::dist(Profile::quick(!options.release))?;
+        build::tests("husk-e2e")
+    })?;
     if suites.is_empty() {
         bail!("husk-e2e has no tests");
     }
@@ -171,72 +216,123 @@ fn e2e(filter: &str, options: &Options) -> Result<u8> {
         Options { all: true, .. } => Extent::All,
         _ => Extent::Change,
     };
-    let left_out = if filter.is_empty() && extent == Extent::Change { &LONG[..] } else { &[] };
+    let filtered = !filter.is_empty();
+    let long = filtered || extent > Extent::Change;
     let mut named = Vec::new();
     for suite in &suites {
-        if has(suite, filter, left_out)? {
-            named.push(suite);
+        let source = declared.iter().find(|declared| declared.name == suite.name);
+        let source = source.with_context(|| format!("suite {} has no file in tests/e2e/tests", suite.name))?;
+        if !selected(suite, filter, long)?.is_empty() {
+            named.push((suite, &source.needs));
         }
     }
     if named.is_empty() {
-        bail!("no test has a name with {filter} in it");
+        bail!("no test has a name that contains {filter}");
     }
-    // The worst of the emulator's flaws is kept away from (see node/boot.rs). Another one is known: the vector of an
-    // interrupt that is injected with VMRUN stays noted (exception_index in helper_vmrun() of
-    // target/i386/tcg/system/svm_helper.c), and is delivered again when the processor is kicked before the next #VMEXIT.
+    // node/boot.rs avoids the worst of the emulator's flaws. Another one is known: the vector of an interrupt that is
+    // injected with VMRUN stays noted (exception_index in helper_vmrun() of target/i386/tcg/system/svm_helper.c), and is
+    // delivered again when the processor is kicked before the next #VMEXIT.
     let emulated = !matches!(kvm::judge(), kvm::Verdict::Usable { .. });
-    let plan = |line: Line| {
-        let chosen = named.iter().filter(|suite| runs(&suite.name, line, extent, !filter.is_empty()));
-        let names: Vec<String> = chosen.map(|suite| suite.name.clone()).collect();
-        let a_boot = if filter.is_empty() { SUITES_A_BOOT } else { names.len() };
-        (line, Plan::new(names, a_boot, emulated))
+    let retries = match (emulated, options.no_retry) {
+        (false, _) => Retries::Never,
+        (true, true) => Retries::Resume,
+        (true, false) => Retries::Retry,
     };
-    let lines = options.containerd.map_or(LINES.to_vec(), |line| vec![line]);
-    let plans = side::by_side(
-        lines.into_iter().map(plan).collect(),
-        |plans: &mut Vec<(Line, Plan)>| plan::next(plans),
-        |seat, (line, names)| {
-            let suites = names.iter().filter_map(|name| named.iter().copied().find(|suite| suite.name == *name));
-            let named = Named { filter, left_out };
-            boot(seat, &suites.collect::<Vec<_>>(), &named, *line, options.handler.as_deref())
+    let mut work = Work { plans: Vec::new(), results, boots: 0 };
+    for line in options.containerd.map_or(LINES.to_vec(), |line| vec![line]) {
+        let chosen = named.iter().filter(|(_, needs)| runs(needs, line, extent, filtered));
+        let names: Vec<String> = chosen.map(|(suite, _)| suite.name.clone()).collect();
+        for name in &names {
+            work.results.plan(&line.name(), name);
+        }
+        let batch = if filtered { names.len() } else { SUITES_A_BOOT };
+        work.plans.push((line, Plan::new(names, batch, retries)));
+    }
+    let summary = |finished| Summary {
+        filter: filter.to_owned(),
+        retry: retries == Retries::Retry,
+        emulated,
+        finished,
+        seconds: stages.elapsed(),
+        stages: stages.list(),
+    };
+    let work = side::by_side(
+        work,
+        Work::next,
+        |seat, boot| {
+            let program = |(name, _): &(String, usize)| named.iter().map(|(suite, _)| *suite).find(|s| s.name == *name);
+            let programs: Vec<&Program> = boot.suites.iter().filter_map(program).collect();
+            run_boot(seat, boot, &programs, &Selection { filter, long }, options.handler.as_deref())
         },
-        |plans, (line, _), outcomes| {
-            if let Some((_, plan)) = plans.iter_mut().find(|(of, _)| *of == line) {
+        |work, boot, report: BootReport| {
+            let name = boot.line.name();
+            let stage = format!("boot {} with containerd {name}", boot.number);
+            stages.add(stage, report.begin, report.begin.elapsed(), report.parts);
+            let outcome = |(suite, _): &(String, usize)| {
+                let attempt = report.attempts.iter().find(|(name, _)| name == suite);
+                let outcome = attempt.map_or(Outcome::Waiting, |(_, attempt)| match attempt.outcome {
+                    AttemptOutcome::Passed => Outcome::Passed,
+                    AttemptOutcome::Failed => Outcome::Failed,
+                    AttemptOutcome::Crashed => Outcome::Begun,
+                });
+                (suite.clone(), outcome)
+            };
+            let outcomes = boot.suites.iter().map(outcome).collect();
+            if let Some((_, plan)) = work.plans.iter_mut().find(|(line, _)| *line == boot.line) {
                 plan.ended(outcomes);
+            }
+            work.results.add(&name, report.attempts);
+            if let Err(error) = work.results.write(&summary(false)) {
+                ui::say("test", format!("{error:#}"));
             }
         },
     )?;
-    let mut code = 0;
-    for (line, plan) in &plans {
-        for (what, names) in [("UNSTEADY in an emulated node, tried again", plan.unsteady()), ("failed", plan.failed())]
-        {
-            if !names.is_empty() {
-                ui::say("test", format!("{what} ({line:?}): {}", names.join(", ")));
-            }
-        }
-        code = code.max(u8::from(!plan.failed().is_empty()));
+    work.results.write(&summary(true))?;
+    let mut notes = Vec::new();
+    for (what, outcome) in [
+        ("UNSTEADY, passed at the second attempt only", SuiteOutcome::Flaky),
+        ("failed", SuiteOutcome::Failed),
+        ("not run", SuiteOutcome::NotRun),
+    ] {
+        notes.extend(work.results.with_logs(outcome).into_iter().map(|suite| format!("{what}: {suite}")));
     }
-    Ok(code)
+    let failed = work.plans.iter().any(|(_, plan)| !plan.failed().is_empty());
+    Ok(End { code: u8::from(failed), notes })
 }
 
-/// Which tests of a suite run.
-struct Named<'a> {
-    /// What their names have in them.
+/// The tests of a suite that run.
+struct Selection<'a> {
+    /// A part of their names.
     filter: &'a str,
-    /// Those that do not.
-    left_out: &'a [&'a str],
+    /// Whether the long ones run.
+    long: bool,
 }
 
-/// Runs some suites in a node of their own; what became of each.
-fn boot(
+impl Selection<'_> {
+    /// The arguments for libtest.
+    fn args(&self) -> Vec<String> {
+        let long = self.long.then(|| "--include-ignored".to_owned());
+        long.into_iter().chain((!self.filter.is_empty()).then(|| self.filter.to_owned())).collect()
+    }
+}
+
+/// The results of one boot.
+struct BootReport {
+    begin: Instant,
+    attempts: Vec<(String, Attempt)>,
+    parts: Vec<Part>,
+}
+
+/// Runs suites in a node of their own.
+fn run_boot(
     seat: Seat,
+    boot: &Boot,
     suites: &[&Program],
-    named: &Named<'_>,
-    line: Line,
+    selection: &Selection<'_>,
     handler: Option<&str>,
-) -> Result<Vec<(String, Outcome)>> {
+) -> Result<BootReport> {
+    let begin = Instant::now();
     let mut add = node::images()?;
-    let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=0\n");
     for Program { name, path } in suites {
         if name == BUILDERS {
             add.extend(node::builder_images()?);
@@ -245,6 +341,34 @@ fn boot(
             add.extend(node::fsx_image()?);
         }
         add.push(Add::new(path, format!("/husk/tests/{name}")));
+    }
+    cache::make_dir(&seat.dir())?;
+    let path = seat.dir().join("e2e.sh");
+    fs::write(&path, script(boot)).with_context(|| format!("cannot write {}", path.display()))?;
+    let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
+    env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
+    let limits = if selection.filter.is_empty() { LIMITS } else { Limits::default() };
+    let (args, machine, containerd) = (selection.args(), Machine::default(), boot.line);
+    let run = Run { script: path, args, env, add, machine, containerd, limits, seat };
+    let mut recorder = Recorder::new(&boot.line.name(), &boot.suites)?;
+    let console = match node::run_observed(&run, &mut |progress| recorder.note(progress)) {
+        Err(error) if error.is::<Crashed>() => {
+            ui::say("test", format!("{error:#}"));
+            Some(seat.console()?)
+        }
+        end => {
+            end?;
+            None
+        }
+    };
+    let (attempts, parts) = recorder.finish(console.as_deref(), boot.number)?;
+    Ok(BootReport { begin, attempts, parts })
+}
+
+/// The script that runs the suites of a boot. [`Recorder`] reads its marks, and the line before each suite's output.
+fn script(boot: &Boot) -> String {
+    let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=0\n");
+    for (name, _) in &boot.suites {
         script.push_str(&format!(
             "echo \"== {name}\"; echo \"mark begun {name}\" >&9\n\
              if /husk/tests/{name} --test-threads=1 \"$@\" 9>&-; then echo \"mark passed {name}\" >&9\n\
@@ -252,39 +376,7 @@ fn boot(
         ));
     }
     script.push_str("exit $failed\n");
-    cache::make_dir(&seat.dir())?;
-    let path = seat.dir().join("e2e.sh");
-    fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
-    let mut args: Vec<String> = named.left_out.iter().flat_map(|name| ["--skip", name]).map(String::from).collect();
-    args.extend((!named.filter.is_empty()).then(|| named.filter.to_owned()));
-    let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
-    env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
-    let limits = if named.filter.is_empty() { LIMITS } else { Limits::default() };
-    let run = Run { script: path, args, env, add, machine: Machine::default(), containerd: line, limits, seat };
-    let mut outcomes: Vec<(String, Outcome)> =
-        suites.iter().map(|suite| (suite.name.clone(), Outcome::Waiting)).collect();
-    let end = node::run_marked(&run, &mut |mark| note(&mut outcomes, mark));
-    match end {
-        Err(error) if error.is::<Crashed>() => ui::say("test", format!("{error:#}")),
-        end => drop(end?),
-    }
-    Ok(outcomes)
-}
-
-/// Notes what the script marked: "begun", "passed" or "failed", and a suite.
-fn note(outcomes: &mut [(String, Outcome)], mark: &str) {
-    let Some((word, name)) = mark.split_once(' ') else { return };
-    let outcome = match word {
-        "begun" => Outcome::Begun,
-        "passed" => Outcome::Passed,
-        "failed" => Outcome::Failed,
-        _ => return,
-    };
-    for (suite, noted) in outcomes {
-        if suite == name {
-            *noted = outcome;
-        }
-    }
+    script
 }
 
 #[cfg(test)]
@@ -293,8 +385,10 @@ mod tests {
 
     #[test]
     fn suites_run_where_they_belong() {
-        let lines = |suite: &str, extent, filtered| -> Vec<Line> {
-            LINES.into_iter().filter(|line| runs(suite, *line, extent, filtered)).collect()
+        let suites = suites::read().unwrap();
+        let lines = |name: &str, extent, filtered| -> Vec<Line> {
+            let suite = suites.iter().find(|suite| suite.name == name).unwrap();
+            LINES.into_iter().filter(|line| runs(&suite.needs, *line, extent, filtered)).collect()
         };
         let plain = |suite| lines(suite, Extent::Change, false);
         assert_eq!(plain("process"), [Line::One]);
@@ -311,13 +405,10 @@ mod tests {
     }
 
     #[test]
-    fn long_tests_are_called_so() {
-        let dir = crate::paths::root().join("tests/e2e/tests");
-        let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-        let suites = files.filter(|path| path.extension().is_some_and(|ending| ending == "rs"));
-        let all: String = suites.map(|path| fs::read_to_string(path).unwrap()).collect();
-        for name in LONG {
-            assert!(all.contains(&format!("\nfn {name}() {{")), "no suite has a test {name}");
-        }
+    fn long_tests_run_with_a_filter_or_on_demand() {
+        let args = |filter, long| Selection { filter, long }.args();
+        assert!(args("", false).is_empty());
+        assert_eq!(args("", true), ["--include-ignored"]);
+        assert_eq!(args("name", true), ["--include-ignored", "name"]);
     }
 }

@@ -1,4 +1,6 @@
 //! Pods that build and run images, from the examples in deploy/kubernetes: Docker's daemon, and buildah unprivileged.
+//!
+//! Runs: by name only: the image builds take longer than most other suites together
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,4 +1,6 @@
 //! Pods on a host with version 1 of control groups.
+//!
+//! Requires: cgroup v1
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,4 +1,6 @@
 //! What containerd tells its subscribers of a pod's containers: each thing once, in the order in which it happened.
+//!
+//! Runs: containerd 1.7 and 2
 
 use husk_e2e::cri::{self, pods, try_call};
 use husk_e2e::events::{Events, numbered};

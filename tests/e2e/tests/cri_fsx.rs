@@ -1,4 +1,6 @@
 //! fsx, the public test program for file systems, on a volume of the node's disk and on a container's root.
+//!
+//! Runs: by name only: its image needs fsx, which has to be compiled
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,6 @@
 //! Pods through containerd's CRI: sandboxes, containers that come and go in them, and what they share.
+//!
+//! Runs: containerd 1.7 and 2
 use husk_e2e::cri::{self, pods};
 use husk_e2e::vm;
 use serde_json::json;

@@ -1,4 +1,6 @@
 //! containerd is restarted, as for an upgrade, with pods that run.
+//!
+//! Runs: containerd 2
 
 use husk_e2e::cri::{pods, restart};
 

@@ -1,4 +1,6 @@
 //! Pods whose sandbox the shim is itself: containerd 2.x with `sandboxer = "shim"`.
+//!
+//! Requires: containerd 2
 use std::time::Duration;
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;

@@ -1,4 +1,6 @@
 //! Pods on a host with systemd, whose kubelet has the cgroup driver of that name: the scope is a unit as runc's is.
+//!
+//! Requires: systemd
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,6 +1,8 @@
 //! Pods with a user namespace (`hostUsers: false`): their root is nobody's root, and everything else is as without one.
 //!
 //! By runc these pass with containerd 1.7. With 2.x they need runc 1.2, which has mounts with mapped ids.
+//!
+//! Runs: containerd 2
 
 use std::fs;
 use std::io::Read;

@@ -1,5 +1,7 @@
 //! User namespaces with what only containerd 2.x has: a shim that is the sandbox, and what the kubelet is told; and
 //! recursive read-only mounts, which the kubelet asks for where it was told.
+//!
+//! Requires: containerd 2
 
 use std::fs;
 

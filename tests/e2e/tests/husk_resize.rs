@@ -195,6 +195,7 @@ fn a_pod_that_uses_its_whole_limit_is_killed_in_the_guest_only() {
 const FILES: usize = 20_000;
 
 #[test]
+#[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
 fn a_guest_that_walks_through_many_files_keeps_its_machine() {
     let dir = Path::new("/var/lib/husk-e2e-many");
     for n in 0..FILES {
@@ -230,6 +231,7 @@ fn a_guest_that_walks_through_many_files_keeps_its_machine() {
 }
 
 #[test]
+#[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
 fn a_pod_shrinks_below_its_start() {
     pods("cri-below", |pods| {
         let mut config = pods.config();

@@ -1,4 +1,6 @@
 //! Hundreds: what takes longer than all other suites together.
+//!
+//! Runs: by name only: it takes longer than all other suites together
 use husk_e2e::case;
 
 #[test]

@@ -41,12 +41,20 @@ pub struct Limits {
     pub quiet: Duration,
 }
 
-/// What the node is heard to do.
+/// An event of a running node.
 enum Event {
-    /// A line of its init's, or of the script's, for us.
+    /// A line that the node's init, or the script, wrote to the control port.
     Control(String),
-    /// The script printed something.
-    Output,
+    /// Bytes that the script printed.
+    Output(Vec<u8>),
+}
+
+/// What a script does, as the caller of [`run`] is told.
+pub enum Progress<'a> {
+    /// The text of a line "mark TEXT" on the script's fd 9.
+    Mark(&'a str),
+    /// Bytes that the script printed; not divided into lines. Their order against the marks is not fixed.
+    Output(&'a [u8]),
 }
 
 /// What is booted.
@@ -131,10 +139,10 @@ fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
     Ok((child, reader))
 }
 
-/// Boots, runs the script, and returns its exit code; [`Crashed`] is the error when there is none. What the script
-/// marks, as "mark TEXT" on its descriptor 9, is told as it comes.
-pub fn run(boot: &Boot, limits: Limits, marked: &mut dyn FnMut(&str)) -> Result<u8> {
-    let console = boot.seat.log("node-console")?;
+/// Boots, runs the script, and returns its exit code; [`Crashed`] is the error when there is none. Passes what the
+/// script does to `observe`, as it happens.
+pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -> Result<u8> {
+    let console = boot.seat.console()?;
     let log = console.to_string_lossy().replace(',', ",,");
     let mut command = qemu(boot, "run")?;
     command.args(["-chardev", &format!("file,id=console,path={log}"), "-serial", "chardev:console"]);
@@ -151,13 +159,19 @@ pub fn run(boot: &Boot, limits: Limits, marked: &mut dyn FnMut(&str)) -> Result<
         move || show(seat, output, &sender)
     });
     std::thread::spawn(move || lines(control, &sender));
-    let end = follow(boot.seat, &events, begin, limits, marked);
+    let end = follow(boot.seat, &events, begin, limits, observe);
     // Where the exit code is known QEMU is gone, or the machine does not end.
     if !matches!(end, Ok(None)) {
         let _ = child.kill();
     }
     let status = child.wait()?;
     let _ = show.join();
+    // If the node was stopped, its last words are still in the channel.
+    for event in events.try_iter() {
+        if let Event::Output(bytes) = event {
+            observe(Progress::Output(&bytes));
+        }
+    }
     match end {
         Ok(Some(code)) => {
             let secs = begin.elapsed().as_secs_f64();
@@ -208,7 +222,7 @@ fn show(seat: Seat, mut output: impl Read, events: &Sender<Event>) {
             }
             line = rest;
         }
-        let _ = events.send(Event::Output);
+        let _ = events.send(Event::Output(bytes.to_vec()));
     }
     if !line.is_empty() {
         print(&[label.as_bytes(), &line, b"\n"]);
@@ -237,7 +251,7 @@ fn follow(
     events: &Receiver<Event>,
     begin: Instant,
     limits: Limits,
-    marked: &mut dyn FnMut(&str),
+    observe: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Option<u8>, String> {
     let (mut code, mut up, mut heard) = (None, false, begin);
     loop {
@@ -260,14 +274,20 @@ fn follow(
             }
         };
         heard = Instant::now();
-        let Event::Control(line) = event else { continue };
+        let line = match event {
+            Event::Control(line) => line,
+            Event::Output(bytes) => {
+                observe(Progress::Output(&bytes));
+                continue;
+            }
+        };
         match line.trim().split_once(' ') {
             Some(("exit", number)) => code = Some(number.parse().unwrap_or(125)),
             Some(("containerd", _)) => {
                 up = true;
                 seat.say(format!("containerd answers, {:.1} s after power-on", begin.elapsed().as_secs_f64()));
             }
-            Some(("mark", text)) => marked(text),
+            Some(("mark", text)) => observe(Progress::Mark(text)),
             Some(("note", text)) => {
                 up = true;
                 seat.say(text);

@@ -4,6 +4,7 @@ use super::{Add, rootfs};
 use crate::cache::{self, Key};
 use crate::{cmd, paths, setup, ui};
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -16,7 +17,7 @@ const RECIPE: u32 = 1;
 const PROGRAMS: [&str; 3] = ["usr/bin/containerd", "usr/bin/containerd-shim-runc-v2", "usr/bin/ctr"];
 
 /// Which line of containerd the node has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Line {
     /// The node's own, 1.7.
     #[default]
@@ -34,6 +35,11 @@ pub enum Line {
 }
 
 impl Line {
+    /// Its name, as `--containerd` takes it.
+    pub fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
     /// What the node's init finds of it on the kernel's command line.
     pub fn parameters(self) -> &'static str {
         match self {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-pub use boot::{Crashed, Limits};
+pub use boot::{Crashed, Limits, Progress};
 pub use containerd::Line;
 pub use rootfs::SUITE;
 
@@ -70,6 +70,11 @@ impl Seat {
     /// Where its log called `name` is.
     fn log(self, name: &str) -> Result<PathBuf> {
         cmd::log_path(&self.name(name, "-"))
+    }
+
+    /// The log of its serial console; the next boot overwrites it.
+    pub fn console(self) -> Result<PathBuf> {
+        self.log("node-console")
     }
 
     /// What stands before each line that is shown.
@@ -185,11 +190,11 @@ fn node(line: Line) -> Result<rootfs::Node> {
 
 /// Boots the node, runs the script when containerd answers, and returns the script's exit code.
 pub fn run(run: &Run) -> Result<u8> {
-    run_marked(run, &mut |_| {})
+    run_observed(run, &mut |_| {})
 }
 
-/// As [`run`]; what the script marks, as lines "mark TEXT" on its descriptor 9, is told as it comes.
-pub fn run_marked(run: &Run, marked: &mut dyn FnMut(&str)) -> Result<u8> {
+/// Like [`run`]; passes what the script does to `observe`, as it happens.
+pub fn run_observed(run: &Run, observe: &mut dyn FnMut(Progress<'_>)) -> Result<u8> {
     let seat = run.seat;
     let _lock = lock::take(&seat.name("node", "/"))?;
     let node = node(run.containerd)?;
@@ -217,7 +222,7 @@ pub fn run_marked(run: &Run, marked: &mut dyn FnMut(&str)) -> Result<u8> {
         machine: run.machine,
         parameters: run.containerd.parameters(),
     };
-    let end = boot::run(&boot, run.limits, marked)?;
+    let end = boot::run(&boot, run.limits, observe)?;
     fetch(seat, &out)?;
     Ok(end)
 }

@@ -1,6 +1,8 @@
 //! What the CRI promises, behaviour by behaviour, in the groups of its validation suite.
 //!
 //! Runs against any runtime handler; `cargo xtask conformance` makes docs/conformance.md of it.
+//!
+//! Runs: by name only: `cargo xtask conformance` runs it, and compares Husk with runc
 
 mod apparmor;
 mod containers;

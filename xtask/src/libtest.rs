@@ -1,0 +1,236 @@
+//! Reads what libtest prints, line by line, with `--test-threads=1`: which test ran, its result, how long it took.
+//!
+//! libtest's JSON output is unstable, so this reads the text. The list of failures at its end decides which tests failed:
+//! a program that a test starts can print between "test NAME ... " and the result.
+
+use serde::Serialize;
+use std::time::{Duration, Instant};
+
+/// The bytes of a failure's text that are kept: its end says why.
+const FAILURE_TEXT: usize = 8192;
+
+/// The result of a test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TestOutcome {
+    Passed,
+    Failed,
+    /// It is a long test, and the run was without these.
+    Ignored,
+    /// It had begun when the output ended.
+    Unfinished,
+}
+
+/// A test that was run, or ignored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TestRun {
+    pub name: String,
+    pub outcome: TestOutcome,
+    pub duration: Duration,
+    /// What a failed test printed.
+    pub failure: Option<String>,
+}
+
+/// The part of the output that the next line belongs to.
+#[derive(Clone, Copy, PartialEq)]
+enum Section {
+    Tests,
+    /// What failed tests printed; the index of the test.
+    Failures(Option<usize>),
+}
+
+/// Follows the output of one test binary.
+pub struct Parser {
+    tests: Vec<TestRun>,
+    section: Section,
+    /// The test that runs, and since when.
+    running: Option<(String, Instant)>,
+    last: Instant,
+}
+
+impl Parser {
+    /// A parser of output that begins at `now`.
+    pub fn new(now: Instant) -> Self {
+        Parser { tests: Vec::new(), section: Section::Tests, running: None, last: now }
+    }
+
+    /// Notes the part of a line that was printed so far: libtest prints a test's name when the test begins.
+    pub fn partial(&mut self, text: &str, now: Instant) {
+        if let Some((name, "")) = test_line(text)
+            && self.section == Section::Tests
+            && self.running.as_ref().is_none_or(|(running, _)| running != name)
+        {
+            self.end(TestOutcome::Passed, now);
+            self.running = Some((name.to_owned(), now));
+        }
+    }
+
+    /// Reads a whole line, without its end.
+    pub fn line(&mut self, line: &str, now: Instant) {
+        match self.section {
+            Section::Tests => self.test(line, now),
+            Section::Failures(open) => self.failure(line, open),
+        }
+        self.last = now;
+    }
+
+    fn test(&mut self, line: &str, now: Instant) {
+        if let Some((name, rest)) = test_line(line) {
+            // A test whose result was not seen has passed, unless the list of failures has it.
+            if self.running.as_ref().is_none_or(|(running, _)| running != name) {
+                self.end(TestOutcome::Passed, self.last);
+                self.running = Some((name.to_owned(), self.last));
+            }
+            if let Some(outcome) = outcome(rest) {
+                self.end(outcome, now);
+            }
+        } else if line == "failures:" {
+            self.end(TestOutcome::Passed, self.last);
+            self.section = Section::Failures(None);
+        } else if line.starts_with("test result: ") {
+            self.end(TestOutcome::Passed, self.last);
+        } else if let Some(outcome) = outcome(line) {
+            self.end(outcome, now);
+        }
+    }
+
+    fn failure(&mut self, line: &str, open: Option<usize>) {
+        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            let index = self.tests.iter().position(|test| test.name == plain(name));
+            if let Some(test) = index.and_then(|index| self.tests.get_mut(index)) {
+                test.outcome = TestOutcome::Failed;
+                test.failure = Some(String::new());
+            }
+            self.section = Section::Failures(index);
+        } else if line == "failures:" {
+            self.section = Section::Failures(None);
+        } else if line.starts_with("test result: ") {
+            self.section = Section::Failures(None);
+        } else if let Some(text) = open.and_then(|index| self.tests.get_mut(index)?.failure.as_mut()) {
+            text.push_str(line);
+            text.push('\n');
+        } else if let Some(name) = line.strip_prefix("    ")
+            && let Some(test) = self.tests.iter_mut().find(|test| test.name == name)
+        {
+            test.outcome = TestOutcome::Failed;
+        }
+    }
+
+    /// Ends the test that runs, if any.
+    fn end(&mut self, outcome: TestOutcome, now: Instant) {
+        if let Some((name, since)) = self.running.take() {
+            self.tests.push(TestRun { name, outcome, duration: now.saturating_duration_since(since), failure: None });
+        }
+    }
+
+    /// The tests, when the output ended at `now`.
+    pub fn finish(mut self, now: Instant) -> Vec<TestRun> {
+        self.end(TestOutcome::Unfinished, now);
+        for test in &mut self.tests {
+            if let Some(text) = &mut test.failure {
+                let from = (text.len().saturating_sub(FAILURE_TEXT)..).find(|at| text.is_char_boundary(*at));
+                *text = text.get(from.unwrap_or_default()..).unwrap_or_default().trim().to_owned();
+            }
+        }
+        self.tests
+    }
+}
+
+/// The name in a line "test NAME ... REST", and the rest.
+fn test_line(line: &str) -> Option<(&str, &str)> {
+    let (name, rest) = line.strip_prefix("test ")?.split_once(" ...")?;
+    let name = plain(name);
+    (!name.is_empty() && !name.contains(' ')).then_some((name, rest.trim_start()))
+}
+
+/// A test's name without libtest's note on how it has to end.
+fn plain(name: &str) -> &str {
+    name.strip_suffix(" - should panic").unwrap_or(name)
+}
+
+/// The outcome at the end of a line; whatever a program printed may be before it.
+fn outcome(text: &str) -> Option<TestOutcome> {
+    match text {
+        "ignored" => Some(TestOutcome::Ignored),
+        text if text.starts_with("ignored, ") => Some(TestOutcome::Ignored),
+        text if text.ends_with("ok") => Some(TestOutcome::Passed),
+        text if text.ends_with("FAILED") => Some(TestOutcome::Failed),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads lines that come a second apart; "|" ends a part of a line that comes a second before the rest.
+    fn read(text: &str) -> (Vec<(String, TestOutcome, u64)>, Vec<Option<String>>) {
+        let begin = Instant::now();
+        let (mut parser, mut now) = (Parser::new(begin), begin);
+        for line in text.lines() {
+            now += Duration::from_secs(1);
+            if let Some((part, _)) = line.split_once('|') {
+                parser.partial(part, now);
+                now += Duration::from_secs(1);
+            }
+            parser.line(&line.replace('|', ""), now);
+        }
+        let tests = parser.finish(now + Duration::from_secs(1));
+        let failures = tests.iter().map(|test| test.failure.clone()).collect();
+        let tests = tests.into_iter().map(|test| (test.name, test.outcome, test.duration.as_secs()));
+        (tests.collect(), failures)
+    }
+
+    fn row(name: &str, outcome: TestOutcome, seconds: u64) -> (String, TestOutcome, u64) {
+        (name.to_owned(), outcome, seconds)
+    }
+
+    #[test]
+    fn each_test_has_an_outcome_and_a_duration() {
+        let (tests, failures) = read(
+            "\nrunning 4 tests\ntest a ... |ok\ntest m::b ... |FAILED\ntest c ... ignored, long: a minute\n\
+             test d - should panic ... ok\n\nfailures:\n\n---- m::b stdout ----\n\nthread 'm::b' panicked at x:1:\n\
+             why\nfailures:\n    m::b\n\ntest result: FAILED. 2 passed; 1 failed; 1 ignored;\n",
+        );
+        let expected = [
+            row("a", TestOutcome::Passed, 1),
+            row("m::b", TestOutcome::Failed, 1),
+            row("c", TestOutcome::Ignored, 1),
+            row("d", TestOutcome::Passed, 1),
+        ];
+        assert_eq!(tests, expected);
+        assert_eq!(failures[1].as_deref(), Some("thread 'm::b' panicked at x:1:\nwhy"));
+        assert!(failures[0].is_none());
+    }
+
+    #[test]
+    fn what_a_program_prints_in_between_does_no_harm() {
+        let (tests, _) = read(
+            "test a ... |a program's words\nok\ntest b ... |noise\nmore noise\ntest c ... |noiseok\n\n\
+             failures:\n\nfailures:\n    b\n\ntest result: FAILED. 2 passed; 1 failed\n",
+        );
+        let expected =
+            [row("a", TestOutcome::Passed, 2), row("b", TestOutcome::Failed, 3), row("c", TestOutcome::Passed, 1)];
+        assert_eq!(tests, expected);
+    }
+
+    #[test]
+    fn a_test_that_had_begun_is_unfinished() {
+        let begin = Instant::now();
+        let mut parser = Parser::new(begin);
+        parser.line("test a ... ok", begin);
+        parser.partial("test b ... ", begin);
+        let tests = parser.finish(begin + Duration::from_secs(7));
+        assert_eq!(tests[1].outcome, TestOutcome::Unfinished);
+        assert_eq!(tests[1].duration, Duration::from_secs(7));
+    }
+
+    #[test]
+    fn the_output_of_this_compilers_libtest_is_read() {
+        let mut own = std::process::Command::new(std::env::current_exe().unwrap());
+        let text = crate::cmd::output(own.args(["--test-threads=1", "lockfile::tests::"])).unwrap();
+        let (tests, _) = read(&text);
+        assert!(!tests.is_empty(), "{text}");
+        assert!(tests.iter().all(|(name, outcome, _)| name.contains("::tests::") && *outcome == TestOutcome::Passed));
+    }
+}

@@ -1,0 +1,130 @@
+//! Reads the modules of a crate from its source files, as the compiler finds them, without compiling.
+
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use syn::{Attribute, Expr, Item, Lit, Meta};
+
+/// A module with its items.
+pub struct Module {
+    /// The names from the crate's root to this module; empty for the root.
+    pub path: Vec<String>,
+    /// The file that has its items.
+    pub file: PathBuf,
+    /// The inner attributes of its file; empty for a module inside a file.
+    pub attrs: Vec<Attribute>,
+    pub items: Vec<Item>,
+    /// Whether it is compiled for tests only.
+    pub test_only: bool,
+}
+
+/// The modules of the crate whose root file is `root`, the root first.
+pub fn modules(root: &Path) -> Result<Vec<Module>> {
+    let mut modules = Vec::new();
+    let dir = root.parent().unwrap_or(Path::new(""));
+    file_module(&mut modules, Vec::new(), root, dir, false)?;
+    Ok(modules)
+}
+
+/// Adds the module that is the file `file`, whose children are in `dir`.
+fn file_module(modules: &mut Vec<Module>, path: Vec<String>, file: &Path, dir: &Path, test_only: bool) -> Result<()> {
+    let text = fs::read_to_string(file).with_context(|| format!("failed to read {}", file.display()))?;
+    let parsed = match syn::parse_file(&text) {
+        Ok(parsed) => parsed,
+        Err(error) => bail!("failed to parse {}:{}: {error}", file.display(), error.span().start().line),
+    };
+    let test_only = test_only || is_test_only(&parsed.attrs);
+    add(modules, Module { path, file: file.to_owned(), attrs: parsed.attrs, items: parsed.items, test_only }, dir)
+}
+
+/// Adds a module and its children, which are in `dir`.
+fn add(modules: &mut Vec<Module>, mut module: Module, dir: &Path) -> Result<()> {
+    let (children, items) =
+        std::mem::take(&mut module.items).into_iter().partition(|item| matches!(item, Item::Mod(_)));
+    module.items = items;
+    let (path, file, test_only) = (module.path.clone(), module.file.clone(), module.test_only);
+    modules.push(module);
+    for child in children {
+        let Item::Mod(child) = child else { continue };
+        let name = name(&child.ident);
+        let test_only = test_only || is_test_only(&child.attrs);
+        let path: Vec<String> = path.iter().cloned().chain([name.clone()]).collect();
+        if let Some((_, items)) = child.content {
+            let attrs = Vec::new();
+            add(modules, Module { path, file: file.clone(), attrs, items, test_only }, &dir.join(&name))?;
+            continue;
+        }
+        if let Some(other) = child.attrs.iter().find_map(|attr| value(attr, "path")) {
+            let other = file.parent().unwrap_or(Path::new("")).join(other);
+            let children = other.parent().unwrap_or(Path::new("")).to_owned();
+            file_module(modules, path, &other, &children, test_only)?;
+            continue;
+        }
+        let (flat, nested) = (dir.join(format!("{name}.rs")), dir.join(&name).join("mod.rs"));
+        let found = if flat.exists() { flat } else { nested };
+        file_module(modules, path, &found, &dir.join(&name), test_only)
+            .with_context(|| format!("failed to read the module that {} declares", file.display()))?;
+    }
+    Ok(())
+}
+
+/// An identifier's name, without the `r#` of a raw one.
+pub fn name(ident: &proc_macro2::Ident) -> String {
+    let text = ident.to_string();
+    text.strip_prefix("r#").map_or(text.clone(), str::to_owned)
+}
+
+/// The string of `#[NAME = "…"]`.
+pub fn value(attr: &Attribute, name: &str) -> Option<String> {
+    let Meta::NameValue(pair) = &attr.meta else { return None };
+    let Expr::Lit(literal) = &pair.value else { return None };
+    match &literal.lit {
+        Lit::Str(text) if pair.path.is_ident(name) => Some(text.value()),
+        _ => None,
+    }
+}
+
+/// Whether `#[cfg(test)]` or `#[cfg(all(test, …))]` is among the attributes.
+pub fn is_test_only(attrs: &[Attribute]) -> bool {
+    attrs.iter().any(|attr| match &attr.meta {
+        Meta::List(list) if list.path.is_ident("cfg") => {
+            let condition: String = list.tokens.to_string().split_whitespace().collect();
+            condition == "test" || condition.starts_with("all(test,")
+        }
+        _ => false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_found_in_files_and_inside_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("lib.rs", "mod a;\nmod b { pub mod c; }\n#[cfg(test)]\nmod tests { fn t() {} }\n");
+        write("a/mod.rs", "mod d;");
+        write("a/d.rs", "#[path = \"other.rs\"]\nmod e;\nfn f() {}");
+        write("a/other.rs", "");
+        write("b/c.rs", "");
+        let modules = modules(&dir.path().join("lib.rs")).unwrap();
+        let found: Vec<_> = modules.iter().map(|module| (module.path.join("::"), module.test_only)).collect();
+        let expected = [("", false), ("a", false), ("a::d", false), ("a::d::e", false), ("b", false), ("b::c", false)];
+        assert_eq!(found[..6], expected.map(|(path, test)| (path.to_owned(), test)));
+        assert_eq!(found[6], ("tests".to_owned(), true));
+        assert_eq!(modules[2].items.len(), 1);
+    }
+
+    #[test]
+    fn a_missing_module_names_the_file_that_declares_it() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("lib.rs"), "mod gone;").unwrap();
+        let error = format!("{:#}", modules(&dir.path().join("lib.rs")).err().unwrap());
+        assert!(error.contains("lib.rs declares") && error.contains("gone"), "{error}");
+    }
+}

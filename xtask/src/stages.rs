@@ -1,0 +1,102 @@
+//! Measures the stages of a run, and shows where the time went.
+
+use serde::Serialize;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A stage of the run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Stage {
+    pub name: String,
+    /// Seconds from the begin of the run to that of the stage. Stages overlap where work is done side by side.
+    pub started: f64,
+    pub seconds: f64,
+    /// What the stage consists of.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Part>,
+}
+
+/// A part of a stage.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Part {
+    pub name: String,
+    pub seconds: f64,
+}
+
+/// The stages of a run; threads share it.
+pub struct Stages {
+    begin: Instant,
+    list: Mutex<Vec<Stage>>,
+}
+
+impl Stages {
+    /// No stages yet; the run begins now.
+    pub fn new() -> Self {
+        Stages { begin: Instant::now(), list: Mutex::default() }
+    }
+
+    /// Does `work` as the stage called `name`.
+    pub fn measure<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
+        let begin = Instant::now();
+        let result = work();
+        self.add(name.to_owned(), begin, begin.elapsed(), Vec::new());
+        result
+    }
+
+    /// Adds a stage that was measured elsewhere.
+    pub fn add(&self, name: String, begin: Instant, duration: Duration, parts: Vec<Part>) {
+        let started = seconds(begin.saturating_duration_since(self.begin));
+        let stage = Stage { name, started, seconds: seconds(duration), parts };
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).push(stage);
+    }
+
+    /// The stages so far, in the order in which they began.
+    pub fn list(&self) -> Vec<Stage> {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        list.sort_by(|a, b| a.started.total_cmp(&b.started));
+        list
+    }
+
+    /// Seconds since the run began.
+    pub fn elapsed(&self) -> f64 {
+        seconds(self.begin.elapsed())
+    }
+}
+
+/// A duration in seconds, to the hundredth.
+pub fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 100.0).round() / 100.0
+}
+
+/// A table of the stages, in seconds, with the parts of each and the total.
+pub fn table(stages: &[Stage], total: f64) -> String {
+    let mut text = format!("{:>9}  {:>9}  stage\n", "started", "seconds");
+    for stage in stages {
+        text.push_str(&format!("{:9.1}  {:9.1}  {}\n", stage.started, stage.seconds, stage.name));
+        for part in &stage.parts {
+            text.push_str(&format!("{:9}  {:9}  {:9.1}  {}\n", "", "", part.seconds, part.name));
+        }
+    }
+    text.push_str(&format!("{:9}  {total:9.1}  in all\n", ""));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_become_a_table_in_the_order_of_their_begin() {
+        let stages = Stages::new();
+        let parts = vec![Part { name: "basics".into(), seconds: 3.25 }];
+        let begin = stages.begin + Duration::from_secs(2);
+        stages.add("boot 1".into(), begin, Duration::from_millis(12_345), parts);
+        stages.add("lints".into(), stages.begin, Duration::from_secs(2), Vec::new());
+        let text = table(&stages.list(), 14.5);
+        let expected = "  started    seconds  stage\n      0.0        2.0  lints\n      2.0       12.3  boot 1\n\
+                        \x20                           3.2  basics\n                14.5  in all\n";
+        assert_eq!(text, expected);
+        assert_eq!(stages.measure("x", || 5), 5);
+        assert_eq!(stages.list().len(), 3);
+    }
+}

@@ -1,0 +1,284 @@
+//! Reads the end-to-end suites from their source files: their tests, and what each needs from the runner.
+//!
+//! A suite says what it needs in its module documentation, after the first paragraph, one line for each need:
+//!
+//! | line | meaning |
+//! | --- | --- |
+//! | `Requires: containerd 2` | containerd 1.7 lacks what the suite tests |
+//! | `Requires: cgroup v1` | runs on a node with cgroup v1, and only there |
+//! | `Requires: systemd` | runs on a node with systemd, and only there |
+//! | `Runs: containerd 1.7 and 2` | a change runs it with both lines, not with 1.7 only |
+//! | `Runs: containerd 2` | a change runs it with 2 in place of 1.7 |
+//! | `Runs: by name only: REASON` | runs only if a filter names one of its tests |
+//!
+//! A long test has `#[ignore = "long: REASON"]`: a change does not run it.
+
+use crate::{paths, source};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::Path;
+use syn::{Attribute, Item};
+
+/// The name of the package's library, whose unit tests run as a suite too.
+const LIBRARY: &str = "husk_e2e";
+/// The first word of the reason why a long test is ignored.
+const LONG: &str = "long: ";
+
+/// A suite: one test binary that runs in the test node.
+#[derive(Debug)]
+pub struct Suite {
+    /// The name of its test binary.
+    pub name: String,
+    /// The first paragraph of its documentation.
+    pub summary: String,
+    pub needs: Needs,
+    pub tests: Vec<Test>,
+}
+
+/// A test of a suite.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Test {
+    /// Its name as libtest prints it.
+    pub name: String,
+    /// Why it counts as long, if it does.
+    pub long: Option<String>,
+}
+
+/// What a suite needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    pub node: NodeKind,
+    pub lines: Lines,
+    /// Why it runs only if a filter names one of its tests.
+    pub by_name_only: Option<String>,
+}
+
+/// The kind of node that a suite requires.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NodeKind {
+    #[default]
+    Any,
+    CgroupV1,
+    Systemd,
+}
+
+/// The containerd lines with which a suite runs, unless all suites of a line are asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lines {
+    /// 1.7.
+    #[default]
+    One,
+    /// 1.7 and 2.
+    Both,
+    /// 2, and 1.7 too if more than a change's tests run.
+    TwoInstead,
+    /// 2 only: 1.7 lacks what the suite tests.
+    TwoOnly,
+}
+
+impl Needs {
+    /// Sentences about it, for people.
+    pub fn describe(&self) -> Vec<String> {
+        let mut text = Vec::new();
+        text.extend(match self.node {
+            NodeKind::Any => None,
+            NodeKind::CgroupV1 => Some("requires a node with cgroup v1".to_owned()),
+            NodeKind::Systemd => Some("requires a node with systemd".to_owned()),
+        });
+        text.extend(match self.lines {
+            Lines::One => None,
+            Lines::Both => Some("runs with containerd 1.7 and 2".to_owned()),
+            Lines::TwoInstead => Some("runs with containerd 2; with 1.7 only after --all or --containerd".to_owned()),
+            Lines::TwoOnly => Some("requires containerd 2".to_owned()),
+        });
+        text.extend(self.by_name_only.as_ref().map(|reason| format!("runs by name only: {reason}")));
+        text
+    }
+
+    /// Reads one `KEY: VALUE` line of a suite's documentation. `false` if the line is prose.
+    fn read(&mut self, line: &str) -> Result<bool> {
+        let Some((key, value)) = line.split_once(':') else { return Ok(false) };
+        let prose = !value.is_empty() && !value.starts_with(' ');
+        if prose || key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_alphabetic()) {
+            return Ok(false);
+        }
+        match (key, value.trim()) {
+            ("Requires", "containerd 2") => self.set_lines(Lines::TwoOnly)?,
+            ("Requires", "cgroup v1") => self.set_node(NodeKind::CgroupV1)?,
+            ("Requires", "systemd") => self.set_node(NodeKind::Systemd)?,
+            ("Runs", "containerd 1.7 and 2") => self.set_lines(Lines::Both)?,
+            ("Runs", "containerd 2") => self.set_lines(Lines::TwoInstead)?,
+            ("Runs", value) if value.strip_prefix("by name only:").is_some_and(|reason| !reason.trim().is_empty()) => {
+                let reason = value.trim_start_matches("by name only:").trim();
+                if self.by_name_only.replace(reason.to_owned()).is_some() {
+                    bail!("a second reason to run by name only");
+                }
+            }
+            ("Requires" | "Runs", value) => bail!("unknown value `{value}` of `{key}:`; docs/testing.md lists them"),
+            _ => bail!("unknown key `{key}:`; a suite's documentation has `Requires:` and `Runs:`"),
+        }
+        Ok(true)
+    }
+
+    fn set_lines(&mut self, lines: Lines) -> Result<()> {
+        if std::mem::replace(&mut self.lines, lines) != Lines::One {
+            bail!("a second choice of containerd lines");
+        }
+        Ok(())
+    }
+
+    fn set_node(&mut self, node: NodeKind) -> Result<()> {
+        if std::mem::replace(&mut self.node, node) != NodeKind::Any {
+            bail!("a second kind of node");
+        }
+        Ok(())
+    }
+}
+
+/// Reads all suites of the repository, sorted by name.
+pub fn read() -> Result<Vec<Suite>> {
+    let package = paths::root().join("tests/e2e");
+    let mut suites = vec![suite(LIBRARY, &package.join("src/lib.rs"))?];
+    let dir = package.join("tests");
+    for entry in fs::read_dir(&dir).with_context(|| format!("failed to list {}", dir.display()))? {
+        let path = entry?.path();
+        let Some(name) = path.file_stem().map(|name| name.to_string_lossy().into_owned()) else { continue };
+        if path.extension().is_some_and(|ending| ending == "rs") {
+            suites.push(suite(&name, &path)?);
+        } else if path.join("main.rs").exists() {
+            suites.push(suite(&name, &path.join("main.rs"))?);
+        }
+    }
+    suites.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(suites)
+}
+
+/// Reads the suite called `name` whose root file is `file`.
+fn suite(name: &str, file: &Path) -> Result<Suite> {
+    let modules = source::modules(file)?;
+    let relative = |path: &Path| path.strip_prefix(paths::root()).unwrap_or(path).to_owned();
+    let mut tests = Vec::new();
+    for module in &modules {
+        for item in &module.items {
+            let Item::Fn(function) = item else { continue };
+            if !function.attrs.iter().any(|attr| attr.path().is_ident("test")) {
+                continue;
+            }
+            let names = module.path.iter().cloned().chain([source::name(&function.sig.ident)]);
+            let name = names.collect::<Vec<_>>().join("::");
+            let place = || format!("{}:{}", relative(&module.file).display(), function.sig.ident.span().start().line);
+            let long = long(&function.attrs).with_context(place)?;
+            tests.push(Test { name, long });
+        }
+    }
+    let attrs = modules.first().map(|module| module.attrs.as_slice()).unwrap_or_default();
+    let (summary, needs) = documentation(attrs, &relative(file))?;
+    Ok(Suite { name: name.to_owned(), summary, needs, tests })
+}
+
+/// Why the test counts as long: the reason of its `#[ignore]`.
+fn long(attrs: &[Attribute]) -> Result<Option<String>> {
+    let Some(ignore) = attrs.iter().find(|attr| attr.path().is_ident("ignore")) else { return Ok(None) };
+    let reason = source::value(ignore, "ignore");
+    match reason.as_deref().and_then(|reason| reason.strip_prefix(LONG)) {
+        Some(reason) => Ok(Some(reason.to_owned())),
+        None => bail!("the runner knows `#[ignore = \"{LONG}REASON\"]` only"),
+    }
+}
+
+/// The first paragraph of a suite's documentation, and what the lines after it say that the suite needs.
+fn documentation(attrs: &[Attribute], file: &Path) -> Result<(String, Needs)> {
+    let (mut summary, mut needs, mut in_summary) = (Vec::new(), Needs::default(), true);
+    for attr in attrs {
+        let Some(text) = source::value(attr, "doc") else { continue };
+        let line = text.trim();
+        in_summary &= !line.is_empty();
+        if in_summary {
+            if line.starts_with("Requires:") || line.starts_with("Runs:") {
+                bail!("{}:{}: `{line}` has to follow a blank line", file.display(), attr.pound_token.span.start().line);
+            }
+            summary.push(line.to_owned());
+        } else {
+            needs.read(line).with_context(|| format!("{}:{}", file.display(), attr.pound_token.span.start().line))?;
+        }
+    }
+    Ok((summary.join(" "), needs))
+}
+
+/// What `cargo xtask test --list` prints: every suite that has a test whose name contains `filter`, with these tests.
+pub fn list(suites: &[Suite], filter: &str) -> String {
+    let mut text = String::new();
+    for suite in suites {
+        let tests: Vec<&Test> = suite.tests.iter().filter(|test| test.name.contains(filter)).collect();
+        if tests.is_empty() {
+            continue;
+        }
+        text.push_str(&format!("{}: {}\n", suite.name, suite.summary));
+        for need in suite.needs.describe() {
+            text.push_str(&format!("  [{need}]\n"));
+        }
+        for test in tests {
+            let long = test.long.as_ref().map(|reason| format!(" [{LONG}{reason}]")).unwrap_or_default();
+            text.push_str(&format!("    {}{long}\n", test.name));
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Suite> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("s.rs");
+        fs::write(&file, text).unwrap();
+        suite("s", &file)
+    }
+
+    fn error(text: &str) -> String {
+        format!("{:#}", parse(text).unwrap_err())
+    }
+
+    #[test]
+    fn a_suite_says_what_it_needs() {
+        let suite = parse(
+            "//! Pods: many\n//! of them.\n//!\n//! https://a.b and a note: no key.\n//!\n//! Requires: systemd\n\
+             //! Runs: by name only: it takes an hour\n\n#[test]\nfn a() {}\n#[test]\n#[ignore = \"long: two minutes\"]\n\
+             fn b() {}\nfn helper() {}\nmod m { #[test] fn c() {} }\n",
+        )
+        .unwrap();
+        assert_eq!(suite.summary, "Pods: many of them.");
+        let by_name_only = Some("it takes an hour".to_owned());
+        assert_eq!(suite.needs, Needs { node: NodeKind::Systemd, lines: Lines::One, by_name_only });
+        let test = |name: &str, long: Option<&str>| Test { name: name.to_owned(), long: long.map(str::to_owned) };
+        assert_eq!(suite.tests, [test("a", None), test("b", Some("two minutes")), test("m::c", None)]);
+        let text = list(&[suite], "b");
+        let needs = "  [requires a node with systemd]\n  [runs by name only: it takes an hour]\n";
+        assert_eq!(text, format!("s: Pods: many of them.\n{needs}    b [long: two minutes]\n"));
+    }
+
+    #[test]
+    fn a_typo_is_an_error_with_its_place() {
+        assert!(error("//! S.\n//!\n//! Requires: containerd 3\n").contains("s.rs:3: unknown value `containerd 3`"));
+        assert!(error("//! S.\n//!\n//! Requries: systemd\n").contains("s.rs:3: unknown key `Requries:`"));
+        assert!(error("//! S.\n//! Requires: systemd\n").contains("s.rs:2: `Requires: systemd` has to follow"));
+        assert!(error("//! S.\n//!\n//! Runs: by name only:\n").contains("unknown value"));
+        assert!(
+            error("//! S.\n//!\n//! Runs: containerd 2\n//! Requires: containerd 2\n").contains("s.rs:4: a second")
+        );
+        assert!(error("#[test]\n#[ignore]\nfn a() {}\n").contains("s.rs:3: the runner knows"));
+        assert!(error("#[test]\n#[ignore = \"slow\"]\nfn a() {}\n").contains("s.rs:3: the runner knows"));
+    }
+
+    #[test]
+    fn the_suites_of_this_repository_are_read() {
+        let suites = read().unwrap();
+        let find = |name: &str| suites.iter().find(|suite| suite.name == name).unwrap();
+        assert!(find("conformance").tests.iter().all(|test| test.name.contains("::")));
+        assert!(find("conformance").needs.by_name_only.is_some());
+        assert!(!find(LIBRARY).tests.is_empty());
+        assert!(suites.iter().all(|suite| !suite.tests.is_empty() && !suite.summary.is_empty()));
+        assert!(find("husk_resize").tests.iter().any(|test| test.long.is_some()));
+    }
+}
