@@ -2,7 +2,7 @@
 
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
-use crate::{bench, conformance, demo, dist, image, kernel, node, setup, test};
+use crate::{bench, conformance, demo, dist, image, kernel, modules, node, setup, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -36,6 +36,12 @@ enum Task {
     Demo(demo::Options),
     /// Run all checks and tests.
     Test(test::Options),
+    /// Show cycles among the modules of each crate; xtask/known-cycles.toml lists those that are known.
+    Modules {
+        /// Remove from the list of known cycles what is gone.
+        #[arg(long)]
+        shrink: bool,
+    },
     /// Try what the CRI promises with runc and with Husk, and write docs/conformance.md.
     Conformance,
     /// Measure.
@@ -129,6 +135,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Task::Demo(options) => return demo::demo(&options),
         Task::Test(options) => return test::test(&options),
+        Task::Modules { shrink } => modules::modules(shrink)?,
         Task::Conformance => return conformance::conformance(),
         Task::Bench { command } => return bench::bench(&command),
     }

@@ -1,6 +1,6 @@
 //! `cargo xtask setup`: installs what the machine lacks, after naming it.
 
-use crate::kernel::PACKAGE;
+use crate::pins::KERNEL_SOURCE;
 use crate::{cmd, ui};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
@@ -49,8 +49,8 @@ pub fn setup() -> Result<()> {
         missing.push("qemu-system-x86");
     }
     // Ubuntu has no such package: there the kernel step fetches Debian's.
-    if !installed.contains_key(PACKAGE) && release.id == "debian" {
-        missing.push(PACKAGE);
+    if !installed.contains_key(KERNEL_SOURCE) && release.id == "debian" {
+        missing.push(KERNEL_SOURCE);
     }
     if missing.is_empty() {
         ui::say("setup", "everything is installed");

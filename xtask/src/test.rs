@@ -6,7 +6,7 @@ use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{Attempt, AttemptOutcome, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Part, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
-use crate::{cache, cmd, dist, kernel, lockfile, setup, side, ui};
+use crate::{cache, cmd, dist, kernel, lockfile, modules, setup, side, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -106,10 +106,11 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
 
 /// Checks that need no compiler.
 fn format() -> Result<()> {
-    ui::say("test", "Cargo.lock, format, needs of the suites");
+    ui::say("test", "Cargo.lock, format, needs of the suites, modules");
     lockfile::check()?;
     cmd::shown(cargo().args(["fmt", "--all", "--check"]))?;
-    suites::read().map(drop)
+    suites::read()?;
+    modules::check()
 }
 
 /// Lints, and the tests beside the code.

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::debian::{EXCLUDED, Packages};
 use super::{hash_of, oci};
-use crate::{node, setup};
+use crate::{pins, setup};
 
 /// Raised whenever what this file builds changes.
 const VERSION: &str = "1";
@@ -50,7 +50,7 @@ impl Builder {
     /// Identifies the image's content, but for the archive's own updates.
     pub fn hash(&self) -> String {
         let lists = [self.hooks, self.env, EXCLUDED].map(|list| list.join("\n"));
-        let pieces = [VERSION, node::SUITE, self.packages, &lists[0], &lists[1], &lists[2]];
+        let pieces = [VERSION, pins::RELEASE, self.packages, &lists[0], &lists[1], &lists[2]];
         hash_of(&pieces.map(str::as_bytes))
     }
 
@@ -60,7 +60,7 @@ impl Builder {
         let layer = work.path().join("layer.tar");
         let mirror = setup::debian_mirror()?;
         let (include, hooks) = (self.packages, self.hooks);
-        Packages { suite: node::SUITE, mirror: mirror.as_deref(), include, hooks }.unpack(&layer)?;
+        Packages { suite: pins::RELEASE, mirror: mirror.as_deref(), include, hooks }.unpack(&layer)?;
         let config = oci::Config { env: self.env, cmd: &["sh"], working_dir: "/" };
         oci::write(out, self.reference, &config, &[&layer])
     }

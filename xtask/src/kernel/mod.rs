@@ -3,9 +3,9 @@
 mod source;
 
 use crate::cache::{self, Key};
+use crate::pins::KERNEL_SOURCE;
 use crate::{cmd, lock, paths, ui};
 use anyhow::{Context, Result, bail};
-pub use source::PACKAGE;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub fn kernel() -> Result<PathBuf> {
     let wanted = fs::read_to_string(&fragment).with_context(|| format!("cannot read {}", fragment.display()))?;
     let key = Key::new("kernel", RECIPE).text(&version).text(&settings(&wanted)).finish();
     if cache::fresh("kernel", &key, &[&made]) {
-        ui::say("kernel", format!("up to date ({PACKAGE} {version})"));
+        ui::say("kernel", format!("up to date ({KERNEL_SOURCE} {version})"));
         return Ok(made);
     }
     let _lock = lock::take("kernel")?;
@@ -50,7 +50,7 @@ pub fn mebibytes(path: &Path) -> Result<f64> {
 /// Unpacks the source once for each version of the package.
 fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
     let dir = paths::state().join("kernel");
-    let (source, stamp) = (dir.join(PACKAGE), dir.join("unpacked"));
+    let (source, stamp) = (dir.join(KERNEL_SOURCE), dir.join("unpacked"));
     if source.join("Makefile").exists() && fs::read_to_string(&stamp).is_ok_and(|v| v == version) {
         return Ok(source);
     }

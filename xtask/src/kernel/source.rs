@@ -1,21 +1,18 @@
 //! Where the kernel's source comes from: a package of this machine, or, on a distribution that has none, Debian's.
 
-use crate::node::SUITE;
+use crate::pins::{KERNEL_SOURCE, RELEASE};
 use crate::{cache, cmd, paths, ui};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The package with the source.
-pub const PACKAGE: &str = "linux-source-6.12";
-
 /// The source's archive and its version.
 pub fn find() -> Result<(PathBuf, String)> {
-    let archive = format!("usr/src/{PACKAGE}.tar.xz");
+    let archive = format!("usr/src/{KERNEL_SOURCE}.tar.xz");
     let installed = Path::new("/").join(&archive);
     if installed.exists() {
-        let version = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Version}", PACKAGE]))?;
+        let version = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Version}", KERNEL_SOURCE]))?;
         return Ok((installed, version));
     }
     let dir = paths::state().join("kernel/debian");
@@ -32,16 +29,16 @@ pub fn find() -> Result<(PathBuf, String)> {
 /// Unpacks Debian's package without installing it.
 fn fetch(dir: &Path) -> Result<()> {
     if !cmd::is_root() {
-        bail!("this machine has no package {PACKAGE}, and getting Debian's needs root: run this as root");
+        bail!("this machine has no package {KERNEL_SOURCE}, and getting Debian's needs root: run this as root");
     }
-    ui::say("kernel", format!("fetching {PACKAGE} from Debian {SUITE}"));
+    ui::say("kernel", format!("fetching {KERNEL_SOURCE} from Debian {RELEASE}"));
     if dir.exists() {
         fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
     }
     cache::make_dir(dir)?;
     let mut command = Command::new("mmdebstrap");
-    command.args(["--variant=extract", "--skip=cleanup/apt/cache"]).arg(format!("--include={PACKAGE}"));
-    command.arg(SUITE).arg(dir).args(crate::setup::debian_mirror()?);
+    command.args(["--variant=extract", "--skip=cleanup/apt/cache"]).arg(format!("--include={KERNEL_SOURCE}"));
+    command.arg(RELEASE).arg(dir).args(crate::setup::debian_mirror()?);
     cmd::logged("kernel", "kernel-fetch", &mut command)
 }
 
@@ -50,9 +47,9 @@ fn version(dir: &Path) -> Result<String> {
     let cache = dir.join("var/cache/apt/archives");
     for entry in fs::read_dir(&cache).with_context(|| format!("cannot read {}", cache.display()))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        if let Some(rest) = name.strip_prefix(PACKAGE).and_then(|rest| rest.strip_prefix('_')) {
+        if let Some(rest) = name.strip_prefix(KERNEL_SOURCE).and_then(|rest| rest.strip_prefix('_')) {
             return Ok(rest.split('_').next().unwrap_or(rest).replace("%3a", ":"));
         }
     }
-    bail!("mmdebstrap brought no {PACKAGE}");
+    bail!("mmdebstrap brought no {KERNEL_SOURCE}");
 }

@@ -1,8 +1,8 @@
 //! containerd's next line, put over the node's own: the programs of one package, unpacked once, and their configuration.
 
-use super::{Add, rootfs};
+use super::Add;
 use crate::cache::{self, Key};
-use crate::{cmd, paths, setup, ui};
+use crate::{cmd, paths, pins, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use std::fs;
@@ -72,7 +72,7 @@ pub fn files(line: Line) -> Result<Vec<Add>> {
 
 /// Unpacks the programs if they are not there. The caller holds the node's lock.
 fn programs_of_two(dir: &Path) -> Result<()> {
-    let key = Key::new("containerd-2", RECIPE).text(SUITE).text(rootfs::SUITE).finish();
+    let key = Key::new("containerd-2", RECIPE).text(SUITE).text(pins::RELEASE).finish();
     let made: Vec<_> = PROGRAMS.iter().map(|path| dir.join(path)).collect();
     if cache::fresh("containerd-2", &key, &made.iter().map(|path| path.as_path()).collect::<Vec<_>>()) {
         return Ok(());

@@ -4,7 +4,7 @@
 use super::rootfs::{self, Node};
 use super::{Add, Line};
 use crate::cache::{self, Key};
-use crate::{cmd, paths, setup, ui};
+use crate::{cmd, paths, pins, setup, ui};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ pub fn files(line: Line) -> Vec<Add> {
 pub fn node(node: Node) -> Result<Node> {
     let made = Node { disk: node.disk, kernel: dir().join("vmlinuz"), initrd: dir().join("initrd.cpio") };
     let (tree, init) = (paths::node().join("tree"), paths::root().join("tests/node/initramfs-init"));
-    let key = Key::new("legacy", RECIPE).text(SUITE).text(rootfs::SUITE).file(&init)?.finish();
+    let key = Key::new("legacy", RECIPE).text(SUITE).text(pins::RELEASE).file(&init)?.finish();
     if cache::fresh("legacy", &key, &[&made.kernel, &made.initrd]) {
         return Ok(made);
     }

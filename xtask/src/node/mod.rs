@@ -16,7 +16,6 @@ use std::time::Duration;
 
 pub use boot::{Crashed, Limits, Progress};
 pub use containerd::Line;
-pub use rootfs::SUITE;
 
 /// What is run in the node, and with what.
 pub struct Run {

@@ -3,14 +3,13 @@
 
 use crate::cache::{self, Key};
 use crate::cpio::Cpio;
+use crate::pins::RELEASE;
 use crate::{cmd, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Debian's release in the node: the one with containerd 1.7 and a 6.12 kernel.
-pub const SUITE: &str = "trixie";
 /// Changes when the making of the tree does.
 const TREE_RECIPE: u32 = 1;
 /// Changes when what is made of the tree does.
@@ -39,7 +38,7 @@ pub fn node() -> Result<Node> {
     let node = Node { disk: dir.join("base.img"), kernel: dir.join("vmlinuz"), initrd: dir.join("initrd.cpio") };
     let inputs = paths::root().join("tests/node");
     let packages = packages(&inputs.join("packages"))?;
-    let tree_key = Key::new("node-tree", TREE_RECIPE).text(SUITE).text(&packages).finish();
+    let tree_key = Key::new("node-tree", TREE_RECIPE).text(RELEASE).text(&packages).finish();
     let tree = dir.join("tree");
     // The tree may be gone (it is only needed to make the rest): then the rest has to be there.
     if !cache::fresh("node-tree", &tree_key, &[&tree.join("usr/bin/containerd")]) {
@@ -75,7 +74,7 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     if tree.exists() {
         fs::remove_dir_all(tree).with_context(|| format!("cannot remove {}", tree.display()))?;
     }
-    ui::say("node", format!("unpacking Debian {SUITE} with {packages}"));
+    ui::say("node", format!("unpacking Debian {RELEASE} with {packages}"));
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=apt"]).arg(format!("--include={packages}"));
     for path in LEFT_OUT {
@@ -83,7 +82,7 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     }
     // The node has an initramfs of its own.
     command.env("INITRD", "No");
-    command.arg(SUITE).arg(tree);
+    command.arg(RELEASE).arg(tree);
     // Where this machine has no Debian of its own, mmdebstrap knows where to find it.
     command.args(setup::debian_mirror()?);
     cmd::logged("node", "node-mmdebstrap", &mut command)

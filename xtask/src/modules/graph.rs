@@ -1,0 +1,159 @@
+//! Finds cycles among the modules that a crate, or a module, consists of.
+
+use super::uses::Use;
+use crate::source::Module;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Uses among the children of one module: from a child, to a child, and where the first such use is.
+type Siblings<'a> = BTreeMap<(&'a str, &'a str), &'a Use>;
+
+/// Children of one module that all use each other, directly or by way of the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Knot<'a> {
+    /// The module whose children they are; empty for the crate's root.
+    pub within: &'a [String],
+    pub modules: Vec<&'a str>,
+    /// The uses among them.
+    pub uses: Siblings<'a>,
+}
+
+/// What was found in a crate.
+pub struct Graph<'a> {
+    /// The uses among the children of each module.
+    siblings: BTreeMap<&'a [String], Siblings<'a>>,
+    /// Pairs of a module and a child where each uses the other.
+    pub mutual_with_parent: usize,
+}
+
+impl<'a> Graph<'a> {
+    /// Lifts each use to the modules just below the innermost module that contains both ends.
+    pub fn new(modules: &'a [Module], uses: &'a [Use]) -> Self {
+        let mut siblings: BTreeMap<&[String], Siblings<'_>> = BTreeMap::new();
+        let (mut up, mut down) = (BTreeSet::new(), BTreeSet::new());
+        for used in uses {
+            let (from, to) = (modules[used.from].path.as_slice(), modules[used.to].path.as_slice());
+            let common = from.iter().zip(to).take_while(|(a, b)| a == b).count();
+            let (within, _) = from.split_at(common);
+            match (from.get(common), to.get(common)) {
+                (Some(from), Some(to)) => {
+                    siblings.entry(within).or_default().entry((from, to)).or_insert(used);
+                }
+                (Some(child), None) => drop(up.insert((within, child))),
+                (None, Some(child)) => drop(down.insert((within, child))),
+                (None, None) => {}
+            }
+        }
+        Graph { siblings, mutual_with_parent: up.intersection(&down).count() }
+    }
+
+    /// The number of uses between siblings.
+    pub fn uses(&self) -> usize {
+        self.siblings.values().map(BTreeMap::len).sum()
+    }
+
+    /// All knots, those of the crate's root first.
+    pub fn knots(&self) -> Vec<Knot<'a>> {
+        self.siblings.iter().flat_map(|(within, siblings)| knots(within, siblings)).collect()
+    }
+}
+
+fn knots<'a>(within: &'a [String], siblings: &Siblings<'a>) -> Vec<Knot<'a>> {
+    let names: BTreeSet<&str> = siblings.keys().flat_map(|(from, to)| [*from, *to]).collect();
+    let reach: BTreeMap<&str, BTreeSet<&str>> = names.iter().map(|name| (*name, reachable(siblings, name))).collect();
+    let reaches = |from: &str, to: &str| reach.get(from).is_some_and(|reached| reached.contains(to));
+    let mut done = BTreeSet::new();
+    let mut knots = Vec::new();
+    for name in &names {
+        if done.contains(name) || !reaches(name, name) {
+            continue;
+        }
+        let modules: Vec<&str> =
+            names.iter().copied().filter(|other| reaches(name, other) && reaches(other, name)).collect();
+        done.extend(modules.iter().copied());
+        let inside = |(from, to): &(&str, &str)| modules.contains(from) && modules.contains(to);
+        let uses = siblings.iter().filter(|(ends, _)| inside(ends)).map(|(ends, used)| (*ends, *used)).collect();
+        knots.push(Knot { within, modules, uses });
+    }
+    knots
+}
+
+/// The modules that can be reached by one use or more.
+fn reachable<'a>(siblings: &Siblings<'a>, start: &str) -> BTreeSet<&'a str> {
+    let (mut reached, mut queue) = (BTreeSet::new(), VecDeque::from([start.to_owned()]));
+    while let Some(name) = queue.pop_front() {
+        for (_, to) in siblings.keys().filter(|(from, _)| *from == name) {
+            if reached.insert(*to) {
+                queue.push_back((*to).to_owned());
+            }
+        }
+    }
+    reached
+}
+
+impl<'a> Knot<'a> {
+    /// The shortest cycle that begins with the use of `to` by `from`: its uses, in order.
+    pub fn cycle(&self, from: &'a str, to: &'a str) -> Vec<(&'a str, &'a str)> {
+        // The modules from which `from` was first reached backwards; breadth first, so the way is the shortest.
+        let mut next: BTreeMap<&str, &str> = BTreeMap::new();
+        let mut queue = VecDeque::from([from]);
+        while let Some(name) = queue.pop_front() {
+            for (user, _) in self.uses.keys().filter(|(_, used)| *used == name) {
+                if *user != from && !next.contains_key(user) {
+                    next.insert(user, name);
+                    queue.push_back(user);
+                }
+            }
+        }
+        let mut cycle = vec![(from, to)];
+        let mut at = to;
+        while at != from {
+            let Some(after) = next.get(at) else { break };
+            cycle.push((at, after));
+            at = after;
+        }
+        cycle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    /// Modules by their paths, and the uses among them.
+    fn crate_of(paths: &[&str], pairs: &[(&str, &str)]) -> (Vec<Module>, Vec<Use>) {
+        let module = |path: &&str| Module {
+            path: path.split("::").filter(|name| !name.is_empty()).map(str::to_owned).collect(),
+            file: PathBuf::new(),
+            attrs: vec![],
+            items: vec![],
+            test_only: false,
+        };
+        let index = |name: &str| paths.iter().position(|path| *path == name).unwrap();
+        let uses = pairs.iter().map(|(from, to)| Use { from: index(from), to: index(to), line: 1 }).collect();
+        (paths.iter().map(module).collect(), uses)
+    }
+
+    #[test]
+    fn knots_are_found_at_each_level() {
+        let paths = ["", "a", "a::x", "a::y", "b", "c", "d"];
+        let pairs = [("a::x", "b"), ("b", "c"), ("c", "a::y"), ("d", "a"), ("a::x", "a::y"), ("a::y", "a::x")];
+        let (modules, uses) = crate_of(&paths, &pairs);
+        let graph = Graph::new(&modules, &uses);
+        let knots = graph.knots();
+        assert_eq!(knots[0].modules, ["a", "b", "c"]);
+        assert_eq!((knots[1].within, &knots[1].modules), (&["a".to_owned()][..], &vec!["x", "y"]));
+        assert_eq!(knots.len(), 2);
+        assert_eq!(knots[0].cycle("b", "c"), [("b", "c"), ("c", "a"), ("a", "b")]);
+        assert_eq!(graph.uses(), 6);
+    }
+
+    #[test]
+    fn a_child_and_its_parent_are_no_knot() {
+        let paths = ["", "a", "a::x", "b"];
+        let (modules, uses) = crate_of(&paths, &[("a", "a::x"), ("a::x", "a"), ("", "b"), ("a::x", "b")]);
+        let graph = Graph::new(&modules, &uses);
+        assert!(graph.knots().is_empty());
+        assert_eq!(graph.mutual_with_parent, 1);
+    }
+}

@@ -1,0 +1,97 @@
+//! The list of cycles that are known, `xtask/known-cycles.toml`. It may only shrink.
+
+use crate::paths;
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+const HEADER: &str = "\
+# Cycles among modules that are known: for each, the uses that make it up, \"FROM > TO\", between children of one module.
+# The list may only shrink. A use that is not listed and closes a cycle is an error, and so is a listed one that is gone.
+# `cargo xtask modules` shows where the uses are; `cargo xtask modules --shrink` removes from this list what is gone.
+";
+
+/// A use that is part of a cycle.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KnownUse {
+    /// The crate's name, with `_`.
+    pub krate: String,
+    /// The module whose children they are: `crate`, or `crate::NAME`.
+    pub within: String,
+    /// FROM > TO.
+    pub pair: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    cycle: Vec<Cycle>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cycle {
+    #[serde(rename = "crate")]
+    krate: String,
+    within: String,
+    uses: Vec<String>,
+}
+
+/// Where the list is.
+pub fn path() -> PathBuf {
+    paths::root().join("xtask/known-cycles.toml")
+}
+
+/// Reads the list.
+pub fn read() -> Result<BTreeSet<KnownUse>> {
+    let path = path();
+    let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+    parse(&text).with_context(|| format!("failed to parse {}", path.display()))
+}
+
+fn parse(text: &str) -> Result<BTreeSet<KnownUse>> {
+    let file: File = toml::from_str(text)?;
+    let uses = file.cycle.into_iter().flat_map(|Cycle { krate, within, uses }| {
+        uses.into_iter().map(move |pair| KnownUse { krate: krate.clone(), within: within.clone(), pair })
+    });
+    Ok(uses.collect())
+}
+
+/// Writes the list.
+pub fn write(uses: &BTreeSet<KnownUse>) -> Result<()> {
+    let path = path();
+    fs::write(&path, format(uses)).with_context(|| format!("failed to write {}", path.display()))
+}
+
+fn format(uses: &BTreeSet<KnownUse>) -> String {
+    let mut text = HEADER.to_owned();
+    let mut last = None;
+    for KnownUse { krate, within, pair } in uses {
+        if last != Some((krate, within)) {
+            let end = if last.is_some() { "]\n" } else { "" };
+            text.push_str(&format!("{end}\n[[cycle]]\ncrate = \"{krate}\"\nwithin = \"{within}\"\nuses = [\n"));
+            last = Some((krate, within));
+        }
+        text.push_str(&format!("    \"{pair}\",\n"));
+    }
+    text.push_str(if last.is_some() { "]\n" } else { "" });
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_is_read_as_it_was_written() {
+        let known =
+            |within: &str, pair: &str| KnownUse { krate: "husk_x".into(), within: within.into(), pair: pair.into() };
+        let uses = BTreeSet::from([known("crate", "a > b"), known("crate", "b > a"), known("crate::a", "x > y")]);
+        assert_eq!(parse(&format(&uses)).unwrap(), uses);
+        assert!(parse(&format(&BTreeSet::new())).unwrap().is_empty());
+        assert!(parse("[[cycle]]\ncrate = \"x\"\nwihtin = \"crate\"\nuses = []\n").is_err());
+    }
+}

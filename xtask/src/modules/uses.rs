@@ -1,0 +1,401 @@
+//! Finds which module of a crate uses which: by `use` declarations and by paths in code, also inside macro calls.
+//!
+//! Names are resolved as far as modules need it. A name that a module imports, and that a module inside it uses by way of
+//! `super::`, counts as a use of the module that defines it. Test code is left out.
+
+use crate::source::{self, Module};
+use proc_macro2::{TokenStream, TokenTree};
+use std::collections::{HashMap, HashSet};
+use syn::visit::{self, Visit};
+use syn::{Item, UseTree};
+
+/// Imports that lead to imports are followed this far. Longer chains do not occur; cycles of imports end here.
+const DEPTH: usize = 16;
+
+/// A use of one module by another, by their indices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Use {
+    pub from: usize,
+    pub to: usize,
+    /// The line in the file of `from`.
+    pub line: usize,
+}
+
+/// A path that a module names.
+struct Named {
+    segments: Vec<String>,
+    line: usize,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// In code.
+    Path,
+    /// In a `use` declaration.
+    Declared,
+    /// In a `use` declaration of all names in a module.
+    Glob,
+}
+
+/// The names of one module.
+#[derive(Default)]
+struct Names {
+    items: HashSet<String>,
+    /// What each imported name stands for.
+    imports: HashMap<String, Vec<String>>,
+    /// The modules of which all names are imported.
+    globs: Vec<Vec<String>>,
+    named: Vec<Named>,
+}
+
+/// The modules of a crate with their names.
+struct Scope<'a> {
+    modules: &'a [Module],
+    index: HashMap<&'a [String], usize>,
+    names: Vec<Names>,
+}
+
+/// The uses between different modules of a crate.
+pub fn uses(modules: &[Module]) -> Vec<Use> {
+    let index = modules.iter().enumerate().map(|(number, module)| (module.path.as_slice(), number)).collect();
+    let scope = Scope { modules, index, names: modules.iter().map(names).collect() };
+    let mut uses = Vec::new();
+    for (from, names) in scope.names.iter().enumerate() {
+        for named in &names.named {
+            // A variable may have the name of a child module.
+            if let (Kind::Path, [name]) = (named.kind, named.segments.as_slice())
+                && scope.child(from, name).is_some()
+            {
+                continue;
+            }
+            let Some(to) = scope.resolve(from, from, &named.segments, 0) else { continue };
+            // All names of a module around this one: those that are used are resolved one by one.
+            let around = named.kind == Kind::Glob && scope.is_within(from, to);
+            let twice = uses.iter().any(|earlier: &Use| (earlier.from, earlier.to) == (from, to));
+            if from != to && !around && !twice {
+                uses.push(Use { from, to, line: named.line });
+            }
+        }
+    }
+    uses
+}
+
+impl Scope<'_> {
+    /// Whether a module is `around` or inside it.
+    fn is_within(&self, module: usize, around: usize) -> bool {
+        self.modules[module].path.starts_with(&self.modules[around].path)
+    }
+
+    fn child(&self, module: usize, name: &str) -> Option<usize> {
+        let path: Vec<String> = self.modules[module].path.iter().cloned().chain([name.to_owned()]).collect();
+        self.index.get(path.as_slice()).copied()
+    }
+
+    fn parent(&self, module: usize) -> Option<usize> {
+        let (_, above) = self.modules[module].path.split_last()?;
+        self.index.get(above).copied()
+    }
+
+    /// The module that defines what a path in the module `at` names, for a use by the module `from`. `None` if the path
+    /// leaves the crate, or names something local.
+    fn resolve(&self, from: usize, at: usize, path: &[String], depth: usize) -> Option<usize> {
+        let (first, rest) = path.split_first()?;
+        let start = match first.as_str() {
+            "crate" => *self.index.get(&[][..])?,
+            "self" => at,
+            "super" => self.parent(at)?,
+            name if self.child(at, name).is_some() => return self.descend(from, at, path, depth),
+            name if self.names[at].items.contains(name) => return Some(at),
+            name => return self.imported(from, at, name, rest, depth),
+        };
+        self.descend(from, start, rest, depth)
+    }
+
+    /// The module that defines what a path names that starts in the module `at`.
+    fn descend(&self, from: usize, mut at: usize, path: &[String], depth: usize) -> Option<usize> {
+        for (number, name) in path.iter().enumerate() {
+            if name == "super" {
+                at = self.parent(at)?;
+            } else if let Some(child) = self.child(at, name) {
+                at = child;
+            } else if self.is_within(from, at) && !self.names[at].items.contains(name) {
+                let rest = path.get(number + 1..).unwrap_or_default();
+                return self.imported(from, at, name, rest, depth).or(Some(at));
+            } else {
+                break;
+            }
+        }
+        Some(at)
+    }
+
+    /// The module that defines a path whose first name the module `at` imports.
+    fn imported(&self, from: usize, at: usize, name: &str, rest: &[String], depth: usize) -> Option<usize> {
+        if depth > DEPTH {
+            return None;
+        }
+        if let Some(import) = self.names[at].imports.get(name) {
+            let path: Vec<String> = import.iter().chain(rest).cloned().collect();
+            // `use serde;` and the like.
+            return if path.first().is_some_and(|first| first == name) && import.len() == 1 {
+                None
+            } else {
+                self.resolve(from, at, &path, depth + 1)
+            };
+        }
+        self.names[at].globs.iter().find_map(|glob| {
+            let target = self.resolve(from, at, glob, depth + 1).filter(|target| *target != at)?;
+            let names = &self.names[target];
+            let path: Vec<String> = [name.to_owned()].into_iter().chain(rest.iter().cloned()).collect();
+            if names.items.contains(name) || self.child(target, name).is_some() {
+                self.descend(from, target, &path, depth + 1)
+            } else if names.imports.contains_key(name) || !names.globs.is_empty() {
+                self.imported(from, target, name, rest, depth + 1)
+            } else {
+                None
+            }
+        })
+    }
+}
+
+/// Collects the names of a module.
+fn names(module: &Module) -> Names {
+    let mut names = Names::default();
+    if module.test_only {
+        return names;
+    }
+    for item in &module.items {
+        let (attrs, ident) = match item {
+            Item::Use(item) => {
+                if !source::is_test_only(&item.attrs) {
+                    import(&mut names, &item.tree);
+                }
+                (&item.attrs, None)
+            }
+            Item::Const(item) => (&item.attrs, Some(&item.ident)),
+            Item::Enum(item) => (&item.attrs, Some(&item.ident)),
+            Item::Fn(item) => (&item.attrs, Some(&item.sig.ident)),
+            Item::Impl(item) => (&item.attrs, None),
+            Item::Macro(item) => (&item.attrs, item.ident.as_ref()),
+            Item::Static(item) => (&item.attrs, Some(&item.ident)),
+            Item::Struct(item) => (&item.attrs, Some(&item.ident)),
+            Item::Trait(item) => (&item.attrs, Some(&item.ident)),
+            Item::Type(item) => (&item.attrs, Some(&item.ident)),
+            Item::Union(item) => (&item.attrs, Some(&item.ident)),
+            _ => continue,
+        };
+        names.items.extend(ident.map(source::name));
+        if !source::is_test_only(attrs) {
+            Collector { named: &mut names.named }.visit_item(item);
+        }
+    }
+    names
+}
+
+/// Notes what the `use` declaration of a module imports.
+fn import(names: &mut Names, tree: &UseTree) {
+    leaves(tree, &mut Vec::new(), &mut |path, name, _| match name {
+        Some(name) => drop(names.imports.insert(name.to_owned(), path.to_vec())),
+        None => names.globs.push(path.to_vec()),
+    });
+}
+
+/// Calls `found` for each path of a `use` declaration, with the name it gets (none for all names) and its line.
+fn leaves(tree: &UseTree, prefix: &mut Vec<String>, found: &mut dyn FnMut(&[String], Option<&str>, usize)) {
+    let mut leaf = |ident: &proc_macro2::Ident, renamed: Option<&proc_macro2::Ident>| {
+        let name = source::name(ident);
+        let line = ident.span().start().line;
+        // `a::{self}` is `a`.
+        if name != "self" || prefix.is_empty() {
+            prefix.push(name);
+            let last = prefix.last().cloned().unwrap_or_default();
+            found(prefix, Some(&renamed.map_or(last, source::name)), line);
+            prefix.pop();
+        } else {
+            let last = prefix.last().cloned().unwrap_or_default();
+            found(prefix, Some(&renamed.map_or(last, source::name)), line);
+        }
+    };
+    match tree {
+        UseTree::Path(path) => {
+            prefix.push(source::name(&path.ident));
+            leaves(&path.tree, prefix, found);
+            prefix.pop();
+        }
+        UseTree::Name(name) => leaf(&name.ident, None),
+        UseTree::Rename(rename) => leaf(&rename.ident, Some(&rename.rename)),
+        UseTree::Glob(glob) => found(prefix, None, glob.star_token.span.start().line),
+        UseTree::Group(group) => group.items.iter().for_each(|tree| leaves(tree, prefix, found)),
+    }
+}
+
+/// Collects the paths that items name.
+struct Collector<'a> {
+    named: &'a mut Vec<Named>,
+}
+
+impl<'ast> Visit<'ast> for Collector<'_> {
+    fn visit_item_use(&mut self, item: &'ast syn::ItemUse) {
+        leaves(&item.tree, &mut Vec::new(), &mut |path, name, line| {
+            let kind = if name.is_none() { Kind::Glob } else { Kind::Declared };
+            self.named.push(Named { segments: path.to_vec(), line, kind });
+        });
+    }
+
+    fn visit_path(&mut self, path: &'ast syn::Path) {
+        if let (None, Some(first)) = (&path.leading_colon, path.segments.first()) {
+            let segments = path.segments.iter().map(|segment| source::name(&segment.ident)).collect();
+            self.named.push(Named { segments, line: first.ident.span().start().line, kind: Kind::Path });
+        }
+        visit::visit_path(self, path);
+    }
+
+    /// `pub(in path)` uses nothing.
+    fn visit_vis_restricted(&mut self, _: &'ast syn::VisRestricted) {}
+
+    /// A method or function of an `impl` or a trait may be for tests only.
+    fn visit_impl_item_fn(&mut self, function: &'ast syn::ImplItemFn) {
+        if !source::is_test_only(&function.attrs) {
+            visit::visit_impl_item_fn(self, function);
+        }
+    }
+
+    fn visit_token_stream(&mut self, tokens: &'ast TokenStream) {
+        self.tokens(tokens.clone());
+    }
+}
+
+impl Collector<'_> {
+    /// Collects paths from tokens that are not parsed: those of macro calls and attributes.
+    fn tokens(&mut self, tokens: TokenStream) {
+        // The path so far, its line, and the colons since its last name.
+        let mut path: Option<(Vec<String>, usize)> = None;
+        let (mut colons, mut member) = (0, false);
+        for token in tokens {
+            match token {
+                TokenTree::Ident(ident) => {
+                    let line = ident.span().start().line;
+                    match &mut path {
+                        Some((segments, _)) if colons == 2 => segments.push(source::name(&ident)),
+                        _ => {
+                            self.end(&mut path);
+                            // After a dot it is a field or method, after colons the rest of `::a` or `<T>::a`.
+                            path = (!member && colons != 2).then(|| (vec![source::name(&ident)], line));
+                        }
+                    }
+                    (colons, member) = (0, false);
+                }
+                TokenTree::Punct(punct) if punct.as_char() == ':' => {
+                    (colons, member) = (colons + 1, false);
+                }
+                TokenTree::Group(group) => {
+                    self.end(&mut path);
+                    (colons, member) = (0, false);
+                    self.tokens(group.stream());
+                }
+                TokenTree::Punct(punct) => {
+                    self.end(&mut path);
+                    (colons, member) = (0, punct.as_char() == '.');
+                }
+                TokenTree::Literal(_) => {
+                    self.end(&mut path);
+                    (colons, member) = (0, false);
+                }
+            }
+        }
+        self.end(&mut path);
+    }
+
+    fn end(&mut self, path: &mut Option<(Vec<String>, usize)>) {
+        if let Some((segments, line)) = path.take() {
+            self.named.push(Named { segments, line, kind: Kind::Path });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// The uses in a crate of these files, as "FROM > TO" in the order in which they are found.
+    fn found(files: &[(&str, &str)]) -> Vec<String> {
+        let dir = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let modules = source::modules(&dir.path().join("lib.rs")).unwrap();
+        let name = |index: usize| modules[index].path.join("::");
+        uses(&modules).iter().map(|it| format!("{} > {} {}", name(it.from), name(it.to), it.line)).collect()
+    }
+
+    #[test]
+    fn declarations_and_paths_are_found() {
+        let a = "use crate::b::{self, c::{D, E as F}};
+use std::fmt;
+fn f(x: super::d::T) {
+ let y = crate::e::V;
+                 println!(\"{}\", crate::f::G);\n x.node();
+}
+#[derive(X)]
+#[x(with = crate::g::h)]
+struct S;
+                 pub(in crate::h) fn g() {}
+";
+        let lib = "mod a; mod b { pub mod c {} } mod d {} mod e {} mod f {} mod g {} mod h {}";
+        assert_eq!(
+            found(&[("lib.rs", lib), ("a.rs", a)]),
+            ["a > b 1", "a > b::c 1", "a > d 3", "a > e 4", "a > f 5", "a > g 9"]
+        );
+    }
+
+    #[test]
+    fn names_that_a_parent_imports_lead_to_their_module() {
+        let lib = "mod a; mod b { pub struct B; pub fn f() {} } mod c { pub struct C; }
+                   pub use b::B;
+use c::*;
+use std::io;
+pub struct Root;
+";
+        let a = "use super::B;
+use super::*;
+fn f() -> C { io::x(); Root }
+";
+        assert_eq!(found(&[("lib.rs", lib), ("a.rs", a)]), [" > b 2", " > c 3", "a > b 1", "a > c 3", "a >  3"]);
+    }
+
+    #[test]
+    fn tests_and_variables_are_left_out() {
+        let lib = "mod a; mod b {}
+#[cfg(test)] mod tests { use crate::b::x; }
+                   fn f(b: u8) { g(b); println!(\"{}\", b); }
+#[cfg(test)] fn t() { b::x() }
+";
+        assert_eq!(found(&[("lib.rs", lib), ("a.rs", "#[cfg(test)] use crate::b::x;")]), [""; 0]);
+    }
+
+    #[test]
+    fn imports_that_lead_to_each_other_end() {
+        let lib = "mod a; mod b;
+pub use a::*;
+pub use b::*;
+fn f() -> Missing { }
+";
+        let files = [
+            ("lib.rs", lib),
+            (
+                "a.rs",
+                "pub use super::*;
+",
+            ),
+            (
+                "b.rs",
+                "pub use super::*;
+use super::x as x;",
+            ),
+        ];
+        assert_eq!(found(&files)[..2], [" > a 2", " > b 3"]);
+    }
+}
