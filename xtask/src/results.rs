@@ -3,10 +3,10 @@
 //! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node, so that a run
 //! that is stopped leaves the results up to there.
 
+use crate::cache;
 use crate::libtest::{Parser, TestOutcome, TestRun};
 use crate::node::Progress;
 use crate::stages::{self, Part, Stage};
-use crate::{cache, paths};
 use anyhow::{Context, Result};
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestRerun, TestSuite};
 use serde::Serialize;
@@ -124,12 +124,8 @@ struct JsonTest<'a> {
 }
 
 impl Results {
-    /// No results yet. Those of an earlier run are removed.
-    pub fn new() -> Result<Self> {
-        Self::at(paths::results())
-    }
-
-    fn at(dir: PathBuf) -> Result<Self> {
+    /// No results yet, to be kept in `dir`. Those of an earlier run are removed.
+    pub fn new(dir: PathBuf) -> Result<Self> {
         if dir.exists() {
             fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
         }
@@ -337,12 +333,9 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins a boot with a containerd line, in which suites run for the given attempt each, in this order.
-    pub fn new(line: &str, suites: &[(String, usize)]) -> Result<Self> {
-        Self::at(paths::results(), line, suites)
-    }
-
-    fn at(dir: PathBuf, line: &str, suites: &[(String, usize)]) -> Result<Self> {
+    /// Begins a boot with a containerd line, in which suites run for the given attempt each, in this order. `dir` is that
+    /// of the results.
+    pub fn new(dir: PathBuf, line: &str, suites: &[(String, usize)]) -> Result<Self> {
         cache::make_dir(&dir.join("logs").join(line))?;
         let followed = |(suite, attempt): &(String, usize)| Followed {
             suite: suite.clone(),
@@ -468,7 +461,7 @@ mod tests {
     fn boot(results: &mut Results, suites: &[&str], number: usize, script: &str, crashed: bool) {
         let suites: Vec<_> =
             suites.iter().map(|name| ((*name).to_owned(), results.next_attempt("1.7", name))).collect();
-        let mut recorder = Recorder::at(results.dir.clone(), "1.7", &suites).unwrap();
+        let mut recorder = Recorder::new(results.dir.clone(), "1.7", &suites).unwrap();
         for line in script.split_inclusive('\n') {
             match line.strip_prefix("mark ") {
                 Some(mark) => recorder.note(Progress::Mark(mark.trim_end())),
@@ -488,7 +481,7 @@ mod tests {
                          mark begun c\n== c\ntest w ... ";
 
     fn sample(dir: &Path) -> Results {
-        let mut results = Results::at(dir.join("results")).unwrap();
+        let mut results = Results::new(dir.join("results")).unwrap();
         for suite in ["a", "b", "c", "d"] {
             results.plan("1.7", suite);
         }

@@ -6,7 +6,7 @@ use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{Attempt, AttemptOutcome, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Part, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
-use crate::{cache, cmd, dist, kernel, lockfile, modules, setup, side, ui};
+use crate::{cache, cmd, dist, kernel, lockfile, modules, paths, setup, side, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -83,7 +83,7 @@ pub fn test(options: &Options) -> Result<u8> {
 fn run(options: &Options, stages: &Stages) -> Result<End> {
     let passed = || "all passed".to_owned();
     // First of all: results of an earlier run are not taken for those of a run that fails before its first suite.
-    let results = if options.unit { None } else { Some(Results::new()?) };
+    let results = if options.unit { None } else { Some(Results::new(paths::results())?) };
     stages.measure("setup", setup::setup)?;
     if options.e2e.is_none() {
         stages.measure("format and structure", format)?;
@@ -351,7 +351,7 @@ fn run_boot(
     let limits = if selection.filter.is_empty() { LIMITS } else { Limits::default() };
     let (args, machine, containerd) = (selection.args(), Machine::default(), boot.line);
     let run = Run { script: path, args, env, add, machine, containerd, limits, seat };
-    let mut recorder = Recorder::new(&boot.line.name(), &boot.suites)?;
+    let mut recorder = Recorder::new(paths::results(), &boot.line.name(), &boot.suites)?;
     let console = match node::run_observed(&run, &mut |progress| recorder.note(progress)) {
         Err(error) if error.is::<Crashed>() => {
             ui::say("test", format!("{error:#}"));
@@ -383,6 +383,10 @@ fn script(boot: &Boot) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::libtest::TestOutcome;
+    use crate::node::Progress;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     #[test]
     fn suites_run_where_they_belong() {
@@ -403,6 +407,59 @@ mod tests {
         assert_eq!(lines("soak", Extent::Change, true), [Line::One]);
         assert_eq!(lines("process", Extent::Line, false), [Line::One, Line::Two]);
         assert_eq!(lines("process", Extent::Line, true), LINES);
+    }
+
+    /// Runs the script of a boot here, with programs in place of the suites.
+    fn boot_here(dir: &Path, results: &mut Results, boot: &Boot, args: &[&str]) -> Vec<(String, Attempt)> {
+        let script = script(boot).replace("/husk/tests", &dir.join("suites").display().to_string());
+        let marks = dir.join("marks");
+        let mut bash = Command::new("bash");
+        bash.arg("-c").arg(format!("exec 9>'{}'; {script}", marks.display())).arg("script").args(args);
+        let output = bash.output().unwrap().stdout;
+        let mut recorder = Recorder::new(dir.join("results"), &boot.line.name(), &boot.suites).unwrap();
+        for line in fs::read_to_string(marks).unwrap().lines() {
+            recorder.note(Progress::Mark(line.strip_prefix("mark ").unwrap()));
+        }
+        output.chunks(7).for_each(|bytes| recorder.note(Progress::Output(bytes)));
+        let (attempts, _) = recorder.finish(None, boot.number).unwrap();
+        results.add(&boot.line.name(), attempts.clone());
+        attempts
+    }
+
+    #[test]
+    fn a_suite_that_passes_at_the_second_attempt_is_flaky() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let suite = |name: &str, text: &str| {
+            let path = dir.join("suites").join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, format!("#!/bin/bash\n{text}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        let own = std::env::current_exe().unwrap();
+        let libtest = format!("exec '{}' \"$@\"", own.display());
+        suite("good", &libtest);
+        suite("unsteady", "echo; echo 'running 1 test'; printf 'test a ... '; kill -9 $$");
+        let mut results = Results::new(dir.join("results")).unwrap();
+        for name in ["good", "unsteady"] {
+            results.plan("2", name);
+        }
+        let suites = vec![("good".to_owned(), 1), ("unsteady".to_owned(), 1)];
+        let boot = Boot { number: 1, line: Line::Two, suites };
+        let attempts = boot_here(dir, &mut results, &boot, &["lockfile::tests::"]);
+        let outcomes: Vec<_> = attempts.iter().map(|(name, attempt)| (name.as_str(), attempt.outcome)).collect();
+        assert_eq!(outcomes, [("good", AttemptOutcome::Passed), ("unsteady", AttemptOutcome::Failed)]);
+        assert_eq!(attempts[1].1.tests[0].outcome, TestOutcome::Unfinished);
+        assert!(results.with_logs(SuiteOutcome::Failed)[0].contains("logs/2/unsteady.1.log"));
+        suite("unsteady", &libtest);
+        let boot = Boot { number: 2, line: Line::Two, suites: vec![("unsteady".to_owned(), 2)] };
+        let attempts = boot_here(dir, &mut results, &boot, &["lockfile::tests::"]);
+        assert!(!attempts[0].1.tests.is_empty());
+        assert!(attempts[0].1.tests.iter().all(|test| test.outcome == TestOutcome::Passed));
+        assert!(results.with_logs(SuiteOutcome::Failed).is_empty());
+        let flaky = results.with_logs(SuiteOutcome::Flaky);
+        assert!(flaky.len() == 1 && flaky[0].contains("logs/2/unsteady.1.log"), "{flaky:?}");
+        assert!(fs::read_to_string(dir.join("results/logs/2/unsteady.1.log")).unwrap().contains("test a"));
     }
 
     #[test]
