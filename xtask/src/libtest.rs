@@ -102,9 +102,7 @@ impl Parser {
                 test.failure = Some(String::new());
             }
             self.section = Section::Failures(index);
-        } else if line == "failures:" {
-            self.section = Section::Failures(None);
-        } else if line.starts_with("test result: ") {
+        } else if line == "failures:" || line.starts_with("test result: ") {
             self.section = Section::Failures(None);
         } else if let Some(text) = open.and_then(|index| self.tests.get_mut(index)?.failure.as_mut()) {
             text.push_str(line);
@@ -163,8 +161,11 @@ fn outcome(text: &str) -> Option<TestOutcome> {
 mod tests {
     use super::*;
 
+    /// Name, outcome, seconds.
+    type Row = (String, TestOutcome, u64);
+
     /// Reads lines that come a second apart; "|" ends a part of a line that comes a second before the rest.
-    fn read(text: &str) -> (Vec<(String, TestOutcome, u64)>, Vec<Option<String>>) {
+    fn read(text: &str) -> (Vec<Row>, Vec<Option<String>>) {
         let begin = Instant::now();
         let (mut parser, mut now) = (Parser::new(begin), begin);
         for line in text.lines() {
@@ -181,7 +182,7 @@ mod tests {
         (tests.collect(), failures)
     }
 
-    fn row(name: &str, outcome: TestOutcome, seconds: u64) -> (String, TestOutcome, u64) {
+    fn row(name: &str, outcome: TestOutcome, seconds: u64) -> Row {
         (name.to_owned(), outcome, seconds)
     }
 

@@ -320,6 +320,14 @@ struct Followed {
     ended: Option<(AttemptOutcome, Instant)>,
 }
 
+/// The results of one boot.
+pub struct BootReport {
+    pub begin: Instant,
+    /// The attempts that began, with their suites.
+    pub attempts: Vec<(String, Attempt)>,
+    pub parts: Vec<Part>,
+}
+
 /// Follows one boot of a node: divides its output into the suites' logs, and times suites and tests.
 pub struct Recorder {
     dir: PathBuf,
@@ -409,9 +417,8 @@ impl Recorder {
         self.suites.get_mut(self.current?)
     }
 
-    /// The boot has ended. Returns the attempts that began, and the time of each part of the boot. If the node crashed,
-    /// `console` is its console, which is kept.
-    pub fn finish(mut self, console: Option<&Path>, boot: usize) -> Result<(Vec<(String, Attempt)>, Vec<Part>)> {
+    /// Ends the recording of the boot with this number. If the node crashed, `console` is its console's log, which is kept.
+    pub fn finish(mut self, console: Option<&Path>, boot: usize) -> Result<BootReport> {
         let now = Instant::now();
         if !self.rest.is_empty() {
             let rest = std::mem::take(&mut self.rest);
@@ -444,7 +451,7 @@ impl Recorder {
             let attempt = Attempt { attempt: suite.attempt, outcome, seconds, log: suite.log, console, tests };
             attempts.push((suite.suite, attempt));
         }
-        Ok((attempts, parts))
+        Ok(BootReport { begin: self.begin, attempts, parts })
     }
 }
 
@@ -470,7 +477,7 @@ mod tests {
         }
         let console = results.dir.join("console");
         fs::write(&console, "a panic").unwrap();
-        let (attempts, parts) = recorder.finish(crashed.then_some(&*console), number).unwrap();
+        let BootReport { attempts, parts, .. } = recorder.finish(crashed.then_some(&*console), number).unwrap();
         assert_eq!(parts.len(), attempts.len() + 1);
         results.add("1.7", attempts);
     }

@@ -3,15 +3,14 @@
 use crate::build::{self, Profile, Program, cargo};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat, kvm};
 use crate::plan::{self, Outcome, Plan, Retries};
-use crate::results::{Attempt, AttemptOutcome, Recorder, Results, SuiteOutcome, Summary};
-use crate::stages::{self, Part, Stages};
+use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
+use crate::stages::{self, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
 use crate::{cache, cmd, dist, kernel, lockfile, modules, paths, setup, side, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
 use std::process::Command;
-use std::time::Instant;
 
 /// The suite that builds images. It has images of its own.
 const BUILDERS: &str = "cri_builders";
@@ -317,13 +316,6 @@ impl Selection<'_> {
     }
 }
 
-/// The results of one boot.
-struct BootReport {
-    begin: Instant,
-    attempts: Vec<(String, Attempt)>,
-    parts: Vec<Part>,
-}
-
 /// Runs suites in a node of their own.
 fn run_boot(
     seat: Seat,
@@ -332,7 +324,7 @@ fn run_boot(
     selection: &Selection<'_>,
     handler: Option<&str>,
 ) -> Result<BootReport> {
-    let begin = Instant::now();
+    let mut recorder = Recorder::new(paths::results(), &boot.line.name(), &boot.suites)?;
     let mut add = node::images()?;
     for Program { name, path } in suites {
         if name == BUILDERS {
@@ -351,7 +343,6 @@ fn run_boot(
     let limits = if selection.filter.is_empty() { LIMITS } else { Limits::default() };
     let (args, machine, containerd) = (selection.args(), Machine::default(), boot.line);
     let run = Run { script: path, args, env, add, machine, containerd, limits, seat };
-    let mut recorder = Recorder::new(paths::results(), &boot.line.name(), &boot.suites)?;
     let console = match node::run_observed(&run, &mut |progress| recorder.note(progress)) {
         Err(error) if error.is::<Crashed>() => {
             ui::say("test", format!("{error:#}"));
@@ -362,8 +353,7 @@ fn run_boot(
             None
         }
     };
-    let (attempts, parts) = recorder.finish(console.as_deref(), boot.number)?;
-    Ok(BootReport { begin, attempts, parts })
+    recorder.finish(console.as_deref(), boot.number)
 }
 
 /// The script that runs the suites of a boot. [`Recorder`] reads its marks, and the line before each suite's output.
@@ -385,6 +375,7 @@ mod tests {
     use super::*;
     use crate::libtest::TestOutcome;
     use crate::node::Progress;
+    use crate::results::Attempt;
     use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
 
@@ -421,7 +412,7 @@ mod tests {
             recorder.note(Progress::Mark(line.strip_prefix("mark ").unwrap()));
         }
         output.chunks(7).for_each(|bytes| recorder.note(Progress::Output(bytes)));
-        let (attempts, _) = recorder.finish(None, boot.number).unwrap();
+        let attempts = recorder.finish(None, boot.number).unwrap().attempts;
         results.add(&boot.line.name(), attempts.clone());
         attempts
     }

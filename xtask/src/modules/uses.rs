@@ -200,8 +200,11 @@ fn import(names: &mut Names, tree: &UseTree) {
     });
 }
 
-/// Calls `found` for each path of a `use` declaration, with the name it gets (none for all names) and its line.
-fn leaves(tree: &UseTree, prefix: &mut Vec<String>, found: &mut dyn FnMut(&[String], Option<&str>, usize)) {
+/// Is told a path of a `use` declaration, the name it gets (none for all names) and its line.
+type Found<'a> = dyn FnMut(&[String], Option<&str>, usize) + 'a;
+
+/// Calls `found` for each path of a `use` declaration, whose first names are `prefix`.
+fn leaves(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Found<'_>) {
     let mut leaf = |ident: &proc_macro2::Ident, renamed: Option<&proc_macro2::Ident>| {
         let name = source::name(ident);
         let line = ident.span().start().line;
