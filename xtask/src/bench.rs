@@ -1,4 +1,4 @@
-//! `cargo xtask bench …`: measurements, made in the test node.
+//! `cargo xtask bench …`: runs the benchmarks in the test node.
 
 use crate::build::{self, Profile};
 use crate::node::{self, Add, Limits, Line, Machine, Run, Seat};
@@ -6,39 +6,39 @@ use crate::{dist, paths, setup};
 use anyhow::Result;
 use clap::Subcommand;
 
-/// What is measured.
+/// The benchmarks.
 #[derive(Subcommand)]
 pub enum Bench {
-    /// How long a container takes to start and end: Husk, runc and runsc side by side, and where Husk's time goes.
+    /// Time to start and end a container, with Husk, runc and runsc in turn, and the steps of a start with Husk.
     Start {
-        /// Build what is measured in the quick profile.
+        /// Build the programs in the quick profile.
         #[arg(long)]
         quick: bool,
-        /// Arguments of the measuring program.
+        /// Arguments of husk-bench.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// How fast a command's output comes through the CRI's Exec: Husk beside runc.
+    /// Rate of a command's output through the CRI's Exec, with Husk and runc.
     Exec {
-        /// Build what is measured in the quick profile.
+        /// Build the programs in the quick profile.
         #[arg(long)]
         quick: bool,
-        /// Arguments of the measuring program.
+        /// Arguments of husk-bench.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// What a pod's network does, carried by vhost-net and by the VMM.
+    /// Rate, round trip and cost of a pod's network, with vhost-net and with the VMM as backend.
     Network {
-        /// Build what is measured in the quick profile.
+        /// Build the programs in the quick profile.
         #[arg(long)]
         quick: bool,
-        /// Arguments of the measuring program.
+        /// Arguments of husk-bench.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
 }
 
-/// Measures; the exit code.
+/// Runs a benchmark. Returns the exit code.
 pub fn bench(bench: &Bench) -> Result<u8> {
     let (what, quick, args) = match bench {
         Bench::Start { quick, args } => ("start", quick, args),

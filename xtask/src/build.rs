@@ -1,5 +1,5 @@
-//! Builds the workspace's programs for the guest and the node: static, all with the same flags, so that they share one
-//! artefact cache.
+//! Builds the workspace's programs for the guest and the node. All are static and have the same flags, so that they
+//! share one artefact cache.
 
 use crate::{paths, ui};
 use anyhow::{Context, Result, bail};
@@ -8,28 +8,28 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// What everything that leaves the build machine is built for.
+/// The target triple of all programs that run in the guest, the node or a test node.
 pub const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The compiler's flags for programs that need no library at run time.
+/// Compiler flags for static programs.
 pub const STATIC: &str = "-C target-feature=+crt-static";
 
-/// How much the compiler optimises.
+/// A cargo profile.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
-    /// What is shipped.
+    /// The profile of shipped programs.
     Release,
-    /// What one tries in the test node while working: built sooner.
+    /// The quick profile, for the test node: less optimised, faster to build.
     Node,
 }
 
 impl Profile {
-    /// The quick profile, or the one that is shipped.
+    /// Returns the quick profile, or that of shipped programs.
     pub fn quick(quick: bool) -> Self {
         if quick { Profile::Node } else { Profile::Release }
     }
 
-    /// Cargo's name for it.
+    /// Returns cargo's name of the profile.
     pub fn name(self) -> &'static str {
         match self {
             Profile::Release => "release",
@@ -42,15 +42,15 @@ impl Profile {
 pub struct Program {
     /// The name of the binary, or of the test.
     pub name: String,
-    /// Where it is.
+    /// The path of the executable.
     pub path: PathBuf,
 }
 
-/// The host's own cargo.
+/// Returns a command of the cargo that runs xtask.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(paths::root());
-    // Set for xtask by `cargo run`; a cargo below it must not take them for its own.
+    // `cargo run` sets these for xtask. A nested cargo must not inherit them.
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy();
         if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
@@ -60,7 +60,7 @@ pub fn cargo() -> Command {
     command
 }
 
-/// `cargo <what>` for the node's target, with the flags that make static programs.
+/// Returns `cargo <what>` for static programs for the node's target.
 fn static_cargo(what: &str, profile: Profile) -> Command {
     let mut command = cargo();
     command.args([what, "--target", TARGET, "--profile", profile.name()]);
@@ -70,7 +70,7 @@ fn static_cargo(what: &str, profile: Profile) -> Command {
     command
 }
 
-/// Builds the binaries of `packages`, one cargo run for all.
+/// Builds the binaries of `packages` in one cargo run.
 pub fn programs(packages: &[&str], profile: Profile) -> Result<Vec<Program>> {
     let mut command = static_cargo("build", profile);
     command.arg("--bins");
@@ -84,16 +84,16 @@ pub fn programs(packages: &[&str], profile: Profile) -> Result<Vec<Program>> {
 /// Builds the test programs of `package`, without running them.
 pub fn tests(package: &str) -> Result<Vec<Program>> {
     let mut command = static_cargo("test", Profile::Node);
-    // Of its programs only what is in the library and the suites is a test.
+    // Its binaries have no tests: only the library and the suites do.
     command.args(["--no-run", "--lib", "--test", "*", "--package", package]);
     ui::say("build", format!("tests of {package} (static)"));
     run(command, true)
 }
 
-/// Runs cargo and collects the programs it names in its messages.
+/// Runs cargo and collects the programs that its messages name.
 fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.spawn().context("cannot start cargo")?;
+    let mut child = command.spawn().context("failed to start cargo")?;
     let stdout = child.stdout.take().context("cargo has no output")?;
     let mut programs = Vec::new();
     for line in BufReader::new(stdout).lines() {
@@ -113,12 +113,12 @@ fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     }
     let status = child.wait()?;
     if !status.success() {
-        bail!("cargo ended with {status}; what it said is above");
+        bail!("cargo ended with {status}; its messages are above");
     }
     Ok(programs)
 }
 
-/// The program called one of `names`, the first that there is.
+/// Returns the first program that is called one of `names`.
 pub fn find<'a>(programs: &'a [Program], names: &[&str]) -> Result<&'a Program> {
     names
         .iter()

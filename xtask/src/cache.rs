@@ -1,4 +1,4 @@
-//! Remembers what a step was made from, so that it is made again only when that changed.
+//! Stores the hash of the inputs of each build step, so that a step runs again only if they changed.
 
 use crate::paths;
 use anyhow::{Context, Result};
@@ -7,11 +7,11 @@ use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-/// The SHA-256 of a step's inputs, fed one after another.
+/// The SHA-256 of a step's inputs.
 pub struct Key(Sha256);
 
 impl Key {
-    /// A key for `step`, whose recipe has the version `recipe`.
+    /// Creates a key for `step`, whose recipe has the version `recipe`.
     pub fn new(step: &str, recipe: u32) -> Self {
         let mut key = Key(Sha256::new());
         key.text(step).text(&recipe.to_string());
@@ -25,21 +25,21 @@ impl Key {
         self
     }
 
-    /// Adds what is in a file.
+    /// Adds the content of a file.
     pub fn file(&mut self, path: &Path) -> Result<&mut Self> {
-        let mut file = fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut file = fs::File::open(path).with_context(|| format!("failed to read {}", path.display()))?;
         let length = file.metadata()?.len();
         self.0.update(length.to_le_bytes());
         let mut buffer = vec![0; 1 << 16];
         loop {
-            match file.read(&mut buffer).with_context(|| format!("cannot read {}", path.display()))? {
+            match file.read(&mut buffer).with_context(|| format!("failed to read {}", path.display()))? {
                 0 => return Ok(self),
                 n => self.0.update(buffer.get(..n).unwrap_or_default()),
             }
         }
     }
 
-    /// The key in hexadecimal.
+    /// Returns the key in hexadecimal.
     pub fn finish(&self) -> String {
         self.0.clone().finalize().iter().map(|b| format!("{b:02x}")).collect()
     }
@@ -49,27 +49,27 @@ fn stamp(step: &str) -> PathBuf {
     paths::state().join("stamps").join(step)
 }
 
-/// Whether `step` was last made from inputs with this key and `made` is all still there.
+/// Whether `step` last ran with this key, and its outputs `made` exist.
 pub fn fresh(step: &str, key: &str, made: &[&Path]) -> bool {
     made.iter().all(|path| path.exists()) && fs::read_to_string(stamp(step)).is_ok_and(|old| old == key)
 }
 
-/// Notes that `step` was made from inputs with this key.
+/// Records that `step` ran with this key.
 pub fn done(step: &str, key: &str) -> Result<()> {
     let path = stamp(step);
     make_dir(path.parent().unwrap_or(&path))?;
-    fs::write(&path, key).with_context(|| format!("cannot write {}", path.display()))
+    fs::write(&path, key).with_context(|| format!("failed to write {}", path.display()))
 }
 
-/// Forgets `step`: it is about to be made, and what is there may be half of it.
+/// Removes the record of `step` before it runs: an interrupted step leaves incomplete outputs.
 pub fn forget(step: &str) -> Result<()> {
     match fs::remove_file(stamp(step)) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("cannot remove a stamp"),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("failed to remove a stamp"),
         _ => Ok(()),
     }
 }
 
-/// Makes a directory and those above it.
+/// Creates a directory and its parents.
 pub fn make_dir(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))
+    fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))
 }

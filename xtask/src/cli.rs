@@ -1,4 +1,4 @@
-//! The command line.
+//! The command line of `cargo xtask`.
 
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
@@ -17,7 +17,7 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install what this machine lacks (Debian and Ubuntu).
+    /// Install the packages that this machine lacks (Debian and Ubuntu).
     Setup,
     /// Build the guest kernel.
     Kernel,
@@ -27,7 +27,7 @@ enum Task {
     Dist(Quick),
     /// Build the OCI images that demo and tests use.
     Images,
-    /// The test node: a Debian machine with KVM and containerd.
+    /// The test node: a Debian VM with KVM and containerd.
     Node {
         #[command(subcommand)]
         command: NodeTask,
@@ -42,9 +42,9 @@ enum Task {
         #[arg(long)]
         shrink: bool,
     },
-    /// Try what the CRI promises with runc and with Husk, and write docs/conformance.md.
+    /// Test the behaviour that the CRI promises with runc and with Husk, and write docs/conformance.md.
     Conformance,
-    /// Measure.
+    /// Run a benchmark in the test node.
     Bench {
         #[command(subcommand)]
         command: bench::Bench,
@@ -53,21 +53,21 @@ enum Task {
 
 #[derive(Args, Clone, Copy)]
 struct Quick {
-    /// Build sooner and optimise less: for trying things.
+    /// Build in the quick profile: less optimised, for development.
     #[arg(long)]
     quick: bool,
 }
 
 #[derive(Subcommand)]
 enum NodeTask {
-    /// Make the node's parts without booting it.
+    /// Build the node's disk, kernel and initramfs without booting it.
     Prepare,
-    /// Boot, run SCRIPT when containerd answers, exit with its exit code; what it leaves in /out comes to
-    /// target/husk/node/out.
+    /// Boot, run SCRIPT when containerd answers, and exit with its exit code. The files that it leaves in /out are
+    /// copied to target/husk/node/out.
     Run {
         #[command(flatten)]
         place: Place,
-        /// Stop the node after so many seconds.
+        /// Stop the node after this many seconds.
         #[arg(long, default_value_t = 2700)]
         time_limit: u64,
         /// Set a variable in the script's environment.
@@ -75,11 +75,11 @@ enum NodeTask {
         env: Vec<(String, String)>,
         /// A shell script.
         script: PathBuf,
-        /// Its arguments.
+        /// The arguments of SCRIPT.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Boot with a shell on this terminal.
+    /// Boot, with a shell on this terminal.
     Shell {
         #[command(flatten)]
         place: Place,
@@ -88,16 +88,16 @@ enum NodeTask {
 
 #[derive(Args)]
 struct Place {
-    /// Put a file or directory into the node.
+    /// Copy a file or directory into the node.
     #[arg(long, value_name = "HOSTPATH:NODEPATH")]
     add: Vec<Add>,
-    /// The node's processors.
+    /// The node's vCPUs.
     #[arg(long, default_value_t = Machine::default().cpus)]
     cpus: u32,
     /// The node's memory in MiB.
     #[arg(long, default_value_t = Machine::default().memory)]
     memory: u32,
-    /// The node's containerd.
+    /// The node's containerd line.
     #[arg(long, value_enum, default_value_t)]
     containerd: Line,
 }
@@ -105,12 +105,12 @@ struct Place {
 fn variable(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("not NAME=VALUE")?;
     if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-        return Err(format!("{name} is not a variable's name"));
+        return Err(format!("{name} is not the name of a variable"));
     }
     Ok((name.into(), value.into()))
 }
 
-/// Does what the command line says; the exit code.
+/// Runs the command. Returns the exit code.
 pub fn run(cli: Cli) -> Result<u8> {
     match cli.command {
         Task::Setup => setup::setup()?,

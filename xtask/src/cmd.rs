@@ -1,4 +1,4 @@
-//! Runs programs: their output goes to a log, the terminal shows where they are, a failure shows the log's end.
+//! Runs programs. Their output goes to a log, the terminal shows its last line, and a failure shows the log's end.
 
 use crate::{paths, ui};
 use anyhow::{Context, Result, bail};
@@ -9,10 +9,10 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// How many lines of a failed program's log are shown.
-const TAIL: usize = 30;
+/// Lines of the log that are shown if a program fails.
+const LOG_TAIL: usize = 30;
 
-/// The program and its arguments as one would type them, shortened.
+/// Returns the command line, shortened.
 fn describe(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for arg in command.get_args() {
@@ -27,18 +27,18 @@ fn describe(command: &Command) -> String {
 }
 
 fn start_error(command: &Command) -> String {
-    format!("cannot start `{}`; `cargo xtask setup` installs what is needed", describe(command))
+    format!("failed to start `{}`; `cargo xtask setup` installs the packages it needs", describe(command))
 }
 
-/// Runs `command` to its end with its output in `target/husk/logs/<log>.log`, showing its last line.
+/// Runs `command` to its end, with its output in `target/husk/logs/<log>.log`. Shows the last line while it runs.
 pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
     let path = log_path(log)?;
-    let mut file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    let mut file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
+    let (reader, writer) = std::io::pipe().context("failed to create a pipe")?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn().with_context(|| start_error(command))?;
     let text = describe(command);
-    // The command keeps its ends of the pipe until its descriptors are replaced.
+    // `command` owns the write ends of the pipe until its stdout and stderr are replaced.
     command.stdout(Stdio::null()).stderr(Stdio::null());
 
     let (sender, lines) = channel();
@@ -52,7 +52,7 @@ pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
         }
         Ok(())
     });
-    let (mut count, mut last, mut said) = (0_u64, String::new(), Instant::now());
+    let (mut count, mut last, mut reported) = (0_u64, String::new(), Instant::now());
     loop {
         match lines.recv_timeout(Duration::from_millis(500)) {
             Ok(line) => {
@@ -64,18 +64,18 @@ pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
         }
         if ui::live() {
             ui::transient(step, &last);
-        } else if said.elapsed() > Duration::from_secs(20) {
-            said = Instant::now();
-            ui::say(step, format!("still at it ({count} lines; {})", last.chars().take(90).collect::<String>()));
+        } else if reported.elapsed() > Duration::from_secs(20) {
+            reported = Instant::now();
+            ui::say(step, format!("still running ({count} lines; {})", last.chars().take(90).collect::<String>()));
         }
     }
     ui::erase();
     let status = child.wait()?;
     if let Ok(result) = pump.join() {
-        result.with_context(|| format!("cannot write {}", path.display()))?;
+        result.with_context(|| format!("failed to write {}", path.display()))?;
     }
     if !status.success() {
-        bail!("`{text}` ended with {status}; its last lines ({}):\n{}", path.display(), tail(&path, TAIL));
+        bail!("`{text}` ended with {status}; its last lines ({}):\n{}", path.display(), tail(&path, LOG_TAIL));
     }
     Ok(())
 }
@@ -89,7 +89,7 @@ pub fn shown(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` and returns what it prints.
+/// Runs `command` and returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let out = command.stdin(Stdio::null()).output().with_context(|| start_error(command))?;
     if !out.status.success() {
@@ -98,14 +98,14 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
-/// Where the log called `name` is.
+/// Returns the path of the log called `name`.
 pub fn log_path(name: &str) -> Result<PathBuf> {
     let dir = paths::state().join("logs");
-    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
     Ok(dir.join(format!("{name}.log")))
 }
 
-/// The last `lines` lines of a file, indented.
+/// Returns the last `lines` lines of a file, indented.
 pub fn tail(path: &std::path::Path, lines: usize) -> String {
     let mut bytes = Vec::new();
     if let Ok(mut file) = File::open(path) {
@@ -117,13 +117,13 @@ pub fn tail(path: &std::path::Path, lines: usize) -> String {
     all.iter().skip(from).map(|l| format!("    {}\n", l.trim_end())).collect()
 }
 
-/// The number of processors, for `make -j`.
+/// Returns the number of processors, for `make -j`.
 pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }
 
-/// True when this process is root, which unpacking a root file system with its owners needs.
+/// Whether this process is root. Unpacking a root file system with its owners needs that.
 pub fn is_root() -> bool {
-    // SAFETY: geteuid takes nothing and cannot fail.
+    // SAFETY: geteuid has no arguments and always succeeds.
     unsafe { libc::geteuid() == 0 }
 }

@@ -1,5 +1,5 @@
-//! `cargo xtask conformance`: what the CRI promises, tried with runc and with Husk on each line of containerd; the
-//! results become docs/conformance.md.
+//! `cargo xtask conformance`: tests the behaviour that the CRI promises with runc and with Husk, on each containerd
+//! line, and writes docs/conformance.md.
 
 use crate::build::{self, Profile, Program};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 
-/// The suite of behaviours.
+/// The suite that tests the behaviours.
 const SUITE: &str = "conformance";
-/// A column of the table: a runtime, by one of the handlers the node's containerd has.
+/// A column of the table: a runtime, with one of the handlers that the node's containerd has.
 struct Column {
     name: &'static str,
     line: Line,
@@ -21,7 +21,7 @@ struct Column {
 
 const RUNC: &str = "io.containerd.runc.v2";
 const HUSK: &str = "io.containerd.husk.v2";
-/// What is compared.
+/// The columns of the table.
 const COLUMNS: [Column; 5] = [
     Column { name: "runc", line: Line::One, runtime: RUNC, handler: "runc" },
     Column { name: "husk", line: Line::One, runtime: HUSK, handler: "husk" },
@@ -29,9 +29,9 @@ const COLUMNS: [Column; 5] = [
     Column { name: "husk", line: Line::Two, runtime: HUSK, handler: "husk" },
     Column { name: "husk-sandbox", line: Line::Two, runtime: HUSK, handler: "husk-sandbox" },
 ];
-/// How long a column may take, and one behaviour of it.
+/// Limits for a column, and for one behaviour.
 const LIMITS: Limits = Limits::secs(2400, 400);
-/// How often a column is tried when the node does not come to its end.
+/// Attempts for a column if the node crashes.
 const TRIES: u32 = 3;
 
 /// A behaviour, and its result in each column.
@@ -41,7 +41,7 @@ struct Row {
     results: BTreeMap<usize, String>,
 }
 
-/// Runs everything and writes the page; the exit code says whether Husk fails where runc does not.
+/// Runs all columns and writes the page. The exit code is 1 if Husk fails where runc passes.
 pub fn conformance() -> Result<u8> {
     setup::setup()?;
     dist::dist(Profile::Node)?;
@@ -49,7 +49,7 @@ pub fn conformance() -> Result<u8> {
     let suite = build::find(&suites, &[SUITE])?;
     let columns: Vec<(usize, &Column)> = COLUMNS.iter().enumerate().collect();
     let work = (columns.into_iter(), Vec::new());
-    let (_, mut done) = side::by_side(
+    let (_, mut done) = side::side_by_side(
         work,
         |(columns, _)| columns.next(),
         |seat, (number, column)| {
@@ -69,13 +69,14 @@ pub fn conformance() -> Result<u8> {
     }
     let text = page(&rows, &titles, runc.trim().trim_start_matches("runc version "));
     let path = paths::root().join("docs/conformance.md");
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
     let worse = worse(&rows);
-    ui::say("conformance", format!("{} behaviours; {} that runc has and Husk has not", rows.len(), worse.len()));
+    ui::say("conformance", format!("{} behaviours; in {} runc passes and Husk fails", rows.len(), worse.len()));
     Ok(u8::from(!worse.is_empty()))
 }
 
-/// Tries everything with one runtime, in a node of its own: what one leaves in a kernel is not to reach the other.
+/// Runs the suite with one runtime, in a node of its own: state that a runtime leaves in the kernel must not affect
+/// another.
 fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     let Column { line, runtime, handler, .. } = *column;
     let script = format!(
@@ -85,7 +86,7 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     );
     cache::make_dir(&seat.dir())?;
     let path = seat.dir().join("conformance.sh");
-    fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::write(&path, script).with_context(|| format!("failed to write {}", path.display()))?;
     let mut add = node::images()?;
     add.push(Add::new(&suite.path, format!("/husk/tests/{SUITE}")));
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
@@ -94,7 +95,7 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     let mut end = node::run(&run);
     for _ in 1..TRIES {
         match end {
-            Err(error) if error.is::<Crashed>() => ui::say("conformance", format!("once more: {error:#}")),
+            Err(error) if error.is::<Crashed>() => ui::say("conformance", format!("retrying: {error:#}")),
             end => return end.map(drop),
         }
         end = node::run(&run);
@@ -102,7 +103,7 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     end.map(drop)
 }
 
-/// A file that the node left.
+/// Reads a file that the node left in `/out`.
 fn read(seat: Seat, name: &str) -> Result<String> {
     let path = seat.out_dir().join(name);
     fs::read_to_string(&path).with_context(|| format!("the node left no {}", path.display()))
@@ -126,7 +127,7 @@ fn collect(rows: &mut Vec<Row>, column: usize, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// The behaviours that runc has on some line, and Husk has not on the same.
+/// Returns the behaviours that pass with runc and fail with Husk on the same line.
 fn worse(rows: &[Row]) -> Vec<&Row> {
     let is = |row: &Row, column: usize, result: &str| row.results.get(&column).is_some_and(|found| found == result);
     let runc = |of: &Column| COLUMNS.iter().position(|column| column.line == of.line && column.runtime == RUNC);

@@ -11,7 +11,7 @@ const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const CHARACTER: u32 = 0o020_000;
 
-/// A cpio archive that is being written.
+/// Writes a cpio archive.
 pub struct Cpio<W> {
     out: W,
     inode: u32,
@@ -64,7 +64,7 @@ impl<W: Write> Cpio<W> {
     }
 }
 
-/// Bytes from `length` to the next multiple of four.
+/// Returns the bytes from `length` to the next multiple of four.
 fn padding(length: usize) -> usize {
     length.wrapping_neg() % 4
 }
@@ -75,7 +75,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn every_part_starts_at_a_multiple_of_four() {
+    fn parts_are_padded_to_four_bytes() {
         for length in 0..9 {
             let mut cpio = Cpio::new(Vec::new());
             cpio.file(&"n".repeat(length + 1), 0o644, &vec![b'x'; length]).unwrap();
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn cpio_reads_it_back() {
+    fn cpio_can_list_the_archive() {
         let mut cpio = Cpio::new(Vec::new());
         cpio.directory("dev", 0o755).unwrap();
         cpio.character("dev/console", 0o600, 5, 1).unwrap();

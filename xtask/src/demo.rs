@@ -1,7 +1,7 @@
-//! `cargo xtask demo`: a container of a real image in a microVM of its own, shown.
+//! `cargo xtask demo`: runs a container under Husk and shows its output and the timeline of its start.
 //!
-//! Where KVM is usable and containerd installed it runs on this machine, with a containerd of its own that leaves
-//! nothing behind; elsewhere in the test node.
+//! If KVM is usable and containerd is installed, it runs on this machine, with a containerd of its own that leaves
+//! nothing behind; otherwise in the test node.
 
 use crate::build::Profile;
 use crate::node::{self, Add, Limits, Line, Machine, Run, Seat, kvm};
@@ -14,24 +14,24 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// How it is shown.
+/// The options of `cargo xtask demo`.
 #[derive(Args)]
 pub struct Options {
     /// Build in the quick profile.
     #[arg(long)]
     quick: bool,
-    /// Use the test node even where this machine could run it.
+    /// Use the test node even if this machine can run the demo.
     #[arg(long)]
     node: bool,
 }
 
-/// Builds what is needed and runs the demo; the exit code.
+/// Builds the programs and runs the demo. Returns the exit code.
 pub fn demo(options: &Options) -> Result<u8> {
     setup::setup()?;
     let root = dist::dist(Profile::quick(options.quick))?;
     let images = node::images()?;
     let script = paths::root().join("tests/node/demo.sh");
-    let why_node = if options.node { Some("asked for".to_owned()) } else { unfit() };
+    let why_node = if options.node { Some("asked for".to_owned()) } else { unsuitable() };
     let (code, timeline) = match why_node {
         None => {
             ui::say("demo", "on this machine, with a containerd of its own");
@@ -50,8 +50,8 @@ pub fn demo(options: &Options) -> Result<u8> {
     Ok(code)
 }
 
-/// Why the demo cannot run on this machine itself.
-fn unfit() -> Option<String> {
+/// Returns why the demo cannot run on this machine, if it cannot.
+fn unsuitable() -> Option<String> {
     if !cmd::is_root() {
         return Some("not root".into());
     }
@@ -61,10 +61,10 @@ fn unfit() -> Option<String> {
     kvm::usable().err()
 }
 
-/// Husk's configuration for the demo: its defaults, and the timeline.
+/// Returns Husk's configuration for the demo: the defaults, and `more`.
 fn configuration(root: &Path, more: &str) -> Result<String> {
     let path = root.join("etc/husk/config.toml");
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
     Ok(format!("{text}\n{more}"))
 }
 
@@ -72,7 +72,7 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
     let config = paths::node().join("demo-config.toml");
     cache::make_dir(&paths::node())?;
     let text = configuration(&paths::dist(), "timeline_log = \"/out/timeline\"\n")?;
-    fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
+    fs::write(&config, text).with_context(|| format!("failed to write {}", config.display()))?;
     add.push(Add::new(config, "/etc/husk/config.toml"));
     let env = vec![
         ("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()),
@@ -90,7 +90,7 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
     })
 }
 
-/// A containerd of the demo's own, gone with it.
+/// The demo's own containerd. Dropping it stops it and removes its files.
 struct Containerd {
     child: Child,
     root: PathBuf,
@@ -99,7 +99,7 @@ struct Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // SAFETY: kill takes integers; the child is not reaped yet, so the pid is still its own.
+        // SAFETY: kill takes integers; the child is not reaped yet, so the PID is not reused.
         unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGTERM) };
         let _ = self.child.wait();
         let _ = fs::remove_dir_all(&self.root);
@@ -118,8 +118,8 @@ fn here(root: &Path, dir: &Path, script: &Path, timeline: &Path) -> Result<u8> {
         more.push_str(&format!("{key} = {:?}\n", path.display().to_string()));
     }
     let config = dir.join("config.toml");
-    fs::write(&config, configuration(root, &more)?).with_context(|| format!("cannot write {}", config.display()))?;
-    // Sockets have short paths only.
+    fs::write(&config, configuration(root, &more)?).with_context(|| format!("failed to write {}", config.display()))?;
+    // A socket's path has at most 107 bytes: unix(7).
     let state = PathBuf::from(format!("/run/husk-demo-{}", std::process::id()));
     let socket = state.join("containerd.sock");
     let settings = dir.join("containerd.toml");
@@ -129,7 +129,7 @@ fn here(root: &Path, dir: &Path, script: &Path, timeline: &Path) -> Result<u8> {
         state.display().to_string(),
         socket.display().to_string()
     );
-    fs::write(&settings, text).with_context(|| format!("cannot write {}", settings.display()))?;
+    fs::write(&settings, text).with_context(|| format!("failed to write {}", settings.display()))?;
     let mut path = root.join("usr/local/bin").into_os_string();
     path.push(":");
     path.push(std::env::var_os("PATH").unwrap_or_default());
@@ -137,20 +137,20 @@ fn here(root: &Path, dir: &Path, script: &Path, timeline: &Path) -> Result<u8> {
     let mut command = Command::new("containerd");
     command.arg("--config").arg(&settings).env("PATH", &path).env("HUSK_CONFIG", &config);
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let child = child.context("cannot start containerd")?;
+    let child = child.context("failed to start containerd")?;
     let mut containerd = Containerd { child, root: dir.join("root"), state };
-    booted(&mut containerd.child)?;
+    wait_for_boot(&mut containerd.child)?;
     let mut run = Command::new("bash");
     run.arg(script).env("PATH", &path).env("CONTAINERD_ADDRESS", &socket);
     run.env("HUSK_IMAGES", paths::state().join("images")).env("HUSK_TIMELINE", timeline);
-    let status = run.status().context("cannot start bash")?;
+    let status = run.status().context("failed to start bash")?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(125))
 }
 
-/// Waits until containerd says that it is up; its log goes on to a file.
-fn booted(child: &mut Child) -> Result<()> {
+/// Waits until containerd logs that it is up. Copies its log to a file.
+fn wait_for_boot(child: &mut Child) -> Result<()> {
     let log = cmd::log_path("demo-containerd")?;
-    let mut file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+    let mut file = File::create(&log).with_context(|| format!("failed to write {}", log.display()))?;
     let mut lines = BufReader::new(child.stderr.take().context("containerd has no output")?).lines();
     for line in lines.by_ref() {
         let line = line?;
@@ -167,7 +167,7 @@ fn booted(child: &mut Child) -> Result<()> {
     bail!("containerd did not start:\n{}", cmd::tail(&log, 10))
 }
 
-/// Prints the last start's timeline.
+/// Prints the timeline of the last start.
 fn show(path: &Path) -> Result<()> {
     let text = fs::read_to_string(path).with_context(|| format!("no timeline was written ({})", path.display()))?;
     let line = text.lines().last().context("no timeline was written")?;
@@ -175,9 +175,9 @@ fn show(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A timeline's steps, each with the time since the first and since the one before.
+/// Formats the steps of a timeline, with the time since the first step and since the previous one.
 fn timeline(line: &str) -> Result<String> {
-    let value: Value = serde_json::from_str(line).context("the timeline is no JSON")?;
+    let value: Value = serde_json::from_str(line).context("failed to parse the timeline as JSON")?;
     let steps = value.get("steps").and_then(Value::as_array).context("the timeline has no steps")?;
     let mut text = String::new();
     let mut first = None;

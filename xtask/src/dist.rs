@@ -1,4 +1,4 @@
-//! `cargo xtask dist`: the tree that is copied over `/` of a node.
+//! `cargo xtask dist`: builds the tree that is copied over `/` of a node.
 
 use crate::build::{self, Profile};
 use crate::{cache, image, kernel, lock, paths, ui};
@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// What is installed, with its permissions.
+/// The installed files, with their permissions.
 const INSTALLED: [(&str, u32); 7] = [
     ("usr/local/bin/containerd-shim-husk-v2", 0o755),
     ("usr/local/bin/husk", 0o755),
@@ -18,7 +18,7 @@ const INSTALLED: [(&str, u32); 7] = [
     ("usr/local/share/husk/containerd-2.toml", 0o644),
 ];
 
-/// Builds everything and lays it out under `dist/root`; returns that directory.
+/// Builds all files and copies them to `dist/root`. Returns that directory.
 pub fn dist(profile: Profile) -> Result<PathBuf> {
     let kernel = kernel::kernel()?;
     let programs = build::programs(&[image::AGENT, "husk-shim", "husk-cli"], profile)?;
@@ -47,9 +47,9 @@ pub fn dist(profile: Profile) -> Result<PathBuf> {
     Ok(root)
 }
 
-/// Copies a file unless it is there already; the new one takes the old one's place at once.
+/// Copies a file, atomically, unless the target has the same content.
 fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
-    let context = || format!("cannot copy {} to {}", from.display(), to.display());
+    let context = || format!("failed to copy {} to {}", from.display(), to.display());
     let content = fs::read(from).with_context(context)?;
     if fs::read(to).is_ok_and(|old| old == content) {
         return Ok(());
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_installed_is_told_of_and_removed() {
+    fn installed_files_are_documented_and_removed() {
         let read = |name: &str| fs::read_to_string(paths::root().join(name)).unwrap();
         let (install, readme) = (read("docs/install.md"), read("README.md"));
         let removed: Vec<&str> = install

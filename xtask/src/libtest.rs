@@ -1,7 +1,7 @@
 //! Reads what libtest prints, line by line, with `--test-threads=1`: which test ran, its result, how long it took.
 //!
-//! libtest's JSON output is unstable, so this reads the text. The list of failures at its end decides which tests failed:
-//! a program that a test starts can print between "test NAME ... " and the result.
+//! libtest's JSON output is unstable, so this reads the text. The list of failures at its end decides which tests
+//! failed: a program that a test starts can print between "test NAME ... " and the result.
 
 use serde::Serialize;
 use std::time::{Duration, Instant};

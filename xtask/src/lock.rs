@@ -1,5 +1,5 @@
-//! One at a time: two kernel builds in one tree spoil each other, two nodes on a small machine are both too slow for
-//! what they test.
+//! Locks between xtask processes. Two kernel builds in one tree break each other, and two nodes on a small machine are
+//! both too slow for their tests.
 
 use crate::{cache, paths, ui};
 use anyhow::{Context, Result};
@@ -7,25 +7,25 @@ use std::fs::File;
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
 
-/// Waits until nobody else holds the lock of `what`; it stays taken while the file is open.
+/// Acquires the lock of `what`, waiting for its holder. It is released when the file is closed.
 pub fn take(what: &str) -> Result<File> {
     let dir = paths::state().join(what);
     cache::make_dir(&dir)?;
     let path = dir.join("lock");
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
     match flock(&file, libc::LOCK_EX | libc::LOCK_NB) {
         Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            ui::say(what, format!("waiting for another xtask to be done with the {what}"));
-            flock(&file, libc::LOCK_EX).with_context(|| format!("cannot lock {}", path.display()))?;
+            ui::say(what, format!("waiting for another xtask that uses the {what}"));
+            flock(&file, libc::LOCK_EX).with_context(|| format!("failed to lock {}", path.display()))?;
         }
-        result => result.with_context(|| format!("cannot lock {}", path.display()))?,
+        result => result.with_context(|| format!("failed to lock {}", path.display()))?,
     }
     Ok(file)
 }
 
 fn flock(file: &File, operation: i32) -> Result<(), Error> {
     loop {
-        // SAFETY: flock takes a descriptor, which the file keeps open, and an integer.
+        // SAFETY: flock takes an fd, which `file` keeps open, and an integer.
         if unsafe { libc::flock(file.as_raw_fd(), operation) } == 0 {
             return Ok(());
         }

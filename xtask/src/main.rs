@@ -1,4 +1,4 @@
-//! `cargo xtask`: everything that is done to this repository beside `cargo build`.
+//! `cargo xtask`: builds, runs and tests Husk, beyond what `cargo build` does.
 
 mod bench;
 mod build;

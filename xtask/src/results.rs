@@ -1,7 +1,7 @@
 //! Keeps the results of the end-to-end suites: as JSON, as JUnit, and each attempt's output as a log file.
 //!
-//! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node, so that a run
-//! that is stopped leaves the results up to there.
+//! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node, so that a
+//! run that is stopped leaves the results up to there.
 
 use crate::cache;
 use crate::libtest::{Parser, TestOutcome, TestRun};
@@ -341,8 +341,8 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins a boot with a containerd line, in which suites run for the given attempt each, in this order. `dir` is that
-    /// of the results.
+    /// Begins a boot with a containerd line, in which suites run for the given attempt each, in this order. `dir` is
+    /// that of the results.
     pub fn new(dir: PathBuf, line: &str, suites: &[(String, usize)]) -> Result<Self> {
         cache::make_dir(&dir.join("logs").join(line))?;
         let followed = |(suite, attempt): &(String, usize)| Followed {
@@ -394,8 +394,8 @@ impl Recorder {
     fn line(&mut self, line: &[u8], now: Instant) {
         let text = String::from_utf8_lossy(line);
         let text = text.trim_end_matches(['\n', '\r']);
-        // The marks come by another channel, whose order against the output is not fixed. Suites run in a known order, so a
-        // test that prints such a line is not taken for the next suite.
+        // The marks come by another channel, whose order against the output is not fixed. Suites run in a known order,
+        // so a test that prints such a line is not taken for the next suite.
         let next = self.current.map_or(0, |current| current + 1);
         if let Some(suite) = self.suites.get_mut(next)
             && text.strip_prefix("== ") == Some(suite.suite.as_str())
@@ -417,7 +417,8 @@ impl Recorder {
         self.suites.get_mut(self.current?)
     }
 
-    /// Ends the recording of the boot with this number. If the node crashed, `console` is its console's log, which is kept.
+    /// Ends the recording of the boot with this number. If the node crashed, `console` is its console's log, which is
+    /// kept.
     pub fn finish(mut self, console: Option<&Path>, boot: usize) -> Result<BootReport> {
         let now = Instant::now();
         if !self.rest.is_empty() {

@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: installs what the machine lacks, after naming it.
+//! `cargo xtask setup`: names the packages that the machine lacks, and installs them.
 
 use crate::pins::KERNEL_SOURCE;
 use crate::{cmd, ui};
@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::process::Command;
 
-/// What is needed on every distribution, and what for.
+/// The packages that every distribution needs, and their purpose.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "kernel, programs"),
     ("libc6-dev", "programs"),
@@ -31,13 +31,13 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", "test node"),
     ("busybox-static", "images"),
 ];
-/// The QEMU whose emulated SVM is known to hold a node; bookworm has it in its backports.
+/// The first QEMU version whose emulated SVM runs a node reliably. bookworm has it in its backports.
 const QEMU: u32 = 10;
 
-/// Installs what is missing.
+/// Installs the missing packages.
 pub fn setup() -> Result<()> {
     if !cfg!(target_arch = "x86_64") {
-        bail!("Husk is built on x86_64; this machine is something else");
+        bail!("Husk can be built on x86_64 only");
     }
     let release = os_release()?;
     let installed = installed()?;
@@ -48,7 +48,7 @@ pub fn setup() -> Result<()> {
     if old_qemu && backports && !missing.contains(&"qemu-system-x86") {
         missing.push("qemu-system-x86");
     }
-    // Ubuntu has no such package: there the kernel step fetches Debian's.
+    // Ubuntu lacks this package: there the kernel step fetches Debian's.
     if !installed.contains_key(KERNEL_SOURCE) && release.id == "debian" {
         missing.push(KERNEL_SOURCE);
     }
@@ -56,13 +56,13 @@ pub fn setup() -> Result<()> {
         ui::say("setup", "everything is installed");
         return Ok(());
     }
-    ui::say("setup", format!("{} lacks, and setup installs:", release.name));
+    ui::say("setup", format!("installing packages that {} lacks:", release.name));
     for name in &missing {
         let purpose = PACKAGES.iter().find(|(known, _)| known == name).map_or("kernel", |(_, purpose)| purpose);
         eprintln!("             {name} ({purpose})");
     }
     if !release.debian_like {
-        bail!("setup knows Debian and Ubuntu; on {} install the packages above by hand", release.name);
+        bail!("setup supports Debian and Ubuntu; on {}, install the packages above by hand", release.name);
     }
     let from_backports = backports && missing.contains(&"qemu-system-x86");
     if from_backports {
@@ -76,7 +76,7 @@ pub fn setup() -> Result<()> {
     }
     let unknown: Vec<&str> = missing.iter().copied().filter(|name| !available(name)).collect();
     if !unknown.is_empty() {
-        bail!("no package source of this machine has {}", unknown.join(", "));
+        bail!("failed to find a package source for {}; add one to apt's configuration", unknown.join(", "));
     }
     let wanted: Vec<String> = missing
         .iter()
@@ -86,8 +86,8 @@ pub fn setup() -> Result<()> {
         })
         .collect();
     if install(&wanted, backports.then_some(release.codename.as_str())).is_err() {
-        // The lists may be older than what the mirror has.
-        ui::say("setup", "that failed; once more after apt-get update");
+        // The package lists may be older than the mirror.
+        ui::say("setup", "failed to install; retrying after apt-get update");
         cmd::logged("setup", "apt-update", apt().arg("update"))?;
         install(&wanted, backports.then_some(release.codename.as_str()))?;
     }
@@ -99,7 +99,7 @@ fn install(packages: &[String], backports: Option<&str>) -> Result<()> {
     let mut command = apt();
     command.args(["install", "--yes", "--no-install-recommends"]);
     if let (Some(codename), true) = (backports, packages.iter().any(|p| p.contains('/'))) {
-        // QEMU's own dependencies have to come from there too.
+        // QEMU's dependencies have to come from backports too.
         command.arg(format!("--target-release={codename}-backports"));
         let (from, other): (Vec<_>, Vec<_>) = packages.iter().partition(|p| p.contains('/'));
         if !other.is_empty() {
@@ -112,7 +112,7 @@ fn install(packages: &[String], backports: Option<&str>) -> Result<()> {
     cmd::logged("setup", "apt-install", command.args(packages))
 }
 
-/// apt-get, through sudo for those who are not root, and asking nothing.
+/// Returns a non-interactive apt-get command, with sudo unless this process is root.
 fn apt() -> Command {
     let mut command = if cmd::is_root() {
         Command::new("apt-get")
@@ -125,7 +125,7 @@ fn apt() -> Command {
     command
 }
 
-/// Whether apt knows a version of the package to install.
+/// Whether apt has a version of the package to install.
 fn available(name: &str) -> bool {
     cmd::output(Command::new("apt-cache").args(["policy", name]).env("LC_ALL", "C"))
         .is_ok_and(|text| text.contains("Candidate:") && !text.contains("Candidate: (none)"))
@@ -136,7 +136,7 @@ fn candidate_in_backports(codename: &str) -> Option<String> {
     text.lines().find(|line| line.contains(&format!("{codename}-backports/"))).map(str::to_owned)
 }
 
-/// The packages that are installed, with their versions.
+/// Returns the installed packages with their versions.
 fn installed() -> Result<HashMap<String, String>> {
     let text = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Package} ${Version} ${db:Status-Status}\n"]))
         .context("setup needs a distribution with dpkg")?;
@@ -150,7 +150,7 @@ fn installed() -> Result<HashMap<String, String>> {
         .collect())
 }
 
-/// The upstream's first number in a version like `1:10.0.2+ds-2`.
+/// Returns the upstream major version in a version like `1:10.0.2+ds-2`.
 fn major(version: &str) -> u32 {
     let version = version.split_once(':').map_or(version, |(_, rest)| rest);
     version.split(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).unwrap_or(0)
@@ -164,7 +164,7 @@ struct Release {
 }
 
 fn os_release() -> Result<Release> {
-    let text = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+    let text = fs::read_to_string("/etc/os-release").context("failed to read /etc/os-release")?;
     let field = |name: &str| {
         text.lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
@@ -180,7 +180,7 @@ fn os_release() -> Result<Release> {
     })
 }
 
-/// Where this machine gets Debian from, by its own apt configuration: the archive of its release.
+/// Returns the Debian mirror of this machine's release, from apt's configuration. `None` if it runs no Debian.
 pub fn debian_mirror() -> Result<Option<String>> {
     let release = os_release()?;
     let text = cmd::output(Command::new("apt-get").args([
@@ -189,7 +189,7 @@ pub fn debian_mirror() -> Result<Option<String>> {
         "--format",
         "$(CREATED_BY) $(RELEASE) $(COMPONENT) $(REPO_URI)",
     ]))?;
-    // Ubuntu's mirrors have no Debian.
+    // Ubuntu's mirrors do not have Debian's packages.
     Ok(mirror_of(&text, &release.codename).filter(|_| release.id == "debian"))
 }
 
@@ -205,7 +205,7 @@ fn mirror_of(targets: &str, codename: &str) -> Option<String> {
     })
 }
 
-/// Lets apt see the release's backports, from the mirror that the release itself comes from.
+/// Adds the release's backports to apt's sources, from the mirror of the release.
 fn add_backports(codename: &str) -> Result<()> {
     if candidate_in_backports(codename).is_some() {
         return Ok(());
@@ -216,7 +216,8 @@ fn add_backports(codename: &str) -> Result<()> {
     if targets.lines().any(|line| line == suite) {
         return Ok(());
     }
-    let mirror = debian_mirror()?.with_context(|| format!("apt's configuration names no mirror with {codename}"))?;
+    let mirror =
+        debian_mirror()?.with_context(|| format!("failed to find a mirror for {codename} in apt's configuration"))?;
     let path = "/etc/apt/sources.list.d/husk-backports.sources";
     ui::say("setup", format!("adding {suite} to apt's sources ({path}), for QEMU {QEMU}"));
     let text = format!(
@@ -224,7 +225,7 @@ fn add_backports(codename: &str) -> Result<()> {
          Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     );
     if cmd::is_root() {
-        return fs::write(path, text).with_context(|| format!("cannot write {path}"));
+        return fs::write(path, text).with_context(|| format!("failed to write {path}"));
     }
     let mut tee = Command::new("sudo");
     tee.args(["--non-interactive", "sh", "-c", "printf %s \"$1\" > \"$2\"", "sh", &text, path]);
@@ -236,14 +237,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_upstream_major_version_is_found() {
+    fn major_skips_the_epoch() {
         assert_eq!(major("1:10.0.2+ds-2+deb13u1~bpo12+1"), 10);
         assert_eq!(major("6.12.117-1~deb12u1"), 6);
         assert_eq!(major(""), 0);
     }
 
     #[test]
-    fn the_mirror_is_that_of_the_release_itself() {
+    fn mirror_of_ignores_other_releases() {
         let targets = "Translations bookworm main http://a/x/\nPackages bookworm-security main http://b/security/\n\
                        Packages bookworm main http://a/debian/\n";
         assert_eq!(mirror_of(targets, "bookworm").as_deref(), Some("http://a/debian"));

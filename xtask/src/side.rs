@@ -1,57 +1,58 @@
-//! Work for several nodes side by side, on machines that are large enough.
+//! Runs several nodes side by side on large machines.
 
 use crate::node::Seat;
 use anyhow::{Context, Result};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// What a node and its QEMU may take of the machine's memory, in MiB.
-const MEMORY: u64 = 8 * 1024;
-/// More than this many write faster than a disk takes it.
-const MOST: usize = 4;
+/// Memory that a node and its QEMU need, in MiB.
+const NODE_MEMORY: u64 = 8 * 1024;
+/// Maximum number of nodes: more of them write faster than a disk does.
+const MAX_NODES: usize = 4;
 
-/// Work that is still to be given out, and how much of it is being done.
-struct Desk<W> {
+/// The remaining work, and the number of pieces that run.
+struct Queue<W> {
     work: W,
     running: usize,
-    /// Why no more is given out.
+    /// The first error. No further piece is started after it.
     error: Option<anyhow::Error>,
 }
 
-/// How many nodes run well on this machine. One keeps two processors busy, also where they are emulated: two nodes on two
-/// processors are done after 0.88 of the time that they take one after the other, and what they test is as much slower.
+/// Returns the number of nodes that run well on this machine. A node keeps two processors busy, also if it is emulated:
+/// two nodes on two processors take 0.88 of the time that they take one after the other, and their tests are slower by
+/// as much.
 fn seats() -> usize {
-    let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total(&text)).unwrap_or_default();
-    let room = usize::try_from(memory / MEMORY).unwrap_or(MOST);
-    (crate::cmd::processors() / 2).min(room).clamp(1, MOST)
+    let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text)).unwrap_or_default();
+    let by_memory = usize::try_from(memory / NODE_MEMORY).unwrap_or(MAX_NODES);
+    (crate::cmd::processors() / 2).min(by_memory).clamp(1, MAX_NODES)
 }
 
-/// The machine's memory in MiB.
-fn total(meminfo: &str) -> Option<u64> {
+/// Returns the machine's memory in MiB, from the text of /proc/meminfo.
+fn total_memory(meminfo: &str) -> Option<u64> {
     let kib = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.split_whitespace().next()?;
     Some(kib.parse::<u64>().ok()? / 1024)
 }
 
-/// Does `work` to its end, as many pieces at a time as this machine runs nodes: `next` takes one from it, `done` does it
-/// in a node, `ended` says what came of it, after which `next` may have more. The first error ends it, once what is
-/// being done is over.
-pub fn by_side<W: Send, P, D>(
+/// Runs `work` to its end, in as many nodes at a time as this machine supports. `next` takes a piece from it, `done`
+/// runs the piece in a node, and `ended` adds its result to the work, after which `next` may return more. After an
+/// error, the pieces that run come to their end, and no further one starts.
+pub fn side_by_side<W: Send, P, D>(
     work: W,
     next: impl Fn(&mut W) -> Option<P> + Sync,
     done: impl Fn(Seat, &P) -> Result<D> + Sync,
     ended: impl Fn(&mut W, P, D) + Sync,
 ) -> Result<W> {
-    let desk = Mutex::new(Desk { work, running: 0, error: None });
+    let queue = Mutex::new(Queue { work, running: 0, error: None });
     let changed = Condvar::new();
-    let sit = |seat: Seat| {
-        while let Some(piece) = take(&desk, &changed, &next) {
+    let run = |seat: Seat| {
+        while let Some(piece) = take(&queue, &changed, &next) {
             let result = done(seat, &piece);
-            let mut desk = lock(&desk);
-            desk.running -= 1;
+            let mut queue = lock(&queue);
+            queue.running -= 1;
             match result {
-                Ok(result) => ended(&mut desk.work, piece, result),
-                Err(error) => drop(desk.error.get_or_insert(error)),
+                Ok(result) => ended(&mut queue.work, piece, result),
+                Err(error) => drop(queue.error.get_or_insert(error)),
             }
-            drop(desk);
+            drop(queue);
             changed.notify_all();
         }
     };
@@ -60,30 +61,30 @@ pub fn by_side<W: Send, P, D>(
         for number in 0..seats {
             let seat = if seats == 1 { Seat::default() } else { Seat::beside(number) };
             scope.spawn({
-                let sit = &sit;
-                move || sit(seat)
+                let run = &run;
+                move || run(seat)
             });
         }
     });
-    let desk = desk.into_inner().unwrap_or_else(PoisonError::into_inner);
-    desk.error.map_or(Ok(desk.work), Err).context("cannot run the test node")
+    let queue = queue.into_inner().unwrap_or_else(PoisonError::into_inner);
+    queue.error.map_or(Ok(queue.work), Err).context("failed to run the test node")
 }
 
-/// A piece of the work, waiting while there is none but what is being done may bring more.
-fn take<W, P>(desk: &Mutex<Desk<W>>, changed: &Condvar, next: impl Fn(&mut W) -> Option<P>) -> Option<P> {
-    let mut desk = lock(desk);
+/// Takes a piece of the work. If there is none, waits while a running piece may add more.
+fn take<W, P>(queue: &Mutex<Queue<W>>, changed: &Condvar, next: impl Fn(&mut W) -> Option<P>) -> Option<P> {
+    let mut queue = lock(queue);
     loop {
-        if desk.error.is_some() {
+        if queue.error.is_some() {
             return None;
         }
-        if let Some(piece) = next(&mut desk.work) {
-            desk.running += 1;
+        if let Some(piece) = next(&mut queue.work) {
+            queue.running += 1;
             return Some(piece);
         }
-        if desk.running == 0 {
+        if queue.running == 0 {
             return None;
         }
-        desk = changed.wait(desk).unwrap_or_else(PoisonError::into_inner);
+        queue = changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
     }
 }
 
@@ -96,29 +97,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_that_brings_more_is_done_to_its_end() {
+    fn work_added_by_results_is_done() {
         let next = |work: &mut (Vec<u32>, u32)| work.0.pop();
         let ended = |work: &mut (Vec<u32>, u32), piece: u32, twice: u32| {
             work.1 += twice;
             work.0.extend((piece > 1).then_some(piece - 1));
         };
-        let (rest, sum) = by_side((vec![3, 1], 0), next, |_, piece| Ok(piece * 2), ended).unwrap();
+        let (rest, sum) = side_by_side((vec![3, 1], 0), next, |_, piece| Ok(piece * 2), ended).unwrap();
         assert_eq!((rest.len(), sum), (0, 2 * (3 + 2 + 1 + 1)));
     }
 
     #[test]
-    fn an_error_ends_it() {
+    fn an_error_stops_further_work() {
         let next = |work: &mut Vec<u32>| work.pop();
         let done = |_, piece: &u32| if *piece == 7 { anyhow::bail!("seven") } else { Ok(()) };
-        // The endless rest is not done.
+        // This work never ends by itself.
         let ended = |work: &mut Vec<u32>, _, ()| work.push(1);
-        let error = by_side(vec![1, 7], next, done, ended).unwrap_err();
-        assert_eq!(format!("{error:#}"), "cannot run the test node: seven");
+        let error = side_by_side(vec![1, 7], next, done, ended).unwrap_err();
+        assert_eq!(format!("{error:#}"), "failed to run the test node: seven");
     }
 
     #[test]
-    fn memory_is_read() {
-        assert_eq!(total("MemTotal:       16384000 kB\nMemFree: 1 kB\n"), Some(16000));
-        assert_eq!(total("nothing"), None);
+    fn total_memory_is_in_mib() {
+        assert_eq!(total_memory("MemTotal:       16384000 kB\nMemFree: 1 kB\n"), Some(16000));
+        assert_eq!(total_memory("nothing"), None);
     }
 }

@@ -244,8 +244,8 @@ mod tests {
     fn a_suite_says_what_it_needs() {
         let suite = parse(
             "//! Pods: many\n//! of them.\n//!\n//! https://a.b and a note: no key.\n//!\n//! Requires: systemd\n\
-             //! Runs: by name only: it takes an hour\n\n#[test]\nfn a() {}\n#[test]\n#[ignore = \"long: two minutes\"]\n\
-             fn b() {}\nfn helper() {}\nmod m { #[test] fn c() {} }\n",
+             //! Runs: by name only: it takes an hour\n\n#[test]\nfn a() {}\n\
+             #[test]\n#[ignore = \"long: two minutes\"]\nfn b() {}\nfn helper() {}\nmod m { #[test] fn c() {} }\n",
         )
         .unwrap();
         assert_eq!(suite.summary, "Pods: many of them.");

@@ -33,7 +33,8 @@ pub struct Options {
     /// Run only the end-to-end suites, or only their tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
-    /// List the end-to-end suites and what each needs, or only those with a test whose name contains FILTER. Runs nothing.
+    /// List the end-to-end suites and what each needs, or only those with a test whose name contains FILTER. Runs
+    /// nothing.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "", exclusive = true)]
     list: Option<String>,
     /// Run all end-to-end suites with this containerd; without it, those with 1.7 and a few with 2.x, on a host
@@ -94,7 +95,7 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
         std::thread::scope(|scope| {
             let parts = scope.spawn(|| stages.measure("parts of the node (beside lints and unit tests)", parts));
             unit(stages)?;
-            parts.join().unwrap_or_else(|_| bail!("making the node's parts panicked"))
+            parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's parts panicked"))
         })?;
     }
     let filter = options.e2e.as_deref().unwrap_or_default();
@@ -143,7 +144,8 @@ enum Extent {
     Line,
 }
 
-/// Whether a suite runs with a containerd line. `filtered`: the options have a filter, and the suite a test that it names.
+/// Whether a suite runs with a containerd line. `filtered`: the options have a filter, and the suite a test that it
+/// names.
 fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
     match (needs.node, line) {
         (NodeKind::CgroupV1, line) => return line == Line::Legacy,
@@ -230,8 +232,8 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         bail!("no test has a name that contains {filter}");
     }
     // node/boot.rs avoids the worst of the emulator's flaws. Another one is known: the vector of an interrupt that is
-    // injected with VMRUN stays noted (exception_index in helper_vmrun() of target/i386/tcg/system/svm_helper.c), and is
-    // delivered again when the processor is kicked before the next #VMEXIT.
+    // injected with VMRUN stays noted (exception_index in helper_vmrun() of target/i386/tcg/system/svm_helper.c), and
+    // is delivered again when the processor is kicked before the next #VMEXIT.
     let emulated = !matches!(kvm::judge(), kvm::Verdict::Usable { .. });
     let retries = match (emulated, options.no_retry) {
         (false, _) => Retries::Never,
@@ -256,7 +258,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         seconds: stages.elapsed(),
         stages: stages.list(),
     };
-    let work = side::by_side(
+    let work = side::side_by_side(
         work,
         Work::next,
         |seat, boot| {
@@ -337,7 +339,7 @@ fn run_boot(
     }
     cache::make_dir(&seat.dir())?;
     let path = seat.dir().join("e2e.sh");
-    fs::write(&path, script(boot)).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::write(&path, script(boot)).with_context(|| format!("failed to write {}", path.display()))?;
     let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];
     env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
     let limits = if selection.filter.is_empty() { LIMITS } else { Limits::default() };

@@ -1,4 +1,4 @@
-//! Progress on the terminal: one line per thing done, each with the time since the start.
+//! Prints progress on the terminal: one line per step, with the time since the start.
 
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 static START: OnceLock<Instant> = OnceLock::new();
 
-/// Time since the first line was printed.
+/// Returns the time since the first line was printed.
 pub fn elapsed() -> Duration {
     START.get_or_init(Instant::now).elapsed()
 }
 
-/// Whether a line may be overwritten: a terminal is there to see it.
+/// Whether stderr is a terminal, where a line can be overwritten.
 pub fn live() -> bool {
     std::io::stderr().is_terminal()
 }
@@ -21,13 +21,13 @@ fn clock() -> String {
     if s < 60.0 { format!("[{s:6.1}s]") } else { format!("[{:3}m{:02}s]", s as u64 / 60, s as u64 % 60) }
 }
 
-/// Prints a line about `step`.
+/// Prints a line for `step`.
 pub fn say(step: &str, text: impl AsRef<str>) {
     erase();
     eprintln!("{} {step}: {}", clock(), text.as_ref());
 }
 
-/// Shows a line that the next one overwrites; only on a terminal.
+/// Shows a line that the next one overwrites. Does nothing if stderr is no terminal.
 pub fn transient(step: &str, text: &str) {
     if !live() {
         return;
@@ -38,14 +38,14 @@ pub fn transient(step: &str, text: &str) {
     let _ = std::io::stderr().flush();
 }
 
-/// Takes away a transient line.
+/// Erases a transient line.
 pub fn erase() {
     if live() {
         eprint!("\r\x1b[K");
     }
 }
 
-/// Prints an error and what caused it.
+/// Prints an error and its causes.
 pub fn failed(error: &anyhow::Error) {
     erase();
     eprintln!("{} failed: {error}", clock());
@@ -55,9 +55,9 @@ pub fn failed(error: &anyhow::Error) {
 }
 
 fn terminal_width() -> usize {
-    // SAFETY: winsize is plain data for which all zeroes is a value.
+    // SAFETY: winsize is plain data for which all zeroes is a valid value.
     let mut size: libc::winsize = unsafe { std::mem::zeroed() };
-    // SAFETY: TIOCGWINSZ writes one winsize, which is what it is given.
+    // SAFETY: TIOCGWINSZ writes one winsize, and the pointer is to a winsize.
     let r = unsafe { libc::ioctl(libc::STDERR_FILENO, libc::TIOCGWINSZ, &mut size) };
     if r == 0 && size.ws_col > 20 { size.ws_col.into() } else { 100 }
 }

@@ -1,4 +1,4 @@
-//! The images that build images: Docker's daemon, and buildah for a user without privileges.
+//! Builds the images that build images: Docker's daemon, and buildah for an unprivileged user.
 
 use std::path::Path;
 
@@ -20,17 +20,17 @@ pub struct Builder {
     env: &'static [&'static str],
 }
 
-/// Debian's `docker.io`. Its client, whose package is only recommended, is what a build is started with.
+/// Debian's `docker.io`, with its client, whose package is only recommended: it starts a build.
 pub const DOCKER: Builder = Builder {
     reference: super::DOCKER,
     packages: "docker.io,docker-cli,iptables,busybox-static",
-    // What dockerd never starts is a fifth of the image.
+    // dockerd never starts these programs, and they are a fifth of the image.
     hooks: &["cd \"$1/usr/bin\" && rm -f ctr containerd-shim containerd-shim-runc-v1"],
     env: &["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
 };
 
-/// Debian's `buildah` with `netavark`, which is only recommended and which it does not start without, and a user `build`
-/// with user ids of its own to give to what it builds.
+/// Debian's `buildah` with `netavark`, which is only recommended but required, and a user `build` with subordinate user
+/// ids.
 pub const BUILDAH: Builder = Builder {
     reference: super::BUILDAH,
     packages: "buildah,netavark,uidmap,libcap2-bin,busybox-static",
@@ -38,7 +38,7 @@ pub const BUILDAH: Builder = Builder {
         "echo build:x:1000:1000::/home/build:/bin/sh >> \"$1/etc/passwd\"",
         "echo build:x:1000: >> \"$1/etc/group\"",
         "echo build:100000:65536 | tee \"$1/etc/subuid\" > \"$1/etc/subgid\"",
-        // Debian's are set-user-ID programs, and want CAP_SYS_ADMIN as such; with capabilities of their own they do not.
+        // Debian's programs are set-user-ID, and need CAP_SYS_ADMIN then. With file capabilities they do not.
         "chmod u-s \"$1/usr/bin/newuidmap\" \"$1/usr/bin/newgidmap\"",
         "chroot \"$1\" setcap cap_setuid=ep /usr/bin/newuidmap cap_setgid=ep /usr/bin/newgidmap",
         "install -d -o 1000 -g 1000 \"$1/home/build\" \"$1/home/build/.local\" \"$1/home/build/.local/share\"",
@@ -47,7 +47,7 @@ pub const BUILDAH: Builder = Builder {
 };
 
 impl Builder {
-    /// Identifies the image's content, but for the archive's own updates.
+    /// Identifies the image's content, except for updates of Debian's packages.
     pub fn hash(&self) -> String {
         let lists = [self.hooks, self.env, EXCLUDED].map(|list| list.join("\n"));
         let pieces = [VERSION, pins::RELEASE, self.packages, &lists[0], &lists[1], &lists[2]];

@@ -1,4 +1,4 @@
-//! The busybox image: Debian's busybox-static with all its applets, some users and groups, and a second layer.
+//! Builds the busybox image: Debian's busybox-static with all applets, some users and groups, and a second layer.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -32,34 +32,34 @@ extra:x:2000:tester
 nogroup:x:65534:
 ";
 
-/// Found only by a PATH look-up: its directory is in no default PATH.
+/// Tests the PATH look-up: its directory is in the PATH of this image only.
 const GREET: &str = "#!/bin/sh\necho \"greetings from $0\"\n";
 
-/// What the image is made of.
+/// The inputs of the image.
 pub struct Inputs {
     binary: Vec<u8>,
     applets: Vec<String>,
 }
 
 impl Inputs {
-    /// Reads the machine's busybox.
+    /// Reads this machine's busybox.
     pub fn find() -> Result<Self> {
         let path = Path::new("/bin/busybox");
         let binary =
-            fs::read(path).with_context(|| format!("cannot read {} (package busybox-static)", path.display()))?;
-        let output = Command::new(path).arg("--list-full").output().context("cannot run busybox")?;
+            fs::read(path).with_context(|| format!("failed to read {} (package busybox-static)", path.display()))?;
+        let output = Command::new(path).arg("--list-full").output().context("failed to run busybox")?;
         let list = String::from_utf8(output.stdout).context("busybox's list of applets is not text")?;
         let applets: Vec<String> = list.lines().map(str::to_owned).collect();
         if !output.status.success() || applets.is_empty() {
-            bail!("busybox does not list its applets");
+            bail!("busybox listed no applets");
         }
         if has_interpreter(&binary) {
-            bail!("{} is dynamically linked: package busybox-static is needed", path.display());
+            bail!("{} is dynamically linked; install package busybox-static", path.display());
         }
         Ok(Self { binary, applets })
     }
 
-    /// The program itself.
+    /// Returns the program.
     pub fn binary(&self) -> &[u8] {
         &self.binary
     }

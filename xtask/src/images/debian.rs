@@ -1,11 +1,11 @@
-//! A layer of Debian packages, unpacked by mmdebstrap: the essential ones and those an image is about.
+//! Builds a layer of Debian packages with mmdebstrap: the essential packages, and those of the image.
 
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-/// What no container needs, as dpkg path patterns.
+/// Files that no container needs, as dpkg path patterns.
 pub const EXCLUDED: &[&str] = &[
     "/usr/share/doc/*",
     "/usr/share/info/*",
@@ -15,15 +15,15 @@ pub const EXCLUDED: &[&str] = &[
     "/usr/share/lintian/*",
 ];
 
-/// What the layer is made of.
+/// The packages of a layer.
 pub struct Packages<'a> {
-    /// Debian's release.
+    /// The Debian release.
     pub suite: &'a str,
-    /// The site that has it; without one mmdebstrap takes its own.
+    /// The mirror; without one, mmdebstrap uses its default.
     pub mirror: Option<&'a str>,
-    /// Beside the essential ones.
+    /// Packages beside the essential ones, separated by commas.
     pub include: &'a str,
-    /// Shell commands run at the end, the tree's directory in `$1`.
+    /// Shell commands that run at the end, with the tree's directory in `$1`.
     pub hooks: &'a [&'a str],
 }
 
@@ -40,12 +40,12 @@ impl Packages<'_> {
         for hook in self.hooks {
             command.arg(format!("--customize-hook={hook}"));
         }
-        // debconf's and apt's caches are of no use.
+        // Containers do not need the caches of debconf and apt.
         command.arg("--customize-hook=rm -rf \"$1\"/var/cache/* \"$1\"/var/lib/apt/* \"$1\"/var/log/*");
         command.arg(self.suite).arg(layer).args(self.mirror);
-        // The date of every file, so that the layer depends on the packages only.
+        // All files have this date, so that the layer depends on the packages only.
         command.env("SOURCE_DATE_EPOCH", "1704067200");
-        let status = command.status().context("cannot run mmdebstrap (package mmdebstrap)")?;
+        let status = command.status().context("failed to run mmdebstrap (package mmdebstrap)")?;
         if !status.success() {
             bail!("mmdebstrap failed: {status}");
         }

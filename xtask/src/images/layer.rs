@@ -1,4 +1,4 @@
-//! Writes one image layer as a reproducible tar: fixed times, owners as told, no need to be root.
+//! Writes an image layer as a reproducible tar, with fixed times and any owners, without root.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use tar::{Builder, EntryType, Header};
 
-/// A layer's tar in the making.
+/// Writes a layer's tar.
 pub struct Layer<W: Write> {
     tar: Builder<W>,
 }
@@ -20,12 +20,12 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// An entry of root's.
+    /// Returns the owner root.
     pub fn root(mode: u32) -> Self {
         Self { uid: 0, gid: 0, mode }
     }
 
-    /// An entry of an ordinary user whose group has the same number.
+    /// Returns an ordinary user as the owner, with the group of the same number.
     pub fn user(id: u64, mode: u32) -> Self {
         Self { uid: id, gid: id, mode }
     }
@@ -55,13 +55,13 @@ impl<W: Write> Layer<W> {
         Ok(self.tar.append_link(&mut header, path, Path::new(target))?)
     }
 
-    /// Removes what a lower layer has at `path`: the whiteout of the OCI image specification (layer.md).
+    /// Removes `path` of a lower layer: a whiteout of the OCI image specification (layer.md).
     pub fn whiteout(&mut self, path: &str) -> Result<()> {
         let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
         self.file(&format!("{dir}/.wh.{name}"), Owner::root(0o644), &[])
     }
 
-    /// Ends the tar and gives the writer back.
+    /// Ends the tar and returns the writer.
     pub fn finish(self) -> Result<W> {
         Ok(self.tar.into_inner()?)
     }
@@ -74,7 +74,7 @@ fn header(kind: EntryType, owner: Owner, size: u64) -> Header {
     header.set_uid(owner.uid);
     header.set_gid(owner.gid);
     header.set_size(size);
-    // A fixed date (2024-01-01) makes equal inputs equal layers.
+    // With a fixed date (2024-01-01), equal inputs give equal layers.
     header.set_mtime(1_704_067_200);
     header
 }

@@ -1,4 +1,4 @@
-//! Builds the OCI image tars that the demo and the end-to-end suites import: no registry is involved.
+//! Builds the OCI image tars that the demo and the end-to-end suites import, without a registry.
 //!
 //! Each image is rebuilt only when the hash of its inputs changed; the hash lies beside the tar.
 
@@ -21,22 +21,22 @@ use sha2::{Digest, Sha256};
 pub const BUSYBOX: &str = "husk.test/busybox:latest";
 /// Reference of the Debian-based image with Python.
 pub const PYTHON: &str = "husk.test/python:latest";
-/// Reference of the image that pods' sandboxes are made of.
+/// Reference of the sandbox image.
 pub const PAUSE: &str = "husk.test/pause:latest";
 
 /// Reference of the image with Docker's daemon.
 pub const DOCKER: &str = "husk.test/docker:latest";
 /// Reference of the image with buildah.
 pub const BUILDAH: &str = "husk.test/buildah:latest";
-/// Reference of the image with the public test program for file systems.
+/// Reference of the image with fsx.
 pub const FSX: &str = "husk.test/fsx:latest";
 
-/// Makes every image under `out_dir` and returns the paths of their tars, ready for `ctr images import`.
+/// Builds every image in `out_dir` and returns the paths of their tars, ready for `ctr images import`.
 ///
 /// # Errors
 /// When an input is missing (busybox-static, mmdebstrap) or a file cannot be written.
 pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
-    fs::create_dir_all(out_dir).with_context(|| format!("cannot create {}", out_dir.display()))?;
+    fs::create_dir_all(out_dir).with_context(|| format!("failed to create {}", out_dir.display()))?;
     let busybox = busybox::Inputs::find()?;
     let python = python::Inputs::find()?;
     Ok(vec![
@@ -46,28 +46,28 @@ pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
     ])
 }
 
-/// Makes the images that build images: several hundred megabytes, for the one suite that is about them.
+/// Builds the images that build images: several hundred megabytes, for one suite.
 ///
 /// # Errors
 /// As [`build`].
 pub fn build_builders(out_dir: &Path) -> Result<Vec<PathBuf>> {
-    fs::create_dir_all(out_dir).with_context(|| format!("cannot create {}", out_dir.display()))?;
+    fs::create_dir_all(out_dir).with_context(|| format!("failed to create {}", out_dir.display()))?;
     Ok(vec![
         cached(out_dir, "docker", &builders::DOCKER.hash(), |tar| builders::DOCKER.build(tar))?,
         cached(out_dir, "buildah", &builders::BUILDAH.hash(), |tar| builders::BUILDAH.build(tar))?,
     ])
 }
 
-/// Makes the image with fsx, for the one suite that runs it.
+/// Builds the image with fsx, for one suite.
 ///
 /// # Errors
 /// When the program cannot be fetched or built.
 pub fn build_fsx(out_dir: &Path) -> Result<Vec<PathBuf>> {
-    fs::create_dir_all(out_dir).with_context(|| format!("cannot create {}", out_dir.display()))?;
+    fs::create_dir_all(out_dir).with_context(|| format!("failed to create {}", out_dir.display()))?;
     Ok(vec![cached(out_dir, "fsx", &fsx::hash(), fsx::build)?])
 }
 
-/// Runs `make` unless `<name>.tar` was made from inputs of this very hash.
+/// Runs `make` unless `<name>.tar` was made from inputs with this hash.
 fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let tar = out_dir.join(format!("{name}.tar"));
     let stamp = out_dir.join(format!("{name}.tar.inputs"));
@@ -77,13 +77,14 @@ fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> 
     }
     println!("image {name}: building {}", tar.display());
     let part = out_dir.join(format!("{name}.tar.part"));
-    make(&part).with_context(|| format!("cannot build image {name}"))?;
-    fs::rename(&part, &tar).with_context(|| format!("cannot move {} into place", tar.display()))?;
-    fs::write(&stamp, inputs).with_context(|| format!("cannot write {}", stamp.display()))?;
+    make(&part).with_context(|| format!("failed to build image {name}"))?;
+    fs::rename(&part, &tar).with_context(|| format!("failed to move {} into place", tar.display()))?;
+    fs::write(&stamp, inputs).with_context(|| format!("failed to write {}", stamp.display()))?;
     Ok(tar)
 }
 
-/// Lower-case hexadecimal SHA-256 of several pieces, each with its length so that none can run into the next.
+/// Returns the lower-case hexadecimal SHA-256 of several pieces. Each is hashed with its length, so that their borders
+/// count.
 fn hash_of(pieces: &[&[u8]]) -> String {
     let mut hasher = Sha256::new();
     for piece in pieces {
@@ -93,7 +94,7 @@ fn hash_of(pieces: &[&[u8]]) -> String {
     hex(&hasher.finalize())
 }
 
-/// Lower-case hexadecimal form of a digest.
+/// Returns the lower-case hexadecimal form of a digest.
 fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {

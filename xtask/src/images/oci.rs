@@ -11,7 +11,7 @@ use tar::{Builder, EntryType, Header};
 
 use super::hex;
 
-/// What an image says about how to run it.
+/// The configuration of an image.
 pub struct Config<'a> {
     pub env: &'a [&'a str],
     pub cmd: &'a [&'a str],
@@ -32,14 +32,14 @@ impl Blob {
 
 /// Writes the image `reference` of the given layers (uncompressed tar files, lowest first) to `out`.
 ///
-/// Layers stay uncompressed: the emulated node unpacks them several times faster so.
+/// Layers stay uncompressed: an emulated node unpacks them several times faster.
 pub fn write(out: &Path, reference: &str, config: &Config, layers: &[&Path]) -> Result<()> {
-    let file = File::create(out).with_context(|| format!("cannot create {}", out.display()))?;
+    let file = File::create(out).with_context(|| format!("failed to create {}", out.display()))?;
     let mut tar = Builder::new(BufWriter::new(file));
     let mut descriptors = Vec::new();
     let mut diff_ids = Vec::new();
     for layer in layers {
-        let blob = add_file(&mut tar, layer).with_context(|| format!("cannot add layer {}", layer.display()))?;
+        let blob = add_file(&mut tar, layer).with_context(|| format!("failed to add layer {}", layer.display()))?;
         // Uncompressed, a layer's diff_id is its digest.
         diff_ids.push(format!("sha256:{}", blob.digest));
         descriptors.push(blob.descriptor("application/vnd.oci.image.layer.v1.tar"));
@@ -104,7 +104,7 @@ fn header(size: u64) -> Header {
     header
 }
 
-/// Hashes what is written to it.
+/// A writer that hashes its input.
 struct HashWriter(Sha256);
 
 impl Write for HashWriter {

@@ -1,4 +1,4 @@
-//! The image of pods' sandboxes: a program that does nothing. Husk never runs it; runc does.
+//! Builds the sandbox image: a program that sleeps. runc runs it, Husk does not.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

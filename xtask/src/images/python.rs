@@ -1,4 +1,4 @@
-//! The Debian-based image with Python: the essential packages and python3, unpacked by mmdebstrap.
+//! Builds the Debian-based image with Python: the essential packages and python3.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,32 +11,32 @@ use super::{hash_of, oci};
 /// Raised whenever what this file builds changes.
 const VERSION: &str = "2";
 
-/// What the image is made of.
+/// The inputs of the image.
 pub struct Inputs {
     mirror: String,
     suite: String,
 }
 
 impl Inputs {
-    /// Takes the suite and the mirror from the machine's own apt configuration.
+    /// Reads the release and the mirror from this machine's apt configuration.
     pub fn find() -> Result<Self> {
         let suite = std::fs::read_to_string("/etc/os-release")
-            .context("cannot read /etc/os-release")?
+            .context("failed to read /etc/os-release")?
             .lines()
             .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
             .map(|name| name.trim_matches('"').to_owned())
-            .context("/etc/os-release names no VERSION_CODENAME: Debian or Ubuntu is needed")?;
+            .context("failed to find VERSION_CODENAME in /etc/os-release; Debian or Ubuntu is needed")?;
         let output = Command::new("apt-get")
             .args(["indextargets", "--format", "$(CODENAME) $(COMPONENT) $(SITE)", "Created-By: Packages"])
             .output()
-            .context("cannot run apt-get")?;
+            .context("failed to run apt-get")?;
         let targets = String::from_utf8(output.stdout).context("apt-get's index targets are not text")?;
         let mirror = mirror_of(&targets, &suite)
-            .with_context(|| format!("apt knows no source of {suite} main: run apt-get update"))?;
+            .with_context(|| format!("failed to find a source of {suite} main in apt's lists; run apt-get update"))?;
         Ok(Self { mirror, suite })
     }
 
-    /// Identifies the image's content, but for the archive's own updates.
+    /// Identifies the image's content, except for updates of Debian's packages.
     pub fn hash(&self) -> String {
         let excluded = EXCLUDED.join(" ");
         hash_of(&[VERSION.as_bytes(), self.mirror.as_bytes(), self.suite.as_bytes(), excluded.as_bytes()])
@@ -50,8 +50,8 @@ impl Inputs {
             suite: &self.suite,
             mirror: Some(&self.mirror),
             include: "python3",
-            // Byte code is made at installation and is a third of Python's size. What else is not for a program in Python
-            // is another third of the image, which an emulated node takes its time to unpack.
+            // Byte code is generated at installation and is a third of Python's size. Files that no Python program
+            // needs are another third of the image. An emulated node unpacks slowly.
             hooks: &[
                 "find \"$1/usr\" -xdev -name __pycache__ -prune -exec rm -rf {} +",
                 "rm -rf \"$1\"/usr/share/perl/* \"$1\"/usr/lib/*/perl/* \"$1\"/usr/lib/*/libperl.* \"$1\"/usr/lib/*/gconv",
@@ -67,7 +67,7 @@ impl Inputs {
     }
 }
 
-/// The site that serves component main of `suite`, out of lines of codename, component and site.
+/// Returns the site of the component main of `suite`, from lines of codename, component and site.
 fn mirror_of(targets: &str, suite: &str) -> Option<String> {
     targets.lines().find_map(|line| {
         let mut words = line.split_whitespace();
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mirror_is_the_one_of_the_suite_itself() {
+    fn mirror_of_ignores_other_releases() {
         let targets = "bookworm-updates main http://one.example/debian\nbookworm main http://two.example/debian\n";
         assert_eq!(mirror_of(targets, "bookworm").as_deref(), Some("http://two.example/debian"));
         assert_eq!(mirror_of(targets, "trixie"), None);

@@ -1,4 +1,4 @@
-//! `cargo xtask kernel`: the guest's kernel, from the distribution's source package and `guest/kernel/husk.config`.
+//! `cargo xtask kernel`: builds the guest kernel from the distribution's source package and `guest/kernel/husk.config`.
 
 mod source;
 
@@ -11,15 +11,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Changes when the steps below do.
+/// Raised whenever the steps below change.
 const RECIPE: u32 = 1;
 
-/// Builds the kernel if its inputs changed; returns where it is.
+/// Builds the kernel if its inputs changed. Returns its path.
 pub fn kernel() -> Result<PathBuf> {
     let made = paths::vmlinux();
     let fragment = paths::root().join("guest/kernel/husk.config");
     let (tarball, version) = source::find()?;
-    let wanted = fs::read_to_string(&fragment).with_context(|| format!("cannot read {}", fragment.display()))?;
+    let wanted = fs::read_to_string(&fragment).with_context(|| format!("failed to read {}", fragment.display()))?;
     let key = Key::new("kernel", RECIPE).text(&version).text(&settings(&wanted)).finish();
     if cache::fresh("kernel", &key, &[&made]) {
         ui::say("kernel", format!("up to date ({KERNEL_SOURCE} {version})"));
@@ -32,7 +32,7 @@ pub fn kernel() -> Result<PathBuf> {
     cache::forget("kernel")?;
     let source = unpack(&tarball, &version)?;
     configure(&source, &fragment)?;
-    ui::say("kernel", format!("compiling on {} processors; this is the long part", cmd::processors()));
+    ui::say("kernel", format!("compiling on {} processors; this takes the longest", cmd::processors()));
     cmd::logged("kernel", "kernel-make", make(&source).arg(format!("-j{}", cmd::processors())).arg("vmlinux"))?;
     let mut strip = Command::new("strip");
     strip.arg("--strip-all").arg("-o").arg(&made).arg(source.join("vmlinux"));
@@ -42,12 +42,12 @@ pub fn kernel() -> Result<PathBuf> {
     Ok(made)
 }
 
-/// The size of a file in MiB.
+/// Returns the size of a file in MiB.
 pub fn mebibytes(path: &Path) -> Result<f64> {
-    Ok(fs::metadata(path).with_context(|| format!("cannot look at {}", path.display()))?.len() as f64 / 1048576.0)
+    Ok(fs::metadata(path).with_context(|| format!("failed to stat {}", path.display()))?.len() as f64 / 1048576.0)
 }
 
-/// Unpacks the source once for each version of the package.
+/// Unpacks the source, unless that of this version is there. Returns its directory.
 fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
     let dir = paths::state().join("kernel");
     let (source, stamp) = (dir.join(KERNEL_SOURCE), dir.join("unpacked"));
@@ -56,17 +56,17 @@ fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
     }
     cache::make_dir(&dir)?;
     if source.exists() {
-        fs::remove_dir_all(&source).with_context(|| format!("cannot remove {}", source.display()))?;
+        fs::remove_dir_all(&source).with_context(|| format!("failed to remove {}", source.display()))?;
     }
     ui::say("kernel", format!("unpacking {} ({version})", tarball.display()));
     cmd::logged("kernel", "kernel-unpack", Command::new("tar").arg("-xf").arg(tarball).arg("-C").arg(&dir))?;
-    fs::write(&stamp, version).with_context(|| format!("cannot write {}", stamp.display()))?;
+    fs::write(&stamp, version).with_context(|| format!("failed to write {}", stamp.display()))?;
     Ok(source)
 }
 
-/// `make` in the source, with what would differ from build to build held still.
+/// Returns `make` in the source, with fixed values for what would differ between builds.
 fn make(source: &Path) -> Command {
-    // The long part is to hold up nothing that is done beside it.
+    // It must not slow down what runs at the same time.
     let mut command = Command::new("nice");
     command.arg("make").arg("-C").arg(source).env("LC_ALL", "C");
     command.env("KBUILD_BUILD_TIMESTAMP", "@0").env("KBUILD_BUILD_USER", "husk").env("KBUILD_BUILD_HOST", "husk");
@@ -74,7 +74,7 @@ fn make(source: &Path) -> Command {
     command
 }
 
-/// The smallest configuration with the fragment over it; everything the fragment asks for must be in the result.
+/// Merges the fragment into the smallest configuration. Fails if a setting of the fragment is not in the result.
 fn configure(source: &Path, fragment: &Path) -> Result<()> {
     let config = source.join(".config");
     let before = fs::read_to_string(&config).ok();
@@ -83,13 +83,12 @@ fn configure(source: &Path, fragment: &Path) -> Result<()> {
     merge.current_dir(source).args(["-m", "-O", ".", ".config"]).arg(fragment);
     cmd::logged("kernel", "kernel-merge", &mut merge)?;
     cmd::logged("kernel", "kernel-olddefconfig", make(source).arg("olddefconfig"))?;
-    let after = fs::read_to_string(&config).with_context(|| format!("cannot read {}", config.display()))?;
-    let wanted = fs::read_to_string(fragment).with_context(|| format!("cannot read {}", fragment.display()))?;
+    let after = fs::read_to_string(&config).with_context(|| format!("failed to read {}", config.display()))?;
+    let wanted = fs::read_to_string(fragment).with_context(|| format!("failed to read {}", fragment.display()))?;
     let missed = missed(&wanted, &after);
     if !missed.is_empty() {
         bail!(
-            "the kernel's configuration does not take all that {} asks for (a dependency is missing, or the symbol does \
-             not exist):\n{}",
+            "failed to apply all settings of {} (a dependency is missing, or the symbol does not exist):\n{}",
             fragment.display(),
             missed.iter().map(|m| format!("    {m}\n")).collect::<String>()
         );
@@ -98,19 +97,19 @@ fn configure(source: &Path, fragment: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The lines of a configuration that set something or turn it off: a new comment is no reason to compile.
+/// Returns the lines of a configuration that set a symbol or turn it off. A changed comment does not cause a build.
 fn settings(config: &str) -> String {
     let set =
         |line: &&str| line.starts_with("CONFIG_") || (line.starts_with("# CONFIG_") && line.ends_with(" is not set"));
     config.lines().filter(set).flat_map(|line| [line, "\n"]).collect()
 }
 
-/// The symbols of a configuration that are set, with their values.
+/// Returns the symbols that a configuration sets, with their values.
 fn symbols(config: &str) -> HashMap<&str, &str> {
     config.lines().filter_map(|line| line.strip_prefix("CONFIG_")?.split_once('=')).collect()
 }
 
-/// The lines of `fragment` that did not come to be in `config`.
+/// Returns the settings of `fragment` that `config` lacks.
 fn missed(fragment: &str, config: &str) -> Vec<String> {
     let set = symbols(config);
     let mut missed = Vec::new();
@@ -135,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_asked_for_and_is_missing_is_named() {
+    fn missing_settings_are_named() {
         let config = "CONFIG_A=y\nCONFIG_B=\"x\"\n# CONFIG_C is not set\nCONFIG_D=y\n";
         let fragment =
             "# about\nCONFIG_A=y\nCONFIG_B=\"y\"\nCONFIG_C=y\n# CONFIG_D is not set\n# CONFIG_E is not set\n";

@@ -1,4 +1,4 @@
-//! Where the kernel's source comes from: a package of this machine, or, on a distribution that has none, Debian's.
+//! Finds the kernel's source: in a package of this machine, or, if its distribution has none, in Debian's package.
 
 use crate::pins::{KERNEL_SOURCE, RELEASE};
 use crate::{cache, cmd, paths, ui};
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The source's archive and its version.
+/// Returns the source archive and its version.
 pub fn find() -> Result<(PathBuf, String)> {
     let archive = format!("usr/src/{KERNEL_SOURCE}.tar.xz");
     let installed = Path::new("/").join(&archive);
@@ -22,18 +22,18 @@ pub fn find() -> Result<(PathBuf, String)> {
     }
     fetch(&dir)?;
     let version = version(&dir)?;
-    fs::write(&stamp, &version).with_context(|| format!("cannot write {}", stamp.display()))?;
+    fs::write(&stamp, &version).with_context(|| format!("failed to write {}", stamp.display()))?;
     Ok((fetched, version))
 }
 
-/// Unpacks Debian's package without installing it.
+/// Fetches and unpacks Debian's package without installing it.
 fn fetch(dir: &Path) -> Result<()> {
     if !cmd::is_root() {
-        bail!("this machine has no package {KERNEL_SOURCE}, and getting Debian's needs root: run this as root");
+        bail!("failed to find package {KERNEL_SOURCE}; fetching Debian's needs root: run this as root");
     }
     ui::say("kernel", format!("fetching {KERNEL_SOURCE} from Debian {RELEASE}"));
     if dir.exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        fs::remove_dir_all(dir).with_context(|| format!("failed to remove {}", dir.display()))?;
     }
     cache::make_dir(dir)?;
     let mut command = Command::new("mmdebstrap");
@@ -42,14 +42,14 @@ fn fetch(dir: &Path) -> Result<()> {
     cmd::logged("kernel", "kernel-fetch", &mut command)
 }
 
-/// The version in the name of the downloaded package.
+/// Returns the version from the file name of the downloaded package.
 fn version(dir: &Path) -> Result<String> {
     let cache = dir.join("var/cache/apt/archives");
-    for entry in fs::read_dir(&cache).with_context(|| format!("cannot read {}", cache.display()))? {
+    for entry in fs::read_dir(&cache).with_context(|| format!("failed to read {}", cache.display()))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
         if let Some(rest) = name.strip_prefix(KERNEL_SOURCE).and_then(|rest| rest.strip_prefix('_')) {
             return Ok(rest.split('_').next().unwrap_or(rest).replace("%3a", ":"));
         }
     }
-    bail!("mmdebstrap brought no {KERNEL_SOURCE}");
+    bail!("mmdebstrap did not download {KERNEL_SOURCE}");
 }

@@ -8,8 +8,9 @@ use std::fs;
 use std::path::PathBuf;
 
 const HEADER: &str = "\
-# Cycles among modules that are known: for each, the uses that make it up, \"FROM > TO\", between children of one module.
-# The list may only shrink. A use that is not listed and closes a cycle is an error, and so is a listed one that is gone.
+# Known cycles among the children of a module: for each, the uses that it consists of, as \"FROM > TO\".
+# The list may only shrink: a use that closes a cycle and is not listed is an error, and so is a listed one
+# that is gone.
 # `cargo xtask modules` shows where the uses are; `cargo xtask modules --shrink` removes from this list what is gone.
 ";
 

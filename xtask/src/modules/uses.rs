@@ -1,6 +1,7 @@
 //! Finds which module of a crate uses which: by `use` declarations and by paths in code, also inside macro calls.
 //!
-//! Names are resolved as far as modules need it. A name that a module imports, and that a module inside it uses by way of
+//! Names are resolved as far as modules need it. A name that a module imports, and that a module inside it uses by way
+//! of
 //! `super::`, counts as a use of the module that defines it. Test code is left out.
 
 use crate::source::{self, Module};

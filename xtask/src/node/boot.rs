@@ -1,4 +1,4 @@
-//! Boots the node in QEMU and follows what it does.
+//! Boots the node in QEMU and follows it until it is off.
 
 use super::{Machine, Seat, kvm, rootfs::Node};
 use crate::cmd;
@@ -11,16 +11,17 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// The descriptor QEMU has the control pipe on.
+/// QEMU's fd for the control pipe.
 const CONTROL: i32 = 3;
 
-/// From power-on to containerd, which takes seven seconds: an emulated node now and then hangs before it gets there.
-const BOOT: Duration = Duration::from_secs(150);
+/// Timeout from power-on until containerd answers. It takes seven seconds, but an emulated node sometimes hangs.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(150);
 
-/// The lines of the console that tell of a crash: the kernel's report is some sixty long, and one may follow another.
-const REPORT: usize = 160;
+/// Lines of the console that are shown after a crash. A kernel's report has about 60, and several may follow each
+/// other.
+const CONSOLE_TAIL: usize = 160;
 
-/// The node itself ended, or did not get on, and not its script ended.
+/// The node ended, or hung, before its script ended.
 #[derive(Debug)]
 pub struct Crashed(String);
 
@@ -32,12 +33,12 @@ impl std::fmt::Display for Crashed {
 
 impl std::error::Error for Crashed {}
 
-/// How long a node may take.
+/// Time limits of a node.
 #[derive(Clone, Copy)]
 pub struct Limits {
-    /// All in all.
-    pub whole: Duration,
-    /// Without a word from the script.
+    /// From power-on to the end of the script.
+    pub total: Duration,
+    /// Without output of the script.
     pub quiet: Duration,
 }
 
@@ -57,19 +58,19 @@ pub enum Progress<'a> {
     Output(&'a [u8]),
 }
 
-/// What is booted.
+/// A node to boot.
 pub struct Boot<'a> {
-    /// Where.
+    /// The seat on which it runs.
     pub seat: Seat,
     /// Disk, kernel and initramfs.
     pub node: &'a Node,
-    /// A tar that goes over the root file system.
+    /// A tar that the node unpacks over its root file system.
     pub extras: &'a Path,
-    /// A disk for what comes back.
+    /// A disk for the tar of `/out`.
     pub out: &'a Path,
-    /// The machine's size.
+    /// The node's size.
     pub machine: Machine,
-    /// More for the kernel's command line, which the node's init reads.
+    /// Further parameters of the kernel's command line, for the node's init.
     pub parameters: &'static str,
 }
 
@@ -85,14 +86,14 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
         }
         kvm::Verdict::Not(why) => {
             boot.seat.say(format!("the node is emulated: {why}"));
-            // Without "enhanced rep movsb" kernels copy by words: emulated, a byte takes as long as eight.
+            // Without "enhanced rep movsb", kernels copy by words. In emulation, a byte takes as long as eight.
             command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm"]);
             // No program may run on the first processor. Whenever another one restores its FPU's state, QEMU (10.0 and
             // 10.2 alike) clears a flag of the first one, not atomically: cpu_clear_ignne() in
             // target/i386/tcg/system/fpu_helper.c. The word it writes back also says whether nested paging is on and
             // whether interrupts are held back (GIF), so a VMRUN or #VMEXIT there at that moment goes astray.
             cpus += 1;
-            // The check that the timer ticks gives up where the machine is as slow as this.
+            // The kernel's check that the timer ticks fails on a machine this slow.
             "isolcpus=0 no_timer_check husk.accel=tcg"
         }
     };
@@ -101,7 +102,7 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     for (path, options) in
         [(boot.node.disk.as_path(), "snapshot=on"), (boot.extras, "readonly=on"), (boot.out, "cache=unsafe")]
     {
-        // A comma ends a value unless it is doubled.
+        // QEMU ends a value at a comma, unless it is doubled.
         let path = path.to_string_lossy().replace(',', ",,");
         command.arg("-drive").arg(format!("file={path},if=virtio,format=raw,{options}"));
     }
@@ -111,23 +112,23 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     let parameters = boot.parameters;
     command
         .arg("-append")
-        // The addresses in a report of the kernel's are those of its symbol table.
+        // nokaslr: addresses in a kernel report are those of the symbol table.
         .arg(format!(
             "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel} {parameters}"
         ));
     Ok(command)
 }
 
-/// Starts QEMU with the control pipe, bound to this process's life.
+/// Starts QEMU with the control pipe. It is killed when this process ends.
 fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
-    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    let (reader, writer) = std::io::pipe().context("failed to create a pipe")?;
     let control = writer.as_raw_fd();
     // SAFETY: only async-signal-safe calls on integers, between fork and exec.
     unsafe {
         command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
             if control == CONTROL {
-                // dup2 onto itself would leave the close-on-exec flag.
+                // dup2 to the same fd does not clear the close-on-exec flag.
                 libc::fcntl(control, libc::F_SETFD, 0);
             } else if libc::dup2(control, CONTROL) < 0 {
                 return Err(std::io::Error::last_os_error());
@@ -135,7 +136,7 @@ fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
             Ok(())
         });
     }
-    let child = command.spawn().context("cannot start qemu-system-x86_64; `cargo xtask setup` installs it")?;
+    let child = command.spawn().context("failed to start qemu-system-x86_64; `cargo xtask setup` installs it")?;
     Ok((child, reader))
 }
 
@@ -151,7 +152,7 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let begin = Instant::now();
     let (mut child, control) = spawn(&mut command)?;
-    // The command holds no pipe end of its own; QEMU's are the last.
+    // `command` holds no pipe end: the pipes close when QEMU ends.
     let output = child.stdout.take().context("QEMU has no output")?;
     let (sender, events) = channel();
     let show = std::thread::spawn({
@@ -160,13 +161,13 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
     });
     std::thread::spawn(move || lines(control, &sender));
     let end = follow(boot.seat, &events, begin, limits, observe);
-    // Where the exit code is known QEMU is gone, or the machine does not end.
+    // If the exit code is known, QEMU has ended, or the node fails to power off.
     if !matches!(end, Ok(None)) {
         let _ = child.kill();
     }
     let status = child.wait()?;
     let _ = show.join();
-    // If the node was stopped, its last words are still in the channel.
+    // If the node was stopped, its last output is still in the channel.
     for event in events.try_iter() {
         if let Event::Output(bytes) = event {
             observe(Progress::Output(&bytes));
@@ -184,12 +185,12 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
 }
 
 fn crashed(what: &str, console: &Path) -> anyhow::Error {
-    Crashed(format!("{what}; its console:\n{}", cmd::tail(console, REPORT))).into()
+    Crashed(format!("{what}; its console:\n{}", cmd::tail(console, CONSOLE_TAIL))).into()
 }
 
-/// Boots with a shell on the terminal.
+/// Boots the node with a shell on the terminal.
 pub fn shell(boot: &Boot) -> Result<()> {
-    boot.seat.say("the shell's end powers the node off; Ctrl-A X stops it at once");
+    boot.seat.say("exit the shell to power the node off; Ctrl-A X stops it at once");
     let mut command = qemu(boot, "shell")?;
     command.args(["-serial", "mon:stdio", "-chardev", "null,id=output", "-device"]);
     command.arg("virtserialport,nr=1,chardev=output,name=husk.output");
@@ -201,7 +202,8 @@ pub fn shell(boot: &Boot) -> Result<()> {
     Ok(())
 }
 
-/// Copies the script's output to the terminal as it comes, or by lines that say where they are from, and to a file.
+/// Copies the script's output to a file and to the terminal: as it comes, or by lines with the seat's number if there
+/// are several nodes.
 fn show(seat: Seat, mut output: impl Read, events: &Sender<Event>) {
     let mut file = seat.log("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
     let label = seat.label();
@@ -215,8 +217,8 @@ fn show(seat: Seat, mut output: impl Read, events: &Sender<Event>) {
             print(&[bytes]);
         } else {
             line.extend_from_slice(bytes);
-            let whole = line.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-            let rest = line.split_off(whole);
+            let end = line.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            let rest = line.split_off(end);
             for text in line.split_inclusive(|byte| *byte == b'\n') {
                 print(&[label.as_bytes(), text]);
             }
@@ -234,7 +236,7 @@ fn print(parts: &[&[u8]]) {
     let _ = parts.iter().try_for_each(|part| stdout.write_all(part)).and_then(|()| stdout.flush());
 }
 
-/// Passes on the lines that the node writes for us.
+/// Sends the lines of the control port as events.
 fn lines(control: PipeReader, events: &Sender<Event>) {
     for line in BufReader::new(control).lines() {
         let Ok(line) = line else { break };
@@ -244,8 +246,8 @@ fn lines(control: PipeReader, events: &Sender<Event>) {
     }
 }
 
-/// Reports what the node says of itself until it is off; the script's exit code if it told one, and as the error what
-/// took too long.
+/// Follows the node until it is off. Returns the script's exit code, if the node reported one. The error says which
+/// time limit was exceeded.
 fn follow(
     seat: Seat,
     events: &Receiver<Event>,
@@ -253,27 +255,30 @@ fn follow(
     limits: Limits,
     observe: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Option<u8>, String> {
-    let (mut code, mut up, mut heard) = (None, false, begin);
+    let (mut code, mut up, mut last_event) = (None, false, begin);
     loop {
-        let whole = limits.whole.saturating_sub(begin.elapsed());
-        let quiet =
-            if up { limits.quiet.saturating_sub(heard.elapsed()) } else { BOOT.saturating_sub(begin.elapsed()) };
-        let event = match events.recv_timeout(whole.min(quiet)) {
+        let total = limits.total.saturating_sub(begin.elapsed());
+        let quiet = if up {
+            limits.quiet.saturating_sub(last_event.elapsed())
+        } else {
+            BOOT_TIMEOUT.saturating_sub(begin.elapsed())
+        };
+        let event = match events.recv_timeout(total.min(quiet)) {
             Ok(event) => event,
             Err(RecvTimeoutError::Disconnected) => return Ok(code),
-            // The script has ended; all that is missing is the machine's end.
+            // The script has ended; only the power-off is missing.
             Err(RecvTimeoutError::Timeout) if code.is_some() => return Ok(code),
-            Err(RecvTimeoutError::Timeout) if whole <= quiet => {
-                return Err(format!("the script did not end within {} s", limits.whole.as_secs()));
+            Err(RecvTimeoutError::Timeout) if total <= quiet => {
+                return Err(format!("the script did not end within {} s", limits.total.as_secs()));
             }
             Err(RecvTimeoutError::Timeout) if !up => {
-                return Err(format!("containerd did not answer within {} s of power-on", BOOT.as_secs()));
+                return Err(format!("containerd did not answer within {} s of power-on", BOOT_TIMEOUT.as_secs()));
             }
             Err(RecvTimeoutError::Timeout) => {
                 return Err(format!("the script printed nothing for {} s", limits.quiet.as_secs()));
             }
         };
-        heard = Instant::now();
+        last_event = Instant::now();
         let line = match event {
             Event::Control(line) => line,
             Event::Output(bytes) => {

@@ -1,7 +1,7 @@
-//! Whether this machine's KVM can hold the node: decided by measuring it, and by whether it nests.
+//! Decides whether this machine's KVM can run the node: it must be fast enough, and support nested virtualisation.
 //!
-//! Some hypervisors hand out a /dev/kvm that works and interprets guest code at privilege level 0, a thousand times
-//! too slow for a kernel. So a loop of known length runs there, at level 0, and is timed.
+//! On some hypervisors /dev/kvm works, but guest code at privilege level 0 is interpreted, a thousand times too slow
+//! for a kernel. So this measures a loop of known length at level 0.
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
@@ -9,46 +9,48 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// Instructions a second below which a kernel does not come up in useful time.
-const USABLE: f64 = 50e6;
-/// A run that takes this long can be timed.
-const LONG_ENOUGH: Duration = Duration::from_millis(100);
+/// Minimum rate in instructions per second: below it, a kernel boots too slowly.
+const MIN_RATE: f64 = 50e6;
+/// Minimum duration of a measurement.
+const MIN_DURATION: Duration = Duration::from_millis(100);
 /// Guest memory: page tables, then the code.
 const MEMORY: usize = 0x10000;
 const CODE: u64 = 0x8000;
 
-/// What there is to say about this machine's KVM.
+/// The result of the check.
 pub enum Verdict {
-    /// Guests run in it well, and can use KVM themselves.
+    /// Guests are fast enough, and can use KVM themselves.
     Usable {
-        /// Instructions a second at privilege level 0.
+        /// Instructions per second at privilege level 0.
         rate: f64,
     },
-    /// Why it is no use for the node.
+    /// The node has to be emulated, for this reason.
     Not(String),
 }
 
-/// Judges this machine's KVM for the node.
+/// Checks this machine's KVM for the node.
 pub fn judge() -> Verdict {
     match usable() {
         Err(why) => Verdict::Not(why),
-        Ok(_) if !nested() => Verdict::Not("this machine's KVM does not nest (module parameter nested)".into()),
+        Ok(_) if !nested() => {
+            Verdict::Not("this machine's KVM does not support nested virtualisation (module parameter nested)".into())
+        }
         Ok(rate) => Verdict::Usable { rate },
     }
 }
 
-/// The rate of a KVM that is fast enough to run Husk on this machine itself, or why there is none.
+/// Returns the rate of this machine's KVM if it is fast enough to run Husk without a test node; the error says why not.
 pub fn usable() -> Result<f64, String> {
     match measure() {
-        Err(error) => Err(format!("this machine has no KVM to use ({error:#})")),
-        Ok(rate) if rate < USABLE => Err(format!("this machine's KVM is too slow ({})", speed(rate))),
+        Err(error) => Err(format!("this machine has no usable KVM ({error:#})")),
+        Ok(rate) if rate < MIN_RATE => Err(format!("this machine's KVM is too slow ({})", speed(rate))),
         Ok(rate) => Ok(rate),
     }
 }
 
-/// A rate in words.
+/// Formats a rate.
 pub fn speed(rate: f64) -> String {
-    format!("{:.1} million guest instructions a second", rate / 1e6)
+    format!("{:.1} million guest instructions per second", rate / 1e6)
 }
 
 fn nested() -> bool {
@@ -58,31 +60,31 @@ fn nested() -> bool {
     })
 }
 
-/// Instructions a second of a loop at privilege level 0.
+/// Measures the instructions per second of a loop at privilege level 0.
 fn measure() -> Result<f64> {
-    // The first entries into a guest have a cost of their own: only a run that takes its time says something. Where
-    // the loop is interpreted that is a short one.
+    // The first guest entries are slow, so a short run says nothing. The number of rounds grows until the run is long
+    // enough; if the loop is interpreted, a small number is enough.
     let mut rounds = 2_000;
     loop {
-        let took = counted(rounds)?;
-        if took >= LONG_ENOUGH || rounds >= 20_000_000 {
-            return Ok(rate(rounds, took));
+        let duration = run_loop(rounds)?;
+        if duration >= MIN_DURATION || rounds >= 20_000_000 {
+            return Ok(rate(rounds, duration));
         }
         rounds *= 10;
     }
 }
 
-/// Two instructions a round.
-fn rate(rounds: u32, took: Duration) -> f64 {
-    f64::from(rounds) * 2.0 / took.as_secs_f64().max(1e-9)
+/// Returns the instructions per second: a round has two.
+fn rate(rounds: u32, duration: Duration) -> f64 {
+    f64::from(rounds) * 2.0 / duration.as_secs_f64().max(1e-9)
 }
 
-/// Guest memory, mapped for as long as this lives.
+/// Guest memory. Dropping it unmaps it.
 struct Memory(*mut libc::c_void);
 
 impl Memory {
     fn new() -> Result<Self> {
-        // SAFETY: a new private mapping that nothing else knows of.
+        // SAFETY: the kernel chooses the address of the new private mapping, so no other mapping is replaced.
         let at = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -94,7 +96,7 @@ impl Memory {
             )
         };
         if at == libc::MAP_FAILED {
-            bail!("cannot map memory: {}", std::io::Error::last_os_error());
+            bail!("failed to map memory: {}", std::io::Error::last_os_error());
         }
         Ok(Memory(at))
     }
@@ -102,7 +104,7 @@ impl Memory {
     fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         let at = usize::try_from(at)?;
         if at.checked_add(bytes.len()).is_none_or(|end| end > MEMORY) {
-            bail!("outside of guest memory");
+            bail!("failed to write {} bytes at {at:#x}: outside of guest memory", bytes.len());
         }
         // SAFETY: the range lies within the mapping, checked above, and no vCPU runs while it is written.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.cast::<u8>().add(at), bytes.len()) };
@@ -117,8 +119,8 @@ impl Drop for Memory {
     }
 }
 
-/// Runs a loop of `rounds` rounds in 64-bit mode at privilege level 0; the time it takes.
-fn counted(rounds: u32) -> Result<Duration> {
+/// Runs a loop of `rounds` rounds in 64-bit mode at privilege level 0. Returns its duration.
+fn run_loop(rounds: u32) -> Result<Duration> {
     let mut memory = Memory::new()?;
     // Identity mapping of the first 2 MiB: PML4 at 0x1000, PDPT at 0x2000, PD at 0x3000 with one large page.
     memory.write(0x1000, &0x2003_u64.to_le_bytes())?;
@@ -129,8 +131,8 @@ fn counted(rounds: u32) -> Result<Duration> {
     code.extend([0xff, 0xc9, 0x75, 0xfc, 0xf4]); // 1: dec ecx; jnz 1b; hlt
     memory.write(CODE, &code)?;
 
-    let kvm = Kvm::new().context("cannot open /dev/kvm")?;
-    let vm = kvm.create_vm().context("cannot create a virtual machine")?;
+    let kvm = Kvm::new().context("failed to open /dev/kvm")?;
+    let vm = kvm.create_vm().context("failed to create a VM")?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
@@ -139,17 +141,17 @@ fn counted(rounds: u32) -> Result<Duration> {
         userspace_addr: memory.0 as u64,
     };
     // SAFETY: the region is the mapping, which outlives the virtual machine: it was declared before it.
-    unsafe { vm.set_user_memory_region(region) }.context("cannot give the virtual machine memory")?;
-    let mut vcpu = vm.create_vcpu(0).context("cannot create a vCPU")?;
-    long_mode(&vcpu).context("cannot set a vCPU's registers")?;
+    unsafe { vm.set_user_memory_region(region) }.context("failed to set the memory of a VM")?;
+    let mut vcpu = vm.create_vcpu(0).context("failed to create a vCPU")?;
+    long_mode(&vcpu).context("failed to set a vCPU's registers")?;
     let begin = Instant::now();
     loop {
         match vcpu.run() {
             Ok(VcpuExit::Hlt) => return Ok(begin.elapsed()),
             Ok(VcpuExit::Intr) => {}
-            Ok(other) => bail!("a vCPU stopped where it should not: {other:?}"),
+            Ok(other) => bail!("unexpected exit of a vCPU: {other:?}"),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Err(error) => return Err(error).context("cannot run a vCPU"),
+            Err(error) => return Err(error).context("failed to run a vCPU"),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! A node as hosts were before: the kernel of Debian's former release, the last one with all controllers of version 1 of
-//! control groups, which the node's init mounts then.
+//! Provides a node with cgroup v1: the kernel of Debian's previous release is the last one with all cgroup v1
+//! controllers. The node's init mounts them.
 
 use super::rootfs::{self, Node};
 use super::{Add, Line};
@@ -10,17 +10,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Debian's release that has the kernel.
+/// The Debian release that has the kernel.
 const SUITE: &str = "bookworm";
 const PACKAGE: &str = "linux-image-cloud-amd64";
-/// Changes when the unpacking does.
+/// Raised whenever the unpacking changes.
 const RECIPE: u32 = 1;
 
 fn dir() -> PathBuf {
     paths::node().join("legacy")
 }
 
-/// The modules, to be put over the node.
+/// Returns the kernel modules to add to the node.
 pub fn files(line: Line) -> Vec<Add> {
     match line {
         Line::Legacy => vec![Add::new(dir().join("usr"), "/usr")],
@@ -28,7 +28,7 @@ pub fn files(line: Line) -> Vec<Add> {
     }
 }
 
-/// The node with that kernel. The caller holds the node's lock.
+/// Returns the node with that kernel. The caller holds the lock of the node's parts.
 pub fn node(node: Node) -> Result<Node> {
     let made = Node { disk: node.disk, kernel: dir().join("vmlinuz"), initrd: dir().join("initrd.cpio") };
     let (tree, init) = (paths::node().join("tree"), paths::root().join("tests/node/initramfs-init"));
@@ -37,14 +37,14 @@ pub fn node(node: Node) -> Result<Node> {
         return Ok(made);
     }
     if !cmd::is_root() {
-        bail!("unpacking a kernel for the test node needs root: run this as root");
+        bail!("failed to unpack a kernel for the test node: it needs root; run this as root");
     }
     cache::forget("legacy")?;
-    // Within the node's tree, whose depmod reads it.
+    // Inside the node's tree, where its depmod can read it.
     let (part, inside) = (tree.join("husk-legacy"), Path::new("/husk-legacy"));
     for old in [&dir(), &part] {
         if old.exists() {
-            fs::remove_dir_all(old).with_context(|| format!("cannot remove {}", old.display()))?;
+            fs::remove_dir_all(old).with_context(|| format!("failed to remove {}", old.display()))?;
         }
     }
     ui::say("node", format!("unpacking the kernel of Debian {SUITE}"));
@@ -58,8 +58,8 @@ pub fn node(node: Node) -> Result<Node> {
     let to = dir().join("usr/lib/modules");
     cache::make_dir(&to)?;
     rootfs::make_initrd(&part, &tree, &init, &made)?;
-    fs::rename(&modules, to.join(&release)).context("cannot keep the kernel's modules")?;
-    fs::remove_dir_all(&part).with_context(|| format!("cannot remove {}", part.display()))?;
+    fs::rename(&modules, to.join(&release)).context("failed to keep the kernel's modules")?;
+    fs::remove_dir_all(&part).with_context(|| format!("failed to remove {}", part.display()))?;
     cache::done("legacy", &key)?;
     Ok(made)
 }

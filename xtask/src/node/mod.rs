@@ -1,4 +1,4 @@
-//! `cargo xtask node`: a Debian machine with KVM and containerd in it, on any machine.
+//! `cargo xtask node`: the test node, a Debian VM with KVM and containerd that runs on any machine.
 
 mod boot;
 mod containerd;
@@ -17,71 +17,71 @@ use std::time::Duration;
 pub use boot::{Crashed, Limits, Progress};
 pub use containerd::Line;
 
-/// What is run in the node, and with what.
+/// A script to run in the node, and its surroundings.
 pub struct Run {
     /// A shell script.
     pub script: PathBuf,
-    /// Its arguments.
+    /// The arguments of the script.
     pub args: Vec<String>,
-    /// Variables of its environment.
+    /// Environment variables of the script.
     pub env: Vec<(String, String)>,
-    /// Files and directories put into the node, beside `dist/root`.
+    /// Files and directories to copy into the node, beside `dist/root`.
     pub add: Vec<Add>,
-    /// The machine's size.
+    /// The node's size.
     pub machine: Machine,
-    /// Its containerd.
+    /// The node's containerd line.
     pub containerd: Line,
-    /// How long it may take before the node is stopped.
+    /// Limits after which the node is stopped.
     pub limits: Limits,
-    /// Where it runs.
+    /// The seat on which the node runs.
     pub seat: Seat,
 }
 
-/// Where a node runs: nodes side by side have seats of their own, with their own files and logs.
+/// The place of a running node: each of the nodes side by side has a seat, with its files and logs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seat {
     number: usize,
-    /// Whether others run at the same time: lines for the terminal say whose they are.
+    /// Whether other nodes run at the same time: each line on the terminal then starts with the seat's number.
     beside: bool,
 }
 
 impl Seat {
-    /// The seat of this number, counted from zero, with others beside it.
+    /// Returns the seat with this number, counted from zero, beside others.
     pub fn beside(number: usize) -> Seat {
         Seat { number, beside: true }
     }
 
-    /// A name of the seat's own: the first has the plain one.
+    /// Returns `plain` with the seat's number. The first seat has the plain name.
     fn name(self, plain: &str, between: &str) -> String {
         if self.number == 0 { plain.to_owned() } else { format!("{plain}{between}{}", self.number + 1) }
     }
 
-    /// Its directory.
+    /// Returns the seat's directory.
     pub fn dir(self) -> PathBuf {
         paths::state().join(self.name("node", "/"))
     }
 
-    /// Where the files end up that a script leaves in `/out`.
+    /// Returns the directory that gets the files that a script leaves in `/out`.
     pub fn out_dir(self) -> PathBuf {
         self.dir().join("out")
     }
 
-    /// Where its log called `name` is.
+    /// Returns the path of the seat's log called `name`.
     fn log(self, name: &str) -> Result<PathBuf> {
         cmd::log_path(&self.name(name, "-"))
     }
 
-    /// The log of its serial console; the next boot overwrites it.
+    /// Returns the log of the serial console. The next boot overwrites it.
     pub fn console(self) -> Result<PathBuf> {
         self.log("node-console")
     }
 
-    /// What stands before each line that is shown.
+    /// Returns the prefix of each line of output.
     fn label(self) -> String {
         if self.beside { format!("{}| ", self.number + 1) } else { String::new() }
     }
 
-    /// Tells about it on the terminal.
+    /// Prints a line about the node.
     fn say(self, text: impl AsRef<str>) {
         let step = if self.beside { format!("node {}", self.number + 1) } else { "node".to_owned() };
         ui::say(&step, text);
@@ -89,9 +89,9 @@ impl Seat {
 }
 
 impl Limits {
-    /// Limits of seconds.
-    pub const fn secs(whole: u64, quiet: u64) -> Limits {
-        Limits { whole: Duration::from_secs(whole), quiet: Duration::from_secs(quiet) }
+    /// Creates limits from seconds.
+    pub const fn secs(total: u64, quiet: u64) -> Limits {
+        Limits { total: Duration::from_secs(total), quiet: Duration::from_secs(quiet) }
     }
 }
 
@@ -101,10 +101,10 @@ impl Default for Limits {
     }
 }
 
-/// The machine's size.
+/// The size of a node.
 #[derive(Clone, Copy)]
 pub struct Machine {
-    /// Processors.
+    /// vCPUs.
     pub cpus: u32,
     /// Memory in MiB.
     pub memory: u32,
@@ -116,12 +116,12 @@ impl Default for Machine {
     }
 }
 
-/// A file or directory of this machine, and where it is put in the node.
+/// A file or directory of this machine, and its path in the node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Add {
-    /// Here.
+    /// The path on this machine.
     pub from: PathBuf,
-    /// There.
+    /// The path in the node.
     pub to: PathBuf,
 }
 
@@ -143,30 +143,30 @@ impl std::str::FromStr for Add {
     }
 }
 
-/// What nodes share is made by one xtask at a time.
+/// The lock for the parts that all nodes share.
 const PARTS: &str = "node/parts";
 
-/// Where the OCI images lie in the node.
+/// The directory of the OCI images in the node.
 pub const IMAGES: &str = "/husk/images";
 
-/// Builds the OCI images that demo and most suites use, to be put into the node.
+/// Builds the OCI images that the demo and most suites use.
 pub fn images() -> Result<Vec<Add>> {
     image_tars(images::build)
 }
 
-/// Builds the OCI images of the suite that builds images, to be put into the node.
+/// Builds the OCI images of the suite that builds images.
 pub fn builder_images() -> Result<Vec<Add>> {
     image_tars(images::build_builders)
 }
 
-/// Builds the OCI image of the suite that tries file systems, to be put into the node.
+/// Builds the OCI image with fsx.
 pub fn fsx_image() -> Result<Vec<Add>> {
     image_tars(images::build_fsx)
 }
 
 fn image_tars(build: impl FnOnce(&Path) -> Result<Vec<PathBuf>>) -> Result<Vec<Add>> {
     let _lock = lock::take("images")?;
-    let tars = build(&paths::state().join("images")).context("cannot make the OCI images")?;
+    let tars = build(&paths::state().join("images")).context("failed to build the OCI images")?;
     Ok(tars
         .into_iter()
         .map(|tar| {
@@ -176,7 +176,7 @@ fn image_tars(build: impl FnOnce(&Path) -> Result<Vec<PathBuf>>) -> Result<Vec<A
         .collect())
 }
 
-/// Makes the node's parts, without booting it.
+/// Builds the node's disk, kernel and initramfs, without booting it.
 pub fn prepare() -> Result<()> {
     node(Line::One).map(drop)
 }
@@ -187,7 +187,7 @@ fn node(line: Line) -> Result<rootfs::Node> {
     if line == Line::Legacy { legacy::node(node) } else { Ok(node) }
 }
 
-/// Boots the node, runs the script when containerd answers, and returns the script's exit code.
+/// Boots the node, runs the script after containerd answers, and returns the script's exit code.
 pub fn run(run: &Run) -> Result<u8> {
     run_observed(run, &mut |_| {})
 }
@@ -205,7 +205,7 @@ pub fn run_observed(run: &Run, observe: &mut dyn FnMut(Progress<'_>)) -> Result<
     for (name, value) in &run.env {
         env.push_str(&format!("export {name}='{}'\n", value.replace('\'', "'\\''")));
     }
-    let script = fs::read(&run.script).with_context(|| format!("cannot read {}", run.script.display()))?;
+    let script = fs::read(&run.script).with_context(|| format!("failed to read {}", run.script.display()))?;
     let extras = extras(
         seat,
         run.containerd,
@@ -238,16 +238,16 @@ pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
     fetch(seat, &out)
 }
 
-/// The tar that the node unpacks over its root: the node's own files, what is installed, and what was asked for.
+/// Writes the tar that the node unpacks over its root: the node's files, the installed tree, and `add`.
 fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
     let path = seat.dir().join("extras.tar");
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
     let mut tar = tar::Tar::new(file);
     tar.add(&paths::root().join("tests/node/root"), Path::new("/"))?;
     if paths::dist().exists() {
         tar.add(&paths::dist(), Path::new("/"))?;
     } else {
-        ui::say("node", "there is no dist/root yet: the node comes without Husk (`cargo xtask dist`)");
+        ui::say("node", "dist/root does not exist: the node is without Husk (`cargo xtask dist` builds it)");
     }
     let programs = {
         let _lock = lock::take(PARTS)?;
@@ -263,22 +263,22 @@ fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Resul
     Ok(path)
 }
 
-/// The disk that the node writes a tar of `/out` on.
+/// Creates the disk to which the node writes a tar of `/out`.
 fn out_disk(seat: Seat) -> Result<PathBuf> {
     let path = seat.dir().join("out.img");
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    file.set_len(4 << 30).context("cannot size the node's output disk")?;
+    let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
+    file.set_len(4 << 30).context("failed to resize the node's output disk")?;
     Ok(path)
 }
 
-/// Unpacks what the node left.
+/// Unpacks the files that the node left in `/out`.
 fn fetch(seat: Seat, disk: &Path) -> Result<()> {
     let dir = seat.out_dir();
     if dir.exists() {
-        fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
     }
     cache::make_dir(&dir)?;
     let mut unpack = Command::new("tar");
     unpack.args(["-x", "--no-same-owner", "-f"]).arg(disk).arg("-C").arg(&dir);
-    cmd::output(&mut unpack).map(drop).context("cannot unpack what the node left in /out")
+    cmd::output(&mut unpack).map(drop).context("failed to unpack the node's /out")
 }

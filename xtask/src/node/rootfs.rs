@@ -1,5 +1,4 @@
-//! The test node's root file system: a Debian tree, the disk image made of it, its kernel and the initramfs that finds
-//! the disk.
+//! Builds the test node's root file system: a Debian tree, a disk image of it, and the initramfs that mounts the disk.
 
 use crate::cache::{self, Key};
 use crate::cpio::Cpio;
@@ -10,29 +9,29 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Changes when the making of the tree does.
+/// Raised whenever the steps that make the tree change.
 const TREE_RECIPE: u32 = 1;
-/// Changes when what is made of the tree does.
+/// Raised whenever the steps after the tree change.
 const RECIPE: u32 = 3;
-/// Documentation and the like, which only makes the image larger.
-const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
-/// Size of the disk; what is not used takes no room.
+/// Documentation and other files that only enlarge the image.
+const EXCLUDED: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
+/// Size of the disk. The image is sparse.
 const DISK: &str = "12G";
 
-/// What it takes to reach the disk and its file system (which asks for the checksum by name).
+/// The drivers for the disk and its file system. ext4 requests the checksum by name.
 const DRIVERS: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
-/// What QEMU boots.
+/// The parts of the node that QEMU boots.
 pub struct Node {
-    /// The disk with the root file system. Nobody writes to it: QEMU keeps changes apart.
+    /// The disk with the root file system. It is never written: QEMU keeps changes in a snapshot.
     pub disk: PathBuf,
-    /// The distribution's kernel.
+    /// Debian's kernel.
     pub kernel: PathBuf,
-    /// Our initramfs.
+    /// The initramfs.
     pub initrd: PathBuf,
 }
 
-/// Makes the node's parts if their inputs changed.
+/// Builds the node's parts if their inputs changed.
 pub fn node() -> Result<Node> {
     let dir = paths::node();
     let node = Node { disk: dir.join("base.img"), kernel: dir.join("vmlinuz"), initrd: dir.join("initrd.cpio") };
@@ -40,7 +39,7 @@ pub fn node() -> Result<Node> {
     let packages = packages(&inputs.join("packages"))?;
     let tree_key = Key::new("node-tree", TREE_RECIPE).text(RELEASE).text(&packages).finish();
     let tree = dir.join("tree");
-    // The tree may be gone (it is only needed to make the rest): then the rest has to be there.
+    // The tree is needed only to make the other parts.
     if !cache::fresh("node-tree", &tree_key, &[&tree.join("usr/bin/containerd")]) {
         make_tree(&tree, &packages)?;
         cache::done("node-tree", &tree_key)?;
@@ -57,9 +56,9 @@ pub fn node() -> Result<Node> {
     Ok(node)
 }
 
-/// The package list: one a line, `#` starts a comment.
+/// Reads the package list: one package per line, `#` starts a comment.
 fn packages(path: &Path) -> Result<String> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
     let names: Vec<&str> =
         text.lines().map(|l| l.split('#').next().unwrap_or_default().trim()).filter(|l| !l.is_empty()).collect();
     Ok(names.join(","))
@@ -67,37 +66,37 @@ fn packages(path: &Path) -> Result<String> {
 
 fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     if !cmd::is_root() {
-        bail!("unpacking the test node's root file system with its owners needs root: run this as root");
+        bail!("failed to unpack the test node's root file system: its owners need root; run this as root");
     }
     cache::forget("node-tree")?;
     cache::make_dir(&paths::node())?;
     if tree.exists() {
-        fs::remove_dir_all(tree).with_context(|| format!("cannot remove {}", tree.display()))?;
+        fs::remove_dir_all(tree).with_context(|| format!("failed to remove {}", tree.display()))?;
     }
     ui::say("node", format!("unpacking Debian {RELEASE} with {packages}"));
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=apt"]).arg(format!("--include={packages}"));
-    for path in LEFT_OUT {
+    for path in EXCLUDED {
         command.arg(format!("--dpkgopt=path-exclude={path}"));
     }
-    // The node has an initramfs of its own.
+    // Debian's initramfs is not used.
     command.env("INITRD", "No");
     command.arg(RELEASE).arg(tree);
-    // Where this machine has no Debian of its own, mmdebstrap knows where to find it.
+    // If this machine does not run Debian, mmdebstrap uses its default mirror.
     command.args(setup::debian_mirror()?);
     cmd::logged("node", "node-mmdebstrap", &mut command)
 }
 
-/// The kernel's release in a tree, and the directory of its modules, which has that name.
+/// Returns the kernel's release in a tree, and the directory of its modules.
 pub fn modules(tree: &Path) -> Result<(String, PathBuf)> {
-    // Beside `usr` in trees that were never set up, where it is not a link to `usr/lib` yet.
+    // In a tree whose packages were only extracted, `lib` is not a link to `usr/lib` yet.
     let modules = tree.join("lib/modules");
-    let entry = fs::read_dir(&modules).with_context(|| format!("cannot read {}", modules.display()))?.next();
-    let entry = entry.context("the node's tree has no kernel")??;
+    let entry = fs::read_dir(&modules).with_context(|| format!("failed to read {}", modules.display()))?.next();
+    let entry = entry.context("failed to find a kernel in the node's tree")??;
     Ok((entry.file_name().to_string_lossy().into_owned(), entry.path()))
 }
 
-/// Unpacks the kernel's modules: an emulated machine would take a second for KVM's alone.
+/// Decompresses the kernel's modules: an emulated node needs a second for KVM's modules alone.
 fn unpack_modules(tree: &Path) -> Result<()> {
     let (release, modules) = modules(tree)?;
     let mut unpack = Command::new("sh");
@@ -106,9 +105,9 @@ fn unpack_modules(tree: &Path) -> Result<()> {
     cmd::logged("node", "node-depmod", Command::new("chroot").arg(tree).args(["depmod", &release]))
 }
 
-/// The modules of a list like modules.dep that these are and need, in the order in which they are loaded. What is not in
-/// the list is built in.
-fn with_what_they_need<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
+/// Returns the wanted modules and their dependencies, in load order, from the text of modules.dep. Modules that it does
+/// not list are built in.
+fn with_dependencies<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
     let mut all: Vec<&str> = Vec::new();
     for name in wanted {
         let of = |line: &&str| {
@@ -116,7 +115,7 @@ fn with_what_they_need<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
             path.rsplit('/').next().and_then(|file| file.strip_suffix(".ko")) == Some(name)
         };
         let Some((path, needs)) = list.lines().find(of).and_then(|line| line.split_once(':')) else { continue };
-        // What is named last is what all others need.
+        // The last one listed is the one that all others need.
         for module in needs.split_whitespace().rev().chain([path]) {
             if !all.contains(&module) {
                 all.push(module);
@@ -126,13 +125,17 @@ fn with_what_they_need<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
     all
 }
 
-/// Busybox of a tree, the disk's driver and a script that mounts the disk; and the kernel beside it, of another tree.
+/// Writes the initramfs, with busybox of `tree`, the disk's drivers and the script `init`, and copies the kernel of the
+/// tree
+/// `kernel`.
 pub fn make_initrd(kernel: &Path, tree: &Path, init: &Path, node: &Node) -> Result<()> {
     let (release, modules) = modules(kernel)?;
-    fs::copy(kernel.join(format!("boot/vmlinuz-{release}")), &node.kernel).context("cannot copy the node's kernel")?;
-    let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let list = String::from_utf8(read(&modules.join("modules.dep"))?).context("modules.dep is no text")?;
-    let drivers = with_what_they_need(&list, &DRIVERS);
+    fs::copy(kernel.join(format!("boot/vmlinuz-{release}")), &node.kernel)
+        .context("failed to copy the node's kernel")?;
+    let read = |path: &Path| fs::read(path).with_context(|| format!("failed to read {}", path.display()));
+    let list =
+        String::from_utf8(read(&modules.join("modules.dep"))?).context("failed to decode modules.dep as UTF-8")?;
+    let drivers = with_dependencies(&list, &DRIVERS);
     let mut cpio = Cpio::new(Vec::new());
     for name in ["bin", "dev", "proc", "root"] {
         cpio.directory(name, 0o755)?;
@@ -147,10 +150,10 @@ pub fn make_initrd(kernel: &Path, tree: &Path, init: &Path, node: &Node) -> Resu
     }
     cpio.file("modules", 0o644, names.as_bytes())?;
     cpio.file("init", 0o755, &read(init)?)?;
-    fs::write(&node.initrd, cpio.finish()?).context("cannot write the node's initramfs")
+    fs::write(&node.initrd, cpio.finish()?).context("failed to write the node's initramfs")
 }
 
-/// An ext4 image of the tree.
+/// Makes an ext4 image of the tree.
 fn make_disk(tree: &Path, disk: &Path) -> Result<()> {
     ui::say("node", "making the disk");
     let _ = fs::remove_file(disk);
@@ -164,9 +167,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modules_come_after_what_they_need() {
+    fn modules_come_after_their_dependencies() {
         let list = "k/virtio_blk.ko: k/virtio_ring.ko k/virtio.ko\nk/virtio.ko:\nk/ext4.ko: k/jbd2.ko k/virtio.ko\n";
-        let all = with_what_they_need(list, &["virtio_pci", "virtio_blk", "ext4"]);
+        let all = with_dependencies(list, &["virtio_pci", "virtio_blk", "ext4"]);
         assert_eq!(all, ["k/virtio.ko", "k/virtio_ring.ko", "k/virtio_blk.ko", "k/jbd2.ko", "k/ext4.ko"]);
     }
 }

@@ -1,4 +1,4 @@
-//! Packs files for the node: owned by root, links kept, paths as the node sees them.
+//! Packs files for the node into a tar: owned by root, with symbolic links, at their paths in the node.
 
 use anyhow::{Context, Result};
 use std::fs::{self, File};
@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use tar::{Builder, EntryType, Header};
 
-/// A tar file that is being written.
+/// Writes a tar file.
 pub struct Tar(Builder<BufWriter<File>>);
 
 impl Tar {
@@ -16,16 +16,16 @@ impl Tar {
         Tar(Builder::new(BufWriter::new(file)))
     }
 
-    /// Adds a file, or a directory with all below it, as `to`.
+    /// Adds a file, or a directory with its content, as `to`.
     pub fn add(&mut self, from: &Path, to: &Path) -> Result<()> {
-        self.entry(from, to).with_context(|| format!("cannot pack {}", from.display()))
+        self.entry(from, to).with_context(|| format!("failed to pack {}", from.display()))
     }
 
     fn entry(&mut self, from: &Path, to: &Path) -> Result<()> {
-        let about = fs::symlink_metadata(from)?;
+        let metadata = fs::symlink_metadata(from)?;
         let name = to.strip_prefix("/").unwrap_or(to);
-        let mut header = header(about.permissions().mode() & 0o7777);
-        if about.is_dir() {
+        let mut header = header(metadata.permissions().mode() & 0o7777);
+        if metadata.is_dir() {
             if !name.as_os_str().is_empty() {
                 header.set_entry_type(EntryType::Directory);
                 self.0.append_data(&mut header, name, std::io::empty())?;
@@ -35,12 +35,12 @@ impl Tar {
             for entry in entries {
                 self.entry(&entry.path(), &to.join(entry.file_name()))?;
             }
-        } else if about.is_symlink() {
+        } else if metadata.is_symlink() {
             header.set_entry_type(EntryType::Symlink);
             self.0.append_link(&mut header, name, fs::read_link(from)?)?;
         } else {
             let mut file = File::open(from)?;
-            header.set_size(about.len());
+            header.set_size(metadata.len());
             self.0.append_data(&mut header, name, &mut file)?;
         }
         Ok(())
@@ -50,7 +50,7 @@ impl Tar {
     pub fn content(&mut self, name: &str, content: &[u8]) -> Result<()> {
         let mut header = header(0o755);
         header.set_size(content.len() as u64);
-        self.0.append_data(&mut header, name, content).with_context(|| format!("cannot pack {name}"))
+        self.0.append_data(&mut header, name, content).with_context(|| format!("failed to pack {name}"))
     }
 
     /// Ends the tar file.
