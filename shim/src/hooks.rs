@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::bundle::Hook;
-use crate::bundle::annotations::Annotations;
+use crate::oci::Hook;
+use crate::oci::annotations::Annotations;
 
 /// Timeout of a hook whose specification has none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);

@@ -1,20 +1,25 @@
 //! Husk's containerd shim: one process per sandbox. It boots the sandbox's VM and serves containerd's Task API.
 
 pub mod address;
-pub mod bundle;
 pub mod cli;
+pub mod container;
 pub mod daemon;
+pub mod error;
 pub mod events;
 pub mod hooks;
 pub mod ids;
-pub mod mirror;
+pub mod log;
 pub mod network;
+pub mod oci;
 pub mod pod;
 pub mod random;
+pub mod resources;
 pub mod sandbox;
+pub mod service;
 pub mod stdio;
 pub mod systemd;
-pub mod task;
+pub mod vm;
+pub mod volumes;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -22,7 +27,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cli::Args;
 
-/// Runs the program: the VMM if argv[0] is the VMM's name, otherwise the action on the command line.
+/// Runs the program: the VMM if `argv[0]` is the VMM's name, otherwise the action on the command line.
 pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();

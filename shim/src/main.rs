@@ -1,4 +1,4 @@
-//! `containerd-shim-husk-v2`: the shim that containerd starts for each sandbox. With another argv[0] it is the VMM.
+//! `containerd-shim-husk-v2`: the shim that containerd starts for each sandbox. With another `argv[0]` it is the VMM.
 
 fn main() -> std::process::ExitCode {
     husk_shim::main()

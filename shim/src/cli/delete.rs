@@ -9,12 +9,12 @@ use husk_proto::containerd::shim_async::{Client, TaskClient};
 use protobuf::Message;
 use ttrpc::asynchronous::transport::Socket;
 
-use super::Args;
-use super::bootstrap::Env;
 use crate::address::Address;
-use crate::bundle::Bundle;
+use crate::cli::Args;
+use crate::cli::bootstrap::Env;
 use crate::events::timestamp;
-use crate::sandbox::state::StateDir;
+use crate::oci::Bundle;
+use crate::sandbox::state_dir::StateDir;
 
 /// Exit status reported for a task whose end nobody observed.
 const EXIT_STATUS_KILLED: u32 = 128 + 9;

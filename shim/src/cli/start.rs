@@ -3,12 +3,13 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use super::Args;
-use super::bootstrap::{self, Env, MAX_INPUT, Params};
 use crate::address::{Address, Listen, ListenError};
-use crate::bundle::{Bundle, BundleError};
+use crate::cli::Args;
+use crate::cli::bootstrap;
+use crate::cli::bootstrap::{Env, MAX_INPUT, Params};
 use crate::daemon;
 use crate::events::Destination;
+use crate::oci::{Bundle, BundleError};
 
 /// A failure to start the shim.
 #[derive(Debug, thiserror::Error)]

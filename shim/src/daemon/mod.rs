@@ -1,8 +1,5 @@
 //! The shim's daemon. It lives from the fork in `start` to the end of the sandbox.
 
-pub mod launch;
-pub mod log;
-
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -15,15 +12,16 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::address::Address;
-use crate::bundle::Bundle;
 use crate::chain;
+use crate::container::Shim;
 use crate::events::{Destination, Events, RetryPolicy};
+use crate::log;
+use crate::oci::Bundle;
 use crate::sandbox::boot::pipe_pair;
-use crate::sandbox::state::StateDir;
+use crate::sandbox::launch::{self, LaunchContext, Pending};
+use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{Prepared, Sandbox};
-use crate::task::{self, Shim};
-pub use launch::{LaunchContext, Pending};
 
 /// Timeout for delivering the last events to containerd at the end.
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -184,7 +182,7 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
 
 async fn listen(listener: UnixListener, shim: &Arc<Shim>) -> Result<Server, String> {
     let listener = Listener::try_from(listener).map_err(|e| e.to_string())?;
-    let mut server = Server::new().add_listener(listener).register_service(task::services(shim));
+    let mut server = Server::new().add_listener(listener).register_service(crate::service::services(shim));
     server.start().await.map_err(|e| e.to_string())?;
     Ok(server)
 }

@@ -8,8 +8,10 @@
 //! [`connect`] changes the calling thread's network namespace. In the daemon it runs while there is a single thread.
 
 mod follow;
+pub mod forward;
 mod read;
 mod steer;
+pub mod sync;
 mod tap;
 
 use std::fs::File;

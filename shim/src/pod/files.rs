@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use husk_proto::cri::{DNSConfig, PodSandboxConfig};
 use serde_json::{Value, json};
 
-use crate::bundle::Bundle;
+use crate::oci::Bundle;
 
 /// File names in the sandbox's state directory. Each is mounted in a container's `/etc`.
 pub const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];

@@ -118,7 +118,7 @@ fn cgroups_path(parent: &str, id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bundle::{Bundle, Network};
+    use crate::oci::{Bundle, Network};
     use husk_proto::cri::{LinuxContainerResources, LinuxPodSandboxConfig};
 
     fn spec(change: impl FnOnce(&mut PodSandboxConfig)) -> Value {

@@ -13,9 +13,9 @@ use std::sync::Mutex;
 
 use husk_proto::agent::AppArmorRequest;
 
-use super::Sandbox;
-use super::agent::{Agent, timeouts, within};
 use crate::lock;
+use crate::sandbox::Sandbox;
+use crate::vm::agent::{Agent, timeouts, within};
 
 /// Directory in which the kernel lists the loaded profiles.
 const PROFILES: &str = "/sys/kernel/security/apparmor/policy/profiles";
@@ -65,7 +65,7 @@ impl Sandbox {
     /// Loads the node's current version of a profile into the guest, unless the guest has it already.
     ///
     /// # Errors
-    /// [`AppArmorError`].
+    /// `AppArmorError`.
     pub async fn load_profile(&self, agent: &Agent, profile: &str) -> Result<(), AppArmorError> {
         if profile.is_empty() || profile == UNCONFINED {
             return Ok(());

@@ -15,15 +15,18 @@ use husk_vmm::control::{Call, ExitReason, Notice, Step};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
-use super::agent::Agent;
-use super::console::{self, LogTail};
-use super::hugepages;
-use super::network::net_config;
-use super::timeline::Timeline;
-use super::vmm::{Vmm, VmmError};
-use crate::bundle::{self, Sizing, Users};
 use crate::network::Network;
+use crate::network::sync::net_config;
+use crate::oci;
+use crate::oci::Users;
 use crate::random;
+use crate::resources::Sizing;
+use crate::resources::hugepages;
+use crate::sandbox::timeline::Timeline;
+use crate::vm::agent::Agent;
+use crate::vm::console;
+use crate::vm::console::LogTail;
+use crate::vm::vmm::{Vmm, VmmError};
 
 /// Slots that are free at boot, for disks and interfaces that are hot-plugged.
 const SPARE_SLOTS: u8 = 5;
@@ -277,8 +280,8 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
     Ok(agent)
 }
 
-fn message(mapping: &bundle::IdMapping) -> IdMapping {
-    let bundle::IdMapping { container, host, size } = *mapping;
+fn message(mapping: &oci::IdMapping) -> IdMapping {
+    let oci::IdMapping { container, host, size } = *mapping;
     IdMapping { container, host, size, ..Default::default() }
 }
 

@@ -15,11 +15,11 @@ use husk_vmm::config::{BlkConfig, FdIndex};
 use husk_vmm::control::{Answer, Call};
 use tokio::sync::OnceCell;
 
-use super::Sandbox;
-use super::agent::{Agent, timeouts, within};
-use super::vmm::VmmError;
-use crate::bundle::{Disk, Numbers};
 use crate::lock;
+use crate::oci::{Disk, Numbers};
+use crate::sandbox::Sandbox;
+use crate::vm::agent::{Agent, timeouts, within};
+use crate::vm::vmm::VmmError;
 
 /// Disks that are attached or being attached.
 pub type Plugged = Mutex<HashMap<Disk, Arc<Plug>>>;

@@ -1,22 +1,12 @@
 //! One sandbox: its VM, its agent, its directory and cgroup on the host, and their teardown.
 
-pub mod agent;
 mod apparmor;
 pub mod boot;
-pub mod cgroup;
-pub mod console;
 pub mod disks;
-pub mod forward;
-pub mod hugepages;
-pub mod legacy_metrics;
-pub mod limits;
-mod mounts;
-mod network;
-mod reclaim;
-pub mod resize;
-pub mod state;
+pub mod launch;
+mod propagation;
+pub mod state_dir;
 pub mod timeline;
-pub mod vmm;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -26,29 +16,21 @@ use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
 use tokio::sync::{mpsc, watch};
 
-use agent::{Agent, Report};
+use crate::network::forward;
+use crate::network::sync::Follower;
+use crate::resources::cgroup::Cgroup;
+use crate::resources::resize::Resizer;
+use crate::resources::{hugepages, limits, reclaim};
+use crate::sandbox::state_dir::StateDir;
+use crate::vm::agent::{Agent, Report};
+use crate::vm::console::LogTail;
+use crate::vm::vmm::{Vmm, VmmError};
+use crate::vm::{Boot, agent};
 use boot::Plan;
-use cgroup::Cgroup;
-use console::LogTail;
-use network::Follower;
-use resize::Resizer;
-use state::StateDir;
 use timeline::Timeline;
-use vmm::{Vmm, VmmError};
 
-use crate::bundle::growth::Size;
 use crate::random;
-
-/// State of a sandbox's boot.
-#[derive(Clone)]
-pub enum Boot {
-    /// The guest is booting.
-    Booting,
-    /// The agent accepts containers.
-    Ready(Agent),
-    /// The boot failed; the text is the chain of causes.
-    Failed(Arc<str>),
-}
+use crate::resources::growth::Size;
 
 /// Input of [`Sandbox::launch`].
 pub struct Prepared {
@@ -77,7 +59,7 @@ pub struct Sandbox {
     resizer: OnceLock<Resizer>,
     tail: LogTail,
     disks: disks::Plugged,
-    propagation: mounts::Propagation,
+    propagation: propagation::Propagation,
     profiles: apparmor::Loaded,
     follower: Arc<OnceLock<Follower>>,
     timeline_log: OnceLock<PathBuf>,
@@ -116,7 +98,7 @@ impl Sandbox {
             resizer: OnceLock::new(),
             tail,
             disks: disks::Plugged::default(),
-            propagation: mounts::Propagation::default(),
+            propagation: propagation::Propagation::default(),
             profiles: apparmor::Loaded::default(),
             follower: Arc::default(),
             timeline_log: OnceLock::new(),
@@ -305,7 +287,7 @@ impl Sandbox {
     /// Starts to propagate new mounts of the host into volumes.
     ///
     /// # Errors
-    /// As [`mounts::Propagation::start`].
+    /// As `Propagation::start`.
     pub fn follow_mounts(&self) -> std::io::Result<()> {
         self.propagation.start(&self.share())
     }

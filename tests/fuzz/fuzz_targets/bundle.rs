@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use husk_config::Config;
-use husk_shim::bundle::{Bundle, resources_update, sizing};
+use husk_shim::oci::{Bundle, resources_update};
+use husk_shim::resources::sizing;
 use libfuzzer_sys::fuzz_target;
 
 /// Returns this process's bundle directory. It is not removed at exit.

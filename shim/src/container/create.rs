@@ -1,0 +1,262 @@
+//! Handles Create: prepares the bundle while the guest still boots, then has the agent create the container.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use husk_proto::CREATE_OPTIONS_URL;
+use husk_proto::agent::CreateOptions;
+use husk_proto::containerd::api::{CreateTaskRequest, DeleteRequest};
+use husk_proto::containerd::events::task::{TaskCreate, TaskIO};
+use husk_proto::containerd::topics::TASK_CREATE_EVENT_TOPIC;
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+
+use super::prepare;
+use crate::container::prepare::Prepared;
+use crate::container::process::Process;
+use crate::container::state::Container;
+use crate::container::{Shim, paths};
+use crate::error::Refusal;
+use crate::hooks;
+use crate::oci;
+use crate::oci::{Bundle, Disk, Spec};
+use crate::pod;
+use crate::resources::growth::Limits;
+use crate::stdio::{Owner, Stdio};
+use crate::vm::agent::{Agent, timeouts, within};
+use crate::volumes;
+use crate::volumes::mirror;
+
+impl Shim {
+    /// Creates a container. On an error, everything made for it is removed again.
+    pub(crate) async fn create(&self, request: CreateTaskRequest) -> ttrpc::Result<()> {
+        if !crate::ids::is_name(&request.id) {
+            return Err(Refusal::Invalid(format!("container id {:?}", request.id)).into());
+        }
+        if !request.checkpoint.is_empty() {
+            return Err(Refusal::Unsupported("restoring a checkpoint").into());
+        }
+        if !self.sandbox.is_launched() {
+            return Err(Refusal::NotCreated.into());
+        }
+        self.sandbox.timeline.mark("create begin");
+        self.containers.reserve(&request.id)?;
+        let created = self.create_reserved(&request).await;
+        if let Err(error) = &created {
+            let text = match error {
+                ttrpc::Error::RpcStatus(status) => status.message.clone(),
+                other => other.to_string(),
+            };
+            tracing::error!(container = request.id, error = text, "failed to create the container");
+            self.delete_in_guest(&request.id).await;
+            self.tear_down_bundle(&request.id).await;
+            self.release_resources(&request.id);
+            self.release_pid(&request.id).await;
+            self.containers.remove(&request.id);
+        }
+        created
+    }
+
+    async fn create_reserved(&self, request: &CreateTaskRequest) -> ttrpc::Result<()> {
+        let bundle = read(request.bundle.clone()).await?;
+        let spec = bundle.spec.clone();
+        if spec.annotations.is_sandbox() {
+            return self.create_pause(request, spec).await;
+        }
+        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let owner = Owner { id: &request.id, namespace: &self.namespace };
+        let prepare = async {
+            self.acquire_pid(&request.id, &spec).await;
+            let prepared = self.prepare(request, bundle).await?;
+            if prepared.follows_mounts {
+                let following = self.sandbox.follow_mounts();
+                following.map_err(|error| Refusal::Failed(format!("failed to watch the host's mounts: {error}")))?;
+            }
+            // CNI plugins that run as hooks need the network namespace of the VMM process, which exists by this point.
+            self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
+            self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
+            Ok::<_, Refusal>(prepared)
+        };
+        let (prepared, stdio, agent) = tokio::join!(prepare, Stdio::open(&io, &owner), self.sandbox.ready());
+        let prepared = prepared?;
+        let agent = agent.map_err(|error| Refusal::Failed(error.to_string()))?;
+        let stdio = stdio.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        for note in &prepared.notes {
+            tracing::info!(container = request.id, "{note}");
+        }
+        let guest_spec = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
+        self.load_profile(&agent, &prepared.profile).await?;
+        for volume in &prepared.volumes.own {
+            let made = agent.sandbox.volume(within(timeouts::QUICK), volume).await;
+            made.map_err(|error| self.agent_error("volume", error))?;
+        }
+        let following = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
+        let following = following.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        self.reserve_resources(&request.id, Limits::of(&spec.linux.resources)).await?;
+        let (relay, tokens) = self.connect_stdio(stdio).await?;
+        let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
+        let options = Any {
+            type_url: CREATE_OPTIONS_URL.to_owned(),
+            value: options.write_to_bytes().map_err(|e| Refusal::Failed(e.to_string()))?,
+            ..Default::default()
+        };
+        let guest = CreateTaskRequest {
+            id: request.id.clone(),
+            bundle: request.id.clone(),
+            terminal: request.terminal,
+            stdin: tokens.stdin,
+            stdout: tokens.stdout,
+            stderr: tokens.stderr,
+            options: Some(options).into(),
+            ..Default::default()
+        };
+        let limit = within(timeouts::SLOW);
+        agent.task.create(limit, &guest).await.map_err(|error| self.agent_error("create", error))?;
+        let init = Process::new(&request.id, "", io);
+        init.set_relay(relay);
+        let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, following));
+        self.created(&container, request);
+        // Only now, because the container's start must not be throttled by its own CPU limit.
+        self.queue_resize();
+        Ok(())
+    }
+
+    /// Has the agent remove what it holds for a container whose creation failed: copies of volumes, or the container
+    /// itself.
+    ///
+    /// If only the agent's answer was lost, the agent deletes the container as soon as it is created, even if this
+    /// request has timed out by then.
+    async fn delete_in_guest(&self, id: &str) {
+        let Ok(agent) = self.agent() else { return };
+        let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
+        match agent.task.delete(within(timeouts::QUICK), &request).await {
+            Ok(_) => tracing::info!(container = id, "deleted in the guest after a failed create"),
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
+            Err(error) => {
+                tracing::warn!(container = id, %error, "failed to clean up in the guest after a failed create")
+            }
+        }
+    }
+
+    /// Hot-plugs the block devices that the specification names. Returns the specification with the guest's device
+    /// numbers.
+    async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, Refusal> {
+        if disks.is_empty() {
+            return Ok(spec);
+        }
+        let mut numbers = Vec::new();
+        for disk in disks {
+            let guest = self.sandbox.disk(agent, *disk).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+            numbers.push((*disk, guest));
+        }
+        oci::number_anew(&spec, &numbers).map_err(|e| Refusal::Failed(e.to_string()))
+    }
+
+    /// Loads a process's AppArmor profile into the guest's kernel.
+    pub(crate) async fn load_profile(&self, agent: &Agent, profile: &str) -> Result<(), Refusal> {
+        self.sandbox.load_profile(agent, profile).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
+    }
+
+    /// Stores the new container and publishes its TaskCreate event.
+    pub(crate) fn created(&self, container: &Arc<Container>, request: &CreateTaskRequest) {
+        self.containers.insert(Arc::clone(container));
+        self.sandbox.timeline.mark("create end");
+        let event = TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: Some(TaskIO {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+                ..Default::default()
+            })
+            .into(),
+            pid: self.pid(&container.id),
+            ..Default::default()
+        };
+        self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
+        if self.is_gone() {
+            self.end_all(container);
+        }
+    }
+
+    /// Prepares the bundle. Runs on a blocking thread, because mount(2) can block.
+    async fn prepare(&self, request: &CreateTaskRequest, mut bundle: Bundle) -> Result<Prepared, Refusal> {
+        let (id, share) = (request.id.clone(), self.sandbox.share());
+        let (files, pids) = (self.api.files(), self.pids());
+        let rootfs: Vec<_> = request.rootfs.iter().map(volumes::RootMount::from).collect();
+        let prepared = tokio::task::spawn_blocking(move || {
+            bundle.check().map_err(|e| crate::chain(&e))?;
+            if let Some(files) = files {
+                pod::add_mounts(&mut bundle, &files);
+            }
+            let request = prepare::Request { id: &id, share: &share, rootfs: &rootfs, pids: &pids };
+            prepare::prepare(&bundle, &request).map_err(|e| crate::chain(&e))
+        })
+        .await;
+        match prepared {
+            Ok(prepared) => prepared.map_err(Refusal::Failed),
+            Err(error) => Err(Refusal::Failed(error.to_string())),
+        }
+    }
+
+    /// Removes the container's mounts from the host. Best effort.
+    pub(crate) async fn tear_down_bundle(&self, id: &str) {
+        let (id, share) = (id.to_owned(), self.sandbox.share());
+        let done =
+            tokio::task::spawn_blocking(move || volumes::teardown(&share, &id).map_err(|e| crate::chain(&e))).await;
+        match done {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error, "failed to remove the container's mounts"),
+            Err(error) => tracing::warn!(%error, "failed to remove the container's mounts"),
+        }
+    }
+
+    pub(crate) async fn run_hooks(
+        &self,
+        kind: &'static str,
+        hooks: &[oci::Hook],
+        status: &str,
+        request: &CreateTaskRequest,
+        spec: &Spec,
+    ) -> Result<(), Refusal> {
+        let state = hooks::State {
+            oci_version: &spec.oci_version,
+            id: &request.id,
+            status,
+            pid: self.pid(&request.id),
+            bundle: &request.bundle,
+            annotations: &spec.annotations,
+        };
+        hooks::run(kind, hooks, &state).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
+    }
+
+    /// Runs the poststart or poststop hooks. A failure is only logged.
+    pub(crate) async fn run_late_hooks(&self, kind: &'static str, container: &Container, status: &str) {
+        let (hooks, pid) = match kind {
+            "poststart" => (&container.spec.hooks.poststart, self.pid(&container.id)),
+            _ => (&container.spec.hooks.poststop, 0),
+        };
+        let state = hooks::State {
+            oci_version: &container.spec.oci_version,
+            id: &container.id,
+            status,
+            pid,
+            bundle: &container.bundle,
+            annotations: &container.spec.annotations,
+        };
+        if let Err(error) = hooks::run(kind, hooks, &state).await {
+            tracing::warn!(container = container.id, error = %crate::chain(&error), "hook failed");
+        }
+    }
+}
+
+/// Reads the bundle's specification. Runs on a blocking thread, because a file system can block.
+async fn read(dir: String) -> Result<Bundle, Refusal> {
+    match tokio::task::spawn_blocking(move || Bundle::read(Path::new(&dir))).await {
+        Ok(bundle) => bundle.map_err(|e| Refusal::Failed(crate::chain(&e))),
+        Err(error) => Err(Refusal::Failed(error.to_string())),
+    }
+}

@@ -1,0 +1,138 @@
+//! Handles Kill and Delete: signals processes, and removes containers and execs.
+
+use std::time::{Duration, SystemTime};
+
+use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
+use husk_proto::containerd::events::task::TaskDelete;
+use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
+
+use crate::container::process::{Exit, Process, State};
+use crate::container::state::{Container, Exec};
+use crate::container::{KILLED, Shim};
+use crate::error::Refusal;
+use crate::events::timestamp;
+use crate::vm::agent::{timeouts, within};
+
+/// Maximum time without progress in copying a container's output before the output counts as complete.
+///
+/// The container's processes are gone by then, so only a client that does not read can delay the copying.
+const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same limit for an exec. A process that the exec left behind may hold its stdout open for ever. runc's shim waits
+/// as long.
+const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
+
+impl Shim {
+    /// Sends a signal to a process.
+    pub(crate) async fn kill(&self, container: &Container, request: &KillRequest) -> ttrpc::Result<()> {
+        if request.signal > 64 {
+            return Err(Refusal::Invalid(format!("signal {}", request.signal)).into());
+        }
+        let process = container.process(&request.exec_id)?;
+        // Processes that a finished exec has left behind stay. containerd kills every exec once more after its exit,
+        // and does the same to an exec that exceeded its timeout (1.7 and 2.1, WithProcessKill in process.go), so the
+        // two cannot be told apart.
+        match process.state() {
+            State::Stopped | State::Deleted => return Err(Refusal::Finished.into()),
+            State::Created if !process.exec.is_empty() => return Err(Refusal::NotStarted.into()),
+            _ => {}
+        }
+        if container.is_sandbox_container() {
+            self.kill_pause(container, request).await;
+            return Ok(());
+        }
+        let Ok(agent) = self.agent() else { return Err(Refusal::Finished.into()) };
+        let guest = KillRequest {
+            id: request.id.clone(),
+            exec_id: request.exec_id.clone(),
+            signal: request.signal,
+            all: request.all,
+            ..Default::default()
+        };
+        match agent.task.kill(within(timeouts::QUICK), &guest).await {
+            Ok(_) => Ok(()),
+            // The process exited before the signal arrived, alone or because the VM ended.
+            Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(Refusal::Finished.into()),
+            Err(error) => Err(self.agent_error("kill", error)),
+        }
+    }
+
+    /// Deletes a container.
+    pub(crate) async fn delete_container(&self, container: &Container) -> ttrpc::Result<DeleteResponse> {
+        let process = &container.init;
+        let before = process.begin_delete(Refusal::NoContainer)?;
+        if before == State::Stopped
+            && let Some(relay) = process.relay()
+        {
+            relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
+        }
+        // Deleting the sandbox container ends the VM. So does deleting the last container, unless the sandbox
+        // controller created the sandbox. The guest needs no cleanup in either case.
+        if container.is_sandbox_container() || (self.containers.is_only(&container.id) && !self.api.is_created()) {
+            self.sandbox.end().await;
+        } else if let Ok(agent) = self.agent() {
+            let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
+            match agent.task.delete(within(timeouts::SLOW), &request).await {
+                Ok(_) => {}
+                Err(_) if self.sandbox.is_dead() => {}
+                Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
+                Err(error) => {
+                    process.delete_failed(before);
+                    return Err(self.agent_error("delete", error));
+                }
+            }
+        }
+        for process in container.processes() {
+            process.drop_relay();
+        }
+        self.tear_down_bundle(&container.id).await;
+        let exit = process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
+        self.containers.remove(&container.id);
+        self.release_resources(&container.id);
+        self.sandbox.timeline.mark("deleted");
+        let event = TaskDelete {
+            container_id: container.id.clone(),
+            pid: self.pid(&container.id),
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        };
+        self.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
+        self.run_late_hooks("poststop", container, "stopped").await;
+        let deleted = self.deleted(process, exit);
+        self.release_pid(&container.id).await;
+        Ok(deleted)
+    }
+
+    /// Deletes an exec.
+    pub(crate) async fn delete_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<DeleteResponse> {
+        let process = &exec.process;
+        let before = process.begin_delete(Refusal::NoProcess(process.exec.clone()))?;
+        let exit = process.exit().unwrap_or(Exit { status: 0, at: SystemTime::now() });
+        if before == State::Stopped {
+            if let Some(relay) = process.relay() {
+                relay.drain(EXEC_OUTPUT_IDLE_TIMEOUT).await;
+            }
+            if let Ok(agent) = self.agent() {
+                let request =
+                    DeleteRequest { id: container.id.clone(), exec_id: process.exec.clone(), ..Default::default() };
+                // Best effort: the agent has no such exec if its start failed.
+                if let Err(error) = agent.task.delete(within(timeouts::QUICK), &request).await {
+                    tracing::debug!(container = container.id, exec = process.exec, %error, "failed to delete the exec");
+                }
+            }
+        }
+        process.drop_relay();
+        container.remove_exec(&process.exec);
+        Ok(self.deleted(process, exit))
+    }
+
+    fn deleted(&self, process: &Process, exit: Exit) -> DeleteResponse {
+        tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "deleted");
+        DeleteResponse {
+            pid: self.pid(&process.container),
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        }
+    }
+}

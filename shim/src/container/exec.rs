@@ -1,0 +1,143 @@
+//! Handles Start and Exec: starts containers and execs.
+
+use std::time::SystemTime;
+
+use husk_proto::containerd::api::{DeleteRequest, ExecProcessRequest, KillRequest, StartRequest};
+use husk_proto::containerd::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
+use husk_proto::containerd::topics::{
+    TASK_EXEC_ADDED_EVENT_TOPIC, TASK_EXEC_STARTED_EVENT_TOPIC, TASK_START_EVENT_TOPIC,
+};
+use protobuf::well_known_types::any::Any;
+
+use crate::container::process::{Exit, Process, State};
+use crate::container::state::{Container, Exec};
+use crate::container::{Shim, paths};
+use crate::error::Refusal;
+use crate::oci;
+use crate::stdio::{Owner, Stdio};
+use crate::vm::agent::{timeouts, within};
+
+/// Exit status of a process that could not be started, as in runc's shim.
+const NOT_STARTED: u32 = 255;
+
+impl Shim {
+    /// Starts a container's init process.
+    pub(crate) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
+        let process = &container.init;
+        let agent = self.agent()?;
+        // The pod's network may have been configured since the sandbox was created. Later containers find it in place.
+        if container.is_sandbox_container() || self.containers.is_only(&container.id) {
+            self.sandbox.settle_network().await.map_err(Refusal::Failed)?;
+        }
+        self.sandbox.settle_mounts().await;
+        process.begin_start()?;
+        let request = StartRequest { id: container.id.clone(), ..Default::default() };
+        if !container.is_sandbox_container()
+            && let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await
+        {
+            process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
+            let kill = KillRequest { id: container.id.clone(), signal: 9, all: true, ..Default::default() };
+            let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
+            return Err(self.agent_error("start", error));
+        }
+        self.sandbox.timeline.mark("started");
+        self.sandbox.timeline.save();
+        let event =
+            TaskStart { container_id: container.id.clone(), pid: self.pid(&container.id), ..Default::default() };
+        self.events.publish(TASK_START_EVENT_TOPIC, &event);
+        self.after_start(container, process);
+        self.run_late_hooks("poststart", container, "running").await;
+        Ok(())
+    }
+
+    /// Adds an exec. The agent is told when the exec is started; runc's shim reports errors at that point too.
+    pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), Refusal> {
+        if !crate::ids::is_name(&request.exec_id) {
+            return Err(Refusal::Invalid(format!("exec id {:?}", request.exec_id)));
+        }
+        if container.is_sandbox_container() {
+            return Err(Refusal::Sandbox);
+        }
+        if container.is_paused() {
+            return Err(Refusal::Exec("paused"));
+        }
+        if matches!(container.init.state(), State::Stopped | State::Deleted) || self.sandbox.is_dead() {
+            return Err(Refusal::Exec("stopped"));
+        }
+        let (spec, profile) = oci::exec_process(&request.spec.value).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let process = Process::new(&container.id, &request.exec_id, io).into();
+        container.add_exec(Exec { process, spec, profile, type_url: request.spec.type_url.clone() })?;
+        let event = TaskExecAdded {
+            container_id: container.id.clone(),
+            exec_id: request.exec_id.clone(),
+            ..Default::default()
+        };
+        self.events.publish(TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+        Ok(())
+    }
+
+    /// Starts an exec.
+    pub(crate) async fn start_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<()> {
+        let process = &exec.process;
+        if container.is_paused() {
+            return Err(Refusal::Exec("paused").into());
+        }
+        process.begin_start()?;
+        if let Err(error) = self.start_exec_begun(exec).await {
+            process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
+            process.drop_relay();
+            return Err(error);
+        }
+        let event = TaskExecStarted {
+            container_id: container.id.clone(),
+            exec_id: process.exec.clone(),
+            pid: self.pid(&container.id),
+            ..Default::default()
+        };
+        self.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+        self.after_start(container, process);
+        Ok(())
+    }
+
+    async fn start_exec_begun(&self, exec: &Exec) -> ttrpc::Result<()> {
+        let process = &exec.process;
+        let agent = self.agent()?;
+        let owner = Owner { id: &process.container, namespace: &self.namespace };
+        self.load_profile(&agent, &exec.profile).await?;
+        self.sandbox.settle_mounts().await;
+        let stdio = Stdio::open(&process.paths, &owner).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        let (relay, tokens) = self.connect_stdio(stdio).await?;
+        process.set_relay(relay);
+        let spec = Any { type_url: exec.type_url.clone(), value: exec.spec.clone(), ..Default::default() };
+        let request = ExecProcessRequest {
+            id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            terminal: process.paths.terminal,
+            stdin: tokens.stdin,
+            stdout: tokens.stdout,
+            stderr: tokens.stderr,
+            spec: Some(spec).into(),
+            ..Default::default()
+        };
+        agent.task.exec(within(timeouts::SLOW), &request).await.map_err(|error| self.agent_error("exec", error))?;
+        let start = StartRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
+        if let Err(error) = agent.task.start(within(timeouts::SLOW), &start).await {
+            let forget =
+                DeleteRequest { id: process.container.clone(), exec_id: process.exec.clone(), ..Default::default() };
+            let _ = agent.task.delete(within(timeouts::QUICK), &forget).await;
+            return Err(self.agent_error("exec", error));
+        }
+        Ok(())
+    }
+
+    /// Publishes an exit that was reported before the start event. Marks all processes as killed if the VM has ended.
+    fn after_start(&self, container: &Container, process: &Process) {
+        if let Some(exit) = process.confirm_start() {
+            self.publish_exit(process, exit);
+        }
+        if self.is_gone() {
+            self.end_all(container);
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The containers of one sandbox: the operations of containerd's Task and Sandbox services.
+
+mod create;
+mod delete;
+mod exec;
+mod pause;
+mod pids;
+mod prepare;
+#[cfg(test)]
+mod prepare_tests;
+pub mod process;
+mod resize;
+pub mod sandbox_state;
+pub mod state;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
+
+use husk_proto::containerd::events::task::{TaskExit, TaskOOM};
+use husk_proto::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC};
+use tokio::sync::{mpsc, watch};
+
+use crate::container::process::{Exit, ExitReport, Process};
+use crate::container::state::{Container, Containers};
+use crate::error::Refusal;
+use crate::events::{Events, timestamp};
+use crate::sandbox::Sandbox;
+use crate::sandbox::launch::Pending;
+use crate::stdio::{Paths, Relay, Stdio, Streams};
+use crate::vm::agent::{Agent, Report};
+
+/// Exit status of a process whose VM ended: the status of a process killed by SIGKILL.
+pub(crate) const KILLED: u32 = 128 + 9;
+
+/// The shim's state: one sandbox and its containers.
+pub struct Shim {
+    pub(crate) namespace: String,
+    pub(crate) sandbox: Arc<Sandbox>,
+    /// State of the sandbox as containerd's sandbox controller set it.
+    pub(crate) api: sandbox_state::State,
+    pub(crate) containers: Containers,
+    pub(crate) sizes: resize::Sizes,
+    pub(crate) pids: pids::Pids,
+    pub(crate) events: Events,
+    /// The VM is gone, and the exits of all its processes have been published.
+    pub(crate) gone: AtomicBool,
+    pub(crate) finishing: AtomicBool,
+    pub(crate) finished: watch::Sender<bool>,
+}
+
+/// Runs `work` to completion even if the caller goes away: ttrpc drops a request's handler when its timeout expires.
+pub(crate) async fn run_to_completion<T: Send + 'static>(
+    work: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(Refusal::Failed(error.to_string()).into()))
+}
+
+impl Shim {
+    /// Returns the shim's state for a sandbox, and starts to process `reports`, the agent's events.
+    ///
+    /// `pending` is what the launch needs if the sandbox is still to be created by a request.
+    pub fn new(
+        namespace: &str,
+        sandbox: Arc<Sandbox>,
+        events: Events,
+        reports: mpsc::UnboundedReceiver<Report>,
+        pending: Option<Pending>,
+    ) -> Arc<Self> {
+        let shim = Arc::new(Self {
+            namespace: namespace.to_owned(),
+            sandbox,
+            api: sandbox_state::State::new(pending),
+            containers: Containers::default(),
+            sizes: resize::Sizes::default(),
+            pids: pids::Pids::default(),
+            events,
+            gone: AtomicBool::new(false),
+            finishing: AtomicBool::new(false),
+            finished: watch::Sender::new(false),
+        });
+        tokio::spawn(Arc::clone(&shim).follow(reports));
+        shim
+    }
+
+    /// Waits until the last container and the sandbox are gone.
+    pub async fn finished(&self) {
+        let _ = self.finished.subscribe().wait_for(|done| *done).await;
+    }
+
+    /// Returns the event queue.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Tears the sandbox down once, and returns to every caller when that is done.
+    pub async fn finish(self: &Arc<Self>) {
+        if !self.finishing.swap(true, Ordering::Relaxed) {
+            // In a task of its own: the first caller's request may be dropped when its timeout expires.
+            let shim = Arc::clone(self);
+            tokio::spawn(async move {
+                shim.sandbox.tear_down().await;
+                shim.finished.send_replace(true);
+            });
+        }
+        self.finished().await;
+    }
+
+    /// Turns the agent's reports into exits and events. When the VM ends, reports the exit of every process still
+    /// known.
+    async fn follow(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
+        while let Some(report) = reports.recv().await {
+            match report {
+                Report::Oom { container } => match self.containers.get(&container) {
+                    Ok(container) => self.publish_oom(&container),
+                    Err(_) => tracing::warn!(container, "the agent reported an unknown container out of memory"),
+                },
+                Report::Exit { container, exec, status, at, oom } => {
+                    let Ok(container) = self.containers.get(&container) else {
+                        tracing::warn!(container, exec, status, "the agent reported the exit of an unknown container");
+                        continue;
+                    };
+                    let Ok(process) = container.process(&exec) else {
+                        tracing::warn!(
+                            container = container.id,
+                            exec,
+                            "the agent reported the exit of an unknown exec"
+                        );
+                        continue;
+                    };
+                    if oom {
+                        self.publish_oom(&container);
+                    }
+                    let exit = Exit { status, at };
+                    if process.record_exit(exit) == ExitReport::Publish {
+                        self.publish_exit(&process, exit);
+                    }
+                }
+            }
+        }
+        self.gone.store(true, Ordering::Relaxed);
+        for container in self.containers.all() {
+            self.end_all(&container);
+        }
+        self.api.ended();
+    }
+
+    /// Marks all processes of a container as killed, after the VM has ended.
+    pub(crate) fn end_all(&self, container: &Container) {
+        let exit = Exit { status: KILLED, at: SystemTime::now() };
+        for process in container.processes() {
+            let started = process.exec.is_empty() || process.state() != process::State::Created;
+            if process.record_exit(exit) == ExitReport::Publish && started {
+                self.publish_exit(&process, exit);
+            }
+        }
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn publish_oom(&self, container: &Container) {
+        if container.claim_oom_report() {
+            tracing::info!(container = container.id, "out of memory");
+            let event = TaskOOM { container_id: container.id.clone(), ..Default::default() };
+            self.events.publish(TASK_OOM_EVENT_TOPIC, &event);
+        }
+    }
+
+    pub(crate) fn publish_exit(&self, process: &Process, exit: Exit) {
+        if process.exec.is_empty() {
+            self.sandbox.timeline.mark("exited");
+        }
+        tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "exited");
+        let event = TaskExit {
+            container_id: process.container.clone(),
+            id: process.event_id().to_owned(),
+            pid: self.pid(&process.container),
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        };
+        self.events.publish(TASK_EXIT_EVENT_TOPIC, &event);
+    }
+
+    /// Returns the agent, or [`Refusal::Gone`] if the VM has ended.
+    pub(crate) fn agent(&self) -> Result<Agent, Refusal> {
+        if self.sandbox.is_dead() {
+            return Err(Refusal::Gone);
+        }
+        self.sandbox.agent().ok_or(Refusal::Gone)
+    }
+
+    /// Converts an error of the agent. If the VM has ended, the error contains the last lines of its console.
+    pub(crate) fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
+        if self.sandbox.is_dead() {
+            let console = self.sandbox.console_tail();
+            let console =
+                if console.is_empty() { console } else { format!("; the last lines of its console:\n{console}") };
+            return Refusal::Failed(format!("{what}: the VM has ended{console}")).into();
+        }
+        crate::vm::agent::error(what, error)
+    }
+
+    /// Opens the streams that a process's stdio needs and starts copying. Returns the stream names for the guest's
+    /// request.
+    pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, Tokens), Refusal> {
+        let wants = stdio.wants();
+        let open = async |wanted: bool| match wanted {
+            true => self.sandbox.open_stream().await.map(Some),
+            false => Ok(None),
+        };
+        let failed = |error: &dyn std::error::Error| Refusal::Failed(crate::chain(error));
+        let mut tokens = Tokens::default();
+        let streams = if wants.terminal {
+            let (token, stream) = self.sandbox.open_stream().await.map_err(|e| failed(&e))?;
+            tokens.stdout = token.to_string();
+            if wants.stdin {
+                tokens.stdin.clone_from(&tokens.stdout);
+            }
+            Streams::Terminal(stream)
+        } else {
+            let (stdin, stdout, stderr) = tokio::join!(open(wants.stdin), open(wants.stdout), open(wants.stderr));
+            let mut take = |name: fn(&mut Tokens) -> &mut String, opened: Result<Option<_>, _>| match opened {
+                Ok(Some((token, stream))) => {
+                    *name(&mut tokens) = u64::to_string(&token);
+                    Ok(Some(stream))
+                }
+                Ok(None) => Ok(None),
+                Err(error) => Err(failed(&error)),
+            };
+            Streams::Pipes {
+                stdin: take(|t| &mut t.stdin, stdin)?,
+                stdout: take(|t| &mut t.stdout, stdout)?,
+                stderr: take(|t| &mut t.stderr, stderr)?,
+            }
+        };
+        let relay = stdio.start(streams).map_err(|e| failed(&e))?;
+        Ok((relay, tokens))
+    }
+}
+
+/// Names of a process's streams in the guest's request.
+#[derive(Debug, Default)]
+pub(crate) struct Tokens {
+    stdin: String,
+    stdout: String,
+    stderr: String,
+}
+
+pub(crate) fn paths(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Paths {
+    Paths { stdin: stdin.to_owned(), stdout: stdout.to_owned(), stderr: stderr.to_owned(), terminal }
+}

@@ -1,0 +1,66 @@
+//! The sandbox container of a Kubernetes pod: a record that stands for the VM.
+//!
+//! Its image contains only the pause program, which waits for signals. Husk never runs it, but reports to containerd
+//! what the pause program would do.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use husk_proto::containerd::api::{CreateTaskRequest, KillRequest};
+use tokio::task::JoinSet;
+
+use crate::container::process::{Exit, ExitReport, Process};
+use crate::container::state::Container;
+use crate::container::{Shim, paths};
+use crate::error::Refusal;
+use crate::oci::Spec;
+
+impl Shim {
+    /// Creates the sandbox container's record as soon as the agent is ready.
+    pub(crate) async fn create_pause(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
+        self.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
+        self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
+        self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
+        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let init = Process::new(&request.id, "", io);
+        self.created(&Arc::new(Container::new(&request.id, &request.bundle, spec, init, JoinSet::new())), request);
+        Ok(())
+    }
+
+    /// Handles a signal to the sandbox container. A signal that ends the pause program ends the pod's VM.
+    pub(crate) async fn kill_pause(&self, container: &Container, request: &KillRequest) {
+        let Some(status) = status_after(request.signal) else { return };
+        self.sandbox.flush_disks().await;
+        let exit = Exit { status, at: SystemTime::now() };
+        let seen = container.init.record_exit(exit);
+        self.sandbox.kill();
+        if seen == ExitReport::Publish {
+            self.publish_exit(&container.init, exit);
+        }
+    }
+}
+
+/// Returns the exit status of the pause program after a signal, or `None` if the signal does not end it.
+///
+/// The program handles SIGINT and SIGTERM. PID 1 of a PID namespace gets no other signal except SIGKILL
+/// (kubernetes/build/pause/linux/pause.c; pid_namespaces(7)).
+fn status_after(signal: u32) -> Option<u32> {
+    match i32::try_from(signal).unwrap_or_default() {
+        libc::SIGINT | libc::SIGTERM => Some(0),
+        libc::SIGKILL => Some(128 + 9),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sigint_sigterm_and_sigkill_end_the_sandbox_container() {
+        assert_eq!(status_after(9), Some(137));
+        assert_eq!(status_after(15), Some(0));
+        assert_eq!(status_after(0), None);
+        assert_eq!(status_after(1), None);
+    }
+}

@@ -1,0 +1,57 @@
+//! PIDs that containerd sees for containers.
+//!
+//! A container outside a pod has the VMM's PID. Each container of a pod has a PID of its own, so that a specification
+//! can name its PID namespace as `/proc/PID/ns/pid`.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+use crate::container::Shim;
+use crate::lock;
+use crate::oci::Spec;
+
+/// PIDs of the containers that have one of their own, by container id.
+#[derive(Default)]
+pub(crate) struct Pids(Mutex<HashMap<String, u32>>);
+
+impl Shim {
+    /// Returns the PID that containerd is told for a container and its processes.
+    ///
+    /// It is a live process or thread on the host, in the pod's network namespace and cgroup.
+    pub(crate) fn pid(&self, container: &str) -> u32 {
+        lock(&self.pids.0).get(container).copied().unwrap_or_else(|| self.sandbox.pid())
+    }
+
+    /// Returns the ids of the containers that have a PID of their own, by PID.
+    pub(crate) fn pids(&self) -> HashMap<u32, String> {
+        lock(&self.pids.0).iter().map(|(id, pid)| (*pid, id.clone())).collect()
+    }
+
+    /// Acquires a PID for a container of a pod. [`Shim::release_pid`] must follow. Best effort.
+    pub(crate) async fn acquire_pid(&self, container: &str, spec: &Spec) {
+        if !spec.group(container).is_ok_and(|group| group != container) {
+            return;
+        }
+        match self.sandbox.acquire_pid().await {
+            Ok(pid) => drop(lock(&self.pids.0).insert(container.to_owned(), pid)),
+            Err(error) => {
+                let error = crate::chain(&error);
+                tracing::warn!(
+                    container,
+                    error,
+                    "failed to acquire a PID for the container: no other container can join its PID namespace"
+                );
+            }
+        }
+    }
+
+    /// Releases the PID of a container that was deleted or could not be created.
+    pub(crate) async fn release_pid(&self, container: &str) {
+        let pid = lock(&self.pids.0).remove(container);
+        if let Some(pid) = pid
+            && !self.sandbox.is_dead()
+        {
+            self.sandbox.release_pid(pid).await;
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! State machine of one process: a container's init process or an exec. Its lock is never held across a call.
+
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use tokio::sync::watch;
+
+use crate::error::Refusal;
+use crate::lock;
+use crate::stdio::{Paths, Relay};
+
+/// Exit of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit status, 0 to 255.
+    pub status: u32,
+    /// Time of the exit.
+    pub at: SystemTime,
+}
+
+/// State of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Created, not started.
+    Created,
+    /// The agent is starting it.
+    Starting,
+    /// Running.
+    Running,
+    /// Exited.
+    Stopped,
+    /// Deleted, or being deleted.
+    Deleted,
+}
+
+impl State {
+    /// Returns the name of the state in error messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Starting | Self::Running => "running",
+            Self::Stopped => "stopped",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
+struct Inner {
+    state: State,
+    /// Exit that was reported before the start event was published.
+    unpublished: Option<Exit>,
+    relay: Option<Arc<Relay>>,
+}
+
+/// A process.
+pub struct Process {
+    /// Id of the container.
+    pub container: String,
+    /// Id of the exec; empty for the init process.
+    pub exec: String,
+    /// Paths of the stdio streams, as in the request.
+    pub paths: Paths,
+    inner: Mutex<Inner>,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+/// How to handle a reported exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitReport {
+    /// Publish the exit event.
+    Publish,
+    /// Do nothing yet: [`Process::confirm_start`] returns the exit once the start event is published.
+    Deferred,
+    /// Ignore it: the exit has been reported before.
+    Duplicate,
+}
+
+impl Process {
+    /// Returns a process in the state [`State::Created`].
+    pub fn new(container: &str, exec: &str, paths: Paths) -> Self {
+        Self {
+            container: container.to_owned(),
+            exec: exec.to_owned(),
+            paths,
+            inner: Mutex::new(Inner { state: State::Created, unpublished: None, relay: None }),
+            exit: watch::Sender::new(None),
+        }
+    }
+
+    /// Returns the id for events: the exec's id, or the container's id for the init process.
+    pub fn event_id(&self) -> &str {
+        if self.exec.is_empty() { &self.container } else { &self.exec }
+    }
+
+    /// Returns the current state.
+    pub fn state(&self) -> State {
+        lock(&self.inner).state
+    }
+
+    /// Returns the exit, if the process has exited.
+    pub fn exit(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    /// Waits for the exit.
+    pub async fn wait(&self) -> Exit {
+        let mut exit = self.exit.subscribe();
+        match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
+            Ok(Some(exit)) => exit,
+            // Unreachable: the sender belongs to `self`.
+            _ => Exit { status: 255, at: SystemTime::now() },
+        }
+    }
+
+    /// Stores the relay, which copies the streams.
+    pub fn set_relay(&self, relay: Relay) {
+        lock(&self.inner).relay = Some(Arc::new(relay));
+    }
+
+    /// Returns the relay.
+    pub fn relay(&self) -> Option<Arc<Relay>> {
+        lock(&self.inner).relay.clone()
+    }
+
+    /// Drops the relay, which ends the copying.
+    pub fn drop_relay(&self) {
+        let relay = lock(&self.inner).relay.take();
+        drop(relay);
+    }
+
+    /// Moves from created to starting.
+    ///
+    /// # Errors
+    /// [`Refusal::Start`] from any other state.
+    pub fn begin_start(&self) -> Result<(), Refusal> {
+        let mut inner = lock(&self.inner);
+        if inner.state != State::Created || inner.unpublished.is_some() {
+            return Err(Refusal::Start(inner.state.name()));
+        }
+        inner.state = State::Starting;
+        Ok(())
+    }
+
+    /// Records that the start event was published. Returns the exit to publish next, if one was reported before it.
+    pub fn confirm_start(&self) -> Option<Exit> {
+        let mut inner = lock(&self.inner);
+        match inner.unpublished.take() {
+            Some(exit) => {
+                inner.state = State::Stopped;
+                drop(inner);
+                self.exit.send_replace(Some(exit));
+                Some(exit)
+            }
+            None => {
+                if inner.state == State::Starting {
+                    inner.state = State::Running;
+                }
+                None
+            }
+        }
+    }
+
+    /// Records that the agent could not start the process.
+    ///
+    /// runc's shim counts such a process as stopped, with the exit status 255 for an exec.
+    pub fn start_failed(&self, exit: Exit) {
+        let mut inner = lock(&self.inner);
+        inner.unpublished = None;
+        inner.state = State::Stopped;
+        drop(inner);
+        self.exit.send_if_modified(|e| e.is_none().then(|| *e = Some(exit)).is_some());
+    }
+
+    /// Records a reported exit.
+    pub fn record_exit(&self, exit: Exit) -> ExitReport {
+        let mut inner = lock(&self.inner);
+        match inner.state {
+            State::Stopped | State::Deleted => ExitReport::Duplicate,
+            State::Starting if inner.unpublished.is_some() => ExitReport::Duplicate,
+            State::Starting => {
+                inner.unpublished = Some(exit);
+                ExitReport::Deferred
+            }
+            State::Created | State::Running => {
+                inner.state = State::Stopped;
+                drop(inner);
+                self.exit.send_replace(Some(exit));
+                ExitReport::Publish
+            }
+        }
+    }
+
+    /// Begins the deletion. Later callers get `gone`. Returns the state before.
+    ///
+    /// # Errors
+    /// [`Refusal::Delete`] while the process runs, `gone` if it is already deleted.
+    pub fn begin_delete(&self, gone: Refusal) -> Result<State, Refusal> {
+        let mut inner = lock(&self.inner);
+        match inner.state {
+            State::Deleted => Err(gone),
+            State::Starting | State::Running => Err(Refusal::Delete("running")),
+            before @ (State::Created | State::Stopped) => {
+                inner.state = State::Deleted;
+                Ok(before)
+            }
+        }
+    }
+
+    /// Restores the state before a failed deletion, so that the deletion can be retried.
+    pub fn delete_failed(&self, before: State) {
+        lock(&self.inner).state = before;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process() -> Process {
+        let paths = Paths { stdin: String::new(), stdout: String::new(), stderr: String::new(), terminal: false };
+        Process::new("c", "", paths)
+    }
+
+    fn exit(status: u32) -> Exit {
+        Exit { status, at: SystemTime::UNIX_EPOCH }
+    }
+
+    #[tokio::test]
+    async fn exit_before_the_start_event_is_deferred() {
+        let p = process();
+        p.begin_start().unwrap();
+        assert_eq!(p.record_exit(exit(3)), ExitReport::Deferred);
+        assert_eq!(p.exit(), None);
+        assert_eq!(p.record_exit(exit(4)), ExitReport::Duplicate);
+        assert_eq!(p.confirm_start(), Some(exit(3)));
+        assert_eq!(p.wait().await, exit(3));
+        assert_eq!(p.state(), State::Stopped);
+    }
+
+    #[test]
+    fn start_exit_and_delete_move_through_the_states() {
+        let p = process();
+        p.begin_start().unwrap();
+        assert_eq!(p.begin_start(), Err(Refusal::Start("running")));
+        assert_eq!(p.confirm_start(), None);
+        assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::Delete("running")));
+        assert_eq!(p.record_exit(exit(0)), ExitReport::Publish);
+        assert_eq!(p.record_exit(exit(9)), ExitReport::Duplicate);
+        assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
+        assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Stopped));
+        assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::NoContainer));
+        assert_eq!(p.exit(), Some(exit(0)));
+    }
+
+    #[test]
+    fn exit_or_failed_start_stops_a_created_process() {
+        let p = process();
+        assert_eq!(p.record_exit(exit(137)), ExitReport::Publish);
+        assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
+        let p = process();
+        assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Created));
+        p.delete_failed(State::Created);
+        p.begin_start().unwrap();
+        p.start_failed(exit(255));
+        assert_eq!(p.exit(), Some(exit(255)));
+    }
+}

@@ -1,0 +1,155 @@
+//! The sandbox as containerd's sandbox controller sees it.
+//!
+//! Requests create, start, stop and shut down the sandbox, independently of its containers.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use husk_proto::cri::PodSandboxConfig;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use crate::container::process::Exit;
+use crate::container::{KILLED, Shim};
+use crate::error::Refusal;
+use crate::lock;
+use crate::pod;
+use crate::sandbox::launch::Pending;
+use crate::sandbox::launch::hostname;
+
+/// Timeout for the request that creates the sandbox. containerd sends it right after the answer to `start`.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// State of the sandbox that the controller's requests change.
+pub struct State {
+    /// What the launch needs; taken by the launch.
+    pending: Mutex<Option<Pending>>,
+    /// Set if a request created the sandbox. It then stays until a request ends it.
+    created: OnceLock<Created>,
+    /// Whether a request to stop has arrived.
+    stopping: Mutex<bool>,
+    /// Exit of the sandbox.
+    exit: watch::Sender<Option<Exit>>,
+    created_at: SystemTime,
+}
+
+struct Created {
+    /// Specification that this shim made for the sandbox; `{}` if the bundle has one.
+    spec: Value,
+    /// Directory of the pod's files, if this shim wrote them.
+    files: Option<PathBuf>,
+}
+
+impl State {
+    /// Returns the initial state; `pending` is set if the specification is still to come.
+    pub fn new(pending: Option<Pending>) -> Self {
+        Self {
+            pending: Mutex::new(pending),
+            created: OnceLock::new(),
+            stopping: Mutex::new(false),
+            exit: watch::Sender::new(None),
+            created_at: SystemTime::now(),
+        }
+    }
+
+    /// Returns whether a request created the sandbox.
+    pub fn is_created(&self) -> bool {
+        self.created.get().is_some()
+    }
+
+    /// Returns the time at which the shim began to serve the sandbox.
+    pub fn created_at(&self) -> SystemTime {
+        self.created_at
+    }
+
+    /// Returns the exit, if the sandbox has ended.
+    pub fn exit(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    /// Returns the specification that this shim made, or null.
+    pub fn spec(&self) -> Value {
+        self.created.get().map_or(Value::Null, |created| created.spec.clone())
+    }
+
+    /// Returns the directory of files that the pod's containers see, such as `/etc/hosts`.
+    pub fn files(&self) -> Option<PathBuf> {
+        self.created.get()?.files.clone()
+    }
+
+    /// Records the end of the VM.
+    pub fn ended(&self) {
+        let status = if *lock(&self.stopping) { 0 } else { KILLED };
+        self.exit.send_if_modified(|exit| {
+            let first = exit.is_none();
+            exit.get_or_insert(Exit { status, at: SystemTime::now() });
+            first
+        });
+    }
+
+    /// Waits for the end of the sandbox.
+    pub async fn wait(&self) -> Exit {
+        let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
+        // Unreachable fallback: the sender belongs to `self`.
+        ended.ok().flatten().unwrap_or(Exit { status: KILLED, at: SystemTime::now() })
+    }
+}
+
+impl Shim {
+    /// Creates the sandbox from the pod's configuration and starts its boot.
+    ///
+    /// A sandbox whose bundle has a specification is already booting.
+    pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), Refusal> {
+        let pending = lock(&self.api.pending).take();
+        let (created, launch) = match pending {
+            None if self.api.is_created() || self.sandbox.is_dead() => {
+                return Err(Refusal::Exists(self.sandbox.id.clone()));
+            }
+            None => (Created { spec: json!({}), files: None }, None),
+            Some(pending) => {
+                let spec = pod::specification(&self.sandbox.id, config, netns);
+                let dir = self.sandbox.dir().path().to_owned();
+                let (files, pod_config, name) = (dir.clone(), config.clone(), hostname(&config.hostname));
+                let written = tokio::task::spawn_blocking(move || pod::write(&dir, &pod_config, &name)).await;
+                written
+                    .map_err(|e| e.to_string())
+                    .and_then(|done| done.map_err(|e| crate::chain(&e)))
+                    .map_err(Refusal::Failed)?;
+                (Created { spec, files: Some(files) }, Some(pending))
+            }
+        };
+        let spec = created.spec.clone();
+        if self.api.created.set(created).is_err() {
+            return Err(Refusal::Exists(self.sandbox.id.clone()));
+        }
+        if let Some(pending) = launch {
+            pending.launch(spec, &self.sandbox).await.map_err(Refusal::Failed)?;
+            // A stop may have arrived during the launch, before there was a VM to kill.
+            if *lock(&self.api.stopping) {
+                self.sandbox.kill();
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the sandbox with everything that runs in it, and waits for its end.
+    pub(crate) async fn stop_sandbox(&self) {
+        *lock(&self.api.stopping) = true;
+        // Dropping `pending` closes the report channel, which ends a sandbox that was never launched.
+        drop(lock(&self.api.pending).take());
+        self.sandbox.end().await;
+        self.api.wait().await;
+    }
+
+    /// Returns if no request creates this sandbox within `CREATE_TIMEOUT`; otherwise never.
+    pub async fn forsaken(self: &Arc<Self>) {
+        if lock(&self.api.pending).is_none() {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(CREATE_TIMEOUT).await;
+        if lock(&self.api.pending).is_none() {
+            std::future::pending().await
+        }
+    }
+}

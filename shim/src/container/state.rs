@@ -1,0 +1,177 @@
+//! One container of a sandbox and its processes.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use tokio::task::JoinSet;
+
+use crate::container::process::Process;
+use crate::error::Refusal;
+use crate::lock;
+use crate::oci::Spec;
+
+/// An exec. Keeps its process specification until the exec is started.
+pub struct Exec {
+    /// State of the process.
+    pub process: Arc<Process>,
+    /// Process specification for the guest, encoded as `type_url` says.
+    pub spec: Vec<u8>,
+    /// AppArmor profile; empty if there is none.
+    pub profile: String,
+    /// Type URL of `spec`.
+    pub type_url: String,
+}
+
+/// A container.
+pub struct Container {
+    /// Container id.
+    pub id: String,
+    /// Bundle directory on the host.
+    pub bundle: String,
+    /// The part of the container's `config.json` that the shim reads.
+    pub spec: Spec,
+    /// State of the init process.
+    pub init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Exec>>>,
+    paused: AtomicBool,
+    oom_reported: AtomicBool,
+    /// Tasks that keep the mirrored volumes up to date. Dropping them with the container stops them.
+    _following: JoinSet<()>,
+}
+
+impl Container {
+    /// Returns a container whose init process has been created.
+    pub fn new(id: &str, bundle: &str, spec: Spec, init: Process, following: JoinSet<()>) -> Self {
+        Self {
+            id: id.to_owned(),
+            bundle: bundle.to_owned(),
+            spec,
+            init: Arc::new(init),
+            execs: Mutex::default(),
+            paused: AtomicBool::new(false),
+            oom_reported: AtomicBool::new(false),
+            _following: following,
+        }
+    }
+
+    /// Returns the init process if `exec` is empty, else the process of that exec.
+    ///
+    /// # Errors
+    /// [`Refusal::NoProcess`].
+    pub fn process(&self, exec: &str) -> Result<Arc<Process>, Refusal> {
+        if exec.is_empty() { Ok(Arc::clone(&self.init)) } else { self.exec(exec).map(|e| Arc::clone(&e.process)) }
+    }
+
+    /// Returns the exec with this id.
+    ///
+    /// # Errors
+    /// [`Refusal::NoProcess`].
+    pub fn exec(&self, id: &str) -> Result<Arc<Exec>, Refusal> {
+        lock(&self.execs).get(id).cloned().ok_or_else(|| Refusal::NoProcess(id.to_owned()))
+    }
+
+    /// Adds an exec.
+    ///
+    /// # Errors
+    /// [`Refusal::Exists`] if the id is taken.
+    pub fn add_exec(&self, exec: Exec) -> Result<(), Refusal> {
+        let id = exec.process.exec.clone();
+        match lock(&self.execs).entry(id) {
+            std::collections::hash_map::Entry::Occupied(taken) => Err(Refusal::Exists(taken.key().clone())),
+            std::collections::hash_map::Entry::Vacant(free) => {
+                free.insert(Arc::new(exec));
+                Ok(())
+            }
+        }
+    }
+
+    /// Removes an exec.
+    pub fn remove_exec(&self, id: &str) {
+        lock(&self.execs).remove(id);
+    }
+
+    /// Returns all processes, execs first: they exit before the init process does.
+    pub fn processes(&self) -> Vec<Arc<Process>> {
+        let mut all: Vec<_> = lock(&self.execs).values().map(|exec| Arc::clone(&exec.process)).collect();
+        all.push(Arc::clone(&self.init));
+        all
+    }
+
+    /// Returns whether the container is paused.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Records whether the container is paused.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
+    }
+
+    /// Returns whether this is the sandbox container of a pod. It has no process in the guest.
+    pub fn is_sandbox_container(&self) -> bool {
+        self.spec.annotations.is_sandbox()
+    }
+
+    /// Returns true to the first caller only, which then publishes the OOM event.
+    pub fn claim_oom_report(&self) -> bool {
+        !self.oom_reported.swap(true, Ordering::Relaxed)
+    }
+}
+
+/// The containers of a sandbox. An id whose container is still being created has the value `None`.
+#[derive(Default)]
+pub struct Containers {
+    slots: Mutex<HashMap<String, Option<Arc<Container>>>>,
+}
+
+impl Containers {
+    /// Reserves an id. [`Containers::insert`] or [`Containers::remove`] must follow.
+    ///
+    /// # Errors
+    /// [`Refusal::Exists`] if the id is taken.
+    pub fn reserve(&self, id: &str) -> Result<(), Refusal> {
+        let mut slots = lock(&self.slots);
+        if slots.contains_key(id) {
+            return Err(Refusal::Exists(id.to_owned()));
+        }
+        slots.insert(id.to_owned(), None);
+        Ok(())
+    }
+
+    /// Stores a container under its reserved id.
+    pub fn insert(&self, container: Arc<Container>) {
+        lock(&self.slots).insert(container.id.clone(), Some(container));
+    }
+
+    /// Removes an id. Returns whether it was the last one.
+    pub fn remove(&self, id: &str) -> bool {
+        let mut slots = lock(&self.slots);
+        slots.remove(id);
+        slots.is_empty()
+    }
+
+    /// Returns the container with this id.
+    ///
+    /// # Errors
+    /// [`Refusal::NoContainer`], also while the container is still being created.
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, Refusal> {
+        lock(&self.slots).get(id).cloned().flatten().ok_or(Refusal::NoContainer)
+    }
+
+    /// Returns whether there is no container, and none being created.
+    pub fn is_empty(&self) -> bool {
+        lock(&self.slots).is_empty()
+    }
+
+    /// Returns whether `id` is the only id.
+    pub fn is_only(&self, id: &str) -> bool {
+        let slots = lock(&self.slots);
+        slots.len() == 1 && slots.contains_key(id)
+    }
+
+    /// Returns all containers that have been created.
+    pub fn all(&self) -> Vec<Arc<Container>> {
+        lock(&self.slots).values().flatten().cloned().collect()
+    }
+}

@@ -1,0 +1,138 @@
+//! Port forwarding: connects to the guest what is dialled in the pod's network namespace on the host.
+//!
+//! See `crate::network::steer` for how such connections reach the listeners here.
+
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_proto::{forward, ports};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::Semaphore;
+
+use crate::network::Steer;
+use crate::vm::vmm::{Vmm, VmmError};
+
+/// Maximum number of connections at once. More wait in the listener's backlog.
+const MAX_CONNECTIONS: usize = 512;
+/// Timeout for the connection inside the guest.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// First and maximum backoff after a failed accept.
+const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// Error of forwarding a connection.
+#[derive(Debug, thiserror::Error)]
+enum ForwardError {
+    /// No stream to the guest could be opened.
+    #[error("failed to connect to the guest")]
+    Guest(#[source] VmmError),
+    /// The guest could not connect, usually because nothing listens at the address.
+    #[error("failed to connect to {address} in the pod")]
+    Refused {
+        /// Address that was dialled.
+        address: SocketAddr,
+        /// Error of the guest's kernel.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The guest did not answer before the timeout.
+    #[error("no answer from the guest within {CONNECT_TIMEOUT:?}")]
+    Timeout,
+    /// One of the two connections failed.
+    #[error("failed to copy data between client and guest")]
+    Stream(#[from] std::io::Error),
+}
+
+/// Accepts connections until the VM ends. Each listener has a task of its own.
+pub fn serve(steer: Steer, vmm: &Vmm) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let Steer { listeners, link } = steer;
+    let link = Arc::new(link);
+    for listener in listeners {
+        let (vmm, slots, link) = (vmm.clone(), Arc::clone(&slots), Arc::clone(&link));
+        tokio::spawn(async move {
+            let accepting = accept(listener, vmm.clone(), slots);
+            tokio::select! {
+                result = accepting => if let Err(error) = result {
+                    tracing::warn!(%error, "stopped port forwarding: a listener in the pod's network namespace failed");
+                },
+                _ = vmm.wait() => {}
+            }
+            drop(link);
+        });
+    }
+}
+
+async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>) -> std::io::Result<()> {
+    let listener = TcpListener::from_std(listener)?;
+    let mut backoff = ACCEPT_BACKOFF.0;
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
+        let client = match listener.accept().await {
+            Ok((client, _)) => client,
+            Err(error) if is_listener_error(&error) => return Err(error),
+            Err(error) => {
+                // Out of fds or memory for now, or an error of this one connection (accept(2)).
+                tracing::warn!(%error, "a connection within the pod's network namespace was not accepted");
+                tokio::time::sleep(backoff).await;
+                backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
+                continue;
+            }
+        };
+        backoff = ACCEPT_BACKOFF.0;
+        let vmm = vmm.clone();
+        tokio::spawn(async move {
+            let forwarded = tokio::select! {
+                result = forward_connection(client, &vmm) => result,
+                _ = vmm.wait() => Ok(()),
+            };
+            if let Err(error) = forwarded {
+                tracing::debug!(error = %crate::chain(&error), "failed to forward a connection");
+            }
+            drop(slot);
+        });
+    }
+}
+
+/// Returns whether the listener itself is broken. Any other error concerns one connection or is temporary.
+fn is_listener_error(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP | libc::EFAULT))
+}
+
+async fn forward_connection(mut client: TcpStream, vmm: &Vmm) -> Result<(), ForwardError> {
+    // The local address of an accepted connection is the address that was dialled.
+    let address = client.local_addr()?;
+    // If nothing listens in the guest, the client must see a reset instead of an orderly end.
+    reset_at_close(&client, true)?;
+    let mut guest =
+        tokio::time::timeout(CONNECT_TIMEOUT, dial(address, vmm)).await.map_err(|_| ForwardError::Timeout)??;
+    reset_at_close(&client, false)?;
+    tokio::io::copy_bidirectional(&mut client, &mut guest).await?;
+    Ok(())
+}
+
+/// Connects to the listener at `address` in the guest.
+async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError> {
+    let guest = vmm.connect(ports::FORWARD).await.map_err(ForwardError::Guest)?;
+    guest.set_nonblocking(true)?;
+    let mut guest = UnixStream::from_std(guest)?;
+    guest.write_all(&forward::encode(address)).await?;
+    match guest.read_u8().await? {
+        0 => Ok(guest),
+        code => Err(ForwardError::Refused { address, source: std::io::Error::from_raw_os_error(code.into()) }),
+    }
+}
+
+/// Sets SO_LINGER: with a timeout of zero, so that close(2) sends a reset, or off.
+fn reset_at_close(client: &TcpStream, reset: bool) -> std::io::Result<()> {
+    let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
+    let length = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: `linger` outlives the call, and `length` is its size.
+    let result = unsafe {
+        libc::setsockopt(client.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length)
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}

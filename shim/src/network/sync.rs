@@ -1,0 +1,333 @@
+//! Applies changes of the pod's network to the guest while the VM runs.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use husk_proto::agent::{ReleaseRequest, RescanRequest};
+use husk_vmm::config::{FdIndex, NetConfig};
+use husk_vmm::control::{Answer, Call};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::lock;
+use crate::network::{Change, Follow, NetworkError, Tap};
+use crate::vm::agent::{Agent, timeouts, within};
+use crate::vm::vmm::{Vmm, VmmError};
+
+/// Delay after a first change, so that related changes are applied together: an interface, its address and its routes
+/// arrive one after another.
+const COALESCE_DELAY: Duration = Duration::from_millis(50);
+/// First backoff after a failed update; it doubles with every retry.
+const FIRST_BACKOFF: Duration = Duration::from_secs(1);
+/// Maximum backoff.
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+
+/// Error of applying a change to the guest.
+#[derive(Debug, thiserror::Error)]
+enum FollowError {
+    /// The pod's network on the host cannot be read.
+    #[error(transparent)]
+    Look(#[from] NetworkError),
+    /// No thread could be started to read the pod's network.
+    #[error("failed to start a thread that reads the pod's network")]
+    Thread(#[source] io::Error),
+    /// The VMM cannot attach or detach an interface.
+    #[error("failed to attach or detach a network interface of the VM")]
+    Plug(#[source] VmmError),
+    /// The agent could not apply the configuration.
+    #[error("failed to configure the guest's network")]
+    Guest(#[source] ttrpc::Error),
+}
+
+/// Request to apply all current changes. The answer arrives when that is done; an error is the chain of causes as text.
+type SettleRequest = oneshot::Sender<Result<(), String>>;
+
+/// Handle of the task that applies changes.
+pub struct Follower(mpsc::UnboundedSender<SettleRequest>);
+
+impl Follower {
+    /// Starts the task, which runs until the VM ends.
+    pub fn start(follow: Follow, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
+        let (request, mut requests) = mpsc::unbounded_channel();
+        let end = vmm.clone();
+        let mut guest =
+            Guest { follow: Arc::new(Mutex::new(follow)), vmm, agent, unscanned: Vec::new(), gone: Vec::new() };
+        let following = async move {
+            let Err(error) = watch(notices, &mut requests, &mut guest).await else { return };
+            tracing::warn!(%error, "stopped watching the pod's network: the guest gets no further changes");
+            while let Some(request) = requests.recv().await {
+                let _ = request.send(Err(format!("the pod's network is no longer watched: {error}")));
+            }
+        };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = following => {}
+                _ = end.wait() => {}
+            }
+        });
+        Self(request)
+    }
+
+    /// Returns when the guest has the current configuration.
+    ///
+    /// # Errors
+    /// Why the guest does not get the changes.
+    pub async fn settle(&self) -> Result<(), String> {
+        let (request, answer) = oneshot::channel();
+        // Without the task the VM has ended, which the caller notices by itself.
+        if self.0.send(request).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
+    }
+}
+
+/// Receiver of changes: the guest, or a test double.
+trait Apply {
+    /// Reads the host's configuration and applies what has changed.
+    fn apply(&mut self) -> impl Future<Output = Result<(), FollowError>> + Send;
+}
+
+/// State of the retries after a failed update.
+struct Retry {
+    error: String,
+    retry_at: Instant,
+    backoff: Duration,
+}
+
+impl Retry {
+    fn next(before: Option<Self>, error: FollowError) -> Self {
+        let error = crate::chain(&error);
+        if before.as_ref().is_none_or(|before| before.error != error) {
+            tracing::warn!(error, "a change of the pod's network does not reach the guest yet; retrying");
+        }
+        let backoff = before.map_or(FIRST_BACKOFF, |before| (before.backoff * 2).min(MAX_BACKOFF));
+        Self { error, retry_at: Instant::now() + backoff, backoff }
+    }
+}
+
+/// Applies changes until all handles are dropped.
+async fn watch(
+    notices: OwnedFd,
+    requests: &mut mpsc::UnboundedReceiver<SettleRequest>,
+    guest: &mut impl Apply,
+) -> io::Result<()> {
+    // SAFETY: the fd is moved into the registration, and stays open until the registration is dropped.
+    let notices = unsafe { AsyncFd::register_with_interest(notices, Interest::READABLE)? };
+    let mut retry: Option<Retry> = None;
+    loop {
+        let retry_at = retry.as_ref().map(|retry| retry.retry_at);
+        let request = tokio::select! {
+            // Every attempt creates taps, which cause notices. They must not shorten the backoff.
+            ready = notices.readable(), if retry_at.is_none() => {
+                ready?.clear_ready();
+                tokio::select! {
+                    () = tokio::time::sleep(COALESCE_DELAY) => None,
+                    // A caller asks when the configuration is complete, so the delay can be cut short.
+                    request = requests.recv() => request,
+                }
+            }
+            () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => None,
+            request = requests.recv() => match request {
+                Some(request) => Some(request),
+                None => return Ok(()),
+            },
+        };
+        if drain(&notices)? || retry.is_some() {
+            retry = match guest.apply().await {
+                Ok(()) => None,
+                Err(error) => Some(Retry::next(retry.take(), error)),
+            };
+        }
+        if let Some(request) = request {
+            // The caller may have gone away.
+            let _ = request.send(retry.as_ref().map_or(Ok(()), |retry| Err(retry.error.clone())));
+        }
+    }
+}
+
+/// The guest of the pod.
+struct Guest {
+    follow: Arc<Mutex<Follow>>,
+    vmm: Vmm,
+    agent: Agent,
+    /// Slots of attached interfaces that the guest has not scanned yet.
+    unscanned: Vec<u32>,
+    /// MAC addresses of devices whose interfaces have disappeared.
+    gone: Vec<[u8; 6]>,
+}
+
+impl Apply for Guest {
+    async fn apply(&mut self) -> Result<(), FollowError> {
+        let Some(mut change) = look(&self.follow).await? else { return Ok(()) };
+        self.gone.append(&mut change.gone);
+        let applied = self.apply_change(&mut change).await;
+        match &applied {
+            Ok(()) => tracing::info!("applied a change of the pod's network"),
+            Err(_) => lock(&self.follow).forget(&change.taps),
+        }
+        applied
+    }
+}
+
+impl Guest {
+    /// Applies a change. Taps that are attached are removed from `change`, so that a retry does not attach them again.
+    async fn apply_change(&mut self, change: &mut Change) -> Result<(), FollowError> {
+        self.rescan().await?;
+        if !change.taps.is_empty() || !self.gone.is_empty() {
+            let rest = change.without_new();
+            self.agent.sandbox.network(within(timeouts::SLOW), &rest).await.map_err(FollowError::Guest)?;
+        }
+        // Before attaching, because a new interface may have the MAC address of an old one.
+        self.detach_gone().await?;
+        while let Some(tap) = change.taps.first() {
+            let mut fds = Vec::new();
+            let config = net_config(tap, &mut fds);
+            let slot = match self.call(Call::AttachNet(config), &fds).await? {
+                (Answer::Attached { slot }, _) => slot,
+                _ => return Err(FollowError::Plug(VmmError::Unexpected)),
+            };
+            change.taps.remove(0);
+            self.unscanned.push(slot);
+            self.rescan().await?;
+        }
+        self.agent.sandbox.network(within(timeouts::SLOW), &change.now).await.map_err(FollowError::Guest)?;
+        Ok(())
+    }
+
+    /// Hot-unplugs the devices whose interfaces have disappeared. This frees their slots.
+    async fn detach_gone(&mut self) -> Result<(), FollowError> {
+        while let Some(&mac) = self.gone.last() {
+            if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
+                let request = ReleaseRequest { slot, ..Default::default() };
+                self.agent.sandbox.release(within(timeouts::SLOW), &request).await.map_err(FollowError::Guest)?;
+                self.call(Call::Detach { slot }, &[]).await?;
+            }
+            self.gone.pop();
+        }
+        Ok(())
+    }
+
+    async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), FollowError> {
+        self.vmm.call(call, fds).await.map_err(FollowError::Plug)
+    }
+
+    /// Has the guest scan the slots to which interfaces were attached.
+    async fn rescan(&mut self) -> Result<(), FollowError> {
+        while let Some(&slot) = self.unscanned.last() {
+            let request = RescanRequest { slot, ..Default::default() };
+            self.agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(FollowError::Guest)?;
+            self.unscanned.pop();
+        }
+        Ok(())
+    }
+}
+
+/// Reads all pending notices. Returns whether there was one.
+fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
+    let mut some = false;
+    loop {
+        let mut bytes = [0u8; 8192];
+        // SAFETY: `bytes` outlives the call, and the length passed is its length.
+        let read = unsafe { libc::recv(notices.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        match (read, io::Error::last_os_error()) {
+            (0.., _) => some = true,
+            // The kernel dropped notices, so there were some.
+            (_, error) if error.raw_os_error() == Some(libc::ENOBUFS) => some = true,
+            (_, error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(some),
+            (_, error) => return Err(error),
+        }
+    }
+}
+
+/// Reads the pod's network, on a new thread because the thread joins the pod's network namespace.
+async fn look(follow: &Arc<Mutex<Follow>>) -> Result<Option<Change>, FollowError> {
+    let (done, looked) = oneshot::channel();
+    let follow = Arc::clone(follow);
+    let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {
+        // The receiver is gone if the sandbox has ended.
+        let _ = done.send(lock(&follow).look());
+    });
+    thread.map_err(FollowError::Thread)?;
+    Ok(looked.await.map_err(|error| FollowError::Thread(io::Error::other(error)))??)
+}
+
+/// Returns the VMM's configuration of a tap, and adds the tap's fds to `fds`.
+pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig {
+    let mut add = |fd: &'a OwnedFd| {
+        fds.push(fd.as_fd());
+        FdIndex(fds.len() - 1)
+    };
+    let taps = tap.fds.iter().map(&mut add).collect();
+    NetConfig { taps, vhost: tap.vhost.as_ref().map(add), mac: tap.mac, mtu: tap.mtu }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    /// A guest that fails `left` attempts before it succeeds, and reports the time of every attempt.
+    struct FailingGuest {
+        tries: mpsc::UnboundedSender<Instant>,
+        left: u32,
+        notices: UnixStream,
+    }
+
+    impl Apply for FailingGuest {
+        async fn apply(&mut self) -> Result<(), FollowError> {
+            self.tries.send(Instant::now()).unwrap();
+            // Every attempt causes a notice, as creating a tap does.
+            self.notices.write_all(b"x").unwrap();
+            match self.left {
+                0 => Ok(()),
+                _ => {
+                    self.left -= 1;
+                    Err(FollowError::Plug(VmmError::Unexpected))
+                }
+            }
+        }
+    }
+
+    /// Starts the task with a guest that fails `left` attempts. Returns also the notices' input and the attempts'
+    /// times.
+    fn watched(left: u32) -> (Follower, UnixStream, mpsc::UnboundedReceiver<Instant>) {
+        let (notices, input) = UnixStream::pair().unwrap();
+        notices.set_nonblocking(true).unwrap();
+        let (request, mut requests) = mpsc::unbounded_channel();
+        let (tries, tried) = mpsc::unbounded_channel();
+        let mut guest = FailingGuest { tries, left, notices: input.try_clone().unwrap() };
+        tokio::spawn(async move { watch(notices.into(), &mut requests, &mut guest).await.unwrap() });
+        (Follower(request), input, tried)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_updates_are_retried_with_backoff() {
+        let (_follower, mut input, mut tried) = watched(7);
+        input.write_all(b"x").unwrap();
+        let mut last = tried.recv().await.unwrap();
+        for secs in [1, 2, 4, 8, 16, 30, 30] {
+            let at = tried.recv().await.unwrap();
+            // The runtime's clock has a resolution of a millisecond.
+            assert_eq!((at - last).as_secs(), secs);
+            last = at;
+        }
+        // The last attempt succeeded. Its own notice causes one more read, and then nothing is retried.
+        assert!((tried.recv().await.unwrap() - last) < FIRST_BACKOFF);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn settle_returns_the_error_and_retries_at_once() {
+        let (follower, mut input, mut tried) = watched(2);
+        assert_eq!(follower.settle().await, Ok(()));
+        assert!(tried.try_recv().is_err(), "nothing changed");
+        input.write_all(b"x").unwrap();
+        let began = Instant::now();
+        assert!(follower.settle().await.unwrap_err().contains("attach or detach"));
+        assert!(follower.settle().await.is_err());
+        assert_eq!(follower.settle().await, Ok(()));
+        assert!(began.elapsed() < FIRST_BACKOFF);
+    }
+}

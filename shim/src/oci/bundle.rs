@@ -1,0 +1,463 @@
+//! Reads a bundle's `config.json` and rejects what a VM cannot provide.
+
+use crate::oci::annotations::SANDBOX_ID;
+use crate::oci::id_mappings::Users;
+use crate::oci::spec::{Network, Spec};
+use serde::{Deserialize, de};
+use serde_json::Value;
+use std::{
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// Maximum size of `config.json` in bytes. containerd's messages end at 16 MiB, and specifications have some kilobytes.
+const MAX_LEN: u64 = 16 << 20;
+
+/// A bundle with its specification.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    /// Directory of the bundle.
+    pub dir: PathBuf,
+    /// The whole `config.json`.
+    pub raw: Value,
+    /// The parts that the shim reads.
+    pub spec: Spec,
+}
+
+/// Error of reading or checking a bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// `config.json` cannot be read.
+    #[error("failed to read the bundle's {}", path.display())]
+    Read {
+        /// Path of the file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// `config.json` is too large.
+    #[error("invalid bundle: {} is larger than {MAX_LEN} bytes", path.display())]
+    TooLarge {
+        /// Path of the file.
+        path: PathBuf,
+    },
+    /// `config.json` is not an OCI runtime specification.
+    #[error("invalid bundle: {} is not an OCI runtime specification", path.display())]
+    Parse {
+        /// Path of the file.
+        path: PathBuf,
+        /// Position and cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The annotation with the sandbox's id has a value that is not valid as an id.
+    #[error("invalid sandbox id {0:?} in annotation {SANDBOX_ID}")]
+    SandboxId(String),
+    /// A value in the specification is missing or invalid.
+    #[error("invalid bundle: {0}")]
+    Invalid(String),
+    /// The specification has a label of the host's SELinux policy.
+    #[error(
+        "SELinux label {0:?} cannot be applied: the guest's kernel has no SELinux; run the pod privileged, or without \
+         SELinux in containerd's configuration (enable_selinux = false)"
+    )]
+    Selinux(String),
+    /// The container would share a namespace with the host.
+    #[error("{what}: the container's specification has no {kind} namespace; {remedy}")]
+    HostNamespace {
+        /// What is impossible, such as "host PID is not possible in a VM".
+        what: &'static str,
+        /// Type of the namespace.
+        kind: &'static str,
+        /// What the user can do.
+        remedy: &'static str,
+    },
+    /// The path of the network namespace leads to the host's network namespace.
+    #[error("{what}: {0} is the host's network namespace; {remedy}", what = NETWORK.what, remedy = NETWORK.remedy)]
+    HostNetwork(String),
+    /// A namespace that is named by its path does not exist.
+    #[error("invalid bundle: failed to find the {kind} namespace {path}")]
+    Namespace {
+        /// Type of the namespace.
+        kind: &'static str,
+        /// Path of the namespace.
+        path: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BundleError {
+    /// Returns the error of a specification without a network namespace.
+    pub fn host_network() -> Self {
+        NETWORK.missing()
+    }
+}
+
+impl Spec {
+    /// Returns the id of the container's sandbox; for a container without a pod, its own id.
+    ///
+    /// # Errors
+    /// [`BundleError::SandboxId`] if the annotation is not a plain file name.
+    pub fn group<'a>(&'a self, id: &'a str) -> Result<&'a str, BundleError> {
+        match self.annotations.cri(SANDBOX_ID) {
+            None => Ok(id),
+            Some(group) if crate::ids::is_name(group) => Ok(group),
+            Some(group) => Err(BundleError::SandboxId(group.into())),
+        }
+    }
+
+    /// Returns the network namespace of the sandbox.
+    ///
+    /// # Errors
+    /// [`BundleError::HostNamespace`] if the specification has none.
+    pub fn network(&self) -> Result<Network, BundleError> {
+        let namespace = self.linux.namespaces.iter().find(|namespace| namespace.kind == "network");
+        Ok(match namespace.ok_or_else(BundleError::host_network)?.joined() {
+            None => Network::New,
+            Some(path) => Network::Path(path.into()),
+        })
+    }
+}
+
+impl Bundle {
+    /// Reads `config.json` in `dir`, without [`Bundle::check`].
+    ///
+    /// # Errors
+    /// [`BundleError`] if it cannot be read or is no OCI runtime specification.
+    pub fn read(dir: &Path) -> Result<Self, BundleError> {
+        let path = dir.join("config.json");
+        let read = |source| BundleError::Read { path: path.clone(), source };
+        let mut bytes = Vec::new();
+        std::fs::File::open(&path).map_err(read)?.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(read)?;
+        if bytes.len() as u64 > MAX_LEN {
+            return Err(BundleError::TooLarge { path });
+        }
+        Self::parse(dir, &bytes)
+    }
+
+    /// As [`Bundle::read`], for a specification that is not in a file.
+    ///
+    /// # Errors
+    /// [`BundleError::Parse`].
+    pub fn from_value(dir: &Path, raw: Value) -> Result<Self, BundleError> {
+        let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
+        // serde would also deserialize the struct from an array.
+        if !raw.is_object() {
+            return Err(parse(de::Error::custom("not a JSON object")));
+        }
+        let spec = Spec::deserialize(&raw).map_err(parse)?;
+        Ok(Self { dir: dir.into(), raw, spec })
+    }
+
+    /// Parses the specification.
+    fn parse(dir: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
+        let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
+        let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
+        Self::from_value(dir, raw).map_err(|error| match serde_json::from_slice::<Spec>(bytes) {
+            // This one has line and column.
+            Err(source) => parse(source),
+            Ok(_) => error,
+        })
+    }
+
+    /// Rejects a specification that cannot run in a VM.
+    ///
+    /// # Errors
+    /// [`BundleError`].
+    pub fn check(&self) -> Result<(), BundleError> {
+        self.check_spec()?;
+        self.check_network()?;
+        self.check_selinux(Path::new("/sys/fs/selinux/enforce").exists())
+    }
+
+    /// Returns the id mappings of the user namespace, or `None` if the specification has no user namespace.
+    ///
+    /// # Errors
+    /// [`BundleError::Invalid`] if the mappings are invalid.
+    pub fn users(&self) -> Result<Option<Users>, BundleError> {
+        let linux = &self.spec.linux;
+        let has_namespace = linux.namespaces.iter().any(|namespace| namespace.kind == "user");
+        Users::of_namespace(has_namespace, &linux.uid_mappings, &linux.gid_mappings)
+            .map_err(|error| BundleError::Invalid(error.to_string()))
+    }
+
+    /// Rejects labels on a node with SELinux, because the guest cannot apply them. Without SELinux they have no effect
+    /// under runc either.
+    fn check_selinux(&self, enabled: bool) -> Result<(), BundleError> {
+        let labels = [&self.spec.process.selinux_label, &self.spec.linux.mount_label];
+        match labels.into_iter().flatten().find(|label| !label.is_empty()) {
+            Some(label) if enabled => Err(BundleError::Selinux(label.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// The part that needs no access to the host.
+    fn check_spec(&self) -> Result<(), BundleError> {
+        let Spec { process, root, linux, oci_version, .. } = &self.spec;
+        let invalid = |message: &str| Err(BundleError::Invalid(message.into()));
+        if !oci_version.starts_with("1.") {
+            return invalid(&format!("ociVersion {oci_version:?} is not supported, only 1.x"));
+        }
+        if process.args.is_empty() {
+            return invalid("process.args is empty: there is nothing to run");
+        }
+        if !process.cwd.starts_with('/') {
+            return invalid("process.cwd is not an absolute path");
+        }
+        if root.path.is_empty() {
+            return invalid("root.path is empty");
+        }
+        for (index, namespace) in linux.namespaces.iter().enumerate() {
+            if linux.namespaces.iter().take(index).any(|other| other.kind == namespace.kind) {
+                return invalid(&format!("linux.namespaces names {:?} twice", namespace.kind));
+            }
+        }
+        for host in &HOST_NAMESPACES {
+            if !linux.namespaces.iter().any(|ns| ns.kind == host.kind) {
+                return Err(host.missing());
+            }
+        }
+        if linux.namespaces.iter().any(|ns| ns.kind == "mount" && ns.joined().is_some()) {
+            return invalid("a mount namespace cannot be joined: it is the host's, and the container runs in a VM");
+        }
+        if linux.namespaces.iter().any(|ns| ns.kind == "time" && ns.joined().is_some()) {
+            return invalid("a time namespace cannot be joined: it is the host's, and the container runs in a VM");
+        }
+        // containerd's CRI writes the mappings also if the namespace is joined. The guest creates one with the same
+        // mappings.
+        self.users().map(drop)
+    }
+
+    /// Rejects a path to the network namespace of this process, which is the host's.
+    fn check_network(&self) -> Result<(), BundleError> {
+        let Network::Path(path) = self.spec.network()? else { return Ok(()) };
+        let stat = |path: &Path| {
+            std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).map_err(|source| BundleError::Namespace {
+                kind: "network",
+                path: path.display().to_string(),
+                source,
+            })
+        };
+        if stat(&path)? == stat(Path::new("/proc/self/ns/net"))? {
+            return Err(BundleError::HostNetwork(path.display().to_string()));
+        }
+        Ok(())
+    }
+}
+
+/// A namespace type that a container must not share with the host, and the texts that reject it.
+struct HostNamespace {
+    kind: &'static str,
+    what: &'static str,
+    remedy: &'static str,
+}
+
+impl HostNamespace {
+    fn missing(&self) -> BundleError {
+        let Self { kind, what, remedy } = *self;
+        BundleError::HostNamespace { what, kind, remedy }
+    }
+}
+
+const NETWORK: HostNamespace = HostNamespace {
+    kind: "network",
+    what: "host network is not possible in a VM",
+    remedy: "use a pod network (without hostNetwork or --net-host), or another runtime for this pod",
+};
+
+/// The namespaces that a container would share with the host if the specification did not name them.
+const HOST_NAMESPACES: [HostNamespace; 4] = [
+    NETWORK,
+    HostNamespace {
+        kind: "pid",
+        what: "host PID is not possible in a VM",
+        remedy: "drop hostPID (--pid=host), or use another runtime for this pod",
+    },
+    HostNamespace {
+        kind: "ipc",
+        what: "host IPC is not possible in a VM",
+        remedy: "drop hostIPC (--ipc=host), or use another runtime for this pod",
+    },
+    HostNamespace { kind: "mount", what: "the host's mounts are not visible in a VM", remedy: "add a mount namespace" },
+];
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    /// Returns a shortened specification as `ctr run` makes it.
+    pub fn sample() -> Value {
+        json!({
+            "ociVersion": "1.1.0",
+            "process": { "user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/", "noNewPrivileges": true },
+            "root": { "path": "rootfs" },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
+                { "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"] }
+            ],
+            "linux": {
+                "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
+                "cgroupsPath": "/default/x",
+                "namespaces": [
+                    { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" },
+                    { "type": "cgroup" }
+                ],
+                "maskedPaths": ["/proc/acpi"]
+            }
+        })
+    }
+
+    pub fn bundle(change: impl FnOnce(&mut Value)) -> Result<Bundle, BundleError> {
+        let mut value = sample();
+        change(&mut value);
+        let bundle = Bundle::parse(Path::new("/bundle"), value.to_string().as_bytes())?;
+        bundle.check_spec().map(|()| bundle)
+    }
+
+    fn without(kind: &str) -> String {
+        bundle(|v| {
+            v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind);
+        })
+        .unwrap_err()
+        .to_string()
+    }
+
+    fn spec(text: &str) -> Spec {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn group_is_the_sandbox_id_or_the_containers_own() {
+        assert_eq!(spec("{}").group("c").unwrap(), "c");
+        assert_eq!(spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#).group("c").unwrap(), "pod");
+        let bad = spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"../../etc"}}"#);
+        assert!(bad.group("c").unwrap_err().to_string().contains("../../etc"));
+    }
+
+    #[test]
+    fn network_distinguishes_host_new_and_existing_namespaces() {
+        assert!(spec("{}").network().unwrap_err().to_string().contains("host network"));
+        let own = spec(r#"{"linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/a/b"}}"#);
+        assert_eq!(own.network().unwrap(), Network::New);
+        let cni = spec(r#"{"annotations":null,"linux":{"namespaces":[{"type":"network","path":"/var/run/netns/x"}]}}"#);
+        assert_eq!(cni.network().unwrap(), Network::Path("/var/run/netns/x".into()));
+    }
+
+    #[test]
+    fn specification_of_ctr_is_accepted() {
+        let bundle = bundle(|_| ()).unwrap();
+        assert_eq!((bundle.spec.network().unwrap(), bundle.spec.hostname.as_str()), (Network::New, ""));
+        assert_eq!(bundle.spec.process.args, ["true"]);
+    }
+
+    #[test]
+    fn null_counts_as_absent() {
+        let bundle = bundle(|v| {
+            v["annotations"] = Value::Null;
+            v["mounts"] = Value::Null;
+            v["linux"]["resources"] = Value::Null;
+        });
+        assert!(bundle.unwrap().spec.mounts.is_empty());
+    }
+
+    #[test]
+    fn selinux_labels_are_rejected_only_where_selinux_is_enabled() {
+        let refused = |enabled: bool, change: fn(&mut Value)| bundle(change).unwrap().check_selinux(enabled).is_err();
+        let process: fn(&mut Value) = |v| v["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
+        let mount: fn(&mut Value) = |v| v["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
+        assert!(refused(true, process) && refused(true, mount));
+        assert!(!refused(false, process) && !refused(false, mount));
+        assert!(!refused(true, |v| v["process"]["selinuxLabel"] = "".into()));
+        let text = BundleError::Selinux("a:b:c:s0".into()).to_string();
+        assert!(!text.contains("  ") && text.contains("enable_selinux"), "{text}");
+    }
+
+    #[test]
+    fn host_network_has_one_text() {
+        let text = without("network");
+        assert_eq!(Spec::default().network().unwrap_err().to_string(), text);
+        let by_path = BundleError::HostNetwork("/proc/1/ns/net".into()).to_string();
+        assert!(by_path.starts_with(NETWORK.what) && by_path.ends_with(NETWORK.remedy), "{by_path}");
+        assert!(text.starts_with(NETWORK.what) && text.ends_with(NETWORK.remedy), "{text}");
+    }
+
+    #[test]
+    fn host_namespaces_are_rejected_with_a_remedy() {
+        assert!(without("network").starts_with("host network is not possible in a VM: "));
+        assert!(without("network").contains("hostNetwork"));
+        assert!(without("pid").contains("hostPID"));
+        assert!(without("ipc").contains("hostIPC"));
+        assert!(without("mount").contains("mount namespace"));
+        // The container gets the guest's own in these cases.
+        for kind in ["uts", "cgroup"] {
+            bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
+        }
+        let add = json!({ "type": "time", "path": "/proc/7/ns/x" });
+        let error = bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(add)).unwrap_err();
+        assert!(error.to_string().contains("cannot be joined"), "{error}");
+    }
+
+    #[test]
+    fn user_namespace_needs_valid_mappings() {
+        let with = |uids: Value, gids: Value| {
+            bundle(|v| {
+                let add = json!({ "type": "user", "path": "/proc/7/ns/user" });
+                v["linux"]["namespaces"].as_array_mut().unwrap().push(add);
+                v["linux"]["uidMappings"] = uids;
+                v["linux"]["gidMappings"] = gids;
+            })
+        };
+        let whole = || json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }]);
+        let users = with(whole(), whole()).unwrap().users().unwrap().unwrap();
+        assert_eq!((users.uid(0), users.uid(65535), users.uid(65536)), (Some(65536), Some(131_071), None));
+        let error = with(whole(), Value::Null).unwrap_err().to_string();
+        assert!(error.contains("gidMappings"), "{error}");
+        let other = json!([{ "containerID": 1, "hostID": 65536, "size": 65536 }]);
+        let error = with(other, whole()).unwrap_err().to_string();
+        assert!(error.contains("root"), "{error}");
+    }
+
+    #[test]
+    fn host_network_namespace_by_path_is_rejected() {
+        let path = |path: &str| bundle(|v| v["linux"]["namespaces"][4]["path"] = path.into()).unwrap().check_network();
+        assert!(matches!(path("/proc/self/ns/net"), Err(BundleError::HostNetwork(_))));
+        assert!(matches!(path("/nonexistent/net"), Err(BundleError::Namespace { .. })));
+    }
+
+    #[test]
+    fn invalid_bundles_are_rejected_with_the_cause() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(Bundle::read(dir.path()), Err(BundleError::Read { .. })));
+        std::fs::write(dir.path().join("config.json"), "{\n\"ociVersion\": 1}").unwrap();
+        let error = Bundle::read(dir.path()).unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("line 2"), "{source}");
+        for (change, expected) in [
+            (Box::new(|v: &mut Value| v["process"]["args"] = json!([])) as Box<dyn Fn(&mut Value)>, "process.args"),
+            (Box::new(|v| v["process"]["cwd"] = "tmp".into()), "process.cwd"),
+            (Box::new(|v| v["root"]["path"] = "".into()), "root.path"),
+            (Box::new(|v| v["ociVersion"] = "2.0".into()), "ociVersion"),
+            (Box::new(|v| v["linux"]["namespaces"][0]["type"] = "ipc".into()), "twice"),
+        ] {
+            let error = bundle(change).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        assert!(bundle(|v| drop(v.as_object_mut().unwrap().remove("process"))).is_err());
+        assert!(Bundle::parse(Path::new("/"), b"[]").is_err());
+        std::fs::write(dir.path().join("config.json"), vec![b' '; MAX_LEN as usize + 1]).unwrap();
+        assert!(matches!(Bundle::read(dir.path()), Err(BundleError::TooLarge { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = Bundle::parse(Path::new("/bundle"), &bytes);
+        }
+    }
+}

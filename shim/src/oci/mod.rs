@@ -1,0 +1,23 @@
+//! A container's OCI bundle: its specification is parsed once, checked, and translated for the guest.
+//!
+//! Everything here blocks on file system calls: call it from `spawn_blocking`, or before the runtime is up.
+
+pub mod annotations;
+pub mod bundle;
+pub mod cpuset;
+pub mod devices;
+pub mod disks;
+mod hooks;
+pub mod id_mappings;
+pub mod json;
+pub mod spec;
+pub mod translate;
+pub mod update;
+
+pub use bundle::{Bundle, BundleError};
+pub use disks::{Disk, Numbers, number_anew};
+pub use id_mappings::{IdMapping, Users};
+pub use json::TranslateError;
+pub use spec::{Hook, Mount, Network, Resources, Spec};
+pub use translate::exec_process;
+pub use update::resources_update;

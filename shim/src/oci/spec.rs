@@ -1,0 +1,253 @@
+//! The parts of the OCI runtime specification that the host reads. Everything else is passed to the guest as JSON.
+//!
+//! Every field has a default: what must be there is checked later (see [`crate::oci::bundle`]), with a better error.
+
+use crate::oci::annotations::Annotations;
+use crate::oci::cpuset::CpuSet;
+use crate::oci::id_mappings::IdMapping;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+/// Deserializes `null` like an absent field: some engines write an empty list as `null`.
+fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+/// The parts of a `config.json` that the shim reads.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Spec {
+    /// Version of the specification.
+    pub oci_version: String,
+    /// Init process of the container.
+    pub process: Process,
+    /// The root file system.
+    pub root: Root,
+    /// Host name of the container's UTS namespace; empty if there is none.
+    #[serde(deserialize_with = "or_default")]
+    pub hostname: String,
+    /// Annotations.
+    #[serde(deserialize_with = "or_default")]
+    pub annotations: Annotations,
+    /// OCI hooks.
+    #[serde(deserialize_with = "or_default")]
+    pub hooks: Hooks,
+    /// Linux-specific configuration.
+    #[serde(deserialize_with = "or_default")]
+    pub linux: Linux,
+    /// Mounts of the container.
+    #[serde(deserialize_with = "or_default")]
+    pub mounts: Vec<Mount>,
+}
+
+/// Init process of a container.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Process {
+    /// Command line.
+    #[serde(deserialize_with = "or_default")]
+    pub args: Vec<String>,
+    /// Working directory.
+    pub cwd: String,
+    /// SELinux label of the process.
+    pub selinux_label: Option<String>,
+    /// AppArmor profile of the process.
+    pub apparmor_profile: Option<String>,
+}
+
+/// Root file system.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Root {
+    /// Path; absolute, or relative to the bundle.
+    pub path: String,
+}
+
+/// OCI hooks by their point in a container's lifecycle.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Hooks {
+    /// Deprecated form of `createRuntime`.
+    #[serde(deserialize_with = "or_default")]
+    pub prestart: Vec<Hook>,
+    /// Run after the namespaces exist and before the root is pivoted.
+    #[serde(deserialize_with = "or_default")]
+    pub create_runtime: Vec<Hook>,
+    /// Run after the process was started.
+    #[serde(deserialize_with = "or_default")]
+    pub poststart: Vec<Hook>,
+    /// Run after the container was deleted.
+    #[serde(deserialize_with = "or_default")]
+    pub poststop: Vec<Hook>,
+}
+
+/// A hook: a program that the shim runs on the host.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Hook {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Arguments, beginning with `argv[0]`.
+    #[serde(deserialize_with = "or_default")]
+    pub args: Vec<String>,
+    /// The complete environment.
+    #[serde(deserialize_with = "or_default")]
+    pub env: Vec<String>,
+    /// Timeout in seconds.
+    pub timeout: Option<u64>,
+}
+
+/// Linux-specific configuration.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Linux {
+    /// Namespaces that are created or joined.
+    #[serde(deserialize_with = "or_default")]
+    pub namespaces: Vec<Namespace>,
+    /// The container's cgroup; empty if there is none.
+    #[serde(deserialize_with = "or_default")]
+    pub cgroups_path: String,
+    /// Resource limits.
+    #[serde(deserialize_with = "or_default")]
+    pub resources: Resources,
+    /// Sysctls of the container's namespaces.
+    #[serde(deserialize_with = "or_default")]
+    pub sysctl: HashMap<String, String>,
+    /// SELinux label of the mounts.
+    pub mount_label: Option<String>,
+    /// Propagation of the root mount.
+    pub rootfs_propagation: Option<String>,
+    /// User id mappings of the user namespace.
+    #[serde(deserialize_with = "or_default")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// Group id mappings of the user namespace.
+    #[serde(deserialize_with = "or_default")]
+    pub gid_mappings: Vec<IdMapping>,
+}
+
+/// A namespace that is created, or joined if it has a path.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Namespace {
+    /// Type, such as `network` or `pid`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Path of the namespace to join.
+    #[serde(default)]
+    pub path: Option<String>,
+}
+
+impl Namespace {
+    /// Returns the path of the namespace to join, or `None` if the namespace is created.
+    pub fn joined(&self) -> Option<&str> {
+        self.path.as_deref().filter(|path| !path.is_empty())
+    }
+}
+
+/// The network namespace that a specification requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// A new namespace, which the VMM process creates.
+    New,
+    /// An existing namespace, made by CNI.
+    Path(PathBuf),
+}
+
+/// Resource limits that determine the size of a VM.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Resources {
+    /// CPU time.
+    pub cpu: Option<Cpu>,
+    /// Memory.
+    pub memory: Option<Memory>,
+    /// Huge pages.
+    #[serde(default, rename = "hugepageLimits", deserialize_with = "or_default")]
+    pub huge: Vec<HugePages>,
+}
+
+/// A limit of huge pages of one size.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HugePages {
+    /// Size of the pages, such as `2MB`, which means 2 MiB (OCI runtime specification, config-linux, "Huge page
+    /// limits").
+    pub page_size: String,
+    /// Limit in bytes.
+    pub limit: u64,
+}
+
+/// CPU time.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Cpu {
+    /// Quota in microseconds per period; 0 or less means unlimited.
+    pub quota: Option<i64>,
+    /// Period in microseconds.
+    pub period: Option<u64>,
+    /// Relative weight: 1024 for each CPU requested in Kubernetes.
+    pub shares: Option<u64>,
+    /// CPUs of the host that the container may run on.
+    #[serde(default, deserialize_with = "cpu_list")]
+    pub cpus: Option<CpuSet>,
+}
+
+/// Deserializes a list of CPUs; an empty list counts as absent.
+fn cpu_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
+    let text: Option<String> = Option::deserialize(from)?;
+    text.filter(|text| !text.is_empty()).map(|text| text.parse().map_err(D::Error::custom)).transpose()
+}
+
+/// Memory.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Memory {
+    /// Limit in bytes; 0 or less means unlimited.
+    pub limit: Option<i64>,
+}
+
+/// A mount of the container.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Mount {
+    /// Path in the container.
+    pub destination: String,
+    /// File system type; `bind` for bind mounts.
+    #[serde(rename = "type", default)]
+    pub kind: Option<String>,
+    /// Device, directory or file; for a volume, a host path.
+    #[serde(default)]
+    pub source: Option<String>,
+    /// Options, as in fstab(5).
+    #[serde(default)]
+    pub options: Option<Vec<String>>,
+    /// User id mappings of an id-mapped mount.
+    #[serde(default, rename = "uidMappings", deserialize_with = "or_default")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// Group id mappings of an id-mapped mount.
+    #[serde(default, rename = "gidMappings", deserialize_with = "or_default")]
+    pub gid_mappings: Vec<IdMapping>,
+}
+
+impl Mount {
+    /// Returns the options; empty if the specification has none.
+    pub fn options(&self) -> &[String] {
+        self.options.as_deref().unwrap_or_default()
+    }
+
+    /// Returns whether this is a bind mount, by its type or its options.
+    pub fn is_bind(&self) -> bool {
+        self.kind.as_deref() == Some("bind")
+            || self.options().iter().any(|option| option == "bind" || option == "rbind")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics(text: String) {
+            let _ = serde_json::from_str::<Spec>(&text);
+        }
+    }
+}

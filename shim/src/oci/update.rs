@@ -1,0 +1,118 @@
+//! Resource limits in a specification or an update request: limits of the guest's cgroups pass, those of the host do
+//! not.
+
+use crate::oci::json::{TranslateError, object, present, unsupported};
+use serde_json::{Map, Value};
+
+/// Translates the resources of an update request (OCI `LinuxResources` as JSON) for the guest.
+///
+/// # Errors
+/// [`TranslateError`] if they are not resources or limit something of the host.
+pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
+    let parse = |source| TranslateError::Parse { what: "resources to update", source };
+    let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
+    resources(value.as_object_mut().ok_or(TranslateError::Type("resources"))?, &mut Vec::new())?;
+    serde_json::to_vec(&value).map_err(parse)
+}
+
+/// Size of the supported huge pages, 2 MiB, in the notation of the specification.
+pub const HUGE_PAGE: &str = "2MB";
+/// Most of a container's I/O goes to the host by virtio-fs, which the guest's cgroups do not account.
+const NO_BLOCK_IO: &str =
+    "block I/O limits are not supported: device numbers are the host's, and the guest's cgroups have no I/O weight";
+
+/// Limits of block devices by number.
+const THROTTLES: [&str; 5] = [
+    "weightDevice",
+    "throttleReadBpsDevice",
+    "throttleWriteBpsDevice",
+    "throttleReadIOPSDevice",
+    "throttleWriteIOPSDevice",
+];
+
+pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
+    if let Some(cpu) = object(resources, "cpu")? {
+        // The list of CPUs stays: the agent maps it to vCPUs. The guest has no NUMA nodes.
+        if cpu.remove("mems").is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
+            notes.push("resources.cpu.mems left out: the host's NUMA nodes mean nothing in the guest".into());
+        }
+        // Realtime scheduling is a feature of cgroup v1 only; the guest has cgroup v2.
+        cpu.remove("realtimeRuntime");
+        cpu.remove("realtimePeriod");
+    }
+    if let Some(unified) = object(resources, "unified")? {
+        unified.retain(|key, _| !key.starts_with("cpuset."));
+        if let Some(key) = unified.keys().find(|key| key.starts_with("io.")) {
+            return Err(unsupported(format!("resources.unified.{key}"), NO_BLOCK_IO));
+        }
+    }
+    if let Some(block) = object(resources, "blockIO")? {
+        if let Some(key) = THROTTLES.iter().find(|key| present(block, key)) {
+            return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
+        }
+        // Some clients write 0 for no weight.
+        let weight = |key: &&&str| block.get(**key).and_then(Value::as_u64).is_some_and(|weight| weight > 0);
+        if let Some(key) = ["weight", "leafWeight"].iter().find(weight) {
+            return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
+        }
+        resources.remove("blockIO");
+    }
+    if let Some(limits) = resources.get("hugepageLimits").and_then(Value::as_array) {
+        // Kubernetes sends a limit of 0 for every page size of the host.
+        let nonzero = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) != Some(0);
+        let size = |limit: &Value| limit.get("pageSize").and_then(Value::as_str).unwrap_or_default().to_owned();
+        if let Some(size) = limits.iter().filter(nonzero).map(size).find(|size| size != HUGE_PAGE) {
+            let message = format!("huge pages of {size}: a VM supports only huge pages of 2MB (2 MiB)");
+            return Err(unsupported("resources.hugepageLimits", message));
+        }
+    }
+    if present(resources, "rdma") {
+        return Err(unsupported("resources.rdma", "the guest has no RDMA devices"));
+    }
+    if resources.remove("network").is_some() {
+        notes.push("resources.network left out: it needs cgroup v1, and the guest has cgroup v2".into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn update(value: &Value) -> Result<Value, String> {
+        let bytes = resources_update(value.to_string().as_bytes()).map_err(|error| error.to_string())?;
+        Ok(serde_json::from_slice(&bytes).unwrap())
+    }
+
+    #[test]
+    fn resources_update_keeps_limits_of_the_guest() {
+        let from = json!({
+            "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3", "mems": "0"},
+            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3}, "blockIO": {"weight": 0},
+            "devices": [{"allow": false, "access": "rwm"}], "network": {"classID": 1},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}, {"pageSize": "1GB", "limit": 0}],
+            "unified": {"cpuset.cpus": "1", "memory.high": "9"}, "new": 1
+        });
+        let to = json!({
+            "cpu": {"shares": 10, "quota": 5, "period": 10, "cpus": "2-3"},
+            "memory": {"limit": 1, "swap": 2}, "pids": {"limit": 3},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}, {"pageSize": "1GB", "limit": 0}],
+            "devices": [{"allow": false, "access": "rwm"}], "unified": {"memory.high": "9"}, "new": 1
+        });
+        assert_eq!(update(&from), Ok(to));
+    }
+
+    #[test]
+    fn resources_update_rejects_limits_of_the_host() {
+        let throttle = json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}});
+        assert!(update(&throttle).unwrap_err().starts_with("resources.blockIO.throttleReadBpsDevice"));
+        assert!(update(&json!({"blockIO": {"weight": 4}})).unwrap_err().starts_with("resources.blockIO.weight"));
+        assert!(update(&json!({"unified": {"io.max": "8:0 rbps=1"}})).unwrap_err().contains("unified.io.max"));
+        let gigantic = update(&json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 1u64 << 30}]})).unwrap_err();
+        assert!(gigantic.starts_with("resources.hugepageLimits: huge pages of 1GB"), "{gigantic}");
+        assert!(update(&json!({"rdma": {"mlx5": {"hcaHandles": 1}}})).is_err());
+        assert!(update(&json!([])).is_err());
+        assert!(update(&json!({"cpu": 1})).unwrap_err().contains("wrong type"));
+    }
+}

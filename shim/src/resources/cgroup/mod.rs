@@ -1,0 +1,239 @@
+//! The sandbox's cgroup on the host. Everything that runs for the pod is accounted where containerd expects it.
+
+mod legacy;
+mod path;
+mod remove;
+
+use std::path::{Path, PathBuf};
+
+pub use crate::resources::cgroup::remove::remove;
+
+use crate::systemd::{Unit, UnitError};
+
+/// Mount point of cgroup v2, or parent directory of the cgroup v1 mounts.
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// Maximum attempts to create a cgroup whose parent another sandbox may be removing.
+const ATTEMPTS: u32 = 10;
+
+/// Location of a sandbox's cgroup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// Directory in the cgroup v2 hierarchy.
+    Unified(PathBuf),
+    /// Directories in the cgroup v1 hierarchies, each with the controllers of its hierarchy.
+    Legacy(Vec<(Vec<String>, PathBuf)>),
+}
+
+/// A cgroup that this process created and moved into.
+#[derive(Debug)]
+pub struct Cgroup {
+    place: Place,
+    /// Cgroups to which this process returns before the removal, one for each directory.
+    origins: Vec<PathBuf>,
+    namespace: String,
+    /// systemd scope of the cgroup, if systemd created it.
+    unit: Option<Unit>,
+}
+
+/// Error of creating or entering the cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The specification names a path outside the hierarchy.
+    #[error("cgroupsPath {0:?} is not a path within the cgroup hierarchy")]
+    Path(String),
+    /// systemd could not create the scope.
+    #[error("failed to have systemd create the cgroup")]
+    Unit(#[from] UnitError),
+    /// The host has no cgroup hierarchy.
+    #[error("no cgroup hierarchy is mounted below {MOUNT}")]
+    None,
+    /// The directory cannot be created.
+    #[error("failed making the cgroup {path}")]
+    Create {
+        /// Path of the cgroup.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The process cannot be moved into the cgroup.
+    #[error("failed to move into the cgroup {path}")]
+    Enter {
+        /// Path of the cgroup.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Returns whether the host uses cgroup v2.
+pub fn is_unified() -> bool {
+    Path::new(MOUNT).join("cgroup.controllers").exists()
+}
+
+impl Cgroup {
+    /// Creates the cgroup, directly or through systemd, and moves this process into it. Blocks until systemd is done.
+    ///
+    /// # Errors
+    /// [`CgroupError`]; everything that was created is removed again.
+    pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
+        let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
+        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let (place, origins) = if is_unified() {
+            let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+            (Place::Unified(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(own)])
+        } else {
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+            legacy::place(&mounts, &own, &relative, scope.is_some())
+        };
+        if place.dirs().next().is_none() {
+            return Err(CgroupError::None);
+        }
+        if let Some(scope) = &scope {
+            scope.start(std::process::id())?;
+        }
+        let cgroup = Self { place, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
+        let made = cgroup.make();
+        if made.is_err() {
+            // With cgroup v1, the process may already be in the cgroups of some hierarchies.
+            cgroup.leave();
+            cgroup.unit.iter().for_each(stop_scope);
+            cgroup.place.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
+        }
+        made.map(|()| cgroup)
+    }
+
+    /// Returns the systemd scope of the cgroup, if systemd created it.
+    pub fn unit(&self) -> Option<&Unit> {
+        self.unit.as_ref()
+    }
+
+    fn make(&self) -> Result<(), CgroupError> {
+        for path in self.place.dirs() {
+            create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
+        }
+        // Before a process is moved in: memory that a process used before is never charged to its new cgroup.
+        match &self.place {
+            Place::Unified(path) => delegate(Path::new(MOUNT), path),
+            Place::Legacy(_) => {
+                if let Some(path) = self.place.of("cpuset") {
+                    legacy::inherit_cpuset(Path::new(MOUNT), path);
+                }
+            }
+        }
+        for path in self.place.dirs() {
+            std::fs::write(path.join("cgroup.procs"), "0")
+                .map_err(|source| CgroupError::Enter { path: path.to_owned(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Returns the location of the cgroup.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    fn leave(&self) {
+        for (path, origin) in self.place.dirs().zip(&self.origins) {
+            if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
+                // The original cgroup has been removed. The root of the hierarchy always exists.
+                let root = path.ancestors().skip(1).take_while(|parents| parents.join("cgroup.procs").exists()).last();
+                let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
+            }
+        }
+    }
+
+    /// Moves this process back and removes the cgroup, and containerd's parent cgroup for the namespace if it is then
+    /// empty.
+    pub async fn leave_and_remove(&self) {
+        self.leave();
+        let (place, namespace, unit) = (self.place.clone(), self.namespace.clone(), self.unit.clone());
+        // Blocks until the last process has left, so not on this thread.
+        let removed = tokio::task::spawn_blocking(move || {
+            let dirs: Vec<&Path> = place.dirs().collect();
+            remove(&dirs, unit.as_ref(), &namespace);
+        })
+        .await;
+        if let Err(error) = removed {
+            tracing::warn!("failed to remove the cgroup: {error}");
+        }
+    }
+}
+
+impl Place {
+    /// Returns the directory of a controller's files, if the host has the controller.
+    pub fn of(&self, controller: &str) -> Option<&Path> {
+        match self {
+            Self::Unified(path) => Some(path),
+            Self::Legacy(all) => {
+                all.iter().find(|(names, _)| names.iter().any(|name| name == controller)).map(|(_, path)| &**path)
+            }
+        }
+    }
+
+    /// Returns all directories of the cgroup.
+    pub fn dirs(&self) -> impl Iterator<Item = &Path> {
+        let (one, all): (Option<&Path>, &[_]) = match self {
+            Self::Unified(path) => (Some(path), &[]),
+            Self::Legacy(all) => (None, all),
+        };
+        one.into_iter().chain(all.iter().map(|(_, path): &(Vec<String>, PathBuf)| path.as_path()))
+    }
+}
+
+fn stop_scope(unit: &Unit) {
+    if let Err(error) = unit.stop() {
+        tracing::warn!(error = %crate::chain(&error), "failed to stop the systemd scope of the sandbox");
+    }
+}
+
+/// Creates a directory with its parents. Another sandbox may be removing a parent at the same time, as the last in it.
+fn create(path: &Path) -> std::io::Result<()> {
+    for _ in 1..ATTEMPTS {
+        match std::fs::create_dir_all(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            result => return result,
+        }
+    }
+    std::fs::create_dir_all(path)
+}
+
+/// Enables all controllers for `path` in its parents, as runc does: without them the cgroup has no accounting.
+///
+/// Best effort: a controller cannot be enabled where the parent has processes of its own.
+fn delegate(mount: &Path, path: &Path) {
+    let mut parents: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
+    parents.reverse();
+    for parent in parents {
+        let read = |name| std::fs::read_to_string(parent.join(name)).unwrap_or_default();
+        let (has, on) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
+        let on: Vec<&str> = on.split_whitespace().collect();
+        for controller in has.split_whitespace().filter(|controller| !on.contains(controller)) {
+            let _ = std::fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delegate_enables_controllers_in_all_parents() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pods/one/sandbox");
+        std::fs::create_dir_all(&path).unwrap();
+        let control = |parent: &str| dir.path().join(parent).join("cgroup.subtree_control");
+        for parent in ["", "pods", "pods/one", "pods/one/sandbox"] {
+            std::fs::write(dir.path().join(parent).join("cgroup.controllers"), "memory\n").unwrap();
+            std::fs::write(control(parent), "").unwrap();
+        }
+        std::fs::write(control(""), "cpu memory\n").unwrap();
+        delegate(dir.path(), &path);
+        let text = |parent| std::fs::read_to_string(control(parent)).unwrap();
+        assert_eq!([text(""), text("pods"), text("pods/one")], ["cpu memory\n", "+memory", "+memory"]);
+        assert_eq!(text("pods/one/sandbox"), "");
+    }
+}

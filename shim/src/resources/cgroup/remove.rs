@@ -1,0 +1,92 @@
+//! Removes a sandbox's cgroup.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::path::{Component, Path};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::resources::cgroup::{MOUNT, legacy};
+use crate::systemd::Unit;
+
+/// Removes a sandbox's cgroup with everything below it, and containerd's cgroup for the namespace if it is then empty.
+///
+/// `dirs` has one directory, or one for each cgroup v1 hierarchy. Waits at most a second for killed processes to end. A
+/// scope of systemd is stopped only then: if its cgroup were removed before systemd saw it empty, the unit would stay.
+pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
+    let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
+    let deadline = Instant::now() + EXIT_TIMEOUT;
+    // Covers the cgroups below too: a killed process leaves its cgroup shortly after it was reaped.
+    let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
+    unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
+    for (path, empty) in dirs.into_iter().zip(empty) {
+        if let Err(error) = empty.and_then(|()| remove_directories(path)) {
+            tracing::warn!(path = %path.display(), "failed to remove the cgroup: {error}");
+        }
+        if let Some(parent) = path.parent()
+            && parent.file_name().is_some_and(|name| name == namespace)
+        {
+            let _ = std::fs::remove_dir(parent);
+        }
+    }
+}
+
+fn is_within(path: &Path) -> bool {
+    path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
+}
+
+/// Timeout for the last processes of a cgroup to end. They have been killed already.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Removes a cgroup and the cgroups below it.
+fn remove_directories(path: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_directories(&entry.path())?;
+        }
+    }
+    match std::fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Waits until no process is left in the cgroup or below it.
+///
+/// The kernel reports a change of `cgroup.events` as POLLPRI to a process that has read the file since it opened it
+/// (cgroup-v2.rst, "Basic Operations").
+fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
+    let mut events = match File::open(path.join("cgroup.events")) {
+        // cgroup v1 has no notification, or the cgroup has been removed.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return legacy::wait_until_empty(path, deadline),
+        other => other?,
+    };
+    loop {
+        let mut text = String::new();
+        let read = events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text));
+        match read {
+            // Removed concurrently.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => return Ok(()),
+            other => other?,
+        };
+        if !text.lines().any(|line| line == "populated 1") {
+            return Ok(());
+        }
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        if remaining.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let mut wanted = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        let timeout = PollTimeout::try_from(remaining).unwrap_or(PollTimeout::MAX);
+        match poll(&mut wanted, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! Computes how large a pod's VM has to be for its containers, while containers are added, removed and updated.
+
+use std::collections::HashMap;
+
+use husk_config::Config;
+use serde::Deserialize;
+
+use crate::oci::cpuset::CpuSet;
+use crate::oci::spec::{Cpu, Memory, Resources};
+use crate::oci::update::HUGE_PAGE;
+
+/// CPU shares that Kubernetes sets for a requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
+const SHARES_PER_CPU: u64 = 1024;
+const MIB: u64 = 1 << 20;
+/// Default period of cgroups in microseconds, used if only a quota is given.
+const DEFAULT_PERIOD: u64 = 100_000;
+/// Host memory in MiB that the VMM and the shim may use beside guest memory.
+///
+/// It covers their own memory (5 MiB), buffers and sockets of the kernel, and some page cache of shared files.
+const HOST_MIB: u64 = 32;
+/// The part of it that they need at least, in MiB. The rest is page cache.
+const MIN_HOST_MIB: u64 = 12;
+/// Guest memory divided by the size of its page tables: those of host and guest are 1/512 each if all of it is used.
+const PAGE_TABLES: u64 = 256;
+/// CPU time that the VMM's device threads and the guest's kernel may use beside the containers' quota, in millicores.
+const HOST_MILLIS: u64 = 250;
+
+/// Resource limits of a container; `None` means unlimited.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// CPU quota in millicores.
+    pub millis: Option<u64>,
+    /// CPU request as cgroup shares, used if there is no quota.
+    pub shares: u64,
+    /// The host's CPUs that it may run on.
+    pub cpus: Option<CpuSet>,
+    /// Memory limit in bytes.
+    pub memory: Option<u64>,
+    /// Limit of huge pages in bytes. Zero if there is no limit, since only a container that asks for huge pages gets
+    /// some.
+    pub huge: u64,
+}
+
+/// Size of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Number of vCPUs that are online.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// Limits of the pod's processes on the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostLimits {
+    /// Whether memory is limited. The limit itself depends on the guest's memory.
+    pub memory: bool,
+    /// CPU quota in millicores.
+    pub millis: Option<u64>,
+    /// The host's CPUs that they may run on.
+    pub cpus: Option<CpuSet>,
+}
+
+/// Rules by which a pod's VM grows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Growth {
+    /// Size at boot.
+    pub boot: Size,
+    /// Maximum size.
+    pub max: Size,
+    /// Size for all containers without a limit together.
+    default: Size,
+    overhead_mib: u64,
+}
+
+impl Limits {
+    /// Returns the limits of a specification.
+    pub fn of(resources: &Resources) -> Self {
+        let mut limits = Self::default();
+        limits.change(resources);
+        limits
+    }
+
+    /// Applies an update request (OCI `LinuxResources` as JSON). A limit that the request does not name stays.
+    ///
+    /// # Errors
+    /// If the request is not `LinuxResources`.
+    pub fn updated(mut self, raw: &[u8]) -> Result<Self, serde_json::Error> {
+        #[derive(Deserialize)]
+        struct UpdateRequest(Option<Resources>);
+        if let UpdateRequest(Some(resources)) = serde_json::from_slice(raw)? {
+            self.change(&resources);
+        }
+        Ok(self)
+    }
+
+    fn change(&mut self, resources: &Resources) {
+        let Resources { cpu, memory, huge } = resources;
+        // A quota of 0 and a period alone count as unset; -1 means unlimited.
+        if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
+            self.millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
+        }
+        if let Some(shares) = cpu.as_ref().and_then(|cpu| cpu.shares).filter(|&shares| shares != 0) {
+            self.shares = shares;
+        }
+        if let Some(cpus) = cpu.as_ref().and_then(|cpu| cpu.cpus.clone()) {
+            self.cpus = Some(cpus);
+        }
+        if let Some(limit) = memory.as_ref().and_then(|memory: &Memory| memory.limit).filter(|&limit| limit != 0) {
+            self.memory = u64::try_from(limit).ok();
+        }
+        if let Some(pages) = huge.iter().find(|pages| pages.page_size == HUGE_PAGE) {
+            self.huge = pages.limit;
+        }
+    }
+}
+
+impl Limits {
+    /// Returns the CPU time that the container can use at most, in millicores: its quota, or all of its CPUs if that is
+    /// less.
+    fn usable_millis(&self) -> Option<u64> {
+        let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
+        self.millis.into_iter().chain(set).min()
+    }
+}
+
+fn millis(quota: i64, period: Option<u64>) -> Option<u64> {
+    let period = period.filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);
+    Some(u64::try_from(quota).ok()?.saturating_mul(1000).div_ceil(period))
+}
+
+impl Growth {
+    /// Returns the rules of a VM that boots with `boot` and may grow to `max`.
+    pub fn new(boot: Size, max: Size, config: &Config) -> Self {
+        let max = Size { vcpus: max.vcpus.max(boot.vcpus), memory_mib: max.memory_mib.max(boot.memory_mib) };
+        let default = Size { vcpus: config.default_vcpus, memory_mib: config.default_memory_mib };
+        Self { boot, max, default, overhead_mib: config.memory_overhead_mib }
+    }
+
+    /// Returns the size for these containers. With `start`, it is at least the boot size, which includes containers
+    /// that are still to be created.
+    ///
+    /// Limits add up. All containers without a limit together count the default once: they share it as they would on a
+    /// host, and a pod of ten such containers does not need ten times the kernel's page metadata.
+    pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
+        let vcpus = self.vcpus(containers.clone());
+        let memory = containers.clone().map(|limits| limits.memory);
+        let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
+        let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
+        // The default is the memory of a whole VM, so it includes the overhead.
+        let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
+        let free = free.saturating_add(page_metadata_mib(self.huge_mib(containers.clone())));
+        let memory_mib = match none {
+            true => self.boot.memory_mib,
+            false => {
+                let mib = bytes.div_ceil(MIB).saturating_add(free);
+                mib.saturating_add(if unlimited { 0 } else { page_metadata_mib(mib) })
+            }
+        };
+        let min_size = if start { self.boot } else { Size { vcpus: 1, memory_mib: 0 } };
+        Size {
+            vcpus: vcpus.max(min_size.vcpus).min(self.max.vcpus),
+            memory_mib: memory_mib.max(min_size.memory_mib).min(self.max.memory_mib),
+        }
+    }
+
+    /// Returns the number of vCPUs that these containers may use, without regard to the maximum.
+    pub fn vcpus<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> u8 {
+        if containers.clone().next().is_none() {
+            return self.boot.vcpus;
+        }
+        let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
+        let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
+        let free = match unlimited.next() {
+            // They share the sum of their requests, but at least the default.
+            Some(first) => {
+                let shares = unlimited.fold(first, u64::saturating_add);
+                cpus_of_shares(shares).max(u64::from(self.default.vcpus))
+            }
+            None => 0,
+        };
+        u8::try_from(millis.div_ceil(1000).saturating_add(free)).unwrap_or(u8::MAX)
+    }
+
+    /// Returns the huge pages that these containers may use, in MiB.
+    pub fn huge_mib<'a>(&self, containers: impl Iterator<Item = &'a Limits>) -> u64 {
+        containers.map(|limits| limits.huge).fold(0, u64::saturating_add).div_ceil(MIB)
+    }
+
+    /// Returns the host's limits for these containers. A resource is limited only if every container has a limit for
+    /// it.
+    pub fn host_limits<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> HostLimits {
+        let some = containers.clone().next().is_some();
+        let all =
+            containers.clone().map(|limits| limits.millis).try_fold(0u64, |sum, one| Some(sum.saturating_add(one?)));
+        let mut sets = containers.clone().map(|limits| limits.cpus.clone());
+        let first = sets.next().flatten();
+        HostLimits {
+            memory: some && containers.clone().all(|limits| limits.memory.is_some()),
+            cpus: first.and_then(|first| sets.try_fold(first, |all, one| Some(all.union(&one?)))),
+            millis: all.filter(|_| some).map(|millis| millis.saturating_add(HOST_MILLIS)),
+        }
+    }
+}
+
+impl Size {
+    /// Returns the maximum of each dimension.
+    pub fn max(self, other: Self) -> Self {
+        Self { vcpus: self.vcpus.max(other.vcpus), memory_mib: self.memory_mib.max(other.memory_mib) }
+    }
+}
+
+/// Returns the memory that the guest's kernel needs for page metadata, in MiB.
+///
+/// The kernel has 64 bytes for each page, and allocates them for blocks of 128 MiB.
+pub fn page_metadata_mib(mib: u64) -> u64 {
+    mib.div_ceil(128).saturating_mul(2)
+}
+
+/// Returns the host's memory limit in bytes for a pod whose guest has `guest_mib` of memory.
+///
+/// It is large enough that the VMM is never killed for memory that the guest uses.
+pub fn host_bytes(guest_mib: u64) -> u64 {
+    guest_mib.saturating_add(guest_mib / PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
+}
+
+/// Returns the guest memory in MiB that fits into a host limit of `bytes`, beside what the VMM and the shim need.
+pub fn guest_mib(bytes: u64) -> u64 {
+    (bytes / MIB).saturating_sub(MIN_HOST_MIB).saturating_mul(PAGE_TABLES) / (PAGE_TABLES + 1)
+}
+
+/// Resource limits of a pod's containers, by container id.
+pub type Pod = HashMap<String, Limits>;
+
+/// Returns the number of CPUs for a request of `shares`, rounded up.
+pub fn cpus_of_shares(shares: u64) -> u64 {
+    shares.div_ceil(SHARES_PER_CPU)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn growth() -> Growth {
+        let config =
+            Config { default_vcpus: 1, default_memory_mib: 1024, memory_overhead_mib: 64, ..Config::default() };
+        let (boot, max) = (Size { vcpus: 1, memory_mib: 264 }, Size { vcpus: 8, memory_mib: 8192 });
+        Growth::new(boot, max, &config)
+    }
+
+    fn limits(millis: impl Into<Option<u64>>, mib: impl Into<Option<u64>>) -> Limits {
+        Limits { millis: millis.into(), memory: mib.into().map(|mib| mib << 20), ..Limits::default() }
+    }
+
+    fn size(containers: &[Limits], start: bool) -> (u8, u64) {
+        let size = growth().size(containers.iter(), start);
+        (size.vcpus, size.memory_mib)
+    }
+
+    #[test]
+    fn limits_add_up_and_unlimited_containers_count_once() {
+        assert_eq!(size(&[], true), (1, 264));
+        assert_eq!(size(&[], false), (1, 264));
+        assert_eq!(size(&[limits(500, 100)], true), (1, 264));
+        assert_eq!(size(&[limits(500, 100)], false), (1, 164 + 4));
+        assert_eq!(size(&[limits(500, 100), limits(1000, 300)], true), (2, 464 + 8));
+        assert_eq!(size(&[limits(500, 100), limits(None, None), limits(None, None)], true), (2, 1124));
+        assert_eq!(size(&[limits(u64::MAX, None), limits(1, 8 << 10)], true), (8, 8192));
+        assert_eq!(size(&[limits(0, 0)], false), (1, 64 + 2));
+    }
+
+    #[test]
+    fn shares_count_where_there_is_no_quota() {
+        let asks = |shares: u64, millis: Option<u64>| Limits { shares, ..limits(millis, 1) };
+        let vcpus = |containers: &[Limits]| growth().vcpus(containers.iter());
+        assert_eq!(vcpus(&[asks(2, None), asks(2, None)]), 1);
+        assert_eq!(vcpus(&[asks(1536, None), asks(1024, None)]), 3);
+        assert_eq!(vcpus(&[asks(1536, None), asks(8192, Some(1000))]), 3);
+        assert_eq!(vcpus(&[asks(u64::MAX, None), asks(1024, None)]), u8::MAX);
+    }
+
+    #[test]
+    fn host_limits_apply_only_if_every_container_has_one() {
+        let host = |containers: &[Limits]| growth().host_limits(containers.iter());
+        assert_eq!(host(&[]), HostLimits::default());
+        assert_eq!(
+            host(&[limits(500, 1), limits(1000, 1)]),
+            HostLimits { memory: true, millis: Some(1750), cpus: None }
+        );
+        assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
+        assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
+        assert_eq!(host_bytes(u64::MAX), u64::MAX);
+        // The example RuntimeClass has an overhead of 80 MiB, 64 of them for the guest.
+        assert!((320..=324).contains(&guest_mib((256 + 80) << 20)));
+        assert_eq!(guest_mib(1), 0);
+        assert!(guest_mib(u64::MAX) > 1 << 30);
+    }
+
+    #[test]
+    fn cpusets_limit_vcpus_and_the_host_limit_is_their_union() {
+        let on = |cpus: &str, millis| Limits {
+            millis,
+            cpus: Some(cpus.parse().unwrap()),
+            memory: Some(1),
+            ..Limits::default()
+        };
+        assert_eq!(size(&[on("0-3", None)], true).0, 4);
+        assert_eq!(size(&[on("0-3", Some(1500))], true).0, 2);
+        assert_eq!(size(&[on("2", Some(1500)), on("2", None)], true).0, 2);
+        let host = |containers: &[Limits]| growth().host_limits(containers.iter()).cpus.map(|set| set.to_string());
+        assert_eq!(host(&[on("0-3", None), on("6", None)]).as_deref(), Some("0-3,6"));
+        assert_eq!(host(&[on("0-3", None), limits(1000, 1)]), None);
+        assert_eq!(host(&[limits(1000, 1), on("0-3", None)]), None);
+    }
+
+    #[test]
+    fn huge_pages_add_up_with_their_page_metadata() {
+        let huge = |mib: u64| Limits { huge: mib << 20, ..limits(1, 100) };
+        let growth = growth();
+        assert_eq!(growth.huge_mib([huge(6), huge(2), limits(1, 1)].iter()), 8);
+        assert_eq!(size(&[huge(8)], false).1, 164 + 2 + 4);
+        assert_eq!(size(&[huge(1024)], false).1, 164 + 16 + 4);
+        let update =
+            json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]});
+        assert_eq!(limits(1, 100).updated(update.to_string().as_bytes()).unwrap(), huge(4));
+    }
+
+    #[test]
+    fn update_changes_only_the_limits_it_names() {
+        let update = |before: Limits, raw: Value| before.updated(raw.to_string().as_bytes()).unwrap();
+        let before = limits(1000, 100);
+        let update = |limits: &Limits, raw: Value| update(limits.clone(), raw);
+        assert_eq!(update(&before, json!({})), before);
+        assert_eq!(update(&before, Value::Null), before);
+        let more = Limits { shares: 7, ..before.clone() };
+        assert_eq!(update(&before, json!({"cpu": {"shares": 7, "quota": 0}, "memory": {}})), more);
+        assert_eq!(update(&before, json!({"cpu": {"quota": 50_000, "period": 100_000}})), limits(500, 100));
+        assert_eq!(update(&before, json!({"cpu": {"quota": -1}, "memory": {"limit": -1}})), limits(None, None));
+        assert_eq!(update(&before, json!({"memory": {"limit": 209_715_200}})), limits(1000, 200));
+        let on = |cpus: &str| Limits { cpus: Some(cpus.parse().unwrap()), ..before.clone() };
+        assert_eq!(update(&before, json!({"cpu": {"cpus": "1-2"}})), on("1-2"));
+        assert_eq!(update(&on("1-2"), json!({"cpu": {"cpus": ""}})), on("1-2"));
+        assert!(before.clone().updated(br#"{"cpu": {"cpus": "x"}}"#).is_err());
+        assert!(before.clone().updated(b"[1").is_err());
+    }
+}

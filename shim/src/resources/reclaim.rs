@@ -1,0 +1,206 @@
+//! Reclaims the guest's caches of files when the pod's memory on the host, or the VMM's open files, run out.
+//!
+//! For every inode in its cache, the guest's kernel has a file open in the VMM. That pins the host's inode: memory of
+//! the pod's cgroup that the host's kernel cannot reclaim, and that the guest's kernel does not know of. A guest that
+//! walks through many files would thus get its VMM killed.
+//!
+//! cgroup v2 throttles at `memory.high` and reports it (`memory.events`, Documentation/admin-guide/cgroup-v2.rst).
+//! cgroup v1 reports when the kernel begins to reclaim (`memory.pressure_level`,
+//! Documentation/admin-guide/cgroup-v1/memory.rst).
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use husk_proto::agent::ForgetRequest;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
+
+use crate::lock;
+use crate::resources::cgroup::Place;
+use crate::resources::limits;
+use crate::vm::agent::{Agent, timeouts, within};
+use crate::vm::vmm::Vmm;
+
+/// Minimum time between two reactions: the kernel reports every reclaim, and often several together.
+const MIN_INTERVAL: Duration = Duration::from_secs(1);
+/// If the guest has to drop its caches again within this time, it drops the page cache too.
+///
+/// An inode with cached pages stays in the guest's memory, so dropping the unused inodes alone may not be enough.
+const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
+/// Distance in bytes from the limit at which unreclaimable memory counts as short.
+const MARGIN: u64 = 2 << 20;
+
+/// Starts to watch, until the VM ends.
+pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
+    let guest = Guest { agent, last: Mutex::new(None) };
+    tokio::spawn(async move {
+        let memory = async {
+            let Some(place) = &place else { return };
+            match async { Watch::of(place)?.run(place, &guest).await }.await {
+                // The host does not account memory, or the cgroup has no memory controller.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => tracing::warn!(%error, "failed to watch the pod's memory on the host"),
+                Ok(()) => {}
+            }
+        };
+        let files = async {
+            loop {
+                vmm.many_files().await;
+                guest.drop_caches("the VMM has nearly as many files open as it can").await;
+                tokio::time::sleep(MIN_INTERVAL).await;
+            }
+        };
+        tokio::select! {
+            () = async { tokio::join!(memory, files).1 } => {}
+            _ = vmm.wait() => {}
+        }
+    });
+}
+
+/// The guest, and the time at which it last dropped caches.
+struct Guest {
+    agent: Agent,
+    last: Mutex<Option<Instant>>,
+}
+
+impl Guest {
+    /// Has the guest drop its cache of unused files.
+    async fn drop_caches(&self, reason: &str) {
+        let pages = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
+        tracing::info!(pages, reason, "dropping the guest's file caches");
+        let request = ForgetRequest { pages, ..Default::default() };
+        if let Err(error) = self.agent.sandbox.forget(within(timeouts::SLOW), &request).await {
+            tracing::warn!(%error, "failed to drop the guest's file caches");
+        }
+        *lock(&self.last) = Some(Instant::now());
+    }
+}
+
+/// Notifications of the kernel about reclaim in the cgroup.
+struct Watch {
+    notices: AsyncFd<OwnedFd>,
+    /// cgroup v1 notifies as long as these files are open.
+    _levels: Vec<File>,
+}
+
+impl Watch {
+    fn of(place: &Place) -> io::Result<Self> {
+        let dir = place.of("memory").ok_or(io::ErrorKind::NotFound)?;
+        let (notices, levels) = match place {
+            Place::Unified(_) => {
+                let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+                inotify.add_watch(&dir.join("memory.events"), AddWatchFlags::IN_MODIFY)?;
+                (OwnedFd::from(inotify), Vec::new())
+            }
+            Place::Legacy(_) => {
+                let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+                let mut levels = Vec::new();
+                // The pod's cgroup is notified of reclaim that its own limit causes.
+                for dir in dir.ancestors().take(2) {
+                    let level = match File::open(dir.join("memory.pressure_level")) {
+                        // A sandbox outside a pod may have no parent cgroup with this file.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound && !levels.is_empty() => break,
+                        level => level?,
+                    };
+                    let control = format!("{} {} low", event.as_raw_fd(), level.as_raw_fd());
+                    fs::write(dir.join("cgroup.event_control"), control)?;
+                    levels.push(level);
+                }
+                (OwnedFd::from(event), levels)
+            }
+        };
+        // SAFETY: the fd is moved into the registration, and stays open until the registration is dropped.
+        let notices = unsafe { AsyncFd::register(notices) }?;
+        Ok(Self { notices, _levels: levels })
+    }
+
+    async fn run(&self, place: &Place, guest: &Guest) -> io::Result<()> {
+        loop {
+            self.next().await?;
+            let place = place.clone();
+            if tokio::task::spawn_blocking(move || is_nearly_exhausted(&place)).await.unwrap_or(false) {
+                guest.drop_caches("the pod's memory on the host is used up").await;
+            }
+            tokio::time::sleep(MIN_INTERVAL).await;
+        }
+    }
+
+    /// Waits for a notification, and consumes all that are pending.
+    async fn next(&self) -> io::Result<()> {
+        let mut ready = self.notices.readable().await?;
+        let mut bytes = [0u8; 4096];
+        loop {
+            // SAFETY: `bytes` outlives the call, and the length passed is its length.
+            let read = unsafe { libc::read(self.notices.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) };
+            match (read, io::Error::last_os_error()) {
+                (1.., _) => {}
+                (0, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                (_, error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                (_, error) if error.kind() == io::ErrorKind::Interrupted => {}
+                (_, error) => return Err(error),
+            }
+        }
+        ready.clear_ready();
+        Ok(())
+    }
+}
+
+/// Returns whether nearly all of the limit is memory that the host's kernel cannot reclaim.
+fn is_nearly_exhausted(place: &Place) -> bool {
+    match (limits::memory(place), unreclaimable(place)) {
+        (Some(limit), Some(unreclaimable)) => unreclaimable.saturating_add(MARGIN) >= limit,
+        _ => false,
+    }
+}
+
+/// Returns the cgroup's memory without its page cache, in bytes.
+fn unreclaimable(place: &Place) -> Option<u64> {
+    let dir = place.of("memory")?;
+    let (usage, prefix) = match place {
+        Place::Unified(_) => ("memory.current", ""),
+        Place::Legacy(_) => ("memory.usage_in_bytes", "total_"),
+    };
+    let usage: u64 = read(dir, usage)?.trim().parse().ok()?;
+    let stat = read(dir, "memory.stat")?;
+    let cache: u64 = ["active_file", "inactive_file"].iter().map(|name| field(&stat, &format!("{prefix}{name}"))).sum();
+    Some(usage.saturating_sub(cache))
+}
+
+fn read(dir: &Path, file: &str) -> Option<String> {
+    fs::read_to_string::<PathBuf>(dir.join(file)).ok()
+}
+
+fn field(stat: &str, name: &str) -> u64 {
+    let line = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn page_cache_does_not_count_as_shortage() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = dir.path().join("pod");
+        fs::create_dir(&pod).unwrap();
+        let write = |file: &str, text: String| fs::write(pod.join(file), text).unwrap();
+        let place = Place::Unified(pod.clone());
+        assert!(!is_nearly_exhausted(&place));
+        write("memory.current", (100u64 << 20).to_string());
+        write("memory.stat", format!("anon 1\nfile 9\ninactive_file {}\nactive_file 0\nslab 3\n", 10 << 20));
+        assert!(!is_nearly_exhausted(&place));
+        write("memory.high", "max\n".into());
+        assert!(!is_nearly_exhausted(&place));
+        write("memory.high", format!("{}\n", 101u64 << 20));
+        assert!(!is_nearly_exhausted(&place));
+        write("memory.high", format!("{}\n", 91u64 << 20));
+        assert!(is_nearly_exhausted(&place));
+    }
+}

@@ -1,0 +1,324 @@
+//! Resizes a running VM: one task that calls the VMM and the agent in turn.
+//!
+//! Growing is complete before the answer: first the host's limit, then memory, then vCPUs. Shrinking is only requested;
+//! the guest gives memory back when it can, and the host's limit follows.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_proto::agent::{HugePagesRequest, ProcessorsRequest, RescanRequest};
+use husk_vmm::control::{Answer, Call, Pages};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::resources::cgroup::Place;
+use crate::resources::growth::{Growth, HostLimits, Size};
+use crate::resources::{hugepages, limits};
+use crate::systemd::Unit;
+use crate::vm::Boot;
+use crate::vm::agent::{Agent, timeouts, within};
+use crate::vm::vmm::{Vmm, VmmError};
+
+/// Timeout for the guest to accept hot-plugged memory.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Error of growing a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The VMM refused.
+    #[error("failed to grow the VM")]
+    Vmm(#[source] VmmError),
+    /// The agent refused.
+    #[error("failed to set up the {0} in the guest")]
+    Agent(&'static str, #[source] ttrpc::Error),
+    /// The guest has fewer vCPUs online than requested.
+    #[error("the guest has {online} of {wanted} vCPUs online")]
+    Processors {
+        /// vCPUs that are online.
+        online: u32,
+        /// vCPUs that were requested.
+        wanted: u8,
+    },
+    /// The guest did not accept all of the hot-plugged memory.
+    #[error("the guest accepted {plugged_mib} of {wanted_mib} MiB of hot-plugged memory")]
+    Memory {
+        /// Hot-plugged memory that the guest accepted.
+        plugged_mib: u64,
+        /// Hot-plugged memory that was offered.
+        wanted_mib: u64,
+    },
+    /// The node has too few free huge pages.
+    #[error("the pod is to have {wanted_mib} MiB of huge pages of 2 MiB, the node has {free_mib} MiB of them to give")]
+    NodeHugePages {
+        /// Huge pages that the pod does not have yet.
+        wanted_mib: u64,
+        /// Huge pages of the node that are neither in use nor reserved.
+        free_mib: u64,
+    },
+    /// The guest could not allocate the huge pages.
+    #[error("the guest allocated {count} of {wanted} huge pages")]
+    HugePages {
+        /// Number of huge pages in the guest.
+        count: u64,
+        /// Number that was requested.
+        wanted: u64,
+    },
+    /// The VM has ended.
+    #[error("the VM has ended")]
+    Gone,
+}
+
+/// Size and limits that a pod is to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Size of the VM.
+    pub size: Size,
+    /// Huge pages in MiB. They are never taken back: a volume may use them, and the node counts them as the pod's.
+    pub huge_mib: u64,
+    /// Limits on the host.
+    pub host: HostLimits,
+}
+
+struct Job {
+    target: Target,
+    done: oneshot::Sender<Result<(), ResizeError>>,
+}
+
+/// Handle of the task that resizes the VM.
+pub struct Resizer {
+    /// Rules that turn containers' limits into a size.
+    pub growth: Growth,
+    jobs: mpsc::UnboundedSender<Job>,
+}
+
+impl Resizer {
+    /// Starts the task, which ends when this handle is dropped.
+    pub fn start(
+        growth: Growth,
+        vmm: Vmm,
+        boot: watch::Receiver<Boot>,
+        cgroup: Option<(Place, Option<Unit>)>,
+        record: RecordSize,
+    ) -> Self {
+        let (jobs, requests) = mpsc::unbounded_channel();
+        let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
+        let vm = Vm {
+            vmm,
+            boot,
+            cgroup,
+            record,
+            start: growth.boot,
+            now,
+            complete: true,
+            slots: Slots::default(),
+            plugged_mib: 0,
+            shrinking: None,
+        };
+        tokio::spawn(vm.run(requests));
+        Self { growth, jobs }
+    }
+
+    /// Like [`Resizer::resize`], but does not wait.
+    pub fn post(&self, target: Target) {
+        // The task lives as long as this handle.
+        let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
+    }
+
+    /// Resizes the pod to `target`. Returns when everything that grows has grown.
+    ///
+    /// # Errors
+    /// [`ResizeError`]; what has grown before the error stays until the next target.
+    pub async fn resize(&self, target: Target) -> Result<(), ResizeError> {
+        let (done, wait) = oneshot::channel();
+        self.jobs.send(Job { target, done }).map_err(|_| ResizeError::Gone)?;
+        wait.await.map_err(|_| ResizeError::Gone)?
+    }
+}
+
+/// Records the pod's current size for `husk ps`. It may block.
+pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
+
+/// Pending request to shrink memory. Returns the hot-plugged memory that the guest still has, in MiB.
+type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
+
+/// The task's state.
+struct Vm {
+    vmm: Vmm,
+    boot: watch::Receiver<Boot>,
+    /// The cgroup, and its systemd unit if systemd created it.
+    cgroup: Option<(Place, Option<Unit>)>,
+    record: RecordSize,
+    start: Size,
+    /// Target that was requested last.
+    now: Target,
+    /// Whether that target was reached. If not, the next request retries it.
+    complete: bool,
+    slots: Slots,
+    /// Maximum hot-plugged memory that the guest may have at this time.
+    plugged_mib: u64,
+    shrinking: Option<Shrinking>,
+}
+
+/// Slots of the memory devices that are attached and known to the guest.
+#[derive(Default)]
+struct Slots {
+    ordinary: Option<u32>,
+    huge: Option<u32>,
+}
+
+impl Vm {
+    async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
+        loop {
+            let shrinking = async {
+                match self.shrinking.as_mut() {
+                    Some(left) => left.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                job = jobs.recv() => {
+                    let Some(Job { target, done }) = job else { return };
+                    if let Err(Err(error)) = done.send(self.apply(target).await) {
+                        tracing::warn!(error = %crate::chain(&error), "failed to resize the pod");
+                    }
+                }
+                left = shrinking => {
+                    self.shrinking = None;
+                    if let Some(left) = left {
+                        tracing::debug!(plugged_mib = left, "the guest gave memory back");
+                        self.plugged_mib = left;
+                        self.set_host_limits().await;
+                        self.record_size().await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Grows what has to grow, and requests what has to shrink.
+    async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
+        if let Some((place, _)) = &self.cgroup {
+            target.size.memory_mib = target.size.memory_mib.min(limits::room(place));
+        }
+        target.huge_mib = target.huge_mib.max(self.now.huge_mib);
+        if target == self.now && self.complete {
+            return Ok(());
+        }
+        let retry = !std::mem::replace(&mut self.complete, false);
+        let Target { size: before, huge_mib: huge_before, .. } = std::mem::replace(&mut self.now, target.clone());
+        let wanted_mib = target.size.memory_mib.saturating_sub(self.start.memory_mib);
+        let previous_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
+        self.plugged_mib = self.plugged_mib.max(wanted_mib);
+        self.set_host_limits().await;
+        if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
+            // The new request ends an earlier wait in the VMM. The answer to that one would not be the remaining
+            // memory.
+            self.shrinking = None;
+            self.grow_memory(Pages::Ordinary, wanted_mib).await?;
+        } else if wanted_mib < previous_mib {
+            let vmm = self.vmm.clone();
+            self.shrinking = Some(Box::pin(async move {
+                match vmm.call(Call::Memory { pages: Pages::Ordinary, mib: wanted_mib }, &[]).await {
+                    Ok((Answer::Memory { plugged_mib }, _)) => Some(plugged_mib),
+                    _ => None,
+                }
+            }));
+        }
+        if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
+            // If this fails, the container is not created, and later targets must not include its pages.
+            self.now.huge_mib = huge_before;
+            self.grow_huge_pages(target.huge_mib, huge_before).await?;
+            self.now.huge_mib = target.huge_mib;
+        }
+        if retry || target.size.vcpus != before.vcpus {
+            self.set_vcpus(target.size.vcpus).await?;
+        }
+        if target.size != before {
+            tracing::info!(vcpus = target.size.vcpus, memory_mib = target.size.memory_mib, "resized the pod");
+            self.record_size().await;
+        }
+        self.complete = true;
+        Ok(())
+    }
+
+    async fn grow_memory(&mut self, pages: Pages, wanted_mib: u64) -> Result<(), ResizeError> {
+        let known = match pages {
+            Pages::Ordinary => self.slots.ordinary,
+            Pages::Huge => self.slots.huge,
+        };
+        if known.is_none() {
+            let slot = match self.vmm.call(Call::AttachMemory(pages), &[]).await.map_err(ResizeError::Vmm)? {
+                (Answer::Attached { slot }, _) => slot,
+                _ => return Err(ResizeError::Vmm(VmmError::Unexpected)),
+            };
+            let request = RescanRequest { slot, ..Default::default() };
+            let found = self.agent()?.sandbox.rescan(within(timeouts::QUICK), &request).await;
+            found.map_err(|error| ResizeError::Agent("memory device", error))?;
+            match pages {
+                Pages::Ordinary => self.slots.ordinary = Some(slot),
+                Pages::Huge => self.slots.huge = Some(slot),
+            }
+        }
+        let plugged_mib =
+            match tokio::time::timeout(MEMORY_TIMEOUT, self.vmm.call(Call::Memory { pages, mib: wanted_mib }, &[]))
+                .await
+            {
+                Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
+                Err(_) => self.vmm.call(Call::PluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
+            };
+        match plugged_mib {
+            Answer::Memory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),
+            Answer::Memory { plugged_mib } => Err(ResizeError::Memory { plugged_mib, wanted_mib }),
+            _ => Err(ResizeError::Vmm(VmmError::Unexpected)),
+        }
+    }
+
+    /// Hot-plugs memory from the host's huge pages, and has the guest allocate huge pages in it.
+    async fn grow_huge_pages(&mut self, wanted_mib: u64, previous_mib: u64) -> Result<(), ResizeError> {
+        let more = wanted_mib.saturating_sub(previous_mib);
+        match hugepages::free_mib() {
+            // Checked first, because a guest that does not get all the memory it was offered retries for ever.
+            free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
+            _ => self.grow_memory(Pages::Huge, wanted_mib).await?,
+        }
+        let wanted = wanted_mib / hugepages::PAGE_MIB;
+        let request = HugePagesRequest { count: wanted, ..Default::default() };
+        let made = self.agent()?.sandbox.huge_pages(within(timeouts::SLOW), &request).await;
+        let count = made.map_err(|error| ResizeError::Agent("huge pages", error))?.count;
+        if count >= wanted { Ok(()) } else { Err(ResizeError::HugePages { count, wanted }) }
+    }
+
+    async fn set_vcpus(&mut self, wanted: u8) -> Result<(), ResizeError> {
+        self.vmm.call(Call::Vcpus { count: wanted }, &[]).await.map_err(ResizeError::Vmm)?;
+        let request = ProcessorsRequest { count: wanted.into(), ..Default::default() };
+        let switched = self.agent()?.sandbox.processors(within(timeouts::SLOW), &request).await;
+        let online = switched.map_err(|error| ResizeError::Agent("vCPUs", error))?.online;
+        if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
+    }
+
+    /// Sets the host's limits for what the guest may have now. Lowering a limit waits for memory to be reclaimed.
+    async fn set_host_limits(&mut self) {
+        let Some((place, unit)) = self.cgroup.clone() else { return };
+        let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
+        let set = move || limits::set(&place, unit.as_ref(), &limits, guest_mib);
+        if let Err(error) = tokio::task::spawn_blocking(set).await {
+            tracing::warn!(%error, "failed to set the sandbox's limits on the host");
+        }
+    }
+
+    /// Records the pod's current size for `husk ps`.
+    async fn record_size(&mut self) {
+        let (record, vcpus) = (Arc::clone(&self.record), self.now.size.vcpus);
+        let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
+        if let Err(error) = tokio::task::spawn_blocking(move || record(Size { vcpus, memory_mib })).await {
+            tracing::warn!(%error, "failed to record the size for husk ps");
+        }
+    }
+
+    fn agent(&self) -> Result<Agent, ResizeError> {
+        match &*self.boot.borrow() {
+            Boot::Ready(agent) => Ok(agent.clone()),
+            _ => Err(ResizeError::Gone),
+        }
+    }
+}

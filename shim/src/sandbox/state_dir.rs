@@ -1,0 +1,259 @@
+//! A sandbox's directory on the host, `/run/husk/<namespace>/<sandbox>`.
+//!
+//! It records what `delete` needs to clean up after a shim that ended unexpectedly.
+
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use crate::resources::cgroup;
+use crate::systemd::Unit;
+use crate::volumes::{Share, ShareError};
+
+/// Parent of all sandboxes' directories.
+pub const ROOT: &str = "/run/husk";
+
+/// Record that `husk ps` reads, and the temporary file that is renamed over it.
+const RECORD: &str = "sandbox.json";
+const RECORD_NEW: &str = "sandbox.json.new";
+
+/// The directory of one sandbox.
+#[derive(Debug, Clone)]
+pub struct StateDir {
+    path: PathBuf,
+}
+
+/// A process, identified by PID and start time, so that a reused PID is not mistaken for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessId {
+    /// PID.
+    pub pid: i32,
+    /// Start time in clock ticks since boot, field 22 of proc_pid_stat(5).
+    pub start: u64,
+}
+
+/// Error of creating or writing the directory.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A directory cannot be created.
+    #[error("failed to create {path}")]
+    Create {
+        /// Path of the directory.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The share cannot be mounted.
+    #[error(transparent)]
+    Share(ShareError),
+    /// A file cannot be written.
+    #[error("failed to write {path}")]
+    Write {
+        /// Path of the file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl StateDir {
+    /// Returns the directory of a sandbox, which need not exist.
+    pub fn new(namespace: &str, sandbox: &str) -> Self {
+        Self { path: Path::new(ROOT).join(namespace).join(sandbox) }
+    }
+
+    /// Returns the path of the directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the path of the timeline of the start.
+    pub fn timeline(&self) -> PathBuf {
+        self.path.join("timeline.json")
+    }
+
+    /// Creates the directory and mounts the share in it, visible only in this mount namespace.
+    ///
+    /// # Errors
+    /// [`StateError`] with the path that could not be created.
+    pub fn create(&self) -> Result<Share, StateError> {
+        // Retried once, because the last sandbox of this namespace may be removing the parent directory.
+        let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
+        make().or_else(|_| make()).map_err(|source| StateError::Create { path: self.path.clone(), source })?;
+        Share::mount(&self.path).map_err(StateError::Share)
+    }
+
+    /// Records a process under `name`.
+    ///
+    /// # Errors
+    /// [`StateError::Write`].
+    pub fn write_process(&self, name: &str, process: ProcessId) -> Result<(), StateError> {
+        self.write(name, &format!("{} {}\n", process.pid, process.start))
+    }
+
+    /// Writes a small file.
+    ///
+    /// # Errors
+    /// [`StateError::Write`].
+    pub fn write(&self, name: &str, text: &str) -> Result<(), StateError> {
+        let path = self.path.join(name);
+        std::fs::write(&path, text).map_err(|source| StateError::Write { path, source })
+    }
+
+    /// Records the sandbox for `husk ps`. A concurrent reader sees either the old record or the new one.
+    ///
+    /// # Errors
+    /// [`StateError::Write`].
+    pub fn note(&self, sandbox: &husk_config::sandbox::Sandbox) -> Result<(), StateError> {
+        let path = self.path.join(RECORD);
+        let write = |source| StateError::Write { path: path.clone(), source };
+        let text = serde_json::to_string(sandbox).map_err(|error| write(error.into()))?;
+        self.write(RECORD_NEW, &text)?;
+        std::fs::rename(self.path.join(RECORD_NEW), &path).map_err(write)
+    }
+
+    /// Updates vCPUs and memory in the record. Does nothing if there is no record.
+    ///
+    /// # Errors
+    /// [`StateError::Write`].
+    pub fn record_size(&self, vcpus: u8, memory_mib: u64) -> Result<(), StateError> {
+        let record =
+            self.read(RECORD).and_then(|text| serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).ok());
+        match record {
+            Some(record) if (record.vcpus, record.memory_mib) != (vcpus, memory_mib) => {
+                self.note(&husk_config::sandbox::Sandbox { vcpus, memory_mib, ..record })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns a process that was recorded earlier.
+    pub fn read_process(&self, name: &str) -> Option<ProcessId> {
+        let text = self.read(name)?;
+        let (pid, start) = text.trim().split_once(' ')?;
+        Some(ProcessId { pid: pid.parse().ok().filter(|pid| *pid > 1)?, start: start.parse().ok()? })
+    }
+
+    /// Returns the contents of a small file that was written earlier.
+    pub fn read(&self, name: &str) -> Option<String> {
+        std::fs::read_to_string(self.path.join(name)).ok()
+    }
+
+    /// Removes everything of the sandbox from the host: leftover processes, mounts, cgroup and directory.
+    pub fn clean_up(&self) {
+        for name in ["vmm.pid", "shim.pid"] {
+            if let Some(process) = self.read_process(name)
+                && process.pid != std::process::id().cast_signed()
+            {
+                process.kill_and_wait();
+            }
+        }
+        let namespace = self.path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
+        let dirs = self.read("cgroup").unwrap_or_default();
+        let dirs: Vec<&Path> = dirs.lines().map(Path::new).collect();
+        let unit = self.read("unit").map(Unit::new);
+        cgroup::remove(&dirs, unit.as_ref(), namespace.unwrap_or_default());
+        self.remove();
+    }
+
+    /// Unmounts the share and removes the directory, and the namespace's directory if it is then empty.
+    pub fn remove(&self) {
+        Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
+        // Removes only known files, never recursively: something may still be mounted below.
+        for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", RECORD, RECORD_NEW]
+            .iter()
+            .chain(&crate::pod::FILES)
+        {
+            let _ = std::fs::remove_file(self.path.join(name));
+        }
+        if let Err(error) = std::fs::remove_dir(&self.path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, path = %self.path.display(), "failed to remove the state directory");
+        }
+        if let Some(namespace) = self.path.parent() {
+            let _ = std::fs::remove_dir(namespace);
+        }
+    }
+}
+
+impl ProcessId {
+    /// Returns the process with this PID, if there is one.
+    pub fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        Some(Self { pid: i32::try_from(pid).ok()?, start: start_time(&stat)? })
+    }
+
+    /// Kills the process if the PID still belongs to it, and waits for its end.
+    pub fn kill_and_wait(self) {
+        // SAFETY: pidfd_open takes a PID and flags, and returns a new fd or -1.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        let Ok(fd) = i32::try_from(fd) else { return };
+        if fd < 0 {
+            return;
+        }
+        // SAFETY: the fd was just created, and nothing else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // The pidfd refers to one process. If the start time matches now, the PID cannot have been reused before.
+        if Self::of(self.pid.cast_unsigned()) != Some(self) {
+            return;
+        }
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), nix::sys::signal::Signal::SIGKILL);
+        let mut poll = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
+        let _ = nix::poll::poll(&mut poll, 5000u16);
+    }
+}
+
+/// Returns field 22 of /proc/pid/stat. The command name in field 2 may contain anything and ends at the last `)`.
+fn start_time(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn start_time_is_field_22() {
+        let stat = "12 (a) b (c)) S 1 12 12 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 1 1";
+        assert_eq!(start_time(stat), Some(4711));
+        assert_eq!(start_time(""), None);
+    }
+
+    #[test]
+    fn record_size_updates_the_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir { path: dir.path().join("s") };
+        state.record_size(2, 100).unwrap();
+        std::fs::create_dir(state.path()).unwrap();
+        let record = husk_config::sandbox::Sandbox {
+            id: "s".into(),
+            namespace: "n".into(),
+            pod: String::new(),
+            vcpus: 1,
+            memory_mib: 128,
+            started: 7,
+            vmm_pid: 1,
+            shim_pid: 2,
+        };
+        state.note(&record).unwrap();
+        state.record_size(2, 512).unwrap();
+        let text = state.read(RECORD).unwrap();
+        let expected = husk_config::sandbox::Sandbox { vcpus: 2, memory_mib: 512, ..record };
+        assert_eq!(serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).unwrap(), expected);
+        state.remove();
+        assert!(!state.path().exists());
+    }
+
+    #[test]
+    fn kill_and_wait_spares_a_reused_pid() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap();
+        ProcessId { start: id.start + 1, ..id }.kill_and_wait();
+        assert!(child.try_wait().unwrap().is_none());
+        id.kill_and_wait();
+        assert!(!child.wait().unwrap().success());
+    }
+}

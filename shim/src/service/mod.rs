@@ -1,0 +1,18 @@
+//! Adapters between containerd's ttrpc services and the operations in [`crate::container`].
+
+mod sandbox;
+mod task;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use ttrpc::r#async::Service;
+
+use crate::container::Shim;
+
+/// Returns all ttrpc services of the shim.
+pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
+    let mut all = task::services(shim);
+    all.extend(sandbox::services(shim));
+    all
+}

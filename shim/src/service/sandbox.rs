@@ -1,0 +1,186 @@
+//! Serves containerd's Sandbox API (containerd.runtime.sandbox.v1) to its sandbox controller.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use husk_proto::containerd::sandbox_api::{
+    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
+    SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
+    ShutdownSandboxResponse, StartSandboxRequest, StartSandboxResponse, StopSandboxRequest, StopSandboxResponse,
+    WaitSandboxRequest, WaitSandboxResponse,
+};
+use husk_proto::containerd::sandbox_async::{Sandbox, create_sandbox};
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use crate::container::{Shim, run_to_completion};
+use crate::error::Refusal;
+use crate::events::timestamp;
+use crate::pod;
+use crate::resources::cgroup::Place;
+use crate::resources::legacy_metrics;
+use husk_proto::metrics;
+
+/// States by their CRI names, which containerd passes on unchanged.
+const READY: &str = "SANDBOX_READY";
+const NOT_READY: &str = "SANDBOX_NOTREADY";
+
+/// Returns the Sandbox service.
+pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
+    create_sandbox(Arc::new(Handler { shim: Arc::clone(shim) }))
+}
+
+struct Handler {
+    shim: Arc<Shim>,
+}
+
+impl Handler {
+    /// Checks that the request names this shim's only sandbox.
+    fn check(&self, id: &str) -> Result<(), Refusal> {
+        if id == self.shim.sandbox.id { Ok(()) } else { Err(Refusal::NoSandbox(id.to_owned())) }
+    }
+}
+
+#[async_trait]
+impl Sandbox for Handler {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        let options = request.options.as_ref().filter(|options| !options.type_url.is_empty());
+        let mut config = pod::config(options).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        config.annotations.extend(request.annotations);
+        self.shim.create_sandbox(&config, &request.netns_path).await?;
+        Ok(CreateSandboxResponse::new())
+    }
+
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StartSandboxRequest,
+    ) -> ttrpc::Result<StartSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        if !self.shim.api.is_created() {
+            return Err(Refusal::NotCreated.into());
+        }
+        self.shim.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
+        self.shim.sandbox.timeline.mark("sandbox started");
+        self.shim.sandbox.timeline.save();
+        Ok(StartSandboxResponse {
+            pid: self.shim.sandbox.pid(),
+            created_at: Some(timestamp(self.shim.api.created_at())).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn platform(&self, _: &TtrpcContext, request: PlatformRequest) -> ttrpc::Result<PlatformResponse> {
+        self.check(&request.sandbox_id)?;
+        let mut response = PlatformResponse::new();
+        let platform = response.platform.mut_or_insert_default();
+        // Go's names (GOOS, GOARCH). The guest has the host's architecture, the one that Husk is built for.
+        platform.os = "linux".to_owned();
+        platform.architecture = "amd64".to_owned();
+        Ok(response)
+    }
+
+    async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        let shim = Arc::clone(&self.shim);
+        run_to_completion(async move {
+            shim.stop_sandbox().await;
+            Ok(())
+        })
+        .await?;
+        Ok(StopSandboxResponse::new())
+    }
+
+    async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> ttrpc::Result<WaitSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        let exit = self.shim.api.wait().await;
+        Ok(WaitSandboxResponse {
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxStatusRequest,
+    ) -> ttrpc::Result<SandboxStatusResponse> {
+        self.check(&request.sandbox_id)?;
+        let Shim { sandbox, api, .. } = &*self.shim;
+        let exit = api.exit();
+        let ready = exit.is_none() && sandbox.agent().is_some();
+        let mut info = HashMap::new();
+        if request.verbose {
+            let text = json!({ "pid": sandbox.pid(), "shimPid": std::process::id(), "runtimeSpec": api.spec() });
+            info.insert("info".to_owned(), text.to_string());
+        }
+        Ok(SandboxStatusResponse {
+            sandbox_id: sandbox.id.clone(),
+            pid: if exit.is_none() { sandbox.pid() } else { 0 },
+            state: if ready { READY } else { NOT_READY }.to_owned(),
+            info,
+            created_at: Some(timestamp(api.created_at())).into(),
+            exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
+        self.check(&request.sandbox_id)?;
+        if self.shim.sandbox.is_dead() {
+            return Err(Refusal::Gone.into());
+        }
+        Ok(PingResponse::new())
+    }
+
+    async fn shutdown_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: ShutdownSandboxRequest,
+    ) -> ttrpc::Result<ShutdownSandboxResponse> {
+        self.check(&request.sandbox_id)?;
+        let shim = Arc::clone(&self.shim);
+        run_to_completion(async move {
+            shim.stop_sandbox().await;
+            shim.finish().await;
+            Ok(())
+        })
+        .await?;
+        Ok(ShutdownSandboxResponse::new())
+    }
+
+    /// Returns what the pod uses on the host, from its cgroup there.
+    ///
+    /// CPU time and memory are those of the VMM and the shim. `pids` counts their threads, not the processes in the
+    /// guest.
+    async fn sandbox_metrics(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxMetricsRequest,
+    ) -> ttrpc::Result<SandboxMetricsResponse> {
+        self.check(&request.sandbox_id)?;
+        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.place().clone()).ok_or(Refusal::NoMetrics)?;
+        let read = tokio::task::spawn_blocking(move || match &cgroup {
+            Place::Unified(path) => metrics::read(path),
+            Place::Legacy(_) => legacy_metrics::read(&cgroup),
+        })
+        .await;
+        let value = read.map_err(|e| Refusal::Failed(e.to_string()))?.write_to_bytes();
+        let value = value.map_err(|e| Refusal::Failed(e.to_string()))?;
+        let mut response = SandboxMetricsResponse::new();
+        let metric = response.metrics.mut_or_insert_default();
+        metric.id.clone_from(&self.shim.sandbox.id);
+        metric.timestamp = Some(timestamp(std::time::SystemTime::now())).into();
+        metric.data = Some(Any { type_url: metrics::URL.to_owned(), value, ..Default::default() }).into();
+        Ok(response)
+    }
+}

@@ -1,0 +1,273 @@
+//! Serves containerd's Task API, under the service names of versions 2 and 3.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use husk_proto::containerd::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use husk_proto::containerd::events::task::{TaskPaused, TaskResumed};
+use husk_proto::containerd::shim_async::{Task, create_task};
+use husk_proto::containerd::topics::{TASK_PAUSED_EVENT_TOPIC, TASK_RESUMED_EVENT_TOPIC};
+use husk_proto::metrics;
+use protobuf::well_known_types::any::Any;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use crate::container::process::State;
+use crate::container::state::Container;
+use crate::container::{Shim, run_to_completion};
+use crate::error::Refusal;
+use crate::events::timestamp;
+use crate::oci;
+use crate::vm::agent::{timeouts, within};
+
+/// Maximum number of processes that are listed, and maximum size of the guest's statistics in bytes.
+const MAX_PIDS: usize = 1 << 16;
+const MAX_METRICS: usize = 1 << 20;
+
+/// Returns the Task service under both names; their messages are the same.
+pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
+    let mut services = HashMap::new();
+    for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
+        let methods = create_task(Arc::new(Handler { shim: Arc::clone(shim) }));
+        services.extend(methods.into_values().map(|service| (name.to_owned(), service)));
+    }
+    services
+}
+
+struct Handler {
+    shim: Arc<Shim>,
+}
+
+impl Handler {
+    fn container(&self, id: &str) -> Result<Arc<Container>, Refusal> {
+        self.shim.containers.get(id)
+    }
+
+    /// Returns a container that has processes in the guest.
+    fn guest_container(&self, id: &str) -> Result<Arc<Container>, Refusal> {
+        self.container(id)
+            .and_then(|container| if container.is_sandbox_container() { Err(Refusal::Sandbox) } else { Ok(container) })
+    }
+
+    fn is_running(container: &Container) -> Result<(), &'static str> {
+        match container.init.state() {
+            State::Running if container.is_paused() => Err("paused"),
+            State::Running => Ok(()),
+            state => Err(state.name()),
+        }
+    }
+}
+
+#[async_trait]
+impl Task for Handler {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let container = self.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let state = process.state();
+        let exit = process.exit();
+        let status = match state {
+            State::Created | State::Starting => Status::CREATED,
+            State::Running if container.is_paused() && process.exec.is_empty() => Status::PAUSED,
+            State::Running => Status::RUNNING,
+            State::Stopped | State::Deleted => Status::STOPPED,
+        };
+        let unstarted_exec = !process.exec.is_empty() && state == State::Created;
+        Ok(StateResponse {
+            id: container.id.clone(),
+            bundle: container.bundle.clone(),
+            pid: if unstarted_exec { 0 } else { self.shim.pid(&container.id) },
+            status: status.into(),
+            stdin: process.paths.stdin.clone(),
+            stdout: process.paths.stdout.clone(),
+            stderr: process.paths.stderr.clone(),
+            terminal: process.paths.terminal,
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+            exec_id: process.exec.clone(),
+            ..Default::default()
+        })
+    }
+
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        let id = request.id.clone();
+        self.shim.create(request).await?;
+        Ok(CreateTaskResponse { pid: self.shim.pid(&id), ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let container = self.container(&request.id)?;
+        if request.exec_id.is_empty() {
+            self.shim.start_init(&container).await?;
+        } else {
+            let exec = container.exec(&request.exec_id)?;
+            self.shim.start_exec(&container, &exec).await?;
+        }
+        Ok(StartResponse { pid: self.shim.pid(&container.id), ..Default::default() })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let container = self.container(&request.id)?;
+        let shim = Arc::clone(&self.shim);
+        run_to_completion(async move {
+            if request.exec_id.is_empty() {
+                return shim.delete_container(&container).await;
+            }
+            let exec = container.exec(&request.exec_id)?;
+            shim.delete_exec(&container, &exec).await
+        })
+        .await
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let container = self.container(&request.id)?;
+        // A container that has exited keeps its PID until it is deleted. A restarted containerd takes a container
+        // without any PID for a leftover, and deletes it together with its exit status (1.7 and 2.1, shim_load.go,
+        // loadShims).
+        if container.is_sandbox_container() || container.init.exit().is_some() {
+            let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
+            return Ok(PidsResponse { processes: vec![one], ..Default::default() });
+        }
+        let agent = self.shim.agent()?;
+        let guest = PidsRequest { id: container.id.clone(), ..Default::default() };
+        let answer = agent.task.pids(within(timeouts::QUICK), &guest).await;
+        let answer = answer.map_err(|error| self.shim.agent_error("pids", error))?;
+        let processes = answer.processes.iter().take(MAX_PIDS);
+        let processes = processes.map(|p| ProcessInfo { pid: p.pid, ..Default::default() }).collect();
+        Ok(PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let container = self.guest_container(&request.id)?;
+        Self::is_running(&container).map_err(Refusal::Pause)?;
+        let guest = PauseRequest { id: container.id.clone(), ..Default::default() };
+        let paused = self.shim.agent()?.task.pause(within(timeouts::QUICK), &guest).await;
+        paused.map_err(|error| self.shim.agent_error("pause", error))?;
+        container.set_paused(true);
+        let event = TaskPaused { container_id: container.id.clone(), ..Default::default() };
+        self.shim.events.publish(TASK_PAUSED_EVENT_TOPIC, &event);
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let container = self.guest_container(&request.id)?;
+        if Self::is_running(&container) != Err("paused") {
+            return Err(Refusal::Resume(container.init.state().name()).into());
+        }
+        let guest = ResumeRequest { id: container.id.clone(), ..Default::default() };
+        let resumed = self.shim.agent()?.task.resume(within(timeouts::QUICK), &guest).await;
+        resumed.map_err(|error| self.shim.agent_error("resume", error))?;
+        container.set_paused(false);
+        let event = TaskResumed { container_id: container.id.clone(), ..Default::default() };
+        self.shim.events.publish(TASK_RESUMED_EVENT_TOPIC, &event);
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(Refusal::Unsupported("checkpoint").into())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let shim = Arc::clone(&self.shim);
+        run_to_completion(async move { shim.kill(&container, &request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        self.shim.add_exec(&container, &request)?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        match process.state() {
+            State::Stopped | State::Deleted => return Err(Refusal::Resize.into()),
+            // The agent does not know the exec yet. runc's shim has no terminal to resize at that point either.
+            State::Created | State::Starting if !process.exec.is_empty() => return Ok(Empty::new()),
+            _ => {}
+        }
+        let guest = ResizePtyRequest {
+            id: container.id.clone(),
+            exec_id: process.exec.clone(),
+            width: request.width.min(u16::MAX.into()),
+            height: request.height.min(u16::MAX.into()),
+            ..Default::default()
+        };
+        let resized = self.shim.agent()?.task.resize_pty(within(timeouts::QUICK), &guest).await;
+        resized.map_err(|error| self.shim.agent_error("resize", error))
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        if request.stdin
+            && let Some(relay) = process.relay()
+        {
+            relay.close_stdin();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        if matches!(container.init.state(), State::Stopped | State::Deleted) {
+            return Err(Refusal::Update.into());
+        }
+        if container.is_sandbox_container() {
+            return Ok(Empty::new());
+        }
+        let value = oci::resources_update(&request.resources.value);
+        let value = value.map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        let resources = Any { type_url: request.resources.type_url.clone(), value, ..Default::default() };
+        let guest =
+            UpdateTaskRequest { id: container.id.clone(), resources: Some(resources).into(), ..Default::default() };
+        let agent = self.shim.agent()?;
+        let change = self.shim.prepare_update(&container.id, &request.resources.value).await?;
+        let updated = agent.task.update(within(timeouts::QUICK), &guest).await;
+        self.shim.finish_update(&container.id, &change, updated.is_ok()).await;
+        updated.map_err(|error| self.shim.agent_error("update", error))
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let process = self.container(&request.id)?.process(&request.exec_id)?;
+        let exit = process.wait().await;
+        Ok(WaitResponse { exit_status: exit.status, exited_at: Some(timestamp(exit.at)).into(), ..Default::default() })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let container = self.guest_container(&request.id)?;
+        let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
+        let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
+        let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
+        let stats =
+            answer.stats.into_option().filter(|any| any.type_url == metrics::URL && any.value.len() <= MAX_METRICS);
+        let stats = stats.ok_or_else(|| {
+            Refusal::Failed("the agent's statistics have an unknown type or are too large".to_owned())
+        })?;
+        Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: self.shim.pid(&request.id),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        // A sandbox that the sandbox controller created is ended by ShutdownSandbox.
+        if self.shim.containers.is_empty() && !self.shim.api.is_created() {
+            self.shim.finish().await;
+        }
+        Ok(Empty::new())
+    }
+}

@@ -1,0 +1,164 @@
+//! Client of the agent in the guest.
+//!
+//! The agent is not trusted: every call has a timeout, and every answer is checked.
+
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, SystemTime};
+
+use husk_proto::agent::{Event, EventsRequest, SetupRequest, event};
+use husk_proto::agent_ttrpc::SandboxClient;
+use husk_proto::containerd::shim_async::{Client, TaskClient};
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::Context;
+
+/// Maximum length of an error text of the agent, in bytes.
+const MAX_ERROR: usize = 4096;
+
+/// Clients of the agent's services, over one connection.
+#[derive(Clone)]
+pub struct Agent {
+    /// containerd's Task service; its paths are paths in the guest.
+    pub task: TaskClient,
+    /// Husk's own Sandbox service.
+    pub sandbox: SandboxClient,
+}
+
+/// A checked event of the agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// A process exited.
+    Exit {
+        /// Id of the container.
+        container: String,
+        /// Id of the exec; empty for the init process.
+        exec: String,
+        /// Exit status, 0 to 255.
+        status: u32,
+        /// Time of the exit.
+        at: SystemTime,
+        /// Whether the guest's OOM killer killed a process of the container.
+        oom: bool,
+    },
+    /// The guest's OOM killer killed a process of the container.
+    Oom {
+        /// Id of the container.
+        container: String,
+    },
+}
+
+/// Timeouts of calls. The agent itself answers quickly, but a loaded node may not.
+pub mod timeouts {
+    use std::time::Duration;
+
+    /// Timeout of calls that only look something up or pass it on.
+    pub const QUICK: Duration = Duration::from_secs(10);
+    /// Timeout of calls that create, start or delete.
+    pub const SLOW: Duration = Duration::from_secs(60);
+}
+
+/// Returns a request context with a timeout.
+pub fn within(limit: Duration) -> Context {
+    ttrpc::context::with_duration(limit)
+}
+
+impl Agent {
+    /// Returns clients that use a connected stream.
+    ///
+    /// # Errors
+    /// If the stream cannot be registered with the async runtime.
+    pub fn new(stream: UnixStream) -> std::io::Result<Self> {
+        let client = Client::new(Socket::try_from(stream)?);
+        Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client) })
+    }
+
+    /// Sets up the guest. Returns the release of its kernel.
+    ///
+    /// # Errors
+    /// The agent's error, or a timeout.
+    pub async fn setup(&self, request: &SetupRequest, limit: Duration) -> ttrpc::Result<String> {
+        let response = self.sandbox.setup(within(limit), request).await?;
+        Ok(bounded(&response.kernel_release, 256))
+    }
+
+    /// Subscribes to events from now on.
+    ///
+    /// # Errors
+    /// If the connection is closed.
+    pub async fn events(&self) -> ttrpc::Result<ttrpc::r#async::ClientStreamReceiver<Event>> {
+        self.sandbox.events(Context::default(), &EventsRequest::new()).await
+    }
+}
+
+/// Checks an event.
+///
+/// The guest's time of an exit is used only if it lies in the last 60 seconds of the host's clock. Otherwise the
+/// current time is used.
+pub fn check(event: Event) -> Option<Report> {
+    match event.kind? {
+        event::Kind::Exit(exit) => {
+            let now = SystemTime::now();
+            let reported =
+                u64::try_from(exit.exited_at_ns).ok().map(|ns| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
+            let plausible =
+                |at: &SystemTime| *at <= now && now.duration_since(*at).is_ok_and(|d| d < Duration::from_secs(60));
+            Some(Report::Exit {
+                container: exit.container_id,
+                exec: exit.exec_id,
+                status: exit.status.min(255),
+                at: reported.filter(plausible).unwrap_or(now),
+                oom: exit.oom,
+            })
+        }
+        event::Kind::Oom(oom) => Some(Report::Oom { container: oom.container_id }),
+        _ => None,
+    }
+}
+
+/// Converts an error of the agent for containerd: bounds its length and replaces control characters.
+pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            let text = bounded(&status.message, MAX_ERROR);
+            let code = status.code.enum_value().unwrap_or(ttrpc::Code::UNKNOWN);
+            let text = if code == ttrpc::Code::DEADLINE_EXCEEDED { format!("agent: {what}: {text}") } else { text };
+            ttrpc::error::get_rpc_status(code, text)
+        }
+        other => ttrpc::error::get_rpc_status(ttrpc::Code::UNAVAILABLE, format!("agent: {what}: {other}")),
+    }
+}
+
+/// Returns at most `limit` bytes of the text, without control characters.
+fn bounded(text: &str, limit: usize) -> String {
+    let end = (0..=limit.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    crate::vm::console::clean(text.get(..end).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_proto::agent::Exit;
+
+    fn exit(status: u32, at: i64) -> Event {
+        let mut event = Event::new();
+        event.set_exit(Exit { container_id: "c".into(), status, exited_at_ns: at, ..Default::default() });
+        event
+    }
+
+    #[test]
+    fn check_corrects_exit_status_and_time() {
+        for at in [i64::MIN, -1, 0, i64::MAX] {
+            let Some(Report::Exit { status, at, .. }) = check(exit(u32::MAX, at)) else { panic!("no exit") };
+            assert_eq!(status, 255);
+            assert!(at.elapsed().unwrap() < Duration::from_secs(5));
+        }
+        assert_eq!(check(Event::new()), None);
+    }
+
+    #[test]
+    fn errors_are_bounded() {
+        let long = ttrpc::error::get_rpc_status(ttrpc::Code::NOT_FOUND, "ä\x1b".repeat(10_000));
+        let ttrpc::Error::RpcStatus(status) = error("create", long) else { panic!("no status") };
+        assert!(status.message.len() <= MAX_ERROR * 3 && !status.message.contains('\x1b'));
+        assert_eq!(status.code.enum_value(), Ok(ttrpc::Code::NOT_FOUND));
+    }
+}

@@ -1,0 +1,238 @@
+//! The VMM process as the shim sees it: starts it, sends requests over the control socket, and waits for its end.
+
+use std::collections::HashMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
+use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::lock;
+use crate::oci::Network;
+
+/// Error of starting or calling the VMM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The process cannot be started.
+    #[error("failed to start the VMM process")]
+    Spawn(#[source] SpawnError),
+    /// Its fds cannot be registered with the async runtime.
+    #[error("failed to watch the VMM process")]
+    Watch(#[source] std::io::Error),
+    /// The network namespace cannot be opened.
+    #[error("failed to open the network namespace {path}")]
+    Netns {
+        /// Path of the namespace.
+        path: String,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The request cannot be sent.
+    #[error("failed to send a request to the VMM")]
+    Send(#[source] std::io::Error),
+    /// The VMM refused; the text is its error.
+    #[error("{0}")]
+    Refused(String),
+    /// The VMM has ended.
+    #[error("the VMM process has ended")]
+    Gone,
+    /// The VMM's answer does not match the request.
+    #[error("the VMM's answer does not match the request")]
+    Unexpected,
+}
+
+type Pending = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>), VmmError>>>;
+
+struct Inner {
+    control: AsyncFd<OwnedFd>,
+    next: AtomicU64,
+    /// `None` once the VMM has ended.
+    pending: Mutex<Option<Pending>>,
+    pid: u32,
+    dead: watch::Receiver<Option<ExitStatus>>,
+    many_files: Notify,
+}
+
+/// A handle of a running VMM process.
+#[derive(Clone)]
+pub struct Vmm {
+    inner: Arc<Inner>,
+}
+
+/// Starts the VMM process in the sandbox's network namespace.
+///
+/// Must be called on the main thread: the process is killed when the thread that started it ends.
+///
+/// # Errors
+/// [`VmmError`] if the namespace cannot be opened or the process cannot be started.
+pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
+    let network = match network {
+        Network::New => client::Network::New,
+        Network::Path(path) => {
+            let netns = std::fs::File::open(path)
+                .map_err(|source| VmmError::Netns { path: path.display().to_string(), source })?;
+            client::Network::Join(netns.into())
+        }
+    };
+    client::spawn(SpawnOptions { network, ..Default::default() }).map_err(VmmError::Spawn)
+}
+
+/// Waits for a child that has ended or is about to end.
+fn reap(pid: u32) -> ExitStatus {
+    let mut status = 0;
+    // SAFETY: waitpid writes to `status`, which is valid, and nothing else waits for this child.
+    unsafe { libc::waitpid(pid.cast_signed(), &raw mut status, 0) };
+    ExitStatus::from_raw(status)
+}
+
+impl Vmm {
+    /// Registers a started process with the async runtime. Its notices go to `notices`.
+    ///
+    /// # Errors
+    /// [`VmmError::Watch`] if its fds cannot be registered. The process has ended then.
+    pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
+        let Spawned { pid, pidfd, control } = spawned;
+        let watch = || -> std::io::Result<_> {
+            nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
+            // SAFETY: an OwnedFd refers to the same open fd until it is dropped, and dropping the AsyncFd deregisters
+            // it first.
+            let watched =
+                unsafe { (AsyncFd::register(control)?, AsyncFd::register_with_interest(pidfd, Interest::READABLE)?) };
+            Ok(watched)
+        };
+        let (control, pidfd) = match watch() {
+            Ok(fds) => fds,
+            Err(error) => {
+                // Its control socket was closed with the error, which ends the process.
+                reap(pid);
+                return Err(VmmError::Watch(error));
+            }
+        };
+        let (died, dead) = watch::channel(None);
+        let pending = Mutex::new(Some(Pending::new()));
+        let inner = Arc::new(Inner { control, next: AtomicU64::new(1), pending, pid, dead, many_files: Notify::new() });
+        let vmm = Self { inner: Arc::clone(&inner) };
+        tokio::spawn(async move {
+            read(&inner, &notices).await;
+            // The socket closes when the process ends. Everything that it sent before has been read.
+            lock(&inner.pending).take();
+            drop(notices);
+            let _ = pidfd.readable().await;
+            died.send_replace(Some(reap(pid)));
+        });
+        Ok(vmm)
+    }
+
+    /// Returns the PID of the process.
+    pub fn pid(&self) -> u32 {
+        self.inner.pid
+    }
+
+    /// Acquires a host PID for one container. [`Vmm::release_pid`] must follow.
+    ///
+    /// # Errors
+    /// As [`Vmm::call`].
+    pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
+        match self.call(Call::TakePid, &[]).await?.0 {
+            Answer::Pid { pid } => Ok(pid),
+            _ => Err(VmmError::Unexpected),
+        }
+    }
+
+    /// Releases a PID. Best effort: the VMM may have ended.
+    pub async fn release_pid(&self, pid: u32) {
+        if let Err(error) = self.call(Call::GiveBackPid { pid }, &[]).await {
+            tracing::debug!(pid, %error, "failed to release a PID");
+        }
+    }
+
+    /// Sends a request and waits for the answer. An [`FdIndex`](husk_vmm::config::FdIndex) in the request is an index
+    /// into `fds`.
+    ///
+    /// # Errors
+    /// [`VmmError`] if the VMM refuses, or ends before it answers.
+    pub async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), VmmError> {
+        let seq = self.inner.next.fetch_add(1, Ordering::Relaxed);
+        let request = Request { seq, call };
+        let (answer, wait) = oneshot::channel();
+        lock(&self.inner.pending).as_mut().ok_or(VmmError::Gone)?.insert(seq, answer);
+        let sent = self.inner.control.async_io(Interest::WRITABLE, |socket| wire::send(socket, &request, fds)).await;
+        if let Err(error) = sent {
+            let gone = error.kind() == std::io::ErrorKind::BrokenPipe;
+            if let Some(pending) = lock(&self.inner.pending).as_mut() {
+                pending.remove(&seq);
+            }
+            return Err(if gone { VmmError::Gone } else { VmmError::Send(error) });
+        }
+        wait.await.map_err(|_| VmmError::Gone)?
+    }
+
+    /// Connects to a vsock port of the guest.
+    ///
+    /// # Errors
+    /// [`VmmError`] if the guest refuses, or the VMM has ended.
+    pub async fn connect(&self, port: u32) -> Result<UnixStream, VmmError> {
+        match self.call(Call::Connect { port }, &[]).await? {
+            (Answer::Connected, Some(fd)) => Ok(UnixStream::from(fd)),
+            _ => Err(VmmError::Unexpected),
+        }
+    }
+
+    /// Kills the process. [`Vmm::wait`] waits for its end.
+    pub fn kill(&self) {
+        if self.inner.dead.borrow().is_none()
+            && let Ok(pid) = i32::try_from(self.inner.pid)
+        {
+            // The process is not reaped before `dead` is set, so the PID still belongs to it.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+
+    /// Waits for the end of the process.
+    pub async fn wait(&self) -> ExitStatus {
+        let mut dead = self.inner.dead.clone();
+        match dead.wait_for(Option::is_some).await {
+            Ok(status) => status.unwrap_or_default(),
+            Err(_) => ExitStatus::default(),
+        }
+    }
+
+    /// Waits until the VMM has so many files open for the guest that the guest should drop its caches.
+    pub async fn many_files(&self) {
+        self.inner.many_files.notified().await;
+    }
+
+    /// Returns the exit status, if the process has ended.
+    pub fn ended(&self) -> Option<ExitStatus> {
+        *self.inner.dead.borrow()
+    }
+}
+
+/// Reads replies until the socket is closed.
+async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
+    loop {
+        match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
+            Ok((Reply::Answer { seq, result }, fds)) => {
+                let waiting = lock(&inner.pending).as_mut().and_then(|pending| pending.remove(&seq));
+                if let Some(waiting) = waiting {
+                    let result = result.map(|answer| (answer, fds.into_iter().next()));
+                    let _ = waiting.send(result.map_err(VmmError::Refused));
+                }
+            }
+            Ok((Reply::Notice(Notice::ManyFiles), _)) => inner.many_files.notify_one(),
+            Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                tracing::warn!(%error, "the VMM sent an unknown message");
+            }
+            Err(error) => return tracing::debug!(%error, "control socket of the VMM closed"),
+        }
+    }
+}

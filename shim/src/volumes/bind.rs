@@ -1,0 +1,257 @@
+//! Host directories and files in the share: each is bound once for the whole pod, however many of its containers have it.
+//!
+//! The guest's file system knows a file by the mount it is reached by (virtiofsd, `passthrough::InodeIds`), so of two
+//! mounts of one directory it would make two sets of inodes, and a fifo, a socket or a lock in one would be none in the
+//! other. What a container uses is marked by an empty file of the mount's name in `<share>/<container>/mounts`.
+
+/// Where the mounts are in the share. It stays, and no name in it comes twice: the guest's kernel may know a directory's
+/// old entry for a while.
+pub use husk_proto::SHARED_VOLUMES as VOLUMES;
+
+use crate::oci::id_mappings::Users;
+use crate::oci::spec::Mount;
+use crate::volumes::error::VolumeError;
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mount_api;
+use crate::volumes::stage::{Stage, SyncError};
+use crate::volumes::unmount::{remove, unmount};
+use nix::sys::{stat::fstat, statvfs::fstatvfs};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Held while marks and mounts are looked at together: containers come and go on threads of their own.
+static TURN: Mutex<u64> = Mutex::new(0);
+
+/// Guards the number that the next mount's name begins with.
+fn turn() -> MutexGuard<'static, u64> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A container's marks.
+pub fn marks(share: &Path, id: &str) -> PathBuf {
+    share.join(id).join("mounts")
+}
+
+/// What is bound.
+pub struct Source<'a> {
+    /// The directory or file.
+    pub file: &'a OwnedFd,
+    /// Which of both.
+    pub directory: bool,
+    /// Whom its files are to belong to, where that is not whom they say.
+    pub users: Option<&'a Users>,
+    /// How it is mounted.
+    pub flags: Flags,
+    /// Whether it is the same by whichever of the host's mounts it is reached.
+    pub any_mount: bool,
+    /// Whether the guest is to see what the host mounts there later.
+    pub follows: bool,
+}
+
+/// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it. `notes` gets what
+/// is left out of it.
+pub fn bind(
+    mount: &Mount,
+    source: &Source<'_>,
+    (share, id): (&Path, &str),
+    host_only: &HostOnly,
+    notes: &mut Vec<String>,
+) -> Result<String, VolumeError> {
+    let host = |step| {
+        move |source| VolumeError::Host {
+            mount_source: mount.source.clone().unwrap_or_default(),
+            destination: mount.destination.clone(),
+            step,
+            source,
+        }
+    };
+    let kind = kind(source).map_err(host("stat the source"))?;
+    let kind = source.users.map_or(kind.clone(), |users| format!("{kind}-{}", users.tag()));
+    let mut turn = turn();
+    let present = find(share, &kind).map_err(host("list the mounts"))?;
+    let name = present.clone().unwrap_or_else(|| format!("{}.{kind}", *turn));
+    let guest = format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE);
+    fs::File::create(marks(share, id).join(&name)).map_err(host("mark the mount"))?;
+    let stage = Stage::of(share);
+    if present.is_none() {
+        *turn += 1;
+        let target = share.join(VOLUMES).join(&name);
+        let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
+        made.map_err(host("create the mount point"))?;
+        let left_out = attach(source, &target, host_only, (&stage, &name)).map_err(|(step, source)| {
+            // Nobody is to take the mount point for the mount.
+            let _ = remove(&target);
+            host(step)(source)
+        })?;
+        if !left_out.is_empty() {
+            let source = mount.source.as_deref().unwrap_or_default();
+            notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
+        }
+    }
+    if source.follows && !stage.has(&name) {
+        // What it lacks in the share by now, the next update makes up for.
+        receive(source, host_only, (&stage, &name)).map_err(|(step, source)| host(step)(source))?;
+    }
+    Ok(guest)
+}
+
+type Step = (&'static str, io::Error);
+
+/// Attaches a copy of the source's mounts at `target`; gives the places of those that are left out.
+fn attach(
+    source: &Source<'_>,
+    target: &Path,
+    host_only: &HostOnly,
+    (stage, name): (&Stage, &str),
+) -> Result<Vec<String>, Step> {
+    let (at, flags) = (|step| move |error| (step, error), &source.flags);
+    // Nothing is mounted below a file.
+    let recursive = flags.recursive && source.directory;
+    let mut tree = copied(source, recursive, libc::MS_PRIVATE)?;
+    let mut left_out = Vec::new();
+    if recursive {
+        (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy its submounts"))?;
+    }
+    if let Some(users) = source.users {
+        let users = users.namespace().map_err(at("make a user namespace for its mapped ids"))?;
+        // What is mounted below may be of a kind that cannot be mapped: that is refused, as runc does.
+        mount_api::set_users(tree.as_fd(), users.as_fd(), recursive).map_err(at("map its user ids"))?;
+    }
+    if flags.read_only {
+        // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
+        mount_api::set_attr(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_below)
+            .map_err(at("make it read-only"))?;
+    }
+    let target = mount_api::open_path(target, false).map_err(at("open the mount point"))?;
+    mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach it"))?;
+    Ok(left_out)
+}
+
+/// Stages a copy of the source's mounts that receives what the host mounts later.
+fn receive(source: &Source<'_>, host_only: &HostOnly, (stage, name): (&Stage, &str)) -> Result<(), Step> {
+    let tree = copied(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
+    let kept = stage.keep(&tree, host_only, source.directory, name);
+    kept.map_err(|error| ("stage a copy that receives later mounts", error))
+}
+
+/// A detached copy of the source's mounts, of this propagation.
+fn copied(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
+    let at = |step| move |error| (step, error);
+    let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
+    mount_api::set_attr(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
+    Ok(tree)
+}
+
+/// Mounts and unmounts in the share what the host has mounted and unmounted in the volumes with `rslave` propagation. Calls
+/// must not overlap.
+///
+/// # Errors
+/// The first error; everything else is attempted.
+pub fn sync(share: &Path) -> Result<(), SyncError> {
+    let stage = Stage::of(share);
+    stage.sync(&share.join(VOLUMES), &stage.host_only(share)?)
+}
+
+/// Takes away what only container `id` uses; any number of times. `note` gets what came of each step.
+pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()>)) {
+    let (marks, stage) = (marks(share, id), Stage::of(share));
+    let _turn = turn();
+    let entries = match fs::read_dir(&marks) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        Err(error) => return note(&marks, Err(error)),
+    };
+    for name in entries.flatten().map(|entry| entry.file_name()) {
+        let mark = marks.join(&name);
+        note(&mark, remove(&mark));
+        let used = fs::read_dir(share).into_iter().flatten().flatten();
+        if !used.map(|container| container.path().join("mounts").join(&name)).any(|mark| mark.exists()) {
+            let target = share.join(VOLUMES).join(&name);
+            note(&target, unmount(&target).and_then(|()| remove(&target)));
+            note(stage.dir(), stage.remove(&name));
+        }
+    }
+}
+
+/// The name of the mount of this kind, if there is one.
+fn find(share: &Path, kind: &str) -> io::Result<Option<String>> {
+    for entry in fs::read_dir(share.join(VOLUMES))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.split_once('.').is_some_and(|(_, found)| found == kind) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// What tells one mount from another: what is mounted, as seen by which of the host's mounts, and how.
+fn kind(source: &Source<'_>) -> io::Result<String> {
+    let stat = fstat(source.file)?;
+    // Where the mount does not matter, what it allows does.
+    let mount = match source.any_mount {
+        true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
+        false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
+    };
+    let Flags { recursive, read_only, read_only_below, follows } = &source.flags;
+    let how: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_below) << 2;
+    let how = how | u8::from(*follows) << 3;
+    Ok(format!("{:x}-{:x}-{mount}-{how:x}", stat.st_dev, stat.st_ino))
+}
+
+/// What the host does of a bind mount's options.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Flags {
+    recursive: bool,
+    /// Whether nobody is to write to it.
+    pub read_only: bool,
+    read_only_below: bool,
+    /// Whether what the host mounts later is to be seen.
+    pub follows: bool,
+}
+
+impl Flags {
+    /// Those of `mount`.
+    pub fn of(mount: &Mount) -> Self {
+        let mut flags = Self { recursive: false, read_only: false, read_only_below: false, follows: false };
+        for option in mount.options() {
+            match option.as_str() {
+                "rbind" => flags.recursive = true,
+                "ro" => flags.read_only = true,
+                "rw" => flags.read_only = false,
+                "rro" => (flags.read_only, flags.read_only_below) = (true, true),
+                // Of what the host mounts there later, the guest sees each at its first look.
+                "slave" | "rslave" => flags.follows = true,
+                _ => {}
+            }
+        }
+        flags
+    }
+
+    /// Those of a mount that is everybody's, and of which the guest says who may write and who sees what is mounted later.
+    pub fn held_by_the_guest() -> Self {
+        Self { recursive: true, read_only: false, read_only_below: false, follows: false }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_decide_what_the_host_does() {
+        let of = |options: &[&str]| {
+            let options = Some(options.iter().map(ToString::to_string).collect());
+            let (kind, source) = (Some("bind".into()), Some("/a".into()));
+            Flags::of(&Mount { destination: "/b".into(), kind, source, options, ..Mount::default() })
+        };
+        let plain = Flags { recursive: true, read_only: false, read_only_below: false, follows: false };
+        assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
+        assert!(of(&["bind", "ro", "rslave"]).follows);
+        assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_below && !of(&["bind"]).recursive);
+        assert!(of(&["rbind", "rro"]).read_only_below);
+    }
+}

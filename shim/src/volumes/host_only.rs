@@ -1,0 +1,174 @@
+//! Host-only file systems: interfaces to the host's kernel, devices or processes. They never get into the share.
+//!
+//! Under runc, a container opens files of the node's `/proc` with its own rights, for example in a volume of `/`. Here the
+//! VMM would open them with the VMM's rights. The guest has its own instances of the file systems it needs.
+
+use crate::volumes::mountinfo::Entry;
+use crate::volumes::{mount_api, mountinfo};
+use nix::sys::{
+    stat::{fstat, stat},
+    statfs::{TMPFS_MAGIC, fstatfs, statfs},
+};
+use std::{
+    ffi::OsStr,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
+};
+
+/// The types in Linux 6.12, each with its `f_type` in statfs(2) (include/uapi/linux/magic.h and each file system's source).
+/// statfs cannot tell devtmpfs from tmpfs.
+const TYPES: [(&str, Option<i64>); 32] = [
+    ("binder", Some(0x6c6f_6f70)),
+    ("binfmt_misc", Some(0x4249_4e4d)),
+    ("bpf", Some(0xcafe_4a11)),
+    ("cgroup", Some(0x27_e0eb)),
+    ("cgroup2", Some(0x6367_7270)),
+    ("configfs", Some(0x6265_6570)),
+    ("cpuset", None),
+    ("debugfs", Some(0x6462_6720)),
+    ("devpts", Some(0x1cd1)),
+    ("devtmpfs", None),
+    ("efivarfs", Some(0xde5e_81e4)),
+    ("functionfs", Some(0xa64_7361)),
+    ("fusectl", Some(0x6573_5543)),
+    ("gadgetfs", Some(0xaee7_1ee7)),
+    ("ibmasmfs", Some(0x6672_6f67)),
+    ("ipathfs", Some(0x72_6a77)),
+    ("mqueue", Some(0x1980_0202)),
+    ("nfsd", Some(0x6e66_7364)),
+    ("nsfs", Some(0x6e73_6673)),
+    ("ocfs2_dlmfs", Some(0x76a9_f425)),
+    ("pidfs", Some(0x5049_4446)),
+    ("proc", Some(0x9fa0)),
+    ("pstore", Some(0x6165_676c)),
+    ("resctrl", Some(0x765_5821)),
+    ("rpc_pipefs", Some(0x6759_6969)),
+    ("s390_hypfs", Some(0x68_7970)),
+    ("securityfs", Some(0x7363_6673)),
+    ("selinuxfs", Some(0xf97c_ff8c)),
+    ("smackfs", Some(0x4341_5d53)),
+    ("sysfs", Some(0x6265_6572)),
+    ("tracefs", Some(0x7472_6163)),
+    ("xenfs", Some(0xabba_1974)),
+];
+
+/// Tells host-only file systems from others.
+#[derive(Debug, Clone)]
+pub struct HostOnly {
+    /// Device numbers of further host-only file systems, each with its name.
+    devices: Vec<(u64, &'static str)>,
+}
+
+impl HostOnly {
+    /// The rule for a sandbox: the types above, a tmpfs at /dev, which has device nodes if the node is itself a container,
+    /// and the file systems of the sandbox's own directories. A volume of `/` would otherwise give a container write access
+    /// to the share.
+    ///
+    /// # Errors
+    /// The error of stat(2): without one of these file systems the rule would let it through.
+    pub fn new<'a>(sandbox: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
+        let dev = Path::new("/dev");
+        let mut devices = Vec::new();
+        if statfs(dev)?.filesystem_type() == TMPFS_MAGIC {
+            devices.push((stat(dev)?.st_dev, "devtmpfs"));
+        }
+        for path in sandbox {
+            devices.push((stat(path)?.st_dev, "the sandbox's share"));
+        }
+        Ok(Self { devices })
+    }
+
+    fn by_device(&self, device: u64) -> Option<&'static str> {
+        self.devices.iter().find(|(own, _)| *own == device).map(|(_, name)| *name)
+    }
+
+    /// Whether a mount is of a host-only file system.
+    pub fn has(&self, mount: &Entry) -> bool {
+        self.name_of(mount).is_some()
+    }
+
+    fn name_of(&self, mount: &Entry) -> Option<&'static str> {
+        let of_type = TYPES.iter().find(|(kind, _)| *kind == mount.kind).map(|(kind, _)| *kind);
+        of_type.or_else(|| self.by_device(mount.device))
+    }
+
+    /// The name of the host-only file system that `file` is on; `None` if it is on another one.
+    ///
+    /// It goes by the type of the mount. Mounts of the kernel's own, as files of nsfs and pidfs are on, are in no list: for
+    /// these it goes by statfs(2).
+    ///
+    /// # Errors
+    /// The error of fstatfs(2), fstat(2) or of reading the mount list.
+    pub fn type_of(&self, file: &OwnedFd) -> io::Result<Option<&'static str>> {
+        let (id, mounts) = (mount_api::mount_id(file.as_fd())?, mountinfo::read()?);
+        if let Some(name) = mounts.iter().find(|mount| mount.id == id).and_then(|mount| self.name_of(mount)) {
+            return Ok(Some(name));
+        }
+        let magic = fstatfs(file)?.filesystem_type().0;
+        match TYPES.iter().find(|(_, of_type)| *of_type == Some(magic)) {
+            Some((kind, _)) => Ok(Some(kind)),
+            None => Ok(self.by_device(fstat(file)?.st_dev)),
+        }
+    }
+}
+
+/// The directories of /dev on host-only file systems that every guest has too.
+const GUEST_DEV: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
+
+/// The guest's path for the host's file or directory `path` on a host-only file system: the same path, if the guest has its
+/// own instance there. `None` for a process's directory, since a process id of the host means another process in the guest,
+/// and for other directories of devices.
+pub fn in_the_guest(path: &Path) -> Option<PathBuf> {
+    let own = match path.strip_prefix("/proc") {
+        Ok(rest) => !rest.components().next().is_some_and(|first| is_process(first.as_os_str())),
+        Err(_) => path.starts_with("/sys") || GUEST_DEV.iter().any(|dev| path == Path::new(dev)),
+    };
+    own.then(|| path.to_owned())
+}
+
+/// Whether `/proc/NAME` is of one process or thread.
+fn is_process(name: &OsStr) -> bool {
+    name == "self" || name == "thread-self" || name.as_bytes().iter().all(u8::is_ascii_digit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volumes::{mount_api, mountinfo};
+
+    #[test]
+    fn the_types_are_told_by_name_number_and_device() {
+        let host_only = HostOnly::new([]).unwrap();
+        let of = |path: &str| host_only.type_of(&mount_api::open_path(Path::new(path), true).unwrap()).unwrap();
+        assert_eq!(of("/proc"), Some("proc"));
+        assert_eq!(of("/proc/self/status"), Some("proc"));
+        assert_eq!(of("/proc/self/ns/net"), Some("nsfs"));
+        assert_eq!(of("/sys"), Some("sysfs"));
+        assert_eq!(of("/dev"), Some("devtmpfs"));
+        assert_eq!(of("/"), None);
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(of(dir.path().to_str().unwrap()), None);
+        // Each of the machine's mounts is told the same way by its entry and by a look at it.
+        for entry in mountinfo::read().unwrap() {
+            let Ok(file) = mount_api::open_path(&entry.point, false) else { continue };
+            // Another may cover it.
+            if mount_api::mount_id(std::os::fd::AsFd::as_fd(&file)).unwrap() == entry.id {
+                assert_eq!(host_only.type_of(&file).unwrap().is_some(), host_only.has(&entry), "{entry:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_guest_has_its_own_but_for_processes() {
+        for path in ["/proc", "/proc/sys/vm", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts", "/dev/net"] {
+            assert_eq!(in_the_guest(Path::new(path)).as_deref(), Some(Path::new(path)));
+        }
+        for path in ["/proc/1", "/proc/4711/root", "/proc/self/fd", "/dev/dri", "/mnt/proc", "/procfs", "/"] {
+            assert_eq!(in_the_guest(Path::new(path)), None, "{path}");
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Memory volumes: emptyDirs of medium `Memory` and `HugePages` (Kubernetes, pkg/volume/emptydir).
+//!
+//! The guest makes its own file system for them, in place of the kubelet's on the host. Their contents then count as
+//! the container's memory, as under runc; shared by virtio-fs they would count as the VMM's. Huge pages cannot be
+//! shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives as long as the pod.
+
+use crate::oci::id_mappings::Users;
+use crate::volumes::{kubelet_paths, mount_api};
+use husk_proto::SHARED;
+use husk_proto::agent::{VolumeDirectory, VolumeRequest};
+use std::{
+    fs, io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::Path,
+};
+
+/// File system types (linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+/// Size of the guest's huge pages in bytes.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Error of translating a memory volume.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnError {
+    /// The volume cannot be inspected.
+    #[error("failed to {0}")]
+    Inspect(&'static str, #[source] io::Error),
+    /// Huge pages that are not an emptyDir.
+    #[error("huge pages of the host cannot be shared with a VM; use an emptyDir of medium HugePages-2Mi")]
+    Shared,
+    /// Huge pages of an unsupported size.
+    #[error("huge pages of {0} bytes: a VM supports only huge pages of 2 MiB (medium HugePages-2Mi)")]
+    Size(u64),
+}
+
+/// Returns the request that makes the memory volume for `source`, or `None` if the directory is shared like others.
+///
+/// `source` was found at `path`; it is for mount number `mount` of `container`.
+///
+/// # Errors
+/// [`OwnError`].
+pub fn find(
+    source: &OwnedFd,
+    path: &Path,
+    users: Option<&Users>,
+    (container, mount): (&str, u32),
+) -> Result<Option<VolumeRequest>, OwnError> {
+    let inspect = |what| move |error| OwnError::Inspect(what, error);
+    let fs_stat = filesystem(source).map_err(inspect("stat its file system"))?;
+    let (fs_type, size) = match fs_stat.f_type {
+        TMPFS_MAGIC => ("tmpfs", fs_stat.f_blocks.saturating_mul(fs_stat.f_bsize.unsigned_abs())),
+        HUGETLBFS_MAGIC => ("hugetlbfs", 0),
+        _ => return Ok(None),
+    };
+    let huge = fs_type == "hugetlbfs";
+    let Some((name, root)) = kubelet_paths::empty_dir(path) else {
+        return if huge { Err(OwnError::Shared) } else { Ok(None) };
+    };
+    // A directory on another file system than its volume is not part of the volume.
+    let volume_stat = fs::symlink_metadata(&root).map_err(inspect("stat the volume"))?;
+    let dir_stat =
+        fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).map_err(inspect("stat the directory"))?;
+    if volume_stat.dev() != dir_stat.dev() {
+        return if huge { Err(OwnError::Shared) } else { Ok(None) };
+    }
+    if huge && fs_stat.f_bsize.unsigned_abs() != HUGE_PAGE {
+        return Err(OwnError::Size(fs_stat.f_bsize.unsigned_abs()));
+    }
+    let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), users);
+    let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
+    let below = kubelet_paths::within_its_filesystem(source).map_err(inspect("find it in its volume"))?;
+    let volume = mount_api::open_path(&root, false).map_err(inspect("open the volume"))?;
+    let directories = kubelet_paths::directories(&volume, &below, users);
+    let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;
+    Ok(Some(VolumeRequest {
+        name: format!("{name}-{:x}", volume_stat.dev()),
+        fs_type: fs_type.to_owned(),
+        options: format!("{kind},mode={:o},uid={uid},gid={gid}", volume_stat.mode() & 0o7777),
+        directories,
+        container_id: container.to_owned(),
+        mount,
+        ..Default::default()
+    }))
+}
+
+/// Returns the request for the subdirectory `below` of the volume that the guest has at `whole`, for mount number
+/// `mount` of `container`.
+pub fn part_of(whole: &str, below: Vec<VolumeDirectory>, (container, mount): (&str, u32)) -> VolumeRequest {
+    let name = Path::new(whole).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let (fs_type, container_id) = (SHARED.to_owned(), container.to_owned());
+    VolumeRequest { name, fs_type, directories: below, container_id, mount, ..Default::default() }
+}
+
+fn filesystem(file: &OwnedFd) -> io::Result<libc::statfs> {
+    // SAFETY: statfs is plain data, for which all zeroes is a valid value.
+    let mut fs_stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `fs_stat` outlives the call, which fills it.
+    match unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut fs_stat) } {
+        0 => Ok(fs_stat),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directory_on_disk_is_not_a_memory_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let find_at = |path: &Path| {
+            let fd = mount_api::open_path(path, true).unwrap();
+            find(&fd, path, None, ("c", 0)).unwrap()
+        };
+        assert_eq!(find_at(dir.path()), None);
+        // A tmpfs, but not an emptyDir.
+        assert_eq!(find_at(Path::new("/dev/shm")), None);
+    }
+}

@@ -1,0 +1,267 @@
+//! Looks at a volume: its directories and files, then its links, in pieces that fit a message.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use husk_proto::agent::MirrorEntry;
+use husk_proto::agent::mirror_entry::Kind;
+use nix::fcntl::{OFlag, readlinkat};
+use nix::sys::stat::{FileStat, SFlag, fstat};
+
+use crate::volumes::mirror::Volume;
+
+/// Contents sent in one message, in bytes: well below ttrpc's limit of 4 MiB.
+const BATCH: usize = 1 << 20;
+/// What an entry weighs beside its content.
+const ENTRY: usize = 128;
+/// Deeper than any volume of the kubelet's.
+const MAX_DEPTH: usize = 64;
+
+/// Hands everything in `volume` to `send`, which says whether to go on; blocks.
+///
+/// # Errors
+/// When something cannot be read, or changed meanwhile ([`io::ErrorKind::Interrupted`]). No link was handed over then.
+pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
+    let mut walk = Walk { volume, send, batch: Vec::new(), weight: 0, links: Vec::new(), versions: Vec::new() };
+    walk.directory(Path::new(""), 0)?;
+    // The kubelet publishes by a link to a new directory, and takes the old one away only then: what was seen is whole
+    // if the links still are what they were before the directories were read.
+    let unchanged = |link: &MirrorEntry| {
+        let now = Found::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
+        now.is_ok_and(|now| now.as_os_str().as_bytes() == link.content)
+    };
+    if !walk.links.iter().all(unchanged) || walk.versions.iter().any(|version| Found::at(volume, version).is_err()) {
+        return Err(io::ErrorKind::Interrupted.into());
+    }
+    // Last, so that a link never changes before what it points to is there.
+    for link in std::mem::take(&mut walk.links) {
+        walk.add(link)?;
+    }
+    walk.flush()
+}
+
+/// A file of the volume, opened with O_PATH, and its attributes.
+struct Found {
+    file: OwnedFd,
+    stat: FileStat,
+}
+
+impl Found {
+    fn at(volume: &Volume, path: &Path) -> io::Result<Self> {
+        let file = volume.open(path, OFlag::O_PATH)?;
+        let stat = fstat(&file)?;
+        Ok(Self { file, stat })
+    }
+
+    fn is(&self, kind: SFlag) -> bool {
+        SFlag::from_bits_truncate(self.stat.st_mode) & SFlag::S_IFMT == kind
+    }
+
+    /// What a symlink points to.
+    fn target(&self) -> io::Result<PathBuf> {
+        Ok(readlinkat(&self.file, "")?.into())
+    }
+}
+
+struct Walk<'a, F> {
+    volume: &'a Volume,
+    send: F,
+    batch: Vec<MirrorEntry>,
+    weight: usize,
+    links: Vec<MirrorEntry>,
+    /// The directories that symlinks beside them point to, relative to the volume.
+    versions: Vec<PathBuf>,
+}
+
+impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
+    fn directory(&mut self, path: &Path, depth: usize) -> io::Result<()> {
+        if depth > MAX_DEPTH {
+            return Err(io::Error::other(format!("{}: too deep", path.display())));
+        }
+        let here = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+        self.add(entry(Kind::DIRECTORY, path, &fstat(&here)?))?;
+        let listed = fs::read_dir(format!("/proc/self/fd/{}", here.as_raw_fd()))?;
+        let mut names: Vec<PathBuf> =
+            listed.map(|entry| Ok(path.join(entry?.file_name()))).collect::<io::Result<_>>()?;
+        names.sort();
+        let all: Vec<(&PathBuf, Found)> =
+            names.iter().map(|name| Ok((name, Found::at(self.volume, name)?))).collect::<io::Result<_>>()?;
+        for (name, found) in all.iter().filter(|(_, found)| found.is(SFlag::S_IFLNK)) {
+            let target = found.target()?;
+            let beside = path.join(&target);
+            let is_version = target.components().count() == 1
+                && Found::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
+            if is_version {
+                // It was made after the directory was listed.
+                if !names.contains(&beside) {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+                self.versions.push(beside);
+            }
+            let content = target.into_os_string().into_vec();
+            self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, &found.stat) });
+        }
+        // The kubelet makes nothing else, and nothing else could be copied.
+        for (name, found) in &all {
+            if found.is(SFlag::S_IFDIR) {
+                self.directory(name, depth + 1)?;
+            } else if found.is(SFlag::S_IFREG) {
+                self.file(name)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, path: &Path) -> io::Result<()> {
+        let mut file = File::from(self.volume.open(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?);
+        let stat = fstat(&file)?;
+        let mut offset = 0;
+        loop {
+            let mut content = Vec::new();
+            (&mut file).take(BATCH as u64).read_to_end(&mut content)?;
+            // A full piece may be the last: then an empty one follows.
+            let more = content.len() == BATCH;
+            let length = content.len() as u64;
+            self.add(MirrorEntry { content, more, offset, ..entry(Kind::FILE, path, &stat) })?;
+            offset += length;
+            if !more {
+                return Ok(());
+            }
+        }
+    }
+
+    fn add(&mut self, entry: MirrorEntry) -> io::Result<()> {
+        self.weight += entry.content.len() + entry.path.len() + ENTRY;
+        self.batch.push(entry);
+        if self.weight >= BATCH { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.weight = 0;
+        let batch = std::mem::take(&mut self.batch);
+        if batch.is_empty() || (self.send)(batch) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+    }
+}
+
+fn entry(kind: Kind, path: &Path, stat: &FileStat) -> MirrorEntry {
+    MirrorEntry {
+        kind: kind.into(),
+        path: path.as_os_str().as_bytes().to_vec(),
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        modified_ns: stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn volume(path: &Path) -> Volume {
+        Volume::new(nix::fcntl::open(path, OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap(), path.to_owned())
+    }
+
+    fn walked(path: &Path) -> Vec<MirrorEntry> {
+        let mut all = Vec::new();
+        walk(&volume(path), |batch| {
+            all.extend(batch);
+            true
+        })
+        .unwrap();
+        all
+    }
+
+    #[test]
+    fn links_come_last_and_parents_first() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("..1")).unwrap();
+        fs::write(dir.path().join("..1/key"), "value").unwrap();
+        symlink("..1", dir.path().join("..data")).unwrap();
+        symlink("..data/key", dir.path().join("key")).unwrap();
+        let all = walked(dir.path());
+        let paths: Vec<_> = all.iter().map(|entry| String::from_utf8_lossy(&entry.path).into_owned()).collect();
+        assert_eq!(paths, ["", "..1", "..1/key", "..data", "key"]);
+        assert_eq!(all[2].content, b"value");
+        assert_eq!(all[4].content, b"..data/key");
+    }
+
+    #[test]
+    fn large_files_come_in_pieces() {
+        let dir = tempfile::tempdir().unwrap();
+        let content: Vec<u8> = (0..2 * BATCH).map(|i| i as u8).collect();
+        fs::write(dir.path().join("f"), &content).unwrap();
+        let all = walked(dir.path());
+        let pieces: Vec<_> = all.iter().filter(|entry| entry.path == b"f").collect();
+        assert_eq!(pieces.iter().map(|piece| piece.more).collect::<Vec<_>>(), [true, true, false]);
+        assert_eq!(pieces.iter().flat_map(|piece| piece.content.clone()).collect::<Vec<_>>(), content);
+    }
+
+    #[test]
+    fn what_changes_meanwhile_is_not_taken_for_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let publish = |version: &str| {
+            fs::create_dir(dir.path().join(version)).unwrap();
+            fs::write(dir.path().join(version).join("key"), vec![b'x'; BATCH]).unwrap();
+            symlink(version, dir.path().join("..tmp")).unwrap();
+            fs::rename(dir.path().join("..tmp"), dir.path().join("..data")).unwrap();
+        };
+        publish("..1");
+        let mut links = 0;
+        // The file fills a message: the next version comes while it is being sent.
+        let walked = walk(&volume(dir.path()), |batch| {
+            links += batch.iter().filter(|entry| entry.kind == Kind::SYMLINK.into()).count();
+            if !dir.path().join("..2").exists() {
+                publish("..2");
+                fs::remove_dir_all(dir.path().join("..1")).unwrap();
+            }
+            true
+        });
+        assert_eq!(walked.unwrap_err().kind(), io::ErrorKind::Interrupted);
+        assert_eq!(links, 0);
+        walk(&volume(dir.path()), |_| true).unwrap();
+    }
+
+    #[test]
+    fn walk_ends_if_nobody_receives_or_the_volume_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(walk(&volume(dir.path()), |_| false).is_err());
+        let gone = dir.path().join("gone");
+        fs::create_dir(&gone).unwrap();
+        let removed = volume(&gone);
+        fs::write(gone.join("file"), "").unwrap();
+        fs::remove_dir_all(&gone).unwrap();
+        assert!(!removed.exists() && walk(&removed, |_| true).is_ok_and(|()| true));
+    }
+
+    #[test]
+    fn walk_stays_in_the_directory_that_was_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let (outside, path) = (dir.path().join("outside"), dir.path().join("pods/volume"));
+        fs::create_dir_all(outside.join("volume")).unwrap();
+        fs::write(outside.join("volume/secret"), "").unwrap();
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("key"), "").unwrap();
+        symlink(outside.join("volume"), path.join("link")).unwrap();
+        let volume = volume(&path);
+        // Another directory at its path, by a symlink above it.
+        fs::rename(dir.path().join("pods"), dir.path().join("moved")).unwrap();
+        symlink(&outside, dir.path().join("pods")).unwrap();
+        assert!(path.join("secret").exists());
+        let mut paths = Vec::new();
+        walk(&volume, |batch| {
+            paths.extend(batch.into_iter().map(|entry| String::from_utf8(entry.path).unwrap()));
+            true
+        })
+        .unwrap();
+        assert_eq!(paths, ["", "key", "link"]);
+        assert!(volume.open(Path::new("link/secret"), OFlag::O_PATH).is_err());
+        assert!(volume.open(Path::new("../outside"), OFlag::O_PATH).is_err());
+    }
+}

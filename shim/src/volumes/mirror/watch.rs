@@ -1,0 +1,112 @@
+//! Tells that something in a directory or below it has changed: inotify(7) on every directory of it.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::volumes::mirror::Volume;
+
+/// What is a change. Reading is none, or the copy would wake itself.
+const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
+    .union(AddWatchFlags::IN_ATTRIB)
+    .union(AddWatchFlags::IN_CREATE)
+    .union(AddWatchFlags::IN_DELETE)
+    .union(AddWatchFlags::IN_DELETE_SELF)
+    .union(AddWatchFlags::IN_MOVED_FROM)
+    .union(AddWatchFlags::IN_MOVED_TO)
+    .union(AddWatchFlags::IN_MODIFY)
+    .union(AddWatchFlags::IN_ONLYDIR);
+
+/// A directory that is watched.
+pub struct Watch {
+    inotify: Arc<Inotify>,
+    /// A second descriptor of the same, for the executor.
+    events: AsyncFd<File>,
+}
+
+impl Watch {
+    /// Watches `volume` from now on.
+    ///
+    /// # Errors
+    /// When it cannot be read or the host allows no more watches.
+    pub async fn new(volume: &Volume) -> io::Result<Self> {
+        let inotify = Arc::new(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?);
+        let events = File::from(inotify.as_fd().try_clone_to_owned()?);
+        // SAFETY: a File stays the same open descriptor until it is dropped, which deregisters it first.
+        let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE)? };
+        let watch = Self { inotify, events };
+        watch.renew(volume).await?;
+        Ok(watch)
+    }
+
+    /// Watches directories that were added; those that are watched already stay so.
+    ///
+    /// # Errors
+    /// As [`Watch::new`].
+    pub async fn renew(&self, volume: &Volume) -> io::Result<()> {
+        let (inotify, volume) = (Arc::clone(&self.inotify), volume.clone());
+        tokio::task::spawn_blocking(move || add(&inotify, &volume, Path::new(""))).await.map_err(io::Error::other)?
+    }
+
+    /// Waits for a change, and takes all that are there.
+    ///
+    /// # Errors
+    /// When the kernel's queue cannot be read.
+    pub async fn changed(&mut self) -> io::Result<()> {
+        let mut events = [0; 4096];
+        self.events.async_io(Interest::READABLE, |mut file: &File| file.read(&mut events)).await?;
+        loop {
+            match self.events.get_ref().read(&mut events) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// Watches a directory of the volume and all below it; blocks.
+fn add(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
+    let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    // inotify_add_watch(2) takes only a path: this one leads to what was opened.
+    let opened = format!("/proc/self/fd/{}", directory.as_raw_fd());
+    inotify.add_watch(opened.as_str(), CHANGES)?;
+    for entry in fs::read_dir(&opened)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            match add(inotify, volume, &path.join(entry.file_name())) {
+                // It was removed since, and an event reports that.
+                Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
+                result => result?,
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn changes_are_told_also_in_new_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = nix::fcntl::open(dir.path(), OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap();
+        let volume = Volume::new(root, dir.path().to_owned());
+        let mut watch = Watch::new(&volume).await.unwrap();
+        fs::create_dir(dir.path().join("new")).unwrap();
+        watch.changed().await.unwrap();
+        watch.renew(&volume).await.unwrap();
+        fs::write(dir.path().join("new/file"), "x").unwrap();
+        watch.changed().await.unwrap();
+    }
+}

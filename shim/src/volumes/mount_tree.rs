@@ -1,0 +1,198 @@
+//! A mount and its submounts, as mountinfo lists them, and which of them a path lookup reaches.
+
+use crate::volumes::mountinfo::Entry;
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+/// A mount tree.
+pub struct Tree<'a> {
+    base: &'a Entry,
+    /// The mounts by the mount that they are mounted on.
+    children: HashMap<u64, Vec<&'a Entry>>,
+}
+
+/// A submount with its mount point, relative to that of the tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Submount<'a> {
+    /// Empty for a mount that covers the tree's own.
+    pub path: PathBuf,
+    /// The mount.
+    pub entry: &'a Entry,
+}
+
+impl<'a> Tree<'a> {
+    /// The tree whose root, or the topmost mount that covers it, has this mount id. `None` if the list has no such mount.
+    pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
+        let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
+        let mut base = *by_id.get(&id)?;
+        // A mount on the root of another mount is that mount's child, with the same mount point.
+        while let Some(parent) = by_id.get(&base.parent).filter(|p| p.point == base.point && p.id != base.id) {
+            base = parent;
+        }
+        let mut children: HashMap<u64, Vec<&Entry>> = HashMap::new();
+        for entry in entries.iter().filter(|entry| entry.id != entry.parent) {
+            children.entry(entry.parent).or_default().push(entry);
+        }
+        // By path components, so that a directory sorts directly before everything below it.
+        children.values_mut().for_each(|mounts| mounts.sort_by(|a, b| a.point.cmp(&b.point)));
+        Some(Self { base, children })
+    }
+
+    /// The submounts that a path lookup reaches, parents first, without those that `excluded` selects and everything
+    /// below them; and the selected ones.
+    ///
+    /// A mount that another covers is not reached: neither one below the mount point of a later mount, nor one on whose
+    /// root another is mounted.
+    pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
+        let (mut found, mut left_out) = (Vec::new(), Vec::new());
+        let top = self.top(self.base);
+        if top.id == self.base.id {
+            self.push_children(top, &mut found);
+        } else {
+            found.push(top);
+        }
+        let mut reached = Vec::new();
+        while let Some(entry) = found.pop() {
+            let Ok(path) = entry.point.strip_prefix(&self.base.point) else { continue };
+            let submount = Submount { path: path.to_owned(), entry };
+            if excluded(entry) {
+                left_out.push(submount);
+            } else {
+                reached.push(submount);
+                self.push_children(entry, &mut found);
+            }
+        }
+        (reached, left_out)
+    }
+
+    /// The topmost mount of those stacked on the root of `mount`.
+    fn top(&self, mount: &'a Entry) -> &'a Entry {
+        let mut top = mount;
+        while let Some(cover) = self.on(top).find(|cover| cover.point == top.point) {
+            top = cover;
+        }
+        top
+    }
+
+    /// Adds the topmost mount at each mount point that a lookup meets first in `parent`.
+    fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
+        let mut last: Option<&Path> = None;
+        for child in self.on(parent) {
+            // A mount on a directory above hides it.
+            if !last.is_some_and(|last| child.point.starts_with(last)) {
+                last = Some(&child.point);
+                into.push(self.top(child));
+            }
+        }
+    }
+
+    fn on(&self, parent: &Entry) -> impl Iterator<Item = &'a Entry> {
+        self.children.get(&parent.id).into_iter().flatten().copied()
+    }
+}
+
+/// The submounts that only `left` has, and those that only `right` has. Two submounts are equal if they show the same
+/// directory of the same file system at the same path.
+pub fn differences<'a>(
+    left: Vec<Submount<'a>>,
+    mut right: Vec<Submount<'a>>,
+) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
+    let mut alone = Vec::new();
+    for submount in left {
+        let Submount { path, entry } = &submount;
+        let same = |other: &Submount<'_>| {
+            (&other.path, other.entry.device, &other.entry.root) == (path, entry.device, &entry.root)
+        };
+        match right.iter().position(same) {
+            Some(at) => drop(right.remove(at)),
+            None => alone.push(submount),
+        }
+    }
+    (alone, right)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: u64, parent: u64, point: &str, kind: &str) -> Entry {
+        Entry { id, parent, device: id, root: "/".into(), point: point.into(), kind: kind.into() }
+    }
+
+    fn reached(entries: &[Entry], id: u64) -> (Vec<(String, u64)>, Vec<u64>) {
+        let tree = Tree::of(entries, id).unwrap();
+        let (reached, left_out) = tree.reachable(|entry| entry.kind == "proc");
+        let place = |submount: Submount<'_>| (submount.path.to_str().unwrap().to_owned(), submount.entry.id);
+        (reached.into_iter().map(place).collect(), left_out.into_iter().map(|submount| submount.entry.id).collect())
+    }
+
+    fn tree() -> Vec<Entry> {
+        vec![
+            entry(1, 0, "/", "ext4"),
+            entry(2, 1, "/v", "ext4"),
+            entry(3, 2, "/v/a", "tmpfs"),
+            entry(4, 3, "/v/a/b", "tmpfs"),
+            entry(5, 2, "/v/a-b", "tmpfs"),
+        ]
+    }
+
+    #[test]
+    fn reachable_lists_parents_first() {
+        let (mut paths, left_out) = reached(&tree(), 2);
+        let at = |paths: &[(String, u64)], id| paths.iter().position(|(_, found)| *found == id).unwrap();
+        assert!(at(&paths, 3) < at(&paths, 4));
+        paths.sort();
+        assert_eq!(paths, [("a".into(), 3), ("a-b".into(), 5), ("a/b".into(), 4)]);
+        assert!(left_out.is_empty());
+    }
+
+    #[test]
+    fn reachable_skips_mounts_that_a_later_one_hides() {
+        // Mounted on a directory above the mount point of 6.
+        let mut entries = tree();
+        entries.push(entry(6, 2, "/v/run/netns/x", "proc"));
+        entries.push(entry(7, 2, "/v/run", "tmpfs"));
+        let (paths, left_out) = reached(&entries, 2);
+        assert!(left_out.is_empty() && paths.contains(&("run".into(), 7)), "{paths:?}");
+        // Mounted on the root of 3: 3 and what is below it are hidden.
+        entries.push(entry(8, 3, "/v/a", "tmpfs"));
+        let (paths, _) = reached(&entries, 2);
+        assert!(paths.contains(&("a".into(), 8)) && !paths.iter().any(|(_, id)| [3, 4].contains(id)), "{paths:?}");
+    }
+
+    #[test]
+    fn reachable_excludes_a_mount_with_everything_below_it() {
+        let mut entries = tree();
+        entries.push(entry(6, 3, "/v/a/proc", "proc"));
+        entries.push(entry(7, 6, "/v/a/proc/sys/fs", "tmpfs"));
+        // A host-only mount on top hides the one below it, which is not shown in its place.
+        entries.push(entry(8, 5, "/v/a-b", "proc"));
+        let (mut paths, mut left_out) = reached(&entries, 2);
+        paths.sort();
+        left_out.sort_unstable();
+        assert_eq!(paths, [("a".into(), 3), ("a/b".into(), 4)]);
+        assert_eq!(left_out, [6, 8]);
+    }
+
+    #[test]
+    fn a_mount_that_covers_the_tree_is_at_the_empty_path() {
+        let mut entries = tree();
+        entries.push(entry(6, 2, "/v", "tmpfs"));
+        entries.push(entry(7, 6, "/v/a", "tmpfs"));
+        for id in [2, 6] {
+            assert_eq!(reached(&entries, id).0, [("".into(), 6), ("a".into(), 7)]);
+        }
+        assert!(Tree::of(&entries, 9).is_none());
+    }
+
+    #[test]
+    fn differences_compares_place_and_file_system() {
+        let entries = tree();
+        let all = || Tree::of(&entries, 2).unwrap().reachable(|_| false).0;
+        assert_eq!(differences(all(), all()), (vec![], vec![]));
+        let (gone, new) = differences(vec![], all());
+        assert_eq!((gone, new), (vec![], all()));
+    }
+}

@@ -1,0 +1,311 @@
+//! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
+
+use crate::oci::devices;
+use crate::oci::id_mappings::Users;
+use crate::oci::spec::Mount;
+use crate::volumes::bind::Flags;
+use crate::volumes::error::VolumeError;
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mirror;
+use crate::volumes::mirror::{Mirror, Volume};
+use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
+use husk_proto::{agent::VolumeRequest, volume};
+use nix::sys::stat::{SFlag, fstat, major, minor};
+use std::{
+    fs,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Component, Path},
+};
+
+/// What becomes of a mount of the specification.
+#[derive(Debug)]
+enum Plan {
+    /// The guest mounts it as it stands.
+    Keep,
+    /// The guest binds a path of its own.
+    Guest(String),
+    /// The host binds this into the share.
+    Bind { source: OwnedFd, directory: bool, users: Option<Users>, any_mount: bool },
+    /// The host binds a volume into the share, of which the guest gives the container all or a part.
+    Shared { volume: kubelet_paths::Shared, users: Option<Users> },
+    /// The guest gets a copy that is kept up to date.
+    Mirror { source: Volume, users: Option<Users> },
+    /// The guest makes one of its own.
+    Own(Box<VolumeRequest>),
+}
+
+/// What has to be done in the guest before it creates the container.
+#[derive(Debug, Default)]
+pub struct InGuest {
+    /// Volumes that it gets copies of.
+    pub mirrors: Vec<Mirror>,
+    /// Volumes that it makes.
+    pub own: Vec<VolumeRequest>,
+}
+
+/// Where the host binds volumes, and the guest finds them.
+pub struct Place<'a> {
+    /// The bundle, which relative sources are relative to.
+    pub bundle: &'a Path,
+    /// The share on the host.
+    pub share: &'a Path,
+    /// The rule for host-only file systems.
+    pub host_only: &'a HostOnly,
+    /// The container.
+    pub container: &'a str,
+    /// Whether containerd's CRI made the specification.
+    pub kubernetes: bool,
+    /// The pod's uid, where it says so.
+    pub pod: &'a str,
+}
+
+/// Makes `mount` available to the guest as number `index`; the source the guest is to use, none to leave it.
+pub fn make(
+    mount: &Mount,
+    index: usize,
+    place: &Place<'_>,
+    notes: &mut Vec<String>,
+    guest: &mut InGuest,
+) -> Result<Option<String>, VolumeError> {
+    let number = u32::try_from(index).unwrap_or(u32::MAX);
+    match plan(mount, number, place, notes)? {
+        Plan::Mirror { source, users } => {
+            guest.mirrors.push(Mirror { source, users, mount: number });
+            Ok(Some(mirror::guest_path(place.container, index)))
+        }
+        Plan::Own(request) => {
+            let path = volume::path(&request).to_string_lossy().into_owned();
+            guest.own.push(*request);
+            Ok(Some(path))
+        }
+        Plan::Keep => Ok(None),
+        Plan::Guest(path) => Ok(Some(path)),
+        Plan::Bind { source, directory, users, any_mount } => {
+            let (users, flags, follows) = (users.as_ref(), Flags::of(mount), Flags::of(mount).follows);
+            let source = bind::Source { file: &source, directory, users, flags, any_mount, follows };
+            bind::bind(mount, &source, (place.share, place.container), place.host_only, notes).map(Some)
+        }
+        Plan::Shared { volume: kubelet_paths::Shared { root, below }, users } => {
+            let (users, flags, follows) = (users.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).follows);
+            let source = bind::Source { file: &root, directory: true, users, flags, any_mount: false, follows };
+            let whole = bind::bind(mount, &source, (place.share, place.container), place.host_only, notes)?;
+            if below.is_empty() {
+                return Ok(Some(whole));
+            }
+            let request = memory_volume::part_of(&whole, below, (place.container, number));
+            let path = volume::path(&request).to_string_lossy().into_owned();
+            guest.own.push(request);
+            Ok(Some(path))
+        }
+    }
+}
+
+fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
+    let source = mount.source.as_deref().unwrap_or_default();
+    let refuse = |message: String| {
+        Err(VolumeError::Unsupported { mount_source: source.into(), destination: mount.destination.clone(), message })
+    };
+    let users = match Users::of_mount(&mount.uid_mappings, &mount.gid_mappings) {
+        Ok(users) => users,
+        Err(error) => return refuse(error.to_string()),
+    };
+    if users.is_none() && mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
+        return refuse("a mount with mapped user ids has to name them (uidMappings, gidMappings)".into());
+    }
+    if !mount.is_bind() {
+        return match users {
+            Some(_) => refuse("only bind mounts can have mapped user ids".into()),
+            None => Ok(Plan::Keep),
+        };
+    }
+    if let Some(option) = mount.options().iter().find(|option| *option == "shared" || *option == "rshared") {
+        let message = format!(
+            "{option}: mounts made in the guest cannot reach the host; use rslave (HostToContainer) or rprivate (None)"
+        );
+        return refuse(message);
+    }
+    let path = place.bundle.join(source);
+    // The guest is the machine that the container sees, and the host's instance would be opened with the VMM's rights.
+    let of_the_guest = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::in_the_guest(path) {
+        Some(guest) => {
+            notes.push(format!("{} is the guest's own, not the host's", path.display()));
+            Ok(Plan::Guest(guest.to_string_lossy().into_owned()))
+        }
+        None => refuse(format!(
+            "{} is on a host-only file system ({kind}) and cannot be shared with a virtual machine; mount /proc, /sys or /dev \
+             for the guest's own, and list single devices as devices",
+            path.display()
+        )),
+    };
+    let named = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
+    // By its name alone, since the host may have nothing there. `..` may lead out again.
+    if named && !path.components().any(|part| part == Component::ParentDir) {
+        return of_the_guest(&path, "proc", notes);
+    }
+    if place.kubernetes && mount.destination == "/dev/shm" && is_sandbox_shm(&path) {
+        return Ok(Plan::Guest(husk_proto::GUEST_SHM.into()));
+    }
+    let host = |step, source_error| VolumeError::Host {
+        mount_source: source.into(),
+        destination: mount.destination.clone(),
+        step,
+        source: source_error,
+    };
+    let fd = mount_api::open_path(&path, true).map_err(|error| host("open the source", error))?;
+    let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    let shareable = kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG;
+    // Without the symlinks that led there.
+    let resolved =
+        fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("resolve the source", e))?;
+    let on_host_only = |file: &OwnedFd| {
+        place.host_only.type_of(file).map_err(|error| host("stat the file system of the source", error))
+    };
+    if shareable && let Some(kind) = on_host_only(&fd)? {
+        return of_the_guest(&resolved, kind, notes);
+    }
+    if kind == SFlag::S_IFDIR {
+        let own = memory_volume::find(&fd, &path, users.as_ref(), (place.container, number));
+        let error = |error| VolumeError::Own {
+            mount_source: source.into(),
+            destination: mount.destination.clone(),
+            source: error,
+        };
+        if let Some(request) = own.map_err(error)? {
+            return Ok(Plan::Own(Box::new(request)));
+        }
+    }
+    if shareable {
+        let shared = kubelet_paths::shared(&fd, &path, users.as_ref(), place.pod);
+        if let Some(volume) = shared.map_err(|error| host("find it in its volume", error))? {
+            if let Some(kind) = on_host_only(&volume.root)? {
+                return of_the_guest(&path, kind, notes);
+            }
+            return Ok(Plan::Shared { volume, users });
+        }
+    }
+    let any_mount = kubelet_paths::is_sub_path(&path);
+    match kind {
+        SFlag::S_IFDIR
+            if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&resolved, place.pod) =>
+        {
+            Ok(Plan::Mirror { source: Volume::new(fd, path), users })
+        }
+        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, users, any_mount }),
+        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, users, any_mount }),
+        SFlag::S_IFCHR | SFlag::S_IFBLK => {
+            match devices::guest_path(kind == SFlag::S_IFCHR, major(stat.st_rdev), minor(stat.st_rdev)) {
+                Ok(path) => Ok(Plan::Guest(path.into())),
+                Err(message) => refuse(message),
+            }
+        }
+        SFlag::S_IFSOCK => refuse("a socket of the host cannot be reached from a virtual machine".into()),
+        SFlag::S_IFIFO => refuse("a fifo of the host cannot be reached from a virtual machine".into()),
+        _ => refuse("only directories and files can be given to a virtual machine".into()),
+    }
+}
+
+/// Whether this is the shared memory that containerd's CRI makes for a pod: `…/sandboxes/<id>/shm`.
+fn is_sandbox_shm(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == "shm")
+        && path.parent().and_then(Path::parent).and_then(Path::file_name).is_some_and(|name| name == "sandboxes")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(source: &str, destination: &str, options: &[&str]) -> Mount {
+        Mount {
+            destination: destination.into(),
+            kind: Some("bind".into()),
+            source: Some(source.into()),
+            options: Some(options.iter().map(ToString::to_string).collect()),
+            ..Mount::default()
+        }
+    }
+
+    fn planned(mount: &Mount) -> Result<Plan, String> {
+        let host_only = &HostOnly::new([]).unwrap();
+        let (bundle, share) = (Path::new("/b"), Path::new("/h"));
+        let place = Place { bundle, share, host_only, container: "c", kubernetes: true, pod: "pod-uid" };
+        plan(mount, 0, &place, &mut Vec::new()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_machines_own_is_the_guests() {
+        for path in ["/proc", "/sys/fs/cgroup", "/dev"] {
+            assert!(matches!(planned(&mount(path, "/x", &["rbind"])), Ok(Plan::Guest(to)) if to == path));
+        }
+        assert!(matches!(planned(&mount("/dev/null", "/x", &["bind"])), Ok(Plan::Guest(to)) if to == "/dev/null"));
+        let shm = mount("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/a/shm", "/dev/shm", &["rbind"]);
+        assert!(matches!(planned(&shm), Ok(Plan::Guest(to)) if to == husk_proto::GUEST_SHM));
+        let tmpfs = Mount { kind: Some("tmpfs".into()), options: None, ..mount("tmpfs", "/tmp", &[]) };
+        assert!(matches!(planned(&tmpfs), Ok(Plan::Keep)));
+    }
+
+    #[test]
+    fn a_link_leads_to_nothing_of_the_nodes_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |target: &str, name: &str| {
+            let link = dir.path().join(name);
+            std::os::unix::fs::symlink(target, &link).unwrap();
+            planned(&mount(link.to_str().unwrap(), "/x", &["rbind"]))
+        };
+        for (target, name) in [("/proc", "a"), ("/proc/sys/kernel", "b"), ("/sys/kernel", "c"), ("/dev", "d")] {
+            assert!(matches!(of(target, name), Ok(Plan::Guest(to)) if to == target), "{target}");
+        }
+        for (target, name) in [("/proc/1", "e"), ("/proc/self/status", "f"), ("/proc/self/ns/net", "g")] {
+            let error = of(target, name).unwrap_err();
+            assert!(error.contains("host-only") && error.contains("/proc"), "{error}");
+        }
+        let sideways = format!("/proc/..{}", dir.path().display());
+        assert!(matches!(planned(&mount(&sideways, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
+        assert!(planned(&mount("/sys/../proc/1", "/x", &["rbind"])).is_err());
+    }
+
+    #[test]
+    fn a_process_of_the_host_is_rejected_by_name_too() {
+        for path in ["/proc/1/root", "/proc/self", "/proc/thread-self/attr"] {
+            let error = planned(&mount(path, "/x", &["rbind"])).unwrap_err();
+            assert!(error.contains("host-only"), "{error}");
+        }
+    }
+
+    #[test]
+    fn read_only_config_maps_of_the_pod_are_mirrored() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("pod-uid/volumes/kubernetes.io~configmap/a");
+        fs::create_dir_all(&volume).unwrap();
+        let of = |path: &Path, options: &[&str]| planned(&mount(path.to_str().unwrap(), "/x", options));
+        assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
+        assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
+        // A directory that only a symlink puts there, and one of another pod.
+        let link = volume.with_file_name("link");
+        std::os::unix::fs::symlink("/etc", &link).unwrap();
+        assert!(matches!(of(&link, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));
+        let other = dir.path().join("other-uid/volumes/kubernetes.io~configmap/a");
+        fs::create_dir_all(&other).unwrap();
+        assert!(matches!(of(&other, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));
+    }
+
+    #[test]
+    fn what_cannot_cross_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for (path, expected) in [(&socket, "a socket of the host"), (&fifo, "a fifo of the host")] {
+            let error = planned(&mount(path.to_str().unwrap(), "/x", &["bind"])).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+        let directory = dir.path().to_str().unwrap();
+        for option in ["rshared", "shared", "ridmap"] {
+            assert!(planned(&mount(directory, "/x", &["rbind", option])).is_err());
+        }
+        assert!(matches!(planned(&mount(directory, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
+        let error = planned(&mount("/nowhere/x", "/x", &["rbind"])).unwrap_err();
+        assert_eq!(error, "error mounting \"/nowhere/x\" to rootfs at \"/x\": cannot open the source");
+    }
+}

@@ -1,0 +1,337 @@
+//! Mounting a container's root file system from the mounts containerd's snapshotter names.
+
+use crate::oci::id_mappings::Users;
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mount_api;
+use crate::volumes::stage::Stage;
+use nix::mount::{MsFlags, mount};
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+/// The kernel copies one page of a mount's options, with its terminating zero.
+const PAGE: usize = 4096;
+
+/// One mount of a root file system, as containerd names it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RootMount {
+    /// File system type, or `bind`.
+    pub kind: String,
+    /// Device or directory.
+    pub source: String,
+    /// Path below the root; only empty ones can be mounted.
+    pub target: String,
+    /// As in fstab.
+    pub options: Vec<String>,
+}
+
+impl From<&husk_proto::containerd::types::mount::Mount> for RootMount {
+    fn from(mount: &husk_proto::containerd::types::mount::Mount) -> Self {
+        Self {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            target: mount.target.clone(),
+            options: mount.options.clone(),
+        }
+    }
+}
+
+/// Why a root file system cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// The kernel refused.
+    #[error("cannot mount the root file system ({kind} of {mount_source:?} with options {options:?})")]
+    Mount {
+        /// File system type.
+        kind: String,
+        /// Device or directory.
+        mount_source: String,
+        /// The options, shortened.
+        options: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The mount is of a form that cannot be.
+    #[error("cannot mount the root file system: {0}")]
+    Unsupported(String),
+}
+
+/// What bind mounts need.
+#[derive(Clone, Copy)]
+pub struct Staging<'a> {
+    /// Where trees are copied.
+    pub stage: &'a Stage,
+    /// What is not copied.
+    pub host_only: &'a HostOnly,
+    /// The tree's name there.
+    pub name: &'a str,
+}
+
+/// Mounts `mounts`, one over the other, at `target`. Returns notes on what is left out.
+pub fn mount_all(mounts: &[RootMount], target: &Path, staging: Staging<'_>) -> Result<Vec<String>, RootfsError> {
+    let left_out = mounts.iter().map(|mount| mount_one(mount, target, staging));
+    Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
+}
+
+fn mount_one(root: &RootMount, target: &Path, staging: Staging<'_>) -> Result<Vec<String>, RootfsError> {
+    if !root.target.is_empty() && root.target != "/" {
+        // Below the root lies what the image holds, where a link may lead anywhere on the host.
+        let message = format!("a mount at {:?} inside of it is not supported", root.target);
+        return Err(RootfsError::Unsupported(message));
+    }
+    let mut options = Options::parse(&root.options);
+    let users = Users::of_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
+    options.data.retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
+    let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
+        bind(Path::new(&root.source), target, staging, &options, users.as_ref())
+    } else {
+        match users {
+            None => file_system(root, target, &options).map(|()| Vec::new()),
+            Some(users) if root.kind == "overlay" => mapped_overlay(target, &options, &users).map(|()| Vec::new()),
+            Some(_) => {
+                let message = format!("{} with mapped user ids, only overlay and bind can be", root.kind);
+                return Err(RootfsError::Unsupported(message));
+            }
+        }
+    };
+    result.map_err(|source| RootfsError::Mount {
+        kind: root.kind.clone(),
+        mount_source: root.source.clone(),
+        options: shorten(&root.options.join(",")),
+        source,
+    })
+}
+
+/// The first of a long option string: layers' paths say little.
+fn shorten(options: &str) -> String {
+    const MAX: usize = 200;
+    if options.len() <= MAX {
+        return options.into();
+    }
+    let mut text: String = options.chars().take(MAX).collect();
+    text.push('…');
+    text
+}
+
+fn bind(
+    source: &Path,
+    target: &Path,
+    staging: Staging<'_>,
+    options: &Options<'_>,
+    users: Option<&Users>,
+) -> io::Result<Vec<String>> {
+    let Staging { stage, host_only, name } = staging;
+    let recursive = options.flags.contains(MsFlags::MS_REC);
+    let (file, mut left_out) = (mount_api::open_path(source, true)?, Vec::new());
+    if let Some(kind) = host_only.type_of(&file)? {
+        return Err(io::Error::other(format!("the source is on a host-only file system ({kind})")));
+    }
+    let mut tree = mount_api::clone_tree(file.as_fd(), recursive)?;
+    // Otherwise it receives what the host mounts there later.
+    mount_api::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
+    if recursive {
+        (tree, left_out) = stage.copy(&tree, host_only, name)?;
+    }
+    if let Some(users) = users {
+        mount_api::set_users(tree.as_fd(), users.namespace()?.as_fd(), recursive)?;
+    }
+    let attr = if options.flags.contains(MsFlags::MS_RDONLY) { mount_api::MOUNT_ATTR_RDONLY } else { 0 };
+    mount_api::set_attr(tree.as_fd(), attr, 0, false)?;
+    mount_api::attach(tree.as_fd(), mount_api::open_path(target, false)?.as_fd())?;
+    let notes = (!left_out.is_empty())
+        .then(|| format!("host-only file systems are left out of the root file system: {}", left_out.join(", ")));
+    Ok(notes.into_iter().collect())
+}
+
+fn file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
+    let mut source = PathBuf::from(&root.source);
+    let _device; // an auto-clearing loop device lives as long as it is open or mounted
+    if options.looped {
+        let (path, file) = crate::volumes::loop_device::attach(&source, options.flags.contains(MsFlags::MS_RDONLY))?;
+        _device = file;
+        source = path;
+    }
+    let data = options.data.join(",");
+    if data.len() < PAGE {
+        return plain(&source, target, &root.kind, options.flags, &data);
+    }
+    let Some((dir, data)) = (root.kind == "overlay").then(|| relative(&options.data)).flatten() else {
+        return Err(io::Error::other(format!("{} bytes of options, the kernel takes {}", data.len(), PAGE - 1)));
+    };
+    // Relative paths make it fit, and only a thread that shares its working directory with no other may change it.
+    let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
+    let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        nix::unistd::chdir(&dir)?;
+        plain(&source, &target, &kind, flags, &data)
+    })?;
+    mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+}
+
+/// An overlay whose lower directories belong to `users`: a mount of each shows it so, and the upper directory, which
+/// containerd made for these users, is as it is. The overlay keeps the mounts; nobody else ever sees them.
+fn mapped_overlay(target: &Path, options: &Options<'_>, users: &Users) -> io::Result<()> {
+    let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
+    let lower = lower.ok_or_else(|| io::Error::other("an overlay without lowerdir"))?;
+    if lower.contains('\\') || lower.contains("::") {
+        return Err(io::Error::other("layers with mapped user ids and escaped names"));
+    }
+    let namespace = users.namespace()?;
+    let layers = lower.split(':').map(|layer| {
+        let tree = mount_api::clone_tree(mount_api::open_path(Path::new(layer), true)?.as_fd(), false)?;
+        mount_api::set_users(tree.as_fd(), namespace.as_fd(), false)?;
+        Ok(tree)
+    });
+    let layers: Vec<OwnedFd> = layers.collect::<io::Result<_>>()?;
+    let mut data: Vec<String> =
+        options.data.iter().filter(|option| !option.starts_with("lowerdir=")).map(ToString::to_string).collect();
+    let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
+    data.push(format!("lowerdir={}", names.join(":")));
+    let (stage, flags) = (target.to_path_buf(), options.flags);
+    // Overlay takes mounts of the caller's mount namespace only. In one of a thread's own they go with the thread.
+    let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
+        let none = None::<&Path>;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(Some("layers"), &stage, Some("tmpfs"), MsFlags::empty(), Some("mode=0700"))?;
+        nix::unistd::chdir(&stage)?;
+        for (name, layer) in names.iter().zip(&layers) {
+            std::fs::create_dir(name)?;
+            mount_api::attach(layer.as_fd(), mount_api::open_path(Path::new(name), false)?.as_fd())?;
+        }
+        std::fs::create_dir("overlay")?;
+        plain(Path::new("overlay"), Path::new("overlay"), "overlay", flags, &data.join(","))?;
+        mount_api::clone_tree(mount_api::open_path(Path::new("overlay"), false)?.as_fd(), false)
+    })?;
+    let made = mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))?;
+    mount_api::attach(made.as_fd(), mount_api::open_path(target, false)?.as_fd())
+}
+
+fn plain(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
+    Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
+}
+
+/// Overlay's options with the lower directories relative to their longest common parent, if they fit a page then.
+fn relative(data: &[&str]) -> Option<(PathBuf, String)> {
+    let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
+    // A backslash escapes a colon in a path: containerd makes none such, and splitting would be wrong.
+    if lower.contains('\\') || lower.contains("::") {
+        return None;
+    }
+    let dirs: Vec<&Path> = lower.split(':').map(Path::new).collect();
+    if !dirs.iter().all(|dir| dir.is_absolute()) {
+        return None;
+    }
+    let mut common = dirs.first()?.parent()?;
+    while !dirs.iter().all(|dir| dir.starts_with(common)) {
+        common = common.parent()?;
+    }
+    let short: Option<Vec<&str>> =
+        dirs.iter().map(|dir| dir.strip_prefix(common).ok()?.to_str().filter(|name| !name.is_empty())).collect();
+    let lower = format!("lowerdir={}", short?.join(":"));
+    let data: Vec<&str> =
+        data.iter().map(|option| if option.starts_with("lowerdir=") { lower.as_str() } else { option }).collect();
+    let data = data.join(",");
+    (data.len() < PAGE).then(|| (common.to_path_buf(), data))
+}
+
+/// fstab options, sorted by who reads them.
+struct Options<'a> {
+    /// For mount(2).
+    flags: MsFlags,
+    /// For the file system.
+    data: Vec<&'a str>,
+    /// The source is a file that wants a loop device.
+    looped: bool,
+}
+
+impl<'a> Options<'a> {
+    fn parse(options: &'a [String]) -> Self {
+        let mut parsed = Self { flags: MsFlags::empty(), data: Vec::new(), looped: false };
+        for option in options {
+            let (set, clear) = match option.as_str() {
+                "bind" => (MsFlags::MS_BIND, MsFlags::empty()),
+                "rbind" => (MsFlags::MS_BIND | MsFlags::MS_REC, MsFlags::empty()),
+                "ro" => (MsFlags::MS_RDONLY, MsFlags::empty()),
+                "rw" => (MsFlags::empty(), MsFlags::MS_RDONLY),
+                "nosuid" => (MsFlags::MS_NOSUID, MsFlags::empty()),
+                "suid" => (MsFlags::empty(), MsFlags::MS_NOSUID),
+                "nodev" => (MsFlags::MS_NODEV, MsFlags::empty()),
+                "dev" => (MsFlags::empty(), MsFlags::MS_NODEV),
+                "noexec" => (MsFlags::MS_NOEXEC, MsFlags::empty()),
+                "exec" => (MsFlags::empty(), MsFlags::MS_NOEXEC),
+                "sync" => (MsFlags::MS_SYNCHRONOUS, MsFlags::empty()),
+                "async" => (MsFlags::empty(), MsFlags::MS_SYNCHRONOUS),
+                "dirsync" => (MsFlags::MS_DIRSYNC, MsFlags::empty()),
+                "noatime" => (MsFlags::MS_NOATIME, MsFlags::empty()),
+                "atime" => (MsFlags::empty(), MsFlags::MS_NOATIME),
+                "nodiratime" => (MsFlags::MS_NODIRATIME, MsFlags::empty()),
+                "diratime" => (MsFlags::empty(), MsFlags::MS_NODIRATIME),
+                "relatime" => (MsFlags::MS_RELATIME, MsFlags::empty()),
+                "norelatime" => (MsFlags::empty(), MsFlags::MS_RELATIME),
+                "strictatime" => (MsFlags::MS_STRICTATIME, MsFlags::empty()),
+                "loop" => {
+                    parsed.looped = true;
+                    continue;
+                }
+                "defaults" | "remount" | "" => continue,
+                data => {
+                    parsed.data.push(data);
+                    continue;
+                }
+            };
+            parsed.flags.insert(set);
+            parsed.flags.remove(clear);
+        }
+        parsed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_flags_or_data() {
+        let options = ["rw", "ro", "nosuid", "suid", "rbind", "loop", "index=off", "defaults"].map(String::from);
+        let parsed = Options::parse(&options);
+        assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC);
+        assert_eq!(parsed.data, ["index=off"]);
+        assert!(parsed.looped);
+    }
+
+    #[test]
+    fn long_layer_lists_become_relative() {
+        let dirs: Vec<String> = (0..120).map(|n| format!("/var/lib/containerd/snapshots/{n}/fs")).collect();
+        let lower = format!("lowerdir={}", dirs.join(":"));
+        assert!(lower.len() > PAGE);
+        let (dir, data) = relative(&["index=off", &lower, "upperdir=/a/b"]).unwrap();
+        assert_eq!(dir, Path::new("/var/lib/containerd/snapshots"));
+        assert!(data.starts_with("index=off,lowerdir=0/fs:1/fs:2/fs:"), "{data}");
+        assert!(data.ends_with(":119/fs,upperdir=/a/b"), "{data}");
+    }
+
+    #[test]
+    fn what_cannot_be_shortened_is_left() {
+        assert_eq!(relative(&["upperdir=/a"]), None);
+        assert_eq!(relative(&["lowerdir=/a\\:b:/c"]), None);
+        assert_eq!(relative(&["lowerdir=/a:/a/b"]), Some(("/".into(), "lowerdir=a:a/b".into())));
+        assert_eq!(relative(&["lowerdir=a:/b"]), None);
+        assert_eq!(relative(&[&format!("lowerdir=/{}", "x".repeat(5000))]), None);
+    }
+
+    #[test]
+    fn mounts_inside_the_image_and_broken_id_maps_are_refused() {
+        let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
+        let (stage, host_only) = (Stage::of(Path::new("/x/share")), HostOnly::new([]).unwrap());
+        let staging = Staging { stage: &stage, host_only: &host_only, name: "x" };
+        let mounted = |mount| mount_all(&[mount], Path::new("/nowhere"), staging);
+        assert!(matches!(mounted(inside), Err(RootfsError::Unsupported(_))));
+        let options = vec!["uidmap=0:1000:1".to_string()];
+        let mapped = RootMount { kind: "overlay".into(), options, ..RootMount::default() };
+        assert!(matches!(mounted(mapped), Err(RootfsError::Unsupported(_))));
+    }
+}

@@ -1,0 +1,339 @@
+//! The staging directory: mount trees are prepared in it before they are attached to the share.
+//!
+//! The guest has no view of it. Submounts are copied one by one, and only an attached mount has submounts that mountinfo
+//! lists, so a tree is attached here first. Only what a path lookup reaches is copied, without host-only file systems.
+//!
+//! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and gets the host's later
+//! mounts. [`Stage::sync`] repeats them in the share. So no host-only file system gets there, and the host can unmount a
+//! file system of which a guest has files open.
+
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mount_tree::{Submount, Tree, differences};
+use crate::volumes::{mount_api, mountinfo, unmount};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    mount::{MntFlags, umount2},
+};
+use std::{
+    cmp::Reverse,
+    ffi::OsStr,
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+/// The subdirectories: receiving trees by the name of their volume in the share, and trees while they are copied.
+const RECEIVING: &str = "receiving";
+const COPYING: &str = "copying";
+
+/// The staging directory of a sandbox.
+pub struct Stage {
+    dir: PathBuf,
+}
+
+/// Why the share's mounts differ from the host's.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {step} {}", path.display())]
+pub struct SyncError {
+    step: &'static str,
+    /// The mount point in the share.
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+impl Stage {
+    /// The one of the sandbox with this share: a directory beside it.
+    pub fn of(share: &Path) -> Self {
+        Self { dir: share.with_file_name("stage") }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The rule for host-only file systems of this sandbox.
+    ///
+    /// # Errors
+    /// As [`HostOnly::new`].
+    pub fn host_only(&self, share: &Path) -> Result<HostOnly, SyncError> {
+        let step = "tell host-only file systems of";
+        HostOnly::new([share, &self.dir]).map_err(|source| SyncError { step, path: share.to_owned(), source })
+    }
+
+    /// Creates the subdirectories. The directory itself is mounted before (see [`crate::volumes::Share`]).
+    ///
+    /// # Errors
+    /// The error of mkdir(2).
+    pub fn create(&self) -> io::Result<()> {
+        [RECEIVING, COPYING].iter().try_for_each(|name| fs::create_dir(self.dir.join(name)))
+    }
+
+    /// A detached, private copy of `tree`, a detached mount tree, without host-only file systems; and the mount points of
+    /// these, relative to the tree, with their type. `name` is used by no other tree at the time.
+    ///
+    /// # Errors
+    /// If a mount cannot be copied. Nothing of the tree stays here.
+    pub fn copy(
+        &self,
+        tree: &OwnedFd,
+        host_only: &HostOnly,
+        name: impl AsRef<OsStr>,
+    ) -> io::Result<(OwnedFd, Vec<String>)> {
+        let dir = self.dir.join(COPYING).join(name.as_ref());
+        let (from, to) = (dir.join("from"), dir.join("to"));
+        let copied = copy_by(tree, host_only, &dir, (&from, &to));
+        let points = [&to, &from];
+        let removed = points.iter().map(|point| unmount::unmount(point).and_then(|()| unmount::remove(point)));
+        let removed = first_error(removed).and(unmount::remove(&dir));
+        let copied = copied?;
+        removed.map(|()| copied)
+    }
+
+    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name` until [`Stage::remove`].
+    ///
+    /// # Errors
+    /// If it cannot be attached; nothing stays then.
+    pub fn keep(&self, tree: &OwnedFd, host_only: &HostOnly, directory: bool, name: &str) -> io::Result<()> {
+        let point = self.dir.join(RECEIVING).join(name);
+        if directory {
+            fs::create_dir(&point)?;
+        } else {
+            fs::File::create_new(&point)?;
+        }
+        let attached = mount_api::open_path(&point, false).and_then(|to| mount_api::attach(tree.as_fd(), to.as_fd()));
+        if let Err(error) = attached {
+            // The error that led here is the one to be reported.
+            let _ = unmount::remove(&point);
+            return Err(error);
+        }
+        // Best effort: `sync` excludes what stays. Without the copies of the share and of this directory, a later volume
+        // is not propagated into each receiving tree.
+        if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&point))
+            && let Some(tree) = Tree::of(&entries, base.id)
+        {
+            for host_only in tree.reachable(|entry| host_only.has(entry)).1 {
+                let _ = detach(&base.file, &host_only);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether volume `name` has a receiving tree.
+    pub fn has(&self, name: &str) -> bool {
+        self.dir.join(RECEIVING).join(name).exists()
+    }
+
+    /// Removes the receiving tree of volume `name`, if there is one.
+    ///
+    /// # Errors
+    /// The error of umount2(2), unlink(2) or rmdir(2).
+    pub fn remove(&self, name: &OsStr) -> io::Result<()> {
+        let point = self.dir.join(RECEIVING).join(name);
+        unmount::unmount(&point)?;
+        unmount::remove(&point)
+    }
+
+    /// Mounts and unmounts in `volumes`, the share's directory of volumes, what was mounted and unmounted in the receiving
+    /// trees. Continues after an error. Calls must not overlap. Volumes may be added and removed at the same time.
+    ///
+    /// No file system is asked for anything: one that hangs stops this only if a mount point lies in it.
+    ///
+    /// # Errors
+    /// The first error.
+    pub fn sync(&self, volumes: &Path, host_only: &HostOnly) -> Result<(), SyncError> {
+        let (entries, names) = mountinfo::read()
+            .and_then(|entries| Ok((entries, list(&self.dir.join(RECEIVING))?)))
+            .map_err(|source| SyncError { step: "list the mounts of", path: self.dir.clone(), source })?;
+        let results = names.iter().map(|name| {
+            let target = volumes.join(name);
+            sync_volume(&entries, host_only, &self.dir.join(RECEIVING).join(name), &target)
+        });
+        first_error(results)
+    }
+}
+
+fn list(dir: &Path) -> io::Result<Vec<std::ffi::OsString>> {
+    fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect()
+}
+
+fn copy_by(
+    tree: &OwnedFd,
+    host_only: &HostOnly,
+    dir: &Path,
+    (from, to): (&Path, &Path),
+) -> io::Result<(OwnedFd, Vec<String>)> {
+    for dir in [dir, from, to] {
+        fs::create_dir(dir)?;
+    }
+    mount_api::attach(tree.as_fd(), mount_api::open_path(from, false)?.as_fd())?;
+    let from = mounted(from)?.ok_or(io::ErrorKind::NotFound)?;
+    let base = mount_api::clone_tree(from.file.as_fd(), false)?;
+    mount_api::set_attr(base.as_fd(), 0, libc::MS_PRIVATE, false)?;
+    mount_api::attach(base.as_fd(), mount_api::open_path(to, false)?.as_fd())?;
+    let entries = mountinfo::read()?;
+    let tree = Tree::of(&entries, from.id).ok_or(io::ErrorKind::NotFound)?;
+    let (reachable, left_out) = tree.reachable(|entry| host_only.has(entry));
+    for submount in &reachable {
+        match copy_one(&from.file, to, submount) {
+            // Its mount point was renamed or removed: no path leads to it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            copied => copied?,
+        }
+    }
+    let left_out = left_out.iter().map(|submount| {
+        let path = Path::new("/").join(&submount.path);
+        format!("{} ({})", path.display(), submount.entry.kind)
+    });
+    Ok((mount_api::clone_tree(mount_api::open_path(to, false)?.as_fd(), true)?, left_out.collect()))
+}
+
+fn sync_volume(
+    entries: &[mountinfo::Entry],
+    host_only: &HostOnly,
+    point: &Path,
+    target: &Path,
+) -> Result<(), SyncError> {
+    let error = |step, path: &Path| {
+        let path = target.join(path);
+        move |source| SyncError { step, path, source }
+    };
+    let bases = mounted(point).and_then(|from| Ok((from, mounted(target)?)));
+    // A volume that is being added or removed has only one of the two.
+    let (Some(from), Some(to)) = bases.map_err(error("open", Path::new("")))? else { return Ok(()) };
+    let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
+    let (received, _) = received.reachable(|entry| host_only.has(entry));
+    let (shared, _) = shared.reachable(|_| false);
+    let (mut gone, new) = differences(shared, received);
+    // Children first.
+    gone.sort_by_key(|submount| Reverse(submount.path.components().count()));
+    let unmounted = gone.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
+    let unmounted = first_error(unmounted);
+    let mounted =
+        new.iter().map(|submount| copy_one(&from.file, target, submount).map_err(error("mount", &submount.path)));
+    unmounted.and(first_error(mounted))
+}
+
+/// A directory or file that something is mounted on.
+struct Mounted {
+    file: OwnedFd,
+    id: u64,
+}
+
+/// Opens the topmost mount at `point`; `None` if nothing is mounted there, or `point` does not exist.
+fn mounted(point: &Path) -> io::Result<Option<Mounted>> {
+    let file = match mount_api::open_path(point, false) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    let parent = mount_api::open_path(point.parent().ok_or(io::ErrorKind::InvalidInput)?, false)?;
+    let (id, below) = (mount_api::mount_id(file.as_fd())?, mount_api::mount_id(parent.as_fd())?);
+    Ok((id != below).then_some(Mounted { file, id }))
+}
+
+/// Runs all steps and returns the first error.
+fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), E> {
+    let errors: Vec<E> = steps.filter_map(Result::err).collect();
+    errors.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// Attaches a private copy of one mount below `from`, without its submounts, at the same path below the mount at `to`.
+///
+/// Does nothing if another mount is at the path: the list that was judged is older than what is mounted now. Nor if nothing
+/// is mounted at `to` any more.
+fn copy_one(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
+    let source = open_below(from, &submount.path)?;
+    if mount_api::mount_id(source.as_fd())? != submount.entry.id {
+        return Ok(());
+    }
+    // Opened for each, since one of them may cover `to`. An fd of the mount, so that nothing is attached to the directory
+    // beneath if the volume is removed at this moment.
+    let Some(to) = mounted(to)? else { return Ok(()) };
+    let tree = mount_api::clone_tree(source.as_fd(), false)?;
+    mount_api::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
+    mount_api::attach(tree.as_fd(), open_below(&to.file, &submount.path)?.as_fd())
+}
+
+/// Unmounts a mount below `base`, with its submounts.
+fn detach(base: &OwnedFd, submount: &Submount<'_>) -> io::Result<()> {
+    let file = match open_below(base, &submount.path) {
+        // Its mount point is gone, and the mount with it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file?,
+    };
+    if mount_api::mount_id(file.as_fd())? != submount.entry.id {
+        return Err(io::Error::other("another mount is there in the meantime"));
+    }
+    // Not by its path, in which a guest may put a symlink at any time.
+    match umount2(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), MntFlags::MNT_DETACH) {
+        // Not attached any more: unmounted with its volume.
+        Ok(()) | Err(Errno::EINVAL) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Opens `path` below `base`. A guest may write to the directories in between, so no symlink is followed.
+fn open_below(base: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+    if path.as_os_str().is_empty() {
+        return base.try_clone();
+    }
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    Ok(openat2(base, path, how)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volumes::mountinfo::Entry;
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
+
+    /// The id of the mount at `point`.
+    fn id(point: &Path) -> u64 {
+        mounted(point).unwrap().unwrap().id
+    }
+
+    #[test]
+    fn a_symlink_of_a_guest_leads_no_mount_outside() {
+        let thread = std::thread::spawn(|| {
+            let none = None::<&Path>;
+            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+            mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let at = |path: &str| dir.path().join(path);
+            for path in ["from", "to", "outside"] {
+                fs::create_dir(at(path)).unwrap();
+                mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            }
+            for path in ["from/a/b", "to/real", "outside/b"] {
+                fs::create_dir_all(at(path)).unwrap();
+                mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            }
+            fs::write(at("outside/b/file"), "").unwrap();
+            // In place of the directory `a` that the list of mounts names.
+            std::os::unix::fs::symlink(at("outside"), at("to/a")).unwrap();
+            let entries = mountinfo::read().unwrap();
+            let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };
+            let (from, to) = (mount_api::open_path(&at("from"), false).unwrap(), at("to"));
+            let submount = Submount { path: "a/b".into(), entry: entry(id(&at("from/a/b"))) };
+            let before = mountinfo::read().unwrap().len();
+            assert_eq!(copy_one(&from, &to, &submount).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+            let outside = Submount { path: "a/b".into(), entry: entry(id(&at("outside/b"))) };
+            let to = mount_api::open_path(&to, false).unwrap();
+            assert_eq!(detach(&to, &outside).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+            assert_eq!(mountinfo::read().unwrap().len(), before);
+            assert!(at("outside/b/file").exists());
+            // Another mount than the one in the list is left alone.
+            let other = Submount { path: "real".into(), entry: entry(id(&at("outside/b"))) };
+            assert!(detach(&to, &other).is_err());
+            assert_eq!(mountinfo::read().unwrap().len(), before);
+        });
+        thread.join().unwrap();
+    }
+}

@@ -1,0 +1,39 @@
+//! Removes what was mounted and created on the host for a container.
+
+use crate::volumes::bind;
+use crate::volumes::unmount::{remove, unmount};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+/// Error of removing a container's files and mounts.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to remove {}", path.display())]
+pub struct TeardownError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Unmounts and removes everything of container `id` under `share`. May be repeated.
+///
+/// # Errors
+/// The first error. The rest is removed nevertheless.
+pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
+    let dir = share.join(id);
+    let mut first = Ok(());
+    let mut note = |path: &Path, result: io::Result<()>| {
+        if let (Err(source), Ok(())) = (result, &first) {
+            first = Err(TeardownError { path: path.into(), source });
+        }
+    };
+    bind::release(share, id, &mut note);
+    let mounts = bind::marks(share, id);
+    let rootfs = dir.join("rootfs");
+    note(&rootfs, unmount(&rootfs));
+    for path in [&mounts, &rootfs, &dir] {
+        note(path, remove(path));
+    }
+    first
+}
