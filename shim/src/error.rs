@@ -2,9 +2,9 @@
 
 use ttrpc::{Code, Error};
 
-/// Error of a request.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+/// Error of a request to one of the shim's services.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
     /// No container has this id.
     #[error("container not created: not found")]
     NoContainer,
@@ -62,12 +62,17 @@ pub enum Refusal {
     /// The VM has ended.
     #[error("the sandbox's VM has ended: failed precondition")]
     Gone,
-    /// Any other failure; the text is the chain of causes.
-    #[error("{0}")]
-    Failed(String),
+    /// Any other failure.
+    #[error(transparent)]
+    Failed(Box<dyn std::error::Error + Send + Sync>),
 }
 
-impl Refusal {
+impl ServiceError {
+    /// Returns the error of a failure that has no code of its own.
+    pub fn failed(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Failed(cause.into())
+    }
+
     /// Returns the ttrpc status code.
     pub fn code(&self) -> Code {
         match self {
@@ -81,8 +86,9 @@ impl Refusal {
     }
 }
 
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
-        ttrpc::error::get_rpc_status(refusal.code(), refusal)
+/// The chain of causes becomes one text here, and nowhere before.
+impl From<ServiceError> for Error {
+    fn from(error: ServiceError) -> Self {
+        ttrpc::error::get_rpc_status(error.code(), crate::chain(&error))
     }
 }

@@ -16,7 +16,7 @@ use crate::container::prepare::Prepared;
 use crate::container::process::Process;
 use crate::container::state::Container;
 use crate::container::{Shim, paths};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::hooks;
 use crate::oci;
 use crate::oci::{Bundle, Disk, Spec};
@@ -31,13 +31,13 @@ impl Shim {
     /// Creates a container. On an error, everything made for it is removed again.
     pub(crate) async fn create(&self, request: CreateTaskRequest) -> ttrpc::Result<()> {
         if !crate::ids::is_name(&request.id) {
-            return Err(Refusal::Invalid(format!("container id {:?}", request.id)).into());
+            return Err(ServiceError::Invalid(format!("container id {:?}", request.id)).into());
         }
         if !request.checkpoint.is_empty() {
-            return Err(Refusal::Unsupported("restoring a checkpoint").into());
+            return Err(ServiceError::Unsupported("restoring a checkpoint").into());
         }
         if !self.sandbox.is_launched() {
-            return Err(Refusal::NotCreated.into());
+            return Err(ServiceError::NotCreated.into());
         }
         self.sandbox.timeline.mark("create begin");
         self.containers.reserve(&request.id)?;
@@ -70,17 +70,18 @@ impl Shim {
             let prepared = self.prepare(request, bundle).await?;
             if prepared.follows_mounts {
                 let following = self.sandbox.follow_mounts();
-                following.map_err(|error| Refusal::Failed(format!("failed to watch the host's mounts: {error}")))?;
+                following
+                    .map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
             // CNI plugins that run as hooks need the network namespace of the VMM process, which exists by this point.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
-            Ok::<_, Refusal>(prepared)
+            Ok::<_, ServiceError>(prepared)
         };
         let (prepared, stdio, agent) = tokio::join!(prepare, Stdio::open(&io, &owner), self.sandbox.ready());
         let prepared = prepared?;
-        let agent = agent.map_err(|error| Refusal::Failed(error.to_string()))?;
-        let stdio = stdio.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        let agent = agent.map_err(|error| ServiceError::failed(error.to_string()))?;
+        let stdio = stdio.map_err(ServiceError::failed)?;
         for note in &prepared.notes {
             tracing::info!(container = request.id, "{note}");
         }
@@ -91,13 +92,13 @@ impl Shim {
             made.map_err(|error| self.agent_error("volume", error))?;
         }
         let following = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
-        let following = following.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        let following = following.map_err(ServiceError::failed)?;
         self.reserve_resources(&request.id, Limits::of(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
             type_url: CREATE_OPTIONS_URL.to_owned(),
-            value: options.write_to_bytes().map_err(|e| Refusal::Failed(e.to_string()))?,
+            value: options.write_to_bytes().map_err(ServiceError::failed)?,
             ..Default::default()
         };
         let guest = CreateTaskRequest {
@@ -140,21 +141,21 @@ impl Shim {
 
     /// Hot-plugs the block devices that the specification names. Returns the specification with the guest's device
     /// numbers.
-    async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, Refusal> {
+    async fn plug_disks(&self, agent: &Agent, spec: Vec<u8>, disks: &[Disk]) -> Result<Vec<u8>, ServiceError> {
         if disks.is_empty() {
             return Ok(spec);
         }
         let mut numbers = Vec::new();
         for disk in disks {
-            let guest = self.sandbox.disk(agent, *disk).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+            let guest = self.sandbox.disk(agent, *disk).await.map_err(ServiceError::failed)?;
             numbers.push((*disk, guest));
         }
-        oci::number_anew(&spec, &numbers).map_err(|e| Refusal::Failed(e.to_string()))
+        oci::number_anew(&spec, &numbers).map_err(ServiceError::failed)
     }
 
     /// Loads a process's AppArmor profile into the guest's kernel.
-    pub(crate) async fn load_profile(&self, agent: &Agent, profile: &str) -> Result<(), Refusal> {
-        self.sandbox.load_profile(agent, profile).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
+    pub(crate) async fn load_profile(&self, agent: &Agent, profile: &str) -> Result<(), ServiceError> {
+        self.sandbox.load_profile(agent, profile).await.map_err(ServiceError::failed)
     }
 
     /// Stores the new container and publishes its TaskCreate event.
@@ -183,7 +184,7 @@ impl Shim {
     }
 
     /// Prepares the bundle. Runs on a blocking thread, because mount(2) can block.
-    async fn prepare(&self, request: &CreateTaskRequest, mut bundle: Bundle) -> Result<Prepared, Refusal> {
+    async fn prepare(&self, request: &CreateTaskRequest, mut bundle: Bundle) -> Result<Prepared, ServiceError> {
         let (id, share) = (request.id.clone(), self.sandbox.share());
         let (files, pids) = (self.api.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(volumes::RootMount::from).collect();
@@ -197,8 +198,8 @@ impl Shim {
         })
         .await;
         match prepared {
-            Ok(prepared) => prepared.map_err(Refusal::Failed),
-            Err(error) => Err(Refusal::Failed(error.to_string())),
+            Ok(prepared) => prepared.map_err(ServiceError::failed),
+            Err(error) => Err(ServiceError::failed(error)),
         }
     }
 
@@ -221,7 +222,7 @@ impl Shim {
         status: &str,
         request: &CreateTaskRequest,
         spec: &Spec,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), ServiceError> {
         let state = hooks::State {
             oci_version: &spec.oci_version,
             id: &request.id,
@@ -230,7 +231,7 @@ impl Shim {
             bundle: &request.bundle,
             annotations: &spec.annotations,
         };
-        hooks::run(kind, hooks, &state).await.map_err(|e| Refusal::Failed(crate::chain(&e)))
+        hooks::run(kind, hooks, &state).await.map_err(ServiceError::failed)
     }
 
     /// Runs the poststart or poststop hooks. A failure is only logged.
@@ -254,9 +255,9 @@ impl Shim {
 }
 
 /// Reads the bundle's specification. Runs on a blocking thread, because a file system can block.
-async fn read(dir: String) -> Result<Bundle, Refusal> {
+async fn read(dir: String) -> Result<Bundle, ServiceError> {
     match tokio::task::spawn_blocking(move || Bundle::read(Path::new(&dir))).await {
-        Ok(bundle) => bundle.map_err(|e| Refusal::Failed(crate::chain(&e))),
-        Err(error) => Err(Refusal::Failed(error.to_string())),
+        Ok(bundle) => bundle.map_err(ServiceError::failed),
+        Err(error) => Err(ServiceError::failed(error)),
     }
 }

@@ -9,7 +9,7 @@ use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
 use crate::container::process::{Exit, Process, State};
 use crate::container::state::{Container, Exec};
 use crate::container::{KILLED, Shim};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::vm::agent::{timeouts, within};
 
@@ -25,22 +25,22 @@ impl Shim {
     /// Sends a signal to a process.
     pub(crate) async fn kill(&self, container: &Container, request: &KillRequest) -> ttrpc::Result<()> {
         if request.signal > 64 {
-            return Err(Refusal::Invalid(format!("signal {}", request.signal)).into());
+            return Err(ServiceError::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
         // Processes that a finished exec has left behind stay. containerd kills every exec once more after its exit,
         // and does the same to an exec that exceeded its timeout (1.7 and 2.1, WithProcessKill in process.go), so the
         // two cannot be told apart.
         match process.state() {
-            State::Stopped | State::Deleted => return Err(Refusal::Finished.into()),
-            State::Created if !process.exec.is_empty() => return Err(Refusal::NotStarted.into()),
+            State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
+            State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),
             _ => {}
         }
         if container.is_sandbox_container() {
             self.kill_pause(container, request).await;
             return Ok(());
         }
-        let Ok(agent) = self.agent() else { return Err(Refusal::Finished.into()) };
+        let Ok(agent) = self.agent() else { return Err(ServiceError::Finished.into()) };
         let guest = KillRequest {
             id: request.id.clone(),
             exec_id: request.exec_id.clone(),
@@ -51,7 +51,7 @@ impl Shim {
         match agent.task.kill(within(timeouts::QUICK), &guest).await {
             Ok(_) => Ok(()),
             // The process exited before the signal arrived, alone or because the VM ended.
-            Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(Refusal::Finished.into()),
+            Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished.into()),
             Err(error) => Err(self.agent_error("kill", error)),
         }
     }
@@ -59,7 +59,7 @@ impl Shim {
     /// Deletes a container.
     pub(crate) async fn delete_container(&self, container: &Container) -> ttrpc::Result<DeleteResponse> {
         let process = &container.init;
-        let before = process.begin_delete(Refusal::NoContainer)?;
+        let before = process.begin_delete(ServiceError::NoContainer)?;
         if before == State::Stopped
             && let Some(relay) = process.relay()
         {
@@ -106,7 +106,7 @@ impl Shim {
     /// Deletes an exec.
     pub(crate) async fn delete_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<DeleteResponse> {
         let process = &exec.process;
-        let before = process.begin_delete(Refusal::NoProcess(process.exec.clone()))?;
+        let before = process.begin_delete(ServiceError::NoProcess(process.exec.clone()))?;
         let exit = process.exit().unwrap_or(Exit { status: 0, at: SystemTime::now() });
         if before == State::Stopped {
             if let Some(relay) = process.relay() {

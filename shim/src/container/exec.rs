@@ -12,7 +12,7 @@ use protobuf::well_known_types::any::Any;
 use crate::container::process::{Exit, Process, State};
 use crate::container::state::{Container, Exec};
 use crate::container::{Shim, paths};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::oci;
 use crate::stdio::{Owner, Stdio};
 use crate::vm::agent::{timeouts, within};
@@ -27,7 +27,7 @@ impl Shim {
         let agent = self.agent()?;
         // The pod's network may have been configured since the sandbox was created. Later containers find it in place.
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
-            self.sandbox.settle_network().await.map_err(Refusal::Failed)?;
+            self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
         self.sandbox.settle_mounts().await;
         process.begin_start()?;
@@ -51,20 +51,21 @@ impl Shim {
     }
 
     /// Adds an exec. The agent is told when the exec is started; runc's shim reports errors at that point too.
-    pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), Refusal> {
+    pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.exec_id) {
-            return Err(Refusal::Invalid(format!("exec id {:?}", request.exec_id)));
+            return Err(ServiceError::Invalid(format!("exec id {:?}", request.exec_id)));
         }
         if container.is_sandbox_container() {
-            return Err(Refusal::Sandbox);
+            return Err(ServiceError::Sandbox);
         }
         if container.is_paused() {
-            return Err(Refusal::Exec("paused"));
+            return Err(ServiceError::Exec("paused"));
         }
         if matches!(container.init.state(), State::Stopped | State::Deleted) || self.sandbox.is_dead() {
-            return Err(Refusal::Exec("stopped"));
+            return Err(ServiceError::Exec("stopped"));
         }
-        let (spec, profile) = oci::exec_process(&request.spec.value).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        let (spec, profile) =
+            oci::exec_process(&request.spec.value).map_err(|e| ServiceError::Invalid(crate::chain(&e)))?;
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let process = Process::new(&container.id, &request.exec_id, io).into();
         container.add_exec(Exec { process, spec, profile, type_url: request.spec.type_url.clone() })?;
@@ -81,7 +82,7 @@ impl Shim {
     pub(crate) async fn start_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<()> {
         let process = &exec.process;
         if container.is_paused() {
-            return Err(Refusal::Exec("paused").into());
+            return Err(ServiceError::Exec("paused").into());
         }
         process.begin_start()?;
         if let Err(error) = self.start_exec_begun(exec).await {
@@ -106,7 +107,7 @@ impl Shim {
         let owner = Owner { id: &process.container, namespace: &self.namespace };
         self.load_profile(&agent, &exec.profile).await?;
         self.sandbox.settle_mounts().await;
-        let stdio = Stdio::open(&process.paths, &owner).await.map_err(|e| Refusal::Failed(crate::chain(&e)))?;
+        let stdio = Stdio::open(&process.paths, &owner).await.map_err(ServiceError::failed)?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         process.set_relay(relay);
         let spec = Any { type_url: exec.type_url.clone(), value: exec.spec.clone(), ..Default::default() };

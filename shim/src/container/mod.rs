@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::container::process::{Exit, ExitReport, Process};
 use crate::container::state::{Container, Containers};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::events::{Events, timestamp};
 use crate::sandbox::Sandbox;
 use crate::sandbox::launch::Pending;
@@ -53,7 +53,7 @@ pub struct Shim {
 pub(crate) async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
 ) -> ttrpc::Result<T> {
-    tokio::spawn(work).await.unwrap_or_else(|error| Err(Refusal::Failed(error.to_string()).into()))
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(ServiceError::failed(error).into()))
 }
 
 impl Shim {
@@ -184,12 +184,12 @@ impl Shim {
         self.events.publish(TASK_EXIT_EVENT_TOPIC, &event);
     }
 
-    /// Returns the agent, or [`Refusal::Gone`] if the VM has ended.
-    pub(crate) fn agent(&self) -> Result<Agent, Refusal> {
+    /// Returns the agent, or [`ServiceError::Gone`] if the VM has ended.
+    pub(crate) fn agent(&self) -> Result<Agent, ServiceError> {
         if self.sandbox.is_dead() {
-            return Err(Refusal::Gone);
+            return Err(ServiceError::Gone);
         }
-        self.sandbox.agent().ok_or(Refusal::Gone)
+        self.sandbox.agent().ok_or(ServiceError::Gone)
     }
 
     /// Converts an error of the agent. If the VM has ended, the error contains the last lines of its console.
@@ -198,20 +198,20 @@ impl Shim {
             let console = self.sandbox.console_tail();
             let console =
                 if console.is_empty() { console } else { format!("; the last lines of its console:\n{console}") };
-            return Refusal::Failed(format!("{what}: the VM has ended{console}")).into();
+            return ServiceError::failed(format!("{what}: the VM has ended{console}")).into();
         }
         crate::vm::agent::error(what, error)
     }
 
     /// Opens the streams that a process's stdio needs and starts copying. Returns the stream names for the guest's
     /// request.
-    pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, Tokens), Refusal> {
+    pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, Tokens), ServiceError> {
         let wants = stdio.wants();
         let open = async |wanted: bool| match wanted {
             true => self.sandbox.open_stream().await.map(Some),
             false => Ok(None),
         };
-        let failed = |error: &dyn std::error::Error| Refusal::Failed(crate::chain(error));
+        let failed = |error: &dyn std::error::Error| ServiceError::failed(crate::chain(error));
         let mut tokens = Tokens::default();
         let streams = if wants.terminal {
             let (token, stream) = self.sandbox.open_stream().await.map_err(|e| failed(&e))?;

@@ -12,13 +12,13 @@ use tokio::task::JoinSet;
 use crate::container::process::{Exit, ExitReport, Process};
 use crate::container::state::Container;
 use crate::container::{Shim, paths};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::oci::Spec;
 
 impl Shim {
     /// Creates the sandbox container's record as soon as the agent is ready.
     pub(crate) async fn create_pause(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
-        self.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
+        self.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
         self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
         self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::lock;
 use crate::stdio::{Paths, Relay};
 
@@ -131,11 +131,11 @@ impl Process {
     /// Moves from created to starting.
     ///
     /// # Errors
-    /// [`Refusal::Start`] from any other state.
-    pub fn begin_start(&self) -> Result<(), Refusal> {
+    /// [`ServiceError::Start`] from any other state.
+    pub fn begin_start(&self) -> Result<(), ServiceError> {
         let mut inner = lock(&self.inner);
         if inner.state != State::Created || inner.unpublished.is_some() {
-            return Err(Refusal::Start(inner.state.name()));
+            return Err(ServiceError::Start(inner.state.name()));
         }
         inner.state = State::Starting;
         Ok(())
@@ -193,12 +193,12 @@ impl Process {
     /// Begins the deletion. Later callers get `gone`. Returns the state before.
     ///
     /// # Errors
-    /// [`Refusal::Delete`] while the process runs, `gone` if it is already deleted.
-    pub fn begin_delete(&self, gone: Refusal) -> Result<State, Refusal> {
+    /// [`ServiceError::Delete`] while the process runs, `gone` if it is already deleted.
+    pub fn begin_delete(&self, gone: ServiceError) -> Result<State, ServiceError> {
         let mut inner = lock(&self.inner);
         match inner.state {
             State::Deleted => Err(gone),
-            State::Starting | State::Running => Err(Refusal::Delete("running")),
+            State::Starting | State::Running => Err(ServiceError::Delete("running")),
             before @ (State::Created | State::Stopped) => {
                 inner.state = State::Deleted;
                 Ok(before)
@@ -241,14 +241,14 @@ mod tests {
     fn start_exit_and_delete_move_through_the_states() {
         let p = process();
         p.begin_start().unwrap();
-        assert_eq!(p.begin_start(), Err(Refusal::Start("running")));
+        assert!(matches!(p.begin_start(), Err(ServiceError::Start("running"))));
         assert_eq!(p.confirm_start(), None);
-        assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::Delete("running")));
+        assert!(matches!(p.begin_delete(ServiceError::NoContainer), Err(ServiceError::Delete("running"))));
         assert_eq!(p.record_exit(exit(0)), ExitReport::Publish);
         assert_eq!(p.record_exit(exit(9)), ExitReport::Duplicate);
-        assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
-        assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Stopped));
-        assert_eq!(p.begin_delete(Refusal::NoContainer), Err(Refusal::NoContainer));
+        assert!(matches!(p.begin_start(), Err(ServiceError::Start("stopped"))));
+        assert!(matches!(p.begin_delete(ServiceError::NoContainer), Ok(State::Stopped)));
+        assert!(matches!(p.begin_delete(ServiceError::NoContainer), Err(ServiceError::NoContainer)));
         assert_eq!(p.exit(), Some(exit(0)));
     }
 
@@ -256,9 +256,9 @@ mod tests {
     fn exit_or_failed_start_stops_a_created_process() {
         let p = process();
         assert_eq!(p.record_exit(exit(137)), ExitReport::Publish);
-        assert_eq!(p.begin_start(), Err(Refusal::Start("stopped")));
+        assert!(matches!(p.begin_start(), Err(ServiceError::Start("stopped"))));
         let p = process();
-        assert_eq!(p.begin_delete(Refusal::NoContainer), Ok(State::Created));
+        assert!(matches!(p.begin_delete(ServiceError::NoContainer), Ok(State::Created)));
         p.delete_failed(State::Created);
         p.begin_start().unwrap();
         p.start_failed(exit(255));

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::container::Shim;
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::lock;
 use crate::resources::growth::{Limits, Pod, Size};
 use crate::resources::resize::Target;
@@ -20,7 +20,7 @@ pub(crate) struct Sizes {
 impl Shim {
     /// Grows the pod for a container that is about to be created. A container outside a pod has its full size from
     /// boot.
-    pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), Refusal> {
+    pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.sizes.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
@@ -50,12 +50,12 @@ impl Shim {
     }
 
     /// Grows the pod for a container's new limits (OCI `LinuxResources` as JSON). [`Shim::finish_update`] must follow.
-    pub(crate) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<Change, Refusal> {
+    pub(crate) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<Change, ServiceError> {
         let before = lock(&self.sizes.pod).get(id).cloned().unwrap_or_default();
         let after = before
             .clone()
             .updated(raw)
-            .map_err(|error| Refusal::Invalid(format!("failed to parse the resources: {error}")))?;
+            .map_err(|error| ServiceError::Invalid(format!("failed to parse the resources: {error}")))?;
         let change = Change { before, after };
         if let (true, Some(size)) = (change.before != change.after, self.pod_size()) {
             self.sizes.changed.store(true, Ordering::Relaxed);
@@ -102,11 +102,9 @@ impl Shim {
     }
 
     /// Resizes the pod to what its containers need, but at least to `least`.
-    async fn resize(&self, least: Size) -> Result<(), Refusal> {
+    async fn resize(&self, least: Size) -> Result<(), ServiceError> {
         match self.sandbox.resizer().zip(self.target(Some(least))) {
-            Some((resizer, target)) => {
-                resizer.resize(target).await.map_err(|error| Refusal::Failed(crate::chain(&error)))
-            }
+            Some((resizer, target)) => resizer.resize(target).await.map_err(ServiceError::failed),
             None => Ok(()),
         }
     }

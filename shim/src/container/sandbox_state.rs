@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::container::process::Exit;
 use crate::container::{KILLED, Shim};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::lock;
 use crate::pod;
 use crate::sandbox::launch::Pending;
@@ -100,11 +100,11 @@ impl Shim {
     /// Creates the sandbox from the pod's configuration and starts its boot.
     ///
     /// A sandbox whose bundle has a specification is already booting.
-    pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), Refusal> {
+    pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
         let pending = lock(&self.api.pending).take();
         let (created, launch) = match pending {
             None if self.api.is_created() || self.sandbox.is_dead() => {
-                return Err(Refusal::Exists(self.sandbox.id.clone()));
+                return Err(ServiceError::Exists(self.sandbox.id.clone()));
             }
             None => (Created { spec: json!({}), files: None }, None),
             Some(pending) => {
@@ -115,16 +115,16 @@ impl Shim {
                 written
                     .map_err(|e| e.to_string())
                     .and_then(|done| done.map_err(|e| crate::chain(&e)))
-                    .map_err(Refusal::Failed)?;
+                    .map_err(ServiceError::failed)?;
                 (Created { spec, files: Some(files) }, Some(pending))
             }
         };
         let spec = created.spec.clone();
         if self.api.created.set(created).is_err() {
-            return Err(Refusal::Exists(self.sandbox.id.clone()));
+            return Err(ServiceError::Exists(self.sandbox.id.clone()));
         }
         if let Some(pending) = launch {
-            pending.launch(spec, &self.sandbox).await.map_err(Refusal::Failed)?;
+            pending.launch(spec, &self.sandbox).await.map_err(ServiceError::failed)?;
             // A stop may have arrived during the launch, before there was a VM to kill.
             if *lock(&self.api.stopping) {
                 self.sandbox.kill();

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use tokio::task::JoinSet;
 
 use crate::container::process::Process;
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::lock;
 use crate::oci::Spec;
 
@@ -58,27 +58,27 @@ impl Container {
     /// Returns the init process if `exec` is empty, else the process of that exec.
     ///
     /// # Errors
-    /// [`Refusal::NoProcess`].
-    pub fn process(&self, exec: &str) -> Result<Arc<Process>, Refusal> {
+    /// [`ServiceError::NoProcess`].
+    pub fn process(&self, exec: &str) -> Result<Arc<Process>, ServiceError> {
         if exec.is_empty() { Ok(Arc::clone(&self.init)) } else { self.exec(exec).map(|e| Arc::clone(&e.process)) }
     }
 
     /// Returns the exec with this id.
     ///
     /// # Errors
-    /// [`Refusal::NoProcess`].
-    pub fn exec(&self, id: &str) -> Result<Arc<Exec>, Refusal> {
-        lock(&self.execs).get(id).cloned().ok_or_else(|| Refusal::NoProcess(id.to_owned()))
+    /// [`ServiceError::NoProcess`].
+    pub fn exec(&self, id: &str) -> Result<Arc<Exec>, ServiceError> {
+        lock(&self.execs).get(id).cloned().ok_or_else(|| ServiceError::NoProcess(id.to_owned()))
     }
 
     /// Adds an exec.
     ///
     /// # Errors
-    /// [`Refusal::Exists`] if the id is taken.
-    pub fn add_exec(&self, exec: Exec) -> Result<(), Refusal> {
+    /// [`ServiceError::Exists`] if the id is taken.
+    pub fn add_exec(&self, exec: Exec) -> Result<(), ServiceError> {
         let id = exec.process.exec.clone();
         match lock(&self.execs).entry(id) {
-            std::collections::hash_map::Entry::Occupied(taken) => Err(Refusal::Exists(taken.key().clone())),
+            std::collections::hash_map::Entry::Occupied(taken) => Err(ServiceError::Exists(taken.key().clone())),
             std::collections::hash_map::Entry::Vacant(free) => {
                 free.insert(Arc::new(exec));
                 Ok(())
@@ -129,11 +129,11 @@ impl Containers {
     /// Reserves an id. [`Containers::insert`] or [`Containers::remove`] must follow.
     ///
     /// # Errors
-    /// [`Refusal::Exists`] if the id is taken.
-    pub fn reserve(&self, id: &str) -> Result<(), Refusal> {
+    /// [`ServiceError::Exists`] if the id is taken.
+    pub fn reserve(&self, id: &str) -> Result<(), ServiceError> {
         let mut slots = lock(&self.slots);
         if slots.contains_key(id) {
-            return Err(Refusal::Exists(id.to_owned()));
+            return Err(ServiceError::Exists(id.to_owned()));
         }
         slots.insert(id.to_owned(), None);
         Ok(())
@@ -154,9 +154,9 @@ impl Containers {
     /// Returns the container with this id.
     ///
     /// # Errors
-    /// [`Refusal::NoContainer`], also while the container is still being created.
-    pub fn get(&self, id: &str) -> Result<Arc<Container>, Refusal> {
-        lock(&self.slots).get(id).cloned().flatten().ok_or(Refusal::NoContainer)
+    /// [`ServiceError::NoContainer`], also while the container is still being created.
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
+        lock(&self.slots).get(id).cloned().flatten().ok_or(ServiceError::NoContainer)
     }
 
     /// Returns whether there is no container, and none being created.

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use husk_proto::agent::{HugePagesRequest, ProcessorsRequest, RescanRequest};
 use husk_vmm::control::{Answer, Call, Pages};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::resources::cgroup::Place;
 use crate::resources::growth::{Growth, HostLimits, Size};
 use crate::resources::{hugepages, limits};
 use crate::systemd::Unit;
-use crate::vm::Boot;
+use crate::vm::StateCell;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
 
@@ -96,7 +96,7 @@ impl Resizer {
     pub fn start(
         growth: Growth,
         vmm: Vmm,
-        boot: watch::Receiver<Boot>,
+        state: StateCell,
         cgroup: Option<(Place, Option<Unit>)>,
         record: RecordSize,
     ) -> Self {
@@ -104,7 +104,7 @@ impl Resizer {
         let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
         let vm = Vm {
             vmm,
-            boot,
+            state,
             cgroup,
             record,
             start: growth.boot,
@@ -144,7 +144,7 @@ type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 /// The task's state.
 struct Vm {
     vmm: Vmm,
-    boot: watch::Receiver<Boot>,
+    state: StateCell,
     /// The cgroup, and its systemd unit if systemd created it.
     cgroup: Option<(Place, Option<Unit>)>,
     record: RecordSize,
@@ -316,9 +316,6 @@ impl Vm {
     }
 
     fn agent(&self) -> Result<Agent, ResizeError> {
-        match &*self.boot.borrow() {
-            Boot::Ready(agent) => Ok(agent.clone()),
-            _ => Err(ResizeError::Gone),
-        }
+        self.state.agent().ok_or(ResizeError::Gone)
     }
 }

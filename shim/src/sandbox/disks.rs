@@ -113,7 +113,7 @@ impl Sandbox {
         let file = tokio::task::spawn_blocking(move || open(disk)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
         let file = file.map_err(|source| DiskError::Open { major, minor, source })?;
         let plug = |source| DiskError::Plug { major, minor, source };
-        let vmm = self.vmm.get().ok_or_else(|| plug(VmmError::Gone))?;
+        let vmm = self.vmm().ok_or_else(|| plug(VmmError::Gone))?;
         let config = BlkConfig { file: FdIndex(0), read_only, serial: format!("{major}:{minor}") };
         match vmm.call(Call::AttachBlk(config), &[file.as_fd()]).await.map_err(plug)? {
             (Answer::Attached { slot }, _) => Ok(slot),

@@ -10,11 +10,11 @@ pub mod timeline;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use crate::network::forward;
 use crate::network::sync::Follower;
@@ -25,7 +25,7 @@ use crate::sandbox::state_dir::StateDir;
 use crate::vm::agent::{Agent, Report};
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
-use crate::vm::{Boot, agent};
+use crate::vm::{State, StateCell, agent};
 use boot::Plan;
 use timeline::Timeline;
 
@@ -51,18 +51,21 @@ pub struct Sandbox {
     /// Timeline of the start.
     pub timeline: Arc<Timeline>,
     dir: StateDir,
-    cgroup: OnceLock<Cgroup>,
-    vmm: OnceLock<Vmm>,
-    boot: watch::Receiver<Boot>,
-    /// Sender of `boot`, taken by the launch.
-    update: Mutex<Option<watch::Sender<Boot>>>,
-    resizer: OnceLock<Resizer>,
+    state: StateCell,
+    launched: OnceLock<Launched>,
     tail: LogTail,
     disks: disks::Plugged,
     propagation: propagation::Propagation,
     profiles: apparmor::Loaded,
     follower: Arc<OnceLock<Follower>>,
-    timeline_log: OnceLock<PathBuf>,
+}
+
+/// What a launch has acquired. It is complete before the guest boots, and stays if the boot fails.
+struct Launched {
+    cgroup: Option<Cgroup>,
+    vmm: Option<Vmm>,
+    resizer: Option<Resizer>,
+    timeline_log: PathBuf,
 }
 
 /// Error of opening a stream to the guest.
@@ -82,7 +85,6 @@ pub enum StreamError {
 impl Sandbox {
     /// Returns a sandbox of which only the directory exists. `vmm_log` is the read end of the VMM's standard error.
     pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
-        let (update, boot) = watch::channel(Boot::Booting);
         let tail = LogTail::default();
         if let Some(log) = vmm_log {
             boot::follow(log, "vmm", tail.clone());
@@ -91,51 +93,37 @@ impl Sandbox {
             id: id.to_owned(),
             timeline,
             dir,
-            cgroup: OnceLock::new(),
-            vmm: OnceLock::new(),
-            boot,
-            update: Mutex::new(Some(update)),
-            resizer: OnceLock::new(),
+            state: StateCell::default(),
+            launched: OnceLock::new(),
             tail,
             disks: disks::Plugged::default(),
             propagation: propagation::Propagation::default(),
             profiles: apparmor::Loaded::default(),
             follower: Arc::default(),
-            timeline_log: OnceLock::new(),
         })
     }
 
     /// Starts the boot, once. The agent's reports go to `reports`, which is closed when the VM ends.
     pub fn launch(&self, prepared: Prepared, reports: mpsc::UnboundedSender<Report>) {
-        let Some(update) = crate::lock(&self.update).take() else { return };
-        let Prepared { cgroup, vmm, plan, timeline_log } = prepared;
-        let _ = self.timeline_log.set(timeline_log);
-        if let Some(cgroup) = cgroup {
-            let _ = self.cgroup.set(cgroup);
+        if !self.state.enter(State::Booting) {
+            return;
         }
+        let Prepared { cgroup, vmm, plan, timeline_log } = prepared;
         let (notify, notices) = mpsc::unbounded_channel();
         let attached = vmm.map(|spawned| Vmm::attach(spawned, notify).map_err(|e| crate::chain(&e))).transpose();
         let (vmm, plan) = match attached {
             Ok(vmm) => (vmm, plan),
             Err(error) => (None, Err(error)),
         };
-        if let Some(vmm) = &vmm {
-            let _ = self.vmm.set(vmm.clone());
-        }
-        if let (Ok(plan), Some(vmm)) = (&plan, &vmm) {
-            let cgroup = self.cgroup.get().map(|cgroup| (cgroup.place().clone(), cgroup.unit().cloned()));
-            let (growth, dir) = (plan.sizing.growth.clone(), self.dir.clone());
-            let record = Arc::new(move |size: Size| {
-                if let Err(error) = dir.record_size(size.vcpus, size.memory_mib) {
-                    tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps");
-                }
-            });
-            let _ = self.resizer.set(Resizer::start(growth, vmm.clone(), self.boot.clone(), cgroup, record));
-        }
-        let place = self.cgroup.get().map(|cgroup| cgroup.place().clone());
-        let pids_max = self.cgroup.get().and_then(|cgroup| limits::pids(cgroup.place()));
+        let resizer = match (&plan, &vmm) {
+            (Ok(plan), Some(vmm)) => Some(self.start_resizer(plan, vmm, cgroup.as_ref())),
+            _ => None,
+        };
+        let place = cgroup.as_ref().map(|cgroup| cgroup.place().clone());
+        let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids(cgroup.place()));
+        let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
-        let follower = Arc::clone(&self.follower);
+        let (follower, state) = (Arc::clone(&self.follower), self.state.clone());
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
@@ -157,11 +145,11 @@ impl Sandbox {
                 }
             };
             match (booted, &handle) {
-                (Ok(agent), Some(vmm)) => follow_events(agent, vmm, &update, &reports).await,
+                (Ok(agent), Some(vmm)) => follow_events(agent, vmm, &state, &reports).await,
                 (Ok(_), None) => {}
                 (Err(error), vmm) => {
                     tracing::error!(error, "failed to start the sandbox");
-                    update.send_replace(Boot::Failed(error.into()));
+                    state.enter(State::Failed(error.into()));
                     if let Some(vmm) = vmm {
                         vmm.kill();
                     }
@@ -169,15 +157,27 @@ impl Sandbox {
             }
             if let Some(vmm) = handle {
                 vmm.wait().await;
+                state.enter(State::Gone);
             }
             // Closing `reports` signals the end of the VM.
             drop(reports);
         });
     }
 
+    fn start_resizer(&self, plan: &Plan, vmm: &Vmm, cgroup: Option<&Cgroup>) -> Resizer {
+        let cgroup = cgroup.map(|cgroup| (cgroup.place().clone(), cgroup.unit().cloned()));
+        let dir = self.dir.clone();
+        let record = Arc::new(move |size: Size| {
+            if let Err(error) = dir.record_size(size.vcpus, size.memory_mib) {
+                tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps");
+            }
+        });
+        Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
+    }
+
     /// Returns whether the boot was started.
     pub fn is_launched(&self) -> bool {
-        crate::lock(&self.update).is_none()
+        self.state.is_launched()
     }
 
     /// Returns the sandbox's directory on the host.
@@ -188,7 +188,7 @@ impl Sandbox {
     /// Returns the huge pages that the node and the pod's cgroup allow for the whole pod, in MiB.
     pub fn huge_mib(&self) -> u64 {
         // Called for every container. Most nodes have no huge pages, and then the cgroup need not be read.
-        match (hugepages::pool_mib(), self.cgroup.get()) {
+        match (hugepages::pool_mib(), self.cgroup()) {
             (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.place()).min(pool_mib),
             _ => 0,
         }
@@ -196,13 +196,17 @@ impl Sandbox {
 
     /// Returns the sandbox's cgroup on the host, if it has one.
     pub fn cgroup(&self) -> Option<&Cgroup> {
-        self.cgroup.get()
+        self.launched.get()?.cgroup.as_ref()
+    }
+
+    fn vmm(&self) -> Option<&Vmm> {
+        self.launched.get()?.vmm.as_ref()
     }
 
     /// Returns the VMM's PID: a follow_events process on the host in the sandbox's network namespace. 0 if there is no
     /// VMM.
     pub fn pid(&self) -> u32 {
-        self.vmm.get().map_or(0, Vmm::pid)
+        self.vmm().map_or(0, Vmm::pid)
     }
 
     /// Acquires a host PID for one container. [`Sandbox::release_pid`] must follow.
@@ -210,19 +214,19 @@ impl Sandbox {
     /// # Errors
     /// [`VmmError`] if the VMM cannot provide one.
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
-        self.vmm.get().ok_or(VmmError::Gone)?.acquire_pid().await
+        self.vmm().ok_or(VmmError::Gone)?.acquire_pid().await
     }
 
     /// Releases a PID that [`Sandbox::acquire_pid`] returned.
     pub async fn release_pid(&self, pid: u32) {
-        if let Some(vmm) = self.vmm.get() {
+        if let Some(vmm) = self.vmm() {
             vmm.release_pid(pid).await;
         }
     }
 
     /// Returns whether the VM has ended.
     pub fn is_dead(&self) -> bool {
-        self.vmm.get().is_none_or(|vmm| vmm.ended().is_some())
+        self.vmm().is_none_or(|vmm| vmm.ended().is_some())
     }
 
     /// Returns the share: the directory in which containers' directories are created for the guest.
@@ -235,21 +239,12 @@ impl Sandbox {
     /// # Errors
     /// The chain of causes, as text, because every caller gets it.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
-        let mut boot = self.boot.clone();
-        let state = boot.wait_for(|boot| !matches!(boot, Boot::Booting)).await.map(|boot| boot.clone());
-        match state {
-            Ok(Boot::Ready(agent)) => Ok(agent),
-            Ok(Boot::Failed(error)) => Err(error),
-            Ok(Boot::Booting) | Err(_) => Err("the sandbox has ended".into()),
-        }
+        self.state.running().await
     }
 
     /// Returns the agent, if it is ready.
     pub fn agent(&self) -> Option<Agent> {
-        match &*self.boot.borrow() {
-            Boot::Ready(agent) => Some(agent.clone()),
-            _ => None,
-        }
+        self.state.agent()
     }
 
     /// Waits until the guest has the network configuration that the host has now.
@@ -265,7 +260,7 @@ impl Sandbox {
 
     /// Returns the handle for changing the VM's size, or `None` if there is no VM.
     pub fn resizer(&self) -> Option<&Resizer> {
-        self.resizer.get()
+        self.launched.get()?.resizer.as_ref()
     }
 
     /// Opens a stream for container stdio. Returns the token that names it in the request that uses it.
@@ -273,7 +268,7 @@ impl Sandbox {
     /// # Errors
     /// [`StreamError`] if the stream cannot be opened.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
-        let vmm = self.vmm.get().ok_or(StreamError::Connect(VmmError::Gone))?;
+        let vmm = self.vmm().ok_or(StreamError::Connect(VmmError::Gone))?;
         // The token must be unpredictable: the stream goes to any request that names it.
         let token = random::token().map_err(StreamError::Token)?;
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
@@ -310,7 +305,7 @@ impl Sandbox {
 
     /// Kills the VM.
     pub fn kill(&self) {
-        if let Some(vmm) = self.vmm.get() {
+        if let Some(vmm) = self.vmm() {
             vmm.kill();
         }
     }
@@ -318,33 +313,34 @@ impl Sandbox {
     /// Ends the VM and removes everything of the sandbox from the host.
     pub async fn tear_down(&self) {
         self.end().await;
-        if let Some(vmm) = self.vmm.get() {
+        if let Some(vmm) = self.vmm() {
             vmm.wait().await;
         }
+        self.state.enter(State::Gone);
         self.timeline.mark("vmm gone");
         self.propagation.stop();
-        if let Some(cgroup) = self.cgroup.get() {
+        if let Some(cgroup) = self.cgroup() {
             cgroup.leave_and_remove().await;
         }
         self.dir.remove();
         self.timeline.mark("torn down");
-        if let Some(log) = self.timeline_log.get() {
-            self.timeline.finish(log);
+        if let Some(launched) = self.launched.get() {
+            self.timeline.finish(&launched.timeline_log);
         }
     }
 }
 
 /// Publishes the agent and passes its events on until the VM ends.
-async fn follow_events(agent: Agent, vmm: &Vmm, update: &watch::Sender<Boot>, reports: &mpsc::UnboundedSender<Report>) {
+async fn follow_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::UnboundedSender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {
             tracing::error!(%error, "failed to subscribe to the agent's events");
-            update.send_replace(Boot::Failed(format!("failed to subscribe to the agent's events: {error}").into()));
+            state.enter(State::Failed(format!("failed to subscribe to the agent's events: {error}").into()));
             return vmm.kill();
         }
     };
-    update.send_replace(Boot::Ready(agent));
+    state.enter(State::Running(agent));
     loop {
         match events.recv().await {
             Ok(Some(event)) => match agent::check(event) {

@@ -17,7 +17,7 @@ use serde_json::json;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::container::{Shim, run_to_completion};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::pod;
 use crate::resources::cgroup::Place;
@@ -39,8 +39,8 @@ struct Handler {
 
 impl Handler {
     /// Checks that the request names this shim's only sandbox.
-    fn check(&self, id: &str) -> Result<(), Refusal> {
-        if id == self.shim.sandbox.id { Ok(()) } else { Err(Refusal::NoSandbox(id.to_owned())) }
+    fn check(&self, id: &str) -> Result<(), ServiceError> {
+        if id == self.shim.sandbox.id { Ok(()) } else { Err(ServiceError::NoSandbox(id.to_owned())) }
     }
 }
 
@@ -53,7 +53,7 @@ impl Sandbox for Handler {
     ) -> ttrpc::Result<CreateSandboxResponse> {
         self.check(&request.sandbox_id)?;
         let options = request.options.as_ref().filter(|options| !options.type_url.is_empty());
-        let mut config = pod::config(options).map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        let mut config = pod::config(options).map_err(|e| ServiceError::Invalid(crate::chain(&e)))?;
         config.annotations.extend(request.annotations);
         self.shim.create_sandbox(&config, &request.netns_path).await?;
         Ok(CreateSandboxResponse::new())
@@ -66,9 +66,9 @@ impl Sandbox for Handler {
     ) -> ttrpc::Result<StartSandboxResponse> {
         self.check(&request.sandbox_id)?;
         if !self.shim.api.is_created() {
-            return Err(Refusal::NotCreated.into());
+            return Err(ServiceError::NotCreated.into());
         }
-        self.shim.sandbox.ready().await.map_err(|error| Refusal::Failed(error.to_string()))?;
+        self.shim.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
         self.shim.sandbox.timeline.mark("sandbox started");
         self.shim.sandbox.timeline.save();
         Ok(StartSandboxResponse {
@@ -137,7 +137,7 @@ impl Sandbox for Handler {
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
         self.check(&request.sandbox_id)?;
         if self.shim.sandbox.is_dead() {
-            return Err(Refusal::Gone.into());
+            return Err(ServiceError::Gone.into());
         }
         Ok(PingResponse::new())
     }
@@ -168,14 +168,14 @@ impl Sandbox for Handler {
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         self.check(&request.sandbox_id)?;
-        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.place().clone()).ok_or(Refusal::NoMetrics)?;
+        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.place().clone()).ok_or(ServiceError::NoMetrics)?;
         let read = tokio::task::spawn_blocking(move || match &cgroup {
             Place::Unified(path) => metrics::read(path),
             Place::Legacy(_) => legacy_metrics::read(&cgroup),
         })
         .await;
-        let value = read.map_err(|e| Refusal::Failed(e.to_string()))?.write_to_bytes();
-        let value = value.map_err(|e| Refusal::Failed(e.to_string()))?;
+        let value = read.map_err(ServiceError::failed)?.write_to_bytes();
+        let value = value.map_err(ServiceError::failed)?;
         let mut response = SandboxMetricsResponse::new();
         let metric = response.metrics.mut_or_insert_default();
         metric.id.clone_from(&self.shim.sandbox.id);

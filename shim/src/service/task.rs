@@ -20,7 +20,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use crate::container::process::State;
 use crate::container::state::Container;
 use crate::container::{Shim, run_to_completion};
-use crate::error::Refusal;
+use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::oci;
 use crate::vm::agent::{timeouts, within};
@@ -44,14 +44,15 @@ struct Handler {
 }
 
 impl Handler {
-    fn container(&self, id: &str) -> Result<Arc<Container>, Refusal> {
+    fn container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         self.shim.containers.get(id)
     }
 
     /// Returns a container that has processes in the guest.
-    fn guest_container(&self, id: &str) -> Result<Arc<Container>, Refusal> {
-        self.container(id)
-            .and_then(|container| if container.is_sandbox_container() { Err(Refusal::Sandbox) } else { Ok(container) })
+    fn guest_container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
+        self.container(id).and_then(|container| {
+            if container.is_sandbox_container() { Err(ServiceError::Sandbox) } else { Ok(container) }
+        })
     }
 
     fn is_running(container: &Container) -> Result<(), &'static str> {
@@ -143,7 +144,7 @@ impl Task for Handler {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let container = self.guest_container(&request.id)?;
-        Self::is_running(&container).map_err(Refusal::Pause)?;
+        Self::is_running(&container).map_err(ServiceError::Pause)?;
         let guest = PauseRequest { id: container.id.clone(), ..Default::default() };
         let paused = self.shim.agent()?.task.pause(within(timeouts::QUICK), &guest).await;
         paused.map_err(|error| self.shim.agent_error("pause", error))?;
@@ -156,7 +157,7 @@ impl Task for Handler {
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let container = self.guest_container(&request.id)?;
         if Self::is_running(&container) != Err("paused") {
-            return Err(Refusal::Resume(container.init.state().name()).into());
+            return Err(ServiceError::Resume(container.init.state().name()).into());
         }
         let guest = ResumeRequest { id: container.id.clone(), ..Default::default() };
         let resumed = self.shim.agent()?.task.resume(within(timeouts::QUICK), &guest).await;
@@ -168,7 +169,7 @@ impl Task for Handler {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(Refusal::Unsupported("checkpoint").into())
+        Err(ServiceError::Unsupported("checkpoint").into())
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
@@ -188,7 +189,7 @@ impl Task for Handler {
         let container = self.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
         match process.state() {
-            State::Stopped | State::Deleted => return Err(Refusal::Resize.into()),
+            State::Stopped | State::Deleted => return Err(ServiceError::Resize.into()),
             // The agent does not know the exec yet. runc's shim has no terminal to resize at that point either.
             State::Created | State::Starting if !process.exec.is_empty() => return Ok(Empty::new()),
             _ => {}
@@ -218,13 +219,13 @@ impl Task for Handler {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
         if matches!(container.init.state(), State::Stopped | State::Deleted) {
-            return Err(Refusal::Update.into());
+            return Err(ServiceError::Update.into());
         }
         if container.is_sandbox_container() {
             return Ok(Empty::new());
         }
         let value = oci::resources_update(&request.resources.value);
-        let value = value.map_err(|e| Refusal::Invalid(crate::chain(&e)))?;
+        let value = value.map_err(|e| ServiceError::Invalid(crate::chain(&e)))?;
         let resources = Any { type_url: request.resources.type_url.clone(), value, ..Default::default() };
         let guest =
             UpdateTaskRequest { id: container.id.clone(), resources: Some(resources).into(), ..Default::default() };
@@ -249,7 +250,7 @@ impl Task for Handler {
         let stats =
             answer.stats.into_option().filter(|any| any.type_url == metrics::URL && any.value.len() <= MAX_METRICS);
         let stats = stats.ok_or_else(|| {
-            Refusal::Failed("the agent's statistics have an unknown type or are too large".to_owned())
+            ServiceError::failed("the agent's statistics have an unknown type or are too large".to_owned())
         })?;
         Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }

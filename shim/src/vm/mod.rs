@@ -1,20 +1,8 @@
-//! Clients of the VM: of the VMM process and of the agent in the guest.
+//! The VM of a sandbox: its state, and the clients of the VMM process and of the agent in the guest.
 
 pub mod agent;
 pub mod console;
+pub mod state;
 pub mod vmm;
 
-use std::sync::Arc;
-
-use agent::Agent;
-
-/// State of a sandbox's boot.
-#[derive(Clone)]
-pub enum Boot {
-    /// The guest is booting.
-    Booting,
-    /// The agent accepts containers.
-    Ready(Agent),
-    /// The boot failed; the text is the chain of causes.
-    Failed(Arc<str>),
-}
+pub use state::{State, StateCell};

@@ -1,0 +1,166 @@
+//! The state of a sandbox's VM, and the transitions between states.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::agent::Agent;
+
+/// State of a sandbox's VM.
+#[derive(Clone)]
+pub enum State {
+    /// Not launched: the specification has not arrived.
+    Pending,
+    /// The guest boots.
+    Booting,
+    /// The agent accepts containers.
+    Running(Agent),
+    /// The launch or the boot failed; the text is the chain of causes. The VM has been killed.
+    Failed(Arc<str>),
+    /// The VM has ended.
+    Gone,
+}
+
+/// A [`State`] without its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Pending,
+    Booting,
+    Running,
+    Failed,
+    Gone,
+}
+
+/// The transitions that exist. A sandbox that is never launched goes from pending to gone.
+const TRANSITIONS: [(Phase, Phase); 7] = [
+    (Phase::Pending, Phase::Booting),
+    (Phase::Pending, Phase::Gone),
+    (Phase::Booting, Phase::Running),
+    (Phase::Booting, Phase::Failed),
+    (Phase::Booting, Phase::Gone),
+    (Phase::Running, Phase::Gone),
+    (Phase::Failed, Phase::Gone),
+];
+
+impl State {
+    fn phase(&self) -> Phase {
+        match self {
+            Self::Pending => Phase::Pending,
+            Self::Booting => Phase::Booting,
+            Self::Running(_) => Phase::Running,
+            Self::Failed(_) => Phase::Failed,
+            Self::Gone => Phase::Gone,
+        }
+    }
+
+    /// Returns the agent of a running VM.
+    pub fn agent(&self) -> Option<&Agent> {
+        match self {
+            Self::Running(agent) => Some(agent),
+            _ => None,
+        }
+    }
+}
+
+/// The current state, which any number of tasks can wait on.
+#[derive(Clone)]
+pub struct StateCell(Arc<watch::Sender<State>>);
+
+impl Default for StateCell {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(State::Pending)))
+    }
+}
+
+impl StateCell {
+    /// Enters `next` and returns true; leaves the state unchanged and returns false if there is no such transition.
+    pub fn enter(&self, next: State) -> bool {
+        self.0.send_if_modified(|state| {
+            let (from, to) = (state.phase(), next.phase());
+            let exists = TRANSITIONS.contains(&(from, to));
+            if exists {
+                tracing::debug!(?from, ?to, "the VM's state changed");
+                *state = next;
+            }
+            exists
+        })
+    }
+
+    /// Returns whether the launch has begun.
+    pub fn is_launched(&self) -> bool {
+        self.0.borrow().phase() != Phase::Pending
+    }
+
+    /// Returns the agent, if the VM runs.
+    pub fn agent(&self) -> Option<Agent> {
+        self.0.borrow().agent().cloned()
+    }
+
+    /// Waits until the VM runs.
+    ///
+    /// # Errors
+    /// Why it does not: the chain of causes as text, because every caller gets it.
+    pub async fn running(&self) -> Result<Agent, Arc<str>> {
+        let mut state = self.0.subscribe();
+        let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;
+        match decided.as_deref() {
+            Ok(State::Running(agent)) => Ok(agent.clone()),
+            Ok(State::Failed(error)) => Err(Arc::clone(error)),
+            _ => Err("the sandbox has ended".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn agent() -> Agent {
+        let (stream, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        Agent::new(stream).unwrap()
+    }
+
+    /// One state of each kind.
+    async fn all() -> Vec<State> {
+        vec![State::Pending, State::Booting, State::Running(agent().await), State::Failed("x".into()), State::Gone]
+    }
+
+    #[tokio::test]
+    async fn only_the_transitions_of_the_table_exist() {
+        for from in all().await {
+            for to in all().await {
+                let cell = StateCell(Arc::new(watch::Sender::new(from.clone())));
+                let (before, after) = (from.phase(), to.phase());
+                let expected = TRANSITIONS.contains(&(before, after));
+                assert_eq!(cell.enter(to), expected, "{before:?} to {after:?}");
+                assert_eq!(cell.0.borrow().phase(), if expected { after } else { before });
+            }
+        }
+        // Nothing leaves the last state, and every other one has a way to it.
+        assert!(!TRANSITIONS.iter().any(|(from, _)| *from == Phase::Gone));
+        assert!(all().await.iter().all(|state| {
+            let phase = state.phase();
+            phase == Phase::Gone || TRANSITIONS.contains(&(phase, Phase::Gone))
+        }));
+    }
+
+    #[tokio::test]
+    async fn running_waits_for_the_end_of_the_boot() {
+        for (end, expected) in [
+            (State::Running(agent().await), Ok(())),
+            (State::Failed("no kernel".into()), Err("no kernel")),
+            (State::Gone, Err("the sandbox has ended")),
+        ] {
+            let cell = StateCell::default();
+            let waiting = tokio::spawn({
+                let cell = cell.clone();
+                async move { cell.running().await }
+            });
+            assert!(!cell.is_launched() && cell.agent().is_none());
+            assert!(cell.enter(State::Booting) && cell.is_launched());
+            assert!(!cell.enter(State::Booting));
+            cell.enter(end);
+            assert_eq!(waiting.await.unwrap().map(drop), expected.map_err(Arc::from));
+        }
+    }
+}
