@@ -48,7 +48,7 @@ pub enum ResizeError {
         wanted_mib: u64,
     },
     /// The node has too few free huge pages.
-    #[error("the pod is to have {wanted_mib} MiB of huge pages of 2 MiB, the node has {free_mib} MiB of them to give")]
+    #[error("failed to reserve {wanted_mib} MiB of huge pages of 2 MiB: the node has {free_mib} MiB available")]
     NodeHugePages {
         /// Huge pages that the pod does not have yet.
         wanted_mib: u64,

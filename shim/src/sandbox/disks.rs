@@ -62,7 +62,7 @@ pub enum DiskError {
         source: io::Error,
     },
     /// The VMM did not attach it.
-    #[error("failed plugging the block device {major}:{minor} of the host into the VM")]
+    #[error("failed to hot-plug the block device {major}:{minor} of the host into the VM")]
     Plug {
         /// Major number on the host.
         major: u32,

@@ -47,7 +47,9 @@ fn one_disk_too_many_is_refused_and_memory_still_grows() {
         }
         let refused_one = pod.create(&with(&pod, &one_more));
         let error = refused("StartContainer", &json!({ "container_id": refused_one.id }));
-        for part in ["plugging the block device", "every slot for disks and interfaces that come later is taken"] {
+        for part in
+            ["hot-plug the block device", "no free slot: the limit of hot-plugged disks and interfaces is reached"]
+        {
             assert!(error.contains(part), "{error}");
         }
         refused_one.remove();

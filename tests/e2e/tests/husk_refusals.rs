@@ -69,7 +69,7 @@ fn a_cgroup_that_cannot_be_made() {
         let mut config = pods.config();
         config["linux"]["cgroup_parent"] = json!("/husk-closed");
         let error = pods.refused(&config);
-        assert!(error.contains("making the cgroup /sys/fs/cgroup/husk-closed/"), "{error}");
+        assert!(error.contains("create the cgroup /sys/fs/cgroup/husk-closed/"), "{error}");
     });
     fs::remove_dir(closed).unwrap();
 }

@@ -49,7 +49,7 @@ pub enum CgroupError {
     #[error("no cgroup hierarchy is mounted below {MOUNT}")]
     None,
     /// The directory cannot be created.
-    #[error("failed making the cgroup {path}")]
+    #[error("failed to create the cgroup {path}")]
     Create {
         /// Path of the cgroup.
         path: PathBuf,
