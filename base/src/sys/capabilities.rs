@@ -1,0 +1,92 @@
+//! Capability sets of a thread (capget(2), capset(2)).
+
+use std::io;
+
+/// `_LINUX_CAPABILITY_VERSION_3`: two structures with 32 bits of each set.
+const VERSION: u32 = 0x2008_0522;
+
+/// Capability sets of a thread, as bits by the numbers of linux/capability.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Capabilities that permission checks use.
+    pub effective: u64,
+    /// Capabilities that the thread can make effective.
+    pub permitted: u64,
+    /// Capabilities that the thread can keep across execve.
+    pub inheritable: u64,
+}
+
+/// `struct __user_cap_header_struct`.
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: libc::c_int,
+}
+
+/// `struct __user_cap_data_struct`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Data {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Returns the sets of this thread.
+///
+/// # Errors
+/// Those of capget(2).
+pub fn get() -> io::Result<Capabilities> {
+    let mut data = [Data::default(); 2];
+    let mut header = Header { version: VERSION, pid: 0 };
+    // SAFETY: the kernel reads the header, and fills the two structures that version 3 has. All outlive the call.
+    if unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let [low, high] = data;
+    let join = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    Ok(Capabilities {
+        effective: join(low.effective, high.effective),
+        permitted: join(low.permitted, high.permitted),
+        inheritable: join(low.inheritable, high.inheritable),
+    })
+}
+
+/// Sets the sets of this thread; other threads keep theirs.
+///
+/// # Errors
+/// EPERM if the thread may not have them, and the other errors of capset(2).
+pub fn set(sets: Capabilities) -> io::Result<()> {
+    // Truncated on purpose: each structure has 32 of the bits.
+    let data = [0, 32].map(|shift| Data {
+        effective: (sets.effective >> shift) as u32,
+        permitted: (sets.permitted >> shift) as u32,
+        inheritable: (sets.inheritable >> shift) as u32,
+    });
+    let mut header = Header { version: VERSION, pid: 0 };
+    // SAFETY: the kernel reads the header and the two structures that version 3 has. All outlive the call.
+    match unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn get_agrees_with_proc_and_set_drops_capabilities() {
+        let before = get().unwrap();
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).unwrap();
+        assert_eq!(u64::from_str_radix(permitted.trim(), 16).unwrap(), before.permitted);
+        let none = Capabilities { effective: 0, permitted: before.permitted & 1, inheritable: 0 };
+        let limited = std::thread::spawn(move || {
+            set(none).unwrap();
+            get().unwrap()
+        });
+        assert_eq!(limited.join().unwrap(), none);
+        assert_eq!(get().unwrap(), before);
+    }
+}

@@ -1,0 +1,118 @@
+//! Signals, exits and waits, with signals as numbers.
+//!
+//! nix has them too, but its types lack real-time signals. nix's `waitpid` even fails for a process that was ended by
+//! one, after it has consumed the status.
+
+use std::io;
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+
+/// Sends a signal to a process, or to the group `-pid` (kill(2)). `signal` may be a real-time signal.
+///
+/// # Errors
+/// EINVAL if there is no such signal, and the other errors of kill(2).
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: kill takes no pointers.
+    match unsafe { libc::kill(pid, signal) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Waits for a child (waitpid(2)); `pid` is -1 for any child. Returns its pid and wait status, or `None` if `flags` has
+/// WNOHANG and no child has ended. Retries after EINTR.
+///
+/// # Errors
+/// ECHILD if there is no such child.
+pub fn wait(pid: i32, flags: libc::c_int) -> Result<Option<(i32, libc::c_int)>, Errno> {
+    loop {
+        let mut status = 0;
+        // SAFETY: the status points to an integer that outlives the call.
+        match unsafe { libc::waitpid(pid, &raw mut status, flags) } {
+            0 => return Ok(None),
+            pid if pid > 0 => return Ok(Some((pid, status))),
+            _ => match Errno::last() {
+                Errno::EINTR => {}
+                errno => return Err(errno),
+            },
+        }
+    }
+}
+
+/// Sets the default action of a signal (signal(2)).
+///
+/// # Errors
+/// EINVAL for SIGKILL and SIGSTOP.
+pub fn set_default_action(signal: Signal) -> io::Result<()> {
+    // SAFETY: SIG_DFL is not a pointer to code, so no handler can run with broken invariants.
+    match unsafe { libc::signal(signal as libc::c_int, libc::SIG_DFL) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Ends the process at once, with all its threads (_exit(2)). Runs no destructors or exit handlers, and flushes
+/// nothing.
+pub fn exit_immediately(code: i32) -> ! {
+    // SAFETY: _exit takes no pointers and has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// Returns the securebits flags of this thread (capabilities(7)).
+///
+/// # Errors
+/// Those of prctl(2).
+pub fn secure_bits() -> io::Result<libc::c_int> {
+    // SAFETY: PR_GET_SECUREBITS takes no pointer.
+    match unsafe { libc::prctl(libc::PR_GET_SECUREBITS) } {
+        -1 => Err(io::Error::last_os_error()),
+        bits => Ok(bits),
+    }
+}
+
+/// Sets the securebits flags of this thread (capabilities(7)).
+///
+/// # Errors
+/// EPERM without CAP_SETPCAP.
+pub fn set_secure_bits(bits: libc::c_int) -> io::Result<()> {
+    // SAFETY: PR_SET_SECUREBITS takes flags and no pointer.
+    match unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn wait_returns_the_status_of_a_real_time_signal() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        assert_eq!(wait(pid, libc::WNOHANG), Ok(None));
+        let signal = libc::SIGRTMIN() + 3;
+        kill(pid, signal).unwrap();
+        let (waited, status) = wait(pid, 0).unwrap().unwrap();
+        assert_eq!((waited, libc::WTERMSIG(status)), (pid, signal));
+        assert_eq!(wait(pid, 0), Err(Errno::ECHILD));
+        assert!(child.wait().is_err());
+        assert_eq!(kill(std::process::id().cast_signed(), 1000).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn set_default_action_rejects_sigkill() {
+        set_default_action(Signal::SIGWINCH).unwrap();
+        assert!(set_default_action(Signal::SIGKILL).is_err());
+    }
+
+    #[test]
+    fn secure_bits_can_be_set_to_what_they_are() {
+        let bits = secure_bits().unwrap();
+        assert!(
+            set_secure_bits(bits).is_ok_and(|()| secure_bits().unwrap() == bits) || !nix::unistd::geteuid().is_root()
+        );
+    }
+}

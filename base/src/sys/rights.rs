@@ -1,0 +1,145 @@
+//! Packets with file descriptors over Unix sockets (SCM_RIGHTS, unix(7)).
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+/// Maximum number of fds that [`receive`] accepts in one packet.
+pub const MAX_FDS: usize = 64;
+
+/// Size of the ancillary data for [`MAX_FDS`] fds: a header and the fds, padded to the alignment of the header.
+const CONTROL_LEN: usize = size_of::<libc::cmsghdr>() + (MAX_FDS * size_of::<RawFd>()).next_multiple_of(8);
+
+/// Ancillary data, aligned as `cmsghdr` requires.
+#[repr(C, align(8))]
+struct Control([u8; CONTROL_LEN]);
+
+/// Sends bytes with fds in one system call, and raises no SIGPIPE. Returns the number of bytes that were sent.
+///
+/// # Errors
+/// Those of sendmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket, but not EINTR.
+pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let socket = socket.as_fd().as_raw_fd();
+    let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let rights = if numbers.is_empty() { &[][..] } else { &rights };
+    loop {
+        match sendmsg::<()>(socket, &[IoSlice::new(bytes)], rights, MsgFlags::MSG_NOSIGNAL, None) {
+            Err(nix::Error::EINTR) => {}
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// A packet that was received.
+#[derive(Debug)]
+pub struct Packet {
+    /// Number of bytes that were received.
+    pub len: usize,
+    /// The fds, which are close-on-exec. They are complete only if the packet is not truncated.
+    pub fds: Vec<OwnedFd>,
+    /// Whether bytes or fds were dropped because the packet was larger than the buffer.
+    pub truncated: bool,
+}
+
+/// Receives bytes and fds in one system call. Owns every fd of a packet, even of a truncated one: nix's `recvmsg` does
+/// not give those back, so a peer could exhaust this process's fds.
+///
+/// # Errors
+/// Those of recvmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket, but not EINTR.
+pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
+    let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let mut control = Control([0; CONTROL_LEN]);
+    // SAFETY: msghdr has integers and raw pointers only, for which all-zero is valid.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut iov;
+    header.msg_iovlen = 1;
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = CONTROL_LEN;
+    let len = loop {
+        // SAFETY: the pointers in `header` are to writable buffers of the given lengths, which outlive the call.
+        let len = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+        if let Ok(len) = usize::try_from(len) {
+            break len;
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    };
+    let truncated = header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0;
+    let mut fds = Vec::new();
+    // SAFETY: recvmsg has filled the control buffer and set its length, and the CMSG macros stay within that length.
+    // Each fd in an SCM_RIGHTS message is new and has no other owner.
+    unsafe {
+        let mut message = libc::CMSG_FIRSTHDR(&raw const header);
+        while !message.is_null() {
+            if (*message).cmsg_level == libc::SOL_SOCKET && (*message).cmsg_type == libc::SCM_RIGHTS {
+                let data = libc::CMSG_DATA(message).cast::<RawFd>();
+                let len = (*message).cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize);
+                for index in 0..len / size_of::<RawFd>() {
+                    fds.push(OwnedFd::from_raw_fd(data.add(index).read_unaligned()));
+                }
+            }
+            message = libc::CMSG_NXTHDR(&raw const header, message);
+        }
+    }
+    Ok(Packet { len, fds, truncated })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::io::{Read, Write};
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn fds_arrive_with_the_bytes() {
+        let (a, b) = pair();
+        let (mut reader, writer) = io::pipe().unwrap();
+        assert_eq!(send(&a, b"hello", &[writer.as_fd(), a.as_fd()]).unwrap(), 5);
+        drop(writer);
+        let mut bytes = [0; 16];
+        let mut packet = receive(&b, &mut bytes).unwrap();
+        assert_eq!((&bytes[..packet.len], packet.fds.len(), packet.truncated), (&b"hello"[..], 2, false));
+        std::fs::File::from(packet.fds.swap_remove(0)).write_all(b"x").unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "x");
+    }
+
+    #[test]
+    fn as_many_fds_as_allowed_fit() {
+        let (a, b) = pair();
+        send(&a, b"x", &[a.as_fd(); MAX_FDS]).unwrap();
+        let packet = receive(&b, &mut [0]).unwrap();
+        assert_eq!((packet.fds.len(), packet.truncated), (MAX_FDS, false));
+    }
+
+    #[test]
+    fn fds_of_truncated_packets_are_closed() {
+        let (a, b) = pair();
+        let (mut reader, writer) = io::pipe().unwrap();
+        send(&a, b"too long", &[writer.as_fd()]).unwrap();
+        send(&a, b"x", &[writer.as_fd(); MAX_FDS + 2]).unwrap();
+        drop(writer);
+        assert!(receive(&b, &mut [0; 3]).unwrap().truncated);
+        assert!(receive(&b, &mut [0; 3]).unwrap().truncated);
+        // The end of the pipe is seen only if every copy of the writer is closed.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn bytes_need_no_fds() {
+        let (a, b) = pair();
+        send(&a, b"plain", &[]).unwrap();
+        assert!(receive(&b, &mut [0; 8]).unwrap().fds.is_empty());
+        drop(a);
+        assert_eq!(receive(&b, &mut [0; 8]).unwrap().len, 0);
+    }
+}

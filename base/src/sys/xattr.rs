@@ -1,0 +1,65 @@
+//! Extended attributes of files by path (xattr(7)).
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// Maximum size of a list of names, and of a value, that the kernel returns (xattr(7)).
+pub const MAX_SIZE: usize = 65536;
+
+/// Returns the names of a file's attributes, each followed by a NUL byte. Follows symbolic links.
+///
+/// # Errors
+/// ENOTSUP if the file system has no attributes, and the other errors of listxattr(2).
+pub fn list(path: &Path) -> io::Result<Vec<u8>> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut names = vec![0_u8; MAX_SIZE];
+    // SAFETY: the path ends with NUL, and `names` has the given length.
+    let length = unsafe { libc::listxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
+    names.truncate(usize::try_from(length).map_err(|_| io::Error::last_os_error())?);
+    Ok(names)
+}
+
+/// Reads the value of an attribute into `value` and returns its length. Follows symbolic links.
+///
+/// # Errors
+/// ENODATA if there is no such attribute, and the other errors of getxattr(2).
+pub fn get(path: &Path, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: path and name end with NUL, and `value` has the given length.
+    let length = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+    usize::try_from(length).map_err(|_| io::Error::last_os_error())
+}
+
+/// Creates or replaces an attribute. Does not follow a symbolic link at the end of the path.
+///
+/// # Errors
+/// Those of lsetxattr(2).
+pub fn set(path: &Path, name: &CStr, value: &[u8]) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: path and name end with NUL, and `value` has the given length.
+    match unsafe { libc::lsetxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_set_listed_and_read() {
+        // tmpfs has attributes of users only since Linux 6.6; the directory of the build has them.
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let name = c"user.husk";
+        set(file.path(), name, b"a\0b").unwrap();
+        assert!(list(file.path()).unwrap().split(|byte| *byte == 0).any(|found| found == name.to_bytes()));
+        let mut value = [0; 16];
+        let length = get(file.path(), name, &mut value).unwrap();
+        assert_eq!(&value[..length], b"a\0b");
+        let error = get(file.path(), c"user.none", &mut value).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENODATA));
+    }
+}
