@@ -1,8 +1,8 @@
 //! Locks without poisoning.
 //!
-//! A lock is poisoned when a thread panics while it holds the lock. Husk ignores that, for two reasons. The release
-//! build aborts on a panic, so no thread ever sees a poisoned lock. And each critical section only reads, or assigns
-//! values that are complete, so a panic in a test leaves no half-changed state behind.
+//! A lock is poisoned when a thread panics while it holds the lock. Husk ignores that. Its release build aborts on a
+//! panic, so no thread ever sees a poisoned lock. A test build unwinds, but there the first panic is the failure to
+//! report, and a second one at the lock would hide it.
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, WaitTimeoutResult,

@@ -19,12 +19,33 @@ const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
 /// Licence of the programs, which the kernel stores with them.
 const LICENSE: &CStr = c"Apache-2.0";
 
+/// `struct bpf_insn`, an instruction.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instruction {
+    /// Operation (BPF_…).
+    pub code: u8,
+    /// Destination in the lower half, source in the upper half.
+    pub registers: u8,
+    /// Signed offset of a memory access or a jump.
+    pub offset: i16,
+    /// Signed immediate constant.
+    pub imm: i32,
+}
+
+impl Instruction {
+    /// Creates an instruction.
+    pub const fn new(code: u8, destination: u8, source: u8, offset: i16, imm: i32) -> Self {
+        Self { code, registers: source << 4 | destination, offset, imm }
+    }
+}
+
 /// Loads a program of type `kind` (BPF_PROG_TYPE_…). `attach_type` is the expected one (BPF_…), or 0 if the type has
-/// none. Instructions are encoded as `struct bpf_insn`, in host byte order.
+/// none.
 ///
 /// # Errors
 /// EACCES or EINVAL if the verifier rejects the program, and the other errors of bpf(2).
-pub fn load_program(kind: u32, attach_type: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
+pub fn load_program(kind: u32, attach_type: u32, instructions: &[Instruction]) -> io::Result<OwnedFd> {
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
     // prog_type and insn_cnt, insns, license, log_level and log_size, log_buf, kern_version and prog_flags,
     // prog_name[16], prog_ifindex and expected_attach_type
@@ -134,9 +155,9 @@ mod tests {
     /// BPF_PROG_TYPE_SOCKET_FILTER, which needs no attach type.
     const SOCKET_FILTER: u32 = 1;
     /// `r0 = 0`
-    const MOVE_ZERO: u64 = 0xb7;
+    const MOVE_ZERO: Instruction = Instruction::new(0xb7, 0, 0, 0, 0);
     /// `return r0`
-    const EXIT: u64 = 0x95;
+    const EXIT: Instruction = Instruction::new(0x95, 0, 0, 0, 0);
 
     #[test]
     fn verifier_accepts_only_valid_programs() {
