@@ -5,6 +5,7 @@ mod ps;
 mod trace;
 
 use clap::{Parser, Subcommand};
+use husk_base::error::chain;
 use std::{path::PathBuf, process::ExitCode};
 
 /// Inspects Husk on this node. Husk runs containerd's pods in microVMs.
@@ -62,16 +63,4 @@ fn print(text: &str) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
-}
-
-/// Formats an error and its sources, separated by colons.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

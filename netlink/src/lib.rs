@@ -5,9 +5,10 @@ mod link;
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 pub use link::{Link, link_header, links};
+use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send};
 
 const HEADER_LEN: usize = size_of::<libc::nlmsghdr>();
 /// Maximum number of attempts at a dump whose list changes during the dump.
@@ -144,11 +145,8 @@ impl Netlink {
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        // SAFETY: `bytes` outlives the call, and the length passed is the slice's length.
-        match unsafe { libc::send(self.socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) } {
-            sent if sent < 0 => Err(io::Error::last_os_error()),
-            _ => Ok(()),
-        }
+        send(self.socket.as_raw_fd(), bytes, MsgFlags::empty())?;
+        Ok(())
     }
 
     /// Receives the reply to a request. Returns whether it is consistent, which an interrupted dump is not.
@@ -156,9 +154,7 @@ impl Netlink {
         let mut buffer = vec![0u8; 32 * 1024];
         let mut consistent = true;
         loop {
-            // SAFETY: `buffer` outlives the call, and the length passed is the buffer's length.
-            let read = unsafe { libc::recv(self.socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-            let Ok(read) = usize::try_from(read) else { return Err(io::Error::last_os_error()) };
+            let read = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
             if read_datagram(buffer.get(..read).unwrap_or_default(), &mut consistent, &mut visit)? {
                 return Ok(consistent);
             }
@@ -199,23 +195,10 @@ impl AsFd for Netlink {
 /// Opens an rtnetlink socket that is subscribed to the multicast `groups` (RTMGRP_…). `flags` are type flags for
 /// socket(2), such as SOCK_NONBLOCK.
 pub fn socket(groups: u32, flags: i32) -> io::Result<OwnedFd> {
-    // SAFETY: socket(2) takes no pointers. A non-negative result is a new fd that nothing else owns.
-    let socket = unsafe {
-        match libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC | flags, libc::NETLINK_ROUTE) {
-            fd if fd < 0 => return Err(io::Error::last_os_error()),
-            fd => OwnedFd::from_raw_fd(fd),
-        }
-    };
-    // SAFETY: all zeroes is a valid value of sockaddr_nl, which is plain data.
-    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
-    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
-    address.nl_groups = groups;
-    let length = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
-    // SAFETY: `address` outlives the call, and the length passed is the size of its type.
-    match unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } {
-        0 => Ok(socket),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::from_bits_retain(flags);
+    let socket = nix::sys::socket::socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+    Ok(socket)
 }
 
 /// Decodes a 32-bit attribute value; `None` if its length is not 4 bytes.

@@ -1,7 +1,7 @@
 //! Checks the configuration, and the guest kernel and initrd that it names.
 
 use super::Finding;
-use crate::chain;
+use husk_base::error::chain;
 use husk_config::Config;
 use std::{fs::File, io, io::Read, path::Path};
 

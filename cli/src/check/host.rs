@@ -1,9 +1,10 @@
 //! Checks the host: KVM, and the kernel features that Husk needs.
 
 use super::Finding;
-use crate::chain;
+use husk_base::error::chain;
 use husk_vmm::probe::{Probe, ProbeError, kvm_speed};
-use std::{ffi::CString, fs, io, path::Path};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, statfs};
+use std::{fs, io, path::Path};
 
 /// First kernel with mount_setattr(2), which makes volumes read-only.
 const MIN_KERNEL: (u32, u32) = (5, 12);
@@ -25,11 +26,10 @@ pub fn all() -> Vec<Finding> {
 }
 
 fn user() -> Finding {
-    // SAFETY: geteuid(2) takes no arguments and always succeeds.
-    match unsafe { libc::geteuid() } {
-        0 => Finding::ok("user", "root"),
-        _ => Finding::warn("user", "not root: some findings may be wrong", "run this as root, like containerd"),
+    if nix::unistd::geteuid().is_root() {
+        return Finding::ok("user", "root");
     }
+    Finding::warn("user", "not root: some findings may be wrong", "run this as root, like containerd")
 }
 
 fn kvm(probe: Result<Probe, ProbeError>) -> Finding {
@@ -114,23 +114,11 @@ fn vhost_net() -> Finding {
 
 fn cgroup() -> Finding {
     let name = "cgroup";
-    match file_system("/sys/fs/cgroup") {
-        Some(libc::CGROUP2_SUPER_MAGIC) => Finding::ok(name, "cgroup v2"),
-        Some(libc::TMPFS_MAGIC) => Finding::ok(name, "cgroup v1"),
+    match statfs("/sys/fs/cgroup").map(|stat| stat.filesystem_type()) {
+        Ok(CGROUP2_SUPER_MAGIC) => Finding::ok(name, "cgroup v2"),
+        Ok(TMPFS_MAGIC) => Finding::ok(name, "cgroup v1"),
         _ => Finding::fail(name, "no cgroup file system at /sys/fs/cgroup", "mount -t cgroup2 cgroup2 /sys/fs/cgroup"),
     }
-}
-
-/// Returns the magic number of the file system at `path`.
-fn file_system(path: &str) -> Option<libc::c_long> {
-    let path = CString::new(path).ok()?;
-    let mut stat = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: `path` is NUL-terminated, and `stat` has room for the one `statfs` that the call writes.
-    if unsafe { libc::statfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
-        return None;
-    }
-    // SAFETY: statfs(2) succeeded and has initialized `stat`.
-    Some(unsafe { stat.assume_init() }.f_type)
 }
 
 #[cfg(test)]
