@@ -1,7 +1,8 @@
 //! The event hub: sends process exits and OOM kills to all subscribers, in order.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use husk_base::sync::lock;
 use husk_proto::agent::{Event, Exit, Oom};
 use tokio::sync::mpsc;
 
@@ -15,7 +16,7 @@ impl Hub {
     /// Subscribes to all events from now on.
     pub fn subscribe(&self) -> mpsc::UnboundedReceiver<Event> {
         let (sender, receiver) = mpsc::unbounded_channel();
-        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        lock(&self.subscribers).push(sender);
         receiver
     }
 
@@ -34,9 +35,6 @@ impl Hub {
     }
 
     fn publish(&self, event: Event) {
-        self.subscribers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|subscriber| subscriber.send(event.clone()).is_ok());
+        lock(&self.subscribers).retain(|subscriber| subscriber.send(event.clone()).is_ok());
     }
 }

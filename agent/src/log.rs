@@ -8,12 +8,13 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
+use husk_base::log::Sink;
+use husk_base::sync::lock;
 use tokio::io::Interest;
 use tokio::sync::Notify;
-use tracing::field::{Field, Visit};
-use tracing::{Event, Level, Metadata, span};
+use tracing::{Level, Metadata};
 
 use crate::vsock::Listener;
 
@@ -42,24 +43,10 @@ pub fn init() {
     let level = if debug { Level::DEBUG } else { Level::INFO };
     let ring = Mutex::new(Ring { lines: VecDeque::new(), bytes: 0 });
     let _ = LOG.set(Log { ring, new_line: Notify::new(), kmsg, level });
-    let _ = tracing::subscriber::set_global_default(Subscriber);
+    husk_base::log::install(&Events);
     if log::set_logger(&LogBridge).is_ok() {
         log::set_max_level(log::LevelFilter::Warn);
     }
-}
-
-/// Formats an error and its chain of sources as one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            let _ = write!(text, ": {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 /// Serves the log to one reader at a time.
@@ -84,7 +71,7 @@ async fn send_lines(stream: OwnedFd) -> std::io::Result<()> {
     let stream = crate::io::register(File::from(stream), Interest::WRITABLE)?;
     loop {
         let line = {
-            let mut ring = log.ring.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut ring = lock(&log.ring);
             let line = ring.lines.pop_front();
             ring.bytes -= line.as_ref().map_or(0, String::len);
             line
@@ -111,9 +98,9 @@ fn record(level: Level, message: &str) {
     {
         let priority = if level == Level::ERROR { 3 } else { 4 };
         let text = format!("<{priority}>husk-agent: {}\n", message.replace('\n', " "));
-        let _ = kmsg.lock().unwrap_or_else(PoisonError::into_inner).write_all(text.as_bytes());
+        let _ = lock(kmsg).write_all(text.as_bytes());
     }
-    let mut ring = log.ring.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut ring = lock(&log.ring);
     ring.bytes += line.len();
     ring.lines.push_back(line);
     while ring.bytes > RING_BYTES {
@@ -124,40 +111,19 @@ fn record(level: Level, message: &str) {
     log.new_line.notify_one();
 }
 
-/// Minimal `tracing` subscriber: formats events as lines and ignores spans.
-struct Subscriber;
+/// Receives the events of the agent and of its libraries.
+struct Events;
 
-impl tracing::Subscriber for Subscriber {
+impl Sink for Events {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         // Libraries log warnings for conditions that are normal here. Failures reach the caller as request errors.
         let level = *metadata.level();
         let from_husk = metadata.target().starts_with("husk") || level == Level::ERROR;
-        metadata.is_event()
-            && LOG.get().is_some_and(|log| level <= log.level && (from_husk || log.level == Level::DEBUG))
+        LOG.get().is_some_and(|log| level <= log.level && (from_husk || log.level == Level::DEBUG))
     }
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-    fn event(&self, event: &Event<'_>) {
-        let mut line = Line(String::new());
-        event.record(&mut line);
-        record(*event.metadata().level(), &line.0);
-    }
-    fn enter(&self, _: &span::Id) {}
-    fn exit(&self, _: &span::Id) {}
-}
 
-/// Collects an event's message and fields as text.
-pub struct Line(pub String);
-
-impl Visit for Line {
-    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
-        let _ = match field.name() {
-            "message" => write!(self.0, "{value:?}"),
-            name => write!(self.0, " {name}={value:?}"),
-        };
+    fn write(&self, level: Level, message: &str, fields: &str) {
+        record(level, &format!("{message}{fields}"));
     }
 }
 

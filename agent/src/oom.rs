@@ -1,13 +1,12 @@
 //! Watches cgroup files for changes, and a container's memory events for OOM kills.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -22,20 +21,9 @@ pub struct FileWatch {
 impl FileWatch {
     /// Starts watching `path`.
     pub fn new(path: &Path) -> io::Result<Self> {
-        let path = CString::new(path.as_os_str().as_bytes())?;
-        // SAFETY: a non-negative result of inotify_init1 is a new fd that nothing else owns; the path outlives the
-        // call.
-        let inotify = unsafe {
-            let fd = libc::inotify_init1(libc::IN_NONBLOCK | libc::IN_CLOEXEC);
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            let inotify = OwnedFd::from_raw_fd(fd);
-            if libc::inotify_add_watch(fd, path.as_ptr(), libc::IN_MODIFY) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            inotify
-        };
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+        inotify.add_watch(path, AddWatchFlags::IN_MODIFY)?;
+        let inotify = OwnedFd::from(inotify);
         Ok(Self { inotify: crate::io::register(File::from(inotify), Interest::READABLE)? })
     }
 

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use husk_base::sync::lock;
+use husk_base::sys::process::wait;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Exit of a process.
@@ -85,25 +87,17 @@ impl Reaper {
     /// Collects all exited children.
     pub fn reap(&self) {
         loop {
-            let mut status = 0;
-            // nix's waitpid returns an error for real-time signals after it has consumed the child's status.
-            // SAFETY: the status points to an integer that outlives the call; -1 means any child.
-            let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
-            match pid {
-                0 => return,
-                1.. => {
+            match wait(-1, libc::WNOHANG | libc::__WALL) {
+                Ok(None) | Err(nix::Error::ECHILD) => return,
+                Ok(Some((pid, status))) => {
                     if let Some(status) = decode(status) {
                         self.record_exit(pid, ProcessExit { status, at_ns: now_ns() });
                     }
                 }
-                _ => match nix::Error::last() {
-                    nix::Error::EINTR => {}
-                    nix::Error::ECHILD => return,
-                    error => {
-                        tracing::error!("failed to collect exited children: waitpid: {error}");
-                        return;
-                    }
-                },
+                Err(error) => {
+                    tracing::error!("failed to collect exited children: waitpid: {error}");
+                    return;
+                }
             }
         }
     }
@@ -122,7 +116,7 @@ impl Reaper {
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut Inner) -> T) -> T {
-        f(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut lock(&self.inner))
     }
 }
 

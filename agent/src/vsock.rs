@@ -5,11 +5,12 @@
 //! CID from the transport, so the peer cannot spoof it. The guest kernel has no vsock loopback transport either.
 
 use std::io;
-use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Once;
 use std::time::Duration;
 
+use husk_base::sys::vsock::{self, Peer};
+use nix::sys::socket::SockFlag;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -26,27 +27,7 @@ pub struct Listener {
 impl Listener {
     /// Listens on `port`.
     pub fn bind(port: u32) -> io::Result<Self> {
-        // SAFETY: socket takes no pointers; a non-negative result is a new fd that nothing else owns.
-        let socket = unsafe {
-            let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0);
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            OwnedFd::from_raw_fd(fd)
-        };
-        let mut address = zeroed_address();
-        address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-        address.svm_port = port;
-        address.svm_cid = libc::VMADDR_CID_ANY;
-        let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
-        // SAFETY: the address outlives the call and the length is its size.
-        if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: listen takes no pointers.
-        if unsafe { libc::listen(socket.as_raw_fd(), 128) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let socket = vsock::listen(port, SockFlag::SOCK_NONBLOCK)?;
         Ok(Self { socket: crate::io::register(socket, Interest::READABLE)?, port })
     }
 
@@ -61,7 +42,7 @@ impl Listener {
         loop {
             match self.socket.async_io(Interest::READABLE, accept).await {
                 Ok((stream, peer)) if is_host(&peer) => return Ok(stream),
-                Ok((_, peer)) => log_rejected_peer(self.port, peer.svm_cid),
+                Ok((_, peer)) => log_rejected_peer(self.port, peer.cid),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::ECONNABORTED) => {}
                     Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => {
@@ -89,29 +70,14 @@ impl Listener {
     }
 }
 
-fn zeroed_address() -> libc::sockaddr_vm {
-    // SAFETY: all zeroes is a valid sockaddr_vm.
-    unsafe { std::mem::zeroed() }
-}
-
-fn accept(socket: &OwnedFd) -> io::Result<(OwnedFd, libc::sockaddr_vm)> {
-    let mut peer = zeroed_address();
-    let mut length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
-    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    // SAFETY: the address outlives the call and the length is its size; a non-negative result is a new fd that nothing
-    // else owns.
-    unsafe {
-        match libc::accept4(socket.as_raw_fd(), (&raw mut peer).cast(), &raw mut length, flags) {
-            fd if fd < 0 => Err(io::Error::last_os_error()),
-            fd => Ok((OwnedFd::from_raw_fd(fd), peer)),
-        }
-    }
+fn accept(listener: &OwnedFd) -> io::Result<(OwnedFd, Peer)> {
+    vsock::accept(listener.as_fd(), SockFlag::SOCK_NONBLOCK)
 }
 
 /// Whether the peer is the host. Any other peer is a process of this guest: the VMM forwards only the host's
 /// connections.
-fn is_host(peer: &libc::sockaddr_vm) -> bool {
-    peer.svm_family == libc::AF_VSOCK as libc::sa_family_t && peer.svm_cid == libc::VMADDR_CID_HOST
+fn is_host(peer: &Peer) -> bool {
+    peer.family == libc::AF_VSOCK as libc::sa_family_t && peer.cid == libc::VMADDR_CID_HOST
 }
 
 /// Logs the first refused peer only: a container must not be able to fill the log.
@@ -130,15 +96,13 @@ mod tests {
 
     #[test]
     fn is_host_accepts_only_the_host_cid() {
-        let peer = |family: libc::c_int, cid| {
-            is_host(&libc::sockaddr_vm { svm_family: family as libc::sa_family_t, svm_cid: cid, ..zeroed_address() })
-        };
+        let peer = |family: libc::c_int, cid| is_host(&Peer { family: family as libc::sa_family_t, cid, port: 0 });
         assert!(peer(libc::AF_VSOCK, libc::VMADDR_CID_HOST));
         for cid in [libc::VMADDR_CID_HYPERVISOR, libc::VMADDR_CID_LOCAL, 3, libc::VMADDR_CID_ANY] {
             assert!(!peer(libc::AF_VSOCK, cid), "CID {cid}");
         }
         assert!(!peer(libc::AF_UNIX, libc::VMADDR_CID_HOST));
         // The kernel leaves the address of an unnamed peer unchanged.
-        assert!(!is_host(&zeroed_address()));
+        assert!(!is_host(&Peer { family: 0, cid: 0, port: 0 }));
     }
 }

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -40,20 +39,7 @@ pub async fn timed<T, E>(what: &str, future: impl Future<Output = Result<T, E>>)
 }
 
 pub fn dial(port: u32) -> std::io::Result<File> {
-    // SAFETY: the address outlives connect and the length is its size; a non-negative result of socket is a new fd that
-    // nothing else owns.
-    unsafe {
-        let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
-        let mut address: libc::sockaddr_vm = std::mem::zeroed();
-        address.svm_family = libc::AF_VSOCK as u16;
-        address.svm_port = port;
-        address.svm_cid = 1;
-        let length = size_of::<libc::sockaddr_vm>() as u32;
-        if fd < 0 || libc::connect(fd, (&raw const address).cast(), length) != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        Ok(File::from_raw_fd(fd))
-    }
+    Ok(husk_base::sys::vsock::connect(libc::VMADDR_CID_LOCAL, port)?.into())
 }
 
 pub fn stream() -> Outcome<(String, File)> {
@@ -73,8 +59,7 @@ pub fn reader(mut file: File) -> JoinHandle<Vec<u8>> {
 
 pub fn half_close(file: &File) {
     use std::os::fd::AsRawFd;
-    // SAFETY: shutdown takes no pointers; the fd is open.
-    unsafe { libc::shutdown(file.as_raw_fd(), libc::SHUT_WR) };
+    let _ = nix::sys::socket::shutdown(file.as_raw_fd(), nix::sys::socket::Shutdown::Write);
 }
 
 pub fn ensure(condition: bool, message: impl Into<String>) -> Outcome {

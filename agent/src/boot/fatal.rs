@@ -12,12 +12,10 @@ pub fn install_panic_hook() {
 /// Writes `message` to the console, where the host reads it, and resets the VM.
 pub fn die(message: &str) -> ! {
     write_console(message);
-    // SAFETY: sync takes no arguments and cannot fail.
-    unsafe { libc::sync() };
+    nix::unistd::sync();
     let _ = reboot(RebootMode::RB_AUTOBOOT);
     loop {
-        // SAFETY: pause takes no arguments; it only sleeps.
-        unsafe { libc::pause() };
+        nix::unistd::pause();
     }
 }
 

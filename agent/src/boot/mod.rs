@@ -8,6 +8,7 @@ mod tune;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use husk_base::error::chain;
 use husk_proto::boot::Mark;
 use husk_proto::{agent_ttrpc, containerd, ports};
 
@@ -48,7 +49,7 @@ pub fn main() -> ExitCode {
     fatal::install_panic_hook();
     match run() {
         Ok(never) => match never {},
-        Err(error) => fatal::die(&log::chain(&error)),
+        Err(error) => fatal::die(&chain(&error)),
     }
 }
 
@@ -59,7 +60,7 @@ fn run() -> Result<std::convert::Infallible, BootError> {
     tune::kernel();
     crate::cgroup::init_root().map_err(BootError::Cgroup)?;
     if let Err(error) = mounts::mount_share() {
-        tracing::error!("{}", log::chain(&error));
+        tracing::error!("{}", chain(&error));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(BootError::Runtime)?;
     runtime.block_on(serve())

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use nix::sys::stat::{Mode, umask};
+
 /// Paths under `/proc/sys` and their values. A setting that the kernel does not have is skipped.
 const SETTINGS: &[(&str, &str)] = &[
     // Without this, tunnel fallback devices (tunl0, sit0 …) appear in every new network namespace.
@@ -26,6 +28,5 @@ pub fn kernel() {
     if let Err(error) = crate::sandbox::link::loopback_up() {
         tracing::warn!("failed to bring up lo: {error}");
     }
-    // SAFETY: umask takes no pointers; it only replaces the process's file mode creation mask.
-    unsafe { libc::umask(0o022) };
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
 }

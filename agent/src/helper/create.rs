@@ -4,18 +4,19 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
+use husk_base::error::chain;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{Gid, Uid, fchownat};
+use nix::unistd::{Gid, Pid, Uid, fchownat};
 
 use super::executor::HuskExecutor;
 use super::protocol::CreateRequest;
 use super::tmpfs::{self, Staging};
 use super::{devices, trail};
-use crate::log::chain;
 use crate::sandbox::users::IdMappings;
 use crate::task::volumes;
 
@@ -56,8 +57,8 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let devices_of_spec = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let rules = rules.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
     devices::restrict(&request.cgroup, rules, devices_of_spec).map_err(|error| {
-        // SAFETY: kill takes no pointers. The process is the init that was just created and waits for Start.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
+        // The process is the init that was just created and waits for Start.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         format!("error setting cgroup config for procHooks process: failed to restrict devices: {error}")
     })?;
     Ok(pid)

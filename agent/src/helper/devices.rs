@@ -4,9 +4,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 
+use husk_base::sys::bpf::{self, Instruction};
 use libcontainer::oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 const TYPE_BLOCK: i32 = 1;
@@ -57,8 +58,8 @@ pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevi
         return Ok(());
     }
     let cgroup = File::open(cgroup)?;
-    let program = load(&compile(&all))?;
-    attach(&cgroup, &program)
+    let program = bpf::load_program(BPF_PROG_TYPE_CGROUP_DEVICE, 0, &compile(&all))?;
+    bpf::attach(program.as_fd(), cgroup.as_fd(), BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI)
 }
 
 /// Whether these rules allow all devices, as those of a privileged container do.
@@ -100,16 +101,6 @@ fn number(value: Option<i64>) -> Option<i32> {
     value.filter(|n| *n >= 0).and_then(|n| i32::try_from(n).ok())
 }
 
-/// `struct bpf_insn`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Insn {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    imm: i32,
-}
-
 const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W
 const MOVE_REG: u8 = 0xbc; // BPF_ALU | BPF_MOV | BPF_X
 const AND_IMM: u8 = 0x54; // BPF_ALU | BPF_AND | BPF_K
@@ -120,12 +111,12 @@ const JUMP_NE_IMM: u8 = 0x55; // BPF_JMP | BPF_JNE | BPF_K
 const JUMP_EQ_IMM: u8 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
 const EXIT: u8 = 0x95;
 
-const fn insn(code: u8, to: u8, from: u8, offset: i16, imm: i32) -> Insn {
-    Insn { code, registers: from << 4 | to, offset, imm }
+const fn insn(code: u8, to: u8, from: u8, offset: i16, imm: i32) -> Instruction {
+    Instruction::new(code, to, from, offset, imm)
 }
 
 /// Compiles the rules. Registers: r2 type, r3 access, r4 major, r5 minor. r1 is scratch after the context is read.
-fn compile(rules: &[Rule]) -> Vec<Insn> {
+fn compile(rules: &[Rule]) -> Vec<Instruction> {
     let mut program = vec![
         insn(LOAD_WORD, 3, 1, 0, 0),
         insn(MOVE_REG, 2, 3, 0, 0),
@@ -173,74 +164,16 @@ fn compile(rules: &[Rule]) -> Vec<Insn> {
     program
 }
 
-const BPF_PROG_LOAD: libc::c_long = 5;
-const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
-
-/// The part of `union bpf_attr` that BPF_PROG_LOAD needs.
-#[repr(C)]
-#[derive(Default)]
-struct LoadAttr {
-    prog_type: u32,
-    insn_count: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-    kern_version: u32,
-    prog_flags: u32,
-}
-
-/// The part of `union bpf_attr` that BPF_PROG_ATTACH needs.
-#[repr(C)]
-#[derive(Default)]
-struct AttachAttr {
-    target_fd: u32,
-    attach_bpf_fd: u32,
-    attach_type: u32,
-    attach_flags: u32,
-}
-
-fn load(program: &[Insn]) -> io::Result<OwnedFd> {
-    let attr = LoadAttr {
-        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        insn_count: u32::try_from(program.len()).unwrap_or(u32::MAX),
-        insns: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        ..Default::default()
-    };
-    // SAFETY: the attribute, the instructions and the licence outlive the call, which only reads them.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<LoadAttr>()) };
-    match i32::try_from(fd) {
-        // SAFETY: the kernel has just returned this fd; nothing else owns it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn attach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
-    let attr = AttachAttr {
-        target_fd: cgroup.as_raw_fd().unsigned_abs(),
-        attach_bpf_fd: program.as_raw_fd().unsigned_abs(),
-        attach_type: BPF_CGROUP_DEVICE,
-        attach_flags: BPF_F_ALLOW_MULTI,
-    };
-    // SAFETY: the attribute outlives the call, which only reads it.
-    match unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     /// Interprets a program as the kernel would.
-    fn run(program: &[Insn], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+    fn run(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let context = [access << 16 | kind, major, minor];
         let mut r = [0i32; 6];
         let mut at = 0usize;

@@ -5,22 +5,27 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use husk_base::error::chain;
+use husk_base::sys::fd::close_on_exec_from;
+use husk_base::sys::pidfd;
 use libcontainer::oci_spec::runtime::Process;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{apparmor, capabilities, seccomp};
-use nix::unistd::setsid;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid, setsid};
 
 use super::executor::{errno_text, exec_program, home_directory};
 use super::protocol::ExecRequest;
 use super::{terminal, trail};
-use crate::log::chain;
 
 /// `CLONE_NEWTIME` of linux/sched.h.
-const CLONE_NEWTIME: i32 = 0x80;
+const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
 
 /// Starts the process and returns its PID after it has executed its program.
 ///
@@ -34,17 +39,17 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
         .map(UnixStream::connect)
         .transpose()
         .map_err(io("failed to connect to the console socket"))?;
-    let init = pidfd(request.init).map_err(io("cannot exec in a stopped container"))?;
+    let init = pidfd::open(request.init).map_err(io("cannot exec in a stopped container"))?;
     let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
     let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe"))?;
     let namespaces = foreign_namespaces(request.init).map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
     // setns(2) with a PID namespace takes effect only for children created later.
-    set_namespaces(&init, namespaces & libc::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
+    set_namespaces(&init, namespaces & CloneFlags::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
     let pid = match clone_into(&cgroups).map_err(io("failed to clone the process"))? {
         0 => {
             drop(reasons);
-            let reason = child(&request, &init, namespaces & !libc::CLONE_NEWPID, console);
+            let reason = child(&request, &init, namespaces - CloneFlags::CLONE_NEWPID, console);
             let _ = (&reason_writer).write_all(reason.as_bytes());
             std::process::exit(1)
         }
@@ -61,14 +66,14 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
 /// Puts the next child into a new time namespace, whose clocks equal those of this namespace. Nothing changes for the
 /// container. The child's descendants inherit the namespace, so the agent can identify them (`crate::task::kill`).
 fn unshare_time() {
-    // SAFETY: unshare takes no pointers. With CLONE_NEWTIME it changes nothing for this process (time_namespaces(7)).
-    if unsafe { libc::unshare(CLONE_NEWTIME) } != 0 {
-        trail::record(&format!("failed to create a time namespace: {}", io::Error::last_os_error()));
+    // This changes nothing for this process (time_namespaces(7)).
+    if let Err(errno) = unshare(CLONE_NEWTIME) {
+        trail::record(&format!("failed to create a time namespace: {}", io::Error::from(errno)));
     }
 }
 
 /// Runs in the new process: prepares it and executes its program. Returns only on failure, with the reason.
-fn child(request: &ExecRequest, init: &OwnedFd, namespaces: i32, console: Option<UnixStream>) -> String {
+fn child(request: &ExecRequest, init: &OwnedFd, namespaces: CloneFlags, console: Option<UnixStream>) -> String {
     match prepare(request, init, namespaces, console) {
         Ok(home) => exec_program(&request.process, Some(&home)),
         Err(reason) => reason,
@@ -78,7 +83,7 @@ fn child(request: &ExecRequest, init: &OwnedFd, namespaces: i32, console: Option
 fn prepare(
     request: &ExecRequest,
     init: &OwnedFd,
-    namespaces: i32,
+    namespaces: CloneFlags,
     console: Option<UnixStream>,
 ) -> Result<String, String> {
     let process = &request.process;
@@ -94,13 +99,12 @@ fn prepare(
     }
     set_namespaces(init, namespaces)
         .map_err(|error| format!("failed to enter the namespaces of the container: {}", io_error_text(&error)))?;
-    if namespaces & libc::CLONE_NEWUSER != 0 {
+    if namespaces.contains(CloneFlags::CLONE_NEWUSER) {
         set_id(0, 0)?;
     }
     let no_new_privileges = process.no_new_privileges() == Some(true);
     if no_new_privileges {
-        // SAFETY: this prctl operation takes no pointers.
-        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        let _ = prctl::set_no_new_privs();
     }
     if let Some(console) = console {
         terminal::attach(&console, process)
@@ -109,13 +113,12 @@ fn prepare(
     if let Some(profile) = process.apparmor_profile() {
         apparmor::apply_profile(profile).map_err(|error| chain(&error))?;
     }
-    if let Some(umask) = process.user().umask() {
-        // SAFETY: umask takes no pointers; it only replaces the process's file mode creation mask.
-        unsafe { libc::umask(umask & 0o777) };
+    if let Some(mask) = process.user().umask() {
+        umask(Mode::from_bits_truncate(mask & 0o777));
     }
     let entered = change_directory(process.cwd());
     set_user_and_groups(process)?;
-    close_on_exec();
+    let _ = close_on_exec_from(3);
     let filter = || match &request.seccomp {
         Some(filter) => seccomp::initialize_seccomp(filter).map(|_| ()).map_err(|error| chain(&error)),
         None => Ok(()),
@@ -141,38 +144,24 @@ fn prepare(
 
 fn set_user_and_groups(process: &Process) -> Result<(), String> {
     let user = process.user();
-    let groups: Vec<libc::gid_t> = user.additional_gids().iter().flatten().copied().collect();
+    let groups: Vec<Gid> = user.additional_gids().iter().flatten().copied().map(Gid::from_raw).collect();
     // A user namespace can deny setgroups. In that case there are no groups to drop either.
     let denied = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny");
     if !denied || !groups.is_empty() {
-        // SAFETY: the list outlives the call and has the given length.
-        if unsafe { libc::setgroups(groups.len(), groups.as_ptr()) } != 0 {
-            return Err(format!("failed to set the supplementary groups: {}", errno_text(nix::Error::last())));
-        }
+        setgroups(&groups).map_err(|errno| format!("failed to set the supplementary groups: {}", errno_text(errno)))?;
     }
     set_id(user.uid(), user.gid())
 }
 
-/// Sets `uid` and `gid` and keeps the permitted capabilities for the next steps.
+/// Sets `uid` and `gid` and keeps the permitted capabilities for the next steps. The process has one thread, so no other
+/// thread keeps the old identity.
 fn set_id(uid: u32, gid: u32) -> Result<(), String> {
-    let failed = |action: &str| format!("failed to {action}: {}", errno_text(nix::Error::last()));
-    // SAFETY: none of these calls takes a pointer. The process has one thread, so no other thread keeps the old
-    // identity.
-    unsafe {
-        if libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) != 0 {
-            return Err(failed("set PR_SET_KEEPCAPS"));
-        }
-        if libc::setresgid(gid, gid, gid) != 0 {
-            return Err(failed("set the gid"));
-        }
-        if libc::setresuid(uid, uid, uid) != 0 {
-            return Err(failed("set the uid"));
-        }
-        if libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0) != 0 {
-            return Err(failed("set PR_SET_KEEPCAPS"));
-        }
-    }
-    Ok(())
+    let failed = |action: &'static str| move |errno| format!("failed to {action}: {}", errno_text(errno));
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    prctl::set_keepcaps(true).map_err(failed("set PR_SET_KEEPCAPS"))?;
+    setresgid(gid, gid, gid).map_err(failed("set the gid"))?;
+    setresuid(uid, uid, uid).map_err(failed("set the uid"))?;
+    prctl::set_keepcaps(false).map_err(failed("set PR_SET_KEEPCAPS"))
 }
 
 fn change_directory(cwd: &Path) -> Result<(), String> {
@@ -181,11 +170,6 @@ fn change_directory(cwd: &Path) -> Result<(), String> {
     }
     std::env::set_current_dir(cwd)
         .map_err(|error| format!("chdir to cwd ({:?}) set in config.json failed: {}", cwd, io_error_text(&error)))
-}
-
-fn close_on_exec() {
-    // SAFETY: close_range with this flag only sets FD_CLOEXEC; it closes no fd that something else owns.
-    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
 }
 
 /// Opens the cgroups that the process can join, in order of preference: the container's cgroup, then the cgroup of its
@@ -202,42 +186,31 @@ fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
     Ok(vec![container, File::open(of_init)?])
 }
 
-fn pidfd(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes no pointers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    match i32::try_from(fd) {
-        // SAFETY: the kernel has just returned this fd; nothing else owns it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// Returns the CLONE_NEW* flags of the namespaces of `pid` that differ from those of this process.
-fn foreign_namespaces(pid: i32) -> io::Result<i32> {
-    const KINDS: &[(&str, i32)] = &[
-        ("user", libc::CLONE_NEWUSER),
-        ("pid", libc::CLONE_NEWPID),
-        ("mnt", libc::CLONE_NEWNS),
-        ("net", libc::CLONE_NEWNET),
-        ("ipc", libc::CLONE_NEWIPC),
-        ("uts", libc::CLONE_NEWUTS),
-        ("cgroup", libc::CLONE_NEWCGROUP),
+fn foreign_namespaces(pid: i32) -> io::Result<CloneFlags> {
+    const KINDS: &[(&str, CloneFlags)] = &[
+        ("user", CloneFlags::CLONE_NEWUSER),
+        ("pid", CloneFlags::CLONE_NEWPID),
+        ("mnt", CloneFlags::CLONE_NEWNS),
+        ("net", CloneFlags::CLONE_NEWNET),
+        ("ipc", CloneFlags::CLONE_NEWIPC),
+        ("uts", CloneFlags::CLONE_NEWUTS),
+        ("cgroup", CloneFlags::CLONE_NEWCGROUP),
         ("time", CLONE_NEWTIME),
     ];
-    let mut flags = 0;
+    let mut flags = CloneFlags::empty();
     for (name, flag) in KINDS {
         let theirs = std::fs::read_link(format!("/proc/{pid}/ns/{name}"))?;
         if theirs != std::fs::read_link(format!("/proc/self/ns/{name}"))? {
-            flags |= flag;
+            flags |= *flag;
         }
     }
     Ok(flags)
 }
 
-fn set_namespaces(pidfd: &OwnedFd, flags: i32) -> io::Result<()> {
-    // SAFETY: setns takes no pointers.
-    if flags != 0 && unsafe { libc::setns(pidfd.as_raw_fd(), flags) } != 0 {
-        return Err(io::Error::last_os_error());
+fn set_namespaces(pidfd: &OwnedFd, flags: CloneFlags) -> io::Result<()> {
+    if !flags.is_empty() {
+        setns(pidfd, flags)?;
     }
     Ok(())
 }

@@ -5,10 +5,14 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::io::Write;
 
+use husk_base::sys::process::set_default_action;
 use libcontainer::oci_spec::runtime::{Process, Spec};
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::Error as Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::libc;
+use nix::sys::signal::Signal;
+use nix::unistd::{AccessFlags, execve, faccessat};
 
 use super::trail;
 
@@ -62,14 +66,11 @@ pub fn exec_program(process: &Process, home: Option<&str>) -> String {
         return format!("exec {path}: invalid argument");
     };
     // Rust's runtime ignores SIGPIPE; programs expect the default, which terminates them.
-    // SAFETY: signal with the default disposition takes no pointers.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
-        strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
-    };
-    // SAFETY: all strings and both null-terminated arrays outlive the call.
-    unsafe { libc::execve(program.as_ptr(), pointers(&args).as_ptr(), pointers(&environment).as_ptr()) };
-    format!("exec {path}: {}", errno_text(Errno::last()))
+    let _ = set_default_action(Signal::SIGPIPE);
+    match execve(&program, &args, &environment) {
+        Ok(never) => match never {},
+        Err(errno) => format!("exec {path}: {}", errno_text(errno)),
+    }
 }
 
 /// Returns the home directory of `uid` in the container's `/etc/passwd`, or `/`.
@@ -134,16 +135,11 @@ fn executable(path: &str) -> Result<(), Errno> {
     if metadata.is_dir() {
         return Err(Errno::EISDIR);
     }
-    let c_path = CString::new(path).map_err(|_| Errno::EINVAL)?;
-    // SAFETY: the path outlives the call.
-    if unsafe { libc::faccessat(libc::AT_FDCWD, c_path.as_ptr(), libc::X_OK, libc::AT_EACCESS) } == 0 {
-        return Ok(());
-    }
-    match Errno::last() {
+    match faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS) {
         // A seccomp filter may forbid faccessat(2). The fallback is the mode bits.
-        Errno::ENOSYS | Errno::EPERM if metadata.permissions().mode() & 0o111 != 0 => Ok(()),
-        Errno::ENOSYS | Errno::EPERM => Err(Errno::EACCES),
-        errno => Err(errno),
+        Err(Errno::ENOSYS | Errno::EPERM) if metadata.permissions().mode() & 0o111 != 0 => Ok(()),
+        Err(Errno::ENOSYS | Errno::EPERM) => Err(Errno::EACCES),
+        result => result,
     }
 }
 

@@ -17,6 +17,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use husk_base::sys::process::wait;
 use protocol::{Request, Response};
 
 /// `argv[0]` with which the agent re-executes itself as a helper.
@@ -59,11 +60,8 @@ pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode 
 /// Runs PID 1 of a PID namespace that several containers share. It only reaps orphans.
 fn pod_init() -> ExitCode {
     loop {
-        // SAFETY: waitpid accepts a null status, and pause takes no arguments.
-        unsafe {
-            if libc::waitpid(-1, std::ptr::null_mut(), 0) < 0 {
-                libc::pause();
-            }
+        if wait(-1, 0).is_err() {
+            nix::unistd::pause();
         }
     }
 }

@@ -8,9 +8,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use tracing::{Event, Level, Metadata, span};
-
-use crate::log::Line;
+use husk_base::log::Sink;
+use tracing::{Level, Metadata};
 
 static TRAIL: OnceLock<(File, PathBuf)> = OnceLock::new();
 
@@ -21,7 +20,7 @@ const VERDICT: &str = "verdict: ";
 pub fn open(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
     let _ = TRAIL.set((file, path.to_owned()));
-    let _ = tracing::subscriber::set_global_default(Subscriber);
+    husk_base::log::install(&Errors);
     Ok(())
 }
 
@@ -48,25 +47,17 @@ fn summarise(text: &str) -> Option<String> {
     verdict.or_else(|| text.lines().next()).map(str::to_owned)
 }
 
-/// Minimal `tracing` subscriber: records error events and ignores spans.
-struct Subscriber;
+/// Receives libcontainer's error events.
+struct Errors;
 
-impl tracing::Subscriber for Subscriber {
+impl Sink for Errors {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.is_event() && *metadata.level() == Level::ERROR
+        *metadata.level() == Level::ERROR
     }
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
+
+    fn write(&self, _: Level, message: &str, fields: &str) {
+        record(&format!("{message}{fields}"));
     }
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-    fn event(&self, event: &Event<'_>) {
-        let mut line = Line(String::new());
-        event.record(&mut line);
-        record(&line.0);
-    }
-    fn enter(&self, _: &span::Id) {}
-    fn exit(&self, _: &span::Id) {}
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
 //! Receives a container's terminal from the helper over a console socket, and sets its window size.
 
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use husk_base::sys::{rights, terminal};
 use tokio::io::Interest;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 
 use super::relay::{self, Endpoint};
 
@@ -37,7 +37,7 @@ impl Console {
         let (stream, _) = self.listener.accept().await?;
         let fd = loop {
             stream.readable().await?;
-            match stream.try_io(Interest::READABLE, || receive_fd(stream.as_raw_fd())) {
+            match stream.try_io(Interest::READABLE, || receive_fd(&stream)) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 result => break result?,
             }
@@ -52,41 +52,21 @@ impl Drop for Console {
     }
 }
 
-fn receive_fd(socket: i32) -> io::Result<OwnedFd> {
-    let mut bytes = [0; 64];
-    let mut iov = [IoSliceMut::new(&mut bytes)];
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
-    let message = recvmsg::<()>(socket, &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = part
-            && let Some(&fd) = fds.first()
-        {
-            // SAFETY: the kernel has just installed this fd for this process; nothing else owns it.
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
-        }
-    }
-    Err(io::ErrorKind::UnexpectedEof.into())
+fn receive_fd(socket: &UnixStream) -> io::Result<OwnedFd> {
+    let packet = rights::receive(socket, &mut [0; 64])?;
+    packet.fds.into_iter().next().ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 /// Sets the terminal's window size.
 pub fn resize(master: &Endpoint, width: u32, height: u32) -> io::Result<()> {
     let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-    let size = libc::winsize { ws_row: clamp(height), ws_col: clamp(width), ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the size outlives the call, which only reads it.
-    match unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    terminal::set_window_size(master.get_ref(), clamp(width), clamp(height))
 }
 
 /// Makes `uid` the owner of the terminal's slave, as runc does, so that this user can open it again.
 pub fn chown_slave(master: &Endpoint, uid: u32) {
-    // SAFETY: TIOCGPTPEER takes flags, no pointer, and returns a new fd or an error.
-    let fd =
-        unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
-    if fd >= 0 {
-        // SAFETY: the kernel has just returned this fd; nothing else owns it.
-        let peer = unsafe { OwnedFd::from_raw_fd(fd) };
-        let _ = std::os::unix::fs::fchown(peer, Some(uid), None);
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    if let Ok(slave) = terminal::open_slave(master.get_ref(), flags) {
+        let _ = std::os::unix::fs::fchown(slave, Some(uid), None);
     }
 }

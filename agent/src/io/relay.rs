@@ -5,6 +5,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use husk_base::sys::fd::set_nonblocking;
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -19,13 +21,7 @@ pub type Endpoint = Arc<AsyncFd<File>>;
 
 /// Makes an fd non-blocking and registers it.
 pub fn endpoint(fd: OwnedFd) -> io::Result<Endpoint> {
-    // SAFETY: fcntl with these commands takes no pointers; the fd is open.
-    unsafe {
-        let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
-        if flags < 0 || libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
+    set_nonblocking(&fd)?;
     Ok(Arc::new(crate::io::register(File::from(fd), Interest::READABLE | Interest::WRITABLE)?))
 }
 
@@ -102,8 +98,8 @@ async fn drain(from: &Endpoint) {
 
 /// Signals the end of the data to the peer.
 pub fn half_close(stream: &Endpoint) {
-    // SAFETY: shutdown takes no pointers; the fd is open. On anything but a socket it fails without effect.
-    unsafe { libc::shutdown(stream.as_raw_fd(), libc::SHUT_WR) };
+    // On anything but a socket, this fails without effect.
+    let _ = shutdown(stream.as_raw_fd(), Shutdown::Write);
 }
 
 fn is_end_of_file(error: &io::Error) -> bool {

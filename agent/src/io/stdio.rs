@@ -2,9 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use tokio::sync::Notify;
 
 use super::relay::{self, Endpoint};
@@ -101,8 +102,8 @@ fn open_null() -> io::Result<OwnedFd> {
 fn pipe(uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = io::pipe()?;
     let (reader, writer): (File, OwnedFd) = (File::from(OwnedFd::from(reader)), writer.into());
-    // SAFETY: F_SETPIPE_SZ takes no pointers; the fd is open. If it fails, the pipe keeps the default size.
-    unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETPIPE_SZ, relay::PIPE_BYTES) };
+    // If this fails, the pipe keeps the default size.
+    let _ = fcntl(&reader, FcntlArg::F_SETPIPE_SZ(relay::PIPE_BYTES));
     std::os::unix::fs::fchown(&reader, Some(uid), None)?;
     Ok((reader.into(), writer))
 }

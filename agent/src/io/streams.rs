@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use husk_base::sync::lock;
 use husk_proto::stream::{HEADER_LEN, Header};
 use tokio::io::Interest;
 use tokio::sync::{Semaphore, oneshot};
@@ -68,7 +69,7 @@ impl Streams {
     }
 
     fn insert(&self, token: u64, stream: OwnedFd) {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = lock(&self.table);
         match table.awaited.remove(&token) {
             Some(waiter) => {
                 let _ = waiter.send(stream);
@@ -87,7 +88,7 @@ impl Streams {
         }
         let number: u64 = token.parse().map_err(|_| StreamError::Token(token.to_owned()))?;
         let waiter = {
-            let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut table = lock(&self.table);
             if let Some(stream) = table.ready.remove(&number) {
                 return Ok(Some(stream));
             }
@@ -98,7 +99,7 @@ impl Streams {
         match timeout(TIMEOUT, waiter).await {
             Ok(Ok(stream)) => Ok(Some(stream)),
             _ => {
-                self.table.lock().unwrap_or_else(PoisonError::into_inner).awaited.remove(&number);
+                lock(&self.table).awaited.remove(&number);
                 Err(StreamError::Missing(number))
             }
         }

@@ -1,36 +1,18 @@
-//! The simple steps of Setup: clock, entropy, mounts and sysctls.
+//! The simple steps of Setup: clock, mounts and sysctls.
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use husk_proto::agent::Mount;
 use nix::mount::{MsFlags, mount};
+use nix::sys::time::TimeSpec;
+use nix::time::ClockId;
 
 /// Sets the wall clock.
 pub fn clock(ns: i64) -> io::Result<()> {
-    let time = libc::timespec { tv_sec: ns / 1_000_000_000, tv_nsec: ns % 1_000_000_000 };
-    // SAFETY: the time outlives the call, which only reads it.
-    match unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Adds entropy to the kernel's pool and credits it: `RNDADDENTROPY` with `struct rand_pool_info` of linux/random.h.
-pub fn entropy(bytes: &[u8]) -> io::Result<()> {
-    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
-    let bytes = bytes.get(..bytes.len().min(512)).unwrap_or_default();
-    let length = i32::try_from(bytes.len()).unwrap_or(0);
-    let pool = [&(length * 8).to_ne_bytes()[..], &length.to_ne_bytes(), bytes].concat();
-    let random = OpenOptions::new().write(true).open("/dev/urandom")?;
-    // SAFETY: the ioctl reads two integers and as many bytes as the second one says. All are in `pool`, which outlives
-    // the call.
-    match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    ClockId::CLOCK_REALTIME.set_time(TimeSpec::new(ns / 1_000_000_000, ns % 1_000_000_000))?;
+    Ok(())
 }
 
 /// Mounts one request and creates its target if it is missing.

@@ -11,9 +11,10 @@ use std::io::{self, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, UNIX_EPOCH};
 
+use husk_base::sync::lock;
 use husk_proto::GUEST_MIRRORS;
 use husk_proto::agent::mirror_entry::Kind;
 use husk_proto::agent::{MirrorEntry, MirrorRequest};
@@ -40,7 +41,7 @@ impl Mirrors {
     pub fn remove(&self, container: &str) {
         let Ok(name) = path_component(OsStr::new(container)) else { return };
         // The lock is held during the removal, so that it waits for a message that is being applied.
-        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rounds = lock(&self.rounds);
         rounds.retain(|(of, _), _| of != container);
         let path = self.root.join(name);
         match fs::remove_dir_all(&path) {
@@ -63,7 +64,7 @@ impl Mirrors {
         // Search permission for all: containers that mount a volume from here run as any user. They cannot list it.
         fs::set_permissions(&self.root, Permissions::from_mode(0o711))?;
         let key = (request.container_id.clone(), request.mount);
-        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rounds = lock(&self.rounds);
         let named = rounds.entry(key.clone()).or_default();
         for entry in &request.entries {
             let path = relative_path(OsStr::from_bytes(&entry.path))?;
@@ -217,8 +218,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn entry(kind: Kind, path: &str, content: &str) -> MirrorEntry {
-        // SAFETY: neither call takes arguments.
-        let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
         let mode = if kind == Kind::DIRECTORY { 0o755 } else { 0o644 };
         MirrorEntry {
             kind: kind.into(),

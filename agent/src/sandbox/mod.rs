@@ -15,8 +15,9 @@ pub mod users;
 pub mod volume;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
+use husk_base::sync::lock;
 use mirror::Mirrors;
 use users::IdMappings;
 
@@ -50,23 +51,23 @@ impl Sandbox {
     /// Creates the pod's namespaces, once. With `id_mappings`, a new user namespace owns them; they then replace
     /// namespaces that were created before the mappings were known.
     pub fn prepare(&self, id_mappings: Option<IdMappings>) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         if !state.has_namespaces || (id_mappings.is_some() && state.id_mappings.is_none()) {
             match namespaces::create(id_mappings.as_ref()) {
                 Ok(()) => (state.has_namespaces, state.id_mappings) = (true, id_mappings),
-                Err(error) => tracing::error!("{}", crate::log::chain(&error)),
+                Err(error) => tracing::error!("{}", husk_base::error::chain(&error)),
             }
         }
     }
 
     /// Id mappings of the pod's user namespace, if it has one.
     pub fn id_mappings(&self) -> Option<IdMappings> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).id_mappings.clone()
+        lock(&self.state).id_mappings.clone()
     }
 
     /// Path of the shared PID namespace, which is created at the first call.
     pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         if !state.has_shared_pid {
             let id_mappings = state.id_mappings.as_ref().map(|_| Path::new(USER));
             namespaces::create_shared_pid(Path::new(PID), id_mappings)?;

@@ -5,11 +5,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use husk_base::sys::process::exit_immediately;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -164,8 +165,7 @@ pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Resul
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn();
-    // SAFETY: setns takes an open fd and a number, no pointers.
-    if unsafe { libc::setns(current.as_raw_fd(), libc::CLONE_NEWPID) } != 0 {
+    if setns(current.as_fd(), CloneFlags::CLONE_NEWPID).is_err() {
         crate::boot::fatal::die("failed to return to the agent's PID namespace");
     }
     let path = format!("/proc/{}/ns/pid", child?.id());
@@ -187,8 +187,7 @@ fn create_shared_pid_in(pin: &Path, user_namespace: &Path) -> io::Result<()> {
             nix::unistd::ForkResult::Child => Ok(()),
             nix::unistd::ForkResult::Parent { child } => {
                 let written = nix::unistd::write(&pid_writer, &child.as_raw().to_ne_bytes());
-                // SAFETY: _exit takes no pointers and runs no exit handlers.
-                unsafe { libc::_exit(i32::from(written.is_err())) }
+                exit_immediately(i32::from(written.is_err()))
             }
         }
     })?;

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use husk_netlink::socket;
 pub use husk_netlink::{Link, Message, Netlink, link_header, links};
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -25,13 +26,9 @@ impl LinkNotifications {
         self.socket
             .async_io(Interest::READABLE, |socket| {
                 let mut bytes = [0u8; 8192];
-                // SAFETY: the buffer outlives the call and has the given length.
-                match unsafe { libc::recv(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), 0) } {
-                    read if read < 0 => match io::Error::last_os_error() {
-                        error if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
-                        error => Err(error),
-                    },
-                    _ => Ok(()),
+                match recv(socket.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+                    Ok(_) | Err(nix::Error::ENOBUFS) => Ok(()),
+                    Err(error) => Err(error.into()),
                 }
             })
             .await

@@ -18,8 +18,8 @@ use super::users::IdMappings;
 use super::volume::Volumes;
 use super::{Sandbox, apparmor, apply, hotplug, namespaces, slots};
 use crate::events::Hub;
-use crate::log::chain;
 use crate::task::error::Fault;
+use husk_base::error::chain;
 
 /// Implementation of the Sandbox service.
 pub struct SandboxService {
@@ -50,7 +50,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
             tracing::warn!("failed to set the clock: {error}");
         }
         if !request.entropy.is_empty()
-            && let Err(error) = apply::entropy(&request.entropy)
+            && let Err(error) = husk_base::entropy::credit(&request.entropy)
         {
             tracing::warn!("failed to add entropy: {error}");
         }
@@ -172,8 +172,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
     }
 
     async fn sync(&self, _: &TtrpcContext, _: SyncRequest) -> ttrpc::Result<SyncResponse> {
-        // SAFETY: sync takes no arguments and cannot fail.
-        let synced = tokio::task::spawn_blocking(|| unsafe { libc::sync() }).await;
+        let synced = tokio::task::spawn_blocking(nix::unistd::sync).await;
         synced.map_err(|error| failed("sync file systems", &error))?;
         Ok(SyncResponse::new())
     }

@@ -9,8 +9,9 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
+use husk_base::sync::lock;
 use husk_proto::agent::{VolumeDirectory, VolumeRequest};
 use husk_proto::{GUEST_SUBPATHS, SHARED, volume};
 use nix::errno::Errno;
@@ -59,7 +60,7 @@ impl Volumes {
         let root = volume::root(request);
         if !shared {
             // Containers are created concurrently, and the first one mounts the volume.
-            let mut mounted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut mounted = lock(&self.0);
             if !mounted.contains(&request.name) {
                 let kind = request.fs_type.as_str();
                 if !KINDS.contains(&kind) {
@@ -86,7 +87,7 @@ impl Volumes {
 static SHARED_VOLUMES_LOCK: Mutex<()> = Mutex::new(());
 
 fn lock_shared_volumes() -> MutexGuard<'static, ()> {
-    SHARED_VOLUMES_LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&SHARED_VOLUMES_LOCK)
 }
 
 /// Unmounts those shared volumes in `paths` of which no container has a subpath. Blocks.
@@ -202,8 +203,7 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, symlink};
 
     fn directory(name: &str) -> VolumeDirectory {
-        // SAFETY: neither call takes arguments.
-        let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
         VolumeDirectory { name: name.into(), mode: 0o2770, uid, gid, ..Default::default() }
     }
 

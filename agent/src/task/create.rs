@@ -2,8 +2,9 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use husk_base::sync::lock;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::CreateTaskRequest;
 use libcontainer::oci_spec::runtime::Spec;
@@ -150,7 +151,7 @@ impl Tasks {
         container.init.advance(Phase::Created(pid));
         self.watch_exit(container, &container.init, pid);
         let watch_task = tokio::spawn(container.oom.clone().run()).abort_handle();
-        *container.oom_task.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch_task);
+        *lock(&container.oom_task) = Some(watch_task);
         Ok(pid)
     }
 

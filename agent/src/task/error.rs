@@ -41,5 +41,5 @@ impl From<Fault> for ttrpc::Error {
 
 /// Returns a function that converts an unexpected error of `action` (verb and object) to a [`Fault`].
 pub fn internal<E: std::error::Error>(action: &'static str) -> impl Fn(E) -> Fault {
-    move |error| Fault::Unknown(format!("failed to {action}: {}", crate::log::chain(&error)))
+    move |error| Fault::Unknown(format!("failed to {action}: {}", husk_base::error::chain(&error)))
 }

@@ -1,7 +1,8 @@
 //! Exec, and Start of an exec.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
+use husk_base::sync::lock;
 use husk_proto::containerd::api::ExecProcessRequest;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 
@@ -43,7 +44,7 @@ impl Tasks {
         };
         let streams = self.take_streams(&names).await?;
         let process = Process::new(&request.exec_id, names, Some((process, streams)));
-        let mut execs = container.execs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut execs = lock(&container.execs);
         if execs.contains_key(&request.exec_id) {
             return Err(Fault::AlreadyExists(format!("exec {}", request.exec_id)));
         }
@@ -62,7 +63,7 @@ impl Tasks {
         if container.is_paused() {
             return Err(exec_failed("cannot exec in a paused container (use --ignore-paused to override)"));
         }
-        let pending = process.pending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let pending = lock(&process.pending).take();
         let Some((spec, streams)) = pending else {
             return Err(Fault::FailedPrecondition("the process has already been started".into()));
         };

@@ -13,7 +13,7 @@ use crate::helper::protocol::{Request, Response};
 use crate::io::console::Console;
 use crate::io::relay::Endpoint;
 use crate::io::stdio::ChildIo;
-use crate::log::chain;
+use husk_base::error::chain;
 
 /// Parameters of one helper.
 pub struct HelperJob<'a> {

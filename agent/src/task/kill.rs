@@ -9,10 +9,12 @@
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use husk_base::sys::pidfd;
 
 use super::Container;
 use super::error::{Fault, internal};
@@ -62,9 +64,8 @@ pub fn all(container: &Container, signal: i32) -> Result<(), Fault> {
         return container.cgroup.kill().map_err(internal("kill the processes of the container"));
     }
     for pid in container.cgroup.pids() {
-        // SAFETY: kill takes no pointers. The PIDs were read just now, and the agent's only async thread reaps no
-        // process in between.
-        unsafe { libc::kill(pid, signal) };
+        // The PIDs were read just now, and the agent's only async thread reaps no process in between.
+        let _ = husk_base::sys::process::kill(pid, signal);
     }
     Ok(())
 }
@@ -112,17 +113,10 @@ fn kill_members(namespace: &TimeNamespace, killed: &mut HashSet<i32>) -> io::Res
         if killed.contains(&pid) || !namespace.contains(pid) {
             continue;
         }
-        // SAFETY: pidfd_open takes no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let Some(fd) = i32::try_from(fd).ok().filter(|fd| *fd >= 0) else { continue };
-        // SAFETY: the kernel has just returned this fd; nothing else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let Ok(fd) = pidfd::open(pid) else { continue };
         // Checked again, because the PID may have been reused before the pidfd was opened.
         if namespace.contains(pid) {
-            // SAFETY: pidfd_send_signal accepts a null siginfo; its other arguments are no pointers.
-            unsafe {
-                libc::syscall(libc::SYS_pidfd_send_signal, fd.as_raw_fd(), libc::SIGKILL, std::ptr::null::<u8>(), 0)
-            };
+            let _ = pidfd::send_signal(fd.as_fd(), libc::SIGKILL);
             killed.insert(pid);
         }
     }

@@ -15,8 +15,9 @@ pub mod volumes;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use husk_base::sync::lock;
 use husk_proto::agent::Exit;
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use tokio::task::AbortHandle;
@@ -63,7 +64,7 @@ impl Container {
         if exec_id.is_empty() {
             return Ok(self.init.clone());
         }
-        let execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
+        let execs = lock(&self.execs);
         execs.get(exec_id).cloned().ok_or_else(|| Fault::NotFound(format!("exec {exec_id}")))
     }
 
@@ -97,12 +98,12 @@ impl Tasks {
 
     /// Returns the container `id`.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Fault> {
-        let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        let containers = lock(&self.containers);
         containers.get(id).cloned().ok_or_else(|| Fault::NotFound(format!("task {id}")))
     }
 
     fn insert(&self, container: &Arc<Container>) -> Result<(), Fault> {
-        let mut containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut containers = lock(&self.containers);
         if containers.contains_key(&container.id) {
             return Err(Fault::AlreadyExists(format!("task {}", container.id)));
         }
@@ -112,12 +113,12 @@ impl Tasks {
 
     /// Whether a container other than `id` uses the shared volume `path`.
     fn is_used_by_another(&self, path: &Path, id: &str) -> bool {
-        let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        let containers = lock(&self.containers);
         containers.values().any(|other| other.id != id && other.volumes.iter().any(|volume| volume == path))
     }
 
     fn remove(&self, id: &str) {
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        lock(&self.containers).remove(id);
     }
 
     /// Binds the exit of `pid` to `process`. The exit event is published after the event of an OOM kill, if there is

@@ -1,7 +1,8 @@
 //! One process of a container: phase, streams and exit.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use husk_base::sync::lock;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 use tokio::sync::{Notify, watch};
 
@@ -116,20 +117,20 @@ impl Process {
 
     /// Stores what closes standard input, and the terminal's master.
     pub fn attach(&self, close: Arc<Notify>, master: Option<Endpoint>) {
-        let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut io = lock(&self.io);
         *io = Io { close: Some(close), master };
     }
 
     /// Closes standard input after the data that has arrived is written.
     pub fn close_stdin(&self) {
-        if let Some(close) = &self.io.lock().unwrap_or_else(PoisonError::into_inner).close {
+        if let Some(close) = &lock(&self.io).close {
             close.notify_one();
         }
     }
 
     /// Sets the window size of the terminal.
     pub fn resize(&self, width: u32, height: u32) -> Result<(), Fault> {
-        let master = self.io.lock().unwrap_or_else(PoisonError::into_inner).master.clone();
+        let master = lock(&self.io).master.clone();
         match master {
             Some(master) => {
                 console::resize(&master, width, height).map_err(super::error::internal("resize the terminal"))
@@ -141,7 +142,7 @@ impl Process {
 
     /// Releases the terminal's master.
     pub fn detach(&self) {
-        *self.io.lock().unwrap_or_else(PoisonError::into_inner) = Io::default();
+        *lock(&self.io) = Io::default();
     }
 
     /// Sends a signal to the process.
@@ -149,19 +150,11 @@ impl Process {
         match self.phase() {
             Phase::Created(pid) | Phase::Running(pid) => {
                 // The process is a child of the agent and has not been reaped, so its PID cannot have been reused.
-                // SAFETY: kill takes no pointers.
-                match unsafe { libc::kill(pid, signal) } {
-                    0 => Ok(()),
-                    _ => match std::io::Error::last_os_error() {
-                        error if error.raw_os_error() == Some(libc::ESRCH) => {
-                            Err(Fault::NotFound("process already finished".into()))
-                        }
-                        error if error.raw_os_error() == Some(libc::EINVAL) => {
-                            Err(Fault::InvalidArgument(format!("invalid signal {signal}")))
-                        }
-                        error => Err(Fault::Unknown(format!("failed to send signal {signal}: {error}"))),
-                    },
-                }
+                husk_base::sys::process::kill(pid, signal).map_err(|error| match error.raw_os_error() {
+                    Some(libc::ESRCH) => Fault::NotFound("process already finished".into()),
+                    Some(libc::EINVAL) => Fault::InvalidArgument(format!("invalid signal {signal}")),
+                    _ => Fault::Unknown(format!("failed to send signal {signal}: {error}")),
+                })
             }
             Phase::Stopped(..) => Err(Fault::NotFound("process already finished".into())),
             Phase::New | Phase::Starting => Err(Fault::FailedPrecondition("process not created".into())),

@@ -1,9 +1,10 @@
 //! Delete of an exec, or of a container with everything that it left in the guest.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use husk_base::sync::lock;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::Fault;
@@ -50,14 +51,14 @@ impl Tasks {
             self.cleanup(&container).await;
             self.remove(id);
         } else {
-            container.execs.lock().unwrap_or_else(PoisonError::into_inner).remove(exec_id);
+            lock(&container.execs).remove(exec_id);
         }
         Ok((pid, exit))
     }
 
     /// Kills the processes of a container and removes its cgroup, volumes and directories. Best effort.
     pub(super) async fn cleanup(&self, container: &Arc<Container>) {
-        if let Some(watch_task) = container.oom_task.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(watch_task) = lock(&container.oom_task).take() {
             // inotify does not report the removal of a cgroup file.
             watch_task.abort();
         }

@@ -7,17 +7,14 @@ use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use husk_base::sys::xattr;
 use nix::Error as Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::libc;
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, fchownat, symlinkat};
-
-/// Maximum size of a list of names, and of a value, that the kernel returns (xattr(7)).
-const XATTR_MAX: usize = 65536;
 
 /// Reason why a directory was not copied, with the path inside it.
 #[derive(Debug, thiserror::Error)]
@@ -119,27 +116,19 @@ fn set_owner_and_mode(target: BorrowedFd<'_>, name: &OsStr, kind: SFlag, status:
 
 /// Copies the extended attributes that the tmpfs can hold.
 fn copy_xattrs(object: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
-    let from = CString::new(proc_path(object).as_os_str().as_bytes())?;
-    let mut names = vec![0_u8; XATTR_MAX];
-    // SAFETY: path and buffer outlive the call, and the buffer has the given length.
-    let length = unsafe { libc::listxattr(from.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
-    let Some(length) = xattr_result(length)?.filter(|length| *length > 0) else { return Ok(()) };
-    names.truncate(length);
-    let to = CString::new(proc_path(target).join(name).as_os_str().as_bytes())?;
-    let mut value = vec![0_u8; XATTR_MAX];
+    let from = proc_path(object);
+    let names = if_supported(xattr::list(&from))?;
+    let Some(names) = names.filter(|names| !names.is_empty()) else { return Ok(()) };
+    let to = proc_path(target).join(name);
+    let mut value = vec![0_u8; xattr::MAX_SIZE];
     for attribute in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         if !is_copied(attribute) {
             continue;
         }
         let attribute = CString::new(attribute)?;
-        // SAFETY: both strings and the buffer outlive the call, and the buffer has the given length.
-        let length =
-            unsafe { libc::getxattr(from.as_ptr(), attribute.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-        let Some(content) = xattr_result(length)?.and_then(|length| value.get(..length)) else { continue };
-        // SAFETY: both strings and the value outlive the call, and the value has the given length.
-        let set =
-            unsafe { libc::lsetxattr(to.as_ptr(), attribute.as_ptr(), content.as_ptr().cast(), content.len(), 0) };
-        xattr_result(isize::try_from(set).unwrap_or(-1))?;
+        let length = if_supported(xattr::get(&from, &attribute, &mut value))?;
+        let Some(content) = length.and_then(|length| value.get(..length)) else { continue };
+        if_supported(xattr::set(&to, &attribute, content))?;
     }
     Ok(())
 }
@@ -152,14 +141,11 @@ fn is_copied(attribute: &[u8]) -> bool {
         || attribute.starts_with(b"system.posix_acl_")
 }
 
-/// Converts the result of an xattr call. Returns `None` if attributes are not supported or the attribute does not exist
-/// (any more).
-fn xattr_result(result: isize) -> io::Result<Option<usize>> {
-    if let Ok(length) = usize::try_from(result) {
-        return Ok(Some(length));
-    }
-    match Errno::last() {
-        Errno::ENOTSUP | Errno::ENODATA => Ok(None),
-        error => Err(error.into()),
+/// Returns `None` if attributes are not supported or the attribute does not exist (any more).
+fn if_supported<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTSUP | libc::ENODATA)) => Ok(None),
+        Err(error) => Err(error),
     }
 }

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use husk_base::sys::xattr;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
@@ -131,16 +132,10 @@ fn fill_keeps_extended_attributes() {
     let scratch = Scratch::new("attributes");
     let file = scratch.from().join("file");
     fs::write(&file, "").unwrap();
-    let c_path = |path: &Path| std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-    let value = b"some\0bytes";
-    let (path, name) = (c_path(&file), c"user.husk");
-    // SAFETY: path, name and value outlive the call, and the value has the given length.
-    let set = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
-    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    let (name, value) = (c"user.husk", b"some\0bytes");
+    xattr::set(&file, name, value).unwrap();
     scratch.fill().unwrap();
     let mut found = [0_u8; 32];
-    let path = c_path(&scratch.to().join("file"));
-    // SAFETY: path, name and buffer outlive the call, and the buffer has the given length.
-    let length = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), found.as_mut_ptr().cast(), found.len()) };
-    assert_eq!(found.get(..usize::try_from(length).unwrap()), Some(value.as_slice()));
+    let length = xattr::get(&scratch.to().join("file"), name, &mut found).unwrap();
+    assert_eq!(found.get(..length), Some(value.as_slice()));
 }

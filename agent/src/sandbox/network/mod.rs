@@ -10,9 +10,10 @@ use std::fs::File;
 use std::hash::Hash;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
+use husk_base::sync::lock;
 use husk_proto::agent::{Interface, Neighbour, Route, Rule};
 use tokio::time::{Instant, timeout_at};
 
@@ -100,14 +101,14 @@ impl Network {
     /// # Errors
     /// Returns the first failure. The next call recreates all parts that this call may have changed.
     pub async fn apply(&self, config: NetworkConfig) -> Result<(), NetworkError> {
-        let take_applied = || self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let take_applied = || lock(&self.0).take();
         let before = take_applied().ok_or(NetworkError::Busy)?;
         let changed = change(&before, &config).await;
         let applied = match changed {
             Ok(()) => Applied { config, complete: true },
             Err(_) => Applied { config: before.config.merge(config), complete: false },
         };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(applied);
+        *lock(&self.0) = Some(applied);
         changed
     }
 }
