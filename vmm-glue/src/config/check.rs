@@ -86,8 +86,8 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     range(VCPUS.contains(&config.vcpus), "vcpus", config.vcpus, "1 to 64")?;
     let in_range = (config.vcpus..=*VCPUS.end()).contains(&config.max_vcpus);
     range(in_range, "max_vcpus", config.max_vcpus, "vcpus to 64")?;
-    range(config.max_memory_mib <= *MEMORY_MIB.end(), "max_memory_mib", config.max_memory_mib, "at in_range 4194304")?;
-    range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "at in_range 4194304")?;
+    range(config.max_memory_mib <= *MEMORY_MIB.end(), "max_memory_mib", config.max_memory_mib, "at most 4194304")?;
+    range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "at most 4194304")?;
     range(MEMORY_MIB.contains(&config.memory_mib), "memory_mib", config.memory_mib, "64 to 4194304")?;
     range((3..u32::MAX).contains(&config.vsock_cid), "vsock_cid", config.vsock_cid, "3 to 4294967294")?;
     let printable = config.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte));
@@ -95,7 +95,7 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     let devices = 2 + usize::from(config.share.is_some()) + usize::from(config.balloon);
     let growth = usize::from(config.max_memory_mib > config.memory_mib) + usize::from(config.huge_mib > 0);
     let slots = devices + config.net.len() + config.blk.len() + growth;
-    range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "at in_range 18")?;
+    range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "at most 18")?;
 
     let mut fds = Fds::new(fds);
     let kvm = fds.take("kvm", config.kvm)?;
@@ -151,7 +151,7 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
 pub fn blk(config: &BlkConfig, file: OwnedFd) -> Result<File, ConfigError> {
     let serial = &config.serial;
     let plain = serial.len() <= SERIAL_MAX && serial.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    range(plain, "blk.serial", serial, "at in_range 20 printable ASCII characters")?;
+    range(plain, "blk.serial", serial, "at most 20 printable ASCII characters")?;
     let disk = is(&file, "blk.file", libc::S_IFREG)? || is(&file, "blk.file", libc::S_IFBLK)?;
     kind(disk, "blk.file", "a regular file or a block device")?;
     kind(config.read_only || writable(&file, "blk.file")?, "blk.file", "open for writing")?;
