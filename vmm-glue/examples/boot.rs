@@ -124,8 +124,6 @@ fn config() -> VmConfig {
 }
 
 fn now_ms() -> f64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a live, writable timespec.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    now.tv_sec as f64 * 1e3 + now.tv_nsec as f64 / 1e6
+    let now = nix::time::ClockId::CLOCK_MONOTONIC.now().map_or(Duration::ZERO, Duration::from);
+    now.as_secs_f64() * 1e3
 }

@@ -36,7 +36,7 @@ use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
 use crate::vm::{Growth, Vm};
-use crate::vmgenid::{self, VmGenId};
+use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
 /// - `console`, `quiet`: each character on the serial port is a VM exit, so the kernel prints errors only;
@@ -204,8 +204,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     if cmdline.len() >= layout::CMDLINE_MAX {
         return Err(BootError::Cmdline(cmdline.len()));
     }
-    let mut seed = [0; SEED_LEN];
-    vmgenid::fill_random(&mut seed).map_err(|error| BootError::Host("entropy", error))?;
+    let seed: [u8; SEED_LEN] = husk_base::entropy::bytes().map_err(|error| BootError::Host("entropy", error))?;
     let device_tree = device_tree::build(config.max_vcpus, slots.count()).map_err(BootError::DeviceTree)?;
     let data = BootData {
         memory: memory_size,

@@ -5,9 +5,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use husk_base::error::chain;
+
 use crate::boot;
 use crate::config::check;
-use crate::control::{Answer, Call, ExitReason, Notice, Reply, Request, Step, chain, wire};
+use crate::control::{Answer, Call, ExitReason, Notice, Reply, Request, Step, wire};
 use crate::serial::Console;
 use crate::vm::{Vm, VmError};
 

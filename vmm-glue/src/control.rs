@@ -175,19 +175,3 @@ pub enum ExitReason {
     /// KVM failed.
     Failed(String),
 }
-
-/// Formats an error with all its causes in one line, for answers and for the log.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let message = error.to_string();
-        // A transparent wrapper has the same text as the error that it wraps.
-        if !text.ends_with(&message) {
-            text.push_str(": ");
-            text.push_str(&message);
-        }
-        cause = error.source();
-    }
-    text
-}

@@ -8,15 +8,15 @@ pub mod make;
 
 use std::cell::Cell;
 use std::io;
-use std::os::unix::thread::JoinHandleExt;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering, compiler_fence};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
+use husk_base::sync::{lock, wait};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
 use crate::child::Reporter;
@@ -121,22 +121,21 @@ impl Vcpus {
 
     /// Resumes all vCPUs.
     pub fn resume(&self) {
-        let _guard = self.gate.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = lock(&self.gate.parked);
         self.gate.open.store(true, Ordering::SeqCst);
         self.gate.changed.notify_all();
     }
 
     /// Pauses all vCPUs. Returns when every one has stopped.
     pub fn pause(&self) {
-        let mut parked = self.gate.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut parked = lock(&self.gate.parked);
         self.gate.open.store(false, Ordering::SeqCst);
         for thread in &self.threads {
-            // SAFETY: the thread has not been joined or detached, so its pthread_t is valid. The signal has a handler,
-            // so it does not end the process.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+            // The signal has a handler, so it does not end the process. It cannot fail: the thread has not been joined.
+            let _ = thread.kill(SIGRTMIN());
         }
         while *parked < self.threads.len() {
-            parked = self.gate.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            parked = wait(&self.gate.changed, parked);
         }
     }
 }
@@ -144,11 +143,11 @@ impl Vcpus {
 impl Gate {
     /// Waits until the gate is open.
     fn pass(&self) {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut parked = lock(&self.parked);
         *parked += 1;
         self.changed.notify_all();
         while !self.open.load(Ordering::SeqCst) {
-            parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            parked = wait(&self.changed, parked);
         }
         *parked -= 1;
     }

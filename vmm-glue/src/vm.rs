@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use event_manager::SubscriberId;
+use husk_base::sync::lock;
 use kvm_ioctls::VmFd;
 
 use crate::config::check::{self, ConfigError};
@@ -124,7 +125,7 @@ impl Vm {
 
     /// Opens a vsock connection to a port in the guest. `reply` gets the stream when the guest has accepted it.
     pub fn connect(&self, port: u32, reply: vsock::Reply) {
-        self.vsock.lock().unwrap_or_else(PoisonError::into_inner).connect(port, reply);
+        lock(&self.vsock).connect(port, reply);
     }
 
     /// Hot-plugs a network interface into a spare slot and returns the slot's number.
@@ -166,7 +167,7 @@ impl Vm {
     /// Requests that the guest gives back `mib` MiB in total.
     pub fn balloon(&self, mib: u64) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::NoBalloon)?;
-        balloon.lock().unwrap_or_else(PoisonError::into_inner).set_target(mib).map_err(VmError::Balloon)
+        lock(balloon).set_target(mib).map_err(VmError::Balloon)
     }
 
     /// Creates vCPUs until there are `count`. The guest has to start them.
@@ -202,7 +203,7 @@ impl Vm {
     pub fn request_memory(&self, pages: Pages, mib: u64, reached: Reached) -> Result<(), VmError> {
         let Growth::Attached(_, device) = self.growth(pages) else { return Err(VmError::NoGrowth(pages)) };
         let bytes = mib.saturating_mul(1 << 20);
-        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut device = lock(device);
         let extent = device.extent(bytes);
         device.range().register(&self.kvm, extent)?;
         device.request(bytes, reached).map_err(VmError::Mem)
@@ -211,7 +212,7 @@ impl Vm {
     /// Returns how many MiB are plugged.
     pub fn plugged_mib(&self, pages: Pages) -> u64 {
         match self.growth(pages) {
-            Growth::Attached(_, device) => device.lock().unwrap_or_else(PoisonError::into_inner).plugged() >> 20,
+            Growth::Attached(_, device) => lock(device).plugged() >> 20,
             _ => 0,
         }
     }

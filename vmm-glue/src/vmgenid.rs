@@ -3,6 +3,7 @@
 
 use std::io;
 
+use husk_base::entropy;
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,8 +27,7 @@ impl VmGenId {
     /// # Errors
     /// If the host has no entropy, or if there is no guest memory at the id's address.
     pub fn renew(&self, memory: &GuestMemory) -> io::Result<()> {
-        let mut id = [0; layout::VMGENID_LEN as usize];
-        fill_random(&mut id)?;
+        let id: [u8; layout::VMGENID_LEN as usize] = entropy::bytes()?;
         memory.write_slice(&id, GuestAddress(layout::VMGENID)).map_err(io::Error::other)
     }
 
@@ -35,12 +35,4 @@ impl VmGenId {
     pub fn notify(&self) -> io::Result<()> {
         self.0.write(1)
     }
-}
-
-/// Fills a buffer of at most 256 bytes from the host's random number generator.
-pub fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
-    // SAFETY: pointer and length are those of one mutable slice. getrandom(2) fills requests of at most 256 bytes
-    // completely.
-    let filled = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    if usize::try_from(filled) == Ok(buffer.len()) { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -51,12 +51,15 @@ pub struct Packet {
 pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
     let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let mut control = Control([0; CONTROL_LEN]);
-    // SAFETY: msghdr has integers and raw pointers only, for which all-zero is valid.
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    header.msg_iov = &raw mut iov;
-    header.msg_iovlen = 1;
-    header.msg_control = control.0.as_mut_ptr().cast();
-    header.msg_controllen = CONTROL_LEN;
+    let mut header = libc::msghdr {
+        msg_name: std::ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: &raw mut iov,
+        msg_iovlen: 1,
+        msg_control: control.0.as_mut_ptr().cast(),
+        msg_controllen: CONTROL_LEN,
+        msg_flags: 0,
+    };
     let len = loop {
         // SAFETY: the pointers in `header` are to writable buffers of the given lengths, which outlive the call.
         let len = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };

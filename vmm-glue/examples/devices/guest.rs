@@ -1,11 +1,16 @@
 //! The program in the guest: mounts file systems, listens on vsock and runs the tests that the host requests.
 
-use std::ffi::CString;
 use std::fs;
 use std::io::Result;
 use std::io::Seek;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use husk_base::sys::{vsock, xattr};
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::MsFlags;
+use nix::sys::socket::SockFlag;
 
 use super::*;
 
@@ -15,27 +20,15 @@ pub fn main() -> super::Result<()> {
     mount("sys", "/sys", "sysfs")?;
     mount("husk", "/share", "virtiofs")?;
     data();
-    // SAFETY: all-zero is a valid sockaddr_vm, and bind gets its pointer and length. The fd from socket is open and has
-    // no other owner: the kernels that run this example support vsock, so socket does not fail.
-    let listener = unsafe {
-        let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0);
-        let mut address: libc::sockaddr_vm = std::mem::zeroed();
-        address.svm_family = libc::AF_VSOCK as u16;
-        address.svm_port = PORT;
-        address.svm_cid = libc::VMADDR_CID_ANY;
-        libc::bind(fd, (&raw const address).cast(), size_of_val(&address) as u32);
-        libc::listen(fd, 128);
-        OwnedFd::from_raw_fd(fd)
-    };
+    let listener = vsock::listen(PORT, SockFlag::empty())?;
     loop {
-        // SAFETY: accept may get null pointers for the address, and the fd is open because `listener` owns it.
-        let fd = unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
-        if fd < 0 {
-            println!("failed to accept a connection: {}", std::io::Error::last_os_error());
-            continue;
-        }
-        // SAFETY: accept succeeded, so the fd is open and has no other owner.
-        let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let stream = match vsock::accept(listener.as_fd(), SockFlag::empty()) {
+            Ok((connection, _)) => UnixStream::from(connection),
+            Err(error) => {
+                println!("failed to accept a connection: {error}");
+                continue;
+            }
+        };
         std::thread::spawn(move || {
             if let Err(error) = serve(stream) {
                 println!("failed to serve a connection: {error}");
@@ -46,12 +39,8 @@ pub fn main() -> super::Result<()> {
 
 fn mount(source: &str, target: &str, kind: &str) -> Result<()> {
     fs::create_dir_all(target)?;
-    let [source, path, kind] = [source, target, kind].map(|text| CString::new(text).unwrap_or_default());
-    // SAFETY: all strings end with NUL, and mount accepts a null pointer for the options.
-    match unsafe { libc::mount(source.as_ptr(), path.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
+    nix::mount::mount(Some(source), target, Some(kind), MsFlags::empty(), None::<&str>)?;
+    Ok(())
 }
 
 /// Computed once, because it takes long in an emulated node.
@@ -131,11 +120,7 @@ fn test(name: &str) -> Result<bool> {
             fs::set_permissions("/share/mine", fs::Permissions::from_mode(0o4755))?;
             let meta = fs::metadata("/share/mine")?;
             let before = (meta.uid(), meta.gid(), meta.mode()) == (1000, 1001, 0o104_755);
-            let name = CString::new("user.husk")?;
-            let path = CString::new("/share/mine")?;
-            // SAFETY: both strings end with NUL, and the value has the given length.
-            let set = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), b"value".as_ptr().cast(), 5, 0) };
-            println!("xattr: {set}");
+            println!("xattr: {:?}", xattr::set(Path::new("/share/mine"), c"user.husk", b"value"));
             // As another user: the file server must act as that user, and not as root.
             fs::create_dir("/share/open")?;
             fs::set_permissions("/share/open", fs::Permissions::from_mode(0o1777))?;
@@ -173,10 +158,9 @@ fn test(name: &str) -> Result<bool> {
             }
             let (start, length) = (MIB as u64, MIB as u64);
             // SAFETY: BLKDISCARD reads two u64, to which the argument is a valid reference.
-            let discarded = unsafe { libc::ioctl(direct.as_raw_fd(), 0x1277, &[start, length]) };
-            let writable = File::options().write(true).open("/dev/vda")?;
-            // SAFETY: BLKDISCARD reads two u64, to which the argument is a valid reference.
-            let discarded_there = unsafe { libc::ioctl(writable.as_raw_fd(), 0x1277, &[start, length]) };
+            let discard = |disk: &File| unsafe { libc::ioctl(disk.as_raw_fd(), 0x1277, &[start, length]) };
+            let discarded = discard(&direct);
+            let discarded_there = discard(&File::options().write(true).open("/dev/vda")?);
             direct.seek(std::io::SeekFrom::Start(start))?;
             direct.read_exact(buffer)?;
             let zero = buffer.iter().all(|&byte| byte == 0);
@@ -209,14 +193,9 @@ fn test(name: &str) -> Result<bool> {
         "locks" => {
             let file = File::create("/share/lock")?;
             let other = File::open("/share/lock")?;
-            // SAFETY: flock takes no pointers, and both fds are open because the files own them.
-            let (first, second) = unsafe {
-                (
-                    libc::flock(file.as_raw_fd(), libc::LOCK_EX),
-                    libc::flock(other.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB),
-                )
-            };
-            Ok((first, second) == (0, -1))
+            let first = Flock::lock(file, FlockArg::LockExclusive);
+            let second = Flock::lock(other, FlockArg::LockExclusiveNonblock);
+            Ok(first.is_ok() && second.is_err())
         }
         "rng" => {
             let Ok(mut rng) = File::open("/dev/hwrng") else {

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io::{Error, Result};
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
+
+use husk_base::sys::interface;
 
 /// Name of the tap.
 pub const TAP: &str = "husktap";
@@ -13,49 +15,30 @@ pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
 /// TCP port on which the host listens.
 pub const PORT: u16 = 5000;
 
-const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-
-fn request(name: &str) -> libc::ifreq {
-    // SAFETY: ifreq is a C structure for which all-zero is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request
-}
-
-fn ioctl(fd: RawFd, number: libc::c_ulong, request: &mut libc::ifreq) -> Result<()> {
-    // SAFETY: the ioctls that callers use read or write an ifreq, to which the argument is a valid pointer.
-    match unsafe { libc::ioctl(fd, number, std::ptr::from_mut(request)) } {
-        0 => Ok(()),
-        _ => Err(Error::last_os_error()),
-    }
-}
-
 /// Creates the tap.
 pub fn tap() -> Result<File> {
     let tap = File::options().read(true).write(true).open("/dev/net/tun")?;
-    let mut request = request(TAP);
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    ioctl(tap.as_raw_fd(), TUNSETIFF, &mut request)?;
+    interface::set_tap(&tap, TAP, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)?;
     Ok(tap)
 }
 
 /// Sets an interface's address and brings the interface up.
 pub fn up(name: &str, address: Ipv4Addr) -> Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
-    let mut set = request(name);
-    let address = libc::sockaddr_in {
-        sin_family: libc::AF_INET as libc::sa_family_t,
-        sin_port: 0,
-        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.octets()) },
-        sin_zero: [0; 8],
-    };
-    // SAFETY: sockaddr_in has the size of sockaddr, and both are plain data. For AF_INET, the kernel reads the address
-    // as a sockaddr_in.
-    set.ifr_ifru.ifru_addr = unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(address) };
-    ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &mut set)?;
-    let mut flags = request(name);
-    flags.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &mut flags)
+    // SAFETY: ifreq is a C structure for which all-zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // The kernel reads this as a sockaddr_in: port, address, padding.
+    let mut data = [0; 14];
+    for (to, from) in data.iter_mut().skip(2).zip(address.octets()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_addr = libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data: data };
+    // SAFETY: SIOCSIFADDR reads an ifreq, to which the argument is a valid pointer.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw const request) } != 0 {
+        return Err(Error::last_os_error());
+    }
+    interface::set_flags(name, libc::IFF_UP | libc::IFF_RUNNING)
 }

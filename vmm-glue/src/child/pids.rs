@@ -29,8 +29,7 @@ impl Pids {
         let (sender, pid) = channel();
         let (hold, held) = channel::<()>();
         thread::Builder::new().name("husk-task".into()).stack_size(STACK).spawn(move || {
-            // SAFETY: gettid takes no arguments and always succeeds.
-            let _ = sender.send(unsafe { libc::gettid() });
+            let _ = sender.send(nix::unistd::gettid().as_raw());
             // Returns an error when the sender is dropped.
             let _ = held.recv();
         })?;

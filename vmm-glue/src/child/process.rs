@@ -2,6 +2,14 @@
 //! signals.
 
 use std::io;
+use std::time::Duration;
+
+use husk_base::sys::heap;
+use husk_base::sys::process::exit_immediately;
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::time::ClockId;
+use nix::unistd::getppid;
 
 /// Why the process could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -20,51 +28,29 @@ pub enum PrepareError {
     Signals(#[source] io::Error),
 }
 
-/// Minimum size, in bytes, of allocations that malloc maps separately and unmaps when they are freed.
-const MMAP_THRESHOLD: libc::c_int = 64 << 10;
-/// Maximum free memory, in bytes, that malloc keeps at the end of the heap.
-const TRIM_THRESHOLD: libc::c_int = 128 << 10;
-
 /// Prepares the process. It must not have other threads yet.
 pub fn prepare() -> Result<(), PrepareError> {
-    // SAFETY: `main` calls this before it starts threads, so nothing races with the changed settings. The name is a
-    // string that ends with NUL. An all-zero `sigset_t` is valid, and the mask outlives the calls that use it.
-    unsafe {
-        if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-            return Err(PrepareError::DeathSignal(io::Error::last_os_error()));
-        }
-        // A parent that ended before the call to prctl causes no signal.
-        if libc::getppid() == 1 {
-            return Err(PrepareError::Orphan);
-        }
-        // A guest can crash the VMM: it can place a virtqueue in hot-pluggable memory that is not plugged. The host
-        // must not store a core dump for that.
-        if libc::prctl(libc::PR_SET_DUMPABLE, 0) != 0 {
-            return Err(PrepareError::Dump(io::Error::last_os_error()));
-        }
-        libc::prctl(libc::PR_SET_NAME, c"husk-vmm".as_ptr());
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD);
-        let mut none = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        if libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()) != 0 {
-            return Err(PrepareError::Signals(io::Error::last_os_error()));
-        }
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(|errno| PrepareError::DeathSignal(errno.into()))?;
+    // A parent that ended before the call to prctl causes no signal.
+    if getppid().as_raw() == 1 {
+        return Err(PrepareError::Orphan);
     }
-    Ok(())
+    // A guest can crash the VMM: it can place a virtqueue in hot-pluggable memory that is not plugged. The host must
+    // not store a core dump for that.
+    prctl::set_dumpable(false).map_err(|errno| PrepareError::Dump(errno.into()))?;
+    let _ = prctl::set_name(c"husk-vmm");
+    heap::keep_small();
+    SigSet::empty().thread_set_mask().map_err(|errno| PrepareError::Signals(errno.into()))
 }
 
 /// Ends the process at once, with all its threads. Nothing has to be flushed or freed.
 pub fn end(code: i32) -> ! {
-    // SAFETY: _exit has no preconditions.
-    unsafe { libc::_exit(code) }
+    exit_immediately(code)
 }
 
 /// Reads CLOCK_MONOTONIC, which is the same clock in the shim and in the VMM.
 pub fn monotonic_ns() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a live, writable timespec. CLOCK_MONOTONIC always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    // CLOCK_MONOTONIC always exists.
+    let now = ClockId::CLOCK_MONOTONIC.now().map_or(Duration::ZERO, Duration::from);
+    now.as_nanos() as u64
 }

@@ -127,9 +127,8 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
         Step::Control => SpawnError::Control(error),
         Step::Exec => SpawnError::Exec(error),
     };
-    // SAFETY: waitpid accepts a null status pointer. The pid belongs to a child that has not been waited for, so it
-    // cannot have been reused.
-    unsafe { libc::waitpid(pid as libc::pid_t, std::ptr::null_mut(), 0) };
+    // The pid belongs to a child that has not been waited for, so it cannot have been reused.
+    let _ = husk_base::sys::process::wait(pid.cast_signed(), 0);
     Err(error)
 }
 

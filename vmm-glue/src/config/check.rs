@@ -2,8 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::stat::fstat;
 
 use super::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
 use crate::arch::layout;
@@ -199,22 +202,14 @@ fn kind(valid: bool, what: &'static str, wanted: &'static str) -> Result<(), Con
     if valid { Ok(()) } else { Err(ConfigError::Kind { what, wanted }) }
 }
 
-fn is(fd: &impl AsRawFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
-    // SAFETY: `stat` is a C structure of integers, for which all-zero is valid.
-    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: the pointer is to a live, writable `stat`, and the fd is open because `fd` is borrowed.
-    if unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) } != 0 {
-        return Err(ConfigError::Examine(what, io::Error::last_os_error()));
-    }
+fn is(fd: impl AsFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
+    let stat = fstat(fd).map_err(|errno| ConfigError::Examine(what, errno.into()))?;
     Ok(stat.st_mode & libc::S_IFMT == format)
 }
 
-fn writable(fd: &impl AsRawFd, what: &'static str) -> Result<bool, ConfigError> {
-    // SAFETY: F_GETFL takes no pointer, and the fd is open because `fd` is borrowed.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } {
-        -1 => Err(ConfigError::Examine(what, io::Error::last_os_error())),
-        flags => Ok(flags & libc::O_ACCMODE != libc::O_RDONLY),
-    }
+fn writable(fd: impl AsFd, what: &'static str) -> Result<bool, ConfigError> {
+    let flags = fcntl(fd, FcntlArg::F_GETFL).map_err(|errno| ConfigError::Examine(what, errno.into()))?;
+    Ok(flags & libc::O_ACCMODE != libc::O_RDONLY)
 }
 
 #[cfg(test)]

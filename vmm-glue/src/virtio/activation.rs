@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use husk_base::error::chain;
+
 use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
-use super::queue::{Vq, chain_of_causes};
+use super::queue::Vq;
 
 /// The content of an [`Activation`], with opened queues.
 pub struct Opened<Q> {
@@ -55,7 +57,7 @@ pub fn stop(
     fault: &dyn std::error::Error,
     interrupt: Option<Arc<dyn Interrupt>>,
 ) {
-    log::error!("{name}: stopped the device: {}", chain_of_causes(fault));
+    log::error!("{name}: stopped the device: {}", chain(fault));
     device.reset();
     if let Some(Err(error)) = interrupt.map(|interrupt| interrupt.needs_reset()) {
         log::error!("{name}: failed to request a reset: {error}");

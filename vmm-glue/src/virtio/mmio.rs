@@ -5,8 +5,10 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use husk_base::error::chain;
+use husk_base::sync;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -24,7 +26,6 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
-use crate::control::chain;
 
 /// A device, shared by the device loop and the transport.
 pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;
@@ -278,7 +279,7 @@ impl Transport {
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.registers)
     }
 }
 
@@ -411,7 +412,7 @@ fn half(value: u64, select: u32) -> u32 {
 
 /// Locks a device.
 pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
+    sync::lock(device)
 }
 
 /// Serves a read from an empty slot: a transport without a device (section 4.2.2: device ID 0).

@@ -437,14 +437,3 @@ pub fn guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
         log::warn!("guest fault on queue {queue}: {fault}");
     }
 }
-
-/// Formats an error with all its causes for a log line.
-pub fn chain_of_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
-}

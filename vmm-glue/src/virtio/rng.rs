@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use husk_base::entropy;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -98,14 +99,12 @@ impl Rng {
 /// Writes random bytes to guest memory. Returns their number.
 fn fill(buffer: &Iov<'_>) -> usize {
     let mut bytes = [0_u8; MAX_REQUEST];
-    // SAFETY: the pointer is to a writable array, and the length is at most that of the array. The host's entropy pool
-    // has long been initialized, so the call does not block. A signal can interrupt requests of more than 256 bytes;
-    // then the result is shorter and is used as it is.
-    let count =
-        unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len().min(buffer.len()), libc::GRND_NONBLOCK) };
-    match usize::try_from(count).ok().and_then(|count| bytes.get(..count)) {
-        Some(bytes) => buffer.copy_from(bytes),
-        None => 0,
+    let count = bytes.len().min(buffer.len());
+    let Some(bytes) = bytes.get_mut(..count) else { return 0 };
+    match entropy::fill(bytes) {
+        Ok(()) => buffer.copy_from(bytes),
+        // The host's entropy pool is not initialized yet. The driver requests the bytes again.
+        Err(_) => 0,
     }
 }
 

@@ -1,8 +1,9 @@
 //! The virtio-mmio slots: fixed address ranges. Some hold a device from boot on, others hold hot-plugged devices.
 
 use std::io;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use husk_base::sync;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
@@ -146,11 +147,11 @@ impl Slots {
 }
 
 fn read(slot: &Slot) -> RwLockReadGuard<'_, Option<Transport>> {
-    slot.read().unwrap_or_else(PoisonError::into_inner)
+    sync::read(slot)
 }
 
 fn write(slot: &Slot) -> RwLockWriteGuard<'_, Option<Transport>> {
-    slot.write().unwrap_or_else(PoisonError::into_inner)
+    sync::write(slot)
 }
 
 /// Returns the number of slots for any device, and the number of all slots.

@@ -7,14 +7,16 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use husk_base::error::chain;
+use husk_base::sync::{lock, wait};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{GuestMemory, Interrupt};
-use super::queue::{QueueFault, Taken, Vq, chain_of_causes};
+use super::queue::{QueueFault, Taken, Vq};
 
 /// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
 const STACK: usize = 256 * 1024;
@@ -115,7 +117,7 @@ impl<H: Handler> Workers<H> {
         let mut state = self.shared.lock();
         state.paused = true;
         while state.busy > 0 {
-            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.shared.changed, state);
         }
     }
 
@@ -144,7 +146,7 @@ impl<H: Handler> Workers<H> {
 
 impl<H: Handler> Shared<H> {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn notify_one(&self) {
@@ -178,7 +180,7 @@ impl<H: Handler> Shared<H> {
         let mut state = self.lock();
         loop {
             while state.paused && !state.stopped {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = wait(&self.changed, state);
             }
             if state.stopped {
                 return Ok(false);
@@ -212,7 +214,7 @@ impl<H: Handler> Shared<H> {
         let mut state = self.lock();
         state.idle += 1;
         if !std::mem::replace(&mut state.failed, true) {
-            log::error!("{}: stopped serving requests: {}", H::NAME, chain_of_causes(fault));
+            log::error!("{}: stopped serving requests: {}", H::NAME, chain(fault));
             if let Err(error) = self.interrupt.needs_reset() {
                 log::error!("{}: failed to request a reset: {error}", H::NAME);
             }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -202,11 +203,8 @@ impl Disk {
     fn fallocate(&self, mode: libc::c_int, offset: u64, length: u64) -> io::Result<()> {
         let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
         let (offset, length) = (offset.try_into().map_err(invalid)?, length.try_into().map_err(invalid)?);
-        // SAFETY: fallocate takes no pointers, and the fd is open because `self.file` owns it.
-        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, length) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        fallocate(&self.file, FallocateFlags::from_bits_retain(mode), offset, length)?;
+        Ok(())
     }
 
     fn write_zeroes(&self, mut offset: u64, mut length: u64) -> io::Result<()> {

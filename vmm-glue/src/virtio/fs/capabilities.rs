@@ -2,6 +2,8 @@
 
 use std::io;
 
+use husk_base::sys::capabilities::{self, Capabilities};
+
 /// The capabilities that a worker thread keeps if the process has them, by their Linux numbers
 /// (include/uapi/linux/capability.h), with the reason for each.
 ///
@@ -20,43 +22,10 @@ const KEPT: [(u32, &str); 9] = [
     (21, "CAP_SYS_ADMIN: trusted.* attributes, for overlayfs in the guest with its upper directory on the share"),
 ];
 
-/// _LINUX_CAPABILITY_VERSION_3: two words of 32 bits each.
-const VERSION: u32 = 0x2008_0522;
-
-/// `struct __user_cap_header_struct`.
-#[repr(C)]
-struct Header {
-    version: u32,
-    pid: libc::c_int,
-}
-
-/// `struct __user_cap_data_struct`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Sets {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-
 /// Drops every capability of this thread that is not in [`KEPT`].
 pub fn limit() -> io::Result<()> {
-    let mut sets = [Sets::default(); 2];
-    let mut header = Header { version: VERSION, pid: 0 };
-    // SAFETY: the kernel reads the header and fills the two structures of version 3; all live through the call.
-    if unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    for (set, kept) in sets.iter_mut().zip([kept(), kept() >> 32]) {
-        // Truncated on purpose: each structure has 32 bits of the set.
-        set.permitted &= kept as u32;
-        *set = Sets { effective: set.permitted, permitted: set.permitted, inheritable: 0 };
-    }
-    // SAFETY: the kernel reads the header and the two structures, which live through the call.
-    match unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let kept = capabilities::get()?.permitted & kept();
+    capabilities::set(Capabilities { effective: kept, permitted: kept, inheritable: 0 })
 }
 
 /// [`KEPT`] as a bit set.

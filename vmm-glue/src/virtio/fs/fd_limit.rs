@@ -7,9 +7,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use husk_base::sync::{lock, wait_timeout};
 /// Number of requests between two checks of the number of open fds.
 const CHECK_INTERVAL: u32 = 64;
 /// Minimum time between two requests to the shim.
@@ -91,8 +92,7 @@ impl FdLimit {
                 continue;
             }
             let Some(left) = TIMEOUT.checked_sub(waited).filter(|left| !left.is_zero()) else { return };
-            let woken = self.changed.wait_timeout(state, left.min(REQUEST_INTERVAL));
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+            (state, _) = wait_timeout(&self.changed, state, left.min(REQUEST_INTERVAL));
         }
     }
 
@@ -105,7 +105,7 @@ impl FdLimit {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -27,6 +27,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use husk_base::sys::process::{secure_bits, set_secure_bits};
+use nix::sched::{CloneFlags, unshare};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
@@ -99,11 +101,8 @@ impl Handler for FuseServer {
         keep_capabilities()?;
         capabilities::limit()?;
         // virtiofsd changes the working directory for operations on extended attributes.
-        // SAFETY: unshare takes flags and no pointer.
-        match unsafe { libc::unshare(libc::CLONE_FS) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        unshare(CloneFlags::CLONE_FS)?;
+        Ok(())
     }
 
     fn serve(&self, memory: &GuestMemory, (chain, _): Taken<'_>) -> u32 {
@@ -117,16 +116,10 @@ impl Handler for FuseServer {
 /// decided whether that user has permission. It knows capabilities that a request does not carry: root in a user
 /// namespace of the guest is an ordinary user on the host, yet can write to a directory whose mode forbids it.
 fn keep_capabilities() -> io::Result<()> {
-    // SAFETY: PR_GET_SECUREBITS takes no pointer.
-    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
-    // SAFETY: PR_SET_SECUREBITS takes flags and no pointer.
-    match unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) } {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            // Without the privilege (CAP_SETPCAP), the process cannot switch to another user either.
-            error if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
-            error => Err(error),
-        },
+    match secure_bits().and_then(|bits| set_secure_bits(bits | SECBIT_NO_SETUID_FIXUP)) {
+        // Without the privilege (CAP_SETPCAP), the process cannot switch to another user either.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
+        result => result,
     }
 }
 

@@ -10,8 +10,9 @@
 //!   capabilities of the process and must not block.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
+use husk_base::sync::lock;
 use virtiofsd::filesystem::{Context, FileSystem as _};
 use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader};
 use virtiofsd::server::Server;
@@ -68,7 +69,7 @@ impl FuseServer {
             guest_fault(REQUEST_QUEUE, &"FUSE request with too small an answer buffer");
             return 0;
         }
-        let opened = self.table.lock().unwrap_or_else(PoisonError::into_inner).open(memory, &chain);
+        let opened = lock(&self.table).open(memory, &chain);
         let result = match opened {
             Ok((reader, writer)) => {
                 self.server.handle_message(reader, writer, None::<&mut ()>).map_err(|error| error.to_string())

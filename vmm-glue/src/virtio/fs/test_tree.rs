@@ -1,11 +1,11 @@
 //! A share and the host's files around it, for tests that compare both before and after a request.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{Mode, SFlag};
 
 /// A directory tree. `top/share` is the share.
 pub struct Tree {
@@ -66,12 +66,9 @@ pub fn differences(before: &State, after: &State) -> Vec<String> {
 
 /// Creates a special file.
 pub fn mknod(path: &Path, mode: libc::mode_t, device: libc::dev_t) -> std::io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes()).unwrap();
-    // SAFETY: the path is a C string that lives through the call.
-    match unsafe { libc::mknod(path.as_ptr(), mode, device) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
+    let (kind, mode) = (SFlag::from_bits_truncate(mode), Mode::from_bits_truncate(mode));
+    nix::sys::stat::mknod(path, kind, mode, device)?;
+    Ok(())
 }
 
 fn describe(path: &Path, state: &mut State) {

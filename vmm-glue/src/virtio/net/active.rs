@@ -4,6 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use event_manager::EventOps;
+use husk_base::error::chain;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::TapQueue;
@@ -11,7 +12,7 @@ use super::load::Load;
 use super::pump::{QueuePair, Rules};
 use super::vhost::{self, VhostError};
 use crate::virtio::device::{GuestMemory, Interrupt};
-use crate::virtio::queue::{Vq, Wake, chain_of_causes};
+use crate::virtio::queue::{Vq, Wake};
 
 /// State of a device whose driver is ready.
 pub struct Active {
@@ -105,7 +106,7 @@ impl Active {
         self.data_path = DataPath::VhostPaused;
         for (pair, _, (file, _)) in Self::vhost_pairs(&mut self.queue_pairs, tap_queues) {
             if let Err(error) = vhost::pause(file, &self.memory, [&mut pair.rx, &mut pair.tx]) {
-                log::error!("virtio-net: {}", chain_of_causes(&error));
+                log::error!("virtio-net: {}", chain(&error));
             }
         }
     }

@@ -20,6 +20,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use husk_base::error::chain;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -38,7 +39,7 @@ use self::pump::{QueuePair, Rules};
 use self::vhost::VhostError;
 use super::activation;
 use super::device::{ActivateError, Activation, VirtioDevice};
-use super::queue::{QueueFault, Vq, WAKE, Wake, chain_of_causes, read_config_bytes};
+use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
 
 pub use self::tap::flags as tap_flags;
 
@@ -194,7 +195,7 @@ impl Net {
             Err(error) => {
                 log::warn!(
                     "virtio-net: failed to start vhost-net, the VMM goes on to move the frames: {}",
-                    chain_of_causes(&error)
+                    chain(&error)
                 );
                 self.vhost = None;
                 active.register(ops);
@@ -301,7 +302,7 @@ impl Net {
 
 impl TapQueue {
     fn new(tap: File) -> io::Result<Self> {
-        tap::set_nonblocking(&tap)?;
+        husk_base::sys::fd::set_nonblocking(&tap)?;
         Ok(Self { tap, watched: EventSet::empty(), registered: false, attached: true, vhost: None })
     }
 
@@ -329,7 +330,7 @@ fn set_active_queues(tap_queues: &mut [TapQueue], switchable: bool, count: usize
     for (index, tap_queue) in tap_queues.iter_mut().enumerate() {
         let wanted = index < count;
         if switchable && tap_queue.attached != wanted {
-            tap::set_queue(&tap_queue.tap, wanted)?;
+            husk_base::sys::interface::set_queue_attached(&tap_queue.tap, wanted)?;
             tap_queue.attached = wanted;
         }
     }

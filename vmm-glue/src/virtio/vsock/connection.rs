@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use nix::sys::socket::Shutdown;
 use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
@@ -212,7 +213,7 @@ impl Connection {
         self.guest_shutdown |= flags & SHUTDOWN_BOTH;
         if flags & SHUTDOWN_RECEIVE != 0 && !self.read_end {
             // Makes the client's writes fail, as on any stream socket whose peer does not receive.
-            socket::shutdown(&self.socket, libc::SHUT_RD);
+            socket::shutdown(&self.socket, Shutdown::Read);
             self.read_end = true;
             self.readable = false;
         }
@@ -288,7 +289,7 @@ impl Connection {
         }
         if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_shut {
             self.write_shut = true;
-            socket::shutdown(&self.socket, libc::SHUT_WR);
+            socket::shutdown(&self.socket, Shutdown::Write);
         }
         if self.guest_shutdown == SHUTDOWN_BOTH {
             // With unread data, the client would see an error instead of the end of the stream.

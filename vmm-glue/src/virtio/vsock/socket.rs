@@ -1,20 +1,15 @@
 //! Socket calls of a connection. None of them blocks or raises SIGPIPE.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
-/// Creates a connected pair of stream sockets.
+use nix::sys::socket::Shutdown;
+
+/// Creates a connected pair of stream sockets, which are close-on-exec.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [-1; 2];
-    // SAFETY: the pointer is to a writable array of two fds.
-    let result =
-        unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let [one, other] = fds;
-    // SAFETY: socketpair succeeded, so both fds are open and have no other owner.
-    Ok(unsafe { (OwnedFd::from_raw_fd(one), OwnedFd::from_raw_fd(other)) })
+    let (one, other) = UnixStream::pair()?;
+    Ok((one.into(), other.into()))
 }
 
 /// Returns an I/O vector element for a slice, for system calls that only read from it.
@@ -49,11 +44,15 @@ pub fn receive(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
 }
 
 fn message(parts: &[libc::iovec]) -> libc::msghdr {
-    // SAFETY: msghdr has integers and raw pointers only, for which all-zero is valid.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = parts.as_ptr().cast_mut();
-    message.msg_iovlen = parts.len();
-    message
+    libc::msghdr {
+        msg_name: std::ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: parts.as_ptr().cast_mut(),
+        msg_iovlen: parts.len(),
+        msg_control: std::ptr::null_mut(),
+        msg_controllen: 0,
+        msg_flags: 0,
+    }
 }
 
 fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
@@ -71,15 +70,14 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
 }
 
 /// Shuts down a direction. Best effort: a socket that is already shut down needs nothing.
-pub fn shutdown(socket: &OwnedFd, how: libc::c_int) {
-    // SAFETY: shutdown takes no pointers, and the fd is open because `socket` is borrowed.
-    unsafe { libc::shutdown(socket.as_raw_fd(), how) };
+pub fn shutdown(socket: &OwnedFd, direction: Shutdown) {
+    let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), direction);
 }
 
 /// Shuts down both directions and drops unread data. Closing a socket with unread data would give the peer ECONNRESET
 /// where it should see the end of the stream. The peer's send buffer limits the amount.
 pub fn discard_unread(socket: &OwnedFd) {
-    shutdown(socket, libc::SHUT_RDWR);
+    shutdown(socket, Shutdown::Both);
     let mut bytes = [0_u8; 4096];
     let part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     while matches!(receive(socket, &[part]), Ok(1..)) {}
