@@ -1,7 +1,7 @@
 //! Reads a bundle's `config.json` and rejects what a VM cannot provide.
 
 use crate::oci::annotations::SANDBOX_ID;
-use crate::oci::id_mappings::Users;
+use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 use serde::{Deserialize, de};
 use serde_json::Value;
@@ -178,10 +178,10 @@ impl Bundle {
     ///
     /// # Errors
     /// [`BundleError::Invalid`] if the mappings are invalid.
-    pub fn users(&self) -> Result<Option<Users>, BundleError> {
+    pub fn id_mappings(&self) -> Result<Option<IdMappings>, BundleError> {
         let linux = &self.spec.linux;
         let has_namespace = linux.namespaces.iter().any(|namespace| namespace.kind == "user");
-        Users::of_namespace(has_namespace, &linux.uid_mappings, &linux.gid_mappings)
+        IdMappings::from_namespace(has_namespace, &linux.uid_mappings, &linux.gid_mappings)
             .map_err(|error| BundleError::Invalid(error.to_string()))
     }
 
@@ -229,7 +229,7 @@ impl Bundle {
         }
         // containerd's CRI writes the mappings also if the namespace is joined. The guest creates one with the same
         // mappings.
-        self.users().map(drop)
+        self.id_mappings().map(drop)
     }
 
     /// Rejects a path to the network namespace of this process, which is the host's.
@@ -414,8 +414,11 @@ pub(crate) mod tests {
             })
         };
         let whole = || json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }]);
-        let users = with(whole(), whole()).unwrap().users().unwrap().unwrap();
-        assert_eq!((users.uid(0), users.uid(65535), users.uid(65536)), (Some(65536), Some(131_071), None));
+        let id_mappings = with(whole(), whole()).unwrap().id_mappings().unwrap().unwrap();
+        assert_eq!(
+            (id_mappings.uid(0), id_mappings.uid(65535), id_mappings.uid(65536)),
+            (Some(65536), Some(131_071), None)
+        );
         let error = with(whole(), Value::Null).unwrap_err().to_string();
         assert!(error.contains("gidMappings"), "{error}");
         let other = json!([{ "containerID": 1, "hostID": 65536, "size": 65536 }]);

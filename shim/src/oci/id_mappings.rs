@@ -68,17 +68,17 @@ pub enum IdMappingError {
 
 /// Mappings of user and group ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Users {
+pub struct IdMappings {
     uids: Vec<IdMapping>,
     gids: Vec<IdMapping>,
 }
 
-impl Users {
+impl IdMappings {
     /// Returns the mappings of a specification's user namespace; `None` if it has none (`has_namespace`).
     ///
     /// # Errors
     /// [`IdMappingError`].
-    pub fn of_namespace(
+    pub fn from_namespace(
         has_namespace: bool,
         uids: &[IdMapping],
         gids: &[IdMapping],
@@ -103,7 +103,7 @@ impl Users {
     ///
     /// # Errors
     /// [`IdMappingError`].
-    pub fn of_mount(uids: &[IdMapping], gids: &[IdMapping]) -> Result<Option<Self>, IdMappingError> {
+    pub fn from_mount(uids: &[IdMapping], gids: &[IdMapping]) -> Result<Option<Self>, IdMappingError> {
         if uids.is_empty() && gids.is_empty() {
             return Ok(None);
         }
@@ -118,7 +118,7 @@ impl Users {
     ///
     /// # Errors
     /// Why the options are invalid.
-    pub fn of_options<'a>(options: impl IntoIterator<Item = &'a str>) -> Result<Option<Self>, String> {
+    pub fn from_options<'a>(options: impl IntoIterator<Item = &'a str>) -> Result<Option<Self>, String> {
         let (mut uids, mut gids) = (Vec::new(), Vec::new());
         for option in options {
             if let Some(text) = option.strip_prefix("uidmap=") {
@@ -127,7 +127,7 @@ impl Users {
                 gids = parse(text).ok_or_else(|| format!("invalid id mapping {option:?}"))?;
             }
         }
-        Self::of_mount(&uids, &gids).map_err(|error| error.to_string())
+        Self::from_mount(&uids, &gids).map_err(|error| error.to_string())
     }
 
     /// Returns the user id outside for `id` inside the namespace, if it is mapped.
@@ -252,16 +252,17 @@ mod tests {
     }
 
     #[test]
-    fn of_options_parses_mappings() {
-        let users = Users::of_options(["index=off", "uidmap=0:1000:10,10:5000:5", "gidmap=0:7:1"]).unwrap().unwrap();
-        assert_eq!((users.uid(9), users.uid(14), users.uid(15)), (Some(1009), Some(5004), None));
-        assert_eq!((users.gid(0), users.gid(1)), (Some(7), None));
-        assert_eq!(users.tag(), "u0-3e8-a-a-1388-5-g0-7-1");
-        assert_eq!(Users::of_options(["index=off"]), Ok(None));
+    fn from_options_parses_mappings() {
+        let id_mappings =
+            IdMappings::from_options(["index=off", "uidmap=0:1000:10,10:5000:5", "gidmap=0:7:1"]).unwrap().unwrap();
+        assert_eq!((id_mappings.uid(9), id_mappings.uid(14), id_mappings.uid(15)), (Some(1009), Some(5004), None));
+        assert_eq!((id_mappings.gid(0), id_mappings.gid(1)), (Some(7), None));
+        assert_eq!(id_mappings.tag(), "u0-3e8-a-a-1388-5-g0-7-1");
+        assert_eq!(IdMappings::from_options(["index=off"]), Ok(None));
         for broken in ["uidmap=0:1", "uidmap=a:b:c", "uidmap=0:1:1:1", "uidmap="] {
-            assert!(Users::of_options([broken, "gidmap=0:7:1"]).unwrap_err().contains("invalid id mapping"));
+            assert!(IdMappings::from_options([broken, "gidmap=0:7:1"]).unwrap_err().contains("invalid id mapping"));
         }
-        assert!(Users::of_options(["uidmap=0:1:1"]).unwrap_err().contains("gidMappings is empty"));
+        assert!(IdMappings::from_options(["uidmap=0:1:1"]).unwrap_err().contains("gidMappings is empty"));
     }
 
     #[test]
@@ -279,11 +280,11 @@ mod tests {
 
     #[test]
     fn namespace_is_created_with_its_mappings() {
-        let users = Users { uids: vec![mapping(0, 70_000, 10)], gids: vec![mapping(0, 80_000, 10)] };
+        let id_mappings = IdMappings { uids: vec![mapping(0, 70_000, 10)], gids: vec![mapping(0, 80_000, 10)] };
         // Only root may map ranges of ids.
         // SAFETY: geteuid takes no argument and cannot fail.
         if unsafe { libc::geteuid() } == 0 {
-            users.namespace().unwrap();
+            id_mappings.namespace().unwrap();
         }
     }
 }

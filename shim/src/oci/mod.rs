@@ -16,7 +16,7 @@ pub mod update;
 
 pub use bundle::{Bundle, BundleError};
 pub use disks::{Disk, Numbers, number_anew};
-pub use id_mappings::{IdMapping, Users};
+pub use id_mappings::{IdMapping, IdMappings};
 pub use json::TranslateError;
 pub use spec::{Hook, Mount, Network, Resources, Spec};
 pub use translate::exec_process;

@@ -175,9 +175,9 @@ mod tests {
             (users.uids, users.gids) = (vec![ids.clone()], vec![ids]);
         });
         assert!(value["linux"]["sysctl"].get("net.ipv4.ping_group_range").is_none());
-        let users = checked(&value).unwrap().users().unwrap().unwrap();
-        assert_eq!((users.uid(0), users.gid(65535)), (Some(65536), Some(131_071)));
-        assert_eq!(checked(&spec(|_| ())).unwrap().users().unwrap(), None);
+        let id_mappings = checked(&value).unwrap().id_mappings().unwrap().unwrap();
+        assert_eq!((id_mappings.uid(0), id_mappings.gid(65535)), (Some(65536), Some(131_071)));
+        assert_eq!(checked(&spec(|_| ())).unwrap().id_mappings().unwrap(), None);
     }
 
     #[test]

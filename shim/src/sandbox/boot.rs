@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use crate::network::Network;
 use crate::network::sync::net_config;
 use crate::oci;
-use crate::oci::Users;
+use crate::oci::IdMappings;
 use crate::random;
 use crate::resources::Sizing;
 use crate::resources::hugepages;
@@ -46,7 +46,7 @@ pub struct Pod {
     /// Maximum number of tasks of all containers together, if limited.
     pub pids_max: Option<u64>,
     /// Id mappings of the pod's user namespace, if it has one.
-    pub users: Option<Users>,
+    pub id_mappings: Option<IdMappings>,
     /// Network interfaces, with their addresses, routes, neighbours and rules.
     pub network: Network,
 }
@@ -243,9 +243,9 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
     let entropy = random::bytes::<64>().map(Vec::from).unwrap_or_default();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;
-    let (uids, gids) = pod.users.as_ref().map(Users::mappings).unwrap_or_default();
+    let (uids, gids) = pod.id_mappings.as_ref().map(IdMappings::mappings).unwrap_or_default();
     // Owned by the pod's root user, as under runc.
-    let owner = pod.users.as_ref().and_then(|users| Some((users.uid(0)?, users.gid(0)?)));
+    let owner = pod.id_mappings.as_ref().and_then(|id_mappings| Some((id_mappings.uid(0)?, id_mappings.gid(0)?)));
     let owner = owner.map(|(uid, gid)| [format!("uid={uid}"), format!("gid={gid}")]).into_iter().flatten();
     let shared_memory = Mount {
         fs_type: "tmpfs".to_owned(),

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::chain;
 use crate::log;
 use crate::network;
-use crate::oci::{Bundle, Network, Spec, Users};
+use crate::oci::{Bundle, IdMappings, Network, Spec};
 use crate::resources;
 use crate::resources::Sizing;
 use crate::resources::cgroup::Cgroup;
@@ -140,7 +140,7 @@ impl PartialLaunch {
         bundle.check().map_err(|e| chain(&e))?;
         let spec = &bundle.spec;
         let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::room(cgroup.place()));
-        let users = bundle.users().map_err(|e| chain(&e))?;
+        let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
         let sizing = resources::sizing(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let tap_options =
@@ -161,7 +161,7 @@ impl PartialLaunch {
             Network::Path(path) => network::connect(path, tap_options).map_err(|e| chain(&e))?,
         };
         context.timeline.mark("network connected");
-        let pod = pod(context, spec, users, network);
+        let pod = pod(context, spec, id_mappings, network);
         Plan::open(pod, config, sizing, share.to_owned()).map_err(|e| chain(&e))
     }
 }
@@ -188,11 +188,11 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, sizing: &Sizing, vmm_pid
 ///
 /// The sysctls of a sandbox container belong to the pod, because that container is never created. Those of a container
 /// without a pod are applied when the container is created.
-fn pod(context: &LaunchContext, spec: &Spec, users: Option<Users>, network: network::Network) -> Pod {
+fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, network: network::Network) -> Pod {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
     let (id, hostname) = (context.sandbox.clone(), hostname(&spec.hostname));
-    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, users, network }
+    Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network }
 }
 
 /// Returns the sandbox's host name. If the specification's is empty it is the host's, as under runc.

@@ -8,7 +8,7 @@
 /// old entry for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-use crate::oci::id_mappings::Users;
+use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
 use crate::volumes::error::VolumeError;
 use crate::volumes::host_only::HostOnly;
@@ -43,7 +43,7 @@ pub struct Source<'a> {
     /// Which of both.
     pub directory: bool,
     /// Whom its files are to belong to, where that is not whom they say.
-    pub users: Option<&'a Users>,
+    pub id_mappings: Option<&'a IdMappings>,
     /// How it is mounted.
     pub flags: Flags,
     /// Whether it is the same by whichever of the host's mounts it is reached.
@@ -70,7 +70,7 @@ pub fn bind(
         }
     };
     let kind = kind(source).map_err(host("stat the source"))?;
-    let kind = source.users.map_or(kind.clone(), |users| format!("{kind}-{}", users.tag()));
+    let kind = source.id_mappings.map_or(kind.clone(), |id_mappings| format!("{kind}-{}", id_mappings.tag()));
     let mut turn = turn();
     let present = find(share, &kind).map_err(host("list the mounts"))?;
     let name = present.clone().unwrap_or_else(|| format!("{}.{kind}", *turn));
@@ -116,10 +116,10 @@ fn attach(
     if recursive {
         (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy its submounts"))?;
     }
-    if let Some(users) = source.users {
-        let users = users.namespace().map_err(at("make a user namespace for its mapped ids"))?;
+    if let Some(id_mappings) = source.id_mappings {
+        let user_namespace = id_mappings.namespace().map_err(at("make a user namespace for its mapped ids"))?;
         // What is mounted below may be of a kind that cannot be mapped: that is refused, as runc does.
-        mount_api::set_users(tree.as_fd(), users.as_fd(), recursive).map_err(at("map its user ids"))?;
+        mount_api::set_id_mappings(tree.as_fd(), user_namespace.as_fd(), recursive).map_err(at("map its user ids"))?;
     }
     if flags.read_only {
         // Here as well as in the guest, so that a guest that owns its kernel still cannot write.

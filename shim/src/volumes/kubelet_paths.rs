@@ -1,6 +1,6 @@
 //! What the kubelet makes for a pod's volumes on the node: where they lie, and what a `subPath` is of them.
 
-use crate::oci::id_mappings::Users;
+use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{mount_api, mountinfo};
 use husk_proto::agent::VolumeDirectory;
 use nix::{
@@ -34,7 +34,12 @@ pub struct Shared {
 ///
 /// # Errors
 /// What the kernel says.
-pub fn shared(source: &OwnedFd, path: &Path, users: Option<&Users>, pod: &str) -> io::Result<Option<Shared>> {
+pub fn shared(
+    source: &OwnedFd,
+    path: &Path,
+    id_mappings: Option<&IdMappings>,
+    pod: &str,
+) -> io::Result<Option<Shared>> {
     let Some((_, root)) = empty_dir(path) else { return Ok(None) };
     // A hostPath may lead into another pod's.
     if !is_below(&root, pod) {
@@ -54,7 +59,7 @@ pub fn shared(source: &OwnedFd, path: &Path, users: Option<&Users>, pod: &str) -
     let (all, part) = (within_its_filesystem(&volume)?, within_its_filesystem(source)?);
     let Ok(below) = part.strip_prefix(&all) else { return Ok(None) };
     // What is mounted somewhere in the volume is none of it, nor is what was removed or renamed meanwhile.
-    match directories(&volume, below, users) {
+    match directories(&volume, below, id_mappings) {
         Ok((below, end)) if end == identity(source)? => Ok(Some(Shared { root: volume, below })),
         Ok(_) => Ok(None),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => Ok(None),
@@ -112,14 +117,14 @@ pub fn within_its_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
 pub fn directories(
     volume: &OwnedFd,
     below: &Path,
-    users: Option<&Users>,
+    id_mappings: Option<&IdMappings>,
 ) -> io::Result<(Vec<VolumeDirectory>, (u64, u64))> {
     let (mut here, mut directories) = (volume.try_clone()?, Vec::new());
     for part in below.components() {
         let Component::Normal(name) = part else { return Err(io::ErrorKind::InvalidInput.into()) };
         here = openat(&here, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
         let stat = fstat(&here)?;
-        let (uid, gid) = owner(stat.st_uid, stat.st_gid, users);
+        let (uid, gid) = owner(stat.st_uid, stat.st_gid, id_mappings);
         let name = name.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         directories.push(VolumeDirectory { name, mode: stat.st_mode & 0o7777, uid, gid, ..Default::default() });
     }
@@ -127,9 +132,9 @@ pub fn directories(
 }
 
 /// Who owns a file for the guest: `users` maps ids where its mount does.
-pub fn owner(uid: u32, gid: u32, users: Option<&Users>) -> (u32, u32) {
-    match users {
-        Some(users) => users.owner(uid, gid),
+pub fn owner(uid: u32, gid: u32, id_mappings: Option<&IdMappings>) -> (u32, u32) {
+    match id_mappings {
+        Some(id_mappings) => id_mappings.owner(uid, gid),
         None => (uid, gid),
     }
 }

@@ -4,7 +4,7 @@
 //! the container's memory, as under runc; shared by virtio-fs they would count as the VMM's. Huge pages cannot be
 //! shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives as long as the pod.
 
-use crate::oci::id_mappings::Users;
+use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{kubelet_paths, mount_api};
 use husk_proto::SHARED;
 use husk_proto::agent::{VolumeDirectory, VolumeRequest};
@@ -46,7 +46,7 @@ pub enum OwnError {
 pub fn find(
     source: &OwnedFd,
     path: &Path,
-    users: Option<&Users>,
+    id_mappings: Option<&IdMappings>,
     (container, mount): (&str, u32),
 ) -> Result<Option<VolumeRequest>, OwnError> {
     let inspect = |what| move |error| OwnError::Inspect(what, error);
@@ -70,11 +70,11 @@ pub fn find(
     if huge && fs_stat.f_bsize.unsigned_abs() != HUGE_PAGE {
         return Err(OwnError::Size(fs_stat.f_bsize.unsigned_abs()));
     }
-    let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), users);
+    let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
     let below = kubelet_paths::within_its_filesystem(source).map_err(inspect("find it in its volume"))?;
     let volume = mount_api::open_path(&root, false).map_err(inspect("open the volume"))?;
-    let directories = kubelet_paths::directories(&volume, &below, users);
+    let directories = kubelet_paths::directories(&volume, &below, id_mappings);
     let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;
     Ok(Some(VolumeRequest {
         name: format!("{name}-{:x}", volume_stat.dev()),

@@ -81,8 +81,8 @@ pub fn set_attr(tree: BorrowedFd<'_>, set: u64, propagation: u64, recursive: boo
 
 /// Has the files of a detached mount, and of those below it when `recursive`, belong to whom the user namespace
 /// `users` says (Linux 5.12, for overlay's layers 5.19).
-pub fn set_users(tree: BorrowedFd<'_>, users: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
-    let userns_fd = u64::from(users.as_raw_fd().unsigned_abs());
+pub fn set_id_mappings(tree: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    let userns_fd = u64::from(user_namespace.as_raw_fd().unsigned_abs());
     setattr(tree, &MountAttr { attr_set: MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd }, recursive)
 }
 

@@ -1,7 +1,7 @@
 //! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
 
 use crate::oci::devices;
-use crate::oci::id_mappings::Users;
+use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
 use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
@@ -25,11 +25,11 @@ enum Plan {
     /// The guest binds a path of its own.
     Guest(String),
     /// The host binds this into the share.
-    Bind { source: OwnedFd, directory: bool, users: Option<Users>, any_mount: bool },
+    Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, any_mount: bool },
     /// The host binds a volume into the share, of which the guest gives the container all or a part.
-    Shared { volume: kubelet_paths::Shared, users: Option<Users> },
+    Shared { volume: kubelet_paths::Shared, id_mappings: Option<IdMappings> },
     /// The guest gets a copy that is kept up to date.
-    Mirror { source: Volume, users: Option<Users> },
+    Mirror { source: Volume, id_mappings: Option<IdMappings> },
     /// The guest makes one of its own.
     Own(Box<VolumeRequest>),
 }
@@ -69,8 +69,8 @@ pub fn make(
 ) -> Result<Option<String>, VolumeError> {
     let number = u32::try_from(index).unwrap_or(u32::MAX);
     match plan(mount, number, place, notes)? {
-        Plan::Mirror { source, users } => {
-            guest.mirrors.push(Mirror { source, users, mount: number });
+        Plan::Mirror { source, id_mappings } => {
+            guest.mirrors.push(Mirror { source, id_mappings, mount: number });
             Ok(Some(mirror::guest_path(place.container, index)))
         }
         Plan::Own(request) => {
@@ -80,14 +80,15 @@ pub fn make(
         }
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
-        Plan::Bind { source, directory, users, any_mount } => {
-            let (users, flags, follows) = (users.as_ref(), Flags::of(mount), Flags::of(mount).follows);
-            let source = bind::Source { file: &source, directory, users, flags, any_mount, follows };
+        Plan::Bind { source, directory, id_mappings, any_mount } => {
+            let (id_mappings, flags, follows) = (id_mappings.as_ref(), Flags::of(mount), Flags::of(mount).follows);
+            let source = bind::Source { file: &source, directory, id_mappings, flags, any_mount, follows };
             bind::bind(mount, &source, (place.share, place.container), place.host_only, notes).map(Some)
         }
-        Plan::Shared { volume: kubelet_paths::Shared { root, below }, users } => {
-            let (users, flags, follows) = (users.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).follows);
-            let source = bind::Source { file: &root, directory: true, users, flags, any_mount: false, follows };
+        Plan::Shared { volume: kubelet_paths::Shared { root, below }, id_mappings } => {
+            let (id_mappings, flags, follows) =
+                (id_mappings.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).follows);
+            let source = bind::Source { file: &root, directory: true, id_mappings, flags, any_mount: false, follows };
             let whole = bind::bind(mount, &source, (place.share, place.container), place.host_only, notes)?;
             if below.is_empty() {
                 return Ok(Some(whole));
@@ -105,15 +106,15 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
     let refuse = |message: String| {
         Err(VolumeError::Unsupported { mount_source: source.into(), destination: mount.destination.clone(), message })
     };
-    let users = match Users::of_mount(&mount.uid_mappings, &mount.gid_mappings) {
-        Ok(users) => users,
+    let id_mappings = match IdMappings::from_mount(&mount.uid_mappings, &mount.gid_mappings) {
+        Ok(id_mappings) => id_mappings,
         Err(error) => return refuse(error.to_string()),
     };
-    if users.is_none() && mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
+    if id_mappings.is_none() && mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
         return refuse("a mount with mapped user ids has to name them (uidMappings, gidMappings)".into());
     }
     if !mount.is_bind() {
-        return match users {
+        return match id_mappings {
             Some(_) => refuse("only bind mounts can have mapped user ids".into()),
             None => Ok(Plan::Keep),
         };
@@ -165,7 +166,7 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         return of_the_guest(&resolved, kind, notes);
     }
     if kind == SFlag::S_IFDIR {
-        let own = memory_volume::find(&fd, &path, users.as_ref(), (place.container, number));
+        let own = memory_volume::find(&fd, &path, id_mappings.as_ref(), (place.container, number));
         let error = |error| VolumeError::Own {
             mount_source: source.into(),
             destination: mount.destination.clone(),
@@ -176,12 +177,12 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         }
     }
     if shareable {
-        let shared = kubelet_paths::shared(&fd, &path, users.as_ref(), place.pod);
+        let shared = kubelet_paths::shared(&fd, &path, id_mappings.as_ref(), place.pod);
         if let Some(volume) = shared.map_err(|error| host("find it in its volume", error))? {
             if let Some(kind) = on_host_only(&volume.root)? {
                 return of_the_guest(&path, kind, notes);
             }
-            return Ok(Plan::Shared { volume, users });
+            return Ok(Plan::Shared { volume, id_mappings });
         }
     }
     let any_mount = kubelet_paths::is_sub_path(&path);
@@ -189,10 +190,10 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         SFlag::S_IFDIR
             if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&resolved, place.pod) =>
         {
-            Ok(Plan::Mirror { source: Volume::new(fd, path), users })
+            Ok(Plan::Mirror { source: Volume::new(fd, path), id_mappings })
         }
-        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, users, any_mount }),
-        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, users, any_mount }),
+        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, id_mappings, any_mount }),
+        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, id_mappings, any_mount }),
         SFlag::S_IFCHR | SFlag::S_IFBLK => {
             match devices::guest_path(kind == SFlag::S_IFCHR, major(stat.st_rdev), minor(stat.st_rdev)) {
                 Ok(path) => Ok(Plan::Guest(path.into())),

@@ -1,6 +1,6 @@
 //! Mounting a container's root file system from the mounts containerd's snapshotter names.
 
-use crate::oci::id_mappings::Users;
+use crate::oci::id_mappings::IdMappings;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
 use crate::volumes::stage::Stage;
@@ -83,14 +83,16 @@ fn mount_one(root: &RootMount, target: &Path, staging: Staging<'_>) -> Result<Ve
         return Err(RootfsError::Unsupported(message));
     }
     let mut options = Options::parse(&root.options);
-    let users = Users::of_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
+    let id_mappings = IdMappings::from_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
     options.data.retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
     let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
-        bind(Path::new(&root.source), target, staging, &options, users.as_ref())
+        bind(Path::new(&root.source), target, staging, &options, id_mappings.as_ref())
     } else {
-        match users {
+        match id_mappings {
             None => file_system(root, target, &options).map(|()| Vec::new()),
-            Some(users) if root.kind == "overlay" => mapped_overlay(target, &options, &users).map(|()| Vec::new()),
+            Some(id_mappings) if root.kind == "overlay" => {
+                mapped_overlay(target, &options, &id_mappings).map(|()| Vec::new())
+            }
             Some(_) => {
                 let message = format!("{} with mapped user ids, only overlay and bind can be", root.kind);
                 return Err(RootfsError::Unsupported(message));
@@ -121,7 +123,7 @@ fn bind(
     target: &Path,
     staging: Staging<'_>,
     options: &Options<'_>,
-    users: Option<&Users>,
+    id_mappings: Option<&IdMappings>,
 ) -> io::Result<Vec<String>> {
     let Staging { stage, host_only, name } = staging;
     let recursive = options.flags.contains(MsFlags::MS_REC);
@@ -135,8 +137,8 @@ fn bind(
     if recursive {
         (tree, left_out) = stage.copy(&tree, host_only, name)?;
     }
-    if let Some(users) = users {
-        mount_api::set_users(tree.as_fd(), users.namespace()?.as_fd(), recursive)?;
+    if let Some(id_mappings) = id_mappings {
+        mount_api::set_id_mappings(tree.as_fd(), id_mappings.namespace()?.as_fd(), recursive)?;
     }
     let attr = if options.flags.contains(MsFlags::MS_RDONLY) { mount_api::MOUNT_ATTR_RDONLY } else { 0 };
     mount_api::set_attr(tree.as_fd(), attr, 0, false)?;
@@ -173,16 +175,16 @@ fn file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Re
 
 /// An overlay whose lower directories belong to `users`: a mount of each shows it so, and the upper directory, which
 /// containerd made for these users, is as it is. The overlay keeps the mounts; nobody else ever sees them.
-fn mapped_overlay(target: &Path, options: &Options<'_>, users: &Users) -> io::Result<()> {
+fn mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
     let lower = lower.ok_or_else(|| io::Error::other("an overlay without lowerdir"))?;
     if lower.contains('\\') || lower.contains("::") {
         return Err(io::Error::other("layers with mapped user ids and escaped names"));
     }
-    let namespace = users.namespace()?;
+    let namespace = id_mappings.namespace()?;
     let layers = lower.split(':').map(|layer| {
         let tree = mount_api::clone_tree(mount_api::open_path(Path::new(layer), true)?.as_fd(), false)?;
-        mount_api::set_users(tree.as_fd(), namespace.as_fd(), false)?;
+        mount_api::set_id_mappings(tree.as_fd(), namespace.as_fd(), false)?;
         Ok(tree)
     });
     let layers: Vec<OwnedFd> = layers.collect::<io::Result<_>>()?;

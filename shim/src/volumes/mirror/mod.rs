@@ -21,7 +21,7 @@ use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::oci::Users;
+use crate::oci::IdMappings;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
 
@@ -78,7 +78,7 @@ pub struct Mirror {
     /// The directory on the host.
     pub source: Volume,
     /// Whom its files belong to in the guest, where that is not whom they say.
-    pub users: Option<Users>,
+    pub id_mappings: Option<IdMappings>,
     /// Which of the container's mounts it is.
     pub mount: u32,
 }
@@ -197,8 +197,8 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
         sent.map(drop).map_err(|source| MirrorError::Send { path: mirror.source.path.clone(), source })
     };
     while let Some(mut batch) = batches.recv().await {
-        if let Some(users) = &mirror.users {
-            batch.iter_mut().for_each(|entry| belong(entry, users));
+        if let Some(id_mappings) = &mirror.id_mappings {
+            batch.iter_mut().for_each(|entry| belong(entry, id_mappings));
         }
         send(batch, false).await?;
     }
@@ -209,8 +209,8 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
 }
 
 /// Has an entry belong to whom a mount with mapped ids would show it to.
-fn belong(entry: &mut MirrorEntry, users: &Users) {
-    (entry.uid, entry.gid) = users.owner(entry.uid, entry.gid);
+fn belong(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
+    (entry.uid, entry.gid) = id_mappings.owner(entry.uid, entry.gid);
 }
 
 #[cfg(test)]
