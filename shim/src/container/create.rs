@@ -150,7 +150,7 @@ impl Shim {
             let guest = self.sandbox.disk(agent, *disk).await.map_err(ServiceError::failed)?;
             numbers.push((*disk, guest));
         }
-        oci::number_anew(&spec, &numbers).map_err(ServiceError::failed)
+        oci::replace_disk_numbers(&spec, &numbers).map_err(ServiceError::failed)
     }
 
     /// Loads a process's AppArmor profile into the guest's kernel.

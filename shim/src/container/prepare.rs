@@ -46,7 +46,7 @@ pub struct Prepared {
     /// Volumes that the guest gets copies of or makes, before it creates the container.
     pub volumes: InGuest,
     /// Block devices of the host that the guest gets, before it creates the container; the specification has the host's
-    /// numbers until [`crate::oci::number_anew`].
+    /// numbers until [`crate::oci::replace_disk_numbers`].
     pub disks: Vec<Disk>,
 }
 

@@ -143,7 +143,7 @@ impl Shim {
     }
 
     /// Returns if no request creates this sandbox within `CREATE_TIMEOUT`; otherwise never.
-    pub async fn forsaken(self: &Arc<Self>) {
+    pub async fn create_timed_out(self: &Arc<Self>) {
         if lock(&self.api.pending).is_none() {
             return std::future::pending().await;
         }

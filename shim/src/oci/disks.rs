@@ -54,7 +54,7 @@ fn writable(spec: &Value, major: u32, minor: u32) -> bool {
 ///
 /// # Errors
 /// If `spec` is not JSON.
-pub fn number_anew(spec: &[u8], disks: &[(Disk, Numbers)]) -> serde_json::Result<Vec<u8>> {
+pub fn replace_disk_numbers(spec: &[u8], disks: &[(Disk, Numbers)]) -> serde_json::Result<Vec<u8>> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     for path in ["/linux/devices", "/linux/resources/devices"] {
         let Some(entries) = spec.pointer_mut(path).and_then(Value::as_array_mut) else { continue };
@@ -113,19 +113,20 @@ mod tests {
     }
 
     #[test]
-    fn number_anew_replaces_the_numbers_of_disks_only() {
+    fn replace_disk_numbers_changes_disks_only() {
         let disk = Disk { major: 7, minor: 1, read_only: false };
-        let numbered =
-            number_anew(spec("rwm").to_string().as_bytes(), &[(disk, Numbers { major: 254, minor: 16 })]).unwrap();
-        let numbered: Value = serde_json::from_slice(&numbered).unwrap();
-        assert_eq!(numbered["linux"]["devices"][0]["major"], 254);
+        let replaced =
+            replace_disk_numbers(spec("rwm").to_string().as_bytes(), &[(disk, Numbers { major: 254, minor: 16 })])
+                .unwrap();
+        let replaced: Value = serde_json::from_slice(&replaced).unwrap();
+        assert_eq!(replaced["linux"]["devices"][0]["major"], 254);
         assert_eq!(
-            numbered["linux"]["devices"][1],
+            replaced["linux"]["devices"][1],
             json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 })
         );
-        let rules = &numbered["linux"]["resources"]["devices"];
+        let rules = &replaced["linux"]["resources"]["devices"];
         assert_eq!((&rules[1]["major"], &rules[1]["minor"]), (&json!(254), &json!(16)));
         assert_eq!(rules[2]["major"], 7, "a character device's");
-        assert!(number_anew(b"{", &[]).is_err());
+        assert!(replace_disk_numbers(b"{", &[]).is_err());
     }
 }

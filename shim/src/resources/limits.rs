@@ -19,7 +19,7 @@ const NO_LIMIT: u64 = 1 << 62;
 /// Returns the maximum guest memory, in MiB, within the limit of the parent cgroup, which the kubelet sets for the pod.
 ///
 /// The limit changes with the pod. If a guest used more memory, the kernel would kill the VMM.
-pub fn room(place: &Place) -> u64 {
+pub fn max_guest_mib(place: &Place) -> u64 {
     parent_limit(place, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
@@ -195,10 +195,13 @@ mod tests {
         let legacy = Place::Legacy(vec![(vec!["memory".to_owned()], pod.clone())]);
         std::fs::write(dir.path().join("memory.max"), "max\n").unwrap();
         std::fs::write(dir.path().join("memory.limit_in_bytes"), "9223372036854771712\n").unwrap();
-        assert_eq!((room(&Place::Unified(pod.clone())), room(&legacy)), (u64::MAX, u64::MAX));
+        assert_eq!((max_guest_mib(&Place::Unified(pod.clone())), max_guest_mib(&legacy)), (u64::MAX, u64::MAX));
         std::fs::write(dir.path().join("memory.max"), "1073741824\n").unwrap();
         std::fs::write(dir.path().join("memory.limit_in_bytes"), "536870912\n").unwrap();
-        assert_eq!((room(&Place::Unified(pod)), room(&legacy)), (guest_mib(1 << 30), guest_mib(512 << 20)));
+        assert_eq!(
+            (max_guest_mib(&Place::Unified(pod)), max_guest_mib(&legacy)),
+            (guest_mib(1 << 30), guest_mib(512 << 20))
+        );
         assert_eq!(huge_mib(&legacy), 0);
     }
 

@@ -198,7 +198,7 @@ impl Vm {
     /// Grows what has to grow, and requests what has to shrink.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
         if let Some((place, _)) = &self.cgroup {
-            target.size.memory_mib = target.size.memory_mib.min(limits::room(place));
+            target.size.memory_mib = target.size.memory_mib.min(limits::max_guest_mib(place));
         }
         target.huge_mib = target.huge_mib.max(self.now.huge_mib);
         if target == self.now && self.complete {

@@ -139,7 +139,7 @@ impl PartialLaunch {
         self.timeline_log.clone_from(&config.timeline_log);
         bundle.check().map_err(|e| chain(&e))?;
         let spec = &bundle.spec;
-        let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::room(cgroup.place()));
+        let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.place()));
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
         let sizing = resources::sizing(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
@@ -179,7 +179,7 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, sizing: &Sizing, vmm_pid
         vmm_pid,
         shim_pid: std::process::id(),
     };
-    if let Err(error) = context.dir.note(&sandbox) {
+    if let Err(error) = context.dir.record(&sandbox) {
         tracing::warn!(error = %chain(&error), "failed to record the sandbox for husk ps");
     }
 }

@@ -203,7 +203,7 @@ impl Sandbox {
         self.launched.get()?.vmm.as_ref()
     }
 
-    /// Returns the VMM's PID: a follow_events process on the host in the sandbox's network namespace. 0 if there is no
+    /// Returns the VMM's PID: a process on the host in the sandbox's network namespace. 0 if there is no
     /// VMM.
     pub fn pid(&self) -> u32 {
         self.vmm().map_or(0, Vmm::pid)

@@ -106,7 +106,7 @@ impl StateDir {
     ///
     /// # Errors
     /// [`StateError::Write`].
-    pub fn note(&self, sandbox: &husk_config::sandbox::Sandbox) -> Result<(), StateError> {
+    pub fn record(&self, sandbox: &husk_config::sandbox::Sandbox) -> Result<(), StateError> {
         let path = self.path.join(RECORD);
         let write = |source| StateError::Write { path: path.clone(), source };
         let text = serde_json::to_string(sandbox).map_err(|error| write(error.into()))?;
@@ -123,7 +123,7 @@ impl StateDir {
             self.read(RECORD).and_then(|text| serde_json::from_str::<husk_config::sandbox::Sandbox>(&text).ok());
         match record {
             Some(record) if (record.vcpus, record.memory_mib) != (vcpus, memory_mib) => {
-                self.note(&husk_config::sandbox::Sandbox { vcpus, memory_mib, ..record })
+                self.record(&husk_config::sandbox::Sandbox { vcpus, memory_mib, ..record })
             }
             _ => Ok(()),
         }
@@ -238,7 +238,7 @@ mod tests {
             vmm_pid: 1,
             shim_pid: 2,
         };
-        state.note(&record).unwrap();
+        state.record(&record).unwrap();
         state.record_size(2, 512).unwrap();
         let text = state.read(RECORD).unwrap();
         let expected = husk_config::sandbox::Sandbox { vcpus: 2, memory_mib: 512, ..record };
