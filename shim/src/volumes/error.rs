@@ -18,14 +18,14 @@ pub enum VolumeError {
     },
     /// A volume in memory cannot be made in the guest.
     #[error("error mounting {mount_source:?} to rootfs at {destination:?}")]
-    Own {
+    Memory {
         /// The mount's source.
         mount_source: String,
         /// Where in the container.
         destination: String,
         /// Why not.
         #[source]
-        source: memory_volume::OwnError,
+        source: memory_volume::MemoryVolumeError,
     },
     /// The host refused.
     #[error("error mounting {mount_source:?} to rootfs at {destination:?}: cannot {step}")]

@@ -25,7 +25,7 @@ const HUGE_PAGE: u64 = 2 << 20;
 
 /// Error of translating a memory volume.
 #[derive(Debug, thiserror::Error)]
-pub enum OwnError {
+pub enum MemoryVolumeError {
     /// The volume cannot be inspected.
     #[error("failed to {0}")]
     Inspect(&'static str, #[source] io::Error),
@@ -42,14 +42,14 @@ pub enum OwnError {
 /// `source` was found at `path`; it is for mount number `mount` of `container`.
 ///
 /// # Errors
-/// [`OwnError`].
-pub fn find(
+/// [`MemoryVolumeError`].
+pub fn request_for(
     source: &OwnedFd,
     path: &Path,
     id_mappings: Option<&IdMappings>,
     (container, mount): (&str, u32),
-) -> Result<Option<VolumeRequest>, OwnError> {
-    let inspect = |what| move |error| OwnError::Inspect(what, error);
+) -> Result<Option<VolumeRequest>, MemoryVolumeError> {
+    let inspect = |what| move |error| MemoryVolumeError::Inspect(what, error);
     let fs_stat = filesystem(source).map_err(inspect("stat its file system"))?;
     let (fs_type, size) = match fs_stat.f_type {
         TMPFS_MAGIC => ("tmpfs", fs_stat.f_blocks.saturating_mul(fs_stat.f_bsize.unsigned_abs())),
@@ -58,17 +58,17 @@ pub fn find(
     };
     let huge = fs_type == "hugetlbfs";
     let Some((name, root)) = kubelet_paths::empty_dir(path) else {
-        return if huge { Err(OwnError::Shared) } else { Ok(None) };
+        return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     };
     // A directory on another file system than its volume is not part of the volume.
     let volume_stat = fs::symlink_metadata(&root).map_err(inspect("stat the volume"))?;
     let dir_stat =
         fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).map_err(inspect("stat the directory"))?;
     if volume_stat.dev() != dir_stat.dev() {
-        return if huge { Err(OwnError::Shared) } else { Ok(None) };
+        return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     }
     if huge && fs_stat.f_bsize.unsigned_abs() != HUGE_PAGE {
-        return Err(OwnError::Size(fs_stat.f_bsize.unsigned_abs()));
+        return Err(MemoryVolumeError::Size(fs_stat.f_bsize.unsigned_abs()));
     }
     let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
@@ -87,10 +87,10 @@ pub fn find(
     }))
 }
 
-/// Returns the request for the subdirectory `below` of the volume that the guest has at `whole`, for mount number
+/// Returns the request for the subdirectory `below` of the volume that the guest has at `root`, for mount number
 /// `mount` of `container`.
-pub fn part_of(whole: &str, below: Vec<VolumeDirectory>, (container, mount): (&str, u32)) -> VolumeRequest {
-    let name = Path::new(whole).file_name().unwrap_or_default().to_string_lossy().into_owned();
+pub fn subdirectory_request(root: &str, below: Vec<VolumeDirectory>, (container, mount): (&str, u32)) -> VolumeRequest {
+    let name = Path::new(root).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let (fs_type, container_id) = (SHARED.to_owned(), container.to_owned());
     VolumeRequest { name, fs_type, directories: below, container_id, mount, ..Default::default() }
 }
@@ -112,12 +112,12 @@ mod tests {
     #[test]
     fn directory_on_disk_is_not_a_memory_volume() {
         let dir = tempfile::tempdir().unwrap();
-        let find_at = |path: &Path| {
+        let request_at = |path: &Path| {
             let fd = mount_api::open_path(path, true).unwrap();
-            find(&fd, path, None, ("c", 0)).unwrap()
+            request_for(&fd, path, None, ("c", 0)).unwrap()
         };
-        assert_eq!(find_at(dir.path()), None);
+        assert_eq!(request_at(dir.path()), None);
         // A tmpfs, but not an emptyDir.
-        assert_eq!(find_at(Path::new("/dev/shm")), None);
+        assert_eq!(request_at(Path::new("/dev/shm")), None);
     }
 }

@@ -31,7 +31,7 @@ enum Plan {
     /// The guest gets a copy that is kept up to date.
     Mirror { source: Volume, id_mappings: Option<IdMappings> },
     /// The guest makes one of its own.
-    Own(Box<VolumeRequest>),
+    Memory(Box<VolumeRequest>),
 }
 
 /// What has to be done in the guest before it creates the container.
@@ -40,7 +40,7 @@ pub struct InGuest {
     /// Volumes that it gets copies of.
     pub mirrors: Vec<Mirror>,
     /// Volumes that it makes.
-    pub own: Vec<VolumeRequest>,
+    pub memory: Vec<VolumeRequest>,
 }
 
 /// Where the host binds volumes, and the guest finds them.
@@ -73,9 +73,9 @@ pub fn make(
             guest.mirrors.push(Mirror { source, id_mappings, mount: number });
             Ok(Some(mirror::guest_path(place.container, index)))
         }
-        Plan::Own(request) => {
+        Plan::Memory(request) => {
             let path = volume::path(&request).to_string_lossy().into_owned();
-            guest.own.push(*request);
+            guest.memory.push(*request);
             Ok(Some(path))
         }
         Plan::Keep => Ok(None),
@@ -93,9 +93,9 @@ pub fn make(
             if below.is_empty() {
                 return Ok(Some(whole));
             }
-            let request = memory_volume::part_of(&whole, below, (place.container, number));
+            let request = memory_volume::subdirectory_request(&whole, below, (place.container, number));
             let path = volume::path(&request).to_string_lossy().into_owned();
-            guest.own.push(request);
+            guest.memory.push(request);
             Ok(Some(path))
         }
     }
@@ -166,14 +166,14 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         return of_the_guest(&resolved, kind, notes);
     }
     if kind == SFlag::S_IFDIR {
-        let own = memory_volume::find(&fd, &path, id_mappings.as_ref(), (place.container, number));
-        let error = |error| VolumeError::Own {
+        let memory = memory_volume::request_for(&fd, &path, id_mappings.as_ref(), (place.container, number));
+        let error = |error| VolumeError::Memory {
             mount_source: source.into(),
             destination: mount.destination.clone(),
             source: error,
         };
-        if let Some(request) = own.map_err(error)? {
-            return Ok(Plan::Own(Box::new(request)));
+        if let Some(request) = memory.map_err(error)? {
+            return Ok(Plan::Memory(Box::new(request)));
         }
     }
     if shareable {
