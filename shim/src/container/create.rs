@@ -68,10 +68,9 @@ impl Shim {
         let prepare = async {
             self.acquire_pid(&request.id, &spec).await;
             let prepared = self.prepare(request, bundle).await?;
-            if prepared.follows_mounts {
-                let following = self.sandbox.follow_mounts();
-                following
-                    .map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
+            if prepared.needs_propagation {
+                let started = self.sandbox.start_propagation();
+                started.map_err(|error| ServiceError::failed(format!("failed to watch the host's mounts: {error}")))?;
             }
             // CNI plugins that run as hooks need the network namespace of the VMM process, which exists by this point.
             self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
@@ -91,8 +90,8 @@ impl Shim {
             let made = agent.sandbox.volume(within(timeouts::QUICK), volume).await;
             made.map_err(|error| self.agent_error("volume", error))?;
         }
-        let following = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
-        let following = following.map_err(ServiceError::failed)?;
+        let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
+        let mirroring = mirroring.map_err(ServiceError::failed)?;
         self.reserve_resources(&request.id, Limits::of(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
@@ -115,7 +114,7 @@ impl Shim {
         agent.task.create(limit, &guest).await.map_err(|error| self.agent_error("create", error))?;
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
-        let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, following));
+        let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
         self.created(&container, request);
         // Only now, because the container's start must not be throttled by its own CPU limit.
         self.queue_resize();

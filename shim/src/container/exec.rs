@@ -29,7 +29,7 @@ impl Shim {
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
-        self.sandbox.settle_mounts().await;
+        self.sandbox.wait_for_propagation().await;
         process.begin_start()?;
         let request = StartRequest { id: container.id.clone(), ..Default::default() };
         if !container.is_sandbox_container()
@@ -106,7 +106,7 @@ impl Shim {
         let agent = self.agent()?;
         let owner = Owner { id: &process.container, namespace: &self.namespace };
         self.load_profile(&agent, &exec.profile).await?;
-        self.sandbox.settle_mounts().await;
+        self.sandbox.wait_for_propagation().await;
         let stdio = Stdio::open(&process.paths, &owner).await.map_err(ServiceError::failed)?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         process.set_relay(relay);

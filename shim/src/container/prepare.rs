@@ -40,7 +40,7 @@ pub struct Prepared {
     /// What the guest cannot honour and was left out, for the log.
     pub notes: Vec<String>,
     /// Whether a volume is to show what the host mounts in it later ([`crate::volumes::sync_mounts`]).
-    pub follows_mounts: bool,
+    pub needs_propagation: bool,
     /// Its AppArmor profile, which the guest is to know before.
     pub profile: String,
     /// Volumes that the guest gets copies of or makes, before it creates the container.
@@ -110,9 +110,9 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     }
     let profile = bundle.spec.process.apparmor_profile.clone().unwrap_or_default();
     let (spec, disks) = (raw.to_string().into_bytes(), disks::of(&raw));
-    let follows_mounts = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).follows);
+    let needs_propagation = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).slave);
     let rootfs = translate::guest_rootfs(id);
-    Ok(Prepared { spec, rootfs, notes, follows_mounts, profile, volumes, disks })
+    Ok(Prepared { spec, rootfs, notes, needs_propagation, profile, volumes, disks })
 }
 
 fn mount(

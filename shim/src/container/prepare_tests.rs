@@ -330,7 +330,7 @@ fn volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     let rootfs = [overlay(dir, 1)];
     let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
     let prepared = prepare(&bundle, &request).unwrap();
-    assert_eq!(prepared.follows_mounts, options.contains(&"rslave"));
+    assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
     source(share, &prepared, 2)
 }
 
@@ -410,7 +410,7 @@ fn later_mounts_are_followed_but_for_the_hosts_own() {
 }
 
 #[test]
-fn sync_follows_mounts_that_cover_others() {
+fn sync_repeats_mounts_that_cover_others() {
     isolated(|dir| {
         let share = share(dir);
         let root = shared_mount(dir);

@@ -37,12 +37,12 @@ pub struct Container {
     paused: AtomicBool,
     oom_reported: AtomicBool,
     /// Tasks that keep the mirrored volumes up to date. Dropping them with the container stops them.
-    _following: JoinSet<()>,
+    _mirroring: JoinSet<()>,
 }
 
 impl Container {
     /// Returns a container whose init process has been created.
-    pub fn new(id: &str, bundle: &str, spec: Spec, init: Process, following: JoinSet<()>) -> Self {
+    pub fn new(id: &str, bundle: &str, spec: Spec, init: Process, mirroring: JoinSet<()>) -> Self {
         Self {
             id: id.to_owned(),
             bundle: bundle.to_owned(),
@@ -51,7 +51,7 @@ impl Container {
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
             oom_reported: AtomicBool::new(false),
-            _following: following,
+            _mirroring: mirroring,
         }
     }
 

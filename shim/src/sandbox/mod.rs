@@ -283,12 +283,12 @@ impl Sandbox {
     ///
     /// # Errors
     /// As `Propagation::start`.
-    pub fn follow_mounts(&self) -> std::io::Result<()> {
+    pub fn start_propagation(&self) -> std::io::Result<()> {
         self.propagation.start(&self.share())
     }
 
     /// Waits until volumes show the mounts that the host has now.
-    pub async fn settle_mounts(&self) {
+    pub async fn wait_for_propagation(&self) {
         self.propagation.settle().await;
     }
 

@@ -49,7 +49,7 @@ pub struct Source<'a> {
     /// Whether it is the same by whichever of the host's mounts it is reached.
     pub any_mount: bool,
     /// Whether the guest is to see what the host mounts there later.
-    pub follows: bool,
+    pub receives_mounts: bool,
 }
 
 /// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it. `notes` gets what
@@ -92,7 +92,7 @@ pub fn bind(
             notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
         }
     }
-    if source.follows && !stage.has(&name) {
+    if source.receives_mounts && !stage.has(&name) {
         // What it lacks in the share by now, the next update makes up for.
         receive(source, host_only, (&stage, &name)).map_err(|(step, source)| host(step)(source))?;
     }
@@ -196,9 +196,9 @@ fn kind(source: &Source<'_>) -> io::Result<String> {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
     };
-    let Flags { recursive, read_only, read_only_below, follows } = &source.flags;
+    let Flags { recursive, read_only, read_only_below, slave } = &source.flags;
     let how: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_below) << 2;
-    let how = how | u8::from(*follows) << 3;
+    let how = how | u8::from(*slave) << 3;
     Ok(format!("{:x}-{:x}-{mount}-{how:x}", stat.st_dev, stat.st_ino))
 }
 
@@ -210,13 +210,13 @@ pub struct Flags {
     pub read_only: bool,
     read_only_below: bool,
     /// Whether what the host mounts later is to be seen.
-    pub follows: bool,
+    pub slave: bool,
 }
 
 impl Flags {
     /// Those of `mount`.
     pub fn of(mount: &Mount) -> Self {
-        let mut flags = Self { recursive: false, read_only: false, read_only_below: false, follows: false };
+        let mut flags = Self { recursive: false, read_only: false, read_only_below: false, slave: false };
         for option in mount.options() {
             match option.as_str() {
                 "rbind" => flags.recursive = true,
@@ -224,7 +224,7 @@ impl Flags {
                 "rw" => flags.read_only = false,
                 "rro" => (flags.read_only, flags.read_only_below) = (true, true),
                 // Of what the host mounts there later, the guest sees each at its first look.
-                "slave" | "rslave" => flags.follows = true,
+                "slave" | "rslave" => flags.slave = true,
                 _ => {}
             }
         }
@@ -233,7 +233,7 @@ impl Flags {
 
     /// Those of a mount that is everybody's, and of which the guest says who may write and who sees what is mounted later.
     pub fn held_by_the_guest() -> Self {
-        Self { recursive: true, read_only: false, read_only_below: false, follows: false }
+        Self { recursive: true, read_only: false, read_only_below: false, slave: false }
     }
 }
 
@@ -248,9 +248,9 @@ mod tests {
             let (kind, source) = (Some("bind".into()), Some("/a".into()));
             Flags::of(&Mount { destination: "/b".into(), kind, source, options, ..Mount::default() })
         };
-        let plain = Flags { recursive: true, read_only: false, read_only_below: false, follows: false };
+        let plain = Flags { recursive: true, read_only: false, read_only_below: false, slave: false };
         assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
-        assert!(of(&["bind", "ro", "rslave"]).follows);
+        assert!(of(&["bind", "ro", "rslave"]).slave);
         assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_below && !of(&["bind"]).recursive);
         assert!(of(&["rbind", "rro"]).read_only_below);
     }

@@ -81,14 +81,16 @@ pub fn make(
         Plan::Keep => Ok(None),
         Plan::Guest(path) => Ok(Some(path)),
         Plan::Bind { source, directory, id_mappings, any_mount } => {
-            let (id_mappings, flags, follows) = (id_mappings.as_ref(), Flags::of(mount), Flags::of(mount).follows);
-            let source = bind::Source { file: &source, directory, id_mappings, flags, any_mount, follows };
+            let (id_mappings, flags, receives_mounts) =
+                (id_mappings.as_ref(), Flags::of(mount), Flags::of(mount).slave);
+            let source = bind::Source { file: &source, directory, id_mappings, flags, any_mount, receives_mounts };
             bind::bind(mount, &source, (place.share, place.container), place.host_only, notes).map(Some)
         }
         Plan::Shared { volume: kubelet_paths::Shared { root, below }, id_mappings } => {
-            let (id_mappings, flags, follows) =
-                (id_mappings.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).follows);
-            let source = bind::Source { file: &root, directory: true, id_mappings, flags, any_mount: false, follows };
+            let (id_mappings, flags, receives_mounts) =
+                (id_mappings.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).slave);
+            let source =
+                bind::Source { file: &root, directory: true, id_mappings, flags, any_mount: false, receives_mounts };
             let whole = bind::bind(mount, &source, (place.share, place.container), place.host_only, notes)?;
             if below.is_empty() {
                 return Ok(Some(whole));
