@@ -21,7 +21,7 @@ use crate::sandbox::boot::pipe_pair;
 use crate::sandbox::launch::{self, LaunchContext, Pending};
 use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
-use crate::sandbox::{Prepared, Sandbox};
+use crate::sandbox::{LaunchInput, Sandbox};
 
 /// Timeout for delivering the last events to containerd at the end.
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -137,7 +137,7 @@ fn create_mount_namespace() -> nix::Result<()> {
 /// The start of the boot.
 enum Launch {
     /// Boots immediately: the specification is known.
-    Immediate(Box<Prepared>),
+    Immediate(Box<LaunchInput>),
     /// Boots when the sandbox is created. Contains the guest's view of the share, or the error that prevented it.
     Deferred(Result<PathBuf, String>),
 }
@@ -147,8 +147,8 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
     let (reports, reported) = mpsc::unbounded_channel();
     let sandbox = Sandbox::new(&context.sandbox, context.dir.clone(), Arc::clone(&context.timeline), vmm_log);
     let pending = match launch {
-        Launch::Immediate(prepared) => {
-            sandbox.launch(*prepared, reports);
+        Launch::Immediate(input) => {
+            sandbox.launch(*input, reports);
             None
         }
         Launch::Deferred(share) => Some(Pending { context, share, dir, reports }),

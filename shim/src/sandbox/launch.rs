@@ -19,7 +19,7 @@ use crate::resources::limits;
 use crate::sandbox::boot::{Plan, Pod};
 use crate::sandbox::state_dir::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
-use crate::sandbox::{Prepared, Sandbox};
+use crate::sandbox::{LaunchInput, Sandbox};
 use crate::vm::agent::Report;
 use crate::vm::vmm;
 
@@ -76,11 +76,11 @@ impl Pending {
             let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network));
             let _ = done.send(partial.finish(plan));
         });
-        let prepared = match thread {
+        let input = match thread {
             Ok(_) => wait.await.map_err(|_| "the thread that launches the sandbox panicked".to_owned())?,
             Err(error) => return Err(format!("failed to start the thread that launches the sandbox: {error}")),
         };
-        sandbox.launch(prepared, reports);
+        sandbox.launch(input, reports);
         Ok(())
     }
 }
@@ -94,7 +94,7 @@ struct PartialLaunch {
 }
 
 /// Prepares a launch. The process must have a single thread.
-pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Prepared {
+pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> LaunchInput {
     let mut partial = PartialLaunch::default();
     let spec = &bundle.spec;
     let entered = enter_cgroup(context, &spec.linux.cgroups_path);
@@ -104,13 +104,13 @@ pub fn prepare(context: &LaunchContext, bundle: &Bundle, share: &Path) -> Prepar
 }
 
 /// Returns a launch that failed before it acquired anything.
-pub fn failed(error: String) -> Prepared {
+pub fn failed(error: String) -> LaunchInput {
     PartialLaunch::default().finish(Err(error))
 }
 
 impl PartialLaunch {
-    fn finish(self, plan: Result<Plan, String>) -> Prepared {
-        Prepared { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
+    fn finish(self, plan: Result<Plan, String>) -> LaunchInput {
+        LaunchInput { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
     }
 
     /// Spawns the VMM process, which inherits the cgroup that this process has entered.

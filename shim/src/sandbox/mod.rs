@@ -33,7 +33,7 @@ use crate::random;
 use crate::resources::growth::Size;
 
 /// Input of [`Sandbox::launch`].
-pub struct Prepared {
+pub struct LaunchInput {
     /// The sandbox's cgroup.
     pub cgroup: Option<Cgroup>,
     /// The VMM process, if it could be started.
@@ -104,11 +104,11 @@ impl Sandbox {
     }
 
     /// Starts the boot, once. The agent's reports go to `reports`, which is closed when the VM ends.
-    pub fn launch(&self, prepared: Prepared, reports: mpsc::UnboundedSender<Report>) {
+    pub fn launch(&self, input: LaunchInput, reports: mpsc::UnboundedSender<Report>) {
         if !self.state.enter(State::Booting) {
             return;
         }
-        let Prepared { cgroup, vmm, plan, timeline_log } = prepared;
+        let LaunchInput { cgroup, vmm, plan, timeline_log } = input;
         let (notify, notices) = mpsc::unbounded_channel();
         let attached = vmm.map(|spawned| Vmm::attach(spawned, notify).map_err(|e| crate::chain(&e))).transpose();
         let (vmm, plan) = match attached {
