@@ -25,13 +25,13 @@ const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 
 /// Compares the network of a namespace with its earlier state.
 #[derive(Debug)]
-pub struct Follow {
+pub struct NetworkWatcher {
     namespace: File,
     connected: Vec<TapLink>,
     /// Interfaces whose taps are to be removed: their redirections still exist.
     stale: Vec<TapLink>,
     /// MAC addresses of removed interfaces that no [`Change`] has reported yet.
-    gone: Vec<[u8; 6]>,
+    removed: Vec<[u8; 6]>,
     last: NetworkRequest,
     unsupported: Unsupported,
     options: TapOptions,
@@ -60,9 +60,9 @@ pub struct Change {
     /// The taps of new interfaces.
     pub taps: Vec<Tap>,
     /// The MAC addresses of removed interfaces.
-    pub gone: Vec<[u8; 6]>,
+    pub removed: Vec<[u8; 6]>,
     /// The complete current state.
-    pub now: NetworkRequest,
+    pub current: NetworkRequest,
 }
 
 impl Change {
@@ -71,7 +71,7 @@ impl Change {
     /// It is sent before the devices of new interfaces are hot-plugged: the guest then removes everything of an earlier
     /// interface with the same name or MAC address.
     pub fn without_new(&self) -> NetworkRequest {
-        let mut rest = self.now.clone();
+        let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
         let (new, old) = rest.interfaces.into_iter().partition(|interface: &Interface| is_new(&interface.mac));
         rest.interfaces = old;
@@ -82,7 +82,7 @@ impl Change {
     }
 }
 
-impl Follow {
+impl NetworkWatcher {
     /// Starts with the current namespace, the state that was read from it, and the taps of its interfaces.
     pub(super) fn new(
         taps: &[Tap],
@@ -93,7 +93,7 @@ impl Follow {
             namespace: File::open("/proc/thread-self/ns/net")?,
             connected: taps.iter().map(TapLink::from_tap).collect(),
             stale: Vec::new(),
-            gone: Vec::new(),
+            removed: Vec::new(),
             last,
             unsupported,
             options,
@@ -106,7 +106,7 @@ impl Follow {
     ///
     /// # Errors
     /// [`NetworkError`]. The next call reports the same changes again.
-    pub fn look(&mut self) -> Result<Option<Change>, NetworkError> {
+    pub fn read_change(&mut self) -> Result<Option<Change>, NetworkError> {
         setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|error| kernel_error("enter the network namespace")(error.into()))?;
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
@@ -115,7 +115,7 @@ impl Follow {
         let links: Vec<Link> =
             all.iter().filter(|link| !is_tap(link.index)).cloned().filter_map(read::to_guest_link).collect();
         self.remove_taps(&netlink, &all)?;
-        let (now, unsupported) = read::network(&netlink, &links)?;
+        let (current, unsupported) = read::network(&netlink, &links)?;
         log_unsupported(unsupported.difference(&self.unsupported));
         self.unsupported = unsupported;
         let mut taps = Vec::new();
@@ -133,9 +133,9 @@ impl Follow {
             }
         }
         self.connected.extend(taps.iter().map(TapLink::from_tap));
-        let changed = !taps.is_empty() || !self.gone.is_empty() || now != self.last;
-        self.last.clone_from(&now);
-        Ok(changed.then(|| Change { taps, gone: std::mem::take(&mut self.gone), now }))
+        let changed = !taps.is_empty() || !self.removed.is_empty() || current != self.last;
+        self.last.clone_from(&current);
+        Ok(changed.then(|| Change { taps, removed: std::mem::take(&mut self.removed), current }))
     }
 
     /// Removes the taps of interfaces that were removed or whose MAC address has changed.
@@ -147,7 +147,7 @@ impl Follow {
         });
         self.connected = kept;
         let removed: Vec<TapLink> = removed;
-        self.gone.extend(removed.iter().map(|connected| connected.mac));
+        self.removed.extend(removed.iter().map(|connected| connected.mac));
         self.stale.extend(removed);
         while let Some(connected) = self.stale.last() {
             tap::remove(netlink, connected.link, connected.tap).map_err(kernel_error("remove a tap"))?;
@@ -158,8 +158,8 @@ impl Follow {
 
     /// Records that the last change, with the new interfaces of `taps`, did not reach the guest.
     ///
-    /// The next [`Follow::look`] reports all of it again.
-    pub fn forget(&mut self, taps: &[Tap]) {
+    /// The next [`NetworkWatcher::read_change`] reports all of it again.
+    pub fn mark_undelivered(&mut self, taps: &[Tap]) {
         self.last = NetworkRequest::default();
         let (kept, stale): (Vec<_>, Vec<_>) = std::mem::take(&mut self.connected)
             .into_iter()

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 
-use crate::network::Steer;
+use crate::network::PortForwarding;
 use crate::vm::vmm::{Vmm, VmmError};
 
 /// Maximum number of connections at once. More wait in the listener's backlog.
@@ -47,9 +47,9 @@ enum ForwardError {
 }
 
 /// Accepts connections until the VM ends. Each listener has a task of its own.
-pub fn serve(steer: Steer, vmm: &Vmm) {
+pub fn serve(forwarding: PortForwarding, vmm: &Vmm) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let Steer { listeners, link } = steer;
+    let PortForwarding { listeners, link } = forwarding;
     let link = Arc::new(link);
     for listener in listeners {
         let (vmm, slots, link) = (vmm.clone(), Arc::clone(&slots), Arc::clone(&link));

@@ -19,13 +19,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-pub use follow::{Change, Follow};
+pub use follow::{Change, NetworkWatcher};
 use husk_netlink::Netlink;
 use husk_proto::agent::NetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 use read::Link;
-pub use steer::Steer;
+pub use steer::PortForwarding;
 
 /// Maximum number of fds in the message that creates a VM, apart from those of its interfaces.
 const VM_FDS: usize = 4;
@@ -36,11 +36,11 @@ pub struct Network {
     /// The taps, one for each interface.
     pub taps: Vec<Tap>,
     /// Interfaces with their addresses, and the configured routes, rules and neighbours.
-    pub given: NetworkRequest,
+    pub config: NetworkRequest,
     /// The watcher for later changes, with the socket that becomes readable when something has changed.
-    pub follow: Option<(Follow, OwnedFd)>,
+    pub watcher: Option<(NetworkWatcher, OwnedFd)>,
     /// Accepts connections that host processes open inside the namespace.
-    pub steer: Option<Steer>,
+    pub port_forwarding: Option<PortForwarding>,
 }
 
 /// Options for creating taps.
@@ -136,18 +136,18 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         // subscription made now has none. It suffices if no interface has changed since the first listing.
         let after = follow::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
-        let (given, unsupported) = read::network(&netlink, &links)?;
+        let (config, unsupported) = read::network(&netlink, &links)?;
         follow::log_unsupported(&unsupported);
-        let follow =
-            notices.and_then(|notices| Ok((Follow::new(&taps, (given.clone(), unsupported), options)?, notices)));
+        let watcher = notices
+            .and_then(|notices| Ok((NetworkWatcher::new(&taps, (config.clone(), unsupported), options)?, notices)));
         let network = Network {
             taps,
-            given,
+            config,
             // Best effort.
-            follow: follow
+            watcher: watcher
                 .inspect_err(|error| tracing::warn!(%error, "failed to watch the pod's network for changes"))
                 .ok(),
-            steer: steer_connections(),
+            port_forwarding: steer_connections(),
         };
         Ok(network)
     })?
@@ -160,21 +160,21 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
 }
 
 /// Starts port forwarding: steers TCP connections that host processes open in the current namespace to the shim.
-fn steer_connections() -> Option<Steer> {
+fn steer_connections() -> Option<PortForwarding> {
     // Best effort.
     steer::current_namespace()
         .inspect_err(|error| tracing::warn!(%error, "port forwarding is not available: failed to steer connections"))
         .ok()
 }
 
-/// Watches the new network namespace at `path`, which has only a loopback interface yet. With `steer`, also starts port
-/// forwarding.
-pub fn watch_new(path: &Path, steer: bool, options: TapOptions) -> Result<Network, NetworkError> {
+/// Watches the new network namespace at `path`, which has only a loopback interface yet. With `forward_ports`, also
+/// starts port forwarding.
+pub fn watch_new(path: &Path, forward_ports: bool, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
         let notices = follow::subscribe();
-        let follow = notices.and_then(|notices| Ok((Follow::new(&[], Default::default(), options)?, notices)));
-        let follow = Some(follow.map_err(kernel_error("subscribe to changes"))?);
-        Ok(Network { follow, steer: steer.then(steer_connections).flatten(), ..Network::default() })
+        let watcher = notices.and_then(|notices| Ok((NetworkWatcher::new(&[], Default::default(), options)?, notices)));
+        let watcher = Some(watcher.map_err(kernel_error("subscribe to changes"))?);
+        Ok(Network { watcher, port_forwarding: forward_ports.then(steer_connections).flatten(), ..Network::default() })
     })?
 }
 

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// The listeners, and the BPF link that steers connections to them.
 #[derive(Debug)]
-pub struct Steer {
+pub struct PortForwarding {
     /// Non-blocking listeners for IPv4, and for IPv6 if the namespace has it.
     pub listeners: Vec<TcpListener>,
     /// The BPF link between the program and the namespace. Closing it ends the steering.
@@ -42,7 +42,7 @@ const CTX_PROTOCOL: i16 = 12;
 ///
 /// # Errors
 /// Among others, if the kernel is older than this program type, or is configured to forbid BPF programs.
-pub fn current_namespace() -> io::Result<Steer> {
+pub fn current_namespace() -> io::Result<PortForwarding> {
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
@@ -62,7 +62,7 @@ pub fn current_namespace() -> io::Result<Steer> {
     // SAFETY: the attributes are the four numbers that BPF_LINK_CREATE reads, and contain no pointers.
     let link = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
     // The link keeps the program alive, and the program keeps the map alive.
-    Ok(Steer { listeners, link })
+    Ok(PortForwarding { listeners, link })
 }
 
 fn create_map() -> io::Result<OwnedFd> {

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::lock;
-use crate::network::{Change, Follow, NetworkError, Tap};
+use crate::network::{Change, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
 
@@ -28,10 +28,10 @@ const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// Error of applying a change to the guest.
 #[derive(Debug, thiserror::Error)]
-enum FollowError {
+enum NetworkSyncError {
     /// The pod's network on the host cannot be read.
     #[error(transparent)]
-    Look(#[from] NetworkError),
+    Read(#[from] NetworkError),
     /// No thread could be started to read the pod's network.
     #[error("failed to start a thread that reads the pod's network")]
     Thread(#[source] io::Error),
@@ -47,16 +47,16 @@ enum FollowError {
 type SettleRequest = oneshot::Sender<Result<(), String>>;
 
 /// Handle of the task that applies changes.
-pub struct Follower(mpsc::UnboundedSender<SettleRequest>);
+pub struct NetworkSync(mpsc::UnboundedSender<SettleRequest>);
 
-impl Follower {
+impl NetworkSync {
     /// Starts the task, which runs until the VM ends.
-    pub fn start(follow: Follow, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
+    pub fn start(watcher: NetworkWatcher, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
         let (request, mut requests) = mpsc::unbounded_channel();
         let end = vmm.clone();
         let mut guest =
-            Guest { follow: Arc::new(Mutex::new(follow)), vmm, agent, unscanned: Vec::new(), gone: Vec::new() };
-        let following = async move {
+            Guest { watcher: Arc::new(Mutex::new(watcher)), vmm, agent, unscanned: Vec::new(), removed: Vec::new() };
+        let updates = async move {
             let Err(error) = watch(notices, &mut requests, &mut guest).await else { return };
             tracing::warn!(%error, "stopped watching the pod's network: the guest gets no further changes");
             while let Some(request) = requests.recv().await {
@@ -65,7 +65,7 @@ impl Follower {
         };
         tokio::spawn(async move {
             tokio::select! {
-                () = following => {}
+                () = updates => {}
                 _ = end.wait() => {}
             }
         });
@@ -86,7 +86,7 @@ impl Follower {
 /// Receiver of changes: the guest, or a test double.
 trait Apply {
     /// Reads the host's configuration and applies what has changed.
-    fn apply(&mut self) -> impl Future<Output = Result<(), FollowError>> + Send;
+    fn apply(&mut self) -> impl Future<Output = Result<(), NetworkSyncError>> + Send;
 }
 
 /// State of the retries after a failed update.
@@ -97,7 +97,7 @@ struct Retry {
 }
 
 impl Retry {
-    fn next(before: Option<Self>, error: FollowError) -> Self {
+    fn next(before: Option<Self>, error: NetworkSyncError) -> Self {
         let error = crate::chain(&error);
         if before.as_ref().is_none_or(|before| before.error != error) {
             tracing::warn!(error, "a change of the pod's network does not reach the guest yet; retrying");
@@ -149,23 +149,23 @@ async fn watch(
 
 /// The guest of the pod.
 struct Guest {
-    follow: Arc<Mutex<Follow>>,
+    watcher: Arc<Mutex<NetworkWatcher>>,
     vmm: Vmm,
     agent: Agent,
     /// Slots of attached interfaces that the guest has not scanned yet.
     unscanned: Vec<u32>,
     /// MAC addresses of devices whose interfaces have disappeared.
-    gone: Vec<[u8; 6]>,
+    removed: Vec<[u8; 6]>,
 }
 
 impl Apply for Guest {
-    async fn apply(&mut self) -> Result<(), FollowError> {
-        let Some(mut change) = look(&self.follow).await? else { return Ok(()) };
-        self.gone.append(&mut change.gone);
+    async fn apply(&mut self) -> Result<(), NetworkSyncError> {
+        let Some(mut change) = read_change(&self.watcher).await? else { return Ok(()) };
+        self.removed.append(&mut change.removed);
         let applied = self.apply_change(&mut change).await;
         match &applied {
             Ok(()) => tracing::info!("applied a change of the pod's network"),
-            Err(_) => lock(&self.follow).forget(&change.taps),
+            Err(_) => lock(&self.watcher).mark_undelivered(&change.taps),
         }
         applied
     }
@@ -173,51 +173,51 @@ impl Apply for Guest {
 
 impl Guest {
     /// Applies a change. Taps that are attached are removed from `change`, so that a retry does not attach them again.
-    async fn apply_change(&mut self, change: &mut Change) -> Result<(), FollowError> {
+    async fn apply_change(&mut self, change: &mut Change) -> Result<(), NetworkSyncError> {
         self.rescan().await?;
-        if !change.taps.is_empty() || !self.gone.is_empty() {
+        if !change.taps.is_empty() || !self.removed.is_empty() {
             let rest = change.without_new();
-            self.agent.sandbox.network(within(timeouts::SLOW), &rest).await.map_err(FollowError::Guest)?;
+            self.agent.sandbox.network(within(timeouts::SLOW), &rest).await.map_err(NetworkSyncError::Guest)?;
         }
         // Before attaching, because a new interface may have the MAC address of an old one.
-        self.detach_gone().await?;
+        self.detach_removed().await?;
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
             let config = net_config(tap, &mut fds);
             let slot = match self.call(Call::AttachNet(config), &fds).await? {
                 (Answer::Attached { slot }, _) => slot,
-                _ => return Err(FollowError::Plug(VmmError::Unexpected)),
+                _ => return Err(NetworkSyncError::Plug(VmmError::Unexpected)),
             };
             change.taps.remove(0);
             self.unscanned.push(slot);
             self.rescan().await?;
         }
-        self.agent.sandbox.network(within(timeouts::SLOW), &change.now).await.map_err(FollowError::Guest)?;
+        self.agent.sandbox.network(within(timeouts::SLOW), &change.current).await.map_err(NetworkSyncError::Guest)?;
         Ok(())
     }
 
     /// Hot-unplugs the devices whose interfaces have disappeared. This frees their slots.
-    async fn detach_gone(&mut self) -> Result<(), FollowError> {
-        while let Some(&mac) = self.gone.last() {
+    async fn detach_removed(&mut self) -> Result<(), NetworkSyncError> {
+        while let Some(&mac) = self.removed.last() {
             if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
                 let request = ReleaseRequest { slot, ..Default::default() };
-                self.agent.sandbox.release(within(timeouts::SLOW), &request).await.map_err(FollowError::Guest)?;
+                self.agent.sandbox.release(within(timeouts::SLOW), &request).await.map_err(NetworkSyncError::Guest)?;
                 self.call(Call::Detach { slot }, &[]).await?;
             }
-            self.gone.pop();
+            self.removed.pop();
         }
         Ok(())
     }
 
-    async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), FollowError> {
-        self.vmm.call(call, fds).await.map_err(FollowError::Plug)
+    async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Option<OwnedFd>), NetworkSyncError> {
+        self.vmm.call(call, fds).await.map_err(NetworkSyncError::Plug)
     }
 
     /// Has the guest scan the slots to which interfaces were attached.
-    async fn rescan(&mut self) -> Result<(), FollowError> {
+    async fn rescan(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&slot) = self.unscanned.last() {
             let request = RescanRequest { slot, ..Default::default() };
-            self.agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(FollowError::Guest)?;
+            self.agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(NetworkSyncError::Guest)?;
             self.unscanned.pop();
         }
         Ok(())
@@ -242,15 +242,15 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
 }
 
 /// Reads the pod's network, on a new thread because the thread joins the pod's network namespace.
-async fn look(follow: &Arc<Mutex<Follow>>) -> Result<Option<Change>, FollowError> {
-    let (done, looked) = oneshot::channel();
-    let follow = Arc::clone(follow);
+async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<Change>, NetworkSyncError> {
+    let (done, changes) = oneshot::channel();
+    let watcher = Arc::clone(watcher);
     let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {
         // The receiver is gone if the sandbox has ended.
-        let _ = done.send(lock(&follow).look());
+        let _ = done.send(lock(&watcher).read_change());
     });
-    thread.map_err(FollowError::Thread)?;
-    Ok(looked.await.map_err(|error| FollowError::Thread(io::Error::other(error)))??)
+    thread.map_err(NetworkSyncError::Thread)?;
+    Ok(changes.await.map_err(|error| NetworkSyncError::Thread(io::Error::other(error)))??)
 }
 
 /// Returns the VMM's configuration of a tap, and adds the tap's fds to `fds`.
@@ -277,7 +277,7 @@ mod tests {
     }
 
     impl Apply for FailingGuest {
-        async fn apply(&mut self) -> Result<(), FollowError> {
+        async fn apply(&mut self) -> Result<(), NetworkSyncError> {
             self.tries.send(Instant::now()).unwrap();
             // Every attempt causes a notice, as creating a tap does.
             self.notices.write_all(b"x").unwrap();
@@ -285,7 +285,7 @@ mod tests {
                 0 => Ok(()),
                 _ => {
                     self.left -= 1;
-                    Err(FollowError::Plug(VmmError::Unexpected))
+                    Err(NetworkSyncError::Plug(VmmError::Unexpected))
                 }
             }
         }
@@ -293,19 +293,19 @@ mod tests {
 
     /// Starts the task with a guest that fails `left` attempts. Returns also the notices' input and the attempts'
     /// times.
-    fn watched(left: u32) -> (Follower, UnixStream, mpsc::UnboundedReceiver<Instant>) {
+    fn watched(left: u32) -> (NetworkSync, UnixStream, mpsc::UnboundedReceiver<Instant>) {
         let (notices, input) = UnixStream::pair().unwrap();
         notices.set_nonblocking(true).unwrap();
         let (request, mut requests) = mpsc::unbounded_channel();
         let (tries, tried) = mpsc::unbounded_channel();
         let mut guest = FailingGuest { tries, left, notices: input.try_clone().unwrap() };
         tokio::spawn(async move { watch(notices.into(), &mut requests, &mut guest).await.unwrap() });
-        (Follower(request), input, tried)
+        (NetworkSync(request), input, tried)
     }
 
     #[tokio::test(start_paused = true)]
     async fn failed_updates_are_retried_with_backoff() {
-        let (_follower, mut input, mut tried) = watched(7);
+        let (_network_sync, mut input, mut tried) = watched(7);
         input.write_all(b"x").unwrap();
         let mut last = tried.recv().await.unwrap();
         for secs in [1, 2, 4, 8, 16, 30, 30] {
@@ -320,14 +320,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn settle_returns_the_error_and_retries_at_once() {
-        let (follower, mut input, mut tried) = watched(2);
-        assert_eq!(follower.settle().await, Ok(()));
+        let (network_sync, mut input, mut tried) = watched(2);
+        assert_eq!(network_sync.settle().await, Ok(()));
         assert!(tried.try_recv().is_err(), "nothing changed");
         input.write_all(b"x").unwrap();
         let began = Instant::now();
-        assert!(follower.settle().await.unwrap_err().contains("attach or detach"));
-        assert!(follower.settle().await.is_err());
-        assert_eq!(follower.settle().await, Ok(()));
+        assert!(network_sync.settle().await.unwrap_err().contains("attach or detach"));
+        assert!(network_sync.settle().await.is_err());
+        assert_eq!(network_sync.settle().await, Ok(()));
         assert!(began.elapsed() < FIRST_BACKOFF);
     }
 }

@@ -17,7 +17,7 @@ use husk_vmm::client::Spawned;
 use tokio::sync::mpsc;
 
 use crate::network::forward;
-use crate::network::sync::Follower;
+use crate::network::sync::NetworkSync;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::resize::Resizer;
 use crate::resources::{hugepages, limits, reclaim};
@@ -57,7 +57,7 @@ pub struct Sandbox {
     disks: disks::Plugged,
     propagation: propagation::Propagation,
     profiles: apparmor::Loaded,
-    follower: Arc<OnceLock<Follower>>,
+    network_sync: Arc<OnceLock<NetworkSync>>,
 }
 
 /// What a launch has acquired. It is complete before the guest boots, and stays if the boot fails.
@@ -99,7 +99,7 @@ impl Sandbox {
             disks: disks::Plugged::default(),
             propagation: propagation::Propagation::default(),
             profiles: apparmor::Loaded::default(),
-            follower: Arc::default(),
+            network_sync: Arc::default(),
         })
     }
 
@@ -123,23 +123,24 @@ impl Sandbox {
         let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids(cgroup.place()));
         let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
-        let (follower, state) = (Arc::clone(&self.follower), self.state.clone());
+        let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
                 (Ok(_), None) => Err("there is no VMM".to_owned()),
                 (Ok(mut plan), Some(vmm)) => {
                     plan.pod.pids_max = pids_max;
-                    let (steer, follow) = (plan.pod.network.steer.take(), plan.pod.network.follow.take());
+                    let (forwarding, watcher) =
+                        (plan.pod.network.port_forwarding.take(), plan.pod.network.watcher.take());
                     let agent = boot::boot(plan, vmm, notices, &timeline, &console).await.map_err(|e| crate::chain(&e));
-                    if let (Ok(_), Some(steer)) = (&agent, steer) {
-                        forward::serve(steer, vmm);
+                    if let (Ok(_), Some(forwarding)) = (&agent, forwarding) {
+                        forward::serve(forwarding, vmm);
                     }
                     if let Ok(agent) = &agent {
                         reclaim::start(place, agent.clone(), vmm.clone());
                     }
-                    if let (Ok(agent), Some((follow, notices))) = (&agent, follow) {
-                        let _ = follower.set(Follower::start(follow, notices, vmm.clone(), agent.clone()));
+                    if let (Ok(agent), Some((watcher, notices))) = (&agent, watcher) {
+                        let _ = network_sync.set(NetworkSync::start(watcher, notices, vmm.clone(), agent.clone()));
                     }
                     agent
                 }
@@ -252,8 +253,8 @@ impl Sandbox {
     /// # Errors
     /// Why the guest does not get the changes; the chain of causes as text.
     pub async fn settle_network(&self) -> Result<(), String> {
-        match self.follower.get() {
-            Some(follower) => follower.settle().await,
+        match self.network_sync.get() {
+            Some(network_sync) => network_sync.settle().await,
             None => Ok(()),
         }
     }
