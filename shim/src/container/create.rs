@@ -22,7 +22,7 @@ use crate::oci;
 use crate::oci::{Bundle, Disk, Spec};
 use crate::pod;
 use crate::resources::growth::Limits;
-use crate::stdio::{Owner, Stdio};
+use crate::stdio::{LoggerContext, Stdio};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes;
 use crate::volumes::mirror;
@@ -64,7 +64,7 @@ impl Shim {
             return self.create_pause(request, spec).await;
         }
         let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
-        let owner = Owner { id: &request.id, namespace: &self.namespace };
+        let logger = LoggerContext { id: &request.id, namespace: &self.namespace };
         let prepare = async {
             self.acquire_pid(&request.id, &spec).await;
             let prepared = self.prepare(request, bundle).await?;
@@ -77,7 +77,7 @@ impl Shim {
             self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
             Ok::<_, ServiceError>(prepared)
         };
-        let (prepared, stdio, agent) = tokio::join!(prepare, Stdio::open(&io, &owner), self.sandbox.ready());
+        let (prepared, stdio, agent) = tokio::join!(prepare, Stdio::open(&io, &logger), self.sandbox.ready());
         let prepared = prepared?;
         let agent = agent.map_err(|error| ServiceError::failed(error.to_string()))?;
         let stdio = stdio.map_err(ServiceError::failed)?;

@@ -14,7 +14,7 @@ use crate::container::state::{Container, Exec};
 use crate::container::{Shim, paths};
 use crate::error::ServiceError;
 use crate::oci;
-use crate::stdio::{Owner, Stdio};
+use crate::stdio::{LoggerContext, Stdio};
 use crate::vm::agent::{timeouts, within};
 
 /// Exit status of a process that could not be started, as in runc's shim.
@@ -104,10 +104,10 @@ impl Shim {
     async fn start_exec_begun(&self, exec: &Exec) -> ttrpc::Result<()> {
         let process = &exec.process;
         let agent = self.agent()?;
-        let owner = Owner { id: &process.container, namespace: &self.namespace };
+        let logger = LoggerContext { id: &process.container, namespace: &self.namespace };
         self.load_profile(&agent, &exec.profile).await?;
         self.sandbox.wait_for_propagation().await;
-        let stdio = Stdio::open(&process.paths, &owner).await.map_err(ServiceError::failed)?;
+        let stdio = Stdio::open(&process.paths, &logger).await.map_err(ServiceError::failed)?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         process.set_relay(relay);
         let spec = Any { type_url: exec.type_url.clone(), value: exec.spec.clone(), ..Default::default() };

@@ -206,22 +206,22 @@ impl Shim {
     /// Opens the streams that a process's stdio needs and starts copying. Returns the stream names for the guest's
     /// request.
     pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, Tokens), ServiceError> {
-        let wants = stdio.wants();
+        let needed = stdio.needed_streams();
         let open = async |wanted: bool| match wanted {
             true => self.sandbox.open_stream().await.map(Some),
             false => Ok(None),
         };
         let failed = |error: &dyn std::error::Error| ServiceError::failed(crate::chain(error));
         let mut tokens = Tokens::default();
-        let streams = if wants.terminal {
+        let streams = if needed.terminal {
             let (token, stream) = self.sandbox.open_stream().await.map_err(|e| failed(&e))?;
             tokens.stdout = token.to_string();
-            if wants.stdin {
+            if needed.stdin {
                 tokens.stdin.clone_from(&tokens.stdout);
             }
             Streams::Terminal(stream)
         } else {
-            let (stdin, stdout, stderr) = tokio::join!(open(wants.stdin), open(wants.stdout), open(wants.stderr));
+            let (stdin, stdout, stderr) = tokio::join!(open(needed.stdin), open(needed.stdout), open(needed.stderr));
             let mut take = |name: fn(&mut Tokens) -> &mut String, opened: Result<Option<_>, _>| match opened {
                 Ok(Some((token, stream))) => {
                     *name(&mut tokens) = u64::to_string(&token);

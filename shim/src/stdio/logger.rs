@@ -3,7 +3,7 @@
 //! In containerd's protocol the logger gets CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
 //! container's stdout and fd 4 its stderr. Fd 5 is a pipe, which the logger closes or writes to when it is ready.
 
-use super::{Owner, StdioError, copy::register};
+use super::{LoggerContext, StdioError, copy::register};
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::signal::{Signal, kill},
@@ -42,7 +42,7 @@ pub struct LoggerHandle {
 pub async fn start(
     path: &Path,
     args: &[String],
-    owner: &Owner<'_>,
+    context: &LoggerContext<'_>,
 ) -> Result<(OwnedFd, OwnedFd, LoggerHandle), StdioError> {
     let fail = |message: &str, source| StdioError::Logger { path: path.into(), message: message.into(), source };
     let system = |message: &'static str| move |source: io::Error| fail(message, Some(source));
@@ -55,7 +55,7 @@ pub async fn start(
             .map_err(|e| system("failed to make a pipe non-blocking")(e.into()))?;
     }
     let ends = [out_read, err_read, ready_write];
-    let child = spawn(path, args, owner, &ends).map_err(system("failed to spawn"))?;
+    let child = spawn(path, args, context, &ends).map_err(system("failed to spawn"))?;
     drop(ends);
     let pidfd = pidfd(&child).map_err(system("failed to open a pidfd"))?;
     let (released, release) = oneshot::channel();
@@ -79,7 +79,7 @@ pub async fn start(
     }
 }
 
-fn spawn(path: &Path, args: &[String], owner: &Owner<'_>, ends: &[OwnedFd; 3]) -> io::Result<Child> {
+fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[OwnedFd; 3]) -> io::Result<Child> {
     // Duplicates the fds to numbers above 5, so that dup2 to 3, 4 and 5 cannot overwrite one of them.
     let copy = |fd: &OwnedFd| -> io::Result<OwnedFd> {
         let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(16))?;
@@ -92,8 +92,8 @@ fn spawn(path: &Path, args: &[String], owner: &Owner<'_>, ends: &[OwnedFd; 3]) -
     command
         .args(args)
         .env_clear()
-        .env("CONTAINER_ID", owner.id)
-        .env("CONTAINER_NAMESPACE", owner.namespace)
+        .env("CONTAINER_ID", context.id)
+        .env("CONTAINER_NAMESPACE", context.namespace)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());

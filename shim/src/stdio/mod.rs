@@ -1,12 +1,12 @@
 //! A process's stdin, stdout and stderr: containerd's ends (fifos, files, loggers), and their relay to the guest.
 //!
 //! ```text
-//! let stdio = Stdio::open(&paths, &owner).await?;   // before the request goes to the guest
-//! let wants = stdio.wants();                        // one vsock stream for each; a terminal has a single stream
-//! let relay = stdio.start(streams)?;                // copies until the streams end
-//! relay.close_stdin();                              // CloseIO
-//! relay.drain(quiet).await;                         // before Delete
-//! drop(relay);                                      // stops the remaining copies, closes containerd's ends
+//! let stdio = Stdio::open(&paths, &logger).await?;  // before the request goes to the guest
+//! let needed = stdio.needed_streams();             // one vsock stream for each; a terminal has a single stream
+//! let relay = stdio.start(streams)?;               // copies until the streams end
+//! relay.close_stdin();                             // CloseIO
+//! relay.drain(quiet).await;                        // before Delete
+//! drop(relay);                                     // stops the remaining copies, closes containerd's ends
 //! ```
 
 mod copy;
@@ -39,7 +39,7 @@ pub struct Paths {
 
 /// The container that a logger logs for.
 #[derive(Debug, Clone, Copy)]
-pub struct Owner<'a> {
+pub struct LoggerContext<'a> {
     /// The container's id.
     pub id: &'a str,
     /// containerd's namespace.
@@ -48,7 +48,7 @@ pub struct Owner<'a> {
 
 /// The streams to the guest that are needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wants {
+pub struct NeededStreams {
     /// A stream for stdin.
     pub stdin: bool,
     /// A stream for stdout.
@@ -87,13 +87,13 @@ pub struct Stdio {
 
 impl Stdio {
     /// Opens containerd's ends and starts the logger, if there is one.
-    pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Self, StdioError> {
-        target::open(paths, owner).await
+    pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Self, StdioError> {
+        target::open(paths, context).await
     }
 
     /// Returns the streams to the guest that are needed.
-    pub fn wants(&self) -> Wants {
-        Wants {
+    pub fn needed_streams(&self) -> NeededStreams {
+        NeededStreams {
             stdin: self.stdin.is_some(),
             stdout: self.stdout.is_some(),
             stderr: self.stderr.is_some(),

@@ -4,7 +4,7 @@
 //! container neither gets SIGPIPE nor loses output. The write end of the stdin fifo also stays open, until `CloseIO`.
 
 use super::{
-    Owner, Paths, Stdio, StdioError,
+    LoggerContext, Paths, Stdio, StdioError,
     logger::{self, LoggerHandle},
 };
 use nix::{
@@ -37,7 +37,7 @@ pub enum Output {
 }
 
 /// Opens all streams of a request and starts the logger, if there is one.
-pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Stdio, StdioError> {
+pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, StdioError> {
     let stdin = match paths.stdin.as_str() {
         "" => None,
         path => Some(input(Path::new(path))?),
@@ -46,7 +46,7 @@ pub async fn open(paths: &Paths, owner: &Owner<'_>) -> Result<Stdio, StdioError>
     let (stdout, stderr, logger) = match Target::parse(&paths.stdout, "stdout")? {
         // The logger gets both streams, whatever the request names for stderr.
         Some(Target::Binary { path, args }) => {
-            let (stdout, stderr, handle) = logger::start(&path, &args, owner).await?;
+            let (stdout, stderr, handle) = logger::start(&path, &args, context).await?;
             let stderr = (!paths.terminal).then_some(Output::Pipe(stderr));
             (Some(Output::Pipe(stdout)), stderr, Some(handle))
         }

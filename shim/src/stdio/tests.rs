@@ -11,7 +11,7 @@ use std::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-const OWNER: Owner<'_> = Owner { id: "c1", namespace: "ns" };
+const LOGGER: LoggerContext<'_> = LoggerContext { id: "c1", namespace: "ns" };
 const LONG: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
 
@@ -36,12 +36,12 @@ fn reader(path: &str) -> std::thread::JoinHandle<Vec<u8>> {
 }
 
 async fn pipes(paths: &Paths) -> (Relay, [Option<UnixStream>; 3]) {
-    let stdio = Stdio::open(paths, &OWNER).await.unwrap();
-    let wants = stdio.wants();
-    assert!(!wants.terminal);
+    let stdio = Stdio::open(paths, &LOGGER).await.unwrap();
+    let needed = stdio.needed_streams();
+    assert!(!needed.terminal);
     let pair = |want: bool| want.then(|| UnixStream::pair().unwrap()).unzip();
     let ((stdin, guest_in), (stdout, guest_out), (stderr, guest_err)) =
-        (pair(wants.stdin), pair(wants.stdout), pair(wants.stderr));
+        (pair(needed.stdin), pair(needed.stdout), pair(needed.stderr));
     (stdio.start(Streams::Pipes { stdin, stdout, stderr }).unwrap(), [guest_in, guest_out, guest_err])
 }
 
@@ -223,8 +223,8 @@ async fn terminal_has_one_bidirectional_stream() {
     let dir = tempfile::tempdir().unwrap();
     let paths =
         Paths { stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new(), terminal: true };
-    let stdio = Stdio::open(&paths, &OWNER).await.unwrap();
-    assert_eq!(stdio.wants(), Wants { stdin: true, stdout: true, stderr: false, terminal: true });
+    let stdio = Stdio::open(&paths, &LOGGER).await.unwrap();
+    assert_eq!(stdio.needed_streams(), NeededStreams { stdin: true, stdout: true, stderr: false, terminal: true });
     let (host, mut guest) = UnixStream::pair().unwrap();
     let relay = stdio.start(Streams::Terminal(host)).unwrap();
     let output = reader(&paths.stdout);
@@ -248,7 +248,7 @@ async fn open_reports_the_stream_that_failed() {
     let file = file.to_str().unwrap();
     let open = async |stdin: &str, stdout: &str| {
         let paths = Paths { stdin: stdin.into(), stdout: stdout.into(), ..Paths::default() };
-        Stdio::open(&paths, &OWNER).await.unwrap_err()
+        Stdio::open(&paths, &LOGGER).await.unwrap_err()
     };
     assert!(matches!(open("", "/nowhere/x").await, StdioError::Open { stream: "stdout", .. }));
     assert!(matches!(open("/nowhere/x", "").await, StdioError::Open { stream: "stdin", .. }));
