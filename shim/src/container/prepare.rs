@@ -5,9 +5,9 @@ use crate::oci::{Bundle, Disk, TranslateError, disks, translate};
 use crate::resources::cgroup;
 use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
-use crate::volumes::plan::{InGuest, Place};
-use crate::volumes::rootfs::{RootMount, RootfsError, Staging};
-use crate::volumes::stage::{Stage, SyncError};
+use crate::volumes::plan::{InGuest, PlanContext};
+use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
+use crate::volumes::stage::{StagingDir, SyncError};
 use crate::volumes::teardown::teardown;
 use crate::volumes::{bind, plan, rootfs};
 use serde_json::Value;
@@ -67,7 +67,7 @@ pub enum PrepareError {
     Volume(#[from] VolumeError),
     /// Host-only file systems cannot be told from others.
     #[error(transparent)]
-    Stage(#[from] SyncError),
+    HostOnly(#[from] SyncError),
     /// A directory in the share cannot be made.
     #[error("cannot create {}", path.display())]
     Create {
@@ -100,7 +100,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     create(share.join(id))?; // a container of this id that is still there is not ours to take down
     let made = (|| {
         create(share.join(id).join("rootfs"))?;
-        create(bind::marks(share, id))?;
+        create(bind::markers_dir(share, id))?;
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = made {
@@ -124,10 +124,10 @@ fn mount(
 ) -> Result<(), PrepareError> {
     let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");
-    let stage = Stage::of(share);
+    let stage = StagingDir::for_share(share);
     let host_only = stage.host_only(share)?;
     // The name of a volume begins with a number and a dot.
-    let staging = Staging { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
+    let context = CopyContext { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);
         let bind = RootMount {
@@ -136,11 +136,11 @@ fn mount(
             options: vec!["rbind".into()],
             ..RootMount::default()
         };
-        notes.extend(rootfs::mount_all(&[bind], &target, staging)?);
+        notes.extend(rootfs::mount_all(&[bind], &target, context)?);
     } else {
-        notes.extend(rootfs::mount_all(rootfs, &target, staging)?);
+        notes.extend(rootfs::mount_all(rootfs, &target, context)?);
     }
-    let place = Place {
+    let context = PlanContext {
         bundle: &bundle.dir,
         share,
         host_only: &host_only,
@@ -149,7 +149,7 @@ fn mount(
         pod: bundle.spec.annotations.cri(POD_UID).unwrap_or_default(),
     };
     for (index, mount) in bundle.spec.mounts.iter().enumerate() {
-        if let Some(source) = plan::make(mount, index, &place, notes, guest)?
+        if let Some(source) = plan::prepare_mount(mount, index, &context, notes, guest)?
             && let Some(mount) = raw.get_mut("mounts").and_then(|mounts| mounts.get_mut(index))
             && let Some(mount) = mount.as_object_mut()
         {

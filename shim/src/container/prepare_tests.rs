@@ -74,7 +74,7 @@ fn contents(share: &Share) -> usize {
 
 /// Number of trees in the staging directory.
 fn staged(share: &Share) -> usize {
-    let dirs = fs::read_dir(stage::Stage::of(&share.host).dir()).unwrap();
+    let dirs = fs::read_dir(stage::StagingDir::for_share(&share.host).dir()).unwrap();
     dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
 }
 

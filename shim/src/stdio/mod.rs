@@ -1,7 +1,7 @@
 //! A process's stdin, stdout and stderr: containerd's ends (fifos, files, loggers), and their relay to the guest.
 //!
 //! ```text
-//! let stdio = Stdio::open(&paths, &logger).await?;  // before the request goes to the guest
+//! let stdio = Stdio::open(&paths, &logger).await?; // before the request goes to the guest
 //! let needed = stdio.needed_streams();             // one vsock stream for each; a terminal has a single stream
 //! let relay = stdio.start(streams)?;               // copies until the streams end
 //! relay.close_stdin();                             // CloseIO

@@ -13,7 +13,7 @@ use crate::oci::spec::Mount;
 use crate::volumes::error::VolumeError;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
-use crate::volumes::stage::{Stage, SyncError};
+use crate::volumes::stage::{StagingDir, SyncError};
 use crate::volumes::unmount::{remove, unmount};
 use nix::sys::{stat::fstat, statvfs::fstatvfs};
 use std::{
@@ -24,15 +24,15 @@ use std::{
 };
 
 /// Held while marks and mounts are looked at together: containers come and go on threads of their own.
-static TURN: Mutex<u64> = Mutex::new(0);
+static NEXT_NUMBER: Mutex<u64> = Mutex::new(0);
 
 /// Guards the number that the next mount's name begins with.
-fn turn() -> MutexGuard<'static, u64> {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock_mounts() -> MutexGuard<'static, u64> {
+    NEXT_NUMBER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A container's marks.
-pub fn marks(share: &Path, id: &str) -> PathBuf {
+pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
     share.join(id).join("mounts")
 }
 
@@ -47,7 +47,7 @@ pub struct Source<'a> {
     /// How it is mounted.
     pub flags: Flags,
     /// Whether it is the same by whichever of the host's mounts it is reached.
-    pub any_mount: bool,
+    pub ignores_mount_id: bool,
     /// Whether the guest is to see what the host mounts there later.
     pub receives_mounts: bool,
 }
@@ -69,16 +69,16 @@ pub fn bind(
             source,
         }
     };
-    let kind = kind(source).map_err(host("stat the source"))?;
-    let kind = source.id_mappings.map_or(kind.clone(), |id_mappings| format!("{kind}-{}", id_mappings.tag()));
-    let mut turn = turn();
-    let present = find(share, &kind).map_err(host("list the mounts"))?;
-    let name = present.clone().unwrap_or_else(|| format!("{}.{kind}", *turn));
+    let key = mount_key(source).map_err(host("stat the source"))?;
+    let key = source.id_mappings.map_or(key.clone(), |id_mappings| format!("{key}-{}", id_mappings.tag()));
+    let mut next_number = lock_mounts();
+    let present = find_mount(share, &key).map_err(host("list the mounts"))?;
+    let name = present.clone().unwrap_or_else(|| format!("{}.{key}", *next_number));
     let guest = format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE);
-    fs::File::create(marks(share, id).join(&name)).map_err(host("mark the mount"))?;
-    let stage = Stage::of(share);
+    fs::File::create(markers_dir(share, id).join(&name)).map_err(host("mark the mount"))?;
+    let stage = StagingDir::for_share(share);
     if present.is_none() {
-        *turn += 1;
+        *next_number += 1;
         let target = share.join(VOLUMES).join(&name);
         let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
         made.map_err(host("create the mount point"))?;
@@ -92,9 +92,9 @@ pub fn bind(
             notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
         }
     }
-    if source.receives_mounts && !stage.has(&name) {
+    if source.receives_mounts && !stage.has_receiving(&name) {
         // What it lacks in the share by now, the next update makes up for.
-        receive(source, host_only, (&stage, &name)).map_err(|(step, source)| host(step)(source))?;
+        stage_receiving_tree(source, host_only, (&stage, &name)).map_err(|(step, source)| host(step)(source))?;
     }
     Ok(guest)
 }
@@ -106,12 +106,12 @@ fn attach(
     source: &Source<'_>,
     target: &Path,
     host_only: &HostOnly,
-    (stage, name): (&Stage, &str),
+    (stage, name): (&StagingDir, &str),
 ) -> Result<Vec<String>, Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // Nothing is mounted below a file.
     let recursive = flags.recursive && source.directory;
-    let mut tree = copied(source, recursive, libc::MS_PRIVATE)?;
+    let mut tree = clone_source(source, recursive, libc::MS_PRIVATE)?;
     let mut left_out = Vec::new();
     if recursive {
         (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy its submounts"))?;
@@ -123,7 +123,7 @@ fn attach(
     }
     if flags.read_only {
         // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
-        mount_api::set_attr(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_below)
+        mount_api::set_attr(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make it read-only"))?;
     }
     let target = mount_api::open_path(target, false).map_err(at("open the mount point"))?;
@@ -132,14 +132,18 @@ fn attach(
 }
 
 /// Stages a copy of the source's mounts that receives what the host mounts later.
-fn receive(source: &Source<'_>, host_only: &HostOnly, (stage, name): (&Stage, &str)) -> Result<(), Step> {
-    let tree = copied(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
-    let kept = stage.keep(&tree, host_only, source.directory, name);
+fn stage_receiving_tree(
+    source: &Source<'_>,
+    host_only: &HostOnly,
+    (stage, name): (&StagingDir, &str),
+) -> Result<(), Step> {
+    let tree = clone_source(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
+    let kept = stage.add_receiving(&tree, host_only, source.directory, name);
     kept.map_err(|error| ("stage a copy that receives later mounts", error))
 }
 
 /// A detached copy of the source's mounts, of this propagation.
-fn copied(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
+fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
     let at = |step| move |error| (step, error);
     let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
     mount_api::set_attr(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
@@ -152,36 +156,36 @@ fn copied(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<Owne
 /// # Errors
 /// The first error; everything else is attempted.
 pub fn sync(share: &Path) -> Result<(), SyncError> {
-    let stage = Stage::of(share);
+    let stage = StagingDir::for_share(share);
     stage.sync(&share.join(VOLUMES), &stage.host_only(share)?)
 }
 
 /// Takes away what only container `id` uses; any number of times. `note` gets what came of each step.
 pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()>)) {
-    let (marks, stage) = (marks(share, id), Stage::of(share));
-    let _turn = turn();
-    let entries = match fs::read_dir(&marks) {
+    let (markers, stage) = (markers_dir(share, id), StagingDir::for_share(share));
+    let _guard = lock_mounts();
+    let entries = match fs::read_dir(&markers) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-        Err(error) => return note(&marks, Err(error)),
+        Err(error) => return note(&markers, Err(error)),
     };
     for name in entries.flatten().map(|entry| entry.file_name()) {
-        let mark = marks.join(&name);
-        note(&mark, remove(&mark));
+        let marker = markers.join(&name);
+        note(&marker, remove(&marker));
         let used = fs::read_dir(share).into_iter().flatten().flatten();
-        if !used.map(|container| container.path().join("mounts").join(&name)).any(|mark| mark.exists()) {
+        if !used.map(|container| container.path().join("mounts").join(&name)).any(|marker| marker.exists()) {
             let target = share.join(VOLUMES).join(&name);
             note(&target, unmount(&target).and_then(|()| remove(&target)));
-            note(stage.dir(), stage.remove(&name));
+            note(stage.dir(), stage.remove_receiving(&name));
         }
     }
 }
 
 /// The name of the mount of this kind, if there is one.
-fn find(share: &Path, kind: &str) -> io::Result<Option<String>> {
+fn find_mount(share: &Path, key: &str) -> io::Result<Option<String>> {
     for entry in fs::read_dir(share.join(VOLUMES))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        if name.split_once('.').is_some_and(|(_, found)| found == kind) {
+        if name.split_once('.').is_some_and(|(_, found)| found == key) {
             return Ok(Some(name));
         }
     }
@@ -189,17 +193,17 @@ fn find(share: &Path, kind: &str) -> io::Result<Option<String>> {
 }
 
 /// What tells one mount from another: what is mounted, as seen by which of the host's mounts, and how.
-fn kind(source: &Source<'_>) -> io::Result<String> {
+fn mount_key(source: &Source<'_>) -> io::Result<String> {
     let stat = fstat(source.file)?;
     // Where the mount does not matter, what it allows does.
-    let mount = match source.any_mount {
+    let mount = match source.ignores_mount_id {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
     };
-    let Flags { recursive, read_only, read_only_below, slave } = &source.flags;
-    let how: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_below) << 2;
-    let how = how | u8::from(*slave) << 3;
-    Ok(format!("{:x}-{:x}-{mount}-{how:x}", stat.st_dev, stat.st_ino))
+    let Flags { recursive, read_only, read_only_submounts, slave } = &source.flags;
+    let flags: u8 = u8::from(*recursive) | u8::from(*read_only) << 1 | u8::from(*read_only_submounts) << 2;
+    let flags = flags | u8::from(*slave) << 3;
+    Ok(format!("{:x}-{:x}-{mount}-{flags:x}", stat.st_dev, stat.st_ino))
 }
 
 /// What the host does of a bind mount's options.
@@ -208,7 +212,7 @@ pub struct Flags {
     recursive: bool,
     /// Whether nobody is to write to it.
     pub read_only: bool,
-    read_only_below: bool,
+    read_only_submounts: bool,
     /// Whether what the host mounts later is to be seen.
     pub slave: bool,
 }
@@ -216,13 +220,13 @@ pub struct Flags {
 impl Flags {
     /// Those of `mount`.
     pub fn of(mount: &Mount) -> Self {
-        let mut flags = Self { recursive: false, read_only: false, read_only_below: false, slave: false };
+        let mut flags = Self { recursive: false, read_only: false, read_only_submounts: false, slave: false };
         for option in mount.options() {
             match option.as_str() {
                 "rbind" => flags.recursive = true,
                 "ro" => flags.read_only = true,
                 "rw" => flags.read_only = false,
-                "rro" => (flags.read_only, flags.read_only_below) = (true, true),
+                "rro" => (flags.read_only, flags.read_only_submounts) = (true, true),
                 // Of what the host mounts there later, the guest sees each at its first look.
                 "slave" | "rslave" => flags.slave = true,
                 _ => {}
@@ -232,8 +236,8 @@ impl Flags {
     }
 
     /// Those of a mount that is everybody's, and of which the guest says who may write and who sees what is mounted later.
-    pub fn held_by_the_guest() -> Self {
-        Self { recursive: true, read_only: false, read_only_below: false, slave: false }
+    pub fn enforced_by_guest() -> Self {
+        Self { recursive: true, read_only: false, read_only_submounts: false, slave: false }
     }
 }
 
@@ -248,10 +252,10 @@ mod tests {
             let (kind, source) = (Some("bind".into()), Some("/a".into()));
             Flags::of(&Mount { destination: "/b".into(), kind, source, options, ..Mount::default() })
         };
-        let plain = Flags { recursive: true, read_only: false, read_only_below: false, slave: false };
+        let plain = Flags { recursive: true, read_only: false, read_only_submounts: false, slave: false };
         assert_eq!(of(&["rbind", "rw", "nosuid", "rprivate"]), plain);
         assert!(of(&["bind", "ro", "rslave"]).slave);
-        assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_below && !of(&["bind"]).recursive);
-        assert!(of(&["rbind", "rro"]).read_only_below);
+        assert!(of(&["bind", "ro"]).read_only && !of(&["bind", "ro"]).read_only_submounts && !of(&["bind"]).recursive);
+        assert!(of(&["rbind", "rro"]).read_only_submounts);
     }
 }

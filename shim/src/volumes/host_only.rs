@@ -83,11 +83,11 @@ impl HostOnly {
     }
 
     fn by_device(&self, device: u64) -> Option<&'static str> {
-        self.devices.iter().find(|(own, _)| *own == device).map(|(_, name)| *name)
+        self.devices.iter().find(|(number, _)| *number == device).map(|(_, name)| *name)
     }
 
     /// Whether a mount is of a host-only file system.
-    pub fn has(&self, mount: &Entry) -> bool {
+    pub fn contains(&self, mount: &Entry) -> bool {
         self.name_of(mount).is_some()
     }
 
@@ -109,7 +109,7 @@ impl HostOnly {
             return Ok(Some(name));
         }
         let magic = fstatfs(file)?.filesystem_type().0;
-        match TYPES.iter().find(|(_, of_type)| *of_type == Some(magic)) {
+        match TYPES.iter().find(|(_, magic_of_type)| *magic_of_type == Some(magic)) {
             Some((kind, _)) => Ok(Some(kind)),
             None => Ok(self.by_device(fstat(file)?.st_dev)),
         }
@@ -117,21 +117,21 @@ impl HostOnly {
 }
 
 /// The directories of /dev on host-only file systems that every guest has too.
-const GUEST_DEV: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
+const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
 
 /// The guest's path for the host's file or directory `path` on a host-only file system: the same path, if the guest has its
 /// own instance there. `None` for a process's directory, since a process id of the host means another process in the guest,
 /// and for other directories of devices.
-pub fn in_the_guest(path: &Path) -> Option<PathBuf> {
-    let own = match path.strip_prefix("/proc") {
-        Ok(rest) => !rest.components().next().is_some_and(|first| is_process(first.as_os_str())),
-        Err(_) => path.starts_with("/sys") || GUEST_DEV.iter().any(|dev| path == Path::new(dev)),
+pub fn guest_path(path: &Path) -> Option<PathBuf> {
+    let in_guest = match path.strip_prefix("/proc") {
+        Ok(rest) => !rest.components().next().is_some_and(|first| is_process_dir(first.as_os_str())),
+        Err(_) => path.starts_with("/sys") || GUEST_DEV_DIRS.iter().any(|dev| path == Path::new(dev)),
     };
-    own.then(|| path.to_owned())
+    in_guest.then(|| path.to_owned())
 }
 
 /// Whether `/proc/NAME` is of one process or thread.
-fn is_process(name: &OsStr) -> bool {
+fn is_process_dir(name: &OsStr) -> bool {
     name == "self" || name == "thread-self" || name.as_bytes().iter().all(u8::is_ascii_digit)
 }
 
@@ -157,7 +157,7 @@ mod tests {
             let Ok(file) = mount_api::open_path(&entry.point, false) else { continue };
             // Another may cover it.
             if mount_api::mount_id(std::os::fd::AsFd::as_fd(&file)).unwrap() == entry.id {
-                assert_eq!(host_only.type_of(&file).unwrap().is_some(), host_only.has(&entry), "{entry:?}");
+                assert_eq!(host_only.type_of(&file).unwrap().is_some(), host_only.contains(&entry), "{entry:?}");
             }
         }
     }
@@ -165,10 +165,10 @@ mod tests {
     #[test]
     fn the_guest_has_its_own_but_for_processes() {
         for path in ["/proc", "/proc/sys/vm", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts", "/dev/net"] {
-            assert_eq!(in_the_guest(Path::new(path)).as_deref(), Some(Path::new(path)));
+            assert_eq!(guest_path(Path::new(path)).as_deref(), Some(Path::new(path)));
         }
         for path in ["/proc/1", "/proc/4711/root", "/proc/self/fd", "/dev/dri", "/mnt/proc", "/procfs", "/"] {
-            assert_eq!(in_the_guest(Path::new(path)), None, "{path}");
+            assert_eq!(guest_path(Path::new(path)), None, "{path}");
         }
     }
 }

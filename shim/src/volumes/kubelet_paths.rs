@@ -18,11 +18,11 @@ use std::{
 
 /// An emptyDir that the guest has by virtio-fs, or a part of it.
 #[derive(Debug)]
-pub struct Shared {
+pub struct DiskEmptyDir {
     /// The volume.
     pub root: OwnedFd,
     /// The part, component by component; none for all of it.
-    pub below: Vec<VolumeDirectory>,
+    pub subdirectory: Vec<VolumeDirectory>,
 }
 
 /// The emptyDir of the pod with uid `pod` that the file or directory `source`, found at `path`, is or is part of; none when
@@ -34,15 +34,15 @@ pub struct Shared {
 ///
 /// # Errors
 /// What the kernel says.
-pub fn shared(
+pub fn disk_empty_dir(
     source: &OwnedFd,
     path: &Path,
     id_mappings: Option<&IdMappings>,
     pod: &str,
-) -> io::Result<Option<Shared>> {
-    let Some((_, root)) = empty_dir(path) else { return Ok(None) };
+) -> io::Result<Option<DiskEmptyDir>> {
+    let Some((_, root)) = parse_empty_dir(path) else { return Ok(None) };
     // A hostPath may lead into another pod's.
-    if !is_below(&root, pod) {
+    if !is_third_ancestor(&root, pod) {
         return Ok(None);
     }
     let volume = match mount_api::open_path(&root, false) {
@@ -52,15 +52,17 @@ pub fn shared(
     if fstatfs(&volume)?.filesystem_type() == TMPFS_MAGIC {
         return Ok(None);
     }
-    if identity(&volume)? == identity(source)? {
-        return Ok(Some(Shared { root: volume, below: Vec::new() }));
+    if device_and_inode(&volume)? == device_and_inode(source)? {
+        return Ok(Some(DiskEmptyDir { root: volume, subdirectory: Vec::new() }));
     }
     // A subPath is a mount of its own: where it leads is told by where both lie in their file system.
-    let (all, part) = (within_its_filesystem(&volume)?, within_its_filesystem(source)?);
-    let Ok(below) = part.strip_prefix(&all) else { return Ok(None) };
+    let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
+    let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
     // What is mounted somewhere in the volume is none of it, nor is what was removed or renamed meanwhile.
-    match directories(&volume, below, id_mappings) {
-        Ok((below, end)) if end == identity(source)? => Ok(Some(Shared { root: volume, below })),
+    match stat_components(&volume, subdirectory, id_mappings) {
+        Ok((subdirectory, end)) if end == device_and_inode(source)? => {
+            Ok(Some(DiskEmptyDir { root: volume, subdirectory }))
+        }
         Ok(_) => Ok(None),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => Ok(None),
         Err(error) => Err(error),
@@ -70,22 +72,22 @@ pub fn shared(
 /// Whether `path` is a `subPath` of some volume, which the kubelet mounts anew for each container that asks for it
 /// (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
 pub fn is_sub_path(path: &Path) -> bool {
-    is_below(path, "volume-subpaths")
+    is_third_ancestor(path, "volume-subpaths")
 }
 
 /// Whether the third directory above `path` has this name.
-fn is_below(path: &Path, name: &str) -> bool {
+fn is_third_ancestor(path: &Path, name: &str) -> bool {
     path.ancestors().nth(3).and_then(Path::file_name).is_some_and(|found| found == name)
 }
 
-fn identity(file: &OwnedFd) -> io::Result<(u64, u64)> {
+fn device_and_inode(file: &OwnedFd) -> io::Result<(u64, u64)> {
     let stat = fstat(file)?;
     Ok((stat.st_dev, stat.st_ino))
 }
 
 /// Name and directory of the emptyDir that `path` is, is below of, or is a subPath of
 /// (`<pod>/volumes/kubernetes.io~empty-dir/<name>`, `<pod>/volume-subpaths/<name>/<container>/<number>`).
-pub fn empty_dir(path: &Path) -> Option<(String, PathBuf)> {
+pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     let parts: Vec<&str> = path.components().filter_map(|part| part.as_os_str().to_str()).collect();
     let found = parts.windows(3).enumerate().rev().find_map(|(at, part)| match part {
         ["volumes", "kubernetes.io~empty-dir", name] | ["volume-subpaths", name, _] => Some((at, *name)),
@@ -101,12 +103,12 @@ pub fn empty_dir(path: &Path) -> Option<(String, PathBuf)> {
 ///
 /// # Errors
 /// What the kernel says; that there is no such mount.
-pub fn within_its_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
+pub fn path_in_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
     let id = mount_api::mount_id(source.as_fd())?;
     let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
     let mount = mountinfo::read()?.into_iter().find(|mount| mount.id == id).ok_or(io::ErrorKind::NotFound)?;
-    let below = path.strip_prefix(mount.point).map_err(io::Error::other)?;
-    Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(below))
+    let subdirectory = path.strip_prefix(mount.point).map_err(io::Error::other)?;
+    Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory))
 }
 
 /// What the components of a path below a volume are like on the host, and device and inode of the last. A guest may write
@@ -114,13 +116,13 @@ pub fn within_its_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
 ///
 /// # Errors
 /// When one is not there, or is not called by a name.
-pub fn directories(
+pub fn stat_components(
     volume: &OwnedFd,
-    below: &Path,
+    subdirectory: &Path,
     id_mappings: Option<&IdMappings>,
 ) -> io::Result<(Vec<VolumeDirectory>, (u64, u64))> {
     let (mut here, mut directories) = (volume.try_clone()?, Vec::new());
-    for part in below.components() {
+    for part in subdirectory.components() {
         let Component::Normal(name) = part else { return Err(io::ErrorKind::InvalidInput.into()) };
         here = openat(&here, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
         let stat = fstat(&here)?;
@@ -128,7 +130,7 @@ pub fn directories(
         let name = name.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         directories.push(VolumeDirectory { name, mode: stat.st_mode & 0o7777, uid, gid, ..Default::default() });
     }
-    Ok((directories, identity(&here)?))
+    Ok((directories, device_and_inode(&here)?))
 }
 
 /// Who owns a file for the guest: `users` maps ids where its mount does.
@@ -149,11 +151,11 @@ mod tests {
         let root = PathBuf::from(format!("{pod}/volumes/kubernetes.io~empty-dir/cache"));
         let expected = Some(("cache".to_owned(), root));
         for path in ["volumes/kubernetes.io~empty-dir/cache", "volumes/kubernetes.io~empty-dir/cache/a/b"] {
-            assert_eq!(empty_dir(Path::new(&format!("{pod}/{path}"))), expected, "{path}");
+            assert_eq!(parse_empty_dir(Path::new(&format!("{pod}/{path}"))), expected, "{path}");
         }
-        assert_eq!(empty_dir(Path::new(&format!("{pod}/volume-subpaths/cache/web/0"))), expected);
-        assert_eq!(empty_dir(Path::new(&format!("{pod}/volumes/kubernetes.io~secret/cache"))), None);
-        assert_eq!(empty_dir(Path::new("/dev/shm")), None);
+        assert_eq!(parse_empty_dir(Path::new(&format!("{pod}/volume-subpaths/cache/web/0"))), expected);
+        assert_eq!(parse_empty_dir(Path::new(&format!("{pod}/volumes/kubernetes.io~secret/cache"))), None);
+        assert_eq!(parse_empty_dir(Path::new("/dev/shm")), None);
     }
 
     #[test]
@@ -162,10 +164,11 @@ mod tests {
         let root = dir.path().join("uid/volumes/kubernetes.io~empty-dir/data");
         fs::create_dir_all(root.join("a/b")).unwrap();
         fs::write(root.join("a/file"), "x").unwrap();
-        let at = |path: &Path, pod| shared(&mount_api::open_path(path, true).unwrap(), path, None, pod).unwrap();
+        let at =
+            |path: &Path, pod| disk_empty_dir(&mount_api::open_path(path, true).unwrap(), path, None, pod).unwrap();
         let of = |path: &Path| {
             let found = at(path, "uid");
-            found.map(|found| found.below.into_iter().map(|part| part.name).collect::<Vec<_>>().join("/"))
+            found.map(|found| found.subdirectory.into_iter().map(|part| part.name).collect::<Vec<_>>().join("/"))
         };
         assert_eq!(of(&root).unwrap(), "");
         assert_eq!(of(&root.join("a/b")).unwrap(), "a/b");

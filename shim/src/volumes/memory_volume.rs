@@ -50,14 +50,14 @@ pub fn request_for(
     (container, mount): (&str, u32),
 ) -> Result<Option<VolumeRequest>, MemoryVolumeError> {
     let inspect = |what| move |error| MemoryVolumeError::Inspect(what, error);
-    let fs_stat = filesystem(source).map_err(inspect("stat its file system"))?;
+    let fs_stat = statfs(source).map_err(inspect("stat its file system"))?;
     let (fs_type, size) = match fs_stat.f_type {
         TMPFS_MAGIC => ("tmpfs", fs_stat.f_blocks.saturating_mul(fs_stat.f_bsize.unsigned_abs())),
         HUGETLBFS_MAGIC => ("hugetlbfs", 0),
         _ => return Ok(None),
     };
     let huge = fs_type == "hugetlbfs";
-    let Some((name, root)) = kubelet_paths::empty_dir(path) else {
+    let Some((name, root)) = kubelet_paths::parse_empty_dir(path) else {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     };
     // A directory on another file system than its volume is not part of the volume.
@@ -72,9 +72,9 @@ pub fn request_for(
     }
     let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
-    let below = kubelet_paths::within_its_filesystem(source).map_err(inspect("find it in its volume"))?;
+    let subdirectory = kubelet_paths::path_in_filesystem(source).map_err(inspect("find it in its volume"))?;
     let volume = mount_api::open_path(&root, false).map_err(inspect("open the volume"))?;
-    let directories = kubelet_paths::directories(&volume, &below, id_mappings);
+    let directories = kubelet_paths::stat_components(&volume, &subdirectory, id_mappings);
     let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;
     Ok(Some(VolumeRequest {
         name: format!("{name}-{:x}", volume_stat.dev()),
@@ -89,13 +89,17 @@ pub fn request_for(
 
 /// Returns the request for the subdirectory `below` of the volume that the guest has at `root`, for mount number
 /// `mount` of `container`.
-pub fn subdirectory_request(root: &str, below: Vec<VolumeDirectory>, (container, mount): (&str, u32)) -> VolumeRequest {
+pub fn subdirectory_request(
+    root: &str,
+    subdirectory: Vec<VolumeDirectory>,
+    (container, mount): (&str, u32),
+) -> VolumeRequest {
     let name = Path::new(root).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let (fs_type, container_id) = (SHARED.to_owned(), container.to_owned());
-    VolumeRequest { name, fs_type, directories: below, container_id, mount, ..Default::default() }
+    VolumeRequest { name, fs_type, directories: subdirectory, container_id, mount, ..Default::default() }
 }
 
-fn filesystem(file: &OwnedFd) -> io::Result<libc::statfs> {
+fn statfs(file: &OwnedFd) -> io::Result<libc::statfs> {
     // SAFETY: statfs is plain data, for which all zeroes is a valid value.
     let mut fs_stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: `fs_stat` outlives the call, which fills it.

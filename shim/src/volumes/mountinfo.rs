@@ -29,10 +29,10 @@ pub fn read() -> io::Result<Vec<Entry>> {
 }
 
 fn parse(text: &[u8]) -> Vec<Entry> {
-    text.split(|byte| *byte == b'\n').filter_map(entry).collect()
+    text.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
 }
 
-fn entry(line: &[u8]) -> Option<Entry> {
+fn parse_line(line: &[u8]) -> Option<Entry> {
     let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let [id, parent, device, root, point, rest @ ..] = fields.as_slice() else { return None };
     let (major, minor) = text(device)?.split_once(':')?;
@@ -42,8 +42,8 @@ fn entry(line: &[u8]) -> Option<Entry> {
         id: text(id)?.parse().ok()?,
         parent: text(parent)?.parse().ok()?,
         device: makedev(major.parse().ok()?, minor.parse().ok()?),
-        root: plain(root),
-        point: plain(point),
+        root: unescape(root),
+        point: unescape(point),
         kind: text(kind)?.to_owned(),
     })
 }
@@ -53,7 +53,7 @@ fn text(field: &[u8]) -> Option<&str> {
 }
 
 /// A path, in which blanks, tabs, line ends and backslashes are octal (fs/proc_namespace.c, `mangle`).
-fn plain(field: &[u8]) -> PathBuf {
+fn unescape(field: &[u8]) -> PathBuf {
     let (mut bytes, mut rest) = (Vec::with_capacity(field.len()), field);
     while let Some((&first, tail)) = rest.split_first() {
         let code = (first == b'\\').then(|| tail.get(..3).and_then(octal)).flatten();
@@ -102,7 +102,7 @@ mod tests {
         #[test]
         fn any_bytes_never_panic(bytes: Vec<u8>) {
             let _ = parse(&bytes);
-            let _ = plain(&bytes);
+            let _ = unescape(&bytes);
         }
     }
 }

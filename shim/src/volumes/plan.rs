@@ -6,6 +6,7 @@ use crate::oci::spec::Mount;
 use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
 use crate::volumes::host_only::HostOnly;
+use crate::volumes::kubelet_paths::DiskEmptyDir;
 use crate::volumes::mirror;
 use crate::volumes::mirror::{Mirror, Volume};
 use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
@@ -23,11 +24,11 @@ enum Plan {
     /// The guest mounts it as it stands.
     Keep,
     /// The guest binds a path of its own.
-    Guest(String),
+    GuestPath(String),
     /// The host binds this into the share.
-    Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, any_mount: bool },
+    Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, ignores_mount_id: bool },
     /// The host binds a volume into the share, of which the guest gives the container all or a part.
-    Shared { volume: kubelet_paths::Shared, id_mappings: Option<IdMappings> },
+    EmptyDir { volume: DiskEmptyDir, id_mappings: Option<IdMappings> },
     /// The guest gets a copy that is kept up to date.
     Mirror { source: Volume, id_mappings: Option<IdMappings> },
     /// The guest makes one of its own.
@@ -44,7 +45,7 @@ pub struct InGuest {
 }
 
 /// Where the host binds volumes, and the guest finds them.
-pub struct Place<'a> {
+pub struct PlanContext<'a> {
     /// The bundle, which relative sources are relative to.
     pub bundle: &'a Path,
     /// The share on the host.
@@ -60,18 +61,18 @@ pub struct Place<'a> {
 }
 
 /// Makes `mount` available to the guest as number `index`; the source the guest is to use, none to leave it.
-pub fn make(
+pub fn prepare_mount(
     mount: &Mount,
     index: usize,
-    place: &Place<'_>,
+    context: &PlanContext<'_>,
     notes: &mut Vec<String>,
     guest: &mut InGuest,
 ) -> Result<Option<String>, VolumeError> {
     let number = u32::try_from(index).unwrap_or(u32::MAX);
-    match plan(mount, number, place, notes)? {
+    match plan(mount, number, context, notes)? {
         Plan::Mirror { source, id_mappings } => {
             guest.mirrors.push(Mirror { source, id_mappings, mount: number });
-            Ok(Some(mirror::guest_path(place.container, index)))
+            Ok(Some(mirror::guest_path(context.container, index)))
         }
         Plan::Memory(request) => {
             let path = volume::path(&request).to_string_lossy().into_owned();
@@ -79,23 +80,30 @@ pub fn make(
             Ok(Some(path))
         }
         Plan::Keep => Ok(None),
-        Plan::Guest(path) => Ok(Some(path)),
-        Plan::Bind { source, directory, id_mappings, any_mount } => {
+        Plan::GuestPath(path) => Ok(Some(path)),
+        Plan::Bind { source, directory, id_mappings, ignores_mount_id } => {
             let (id_mappings, flags, receives_mounts) =
                 (id_mappings.as_ref(), Flags::of(mount), Flags::of(mount).slave);
-            let source = bind::Source { file: &source, directory, id_mappings, flags, any_mount, receives_mounts };
-            bind::bind(mount, &source, (place.share, place.container), place.host_only, notes).map(Some)
-        }
-        Plan::Shared { volume: kubelet_paths::Shared { root, below }, id_mappings } => {
-            let (id_mappings, flags, receives_mounts) =
-                (id_mappings.as_ref(), Flags::held_by_the_guest(), Flags::of(mount).slave);
             let source =
-                bind::Source { file: &root, directory: true, id_mappings, flags, any_mount: false, receives_mounts };
-            let whole = bind::bind(mount, &source, (place.share, place.container), place.host_only, notes)?;
-            if below.is_empty() {
-                return Ok(Some(whole));
+                bind::Source { file: &source, directory, id_mappings, flags, ignores_mount_id, receives_mounts };
+            bind::bind(mount, &source, (context.share, context.container), context.host_only, notes).map(Some)
+        }
+        Plan::EmptyDir { volume: DiskEmptyDir { root, subdirectory }, id_mappings } => {
+            let (id_mappings, flags, receives_mounts) =
+                (id_mappings.as_ref(), Flags::enforced_by_guest(), Flags::of(mount).slave);
+            let source = bind::Source {
+                file: &root,
+                directory: true,
+                id_mappings,
+                flags,
+                ignores_mount_id: false,
+                receives_mounts,
+            };
+            let root = bind::bind(mount, &source, (context.share, context.container), context.host_only, notes)?;
+            if subdirectory.is_empty() {
+                return Ok(Some(root));
             }
-            let request = memory_volume::subdirectory_request(&whole, below, (place.container, number));
+            let request = memory_volume::subdirectory_request(&root, subdirectory, (context.container, number));
             let path = volume::path(&request).to_string_lossy().into_owned();
             guest.memory.push(request);
             Ok(Some(path))
@@ -103,7 +111,7 @@ pub fn make(
     }
 }
 
-fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
+fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
     let source = mount.source.as_deref().unwrap_or_default();
     let refuse = |message: String| {
         Err(VolumeError::Unsupported { mount_source: source.into(), destination: mount.destination.clone(), message })
@@ -127,12 +135,12 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         );
         return refuse(message);
     }
-    let path = place.bundle.join(source);
+    let path = context.bundle.join(source);
     // The guest is the machine that the container sees, and the host's instance would be opened with the VMM's rights.
-    let of_the_guest = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::in_the_guest(path) {
+    let guest_instance = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::guest_path(path) {
         Some(guest) => {
             notes.push(format!("{} is the guest's own, not the host's", path.display()));
-            Ok(Plan::Guest(guest.to_string_lossy().into_owned()))
+            Ok(Plan::GuestPath(guest.to_string_lossy().into_owned()))
         }
         None => refuse(format!(
             "{} is on a host-only file system ({kind}) and cannot be shared with a virtual machine; mount /proc, /sys or /dev \
@@ -140,13 +148,13 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
             path.display()
         )),
     };
-    let named = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
+    let is_host_only_path = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
     // By its name alone, since the host may have nothing there. `..` may lead out again.
-    if named && !path.components().any(|part| part == Component::ParentDir) {
-        return of_the_guest(&path, "proc", notes);
+    if is_host_only_path && !path.components().any(|part| part == Component::ParentDir) {
+        return guest_instance(&path, "proc", notes);
     }
-    if place.kubernetes && mount.destination == "/dev/shm" && is_sandbox_shm(&path) {
-        return Ok(Plan::Guest(husk_proto::GUEST_SHM.into()));
+    if context.kubernetes && mount.destination == "/dev/shm" && is_sandbox_shm(&path) {
+        return Ok(Plan::GuestPath(husk_proto::GUEST_SHM.into()));
     }
     let host = |step, source_error| VolumeError::Host {
         mount_source: source.into(),
@@ -162,13 +170,13 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
     let resolved =
         fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("resolve the source", e))?;
     let on_host_only = |file: &OwnedFd| {
-        place.host_only.type_of(file).map_err(|error| host("stat the file system of the source", error))
+        context.host_only.type_of(file).map_err(|error| host("stat the file system of the source", error))
     };
     if shareable && let Some(kind) = on_host_only(&fd)? {
-        return of_the_guest(&resolved, kind, notes);
+        return guest_instance(&resolved, kind, notes);
     }
     if kind == SFlag::S_IFDIR {
-        let memory = memory_volume::request_for(&fd, &path, id_mappings.as_ref(), (place.container, number));
+        let memory = memory_volume::request_for(&fd, &path, id_mappings.as_ref(), (context.container, number));
         let error = |error| VolumeError::Memory {
             mount_source: source.into(),
             destination: mount.destination.clone(),
@@ -179,26 +187,28 @@ fn plan(mount: &Mount, number: u32, place: &Place<'_>, notes: &mut Vec<String>) 
         }
     }
     if shareable {
-        let shared = kubelet_paths::shared(&fd, &path, id_mappings.as_ref(), place.pod);
-        if let Some(volume) = shared.map_err(|error| host("find it in its volume", error))? {
+        let volume = kubelet_paths::disk_empty_dir(&fd, &path, id_mappings.as_ref(), context.pod);
+        if let Some(volume) = volume.map_err(|error| host("find it in its volume", error))? {
             if let Some(kind) = on_host_only(&volume.root)? {
-                return of_the_guest(&path, kind, notes);
+                return guest_instance(&path, kind, notes);
             }
-            return Ok(Plan::Shared { volume, id_mappings });
+            return Ok(Plan::EmptyDir { volume, id_mappings });
         }
     }
-    let any_mount = kubelet_paths::is_sub_path(&path);
+    let ignores_mount_id = kubelet_paths::is_sub_path(&path);
     match kind {
         SFlag::S_IFDIR
-            if place.kubernetes && Flags::of(mount).read_only && mirror::is_kubelets(&resolved, place.pod) =>
+            if context.kubernetes
+                && Flags::of(mount).read_only
+                && mirror::is_mirrored_volume(&resolved, context.pod) =>
         {
             Ok(Plan::Mirror { source: Volume::new(fd, path), id_mappings })
         }
-        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, id_mappings, any_mount }),
-        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, id_mappings, any_mount }),
+        SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, id_mappings, ignores_mount_id }),
+        SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, id_mappings, ignores_mount_id }),
         SFlag::S_IFCHR | SFlag::S_IFBLK => {
             match devices::guest_path(kind == SFlag::S_IFCHR, major(stat.st_rdev), minor(stat.st_rdev)) {
-                Ok(path) => Ok(Plan::Guest(path.into())),
+                Ok(path) => Ok(Plan::GuestPath(path.into())),
                 Err(message) => refuse(message),
             }
         }
@@ -228,23 +238,23 @@ mod tests {
         }
     }
 
-    fn planned(mount: &Mount) -> Result<Plan, String> {
+    fn plan_for(mount: &Mount) -> Result<Plan, String> {
         let host_only = &HostOnly::new([]).unwrap();
         let (bundle, share) = (Path::new("/b"), Path::new("/h"));
-        let place = Place { bundle, share, host_only, container: "c", kubernetes: true, pod: "pod-uid" };
-        plan(mount, 0, &place, &mut Vec::new()).map_err(|error| error.to_string())
+        let context = PlanContext { bundle, share, host_only, container: "c", kubernetes: true, pod: "pod-uid" };
+        plan(mount, 0, &context, &mut Vec::new()).map_err(|error| error.to_string())
     }
 
     #[test]
     fn the_machines_own_is_the_guests() {
         for path in ["/proc", "/sys/fs/cgroup", "/dev"] {
-            assert!(matches!(planned(&mount(path, "/x", &["rbind"])), Ok(Plan::Guest(to)) if to == path));
+            assert!(matches!(plan_for(&mount(path, "/x", &["rbind"])), Ok(Plan::GuestPath(to)) if to == path));
         }
-        assert!(matches!(planned(&mount("/dev/null", "/x", &["bind"])), Ok(Plan::Guest(to)) if to == "/dev/null"));
+        assert!(matches!(plan_for(&mount("/dev/null", "/x", &["bind"])), Ok(Plan::GuestPath(to)) if to == "/dev/null"));
         let shm = mount("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/a/shm", "/dev/shm", &["rbind"]);
-        assert!(matches!(planned(&shm), Ok(Plan::Guest(to)) if to == husk_proto::GUEST_SHM));
+        assert!(matches!(plan_for(&shm), Ok(Plan::GuestPath(to)) if to == husk_proto::GUEST_SHM));
         let tmpfs = Mount { kind: Some("tmpfs".into()), options: None, ..mount("tmpfs", "/tmp", &[]) };
-        assert!(matches!(planned(&tmpfs), Ok(Plan::Keep)));
+        assert!(matches!(plan_for(&tmpfs), Ok(Plan::Keep)));
     }
 
     #[test]
@@ -253,24 +263,24 @@ mod tests {
         let of = |target: &str, name: &str| {
             let link = dir.path().join(name);
             std::os::unix::fs::symlink(target, &link).unwrap();
-            planned(&mount(link.to_str().unwrap(), "/x", &["rbind"]))
+            plan_for(&mount(link.to_str().unwrap(), "/x", &["rbind"]))
         };
         for (target, name) in [("/proc", "a"), ("/proc/sys/kernel", "b"), ("/sys/kernel", "c"), ("/dev", "d")] {
-            assert!(matches!(of(target, name), Ok(Plan::Guest(to)) if to == target), "{target}");
+            assert!(matches!(of(target, name), Ok(Plan::GuestPath(to)) if to == target), "{target}");
         }
         for (target, name) in [("/proc/1", "e"), ("/proc/self/status", "f"), ("/proc/self/ns/net", "g")] {
             let error = of(target, name).unwrap_err();
             assert!(error.contains("host-only") && error.contains("/proc"), "{error}");
         }
         let sideways = format!("/proc/..{}", dir.path().display());
-        assert!(matches!(planned(&mount(&sideways, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
-        assert!(planned(&mount("/sys/../proc/1", "/x", &["rbind"])).is_err());
+        assert!(matches!(plan_for(&mount(&sideways, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
+        assert!(plan_for(&mount("/sys/../proc/1", "/x", &["rbind"])).is_err());
     }
 
     #[test]
     fn a_process_of_the_host_is_rejected_by_name_too() {
         for path in ["/proc/1/root", "/proc/self", "/proc/thread-self/attr"] {
-            let error = planned(&mount(path, "/x", &["rbind"])).unwrap_err();
+            let error = plan_for(&mount(path, "/x", &["rbind"])).unwrap_err();
             assert!(error.contains("host-only"), "{error}");
         }
     }
@@ -280,7 +290,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let volume = dir.path().join("pod-uid/volumes/kubernetes.io~configmap/a");
         fs::create_dir_all(&volume).unwrap();
-        let of = |path: &Path, options: &[&str]| planned(&mount(path.to_str().unwrap(), "/x", options));
+        let of = |path: &Path, options: &[&str]| plan_for(&mount(path.to_str().unwrap(), "/x", options));
         assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
         assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
         // A directory that only a symlink puts there, and one of another pod.
@@ -300,15 +310,15 @@ mod tests {
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         for (path, expected) in [(&socket, "a socket of the host"), (&fifo, "a fifo of the host")] {
-            let error = planned(&mount(path.to_str().unwrap(), "/x", &["bind"])).unwrap_err();
+            let error = plan_for(&mount(path.to_str().unwrap(), "/x", &["bind"])).unwrap_err();
             assert!(error.contains(expected), "{error}");
         }
         let directory = dir.path().to_str().unwrap();
         for option in ["rshared", "shared", "ridmap"] {
-            assert!(planned(&mount(directory, "/x", &["rbind", option])).is_err());
+            assert!(plan_for(&mount(directory, "/x", &["rbind", option])).is_err());
         }
-        assert!(matches!(planned(&mount(directory, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
-        let error = planned(&mount("/nowhere/x", "/x", &["rbind"])).unwrap_err();
+        assert!(matches!(plan_for(&mount(directory, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
+        let error = plan_for(&mount("/nowhere/x", "/x", &["rbind"])).unwrap_err();
         assert_eq!(error, "error mounting \"/nowhere/x\" to rootfs at \"/x\": cannot open the source");
     }
 }

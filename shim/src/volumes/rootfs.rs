@@ -3,7 +3,7 @@
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
-use crate::volumes::stage::Stage;
+use crate::volumes::stage::StagingDir;
 use nix::mount::{MsFlags, mount};
 use std::{
     io,
@@ -12,7 +12,7 @@ use std::{
 };
 
 /// The kernel copies one page of a mount's options, with its terminating zero.
-const PAGE: usize = 4096;
+const PAGE_SIZE: usize = 4096;
 
 /// One mount of a root file system, as containerd names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,9 +61,9 @@ pub enum RootfsError {
 
 /// What bind mounts need.
 #[derive(Clone, Copy)]
-pub struct Staging<'a> {
+pub struct CopyContext<'a> {
     /// Where trees are copied.
-    pub stage: &'a Stage,
+    pub stage: &'a StagingDir,
     /// What is not copied.
     pub host_only: &'a HostOnly,
     /// The tree's name there.
@@ -71,12 +71,12 @@ pub struct Staging<'a> {
 }
 
 /// Mounts `mounts`, one over the other, at `target`. Returns notes on what is left out.
-pub fn mount_all(mounts: &[RootMount], target: &Path, staging: Staging<'_>) -> Result<Vec<String>, RootfsError> {
-    let left_out = mounts.iter().map(|mount| mount_one(mount, target, staging));
+pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
+    let left_out = mounts.iter().map(|mount| mount_one(mount, target, context));
     Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-fn mount_one(root: &RootMount, target: &Path, staging: Staging<'_>) -> Result<Vec<String>, RootfsError> {
+fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
         // Below the root lies what the image holds, where a link may lead anywhere on the host.
         let message = format!("a mount at {:?} inside of it is not supported", root.target);
@@ -86,12 +86,12 @@ fn mount_one(root: &RootMount, target: &Path, staging: Staging<'_>) -> Result<Ve
     let id_mappings = IdMappings::from_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
     options.data.retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
     let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
-        bind(Path::new(&root.source), target, staging, &options, id_mappings.as_ref())
+        bind(Path::new(&root.source), target, context, &options, id_mappings.as_ref())
     } else {
         match id_mappings {
-            None => file_system(root, target, &options).map(|()| Vec::new()),
+            None => mount_file_system(root, target, &options).map(|()| Vec::new()),
             Some(id_mappings) if root.kind == "overlay" => {
-                mapped_overlay(target, &options, &id_mappings).map(|()| Vec::new())
+                id_mapped_overlay(target, &options, &id_mappings).map(|()| Vec::new())
             }
             Some(_) => {
                 let message = format!("{} with mapped user ids, only overlay and bind can be", root.kind);
@@ -121,11 +121,11 @@ fn shorten(options: &str) -> String {
 fn bind(
     source: &Path,
     target: &Path,
-    staging: Staging<'_>,
+    context: CopyContext<'_>,
     options: &Options<'_>,
     id_mappings: Option<&IdMappings>,
 ) -> io::Result<Vec<String>> {
-    let Staging { stage, host_only, name } = staging;
+    let CopyContext { stage, host_only, name } = context;
     let recursive = options.flags.contains(MsFlags::MS_REC);
     let (file, mut left_out) = (mount_api::open_path(source, true)?, Vec::new());
     if let Some(kind) = host_only.type_of(&file)? {
@@ -148,34 +148,34 @@ fn bind(
     Ok(notes.into_iter().collect())
 }
 
-fn file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
+fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
     let mut source = PathBuf::from(&root.source);
     let _device; // an auto-clearing loop device lives as long as it is open or mounted
-    if options.looped {
+    if options.loop_device {
         let (path, file) = crate::volumes::loop_device::attach(&source, options.flags.contains(MsFlags::MS_RDONLY))?;
         _device = file;
         source = path;
     }
     let data = options.data.join(",");
-    if data.len() < PAGE {
-        return plain(&source, target, &root.kind, options.flags, &data);
+    if data.len() < PAGE_SIZE {
+        return mount_with_data(&source, target, &root.kind, options.flags, &data);
     }
-    let Some((dir, data)) = (root.kind == "overlay").then(|| relative(&options.data)).flatten() else {
-        return Err(io::Error::other(format!("{} bytes of options, the kernel takes {}", data.len(), PAGE - 1)));
+    let Some((dir, data)) = (root.kind == "overlay").then(|| relative_layers(&options.data)).flatten() else {
+        return Err(io::Error::other(format!("{} bytes of options, the kernel takes {}", data.len(), PAGE_SIZE - 1)));
     };
     // Relative paths make it fit, and only a thread that shares its working directory with no other may change it.
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
         nix::unistd::chdir(&dir)?;
-        plain(&source, &target, &kind, flags, &data)
+        mount_with_data(&source, &target, &kind, flags, &data)
     })?;
     mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
 }
 
 /// An overlay whose lower directories belong to `users`: a mount of each shows it so, and the upper directory, which
 /// containerd made for these users, is as it is. The overlay keeps the mounts; nobody else ever sees them.
-fn mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
+fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
     let lower = lower.ok_or_else(|| io::Error::other("an overlay without lowerdir"))?;
     if lower.contains('\\') || lower.contains("::") {
@@ -205,19 +205,19 @@ fn mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings
             mount_api::attach(layer.as_fd(), mount_api::open_path(Path::new(name), false)?.as_fd())?;
         }
         std::fs::create_dir("overlay")?;
-        plain(Path::new("overlay"), Path::new("overlay"), "overlay", flags, &data.join(","))?;
+        mount_with_data(Path::new("overlay"), Path::new("overlay"), "overlay", flags, &data.join(","))?;
         mount_api::clone_tree(mount_api::open_path(Path::new("overlay"), false)?.as_fd(), false)
     })?;
-    let made = mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))?;
-    mount_api::attach(made.as_fd(), mount_api::open_path(target, false)?.as_fd())
+    let overlay = mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))?;
+    mount_api::attach(overlay.as_fd(), mount_api::open_path(target, false)?.as_fd())
 }
 
-fn plain(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
+fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> io::Result<()> {
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }
 
 /// Overlay's options with the lower directories relative to their longest common parent, if they fit a page then.
-fn relative(data: &[&str]) -> Option<(PathBuf, String)> {
+fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
     // A backslash escapes a colon in a path: containerd makes none such, and splitting would be wrong.
     if lower.contains('\\') || lower.contains("::") {
@@ -237,7 +237,7 @@ fn relative(data: &[&str]) -> Option<(PathBuf, String)> {
     let data: Vec<&str> =
         data.iter().map(|option| if option.starts_with("lowerdir=") { lower.as_str() } else { option }).collect();
     let data = data.join(",");
-    (data.len() < PAGE).then(|| (common.to_path_buf(), data))
+    (data.len() < PAGE_SIZE).then(|| (common.to_path_buf(), data))
 }
 
 /// fstab options, sorted by who reads them.
@@ -247,12 +247,12 @@ struct Options<'a> {
     /// For the file system.
     data: Vec<&'a str>,
     /// The source is a file that wants a loop device.
-    looped: bool,
+    loop_device: bool,
 }
 
 impl<'a> Options<'a> {
     fn parse(options: &'a [String]) -> Self {
-        let mut parsed = Self { flags: MsFlags::empty(), data: Vec::new(), looped: false };
+        let mut parsed = Self { flags: MsFlags::empty(), data: Vec::new(), loop_device: false };
         for option in options {
             let (set, clear) = match option.as_str() {
                 "bind" => (MsFlags::MS_BIND, MsFlags::empty()),
@@ -276,7 +276,7 @@ impl<'a> Options<'a> {
                 "norelatime" => (MsFlags::empty(), MsFlags::MS_RELATIME),
                 "strictatime" => (MsFlags::MS_STRICTATIME, MsFlags::empty()),
                 "loop" => {
-                    parsed.looped = true;
+                    parsed.loop_device = true;
                     continue;
                 }
                 "defaults" | "remount" | "" => continue,
@@ -302,15 +302,15 @@ mod tests {
         let parsed = Options::parse(&options);
         assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC);
         assert_eq!(parsed.data, ["index=off"]);
-        assert!(parsed.looped);
+        assert!(parsed.loop_device);
     }
 
     #[test]
     fn long_layer_lists_become_relative() {
         let dirs: Vec<String> = (0..120).map(|n| format!("/var/lib/containerd/snapshots/{n}/fs")).collect();
         let lower = format!("lowerdir={}", dirs.join(":"));
-        assert!(lower.len() > PAGE);
-        let (dir, data) = relative(&["index=off", &lower, "upperdir=/a/b"]).unwrap();
+        assert!(lower.len() > PAGE_SIZE);
+        let (dir, data) = relative_layers(&["index=off", &lower, "upperdir=/a/b"]).unwrap();
         assert_eq!(dir, Path::new("/var/lib/containerd/snapshots"));
         assert!(data.starts_with("index=off,lowerdir=0/fs:1/fs:2/fs:"), "{data}");
         assert!(data.ends_with(":119/fs,upperdir=/a/b"), "{data}");
@@ -318,19 +318,19 @@ mod tests {
 
     #[test]
     fn what_cannot_be_shortened_is_left() {
-        assert_eq!(relative(&["upperdir=/a"]), None);
-        assert_eq!(relative(&["lowerdir=/a\\:b:/c"]), None);
-        assert_eq!(relative(&["lowerdir=/a:/a/b"]), Some(("/".into(), "lowerdir=a:a/b".into())));
-        assert_eq!(relative(&["lowerdir=a:/b"]), None);
-        assert_eq!(relative(&[&format!("lowerdir=/{}", "x".repeat(5000))]), None);
+        assert_eq!(relative_layers(&["upperdir=/a"]), None);
+        assert_eq!(relative_layers(&["lowerdir=/a\\:b:/c"]), None);
+        assert_eq!(relative_layers(&["lowerdir=/a:/a/b"]), Some(("/".into(), "lowerdir=a:a/b".into())));
+        assert_eq!(relative_layers(&["lowerdir=a:/b"]), None);
+        assert_eq!(relative_layers(&[&format!("lowerdir=/{}", "x".repeat(5000))]), None);
     }
 
     #[test]
     fn mounts_inside_the_image_and_broken_id_maps_are_refused() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
-        let (stage, host_only) = (Stage::of(Path::new("/x/share")), HostOnly::new([]).unwrap());
-        let staging = Staging { stage: &stage, host_only: &host_only, name: "x" };
-        let mounted = |mount| mount_all(&[mount], Path::new("/nowhere"), staging);
+        let (stage, host_only) = (StagingDir::for_share(Path::new("/x/share")), HostOnly::new([]).unwrap());
+        let context = CopyContext { stage: &stage, host_only: &host_only, name: "x" };
+        let mounted = |mount| mount_all(&[mount], Path::new("/nowhere"), context);
         assert!(matches!(mounted(inside), Err(RootfsError::Unsupported(_))));
         let options = vec!["uidmap=0:1000:1".to_string()];
         let mapped = RootMount { kind: "overlay".into(), options, ..RootMount::default() };

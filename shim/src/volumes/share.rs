@@ -6,7 +6,7 @@
 //! What is to be in the share is made ready in a third directory, `stage`, which the guest has no view of.
 
 use crate::volumes::bind;
-use crate::volumes::stage::Stage;
+use crate::volumes::stage::StagingDir;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{
     io,
@@ -44,7 +44,7 @@ impl Share {
     }
 
     fn stage(&self) -> PathBuf {
-        Stage::of(&self.host).dir().to_owned()
+        StagingDir::for_share(&self.host).dir().to_owned()
     }
 
     fn make(&self) -> Result<(), ShareError> {
@@ -71,7 +71,11 @@ impl Share {
         // Mounts can be moved from here, and what is unmounted here stays mounted elsewhere.
         mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none).map_err(fail("make private", &stage))?;
         mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("share", host))?;
-        Stage::of(host).create().map_err(|source| ShareError { step: "create directories in", path: stage, source })?;
+        StagingDir::for_share(host).create().map_err(|source| ShareError {
+            step: "create directories in",
+            path: stage,
+            source,
+        })?;
         let volumes = host.join(bind::VOLUMES);
         std::fs::create_dir(&volumes).map_err(|source| ShareError { step: "create", path: volumes, source })?;
         mount(Some(host), guest, none, MsFlags::MS_BIND, none).map_err(fail("bind", guest))?;

@@ -4,7 +4,7 @@
 //! lists, so a tree is attached here first. Only what a path lookup reaches is copied, without host-only file systems.
 //!
 //! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and gets the host's later
-//! mounts. [`Stage::sync`] repeats them in the share. So no host-only file system gets there, and the host can unmount a
+//! mounts. [`StagingDir::sync`] repeats them in the share. So no host-only file system gets there, and the host can unmount a
 //! file system of which a guest has files open.
 
 use crate::volumes::host_only::HostOnly;
@@ -28,7 +28,7 @@ const RECEIVING: &str = "receiving";
 const COPYING: &str = "copying";
 
 /// The staging directory of a sandbox.
-pub struct Stage {
+pub struct StagingDir {
     dir: PathBuf,
 }
 
@@ -43,9 +43,9 @@ pub struct SyncError {
     source: io::Error,
 }
 
-impl Stage {
+impl StagingDir {
     /// The one of the sandbox with this share: a directory beside it.
-    pub fn of(share: &Path) -> Self {
+    pub fn for_share(share: &Path) -> Self {
         Self { dir: share.with_file_name("stage") }
     }
 
@@ -84,7 +84,7 @@ impl Stage {
     ) -> io::Result<(OwnedFd, Vec<String>)> {
         let dir = self.dir.join(COPYING).join(name.as_ref());
         let (from, to) = (dir.join("from"), dir.join("to"));
-        let copied = copy_by(tree, host_only, &dir, (&from, &to));
+        let copied = copy_in(tree, host_only, &dir, (&from, &to));
         let points = [&to, &from];
         let removed = points.iter().map(|point| unmount::unmount(point).and_then(|()| unmount::remove(point)));
         let removed = first_error(removed).and(unmount::remove(&dir));
@@ -92,11 +92,11 @@ impl Stage {
         removed.map(|()| copied)
     }
 
-    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name` until [`Stage::remove`].
+    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name` until [`StagingDir::remove_receiving`].
     ///
     /// # Errors
     /// If it cannot be attached; nothing stays then.
-    pub fn keep(&self, tree: &OwnedFd, host_only: &HostOnly, directory: bool, name: &str) -> io::Result<()> {
+    pub fn add_receiving(&self, tree: &OwnedFd, host_only: &HostOnly, directory: bool, name: &str) -> io::Result<()> {
         let point = self.dir.join(RECEIVING).join(name);
         if directory {
             fs::create_dir(&point)?;
@@ -114,7 +114,7 @@ impl Stage {
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&point))
             && let Some(tree) = Tree::of(&entries, base.id)
         {
-            for host_only in tree.reachable(|entry| host_only.has(entry)).1 {
+            for host_only in tree.reachable(|entry| host_only.contains(entry)).1 {
                 let _ = detach(&base.file, &host_only);
             }
         }
@@ -122,7 +122,7 @@ impl Stage {
     }
 
     /// Whether volume `name` has a receiving tree.
-    pub fn has(&self, name: &str) -> bool {
+    pub fn has_receiving(&self, name: &str) -> bool {
         self.dir.join(RECEIVING).join(name).exists()
     }
 
@@ -130,7 +130,7 @@ impl Stage {
     ///
     /// # Errors
     /// The error of umount2(2), unlink(2) or rmdir(2).
-    pub fn remove(&self, name: &OsStr) -> io::Result<()> {
+    pub fn remove_receiving(&self, name: &OsStr) -> io::Result<()> {
         let point = self.dir.join(RECEIVING).join(name);
         unmount::unmount(&point)?;
         unmount::remove(&point)
@@ -159,7 +159,7 @@ fn list(dir: &Path) -> io::Result<Vec<std::ffi::OsString>> {
     fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect()
 }
 
-fn copy_by(
+fn copy_in(
     tree: &OwnedFd,
     host_only: &HostOnly,
     dir: &Path,
@@ -175,7 +175,7 @@ fn copy_by(
     mount_api::attach(base.as_fd(), mount_api::open_path(to, false)?.as_fd())?;
     let entries = mountinfo::read()?;
     let tree = Tree::of(&entries, from.id).ok_or(io::ErrorKind::NotFound)?;
-    let (reachable, left_out) = tree.reachable(|entry| host_only.has(entry));
+    let (reachable, left_out) = tree.reachable(|entry| host_only.contains(entry));
     for submount in &reachable {
         match copy_one(&from.file, to, submount) {
             // Its mount point was renamed or removed: no path leads to it.
@@ -204,7 +204,7 @@ fn sync_volume(
     // A volume that is being added or removed has only one of the two.
     let (Some(from), Some(to)) = bases.map_err(error("open", Path::new("")))? else { return Ok(()) };
     let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
-    let (received, _) = received.reachable(|entry| host_only.has(entry));
+    let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (mut gone, new) = differences(shared, received);
     // Children first.

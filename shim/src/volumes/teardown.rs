@@ -29,7 +29,7 @@ pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
         }
     };
     bind::release(share, id, &mut note);
-    let mounts = bind::marks(share, id);
+    let mounts = bind::markers_dir(share, id);
     let rootfs = dir.join("rootfs");
     note(&rootfs, unmount(&rootfs));
     for path in [&mounts, &rootfs, &dir] {

@@ -24,10 +24,10 @@ pub fn unmount(path: &Path) -> io::Result<()> {
 
 /// Removes an empty directory or a file that was mounted on: never anything below, which could be somebody's data.
 pub fn remove(path: &Path) -> io::Result<()> {
-    let gone = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
+    let ignore_not_found = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
     match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir(path).or_else(gone),
-        Ok(_) => fs::remove_file(path).or_else(gone),
-        Err(error) => gone(error),
+        Ok(meta) if meta.is_dir() => fs::remove_dir(path).or_else(ignore_not_found),
+        Ok(_) => fs::remove_file(path).or_else(ignore_not_found),
+        Err(error) => ignore_not_found(error),
     }
 }

@@ -27,13 +27,13 @@ use crate::volumes::mirror::watch::Watch;
 
 /// The kubelet's directories of the volumes that it fills and keeps up to date, beneath a pod's `volumes`
 /// (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}: `kubernetes.io/<plugin>`, escaped).
-const KINDS: [&str; 4] =
+const PLUGIN_DIRS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
 /// How often a volume may change while it is looked at: the kubelet does it about once a minute.
-const ATTEMPTS: u32 = 10;
+const MAX_ATTEMPTS: u32 = 10;
 /// After which a copy that the guest refused, for want of memory perhaps, is tried again.
-const AGAIN: Duration = Duration::from_secs(10);
+const RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// The directory of a volume on the host.
 ///
@@ -108,10 +108,13 @@ pub enum MirrorError {
 
 /// Whether the directory at `path`, which has no symlinks in it, is one that the kubelet fills for the pod with this uid:
 /// `…/<uid>/volumes/<kind>/<name>`.
-pub fn is_kubelets(path: &Path, pod: &str) -> bool {
+pub fn is_mirrored_volume(path: &Path, pod: &str) -> bool {
     let mut above = path.ancestors().skip(1).map(|directory| directory.file_name().and_then(OsStr::to_str));
     let (kind, volumes, uid) = (above.next().flatten(), above.next().flatten(), above.next().flatten());
-    !pod.is_empty() && uid == Some(pod) && volumes == Some("volumes") && kind.is_some_and(|kind| KINDS.contains(&kind))
+    !pod.is_empty()
+        && uid == Some(pod)
+        && volumes == Some("volumes")
+        && kind.is_some_and(|kind| PLUGIN_DIRS.contains(&kind))
 }
 
 /// Where the guest finds the copy.
@@ -124,39 +127,39 @@ pub fn guest_path(container: &str, mount: usize) -> String {
 /// # Errors
 /// [`MirrorError`] when one cannot be copied. One that cannot be watched is only copied, and the log says so.
 pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Result<JoinSet<()>, MirrorError> {
-    let mut following = JoinSet::new();
+    let mut tasks = JoinSet::new();
     for mirror in mirrors {
         // First the watch, then the look: what changes in between is seen twice rather than not at all.
         let watch = Watch::new(&mirror.source).await;
         copy(agent, container, &mirror).await?;
         match watch {
-            Ok(watch) => drop(following.spawn(follow(agent.clone(), container.to_owned(), mirror, watch))),
+            Ok(watch) => drop(tasks.spawn(keep_updated(agent.clone(), container.to_owned(), mirror, watch))),
             Err(error) => tracing::warn!(
                 container, volume = %mirror.source.path.display(), %error,
                 "changes of this volume will not be seen in the guest (fs.inotify.max_user_watches?)"
             ),
         }
     }
-    Ok(following)
+    Ok(tasks)
 }
 
 /// Copies a volume whenever it changes, until it is gone or the task is ended, as it is with its container.
-async fn follow(agent: Agent, container: String, mirror: Mirror, mut watch: Watch) {
-    let mut behind = false;
+async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch: Watch) {
+    let mut retry = false;
     loop {
         tokio::select! {
             changed = watch.changed() => if let Err(error) = changed {
                 tracing::warn!(container, volume = %mirror.source.path.display(), %error, "volume is no longer followed");
                 return;
             },
-            () = tokio::time::sleep(AGAIN), if behind => {}
+            () = tokio::time::sleep(RETRY_DELAY), if retry => {}
         }
-        if let Err(error) = watch.renew(&mirror.source).await {
+        if let Err(error) = watch.add_new_directories(&mirror.source).await {
             tracing::debug!(container, volume = %mirror.source.path.display(), %error, "volume is gone");
             return;
         }
         let copied = copy(&agent, &container, &mirror).await;
-        behind = copied.is_err();
+        retry = copied.is_err();
         match copied {
             Ok(()) => tracing::debug!(container, volume = %mirror.source.path.display(), "volume's changes copied"),
             // What was replaced while it was read is looked at again.
@@ -172,7 +175,7 @@ async fn follow(agent: Agent, container: String, mirror: Mirror, mut watch: Watc
 
 /// Copies a volume as it is now; one that changes meanwhile is looked at again.
 async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
-    for _ in 1..ATTEMPTS {
+    for _ in 1..MAX_ATTEMPTS {
         match copy_once(agent, container, mirror).await {
             Err(MirrorError::Read { .. }) if mirror.source.exists() => {}
             result => return result,
@@ -184,7 +187,7 @@ async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), Mir
 async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
     let (sender, mut batches) = mpsc::channel::<Vec<MirrorEntry>>(1);
     let source = mirror.source.clone();
-    let walking = tokio::task::spawn_blocking(move || walk::walk(&source, |batch| sender.blocking_send(batch).is_ok()));
+    let walk = tokio::task::spawn_blocking(move || walk::walk(&source, |batch| sender.blocking_send(batch).is_ok()));
     let send = async |entries, last| {
         let request = MirrorRequest {
             container_id: container.to_owned(),
@@ -198,18 +201,18 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     };
     while let Some(mut batch) = batches.recv().await {
         if let Some(id_mappings) = &mirror.id_mappings {
-            batch.iter_mut().for_each(|entry| belong(entry, id_mappings));
+            batch.iter_mut().for_each(|entry| map_owner(entry, id_mappings));
         }
         send(batch, false).await?;
     }
-    let walked = walking.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
     // Only a whole look says what is no longer there.
     send(Vec::new(), true).await
 }
 
 /// Has an entry belong to whom a mount with mapped ids would show it to.
-fn belong(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
+fn map_owner(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
     (entry.uid, entry.gid) = id_mappings.owner(entry.uid, entry.gid);
 }
 
@@ -219,12 +222,12 @@ mod tests {
 
     #[test]
     fn volumes_of_the_kubelet_are_recognized_by_pod_and_kind() {
-        let is = |path: &str| is_kubelets(Path::new(&format!("/var/lib/kubelet/pods/{path}")), "5e1c");
-        assert!(is("5e1c/volumes/kubernetes.io~configmap/settings"));
-        assert!(is("5e1c/volumes/kubernetes.io~projected/kube-api-access-x"));
-        assert!(!is("5e1d/volumes/kubernetes.io~configmap/settings"));
-        assert!(!is("5e1c/volumes/kubernetes.io~empty-dir/cache"));
-        assert!(!is("5e1c/volumes/kubernetes.io~configmap"));
-        assert!(!is_kubelets(Path::new("/volumes/kubernetes.io~configmap/x"), ""));
+        let is_mirrored = |path: &str| is_mirrored_volume(Path::new(&format!("/var/lib/kubelet/pods/{path}")), "5e1c");
+        assert!(is_mirrored("5e1c/volumes/kubernetes.io~configmap/settings"));
+        assert!(is_mirrored("5e1c/volumes/kubernetes.io~projected/kube-api-access-x"));
+        assert!(!is_mirrored("5e1d/volumes/kubernetes.io~configmap/settings"));
+        assert!(!is_mirrored("5e1c/volumes/kubernetes.io~empty-dir/cache"));
+        assert!(!is_mirrored("5e1c/volumes/kubernetes.io~configmap"));
+        assert!(!is_mirrored_volume(Path::new("/volumes/kubernetes.io~configmap/x"), ""));
     }
 }

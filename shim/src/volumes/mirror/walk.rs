@@ -15,9 +15,9 @@ use nix::sys::stat::{FileStat, SFlag, fstat};
 use crate::volumes::mirror::Volume;
 
 /// Contents sent in one message, in bytes: well below ttrpc's limit of 4 MiB.
-const BATCH: usize = 1 << 20;
+const BATCH_BYTES: usize = 1 << 20;
 /// What an entry weighs beside its content.
-const ENTRY: usize = 128;
+const ENTRY_OVERHEAD: usize = 128;
 /// Deeper than any volume of the kubelet's.
 const MAX_DEPTH: usize = 64;
 
@@ -26,15 +26,16 @@ const MAX_DEPTH: usize = 64;
 /// # Errors
 /// When something cannot be read, or changed meanwhile ([`io::ErrorKind::Interrupted`]). No link was handed over then.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
-    let mut walk = Walk { volume, send, batch: Vec::new(), weight: 0, links: Vec::new(), versions: Vec::new() };
+    let mut walk = Walk { volume, send, batch: Vec::new(), batch_bytes: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
     // The kubelet publishes by a link to a new directory, and takes the old one away only then: what was seen is whole
     // if the links still are what they were before the directories were read.
     let unchanged = |link: &MirrorEntry| {
-        let now = Found::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
-        now.is_ok_and(|now| now.as_os_str().as_bytes() == link.content)
+        let current = OpenEntry::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
+        current.is_ok_and(|target| target.as_os_str().as_bytes() == link.content)
     };
-    if !walk.links.iter().all(unchanged) || walk.versions.iter().any(|version| Found::at(volume, version).is_err()) {
+    if !walk.links.iter().all(unchanged) || walk.versions.iter().any(|version| OpenEntry::at(volume, version).is_err())
+    {
         return Err(io::ErrorKind::Interrupted.into());
     }
     // Last, so that a link never changes before what it points to is there.
@@ -45,12 +46,12 @@ pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::
 }
 
 /// A file of the volume, opened with O_PATH, and its attributes.
-struct Found {
+struct OpenEntry {
     file: OwnedFd,
     stat: FileStat,
 }
 
-impl Found {
+impl OpenEntry {
     fn at(volume: &Volume, path: &Path) -> io::Result<Self> {
         let file = volume.open(path, OFlag::O_PATH)?;
         let stat = fstat(&file)?;
@@ -71,7 +72,7 @@ struct Walk<'a, F> {
     volume: &'a Volume,
     send: F,
     batch: Vec<MirrorEntry>,
-    weight: usize,
+    batch_bytes: usize,
     links: Vec<MirrorEntry>,
     /// The directories that symlinks beside them point to, relative to the volume.
     versions: Vec<PathBuf>,
@@ -82,19 +83,19 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
         if depth > MAX_DEPTH {
             return Err(io::Error::other(format!("{}: too deep", path.display())));
         }
-        let here = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-        self.add(entry(Kind::DIRECTORY, path, &fstat(&here)?))?;
-        let listed = fs::read_dir(format!("/proc/self/fd/{}", here.as_raw_fd()))?;
+        let directory = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+        self.add(entry(Kind::DIRECTORY, path, &fstat(&directory)?))?;
+        let listed = fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))?;
         let mut names: Vec<PathBuf> =
             listed.map(|entry| Ok(path.join(entry?.file_name()))).collect::<io::Result<_>>()?;
         names.sort();
-        let all: Vec<(&PathBuf, Found)> =
-            names.iter().map(|name| Ok((name, Found::at(self.volume, name)?))).collect::<io::Result<_>>()?;
+        let all: Vec<(&PathBuf, OpenEntry)> =
+            names.iter().map(|name| Ok((name, OpenEntry::at(self.volume, name)?))).collect::<io::Result<_>>()?;
         for (name, found) in all.iter().filter(|(_, found)| found.is(SFlag::S_IFLNK)) {
             let target = found.target()?;
             let beside = path.join(&target);
             let is_version = target.components().count() == 1
-                && Found::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
+                && OpenEntry::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
             if is_version {
                 // It was made after the directory was listed.
                 if !names.contains(&beside) {
@@ -122,9 +123,9 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
         let mut offset = 0;
         loop {
             let mut content = Vec::new();
-            (&mut file).take(BATCH as u64).read_to_end(&mut content)?;
+            (&mut file).take(BATCH_BYTES as u64).read_to_end(&mut content)?;
             // A full piece may be the last: then an empty one follows.
-            let more = content.len() == BATCH;
+            let more = content.len() == BATCH_BYTES;
             let length = content.len() as u64;
             self.add(MirrorEntry { content, more, offset, ..entry(Kind::FILE, path, &stat) })?;
             offset += length;
@@ -135,13 +136,13 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     }
 
     fn add(&mut self, entry: MirrorEntry) -> io::Result<()> {
-        self.weight += entry.content.len() + entry.path.len() + ENTRY;
+        self.batch_bytes += entry.content.len() + entry.path.len() + ENTRY_OVERHEAD;
         self.batch.push(entry);
-        if self.weight >= BATCH { self.flush() } else { Ok(()) }
+        if self.batch_bytes >= BATCH_BYTES { self.flush() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.weight = 0;
+        self.batch_bytes = 0;
         let batch = std::mem::take(&mut self.batch);
         if batch.is_empty() || (self.send)(batch) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
     }
@@ -195,7 +196,7 @@ mod tests {
     #[test]
     fn large_files_come_in_pieces() {
         let dir = tempfile::tempdir().unwrap();
-        let content: Vec<u8> = (0..2 * BATCH).map(|i| i as u8).collect();
+        let content: Vec<u8> = (0..2 * BATCH_BYTES).map(|i| i as u8).collect();
         fs::write(dir.path().join("f"), &content).unwrap();
         let all = walked(dir.path());
         let pieces: Vec<_> = all.iter().filter(|entry| entry.path == b"f").collect();
@@ -208,7 +209,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let publish = |version: &str| {
             fs::create_dir(dir.path().join(version)).unwrap();
-            fs::write(dir.path().join(version).join("key"), vec![b'x'; BATCH]).unwrap();
+            fs::write(dir.path().join(version).join("key"), vec![b'x'; BATCH_BYTES]).unwrap();
             symlink(version, dir.path().join("..tmp")).unwrap();
             fs::rename(dir.path().join("..tmp"), dir.path().join("..data")).unwrap();
         };

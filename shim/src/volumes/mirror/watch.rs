@@ -43,7 +43,7 @@ impl Watch {
         // SAFETY: a File stays the same open descriptor until it is dropped, which deregisters it first.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE)? };
         let watch = Self { inotify, events };
-        watch.renew(volume).await?;
+        watch.add_new_directories(volume).await?;
         Ok(watch)
     }
 
@@ -51,9 +51,11 @@ impl Watch {
     ///
     /// # Errors
     /// As [`Watch::new`].
-    pub async fn renew(&self, volume: &Volume) -> io::Result<()> {
+    pub async fn add_new_directories(&self, volume: &Volume) -> io::Result<()> {
         let (inotify, volume) = (Arc::clone(&self.inotify), volume.clone());
-        tokio::task::spawn_blocking(move || add(&inotify, &volume, Path::new(""))).await.map_err(io::Error::other)?
+        tokio::task::spawn_blocking(move || watch_tree(&inotify, &volume, Path::new("")))
+            .await
+            .map_err(io::Error::other)?
     }
 
     /// Waits for a change, and takes all that are there.
@@ -75,7 +77,7 @@ impl Watch {
 }
 
 /// Watches a directory of the volume and all below it; blocks.
-fn add(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
+fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     // inotify_add_watch(2) takes only a path: this one leads to what was opened.
     let opened = format!("/proc/self/fd/{}", directory.as_raw_fd());
@@ -83,7 +85,7 @@ fn add(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     for entry in fs::read_dir(&opened)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            match add(inotify, volume, &path.join(entry.file_name())) {
+            match watch_tree(inotify, volume, &path.join(entry.file_name())) {
                 // It was removed since, and an event reports that.
                 Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
                 result => result?,
@@ -105,7 +107,7 @@ mod tests {
         let mut watch = Watch::new(&volume).await.unwrap();
         fs::create_dir(dir.path().join("new")).unwrap();
         watch.changed().await.unwrap();
-        watch.renew(&volume).await.unwrap();
+        watch.add_new_directories(&volume).await.unwrap();
         fs::write(dir.path().join("new/file"), "x").unwrap();
         watch.changed().await.unwrap();
     }
