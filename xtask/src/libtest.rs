@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn the_output_of_this_compilers_libtest_is_read() {
         let mut own = std::process::Command::new(std::env::current_exe().unwrap());
-        let text = crate::cmd::output(own.args(["--test-threads=1", "lockfile::tests::"])).unwrap();
+        let text = crate::cmd::output(own.args(["--test-threads=1", "deny::expression::tests::"])).unwrap();
         let (tests, _) = read(&text);
         assert!(!tests.is_empty(), "{text}");
         assert!(tests.iter().all(|(name, outcome, _)| name.contains("::tests::") && *outcome == TestOutcome::Passed));

@@ -6,7 +6,7 @@ use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
-use crate::{cache, cmd, dist, kernel, lockfile, modules, paths, setup, side, ui};
+use crate::{cache, cmd, deny, dist, kernel, modules, paths, setup, side, ui};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
@@ -106,8 +106,8 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
 
 /// Checks that need no compiler.
 fn format() -> Result<()> {
-    ui::say("test", "Cargo.lock, format, needs of the suites, modules");
-    lockfile::check()?;
+    ui::say("test", "dependencies, format, needs of the suites, modules");
+    deny::deny()?;
     cmd::shown(cargo().args(["fmt", "--all", "--check"]))?;
     suites::read()?;
     modules::check()
@@ -439,14 +439,14 @@ mod tests {
         }
         let suites = vec![("good".to_owned(), 1), ("unsteady".to_owned(), 1)];
         let boot = Boot { number: 1, line: Line::Two, suites };
-        let attempts = boot_here(dir, &mut results, &boot, &["lockfile::tests::"]);
+        let attempts = boot_here(dir, &mut results, &boot, &["deny::expression::tests::"]);
         let outcomes: Vec<_> = attempts.iter().map(|(name, attempt)| (name.as_str(), attempt.outcome)).collect();
         assert_eq!(outcomes, [("good", AttemptOutcome::Passed), ("unsteady", AttemptOutcome::Failed)]);
         assert_eq!(attempts[1].1.tests[0].outcome, TestOutcome::Unfinished);
         assert!(results.with_logs(SuiteOutcome::Failed)[0].contains("logs/2/unsteady.1.log"));
         suite("unsteady", &libtest);
         let boot = Boot { number: 2, line: Line::Two, suites: vec![("unsteady".to_owned(), 2)] };
-        let attempts = boot_here(dir, &mut results, &boot, &["lockfile::tests::"]);
+        let attempts = boot_here(dir, &mut results, &boot, &["deny::expression::tests::"]);
         assert!(!attempts[0].1.tests.is_empty());
         assert!(attempts[0].1.tests.iter().all(|test| test.outcome == TestOutcome::Passed));
         assert!(results.with_logs(SuiteOutcome::Failed).is_empty());
