@@ -2,7 +2,7 @@
 
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
-use crate::{bench, conformance, demo, deny, dist, image, kernel, modules, node, setup, test};
+use crate::{bench, conformance, demo, deny, dist, image, imports, kernel, modules, node, setup, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -38,6 +38,12 @@ enum Task {
     Test(test::Options),
     /// Check licences, duplicate versions and sources of the dependencies against deny.toml.
     Deny,
+    /// Check that imports are grouped: the standard library, other crates, this crate.
+    Imports {
+        /// Group them. What has attributes or comments is left.
+        #[arg(long)]
+        fix: bool,
+    },
     /// Show cycles among the modules of each crate; xtask/known-cycles.toml lists those that are known.
     Modules {
         /// Remove from the list of known cycles what is gone.
@@ -138,6 +144,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Task::Demo(options) => return demo::demo(&options),
         Task::Test(options) => return test::test(&options),
         Task::Deny => deny::deny()?,
+        Task::Imports { fix } => imports::imports(fix)?,
         Task::Modules { shrink } => modules::modules(shrink)?,
         Task::Conformance => return conformance::conformance(),
         Task::Bench { command } => return bench::bench(&command),

@@ -12,6 +12,7 @@ mod deny;
 mod dist;
 mod image;
 mod images;
+mod imports;
 mod kernel;
 mod libtest;
 mod lock;
