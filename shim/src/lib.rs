@@ -1,6 +1,7 @@
 //! Husk's containerd shim: one process per sandbox. It boots the sandbox's VM and serves containerd's Task API.
 
 pub mod address;
+mod async_fd;
 pub mod cli;
 pub mod container;
 pub mod daemon;
@@ -23,9 +24,10 @@ pub mod volumes;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cli::Args;
+use husk_base::error::chain;
+use husk_base::sync::lock;
 
 /// Runs the program: the VMM if `argv[0]` is the VMM's name, otherwise the action on the command line.
 pub fn main() -> ExitCode {
@@ -62,27 +64,4 @@ fn run(args: std::env::ArgsOs, started_ns: u64) -> Result<(), String> {
         "delete" => cli::delete::delete(&args).map_err(|e| chain(&e)),
         other => Err(format!("unknown action {other:?}: containerd runs this program with start or delete")),
     }
-}
-
-/// Formats an error and all its causes in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        // Some errors already print their cause.
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = error.source();
-    }
-    text
-}
-
-/// Locks a mutex and ignores poisoning.
-///
-/// Only for data that a panic cannot leave inconsistent: every holder only reads or assigns.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

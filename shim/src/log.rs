@@ -9,12 +9,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use husk_base::log::{Sink, Value};
 use husk_config::LogLevel;
-use tracing::field::{Field, Visit};
-use tracing::span;
 
-/// Maximum line length. A pipe takes a line of this length atomically, so lines of several threads do not interleave.
-const MAX_LINE: usize = 4000;
+/// Maximum line length. A pipe takes a line of this length atomically (PIPE_BUF in pipe(7)), so lines of several threads do
+/// not interleave.
+const MAX_LINE: usize = 4096;
 
 /// The current log level, from 1 (error) to 5 (trace), in the order of [`tracing`] and [`log`].
 static LEVEL: AtomicU8 = AtomicU8::new(3);
@@ -38,7 +38,7 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
         Logger { fifo, sandbox: sandbox.to_owned(), namespace: namespace.to_owned(), dropped: AtomicU64::new(0) };
     // Leaked, because both crates need a `'static` logger; there is one for the life of the process.
     let logger: &'static Logger = Box::leak(Box::new(logger));
-    let _ = tracing::subscriber::set_global_default(Tracing(logger));
+    husk_base::log::install(logger);
     if log::set_logger(logger).is_ok() {
         log::set_max_level(log::LevelFilter::Trace);
     }
@@ -64,51 +64,40 @@ impl Logger {
         let _ = write!(line, "time=\"{}\" level={level} msg=", rfc3339(SystemTime::now()));
         quote(&mut line, message);
         line.push_str(fields);
-        truncate(&mut line, MAX_LINE);
-        let _ = write!(line, " runtime=husk namespace={} sandbox={}", self.namespace, self.sandbox);
+        let mut suffix = format!(" runtime=husk namespace={} sandbox={}", self.namespace, self.sandbox);
         let dropped = self.dropped.swap(0, Ordering::Relaxed);
         if dropped > 0 {
-            let _ = write!(line, " dropped={dropped}");
+            let _ = write!(suffix, " dropped={dropped}");
         }
-        line.push('\n');
+        suffix.push('\n');
+        truncate(&mut line, MAX_LINE.saturating_sub(suffix.len()));
+        line.push_str(&suffix);
         if fifo.write_all(line.as_bytes()).is_err() {
             self.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
         }
     }
 }
 
-/// Subscriber for [`tracing`]'s events. Spans are ignored: they add nothing to the lines.
-struct Tracing(&'static Logger);
-
-impl tracing::Subscriber for Tracing {
+impl Sink for Logger {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        metadata.is_event() && severity(*metadata.level()) <= LEVEL.load(Ordering::Relaxed)
+        severity(*metadata.level()) <= LEVEL.load(Ordering::Relaxed)
     }
 
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-
-    fn event(&self, event: &tracing::Event<'_>) {
-        let mut fields = Fields::default();
-        event.record(&mut fields);
-        let level = match severity(*event.metadata().level()) {
+    fn write(&self, level: tracing::Level, message: &str, fields: &str) {
+        let level = match severity(level) {
             1 => "error",
             2 => "warning",
             3 => "info",
             4 => "debug",
             _ => "trace",
         };
-        self.0.write_line(level, &fields.message, &fields.rest);
+        self.write_line(level, message, fields);
     }
 
-    fn enter(&self, _: &span::Id) {}
-
-    fn exit(&self, _: &span::Id) {}
+    fn field(&self, fields: &mut String, name: &str, value: Value<'_>) {
+        let _ = write!(fields, " {name}=");
+        quote(fields, &value.to_string());
+    }
 }
 
 fn severity(level: tracing::Level) -> u8 {
@@ -134,34 +123,13 @@ impl log::Log for Logger {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
+        if log::Log::enabled(self, record.metadata()) {
             let level = record.level().as_str().to_ascii_lowercase();
             self.write_line(&level, &record.args().to_string(), "");
         }
     }
 
     fn flush(&self) {}
-}
-
-#[derive(Default)]
-struct Fields {
-    message: String,
-    rest: String,
-}
-
-impl Visit for Fields {
-    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
-        self.record_str(field, &format!("{value:?}"));
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        if field.name() == "message" {
-            value.clone_into(&mut self.message);
-        } else {
-            let _ = write!(self.rest, " {}=", field.name());
-            quote(&mut self.rest, value);
-        }
-    }
 }
 
 /// Appends a value: bare if that is unambiguous, otherwise quoted and escaped.
@@ -174,11 +142,15 @@ fn quote(out: &mut String, value: &str) {
     }
 }
 
-fn truncate(line: &mut String, at: usize) {
-    if line.len() > at {
-        let end = (0..=at).rev().find(|end| line.is_char_boundary(*end)).unwrap_or(0);
+/// Cuts a line to `length` bytes. A value that is cut is closed if it was quoted.
+fn truncate(line: &mut String, length: usize) {
+    const MARK: &str = "…\"";
+    if line.len() > length {
+        let kept = length.saturating_sub(MARK.len());
+        let end = (0..=kept).rev().find(|end| line.is_char_boundary(*end)).unwrap_or(0);
         line.truncate(end);
-        line.push_str("…\"");
+        let is_quoted = line.matches('"').count() - line.matches("\\\"").count();
+        line.push_str(if is_quoted % 2 == 1 { MARK } else { "…" });
     }
 }
 
@@ -215,6 +187,16 @@ mod tests {
         assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000000Z");
         assert_eq!(at(1_798_761_599), "2026-12-31T23:59:59.000000000Z");
         assert_eq!(at(4_107_542_400), "2100-03-01T00:00:00.000000000Z");
+    }
+
+    #[test]
+    fn truncate_keeps_the_length_and_closes_quotes() {
+        for (text, expected) in [("msg=\"a b c d e f\"", "msg=\"a…\""), ("msg=abcdefghijkl", "msg=abc…")] {
+            let mut line = text.to_owned();
+            truncate(&mut line, 11);
+            assert_eq!(line, expected);
+            assert!(line.len() <= 11);
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The shim's daemon. It lives from the fork in `start` to the end of the sandbox.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use crate::sandbox::launch::{self, LaunchContext, Pending};
 use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
+use husk_base::sys::heap;
 
 /// Timeout for delivering the last events to containerd at the end.
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,7 +53,8 @@ pub struct DaemonArgs {
 
 /// Runs the daemon and returns its exit code.
 pub fn run(args: DaemonArgs) -> i32 {
-    tune_allocator();
+    // The daemon is idle most of its life.
+    heap::keep_small();
     let vmm_log = detach();
     log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
     let state = StateDir::new(&args.namespace, &args.sandbox);
@@ -84,16 +86,6 @@ pub fn run(args: DaemonArgs) -> i32 {
     }
 }
 
-/// Sets up a single heap for all threads that returns freed memory early: the daemon is idle most of its life.
-fn tune_allocator() {
-    // SAFETY: mallopt only changes settings of the allocator, and this process has a single thread.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 << 10);
-    }
-}
-
 /// Leaves containerd's session, and closes its pipes because containerd waits for their end.
 ///
 /// Stderr, which the VMM inherits, becomes a pipe whose lines go to the log. Returns the pipe's read end.
@@ -101,11 +93,12 @@ fn detach() -> Option<OwnedFd> {
     let _ = nix::unistd::setsid();
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").ok()?;
     let pipe = pipe_pair().ok();
-    let error = pipe.as_ref().map_or(null.as_raw_fd(), |(_, input)| input.as_raw_fd());
-    for (from, to) in [(null.as_raw_fd(), 0), (null.as_raw_fd(), 1), (error, 2)] {
-        // SAFETY: dup2 gets an open fd and the number of a standard stream; nothing uses the old standard streams.
-        unsafe { libc::dup2(from, to) };
-    }
+    let _ = nix::unistd::dup2_stdin(&null);
+    let _ = nix::unistd::dup2_stdout(&null);
+    let _ = match &pipe {
+        Some((_, input)) => nix::unistd::dup2_stderr(input),
+        None => nix::unistd::dup2_stderr(&null),
+    };
     pipe.map(|(out, _)| out)
 }
 

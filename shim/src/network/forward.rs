@@ -3,11 +3,11 @@
 //! See `crate::network::steer` for how such connections reach the listeners here.
 
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::{forward, ports};
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
@@ -129,10 +129,5 @@ async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError
 /// Sets SO_LINGER: with a timeout of zero, so that close(2) sends a reset, or off.
 fn reset_at_close(client: &TcpStream, reset: bool) -> std::io::Result<()> {
     let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
-    let length = size_of::<libc::linger>() as libc::socklen_t;
-    // SAFETY: `linger` outlives the call, and `length` is its size.
-    let result = unsafe {
-        libc::setsockopt(client.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length)
-    };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    Ok(setsockopt(client, sockopt::Linger, &linger)?)
 }

@@ -13,10 +13,13 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use crate::async_fd::register;
 use crate::lock;
 use crate::network::{Change, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 
 /// Delay after a first change, so that related changes are applied together: an interface, its address and its routes
 /// arrive one after another.
@@ -113,8 +116,7 @@ async fn watch(
     requests: &mut mpsc::UnboundedReceiver<SettleRequest>,
     guest: &mut impl Apply,
 ) -> io::Result<()> {
-    // SAFETY: the fd is moved into the registration, and stays open until the registration is dropped.
-    let notices = unsafe { AsyncFd::register_with_interest(notices, Interest::READABLE)? };
+    let notices = register(notices, Interest::READABLE)?;
     let mut retry: Option<Retry> = None;
     loop {
         let retry_at = retry.as_ref().map(|retry| retry.retry_at);
@@ -229,14 +231,12 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     let mut some = false;
     loop {
         let mut bytes = [0u8; 8192];
-        // SAFETY: `bytes` outlives the call, and the length passed is its length.
-        let read = unsafe { libc::recv(notices.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        match (read, io::Error::last_os_error()) {
-            (0.., _) => some = true,
+        match recv(notices.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+            Ok(_) => some = true,
             // The kernel dropped notices, so there were some.
-            (_, error) if error.raw_os_error() == Some(libc::ENOBUFS) => some = true,
-            (_, error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(some),
-            (_, error) => return Err(error),
+            Err(Errno::ENOBUFS) => some = true,
+            Err(Errno::EAGAIN) => return Ok(some),
+            Err(error) => return Err(error.into()),
         }
     }
 }

@@ -3,9 +3,10 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 
+use husk_base::sys::interface;
 use husk_netlink::{Message, Netlink, link_header, nest};
 
 use super::read::Link;
@@ -97,29 +98,14 @@ fn vhost() -> Option<OwnedFd> {
 /// Opens a tap with the flags that the VMM needs. The tap disappears when its last fd is closed.
 fn open(name: &str, multi_queue: bool) -> io::Result<OwnedFd> {
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
-    // SAFETY: ifreq is plain data, for which all zeroes is a valid value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // One byte less, because the name must be NUL-terminated.
-    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
-        *to = libc::c_char::from_ne_bytes([from]);
-    }
     let multi_queue_flag = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue_flag) as libc::c_short;
-    // SAFETY: the request is a valid ifreq that outlives the call; TUNSETIFF reads and writes its name and flags.
-    match unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } {
-        0 => Ok(tun.into()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue_flag;
+    interface::set_tap(&tun, name, flags)?;
+    Ok(tun.into())
 }
 
 fn index(name: &str) -> io::Result<i32> {
-    let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
-    // SAFETY: the name is a NUL-terminated string that outlives the call.
-    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
-        0 => Err(io::Error::last_os_error()),
-        index => i32::try_from(index).map_err(io::Error::other),
-    }
+    i32::try_from(nix::net::if_::if_nametoindex(name)?).map_err(io::Error::other)
 }
 
 /// `tc qdisc add dev FROM ingress`

@@ -282,8 +282,7 @@ mod tests {
     fn namespace_is_created_with_its_mappings() {
         let id_mappings = IdMappings { uids: vec![mapping(0, 70_000, 10)], gids: vec![mapping(0, 80_000, 10)] };
         // Only root may map ranges of ids.
-        // SAFETY: geteuid takes no argument and cannot fail.
-        if unsafe { libc::geteuid() } == 0 {
+        if nix::unistd::geteuid().is_root() {
             id_mappings.namespace().unwrap();
         }
     }

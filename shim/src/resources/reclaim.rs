@@ -18,14 +18,17 @@ use std::time::Duration;
 use husk_proto::agent::ForgetRequest;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
+use crate::async_fd::register;
 use crate::lock;
 use crate::resources::cgroup::Place;
 use crate::resources::limits;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
+use nix::errno::Errno;
 
 /// Minimum time between two reactions: the kernel reports every reclaim, and often several together.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
@@ -115,8 +118,7 @@ impl Watch {
                 (OwnedFd::from(event), levels)
             }
         };
-        // SAFETY: the fd is moved into the registration, and stays open until the registration is dropped.
-        let notices = unsafe { AsyncFd::register(notices) }?;
+        let notices = register(notices, Interest::READABLE)?;
         Ok(Self { notices, _levels: levels })
     }
 
@@ -136,14 +138,11 @@ impl Watch {
         let mut ready = self.notices.readable().await?;
         let mut bytes = [0u8; 4096];
         loop {
-            // SAFETY: `bytes` outlives the call, and the length passed is its length.
-            let read = unsafe { libc::read(self.notices.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) };
-            match (read, io::Error::last_os_error()) {
-                (1.., _) => {}
-                (0, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                (_, error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                (_, error) if error.kind() == io::ErrorKind::Interrupted => {}
-                (_, error) => return Err(error),
+            match nix::unistd::read(&self.notices, &mut bytes) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break,
+                Err(error) => return Err(error.into()),
             }
         }
         ready.clear_ready();

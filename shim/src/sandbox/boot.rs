@@ -19,7 +19,6 @@ use crate::network::Network;
 use crate::network::sync::net_config;
 use crate::oci;
 use crate::oci::IdMappings;
-use crate::random;
 use crate::resources::Sizing;
 use crate::resources::hugepages;
 use crate::sandbox::timeline::Timeline;
@@ -27,6 +26,7 @@ use crate::vm::agent::Agent;
 use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
+use husk_base::entropy;
 
 /// Slots that are free at boot, for disks and interfaces that are hot-plugged.
 const SPARE_SLOTS: u8 = 5;
@@ -240,7 +240,7 @@ async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -
         .map_err(|source| BootError::Vmm { step: "connect to the agent".into(), source })?;
     timeline.mark("agent connected");
     let agent = Agent::new(stream).map_err(BootError::Connect)?;
-    let entropy = random::bytes::<64>().map(Vec::from).unwrap_or_default();
+    let entropy = entropy::bytes::<64>().map(Vec::from).unwrap_or_default();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;
     let (uids, gids) = pod.id_mappings.as_ref().map(IdMappings::mappings).unwrap_or_default();

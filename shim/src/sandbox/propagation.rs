@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::async_fd::register;
 use crate::volumes;
 
 /// How long the start of a process waits for mounts that the host made before.
@@ -47,8 +48,7 @@ impl Propagation {
         }
         // poll(2) of this file reports every change of the mount namespace (proc_pid_mounts(5)).
         let list = File::open("/proc/self/mountinfo")?;
-        // SAFETY: a File stays the same open descriptor until it is dropped, which deregisters it first.
-        let list = unsafe { AsyncFd::register_with_interest(list, Interest::PRIORITY)? };
+        let list = register(list, Interest::PRIORITY)?;
         let (requested, requests) = watch::channel(0);
         let (serves, served) = watch::channel(0);
         let task = tokio::spawn(run(list, share.to_owned(), requests, serves));

@@ -2,13 +2,14 @@
 //!
 //! It records what `delete` needs to clean up after a shim that ended unexpectedly.
 
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::resources::cgroup;
 use crate::systemd::Unit;
 use crate::volumes::{Share, ShareError};
+use husk_base::sys::pidfd;
 
 /// Parent of all sandboxes' directories.
 pub const ROOT: &str = "/run/husk";
@@ -188,19 +189,12 @@ impl ProcessId {
 
     /// Kills the process if the PID still belongs to it, and waits for its end.
     pub fn kill_and_wait(self) {
-        // SAFETY: pidfd_open takes a PID and flags, and returns a new fd or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
-        let Ok(fd) = i32::try_from(fd) else { return };
-        if fd < 0 {
-            return;
-        }
-        // SAFETY: the fd was just created, and nothing else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let Ok(fd) = pidfd::open(self.pid) else { return };
         // The pidfd refers to one process. If the start time matches now, the PID cannot have been reused before.
         if Self::of(self.pid.cast_unsigned()) != Some(self) {
             return;
         }
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), nix::sys::signal::Signal::SIGKILL);
+        let _ = pidfd::send_signal(fd.as_fd(), libc::SIGKILL);
         let mut poll = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
         let _ = nix::poll::poll(&mut poll, 5000u16);
     }

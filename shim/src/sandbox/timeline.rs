@@ -1,8 +1,10 @@
 //! Timeline of a sandbox's start, with steps of the shim and the VMM. Saved in the sandbox's directory.
 
+use nix::time::ClockId;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use husk_config::timeline::Timeline as Record;
 
@@ -20,10 +22,9 @@ pub struct Timeline {
 
 /// Returns the time of the monotonic clock, which all processes of the host share, in nanoseconds.
 pub fn now() -> u64 {
-    let mut at = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: clock_gettime writes one timespec to `at`, which is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut at) };
-    u64::try_from(at.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(at.tv_nsec).unwrap_or(0)
+    // The clock exists on every Linux.
+    let now = ClockId::CLOCK_MONOTONIC.now().map_or_else(|_| Duration::ZERO, Duration::from);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Timeline {

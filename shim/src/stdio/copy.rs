@@ -208,13 +208,6 @@ fn queued_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(usize::try_from(count).unwrap_or_default())
 }
 
-/// Registers an fd with the async runtime.
-pub fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: `OwnedFd` keeps the same fd open, and the `AsyncFd` that now owns it closes it only after it has
-    // deregistered it.
-    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
-}
-
 fn add(copied: &AtomicU64, count: usize) {
     copied.fetch_add(count as u64, Ordering::Relaxed);
 }

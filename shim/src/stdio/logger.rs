@@ -3,7 +3,9 @@
 //! In containerd's protocol the logger gets CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
 //! container's stdout and fd 4 its stderr. Fd 5 is a pipe, which the logger closes or writes to when it is ready.
 
-use super::{LoggerContext, StdioError, copy::register};
+use super::{LoggerContext, StdioError};
+use crate::async_fd::register;
+use husk_base::sys::pidfd;
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::signal::{Signal, kill},
@@ -115,14 +117,8 @@ fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[Owne
 /// Opens a pidfd, which becomes readable when the child ends.
 fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
     let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
-    // SAFETY: the call takes two numbers. The child is not reaped yet, so the PID cannot belong to another process.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just created this fd, and nothing else owns it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
-    register(fd, Interest::READABLE)
+    // The child is not reaped yet, so the PID cannot belong to another process.
+    register(pidfd::open(pid)?, Interest::READABLE)
 }
 
 /// Reaps the logger when it ends. After the release, terminates it with escalation: SIGTERM, then SIGKILL.

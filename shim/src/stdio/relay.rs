@@ -6,6 +6,7 @@ use super::{
     logger::LoggerHandle,
     target::{Input, Output},
 };
+use crate::async_fd::register;
 use std::{
     os::fd::OwnedFd,
     sync::{
@@ -46,7 +47,7 @@ impl Relay {
         let copied = Arc::new(AtomicU64::new(0));
         let mut relay = Self { tasks: Vec::new(), open, copied, write_end: Mutex::default(), _logger: logger };
         if let (Some(stream), Some(Input { fifo, write_end })) = (input, stdin) {
-            let fifo = copy::register(fifo, Interest::READABLE).map_err(StdioError::Register)?;
+            let fifo = register(fifo, Interest::READABLE).map_err(StdioError::Register)?;
             relay.write_end = Mutex::new(Some(write_end));
             let task = tokio::spawn(async move { copy::input(&fifo, &stream).await });
             relay.tasks.push(task.abort_handle());
@@ -66,7 +67,7 @@ impl Relay {
         ended: &Arc<watch::Sender<usize>>,
     ) -> Result<(), StdioError> {
         let sink = match output {
-            Output::Pipe(fd) => Sink::Pipe(copy::register(fd, Interest::WRITABLE).map_err(StdioError::Register)?),
+            Output::Pipe(fd) => Sink::Pipe(register(fd, Interest::WRITABLE).map_err(StdioError::Register)?),
             Output::File(file) => Sink::File(file),
         };
         ended.send_modify(|open| *open += 1);

@@ -14,8 +14,10 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use crate::async_fd::register;
 use crate::lock;
 use crate::oci::Network;
+use husk_base::sys::process;
 
 /// Error of starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -87,9 +89,8 @@ pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
 
 /// Waits for a child that has ended or is about to end.
 fn reap(pid: u32) -> ExitStatus {
-    let mut status = 0;
-    // SAFETY: waitpid writes to `status`, which is valid, and nothing else waits for this child.
-    unsafe { libc::waitpid(pid.cast_signed(), &raw mut status, 0) };
+    // Nothing else waits for this child.
+    let status = process::wait(pid.cast_signed(), 0).ok().flatten().map_or(0, |(_, status)| status);
     ExitStatus::from_raw(status)
 }
 
@@ -102,10 +103,8 @@ impl Vmm {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
             nix::fcntl::fcntl(&control, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
-            // SAFETY: an OwnedFd refers to the same open fd until it is dropped, and dropping the AsyncFd deregisters
-            // it first.
             let watched =
-                unsafe { (AsyncFd::register(control)?, AsyncFd::register_with_interest(pidfd, Interest::READABLE)?) };
+                (register(control, Interest::READABLE | Interest::WRITABLE)?, register(pidfd, Interest::READABLE)?);
             Ok(watched)
         };
         let (control, pidfd) = match watch() {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::async_fd::register;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -40,8 +41,7 @@ impl Watch {
     pub async fn new(volume: &Volume) -> io::Result<Self> {
         let inotify = Arc::new(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?);
         let events = File::from(inotify.as_fd().try_clone_to_owned()?);
-        // SAFETY: a File stays the same open descriptor until it is dropped, which deregisters it first.
-        let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE)? };
+        let events = register(events, Interest::READABLE)?;
         let watch = Self { inotify, events };
         watch.add_new_directories(volume).await?;
         Ok(watch)
