@@ -1,11 +1,12 @@
-//! Host directories and files in the share: each is bound once for the whole pod, however many of its containers have it.
+//! Binds host directories and files into the share: once for the whole pod, even if several containers use them.
 //!
-//! The guest's file system knows a file by the mount it is reached by (virtiofsd, `passthrough::InodeIds`), so of two
-//! mounts of one directory it would make two sets of inodes, and a fifo, a socket or a lock in one would be none in the
-//! other. What a container uses is marked by an empty file of the mount's name in `<share>/<container>/mounts`.
+//! The virtio-fs server tells files apart by the mount through which they are reached (virtiofsd,
+//! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes: a fifo, a socket or a
+//! lock in one would not work in the other. Each mount that a container uses is marked by an empty file with the mount's
+//! name in `<share>/<container>/mounts`.
 
-/// Where the mounts are in the share. It stays, and no name in it comes twice: the guest's kernel may know a directory's
-/// old entry for a while.
+/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel may
+/// cache a directory's old entry for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
 use crate::oci::id_mappings::IdMappings;
@@ -23,37 +24,39 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// Held while marks and mounts are looked at together: containers come and go on threads of their own.
+/// Number with which the name of the next mount begins. The lock is held while markers and mounts must be consistent:
+/// containers are created and deleted on separate threads.
 static NEXT_NUMBER: Mutex<u64> = Mutex::new(0);
 
-/// Guards the number that the next mount's name begins with.
+/// Locks markers and mounts. Gives access to the number of the next mount.
 fn lock_mounts() -> MutexGuard<'static, u64> {
     NEXT_NUMBER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A container's marks.
+/// Returns the directory of a container's markers.
 pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
     share.join(id).join("mounts")
 }
 
-/// What is bound.
+/// The source of a bind mount.
 pub struct Source<'a> {
     /// The directory or file.
     pub file: &'a OwnedFd,
-    /// Which of both.
+    /// True for a directory.
     pub directory: bool,
-    /// Whom its files are to belong to, where that is not whom they say.
+    /// Id mappings of an id-mapped mount.
     pub id_mappings: Option<&'a IdMappings>,
-    /// How it is mounted.
+    /// Mount options that the host applies.
     pub flags: Flags,
-    /// Whether it is the same by whichever of the host's mounts it is reached.
+    /// Use one mount for a file or directory, even if the host reaches it through several mounts.
     pub ignores_mount_id: bool,
-    /// Whether the guest is to see what the host mounts there later.
+    /// Propagate the host's later mounts to the guest.
     pub receives_mounts: bool,
 }
 
-/// Binds `source` into the share for container `id`, unless it is there; gives the guest's path of it. `notes` gets what
-/// is left out of it.
+/// Binds `source` into the share for container `id`, unless it is there already. Returns its path in the guest.
+///
+/// Host-only file systems that are left out are added to `notes`.
 pub fn bind(
     mount: &Mount,
     source: &Source<'_>,
@@ -75,7 +78,7 @@ pub fn bind(
     let present = find_mount(share, &key).map_err(host("list the mounts"))?;
     let name = present.clone().unwrap_or_else(|| format!("{}.{key}", *next_number));
     let guest = format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE);
-    fs::File::create(markers_dir(share, id).join(&name)).map_err(host("mark the mount"))?;
+    fs::File::create(markers_dir(share, id).join(&name)).map_err(host("create the marker of the mount"))?;
     let stage = StagingDir::for_share(share);
     if present.is_none() {
         *next_number += 1;
@@ -83,7 +86,7 @@ pub fn bind(
         let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
         made.map_err(host("create the mount point"))?;
         let left_out = attach(source, &target, host_only, (&stage, &name)).map_err(|(step, source)| {
-            // Nobody is to take the mount point for the mount.
+            // Otherwise `find_mount` would find the empty mount point.
             let _ = remove(&target);
             host(step)(source)
         })?;
@@ -93,7 +96,7 @@ pub fn bind(
         }
     }
     if source.receives_mounts && !stage.has_receiving(&name) {
-        // What it lacks in the share by now, the next update makes up for.
+        // The next update adds the mounts that are still missing in the share.
         stage_receiving_tree(source, host_only, (&stage, &name)).map_err(|(step, source)| host(step)(source))?;
     }
     Ok(guest)
@@ -101,7 +104,7 @@ pub fn bind(
 
 type Step = (&'static str, io::Error);
 
-/// Attaches a copy of the source's mounts at `target`; gives the places of those that are left out.
+/// Attaches a copy of the source's mounts at `target`. Returns the paths of the mounts that are left out.
 fn attach(
     source: &Source<'_>,
     target: &Path,
@@ -109,7 +112,7 @@ fn attach(
     (stage, name): (&StagingDir, &str),
 ) -> Result<Vec<String>, Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
-    // Nothing is mounted below a file.
+    // A file has no submounts.
     let recursive = flags.recursive && source.directory;
     let mut tree = clone_source(source, recursive, libc::MS_PRIVATE)?;
     let mut left_out = Vec::new();
@@ -117,12 +120,13 @@ fn attach(
         (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy its submounts"))?;
     }
     if let Some(id_mappings) = source.id_mappings {
-        let user_namespace = id_mappings.namespace().map_err(at("make a user namespace for its mapped ids"))?;
-        // What is mounted below may be of a kind that cannot be mapped: that is refused, as runc does.
-        mount_api::set_id_mappings(tree.as_fd(), user_namespace.as_fd(), recursive).map_err(at("map its user ids"))?;
+        let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
+        // Fails if the file system of a submount does not support id-mapped mounts, as with runc.
+        mount_api::set_id_mappings(tree.as_fd(), user_namespace.as_fd(), recursive)
+            .map_err(at("set the id mappings"))?;
     }
     if flags.read_only {
-        // Here as well as in the guest, so that a guest that owns its kernel still cannot write.
+        // On the host as well as in the guest, so that a guest with a compromised kernel still cannot write.
         mount_api::set_attr(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make it read-only"))?;
     }
@@ -131,18 +135,18 @@ fn attach(
     Ok(left_out)
 }
 
-/// Stages a copy of the source's mounts that receives what the host mounts later.
+/// Prepares the receiving tree: a copy of the source's mounts that receives the host's later mounts.
 fn stage_receiving_tree(
     source: &Source<'_>,
     host_only: &HostOnly,
     (stage, name): (&StagingDir, &str),
 ) -> Result<(), Step> {
     let tree = clone_source(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
-    let kept = stage.add_receiving(&tree, host_only, source.directory, name);
-    kept.map_err(|error| ("stage a copy that receives later mounts", error))
+    let added = stage.add_receiving(&tree, host_only, source.directory, name);
+    added.map_err(|error| ("stage a copy that receives later mounts", error))
 }
 
-/// A detached copy of the source's mounts, of this propagation.
+/// Returns a detached copy of the source's mounts with the given propagation.
 fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
     let at = |step| move |error| (step, error);
     let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
@@ -150,38 +154,37 @@ fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Resul
     Ok(tree)
 }
 
-/// Mounts and unmounts in the share what the host has mounted and unmounted in the volumes with `rslave` propagation. Calls
-/// must not overlap.
+/// Repeats in the share the host's mounts and unmounts in volumes with `rslave` propagation. Calls must not overlap.
 ///
 /// # Errors
-/// The first error; everything else is attempted.
+/// The first error. The other volumes are updated nevertheless.
 pub fn sync(share: &Path) -> Result<(), SyncError> {
     let stage = StagingDir::for_share(share);
     stage.sync(&share.join(VOLUMES), &stage.host_only(share)?)
 }
 
-/// Takes away what only container `id` uses; any number of times. `note` gets what came of each step.
-pub fn release(share: &Path, id: &str, mut note: impl FnMut(&Path, io::Result<()>)) {
+/// Removes the mounts that only container `id` uses. May be repeated. `report` receives the result of each step.
+pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<()>)) {
     let (markers, stage) = (markers_dir(share, id), StagingDir::for_share(share));
     let _guard = lock_mounts();
     let entries = match fs::read_dir(&markers) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-        Err(error) => return note(&markers, Err(error)),
+        Err(error) => return report(&markers, Err(error)),
     };
     for name in entries.flatten().map(|entry| entry.file_name()) {
         let marker = markers.join(&name);
-        note(&marker, remove(&marker));
-        let used = fs::read_dir(share).into_iter().flatten().flatten();
-        if !used.map(|container| container.path().join("mounts").join(&name)).any(|marker| marker.exists()) {
+        report(&marker, remove(&marker));
+        let containers = fs::read_dir(share).into_iter().flatten().flatten();
+        if !containers.map(|container| container.path().join("mounts").join(&name)).any(|marker| marker.exists()) {
             let target = share.join(VOLUMES).join(&name);
-            note(&target, unmount(&target).and_then(|()| remove(&target)));
-            note(stage.dir(), stage.remove_receiving(&name));
+            report(&target, unmount(&target).and_then(|()| remove(&target)));
+            report(stage.dir(), stage.remove_receiving(&name));
         }
     }
 }
 
-/// The name of the mount of this kind, if there is one.
+/// Returns the name of the mount with this key, if there is one.
 fn find_mount(share: &Path, key: &str) -> io::Result<Option<String>> {
     for entry in fs::read_dir(share.join(VOLUMES))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
@@ -192,10 +195,10 @@ fn find_mount(share: &Path, key: &str) -> io::Result<Option<String>> {
     Ok(None)
 }
 
-/// What tells one mount from another: what is mounted, as seen by which of the host's mounts, and how.
+/// Returns the key that identifies a mount: its source, the host's mount through which it is reached, and its flags.
 fn mount_key(source: &Source<'_>) -> io::Result<String> {
     let stat = fstat(source.file)?;
-    // Where the mount does not matter, what it allows does.
+    // Instead of the mount id, the mount's flags (such as read-only) are part of the key.
     let mount = match source.ignores_mount_id {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
@@ -206,19 +209,19 @@ fn mount_key(source: &Source<'_>) -> io::Result<String> {
     Ok(format!("{:x}-{:x}-{mount}-{flags:x}", stat.st_dev, stat.st_ino))
 }
 
-/// What the host does of a bind mount's options.
+/// The options of a bind mount that the host applies.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Flags {
     recursive: bool,
-    /// Whether nobody is to write to it.
+    /// Nobody may write to the mount.
     pub read_only: bool,
     read_only_submounts: bool,
-    /// Whether what the host mounts later is to be seen.
+    /// The mount is a slave of the host's mount (mount_namespaces(7)), so it receives later mounts.
     pub slave: bool,
 }
 
 impl Flags {
-    /// Those of `mount`.
+    /// Returns the flags of `mount`.
     pub fn of(mount: &Mount) -> Self {
         let mut flags = Self { recursive: false, read_only: false, read_only_submounts: false, slave: false };
         for option in mount.options() {
@@ -227,7 +230,7 @@ impl Flags {
                 "ro" => flags.read_only = true,
                 "rw" => flags.read_only = false,
                 "rro" => (flags.read_only, flags.read_only_submounts) = (true, true),
-                // Of what the host mounts there later, the guest sees each at its first look.
+                // `slave` counts as `rslave`: the guest receives later mounts at every depth.
                 "slave" | "rslave" => flags.slave = true,
                 _ => {}
             }
@@ -235,7 +238,8 @@ impl Flags {
         flags
     }
 
-    /// Those of a mount that is everybody's, and of which the guest says who may write and who sees what is mounted later.
+    /// Returns the flags of a mount that all containers of the pod share. The guest enforces for each container whether it
+    /// may write, and whether it receives later mounts.
     pub fn enforced_by_guest() -> Self {
         Self { recursive: true, read_only: false, read_only_submounts: false, slave: false }
     }
@@ -246,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_decide_what_the_host_does() {
+    fn of_reads_the_options_that_the_host_applies() {
         let of = |options: &[&str]| {
             let options = Some(options.iter().map(ToString::to_string).collect());
             let (kind, source) = (Some("bind".into()), Some("/a".into()));

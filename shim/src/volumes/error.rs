@@ -1,42 +1,42 @@
-//! Why a volume cannot be given to the guest.
+//! Error of making a volume available to the guest.
 
 use crate::volumes::memory_volume;
 use std::io;
 
-/// Why a volume cannot be given to the guest.
+/// Error of making a volume available to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// It asks for something that cannot cross into a virtual machine.
+    /// The mount needs something that a VM cannot have.
     #[error("mount of {mount_source:?} at {destination:?}: {message}")]
     Unsupported {
         /// The mount's source.
         mount_source: String,
-        /// Where in the container.
+        /// The mount point in the container.
         destination: String,
-        /// Why not, and what to do.
+        /// The reason, and the remedy.
         message: String,
     },
-    /// A volume in memory cannot be made in the guest.
+    /// A memory volume cannot be created in the guest.
     #[error("error mounting {mount_source:?} to rootfs at {destination:?}")]
     Memory {
         /// The mount's source.
         mount_source: String,
-        /// Where in the container.
+        /// The mount point in the container.
         destination: String,
-        /// Why not.
+        /// The cause.
         #[source]
         source: memory_volume::MemoryVolumeError,
     },
-    /// The host refused.
-    #[error("error mounting {mount_source:?} to rootfs at {destination:?}: cannot {step}")]
+    /// An operation on the host failed.
+    #[error("error mounting {mount_source:?} to rootfs at {destination:?}: failed to {step}")]
     Host {
         /// The mount's source.
         mount_source: String,
-        /// Where in the container.
+        /// The mount point in the container.
         destination: String,
-        /// What failed.
+        /// The operation, as a verb with its object.
         step: &'static str,
-        /// What the system said.
+        /// The cause.
         #[source]
         source: io::Error,
     },

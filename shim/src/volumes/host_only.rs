@@ -1,7 +1,8 @@
 //! Host-only file systems: interfaces to the host's kernel, devices or processes. They never get into the share.
 //!
-//! Under runc, a container opens files of the node's `/proc` with its own rights, for example in a volume of `/`. Here the
-//! VMM would open them with the VMM's rights. The guest has its own instances of the file systems it needs.
+//! Under runc, a container opens files of the node's `/proc`, for example in a volume of `/`, with the container's
+//! permissions. With Husk, the VMM would open them with the VMM's permissions. The guest has its own instances of the file
+//! systems that it needs.
 
 use crate::volumes::mountinfo::Entry;
 use crate::volumes::{mount_api, mountinfo};
@@ -19,8 +20,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The types in Linux 6.12, each with its `f_type` in statfs(2) (include/uapi/linux/magic.h and each file system's source).
-/// statfs cannot tell devtmpfs from tmpfs.
+/// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each file
+/// system's source). devtmpfs has none, because its `f_type` is that of tmpfs.
 const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
@@ -56,27 +57,29 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
-/// Tells host-only file systems from others.
+/// Distinguishes host-only file systems from others.
 #[derive(Debug, Clone)]
 pub struct HostOnly {
-    /// Device numbers of further host-only file systems, each with its name.
+    /// Device numbers of file systems that are host-only although their type is not, with their names.
     devices: Vec<(u64, &'static str)>,
 }
 
 impl HostOnly {
-    /// The rule for a sandbox: the types above, a tmpfs at /dev, which has device nodes if the node is itself a container,
-    /// and the file systems of the sandbox's own directories. A volume of `/` would otherwise give a container write access
-    /// to the share.
+    /// Returns the rule for a sandbox with these directories.
+    ///
+    /// Host-only are the types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories. A tmpfs at
+    /// `/dev` has device nodes if the node is itself a container. Without the directories, a volume of `/` would give a
+    /// container write access to the share.
     ///
     /// # Errors
-    /// The error of stat(2): without one of these file systems the rule would let it through.
-    pub fn new<'a>(sandbox: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
+    /// The error of stat(2), because an incomplete rule would admit a host-only file system.
+    pub fn new<'a>(directories: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
         let dev = Path::new("/dev");
         let mut devices = Vec::new();
         if statfs(dev)?.filesystem_type() == TMPFS_MAGIC {
             devices.push((stat(dev)?.st_dev, "devtmpfs"));
         }
-        for path in sandbox {
+        for path in directories {
             devices.push((stat(path)?.st_dev, "the sandbox's share"));
         }
         Ok(Self { devices })
@@ -86,7 +89,7 @@ impl HostOnly {
         self.devices.iter().find(|(number, _)| *number == device).map(|(_, name)| *name)
     }
 
-    /// Whether a mount is of a host-only file system.
+    /// Returns whether `mount` is a mount of a host-only file system.
     pub fn contains(&self, mount: &Entry) -> bool {
         self.name_of(mount).is_some()
     }
@@ -96,10 +99,10 @@ impl HostOnly {
         of_type.or_else(|| self.by_device(mount.device))
     }
 
-    /// The name of the host-only file system that `file` is on; `None` if it is on another one.
+    /// Returns the name of the host-only file system that `file` is on, or `None` if that file system is not host-only.
     ///
-    /// It goes by the type of the mount. Mounts of the kernel's own, as files of nsfs and pidfs are on, are in no list: for
-    /// these it goes by statfs(2).
+    /// The type of the mount decides. The kernel's internal mounts, such as those of nsfs and pidfs, are in no mount list;
+    /// for these the result of statfs(2) decides.
     ///
     /// # Errors
     /// The error of fstatfs(2), fstat(2) or of reading the mount list.
@@ -116,12 +119,14 @@ impl HostOnly {
     }
 }
 
-/// The directories of /dev on host-only file systems that every guest has too.
+/// Directories of /dev on host-only file systems that exist in every guest.
 const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
 
-/// The guest's path for the host's file or directory `path` on a host-only file system: the same path, if the guest has its
-/// own instance there. `None` for a process's directory, since a process id of the host means another process in the guest,
-/// and for other directories of devices.
+/// Returns the guest's path for the host's file or directory `path` on a host-only file system: the same path, if the guest
+/// has its own instance there.
+///
+/// Returns `None` for the directory of a process, because the same PID is another process in the guest, and for other
+/// directories of devices.
 pub fn guest_path(path: &Path) -> Option<PathBuf> {
     let in_guest = match path.strip_prefix("/proc") {
         Ok(rest) => !rest.components().next().is_some_and(|first| is_process_dir(first.as_os_str())),
@@ -130,7 +135,7 @@ pub fn guest_path(path: &Path) -> Option<PathBuf> {
     in_guest.then(|| path.to_owned())
 }
 
-/// Whether `/proc/NAME` is of one process or thread.
+/// Returns whether `/proc/NAME` is the directory of one process or thread.
 fn is_process_dir(name: &OsStr) -> bool {
     name == "self" || name == "thread-self" || name.as_bytes().iter().all(u8::is_ascii_digit)
 }
@@ -141,7 +146,7 @@ mod tests {
     use crate::volumes::{mount_api, mountinfo};
 
     #[test]
-    fn the_types_are_told_by_name_number_and_device() {
+    fn type_of_recognizes_types_by_name_magic_and_device() {
         let host_only = HostOnly::new([]).unwrap();
         let of = |path: &str| host_only.type_of(&mount_api::open_path(Path::new(path), true).unwrap()).unwrap();
         assert_eq!(of("/proc"), Some("proc"));
@@ -152,10 +157,10 @@ mod tests {
         assert_eq!(of("/"), None);
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(of(dir.path().to_str().unwrap()), None);
-        // Each of the machine's mounts is told the same way by its entry and by a look at it.
+        // `contains` and `type_of` agree on every mount of the host.
         for entry in mountinfo::read().unwrap() {
             let Ok(file) = mount_api::open_path(&entry.point, false) else { continue };
-            // Another may cover it.
+            // Another mount may cover it.
             if mount_api::mount_id(std::os::fd::AsFd::as_fd(&file)).unwrap() == entry.id {
                 assert_eq!(host_only.type_of(&file).unwrap().is_some(), host_only.contains(&entry), "{entry:?}");
             }
@@ -163,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guest_has_its_own_but_for_processes() {
+    fn guest_path_excludes_processes_and_other_devices() {
         for path in ["/proc", "/proc/sys/vm", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts", "/dev/net"] {
             assert_eq!(guest_path(Path::new(path)).as_deref(), Some(Path::new(path)));
         }

@@ -1,4 +1,4 @@
-//! What the kubelet makes for a pod's volumes on the node: where they lie, and what a `subPath` is of them.
+//! The kubelet's directories for a pod's volumes on the node: finds the volume, and the subdirectory, of a mount's source.
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{mount_api, mountinfo};
@@ -16,24 +16,24 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-/// An emptyDir that the guest has by virtio-fs, or a part of it.
+/// An emptyDir on a disk, which the guest has by virtio-fs, or a subdirectory of one.
 #[derive(Debug)]
 pub struct DiskEmptyDir {
-    /// The volume.
+    /// The volume's directory.
     pub root: OwnedFd,
-    /// The part, component by component; none for all of it.
+    /// The components of the subdirectory's path; empty for the whole volume.
     pub subdirectory: Vec<VolumeDirectory>,
 }
 
-/// The emptyDir of the pod with uid `pod` that the file or directory `source`, found at `path`, is or is part of; none when
-/// it is no such volume's, or one in memory.
+/// Returns the emptyDir of the pod with uid `pod` that contains `source`, a file or directory opened at `path`. Returns
+/// `None` if there is no such volume, or if it is a memory volume.
 ///
-/// An emptyDir is one pod's alone, so the guest may have all of it at once: whether a container may write to it, and
-/// which part of it a container has, is then for the guest to hold. By a mount of its own, each would have inodes of its
-/// own (see [`crate::volumes::bind`]).
+/// An emptyDir belongs to a single pod, so the whole volume can be bound into the share. The guest then enforces whether a
+/// container may write to it, and which subdirectory a container gets. With a separate mount for each container, each would
+/// see different inodes (see [`crate::volumes::bind`]).
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn disk_empty_dir(
     source: &OwnedFd,
     path: &Path,
@@ -41,7 +41,7 @@ pub fn disk_empty_dir(
     pod: &str,
 ) -> io::Result<Option<DiskEmptyDir>> {
     let Some((_, root)) = parse_empty_dir(path) else { return Ok(None) };
-    // A hostPath may lead into another pod's.
+    // A hostPath may point into another pod's volume.
     if !is_third_ancestor(&root, pod) {
         return Ok(None);
     }
@@ -55,10 +55,10 @@ pub fn disk_empty_dir(
     if device_and_inode(&volume)? == device_and_inode(source)? {
         return Ok(Some(DiskEmptyDir { root: volume, subdirectory: Vec::new() }));
     }
-    // A subPath is a mount of its own: where it leads is told by where both lie in their file system.
+    // A subPath is a separate mount. Comparing both paths within their file system shows where in the volume it lies.
     let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
-    // What is mounted somewhere in the volume is none of it, nor is what was removed or renamed meanwhile.
+    // A mount inside the volume is not part of it. Neither is a directory that was removed or renamed in the meantime.
     match stat_components(&volume, subdirectory, id_mappings) {
         Ok((subdirectory, end)) if end == device_and_inode(source)? => {
             Ok(Some(DiskEmptyDir { root: volume, subdirectory }))
@@ -69,13 +69,13 @@ pub fn disk_empty_dir(
     }
 }
 
-/// Whether `path` is a `subPath` of some volume, which the kubelet mounts anew for each container that asks for it
+/// Returns whether `path` is a `subPath` of a volume. The kubelet creates a new mount of it for each container that uses it
 /// (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
 pub fn is_sub_path(path: &Path) -> bool {
     is_third_ancestor(path, "volume-subpaths")
 }
 
-/// Whether the third directory above `path` has this name.
+/// Returns whether the third directory above `path` has this name.
 fn is_third_ancestor(path: &Path, name: &str) -> bool {
     path.ancestors().nth(3).and_then(Path::file_name).is_some_and(|found| found == name)
 }
@@ -85,7 +85,7 @@ fn device_and_inode(file: &OwnedFd) -> io::Result<(u64, u64)> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// Name and directory of the emptyDir that `path` is, is below of, or is a subPath of
+/// Returns name and directory of the emptyDir that contains `path`, or of which `path` is a subPath
 /// (`<pod>/volumes/kubernetes.io~empty-dir/<name>`, `<pod>/volume-subpaths/<name>/<container>/<number>`).
 pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     let parts: Vec<&str> = path.components().filter_map(|part| part.as_os_str().to_str()).collect();
@@ -98,11 +98,11 @@ pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     Some((name.to_owned(), pod.join("volumes/kubernetes.io~empty-dir").join(name)))
 }
 
-/// The path of a file from its file system's root, without the first `/`, by the mount it was reached by
+/// Returns the path of a file relative to the root of its file system, from the mount on which the file was opened
 /// (proc_pid_mountinfo(5)).
 ///
 /// # Errors
-/// What the kernel says; that there is no such mount.
+/// The kernel's error, or [`io::ErrorKind::NotFound`] if the mount is not in the mount list.
 pub fn path_in_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
     let id = mount_api::mount_id(source.as_fd())?;
     let path = fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
@@ -111,11 +111,12 @@ pub fn path_in_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
     Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory))
 }
 
-/// What the components of a path below a volume are like on the host, and device and inode of the last. A guest may write
-/// to the volume meanwhile: links are not followed.
+/// Returns the mode and owner of each component of a path below a volume, and device and inode of the last component.
+///
+/// No symlink is followed, because a guest may write to the volume at the same time.
 ///
 /// # Errors
-/// When one is not there, or is not called by a name.
+/// If a component does not exist, or is not a plain UTF-8 name.
 pub fn stat_components(
     volume: &OwnedFd,
     subdirectory: &Path,
@@ -133,7 +134,7 @@ pub fn stat_components(
     Ok((directories, device_and_inode(&here)?))
 }
 
-/// Who owns a file for the guest: `users` maps ids where its mount does.
+/// Returns the owner of a file as the guest sees it, through an id-mapped mount if there are id mappings.
 pub fn owner(uid: u32, gid: u32, id_mappings: Option<&IdMappings>) -> (u32, u32) {
     match id_mappings {
         Some(id_mappings) => id_mappings.owner(uid, gid),
@@ -146,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kubelet_makes_for_a_pod() {
+    fn parse_empty_dir_finds_the_volume() {
         let pod = "/var/lib/kubelet/pods/5e1c";
         let root = PathBuf::from(format!("{pod}/volumes/kubernetes.io~empty-dir/cache"));
         let expected = Some(("cache".to_owned(), root));
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_an_empty_dir() {
+    fn disk_empty_dir_finds_volume_and_subdirectory() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let root = dir.path().join("uid/volumes/kubernetes.io~empty-dir/data");
         fs::create_dir_all(root.join("a/b")).unwrap();
@@ -174,13 +175,13 @@ mod tests {
         assert_eq!(of(&root.join("a/b")).unwrap(), "a/b");
         assert_eq!(of(&root.join("a/file")).unwrap(), "a/file");
         assert!(of(dir.path()).is_none() && at(&root, "another").is_none());
-        // What a link in it leads to is not in it.
+        // The target of a symlink in the volume is not part of the volume.
         std::os::unix::fs::symlink("/etc", root.join("out")).unwrap();
         assert_eq!(of(&root.join("out")), None);
     }
 
     #[test]
-    fn sub_paths_are_told_by_where_they_lie() {
+    fn is_sub_path_recognizes_the_kubelets_directory() {
         assert!(is_sub_path(Path::new("/var/lib/kubelet/pods/u/volume-subpaths/data/web/0")));
         assert!(!is_sub_path(Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/data/mount")));
     }

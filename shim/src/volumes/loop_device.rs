@@ -1,4 +1,4 @@
-//! Loop devices, for root file systems in image files.
+//! Attaches image files to loop devices, for root file systems in such files.
 
 use std::{
     fs::{File, OpenOptions},

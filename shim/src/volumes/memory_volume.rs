@@ -1,8 +1,9 @@
 //! Memory volumes: emptyDirs of medium `Memory` and `HugePages` (Kubernetes, pkg/volume/emptydir).
 //!
-//! The guest makes its own file system for them, in place of the kubelet's on the host. Their contents then count as
-//! the container's memory, as under runc; shared by virtio-fs they would count as the VMM's. Huge pages cannot be
-//! shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives as long as the pod.
+//! The guest creates a file system for each of them, in place of the kubelet's file system on the host. The contents then
+//! count as the container's memory, as under runc. Shared by virtio-fs they would count as the VMM's memory, and huge pages
+//! cannot be shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives as long as the
+//! pod.
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{kubelet_paths, mount_api};
@@ -29,7 +30,7 @@ pub enum MemoryVolumeError {
     /// The volume cannot be inspected.
     #[error("failed to {0}")]
     Inspect(&'static str, #[source] io::Error),
-    /// Huge pages that are not an emptyDir.
+    /// Huge pages outside an emptyDir.
     #[error("huge pages of the host cannot be shared with a VM; use an emptyDir of medium HugePages-2Mi")]
     Shared,
     /// Huge pages of an unsupported size.
@@ -37,9 +38,9 @@ pub enum MemoryVolumeError {
     Size(u64),
 }
 
-/// Returns the request that makes the memory volume for `source`, or `None` if the directory is shared like others.
+/// Returns the request that creates the memory volume for `source`, or `None` if the directory is not a memory volume.
 ///
-/// `source` was found at `path`; it is for mount number `mount` of `container`.
+/// `source` was opened at `path`. The request is for mount number `mount` of `container`.
 ///
 /// # Errors
 /// [`MemoryVolumeError`].
@@ -87,8 +88,8 @@ pub fn request_for(
     }))
 }
 
-/// Returns the request for the subdirectory `below` of the volume that the guest has at `root`, for mount number
-/// `mount` of `container`.
+/// Returns the request for `subdirectory` of the volume that the guest has at `root`, for mount number `mount` of
+/// `container`.
 pub fn subdirectory_request(
     root: &str,
     subdirectory: Vec<VolumeDirectory>,

@@ -1,4 +1,4 @@
-//! A mount and its submounts, as mountinfo lists them, and which of them a path lookup reaches.
+//! Mount trees from the kernel's mount list, and which of their submounts a path lookup reaches.
 
 use crate::volumes::mountinfo::Entry;
 use std::{
@@ -9,21 +9,22 @@ use std::{
 /// A mount tree.
 pub struct Tree<'a> {
     base: &'a Entry,
-    /// The mounts by the mount that they are mounted on.
+    /// Child mounts, by the id of their parent mount.
     children: HashMap<u64, Vec<&'a Entry>>,
 }
 
-/// A submount with its mount point, relative to that of the tree.
+/// A submount of a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Submount<'a> {
-    /// Empty for a mount that covers the tree's own.
+    /// Mount point, relative to that of the tree; empty for a mount that covers the tree's root.
     pub path: PathBuf,
-    /// The mount.
+    /// The mount's entry in the mount list.
     pub entry: &'a Entry,
 }
 
 impl<'a> Tree<'a> {
-    /// The tree whose root, or the topmost mount that covers it, has this mount id. `None` if the list has no such mount.
+    /// Returns the tree whose root mount, or the topmost mount that covers it, has this mount id. Returns `None` if the list
+    /// has no such mount.
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
@@ -35,16 +36,15 @@ impl<'a> Tree<'a> {
         for entry in entries.iter().filter(|entry| entry.id != entry.parent) {
             children.entry(entry.parent).or_default().push(entry);
         }
-        // By path components, so that a directory sorts directly before everything below it.
+        // Sorted by path components: a directory comes directly before everything below it.
         children.values_mut().for_each(|mounts| mounts.sort_by(|a, b| a.point.cmp(&b.point)));
         Some(Self { base, children })
     }
 
-    /// The submounts that a path lookup reaches, parents first, without those that `excluded` selects and everything
-    /// below them; and the selected ones.
+    /// Returns the submounts that a path lookup reaches, parents first, and the excluded submounts.
     ///
-    /// A mount that another covers is not reached: neither one below the mount point of a later mount, nor one on whose
-    /// root another is mounted.
+    /// Submounts that `excluded` selects are left out with everything below them. A covered mount is not reached: neither a
+    /// mount below the mount point of a later mount, nor a mount on whose root another is mounted.
     pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
         let (mut found, mut left_out) = (Vec::new(), Vec::new());
         let top = self.top(self.base);
@@ -67,20 +67,20 @@ impl<'a> Tree<'a> {
         (reached, left_out)
     }
 
-    /// The topmost mount of those stacked on the root of `mount`.
+    /// Returns the topmost of the mounts that are stacked on the root of `mount`.
     fn top(&self, mount: &'a Entry) -> &'a Entry {
         let mut top = mount;
-        while let Some(cover) = self.on(top).find(|cover| cover.point == top.point) {
+        while let Some(cover) = self.children(top).find(|cover| cover.point == top.point) {
             top = cover;
         }
         top
     }
 
-    /// Adds the topmost mount at each mount point that a lookup meets first in `parent`.
+    /// Adds the topmost mount at each of the mount points in `parent` that no other child mount hides.
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
-        for child in self.on(parent) {
-            // A mount on a directory above hides it.
+        for child in self.children(parent) {
+            // A mount on a parent directory hides this one.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));
@@ -88,18 +88,18 @@ impl<'a> Tree<'a> {
         }
     }
 
-    fn on(&self, parent: &Entry) -> impl Iterator<Item = &'a Entry> {
+    fn children(&self, parent: &Entry) -> impl Iterator<Item = &'a Entry> {
         self.children.get(&parent.id).into_iter().flatten().copied()
     }
 }
 
-/// The submounts that only `left` has, and those that only `right` has. Two submounts are equal if they show the same
-/// directory of the same file system at the same path.
+/// Returns the submounts that only `left` has, and those that only `right` has. Two submounts are equal if they show the
+/// same directory of the same file system at the same path.
 pub fn differences<'a>(
     left: Vec<Submount<'a>>,
     mut right: Vec<Submount<'a>>,
 ) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
-    let mut alone = Vec::new();
+    let mut only_left = Vec::new();
     for submount in left {
         let Submount { path, entry } = &submount;
         let same = |other: &Submount<'_>| {
@@ -107,10 +107,10 @@ pub fn differences<'a>(
         };
         match right.iter().position(same) {
             Some(at) => drop(right.remove(at)),
-            None => alone.push(submount),
+            None => only_left.push(submount),
         }
     }
-    (alone, right)
+    (only_left, right)
 }
 
 #[cfg(test)]
@@ -156,7 +156,7 @@ mod tests {
         entries.push(entry(7, 2, "/v/run", "tmpfs"));
         let (paths, left_out) = reached(&entries, 2);
         assert!(left_out.is_empty() && paths.contains(&("run".into(), 7)), "{paths:?}");
-        // Mounted on the root of 3: 3 and what is below it are hidden.
+        // Mounted on the root of 3: hides 3 and everything below it.
         entries.push(entry(8, 3, "/v/a", "tmpfs"));
         let (paths, _) = reached(&entries, 2);
         assert!(paths.contains(&("a".into(), 8)) && !paths.iter().any(|(_, id)| [3, 4].contains(id)), "{paths:?}");
@@ -167,7 +167,7 @@ mod tests {
         let mut entries = tree();
         entries.push(entry(6, 3, "/v/a/proc", "proc"));
         entries.push(entry(7, 6, "/v/a/proc/sys/fs", "tmpfs"));
-        // A host-only mount on top hides the one below it, which is not shown in its place.
+        // An excluded mount still hides the mount below it, which does not appear in its place.
         entries.push(entry(8, 5, "/v/a-b", "proc"));
         let (mut paths, mut left_out) = reached(&entries, 2);
         paths.sort();
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_that_covers_the_tree_is_at_the_empty_path() {
+    fn reachable_lists_a_mount_that_covers_the_tree_at_the_empty_path() {
         let mut entries = tree();
         entries.push(entry(6, 2, "/v", "tmpfs"));
         entries.push(entry(7, 6, "/v/a", "tmpfs"));
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn differences_compares_place_and_file_system() {
+    fn differences_compares_path_and_file_system() {
         let entries = tree();
         let all = || Tree::of(&entries, 2).unwrap().reachable(|_| false).0;
         assert_eq!(differences(all(), all()), (vec![], vec![]));

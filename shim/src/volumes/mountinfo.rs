@@ -1,29 +1,29 @@
-//! The kernel's list of the mounts of this thread's mount namespace (proc_pid_mountinfo(5)).
+//! Reads the kernel's mount list of this thread's mount namespace (proc_pid_mountinfo(5)).
 
 use nix::sys::stat::makedev;
 use std::{ffi::OsString, fs, io, os::unix::ffi::OsStringExt, path::PathBuf};
 
-/// A mount.
+/// An entry of the mount list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its id, which statx(2) gives as well; used again after the mount is gone.
+    /// Mount id, as in statx(2). The kernel reuses it after the mount is gone.
     pub id: u64,
-    /// The id of the mount it is mounted on.
+    /// Id of the parent mount.
     pub parent: u64,
-    /// The device number of its file system.
+    /// Device number of the file system.
     pub device: u64,
-    /// The directory or file of its file system that is mounted.
+    /// Path, within the file system, of the directory or file that is mounted.
     pub root: PathBuf,
-    /// Where it is mounted.
+    /// Mount point.
     pub point: PathBuf,
     /// File system type, such as `ext4` or `fuse.sshfs`.
     pub kind: String,
 }
 
-/// The mounts, in the kernel's order. Mounts on one mount point are in the order they were made in.
+/// Returns the mounts, in the kernel's order. Mounts on the same mount point are in the order of their creation.
 ///
 /// # Errors
-/// When /proc cannot be read.
+/// If /proc cannot be read.
 pub fn read() -> io::Result<Vec<Entry>> {
     Ok(parse(&fs::read("/proc/thread-self/mountinfo")?))
 }
@@ -36,7 +36,7 @@ fn parse_line(line: &[u8]) -> Option<Entry> {
     let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let [id, parent, device, root, point, rest @ ..] = fields.as_slice() else { return None };
     let (major, minor) = text(device)?.split_once(':')?;
-    // Optional fields come before a hyphen.
+    // A hyphen ends the optional fields.
     let kind = rest.iter().skip_while(|field| **field != b"-").nth(1)?;
     Some(Entry {
         id: text(id)?.parse().ok()?,
@@ -52,13 +52,13 @@ fn text(field: &[u8]) -> Option<&str> {
     std::str::from_utf8(field).ok()
 }
 
-/// A path, in which blanks, tabs, line ends and backslashes are octal (fs/proc_namespace.c, `mangle`).
+/// Decodes a path in which spaces, tabs, newlines and backslashes are octal escapes (fs/proc_namespace.c, `mangle`).
 fn unescape(field: &[u8]) -> PathBuf {
     let (mut bytes, mut rest) = (Vec::with_capacity(field.len()), field);
-    while let Some((&first, tail)) = rest.split_first() {
-        let code = (first == b'\\').then(|| tail.get(..3).and_then(octal)).flatten();
+    while let Some((&first, next)) = rest.split_first() {
+        let code = (first == b'\\').then(|| next.get(..3).and_then(octal)).flatten();
         bytes.push(code.unwrap_or(first));
-        rest = tail.get(if code.is_some() { 3 } else { 0 }..).unwrap_or_default();
+        rest = next.get(if code.is_some() { 3 } else { 0 }..).unwrap_or_default();
     }
     OsString::from_vec(bytes).into()
 }
@@ -73,7 +73,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn lines_are_entries() {
+    fn parse_reads_entries_and_skips_malformed_lines() {
         let text = b"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n\
             37 36 0:5 / /a\\040b\\134c\\012 ro - devtmpfs udev ro\n\
             cut 36 0:5\n\
@@ -93,14 +93,14 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_own_list_is_read() {
+    fn read_finds_proc() {
         let entries = read().unwrap();
         assert!(entries.iter().any(|entry| entry.point == Path::new("/proc") && entry.kind == "proc"), "{entries:?}");
     }
 
     proptest::proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>) {
+        fn parse_never_panics(bytes: Vec<u8>) {
             let _ = parse(&bytes);
             let _ = unescape(&bytes);
         }

@@ -1,9 +1,8 @@
-//! Volumes whose changes a pod is to notice (ConfigMaps, Secrets, projected ones): copied into the guest and followed.
+//! Mirrored volumes (ConfigMaps, Secrets, projected and downward API volumes): copied to the guest and kept up to date.
 //!
-//! Over a shared file system the guest would see a change when it looks, but inotify(7) would never tell it. So these
-//! volumes, which no pod writes to, are not shared at all: their files go to the agent, which keeps a copy on a file
-//! system of the guest's own, and every change on the host is carried over. There is no limit on entries or sizes but
-//! memory.
+//! On a shared file system the guest would read changed files, but inotify(7) would not report the changes. These
+//! volumes, to which no pod writes, are therefore not shared. The agent keeps a copy on one of the guest's file systems,
+//! and every change on the host is copied. The number and size of files are limited only by memory.
 
 mod walk;
 mod watch;
@@ -25,19 +24,20 @@ use crate::oci::IdMappings;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
 
-/// The kubelet's directories of the volumes that it fills and keeps up to date, beneath a pod's `volumes`
+/// Directories of the plugins whose volumes the kubelet fills and keeps up to date, below a pod's `volumes`
 /// (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}: `kubernetes.io/<plugin>`, escaped).
 const PLUGIN_DIRS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
-/// How often a volume may change while it is looked at: the kubelet does it about once a minute.
+/// Maximum attempts to copy a volume that changes while it is read. The kubelet changes it about once a minute.
 const MAX_ATTEMPTS: u32 = 10;
-/// After which a copy that the guest refused, for want of memory perhaps, is tried again.
+/// Delay before a failed copy is retried. A guest without free memory, for example, rejects a copy.
 const RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// The directory of a volume on the host.
 ///
-/// It is opened once, when the mount is checked. A tenant who can write above it could put another one at its path later.
+/// It is opened only once, when the mount is checked. A tenant who can write to a parent directory could later put another
+/// directory at its path.
 #[derive(Debug, Clone)]
 pub struct Volume {
     root: Arc<OwnedFd>,
@@ -45,18 +45,18 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// The directory `root`, an O_PATH fd, opened at `path`.
+    /// Returns the volume with the directory `root`, an O_PATH fd that was opened at `path`.
     pub fn new(root: OwnedFd, path: PathBuf) -> Self {
         Self { root: Arc::new(root), path }
     }
 
-    /// The path, for messages only.
+    /// Returns the path, for messages only.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Opens a file or directory of the volume at `path`, relative to its root. No symlink is followed, and no other file
-    /// system is entered.
+    /// Opens a file or directory of the volume at `path`, relative to its root. Follows no symlink and enters no other
+    /// mount.
     fn open(&self, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
         // openat2(2) takes no empty path.
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
@@ -66,114 +66,124 @@ impl Volume {
         Ok(openat2(&*self.root, path, how)?)
     }
 
-    /// Whether the directory is still linked in its file system.
+    /// Returns whether the directory is still linked in its file system.
     fn exists(&self) -> bool {
         fstat(&self.root).is_ok_and(|stat| stat.st_nlink > 0)
     }
 }
 
-/// A volume that is mirrored.
+/// A mirrored volume of a container.
 #[derive(Debug, Clone)]
 pub struct Mirror {
     /// The directory on the host.
     pub source: Volume,
-    /// Whom its files belong to in the guest, where that is not whom they say.
+    /// Id mappings of an id-mapped mount.
     pub id_mappings: Option<IdMappings>,
-    /// Which of the container's mounts it is.
+    /// Index of the mount in the container's specification.
     pub mount: u32,
 }
 
-/// Why a volume cannot be mirrored.
+/// Error of mirroring a volume.
 #[derive(Debug, thiserror::Error)]
 pub enum MirrorError {
-    /// It cannot be read.
-    #[error("reading the volume {path}")]
+    /// The volume cannot be read.
+    #[error("failed to read the volume {path}")]
     Read {
-        /// The volume.
+        /// Path of the volume.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The agent refused it.
-    #[error("copying the volume {path} to the guest")]
+    /// The agent rejected the copy.
+    #[error("failed to copy the volume {path} to the guest")]
     Send {
-        /// The volume.
+        /// Path of the volume.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: ttrpc::Error,
     },
 }
 
-/// Whether the directory at `path`, which has no symlinks in it, is one that the kubelet fills for the pod with this uid:
-/// `…/<uid>/volumes/<kind>/<name>`.
+/// Returns whether `path`, without symlinks, is that of a volume that the kubelet fills for the pod with uid `pod`:
+/// `…/<uid>/volumes/<plugin>/<name>`.
 pub fn is_mirrored_volume(path: &Path, pod: &str) -> bool {
     let mut above = path.ancestors().skip(1).map(|directory| directory.file_name().and_then(OsStr::to_str));
-    let (kind, volumes, uid) = (above.next().flatten(), above.next().flatten(), above.next().flatten());
+    let (plugin, volumes, uid) = (above.next().flatten(), above.next().flatten(), above.next().flatten());
     !pod.is_empty()
         && uid == Some(pod)
         && volumes == Some("volumes")
-        && kind.is_some_and(|kind| PLUGIN_DIRS.contains(&kind))
+        && plugin.is_some_and(|plugin| PLUGIN_DIRS.contains(&plugin))
 }
 
-/// Where the guest finds the copy.
+/// Returns the path of the copy in the guest.
 pub fn guest_path(container: &str, mount: usize) -> String {
     format!("{}/{container}/{mount}", husk_proto::GUEST_MIRRORS)
 }
 
-/// Copies the volumes of a container to the guest; the tasks returned follow them until they are dropped.
+/// Copies the volumes of a container to the guest. The returned tasks keep the copies up to date until they are dropped.
 ///
 /// # Errors
-/// [`MirrorError`] when one cannot be copied. One that cannot be watched is only copied, and the log says so.
+/// [`MirrorError`] if a volume cannot be copied. If a volume cannot be watched, it is copied once, and a warning is logged.
 pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Result<JoinSet<()>, MirrorError> {
     let mut tasks = JoinSet::new();
     for mirror in mirrors {
-        // First the watch, then the look: what changes in between is seen twice rather than not at all.
+        // The watch is created before the copy: a change in between is then copied twice instead of being missed.
         let watch = Watch::new(&mirror.source).await;
         copy(agent, container, &mirror).await?;
         match watch {
             Ok(watch) => drop(tasks.spawn(keep_updated(agent.clone(), container.to_owned(), mirror, watch))),
             Err(error) => tracing::warn!(
                 container, volume = %mirror.source.path.display(), %error,
-                "changes of this volume will not be seen in the guest (fs.inotify.max_user_watches?)"
+                "failed to watch a volume: the guest does not get its changes (see fs.inotify.max_user_watches)"
             ),
         }
     }
     Ok(tasks)
 }
 
-/// Copies a volume whenever it changes, until it is gone or the task is ended, as it is with its container.
+/// Copies a volume whenever it changes, until the volume is removed. The task ends with its container.
 async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch: Watch) {
     let mut retry = false;
     loop {
         tokio::select! {
             changed = watch.changed() => if let Err(error) = changed {
-                tracing::warn!(container, volume = %mirror.source.path.display(), %error, "volume is no longer followed");
+                tracing::warn!(container, volume = %mirror.source.path.display(), %error, "stopped watching a volume");
                 return;
             },
             () = tokio::time::sleep(RETRY_DELAY), if retry => {}
         }
         if let Err(error) = watch.add_new_directories(&mirror.source).await {
-            tracing::debug!(container, volume = %mirror.source.path.display(), %error, "volume is gone");
+            tracing::debug!(container, volume = %mirror.source.path.display(), %error, "a watched volume was removed");
             return;
         }
         let copied = copy(&agent, &container, &mirror).await;
         retry = copied.is_err();
         match copied {
-            Ok(()) => tracing::debug!(container, volume = %mirror.source.path.display(), "volume's changes copied"),
-            // What was replaced while it was read is looked at again.
+            Ok(()) => {
+                tracing::debug!(container, volume = %mirror.source.path.display(), "copied the changes of a volume")
+            }
+            // The volume was replaced while it was read. It is copied again after the retry delay.
             Err(error @ MirrorError::Read { .. }) => {
-                tracing::debug!(container, error = crate::chain(&error), "volume changed while it was read");
+                tracing::debug!(
+                    container,
+                    error = crate::chain(&error),
+                    "a volume changed while it was read; retrying"
+                );
             }
             Err(error) => {
-                tracing::warn!(container, error = crate::chain(&error), "volume's changes not copied yet");
+                tracing::warn!(
+                    container,
+                    error = crate::chain(&error),
+                    "failed to copy the changes of a volume; retrying"
+                );
             }
         }
     }
 }
 
-/// Copies a volume as it is now; one that changes meanwhile is looked at again.
+/// Copies the current state of a volume. If the volume changes while it is read, the copy is retried.
 async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
     for _ in 1..MAX_ATTEMPTS {
         match copy_once(agent, container, mirror).await {
@@ -207,11 +217,11 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     }
     let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
-    // Only a whole look says what is no longer there.
+    // The agent removes what the copy lacks only after this message, because only a complete copy shows what was removed.
     send(Vec::new(), true).await
 }
 
-/// Has an entry belong to whom a mount with mapped ids would show it to.
+/// Replaces the owner of an entry by the owner that an id-mapped mount would show.
 fn map_owner(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
     (entry.uid, entry.gid) = id_mappings.owner(entry.uid, entry.gid);
 }
@@ -221,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn volumes_of_the_kubelet_are_recognized_by_pod_and_kind() {
+    fn is_mirrored_volume_checks_pod_and_plugin() {
         let is_mirrored = |path: &str| is_mirrored_volume(Path::new(&format!("/var/lib/kubelet/pods/{path}")), "5e1c");
         assert!(is_mirrored("5e1c/volumes/kubernetes.io~configmap/settings"));
         assert!(is_mirrored("5e1c/volumes/kubernetes.io~projected/kube-api-access-x"));

@@ -1,4 +1,4 @@
-//! Looks at a volume: its directories and files, then its links, in pieces that fit a message.
+//! Reads a volume for copying: its directories and files, then its symlinks, in batches that fit into a message.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -14,22 +14,23 @@ use nix::sys::stat::{FileStat, SFlag, fstat};
 
 use crate::volumes::mirror::Volume;
 
-/// Contents sent in one message, in bytes: well below ttrpc's limit of 4 MiB.
+/// Size of a batch in bytes, well below ttrpc's message limit of 4 MiB.
 const BATCH_BYTES: usize = 1 << 20;
-/// What an entry weighs beside its content.
+/// Estimated size of an entry without its content and path, in bytes.
 const ENTRY_OVERHEAD: usize = 128;
-/// Deeper than any volume of the kubelet's.
+/// Maximum depth of directories: more than any of the kubelet's volumes has.
 const MAX_DEPTH: usize = 64;
 
-/// Hands everything in `volume` to `send`, which says whether to go on; blocks.
+/// Passes all entries of `volume` to `send`, in batches, until it returns false. Blocks.
 ///
 /// # Errors
-/// When something cannot be read, or changed meanwhile ([`io::ErrorKind::Interrupted`]). No link was handed over then.
+/// If an entry cannot be read, or the volume has changed in the meantime ([`io::ErrorKind::Interrupted`]). No symlink has
+/// been sent in these cases. [`io::ErrorKind::BrokenPipe`] if `send` has returned false.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
     let mut walk = Walk { volume, send, batch: Vec::new(), batch_bytes: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
-    // The kubelet publishes by a link to a new directory, and takes the old one away only then: what was seen is whole
-    // if the links still are what they were before the directories were read.
+    // The kubelet publishes a new version by replacing a symlink to its directory, and removes the old directory only
+    // afterwards. The entries are consistent if no symlink has changed since before the directories were read.
     let unchanged = |link: &MirrorEntry| {
         let current = OpenEntry::at(volume, Path::new(OsStr::from_bytes(&link.path))).and_then(|found| found.target());
         current.is_ok_and(|target| target.as_os_str().as_bytes() == link.content)
@@ -38,14 +39,14 @@ pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::
     {
         return Err(io::ErrorKind::Interrupted.into());
     }
-    // Last, so that a link never changes before what it points to is there.
+    // Symlinks come last: the guest must have a symlink's target before the symlink changes.
     for link in std::mem::take(&mut walk.links) {
         walk.add(link)?;
     }
     walk.flush()
 }
 
-/// A file of the volume, opened with O_PATH, and its attributes.
+/// An entry of the volume, opened with O_PATH, with its attributes.
 struct OpenEntry {
     file: OwnedFd,
     stat: FileStat,
@@ -62,7 +63,7 @@ impl OpenEntry {
         SFlag::from_bits_truncate(self.stat.st_mode) & SFlag::S_IFMT == kind
     }
 
-    /// What a symlink points to.
+    /// Returns the target of a symlink.
     fn target(&self) -> io::Result<PathBuf> {
         Ok(readlinkat(&self.file, "")?.into())
     }
@@ -74,14 +75,14 @@ struct Walk<'a, F> {
     batch: Vec<MirrorEntry>,
     batch_bytes: usize,
     links: Vec<MirrorEntry>,
-    /// The directories that symlinks beside them point to, relative to the volume.
+    /// Paths, relative to the volume, of directories to which a symlink in the same directory points.
     versions: Vec<PathBuf>,
 }
 
 impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     fn directory(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         if depth > MAX_DEPTH {
-            return Err(io::Error::other(format!("{}: too deep", path.display())));
+            return Err(io::Error::other(format!("{}: directories are nested too deep", path.display())));
         }
         let directory = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
         self.add(entry(Kind::DIRECTORY, path, &fstat(&directory)?))?;
@@ -97,7 +98,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let is_version = target.components().count() == 1
                 && OpenEntry::at(self.volume, &beside).is_ok_and(|found| found.is(SFlag::S_IFDIR));
             if is_version {
-                // It was made after the directory was listed.
+                // The version was created after the directory was listed.
                 if !names.contains(&beside) {
                     return Err(io::ErrorKind::Interrupted.into());
                 }
@@ -106,7 +107,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let content = target.into_os_string().into_vec();
             self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, &found.stat) });
         }
-        // The kubelet makes nothing else, and nothing else could be copied.
+        // The kubelet creates no other types of files, and they could not be copied.
         for (name, found) in &all {
             if found.is(SFlag::S_IFDIR) {
                 self.directory(name, depth + 1)?;
@@ -124,7 +125,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
         loop {
             let mut content = Vec::new();
             (&mut file).take(BATCH_BYTES as u64).read_to_end(&mut content)?;
-            // A full piece may be the last: then an empty one follows.
+            // If the last chunk is full, an empty one follows.
             let more = content.len() == BATCH_BYTES;
             let length = content.len() as u64;
             self.add(MirrorEntry { content, more, offset, ..entry(Kind::FILE, path, &stat) })?;
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn links_come_last_and_parents_first() {
+    fn walk_sends_parents_first_and_symlinks_last() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("..1")).unwrap();
         fs::write(dir.path().join("..1/key"), "value").unwrap();
@@ -194,18 +195,18 @@ mod tests {
     }
 
     #[test]
-    fn large_files_come_in_pieces() {
+    fn walk_sends_large_files_in_chunks() {
         let dir = tempfile::tempdir().unwrap();
         let content: Vec<u8> = (0..2 * BATCH_BYTES).map(|i| i as u8).collect();
         fs::write(dir.path().join("f"), &content).unwrap();
         let all = walked(dir.path());
-        let pieces: Vec<_> = all.iter().filter(|entry| entry.path == b"f").collect();
-        assert_eq!(pieces.iter().map(|piece| piece.more).collect::<Vec<_>>(), [true, true, false]);
-        assert_eq!(pieces.iter().flat_map(|piece| piece.content.clone()).collect::<Vec<_>>(), content);
+        let chunks: Vec<_> = all.iter().filter(|entry| entry.path == b"f").collect();
+        assert_eq!(chunks.iter().map(|chunk| chunk.more).collect::<Vec<_>>(), [true, true, false]);
+        assert_eq!(chunks.iter().flat_map(|chunk| chunk.content.clone()).collect::<Vec<_>>(), content);
     }
 
     #[test]
-    fn what_changes_meanwhile_is_not_taken_for_whole() {
+    fn walk_fails_without_symlinks_if_the_volume_changes() {
         let dir = tempfile::tempdir().unwrap();
         let publish = |version: &str| {
             fs::create_dir(dir.path().join(version)).unwrap();
@@ -215,7 +216,7 @@ mod tests {
         };
         publish("..1");
         let mut links = 0;
-        // The file fills a message: the next version comes while it is being sent.
+        // The file fills a batch, so the next version is published between two batches.
         let walked = walk(&volume(dir.path()), |batch| {
             links += batch.iter().filter(|entry| entry.kind == Kind::SYMLINK.into()).count();
             if !dir.path().join("..2").exists() {
@@ -230,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn walk_ends_if_nobody_receives_or_the_volume_is_gone() {
+    fn walk_ends_if_send_fails_or_the_volume_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         assert!(walk(&volume(dir.path()), |_| false).is_err());
         let gone = dir.path().join("gone");
@@ -251,7 +252,7 @@ mod tests {
         fs::write(path.join("key"), "").unwrap();
         symlink(outside.join("volume"), path.join("link")).unwrap();
         let volume = volume(&path);
-        // Another directory at its path, by a symlink above it.
+        // Puts another directory at the volume's path, by a symlink in place of its parent directory.
         fs::rename(dir.path().join("pods"), dir.path().join("moved")).unwrap();
         symlink(&outside, dir.path().join("pods")).unwrap();
         assert!(path.join("secret").exists());

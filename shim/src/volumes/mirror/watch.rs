@@ -1,4 +1,4 @@
-//! Tells that something in a directory or below it has changed: inotify(7) on every directory of it.
+//! Watches a volume for changes: inotify(7) on each of its directories.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::volumes::mirror::Volume;
 
-/// What is a change. Reading is none, or the copy would wake itself.
+/// Events that count as a change. Reads do not, because copying the volume would cause further copies.
 const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
     .union(AddWatchFlags::IN_ATTRIB)
     .union(AddWatchFlags::IN_CREATE)
@@ -26,18 +26,18 @@ const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
     .union(AddWatchFlags::IN_MODIFY)
     .union(AddWatchFlags::IN_ONLYDIR);
 
-/// A directory that is watched.
+/// A watched volume.
 pub struct Watch {
     inotify: Arc<Inotify>,
-    /// A second descriptor of the same, for the executor.
+    /// A second fd of the inotify instance, registered with the runtime.
     events: AsyncFd<File>,
 }
 
 impl Watch {
-    /// Watches `volume` from now on.
+    /// Starts to watch `volume`.
     ///
     /// # Errors
-    /// When it cannot be read or the host allows no more watches.
+    /// If the volume cannot be read, or the host's limit of watches is reached.
     pub async fn new(volume: &Volume) -> io::Result<Self> {
         let inotify = Arc::new(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?);
         let events = File::from(inotify.as_fd().try_clone_to_owned()?);
@@ -47,7 +47,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Watches directories that were added; those that are watched already stay so.
+    /// Adds watches for new directories. Directories that are already watched keep their watch.
     ///
     /// # Errors
     /// As [`Watch::new`].
@@ -58,10 +58,10 @@ impl Watch {
             .map_err(io::Error::other)?
     }
 
-    /// Waits for a change, and takes all that are there.
+    /// Waits for a change, and reads all queued events.
     ///
     /// # Errors
-    /// When the kernel's queue cannot be read.
+    /// If the events cannot be read.
     pub async fn changed(&mut self) -> io::Result<()> {
         let mut events = [0; 4096];
         self.events.async_io(Interest::READABLE, |mut file: &File| file.read(&mut events)).await?;
@@ -76,17 +76,17 @@ impl Watch {
     }
 }
 
-/// Watches a directory of the volume and all below it; blocks.
+/// Adds watches for a directory of the volume and all directories below it. Blocks.
 fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-    // inotify_add_watch(2) takes only a path: this one leads to what was opened.
+    // inotify_add_watch(2) accepts only a path. This one refers to the directory that was opened.
     let opened = format!("/proc/self/fd/{}", directory.as_raw_fd());
     inotify.add_watch(opened.as_str(), CHANGES)?;
     for entry in fs::read_dir(&opened)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             match watch_tree(inotify, volume, &path.join(entry.file_name())) {
-                // It was removed since, and an event reports that.
+                // The directory was removed in the meantime; an event reports that.
                 Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
                 result => result?,
             }
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn changes_are_told_also_in_new_directories() {
+    async fn changed_reports_changes_in_new_directories() {
         let dir = tempfile::tempdir().unwrap();
         let root = nix::fcntl::open(dir.path(), OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap();
         let volume = Volume::new(root, dir.path().to_owned());
