@@ -1,4 +1,4 @@
-//! Making a container ready: its mounts on the host, its specification for the guest.
+//! Prepares a container: its mounts on the host, and its specification for the guest.
 
 use crate::oci::annotations::POD_UID;
 use crate::oci::{Bundle, Disk, TranslateError, disks, translate};
@@ -17,79 +17,79 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What containerd asked for.
+/// Input of [`prepare`].
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
-    /// The container.
+    /// Container id.
     pub id: &'a str,
-    /// The sandbox's [`crate::volumes::Share::host`].
+    /// Path of the sandbox's share on the host ([`crate::volumes::Share::host`]).
     pub share: &'a Path,
-    /// The mounts that make the root file system; none where the bundle has it.
+    /// Mounts of the rootfs. Without any, the bundle contains the rootfs.
     pub rootfs: &'a [RootMount],
-    /// The other containers by the pids that stand for them on the host.
+    /// Ids of the other containers, by their PID on the host.
     pub pids: &'a HashMap<u32, String>,
 }
 
-/// A container that the guest can create.
+/// A prepared container, which the guest can create.
 #[derive(Debug)]
 pub struct Prepared {
     /// `config.json` for the guest.
     pub spec: Vec<u8>,
-    /// The root file system's directory in the guest.
+    /// Path of the rootfs in the guest.
     pub rootfs: String,
-    /// What the guest cannot honour and was left out, for the log.
+    /// Notes for the log about settings that the guest does not support.
     pub notes: Vec<String>,
-    /// Whether a volume is to show what the host mounts in it later ([`crate::volumes::sync_mounts`]).
+    /// True if the host's later mounts must be propagated to a volume ([`crate::volumes::sync_mounts`]).
     pub needs_propagation: bool,
-    /// Its AppArmor profile, which the guest is to know before.
+    /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,
-    /// Volumes that the guest gets copies of or makes, before it creates the container.
+    /// Volumes that must be set up in the guest before it creates the container.
     pub volumes: InGuest,
-    /// Block devices of the host that the guest gets, before it creates the container; the specification has the host's
-    /// numbers until [`crate::oci::replace_disk_numbers`].
+    /// Block devices of the host, which must be attached to the VM before the guest creates the container. The
+    /// specification has the host's numbers until [`crate::oci::replace_disk_numbers`].
     pub disks: Vec<Disk>,
 }
 
-/// Why a container cannot be made ready.
+/// Error of preparing a container.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
-    /// The id cannot be a directory's name.
-    #[error("{0:?} cannot be a container's id")]
+    /// The id is not valid as the name of a directory.
+    #[error("invalid container id {0:?}: it must not be empty, begin with a dot, or contain a slash or NUL")]
     Id(String),
-    /// The specification needs the host.
+    /// The specification cannot be translated for the guest.
     #[error(transparent)]
     Translate(#[from] TranslateError),
-    /// The root file system cannot be mounted.
+    /// The rootfs cannot be mounted.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
-    /// A volume cannot be given to the guest.
+    /// A volume cannot be made available to the guest.
     #[error(transparent)]
     Volume(#[from] VolumeError),
-    /// Host-only file systems cannot be told from others.
+    /// Host-only file systems cannot be distinguished from others.
     #[error(transparent)]
     HostOnly(#[from] SyncError),
-    /// A directory in the share cannot be made.
-    #[error("cannot create {}", path.display())]
+    /// A directory in the share cannot be created.
+    #[error("failed to create {}", path.display())]
     Create {
-        /// The directory.
+        /// Path of the directory.
         path: PathBuf,
-        /// What the system said.
+        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
-/// Makes the container's mounts in the share, and its specification for the guest.
+/// Creates the container's mounts in the share, and its specification for the guest.
 ///
 /// # Errors
-/// [`PrepareError`]; nothing of this container stays then.
+/// [`PrepareError`]. All mounts of this container are removed in this case.
 pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
     let Request { id, share, .. } = *request;
-    // containerd's own rule is stricter; this is what keeps the path inside the share.
+    // containerd's rule is stricter. This check keeps the path inside the share.
     if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
         return Err(PrepareError::Id(id.into()));
     }
-    // What needs no mount first: a specification that cannot be has cost nothing then.
+    // Before any mount is made, because an invalid specification then needs no cleanup.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), InGuest::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
@@ -97,14 +97,14 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         translate::own_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
-    create(share.join(id))?; // a container of this id that is still there is not ours to take down
-    let made = (|| {
+    create(share.join(id))?; // before the cleanup below, which must not remove an existing container with this id
+    let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
         create(bind::markers_dir(share, id))?;
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
-    if let Err(error) = made {
-        // The error that led here is the one to be seen.
+    if let Err(error) = mounted {
+        // Best effort: the first error is reported.
         let _ = teardown(share, id);
         return Err(error);
     }
@@ -126,7 +126,7 @@ fn mount(
     let target = share.join(id).join("rootfs");
     let stage = StagingDir::for_share(share);
     let host_only = stage.host_only(share)?;
-    // The name of a volume begins with a number and a dot.
+    // No conflict with volumes: their names begin with a number and a dot.
     let context = CopyContext { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);

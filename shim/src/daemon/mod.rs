@@ -152,7 +152,9 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
         Ok(mut server) => {
             tokio::select! {
                 () = shim.finished() => {}
-                () = shim.create_timed_out() => tracing::warn!("no request to create the sandbox arrived: the shim ends"),
+                () = shim.create_timed_out() => {
+                    tracing::warn!("no request to create the sandbox arrived: the shim ends");
+                }
                 () = termination_signal() => tracing::info!("the shim ends after a signal"),
             }
             shim.finish().await;

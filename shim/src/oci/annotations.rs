@@ -27,8 +27,8 @@ pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Memory in bytes, the sum of the containers' limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// CRI-O's keys for the same values (CRI-O, pkg/annotations/internal.go; kubelet labels for the pod). CRI-O does not pass
-/// the resources.
+/// CRI-O's keys for the same values (CRI-O, pkg/annotations/internal.go; kubelet labels for the pod). CRI-O does not
+/// pass the resources.
 const CRIO: [(&str, &str); 5] = [
     (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
     (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),

@@ -7,8 +7,8 @@ use crate::oci::{devices, hooks, update};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 
-/// Translates everything except mount sources, which [`crate::volumes::plan`] does. Adds to `notes` what was left out, for
-/// the log.
+/// Translates everything except mount sources, which [`crate::volumes::plan`] does. Adds to `notes` what was left out,
+/// for the log.
 pub fn spec(
     raw: &mut Value,
     id: &str,

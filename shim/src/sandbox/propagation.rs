@@ -15,10 +15,10 @@ use tokio::time::timeout;
 use crate::async_fd::register;
 use crate::volumes;
 
-/// How long the start of a process waits for mounts that the host made before.
-const SETTLE_LIMIT: Duration = Duration::from_secs(2);
-/// Time between a change of the mount list and the update that it causes. Changes come in bursts, and each update reads the
-/// whole list.
+/// Maximum time for which the start of a process waits for earlier mounts of the host.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time between a change of the mount list and the update that it causes. Changes come in bursts, and each update reads
+/// the whole list.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 /// Minimum time between two log lines about failed updates. A guest can cause them, by renaming directories.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
@@ -38,10 +38,10 @@ struct Running {
 }
 
 impl Propagation {
-    /// Starts the updates, unless they run. Has to be called within the runtime.
+    /// Starts the updates, unless they are running. Must be called in an async runtime.
     ///
     /// # Errors
-    /// If the list of mounts cannot be opened or polled.
+    /// If the mount list cannot be opened or polled.
     pub fn start(&self, share: &Path) -> io::Result<()> {
         if self.running.get().is_some() {
             return Ok(());
@@ -50,15 +50,15 @@ impl Propagation {
         let list = File::open("/proc/self/mountinfo")?;
         let list = register(list, Interest::PRIORITY)?;
         let (requested, requests) = watch::channel(0);
-        let (serves, served) = watch::channel(0);
-        let task = tokio::spawn(run(list, share.to_owned(), requests, serves));
+        let (served_sender, served) = watch::channel(0);
+        let task = tokio::spawn(run(list, share.to_owned(), requests, served_sender));
         if let Err(second) = self.running.set(Running { task, requested, served }) {
             second.task.abort();
         }
         Ok(())
     }
 
-    /// Waits until the guest sees what the host has mounted before the call, but not for longer than [`SETTLE_LIMIT`].
+    /// Waits until the guest sees the mounts that the host made before the call, for at most `SETTLE_TIMEOUT`.
     pub async fn settle(&self) {
         let Some(running) = self.running.get() else { return };
         let mut number = 0;
@@ -67,16 +67,16 @@ impl Propagation {
             number = *latest;
         });
         let mut served = running.served.clone();
-        match timeout(SETTLE_LIMIT, served.wait_for(|served| *served >= number)).await {
+        match timeout(SETTLE_TIMEOUT, served.wait_for(|served| *served >= number)).await {
             Ok(Ok(_)) => {}
-            Ok(Err(_)) => tracing::warn!("later mounts of the host are no longer propagated to the volumes"),
+            Ok(Err(_)) => tracing::warn!("stopped propagating the host's later mounts to the volumes"),
             Err(_) => {
-                tracing::warn!(limit = ?SETTLE_LIMIT, "recent mounts of the host are not in the volumes yet");
+                tracing::warn!(limit = ?SETTLE_TIMEOUT, "the host's recent mounts are not in the volumes yet");
             }
         }
     }
 
-    /// Stops the updates. One that is in progress may still end later, and does nothing to volumes that are removed.
+    /// Stops the updates. An update that is in progress continues, and ignores volumes that are removed.
     pub fn stop(&self) {
         if let Some(running) = self.running.get() {
             running.task.abort();
@@ -84,8 +84,8 @@ impl Propagation {
     }
 }
 
-/// Runs one update at a time: one that hangs in a file system takes one thread, and no lock.
-async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<u64>, serves: watch::Sender<u64>) {
+/// Runs one update at a time. An update that hangs in a file system blocks one thread, and holds no lock.
+async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<u64>, served: watch::Sender<u64>) {
     let mut failures = Failures::default();
     loop {
         let request = *requests.borrow_and_update();
@@ -96,7 +96,7 @@ async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<
             Ok(Err(error)) => failures.log(&crate::chain(&error)),
             Err(error) => failures.log(&error),
         }
-        serves.send_replace(request);
+        served.send_replace(request);
         tokio::select! {
             changed = list.ready(Interest::PRIORITY) => match changed {
                 Ok(mut changed) => changed.clear_ready(),
@@ -107,7 +107,7 @@ async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<
                 Err(_) => return,
             },
         }
-        // Cut short by a request.
+        // A request ends the delay early.
         let _ = timeout(DEBOUNCE, requests.changed()).await;
     }
 }

@@ -2,11 +2,11 @@
 //!
 //! The virtio-fs server tells files apart by the mount through which they are reached (virtiofsd,
 //! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes: a fifo, a socket or a
-//! lock in one would not work in the other. Each mount that a container uses is marked by an empty file with the mount's
-//! name in `<share>/<container>/mounts`.
+//! lock in one would not work in the other. Each mount that a container uses is marked by an empty file with the
+//! mount's name in `<share>/<container>/mounts`.
 
-/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel may
-/// cache a directory's old entry for a while.
+/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
+/// may cache a directory's old entry for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
 use crate::oci::id_mappings::IdMappings;
@@ -238,8 +238,8 @@ impl Flags {
         flags
     }
 
-    /// Returns the flags of a mount that all containers of the pod share. The guest enforces for each container whether it
-    /// may write, and whether it receives later mounts.
+    /// Returns the flags of a mount that all containers of the pod share. The guest enforces for each container whether
+    /// it may write, and whether it receives later mounts.
     pub fn enforced_by_guest() -> Self {
         Self { recursive: true, read_only: false, read_only_submounts: false, slave: false }
     }

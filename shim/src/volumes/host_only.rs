@@ -1,8 +1,8 @@
 //! Host-only file systems: interfaces to the host's kernel, devices or processes. They never get into the share.
 //!
 //! Under runc, a container opens files of the node's `/proc`, for example in a volume of `/`, with the container's
-//! permissions. With Husk, the VMM would open them with the VMM's permissions. The guest has its own instances of the file
-//! systems that it needs.
+//! permissions. With Husk, the VMM would open them with the VMM's permissions. The guest has its own instances of the
+//! file systems that it needs.
 
 use crate::volumes::mountinfo::Entry;
 use crate::volumes::{mount_api, mountinfo};
@@ -20,8 +20,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each file
-/// system's source). devtmpfs has none, because its `f_type` is that of tmpfs.
+/// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each
+/// file system's source). devtmpfs has none, because its `f_type` is that of tmpfs.
 const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
@@ -67,9 +67,9 @@ pub struct HostOnly {
 impl HostOnly {
     /// Returns the rule for a sandbox with these directories.
     ///
-    /// Host-only are the types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories. A tmpfs at
-    /// `/dev` has device nodes if the node is itself a container. Without the directories, a volume of `/` would give a
-    /// container write access to the share.
+    /// Host-only are the types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories. A
+    /// tmpfs at `/dev` has device nodes if the node is itself a container. Without the directories, a volume of `/`
+    /// would give a container write access to the share.
     ///
     /// # Errors
     /// The error of stat(2), because an incomplete rule would admit a host-only file system.
@@ -101,8 +101,8 @@ impl HostOnly {
 
     /// Returns the name of the host-only file system that `file` is on, or `None` if that file system is not host-only.
     ///
-    /// The type of the mount decides. The kernel's internal mounts, such as those of nsfs and pidfs, are in no mount list;
-    /// for these the result of statfs(2) decides.
+    /// The type of the mount decides. The kernel's internal mounts, such as those of nsfs and pidfs, are in no mount
+    /// list; for these the result of statfs(2) decides.
     ///
     /// # Errors
     /// The error of fstatfs(2), fstat(2) or of reading the mount list.
@@ -122,8 +122,8 @@ impl HostOnly {
 /// Directories of /dev on host-only file systems that exist in every guest.
 const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
 
-/// Returns the guest's path for the host's file or directory `path` on a host-only file system: the same path, if the guest
-/// has its own instance there.
+/// Returns the guest's path for the host's file or directory `path` on a host-only file system: the same path, if the
+/// guest has its own instance there.
 ///
 /// Returns `None` for the directory of a process, because the same PID is another process in the guest, and for other
 /// directories of devices.

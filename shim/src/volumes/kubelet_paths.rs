@@ -1,4 +1,5 @@
-//! The kubelet's directories for a pod's volumes on the node: finds the volume, and the subdirectory, of a mount's source.
+//! The kubelet's directories for a pod's volumes on the node: finds the volume, and the subdirectory, of a mount's
+//! source.
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{mount_api, mountinfo};
@@ -28,9 +29,9 @@ pub struct DiskEmptyDir {
 /// Returns the emptyDir of the pod with uid `pod` that contains `source`, a file or directory opened at `path`. Returns
 /// `None` if there is no such volume, or if it is a memory volume.
 ///
-/// An emptyDir belongs to a single pod, so the whole volume can be bound into the share. The guest then enforces whether a
-/// container may write to it, and which subdirectory a container gets. With a separate mount for each container, each would
-/// see different inodes (see [`crate::volumes::bind`]).
+/// An emptyDir belongs to a single pod, so the whole volume can be bound into the share. The guest then enforces
+/// whether a container may write to it, and which subdirectory a container gets. With a separate mount for each
+/// container, each would see different inodes (see [`crate::volumes::bind`]).
 ///
 /// # Errors
 /// The kernel's error.
@@ -69,8 +70,8 @@ pub fn disk_empty_dir(
     }
 }
 
-/// Returns whether `path` is a `subPath` of a volume. The kubelet creates a new mount of it for each container that uses it
-/// (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
+/// Returns whether `path` is a `subPath` of a volume. The kubelet creates a new mount of it for each container that
+/// uses it (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
 pub fn is_sub_path(path: &Path) -> bool {
     is_third_ancestor(path, "volume-subpaths")
 }

@@ -1,9 +1,9 @@
 //! Memory volumes: emptyDirs of medium `Memory` and `HugePages` (Kubernetes, pkg/volume/emptydir).
 //!
-//! The guest creates a file system for each of them, in place of the kubelet's file system on the host. The contents then
-//! count as the container's memory, as under runc. Shared by virtio-fs they would count as the VMM's memory, and huge pages
-//! cannot be shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives as long as the
-//! pod.
+//! The guest creates a file system for each of them, in place of the kubelet's file system on the host. The contents
+//! then count as the container's memory, as under runc. Shared by virtio-fs they would count as the VMM's memory, and
+//! huge pages cannot be shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives
+//! as long as the pod.
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{kubelet_paths, mount_api};

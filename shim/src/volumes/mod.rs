@@ -1,7 +1,7 @@
 //! Root file systems and volumes: mounted in the sandbox's share on the host, and mirrored or created in the guest.
 //!
-//! Everything here blocks on file system and mount calls, except [`mirror`]: call it from `spawn_blocking`, or before the
-//! runtime is up.
+//! Everything here blocks on file system and mount calls, except [`mirror`]: call it from `spawn_blocking`, or before
+//! the runtime is up.
 
 pub mod bind;
 pub mod error;

@@ -1,6 +1,7 @@
 //! The kernel's fd-based mount calls, for which neither libc nor nix has wrappers.
 //!
-//! Numbers and structures are those of `<linux/mount.h>`. Linux has the calls since 5.2, and `mount_setattr` since 5.12.
+//! Numbers and structures are those of `<linux/mount.h>`. Linux has the calls since 5.2, and `mount_setattr` since
+//! 5.12.
 
 use std::{
     ffi::CString,

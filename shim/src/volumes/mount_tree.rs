@@ -23,8 +23,8 @@ pub struct Submount<'a> {
 }
 
 impl<'a> Tree<'a> {
-    /// Returns the tree whose root mount, or the topmost mount that covers it, has this mount id. Returns `None` if the list
-    /// has no such mount.
+    /// Returns the tree whose root mount, or the topmost mount that covers it, has this mount id. Returns `None` if the
+    /// list has no such mount.
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
@@ -43,8 +43,8 @@ impl<'a> Tree<'a> {
 
     /// Returns the submounts that a path lookup reaches, parents first, and the excluded submounts.
     ///
-    /// Submounts that `excluded` selects are left out with everything below them. A covered mount is not reached: neither a
-    /// mount below the mount point of a later mount, nor a mount on whose root another is mounted.
+    /// Submounts that `excluded` selects are left out with everything below them. A covered mount is not reached:
+    /// neither a mount below the mount point of a later mount, nor a mount on whose root another is mounted.
     pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
         let (mut found, mut left_out) = (Vec::new(), Vec::new());
         let top = self.top(self.base);
@@ -93,8 +93,8 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// Returns the submounts that only `left` has, and those that only `right` has. Two submounts are equal if they show the
-/// same directory of the same file system at the same path.
+/// Returns the submounts that only `left` has, and those that only `right` has. Two submounts are equal if they show
+/// the same directory of the same file system at the same path.
 pub fn differences<'a>(
     left: Vec<Submount<'a>>,
     mut right: Vec<Submount<'a>>,

@@ -1,4 +1,5 @@
-//! A container's bind mounts: host directories and files are bound into the share, and the guest binds them from there.
+//! Plans a container's mounts: host directories and files are bound into the share, and the guest binds them from
+//! there.
 
 use crate::oci::devices;
 use crate::oci::id_mappings::IdMappings;
@@ -18,49 +19,50 @@ use std::{
     path::{Component, Path},
 };
 
-/// What becomes of a mount of the specification.
+/// How a mount of the specification is made available in the guest.
 #[derive(Debug)]
 enum Plan {
-    /// The guest mounts it as it stands.
+    /// The guest mounts it as specified.
     Keep,
-    /// The guest binds a path of its own.
+    /// The guest binds this path of the guest.
     GuestPath(String),
-    /// The host binds this into the share.
+    /// The host binds this directory or file into the share.
     Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, ignores_mount_id: bool },
-    /// The host binds a volume into the share, of which the guest gives the container all or a part.
+    /// The host binds an emptyDir into the share. The guest gives the container the emptyDir or a subdirectory of it.
     EmptyDir { volume: DiskEmptyDir, id_mappings: Option<IdMappings> },
-    /// The guest gets a copy that is kept up to date.
+    /// The volume is mirrored.
     Mirror { source: Volume, id_mappings: Option<IdMappings> },
-    /// The guest makes one of its own.
+    /// The guest creates a memory volume.
     Memory(Box<VolumeRequest>),
 }
 
-/// What has to be done in the guest before it creates the container.
+/// Volumes that must be set up in the guest before it creates the container.
 #[derive(Debug, Default)]
 pub struct InGuest {
-    /// Volumes that it gets copies of.
+    /// Mirrored volumes.
     pub mirrors: Vec<Mirror>,
-    /// Volumes that it makes.
+    /// Memory volumes, and subdirectories of emptyDirs.
     pub memory: Vec<VolumeRequest>,
 }
 
-/// Where the host binds volumes, and the guest finds them.
+/// The container and sandbox for which mounts are planned.
 pub struct PlanContext<'a> {
-    /// The bundle, which relative sources are relative to.
+    /// Bundle directory. Relative sources are relative to it.
     pub bundle: &'a Path,
-    /// The share on the host.
+    /// Path of the share on the host.
     pub share: &'a Path,
     /// The rule for host-only file systems.
     pub host_only: &'a HostOnly,
-    /// The container.
+    /// Container id.
     pub container: &'a str,
-    /// Whether containerd's CRI made the specification.
+    /// True if containerd's CRI created the specification.
     pub kubernetes: bool,
-    /// The pod's uid, where it says so.
+    /// The pod's uid, or empty if the specification has none.
     pub pod: &'a str,
 }
 
-/// Makes `mount` available to the guest as number `index`; the source the guest is to use, none to leave it.
+/// Makes mount number `index` available to the guest. Returns the source that the guest uses, or `None` if the guest
+/// uses the specified one.
 pub fn prepare_mount(
     mount: &Mount,
     index: usize,
@@ -121,11 +123,11 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         Err(error) => return refuse(error.to_string()),
     };
     if id_mappings.is_none() && mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
-        return refuse("a mount with mapped user ids has to name them (uidMappings, gidMappings)".into());
+        return refuse("an id-mapped mount (idmap, ridmap) needs uidMappings and gidMappings".into());
     }
     if !mount.is_bind() {
         return match id_mappings {
-            Some(_) => refuse("only bind mounts can have mapped user ids".into()),
+            Some(_) => refuse("only bind mounts can be id-mapped: remove uidMappings and gidMappings".into()),
             None => Ok(Plan::Keep),
         };
     }
@@ -136,20 +138,20 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         return refuse(message);
     }
     let path = context.bundle.join(source);
-    // The guest is the machine that the container sees, and the host's instance would be opened with the VMM's rights.
+    // The container sees the guest's kernel, and the VMM would open the host's instance with the VMM's permissions.
     let guest_instance = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::guest_path(path) {
         Some(guest) => {
-            notes.push(format!("{} is the guest's own, not the host's", path.display()));
+            notes.push(format!("{} is the guest's, not the host's", path.display()));
             Ok(Plan::GuestPath(guest.to_string_lossy().into_owned()))
         }
         None => refuse(format!(
-            "{} is on a host-only file system ({kind}) and cannot be shared with a virtual machine; mount /proc, /sys or /dev \
-             for the guest's own, and list single devices as devices",
+            "{} is on a host-only file system ({kind}) and cannot be shared with a VM; mount /proc, /sys or /dev to get \
+             the guest's, and list single devices as devices",
             path.display()
         )),
     };
     let is_host_only_path = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
-    // By its name alone, since the host may have nothing there. `..` may lead out again.
+    // The path alone decides, because it may not exist on the host. A path with `..` may lead elsewhere.
     if is_host_only_path && !path.components().any(|part| part == Component::ParentDir) {
         return guest_instance(&path, "proc", notes);
     }
@@ -166,7 +168,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     let shareable = kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG;
-    // Without the symlinks that led there.
+    // The path without symlinks.
     let resolved =
         fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("resolve the source", e))?;
     let on_host_only = |file: &OwnedFd| {
@@ -188,7 +190,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     }
     if shareable {
         let volume = kubelet_paths::disk_empty_dir(&fd, &path, id_mappings.as_ref(), context.pod);
-        if let Some(volume) = volume.map_err(|error| host("find it in its volume", error))? {
+        if let Some(volume) = volume.map_err(|error| host("find the source in its volume", error))? {
             if let Some(kind) = on_host_only(&volume.root)? {
                 return guest_instance(&path, kind, notes);
             }
@@ -212,13 +214,13 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
                 Err(message) => refuse(message),
             }
         }
-        SFlag::S_IFSOCK => refuse("a socket of the host cannot be reached from a virtual machine".into()),
-        SFlag::S_IFIFO => refuse("a fifo of the host cannot be reached from a virtual machine".into()),
-        _ => refuse("only directories and files can be given to a virtual machine".into()),
+        SFlag::S_IFSOCK => refuse("a socket of the host cannot be reached from a VM".into()),
+        SFlag::S_IFIFO => refuse("a fifo of the host cannot be reached from a VM".into()),
+        _ => refuse("only directories and files can be shared with a VM".into()),
     }
 }
 
-/// Whether this is the shared memory that containerd's CRI makes for a pod: `…/sandboxes/<id>/shm`.
+/// Returns whether `path` is the shared memory that containerd's CRI creates for a pod: `…/sandboxes/<id>/shm`.
 fn is_sandbox_shm(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name == "shm")
         && path.parent().and_then(Path::parent).and_then(Path::file_name).is_some_and(|name| name == "sandboxes")
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_machines_own_is_the_guests() {
+    fn plan_uses_the_guests_instances() {
         for path in ["/proc", "/sys/fs/cgroup", "/dev"] {
             assert!(matches!(plan_for(&mount(path, "/x", &["rbind"])), Ok(Plan::GuestPath(to)) if to == path));
         }
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_leads_to_nothing_of_the_nodes_own() {
+    fn plan_resolves_symlinks_to_host_only_file_systems() {
         let dir = tempfile::tempdir().unwrap();
         let of = |target: &str, name: &str| {
             let link = dir.path().join(name);
@@ -278,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_of_the_host_is_rejected_by_name_too() {
+    fn plan_rejects_processes_of_the_host_by_path() {
         for path in ["/proc/1/root", "/proc/self", "/proc/thread-self/attr"] {
             let error = plan_for(&mount(path, "/x", &["rbind"])).unwrap_err();
             assert!(error.contains("host-only"), "{error}");
@@ -286,14 +288,14 @@ mod tests {
     }
 
     #[test]
-    fn read_only_config_maps_of_the_pod_are_mirrored() {
+    fn plan_mirrors_read_only_config_maps_of_the_pod() {
         let dir = tempfile::tempdir().unwrap();
         let volume = dir.path().join("pod-uid/volumes/kubernetes.io~configmap/a");
         fs::create_dir_all(&volume).unwrap();
         let of = |path: &Path, options: &[&str]| plan_for(&mount(path.to_str().unwrap(), "/x", options));
         assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
         assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
-        // A directory that only a symlink puts there, and one of another pod.
+        // A directory that is there only by a symlink, and a directory of another pod.
         let link = volume.with_file_name("link");
         std::os::unix::fs::symlink("/etc", &link).unwrap();
         assert!(matches!(of(&link, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));
@@ -303,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_cross_is_refused() {
+    fn plan_rejects_sockets_fifos_and_shared_propagation() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
@@ -319,6 +321,6 @@ mod tests {
         }
         assert!(matches!(plan_for(&mount(directory, "/x", &["rbind"])), Ok(Plan::Bind { directory: true, .. })));
         let error = plan_for(&mount("/nowhere/x", "/x", &["rbind"])).unwrap_err();
-        assert_eq!(error, "error mounting \"/nowhere/x\" to rootfs at \"/x\": cannot open the source");
+        assert_eq!(error, "error mounting \"/nowhere/x\" to rootfs at \"/x\": failed to open the source");
     }
 }

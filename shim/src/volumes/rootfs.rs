@@ -1,4 +1,4 @@
-//! Mounting a container's root file system from the mounts containerd's snapshotter names.
+//! Mounts a container's rootfs from the mounts that containerd's snapshotter returns.
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::host_only::HostOnly;
@@ -11,19 +11,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The kernel copies one page of a mount's options, with its terminating zero.
+/// Size of a page, which limits a mount's options: the kernel copies one page, with the terminating NUL.
 const PAGE_SIZE: usize = 4096;
 
-/// One mount of a root file system, as containerd names it.
+/// One mount of a rootfs, as containerd's request has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RootMount {
     /// File system type, or `bind`.
     pub kind: String,
     /// Device or directory.
     pub source: String,
-    /// Path below the root; only empty ones can be mounted.
+    /// Path below the rootfs. Only an empty path or `/` is supported.
     pub target: String,
-    /// As in fstab.
+    /// Options, as in fstab(5).
     pub options: Vec<String>,
 }
 
@@ -38,11 +38,11 @@ impl From<&husk_proto::containerd::types::mount::Mount> for RootMount {
     }
 }
 
-/// Why a root file system cannot be mounted.
+/// Error of mounting a rootfs.
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
-    /// The kernel refused.
-    #[error("cannot mount the root file system ({kind} of {mount_source:?} with options {options:?})")]
+    /// A mount failed.
+    #[error("failed to mount the rootfs ({kind} of {mount_source:?} with options {options:?})")]
     Mount {
         /// File system type.
         kind: String,
@@ -50,27 +50,27 @@ pub enum RootfsError {
         mount_source: String,
         /// The options, shortened.
         options: String,
-        /// What the system said.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The mount is of a form that cannot be.
-    #[error("cannot mount the root file system: {0}")]
+    /// The form of the mount is not supported.
+    #[error("failed to mount the rootfs: {0}")]
     Unsupported(String),
 }
 
-/// What bind mounts need.
+/// How bind mounts copy their source in the staging directory.
 #[derive(Clone, Copy)]
 pub struct CopyContext<'a> {
-    /// Where trees are copied.
+    /// The staging directory.
     pub stage: &'a StagingDir,
-    /// What is not copied.
+    /// The rule for host-only file systems, which are not copied.
     pub host_only: &'a HostOnly,
-    /// The tree's name there.
+    /// Name of the copy in the staging directory.
     pub name: &'a str,
 }
 
-/// Mounts `mounts`, one over the other, at `target`. Returns notes on what is left out.
+/// Mounts all of `mounts`, stacked, at `target`. Returns notes on what is left out.
 pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     let left_out = mounts.iter().map(|mount| mount_one(mount, target, context));
     Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
@@ -78,8 +78,8 @@ pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) 
 
 fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
-        // Below the root lies what the image holds, where a link may lead anywhere on the host.
-        let message = format!("a mount at {:?} inside of it is not supported", root.target);
+        // The rootfs has the image's contents, in which a symlink may point anywhere on the host.
+        let message = format!("a mount at {:?} inside the rootfs is not supported", root.target);
         return Err(RootfsError::Unsupported(message));
     }
     let mut options = Options::parse(&root.options);
@@ -94,7 +94,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
                 id_mapped_overlay(target, &options, &id_mappings).map(|()| Vec::new())
             }
             Some(_) => {
-                let message = format!("{} with mapped user ids, only overlay and bind can be", root.kind);
+                let message = format!("{} cannot be id-mapped: only overlay and bind mounts can", root.kind);
                 return Err(RootfsError::Unsupported(message));
             }
         }
@@ -107,7 +107,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
     })
 }
 
-/// The first of a long option string: layers' paths say little.
+/// Returns the beginning of a long option string. The paths of many layers say little.
 fn shorten(options: &str) -> String {
     const MAX: usize = 200;
     if options.len() <= MAX {
@@ -132,7 +132,7 @@ fn bind(
         return Err(io::Error::other(format!("the source is on a host-only file system ({kind})")));
     }
     let mut tree = mount_api::clone_tree(file.as_fd(), recursive)?;
-    // Otherwise it receives what the host mounts there later.
+    // Without private propagation, the copy would receive the host's later mounts.
     mount_api::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
     if recursive {
         (tree, left_out) = stage.copy(&tree, host_only, name)?;
@@ -144,13 +144,13 @@ fn bind(
     mount_api::set_attr(tree.as_fd(), attr, 0, false)?;
     mount_api::attach(tree.as_fd(), mount_api::open_path(target, false)?.as_fd())?;
     let notes = (!left_out.is_empty())
-        .then(|| format!("host-only file systems are left out of the root file system: {}", left_out.join(", ")));
+        .then(|| format!("host-only file systems are left out of the rootfs: {}", left_out.join(", ")));
     Ok(notes.into_iter().collect())
 }
 
 fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> io::Result<()> {
     let mut source = PathBuf::from(&root.source);
-    let _device; // an auto-clearing loop device lives as long as it is open or mounted
+    let _device; // a loop device with autoclear exists as long as it is open or mounted
     if options.loop_device {
         let (path, file) = crate::volumes::loop_device::attach(&source, options.flags.contains(MsFlags::MS_RDONLY))?;
         _device = file;
@@ -161,9 +161,11 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         return mount_with_data(&source, target, &root.kind, options.flags, &data);
     }
     let Some((dir, data)) = (root.kind == "overlay").then(|| relative_layers(&options.data)).flatten() else {
-        return Err(io::Error::other(format!("{} bytes of options, the kernel takes {}", data.len(), PAGE_SIZE - 1)));
+        let message = format!("the options have {} bytes, and the kernel accepts {}", data.len(), PAGE_SIZE - 1);
+        return Err(io::Error::other(message));
     };
-    // Relative paths make it fit, and only a thread that shares its working directory with no other may change it.
+    // Paths relative to the working directory make the options fit. A thread can change its working directory without
+    // affecting others only after unshare(CLONE_FS).
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
@@ -173,13 +175,15 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
     mounter.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
 }
 
-/// An overlay whose lower directories belong to `users`: a mount of each shows it so, and the upper directory, which
-/// containerd made for these users, is as it is. The overlay keeps the mounts; nobody else ever sees them.
+/// Mounts an overlay whose lower directories are id-mapped.
+///
+/// Each lower directory gets an id-mapped mount. The upper directory is used unchanged, because containerd created it
+/// with the mapped ids. Only the overlay uses these mounts, and it keeps them alive.
 fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
-    let lower = lower.ok_or_else(|| io::Error::other("an overlay without lowerdir"))?;
+    let lower = lower.ok_or_else(|| io::Error::other("the overlay has no option lowerdir"))?;
     if lower.contains('\\') || lower.contains("::") {
-        return Err(io::Error::other("layers with mapped user ids and escaped names"));
+        return Err(io::Error::other("layers with escaped characters in their paths cannot be id-mapped"));
     }
     let namespace = id_mappings.namespace()?;
     let layers = lower.split(':').map(|layer| {
@@ -193,7 +197,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
     data.push(format!("lowerdir={}", names.join(":")));
     let (stage, flags) = (target.to_path_buf(), options.flags);
-    // Overlay takes mounts of the caller's mount namespace only. In one of a thread's own they go with the thread.
+    // overlay accepts only layers in the caller's mount namespace. In a thread's new namespace, the mounts of the
+    // layers disappear with the thread.
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         let none = None::<&Path>;
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
@@ -216,10 +221,12 @@ fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, dat
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }
 
-/// Overlay's options with the lower directories relative to their longest common parent, if they fit a page then.
+/// Returns overlay's options with lower directories relative to their longest common parent directory, and that
+/// directory. Returns `None` if the options still exceed a page, or cannot be rewritten.
 fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
-    // A backslash escapes a colon in a path: containerd makes none such, and splitting would be wrong.
+    // A backslash escapes a colon in a path, and splitting at the colon would be wrong. containerd creates no such
+    // paths.
     if lower.contains('\\') || lower.contains("::") {
         return None;
     }
@@ -240,13 +247,13 @@ fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     (data.len() < PAGE_SIZE).then(|| (common.to_path_buf(), data))
 }
 
-/// fstab options, sorted by who reads them.
+/// fstab options, separated into mount flags and the file system's options.
 struct Options<'a> {
-    /// For mount(2).
+    /// Flags of mount(2).
     flags: MsFlags,
-    /// For the file system.
+    /// Options of the file system.
     data: Vec<&'a str>,
-    /// The source is a file that wants a loop device.
+    /// The source is a file that must be attached to a loop device.
     loop_device: bool,
 }
 
@@ -297,7 +304,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_are_flags_or_data() {
+    fn parse_separates_flags_from_data() {
         let options = ["rw", "ro", "nosuid", "suid", "rbind", "loop", "index=off", "defaults"].map(String::from);
         let parsed = Options::parse(&options);
         assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC);
@@ -306,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn long_layer_lists_become_relative() {
+    fn relative_layers_shortens_long_lists() {
         let dirs: Vec<String> = (0..120).map(|n| format!("/var/lib/containerd/snapshots/{n}/fs")).collect();
         let lower = format!("lowerdir={}", dirs.join(":"));
         assert!(lower.len() > PAGE_SIZE);
@@ -317,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_shortened_is_left() {
+    fn relative_layers_keeps_what_it_cannot_shorten() {
         assert_eq!(relative_layers(&["upperdir=/a"]), None);
         assert_eq!(relative_layers(&["lowerdir=/a\\:b:/c"]), None);
         assert_eq!(relative_layers(&["lowerdir=/a:/a/b"]), Some(("/".into(), "lowerdir=a:a/b".into())));
@@ -326,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts_inside_the_image_and_broken_id_maps_are_refused() {
+    fn mount_all_rejects_inner_targets_and_incomplete_id_mappings() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
         let (stage, host_only) = (StagingDir::for_share(Path::new("/x/share")), HostOnly::new([]).unwrap());
         let context = CopyContext { stage: &stage, host_only: &host_only, name: "x" };

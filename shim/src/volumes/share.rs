@@ -1,9 +1,10 @@
-//! The directory a sandbox shares with its guest: what the host makes in it, the guest may not change.
+//! The share: the directory that virtio-fs serves to the guest, in which the guest cannot change what the host creates.
 //!
-//! Two directories, one tmpfs: the host creates directories and mounts in `share`; `guest` is a read-only copy that
-//! every mount made in `share` propagates to, and the root of the guest's virtio-fs. So the guest writes into root file
-//! systems and volumes, but it can neither fill the tmpfs nor put a link where the host is about to mount something.
-//! What is to be in the share is made ready in a third directory, `stage`, which the guest has no view of.
+//! Two directories show one tmpfs. The host creates directories and mounts in `share`. `guest` is a read-only slave
+//! mount of it: every mount in `share` propagates to it, and it is the root of the guest's virtio-fs. So the guest can
+//! write to rootfs and volumes, but can neither fill the tmpfs nor put a symlink where the host is about to mount
+//! something. Mounts are prepared in a third directory, `stage`, the staging directory, which is invisible to the
+//! guest.
 
 use crate::volumes::bind;
 use crate::volumes::stage::StagingDir;
@@ -16,15 +17,16 @@ use std::{
 /// A sandbox's share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Share {
-    /// Where the host makes directories and mounts; `Request::share` and what [`crate::volumes::teardown()`] takes.
+    /// Directory in which the host creates directories and mounts: the argument of [`crate::volumes::teardown()`], and
+    /// `Request::share`.
     pub host: PathBuf,
-    /// What the VMM shares with the guest.
+    /// Directory that the VMM serves to the guest.
     pub guest: PathBuf,
 }
 
-/// Why there is no share.
+/// Error of mounting the share.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {step} {}", path.display())]
+#[error("failed to {step} {}", path.display())]
 pub struct ShareError {
     step: &'static str,
     path: PathBuf,
@@ -33,13 +35,13 @@ pub struct ShareError {
 }
 
 impl Share {
-    /// Mounts the share in `dir`, which exists. The caller is in a mount namespace of its own.
+    /// Mounts the share in the existing directory `dir`. The caller must be in a separate mount namespace.
     ///
     /// # Errors
-    /// [`ShareError`]; nothing stays mounted.
+    /// [`ShareError`]. Everything is unmounted in this case.
     pub fn mount(dir: &Path) -> Result<Self, ShareError> {
         let share = Self { host: dir.join("share"), guest: dir.join("guest") };
-        share.make().inspect_err(|_| share.unmount())?;
+        share.mount_all().inspect_err(|_| share.unmount())?;
         Ok(share)
     }
 
@@ -47,7 +49,7 @@ impl Share {
         StagingDir::for_share(&self.host).dir().to_owned()
     }
 
-    fn make(&self) -> Result<(), ShareError> {
+    fn mount_all(&self) -> Result<(), ShareError> {
         let fail = |step, path: &Path| {
             let path = path.to_path_buf();
             move |source: nix::Error| ShareError { step, path, source: source.into() }
@@ -63,14 +65,15 @@ impl Share {
         }
         let (host, guest) = (self.host.as_path(), self.guest.as_path());
         let none = None::<&Path>;
-        // Directories and empty files to mount on are all they ever hold.
+        // A small size suffices: they contain only directories and empty files as mount points.
         for (path, options) in [(host, "mode=0711,size=4m"), (&stage, "mode=0700,size=4m")] {
             mount(Some("husk"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options))
                 .map_err(fail("mount a tmpfs at", path))?;
         }
-        // Mounts can be moved from here, and what is unmounted here stays mounted elsewhere.
-        mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none).map_err(fail("make private", &stage))?;
-        mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("share", host))?;
+        // Private: mounts can then be moved out, and unmounting here does not propagate.
+        mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none)
+            .map_err(fail("set private propagation of", &stage))?;
+        mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("set shared propagation of", host))?;
         StagingDir::for_share(host).create().map_err(|source| ShareError {
             step: "create directories in",
             path: stage,
@@ -78,17 +81,17 @@ impl Share {
         })?;
         let volumes = host.join(bind::VOLUMES);
         std::fs::create_dir(&volumes).map_err(|source| ShareError { step: "create", path: volumes, source })?;
-        mount(Some(host), guest, none, MsFlags::MS_BIND, none).map_err(fail("bind", guest))?;
-        mount(none, guest, none, MsFlags::MS_SLAVE, none).map_err(fail("make a slave of", guest))?;
+        mount(Some(host), guest, none, MsFlags::MS_BIND, none).map_err(fail("bind the share to", guest))?;
+        mount(none, guest, none, MsFlags::MS_SLAVE, none).map_err(fail("set slave propagation of", guest))?;
         let read_only =
             MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(none, guest, none, read_only, none).map_err(fail("make read-only", guest))
+        mount(none, guest, none, read_only, none).map_err(fail("set the read-only flag of", guest))
     }
 
-    /// Unmounts the share with whatever is still mounted in it and removes its directories; any number of times.
+    /// Unmounts the share with everything that is still mounted in it, and removes its directories. May be repeated.
     pub fn unmount(&self) {
         for path in [&self.guest, &self.host, &self.stage()] {
-            // Detached, it goes with everything below it; there may be nothing to unmount.
+            // A detached unmount includes all submounts. Best effort: there may be nothing to unmount.
             let _ = umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
             let _ = std::fs::remove_dir(path);
         }

@@ -1,11 +1,12 @@
 //! The staging directory: mount trees are prepared in it before they are attached to the share.
 //!
-//! The guest has no view of it. Submounts are copied one by one, and only an attached mount has submounts that mountinfo
-//! lists, so a tree is attached here first. Only what a path lookup reaches is copied, without host-only file systems.
+//! It is invisible to the guest. Submounts are copied one by one, so a tree is attached here first: mountinfo lists the
+//! submounts of attached mounts only. Only submounts that a path lookup reaches are copied, without host-only file
+//! systems.
 //!
-//! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and gets the host's later
-//! mounts. [`StagingDir::sync`] repeats them in the share. So no host-only file system gets there, and the host can unmount a
-//! file system of which a guest has files open.
+//! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and receives the host's
+//! later mounts. [`StagingDir::sync`] repeats them in the share. So no host-only file system gets into the share, and
+//! the host can unmount a file system on which a guest has open files.
 
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_tree::{Submount, Tree, differences};
@@ -23,8 +24,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The subdirectories: receiving trees by the name of their volume in the share, and trees while they are copied.
+/// Subdirectory of the receiving trees. Each has the name of its volume in the share.
 const RECEIVING: &str = "receiving";
+/// Subdirectory of the trees that are being copied.
 const COPYING: &str = "copying";
 
 /// The staging directory of a sandbox.
@@ -32,7 +34,7 @@ pub struct StagingDir {
     dir: PathBuf,
 }
 
-/// Why the share's mounts differ from the host's.
+/// Error of updating the share's mounts.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {}", path.display())]
 pub struct SyncError {
@@ -44,26 +46,26 @@ pub struct SyncError {
 }
 
 impl StagingDir {
-    /// The one of the sandbox with this share: a directory beside it.
+    /// Returns the staging directory of the sandbox with this share. It is beside the share.
     pub fn for_share(share: &Path) -> Self {
         Self { dir: share.with_file_name("stage") }
     }
 
-    /// The directory.
+    /// Returns the path of the directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The rule for host-only file systems of this sandbox.
+    /// Returns the rule for host-only file systems of this sandbox.
     ///
     /// # Errors
     /// As [`HostOnly::new`].
     pub fn host_only(&self, share: &Path) -> Result<HostOnly, SyncError> {
-        let step = "tell host-only file systems of";
+        let step = "find host-only file systems for";
         HostOnly::new([share, &self.dir]).map_err(|source| SyncError { step, path: share.to_owned(), source })
     }
 
-    /// Creates the subdirectories. The directory itself is mounted before (see [`crate::volumes::Share`]).
+    /// Creates the subdirectories. The directory itself must be mounted before (see [`crate::volumes::Share`]).
     ///
     /// # Errors
     /// The error of mkdir(2).
@@ -71,11 +73,13 @@ impl StagingDir {
         [RECEIVING, COPYING].iter().try_for_each(|name| fs::create_dir(self.dir.join(name)))
     }
 
-    /// A detached, private copy of `tree`, a detached mount tree, without host-only file systems; and the mount points of
-    /// these, relative to the tree, with their type. `name` is used by no other tree at the time.
+    /// Returns a detached, private copy of the detached mount tree `tree`, without host-only file systems. Returns also
+    /// the mount points of these, relative to the tree, with their type.
+    ///
+    /// No two concurrent copies may have the same `name`.
     ///
     /// # Errors
-    /// If a mount cannot be copied. Nothing of the tree stays here.
+    /// If a mount cannot be copied. Everything is removed from the staging directory in this case.
     pub fn copy(
         &self,
         tree: &OwnedFd,
@@ -92,10 +96,11 @@ impl StagingDir {
         removed.map(|()| copied)
     }
 
-    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name` until [`StagingDir::remove_receiving`].
+    /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name`.
+    /// [`StagingDir::remove_receiving`] must follow.
     ///
     /// # Errors
-    /// If it cannot be attached; nothing stays then.
+    /// If the tree cannot be attached. Its mount point is removed in this case.
     pub fn add_receiving(&self, tree: &OwnedFd, host_only: &HostOnly, directory: bool, name: &str) -> io::Result<()> {
         let point = self.dir.join(RECEIVING).join(name);
         if directory {
@@ -105,12 +110,12 @@ impl StagingDir {
         }
         let attached = mount_api::open_path(&point, false).and_then(|to| mount_api::attach(tree.as_fd(), to.as_fd()));
         if let Err(error) = attached {
-            // The error that led here is the one to be reported.
+            // Best effort: the first error is reported.
             let _ = unmount::remove(&point);
             return Err(error);
         }
-        // Best effort: `sync` excludes what stays. Without the copies of the share and of this directory, a later volume
-        // is not propagated into each receiving tree.
+        // Best effort: `sync` excludes host-only mounts that stay. Copies of the share and of the staging directory are
+        // detached here, because otherwise every later volume would propagate into each receiving tree.
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&point))
             && let Some(tree) = Tree::of(&entries, base.id)
         {
@@ -121,7 +126,7 @@ impl StagingDir {
         Ok(())
     }
 
-    /// Whether volume `name` has a receiving tree.
+    /// Returns whether volume `name` has a receiving tree.
     pub fn has_receiving(&self, name: &str) -> bool {
         self.dir.join(RECEIVING).join(name).exists()
     }
@@ -136,13 +141,13 @@ impl StagingDir {
         unmount::remove(&point)
     }
 
-    /// Mounts and unmounts in `volumes`, the share's directory of volumes, what was mounted and unmounted in the receiving
-    /// trees. Continues after an error. Calls must not overlap. Volumes may be added and removed at the same time.
+    /// Repeats in `volumes`, the share's directory of volumes, the mounts and unmounts in the receiving trees.
     ///
-    /// No file system is asked for anything: one that hangs stops this only if a mount point lies in it.
+    /// Calls must not overlap. Volumes may be added and removed at the same time. No request is sent to a file system,
+    /// so a file system that hangs blocks this only if a mount point lies in it.
     ///
     /// # Errors
-    /// The first error.
+    /// The first error. The other volumes are updated nevertheless.
     pub fn sync(&self, volumes: &Path, host_only: &HostOnly) -> Result<(), SyncError> {
         let (entries, names) = mountinfo::read()
             .and_then(|entries| Ok((entries, list(&self.dir.join(RECEIVING))?)))
@@ -178,7 +183,7 @@ fn copy_in(
     let (reachable, left_out) = tree.reachable(|entry| host_only.contains(entry));
     for submount in &reachable {
         match copy_one(&from.file, to, submount) {
-            // Its mount point was renamed or removed: no path leads to it.
+            // Its mount point was renamed or removed, so no path reaches it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             copied => copied?,
         }
@@ -206,17 +211,17 @@ fn sync_volume(
     let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
-    let (mut gone, new) = differences(shared, received);
+    let (mut removed, added) = differences(shared, received);
     // Children first.
-    gone.sort_by_key(|submount| Reverse(submount.path.components().count()));
-    let unmounted = gone.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
+    removed.sort_by_key(|submount| Reverse(submount.path.components().count()));
+    let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted =
-        new.iter().map(|submount| copy_one(&from.file, target, submount).map_err(error("mount", &submount.path)));
+        added.iter().map(|submount| copy_one(&from.file, target, submount).map_err(error("mount", &submount.path)));
     unmounted.and(first_error(mounted))
 }
 
-/// A directory or file that something is mounted on.
+/// The topmost mount on a mount point.
 struct Mounted {
     file: OwnedFd,
     id: u64,
@@ -241,15 +246,15 @@ fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), E> {
 
 /// Attaches a private copy of one mount below `from`, without its submounts, at the same path below the mount at `to`.
 ///
-/// Does nothing if another mount is at the path: the list that was judged is older than what is mounted now. Nor if nothing
-/// is mounted at `to` any more.
+/// Does nothing if nothing is mounted at `to` any more, or if another mount is at the path below `from`: the mount list
+/// is then outdated.
 fn copy_one(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
     let source = open_below(from, &submount.path)?;
     if mount_api::mount_id(source.as_fd())? != submount.entry.id {
         return Ok(());
     }
-    // Opened for each, since one of them may cover `to`. An fd of the mount, so that nothing is attached to the directory
-    // beneath if the volume is removed at this moment.
+    // Opened for every submount, because an earlier one may cover `to`. The fd of the mount ensures that nothing is
+    // attached to the mount point below it if the volume is removed at the same time.
     let Some(to) = mounted(to)? else { return Ok(()) };
     let tree = mount_api::clone_tree(source.as_fd(), false)?;
     mount_api::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
@@ -259,22 +264,22 @@ fn copy_one(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()
 /// Unmounts a mount below `base`, with its submounts.
 fn detach(base: &OwnedFd, submount: &Submount<'_>) -> io::Result<()> {
     let file = match open_below(base, &submount.path) {
-        // Its mount point is gone, and the mount with it.
+        // The mount disappeared together with its mount point.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         file => file?,
     };
     if mount_api::mount_id(file.as_fd())? != submount.entry.id {
-        return Err(io::Error::other("another mount is there in the meantime"));
+        return Err(io::Error::other("another mount has replaced it"));
     }
-    // Not by its path, in which a guest may put a symlink at any time.
+    // By the fd: a guest may put a symlink into the path at any time.
     match umount2(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), MntFlags::MNT_DETACH) {
-        // Not attached any more: unmounted with its volume.
+        // It was unmounted together with its volume.
         Ok(()) | Err(Errno::EINVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Opens `path` below `base`. A guest may write to the directories in between, so no symlink is followed.
+/// Opens `path` below `base` without following symlinks, because a guest may write to the directories in between.
 fn open_below(base: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
     if path.as_os_str().is_empty() {
         return base.try_clone();
@@ -294,13 +299,13 @@ mod tests {
         sched::{CloneFlags, unshare},
     };
 
-    /// The id of the mount at `point`.
+    /// Returns the id of the mount at `point`.
     fn id(point: &Path) -> u64 {
         mounted(point).unwrap().unwrap().id
     }
 
     #[test]
-    fn a_symlink_of_a_guest_leads_no_mount_outside() {
+    fn symlinks_of_a_guest_are_not_followed() {
         let thread = std::thread::spawn(|| {
             let none = None::<&Path>;
             unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
@@ -316,7 +321,7 @@ mod tests {
                 mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
             }
             fs::write(at("outside/b/file"), "").unwrap();
-            // In place of the directory `a` that the list of mounts names.
+            // Replaces the directory `a` of the mount list.
             std::os::unix::fs::symlink(at("outside"), at("to/a")).unwrap();
             let entries = mountinfo::read().unwrap();
             let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };
@@ -329,7 +334,7 @@ mod tests {
             assert_eq!(detach(&to, &outside).unwrap_err().raw_os_error(), Some(libc::ELOOP));
             assert_eq!(mountinfo::read().unwrap().len(), before);
             assert!(at("outside/b/file").exists());
-            // Another mount than the one in the list is left alone.
+            // A mount that is not the one in the list is not unmounted.
             let other = Submount { path: "real".into(), entry: entry(id(&at("outside/b"))) };
             assert!(detach(&to, &other).is_err());
             assert_eq!(mountinfo::read().unwrap().len(), before);

@@ -1,4 +1,4 @@
-//! Removes what was mounted and created on the host for a container.
+//! Removes a container's mounts and directories from the host.
 
 use crate::volumes::bind;
 use crate::volumes::unmount::{remove, unmount};
@@ -23,17 +23,17 @@ pub struct TeardownError {
 pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
     let dir = share.join(id);
     let mut first = Ok(());
-    let mut note = |path: &Path, result: io::Result<()>| {
+    let mut keep_first_error = |path: &Path, result: io::Result<()>| {
         if let (Err(source), Ok(())) = (result, &first) {
             first = Err(TeardownError { path: path.into(), source });
         }
     };
-    bind::release(share, id, &mut note);
-    let mounts = bind::markers_dir(share, id);
+    bind::release(share, id, &mut keep_first_error);
+    let markers = bind::markers_dir(share, id);
     let rootfs = dir.join("rootfs");
-    note(&rootfs, unmount(&rootfs));
-    for path in [&mounts, &rootfs, &dir] {
-        note(path, remove(path));
+    keep_first_error(&rootfs, unmount(&rootfs));
+    for path in [&markers, &rootfs, &dir] {
+        keep_first_error(path, remove(path));
     }
     first
 }

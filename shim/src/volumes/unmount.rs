@@ -1,4 +1,4 @@
-//! Unmounting and removing mount points.
+//! Unmounts and removes mount points.
 
 use nix::{
     errno::Errno,
@@ -9,12 +9,12 @@ use std::{fs, io, path::Path};
 /// Maximum number of mounts stacked on one directory. It bounds the loop.
 const MAX_STACKED: usize = 64;
 
-/// Unmounts whatever is mounted at `path`, detached, so that a file held open does not keep it.
+/// Unmounts everything at `path`. The unmount is detached, so open files do not prevent it.
 pub fn unmount(path: &Path) -> io::Result<()> {
     for _ in 0..MAX_STACKED {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
-            // Not a mount point (any more), or not there.
+            // No longer a mount point, or it does not exist.
             Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
@@ -22,7 +22,7 @@ pub fn unmount(path: &Path) -> io::Result<()> {
     Err(io::Error::from_raw_os_error(libc::EBUSY))
 }
 
-/// Removes an empty directory or a file that was mounted on: never anything below, which could be somebody's data.
+/// Removes a mount point: an empty directory or a file. Never removes a directory's contents, which may be user data.
 pub fn remove(path: &Path) -> io::Result<()> {
     let ignore_not_found = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
     match fs::symlink_metadata(path) {

@@ -1,8 +1,8 @@
 //! Mirrored volumes (ConfigMaps, Secrets, projected and downward API volumes): copied to the guest and kept up to date.
 //!
 //! On a shared file system the guest would read changed files, but inotify(7) would not report the changes. These
-//! volumes, to which no pod writes, are therefore not shared. The agent keeps a copy on one of the guest's file systems,
-//! and every change on the host is copied. The number and size of files are limited only by memory.
+//! volumes, to which no pod writes, are therefore not shared. The agent keeps a copy on one of the guest's file
+//! systems, and every change on the host is copied. The number and size of files are limited only by memory.
 
 mod walk;
 mod watch;
@@ -36,8 +36,8 @@ const RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// The directory of a volume on the host.
 ///
-/// It is opened only once, when the mount is checked. A tenant who can write to a parent directory could later put another
-/// directory at its path.
+/// It is opened only once, when the mount is checked. A tenant who can write to a parent directory could later put
+/// another directory at its path.
 #[derive(Debug, Clone)]
 pub struct Volume {
     root: Arc<OwnedFd>,
@@ -122,10 +122,12 @@ pub fn guest_path(container: &str, mount: usize) -> String {
     format!("{}/{container}/{mount}", husk_proto::GUEST_MIRRORS)
 }
 
-/// Copies the volumes of a container to the guest. The returned tasks keep the copies up to date until they are dropped.
+/// Copies the volumes of a container to the guest. The returned tasks keep the copies up to date until they are
+/// dropped.
 ///
 /// # Errors
-/// [`MirrorError`] if a volume cannot be copied. If a volume cannot be watched, it is copied once, and a warning is logged.
+/// [`MirrorError`] if a volume cannot be copied. If a volume cannot be watched, it is copied once, and a
+/// warning is logged.
 pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Result<JoinSet<()>, MirrorError> {
     let mut tasks = JoinSet::new();
     for mirror in mirrors {
@@ -217,7 +219,8 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     }
     let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
-    // The agent removes what the copy lacks only after this message, because only a complete copy shows what was removed.
+    // The agent removes what the copy lacks only after this message, because only a complete copy shows what was
+    // removed.
     send(Vec::new(), true).await
 }
 

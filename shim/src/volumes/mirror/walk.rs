@@ -24,8 +24,8 @@ const MAX_DEPTH: usize = 64;
 /// Passes all entries of `volume` to `send`, in batches, until it returns false. Blocks.
 ///
 /// # Errors
-/// If an entry cannot be read, or the volume has changed in the meantime ([`io::ErrorKind::Interrupted`]). No symlink has
-/// been sent in these cases. [`io::ErrorKind::BrokenPipe`] if `send` has returned false.
+/// If an entry cannot be read, or the volume has changed in the meantime ([`io::ErrorKind::Interrupted`]). No
+/// symlink has been sent in these cases. [`io::ErrorKind::BrokenPipe`] if `send` has returned false.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
     let mut walk = Walk { volume, send, batch: Vec::new(), batch_bytes: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
