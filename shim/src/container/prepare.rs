@@ -5,7 +5,7 @@ use crate::oci::{Bundle, Disk, TranslateError, disks, translate};
 use crate::resources::cgroup;
 use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
-use crate::volumes::plan::{InGuest, PlanContext};
+use crate::volumes::plan::{GuestVolumes, PlanContext};
 use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
 use crate::volumes::stage::{StagingDir, SyncError};
 use crate::volumes::teardown::teardown;
@@ -44,7 +44,7 @@ pub struct Prepared {
     /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,
     /// Volumes that must be set up in the guest before it creates the container.
-    pub volumes: InGuest,
+    pub volumes: GuestVolumes,
     /// Block devices of the host, which must be attached to the VM before the guest creates the container. The
     /// specification has the host's numbers until [`crate::oci::replace_disk_numbers`].
     pub disks: Vec<Disk>,
@@ -91,7 +91,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     }
     // Before any mount is made, because an invalid specification then needs no cleanup.
     let mut raw = bundle.raw.clone();
-    let (mut notes, mut volumes) = (Vec::new(), InGuest::default());
+    let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
     if !cgroup::is_unified() {
         translate::own_cgroup_namespace(&mut raw);
@@ -120,7 +120,7 @@ fn mount(
     request: &Request<'_>,
     raw: &mut Value,
     notes: &mut Vec<String>,
-    guest: &mut InGuest,
+    guest: &mut GuestVolumes,
 ) -> Result<(), PrepareError> {
     let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");

@@ -1,4 +1,4 @@
-//! Real mounts in a mount namespace of the test's own: these tests need root, as `cargo xtask test` does.
+//! Tests [`prepare`] with real mounts, each in a separate mount namespace. They need root, as `cargo xtask test` does.
 
 use super::prepare::*;
 use crate::oci::Bundle;
@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Runs `test` in a thread with a mount namespace of its own, in a fresh directory, as the shim's daemon would be.
+/// Runs `test` in a thread with a new mount namespace and a new directory, like those of the shim's daemon.
 fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
@@ -29,7 +29,7 @@ fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
 }
 
 fn mounts_below(dir: &Path) -> Vec<String> {
-    // A thread's own view: the process' main thread is in another namespace.
+    // The thread's mount list, because the process's main thread is in another namespace.
     let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let dir = dir.to_str().unwrap();
     text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| at.starts_with(dir)).map(Into::into).collect()
@@ -58,22 +58,23 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
     Bundle::read(dir).unwrap()
 }
 
-/// Where the host has what mount `index` of a specification made ready is, as the guest sees it.
-fn source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
+/// Returns the source of mount `index` of a prepared specification, as a path of the host in the guest's view of the
+/// share.
+fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
     let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
     let path = spec["mounts"][index]["source"].as_str().unwrap().to_owned();
     share.guest.join(Path::new(&path).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
 }
 
-/// How much is in the share.
-fn contents(share: &Share) -> usize {
+/// Returns the number of directories and files in the share.
+fn entries_in_share(share: &Share) -> usize {
     let count = |path: &Path| fs::read_dir(path).unwrap().count();
-    // The directory of volumes itself is always there.
+    // The directory of volumes is not counted.
     count(&share.host) - 1 + count(&share.host.join(bind::VOLUMES))
 }
 
-/// Number of trees in the staging directory.
-fn staged(share: &Share) -> usize {
+/// Returns the number of trees in the staging directory.
+fn staged_trees(share: &Share) -> usize {
     let dirs = fs::read_dir(stage::StagingDir::for_share(&share.host).dir()).unwrap();
     dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
 }
@@ -85,7 +86,7 @@ fn share(dir: &Path) -> Share {
 }
 
 #[test]
-fn mounts_are_made_seen_by_the_guest_and_taken_away() {
+fn prepare_mounts_for_the_guest_and_teardown_unmounts() {
     isolated(|dir| {
         let share = share(dir);
         let (data, file) = (dir.join("data"), dir.join("file"));
@@ -104,10 +105,10 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
         let prepared = prepare(&bundle, &request).unwrap();
         assert_eq!(prepared.rootfs, "/run/husk/share/c1/rootfs");
         let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
-        let (second, third) = (source(&share, &prepared, 2), source(&share, &prepared, 3));
+        let (second, third) = (guest_source(&share, &prepared, 2), guest_source(&share, &prepared, 3));
         assert_eq!(spec["mounts"][0], sample()["mounts"][0]);
 
-        // What the guest sees, through the read-only copy of the share.
+        // The guest's view, through the read-only slave mount of the share.
         let guest = share.guest.join("c1");
         assert_eq!(fs::read_to_string(guest.join("rootfs/from-the-lowest")).unwrap(), "x");
         fs::write(guest.join("rootfs/new"), "new").unwrap();
@@ -118,16 +119,16 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
         for refused in [fs::write(&third, "no"), fs::write(guest.join("x"), "no"), fs::remove_dir(&guest)] {
             assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
         }
-        // The same container again is refused, and the one there is left alone.
+        // A second container with the same id is rejected, and the first is unchanged.
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Create { .. })));
         assert!(guest.join("rootfs/new").exists());
 
-        // A file that is held open does not keep anything.
+        // An open file does not prevent the teardown.
         let held = fs::File::open(guest.join("rootfs/new")).unwrap();
         for _ in 0..2 {
             teardown(&share.host, "c1").unwrap();
             assert!(!share.host.join("c1").exists() && !guest.exists());
-            assert_eq!(contents(&share), 0);
+            assert_eq!(entries_in_share(&share), 0);
         }
         drop(held);
         assert!(data.join("below/deep").exists() && file.exists(), "the sources are untouched");
@@ -141,7 +142,7 @@ fn mounts_are_made_seen_by_the_guest_and_taken_away() {
 }
 
 #[test]
-fn mounts_of_a_failed_container_do_not_stay() {
+fn prepare_unmounts_after_a_failure() {
     isolated(|dir| {
         let share = share(dir);
         let bundle = bundle(dir, |spec| {
@@ -152,7 +153,7 @@ fn mounts_of_a_failed_container_do_not_stay() {
         let rootfs = [overlay(dir, 2)];
         let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
         assert!(matches!(prepare(&bundle, &request), Err(PrepareError::Volume(_))));
-        assert_eq!(contents(&share), 0);
+        assert_eq!(entries_in_share(&share), 0);
         assert_eq!(mounts_below(&share.host).len(), 1);
         let broken = [RootMount { kind: "overlay".into(), ..RootMount::default() }];
         let error = prepare(&bundle, &Request { rootfs: &broken, ..request }).unwrap_err();
@@ -163,7 +164,7 @@ fn mounts_of_a_failed_container_do_not_stay() {
 }
 
 #[test]
-fn mounts_of_more_layers_than_fit_a_page() {
+fn prepare_mounts_more_layers_than_fit_a_page() {
     isolated(|dir| {
         let share = share(dir);
         let rootfs = [overlay(dir, 120)];
@@ -179,7 +180,7 @@ fn mounts_of_more_layers_than_fit_a_page() {
 }
 
 #[test]
-fn mounts_of_the_bundle_and_of_image_files() {
+fn prepare_mounts_a_rootfs_from_the_bundle_or_an_image_file() {
     isolated(|dir| {
         let share = share(dir);
         let root = dir.join("rootfs");
@@ -219,13 +220,13 @@ fn mounts_of_the_bundle_and_of_image_files() {
 }
 
 #[test]
-fn mounts_of_the_host_reach_slaves_only() {
+fn later_mounts_propagate_to_slave_volumes_only() {
     isolated(|dir| {
         let share = share(dir);
         let none = None::<&Path>;
         let source = dir.join("source");
         fs::create_dir(&source).unwrap();
-        // As on a host: the source is shared, and what is mounted there later is the host's doing.
+        // The source has shared propagation, as mounts on a host usually have.
         mount(Some("t"), &source, Some("tmpfs"), MsFlags::empty(), none).unwrap();
         mount(none, &source, none, MsFlags::MS_SHARED, none).unwrap();
         fs::create_dir(source.join("later")).unwrap();
@@ -243,16 +244,16 @@ fn mounts_of_the_host_reach_slaves_only() {
         mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
         fs::write(source.join("later/x"), "").unwrap();
         sync_mounts(&share.host).unwrap();
-        assert!(self::source(&share, &prepared, 2).join("later/x").exists(), "a slave sees later mounts");
-        assert!(!self::source(&share, &prepared, 3).join("later/x").exists(), "a private mount does not");
+        assert!(guest_source(&share, &prepared, 2).join("later/x").exists(), "a slave mount receives later mounts");
+        assert!(!guest_source(&share, &prepared, 3).join("later/x").exists(), "a private mount does not");
         teardown(&share.host, "c1").unwrap();
-        assert!(source.join("later/x").exists(), "nothing goes back to the host");
+        assert!(source.join("later/x").exists(), "the host's mounts are unchanged");
         share.unmount();
     });
 }
 
 #[test]
-fn mounts_of_one_directory_are_one_while_a_container_has_it() {
+fn containers_share_one_mount_of_a_directory() {
     isolated(|dir| {
         let share = share(dir);
         let data = dir.join("data");
@@ -271,25 +272,25 @@ fn mounts_of_one_directory_are_one_while_a_container_has_it() {
                 .unwrap()
         };
         let (a, b) = (make("a", &["rbind"]), make("b", &["rbind"]));
-        let at = source(&share, &a, 2);
-        assert_eq!((source(&share, &a, 3), source(&share, &b, 2)), (at.clone(), at.clone()));
-        let read_only = source(&share, &make("c", &["rbind", "ro"]), 2);
+        let at = guest_source(&share, &a, 2);
+        assert_eq!((guest_source(&share, &a, 3), guest_source(&share, &b, 2)), (at.clone(), at.clone()));
+        let read_only = guest_source(&share, &make("c", &["rbind", "ro"]), 2);
         assert_ne!(read_only, at);
         fs::write(at.join("file"), "x").unwrap();
         assert!(fs::write(read_only.join("file"), "y").is_err());
         teardown(&share.host, "a").unwrap();
-        assert!(at.join("file").exists(), "b has it still");
+        assert!(at.join("file").exists(), "container b still uses it");
         teardown(&share.host, "b").unwrap();
         assert!(!at.exists() && read_only.join("file").exists());
         teardown(&share.host, "c").unwrap();
         assert_eq!(mounts_below(&share.host).len(), 1);
-        assert_eq!(contents(&share), 0);
+        assert_eq!(entries_in_share(&share), 0);
         share.unmount();
     });
 }
 
-/// Types of file systems that the host alone has, and what a test may mount of each without the host taking notice.
-const OWN: [(&str, &str); 6] = [
+/// Host-only file system types, each with the name of a directory on which a test mounts it without effect on the host.
+const HOST_ONLY: [(&str, &str); 6] = [
     ("proc", "proc"),
     ("sysfs", "sys"),
     ("cgroup2", "cgroup"),
@@ -298,16 +299,16 @@ const OWN: [(&str, &str); 6] = [
     ("devtmpfs", "dev"),
 ];
 
-/// A directory with one of each mounted below it, and a tmpfs with a file beside them.
-fn with_the_hosts_own(dir: &Path) -> PathBuf {
+/// Creates a directory on which one file system of each host-only type is mounted, and a tmpfs with a file.
+fn mount_host_only(dir: &Path) -> PathBuf {
     let root = dir.join("root");
     let none = None::<&Path>;
-    for (kind, name) in OWN {
+    for (kind, name) in HOST_ONLY {
         fs::create_dir_all(root.join(name)).unwrap();
         let options = (kind == "devpts").then_some("newinstance");
         mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
     }
-    // In what is left out, and over it: both go with it.
+    // A tmpfs on a host-only mount, and one inside such a mount, are left out with it.
     mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
         .or_else(|_| {
             fs::create_dir(root.join("dev/shm"))?;
@@ -321,8 +322,8 @@ fn with_the_hosts_own(dir: &Path) -> PathBuf {
     root
 }
 
-/// Has a volume of `root` made ready with these options; gives where the guest finds it.
-fn volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
+/// Prepares a container with a volume of `root` and these options. Returns the volume's path in the guest's view.
+fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     let bundle = bundle(dir, |spec| {
         let mounts = spec["mounts"].as_array_mut().unwrap();
         mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
@@ -331,43 +332,43 @@ fn volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
     let prepared = prepare(&bundle, &request).unwrap();
     assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
-    source(share, &prepared, 2)
+    guest_source(share, &prepared, 2)
 }
 
-fn assert_nothing_of_the_hosts_own(volume: &Path, share: &Share) {
-    for (_, name) in OWN {
+fn assert_no_host_only(volume: &Path, share: &Share) {
+    for (_, name) in HOST_ONLY {
         let found: Vec<_> = fs::read_dir(volume.join(name)).unwrap().collect();
         assert!(found.is_empty(), "{name}: {found:?}");
     }
-    for place in [&share.host, &share.guest] {
-        let kinds = mountinfo::read().unwrap();
-        let below = kinds.iter().filter(|entry| entry.point.starts_with(place));
+    for root in [&share.host, &share.guest] {
+        let entries = mountinfo::read().unwrap();
+        let below = entries.iter().filter(|entry| entry.point.starts_with(root));
         let kinds: Vec<_> = below.map(|entry| entry.kind.clone()).collect();
-        assert!(!kinds.iter().any(|kind| OWN.iter().any(|(own, _)| own == kind)), "{kinds:?}");
+        assert!(!kinds.iter().any(|kind| HOST_ONLY.iter().any(|(host_only, _)| host_only == kind)), "{kinds:?}");
     }
 }
 
 #[test]
-fn a_volume_brings_no_file_system_of_the_hosts_own() {
+fn volumes_exclude_host_only_file_systems() {
     for options in [&["rbind", "ro"][..], &["rbind", "rw"], &["rbind", "rro"], &["rbind", "rslave", "rw"]] {
         isolated(move |dir| {
             let share = share(dir);
-            let root = with_the_hosts_own(dir);
-            let seen = volume(dir, &share, &root, options);
-            assert_nothing_of_the_hosts_own(&seen, &share);
+            let root = mount_host_only(dir);
+            let seen = prepare_volume(dir, &share, &root, options);
+            assert_no_host_only(&seen, &share);
             assert_eq!(fs::read_to_string(seen.join("data/file")).unwrap(), "data");
-            // The host keeps its own.
+            // The host's mounts are unchanged.
             assert!(root.join("proc/self").exists() && root.join("dev/null").exists());
             teardown(&share.host, "c1").unwrap();
-            assert_eq!(contents(&share), 0);
-            assert_eq!(staged(&share), 0);
+            assert_eq!(entries_in_share(&share), 0);
+            assert_eq!(staged_trees(&share), 0);
         });
     }
 }
 
-/// A tmpfs in a mount that propagates, as those of a host do.
+/// Mounts a tmpfs with shared propagation, which mounts on a host usually have.
 fn shared_mount(dir: &Path) -> PathBuf {
-    let (root, none) = (dir.join("followed"), None::<&Path>);
+    let (root, none) = (dir.join("shared"), None::<&Path>);
     fs::create_dir(&root).unwrap();
     mount(Some("t"), &root, Some("tmpfs"), MsFlags::empty(), none).unwrap();
     mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
@@ -375,7 +376,7 @@ fn shared_mount(dir: &Path) -> PathBuf {
 }
 
 #[test]
-fn later_mounts_are_followed_but_for_the_hosts_own() {
+fn sync_propagates_later_mounts_except_host_only_ones() {
     isolated(|dir| {
         let none = None::<&Path>;
         let share = share(dir);
@@ -383,7 +384,7 @@ fn later_mounts_are_followed_but_for_the_hosts_own() {
         for name in ["proc", "late", "deep"] {
             fs::create_dir(root.join(name)).unwrap();
         }
-        let seen = volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        let seen = prepare_volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
         mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), none).unwrap();
         mount(Some("t"), &root.join("late"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
         fs::create_dir(root.join("late/below")).unwrap();
@@ -392,11 +393,11 @@ fn later_mounts_are_followed_but_for_the_hosts_own() {
         sync_mounts(&share.host).unwrap();
         assert_eq!(fs::read_to_string(seen.join("late/below/file")).unwrap(), "late");
         assert_eq!(fs::read_dir(seen.join("proc")).unwrap().count(), 0);
-        // A second look changes nothing.
+        // A second update changes nothing.
         let before = mounts_below(&share.guest);
         sync_mounts(&share.host).unwrap();
         assert_eq!(mounts_below(&share.guest), before);
-        // The host can unmount what a guest has open.
+        // The host can unmount a file system on which a guest has an open file.
         let held = fs::File::open(seen.join("late/below/file")).unwrap();
         for path in ["late/below", "late", "proc"] {
             nix::mount::umount(&root.join(path)).unwrap();
@@ -405,7 +406,7 @@ fn later_mounts_are_followed_but_for_the_hosts_own() {
         assert_eq!(fs::read_dir(seen.join("late")).unwrap().count(), 0);
         drop(held);
         teardown(&share.host, "c1").unwrap();
-        assert_eq!(contents(&share), 0);
+        assert_eq!(entries_in_share(&share), 0);
     });
 }
 
@@ -415,7 +416,7 @@ fn sync_repeats_mounts_that_cover_others() {
         let share = share(dir);
         let root = shared_mount(dir);
         fs::create_dir_all(root.join("a/b")).unwrap();
-        let seen = volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        let seen = prepare_volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
         let tmpfs = |path: &str, file: &str| {
             mount(Some("t"), &root.join(path), Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
             fs::write(root.join(path).join(file), "").unwrap();
@@ -427,7 +428,7 @@ fn sync_repeats_mounts_that_cover_others() {
         assert!(seen.join("a/b/second").exists());
         tmpfs("a", "third");
         assert!(seen.join("a/third").exists() && !seen.join("a/b").exists());
-        // The volume's own directory.
+        // On the root of the volume.
         tmpfs("", "fourth");
         assert!(seen.join("fourth").exists() && !seen.join("a").exists());
         for (path, file) in [("", "a/third"), ("a", "a/b/second"), ("a/b", "a/b/first")] {
@@ -436,23 +437,23 @@ fn sync_repeats_mounts_that_cover_others() {
             assert!(seen.join(file).exists(), "{file}");
         }
         teardown(&share.host, "c1").unwrap();
-        assert_eq!((contents(&share), staged(&share)), (0, 0));
+        assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
     });
 }
 
 #[test]
-fn a_covered_host_only_mount_is_no_hindrance() {
+fn sync_ignores_covered_host_only_mounts() {
     for options in [&["rbind", "rw"][..], &["rbind", "rslave", "rw"]] {
         isolated(move |dir| {
             let share = share(dir);
             let (root, none) = (shared_mount(dir), None::<&Path>);
             fs::create_dir_all(root.join("run/netns")).unwrap();
-            // As `ip netns` leaves them below /run.
+            // `ip netns` creates mounts like this below /run.
             fs::write(root.join("run/netns/a"), "").unwrap();
             mount(Some("/proc/self/ns/net"), &root.join("run/netns/a"), none, MsFlags::MS_BIND, none).unwrap();
             mount(Some("t"), &root.join("run"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
             fs::write(root.join("run/file"), "").unwrap();
-            let seen = volume(dir, &share, &root, options);
+            let seen = prepare_volume(dir, &share, &root, options);
             assert!(seen.join("run/file").exists());
             sync_mounts(&share.host).unwrap();
             nix::mount::umount(&root.join("run")).unwrap();
@@ -461,21 +462,21 @@ fn a_covered_host_only_mount_is_no_hindrance() {
                 assert_eq!(fs::read(seen.join("run/netns/a")).unwrap(), b"", "the namespace's file is not mounted");
             }
             teardown(&share.host, "c1").unwrap();
-            assert_eq!((contents(&share), staged(&share)), (0, 0));
+            assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
         });
     }
 }
 
 #[test]
-fn sync_does_not_wait_for_a_file_system_that_hangs() {
+fn sync_does_not_wait_for_a_hanging_file_system() {
     isolated(|dir| {
         let share = share(dir);
         let root = shared_mount(dir);
         for name in ["hung", "late"] {
             fs::create_dir(root.join(name)).unwrap();
         }
-        let seen = volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
-        // Nobody answers its requests.
+        let seen = prepare_volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        // No server answers the requests of this file system.
         let server = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
         let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", std::os::fd::AsRawFd::as_raw_fd(&server));
         mount(Some("hung"), &root.join("hung"), Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
@@ -488,12 +489,12 @@ fn sync_does_not_wait_for_a_file_system_that_hangs() {
         sync_mounts(&share.host).unwrap();
         assert!(!seen.join("late/file").exists());
         teardown(&share.host, "c1").unwrap();
-        assert_eq!((contents(&share), staged(&share)), (0, 0));
+        assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
     });
 }
 
 #[test]
-fn sync_tolerates_volumes_that_come_and_go() {
+fn sync_tolerates_concurrent_volume_changes() {
     isolated(|dir| {
         let (share, root) = (share(dir), shared_mount(dir));
         for at in 0..8 {
@@ -519,23 +520,23 @@ fn sync_tolerates_volumes_that_come_and_go() {
             while !churn.is_finished() {
                 let point = root.join((round % 8).to_string());
                 mount(Some("t"), &point, Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
-                // What it meets half-way it makes up for at the next change.
+                // An update that meets a partial change may fail. The next update completes it.
                 let _ = sync_mounts(host);
                 nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).unwrap();
                 let _ = sync_mounts(host);
                 round += 1;
             }
         });
-        assert_eq!((contents(&share), staged(&share)), (0, 0));
+        assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
         assert_eq!(mounts_below(&share.host).len(), 1);
     });
 }
 
 #[test]
-fn a_volume_brings_nothing_of_the_sandboxs_share() {
+fn volumes_exclude_the_sandboxs_share() {
     isolated(|dir| {
         let share = share(dir);
-        let seen = volume(dir, &share, &dir.join("sandbox"), &["rbind", "ro"]);
+        let seen = prepare_volume(dir, &share, &dir.join("sandbox"), &["rbind", "ro"]);
         for name in ["share", "guest", "stage"] {
             assert_eq!(fs::read_dir(seen.join(name)).unwrap().count(), 0, "{name}");
         }
@@ -547,37 +548,37 @@ fn a_volume_brings_nothing_of_the_sandboxs_share() {
         let request = Request { id: "c1", share: &share.host, rootfs: &[overlay(dir, 1)], pids: &HashMap::new() };
         let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
         assert!(error.contains("the sandbox's share"), "{error}");
-        assert_eq!(contents(&share), 0);
+        assert_eq!(entries_in_share(&share), 0);
     });
 }
 
 #[test]
-fn a_root_file_system_brings_none_either() {
+fn rootfs_excludes_host_only_file_systems() {
     isolated(|dir| {
         let share = share(dir);
-        let root = with_the_hosts_own(dir);
+        let root = mount_host_only(dir);
         let bundle = bundle(dir, |spec| spec["root"]["path"] = json!(root));
         let request = Request { id: "c1", share: &share.host, rootfs: &[], pids: &HashMap::new() };
         let prepared = prepare(&bundle, &request).unwrap();
         let seen = share.guest.join("c1/rootfs");
-        assert_nothing_of_the_hosts_own(&seen, &share);
+        assert_no_host_only(&seen, &share);
         assert_eq!(fs::read_to_string(seen.join("data/file")).unwrap(), "data");
         assert!(prepared.notes.iter().any(|note| note.contains("/proc (proc)")), "{:?}", prepared.notes);
         teardown(&share.host, "c1").unwrap();
-        let itself = RootMount {
+        let host_only = RootMount {
             kind: "bind".into(),
             source: root.join("proc").to_string_lossy().into(),
             ..RootMount::default()
         };
-        let request = Request { id: "c2", rootfs: &[itself], ..request };
+        let request = Request { id: "c2", rootfs: &[host_only], ..request };
         let error = crate::chain(&prepare(&bundle, &request).unwrap_err());
         assert!(error.contains("host-only file system (proc)"), "{error}");
-        assert_eq!(contents(&share), 0);
+        assert_eq!(entries_in_share(&share), 0);
     });
 }
 
 #[test]
-fn a_root_file_system_receives_no_later_mounts() {
+fn rootfs_receives_no_later_mounts() {
     isolated(|dir| {
         let share = share(dir);
         let root = shared_mount(dir);

@@ -117,7 +117,7 @@ fn attach(
     let mut tree = clone_source(source, recursive, libc::MS_PRIVATE)?;
     let mut left_out = Vec::new();
     if recursive {
-        (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy its submounts"))?;
+        (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy the submounts"))?;
     }
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
@@ -128,10 +128,10 @@ fn attach(
     if flags.read_only {
         // On the host as well as in the guest, so that a guest with a compromised kernel still cannot write.
         mount_api::set_attr(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
-            .map_err(at("make it read-only"))?;
+            .map_err(at("make the mount read-only"))?;
     }
     let target = mount_api::open_path(target, false).map_err(at("open the mount point"))?;
-    mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach it"))?;
+    mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach the mount"))?;
     Ok(left_out)
 }
 

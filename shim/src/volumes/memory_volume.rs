@@ -51,7 +51,7 @@ pub fn request_for(
     (container, mount): (&str, u32),
 ) -> Result<Option<VolumeRequest>, MemoryVolumeError> {
     let inspect = |what| move |error| MemoryVolumeError::Inspect(what, error);
-    let fs_stat = statfs(source).map_err(inspect("stat its file system"))?;
+    let fs_stat = statfs(source).map_err(inspect("stat the file system"))?;
     let (fs_type, size) = match fs_stat.f_type {
         TMPFS_MAGIC => ("tmpfs", fs_stat.f_blocks.saturating_mul(fs_stat.f_bsize.unsigned_abs())),
         HUGETLBFS_MAGIC => ("hugetlbfs", 0),
@@ -73,7 +73,8 @@ pub fn request_for(
     }
     let (uid, gid) = kubelet_paths::owner(volume_stat.uid(), volume_stat.gid(), id_mappings);
     let kind = if huge { format!("pagesize={HUGE_PAGE}") } else { format!("size={size}") };
-    let subdirectory = kubelet_paths::path_in_filesystem(source).map_err(inspect("find it in its volume"))?;
+    let subdirectory =
+        kubelet_paths::path_in_filesystem(source).map_err(inspect("find the directory in its volume"))?;
     let volume = mount_api::open_path(&root, false).map_err(inspect("open the volume"))?;
     let directories = kubelet_paths::stat_components(&volume, &subdirectory, id_mappings);
     let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;

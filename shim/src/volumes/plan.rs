@@ -38,7 +38,7 @@ enum Plan {
 
 /// Volumes that must be set up in the guest before it creates the container.
 #[derive(Debug, Default)]
-pub struct InGuest {
+pub struct GuestVolumes {
     /// Mirrored volumes.
     pub mirrors: Vec<Mirror>,
     /// Memory volumes, and subdirectories of emptyDirs.
@@ -68,7 +68,7 @@ pub fn prepare_mount(
     index: usize,
     context: &PlanContext<'_>,
     notes: &mut Vec<String>,
-    guest: &mut InGuest,
+    guest: &mut GuestVolumes,
 ) -> Result<Option<String>, VolumeError> {
     let number = u32::try_from(index).unwrap_or(u32::MAX);
     match plan(mount, number, context, notes)? {
@@ -115,19 +115,19 @@ pub fn prepare_mount(
 
 fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<String>) -> Result<Plan, VolumeError> {
     let source = mount.source.as_deref().unwrap_or_default();
-    let refuse = |message: String| {
+    let reject = |message: String| {
         Err(VolumeError::Unsupported { mount_source: source.into(), destination: mount.destination.clone(), message })
     };
     let id_mappings = match IdMappings::from_mount(&mount.uid_mappings, &mount.gid_mappings) {
         Ok(id_mappings) => id_mappings,
-        Err(error) => return refuse(error.to_string()),
+        Err(error) => return reject(error.to_string()),
     };
     if id_mappings.is_none() && mount.options().iter().any(|option| option == "idmap" || option == "ridmap") {
-        return refuse("an id-mapped mount (idmap, ridmap) needs uidMappings and gidMappings".into());
+        return reject("an id-mapped mount (idmap, ridmap) needs uidMappings and gidMappings".into());
     }
     if !mount.is_bind() {
         return match id_mappings {
-            Some(_) => refuse("only bind mounts can be id-mapped: remove uidMappings and gidMappings".into()),
+            Some(_) => reject("only bind mounts can be id-mapped: remove uidMappings and gidMappings".into()),
             None => Ok(Plan::Keep),
         };
     }
@@ -135,7 +135,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         let message = format!(
             "{option}: mounts made in the guest cannot reach the host; use rslave (HostToContainer) or rprivate (None)"
         );
-        return refuse(message);
+        return reject(message);
     }
     let path = context.bundle.join(source);
     // The container sees the guest's kernel, and the VMM would open the host's instance with the VMM's permissions.
@@ -144,9 +144,9 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
             notes.push(format!("{} is the guest's, not the host's", path.display()));
             Ok(Plan::GuestPath(guest.to_string_lossy().into_owned()))
         }
-        None => refuse(format!(
-            "{} is on a host-only file system ({kind}) and cannot be shared with a VM; mount /proc, /sys or /dev to get \
-             the guest's, and list single devices as devices",
+        None => reject(format!(
+            "{} is on a host-only file system ({kind}) and cannot be shared with a VM; mount /proc, /sys or /dev to \
+             get the guest's, and list single devices as devices",
             path.display()
         )),
     };
@@ -211,12 +211,12 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         SFlag::S_IFCHR | SFlag::S_IFBLK => {
             match devices::guest_path(kind == SFlag::S_IFCHR, major(stat.st_rdev), minor(stat.st_rdev)) {
                 Ok(path) => Ok(Plan::GuestPath(path.into())),
-                Err(message) => refuse(message),
+                Err(message) => reject(message),
             }
         }
-        SFlag::S_IFSOCK => refuse("a socket of the host cannot be reached from a VM".into()),
-        SFlag::S_IFIFO => refuse("a fifo of the host cannot be reached from a VM".into()),
-        _ => refuse("only directories and files can be shared with a VM".into()),
+        SFlag::S_IFSOCK => reject("a socket of the host cannot be reached from a VM".into()),
+        SFlag::S_IFIFO => reject("a fifo of the host cannot be reached from a VM".into()),
+        _ => reject("only directories and files can be shared with a VM".into()),
     }
 }
 
