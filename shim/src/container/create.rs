@@ -177,7 +177,7 @@ impl Shim {
             ..Default::default()
         };
         self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
-        if self.is_gone() {
+        if self.vm_has_ended() {
             self.end_all(container);
         }
     }

@@ -137,7 +137,7 @@ impl Shim {
         if let Some(exit) = process.confirm_start() {
             self.publish_exit(process, exit);
         }
-        if self.is_gone() {
+        if self.vm_has_ended() {
             self.end_all(container);
         }
     }

@@ -44,7 +44,7 @@ pub struct Shim {
     pub(crate) pids: pids::Pids,
     pub(crate) events: Events,
     /// The VM is gone, and the exits of all its processes have been published.
-    pub(crate) gone: AtomicBool,
+    pub(crate) vm_ended: AtomicBool,
     pub(crate) finishing: AtomicBool,
     pub(crate) finished: watch::Sender<bool>,
 }
@@ -75,11 +75,11 @@ impl Shim {
             sizes: resize::Sizes::default(),
             pids: pids::Pids::default(),
             events,
-            gone: AtomicBool::new(false),
+            vm_ended: AtomicBool::new(false),
             finishing: AtomicBool::new(false),
             finished: watch::Sender::new(false),
         });
-        tokio::spawn(Arc::clone(&shim).follow(reports));
+        tokio::spawn(Arc::clone(&shim).handle_reports(reports));
         shim
     }
 
@@ -108,7 +108,7 @@ impl Shim {
 
     /// Turns the agent's reports into exits and events. When the VM ends, reports the exit of every process still
     /// known.
-    async fn follow(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
+    async fn handle_reports(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
         while let Some(report) = reports.recv().await {
             match report {
                 Report::Oom { container } => match self.containers.get(&container) {
@@ -138,7 +138,7 @@ impl Shim {
                 }
             }
         }
-        self.gone.store(true, Ordering::Relaxed);
+        self.vm_ended.store(true, Ordering::Relaxed);
         for container in self.containers.all() {
             self.end_all(&container);
         }
@@ -156,8 +156,8 @@ impl Shim {
         }
     }
 
-    pub(crate) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Relaxed)
+    pub(crate) fn vm_has_ended(&self) -> bool {
+        self.vm_ended.load(Ordering::Relaxed)
     }
 
     pub(crate) fn publish_oom(&self, container: &Container) {

@@ -94,7 +94,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
     if !cgroup::is_unified() {
-        translate::own_cgroup_namespace(&mut raw);
+        translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
     create(share.join(id))?; // before the cleanup below, which must not remove an existing container with this id

@@ -190,14 +190,14 @@ impl Process {
         }
     }
 
-    /// Begins the deletion. Later callers get `gone`. Returns the state before.
+    /// Begins the deletion. Later callers get `deleted`. Returns the state before.
     ///
     /// # Errors
-    /// [`ServiceError::Delete`] while the process runs, `gone` if it is already deleted.
-    pub fn begin_delete(&self, gone: ServiceError) -> Result<State, ServiceError> {
+    /// [`ServiceError::Delete`] while the process runs, `deleted` if it is already deleted.
+    pub fn begin_delete(&self, deleted: ServiceError) -> Result<State, ServiceError> {
         let mut inner = lock(&self.inner);
         match inner.state {
-            State::Deleted => Err(gone),
+            State::Deleted => Err(deleted),
             State::Starting | State::Running => Err(ServiceError::Delete("running")),
             before @ (State::Created | State::Stopped) => {
                 inner.state = State::Deleted;

@@ -135,13 +135,13 @@ fn redirect_from_mac(netlink: &Netlink, from: i32, to: i32, mac: [u8; 6]) -> boo
     // struct tc_gact: index, capab, action, refcnt, bindcnt
     let gact = [0, 0, TC_ACT_SHOT, 0, 0].map(u32::to_ne_bytes).concat();
     let drop = action(c"gact", &nest(&[(TCA_GACT_PARMS, &gact)]));
-    let own = nest(&[
+    let mac_filter = nest(&[
         (TCA_FLOWER_KEY_ETH_SRC, &mac),
         (TCA_FLOWER_KEY_ETH_SRC_MASK, &[0xff; 6]),
         (TCA_FLOWER_ACT, &mirred(to)),
     ]);
     filter(netlink, from, SECOND, "matchall", &nest(&[(TCA_MATCHALL_ACT, &drop)]))
-        .and_then(|()| filter(netlink, from, FIRST, "flower", &own))
+        .and_then(|()| filter(netlink, from, FIRST, "flower", &mac_filter))
         .inspect_err(|error| tracing::info!(%error, "no MAC anti-spoofing by the host: the VMM forwards frames"))
         .is_ok()
 }

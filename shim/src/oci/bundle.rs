@@ -343,8 +343,8 @@ pub(crate) mod tests {
     #[test]
     fn network_distinguishes_host_new_and_existing_namespaces() {
         assert!(spec("{}").network().unwrap_err().to_string().contains("host network"));
-        let own = spec(r#"{"linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/a/b"}}"#);
-        assert_eq!(own.network().unwrap(), Network::New);
+        let new = spec(r#"{"linux":{"namespaces":[{"type":"network"}],"cgroupsPath":"/a/b"}}"#);
+        assert_eq!(new.network().unwrap(), Network::New);
         let cni = spec(r#"{"annotations":null,"linux":{"namespaces":[{"type":"network","path":"/var/run/netns/x"}]}}"#);
         assert_eq!(cni.network().unwrap(), Network::Path("/var/run/netns/x".into()));
     }
@@ -413,16 +413,16 @@ pub(crate) mod tests {
                 v["linux"]["gidMappings"] = gids;
             })
         };
-        let whole = || json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }]);
-        let id_mappings = with(whole(), whole()).unwrap().id_mappings().unwrap().unwrap();
+        let all_ids = || json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }]);
+        let id_mappings = with(all_ids(), all_ids()).unwrap().id_mappings().unwrap().unwrap();
         assert_eq!(
             (id_mappings.uid(0), id_mappings.uid(65535), id_mappings.uid(65536)),
             (Some(65536), Some(131_071), None)
         );
-        let error = with(whole(), Value::Null).unwrap_err().to_string();
+        let error = with(all_ids(), Value::Null).unwrap_err().to_string();
         assert!(error.contains("gidMappings"), "{error}");
         let other = json!([{ "containerID": 1, "hostID": 65536, "size": 65536 }]);
-        let error = with(other, whole()).unwrap_err().to_string();
+        let error = with(other, all_ids()).unwrap_err().to_string();
         assert!(error.contains("root"), "{error}");
     }
 

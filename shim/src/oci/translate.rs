@@ -144,7 +144,7 @@ fn namespaces(
 ///
 /// On a host with cgroup v1 no client asks for the namespace and the container sees its own cgroup without it. The
 /// guest has cgroup v2.
-pub fn own_cgroup_namespace(raw: &mut Value) {
+pub fn add_cgroup_namespace(raw: &mut Value) {
     if let Some(Value::Array(namespaces)) = raw.pointer_mut("/linux/namespaces")
         && !namespaces.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "cgroup"))
     {
@@ -199,14 +199,14 @@ mod tests {
     }
 
     #[test]
-    fn own_cgroup_namespace_adds_at_most_one() {
+    fn add_cgroup_namespace_adds_at_most_one() {
         let mut value = sample();
-        own_cgroup_namespace(&mut value);
+        add_cgroup_namespace(&mut value);
         assert_eq!(value, sample());
         value["linux"]["namespaces"] = json!([{ "type": "pid" }]);
-        own_cgroup_namespace(&mut value);
+        add_cgroup_namespace(&mut value);
         assert_eq!(value["linux"]["namespaces"], json!([{ "type": "pid" }, { "type": "cgroup" }]));
-        own_cgroup_namespace(&mut json!({}));
+        add_cgroup_namespace(&mut json!({}));
     }
 
     #[test]

@@ -171,7 +171,7 @@ impl Vm {
         loop {
             let shrinking = async {
                 match self.shrinking.as_mut() {
-                    Some(left) => left.await,
+                    Some(unplug) => unplug.await,
                     None => std::future::pending().await,
                 }
             };
@@ -182,11 +182,11 @@ impl Vm {
                         tracing::warn!(error = %crate::chain(&error), "failed to resize the pod");
                     }
                 }
-                left = shrinking => {
+                plugged = shrinking => {
                     self.shrinking = None;
-                    if let Some(left) = left {
-                        tracing::debug!(plugged_mib = left, "the guest gave memory back");
-                        self.plugged_mib = left;
+                    if let Some(plugged_mib) = plugged {
+                        tracing::debug!(plugged_mib, "the guest gave memory back");
+                        self.plugged_mib = plugged_mib;
                         self.set_host_limits().await;
                         self.record_size().await;
                     }

@@ -165,7 +165,7 @@ pub async fn boot(
     let limit = Duration::from_secs(plan.config.start_timeout_secs.max(1));
     let (console_out, console_in) = pipe_pair().map_err(BootError::Console)?;
     let mut progress = watch_notices(notices, Arc::clone(timeline));
-    follow(console_out, "guest", tail.clone());
+    log_lines(console_out, "guest", tail.clone());
     let result = tokio::time::timeout(limit, async {
         create(&plan, vmm, console_in).await?;
         let state = progress.wait_for(|p| p.ready || p.ended.is_some()).await.map(|p| p.clone()).unwrap_or_default();
@@ -177,15 +177,15 @@ pub async fn boot(
     .await;
     match result {
         Ok(Ok(agent)) => {
-            follow_agent_log(vmm.clone());
+            log_agent_lines(vmm.clone());
             Ok(agent)
         }
         Ok(Err(error)) => {
             // If the guest has ended, that is the cause of any other error. Wait for the VMM, so that the console is
             // complete.
-            let gone = matches!(error, BootError::Ended { .. })
+            let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
-            if gone || progress.borrow().ended.is_some() {
+            if ended || progress.borrow().ended.is_some() {
                 vmm.kill();
                 let status = vmm.wait().await;
                 let reason = progress.borrow().ended.clone().unwrap_or_else(|| format!("the VMM ended with {status}"));
@@ -337,12 +337,12 @@ fn name(step: Step) -> &'static str {
 }
 
 /// Copies the lines of a pipe to the log and to the tail.
-pub fn follow(pipe: OwnedFd, from: &'static str, tail: LogTail) {
+pub fn log_lines(pipe: OwnedFd, from: &'static str, tail: LogTail) {
     let pipe = match pipe::Receiver::from_owned_fd(pipe) {
         Ok(pipe) => pipe,
         Err(error) => return tracing::warn!(%error, from, "failed to read the log pipe"),
     };
-    tokio::spawn(console::follow(pipe, move |line| {
+    tokio::spawn(console::read_lines(pipe, move |line| {
         match from {
             "vmm" => tracing::info!(from, "{line}"),
             _ => tracing::debug!(from, "{line}"),
@@ -351,7 +351,7 @@ pub fn follow(pipe: OwnedFd, from: &'static str, tail: LogTail) {
     }));
 }
 
-fn follow_agent_log(vmm: Vmm) {
+fn log_agent_lines(vmm: Vmm) {
     let task = async move {
         let stream = vmm.connect(ports::LOG).await.map_err(|e| crate::chain(&e)).and_then(|stream| {
             stream
@@ -360,7 +360,7 @@ fn follow_agent_log(vmm: Vmm) {
                 .map_err(|e| e.to_string())
         });
         match stream {
-            Ok(stream) => console::follow(stream, |line| tracing::debug!(from = "agent", "{line}")).await,
+            Ok(stream) => console::read_lines(stream, |line| tracing::debug!(from = "agent", "{line}")).await,
             Err(error) => tracing::debug!(error, "failed to read the agent's log"),
         }
     };

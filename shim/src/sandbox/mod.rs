@@ -53,7 +53,7 @@ pub struct Sandbox {
     dir: StateDir,
     state: StateCell,
     launched: OnceLock<Launched>,
-    tail: LogTail,
+    log_tail: LogTail,
     disks: disks::Plugged,
     propagation: propagation::Propagation,
     profiles: apparmor::Loaded,
@@ -85,9 +85,9 @@ pub enum StreamError {
 impl Sandbox {
     /// Returns a sandbox of which only the directory exists. `vmm_log` is the read end of the VMM's standard error.
     pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
-        let tail = LogTail::default();
+        let log_tail = LogTail::default();
         if let Some(log) = vmm_log {
-            boot::follow(log, "vmm", tail.clone());
+            boot::log_lines(log, "vmm", log_tail.clone());
         }
         Arc::new(Self {
             id: id.to_owned(),
@@ -95,7 +95,7 @@ impl Sandbox {
             dir,
             state: StateCell::default(),
             launched: OnceLock::new(),
-            tail,
+            log_tail,
             disks: disks::Plugged::default(),
             propagation: propagation::Propagation::default(),
             profiles: apparmor::Loaded::default(),
@@ -122,7 +122,7 @@ impl Sandbox {
         let place = cgroup.as_ref().map(|cgroup| cgroup.place().clone());
         let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids(cgroup.place()));
         let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, timeline_log });
-        let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.tail.clone());
+        let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
@@ -146,7 +146,7 @@ impl Sandbox {
                 }
             };
             match (booted, &handle) {
-                (Ok(agent), Some(vmm)) => follow_events(agent, vmm, &state, &reports).await,
+                (Ok(agent), Some(vmm)) => forward_events(agent, vmm, &state, &reports).await,
                 (Ok(_), None) => {}
                 (Err(error), vmm) => {
                     tracing::error!(error, "failed to start the sandbox");
@@ -295,7 +295,7 @@ impl Sandbox {
 
     /// Returns the console's lines that explain the end of the guest.
     pub fn console_tail(&self) -> String {
-        self.tail.console_tail()
+        self.log_tail.console_tail()
     }
 
     /// Flushes the guest's disks and kills the VM. [`Sandbox::tear_down`] waits for its end.
@@ -332,7 +332,7 @@ impl Sandbox {
 }
 
 /// Publishes the agent and passes its events on until the VM ends.
-async fn follow_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::UnboundedSender<Report>) {
+async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::UnboundedSender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
         Err(error) => {

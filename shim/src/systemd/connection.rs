@@ -199,8 +199,8 @@ impl Connection {
     }
 
     fn remaining_time(&self) -> io::Result<Duration> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+        let remaining = self.deadline.saturating_duration_since(Instant::now());
+        if remaining.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(remaining) }
     }
 }
 
@@ -221,13 +221,13 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     inotify.add_watch(dir, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_ATTRIB)?;
     loop {
         let next = UnixStream::connect(path);
-        let gone = next.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
-        let left = deadline.saturating_duration_since(Instant::now());
-        if !(gone || refused(&next)) || left.is_zero() {
+        let not_found = next.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        if !(not_found || refused(&next)) || remaining.is_zero() {
             return next;
         }
         let mut wanted = [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut wanted, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+        match poll(&mut wanted, PollTimeout::try_from(remaining).unwrap_or(PollTimeout::MAX)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }

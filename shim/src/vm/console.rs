@@ -41,7 +41,7 @@ impl LogTail {
 }
 
 /// Reads lines until the stream ends.
-pub async fn follow(mut stream: impl AsyncRead + Unpin, mut line: impl FnMut(String)) {
+pub async fn read_lines(mut stream: impl AsyncRead + Unpin, mut line: impl FnMut(String)) {
     let mut buffer = [0; 2048];
     let mut text = Vec::new();
     loop {
@@ -82,7 +82,7 @@ mod tests {
         let mut input = vec![b'x'; MAX_LINE + 10];
         input.extend_from_slice(b"\r\n\x1b[2Jhi\n\nrest");
         let mut lines = Vec::new();
-        follow(input.as_slice(), |line| lines.push(line)).await;
+        read_lines(input.as_slice(), |line| lines.push(line)).await;
         assert_eq!(lines.iter().map(String::len).collect::<Vec<_>>(), [MAX_LINE, 10, 8, 4]);
         assert!(!lines[2].contains('\x1b'));
     }

@@ -16,17 +16,17 @@ const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 ///
 /// `mounts` is `/proc/self/mountinfo`, `own` is `/proc/self/cgroup`. For a systemd `scope`, the cgroup v2 hierarchy is
 /// included: beside cgroup v1, systemd tracks the processes of its units there.
-pub fn place(mounts: &str, own: &str, relative: &Path, scope: bool) -> (Place, Vec<PathBuf>) {
+pub fn place(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> (Place, Vec<PathBuf>) {
     let (mut all, mut origins) = (Vec::new(), Vec::new());
     let unified = mounts.lines().find_map(|line| hierarchy(line, "cgroup2")).filter(|_| scope);
-    if let Some(((point, _), path)) = unified.zip(own.lines().find_map(|line| line.strip_prefix("0::/"))) {
+    if let Some(((point, _), path)) = unified.zip(proc_cgroup.lines().find_map(|line| line.strip_prefix("0::/"))) {
         all.push((Vec::new(), point.join(relative)));
         origins.push(point.join(path));
     }
     for (point, options) in mounts.lines().filter_map(|line| hierarchy(line, "cgroup")) {
         let has = |name: &str| options.split(',').any(|option| option == name);
         // hierarchy-ID:controllers:path (cgroups(7)). A hierarchy without controllers has a name instead.
-        let line = own.lines().find_map(|line| {
+        let line = proc_cgroup.lines().find_map(|line| {
             let (names, path) = line.split_once(':')?.1.split_once(':')?;
             (!names.is_empty() && names.split(',').all(has)).then_some((names, path))
         });
@@ -80,11 +80,12 @@ pub fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
 }
 
 fn is_populated(path: &Path) -> bool {
-    let own = fs::read_to_string(path.join("cgroup.procs")).is_ok_and(|text| !text.trim().is_empty());
+    let has_processes = fs::read_to_string(path.join("cgroup.procs")).is_ok_and(|text| !text.trim().is_empty());
     let below = || fs::read_dir(path).into_iter().flatten().flatten();
-    own || below()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .any(|dir| is_populated(&dir.path()))
+    has_processes
+        || below()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .any(|dir| is_populated(&dir.path()))
 }
 
 #[cfg(test)]

@@ -80,13 +80,13 @@ impl Cgroup {
     /// [`CgroupError`]; everything that was created is removed again.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
-        let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let (place, origins) = if is_unified() {
-            let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-            (Place::Unified(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(own)])
+            let proc_cgroup = proc_cgroup.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+            (Place::Unified(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(proc_cgroup)])
         } else {
             let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-            legacy::place(&mounts, &own, &relative, scope.is_some())
+            legacy::place(&mounts, &proc_cgroup, &relative, scope.is_some())
         };
         if place.dirs().next().is_none() {
             return Err(CgroupError::None);
