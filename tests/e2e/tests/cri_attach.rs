@@ -1,4 +1,4 @@
-//! Attaching to a pod's containers: by a terminal that changes its size, by several at once, and for input only once.
+//! `kubectl attach`: terminal resizes, several clients at once, and `stdinOnce`.
 
 use std::time::Duration;
 
@@ -7,14 +7,14 @@ use husk_e2e::cri::{PodContainer, call, pods, try_call, userns};
 use husk_e2e::{RUNC, node, runtime};
 use serde_json::json;
 
-/// Attaches with input; without a terminal standard errors come on a channel of their own.
+/// Attaches with stdin. Without a terminal, stderr has its own channel.
 #[track_caller]
 fn attach(container: &PodContainer, tty: bool) -> Stream {
     let request = json!({ "container_id": container.id, "stdin": true, "stdout": true, "stderr": !tty, "tty": tty });
     Stream::connect(call("Attach", &request)["url"].as_str().unwrap())
 }
 
-/// Attaches, and waits until what the container says comes: the server answers before that.
+/// Attaches and waits for the container's first output: the server answers before the streams are connected.
 #[track_caller]
 fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
     let mut stream = attach(container, tty);
@@ -23,19 +23,19 @@ fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
     stream
 }
 
-/// Says what it hears, to both outputs.
-const EAR: &str = "echo up; while read line; do echo heard $line; echo aside $line >&2; done; echo end; exit 5";
+/// Prints each line of stdin to stdout and stderr.
+const ECHO_LINES: &str = "echo up; while read line; do echo heard $line; echo aside $line >&2; done; echo end; exit 5";
 
-/// Says what it hears, and the terminal's size whenever that changes. A signal that comes just before `read` is looked at
-/// after it only; `wait` misses none.
-const TERMINAL: &str = "exec 3<&0; while read line; do echo heard $line; done <&3 & trap 'stty size' WINCH; echo up; \
+/// Prints each line of stdin, and the terminal's size after each SIGWINCH. The shell would handle a signal that arrives
+/// just before `read` only after it; `wait` misses none.
+const ECHO_TTY: &str = "exec 3<&0; while read line; do echo heard $line; done <&3 & trap 'stty size' WINCH; echo up; \
                         while :; do wait; done";
 
 #[test]
-fn a_terminal_has_the_size_of_the_one_that_is_attached() {
+fn attach_resizes_the_containers_terminal() {
     pods("cri-attach-size", |pods| {
         let pod = pods.pod();
-        let mut config = pod.sh(TERMINAL);
+        let mut config = pod.sh(ECHO_TTY);
         config["tty"] = json!(true);
         config["stdin"] = json!(true);
         let container = pod.start(&config);
@@ -45,14 +45,14 @@ fn a_terminal_has_the_size_of_the_one_that_is_attached() {
             one.send(channel::RESIZE, format!(r#"{{"Width":{width},"Height":{height}}}"#).as_bytes());
             one.wait_for(channel::STDOUT, &format!("{height} {width}\r\n"));
         }
-        // A second terminal sees the same one, and what it is resized to is everybody's.
+        // A second client shares the container's terminal, and its resize applies to all clients.
         let mut two = attached(&container, "two", true);
         two.send(channel::RESIZE, br#"{"Width":90,"Height":30}"#);
         two.wait_for(channel::STDOUT, "30 90\r\n");
         one.wait_for(channel::STDOUT, "30 90\r\n");
         two.send(channel::STDIN, b"hello\n");
         one.wait_for(channel::STDOUT, "heard hello\r\n");
-        // With one that leaves nothing ends, nor is anything resized.
+        // A client that disconnects neither ends the container nor resizes the terminal.
         drop(one);
         two.send(channel::STDIN, b"again\n");
         two.wait_for(channel::STDOUT, "heard again\r\n");
@@ -63,10 +63,10 @@ fn a_terminal_has_the_size_of_the_one_that_is_attached() {
 }
 
 #[test]
-fn several_attach_at_once_and_leave_one_by_one() {
+fn container_runs_on_after_all_attached_clients_disconnect() {
     pods("cri-attach-two", |pods| {
         let pod = pods.pod();
-        let mut config = pod.sh(EAR);
+        let mut config = pod.sh(ECHO_LINES);
         config["stdin"] = json!(true);
         let container = pod.start(&config);
         container.wait_for("up");
@@ -82,7 +82,7 @@ fn several_attach_at_once_and_leave_one_by_one() {
         two.send(channel::STDIN, b"third\n");
         two.wait_for(channel::STDOUT, "heard third\n");
         drop(two);
-        // Nobody is there, and it runs on: its input is still open for the next.
+        // Without clients the container runs on, and its stdin stays open for the next one.
         assert_eq!(container.status()["state"], "CONTAINER_RUNNING");
         let mut three = attached(&container, "three", false);
         three.send(channel::STDIN, b"fourth\n");
@@ -94,10 +94,10 @@ fn several_attach_at_once_and_leave_one_by_one() {
 }
 
 #[test]
-fn input_that_comes_once_ends_with_the_first_that_leaves() {
+fn stdin_once_closes_stdin_when_the_first_client_disconnects() {
     pods("cri-attach-once", |pods| {
         let pod = pods.pod();
-        let mut config = pod.sh(EAR);
+        let mut config = pod.sh(ECHO_LINES);
         config["stdin"] = json!(true);
         config["stdin_once"] = json!(true);
         let container = pod.start(&config);
@@ -106,7 +106,7 @@ fn input_that_comes_once_ends_with_the_first_that_leaves() {
         one.send(channel::STDIN, b"all of it\n");
         one.wait_for(channel::STDOUT, "heard all of it\n");
         drop(one);
-        // Who only listens learns of the end.
+        // A client that only reads sees the end of both streams.
         let (out, err, _) = two.finish();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         assert_eq!(text(out), "heard all of it\nend\n");
@@ -116,12 +116,12 @@ fn input_that_comes_once_ends_with_the_first_that_leaves() {
 }
 
 #[test]
-fn nothing_is_left_of_a_command_that_took_too_long_in_a_user_namespace() {
+fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
     pods("cri-exec-users", |pods| {
         let pod = userns::pod(pods);
         let container = pod.start(&userns::sh(&pod, userns::SLEEP));
         let scripts = ["exec sleep 4715", "sleep 4715 & sleep 4715", "setsid sh -c 'sleep 4715; :' & sleep 4715"];
-        // runc ends the command alone: what that has started runs on, and the call waits for it.
+        // runc kills only the command: its children run on, and the call waits for them.
         let scripts = if runtime() == RUNC { &scripts[..1] } else { &scripts[..] };
         for script in scripts {
             let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });

@@ -1,4 +1,4 @@
-//! Pods that build and run images, from the examples in deploy/kubernetes: Docker's daemon, and buildah unprivileged.
+//! The image builders of deploy/kubernetes: the Docker daemon, and unprivileged buildah.
 //!
 //! Runs: by name only: the image builds take longer than most other suites together
 
@@ -9,10 +9,10 @@ use husk_e2e::cri::manifest::{self, Applied};
 use husk_e2e::cri::pod::{PodContainer, pods};
 use husk_e2e::{BUILDAH, DOCKER};
 
-/// How long one step of a build may take in the emulated node.
+/// Timeout of one build step. An emulated node is slow.
 const STEP: Duration = Duration::from_secs(300);
 
-/// Three layers upon nothing: a file, files made by running it, and one of them removed again.
+/// Three layers on an empty base: a binary, files that the binary creates, and the removal of one file.
 const DOCKERFILE: &str = r#"FROM scratch
 ADD busybox /bin/busybox
 RUN ["/bin/busybox", "sh", "-c", "busybox mkdir -p /srv/www && echo built > /srv/www/index.html && echo x > /srv/gone"]
@@ -20,20 +20,27 @@ RUN ["/bin/busybox", "sh", "-c", "busybox rm /srv/gone && busybox chown 1000:100
 CMD ["/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/srv/www"]
 "#;
 
-/// What the built image is asked: its files, and whether the removed one is gone.
-const LOOK: &str = "busybox cat /srv/www/index.html; busybox stat -c %u:%g /srv/www; busybox ls /srv";
+/// Lists the built image's files, to show that the removed one is gone.
+const LIST_FILES: &str = "busybox cat /srv/www/index.html; busybox stat -c %u:%g /srv/www; busybox ls /srv";
 
-/// Runs a script that has to succeed; gives its standard output.
+/// Runs a script that has to succeed; returns its stdout.
 #[track_caller]
 fn step(container: &PodContainer, script: &str) -> String {
     let begun = Instant::now();
     let done = container.exec_within(STEP, &["sh", "-ec", script]);
     println!("{:5.1} s  {script}", begun.elapsed().as_secs_f64());
-    assert_eq!(done.code, 0, "{script}\ngave {}{}\nthe log ends\n{}", done.out, done.err, end(&container.log()));
+    assert_eq!(
+        done.code,
+        0,
+        "{script}\nprinted {}{}\nend of the log:\n{}",
+        done.out,
+        done.err,
+        last_lines(&container.log())
+    );
     done.out.trim_end().to_owned()
 }
 
-fn end(log: &str) -> String {
+fn last_lines(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(30)..].join("\n")
 }
@@ -59,17 +66,17 @@ fn ci_docker_builds_and_runs_on_overlay2() {
         let docker = &applied.containers[0];
         assert_eq!(step(docker, "docker info -f '{{.Driver}} {{.CgroupVersion}}'"), "overlay2 2");
         write_context(docker);
-        // Debian's client has the classic builder alone; the other one is a package of its own.
+        // Debian's client has only the classic builder; BuildKit is a separate package.
         step(docker, "DOCKER_BUILDKIT=0 docker build -q -t app /tmp/context");
-        // Ports are published in the pod, limits kept by the pod's own kernel.
+        // Docker publishes ports within the pod, and the guest kernel enforces limits.
         step(docker, "docker run -d --name web -p 8080:80 app");
         assert_eq!(step(docker, "busybox wget -q -O - http://127.0.0.1:8080/"), "built");
-        let peer = format!("{LOOK}; busybox cat /sys/fs/cgroup/memory.max; busybox wget -q -O - http://web/");
+        let peer = format!("{LIST_FILES}; busybox cat /sys/fs/cgroup/memory.max; busybox wget -q -O - http://web/");
         let seen = step(docker, &format!("docker run --rm -m 32m --link web app /bin/busybox sh -c '{peer}'"));
         assert_eq!(seen, "built\n1000:1000\nwww\n33554432\nbuilt");
         assert_eq!(step(docker, "docker exec web /bin/busybox cat /srv/www/index.html"), "built");
         step(docker, "docker rm -f web && docker rmi app");
-        // All of it was on the node's disk.
+        // Docker's data was on the node's disk.
         assert!(applied.empty_dir("docker").join("overlay2").is_dir());
     });
 }
@@ -84,10 +91,10 @@ fn ci_buildah_builds_and_runs_unprivileged() {
         write_context(buildah);
         step(buildah, "buildah build -t app /tmp/context");
         assert_eq!(step(buildah, "buildah from --name one app"), "one");
-        let look = step(buildah, &format!("buildah run one /bin/busybox sh -c '{LOOK}'"));
+        let look = step(buildah, &format!("buildah run one /bin/busybox sh -c '{LIST_FILES}'"));
         assert_eq!(look, "built\n1000:1000\nwww");
         step(buildah, "buildah rm one && buildah rmi app");
-        // The files are the user's own, on the node's disk.
+        // buildah's data is on the node's disk.
         assert!(fs::read_dir(applied.empty_dir("containers")).unwrap().count() > 0);
     });
 }

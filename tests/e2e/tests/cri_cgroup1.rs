@@ -1,4 +1,4 @@
-//! Pods on a host with version 1 of control groups.
+//! Pods on a host with cgroup v1.
 //!
 //! Requires: cgroup v1
 
@@ -13,7 +13,7 @@ use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 
-/// The directory of a process' cgroup in each controller's hierarchy.
+/// Returns the directory of a process's cgroup in each controller's hierarchy.
 fn cgroups(pid: i32) -> HashMap<String, PathBuf> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let mut found = HashMap::new();
@@ -34,8 +34,8 @@ fn limit(pod: &Pod, controller: &str, file: &str) -> i64 {
 }
 
 #[test]
-fn a_pod_is_in_its_cgroup_of_every_controller() {
-    assert!(!Path::new("/sys/fs/cgroup/cgroup.controllers").exists(), "this host has version 2");
+fn vmm_is_in_the_pods_cgroup_of_every_controller() {
+    assert!(!Path::new("/sys/fs/cgroup/cgroup.controllers").exists(), "this host has cgroup v2");
     pods("cri-cgroup1", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 128 * MIB });
@@ -44,29 +44,29 @@ fn a_pod_is_in_its_cgroup_of_every_controller() {
         for (controller, path) in cgroups(pod.pid()) {
             assert!(path.to_string_lossy().contains(&parent), "{controller}: {}", path.display());
         }
-        // Nothing of the VMM's is elsewhere.
+        // No VMM thread is in another cgroup.
         for task in fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().flatten() {
-            let of_task = fs::read_to_string(task.path().join("cgroup")).unwrap();
-            assert_eq!(of_task, fs::read_to_string(format!("/proc/{}/cgroup", pod.pid())).unwrap());
+            let task_cgroup = fs::read_to_string(task.path().join("cgroup")).unwrap();
+            assert_eq!(task_cgroup, fs::read_to_string(format!("/proc/{}/cgroup", pod.pid())).unwrap());
         }
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         let limits = |millis: u64, mib: u64| json!({ "cpu_quota": millis * 100, "cpu_period": 100_000, "memory_limit_in_bytes": mib * MIB });
         config["linux"]["resources"] = limits(500, 128);
         let container = pod.start(&config);
-        let reached = |quota: i64, least: u64| {
+        let wait_for_limits = |quota: i64, least: u64| {
             let found = node::eventually(Duration::from_secs(30), || {
                 let memory = limit(&pod, "memory", "memory.limit_in_bytes").unsigned_abs();
                 let range = least * MIB..(least + 160) * MIB;
                 (limit(&pod, "cpu", "cpu.cfs_quota_us") == quota && range.contains(&memory)).then_some(())
             });
             let seen = limit(&pod, "memory", "memory.limit_in_bytes");
-            assert!(found.is_some(), "quota {}, memory {seen}", limit(&pod, "cpu", "cpu.cfs_quota_us"));
+            assert!(found.is_some(), "CPU quota {}, memory limit {seen}", limit(&pod, "cpu", "cpu.cfs_quota_us"));
         };
-        reached(75_000, 128);
+        wait_for_limits(75_000, 128);
         let update = json!({ "container_id": container.id, "linux": limits(1000, 256) });
         call("UpdateContainerResources", &update);
-        reached(125_000, 256);
-        // The guest has version 2, as any container of Husk's.
+        wait_for_limits(125_000, 256);
+        // The guest has cgroup v2 on every host.
         assert_eq!(container.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "268435456\n100000 100000");
         container.sh("dd if=/dev/zero of=/dev/null bs=64M count=1 2> /dev/null");
         let stats = call("PodSandboxStats", &json!({ "pod_sandbox_id": pod.id }));
@@ -80,6 +80,6 @@ fn a_pod_is_in_its_cgroup_of_every_controller() {
                 entries.any(|entry| entry.is_ok_and(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
             })
         });
-        assert!(left.is_none(), "{left:?} has directories of the pod's");
+        assert!(left.is_none(), "{left:?} still has cgroups of the pod");
     });
 }

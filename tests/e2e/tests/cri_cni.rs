@@ -1,4 +1,4 @@
-//! Pods in networks of other kinds than the node's bridge: what the plugin made is what the guest has.
+//! CNI networks other than a bridge (ptp, macvlan): the guest has the addresses and routes that the plugin configured.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use husk_e2e::cri::cni::network;
 use serde_json::json;
 
 #[test]
-fn a_point_to_point_network_has_no_route_to_its_own_subnet() {
+fn ptp_network_routes_its_own_subnet_through_the_gateway() {
     let ipam =
         json!({ "type": "host-local", "ranges": [[{ "subnet": "10.91.0.0/24" }]], "routes": [{ "dst": "0.0.0.0/0" }] });
     let plugin = json!({ "type": "ptp", "mtu": 1400, "ipMasq": false, "ipam": ipam });
@@ -16,7 +16,7 @@ fn a_point_to_point_network_has_no_route_to_its_own_subnet() {
         b.wait_for("up");
         assert!(a.sh("ip link show eth0").contains("mtu 1400"), "{}", a.sh("ip link show eth0"));
         let routes = a.sh("ip route");
-        // The gateway by the link, everything else, the own subnet too, by the gateway.
+        // Only the gateway is on the link. Everything else, also the pod's subnet, goes through the gateway.
         assert!(routes.contains("default via 10.91.0.1") && routes.contains("10.91.0.1 dev eth0"), "{routes}");
         let peer = two.addresses()[0];
         assert_eq!(a.sh(&format!("nc {peer} 8080 < /dev/null")), "hello");

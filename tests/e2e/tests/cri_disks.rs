@@ -1,5 +1,4 @@
-//! Disks of the node's: as a volume's file system with an end to its space, and as devices of a container, raw and
-//! mounted.
+//! The node's disks in pods: a volume on a file system that fills up, and block devices, raw and mounted.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -12,7 +11,7 @@ use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
-/// Fills what is left of the volume in every way a file is written, and uses it on.
+/// Fills the volume in every way that allocates space, expects ENOSPC each time, and keeps using the volume.
 const FILL: &str = r#"
 import errno, mmap, os
 def full(write):
@@ -24,7 +23,7 @@ def full(write):
 kept = os.open("/data/kept", os.O_CREAT | os.O_RDWR)
 os.write(kept, b"k" * (1 << 20))
 os.fsync(kept)
-# By write(2): all that fits, then the error, at once and not when it is too late.
+# write(2): fails as soon as the volume is full, not later at fsync(2).
 fd = os.open("/data/large", os.O_CREAT | os.O_WRONLY)
 written = 0
 try:
@@ -37,7 +36,7 @@ assert os.fstat(fd).st_size == written, (os.fstat(fd).st_size, written)
 os.close(fd)
 free = os.statvfs("/data")
 assert free.f_bavail * free.f_frsize < 1 << 20, free
-# The same of what else takes room.
+# Other ways to allocate space fail in the same way.
 def allocate():
     fd = os.open("/data/more", os.O_CREAT | os.O_WRONLY)
     try:
@@ -54,7 +53,7 @@ def append():
     finally:
         os.close(fd)
 assert full(append), "append"
-# What was there is whole, and can be changed in place, by write and by memory.
+# Existing data is intact, and can be changed in place, by write(2) and by mmap(2).
 os.pwrite(kept, b"K", 0)
 shared = mmap.mmap(kept, 1 << 20)
 shared[1:2] = b"M"
@@ -68,7 +67,7 @@ def names_until_full():
         os.close(os.open("/data/name-" + "n" * 200 + str(names), os.O_CREAT | os.O_WRONLY))
         names += 1
 assert full(names_until_full), "names"
-# Room comes back with what is removed.
+# Removing a file frees its space.
 os.unlink("/data/large")
 fd = os.open("/data/again", os.O_CREAT | os.O_WRONLY)
 os.write(fd, b"z" * (4 << 20))
@@ -77,11 +76,11 @@ print("done", written >> 20, names, flush=True)
 "#;
 
 #[test]
-fn a_volume_ends_where_its_file_system_does() {
+fn writes_to_a_full_volume_fail_with_enospc() {
     need_image(PYTHON);
     pods("cri-full", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 64);
-        // An emptyDir of a kubelet whose pods have file systems of their own: of these it mounts each where it is.
+        // An emptyDir that has a file system of its own, mounted at the volume's path.
         let volume = pods.dir().join("volumes/kubernetes.io~empty-dir/data");
         let mounted = disk.format().mount(&volume, "defaults");
         let pod = pods.pod();
@@ -97,7 +96,7 @@ fn a_volume_ends_where_its_file_system_does() {
         let filling = pod.start(&config);
         assert_eq!(filling.wait().0, 0, "{}", filling.log());
         assert!(filling.log().contains("done"), "{}", filling.log());
-        // The other container of the pod, and the node, see what is left.
+        // The pod's other container and the node see the files that remain.
         assert_eq!(other.sh("wc -c < /data/again; head -c 2 /data/kept"), "4194304\nKM");
         assert_eq!(fs::metadata(volume.join("again")).unwrap().len(), 4 * MIB);
         pod.stop();
@@ -105,39 +104,39 @@ fn a_volume_ends_where_its_file_system_does() {
     });
 }
 
-/// A device of a container's.
-fn device(disk: &Disk, permissions: &str) -> Value {
+/// Returns the CRI devices of a container that has the disk.
+fn devices(disk: &Disk, permissions: &str) -> Value {
     json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": permissions }])
 }
 
-/// A container with a device, privileged or not.
+/// Starts a container that has the disk, privileged or not.
 #[track_caller]
-fn with(pod: &Pod, disk: &Disk, permissions: &str, privileged: bool) -> PodContainer {
+fn start_with_device(pod: &Pod, disk: &Disk, permissions: &str, privileged: bool) -> PodContainer {
     let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
-    config["devices"] = device(disk, permissions);
+    config["devices"] = devices(disk, permissions);
     config["linux"]["security_context"]["privileged"] = privileged.into();
     pod.start(&config)
 }
 
 #[test]
-fn a_container_makes_a_file_system_on_a_device() {
+fn privileged_containers_format_and_mount_a_shared_block_device() {
     pods("cri-disk-mounted", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 48);
         let mut config = pods.config();
         config["linux"]["security_context"]["privileged"] = json!(true);
         let pod = pods.run(config);
-        let (one, two) = (with(&pod, &disk, "mrw", true), with(&pod, &disk, "mrw", true));
+        let (one, two) = (start_with_device(&pod, &disk, "mrw", true), start_with_device(&pod, &disk, "mrw", true));
         let size = "blockdev --getsize64 /dev/xvda";
         assert_eq!((one.sh(size), two.sh(size)), ((48 * MIB).to_string(), (48 * MIB).to_string()));
         one.sh("mke2fs -L inside /dev/xvda > /dev/null && mkdir /data && mount -t ext4 /dev/xvda /data");
         one.sh("mkdir /data/dir && echo by one > /data/dir/file && dd if=/dev/urandom of=/data/large bs=1M count=8 2> /dev/null");
         let sum = one.sh("sha256sum < /data/large");
-        // It is one device: the other container has the same file system by it.
+        // Both containers have the same device, so the other one can mount the same file system.
         two.sh("mkdir /data && mount -t ext4 /dev/xvda /data");
         assert_eq!(two.sh("cat /data/dir/file; sha256sum < /data/large"), format!("by one\n{sum}"));
         two.sh("echo by two > /data/dir/other && sync && umount /data");
         assert_eq!(one.sh("cat /data/dir/other; umount /data"), "by two");
-        // What was written is on the node's disk by the time it was unmounted, with the containers still there.
+        // After the unmount the data is on the node's disk, although the containers still run.
         let point = pods.dir().join("mounted");
         let mounted = disk.mount(&point, "ro");
         assert_eq!(fs::read_to_string(point.join("dir/file")).unwrap(), "by one\n");
@@ -149,8 +148,8 @@ fn a_container_makes_a_file_system_on_a_device() {
     });
 }
 
-/// Writes in place, with nothing but fsync to make it last.
-const SYNC: &str = r#"
+/// Writes in place; only fsync(2) makes the data durable.
+const WRITE_AND_SYNC: &str = r#"
 import os, time
 fd = os.open("/dev/xvda", os.O_RDWR)
 os.pwrite(fd, b"made to last", 1 << 20)
@@ -160,13 +159,13 @@ time.sleep(100000)
 "#;
 
 #[test]
-fn a_raw_device_is_written_read_and_shared() {
+fn raw_block_device_is_durable_after_fsync_and_shared_between_containers() {
     need_image(PYTHON);
     pods("cri-disk-raw", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 16);
         let pod = pods.pod();
-        let mut config = pod.python(SYNC);
-        config["devices"] = device(&disk, "rw");
+        let mut config = pod.python(WRITE_AND_SYNC);
+        config["devices"] = devices(&disk, "rw");
         let writing = pod.start(&config);
         writing.wait_for("synced");
         let mut seen = [0; 12];
@@ -174,18 +173,18 @@ fn a_raw_device_is_written_read_and_shared() {
         file.seek(SeekFrom::Start(MIB)).unwrap();
         file.read_exact(&mut seen).unwrap();
         assert_eq!(&seen, b"made to last");
-        // Killed, and the next container finds it.
+        // After SIGKILL the next container still reads the data.
         writing.stop(0);
         writing.remove();
-        let other = with(&pod, &disk, "mrw", false);
+        let other = start_with_device(&pod, &disk, "mrw", false);
         let read = "dd if=/dev/xvda bs=1M skip=1 count=1 2> /dev/null | head -c 12";
         assert_eq!(other.sh(read), "made to last");
         assert_eq!(other.sh("test -b /dev/xvda && echo block"), "block");
-        // Its end is the disk's.
+        // The device is as large as the disk.
         let beyond = other.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/xvda bs=1M seek=15 count=2"]);
         assert!(beyond.err.contains("No space left"), "{beyond:?}");
-        // Without the right to write, no writing; and what it says is what the disk has.
-        let reading = with(&pod, &disk, "r", false);
+        // Without write permission writes fail, and reads return the disk's current data.
+        let reading = start_with_device(&pod, &disk, "r", false);
         assert_eq!(reading.sh(read), "made to last");
         for script in ["echo x > /dev/xvda", "echo x 1<> /dev/xvda"] {
             let denied = reading.exec(&["sh", "-c", script]);
@@ -202,13 +201,13 @@ fn a_raw_device_is_written_read_and_shared() {
 }
 
 #[test]
-fn what_was_written_is_on_the_disk_when_the_pod_is_gone() {
+fn unsynced_writes_are_on_the_disk_after_the_pod_is_removed() {
     need_image(PYTHON);
     pods("cri-disk-end", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 4);
         let pod = pods.pod();
         let mut config = pod.python(WRITES);
-        config["devices"] = device(&disk, "rw");
+        config["devices"] = devices(&disk, "rw");
         pod.start(&config).wait_for("written");
         pod.stop();
         pod.remove();
@@ -217,9 +216,9 @@ fn what_was_written_is_on_the_disk_when_the_pod_is_gone() {
 }
 
 #[test]
-fn a_privileged_container_has_none_of_the_nodes_devices() {
+fn privileged_container_cannot_open_the_nodes_devices() {
     pods("cri-none-of-the-nodes", |pods| {
-        // A disk of the node's that no pod was given, with a mark on it.
+        // A marked disk of the node, which no pod was given.
         let disk = Disk::new(&pods.dir().join("disk"), 8);
         fs::write(&disk.device, "the node's own").unwrap();
         let mut config = pods.config();
@@ -236,25 +235,28 @@ fn a_privileged_container_has_none_of_the_nodes_devices() {
             let (major, minor) = number.trim().split_once(':').unwrap();
             let node = format!("/tmp/b-{major}-{minor}");
             let read = container.exec(&["sh", "-c", &format!("mknod {node} b {major} {minor} && head -c 64 {node}")]);
-            // Where the guest has a device of that number it is one of its own, with nothing of the node's on it.
+            // If the guest has a device with that number, it is the guest's own, and does not hold the node's data.
             let name = entry.file_name().to_string_lossy().into_owned();
             let mut head = Vec::new();
             File::open(format!("/dev/{name}")).unwrap().take(64).read_to_end(&mut head).unwrap();
             let head = String::from_utf8_lossy(&head).into_owned();
             if read.code == 0 && !read.out.is_empty() {
-                assert_ne!(read.out, head, "{number} of the node is open to the pod");
+                assert_ne!(read.out, head, "the pod can read the node's device {number}");
             }
             assert!(!read.out.contains("the node's own"), "{read:?}");
             names.push(name);
         }
         assert!(names.iter().any(|name| disk.device.ends_with(name.as_str())), "{names:?}");
         let listed = container.sh("ls /dev /sys/block; cat /proc/partitions");
-        // The guest's kernel has loop devices of its own, which are empty.
+        // The guest kernel has its own loop devices, which are empty.
         for name in names.iter().filter(|name| !name.starts_with("loop")) {
-            assert!(!listed.split_whitespace().any(|word| word == name), "{name} of the node:\n{listed}");
+            assert!(
+                !listed.split_whitespace().any(|word| word == name),
+                "the guest lists the node's device {name}:\n{listed}"
+            );
         }
         assert_eq!(container.sh("cat /sys/block/loop*/size 2> /dev/null | sort -u | grep -v '^0$'; true"), "");
-        // Nor what is no disk: its KVM, its tunnels, its ports.
+        // Neither does the guest have other devices of the node: KVM, vhost, virtio ports.
         assert_eq!(container.sh("ls -d /dev/kvm /dev/vhost-* /dev/vport* /dev/disk 2> /dev/null; true"), "");
         pod.stop();
     });

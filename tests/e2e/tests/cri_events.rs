@@ -1,4 +1,4 @@
-//! What containerd tells its subscribers of a pod's containers: each thing once, in the order in which it happened.
+//! containerd's events of a pod's containers: each event is published once, in order.
 //!
 //! Runs: containerd 1.7 and 2
 
@@ -7,11 +7,11 @@ use husk_e2e::events::{Events, numbered};
 use serde_json::json;
 
 #[test]
-fn each_event_comes_once_and_in_order() {
+fn task_events_are_published_once_and_in_order() {
     pods("cri-events", |pods| {
         let events = Events::watch();
         let pod = pods.pod();
-        // A life with execs: one that ends by itself, one that cannot start, one that takes too long.
+        // A container with three execs: one exits, one fails to start, one exceeds its timeout.
         let container = pod.start(&pod.sh("trap 'exit 3' TERM; sleep 100000 & wait"));
         assert_eq!(container.exec(&["sh", "-c", "exit 7"]).code, 7);
         container.try_exec(&["/no/such"]).unwrap_err();
@@ -33,7 +33,7 @@ fn each_event_comes_once_and_in_order() {
             "delete 3",
         ];
         assert_eq!(numbered(&events.of(&container.id)), expected);
-        // One that ends at once, and one that is started again under another id.
+        // A container that exits at once, and its restart under another id.
         for attempt in 0..2 {
             let mut config = pod.sh("exit 5");
             config["metadata"]["attempt"] = json!(attempt);
@@ -42,27 +42,27 @@ fn each_event_comes_once_and_in_order() {
             short.remove();
             assert_eq!(events.of(&short.id), ["create", "start", "exit 5", "delete 5"]);
         }
-        // One that is killed for want of memory: that is known before it has ended.
+        // A container that exceeds its memory limit: the OOM event precedes the exit event.
         let mut config = pod.sh("");
         config["command"] = json!(["tail", "/dev/zero"]);
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 30 << 20 });
-        let greedy = pod.start(&config);
-        assert_eq!(greedy.wait(), (137, "OOMKilled".into()));
-        greedy.remove();
-        assert_eq!(events.of(&greedy.id), ["create", "start", "oom", "exit 137", "delete 137"]);
-        // One that goes with its pod.
+        let over_limit = pod.start(&config);
+        assert_eq!(over_limit.wait(), (137, "OOMKilled".into()));
+        over_limit.remove();
+        assert_eq!(events.of(&over_limit.id), ["create", "start", "oom", "exit 137", "delete 137"]);
+        // A container that is stopped with its pod.
         let last = pod.start(&pod.sh("sleep 100000"));
         pod.stop();
         pod.remove();
         assert_eq!(events.of(&last.id), ["create", "start", "exit 137", "delete 137"]);
-        // The sandbox has a task of its own unless the shim is the sandbox.
+        // The sandbox has no task if the shim implements the sandbox API.
         let sandbox = events.of(&pod.id);
         assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
     });
 }
 
 #[test]
-fn the_kubelet_is_told_of_each_change_once() {
+fn cri_container_events_report_each_state_change_once() {
     pods("cri-pleg", |pods| {
         let events = cri::stream_of("GetContainerEvents");
         let pod = pods.pod();
@@ -74,7 +74,7 @@ fn the_kubelet_is_told_of_each_change_once() {
         pod.stop();
         pod.remove();
         let mut seen = Vec::new();
-        // The last one to be told of is the sandbox' end.
+        // The sandbox's deletion is the last event.
         for event in events {
             let (id, kind) = (event["container_id"].clone(), event["container_event_type"].clone());
             let last = id == pod.id.as_str() && kind == "CONTAINER_DELETED_EVENT";
@@ -83,12 +83,13 @@ fn the_kubelet_is_told_of_each_change_once() {
                 break;
             }
         }
-        let of = |id: &str| -> Vec<_> {
-            let kinds = seen.iter().filter(|(of, _)| of == id).map(|(_, kind)| kind.as_str().unwrap_or_default());
+        let kinds_of = |id: &str| -> Vec<_> {
+            let kinds =
+                seen.iter().filter(|(event_id, _)| event_id == id).map(|(_, kind)| kind.as_str().unwrap_or_default());
             kinds.map(|kind| kind.trim_start_matches("CONTAINER_").trim_end_matches("_EVENT")).collect()
         };
-        assert_eq!(of(&container.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
-        assert_eq!(of(&killed.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
-        assert_eq!(of(&pod.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
+        assert_eq!(kinds_of(&container.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
+        assert_eq!(kinds_of(&killed.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
+        assert_eq!(kinds_of(&pod.id), ["CREATED", "STARTED", "STOPPED", "DELETED"]);
     });
 }

@@ -1,4 +1,4 @@
-//! The example pods of deploy/kubernetes, from their YAML; those that build images are in a suite of their own.
+//! The example pods of deploy/kubernetes, from their YAML. The image builders are in `cri_builders`.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use husk_e2e::cri::{manifest, pods};
 use husk_e2e::{BUSYBOX, PYTHON, node};
 
 #[test]
-fn a_web_server_serves() {
+fn web_server_example_serves_its_page() {
     pods("cri-web", |pods| {
         let manifest = include_str!("../../../deploy/kubernetes/web-server.yaml");
         let applied = manifest::apply(pods, manifest, &[("busybox:stable", BUSYBOX)]);
@@ -17,7 +17,7 @@ fn a_web_server_serves() {
 }
 
 #[test]
-fn untrusted_code_runs() {
+fn untrusted_code_example_runs_to_completion() {
     pods("cri-untrusted", |pods| {
         let manifest = include_str!("../../../deploy/kubernetes/untrusted.yaml");
         let applied = manifest::apply(pods, manifest, &[("python:slim", PYTHON)]);

@@ -1,4 +1,4 @@
-//! Port-forwarding by CRI's PortForward, as kubectl uses it: many connections at once over one of SPDY.
+//! Port forwarding through CRI's PortForward, as kubectl uses it: many connections at once over one SPDY connection.
 
 use std::thread;
 
@@ -8,10 +8,10 @@ use husk_e2e::cri::{Pod, call, pods};
 use husk_e2e::{RUNC, node, runtime};
 use serde_json::json;
 
-/// At once.
-const MANY: u32 = 50;
+/// Number of simultaneous connections.
+const CONNECTIONS: u32 = 50;
 
-/// Servers on one localhost each: 8001 and 8002 send back what comes as it comes, 8003 answers a line.
+/// Servers that listen on one loopback address each. 8001 and 8002 echo; 8003 reads a line and answers it.
 const SERVERS: &str = "
 import asyncio
 async def echo(reader, writer):
@@ -42,8 +42,8 @@ fn text(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-/// Ends a connection by halves: the server answers after that. It is not told, and has a second's time: so containerd's
-/// forwarding does it (`portForward` in sandbox_portforward_linux.go), whatever the runtime.
+/// Half-closes a connection before the server answers. With any runtime, containerd does not pass the half-close on. It
+/// closes the connection a second later (`portForward` in sandbox_portforward_linux.go).
 #[track_caller]
 fn half_close(connection: &Connection) {
     connection.send(b"this\n");
@@ -53,27 +53,28 @@ fn half_close(connection: &Connection) {
 }
 
 #[test]
-fn fifty_connections_at_once_lead_to_localhost() {
+fn port_forward_carries_fifty_connections_to_loopback_servers() {
     need_image(husk_e2e::PYTHON);
     pods("cri-forward-many", |pods| {
         let pod = pods.pod();
         let server = pod.start(&pod.python(SERVERS));
         server.wait_for("up");
-        // Both families are tried: what listens on either localhost is reached.
+        // Port forwarding tries both address families, so it reaches servers on 127.0.0.1 and on ::1.
         for port in [8001, 8002] {
             let forward = forward(&pod);
-            let connections: Vec<Connection> = (0..MANY).map(|number| forward.open(port, number)).collect();
+            let connections: Vec<Connection> = (0..CONNECTIONS).map(|number| forward.open(port, number)).collect();
             let hello = |number: usize| format!("hello from {number}");
-            // All are there before the first is at its end, and none has what is another's.
+            // All connections are open at the same time, and none receives another one's data.
             for (number, connection) in connections.iter().enumerate() {
                 connection.send(hello(number).as_bytes());
             }
             for (number, connection) in connections.iter().enumerate() {
                 assert_eq!(text(connection.read(hello(number).len())), hello(number), "{port}");
             }
-            // One to a port where nobody listens ends at once, by itself. Under Husk it is made before the guest is asked, and
-            // reset then: of that Kubernetes' server tells its log, and not the client (portForward in httpstream.go).
-            let refused = forward.open(8099, MANY);
+            // A connection to a port without a listener ends at once, and the others stay. Husk accepts it before it
+            // connects to the guest, and then resets it. Kubernetes' streaming server logs the reset, but does not
+            // report it to the client (portForward in httpstream.go).
+            let refused = forward.open(8099, CONNECTIONS);
             let error = refused.error();
             assert!(error.contains("8099") || runtime() != RUNC, "{error:?}");
             assert!(refused.read_to_end().is_empty());
@@ -87,7 +88,7 @@ fn fifty_connections_at_once_lead_to_localhost() {
                 assert_eq!(connection.error(), "");
             }
         }
-        // Those who have said all they have to say are still answered.
+        // A half-closed connection still gets its answer.
         let forward = forward(&pod);
         for number in 0..2 {
             half_close(&forward.open(8003, number));
@@ -97,7 +98,7 @@ fn fifty_connections_at_once_lead_to_localhost() {
 }
 
 #[test]
-fn large_data_goes_both_ways() {
+fn port_forward_carries_two_megabytes_in_both_directions() {
     need_image(husk_e2e::PYTHON);
     pods("cri-forward-large", |pods| {
         let pod = pods.pod();
@@ -107,12 +108,12 @@ fn large_data_goes_both_ways() {
         let data: Vec<u8> = (0..2_000_000u32).map(|number| (number >> 3) as u8 ^ number as u8).collect();
         for (number, port) in [8001, 8002].into_iter().enumerate() {
             let connection = forward.open(port, number.try_into().unwrap());
-            let sending = connection.sending();
+            let sender = connection.sending();
             let received = thread::scope(|scope| {
-                scope.spawn(|| sending.send(&data));
+                scope.spawn(|| sender.send(&data));
                 connection.read(data.len())
             });
-            assert!(received == data, "{port}: other bytes came back");
+            assert!(received == data, "{port}: the echo differs from the data sent");
             connection.finish();
             assert!(connection.read_to_end().is_empty());
             assert_eq!(connection.error(), "");

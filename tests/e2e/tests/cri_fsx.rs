@@ -1,4 +1,4 @@
-//! fsx, the public test program for file systems, on a volume of the node's disk and on a container's root.
+//! fsx, a public test program for file systems, on a volume on the node's disk and on a container's rootfs.
 //!
 //! Runs: by name only: its image needs fsx, which has to be compiled
 
@@ -10,12 +10,12 @@ use husk_e2e::FSX;
 use husk_e2e::cri::pod::{need_image, pods};
 use serde_json::json;
 
-/// How often fsx does something to its file.
+/// Number of operations that fsx does on its file.
 const OPERATIONS: &str = "3000";
-/// Some seconds, but for an emulated node that others use as well.
-const LIMIT: Duration = Duration::from_secs(900);
+/// Timeout. fsx takes some seconds, but much longer on a busy emulated node.
+const TIMEOUT: Duration = Duration::from_secs(900);
 
-/// All it can do to a file but what not every file system has.
+/// fsx's operations that every file system supports.
 const PLAIN: &str = "
 [weights]
 close_open = 1
@@ -31,15 +31,15 @@ sendfile = 3
 posix_fadvise = 1
 copy_file_range = 3
 ";
-/// That as well: space given and taken by fallocate(2).
-const HOLES: &str = "
+/// Operations that allocate and free space with fallocate(2).
+const FALLOCATE: &str = "
 posix_fallocate = 2
 punch_hole = 2
 ";
 
-/// Runs it on a file in `/data`, which is on the volume, or on one of the root's.
+/// Runs fsx on `file`: in `/data` it is on the volume, elsewhere on the container's rootfs.
 #[track_caller]
-fn passes(name: &str, file: &str, weights: &[&str], seed: &str) {
+fn run_fsx(name: &str, file: &str, weights: &[&str], seed: &str) {
     need_image(FSX);
     pods(name, |pods| {
         let dir = Path::new("/var/lib/kubelet/pods").join(format!("uid-{name}"));
@@ -57,28 +57,28 @@ fn passes(name: &str, file: &str, weights: &[&str], seed: &str) {
             { "host_path": config.to_string_lossy(), "container_path": "/etc/fsx.toml", "readonly": true },
         ]);
         let container = pod.start(&container);
-        let ended = container.wait_within(LIMIT);
+        let ended = container.wait_within(TIMEOUT);
         let log = container.log();
-        let left = volume.join("file").exists();
+        let is_on_node = volume.join("file").exists();
         pod.stop();
         fs::remove_dir_all(dir).unwrap();
         assert!(ended.0 == 0 && log.contains("All operations completed"), "{ended:?}\n{log}");
-        // The node has the file that all this was done to.
-        assert_eq!(left, file.starts_with("/data"));
+        // The node sees the file if it is on the volume.
+        assert_eq!(is_on_node, file.starts_with("/data"));
     });
 }
 
 #[test]
 fn fsx_passes_on_a_volume() {
-    passes("fsx-volume", "/data/file", &[PLAIN], "20240101");
+    run_fsx("fsx-volume", "/data/file", &[PLAIN], "20240101");
 }
 
 #[test]
-fn fsx_passes_on_a_volume_with_holes() {
-    passes("fsx-holes", "/data/file", &[PLAIN, HOLES], "20240102");
+fn fsx_with_fallocate_passes_on_a_volume() {
+    run_fsx("fsx-holes", "/data/file", &[PLAIN, FALLOCATE], "20240102");
 }
 
 #[test]
-fn fsx_passes_on_the_root() {
-    passes("fsx-root", "/work/file", &[PLAIN, HOLES], "20240103");
+fn fsx_passes_on_the_rootfs() {
+    run_fsx("fsx-root", "/work/file", &[PLAIN, FALLOCATE], "20240103");
 }

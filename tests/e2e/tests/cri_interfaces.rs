@@ -1,4 +1,4 @@
-//! A pod's network that changes while the pod runs: addresses, routes and interfaces come and go.
+//! Changes of a running pod's network: addresses, routes, neighbours and interfaces are added and removed.
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
@@ -25,7 +25,7 @@ fn ip(pod: &Pod, arguments: &str) {
     run("nsenter", &all);
 }
 
-/// Waits until what the command prints in the container says so.
+/// Waits until `holds` accepts the output of a command in the container.
 #[track_caller]
 fn wait_until(container: &PodContainer, command: &str, holds: impl Fn(&str) -> bool) {
     let mut last = String::new();
@@ -36,8 +36,8 @@ fn wait_until(container: &PodContainer, command: &str, holds: impl Fn(&str) -> b
     assert!(held.is_some(), "{command}: {last}\n{}", node::log_tail(20));
 }
 
-/// What the driver leaves to the host (linux/ethtool.h: ETHTOOL_GRXCSUM, GTXCSUM, GSG, GTSO).
-const OFFLOADS: &str = r#"
+/// Prints the offloads of eth0 (linux/ethtool.h: ETHTOOL_GRXCSUM, GTXCSUM, GSG, GTSO).
+const PRINT_OFFLOADS: &str = r#"
 import array, fcntl, socket, struct
 for name, command in (("rx", 0x14), ("tx", 0x16), ("sg", 0x18), ("tso", 0x1e)):
     value = array.array("B", struct.pack("II", command, 0))
@@ -46,11 +46,11 @@ for name, command in (("rx", 0x14), ("tx", 0x16), ("sg", 0x18), ("tso", 0x1e)):
 "#;
 
 #[test]
-fn checksums_and_segments_are_left_to_the_host() {
+fn checksum_and_segmentation_offloads_are_enabled() {
     need_image(PYTHON);
     pods("cri-offloads", |pods| {
         let pod = pods.pod();
-        let container = pod.start(&pod.python(OFFLOADS));
+        let container = pod.start(&pod.python(PRINT_OFFLOADS));
         assert_eq!(container.wait().0, 0, "{}", container.log());
         for line in ["rx 1", "tx 1", "sg 1", "tso 1"] {
             assert!(container.log().contains(line), "{}", container.log());
@@ -58,8 +58,8 @@ fn checksums_and_segments_are_left_to_the_host() {
     });
 }
 
-/// What fits a route (linux/in.h: IP_MTU; linux/in6.h: IPV6_MTU).
-const MTU: &str = r#"
+/// Prints the PRINT_ROUTE_MTUS of an IPv4 and of an IPv6 route (linux/in.h: IP_MTU; linux/in6.h: IPV6_MTU).
+const PRINT_ROUTE_MTUS: &str = r#"
 import socket
 def fits(family, address, level, option):
     asking = socket.socket(family, socket.SOCK_DGRAM)
@@ -70,7 +70,7 @@ print(four, fits(socket.AF_INET6, "fd00:78::1", socket.IPPROTO_IPV6, 24))
 "#;
 
 #[test]
-fn changes_of_the_network_are_followed() {
+fn guest_follows_address_route_and_neighbour_changes() {
     need_image(PYTHON);
     pods("cri-follow", |pods| {
         let pod = pods.pod();
@@ -78,14 +78,14 @@ fn changes_of_the_network_are_followed() {
         config["linux"]["security_context"]["capabilities"] = json!({ "add_capabilities": ["NET_ADMIN"] });
         let container = pod.start(&config);
         container.wait_for("up");
-        // What the container adds by itself is its own, whatever changes outside.
+        // An address that the container adds itself stays, whatever changes on the node.
         container.sh("ip addr add 10.97.0.1/32 dev lo");
         let routes = container.sh("ip route; ip -6 route");
         ip(&pod, "addr add 10.99.1.5/24 dev eth0");
         ip(&pod, "route add 10.77.0.0/16 dev eth0 metric 77");
         wait_until(&container, "ip addr show eth0", |text| text.contains("10.99.1.5/24"));
         wait_until(&container, "ip route", |text| text.contains("10.77.0.0/16") && text.contains("metric 77"));
-        // With all that belongs to a route, of both families, and neighbours that somebody set.
+        // Route attributes of both families, and permanent neighbours.
         ip(&pod, "route add 10.78.0.0/16 dev eth0 metric 5 mtu 1300");
         ip(&pod, "-6 route add fd00:78::/64 dev eth0 metric 6 mtu 1320");
         ip(&pod, "neigh add 10.99.1.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent");
@@ -93,7 +93,7 @@ fn changes_of_the_network_are_followed() {
             let has = |route: &str, metric: &str| text.lines().any(|l| l.starts_with(route) && l.contains(metric));
             has("10.78.0.0/16 dev eth0", "metric 5") && has("fd00:78::/64 dev eth0", "metric 6")
         });
-        let asking = pod.start(&pod.python(MTU));
+        let asking = pod.start(&pod.python(PRINT_ROUTE_MTUS));
         assert_eq!(asking.wait().0, 0, "{}", asking.log());
         assert!(asking.log().contains("1300 1320"), "{}", asking.log());
         wait_until(&container, "ip neigh", |text| {
@@ -110,7 +110,7 @@ fn changes_of_the_network_are_followed() {
 
         assert_eq!(container.sh("ip route; ip -6 route"), routes);
 
-        // A second interface, as a network that is attached later brings it.
+        // A second interface, as from a network that is attached to the running pod.
         run("ip", &["link", "add", "huskveth", "type", "veth", "peer", "name", "second"]);
         let netns = pod.netns();
         run("ip", &["link", "set", "second", "netns", netns.file_name().unwrap().to_str().unwrap()]);
@@ -131,13 +131,13 @@ fn changes_of_the_network_are_followed() {
 }
 
 #[test]
-fn an_interface_comes_again_and_changes_its_address() {
+fn guest_follows_recreated_interfaces_and_changed_macs() {
     pods("cri-again", |pods| {
         let pod = pods.pod();
         let container = pod.start(&pod.sh("nc -ll -p 8080 -e echo hello & echo up; sleep 100000"));
         container.wait_for("up");
         let netns = pod.netns().file_name().unwrap().to_string_lossy().into_owned();
-        let make = || {
+        let add_interface = || {
             let peer = "address 02:00:00:00:98:02 netns";
             let pair = format!("link add huskveth type veth peer name second {peer} {netns}");
             run("ip", &pair.split(' ').collect::<Vec<_>>());
@@ -147,10 +147,10 @@ fn an_interface_comes_again_and_changes_its_address() {
             ip(&pod, "link set second up");
         };
         let mac = "cat /sys/class/net/second/address 2> /dev/null || true";
-        let works = || {
+        let assert_reachable = || {
             wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
             let address: SocketAddr = "10.98.0.2:8080".parse().unwrap();
-            // Until a new interface is the guest's, the node's own stack answers for it: nobody listens there.
+            // Until the guest has the new interface, the node's network stack answers, and has no listener.
             let answer = node::eventually(Duration::from_secs(30), || {
                 let mut text = String::new();
                 let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
@@ -158,45 +158,45 @@ fn an_interface_comes_again_and_changes_its_address() {
             });
             assert_eq!(answer.as_deref().map(str::trim_end), Some("hello"), "{}", node::log_tail(20));
         };
-        make();
-        works();
+        add_interface();
+        assert_reachable();
         run("ip", &["link", "del", "huskveth"]);
         wait_until(&container, "ip addr", |text| !text.contains("10.98.0.2"));
-        // The same name and the same hardware address, and yet another interface.
-        make();
-        works();
-        // Gone and here again before anybody has seen that it was gone.
+        // Another interface with the same name and the same MAC address.
+        add_interface();
+        assert_reachable();
+        // Removed and recreated before the shim notices the removal.
         run("ip", &["link", "del", "huskveth"]);
-        make();
+        add_interface();
         wait_until(&container, mac, |text| text == "02:00:00:00:98:02");
-        works();
-        // Another address, of which nobody tells the node's end.
+        assert_reachable();
+        // Another MAC address. The node's peer does not learn of it, so its neighbour table is flushed.
         ip(&pod, "link set second address 02:00:00:00:98:03");
         run("ip", &["neigh", "flush", "dev", "huskveth"]);
         wait_until(&container, mac, |text| text == "02:00:00:00:98:03");
-        works();
+        assert_reachable();
         run("ip", &["link", "del", "huskveth"]);
-        // Nothing is left of any in guest and namespace, where each had a device or a tap.
+        // No device is left in the guest, and no tap in the network namespace.
         wait_until(&container, "ls /sys/class/net", |text| text.lines().eq(["eth0", "lo"]));
         let netns = format!("--net={}", pod.netns().display());
         let links = Command::new("nsenter").args([&netns, "ip", "-o", "link"]).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&links.stdout).lines().count(), 3, "lo, eth0 and its tap: {links:?}");
-        // More often than there are slots.
+        // More interfaces, one after the other, than there are slots.
         for _ in 0..4 {
-            make();
+            add_interface();
             wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
             run("ip", &["link", "del", "huskveth"]);
             wait_until(&container, "ip addr", |text| !text.contains("10.98.0.2"));
         }
-        make();
-        works();
+        add_interface();
+        assert_reachable();
         run("ip", &["link", "del", "huskveth"]);
-        assert!(container.sh("ip route").contains("default"), "the first interface is untouched");
+        assert!(container.sh("ip route").contains("default"), "the first interface lost its default route");
     });
 }
 
 #[test]
-fn a_network_that_is_made_between_create_and_start_is_there_at_the_start() {
+fn guest_has_a_network_that_is_configured_between_create_and_start() {
     case("ctr-cni", |case| {
         let seen = case.sh("ip addr show eth0").flags(&["--cni"]).output();
         assert!(seen.out().contains("inet 10.88."), "{}", seen.describe());

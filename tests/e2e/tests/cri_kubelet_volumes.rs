@@ -1,4 +1,4 @@
-//! Secrets, projected volumes and the downward API: whatever is in them, as it was made, and its changes as they happen.
+//! Mirrored volumes: Secrets, projected volumes and the downward API reach the guest unchanged, and so do updates.
 
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -11,14 +11,14 @@ use husk_e2e::cri::{Pod, PodContainer};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
-/// Each file that is to be seen in the directory `$0`: name, mode, owner and size, then what is in it.
-const LOOK: &str = r"
+/// Prints a hash over the visible files of the directory `$0` (name, mode, owner, size, content), then their number.
+const HASH_FILES: &str = r"
     cd $0 && export LC_ALL=C && find -L . -path './..?*' -prune -o -type f -print | sort > /tmp/names
     (xargs stat -L -c '%n %a %u:%g %s' < /tmp/names; xargs sha256sum < /tmp/names) | sha256sum
     wc -l < /tmp/names";
 
-/// Looks whenever something in the volume's directory has come, gone or been replaced, and tells what it sees.
-const WATCH: &str = r#"
+/// Prints the volume's hash, and again after each inotify event of a file that is created, deleted or renamed.
+const WATCH_FILES: &str = r#"
 import ctypes, os, subprocess, sys
 libc = ctypes.CDLL(None)
 fd = libc.inotify_init()
@@ -29,49 +29,49 @@ while True:
     os.read(fd, 1 << 20)
 "#;
 
-/// What the node itself sees in a directory.
+/// Returns the directory's hash and number of files, as the node sees it.
 #[track_caller]
-fn look(dir: &Path) -> String {
-    let seen = Command::new("sh").args(["-c", LOOK]).arg(dir).output().unwrap();
+fn hash_on_node(dir: &Path) -> String {
+    let seen = Command::new("sh").args(["-c", HASH_FILES]).arg(dir).output().unwrap();
     assert!(seen.status.success() && seen.stderr.is_empty(), "{seen:?}");
     String::from_utf8(seen.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// A container that watches a volume.
-fn watching(pod: &Pod, volume: &Path) -> PodContainer {
-    let mut config = pod.python(WATCH);
-    config["command"].as_array_mut().unwrap().push(LOOK.into());
+/// Starts a container that watches a volume.
+fn start_watcher(pod: &Pod, volume: &Path) -> PodContainer {
+    let mut config = pod.python(WATCH_FILES);
+    config["command"].as_array_mut().unwrap().push(HASH_FILES.into());
     config["mounts"] =
         json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume", "readonly": true }]);
     pod.start(&config)
 }
 
-/// All that is in the volume on the node is seen by a container that was there before.
+/// Waits until the container sees the same files in the volume as the node.
 #[track_caller]
-fn is_seen(container: &PodContainer, volume: &Path) {
-    let expected = look(volume);
+fn wait_until_seen(container: &PodContainer, volume: &Path) {
+    let expected = hash_on_node(volume);
     container.wait_for(&format!("seen {expected}"));
 }
 
 #[test]
-fn secrets_of_any_bytes_are_seen_and_followed() {
+fn secret_updates_keep_bytes_modes_and_owners() {
     need_image(PYTHON);
     pods("cri-secret", |pods| {
         let pod = pods.pod();
         let volume = pods.volume(&pod, "secret", "data");
-        // A Secret lies in memory.
+        // The kubelet mounts a tmpfs for a Secret.
         mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-        let every: Vec<u8> = (0..=255).collect();
+        let all_bytes: Vec<u8> = (0..=255).collect();
         let version = |name: &str, word: &[u8]| {
-            publish(&volume, name, &[("tls.key", word, 0o400), ("bytes", &every, 0o440), ("none", b"", 0o444)]);
-            // With an fsGroup the files are the group's.
+            publish(&volume, name, &[("tls.key", word, 0o400), ("bytes", &all_bytes, 0o440), ("none", b"", 0o444)]);
+            // With an fsGroup the files belong to that group.
             chown(volume.join("tls.key"), Some(0), Some(2000)).unwrap();
         };
         version("..1", b"first");
-        let container = watching(&pod, &volume);
-        is_seen(&container, &volume);
+        let container = start_watcher(&pod, &volume);
+        wait_until_seen(&container, &volume);
         version("..2", b"second");
-        is_seen(&container, &volume);
+        wait_until_seen(&container, &volume);
         assert_eq!(container.sh("cat /volume/tls.key; stat -L -c ' %a %u:%g' /volume/tls.key"), "second 400 0:2000");
         let denied = container.exec(&["sh", "-c", "rm /volume/..data/bytes"]);
         assert!(denied.code != 0 && denied.err.contains("ead-only"), "{denied:?}");
@@ -81,7 +81,7 @@ fn secrets_of_any_bytes_are_seen_and_followed() {
 }
 
 #[test]
-fn projected_volumes_have_directories_and_lose_what_is_removed() {
+fn projected_volume_updates_add_and_remove_files_and_directories() {
     need_image(PYTHON);
     pods("cri-projected", |pods| {
         let pod = pods.pod();
@@ -94,10 +94,10 @@ fn projected_volumes_have_directories_and_lose_what_is_removed() {
             ("scripts/run", b"#!/bin/sh\necho ran\n", 0o755),
         ];
         publish(&volume, "..1", &first);
-        let container = watching(&pod, &volume);
-        is_seen(&container, &volume);
+        let container = start_watcher(&pod, &volume);
+        wait_until_seen(&container, &volume);
         assert_eq!(container.sh("/volume/scripts/run; ls /volume/labels/app"), "ran\nname\ntier");
-        // One new, one changed, a directory and a file of another gone; another user reads what he may.
+        // One file is new, one changed, one file and one directory are removed. Modes apply to other users.
         let second: [Entry; 4] = [
             ("token", b"two", 0o600),
             ("ca.crt", b"certificate", 0o644),
@@ -105,12 +105,12 @@ fn projected_volumes_have_directories_and_lose_what_is_removed() {
             ("more/deep/er/file", b"new", 0o444),
         ];
         publish(&volume, "..2", &second);
-        is_seen(&container, &volume);
-        let gone = "! test -e /volume/scripts && ! test -e /volume/labels/app/tier && cat /volume/more/deep/er/file";
+        wait_until_seen(&container, &volume);
+        let check = "! test -e /volume/scripts && ! test -e /volume/labels/app/tier && cat /volume/more/deep/er/file";
         let names = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-        // The kubelet takes the names away after the version.
+        // The kubelet removes the old links only after it has switched to the new version.
         container.sh("until [ \"$(ls /volume | wc -l)\" = 4 ]; do sleep 0.1; done");
-        assert_eq!(container.sh(gone), "new");
+        assert_eq!(container.sh(check), "new");
         assert_eq!(names(container.sh("ls /volume")), ["ca.crt", "labels", "more", "token"]);
         let mut config = pod.sh("cat /volume/labels/app/name; cat /volume/token; id -u");
         config["mounts"] =
@@ -123,27 +123,27 @@ fn projected_volumes_have_directories_and_lose_what_is_removed() {
 }
 
 #[test]
-fn the_downward_apis_changes_are_seen() {
+fn downward_api_updates_reach_the_guest() {
     need_image(PYTHON);
     pods("cri-downward", |pods| {
         let pod = pods.pod();
         let volume = pods.volume(&pod, "downward-api", "data");
         publish(&volume, "..1", &[("labels", b"app=\"web\"", 0o644), ("limits/memory", b"64", 0o644)]);
-        let container = watching(&pod, &volume);
-        is_seen(&container, &volume);
+        let container = start_watcher(&pod, &volume);
+        wait_until_seen(&container, &volume);
         publish(&volume, "..2", &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)]);
-        is_seen(&container, &volume);
+        wait_until_seen(&container, &volume);
         assert_eq!(container.sh("cat /volume/limits/memory"), "96");
     });
 }
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn there_is_no_limit_on_entries_nor_on_their_size() {
+fn mirrored_volumes_have_no_limit_on_entries_or_size() {
     need_image(PYTHON);
     pods("cri-many-entries", |pods| {
         let pod = pods.pod();
-        // Five thousand entries.
+        // More than five thousand entries.
         let many = pods.volume(&pod, "configmap", "data");
         let version = |name: &str, count: usize| {
             let files: Vec<_> = (0..count).map(|n| (format!("entry-{n:05}"), format!("{name} {n}"))).collect();
@@ -151,15 +151,15 @@ fn there_is_no_limit_on_entries_nor_on_their_size() {
             publish(&many, name, &files);
         };
         version("..1", 5000);
-        let container = watching(&pod, &many);
-        is_seen(&container, &many);
+        let container = start_watcher(&pod, &many);
+        wait_until_seen(&container, &many);
         assert!(container.log().contains(" 5000"), "{}", container.log());
         version("..2", 5100);
-        is_seen(&container, &many);
+        wait_until_seen(&container, &many);
         assert_eq!(container.sh("cat /volume/entry-05099; cat /volume/entry-00000"), "..2 5099..2 0");
         container.stop(0);
         container.remove();
-        // More than one message of ttrpc's may have, 4 MiB, in sum and in one file.
+        // More than ttrpc's maximum message of 4 MiB, in total and in a single file.
         let large = pods.volume(&pod, "projected", "data");
         let bytes =
             |seed: usize, length: usize| (0..length).map(|i| (i * 31 + seed + i / 251) as u8).collect::<Vec<_>>();
@@ -168,11 +168,11 @@ fn there_is_no_limit_on_entries_nor_on_their_size() {
         let mut entries: Vec<Entry> =
             names.iter().zip(&contents).map(|(name, content)| (name.as_str(), content.as_slice(), 0o644)).collect();
         publish(&large, "..1", &entries);
-        let container = watching(&pod, &large);
-        is_seen(&container, &large);
+        let container = start_watcher(&pod, &large);
+        wait_until_seen(&container, &large);
         entries.rotate_left(1);
         entries.truncate(6);
         publish(&large, "..2", &entries);
-        is_seen(&container, &large);
+        wait_until_seen(&container, &large);
     });
 }
