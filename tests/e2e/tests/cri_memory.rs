@@ -1,4 +1,4 @@
-//! A pod's volumes in memory and of huge pages: the guest's own, counted and limited as under runc.
+//! Memory volumes and huge pages: the guest provides them, and accounts and limits them like a host with runc.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// An emptyDir as the kubelet mounts it, for as long as this lives.
+/// An emptyDir, mounted like the kubelet mounts it. Dropping it unmounts it.
 struct Volume(PathBuf);
 
 impl Volume {
@@ -28,7 +28,7 @@ impl Volume {
         Self(path)
     }
 
-    /// A container's mount of it, or of whatever else is at `path`.
+    /// Returns the CRI mounts of a container that has the volume, or `path`, at `/data`.
     fn at(&self, path: Option<&Path>) -> Value {
         json!([{ "host_path": path.unwrap_or(&self.0).to_string_lossy(), "container_path": "/data" }])
     }
@@ -41,16 +41,16 @@ impl Drop for Volume {
 }
 
 #[test]
-fn a_volume_in_memory_is_the_pods_own() {
+fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
     pods("cri-in-memory", |pods| {
         let volume = Volume::new(pods, "cache", "tmpfs", "size=96m");
-        // A subPath, as the kubelet makes it: a directory of the volume, bound aside.
-        let part = volume.0.join("part");
-        fs::create_dir(&part).unwrap();
-        chown(&part, Some(1234), Some(2000)).unwrap();
-        let aside = pods.dir().join("volume-subpaths/cache/web/0");
-        fs::create_dir_all(&aside).unwrap();
-        mount(Some(&part), &aside, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        // A subPath, as the kubelet makes it: a bind mount of a directory of the volume.
+        let directory = volume.0.join("part");
+        fs::create_dir(&directory).unwrap();
+        chown(&directory, Some(1234), Some(2000)).unwrap();
+        let sub_path = pods.dir().join("volume-subpaths/cache/web/0");
+        fs::create_dir_all(&sub_path).unwrap();
+        mount(Some(&directory), &sub_path, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
         let pod = pods.pod();
         let with = |mounts: Value, limit: u64| {
             let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
@@ -58,37 +58,37 @@ fn a_volume_in_memory_is_the_pods_own() {
             config["linux"]["resources"] = json!({ "memory_limit_in_bytes": limit * MIB });
             pod.start(&config)
         };
-        let (whole, sub) = (with(volume.at(None), 256), with(volume.at(Some(&aside)), 32));
-        assert_eq!(whole.sh("stat -c '%a %u:%g' /data; stat -f -c %T /data"), "2777 0:2000\ntmpfs");
-        assert_eq!(whole.sh("df -m /data | awk 'END {print $2}'"), "96");
-        // One volume for both, with what the host's directory is like.
+        let (full_volume, sub) = (with(volume.at(None), 256), with(volume.at(Some(&sub_path)), 32));
+        assert_eq!(full_volume.sh("stat -c '%a %u:%g' /data; stat -f -c %T /data"), "2777 0:2000\ntmpfs");
+        assert_eq!(full_volume.sh("df -m /data | awk 'END {print $2}'"), "96");
+        // Both containers share one volume. Its directory has the owner that it has on the node.
         assert_eq!(sub.sh("stat -c '%u:%g' /data; echo one > /data/file"), "1234:2000");
-        assert_eq!(whole.sh("cat /data/part/file; ln -s / /data/out"), "one");
+        assert_eq!(full_volume.sh("cat /data/part/file; ln -s / /data/out"), "one");
         let memory = |file: &str| format!("awk '/^{file} / {{print int($2 / 1048576)}}' /sys/fs/cgroup/memory.stat");
-        whole.sh("dd if=/dev/zero of=/data/large bs=1M count=64 2> /dev/null");
-        let counted = whole.sh(&memory("shmem"));
-        assert!((64..70).contains(&counted.parse::<u64>().unwrap()), "{counted} MiB are the container's");
-        let full = whole.exec(&["sh", "-c", "dd if=/dev/zero of=/data/more bs=1M count=64; rm /data/more"]);
+        full_volume.sh("dd if=/dev/zero of=/data/large bs=1M count=64 2> /dev/null");
+        let counted = full_volume.sh(&memory("shmem"));
+        assert!((64..70).contains(&counted.parse::<u64>().unwrap()), "{counted} MiB are charged to the container");
+        let full = full_volume.exec(&["sh", "-c", "dd if=/dev/zero of=/data/more bs=1M count=64; rm /data/more"]);
         assert!(full.err.contains("No space left"), "{full:?}");
-        // The limit is the container's: at its end it is killed, and neither the pod nor its machine.
+        // A container that exceeds its memory limit is killed; the pod and its VM are not.
         sub.exec(&["sh", "-c", "dd if=/dev/zero of=/data/mine bs=1M count=40"]);
         let ended = sub.try_exec(&["true"]);
-        let killed = whole.sh("cat /data/part/mine | wc -c").parse::<u64>().unwrap();
-        assert!(killed < 33 * MIB, "{killed} bytes of a container with 32 MiB");
+        let written = full_volume.sh("cat /data/part/mine | wc -c").parse::<u64>().unwrap();
+        assert!(written < 33 * MIB, "a container with 32 MiB wrote {written} bytes");
         assert!(pod.is_ready(), "{ended:?}");
-        // What is there stays for the next container, and nothing of it is on the node.
-        whole.stop(0);
-        whole.remove();
+        // The data stays for the next container, and is not on the node.
+        full_volume.stop(0);
+        full_volume.remove();
         let next = with(volume.at(None), 256);
         assert_eq!(next.sh("cat /data/part/file; wc -c < /data/large"), "one\n67108864");
         assert!(!volume.0.join("large").exists());
         pod.stop();
-        umount2(&aside, MntFlags::MNT_DETACH).unwrap();
+        umount2(&sub_path, MntFlags::MNT_DETACH).unwrap();
     });
 }
 
-/// Uses 8 MiB of huge pages by a file and 4 without one, and tells; then it waits.
-const USE: &str = r#"
+/// Uses 8 MiB of huge pages through a file and 4 MiB anonymously, prints the usage, then sleeps.
+const USE_HUGE_PAGES: &str = r#"
 import mmap, os, time
 fd = os.open("/data/file", os.O_CREAT | os.O_RDWR)
 os.ftruncate(fd, 8 << 20)
@@ -100,15 +100,15 @@ anonymous[:] = b"y" * (4 << 20)
 print("used", open("/sys/fs/cgroup/hugetlb.2MB.current").read(), flush=True)
 try:
     mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)
-    print("more than there are")
+    print("more than available")
 except OSError as error:
     print("no more", error.errno, flush=True)
 print("ready", flush=True)
 time.sleep(100000)
 "#;
 
-/// Sees what the other container wrote, and gets none of its own.
-const LOOK: &str = r#"
+/// Reads what the other container wrote, then uses an anonymous huge page.
+const READ_SHARED_PAGES: &str = r#"
 import mmap, os
 fd = os.open("/data/file", os.O_RDWR)
 print("seen", mmap.mmap(fd, 8 << 20)[(8 << 20) - 1:], flush=True)
@@ -117,25 +117,25 @@ own[:1] = b"z"
 print("taken", flush=True)
 "#;
 
-fn free() -> u64 {
+fn free_pages() -> u64 {
     fs::read_to_string(format!("{POOL}/free_hugepages")).unwrap().trim().parse().unwrap()
 }
 
-/// The node's pool, as long as this lives.
+/// The node's pool of huge pages. Dropping it empties the pool.
 struct Pool;
 
 impl Pool {
-    fn of(pages: u64) -> Self {
+    fn reserve(pages: u64) -> Self {
         fs::write(format!("{POOL}/nr_hugepages"), pages.to_string()).unwrap();
-        assert_eq!(free(), pages, "the node has no {pages} huge pages");
+        assert_eq!(free_pages(), pages, "the node has no {pages} huge pages");
         Self
     }
 
-    /// Everybody has given back what he had.
+    /// Waits until `pages` huge pages are free, because the pods have returned theirs.
     #[track_caller]
     fn wait_for(&self, pages: u64) {
-        let back = node::eventually(Duration::from_secs(20), || (free() == pages).then_some(()));
-        assert!(back.is_some(), "{} huge pages are free", free());
+        let back = node::eventually(Duration::from_secs(20), || (free_pages() == pages).then_some(()));
+        assert!(back.is_some(), "{} huge pages are free", free_pages());
     }
 }
 
@@ -146,19 +146,20 @@ impl Drop for Pool {
 }
 
 #[test]
-fn huge_pages_of_a_pod_are_the_nodes() {
+fn pod_takes_huge_pages_from_the_nodes_pool_and_returns_them() {
     need_image(PYTHON);
-    let pool = Pool::of(16);
+    let pool = Pool::reserve(16);
     pods("cri-huge", |pods| {
         let volume = Volume::new(pods, "huge", "hugetlbfs", "pagesize=2M");
-        // The pod's cgroup, as the kubelet makes it before the pod: containerd drops the containers' limits by default.
+        // The kubelet creates the pod's cgroup before the pod. The limit is set there, because containerd drops the
+        // containers' limits by default.
         let config = pods.config();
-        let above =
+        let pod_cgroup =
             PathBuf::from("/sys/fs/cgroup").join(text(&config["linux"]["cgroup_parent"]).trim_start_matches('/'));
-        fs::create_dir_all(&above).unwrap();
+        fs::create_dir_all(&pod_cgroup).unwrap();
         fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+hugetlb").unwrap();
         fs::write("/sys/fs/cgroup/kubepods/cgroup.subtree_control", "+hugetlb").unwrap();
-        fs::write(above.join("hugetlb.2MB.max"), (16 * MIB).to_string()).unwrap();
+        fs::write(pod_cgroup.join("hugetlb.2MB.max"), (16 * MIB).to_string()).unwrap();
         let pod = pods.run(config);
         let config = |program: &str| {
             let mut config = pod.python(program);
@@ -168,15 +169,15 @@ fn huge_pages_of_a_pod_are_the_nodes() {
             });
             config
         };
-        let using = pod.start(&config(USE));
-        using.wait_for("ready");
-        assert!(using.log().contains(&format!("used {}", 12 * MIB)), "{}", using.log());
-        assert!(using.log().contains("no more 12"), "{}", using.log());
-        // The node's own pages, as many as were asked for.
-        assert_eq!(free(), 8);
-        let looking = pod.start(&config(LOOK));
-        assert_eq!(looking.wait().0, 0, "{}", looking.log());
-        assert!(looking.log().contains("seen b'x'"), "{}", looking.log());
+        let user = pod.start(&config(USE_HUGE_PAGES));
+        user.wait_for("ready");
+        assert!(user.log().contains(&format!("used {}", 12 * MIB)), "{}", user.log());
+        assert!(user.log().contains("no more 12"), "{}", user.log());
+        // The pod has taken its limit of pages from the node's pool.
+        assert_eq!(free_pages(), 8);
+        let reader = pod.start(&config(READ_SHARED_PAGES));
+        assert_eq!(reader.wait().0, 0, "{}", reader.log());
+        assert!(reader.log().contains("seen b'x'"), "{}", reader.log());
         pod.stop();
         pool.wait_for(16);
     });
@@ -184,9 +185,9 @@ fn huge_pages_of_a_pod_are_the_nodes() {
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn huge_pages_of_a_container_are_limited() {
+fn container_with_a_huge_page_limit_gets_exactly_that_many() {
     node::need_image(PYTHON);
-    let pool = Pool::of(8);
+    let pool = Pool::reserve(8);
     case("huge", |case| {
         let run = |script: &str, size: &str, mib: u64| {
             case.with_spec(script, |spec| {

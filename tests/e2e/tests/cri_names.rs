@@ -1,5 +1,4 @@
-//! A pod's names: its own, those of /etc/hosts, those of the cluster's name server; and the node's ports that lead to it
-//! by UDP.
+//! Name resolution in a pod (host name, /etc/hosts, the cluster's name server), and UDP host ports.
 
 use std::fs;
 use std::net::{IpAddr, UdpSocket};
@@ -11,10 +10,10 @@ use husk_e2e::dns::Dns;
 use husk_e2e::{PYTHON, node};
 use serde_json::json;
 
-/// The node's address on CNI's bridge.
+/// The node's address on the CNI bridge.
 const BRIDGE: &str = "10.88.0.1";
 
-/// Resolves the names given, by the C library, and says what came.
+/// Resolves its arguments with the C library, and prints the addresses.
 const RESOLVE: &str = r#"
 import socket, sys
 for name in sys.argv[1:]:
@@ -26,17 +25,17 @@ for name in sys.argv[1:]:
 "#;
 
 #[test]
-fn names_are_resolved_in_a_pod() {
+fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
     need_image(PYTHON);
     pods("cri-names", |pods| {
-        // The bridge comes with the first pod.
+        // CNI creates the bridge with the first pod.
         let server = pods.pod();
         let serving = server.start(&server.sh("nc -ll -p 80 -e echo the service"));
         let addresses = server.addresses();
         let bridge: IpAddr = BRIDGE.parse().unwrap();
         let names = addresses.iter().map(|ip| ("web.team.svc.cluster.test".to_owned(), *ip));
-        let outside = ("www.example.test".to_owned(), "192.0.2.7".parse().unwrap());
-        let _dns = Dns::serve(bridge, names.chain([outside]).collect());
+        let external = ("www.example.test".to_owned(), "192.0.2.7".parse().unwrap());
+        let _dns = Dns::serve(bridge, names.chain([external]).collect());
         let mut config = pods.config();
         config["hostname"] = json!("client");
         config["dns_config"] = json!({
@@ -45,43 +44,43 @@ fn names_are_resolved_in_a_pod() {
             "options": ["ndots:5", "timeout:20"],
         });
         let pod = pods.run(config);
-        // As the kubelet writes it, for all containers of the pod.
-        let own = pod.addresses()[0];
+        // The kubelet writes one /etc/hosts for all containers of the pod.
+        let address = pod.addresses()[0];
         let hosts = pods.dir().join("etc-hosts");
-        fs::write(&hosts, format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n{own}\tclient\n192.0.2.1\tgiven.alias\n"))
+        fs::write(&hosts, format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n{address}\tclient\n192.0.2.1\tgiven.alias\n"))
             .unwrap();
         let mut config = pod.python(RESOLVE);
         let wanted = ["web", "web.team", "www.example.test", "client", "given.alias", "nobody"];
         config["command"].as_array_mut().unwrap().extend(wanted.map(Into::into));
         config["mounts"] = json!([{ "host_path": hosts.to_string_lossy(), "container_path": "/etc/hosts" }]);
-        let asking = pod.start(&config);
-        assert_eq!(asking.wait().0, 0, "{}", asking.log());
-        let log = asking.log();
+        let resolver = pod.start(&config);
+        assert_eq!(resolver.wait().0, 0, "{}", resolver.log());
+        let log = resolver.log();
         let found = |name: &str| {
             let line = log.lines().find_map(|line| line.split_once(&format!(" F {name} "))).map(|(_, found)| found);
             line.unwrap_or_else(|| panic!("{name} is not in the log:\n{log}")).to_owned()
         };
         let mut expected: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         expected.sort();
-        // By the search list, in part and in whole.
+        // Short and partial names resolve through the search list.
         assert_eq!((found("web"), found("web.team")), (expected.join(" "), expected.join(" ")));
         assert_eq!(found("www.example.test"), "192.0.2.7");
-        assert_eq!((found("client"), found("given.alias")), (own.to_string(), "192.0.2.1".into()));
+        assert_eq!((found("client"), found("given.alias")), (address.to_string(), "192.0.2.1".into()));
         assert_eq!(found("nobody"), "none True");
-        // And what a name stands for is reached, in another container of the pod by another resolver.
+        // Another container of the pod, with another resolver, reaches the service by name.
         let client = pod.sleeper();
         assert_eq!(client.sh("hostname; cat /etc/hostname"), "client\nclient");
         let script = "nslookup -type=a web.team.svc.cluster.test | awk '/^Address/ {found = $2} END {print found}'";
         let address = client.sh(script);
         assert!(expected.contains(&address), "{address}");
         assert_eq!(client.sh(&format!("nc -w 20 {address} 80 < /dev/null")), "the service");
-        // Without a file of the kubelet's: localhost is known all the same.
+        // Without the kubelet's /etc/hosts, localhost still resolves.
         assert_eq!(client.sh("ping -c 1 -W 20 localhost > /dev/null && echo there"), "there");
         serving.stop(0);
     });
 }
 
-/// Sends every message back to where it came from, with what it is called.
+/// Returns each datagram to its sender, with a prefix.
 const ECHO: &str = r#"
 import socket
 served = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -92,18 +91,18 @@ while True:
     served.sendto(b"pod: " + message, peer)
 "#;
 
-/// Asks at the node's port.
-const ASK: &str = r#"
+/// Sends a datagram to the node's port, and prints the answer.
+const QUERY: &str = r#"
 import socket
-asking = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-asking.settimeout(20)
-asking.connect(("10.88.0.1", 18053))
-asking.send(b"two")
-print("answered", asking.recv(100).decode())
+client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+client.settimeout(20)
+client.connect(("10.88.0.1", 18053))
+client.send(b"two")
+print("answered", client.recv(100).decode())
 "#;
 
 #[test]
-fn a_port_of_the_node_leads_to_the_pod_by_udp() {
+fn udp_host_port_reaches_the_pod_until_it_stops() {
     need_image(PYTHON);
     pods("cri-hostport-udp", |pods| {
         let mut config = pods.config();
@@ -125,14 +124,14 @@ fn a_port_of_the_node_leads_to_the_pod_by_udp() {
         assert_eq!(ask(b"one").unwrap(), b"pod: one");
         let long = vec![b'x'; 1400];
         assert_eq!(ask(&long).unwrap(), [b"pod: ".as_slice(), &long].concat());
-        // From another pod as well, to the node's port.
+        // Another pod reaches the node's port as well.
         let other = pods.pod();
-        let asking = other.start(&other.python(ASK));
-        assert_eq!(asking.wait().0, 0, "{}", asking.log());
-        assert!(asking.log().contains("answered pod: two"), "{}", asking.log());
+        let querier = other.start(&other.python(QUERY));
+        assert_eq!(querier.wait().0, 0, "{}", querier.log());
+        assert!(querier.log().contains("answered pod: two"), "{}", querier.log());
         pod.stop();
         socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
         let gone = node::eventually(Duration::from_secs(20), || ask(b"three").is_err().then_some(()));
-        assert!(gone.is_some(), "the port still leads somewhere");
+        assert!(gone.is_some(), "the host port still answers");
     });
 }

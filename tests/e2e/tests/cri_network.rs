@@ -1,4 +1,5 @@
-//! A pod's network through containerd's CRI: as CNI made it, seen from inside, from the node and from another pod.
+//! A pod's network as CNI configured it, tested from the pod, from the node and from another pod.
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -23,18 +24,19 @@ fn in_netns(pod: &Pod, command: &[&str]) -> String {
     text
 }
 
-/// What a server says to whoever connects.
+/// Connects to a server and returns its greeting.
 #[track_caller]
 fn greeting(address: SocketAddr) -> String {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(20))
-        .unwrap_or_else(|error| panic!("cannot connect to {address}: {error}"));
+        .unwrap_or_else(|error| panic!("failed to connect to {address}: {error}"));
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     text.trim_end().to_owned()
 }
 
-/// A container with servers: one that greets and one that echoes on all addresses, and web servers on each localhost.
+/// Starts a container with four servers: a greeter and an echo server on all addresses, a web server on each loopback
+/// address.
 fn server(pod: &Pod, word: &str) -> PodContainer {
     let script = format!(
         "echo {word}-page > /srv/index.html
@@ -54,7 +56,7 @@ fn pods_reach_the_node_and_each_other() {
         let (a, b) = (server(&one, "one"), server(&two, "two"));
         let addresses = (one.addresses(), two.addresses());
         assert_eq!(addresses.0.len(), 2, "an IPv4 and an IPv6 address: {:?}", addresses.0);
-        // The guest's view is that of the namespace CNI filled.
+        // The guest has the addresses, MTU and MAC of the network namespace that CNI configured.
         for (what, command) in [
             (
                 "addresses",
@@ -73,7 +75,7 @@ fn pods_reach_the_node_and_each_other() {
             assert_eq!(a.sh(command), outside.trim_end(), "{what}");
         }
         assert_eq!(a.sh("ip route | sed 's/ *$//' | grep -c default"), "1");
-        // Node to pod, by both families.
+        // Node to pod, with both address families.
         for ip in &addresses.0 {
             assert_eq!(greeting((*ip, 8080).into()), "one", "{ip}");
         }
@@ -81,7 +83,7 @@ fn pods_reach_the_node_and_each_other() {
         for ip in &addresses.0 {
             assert_eq!(b.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "one", "{ip}");
         }
-        // Pod to node, by the bridge's own addresses.
+        // Pod to node, at the bridge's addresses.
         for listen in ["10.88.0.1:0", "[fd00:88::1]:0"] {
             let listener = TcpListener::bind(listen).unwrap();
             let address = listener.local_addr().unwrap();
@@ -91,16 +93,16 @@ fn pods_reach_the_node_and_each_other() {
                 stream.write_all(b"the node\n").unwrap();
                 peer.ip()
             });
-            let said = a.sh(&format!("nc -w 20 {} {} < /dev/null", address.ip(), address.port()));
-            assert_eq!(said, "the node", "{address}");
-            assert_eq!(accept.join().unwrap(), expected, "the pod's own address is seen");
+            let answer = a.sh(&format!("nc -w 20 {} {} < /dev/null", address.ip(), address.port()));
+            assert_eq!(answer, "the node", "{address}");
+            assert_eq!(accept.join().unwrap(), expected, "the node sees the pod's address");
         }
-        // A pod reaches itself by its address, and by localhost.
+        // A pod reaches itself at its addresses and at the loopback addresses.
         for ip in addresses.0.iter().map(ToString::to_string).chain(["127.0.0.1".into(), "::1".into()]) {
             let port = 8080;
             assert_eq!(a.sh(&format!("nc -w 20 {ip} {port} < /dev/null")), "one", "{ip}");
         }
-        // Larger than any buffer on the way, both ways.
+        // More data than any buffer on the way holds, in both directions.
         let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8083 | wc -c";
         for ip in &addresses.1 {
             assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "{ip}");
@@ -108,7 +110,7 @@ fn pods_reach_the_node_and_each_other() {
     });
 }
 
-/// Connects from within the pod's network namespace on the node, as containerd's port-forward does.
+/// Connects from the pod's network namespace on the node, as containerd's port forwarding does.
 fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     let netns = fs::File::open(pod.netns()).unwrap();
     let dialled = thread::spawn(move || {
@@ -118,7 +120,7 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     dialled.join().unwrap()
 }
 
-/// Sends back all it was sent, once that is complete.
+/// Returns what it received, once the client has closed its side.
 const ECHO: &str = "import asyncio
 async def echo(reader, writer):
     writer.write(await reader.read())
@@ -130,11 +132,11 @@ async def serve():
 asyncio.run(serve())";
 
 #[test]
-fn ports_are_forwarded_to_servers_on_localhost() {
+fn port_forward_reaches_loopback_servers_and_resets_for_closed_ports() {
     pods("cri-forward", |pods| {
         let pod = pods.pod();
         let container = server(&pod, "here");
-        // One that takes many at once: busybox' own lets a single one wait.
+        // A server for many connections at once: busybox's has a backlog of one.
         need_image(PYTHON);
         let mut config = pod.sh("");
         config["image"]["image"] = json!(PYTHON);
@@ -142,14 +144,14 @@ fn ports_are_forwarded_to_servers_on_localhost() {
         let echo = pod.start(&config);
         echo.wait_for("up");
         let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
-        // As it is dialled by kubectl, by way of containerd's streaming server: what listens on either localhost.
+        // Through containerd's streaming server, as kubectl does: servers on both loopback addresses.
         for port in [8081, 8082] {
             let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [port] }));
             let mut stream = Stream::connect(&format!("{}?port={port}", answer["url"].as_str().unwrap()));
             stream.send(0, b"GET / HTTP/1.0\r\n\r\n");
             stream.wait_for(0, "here-page");
         }
-        // By hand: both families, many at once, half-closed.
+        // Directly: both address families, many connections at once, half-closed.
         let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8084)).unwrap()).collect();
         for (number, connection) in connections.iter_mut().enumerate() {
             connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -164,7 +166,7 @@ fn ports_are_forwarded_to_servers_on_localhost() {
         let mut text = String::new();
         dial(&pod, localhost("127.0.0.1", 8080)).unwrap().read_to_string(&mut text).unwrap();
         assert_eq!(text.trim_end(), "here");
-        // Nobody listens: no connection, or one that is reset at once.
+        // Without a listener, the connection is refused, or reset at once.
         let gone = dial(&pod, localhost("127.0.0.1", 8099)).and_then(|mut stream| stream.read(&mut [0]));
         let kind = gone.map_err(|error| error.kind());
         assert!(
@@ -177,18 +179,18 @@ fn ports_are_forwarded_to_servers_on_localhost() {
 }
 
 #[test]
-fn host_ports_lead_to_the_pod() {
+fn tcp_host_port_reaches_the_pod_until_it_stops() {
     pods("cri-hostport", |pods| {
         let mut config = pods.config();
         config["port_mappings"] = json!([{ "protocol": "TCP", "container_port": 8080, "host_port": 18080 }]);
         let pod = pods.run(config);
         server(&pod, "mapped");
-        // By the bridge's address: localhost needs a setting of the node's that CNI makes itself.
+        // At the bridge's address: for localhost CNI would have to change a sysctl of the node.
         assert_eq!(greeting("10.88.0.1:18080".parse().unwrap()), "mapped");
         pod.stop();
         let gone = node::eventually(Duration::from_secs(10), || {
             TcpStream::connect_timeout(&"10.88.0.1:18080".parse().unwrap(), Duration::from_secs(2)).err()
         });
-        assert!(gone.is_some(), "the port still leads somewhere");
+        assert!(gone.is_some(), "the host port still accepts connections");
     });
 }

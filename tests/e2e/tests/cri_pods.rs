@@ -1,4 +1,4 @@
-//! Pods through containerd's CRI: sandboxes, containers that come and go in them, and what they share.
+//! Pods through containerd's CRI: the life of sandboxes and containers, and what the containers of a pod share.
 //!
 //! Runs: containerd 1.7 and 2
 use husk_e2e::cri::{self, pods};
@@ -10,43 +10,43 @@ fn husk() -> bool {
 }
 
 #[test]
-fn containers_come_and_go_in_one_pod() {
+fn pod_and_its_vm_outlive_their_containers() {
     pods("cri-life", |pods| {
         let pod = pods.pod();
         assert!(pod.is_ready());
-        let machines = vm::vmm_pids();
+        let vmms = vm::vmm_pids();
         if husk() {
-            assert_eq!(machines.len(), 1, "one virtual machine for a pod");
-            assert_eq!(machines, [pod.pid()]);
+            assert_eq!(vmms.len(), 1, "a pod has one VM");
+            assert_eq!(vmms, [pod.pid()]);
         }
-        // One after the other, also the last one: the pod stays.
+        // The pod stays after its only container has exited and is removed.
         let first = pod.start(&pod.sh("echo one; exit 3"));
         assert_eq!(first.wait(), (3, "Error".into()));
         assert!(first.log().contains("stdout F one"), "{}", first.log());
         first.remove();
         assert!(pod.is_ready());
-        // Two at once, one of which goes while the other stays.
+        // Of two containers one stops; the other runs on.
         let (a, b) = (pod.sleeper(), pod.sleeper());
         assert_eq!(a.sh("hostname"), b.sh("hostname"));
         a.stop(10);
-        assert_eq!(a.wait().0, 0, "ended by its own handler of SIGTERM");
+        assert_eq!(a.wait().0, 0, "exit code of the container's SIGTERM handler");
         assert_eq!(b.sh("echo still here"), "still here");
-        // The same again as a new container, as kubelet restarts one.
+        // A new container with the same configuration, as for a restart by the kubelet.
         a.remove();
         let again = pod.sleeper();
         assert_eq!(again.sh("echo again"), "again");
-        // Without patience it is killed.
+        // A stop with timeout 0 sends SIGKILL.
         again.stop(0);
         assert_eq!(again.wait().0, 137);
         b.stop(0);
         assert!(pod.is_ready());
-        assert_eq!(vm::vmm_pids(), machines, "the same virtual machine all along");
-        // One that was created and never started.
+        assert_eq!(vm::vmm_pids(), vmms, "the pod has another VM");
+        // A container that is created and never started.
         pod.create(&pod.sh("true")).remove();
         pod.stop();
         assert!(!pod.is_ready());
-        assert!(vm::vmm_pids().is_empty(), "a stopped pod has no virtual machine");
-        // Both may be asked for any number of times.
+        assert!(vm::vmm_pids().is_empty(), "a stopped pod still has a VM");
+        // Stopping and removing are idempotent.
         pod.stop();
         pod.remove();
         pod.remove();
@@ -54,7 +54,7 @@ fn containers_come_and_go_in_one_pod() {
 }
 
 #[test]
-fn containers_share_what_a_pod_shares() {
+fn containers_share_network_ipc_uts_and_sysctls_but_not_pid_and_mount() {
     pods("cri-shared", |pods| {
         let mut config = pods.config();
         config["hostname"] = json!("the-pod");
@@ -63,11 +63,11 @@ fn containers_share_what_a_pod_shares() {
         config["dns_config"] = json!({ "servers": ["10.0.0.53"], "searches": ["e2e.test"], "options": ["ndots:2"] });
         let pod = pods.run(config);
         let (a, b) = (pod.sleeper(), pod.sleeper());
-        // Names.
+        // Host name and DNS configuration.
         assert_eq!(a.sh("hostname"), "the-pod");
         assert_eq!(b.sh("cat /etc/hostname"), "the-pod");
         assert_eq!(a.sh("cat /etc/resolv.conf"), "search e2e.test\nnameserver 10.0.0.53\noptions ndots:2");
-        // Network and shared memory are the pod's, processes and mounts are not.
+        // Containers share the network and /dev/shm, but not processes and mounts.
         a.sh("echo shared > /dev/shm/file; mount | grep -q ' /dev/shm '");
         assert_eq!(b.sh("cat /dev/shm/file"), "shared");
         for kind in ["net", "ipc", "uts"] {
@@ -86,7 +86,7 @@ fn containers_share_what_a_pod_shares() {
 }
 
 #[test]
-fn processes_are_shared_where_the_pod_says_so() {
+fn containers_share_the_pid_namespace_if_the_pod_asks_for_it() {
     pods("cri-pid", |pods| {
         let pod = pods.pod();
         let shared = |script: &str| {
@@ -99,7 +99,7 @@ fn processes_are_shared_where_the_pod_says_so() {
         let link = "readlink /proc/self/ns/pid";
         assert_eq!(a.sh(link), b.sh(link));
         assert!(b.sh("grep -l 4711 /proc/[0-9]*/cmdline | wc -l").parse::<u32>().unwrap() >= 1);
-        // One container of several ends, and the rest do not.
+        // If one container ends, the others run on.
         a.stop(0);
         assert_eq!(b.sh("echo alive"), "alive");
     });

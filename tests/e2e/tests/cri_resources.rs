@@ -1,11 +1,12 @@
-//! Limits that the kubelet sets beside CPU and memory, through containerd's CRI: whatever a control group has.
+//! CRI's `unified` resources: any cgroup v2 file of a container.
+
 use husk_e2e::cri::{call, pods};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 
 #[test]
-fn keys_of_control_groups_are_set_and_hold() {
+fn unified_cgroup_settings_are_applied_enforced_and_updated() {
     pods("cri-unified", |pods| {
         let pod = pods.pod();
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
@@ -16,7 +17,7 @@ fn keys_of_control_groups_are_set_and_hold() {
         let container = pod.start(&config);
         let read = || container.sh("cd /sys/fs/cgroup && cat memory.max memory.high memory.low pids.max");
         assert_eq!(read(), format!("{}\n{}\n{}\n20", 200 * MIB, 60 * MIB, 10 * MIB));
-        // More tasks than that there cannot be, which a child has to tell.
+        // Exceeding pids.max makes fork(2) fail in the shell.
         let script = "i=0; while [ $i -lt 40 ]; do sleep 5 > /dev/null 2>&1 & i=$((i+1)); done; echo not reached";
         let forked = container.exec(&["sh", "-c", script]);
         assert!(forked.code != 0 && forked.err.contains("fork") && forked.out.is_empty(), "{forked:?}");

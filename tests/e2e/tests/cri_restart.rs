@@ -1,10 +1,10 @@
-//! containerd is restarted, as for an upgrade, with pods that run.
+//! Restarts containerd, as an upgrade does, while pods run.
 //!
 //! Runs: containerd 2
 
 use husk_e2e::cri::{pods, restart};
 
 #[test]
-fn pods_go_on_while_containerd_is_restarted() {
+fn pods_survive_a_restart_of_containerd() {
     pods("cri-restart", restart::is_survived);
 }

@@ -1,5 +1,4 @@
-//! Routing by more than one table: what a plugin or somebody else made in the pod's namespace is what the guest has, as the
-//! node's own `ip` shows it on both sides.
+//! Routes, rules and routing tables: the guest has those of the pod's network namespace. The node's `ip` lists both.
 
 use std::fs;
 use std::io::Read;
@@ -13,7 +12,7 @@ use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
 use husk_e2e::node;
 use serde_json::{Value, json};
 
-/// What `ip` is asked for to see all that there is but what every namespace has for itself.
+/// Arguments of `ip` that together list all rules and routes, except those of the local table.
 const VIEWS: [&str; 9] = [
     "rule",
     "-6 rule",
@@ -26,26 +25,26 @@ const VIEWS: [&str; 9] = [
     "-6 route show table 1000",
 ];
 
-/// Both families, by a veth whose other end has the gateways' addresses.
+/// Returns a ptp plugin with both address families: the veth's peer on the node has the gateways' addresses.
 fn veth(subnets: [&str; 2]) -> Value {
     let ranges = subnets.map(|subnet| json!([{ "subnet": subnet }]));
     let ipam = json!({ "type": "host-local", "ranges": ranges, "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] });
     json!({ "type": "ptp", "ipMasq": false, "ipam": ipam })
 }
 
-/// `ip` in the pod's network namespace on the node.
+/// Runs `ip` in the pod's network namespace on the node.
 #[track_caller]
 fn on_node(pod: &Pod, arguments: &str) -> String {
     let netns = format!("--net={}", pod.netns().display());
     let output = Command::new("nsenter").args([netns.as_str(), "ip"]).args(arguments.split(' ')).output().unwrap();
-    // A table that nobody has put anything into.
+    // `ip` reports an error for an empty table.
     let none = String::from_utf8_lossy(&output.stderr).contains("FIB table does not exist");
     assert!(output.status.success() || none, "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// A container that has the node's programs, and listens.
-fn beside(pod: &Pod) -> PodContainer {
+/// Starts a container that has the node's `/usr` and a listener.
+fn start_listener(pod: &Pod) -> PodContainer {
     let mut config = pod.sh("nc -ll -p 8080 -e echo hello & echo up; sleep 100000");
     config["linux"]["security_context"]["capabilities"] = json!({ "add_capabilities": ["NET_ADMIN"] });
     config["mounts"] = json!([{ "host_path": "/usr", "container_path": "/node", "readonly": true }]);
@@ -54,15 +53,15 @@ fn beside(pod: &Pod) -> PodContainer {
     container
 }
 
-/// The node's `ip` in the guest.
+/// Runs the node's `ip` in the guest.
 fn in_guest(container: &PodContainer, arguments: &str) -> String {
     let libraries = "/node/lib/x86_64-linux-gnu";
     let ip = format!("{libraries}/ld-linux-x86-64.so.2 --library-path {libraries} /node/bin/ip {arguments}");
     container.sh(&format!("{ip} 2>&1 || true"))
 }
 
-/// Without who made a route, and without the order of tables' listing.
-fn plain(text: &str) -> Vec<String> {
+/// Returns the lines of an output of `ip`, without the protocol of routes and without errors for empty tables.
+fn normalized_lines(text: &str) -> Vec<String> {
     let text = text.replace("Error: ipv4: FIB table does not exist.\nDump terminated", "");
     let text = text.replace("Error: ipv6: FIB table does not exist.\nDump terminated", "");
     let lines = text.lines().map(|line| {
@@ -75,24 +74,24 @@ fn plain(text: &str) -> Vec<String> {
     lines.filter(|line| !line.is_empty()).collect()
 }
 
-/// Waits until the guest has what the namespace has.
+/// Waits until the guest has the rules and routes of the network namespace.
 #[track_caller]
-fn same(pod: &Pod, container: &PodContainer) {
+fn wait_until_equal(pod: &Pod, container: &PodContainer) {
     for view in VIEWS {
-        // In numbers: the names of protocols are the image's.
+        // Numeric output: names of protocols come from files of the image.
         let view = &format!("-N {view}");
-        let wanted = plain(&on_node(pod, view));
+        let wanted = normalized_lines(&on_node(pod, view));
         let mut last = Vec::new();
         let held = node::eventually(Duration::from_secs(30), || {
-            last = plain(&in_guest(container, view));
+            last = normalized_lines(&in_guest(container, view));
             (last == wanted).then_some(())
         });
-        assert!(held.is_some(), "{view}: {last:#?}\nand not {wanted:#?}\n{}", node::log_tail(20));
+        assert!(held.is_some(), "{view}: the guest has {last:#?}\nexpected {wanted:#?}\n{}", node::log_tail(20));
     }
 }
 
 #[track_caller]
-fn answers(address: IpAddr) {
+fn assert_answers(address: IpAddr) {
     let mut text = String::new();
     let stream = TcpStream::connect_timeout(&SocketAddr::from((address, 8080)), Duration::from_secs(20));
     stream.unwrap().read_to_string(&mut text).unwrap();
@@ -100,24 +99,24 @@ fn answers(address: IpAddr) {
 }
 
 #[test]
-fn routing_by_source_is_carried_over() {
+fn guest_has_the_source_based_routes_of_the_sbr_plugin() {
     let plugins = json!([veth(["10.93.0.0/24", "fd00:93::/64"]), { "type": "sbr" }]);
     network("cri-sbr", plugins, |pods| {
         let pod = pods.pod();
-        let container = beside(&pod);
+        let container = start_listener(&pod);
         let rules = in_guest(&container, "rule");
         assert!(rules.contains("from 10.93.0.") && rules.contains("lookup 100"), "{rules}");
-        same(&pod, &container);
+        wait_until_equal(&pod, &container);
         for address in pod.addresses() {
-            answers(address);
+            assert_answers(address);
         }
-        // By its own address alone there is a way out.
+        // Packets from the pod's address use the plugin's table.
         assert!(in_guest(&container, "route get 10.93.0.1 from 10.93.0.2").contains("table 100"));
     });
 }
 
-/// A plugin that runs its script in the pod's namespace, and hands on what it was given: CNI's keys are in alphabetical
-/// order.
+/// A CNI plugin that runs its script in the pod's network namespace and returns `prevResult`. The `sed` relies on CNI's
+/// alphabetical order of keys.
 const PLUGIN: &str = r#"#!/bin/sh
 config=$(cat)
 [ "$CNI_COMMAND" = ADD ] || exit 0
@@ -125,7 +124,7 @@ nsenter --net="$CNI_NETNS" sh -e "$0.script" >&2 || exit 1
 printf '%s' "$config" | sed 's/^.*"prevResult":\(.*\),"type":"[^"]*"}$/\1/'
 "#;
 
-/// Runs `body` while pods get a network in whose namespace the script has run.
+/// Runs `body` with a CNI network whose plugin runs the script in each pod's network namespace.
 #[track_caller]
 fn network_by_script(name: &str, script: &str, body: impl FnOnce(&Pods)) {
     let plugin = "/usr/lib/cni/husk-test";
@@ -137,8 +136,8 @@ fn network_by_script(name: &str, script: &str, body: impl FnOnce(&Pods)) {
     fs::remove_file(format!("{plugin}.script")).unwrap();
 }
 
-/// All that there is of routes and rules, with addresses for their gateways.
-const SCRIPT: &str = "
+/// All kinds of routes and rules, with addresses for their gateways.
+const ALL_KINDS: &str = "
 ip addr add 10.94.1.2/24 dev eth0
 ip -6 addr add fd00:941::2/64 dev eth0 nodad
 ip route add 10.70.0.0/16 nexthop via 10.94.1.1 dev eth0 weight 2 nexthop via 10.94.1.3 dev eth0 weight 5
@@ -175,22 +174,22 @@ ip -6 rule add pref 202 from fd00:9::/64 blackhole
 ";
 
 #[test]
-fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
-    network_by_script("cri-routes", SCRIPT, |pods| {
+fn guest_follows_all_kinds_of_routes_and_rules() {
+    network_by_script("cri-routes", ALL_KINDS, |pods| {
         let pod = pods.pod();
-        let container = beside(&pod);
-        same(&pod, &container);
+        let container = start_listener(&pod);
+        wait_until_equal(&pod, &container);
         let main6 = in_guest(&container, "-6 route");
         assert!(main6.contains("default via fd00:94::1"), "{main6}");
         let (rules, routes) = (in_guest(&container, "rule"), in_guest(&container, "route"));
         assert!(rules.contains("303:\tfrom all iif notyet [detached] nop"), "{rules}");
         assert!(routes.contains("blackhole 10.72.0.0/16") && routes.contains("weight 5"), "{routes}");
 
-        // What the container adds by itself is its own.
+        // A rule that the container adds itself stays.
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
-        let own = "from 10.250.0.0/16 lookup 250";
+        let containers_rule = "from 10.250.0.0/16 lookup 250";
         for change in [
-            // Gone, other ones, and others in their places, of each kind.
+            // Removed, added and replaced, of each kind.
             "route del 10.70.0.0/16",
             "route replace 10.71.0.0/16 nexthop via 10.94.1.1 dev eth0 nexthop via 10.94.1.3 dev eth0 weight 7",
             "route replace blackhole 10.74.0.0/16 tos 0x10",
@@ -211,9 +210,9 @@ fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
             on_node(&pod, change);
         }
         in_guest(&container, "rule del pref 250");
-        same(&pod, &container);
+        wait_until_equal(&pod, &container);
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
-        // A rule of the same priority that asks for less than others, between them and after them.
+        // Rules of the same priority: one that matches everything, between two narrower ones. Their order counts.
         on_node(&pod, "rule add pref 400 from 10.5.0.0/16 lookup 100");
         on_node(&pod, "rule add pref 400 lookup 1000");
         on_node(&pod, "rule add pref 400 from 10.6.0.0/16 lookup 1000");
@@ -230,9 +229,9 @@ fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
             let now: Vec<String> = order(text);
             now == lines[1..2]
         });
-        assert!(in_guest(&container, "rule").contains(own));
+        assert!(in_guest(&container, "rule").contains(containers_rule));
 
-        // All of it goes.
+        // All routes and rules are removed.
         for family in ["", "-6 "] {
             for table in ["7", "100", "1000"] {
                 on_node(&pod, &format!("{family}route flush table {table}"));
@@ -244,13 +243,13 @@ fn routes_and_rules_of_all_kinds_are_carried_over_and_followed() {
                 }
             }
         }
-        wait_until(&container, "rule", |text| text.lines().count() == 4 && text.contains(own));
+        wait_until(&container, "rule", |text| text.lines().count() == 4 && text.contains(containers_rule));
         in_guest(&container, "rule del pref 250");
-        same(&pod, &container);
+        wait_until_equal(&pod, &container);
     });
 }
 
-/// Two more interfaces, whose other ends are the node's: each with sizes, addresses and routes of its own.
+/// Two more interfaces with peers on the node, each with its own MTU, addresses and routes.
 const INTERFACES: &str = "
 for number in 1 2; do
     ip link add net$number address 02:00:00:00:97:0$number type veth peer name huskfar$number netns 1
@@ -266,7 +265,7 @@ ip link set eth0 mtu 1400
 ";
 
 #[test]
-fn several_interfaces_are_there_at_the_start() {
+fn first_container_sees_all_interfaces_at_its_start() {
     network_by_script("cri-several", INTERFACES, |pods| {
         let pod = pods.pod();
         for number in 1..=2 {
@@ -278,7 +277,7 @@ fn several_interfaces_are_there_at_the_start() {
                 assert!(Command::new("ip").args(arguments.split(' ')).status().unwrap().success(), "{arguments}");
             }
         }
-        // The first thing a container sees: nothing has to come yet.
+        // The first container sees the complete network without waiting.
         let first = pod.start(&pod.sh("cd /sys/class/net; grep . eth0/mtu net1/mtu net2/mtu net*/address; ip -o addr"));
         assert_eq!(first.wait().0, 0, "{}", first.log());
         for wanted in [
@@ -294,23 +293,23 @@ fn several_interfaces_are_there_at_the_start() {
         ] {
             assert!(first.log().contains(wanted), "{wanted}: {}", first.log());
         }
-        let container = beside(&pod);
-        same(&pod, &container);
+        let container = start_listener(&pod);
+        wait_until_equal(&pod, &container);
         let neighbours = in_guest(&container, "neigh");
         assert!(neighbours.contains("10.97.1.9 dev net1 lladdr 02:00:00:00:97:99 PERMANENT"), "{neighbours}");
-        // The lower metric's, and the other one's by its address.
+        // The route with the lower metric wins.
         assert!(in_guest(&container, "route get 10.98.1.1").contains("via 10.97.2.1 dev net2"));
-        pod.addresses().into_iter().for_each(answers);
+        pod.addresses().into_iter().for_each(assert_answers);
         for address in ["10.97.1.2", "10.97.2.2", "fd00:97:1::2", "fd00:97:2::2"] {
-            answers(address.parse().unwrap());
+            assert_answers(address.parse().unwrap());
         }
-        // A datagram as large as the link, whole.
+        // A datagram of the link's full MTU is not fragmented.
         assert_eq!(container.sh("ping -c 1 -w 20 -s 8922 10.97.2.1 | grep -c '8930 bytes'"), "1");
     });
 }
 
 #[test]
-fn a_route_stays_when_the_way_to_its_gateway_is_gone() {
+fn route_stays_after_the_route_to_its_gateway_is_removed() {
     let script = "
 ip route add 10.85.0.1 dev eth0
 ip route add 10.84.0.0/16 via 10.85.0.1 dev eth0
@@ -321,11 +320,11 @@ ip -6 route del fd00:85::1
 ";
     network_by_script("cri-lost", script, |pods| {
         let pod = pods.pod();
-        let container = beside(&pod);
+        let container = start_listener(&pod);
         let routes = in_guest(&container, "route") + &in_guest(&container, "-6 route");
         assert!(routes.contains("10.84.0.0/16 via 10.85.0.1 dev eth0"), "{routes}");
         assert!(routes.contains("fd00:84::/64 via fd00:85::1 dev eth0"), "{routes}");
-        pod.addresses().into_iter().for_each(answers);
+        pod.addresses().into_iter().for_each(assert_answers);
     });
 }
 
@@ -340,10 +339,10 @@ fn wait_until(container: &PodContainer, view: &str, holds: impl Fn(&str) -> bool
 }
 
 #[test]
-fn two_interfaces_in_one_subnet_keep_a_route_each() {
+fn two_interfaces_in_one_subnet_have_a_route_each() {
     pods("cri-twice", |pods| {
         let pod = pods.pod();
-        let container = beside(&pod);
+        let container = start_listener(&pod);
         let netns = pod.netns().file_name().unwrap().to_string_lossy().into_owned();
         for number in 1..=2 {
             let pair = format!("link add huskveth{number} type veth peer name net{number} netns {netns}");
@@ -360,13 +359,13 @@ fn two_interfaces_in_one_subnet_keep_a_route_each() {
             on_node(&pod, &format!("-6 route append fd00:95::/64 dev net{number} table 100 metric 5"));
         }
         on_node(&pod, "route add 10.96.0.0/16 nexthop via 10.95.0.8 dev net1 nexthop via 10.95.0.9 dev net2");
-        same(&pod, &container);
+        wait_until_equal(&pod, &container);
         let routes = in_guest(&container, "route");
         assert!(routes.contains("10.95.0.0/24 dev net1") && routes.contains("10.95.0.0/24 dev net2"), "{routes}");
-        // With one of them goes what was by it.
+        // Removing an interface removes its routes and next hops.
         assert!(Command::new("ip").args(["link", "del", "huskveth1"]).status().unwrap().success());
-        same(&pod, &container);
+        wait_until_equal(&pod, &container);
         assert!(Command::new("ip").args(["link", "del", "huskveth2"]).status().unwrap().success());
-        same(&pod, &container);
+        wait_until_equal(&pod, &container);
     });
 }

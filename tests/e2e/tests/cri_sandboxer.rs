@@ -1,6 +1,7 @@
-//! Pods whose sandbox the shim is itself: containerd 2.x with `sandboxer = "shim"`.
+//! Pods whose sandbox is the shim: containerd 2.x with `sandboxer = "shim"`.
 //!
 //! Requires: containerd 2
+
 use std::time::Duration;
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
@@ -28,7 +29,7 @@ fn ctr(args: &[&str]) -> Output {
     Running::start(command, Input::Null).wait()
 }
 
-/// Waits until the CRI says that the pod is not ready. Just after a shim's death it says that it cannot tell.
+/// Waits until CRI reports that the pod is not ready. Just after the shim's death, the request fails.
 #[track_caller]
 fn wait_until_not_ready(pod: &Pod) {
     let request = json!({ "pod_sandbox_id": pod.id });
@@ -40,29 +41,29 @@ fn wait_until_not_ready(pod: &Pod) {
 }
 
 #[test]
-fn statistics_are_those_inside() {
+fn pod_and_container_statistics_are_those_of_the_guest() {
     pods("sb-stats", stats::processor_memory_and_processes);
     pods("sb-network", stats::network);
 }
 
 #[test]
-fn annotations_are_as_the_node_allows() {
+fn annotations_are_limited_by_the_nodes_configuration() {
     pods("sb-annotations", annotations::are_as_the_node_allows);
 }
 
 #[test]
-fn the_shim_is_the_sandbox() {
+fn pod_runs_without_a_sandbox_container_or_task() {
     pods("sb-life", |pods| {
         let pod = pods.pod();
         assert!(pod.is_ready());
-        let machines = vm::vmm_pids();
-        assert_eq!(machines, [pod.pid()]);
-        // containerd has prepared no container for it.
+        let vmms = vm::vmm_pids();
+        assert_eq!(vmms, [pod.pid()]);
+        // containerd has neither a container nor a task for the sandbox.
         ctr(&["containers", "ls", "-q"]).expect_out("");
         ctr(&["tasks", "ls", "-q"]).expect_out("");
         let listed = run_ctr(&["version"]).expect_code(0).value("  Version");
         assert!(listed.trim_start_matches('v').starts_with("2."), "containerd {listed}");
-        // The last container may go and come back.
+        // The pod stays after its only container is removed, and takes new ones.
         let first = pod.start(&pod.sh("echo one; exit 3"));
         assert_eq!(first.wait(), (3, "Error".into()));
         assert!(first.log().contains("stdout F one"), "{}", first.log());
@@ -80,22 +81,22 @@ fn the_shim_is_the_sandbox() {
         b.remove();
         let again = pod.sleeper();
         assert_eq!(again.sh("echo again"), "again");
-        assert_eq!(vm::vmm_pids(), machines, "the same virtual machine all along");
+        assert_eq!(vm::vmm_pids(), vmms, "the pod has another VM");
         pod.create(&pod.sh("true")).remove();
-        // With a container that still runs.
+        // Stops the pod while a container runs.
         pod.stop();
         assert!(!pod.is_ready());
         assert_eq!(again.wait().0, 137);
-        assert!(vm::vmm_pids().is_empty(), "a stopped pod has no virtual machine");
+        assert!(vm::vmm_pids().is_empty(), "a stopped pod still has a VM");
         pod.stop();
         pod.remove();
-        assert!(vm::shims_of(&pod.id).is_empty(), "a removed pod has no shim");
+        assert!(vm::shims_of(&pod.id).is_empty(), "a removed pod still has a shim");
         pod.remove();
     });
 }
 
 #[test]
-fn containers_get_what_containerd_leaves_to_the_sandbox() {
+fn sandbox_configures_hostname_dns_sysctls_size_and_network() {
     pods("sb-files", |pods| {
         let mut config = pods.config();
         config["hostname"] = json!("the-pod");
@@ -118,7 +119,7 @@ fn containers_get_what_containerd_leaves_to_the_sandbox() {
         let seen = b.sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
         let (cpus, mib) = seen.split_once('\n').unwrap();
         assert!(cpus == "2" && (250..300).contains(&mib.parse::<u64>().unwrap()), "{seen}");
-        // The pod's network is the one CNI made.
+        // The pod has the network that CNI configured.
         let address = pod.addresses()[0].to_string();
         assert!(a.sh("ip -o addr show dev eth0").contains(&address));
         a.sh("nc -l -p 8080 -e echo through > /dev/null 2>&1 &
@@ -130,7 +131,7 @@ fn containers_get_what_containerd_leaves_to_the_sandbox() {
 }
 
 #[test]
-fn the_sandbox_service_is_served_whole() {
+fn sandbox_service_implements_all_requests() {
     pods("sb-service", |pods| {
         let pod = pods.pod();
         let (client, sandbox_id) = (shim::sandbox(&pod.id), pod.id.clone());
@@ -151,13 +152,13 @@ fn the_sandbox_service_is_served_whole() {
         );
         let metrics = Metrics::parse_from_bytes(&metric.data.value).unwrap();
         assert!(metrics.memory.usage > 10 << 20 && metrics.cpu.usage_usec > 0, "{metrics:?}");
-        // With what a container's have, too.
+        // Sandbox metrics have the same fields as a container's.
         assert!(metrics.io.is_some() && metrics.memory_events.is_some(), "{metrics:?}");
         assert!(metrics.memory.swap_limit > 0 && metrics.pids.current > 0 && metrics.memory.anon > 0, "{metrics:?}");
         let request = CreateSandboxRequest { sandbox_id: id(), ..Default::default() };
-        let again = client.create_sandbox(shim::context(), &request).unwrap_err();
-        assert!(again.to_string().contains("already exists"), "{again}");
-        // Started already, and what it was started as.
+        let error = client.create_sandbox(shim::context(), &request).unwrap_err();
+        assert!(error.to_string().contains("already exists"), "{error}");
+        // Starting again returns the pid and time of the first start.
         let request = StartSandboxRequest { sandbox_id: id(), ..Default::default() };
         let started = client.start_sandbox(shim::context(), &request).unwrap();
         assert_eq!(started.pid, pod.pid().unsigned_abs());
@@ -169,7 +170,7 @@ fn the_sandbox_service_is_served_whole() {
         assert_eq!((status.sandbox_id.as_str(), status.state.as_str()), (id().as_str(), "SANDBOX_READY"));
         assert_eq!((status.pid, &status.created_at), (started.pid, &started.created_at));
         assert!(status.exited_at.is_none() && status.info["info"].contains("runtimeSpec"), "{status:?}");
-        // Whoever waits for its end is told, and of an end that was asked for as one.
+        // A waiter gets the sandbox's exit; a requested stop has exit status 0.
         let waiter = {
             let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
             let client = shim::sandbox(&pod.id);
@@ -183,7 +184,7 @@ fn the_sandbox_service_is_served_whole() {
         let status = client.sandbox_status(shim::context(), &request).unwrap();
         assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
         assert_eq!((&status.created_at, &status.exited_at), (&started.created_at, &exit.exited_at));
-        // Stopped already.
+        // Stopping and waiting again succeed.
         let request = StopSandboxRequest { sandbox_id: id(), ..Default::default() };
         client.stop_sandbox(shim::context(), &request).unwrap();
         client.stop_sandbox(shim::context(), &request).unwrap();
@@ -193,19 +194,19 @@ fn the_sandbox_service_is_served_whole() {
     });
 }
 
-/// Seconds since 1970.
+/// Returns the seconds since 1970.
 fn now() -> i64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     i64::try_from(now.as_secs()).unwrap()
 }
 
 #[test]
-fn whoever_shuts_it_down_hears_of_it_when_it_is_gone() {
+fn shutdown_sandbox_returns_after_the_vm_and_its_state_are_removed() {
     pods("sb-shutdown", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
-        let machine = pod.pid();
-        let asking: Vec<_> = (0..4)
+        let vmm = pod.pid();
+        let requests: Vec<_> = (0..4)
             .map(|_| {
                 let (client, sandbox_id) = (shim::sandbox(&pod.id), pod.id.clone());
                 std::thread::spawn(move || {
@@ -216,10 +217,10 @@ fn whoever_shuts_it_down_hears_of_it_when_it_is_gone() {
                 })
             })
             .collect();
-        for thread in asking {
-            assert_eq!(thread.join().unwrap(), (Ok(()), false), "answer, and whether its directory is still there");
+        for thread in requests {
+            assert_eq!(thread.join().unwrap(), (Ok(()), false), "the answer, and whether the state directory exists");
         }
-        assert!(!vm::vmm_pids().contains(&machine), "the machine is still there");
+        assert!(!vm::vmm_pids().contains(&vmm), "the VMM still runs");
         wait_until_not_ready(&pod);
         assert!([137, 255].contains(&container.wait().0));
         pod.stop();
@@ -228,7 +229,7 @@ fn whoever_shuts_it_down_hears_of_it_when_it_is_gone() {
 }
 
 #[test]
-fn the_node_s_tools_show_it_before_it_has_a_container() {
+fn husk_ps_and_trace_show_a_pod_without_containers() {
     pods("sb-tools", |pods| {
         let pod = pods.pod();
         let husk = |args: &[&str]| {
@@ -251,16 +252,16 @@ fn the_node_s_tools_show_it_before_it_has_a_container() {
 }
 
 #[test]
-fn pods_go_on_while_containerd_is_restarted() {
+fn pods_survive_a_restart_of_containerd() {
     pods("sb-restart", restart::is_survived);
 }
 
 #[test]
-fn a_machine_that_dies_is_noticed() {
+fn pod_is_not_ready_after_its_vmm_is_killed() {
     pods("sb-death", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
-        // SAFETY: kill takes two integers.
+        // SAFETY: kill(2) takes two integers and no pointers.
         assert_eq!(unsafe { libc::kill(pod.pid(), libc::SIGKILL) }, 0);
         assert_eq!(container.wait(), (137, "Error".into()));
         wait_until_not_ready(&pod);
@@ -270,18 +271,18 @@ fn a_machine_that_dies_is_noticed() {
 }
 
 #[test]
-fn a_shim_that_dies_is_noticed() {
+fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
     pods("sb-shim", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
         let shims = vm::shims_of(&pod.id);
-        assert_eq!(shims.len(), 1, "one shim for a pod");
-        // SAFETY: kill takes two integers.
+        assert_eq!(shims.len(), 1, "a pod has one shim");
+        // SAFETY: kill(2) takes two integers and no pointers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
-        assert!(gone.is_some(), "the virtual machine outlives its shim");
+        assert!(gone.is_some(), "the VM outlives its shim");
         wait_until_not_ready(&pod);
-        // The pod may be seen to have ended before its container is; nothing is removed that counts as running.
+        // containerd may report the pod's end before the container's, and does not remove a running container.
         assert!([137, 255].contains(&container.wait().0));
         pod.stop();
         pod.remove();
@@ -289,9 +290,10 @@ fn a_shim_that_dies_is_noticed() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_and_leaves_nothing() {
+fn run_pod_sandbox_rejects_host_namespaces_and_disallowed_annotations() {
     pods("sb-refused", |pods| {
-        // Not the host network: containerd 2.1 itself dies of that with this sandboxer (NewBundle without a specification).
+        // Without the host network: with this sandboxer containerd 2.1 itself crashes on it (NewBundle without a
+        // specification).
         for (namespace, word) in [("pid", "host pid"), ("ipc", "host ipc")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });

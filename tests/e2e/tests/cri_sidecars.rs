@@ -1,11 +1,11 @@
-//! Init containers and sidecars, from a pod's YAML: started in order, each seeing those before it, ended in order.
+//! Init containers and sidecars from a pod's YAML: they start in order, and sidecars end in reverse order.
 
 use std::fs;
 
 use husk_e2e::BUSYBOX;
 use husk_e2e::cri::{manifest, pods};
 
-/// Each container adds a line to a file when it starts, and a sidecar one when it is asked to end.
+/// Each container appends a line to a file when it starts. Sidecars append another one on SIGTERM.
 const POD: &str = r#"
 apiVersion: v1
 kind: Pod
@@ -75,7 +75,7 @@ spec:
 "#;
 
 #[test]
-fn init_containers_and_sidecars_come_and_go_in_order() {
+fn init_containers_and_sidecars_start_and_end_in_order() {
     pods("cri-in-order", |pods| {
         let mut applied = manifest::apply(pods, POD, &[("busybox", BUSYBOX)]);
         let shared = applied.empty_dir("shared");
@@ -83,7 +83,7 @@ fn init_containers_and_sidecars_come_and_go_in_order() {
         let order = || fs::read_to_string(shared.join("order")).unwrap();
         let begun = "prepare\nproxy\nmigrate, answered\nlogger\njob, answered\n";
         assert_eq!(order(), begun);
-        // One that ends while the others run is started again, and they go on.
+        // A sidecar that exits is restarted, and the other containers run on.
         let first = applied.sidecars[1].container.id.clone();
         applied.sidecars[1].container.exec(&["sh", "-c", "kill -TERM 1"]);
         applied.restart(1);

@@ -1,24 +1,25 @@
-//! Statistics of pods and containers through containerd's CRI, as kubelet asks for them; limits changed while they run.
+//! Statistics of pods and containers through containerd's CRI, as the kubelet requests them, and updated limits.
+
 use husk_e2e::cri::{call, pods, stats};
 use serde_json::json;
 
 #[test]
-fn processor_memory_and_processes_are_those_inside() {
+fn cpu_memory_and_process_statistics_are_those_of_the_guest() {
     pods("cri-stats", stats::processor_memory_and_processes);
 }
 
 #[test]
-fn network_traffic_is_that_of_the_pod() {
+fn network_statistics_count_the_pods_traffic() {
     pods("cri-stats-net", stats::network);
 }
 
 #[test]
-fn block_devices_are_told_of() {
+fn block_device_statistics_are_reported() {
     pods("cri-stats-disk", stats::block);
 }
 
 #[test]
-fn limits_that_change_are_seen_inside() {
+fn updated_limits_reach_the_containers_cgroup() {
     pods("cri-limits", |pods| {
         let pod = pods.pod();
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");

@@ -1,4 +1,5 @@
-//! Exec, attach, terminals and logs of a pod's containers through containerd's CRI.
+//! Exec, attach, terminals, logs and security contexts of a pod's containers through containerd's CRI.
+
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use husk_e2e::cri::{PodContainer, call, pods, try_call};
 use husk_e2e::node;
 use serde_json::json;
 
-/// Opens the stream of an Exec or Attach request.
+/// Sends an Exec or Attach request with the fields `more`, and connects to its stream.
 #[track_caller]
 fn open(method: &str, container: &PodContainer, more: serde_json::Value) -> Stream {
     let mut request = json!({ "container_id": container.id, "stdout": true });
@@ -16,21 +17,21 @@ fn open(method: &str, container: &PodContainer, more: serde_json::Value) -> Stre
 }
 
 #[test]
-fn commands_are_executed() {
+fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
     pods("cri-exec", |pods| {
         let pod = pods.pod();
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         config["envs"] = json!([{ "key": "WORD", "value": "from the pod" }]);
         config["working_dir"] = json!("/srv");
         let container = pod.start(&config);
-        // Output, errors, exit codes, environment.
+        // stdout, stderr, exit codes, environment.
         let done = container.exec(&["sh", "-c", "echo out; echo err >&2; exit 7"]);
         assert_eq!((done.code, done.out.as_str(), done.err.as_str()), (7, "out\n", "err\n"));
         assert_eq!(container.sh("echo $WORD; pwd"), "from the pod\n/srv");
         assert_eq!(container.exec(&["sh", "-c", "kill -9 $$"]).code, 137);
         let error = try_call("ExecSync", &json!({ "container_id": container.id, "cmd": ["/no/such"], "timeout": 20 }));
         assert!(error.unwrap_err().message.contains("/no/such"));
-        // A time-out ends what was started.
+        // A timeout kills the command.
         let started = Instant::now();
         let request = json!({ "container_id": container.id, "cmd": ["sleep", "4713"], "timeout": 2 });
         let error = try_call("ExecSync", &request).unwrap_err();
@@ -39,7 +40,7 @@ fn commands_are_executed() {
         let count = "grep -lE '471[3]' /proc/[0-9]*/cmdline 2>/dev/null | wc -l";
         let gone = node::eventually(Duration::from_secs(10), || (container.sh(count) == "0").then_some(()));
         assert!(gone.is_some(), "{}", container.sh("ps"));
-        // A stream with input, whose status comes at the end.
+        // A stream with stdin; the exit status follows at its end.
         let mut stream = open(
             "Exec",
             &container,
@@ -49,13 +50,13 @@ fn commands_are_executed() {
         let (out, err, status) = stream.finish();
         assert_eq!((out, err), (b"got a line\n".to_vec(), b"bad\n".to_vec()));
         assert!(status.contains("\"4\"") || status.contains("exit code 4"), "{status}");
-        // A terminal with a size that changes.
+        // A terminal that is resized.
         let script = "trap 'stty size; exit 0' WINCH; echo up; while :; do sleep 0.1; done";
         let mut stream = open("Exec", &container, json!({ "cmd": ["sh", "-c", script], "stdin": true, "tty": true }));
         stream.wait_for(channel::STDOUT, "up\r\n");
         stream.send(channel::RESIZE, br#"{"Width":101,"Height":37}"#);
         stream.wait_for(channel::STDOUT, "37 101\r\n");
-        // More than any buffer on the way.
+        // More data than any buffer on the way holds.
         let command = json!({ "cmd": ["sh", "-c", "head -c 20000000 /dev/zero; echo done >&2"], "stderr": true });
         let (out, err, _) = open("Exec", &container, command).finish();
         assert_eq!((out.len(), err), (20_000_000, b"done\n".to_vec()));
@@ -64,7 +65,7 @@ fn commands_are_executed() {
 }
 
 #[test]
-fn containers_are_attached_to_and_log() {
+fn attach_reaches_stdin_and_logs_are_split_and_reopened() {
     pods("cri-attach", |pods| {
         let pod = pods.pod();
         let mut config =
@@ -76,10 +77,10 @@ fn containers_are_attached_to_and_log() {
         let mut stream = open("Attach", &container, json!({ "stdin": true, "stderr": true }));
         stream.send(channel::STDIN, b"first\nsecond\n");
         stream.wait_for(channel::STDOUT, "heard second");
-        // Standard input is closed with the first client that leaves.
+        // The first client that disconnects closes stdin.
         drop(stream);
         assert_eq!(container.wait(), (5, "Error".into()));
-        // kubelet's log format: time, stream, whole or partial, text.
+        // CRI's log format: time, stream, full (F) or partial (P), text.
         let log = container.log();
         let mut texts: Vec<(&str, &str)> = Vec::new();
         for line in log.lines() {
@@ -94,14 +95,19 @@ fn containers_are_attached_to_and_log() {
         assert_eq!(of("stdout"), ["begin", "heard first", "heard second", "end"]);
         assert_eq!(of("stderr"), ["aside", "aside"]);
         container.remove();
-        // A long line is split into parts; a log that was moved away is begun again.
+        // A long line is split into parts. ReopenContainerLog creates a new file after the old one was renamed.
         let container = pod.start(&pod.sh(
             "head -c 40000 /dev/zero | tr '\\0' x; echo; echo one; until [ -e /tmp/go ]; do sleep 0.2; done; echo two; sleep 1000",
         ));
         container.wait_for("one");
         let log = container.log();
         let parts: Vec<&str> = log.lines().filter(|line| line.contains(" stdout P ")).collect();
-        assert_eq!(parts.len(), 2, "40000 bytes in parts of 16384: {}", log.len());
+        assert_eq!(
+            parts.len(),
+            2,
+            "40000 bytes are two partial lines of 16384 and the rest; log of {} bytes",
+            log.len()
+        );
         let old = container.log_path().with_extension("old");
         fs::rename(container.log_path(), &old).unwrap();
         call("ReopenContainerLog", &json!({ "container_id": container.id }));
@@ -123,7 +129,7 @@ fn containers_are_attached_to_and_log() {
 }
 
 #[test]
-fn mounts_limits_and_security_contexts_are_those_asked_for() {
+fn container_has_the_requested_mounts_limits_and_security_context() {
     pods("cri-context", |pods| {
         let pod = pods.pod();
         let dir = pods.dir().join("volume");
@@ -155,7 +161,7 @@ fn mounts_limits_and_security_contexts_are_those_asked_for() {
         assert_eq!(container.sh("cat /etc/one-file; cat /volume/file"), "from the node\nfrom the node");
         container.sh("echo from the pod > /volume/new");
         assert_eq!(fs::read_to_string(dir.join("new")).unwrap(), "from the pod\n");
-        for (path, what) in [("/etc/one-file", "a file"), ("/read-only/x", "a directory"), ("/srv/x", "the root")] {
+        for (path, what) in [("/etc/one-file", "a file"), ("/read-only/x", "a directory"), ("/srv/x", "the rootfs")] {
             let done = container.exec(&["sh", "-c", &format!("echo x > {path}")]);
             assert!(done.code != 0 && done.err.contains("ead-only"), "{what}: {done:?}");
         }
@@ -163,17 +169,17 @@ fn mounts_limits_and_security_contexts_are_those_asked_for() {
         let fields: Vec<&str> = status.split_whitespace().collect();
         assert_eq!(fields, ["CapBnd:", "0000000000000400", "NoNewPrivs:", "1", "Seccomp:", "2"]);
         assert_eq!(container.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "104857600\n50000 100000");
-        // More memory than that: killed, and the reason is told.
+        // A container that exceeds its memory limit is killed, and CRI reports the reason.
         let mut config = pod.sh("head -c 200000000 /dev/zero | tail | wc -c; exit 0");
         config["command"] = json!(["tail", "/dev/zero"]);
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 30 << 20 });
-        let greedy = pod.start(&config);
-        assert_eq!(greedy.wait(), (137, "OOMKilled".into()));
+        let over_limit = pod.start(&config);
+        assert_eq!(over_limit.wait(), (137, "OOMKilled".into()));
         container.stop(10);
     });
 }
 
-/// The groups that the image's own files add to the user: containerd 1.7 merges them.
+/// Returns the groups that the image's /etc/group adds to the user: containerd 1.7 merges them.
 fn groups(container: &PodContainer) -> String {
     let listed = container.sh("grep -E ':[^:]*tester' /etc/group | cut -d: -f3");
     let mut groups: Vec<u32> = listed.lines().filter_map(|line| line.parse().ok()).collect();

@@ -1,6 +1,6 @@
-//! Pods with a user namespace (`hostUsers: false`): their root is nobody's root, and everything else is as without one.
+//! Pods with a user namespace (`hostUsers: false`): root is an unprivileged host user, and everything else works.
 //!
-//! By runc these pass with containerd 1.7. With 2.x they need runc 1.2, which has mounts with mapped ids.
+//! With runc, these tests pass on containerd 1.7. On 2.x they need runc 1.2, which has id-mapped mounts.
 //!
 //! Runs: containerd 2
 
@@ -16,19 +16,19 @@ use husk_e2e::cri::userns::{BASE, SLEEP, mapped, options, pod, root_is_mapped, s
 use husk_e2e::cri::{pods, refused};
 use serde_json::json;
 
-/// Whether containerd maps mounts: 1.7 gives the image a copy of its own, and volumes are as they are.
+/// Returns whether containerd uses id-mapped mounts. 1.7 copies the image instead, and leaves volumes as they are.
 fn maps_mounts() -> bool {
     let version = run_ctr(&["version"]).expect_code(0).value("  Version");
     version.trim_start_matches('v').starts_with("2.")
 }
 
 #[test]
-fn root_of_a_pod_is_nobody_else() {
+fn root_is_mapped_to_an_unprivileged_host_user() {
     pods("userns", root_is_mapped);
 }
 
 #[test]
-fn its_network_is_its_own() {
+fn root_of_a_user_namespace_listens_on_port_80() {
     pods("userns-net", |pods| {
         let pod = pod(pods);
         let script =
@@ -45,10 +45,10 @@ fn its_network_is_its_own() {
 }
 
 #[test]
-fn files_belong_to_whom_they_say() {
+fn files_of_volumes_have_owners_by_the_id_mapping() {
     pods("userns-volumes", |pods| {
         let maps = maps_mounts();
-        // On the node's disk, as the kubelet's are.
+        // On the node's disk, like the kubelet's volumes.
         let dir = Path::new("/var/lib/kubelet/pods/uid-userns-volumes-1/volumes");
         let data = dir.join("kubernetes.io~empty-dir/data");
         let settings = dir.join("kubernetes.io~configmap/settings");
@@ -57,7 +57,7 @@ fn files_belong_to_whom_they_say() {
         }
         fs::write(settings.join("key"), "value").unwrap();
         fs::set_permissions(&data, PermissionsExt::from_mode(0o755)).unwrap();
-        // What the kubelet does for containerd 1.7: such volumes belong to the pod's own ids.
+        // For containerd 1.7 the kubelet gives these volumes to the pod's host ids.
         let owner = if maps { 0 } else { BASE };
         chown(&data, Some(owner), Some(owner)).unwrap();
         chown(settings.join("key"), Some(owner + 3), Some(owner + 4)).unwrap();
@@ -87,7 +87,7 @@ fn files_belong_to_whom_they_say() {
 }
 
 #[test]
-fn processes_of_a_pod_are_shared() {
+fn containers_of_a_user_namespace_share_the_pid_namespace() {
     pods("userns-pids", |pods| {
         let mut config = mapped(pods.config());
         config["linux"]["security_context"]["namespace_options"]["pid"] = json!("POD");
@@ -99,7 +99,7 @@ fn processes_of_a_pod_are_shared() {
         };
         let (first, second) = (with(SLEEP), with("exec sleep 54321"));
         assert_eq!(first.sh("readlink /proc/self/ns/pid"), second.sh("readlink /proc/self/ns/pid"));
-        // Not what this script's own command line has in it.
+        // The pattern does not match the command line of this script itself.
         let find = "grep -l '5432[1]' /proc/[0-9]*/cmdline | cut -d / -f 3";
         assert_eq!(first.sh(&format!("{find} | wc -l")), "1");
         first.sh(&format!("kill -KILL $({find})"));
@@ -109,7 +109,7 @@ fn processes_of_a_pod_are_shared() {
 }
 
 #[test]
-fn what_else_a_container_has_stays() {
+fn user_namespace_keeps_tty_seccomp_and_read_only_rootfs() {
     pods("userns-else", |pods| {
         let pod = pod(pods);
         let mut config = sh(&pod, &format!("tty; echo out > /dev/tty; stat -c %u /dev/tty $(tty); {SLEEP}"));
@@ -126,7 +126,7 @@ fn what_else_a_container_has_stays() {
         );
         let denied = container.exec(&["touch", "/x"]);
         assert!(denied.code != 0 && denied.err.contains("ead-only"), "{denied:?}");
-        // Root here is no root where the namespaces of others are.
+        // The pod's root has no capabilities outside its user namespace.
         let denied =
             container.exec(&["sh", "-c", "mknod /dev/shm/disk b 8 0; mount -t tmpfs x /mnt; date -s 2001-01-01"]);
         assert_eq!(
@@ -139,7 +139,7 @@ fn what_else_a_container_has_stays() {
 }
 
 #[test]
-fn containers_with_other_users_are_refused() {
+fn create_container_rejects_another_id_mapping() {
     pods("userns-other", |pods| {
         let pod = pod(pods);
         let mut config = sh(&pod, "true");
@@ -147,7 +147,7 @@ fn containers_with_other_users_are_refused() {
         let container = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
         let error = refused("CreateContainer", &container);
         assert!(error.contains("user namespace config"), "{error}");
-        // Nor does one run without the namespace in a pod that has it.
+        // A container without a user namespace is rejected as well if its pod has one.
         let none = json!({ "pod_sandbox_id": pod.id, "config": pod.sh("true"), "sandbox_config": pod.config });
         let error = refused("CreateContainer", &none);
         assert!(error.contains("user namespace config"), "{error}");

@@ -1,5 +1,4 @@
-//! User namespaces with what only containerd 2.x has: a shim that is the sandbox, and what the kubelet is told; and
-//! recursive read-only mounts, which the kubelet asks for where it was told.
+//! User namespaces with the shim sandboxer, handler features in CRI's Status, and recursive read-only mounts.
 //!
 //! Requires: containerd 2
 
@@ -11,12 +10,12 @@ use husk_e2e::disk::on_node;
 use serde_json::json;
 
 #[test]
-fn a_shim_that_is_the_sandbox_has_user_namespaces() {
+fn shim_sandboxer_supports_user_namespaces() {
     pods_of("userns-sandbox", "husk-sandbox", root_is_mapped);
 }
 
 #[test]
-fn the_kubelet_is_told() {
+fn status_reports_user_namespaces_and_recursive_read_only_mounts() {
     let status = call("Status", &json!({}));
     let handlers = status["runtime_handlers"].as_array().cloned().unwrap_or_default();
     let handler = handlers.iter().find(|handler| handler["name"] == "husk-userns");
@@ -27,18 +26,18 @@ fn the_kubelet_is_told() {
 }
 
 #[test]
-fn what_is_mounted_below_a_volume_is_read_only_too() {
+fn recursive_read_only_mount_covers_submounts() {
     pods_of("recursive", "husk-userns", |pods| {
         let volume = pods.dir().join("volume");
-        let below = volume.join("a/below");
-        fs::create_dir_all(&below).unwrap();
+        let submount = volume.join("a/below");
+        fs::create_dir_all(&submount).unwrap();
         fs::write(volume.join("file"), "of the volume\n").unwrap();
-        on_node(&["mount", "-t", "tmpfs", "tmpfs", &below.to_string_lossy()]);
-        fs::write(below.join("file"), "mounted below\n").unwrap();
-        fs::create_dir(below.join("dir")).unwrap();
-        on_node(&["mount", "-t", "tmpfs", "tmpfs", &below.join("dir").to_string_lossy()]);
+        on_node(&["mount", "-t", "tmpfs", "tmpfs", &submount.to_string_lossy()]);
+        fs::write(submount.join("file"), "mounted below\n").unwrap();
+        fs::create_dir(submount.join("dir")).unwrap();
+        on_node(&["mount", "-t", "tmpfs", "tmpfs", &submount.join("dir").to_string_lossy()]);
         let pod = pods.pod();
-        let with = |read_only: bool| {
+        let config = |read_only: bool| {
             let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
             config["mounts"] = json!([{
                 "host_path": volume.to_string_lossy(), "container_path": "/data", "readonly": read_only,
@@ -46,7 +45,7 @@ fn what_is_mounted_below_a_volume_is_read_only_too() {
             }]);
             config
         };
-        let recursive = pod.start(&with(true));
+        let recursive = pod.start(&config(true));
         assert_eq!(recursive.sh("cat /data/file /data/a/below/file"), "of the volume\nmounted below");
         for script in [
             "touch /data/x",
@@ -59,12 +58,12 @@ fn what_is_mounted_below_a_volume_is_read_only_too() {
             let denied = recursive.exec(&["sh", "-c", script]);
             assert!(denied.code != 0 && denied.err.contains("ead-only"), "{script}: {denied:?}");
         }
-        // Another container of the pod has the same volume to write to, all of it.
-        let writing = pod.start(&with(false));
+        // Another container of the pod can write to the same volume and its submounts.
+        let writing = pod.start(&config(false));
         writing.sh("echo new > /data/a/below/new; echo new > /data/a/below/dir/new");
         assert_eq!(recursive.sh("cat /data/a/below/new /data/a/below/dir/new"), "new\nnew");
         pod.stop();
-        for point in [below.join("dir"), below] {
+        for point in [submount.join("dir"), submount] {
             on_node(&["umount", &point.to_string_lossy()]);
         }
     });

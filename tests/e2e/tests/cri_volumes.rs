@@ -1,4 +1,4 @@
-//! A pod's volumes: what kubelet updates is seen as it happens, and files behave as files do.
+//! A pod's volumes: ConfigMap updates, sharing between containers and node, sockets, locks, and overlayfs on a volume.
 
 use std::cell::RefCell;
 use std::fs;
@@ -12,7 +12,7 @@ use husk_e2e::{PYTHON, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-/// A version of a ConfigMap with a hundred and one entries.
+/// Publishes a version of a ConfigMap with 101 entries.
 fn publish(volume: &Path, version: &str, value: &str) {
     let more: Vec<_> = (0..100).map(|n| (format!("more-{n}"), format!("{value} {n}"))).collect();
     let more = more.iter().map(|(name, text)| (name.as_str(), text.as_bytes(), 0o644));
@@ -20,6 +20,7 @@ fn publish(volume: &Path, version: &str, value: &str) {
     kubelet::publish(volume, version, &entries);
 }
 
+/// Prints an inotify event for each change of the ConfigMap, until its value is "third".
 const WATCH: &str = r#"
 import ctypes, os, struct
 libc = ctypes.CDLL(None)
@@ -37,7 +38,7 @@ while True:
 "#;
 
 #[test]
-fn changes_of_a_config_map_are_noticed() {
+fn config_map_changes_raise_inotify_events() {
     need_image(PYTHON);
     pods("cri-config-map", |pods| {
         let pod = pods.pod();
@@ -59,7 +60,7 @@ fn changes_of_a_config_map_are_noticed() {
 }
 
 #[test]
-fn volumes_are_shared_between_containers_and_with_the_node() {
+fn containers_and_node_share_volumes_and_later_mounts() {
     pods("cri-shared-volume", |pods| {
         let volume = pods.dir().join("volume");
         fs::create_dir_all(volume.join("sub")).unwrap();
@@ -71,33 +72,33 @@ fn volumes_are_shared_between_containers_and_with_the_node() {
             ]);
             pod.start(&config)
         };
-        // The whole volume in one, a subPath of it in the other.
-        let (whole, part) = (with(&volume, "/data"), with(&volume.join("sub"), "/part"));
-        whole.sh("echo one > /data/sub/file");
+        // One container has the volume, the other one a subPath of it.
+        let (parent, part) = (with(&volume, "/data"), with(&volume.join("sub"), "/part"));
+        parent.sh("echo one > /data/sub/file");
         assert_eq!(part.sh("cat /part/file"), "one");
         part.sh("echo two > /part/other; mv /part/file /part/moved");
-        assert_eq!(whole.sh("cat /data/sub/other /data/sub/moved"), "two\none");
-        // What the node writes is there at the next look, what it mounts too.
+        assert_eq!(parent.sh("cat /data/sub/other /data/sub/moved"), "two\none");
+        // The containers see files that the node writes, and file systems that it mounts.
         fs::write(volume.join("sub/moved"), "changed on the node\n").unwrap();
         let seen = node::eventually(Duration::from_secs(5), || {
             (part.sh("cat /part/moved") == "changed on the node").then_some(())
         });
         assert!(seen.is_some(), "{}", part.sh("cat /part/moved"));
-        let below = volume.join("sub/below");
-        fs::create_dir(&below).unwrap();
-        mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-        fs::write(below.join("deep"), "mounted later\n").unwrap();
+        let submount = volume.join("sub/below");
+        fs::create_dir(&submount).unwrap();
+        mount(Some("tmpfs"), &submount, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        fs::write(submount.join("deep"), "mounted later\n").unwrap();
         let seen = node::eventually(Duration::from_secs(5), || {
             (part.exec(&["cat", "/part/below/deep"]).out.trim() == "mounted later").then_some(())
         });
         let text = part.exec(&["cat", "/part/below/deep"]);
-        umount2(&below, MntFlags::MNT_DETACH).unwrap();
+        umount2(&submount, MntFlags::MNT_DETACH).unwrap();
         assert!(seen.is_some(), "{text:?}");
     });
 }
 
-/// Serves a socket and holds a lock until it was asked.
-const SERVE: &str = r#"
+/// Serves a UNIX socket and holds a lock.
+const SERVER: &str = r#"
 import fcntl, os, socket
 lock = open("/data/lock", "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -111,8 +112,8 @@ while True:
     peer.close()
 "#;
 
-/// Asks by the socket in a directory, and tries the lock and to write there.
-const ASK: &str = r#"
+/// In the directory `argv[1]`: tries the lock, tries to write, and sends a request to the socket.
+const CLIENT: &str = r#"
 import fcntl, os, socket, sys
 os.chdir(sys.argv[1])
 try:
@@ -125,66 +126,67 @@ try:
     print("writes")
 except OSError as error:
     print(error.strerror)
-asking = socket.socket(socket.AF_UNIX)
-asking.connect("socket")
-asking.sendall(b"you")
-print(asking.recv(100).decode())
+client = socket.socket(socket.AF_UNIX)
+client.connect("socket")
+client.sendall(b"you")
+print(client.recv(100).decode())
 "#;
 
 #[test]
-fn sockets_and_locks_of_a_volume_work_between_containers() {
+fn containers_share_sockets_and_locks_of_a_volume() {
     need_image(PYTHON);
     pods("cri-sockets", |pods| {
         let volume = pods.dir().join("volume");
         fs::create_dir_all(&volume).unwrap();
         let pod = pods.pod();
-        serving(&pod, &volume);
-        assert_eq!(asking(&pod, &volume, "/data", &json!({})), "held writes hello you");
+        start_server(&pod, &volume);
+        assert_eq!(run_client(&pod, &volume, "/data", &json!({})), "held writes hello you");
     });
 }
 
-/// A container that has `volume` and serves the socket in it.
-fn serving(pod: &Pod, volume: &Path) {
-    let mut config = pod.python(SERVE);
+/// Starts a container that serves a socket in `volume`.
+fn start_server(pod: &Pod, volume: &Path) {
+    let mut config = pod.python(SERVER);
     config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
     pod.start(&config).wait_for("serving");
 }
 
-/// What a container says that has `volume` at `/data`, with more said of that, and asks in `at`.
+/// Runs [`CLIENT`] in the directory `at` of a container that has `volume` at `/data`, with the mount's fields `more`.
+/// Returns its output in one line.
 #[track_caller]
-fn asking(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
-    let mut config = pod.python(ASK);
+fn run_client(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
+    let mut config = pod.python(CLIENT);
     config["command"].as_array_mut().unwrap().push(at.into());
     let mut mount = json!({ "host_path": volume.to_string_lossy(), "container_path": "/data" });
     mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     config["mounts"] = json!([mount]);
-    let asking = pod.start(&config);
-    let code = asking.wait().0;
-    let said = asking.log().lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect::<Vec<_>>().join(" ");
-    assert_eq!(code, 0, "{said}");
-    said
+    let client = pod.start(&config);
+    let code = client.wait().0;
+    let output = client.log().lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect::<Vec<_>>().join(" ");
+    assert_eq!(code, 0, "{output}");
+    output
 }
 
-/// A pod's directory as the kubelet makes it, on the node's disk; with what it mounted gone at the end.
-struct Kubelets {
+/// A pod's directory of the kubelet, on the node's disk. Dropping it unmounts the subPaths and removes the directory.
+struct PodDir {
     dir: PathBuf,
     mounts: RefCell<Vec<PathBuf>>,
 }
 
-impl Kubelets {
+impl PodDir {
     fn of(pod: &Pod) -> Self {
         let uid = pod.config["metadata"]["uid"].as_str().unwrap();
         Self { dir: Path::new("/var/lib/kubelet/pods").join(uid), mounts: RefCell::default() }
     }
 
-    /// A volume of a plugin.
+    /// Creates a volume of a plugin.
     fn volume(&self, plugin: &str) -> PathBuf {
         let path = self.dir.join("volumes").join(plugin).join("data");
         fs::create_dir_all(path.join("sub")).unwrap();
         path
     }
 
-    /// A subPath of `volume` for container number `container`: a mount of its own.
+    /// Bind-mounts a subPath of `volume` for container number `container`.
     fn sub_path(&self, volume: &Path, container: usize) -> PathBuf {
         let path = self.dir.join(format!("volume-subpaths/data/{container}/0"));
         fs::create_dir_all(&path).unwrap();
@@ -194,7 +196,7 @@ impl Kubelets {
     }
 }
 
-impl Drop for Kubelets {
+impl Drop for PodDir {
     fn drop(&mut self) {
         for path in self.mounts.borrow().iter() {
             let _ = umount2(path, MntFlags::MNT_DETACH);
@@ -205,32 +207,32 @@ impl Drop for Kubelets {
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn sockets_and_locks_work_however_a_container_has_its_volume() {
+fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
     need_image(PYTHON);
     let (plain, only_reads) = (json!({}), json!({ "readonly": true }));
     let sees_mounts = json!({ "propagation": "PROPAGATION_HOST_TO_CONTAINER" });
     pods("cri-sockets-ways", |pods| {
         for plugin in ["kubernetes.io~empty-dir", "kubernetes.io~csi"] {
             let pod = pods.pod();
-            let kubelets = Kubelets::of(&pod);
-            let volume = kubelets.volume(plugin);
-            serving(&pod, &kubelets.sub_path(&volume, 0));
-            let part = kubelets.sub_path(&volume, 1);
-            assert_eq!(asking(&pod, &part, "/data", &plain), "held writes hello you", "{plugin}");
+            let pod_dir = PodDir::of(&pod);
+            let volume = pod_dir.volume(plugin);
+            start_server(&pod, &pod_dir.sub_path(&volume, 0));
+            let part = pod_dir.sub_path(&volume, 1);
+            assert_eq!(run_client(&pod, &part, "/data", &plain), "held writes hello you", "{plugin}");
             if plugin == "kubernetes.io~empty-dir" {
-                let part = kubelets.sub_path(&volume, 2);
+                let part = pod_dir.sub_path(&volume, 2);
                 let read_only = "held Read-only file system hello you";
-                assert_eq!(asking(&pod, &part, "/data", &only_reads), read_only);
-                assert_eq!(asking(&pod, &volume, "/data/sub", &only_reads), read_only);
-                assert_eq!(asking(&pod, &volume, "/data/sub", &plain), "held writes hello you");
-                assert_eq!(asking(&pod, &volume, "/data/sub", &sees_mounts), "held writes hello you");
+                assert_eq!(run_client(&pod, &part, "/data", &only_reads), read_only);
+                assert_eq!(run_client(&pod, &volume, "/data/sub", &only_reads), read_only);
+                assert_eq!(run_client(&pod, &volume, "/data/sub", &plain), "held writes hello you");
+                assert_eq!(run_client(&pod, &volume, "/data/sub", &sees_mounts), "held writes hello you");
             }
             pod.remove();
         }
     });
 }
 
-/// What overlayfs needs of the file system its upper directory is on: whiteouts, `trusted.` attributes, renames.
+/// Uses what overlayfs needs from the file system of its upper directory: whiteouts, `trusted.` attributes, renames.
 const OVERLAY: &str = "
     cd /data && mkdir lower upper work merged lower/dir && echo 1 > lower/gone && echo 2 > lower/dir/kept
     mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
@@ -242,9 +244,9 @@ const OVERLAY: &str = "
     umount merged && rm -rf /data/*";
 
 #[test]
-fn overlay_mounts_have_their_upper_directory_on_an_empty_dir() {
+fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
     pods("cri-overlay", |pods| {
-        // On the node's disk, as the kubelet's are.
+        // On the node's disk, like the kubelet's volumes.
         let dir = Path::new("/var/lib/kubelet/pods/uid-cri-overlay");
         let volume = dir.join("volumes/kubernetes.io~empty-dir/data");
         fs::create_dir_all(&volume).unwrap();
@@ -264,7 +266,7 @@ fn overlay_mounts_have_their_upper_directory_on_an_empty_dir() {
     });
 }
 
-/// As root of a user namespace, which is an ordinary user to the pod and to the node.
+/// Runs as root of a user namespace, which is an unprivileged user to the pod and to the node.
 const MAPPED: &str = "
     cd /data && mkdir -m 0 closed && echo inside > closed/file && cat closed/file && stat -c %u:%g closed/file
     mkdir lower upper work merged && echo 1 > lower/gone
@@ -272,7 +274,7 @@ const MAPPED: &str = "
     rm merged/gone && echo new > merged/new && ls merged && stat -c '%F' upper/gone && umount merged";
 
 #[test]
-fn root_of_a_user_namespace_is_not_held_by_modes() {
+fn root_of_a_user_namespace_overrides_file_modes_of_its_files() {
     pods("cri-mapped", |pods| {
         let dir = Path::new("/var/lib/kubelet/pods/uid-cri-mapped");
         let volume = dir.join("volumes/kubernetes.io~empty-dir/data");
@@ -282,7 +284,7 @@ fn root_of_a_user_namespace_is_not_held_by_modes() {
         let mut config = pod.sh("sleep 100000");
         config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1000 });
         config["linux"]["security_context"]["run_as_group"] = json!({ "value": 1000 });
-        // The default profile forbids mounts, in a user namespace too.
+        // The default AppArmor profile forbids mounts, also in a user namespace.
         config["linux"]["security_context"]["apparmor"] = json!({ "profile_type": "Unconfined" });
         config["mounts"] = json!([{ "host_path": volume.to_string_lossy(), "container_path": "/data" }]);
         let container = pod.start(&config);
