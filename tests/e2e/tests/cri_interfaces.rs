@@ -16,7 +16,7 @@ fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// `ip` in the pod's network namespace on the node.
+/// Runs `ip` in the pod's network namespace on the node.
 #[track_caller]
 fn ip(pod: &Pod, arguments: &str) {
     let netns = format!("--net={}", pod.netns().display());
@@ -58,7 +58,7 @@ fn checksum_and_segmentation_offloads_are_enabled() {
     });
 }
 
-/// Prints the PRINT_ROUTE_MTUS of an IPv4 and of an IPv6 route (linux/in.h: IP_MTU; linux/in6.h: IPV6_MTU).
+/// Prints the MTU of an IPv4 and of an IPv6 route (linux/in.h: IP_MTU; linux/in6.h: IPV6_MTU).
 const PRINT_ROUTE_MTUS: &str = r#"
 import socket
 def fits(family, address, level, option):

@@ -185,7 +185,7 @@ fn tcp_host_port_reaches_the_pod_until_it_stops() {
         config["port_mappings"] = json!([{ "protocol": "TCP", "container_port": 8080, "host_port": 18080 }]);
         let pod = pods.run(config);
         server(&pod, "mapped");
-        // At the bridge's address: for localhost CNI would have to change a sysctl of the node.
+        // At the bridge's address: localhost needs a sysctl of the node, which CNI sets itself.
         assert_eq!(greeting("10.88.0.1:18080".parse().unwrap()), "mapped");
         pod.stop();
         let gone = node::eventually(Duration::from_secs(10), || {
