@@ -1,26 +1,26 @@
-//! Images run, print what they print and end with their exit code.
+//! Basic container runs: output, exit codes, image layers, names and log URIs.
 use husk_e2e::case;
 use husk_e2e::command::Input;
 
 #[test]
-fn busybox_prints_and_returns_its_exit_code() {
+fn busybox_prints_and_returns_exit_code() {
     case("exit", |case| {
         case.busybox(&["echo", "hello from a container"]).output().expect_clean().expect_out("hello from a container");
         case.sh("exit 3").output().expect_code(3);
-        // A child that ends by a signal; pid 1 itself cannot be killed from inside.
+        // A child that a signal ends. PID 1 cannot be killed from inside the container.
         case.sh("sh -c 'kill -9 $$'; exit $?").output().expect_code(137);
     });
 }
 
 #[test]
-fn a_killed_container_exits_137() {
+fn killed_container_exits_with_137() {
     case("killed", |case| {
         case.sleeper().kill();
     });
 }
 
 #[test]
-fn python_of_a_debian_image_runs() {
+fn debian_python_image_runs() {
     case("python", |case| {
         let program = "import sys, json, hashlib, threading, os\n\
             t = threading.Thread(target=lambda: print(json.dumps({'sum': hashlib.sha256(b'husk').hexdigest()})))\n\
@@ -38,7 +38,7 @@ fn python_of_a_debian_image_runs() {
 }
 
 #[test]
-fn layers_are_stacked_and_the_root_is_writable() {
+fn image_layers_stack_and_rootfs_is_writable() {
     case("layers", |case| {
         let script = "test ! -e /etc/removed-above || echo whiteout ignored
             cat /etc/replaced-above
@@ -57,11 +57,11 @@ fn layers_are_stacked_and_the_root_is_writable() {
 }
 
 #[test]
-fn a_container_is_kept_and_started_again_by_the_same_name() {
+fn container_name_is_free_after_removal() {
     case("again", |case| {
         let run = case.sh("echo once").keep();
         run.output().expect_out("once");
-        // The name is taken until the container is removed.
+        // The name stays in use until the container is removed.
         run.output().expect_error(&["already exists"]);
         husk_e2e::command::run_ctr(&["tasks", "delete", run.id()]);
         husk_e2e::command::run_ctr(&["containers", "rm", run.id()]).expect_code(0);
@@ -73,7 +73,7 @@ fn a_container_is_kept_and_started_again_by_the_same_name() {
 }
 
 #[test]
-fn output_goes_to_a_log_file_or_a_logger() {
+fn output_goes_to_log_file_or_binary_logger() {
     case("logs", |case| {
         let file = case.dir().join("file.log");
         let script = "echo to stdout; echo to stderr >&2";
@@ -84,8 +84,8 @@ fn output_goes_to_a_log_file_or_a_logger() {
         lines.sort_unstable();
         assert_eq!(lines, ["to stderr", "to stdout"]);
 
-        // A logger gets stdout and stderr as descriptors 3 and 4 and says by closing 5 that it is ready. runc's shim
-        // sends SIGTERM at the end, which a logger that still reads has to ignore.
+        // A binary logger reads stdout from fd 3 and stderr from fd 4, and closes fd 5 when it is ready. runc's shim
+        // sends SIGTERM at the end: a logger that still reads has to ignore it.
         let logged = case.dir().join("binary.log");
         let logger = case.dir().join("logger");
         let program = "#!/bin/sh\ntrap '' TERM\nexec 5>&-\ncat <&3 >> LOG &\ncat <&4 >> LOG\nwait\n";
@@ -97,6 +97,6 @@ fn output_goes_to_a_log_file_or_a_logger() {
             let text = std::fs::read_to_string(&logged).ok()?;
             (text.lines().count() == 2 && text.contains("to stdout") && text.contains("to stderr")).then_some(())
         });
-        assert!(complete.is_some(), "the logger got {:?}", std::fs::read_to_string(&logged));
+        assert!(complete.is_some(), "the logger wrote {:?}", std::fs::read_to_string(&logged));
     });
 }

@@ -1,4 +1,4 @@
-//! Signals, pause and resume, processes, metrics, changed limits.
+//! Control of a running container: signals, pause and resume, process list, metrics, limit updates.
 use std::time::Duration;
 
 use husk_e2e::case;
@@ -7,7 +7,7 @@ use husk_e2e::{node, shim};
 use serde_json::{Value, json};
 
 #[test]
-fn signals_reach_the_process_they_are_sent_to() {
+fn kill_delivers_signals_to_init() {
     case("signals", |case| {
         let script = "for s in HUP USR1 USR2 TERM; do trap \"echo caught $s\" $s; done
             trap 'echo leaving; exit 4' QUIT; echo up; while :; do sleep 0.1; done";
@@ -23,7 +23,7 @@ fn signals_reach_the_process_they_are_sent_to() {
 }
 
 #[test]
-fn a_signal_to_an_exec_or_to_all() {
+fn kill_signals_one_exec_or_all_processes() {
     case("kill-exec", |case| {
         let script = "sh -c 'trap \"echo child caught\" USR1; echo up; while :; do sleep 0.1; done' & 
             trap 'echo parent caught' USR1; while :; do wait; done";
@@ -44,7 +44,7 @@ fn a_signal_to_an_exec_or_to_all() {
 }
 
 #[test]
-fn init_without_a_handler_ignores_sigterm_as_pid_1_does() {
+fn init_without_handler_ignores_sigterm() {
     case("sigterm", |case| {
         let container = case.sleeper();
         container.task(&["kill", "--signal", "SIGTERM"]).expect_clean();
@@ -54,9 +54,9 @@ fn init_without_a_handler_ignores_sigterm_as_pid_1_does() {
 }
 
 #[test]
-fn pause_stops_everything_until_resume() {
+fn resume_continues_paused_processes() {
     case("pause", |case| {
-        // Renamed into place: who reads it sees a number at any time.
+        // The rename is atomic: a reader always sees a number.
         let script = "i=0; echo 0 > /tmp/count; echo up
             while :; do i=$((i+1)); echo $i > /tmp/next; mv /tmp/next /tmp/count; sleep 0.1; done";
         let container = case.container(case.sh(script));
@@ -69,17 +69,17 @@ fn pause_stops_everything_until_resume() {
         let later = node::eventually(Duration::from_secs(10), || {
             count(&format!("c{}", std::process::id())).ok().filter(|now| *now > first)
         });
-        assert!(later.is_some(), "the counter does not go on after resume");
+        assert!(later.is_some(), "the counter does not continue after resume");
         container.kill();
     });
 }
 
 #[test]
-fn a_paused_container_does_not_run() {
+fn paused_container_does_not_run() {
     case("paused", |case| {
         let script = "echo up; while read line; do echo echo $line; done";
         let mut container = case.container(case.sh(script));
-        // Its twin is never paused: what that does meanwhile, this would have done too.
+        // Runs the same script and is never paused. Its answers show that there was time enough for an answer.
         let mut twin = case.container(case.sh(script));
         container.running.write(b"before\n");
         container.running.wait_for("echo before");
@@ -89,7 +89,7 @@ fn a_paused_container_does_not_run() {
             twin.running.write(format!("round {round}\n").as_bytes());
             twin.running.wait_for(&format!("echo round {round}"));
         }
-        assert!(!container.running.has_printed("echo meanwhile"), "a paused container has answered");
+        assert!(!container.running.has_printed("echo meanwhile"), "the paused container answered");
         container.task(&["resume"]).expect_clean();
         container.running.wait_for("echo meanwhile");
         twin.kill();
@@ -102,7 +102,7 @@ fn a_paused_container_does_not_run() {
 }
 
 #[test]
-fn ps_lists_the_true_pids() {
+fn ps_lists_each_process_with_distinct_pid() {
     case("ps", |case| {
         let container =
             case.container(case.sh("sleep 1001 & sleep 1002 & (sleep 1003 & sleep 1004 & wait) & echo up; wait"));
@@ -114,38 +114,38 @@ fn ps_lists_the_true_pids() {
             pids
         };
         // A shell, a subshell and four sleepers.
-        let six = node::eventually(Duration::from_secs(10), || Some(listed()).filter(|pids| pids.len() == 6));
-        let six = six.unwrap_or_else(|| panic!("not six processes: {:?}", listed()));
-        let mut distinct = six.clone();
+        let pids_before = node::eventually(Duration::from_secs(10), || Some(listed()).filter(|pids| pids.len() == 6));
+        let pids_before = pids_before.unwrap_or_else(|| panic!("expected six processes: {:?}", listed()));
+        let mut distinct = pids_before.clone();
         distinct.dedup();
-        assert_eq!(distinct.len(), 6, "pids are repeated: {six:?}");
-        // As many as run inside, the counting command apart.
+        assert_eq!(distinct.len(), 6, "pids are repeated: {pids_before:?}");
+        // The same six inside the container, and up to three of the counting command.
         let inside = container.exec("count", &["sh", "-c", "exec 2>/dev/null; grep -l . /proc/[0-9]*/cmdline | wc -l"]);
         let inside: usize = inside.expect_clean().out().trim().parse().unwrap();
         assert!((6..=9).contains(&inside), "{inside} processes inside");
-        // One more by exec, one less when it ends.
+        // An exec adds one PID; its end removes it.
         let exec = container.exec_command("more", &[], &["sh", "-c", "echo up; exec sleep 1005"]);
         let mut exec = Running::start(exec, Input::Null);
         exec.wait_for("up");
         assert_eq!(listed().len(), 7);
         container.task(&["kill", "--signal", "SIGKILL", "--exec-id", "more"]).expect_clean();
         exec.wait().expect_code(137);
-        assert_eq!(listed(), six);
+        assert_eq!(listed(), pids_before);
         container.kill();
     });
 }
 
 #[test]
-fn metrics_are_those_of_the_container_s_cgroup() {
+fn metrics_come_from_container_cgroup() {
     case("metrics", |case| {
-        // 48 MiB of a tmpfs are charged to the container; so is the time of a loop.
+        // The container is charged for 48 MiB of tmpfs and for the CPU time of a loop.
         let script = "dd if=/dev/zero of=/dev/shm/fill bs=1M count=48 2>/dev/null
             i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 1000 & sleep 1000 & echo up; wait";
         let container = case.container(case.sh(script).flags(&["--memory-limit", "201326592"]));
         let output = container.task(&["metrics", "--format", "json"]).expect_code(0);
         let metrics: Value = serde_json::from_slice(&output.stdout)
             .unwrap_or_else(|error| panic!("metrics are not JSON: {error}\n{}", output.describe()));
-        // ctr prints the cgroup v2 message with protobuf's names.
+        // ctr prints the cgroup v2 message with its protobuf field names.
         let number = |pointer: &str| {
             let value = metrics.pointer(pointer).unwrap_or_else(|| panic!("no {pointer}\n{}", output.describe()));
             value.as_u64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_else(|| panic!("{pointer} is {value}"))
@@ -162,9 +162,9 @@ fn metrics_are_those_of_the_container_s_cgroup() {
 }
 
 #[test]
-fn changed_limits_are_seen_inside() {
+fn update_changes_limits_in_container_cgroup() {
     case("update", |case| {
-        // The container's own cgroup is the root of its cgroup file system: mounted with its cgroup namespace.
+        // With a cgroup namespace, the container's cgroup is the root of its cgroup mount.
         let run = case.with_spec("echo up; exec sleep 1000", |spec| {
             spec["linux"]["resources"]["memory"] = json!({ "limit": 134_217_728 });
             spec["linux"]["resources"]["cpu"] = json!({ "quota": 50_000, "period": 100_000, "shares": 512 });
@@ -188,7 +188,7 @@ fn changed_limits_are_seen_inside() {
             "cpu": { "quota": 150_000, "period": 100_000 },
             "pids": { "limit": 70 },
         });
-        shim::update(&container.id, &resources).unwrap_or_else(|error| panic!("update failed: {error}"));
+        shim::update(&container.id, &resources).unwrap_or_else(|error| panic!("failed to update the limits: {error}"));
         container.exec("u2", &["sh", "-c", script]).expect_clean().expect_out("201326592\n150000 100000\n70");
         container.kill();
     });

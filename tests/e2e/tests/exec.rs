@@ -1,10 +1,10 @@
-//! `ctr task exec`, with a terminal and without, and several at once.
+//! `ctr task exec`: with and without a terminal, and several at the same time.
 use husk_e2e::case;
 use husk_e2e::command::{Input, Running};
 use husk_e2e::pty::Terminal;
 
 #[test]
-fn exec_runs_in_the_container_and_returns_its_exit_code() {
+fn exec_joins_container_and_returns_exit_code() {
     case("exec", |case| {
         let container = case.container(case.sh("touch /tmp/mark; hostname inner; echo up; exec sleep 1000"));
         container.exec("e1", &["ls", "/tmp/mark"]).expect_clean().expect_out("/tmp/mark");
@@ -13,7 +13,7 @@ fn exec_runs_in_the_container_and_returns_its_exit_code() {
         container
             .exec_with("e4", &["--user", "1000:1000"], &["sh", "-c", "id -u; id -g; cat /home/tester/mine"])
             .expect_out("1000\n1000\ntester's own");
-        // Its own process, in the container's namespaces, with the container's environment.
+        // A separate process in the container's namespaces, with the container's environment.
         container
             .exec("e5", &["sh", "-c", "test $$ -ne 1 && cat /proc/1/comm; echo $IMAGE"])
             .expect_out("sleep\nbusybox");
@@ -31,7 +31,7 @@ fn exec_runs_in_the_container_and_returns_its_exit_code() {
 }
 
 #[test]
-fn exec_on_a_terminal() {
+fn exec_with_terminal_sees_resize() {
     case("exec-tty", |case| {
         let container = case.sleeper();
         let script = "tty; while [ \"$(stty size 2>/dev/null)\" != '25 81' ]; do sleep 0.1; done
@@ -50,7 +50,7 @@ fn exec_on_a_terminal() {
 }
 
 #[test]
-fn eight_execs_at_once() {
+fn eight_concurrent_execs_keep_output_apart() {
     case("exec-many", |case| {
         let container = case.sleeper();
         let script =

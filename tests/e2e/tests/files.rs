@@ -1,4 +1,4 @@
-//! Files in a pod's volume behave as files do.
+//! File system semantics of a pod's volume: attributes, locks, mmap, sparse files, fifos and sockets.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -7,7 +7,7 @@ use husk_e2e::PYTHON;
 use husk_e2e::cri::pod::{need_image, pods};
 use serde_json::json;
 
-/// Everything a file system is asked for by databases and package managers, on whatever `/volume` is.
+/// Tries the file operations that databases and package managers use, in `/volume`.
 const FILES: &str = r#"
 import ctypes, fcntl, mmap, os, stat, struct, subprocess, sys, threading, time
 begun = time.monotonic()
@@ -85,7 +85,7 @@ done("directories")
 "#;
 
 #[test]
-fn files_behave_as_files_do() {
+fn volume_has_posix_file_semantics() {
     need_image(PYTHON);
     pods("cri-files", |pods| {
         let volume = pods.dir().join("volume");
@@ -97,7 +97,7 @@ fn files_behave_as_files_do() {
         let (code, _) = container.wait();
         assert_eq!(code, 0, "{}", container.log());
         assert_eq!(container.log().matches(" ok ").count(), 9, "{}", container.log());
-        // The node sees what the pod has made.
+        // The node sees the files that the pod created.
         let meta = fs::metadata(volume.join("a")).unwrap();
         assert_eq!((std::os::unix::fs::MetadataExt::uid(&meta), meta.permissions().mode() & 0o7777), (1234, 0o4751));
         assert_eq!(fs::read_to_string(volume.join("old")).unwrap(), "new");

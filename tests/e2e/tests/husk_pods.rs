@@ -1,4 +1,4 @@
-//! Pods as only Husk has them: a machine that can die, and nothing of the host's.
+//! Pods in VMs: a VMM or shim that dies, failed requests, limits and sizes, and host namespaces.
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
@@ -12,7 +12,7 @@ use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 #[test]
-fn a_pod_whose_machine_dies_is_not_ready() {
+fn pod_is_not_ready_after_its_vmm_dies() {
     pods("cri-death", |pods| {
         let events = Events::watch();
         let pod = pods.pod();
@@ -30,9 +30,10 @@ fn a_pod_whose_machine_dies_is_not_ready() {
         assert!(gone.is_some(), "the pod is still ready");
         pod.stop();
         pod.remove();
-        // Everything in it has ended, once, and was then removed, once.
-        let life = ["create", "start", "exec-added 1", "exec-started 1", "exec-exit 1 137", "exit 137", "delete 137"];
-        assert_eq!(numbered(&events.of(&container.id)), life);
+        // Each process has one exit event, and each container one delete event after it.
+        let expected =
+            ["create", "start", "exec-added 1", "exec-started 1", "exec-exit 1 137", "exit 137", "delete 137"];
+        assert_eq!(numbered(&events.of(&container.id)), expected);
         assert_eq!(events.of(&other.id), ["create", "start", "exit 137", "delete 137"]);
         let sandbox = events.of(&pod.id);
         assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
@@ -40,15 +41,15 @@ fn a_pod_whose_machine_dies_is_not_ready() {
 }
 
 #[test]
-fn an_exec_that_times_out_leaves_nothing_running() {
+fn exec_timeout_kills_all_descendants() {
     pods("cri-timeout", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
         let count =
             |number: &str| container.sh(&format!("grep -lE '{number}' /proc/[0-9]*/cmdline 2>/dev/null | wc -l"));
-        // What an exec leaves behind when it ends by itself stays, as with runc.
+        // If an exec ends by itself, its background processes stay, as with runc.
         container.sh("setsid sleep 4712 > /dev/null 2>&1 &");
-        // To the background, to another session, to init, and what forks all the time.
+        // Descendants in the background, in other sessions and reparented to init, and one that forks all the time.
         let script = "sleep 4713 & setsid sleep 4713 & (setsid sh -c 'sleep 4713 & sleep 4713; :' &)
             (while :; do setsid sh -c 'sleep 0.01; : 4713'; done &) ; sleep 4713; :";
         let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });
@@ -57,13 +58,13 @@ fn an_exec_that_times_out_leaves_nothing_running() {
         let gone = node::eventually(Duration::from_secs(10), || (count("471[3]") == "0").then_some(()));
         assert!(gone.is_some(), "{}", container.sh("ps"));
         assert_eq!(count("471[2]"), "1");
-        // For this the container does not see anything that it would not see elsewhere.
+        // Tracking the descendants adds no cgroup that the container can see.
         assert_eq!(container.sh("cat /proc/self/cgroup; find /sys/fs/cgroup -mindepth 1 -type d"), "0::/");
     });
 }
 
 #[test]
-fn a_node_without_descriptors_for_a_while_forwards_again() {
+fn port_forwarding_resumes_after_fd_exhaustion() {
     pods("cri-descriptors", |pods| {
         let pod = pods.pod();
         let container = pod.start(&pod.sh("mkdir /w; echo heard > /w/x; httpd -f -p 127.0.0.1:8080 -h /w"));
@@ -78,29 +79,29 @@ fn a_node_without_descriptors_for_a_while_forwards_again() {
         assert!(found.is_some(), "{}", container.log());
         let shim = vm::shims_of(&pod.id)[0];
         let limit = vm::limit_descriptors(shim, 3);
-        // It is in the backlog until somebody accepts it.
-        let dialled = thread::scope(|scope| {
-            let dialled = scope.spawn(get);
-            let refused = node::eventually(Duration::from_secs(20), || {
+        // The connection stays in the backlog until the shim can accept it.
+        let answer = thread::scope(|scope| {
+            let request = scope.spawn(get);
+            let logged = node::eventually(Duration::from_secs(20), || {
                 node::log_tail(200).contains("was not accepted").then_some(())
             });
             vm::limit_descriptors(shim, limit);
-            assert!(refused.is_some(), "{}", node::log_tail(20));
-            dialled.join().unwrap()
+            assert!(logged.is_some(), "{}", node::log_tail(20));
+            request.join().unwrap()
         });
-        assert_eq!(dialled, "heard\n");
+        assert_eq!(answer, "heard\n");
         assert_eq!(get(), "heard\n");
     });
 }
 
 #[test]
-fn of_a_container_that_cannot_be_made_nothing_stays_in_the_guest() {
+fn failed_create_leaves_nothing_in_guest() {
     pods("cri-fails", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
         let available =
             || container.sh("awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
-        // A volume that is copied to the guest in part: deeper than any that is copied whole.
+        // Copying this volume to the guest fails midway: it exceeds the maximum depth.
         let volume = pods.volume(&pod, "secret", "deep");
         fs::create_dir_all(volume.join("z/".repeat(70))).unwrap();
         fs::write(volume.join("large"), vec![1; 32 << 20]).unwrap();
@@ -112,9 +113,9 @@ fn of_a_container_that_cannot_be_made_nothing_stays_in_the_guest() {
         let error = refused("StartContainer", &json!({ "container_id": failing.id }));
         assert!(error.contains("too deep"), "{error}");
         let after = available();
-        assert!(after + 10 > before, "{before} MiB were available, {after} MiB are");
+        assert!(after + 10 > before, "available memory: {before} MiB before, {after} MiB after");
         failing.remove();
-        // Its place is free.
+        // The same volume can be mounted by another container.
         fs::remove_dir_all(volume.join("z")).unwrap();
         let working = pod.start(&config);
         assert_eq!(working.wait().0, 0);
@@ -122,25 +123,25 @@ fn of_a_container_that_cannot_be_made_nothing_stays_in_the_guest() {
 }
 
 #[test]
-fn a_pod_whose_shim_is_killed_is_stopped_and_removed() {
+fn pod_with_killed_shim_can_be_stopped_and_removed() {
     pods("cri-shim", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
         let shims = vm::shims_of(&pod.id);
-        assert_eq!(shims.len(), 1, "one shim for a pod");
+        assert_eq!(shims.len(), 1, "shims of one pod");
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
-        // containerd 2.x does not ask the runtime how such a container ended, and says 255 for "unknown".
+        // containerd 2.x does not ask the runtime for this exit status, and reports 255 for "unknown".
         assert!([137, 255].contains(&container.wait().0));
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
-        assert!(gone.is_some(), "the virtual machine outlives its shim");
+        assert!(gone.is_some(), "the VMM outlives its shim");
         pod.stop();
         pod.remove();
     });
 }
 
 #[test]
-fn frames_with_a_foreign_address_are_dropped() {
+fn frames_with_spoofed_mac_are_dropped() {
     pods("cri-mac", |pods| {
         let pod = pods.pod();
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
@@ -149,10 +150,10 @@ fn frames_with_a_foreign_address_are_dropped() {
         let listener = TcpListener::bind("10.88.0.1:0").unwrap();
         let dial = format!("nc -w 4 10.88.0.1 {} < /dev/null", listener.local_addr().unwrap().port());
         let own = container.sh("cat /sys/class/net/eth0/address");
-        let address = |mac: &str| container.sh(&format!("ip link set eth0 address {mac}; ip neigh flush dev eth0"));
-        address("02:00:00:00:00:77");
-        assert_ne!(container.exec(&["sh", "-c", &dial]).code, 0, "a foreign address came through");
-        address(&own);
+        let set_mac = |mac: &str| container.sh(&format!("ip link set eth0 address {mac}; ip neigh flush dev eth0"));
+        set_mac("02:00:00:00:00:77");
+        assert_ne!(container.exec(&["sh", "-c", &dial]).code, 0, "a connection with a spoofed MAC was accepted");
+        set_mac(&own);
         let accept = thread::spawn(move || listener.accept().unwrap().0.write_all(b"heard"));
         assert_eq!(container.sh(&dial), "heard");
         accept.join().unwrap().unwrap();
@@ -160,9 +161,9 @@ fn frames_with_a_foreign_address_are_dropped() {
 }
 
 #[test]
-fn a_pods_limit_of_tasks_holds_in_the_guest() {
+fn pod_pids_limit_is_shared_by_its_containers() {
     pods("cri-pids", |pods| {
-        // As kubelet makes it with `podPidsLimit`.
+        // The pod's cgroup as the kubelet makes it with `podPidsLimit`.
         let config = pods.config();
         let (root, parent) = ("/sys/fs/cgroup", config["linux"]["cgroup_parent"].as_str().unwrap());
         let group = format!("{root}{parent}");
@@ -178,7 +179,7 @@ fn a_pods_limit_of_tasks_holds_in_the_guest() {
                 format!("i=0; while [ $i -lt {count} ]; do sleep 1000 > /dev/null 2>&1 & i=$((i+1)); done; echo $i");
             container.exec(&["sh", "-c", &script])
         };
-        // Together: what the first has, the other cannot.
+        // The limit covers both containers together.
         assert_eq!(fork(&one, 100).out, "100\n");
         let failed = fork(&other, 100);
         assert!(failed.code != 0 && failed.err.contains("fork"), "{failed:?}");
@@ -187,18 +188,18 @@ fn a_pods_limit_of_tasks_holds_in_the_guest() {
 }
 
 #[test]
-fn annotations_are_as_the_node_allows() {
+fn annotations_take_effect_only_if_allowed() {
     pods("cri-annotations", cri::annotations::are_as_the_node_allows);
 }
 
 #[test]
-fn a_pod_is_sized_by_its_annotations_and_listed() {
+fn limits_and_annotations_size_vm_and_husk_ps_lists_it() {
     pods("cri-size", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] =
             json!({ "cpu_quota": 150_000, "cpu_period": 100_000, "memory_limit_in_bytes": 200 << 20 });
         let pod = pods.run(config);
-        // A container without a limit would have the pod grow.
+        // A container without a limit would make the VM grow.
         let mut limited = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         limited["linux"]["resources"] = pod.config["linux"]["resources"].clone();
         let container = pod.start(&limited);
@@ -218,14 +219,14 @@ fn a_pod_is_sized_by_its_annotations_and_listed() {
         let waterfall = String::from_utf8_lossy(&trace.stdout);
         assert!(waterfall.starts_with(&format!("k8s.io/{}\n", pod.id)), "{waterfall}");
         assert!(waterfall.contains("agent ready") && waterfall.contains('█'), "{waterfall}");
-        // By the pod's own annotations, which the drop-in for containerd passes on.
+        // Sized by the pod's annotations, which containerd's drop-in passes on.
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.vcpus": "2", "io.husk.memory_mib": "300" });
         let sized = pods.run(config);
         let seen = sized.sleeper().sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
         let (cpus, mib) = seen.split_once('\n').unwrap();
         assert!(cpus == "2" && (250..300).contains(&mib.parse::<u64>().unwrap()), "{seen}");
-        // One the operator has not allowed.
+        // An annotation that the operator has not allowed.
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.kernel_params": "quiet" });
         let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));
@@ -234,7 +235,7 @@ fn a_pod_is_sized_by_its_annotations_and_listed() {
 }
 
 #[test]
-fn host_namespaces_are_refused() {
+fn run_pod_rejects_host_namespaces() {
     pods("cri-host", |pods| {
         for (namespace, word) in [("network", "host network"), ("pid", "host pid"), ("ipc", "host ipc")] {
             let mut config = pods.config();
@@ -242,7 +243,7 @@ fn host_namespaces_are_refused() {
             let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));
             assert!(error.contains(word) && error.contains("not"), "{error}");
         }
-        // The refusals did no harm.
+        // Other pods still run after the refusals.
         let pod = pods.pod();
         assert_eq!(pod.sleeper().sh("echo ok"), "ok");
     });

@@ -1,4 +1,4 @@
-//! Husk says clearly what it cannot run, and then nothing of the attempt is left.
+//! Clear errors for what Husk cannot run, and complete cleanup afterwards.
 use std::fs;
 use std::process::Command;
 
@@ -8,8 +8,8 @@ use husk_e2e::node::Config;
 use husk_e2e::{case, spec};
 use serde_json::json;
 
-/// Runs a container that must be refused; nothing may be left is what every case checks.
-fn refused(name: &str, configuration: &str, parts: &[&str]) {
+/// Runs a container that must be refused with an error that has `parts`. `case` checks that nothing is left.
+fn assert_refused(name: &str, configuration: &str, parts: &[&str]) {
     case(name, |case| {
         let _config = Config::set(configuration);
         case.busybox(&["echo", "must not run"]).output().expect_error(parts);
@@ -17,7 +17,7 @@ fn refused(name: &str, configuration: &str, parts: &[&str]) {
 }
 
 #[test]
-fn host_network() {
+fn create_rejects_host_network() {
     case("net-host", |case| {
         case.sh("true").flags(&["--net-host"]).output().expect_error(&["network", "host"]);
         let run = case.sh("true").flags(&["--with-ns", "network:/proc/1/ns/net"]);
@@ -26,7 +26,7 @@ fn host_network() {
 }
 
 #[test]
-fn host_pid_and_ipc() {
+fn create_rejects_host_pid_and_ipc() {
     case("pid-host", |case| {
         for kind in ["pid", "ipc"] {
             let run = case.with_spec("true", |value| spec::drop_namespace(value, kind));
@@ -36,7 +36,7 @@ fn host_pid_and_ipc() {
 }
 
 #[test]
-fn a_bad_bundle() {
+fn create_rejects_invalid_specification() {
     case("bundle", |case| {
         let run = case.with_spec("true", |spec| spec["root"]["path"] = json!("/no/such/root"));
         run.output().expect_error(&["/no/such/root"]);
@@ -48,8 +48,8 @@ fn a_bad_bundle() {
 }
 
 #[test]
-fn a_cgroup_that_cannot_be_made() {
-    // Nothing can be made below it (cgroup-v2.rst, cgroup.max.descendants).
+fn create_rejects_cgroups_path_that_cannot_be_created() {
+    // No cgroup can be created below it (cgroup-v2.rst, cgroup.max.descendants).
     let closed = std::path::Path::new("/sys/fs/cgroup/husk-closed");
     fs::create_dir(closed).unwrap();
     fs::write(closed.join("cgroup.max.descendants"), "0").unwrap();
@@ -61,7 +61,7 @@ fn a_cgroup_that_cannot_be_made() {
         // The suite runs on hosts without systemd.
         let run = case.sh("true").flags(&["--cgroup", "husk_e2e.slice:husk:one"]);
         run.output().expect_error(&["husk-one.scope", "husk_e2e.slice", "/run/systemd/private"]);
-        // Who names none gets none.
+        // Without a path, the container runs without a cgroup.
         let run = case.with_spec("echo runs", |spec| spec["linux"]["cgroupsPath"] = json!(""));
         run.output().expect_out("runs");
     });
@@ -74,7 +74,7 @@ fn a_cgroup_that_cannot_be_made() {
     fs::remove_dir(closed).unwrap();
 }
 
-/// Starts the shim in a bundle as containerd does.
+/// Starts the shim in the case's directory as containerd does in a bundle.
 fn start_shim(case: &husk_e2e::Case, id: &str) -> Output {
     let mut command = Command::new("containerd-shim-husk-v2");
     command.args(["-namespace", husk_e2e::NAMESPACE, "-address", "/run/containerd/containerd.sock"]);
@@ -84,7 +84,7 @@ fn start_shim(case: &husk_e2e::Case, id: &str) -> Output {
 }
 
 #[test]
-fn a_bundle_that_containerd_would_not_write() {
+fn shim_start_rejects_missing_or_malformed_config_json() {
     case("raw", |case| {
         for (number, content) in [None, Some("{ not json"), Some("[]")].into_iter().enumerate() {
             let id = format!("raw-{number}");
@@ -98,7 +98,7 @@ fn a_bundle_that_containerd_would_not_write() {
 }
 
 #[test]
-fn limits_of_block_devices() {
+fn create_rejects_block_io_limits() {
     case("block-io", |case| {
         for (limits, part) in [
             (json!({ "blockIO": { "weight": 500 } }), "blockio.weight"),
@@ -112,20 +112,20 @@ fn limits_of_block_devices() {
 }
 
 #[test]
-fn a_missing_or_wrong_kernel_or_initrd() {
-    refused("no-kernel", "kernel = \"/no/such/vmlinux\"\n", &["/no/such/vmlinux", "no such file"]);
-    refused("bad-kernel", "kernel = \"/etc/passwd\"\n", &["/etc/passwd"]);
-    refused("no-initrd", "initrd = \"/no/such/initrd\"\n", &["/no/such/initrd", "no such file"]);
+fn create_rejects_missing_or_invalid_kernel_and_initrd() {
+    assert_refused("no-kernel", "kernel = \"/no/such/vmlinux\"\n", &["/no/such/vmlinux", "no such file"]);
+    assert_refused("bad-kernel", "kernel = \"/etc/passwd\"\n", &["/etc/passwd"]);
+    assert_refused("no-initrd", "initrd = \"/no/such/initrd\"\n", &["/no/such/initrd", "no such file"]);
 }
 
 #[test]
-fn a_guest_that_panics_says_so_in_the_error() {
-    // No init in it: the kernel panics, and its last words are what the user has to see.
-    refused("panic", "initrd = \"/etc/passwd\"\n", &["kernel panic"]);
+fn guest_kernel_panic_is_in_the_error() {
+    // The initrd has no init: the kernel panics, and the user has to see its last message.
+    assert_refused("panic", "initrd = \"/etc/passwd\"\n", &["kernel panic"]);
 }
 
 #[test]
-fn too_little_memory() {
+fn create_rejects_too_low_memory_limit() {
     case("memory", |case| {
         let run = case.sh("true").flags(&["--memory-limit", "4194304"]);
         run.output().expect_error(&["memory"]);
@@ -133,10 +133,10 @@ fn too_little_memory() {
 }
 
 #[test]
-fn a_configuration_that_cannot_be() {
-    refused("unknown-key", "no_such_key = 1\n", &["/etc/husk/config.toml", "no_such_key"]);
-    refused("bad-value", "default_vcpus = 0\n", &["/etc/husk/config.toml", "default_vcpus"]);
-    refused("bad-toml", "this is no toml\n", &["/etc/husk/config.toml"]);
+fn create_rejects_invalid_configuration() {
+    assert_refused("unknown-key", "no_such_key = 1\n", &["/etc/husk/config.toml", "no_such_key"]);
+    assert_refused("bad-value", "default_vcpus = 0\n", &["/etc/husk/config.toml", "default_vcpus"]);
+    assert_refused("bad-toml", "this is no toml\n", &["/etc/husk/config.toml"]);
     case("unreadable", |case| {
         let _config = Config::directory();
         case.sh("true").output().expect_error(&["/etc/husk/config.toml", "directory"]);
@@ -144,7 +144,7 @@ fn a_configuration_that_cannot_be() {
 }
 
 #[test]
-fn an_annotation_that_is_not_allowed() {
+fn create_rejects_forbidden_or_invalid_annotation() {
     case("annotation", |case| {
         let run = case.sh("true").flags(&["--annotation", "io.husk.kernel_params=quiet"]);
         run.output().expect_error(&["io.husk.kernel_params"]);

@@ -1,4 +1,4 @@
-//! A pod's machine follows its containers' limits while it runs: seen in the guest, and on the node.
+//! In-place resize: a running VM follows its containers' limits, as seen in the guest and on the node.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,14 +10,14 @@ use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// How long memory may take to come back: the guest looks for it, and tells the host a while after it was freed.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Maximum time for reclaim: the guest searches for free memory, and reports it with a delay after it was freed.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn limits(millis: u64, mib: u64) -> Value {
     json!({ "cpu_quota": millis * 100, "cpu_period": 100_000, "memory_limit_in_bytes": mib * MIB })
 }
 
-/// A sleeping container with limits.
+/// Starts a sleeping container with limits.
 fn container(pod: &Pod, millis: u64, mib: u64) -> PodContainer {
     let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
     config["linux"]["resources"] = limits(millis, mib);
@@ -28,22 +28,22 @@ fn update(container: &PodContainer, millis: u64, mib: u64) {
     call("UpdateContainerResources", &json!({ "container_id": container.id, "linux": limits(millis, mib) }));
 }
 
-/// Processors and MiB that the guest's kernel has.
+/// Returns the vCPUs and the MiB of memory that the guest's kernel has.
 fn size(container: &PodContainer) -> (u64, u64) {
     let seen = container.sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
     let (cpus, mib) = seen.split_once('\n').unwrap();
     (cpus.parse().unwrap(), mib.parse().unwrap())
 }
 
-/// Waits for the guest to have so many processors, and MiB within a range.
+/// Waits until the guest has `cpus` vCPUs and an amount of memory within `mib`.
 #[track_caller]
 fn wait_for_size(container: &PodContainer, cpus: u64, mib: std::ops::Range<u64>) {
     let reached = |seen: (u64, u64)| seen.0 == cpus && mib.contains(&seen.1);
-    let found = node::eventually(PATIENCE, || reached(size(container)).then_some(()));
+    let found = node::eventually(TIMEOUT, || reached(size(container)).then_some(()));
     assert!(found.is_some(), "the guest has {:?}\n{}", size(container), node::log_tail(40));
 }
 
-/// The cgroup of the pod's VMM on the node.
+/// Returns the cgroup of the pod's VMM on the node.
 fn cgroup(pod: &Pod) -> PathBuf {
     let text = fs::read_to_string(format!("/proc/{}/cgroup", pod.pid())).unwrap();
     Path::new("/sys/fs/cgroup").join(text.trim().strip_prefix("0::/").unwrap())
@@ -54,12 +54,12 @@ fn read(cgroup: &Path, file: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
 }
 
-/// Guest memory that the VMM holds, in MiB.
-fn held(pod: &Pod) -> u64 {
+/// Returns the MiB of guest memory that are resident in the VMM.
+fn resident_mib(pod: &Pod) -> u64 {
     vm::memory(pod.pid()).unwrap().guest / 1024
 }
 
-/// vCPUs and MiB that `husk ps` tells of a pod.
+/// Returns the vCPUs and MiB that `husk ps` prints for a pod.
 fn listed(pod: &Pod) -> (u64, u64) {
     let output = Command::new("husk").args(["ps", "--output", "json"]).output().unwrap();
     let list: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -68,55 +68,55 @@ fn listed(pod: &Pod) -> (u64, u64) {
 }
 
 #[test]
-fn a_container_grows_and_shrinks_with_its_pod() {
+fn update_grows_and_shrinks_vm_with_container() {
     pods("cri-resize", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = limits(1000, 128);
         let pod = pods.run(config);
         let one = container(&pod, 1000, 128);
         wait_for_size(&one, 1, 120..193);
-        let machine = pod.pid();
-        let (vcpus, start) = listed(&pod);
+        let vmm = pod.pid();
+        let (vcpus, boot_mib) = listed(&pod);
         assert_eq!(vcpus, 1);
         update(&one, 2000, 512);
-        // At once: the answer comes when there is room.
+        // Without a wait: the update returns after the VM has grown.
         let (cpus, mib) = size(&one);
-        assert!(cpus == 2 && (512..577).contains(&mib), "{cpus} processors, {mib} MiB\n{}", node::log_tail(40));
+        assert!(cpus == 2 && (512..577).contains(&mib), "{cpus} vCPUs, {mib} MiB\n{}", node::log_tail(40));
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "536870912\n200000 100000");
         let (vcpus, grown) = listed(&pod);
         assert!(
-            vcpus == 2 && (start + 300..start + 500).contains(&grown),
-            "{vcpus} processors, {start} and {grown} MiB"
+            vcpus == 2 && (boot_mib + 300..boot_mib + 500).contains(&grown),
+            "{vcpus} vCPUs, {boot_mib} MiB at boot, {grown} MiB now"
         );
         let host = cgroup(&pod);
         let limit = |file: &str| read(&host, file);
         let bytes: u64 = limit("memory.max").parse().unwrap();
         assert!((576 * MIB..640 * MIB).contains(&bytes), "memory.max {bytes}");
         assert_eq!(limit("cpu.max"), "225000 100000");
-        // Both processors run, and memory that was not there at the start is used.
+        // Both vCPUs run, and hot-plugged memory is used.
         one.sh("grep -q ^processor.*1 /proc/cpuinfo && dd if=/dev/zero of=/dev/null bs=400M count=1 2> /dev/null");
-        let used = held(&pod);
-        assert!(used > 400, "{used} MiB held after 400 were used");
+        let used = resident_mib(&pod);
+        assert!(used > 400, "{used} MiB resident after 400 were used");
         update(&one, 1000, 128);
         wait_for_size(&one, 1, 120..193);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
-        let back = node::eventually(PATIENCE, || (held(&pod) < 200).then_some(()));
-        assert!(back.is_some(), "{} MiB held after shrinking, {used} before", held(&pod));
+        let back = node::eventually(TIMEOUT, || (resident_mib(&pod) < 200).then_some(()));
+        assert!(back.is_some(), "{} MiB resident after shrinking, {used} before", resident_mib(&pod));
         let lowered =
-            node::eventually(PATIENCE, || (limit("memory.max").parse::<u64>().unwrap() < 240 * MIB).then_some(()));
+            node::eventually(TIMEOUT, || (limit("memory.max").parse::<u64>().unwrap() < 240 * MIB).then_some(()));
         assert!(lowered.is_some(), "memory.max {}", limit("memory.max"));
         assert_eq!(limit("cpu.max"), "125000 100000");
-        assert_eq!(listed(&pod), (1, start));
-        // And once more, in the same machine.
+        assert_eq!(listed(&pod), (1, boot_mib));
+        // The same VM grows a second time.
         update(&one, 2000, 256);
         wait_for_size(&one, 2, 256..321);
-        assert_eq!(pod.pid(), machine);
+        assert_eq!(pod.pid(), vmm);
         assert!(read(&host, "memory.events").contains("oom_kill 0"), "{}", read(&host, "memory.events"));
     });
 }
 
 #[test]
-fn a_container_that_comes_later_finds_room() {
+fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
     pods("cri-room", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = limits(1000, 128);
@@ -125,24 +125,25 @@ fn a_container_that_comes_later_finds_room() {
         wait_for_size(&one, 1, 120..193);
         let two = container(&pod, 1000, 256);
         wait_for_size(&one, 2, 384..449);
-        // All of its limit can be used.
+        // The container can use its whole limit.
         two.sh("dd if=/dev/zero of=/dev/null bs=200M count=1 2> /dev/null");
         two.stop(0);
         two.remove();
-        // The size of the start stays: its containers may yet come.
+        // The VM keeps its boot size: further containers of the pod may be created.
         wait_for_size(&one, 1, 120..193);
-        let named = {
+        let fixed_pod = {
             let mut config = pods.config();
             config["annotations"] = json!({ "io.husk.vcpus": "1", "io.husk.memory_mib": "300" });
             pods.run(config)
         };
-        let fixed = container(&named, 2000, 600);
-        wait_for_size(&fixed, 1, 250..301);
+        let container = container(&fixed_pod, 2000, 600);
+        wait_for_size(&container, 1, 250..301);
     });
 }
 
-/// What kubelet does: the pod's cgroup has the sum of the limits and the RuntimeClass' overhead. The cgroup, and bytes.
-fn kubelets_limit(config: &Value, mib: u64) -> (PathBuf, u64) {
+/// Creates the pod's cgroup as the kubelet does: `memory.max` is the sum of the limits and the overhead of the
+/// RuntimeClass. Returns the cgroup and the bytes.
+fn create_kubelet_cgroup(config: &Value, mib: u64) -> (PathBuf, u64) {
     let class = include_str!("../../../deploy/kubernetes/runtimeclass.yaml");
     let overhead = class.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi")).unwrap();
     let parent = Path::new("/sys/fs/cgroup").join(text(&config["linux"]["cgroup_parent"]).trim_start_matches('/'));
@@ -156,23 +157,23 @@ fn kubelets_limit(config: &Value, mib: u64) -> (PathBuf, u64) {
 }
 
 #[test]
-fn a_pod_that_uses_its_whole_limit_is_killed_in_the_guest_only() {
+fn oom_kill_at_pod_limit_stays_in_guest() {
     pods("cri-whole", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = limits(1000, 256);
-        let (parent, allowed) = kubelets_limit(&config, 256);
+        let (parent, allowed) = create_kubelet_cgroup(&config, 256);
         let pod = pods.run(config);
         let other = container(&pod, 500, 128);
         let inside: u64 = other.sh("cat /sys/fs/cgroup/memory.current").parse().unwrap();
         let outside: u64 = read(&parent, "memory.current").parse().unwrap();
-        println!("idle: {} MiB beside the container's", outside.saturating_sub(inside) / MIB);
-        // Files too: what the host caches of them is the pod's.
+        println!("idle: {} MiB beside the container", outside.saturating_sub(inside) / MIB);
+        // Files too: the host's page cache for them is charged to the pod.
         let script = "dd if=/dev/zero of=/file bs=1M count=64; exec dd if=/dev/zero of=/dev/null bs=300M count=1";
         let mut config = pod.sh(script);
         config["linux"]["resources"] = limits(500, 128);
         let greedy = pod.start(&config);
         assert_eq!(greedy.wait(), (137, "OOMKilled".into()));
-        // The other one takes all that is its own meanwhile.
+        // The other container can use its whole limit.
         let full =
             other.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=110M count=1; cat /file > /dev/null; true"]);
         assert_eq!(full.code, 0, "{full:?}");
@@ -191,12 +192,12 @@ fn a_pod_that_uses_its_whole_limit_is_killed_in_the_guest_only() {
     });
 }
 
-/// More than the host's memory of a pod of 32 MiB has room for, at one and a half KiB for each that is open.
+/// Number of files: more than a 32 MiB pod's memory on the host can hold open, at 1.5 KiB for each open file.
 const FILES: usize = 20_000;
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn a_guest_that_walks_through_many_files_keeps_its_machine() {
+fn vm_survives_walk_over_many_files() {
     let dir = Path::new("/var/lib/husk-e2e-many");
     for n in 0..FILES {
         if n % 1000 == 0 {
@@ -204,13 +205,13 @@ fn a_guest_that_walks_through_many_files_keeps_its_machine() {
         }
         fs::write(dir.join(format!("{}/{n}", n / 1000)), "x").unwrap();
     }
-    // Whoever opens them is to pay for them. What is not written yet stays.
+    // Drops the caches, so that the pod's cgroup is charged when it opens the files. Dirty pages cannot be dropped.
     nix::unistd::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     pods("cri-many-files", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = limits(1000, 32);
-        let (parent, allowed) = kubelets_limit(&config, 32);
+        let (parent, allowed) = create_kubelet_cgroup(&config, 32);
         let pod = pods.run(config);
         let mut config =
             pod.sh("for n in $(seq 20); do echo walked $n: $(ls -l /data/$((n - 1)) | wc -l); done; sleep 100000");
@@ -224,7 +225,7 @@ fn a_guest_that_walks_through_many_files_keeps_its_machine() {
         assert!(pod.is_ready() && events.contains("oom_kill 0"), "{events}");
         let peak: u64 = read(&parent, "memory.peak").parse().unwrap();
         println!("{FILES} files, peak {} of {} MiB", peak / MIB, allowed / MIB);
-        // What the guest has forgotten is found again.
+        // Files that the guest has forgotten (FUSE FORGET) are found again.
         assert_eq!(walker.sh("cat /data/1/* | wc -c; ls /data/0 | wc -l"), "1000\n1000");
     });
     fs::remove_dir_all(dir).unwrap();
@@ -232,7 +233,7 @@ fn a_guest_that_walks_through_many_files_keeps_its_machine() {
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn a_pod_shrinks_below_its_start() {
+fn update_reclaims_memory_below_boot_size() {
     pods("cri-below", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] = limits(2000, 512);
@@ -240,14 +241,14 @@ fn a_pod_shrinks_below_its_start() {
         let one = container(&pod, 2000, 512);
         wait_for_size(&one, 2, 512..577);
         one.sh("dd if=/dev/zero of=/dev/null bs=300M count=1 2> /dev/null; dd if=/dev/zero of=/file bs=1M count=260 2> /dev/null");
-        let used = held(&pod);
+        let used = resident_mib(&pod);
         update(&one, 1000, 128);
-        // The guest's memory stays what it was; what the container may not have any more comes back.
+        // The guest keeps its memory size; memory beyond the container's new limit is reclaimed.
         wait_for_size(&one, 1, 512..577);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
-        // Before it, the file's 260 MiB beside the guest's own; then 128 at most.
-        let back = node::eventually(PATIENCE, || (held(&pod) + 50 < used).then_some(()));
-        assert!(back.is_some(), "{} MiB held after shrinking, {used} before", held(&pod));
+        // Before: 260 MiB of page cache beside the guest's other memory. After: 128 MiB at most.
+        let back = node::eventually(TIMEOUT, || (resident_mib(&pod) + 50 < used).then_some(()));
+        assert!(back.is_some(), "{} MiB resident after shrinking, {used} before", resident_mib(&pod));
         assert_eq!(read(&cgroup(&pod), "cpu.max"), "125000 100000");
         assert_eq!(listed(&pod).0, 1);
     });

@@ -1,4 +1,4 @@
-//! What only Husk has: a kernel of the container's own, a VMM process, and what becomes of both.
+//! The VM of a container: its kernel, its size, its overhead, and the lifetimes of VMM and shim.
 use std::fs;
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use husk_e2e::{case, node, vm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The release of the guest kernel, out of its image: "Linux version RELEASE (…".
+/// Returns the release of the guest kernel, read from its image: "Linux version RELEASE (…".
 fn guest_release() -> String {
     let image = fs::read("/usr/local/share/husk/vmlinux").unwrap();
     let banner = b"Linux version ";
-    // The format string has the banner's words too, before a `%s`.
+    // A format string in the image has the same words, followed by `%s`.
     let releases = image
         .windows(banner.len() + 1)
         .enumerate()
@@ -21,7 +21,7 @@ fn guest_release() -> String {
 }
 
 #[test]
-fn the_kernel_is_the_guests() {
+fn container_runs_on_guest_kernel() {
     case("uname", |case| {
         let release = guest_release();
         assert_ne!(release, node::kernel_release());
@@ -31,24 +31,24 @@ fn the_kernel_is_the_guests() {
 }
 
 #[test]
-fn the_vmm_lives_as_long_as_the_container() {
+fn vmm_lives_as_long_as_its_container() {
     case("vmm-life", |case| {
         let container = case.sleeper();
         let vmms = vm::vmm_of(&container.id);
         assert_eq!(vmms.len(), 1, "one VMM per container");
         assert_eq!(container.pid(), vmms[0], "the task's pid is the VMM's");
-        // CNI sets up the network namespace it finds behind that pid: it must not be the node's.
+        // CNI configures the network namespace of that PID: it must not be the node's.
         let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_ne!(net(&vmms[0].to_string()), net("self"));
-        // The pod's mounts are in no namespace but the shim's and the VMM's.
+        // The pod's mounts are only in the mount namespaces of the shim and the VMM.
         assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains("/run/husk/"));
         container.kill();
-        assert_eq!(vm::vmm_pids(), Vec::<i32>::new(), "the VMM is gone when ctr run has returned");
+        assert_eq!(vm::vmm_pids(), Vec::<i32>::new(), "VMMs after ctr run has returned");
     });
 }
 
 #[test]
-fn cpus_and_memory_follow_the_limits() {
+fn limits_set_boot_size() {
     case("sizing", |case| {
         let script = "nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo";
         let output = case.sh(script).output().expect_clean();
@@ -64,7 +64,7 @@ fn cpus_and_memory_follow_the_limits() {
 }
 
 #[test]
-fn a_killed_vmm_ends_the_task() {
+fn task_ends_when_vmm_is_killed() {
     case("vmm-kill", |case| {
         let container = case.sleeper();
         for pid in vm::vmm_of(&container.id) {
@@ -72,7 +72,7 @@ fn a_killed_vmm_ends_the_task() {
         }
         container.running.wait().expect_code(137);
 
-        // Without --rm the stopped task stays until it is deleted, its execs end in order, and then nothing stays.
+        // Without --rm the stopped task stays until it is deleted. Its execs end too, and nothing is left afterwards.
         let run = case.sh("echo up; exec sleep 1000").keep();
         let container = case.container(run);
         let exec = container.exec_command("e", &[], &["sh", "-c", "echo up; sleep 1000"]);
@@ -86,13 +86,13 @@ fn a_killed_vmm_ends_the_task() {
         container.running.wait().expect_code(137);
         run_ctr(&["tasks", "delete", &id]);
         run_ctr(&["containers", "rm", &id]).expect_code(0);
-        // `ctr run` deletes the task as soon as it has ended; an exec's ctr that comes later gets an error and ends
-        // without removing the fifos it made itself.
+        // `ctr run` deletes the task as soon as it has ended. If the exec's ctr calls later, it gets an error and exits
+        // without removing its fifos.
         remove_fifos();
     });
 }
 
-/// Removes the directories of fifos that ctr makes for each process and leaves when it ends with an error.
+/// Removes the fifo directories that ctr makes for each process and does not remove if it exits with an error.
 fn remove_fifos() {
     for entry in fs::read_dir("/run/containerd/fifo").unwrap() {
         fs::remove_dir_all(entry.unwrap().path()).unwrap();
@@ -100,7 +100,7 @@ fn remove_fifos() {
 }
 
 #[test]
-fn a_killed_shim_leaves_nothing() {
+fn nothing_is_left_when_shim_is_killed() {
     case("shim-kill", |case| {
         let container = case.sleeper();
         let shims = vm::shims_of(&container.id);
@@ -113,23 +113,23 @@ fn a_killed_shim_leaves_nothing() {
         // containerd 1.7 answers the pending Wait with the broken connection, and ctr ends with that error.
         let output = container.running.wait().expect_code(1);
         assert!(output.err().contains("ttrpc: closed"), "{}", output.describe());
-        // With that error ctr ends without removing the fifos it made itself.
+        // With that error ctr exits without removing its fifos.
         remove_fifos();
     });
 }
 
 #[test]
-fn an_idle_vmm_takes_at_most_8_mib_beside_guest_memory() {
+fn idle_vmm_takes_at_most_8_mib_beside_guest_memory() {
     case("weight", |case| {
         let container = case.sleeper();
-        // Some work first: what it needs for stdio, exec and files is part of what it weighs.
+        // Some work first: memory for stdio, exec and files is part of the overhead.
         container.exec("work", &["sh", "-c", "find / -xdev | wc -l; cat /bin/busybox | sha256sum"]).expect_code(0);
-        let [pid] = vm::vmm_of(&container.id)[..] else { panic!("not one VMM") };
+        let [pid] = vm::vmm_of(&container.id)[..] else { panic!("expected one VMM") };
         let memory = vm::memory(pid).unwrap();
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         assert!(memory.guest > 0, "no guest memory found\n{smaps}");
         assert!(memory.own <= 8 << 10, "PSS beside guest memory: {} KiB\n{smaps}", memory.own);
-        println!("VMM: {} KiB of its own, {} KiB of the guest's", memory.own, memory.guest);
+        println!("VMM: {} KiB of its own, {} KiB of guest memory", memory.own, memory.guest);
         container.kill();
     });
 }

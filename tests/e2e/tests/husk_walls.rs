@@ -1,4 +1,4 @@
-//! What a container must not reach: the guest's agent over vsock, and the node's own file systems by way of a volume.
+//! Isolation: containers reach neither the agent over vsock nor, through a volume, the node's host-only file systems.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -10,11 +10,12 @@ use husk_e2e::{Case, case, node, vm};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::json;
 
-/// Dials every context id a guest knows of at the agent's ports and around them, all at once, and tells who answered.
+/// Connects to every CID that a guest can know, on the agent's ports and the ports around them, at the same time.
+/// Prints which of them answered.
 ///
-/// A packet that nobody takes is a connection that ends with ETIMEDOUT after the kernel's own two seconds, so every
-/// socket comes to an end.
-const DIAL: &str = r#"
+/// If nothing answers, the kernel ends the attempt with ETIMEDOUT after its default of two seconds, so no socket waits
+/// forever.
+const CONNECT: &str = r#"
 import errno, os, select, socket
 try:
     socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
@@ -55,29 +56,29 @@ print("answered:", sorted(answered), "of", os.getuid())
 "#;
 
 #[test]
-fn no_container_can_connect_to_the_agent() {
-    let ways: [(&str, &[&str]); 4] = [
+fn container_cannot_connect_to_agent() {
+    let variants: [(&str, &[&str]); 4] = [
         ("0", &[]),
         ("1000", &["--user", "1000:1000"]),
         ("0", &["--privileged", "--privileged-without-host-devices"]),
         ("0", &["--seccomp"]),
     ];
     case("vsock-dial", |case| {
-        for (user, flags) in ways {
-            let output = case.python(DIAL).flags(flags).output().expect_code(0);
+        for (user, flags) in variants {
+            let output = case.python(CONNECT).flags(flags).output().expect_code(0);
             let text = output.out();
             let expected = format!("answered: [] of {user}");
-            // containerd's default profile may keep the address family away altogether.
-            let kept_away = flags.contains(&"--seccomp") && text.trim() == "no socket: EPERM";
-            assert!(kept_away || text.trim() == expected, "{flags:?}\n{}", output.describe());
+            // containerd's default seccomp profile may deny the address family altogether.
+            let denied = flags.contains(&"--seccomp") && text.trim() == "no socket: EPERM";
+            assert!(denied || text.trim() == expected, "{flags:?}\n{}", output.describe());
         }
     });
 }
 
 #[test]
-fn dialling_the_agent_stops_no_exec() {
+fn vsock_connection_flood_does_not_block_exec() {
     case("vsock-flood", |case| {
-        // As many as wait for a header at most, and some, each kept open.
+        // More connections than can wait for a header at the same time, each kept open.
         let program = "import socket, time\n\
             held = []\n\
             for cid in (1, 3):\n    for _ in range(300):\n        \
@@ -92,8 +93,8 @@ fn dialling_the_agent_stops_no_exec() {
     });
 }
 
-/// File systems by which a node's kernel, devices and processes are seen and changed.
-const OWN: [&str; 17] = [
+/// Types of the host-only file systems: interfaces to the node's kernel, devices and processes.
+const HOST_ONLY: [&str; 17] = [
     "proc",
     "sysfs",
     "cgroup",
@@ -112,22 +113,22 @@ const OWN: [&str; 17] = [
     "fusectl",
     "nsfs",
 ];
-/// Those of them that the test mounts once more below a directory of its own, whatever the node has mounted.
-const MOUNTED: [&str; 11] =
+/// The types that the test mounts below its own directory, regardless of the node's mounts.
+const TEST_MOUNTED: [&str; 11] =
     ["proc", "sysfs", "cgroup2", "debugfs", "tracefs", "securityfs", "bpf", "configfs", "devtmpfs", "devpts", "mqueue"];
 
-/// Mounts below a directory of the node's, unmounted at the end.
+/// Mounts below a directory of the node; unmounted on drop.
 struct Mounted(Vec<PathBuf>);
 
 impl Mounted {
-    /// One of each kind below `dir`, and a tmpfs with a file in it.
+    /// Mounts each type of `TEST_MOUNTED` below `dir`, and a tmpfs with a file in it.
     fn below(dir: &Path) -> Self {
         let mut mounted = Self(Vec::new());
-        for kind in MOUNTED {
+        for kind in TEST_MOUNTED {
             mounted.add(kind, &dir.join(kind));
         }
         mounted.add("tmpfs", &dir.join("data"));
-        // The node's root alone, without what is mounted below.
+        // The node's root without its submounts.
         let bare = dir.join("bare");
         fs::create_dir_all(&bare).unwrap();
         mount(Some("/"), &bare, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
@@ -152,19 +153,19 @@ impl Drop for Mounted {
     }
 }
 
-/// Where the node has file systems of its own mounted.
-fn own_mounts() -> Vec<String> {
+/// Returns the mount points of the node's host-only file systems.
+fn host_only_mounts() -> Vec<String> {
     let list = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let own = list.lines().filter(|line| {
+    let host_only = list.lines().filter(|line| {
         let kind = line.split(" - ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
-        OWN.contains(&kind)
+        HOST_ONLY.contains(&kind)
     });
-    own.map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
+    host_only.map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
 }
 
-/// Looks at each mount point below /host, and says of each what it has beside what is to be there; then tries to open files
-/// by which a container would get hold of the node.
-const LOOK: &str = r#"
+/// Lists each mount point below /host, and prints those with other entries than expected. Then tries to open files
+/// that would give a container control of the node.
+const INSPECT: &str = r#"
 import os
 for at, expected in sorted(MOUNTS.items()):
     path = "/host" + at
@@ -185,48 +186,48 @@ for at in ["proc/kcore", "proc/1/mem", "proc/1/root/etc/hostname", "proc/sys/ker
             print("opened", at, flags)
         except OSError:
             pass
-# Whatever is shared with the guest is not to be written to in another way.
+# Files that are shared with the guest must not be reachable by a second path.
 for top, dirs, files in os.walk("/host/run/husk"):
     if any(part in ("share", "guest", "stage") for part in top.split("/")) and dirs + files:
         print("reached", top, dirs, files)
 print(open("/host" + DATA).read().strip())
 "#;
 
-/// What lies under each of the node's own file systems: a container sees that in their place.
-fn under_them(bare: &Path) -> Vec<(String, Vec<String>)> {
+/// Returns the entries that each host-only mount covers: a container sees these in its place.
+fn covered_entries(bare: &Path) -> Vec<(String, Vec<String>)> {
     let listed = |at: &str| {
         let entries = fs::read_dir(bare.join(at.trim_start_matches('/'))).into_iter().flatten();
         let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     };
-    own_mounts().into_iter().map(|at| (at.clone(), listed(&at))).collect()
+    host_only_mounts().into_iter().map(|at| (at.clone(), listed(&at))).collect()
 }
 
-/// What a container that has the node's root at /host finds there of the node's own.
-fn look(case: &Case, dir: &Path, options: &str, flags: &[&str]) -> String {
+/// Returns what a container with the node's root at /host finds of host-only file systems.
+fn inspect(case: &Case, dir: &Path, options: &str, flags: &[&str]) -> String {
     let mounts: serde_json::Map<_, _> =
-        under_them(&dir.join("bare")).into_iter().map(|(at, names)| (at, json!(names))).collect();
+        covered_entries(&dir.join("bare")).into_iter().map(|(at, names)| (at, json!(names))).collect();
     let data = dir.join("data/file");
-    let program = format!("MOUNTS = {}\nDATA = {data:?}\n{LOOK}", json!(mounts));
+    let program = format!("MOUNTS = {}\nDATA = {data:?}\n{INSPECT}", json!(mounts));
     let mount = format!("type=bind,src=/,dst=/host,options={options}");
     let output = case.python(&program).flags(&["--mount", &mount]).flags(flags).output().expect_code(0);
     let found = output.out().trim().strip_suffix("of the node").map(|found| found.trim().to_owned());
-    found.unwrap_or_else(|| panic!("the data was not read\n{}", output.describe()))
+    found.unwrap_or_else(|| panic!("the container did not read the tmpfs\n{}", output.describe()))
 }
 
 #[test]
-fn a_volume_of_the_nodes_root_has_no_file_system_of_the_nodes_own() {
+fn volume_of_node_root_has_no_host_only_file_systems() {
     case("own-file-systems", |case| {
         let dir = case.dir().join("own");
         let _mounted = Mounted::below(&dir);
         let privileged: &[&str] = &["--privileged", "--privileged-without-host-devices"];
         for options in ["rbind:ro", "rbind:rw", "rbind:rslave:rw"] {
             for flags in [&[], privileged] {
-                assert_eq!(look(case, &dir, options, flags), "", "{options} {flags:?}");
+                assert_eq!(inspect(case, &dir, options, flags), "", "{options} {flags:?}");
             }
         }
-        // The node has its own still, and a device node in a volume is no device of the node's.
+        // The node keeps its mounts. A device node in a volume does not give access to the node's device.
         assert!(
             dir.join("proc/self").exists()
                 && fs::metadata(dir.join("devtmpfs/null")).unwrap().file_type().is_char_device()
@@ -235,7 +236,7 @@ fn a_volume_of_the_nodes_root_has_no_file_system_of_the_nodes_own() {
 }
 
 #[test]
-fn a_pods_volume_of_the_nodes_root_has_none_either() {
+fn pod_volume_of_node_root_has_no_host_only_file_systems() {
     pods("own-file-systems-pod", |pods| {
         let dir = pods.dir().join("own");
         let _mounted = Mounted::below(&dir);
@@ -251,11 +252,11 @@ fn a_pods_volume_of_the_nodes_root_has_none_either() {
                     { "host_path": "/", "container_path": "/host", "readonly": readonly, "propagation": propagation }
                 ]);
                 let container = pod.start(&config);
-                let (own, expected): (Vec<_>, Vec<_>) = under_them(&dir.join("bare")).into_iter().unzip();
-                let own: Vec<String> = own.into_iter().map(|at| format!("/host{at}")).collect();
+                let (mounts, expected): (Vec<_>, Vec<_>) = covered_entries(&dir.join("bare")).into_iter().unzip();
+                let mounts: Vec<String> = mounts.into_iter().map(|at| format!("/host{at}")).collect();
                 let all = "for at; do if [ -d $at ]; then ls -A $at; elif [ -e $at ]; then cat $at; fi; done";
                 let mut script = vec!["sh", "-c", all, "sh"];
-                script.extend(own.iter().map(String::as_str));
+                script.extend(mounts.iter().map(String::as_str));
                 let found = container.exec(&script);
                 let mut names: Vec<&str> = found.out.lines().collect();
                 names.sort_unstable();
@@ -271,7 +272,7 @@ fn a_pods_volume_of_the_nodes_root_has_none_either() {
 }
 
 #[test]
-fn later_mounts_of_the_node_are_seen_but_for_its_own_and_can_be_unmounted() {
+fn later_mounts_propagate_except_host_only_and_can_be_unmounted() {
     case("own-later", |case| {
         let dir = case.dir().join("followed");
         fs::create_dir_all(dir.join("under")).unwrap();
@@ -288,30 +289,30 @@ fn later_mounts_of_the_node_are_seen_but_for_its_own_and_can_be_unmounted() {
         let seen = container.exec("seen", &["sh", "-c", "cat /v/before/file /v/under/file; ls /v/proc /v/sys /v/dev"]);
         let seen = seen.expect_code(0).out();
         assert_eq!(seen.trim(), "before\nover it\n/v/dev:\n\n/v/proc:\n\n/v/sys:");
-        // No container keeps the node from unmounting, though it has looked at what is there.
+        // The node can unmount, although the container has read from the mounts.
         for name in ["before", "under"] {
             umount(&dir.join(name)).unwrap();
         }
         let mut next = 0;
         let gone = node::eventually(Duration::from_secs(10), || {
             next += 1;
-            let look = ["sh", "-c", "cat /v/under/file; ls /v/before"];
-            (container.exec(&format!("gone-{next}"), &look).out() == "below it\n").then_some(())
+            let command = ["sh", "-c", "cat /v/under/file; ls /v/before"];
+            (container.exec(&format!("gone-{next}"), &command).out() == "below it\n").then_some(())
         });
-        assert!(gone.is_some(), "what the node unmounted is still there");
+        assert!(gone.is_some(), "the container still sees the unmounted file systems");
         container.kill();
     });
 }
 
 #[test]
-fn a_mirrored_volume_stays_the_directory_that_was_mounted() {
+fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
     pods("mirror-symlink", |pods| {
         let pod = pods.pod();
         let (outside, volume) = (pods.dir().join("outside/settings"), pods.volume(&pod, "configmap", "settings"));
         fs::create_dir_all(&outside).unwrap();
         fs::write(outside.join("secret"), "secret").unwrap();
         fs::write(volume.join("key"), "first").unwrap();
-        // As an administrator must not, but may: the directory above is writable by hostPath.
+        // An administrator should not do this but can: a hostPath volume makes the parent directory writable.
         let kinds = volume.parent().unwrap().parent().unwrap();
         let mut config = pod.sh("sleep 100000");
         config["mounts"] = json!([
@@ -331,15 +332,15 @@ fn a_mirrored_volume_stays_the_directory_that_was_mounted() {
 }
 
 /// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
-const FILE_SERVER: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
+const FILE_SERVER_CAPS: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
 
-/// Checks the worker threads of virtio-fs, `virtio-fs0` and up: only they serve requests for the host's files. The device
-/// loop (`devices`) keeps the capabilities of the process. It serves only FORGET.
+/// Checks the worker threads of virtio-fs, `virtio-fs0` and up: only they serve requests for the host's files. The
+/// device loop (`devices`) keeps the capabilities of the process. It serves only FORGET.
 #[test]
-fn threads_that_serve_files_have_few_capabilities() {
+fn virtio_fs_workers_have_few_capabilities() {
     case("capabilities", |case| {
         let container = case.sleeper();
-        let [vmm] = vm::vmm_of(&container.id)[..] else { panic!("not one VMM of {}", container.id) };
+        let [vmm] = vm::vmm_of(&container.id)[..] else { panic!("expected one VMM of {}", container.id) };
         let (mut workers, mut others) = (Vec::new(), Vec::new());
         for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
             let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
@@ -350,13 +351,15 @@ fn threads_that_serve_files_have_few_capabilities() {
                 continue;
             }
             workers.push(name);
-            for (set, most) in [("CapEff:", FILE_SERVER), ("CapPrm:", FILE_SERVER), ("CapInh:", 0), ("CapAmb:", 0)] {
+            for (set, most) in
+                [("CapEff:", FILE_SERVER_CAPS), ("CapPrm:", FILE_SERVER_CAPS), ("CapInh:", 0), ("CapAmb:", 0)]
+            {
                 let has = u64::from_str_radix(field(set), 16).unwrap();
                 assert_eq!(has & !most, 0, "{set} {status}");
             }
         }
-        assert!(workers.iter().any(|name| name == "virtio-fs0"), "checked {workers:?} and not {others:?}");
-        assert!(others.iter().any(|name| name == "devices"), "checked {workers:?} and not {others:?}");
+        assert!(workers.iter().any(|name| name == "virtio-fs0"), "checked {workers:?}, skipped {others:?}");
+        assert!(others.iter().any(|name| name == "devices"), "checked {workers:?}, skipped {others:?}");
         container.kill();
     });
 }
