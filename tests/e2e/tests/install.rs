@@ -1,7 +1,8 @@
-//! docs/install.md, followed to the letter: from a node with containerd and nothing of Husk's to a pod, and back again.
+//! Installation by docs/install.md: from a node with containerd but without Husk to a running pod, and back.
 //!
-//! What the page has root do on the node (lines with `#`) is done, in its order. What is for another machine (`$`) was done
-//! before (`cargo xtask dist`), or needs a cluster: there CRI does what the kubelet would.
+//! The test runs the page's commands for root on the node (lines with `#`) in their order. Commands for another machine
+//! (`$`) ran before (`cargo xtask dist`), or need a cluster. In place of a cluster, the test calls the CRI as the
+//! kubelet would.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,18 +19,18 @@ const PAGE: &str = include_str!("../../../docs/install.md");
 const EXAMPLE: &str = "deploy/kubernetes/untrusted.yaml";
 const CONFIG: &str = "/etc/containerd/config.toml";
 const DROP_INS: &str = "/etc/containerd/conf.d";
-/// Where the page's commands are given: beside `dist`.
-const HERE: &str = "/root/husk";
-/// Of Husk's, as `cargo xtask dist` lays it out.
-const PARTS: [&str; 5] = [
+/// Directory in which the page's commands run: it contains `dist`.
+const WORK_DIR: &str = "/root/husk";
+/// Paths of Husk, as `cargo xtask dist` lays them out.
+const HUSK_PATHS: [&str; 5] = [
     "usr/local/bin/containerd-shim-husk-v2",
     "usr/local/bin/husk",
     "usr/local/share/husk",
     "etc/husk",
     "etc/containerd/conf.d/husk.toml",
 ];
-/// Where others than Husk write while a pod runs: containerd, CNI and the kubelet that the tests are.
-const OTHERS: [&str; 13] = [
+/// Paths that others write to while a pod runs: containerd, CNI, and the tests in the role of the kubelet.
+const FOREIGN_PATHS: [&str; 13] = [
     "/proc",
     "/sys",
     "/dev",
@@ -47,9 +48,9 @@ const OTHERS: [&str; 13] = [
 
 /// A fenced block of the page.
 struct Block {
-    /// The heading it is below.
+    /// Heading above the block.
     heading: &'static str,
-    /// What is behind the fence.
+    /// Info string: the text after the opening fence.
     kind: &'static str,
     lines: Vec<&'static str>,
 }
@@ -65,61 +66,62 @@ fn blocks() -> Vec<Block> {
             (None, None) => {}
         }
     }
-    assert!(open.is_none(), "a block without an end");
+    assert!(open.is_none(), "a block has no closing fence");
     blocks
 }
 
-/// The commands of root's on the node below a heading.
+/// Returns root's commands on the node below a heading.
 #[track_caller]
 fn commands(heading: &str) -> Vec<&'static str> {
     let found = blocks().into_iter().filter(|block| block.heading == heading && block.kind == "console");
     let lines: Vec<_> = found.flat_map(|block| block.lines).filter_map(|line| line.strip_prefix("# ")).collect();
-    assert!(!lines.is_empty(), "there is nothing to be done below {heading:?}");
+    assert!(!lines.is_empty(), "no commands below {heading:?}");
     lines
 }
 
-/// What the page has written into a file.
+/// Returns the content of a configuration file from the page.
 #[track_caller]
-fn text(kind: &str) -> String {
+fn file_content(kind: &str) -> String {
     let block = blocks().into_iter().find(|block| block.kind == kind).unwrap_or_else(|| panic!("no block {kind:?}"));
     block.lines.join("\n") + "\n"
 }
 
-/// Gives a command as root; the node has no service manager.
+/// Runs a command as root. The node has no service manager.
 #[track_caller]
-fn give(command: &str) -> Output {
+fn run(command: &str) -> Output {
     if command == "systemctl restart containerd" {
         restart::restart();
         return Command::new("true").output().unwrap();
     }
-    Command::new("sh").args(["-c", command]).current_dir(HERE).output().unwrap()
+    Command::new("sh").args(["-c", command]).current_dir(WORK_DIR).output().unwrap()
 }
 
+/// Runs the page's commands and checks their results.
 #[track_caller]
-fn follow(commands: &[&str]) {
+fn run_all(commands: &[&str]) {
     for command in commands {
-        let output = give(command);
+        let output = run(command);
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         match *command {
-            // An emulated node's KVM is too slow for real use, which it says.
+            // In an emulated node the KVM check fails, because KVM is too slow for real use.
             "husk check" => {
                 let failed: Vec<_> = text.lines().filter(|line| line.starts_with("FAIL")).collect();
                 assert!(failed.iter().all(|line| line.contains(" kvm ")) && text.contains("ok    shim"), "{text}");
             }
             "husk ps" => assert!(output.status.success() && text.lines().count() == 1, "{command}: {text}"),
-            // It is to find nothing, which it calls a failure.
+            // grep must find nothing, and exits with 1 then.
             _ if command.starts_with("grep ") => assert!(output.status.code() == Some(1) && text.is_empty(), "{text}"),
             _ => assert!(output.status.success(), "{command}: {text}"),
         }
     }
 }
 
-/// All files of the node but those that others make.
-fn files() -> BTreeSet<PathBuf> {
+/// Returns all files of the node except those of others.
+fn node_files() -> BTreeSet<PathBuf> {
     fn walk(dir: &Path, all: &mut BTreeSet<PathBuf>) {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             let path = entry.path();
-            if OTHERS.iter().any(|other| path == Path::new(other)) {
+            if FOREIGN_PATHS.iter().any(|foreign| path == Path::new(foreign)) {
                 continue;
             }
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -133,17 +135,17 @@ fn files() -> BTreeSet<PathBuf> {
     all
 }
 
-/// The node as it was: given back when the test ends, however that goes.
-struct Node {
+/// The node's original state; restored on drop, also after a failure.
+struct OriginalNode {
     config: Vec<u8>,
     drop_in: Vec<u8>,
 }
 
-impl Node {
-    /// Takes everything of Husk's away, into `dist` where it came from.
-    fn bare() -> Self {
-        let dist = Path::new(HERE).join("dist/root");
-        for part in PARTS {
+impl OriginalNode {
+    /// Uninstalls Husk: moves its files back to `dist`.
+    fn save_and_uninstall() -> Self {
+        let dist = Path::new(WORK_DIR).join("dist/root");
+        for part in HUSK_PATHS {
             let to = dist.join(part);
             fs::create_dir_all(to.parent().unwrap()).unwrap();
             let moved = Command::new("mv").arg(Path::new("/").join(part)).arg(&to).status().unwrap();
@@ -151,7 +153,7 @@ impl Node {
         }
         let drop_in = dist.join("etc/containerd/conf.d/husk.toml");
         let this = Self { config: fs::read(CONFIG).unwrap(), drop_in: fs::read(&drop_in).unwrap() };
-        // As it is shipped: the node's init adds the image of its sandboxes.
+        // The drop-in as shipped: the node's init adds the sandbox image to it.
         let text = String::from_utf8(this.drop_in.clone()).unwrap();
         let shipped = text.split("[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image").next().unwrap();
         fs::write(drop_in, shipped).unwrap();
@@ -161,23 +163,23 @@ impl Node {
     }
 }
 
-impl Drop for Node {
+impl Drop for OriginalNode {
     fn drop(&mut self) {
-        let _ = Command::new("cp").args(["-a", &format!("{HERE}/dist/root/."), "/"]).status();
+        let _ = Command::new("cp").args(["-a", &format!("{WORK_DIR}/dist/root/."), "/"]).status();
         let _ = fs::write(Path::new(DROP_INS).join("husk.toml"), &self.drop_in);
         let _ = fs::write(CONFIG, &self.config);
-        let _ = fs::remove_dir_all(HERE);
+        let _ = fs::remove_dir_all(WORK_DIR);
         restart::restart();
     }
 }
 
-/// Whether the node's containerd is of the 2.x line.
-fn is_two() -> bool {
+/// Returns whether the node's containerd is of the 2.x line.
+fn is_containerd_2() -> bool {
     run_ctr(&["version"]).expect_code(0).value("  Version").trim_start_matches('v').starts_with("2.")
 }
 
-/// The image of containerd's sandboxes is there, as on a node that has run a pod.
-fn pause_is_there() {
+/// Makes sure that the node has containerd's sandbox image, like a node that has run a pod.
+fn ensure_pause_image() {
     node::need_image_in(KUBERNETES, PAUSE);
     let config: Value =
         serde_json::from_str(call("Status", &json!({ "verbose": true }))["info"]["config"].as_str().unwrap()).unwrap();
@@ -187,9 +189,9 @@ fn pause_is_there() {
     }
 }
 
-/// What the page says to be reached: a pod with a kernel of its own.
-fn a_pod_runs() {
-    pause_is_there();
+/// Checks the result that the page promises: a pod that runs on its own kernel.
+fn assert_pod_runs() {
+    ensure_pause_image();
     let manifest = include_str!("../../../deploy/kubernetes/untrusted.yaml");
     pods_of("install", "husk", |pods| {
         let applied = manifest::apply(pods, manifest, &[("python:slim", PYTHON)]);
@@ -200,40 +202,40 @@ fn a_pod_runs() {
 }
 
 #[test]
-fn the_page_leads_to_a_pod_and_back() {
-    assert!(PAGE.contains(&format!("$ kubectl apply -f {EXAMPLE}")), "another example: this runs {EXAMPLE}");
-    let two = is_two();
-    let _node = Node::bare();
-    // A node where containerd has a configuration of its own.
-    if two {
+fn documented_commands_install_and_remove_husk() {
+    assert!(PAGE.contains(&format!("$ kubectl apply -f {EXAMPLE}")), "docs/install.md does not apply {EXAMPLE}");
+    let is_v2 = is_containerd_2();
+    let _node = OriginalNode::save_and_uninstall();
+    // The node's containerd has a configuration already.
+    if is_v2 {
         fs::write(CONFIG, "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n").unwrap();
     } else {
         fs::write(CONFIG, "version = 2\n").unwrap();
     }
-    let before = files();
-    assert!(PARTS.iter().all(|part| !Path::new("/").join(part).exists()));
-    follow(&commands("Put it there"));
-    if two {
-        follow(&commands("containerd 2.x"));
+    let before = node_files();
+    assert!(HUSK_PATHS.iter().all(|part| !Path::new("/").join(part).exists()));
+    run_all(&commands("Put it there"));
+    if is_v2 {
+        run_all(&commands("containerd 2.x"));
     } else {
-        fs::write(CONFIG, text("toml imports")).unwrap();
+        fs::write(CONFIG, file_content("toml imports")).unwrap();
     }
-    follow(&commands("Tell containerd"));
-    a_pod_runs();
-    if !two {
-        // The other way to tell it, for a configuration with a section of its own.
+    run_all(&commands("Tell containerd"));
+    assert_pod_runs();
+    if !is_v2 {
+        // The alternative for a configuration that has a CRI section.
         fs::remove_file(Path::new(DROP_INS).join("husk.toml")).unwrap();
-        let own = format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"{PAUSE}\"\n");
-        fs::write(CONFIG, own.clone() + &text("toml section") + &text("toml runc")).unwrap();
-        follow(&commands("Tell containerd"));
-        a_pod_runs();
-        assert!(give("grep -n husk /etc/containerd/config.toml").status.success());
-        fs::write(CONFIG, own.replace(PAUSE, "another")).unwrap();
+        let config = format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"{PAUSE}\"\n");
+        fs::write(CONFIG, config.clone() + &file_content("toml section") + &file_content("toml runc")).unwrap();
+        run_all(&commands("Tell containerd"));
+        assert_pod_runs();
+        assert!(run("grep -n husk /etc/containerd/config.toml").status.success());
+        fs::write(CONFIG, config.replace(PAUSE, "another")).unwrap();
     }
-    follow(&commands("Remove it"));
-    let after = files();
+    run_all(&commands("Remove it"));
+    let after = node_files();
     let left: Vec<_> = after.difference(&before).collect();
     assert!(left.is_empty(), "left on the node: {left:#?}");
     let info = call("Status", &json!({ "verbose": true }))["info"]["config"].clone();
-    assert!(!info.as_str().unwrap().contains("husk.v2"), "containerd still knows of it: {info}");
+    assert!(!info.as_str().unwrap().contains("husk.v2"), "containerd still has the runtime: {info}");
 }

@@ -1,4 +1,4 @@
-//! The container's cgroup: limits are set and hold, and an OOM kill is reported as one.
+//! cgroup limits of a container: they are set and enforced, and OOM kills are reported.
 use std::time::Duration;
 
 use husk_e2e::command::{Input, Running, TIMEOUT, ctr, run_ctr};
@@ -6,7 +6,7 @@ use husk_e2e::{BUSYBOX, case, node, spec};
 use serde_json::json;
 
 #[test]
-fn cgroup_limits_are_set() {
+fn create_sets_cgroup_limits() {
     case("cgroup", |case| {
         let script = "cd /sys/fs/cgroup; cat memory.max memory.low cpu.max cpu.weight pids.max; cat /proc/self/cgroup";
         let run = case.with_spec(script, |spec| {
@@ -15,15 +15,16 @@ fn cgroup_limits_are_set() {
             spec["linux"]["resources"]["pids"] = json!({ "limit": 42 });
             spec::show_cgroup(spec);
         });
-        // Shares 2048 are weight 79 in the runc of the node, 1.1, and 174 since runc 1.3.2, whose conversion libcontainer has.
+        // 2048 CPU shares are weight 79 with runc 1.1, which the node has, and 174 since runc 1.3.2. libcontainer
+        // converts like the latter.
         let weight = if husk_e2e::runtime() == "io.containerd.runc.v2" { 79 } else { 174 };
         run.output().expect_clean().expect_out(&format!("134217728\n33554432\n150000 100000\n{weight}\n42\n0::/"));
     });
 }
 
-// By the specification: containerd's CRI passes it on only where containerd is in a control group that has swap itself.
+// Sets the specification directly: containerd's CRI passes swap limits on only if containerd's own cgroup has swap.
 #[test]
-fn swap_is_what_is_beyond_memory() {
+fn swap_limit_excludes_memory_limit() {
     case("swap", |case| {
         for (swap, expected) in [(157_286_400, "52428800"), (104_857_600, "0"), (-1, "max")] {
             let run = case.with_spec("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.swap.max", |spec| {
@@ -36,7 +37,7 @@ fn swap_is_what_is_beyond_memory() {
 }
 
 #[test]
-fn a_pids_limit_holds() {
+fn pids_limit_is_enforced() {
     case("pids", |case| {
         let script = "for i in $(seq 1 30); do sleep 100 & done; echo not reached";
         let run = case.with_spec(script, |spec| spec["linux"]["resources"]["pids"] = json!({ "limit": 10 }));
@@ -46,15 +47,16 @@ fn a_pids_limit_holds() {
 }
 
 #[test]
-fn an_oom_kill_is_reported_as_one() {
+fn oom_kill_emits_oom_event() {
     case("oom", |case| {
-        // The subscription must stand before the kill: containerd does not say when, so events are made until one comes.
+        // The subscription must be active before the OOM kill. containerd does not report when it is: the test causes
+        // other events until one arrives.
         let mut events = Running::start(ctr(&["events"]), Input::Null);
         let subscribed = node::eventually(TIMEOUT, || {
             run_ctr(&["images", "label", BUSYBOX, "e2e=subscribed"]).expect_code(0);
             events.try_wait_for("/images/update", Duration::from_millis(500))
         });
-        assert!(subscribed.is_some(), "no event of containerd's arrives");
+        assert!(subscribed.is_some(), "no event of containerd arrived");
         let run = case.sh("dd if=/dev/zero of=/dev/null bs=200M count=1").flags(&["--memory-limit", "67108864"]);
         let id = run.id().to_owned();
         run.output().expect_code(137);
@@ -66,7 +68,7 @@ fn an_oom_kill_is_reported_as_one() {
 }
 
 #[test]
-fn a_child_that_is_oom_killed_leaves_the_container_running() {
+fn container_survives_oom_kill_of_child() {
     case("oom-child", |case| {
         let run = case
             .sh("dd if=/dev/zero of=/dev/null bs=200M count=1; echo $?; exit 5")

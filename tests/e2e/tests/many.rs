@@ -1,18 +1,18 @@
-//! Many containers at once.
+//! Concurrency: ten containers that run at the same time.
 use std::time::Duration;
 
 use husk_e2e::case;
 use husk_e2e::command::{Input, Running};
 
 #[test]
-fn ten_at_once() {
+fn ten_containers_run_concurrently() {
     case("ten", |case| {
         let mut all: Vec<Running> = (0..10)
             .map(|number| {
                 case.sh(&format!("echo up {number}; read line; echo $line {number}; exit {number}")).start(Input::Pipe)
             })
             .collect();
-        // All ten run at the same time before the first may end.
+        // All ten run at the same time before the first can end.
         for (number, running) in all.iter_mut().enumerate() {
             running.wait_for(&format!("up {number}"));
         }

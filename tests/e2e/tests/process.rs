@@ -1,4 +1,5 @@
-//! The process as the OCI specification wants it: user, groups, capabilities, limits, environment, program look-up.
+//! The `process` of the OCI specification: user, groups, capabilities, rlimits, environment, program lookup, seccomp
+//! and user namespaces.
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
 
@@ -6,18 +7,18 @@ use husk_e2e::command::{Output, run_ctr};
 use husk_e2e::{RUNC, case, spec};
 use serde_json::json;
 
-/// Prints what /proc says of the shell itself.
+/// Prints the shell's user, groups, capabilities, seccomp mode and umask from /proc.
 const STATUS: &str = "grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask)' /proc/self/status";
 
 #[test]
-fn user_and_additional_groups() {
+fn process_has_user_groups_and_umask() {
     case("user", |case| {
         // By name: the groups come from the image's /etc/group.
         let output = case.sh("id -u; id -g; id -G; cat ~/mine; touch /etc/x").flags(&["--user", "tester"]).output();
         assert!(output.out().starts_with("1000\n1000\n"), "{}", output.describe());
         assert!(output.out().contains("tester's own"), "{}", output.describe());
         assert!(output.code != 0 && output.err().contains("Permission denied"), "{}", output.describe());
-        // By the specification, with groups that no file names, and a umask.
+        // By ids in the specification, with groups that are not in /etc/group, and a umask.
         let run = case.with_spec(&format!("{STATUS}; touch /tmp/f; stat -c '%u:%g %a' /tmp/f"), |spec| {
             spec["process"]["user"] =
                 json!({ "uid": 1001, "gid": 44, "additionalGids": [44, 29, 2000, 4242], "umask": 0o027 });
@@ -30,13 +31,13 @@ fn user_and_additional_groups() {
         assert_eq!(groups, [29, 44, 2000, 4242]);
         assert_eq!(output.value("Umask"), "0027");
         assert!(output.out().contains("1001:44 640"), "{}", output.describe());
-        // Nobody but root keeps capabilities over the change of user.
+        // Only root keeps capabilities when the user changes.
         assert_eq!(output.value("CapEff"), "0000000000000000");
     });
 }
 
 #[test]
-fn capabilities() {
+fn process_has_only_its_capabilities() {
     case("caps", |case| {
         // CHOWN, NET_BIND_SERVICE and KILL only: bits 0, 10 and 5.
         let run = case.with_spec(
@@ -55,7 +56,7 @@ fn capabilities() {
         assert_eq!(output.value("CapInh"), "0000000000000020");
         assert_eq!(output.value("CapAmb"), "0000000000000020");
         assert!(output.out().contains("may chown\nmay not"), "{}", output.describe());
-        // ctr's own flags, and the same sets for an exec.
+        // ctr's flags; an exec has the same sets.
         let run = case.sh("echo up; exec sleep 1000").flags(&["--cap-add", "CAP_SYS_TIME", "--cap-drop", "CAP_MKNOD"]);
         let container = case.container(run);
         let output = container.exec("caps", &["sh", "-c", STATUS]).expect_clean();
@@ -68,7 +69,7 @@ fn capabilities() {
 }
 
 #[test]
-fn no_new_privileges_and_its_absence() {
+fn no_new_privileges_is_set_unless_disabled() {
     case("nnp", |case| {
         let output = case.sh(STATUS).output().expect_clean();
         assert_eq!(output.value("NoNewPrivs"), "1");
@@ -79,7 +80,7 @@ fn no_new_privileges_and_its_absence() {
 }
 
 #[test]
-fn rlimits_oom_score_environment_and_directory() {
+fn process_has_rlimits_oom_score_env_and_cwd() {
     case("limits", |case| {
         let script =
             "ulimit -n; ulimit -Hn; ulimit -c; ulimit -u; cat /proc/self/oom_score_adj; pwd; echo $A-$B; env | wc -l";
@@ -102,18 +103,18 @@ fn rlimits_oom_score_environment_and_directory() {
             "{}",
             output.describe()
         );
-        // ctr's flags for the same, a directory that does not exist is made as runc makes it.
+        // The same with ctr's flags. A missing working directory is created, as with runc.
         let run = case.sh("pwd; echo $A").flags(&["--env", "A=flag", "--cwd", "/srv/made/here"]);
         run.output().expect_clean().expect_out("/srv/made/here\nflag");
     });
 }
 
 #[test]
-fn programs_are_looked_up_in_the_path_of_the_container() {
+fn program_lookup_uses_container_path() {
     case("path", |case| {
         // /opt/tools is in the image's own PATH only.
         case.busybox(&["greet"]).output().expect_clean().expect_out("greetings from /opt/tools/greet");
-        // In the specification's PATH, relative to the specification's directory.
+        // With the specification's PATH, and relative to the specification's working directory.
         let run = case.with_spec("", |spec| {
             spec["process"]["args"] = json!(["greet"]);
             spec["process"]["env"] = json!(["PATH=/nowhere:/opt/tools:/bin:/usr/bin"]);
@@ -127,40 +128,40 @@ fn programs_are_looked_up_in_the_path_of_the_container() {
     });
 }
 
-/// The part of an error that tells the user what is wrong: from `exec:` on.
-fn reason(output: &Output) -> String {
+/// Returns the part of an error that states the cause: from `exec:` on.
+fn cause(output: &Output) -> String {
     let err = output.err();
-    let start = err.find("exec: ").unwrap_or_else(|| panic!("no reason in\n{}", output.describe()));
+    let start = err.find("exec: ").unwrap_or_else(|| panic!("no cause in\n{}", output.describe()));
     err[start..].trim().to_owned()
 }
 
-/// The part before it: who says so.
-fn shape(output: &Output) -> String {
+/// Returns the part before the cause: the components that report the error.
+fn context(output: &Output) -> String {
     let err = output.err();
     err[..err.find("exec: ").unwrap_or(err.len())].to_owned()
 }
 
 #[test]
-fn an_entry_point_that_cannot_run_fails_as_with_runc() {
+fn invalid_entry_point_fails_with_same_error_as_runc() {
     for (number, program) in ["/no/such/program", "no-such-program", "/etc/not-executable", "/etc"].iter().enumerate() {
         let mut outputs = Vec::new();
         for runtime in [RUNC.to_owned(), husk_e2e::runtime()] {
             husk_e2e::case::case_of(&format!("entry{number}-{}", outputs.len()), &runtime, |case| {
                 let run = case.busybox(&[program]).keep();
                 outputs.push(run.output());
-                // ctr leaves the container's record when its task was never made.
+                // ctr keeps the container's record if the task could not be created.
                 run_ctr(&["containers", "rm", run.id()]).expect_code(0);
             });
         }
         let [expected, found] = outputs.as_slice() else { panic!("two outputs") };
         assert_eq!(found.code, expected.code, "{}", found.describe());
-        assert_eq!(reason(found), reason(expected), "{}", found.describe());
-        assert_eq!(shape(found), shape(expected), "{}", found.describe());
+        assert_eq!(cause(found), cause(expected), "{}", found.describe());
+        assert_eq!(context(found), context(expected), "{}", found.describe());
     }
 }
 
 #[test]
-fn a_failing_exec_fails_as_with_runc() {
+fn invalid_exec_fails_with_same_error_as_runc() {
     let mut outputs = Vec::new();
     for runtime in [RUNC.to_owned(), husk_e2e::runtime()] {
         husk_e2e::case::case_of(&format!("badexec{}", outputs.len()), &runtime, |case| {
@@ -174,13 +175,13 @@ fn a_failing_exec_fails_as_with_runc() {
     let [expected, found] = outputs.as_slice() else { panic!("two outputs") };
     for (found, expected) in found.iter().zip(expected) {
         assert_eq!(found.code, expected.code, "{}", found.describe());
-        assert_eq!(reason(found), reason(expected), "{}", found.describe());
-        assert_eq!(shape(found), shape(expected), "{}", found.describe());
+        assert_eq!(cause(found), cause(expected), "{}", found.describe());
+        assert_eq!(context(found), context(expected), "{}", found.describe());
     }
 }
 
 #[test]
-fn seccomp_of_a_profile_of_our_own_also_on_exec() {
+fn seccomp_profile_filters_init_and_exec() {
     case("seccomp", |case| {
         let run = case.with_spec("echo up; exec sleep 1000", |spec| {
             spec["linux"]["seccomp"] = json!({
@@ -189,7 +190,7 @@ fn seccomp_of_a_profile_of_our_own_also_on_exec() {
                 "syscalls": [
                     { "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO" },
                     { "names": ["sethostname"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 },
-                    // Of socket, only the raw type of the internet family (AF_INET 2, SOCK_RAW 3).
+                    // An argument filter: of personality, only PER_LINUX32 (8) is denied.
                     { "names": ["personality"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
                       "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
                 ],
@@ -200,17 +201,17 @@ fn seccomp_of_a_profile_of_our_own_also_on_exec() {
         });
         let container = case.container(run);
         let mode = container.exec("of-init", &["grep", "^Seccomp:", "/proc/1/status"]).expect_clean();
-        assert_eq!(mode.value("Seccomp"), "2", "a filter on the container's init");
+        assert_eq!(mode.value("Seccomp"), "2", "seccomp mode of the container's init");
         let script = "grep ^Seccomp: /proc/self/status; mkdir /tmp/d; hostname x; linux32 true; linux64 echo allowed";
         let output = container.exec("filtered", &["sh", "-c", script]).expect_code(0);
-        assert_eq!(output.value("Seccomp"), "2", "a filter on the exec");
+        assert_eq!(output.value("Seccomp"), "2", "seccomp mode of the exec");
         let err = output.err();
         assert!(err.contains("'/tmp/d': Operation not permitted"), "mkdir\n{}", output.describe());
         assert!(err.contains("Not supported") || err.contains("not supported"), "sethostname\n{}", output.describe());
         assert!(err.contains("rgument list too long"), "personality(PER_LINUX32)\n{}", output.describe());
         assert!(output.out().contains("allowed"), "personality(PER_LINUX)\n{}", output.describe());
         container.kill();
-        // containerd's default profile keeps ordinary programs running.
+        // Ordinary programs run with containerd's default profile.
         let output =
             case.sh("grep ^Seccomp: /proc/self/status; unshare -m true || echo refused").flags(&["--seccomp"]).output();
         assert_eq!(output.value("Seccomp"), "2");
@@ -219,7 +220,7 @@ fn seccomp_of_a_profile_of_our_own_also_on_exec() {
 }
 
 #[test]
-fn a_privileged_container_has_everything() {
+fn privileged_container_can_mount_and_write_sysctls() {
     case("privileged", |case| {
         let script = "grep -E '^Cap(Eff|Bnd)' /proc/self/status; mount -t tmpfs t /srv && echo mounted
             echo 1 > /proc/sys/net/ipv4/ip_forward && cat /proc/sys/net/ipv4/ip_forward; test -c /dev/null && echo devices";
@@ -232,9 +233,9 @@ fn a_privileged_container_has_everything() {
 }
 
 #[test]
-fn ids_are_mapped_where_asked_for() {
+fn id_mappings_apply_to_rootfs_volumes_and_exec() {
     case("userns", |case| {
-        // As `ctr run` describes it: ids of the container's, of the node's, and how many.
+        // The format of `ctr run`: container id, host id, size.
         let map = "0:200000:65536";
         let volume = case.dir().join("volume");
         fs::create_dir(&volume).unwrap();
@@ -253,7 +254,7 @@ fn ids_are_mapped_where_asked_for() {
         let expected = ["0 200000 65536", "0 200000 65536", "0", "0", "0:0", "5:6", "0:0", "7:8", "65534:65534"];
         assert_eq!(lines.get(..expected.len()).unwrap_or(&lines), expected, "{}", output.describe());
         assert_eq!(seen.unwrap(), (200_007, 200_008));
-        // An exec is in it as well, and so is another container of the same image beside.
+        // An exec is in the user namespace too; another container of the same image is not.
         let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--uidmap", map, "--gidmap", map]));
         let other = case.sleeper();
         let inside = container.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);

@@ -1,4 +1,4 @@
-//! What the container sees of files, devices and the kernel: mounts with options and propagation, masks, sysctls.
+//! The rootfs and namespaces of a container: mounts with options and propagation, devices, masked paths, sysctls.
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
@@ -7,7 +7,7 @@ use husk_e2e::{case, spec};
 use serde_json::json;
 
 #[test]
-fn hostname_and_sysctls() {
+fn create_sets_hostname_and_sysctls() {
     case("sysctl", |case| {
         case.sh("hostname").flags(&["--hostname", "by-flag"]).output().expect_clean().expect_out("by-flag");
         let script = "hostname; cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_local_port_range \
@@ -25,9 +25,9 @@ fn hostname_and_sysctls() {
     });
 }
 
-/// runc does so from 1.2 on; the node's is older and leaves the name out.
+/// runc sets it since 1.2; the node's runc is older.
 #[test]
-fn husk_sets_the_domain_name() {
+fn husk_sets_domain_name() {
     case("domain", |case| {
         let run = case.with_spec("cat /proc/sys/kernel/domainname", |spec| spec["domainname"] = json!("example.test"));
         run.output().expect_clean().expect_out("example.test");
@@ -35,7 +35,7 @@ fn husk_sets_the_domain_name() {
 }
 
 #[test]
-fn masked_and_read_only_paths() {
+fn masked_and_readonly_paths_are_protected() {
     case("masked", |case| {
         fs::write(case.dir().join("secret"), "readable\n").unwrap();
         let script = "cat /etc/passwd; cat /proc/kcore 2>/dev/null | head -c 1; ls -A /opt/tools; echo x > /srv/f
@@ -55,7 +55,7 @@ fn masked_and_read_only_paths() {
 }
 
 #[test]
-fn a_read_only_root() {
+fn readonly_rootfs_rejects_writes() {
     case("ro-root", |case| {
         let script = "touch /x; touch /etc/passwd; echo fine > /dev/shm/x && cat /dev/shm/x";
         let output = case.sh(script).flags(&["--read-only"]).output().expect_code(0).expect_out("fine");
@@ -64,7 +64,7 @@ fn a_read_only_root() {
 }
 
 #[test]
-fn default_mounts_and_devices() {
+fn default_mounts_and_devices_exist() {
     case("defaults", |case| {
         let script =
             "for d in null zero full random urandom tty; do test -c /dev/$d && stat -c '%n %t:%T %a' /dev/$d; done
@@ -82,7 +82,7 @@ fn default_mounts_and_devices() {
 }
 
 #[test]
-fn devices_of_the_specification() {
+fn devices_and_device_rules_of_specification_apply() {
     case("devices", |case| {
         let script = "stat -c '%F %t:%T %a %u:%g' /dev/mine /dev/pipe; head -c 3 /dev/mine | od -An -tx1
             mknod /tmp/kmsg c 1 11 && head -c 1 /tmp/kmsg; mknod /tmp/zero c 1 5; head -c 1 /tmp/zero | od -An -tx1";
@@ -104,13 +104,13 @@ fn devices_of_the_specification() {
             "{}",
             output.describe()
         );
-        // The node of a device that is not allowed can be made and not be opened.
+        // A device node for a forbidden device can be created but not opened.
         assert!(output.err().contains("/tmp/kmsg: Operation not permitted"), "{}", output.describe());
     });
 }
 
 #[test]
-fn bind_mounts_with_their_options() {
+fn bind_mounts_have_their_options() {
     case("binds", |case| {
         let dir = case.dir().join("shared");
         fs::create_dir(&dir).unwrap();
@@ -150,7 +150,7 @@ fn bind_mounts_with_their_options() {
         }
         assert!(output.err().contains("Read-only file system"), "{}", output.describe());
         assert!(output.err().contains("/noexec/tool: Permission denied"), "{}", output.describe());
-        // What the container wrote is on the node, with its owner.
+        // Files that the container wrote are on the node, with their owner.
         assert_eq!(fs::read_to_string(dir.join("from-container")).unwrap(), "container\n");
         assert_eq!(fs::metadata(dir.join("from-container")).unwrap().uid(), 0);
         assert_eq!(fs::read_to_string(&file).unwrap(), "a single file\nmore\n");
@@ -158,7 +158,7 @@ fn bind_mounts_with_their_options() {
 }
 
 #[test]
-fn a_bind_of_what_is_not_there_is_an_error() {
+fn create_rejects_bind_mount_of_missing_source() {
     case("nobind", |case| {
         let run = case.sh("true").flags(&["--mount", "type=bind,src=/no/such/dir,dst=/x,options=rbind"]).keep();
         run.output().expect_error(&["/no/such/dir", "no such file or directory"]);
@@ -167,7 +167,7 @@ fn a_bind_of_what_is_not_there_is_an_error() {
 }
 
 #[test]
-fn tmpfs_mounts_with_their_options() {
+fn tmpfs_mounts_have_their_options() {
     case("tmpfs", |case| {
         let run = case.with_spec(
             "stat -c '%a %u:%g' /scratch; grep ' /scratch ' /proc/self/mountinfo; cp /bin/busybox /scratch/echo
@@ -180,7 +180,7 @@ fn tmpfs_mounts_with_their_options() {
                     json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs",
                             "options": ["nosuid", "noexec", "nodev", "size=8m", "mode=1750", "uid=1000", "gid=44"] }),
                 );
-                // tmpcopyup: the image's content lies in it.
+                // tmpcopyup: the tmpfs starts with the image's content.
                 spec::push(
                     spec,
                     "",
@@ -202,7 +202,7 @@ fn tmpfs_mounts_with_their_options() {
 }
 
 #[test]
-fn tmpcopyup_copies_and_stays_inside() {
+fn tmpcopyup_copies_content_and_resolves_links_in_rootfs() {
     case("copyup", |case| {
         let script = "cd /srv/tree; stat -c '%n %a %u:%g' . private private/mine tool; readlink out; readlink up
             cat private/mine; echo changed > private/mine; rm tool; grep -o ^tester /srv/away/passwd; ls /srv/away/inner
@@ -230,7 +230,7 @@ fn tmpcopyup_copies_and_stays_inside() {
             }
             std::os::unix::fs::symlink("/etc/passwd", path.join("srv/tree/out")).unwrap();
             std::os::unix::fs::symlink("../../../../etc", path.join("srv/tree/up")).unwrap();
-            // A link that would lead to the node's (or the guest's) own directory.
+            // A link that would lead to a directory of the node or the guest if it escaped from the rootfs.
             std::os::unix::fs::symlink("../../../../../../../../etc", path.join("srv/away")).unwrap();
             spec::push(
                 spec,
@@ -265,7 +265,7 @@ fn tmpcopyup_copies_and_stays_inside() {
 }
 
 #[test]
-fn propagation_of_mounts() {
+fn mounts_have_their_propagation() {
     case("propagation", |case| {
         let script = "for p in / /slave /private; do
             awk -v p=$p '$5 == p {print p, ($7 ~ /master|shared|propagate/) ? $7 : \"private\"}' /proc/self/mountinfo; done";
@@ -280,7 +280,7 @@ fn propagation_of_mounts() {
         });
         let output = run.output().expect_clean();
         assert!(output.out().contains("/private private"), "{}", output.describe());
-        // A root that is a private mount on the node has no peer to be a slave of: then there is nothing to see.
+        // If the root is a private mount on the node, it has no peer group to be a slave of: mountinfo shows no tag.
         let script = "awk '$5 == \"/\" {print $7}' /proc/self/mountinfo | cut -d: -f1";
         let run = case.with_spec(script, |spec| spec["linux"]["rootfsPropagation"] = json!("rslave"));
         let output = run.output();
@@ -288,9 +288,9 @@ fn propagation_of_mounts() {
     });
 }
 
-/// What a container mounts in a guest cannot appear on the node, so the wish for that is no start.
+/// A container's mounts are in the guest and cannot appear on the node, so a shared rootfs is refused.
 #[test]
-fn husk_refuses_mounts_that_go_back_to_the_node() {
+fn husk_rejects_shared_rootfs_propagation() {
     case("shared-root", |case| {
         let run = case.with_spec("true", |spec| spec["linux"]["rootfsPropagation"] = json!("rshared"));
         run.output().expect_error(&["rshared", "rslave"]);
@@ -298,7 +298,7 @@ fn husk_refuses_mounts_that_go_back_to_the_node() {
 }
 
 #[test]
-fn namespaces_are_the_containers_own() {
+fn containers_do_not_share_namespaces() {
     case("namespaces", |case| {
         let script =
             "echo up; for n in mnt pid ipc net uts; do readlink /proc/self/ns/$n; done; echo end; exec sleep 1000";
@@ -306,7 +306,7 @@ fn namespaces_are_the_containers_own() {
         let mut two = case.sh(script).start(Input::Pipe);
         one.wait_for("end");
         two.wait_for("end");
-        // Two containers of their own have neither another's processes nor another's interfaces.
+        // Neither container has the other's processes or interfaces.
         let list = husk_e2e::command::run_ctr(&["tasks", "ls", "-q"]).out();
         for id in list.lines() {
             let output = husk_e2e::command::run_ctr(&[

@@ -1,4 +1,4 @@
-//! Nothing of standard input and output is lost or mixed; terminals have the size they are given.
+//! stdin, stdout, stderr and terminals: no data is lost or mixed, and terminals have the requested size.
 use std::io::Write;
 use std::thread;
 use std::time::Duration;
@@ -8,14 +8,14 @@ use husk_e2e::command::Input;
 use husk_e2e::pty::Terminal;
 use sha2::{Digest, Sha256};
 
-const AMOUNT: usize = 64 << 20;
-const LONG: Duration = Duration::from_secs(240);
+const BULK_BYTES: usize = 64 << 20;
+const BULK_TIMEOUT: Duration = Duration::from_secs(240);
 
-/// Bytes that no compression and no accident of order leaves alike (xorshift64).
-fn noise(amount: usize) -> Vec<u8> {
+/// Returns pseudo-random bytes (xorshift64): lost, repeated or reordered data changes their hash.
+fn random_bytes(length: usize) -> Vec<u8> {
     let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mut bytes = Vec::with_capacity(amount);
-    while bytes.len() < amount {
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
@@ -25,43 +25,43 @@ fn noise(amount: usize) -> Vec<u8> {
 }
 
 #[test]
-fn sixty_four_mebibytes_in() {
+fn stdin_transfers_64_mib_intact() {
     case("bulk-in", |case| {
-        let bytes = noise(AMOUNT);
+        let bytes = random_bytes(BULK_BYTES);
         let expected = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let mut running = case.busybox(&["sha256sum"]).start(Input::Pipe);
         let mut stdin = running.take_stdin();
         let writer = thread::spawn(move || stdin.write_all(&bytes));
-        let output = running.wait_within(LONG);
-        writer.join().unwrap().unwrap_or_else(|error| panic!("stdin broke: {error}\n{}", output.describe()));
+        let output = running.wait_within(BULK_TIMEOUT);
+        writer.join().unwrap().unwrap_or_else(|error| panic!("failed to write stdin: {error}\n{}", output.describe()));
         output.expect_clean().expect_out(&format!("{expected}  -"));
     });
 }
 
 #[test]
-fn sixty_four_mebibytes_out() {
+fn stdout_transfers_64_mib_intact() {
     case("bulk-out", |case| {
-        // Numbered blocks of numbered lines: whatever is lost, repeated or swapped shows.
+        // Numbered blocks of numbered lines, so that lost, repeated or reordered data is detected.
         let script = "seq 1 200000 | head -c 1048576 > /tmp/block
             i=0; while [ $i -lt 64 ]; do i=$((i+1)); echo block $i; cat /tmp/block; done";
-        let output = case.sh(script).start(Input::Null).wait_within(LONG);
+        let output = case.sh(script).start(Input::Null).wait_within(BULK_TIMEOUT);
         assert_eq!(output.code, 0, "{}", output.describe());
         let mut block = Vec::new();
         (1..=200_000).for_each(|number| writeln!(block, "{number}").unwrap());
         block.truncate(1 << 20);
-        let mut expected = Vec::with_capacity(AMOUNT + 1024);
+        let mut expected = Vec::with_capacity(BULK_BYTES + 1024);
         for number in 1..=64 {
             writeln!(expected, "block {number}").unwrap();
             expected.extend_from_slice(&block);
         }
-        assert_eq!(output.stdout.len(), expected.len(), "bytes arrived\n{}", output.describe());
+        assert_eq!(output.stdout.len(), expected.len(), "number of bytes\n{}", output.describe());
         let difference = expected.iter().zip(&output.stdout).position(|(one, other)| one != other);
-        assert_eq!(difference, None, "the first wrong byte");
+        assert_eq!(difference, None, "position of the first wrong byte");
     });
 }
 
 #[test]
-fn stdout_and_stderr_stay_apart() {
+fn stdout_and_stderr_are_separate() {
     case("apart", |case| {
         let script = "for i in $(seq 1 2000); do echo out $i; echo err $i >&2; done";
         let output = case.sh(script).output().expect_code(0);
@@ -72,33 +72,33 @@ fn stdout_and_stderr_stay_apart() {
 }
 
 #[test]
-fn the_end_of_stdin_arrives_and_output_after_it_too() {
+fn stdin_eof_arrives_and_output_continues() {
     case("eof", |case| {
         let mut running = case.sh("cat; echo end of input; sleep 1; echo after").start(Input::Pipe);
         running.write(b"one\ntwo\n");
         running.wait_for("two");
-        assert!(running.is_running(), "cat must wait for more");
+        assert!(running.is_running(), "cat must wait for more input");
         running.close_stdin();
         running.wait().expect_clean().expect_out("one\ntwo\nend of input\nafter");
     });
 }
 
 #[test]
-fn stdin_that_nobody_reads_does_no_harm() {
+fn unread_stdin_does_not_block_exit() {
     case("unread", |case| {
         let mut running = case.sh("exec 0<&-; echo done").start(Input::Pipe);
         let mut stdin = running.take_stdin();
-        // ctr stops reading when the container is gone: a broken pipe here is right.
-        let writer = thread::spawn(move || stdin.write_all(&noise(1 << 20)).is_ok());
+        // ctr stops reading when the container is gone, so a broken pipe is no error.
+        let writer = thread::spawn(move || stdin.write_all(&random_bytes(1 << 20)).is_ok());
         running.wait().expect_code(0);
         writer.join().unwrap();
     });
 }
 
 #[test]
-fn a_terminal_has_the_size_it_is_given() {
+fn terminal_has_requested_size_and_resizes() {
     case("tty", |case| {
-        // The first size may come a moment after the start, as with any runtime; `read` ends early for a trap.
+        // The first size can arrive after the start, as with any runtime. A trap interrupts `read`.
         let script = "tty; echo TERM=$TERM
             while [ \"$(stty size 2>/dev/null)\" != '31 97' ]; do sleep 0.1; done
             trap 'echo resized to $(stty size)' WINCH
@@ -115,12 +115,12 @@ fn a_terminal_has_the_size_it_is_given() {
         terminal.type_in("end\n");
         let output = terminal.running.wait();
         assert_eq!(output.code, 5, "{}", output.describe());
-        assert!(output.out().contains("\r\n"), "a terminal ends lines by CR LF\n{}", output.describe());
+        assert!(output.out().contains("\r\n"), "a terminal ends lines with CR LF\n{}", output.describe());
     });
 }
 
 #[test]
-fn control_characters_reach_the_foreground_process() {
+fn ctrl_c_interrupts_foreground_process() {
     case("ctrl-c", |case| {
         let run = case.sh("trap 'echo interrupted; exit 9' INT; echo up; while :; do sleep 1; done").flags(&["-t"]);
         let mut terminal = Terminal::start(run.command(), 24, 80);
