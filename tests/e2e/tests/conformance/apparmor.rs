@@ -1,4 +1,4 @@
-//! AppArmor profiles: the node's, also where a kernel of its own enforces them.
+//! AppArmor: profiles of the node, which apply also if the guest's kernel enforces them.
 
 use std::fs;
 use std::path::Path;
@@ -8,9 +8,9 @@ use husk_e2e::conformance::{group, pods};
 use husk_e2e::cri::try_call;
 use serde_json::{Value, json};
 
-use super::{context, once};
+use super::{run_once, security_context};
 
-/// Loads a profile on the node, in place of what it has of that name.
+/// Loads a profile on the node, and replaces one with the same name.
 #[track_caller]
 fn load_profile(dir: &Path, text: &str) {
     let path = dir.join("profile");
@@ -26,36 +26,39 @@ fn apparmor() {
         group("AppArmor", |group| {
             let apparmor = |kind: &'static str, name: &'static str| {
                 move |config: &mut Value| {
-                    context(config)["apparmor"] = json!({ "profile_type": kind, "localhost_ref": name });
+                    security_context(config)["apparmor"] = json!({ "profile_type": kind, "localhost_ref": name });
                 }
             };
             let current = "cat /proc/self/attr/apparmor/current";
             group.has("unconfined", || {
-                assert_eq!(once(&pod, current, apparmor("Unconfined", "")), "unconfined");
+                assert_eq!(run_once(&pod, current, apparmor("Unconfined", "")), "unconfined");
             });
             group.has("the default profile", || {
-                assert_eq!(once(&pod, current, |_| ()), "cri-containerd.apparmor.d (enforce)");
-                assert_eq!(once(&pod, current, apparmor("RuntimeDefault", "")), "cri-containerd.apparmor.d (enforce)");
+                assert_eq!(run_once(&pod, current, |_| ()), "cri-containerd.apparmor.d (enforce)");
+                assert_eq!(
+                    run_once(&pod, current, apparmor("RuntimeDefault", "")),
+                    "cri-containerd.apparmor.d (enforce)"
+                );
             });
-            group.has("a profile of the node's, also for what is executed", || {
+            group.has("a profile of the node, also for an exec", || {
                 let profile = "profile husk-e2e flags=(attach_disconnected) { file, capability, network, signal,
                     deny /srv/** wl, }";
                 load_profile(pods.dir(), profile);
                 let write = format!("{current}; (echo x > /srv/y) 2>&1");
-                let text = once(&pod, &write, apparmor("Localhost", "husk-e2e"));
+                let text = run_once(&pod, &write, apparmor("Localhost", "husk-e2e"));
                 assert!(text.starts_with("husk-e2e (enforce)") && text.contains("denied"), "{text}");
                 let mut config = pod.sh("sleep 1000");
                 apparmor("Localhost", "husk-e2e")(&mut config);
                 let container = pod.start(&config);
                 assert_eq!(container.sh(current), "husk-e2e (enforce)");
-                // What the node loads anew is what the next container gets.
+                // The next container gets the profile that the node has reloaded.
                 load_profile(pods.dir(), &profile.replace("/srv/**", "/mnt/**"));
-                let text = once(&pod, "echo x > /srv/y && echo written", apparmor("Localhost", "husk-e2e"));
+                let text = run_once(&pod, "echo x > /srv/y && echo written", apparmor("Localhost", "husk-e2e"));
                 assert_eq!(text, "written");
             });
-            group.has("a profile that cannot be had is refused", || {
+            group.has("a missing profile is refused", || {
                 let mut config = pod.sh("true");
-                context(&mut config)["apparmor"] =
+                security_context(&mut config)["apparmor"] =
                     json!({ "profile_type": "Localhost", "localhost_ref": "localhost/no-such-profile" });
                 let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
                 let created = try_call("CreateContainer", &request);

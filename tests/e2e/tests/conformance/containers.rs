@@ -1,4 +1,4 @@
-//! Containers: their life, one by one and several in a pod.
+//! Containers: lifecycle, status and lists, and several containers in a pod.
 
 use std::fs;
 
@@ -6,14 +6,14 @@ use husk_e2e::conformance::{group, pods};
 use husk_e2e::cri::{call, number, try_call};
 use serde_json::json;
 
-use super::{once, sleeper};
+use super::{run_once, sleeper};
 
 #[test]
 fn container() {
     pods("conf-container", |pods| {
         let pod = pods.pod();
         group("Container", |group| {
-            group.has("create, start, stop, remove, with the state told at each step", || {
+            group.has("create, start, stop, remove, with the state at each step", || {
                 let container = pod.create(&pod.sh("trap 'exit 0' TERM; echo up; sleep 100000 & wait"));
                 assert_eq!(container.status()["state"], "CONTAINER_CREATED");
                 container.start();
@@ -26,12 +26,12 @@ fn container() {
                 container.remove();
                 assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
             });
-            group.has("exit code and reason of one that fails", || {
+            group.has("exit code and reason of a failed container", || {
                 let container = pod.start(&pod.sh("exit 42"));
                 assert_eq!(container.wait(), (42, "Error".into()));
                 container.remove();
             });
-            group.has("SIGTERM first, SIGKILL after the time given", || {
+            group.has("SIGTERM first, SIGKILL after the timeout", || {
                 let container = pod.start(&pod.sh("trap 'echo asked' TERM; echo up; while :; do sleep 0.1; done"));
                 container.wait_for("up");
                 container.stop(2);
@@ -39,28 +39,28 @@ fn container() {
                 assert!(container.log().contains("asked"));
                 container.remove();
             });
-            group.has("removing one that runs ends it", || {
+            group.has("removing a running container ends it", || {
                 let container = sleeper(&pod, |_| {});
                 container.remove();
                 assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
             });
-            group.has("removing one that is gone succeeds", || {
+            group.has("removing a container twice succeeds", || {
                 let container = pod.create(&pod.sh("true"));
                 container.remove();
                 container.remove();
             });
-            group.has("stopping one twice succeeds", || {
+            group.has("stopping a container twice succeeds", || {
                 let container = sleeper(&pod, |_| {});
                 container.stop(0);
                 container.stop(0);
                 container.remove();
             });
-            group.has("starting one twice is an error", || {
+            group.has("starting a container twice is an error", || {
                 let container = sleeper(&pod, |_| {});
                 assert!(try_call("StartContainer", &json!({ "container_id": container.id })).is_err());
                 container.remove();
             });
-            group.has("a command that does not exist is told of at the start", || {
+            group.has("a missing command is an error of StartContainer", || {
                 let mut config = pod.sh("");
                 config["command"] = json!(["/no/such/program"]);
                 let container = pod.create(&config);
@@ -70,7 +70,7 @@ fn container() {
                 container.remove();
             });
             group.has("command, arguments, environment, working directory", || {
-                let text = once(&pod, "", |config| {
+                let text = run_once(&pod, "", |config| {
                     config["command"] = json!(["sh", "-c"]);
                     config["args"] = json!(["echo $WORD in $PWD $0", "argument"]);
                     config["envs"] = json!([{ "key": "WORD", "value": "value" }]);
@@ -106,14 +106,14 @@ fn container() {
                 }
                 container.remove();
             });
-            group.has("each new one begins with the image's own files", || {
-                assert_eq!(once(&pod, "echo mark > /srv/mark; ls /srv", |_| {}), "mark");
-                assert_eq!(once(&pod, "ls /srv", |_| {}), "");
+            group.has("each new container starts with the image's files", || {
+                assert_eq!(run_once(&pod, "echo mark > /srv/mark; ls /srv", |_| {}), "mark");
+                assert_eq!(run_once(&pod, "ls /srv", |_| {}), "");
             });
             group.has("a termination message", || {
                 let message = pods.dir().join("message");
                 fs::write(&message, "").unwrap();
-                once(&pod, "echo why > /dev/termination-log", |config| {
+                run_once(&pod, "echo why > /dev/termination-log", |config| {
                     config["mounts"] =
                         json!([{ "host_path": message.to_string_lossy(), "container_path": "/dev/termination-log" }]);
                 });
@@ -128,7 +128,7 @@ fn several_containers() {
     pods("conf-several", |pods| {
         let pod = pods.pod();
         group("Several containers of a pod", |group| {
-            group.has("one reaches the other by localhost", || {
+            group.has("containers reach each other by localhost", || {
                 let server = sleeper(&pod, |config| {
                     config["command"] = json!(["sh", "-c", "nc -ll -p 8080 -e echo served & echo up; wait"]);
                 });
@@ -139,7 +139,7 @@ fn several_containers() {
                 server.remove();
                 client.remove();
             });
-            group.has("each has a log of its own", || {
+            group.has("each has its own log", || {
                 let (a, b) = (pod.start(&pod.sh("echo of a")), pod.start(&pod.sh("echo of b")));
                 a.wait();
                 b.wait();
@@ -147,7 +147,7 @@ fn several_containers() {
                 a.remove();
                 b.remove();
             });
-            group.has("System V and POSIX shared memory is the pod's", || {
+            group.has("System V and POSIX shared memory is shared in the pod", || {
                 let (a, b) = (sleeper(&pod, |_| {}), sleeper(&pod, |_| {}));
                 a.sh("echo shared > /dev/shm/file");
                 assert_eq!(b.sh("cat /dev/shm/file"), "shared");
@@ -155,13 +155,13 @@ fn several_containers() {
                 a.remove();
                 b.remove();
             });
-            group.has("init containers one after another, a sidecar among them that stays, then the rest", || {
+            group.has("init containers in order, with a sidecar that keeps running", || {
                 let dir = pods.dir().join("order");
                 fs::create_dir_all(&dir).unwrap();
                 let shared = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/shared" }]);
                 let line = |text: &str| {
                     assert_eq!(
-                        once(&pod, &format!("echo {text} >> /shared/order"), |c| c["mounts"] = shared.clone()),
+                        run_once(&pod, &format!("echo {text} >> /shared/order"), |c| c["mounts"] = shared.clone()),
                         ""
                     );
                 };
@@ -183,10 +183,10 @@ fn several_containers() {
                 sidecar.remove();
                 assert_eq!(fs::read_to_string(dir.join("order")).unwrap(), "first\nsidecar\nsecond\nmain\nends\n");
             });
-            group.has("the last one ends and the pod stays, for the next", || {
-                once(&pod, "true", |_| {});
+            group.has("the pod stays ready after its last container ends", || {
+                run_once(&pod, "true", |_| {});
                 assert!(pod.is_ready());
-                assert_eq!(once(&pod, "echo next", |_| {}), "next");
+                assert_eq!(run_once(&pod, "echo next", |_| {}), "next");
             });
         });
     });

@@ -1,6 +1,6 @@
-//! What the CRI promises, behaviour by behaviour, in the groups of its validation suite.
+//! CRI conformance: tests single behaviours in the groups of the CRI validation suite.
 //!
-//! Runs against any runtime handler; `cargo xtask conformance` makes docs/conformance.md of it.
+//! Supports any runtime handler. `cargo xtask conformance` generates docs/conformance.md from the results.
 //!
 //! Runs: by name only: `cargo xtask conformance` runs it, and compares Husk with runc
 
@@ -16,7 +16,7 @@ mod streams;
 use husk_e2e::cri::{Pod, PodContainer};
 use serde_json::Value;
 
-/// A container of `pod` that sleeps, with what `change` makes of its configuration.
+/// Starts a sleeping container in `pod`; `change` modifies its configuration.
 #[track_caller]
 fn sleeper(pod: &Pod, change: impl FnOnce(&mut Value)) -> PodContainer {
     let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
@@ -24,9 +24,9 @@ fn sleeper(pod: &Pod, change: impl FnOnce(&mut Value)) -> PodContainer {
     pod.start(&config)
 }
 
-/// What a shell script prints in a container that is made for it; the container is removed afterwards.
+/// Runs a shell script in a new container, removes the container, and returns the script's output.
 #[track_caller]
-fn once(pod: &Pod, script: &str, change: impl FnOnce(&mut Value)) -> String {
+fn run_once(pod: &Pod, script: &str, change: impl FnOnce(&mut Value)) -> String {
     let mut config = pod.sh(script);
     change(&mut config);
     let container = pod.start(&config);
@@ -37,7 +37,7 @@ fn once(pod: &Pod, script: &str, change: impl FnOnce(&mut Value)) -> String {
     text.join("\n")
 }
 
-/// The security context of a container's configuration.
-fn context(config: &mut Value) -> &mut Value {
+/// Returns the security context of a configuration.
+fn security_context(config: &mut Value) -> &mut Value {
     &mut config["linux"]["security_context"]
 }

@@ -1,4 +1,4 @@
-//! Mounts and volumes.
+//! Mounts, volumes and devices.
 
 use std::fs;
 use std::io::Read;
@@ -14,12 +14,12 @@ use husk_e2e::cri::{self, refused};
 use husk_e2e::disk::Disk;
 use serde_json::{Value, json};
 
-use super::{context, once, sleeper};
+use super::{run_once, security_context, sleeper};
 
-/// A mount of the node's `from` at `/volume`, with more said of it.
-fn mount(from: &Path, more: &Value) -> impl FnOnce(&mut Value) {
-    let mut mount = json!({ "host_path": from.to_string_lossy(), "container_path": "/volume" });
-    mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+/// Mounts the node's path `source` at `/volume`, with the further fields `options`.
+fn mount(source: &Path, options: &Value) -> impl FnOnce(&mut Value) {
+    let mut mount = json!({ "host_path": source.to_string_lossy(), "container_path": "/volume" });
+    mount.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
     move |config| config["mounts"] = json!([mount])
 }
 
@@ -40,26 +40,29 @@ fn mounts() {
         let plain = json!({});
         group("Mounts", |group| {
             group.has("a directory, seen and written to from both sides", || {
-                assert_eq!(once(&pod, "cat /volume/file; echo back > /volume/new", mount(&dir, &plain)), "of the node");
+                assert_eq!(
+                    run_once(&pod, "cat /volume/file; echo back > /volume/new", mount(&dir, &plain)),
+                    "of the node"
+                );
                 assert_eq!(fs::read_to_string(dir.join("new")).unwrap(), "back\n");
             });
             group.has("a file", || {
-                assert_eq!(once(&pod, "cat /volume", mount(&dir.join("file"), &plain)), "of the node");
+                assert_eq!(run_once(&pod, "cat /volume", mount(&dir.join("file"), &plain)), "of the node");
             });
             group.has("the target of a symbolic link", || {
                 symlink(&dir, pods.dir().join("link")).unwrap();
-                assert_eq!(once(&pod, "cat /volume/file", mount(&pods.dir().join("link"), &plain)), "of the node");
+                assert_eq!(run_once(&pod, "cat /volume/file", mount(&pods.dir().join("link"), &plain)), "of the node");
             });
-            group.has("a directory that is not there yet is made", || {
+            group.has("a missing directory is created", || {
                 let missing = pods.dir().join("not/there");
-                once(&pod, "echo made > /volume/file", mount(&missing, &plain));
+                run_once(&pod, "echo made > /volume/file", mount(&missing, &plain));
                 assert_eq!(fs::read_to_string(missing.join("file")).unwrap(), "made\n");
             });
             group.has("read-only", || {
-                let text = once(&pod, "touch /volume/x 2>&1", mount(&dir, &json!({ "readonly": true })));
+                let text = run_once(&pod, "touch /volume/x 2>&1", mount(&dir, &json!({ "readonly": true })));
                 assert!(text.contains("ead-only"), "{text}");
             });
-            group.has("private: what the node mounts later is not seen", || {
+            group.has("private: later mounts of the node are not seen", || {
                 let late = dir.join("sub");
                 let container = sleeper(&pod, mount(&dir, &plain));
                 node(&["mount", "-t", "tmpfs", "tmpfs", &late.to_string_lossy()]);
@@ -69,7 +72,7 @@ fn mounts() {
                 assert_eq!(seen, "");
                 container.remove();
             });
-            group.has("host to container: what the node mounts later is seen", || {
+            group.has("host to container: later mounts of the node are seen", || {
                 let late = dir.join("sub");
                 let container = sleeper(&pod, mount(&dir, &json!({ "propagation": "PROPAGATION_HOST_TO_CONTAINER" })));
                 node(&["mount", "-t", "tmpfs", "tmpfs", &late.to_string_lossy()]);
@@ -83,11 +86,12 @@ fn mounts() {
                 let below = dir.join("sub");
                 node(&["mount", "-t", "tmpfs", "tmpfs", &below.to_string_lossy()]);
                 let text = catch_unwind(AssertUnwindSafe(|| {
-                    // containerd 2.x tells the kubelet of recursive mounts for runtimes of runc's type alone.
+                    // containerd 2.x reports recursive read-only mounts to the kubelet only for runtimes of runc's type.
                     let handler = if cri::handler() == "runc" { "runc" } else { "husk-userns" };
                     let pod = pods.run_by(handler, pods.config());
                     let recursive = json!({ "readonly": true, "recursive_read_only": true });
-                    let text = once(&pod, "touch /volume/x 2>&1; touch /volume/sub/x 2>&1", mount(&dir, &recursive));
+                    let text =
+                        run_once(&pod, "touch /volume/x 2>&1; touch /volume/sub/x 2>&1", mount(&dir, &recursive));
                     pod.remove();
                     text
                 }));
@@ -98,10 +102,10 @@ fn mounts() {
             let both = json!({ "propagation": "PROPAGATION_BIDIRECTIONAL" });
             let privileged = |config: &mut Value| {
                 mount(&dir, &both)(config);
-                context(config)["privileged"] = json!(true);
+                security_context(config)["privileged"] = json!(true);
             };
             let mut config = pods.config();
-            context(&mut config)["privileged"] = json!(true);
+            security_context(&mut config)["privileged"] = json!(true);
             let trusted = pods.run(config);
             let seen = || {
                 let container = sleeper(&trusted, privileged);
@@ -111,7 +115,7 @@ fn mounts() {
                 assert!(seen);
                 container.remove();
             };
-            group.shares("both ways: what the container mounts is seen by the node", "propagation", seen, || {
+            group.shares("bidirectional: mounts of the container are seen by the node", "propagation", seen, || {
                 let mut config = trusted.sh("true");
                 privileged(&mut config);
                 let request =
@@ -138,7 +142,7 @@ fn volumes() {
                 fs::create_dir_all(&dir).unwrap();
                 node(&["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", &dir.to_string_lossy()]);
                 let script = "head -c 20000000 /dev/zero > /volume/x 2> /dev/null; stat -c %s /volume/x";
-                let text = once(&pod, script, mount(&dir, &plain));
+                let text = run_once(&pod, script, mount(&dir, &plain));
                 node(&["umount", &dir.to_string_lossy()]);
                 assert_eq!(text, "8388608");
             });
@@ -147,7 +151,7 @@ fn volumes() {
                 fs::create_dir_all(&dir).unwrap();
                 let script = "cd /volume; touch a; chown 1234:5678 a; chmod 4750 a; ln a b; ln -s a c;
                     touch -d '2001-02-03 04:05:06' a; stat -c '%u %g %a %h %Y' b; readlink c";
-                assert_eq!(once(&pod, script, mount(&dir, &plain)), "1234 5678 4750 2 981173106\na");
+                assert_eq!(run_once(&pod, script, mount(&dir, &plain)), "1234 5678 4750 2 981173106\na");
             });
             group.has("fifos and sockets between containers", || {
                 let dir = pods.dir().join("pipes");
@@ -159,15 +163,15 @@ fn volumes() {
                 b.remove();
             });
             for (behaviour, sub_path) in
-                [("a fifo where one container only reads", false), ("a fifo by two subPaths of an emptyDir", true)]
+                [("a fifo where one container only reads", false), ("a fifo through two subPaths of an emptyDir", true)]
             {
                 group.has(behaviour, || {
                     let uid = pod.config["metadata"]["uid"].as_str().unwrap();
-                    let kubelets = Path::new("/var/lib/kubelet/pods").join(uid);
-                    let volume = kubelets.join("volumes/kubernetes.io~empty-dir/pipes");
+                    let pod_dir = Path::new("/var/lib/kubelet/pods").join(uid);
+                    let volume = pod_dir.join("volumes/kubernetes.io~empty-dir/pipes");
                     fs::create_dir_all(volume.join("sub")).unwrap();
                     let paths = ["a", "b"].map(|container| {
-                        let path = kubelets.join("volume-subpaths/pipes").join(container).join("0");
+                        let path = pod_dir.join("volume-subpaths/pipes").join(container).join("0");
                         if !sub_path {
                             return volume.clone();
                         }
@@ -186,21 +190,21 @@ fn volumes() {
                     for path in paths.iter().filter(|_| sub_path) {
                         node(&["umount", "-l", &path.to_string_lossy()]);
                     }
-                    fs::remove_dir_all(&kubelets).unwrap();
+                    fs::remove_dir_all(&pod_dir).unwrap();
                     result.unwrap_or_else(|panic| resume_unwind(panic));
                 });
             }
-            group.has("what an emptyDir in memory takes is the container's", || {
+            group.has("an emptyDir in memory is charged to the container", || {
                 let dir = pods.dir().join("volumes/kubernetes.io~empty-dir/counted");
                 fs::create_dir_all(&dir).unwrap();
                 node(&["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", &dir.to_string_lossy()]);
                 let script = "head -c 16777216 /dev/zero > /volume/x;
                     awk '/^shmem / {print int($2 / 1048576)}' /sys/fs/cgroup/memory.stat";
-                let text = catch_unwind(AssertUnwindSafe(|| once(&pod, script, mount(&dir, &plain))));
+                let text = catch_unwind(AssertUnwindSafe(|| run_once(&pod, script, mount(&dir, &plain))));
                 node(&["umount", &dir.to_string_lossy()]);
                 assert_eq!(text.unwrap_or_default(), "16");
             });
-            group.has("a projected volume's change is noticed, whole", || {
+            group.has("a projected volume is updated atomically", || {
                 let dir = pods.volume(&pod, "projected", "token");
                 publish(&dir, "..1", &[("dir/token", b"first", 0o600)]);
                 let container = sleeper(&pod, mount(&dir, &json!({ "readonly": true })));
@@ -211,7 +215,7 @@ fn volumes() {
                 container.remove();
             });
             group.has("an image as a volume", || {
-                let text = once(&pod, "ls /volume/bin/busybox", |config| {
+                let text = run_once(&pod, "ls /volume/bin/busybox", |config| {
                     config["mounts"] =
                         json!([{ "image": { "image": BUSYBOX }, "container_path": "/volume", "readonly": true }]);
                 });
@@ -226,21 +230,21 @@ fn devices() {
     pods("conf-devices", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 16);
         let mut config = pods.config();
-        context(&mut config)["privileged"] = json!(true);
+        security_context(&mut config)["privileged"] = json!(true);
         let (pod, trusted) = (pods.pod(), pods.run(config));
         let device = |permissions: &'static str| json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": permissions }]);
         group("Devices", |group| {
             group.has("a raw block device", || {
-                let text = once(&pod, "echo on the disk > /dev/xvda; sync; head -c 11 /dev/xvda", |config| {
+                let text = run_once(&pod, "echo on the disk > /dev/xvda; sync; head -c 11 /dev/xvda", |config| {
                     config["devices"] = device("mrw");
                 });
                 let mut seen = [0; 11];
                 fs::File::open(&disk.device).unwrap().read_exact(&mut seen).unwrap();
                 assert_eq!(text, "on the disk");
-                assert_eq!(&seen, b"on the disk", "as the node sees the device");
+                assert_eq!(&seen, b"on the disk", "content of the device on the node");
             });
-            group.has("a block device that may only be read", || {
-                let text = once(&pod, "head -c 11 /dev/xvda && echo; echo x 2>&1 > /dev/xvda", |config| {
+            group.has("a read-only block device", || {
+                let text = run_once(&pod, "head -c 11 /dev/xvda && echo; echo x 2>&1 > /dev/xvda", |config| {
                     config["devices"] = device("r");
                 });
                 assert!(text.starts_with("on the disk\n") && text.contains("not permitted"), "{text}");
@@ -248,12 +252,12 @@ fn devices() {
                 fs::File::open(&disk.device).unwrap().read_exact(&mut seen).unwrap();
                 assert_eq!(&seen, b"on the disk");
             });
-            group.has("a file system that a privileged container makes on a block device, and mounts", || {
+            group.has("a privileged container formats and mounts a block device", || {
                 let script = "mke2fs /dev/xvda > /dev/null 2>&1; mkdir /mounted; mount -t ext4 /dev/xvda /mounted
                     echo inside > /mounted/file; umount /mounted";
-                once(&trusted, script, |config| {
+                run_once(&trusted, script, |config| {
                     config["devices"] = device("mrw");
-                    context(config)["privileged"] = json!(true);
+                    security_context(config)["privileged"] = json!(true);
                 });
                 let point = pods.dir().join("mounted");
                 let _mounted = disk.mount(&point, "ro");

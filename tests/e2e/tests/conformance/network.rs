@@ -1,4 +1,4 @@
-//! A pod's network.
+//! Network of a pod: addresses, port mappings and DNS.
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -11,8 +11,9 @@ use husk_e2e::cri::{Pod, PodContainer};
 use husk_e2e::dns::Dns;
 use serde_json::json;
 
+/// Connects to `address` and returns the text that the server sends.
 #[track_caller]
-fn greeting(address: SocketAddr) -> String {
+fn read_from(address: SocketAddr) -> String {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(20)).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut text = String::new();
@@ -20,7 +21,8 @@ fn greeting(address: SocketAddr) -> String {
     text.trim_end().to_owned()
 }
 
-fn server(pod: &Pod) -> PodContainer {
+/// Starts a container that serves `hello` at TCP port 8080.
+fn start_server(pod: &Pod) -> PodContainer {
     let script = "nc -ll -p 8080 -e echo hello & until netstat -ltn | grep -q :8080; do sleep 0.1; done; echo up; wait";
     let server = pod.start(&pod.sh(script));
     server.wait_for("up");
@@ -35,24 +37,25 @@ fn network() {
             { "protocol": "TCP", "container_port": 8080, "host_port": 18081 },
             { "protocol": "UDP", "container_port": 8080, "host_port": 18081 },
         ]);
-        let mut asking = pods.config();
-        asking["dns_config"] = json!({ "servers": ["10.88.0.1"], "searches": ["svc.test"], "options": ["timeout:20"] });
-        let (one, two) = (pods.run(config), pods.run(asking));
-        server(&one);
+        let mut with_dns = pods.config();
+        with_dns["dns_config"] =
+            json!({ "servers": ["10.88.0.1"], "searches": ["svc.test"], "options": ["timeout:20"] });
+        let (one, two) = (pods.run(config), pods.run(with_dns));
+        start_server(&one);
         let client = two.sleeper();
         group("Networking", |group| {
             group.has("the node reaches the pod", || {
                 for ip in one.addresses() {
-                    assert_eq!(greeting((ip, 8080).into()), "hello", "{ip}");
+                    assert_eq!(read_from((ip, 8080).into()), "hello", "{ip}");
                 }
             });
-            group.has("a pod reaches the other", || {
+            group.has("a pod reaches another pod", || {
                 for ip in one.addresses() {
                     assert_eq!(client.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "hello", "{ip}");
                 }
             });
             group.has("a port of the node leads to the pod", || {
-                assert_eq!(greeting("10.88.0.1:18081".parse().unwrap()), "hello");
+                assert_eq!(read_from("10.88.0.1:18081".parse().unwrap()), "hello");
             });
             group.has("a port of the node leads to the pod by UDP", || {
                 need_image(PYTHON);
@@ -71,7 +74,7 @@ fn network() {
                 assert_eq!(&answer[..length], b"by UDP");
                 udp.remove();
             });
-            group.has("names by the name server that the pod was given", || {
+            group.has("names are resolved by the pod's DNS server", || {
                 let names = one.addresses().into_iter().map(|ip| ("web.svc.test".to_owned(), ip)).collect();
                 let _dns = Dns::serve("10.88.0.1".parse().unwrap(), names);
                 assert_eq!(client.sh("nc -w 20 $(nslookup -type=a web.svc.test | awk '/^Addr/ {a = $2} END {print a}') 8080 < /dev/null"), "hello");

@@ -1,10 +1,10 @@
-//! Limits, what is done when they are met, and what is told of their use.
+//! Resources: limits, OOM kills and statistics.
 
 use husk_e2e::conformance::{group, pods};
 use husk_e2e::cri::{call, number};
 use serde_json::{Value, json};
 
-use super::{once, sleeper};
+use super::{run_once, sleeper};
 
 fn limits(limits: Value) -> impl FnOnce(&mut Value) {
     move |config| config["linux"]["resources"] = limits
@@ -20,30 +20,30 @@ fn resources() {
         let cgroup = |file: &str| format!("cat /sys/fs/cgroup/{file}");
         group("Resources", |group| {
             group.has("memory limit", || {
-                let text = once(&pod, &cgroup("memory.max"), limits(json!({ "memory_limit_in_bytes": 100 << 20 })));
+                let text = run_once(&pod, &cgroup("memory.max"), limits(json!({ "memory_limit_in_bytes": 100 << 20 })));
                 assert_eq!(text, "104857600");
             });
             group.has("CPU quota", || {
-                let asked = json!({ "cpu_quota": 50000, "cpu_period": 100_000 });
-                assert_eq!(once(&pod, &cgroup("cpu.max"), limits(asked)), "50000 100000");
+                let quota = json!({ "cpu_quota": 50000, "cpu_period": 100_000 });
+                assert_eq!(run_once(&pod, &cgroup("cpu.max"), limits(quota)), "50000 100000");
             });
             group.has("CPU shares", || {
-                // How shares become a weight has changed over time (1024 is 39 for some and 100 for others).
+                // The conversion of shares to a weight depends on the runtime's version: 1024 is 39 or 100.
                 let weight = |shares: u32| -> u32 {
-                    once(&pod, &cgroup("cpu.weight"), limits(json!({ "cpu_shares": shares }))).parse().unwrap()
+                    run_once(&pod, &cgroup("cpu.weight"), limits(json!({ "cpu_shares": shares }))).parse().unwrap()
                 };
                 assert!(weight(2) == 1 && weight(1024) < weight(2048), "{} and {}", weight(1024), weight(2048));
             });
             group.has("CPU set", || {
                 let script = "grep Cpus_allowed_list /proc/self/status | cut -f2";
-                assert_eq!(once(&pod, script, limits(json!({ "cpuset_cpus": "1" }))), "1");
+                assert_eq!(run_once(&pod, script, limits(json!({ "cpuset_cpus": "1" }))), "1");
             });
             group.has("other files of cgroup v2", || {
                 let text =
-                    once(&pod, &cgroup("memory.high"), limits(json!({ "unified": { "memory.high": "67108864" } })));
+                    run_once(&pod, &cgroup("memory.high"), limits(json!({ "unified": { "memory.high": "67108864" } })));
                 assert_eq!(text, "67108864");
             });
-            group.has("changed while it runs", || {
+            group.has("limits updated while the container runs", || {
                 let container = sleeper(&pod, limits(json!({ "memory_limit_in_bytes": 100 << 20 })));
                 let linux = json!({ "memory_limit_in_bytes": 120 << 20, "cpu_quota": 30000, "cpu_period": 100_000 });
                 call("UpdateContainerResources", &json!({ "container_id": container.id, "linux": linux }));
@@ -55,7 +55,7 @@ fn resources() {
             });
         });
         group("OOM", |group| {
-            group.has("one that needs more than its limit: OOMKilled, 137", || {
+            group.has("a container above its memory limit: OOMKilled, 137", || {
                 let mut config = pod.sh("");
                 config["command"] = json!(["tail", "/dev/zero"]);
                 limits(json!({ "memory_limit_in_bytes": 20 << 20 }))(&mut config);
@@ -94,7 +94,7 @@ fn resources() {
                 assert!(!known.as_array().unwrap().is_empty());
                 let pods = call("ListPodSandboxMetrics", &json!({}))["pod_metrics"].clone();
                 let of_pod = pods.as_array().unwrap().iter().find(|one| one["pod_sandbox_id"] == pod.id.as_str());
-                let containers = of_pod.expect("the pod's metrics")["container_metrics"].clone();
+                let containers = of_pod.expect("no metrics of the pod")["container_metrics"].clone();
                 assert!(containers.as_array().unwrap().iter().any(|one| one["container_id"] == container.id.as_str()));
             });
             container.stop(0);

@@ -1,16 +1,16 @@
-//! Pod sandboxes: their life, their names, their kernel parameters and their namespaces.
+//! Pod sandboxes: lifecycle, host name, DNS, sysctls and namespaces.
 
 use husk_e2e::conformance::{group, pods};
 use husk_e2e::cri::{self, call, refused, try_call};
 use serde_json::{Value, json};
 
-use super::{context, once, sleeper};
+use super::{run_once, security_context, sleeper};
 
 #[test]
 fn sandboxes() {
     pods("conf-sandbox", |pods| {
         group("Pod sandbox", |group| {
-            group.has("run, stop, remove, with the state told at each step", || {
+            group.has("run, stop, remove, with the state at each step", || {
                 let pod = pods.pod();
                 assert!(pod.is_ready());
                 pod.stop();
@@ -75,7 +75,7 @@ fn sandboxes() {
                 pod.remove();
                 pod.remove();
             });
-            group.has("stopping and removing what never was succeeds", || {
+            group.has("stopping and removing unknown ids succeeds", || {
                 for method in ["StopPodSandbox", "RemovePodSandbox"] {
                     call(method, &json!({ "pod_sandbox_id": "no-such-sandbox" }));
                 }
@@ -91,43 +91,43 @@ fn sandboxes() {
 fn namespaces() {
     pods("conf-namespaces", |pods| {
         let pod = pods.pod();
-        let of = |kind: &str| format!("readlink /proc/self/ns/{kind}");
+        let read_link = |kind: &str| format!("readlink /proc/self/ns/{kind}");
         let pid = |mode: &'static str| {
-            move |config: &mut Value| context(config)["namespace_options"] = json!({ "pid": mode })
+            move |config: &mut Value| security_context(config)["namespace_options"] = json!({ "pid": mode })
         };
         group("Namespaces", |group| {
-            group.has("processes of the container alone", || {
+            group.has("PID namespace of the container", || {
                 let (a, b) = (sleeper(&pod, pid("CONTAINER")), sleeper(&pod, pid("CONTAINER")));
-                assert_ne!(a.sh(&of("pid")), b.sh(&of("pid")));
+                assert_ne!(a.sh(&read_link("pid")), b.sh(&read_link("pid")));
                 assert_eq!(a.sh("cat /proc/1/comm"), "sh");
                 a.remove();
                 b.remove();
             });
-            group.has("processes of the whole pod", || {
+            group.has("PID namespace of the pod", || {
                 let (a, b) = (sleeper(&pod, pid("POD")), sleeper(&pod, pid("POD")));
-                assert_eq!(a.sh(&of("pid")), b.sh(&of("pid")));
+                assert_eq!(a.sh(&read_link("pid")), b.sh(&read_link("pid")));
                 a.remove();
                 b.remove();
             });
-            group.has("processes of another container", || {
+            group.has("PID namespace of another container", || {
                 let a = sleeper(&pod, pid("CONTAINER"));
                 let b = sleeper(&pod, |config| {
-                    context(config)["namespace_options"] = json!({ "pid": "TARGET", "target_id": a.id });
+                    security_context(config)["namespace_options"] = json!({ "pid": "TARGET", "target_id": a.id });
                 });
-                assert_eq!(a.sh(&of("pid")), b.sh(&of("pid")));
+                assert_eq!(a.sh(&read_link("pid")), b.sh(&read_link("pid")));
                 b.remove();
                 a.remove();
             });
             for (kind, word) in [("network", "host network"), ("pid", "host pid"), ("ipc", "host ipc")] {
                 if kind == "network" && cri::handler() == "husk-sandbox" {
-                    // containerd 2.1.9 ends itself there: NewBundle without a specification (docs/install.md).
+                    // containerd 2.1.9 panics here: NewBundle without a specification (docs/install.md).
                     continue;
                 }
                 let config = || {
                     let mut config = pods.config();
-                    context(&mut config)["namespace_options"] = json!({ kind: "NODE" });
+                    security_context(&mut config)["namespace_options"] = json!({ kind: "NODE" });
                     if kind == "network" {
-                        // As kubelet does: the name is the node's then.
+                        // As the kubelet does: the host name is the node's then.
                         config["hostname"] = json!("");
                     }
                     config
@@ -135,15 +135,15 @@ fn namespaces() {
                 let seen = || {
                     let pod = pods.run(config());
                     let mode = json!({ kind: "NODE" });
-                    let inside = once(&pod, &of(if kind == "network" { "net" } else { kind }), |config| {
-                        context(config)["namespace_options"] = mode;
+                    let inside = run_once(&pod, &read_link(if kind == "network" { "net" } else { kind }), |config| {
+                        security_context(config)["namespace_options"] = mode;
                     });
                     let file = if kind == "network" { "net" } else { kind };
                     let outside = std::fs::read_link(format!("/proc/self/ns/{file}")).unwrap();
                     assert_eq!(inside, outside.to_string_lossy());
                     pod.remove();
                 };
-                group.shares(&format!("the node's own: {kind}"), word, seen, || {
+                group.shares(&format!("host namespace: {kind}"), word, seen, || {
                     refused("RunPodSandbox", &json!({ "config": config(), "runtime_handler": cri::handler() }))
                 });
             }

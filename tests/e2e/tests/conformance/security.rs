@@ -1,4 +1,4 @@
-//! Security contexts.
+//! Security contexts: users, capabilities, privileges and seccomp profiles.
 
 use std::fs;
 
@@ -6,15 +6,15 @@ use husk_e2e::conformance::{group, pods};
 use husk_e2e::cri::{call, try_call};
 use serde_json::{Value, json};
 
-use super::{context, once};
+use super::{run_once, security_context};
 
-/// A value of `/proc/self/status`.
+/// Returns a command that prints a field of `/proc/self/status`.
 fn status(field: &str) -> String {
     format!("awk '/^{field}:/ {{print $2}}' /proc/self/status")
 }
 
 /// All capabilities of the kernels in use: `CAP_CHECKPOINT_RESTORE` (40) is the last.
-const ALL: &str = "000001ffffffffff";
+const ALL_CAPS: &str = "000001ffffffffff";
 
 #[test]
 fn users() {
@@ -22,39 +22,45 @@ fn users() {
         let pod = pods.pod();
         group("Security context", |group| {
             group.has("RunAsUser", || {
-                assert_eq!(once(&pod, "id -u", |c| context(c)["run_as_user"] = json!({ "value": 1001 })), "1001");
+                assert_eq!(
+                    run_once(&pod, "id -u", |c| security_context(c)["run_as_user"] = json!({ "value": 1001 })),
+                    "1001"
+                );
             });
             group.has("RunAsUserName", || {
-                assert_eq!(once(&pod, "id -u", |c| context(c)["run_as_username"] = json!("tester")), "1000");
+                assert_eq!(
+                    run_once(&pod, "id -u", |c| security_context(c)["run_as_username"] = json!("tester")),
+                    "1000"
+                );
             });
             group.has("RunAsGroup", || {
-                let text = once(&pod, "id -u; id -g", |config| {
-                    context(config)["run_as_user"] = json!({ "value": 1001 });
-                    context(config)["run_as_group"] = json!({ "value": 1002 });
+                let text = run_once(&pod, "id -u; id -g", |config| {
+                    security_context(config)["run_as_user"] = json!({ "value": 1001 });
+                    security_context(config)["run_as_group"] = json!({ "value": 1002 });
                 });
                 assert_eq!(text, "1001\n1002");
             });
             group.has("RunAsGroup without a user is refused", || {
                 let mut config = pod.sh("id");
-                context(&mut config)["run_as_group"] = json!({ "value": 1002 });
+                security_context(&mut config)["run_as_group"] = json!({ "value": 1002 });
                 let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
                 assert!(try_call("CreateContainer", &request).is_err());
             });
             group.has("SupplementalGroups", || {
-                let text = once(&pod, "id -G", |config| {
-                    context(config)["run_as_user"] = json!({ "value": 1001 });
-                    context(config)["supplemental_groups"] = json!([3001, 3002]);
+                let text = run_once(&pod, "id -G", |config| {
+                    security_context(config)["run_as_user"] = json!({ "value": 1001 });
+                    security_context(config)["supplemental_groups"] = json!([3001, 3002]);
                 });
                 let groups: Vec<&str> = text.split_whitespace().collect();
                 assert!(groups.contains(&"3001") && groups.contains(&"3002"), "{text}");
             });
-            // User 1000 is in more groups by the image's own file.
+            // The image's /etc/group has user 1000 in further groups.
             let groups = |policy: &str| {
-                let text = once(&pod, "id -G", |config| {
-                    context(config)["run_as_user"] = json!({ "value": 1000 });
-                    context(config)["run_as_group"] = json!({ "value": 1000 });
-                    context(config)["supplemental_groups"] = json!([3001]);
-                    context(config)["supplemental_groups_policy"] = json!(policy);
+                let text = run_once(&pod, "id -G", |config| {
+                    security_context(config)["run_as_user"] = json!({ "value": 1000 });
+                    security_context(config)["run_as_group"] = json!({ "value": 1000 });
+                    security_context(config)["supplemental_groups"] = json!([3001]);
+                    security_context(config)["supplemental_groups_policy"] = json!(policy);
                 });
                 let mut groups: Vec<u32> = text.split_whitespace().map(|group| group.parse().unwrap()).collect();
                 groups.sort_unstable();
@@ -66,27 +72,28 @@ fn users() {
             if call("Status", &json!({}))["features"]["supplemental_groups_policy"] == true {
                 group.has("SupplementalGroupsPolicy: strict", || assert_eq!(groups("Strict"), [1000, 3001]));
             }
-            group.has("a root file system that is read-only", || {
-                let read_only = |config: &mut Value| context(config)["readonly_rootfs"] = json!(true);
-                let text = once(&pod, "touch /srv/x 2>&1; touch /dev/shm/x && echo but not all", read_only);
+            group.has("a read-only rootfs", || {
+                let read_only = |config: &mut Value| security_context(config)["readonly_rootfs"] = json!(true);
+                let text = run_once(&pod, "touch /srv/x 2>&1; touch /dev/shm/x && echo but not all", read_only);
                 assert!(text.contains("ead-only") && text.ends_with("but not all"), "{text}");
             });
-            group.has("a root file system that can be written to", || {
-                assert_eq!(once(&pod, "touch /srv/x && echo written", |_| {}), "written");
+            group.has("a writable rootfs", || {
+                assert_eq!(run_once(&pod, "touch /srv/x && echo written", |_| {}), "written");
             });
-            group.has("no new privileges, and without that", || {
-                let text = once(&pod, &status("NoNewPrivs"), |c| context(c)["no_new_privs"] = json!(true));
-                assert_eq!((text.as_str(), once(&pod, &status("NoNewPrivs"), |_| {}).as_str()), ("1", "0"));
+            group.has("no_new_privs, set and not set", || {
+                let text = run_once(&pod, &status("NoNewPrivs"), |c| security_context(c)["no_new_privs"] = json!(true));
+                assert_eq!((text.as_str(), run_once(&pod, &status("NoNewPrivs"), |_| {}).as_str()), ("1", "0"));
             });
             group.has("masked and read-only paths", || {
-                let text = once(&pod, "wc -c < /proc/meminfo; echo x 2>&1 > /proc/sys/kernel/domainname", |config| {
-                    context(config)["masked_paths"] = json!(["/proc/meminfo"]);
-                    context(config)["readonly_paths"] = json!(["/proc/sys"]);
-                });
+                let text =
+                    run_once(&pod, "wc -c < /proc/meminfo; echo x 2>&1 > /proc/sys/kernel/domainname", |config| {
+                        security_context(config)["masked_paths"] = json!(["/proc/meminfo"]);
+                        security_context(config)["readonly_paths"] = json!(["/proc/sys"]);
+                    });
                 assert!(text.starts_with('0') && text.contains("ead-only"), "{text}");
             });
             group.has("oom_score_adj", || {
-                let text = once(&pod, "cat /proc/self/oom_score_adj", |config| {
+                let text = run_once(&pod, "cat /proc/self/oom_score_adj", |config| {
                     config["linux"]["resources"]["oom_score_adj"] = json!(777);
                 });
                 assert_eq!(text, "777");
@@ -99,27 +106,27 @@ fn users() {
 fn capabilities() {
     pods("conf-capabilities", |pods| {
         let mut config = pods.config();
-        context(&mut config)["privileged"] = json!(true);
+        security_context(&mut config)["privileged"] = json!(true);
         let pod = pods.run(config);
-        let change = |change: Value| move |config: &mut Value| context(config)["capabilities"] = change;
+        let change = |change: Value| move |config: &mut Value| security_context(config)["capabilities"] = change;
         group("Capabilities and privileges", |group| {
-            group.has("those of a container that asks for nothing", || {
-                assert_eq!(once(&pod, &status("CapEff"), |_| {}), "00000000a80425fb");
+            group.has("default capabilities", || {
+                assert_eq!(run_once(&pod, &status("CapEff"), |_| {}), "00000000a80425fb");
             });
             group.has("one added", || {
-                let text = once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["SYS_ADMIN"] })));
+                let text = run_once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["SYS_ADMIN"] })));
                 assert_eq!(text, "00000000a82425fb");
             });
             group.has("one dropped", || {
-                let text = once(&pod, &status("CapEff"), change(json!({ "drop_capabilities": ["CHOWN"] })));
+                let text = run_once(&pod, &status("CapEff"), change(json!({ "drop_capabilities": ["CHOWN"] })));
                 assert_eq!(text, "00000000a80425fa");
             });
             group.has("all added", || {
-                assert_eq!(once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["ALL"] }))), ALL);
+                assert_eq!(run_once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["ALL"] }))), ALL_CAPS);
             });
             group.has("all dropped, one added", || {
-                let asked = json!({ "drop_capabilities": ["ALL"], "add_capabilities": ["NET_BIND_SERVICE"] });
-                assert_eq!(once(&pod, &status("CapEff"), change(asked)), "0000000000000400");
+                let changes = json!({ "drop_capabilities": ["ALL"], "add_capabilities": ["NET_BIND_SERVICE"] });
+                assert_eq!(run_once(&pod, &status("CapEff"), change(changes)), "0000000000000400");
             });
             group.has("privileged: capabilities, devices, mounts", || {
                 let script = format!(
@@ -127,13 +134,13 @@ fn capabilities() {
                      test -w /sys/fs/cgroup/cgroup.procs && echo cgroups",
                     status("CapEff")
                 );
-                let text = once(&pod, &script, |config| context(config)["privileged"] = json!(true));
-                assert_eq!(text, format!("{ALL}\nmounted\ndevices\ncgroups"));
+                let text = run_once(&pod, &script, |config| security_context(config)["privileged"] = json!(true));
+                assert_eq!(text, format!("{ALL_CAPS}\nmounted\ndevices\ncgroups"));
             });
             group.has("not privileged: none of these", || {
                 let script = "mkdir /srv/m; mount -t tmpfs none /srv/m 2> /dev/null || echo refused;
                     test -e /dev/kmsg || echo hidden; touch /sys/fs/cgroup/x 2> /dev/null || echo closed";
-                assert_eq!(once(&pod, script, |_| {}), "refused\nhidden\nclosed");
+                assert_eq!(run_once(&pod, script, |_| {}), "refused\nhidden\nclosed");
             });
         });
     });
@@ -148,21 +155,22 @@ fn profiles() {
         fs::write(&profile, json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules }).to_string()).unwrap();
         let seccomp = |kind: &str, path: &str| {
             let profile = json!({ "profile_type": kind, "localhost_ref": path });
-            move |config: &mut Value| context(config)["seccomp"] = profile
+            move |config: &mut Value| security_context(config)["seccomp"] = profile
         };
         group("Seccomp and other profiles", |group| {
             group.has("seccomp: the runtime's default", || {
-                assert_eq!(once(&pod, &status("Seccomp"), seccomp("RuntimeDefault", "")), "2");
+                assert_eq!(run_once(&pod, &status("Seccomp"), seccomp("RuntimeDefault", "")), "2");
             });
             group.has("seccomp: unconfined", || {
-                assert_eq!(once(&pod, &status("Seccomp"), seccomp("Unconfined", "")), "0");
+                assert_eq!(run_once(&pod, &status("Seccomp"), seccomp("Unconfined", "")), "0");
             });
-            group.has("seccomp: a profile of the node's", || {
+            group.has("seccomp: a profile of the node", || {
                 let path = profile.to_string_lossy().into_owned();
-                let text = once(&pod, "mkdir /srv/x 2>&1; touch /srv/y && echo touched", seccomp("Localhost", &path));
+                let text =
+                    run_once(&pod, "mkdir /srv/x 2>&1; touch /srv/y && echo touched", seccomp("Localhost", &path));
                 assert!(text.contains("not permitted") && text.ends_with("touched"), "{text}");
             });
-            group.has("seccomp: a profile that is not there is refused", || {
+            group.has("seccomp: a missing profile is refused", || {
                 let mut config = pod.sh("true");
                 seccomp("Localhost", "/no/such/profile")(&mut config);
                 let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });

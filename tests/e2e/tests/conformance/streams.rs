@@ -1,4 +1,4 @@
-//! Streams and logs.
+//! Streams and logs: ExecSync, Exec, Attach, PortForward and container logs.
 
 use std::fs;
 
@@ -7,12 +7,13 @@ use husk_e2e::cri::stream::{Stream, channel};
 use husk_e2e::cri::{PodContainer, call, try_call};
 use serde_json::{Value, json};
 
-use super::{once, sleeper};
+use super::{run_once, sleeper};
 
+/// Requests a stream with the further fields `options` and connects to its URL.
 #[track_caller]
-fn open(method: &str, container: &PodContainer, more: &Value) -> Stream {
+fn open(method: &str, container: &PodContainer, options: &Value) -> Stream {
     let mut request = json!({ "container_id": container.id, "stdout": true });
-    request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    request.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
     Stream::connect(call(method, &request)["url"].as_str().unwrap())
 }
 
@@ -22,15 +23,15 @@ fn streams() {
         let pod = pods.pod();
         let container = sleeper(&pod, |_| {});
         group("Streaming", |group| {
-            group.has("ExecSync: both outputs and the exit code", || {
+            group.has("ExecSync: stdout, stderr and the exit code", || {
                 let done = container.exec(&["sh", "-c", "echo out; echo err >&2; exit 7"]);
                 assert_eq!((done.code, done.out.as_str(), done.err.as_str()), (7, "out\n", "err\n"));
             });
-            group.has("ExecSync: a time-out", || {
+            group.has("ExecSync: timeout", || {
                 let request = json!({ "container_id": container.id, "cmd": ["sleep", "4714"], "timeout": 1 });
                 assert!(try_call("ExecSync", &request).unwrap_err().message.contains("timeout"));
             });
-            group.has("Exec: input, both outputs, the status", || {
+            group.has("Exec: stdin, stdout, stderr and the exit status", || {
                 let script = "read a; echo got $a; echo bad >&2; exit 4";
                 let more = json!({ "cmd": ["sh", "-c", script], "stdin": true, "stderr": true });
                 let mut stream = open("Exec", &container, &more);
@@ -39,7 +40,7 @@ fn streams() {
                 assert_eq!((out, err), (b"got a line\n".to_vec(), b"bad\n".to_vec()));
                 assert!(status.contains('4'), "{status}");
             });
-            group.has("Exec: a terminal that changes its size", || {
+            group.has("Exec: a terminal that is resized", || {
                 let script = "trap 'stty size; exit 0' WINCH; echo up; while :; do sleep 0.1; done";
                 let mut stream =
                     open("Exec", &container, &json!({ "cmd": ["sh", "-c", script], "stdin": true, "tty": true }));
@@ -47,7 +48,7 @@ fn streams() {
                 stream.send(channel::RESIZE, br#"{"Width":101,"Height":37}"#);
                 stream.wait_for(channel::STDOUT, "37 101\r\n");
             });
-            group.has("Attach: input and output of what runs", || {
+            group.has("Attach: stdin and stdout of a running container", || {
                 let mut config = pod.sh("echo up; read line; echo heard $line");
                 config["stdin"] = json!(true);
                 config["stdin_once"] = json!(true);
@@ -79,7 +80,7 @@ fn streams() {
                 );
                 logger.remove();
             });
-            group.has("a log that was moved away is begun again", || {
+            group.has("ReopenContainerLog starts a new log after rotation", || {
                 let logger =
                     pod.start(&pod.sh("echo one; until [ -e /tmp/go ]; do sleep 0.1; done; echo two; sleep 1000"));
                 logger.wait_for("one");
@@ -90,8 +91,8 @@ fn streams() {
                 assert!(!logger.log().contains("one"));
                 logger.remove();
             });
-            group.has("a log of a container that has ended can be read", || {
-                assert_eq!(once(&pod, "echo last words", |_| {}), "last words");
+            group.has("the log of an exited container can be read", || {
+                assert_eq!(run_once(&pod, "echo last words", |_| {}), "last words");
             });
         });
         container.stop(0);
