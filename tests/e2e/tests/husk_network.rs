@@ -241,20 +241,20 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
     assert_eq!(set, 0);
     let sent = container.exec(&["python3", "-c", FRAMES, &own, node.trim()]);
     assert_eq!(sent.code, 0, "{sent:?}");
-    let (mut own, mut foreign, mut last) = (0, 0, 0);
+    let (mut own, mut spoofed, mut last) = (0, 0, 0);
     // `husk-last` is sent as four frames, and each is captured on several interfaces.
     while last < 4 {
         let mut frame = [0u8; 2048];
         // SAFETY: `frame` outlives the call, and the length is its size.
         let length = unsafe { libc::recv(all.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };
         let error = std::io::Error::last_os_error();
-        assert!(length >= 0, "failed to receive a frame: {error}; {own} own and {foreign} spoofed frames so far");
+        assert!(length >= 0, "failed to receive a frame: {error}; {own} own and {spoofed} spoofed frames so far");
         let contains = |mark: &[u8]| frame.windows(mark.len()).any(|window| window == mark);
         own += usize::from(contains(b"husk-own"));
-        foreign += usize::from(contains(b"husk-foreign"));
+        spoofed += usize::from(contains(b"husk-foreign"));
         last += usize::from(contains(b"husk-last"));
     }
-    assert_eq!(foreign, 0, "frames with a spoofed source MAC left the pod");
+    assert_eq!(spoofed, 0, "frames with a spoofed source MAC left the pod");
     assert!(own >= 40, "{own} frames with the interface's MAC");
     // With vhost-net the host's tc filter drops the frames and counts them; without it, the VMM drops them.
     let dropped = Command::new("nsenter")

@@ -1,4 +1,4 @@
-//! Clear errors for what Husk cannot run, and complete cleanup afterwards.
+//! Refusals: clear errors for containers that Husk cannot run, and complete cleanup afterwards.
 use std::fs;
 use std::process::Command;
 

@@ -204,7 +204,7 @@ fn covered_entries(bare: &Path) -> Vec<(String, Vec<String>)> {
     host_only_mounts().into_iter().map(|at| (at.clone(), listed(&at))).collect()
 }
 
-/// Returns what a container with the node's root at /host finds of host-only file systems.
+/// Returns the accesses to host-only file systems that a container with the node's root at /host has.
 fn inspect(case: &Case, dir: &Path, options: &str, flags: &[&str]) -> String {
     let mounts: serde_json::Map<_, _> =
         covered_entries(&dir.join("bare")).into_iter().map(|(at, names)| (at, json!(names))).collect();

@@ -7,7 +7,7 @@ use husk_e2e::command::{Output, run_ctr};
 use husk_e2e::{RUNC, case, spec};
 use serde_json::json;
 
-/// Prints the shell's user, groups, capabilities, seccomp mode and umask from /proc.
+/// Prints the shell's user, groups, capabilities, no_new_privs, seccomp mode and umask from /proc.
 const STATUS: &str = "grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask)' /proc/self/status";
 
 #[test]
@@ -112,7 +112,7 @@ fn process_has_rlimits_oom_score_env_and_cwd() {
 #[test]
 fn program_lookup_uses_container_path() {
     case("path", |case| {
-        // /opt/tools is in the image's own PATH only.
+        // /opt/tools is only in the image's PATH.
         case.busybox(&["greet"]).output().expect_clean().expect_out("greetings from /opt/tools/greet");
         // With the specification's PATH, and relative to the specification's working directory.
         let run = case.with_spec("", |spec| {

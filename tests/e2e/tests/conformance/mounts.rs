@@ -86,7 +86,7 @@ fn mounts() {
                 let below = dir.join("sub");
                 node(&["mount", "-t", "tmpfs", "tmpfs", &below.to_string_lossy()]);
                 let text = catch_unwind(AssertUnwindSafe(|| {
-                    // containerd 2.x reports recursive read-only mounts to the kubelet only for runtimes of runc's type.
+                    // containerd 2.x reports recursive read-only mounts to the kubelet only for runc's runtime type.
                     let handler = if cri::handler() == "runc" { "runc" } else { "husk-userns" };
                     let pod = pods.run_by(handler, pods.config());
                     let recursive = json!({ "readonly": true, "recursive_read_only": true });

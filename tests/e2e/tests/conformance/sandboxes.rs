@@ -120,7 +120,7 @@ fn namespaces() {
             });
             for (kind, word) in [("network", "host network"), ("pid", "host pid"), ("ipc", "host ipc")] {
                 if kind == "network" && cri::handler() == "husk-sandbox" {
-                    // containerd 2.1.9 panics here: NewBundle without a specification (docs/install.md).
+                    // containerd 2.1.9 crashes here: NewBundle without a specification (docs/install.md).
                     continue;
                 }
                 let config = || {

@@ -33,8 +33,8 @@ fn streams() {
             });
             group.has("Exec: stdin, stdout, stderr and the exit status", || {
                 let script = "read a; echo got $a; echo bad >&2; exit 4";
-                let more = json!({ "cmd": ["sh", "-c", script], "stdin": true, "stderr": true });
-                let mut stream = open("Exec", &container, &more);
+                let options = json!({ "cmd": ["sh", "-c", script], "stdin": true, "stderr": true });
+                let mut stream = open("Exec", &container, &options);
                 stream.send(channel::STDIN, b"a line\n");
                 let (out, err, status) = stream.finish();
                 assert_eq!((out, err), (b"got a line\n".to_vec(), b"bad\n".to_vec()));
