@@ -11,6 +11,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod event_loop;
+pub mod guest_memory;
 pub mod memory;
 pub mod probe;
 pub mod serial;

@@ -10,7 +10,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
 use crate::arch::layout;
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 
 /// Why guest memory could not be set up.
 #[derive(Debug, thiserror::Error)]

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout;
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 
 /// The VM Generation ID of one VM.
 pub struct VmGenId(EventFd);

@@ -7,7 +7,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::layout;
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448; // "HdrS"

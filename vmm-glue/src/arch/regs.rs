@@ -8,7 +8,7 @@ use kvm_bindings::{Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout;
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;

@@ -6,16 +6,12 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap, GuestUsize};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestUsize};
 
 use super::MemoryError;
 use crate::arch::layout;
-use crate::virtio::device::GuestMemory;
-
-/// One region of guest memory.
-pub type Region = GuestRegionMmap<BitmapMmapRegion>;
+use crate::guest_memory::{GuestMemory, Region};
 
 /// Size of the blocks in which Linux adds memory (`MIN_MEMORY_BLOCK_SIZE`, arch/x86/mm/init_64.c).
 const BLOCK: u64 = 128 << 20;

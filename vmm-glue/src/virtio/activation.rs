@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use husk_base::error::chain;
 
-use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::Vq;
+use crate::guest_memory::GuestMemory;
 
 /// The content of an [`Activation`], with opened queues.
 pub struct Opened<Q> {

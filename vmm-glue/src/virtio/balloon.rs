@@ -10,8 +10,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
 use super::activation::{self, Opened};
-use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
+use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug;
 
 /// Queues: inflate, deflate and free page reporting. Reporting is the third one, because neither statistics nor free

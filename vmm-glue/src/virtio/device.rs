@@ -3,12 +3,10 @@
 use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Guest memory, in the type that virtiofsd's readers and writers require.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<BitmapMmapRegion>;
+use crate::guest_memory::GuestMemory;
 
 /// A virtqueue that the driver has set up. Its configuration is frozen since DRIVER_OK.
 pub struct ActiveQueue {

@@ -13,8 +13,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use self::request::{Answer, Blocks, REQUEST_LEN, Request, State};
 use super::activation::{self, Opened};
-use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{Chain, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
+use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug::Hotplug;
 
 mod request;

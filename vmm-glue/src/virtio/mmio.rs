@@ -25,7 +25,8 @@ use virtio_bindings::virtio_mmio::{
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::guest_memory::GuestMemory;
 
 /// A device, shared by the device loop and the transport.
 pub type SharedDevice = Arc<Mutex<dyn VirtioDevice>>;

@@ -15,7 +15,8 @@ use vm_memory::{GuestMemory as _, VolatileSlice};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{ActivateError, ActiveQueue, GuestMemory, Interrupt};
+use super::device::{ActivateError, ActiveQueue, Interrupt};
+use crate::guest_memory::GuestMemory;
 
 /// Maximum number of a chain's segments, which is the limit of one readv or writev (IOV_MAX).
 pub const MAX_SEGMENTS: usize = 1024;

@@ -14,8 +14,9 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::activation::{self, Opened};
-use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{Iov, QueueFault, Vq, WAKE, Wake};
+use crate::guest_memory::GuestMemory;
 
 /// Linux has one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];

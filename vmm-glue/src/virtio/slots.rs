@@ -8,9 +8,9 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::GuestMemory;
 use super::mmio::{self, SharedDevice, Transport, TransportError};
 use crate::arch::layout;
+use crate::guest_memory::GuestMemory;
 
 /// Why a device could not be plugged into or out of a slot.
 #[derive(Debug, thiserror::Error)]

@@ -12,8 +12,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
 use super::net::Net;
+use crate::guest_memory::GuestMemory;
 
 /// Guest memory starts at 0. Each queue of a test has one part of it.
 const MEMORY: u64 = 6 * PART;

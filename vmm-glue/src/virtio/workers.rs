@@ -15,8 +15,9 @@ use husk_base::sync::{lock, wait};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{GuestMemory, Interrupt};
+use super::device::Interrupt;
 use super::queue::{QueueFault, Taken, Vq};
+use crate::guest_memory::GuestMemory;
 
 /// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
 const STACK: usize = 256 * 1024;

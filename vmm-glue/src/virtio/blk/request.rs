@@ -13,7 +13,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 
 use super::{SECTOR, SERIAL_LEN};
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, Taken, guest_fault};
 use crate::virtio::workers::Handler;
 

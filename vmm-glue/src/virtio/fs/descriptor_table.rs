@@ -15,7 +15,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
 use virtiofsd::descriptor_utils::{Error, Reader, Writer};
 use vm_memory::{ByteValued as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _};
 
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, MAX_SEGMENTS};
 
 /// Size of `struct virtq_desc`, in bytes (virtio 1.2, 2.7.5).

@@ -39,10 +39,11 @@ use self::checked::CheckedFs;
 use self::fd_limit::FdLimit;
 use self::request::{FuseServer, HIGH_PRIORITY_QUEUE};
 use super::activation::{self, Opened};
-use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, read_config_bytes};
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
+use crate::guest_memory::GuestMemory;
 
 /// Size of the tag in the configuration space, in bytes.
 pub const TAG_LEN: usize = 36;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::test_guest::*;
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 
 /// Requests per test. With two reads of the opcode, between 1 in 40 and 1 in 1500 requests won the race.
 const ATTEMPTS: usize = 2000;

@@ -20,7 +20,7 @@ use vm_memory::ByteValued;
 
 use super::checked::{CheckedFs, Inode};
 use super::descriptor_table::DescriptorTable;
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, guest_fault};
 
 // FUSE operations without an answer (include/uapi/linux/fuse.h, `enum fuse_opcode`).

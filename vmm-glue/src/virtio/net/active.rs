@@ -11,7 +11,8 @@ use super::TapQueue;
 use super::load::Load;
 use super::pump::{QueuePair, Rules};
 use super::vhost::{self, VhostError};
-use crate::virtio::device::{GuestMemory, Interrupt};
+use crate::guest_memory::GuestMemory;
+use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Vq, Wake};
 
 /// State of a device whose driver is ready.

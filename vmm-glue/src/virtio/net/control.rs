@@ -4,7 +4,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, QueueFault, Vq, guest_fault};
 
 /// Serves the driver's commands. Calls `set` with each requested number of pairs; `set` returns whether it succeeded.

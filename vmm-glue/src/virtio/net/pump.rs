@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use super::load::Load;
 use super::{HEADER, MAX_PACKET, NUM_BUFFERS_AT};
-use crate::virtio::device::{GuestMemory, Interrupt};
+use crate::guest_memory::GuestMemory;
+use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Vq, guest_fault};
 
 /// Length of an Ethernet header up to the end of the source address.

@@ -17,7 +17,7 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::Vq;
 
 /// The driver's features that concern the queues. Offloads are negotiated between the driver and the tap. So is the

@@ -27,8 +27,9 @@ use self::connection::Connection;
 pub use self::connection::Reply;
 use self::packet::Header;
 use super::activation::{self, Opened};
-use super::device::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
+use crate::guest_memory::GuestMemory;
 
 const RX: u32 = 0;
 const TX: u32 = 1;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::connection::Next;
 use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::{MAX_RESET_PACKETS, Vsock};
-use crate::virtio::device::GuestMemory;
+use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, QueueFault, guest_fault};
 
 impl Vsock {
