@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use husk_base::error::chain;
 
 use crate::boot;
-use crate::config::check;
+use crate::check;
 use crate::control::{Answer, Call, ExitReason, Notice, Reply, Request, Step, wire};
 use crate::serial::Console;
 use crate::vm::{Vm, VmError};

@@ -2,8 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-pub mod check;
-
 /// The complete configuration of a VM.
 ///
 /// Files and devices are never named by path. Where a device needs an fd, the configuration holds an [`FdIndex`]: the

@@ -6,6 +6,7 @@
 pub mod arch;
 pub mod boot;
 pub mod bus;
+pub mod check;
 pub mod child;
 pub mod client;
 pub mod config;

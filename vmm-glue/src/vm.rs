@@ -9,7 +9,7 @@ use event_manager::SubscriberId;
 use husk_base::sync::lock;
 use kvm_ioctls::VmFd;
 
-use crate::config::check::{self, ConfigError};
+use crate::check::{self, ConfigError};
 use crate::config::{BlkConfig, NetConfig};
 use crate::control::Pages;
 use crate::event_loop::{EventLoop, LoopError};

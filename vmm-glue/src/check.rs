@@ -8,8 +8,8 @@ use std::path::Path;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::fstat;
 
-use super::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
 use crate::arch::layout;
+use crate::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
 use crate::virtio::net::{Backend, MOST_PAIRS, tap_flags};
 
 /// Minimum and maximum guest memory. Every host supports the maximum: it is one page-table level below 46 address bits.
