@@ -1,16 +1,16 @@
 //! The VMM process from `main` to its end. It ends with the guest, the shim or the control socket.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use husk_base::error::chain;
+use husk_base::sys::process::exit_immediately;
 
 use crate::boot;
 use crate::check;
-use crate::control::{Answer, Call, ExitReason, Notice, Reply, Request, Step, wire};
-use crate::serial::Console;
+use crate::control::{Answer, Call, ExitReason, Request, Step};
+use crate::reporter::Reporter;
 use crate::vm::{Vm, VmError};
 
 mod log;
@@ -21,22 +21,22 @@ use pids::Pids;
 
 /// Runs the VMM on its control socket and never returns. The process must not have other threads yet.
 pub fn main(control: OwnedFd) -> ! {
-    let reporter = Arc::new(Reporter { control, console: OnceLock::new(), ending: AtomicBool::new(false) });
+    let reporter = Arc::new(Reporter::new(control));
     log::init();
     if let Err(error) = process::prepare() {
         ::log::error!("{}", chain(&error));
-        process::end(1);
+        exit_immediately(1);
     }
     reporter.mark(Step::ProcessStarted);
     let mut current_vm = None;
     let mut pids = Pids::default();
     loop {
-        match wire::recv::<Request>(&reporter.control) {
+        match reporter.receive() {
             Ok((request, fds)) => serve(&mut current_vm, &mut pids, request, fds, &reporter),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => process::end(0),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => exit_immediately(0),
             Err(error) => {
                 ::log::error!("failed to receive from the control socket: {error}");
-                process::end(1);
+                exit_immediately(1);
             }
         }
     }
@@ -117,58 +117,4 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
 fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {
     let checked = check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
     boot::build(checked, reporter).map_err(|error| chain(&error))
-}
-
-/// Sends answers and notices to the shim, from any thread of the process.
-pub struct Reporter {
-    control: OwnedFd,
-    console: OnceLock<Arc<Console>>,
-    ending: AtomicBool,
-}
-
-impl Reporter {
-    /// Reports a boot step.
-    pub fn mark(&self, step: Step) {
-        self.send(&Reply::Notice(Notice::Mark { step, at_ns: process::monotonic_ns() }), None);
-    }
-
-    /// Reports that the guest should forget unused files.
-    pub(crate) fn report_many_files(&self) {
-        self.send(&Reply::Notice(Notice::ManyFiles), None);
-    }
-
-    /// Reports why the VM has ended, and ends the process.
-    pub fn exit(&self, reason: ExitReason) -> ! {
-        if self.ending.swap(true, Ordering::SeqCst) {
-            // Another thread is ending the process already. The first reason is the one that is reported.
-            loop {
-                std::thread::park();
-            }
-        }
-        if let Some(console) = self.console.get() {
-            console.flush();
-        }
-        let code = i32::from(matches!(reason, ExitReason::Failed(_)));
-        self.send(&Reply::Notice(Notice::Exited { reason }), None);
-        process::end(code)
-    }
-
-    /// Registers the console, whose buffered output is written when the process ends.
-    pub(crate) fn flush_at_exit(&self, console: Arc<Console>) {
-        // The VM is built once, so the cell is empty.
-        let _ = self.console.set(console);
-    }
-
-    fn answer(&self, seq: u64, result: Result<Answer, String>, fd: Option<&OwnedFd>) {
-        self.send(&Reply::Answer { seq, result }, fd);
-    }
-
-    fn send(&self, reply: &Reply, fd: Option<&OwnedFd>) {
-        let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
-        if let Err(error) = wire::send(&self.control, reply, &fds) {
-            // The shim is gone, so the VM has no purpose any more.
-            ::log::debug!("failed to send on the control socket: {error}");
-            process::end(0);
-        }
-    }
 }

@@ -7,8 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 use husk_base::error::chain;
 
-use crate::child::Reporter;
 use crate::control::ExitReason;
+use crate::reporter::Reporter;
 use crate::virtio::mmio::SharedDevice;
 
 /// Stack size of the device loop's thread.

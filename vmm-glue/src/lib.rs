@@ -15,6 +15,7 @@ pub mod event_loop;
 pub mod guest_memory;
 pub mod memory;
 pub mod probe;
+pub mod reporter;
 pub mod serial;
 mod timing;
 pub mod vcpu;

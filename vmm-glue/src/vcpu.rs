@@ -19,8 +19,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
-use crate::child::Reporter;
 use crate::control::{ExitReason, Step};
+use crate::reporter::Reporter;
 use make::{MakeError, Maker};
 
 /// Stack size of a vCPU thread, whose calls are not nested deeply.

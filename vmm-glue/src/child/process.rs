@@ -2,13 +2,10 @@
 //! signals.
 
 use std::io;
-use std::time::Duration;
 
 use husk_base::sys::heap;
-use husk_base::sys::process::exit_immediately;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
-use nix::time::ClockId;
 use nix::unistd::getppid;
 
 /// Why the process could not be prepared.
@@ -41,16 +38,4 @@ pub fn prepare() -> Result<(), PrepareError> {
     let _ = prctl::set_name(c"husk-vmm");
     heap::keep_small();
     SigSet::empty().thread_set_mask().map_err(|errno| PrepareError::Signals(errno.into()))
-}
-
-/// Ends the process at once, with all its threads. Nothing has to be flushed or freed.
-pub fn end(code: i32) -> ! {
-    exit_immediately(code)
-}
-
-/// Reads CLOCK_MONOTONIC, which is the same clock in the shim and in the VMM.
-pub fn monotonic_ns() -> u64 {
-    // CLOCK_MONOTONIC always exists.
-    let now = ClockId::CLOCK_MONOTONIC.now().map_or(Duration::ZERO, Duration::from);
-    now.as_nanos() as u64
 }

@@ -1,0 +1,85 @@
+//! The VMM's end of the control socket: answers and notices to the shim, and the end of the process with its reason.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use husk_base::sys::process::exit_immediately;
+use nix::time::ClockId;
+
+use crate::control::{Answer, ExitReason, Notice, Reply, Request, Step, wire};
+use crate::serial::Console;
+
+/// Sends answers and notices to the shim, from any thread of the process.
+pub struct Reporter {
+    control: OwnedFd,
+    console: OnceLock<Arc<Console>>,
+    ending: AtomicBool,
+}
+
+impl Reporter {
+    /// Creates the reporter for a control socket.
+    pub fn new(control: OwnedFd) -> Self {
+        Self { control, console: OnceLock::new(), ending: AtomicBool::new(false) }
+    }
+
+    /// Receives the shim's next request.
+    pub(crate) fn receive(&self) -> io::Result<(Request, Vec<OwnedFd>)> {
+        wire::recv(&self.control)
+    }
+
+    /// Reports a boot step.
+    pub fn mark(&self, step: Step) {
+        self.send(&Reply::Notice(Notice::Mark { step, at_ns: monotonic_ns() }), None);
+    }
+
+    /// Reports that the guest should forget unused files.
+    pub(crate) fn report_many_files(&self) {
+        self.send(&Reply::Notice(Notice::ManyFiles), None);
+    }
+
+    /// Reports why the VM has ended, and ends the process.
+    pub fn exit(&self, reason: ExitReason) -> ! {
+        if self.ending.swap(true, Ordering::SeqCst) {
+            // Another thread is ending the process already. The first reason is the one that is reported.
+            loop {
+                std::thread::park();
+            }
+        }
+        if let Some(console) = self.console.get() {
+            console.flush();
+        }
+        let code = i32::from(matches!(reason, ExitReason::Failed(_)));
+        self.send(&Reply::Notice(Notice::Exited { reason }), None);
+        exit_immediately(code)
+    }
+
+    /// Registers the console, whose buffered output is written when the process ends.
+    pub(crate) fn flush_at_exit(&self, console: Arc<Console>) {
+        // The VM is built once, so the cell is empty.
+        let _ = self.console.set(console);
+    }
+
+    /// Answers a request, with an fd if the answer has one.
+    pub(crate) fn answer(&self, seq: u64, result: Result<Answer, String>, fd: Option<&OwnedFd>) {
+        self.send(&Reply::Answer { seq, result }, fd);
+    }
+
+    fn send(&self, reply: &Reply, fd: Option<&OwnedFd>) {
+        let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
+        if let Err(error) = wire::send(&self.control, reply, &fds) {
+            // The shim is gone, so the VM has no purpose any more.
+            log::debug!("failed to send on the control socket: {error}");
+            exit_immediately(0);
+        }
+    }
+}
+
+/// Reads CLOCK_MONOTONIC, which is the same clock in the shim and in the VMM.
+fn monotonic_ns() -> u64 {
+    // CLOCK_MONOTONIC always exists.
+    let now = ClockId::CLOCK_MONOTONIC.now().map_or(Duration::ZERO, Duration::from);
+    now.as_nanos() as u64
+}
