@@ -344,7 +344,8 @@ fn shared(device: impl VirtioDevice + 'static) -> SharedDevice {
 /// Reads the file directly into guest memory.
 fn read_initrd(memory: &GuestMemory, file: &mut File, start: u64, len: u64) -> Result<(), BootError> {
     file.rewind().map_err(BootError::Initrd)?;
-    let len = usize::try_from(len).map_err(|_| BootError::TooSmall(len >> 20))?;
+    let end = start.saturating_add(len);
+    let len = usize::try_from(len).map_err(|_| BootError::TooSmall(end >> 20))?;
     memory
         .read_exact_volatile_from(GuestAddress(start), file, len)
         .map_err(|error| BootError::Initrd(io::Error::other(error)))
