@@ -210,9 +210,6 @@ impl<'m> Chain<'m> {
     }
 }
 
-/// A checked chain, and the same chain in the form of `virtio-queue`.
-pub type Taken<'m> = (Chain<'m>, DescriptorChain<&'m GuestMemory>);
-
 /// A queue of an active device.
 pub struct Vq {
     queue: virtio_queue::Queue,
@@ -244,7 +241,17 @@ impl Vq {
     /// Pops the next valid chain. Invalid chains are returned unused; one call skips at most as many as the queue's
     /// size.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
-        Ok(self.pop_with_raw(memory)?.map(|(chain, _)| chain))
+        for _ in 0..self.queue.size() {
+            let Some(raw) = self.pop_raw(memory)? else { return Ok(None) };
+            match Chain::collect(memory, raw) {
+                (_, Ok(chain)) => return Ok(Some(chain)),
+                (head, Err(fault)) => {
+                    guest_fault(self.index, &fault);
+                    self.push(memory, head, 0)?;
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Pops the next chain; an invalid chain has no buffers. For callers that hold several chains and must return them
@@ -257,21 +264,6 @@ impl Vq {
                 Chain { head, readable: Iov::new(), writable: Iov::new() }
             }
         }))
-    }
-
-    /// Pops a chain like [`Vq::pop`], and also returns it in the form of `virtio-queue`.
-    pub fn pop_with_raw<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Taken<'m>>, QueueFault> {
-        for _ in 0..self.queue.size() {
-            let Some(raw) = self.pop_raw(memory)? else { return Ok(None) };
-            match Chain::collect(memory, raw.clone()) {
-                (_, Ok(chain)) => return Ok(Some((chain, raw))),
-                (head, Err(fault)) => {
-                    guest_fault(self.index, &fault);
-                    self.push(memory, head, 0)?;
-                }
-            }
-        }
-        Ok(None)
     }
 
     /// Undoes the last pop. No chain may have been popped or returned since.

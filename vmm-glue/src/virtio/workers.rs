@@ -16,7 +16,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::Interrupt;
-use super::queue::{QueueFault, Taken, Vq};
+use super::queue::{Chain, QueueFault, Vq};
 use crate::guest_memory::GuestMemory;
 
 /// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
@@ -34,7 +34,7 @@ pub trait Handler: Send + Sync + 'static {
         Ok(())
     }
     /// Serves one request. Returns the number of bytes written to the chain.
-    fn serve(&self, memory: &GuestMemory, request: Taken<'_>) -> u32;
+    fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
 }
 
 struct Shared<H> {
@@ -186,8 +186,8 @@ impl<H: Handler> Shared<H> {
             if state.stopped {
                 return Ok(false);
             }
-            let taken = if state.failed { None } else { state.queue.pop_with_raw(&self.memory)? };
-            let Some(request) = taken else {
+            let popped = if state.failed { None } else { state.queue.pop(&self.memory)? };
+            let Some(request) = popped else {
                 if !state.failed && state.queue.listen(&self.memory)? {
                     continue;
                 }
@@ -199,7 +199,7 @@ impl<H: Handler> Shared<H> {
             }
             state.busy += 1;
             drop(state);
-            let head = request.0.head;
+            let head = request.head;
             let used = self.handler.serve(&self.memory, request);
             state = self.lock();
             state.busy -= 1;

@@ -14,7 +14,7 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use super::{SECTOR, SERIAL_LEN};
 use crate::guest_memory::GuestMemory;
-use crate::virtio::queue::{Chain, Iov, Taken, guest_fault};
+use crate::virtio::queue::{Chain, Iov, guest_fault};
 use crate::virtio::workers::Handler;
 
 /// Length of a request's header in bytes.
@@ -56,7 +56,7 @@ impl From<io::Error> for Failure {
 impl Handler for Disk {
     const NAME: &'static str = "virtio-blk";
 
-    fn serve(&self, _memory: &GuestMemory, (chain, _): Taken<'_>) -> u32 {
+    fn serve(&self, _memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         let Chain { mut readable, mut writable, .. } = chain;
         // The status is the last writable byte, in any descriptor.
         let Some(data_len) = writable.len().checked_sub(1) else {

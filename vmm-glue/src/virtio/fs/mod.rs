@@ -40,7 +40,7 @@ use self::fd_limit::FdLimit;
 use self::request::{FuseServer, HIGH_PRIORITY_QUEUE};
 use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{QueueFault, Taken, Vq, WAKE, Wake, read_config_bytes};
+use super::queue::{Chain, QueueFault, Vq, WAKE, Wake, read_config_bytes};
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
@@ -106,7 +106,7 @@ impl Handler for FuseServer {
         Ok(())
     }
 
-    fn serve(&self, memory: &GuestMemory, (chain, _): Taken<'_>) -> u32 {
+    fn serve(&self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         FuseServer::serve(self, memory, chain)
     }
 }
