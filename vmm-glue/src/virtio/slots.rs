@@ -4,11 +4,12 @@ use std::io;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use husk_base::sync;
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::VmFd;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::{self, SharedDevice, Transport, TransportError};
+use super::slot_eventfds;
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 
@@ -72,11 +73,8 @@ impl Slots {
         let (number, slot) = all.find(|(_, slot)| read(slot).is_none()).ok_or(PlugError::Full)?;
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
         let transport = Transport::new(device, self.memory.clone(), irq)?;
-        self.vm.register_irqfd(transport.irq_fd(), layout::slot_gsi(number)).map_err(PlugError::Kvm)?;
-        let address = IoEventAddress::Mmio(layout::slot_address(number) + mmio::NOTIFY_OFFSET);
-        for (queue, notify) in (0u32..).zip(transport.notify_fds()) {
-            self.vm.register_ioevent(notify, &address, queue).map_err(PlugError::Kvm)?;
-        }
+        slot_eventfds::register(&*self.vm, number, transport.irq_fd(), transport.notify_fds())
+            .map_err(PlugError::Kvm)?;
         *write(slot) = Some(transport);
         Ok(number)
     }
@@ -88,11 +86,8 @@ impl Slots {
         let slot = self.slots.get(number as usize).ok_or_else(not_removable)?;
         let can_unplug = |transport: &mut Transport| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
         let transport = write(slot).take_if(can_unplug).ok_or_else(not_removable)?;
-        let address = IoEventAddress::Mmio(layout::slot_address(number) + mmio::NOTIFY_OFFSET);
-        for (queue, notify) in (0u32..).zip(transport.notify_fds()) {
-            self.vm.unregister_ioevent(notify, &address, queue).map_err(PlugError::Kvm)?;
-        }
-        self.vm.unregister_irqfd(transport.irq_fd(), layout::slot_gsi(number)).map_err(PlugError::Kvm)?;
+        slot_eventfds::unregister(&*self.vm, number, transport.irq_fd(), transport.notify_fds())
+            .map_err(PlugError::Kvm)?;
         Ok(transport.device().clone())
     }
 

@@ -1,0 +1,148 @@
+//! Registers the eventfds of a slot with KVM: one that interrupts the guest, and one for each queue's notifications.
+//!
+//! KVM keeps an ioeventfd until it is unregistered, even if its fd is closed. One that stayed behind would make the
+//! slot's next device fail to register.
+
+use kvm_ioctls::{Error, IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::mmio;
+use crate::arch::layout;
+
+/// KVM's registry of eventfds.
+pub trait Registry {
+    /// KVM_IRQFD.
+    fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error>;
+    /// KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN.
+    fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error>;
+    /// KVM_IOEVENTFD for writes of `queue` to `address`.
+    fn register_ioevent(&self, fd: &EventFd, address: &IoEventAddress, queue: u32) -> Result<(), Error>;
+    /// KVM_IOEVENTFD with KVM_IOEVENTFD_FLAG_DEASSIGN.
+    fn unregister_ioevent(&self, fd: &EventFd, address: &IoEventAddress, queue: u32) -> Result<(), Error>;
+}
+
+impl Registry for VmFd {
+    fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error> {
+        VmFd::register_irqfd(self, fd, gsi)
+    }
+
+    fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error> {
+        VmFd::unregister_irqfd(self, fd, gsi)
+    }
+
+    fn register_ioevent(&self, fd: &EventFd, address: &IoEventAddress, queue: u32) -> Result<(), Error> {
+        VmFd::register_ioevent(self, fd, address, queue)
+    }
+
+    fn unregister_ioevent(&self, fd: &EventFd, address: &IoEventAddress, queue: u32) -> Result<(), Error> {
+        VmFd::unregister_ioevent(self, fd, address, queue)
+    }
+}
+
+/// Registers a slot's eventfds.
+///
+/// # Errors
+/// KVM's error. Then none of the eventfds is registered.
+pub fn register(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
+    kvm.register_irqfd(irq, layout::slot_gsi(slot))?;
+    for (queue, notify) in (0u32..).zip(queues) {
+        if let Err(error) = kvm.register_ioevent(notify, &notify_address(slot), queue) {
+            let registered = queues.get(..queue as usize).unwrap_or_default();
+            if let Err(error) = unregister(kvm, slot, irq, registered) {
+                log::warn!("slot {slot}: failed to unregister an eventfd: {error}");
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// Unregisters a slot's eventfds.
+///
+/// # Errors
+/// KVM's first error. The other eventfds are unregistered nevertheless.
+pub fn unregister(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
+    let mut result = Ok(());
+    for (queue, notify) in (0u32..).zip(queues) {
+        result = result.and(kvm.unregister_ioevent(notify, &notify_address(slot), queue));
+    }
+    result.and(kvm.unregister_irqfd(irq, layout::slot_gsi(slot)))
+}
+
+fn notify_address(slot: u32) -> IoEventAddress {
+    IoEventAddress::Mmio(layout::slot_address(slot) + mmio::NOTIFY_OFFSET)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::{Cell, RefCell};
+    use std::collections::BTreeSet;
+
+    /// What is registered: `None` is the interrupt, `Some` a queue. The call with number `fail_at` fails.
+    #[derive(Default)]
+    struct FakeKvm {
+        registered: RefCell<BTreeSet<Option<u32>>>,
+        calls: Cell<usize>,
+        fail_at: Option<usize>,
+    }
+
+    impl FakeKvm {
+        fn call(&self, change: impl FnOnce(&mut BTreeSet<Option<u32>>) -> bool) -> Result<(), Error> {
+            let number = self.calls.replace(self.calls.get() + 1);
+            if self.fail_at == Some(number) {
+                return Err(Error::new(libc::ENOSPC));
+            }
+            assert!(change(&mut self.registered.borrow_mut()), "call {number} changed nothing");
+            Ok(())
+        }
+    }
+
+    impl Registry for FakeKvm {
+        fn register_irqfd(&self, _: &EventFd, _: u32) -> Result<(), Error> {
+            self.call(|registered| registered.insert(None))
+        }
+
+        fn unregister_irqfd(&self, _: &EventFd, _: u32) -> Result<(), Error> {
+            self.call(|registered| registered.remove(&None))
+        }
+
+        fn register_ioevent(&self, _: &EventFd, _: &IoEventAddress, queue: u32) -> Result<(), Error> {
+            self.call(|registered| registered.insert(Some(queue)))
+        }
+
+        fn unregister_ioevent(&self, _: &EventFd, _: &IoEventAddress, queue: u32) -> Result<(), Error> {
+            self.call(|registered| registered.remove(&Some(queue)))
+        }
+    }
+
+    fn eventfds() -> (EventFd, Vec<EventFd>) {
+        let new = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        (new(), (0..3).map(|_| new()).collect())
+    }
+
+    #[test]
+    fn failed_register_leaves_nothing_registered() {
+        let (irq, queues) = eventfds();
+        for fail_at in 0..4 {
+            let kvm = FakeKvm { fail_at: Some(fail_at), ..Default::default() };
+            assert_eq!(register(&kvm, 2, &irq, &queues).unwrap_err().errno(), libc::ENOSPC);
+            assert!(kvm.registered.borrow().is_empty(), "call {fail_at}");
+        }
+    }
+
+    #[test]
+    fn failed_unregister_continues_with_the_others() {
+        let (irq, queues) = eventfds();
+        for (fail_at, left) in [(4, Some(0)), (5, Some(1)), (7, None)] {
+            let kvm = FakeKvm { fail_at: Some(fail_at), ..Default::default() };
+            register(&kvm, 2, &irq, &queues).unwrap();
+            assert_eq!(unregister(&kvm, 2, &irq, &queues).unwrap_err().errno(), libc::ENOSPC);
+            assert_eq!(*kvm.registered.borrow(), BTreeSet::from([left]), "call {fail_at}");
+        }
+        let kvm = FakeKvm::default();
+        register(&kvm, 2, &irq, &queues).unwrap();
+        unregister(&kvm, 2, &irq, &queues).unwrap();
+        assert!(kvm.registered.borrow().is_empty());
+    }
+}
