@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::node;
+use crate::containerd_log::log_tail;
 
 /// Timeout of each command. The emulated node is about 15 times slower than hardware, and up to ten pods share it.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
@@ -110,7 +110,7 @@ impl Output {
         let _ = writeln!(text, "$ {}\nexit code {} after {:.1?}", self.command, self.code, self.took);
         let _ = writeln!(text, "--- stdout ({} bytes)\n{}", self.stdout.len(), shorten(&self.out()));
         let _ = writeln!(text, "--- stderr ({} bytes)\n{}", self.stderr.len(), shorten(&self.err()));
-        let _ = writeln!(text, "--- end of containerd's log\n{}", node::log_tail(40));
+        let _ = writeln!(text, "--- end of containerd's log\n{}", log_tail(40));
         text
     }
 }

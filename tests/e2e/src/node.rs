@@ -10,16 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::command::{Input, Running};
 
-/// Returns the last lines of containerd's log. `HUSK_E2E_CONTAINERD_LOG` overrides the log's path.
-pub fn log_tail(lines: usize) -> String {
-    let path = std::env::var("HUSK_E2E_CONTAINERD_LOG").unwrap_or_else(|_| "/var/log/containerd.log".to_owned());
-    let Ok(log) = fs::read(&path) else {
-        return format!("(failed to read {path})");
-    };
-    let log = String::from_utf8_lossy(&log);
-    let all: Vec<&str> = log.lines().collect();
-    all[all.len().saturating_sub(lines)..].join("\n")
-}
+pub use crate::containerd_log::log_tail;
 
 /// Returns the directory of the image tars. `HUSK_IMAGES` overrides it.
 pub fn image_dir() -> PathBuf {
