@@ -1,15 +1,20 @@
 //! `husk-agent`: PID 1 of the guest. Re-executed with another `argv[0]`, it is the helper that starts one process.
 
+mod async_fd;
 mod boot;
 mod cgroup;
+mod error;
 mod events;
+mod fatal;
 mod helper;
 mod io;
 mod log;
 mod oom;
 mod reaper;
 mod sandbox;
+mod shared_volumes;
 mod task;
+mod users;
 mod vsock;
 
 use std::process::ExitCode;

@@ -24,7 +24,7 @@ impl FileWatch {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(path, AddWatchFlags::IN_MODIFY)?;
         let inotify = OwnedFd::from(inotify);
-        Ok(Self { inotify: crate::io::register(File::from(inotify), Interest::READABLE)? })
+        Ok(Self { inotify: crate::async_fd::register(File::from(inotify), Interest::READABLE)? })
     }
 
     /// Waits for a change. Returns false if the file has been removed or the watch fails.

@@ -28,7 +28,7 @@ impl Listener {
     /// Listens on `port`.
     pub fn bind(port: u32) -> io::Result<Self> {
         let socket = vsock::listen(port, SockFlag::SOCK_NONBLOCK)?;
-        Ok(Self { socket: crate::io::register(socket, Interest::READABLE)?, port })
+        Ok(Self { socket: crate::async_fd::register(socket, Interest::READABLE)?, port })
     }
 
     /// Accepts the next connection from the host, non-blocking and close-on-exec. Connections of other peers are

@@ -1,8 +1,7 @@
 //! The boot sequence of PID 1: from the first instruction to a served API, in one linear function.
 
-pub mod fatal;
 mod mark;
-pub mod mounts;
+mod mounts;
 mod tune;
 
 use std::process::ExitCode;
@@ -16,7 +15,7 @@ use crate::io::streams::Streams;
 use crate::sandbox::service::SandboxService;
 use crate::sandbox::{Sandbox, forward};
 use crate::task::{Tasks, service::TaskService};
-use crate::{events, log, reaper, vsock};
+use crate::{events, fatal, log, reaper, vsock};
 
 /// Reason why the agent failed to boot.
 #[derive(Debug, thiserror::Error)]

@@ -75,7 +75,7 @@ pub fn mount_share() -> Result<(), MountError> {
 }
 
 /// Creates `path` and its parents.
-pub fn make_dir(path: impl AsRef<Path>) -> Result<(), MountError> {
+fn make_dir(path: impl AsRef<Path>) -> Result<(), MountError> {
     let path = path.as_ref();
     std::fs::create_dir_all(path).map_err(|source| MountError::Create { path: path.display().to_string(), source })
 }

@@ -17,8 +17,8 @@ use super::executor::HuskExecutor;
 use super::protocol::CreateRequest;
 use super::tmpfs::{self, Staging};
 use super::{devices, trail};
-use crate::sandbox::users::IdMappings;
-use crate::task::volumes;
+use crate::shared_volumes;
+use crate::users::IdMappings;
 
 /// Creates the container and returns the PID of its init.
 ///
@@ -27,7 +27,7 @@ use crate::task::volumes;
 pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let config = request.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|error| chain(&error))?;
-    volumes::trigger_automounts(&volumes::of_spec(&spec));
+    shared_volumes::trigger_automounts(&shared_volumes::of_spec(&spec));
     let id_mappings = spec.linux().as_ref().and_then(IdMappings::from_spec);
     create_working_directory(&spec, id_mappings.as_ref());
     let staging = Staging { dir: &request.bundle, cgroup: &request.cgroup };

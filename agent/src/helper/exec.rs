@@ -64,7 +64,8 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
 }
 
 /// Puts the next child into a new time namespace, whose clocks equal those of this namespace. Nothing changes for the
-/// container. The child's descendants inherit the namespace, so the agent can identify them (`crate::task::kill`).
+/// container. The child's descendants inherit the namespace, so the agent can identify them
+/// (`crate::task::time_namespace`).
 fn unshare_time() {
     // This changes nothing for this process (time_namespaces(7)).
     if let Err(errno) = unshare(CLONE_NEWTIME) {

@@ -22,7 +22,7 @@ pub type Endpoint = Arc<AsyncFd<File>>;
 /// Makes an fd non-blocking and registers it.
 pub fn endpoint(fd: OwnedFd) -> io::Result<Endpoint> {
     set_nonblocking(&fd)?;
-    Ok(Arc::new(crate::io::register(File::from(fd), Interest::READABLE | Interest::WRITABLE)?))
+    Ok(Arc::new(crate::async_fd::register(File::from(fd), Interest::READABLE | Interest::WRITABLE)?))
 }
 
 /// Copies until `from` reaches its end. After a notification of `close`, copies only the data that has already arrived.

@@ -11,15 +11,15 @@ mod netlink;
 mod network;
 pub mod service;
 mod slots;
-pub mod users;
 pub mod volume;
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use husk_base::sync::lock;
+
+use crate::users::IdMappings;
 use mirror::Mirrors;
-use users::IdMappings;
 
 /// The pod's network namespace.
 pub const NET: &str = "/run/husk/ns/net";

@@ -14,8 +14,8 @@ use husk_base::sys::process::exit_immediately;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::users::IdMappings;
 use super::{IPC, NET, USER, UTS, link};
+use crate::users::IdMappings;
 
 /// Reason why namespaces were not created or entered.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +65,7 @@ impl Drop for NamespaceGuard {
     fn drop(&mut self) {
         for (file, flag) in &self.0 {
             if let Err(error) = setns(file.as_fd(), *flag) {
-                crate::boot::fatal::die(&format!("failed to return to the agent's namespaces: {error}"));
+                crate::fatal::die(&format!("failed to return to the agent's namespaces: {error}"));
             }
         }
     }
@@ -166,7 +166,7 @@ pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Resul
         .stderr(Stdio::null())
         .spawn();
     if setns(current.as_fd(), CloneFlags::CLONE_NEWPID).is_err() {
-        crate::boot::fatal::die("failed to return to the agent's PID namespace");
+        crate::fatal::die("failed to return to the agent's PID namespace");
     }
     let path = format!("/proc/{}/ns/pid", child?.id());
     File::create(pin)?;

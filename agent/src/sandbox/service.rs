@@ -14,11 +14,11 @@ use husk_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Network, NetworkConfig};
-use super::users::IdMappings;
 use super::volume::Volumes;
 use super::{Sandbox, apparmor, apply, hotplug, namespaces, slots};
+use crate::error::Fault;
 use crate::events::Hub;
-use crate::task::error::Fault;
+use crate::users::IdMappings;
 use husk_base::error::chain;
 
 /// Implementation of the Sandbox service.

@@ -20,8 +20,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{Gid, Uid, fchown};
 
-use crate::boot::mounts::{MountError, make_dir};
-use crate::task::volumes;
+use crate::shared_volumes;
 
 /// Supported file systems.
 const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
@@ -33,8 +32,8 @@ pub enum VolumeError {
     #[error("invalid name or file system type {0:?}: must be a single path component, or tmpfs or hugetlbfs")]
     Invalid(String),
     /// A mount point was not created.
-    #[error(transparent)]
-    Directory(#[from] MountError),
+    #[error("failed to create directory {0}")]
+    Directory(PathBuf, #[source] io::Error),
     /// A mount failed.
     #[error("failed to mount at {0}")]
     Mount(PathBuf, #[source] nix::Error),
@@ -97,7 +96,7 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
         let used = shared_volumes_in_use(Path::new(GUEST_SUBPATHS));
         paths.retain(|path| !used.contains(path));
     }
-    volumes::unmount(&paths);
+    shared_volumes::unmount(&paths);
 }
 
 /// Returns the shared volumes of which containers have subpaths, from the names `<container>/<subpath>` below `dir`.
@@ -167,6 +166,11 @@ fn create_directory(parent: BorrowedFd<'_>, name: &Path, directory: &VolumeDirec
     fchown(&created, Some(Uid::from_raw(directory.uid)), Some(Gid::from_raw(directory.gid)))?;
     // After the owner, because changing the owner clears the set-ID bits.
     fchmod(&created, Mode::from_bits_truncate(directory.mode))
+}
+
+/// Creates `path` and its parents.
+fn make_dir(path: &Path) -> Result<(), VolumeError> {
+    fs::create_dir_all(path).map_err(|error| VolumeError::Directory(path.to_owned(), error))
 }
 
 fn bind(source: &OwnedFd, target: &Path) -> Result<(), VolumeError> {

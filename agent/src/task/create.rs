@@ -10,17 +10,18 @@ use husk_proto::containerd::api::CreateTaskRequest;
 use libcontainer::oci_spec::runtime::Spec;
 use protobuf::Message;
 
-use super::error::{Fault, internal};
 use super::helper::HelperJob;
 use super::process::{Phase, Process, StreamNames};
-use super::{Container, STATE, Tasks, check_id, shares_pid_namespace, spec, task_dir, volumes};
+use super::{Container, STATE, Tasks, check_id, shares_pid_namespace, spec, task_dir};
 use crate::cgroup::Cgroup;
+use crate::error::{Fault, internal};
 use crate::helper::protocol::{CreateRequest, Request};
 use crate::io::console::{self, Console};
 use crate::io::stdio::{self, Relays, StdioStreams};
 use crate::oom::OomWatch;
 use crate::reaper::{ProcessExit, now_ns};
-use crate::sandbox::users::uid_in_guest;
+use crate::shared_volumes;
+use crate::users::uid_in_guest;
 
 impl Tasks {
     /// Creates a container. Its init waits for [`Tasks::start_init`].
@@ -70,7 +71,7 @@ impl Tasks {
                 seccomp: linux.and_then(|linux| linux.seccomp().clone()),
                 oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
                 shares_pid_namespace: shares_pid_namespace(&spec),
-                volumes: volumes::of_spec(&spec),
+                volumes: shared_volumes::of_spec(&spec),
                 oom,
                 oom_task: Mutex::default(),
                 paused: false.into(),

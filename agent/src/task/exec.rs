@@ -6,15 +6,15 @@ use husk_base::sync::lock;
 use husk_proto::containerd::api::ExecProcessRequest;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 
-use super::error::{Fault, internal};
 use super::helper::HelperJob;
-use super::kill::TimeNamespace;
 use super::process::{Phase, Process, StreamNames};
+use super::time_namespace::TimeNamespace;
 use super::{Container, Tasks, spec};
+use crate::error::{Fault, internal};
 use crate::helper::protocol::{ExecRequest, Request};
 use crate::io::console::Console;
 use crate::io::stdio::{self, Relays, StdioStreams};
-use crate::sandbox::users::uid_in_guest;
+use crate::users::uid_in_guest;
 
 impl Tasks {
     /// Registers an exec. [`Tasks::start_exec`] starts it.

@@ -1,62 +1,25 @@
 //! Signals to several processes: to all processes of a container, and to an exec with all its descendants.
 //!
 //! runc kills only an exec's first process. Its descendants keep running: each probe that times out leaks a process in
-//! the container. A separate cgroup would identify the descendants, but would be visible to the container. Parent PIDs
-//! and sessions are no identification, because a process can leave them. Each exec therefore has its own time
-//! namespace. All its descendants inherit it, and only a process with CAP_SYS_ADMIN can leave it. Its clocks equal the
-//! guest's.
+//! the container. The time namespace of an exec identifies them.
 
 use std::collections::HashSet;
-use std::fs::{self, File, Metadata};
+use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use husk_base::sys::pidfd;
 
 use super::Container;
-use super::error::{Fault, internal};
 use super::process::Process;
+use super::time_namespace::TimeNamespace;
+use crate::error::{Fault, internal};
 
 /// Number of scans for newly forked processes before the container is frozen.
 const SCANS_BEFORE_FREEZE: usize = 4;
 /// Maximum number of scans. Frozen processes do not fork, so more scans would not find more processes.
 const MAX_SCANS: usize = 64;
-
-/// Time namespace of an exec, which identifies the exec's processes.
-pub struct TimeNamespace {
-    /// Keeps the namespace alive, so that its inode number is not reused.
-    _file: File,
-    /// Device and inode number.
-    id: (u64, u64),
-}
-
-impl TimeNamespace {
-    /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has no
-    /// time namespace of its own: it has already exited, or it has joined a time namespace of the container.
-    pub fn of_exec(pid: i32, init: i32) -> Option<Self> {
-        let file = File::open(path(pid)).ok()?;
-        let id = namespace_id(&file.metadata().ok()?);
-        let others = [path(init), path(std::process::id().cast_signed())];
-        let is_new = others.iter().all(|other| fs::metadata(other).is_ok_and(|meta| namespace_id(&meta) != id));
-        is_new.then_some(Self { _file: file, id })
-    }
-
-    /// Whether the process `pid` is in this namespace.
-    fn contains(&self, pid: i32) -> bool {
-        fs::metadata(path(pid)).is_ok_and(|meta| namespace_id(&meta) == self.id)
-    }
-}
-
-fn path(pid: i32) -> PathBuf {
-    format!("/proc/{pid}/ns/time").into()
-}
-
-fn namespace_id(meta: &Metadata) -> (u64, u64) {
-    (meta.dev(), meta.ino())
-}
 
 /// Signals all processes of a container.
 pub fn all(container: &Container, signal: i32) -> Result<(), Fault> {
@@ -121,16 +84,4 @@ fn kill_members(namespace: &TimeNamespace, killed: &mut HashSet<i32>) -> io::Res
         }
     }
     Ok(killed.len() - before)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_exec_returns_none_for_shared_and_missing_namespaces() {
-        let own = std::process::id().cast_signed();
-        assert!(TimeNamespace::of_exec(own, own).is_none());
-        assert!(TimeNamespace::of_exec(i32::MAX, own).is_none());
-    }
 }

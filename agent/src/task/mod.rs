@@ -2,7 +2,6 @@
 
 mod create;
 mod devices;
-pub mod error;
 mod exec;
 mod helper;
 mod kill;
@@ -10,7 +9,7 @@ mod process;
 mod remove;
 pub mod service;
 mod spec;
-pub mod volumes;
+mod time_namespace;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -23,12 +22,12 @@ use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
+use crate::error::Fault;
 use crate::events::Hub;
 use crate::io::streams::Streams;
 use crate::oom::OomWatch;
 use crate::reaper::{ProcessExit, Reaper};
 use crate::sandbox::Sandbox;
-use error::Fault;
 use process::{Phase, Process};
 
 /// Directory with one subdirectory per container, which holds its bundle and its helpers' requests and responses.

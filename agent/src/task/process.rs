@@ -6,8 +6,8 @@ use husk_base::sync::lock;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 use tokio::sync::{Notify, watch};
 
-use super::error::Fault;
-use super::kill::TimeNamespace;
+use super::time_namespace::TimeNamespace;
+use crate::error::{Fault, internal};
 use crate::io::console;
 use crate::io::relay::Endpoint;
 use crate::io::stdio::StdioStreams;
@@ -132,9 +132,7 @@ impl Process {
     pub fn resize(&self, width: u32, height: u32) -> Result<(), Fault> {
         let master = lock(&self.io).master.clone();
         match master {
-            Some(master) => {
-                console::resize(&master, width, height).map_err(super::error::internal("resize the terminal"))
-            }
+            Some(master) => console::resize(&master, width, height).map_err(internal("resize the terminal")),
             // As with runc's shim, resizing a process without a terminal succeeds.
             None => Ok(()),
         }

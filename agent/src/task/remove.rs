@@ -7,9 +7,9 @@ use std::time::Duration;
 use husk_base::sync::lock;
 use tokio::time::{Instant, timeout_at};
 
-use super::error::Fault;
 use super::process::Phase;
 use super::{Container, STATE, Tasks};
+use crate::error::Fault;
 use crate::oom::FileWatch;
 use crate::reaper::ProcessExit;
 use crate::sandbox::volume;

@@ -21,9 +21,9 @@ use protobuf::{Message, MessageField};
 use tokio::time::{Instant, timeout_at};
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::error::{Fault, internal};
 use super::process::Phase;
 use super::{Tasks, kill, spec};
+use crate::error::{Fault, internal};
 use crate::oom::FileWatch;
 
 /// Implementation of the Task service.

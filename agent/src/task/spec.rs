@@ -7,11 +7,11 @@ use libcontainer::oci_spec::runtime::{
     LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process, Spec,
 };
 
-use super::error::Fault;
 use crate::cgroup::Cgroup;
+use crate::error::{Fault, internal};
 use crate::helper::devices::allows_all_devices;
-use crate::sandbox::users::IdMappings;
 use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
+use crate::users::IdMappings;
 
 /// Adapts `spec` to the guest. `target` returns the path of another container's PID namespace.
 ///
@@ -52,7 +52,7 @@ pub fn adapt(
     }
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
     if rules.is_some_and(allows_all_devices) {
-        super::devices::add_all(linux).map_err(super::error::internal("add the guest's devices"))?;
+        super::devices::add_all(linux).map_err(internal("add the guest's devices"))?;
     }
     let id_mappings = IdMappings::from_spec(linux);
     check_id_mappings(id_mappings.as_ref(), sandbox.id_mappings().as_ref())?;
@@ -106,7 +106,7 @@ fn namespaces(
         None => None,
         Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PIDS).ok().and_then(Path::to_str) {
             Some(id) => target(id)?,
-            None => sandbox.shared_pid().map_err(super::error::internal("create the shared PID namespace"))?,
+            None => sandbox.shared_pid().map_err(internal("create the shared PID namespace"))?,
         }),
     };
     // A container without a UTS namespace joins the pod's, because the guest's has the guest's host name.

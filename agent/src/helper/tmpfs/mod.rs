@@ -18,7 +18,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::fstat;
 
-use crate::sandbox::users::IdMappings;
+use crate::users::IdMappings;
 use fill::FillError;
 
 /// Mount option of runc; the kernel does not know it.

@@ -1,4 +1,4 @@
-//! Errors of the Task API. Each variant maps to a gRPC status code that containerd knows.
+//! Errors of the agent's ttrpc services. Each variant maps to a gRPC status code that containerd knows.
 
 use ttrpc::{Code, get_status};
 
