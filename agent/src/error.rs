@@ -1,45 +1,88 @@
 //! Errors of the agent's ttrpc services. Each variant maps to a gRPC status code that containerd knows.
 
-use ttrpc::{Code, get_status};
+use ttrpc::{Code, Error};
+
+/// Cause of an error.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Error of a request.
+///
+/// The shim passes the text on unchanged, and containerd's client appends the words of the code (": not found").
 #[derive(Debug, thiserror::Error)]
-pub enum Fault {
+pub enum ServiceError {
     /// The container or process does not exist, or the process has already exited.
-    #[error("{0}: not found")]
+    #[error("{0}")]
     NotFound(String),
     /// The container or exec already exists.
-    #[error("{0}: already exists")]
+    #[error("{0}")]
     AlreadyExists(String),
     /// The state of the container or process does not allow the request.
-    #[error("{0}: failed precondition")]
+    #[error("{0}")]
     FailedPrecondition(String),
     /// The request is invalid.
-    #[error("{0}: invalid argument")]
+    #[error("{0}")]
     InvalidArgument(String),
+    /// A part of the request is invalid, for the reason in the cause.
+    #[error("{0}")]
+    Malformed(&'static str, #[source] Cause),
     /// This runtime does not support the request.
-    #[error("{0}: not implemented")]
-    Unimplemented(String),
+    #[error("{0}")]
+    Unimplemented(&'static str),
+    /// An action (verb and object) failed.
+    #[error("failed to {0}")]
+    Failed(String, #[source] Cause),
     /// Any other error; the text is complete.
     #[error("{0}")]
     Unknown(String),
 }
 
-impl From<Fault> for ttrpc::Error {
-    fn from(fault: Fault) -> Self {
-        let (code, message) = match fault {
-            Fault::NotFound(text) => (Code::NOT_FOUND, text),
-            Fault::AlreadyExists(text) => (Code::ALREADY_EXISTS, text),
-            Fault::FailedPrecondition(text) => (Code::FAILED_PRECONDITION, text),
-            Fault::InvalidArgument(text) => (Code::INVALID_ARGUMENT, text),
-            Fault::Unimplemented(text) => (Code::UNIMPLEMENTED, text),
-            Fault::Unknown(text) => (Code::UNKNOWN, text),
-        };
-        Self::RpcStatus(get_status(code, message))
+impl ServiceError {
+    /// Returns the ttrpc status code.
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) => Code::NOT_FOUND,
+            Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
+            Self::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
+            Self::InvalidArgument(_) | Self::Malformed(..) => Code::INVALID_ARGUMENT,
+            Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Self::Failed(..) | Self::Unknown(_) => Code::UNKNOWN,
+        }
     }
 }
 
-/// Returns a function that converts an unexpected error of `action` (verb and object) to a [`Fault`].
-pub fn internal<E: std::error::Error>(action: &'static str) -> impl Fn(E) -> Fault {
-    move |error| Fault::Unknown(format!("failed to {action}: {}", husk_base::error::chain(&error)))
+/// The chain of causes becomes one text here, and nowhere before.
+impl From<ServiceError> for Error {
+    fn from(error: ServiceError) -> Self {
+        ttrpc::error::get_rpc_status(error.code(), husk_base::error::chain(&error))
+    }
+}
+
+/// Returns a function that adds to an unexpected error the `action` (verb and object) that failed.
+pub fn failed<E: Into<Cause>>(action: impl Into<String>) -> impl FnOnce(E) -> ServiceError {
+    move |error| ServiceError::Failed(action.into(), error.into())
+}
+
+/// Returns a function that adds to the error of a part of the request the `text` that says which part is invalid.
+pub fn malformed<E: Into<Cause>>(text: &'static str) -> impl FnOnce(E) -> ServiceError {
+    move |error| ServiceError::Malformed(text, error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[test]
+    fn rpc_status_has_the_code_and_all_causes() {
+        let status = |error: ServiceError| match Error::from(error) {
+            Error::RpcStatus(status) => (status.code(), status.message),
+            other => panic!("{other}"),
+        };
+        let cause = io::Error::other(io::Error::from_raw_os_error(libc::EPERM));
+        let text = "failed to open the cgroup: Operation not permitted (os error 1)";
+        assert_eq!(status(failed("open the cgroup")(cause)), (Code::UNKNOWN, text.to_owned()));
+        let error = malformed("invalid namespaces")("no path");
+        assert_eq!(status(error), (Code::INVALID_ARGUMENT, "invalid namespaces: no path".to_owned()));
+        assert_eq!(status(ServiceError::NotFound("task a".into())), (Code::NOT_FOUND, "task a".to_owned()));
+    }
 }

@@ -14,7 +14,7 @@ use super::helper::HelperJob;
 use super::process::{Phase, Process, StreamNames};
 use super::{Container, STATE, Tasks, check_id, shares_pid_namespace, spec, task_dir};
 use crate::cgroup::Cgroup;
-use crate::error::{Fault, internal};
+use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{CreateRequest, Request};
 use crate::io::console::{self, Console};
 use crate::io::stdio::{self, Relays, StdioStreams};
@@ -28,14 +28,14 @@ impl Tasks {
     ///
     /// # Errors
     /// Uses the error texts of runc's shim. After an error, nothing of the container is left.
-    pub async fn create(&self, request: CreateTaskRequest) -> Result<i32, Fault> {
+    pub async fn create(&self, request: CreateTaskRequest) -> Result<i32, ServiceError> {
         check_id(&request.id)?;
         let options = CreateOptions::parse_from_bytes(&request.options.value)
-            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the create options: {error}")))?;
-        let mut spec: Spec = serde_json::from_slice(&options.spec)
-            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the specification: {error}")))?;
+            .map_err(malformed("failed to parse the create options"))?;
+        let mut spec: Spec =
+            serde_json::from_slice(&options.spec).map_err(malformed("failed to parse the specification"))?;
         if !request.checkpoint.is_empty() {
-            return Err(Fault::Unimplemented("restoring from a checkpoint is not supported".into()));
+            return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
         let cgroup = Cgroup::of(&request.id);
         let names = StreamNames {
@@ -51,14 +51,14 @@ impl Tasks {
             let dir = task_dir(&request.id);
             let is_new = self.get(&request.id).is_err();
             if is_new {
-                cgroup.create().map_err(internal("create the cgroup"))?;
+                cgroup.create().map_err(failed("create the cgroup"))?;
             }
             let target = |id: &str| self.pid_namespace(id);
-            if let Err(fault) = spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.sandbox, target) {
+            if let Err(error) = spec::adapt(&mut spec, &options.rootfs, &cgroup, &self.sandbox, target) {
                 if is_new {
                     let _ = cgroup.remove();
                 }
-                return Err(fault);
+                return Err(error);
             }
             if let Some(process) = spec.process_mut() {
                 process.set_terminal(Some(request.terminal));
@@ -83,41 +83,40 @@ impl Tasks {
         self.insert(&container)?;
         match self.create_inserted(&container, &spec).await {
             Ok(pid) => Ok(pid),
-            Err(fault) => {
+            Err(error) => {
                 container.init.advance(Phase::Stopped(0, ProcessExit { status: 255, at_ns: now_ns() }));
                 self.cleanup(&container).await;
                 self.remove(&container.id);
-                Err(fault)
+                Err(error)
             }
         }
     }
 
     /// Returns the path of a running container's PID namespace, for another container to join.
-    fn pid_namespace(&self, id: &str) -> Result<PathBuf, Fault> {
+    fn pid_namespace(&self, id: &str) -> Result<PathBuf, ServiceError> {
         match self.get(id)?.init.phase() {
             Phase::Created(pid) | Phase::Running(pid) => Ok(format!("/proc/{pid}/ns/pid").into()),
-            _ => Err(Fault::FailedPrecondition(format!(
+            _ => Err(ServiceError::FailedPrecondition(format!(
                 "container {id} is not running: its PID namespace no longer exists"
             ))),
         }
     }
 
-    async fn create_inserted(&self, container: &Arc<Container>, spec: &Spec) -> Result<i32, Fault> {
+    async fn create_inserted(&self, container: &Arc<Container>, spec: &Spec) -> Result<i32, ServiceError> {
         let _guard = self.reaper.expect();
-        std::fs::create_dir_all(&container.dir).map_err(internal("create the task directory"))?;
-        std::fs::create_dir_all(STATE).map_err(internal("create the state directory"))?;
-        let json = serde_json::to_vec(spec).map_err(internal("serialise the specification"))?;
-        std::fs::write(container.dir.join("config.json"), json).map_err(internal("write the specification"))?;
+        std::fs::create_dir_all(&container.dir).map_err(failed("create the task directory"))?;
+        std::fs::create_dir_all(STATE).map_err(failed("create the state directory"))?;
+        let json = serde_json::to_vec(spec).map_err(failed("serialise the specification"))?;
+        std::fs::write(container.dir.join("config.json"), json).map_err(failed("write the specification"))?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), uid);
         let names = &container.init.names;
         let streams = self.take_streams(names).await?;
         let (console, relays, io, streams) = if names.terminal {
-            let console = Console::listen().map_err(internal("create the console socket"))?;
-            (Some(console), None, stdio::null_stdio().map_err(internal("open /dev/null"))?, Some(streams))
+            let console = Console::listen().map_err(failed("create the console socket"))?;
+            (Some(console), None, stdio::null_stdio().map_err(failed("open /dev/null"))?, Some(streams))
         } else {
-            let (relays, io) =
-                Relays::pipes(streams, uid).map_err(internal("create pipes for the standard streams"))?;
+            let (relays, io) = Relays::pipes(streams, uid).map_err(failed("create pipes for the standard streams"))?;
             (None, Some(relays), io, None)
         };
         let request = Request::Create(CreateRequest {
@@ -136,7 +135,7 @@ impl Tasks {
             console,
         };
         let (pid, master) = self.run_helper(job).await.map_err(|reason| {
-            Fault::Unknown(format!(
+            ServiceError::Unknown(format!(
                 "OCI runtime create failed: runc create failed: unable to start container process: {reason}"
             ))
         })?;
@@ -144,9 +143,9 @@ impl Tasks {
             (Some(relays), _, _) => relays,
             (None, Some(master), Some(streams)) => {
                 console::chown_slave(master, uid);
-                Relays::terminal(streams, master).map_err(internal("set up the terminal's relays"))?
+                Relays::terminal(streams, master).map_err(failed("set up the terminal's relays"))?
             }
-            _ => return Err(Fault::Unknown("the helper sent no terminal".into())),
+            _ => return Err(ServiceError::Unknown("the helper sent no terminal".into())),
         };
         container.init.attach(relays.start(), master);
         container.init.advance(Phase::Created(pid));
@@ -157,8 +156,8 @@ impl Tasks {
     }
 
     /// Takes the streams that a request named.
-    pub(super) async fn take_streams(&self, names: &StreamNames) -> Result<StdioStreams, Fault> {
-        let invalid = |error| Fault::InvalidArgument(format!("failed to take the streams: {error}"));
+    pub(super) async fn take_streams(&self, names: &StreamNames) -> Result<StdioStreams, ServiceError> {
+        let invalid = |error| malformed("failed to take the streams")(error);
         if names.terminal && names.stdin == names.stdout {
             return Ok(StdioStreams {
                 stdout: self.streams.take(&names.stdout).await.map_err(invalid)?,
@@ -173,7 +172,7 @@ impl Tasks {
     }
 
     /// Starts the init of a created container.
-    pub fn start_init(&self, container: &Arc<Container>) -> Result<i32, Fault> {
+    pub fn start_init(&self, container: &Arc<Container>) -> Result<i32, ServiceError> {
         match container.init.phase() {
             Phase::Created(pid) => {
                 // libcontainer's init accepts one connection on this socket and continues when it is closed.
@@ -182,13 +181,15 @@ impl Tasks {
                     use std::io::Write;
                     UnixStream::connect(&socket)?.write_all(b"start container")
                 };
-                notify_init().map_err(internal("start the init of the container"))?;
+                notify_init().map_err(failed("start the init of the container"))?;
                 container.init.advance(Phase::Running(pid));
                 Ok(pid)
             }
-            Phase::Running(_) => Err(Fault::FailedPrecondition("cannot start a running container".into())),
-            Phase::Stopped(..) => Err(Fault::FailedPrecondition("cannot start a stopped container".into())),
-            Phase::New | Phase::Starting => Err(Fault::FailedPrecondition("the container is not created yet".into())),
+            Phase::Running(_) => Err(ServiceError::FailedPrecondition("cannot start a running container".into())),
+            Phase::Stopped(..) => Err(ServiceError::FailedPrecondition("cannot start a stopped container".into())),
+            Phase::New | Phase::Starting => {
+                Err(ServiceError::FailedPrecondition("the container is not created yet".into()))
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use super::helper::HelperJob;
 use super::process::{Phase, Process, StreamNames};
 use super::time_namespace::TimeNamespace;
 use super::{Container, Tasks, spec};
-use crate::error::{Fault, internal};
+use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{ExecRequest, Request};
 use crate::io::console::Console;
 use crate::io::stdio::{self, Relays, StdioStreams};
@@ -18,19 +18,19 @@ use crate::users::uid_in_guest;
 
 impl Tasks {
     /// Registers an exec. [`Tasks::start_exec`] starts it.
-    pub async fn exec(&self, request: ExecProcessRequest) -> Result<(), Fault> {
+    pub async fn exec(&self, request: ExecProcessRequest) -> Result<(), ServiceError> {
         let container = self.get(&request.id)?;
         if request.exec_id.is_empty() || request.exec_id.len() > 100 {
-            return Err(Fault::InvalidArgument(format!(
+            return Err(ServiceError::InvalidArgument(format!(
                 "invalid exec id {:?}: must have 1 to 100 bytes",
                 request.exec_id
             )));
         }
         if container.process(&request.exec_id).is_ok() {
-            return Err(Fault::AlreadyExists(format!("exec {}", request.exec_id)));
+            return Err(ServiceError::AlreadyExists(format!("exec {}", request.exec_id)));
         }
-        let mut process: ProcessSpec = serde_json::from_slice(&request.spec.value)
-            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the process: {error}")))?;
+        let mut process: ProcessSpec =
+            serde_json::from_slice(&request.spec.value).map_err(malformed("failed to parse the process"))?;
         spec::adapt_process(&mut process);
         process.set_terminal(Some(request.terminal));
         if process.oom_score_adj().is_none() {
@@ -46,7 +46,7 @@ impl Tasks {
         let process = Process::new(&request.exec_id, names, Some((process, streams)));
         let mut execs = lock(&container.execs);
         if execs.contains_key(&request.exec_id) {
-            return Err(Fault::AlreadyExists(format!("exec {}", request.exec_id)));
+            return Err(ServiceError::AlreadyExists(format!("exec {}", request.exec_id)));
         }
         execs.insert(request.exec_id, process);
         Ok(())
@@ -56,7 +56,7 @@ impl Tasks {
     ///
     /// # Errors
     /// Uses the error texts of runc's shim.
-    pub async fn start_exec(&self, container: &Arc<Container>, process: &Arc<Process>) -> Result<i32, Fault> {
+    pub async fn start_exec(&self, container: &Arc<Container>, process: &Arc<Process>) -> Result<i32, ServiceError> {
         let Phase::Running(init) = container.init.phase() else {
             return Err(exec_failed("cannot exec in a stopped container"));
         };
@@ -65,7 +65,7 @@ impl Tasks {
         }
         let pending = lock(&process.pending).take();
         let Some((spec, streams)) = pending else {
-            return Err(Fault::FailedPrecondition("the process has already been started".into()));
+            return Err(ServiceError::FailedPrecondition("the process has already been started".into()));
         };
         process.advance(Phase::Starting);
         let result = self.start_pending(container, process, init, spec, streams).await;
@@ -84,15 +84,14 @@ impl Tasks {
         init: i32,
         spec: ProcessSpec,
         streams: StdioStreams,
-    ) -> Result<i32, Fault> {
+    ) -> Result<i32, ServiceError> {
         let _guard = self.reaper.expect();
         let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), spec.user().uid());
         let (console, relays, io, streams) = if process.names.terminal {
-            let console = Console::listen().map_err(internal("create the console socket"))?;
-            (Some(console), None, stdio::null_stdio().map_err(internal("open /dev/null"))?, Some(streams))
+            let console = Console::listen().map_err(failed("create the console socket"))?;
+            (Some(console), None, stdio::null_stdio().map_err(failed("open /dev/null"))?, Some(streams))
         } else {
-            let (relays, io) =
-                Relays::pipes(streams, uid).map_err(internal("create pipes for the standard streams"))?;
+            let (relays, io) = Relays::pipes(streams, uid).map_err(failed("create pipes for the standard streams"))?;
             (None, Some(relays), io, None)
         };
         let request = Request::Exec(Box::new(ExecRequest {
@@ -117,9 +116,9 @@ impl Tasks {
         let relays = match (relays, &master, streams) {
             (Some(relays), _, _) => relays,
             (None, Some(master), Some(streams)) => {
-                Relays::terminal(streams, master).map_err(internal("set up the terminal's relays"))?
+                Relays::terminal(streams, master).map_err(failed("set up the terminal's relays"))?
             }
-            _ => return Err(Fault::Unknown("the helper sent no terminal".into())),
+            _ => return Err(ServiceError::Unknown("the helper sent no terminal".into())),
         };
         if let Some(namespace) = TimeNamespace::of_exec(pid, init) {
             let _ = process.time_namespace.set(namespace);
@@ -131,6 +130,6 @@ impl Tasks {
     }
 }
 
-fn exec_failed(reason: &str) -> Fault {
-    Fault::Unknown(format!("OCI runtime exec failed: exec failed: {reason}"))
+fn exec_failed(reason: &str) -> ServiceError {
+    ServiceError::Unknown(format!("OCI runtime exec failed: exec failed: {reason}"))
 }

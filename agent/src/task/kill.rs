@@ -14,7 +14,7 @@ use husk_base::sys::pidfd;
 use super::Container;
 use super::process::Process;
 use super::time_namespace::TimeNamespace;
-use crate::error::{Fault, internal};
+use crate::error::{ServiceError, failed};
 
 /// Number of scans for newly forked processes before the container is frozen.
 const SCANS_BEFORE_FREEZE: usize = 4;
@@ -22,9 +22,9 @@ const SCANS_BEFORE_FREEZE: usize = 4;
 const MAX_SCANS: usize = 64;
 
 /// Signals all processes of a container.
-pub fn all(container: &Container, signal: i32) -> Result<(), Fault> {
+pub fn all(container: &Container, signal: i32) -> Result<(), ServiceError> {
     if signal == libc::SIGKILL {
-        return container.cgroup.kill().map_err(internal("kill the processes of the container"));
+        return container.cgroup.kill().map_err(failed("kill the processes of the container"));
     }
     for pid in container.cgroup.pids() {
         // The PIDs were read just now, and the agent's only async thread reaps no process in between.
@@ -37,12 +37,12 @@ pub fn all(container: &Container, signal: i32) -> Result<(), Fault> {
 ///
 /// # Errors
 /// Fails if the exec's first process has already exited. Its descendants keep running then.
-pub async fn exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(), Fault> {
+pub async fn exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(), ServiceError> {
     process.signal(libc::SIGKILL)?;
     if process.time_namespace.get().is_some() {
         let (container, process) = (Arc::clone(container), Arc::clone(process));
         let killed = tokio::task::spawn_blocking(move || kill_descendants(&container, &process)).await;
-        killed.map_err(internal("kill the exec"))?.map_err(internal("kill the exec"))?;
+        killed.map_err(failed("kill the exec"))?.map_err(failed("kill the exec"))?;
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
-use crate::error::Fault;
+use crate::error::ServiceError;
 use crate::events::Hub;
 use crate::io::streams::Streams;
 use crate::oom::OomWatch;
@@ -59,12 +59,12 @@ pub struct Container {
 
 impl Container {
     /// Returns the process `exec_id`, or the init if `exec_id` is empty.
-    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Fault> {
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, ServiceError> {
         if exec_id.is_empty() {
             return Ok(self.init.clone());
         }
         let execs = lock(&self.execs);
-        execs.get(exec_id).cloned().ok_or_else(|| Fault::NotFound(format!("exec {exec_id}")))
+        execs.get(exec_id).cloned().ok_or_else(|| ServiceError::NotFound(format!("exec {exec_id}")))
     }
 
     /// Whether the container is paused.
@@ -96,15 +96,15 @@ impl Tasks {
     }
 
     /// Returns the container `id`.
-    pub fn get(&self, id: &str) -> Result<Arc<Container>, Fault> {
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         let containers = lock(&self.containers);
-        containers.get(id).cloned().ok_or_else(|| Fault::NotFound(format!("task {id}")))
+        containers.get(id).cloned().ok_or_else(|| ServiceError::NotFound(format!("task {id}")))
     }
 
-    fn insert(&self, container: &Arc<Container>) -> Result<(), Fault> {
+    fn insert(&self, container: &Arc<Container>) -> Result<(), ServiceError> {
         let mut containers = lock(&self.containers);
         if containers.contains_key(&container.id) {
-            return Err(Fault::AlreadyExists(format!("task {}", container.id)));
+            return Err(ServiceError::AlreadyExists(format!("task {}", container.id)));
         }
         containers.insert(container.id.clone(), container.clone());
         Ok(())
@@ -147,13 +147,13 @@ impl Tasks {
 }
 
 /// Checks that a container id can be used as a file name.
-fn check_id(id: &str) -> Result<(), Fault> {
+fn check_id(id: &str) -> Result<(), ServiceError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
     let ok = !id.is_empty() && id.len() <= 128 && id.chars().all(allowed) && id != "." && id != "..";
     if ok {
         Ok(())
     } else {
-        Err(Fault::InvalidArgument(format!(
+        Err(ServiceError::InvalidArgument(format!(
             "invalid container id {id:?}: must have 1 to 128 characters of A-Z a-z 0-9 _ - . + and not be . or .."
         )))
     }

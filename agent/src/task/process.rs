@@ -7,7 +7,7 @@ use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 use tokio::sync::{Notify, watch};
 
 use super::time_namespace::TimeNamespace;
-use crate::error::{Fault, internal};
+use crate::error::{ServiceError, failed};
 use crate::io::console;
 use crate::io::relay::Endpoint;
 use crate::io::stdio::StdioStreams;
@@ -129,10 +129,10 @@ impl Process {
     }
 
     /// Sets the window size of the terminal.
-    pub fn resize(&self, width: u32, height: u32) -> Result<(), Fault> {
+    pub fn resize(&self, width: u32, height: u32) -> Result<(), ServiceError> {
         let master = lock(&self.io).master.clone();
         match master {
-            Some(master) => console::resize(&master, width, height).map_err(internal("resize the terminal")),
+            Some(master) => console::resize(&master, width, height).map_err(failed("resize the terminal")),
             // As with runc's shim, resizing a process without a terminal succeeds.
             None => Ok(()),
         }
@@ -144,18 +144,18 @@ impl Process {
     }
 
     /// Sends a signal to the process.
-    pub fn signal(&self, signal: i32) -> Result<(), Fault> {
+    pub fn signal(&self, signal: i32) -> Result<(), ServiceError> {
         match self.phase() {
             Phase::Created(pid) | Phase::Running(pid) => {
                 // The process is a child of the agent and has not been reaped, so its PID cannot have been reused.
                 husk_base::sys::process::kill(pid, signal).map_err(|error| match error.raw_os_error() {
-                    Some(libc::ESRCH) => Fault::NotFound("process already finished".into()),
-                    Some(libc::EINVAL) => Fault::InvalidArgument(format!("invalid signal {signal}")),
-                    _ => Fault::Unknown(format!("failed to send signal {signal}: {error}")),
+                    Some(libc::ESRCH) => ServiceError::NotFound("process already finished".into()),
+                    Some(libc::EINVAL) => ServiceError::InvalidArgument(format!("invalid signal {signal}")),
+                    _ => failed(format!("send signal {signal}"))(error),
                 })
             }
-            Phase::Stopped(..) => Err(Fault::NotFound("process already finished".into())),
-            Phase::New | Phase::Starting => Err(Fault::FailedPrecondition("process not created".into())),
+            Phase::Stopped(..) => Err(ServiceError::NotFound("process already finished".into())),
+            Phase::New | Phase::Starting => Err(ServiceError::FailedPrecondition("process not created".into())),
         }
     }
 }

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::process::Phase;
 use super::{Container, STATE, Tasks};
-use crate::error::Fault;
+use crate::error::ServiceError;
 use crate::oom::FileWatch;
 use crate::reaper::ProcessExit;
 use crate::sandbox::volume;
@@ -19,12 +19,12 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Tasks {
     /// Deletes a container or an exec. Its process must have exited, unless it was never started.
-    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, ProcessExit), Fault> {
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, ProcessExit), ServiceError> {
         let container = match self.get(id) {
-            Err(fault) if exec_id.is_empty() => {
+            Err(error) if exec_id.is_empty() => {
                 // Creation was not attempted or has failed. Its volumes may exist already: they are provided first.
                 self.remove_volumes(id, Vec::new()).await;
-                return Err(fault);
+                return Err(error);
             }
             container => container?,
         };
@@ -43,9 +43,9 @@ impl Tasks {
                 process
                     .wait()
                     .await
-                    .ok_or_else(|| Fault::Unknown("the process did not exit after it was killed".into()))?
+                    .ok_or_else(|| ServiceError::Unknown("the process did not exit after it was killed".into()))?
             }
-            _ => return Err(Fault::FailedPrecondition("cannot delete a running process".into())),
+            _ => return Err(ServiceError::FailedPrecondition("cannot delete a running process".into())),
         };
         if exec_id.is_empty() {
             self.cleanup(&container).await;

@@ -23,7 +23,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use super::process::Phase;
 use super::{Tasks, kill, spec};
-use crate::error::{Fault, internal};
+use crate::error::{ServiceError, failed, malformed};
 use crate::oom::FileWatch;
 
 /// Implementation of the Task service.
@@ -40,9 +40,9 @@ impl TaskService {
 
 /// Runs `work` as a separate task, so that it completes even if the client's connection is lost.
 async fn run_to_completion<T: Send + 'static>(
-    work: impl Future<Output = Result<T, Fault>> + Send + 'static,
-) -> Result<T, Fault> {
-    tokio::spawn(work).await.unwrap_or_else(|error| Err(Fault::Unknown(error.to_string())))
+    work: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
+) -> Result<T, ServiceError> {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(failed("complete the request")(error)))
 }
 
 fn timestamp(ns: i64) -> MessageField<Timestamp> {
@@ -160,17 +160,17 @@ impl Task for TaskService {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(Fault::Unimplemented("checkpointing a container is not supported".into()).into())
+        Err(ServiceError::Unimplemented("checkpointing a container is not supported").into())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.tasks.get(&request.id)?;
-        let mut resources: LinuxResources = serde_json::from_slice(&request.resources.value)
-            .map_err(|error| Fault::InvalidArgument(format!("failed to parse the resources: {error}")))?;
+        let mut resources: LinuxResources =
+            serde_json::from_slice(&request.resources.value).map_err(malformed("failed to parse the resources"))?;
         spec::adapt_resources(&mut resources, &container.cgroup);
         let manager =
             libcgroups::v2::manager::Manager::new(crate::cgroup::MOUNT.into(), container.cgroup.name().to_owned())
-                .map_err(internal("open the cgroup"))?;
+                .map_err(failed("open the cgroup"))?;
         manager
             .apply(&ControllerOpt {
                 resources: &resources,
@@ -178,20 +178,19 @@ impl Task for TaskService {
                 oom_score_adj: None,
                 freezer_state: None,
             })
-            .map_err(internal("update the resources"))?;
+            .map_err(failed("update the resources"))?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let process = self.tasks.get(&request.id)?.process(&request.exec_id)?;
-        let (_, exit) = process.wait().await.ok_or_else(|| Fault::NotFound("process".into()))?;
+        let (_, exit) = process.wait().await.ok_or_else(|| ServiceError::NotFound("process".into()))?;
         Ok(WaitResponse { exit_status: exit.status, exited_at: timestamp(exit.at_ns), ..Default::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.tasks.get(&request.id)?;
-        let value =
-            metrics::read(container.cgroup.path()).write_to_bytes().map_err(internal("serialise the metrics"))?;
+        let value = metrics::read(container.cgroup.path()).write_to_bytes().map_err(failed("serialise the metrics"))?;
         let stats = MessageField::some(Any { type_url: metrics::URL.into(), value, ..Default::default() });
         Ok(StatsResponse { stats, ..Default::default() })
     }
@@ -217,16 +216,16 @@ impl TaskService {
         const TIMEOUT: Duration = Duration::from_secs(10);
         let container = self.tasks.get(id)?;
         if !matches!(container.init.phase(), Phase::Running(_) | Phase::Created(_)) {
-            return Err(Fault::FailedPrecondition("the container is not running".into()).into());
+            return Err(ServiceError::FailedPrecondition("the container is not running".into()).into());
         }
         let events = container.cgroup.path().join("cgroup.events");
-        let watch = FileWatch::new(&events).map_err(internal("watch the freezer state"))?;
-        container.cgroup.freeze(frozen).map_err(internal("set the freezer state"))?;
+        let watch = FileWatch::new(&events).map_err(failed("watch the freezer state"))?;
+        container.cgroup.freeze(frozen).map_err(failed("set the freezer state"))?;
         let deadline = Instant::now() + TIMEOUT;
         while container.cgroup.is_frozen() != frozen {
             if timeout_at(deadline, watch.changed()).await.is_err() {
                 let _ = container.cgroup.freeze(!frozen);
-                return Err(Fault::Unknown(
+                return Err(ServiceError::Unknown(
                     "unable to freeze: timed out waiting for the freezer state to change".into(),
                 )
                 .into());

@@ -8,7 +8,7 @@ use libcontainer::oci_spec::runtime::{
 };
 
 use crate::cgroup::Cgroup;
-use crate::error::{Fault, internal};
+use crate::error::{ServiceError, failed, malformed};
 use crate::helper::devices::allows_all_devices;
 use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
 use crate::users::IdMappings;
@@ -22,9 +22,9 @@ pub fn adapt(
     rootfs: &str,
     cgroup: &Cgroup,
     sandbox: &Sandbox,
-    target: impl Fn(&str) -> Result<PathBuf, Fault>,
-) -> Result<(), Fault> {
-    let invalid = |text: &str| Fault::InvalidArgument(text.to_owned());
+    target: impl Fn(&str) -> Result<PathBuf, ServiceError>,
+) -> Result<(), ServiceError> {
+    let invalid = |text: &str| ServiceError::InvalidArgument(text.to_owned());
     spec.root_mut().as_mut().ok_or_else(|| invalid("no root in the specification"))?.set_path(PathBuf::from(rootfs));
     let process = spec.process_mut().as_mut().ok_or_else(|| invalid("no process in the specification"))?;
     adapt_process(process);
@@ -48,11 +48,11 @@ pub fn adapt(
         linux.set_rootfs_propagation(Some(name));
     }
     if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
-        return Err(Fault::Unimplemented("seccomp notifications to a listener on the host are not supported".into()));
+        return Err(ServiceError::Unimplemented("seccomp notifications to a listener on the host are not supported"));
     }
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
     if rules.is_some_and(allows_all_devices) {
-        super::devices::add_all(linux).map_err(internal("add the guest's devices"))?;
+        super::devices::add_all(linux).map_err(failed("add the guest's devices"))?;
     }
     let id_mappings = IdMappings::from_spec(linux);
     check_id_mappings(id_mappings.as_ref(), sandbox.id_mappings().as_ref())?;
@@ -78,8 +78,8 @@ pub fn adapt(
 fn namespaces(
     requested: &[LinuxNamespace],
     sandbox: &Sandbox,
-    target: impl Fn(&str) -> Result<PathBuf, Fault>,
-) -> Result<Vec<LinuxNamespace>, Fault> {
+    target: impl Fn(&str) -> Result<PathBuf, ServiceError>,
+) -> Result<Vec<LinuxNamespace>, ServiceError> {
     let find = |kind| requested.iter().find(|namespace| namespace.typ() == kind);
     let make = |kind, path: Option<PathBuf>| {
         let builder = LinuxNamespaceBuilder::default().typ(kind);
@@ -87,10 +87,12 @@ fn namespaces(
             Some(path) => builder.path(path),
             None => builder,
         };
-        builder.build().map_err(|error| Fault::InvalidArgument(format!("invalid namespaces: {error}")))
+        builder.build().map_err(malformed("invalid namespaces"))
     };
     let refused = |kind_name: &str| {
-        Fault::InvalidArgument(format!("invalid namespaces: the host's {kind_name} namespace is not available in a VM"))
+        ServiceError::InvalidArgument(format!(
+            "invalid namespaces: the host's {kind_name} namespace is not available in a VM"
+        ))
     };
     for (kind, name) in [
         (LinuxNamespaceType::Network, "network"),
@@ -106,7 +108,7 @@ fn namespaces(
         None => None,
         Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PIDS).ok().and_then(Path::to_str) {
             Some(id) => target(id)?,
-            None => sandbox.shared_pid().map_err(internal("create the shared PID namespace"))?,
+            None => sandbox.shared_pid().map_err(failed("create the shared PID namespace"))?,
         }),
     };
     // A container without a UTS namespace joins the pod's, because the guest's has the guest's host name.
@@ -131,14 +133,14 @@ fn namespaces(
 
 /// Checks that a container has the pod's id mappings. It joins namespaces that the pod's user namespace owns, so it
 /// must be in that user namespace.
-fn check_id_mappings(requested: Option<&IdMappings>, pod: Option<&IdMappings>) -> Result<(), Fault> {
+fn check_id_mappings(requested: Option<&IdMappings>, pod: Option<&IdMappings>) -> Result<(), ServiceError> {
     let text = match (requested, pod) {
         (requested, pod) if requested == pod => return Ok(()),
         (Some(_), Some(_)) => "the id mappings of the container differ from those of the pod",
         (Some(_), None) => "the container has a user namespace, and the pod has none",
         (None, _) => "the pod has a user namespace, and the container has none",
     };
-    Err(Fault::InvalidArgument(format!(
+    Err(ServiceError::InvalidArgument(format!(
         "invalid user namespace: {text}; all containers of a pod must share one user namespace"
     )))
 }
