@@ -85,7 +85,10 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     mark::mark(Mark::AgentReady);
 
     // The namespaces are created while the host is still connecting, to save time in Setup.
-    sandbox.prepare(None);
+    // Setup tries again, and reports the error.
+    if let Err(error) = sandbox.prepare(None) {
+        tracing::error!("{}", chain(&error));
+    }
     loop {
         children.recv().await;
         reaper.reap();

@@ -20,6 +20,7 @@ use husk_base::sync::lock;
 
 use crate::users::IdMappings;
 use mirror::Mirrors;
+use namespaces::NamespaceError;
 
 /// The pod's network namespace.
 pub const NET: &str = "/run/husk/ns/net";
@@ -50,14 +51,24 @@ pub struct Sandbox {
 impl Sandbox {
     /// Creates the pod's namespaces, once. With `id_mappings`, a new user namespace owns them; they then replace
     /// namespaces that were created before the mappings were known.
-    pub fn prepare(&self, id_mappings: Option<IdMappings>) {
+    ///
+    /// # Errors
+    /// After an error, the next call tries again.
+    pub fn prepare(&self, id_mappings: Option<IdMappings>) -> Result<(), NamespaceError> {
+        self.prepare_with(id_mappings, namespaces::create)
+    }
+
+    fn prepare_with(
+        &self,
+        id_mappings: Option<IdMappings>,
+        create: impl FnOnce(Option<&IdMappings>) -> Result<(), NamespaceError>,
+    ) -> Result<(), NamespaceError> {
         let mut state = lock(&self.state);
         if !state.has_namespaces || (id_mappings.is_some() && state.id_mappings.is_none()) {
-            match namespaces::create(id_mappings.as_ref()) {
-                Ok(()) => (state.has_namespaces, state.id_mappings) = (true, id_mappings),
-                Err(error) => tracing::error!("{}", husk_base::error::chain(&error)),
-            }
+            create(id_mappings.as_ref())?;
+            (state.has_namespaces, state.id_mappings) = (true, id_mappings);
         }
+        Ok(())
     }
 
     /// Id mappings of the pod's user namespace, if it has one.
@@ -74,5 +85,36 @@ impl Sandbox {
             state.has_shared_pid = true;
         }
         Ok(PathBuf::from(PID))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_proto::agent::{IdMapping, SetupRequest};
+
+    #[test]
+    fn prepare_returns_the_error_and_tries_again() {
+        let sandbox = Sandbox::default();
+        let failure = || NamespaceError::Kernel { action: "create", source: nix::Error::EPERM };
+        let result = sandbox.prepare_with(None, |_| Err(failure()));
+        assert!(matches!(result, Err(NamespaceError::Kernel { source: nix::Error::EPERM, .. })));
+        let mut created = 0;
+        for _ in 0..2 {
+            let create = |_: Option<&IdMappings>| {
+                created += 1;
+                Ok(())
+            };
+            sandbox.prepare_with(None, create).unwrap();
+        }
+        assert_eq!(created, 1);
+
+        let mut request = SetupRequest::new();
+        request.uid_mappings.push(IdMapping { container: 0, host: 65536, size: 1, ..Default::default() });
+        let id_mappings = IdMappings::from_setup(&request);
+        assert!(sandbox.prepare_with(id_mappings.clone(), |_| Err(failure())).is_err());
+        assert_eq!(sandbox.id_mappings(), None);
+        sandbox.prepare_with(id_mappings.clone(), |_| Ok(())).unwrap();
+        assert_eq!(sandbox.id_mappings(), id_mappings);
     }
 }

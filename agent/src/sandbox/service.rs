@@ -51,7 +51,7 @@ impl agent_ttrpc::Sandbox for SandboxService {
         if request.pids_max > 0 {
             crate::cgroup::limit_pids(request.pids_max).map_err(failed("limit the number of tasks"))?;
         }
-        self.sandbox.prepare(IdMappings::from_setup(&request));
+        self.sandbox.prepare(IdMappings::from_setup(&request)).map_err(failed("prepare the pod's namespaces"))?;
         namespaces::run_in_pod(|| -> io::Result<()> {
             if !request.hostname.is_empty() {
                 nix::unistd::sethostname(&request.hostname)?;

@@ -47,7 +47,7 @@ impl Tasks {
         // The cgroup is created first: its files show which limits the guest kernel supports.
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
-            self.sandbox.prepare(None);
+            self.sandbox.prepare(None).map_err(failed("prepare the pod's namespaces"))?;
             let dir = task_dir(&request.id);
             let is_new = self.get(&request.id).is_err();
             if is_new {
