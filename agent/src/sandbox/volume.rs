@@ -34,6 +34,9 @@ pub enum VolumeError {
     /// A mount point was not created.
     #[error("failed to create directory {0}")]
     Directory(PathBuf, #[source] io::Error),
+    /// The file on which a file of a volume is mounted was not created.
+    #[error("failed to create file {0}")]
+    File(PathBuf, #[source] io::Error),
     /// A mount failed.
     #[error("failed to mount at {0}")]
     Mount(PathBuf, #[source] nix::Error),
@@ -181,7 +184,7 @@ fn bind(source: &OwnedFd, target: &Path) -> Result<(), VolumeError> {
     if kind(source).map_err(failed)? == SFlag::S_IFDIR {
         make_dir(target)?;
     } else {
-        fs::File::create(target).map_err(|_| failed(Errno::EEXIST))?;
+        fs::File::create(target).map_err(|error| VolumeError::File(target.to_owned(), error))?;
     }
     let source = format!("/proc/self/fd/{}", source.as_raw_fd());
     mount(Some(source.as_str()), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed)
@@ -224,6 +227,16 @@ mod tests {
             let directories: Vec<_> = path.iter().map(|name| directory(name)).collect();
             assert!(open_subpath(dir.path(), &directories).is_err(), "{path:?}");
         }
+    }
+
+    #[test]
+    fn bind_returns_the_error_of_creating_the_target() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "x").unwrap();
+        let source = OwnedFd::from(fs::File::open(dir.path().join("file")).unwrap());
+        let result = bind(&source, dir.path());
+        let Err(VolumeError::File(path, error)) = result else { panic!("{result:?}") };
+        assert_eq!((path.as_path(), error.raw_os_error()), (dir.path(), Some(libc::EISDIR)));
     }
 
     #[test]
