@@ -12,19 +12,19 @@ pub mod volume;
 pub use containerd_shim_protos as containerd;
 
 /// Messages of `husk.agent.v1`.
-#[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+#[allow(missing_docs, warnings, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
 /// Messages of the Kubernetes CRI: the subset of a pod's configuration that a sandbox needs.
-#[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+#[allow(missing_docs, warnings, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod cri {
     include!(concat!(env!("OUT_DIR"), "/cri_sandbox.rs"));
 }
 
 /// Asynchronous client and server of the `husk.agent.v1.Sandbox` service.
-#[allow(missing_docs, warnings, clippy::all, clippy::unwrap_used, clippy::expect_used)]
+#[allow(missing_docs, warnings, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod agent_ttrpc {
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
 }

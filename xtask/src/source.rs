@@ -21,7 +21,7 @@ pub struct Module {
 /// The modules of the crate whose root file is `root`, the root first.
 pub fn modules(root: &Path) -> Result<Vec<Module>> {
     let mut modules = Vec::new();
-    let dir = root.parent().unwrap_or(Path::new(""));
+    let dir = root.parent().unwrap_or_else(|| Path::new(""));
     file_module(&mut modules, Vec::new(), root, dir, false)?;
     Ok(modules)
 }
@@ -55,8 +55,8 @@ fn add(modules: &mut Vec<Module>, mut module: Module, dir: &Path) -> Result<()> 
             continue;
         }
         if let Some(other) = child.attrs.iter().find_map(|attr| value(attr, "path")) {
-            let other = file.parent().unwrap_or(Path::new("")).join(other);
-            let children = other.parent().unwrap_or(Path::new("")).to_owned();
+            let other = file.parent().unwrap_or_else(|| Path::new("")).join(other);
+            let children = other.parent().unwrap_or_else(|| Path::new("")).to_owned();
             file_module(modules, path, &other, &children, test_only)?;
             continue;
         }
@@ -71,7 +71,7 @@ fn add(modules: &mut Vec<Module>, mut module: Module, dir: &Path) -> Result<()> 
 /// An identifier's name, without the `r#` of a raw one.
 pub fn name(ident: &proc_macro2::Ident) -> String {
     let text = ident.to_string();
-    text.strip_prefix("r#").map_or(text.clone(), str::to_owned)
+    text.strip_prefix("r#").map_or_else(|| text.clone(), str::to_owned)
 }
 
 /// The string of `#[NAME = "…"]`.

@@ -241,7 +241,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         (true, false) => Retries::Retry,
     };
     let mut work = Work { plans: Vec::new(), results, boots: 0 };
-    for line in options.containerd.map_or(LINES.to_vec(), |line| vec![line]) {
+    for line in options.containerd.map_or_else(|| LINES.to_vec(), |line| vec![line]) {
         let chosen = named.iter().filter(|(_, needs)| runs(needs, line, extent, filtered));
         let names: Vec<String> = chosen.map(|(suite, _)| suite.name.clone()).collect();
         for name in &names {

@@ -117,10 +117,8 @@ impl Output {
 
 fn shorten(text: &str) -> String {
     const MAX_CHARS: usize = 4000;
-    match text.char_indices().nth(MAX_CHARS) {
-        Some((end, _)) => format!("{} …", &text[..end]),
-        None => text.to_owned(),
-    }
+    let start: String = text.chars().take(MAX_CHARS).collect();
+    if start.len() < text.len() { format!("{start} …") } else { start }
 }
 
 enum Message {

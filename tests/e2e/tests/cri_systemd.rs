@@ -80,7 +80,7 @@ fn systemd_limits(unit: &str) -> [String; 4] {
     let quota = &shown["CPUQuotaPerSecUSec"];
     let millis = quota.strip_suffix("ms").and_then(|text| text.parse::<f64>().ok());
     let millis = millis.or_else(|| Some(quota.strip_suffix('s')?.parse::<f64>().ok()? * 1000.0));
-    let cpu = millis.map_or("max 100000".to_owned(), |millis| format!("{:.0} 100000", millis * 100.0));
+    let cpu = millis.map_or_else(|| "max 100000".to_owned(), |millis| format!("{:.0} 100000", millis * 100.0));
     [number("MemoryMax"), number("MemoryHigh"), cpu, shown.get("AllowedCPUs").cloned().unwrap_or_default()]
 }
 

@@ -32,7 +32,7 @@ pub fn read<'a>(packages: impl Iterator<Item = &'a Package>) -> Result<Found> {
     for Package { name, version, manifest_path, .. } in packages.into_values() {
         match indexes.iter().find_map(|index| yanked(index, name, version)) {
             Some(true) => {
-                found.violations.push(format!("{name} {version} is yanked; `cargo update {name}` replaces it"))
+                found.violations.push(format!("{name} {version} is yanked; `cargo update {name}` replaces it"));
             }
             Some(false) => found.in_index += 1,
             None => {}

@@ -83,7 +83,7 @@ fn crates() -> Result<Vec<Crate>> {
     let metadata: Value = serde_json::from_str(&text).context("failed to parse what `cargo metadata` printed")?;
     let mut crates = Vec::new();
     let targets =
-        metadata["packages"].as_array().into_iter().flatten().flat_map(|package| package["targets"].as_array());
+        metadata["packages"].as_array().into_iter().flatten().filter_map(|package| package["targets"].as_array());
     for target in targets.flatten() {
         let kinds = target["kind"].as_array().into_iter().flatten();
         if !kinds.filter_map(Value::as_str).any(|kind| matches!(kind, "lib" | "bin")) {

@@ -141,7 +141,10 @@ pub fn network(pods: &Pods) {
         });
         match way {
             0 => {
-                assert_eq!(container.sh(&format!("nc -w 20 10.88.0.1 {port} < /dev/null | wc -c")), TRAFFIC.to_string())
+                assert_eq!(
+                    container.sh(&format!("nc -w 20 10.88.0.1 {port} < /dev/null | wc -c")),
+                    TRAFFIC.to_string()
+                );
             }
             _ => drop(container.sh(&format!("head -c {TRAFFIC} /dev/zero | nc -w 20 10.88.0.1 {port}"))),
         }
