@@ -1,5 +1,7 @@
 //! Husk's configuration file, `/etc/husk/config.toml`, and the state files that the shim writes for the `husk` command.
 
+#![deny(clippy::indexing_slicing)]
+
 pub mod check;
 mod load;
 pub mod sandbox;

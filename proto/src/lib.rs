@@ -1,6 +1,8 @@
 //! Protocols between shim, VMM and guest agent: vsock ports, stream headers, boot marks, guest paths and ttrpc
 //! services.
 
+#![deny(clippy::indexing_slicing)]
+
 pub mod boot;
 pub mod forward;
 pub mod metrics;
