@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn truncate_keeps_the_length_and_closes_quotes() {
-        for (text, expected) in [("msg=\"a b c d e f\"", "msg=\"a…\""), ("msg=abcdefghijkl", "msg=abc…")] {
+        for (text, expected) in [("msg=\"a b c d e f\"", "msg=\"a …\""), ("msg=abcdefghijkl", "msg=abc…")] {
             let mut line = text.to_owned();
             truncate(&mut line, 11);
             assert_eq!(line, expected);

@@ -468,6 +468,54 @@ fn sync_ignores_covered_host_only_mounts() {
 }
 
 #[test]
+fn sync_restores_a_submount_whose_parent_was_replaced() {
+    isolated(|dir| {
+        let (share, root, none) = (share(dir), shared_mount(dir), None::<&Path>);
+        let child = dir.join("child");
+        for directory in [&root.join("a"), &child] {
+            fs::create_dir(directory).unwrap();
+        }
+        mount(Some("t"), &child, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        fs::write(child.join("file"), "").unwrap();
+        let mount_both = || {
+            mount(Some("t"), &root.join("a"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            fs::create_dir(root.join("a/b")).unwrap();
+            mount(Some(&child), &root.join("a/b"), none, MsFlags::MS_BIND, none).unwrap();
+        };
+        mount_both();
+        let seen = prepare_volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        assert!(seen.join("a/b/file").exists());
+        nix::mount::umount2(&root.join("a"), nix::mount::MntFlags::MNT_DETACH).unwrap();
+        mount_both();
+        sync_mounts(&share.host).unwrap();
+        assert!(seen.join("a/b/file").exists());
+        teardown(&share.host, "c1").unwrap();
+    });
+}
+
+#[test]
+fn a_host_only_rootfs_or_layer_is_rejected() {
+    isolated(|dir| {
+        let share = share(dir);
+        let rejected = |rootfs: RootMount| {
+            let request = Request { id: "c1", share: &share.host, rootfs: &[rootfs], pids: &HashMap::new() };
+            let error = crate::chain(&prepare(&bundle(dir, |_| {}), &request).unwrap_err());
+            assert!(error.contains("host-only file system"), "{error}");
+        };
+        for kind in ["proc", "sysfs", "devtmpfs", "cgroup2"] {
+            rejected(RootMount { kind: kind.into(), source: kind.into(), ..RootMount::default() });
+        }
+        let layer = dir.join("layer");
+        fs::create_dir(&layer).unwrap();
+        for lower in ["/sys", "/dev"] {
+            let options = vec![format!("lowerdir={lower}:{}", layer.display())];
+            rejected(RootMount { kind: "overlay".into(), source: "overlay".into(), options, ..RootMount::default() });
+        }
+        assert_eq!(entries_in_share(&share), 0);
+    });
+}
+
+#[test]
 fn sync_does_not_wait_for_a_hanging_file_system() {
     isolated(|dir| {
         let share = share(dir);

@@ -76,7 +76,12 @@ pub fn run(args: DaemonArgs) -> i32 {
         .thread_keep_alive(Duration::from_secs(1))
         .build();
     match runtime {
-        Ok(runtime) => runtime.block_on(serve(args, context, launch, vmm_log)),
+        Ok(runtime) => {
+            let code = runtime.block_on(serve(args, context, launch, vmm_log));
+            // A blocking task that hangs in a file system must not keep the process.
+            runtime.shutdown_background();
+            code
+        }
         Err(error) => {
             tracing::error!(%error, "failed to start the async runtime");
             args.address.remove();

@@ -104,7 +104,11 @@ pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
         None => add.push(shm),
     }
     let Some(raw) = bundle.raw.as_object_mut() else { return };
-    let Value::Array(mounts) = raw.entry("mounts").or_insert_with(|| Value::Array(Vec::new())) else { return };
+    // `null` counts as absent.
+    if raw.get("mounts").is_none_or(Value::is_null) {
+        raw.insert("mounts".into(), Value::Array(Vec::new()));
+    }
+    let Some(Value::Array(mounts)) = raw.get_mut("mounts") else { return };
     for mount in add {
         // The parsed and the raw list must keep the same order.
         if let Ok(parsed) = serde_json::from_value(mount.clone()) {

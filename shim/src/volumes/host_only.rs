@@ -85,6 +85,11 @@ impl HostOnly {
         Ok(Self { devices })
     }
 
+    /// Whether a file system type, as mount(2) takes it, is host-only.
+    pub fn is_type(kind: &str) -> bool {
+        TYPES.iter().any(|(of_type, _)| *of_type == kind)
+    }
+
     fn by_device(&self, device: u64) -> Option<&'static str> {
         self.devices.iter().find(|(number, _)| *number == device).map(|(_, name)| *name)
     }
@@ -116,6 +121,19 @@ impl HostOnly {
             Some((kind, _)) => Ok(Some(kind)),
             None => Ok(self.by_device(fstat(file)?.st_dev)),
         }
+    }
+
+    /// As [`HostOnly::type_of`], for a layer of an overlay. It reads the mount list only for a layer on a tmpfs, as which
+    /// statfs(2) also reports devtmpfs.
+    ///
+    /// # Errors
+    /// As [`HostOnly::type_of`].
+    pub fn type_of_layer(&self, file: &OwnedFd) -> io::Result<Option<&'static str>> {
+        let magic = fstatfs(file)?.filesystem_type();
+        if magic == TMPFS_MAGIC {
+            return self.type_of(file);
+        }
+        Ok(TYPES.iter().find(|(_, magic_of_type)| *magic_of_type == Some(magic.0)).map(|(kind, _)| *kind))
     }
 }
 

@@ -93,24 +93,19 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// Returns the submounts that only `left` has, and those that only `right` has. Two submounts are equal if they show
-/// the same directory of the same file system at the same path.
-pub fn differences<'a>(
-    left: Vec<Submount<'a>>,
-    mut right: Vec<Submount<'a>>,
-) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
-    let mut only_left = Vec::new();
-    for submount in left {
-        let Submount { path, entry } = &submount;
-        let same = |other: &Submount<'_>| {
-            (&other.path, other.entry.device, &other.entry.root) == (path, entry.device, &entry.root)
-        };
-        match right.iter().position(same) {
-            Some(at) => drop(right.remove(at)),
-            None => only_left.push(submount),
-        }
-    }
-    (only_left, right)
+/// Returns the submounts to remove from `old` and those to add, so that it becomes `new`.
+///
+/// Two submounts are equal if they show the same directory of the same file system at the same path. Only the topmost of the
+/// submounts to remove are returned: what is below them goes with them, and is added again if `new` has it.
+pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
+    let same = |a: &Submount<'_>, b: &Submount<'_>| {
+        (&a.path, a.entry.device, &a.entry.root) == (&b.path, b.entry.device, &b.entry.root)
+    };
+    let gone: Vec<&Submount<'_>> = old.iter().filter(|old| !new.iter().any(|new| same(old, new))).collect();
+    let below_gone = |path: &Path| gone.iter().any(|gone| path != gone.path && path.starts_with(&gone.path));
+    let removed = gone.iter().filter(|gone| !below_gone(&gone.path)).map(|gone| (*gone).clone()).collect();
+    let added = new.iter().filter(|new| below_gone(&new.path) || !old.iter().any(|old| same(old, new))).cloned();
+    (removed, added.collect())
 }
 
 #[cfg(test)]

@@ -83,6 +83,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
         return Err(RootfsError::Unsupported(message));
     }
     let mut options = Options::parse(&root.options);
+    reject_host_only(&root.kind, &options, context.host_only)?;
     let id_mappings = IdMappings::from_options(options.data.iter().copied()).map_err(RootfsError::Unsupported)?;
     options.data.retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
     let result = if root.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
@@ -105,6 +106,30 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
         options: shorten(&root.options.join(",")),
         source,
     })
+}
+
+/// Rejects a host-only file system as the rootfs or as a layer of it.
+fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> Result<(), RootfsError> {
+    let reject = |what: &str, kind: &str| {
+        Err(RootfsError::Unsupported(format!(
+            "{what} is a host-only file system ({kind}), which a guest must not have"
+        )))
+    };
+    if HostOnly::is_type(kind) {
+        return reject("it", kind);
+    }
+    let layers = options.data.iter().filter_map(|option| {
+        let (name, paths) = option.split_once('=')?;
+        matches!(name, "lowerdir" | "upperdir").then_some(paths)
+    });
+    for layer in layers.flat_map(|paths| paths.split(':')).filter(|path| path.starts_with('/')) {
+        // What cannot be opened fails the mount with a better error.
+        let Ok(file) = mount_api::open_path(Path::new(layer), true) else { continue };
+        if let Ok(Some(kind)) = host_only.type_of_layer(&file) {
+            return reject(layer, kind);
+        }
+    }
+    Ok(())
 }
 
 /// Returns the beginning of a long option string. The paths of many layers say little.

@@ -17,7 +17,6 @@ use nix::{
     mount::{MntFlags, umount2},
 };
 use std::{
-    cmp::Reverse,
     ffi::OsStr,
     fs, io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -181,18 +180,23 @@ fn copy_in(
     let entries = mountinfo::read()?;
     let tree = Tree::of(&entries, from.id).ok_or(io::ErrorKind::NotFound)?;
     let (reachable, left_out) = tree.reachable(|entry| host_only.contains(entry));
+    let describe = |path: &Path, reason: &str| format!("{} ({reason})", Path::new("/").join(path).display());
+    let mut left_out: Vec<String> = left_out.iter().map(|out| describe(&out.path, &out.entry.kind)).collect();
+    let mut unreachable: Vec<&Path> = Vec::new();
     for submount in &reachable {
-        match copy_one(&from.file, to, submount) {
-            // Its mount point was renamed or removed, so no path reaches it.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            copied => copied?,
+        if unreachable.iter().any(|path| submount.path.starts_with(path)) {
+            continue;
+        }
+        // A mount that no path reaches does not fail the volume. Its mount point may be in a file system whose server has
+        // died, or a guest may have moved it below a path that is too long.
+        if let Err(error) = copy_staged(&from.file, to, submount) {
+            unreachable.push(&submount.path);
+            if error.kind() != io::ErrorKind::NotFound {
+                left_out.push(describe(&submount.path, &error.to_string()));
+            }
         }
     }
-    let left_out = left_out.iter().map(|submount| {
-        let path = Path::new("/").join(&submount.path);
-        format!("{} ({})", path.display(), submount.entry.kind)
-    });
-    Ok((mount_api::clone_tree(mount_api::open_path(to, false)?.as_fd(), true)?, left_out.collect()))
+    Ok((mount_api::clone_tree(mount_api::open_path(to, false)?.as_fd(), true)?, left_out))
 }
 
 fn sync_volume(
@@ -211,14 +215,40 @@ fn sync_volume(
     let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
-    let (mut removed, added) = differences(shared, received);
-    // Children first.
-    removed.sort_by_key(|submount| Reverse(submount.path.components().count()));
+    let (removed, added) = differences(shared, received);
+    // Only the topmost: the unmount takes along what is below, and a path below may lie in a file system that hangs.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
-    let mounted =
-        added.iter().map(|submount| copy_one(&from.file, target, submount).map_err(error("mount", &submount.path)));
-    unmounted.and(first_error(mounted))
+    let mounted = copy_new(&from.file, target, &added, host_only);
+    unmounted.and(mounted.map_err(|(path, source)| error("mount", &path)(source)))
+}
+
+/// Copies new mounts, parents first. Returns the first error with its path.
+fn copy_new(
+    from: &OwnedFd,
+    to: &Path,
+    added: &[Submount<'_>],
+    host_only: &HostOnly,
+) -> Result<(), (PathBuf, io::Error)> {
+    if added.is_empty() {
+        return Ok(());
+    }
+    let opened: Vec<_> = added.iter().map(|submount| (submount, open_below(from, &submount.path))).collect();
+    // The kernel reuses the ids of mounts that are gone, so an id in an older list may mean another mount by now. The fds
+    // keep the ids from being reused: only this list is judged.
+    let entries = mountinfo::read().map_err(|error| (PathBuf::new(), error))?;
+    let results = opened.into_iter().map(|(submount, source)| {
+        let copied = source.and_then(|source| {
+            let id = mount_api::mount_id(source.as_fd())?;
+            match entries.iter().find(|entry| entry.id == id) {
+                Some(entry) if !host_only.contains(entry) => attach_copy(&source, to, &submount.path),
+                // Unmounted, or replaced by a host-only mount. The next update sees that.
+                _ => Ok(()),
+            }
+        });
+        copied.map_err(|error| (submount.path.clone(), error))
+    });
+    first_error(results)
 }
 
 /// The topmost mount on a mount point.
@@ -244,21 +274,25 @@ fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), E> {
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Attaches a private copy of one mount below `from`, without its submounts, at the same path below the mount at `to`.
-///
-/// Does nothing if nothing is mounted at `to` any more, or if another mount is at the path below `from`: the mount list
-/// is then outdated.
-fn copy_one(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
+/// Copies one mount of a staged tree. The tree is private, so its mounts are those of the list.
+fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
     let source = open_below(from, &submount.path)?;
     if mount_api::mount_id(source.as_fd())? != submount.entry.id {
-        return Ok(());
+        return Err(io::ErrorKind::NotFound.into());
     }
+    attach_copy(&source, to, &submount.path)
+}
+
+/// Attaches a private copy of the mount `source`, without its submounts, at `path` below the mount at `to`.
+///
+/// Does nothing if nothing is mounted at `to` any more.
+fn attach_copy(source: &OwnedFd, to: &Path, path: &Path) -> io::Result<()> {
     // Opened for every submount, because an earlier one may cover `to`. The fd of the mount ensures that nothing is
     // attached to the mount point below it if the volume is removed at the same time.
     let Some(to) = mounted(to)? else { return Ok(()) };
     let tree = mount_api::clone_tree(source.as_fd(), false)?;
     mount_api::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
-    mount_api::attach(tree.as_fd(), open_below(&to.file, &submount.path)?.as_fd())
+    mount_api::attach(tree.as_fd(), open_below(&to.file, path)?.as_fd())
 }
 
 /// Unmounts a mount below `base`, with its submounts.
@@ -328,7 +362,7 @@ mod tests {
             let (from, to) = (mount_api::open_path(&at("from"), false).unwrap(), at("to"));
             let submount = Submount { path: "a/b".into(), entry: entry(id(&at("from/a/b"))) };
             let before = mountinfo::read().unwrap().len();
-            assert_eq!(copy_one(&from, &to, &submount).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+            assert_eq!(copy_staged(&from, &to, &submount).unwrap_err().raw_os_error(), Some(libc::ELOOP));
             let outside = Submount { path: "a/b".into(), entry: entry(id(&at("outside/b"))) };
             let to = mount_api::open_path(&to, false).unwrap();
             assert_eq!(detach(&to, &outside).unwrap_err().raw_os_error(), Some(libc::ELOOP));
@@ -338,6 +372,33 @@ mod tests {
             let other = Submount { path: "real".into(), entry: entry(id(&at("outside/b"))) };
             assert!(detach(&to, &other).is_err());
             assert_eq!(mountinfo::read().unwrap().len(), before);
+        });
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_host_only_mount_with_a_reused_id_is_not_copied() {
+        let thread = std::thread::spawn(|| {
+            let none = None::<&Path>;
+            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+            mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let at = |path: &str| dir.path().join(path);
+            for path in ["from", "to"] {
+                fs::create_dir(at(path)).unwrap();
+                mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+                fs::create_dir(at(path).join("a")).unwrap();
+            }
+            mount(Some("t"), &at("from/a"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            let entries = mountinfo::read().unwrap();
+            let old = id(&at("from/a"));
+            let added = [Submount { path: "a".into(), entry: entries.iter().find(|entry| entry.id == old).unwrap() }];
+            // The list is outdated, and the kernel gives the lowest free id to the new mount.
+            nix::mount::umount(&at("from/a")).unwrap();
+            mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), none).unwrap();
+            let from = mount_api::open_path(&at("from"), false).unwrap();
+            copy_new(&from, &at("to"), &added, &HostOnly::new([]).unwrap()).unwrap();
+            assert!(mounted(&at("to/a")).unwrap().is_none());
         });
         thread.join().unwrap();
     }

@@ -7,7 +7,7 @@ use nix::{
 use std::{fs, io, path::Path};
 
 /// Maximum number of mounts stacked on one directory. It bounds the loop.
-const MAX_STACKED: usize = 64;
+const MAX_STACKED: usize = 4096;
 
 /// Unmounts everything at `path`. The unmount is detached, so open files do not prevent it.
 pub fn unmount(path: &Path) -> io::Result<()> {
