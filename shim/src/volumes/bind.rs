@@ -122,12 +122,12 @@ fn attach(
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
         // Fails if the file system of a submount does not support id-mapped mounts, as with runc.
-        mount_api::set_id_mappings(tree.as_fd(), user_namespace.as_fd(), recursive)
+        mount_api::set_id_mapping(tree.as_fd(), user_namespace.as_fd(), recursive)
             .map_err(at("set the id mappings"))?;
     }
     if flags.read_only {
         // On the host as well as in the guest, so that a guest with a compromised kernel still cannot write.
-        mount_api::set_attr(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
+        mount_api::set_attributes(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make the mount read-only"))?;
     }
     let target = mount_api::open_path(target, false).map_err(at("open the mount point"))?;
@@ -150,7 +150,7 @@ fn stage_receiving_tree(
 fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Result<OwnedFd, Step> {
     let at = |step| move |error| (step, error);
     let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
-    mount_api::set_attr(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
+    mount_api::set_attributes(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
     Ok(tree)
 }
 

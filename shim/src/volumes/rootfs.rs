@@ -158,15 +158,15 @@ fn bind(
     }
     let mut tree = mount_api::clone_tree(file.as_fd(), recursive)?;
     // Without private propagation, the copy would receive the host's later mounts.
-    mount_api::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
+    mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
     if recursive {
         (tree, left_out) = stage.copy(&tree, host_only, name)?;
     }
     if let Some(id_mappings) = id_mappings {
-        mount_api::set_id_mappings(tree.as_fd(), id_mappings.namespace()?.as_fd(), recursive)?;
+        mount_api::set_id_mapping(tree.as_fd(), id_mappings.namespace()?.as_fd(), recursive)?;
     }
     let attr = if options.flags.contains(MsFlags::MS_RDONLY) { mount_api::MOUNT_ATTR_RDONLY } else { 0 };
-    mount_api::set_attr(tree.as_fd(), attr, 0, false)?;
+    mount_api::set_attributes(tree.as_fd(), attr, 0, false)?;
     mount_api::attach(tree.as_fd(), mount_api::open_path(target, false)?.as_fd())?;
     let notes = (!left_out.is_empty())
         .then(|| format!("host-only file systems are left out of the rootfs: {}", left_out.join(", ")));
@@ -213,7 +213,7 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     let namespace = id_mappings.namespace()?;
     let layers = lower.split(':').map(|layer| {
         let tree = mount_api::clone_tree(mount_api::open_path(Path::new(layer), true)?.as_fd(), false)?;
-        mount_api::set_id_mappings(tree.as_fd(), namespace.as_fd(), false)?;
+        mount_api::set_id_mapping(tree.as_fd(), namespace.as_fd(), false)?;
         Ok(tree)
     });
     let layers: Vec<OwnedFd> = layers.collect::<io::Result<_>>()?;

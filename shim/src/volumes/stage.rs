@@ -175,7 +175,7 @@ fn copy_in(
     mount_api::attach(tree.as_fd(), mount_api::open_path(from, false)?.as_fd())?;
     let from = mounted(from)?.ok_or(io::ErrorKind::NotFound)?;
     let base = mount_api::clone_tree(from.file.as_fd(), false)?;
-    mount_api::set_attr(base.as_fd(), 0, libc::MS_PRIVATE, false)?;
+    mount_api::set_attributes(base.as_fd(), 0, libc::MS_PRIVATE, false)?;
     mount_api::attach(base.as_fd(), mount_api::open_path(to, false)?.as_fd())?;
     let entries = mountinfo::read()?;
     let tree = Tree::of(&entries, from.id).ok_or(io::ErrorKind::NotFound)?;
@@ -291,7 +291,7 @@ fn attach_copy(source: &OwnedFd, to: &Path, path: &Path) -> io::Result<()> {
     // attached to the mount point below it if the volume is removed at the same time.
     let Some(to) = mounted(to)? else { return Ok(()) };
     let tree = mount_api::clone_tree(source.as_fd(), false)?;
-    mount_api::set_attr(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
+    mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
     mount_api::attach(tree.as_fd(), open_below(&to.file, path)?.as_fd())
 }
 
