@@ -125,8 +125,13 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
     for layer in layers.flat_map(|paths| paths.split(':')).filter(|path| path.starts_with('/')) {
         // What cannot be opened fails the mount with a better error.
         let Ok(file) = mount_api::open_path(Path::new(layer), true) else { continue };
-        if let Ok(Some(kind)) = host_only.type_of_layer(&file) {
-            return reject(layer, kind);
+        match host_only.type_of_layer(&file) {
+            Ok(Some(kind)) => return reject(layer, kind),
+            Ok(None) => {}
+            Err(error) => {
+                let message = format!("failed to find the file system of the layer {layer}: {error}");
+                return Err(RootfsError::Unsupported(message));
+            }
         }
     }
     Ok(())
