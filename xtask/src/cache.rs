@@ -45,31 +45,56 @@ impl Key {
     }
 }
 
-fn stamp(step: &str) -> PathBuf {
-    paths::state().join("stamps").join(step)
-}
+/// The record of the key with which a step last ran.
+pub struct Stamp(PathBuf);
 
-/// Whether `step` last ran with this key, and its outputs `made` exist.
-pub fn fresh(step: &str, key: &str, made: &[&Path]) -> bool {
-    made.iter().all(|path| path.exists()) && fs::read_to_string(stamp(step)).is_ok_and(|old| old == key)
-}
+impl Stamp {
+    /// Returns the stamp of `step`.
+    pub fn new(step: &str) -> Self {
+        Stamp(paths::state().join("stamps").join(step))
+    }
 
-/// Records that `step` ran with this key.
-pub fn done(step: &str, key: &str) -> Result<()> {
-    let path = stamp(step);
-    make_dir(path.parent().unwrap_or(&path))?;
-    fs::write(&path, key).with_context(|| format!("failed to write {}", path.display()))
-}
+    /// Returns the stamp whose file is `path`.
+    pub fn at(path: PathBuf) -> Self {
+        Stamp(path)
+    }
 
-/// Removes the record of `step` before it runs: an interrupted step leaves incomplete outputs.
-pub fn forget(step: &str) -> Result<()> {
-    match fs::remove_file(stamp(step)) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("failed to remove a stamp"),
-        _ => Ok(()),
+    /// Whether the step last ran with this key, and its outputs exist.
+    pub fn fresh(&self, key: &str, outputs: &[&Path]) -> bool {
+        outputs.iter().all(|path| path.exists()) && fs::read_to_string(&self.0).is_ok_and(|old| old == key)
+    }
+
+    /// Records that the step ran with this key.
+    pub fn write(&self, key: &str) -> Result<()> {
+        make_dir(self.0.parent().unwrap_or(&self.0))?;
+        fs::write(&self.0, key).with_context(|| format!("failed to write {}", self.0.display()))
+    }
+
+    /// Removes the record before the step runs: an interrupted step leaves incomplete outputs.
+    pub fn remove(&self) -> Result<()> {
+        match fs::remove_file(&self.0) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("failed to remove a stamp"),
+            _ => Ok(()),
+        }
     }
 }
 
 /// Creates a directory and its parents.
 pub fn make_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))
+}
+
+/// Removes a file, or a directory with its content, if it exists.
+pub fn remove(path: &Path) -> Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("failed to remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
-use crate::{bench, conformance, demo, deny, dist, image, imports, kernel, modules, node, setup, test};
+use crate::{bench, conformance, demo, deny, dist, image, imports, kernel, modules, node, setup, store, test};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -27,6 +27,12 @@ enum Task {
     Dist(Quick),
     /// Build the OCI images that demo and tests use.
     Images,
+    /// List the user's cache of the kernel, the images and the parts of the test node.
+    Cache {
+        /// First remove the entries that were not used for 30 days, and all but the last three of each kind.
+        #[arg(long)]
+        prune: bool,
+    },
     /// The test node: a Debian VM with KVM and containerd.
     Node {
         #[command(subcommand)]
@@ -130,6 +136,7 @@ pub fn run(cli: Cli) -> Result<u8> {
                 println!("{}", image.from.display());
             }
         }
+        Task::Cache { prune } => store::cache(prune)?,
         Task::Node { command: NodeTask::Prepare } => node::prepare()?,
         Task::Node { command: NodeTask::Run { place, time_limit, env, script, args } } => {
             let machine = Machine { cpus: place.cpus, memory: place.memory };

@@ -1,7 +1,7 @@
 //! `cargo xtask image`: builds the guest's initramfs, with the agent and its mount points.
 
 use crate::build::{self, Profile, Program};
-use crate::cache::{self, Key};
+use crate::cache::{self, Key, Stamp};
 use crate::cpio::Cpio;
 use crate::kernel::mebibytes;
 use crate::{lock, paths, ui};
@@ -26,16 +26,17 @@ pub fn image(profile: Profile) -> Result<PathBuf> {
 pub fn pack(agent: &Program) -> Result<PathBuf> {
     let made = paths::initrd();
     let key = Key::new("image", RECIPE).file(&agent.path)?.finish();
-    if cache::fresh("image", &key, &[&made]) {
+    let stamp = Stamp::new("image");
+    if stamp.fresh(&key, &[&made]) {
         ui::say("image", "up to date");
         return Ok(made);
     }
-    cache::forget("image")?;
+    stamp.remove()?;
     cache::make_dir(made.parent().unwrap_or(&made))?;
     let init = fs::read(&agent.path).with_context(|| format!("failed to read {}", agent.path.display()))?;
     let file = File::create(&made).with_context(|| format!("failed to write {}", made.display()))?;
     archive(Cpio::new(BufWriter::new(file)), &init).with_context(|| format!("failed to write {}", made.display()))?;
-    cache::done("image", &key)?;
+    stamp.write(&key)?;
     ui::say("image", format!("{} ({:.1} MiB)", made.display(), mebibytes(&made)?));
     Ok(made)
 }

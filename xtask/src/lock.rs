@@ -6,11 +6,16 @@ use anyhow::{Context, Result};
 use std::fs::File;
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 /// Acquires the lock of `what`, waiting for its holder. It is released when the file is closed.
 pub fn take(what: &str) -> Result<File> {
-    let dir = paths::state().join(what);
-    cache::make_dir(&dir)?;
+    take_in(&paths::state().join(what), what)
+}
+
+/// Acquires the lock in the directory `dir`, which is created, waiting for its holder.
+pub fn take_in(dir: &Path, what: &str) -> Result<File> {
+    cache::make_dir(dir)?;
     let path = dir.join("lock");
     let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
     match flock(&file, libc::LOCK_EX | libc::LOCK_NB) {

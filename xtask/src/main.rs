@@ -26,6 +26,7 @@ mod setup;
 mod side;
 mod source;
 mod stages;
+mod store;
 mod suites;
 mod test;
 mod ui;

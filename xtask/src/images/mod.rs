@@ -17,6 +17,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
+use crate::cache::Stamp;
+use crate::store::{Origin, Step};
+
 /// Reference of the image made of busybox-static alone.
 pub const BUSYBOX: &str = "husk.test/busybox:latest";
 /// Reference of the Debian-based image with Python.
@@ -67,19 +70,20 @@ pub fn build_fsx(out_dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(vec![cached(out_dir, "fsx", &fsx::hash(), fsx::build)?])
 }
 
-/// Runs `make` unless `<name>.tar` was made from inputs with this hash.
+/// Makes `<name>.tar`, unless there is one that was made from inputs with this hash.
 fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let tar = out_dir.join(format!("{name}.tar"));
-    let stamp = out_dir.join(format!("{name}.tar.inputs"));
-    if tar.exists() && fs::read_to_string(&stamp).is_ok_and(|known| known == inputs) {
-        println!("image {name}: up to date");
-        return Ok(tar);
+    let kind = format!("image-{name}");
+    let stamp = Stamp::at(out_dir.join(format!("{name}.tar.inputs")));
+    let origin = Step { kind: &kind, key: inputs, outputs: &[&tar], stamp }.run(|| {
+        println!("image {name}: building {}", tar.display());
+        make(&tar).with_context(|| format!("failed to build image {name}"))
+    })?;
+    match origin {
+        Origin::Present => println!("image {name}: up to date"),
+        Origin::Cache => println!("image {name}: from the cache"),
+        Origin::Build => {}
     }
-    println!("image {name}: building {}", tar.display());
-    let part = out_dir.join(format!("{name}.tar.part"));
-    make(&part).with_context(|| format!("failed to build image {name}"))?;
-    fs::rename(&part, &tar).with_context(|| format!("failed to move {} into place", tar.display()))?;
-    fs::write(&stamp, inputs).with_context(|| format!("failed to write {}", stamp.display()))?;
     Ok(tar)
 }
 

@@ -2,8 +2,9 @@
 
 mod source;
 
-use crate::cache::{self, Key};
+use crate::cache::{self, Key, Stamp};
 use crate::pins::KERNEL_SOURCE;
+use crate::store::{Origin, Step};
 use crate::{cmd, lock, paths, ui};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
@@ -21,25 +22,25 @@ pub fn kernel() -> Result<PathBuf> {
     let (tarball, version) = source::find()?;
     let wanted = fs::read_to_string(&fragment).with_context(|| format!("failed to read {}", fragment.display()))?;
     let key = Key::new("kernel", RECIPE).text(&version).text(&settings(&wanted)).finish();
-    if cache::fresh("kernel", &key, &[&made]) {
-        ui::say("kernel", format!("up to date ({KERNEL_SOURCE} {version})"));
-        return Ok(made);
-    }
     let _lock = lock::take("kernel")?;
-    if cache::fresh("kernel", &key, &[&made]) {
-        return Ok(made);
+    let step = Step { kind: "kernel", key: &key, outputs: &[&made], stamp: Stamp::new("kernel") };
+    match step.run(|| build(&tarball, &version, &fragment, &made))? {
+        Origin::Present => ui::say("kernel", format!("up to date ({KERNEL_SOURCE} {version})")),
+        Origin::Cache => ui::say("kernel", format!("from the cache ({KERNEL_SOURCE} {version})")),
+        Origin::Build => ui::say("kernel", format!("{} ({:.1} MiB)", made.display(), mebibytes(&made)?)),
     }
-    cache::forget("kernel")?;
-    let source = unpack(&tarball, &version)?;
-    configure(&source, &fragment)?;
+    Ok(made)
+}
+
+/// Compiles the kernel and strips it.
+fn build(tarball: &Path, version: &str, fragment: &Path, made: &Path) -> Result<()> {
+    let source = unpack(tarball, version)?;
+    configure(&source, fragment)?;
     ui::say("kernel", format!("compiling on {} processors; this takes the longest", cmd::processors()));
     cmd::logged("kernel", "kernel-make", make(&source).arg(format!("-j{}", cmd::processors())).arg("vmlinux"))?;
     let mut strip = Command::new("strip");
-    strip.arg("--strip-all").arg("-o").arg(&made).arg(source.join("vmlinux"));
-    cmd::logged("kernel", "kernel-strip", &mut strip)?;
-    cache::done("kernel", &key)?;
-    ui::say("kernel", format!("{} ({:.1} MiB)", made.display(), mebibytes(&made)?));
-    Ok(made)
+    strip.arg("--strip-all").arg("-o").arg(made).arg(source.join("vmlinux"));
+    cmd::logged("kernel", "kernel-strip", &mut strip)
 }
 
 /// Returns the size of a file in MiB.

@@ -1,7 +1,8 @@
 //! Provides containerd 2.x for the node: the programs of Debian's package, unpacked once, and their configuration.
 
 use super::Add;
-use crate::cache::{self, Key};
+use crate::cache::{self, Key, Stamp};
+use crate::store::Step;
 use crate::{cmd, paths, pins, setup, ui};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
@@ -73,20 +74,16 @@ pub fn files(line: Line) -> Result<Vec<Add>> {
 /// Unpacks the programs, unless they are there. The caller holds the lock of the node's parts.
 fn programs_of_two(dir: &Path) -> Result<()> {
     let key = Key::new("containerd-2", RECIPE).text(SUITE).text(pins::RELEASE).finish();
-    let made: Vec<_> = PROGRAMS.iter().map(|path| dir.join(path)).collect();
-    if cache::fresh("containerd-2", &key, &made.iter().map(|path| path.as_path()).collect::<Vec<_>>()) {
-        return Ok(());
-    }
+    let stamp = Stamp::new("containerd-2");
+    Step { kind: "containerd-2", key: &key, outputs: &[dir], stamp }.run(|| unpack(dir)).map(drop)
+}
+
+fn unpack(dir: &Path) -> Result<()> {
     if !cmd::is_root() {
         bail!("failed to unpack containerd 2 for the test node: it needs root; run this as root");
     }
-    cache::forget("containerd-2")?;
     let tree = dir.with_extension("part");
-    for old in [dir, &tree] {
-        if old.exists() {
-            fs::remove_dir_all(old).with_context(|| format!("failed to remove {}", old.display()))?;
-        }
-    }
+    cache::remove(&tree)?;
     cache::make_dir(&paths::node())?;
     ui::say("node", format!("unpacking containerd of Debian {SUITE}"));
     // apt resolves and verifies the dependencies too. They are not kept: the node has them already.
@@ -102,6 +99,5 @@ fn programs_of_two(dir: &Path) -> Result<()> {
         fs::rename(tree.join(path), &to)
             .with_context(|| format!("failed to find {path} in Debian's containerd package"))?;
     }
-    fs::remove_dir_all(&tree).with_context(|| format!("failed to remove {}", tree.display()))?;
-    cache::done("containerd-2", &key)
+    cache::remove(&tree)
 }

@@ -3,7 +3,8 @@
 
 use super::rootfs::{self, Node};
 use super::{Add, Line};
-use crate::cache::{self, Key};
+use crate::cache::{self, Key, Stamp};
+use crate::store::Step;
 use crate::{cmd, paths, pins, setup, ui};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -30,23 +31,24 @@ pub fn files(line: Line) -> Vec<Add> {
 
 /// Returns the node with that kernel. The caller holds the lock of the node's parts.
 pub fn node(node: Node) -> Result<Node> {
-    let made = Node { disk: node.disk, kernel: dir().join("vmlinuz"), initrd: dir().join("initrd.cpio") };
-    let (tree, init) = (paths::node().join("tree"), paths::root().join("tests/node/initramfs-init"));
-    let key = Key::new("legacy", RECIPE).text(SUITE).text(pins::RELEASE).file(&init)?.finish();
-    if cache::fresh("legacy", &key, &[&made.kernel, &made.initrd]) {
-        return Ok(made);
-    }
+    let (kernel, files) = (dir().join("vmlinuz"), dir().join("usr"));
+    let key = Key::new("legacy", RECIPE).text(SUITE).text(pins::RELEASE).finish();
+    let step = Step { kind: "node-legacy", key: &key, outputs: &[&kernel, &files], stamp: Stamp::new("legacy") };
+    step.run(|| unpack(&kernel, &files))?;
+    let (_, modules) = rootfs::modules(&files)?;
+    let initrd = rootfs::initrd("legacy-initrd", &key, &modules, dir().join("initrd.cpio"))?;
+    Ok(Node { disk: node.disk, kernel, initrd })
+}
+
+/// Unpacks the kernel, and its modules into the directory `files`.
+fn unpack(kernel: &Path, files: &Path) -> Result<()> {
     if !cmd::is_root() {
         bail!("failed to unpack a kernel for the test node: it needs root; run this as root");
     }
-    cache::forget("legacy")?;
     // Inside the node's tree, where its depmod can read it.
+    let tree = rootfs::tree()?;
     let (part, inside) = (tree.join("husk-legacy"), Path::new("/husk-legacy"));
-    for old in [&dir(), &part] {
-        if old.exists() {
-            fs::remove_dir_all(old).with_context(|| format!("failed to remove {}", old.display()))?;
-        }
-    }
+    cache::remove(&part)?;
     ui::say("node", format!("unpacking the kernel of Debian {SUITE}"));
     let mut command = Command::new("mmdebstrap");
     command.arg("--variant=extract").arg(format!("--include={PACKAGE}")).arg(SUITE).arg(&part);
@@ -55,11 +57,9 @@ pub fn node(node: Node) -> Result<Node> {
     let mut depmod = Command::new("chroot");
     depmod.arg(&tree).arg("depmod").arg("-b").arg(inside).arg(&release);
     cmd::logged("node", "node-legacy-depmod", &mut depmod)?;
-    let to = dir().join("usr/lib/modules");
+    let to = files.join("lib/modules");
     cache::make_dir(&to)?;
-    rootfs::make_initrd(&part, &tree, &init, &made)?;
+    rootfs::copy_kernel(&part, &release, kernel)?;
     fs::rename(&modules, to.join(&release)).context("failed to keep the kernel's modules")?;
-    fs::remove_dir_all(&part).with_context(|| format!("failed to remove {}", part.display()))?;
-    cache::done("legacy", &key)?;
-    Ok(made)
+    cache::remove(&part)
 }

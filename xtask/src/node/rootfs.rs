@@ -1,8 +1,9 @@
 //! Builds the test node's root file system: a Debian tree, a disk image of it, and the initramfs that mounts the disk.
 
-use crate::cache::{self, Key};
+use crate::cache::{self, Key, Stamp};
 use crate::cpio::Cpio;
 use crate::pins::RELEASE;
+use crate::store::Step;
 use crate::{cmd, paths, setup, ui};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -11,8 +12,10 @@ use std::process::Command;
 
 /// Raised whenever the steps that make the tree change.
 const TREE_RECIPE: u32 = 1;
-/// Raised whenever the steps after the tree change.
-const RECIPE: u32 = 3;
+/// Raised whenever the steps that make the disk and its companions change.
+const RECIPE: u32 = 4;
+/// Raised whenever the content of the initramfs changes.
+const INITRD_RECIPE: u32 = 1;
 /// Documentation and other files that only enlarge the image.
 const EXCLUDED: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
 /// Size of the disk. The image is sparse.
@@ -31,34 +34,49 @@ pub struct Node {
     pub initrd: PathBuf,
 }
 
-/// Builds the node's parts if their inputs changed.
+/// Builds the node's parts if their inputs changed. The caller holds the lock of the node's parts.
 pub fn node() -> Result<Node> {
     let dir = paths::node();
-    let node = Node { disk: dir.join("base.img"), kernel: dir.join("vmlinuz"), initrd: dir.join("initrd.cpio") };
-    let inputs = paths::root().join("tests/node");
-    let packages = packages(&inputs.join("packages"))?;
-    let tree_key = Key::new("node-tree", TREE_RECIPE).text(RELEASE).text(&packages).finish();
-    let tree = dir.join("tree");
-    // The tree is needed only to make the other parts.
-    if !cache::fresh("node-tree", &tree_key, &[&tree.join("usr/bin/containerd")]) {
+    let (disk, kernel, boot) = (dir.join("base.img"), dir.join("vmlinuz"), boot());
+    let key = Key::new("node", RECIPE).text(&tree_key(&packages()?)).finish();
+    let step = Step { kind: "node", key: &key, outputs: &[&disk, &kernel, &boot], stamp: Stamp::new("node") };
+    step.run(|| {
+        let tree = tree()?;
+        unpack_modules(&tree)?;
+        let (release, modules) = modules(&tree)?;
+        copy_kernel(&tree, &release, &kernel)?;
+        copy_boot(&tree, &modules, &boot)?;
+        make_disk(&tree, &disk)
+    })?;
+    let initrd = initrd("node-initrd", &key, &boot, dir.join("initrd.cpio"))?;
+    Ok(Node { disk, kernel, initrd })
+}
+
+/// Returns the directory of what the initramfs needs from the tree: busybox, the drivers, and their dependencies.
+fn boot() -> PathBuf {
+    paths::node().join("boot")
+}
+
+fn tree_key(packages: &str) -> String {
+    Key::new("node-tree", TREE_RECIPE).text(RELEASE).text(packages).finish()
+}
+
+/// Returns the node's tree, which is needed only to make its parts.
+pub fn tree() -> Result<PathBuf> {
+    let (tree, packages) = (paths::node().join("tree"), packages()?);
+    let (stamp, key) = (Stamp::new("node-tree"), tree_key(&packages));
+    if !stamp.fresh(&key, &[&tree.join("usr/bin/containerd")]) {
+        stamp.remove()?;
         make_tree(&tree, &packages)?;
-        cache::done("node-tree", &tree_key)?;
+        stamp.write(&key)?;
     }
-    let key = Key::new("node", RECIPE).text(&tree_key).file(&inputs.join("initramfs-init"))?.finish();
-    if cache::fresh("node", &key, &[&node.disk, &node.kernel, &node.initrd]) {
-        return Ok(node);
-    }
-    cache::forget("node")?;
-    unpack_modules(&tree)?;
-    make_initrd(&tree, &tree, &inputs.join("initramfs-init"), &node)?;
-    make_disk(&tree, &node.disk)?;
-    cache::done("node", &key)?;
-    Ok(node)
+    Ok(tree)
 }
 
 /// Reads the package list: one package per line, `#` starts a comment.
-fn packages(path: &Path) -> Result<String> {
-    let text = fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
+fn packages() -> Result<String> {
+    let path = paths::root().join("tests/node/packages");
+    let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
     let names: Vec<&str> =
         text.lines().map(|l| l.split('#').next().unwrap_or_default().trim()).filter(|l| !l.is_empty()).collect();
     Ok(names.join(","))
@@ -68,11 +86,8 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     if !cmd::is_root() {
         bail!("failed to unpack the test node's root file system: its owners need root; run this as root");
     }
-    cache::forget("node-tree")?;
     cache::make_dir(&paths::node())?;
-    if tree.exists() {
-        fs::remove_dir_all(tree).with_context(|| format!("failed to remove {}", tree.display()))?;
-    }
+    cache::remove(tree)?;
     ui::say("node", format!("unpacking Debian {RELEASE} with {packages}"));
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=apt"]).arg(format!("--include={packages}"));
@@ -125,38 +140,68 @@ fn with_dependencies<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
     all
 }
 
-/// Writes the initramfs, with busybox of `tree`, the disk's drivers and the script `init`, and copies the kernel of the
-/// tree
-/// `kernel`.
-pub fn make_initrd(kernel: &Path, tree: &Path, init: &Path, node: &Node) -> Result<()> {
-    let (release, modules) = modules(kernel)?;
-    fs::copy(kernel.join(format!("boot/vmlinuz-{release}")), &node.kernel)
-        .context("failed to copy the node's kernel")?;
-    let read = |path: &Path| fs::read(path).with_context(|| format!("failed to read {}", path.display()));
-    let list =
-        String::from_utf8(read(&modules.join("modules.dep"))?).context("failed to decode modules.dep as UTF-8")?;
-    let drivers = with_dependencies(&list, &DRIVERS);
+/// Copies the kernel of a tree.
+pub fn copy_kernel(tree: &Path, release: &str, to: &Path) -> Result<()> {
+    cache::make_dir(to.parent().unwrap_or(to))?;
+    fs::copy(tree.join(format!("boot/vmlinuz-{release}")), to).context("failed to copy the node's kernel").map(drop)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("failed to read {}", path.display()))
+}
+
+/// Reads modules.dep in a directory of modules.
+fn dependencies(modules: &Path) -> Result<String> {
+    String::from_utf8(read(&modules.join("modules.dep"))?).context("failed to decode modules.dep as UTF-8")
+}
+
+/// Copies to `boot` what the initramfs needs from a tree with these modules.
+fn copy_boot(tree: &Path, modules: &Path, boot: &Path) -> Result<()> {
+    let list = dependencies(modules)?;
+    let drivers = with_dependencies(&list, &DRIVERS).into_iter().chain(["modules.dep"]);
+    for (from, name) in
+        drivers.map(|name| (modules.join(name), name)).chain([(tree.join("usr/bin/busybox"), "busybox")])
+    {
+        let to = boot.join(name);
+        cache::make_dir(to.parent().unwrap_or(boot))?;
+        fs::copy(&from, &to).with_context(|| format!("failed to copy {}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// Writes the initramfs: busybox, the disk's drivers among `modules`, and the script that is its init. `key` is that of
+/// the modules.
+pub fn initrd(step: &str, key: &str, modules: &Path, made: PathBuf) -> Result<PathBuf> {
+    let init = paths::root().join("tests/node/initramfs-init");
+    let key = Key::new(step, INITRD_RECIPE).text(key).file(&init)?.file(&boot().join("busybox"))?.finish();
+    let stamp = Stamp::new(step);
+    if stamp.fresh(&key, &[&made]) {
+        return Ok(made);
+    }
+    stamp.remove()?;
+    let list = dependencies(modules)?;
     let mut cpio = Cpio::new(Vec::new());
     for name in ["bin", "dev", "proc", "root"] {
         cpio.directory(name, 0o755)?;
     }
     cpio.character("dev/console", 0o600, 5, 1)?;
-    cpio.file("bin/busybox", 0o755, &read(&tree.join("usr/bin/busybox"))?)?;
+    cpio.file("bin/busybox", 0o755, &read(&boot().join("busybox"))?)?;
     let mut names = String::new();
-    for driver in drivers {
+    for driver in with_dependencies(&list, &DRIVERS) {
         let name = driver.rsplit('/').next().unwrap_or(driver);
         cpio.file(name, 0o644, &read(&modules.join(driver))?)?;
         names.push_str(&format!("{name}\n"));
     }
     cpio.file("modules", 0o644, names.as_bytes())?;
-    cpio.file("init", 0o755, &read(init)?)?;
-    fs::write(&node.initrd, cpio.finish()?).context("failed to write the node's initramfs")
+    cpio.file("init", 0o755, &read(&init)?)?;
+    fs::write(&made, cpio.finish()?).context("failed to write the node's initramfs")?;
+    stamp.write(&key)?;
+    Ok(made)
 }
 
 /// Makes an ext4 image of the tree.
 fn make_disk(tree: &Path, disk: &Path) -> Result<()> {
     ui::say("node", "making the disk");
-    let _ = fs::remove_file(disk);
     let mut mkfs = Command::new("mkfs.ext4");
     mkfs.args(["-q", "-F", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0", "-d"]);
     cmd::logged("node", "node-mkfs", mkfs.arg(tree).arg(disk).arg(DISK))
