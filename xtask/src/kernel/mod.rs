@@ -19,10 +19,10 @@ const RECIPE: u32 = 1;
 pub fn kernel() -> Result<PathBuf> {
     let made = paths::vmlinux();
     let fragment = paths::root().join("guest/kernel/husk.config");
+    let _lock = lock::take("kernel")?;
     let (tarball, version) = source::find()?;
     let wanted = fs::read_to_string(&fragment).with_context(|| format!("failed to read {}", fragment.display()))?;
     let key = Key::new("kernel", RECIPE).text(&version).text(&settings(&wanted)).finish();
-    let _lock = lock::take("kernel")?;
     let step = Step { kind: "kernel", key: &key, outputs: &[&made], stamp: Stamp::new("kernel") };
     match step.run(|| build(&tarball, &version, &fragment, &made))? {
         Origin::Present => ui::say("kernel", format!("up to date ({KERNEL_SOURCE} {version})")),

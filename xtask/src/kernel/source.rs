@@ -1,11 +1,16 @@
 //! Finds the kernel's source: in a package of this machine, or, if its distribution has none, in Debian's package.
 
+use crate::cache::{self, Key, Stamp};
 use crate::pins::{KERNEL_SOURCE, RELEASE};
-use crate::{cache, cmd, paths, ui};
+use crate::store::Step;
+use crate::{cmd, paths, ui};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// Raised whenever the fetching changes.
+const RECIPE: u32 = 1;
 
 /// Returns the source archive and its version.
 pub fn find() -> Result<(PathBuf, String)> {
@@ -15,31 +20,33 @@ pub fn find() -> Result<(PathBuf, String)> {
         let version = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Version}", KERNEL_SOURCE]))?;
         return Ok((installed, version));
     }
+    // The caller holds the lock of the kernel.
     let dir = paths::state().join("kernel/debian");
-    let (fetched, stamp) = (dir.join(&archive), dir.join("version"));
-    if let (true, Ok(version)) = (fetched.exists(), fs::read_to_string(&stamp)) {
-        return Ok((fetched, version));
-    }
-    fetch(&dir)?;
-    let version = version(&dir)?;
-    fs::write(&stamp, &version).with_context(|| format!("failed to write {}", stamp.display()))?;
+    let (fetched, file) = (dir.join(format!("{KERNEL_SOURCE}.tar.xz")), dir.join("version"));
+    let key = Key::new("kernel-source", RECIPE).text(KERNEL_SOURCE).text(RELEASE).finish();
+    let step =
+        Step { kind: "kernel-source", key: &key, outputs: &[&fetched, &file], stamp: Stamp::new("kernel-source") };
+    step.run(|| fetch(&dir.join("part"), &archive, &fetched, &file))?;
+    let version = fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
     Ok((fetched, version))
 }
 
-/// Fetches and unpacks Debian's package without installing it.
-fn fetch(dir: &Path) -> Result<()> {
+/// Fetches and unpacks Debian's package in `part` without installing it. Keeps the archive, and its version in a file.
+fn fetch(part: &Path, archive: &str, fetched: &Path, file: &Path) -> Result<()> {
     if !cmd::is_root() {
         bail!("failed to find package {KERNEL_SOURCE}; fetching Debian's needs root: run this as root");
     }
     ui::say("kernel", format!("fetching {KERNEL_SOURCE} from Debian {RELEASE}"));
-    if dir.exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("failed to remove {}", dir.display()))?;
-    }
-    cache::make_dir(dir)?;
+    cache::remove(part)?;
+    cache::make_dir(part)?;
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=extract", "--skip=cleanup/apt/cache"]).arg(format!("--include={KERNEL_SOURCE}"));
-    command.arg(RELEASE).arg(dir).args(crate::setup::debian_mirror()?);
-    cmd::logged("kernel", "kernel-fetch", &mut command)
+    command.arg(RELEASE).arg(part).args(crate::setup::debian_mirror()?);
+    cmd::logged("kernel", "kernel-fetch", &mut command)?;
+    fs::write(file, version(part)?).with_context(|| format!("failed to write {}", file.display()))?;
+    let from = part.join(archive);
+    fs::rename(&from, fetched).with_context(|| format!("failed to find {} in Debian's package", from.display()))?;
+    cache::remove(part)
 }
 
 /// Returns the version from the file name of the downloaded package.
