@@ -20,7 +20,7 @@ struct Queue<W> {
 /// Returns the number of nodes that run well on this machine. A node keeps two processors busy, also if it is emulated:
 /// two nodes on two processors take 0.88 of the time that they take one after the other, and their tests are slower by
 /// as much.
-fn seats() -> usize {
+pub fn seats() -> usize {
     let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text)).unwrap_or_default();
     let by_memory = usize::try_from(memory / NODE_MEMORY).unwrap_or(MAX_NODES);
     (crate::cmd::processors() / 2).min(by_memory).clamp(1, MAX_NODES)
