@@ -169,6 +169,21 @@ impl Results {
             .collect()
     }
 
+    /// The `count` slowest tests, a line for each with its seconds, and the sum of all tests.
+    pub fn slowest(&self, count: usize) -> String {
+        let of_result = |result: &SuiteResult| {
+            let tests = result.attempts.iter().flat_map(|attempt| &attempt.tests);
+            tests.map(|test| (test.duration, format!("{} {} ({})", result.suite, test.name, result.line))).collect()
+        };
+        let mut tests: Vec<(Duration, String)> = self.suites.iter().flat_map::<Vec<_>, _>(of_result).collect();
+        tests.sort_by(|a, b| b.cmp(a));
+        let line = |duration: Duration, name: &str| format!("{:9.1}  {name}\n", duration.as_secs_f64());
+        let mut text: String = tests.iter().take(count).map(|(duration, name)| line(*duration, name)).collect();
+        let sum = tests.iter().map(|(duration, _)| duration).sum();
+        text.push_str(&line(sum, &format!("all {} tests", tests.len())));
+        text
+    }
+
     /// Writes `e2e.json` and `e2e.xml`.
     pub fn write(&self, summary: &Summary) -> Result<()> {
         let json = serde_json::to_vec_pretty(&self.json(summary)).context("failed to serialize the results")?;
@@ -528,6 +543,22 @@ mod tests {
         assert_eq!(find("w", 1)["outcome"], "unfinished");
         let flaky = results.with_logs(SuiteOutcome::Flaky);
         assert!(flaky.len() == 1 && flaky[0].starts_with("a with containerd 1.7 (") && flaky[0].contains("a.1.log"));
+    }
+
+    #[test]
+    fn slowest_tests_come_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut results = Results::new(dir.path().join("results")).unwrap();
+        results.plan("1.7", "a");
+        let test = |name: &str, secs| {
+            let duration = Duration::from_secs(secs);
+            TestRun { name: name.to_owned(), outcome: TestOutcome::Passed, duration, failure: None }
+        };
+        let tests = vec![test("x", 1), test("y", 30), test("z", 2)];
+        let (outcome, log) = (AttemptOutcome::Passed, PathBuf::new());
+        let attempt = Attempt { attempt: 1, outcome, seconds: 33.0, log, console: None, tests };
+        results.add("1.7", vec![("a".to_owned(), attempt)]);
+        assert_eq!(results.slowest(2), "     30.0  a y (1.7)\n      2.0  a z (1.7)\n     33.0  all 3 tests\n");
     }
 
     #[test]

@@ -18,12 +18,17 @@ const BUILDERS: &str = "cri_builders";
 const FSX: &str = "cri_fsx";
 /// The containerd lines that run without `--containerd`.
 const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
-/// Suites that share a boot where nodes run side by side, which then end at about the same time. A single node runs all
-/// suites of its line: a boot takes about ten seconds, and as long again for importing the images.
-const SUITES_A_BOOT: usize = 12;
-/// Limits for the suites of a boot together, and for one of their tests. A suite takes two minutes at most on an idle
-/// machine, and a line less than half an hour.
-const LIMITS: Limits = Limits::secs(3600, 300);
+/// Suites that share a boot of a single node: two boots are enough for all suites of containerd 1.7. What a suite
+/// leaves in the node's kernel reaches only these, and the results are written after each boot. A boot takes ten
+/// seconds, and longer for importing the images.
+const SUITES_A_BOOT: usize = 20;
+/// Suites that share a boot where nodes run side by side: they end at about the same time.
+const SUITES_A_BOOT_BESIDE: usize = 12;
+/// Limits for the suites of a boot together, and for one of their tests. The longest take fifteen and two minutes.
+const LIMITS: Limits = Limits::secs(2400, 300);
+
+/// Tests that a run lists as the slowest.
+const SLOWEST: usize = 15;
 
 /// The options of `cargo xtask test`.
 #[derive(Args)]
@@ -248,7 +253,11 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         for name in &names {
             work.results.plan(&line.name(), name);
         }
-        let batch = if filtered || side::seats() == 1 { names.len() } else { SUITES_A_BOOT };
+        let batch = match side::seats() {
+            _ if filtered => names.len(),
+            1 => SUITES_A_BOOT,
+            _ => SUITES_A_BOOT_BESIDE,
+        };
         work.plans.push((line, Plan::new(names, batch, retries)));
     }
     let summary = |finished| Summary {
@@ -291,6 +300,8 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         },
     )?;
     work.results.write(&summary(true))?;
+    ui::say("test", "the slowest tests, in seconds:");
+    eprint!("{}", work.results.slowest(SLOWEST));
     let mut notes = Vec::new();
     for (what, outcome) in [
         ("UNSTEADY, passed at the second attempt only", SuiteOutcome::Flaky),
