@@ -60,6 +60,7 @@ pub fn bench(bench: &Bench) -> Result<u8> {
         args: arguments,
         env,
         add,
+        imported: false,
         machine: Machine::default(),
         containerd: Line::One,
         limits: Limits::default(),

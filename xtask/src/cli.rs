@@ -84,6 +84,9 @@ enum NodeTask {
         /// Stop the node after this many seconds.
         #[arg(long, default_value_t = 2700)]
         time_limit: u64,
+        /// Boot with the OCI images of the tests imported.
+        #[arg(long)]
+        images: bool,
         /// Set a variable in the script's environment.
         #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
         env: Vec<(String, String)>,
@@ -138,12 +141,12 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Task::Cache { prune } => store::cache(prune)?,
         Task::Node { command: NodeTask::Prepare } => node::prepare()?,
-        Task::Node { command: NodeTask::Run { place, time_limit, env, script, args } } => {
+        Task::Node { command: NodeTask::Run { place, time_limit, images, env, script, args } } => {
             let machine = Machine { cpus: place.cpus, memory: place.memory };
             let limits = Limits::secs(time_limit, time_limit);
             let Place { add, containerd, .. } = place;
             let seat = Seat::default();
-            return node::run(&Run { script, args, env, add, machine, containerd, limits, seat });
+            return node::run(&Run { script, args, env, add, imported: images, machine, containerd, limits, seat });
         }
         Task::Node { command: NodeTask::Shell { place } } => {
             node::shell(place.containerd, &place.add, Machine { cpus: place.cpus, memory: place.memory })?;

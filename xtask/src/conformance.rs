@@ -91,7 +91,8 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     add.push(Add::new(&suite.path, format!("/husk/tests/{SUITE}")));
     let env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned())];
     let machine = Machine::default();
-    let run = Run { script: path, args: vec![], env, add, machine, containerd: line, limits: LIMITS, seat };
+    let run =
+        Run { script: path, args: vec![], env, add, imported: true, machine, containerd: line, limits: LIMITS, seat };
     let mut end = node::run(&run);
     for _ in 1..TRIES {
         match end {

@@ -83,6 +83,7 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
         args: vec![],
         env,
         add,
+        imported: false,
         machine: Machine::default(),
         containerd: Line::One,
         limits: Limits::secs(600, 600),

@@ -136,7 +136,7 @@ fn unit(stages: &Stages) -> Result<()> {
 fn parts() -> Result<()> {
     kernel::kernel()?;
     node::prepare()?;
-    node::images().map(drop)
+    node::prepare_images()
 }
 
 /// How much the options ask for.
@@ -356,7 +356,7 @@ fn run_boot(
     env.extend(handler.map(|handler| ("HUSK_E2E_HANDLER".to_owned(), handler.to_owned())));
     let limits = if selection.filter.is_empty() { LIMITS } else { Limits::default() };
     let (args, machine, containerd) = (selection.args(), Machine::default(), boot.line);
-    let run = Run { script: path, args, env, add, machine, containerd, limits, seat };
+    let run = Run { script: path, args, env, add, imported: true, machine, containerd, limits, seat };
     let console = match node::run_observed(&run, &mut |progress| recorder.note(progress)) {
         Err(error) if error.is::<Crashed>() => {
             ui::say("test", format!("{error:#}"));

@@ -64,6 +64,8 @@ pub struct Boot<'a> {
     pub seat: Seat,
     /// Disk, kernel and initramfs.
     pub node: &'a Node,
+    /// Whether what the node writes to its disk is kept.
+    pub keep: bool,
     /// A tar that the node unpacks over its root file system.
     pub extras: &'a Path,
     /// A disk for the tar of `/out`.
@@ -99,8 +101,9 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     };
     command.arg("-smp").arg(cpus.to_string()).arg("-m").arg(boot.machine.memory.to_string());
     command.arg("-kernel").arg(&boot.node.kernel).arg("-initrd").arg(&boot.node.initrd);
+    let disk_options = if boot.keep { "cache=unsafe" } else { "snapshot=on" };
     for (path, options) in
-        [(boot.node.disk.as_path(), "snapshot=on"), (boot.extras, "readonly=on"), (boot.out, "cache=unsafe")]
+        [(boot.node.disk.as_path(), disk_options), (boot.extras, "readonly=on"), (boot.out, "cache=unsafe")]
     {
         // QEMU ends a value at a comma, unless it is doubled.
         let path = path.to_string_lossy().replace(',', ",,");

@@ -37,7 +37,7 @@ pub fn node(node: Node) -> Result<Node> {
     step.run(|| unpack(&kernel, &files))?;
     let (_, modules) = rootfs::modules(&files)?;
     let initrd = rootfs::initrd("legacy-initrd", &key, &modules, dir().join("initrd.cpio"))?;
-    Ok(Node { disk: node.disk, kernel, initrd })
+    Ok(Node { kernel, initrd, ..node })
 }
 
 /// Unpacks the kernel, and its modules into the directory `files`.

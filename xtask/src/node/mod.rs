@@ -2,6 +2,7 @@
 
 mod boot;
 mod containerd;
+mod imported;
 pub mod kvm;
 mod legacy;
 mod rootfs;
@@ -27,6 +28,8 @@ pub struct Run {
     pub env: Vec<(String, String)>,
     /// Files and directories to copy into the node, beside `dist/root`.
     pub add: Vec<Add>,
+    /// Whether the node's containerd has the OCI images already, without the time that importing them takes.
+    pub imported: bool,
     /// The node's size.
     pub machine: Machine,
     /// The node's containerd line.
@@ -181,6 +184,28 @@ pub fn prepare() -> Result<()> {
     node(Line::One).map(drop)
 }
 
+/// Builds the disk with the OCI images imported, too.
+pub fn prepare_images() -> Result<()> {
+    let seat = Seat::default();
+    let _lock = lock::take(&seat.name("node", "/"))?;
+    disk_with_images(seat, &node(Line::One)?);
+    Ok(())
+}
+
+/// Returns the disk with the OCI images imported, or that without them if it cannot be made. The caller holds the
+/// seat's lock.
+fn disk_with_images(seat: Seat, node: &rootfs::Node) -> PathBuf {
+    let disk = || {
+        let images = images()?;
+        let _lock = lock::take(PARTS)?;
+        imported::disk(seat, node, &images)
+    };
+    disk().unwrap_or_else(|error| {
+        seat.say(format!("failed to import the images into the node's disk; the tests import them: {error:#}"));
+        node.disk.clone()
+    })
+}
+
 fn node(line: Line) -> Result<rootfs::Node> {
     let _lock = lock::take(PARTS)?;
     let node = rootfs::node()?;
@@ -196,7 +221,10 @@ pub fn run(run: &Run) -> Result<u8> {
 pub fn run_observed(run: &Run, observe: &mut dyn FnMut(Progress<'_>)) -> Result<u8> {
     let seat = run.seat;
     let _lock = lock::take(&seat.name("node", "/"))?;
-    let node = node(run.containerd)?;
+    let mut node = node(run.containerd)?;
+    if run.imported {
+        node.disk = disk_with_images(seat, &node);
+    }
     let mut call = String::from("exec bash /husk/script");
     for arg in &run.args {
         call.push_str(&format!(" '{}'", arg.replace('\'', "'\\''")));
@@ -216,6 +244,7 @@ pub fn run_observed(run: &Run, observe: &mut dyn FnMut(Progress<'_>)) -> Result<
     let boot = boot::Boot {
         seat,
         node: &node,
+        keep: false,
         extras: &extras,
         out: &out,
         machine: run.machine,
@@ -234,7 +263,7 @@ pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
     let extras = extras(seat, containerd, add, &[])?;
     let out = out_disk(seat)?;
     let parameters = containerd.parameters();
-    boot::shell(&boot::Boot { seat, node: &node, extras: &extras, out: &out, machine, parameters })?;
+    boot::shell(&boot::Boot { seat, node: &node, keep: false, extras: &extras, out: &out, machine, parameters })?;
     fetch(seat, &out)
 }
 

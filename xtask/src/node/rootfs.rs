@@ -32,6 +32,8 @@ pub struct Node {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
+    /// The hash of the disk's inputs.
+    pub key: String,
 }
 
 /// Builds the node's parts if their inputs changed. The caller holds the lock of the node's parts.
@@ -49,7 +51,7 @@ pub fn node() -> Result<Node> {
         make_disk(&tree, &disk)
     })?;
     let initrd = initrd("node-initrd", &key, &boot, dir.join("initrd.cpio"))?;
-    Ok(Node { disk, kernel, initrd })
+    Ok(Node { disk, kernel, initrd, key })
 }
 
 /// Returns the directory of what the initramfs needs from the tree: busybox, the drivers, and their dependencies.
