@@ -89,14 +89,16 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
         kvm::Verdict::Not(why) => {
             boot.seat.say(format!("the node is emulated: {why}"));
             // Without "enhanced rep movsb", kernels copy by words. In emulation, a byte takes as long as eight.
-            command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm"]);
+            // Without "la57", page tables have four levels, of the node and of nested paging: every TLB miss walks both.
+            command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm,-la57"]);
             // No program may run on the first processor. Whenever another one restores its FPU's state, QEMU (10.0 and
             // 10.2 alike) clears a flag of the first one, not atomically: cpu_clear_ignne() in
             // target/i386/tcg/system/fpu_helper.c. The word it writes back also says whether nested paging is on and
             // whether interrupts are held back (GIF), so a VMRUN or #VMEXIT there at that moment goes astray.
             cpus += 1;
             // The kernel's check that the timer ticks fails on a machine this slow.
-            "isolcpus=0 no_timer_check husk.accel=tcg"
+            // init_on_alloc: Debian's kernel clears every page and object that it allocates.
+            "isolcpus=0 no_timer_check init_on_alloc=0 husk.accel=tcg"
         }
     };
     command.arg("-smp").arg(cpus.to_string()).arg("-m").arg(boot.machine.memory.to_string());
