@@ -5,9 +5,6 @@
 //! in `~/.cache/husk`. An entry appears by renaming a directory, so that no process sees an incomplete one. Nothing in
 //! an entry is ever written: a step removes its old outputs before it makes new ones.
 
-use crate::cache::{self, Stamp};
-use crate::{lock, ui};
-use anyhow::{Context, Result, bail};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -16,7 +13,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
+
+use crate::cache::{self, Stamp};
+use crate::{lock, ui};
 
 /// Time after which an unused entry is removed.
 const MAX_AGE: Duration = Duration::from_secs(30 * DAY);
@@ -323,9 +325,10 @@ fn mebibytes(bytes: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::cache::Key;
-    use std::cell::Cell;
 
     /// A clone of the repository, with the outputs of a step: a file and a directory.
     struct Clone {

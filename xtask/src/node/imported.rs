@@ -1,15 +1,17 @@
 //! Makes the node's disk with the OCI images imported in containerd: an emulated node takes half a minute to unpack them,
 //! which each boot would spend again. The node itself imports them, in a boot whose writes are kept.
 
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
 use super::rootfs::Node;
 use super::{Add, Limits, Line, Machine, Seat, boot, out_disk, tar};
 use crate::cache::{self, Key, Stamp};
 use crate::store::Step;
 use crate::{cmd, paths};
-use anyhow::{Context, Result, bail};
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// Raised whenever the steps below change.
 const RECIPE: u32 = 1;
