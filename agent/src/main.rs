@@ -1,5 +1,7 @@
 //! `husk-agent`: PID 1 of the guest. Re-executed with another `argv[0]`, it is the helper that starts one process.
 
+#![deny(clippy::indexing_slicing)]
+
 mod async_fd;
 mod boot;
 mod cgroup;

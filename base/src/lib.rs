@@ -3,6 +3,8 @@
 //! Every function here makes sense without the rest of Husk. The agent links this crate, so it stays small: its only
 //! dependencies are libc, nix and tracing.
 
+#![deny(clippy::indexing_slicing)]
+
 pub mod entropy;
 pub mod error;
 pub mod log;

@@ -1,5 +1,7 @@
 //! `husk`: the operator's command line tool on a node.
 
+#![deny(clippy::indexing_slicing)]
+
 mod check;
 mod ps;
 mod trace;

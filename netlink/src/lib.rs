@@ -1,5 +1,7 @@
 //! A minimal rtnetlink(7) client for shim and agent: requests, acknowledgements, dumps and attributes.
 
+#![deny(clippy::indexing_slicing)]
+
 pub mod fib;
 mod link;
 

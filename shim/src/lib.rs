@@ -1,5 +1,7 @@
 //! Husk's containerd shim: one process per sandbox. It boots the sandbox's VM and serves containerd's Task API.
 
+#![deny(clippy::indexing_slicing)]
+
 pub mod address;
 mod async_fd;
 pub mod cli;

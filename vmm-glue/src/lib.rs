@@ -3,6 +3,8 @@
 //! The library runs in a child process of the shim ([`child::main`]). The shim starts that process with
 //! [`client::spawn`] and controls it over a control socket ([`control`]). [`boot`] is the boot recipe.
 
+#![deny(clippy::indexing_slicing)]
+
 pub mod arch;
 pub mod boot;
 pub mod bus;

@@ -13,7 +13,7 @@ pub mod rng;
 mod slot_eventfds;
 pub mod slots;
 #[cfg(any(test, feature = "testing"))]
-#[allow(clippy::unwrap_used, missing_docs)]
+#[allow(clippy::indexing_slicing, clippy::unwrap_used, missing_docs)]
 pub mod testing;
 pub mod vsock;
 pub mod workers;
