@@ -69,8 +69,9 @@ pub fn malformed<E: Into<Cause>>(text: &'static str) -> impl FnOnce(E) -> Servic
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io;
+
+    use super::*;
 
     #[test]
     fn rpc_status_has_the_code_and_all_causes() {

@@ -139,8 +139,9 @@ fn decode(status: i32) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
 
     #[test]
     fn decode_converts_exit_codes_and_signals() {

@@ -41,8 +41,9 @@ pub fn unmount(paths: &[PathBuf]) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_proto::GUEST_SHARE;
+
+    use super::*;
 
     #[test]
     fn of_spec_returns_paths_in_the_share() {

@@ -22,8 +22,9 @@ pub fn chain(error: &dyn Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fmt;
+
+    use super::*;
 
     #[derive(Debug)]
     struct Layer(&'static str, Option<Box<Layer>>);

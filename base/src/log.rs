@@ -110,9 +110,10 @@ impl<S: Sink> Visit for Line<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::sync::lock;
-    use std::sync::Mutex;
 
     #[derive(Default)]
     struct Lines(Mutex<Vec<String>>);

@@ -40,8 +40,9 @@ pub fn wait_timeout<'a, T>(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::Arc;
+
+    use super::*;
 
     #[test]
     fn locks_work_after_a_panic() {

@@ -6,9 +6,10 @@ mod check;
 mod ps;
 mod trace;
 
+use std::{path::PathBuf, process::ExitCode};
+
 use clap::{Parser, Subcommand};
 use husk_base::error::chain;
-use std::{path::PathBuf, process::ExitCode};
 
 /// Inspects Husk on this node. Husk runs containerd's pods in microVMs.
 #[derive(Debug, Parser)]

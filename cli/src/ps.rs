@@ -1,13 +1,14 @@
 //! `husk ps`: lists the sandboxes of this node and their VMs.
 
-use husk_config::sandbox::Sandbox;
-use serde::Serialize;
 use std::{
     fmt::Write,
     fs,
     path::Path,
     time::{Duration, SystemTime},
 };
+
+use husk_config::sandbox::Sandbox;
+use serde::Serialize;
 
 /// State directory of the shims. The files read are `<namespace>/<sandbox>/sandbox.json`.
 const STATE_DIR: &str = "/run/husk";

@@ -1,14 +1,15 @@
 //! `husk trace`: shows the timeline of a pod's start as a waterfall chart.
 
-use husk_config::{
-    Config, ConfigError,
-    sandbox::Sandbox,
-    timeline::{Step, Timeline},
-};
 use std::{
     fmt::Write,
     fs, io,
     path::{Path, PathBuf},
+};
+
+use husk_config::{
+    Config, ConfigError,
+    sandbox::Sandbox,
+    timeline::{Step, Timeline},
 };
 
 /// State directory of the shims. The files read are `<namespace>/<sandbox>/timeline.json`.

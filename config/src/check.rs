@@ -1,7 +1,8 @@
 //! Validates the configuration's values.
 
-use crate::{Config, annotation};
 use std::path::Path;
+
+use crate::{Config, annotation};
 
 /// A key with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,8 +10,9 @@ pub mod timeline;
 pub use check::Problem;
 pub use load::ConfigError;
 
-use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
 
 /// Default path of the configuration file.
 pub const DEFAULT_PATH: &str = "/etc/husk/config.toml";

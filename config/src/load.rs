@@ -1,7 +1,8 @@
 //! Reads the configuration file. Errors name the line.
 
-use crate::{Config, check::Problem};
 use std::{io, path::Path, path::PathBuf};
+
+use crate::{Config, check::Problem};
 
 /// An error in the configuration file.
 #[derive(Debug, thiserror::Error)]
@@ -68,8 +69,9 @@ fn line_of(bytes: &[u8], offset: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
+    use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
         Config::parse(Path::new("/etc/husk/config.toml"), text.as_bytes()).map_err(|error| error.to_string())

@@ -9,8 +9,9 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-pub use link::{Link, link_header, links};
 use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send};
+
+pub use link::{Link, link_header, links};
 
 const HEADER_LEN: usize = size_of::<libc::nlmsghdr>();
 /// Maximum number of attempts at a dump whose list changes during the dump.
@@ -219,8 +220,9 @@ fn split(bytes: &[u8]) -> Option<(u16, u16, &[u8], &[u8])> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     #[test]
     fn message_layout_matches_the_kernel_format() {

@@ -60,9 +60,10 @@ fn parse(body: &[u8]) -> Option<Link> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::nest;
-    use proptest::prelude::*;
 
     #[test]
     fn lists_the_loopback_interface() {

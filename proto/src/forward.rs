@@ -40,8 +40,9 @@ pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<SocketAddr, HeaderError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     proptest! {
         #[test]

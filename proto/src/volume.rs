@@ -1,8 +1,9 @@
 //! Guest paths of requested volumes.
 
+use std::path::{Path, PathBuf};
+
 use crate::agent::VolumeRequest;
 use crate::{GUEST_SHARE, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED, SHARED_VOLUMES};
-use std::path::{Path, PathBuf};
 
 /// Returns the path of the volume's root directory.
 pub fn root(request: &VolumeRequest) -> PathBuf {

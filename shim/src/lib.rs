@@ -27,9 +27,10 @@ pub mod volumes;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
-use cli::Args;
 use husk_base::error::chain;
 use husk_base::sync::lock;
+
+use cli::Args;
 
 /// Runs the program: the VMM if `argv[0]` is the VMM's name, otherwise the action on the command line.
 pub fn main() -> ExitCode {

@@ -14,8 +14,9 @@ pub fn token() -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::collections::HashSet;
+
+    use super::*;
 
     #[test]
     fn tokens_are_distinct_and_not_consecutive() {

@@ -1,7 +1,8 @@
 //! Compiles the CRI's .proto files into a descriptor set, without `protoc`. The client uses reflection.
 
-use protobuf::Message;
 use std::path::PathBuf;
+
+use protobuf::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The messages that the shim reads too are defined there.

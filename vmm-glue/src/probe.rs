@@ -4,14 +4,16 @@
 //! code at privilege level 0, a thousand times too slow for a kernel. So the probe runs a loop of known length there
 //! and measures its duration.
 
-use crate::arch::{layout, regs};
-use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit};
 use std::{
     io,
     time::{Duration, Instant},
 };
+
+use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap};
+
+use crate::arch::{layout, regs};
 
 /// Minimum speed in instructions per second at privilege level 0 at which a kernel boots in useful time. Real hardware
 /// runs thousands of millions, emulated hardware hundreds of millions, an interpreter about one million.

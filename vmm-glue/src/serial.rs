@@ -112,8 +112,9 @@ impl Write for Lines {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Read;
+
+    use super::*;
 
     fn console() -> (Console, io::PipeReader) {
         let (reader, writer) = io::pipe().unwrap();

@@ -1,10 +1,11 @@
 //! `cargo xtask bench …`: runs the benchmarks in the test node.
 
+use anyhow::Result;
+use clap::Subcommand;
+
 use crate::build::{self, Profile};
 use crate::node::{self, Add, Limits, Line, Machine, Run, Seat};
 use crate::{dist, paths, setup};
-use anyhow::Result;
-use clap::Subcommand;
 
 /// The benchmarks.
 #[derive(Subcommand)]

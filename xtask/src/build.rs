@@ -1,12 +1,14 @@
 //! Builds the workspace's programs for the guest and the node. All are static and have the same flags, so that they
 //! share one artefact cache.
 
-use crate::{paths, ui};
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{paths, ui};
 
 /// The target triple of all programs that run in the guest, the node or a test node.
 pub const TARGET: &str = "x86_64-unknown-linux-gnu";

@@ -1,11 +1,13 @@
 //! Stores the hash of the inputs of each build step, so that a step runs again only if they changed.
 
-use crate::paths;
-use anyhow::{Context, Result};
-use sha2::{Digest, Sha256};
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
+
+use crate::paths;
 
 /// The SHA-256 of a step's inputs.
 pub struct Key(Sha256);

@@ -1,11 +1,13 @@
 //! The command line of `cargo xtask`.
 
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
 use crate::{bench, conformance, demo, deny, dist, image, imports, kernel, modules, node, setup, store, test};
-use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
 
 /// Builds, runs and tests Husk.
 #[derive(Parser)]

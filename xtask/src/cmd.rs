@@ -1,13 +1,15 @@
 //! Runs programs. Their output goes to a log, the terminal shows its last line, and a failure shows the log's end.
 
-use crate::{paths, ui};
-use anyhow::{Context, Result, bail};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{paths, ui};
 
 /// Lines of the log that are shown if a program fails.
 const LOG_TAIL: usize = 30;

@@ -1,13 +1,15 @@
 //! `cargo xtask conformance`: tests the behaviour that the CRI promises with runc and with Husk, on each containerd
 //! line, and writes docs/conformance.md.
 
-use crate::build::{self, Profile, Program};
-use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
-use crate::{cache, dist, paths, setup, side, ui};
-use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
+
+use anyhow::{Context, Result, bail};
+
+use crate::build::{self, Profile, Program};
+use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
+use crate::{cache, dist, paths, setup, side, ui};
 
 /// The suite that tests the behaviours.
 const SUITE: &str = "conformance";

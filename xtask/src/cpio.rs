@@ -71,8 +71,9 @@ fn padding(length: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::process::{Command, Stdio};
+
+    use super::*;
 
     #[test]
     fn parts_are_padded_to_four_bytes() {

@@ -3,16 +3,18 @@
 //! If KVM is usable and containerd is installed, it runs on this machine, with a containerd of its own that leaves
 //! nothing behind; otherwise in the test node.
 
-use crate::build::Profile;
-use crate::node::{self, Add, Limits, Line, Machine, Run, Seat, kvm};
-use crate::{cache, cmd, dist, paths, setup, ui};
-use anyhow::{Context, Result, bail};
-use clap::Args;
-use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::Value;
+
+use crate::build::Profile;
+use crate::node::{self, Add, Limits, Line, Machine, Run, Seat, kvm};
+use crate::{cache, cmd, dist, paths, setup, ui};
 
 /// The options of `cargo xtask demo`.
 #[derive(Args)]

@@ -1,11 +1,13 @@
 //! `cargo xtask dist`: builds the tree that is copied over `/` of a node.
 
-use crate::build::{self, Profile};
-use crate::{cache, image, kernel, lock, paths, ui};
-use anyhow::{Context, Result};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::build::{self, Profile};
+use crate::{cache, image, kernel, lock, paths, ui};
 
 /// The installed files, with their permissions.
 const INSTALLED: [(&str, u32); 7] = [

@@ -1,14 +1,16 @@
 //! `cargo xtask image`: builds the guest's initramfs, with the agent and its mount points.
 
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
 use crate::build::{self, Profile, Program};
 use crate::cache::{self, Key, Stamp};
 use crate::cpio::Cpio;
 use crate::kernel::mebibytes;
 use crate::{lock, paths, ui};
-use anyhow::{Context, Result};
-use std::fs::{self, File};
-use std::io::BufWriter;
-use std::path::PathBuf;
 
 /// Raised whenever the content of the archive changes.
 const RECIPE: u32 = 1;

@@ -4,14 +4,16 @@
 //! `super`, `self`, and modules that the same file declares). Re-exports are a group of their own, which is first if it
 //! already is, and last otherwise. rustfmt sorts inside the groups.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use proc_macro2::Span;
+use syn::{Item, ItemUse, UseTree, Visibility};
+
 use crate::build::cargo;
 use crate::source::name;
 use crate::{cmd, paths, ui};
-use anyhow::{Context, Result, bail};
-use proc_macro2::Span;
-use std::fs;
-use std::path::{Path, PathBuf};
-use syn::{Item, ItemUse, UseTree, Visibility};
 
 /// The group of a `use` item, in the order of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -3,8 +3,9 @@
 //! libtest's JSON output is unstable, so this reads the text. The list of failures at its end decides which tests
 //! failed: a program that a test starts can print between "test NAME ... " and the result.
 
-use serde::Serialize;
 use std::time::{Duration, Instant};
+
+use serde::Serialize;
 
 /// The bytes of a failure's text that are kept: its end says why.
 const FAILURE_TEXT: usize = 8192;

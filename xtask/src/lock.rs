@@ -1,12 +1,14 @@
 //! Locks between xtask processes. Two kernel builds in one tree break each other, and two nodes on a small machine are
 //! both too slow for their tests.
 
-use crate::{cache, paths, ui};
-use anyhow::{Context, Result};
 use std::fs::File;
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::{cache, paths, ui};
 
 /// Acquires the lock of `what`, waiting for its holder. It is released when the file is closed.
 pub fn take(what: &str) -> Result<File> {

@@ -31,8 +31,9 @@ mod suites;
 mod test;
 mod ui;
 
-use clap::Parser;
 use std::process::ExitCode;
+
+use clap::Parser;
 
 fn main() -> ExitCode {
     let command = cli::Cli::parse();

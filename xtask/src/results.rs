@@ -3,17 +3,19 @@
 //! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node, so that a
 //! run that is stopped leaves the results up to there.
 
-use crate::cache;
-use crate::libtest::{Parser, TestOutcome, TestRun};
-use crate::node::Progress;
-use crate::stages::{self, Part, Stage};
-use anyhow::{Context, Result};
-use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestRerun, TestSuite};
-use serde::Serialize;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestRerun, TestSuite};
+use serde::Serialize;
+
+use crate::cache;
+use crate::libtest::{Parser, TestOutcome, TestRun};
+use crate::node::Progress;
+use crate::stages::{self, Part, Stage};
 
 /// The result of a suite, over all its attempts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -473,8 +475,9 @@ impl Recorder {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::Value;
+
+    use super::*;
 
     fn summary() -> Summary {
         Summary { filter: String::new(), retry: true, emulated: true, finished: true, seconds: 9.5, stages: vec![] }

@@ -1,11 +1,13 @@
 //! `cargo xtask setup`: names the packages that the machine lacks, and installs them.
 
-use crate::pins::KERNEL_SOURCE;
-use crate::{cmd, ui};
-use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::fs;
 use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::pins::KERNEL_SOURCE;
+use crate::{cmd, ui};
 
 /// The packages that every distribution needs, and their purpose.
 const PACKAGES: &[(&str, &str)] = &[

@@ -1,8 +1,10 @@
 //! Runs several nodes side by side on large machines.
 
-use crate::node::Seat;
-use anyhow::{Context, Result};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result};
+
+use crate::node::Seat;
 
 /// Memory that a node and its QEMU need, in MiB.
 const NODE_MEMORY: u64 = 8 * 1024;

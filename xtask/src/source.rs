@@ -1,8 +1,9 @@
 //! Reads the modules of a crate from its source files, as the compiler finds them, without compiling.
 
-use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
 use syn::{Attribute, Expr, Item, Lit, Meta};
 
 /// A module with its items.

@@ -1,8 +1,9 @@
 //! Measures the stages of a run, and shows where the time went.
 
-use serde::Serialize;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use serde::Serialize;
 
 /// A stage of the run.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -13,11 +13,13 @@
 //!
 //! A long test has `#[ignore = "long: REASON"]`: a change does not run it.
 
-use crate::{paths, source};
-use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
+
+use anyhow::{Context, Result, bail};
 use syn::{Attribute, Item};
+
+use crate::{paths, source};
 
 /// The name of the package's library, whose unit tests run as a suite too.
 const LIBRARY: &str = "husk_e2e";

@@ -1,16 +1,18 @@
 //! `cargo xtask test`: all checks, the unit tests, and the end-to-end suites in the test node.
 
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
 use crate::build::{self, Profile, Program, cargo};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat, kvm};
 use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
-use crate::{cache, cmd, deny, dist, kernel, modules, paths, setup, side, ui};
-use anyhow::{Context, Result, bail};
-use clap::Args;
-use std::fs;
-use std::process::Command;
+use crate::{cache, cmd, deny, dist, imports, kernel, modules, paths, setup, side, ui};
 
 /// The suite that builds images. It has images of its own.
 const BUILDERS: &str = "cri_builders";
@@ -112,9 +114,10 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
 
 /// Checks that need no compiler.
 fn format() -> Result<()> {
-    ui::say("test", "dependencies, format, needs of the suites, modules");
+    ui::say("test", "dependencies, format, imports, needs of the suites, modules");
     deny::deny()?;
     cmd::shown(cargo().args(["fmt", "--all", "--check"]))?;
+    imports::imports(false)?;
     suites::read()?;
     modules::check()
 }
@@ -386,12 +389,13 @@ fn script(boot: &Boot) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+
     use super::*;
     use crate::libtest::TestOutcome;
     use crate::node::Progress;
     use crate::results::Attempt;
-    use std::os::unix::fs::PermissionsExt;
-    use std::path::Path;
 
     #[test]
     fn suites_run_where_they_belong() {

@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use husk_base::sys::process::wait;
+
 use protocol::{Request, Response};
 
 /// `argv[0]` with which the agent re-executes itself as a helper.

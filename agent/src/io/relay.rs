@@ -108,8 +108,9 @@ fn is_end_of_file(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::net::UnixStream;
+
+    use super::*;
 
     #[tokio::test]
     async fn output_copies_all_bytes_and_half_closes() {

@@ -122,9 +122,10 @@ async fn read_header(stream: OwnedFd) -> io::Result<(Header, OwnedFd)> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
+
+    use super::*;
 
     #[tokio::test]
     async fn take_works_before_and_after_the_stream_connects() {

@@ -214,8 +214,9 @@ fn prune(root: &Path, below: &Path, keep: &BTreeSet<PathBuf>) -> io::Result<()> 
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn entry(kind: Kind, path: &str, content: &str) -> MirrorEntry {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());

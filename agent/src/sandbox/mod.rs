@@ -90,8 +90,9 @@ impl Sandbox {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_proto::agent::{IdMapping, SetupRequest};
+
+    use super::*;
 
     #[test]
     fn prepare_returns_the_error_and_tries_again() {

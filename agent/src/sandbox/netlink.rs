@@ -4,10 +4,11 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use husk_netlink::socket;
-pub use husk_netlink::{Link, Message, Netlink, link_header, links};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+pub use husk_netlink::{Link, Message, Netlink, link_header, links};
 
 /// Notifications of new and changed links in the network namespace in which the socket was opened.
 pub struct LinkNotifications {

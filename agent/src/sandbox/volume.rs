@@ -206,8 +206,9 @@ fn path_component(name: &str) -> Result<&Path, VolumeError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::{MetadataExt, symlink};
+
+    use super::*;
 
     fn directory(name: &str) -> VolumeDirectory {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());

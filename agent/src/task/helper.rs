@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use husk_base::error::chain;
 use tokio::time::timeout;
 
 use super::Tasks;
@@ -13,7 +14,6 @@ use crate::helper::protocol::{Request, Response};
 use crate::io::console::Console;
 use crate::io::relay::Endpoint;
 use crate::io::stdio::ChildIo;
-use husk_base::error::chain;
 
 /// Parameters of one helper.
 pub struct HelperJob<'a> {

@@ -27,8 +27,9 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Read;
+
+    use super::*;
 
     #[test]
     fn set_nonblocking_lets_an_empty_pipe_fail() {

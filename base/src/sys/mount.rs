@@ -100,9 +100,10 @@ pub fn attach(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs::File;
     use std::os::fd::AsFd;
+
+    use super::*;
 
     #[test]
     fn mount_id_differs_between_file_systems() {

@@ -30,10 +30,11 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::fd::AsFd;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
+
+    use super::*;
 
     #[test]
     fn send_signal_reaches_the_process_until_it_is_reaped() {

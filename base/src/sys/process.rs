@@ -85,8 +85,9 @@ pub fn set_secure_bits(bits: libc::c_int) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::process::Command;
+
+    use super::*;
 
     #[test]
     fn wait_returns_the_status_of_a_real_time_signal() {

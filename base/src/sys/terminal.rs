@@ -55,9 +55,10 @@ pub fn set_controlling(terminal: impl AsFd) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs::File;
     use std::io::{Read, Write};
+
+    use super::*;
 
     #[test]
     fn slave_opens_after_unlock() {

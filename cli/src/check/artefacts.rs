@@ -1,9 +1,11 @@
 //! Checks the configuration, and the guest kernel and initrd that it names.
 
-use super::Finding;
+use std::{fs::File, io, io::Read, path::Path};
+
 use husk_base::error::chain;
 use husk_config::Config;
-use std::{fs::File, io, io::Read, path::Path};
+
+use super::Finding;
 
 /// Loads the configuration. Returns the defaults if it is invalid, so that the other checks can run.
 pub fn configuration(path: &Path) -> (Config, Vec<Finding>) {
@@ -69,9 +71,10 @@ fn initrd(head: &[u8]) -> Result<&'static str, &'static str> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::Status;
     use super::*;
-    use std::fs;
 
     #[test]
     fn recognizes_kernel_and_initrd_formats() {

@@ -1,6 +1,5 @@
 //! Checks containerd: its version, whether it finds the shim, and whether Kubernetes pods can use Husk.
 
-use super::Finding;
 use std::{
     env, fs, io,
     io::Read,
@@ -10,6 +9,8 @@ use std::{
     thread,
     time::Duration,
 };
+
+use super::Finding;
 
 /// File name of the shim. containerd derives it from the runtime's name.
 const SHIM: &str = "containerd-shim-husk-v2";

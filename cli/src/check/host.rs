@@ -1,10 +1,12 @@
 //! Checks the host: KVM, and the kernel features that Husk needs.
 
-use super::Finding;
+use std::{fs, io, path::Path};
+
 use husk_base::error::chain;
 use husk_vmm::probe::{Probe, ProbeError, kvm_speed};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, statfs};
-use std::{fs, io, path::Path};
+
+use super::Finding;
 
 /// First kernel with mount_setattr(2), which makes volumes read-only.
 const MIN_KERNEL: (u32, u32) = (5, 12);

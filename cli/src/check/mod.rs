@@ -4,9 +4,11 @@ mod artefacts;
 mod containerd;
 mod host;
 
-use crate::print;
-use serde::Serialize;
 use std::{fmt::Write, path::Path, process::ExitCode};
+
+use serde::Serialize;
+
+use crate::print;
 
 /// Output format of the findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

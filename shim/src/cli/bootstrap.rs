@@ -141,8 +141,9 @@ pub fn reply(address: &str, form: Form) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use protobuf::well_known_types::any::Any;
+
+    use super::*;
 
     fn args() -> Args {
         Args { id: "c1".into(), namespace: "default".into(), address: "/grpc".into(), ..Default::default() }

@@ -132,8 +132,9 @@ fn parse_bool(flag: &str, value: Option<String>) -> Result<bool, ArgsError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn parse(args: &[&str]) -> Result<Args, ArgsError> {
         Args::parse(args.iter().map(|s| (*s).to_owned()))

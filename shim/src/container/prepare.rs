@@ -1,5 +1,13 @@
 //! Prepares a container: its mounts on the host, and its specification for the guest.
 
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
 use crate::oci::annotations::POD_UID;
 use crate::oci::{Bundle, Disk, TranslateError, disks, translate};
 use crate::resources::cgroup;
@@ -10,12 +18,6 @@ use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
 use crate::volumes::stage::{StagingDir, SyncError};
 use crate::volumes::teardown::teardown;
 use crate::volumes::{bind, plan, rootfs};
-use serde_json::Value;
-use std::{
-    collections::HashMap,
-    fs, io,
-    path::{Path, PathBuf},
-};
 
 /// Input of [`prepare`].
 #[derive(Debug, Clone, Copy)]

@@ -1,20 +1,22 @@
 //! Tests [`prepare`] with real mounts, each in a separate mount namespace. They need root, as `cargo xtask test` does.
 
-use super::prepare::*;
-use crate::oci::Bundle;
-use crate::oci::bundle::tests::sample;
-use crate::volumes::*;
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
-use serde_json::{Value, json};
 use std::{
     collections::HashMap,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use serde_json::{Value, json};
+
+use super::prepare::*;
+use crate::oci::Bundle;
+use crate::oci::bundle::tests::sample;
+use crate::volumes::*;
 
 /// Runs `test` in a thread with a new mount namespace and a new directory, like those of the shim's daemon.
 fn isolated(test: impl FnOnce(&Path) + Send + 'static) {

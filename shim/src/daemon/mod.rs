@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_base::sys::heap;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use ttrpc::asynchronous::Server;
@@ -22,7 +23,6 @@ use crate::sandbox::launch::{self, LaunchContext, Pending};
 use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
-use husk_base::sys::heap;
 
 /// Timeout for delivering the last events to containerd at the end.
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);

@@ -141,9 +141,11 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use husk_proto::containerd::events::task::{TaskExit, TaskStart};
     use std::sync::Mutex;
+
+    use husk_proto::containerd::events::task::{TaskExit, TaskStart};
+
+    use super::*;
 
     struct Flaky {
         fails: usize,

@@ -19,12 +19,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-pub use follow::{Change, NetworkWatcher};
 use husk_netlink::Netlink;
 use husk_proto::agent::NetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
+
 use read::Link;
+
+pub use follow::{Change, NetworkWatcher};
 pub use steer::PortForwarding;
 
 /// Maximum number of fds in the message that creates a VM, apart from those of its interfaces.

@@ -8,6 +8,8 @@ use std::time::Duration;
 use husk_proto::agent::{ReleaseRequest, RescanRequest};
 use husk_vmm::config::{FdIndex, NetConfig};
 use husk_vmm::control::{Answer, Call};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
@@ -18,8 +20,6 @@ use crate::lock;
 use crate::network::{Change, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
 
 /// Delay after a first change, so that related changes are applied together: an interface, its address and its routes
 /// arrive one after another.
@@ -265,9 +265,10 @@ pub fn net_config<'a>(tap: &'a Tap, fds: &mut Vec<BorrowedFd<'a>>) -> NetConfig 
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
+
+    use super::*;
 
     /// A guest that fails `left` attempts before it succeeds, and reports the time of every attempt.
     struct FailingGuest {

@@ -1,15 +1,17 @@
 //! Reads a bundle's `config.json` and rejects what a VM cannot provide.
 
-use crate::oci::annotations::SANDBOX_ID;
-use crate::oci::id_mappings::IdMappings;
-use crate::oci::spec::{Network, Spec};
-use serde::{Deserialize, de};
-use serde_json::Value;
 use std::{
     io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
+
+use serde::{Deserialize, de};
+use serde_json::Value;
+
+use crate::oci::annotations::SANDBOX_ID;
+use crate::oci::id_mappings::IdMappings;
+use crate::oci::spec::{Network, Spec};
 
 /// Maximum size of `config.json` in bytes. containerd's messages end at 16 MiB, and specifications have some kilobytes.
 const MAX_LEN: u64 = 16 << 20;
@@ -287,9 +289,10 @@ const HOST_NAMESPACES: [HostNamespace; 4] = [
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::*;
     use proptest::prelude::*;
     use serde_json::json;
+
+    use super::*;
 
     /// Returns a shortened specification as `ctr run` makes it.
     pub fn sample() -> Value {

@@ -95,8 +95,9 @@ impl fmt::Debug for CpuSet {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     #[test]
     fn lists_are_parsed_and_formatted() {

@@ -84,8 +84,9 @@ fn number(entry: &Value, key: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
 
     fn spec(access: &str) -> Value {
         json!({ "linux": {

@@ -1,7 +1,8 @@
 //! OCI hooks of a specification: the shim runs the host's hooks, so only the guest's stay in the specification.
 
-use crate::oci::json::{TranslateError, present, unsupported};
 use serde_json::{Map, Value};
+
+use crate::oci::json::{TranslateError, present, unsupported};
 
 /// Keeps only the hooks that the guest runs: `startContainer`, whose program is in the container's image.
 pub fn keep_guests(hooks: &mut Map<String, Value>) -> Result<(), TranslateError> {
@@ -17,8 +18,9 @@ pub fn keep_guests(hooks: &mut Map<String, Value>) -> Result<(), TranslateError>
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
 
     #[test]
     fn keep_guests_keeps_start_container_hooks_only() {

@@ -1,11 +1,12 @@
 //! Id mappings of user namespaces and id-mapped mounts.
 
-use serde::Deserialize;
 use std::{
     fs::{self, File},
     io,
     os::fd::OwnedFd,
 };
+
+use serde::Deserialize;
 
 /// Id that stands for every unmapped id (the kernel's `overflowuid`).
 const OVERFLOW_ID: u32 = 65534;

@@ -2,13 +2,15 @@
 //!
 //! Every field has a default: what must be there is checked later (see [`crate::oci::bundle`]), with a better error.
 
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+
 use crate::oci::annotations::Annotations;
 use crate::oci::cpuset::CpuSet;
 use crate::oci::id_mappings::IdMapping;
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer};
-use std::collections::HashMap;
-use std::path::PathBuf;
 
 /// Deserializes `null` like an absent field: some engines write an empty list as `null`.
 fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
@@ -241,8 +243,9 @@ impl Mount {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     proptest! {
         #[test]

@@ -2,10 +2,12 @@
 //!
 //! The JSON is edited in place, so that fields unknown to this code reach the guest.
 
+use std::collections::HashMap;
+
+use serde_json::{Map, Value};
+
 use crate::oci::json::{TranslateError, array, object, present, unsupported};
 use crate::oci::{devices, hooks, update};
-use serde_json::{Map, Value};
-use std::collections::HashMap;
 
 /// Translates everything except mount sources, which [`crate::volumes::plan`] does. Adds to `notes` what was left out,
 /// for the log.
@@ -159,10 +161,11 @@ fn pid_of(path: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::oci::bundle::tests::sample;
     use proptest::prelude::*;
     use serde_json::json;
+
+    use super::*;
+    use crate::oci::bundle::tests::sample;
 
     fn translated(change: impl FnOnce(&mut Value)) -> Result<(Value, Vec<String>), TranslateError> {
         let mut value = sample();

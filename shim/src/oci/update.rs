@@ -1,8 +1,9 @@
 //! Resource limits in a specification or an update request: limits of the guest's cgroups pass, those of the host do
 //! not.
 
-use crate::oci::json::{TranslateError, object, present, unsupported};
 use serde_json::{Map, Value};
+
+use crate::oci::json::{TranslateError, object, present, unsupported};
 
 /// Translates the resources of an update request (OCI `LinuxResources` as JSON) for the guest.
 ///
@@ -77,8 +78,9 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
 
     fn update(value: &Value) -> Result<Value, String> {
         let bytes = resources_update(value.to_string().as_bytes()).map_err(|error| error.to_string())?;

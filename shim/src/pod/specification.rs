@@ -117,9 +117,10 @@ fn cgroups_path(parent: &str, id: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use husk_proto::cri::{LinuxContainerResources, LinuxPodSandboxConfig};
+
     use super::*;
     use crate::oci::{Bundle, Network};
-    use husk_proto::cri::{LinuxContainerResources, LinuxPodSandboxConfig};
 
     fn spec(change: impl FnOnce(&mut PodSandboxConfig)) -> Value {
         let mut config = PodSandboxConfig::default();

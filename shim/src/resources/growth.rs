@@ -239,8 +239,9 @@ pub fn cpus_of_shares(shares: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::{Value, json};
+
+    use super::*;
 
     fn growth() -> Growth {
         let config =

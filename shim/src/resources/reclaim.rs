@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use husk_proto::agent::ForgetRequest;
+use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
@@ -28,7 +29,6 @@ use crate::resources::cgroup::Place;
 use crate::resources::limits;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
-use nix::errno::Errno;
 
 /// Minimum time between two reactions: the kernel reports every reclaim, and often several together.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);

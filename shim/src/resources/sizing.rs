@@ -1,9 +1,10 @@
 //! Computes the size of a pod's VM.
 
+use husk_config::{Config, annotation, check};
+
 use crate::oci::annotations;
 use crate::oci::spec::{Cpu, Memory, Spec};
 use crate::resources::growth::{Growth, Size, cpus_of_shares, page_metadata_mib};
-use husk_config::{Config, annotation, check};
 
 const MIB: u64 = 1 << 20;
 /// Default period of cgroups in microseconds, used if only a quota is given.
@@ -176,9 +177,10 @@ fn total_memory_mib() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
     use crate::oci::bundle::tests::bundle;
-    use serde_json::{Value, json};
 
     const HOST: Host = Host { cpus: 8, memory_mib: 16 << 10, max_guest_mib: u64::MAX };
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use husk_base::entropy;
 use husk_config::Config;
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
@@ -26,7 +27,6 @@ use crate::vm::agent::Agent;
 use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
-use husk_base::entropy;
 
 /// Slots that are free at boot, for disks and interfaces that are hot-plugged.
 const SPARE_SLOTS: u8 = 5;

@@ -152,8 +152,9 @@ fn open(disk: Disk) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::cell::Cell;
+
+    use super::*;
 
     #[tokio::test]
     async fn disk_keeps_its_slot_when_the_guest_finds_it_late() {

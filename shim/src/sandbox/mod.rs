@@ -18,7 +18,9 @@ use tokio::sync::mpsc;
 
 use crate::network::forward;
 use crate::network::sync::NetworkSync;
+use crate::random;
 use crate::resources::cgroup::Cgroup;
+use crate::resources::growth::Size;
 use crate::resources::resize::Resizer;
 use crate::resources::{hugepages, limits, reclaim};
 use crate::sandbox::state_dir::StateDir;
@@ -28,9 +30,6 @@ use crate::vm::vmm::{Vmm, VmmError};
 use crate::vm::{State, StateCell, agent};
 use boot::Plan;
 use timeline::Timeline;
-
-use crate::random;
-use crate::resources::growth::Size;
 
 /// Input of [`Sandbox::launch`].
 pub struct LaunchInput {

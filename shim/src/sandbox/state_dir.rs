@@ -6,10 +6,11 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use husk_base::sys::pidfd;
+
 use crate::resources::cgroup;
 use crate::systemd::Unit;
 use crate::volumes::{Share, ShareError};
-use husk_base::sys::pidfd;
 
 /// Parent of all sandboxes' directories.
 pub const ROOT: &str = "/run/husk";

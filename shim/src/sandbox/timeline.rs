@@ -1,12 +1,12 @@
 //! Timeline of a sandbox's start, with steps of the shim and the VMM. Saved in the sandbox's directory.
 
-use nix::time::ClockId;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
 use husk_config::timeline::Timeline as Record;
+use nix::time::ClockId;
 
 use crate::lock;
 

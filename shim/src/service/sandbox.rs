@@ -11,6 +11,7 @@ use husk_proto::containerd::sandbox_api::{
     WaitSandboxRequest, WaitSandboxResponse,
 };
 use husk_proto::containerd::sandbox_async::{Sandbox, create_sandbox};
+use husk_proto::metrics;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
@@ -22,7 +23,6 @@ use crate::events::timestamp;
 use crate::pod;
 use crate::resources::cgroup::Place;
 use crate::resources::legacy_metrics;
-use husk_proto::metrics;
 
 /// States by their CRI names, which containerd passes on unchanged.
 const READY: &str = "SANDBOX_READY";

@@ -4,12 +4,6 @@
 //! amounts are read and written, because each spliced fragment occupies one of the pipe's few buffers, however short it
 //! is. Without a reader, a container would otherwise block after a few lines instead of after 64 KiB.
 
-use nix::{
-    errno::Errno,
-    fcntl::{SpliceFFlags, splice},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    unistd::write,
-};
 use std::{
     fs::File,
     io::{self, Write},
@@ -18,6 +12,13 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{SpliceFFlags, splice},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::write,
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},

@@ -3,14 +3,6 @@
 //! In containerd's protocol the logger gets CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
 //! container's stdout and fd 4 its stderr. Fd 5 is a pipe, which the logger closes or writes to when it is ready.
 
-use super::{LoggerContext, StdioError};
-use crate::async_fd::register;
-use husk_base::sys::pidfd;
-use nix::{
-    fcntl::{FcntlArg, OFlag, fcntl},
-    sys::signal::{Signal, kill},
-    unistd::{Pid, pipe2},
-};
 use std::{
     io,
     os::{
@@ -21,11 +13,21 @@ use std::{
     process::{Child, Command, Stdio},
     time::Duration,
 };
+
+use husk_base::sys::pidfd;
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::signal::{Signal, kill},
+    unistd::{Pid, pipe2},
+};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::oneshot,
     time::timeout,
 };
+
+use super::{LoggerContext, StdioError};
+use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);

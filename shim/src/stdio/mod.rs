@@ -20,9 +20,10 @@ mod tests;
 pub use error::StdioError;
 pub use relay::Relay;
 
+use tokio::net::UnixStream;
+
 use logger::LoggerHandle;
 use target::{Input, Output};
-use tokio::net::UnixStream;
 
 /// The streams as a Create or Exec request names them: the path of a fifo, a `file://` or `binary://` URI, or empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

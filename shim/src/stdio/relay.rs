@@ -1,12 +1,5 @@
 //! The running copy tasks of one process's streams.
 
-use super::{
-    Stdio, StdioError, Streams,
-    copy::{self, Sink},
-    logger::LoggerHandle,
-    target::{Input, Output},
-};
-use crate::async_fd::register;
 use std::{
     os::fd::OwnedFd,
     sync::{
@@ -15,7 +8,16 @@ use std::{
     },
     time::Duration,
 };
+
 use tokio::{io::Interest, net::UnixStream, sync::watch, task::AbortHandle};
+
+use super::{
+    Stdio, StdioError, Streams,
+    copy::{self, Sink},
+    logger::LoggerHandle,
+    target::{Input, Output},
+};
+use crate::async_fd::register;
 
 /// The copy tasks. Dropping it stops them and closes containerd's ends.
 #[derive(Debug)]

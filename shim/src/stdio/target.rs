@@ -3,19 +3,21 @@
 //! As in runc's shim, both ends of an output fifo stay open here. A client may then disconnect and reconnect, and the
 //! container neither gets SIGPIPE nor loses output. The write end of the stdin fifo also stays open, until `CloseIO`.
 
-use super::{
-    LoggerContext, Paths, Stdio, StdioError,
-    logger::{self, LoggerHandle},
-};
-use nix::{
-    fcntl::{OFlag, open as open_fd},
-    sys::stat::{Mode, SFlag, fstat},
-};
 use std::{
     fs::{self, File, OpenOptions},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
+};
+
+use nix::{
+    fcntl::{OFlag, open as open_fd},
+    sys::stat::{Mode, SFlag, fstat},
+};
+
+use super::{
+    LoggerContext, Paths, Stdio, StdioError,
+    logger::{self, LoggerHandle},
 };
 
 /// The source of stdin.
@@ -187,8 +189,9 @@ fn file(path: &Path, truncate: bool, stream: &'static str) -> Result<Output, Std
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn parse(text: &str) -> Option<Target> {
         Target::parse(text, "stdout").unwrap()

@@ -1,7 +1,5 @@
 //! Tests of whole streams: real fifos, files and loggers on one side, a socket pair instead of vsock on the other.
 
-use super::*;
-use nix::{sys::stat::Mode, unistd::mkfifo};
 use std::{
     fs::{self, OpenOptions},
     io::{Read, Write},
@@ -9,7 +7,11 @@ use std::{
     path::Path,
     time::Duration,
 };
+
+use nix::{sys::stat::Mode, unistd::mkfifo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
 
 const LOGGER: LoggerContext<'_> = LoggerContext { id: "c1", namespace: "ns" };
 const LONG: Duration = Duration::from_secs(60);

@@ -8,9 +8,10 @@ mod message;
 use std::path::Path;
 use std::time::Duration;
 
-pub use connection::CallError;
 use connection::Connection;
 use message::Body;
+
+pub use connection::CallError;
 pub use message::{Property, Value};
 
 /// systemd's private socket, which only root can use. It works without a message bus and without the bus's limits.

@@ -135,8 +135,9 @@ fn bounded(text: &str, limit: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_proto::agent::Exit;
+
+    use super::*;
 
     fn exit(status: u32, at: i64) -> Event {
         let mut event = Event::new();

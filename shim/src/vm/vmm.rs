@@ -8,6 +8,7 @@ use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use husk_base::sys::process;
 use husk_vmm::client::{self, SpawnError, SpawnOptions, Spawned};
 use husk_vmm::control::{Answer, Call, Notice, Reply, Request, wire};
 use tokio::io::Interest;
@@ -17,7 +18,6 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use crate::async_fd::register;
 use crate::lock;
 use crate::oci::Network;
-use husk_base::sys::process;
 
 /// Error of starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]

@@ -5,9 +5,14 @@
 //! lock in one would not work in the other. Each mount that a container uses is marked by an empty file with the
 //! mount's name in `<share>/<container>/mounts`.
 
-/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
-/// may cache a directory's old entry for a while.
-pub use husk_proto::SHARED_VOLUMES as VOLUMES;
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use nix::sys::{stat::fstat, statvfs::fstatvfs};
 
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
@@ -16,13 +21,10 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
 use crate::volumes::stage::{StagingDir, SyncError};
 use crate::volumes::unmount::{remove, unmount};
-use nix::sys::{stat::fstat, statvfs::fstatvfs};
-use std::{
-    fs, io,
-    os::fd::{AsFd, OwnedFd},
-    path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+
+/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
+/// may cache a directory's old entry for a while.
+pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
 /// Number with which the name of the next mount begins. The lock is held while markers and mounts must be consistent:
 /// containers are created and deleted on separate threads.

@@ -1,7 +1,8 @@
 //! Error of making a volume available to the guest.
 
-use crate::volumes::memory_volume;
 use std::io;
+
+use crate::volumes::memory_volume;
 
 /// Error of making a volume available to the guest.
 #[derive(Debug, thiserror::Error)]

@@ -4,12 +4,6 @@
 //! permissions. With Husk, the VMM would open them with the VMM's permissions. The guest has its own instances of the
 //! file systems that it needs.
 
-use crate::volumes::mountinfo::Entry;
-use crate::volumes::{mount_api, mountinfo};
-use nix::sys::{
-    stat::{fstat, stat},
-    statfs::{TMPFS_MAGIC, fstatfs, statfs},
-};
 use std::{
     ffi::OsStr,
     io,
@@ -19,6 +13,14 @@ use std::{
     },
     path::{Path, PathBuf},
 };
+
+use nix::sys::{
+    stat::{fstat, stat},
+    statfs::{TMPFS_MAGIC, fstatfs, statfs},
+};
+
+use crate::volumes::mountinfo::Entry;
+use crate::volumes::{mount_api, mountinfo};
 
 /// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each
 /// file system's source). devtmpfs has none, because its `f_type` is that of tmpfs.

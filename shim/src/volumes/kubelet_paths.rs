@@ -1,8 +1,12 @@
 //! The kubelet's directories for a pod's volumes on the node: finds the volume, and the subdirectory, of a mount's
 //! source.
 
-use crate::oci::id_mappings::IdMappings;
-use crate::volumes::{mount_api, mountinfo};
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Component, Path, PathBuf},
+};
+
 use husk_proto::agent::VolumeDirectory;
 use nix::{
     fcntl::{OFlag, openat},
@@ -11,11 +15,9 @@ use nix::{
         statfs::{TMPFS_MAGIC, fstatfs},
     },
 };
-use std::{
-    fs, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
-    path::{Component, Path, PathBuf},
-};
+
+use crate::oci::id_mappings::IdMappings;
+use crate::volumes::{mount_api, mountinfo};
 
 /// An emptyDir on a disk, which the guest has by virtio-fs, or a subdirectory of one.
 #[derive(Debug)]

@@ -5,10 +5,6 @@
 //! huge pages cannot be shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives
 //! as long as the pod.
 
-use crate::oci::id_mappings::IdMappings;
-use crate::volumes::{kubelet_paths, mount_api};
-use husk_proto::SHARED;
-use husk_proto::agent::{VolumeDirectory, VolumeRequest};
 use std::{
     fs, io,
     os::{
@@ -17,6 +13,12 @@ use std::{
     },
     path::Path,
 };
+
+use husk_proto::SHARED;
+use husk_proto::agent::{VolumeDirectory, VolumeRequest};
+
+use crate::oci::id_mappings::IdMappings;
+use crate::volumes::{kubelet_paths, mount_api};
 
 /// File system types (linux/magic.h).
 const TMPFS_MAGIC: i64 = 0x0102_1994;

@@ -2,11 +2,12 @@
 
 use std::{io, os::fd::OwnedFd, path::Path};
 
-pub use husk_base::sys::mount::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, set_attributes, set_id_mapping};
 use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
 };
+
+pub use husk_base::sys::mount::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id, set_attributes, set_id_mapping};
 
 /// Opens `path` with O_PATH. A symlink in the last component is followed if `follow` is true.
 ///

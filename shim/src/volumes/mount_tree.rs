@@ -1,10 +1,11 @@
 //! Mount trees from the kernel's mount list, and which of their submounts a path lookup reaches.
 
-use crate::volumes::mountinfo::Entry;
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
 };
+
+use crate::volumes::mountinfo::Entry;
 
 /// A mount tree.
 pub struct Tree<'a> {

@@ -1,7 +1,8 @@
 //! Reads the kernel's mount list of this thread's mount namespace (proc_pid_mountinfo(5)).
 
-use nix::sys::stat::makedev;
 use std::{ffi::OsString, fs, io, os::unix::ffi::OsStringExt, path::PathBuf};
+
+use nix::sys::stat::makedev;
 
 /// An entry of the mount list.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,8 +70,9 @@ fn octal(digits: &[u8]) -> Option<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::path::Path;
+
+    use super::*;
 
     #[test]
     fn parse_reads_entries_and_skips_malformed_lines() {

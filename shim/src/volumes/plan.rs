@@ -1,6 +1,15 @@
 //! Plans a container's mounts: host directories and files are bound into the share, and the guest binds them from
 //! there.
 
+use std::{
+    fs,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Component, Path},
+};
+
+use husk_proto::{agent::VolumeRequest, volume};
+use nix::sys::stat::{SFlag, fstat, major, minor};
+
 use crate::oci::devices;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
@@ -11,13 +20,6 @@ use crate::volumes::kubelet_paths::DiskEmptyDir;
 use crate::volumes::mirror;
 use crate::volumes::mirror::{Mirror, Volume};
 use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
-use husk_proto::{agent::VolumeRequest, volume};
-use nix::sys::stat::{SFlag, fstat, major, minor};
-use std::{
-    fs,
-    os::fd::{AsRawFd, OwnedFd},
-    path::{Component, Path},
-};
 
 /// How a mount of the specification is made available in the guest.
 #[derive(Debug)]

@@ -1,15 +1,17 @@
 //! Mounts a container's rootfs from the mounts that containerd's snapshotter returns.
 
-use crate::oci::id_mappings::IdMappings;
-use crate::volumes::host_only::HostOnly;
-use crate::volumes::mount_api;
-use crate::volumes::stage::StagingDir;
-use nix::mount::{MsFlags, mount};
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
+
+use nix::mount::{MsFlags, mount};
+
+use crate::oci::id_mappings::IdMappings;
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mount_api;
+use crate::volumes::stage::StagingDir;
 
 /// Size of a page, which limits a mount's options: the kernel copies one page, with the terminating NUL.
 const PAGE_SIZE: usize = 4096;

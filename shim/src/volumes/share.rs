@@ -6,13 +6,15 @@
 //! something. Mounts are prepared in a third directory, `stage`, the staging directory, which is invisible to the
 //! guest.
 
-use crate::volumes::bind;
-use crate::volumes::stage::StagingDir;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{
     io,
     path::{Path, PathBuf},
 };
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::volumes::bind;
+use crate::volumes::stage::StagingDir;
 
 /// A sandbox's share.
 #[derive(Debug, Clone, PartialEq, Eq)]

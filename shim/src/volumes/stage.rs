@@ -8,20 +8,22 @@
 //! later mounts. [`StagingDir::sync`] repeats them in the share. So no host-only file system gets into the share, and
 //! the host can unmount a file system on which a guest has open files.
 
-use crate::volumes::host_only::HostOnly;
-use crate::volumes::mount_tree::{Submount, Tree, differences};
-use crate::volumes::{mount_api, mountinfo, unmount};
-use nix::{
-    errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
-    mount::{MntFlags, umount2},
-};
 use std::{
     ffi::OsStr,
     fs, io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
+
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    mount::{MntFlags, umount2},
+};
+
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mount_tree::{Submount, Tree, differences};
+use crate::volumes::{mount_api, mountinfo, unmount};
 
 /// Subdirectory of the receiving trees. Each has the name of its volume in the share.
 const RECEIVING: &str = "receiving";
@@ -326,12 +328,13 @@ fn open_below(base: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::volumes::mountinfo::Entry;
     use nix::{
         mount::{MsFlags, mount},
         sched::{CloneFlags, unshare},
     };
+
+    use super::*;
+    use crate::volumes::mountinfo::Entry;
 
     /// Returns the id of the mount at `point`.
     fn id(point: &Path) -> u64 {

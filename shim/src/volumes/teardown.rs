@@ -1,11 +1,12 @@
 //! Removes a container's mounts and directories from the host.
 
-use crate::volumes::bind;
-use crate::volumes::unmount::{remove, unmount};
 use std::{
     io,
     path::{Path, PathBuf},
 };
+
+use crate::volumes::bind;
+use crate::volumes::unmount::{remove, unmount};
 
 /// Error of removing a container's files and mounts.
 #[derive(Debug, thiserror::Error)]

@@ -1,10 +1,11 @@
 //! Unmounts and removes mount points.
 
+use std::{fs, io, path::Path};
+
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},
 };
-use std::{fs, io, path::Path};
 
 /// Maximum number of mounts stacked on one directory. It bounds the loop.
 const MAX_STACKED: usize = 4096;

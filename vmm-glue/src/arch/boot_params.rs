@@ -108,8 +108,9 @@ fn e820(memory: u64) -> Vec<(u64, u64, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     proptest! {
         #[test]

@@ -60,8 +60,9 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::{Read, Write};
+
+    use super::*;
 
     #[test]
     fn recv_returns_message_and_fds() {

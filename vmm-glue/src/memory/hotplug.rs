@@ -278,8 +278,9 @@ fn replace(start: *mut libc::c_void, len: usize, protection: libc::c_int, kind: 
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::fd::AsRawFd;
+
+    use super::*;
 
     #[test]
     fn range_is_above_ram_and_devices() {

@@ -75,9 +75,10 @@ fn notify_address(slot: u32) -> IoEventAddress {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::cell::{Cell, RefCell};
     use std::collections::BTreeSet;
+
+    use super::*;
 
     /// What is registered: `None` is the interrupt, `Some` a queue. The call with number `fail_at` fails.
     #[derive(Default)]

@@ -1,9 +1,10 @@
 //! Licence expressions of SPDX: parses them, and decides whether a set of accepted licences satisfies one.
 
-use anyhow::{Result, bail};
 use std::collections::BTreeSet;
 use std::iter::Peekable;
 use std::vec::IntoIter;
+
+use anyhow::{Result, bail};
 
 /// A licence expression. `MIT/Apache-2.0`, the form from before SPDX, is a choice.
 #[derive(Debug, PartialEq, Eq)]

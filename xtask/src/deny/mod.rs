@@ -11,16 +11,18 @@ mod rules;
 mod status;
 mod xxh32;
 
-use crate::build::cargo;
-use crate::{cmd, paths, ui};
-use anyhow::{Context, Result, bail};
-use expression::Expression;
-use rules::{Clarification, Rules, Spec};
-use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::build::cargo;
+use crate::{cmd, paths, ui};
+use expression::Expression;
+use rules::{Clarification, Rules, Spec};
 
 /// The workspaces, as directories of their manifests.
 const WORKSPACES: [&str; 2] = ["", "tests/fuzz"];

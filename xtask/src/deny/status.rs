@@ -1,11 +1,13 @@
 //! What cargo's own files say about crates without an advisory database: yanked versions, and `[badges.maintenance]`.
 
-use super::Package;
-use anyhow::{Context, Result};
-use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::Package;
 
 /// Values of `[badges.maintenance] status` with which a crate says that nobody maintains it.
 const UNMAINTAINED: [&str; 2] = ["deprecated", "none"];

@@ -2,15 +2,17 @@
 
 mod source;
 
-use crate::cache::{self, Key, Stamp};
-use crate::pins::KERNEL_SOURCE;
-use crate::store::{Origin, Step};
-use crate::{cmd, lock, paths, ui};
-use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::{self, Key, Stamp};
+use crate::pins::KERNEL_SOURCE;
+use crate::store::{Origin, Step};
+use crate::{cmd, lock, paths, ui};
 
 /// Raised whenever the steps below change.
 const RECIPE: u32 = 1;

@@ -1,13 +1,15 @@
 //! Finds the kernel's source: in a package of this machine, or, if its distribution has none, in Debian's package.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
 use crate::cache::{self, Key, Stamp};
 use crate::pins::{KERNEL_SOURCE, RELEASE};
 use crate::store::Step;
 use crate::{cmd, paths, ui};
-use anyhow::{Context, Result, bail};
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// Raised whenever the fetching changes.
 const RECIPE: u32 = 1;

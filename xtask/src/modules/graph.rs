@@ -1,8 +1,9 @@
 //! Finds cycles among the modules that a crate, or a module, consists of.
 
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
 use super::uses::Use;
 use crate::source::Module;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Uses among the children of one module: from a child, to a child, and where the first such use is.
 type Siblings<'a> = BTreeMap<(&'a str, &'a str), &'a Use>;
@@ -117,8 +118,9 @@ impl<'a> Knot<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::path::PathBuf;
+
+    use super::*;
 
     /// Modules by their paths, and the uses among them.
     fn crate_of(paths: &[&str], pairs: &[(&str, &str)]) -> (Vec<Module>, Vec<Use>) {

@@ -1,11 +1,13 @@
 //! The list of cycles that are known, `xtask/known-cycles.toml`. It may only shrink.
 
-use crate::paths;
-use anyhow::{Context, Result};
-use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use crate::paths;
 
 const HEADER: &str = "\
 # Known cycles among the children of a module: for each, the uses that it consists of, as \"FROM > TO\".

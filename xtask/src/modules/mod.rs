@@ -8,15 +8,17 @@ mod graph;
 mod known;
 mod uses;
 
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
 use crate::build::cargo;
 use crate::source::{self, Module};
 use crate::{cmd, paths, ui};
-use anyhow::{Context, Result, bail};
 use graph::{Graph, Knot};
 use known::KnownUse;
-use serde_json::Value;
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 
 /// A library or program of the workspace.
 struct Crate {
@@ -162,8 +164,9 @@ fn relative(path: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
+    use super::*;
 
     #[test]
     fn a_cycle_that_is_not_known_is_told_with_its_places() {

@@ -4,11 +4,13 @@
 //! of
 //! `super::`, counts as a use of the module that defines it. Test code is left out.
 
-use crate::source::{self, Module};
-use proc_macro2::{TokenStream, TokenTree};
 use std::collections::{HashMap, HashSet};
+
+use proc_macro2::{TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 use syn::{Item, UseTree};
+
+use crate::source::{self, Module};
 
 /// Imports that lead to imports are followed this far. Longer chains do not occur; cycles of imports end here.
 const DEPTH: usize = 16;
@@ -319,8 +321,9 @@ impl Collector<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
+    use super::*;
 
     /// The uses in a crate of these files, as "FROM > TO" in the order in which they are found.
     fn found(files: &[(&str, &str)]) -> Vec<String> {

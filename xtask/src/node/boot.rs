@@ -1,8 +1,5 @@
 //! Boots the node in QEMU and follows it until it is off.
 
-use super::{Machine, Seat, kvm, rootfs::Node};
-use crate::cmd;
-use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
@@ -10,6 +7,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::{Machine, Seat, kvm, rootfs::Node};
+use crate::cmd;
 
 /// QEMU's fd for the control pipe.
 const CONTROL: i32 = 3;

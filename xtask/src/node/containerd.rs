@@ -1,14 +1,16 @@
 //! Provides containerd 2.x for the node: the programs of Debian's package, unpacked once, and their configuration.
 
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
 use super::Add;
 use crate::cache::{self, Key, Stamp};
 use crate::store::Step;
 use crate::{cmd, paths, pins, setup, ui};
-use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
-use std::fs;
-use std::path::Path;
-use std::process::Command;
 
 /// The Debian release that has containerd 2.x.
 const SUITE: &str = "sid";

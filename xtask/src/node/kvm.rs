@@ -3,11 +3,12 @@
 //! On some hypervisors /dev/kvm works, but guest code at privilege level 0 is interpreted, a thousand times too slow
 //! for a kernel. So this measures a loop of known length at level 0.
 
+use std::fs;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-use std::fs;
-use std::time::{Duration, Instant};
 
 /// Minimum rate in instructions per second: below it, a kernel boots too slowly.
 const MIN_RATE: f64 = 50e6;

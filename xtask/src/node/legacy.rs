@@ -1,15 +1,17 @@
 //! Provides a node with cgroup v1: the kernel of Debian's previous release is the last one with all cgroup v1
 //! controllers. The node's init mounts them.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
 use super::rootfs::{self, Node};
 use super::{Add, Line};
 use crate::cache::{self, Key, Stamp};
 use crate::store::Step;
 use crate::{cmd, paths, pins, setup, ui};
-use anyhow::{Context, Result, bail};
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// The Debian release that has the kernel.
 const SUITE: &str = "bookworm";

@@ -8,12 +8,14 @@ mod legacy;
 mod rootfs;
 mod tar;
 
-use crate::{cache, cmd, images, lock, paths, ui};
-use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{cache, cmd, images, lock, paths, ui};
 
 pub use boot::{Crashed, Limits, Progress};
 pub use containerd::Line;

@@ -1,14 +1,16 @@
 //! Builds the test node's root file system: a Debian tree, a disk image of it, and the initramfs that mounts the disk.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
 use crate::cache::{self, Key, Stamp};
 use crate::cpio::Cpio;
 use crate::pins::RELEASE;
 use crate::store::Step;
 use crate::{cmd, paths, setup, ui};
-use anyhow::{Context, Result, bail};
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// Raised whenever the steps that make the tree change.
 const TREE_RECIPE: u32 = 1;

@@ -1,10 +1,11 @@
 //! Packs files for the node into a tar: owned by root, with symbolic links, at their paths in the node.
 
-use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+
+use anyhow::{Context, Result};
 use tar::{Builder, EntryType, Header};
 
 /// Writes a tar file.

@@ -327,8 +327,9 @@ async fn wait_for_link(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn rule(priority: u32, source: &str) -> Rule {
         Rule { priority, source: source.to_owned(), table: 100, ..Default::default() }

@@ -137,8 +137,9 @@ pub fn parse_mac(text: &str) -> Result<Vec<u8>, NetworkError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     #[test]
     fn parsers_reject_malformed_addresses() {

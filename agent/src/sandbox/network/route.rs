@@ -206,10 +206,11 @@ impl Hop {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_netlink::attributes;
     use husk_proto::agent::NextHop;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn index(name: &str) -> Result<i32, NetworkError> {
         match name {

@@ -118,9 +118,10 @@ fn ports(range: &PortRange) -> Result<Vec<u8>, NetworkError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_netlink::attributes;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
         attributes(&bytes[16 + 12..]).map(|(kind, value)| (kind, value.to_vec())).collect()

@@ -184,9 +184,10 @@ pub fn format_mac(mac: &[u8; 6]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_netlink::nest;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn eth0() -> Link {
         Link { index: 2, name: "eth0".into(), mac: [2, 0, 0, 0, 0, 10], mtu: 1450 }

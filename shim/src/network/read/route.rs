@@ -148,9 +148,10 @@ fn interface_name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Op
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_netlink::nest;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn names() -> HashMap<u32, &'static str> {
         HashMap::from([(2, "eth0"), (3, "net1")])

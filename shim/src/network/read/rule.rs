@@ -90,9 +90,10 @@ fn ports(value: &[u8]) -> Option<PortRange> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use husk_netlink::nest;
     use proptest::prelude::*;
+
+    use super::*;
 
     /// Parses a rule with these attributes, and with those that the kernel adds to every rule.
     fn parse_rule(

@@ -6,9 +6,9 @@ mod remove;
 
 use std::path::{Path, PathBuf};
 
-pub use crate::resources::cgroup::remove::remove;
-
 use crate::systemd::{Unit, UnitError};
+
+pub use crate::resources::cgroup::remove::remove;
 
 /// Mount point of cgroup v2, or parent directory of the cgroup v1 mounts.
 const MOUNT: &str = "/sys/fs/cgroup";

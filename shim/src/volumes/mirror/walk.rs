@@ -163,8 +163,9 @@ fn entry(kind: Kind, path: &Path, stat: &FileStat) -> MirrorEntry {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::symlink;
+
+    use super::*;
 
     fn volume(path: &Path) -> Volume {
         Volume::new(nix::fcntl::open(path, OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap(), path.to_owned())

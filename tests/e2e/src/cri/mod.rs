@@ -139,8 +139,9 @@ pub fn bytes(value: &Value) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
 
     #[test]
     fn bytes_decodes_base64() {

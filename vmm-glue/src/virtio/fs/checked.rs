@@ -229,9 +229,10 @@ impl FileSystem for CheckedFs {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Read;
     use std::os::unix::fs::FileExt;
+
+    use super::*;
 
     /// Continues after a short write, as virtiofsd does. Regular files cannot grow beyond `max_size`.
     struct LoopingReader<'a> {

@@ -111,9 +111,10 @@ impl FdLimit {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::Arc;
     use std::sync::mpsc::channel;
+
+    use super::*;
 
     #[test]
     fn request_waits_until_fds_are_released() {

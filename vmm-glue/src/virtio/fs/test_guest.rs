@@ -7,6 +7,7 @@ use super::Fs;
 use crate::config::ShareConfig;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::testing::Bench;
+
 pub use crate::virtio::testing::fuse::*;
 
 /// Buffer size for answers without file data, in bytes.

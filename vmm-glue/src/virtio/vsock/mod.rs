@@ -24,12 +24,13 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use self::connection::Connection;
-pub use self::connection::Reply;
 use self::packet::Header;
 use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
 use crate::guest_memory::GuestMemory;
+
+pub use self::connection::Reply;
 
 const RX: u32 = 0;
 const TX: u32 = 1;
