@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::agent::VolumeRequest;
+use crate::agent::MountVolumeRequest;
 use crate::{GUEST_SHARE, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED, SHARED_VOLUMES};
 
 /// Returns the path of the volume's root directory.
-pub fn root(request: &VolumeRequest) -> PathBuf {
+pub fn root(request: &MountVolumeRequest) -> PathBuf {
     match request.fs_type == SHARED {
         true => shared(&request.name),
         false => Path::new(GUEST_VOLUMES).join(&request.name),
@@ -14,7 +14,7 @@ pub fn root(request: &VolumeRequest) -> PathBuf {
 }
 
 /// Returns the path that the container mounts: the volume's root, or the bind mount of one of its directories.
-pub fn path(request: &VolumeRequest) -> PathBuf {
+pub fn path(request: &MountVolumeRequest) -> PathBuf {
     if request.directories.is_empty() {
         return root(request);
     }
@@ -43,7 +43,7 @@ mod tests {
 
     #[test]
     fn subpaths_of_shared_volumes_name_their_volume() {
-        let request = |fs_type: &str, directories: &[&str]| VolumeRequest {
+        let request = |fs_type: &str, directories: &[&str]| MountVolumeRequest {
             name: "3.fe-1-2".into(),
             fs_type: fs_type.into(),
             directories: directories

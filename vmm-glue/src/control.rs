@@ -41,7 +41,7 @@ pub enum Call {
     /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `Nowhere` if there is
     /// none.
     FindNet([u8; 6]),
-    /// Hot-unplugs a disk or an interface and closes its fds. The agent's Release must come first.
+    /// Hot-unplugs a disk or an interface and closes its fds. The agent's UnbindDevice must come first.
     Detach {
         /// Number of the device's slot.
         slot: u32,

@@ -40,7 +40,7 @@ pub enum SlotError {
 
 /// Makes the kernel probe a slot that was empty. Returns major and minor of the block device in it, if it is one.
 /// Blocks.
-pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
+pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     let device = husk_proto::slots::device_name(slot);
     match write_driver_file(BIND, &device) {
         // The device is already bound: the kernel has probed it by itself.
@@ -52,7 +52,7 @@ pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
 }
 
 /// Unbinds a slot's device from its driver, even while it is in use. Blocks.
-pub fn release(slot: u32) -> Result<(), SlotError> {
+pub fn unbind_device(slot: u32) -> Result<(), SlotError> {
     let device = husk_proto::slots::device_name(slot);
     match write_driver_file(UNBIND, &device) {
         // The device has no driver.

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
 use husk_base::sync::lock;
-use husk_proto::agent::{VolumeDirectory, VolumeRequest};
+use husk_proto::agent::{MountVolumeRequest, VolumeDirectory};
 use husk_proto::{GUEST_SUBPATHS, SHARED, volume};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
@@ -54,7 +54,7 @@ impl Volumes {
     ///
     /// # Errors
     /// After an error, a volume that has been mounted stays mounted.
-    pub fn provide(&self, request: &VolumeRequest) -> Result<(), VolumeError> {
+    pub fn provide(&self, request: &MountVolumeRequest) -> Result<(), VolumeError> {
         let shared = request.fs_type == SHARED;
         for name in [&request.name, &request.container_id] {
             path_component(name)?;
@@ -253,10 +253,14 @@ mod tests {
 
     #[test]
     fn provide_rejects_unknown_file_systems_and_names() {
-        let request =
-            VolumeRequest { name: "a".into(), container_id: "c".into(), fs_type: "ext4".into(), ..Default::default() };
+        let request = MountVolumeRequest {
+            name: "a".into(),
+            container_id: "c".into(),
+            fs_type: "ext4".into(),
+            ..Default::default()
+        };
         assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
-        let request = VolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
+        let request = MountVolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
         assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
     }
 }

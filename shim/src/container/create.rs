@@ -87,7 +87,7 @@ impl Shim {
         let guest_spec = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
         self.load_profile(&agent, &prepared.profile).await?;
         for volume in &prepared.volumes.memory {
-            let made = agent.sandbox.volume(within(timeouts::QUICK), volume).await;
+            let made = agent.sandbox.mount_volume(within(timeouts::QUICK), volume).await;
             made.map_err(|error| self.agent_error("volume", error))?;
         }
         let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use husk_netlink::{Netlink, socket};
-use husk_proto::agent::{Interface, NetworkRequest};
+use husk_proto::agent::{Interface, UpdateNetworkRequest};
 use nix::sched::{CloneFlags, setns};
 
 use super::read::{self, Link, Unsupported};
@@ -32,7 +32,7 @@ pub struct NetworkWatcher {
     stale: Vec<TapLink>,
     /// MAC addresses of removed interfaces that no [`Change`] has reported yet.
     removed: Vec<[u8; 6]>,
-    last: NetworkRequest,
+    last: UpdateNetworkRequest,
     unsupported: Unsupported,
     options: TapOptions,
 }
@@ -62,7 +62,7 @@ pub struct Change {
     /// The MAC addresses of removed interfaces.
     pub removed: Vec<[u8; 6]>,
     /// The complete current state.
-    pub current: NetworkRequest,
+    pub current: UpdateNetworkRequest,
 }
 
 impl Change {
@@ -70,13 +70,14 @@ impl Change {
     ///
     /// It is sent before the devices of new interfaces are hot-plugged: the guest then removes everything of an earlier
     /// interface with the same name or MAC address.
-    pub fn without_new(&self) -> NetworkRequest {
+    pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
         let (new, old) = rest.interfaces.into_iter().partition(|interface: &Interface| is_new(&interface.mac));
         rest.interfaces = old;
         let is_new = |name: &str| new.iter().any(|interface: &Interface| interface.name == name);
-        rest.routes.retain(|route| !is_new(&route.interface) && !route.hops.iter().any(|hop| is_new(&hop.interface)));
+        rest.routes
+            .retain(|route| !is_new(&route.interface) && !route.next_hops.iter().any(|hop| is_new(&hop.interface)));
         rest.neighbours.retain(|neighbour| !is_new(&neighbour.interface));
         rest
     }
@@ -86,7 +87,7 @@ impl NetworkWatcher {
     /// Starts with the current namespace, the state that was read from it, and the taps of its interfaces.
     pub(super) fn new(
         taps: &[Tap],
-        (last, unsupported): (NetworkRequest, Unsupported),
+        (last, unsupported): (UpdateNetworkRequest, Unsupported),
         options: TapOptions,
     ) -> io::Result<Self> {
         Ok(Self {
@@ -160,7 +161,7 @@ impl NetworkWatcher {
     ///
     /// The next [`NetworkWatcher::read_change`] reports all of it again.
     pub fn mark_undelivered(&mut self, taps: &[Tap]) {
-        self.last = NetworkRequest::default();
+        self.last = UpdateNetworkRequest::default();
         let (kept, stale): (Vec<_>, Vec<_>) = std::mem::take(&mut self.connected)
             .into_iter()
             .partition(|connected| taps.iter().all(|tap| tap.link != connected.link));

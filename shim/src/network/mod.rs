@@ -20,7 +20,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use husk_netlink::Netlink;
-use husk_proto::agent::NetworkRequest;
+use husk_proto::agent::UpdateNetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 
@@ -38,7 +38,7 @@ pub struct Network {
     /// The taps, one for each interface.
     pub taps: Vec<Tap>,
     /// Interfaces with their addresses, and the configured routes, rules and neighbours.
-    pub config: NetworkRequest,
+    pub config: UpdateNetworkRequest,
     /// The watcher for later changes, with the socket that becomes readable when something has changed.
     pub watcher: Option<(NetworkWatcher, OwnedFd)>,
     /// Accepts connections that host processes open inside the namespace.

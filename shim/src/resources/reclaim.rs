@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use husk_proto::agent::ForgetRequest;
+use husk_proto::agent::DropCachesRequest;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -75,10 +75,10 @@ struct Guest {
 impl Guest {
     /// Has the guest drop its cache of unused files.
     async fn drop_caches(&self, reason: &str) {
-        let pages = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
-        tracing::info!(pages, reason, "dropping the guest's file caches");
-        let request = ForgetRequest { pages, ..Default::default() };
-        if let Err(error) = self.agent.sandbox.forget(within(timeouts::SLOW), &request).await {
+        let page_cache = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
+        tracing::info!(pages = page_cache, reason, "dropping the guest's file caches");
+        let request = DropCachesRequest { page_cache, ..Default::default() };
+        if let Err(error) = self.agent.sandbox.drop_caches(within(timeouts::SLOW), &request).await {
             tracing::warn!(%error, "failed to drop the guest's file caches");
         }
         *lock(&self.last) = Some(Instant::now());

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::agent::{HugePagesRequest, ProcessorsRequest, RescanRequest};
+use husk_proto::agent::{BindDeviceRequest, SetHugePagesRequest, SetOnlineVcpusRequest};
 use husk_vmm::control::{Answer, Call, Pages};
 use tokio::sync::{mpsc, oneshot};
 
@@ -251,8 +251,8 @@ impl Vm {
                 (Answer::Attached { slot }, _) => slot,
                 _ => return Err(ResizeError::Vmm(VmmError::Unexpected)),
             };
-            let request = RescanRequest { slot, ..Default::default() };
-            let found = self.agent()?.sandbox.rescan(within(timeouts::QUICK), &request).await;
+            let request = BindDeviceRequest { slot, ..Default::default() };
+            let found = self.agent()?.sandbox.bind_device(within(timeouts::QUICK), &request).await;
             found.map_err(|error| ResizeError::Agent("memory device", error))?;
             match pages {
                 Pages::Ordinary => self.slots.ordinary = Some(slot),
@@ -282,16 +282,16 @@ impl Vm {
             _ => self.grow_memory(Pages::Huge, wanted_mib).await?,
         }
         let wanted = wanted_mib / hugepages::PAGE_MIB;
-        let request = HugePagesRequest { count: wanted, ..Default::default() };
-        let made = self.agent()?.sandbox.huge_pages(within(timeouts::SLOW), &request).await;
+        let request = SetHugePagesRequest { count: wanted, ..Default::default() };
+        let made = self.agent()?.sandbox.set_huge_pages(within(timeouts::SLOW), &request).await;
         let count = made.map_err(|error| ResizeError::Agent("huge pages", error))?.count;
         if count >= wanted { Ok(()) } else { Err(ResizeError::HugePages { count, wanted }) }
     }
 
     async fn set_vcpus(&mut self, wanted: u8) -> Result<(), ResizeError> {
         self.vmm.call(Call::Vcpus { count: wanted }, &[]).await.map_err(ResizeError::Vmm)?;
-        let request = ProcessorsRequest { count: wanted.into(), ..Default::default() };
-        let switched = self.agent()?.sandbox.processors(within(timeouts::SLOW), &request).await;
+        let request = SetOnlineVcpusRequest { count: wanted.into(), ..Default::default() };
+        let switched = self.agent()?.sandbox.set_online_vcpus(within(timeouts::SLOW), &request).await;
         let online = switched.map_err(|error| ResizeError::Agent("vCPUs", error))?.online;
         if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
     }

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use husk_proto::agent::{RescanRequest, SyncRequest};
+use husk_proto::agent::{BindDeviceRequest, SyncRequest};
 use husk_vmm::config::{BlkConfig, FdIndex};
 use husk_vmm::control::{Answer, Call};
 use tokio::sync::OnceCell;
@@ -124,8 +124,8 @@ impl Sandbox {
 
 /// Asks the guest for the device numbers of the disk in a slot.
 async fn find(agent: &Agent, slot: u32) -> Result<Numbers, DiskError> {
-    let request = RescanRequest { slot, ..Default::default() };
-    let found = agent.sandbox.rescan(within(timeouts::SLOW), &request).await.map_err(DiskError::Guest)?;
+    let request = BindDeviceRequest { slot, ..Default::default() };
+    let found = agent.sandbox.bind_device(within(timeouts::SLOW), &request).await.map_err(DiskError::Guest)?;
     match found.major {
         0 => Err(DiskError::Missing),
         major => Ok(Numbers { major, minor: found.minor }),

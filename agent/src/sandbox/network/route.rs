@@ -26,12 +26,12 @@ pub fn key(route: &Route) -> Key<'_> {
 /// Returns the names of a route's interfaces.
 pub fn interfaces(route: &Route) -> impl Iterator<Item = &str> {
     let single = Some(route.interface.as_str()).filter(|name| !name.is_empty());
-    single.into_iter().chain(route.hops.iter().map(|hop| hop.interface.as_str()))
+    single.into_iter().chain(route.next_hops.iter().map(|hop| hop.interface.as_str()))
 }
 
 /// Whether the route has a gateway, and so depends on a route to it.
 pub fn has_gateway(route: &Route) -> bool {
-    !route.gateway.is_empty() || route.hops.iter().any(|hop| !hop.gateway.is_empty())
+    !route.gateway.is_empty() || route.next_hops.iter().any(|hop| !hop.gateway.is_empty())
 }
 
 fn table(route: &Route) -> u32 {
@@ -92,11 +92,11 @@ impl<'a> ParsedRoute<'a> {
             return malformed(route.source.clone(), "source address for this route's family");
         }
         let mut hops = Vec::new();
-        if !route.interface.is_empty() || (route.hops.is_empty() && matches!(kind, Kind::UNICAST | Kind::LOCAL)) {
+        if !route.interface.is_empty() || (route.next_hops.is_empty() && matches!(kind, Kind::UNICAST | Kind::LOCAL)) {
             let (index, gateway) = (index(&route.interface)?, optional_ip(&route.gateway)?);
             hops.push(Hop { index, gateway, onlink: route.onlink, weight: 0 });
         }
-        for hop in &route.hops {
+        for hop in &route.next_hops {
             let Some(weight) = hop.weight.max(1).checked_sub(1).and_then(|weight| u8::try_from(weight).ok()) else {
                 return malformed(hop.weight.to_string(), "weight of a next hop");
             };
@@ -109,7 +109,7 @@ impl<'a> ParsedRoute<'a> {
         }
         let parsed = Self { route, family, kind, tos: byte(route.tos, "type of service")?, destination, source, hops };
         if parsed.multipath(false).len() > MAX_HOPS_LENGTH {
-            return malformed(route.hops.len().to_string(), "number of next hops");
+            return malformed(route.next_hops.len().to_string(), "number of next hops");
         }
         Ok(parsed)
     }
@@ -131,7 +131,7 @@ impl<'a> ParsedRoute<'a> {
             Kind::PROHIBIT => libc::RTN_PROHIBIT,
             Kind::THROW => libc::RTN_THROW,
         };
-        let several = !route.hops.is_empty();
+        let several = !route.next_hops.is_empty();
         let flags = match &self.hops[..] {
             [hop] if !several => u32::from(hop.flags(onlink)),
             _ => 0,
@@ -269,7 +269,7 @@ mod tests {
             NextHop { gateway, interface, weight, onlink, ..Default::default() }
         };
         let hops = vec![hop("10.0.0.1", 2, false), hop("fe80::2", 256, true)];
-        let route = Route { hops, ..Default::default() };
+        let route = Route { next_hops: hops, ..Default::default() };
         let bytes = message(Op::Append, &route);
         assert_eq!(bytes[22], libc::RT_SCOPE_UNIVERSE);
         let attributes = list(&bytes);
@@ -278,9 +278,9 @@ mod tests {
         assert_eq!(*kind, libc::RTA_MULTIPATH);
         assert_eq!(hops[..16], [16, 0, 0, 1, 2, 0, 0, 0, 8, 0, libc::RTA_GATEWAY as u8, 0, 10, 0, 0, 1]);
         assert_eq!(hops[16..24], [32, 0, RTNH_F_ONLINK, 255, 2, 0, 0, 0]);
-        let many = Route { hops: vec![hop("10.0.0.1", 1, false); 4096], ..Default::default() };
+        let many = Route { next_hops: vec![hop("10.0.0.1", 1, false); 4096], ..Default::default() };
         assert!(matches!(ParsedRoute::of(Op::Add, &many, index), Err(NetworkError::Malformed(..))));
-        let heavy = Route { hops: vec![hop("10.0.0.1", 257, false)], ..Default::default() };
+        let heavy = Route { next_hops: vec![hop("10.0.0.1", 257, false)], ..Default::default() };
         assert!(matches!(ParsedRoute::of(Op::Add, &heavy, index), Err(NetworkError::Malformed(..))));
     }
 
@@ -315,7 +315,7 @@ mod tests {
             let hop = NextHop { gateway: gateway.clone(), interface: "eth0".into(), weight: numbers[0], ..Default::default() };
             let route = Route {
                 destination: format!("10.0.0.0/{prefix}"), gateway, source, interface: name, tos: numbers[1],
-                scope: numbers[2], hops: vec![hop], table: numbers[3], ..Default::default()
+                scope: numbers[2], next_hops: vec![hop], table: numbers[3], ..Default::default()
             };
             if let Ok(parsed) = ParsedRoute::of(Op::Add, &route, |_| Ok(2)) {
                 parsed.message(Op::Add, true).finish();

@@ -22,13 +22,13 @@ pub fn key(rule: &Rule) -> Key {
 /// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of
 /// the request (net/core/fib_rules.c, `rule_find`), so rules with more attributes must be removed first.
 pub fn selector_count(rule: &Rule) -> usize {
-    let texts = [&rule.source, &rule.destination, &rule.incoming, &rule.outgoing];
-    let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.origin];
+    let texts = [&rule.source, &rule.destination, &rule.input_interface, &rule.output_interface];
+    let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.protocol];
     let ports = [&rule.source_ports, &rule.destination_ports];
     texts.iter().filter(|text| !text.is_empty()).count()
         + numbers.iter().filter(|&&number| number != 0).count()
         + ports.iter().filter(|ports| ports.is_some()).count()
-        + usize::from(rule.suppress_prefix.is_some())
+        + usize::from(rule.suppress_prefix_length.is_some())
 }
 
 /// Adds or removes a rule.
@@ -75,7 +75,7 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
             message = message.attribute(kind, &octets(address));
         }
     }
-    for (kind, name) in [(FRA_IIFNAME, &rule.incoming), (FRA_OIFNAME, &rule.outgoing)] {
+    for (kind, name) in [(FRA_IIFNAME, &rule.input_interface), (FRA_OIFNAME, &rule.output_interface)] {
         if name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0']) {
             return malformed(name.clone(), "interface name");
         }
@@ -89,10 +89,10 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     if action == 2 {
         message = message.number(FRA_GOTO, rule.target);
     }
-    if let Some(length) = rule.suppress_prefix {
+    if let Some(length) = rule.suppress_prefix_length {
         message = message.number(FRA_SUPPRESS_PREFIXLEN, length);
     }
-    for (kind, number) in [(FRA_PROTOCOL, rule.origin), (FRA_IP_PROTO, rule.ip_protocol)] {
+    for (kind, number) in [(FRA_PROTOCOL, rule.protocol), (FRA_IP_PROTO, rule.ip_protocol)] {
         if number != 0 {
             message = message.attribute(kind, &[byte(number, "protocol")?]);
         }
@@ -132,14 +132,14 @@ mod tests {
         let rule = Rule {
             priority: 100,
             source: "10.1.2.3/32".into(),
-            incoming: "eth0".into(),
+            input_interface: "eth0".into(),
             mark: 1,
             mask: 0xff,
             invert: true,
             table: 1000,
             destination_ports: Some(PortRange { first: 80, last: 90, ..Default::default() }).into(),
-            suppress_prefix: Some(0),
-            origin: 3,
+            suppress_prefix_length: Some(0),
+            protocol: 3,
             ..Default::default()
         };
         let bytes = message(Op::Add, &rule).unwrap().finish();
@@ -157,7 +157,7 @@ mod tests {
         ];
         assert_eq!(list(&bytes), expected);
         assert!(selector_count(&rule) > selector_count(&Rule { source: String::new(), ..rule.clone() }));
-        assert!(selector_count(&rule) > selector_count(&Rule { suppress_prefix: None, ..rule.clone() }));
+        assert!(selector_count(&rule) > selector_count(&Rule { suppress_prefix_length: None, ..rule.clone() }));
     }
 
     #[test]
@@ -168,8 +168,8 @@ mod tests {
             Rule::default(),
             Rule { source: "fd00::/8".into(), ..table.clone() },
             Rule { destination: "10.0.0.0/8".into(), ipv6: true, ..table.clone() },
-            Rule { incoming: "a/b".into(), ..table.clone() },
-            Rule { outgoing: "an interface's name".into(), ..table.clone() },
+            Rule { input_interface: "a/b".into(), ..table.clone() },
+            Rule { output_interface: "an interface's name".into(), ..table.clone() },
             Rule { source_ports: range(0, 1), ..table.clone() },
             Rule { source_ports: range(2, 1), ..table.clone() },
             Rule { source_ports: range(1, 65_536), ..table.clone() },
@@ -185,9 +185,9 @@ mod tests {
     proptest! {
         #[test]
         fn message_never_panics(texts: [String; 3], numbers: [u32; 5]) {
-            let [source, incoming, outgoing] = texts;
+            let [source, input_interface, output_interface] = texts;
             let rule = Rule {
-                source, incoming, outgoing, table: numbers[0], tos: numbers[1], ip_protocol: numbers[2],
+                source, input_interface, output_interface, table: numbers[0], tos: numbers[1], ip_protocol: numbers[2],
                 source_ports: Some(PortRange { first: numbers[3], last: numbers[4], ..Default::default() }).into(),
                 ..Default::default()
             };
