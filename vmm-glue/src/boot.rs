@@ -36,7 +36,7 @@ use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::{Growth, Vm};
+use crate::vm::{HotplugMemory, Vm};
 use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
@@ -142,9 +142,10 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let ram_end = memory_size.min(layout::HOLE_START);
     memory::prefault(&ram, &prefault_ranges(memory_size, kernel_len, initrd_len))?;
     memory::register(&vm, &ram)?;
-    let (memory, growth) = reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
+    let (memory, hotplug_memory) =
+        reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
     let huge_range = hotplug::huge_range(memory_size, memory.last_addr().0 + 1, config.huge_mib << 20);
-    let (memory, huge) = reserve(memory, huge_range, Backing::Huge)?;
+    let (memory, hotplug_huge_pages) = reserve(memory, huge_range, Backing::Huge)?;
     timing.step("memory");
     let loaded =
         Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
@@ -163,7 +164,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     if let Some(share) = &config.share {
         let reporter = Arc::clone(reporter);
-        let fs = Fs::new(share, move || reporter.report_many_files()).map_err(BootError::Share)?;
+        let fs = Fs::new(share, move || reporter.report_fd_shortage()).map_err(BootError::Share)?;
         devices.push(("virtio-fs", shared(fs)));
     }
     for (net, backend) in net {
@@ -182,7 +183,10 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         devices.push(("virtio-balloon", device.clone()));
     }
     let device_slots = devices.len() + usize::from(config.spare_slots);
-    let memory_slots = [&growth, &huge].into_iter().filter(|kind| matches!(kind, Growth::Reserved(_))).count();
+    let memory_slots = [&hotplug_memory, &hotplug_huge_pages]
+        .into_iter()
+        .filter(|kind| matches!(kind, HotplugMemory::Reserved(_)))
+        .count();
     let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), device_slots, memory_slots));
     for (name, device) in &devices {
         slots.plug(device.clone(), Purpose::Any).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
@@ -245,8 +249,8 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         hotplugged: HashMap::new(),
         vsock,
         balloon,
-        growth,
-        huge,
+        hotplug_memory,
+        hotplug_huge_pages,
         kvm: vm,
         _vmgenid: vmgenid,
         running: false,
@@ -328,12 +332,11 @@ fn reserve(
     memory: GuestMemory,
     range: Option<(u64, u64)>,
     backing: Backing,
-) -> Result<(GuestMemory, Growth), MemoryError> {
+) -> Result<(GuestMemory, HotplugMemory), MemoryError> {
     match range {
-        Some(range) => {
-            hotplug::reserve(&memory, range, backing).map(|(memory, hotplug)| (memory, Growth::Reserved(hotplug)))
-        }
-        None => Ok((memory, Growth::None)),
+        Some(range) => hotplug::reserve(&memory, range, backing)
+            .map(|(memory, hotplug)| (memory, HotplugMemory::Reserved(hotplug))),
+        None => Ok((memory, HotplugMemory::None)),
     }
 }
 

@@ -10,7 +10,7 @@ use nix::sys::stat::fstat;
 
 use crate::arch::layout;
 use crate::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
-use crate::virtio::net::{Backend, MOST_PAIRS, tap_flags};
+use crate::virtio::net::{Backend, MAX_QUEUE_PAIRS, tap_flags};
 
 /// Minimum and maximum guest memory. Every host supports the maximum: it is one page-table level below 46 address bits.
 const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=4 << 20;
@@ -96,8 +96,8 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
     let printable = config.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     range(printable, "kernel_params", &config.kernel_params, "printable ASCII")?;
     let devices = 2 + usize::from(config.share.is_some()) + usize::from(config.balloon);
-    let growth = usize::from(config.max_memory_mib > config.memory_mib) + usize::from(config.huge_mib > 0);
-    let slots = devices + config.net.len() + config.blk.len() + growth;
+    let memory_devices = usize::from(config.max_memory_mib > config.memory_mib) + usize::from(config.huge_mib > 0);
+    let slots = devices + config.net.len() + config.blk.len() + memory_devices;
     range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "at most 18")?;
 
     let mut fds = Fds::new(fds);
@@ -133,7 +133,7 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
     let unicast = first & 1 == 0 && config.mac != [0; 6];
     range(unicast, "net.mac", format!("{:02x?}", config.mac), "a unicast address")?;
     let pairs = config.taps.len();
-    range((1..=MOST_PAIRS).contains(&pairs), "number of net.taps", pairs, "1 to 8")?;
+    range((1..=MAX_QUEUE_PAIRS).contains(&pairs), "number of net.taps", pairs, "1 to 8")?;
     let several = if pairs > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
     let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
     let mut taps = Vec::with_capacity(pairs);

@@ -19,7 +19,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
-use crate::control::{ExitReason, Step};
+use crate::control::{BootStep, ExitReason};
 use crate::reporter::Reporter;
 use make::{MakeError, Maker};
 
@@ -95,7 +95,7 @@ impl Vcpus {
     ///
     /// # Errors
     /// [`VcpuError`]. vCPUs that were created before the error stay.
-    pub fn grow(&mut self, count: u8) -> Result<(), VcpuError> {
+    pub fn hotplug(&mut self, count: u8) -> Result<(), VcpuError> {
         let max = self.maker.max();
         if count > max {
             return Err(VcpuError::TooMany { wanted: count, max });
@@ -169,7 +169,7 @@ fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Report
     KVM_RUN.set(vcpu.get_kvm_run());
     gate.pass();
     if index == 0 {
-        reporter.mark(Step::FirstInstruction);
+        reporter.report_boot_step(BootStep::FirstInstruction);
     }
     loop {
         match vcpu.run() {
@@ -201,7 +201,7 @@ fn handle(exit: VcpuExit<'_>, bus: &Bus, reporter: &Reporter) -> Option<ExitReas
         VcpuExit::IoOut(port, data) => match bus.port_write(port, data) {
             Effect::None => {}
             Effect::Reset => return Some(ExitReason::Reset),
-            Effect::Mark(step) => reporter.mark(step),
+            Effect::BootStep(step) => reporter.report_boot_step(step),
         },
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
         // A triple fault is another way to reset a PC.

@@ -54,7 +54,7 @@ pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
         };
         let files = async {
             loop {
-                vmm.many_files().await;
+                vmm.wait_for_fd_shortage().await;
                 guest.drop_caches("the VMM has nearly as many files open as it can").await;
                 tokio::time::sleep(MIN_INTERVAL).await;
             }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent::{BindDeviceRequest, SetHugePagesRequest, SetOnlineVcpusRequest};
-use husk_vmm::control::{Answer, Call, Pages};
+use husk_vmm::control::{Answer, Call, PageKind};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::resources::cgroup::Place;
@@ -214,12 +214,12 @@ impl Vm {
             // The new request ends an earlier wait in the VMM. The answer to that one would not be the remaining
             // memory.
             self.shrinking = None;
-            self.grow_memory(Pages::Ordinary, wanted_mib).await?;
+            self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
             let vmm = self.vmm.clone();
             self.shrinking = Some(Box::pin(async move {
-                match vmm.call(Call::Memory { pages: Pages::Ordinary, mib: wanted_mib }, &[]).await {
-                    Ok((Answer::Memory { plugged_mib }, _)) => Some(plugged_mib),
+                match vmm.call(Call::RequestMemory { pages: PageKind::Ordinary, mib: wanted_mib }, &[]).await {
+                    Ok((Answer::PluggedMemory { plugged_mib }, _)) => Some(plugged_mib),
                     _ => None,
                 }
             }));
@@ -241,13 +241,13 @@ impl Vm {
         Ok(())
     }
 
-    async fn grow_memory(&mut self, pages: Pages, wanted_mib: u64) -> Result<(), ResizeError> {
+    async fn grow_memory(&mut self, pages: PageKind, wanted_mib: u64) -> Result<(), ResizeError> {
         let known = match pages {
-            Pages::Ordinary => self.slots.ordinary,
-            Pages::Huge => self.slots.huge,
+            PageKind::Ordinary => self.slots.ordinary,
+            PageKind::Huge => self.slots.huge,
         };
         if known.is_none() {
-            let slot = match self.vmm.call(Call::AttachMemory(pages), &[]).await.map_err(ResizeError::Vmm)? {
+            let slot = match self.vmm.call(Call::AttachMem(pages), &[]).await.map_err(ResizeError::Vmm)? {
                 (Answer::Attached { slot }, _) => slot,
                 _ => return Err(ResizeError::Vmm(VmmError::Unexpected)),
             };
@@ -255,20 +255,22 @@ impl Vm {
             let found = self.agent()?.sandbox.bind_device(within(timeouts::QUICK), &request).await;
             found.map_err(|error| ResizeError::Agent("memory device", error))?;
             match pages {
-                Pages::Ordinary => self.slots.ordinary = Some(slot),
-                Pages::Huge => self.slots.huge = Some(slot),
+                PageKind::Ordinary => self.slots.ordinary = Some(slot),
+                PageKind::Huge => self.slots.huge = Some(slot),
             }
         }
-        let plugged_mib =
-            match tokio::time::timeout(MEMORY_TIMEOUT, self.vmm.call(Call::Memory { pages, mib: wanted_mib }, &[]))
-                .await
-            {
-                Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
-                Err(_) => self.vmm.call(Call::PluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
-            };
+        let plugged_mib = match tokio::time::timeout(
+            MEMORY_TIMEOUT,
+            self.vmm.call(Call::RequestMemory { pages, mib: wanted_mib }, &[]),
+        )
+        .await
+        {
+            Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
+            Err(_) => self.vmm.call(Call::GetPluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
+        };
         match plugged_mib {
-            Answer::Memory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),
-            Answer::Memory { plugged_mib } => Err(ResizeError::Memory { plugged_mib, wanted_mib }),
+            Answer::PluggedMemory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),
+            Answer::PluggedMemory { plugged_mib } => Err(ResizeError::Memory { plugged_mib, wanted_mib }),
             _ => Err(ResizeError::Vmm(VmmError::Unexpected)),
         }
     }
@@ -279,7 +281,7 @@ impl Vm {
         match hugepages::free_mib() {
             // Checked first, because a guest that does not get all the memory it was offered retries for ever.
             free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
-            _ => self.grow_memory(Pages::Huge, wanted_mib).await?,
+            _ => self.grow_memory(PageKind::Huge, wanted_mib).await?,
         }
         let wanted = wanted_mib / hugepages::PAGE_MIB;
         let request = SetHugePagesRequest { count: wanted, ..Default::default() };
@@ -289,7 +291,7 @@ impl Vm {
     }
 
     async fn set_vcpus(&mut self, wanted: u8) -> Result<(), ResizeError> {
-        self.vmm.call(Call::Vcpus { count: wanted }, &[]).await.map_err(ResizeError::Vmm)?;
+        self.vmm.call(Call::HotplugVcpus { count: wanted }, &[]).await.map_err(ResizeError::Vmm)?;
         let request = SetOnlineVcpusRequest { count: wanted.into(), ..Default::default() };
         let switched = self.agent()?.sandbox.set_online_vcpus(within(timeouts::SLOW), &request).await;
         let online = switched.map_err(|error| ResizeError::Agent("vCPUs", error))?.online;

@@ -12,7 +12,7 @@ use husk_config::Config;
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
-use husk_vmm::control::{Call, ExitReason, Notice, Step};
+use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
@@ -298,14 +298,14 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
     let task = async move {
         while let Some(notice) = notices.recv().await {
             match notice {
-                Notice::Mark { step, at_ns } => {
+                Notice::BootStep { step, at_ns } => {
                     timeline.mark_at(name(step), at_ns);
-                    if step == Step::AgentReady {
+                    if step == BootStep::AgentReady {
                         update.send_modify(|p| p.ready = true);
                     }
                 }
-                // Handled elsewhere: see `Vmm::many_files`.
-                Notice::ManyFiles => {}
+                // Handled elsewhere: see `Vmm::wait_for_fd_shortage`.
+                Notice::FdShortage => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {
                         ExitReason::Reset => "the guest reset or powered itself off".to_owned(),
@@ -326,13 +326,13 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
     progress
 }
 
-fn name(step: Step) -> &'static str {
+fn name(step: BootStep) -> &'static str {
     match step {
-        Step::ProcessStarted => "vmm process",
-        Step::VmCreated => "vm created",
-        Step::FirstInstruction => "first guest instruction",
-        Step::AgentStarted => "agent started",
-        Step::AgentReady => "agent ready",
+        BootStep::ProcessStarted => "vmm process",
+        BootStep::VmCreated => "vm created",
+        BootStep::FirstInstruction => "first guest instruction",
+        BootStep::AgentStarted => "agent started",
+        BootStep::AgentReady => "agent ready",
     }
 }
 

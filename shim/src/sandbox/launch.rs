@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use husk_config::Config;
-use husk_vmm::virtio::net::MOST_PAIRS;
+use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::chain;
@@ -143,8 +143,10 @@ impl PartialLaunch {
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
         let sizing = resources::sizing(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
-        let tap_options =
-            network::TapOptions { queue_pairs: usize::from(sizing.vcpus).min(MOST_PAIRS), vhost: config.vhost_net };
+        let tap_options = network::TapOptions {
+            queue_pairs: usize::from(sizing.vcpus).min(MAX_QUEUE_PAIRS),
+            vhost: config.vhost_net,
+        };
         let network = match &network {
             // CNI sets up a new namespace later: in hooks, or between Create and Start. The latter is what
             // `ctr run --cni` does, and containerd 1.7 for pods with a user namespace, which has to own the network

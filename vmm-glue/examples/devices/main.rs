@@ -92,7 +92,7 @@ fn main() -> Result<()> {
             std::fs::write(share.path().join("late"), "made after the mount")?;
         }
         if test == "balloon" {
-            vmm.call(Call::Balloon { mib: 64 }, &[])?;
+            vmm.call(Call::SetBalloon { mib: 64 }, &[])?;
         }
         step(test, || {
             let mut stream = open(&mut vmm, b"t")?;

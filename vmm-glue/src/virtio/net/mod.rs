@@ -45,7 +45,7 @@ pub use self::tap::flags as tap_flags;
 
 /// Maximum number of queue pairs. Each costs buffers in guest and host and, with vhost-net, a thread in the host's
 /// kernel. virtio-mmio has one interrupt for all of them, and eight vCPUs keep it busy.
-pub const MOST_PAIRS: usize = 8;
+pub const MAX_QUEUE_PAIRS: usize = 8;
 
 /// Event tokens. A queue's token is its index. These have the pair's index in the lower half.
 const TAP: u32 = 1 << 16;
@@ -65,7 +65,7 @@ const MAX_PACKET: usize = HEADER + ETHERNET + 65_536;
 /// The host's side of an interface.
 #[derive(Debug)]
 pub struct Backend {
-    /// Open fds of `/dev/net/tun`, one for each queue pair, 1 to [`MOST_PAIRS`]. They are attached with IFF_TAP,
+    /// Open fds of `/dev/net/tun`, one for each queue pair, 1 to [`MAX_QUEUE_PAIRS`]. They are attached with IFF_TAP,
     /// IFF_NO_PI and IFF_VNET_HDR. If there are several, they are attached to one interface with IFF_MULTI_QUEUE.
     pub taps: Vec<File>,
     /// `/dev/vhost-net`, opened with O_PATH; it is reopened when there are many frames. vhost-net does not check frames
@@ -107,10 +107,10 @@ impl Net {
     /// of taps is invalid.
     pub fn new(backend: Backend, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
         let pairs = backend.taps.len();
-        if !(1..=MOST_PAIRS).contains(&pairs) {
+        if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("invalid number of queue pairs: {pairs}, must be 1 to {MOST_PAIRS}"),
+                format!("invalid number of queue pairs: {pairs}, must be 1 to {MAX_QUEUE_PAIRS}"),
             ));
         }
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
@@ -403,7 +403,7 @@ impl VirtioDevice for Net {
         // struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
         let mut config = self.mac.to_vec();
         config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It is at most MOST_PAIRS.
+        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It is at most MAX_QUEUE_PAIRS.
         let pairs = if self.tap_queues.len() > 1 { self.tap_queues.len() as u16 } else { 0 };
         config.extend(pairs.to_le_bytes());
         config.extend(self.mtu.to_le_bytes());
