@@ -3,11 +3,11 @@
 
 #![deny(clippy::indexing_slicing)]
 
-pub mod boot;
-pub mod forward;
+pub mod boot_mark;
 pub mod metrics;
+pub mod mmio_slots;
+pub mod port_forwarding;
 pub mod ports;
-pub mod slots;
 pub mod stream;
 pub mod volume;
 

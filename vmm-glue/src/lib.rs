@@ -27,7 +27,7 @@ pub mod vmgenid;
 
 // The agent and the VMM must agree on boot marks and slots. These files belong to the protocol crate and are compiled
 // here too, so that the VMM does not get the protocol crate's dependencies.
-#[path = "../../proto/src/boot.rs"]
+#[path = "../../proto/src/boot_mark.rs"]
 pub mod boot_mark;
-#[path = "../../proto/src/slots.rs"]
-pub mod slot_map;
+#[path = "../../proto/src/mmio_slots.rs"]
+pub mod mmio_slots;

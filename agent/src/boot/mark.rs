@@ -1,7 +1,7 @@
 //! Boot marks: one byte written to an I/O port tells the VMM which boot step the guest has reached.
 
 use husk_base::sys::port;
-use husk_proto::boot::{Mark, PORT};
+use husk_proto::boot_mark::{Mark, PORT};
 
 /// Writes `mark`. Best effort: without `ioperm` in the kernel, only the mark is lost.
 pub fn mark(mark: Mark) {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use husk_base::error::chain;
-use husk_proto::boot::Mark;
+use husk_proto::boot_mark::Mark;
 use husk_proto::{agent_ttrpc, containerd, ports};
 
 use crate::io::streams::Streams;
@@ -68,7 +68,7 @@ fn run() -> Result<std::convert::Infallible, BootError> {
 async fn serve() -> Result<std::convert::Infallible, BootError> {
     let listen = |port| vsock::Listener::bind(port).map_err(|source| BootError::Listen { port, source });
     let (api, stream_port, log_port) = (listen(ports::AGENT)?, listen(ports::STREAM)?, listen(ports::LOG)?);
-    let forward_port = listen(ports::FORWARD)?;
+    let forward_port = listen(ports::PORT_FORWARDING)?;
 
     let (hub, streams, reaper) = (events::Hub::default(), Streams::default(), reaper::Reaper::default());
     let mut children = reaper.signals().map_err(BootError::Reaper)?;

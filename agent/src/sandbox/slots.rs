@@ -41,7 +41,7 @@ pub enum SlotError {
 /// Makes the kernel probe a slot that was empty. Returns major and minor of the block device in it, if it is one.
 /// Blocks.
 pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
-    let device = husk_proto::slots::device_name(slot);
+    let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(BIND, &device) {
         // The device is already bound: the kernel has probed it by itself.
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
@@ -53,7 +53,7 @@ pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
 
 /// Unbinds a slot's device from its driver, even while it is in use. Blocks.
 pub fn unbind_device(slot: u32) -> Result<(), SlotError> {
-    let device = husk_proto::slots::device_name(slot);
+    let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(UNBIND, &device) {
         // The device has no driver.
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
