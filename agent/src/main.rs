@@ -9,6 +9,7 @@ mod error;
 mod events;
 mod fatal;
 mod helper;
+mod id_mappings;
 mod io;
 mod log;
 mod oom;
@@ -16,7 +17,6 @@ mod reaper;
 mod sandbox;
 mod shared_volumes;
 mod task;
-mod users;
 mod vsock;
 
 use std::process::ExitCode;

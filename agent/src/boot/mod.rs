@@ -1,8 +1,8 @@
 //! The boot sequence of PID 1: from the first instruction to a served API, in one linear function.
 
-mod mark;
+mod boot_mark;
+mod kernel_settings;
 mod mounts;
-mod tune;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use husk_proto::{agent_ttrpc, containerd, ports};
 
 use crate::io::streams::Streams;
 use crate::sandbox::service::SandboxService;
-use crate::sandbox::{Sandbox, forward};
+use crate::sandbox::{Sandbox, port_forwarding};
 use crate::task::{Tasks, service::TaskService};
 use crate::{events, fatal, log, reaper, vsock};
 
@@ -40,7 +40,7 @@ enum BootError {
 
 /// Runs PID 1. Returns only if this process is not PID 1.
 pub fn main() -> ExitCode {
-    mark::mark(Mark::AgentStarted);
+    boot_mark::write(Mark::AgentStarted);
     if std::process::id() != 1 {
         eprintln!("husk-agent must be PID 1 of a Husk guest; it cannot be started by hand");
         return ExitCode::FAILURE;
@@ -56,7 +56,7 @@ fn run() -> Result<std::convert::Infallible, BootError> {
     mounts::leave_rootfs()?;
     mounts::mount_all()?;
     log::init();
-    tune::kernel();
+    kernel_settings::apply();
     crate::cgroup::init_root().map_err(BootError::Cgroup)?;
     if let Err(error) = mounts::mount_share() {
         tracing::error!("{}", chain(&error));
@@ -81,8 +81,8 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     server.start().await.map_err(BootError::Serve)?;
     tokio::spawn(streams.serve(stream_port));
     tokio::spawn(log::serve(log_port));
-    tokio::spawn(forward::serve(forward_port));
-    mark::mark(Mark::AgentReady);
+    tokio::spawn(port_forwarding::serve(forward_port));
+    boot_mark::write(Mark::AgentReady);
 
     // The namespaces are created while the host is still connecting, to save time in Setup.
     // Setup tries again, and reports the error.

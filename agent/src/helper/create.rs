@@ -16,9 +16,9 @@ use nix::unistd::{Gid, Pid, Uid, fchownat};
 use super::executor::HuskExecutor;
 use super::protocol::CreateRequest;
 use super::tmpfs::{self, Staging};
-use super::{devices, trail};
+use super::{devices, error_log};
+use crate::id_mappings::IdMappings;
 use crate::shared_volumes;
-use crate::users::IdMappings;
 
 /// Creates the container and returns the PID of its init.
 ///
@@ -46,7 +46,7 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
         .and_then(|builder| {
             builder.as_init(request.bundle.clone()).with_systemd(false).with_detach(true).as_sibling(true).build()
         });
-    let container = built.map_err(|error| match trail::read_reason() {
+    let container = built.map_err(|error| match error_log::read_reason() {
         // runc looks up the program before the step that it calls "container init".
         Some(reason) if reason.starts_with("exec: ") => reason,
         Some(reason) => format!("error during container init: {reason}"),

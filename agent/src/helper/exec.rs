@@ -22,7 +22,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid, setsid};
 
 use super::executor::{errno_text, exec_program, home_directory};
 use super::protocol::ExecRequest;
-use super::{terminal, trail};
+use super::{error_log, terminal};
 
 /// `CLONE_NEWTIME` of linux/sched.h.
 const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
@@ -69,7 +69,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
 fn unshare_time() {
     // This changes nothing for this process (time_namespaces(7)).
     if let Err(errno) = unshare(CLONE_NEWTIME) {
-        trail::record(&format!("failed to create a time namespace: {}", io::Error::from(errno)));
+        error_log::record(&format!("failed to create a time namespace: {}", io::Error::from(errno)));
     }
 }
 
@@ -251,7 +251,7 @@ fn clone_into(cgroups: &[File]) -> io::Result<i32> {
             _ => last = io::Error::last_os_error(),
         }
     }
-    trail::record(&format!("failed to clone the process: {last}"));
+    error_log::record(&format!("failed to clone the process: {last}"));
     Err(last)
 }
 

@@ -1,15 +1,15 @@
 //! The sandbox in the guest: the pod's namespaces, network, volumes and kernel settings.
 
 mod apparmor;
-mod apply;
-pub mod forward;
 mod hotplug;
-pub mod link;
+mod link_notifications;
+pub mod loopback;
 pub mod mirror;
 pub mod namespaces;
-mod netlink;
 mod network;
+pub mod port_forwarding;
 pub mod service;
+mod setup;
 mod slots;
 pub mod volume;
 
@@ -18,7 +18,7 @@ use std::sync::Mutex;
 
 use husk_base::sync::lock;
 
-use crate::users::IdMappings;
+use crate::id_mappings::IdMappings;
 use mirror::Mirrors;
 use namespaces::NamespaceError;
 

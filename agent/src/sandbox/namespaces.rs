@@ -14,8 +14,8 @@ use husk_base::sys::process::exit_immediately;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::{IPC, NET, USER, UTS, link};
-use crate::users::IdMappings;
+use super::{IPC, NET, USER, UTS, loopback};
+use crate::id_mappings::IdMappings;
 
 /// Reason why namespaces were not created or entered.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +77,7 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     fs::create_dir_all(directory).map_err(|source| NamespaceError::Open { path: directory.into(), source })?;
     if let Some(id_mappings) = id_mappings {
         create_in_user_namespace(id_mappings)?;
-        if let Err(error) = run_in_pod(link::loopback_up)? {
+        if let Err(error) = run_in_pod(loopback::bring_up)? {
             tracing::warn!("failed to bring up lo in the pod: {error}");
         }
         return Ok(());
@@ -88,7 +88,7 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     for (current, _, pin) in KINDS {
         pin_namespace(current, pin)?;
     }
-    if let Err(error) = link::loopback_up() {
+    if let Err(error) = loopback::bring_up() {
         tracing::warn!("failed to bring up lo in the pod: {error}");
     }
     drop(guard);
@@ -121,7 +121,7 @@ fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceErr
 fn spawn_holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) -> io::Result<Child> {
     let mut enter = enter;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(crate::helper::ARGV0).arg(crate::helper::REAPER).env_clear();
+    command.arg0(crate::helper::ARGV0).arg(crate::helper::POD_INIT).env_clear();
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: `enter` makes only system calls; it takes no lock that another thread could hold.
     unsafe { command.pre_exec(move || Ok(enter()?)) };
@@ -159,7 +159,7 @@ pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Resul
     unshare(CloneFlags::CLONE_NEWPID)?;
     let child = Command::new("/proc/self/exe")
         .arg0(crate::helper::ARGV0)
-        .arg(crate::helper::REAPER)
+        .arg(crate::helper::POD_INIT)
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -16,10 +16,10 @@ use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Network, NetworkConfig};
 use super::volume::Volumes;
-use super::{Sandbox, apparmor, apply, hotplug, namespaces, slots};
+use super::{Sandbox, apparmor, hotplug, namespaces, setup, slots};
 use crate::error::failed;
 use crate::events::Hub;
-use crate::users::IdMappings;
+use crate::id_mappings::IdMappings;
 
 /// Implementation of the Sandbox service.
 pub struct SandboxService {
@@ -40,7 +40,7 @@ impl SandboxService {
 impl agent_ttrpc::Sandbox for SandboxService {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
         if request.clock_ns > 0
-            && let Err(error) = apply::clock(request.clock_ns)
+            && let Err(error) = setup::set_clock(request.clock_ns)
         {
             tracing::warn!("failed to set the clock: {error}");
         }
@@ -62,14 +62,14 @@ impl agent_ttrpc::Sandbox for SandboxService {
         .map_err(failed("enter the pod's namespaces"))?
         .map_err(failed("set the host name"))?;
         for mount in &request.mounts {
-            apply::mount_one(mount).map_err(failed(format!("mount {}", mount.target)))?;
+            setup::mount(mount).map_err(failed(format!("mount {}", mount.target)))?;
         }
         let SetupRequest { interfaces, routes, neighbours, rules, .. } = request;
         let config = NetworkConfig { interfaces, routes, neighbours, rules };
         self.network.apply(config).await.map_err(failed("set up the network"))?;
         namespaces::run_in_pod(|| -> ttrpc::Result<()> {
             for (name, value) in &request.sysctls {
-                apply::sysctl(name, value).map_err(failed(format!("set sysctl {name}")))?;
+                setup::set_sysctl(name, value).map_err(failed(format!("set sysctl {name}")))?;
             }
             Ok(())
         })

@@ -16,12 +16,12 @@ use super::{Container, STATE, Tasks, check_id, shares_pid_namespace, spec, task_
 use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{CreateRequest, Request};
+use crate::id_mappings::uid_in_guest;
 use crate::io::console::{self, Console};
 use crate::io::stdio::{self, Relays, StdioStreams};
 use crate::oom::OomWatch;
 use crate::reaper::{ProcessExit, now_ns};
 use crate::shared_volumes;
-use crate::users::uid_in_guest;
 
 impl Tasks {
     /// Creates a container. Its init waits for [`Tasks::start_init`].

@@ -12,9 +12,9 @@ use super::time_namespace::TimeNamespace;
 use super::{Container, Tasks, spec};
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{ExecRequest, Request};
+use crate::id_mappings::uid_in_guest;
 use crate::io::console::Console;
 use crate::io::stdio::{self, Relays, StdioStreams};
-use crate::users::uid_in_guest;
 
 impl Tasks {
     /// Registers an exec. [`Tasks::start_exec`] starts it.

@@ -1,12 +1,12 @@
 //! Containers and their processes.
 
 mod create;
+mod delete;
 mod devices;
 mod exec;
 mod helper;
 mod kill;
 mod process;
-mod remove;
 pub mod service;
 mod spec;
 mod time_namespace;

@@ -10,8 +10,8 @@ use libcontainer::oci_spec::runtime::{
 use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::devices::allows_all_devices;
+use crate::id_mappings::IdMappings;
 use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
-use crate::users::IdMappings;
 
 /// Adapts `spec` to the guest. `target` returns the path of another container's PID namespace.
 ///

@@ -14,10 +14,11 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use husk_base::sync::lock;
+use husk_netlink::{Link, Message, Netlink, link_header, links};
 use husk_proto::agent::{Interface, Neighbour, Route, Rule};
 use tokio::time::{Instant, timeout_at};
 
-use super::netlink::{Link, LinkNotifications, Message, Netlink, link_header, links};
+use super::link_notifications::LinkNotifications;
 use super::{NET, namespaces};
 use parts::Op;
 

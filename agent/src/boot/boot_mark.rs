@@ -4,7 +4,7 @@ use husk_base::sys::port;
 use husk_proto::boot_mark::{Mark, PORT};
 
 /// Writes `mark`. Best effort: without `ioperm` in the kernel, only the mark is lost.
-pub fn mark(mark: Mark) {
+pub fn write(mark: Mark) {
     // Only the VMM's boot mark device uses this port.
     if port::set_permission(PORT, true).is_err() {
         return;
