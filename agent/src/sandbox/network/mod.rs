@@ -1,7 +1,9 @@
 //! The pod's network: finds interfaces by MAC address, moves them to the pod's namespace, names and configures them.
 //! Later requests update them when the network on the host changes.
 
-mod parts;
+mod address;
+mod operation;
+mod parse;
 mod route;
 mod rule;
 
@@ -20,7 +22,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::link_notifications::LinkNotifications;
 use super::{NET, namespaces};
-use parts::Op;
+use operation::Operation;
 
 /// Timeout for an interface to appear. Its device has been hot-plugged before the request arrives.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -154,12 +156,12 @@ fn add(
     let new = after.routes.iter().filter(|route| routes.contains(&route::key(route)));
     let (via_gateway, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::has_gateway(route));
     let mut seen_keys = HashSet::new();
-    let mut op = |route| if seen_keys.insert(route::key(route)) { Op::Add } else { Op::Append };
+    let mut op = |route| if seen_keys.insert(route::key(route)) { Operation::Add } else { Operation::Append };
     for route in direct {
         route::change(pod, op(route), route, |name| indices.get(name))?;
     }
     for neighbour in neighbours {
-        parts::neighbour(pod, Op::Add, neighbour, indices.get(&neighbour.interface)?)?;
+        address::change_neighbour(pod, Operation::Add, neighbour, indices.get(&neighbour.interface)?)?;
     }
     for route in via_gateway {
         route::change(pod, op(route), route, |name| indices.get(name))?;
@@ -167,7 +169,7 @@ fn add(
     // Rules last, because the tables that they look up must be filled first.
     let mut seen_keys = HashSet::new();
     for rule in after.rules.iter().filter(|rule| rules.contains(&rule::key(rule))) {
-        let op = if seen_keys.insert(rule::key(rule)) { Op::Add } else { Op::Append };
+        let op = if seen_keys.insert(rule::key(rule)) { Operation::Add } else { Operation::Append };
         rule::change(pod, op, rule)?;
     }
     Ok(())
@@ -197,7 +199,7 @@ fn remove(
     let mut removed_rules: Vec<_> = before.rules.iter().filter(|rule| rules.contains(&rule::key(rule))).collect();
     removed_rules.sort_by_key(|rule| std::cmp::Reverse(rule::selector_count(rule)));
     for rule in removed_rules {
-        rule::change(pod, Op::Remove, rule)?;
+        rule::change(pod, Operation::Remove, rule)?;
     }
     if before.interfaces.is_empty() && before.routes.is_empty() && before.neighbours.is_empty() {
         return Ok(());
@@ -205,11 +207,11 @@ fn remove(
     let indices = Indices::of(&before.interfaces, pod)?;
     for neighbour in before.neighbours.iter().filter(|neighbour| !after.neighbours.contains(neighbour)) {
         if let Some(index) = indices.find(&neighbour.interface) {
-            parts::neighbour(pod, Op::Remove, neighbour, index)?;
+            address::change_neighbour(pod, Operation::Remove, neighbour, index)?;
         }
     }
     for route in before.routes.iter().rev().filter(|route| routes.contains(&route::key(route))) {
-        match route::change(pod, Op::Remove, route, |name| indices.get(name)) {
+        match route::change(pod, Operation::Remove, route, |name| indices.get(name)) {
             // The kernel removed it with its interface.
             Err(NetworkError::NoInterface(_)) => {}
             result => result?,
@@ -220,7 +222,7 @@ fn remove(
         let current = after.interfaces.iter().find(|current| current.mac == interface.mac);
         for address in &interface.addresses {
             if current.is_none_or(|current| !current.addresses.contains(address)) {
-                parts::address(pod, Op::Remove, index, address)?;
+                address::change(pod, Operation::Remove, index, address)?;
             }
         }
         if current.is_none() {
@@ -241,7 +243,7 @@ impl<'a> Indices<'a> {
         // LOOPBACK_IFINDEX of include/net/flow.h
         let mut indices = HashMap::from([("lo", 1)]);
         for interface in interfaces {
-            let mac = parts::parse_mac(&interface.mac)?;
+            let mac = parse::parse_mac(&interface.mac)?;
             if let Some(link) = links.iter().find(|link| link.mac == mac) {
                 indices.insert(interface.name.as_str(), link.index);
             }
@@ -263,7 +265,7 @@ fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
 }
 
 async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
-    let mac = parts::parse_mac(&interface.mac)?;
+    let mac = parse::parse_mac(&interface.mac)?;
     let link = match by_mac(pod, &mac)? {
         Some(link) => link,
         None => {
@@ -291,14 +293,14 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
     pod.change(Message::new(libc::RTM_NEWLINK, 0, &link_header(link.index, up, up)))
         .map_err(kernel(format!("bring up interface {}", interface.name)))?;
     for address in &interface.addresses {
-        parts::address(pod, Op::Add, link.index, address)?;
+        address::change(pod, Operation::Add, link.index, address)?;
     }
     Ok(())
 }
 
 /// Updates an interface without bringing it down, because the kernel would remove its routes.
 fn update_interface(previous: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
-    let mac = parts::parse_mac(&interface.mac)?;
+    let mac = parse::parse_mac(&interface.mac)?;
     let index = by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoInterface(interface.name.clone()))?.index;
     if interface.mtu > 0 && interface.mtu != previous.mtu {
         let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, 0));
@@ -306,7 +308,7 @@ fn update_interface(previous: &Interface, interface: &Interface, pod: &Netlink) 
             .map_err(kernel(format!("set the MTU of interface {}", interface.name)))?;
     }
     for address in interface.addresses.iter().filter(|address| !previous.addresses.contains(address)) {
-        parts::address(pod, Op::Add, index, address)?;
+        address::change(pod, Operation::Add, index, address)?;
     }
     Ok(())
 }

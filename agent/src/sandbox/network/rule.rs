@@ -9,7 +9,9 @@ use husk_proto::agent::rule::Action;
 use husk_proto::agent::{PortRange, Rule};
 
 use super::NetworkError;
-use super::parts::{Op, byte, family, octets, optional_cidr};
+use super::address::{family, octets};
+use super::operation::Operation;
+use super::parse::{parse_byte, parse_optional_cidr};
 
 /// Key of a rule: family and priority. Rules with the same key keep the order in which they are added.
 pub type Key = (bool, u32);
@@ -32,12 +34,12 @@ pub fn selector_count(rule: &Rule) -> usize {
 }
 
 /// Adds or removes a rule.
-pub fn change(pod: &Netlink, op: Op, rule: &Rule) -> Result<(), NetworkError> {
+pub fn change(pod: &Netlink, op: Operation, rule: &Rule) -> Result<(), NetworkError> {
     let object = format_args!("rule {} for table {}", rule.priority, rule.table).to_string();
     op.change(pod, message(op, rule)?).map_err(op.failed(object))
 }
 
-fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
+fn message(op: Operation, rule: &Rule) -> Result<Message, NetworkError> {
     let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
     let action = match rule.action.enum_value() {
         // With table 0, the kernel would allocate a table itself.
@@ -51,7 +53,7 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
         Err(other) => return malformed(other.to_string(), "action of a rule"),
     };
     let rule_family = if rule.ipv6 { libc::AF_INET6 as u8 } else { libc::AF_INET as u8 };
-    let (source, destination) = (optional_cidr(&rule.source)?, optional_cidr(&rule.destination)?);
+    let (source, destination) = (parse_optional_cidr(&rule.source)?, parse_optional_cidr(&rule.destination)?);
     for (prefix, text) in [(source, &rule.source), (destination, &rule.destination)] {
         if prefix.is_some_and(|(address, _)| family(address) != rule_family) {
             return malformed(text.clone(), "prefix for this rule's family");
@@ -59,13 +61,13 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     }
     let flags = if rule.invert { FIB_RULE_INVERT } else { 0 };
     let length = |prefix: Option<(_, u8)>| prefix.map_or(0, |(_, length)| length);
-    let tos = byte(rule.tos, "type of service")?;
+    let tos = parse_byte(rule.tos, "type of service")?;
     // struct fib_rule_hdr. Its table field has one byte; the FRA_TABLE attribute holds larger table ids.
     let mut fixed = [rule_family, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
     fixed[8..].copy_from_slice(&flags.to_ne_bytes());
     // NLM_F_EXCL prevents duplicates. It cannot be used to append: the kernel (`rule_exists`) also rejects a new rule
     // if an existing rule with the same key has all its attributes and more.
-    let flags = if op == Op::Append { 0 } else { libc::NLM_F_EXCL };
+    let flags = if op == Operation::Append { 0 } else { libc::NLM_F_EXCL };
     let mut message = op
         .message((libc::RTM_NEWRULE, flags), libc::RTM_DELRULE, &fixed)
         .number(FRA_PRIORITY, rule.priority)
@@ -94,7 +96,7 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     }
     for (kind, number) in [(FRA_PROTOCOL, rule.protocol), (FRA_IP_PROTO, rule.ip_protocol)] {
         if number != 0 {
-            message = message.attribute(kind, &[byte(number, "protocol")?]);
+            message = message.attribute(kind, &[parse_byte(number, "protocol")?]);
         }
     }
     for (kind, range) in [(FRA_SPORT_RANGE, &rule.source_ports), (FRA_DPORT_RANGE, &rule.destination_ports)] {
@@ -142,7 +144,7 @@ mod tests {
             protocol: 3,
             ..Default::default()
         };
-        let bytes = message(Op::Add, &rule).unwrap().finish();
+        let bytes = message(Operation::Add, &rule).unwrap().finish();
         assert_eq!(bytes[16..28], [2, 0, 32, 0, 0, 0, 0, 1, FIB_RULE_INVERT as u8, 0, 0, 0]);
         let expected = [
             (FRA_PRIORITY, 100u32.to_ne_bytes().to_vec()),
@@ -177,9 +179,9 @@ mod tests {
             Rule { tos: 256, ..table.clone() },
             Rule { action: protobuf::EnumOrUnknown::from_i32(77), ..table.clone() },
         ] {
-            assert!(matches!(message(Op::Add, &rule), Err(NetworkError::Malformed(..))), "{rule}");
+            assert!(matches!(message(Operation::Add, &rule), Err(NetworkError::Malformed(..))), "{rule}");
         }
-        assert!(message(Op::Remove, &table).is_ok());
+        assert!(message(Operation::Remove, &table).is_ok());
     }
 
     proptest! {
@@ -191,7 +193,7 @@ mod tests {
                 source_ports: Some(PortRange { first: numbers[3], last: numbers[4], ..Default::default() }).into(),
                 ..Default::default()
             };
-            let _ = message(Op::Add, &rule);
+            let _ = message(Operation::Add, &rule);
         }
     }
 }
