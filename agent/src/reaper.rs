@@ -23,7 +23,7 @@ type Callback = Box<dyn FnOnce(ProcessExit) + Send>;
 #[derive(Default)]
 struct Inner {
     claimed: HashMap<i32, Callback>,
-    /// Exits of PIDs that nothing has claimed yet. Kept only while an [`ExpectGuard`] lives.
+    /// Exits of PIDs that nothing has claimed yet. Kept only while an [`UnclaimedExitsGuard`] lives.
     unclaimed: HashMap<i32, ProcessExit>,
     guards: usize,
 }
@@ -36,9 +36,9 @@ pub struct Reaper {
 
 /// Keeps the exits of unclaimed processes while it lives. Must be taken before a helper is spawned: its child may exit
 /// before the child's PID is known.
-pub struct ExpectGuard(Reaper);
+pub struct UnclaimedExitsGuard(Reaper);
 
-impl Drop for ExpectGuard {
+impl Drop for UnclaimedExitsGuard {
     fn drop(&mut self) {
         self.0.with(|inner| {
             inner.guards = inner.guards.saturating_sub(1);
@@ -55,14 +55,14 @@ impl Reaper {
         signal(SignalKind::child())
     }
 
-    /// Starts keeping exits of unclaimed processes; see [`ExpectGuard`].
-    pub fn expect(&self) -> ExpectGuard {
+    /// Starts keeping exits of unclaimed processes; see [`UnclaimedExitsGuard`].
+    pub fn keep_unclaimed_exits(&self) -> UnclaimedExitsGuard {
         self.with(|inner| inner.guards += 1);
-        ExpectGuard(self.clone())
+        UnclaimedExitsGuard(self.clone())
     }
 
-    /// Calls `callback` when `pid` has exited, at once if it already has. The caller holds an [`ExpectGuard`].
-    pub fn claim(&self, pid: i32, callback: impl FnOnce(ProcessExit) + Send + 'static) {
+    /// Calls `callback` when `pid` has exited, at once if it already has. The caller holds an [`UnclaimedExitsGuard`].
+    pub fn on_exit(&self, pid: i32, callback: impl FnOnce(ProcessExit) + Send + 'static) {
         let ready = self.with(|inner| match inner.unclaimed.remove(&pid) {
             Some(exit) => Some((exit, Box::new(callback) as Callback)),
             None => {
@@ -78,7 +78,7 @@ impl Reaper {
     /// Waits for the exit of `pid`.
     pub async fn wait(&self, pid: i32) -> Option<ProcessExit> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
-        self.claim(pid, move |exit| {
+        self.on_exit(pid, move |exit| {
             let _ = sender.send(exit);
         });
         receiver.await.ok()
@@ -154,10 +154,10 @@ mod tests {
     #[test]
     fn claim_after_exit_calls_back_once() {
         let (reaper, seen) = (Reaper::default(), Arc::new(AtomicU32::new(0)));
-        let guard = reaper.expect();
+        let guard = reaper.keep_unclaimed_exits();
         reaper.record_exit(42, ProcessExit { status: 7, at_ns: 1 });
         let count = seen.clone();
-        reaper.claim(42, move |exit| {
+        reaper.on_exit(42, move |exit| {
             count.fetch_add(exit.status, Ordering::Relaxed);
         });
         reaper.record_exit(42, ProcessExit { status: 7, at_ns: 2 });

@@ -70,7 +70,7 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     let (api, stream_port, log_port) = (listen(ports::AGENT)?, listen(ports::STREAM)?, listen(ports::LOG)?);
     let forward_port = listen(ports::PORT_FORWARDING)?;
 
-    let (hub, streams, reaper) = (events::Hub::default(), Streams::default(), reaper::Reaper::default());
+    let (hub, streams, reaper) = (events::EventHub::default(), Streams::default(), reaper::Reaper::default());
     let mut children = reaper.signals().map_err(BootError::Reaper)?;
     let sandbox = Arc::new(Sandbox::default());
     let tasks = Arc::new(Tasks::new(hub.clone(), streams.clone(), reaper.clone(), sandbox.clone()));

@@ -56,7 +56,7 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let rules = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let devices_of_spec = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let rules = rules.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
-    devices::restrict(&request.cgroup, rules, devices_of_spec).map_err(|error| {
+    devices::attach_rules(&request.cgroup, rules, devices_of_spec).map_err(|error| {
         // The process is the init that was just created and waits for Start.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         format!("error setting cgroup config for procHooks process: failed to restrict devices: {error}")

@@ -39,10 +39,11 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
         .map(UnixStream::connect)
         .transpose()
         .map_err(io("failed to connect to the console socket"))?;
-    let init = pidfd::open(request.init).map_err(io("cannot exec in a stopped container"))?;
+    let init = pidfd::open(request.init_pid).map_err(io("cannot exec in a stopped container"))?;
     let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
     let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe"))?;
-    let namespaces = foreign_namespaces(request.init).map_err(io("failed to read the namespaces of the container"))?;
+    let namespaces =
+        namespaces_to_join(request.init_pid).map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
     // setns(2) with a PID namespace takes effect only for children created later.
     set_namespaces(&init, namespaces & CloneFlags::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
@@ -177,7 +178,7 @@ fn change_directory(cwd: &Path) -> Result<(), String> {
 /// init. The first accepts no process if the container has enabled controllers for child cgroups (cgroups(7)).
 fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
     let container = File::open(&request.cgroup)?;
-    let line = std::fs::read_to_string(format!("/proc/{}/cgroup", request.init))?;
+    let line = std::fs::read_to_string(format!("/proc/{}/cgroup", request.init_pid))?;
     let name = line.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
     let of_init = Path::new(crate::cgroup::MOUNT).join(name);
     if !of_init.starts_with(&request.cgroup) {
@@ -188,7 +189,7 @@ fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
 }
 
 /// Returns the CLONE_NEW* flags of the namespaces of `pid` that differ from those of this process.
-fn foreign_namespaces(pid: i32) -> io::Result<CloneFlags> {
+fn namespaces_to_join(pid: i32) -> io::Result<CloneFlags> {
     const KINDS: &[(&str, CloneFlags)] = &[
         ("user", CloneFlags::CLONE_NEWUSER),
         ("pid", CloneFlags::CLONE_NEWPID),

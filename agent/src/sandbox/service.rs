@@ -18,20 +18,20 @@ use super::network::{Network, NetworkConfig};
 use super::volume::Volumes;
 use super::{Sandbox, apparmor, hotplug, namespaces, setup, slots};
 use crate::error::failed;
-use crate::events::Hub;
+use crate::events::EventHub;
 use crate::id_mappings::IdMappings;
 
 /// Implementation of the Sandbox service.
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
-    hub: Hub,
+    hub: EventHub,
     volumes: Arc<Volumes>,
     network: Network,
 }
 
 impl SandboxService {
     /// Creates the service for `sandbox`, with the events of `hub`.
-    pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
+    pub fn new(sandbox: Arc<Sandbox>, hub: EventHub) -> Self {
         Self { sandbox, hub, volumes: Arc::default(), network: Network::default() }
     }
 }
@@ -136,8 +136,8 @@ impl agent_ttrpc::Sandbox for SandboxService {
 
     async fn mount_volume(&self, _: &TtrpcContext, request: MountVolumeRequest) -> ttrpc::Result<MountVolumeResponse> {
         let volumes = Arc::clone(&self.volumes);
-        let provided = tokio::task::spawn_blocking(move || volumes.provide(&request)).await;
-        provided.map_err(failed("provide the volume"))?.map_err(failed("provide the volume"))?;
+        let mounted = tokio::task::spawn_blocking(move || volumes.mount(&request)).await;
+        mounted.map_err(failed("mount the volume"))?.map_err(failed("mount the volume"))?;
         Ok(MountVolumeResponse::new())
     }
 

@@ -25,7 +25,7 @@ use crate::shared_volumes;
 /// Supported file systems.
 const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 
-/// Reason why a volume or its subpath was not provided.
+/// Reason why a volume or its subpath was not mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A name is not a path component, or a file system is not supported.
@@ -54,7 +54,7 @@ impl Volumes {
     ///
     /// # Errors
     /// After an error, a volume that has been mounted stays mounted.
-    pub fn provide(&self, request: &MountVolumeRequest) -> Result<(), VolumeError> {
+    pub fn mount(&self, request: &MountVolumeRequest) -> Result<(), VolumeError> {
         let shared = request.fs_type == SHARED;
         for name in [&request.name, &request.container_id] {
             path_component(name)?;
@@ -252,15 +252,15 @@ mod tests {
     }
 
     #[test]
-    fn provide_rejects_unknown_file_systems_and_names() {
+    fn mount_rejects_unknown_file_systems_and_names() {
         let request = MountVolumeRequest {
             name: "a".into(),
             container_id: "c".into(),
             fs_type: "ext4".into(),
             ..Default::default()
         };
-        assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
+        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Invalid(_))));
         let request = MountVolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
-        assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
+        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Invalid(_))));
     }
 }

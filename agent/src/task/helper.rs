@@ -31,7 +31,7 @@ pub struct HelperJob<'a> {
 }
 
 impl Tasks {
-    /// Runs a helper to its end. The caller holds a [`crate::reaper::ExpectGuard`].
+    /// Runs a helper to its end. The caller holds a [`crate::reaper::UnclaimedExitsGuard`].
     ///
     /// # Errors
     /// Returns the reason in runc's words.

@@ -97,10 +97,10 @@ impl Task for TaskService {
             bundle: container.bundle.clone(),
             pid: phase.pid().unsigned_abs(),
             status: status.into(),
-            stdin: process.names.stdin.clone(),
-            stdout: process.names.stdout.clone(),
-            stderr: process.names.stderr.clone(),
-            terminal: process.names.terminal,
+            stdin: process.tokens.stdin.clone(),
+            stdout: process.tokens.stdout.clone(),
+            stderr: process.tokens.stderr.clone(),
+            terminal: process.tokens.terminal,
             ..Default::default()
         };
         if let Phase::Stopped(_, exit) = phase {

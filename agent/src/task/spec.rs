@@ -11,7 +11,7 @@ use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::devices::allows_all_devices;
 use crate::id_mappings::IdMappings;
-use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
+use crate::sandbox::{IPC_NAMESPACE, NET_NAMESPACE, Sandbox, USER_NAMESPACE, UTS_NAMESPACE};
 
 /// Adapts `spec` to the guest. `target` returns the path of another container's PID namespace.
 ///
@@ -115,9 +115,9 @@ fn namespaces(
     let new_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
     let mut all = vec![
         make(LinuxNamespaceType::Pid, pid)?,
-        make(LinuxNamespaceType::Network, Some(PathBuf::from(NET)))?,
-        make(LinuxNamespaceType::Ipc, Some(PathBuf::from(IPC)))?,
-        make(LinuxNamespaceType::Uts, (!new_uts).then(|| PathBuf::from(UTS)))?,
+        make(LinuxNamespaceType::Network, Some(PathBuf::from(NET_NAMESPACE)))?,
+        make(LinuxNamespaceType::Ipc, Some(PathBuf::from(IPC_NAMESPACE)))?,
+        make(LinuxNamespaceType::Uts, (!new_uts).then(|| PathBuf::from(UTS_NAMESPACE)))?,
         make(LinuxNamespaceType::Mount, None)?,
     ];
     for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time] {
@@ -126,7 +126,7 @@ fn namespaces(
         }
     }
     if find(LinuxNamespaceType::User).is_some() {
-        all.push(make(LinuxNamespaceType::User, Some(PathBuf::from(USER)))?);
+        all.push(make(LinuxNamespaceType::User, Some(PathBuf::from(USER_NAMESPACE)))?);
     }
     Ok(all)
 }
@@ -303,8 +303,8 @@ mod tests {
         let target = |id: &str| Ok(PathBuf::from(format!("/proc/{id}")));
         let all = namespaces(&requested, &Sandbox::default(), target).unwrap();
         let path = |kind| all.iter().find(|n| n.typ() == kind).unwrap().path().clone();
-        assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET)));
-        assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC)));
+        assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET_NAMESPACE)));
+        assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC_NAMESPACE)));
         assert_eq!(path(LinuxNamespaceType::Uts), None);
         assert!(namespaces(&requested[1..], &Sandbox::default(), target).is_err());
     }

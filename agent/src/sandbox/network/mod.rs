@@ -21,7 +21,7 @@ use husk_proto::agent::{Interface, Neighbour, Route, Rule};
 use tokio::time::{Instant, timeout_at};
 
 use super::link_notifications::LinkNotifications;
-use super::{NET, namespaces};
+use super::{NET_NAMESPACE, namespaces};
 use operation::Operation;
 
 /// Timeout for an interface to appear. Its device has been hot-plugged before the request arrives.
@@ -50,7 +50,7 @@ pub enum NetworkError {
     Namespace(#[from] namespaces::NamespaceError),
 }
 
-fn kernel(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+fn kernel_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Kernel(action.into(), source)
 }
 
@@ -120,7 +120,7 @@ async fn change(Applied { config: before, complete }: &Applied, after: &NetworkC
     if *complete && before == after {
         return Ok(());
     }
-    let pod = namespaces::run_in_pod(Netlink::open)?.map_err(kernel("open a netlink socket"))?;
+    let pod = namespaces::run_in_pod(Netlink::open)?.map_err(kernel_error("open a netlink socket"))?;
     let mut routes = changed_keys(&before.routes, &after.routes, *complete, route::key);
     let rules = changed_keys(&before.rules, &after.rules, *complete, rule::key);
     remove(before, after, (&routes, &rules), &pod)?;
@@ -151,7 +151,7 @@ fn add(
     (routes, neighbours, rules): (&HashSet<route::Key<'_>>, &[&Neighbour], &HashSet<rule::Key>),
     pod: &Netlink,
 ) -> Result<(), NetworkError> {
-    let indices = Indices::of(&after.interfaces, pod)?;
+    let indices = InterfaceIndices::of(&after.interfaces, pod)?;
     // Direct routes first: a gateway is reachable only through the routes of its link.
     let new = after.routes.iter().filter(|route| routes.contains(&route::key(route)));
     let (via_gateway, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::has_gateway(route));
@@ -204,7 +204,7 @@ fn remove(
     if before.interfaces.is_empty() && before.routes.is_empty() && before.neighbours.is_empty() {
         return Ok(());
     }
-    let indices = Indices::of(&before.interfaces, pod)?;
+    let indices = InterfaceIndices::of(&before.interfaces, pod)?;
     for neighbour in before.neighbours.iter().filter(|neighbour| !after.neighbours.contains(neighbour)) {
         if let Some(index) = indices.find(&neighbour.interface) {
             address::change_neighbour(pod, Operation::Remove, neighbour, index)?;
@@ -228,18 +228,18 @@ fn remove(
         if current.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
             // The shim hot-unplugs the device before another one with the same name or MAC address appears.
-            pod.change(down).map_err(kernel(format!("bring down interface {}", interface.name)))?;
+            pod.change(down).map_err(kernel_error(format!("bring down interface {}", interface.name)))?;
         }
     }
     Ok(())
 }
 
 /// Interface indices in the guest of the interfaces of a request, by name.
-struct Indices<'a>(HashMap<&'a str, i32>);
+struct InterfaceIndices<'a>(HashMap<&'a str, i32>);
 
-impl<'a> Indices<'a> {
+impl<'a> InterfaceIndices<'a> {
     fn of(interfaces: &'a [Interface], pod: &Netlink) -> Result<Self, NetworkError> {
-        let links = links(pod).map_err(kernel("list interfaces"))?;
+        let links = links(pod).map_err(kernel_error("list interfaces"))?;
         // LOOPBACK_IFINDEX of include/net/flow.h
         let mut indices = HashMap::from([("lo", 1)]);
         for interface in interfaces {
@@ -261,7 +261,7 @@ impl<'a> Indices<'a> {
 }
 
 fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
-    Ok(links(netlink).map_err(kernel("list interfaces"))?.into_iter().find(|link| link.mac == mac))
+    Ok(links(netlink).map_err(kernel_error("list interfaces"))?.into_iter().find(|link| link.mac == mac))
 }
 
 async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
@@ -270,16 +270,16 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
         Some(link) => link,
         None => {
             let found = wait_for_link(&mac).await?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
-            let namespace = File::open(NET).map_err(kernel("open the pod's network namespace"))?;
+            let namespace = File::open(NET_NAMESPACE).map_err(kernel_error("open the pod's network namespace"))?;
             let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(found.index, 0, 0))
                 .number(libc::IFLA_NET_NS_FD, namespace.as_raw_fd().unsigned_abs())
                 // The rename matters if the pod's namespace already has an interface of the old name (Linux,
                 // do_setlink of net/core/rtnetlink.c).
                 .text(libc::IFLA_IFNAME, &interface.name);
-            let agent_netlink = Netlink::open().map_err(kernel("open a netlink socket"))?;
+            let agent_netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
             agent_netlink
                 .change(message)
-                .map_err(kernel(format!("move interface {} to the pod's network namespace", interface.name)))?;
+                .map_err(kernel_error(format!("move interface {} to the pod's network namespace", interface.name)))?;
             by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?
         }
     };
@@ -289,9 +289,9 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
     if interface.mtu > 0 {
         rename = rename.number(libc::IFLA_MTU, interface.mtu);
     }
-    pod.change(rename).map_err(kernel(format!("set the name and MTU of interface {}", interface.name)))?;
+    pod.change(rename).map_err(kernel_error(format!("set the name and MTU of interface {}", interface.name)))?;
     pod.change(Message::new(libc::RTM_NEWLINK, 0, &link_header(link.index, up, up)))
-        .map_err(kernel(format!("bring up interface {}", interface.name)))?;
+        .map_err(kernel_error(format!("bring up interface {}", interface.name)))?;
     for address in &interface.addresses {
         address::change(pod, Operation::Add, link.index, address)?;
     }
@@ -305,7 +305,7 @@ fn update_interface(previous: &Interface, interface: &Interface, pod: &Netlink) 
     if interface.mtu > 0 && interface.mtu != previous.mtu {
         let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, 0));
         pod.change(message.number(libc::IFLA_MTU, interface.mtu))
-            .map_err(kernel(format!("set the MTU of interface {}", interface.name)))?;
+            .map_err(kernel_error(format!("set the MTU of interface {}", interface.name)))?;
     }
     for address in interface.addresses.iter().filter(|address| !previous.addresses.contains(address)) {
         address::change(pod, Operation::Add, index, address)?;
@@ -314,15 +314,15 @@ fn update_interface(previous: &Interface, interface: &Interface, pod: &Netlink) 
 }
 
 async fn wait_for_link(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
-    let notifications = LinkNotifications::subscribe().map_err(kernel("subscribe to link notifications"))?;
-    let agent_netlink = Netlink::open().map_err(kernel("open a netlink socket"))?;
+    let notifications = LinkNotifications::subscribe().map_err(kernel_error("subscribe to link notifications"))?;
+    let agent_netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
     let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(link) = by_mac(&agent_netlink, mac)? {
             return Ok(Some(link));
         }
         match timeout_at(deadline, notifications.next()).await {
-            Ok(result) => result.map_err(kernel("receive link notifications"))?,
+            Ok(result) => result.map_err(kernel_error("receive link notifications"))?,
             Err(_) => return Ok(None),
         }
     }
