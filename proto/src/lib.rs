@@ -32,7 +32,7 @@ pub mod agent_ttrpc {
 }
 
 /// Type URL of [`agent::CreateOptions`] in the options of a create request.
-pub const CREATE_OPTIONS_URL: &str = "husk.agent.v1.CreateOptions";
+pub const CREATE_OPTIONS_TYPE_URL: &str = "husk.agent.v1.CreateOptions";
 
 /// Guest mount point of the share, which the host serves over virtio-fs.
 pub const GUEST_SHARE: &str = "/run/husk/share";
@@ -47,10 +47,10 @@ pub const SHARE_TAG: &str = "husk";
 /// Path prefix that stands for a namespace of the sandbox in a specification's namespace paths. The namespace type
 /// follows: `/run/husk/ns/uts`. It replaces the host's path, which is meaningless in the guest: the guest only needs to
 /// know that a path was set.
-pub const GUEST_NS: &str = "/run/husk/ns";
+pub const GUEST_NAMESPACES: &str = "/run/husk/ns";
 
 /// Path prefix that stands for a container's PID namespace. The container id follows.
-pub const GUEST_PIDS: &str = "/run/husk/pids";
+pub const GUEST_PID_NAMESPACES: &str = "/run/husk/pids";
 
 /// Guest mount point of the sandbox's shared memory. The agent mounts a tmpfs there during `Setup` if the shim requests
 /// it; the containers of a Kubernetes pod share it at `/dev/shm`.
@@ -63,7 +63,7 @@ pub const GUEST_VOLUMES: &str = "/run/husk/volumes";
 pub const GUEST_SUBPATHS: &str = "/run/husk/subpaths";
 
 /// `fs_type` of a volume request whose volume is already in [`SHARED_VOLUMES`].
-pub const SHARED: &str = "shared";
+pub const SHARED_FS_TYPE: &str = "shared";
 
 /// Directory of the guest's copies of mirrored volumes, `<container>/<mount>`.
 pub const GUEST_MIRRORS: &str = "/run/husk/mirrors";

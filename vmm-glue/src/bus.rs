@@ -65,8 +65,8 @@ impl Bus {
 }
 
 fn step(byte: u8) -> Option<BootStep> {
-    Some(match boot_mark::Mark::try_from(byte).ok()? {
-        boot_mark::Mark::AgentStarted => BootStep::AgentStarted,
-        boot_mark::Mark::AgentReady => BootStep::AgentReady,
+    Some(match boot_mark::BootMark::try_from(byte).ok()? {
+        boot_mark::BootMark::AgentStarted => BootStep::AgentStarted,
+        boot_mark::BootMark::AgentReady => BootStep::AgentReady,
     })
 }

@@ -1,10 +1,10 @@
 //! Boot marks: one byte written to an I/O port tells the VMM which boot step the guest has reached.
 
 use husk_base::sys::port;
-use husk_proto::boot_mark::{Mark, PORT};
+use husk_proto::boot_mark::{BootMark, PORT};
 
 /// Writes `mark`. Best effort: without `ioperm` in the kernel, only the mark is lost.
-pub fn write(mark: Mark) {
+pub fn write(mark: BootMark) {
     // Only the VMM's boot mark device uses this port.
     if port::set_permission(PORT, true).is_err() {
         return;

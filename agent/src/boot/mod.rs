@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use husk_base::error::chain;
-use husk_proto::boot_mark::Mark;
+use husk_proto::boot_mark::BootMark;
 use husk_proto::{agent_ttrpc, containerd, ports};
 
 use crate::io::streams::Streams;
@@ -40,7 +40,7 @@ enum BootError {
 
 /// Runs PID 1. Returns only if this process is not PID 1.
 pub fn main() -> ExitCode {
-    boot_mark::write(Mark::AgentStarted);
+    boot_mark::write(BootMark::AgentStarted);
     if std::process::id() != 1 {
         eprintln!("husk-agent must be PID 1 of a Husk guest; it cannot be started by hand");
         return ExitCode::FAILURE;
@@ -82,7 +82,7 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     tokio::spawn(streams.serve(stream_port));
     tokio::spawn(log::serve(log_port));
     tokio::spawn(port_forwarding::serve(forward_port));
-    boot_mark::write(Mark::AgentReady);
+    boot_mark::write(BootMark::AgentReady);
 
     // The namespaces are created while the host is still connecting, to save time in Setup.
     // Setup tries again, and reports the error.

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use husk_base::sync::lock;
 use husk_proto::agent::{MountVolumeRequest, VolumeDirectory};
-use husk_proto::{GUEST_SUBPATHS, SHARED, volume};
+use husk_proto::{GUEST_SUBPATHS, SHARED_FS_TYPE, volume};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -55,11 +55,11 @@ impl Volumes {
     /// # Errors
     /// After an error, a volume that has been mounted stays mounted.
     pub fn mount(&self, request: &MountVolumeRequest) -> Result<(), VolumeError> {
-        let shared = request.fs_type == SHARED;
+        let shared = request.fs_type == SHARED_FS_TYPE;
         for name in [&request.name, &request.container_id] {
             path_component(name)?;
         }
-        let root = volume::root(request);
+        let root = volume::root_path(request);
         if !shared {
             // Containers are created concurrently, and the first one mounts the volume.
             let mut mounted = lock(&self.0);
@@ -80,7 +80,7 @@ impl Volumes {
         }
         let _guard = lock_shared_volumes();
         let found = open_subpath(&root, &request.directories)?;
-        bind(&found, &volume::path(request))
+        bind(&found, &volume::guest_path(request))
     }
 }
 
@@ -106,14 +106,16 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let names = entries(dir).flat_map(|container| entries(&container).collect::<Vec<_>>());
-    names.filter_map(|part| volume::shared_of(&Path::new(GUEST_SUBPATHS).join(part.strip_prefix(dir).ok()?))).collect()
+    names
+        .filter_map(|part| volume::shared_volume_of(&Path::new(GUEST_SUBPATHS).join(part.strip_prefix(dir).ok()?)))
+        .collect()
 }
 
 /// Unmounts the subpaths of a container, if it has any. Returns the shared volumes that contain them.
 pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     let path = Path::new(GUEST_SUBPATHS).join(container);
     let volumes =
-        fs::read_dir(&path).into_iter().flatten().flatten().filter_map(|part| volume::shared_of(&part.path()));
+        fs::read_dir(&path).into_iter().flatten().flatten().filter_map(|part| volume::shared_volume_of(&part.path()));
     let volumes = volumes.collect();
     for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
         if let Err(error) = umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {

@@ -191,7 +191,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.tasks.get(&request.id)?;
         let value = metrics::read(container.cgroup.path()).write_to_bytes().map_err(failed("serialise the metrics"))?;
-        let stats = MessageField::some(Any { type_url: metrics::URL.into(), value, ..Default::default() });
+        let stats = MessageField::some(Any { type_url: metrics::TYPE_URL.into(), value, ..Default::default() });
         Ok(StatsResponse { stats, ..Default::default() })
     }
 

@@ -106,7 +106,7 @@ fn namespaces(
     }
     let pid = match find(LinuxNamespaceType::Pid).and_then(|namespace| namespace.path().as_ref()) {
         None => None,
-        Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PIDS).ok().and_then(Path::to_str) {
+        Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PID_NAMESPACES).ok().and_then(Path::to_str) {
             Some(id) => target(id)?,
             None => sandbox.shared_pid().map_err(failed("create the shared PID namespace"))?,
         }),

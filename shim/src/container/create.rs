@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use husk_proto::CREATE_OPTIONS_URL;
+use husk_proto::CREATE_OPTIONS_TYPE_URL;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::{CreateTaskRequest, DeleteRequest};
 use husk_proto::containerd::events::task::{TaskCreate, TaskIO};
@@ -96,7 +96,7 @@ impl Shim {
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
-            type_url: CREATE_OPTIONS_URL.to_owned(),
+            type_url: CREATE_OPTIONS_TYPE_URL.to_owned(),
             value: options.write_to_bytes().map_err(ServiceError::failed)?,
             ..Default::default()
         };

@@ -180,7 +180,7 @@ impl Sandbox for Handler {
         let metric = response.metrics.mut_or_insert_default();
         metric.id.clone_from(&self.shim.sandbox.id);
         metric.timestamp = Some(timestamp(std::time::SystemTime::now())).into();
-        metric.data = Some(Any { type_url: metrics::URL.to_owned(), value, ..Default::default() }).into();
+        metric.data = Some(Any { type_url: metrics::TYPE_URL.to_owned(), value, ..Default::default() }).into();
         Ok(response)
     }
 }

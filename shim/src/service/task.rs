@@ -247,8 +247,10 @@ impl Task for Handler {
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
         let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
         let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
-        let stats =
-            answer.stats.into_option().filter(|any| any.type_url == metrics::URL && any.value.len() <= MAX_METRICS);
+        let stats = answer
+            .stats
+            .into_option()
+            .filter(|any| any.type_url == metrics::TYPE_URL && any.value.len() <= MAX_METRICS);
         let stats = stats.ok_or_else(|| {
             ServiceError::failed("the agent's statistics have an unknown type or are too large".to_owned())
         })?;

@@ -14,7 +14,7 @@ use std::{
     path::Path,
 };
 
-use husk_proto::SHARED;
+use husk_proto::SHARED_FS_TYPE;
 use husk_proto::agent::{MountVolumeRequest, VolumeDirectory};
 
 use crate::oci::id_mappings::IdMappings;
@@ -99,7 +99,7 @@ pub fn subdirectory_request(
     (container, mount): (&str, u32),
 ) -> MountVolumeRequest {
     let name = Path::new(root).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let (fs_type, container_id) = (SHARED.to_owned(), container.to_owned());
+    let (fs_type, container_id) = (SHARED_FS_TYPE.to_owned(), container.to_owned());
     MountVolumeRequest { name, fs_type, directories: subdirectory, container_id, mount, ..Default::default() }
 }
 

@@ -79,7 +79,7 @@ pub fn prepare_mount(
             Ok(Some(mirror::guest_path(context.container, index)))
         }
         Plan::Memory(request) => {
-            let path = volume::path(&request).to_string_lossy().into_owned();
+            let path = volume::guest_path(&request).to_string_lossy().into_owned();
             guest.memory.push(*request);
             Ok(Some(path))
         }
@@ -108,7 +108,7 @@ pub fn prepare_mount(
                 return Ok(Some(root));
             }
             let request = memory_volume::subdirectory_request(&root, subdirectory, (context.container, number));
-            let path = volume::path(&request).to_string_lossy().into_owned();
+            let path = volume::guest_path(&request).to_string_lossy().into_owned();
             guest.memory.push(request);
             Ok(Some(path))
         }
