@@ -1,25 +1,25 @@
 //! Husk's embedded virtual machine monitor (VMM): boots a Linux guest with KVM and a few virtio devices.
 //!
-//! The library runs in a child process of the shim ([`child::main`]). The shim starts that process with
+//! The library runs in a child process of the shim ([`process::main`]). The shim starts that process with
 //! [`client::spawn`] and controls it over a control socket ([`control`]). [`boot`] is the boot recipe.
 
 #![deny(clippy::indexing_slicing)]
 
 pub mod arch;
 pub mod boot;
+mod boot_timing;
 pub mod bus;
-pub mod check;
-pub mod child;
 pub mod client;
 pub mod config;
+pub mod config_check;
 pub mod control;
 pub mod event_loop;
 pub mod guest_memory;
+pub mod kvm_probe;
 pub mod memory;
-pub mod probe;
+pub mod process;
 pub mod reporter;
 pub mod serial;
-mod timing;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

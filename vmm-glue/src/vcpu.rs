@@ -4,7 +4,7 @@
 //! before KVM_RUN is not lost. A thread parks only after KVM_RUN has returned EINTR. Then no access of the guest is
 //! half done.
 
-pub mod make;
+pub mod factory;
 
 use std::cell::Cell;
 use std::io;
@@ -21,7 +21,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::{Bus, Effect};
 use crate::control::{BootStep, ExitReason};
 use crate::reporter::Reporter;
-use make::{MakeError, Maker};
+use factory::{MakeError, Maker};
 
 /// Stack size of a vCPU thread, whose calls are not nested deeply.
 const STACK: usize = 128 << 10;

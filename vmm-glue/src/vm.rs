@@ -9,8 +9,8 @@ use event_manager::SubscriberId;
 use husk_base::sync::lock;
 use kvm_ioctls::VmFd;
 
-use crate::check::{self, ConfigError};
 use crate::config::{BlkConfig, NetConfig};
+use crate::config_check::{self, ConfigError};
 use crate::control::PageKind;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::guest_memory::GuestMemory;
@@ -130,8 +130,8 @@ impl Vm {
 
     /// Hot-plugs a network interface into a spare slot and returns the slot's number.
     pub fn attach_net(&mut self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
-        let mut fds = check::Fds::new(fds);
-        let backend = check::net(config, &mut fds)?;
+        let mut fds = config_check::Fds::new(fds);
+        let backend = config_check::net(config, &mut fds)?;
         fds.reject_unused()?;
         let device = Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?;
         self.attach(Arc::new(Mutex::new(device)), Purpose::Any)
@@ -139,7 +139,7 @@ impl Vm {
 
     /// Hot-plugs a disk into a spare slot and returns the slot's number.
     pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
-        let file = check::blk(config, single_fd(fds)?)?;
+        let file = config_check::blk(config, single_fd(fds)?)?;
         self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
     }
 

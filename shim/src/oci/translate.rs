@@ -107,8 +107,8 @@ fn linux(
     Ok(())
 }
 
-/// Replaces paths of host namespaces by paths of the sandbox's namespaces (see `husk_proto::GUEST_NAMESPACES`), or of another
-/// container's PID namespace.
+/// Replaces paths of host namespaces by paths of the sandbox's namespaces (see `husk_proto::GUEST_NAMESPACES`), or of
+/// another container's PID namespace.
 fn namespaces(
     linux: &mut Map<String, Value>,
     pids: &HashMap<u32, String>,

@@ -28,7 +28,7 @@ pub enum Network {
 /// Options of [`spawn`].
 #[derive(Debug)]
 pub struct SpawnOptions {
-    /// The binary. It must call [`crate::child::main`] if its `argv[0]` is [`ARGV0`].
+    /// The binary. It must call [`crate::process::main`] if its `argv[0]` is [`ARGV0`].
     pub exe: PathBuf,
     /// The network namespace of the process.
     pub network: Network,

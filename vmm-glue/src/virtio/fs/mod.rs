@@ -4,15 +4,15 @@
 //! wake-up. The device loop serves only the high-priority queue, so FORGET never waits for a request that blocks.
 
 mod capabilities;
-mod checked;
-mod checks;
+mod checked_fs;
 mod descriptor_table;
 mod fd_limit;
+mod fuse_server;
 #[cfg(test)]
 mod names_tests;
 #[cfg(test)]
 mod race_tests;
-mod request;
+mod request_checks;
 #[cfg(test)]
 mod requests_tests;
 #[cfg(test)]
@@ -35,9 +35,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
-use self::checked::CheckedFs;
+use self::checked_fs::CheckedFs;
 use self::fd_limit::FdLimit;
-use self::request::{FuseServer, HIGH_PRIORITY_QUEUE};
+use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
 use super::activation::{self, Opened};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{Chain, QueueFault, Vq, WAKE, Wake, read_config_bytes};

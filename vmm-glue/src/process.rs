@@ -8,14 +8,14 @@ use husk_base::error::chain;
 use husk_base::sys::process::exit_immediately;
 
 use crate::boot;
-use crate::check;
+use crate::config_check;
 use crate::control::{Answer, BootStep, Call, ExitReason, Request};
 use crate::reporter::Reporter;
 use crate::vm::{Vm, VmError};
 
 mod log;
 mod pids;
-mod process;
+mod prepare;
 
 use pids::Pids;
 
@@ -23,7 +23,7 @@ use pids::Pids;
 pub fn main(control: OwnedFd) -> ! {
     let reporter = Arc::new(Reporter::new(control));
     log::init();
-    if let Err(error) = process::prepare() {
+    if let Err(error) = prepare::prepare() {
         ::log::error!("{}", chain(&error));
         exit_immediately(1);
     }
@@ -116,6 +116,7 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
 }
 
 fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {
-    let checked = check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
+    let checked =
+        config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
     boot::build(checked, reporter).map_err(|error| chain(&error))
 }

@@ -213,5 +213,5 @@ fn writable(fd: impl AsFd, what: &'static str) -> Result<bool, ConfigError> {
 }
 
 #[cfg(test)]
-#[path = "check_tests.rs"]
+#[path = "config_check_tests.rs"]
 mod tests;

@@ -18,7 +18,7 @@ use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader};
 use virtiofsd::server::Server;
 use vm_memory::ByteValued;
 
-use super::checked::{CheckedFs, Inode};
+use super::checked_fs::{CheckedFs, Inode};
 use super::descriptor_table::DescriptorTable;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, guest_fault};
