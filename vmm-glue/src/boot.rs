@@ -14,18 +14,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot_params::{self, BootData, SEED_LEN};
-use crate::arch::cpuid::Machine;
+use crate::arch::cpuid::CpuidConfig;
 use crate::arch::{device_tree, layout, regs};
-use crate::boot_timing::Timing;
+use crate::boot_timing::BootTiming;
 use crate::bus::Bus;
-use crate::config_check::Checked;
+use crate::config_check::CheckedConfig;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug::Backing;
 use crate::memory::{self, MemoryError, hotplug};
 use crate::reporter::Reporter;
 use crate::serial::Console;
-use crate::vcpu::factory::{MakeError, Maker};
+use crate::vcpu::factory::{CreateVcpuError, VcpuFactory};
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
@@ -97,7 +97,7 @@ pub enum BootError {
     DeviceTree(#[source] vm_fdt::Error),
     /// A vCPU could not be created.
     #[error(transparent)]
-    Vcpu(#[from] MakeError),
+    Vcpu(#[from] CreateVcpuError),
     /// A host resource could not be prepared.
     #[error("failed to prepare {0}")]
     Host(&'static str, #[source] io::Error),
@@ -119,9 +119,10 @@ pub enum BootError {
 }
 
 /// Builds the VM. Its vCPUs do not run until [`Vm::resume`].
-pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
-    let mut timing = Timing::start();
-    let Checked { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } = checked;
+pub fn build(checked: CheckedConfig, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
+    let mut timing = BootTiming::start();
+    let CheckedConfig { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } =
+        checked;
 
     // Open KVM and check its capabilities.
     let kvm = open_kvm(kvm)?;
@@ -229,18 +230,19 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
-    let machine = Machine { vcpus: config.max_vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
-    let maker = Maker::new(vm.clone(), supported.as_slice().to_vec(), machine);
+    let cpuid_config =
+        CpuidConfig { vcpus: config.max_vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
+    let factory = VcpuFactory::new(vm.clone(), supported.as_slice().to_vec(), cpuid_config);
     let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
     for id in 0..config.vcpus {
-        vcpus.push(maker.make(id, (id == 0).then_some(loaded.kernel_load.0))?);
+        vcpus.push(factory.create(id, (id == 0).then_some(loaded.kernel_load.0))?);
     }
     timing.step("vCPUs");
 
     // Threads.
     let devices = devices.into_iter().map(|(_, device)| device).collect();
     let event_loop = EventLoop::start(devices, reporter.clone())?;
-    let vcpus = Vcpus::start(vcpus, maker, &bus, reporter)?;
+    let vcpus = Vcpus::start(vcpus, factory, &bus, reporter)?;
     timing.step("threads");
     Ok(Vm {
         vcpus,

@@ -15,11 +15,11 @@ use crate::control::PageKind;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::guest_memory::GuestMemory;
 use crate::memory::MemoryError;
-use crate::memory::hotplug::Hotplug;
+use crate::memory::hotplug::HotplugRange;
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
-use crate::virtio::mem::{Mem, Reached};
+use crate::virtio::mem::{Mem, OnSizeReached};
 use crate::virtio::mmio::{self, SharedDevice};
 use crate::virtio::net::Net;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
@@ -94,7 +94,7 @@ pub(crate) enum HotplugMemory {
     /// This kind of memory cannot be hot-plugged.
     None,
     /// Its addresses are reserved, and it has no device yet.
-    Reserved(Hotplug),
+    Reserved(HotplugRange),
     /// The slot and the device.
     Attached(u32, Arc<Mutex<Mem>>),
 }
@@ -200,7 +200,7 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError`]. Then `reached` is dropped.
-    pub fn request_memory(&self, pages: PageKind, mib: u64, reached: Reached) -> Result<(), VmError> {
+    pub fn request_memory(&self, pages: PageKind, mib: u64, reached: OnSizeReached) -> Result<(), VmError> {
         let HotplugMemory::Attached(_, device) = self.hotplug_memory(pages) else {
             return Err(VmError::NoMemoryDevice(pages));
         };

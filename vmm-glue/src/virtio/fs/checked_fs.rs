@@ -1,5 +1,5 @@
-//! Wraps virtiofsd's file system: rejects hostile requests ([`request_checks`]), reports short writes, and keeps to the fd
-//! limit.
+//! Wraps virtiofsd's file system: rejects hostile requests ([`request_checks`]), reports short writes, and keeps to the
+//! fd limit.
 //!
 //! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails (a full disk, a
 //! quota), it answers with the error alone, although the file has grown. write(2) returns the number of bytes written
