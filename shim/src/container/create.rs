@@ -12,9 +12,9 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 
 use super::prepare;
+use crate::container::containers::Container;
 use crate::container::prepare::Prepared;
 use crate::container::process::Process;
-use crate::container::state::Container;
 use crate::container::{Shim, paths};
 use crate::error::ServiceError;
 use crate::hooks;

@@ -6,8 +6,8 @@ use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
 use husk_proto::containerd::events::task::TaskDelete;
 use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
 
+use crate::container::containers::{Container, Exec};
 use crate::container::process::{Exit, Process, State};
-use crate::container::state::{Container, Exec};
 use crate::container::{KILLED, Shim};
 use crate::error::ServiceError;
 use crate::events::timestamp;

@@ -1,17 +1,17 @@
 //! The containers of one sandbox: the operations of containerd's Task and Sandbox services.
 
+pub mod containers;
 mod create;
 mod delete;
-mod exec;
-mod pause;
 mod pids;
 mod prepare;
 #[cfg(test)]
 mod prepare_tests;
 pub mod process;
 mod resize;
+mod sandbox_container;
 pub mod sandbox_state;
-pub mod state;
+mod start;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,8 +21,8 @@ use husk_proto::containerd::events::task::{TaskExit, TaskOOM};
 use husk_proto::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC};
 use tokio::sync::{mpsc, watch};
 
+use crate::container::containers::{Container, Containers};
 use crate::container::process::{Exit, ExitReport, Process};
-use crate::container::state::{Container, Containers};
 use crate::error::ServiceError;
 use crate::events::{Events, timestamp};
 use crate::sandbox::Sandbox;

@@ -20,7 +20,7 @@ use crate::network::Network;
 use crate::network::sync::net_config;
 use crate::oci;
 use crate::oci::IdMappings;
-use crate::resources::Sizing;
+use crate::resources::BootSize;
 use crate::resources::hugepages;
 use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::Agent;
@@ -58,7 +58,7 @@ pub struct Plan {
     /// The operator's configuration.
     pub config: Config,
     /// vCPUs and memory at boot, and what they may grow to.
-    pub sizing: Sizing,
+    pub boot_size: BootSize,
     /// Directory that the VMM serves to the guest: the guest's view of the share.
     pub share: PathBuf,
     /// `/dev/kvm`.
@@ -124,7 +124,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`BootError::Open`] with the file that cannot be opened.
-    pub fn open(pod: Pod, config: Config, sizing: Sizing, share: PathBuf) -> Result<Self, BootError> {
+    pub fn open(pod: Pod, config: Config, boot_size: BootSize, share: PathBuf) -> Result<Self, BootError> {
         let open = |what, path: &std::path::Path, write| {
             File::options().read(true).write(write).open(path).map_err(|source| BootError::Open {
                 what,
@@ -138,7 +138,7 @@ impl Plan {
             kernel: open("guest kernel", &config.kernel, false)?,
             initrd: open("guest's initial RAM file system", &config.initrd, false)?,
             config,
-            sizing,
+            boot_size,
             share,
         })
     }
@@ -204,15 +204,15 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
     let net = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
     let config = VmConfig {
         id: plan.pod.id.clone(),
-        vcpus: plan.sizing.vcpus,
-        max_vcpus: plan.sizing.growth.max.vcpus,
-        memory_mib: plan.sizing.memory_mib,
-        max_memory_mib: plan.sizing.growth.max.memory_mib,
+        vcpus: plan.boot_size.vcpus,
+        max_vcpus: plan.boot_size.growth.max.vcpus,
+        memory_mib: plan.boot_size.memory_mib,
+        max_memory_mib: plan.boot_size.growth.max.memory_mib,
         huge_mib,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
-        kernel_params: format!("{} {}", plan.config.kernel_params, plan.sizing.kernel_params).trim().to_owned(),
+        kernel_params: format!("{} {}", plan.config.kernel_params, plan.boot_size.kernel_params).trim().to_owned(),
         console: FdIndex(3),
         share: Some(ShareConfig {
             tag: SHARE_TAG.to_owned(),

@@ -13,7 +13,7 @@ use crate::log;
 use crate::network;
 use crate::oci::{Bundle, IdMappings, Network, Spec};
 use crate::resources;
-use crate::resources::Sizing;
+use crate::resources::BootSize;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
 use crate::sandbox::boot::{Plan, Pod};
@@ -141,10 +141,10 @@ impl PartialLaunch {
         let spec = &bundle.spec;
         let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.place()));
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
-        let sizing = resources::sizing(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
-        record_sandbox(context, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
+        record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
         let tap_options = network::TapOptions {
-            queue_pairs: usize::from(sizing.vcpus).min(MAX_QUEUE_PAIRS),
+            queue_pairs: usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS),
             vhost: config.vhost_net,
         };
         let network = match &network {
@@ -164,19 +164,19 @@ impl PartialLaunch {
         };
         context.timeline.mark("network connected");
         let pod = pod(context, spec, id_mappings, network);
-        Plan::open(pod, config, sizing, share.to_owned()).map_err(|e| chain(&e))
+        Plan::open(pod, config, boot_size, share.to_owned()).map_err(|e| chain(&e))
     }
 }
 
 /// Records the sandbox's properties for `husk ps`. Best effort.
-fn record_sandbox(context: &LaunchContext, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
+fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vmm_pid: u32) {
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let sandbox = husk_config::sandbox::Sandbox {
         id: context.sandbox.clone(),
         namespace: context.namespace.clone(),
         pod: spec.annotations.pod(),
-        vcpus: sizing.vcpus,
-        memory_mib: sizing.memory_mib,
+        vcpus: boot_size.vcpus,
+        memory_mib: boot_size.memory_mib,
         started: started.as_secs(),
         vmm_pid,
         shim_pid: std::process::id(),

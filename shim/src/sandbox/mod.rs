@@ -16,7 +16,7 @@ use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
 use tokio::sync::mpsc;
 
-use crate::network::forward;
+use crate::network::port_forwarding;
 use crate::network::sync::NetworkSync;
 use crate::random;
 use crate::resources::cgroup::Cgroup;
@@ -133,7 +133,7 @@ impl Sandbox {
                         (plan.pod.network.port_forwarding.take(), plan.pod.network.watcher.take());
                     let agent = boot::boot(plan, vmm, notices, &timeline, &console).await.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(forwarding)) = (&agent, forwarding) {
-                        forward::serve(forwarding, vmm);
+                        port_forwarding::serve(forwarding, vmm);
                     }
                     if let Ok(agent) = &agent {
                         reclaim::start(place, agent.clone(), vmm.clone());
@@ -172,7 +172,7 @@ impl Sandbox {
                 tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps");
             }
         });
-        Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
+        Resizer::start(plan.boot_size.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
     }
 
     /// Returns whether the boot was started.

@@ -22,7 +22,7 @@ use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::pod;
 use crate::resources::cgroup::Place;
-use crate::resources::legacy_metrics;
+use crate::resources::cgroup_v1_metrics;
 
 /// States by their CRI names, which containerd passes on unchanged.
 const READY: &str = "SANDBOX_READY";
@@ -171,7 +171,7 @@ impl Sandbox for Handler {
         let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.place().clone()).ok_or(ServiceError::NoMetrics)?;
         let read = tokio::task::spawn_blocking(move || match &cgroup {
             Place::Unified(path) => metrics::read(path),
-            Place::Legacy(_) => legacy_metrics::read(&cgroup),
+            Place::Legacy(_) => cgroup_v1_metrics::read(&cgroup),
         })
         .await;
         let value = read.map_err(ServiceError::failed)?.write_to_bytes();

@@ -17,8 +17,8 @@ use husk_proto::metrics;
 use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::container::containers::Container;
 use crate::container::process::State;
-use crate::container::state::Container;
 use crate::container::{Shim, run_to_completion};
 use crate::error::ServiceError;
 use crate::events::timestamp;

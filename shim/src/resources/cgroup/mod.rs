@@ -1,8 +1,8 @@
 //! The sandbox's cgroup on the host. Everything that runs for the pod is accounted where containerd expects it.
 
-mod legacy;
 mod path;
 mod remove;
+mod v1;
 
 use std::path::{Path, PathBuf};
 
@@ -86,7 +86,7 @@ impl Cgroup {
             (Place::Unified(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(proc_cgroup)])
         } else {
             let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-            legacy::place(&mounts, &proc_cgroup, &relative, scope.is_some())
+            v1::place(&mounts, &proc_cgroup, &relative, scope.is_some())
         };
         if place.dirs().next().is_none() {
             return Err(CgroupError::None);
@@ -119,7 +119,7 @@ impl Cgroup {
             Place::Unified(path) => delegate(Path::new(MOUNT), path),
             Place::Legacy(_) => {
                 if let Some(path) = self.place.of("cpuset") {
-                    legacy::inherit_cpuset(Path::new(MOUNT), path);
+                    v1::inherit_cpuset(Path::new(MOUNT), path);
                 }
             }
         }

@@ -9,8 +9,8 @@ use std::time::SystemTime;
 use husk_proto::containerd::api::{CreateTaskRequest, KillRequest};
 use tokio::task::JoinSet;
 
+use crate::container::containers::Container;
 use crate::container::process::{Exit, ExitReport, Process};
-use crate::container::state::Container;
 use crate::container::{Shim, paths};
 use crate::error::ServiceError;
 use crate::oci::Spec;

@@ -9,8 +9,8 @@ use husk_proto::containerd::topics::{
 };
 use protobuf::well_known_types::any::Any;
 
+use crate::container::containers::{Container, Exec};
 use crate::container::process::{Exit, Process, State};
-use crate::container::state::{Container, Exec};
 use crate::container::{Shim, paths};
 use crate::error::ServiceError;
 use crate::oci;
