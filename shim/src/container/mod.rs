@@ -40,7 +40,7 @@ pub struct Shim {
     /// State of the sandbox as containerd's sandbox controller set it.
     pub(crate) api: sandbox_state::State,
     pub(crate) containers: Containers,
-    pub(crate) sizes: resize::Sizes,
+    pub(crate) limits: resize::ResourceLimits,
     pub(crate) pids: pids::Pids,
     pub(crate) events: Events,
     /// The VM is gone, and the exits of all its processes have been published.
@@ -72,7 +72,7 @@ impl Shim {
             sandbox,
             api: sandbox_state::State::new(pending),
             containers: Containers::default(),
-            sizes: resize::Sizes::default(),
+            limits: resize::ResourceLimits::default(),
             pids: pids::Pids::default(),
             events,
             vm_ended: AtomicBool::new(false),

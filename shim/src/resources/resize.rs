@@ -11,7 +11,7 @@ use husk_proto::agent::{BindDeviceRequest, SetHugePagesRequest, SetOnlineVcpusRe
 use husk_vmm::control::{Answer, Call, PageKind};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::resources::cgroup::Place;
+use crate::resources::cgroup::CgroupLocation;
 use crate::resources::growth::{Growth, HostLimits, Size};
 use crate::resources::{hugepages, limits};
 use crate::systemd::Unit;
@@ -97,29 +97,29 @@ impl Resizer {
         growth: Growth,
         vmm: Vmm,
         state: StateCell,
-        cgroup: Option<(Place, Option<Unit>)>,
+        cgroup: Option<(CgroupLocation, Option<Unit>)>,
         record: RecordSize,
     ) -> Self {
         let (jobs, requests) = mpsc::unbounded_channel();
-        let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
-        let vm = Vm {
+        let current = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
+        let task = ResizeTask {
             vmm,
             state,
             cgroup,
             record,
             start: growth.boot,
-            now,
+            current,
             complete: true,
             slots: Slots::default(),
             plugged_mib: 0,
             shrinking: None,
         };
-        tokio::spawn(vm.run(requests));
+        tokio::spawn(task.run(requests));
         Self { growth, jobs }
     }
 
     /// Like [`Resizer::resize`], but does not wait.
-    pub fn post(&self, target: Target) {
+    pub fn queue(&self, target: Target) {
         // The task lives as long as this handle.
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
     }
@@ -142,15 +142,15 @@ pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
 type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 
 /// The task's state.
-struct Vm {
+struct ResizeTask {
     vmm: Vmm,
     state: StateCell,
     /// The cgroup, and its systemd unit if systemd created it.
-    cgroup: Option<(Place, Option<Unit>)>,
+    cgroup: Option<(CgroupLocation, Option<Unit>)>,
     record: RecordSize,
     start: Size,
     /// Target that was requested last.
-    now: Target,
+    current: Target,
     /// Whether that target was reached. If not, the next request retries it.
     complete: bool,
     slots: Slots,
@@ -166,7 +166,7 @@ struct Slots {
     huge: Option<u32>,
 }
 
-impl Vm {
+impl ResizeTask {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
         loop {
             let shrinking = async {
@@ -197,15 +197,15 @@ impl Vm {
 
     /// Grows what has to grow, and requests what has to shrink.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
-        if let Some((place, _)) = &self.cgroup {
-            target.size.memory_mib = target.size.memory_mib.min(limits::max_guest_mib(place));
+        if let Some((location, _)) = &self.cgroup {
+            target.size.memory_mib = target.size.memory_mib.min(limits::max_guest_mib(location));
         }
-        target.huge_mib = target.huge_mib.max(self.now.huge_mib);
-        if target == self.now && self.complete {
+        target.huge_mib = target.huge_mib.max(self.current.huge_mib);
+        if target == self.current && self.complete {
             return Ok(());
         }
         let retry = !std::mem::replace(&mut self.complete, false);
-        let Target { size: before, huge_mib: huge_before, .. } = std::mem::replace(&mut self.now, target.clone());
+        let Target { size: before, huge_mib: huge_before, .. } = std::mem::replace(&mut self.current, target.clone());
         let wanted_mib = target.size.memory_mib.saturating_sub(self.start.memory_mib);
         let previous_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
@@ -226,9 +226,9 @@ impl Vm {
         }
         if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
             // If this fails, the container is not created, and later targets must not include its pages.
-            self.now.huge_mib = huge_before;
+            self.current.huge_mib = huge_before;
             self.grow_huge_pages(target.huge_mib, huge_before).await?;
-            self.now.huge_mib = target.huge_mib;
+            self.current.huge_mib = target.huge_mib;
         }
         if retry || target.size.vcpus != before.vcpus {
             self.set_vcpus(target.size.vcpus).await?;
@@ -300,9 +300,9 @@ impl Vm {
 
     /// Sets the host's limits for what the guest may have now. Lowering a limit waits for memory to be reclaimed.
     async fn set_host_limits(&mut self) {
-        let Some((place, unit)) = self.cgroup.clone() else { return };
-        let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
-        let set = move || limits::set(&place, unit.as_ref(), &limits, guest_mib);
+        let Some((location, unit)) = self.cgroup.clone() else { return };
+        let (limits, guest_mib) = (self.current.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
+        let set = move || limits::set(&location, unit.as_ref(), &limits, guest_mib);
         if let Err(error) = tokio::task::spawn_blocking(set).await {
             tracing::warn!(%error, "failed to set the sandbox's limits on the host");
         }
@@ -310,7 +310,7 @@ impl Vm {
 
     /// Records the pod's current size for `husk ps`.
     async fn record_size(&mut self) {
-        let (record, vcpus) = (Arc::clone(&self.record), self.now.size.vcpus);
+        let (record, vcpus) = (Arc::clone(&self.record), self.current.size.vcpus);
         let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
         if let Err(error) = tokio::task::spawn_blocking(move || record(Size { vcpus, memory_mib })).await {
             tracing::warn!(%error, "failed to record the size for husk ps");

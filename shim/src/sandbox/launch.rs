@@ -139,7 +139,7 @@ impl PartialLaunch {
         self.timeline_log.clone_from(&config.timeline_log);
         bundle.check().map_err(|e| chain(&e))?;
         let spec = &bundle.spec;
-        let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.place()));
+        let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.location()));
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
         let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
         record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
@@ -225,7 +225,7 @@ fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, S
     }
     let cgroup = Cgroup::enter(path, &context.namespace)
         .map_err(|error| format!("failed to enter the sandbox's cgroup {path}: {}", chain(&error)))?;
-    let dirs: Vec<_> = cgroup.place().dirs().map(|dir| dir.display().to_string()).collect();
+    let dirs: Vec<_> = cgroup.location().dirs().map(|dir| dir.display().to_string()).collect();
     let recorded = context.dir.write("cgroup", &dirs.join("\n"));
     let recorded = recorded.and_then(|()| cgroup.unit().map_or(Ok(()), |unit| context.dir.write("unit", unit.name())));
     if let Err(error) = recorded {

@@ -118,8 +118,8 @@ impl Sandbox {
             (Ok(plan), Some(vmm)) => Some(self.start_resizer(plan, vmm, cgroup.as_ref())),
             _ => None,
         };
-        let place = cgroup.as_ref().map(|cgroup| cgroup.place().clone());
-        let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids(cgroup.place()));
+        let location = cgroup.as_ref().map(|cgroup| cgroup.location().clone());
+        let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids_max(cgroup.location()));
         let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
@@ -136,7 +136,7 @@ impl Sandbox {
                         port_forwarding::serve(forwarding, vmm);
                     }
                     if let Ok(agent) = &agent {
-                        reclaim::start(place, agent.clone(), vmm.clone());
+                        reclaim::start(location, agent.clone(), vmm.clone());
                     }
                     if let (Ok(agent), Some((watcher, notices))) = (&agent, watcher) {
                         let _ = network_sync.set(NetworkSync::start(watcher, notices, vmm.clone(), agent.clone()));
@@ -165,7 +165,7 @@ impl Sandbox {
     }
 
     fn start_resizer(&self, plan: &Plan, vmm: &Vmm, cgroup: Option<&Cgroup>) -> Resizer {
-        let cgroup = cgroup.map(|cgroup| (cgroup.place().clone(), cgroup.unit().cloned()));
+        let cgroup = cgroup.map(|cgroup| (cgroup.location().clone(), cgroup.unit().cloned()));
         let dir = self.dir.clone();
         let record = Arc::new(move |size: Size| {
             if let Err(error) = dir.record_size(size.vcpus, size.memory_mib) {
@@ -189,7 +189,7 @@ impl Sandbox {
     pub fn huge_mib(&self) -> u64 {
         // Called for every container. Most nodes have no huge pages, and then the cgroup need not be read.
         match (hugepages::pool_mib(), self.cgroup()) {
-            (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.place()).min(pool_mib),
+            (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.location()).min(pool_mib),
             _ => 0,
         }
     }

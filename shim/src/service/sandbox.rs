@@ -21,7 +21,7 @@ use crate::container::{Shim, run_to_completion};
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::pod;
-use crate::resources::cgroup::Place;
+use crate::resources::cgroup::CgroupLocation;
 use crate::resources::cgroup_v1_metrics;
 
 /// States by their CRI names, which containerd passes on unchanged.
@@ -168,10 +168,11 @@ impl Sandbox for Handler {
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         self.check(&request.sandbox_id)?;
-        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.place().clone()).ok_or(ServiceError::NoMetrics)?;
+        let cgroup =
+            self.shim.sandbox.cgroup().map(|cgroup| cgroup.location().clone()).ok_or(ServiceError::NoMetrics)?;
         let read = tokio::task::spawn_blocking(move || match &cgroup {
-            Place::Unified(path) => metrics::read(path),
-            Place::Legacy(_) => cgroup_v1_metrics::read(&cgroup),
+            CgroupLocation::V2(path) => metrics::read(path),
+            CgroupLocation::V1(_) => cgroup_v1_metrics::read(&cgroup),
         })
         .await;
         let value = read.map_err(ServiceError::failed)?.write_to_bytes();
