@@ -15,7 +15,7 @@ use super::prepare;
 use crate::container::containers::Container;
 use crate::container::prepare::Prepared;
 use crate::container::process::Process;
-use crate::container::{Shim, paths};
+use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::hooks;
 use crate::oci;
@@ -61,9 +61,9 @@ impl Shim {
         let bundle = read(request.bundle.clone()).await?;
         let spec = bundle.spec.clone();
         if spec.annotations.is_sandbox() {
-            return self.create_pause(request, spec).await;
+            return self.create_sandbox_container(request, spec).await;
         }
-        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let logger = LoggerContext { id: &request.id, namespace: &self.namespace };
         let prepare = async {
             self.acquire_pid(&request.id, &spec).await;
@@ -115,7 +115,7 @@ impl Shim {
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
-        self.created(&container, request);
+        self.publish_created(&container, request);
         // Only now, because the container's start must not be throttled by its own CPU limit.
         self.queue_resize();
         Ok(())
@@ -158,7 +158,7 @@ impl Shim {
     }
 
     /// Stores the new container and publishes its TaskCreate event.
-    pub(crate) fn created(&self, container: &Arc<Container>, request: &CreateTaskRequest) {
+    pub(crate) fn publish_created(&self, container: &Arc<Container>, request: &CreateTaskRequest) {
         self.containers.insert(Arc::clone(container));
         self.sandbox.timeline.mark("create end");
         let event = TaskCreate {
@@ -178,14 +178,14 @@ impl Shim {
         };
         self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
         if self.vm_has_ended() {
-            self.end_all(container);
+            self.mark_all_killed(container);
         }
     }
 
     /// Prepares the bundle. Runs on a blocking thread, because mount(2) can block.
     async fn prepare(&self, request: &CreateTaskRequest, mut bundle: Bundle) -> Result<Prepared, ServiceError> {
         let (id, share) = (request.id.clone(), self.sandbox.share());
-        let (files, pids) = (self.api.files(), self.pids());
+        let (files, pids) = (self.sandbox_state.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(volumes::RootMount::from).collect();
         let prepared = tokio::task::spawn_blocking(move || {
             bundle.check().map_err(|e| crate::chain(&e))?;

@@ -27,7 +27,7 @@ use nix::sched::{CloneFlags, setns};
 use read::Link;
 
 pub use sk_lookup::PortForwarding;
-pub use watcher::{Change, NetworkWatcher};
+pub use watcher::{NetworkChange, NetworkWatcher};
 
 /// Maximum number of fds in the message that creates a VM, apart from those of its interfaces.
 const VM_FDS: usize = 4;

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::async_fd::register;
 use crate::lock;
-use crate::network::{Change, NetworkError, NetworkWatcher, Tap};
+use crate::network::{NetworkChange, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
 
@@ -180,7 +180,7 @@ impl Apply for Guest {
 
 impl Guest {
     /// Applies a change. Taps that are attached are removed from `change`, so that a retry does not attach them again.
-    async fn apply_change(&mut self, change: &mut Change) -> Result<(), NetworkSyncError> {
+    async fn apply_change(&mut self, change: &mut NetworkChange) -> Result<(), NetworkSyncError> {
         self.bind_devices().await?;
         if !change.taps.is_empty() || !self.removed.is_empty() {
             let rest = change.without_new();
@@ -255,7 +255,7 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
 }
 
 /// Reads the pod's network, on a new thread because the thread joins the pod's network namespace.
-async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<Change>, NetworkSyncError> {
+async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<NetworkChange>, NetworkSyncError> {
     let (done, changes) = oneshot::channel();
     let watcher = Arc::clone(watcher);
     let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {

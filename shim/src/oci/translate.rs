@@ -19,7 +19,7 @@ pub fn spec(
 ) -> Result<(), TranslateError> {
     let spec = raw.as_object_mut().ok_or(TranslateError::Type("the specification"))?;
     if let Some(hooks) = object(spec, "hooks")? {
-        hooks::keep_guests(hooks)?;
+        hooks::keep_guest_hooks(hooks)?;
     }
     if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
         root.insert("path".into(), guest_rootfs(id).into());

@@ -25,7 +25,7 @@ const UNCONFINED: &str = "unconfined";
 const MAX_POLICY: u64 = 3 << 20;
 
 /// Profiles that the guest has loaded, with a digest of each policy.
-pub type Loaded = Mutex<HashMap<String, u64>>;
+pub type LoadedProfiles = Mutex<HashMap<String, u64>>;
 
 /// Error of loading an AppArmor profile into the guest.
 #[derive(Debug, thiserror::Error)]

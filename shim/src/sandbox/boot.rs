@@ -52,7 +52,7 @@ pub struct Pod {
 }
 
 /// Everything that a boot needs. Prepared while the VMM process starts.
-pub struct Plan {
+pub struct BootPlan {
     /// Configuration of the guest for its pod.
     pub pod: Pod,
     /// The operator's configuration.
@@ -119,7 +119,7 @@ pub enum BootError {
     Setup(#[source] ttrpc::Error),
 }
 
-impl Plan {
+impl BootPlan {
     /// Opens the files that a boot needs.
     ///
     /// # Errors
@@ -156,7 +156,7 @@ struct Progress {
 /// # Errors
 /// [`BootError`]; with the last lines of the console if the guest ended or the boot timed out.
 pub async fn boot(
-    plan: Plan,
+    plan: BootPlan,
     vmm: &Vmm,
     notices: mpsc::UnboundedReceiver<Notice>,
     timeline: &Arc<Timeline>,
@@ -198,7 +198,7 @@ pub async fn boot(
 }
 
 /// Has the VMM create the VM and starts it.
-async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
+async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
     let net = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
@@ -233,7 +233,7 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
 }
 
 /// Connects to the agent and sets up the sandbox.
-async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -> Result<Agent, BootError> {
+async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -> Result<Agent, BootError> {
     let stream = vmm
         .connect(ports::AGENT)
         .await

@@ -16,7 +16,7 @@ use crate::resources;
 use crate::resources::BootSize;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
-use crate::sandbox::boot::{Plan, Pod};
+use crate::sandbox::boot::{BootPlan, Pod};
 use crate::sandbox::state_dir::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
@@ -39,7 +39,7 @@ pub struct LaunchContext {
 }
 
 /// A sandbox that is launched later, when its specification arrives.
-pub struct Pending {
+pub struct DeferredLaunch {
     /// The sandbox.
     pub context: LaunchContext,
     /// The guest's view of the share, or the error that prevented it.
@@ -50,7 +50,7 @@ pub struct Pending {
     pub reports: mpsc::UnboundedSender<Report>,
 }
 
-impl Pending {
+impl DeferredLaunch {
     /// Launches the sandbox. Must be called from the main thread, because the VMM process ends with the thread that
     /// spawned it.
     ///
@@ -109,7 +109,7 @@ pub fn failed(error: String) -> LaunchInput {
 }
 
 impl PartialLaunch {
-    fn finish(self, plan: Result<Plan, String>) -> LaunchInput {
+    fn finish(self, plan: Result<BootPlan, String>) -> LaunchInput {
         LaunchInput { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
     }
 
@@ -130,7 +130,7 @@ impl PartialLaunch {
         bundle: &Bundle,
         share: &Path,
         network: Network,
-    ) -> Result<Plan, String> {
+    ) -> Result<BootPlan, String> {
         let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
         let config = Config::load(&path).map_err(|e| chain(&e))?;
         if !context.debug {
@@ -164,7 +164,7 @@ impl PartialLaunch {
         };
         context.timeline.mark("network connected");
         let pod = pod(context, spec, id_mappings, network);
-        Plan::open(pod, config, boot_size, share.to_owned()).map_err(|e| chain(&e))
+        BootPlan::open(pod, config, boot_size, share.to_owned()).map_err(|e| chain(&e))
     }
 }
 

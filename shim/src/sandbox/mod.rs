@@ -28,7 +28,7 @@ use crate::vm::agent::{Agent, Report};
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
 use crate::vm::{State, StateCell, agent};
-use boot::Plan;
+use boot::BootPlan;
 use timeline::Timeline;
 
 /// Input of [`Sandbox::launch`].
@@ -38,7 +38,7 @@ pub struct LaunchInput {
     /// The VMM process, if it could be started.
     pub vmm: Option<Spawned>,
     /// What to boot, or why the boot could not be prepared.
-    pub plan: Result<Plan, String>,
+    pub plan: Result<BootPlan, String>,
     /// File to which the timeline is appended at the end.
     pub timeline_log: PathBuf,
 }
@@ -53,9 +53,9 @@ pub struct Sandbox {
     state: StateCell,
     launched: OnceLock<Launched>,
     log_tail: LogTail,
-    disks: disks::Plugged,
+    disks: disks::AttachedDisks,
     propagation: propagation::Propagation,
-    profiles: apparmor::Loaded,
+    profiles: apparmor::LoadedProfiles,
     network_sync: Arc<OnceLock<NetworkSync>>,
 }
 
@@ -95,9 +95,9 @@ impl Sandbox {
             state: StateCell::default(),
             launched: OnceLock::new(),
             log_tail,
-            disks: disks::Plugged::default(),
+            disks: disks::AttachedDisks::default(),
             propagation: propagation::Propagation::default(),
-            profiles: apparmor::Loaded::default(),
+            profiles: apparmor::LoadedProfiles::default(),
             network_sync: Arc::default(),
         })
     }
@@ -164,7 +164,7 @@ impl Sandbox {
         });
     }
 
-    fn start_resizer(&self, plan: &Plan, vmm: &Vmm, cgroup: Option<&Cgroup>) -> Resizer {
+    fn start_resizer(&self, plan: &BootPlan, vmm: &Vmm, cgroup: Option<&Cgroup>) -> Resizer {
         let cgroup = cgroup.map(|cgroup| (cgroup.location().clone(), cgroup.unit().cloned()));
         let dir = self.dir.clone();
         let record = Arc::new(move |size: Size| {
@@ -239,7 +239,7 @@ impl Sandbox {
     /// # Errors
     /// The chain of causes, as text, because every caller gets it.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
-        self.state.running().await
+        self.state.wait_running().await
     }
 
     /// Returns the agent, if it is ready.

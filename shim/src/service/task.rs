@@ -268,7 +268,7 @@ impl Task for Handler {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         // A sandbox that the sandbox controller created is ended by ShutdownSandbox.
-        if self.shim.containers.is_empty() && !self.shim.api.is_created() {
+        if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
             self.shim.finish().await;
         }
         Ok(Empty::new())

@@ -51,13 +51,13 @@ pub enum VmmError {
     Unexpected,
 }
 
-type Pending = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>), VmmError>>>;
+type PendingCalls = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>), VmmError>>>;
 
 struct Inner {
     control: AsyncFd<OwnedFd>,
     next: AtomicU64,
     /// `None` once the VMM has ended.
-    pending: Mutex<Option<Pending>>,
+    pending: Mutex<Option<PendingCalls>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
@@ -116,7 +116,7 @@ impl Vmm {
             }
         };
         let (died, dead) = watch::channel(None);
-        let pending = Mutex::new(Some(Pending::new()));
+        let pending = Mutex::new(Some(PendingCalls::new()));
         let inner =
             Arc::new(Inner { control, next: AtomicU64::new(1), pending, pid, dead, fd_shortage: Notify::new() });
         let vmm = Self { inner: Arc::clone(&inner) };
