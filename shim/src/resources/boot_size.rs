@@ -105,7 +105,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
         },
     };
     let kernel_params = spec.annotations.get(annotation::KERNEL_PARAMS).unwrap_or_default().to_owned();
-    check::params(&kernel_params).map_err(|message| BootSizeError::Annotation {
+    check::check_kernel_params(&kernel_params).map_err(|message| BootSizeError::Annotation {
         key: annotation::KERNEL_PARAMS.into(),
         value: kernel_params.clone(),
         message,
