@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use super::pod::{Executed, Pod, PodContainer, Pods, need_image, text};
+use super::pod::{ExecResult, Pod, PodContainer, Pods, need_image, text};
 use crate::node;
 
 /// The kubelet's directory of pod volumes.
@@ -35,7 +35,7 @@ const MASKED: [&str; 9] = [
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// A running pod, with its containers in the manifest's order.
-pub struct Applied {
+pub struct AppliedManifest {
     /// The pod.
     pub pod: Pod,
     /// The pod's started containers.
@@ -65,7 +65,7 @@ enum Probe {
 
 /// Runs the pod of a manifest. `images` maps the manifest's image names to local images.
 #[track_caller]
-pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
+pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedManifest {
     let manifest: Value = serde_yaml_ng::from_str(manifest).unwrap();
     assert_eq!((&manifest["apiVersion"], &manifest["kind"]), (&json!("v1"), &json!("Pod")));
     let spec = &manifest["spec"];
@@ -165,7 +165,7 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
     });
     let started = started.collect();
     let probes = containers.iter().map(|container| Probe::of(container, "readinessProbe")).collect();
-    Applied { pod, containers: started, sidecars, probes, dir }
+    AppliedManifest { pod, containers: started, sidecars, probes, dir }
 }
 
 fn is_sidecar(container: &Value) -> bool {
@@ -193,7 +193,7 @@ impl Probe {
             Probe::Exec(command) => {
                 let command: Vec<&str> = command.iter().map(String::as_str).collect();
                 match container.try_exec(&command) {
-                    Ok(Executed { code: 0, .. }) => Ok(()),
+                    Ok(ExecResult { code: 0, .. }) => Ok(()),
                     other => Err(format!("{other:?}")),
                 }
             }
@@ -233,7 +233,7 @@ fn get(pod: &Pod, port: u16, path: &str) -> Result<String, String> {
     if answer.split_whitespace().nth(1) == Some("200") { Ok(answer) } else { Err(answer) }
 }
 
-impl Applied {
+impl AppliedManifest {
     /// Waits until the readiness probes of all containers succeed.
     #[track_caller]
     pub fn wait_ready(&self, limit: Duration) {
@@ -289,7 +289,7 @@ impl Applied {
     }
 }
 
-impl Drop for Applied {
+impl Drop for AppliedManifest {
     fn drop(&mut self) {
         // The kubelet removes volumes after the pod has stopped.
         if !std::thread::panicking() {
