@@ -37,7 +37,7 @@ impl Tasks {
         if !request.checkpoint.is_empty() {
             return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
-        let cgroup = Cgroup::of(&request.id);
+        let cgroup = Cgroup::for_container(&request.id);
         let tokens = StreamTokens {
             terminal: request.terminal,
             stdin: request.stdin.clone(),

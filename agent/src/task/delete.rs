@@ -119,7 +119,7 @@ mod tests {
     use crate::oom::OomWatch;
 
     fn container(id: &str) -> Arc<Container> {
-        let cgroup = Cgroup::of(id);
+        let cgroup = Cgroup::for_container(id);
         Arc::new(Container {
             id: id.to_owned(),
             bundle: String::new(),

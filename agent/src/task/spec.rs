@@ -257,7 +257,7 @@ mod tests {
     fn equal_memory_and_swap_limits_disable_swap() {
         let adapted = |memory: &str| {
             let mut resources: LinuxResources = serde_json::from_str(&format!(r#"{{"memory":{memory}}}"#)).unwrap();
-            adapt_resources(&mut resources, &Cgroup::of("none"));
+            adapt_resources(&mut resources, &Cgroup::for_container("none"));
             resources.unified().as_ref().and_then(|unified| unified.get("memory.swap.max").cloned())
         };
         assert_eq!(adapted(r#"{"limit":100,"swap":100}"#).as_deref(), Some("0"));

@@ -45,7 +45,7 @@ pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
     tokio::spawn(async move {
         let memory = async {
             let Some(location) = &location else { return };
-            match async { Watch::of(location)?.run(location, &guest).await }.await {
+            match async { Watch::new(location)?.run(location, &guest).await }.await {
                 // The host does not account memory, or the cgroup has no memory controller.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => tracing::warn!(%error, "failed to watch the pod's memory on the host"),
@@ -93,7 +93,7 @@ struct Watch {
 }
 
 impl Watch {
-    fn of(location: &CgroupLocation) -> io::Result<Self> {
+    fn new(location: &CgroupLocation) -> io::Result<Self> {
         let dir = location.controller_dir("memory").ok_or(io::ErrorKind::NotFound)?;
         let (notices, levels) = match location {
             CgroupLocation::V2(_) => {

@@ -210,7 +210,7 @@ pub fn hostname(name: &str) -> String {
 /// # Errors
 /// The chain of causes, as text.
 pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
-    let process = ProcessId::of(pid).ok_or_else(|| format!("process {pid} has already ended"))?;
+    let process = ProcessId::read(pid).ok_or_else(|| format!("process {pid} has already ended"))?;
     dir.write_process(name, process).map_err(|e| chain(&e))
 }
 

@@ -151,7 +151,7 @@ fn add(
     (routes, neighbours, rules): (&HashSet<route::Key<'_>>, &[&Neighbour], &HashSet<rule::Key>),
     pod: &Netlink,
 ) -> Result<(), NetworkError> {
-    let indices = InterfaceIndices::of(&after.interfaces, pod)?;
+    let indices = InterfaceIndices::read(&after.interfaces, pod)?;
     // Direct routes first: a gateway is reachable only through the routes of its link.
     let new = after.routes.iter().filter(|route| routes.contains(&route::key(route)));
     let (via_gateway, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::has_gateway(route));
@@ -204,7 +204,7 @@ fn remove(
     if before.interfaces.is_empty() && before.routes.is_empty() && before.neighbours.is_empty() {
         return Ok(());
     }
-    let indices = InterfaceIndices::of(&before.interfaces, pod)?;
+    let indices = InterfaceIndices::read(&before.interfaces, pod)?;
     for neighbour in before.neighbours.iter().filter(|neighbour| !after.neighbours.contains(neighbour)) {
         if let Some(index) = indices.find(&neighbour.interface) {
             address::change_neighbour(pod, Operation::Remove, neighbour, index)?;
@@ -238,7 +238,7 @@ fn remove(
 struct InterfaceIndices<'a>(HashMap<&'a str, i32>);
 
 impl<'a> InterfaceIndices<'a> {
-    fn of(interfaces: &'a [Interface], pod: &Netlink) -> Result<Self, NetworkError> {
+    fn read(interfaces: &'a [Interface], pod: &Netlink) -> Result<Self, NetworkError> {
         let links = links(pod).map_err(kernel_error("list interfaces"))?;
         // LOOPBACK_IFINDEX of include/net/flow.h
         let mut indices = HashMap::from([("lo", 1)]);

@@ -47,7 +47,7 @@ pub fn change(
     route: &Route,
     index: impl Fn(&str) -> Result<i32, NetworkError>,
 ) -> Result<(), NetworkError> {
-    let parsed = ParsedRoute::of(op, route, index)?;
+    let parsed = ParsedRoute::parse(op, route, index)?;
     let unreachable = |error: &io::Error| {
         matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Operation::Remove
     };
@@ -80,7 +80,7 @@ struct ParsedRoute<'a> {
 }
 
 impl<'a> ParsedRoute<'a> {
-    fn of(
+    fn parse(
         op: Operation,
         route: &'a Route,
         index: impl Fn(&str) -> Result<i32, NetworkError>,
@@ -228,7 +228,7 @@ mod tests {
     }
 
     fn message(op: Operation, route: &Route) -> Vec<u8> {
-        ParsedRoute::of(op, route, index).unwrap().message(op, false).finish()
+        ParsedRoute::parse(op, route, index).unwrap().message(op, false).finish()
     }
 
     fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
@@ -286,9 +286,9 @@ mod tests {
         assert_eq!(hops[..16], [16, 0, 0, 1, 2, 0, 0, 0, 8, 0, libc::RTA_GATEWAY as u8, 0, 10, 0, 0, 1]);
         assert_eq!(hops[16..24], [32, 0, RTNH_F_ONLINK, 255, 2, 0, 0, 0]);
         let many = Route { next_hops: vec![hop("10.0.0.1", 1, false); 4096], ..Default::default() };
-        assert!(matches!(ParsedRoute::of(Operation::Add, &many, index), Err(NetworkError::Malformed(..))));
+        assert!(matches!(ParsedRoute::parse(Operation::Add, &many, index), Err(NetworkError::Malformed(..))));
         let heavy = Route { next_hops: vec![hop("10.0.0.1", 257, false)], ..Default::default() };
-        assert!(matches!(ParsedRoute::of(Operation::Add, &heavy, index), Err(NetworkError::Malformed(..))));
+        assert!(matches!(ParsedRoute::parse(Operation::Add, &heavy, index), Err(NetworkError::Malformed(..))));
     }
 
     #[test]
@@ -311,11 +311,14 @@ mod tests {
             Route { destination: "10.0.0.0/40".into(), ..eth0.clone() },
         ] {
             assert!(
-                matches!(ParsedRoute::of(Operation::Add, &route, index), Err(NetworkError::Malformed(..))),
+                matches!(ParsedRoute::parse(Operation::Add, &route, index), Err(NetworkError::Malformed(..))),
                 "{route}"
             );
         }
-        assert!(matches!(ParsedRoute::of(Operation::Add, &Route::default(), index), Err(NetworkError::NoInterface(_))));
+        assert!(matches!(
+            ParsedRoute::parse(Operation::Add, &Route::default(), index),
+            Err(NetworkError::NoInterface(_))
+        ));
     }
 
     proptest! {
@@ -327,7 +330,7 @@ mod tests {
                 destination: format!("10.0.0.0/{prefix}"), gateway, source, interface: name, tos: numbers[1],
                 scope: numbers[2], next_hops: vec![hop], table: numbers[3], ..Default::default()
             };
-            if let Ok(parsed) = ParsedRoute::of(Operation::Add, &route, |_| Ok(2)) {
+            if let Ok(parsed) = ParsedRoute::parse(Operation::Add, &route, |_| Ok(2)) {
                 parsed.message(Operation::Add, true).finish();
             }
         }

@@ -92,11 +92,11 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
     let containers = spec["containers"].as_array().unwrap();
     let privileged = containers.iter().any(|container| container["securityContext"]["privileged"] == true);
     config["linux"]["security_context"]["privileged"] = privileged.into();
-    let limits: Vec<Limits> = containers.iter().map(Limits::of).collect();
+    let limits: Vec<Limits> = containers.iter().map(Limits::parse).collect();
     let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
     // The containers that run at the same time. Regular init containers have exited by then, and those of the tests
     // need no more than the others.
-    let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::of).collect();
+    let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::parse).collect();
     if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
             json!({ "memory_limit_in_bytes": at_once.iter().map(|limits| limits.memory).sum::<i64>() });
@@ -144,10 +144,10 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
     };
     let mut sidecars = Vec::new();
     for container in init {
-        let config = configure(container, &Limits::of(container));
+        let config = configure(container, &Limits::parse(container));
         let started = pod.start(&config);
         if is_sidecar(container) {
-            let sidecar = Sidecar { container: started, config, probe: Probe::of(container, "startupProbe") };
+            let sidecar = Sidecar { container: started, config, probe: Probe::parse(container, "startupProbe") };
             // The next container starts only when the sidecar has started.
             sidecar.wait_started(&pod);
             sidecars.push(sidecar);
@@ -164,7 +164,7 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
         pod.start(&configure(container, limits))
     });
     let started = started.collect();
-    let probes = containers.iter().map(|container| Probe::of(container, "readinessProbe")).collect();
+    let probes = containers.iter().map(|container| Probe::parse(container, "readinessProbe")).collect();
     AppliedManifest { pod, containers: started, sidecars, probes, dir }
 }
 
@@ -174,7 +174,7 @@ fn is_sidecar(container: &Value) -> bool {
 
 impl Probe {
     #[track_caller]
-    fn of(container: &Value, name: &str) -> Option<Self> {
+    fn parse(container: &Value, name: &str) -> Option<Self> {
         let probe = container.get(name)?;
         known(probe, &["exec", "httpGet", "periodSeconds"]);
         if let Some(command) = probe["exec"]["command"].as_array() {
@@ -376,7 +376,7 @@ struct Limits {
 }
 
 impl Limits {
-    fn of(container: &Value) -> Self {
+    fn parse(container: &Value) -> Self {
         known(&container["resources"], &["limits"]);
         let limits = &container["resources"]["limits"];
         known(limits, &["memory", "cpu"]);
