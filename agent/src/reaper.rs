@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn claim_after_exit_calls_back_once() {
+    fn on_exit_after_the_exit_calls_back_once() {
         let (reaper, seen) = (Reaper::default(), Arc::new(AtomicU32::new(0)));
         let guard = reaper.keep_unclaimed_exits();
         reaper.record_exit(42, ProcessExit { status: 7, at_ns: 1 });

@@ -118,7 +118,7 @@ impl Vm {
         }
         self.event_loop.pause()?;
         for device in self.slots.devices() {
-            mmio::lock(&device).quiesce();
+            mmio::lock(&device).pause();
         }
         Ok(())
     }

@@ -114,7 +114,7 @@ impl<H: Handler> Workers<H> {
     }
 
     /// Returns when no request is being served, and none will be until [`Workers::resume`].
-    pub fn quiesce(&self) {
+    pub fn pause(&self) {
         let mut state = self.shared.lock();
         state.paused = true;
         while state.busy > 0 {

@@ -143,10 +143,10 @@ impl VirtioDevice for Blk {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn pause(&mut self) {
         self.paused = true;
         if let Some(workers) = &self.workers {
-            workers.quiesce();
+            workers.pause();
         }
     }
 

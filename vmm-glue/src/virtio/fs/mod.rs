@@ -294,10 +294,10 @@ impl VirtioDevice for Fs {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn pause(&mut self) {
         self.paused = true;
         if let Some(active) = &self.active {
-            active.workers.quiesce();
+            active.workers.pause();
         }
     }
 

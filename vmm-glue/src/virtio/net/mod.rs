@@ -443,7 +443,7 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn pause(&mut self) {
         if let Some(active) = self.active.as_mut().filter(|active| active.data_path == DataPath::Vhost) {
             active.pause_vhost(&self.tap_queues);
         }
