@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-/// Socket directory of containerd's own shims.
+/// Directory in which containerd's own shims create their sockets.
 pub const SOCKET_DIR: &str = "/run/containerd/s";
 
 /// The socket path of a sandbox's shim.
@@ -27,8 +27,8 @@ pub enum ListenError {
         #[source]
         source: std::io::Error,
     },
-    /// The socket cannot be bound.
-    #[error("failed to bind the socket {path}")]
+    /// The socket cannot be bound, or its mode cannot be set.
+    #[error("failed to create the socket {path}")]
     Bind {
         /// The socket.
         path: PathBuf,
@@ -48,7 +48,9 @@ pub enum Listen {
 }
 
 impl Address {
-    /// Returns the address of `sandbox` in `namespace` of the containerd that listens at `containerd`.
+    /// Returns the address of the shim that serves `sandbox` in `namespace`.
+    ///
+    /// `containerd` is the path of containerd's gRPC socket. Without `dir`, the socket is in [`SOCKET_DIR`].
     pub fn new(dir: Option<&str>, containerd: &str, namespace: &str, sandbox: &str) -> Self {
         let mut hash = Sha256::new();
         hash.update(Path::new(containerd).join(namespace).join(sandbox).as_os_str().as_encoded_bytes());
@@ -56,7 +58,7 @@ impl Address {
         Self { path: Path::new(dir.unwrap_or(SOCKET_DIR)).join(name) }
     }
 
-    /// Parses the URI of an address file.
+    /// Parses the URI that an address file contains.
     pub fn from_uri(uri: &str) -> Option<Self> {
         let path = uri.trim().strip_prefix("unix://")?;
         path.starts_with('/').then(|| Self { path: path.into() })
@@ -77,7 +79,7 @@ impl Address {
         UnixStream::connect(&self.path).is_ok()
     }
 
-    /// Binds the socket, and replaces a dead one.
+    /// Binds the socket. Replaces an existing socket if no process listens on it.
     pub fn listen(&self) -> Result<Listen, ListenError> {
         if let Some(dir) = self.path.parent() {
             std::fs::DirBuilder::new()

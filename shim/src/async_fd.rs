@@ -9,9 +9,9 @@ use tokio::io::unix::AsyncFd;
 /// Registers an fd with the current async runtime.
 ///
 /// # Errors
-/// If the runtime's epoll instance does not take the fd, such as that of a regular file.
+/// If epoll does not support the fd, for example the fd of a regular file.
 pub fn register<T: AsRawFd + Into<OwnedFd>>(fd: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: a type that converts into `OwnedFd` owns its fd, so the fd stays open and unchanged while `fd` lives, and
-    // the `AsyncFd` deregisters it before it drops it.
+    // SAFETY: a type that converts into `OwnedFd` owns its fd. Therefore, the fd stays open and unchanged while `fd`
+    // lives. The `AsyncFd` deregisters the fd before it drops `fd`.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }

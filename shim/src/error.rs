@@ -1,4 +1,5 @@
-//! Errors of the shim's ttrpc services, with the texts and codes of containerd's own runc shim: clients match on them.
+//! Errors of the shim's ttrpc services. Their texts and codes equal those of containerd's runc shim, because clients
+//! match on them.
 
 use ttrpc::{Code, Error};
 
@@ -11,7 +12,7 @@ pub enum ServiceError {
     /// The container has no process with this id.
     #[error("process does not exist {0}: not found")]
     NoProcess(String),
-    /// The id is taken.
+    /// A container or exec with this id already exists.
     #[error("id {0}: already exists")]
     Exists(String),
     /// The process to signal has exited.
@@ -20,19 +21,19 @@ pub enum ServiceError {
     /// The exec to signal has not been started.
     #[error("process not created: failed precondition")]
     NotStarted,
-    /// The process to start is in this state instead of created.
+    /// The process to start is in this state, but must be in state created.
     #[error("cannot start a {0} process: failed precondition")]
     Start(&'static str),
-    /// The process to delete is in this state and still runs.
+    /// The process to delete has not ended. This is its state.
     #[error("cannot delete a {0} process: failed precondition")]
     Delete(&'static str),
-    /// The container of an exec is in this state instead of running.
+    /// The exec's container is in this state, but must be running.
     #[error("cannot exec in a {0} state: failed precondition")]
     Exec(&'static str),
-    /// The container to pause is in this state instead of running.
+    /// The container to pause is in this state, but must be running.
     #[error("cannot pause a {0} container: failed precondition")]
     Pause(&'static str),
-    /// The container to resume is in this state instead of paused.
+    /// The container to resume is in this state, but must be paused.
     #[error("cannot resume a {0} container: failed precondition")]
     Resume(&'static str),
     /// The container to update has exited.
@@ -48,13 +49,13 @@ pub enum ServiceError {
     #[error("{0}: not implemented")]
     Unsupported(&'static str),
     /// The request needs a running program, which the sandbox container does not have.
-    #[error("the sandbox container runs no program; name another container of the pod: failed precondition")]
+    #[error("the sandbox container does not run a program; name another container of the pod: failed precondition")]
     Sandbox,
-    /// The request names a sandbox that is not this shim's.
+    /// The request names a sandbox that this shim does not serve.
     #[error("sandbox {0}: not found")]
     NoSandbox(String),
-    /// The request needs a sandbox that no request has created yet.
-    #[error("the sandbox was not created: failed precondition")]
+    /// The request needs the sandbox, but no request has created it yet.
+    #[error("the sandbox has not been created yet: failed precondition")]
     NotCreated,
     /// The sandbox has no cgroup on the host.
     #[error("the sandbox has no cgroup on the host: failed precondition")]
@@ -68,7 +69,7 @@ pub enum ServiceError {
 }
 
 impl ServiceError {
-    /// Returns the error of a failure that has no code of its own.
+    /// Returns the error for a failure that no other variant describes.
     pub fn failed(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Failed(cause.into())
     }
@@ -86,7 +87,7 @@ impl ServiceError {
     }
 }
 
-/// The chain of causes becomes one text here, and nowhere before.
+/// Joins the error and its causes into one text. No code before this conversion does that.
 impl From<ServiceError> for Error {
     fn from(error: ServiceError) -> Self {
         ttrpc::error::get_rpc_status(error.code(), crate::chain(&error))

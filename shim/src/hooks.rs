@@ -11,7 +11,7 @@ use crate::oci::annotations::Annotations;
 
 /// Timeout of a hook whose specification has none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Maximum length of a failed hook's output in the error, in bytes, for stdout and stderr each.
+/// Maximum number of bytes of a failed hook's stdout in the error. The same limit applies to stderr.
 const MAX_OUTPUT: u64 = 4096;
 
 /// The container's state, which the OCI runtime specification passes to hooks on stdin.
@@ -44,9 +44,9 @@ pub enum HookError {
     /// The hook cannot be run.
     #[error("error running {kind} hook #{index} ({path})")]
     Run {
-        /// `createRuntime`, …
+        /// The kind of hook, such as `createRuntime`.
         kind: &'static str,
-        /// Its position in the list, from 0.
+        /// Its index in the list. The first hook has index 0.
         index: usize,
         /// The program.
         path: String,
@@ -57,9 +57,9 @@ pub enum HookError {
     /// The hook ended with an error status.
     #[error("error running {kind} hook #{index} ({path}): {status}, stdout: {stdout}, stderr: {stderr}")]
     Status {
-        /// `createRuntime`, …
+        /// The kind of hook, such as `createRuntime`.
         kind: &'static str,
-        /// Its position in the list, from 0.
+        /// Its index in the list. The first hook has index 0.
         index: usize,
         /// The program.
         path: String,
@@ -73,9 +73,9 @@ pub enum HookError {
     /// The hook exceeded its timeout.
     #[error("{kind} hook #{index} ({path}) timed out after {} s", timeout.as_secs())]
     Timeout {
-        /// `createRuntime`, …
+        /// The kind of hook, such as `createRuntime`.
         kind: &'static str,
-        /// Its position in the list, from 0.
+        /// Its index in the list. The first hook has index 0.
         index: usize,
         /// The program.
         path: String,

@@ -1,9 +1,9 @@
-//! Ids and namespaces of containerd, which become path components.
+//! Checks containerd's ids and namespaces, because the shim uses them as path components.
 
 /// Returns whether `name` is valid as an id or a namespace.
 ///
-/// containerd's own rule is narrower (76 characters). Here the name only has to be a single path component that cannot
-/// leave its directory.
+/// containerd's own rule is stricter, for example at most 76 characters. This function only ensures that the name is a
+/// single path component that cannot lead out of its directory.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 255
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())

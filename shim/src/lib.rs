@@ -32,7 +32,7 @@ use husk_base::sync::lock;
 
 use cli::Args;
 
-/// Runs the program: the VMM if `argv[0]` is the VMM's name, otherwise the action on the command line.
+/// Runs the VMM if `argv[0]` is the VMM's name, otherwise the action on the command line.
 pub fn main() -> ExitCode {
     let started_ns = sandbox::timeline::now();
     let mut args = std::env::args_os();

@@ -12,11 +12,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use husk_base::log::{Sink, Value};
 use husk_config::LogLevel;
 
-/// Maximum line length. A pipe takes a line of this length atomically (PIPE_BUF in pipe(7)), so lines of several threads do
-/// not interleave.
+/// Maximum line length in bytes. Writes of at most this length to a pipe are atomic (PIPE_BUF in pipe(7)). Therefore,
+/// lines of several threads do not interleave.
 const MAX_LINE: usize = 4096;
 
-/// The current log level, from 1 (error) to 5 (trace), in the order of [`tracing`] and [`log`].
+/// The current log level, from 1 (error) to 5 (trace).
 static LEVEL: AtomicU8 = AtomicU8::new(3);
 
 struct Logger {
@@ -36,7 +36,7 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
     let logger =
         Logger { fifo, sandbox: sandbox.to_owned(), namespace: namespace.to_owned(), dropped: AtomicU64::new(0) };
-    // Leaked, because both crates need a `'static` logger; there is one for the life of the process.
+    // The logger is leaked, because both crates need a `'static` logger. The process only creates one.
     let logger: &'static Logger = Box::leak(Box::new(logger));
     husk_base::log::install(logger);
     if log::set_logger(logger).is_ok() {
@@ -132,7 +132,7 @@ impl log::Log for Logger {
     fn flush(&self) {}
 }
 
-/// Appends a value: bare if that is unambiguous, otherwise quoted and escaped.
+/// Appends a value. Quotes and escapes the value if it would otherwise be ambiguous.
 fn quote(out: &mut String, value: &str) {
     let bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '/' | '@' | '^' | '+');
     if !value.is_empty() && value.chars().all(bare) {
@@ -142,7 +142,7 @@ fn quote(out: &mut String, value: &str) {
     }
 }
 
-/// Cuts a line to `length` bytes. A value that is cut is closed if it was quoted.
+/// Cuts a line to at most `length` bytes. If the cut is in a quoted value, adds the closing quotation mark.
 fn truncate(line: &mut String, length: usize) {
     const MARK: &str = "…\"";
     if line.len() > length {
@@ -163,7 +163,9 @@ fn rfc3339(at: SystemTime) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:09}Z", since.subsec_nanos())
 }
 
-/// Converts a number of days since 1970-01-01 to year, month and day, by the 400-year eras of the Gregorian calendar.
+/// Converts a number of days since 1970-01-01 to year, month and day.
+///
+/// The calculation uses the 400-year eras of the Gregorian calendar.
 fn civil_from_days(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, of_era) = (days / 146_097, days % 146_097);

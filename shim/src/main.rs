@@ -1,4 +1,5 @@
-//! `containerd-shim-husk-v2`: the shim that containerd starts for each sandbox. With another `argv[0]` it is the VMM.
+//! `containerd-shim-husk-v2`: the shim that containerd starts for each sandbox. If `argv[0]` is the VMM's name, the
+//! program runs the VMM.
 
 #![deny(clippy::indexing_slicing)]
 

@@ -3,14 +3,15 @@
 //! | containerd | stdin | reply |
 //! | --- | --- | --- |
 //! | 1.6, 1.7 | nothing, or the runtime options (an `Any`) | the plain address (task API v2) |
-//! | 2.0 to 2.2 | the same | the same; JSON with version 3 for a sandbox of the sandbox controller |
+//! | 2.0 to 2.2 | as 1.7 | JSON with version 3 if the sandbox controller made the bundle, otherwise as 1.7 |
 //! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
 //!
 //! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 takes a plain address for a shim of
 //! version 2, so the plain address is the default.
 //!
-//! All of them set `MAX_SHIM_VERSION=2` (containerd 2.1, pkg/shim/util.go), although 2.0 and later also accept
-//! version 3. The path of a sandbox's bundle tells them apart: the sandbox controller has another name since 2.0.
+//! `MAX_SHIM_VERSION` does not tell the versions apart. All of them set it to 2 (containerd 2.1, pkg/shim/util.go),
+//! although 2.0 and later also accept version 3. The path of a sandbox's bundle does, because the sandbox controller
+//! has another name since 2.0.
 
 use std::path::Path;
 
@@ -19,7 +20,7 @@ use protobuf::Message;
 
 use super::Args;
 
-/// Path component of a bundle that the sandbox controller made, since containerd 2.0.
+/// Path component of each bundle that the sandbox controller makes, in containerd 2.0 and later.
 const SANDBOX_CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// Maximum number of bytes read from stdin, as in containerd's own shims.
@@ -47,7 +48,7 @@ pub struct Params {
     pub publish_binary: String,
     /// Directory for the shim's socket.
     pub socket_dir: Option<String>,
-    /// Log at debug level.
+    /// Whether to log at debug level.
     pub debug: bool,
     /// Format of the reply.
     pub reply_format: ReplyFormat,

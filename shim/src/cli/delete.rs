@@ -1,4 +1,4 @@
-//! The action `delete`: containerd runs it after a shim has died or was unreachable, to clean up its leftovers.
+//! The action `delete`. containerd runs it to clean up after a shim that has died or is unreachable.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use crate::events::timestamp;
 use crate::oci::Bundle;
 use crate::sandbox::state_dir::StateDir;
 
-/// Exit status reported for a task whose end nobody observed.
+/// Exit status that `delete` reports, because it cannot know the task's real exit status.
 const EXIT_STATUS_KILLED: u32 = 128 + 9;
 /// Timeout of each request to a shim that may still be needed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
@@ -24,7 +24,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// Cleans up after a container, and after its sandbox if the sandbox's shim is dead or no longer needed.
 pub fn delete(args: &Args) -> std::io::Result<()> {
     let bundle = if args.bundle.as_os_str().is_empty() { std::env::current_dir()? } else { args.bundle.clone() };
-    // config.json may be gone with the bundle, or never existed. The container then counts as its own sandbox.
+    // config.json may have been removed with the bundle, or may never have existed. In both cases, the container counts
+    // as its own sandbox.
     let spec = Bundle::read(&bundle).ok().map(|bundle| bundle.spec);
     let group = spec.as_ref().and_then(|spec| spec.group(&args.id).ok().map(str::to_owned));
     let group = group.unwrap_or_else(|| args.id.clone());
@@ -36,9 +37,9 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
             let address = if args.address.is_empty() { Env::read().grpc_address } else { args.address.clone() };
             Address::new(None, &address, &args.namespace, &group)
         });
-    // A live shim goes on serving the other containers of the pod: only the deletion of the sandbox ends it. There is
-    // one exception, because containerd runs this after every deletion: the sandbox container was deleted normally, and
-    // other containers of the pod are still to be deleted.
+    // A live shim also serves the other containers of the pod. Therefore, only deleting the sandbox container cleans up
+    // after the shim. But containerd also runs this action after a normal deletion of the sandbox container. If the
+    // pod still has other containers then, their shim is still needed.
     let is_needed = || {
         if group == args.id { spec.is_some() && has_other_containers(&address, &args.id) } else { address.is_live() }
     };
@@ -57,9 +58,9 @@ pub fn delete(args: &Args) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Returns whether the shim still has other containers although it no longer knows container `id`.
+/// Returns whether the shim no longer has container `id`, but still has other containers.
 ///
-/// A shim with other containers does not end on a Shutdown request.
+/// Sends a Shutdown request. A shim that has other containers ignores the request, and every other shim ends.
 fn has_other_containers(address: &Address, id: &str) -> bool {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
     let probe = async {
@@ -73,7 +74,7 @@ fn has_other_containers(address: &Address, id: &str) -> bool {
         }
         let shutdown = ShutdownRequest { id: id.to_owned(), ..Default::default() };
         task.shutdown(context(), &shutdown).await.ok()?;
-        // A shim that ends has stopped accepting connections before it answers.
+        // If the shim ends, it stops accepting connections before it answers the request.
         Some(())
     };
     runtime.block_on(probe).is_some() && address.is_live()

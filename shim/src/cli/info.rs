@@ -14,8 +14,9 @@ pub fn version() {
 
 /// Returns the OCI runtime features (features.md of the OCI runtime specification) that callers evaluate.
 ///
-/// containerd derives two runtime handler features from them and reports both to the kubelet: user namespaces (`user`
-/// and id-mapped mounts) and recursive read-only mounts (`rro`) (containerd 2.x, internal/cri/server/service.go).
+/// containerd derives two runtime handler features from them and reports both to the kubelet (containerd 2.x,
+/// internal/cri/server/service.go). The first is user namespaces, from `user` and id-mapped mounts. The second is
+/// recursive read-only mounts, from `rro`.
 fn features() -> Any {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",
@@ -38,7 +39,7 @@ fn features() -> Any {
     }
 }
 
-/// Prints the RuntimeInfo message. Reads the runtime options from stdin and ignores them: Husk has none.
+/// Prints the RuntimeInfo message. Reads the runtime options from stdin and ignores them, because Husk has no options.
 pub fn info() -> std::io::Result<()> {
     let mut options = Vec::new();
     std::io::stdin().lock().take(super::bootstrap::MAX_INPUT).read_to_end(&mut options)?;

@@ -20,15 +20,15 @@ pub struct Args {
     pub publish_binary: String,
     /// The bundle directory, if it is not the working directory.
     pub bundle: PathBuf,
-    /// Socket to serve on. Accepted for compatibility and ignored: the shim chooses its own.
+    /// Socket to serve on. The flag is accepted for compatibility, but ignored. The shim chooses its own socket.
     pub socket: String,
-    /// Log at debug level.
+    /// Whether to log at debug level.
     pub debug: bool,
-    /// Print the version.
+    /// Whether to print the version.
     pub version: bool,
-    /// Print the RuntimeInfo message.
+    /// Whether to print the RuntimeInfo message.
     pub info: bool,
-    /// `start`, `delete` or empty.
+    /// The action: `start`, `delete` or empty.
     pub action: String,
 }
 
@@ -50,10 +50,10 @@ pub enum ArgsError {
         value: String,
     },
     /// An argument that is not UTF-8.
-    #[error("argument is not valid UTF-8")]
+    #[error("a command-line argument is not valid UTF-8")]
     NotUtf8,
     /// An id or namespace that would escape its directory or its cgroup.
-    #[error("invalid {what} {value:?}: must be 1 to 255 of [A-Za-z0-9_.-], beginning with a letter or digit")]
+    #[error("invalid {what} {value:?}: must be 1 to 255 characters of [A-Za-z0-9_.-] and begin with a letter or digit")]
     InvalidName {
         /// `id` or `namespace`.
         what: &'static str,
@@ -65,8 +65,8 @@ pub enum ArgsError {
 impl Args {
     /// Parses the arguments after the program name, as Go's `flag` package does.
     ///
-    /// A flag has one or two dashes and the form `-flag value` or `-flag=value`. A boolean needs no value. The first
-    /// argument that is not a flag ends the flags.
+    /// A flag has one or two dashes and the form `-flag value` or `-flag=value`. A boolean flag does not need a value.
+    /// The first argument that is not a flag is the action. Later arguments are ignored.
     ///
     /// # Errors
     /// [`ArgsError`] for command lines that Go's `flag` package rejects too.

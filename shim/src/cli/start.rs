@@ -55,7 +55,8 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     let mut input = Vec::new();
     std::io::stdin().lock().take(MAX_INPUT).read_to_end(&mut input).map_err(StartError::Input)?;
     let params = Params::new(&input, args, &Env::read()).with_bundle(&dir);
-    // With `sandboxer = "shim"` the bundle has no config.json: CreateSandbox brings the pod's configuration.
+    // With `sandboxer = "shim"`, the bundle has no config.json. The CreateSandbox request contains the pod's
+    // configuration instead.
     let bundle = match Bundle::read(&dir) {
         Err(BundleError::Read { source, .. })
             if source.kind() == std::io::ErrorKind::NotFound && bootstrap::is_sandbox_controller_bundle(&dir) =>
@@ -70,7 +71,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
         Listen::InUse => None,
         Listen::Bound(listener) => Some(listener),
     };
-    // Later containers of a pod must not start a shim of their own: the VM is sized by the sandbox's bundle.
+    // Only the sandbox container may start a shim, because the VM's size comes from the sandbox container's bundle.
     if listener.is_some() && group != args.id {
         address.remove();
         return Err(StartError::NoSandbox(group));
@@ -95,7 +96,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
                 listener,
                 started_ns,
             };
-            // The daemon must end here: it must not return into its parent's code.
+            // The child process must end here, because the code after this call is the parent's.
             std::process::exit(daemon::run(args));
         }
         Err(error) => {
@@ -110,7 +111,7 @@ fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Resul
     out.write_all(&bootstrap::reply(&address.uri(), reply_format)).and_then(|()| out.flush()).map_err(StartError::Reply)
 }
 
-/// Writes the bundle's `address` file atomically: containerd reads it after a restart to find its shims.
+/// Writes the bundle's `address` file atomically. containerd reads the file after a restart to find its shims.
 fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
     let (path, temporary) = (bundle.join("address"), bundle.join(".address"));
     std::fs::write(&temporary, address.uri())
@@ -120,7 +121,7 @@ fn write_address(bundle: &Path, address: &Address) -> Result<(), StartError> {
 
 /// Sets the shim's `oom_score_adj` to containerd's plus one, as containerd's own shims do.
 ///
-/// The kernel's OOM killer then prefers the shim to containerd.
+/// The kernel's OOM killer then kills the shim before containerd.
 fn adjust_oom_score() {
     let parent = nix::unistd::getppid();
     let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));

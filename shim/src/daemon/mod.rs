@@ -24,9 +24,9 @@ use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
 
-/// Timeout for delivering the last events to containerd at the end.
+/// Timeout for delivering the last events to containerd when the daemon ends.
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for sending the last responses at the end.
+/// Timeout for sending the last responses when the daemon ends.
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The state that `start` passes to the daemon that it forks.
@@ -37,11 +37,11 @@ pub struct DaemonArgs {
     pub sandbox: String,
     /// The sandbox's bundle directory.
     pub dir: PathBuf,
-    /// The sandbox's bundle; `None` if CreateSandbox brings the specification.
+    /// The sandbox's bundle. `None` if the CreateSandbox request contains the specification.
     pub bundle: Option<Bundle>,
     /// Receiver of the events.
     pub destination: Destination,
-    /// Log at debug level.
+    /// Whether to log at debug level.
     pub debug: bool,
     /// The address of this shim.
     pub address: Address,
@@ -53,7 +53,7 @@ pub struct DaemonArgs {
 
 /// Runs the daemon and returns its exit code.
 pub fn run(args: DaemonArgs) -> i32 {
-    // The daemon is idle most of its life.
+    // The daemon is idle for most of its life, and should then take little memory.
     heap::keep_small();
     let vmm_log = detach();
     log::init(&args.dir, &args.namespace, &args.sandbox, args.debug);
@@ -62,7 +62,7 @@ pub fn run(args: DaemonArgs) -> i32 {
     timeline.mark_at("shim start", args.started_ns);
     timeline.mark("shim daemon");
     let (context, share) = prepare(&args, state, timeline);
-    // Spawns the VMM process first: it starts while this process reads the configuration.
+    // `launch::prepare` spawns the VMM process first. The VMM then starts while this process reads the configuration.
     let launch = match (&args.bundle, share) {
         (None, share) => Launch::Deferred(share),
         (Some(_), Err(error)) => Launch::Immediate(Box::new(launch::failed(error))),
@@ -78,7 +78,7 @@ pub fn run(args: DaemonArgs) -> i32 {
     match runtime {
         Ok(runtime) => {
             let code = runtime.block_on(serve(args, context, launch, vmm_log));
-            // A blocking task that hangs in a file system must not keep the process.
+            // A blocking task that hangs in a file system must not keep this process from ending.
             runtime.shutdown_background();
             code
         }
@@ -91,9 +91,9 @@ pub fn run(args: DaemonArgs) -> i32 {
     }
 }
 
-/// Leaves containerd's session, and closes its pipes because containerd waits for their end.
+/// Leaves containerd's session, and closes the pipes to containerd because containerd reads them to their end.
 ///
-/// Stderr, which the VMM inherits, becomes a pipe whose lines go to the log. Returns the pipe's read end.
+/// Makes stderr, which the VMM inherits, a pipe whose lines go to the log. Returns the pipe's read end.
 fn detach() -> Option<OwnedFd> {
     let _ = nix::unistd::setsid();
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").ok()?;
@@ -107,9 +107,9 @@ fn detach() -> Option<OwnedFd> {
     pipe.map(|(out, _)| out)
 }
 
-/// Prepares the mount namespace and the state directory, before there is a runtime.
+/// Creates the mount namespace and the state directory. Runs before the async runtime is started.
 ///
-/// A failure is reported later, by Create or by the start of the sandbox.
+/// The failing of either is reported later: the request that creates the sandbox fails.
 fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
     let made =
         create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {
@@ -124,19 +124,20 @@ fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (Launch
 
 /// Moves this process to a new mount namespace with slave propagation.
 ///
-/// The host's later mounts still propagate into it, and nothing propagates out. The pod's mounts vanish with the pod's
-/// processes.
+/// The host's later mounts propagate into the new namespace, but no mount propagates to the host. The kernel removes
+/// the pod's mounts when the last process in the namespace ends.
 fn create_mount_namespace() -> nix::Result<()> {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&Path>)
 }
 
-/// The start of the boot.
+/// Says when the VM boots.
 enum Launch {
-    /// Boots immediately: the specification is known.
+    /// The VM boots immediately, because the specification is known.
     Immediate(Box<LaunchInput>),
-    /// Boots when the sandbox is created. Contains the guest's view of the share, or the error that prevented it.
+    /// The VM boots when a request creates the sandbox. Contains the guest's view of the share, or the error of
+    /// preparing it.
     Deferred(Result<PathBuf, String>),
 }
 
@@ -158,7 +159,7 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
             tokio::select! {
                 () = shim.wait_finished() => {}
                 () = shim.create_timed_out() => {
-                    tracing::warn!("no request to create the sandbox arrived: the shim ends");
+                    tracing::warn!("the shim ends, because no request to create the sandbox arrived in time");
                 }
                 () = termination_signal() => tracing::info!("the shim ends after a signal"),
             }

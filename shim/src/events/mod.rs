@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use publish::{Destination, PublishError};
 
-/// Maximum number of queued events: a long absence of containerd must not use up the node's memory.
+/// Maximum number of queued events. Without a limit, a long absence of containerd could use up the node's memory.
 const MAX_QUEUED: usize = 4096;
 
 /// Delivers one event.
@@ -42,7 +42,7 @@ pub struct Events {
 pub struct RetryPolicy {
     /// Time after which the event is dropped.
     pub timeout: Duration,
-    /// Delay before the first retry; doubled for each further one, up to two seconds.
+    /// Delay before the first retry. Each further delay is twice as long, up to two seconds.
     pub initial_backoff: Duration,
 }
 
@@ -83,23 +83,24 @@ impl Events {
         let _ = self.queue.send(Item::Event(Box::new(envelope)));
     }
 
-    /// Waits until every event queued so far was delivered or dropped, for at most `timeout`.
+    /// Waits at most `timeout` until every event that is queued now has been delivered or dropped.
     pub async fn flush(&self, timeout: Duration) {
         let (done, wait) = oneshot::channel();
         if self.queue.send(Item::Flush(done)).is_ok() && tokio::time::timeout(timeout, wait).await.is_err() {
-            tracing::warn!(waiting = self.waiting.load(Ordering::Relaxed), "timeout while delivering the last events");
+            tracing::warn!(waiting = self.waiting.load(Ordering::Relaxed), "timed out delivering the last events");
         }
     }
 }
 
-/// Delivers the queued events in order: later events wait while one is retried.
+/// Delivers the queued events in order. While one event is retried, later events wait.
 ///
-/// Delivery is at least once. A retry repeats an event that containerd has already read, if the connection broke or the
-/// timeout passed before its response arrived. That only happens if containerd hangs or is killed at that moment.
+/// Delivery is at least once: a retry can repeat an event that containerd has already read. This happens if the
+/// connection breaks or the timeout passes before containerd's response arrives. The cause is that containerd hangs or
+/// is killed at that moment.
 ///
 /// The protocol cannot prevent duplicates: ttrpc's `Forward` has no event id, and containerd forwards every event that
-/// it receives. Without a retry, exit events could be lost. The kubelet and containerd's CRI wait for exit events, and
-/// both ignore the exit of a container that they already know to have ended.
+/// it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for them. A
+/// duplicate does no harm: both ignore the exit of a container that they already know to have ended.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn event_after_a_dropped_one_is_delivered() {
+    async fn delivery_continues_after_a_dropped_event() {
         let delivered = Arc::new(Mutex::new(Vec::new()));
         let retry = RetryPolicy { timeout: Duration::from_secs(1), initial_backoff: Duration::from_millis(400) };
         let events = Events::start("default", Flaky { fails: 2, delivered: Arc::clone(&delivered) }, retry);

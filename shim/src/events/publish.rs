@@ -22,7 +22,7 @@ pub enum PublishError {
     #[error("containerd passed neither a ttrpc socket nor the path of its binary")]
     NoDestination,
     /// The connection to containerd's socket failed.
-    #[error("failed to connect to {path}")]
+    #[error("failed to connect to containerd's ttrpc socket {path}")]
     Connect {
         /// The socket.
         path: String,
@@ -31,7 +31,7 @@ pub enum PublishError {
         source: std::io::Error,
     },
     /// The ttrpc call failed.
-    #[error("failed to forward the event")]
+    #[error("failed to forward the event to containerd")]
     Forward(#[source] ttrpc::Error),
     /// The binary cannot be run.
     #[error("failed to run {path} publish")]
@@ -57,11 +57,11 @@ pub enum PublishError {
 
 /// The containerd that receives the events.
 pub struct Destination {
-    /// Its ttrpc socket; may be empty.
+    /// containerd's ttrpc socket. Empty if it is not known.
     pub ttrpc_address: String,
-    /// Its gRPC socket, for the binary.
+    /// containerd's gRPC socket, to which the binary connects.
     pub address: String,
-    /// Path of its binary; may be empty.
+    /// Path of containerd's binary. Empty if it is not known.
     pub binary: String,
     client: Option<EventsClient>,
 }
