@@ -24,7 +24,7 @@ use crate::pod;
 use crate::resources::cgroup::CgroupLocation;
 use crate::resources::cgroup_v1_metrics;
 
-/// States by their CRI names, which containerd passes on unchanged.
+/// The CRI's names of the states. containerd passes them on unchanged.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
 
@@ -82,7 +82,7 @@ impl Sandbox for Handler {
         self.check(&request.sandbox_id)?;
         let mut response = PlatformResponse::new();
         let platform = response.platform.mut_or_insert_default();
-        // Go's names (GOOS, GOARCH). The guest has the host's architecture, the one that Husk is built for.
+        // These are Go's names (GOOS, GOARCH). The guest's architecture equals the host's, for which Husk is built.
         platform.os = "linux".to_owned();
         platform.architecture = "amd64".to_owned();
         Ok(response)
@@ -159,10 +159,10 @@ impl Sandbox for Handler {
         Ok(ShutdownSandboxResponse::new())
     }
 
-    /// Returns what the pod uses on the host, from its cgroup there.
+    /// Returns the resource usage of the pod's cgroup on the host.
     ///
-    /// CPU time and memory are those of the VMM and the shim. `pids` counts their threads, not the processes in the
-    /// guest.
+    /// CPU time and memory are those of the VMM and the shim. `pids` counts the threads of the VMM and the shim, not
+    /// the processes in the guest.
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,

@@ -25,11 +25,12 @@ use crate::events::timestamp;
 use crate::oci;
 use crate::vm::agent::{timeouts, within};
 
-/// Maximum number of processes that are listed, and maximum size of the guest's statistics in bytes.
+/// Maximum number of processes in a response to Pids.
 const MAX_PIDS: usize = 1 << 16;
+/// Maximum size of the guest's statistics in bytes.
 const MAX_METRICS: usize = 1 << 20;
 
-/// Returns the Task service under both names; their messages are the same.
+/// Returns the Task service under both names. Both versions have the same messages.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let mut services = HashMap::new();
     for name in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
@@ -126,9 +127,9 @@ impl Task for Handler {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id)?;
-        // A container that has exited keeps its PID until it is deleted. A restarted containerd takes a container
-        // without any PID for a leftover, and deletes it together with its exit status (1.7 and 2.1, shim_load.go,
-        // loadShims).
+        // A container that has exited keeps its PID until it is deleted. Without a PID, a restarted containerd would
+        // assume that the container is a leftover. It would delete the container and lose its exit status (1.7 and
+        // 2.1, shim_load.go, loadShims).
         if container.is_sandbox_container() || container.init.exit().is_some() {
             let one = ProcessInfo { pid: self.shim.pid(&container.id), ..Default::default() };
             return Ok(PidsResponse { processes: vec![one], ..Default::default() });
@@ -252,7 +253,8 @@ impl Task for Handler {
             .into_option()
             .filter(|any| any.type_url == metrics::TYPE_URL && any.value.len() <= MAX_METRICS);
         let stats = stats.ok_or_else(|| {
-            ServiceError::failed("the agent's statistics have an unknown type or are too large".to_owned())
+            let text = "failed to get the container's statistics: the agent's answer has a wrong type or is too large";
+            ServiceError::failed(text.to_owned())
         })?;
         Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }
