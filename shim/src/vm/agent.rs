@@ -11,13 +11,13 @@ use husk_proto::containerd::shim_async::{Client, TaskClient};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-/// Maximum length of an error text of the agent, in bytes.
+/// Maximum length in bytes of an error text from the agent.
 const MAX_ERROR: usize = 4096;
 
 /// Clients of the agent's services, over one connection.
 #[derive(Clone)]
 pub struct Agent {
-    /// containerd's Task service; its paths are paths in the guest.
+    /// containerd's Task service. All paths in its messages are paths in the guest.
     pub task: TaskClient,
     /// Husk's own Sandbox service.
     pub sandbox: SandboxClient,
@@ -46,13 +46,13 @@ pub enum Report {
     },
 }
 
-/// Timeouts of calls. The agent itself answers quickly, but a loaded node may not.
+/// Timeouts of calls. They allow for a loaded node, on which the agent can be slow.
 pub mod timeouts {
     use std::time::Duration;
 
-    /// Timeout of calls that only look something up or pass it on.
+    /// Timeout of calls that the agent can answer at once, such as a query or a signal.
     pub const QUICK: Duration = Duration::from_secs(10);
-    /// Timeout of calls that create, start or delete.
+    /// Timeout of calls that create, start or delete a container or an exec.
     pub const SLOW: Duration = Duration::from_secs(60);
 }
 
@@ -71,16 +71,16 @@ impl Agent {
         Ok(Self { task: TaskClient::new(client.clone()), sandbox: SandboxClient::new(client) })
     }
 
-    /// Sets up the guest. Returns the release of its kernel.
+    /// Sets up the guest. Returns the guest kernel's release.
     ///
     /// # Errors
-    /// The agent's error, or a timeout.
+    /// If the agent reports an error, or does not answer within `limit`.
     pub async fn setup(&self, request: &SetupRequest, limit: Duration) -> ttrpc::Result<String> {
         let response = self.sandbox.setup(within(limit), request).await?;
         Ok(bounded(&response.kernel_release, 256))
     }
 
-    /// Subscribes to events from now on.
+    /// Subscribes to the events that occur from now on.
     ///
     /// # Errors
     /// If the connection is closed.
@@ -91,8 +91,8 @@ impl Agent {
 
 /// Checks an event.
 ///
-/// The guest's time of an exit is used only if it lies in the last 60 seconds of the host's clock. Otherwise the
-/// current time is used.
+/// Uses the guest's exit time only if it is within the last 60 seconds by the host's clock. Otherwise uses the current
+/// time.
 pub fn check(event: Event) -> Option<Report> {
     match event.kind? {
         event::Kind::Exit(exit) => {
@@ -114,16 +114,22 @@ pub fn check(event: Event) -> Option<Report> {
     }
 }
 
-/// Converts an error of the agent for containerd: bounds its length and replaces control characters.
+/// Converts an error of the agent to an error for containerd. Bounds its length and replaces control characters.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => {
             let text = bounded(&status.message, MAX_ERROR);
             let code = status.code.enum_value().unwrap_or(ttrpc::Code::UNKNOWN);
-            let text = if code == ttrpc::Code::DEADLINE_EXCEEDED { format!("agent: {what}: {text}") } else { text };
+            let text = if code == ttrpc::Code::DEADLINE_EXCEEDED {
+                format!("the agent's {what} call failed: {text}")
+            } else {
+                text
+            };
             ttrpc::error::get_rpc_status(code, text)
         }
-        other => ttrpc::error::get_rpc_status(ttrpc::Code::UNAVAILABLE, format!("agent: {what}: {other}")),
+        other => {
+            ttrpc::error::get_rpc_status(ttrpc::Code::UNAVAILABLE, format!("the agent's {what} call failed: {other}"))
+        }
     }
 }
 

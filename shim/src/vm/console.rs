@@ -1,6 +1,6 @@
-//! Text from the guest: copies the lines of its console and of the agent's log to the shim's log.
+//! Reads the lines of the guest's console and of the agent's log.
 //!
-//! The last lines are kept for error messages.
+//! The shim copies them to its own log, and keeps the last lines for error messages.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::lock;
 
-/// Number of lines that are kept.
+/// Maximum number of lines that are kept.
 const MAX_LINES: usize = 40;
 /// Maximum length of a line in bytes. The guest is not trusted to end its lines.
 const MAX_LINE: usize = 1024;
@@ -30,7 +30,9 @@ impl LogTail {
         lines.push_back(line);
     }
 
-    /// Returns the lines that explain the end of the guest: those from a kernel panic on, else the last 8.
+    /// Returns the lines that explain why the guest ended.
+    ///
+    /// If a line reports a panic, these are that line and the next ones, at most 12. Otherwise, they are the last 8.
     pub fn console_tail(&self) -> String {
         let lines = lock(&self.lines);
         let panic = lines.iter().position(|line| line.contains("Kernel panic") || line.contains("panicked at"));
@@ -68,7 +70,7 @@ fn emit(text: &mut Vec<u8>, line: &mut impl FnMut(String)) {
     }
 }
 
-/// Replaces control characters: a guest must not be able to control the terminal on which the log is read.
+/// Replaces control characters, because a guest must not control the terminal on which the log is read.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\t' && c != '\n' { '\u{fffd}' } else { c }).collect()
 }

@@ -9,13 +9,13 @@ use super::agent::Agent;
 /// State of a sandbox's VM.
 #[derive(Clone)]
 pub enum State {
-    /// Not launched: the specification has not arrived.
+    /// The VM has not been launched, because the specification has not arrived.
     Pending,
     /// The guest boots.
     Booting,
     /// The agent accepts containers.
     Running(Agent),
-    /// The launch or the boot failed; the text is the chain of causes. The VM has been killed.
+    /// The launch or the boot failed, and the VM has been killed. The text is the chain of causes.
     Failed(Arc<str>),
     /// The VM has ended.
     Gone,
@@ -31,8 +31,8 @@ enum Phase {
     Gone,
 }
 
-/// The transitions that exist. A sandbox that is never launched goes from pending to gone. A failed one stays so after the
-/// end of its VM: a Create that comes later reports why.
+/// The transitions that are allowed. A sandbox that is never launched goes from pending to gone. A failed sandbox stays
+/// failed after its VM has ended, because a later Create request must report the cause.
 const TRANSITIONS: [(Phase, Phase); 6] = [
     (Phase::Pending, Phase::Booting),
     (Phase::Pending, Phase::Gone),
@@ -62,7 +62,7 @@ impl State {
     }
 }
 
-/// The current state, which any number of tasks can wait on.
+/// The current state. Any number of tasks can wait until the state changes.
 #[derive(Clone)]
 pub struct StateCell(Arc<watch::Sender<State>>);
 
@@ -73,7 +73,8 @@ impl Default for StateCell {
 }
 
 impl StateCell {
-    /// Enters `next` and returns true; leaves the state unchanged and returns false if there is no such transition.
+    /// Enters `next` and returns true if the transition is allowed. Otherwise leaves the state unchanged and returns
+    /// false.
     pub fn enter(&self, next: State) -> bool {
         self.0.send_if_modified(|state| {
             let (from, to) = (state.phase(), next.phase());
@@ -120,13 +121,13 @@ mod tests {
         Agent::new(stream).unwrap()
     }
 
-    /// One state of each kind.
+    /// Returns one state of each kind.
     async fn all() -> Vec<State> {
         vec![State::Pending, State::Booting, State::Running(agent().await), State::Failed("x".into()), State::Gone]
     }
 
     #[tokio::test]
-    async fn only_the_transitions_of_the_table_exist() {
+    async fn enter_allows_only_the_transitions_of_the_table() {
         for from in all().await {
             for to in all().await {
                 let cell = StateCell(Arc::new(watch::Sender::new(from.clone())));
@@ -136,7 +137,7 @@ mod tests {
                 assert_eq!(cell.0.borrow().phase(), if expected { after } else { before });
             }
         }
-        // Nothing leaves the last states.
+        // No transition leaves a final state.
         assert!(!TRANSITIONS.iter().any(|(from, _)| matches!(from, Phase::Gone | Phase::Failed)));
     }
 

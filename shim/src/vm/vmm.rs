@@ -25,7 +25,7 @@ pub enum VmmError {
     /// The process cannot be started.
     #[error("failed to start the VMM process")]
     Spawn(#[source] SpawnError),
-    /// Its fds cannot be registered with the async runtime.
+    /// The VMM's fds cannot be registered with the async runtime.
     #[error("failed to watch the VMM process")]
     Watch(#[source] std::io::Error),
     /// The network namespace cannot be opened.
@@ -40,7 +40,7 @@ pub enum VmmError {
     /// The request cannot be sent.
     #[error("failed to send a request to the VMM")]
     Send(#[source] std::io::Error),
-    /// The VMM refused; the text is its error.
+    /// The VMM rejected the request. The text is the VMM's error.
     #[error("{0}")]
     Refused(String),
     /// The VMM has ended.
@@ -71,7 +71,7 @@ pub struct Vmm {
 
 /// Starts the VMM process in the sandbox's network namespace.
 ///
-/// Must be called on the main thread: the process is killed when the thread that started it ends.
+/// Must be called on the main thread, because the kernel kills the process when the thread that started it ends.
 ///
 /// # Errors
 /// [`VmmError`] if the namespace cannot be opened or the process cannot be started.
@@ -89,16 +89,16 @@ pub fn spawn(network: &Network) -> Result<Spawned, VmmError> {
 
 /// Waits for a child that has ended or is about to end.
 fn reap(pid: u32) -> ExitStatus {
-    // Nothing else waits for this child.
+    // No other code waits for this child.
     let status = process::wait(pid.cast_signed(), 0).ok().flatten().map_or(0, |(_, status)| status);
     ExitStatus::from_raw(status)
 }
 
 impl Vmm {
-    /// Registers a started process with the async runtime. Its notices go to `notices`.
+    /// Registers a started process with the async runtime. Sends the VMM's notices to `notices`.
     ///
     /// # Errors
-    /// [`VmmError::Watch`] if its fds cannot be registered. The process has ended then.
+    /// [`VmmError::Watch`] if the process's fds cannot be registered. The process has then ended.
     pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
@@ -110,7 +110,7 @@ impl Vmm {
         let (control, pidfd) = match watch() {
             Ok(fds) => fds,
             Err(error) => {
-                // Its control socket was closed with the error, which ends the process.
+                // The failed registration has closed the control socket. Therefore, the process ends.
                 reap(pid);
                 return Err(VmmError::Watch(error));
             }
@@ -122,7 +122,7 @@ impl Vmm {
         let vmm = Self { inner: Arc::clone(&inner) };
         tokio::spawn(async move {
             read(&inner, &notices).await;
-            // The socket closes when the process ends. Everything that it sent before has been read.
+            // The socket is closed when the process ends. By now, everything that the process sent has been read.
             lock(&inner.pending).take();
             drop(notices);
             let _ = pidfd.readable().await;
@@ -139,7 +139,7 @@ impl Vmm {
     /// Acquires a host PID for one container. [`Vmm::release_pid`] must follow.
     ///
     /// # Errors
-    /// As [`Vmm::call`].
+    /// The errors of [`Vmm::call`].
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
         match self.call(Call::AcquirePid, &[]).await?.0 {
             Answer::Pid { pid } => Ok(pid),
@@ -191,7 +191,7 @@ impl Vmm {
         if self.inner.dead.borrow().is_none()
             && let Ok(pid) = i32::try_from(self.inner.pid)
         {
-            // The process is not reaped before `dead` is set, so the PID still belongs to it.
+            // While `dead` is not set, the process has not been reaped. Therefore, the PID still belongs to it.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
@@ -216,7 +216,7 @@ impl Vmm {
     }
 }
 
-/// Reads replies until the socket is closed.
+/// Reads answers and notices until the socket is closed.
 async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
     loop {
         match inner.control.async_io(Interest::READABLE, |socket| wire::recv::<Reply>(socket)).await {
@@ -232,7 +232,7 @@ async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 tracing::warn!(%error, "the VMM sent an unknown message");
             }
-            Err(error) => return tracing::debug!(%error, "control socket of the VMM closed"),
+            Err(error) => return tracing::debug!(%error, "the VMM's control socket is closed"),
         }
     }
 }
