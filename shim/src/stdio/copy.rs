@@ -2,7 +2,7 @@
 //!
 //! Large amounts are moved between a socket and a pipe with splice(2), without a copy through this process. Small
 //! amounts are read and written, because each spliced fragment occupies one of the pipe's few buffers, however short it
-//! is. Without a reader, a container would otherwise block after a few lines instead of after 64 KiB.
+//! is. Otherwise, a container whose output nobody reads would block after a few lines instead of after 64 KiB.
 
 use std::{
     fs::File,
@@ -25,7 +25,7 @@ use tokio::{
     net::UnixStream,
 };
 
-/// Number of bytes in the socket's receive queue from which splice(2) is used.
+/// Minimum number of bytes in the socket's receive queue for which splice(2) is used.
 const SPLICE_THRESHOLD: usize = 16 << 10;
 /// Maximum number of bytes per splice: the default capacity of a pipe.
 const SPLICE_MAX: usize = 64 << 10;
@@ -51,7 +51,7 @@ enum Spliced {
     Retry,
 }
 
-/// Copies the guest's output until it ends.
+/// Copies the guest's output until the output ends.
 ///
 /// After a write error the output is still read and discarded, so that the container does not block on a dead logger.
 pub async fn output(stream: &UnixStream, sink: Sink, copied: &AtomicU64) {
@@ -91,12 +91,12 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        // While both sides are ready, the loop never waits. Yields, so that other tasks can run.
+        // While both sides are ready, the loop never waits. Therefore, it yields, so that other tasks can run.
         tokio::task::yield_now().await;
     }
 }
 
-/// Copies a stdin fifo to the guest until it ends, then shuts down the write side of the stream.
+/// Copies a stdin fifo to the guest until the fifo ends, then shuts down the write side of the stream.
 pub async fn input(fifo: &AsyncFd<OwnedFd>, stream: &UnixStream) {
     if from_pipe(fifo, stream).await.is_ok() {
         let _ = nix::sys::socket::shutdown(stream.as_raw_fd(), nix::sys::socket::Shutdown::Write);
@@ -145,7 +145,7 @@ fn try_splice(
     }
     let mut fds = [PollFd::new(socket, socket_event), PollFd::new(pipe, pipe_event)];
     poll(&mut fds, PollTimeout::ZERO)?;
-    // Every event counts as ready, a hang-up too: the next attempt then returns the error.
+    // Every event counts as ready, even a hang-up, because the next attempt then returns the error.
     let [socket, pipe] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
     match (socket, pipe) {
         (false, _) => Err(io::ErrorKind::WouldBlock.into()),
@@ -202,7 +202,7 @@ async fn discard(stream: &UnixStream, copied: &AtomicU64) -> io::Result<()> {
 /// Returns the number of bytes in a socket's receive queue (`SIOCINQ`, which is `FIONREAD`).
 fn queued_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut count: libc::c_int = 0;
-    // SAFETY: FIONREAD writes one int, and `count` is one that outlives the call.
+    // SAFETY: FIONREAD writes one int, and `count` is an int that outlives the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut count) } < 0 {
         return Err(io::Error::last_os_error());
     }

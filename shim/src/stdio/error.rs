@@ -1,4 +1,4 @@
-//! Why the streams of a process cannot be opened.
+//! Errors of opening the streams of a process.
 
 use std::{io, path::PathBuf};
 
@@ -16,8 +16,8 @@ pub enum StdioError {
         #[source]
         source: io::Error,
     },
-    /// The file is not a fifo, which stdin needs.
-    #[error("failed to open {} for {stream}: not a fifo", path.display())]
+    /// The file is not a fifo, but the stream needs a fifo.
+    #[error("failed to open {} for {stream}: the file is not a fifo", path.display())]
     NotFifo {
         /// `stdin` or `stdout`.
         stream: &'static str,
@@ -31,7 +31,7 @@ pub enum StdioError {
         stream: &'static str,
         /// The URI.
         uri: String,
-        /// The defect.
+        /// What is wrong with the URI.
         message: &'static str,
     },
     /// The logger did not start.

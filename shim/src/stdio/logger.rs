@@ -31,12 +31,12 @@ use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to write the rest and end after its input has ended; SIGTERM follows.
+/// Timeout for a logger to write the rest and end after its input has ended. After the timeout, it gets SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to end after SIGTERM; SIGKILL follows.
+/// Timeout for a logger to end after SIGTERM. After the timeout, it gets SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Handle to a running logger. After it is dropped, the logger has to end, or is terminated after a timeout.
+/// Handle to a running logger. After the handle is dropped, a logger that does not end is terminated after a timeout.
 #[derive(Debug)]
 pub struct LoggerHandle {
     _released: oneshot::Sender<()>,
@@ -59,7 +59,7 @@ pub async fn start(
             .map_err(|e| system("failed to make a pipe non-blocking")(e.into()))?;
     }
     let ends = [out_read, err_read, ready_write];
-    let child = spawn(path, args, context, &ends).map_err(system("failed to spawn"))?;
+    let child = spawn(path, args, context, &ends).map_err(system("failed to spawn the process"))?;
     drop(ends);
     let pidfd = pidfd(&child).map_err(system("failed to open a pidfd"))?;
     let (released, release) = oneshot::channel();
@@ -70,7 +70,7 @@ pub async fn start(
         loop {
             let mut guard = ready.readable().await?;
             let read = |fd: BorrowedFd<'_>| Ok(nix::unistd::read(fd, &mut [0])?);
-            // The logger is ready after a byte or the end of the pipe, as with containerd.
+            // As with containerd, a byte or the end of the pipe says that the logger is ready.
             if let Ok(result) = guard.try_io(|fd| read(fd.as_fd())) {
                 return result;
             }
@@ -78,8 +78,8 @@ pub async fn start(
     };
     match timeout(READY_TIMEOUT, wait).await {
         Ok(Ok(_)) => Ok((out_write, err_write, handle)),
-        Ok(Err(source)) => Err(fail("failed to wait until it is ready", Some(source))),
-        Err(_) => Err(fail(&format!("not ready after {} s", READY_TIMEOUT.as_secs()), None)),
+        Ok(Err(source)) => Err(fail("failed to wait until the logger is ready", Some(source))),
+        Err(_) => Err(fail(&format!("the logger was not ready after {} s", READY_TIMEOUT.as_secs()), None)),
     }
 }
 
@@ -123,7 +123,7 @@ fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
     register(pidfd::open(pid)?, Interest::READABLE)
 }
 
-/// Reaps the logger when it ends. After the release, terminates it with escalation: SIGTERM, then SIGKILL.
+/// Reaps the logger when it ends. If it does not end after the release, sends SIGTERM, and SIGKILL as the escalation.
 async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
     let ended = async || {
         let _ = pidfd.readable().await;
@@ -149,6 +149,6 @@ async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, rel
     if let Ok(status) = child.wait()
         && !status.success()
     {
-        tracing::warn!("logger {} failed: {status}", path.display());
+        tracing::warn!("the logger {} failed: {status}", path.display());
     }
 }

@@ -47,7 +47,7 @@ pub struct LoggerContext<'a> {
     pub namespace: &'a str,
 }
 
-/// The streams to the guest that are needed.
+/// The streams to the guest that a process needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NeededStreams {
     /// A stream for stdin.
@@ -87,12 +87,12 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// Opens containerd's ends and starts the logger, if there is one.
+    /// Opens containerd's ends. Starts the logger if the paths name one.
     pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Self, StdioError> {
         target::open(paths, context).await
     }
 
-    /// Returns the streams to the guest that are needed.
+    /// Returns the streams to the guest that the process needs.
     pub fn needed_streams(&self) -> NeededStreams {
         NeededStreams {
             stdin: self.stdin.is_some(),

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::async_fd::register;
 
-/// The copy tasks. Dropping it stops them and closes containerd's ends.
+/// The copy tasks. Dropping the relay stops the tasks and closes containerd's ends.
 #[derive(Debug)]
 pub struct Relay {
     tasks: Vec<AbortHandle>,
@@ -28,7 +28,8 @@ pub struct Relay {
     /// Bytes of output copied so far.
     copied: Arc<AtomicU64>,
     write_end: Mutex<Option<OwnedFd>>,
-    /// The last field, because fields are dropped in order: the logger's input ends before the logger must end.
+    /// Must be the last field, because fields are dropped in order. The logger's input must end before its handle is
+    /// dropped.
     _logger: Option<LoggerHandle>,
 }
 
@@ -84,8 +85,8 @@ impl Relay {
 
     /// Waits until all output is copied, or no byte was copied for the duration of `quiet`.
     ///
-    /// Without the second condition it could wait forever: for a process that keeps the guest's end open, or for a fifo
-    /// that nobody reads.
+    /// Without the second condition, it could wait forever. For example, a process may keep the guest's end open, or
+    /// the fifo may not have a reader.
     pub async fn drain(&self, quiet: Duration) {
         let mut open = self.open.clone();
         loop {
@@ -102,7 +103,7 @@ impl Relay {
 
     /// Closes the shim's write end of the stdin fifo.
     ///
-    /// Stdin then ends after all clients have closed their ends and everything they wrote is copied.
+    /// Stdin then ends after all clients have closed their ends and the shim has copied everything that they wrote.
     pub fn close_stdin(&self) {
         let write_end = self.write_end.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(write_end);

@@ -1,6 +1,6 @@
 //! Opens containerd's ends of the streams.
 //!
-//! As in runc's shim, both ends of an output fifo stay open here. A client may then disconnect and reconnect, and the
+//! As in runc's shim, both ends of an output fifo stay open here. Therefore, a client can disconnect and reconnect: the
 //! container neither gets SIGPIPE nor loses output. The write end of the stdin fifo also stays open, until `CloseIO`.
 
 use std::{
@@ -38,7 +38,7 @@ pub enum Output {
     File(Arc<File>),
 }
 
-/// Opens all streams of a request and starts the logger, if there is one.
+/// Opens all streams of a request. Starts the logger if the request names one.
 pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, StdioError> {
     let stdin = match paths.stdin.as_str() {
         "" => None,
@@ -67,7 +67,7 @@ pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, S
                 Some(Target::Path(path)) => output(&path, stream).map(Some),
                 Some(Target::File(path)) => file(&path, true, stream).map(Some),
                 Some(Target::Binary { .. }) => {
-                    let message = "a logger for stderr alone is not supported; name it for stdout, and it gets both";
+                    let message = "a logger for stderr alone is not supported; name the logger for stdout instead";
                     Err(StdioError::Uri { stream, uri: paths.stderr.clone(), message })
                 }
                 None => Ok(None),
@@ -132,7 +132,7 @@ impl Target {
     }
 }
 
-/// Decodes percent encoding, and in a query also `+` for a space.
+/// Decodes percent encoding. In a query, also decodes `+` as a space.
 fn decode(text: &str, query: bool) -> Option<String> {
     let mut bytes = text.bytes();
     let mut decoded = Vec::with_capacity(text.len());
@@ -152,7 +152,8 @@ fn decode(text: &str, query: bool) -> Option<String> {
 fn input(path: &Path) -> Result<Input, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream: "stdin", path: path.into(), source: source.into() };
     let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    // Opens the read end first, which does not need a writer. The write end needs a reader, and now there is one.
+    // Opens the read end first, because that does not need a writer. Opening the write end needs a reader, which now
+    // exists.
     let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty()).map_err(fail)?;
     if !is_fifo(&fifo).map_err(fail)? {
         return Err(StdioError::NotFifo { stream: "stdin", path: path.into() });

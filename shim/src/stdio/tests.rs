@@ -23,7 +23,7 @@ fn fifo(dir: &Path, name: &str) -> String {
     path.to_str().unwrap().into()
 }
 
-/// Returns bytes whose pattern does not repeat with the length of a page or a buffer.
+/// Returns bytes in a pattern that does not repeat after a page or after a buffer.
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n % 251) as u8 ^ (n / 65_521) as u8).collect()
 }
@@ -98,7 +98,7 @@ async fn stdin_of_64_mib_is_complete_and_ends_with_close_io() {
 async fn client_can_disconnect_and_reconnect() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
-    // There is no reader yet: neither opening nor writing waits for one.
+    // The fifo does not have a reader yet. Neither opening the fifo nor writing to it waits for a reader.
     let (relay, [_, guest, _]) = pipes(&paths).await;
     let mut guest = guest.unwrap();
     guest.write_all(b"one\n").await.unwrap();
@@ -118,7 +118,7 @@ async fn client_can_disconnect_and_reconnect() {
 }
 
 #[tokio::test]
-async fn many_short_lines_fit_the_fifo_without_a_reader() {
+async fn many_short_lines_fit_into_a_fifo_without_a_reader() {
     let dir = tempfile::tempdir().unwrap();
     let paths = Paths { stdout: fifo(dir.path(), "out"), ..Paths::default() };
     let (relay, [_, guest, _]) = pipes(&paths).await;
