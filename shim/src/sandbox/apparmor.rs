@@ -1,8 +1,8 @@
 //! Loads the AppArmor profiles of the node into the guest's kernel before a container is created.
 //!
 //! The kernel exports the policy that was loaded into it (security/apparmor/apparmorfs.c, `raw_data`, if built with
-//! CONFIG_SECURITY_APPARMOR_EXPORT_BINARY). The guest thus enforces what the node would, independent of the profile's
-//! origin.
+//! CONFIG_SECURITY_APPARMOR_EXPORT_BINARY). Therefore, the guest enforces the same policy as the node, whatever the
+//! profile's origin.
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,9 +19,9 @@ use crate::vm::agent::{Agent, timeouts, within};
 
 /// Directory in which the kernel lists the loaded profiles.
 const PROFILES: &str = "/sys/kernel/security/apparmor/policy/profiles";
-/// Name that stands for no profile.
+/// Profile name of a container that is not confined.
 const UNCONFINED: &str = "unconfined";
-/// Maximum size of a policy in bytes: the agent accepts no longer message. A typical policy has some ten KiB.
+/// Maximum size of a policy in bytes. The agent does not accept a longer message. A typical policy has about 10 KiB.
 const MAX_POLICY: u64 = 3 << 20;
 
 /// Profiles that the guest has loaded, with a digest of each policy.
@@ -31,7 +31,7 @@ pub type LoadedProfiles = Mutex<HashMap<String, u64>>;
 #[derive(Debug, thiserror::Error)]
 pub enum AppArmorError {
     /// The node has no profile with this name.
-    #[error("AppArmor profile {0:?} is not loaded on the node (apparmor_parser loads it)")]
+    #[error("AppArmor profile {0:?} is not loaded on the node; load it with apparmor_parser")]
     Missing(String),
     /// The node's kernel does not export the policy.
     #[error(
@@ -48,7 +48,7 @@ pub enum AppArmorError {
         source: io::Error,
     },
     /// The policy is too large.
-    #[error("AppArmor profile {0:?} and the profiles loaded with it are larger than 3 MiB")]
+    #[error("the policy that contains AppArmor profile {0:?} is larger than the limit of 3 MiB")]
     Large(String),
     /// The guest did not load the policy.
     #[error("failed to load AppArmor profile {profile:?} in the guest")]
@@ -90,13 +90,13 @@ impl Sandbox {
     }
 }
 
-/// Reads the policy with which `profile` was loaded. Blocks.
+/// Reads the policy that contained `profile` when it was loaded. Blocks.
 fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
     // A child profile or hat is loaded together with its parent.
     let parent = profile.split_once("//").map_or(profile, |(parent, _)| parent);
     let missing = || AppArmorError::Missing(profile.to_owned());
-    // The directory name is the profile name in plain characters with a number appended. The file `name` has the real
-    // name.
+    // A directory's name is the profile name, reduced to plain characters, with a number appended. The file `name`
+    // contains the full name.
     let entries = fs::read_dir(profiles).map_err(|_| missing())?;
     let name_matches = |dir: &Path| fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim_end() == parent);
     let found = entries.flatten().map(|entry| entry.path()).find(|dir| may_match(dir, parent) && name_matches(dir));

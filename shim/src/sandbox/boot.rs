@@ -28,7 +28,7 @@ use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Slots that are free at boot, for disks and interfaces that are hot-plugged.
+/// Number of spare slots at boot. Hot-plugged disks and interfaces use them.
 const SPARE_SLOTS: u8 = 5;
 /// Mount option with the size of the pod's shared memory, as containerd's CRI sets it.
 const SHM_SIZE: &str = "size=65536k";
@@ -43,7 +43,7 @@ pub struct Pod {
     pub shared_memory: bool,
     /// Sysctls of the sandbox's namespaces.
     pub sysctls: HashMap<String, String>,
-    /// Maximum number of tasks of all containers together, if limited.
+    /// Maximum number of tasks in all containers together. `None` if unlimited.
     pub pids_max: Option<u64>,
     /// Id mappings of the pod's user namespace, if it has one.
     pub id_mappings: Option<IdMappings>,
@@ -83,13 +83,13 @@ pub enum BootError {
         #[source]
         source: std::io::Error,
     },
-    /// No pipe for the console could be created.
+    /// The pipe for the console could not be created.
     #[error("failed to create a pipe for the guest's console")]
     Console(#[source] std::io::Error),
     /// The VMM refused a call or has ended.
     #[error("failed to {step}")]
     Vmm {
-        /// What was attempted.
+        /// The operation that failed.
         step: String,
         /// Cause.
         #[source]
@@ -104,7 +104,7 @@ pub enum BootError {
         console: String,
     },
     /// The agent was not ready before the timeout.
-    #[error("the guest's agent is not ready after {secs} s{console}")]
+    #[error("the guest's agent was not ready after {secs} s{console}")]
     Timeout {
         /// Timeout in seconds.
         secs: u64,
@@ -154,7 +154,7 @@ struct Progress {
 /// Boots the guest and connects to its agent.
 ///
 /// # Errors
-/// [`BootError`]; with the last lines of the console if the guest ended or the boot timed out.
+/// [`BootError`]. It contains the last lines of the console if the guest ended or the boot timed out.
 pub async fn boot(
     plan: BootPlan,
     vmm: &Vmm,
@@ -181,8 +181,8 @@ pub async fn boot(
             Ok(agent)
         }
         Ok(Err(error)) => {
-            // If the guest has ended, that is the cause of any other error. Wait for the VMM, so that the console is
-            // complete.
+            // If the guest has ended, its end is the cause of any other error. Waits for the VMM's end, so that the
+            // console is complete.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {
@@ -244,7 +244,7 @@ async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duratio
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pod = &plan.pod;
     let (uids, gids) = pod.id_mappings.as_ref().map(IdMappings::mappings).unwrap_or_default();
-    // Owned by the pod's root user, as under runc.
+    // As under runc, the pod's root user owns the mount.
     let owner = pod.id_mappings.as_ref().and_then(|id_mappings| Some((id_mappings.uid(0)?, id_mappings.gid(0)?)));
     let owner = owner.map(|(uid, gid)| [format!("uid={uid}"), format!("gid={gid}")]).into_iter().flatten();
     let shared_memory = Mount {
@@ -287,8 +287,8 @@ fn message(mapping: &oci::IdMapping) -> IdMapping {
 
 fn console_suffix(tail: &LogTail) -> String {
     match tail.console_tail() {
-        lines if lines.is_empty() => "; its console is empty".to_owned(),
-        lines => format!("; the last lines of its console:\n{lines}"),
+        lines if lines.is_empty() => "; the guest's console is empty".to_owned(),
+        lines => format!("; the last lines of the guest's console:\n{lines}"),
     }
 }
 
@@ -309,18 +309,19 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                 Notice::Exited { reason } => {
                     let reason = match reason {
                         ExitReason::Reset => "the guest reset or powered itself off".to_owned(),
-                        ExitReason::Stopped => "stopped".to_owned(),
+                        ExitReason::Stopped => "the VM was stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
                     };
-                    // Logged as a warning, because the shim ends a VM with SIGKILL, which sends no notice: this end was
-                    // unexpected.
+                    // Logs a warning, because this end is unexpected. The shim ends a VM with SIGKILL, after which the
+                    // VMM cannot send a notice.
                     tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }
             }
         }
         // The VMM process has ended, with or without a notice.
-        update.send_if_modified(|p| p.ended.is_none().then(|| p.ended = Some("the VMM died".to_owned())).is_some());
+        update
+            .send_if_modified(|p| p.ended.is_none().then(|| p.ended = Some("the VMM has ended".to_owned())).is_some());
     };
     tokio::spawn(task);
     progress
@@ -370,7 +371,7 @@ fn log_agent_lines(vmm: Vmm) {
 /// Returns the read end and the write end of a new pipe.
 ///
 /// # Errors
-/// If no fd is left.
+/// If the pipe cannot be created, for example because the fd limit is reached.
 pub fn pipe_pair() -> std::io::Result<(OwnedFd, OwnedFd)> {
     let (out, input) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     // tokio requires a non-blocking read end.

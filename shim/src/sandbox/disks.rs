@@ -1,6 +1,6 @@
 //! Block devices of the host for the pod's containers.
 //!
-//! Each is hot-plugged once and stays attached until the pod ends, independent of the containers that use it.
+//! Each device is hot-plugged once. It stays attached until the pod ends, even if no container uses it any more.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -61,7 +61,7 @@ pub enum DiskError {
         #[source]
         source: io::Error,
     },
-    /// The VMM did not attach it.
+    /// The VMM did not attach the device.
     #[error("failed to hot-plug the block device {major}:{minor} of the host into the VM")]
     Plug {
         /// Major number on the host.
@@ -72,11 +72,11 @@ pub enum DiskError {
         #[source]
         source: VmmError,
     },
-    /// The guest's agent did not answer with a device.
+    /// The agent did not answer with a device.
     #[error("failed to find the block device in the guest")]
     Guest(#[source] ttrpc::Error),
     /// The guest has no disk in the slot.
-    #[error("the guest has no disk in the slot to which it was attached")]
+    #[error("failed to find the block device in the guest: its slot is empty")]
     Missing,
 }
 
@@ -91,9 +91,9 @@ impl Sandbox {
         attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await
     }
 
-    /// Has the guest write its dirty pages to its disks, if it has any. Waits for at most ten seconds.
+    /// Tells the guest to write its dirty pages to its disks, if it has disks. Waits for at most ten seconds.
     ///
-    /// Under runc the data would be in the node's page cache, and would survive the pod.
+    /// Otherwise, the data would be lost. Under runc, it would be in the node's page cache, and would survive the pod.
     pub async fn flush_disks(&self) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
         let agent = self.agent().filter(|_| some && !self.is_dead());

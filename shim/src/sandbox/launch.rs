@@ -30,7 +30,7 @@ pub struct LaunchContext {
     pub namespace: String,
     /// The sandbox's id.
     pub sandbox: String,
-    /// Log at debug level, whatever the configuration sets.
+    /// Whether to log at debug level, whatever the configuration sets.
     pub debug: bool,
     /// The sandbox's state directory.
     pub dir: StateDir,
@@ -42,7 +42,7 @@ pub struct LaunchContext {
 pub struct DeferredLaunch {
     /// The sandbox.
     pub context: LaunchContext,
-    /// The guest's view of the share, or the error that prevented it.
+    /// The guest's view of the share, or the error of preparing it.
     pub share: Result<PathBuf, String>,
     /// The bundle directory.
     pub dir: PathBuf,
@@ -55,13 +55,14 @@ impl DeferredLaunch {
     /// spawned it.
     ///
     /// # Errors
-    /// The chain of causes, if the specification cannot be used. The sandbox itself reports later failures.
+    /// If the share or the specification cannot be used. The text is the chain of causes. The sandbox itself reports
+    /// later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
         let Self { context, share, dir, reports } = self;
         let share = share?;
         let bundle = Bundle::from_value(&dir, spec).map_err(|e| chain(&e))?;
         bundle.check().map_err(|e| chain(&e))?;
-        // In a blocking thread: a slow service manager must not block the runtime.
+        // Uses a blocking thread, because a slow service manager must not block the runtime.
         let entered = tokio::task::spawn_blocking({
             let (context, path) = (context.clone(), bundle.spec.linux.cgroups_path.clone());
             move || enter_cgroup(&context, &path)
@@ -71,7 +72,8 @@ impl DeferredLaunch {
         let mut partial = PartialLaunch::default();
         let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup));
         let (done, wait) = oneshot::channel();
-        // In a separate thread: it enters the pod's network namespace, and must end if it cannot leave it again.
+        // Uses a separate thread, because it enters the pod's network namespace. If it cannot leave the namespace
+        // again, it must end.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
             let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network));
             let _ = done.send(partial.finish(plan));
@@ -148,9 +150,9 @@ impl PartialLaunch {
             vhost: config.vhost_net,
         };
         let network = match &network {
-            // CNI sets up a new namespace later: in hooks, or between Create and Start. The latter is what
-            // `ctr run --cni` does, and containerd 1.7 for pods with a user namespace, which has to own the network
-            // namespace (pkg/cri/server/sandbox_run.go).
+            // CNI sets up a new namespace later: in hooks, or between Create and Start. `ctr run --cni` does the
+            // latter. containerd 1.7 also does the latter for pods with a user namespace, because the user namespace
+            // must own the network namespace (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
@@ -186,10 +188,10 @@ fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vm
     }
 }
 
-/// Returns the pod that the guest is set up as.
+/// Returns the configuration of the guest for its pod.
 ///
-/// The sysctls of a sandbox container belong to the pod, because that container is never created. Those of a container
-/// without a pod are applied when the container is created.
+/// The sysctls of a sandbox container belong to the pod, because that container is never created. The sysctls of a
+/// container without a pod are applied when the container is created.
 fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, network: network::Network) -> Pod {
     let is_sandbox = spec.annotations.is_sandbox();
     let sysctls = if is_sandbox { spec.linux.sysctl.clone() } else { Default::default() };
@@ -197,7 +199,7 @@ fn pod(context: &LaunchContext, spec: &Spec, id_mappings: Option<IdMappings>, ne
     Pod { id, hostname, shared_memory: is_sandbox, sysctls, pids_max: None, id_mappings, network }
 }
 
-/// Returns the sandbox's host name. If the specification's is empty it is the host's, as under runc.
+/// Returns the sandbox's host name. As under runc, this is the host's name if the specification's name is empty.
 pub fn hostname(name: &str) -> String {
     if !name.is_empty() {
         return name.to_owned();
@@ -216,9 +218,9 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
 
 /// Moves this process into the cgroup that the specification names.
 ///
-/// If that fails, the sandbox does not start: it would run without limits, and be accounted to containerd. runc does
-/// the same, even a rootless one (libcontainer/cgroups/fs2/fs2.go, Apply). Without a cgroup in the specification, as
-/// with containerd's `disable_cgroup`, the process stays where it is.
+/// If that fails, the sandbox does not start. It would run without limits, and containerd's cgroup would account for
+/// it. runc does the same, even if it is rootless (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does
+/// not name a cgroup, as with containerd's `disable_cgroup`, the process stays in its cgroup.
 fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
     if path.is_empty() {
         return Ok(None);

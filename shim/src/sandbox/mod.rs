@@ -59,7 +59,7 @@ pub struct Sandbox {
     network_sync: Arc<OnceLock<NetworkSync>>,
 }
 
-/// What a launch has acquired. It is complete before the guest boots, and stays if the boot fails.
+/// The resources that a launch has acquired. All are acquired before the guest boots, and are kept if the boot fails.
 struct Launched {
     cgroup: Option<Cgroup>,
     vmm: Option<Vmm>,
@@ -73,7 +73,7 @@ pub enum StreamError {
     /// The vsock connection failed.
     #[error("failed to open a stream to the guest")]
     Connect(#[source] VmmError),
-    /// The kernel returned no random token.
+    /// The kernel did not return a random token.
     #[error("failed to get a random token for a stream to the guest")]
     Token(#[source] std::io::Error),
     /// The header could not be written.
@@ -82,7 +82,8 @@ pub enum StreamError {
 }
 
 impl Sandbox {
-    /// Returns a sandbox of which only the directory exists. `vmm_log` is the read end of the VMM's standard error.
+    /// Returns a sandbox that has not been launched: only its directory exists. `vmm_log` is the read end of the VMM's
+    /// stderr.
     pub fn new(id: &str, dir: StateDir, timeline: Arc<Timeline>, vmm_log: Option<OwnedFd>) -> Arc<Self> {
         let log_tail = LogTail::default();
         if let Some(log) = vmm_log {
@@ -102,7 +103,8 @@ impl Sandbox {
         })
     }
 
-    /// Starts the boot, once. The agent's reports go to `reports`, which is closed when the VM ends.
+    /// Starts the boot. A second call does nothing. The agent's reports go to `reports`, which is closed when the VM
+    /// ends.
     pub fn launch(&self, input: LaunchInput, reports: mpsc::UnboundedSender<Report>) {
         if !self.state.enter(State::Booting) {
             return;
@@ -126,7 +128,7 @@ impl Sandbox {
         tokio::spawn(async move {
             let booted = match (plan, &handle) {
                 (Err(error), _) => Err(error),
-                (Ok(_), None) => Err("there is no VMM".to_owned()),
+                (Ok(_), None) => Err("the VMM was not started".to_owned()),
                 (Ok(mut plan), Some(vmm)) => {
                     plan.pod.pids_max = pids_max;
                     let (forwarding, watcher) =
@@ -169,7 +171,7 @@ impl Sandbox {
         let dir = self.dir.clone();
         let record = Arc::new(move |size: Size| {
             if let Err(error) = dir.record_size(size.vcpus, size.memory_mib) {
-                tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps");
+                tracing::warn!(error = %crate::chain(&error), "failed to record the VM's size for husk ps");
             }
         });
         Resizer::start(plan.boot_size.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
@@ -187,7 +189,7 @@ impl Sandbox {
 
     /// Returns the huge pages that the node and the pod's cgroup allow for the whole pod, in MiB.
     pub fn huge_mib(&self) -> u64 {
-        // Called for every container. Most nodes have no huge pages, and then the cgroup need not be read.
+        // This runs for every container. Most nodes do not have huge pages. On these nodes, the cgroup is not read.
         match (hugepages::pool_mib(), self.cgroup()) {
             (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.location()).min(pool_mib),
             _ => 0,
@@ -203,8 +205,8 @@ impl Sandbox {
         self.launched.get()?.vmm.as_ref()
     }
 
-    /// Returns the VMM's PID: a process on the host in the sandbox's network namespace. 0 if there is no
-    /// VMM.
+    /// Returns the VMM's PID on the host, or 0 if the VMM was not started. The VMM is in the sandbox's network
+    /// namespace.
     pub fn pid(&self) -> u32 {
         self.vmm().map_or(0, Vmm::pid)
     }
@@ -212,7 +214,7 @@ impl Sandbox {
     /// Acquires a host PID for one container. [`Sandbox::release_pid`] must follow.
     ///
     /// # Errors
-    /// [`VmmError`] if the VMM cannot provide one.
+    /// [`VmmError`] if the VMM cannot provide a PID.
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
         self.vmm().ok_or(VmmError::Gone)?.acquire_pid().await
     }
@@ -237,7 +239,7 @@ impl Sandbox {
     /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// The chain of causes, as text, because every caller gets it.
+    /// The chain of causes as a text, which several callers can share.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         self.state.wait_running().await
     }
@@ -250,7 +252,7 @@ impl Sandbox {
     /// Waits until the guest has the network configuration that the host has now.
     ///
     /// # Errors
-    /// Why the guest does not get the changes; the chain of causes as text.
+    /// If the guest does not get the changes. The text is the chain of causes.
     pub async fn settle_network(&self) -> Result<(), String> {
         match self.network_sync.get() {
             Some(network_sync) => network_sync.settle().await,
@@ -258,18 +260,18 @@ impl Sandbox {
         }
     }
 
-    /// Returns the handle for changing the VM's size, or `None` if there is no VM.
+    /// Returns the handle for changing the VM's size, or `None` if the VM was not launched.
     pub fn resizer(&self) -> Option<&Resizer> {
         self.launched.get()?.resizer.as_ref()
     }
 
-    /// Opens a stream for container stdio. Returns the token that names it in the request that uses it.
+    /// Opens a stream for container stdio. Returns the stream token that names the stream in a request.
     ///
     /// # Errors
     /// [`StreamError`] if the stream cannot be opened.
     pub async fn open_stream(&self) -> Result<(u64, tokio::net::UnixStream), StreamError> {
         let vmm = self.vmm().ok_or(StreamError::Connect(VmmError::Gone))?;
-        // The token must be unpredictable: the stream goes to any request that names it.
+        // The token must be unpredictable, because any request that contains it gets the stream.
         let token = random::token().map_err(StreamError::Token)?;
         let stream = vmm.connect(ports::STREAM).await.map_err(StreamError::Connect)?;
         stream.set_nonblocking(true).map_err(StreamError::Header)?;
@@ -282,7 +284,7 @@ impl Sandbox {
     /// Starts to propagate new mounts of the host into volumes.
     ///
     /// # Errors
-    /// As `Propagation::start`.
+    /// The errors of `Propagation::start`.
     pub fn start_propagation(&self) -> std::io::Result<()> {
         self.propagation.start(&self.share())
     }
@@ -310,7 +312,7 @@ impl Sandbox {
         }
     }
 
-    /// Ends the VM and removes everything of the sandbox from the host.
+    /// Ends the VM and removes everything that belongs to the sandbox from the host.
     pub async fn tear_down(&self) {
         self.end().await;
         if let Some(vmm) = self.vmm() {
@@ -330,7 +332,7 @@ impl Sandbox {
     }
 }
 
-/// Publishes the agent and passes its events on until the VM ends.
+/// Sets the state to running, and forwards the agent's events until the VM ends.
 async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mpsc::UnboundedSender<Report>) {
     let mut events = match agent.events().await {
         Ok(events) => events,
@@ -347,10 +349,11 @@ async fn forward_events(agent: Agent, vmm: &Vmm, state: &StateCell, reports: &mp
                 Some(report) => drop(reports.send(report)),
                 None => tracing::warn!("the agent sent an unknown event"),
             },
-            // Without events, no exit would be reported. A guest that stops sending them is treated as dead.
+            // Without the event stream, the shim would not notice exits. Therefore, a guest that closes the stream is
+            // treated as dead.
             Ok(None) => return vmm.kill(),
             Err(error) => {
-                tracing::debug!(%error, "event stream of the agent ended");
+                tracing::debug!(%error, "the agent's event stream failed");
                 return vmm.kill();
             }
         }

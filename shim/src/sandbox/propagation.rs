@@ -1,4 +1,4 @@
-//! Propagates later mounts and unmounts of the host to volumes with `rslave` propagation.
+//! Propagates the host's later mounts and unmounts to volumes with `rslave` propagation.
 
 use std::fs::File;
 use std::io;
@@ -15,12 +15,12 @@ use tokio::time::timeout;
 use crate::async_fd::register;
 use crate::volumes;
 
-/// Maximum time for which the start of a process waits for earlier mounts of the host.
+/// Maximum time for which the start of a process waits until the volumes show the host's earlier mounts.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time between a change of the mount list and the update that it causes. Changes come in bursts, and each update reads
-/// the whole list.
+/// Time between a change of the mount list and the update that it causes. The delay saves updates, because changes come
+/// in bursts, and each update reads the whole list.
 const DEBOUNCE: Duration = Duration::from_millis(50);
-/// Minimum time between two log lines about failed updates. A guest can cause them, by renaming directories.
+/// Minimum time between two log lines about failed updates. A guest can make updates fail by renaming directories.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Keeps the mounts in a sandbox's volumes up to date. It does nothing until a container has an `rslave` volume.
@@ -58,7 +58,7 @@ impl Propagation {
         Ok(())
     }
 
-    /// Waits until the guest sees the mounts that the host made before the call, for at most `SETTLE_TIMEOUT`.
+    /// Waits at most `SETTLE_TIMEOUT` until the guest sees the mounts that the host made before the call.
     pub async fn settle(&self) {
         let Some(running) = self.running.get() else { return };
         let mut number = 0;
@@ -69,7 +69,7 @@ impl Propagation {
         let mut served = running.served.clone();
         match timeout(SETTLE_TIMEOUT, served.wait_for(|served| *served >= number)).await {
             Ok(Ok(_)) => {}
-            Ok(Err(_)) => tracing::warn!("stopped propagating the host's later mounts to the volumes"),
+            Ok(Err(_)) => tracing::warn!("the propagation of the host's later mounts to the volumes has stopped"),
             Err(_) => {
                 tracing::warn!(limit = ?SETTLE_TIMEOUT, "the host's recent mounts are not in the volumes yet");
             }

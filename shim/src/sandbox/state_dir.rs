@@ -15,8 +15,9 @@ use crate::volumes::{Share, ShareError};
 /// Parent of all sandboxes' directories.
 pub const ROOT: &str = "/run/husk";
 
-/// Record that `husk ps` reads, and the temporary file that is renamed over it.
+/// File with the record that `husk ps` reads.
 const RECORD: &str = "sandbox.json";
+/// Temporary file that is renamed to `RECORD`.
 const RECORD_NEW: &str = "sandbox.json.new";
 
 /// The directory of one sandbox.
@@ -25,7 +26,7 @@ pub struct StateDir {
     path: PathBuf,
 }
 
-/// A process, identified by PID and start time, so that a reused PID is not mistaken for it.
+/// A process, identified by PID and start time. The start time tells it from another process that reuses the PID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessId {
     /// PID.
@@ -38,7 +39,7 @@ pub struct ProcessId {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// A directory cannot be created.
-    #[error("failed to create {path}")]
+    #[error("failed to create the state directory {path}")]
     Create {
         /// Path of the directory.
         path: PathBuf,
@@ -61,7 +62,7 @@ pub enum StateError {
 }
 
 impl StateDir {
-    /// Returns the directory of a sandbox, which need not exist.
+    /// Returns the directory of a sandbox. The directory does not have to exist.
     pub fn new(namespace: &str, sandbox: &str) -> Self {
         Self { path: Path::new(ROOT).join(namespace).join(sandbox) }
     }
@@ -71,17 +72,17 @@ impl StateDir {
         &self.path
     }
 
-    /// Returns the path of the timeline of the start.
+    /// Returns the path of the file for the timeline.
     pub fn timeline(&self) -> PathBuf {
         self.path.join("timeline.json")
     }
 
-    /// Creates the directory and mounts the share in it, visible only in this mount namespace.
+    /// Creates the directory and mounts the share in it. The mount is visible only in this mount namespace.
     ///
     /// # Errors
     /// [`StateError`] with the path that could not be created.
     pub fn create(&self) -> Result<Share, StateError> {
-        // Retried once, because the last sandbox of this namespace may be removing the parent directory.
+        // Retries once, because the previous last sandbox of this namespace may be removing the parent directory.
         let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
         make().or_else(|_| make()).map_err(|source| StateError::Create { path: self.path.clone(), source })?;
         Share::mount(&self.path).map_err(StateError::Share)
@@ -116,7 +117,7 @@ impl StateDir {
         std::fs::rename(self.path.join(RECORD_NEW), &path).map_err(write)
     }
 
-    /// Updates vCPUs and memory in the record. Does nothing if there is no record.
+    /// Updates vCPUs and memory in the record. Does nothing if the record does not exist.
     ///
     /// # Errors
     /// [`StateError::Write`].
@@ -143,7 +144,7 @@ impl StateDir {
         std::fs::read_to_string(self.path.join(name)).ok()
     }
 
-    /// Removes everything of the sandbox from the host: leftover processes, mounts, cgroup and directory.
+    /// Removes everything that belongs to the sandbox from the host: leftover processes, mounts, cgroup and directory.
     pub fn clean_up(&self) {
         for name in ["vmm.pid", "shim.pid"] {
             if let Some(process) = self.read_process(name)
@@ -160,10 +161,10 @@ impl StateDir {
         self.remove();
     }
 
-    /// Unmounts the share and removes the directory, and the namespace's directory if it is then empty.
+    /// Unmounts the share and removes the directory. Also removes the namespace's directory if it is then empty.
     pub fn remove(&self) {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
-        // Removes only known files, never recursively: something may still be mounted below.
+        // Removes only known files, never recursively, because a file system may still be mounted below the directory.
         for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", RECORD, RECORD_NEW]
             .iter()
             .chain(&crate::pod::FILES)
@@ -201,7 +202,7 @@ impl ProcessId {
     }
 }
 
-/// Returns field 22 of /proc/pid/stat. The command name in field 2 may contain anything and ends at the last `)`.
+/// Returns field 22 of /proc/pid/stat. The command name in field 2 can contain any character and ends at the last `)`.
 fn start_time(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }

@@ -10,7 +10,7 @@ use nix::time::ClockId;
 
 use crate::lock;
 
-/// Maximum number of steps: a pod with many containers must not make its shim grow.
+/// Maximum number of steps. It bounds the shim's memory in a pod with many containers.
 const MAX_STEPS: usize = 256;
 
 /// A timeline that several threads add steps to.
@@ -20,9 +20,9 @@ pub struct Timeline {
     file: PathBuf,
 }
 
-/// Returns the time of the monotonic clock, which all processes of the host share, in nanoseconds.
+/// Returns the time of the monotonic clock in nanoseconds. All processes of the host share this clock.
 pub fn now() -> u64 {
-    // The clock exists on every Linux.
+    // This does not fail, because the clock exists on every Linux.
     let now = ClockId::CLOCK_MONOTONIC.now().map_or_else(|_| Duration::ZERO, Duration::from);
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -39,7 +39,7 @@ impl Timeline {
         self.mark_at(name, now());
     }
 
-    /// Adds a step of another process.
+    /// Adds a step with a time that was measured elsewhere, for example in the VMM.
     pub fn mark_at(&self, name: &str, at_ns: u64) {
         let mut record = lock(&self.record);
         if record.steps.len() < MAX_STEPS {
