@@ -12,8 +12,8 @@ use crate::oci::Bundle;
 pub const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 /// Mount point of shared memory in a container.
 const SHM: &str = "/dev/shm";
-/// Source of the pod's shared memory in a specification. The path does not exist: it has the form of containerd's
-/// paths, and the translation of the bundle replaces a mount from there with the guest's shared memory.
+/// Source of the pod's shared memory in a specification. The path does not exist, but has the form of containerd's
+/// paths. The translation of the bundle replaces a mount from such a path with the guest's shared memory.
 const SHM_SOURCE: &str = "/run/husk/sandboxes/pod/shm";
 
 /// A failure to write the pod's files.
@@ -42,10 +42,10 @@ pub enum FilesError {
 /// Writes the pod's files into `dir`.
 ///
 /// # Errors
-/// [`FilesError`]. Files already written stay in `dir`, and are removed with it.
+/// [`FilesError`]. Files that were already written stay in `dir`, and are removed with `dir`.
 pub fn write(dir: &Path, config: &PodSandboxConfig, hostname: &str) -> Result<(), FilesError> {
     let read_node_file = |path: &str| match std::fs::read(path) {
-        // If the node has no such file, the pod gets an empty one.
+        // If the node does not have the file, the pod gets an empty file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         other => other.map_err(|source| FilesError::Read { path: path.into(), source }),
     };
@@ -75,10 +75,10 @@ fn resolv_conf(dns: &DNSConfig) -> String {
     text
 }
 
-/// Adds the mounts that containerd leaves to the sandbox: the files in `dir`, and the pod's shared memory.
+/// Adds the mounts that containerd expects the sandbox to provide: the files in `dir`, and the pod's shared memory.
 ///
-/// A mount that the container already has at one of these places stays. The exception is shared memory of the
-/// container's own (a tmpfs), which the pod's shared memory replaces.
+/// Keeps a mount that the container already has at one of these places. There is one exception: the pod's shared memory
+/// replaces a tmpfs at `/dev/shm`, which would be the container's own.
 pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let read_only = bundle.raw.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let access = if read_only { "ro" } else { "rw" };

@@ -1,6 +1,6 @@
-//! Pods under `sandboxer = "shim"`, which have no sandbox container prepared by containerd.
+//! Pods with `sandboxer = "shim"`, for which containerd does not prepare a sandbox container.
 //!
-//! From the pod's configuration this module makes the sandbox's specification and the pod's files. containerd's own
+//! This module makes the sandbox's specification and the pod's files from the pod's configuration. containerd's own
 //! podsandbox controller does the same for a sandbox container.
 
 mod files;

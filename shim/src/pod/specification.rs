@@ -1,4 +1,4 @@
-//! Makes a sandbox's specification from the pod's configuration, as containerd's podsandbox controller makes one for a
+//! Makes a sandbox's specification from the pod's configuration. containerd's podsandbox controller does the same for a
 //! sandbox container (containerd 2.1, internal/cri/server/podsandbox/sandbox_run_linux.go).
 
 use husk_config::annotation;
@@ -7,16 +7,16 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Map, Value, json};
 
-/// Message name of the pod's configuration. containerd's type URLs have no host.
+/// Message name of the pod's configuration. containerd's type URLs do not contain a host.
 const MESSAGE: &str = "runtime.v1.PodSandboxConfig";
 /// Sysctls that containerd 2.x sets in a pod by default (enable_unprivileged_ports and enable_unprivileged_icmp).
 const SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
-/// Options of a sandbox that are not a pod's configuration.
+/// Error of decoding the pod's configuration from a sandbox's options.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
-    /// The options are of another type.
+    /// The options have another type.
     #[error("invalid type {0:?} of the sandbox's options: expected {MESSAGE}")]
     Type(String),
     /// The options cannot be decoded.
@@ -37,7 +37,7 @@ pub fn config(options: Option<&Any>) -> Result<PodSandboxConfig, PodError> {
 
 /// Makes the sandbox's specification.
 ///
-/// A namespace that the pod shares with the node is omitted. The checks of the bundle then reject the specification.
+/// Omits each namespace that the pod shares with the node. The checks of the bundle then reject the specification.
 pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
     let options = &config.linux.security_context.namespace_options;
     let mut namespaces = vec![json!({ "type": "mount" }), json!({ "type": "uts" })];
@@ -60,14 +60,14 @@ pub fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value 
     }
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
     if has_user_namespace {
-        // The upper end of its range is not a group of the user namespace. containerd omits the sysctl too.
+        // The upper end of this sysctl's range is not a gid of the user namespace. containerd also omits the sysctl.
         sysctls.remove("net.ipv4.ping_group_range");
     }
     sysctls.extend(config.linux.sysctls.iter().map(|(key, value)| (key.clone(), value.clone().into())));
     json!({
         "ociVersion": "1.2.0",
         "hostname": config.hostname,
-        // A specification must have a process. It is never run.
+        // A specification must have a process. This process is never run.
         "process": { "args": ["sandbox"], "cwd": "/" },
         "root": { "path": "rootfs", "readonly": true },
         "annotations": annotations(id, config),
