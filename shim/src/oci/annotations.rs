@@ -1,5 +1,5 @@
-//! Annotations of the container runtimes that call the shim: containerd's CRI plugin and CRI-O. Husk's own are in
-//! [`husk_config::annotation`].
+//! Annotations of the container runtimes that call the shim: containerd's CRI plugin and CRI-O. Husk's own annotations
+//! are in [`husk_config::annotation`].
 
 use std::collections::BTreeMap;
 
@@ -12,13 +12,13 @@ pub struct Annotations(pub BTreeMap<String, String>);
 pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// `sandbox` for a pod's sandbox container, `container` for its other containers.
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-/// Namespace, name and uid of the pod.
+/// Namespace of the pod.
 pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
-/// See [`POD_NAMESPACE`].
+/// Name of the pod.
 pub const POD_NAME: &str = "io.kubernetes.cri.sandbox-name";
-/// See [`POD_NAMESPACE`].
+/// UID of the pod.
 pub const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
-/// CFS period in microseconds, for the sum of the containers' CPU limits.
+/// CFS period in microseconds, to which [`CPU_QUOTA`] refers.
 pub const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// CFS quota in microseconds, the sum of the containers' CPU limits.
 pub const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -27,8 +27,8 @@ pub const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Memory in bytes, the sum of the containers' limits.
 pub const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// CRI-O's keys for the same values (CRI-O, pkg/annotations/internal.go; kubelet labels for the pod). CRI-O does not
-/// pass the resources.
+/// Keys for the same values under CRI-O. These are CRI-O's own keys (CRI-O, pkg/annotations/internal.go), and the
+/// kubelet's labels for the pod. CRI-O does not pass the resources.
 const CRIO: [(&str, &str); 5] = [
     (SANDBOX_ID, "io.kubernetes.cri-o.SandboxID"),
     (CONTAINER_TYPE, "io.kubernetes.cri-o.ContainerType"),
@@ -38,7 +38,7 @@ const CRIO: [(&str, &str); 5] = [
 ];
 
 impl Annotations {
-    /// Returns the value of one of the keys above, from containerd or CRI-O.
+    /// Returns the value of one of the keys above, or of CRI-O's key for the same value.
     pub fn cri(&self, key: &str) -> Option<&str> {
         let of_crio =
             || CRIO.iter().find(|(of_containerd, _)| *of_containerd == key).and_then(|(_, key)| self.get(key));
@@ -50,17 +50,17 @@ impl Annotations {
         self.0.get(key).map(String::as_str)
     }
 
-    /// Returns whether there are none.
+    /// Returns whether the specification does not have annotations.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Returns whether a CRI made the specification.
+    /// Returns whether a CRI implementation made the specification.
     pub fn is_cri(&self) -> bool {
         self.cri(CONTAINER_TYPE).is_some()
     }
 
-    /// Returns whether this is a pod's sandbox container, which represents the pod and runs nothing.
+    /// Returns whether this is a pod's sandbox container, which represents the pod and does not run a program.
     pub fn is_sandbox(&self) -> bool {
         self.cri(CONTAINER_TYPE) == Some("sandbox")
     }

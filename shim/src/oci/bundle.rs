@@ -13,7 +13,7 @@ use crate::oci::annotations::SANDBOX_ID;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 
-/// Maximum size of `config.json` in bytes. containerd's messages end at 16 MiB, and specifications have some kilobytes.
+/// Maximum size of `config.json` in bytes. A message of containerd has at most 16 MiB. A specification has a few KiB.
 const MAX_LEN: u64 = 16 << 20;
 
 /// A bundle with its specification.
@@ -62,8 +62,8 @@ pub enum BundleError {
     Invalid(String),
     /// The specification has a label of the host's SELinux policy.
     #[error(
-        "SELinux label {0:?} cannot be applied: the guest's kernel has no SELinux; run the pod privileged, or without \
-         SELinux in containerd's configuration (enable_selinux = false)"
+        "SELinux label {0:?} cannot be applied: the guest's kernel does not support SELinux; run the pod privileged, \
+         or set enable_selinux = false in containerd's configuration"
     )]
     Selinux(String),
     /// The container would share a namespace with the host.
@@ -79,7 +79,7 @@ pub enum BundleError {
     /// The path of the network namespace leads to the host's network namespace.
     #[error("{what}: {0} is the host's network namespace; {remedy}", what = NETWORK.what, remedy = NETWORK.remedy)]
     HostNetwork(String),
-    /// A namespace that is named by its path does not exist.
+    /// The specification names a namespace by its path, but the path does not exist.
     #[error("invalid bundle: failed to find the {kind} namespace {path}")]
     Namespace {
         /// Type of the namespace.
@@ -100,7 +100,7 @@ impl BundleError {
 }
 
 impl Spec {
-    /// Returns the id of the container's sandbox; for a container without a pod, its own id.
+    /// Returns the id of the container's sandbox. This is the container's own id if the container has no pod.
     ///
     /// # Errors
     /// [`BundleError::SandboxId`] if the annotation is not a plain file name.
@@ -115,7 +115,7 @@ impl Spec {
     /// Returns the network namespace of the sandbox.
     ///
     /// # Errors
-    /// [`BundleError::HostNamespace`] if the specification has none.
+    /// [`BundleError::HostNamespace`] if the specification does not have a network namespace.
     pub fn network(&self) -> Result<Network, BundleError> {
         let namespace = self.linux.namespaces.iter().find(|namespace| namespace.kind == "network");
         Ok(match namespace.ok_or_else(BundleError::host_network)?.joined() {
@@ -126,10 +126,10 @@ impl Spec {
 }
 
 impl Bundle {
-    /// Reads `config.json` in `dir`, without [`Bundle::check`].
+    /// Reads `config.json` in `dir`. Does not call [`Bundle::check`].
     ///
     /// # Errors
-    /// [`BundleError`] if it cannot be read or is no OCI runtime specification.
+    /// [`BundleError`] if the file cannot be read or is not an OCI runtime specification.
     pub fn read(dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join("config.json");
         let read = |source| BundleError::Read { path: path.clone(), source };
@@ -141,7 +141,7 @@ impl Bundle {
         Self::parse(dir, &bytes)
     }
 
-    /// As [`Bundle::read`], for a specification that is not in a file.
+    /// Does the same as [`Bundle::read`] for a specification that is not in a file.
     ///
     /// # Errors
     /// [`BundleError::Parse`].
@@ -149,7 +149,7 @@ impl Bundle {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
         // serde would also deserialize the struct from an array.
         if !raw.is_object() {
-            return Err(parse(de::Error::custom("not a JSON object")));
+            return Err(parse(de::Error::custom("the specification is not a JSON object")));
         }
         let spec = Spec::deserialize(&raw).map_err(parse)?;
         Ok(Self { dir: dir.into(), raw, spec })
@@ -160,7 +160,7 @@ impl Bundle {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
         let raw: Value = serde_json::from_slice(bytes).map_err(parse)?;
         Self::from_value(dir, raw).map_err(|error| match serde_json::from_slice::<Spec>(bytes) {
-            // This one has line and column.
+            // This error contains line and column.
             Err(source) => parse(source),
             Ok(_) => error,
         })
@@ -187,8 +187,8 @@ impl Bundle {
             .map_err(|error| BundleError::Invalid(error.to_string()))
     }
 
-    /// Rejects labels on a node with SELinux, because the guest cannot apply them. Without SELinux they have no effect
-    /// under runc either.
+    /// Rejects labels on a node with SELinux, because the guest cannot apply them. On a node without SELinux, labels
+    /// have no effect under runc either.
     fn check_selinux(&self, enabled: bool) -> Result<(), BundleError> {
         let labels = [&self.spec.process.selinux_label, &self.spec.linux.mount_label];
         match labels.into_iter().flatten().find(|label| !label.is_empty()) {
@@ -197,15 +197,15 @@ impl Bundle {
         }
     }
 
-    /// The part that needs no access to the host.
+    /// Makes the checks that do not need access to the host.
     fn check_spec(&self) -> Result<(), BundleError> {
         let Spec { process, root, linux, oci_version, .. } = &self.spec;
         let invalid = |message: &str| Err(BundleError::Invalid(message.into()));
         if !oci_version.starts_with("1.") {
-            return invalid(&format!("ociVersion {oci_version:?} is not supported, only 1.x"));
+            return invalid(&format!("ociVersion {oci_version:?} is not supported: it must be 1.x"));
         }
         if process.args.is_empty() {
-            return invalid("process.args is empty: there is nothing to run");
+            return invalid("process.args is empty: it must name a program");
         }
         if !process.cwd.starts_with('/') {
             return invalid("process.cwd is not an absolute path");
@@ -224,13 +224,13 @@ impl Bundle {
             }
         }
         if linux.namespaces.iter().any(|ns| ns.kind == "mount" && ns.joined().is_some()) {
-            return invalid("a mount namespace cannot be joined: it is the host's, and the container runs in a VM");
+            return invalid("a mount namespace cannot be joined: it is on the host, but the container runs in a VM");
         }
         if linux.namespaces.iter().any(|ns| ns.kind == "time" && ns.joined().is_some()) {
-            return invalid("a time namespace cannot be joined: it is the host's, and the container runs in a VM");
+            return invalid("a time namespace cannot be joined: it is on the host, but the container runs in a VM");
         }
-        // containerd's CRI writes the mappings also if the namespace is joined. The guest creates one with the same
-        // mappings.
+        // containerd's CRI also writes the mappings if the container joins a user namespace. The guest creates a user
+        // namespace with the same mappings.
         self.id_mappings().map(drop)
     }
 
@@ -251,7 +251,7 @@ impl Bundle {
     }
 }
 
-/// A namespace type that a container must not share with the host, and the texts that reject it.
+/// A namespace type that a container must not share with the host, and the texts of the error.
 struct HostNamespace {
     kind: &'static str,
     what: &'static str,
@@ -397,7 +397,7 @@ pub(crate) mod tests {
         assert!(without("pid").contains("hostPID"));
         assert!(without("ipc").contains("hostIPC"));
         assert!(without("mount").contains("mount namespace"));
-        // The container gets the guest's own in these cases.
+        // Without one of these namespaces, the container gets a namespace of the guest.
         for kind in ["uts", "cgroup"] {
             bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
         }

@@ -7,13 +7,13 @@ use std::str::FromStr;
 const MAX_CPUS: usize = 8192;
 const WORDS: usize = MAX_CPUS / 64;
 
-/// A set of CPUs; never empty.
+/// A set of CPUs. It contains at least one CPU.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CpuSet(Box<[u64; WORDS]>);
 
 /// The text is not a list of CPUs.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is not a list of CPUs such as 0-3,7")]
+#[error("invalid list of CPUs {0:?}: expected a list such as 0-3,7")]
 pub struct CpuSetError(String);
 
 impl CpuSet {
@@ -28,8 +28,8 @@ impl CpuSet {
         self
     }
 
-    /// Returns the set as systemd expects it: one bit for each CPU, CPU 0 in the lowest bit of the first byte, without
-    /// trailing zero bytes.
+    /// Returns the set in the format that systemd expects: one bit for each CPU, without trailing zero bytes. CPU 0 has
+    /// the lowest bit of the first byte.
     pub fn mask(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = self.0.iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.truncate(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));

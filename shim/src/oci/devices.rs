@@ -1,4 +1,4 @@
-//! Devices that the guest has itself, so that a container may use them.
+//! Character devices that the guest itself has. A container may use only these.
 
 /// A character device that every guest has.
 struct Standard {
@@ -11,7 +11,7 @@ const fn standard(path: &'static str, major: u64, minor: u64) -> Standard {
     Standard { path, major, minor }
 }
 
-/// Device numbers from the kernel's `Documentation/admin-guide/devices.txt`: the same on every Linux.
+/// Device numbers from the kernel's `Documentation/admin-guide/devices.txt`. They are the same on every Linux.
 const STANDARD: [Standard; 10] = [
     standard("/dev/null", 1, 3),
     standard("/dev/zero", 1, 5),
@@ -31,10 +31,10 @@ const KVM: (u64, u64) = (10, 232);
 /// Returns the guest's path of a character device.
 ///
 /// # Errors
-/// Why the guest does not have the device.
+/// The reason why the guest does not have the device.
 pub fn guest_path(character: bool, major: u64, minor: u64) -> Result<&'static str, String> {
     if character && (major, minor) == KVM {
-        return Err("the guest has no KVM: VMs cannot be nested in a container".into());
+        return Err("the guest has no KVM: a container cannot run nested VMs".into());
     }
     match STANDARD.iter().find(|d| character && (d.major, d.minor) == (major, minor)) {
         Some(device) => Ok(device.path),

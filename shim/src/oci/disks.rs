@@ -1,4 +1,4 @@
-//! Block devices of the host in a specification: finds them, and replaces their numbers by the guest's.
+//! Finds the host's block devices in a specification, and replaces their device numbers by the guest's.
 
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ pub struct Disk {
     pub major: u32,
     /// Minor number on the host.
     pub minor: u32,
-    /// True if no rule of the container's device cgroup allows writing.
+    /// Whether the rules of the container's device cgroup forbid writing.
     pub read_only: bool,
 }
 
@@ -129,7 +129,7 @@ mod tests {
         );
         let rules = &replaced["linux"]["resources"]["devices"];
         assert_eq!((&rules[1]["major"], &rules[1]["minor"]), (&json!(254), &json!(16)));
-        assert_eq!(rules[2]["major"], 7, "a character device's");
+        assert_eq!(rules[2]["major"], 7, "the rule of a character device was changed");
         assert!(replace_disk_numbers(b"{", &[]).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! OCI hooks of a specification: the shim runs the host's hooks, so only the guest's stay in the specification.
+//! OCI hooks of a specification. The shim runs the host's hooks. Only the guest's hooks stay in the specification.
 
 use serde_json::{Map, Value};
 
@@ -7,9 +7,9 @@ use crate::oci::json::{TranslateError, present, unsupported};
 /// Keeps only the hooks that the guest runs: `startContainer`, whose program is in the container's image.
 pub fn keep_guest_hooks(hooks: &mut Map<String, Value>) -> Result<(), TranslateError> {
     if present(hooks, "createContainer") {
-        // Its program is on the host, but it has to run in the container's namespaces: no place has both.
+        // The hook's program is on the host, but it must run in the container's namespaces, which are in the guest.
         let message =
-            "its program is on the host, but would have to run in the guest; use createRuntime or startContainer";
+            "the hook's program is on the host, but must run in the guest; use createRuntime or startContainer";
         return Err(unsupported("hooks.createContainer", message));
     }
     hooks.retain(|kind, _| kind == "startContainer");

@@ -13,13 +13,13 @@ const OVERFLOW_ID: u32 = 65534;
 /// Maximum number of mappings that the kernel accepts (user_namespaces(7)).
 const MAX_LINES: usize = 340;
 
-/// A range of ids in a user namespace, and the ids outside that it maps to.
+/// A range of ids in a user namespace, and the ids outside the namespace to which it maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct IdMapping {
     /// First id inside the namespace.
     #[serde(rename = "containerID", default)]
     pub container: u32,
-    /// First id outside.
+    /// First id outside the namespace.
     #[serde(rename = "hostID", default)]
     pub host: u32,
     /// Number of ids.
@@ -28,7 +28,7 @@ pub struct IdMapping {
 }
 
 impl IdMapping {
-    /// Returns the id outside for `id` inside, if this range maps it.
+    /// Returns the id outside the namespace to which this range maps `id`, if the range contains `id`.
     fn map_id(&self, id: u32) -> Option<u32> {
         let offset = id.checked_sub(self.container).filter(|offset| *offset < self.size)?;
         self.host.checked_add(offset)
@@ -39,19 +39,21 @@ impl IdMapping {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdMappingError {
     /// The mappings of users or groups are missing.
-    #[error("a user namespace needs mappings: {0} is empty")]
+    #[error("missing id mappings: {0} is empty")]
     Empty(&'static str),
-    /// There are mappings, but no user namespace.
-    #[error("{0} needs a user namespace, and the specification has none")]
+    /// The specification has mappings, but no user namespace.
+    #[error("{0} needs a user namespace, but the specification does not have one")]
     NoNamespace(&'static str),
     /// A mapping is empty or exceeds the range of ids.
-    #[error("invalid {kind} mapping {container}:{host}:{size}: the size must not be 0, and ids end at 4294967294")]
+    #[error(
+        "invalid {kind} mapping {container}:{host}:{size}: the size must not be 0, and the largest id is 4294967294"
+    )]
     Range {
         /// Field of the mapping.
         kind: &'static str,
         /// First id inside the namespace.
         container: u32,
-        /// First id outside.
+        /// First id outside the namespace.
         host: u32,
         /// Number of ids.
         size: u32,
@@ -59,10 +61,10 @@ pub enum IdMappingError {
     /// Two mappings have ids in common.
     #[error("invalid {0}: two mappings overlap")]
     Overlap(&'static str),
-    /// There are more mappings than the kernel accepts.
+    /// The number of mappings exceeds the kernel's limit.
     #[error("invalid {0}: more than {MAX_LINES} mappings")]
     Many(&'static str),
-    /// Root of the namespace is not mapped, so no process could set up the container.
+    /// Root of the namespace is not mapped. Therefore, no process could set up the container.
     #[error("invalid {0}: root of the user namespace (id 0) is not mapped")]
     NoRoot(&'static str),
 }
@@ -75,7 +77,7 @@ pub struct IdMappings {
 }
 
 impl IdMappings {
-    /// Returns the mappings of a specification's user namespace; `None` if it has none (`has_namespace`).
+    /// Returns the mappings of a specification's user namespace, or `None` if `has_namespace` is false.
     ///
     /// # Errors
     /// [`IdMappingError`].
@@ -100,7 +102,7 @@ impl IdMappings {
         Ok(Some(Self { uids: uids.to_vec(), gids: gids.to_vec() }))
     }
 
-    /// Returns the mappings of an id-mapped mount, or `None` if the mount has none.
+    /// Returns the mappings of an id-mapped mount, or `None` if the mount is not id-mapped.
     ///
     /// # Errors
     /// [`IdMappingError`].
@@ -113,12 +115,12 @@ impl IdMappings {
         Ok(Some(Self { uids: uids.to_vec(), gids: gids.to_vec() }))
     }
 
-    /// Returns the mappings in a root file system's mount options `uidmap=` and `gidmap=`, or `None` if it has neither.
+    /// Returns the mappings in a rootfs's mount options `uidmap=` and `gidmap=`, or `None` if neither is set.
     ///
-    /// containerd writes them as `container:host:size`, separated by commas (core/mount).
+    /// containerd writes each mapping as `container:host:size`, and separates mappings by commas (core/mount).
     ///
     /// # Errors
-    /// Why the options are invalid.
+    /// The reason why the options are invalid.
     pub fn from_options<'a>(options: impl IntoIterator<Item = &'a str>) -> Result<Option<Self>, String> {
         let (mut uids, mut gids) = (Vec::new(), Vec::new());
         for option in options {
@@ -131,17 +133,17 @@ impl IdMappings {
         Self::from_mount(&uids, &gids).map_err(|error| error.to_string())
     }
 
-    /// Returns the user id outside for `id` inside the namespace, if it is mapped.
+    /// Returns the user id outside the namespace to which `id` is mapped, if any.
     pub fn uid(&self, id: u32) -> Option<u32> {
         self.uids.iter().find_map(|mapping| mapping.map_id(id))
     }
 
-    /// Returns the group id outside for `id` inside the namespace, if it is mapped.
+    /// Returns the group id outside the namespace to which `id` is mapped, if any.
     pub fn gid(&self, id: u32) -> Option<u32> {
         self.gids.iter().find_map(|mapping| mapping.map_id(id))
     }
 
-    /// Returns the owner that a mount with these mappings shows for a file of `uid` and `gid`.
+    /// Returns the owner that a mount with these mappings shows for a file that belongs to `uid` and `gid`.
     pub fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
         (self.uid(uid).unwrap_or(OVERFLOW_ID), self.gid(gid).unwrap_or(OVERFLOW_ID))
     }
@@ -151,7 +153,7 @@ impl IdMappings {
         (&self.uids, &self.gids)
     }
 
-    /// Returns a text, usable in file names, that differs for different mappings.
+    /// Returns a text that differs for different mappings and can be part of a file name.
     pub fn tag(&self) -> String {
         let all = |mappings: &[IdMapping]| {
             let one = |m: &IdMapping| format!("{:x}-{:x}-{:x}", m.container, m.host, m.size);
@@ -210,14 +212,14 @@ fn check(kind: &'static str, mappings: &[IdMapping]) -> Result<(), IdMappingErro
     Ok(())
 }
 
-/// A process in a new user namespace; dropping this kills it.
+/// A process in a new user namespace. Dropping the `Holder` kills the process.
 struct Holder(libc::pid_t);
 
 impl Holder {
     fn new() -> io::Result<Self> {
-        // Without an exit signal, this child is not reaped by a wait for any child elsewhere in the shim.
-        // SAFETY: without a stack and CLONE_VM this is fork(2). The child has one thread and calls only prctl(2) and
-        // pause(2), which take no lock that another thread may have held.
+        // The child has no exit signal. Therefore, other code of the shim that waits for any child does not reap it.
+        // SAFETY: without a stack and without CLONE_VM, this is fork(2). The child has one thread. It calls only
+        // prctl(2) and pause(2), which do not take a lock that another thread may have held.
         let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };
         match libc::pid_t::try_from(pid) {
             Ok(0) => loop {
@@ -235,7 +237,7 @@ impl Holder {
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        // SAFETY: the child is reaped only by the second call, so the PID still belongs to it. The only pointer is a
+        // SAFETY: only the second call reaps the child. Until then, the PID belongs to the child. The only pointer is a
         // null status, which waitpid accepts.
         unsafe {
             libc::kill(self.0, libc::SIGKILL);

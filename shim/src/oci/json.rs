@@ -15,7 +15,7 @@ pub enum TranslateError {
         source: serde_json::Error,
     },
     /// A field has the wrong type.
-    #[error("invalid bundle: {0} has the wrong type")]
+    #[error("invalid JSON: {0} has the wrong type")]
     Type(&'static str),
     /// The specification asks for something that a VM cannot provide.
     #[error("{field}: {message}")]
@@ -27,7 +27,7 @@ pub enum TranslateError {
     },
 }
 
-/// Returns the error of a field that is not supported.
+/// Returns the error for a field that is not supported.
 pub fn unsupported(field: impl Into<String>, message: impl Into<String>) -> TranslateError {
     TranslateError::Unsupported { field: field.into(), message: message.into() }
 }
@@ -55,7 +55,7 @@ pub fn object<'a>(
     }
 }
 
-/// Returns a field that must be an array; empty if it is absent.
+/// Returns a field that must be an array. Returns an empty array if the field is absent.
 pub fn array<'a>(map: &'a Map<String, Value>, key: &str, name: &'static str) -> Result<&'a [Value], TranslateError> {
     match map.get(key) {
         None | Some(Value::Null) => Ok(&[]),

@@ -1,6 +1,6 @@
 //! A container's OCI bundle: its specification is parsed once, checked, and translated for the guest.
 //!
-//! Everything here blocks on file system calls: call it from `spawn_blocking`, or before the runtime is up.
+//! The functions block on file system calls. Call them in `spawn_blocking`, or before the async runtime is started.
 
 pub mod annotations;
 pub mod bundle;

@@ -1,6 +1,7 @@
 //! The parts of the OCI runtime specification that the host reads. Everything else is passed to the guest as JSON.
 //!
-//! Every field has a default: what must be there is checked later (see [`crate::oci::bundle`]), with a better error.
+//! Every field has a default. [`crate::oci::bundle`] checks later, with a better error, that no required field is
+//! missing.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use crate::oci::annotations::Annotations;
 use crate::oci::cpuset::CpuSet;
 use crate::oci::id_mappings::IdMapping;
 
-/// Deserializes `null` like an absent field: some engines write an empty list as `null`.
+/// Deserializes `null` like an absent field, because some engines write an empty list as `null`.
 fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
@@ -27,7 +28,7 @@ pub struct Spec {
     pub process: Process,
     /// The root file system.
     pub root: Root,
-    /// Host name of the container's UTS namespace; empty if there is none.
+    /// Host name of the container's UTS namespace. Empty if the specification does not set it.
     #[serde(deserialize_with = "or_default")]
     pub hostname: String,
     /// Annotations.
@@ -74,13 +75,13 @@ pub struct Hooks {
     /// Deprecated form of `createRuntime`.
     #[serde(deserialize_with = "or_default")]
     pub prestart: Vec<Hook>,
-    /// Run after the namespaces exist and before the root is pivoted.
+    /// Hooks that run after the namespaces exist and before the root is pivoted.
     #[serde(deserialize_with = "or_default")]
     pub create_runtime: Vec<Hook>,
-    /// Run after the process was started.
+    /// Hooks that run after the process was started.
     #[serde(deserialize_with = "or_default")]
     pub poststart: Vec<Hook>,
-    /// Run after the container was deleted.
+    /// Hooks that run after the container was deleted.
     #[serde(deserialize_with = "or_default")]
     pub poststop: Vec<Hook>,
 }
@@ -108,7 +109,7 @@ pub struct Linux {
     /// Namespaces that are created or joined.
     #[serde(deserialize_with = "or_default")]
     pub namespaces: Vec<Namespace>,
-    /// The container's cgroup; empty if there is none.
+    /// Path of the container's cgroup. Empty if the specification does not set it.
     #[serde(deserialize_with = "or_default")]
     pub cgroups_path: String,
     /// Resource limits.
@@ -214,7 +215,7 @@ pub struct Mount {
     /// File system type; `bind` for bind mounts.
     #[serde(rename = "type", default)]
     pub kind: Option<String>,
-    /// Device, directory or file; for a volume, a host path.
+    /// Device, directory or file. The source of a volume is a host path.
     #[serde(default)]
     pub source: Option<String>,
     /// Options, as in fstab(5).
@@ -229,7 +230,7 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Returns the options; empty if the specification has none.
+    /// Returns the options. The list is empty if the specification does not set them.
     pub fn options(&self) -> &[String] {
         self.options.as_deref().unwrap_or_default()
     }

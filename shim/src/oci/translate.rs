@@ -1,6 +1,6 @@
 //! Translates a specification for the guest: references to the host are removed, replaced or rejected.
 //!
-//! The JSON is edited in place, so that fields unknown to this code reach the guest.
+//! The JSON is edited in place, so that fields that this code does not know also reach the guest.
 
 use std::collections::HashMap;
 
@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 use crate::oci::json::{TranslateError, array, object, present, unsupported};
 use crate::oci::{devices, hooks, update};
 
-/// Translates everything except mount sources, which [`crate::volumes::plan`] does. Adds to `notes` what was left out,
-/// for the log.
+/// Translates everything except mount sources, which [`crate::volumes::plan`] translates. Adds a text for the log to
+/// `notes` for each omitted field.
 pub fn spec(
     raw: &mut Value,
     id: &str,
@@ -38,10 +38,11 @@ pub fn guest_rootfs(id: &str) -> String {
     format!("{}/{id}/rootfs", husk_proto::GUEST_SHARE)
 }
 
-/// Translates the process of an exec request (OCI `Process` as JSON). Returns it with the name of its AppArmor profile.
+/// Translates the process of an exec request (OCI `Process` as JSON). Returns the process and the name of its AppArmor
+/// profile.
 ///
 /// # Errors
-/// [`TranslateError`] if it is not a process or asks for something of the host.
+/// [`TranslateError`] if `raw` is not a process, or refers to the host.
 pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
     let parse = |source| TranslateError::Parse { what: "process to execute", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
@@ -52,10 +53,11 @@ pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
 }
 
 fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
-    // The AppArmor profile stays: the shim loads it into the guest. A SELinux label was checked to have no effect.
+    // The AppArmor profile stays, because the shim loads it into the guest. A SELinux label has no effect, because the
+    // checks of the bundle accept labels only on a node without SELinux.
     process.remove("selinuxLabel");
     if process.remove("execCPUAffinity").is_some() {
-        notes.push("execCPUAffinity left out: the host's CPU numbers mean nothing in the guest".into());
+        notes.push("omitted execCPUAffinity: the host's CPU numbers have no meaning in the guest".into());
     }
     Ok(())
 }
@@ -69,7 +71,7 @@ fn linux(
     linux.insert("cgroupsPath".into(), format!("/husk/{id}").into());
     linux.remove("mountLabel");
     if linux.remove("memoryPolicy").is_some() {
-        notes.push("linux.memoryPolicy left out: the host's NUMA nodes mean nothing in the guest".into());
+        notes.push("omitted linux.memoryPolicy: the host's NUMA nodes have no meaning in the guest".into());
     }
     if present(linux, "intelRdt") {
         return Err(unsupported("linux.intelRdt", "cache and bandwidth classes of the host cannot be used in a VM"));
@@ -85,9 +87,9 @@ fn linux(
             "a listener on the host cannot serve processes in the guest",
         ));
     }
-    // In the guest, slave propagation has the same effect as private: the root has no peer on the host.
+    // In the guest, slave propagation has the same effect as private, because the root mount has no peer on the host.
     if let Some(mode @ ("shared" | "rshared")) = linux.get("rootfsPropagation").and_then(Value::as_str) {
-        let message = format!("{mode}: mounts made in the guest cannot reach the host; use rslave or rprivate");
+        let message = format!("{mode} mounts of the guest cannot propagate to the host; use rslave or rprivate");
         return Err(unsupported("linux.rootfsPropagation", message));
     }
     namespaces(linux, pids, notes)?;
@@ -120,14 +122,18 @@ fn namespaces(
         let path = namespace.remove("path").and_then(|path| path.as_str().map(str::to_owned)).unwrap_or_default();
         let joins = !path.is_empty();
         let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default();
-        // containerd names the PID namespace of a TARGET container by its task's PID (1.7, pkg/cri/sbserver).
+        // containerd names the PID namespace of a TARGET container by the PID of that container's task (1.7,
+        // pkg/cri/sbserver).
         let target = pid_of(&path).and_then(|pid| pids.get(&pid));
         match (kind, target) {
-            // The pod's user namespace, which the guest creates from the mappings even if the host has one already.
+            // This is the pod's user namespace. The guest creates it from the mappings, even if the host already has
+            // the namespace.
             ("user", _) => {
                 namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NAMESPACES).into());
             }
-            ("cgroup", _) if joins => notes.push("cgroup namespace not joined: the container gets a new one".into()),
+            ("cgroup", _) if joins => {
+                notes.push("the cgroup namespace is not joined: the container gets a new cgroup namespace".into())
+            }
             ("pid", Some(id)) => {
                 namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PID_NAMESPACES).into());
             }
@@ -141,11 +147,11 @@ fn namespaces(
     Ok(())
 }
 
-/// Adds a cgroup namespace if the specification has none, so that the container sees its own cgroup at
+/// Adds a cgroup namespace if the specification does not have one. The container then sees its own cgroup at
 /// `/sys/fs/cgroup`.
 ///
-/// On a host with cgroup v1 no client asks for the namespace and the container sees its own cgroup without it. The
-/// guest has cgroup v2.
+/// On a host with cgroup v1, clients do not request the namespace, because a container sees its own cgroup without it.
+/// But the guest has cgroup v2, under which the container needs the namespace.
 pub fn add_cgroup_namespace(raw: &mut Value) {
     if let Some(Value::Array(namespaces)) = raw.pointer_mut("/linux/namespaces")
         && !namespaces.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "cgroup"))
@@ -154,7 +160,7 @@ pub fn add_cgroup_namespace(raw: &mut Value) {
     }
 }
 
-/// Returns the PID of a path to a PID namespace, `/proc/PID/ns/pid`.
+/// Returns the PID in the path of a PID namespace, `/proc/PID/ns/pid`.
 fn pid_of(path: &str) -> Option<u32> {
     path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
 }

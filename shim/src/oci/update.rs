@@ -1,5 +1,5 @@
-//! Resource limits in a specification or an update request: limits of the guest's cgroups pass, those of the host do
-//! not.
+//! Resource limits in a specification or an update request. Limits that the guest's cgroups can apply are passed on.
+//! Limits of the host's resources are omitted or rejected.
 
 use serde_json::{Map, Value};
 
@@ -8,7 +8,7 @@ use crate::oci::json::{TranslateError, object, present, unsupported};
 /// Translates the resources of an update request (OCI `LinuxResources` as JSON) for the guest.
 ///
 /// # Errors
-/// [`TranslateError`] if they are not resources or limit something of the host.
+/// [`TranslateError`] if `raw` is not `LinuxResources`, or limits a resource of the host.
 pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
     let parse = |source| TranslateError::Parse { what: "resources to update", source };
     let mut value: Value = serde_json::from_slice(raw).map_err(parse)?;
@@ -18,9 +18,10 @@ pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
 
 /// Size of the supported huge pages, 2 MiB, in the notation of the specification.
 pub const HUGE_PAGE: &str = "2MB";
-/// Most of a container's I/O goes to the host by virtio-fs, which the guest's cgroups do not account.
-const NO_BLOCK_IO: &str =
-    "block I/O limits are not supported: device numbers are the host's, and the guest's cgroups have no I/O weight";
+/// Error text for block I/O limits. A further reason is that most of a container's I/O goes to the host through
+/// virtio-fs, which the guest's cgroups do not account for.
+const NO_BLOCK_IO: &str = "block I/O limits are not supported: they use the host's device numbers, and the guest's \
+                           cgroups do not have I/O weights";
 
 /// Limits of block devices by number.
 const THROTTLES: [&str; 5] = [
@@ -33,11 +34,12 @@ const THROTTLES: [&str; 5] = [
 
 pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
     if let Some(cpu) = object(resources, "cpu")? {
-        // The list of CPUs stays: the agent maps it to vCPUs. The guest has no NUMA nodes.
+        // The list of CPUs stays, because the agent maps it to vCPUs. The list of NUMA nodes is removed, because the
+        // guest does not have NUMA nodes.
         if cpu.remove("mems").is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty())) {
-            notes.push("resources.cpu.mems left out: the host's NUMA nodes mean nothing in the guest".into());
+            notes.push("omitted resources.cpu.mems: the host's NUMA nodes have no meaning in the guest".into());
         }
-        // Realtime scheduling is a feature of cgroup v1 only; the guest has cgroup v2.
+        // Only cgroup v1 supports realtime scheduling, but the guest has cgroup v2.
         cpu.remove("realtimeRuntime");
         cpu.remove("realtimePeriod");
     }
@@ -51,7 +53,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         if let Some(key) = THROTTLES.iter().find(|key| present(block, key)) {
             return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
         }
-        // Some clients write 0 for no weight.
+        // Some clients write 0 if no weight is set.
         let weight = |key: &&&str| block.get(**key).and_then(Value::as_u64).is_some_and(|weight| weight > 0);
         if let Some(key) = ["weight", "leafWeight"].iter().find(weight) {
             return Err(unsupported(format!("resources.blockIO.{key}"), NO_BLOCK_IO));
@@ -63,7 +65,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         let nonzero = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) != Some(0);
         let size = |limit: &Value| limit.get("pageSize").and_then(Value::as_str).unwrap_or_default().to_owned();
         if let Some(size) = limits.iter().filter(nonzero).map(size).find(|size| size != HUGE_PAGE) {
-            let message = format!("huge pages of {size}: a VM supports only huge pages of 2MB (2 MiB)");
+            let message = format!("huge pages of {size} are not supported; use huge pages of 2MB (2 MiB)");
             return Err(unsupported("resources.hugepageLimits", message));
         }
     }
@@ -71,7 +73,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         return Err(unsupported("resources.rdma", "the guest has no RDMA devices"));
     }
     if resources.remove("network").is_some() {
-        notes.push("resources.network left out: it needs cgroup v1, and the guest has cgroup v2".into());
+        notes.push("omitted resources.network: it needs cgroup v1, but the guest has cgroup v2".into());
     }
     Ok(())
 }
