@@ -1,6 +1,6 @@
 //! A D-Bus connection to systemd over a Unix socket, for a few calls in sequence.
 //!
-//! Every call blocks until the connection's deadline at most. Do not use it in a thread of an async runtime.
+//! Calls block, but at most until the connection's deadline. Do not use a connection in a thread of an async runtime.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -22,7 +22,7 @@ const MAX_AUTH_REPLY: usize = 256;
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// The connection to the socket failed.
-    #[error("failed to connect to {path}")]
+    #[error("failed to connect to systemd's socket {path}")]
     Connect {
         /// The socket.
         path: String,
@@ -80,7 +80,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects as this process's user. `timeout` is the timeout for everything that is done on the connection.
+    /// Connects as this process's user. `timeout` limits the time for connecting and for all calls together.
     pub fn open(path: &Path, timeout: Duration) -> Result<Self, CallError> {
         let deadline = Instant::now() + timeout;
         let stream = connect(path, deadline)
@@ -92,15 +92,15 @@ impl Connection {
 
     /// Authenticates with the socket's credentials ("Authentication Protocol", EXTERNAL).
     ///
-    /// Sends everything in one write, as libsystemd does. If `BEGIN` is sent later and systemd reads it together with
-    /// the first message, it does not process that message until more data arrives
+    /// Sends everything in one write, as libsystemd does. Otherwise, systemd could read `BEGIN` together with the first
+    /// message. In this case, it does not process the message until more data arrives
     /// (libsystemd/sd-bus/bus-socket.c).
     fn authenticate(&mut self) -> Result<(), CallError> {
         let user = nix::unistd::geteuid().to_string();
         let hex: String = user.bytes().map(|digit| format!("{digit:02x}")).collect();
         self.write(format!("\0AUTH EXTERNAL {hex}\r\nBEGIN\r\n").as_bytes())?;
         let mut line = Vec::new();
-        // Reads no byte beyond the line, because messages follow.
+        // Does not read beyond the line, because messages follow.
         while !line.ends_with(b"\r\n") {
             let mut byte = [0];
             self.read(&mut byte)?;
@@ -113,7 +113,7 @@ impl Connection {
         if line.starts_with("OK ") { Ok(()) } else { Err(CallError::Authentication(line.trim_end().to_owned())) }
     }
 
-    /// Calls a method of systemd's manager object, and returns the body of its reply.
+    /// Calls a method of systemd's manager object, and returns the body of the reply.
     pub fn call(&mut self, member: &str, signature: &str, body: Body) -> Result<Vec<u8>, CallError> {
         self.serial += 1;
         let serial = self.serial;
@@ -189,7 +189,7 @@ impl Connection {
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             self.stream.set_write_timeout(Some(self.remaining_time()?))?;
-            // No SIGPIPE: std sends with MSG_NOSIGNAL.
+            // This does not cause a SIGPIPE, because std sends with MSG_NOSIGNAL.
             match self.stream.write(bytes) {
                 Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
                 Err(error) => check_retry(error)?,
@@ -206,8 +206,8 @@ impl Connection {
 
 /// Connects to systemd's socket, and waits while systemd re-executes itself.
 ///
-/// During that time connections are refused. When systemd listens again, it touches the new socket, for clients that
-/// wait with inotify (src/core/dbus.c, bus_init_private).
+/// During that time, connections are refused. When systemd listens again, it touches the new socket. This wakes clients
+/// that wait with inotify (src/core/dbus.c, bus_init_private).
 fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let refused = |result: &io::Result<_>| {
         result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused)
@@ -238,8 +238,8 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     }
 }
 
-/// Returns `Ok` if the operation can be retried after this error. Converts EAGAIN, with which a socket timeout is
-/// reported, to `TimedOut`.
+/// Returns `Ok` if the operation can be retried after this error. Converts EAGAIN to `TimedOut`, because EAGAIN reports
+/// a socket timeout.
 fn check_retry(error: io::Error) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::Interrupted => Ok(()),

@@ -1,9 +1,10 @@
-//! D-Bus messages, as far as systemd's requests and replies need them (D-Bus Specification 0.43, "Type System" and
-//! "Message Protocol"). Little-endian only: systemd runs on the same host, and Husk supports only x86_64.
+//! Encodes and decodes the D-Bus messages that the shim exchanges with systemd (D-Bus Specification 0.43, "Type System"
+//! and "Message Protocol"). Supports only little-endian messages, because systemd runs on the same host and Husk
+//! supports only x86_64.
 
 /// Maximum size of a received message, in bytes. A signal may carry all properties of a unit.
 pub const MAX_MESSAGE: usize = 16 << 20;
-/// Length of a header's fixed part, including the length of the header fields, in bytes.
+/// Length of a header's fixed part in bytes. The fixed part ends with the length of the header fields.
 pub const FIXED_HEADER: usize = 16;
 /// Alignment of a structure, and of the header.
 const STRUCT: usize = 8;
@@ -93,17 +94,17 @@ impl Body {
     }
 
     fn length(&mut self, length: usize) {
-        // Never saturates: these messages have a few hundred bytes at most.
+        // This never saturates, because these messages have at most a few hundred bytes.
         self.u32(u32::try_from(length).unwrap_or(u32::MAX));
     }
 
-    /// `b`
+    /// Encodes a value of type `b`.
     pub fn bool(mut self, value: bool) -> Self {
         self.u32(value.into());
         self
     }
 
-    /// `s` and `o`
+    /// Encodes a value of type `s` or `o`.
     pub fn text(mut self, text: &str) -> Self {
         self.put_text(text);
         self
@@ -116,7 +117,7 @@ impl Body {
     }
 
     fn signature(&mut self, signature: &str) {
-        // Never saturates: these signatures have a few letters.
+        // This never saturates, because these signatures have a few letters.
         self.0.push(u8::try_from(signature.len()).unwrap_or(u8::MAX));
         self.0.extend(signature.as_bytes());
         self.0.push(0);
@@ -148,7 +149,7 @@ impl Body {
         }
     }
 
-    /// Encodes an array. Its length excludes the padding before the first element.
+    /// Encodes an array. The encoded length excludes the padding before the first element.
     fn array(&mut self, alignment: usize, fill: impl FnOnce(&mut Self)) {
         self.u32(0);
         let length_at = self.0.len() - 4;
@@ -161,7 +162,7 @@ impl Body {
         }
     }
 
-    /// `a(sv)`
+    /// Encodes properties as a value of type `a(sv)`.
     pub fn properties(mut self, properties: &[Property]) -> Self {
         self.array(STRUCT, |body| {
             for (name, value) in properties {
@@ -173,7 +174,7 @@ impl Body {
         self
     }
 
-    /// An empty array of structures.
+    /// Encodes an empty array of structures.
     pub fn empty_structures(mut self) -> Self {
         self.array(STRUCT, |_| ());
         self
@@ -226,7 +227,7 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Starts at the beginning of a body or of a whole message.
+    /// Returns a reader that starts at the beginning of a body or of a whole message.
     pub fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0 }
     }
@@ -246,13 +247,13 @@ impl<'a> Reader<'a> {
         self.take(1)?.first().copied().ok_or(Malformed)
     }
 
-    /// `u`
+    /// Decodes a value of type `u`.
     pub fn u32(&mut self) -> Result<u32, Malformed> {
         self.align(4);
         Ok(u32::from_le_bytes(self.take(4)?.try_into().map_err(|_| Malformed)?))
     }
 
-    /// `s` or `o`
+    /// Decodes a value of type `s` or `o`.
     pub fn text(&mut self) -> Result<&'a str, Malformed> {
         let length = usize::try_from(self.u32()?).map_err(|_| Malformed)?;
         self.terminated(length)
@@ -272,7 +273,7 @@ impl<'a> Reader<'a> {
 /// Returns the number of bytes that follow a header's fixed part.
 ///
 /// # Errors
-/// [`Malformed`], also if there are more than [`MAX_MESSAGE`].
+/// [`Malformed`] if the header is invalid, or the number is larger than [`MAX_MESSAGE`].
 pub fn remaining_length(fixed: &[u8; FIXED_HEADER]) -> Result<usize, Malformed> {
     if fixed.first() != Some(&b'l') || fixed.get(3) != Some(&1) {
         return Err(Malformed);
@@ -319,7 +320,7 @@ pub fn decode(message: &[u8]) -> Result<Received, Malformed> {
         Some(&ERROR) => Received::Error {
             to: to.ok_or(Malformed)?,
             name: error_name.ok_or(Malformed)?.to_owned(),
-            // By convention the message is the first argument, if that is a string.
+            // By convention, the first argument is the message, if it is a string.
             text: Reader::new(body).text().unwrap_or_default().to_owned(),
         },
         Some(&SIGNAL) => Received::Signal { member: member.ok_or(Malformed)?.to_owned(), body: body.to_vec() },
@@ -371,7 +372,7 @@ pub(super) mod tests {
 
     #[test]
     fn call_has_the_encoding_of_busctl() {
-        // `busctl call … ResetFailedUnit s a.scope`, byte by byte by the specification.
+        // The message of `busctl call … ResetFailedUnit s a.scope`, encoded by hand according to the specification.
         let call = Call {
             path: "/o",
             interface: "i.M",

@@ -1,6 +1,6 @@
-//! systemd scopes, which a `cgroupsPath` of the form `slice:prefix:name` requests, as with the kubelet's cgroup driver
-//! "systemd". The requests are those of runc (libcontainer/cgroups/systemd), but sent through the private socket that
-//! systemctl uses.
+//! systemd scopes. A `cgroupsPath` of the form `slice:prefix:name` requests a scope, for example if the kubelet's
+//! cgroup driver is "systemd". The requests are those of runc (libcontainer/cgroups/systemd). They are sent through the
+//! private socket that systemctl uses.
 
 mod connection;
 mod message;
@@ -30,7 +30,7 @@ const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit(String);
 
-/// A scope to be created.
+/// A scope to create.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {
     /// Its slice, which systemd creates if it does not exist.
@@ -74,10 +74,10 @@ pub enum UnitError {
 }
 
 impl Scope {
-    /// Starts the scope, with the process `pid` in it. Blocks until both are done.
+    /// Starts the scope and moves the process `pid` into it. Blocks until both are done.
     ///
     /// # Errors
-    /// [`UnitError::Start`], among others if a scope of that name exists and has not failed.
+    /// [`UnitError::Start`], for example if a scope of that name exists and has not failed.
     pub fn start(&self, pid: u32) -> Result<(), UnitError> {
         self.start_at(Path::new(SOCKET), pid)
     }
@@ -121,7 +121,8 @@ impl Scope {
             ("IOAccounting", Value::Bool(true)),
             ("TasksAccounting", Value::Bool(true)),
             ("DefaultDependencies", Value::Bool(false)),
-            // A scope whose VMM was killed by the OOM killer must not stay as a failed unit: its caller already knows.
+            // A scope whose VMM was killed by the OOM killer must not stay as a failed unit. The shim's caller already
+            // learns of the failure from the shim.
             ("CollectMode", Value::Text("inactive-or-failed".into())),
         ]
     }
@@ -140,8 +141,8 @@ impl Unit {
 
     /// Sets runtime properties, which last until the next boot. Blocks.
     ///
-    /// systemd writes them now, and whenever it rewrites the same controller's attributes, for example after
-    /// `systemctl set-property`.
+    /// systemd writes the properties to the cgroup now. It does so again whenever it rewrites the same controller's
+    /// attributes, for example after `systemctl set-property`.
     pub fn set(&self, properties: &[Property]) -> Result<(), UnitError> {
         let Self(unit) = self;
         let set = |connection: &mut Connection| {
@@ -152,7 +153,7 @@ impl Unit {
             .map_err(|source| UnitError::Set { unit: unit.clone(), source })
     }
 
-    /// Stops the unit; succeeds if it does not exist. systemd ends the unit's remaining processes. Blocks.
+    /// Stops the unit. Succeeds if the unit does not exist. systemd ends the unit's remaining processes. Blocks.
     pub fn stop(&self) -> Result<(), UnitError> {
         self.stop_at(Path::new(SOCKET))
     }
@@ -184,10 +185,11 @@ fn reset_failed(connection: &mut Connection, unit: &str) -> Result<(), CallError
     }
 }
 
-/// Opens a connection, runs `act` on it, and closes it: a running sandbox keeps no connection to systemd.
+/// Opens a connection, runs `act` on it, and closes the connection. Therefore, a running sandbox does not keep a
+/// connection to systemd.
 ///
-/// Retries once if systemd has closed the connection. It does so when it re-executes itself (`systemctl daemon-reexec`,
-/// an upgrade).
+/// Retries once if systemd has closed the connection. systemd does so when it re-executes itself, for example after
+/// `systemctl daemon-reexec` or an upgrade.
 fn with_connection<T>(
     socket: &Path,
     timeout: Duration,
@@ -231,7 +233,7 @@ mod tests {
                     call.resize(message::FIXED_HEADER + rest, 0);
                     stream.read_exact(&mut call[message::FIXED_HEADER..]).unwrap();
                     calls.push(call);
-                    // In small pieces, as a socket may deliver them.
+                    // Writes small pieces, because a socket may deliver a message in pieces.
                     for bytes in answer.concat().chunks(7) {
                         stream.get_mut().write_all(bytes).unwrap();
                     }
