@@ -7,9 +7,9 @@ use crate::oci::spec::{Cpu, Memory, Spec};
 use crate::resources::growth::{Growth, Size, cpus_of_shares, page_metadata_mib};
 
 const MIB: u64 = 1 << 20;
-/// Default period of cgroups in microseconds, used if only a quota is given.
+/// Default CFS period in microseconds. It is used if a quota is set without a period.
 const DEFAULT_PERIOD: u64 = 100_000;
-/// Minimum memory of a VM, in MiB, that the VMM accepts.
+/// Minimum memory in MiB that the VMM accepts for a VM.
 const MIN_VM_MIB: u64 = 64;
 
 /// Size of a VM.
@@ -40,7 +40,7 @@ pub enum BootSizeError {
         min_mib: u64,
     },
     /// An annotation has an invalid value.
-    #[error("annotation {key}={value:?}: {message}")]
+    #[error("invalid annotation {key}={value:?}: {message}")]
     Annotation {
         /// Key of the annotation.
         key: String,
@@ -50,7 +50,7 @@ pub enum BootSizeError {
         message: String,
     },
     /// The operator does not allow pods to use this annotation.
-    #[error("annotation {0} is not allowed on this node (allowed_annotations in the configuration)")]
+    #[error("annotation {0} is not allowed on this node; add it to allowed_annotations in the configuration")]
     Forbidden(String),
 }
 
@@ -116,7 +116,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     // A size that an annotation sets is fixed.
     let fixed = |key: &str| spec.annotations.get(key).is_some();
     let host_vcpus = u8::try_from(host.cpus.max(1)).unwrap_or(u8::MAX);
-    // Limited by spare_vcpus because the guest's kernel allocates per-CPU data for every possible vCPU at boot.
+    // spare_vcpus limits the growth, because the guest's kernel allocates per-CPU data for every possible vCPU at boot.
     let grown_vcpus = vcpus.saturating_add(config.spare_vcpus).min(host_vcpus).min(config.max_vcpus);
     let max = Size {
         vcpus: if fixed(annotation::VCPUS) { vcpus } else { grown_vcpus },
@@ -140,7 +140,7 @@ fn limits(spec: &Spec) -> Result<(Cpu, Memory), BootSizeError> {
     Ok((resources.cpu.unwrap_or_default(), resources.memory.unwrap_or_default()))
 }
 
-/// Returns a CPU limit in whole CPUs, rounded up, or `None` if there is no limit.
+/// Returns a CPU limit in whole CPUs, rounded up, or `None` if no limit is set.
 fn vcpus(cpu: &Cpu) -> Option<u64> {
     let quota = cpu.quota.and_then(|quota| u64::try_from(quota).ok()).filter(|&quota| quota > 0)?;
     let period = cpu.period.filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn requested_cpus_count_where_there_is_no_limit() {
+    fn requested_cpus_count_only_without_a_limit() {
         let pod = |quota: &str, shares: &str| {
             let pod = json!({
                 "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-cpu-period": "100000",
@@ -246,8 +246,8 @@ mod tests {
         assert_eq!(pod("0", "2"), Ok(1));
         assert_eq!(pod("0", "2048"), Ok(2));
         assert_eq!(pod("-1", "2500"), Ok(3));
-        assert_eq!(pod("0", "262144"), Ok(8), "the host has no more");
-        assert_eq!(pod("100000", "2048"), Ok(1), "a limit is a limit");
+        assert_eq!(pod("0", "262144"), Ok(8), "the size exceeds the host's CPUs");
+        assert_eq!(pod("100000", "2048"), Ok(1), "the request takes precedence over the limit");
         assert!(pod("0", "x").is_err());
         let alone = sized(|v| v["linux"]["resources"] = json!({ "cpu": { "shares": 4096 } }));
         assert_eq!(alone, Ok((4, 1024)));
@@ -263,7 +263,7 @@ mod tests {
         };
         assert_eq!(max(json!({}), 3), (4, 16 << 10));
         assert_eq!(max(json!({}), 0), (1, 16 << 10));
-        assert_eq!(max(json!({}), 63), (8, 16 << 10), "the host has no more");
+        assert_eq!(max(json!({}), 63), (8, 16 << 10), "the size exceeds the host's CPUs");
         assert_eq!(max(json!({ annotation::VCPUS: "3" }), 3), (3, 16 << 10));
         assert_eq!(max(json!({ annotation::MEMORY_MIB: "512" }), 3), (4, 512));
     }

@@ -1,6 +1,6 @@
 //! Reads a sandbox's metrics on a host with cgroup v1, and reports them as metrics of cgroup v2.
 //!
-//! The type URL of the metrics names cgroup v2 on every host.
+//! The conversion is needed because the type URL of the metrics names cgroup v2 on every host.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use protobuf::MessageField;
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// cgroup v1 shows no limit as a very large number.
+/// A limit of at least this many bytes means that no limit is set. cgroup v1 then shows a very large number.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Reads the cgroup's metrics, which are a handful of small files. Values of an absent controller are zero.
@@ -53,7 +53,7 @@ pub fn read(location: &CgroupLocation) -> Metrics {
     }
 }
 
-/// Returns the number after `key` on a line of its own; zero if there is none.
+/// Returns the number after `key` in the line that begins with `key`. Returns zero if the table has no such line.
 fn value(table: &str, key: &str) -> u64 {
     let found = table.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok());
     found.unwrap_or(0)

@@ -12,27 +12,27 @@ use crate::oci::update::HUGE_PAGE;
 /// CPU shares that Kubernetes sets for a requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
 const SHARES_PER_CPU: u64 = 1024;
 const MIB: u64 = 1 << 20;
-/// Default period of cgroups in microseconds, used if only a quota is given.
+/// Default CFS period in microseconds. It is used if a quota is set without a period.
 const DEFAULT_PERIOD: u64 = 100_000;
-/// Host memory in MiB that the VMM and the shim may use beside guest memory.
+/// Host memory in MiB that the VMM and the shim may use in addition to guest memory.
 ///
 /// It covers their own memory (5 MiB), buffers and sockets of the kernel, and some page cache of shared files.
 const HOST_MIB: u64 = 32;
-/// The part of it that they need at least, in MiB. The rest is page cache.
+/// Host memory in MiB that the VMM and the shim need at least. The rest of [`HOST_MIB`] is page cache.
 const MIN_HOST_MIB: u64 = 12;
 /// Guest memory divided by the size of its page tables: those of host and guest are 1/512 each if all of it is used.
 const MEMORY_TO_PAGE_TABLES: u64 = 256;
 /// CPU time that the VMM's device threads and the guest's kernel may use beside the containers' quota, in millicores.
 const HOST_CPU_MILLIS: u64 = 250;
 
-/// Resource limits of a container; `None` means unlimited.
+/// Resource limits of a container. `None` means unlimited.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
     /// CPU quota in millicores.
     pub cpu_millis: Option<u64>,
     /// CPU request as cgroup shares, used if there is no quota.
     pub shares: u64,
-    /// The host's CPUs that it may run on.
+    /// The host's CPUs on which the container may run.
     pub cpus: Option<CpuSet>,
     /// Memory limit in bytes.
     pub memory: Option<u64>,
@@ -68,7 +68,7 @@ pub struct Growth {
     pub boot: Size,
     /// Maximum size.
     pub max: Size,
-    /// Size for all containers without a limit together.
+    /// Size that all containers without a limit share.
     default: Size,
     overhead_mib: u64,
 }
@@ -116,8 +116,8 @@ impl Limits {
 }
 
 impl Limits {
-    /// Returns the CPU time that the container can use at most, in millicores: its quota, or all of its CPUs if that is
-    /// less.
+    /// Returns the maximum CPU time of the container in millicores. This is the container's quota, or the time of all
+    /// its CPUs if that is less.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.cpu_millis.into_iter().chain(set).min()
@@ -137,11 +137,11 @@ impl Growth {
         Self { boot, max, default, overhead_mib: config.memory_overhead_mib }
     }
 
-    /// Returns the size for these containers. With `start`, it is at least the boot size, which includes containers
-    /// that are still to be created.
+    /// Returns the size for these containers. With `start`, it is at least the boot size, because the boot size covers
+    /// containers that have not been created yet.
     ///
-    /// Limits add up. All containers without a limit together count the default once: they share it as they would on a
-    /// host, and a pod of ten such containers does not need ten times the kernel's page metadata.
+    /// Limits add up. The default counts once for all containers without a limit together. They share it, as they would
+    /// share a host. Also, a pod of ten such containers does not need ten times the kernel's page metadata.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
         let memory = containers.clone().map(|limits| limits.memory);
@@ -164,7 +164,7 @@ impl Growth {
         }
     }
 
-    /// Returns the number of vCPUs that these containers may use, without regard to the maximum.
+    /// Returns the number of vCPUs that these containers may use. The result can exceed the maximum size.
     pub fn vcpus<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> u8 {
         if containers.clone().next().is_none() {
             return self.boot.vcpus;
@@ -172,7 +172,7 @@ impl Growth {
         let millis = containers.clone().filter_map(Limits::usable_millis).fold(0u64, u64::saturating_add);
         let mut unlimited = containers.filter(|limits| limits.usable_millis().is_none()).map(|limits| limits.shares);
         let free = match unlimited.next() {
-            // They share the sum of their requests, but at least the default.
+            // The containers without a limit share the sum of their requests, but at least the default.
             Some(first) => {
                 let shares = unlimited.fold(first, u64::saturating_add);
                 cpus_of_shares(shares).max(u64::from(self.default.vcpus))
@@ -214,7 +214,7 @@ impl Size {
 
 /// Returns the memory that the guest's kernel needs for page metadata, in MiB.
 ///
-/// The kernel has 64 bytes for each page, and allocates them for blocks of 128 MiB.
+/// The kernel needs 64 bytes for each page, and allocates the metadata for blocks of 128 MiB.
 pub fn page_metadata_mib(mib: u64) -> u64 {
     mib.div_ceil(128).saturating_mul(2)
 }
@@ -226,7 +226,8 @@ pub fn host_bytes(guest_mib: u64) -> u64 {
     guest_mib.saturating_add(guest_mib / MEMORY_TO_PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
 }
 
-/// Returns the guest memory in MiB that fits into a host limit of `bytes`, beside what the VMM and the shim need.
+/// Returns the guest memory in MiB that fits into a host limit of `bytes`, together with the memory that the VMM and
+/// the shim need.
 pub fn guest_mib(bytes: u64) -> u64 {
     (bytes / MIB).saturating_sub(MIN_HOST_MIB).saturating_mul(MEMORY_TO_PAGE_TABLES) / (MEMORY_TO_PAGE_TABLES + 1)
 }
@@ -274,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_count_where_there_is_no_quota() {
+    fn shares_count_only_without_a_quota() {
         let asks = |shares: u64, millis: Option<u64>| Limits { shares, ..limits(millis, 1) };
         let vcpus = |containers: &[Limits]| growth().vcpus(containers.iter());
         assert_eq!(vcpus(&[asks(2, None), asks(2, None)]), 1);
@@ -284,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn host_limits_apply_only_if_every_container_has_one() {
+    fn host_limits_apply_only_if_every_container_has_a_limit() {
         let host = |containers: &[Limits]| growth().host_limits(containers.iter());
         assert_eq!(host(&[]), HostLimits::default());
         assert_eq!(
@@ -294,7 +295,7 @@ mod tests {
         assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
         assert_eq!(host_bytes(u64::MAX), u64::MAX);
-        // The example RuntimeClass has an overhead of 80 MiB, 64 of them for the guest.
+        // The example RuntimeClass has an overhead of 80 MiB, of which the guest gets 64 MiB.
         assert!((320..=324).contains(&guest_mib((256 + 80) << 20)));
         assert_eq!(guest_mib(1), 0);
         assert!(guest_mib(u64::MAX) > 1 << 30);

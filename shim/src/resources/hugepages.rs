@@ -7,7 +7,7 @@ pub const PAGE_MIB: u64 = 2;
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// Returns the size of the pool in MiB: the most that a pod can get. Zero on a node without huge pages.
+/// Returns the size of the pool in MiB, which is the maximum for a pod. It is zero on a node without huge pages.
 pub fn pool_mib() -> u64 {
     pages("nr_hugepages") * PAGE_MIB
 }

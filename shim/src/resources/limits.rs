@@ -11,21 +11,23 @@ use crate::systemd::{Property, Unit, Value};
 const PERIOD: u64 = 100_000;
 /// Distance in bytes between the limit at which the sandbox is throttled and the limit at which it is killed.
 ///
-/// It is a third of the minimum that the VMM and the shim have beside the guest's memory.
+/// It is a third of the memory that the VMM and the shim have at least, in addition to the guest's memory.
 const THROTTLE_MARGIN: u64 = 4 << 20;
-/// cgroup v1 shows no limit as a number: the largest multiple of the page size, or one page less.
+/// A value of at least this means that no limit is set. cgroup v1 then shows the largest multiple of the page size, or
+/// one page less.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// Returns the maximum guest memory, in MiB, within the limit of the parent cgroup, which the kubelet sets for the pod.
+/// Returns the maximum guest memory in MiB within the memory limit of the parent cgroup. The kubelet sets this limit
+/// for the pod.
 ///
 /// The limit changes with the pod. If a guest used more memory, the kernel would kill the VMM.
 pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
-/// Returns the pod's limit of 2 MiB huge pages in the parent cgroup, in MiB; zero if there is no limit.
+/// Returns the pod's limit of 2 MiB huge pages in the parent cgroup, in MiB. Returns zero if no limit is set.
 ///
-/// The kubelet sets a limit for every pod. containerd by default sets none for containers
+/// The kubelet sets a limit for every pod. By default, containerd does not set a limit for containers
 /// (`disable_hugetlb_controller`).
 pub fn huge_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
@@ -38,7 +40,8 @@ fn parent_limit(location: &CgroupLocation, controller: &str, [v2_file, v1_file]:
     text.trim().parse::<u64>().ok().filter(|&limit| limit < NO_LIMIT)
 }
 
-/// Returns the lowest task limit of the parent cgroups: the pod's (the kubelet's `podPidsLimit`) and its ancestors'.
+/// Returns the lowest task limit of the parent cgroups. These are the pod's cgroup, whose limit is the kubelet's
+/// `podPidsLimit`, and its ancestors.
 ///
 /// On the host the limit counts only the few threads of the VMM and none of the pod's processes. The guest enforces it.
 pub fn pids_max(location: &CgroupLocation) -> Option<u64> {
@@ -58,8 +61,8 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
 
 /// Sets the limits for a guest that now has `guest_mib` of memory. Lowering a limit may take a while.
 ///
-/// Memory is limited to what the guest has, not to what the pod may use. A guest that runs out of memory then kills one
-/// of its own processes; otherwise the host would kill the VMM.
+/// The memory limit depends on the memory that the guest has now, not on the memory that the pod may use. A guest that
+/// runs out of memory then kills one of its own processes. Otherwise, the host would kill the VMM.
 ///
 /// If the cgroup is a systemd scope, systemd is told of the limits afterwards, so that it writes values that are
 /// already set. This process, not the host's service manager, thus waits for memory to be reclaimed.
@@ -71,7 +74,7 @@ pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, 
     if let Some(unit) = unit
         && let Err(error) = unit.set(&properties(location, limits, guest_mib))
     {
-        tracing::warn!(error = %crate::chain(&error), "failed to tell systemd the limits: it may revert them");
+        tracing::warn!(error = %crate::chain(&error), "failed to send the limits to systemd: systemd may revert them");
     }
 }
 
@@ -80,7 +83,7 @@ fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// Returns all CPUs of the parent cgroup if the sandbox has a list that must be reset.
+/// Returns all CPUs of the parent cgroup if the sandbox's cgroup has a list of CPUs, which must be reset.
 ///
 /// The kernel accepts no empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change: ENOSPC).
 fn all_cpus(location: &CgroupLocation) -> Option<CpuSet> {
@@ -178,7 +181,7 @@ mod tests {
         std::fs::write(dir.path().join("cpuset.cpus.effective"), "0-7\n").unwrap();
         set(&location, None, &HostLimits::default(), 100);
         assert_eq!(cpus(), None);
-        // An empty list, as before the first write.
+        // The list is empty, as before the first write.
         std::fs::write(pod.join("cpuset.cpus"), "\n").unwrap();
         set(&location, None, &HostLimits::default(), 100);
         assert_eq!(cpus().as_deref(), Some("\n"));

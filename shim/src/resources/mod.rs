@@ -1,4 +1,4 @@
-//! How large a pod is: the size of its VM at boot and while containers come and go, and its limits on the host.
+//! The size of a pod: its VM's size at boot and while containers are added and removed, and its limits on the host.
 
 pub mod boot_size;
 pub mod cgroup;

@@ -1,10 +1,10 @@
-//! Reclaims the guest's caches of files when the pod's memory on the host, or the VMM's open files, run out.
+//! Makes the guest drop its file caches when the pod's memory on the host or the VMM's fds are nearly used up.
 //!
-//! For every inode in its cache, the guest's kernel has a file open in the VMM. That pins the host's inode: memory of
-//! the pod's cgroup that the host's kernel cannot reclaim, and that the guest's kernel does not know of. A guest that
-//! walks through many files would thus get its VMM killed.
+//! For every inode in its cache, the guest's kernel has a file open in the VMM. The open file pins the host's inode in
+//! memory of the pod's cgroup. The host's kernel cannot reclaim this memory, and the guest's kernel does not know of
+//! it. Therefore, a guest that walks through many files would cause the host's kernel to kill its VMM.
 //!
-//! cgroup v2 throttles at `memory.high` and reports it (`memory.events`, Documentation/admin-guide/cgroup-v2.rst).
+//! cgroup v2 throttles at `memory.high` and reports this (`memory.events`, Documentation/admin-guide/cgroup-v2.rst).
 //! cgroup v1 reports when the kernel begins to reclaim (`memory.pressure_level`,
 //! Documentation/admin-guide/cgroup-v1/memory.rst).
 
@@ -30,13 +30,14 @@ use crate::resources::limits;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
 
-/// Minimum time between two reactions: the kernel reports every reclaim, and often several together.
+/// Minimum time between two reactions. It is needed because the kernel reports every reclaim, often several together.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
-/// If the guest has to drop its caches again within this time, it drops the page cache too.
+/// If the guest must drop its caches again within this time, it also drops the page cache.
 ///
-/// An inode with cached pages stays in the guest's memory, so dropping the unused inodes alone may not be enough.
+/// An inode with cached pages stays in the guest's memory. Therefore, dropping only the unused inodes may not be
+/// enough.
 const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
-/// Distance in bytes from the limit at which unreclaimable memory counts as short.
+/// Memory counts as nearly exhausted if the unreclaimable memory is at most this many bytes below the limit.
 const MARGIN: u64 = 2 << 20;
 
 /// Starts to watch, until the VM ends.
@@ -73,7 +74,7 @@ struct Guest {
 }
 
 impl Guest {
-    /// Has the guest drop its cache of unused files.
+    /// Tells the guest to drop its cache of unused files.
     async fn drop_caches(&self, reason: &str) {
         let page_cache = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
         tracing::info!(pages = page_cache, reason, "dropping the guest's file caches");
@@ -104,7 +105,8 @@ impl Watch {
             CgroupLocation::V1(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
                 let mut levels = Vec::new();
-                // The pod's cgroup is notified of reclaim that its own limit causes.
+                // Also watches the parent, which is the pod's cgroup: the kernel reports reclaim to the cgroup whose
+                // limit causes it.
                 for dir in dir.ancestors().take(2) {
                     let level = match File::open(dir.join("memory.pressure_level")) {
                         // A sandbox outside a pod may have no parent cgroup with this file.
@@ -133,7 +135,7 @@ impl Watch {
         }
     }
 
-    /// Waits for a notification, and consumes all that are pending.
+    /// Waits for a notification, and consumes all pending notifications.
     async fn next(&self) -> io::Result<()> {
         let mut ready = self.notices.readable().await?;
         let mut bytes = [0u8; 4096];
@@ -185,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn page_cache_does_not_count_as_shortage() {
+    fn is_nearly_exhausted_ignores_the_page_cache() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         fs::create_dir(&pod).unwrap();

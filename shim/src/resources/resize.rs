@@ -1,7 +1,7 @@
 //! Resizes a running VM: one task that calls the VMM and the agent in turn.
 //!
-//! Growing is complete before the answer: first the host's limit, then memory, then vCPUs. Shrinking is only requested;
-//! the guest gives memory back when it can, and the host's limit follows.
+//! A request to grow is answered when the growing is complete: first the host's limit, then memory, then vCPUs. A
+//! request to shrink is answered at once. The guest gives memory back when it can, and the host's limit follows.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,14 +25,14 @@ const MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Error of growing a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeError {
-    /// The VMM refused.
+    /// The VMM rejected a request.
     #[error("failed to grow the VM")]
     Vmm(#[source] VmmError),
-    /// The agent refused.
+    /// The agent rejected a request.
     #[error("failed to set up the {0} in the guest")]
     Agent(&'static str, #[source] ttrpc::Error),
     /// The guest has fewer vCPUs online than requested.
-    #[error("the guest has {online} of {wanted} vCPUs online")]
+    #[error("failed to set the number of vCPUs: the guest has {online} of {wanted} vCPUs online")]
     Processors {
         /// vCPUs that are online.
         online: u32,
@@ -40,7 +40,7 @@ pub enum ResizeError {
         wanted: u8,
     },
     /// The guest did not accept all of the hot-plugged memory.
-    #[error("the guest accepted {plugged_mib} of {wanted_mib} MiB of hot-plugged memory")]
+    #[error("failed to grow memory: the guest accepted {plugged_mib} of {wanted_mib} MiB of hot-plugged memory")]
     Memory {
         /// Hot-plugged memory that the guest accepted.
         plugged_mib: u64,
@@ -56,7 +56,7 @@ pub enum ResizeError {
         free_mib: u64,
     },
     /// The guest could not allocate the huge pages.
-    #[error("the guest allocated {count} of {wanted} huge pages")]
+    #[error("failed to allocate huge pages: the guest allocated {count} of {wanted} huge pages")]
     HugePages {
         /// Number of huge pages in the guest.
         count: u64,
@@ -68,12 +68,13 @@ pub enum ResizeError {
     Gone,
 }
 
-/// Size and limits that a pod is to have.
+/// Size and limits that a pod should have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// Size of the VM.
     pub size: Size,
-    /// Huge pages in MiB. They are never taken back: a volume may use them, and the node counts them as the pod's.
+    /// Huge pages in MiB. They are never taken back, because a volume may use them and the node counts them as the
+    /// pod's.
     pub huge_mib: u64,
     /// Limits on the host.
     pub host: HostLimits,
@@ -127,7 +128,7 @@ impl Resizer {
     /// Resizes the pod to `target`. Returns when everything that grows has grown.
     ///
     /// # Errors
-    /// [`ResizeError`]; what has grown before the error stays until the next target.
+    /// [`ResizeError`]. Resources that have grown before the error stay until the next target.
     pub async fn resize(&self, target: Target) -> Result<(), ResizeError> {
         let (done, wait) = oneshot::channel();
         self.jobs.send(Job { target, done }).map_err(|_| ResizeError::Gone)?;
@@ -135,7 +136,7 @@ impl Resizer {
     }
 }
 
-/// Records the pod's current size for `husk ps`. It may block.
+/// A function that records the pod's current size for `husk ps`. It may block.
 pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
 
 /// Pending request to shrink memory. Returns the hot-plugged memory that the guest still has, in MiB.
@@ -154,7 +155,7 @@ struct ResizeTask {
     /// Whether that target was reached. If not, the next request retries it.
     complete: bool,
     slots: Slots,
-    /// Maximum hot-plugged memory that the guest may have at this time.
+    /// Maximum hot-plugged memory in MiB that the guest may have at this time.
     plugged_mib: u64,
     shrinking: Option<Shrinking>,
 }
@@ -195,7 +196,7 @@ impl ResizeTask {
         }
     }
 
-    /// Grows what has to grow, and requests what has to shrink.
+    /// Grows the resources that must grow, and requests that the other resources shrink.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
         if let Some((location, _)) = &self.cgroup {
             target.size.memory_mib = target.size.memory_mib.min(limits::max_guest_mib(location));
@@ -211,8 +212,8 @@ impl ResizeTask {
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
         self.set_host_limits().await;
         if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
-            // The new request ends an earlier wait in the VMM. The answer to that one would not be the remaining
-            // memory.
+            // The new request ends an earlier request that still waits in the VMM. The answer to the earlier request
+            // would not be the remaining memory.
             self.shrinking = None;
             self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
@@ -275,11 +276,11 @@ impl ResizeTask {
         }
     }
 
-    /// Hot-plugs memory from the host's huge pages, and has the guest allocate huge pages in it.
+    /// Hot-plugs memory from the host's huge pages, and tells the guest to allocate huge pages in it.
     async fn grow_huge_pages(&mut self, wanted_mib: u64, previous_mib: u64) -> Result<(), ResizeError> {
         let more = wanted_mib.saturating_sub(previous_mib);
         match hugepages::free_mib() {
-            // Checked first, because a guest that does not get all the memory it was offered retries for ever.
+            // Checks this first, because a guest that does not get all of the offered memory retries forever.
             free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
             _ => self.grow_memory(PageKind::Huge, wanted_mib).await?,
         }
@@ -298,7 +299,8 @@ impl ResizeTask {
         if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
     }
 
-    /// Sets the host's limits for what the guest may have now. Lowering a limit waits for memory to be reclaimed.
+    /// Sets the host's limits for the memory that the guest may have now. Lowering a limit waits until memory is
+    /// reclaimed.
     async fn set_host_limits(&mut self) {
         let Some((location, unit)) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.current.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
@@ -313,7 +315,7 @@ impl ResizeTask {
         let (record, vcpus) = (Arc::clone(&self.record), self.current.size.vcpus);
         let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
         if let Err(error) = tokio::task::spawn_blocking(move || record(Size { vcpus, memory_mib })).await {
-            tracing::warn!(%error, "failed to record the size for husk ps");
+            tracing::warn!(%error, "failed to record the VM's size for husk ps");
         }
     }
 

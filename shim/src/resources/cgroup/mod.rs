@@ -1,4 +1,4 @@
-//! The sandbox's cgroup on the host. Everything that runs for the pod is accounted where containerd expects it.
+//! The sandbox's cgroup on the host. As containerd expects, this cgroup accounts for everything that runs for the pod.
 
 mod path;
 mod remove;
@@ -13,7 +13,7 @@ pub use crate::resources::cgroup::remove::remove;
 /// Mount point of cgroup v2, or parent directory of the cgroup v1 mounts.
 const MOUNT: &str = "/sys/fs/cgroup";
 
-/// Maximum attempts to create a cgroup whose parent another sandbox may be removing.
+/// Maximum number of attempts to create a cgroup. An attempt fails if another sandbox removes the parent at that time.
 const ATTEMPTS: u32 = 10;
 
 /// Location of a sandbox's cgroup.
@@ -40,10 +40,10 @@ pub struct Cgroup {
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// The specification names a path outside the hierarchy.
-    #[error("cgroupsPath {0:?} is not a path within the cgroup hierarchy")]
+    #[error("invalid cgroupsPath {0:?}: expected a path within the cgroup hierarchy, or slice:prefix:name")]
     Path(String),
     /// systemd could not create the scope.
-    #[error("failed to have systemd create the cgroup")]
+    #[error("failed to create the cgroup through systemd")]
     Unit(#[from] UnitError),
     /// The host has no cgroup hierarchy.
     #[error("no cgroup hierarchy is mounted below {MOUNT}")]
@@ -77,7 +77,7 @@ impl Cgroup {
     /// Creates the cgroup, directly or through systemd, and moves this process into it. Blocks until systemd is done.
     ///
     /// # Errors
-    /// [`CgroupError`]; everything that was created is removed again.
+    /// [`CgroupError`]. Everything that was created before the error is removed.
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -138,15 +138,16 @@ impl Cgroup {
     fn leave(&self) {
         for (path, origin) in self.location.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
-                // The original cgroup has been removed. The root of the hierarchy always exists.
+                // The original cgroup has been removed. Moves the process to the root of the hierarchy, which always
+                // exists.
                 let root = path.ancestors().skip(1).take_while(|parents| parents.join("cgroup.procs").exists()).last();
                 let _ = root.map(|root| std::fs::write(root.join("cgroup.procs"), "0"));
             }
         }
     }
 
-    /// Moves this process back and removes the cgroup, and containerd's parent cgroup for the namespace if it is then
-    /// empty.
+    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. Also removes containerd's
+    /// parent cgroup for the namespace if that is then empty.
     pub async fn leave_and_remove(&self) {
         self.leave();
         let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
@@ -189,7 +190,8 @@ fn stop_scope(unit: &Unit) {
     }
 }
 
-/// Creates a directory with its parents. Another sandbox may be removing a parent at the same time, as the last in it.
+/// Creates a directory with its parents. Retries, because the last sandbox in a parent may be removing that parent at
+/// the same time.
 fn create(path: &Path) -> std::io::Result<()> {
     for _ in 1..ATTEMPTS {
         match std::fs::create_dir_all(path) {
@@ -200,9 +202,10 @@ fn create(path: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(path)
 }
 
-/// Enables all controllers for `path` in its parents, as runc does: without them the cgroup has no accounting.
+/// Enables all controllers for `path` in its parents, as runc does. Without the controllers, the cgroup would not
+/// account for resources.
 ///
-/// Best effort: a controller cannot be enabled where the parent has processes of its own.
+/// Best effort, because a controller cannot be enabled if the parent has processes of its own.
 fn delegate(mount: &Path, path: &Path) {
     let mut parents: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
     parents.reverse();

@@ -17,7 +17,7 @@ pub struct CgroupsPath {
 /// Parses a `cgroupsPath`.
 ///
 /// # Errors
-/// [`CgroupError::Path`] if the path leads out of the hierarchy, or has systemd's form and names no scope.
+/// [`CgroupError::Path`] if the path leads out of the hierarchy, or has systemd's form but does not name a scope.
 pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
     let error = || CgroupError::Path(cgroups_path.to_owned());
     let parts: Vec<&str> = cgroups_path.split(':').collect();
@@ -25,7 +25,8 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
         [path] => ((*path).to_owned(), None),
         [slice, prefix, name] => {
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            // As in runc (libcontainer/cgroups/systemd/common.go, getUnitName). A slice has no processes of its own.
+            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). A slice
+            // is rejected, because it cannot have processes of its own.
             let unit = format!("{prefix}-{name}.scope");
             if name.is_empty() || name.ends_with(".slice") || unit.contains('/') {
                 return Err(error());
@@ -46,7 +47,7 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
     if relative.as_os_str().is_empty() { Err(error()) } else { Ok(CgroupsPath { relative, scope }) }
 }
 
-/// Returns the path of a slice: systemd places `a-b.slice` in `a.slice`.
+/// Returns the path of a slice. For example, systemd places `a-b.slice` in `a.slice`.
 fn expand_slice(slice: &str) -> Option<String> {
     let name = slice.strip_suffix(".slice")?;
     if name == "-" {
@@ -72,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parse_returns_the_path_and_rejects_invalid_ones() {
+    fn parse_returns_the_path_and_rejects_invalid_values() {
         let path = |text: &str| parse(text).map(|parse| parse.relative.display().to_string()).ok();
         assert_eq!(path("/default/c1").as_deref(), Some("default/c1"));
         assert_eq!(path("k8s.io/x").as_deref(), Some("k8s.io/x"));

@@ -11,14 +11,16 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::resources::cgroup::{MOUNT, v1};
 use crate::systemd::Unit;
 
-/// Removes a sandbox's cgroup with everything below it, and containerd's cgroup for the namespace if it is then empty.
+/// Removes a sandbox's cgroup with everything below it. Also removes containerd's cgroup for the namespace if that is
+/// then empty.
 ///
-/// `dirs` has one directory, or one for each cgroup v1 hierarchy. Waits at most a second for killed processes to end. A
-/// scope of systemd is stopped only then: if its cgroup were removed before systemd saw it empty, the unit would stay.
+/// `dirs` has one directory, or one for each cgroup v1 hierarchy. Waits at most a second for killed processes to end,
+/// then stops a systemd scope before it removes the scope's cgroup. If systemd had not seen the cgroup empty before its
+/// removal, the unit would stay.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
-    // Covers the cgroups below too: a killed process leaves its cgroup shortly after it was reaped.
+    // Also waits for the cgroups below, because a killed process leaves its cgroup shortly after it was reaped.
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
     unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
     for (path, empty) in dirs.into_iter().zip(empty) {
@@ -37,7 +39,7 @@ fn is_within(path: &Path) -> bool {
     path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
 }
 
-/// Timeout for the last processes of a cgroup to end. They have been killed already.
+/// Timeout for the last processes of a cgroup to end. They have already been killed.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Removes a cgroup and the cgroups below it.
@@ -57,9 +59,9 @@ fn remove_directories(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Waits until no process is left in the cgroup or below it.
+/// Waits until the cgroup and the cgroups below it have no processes.
 ///
-/// The kernel reports a change of `cgroup.events` as POLLPRI to a process that has read the file since it opened it
+/// The kernel reports a change of `cgroup.events` as POLLPRI to a process that has opened and read the file
 /// (cgroup-v2.rst, "Basic Operations").
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
@@ -71,7 +73,7 @@ fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
         let mut text = String::new();
         let read = events.seek(SeekFrom::Start(0)).and_then(|_| events.read_to_string(&mut text));
         match read {
-            // Removed concurrently.
+            // The cgroup was removed concurrently.
             Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => return Ok(()),
             other => other?,
         };

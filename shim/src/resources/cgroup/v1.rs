@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// Polling interval while a cgroup's last processes end: cgroup v1 has no notification for that.
+/// Polling interval while a cgroup's last processes end. Polling is needed because cgroup v1 does not report their end.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Files that are empty in a new cpuset cgroup.
 const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
-/// Returns the sandbox's directory in each hierarchy, and this process's current directory there.
+/// Returns the directory of the sandbox's cgroup in each hierarchy, and the directory of this process's current cgroup
+/// in the same hierarchy.
 ///
 /// `mounts` is `/proc/self/mountinfo`, `own` is `/proc/self/cgroup`. For a systemd `scope`, the cgroup v2 hierarchy is
 /// included: beside cgroup v1, systemd tracks the processes of its units there.
@@ -42,7 +43,7 @@ pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> 
     (CgroupLocation::V1(all), origins)
 }
 
-/// Returns mount point and super options of a line of mountinfo that mounts a hierarchy of type `kind`.
+/// Returns the mount point and the super options if this line of mountinfo describes a hierarchy of type `kind`.
 fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     let (mount, system) = line.split_once(" - ")?;
     let mut system = system.split(' ');
@@ -53,7 +54,7 @@ fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     Some((mount.split(' ').nth(4)?.into(), options))
 }
 
-/// Copies the parent's CPUs and memory nodes to each new cpuset cgroup: without them no process can join it.
+/// Copies the parent's CPUs and memory nodes to each new cpuset cgroup. Without them, no process can join the cgroup.
 pub fn inherit_cpuset(top: &Path, path: &Path) {
     let mut parents: Vec<&Path> = path.ancestors().take_while(|dir| dir.starts_with(top) && *dir != top).collect();
     parents.reverse();
@@ -68,7 +69,7 @@ pub fn inherit_cpuset(top: &Path, path: &Path) {
     }
 }
 
-/// Waits until no process is left in the cgroup or below it.
+/// Waits until the cgroup and the cgroups below it have no processes.
 pub fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     while is_populated(path) {
         if Instant::now() >= deadline {
@@ -137,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn wait_until_empty_waits_only_while_there_are_processes() {
+    fn wait_until_empty_waits_only_for_processes() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("below")).unwrap();
         let deadline = Instant::now() + Duration::from_millis(20);
