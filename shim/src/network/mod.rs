@@ -3,9 +3,9 @@
 //! Each interface of the namespace gets a tap, and traffic control redirects every frame between the two, in both
 //! directions. The interface keeps its name and addresses, because statistics and CNI's checks expect them. The guest
 //! gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A tap exists as long as
-//! one of its fds is open, so it disappears with the VMM.
+//! one of its fds is open. Therefore, it disappears with the VMM.
 //!
-//! [`connect`] changes the calling thread's network namespace. In the daemon it runs while there is a single thread.
+//! [`connect`] changes the calling thread's network namespace. The daemon calls it while it has a single thread.
 
 pub mod port_forwarding;
 mod read;
@@ -29,7 +29,7 @@ use read::Link;
 pub use sk_lookup::PortForwarding;
 pub use watcher::{NetworkChange, NetworkWatcher};
 
-/// Maximum number of fds in the message that creates a VM, apart from those of its interfaces.
+/// Maximum number of fds in the message that creates a VM, apart from the fds of its interfaces.
 const VM_FDS: usize = 4;
 
 /// The pod's network as the guest gets it.
@@ -48,17 +48,17 @@ pub struct Network {
 /// Options for creating taps.
 #[derive(Debug, Clone, Copy)]
 pub struct TapOptions {
-    /// Queue pairs of each tap, at least 1.
+    /// Number of queue pairs of each tap, at least 1.
     pub queue_pairs: usize,
-    /// Use vhost-net if the host has it.
+    /// Whether to use vhost-net if the host has it.
     pub vhost: bool,
 }
 
 impl TapOptions {
     /// Limits the queue pairs for a VM with this many interfaces.
     ///
-    /// All their fds go to the VMM in one message, together with the VM's other fds. With very many interfaces each has
-    /// fewer queue pairs.
+    /// The fds of all interfaces go to the VMM in one message, together with the VM's other fds. If there are very many
+    /// interfaces, each one has fewer queue pairs.
     fn per_interface(self, interfaces: usize) -> Self {
         let fds = (wire::MAX_FDS - VM_FDS) / interfaces.max(1);
         Self { queue_pairs: self.queue_pairs.min(fds.saturating_sub(usize::from(self.vhost))).max(1), ..self }
@@ -70,8 +70,8 @@ impl TapOptions {
 pub struct Tap {
     /// The open device, one fd per queue pair.
     pub fds: Vec<OwnedFd>,
-    /// `/dev/vhost-net`, if vhost-net may carry the frames. MAC anti-spoofing is then done by traffic control on the
-    /// host, otherwise by the VMM.
+    /// `/dev/vhost-net`, if vhost-net may carry the frames. In this case, traffic control on the host does the MAC
+    /// anti-spoofing. Otherwise, the VMM does it.
     pub vhost: Option<OwnedFd>,
     /// The interface's index in the namespace.
     pub link: i32,
@@ -169,7 +169,7 @@ fn start_port_forwarding() -> Option<PortForwarding> {
         .ok()
 }
 
-/// Watches the new network namespace at `path`, which has only a loopback interface yet. With `forward_ports`, also
+/// Watches the new network namespace at `path`, which has only a loopback interface so far. With `forward_ports`, also
 /// starts port forwarding.
 pub fn watch_new(path: &Path, forward_ports: bool, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn without_taps_keeps_every_change_but_the_taps() {
+    fn without_taps_removes_only_the_taps() {
         let tap = Tap { fds: Vec::new(), vhost: None, link: 2, index: 7, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
         let before = vec![link(2)];
         assert_eq!(without_taps(vec![link(2), link(7)], &[tap]), before);
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn per_interface_leaves_room_for_every_fd() {
+    fn per_interface_fits_all_fds_into_one_message() {
         for vhost in [false, true] {
             let options = TapOptions { queue_pairs: 8, vhost };
             assert_eq!(options.per_interface(1).queue_pairs, 8);

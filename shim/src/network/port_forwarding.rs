@@ -1,4 +1,4 @@
-//! Port forwarding: connects to the guest what is dialled in the pod's network namespace on the host.
+//! Port forwarding: forwards connections to the guest that host processes open in the pod's network namespace.
 //!
 //! See `crate::network::steer` for how such connections reach the listeners here.
 
@@ -15,9 +15,9 @@ use tokio::sync::Semaphore;
 use crate::network::PortForwarding;
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Maximum number of connections at once. More wait in the listener's backlog.
+/// Maximum number of connections at once. Further connections wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 512;
-/// Timeout for the connection inside the guest.
+/// Timeout for connecting inside the guest.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// First and maximum backoff after a failed accept.
@@ -26,7 +26,7 @@ const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duratio
 /// Error of forwarding a connection.
 #[derive(Debug, thiserror::Error)]
 enum ForwardError {
-    /// No stream to the guest could be opened.
+    /// The stream to the guest could not be opened.
     #[error("failed to connect to the guest")]
     Guest(#[source] VmmError),
     /// The guest could not connect, usually because nothing listens at the address.
@@ -39,14 +39,14 @@ enum ForwardError {
         source: std::io::Error,
     },
     /// The guest did not answer before the timeout.
-    #[error("no answer from the guest within {CONNECT_TIMEOUT:?}")]
+    #[error("the guest did not answer within {CONNECT_TIMEOUT:?}")]
     Timeout,
     /// One of the two connections failed.
     #[error("failed to copy data between client and guest")]
     Stream(#[from] std::io::Error),
 }
 
-/// Accepts connections until the VM ends. Each listener has a task of its own.
+/// Accepts connections until the VM ends. Each listener has its own task.
 pub fn serve(forwarding: PortForwarding, vmm: &Vmm) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let PortForwarding { listeners, link } = forwarding;
@@ -75,8 +75,8 @@ async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>
             Ok((client, _)) => client,
             Err(error) if is_listener_error(&error) => return Err(error),
             Err(error) => {
-                // Out of fds or memory for now, or an error of this one connection (accept(2)).
-                tracing::warn!(%error, "a connection within the pod's network namespace was not accepted");
+                // The shim is out of fds or memory for now, or only this connection has failed (accept(2)).
+                tracing::warn!(%error, "failed to accept a connection in the pod's network namespace");
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
                 continue;
@@ -126,7 +126,7 @@ async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError
     }
 }
 
-/// Sets SO_LINGER: with a timeout of zero, so that close(2) sends a reset, or off.
+/// With `reset`, sets SO_LINGER with a timeout of zero, so that close(2) sends a reset. Otherwise, turns SO_LINGER off.
 fn reset_at_close(client: &TcpStream, reset: bool) -> std::io::Result<()> {
     let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
     Ok(setsockopt(client, sockopt::Linger, &linger)?)

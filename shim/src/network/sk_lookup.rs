@@ -1,12 +1,12 @@
 //! Port forwarding on the host: steers TCP connections inside the pod's network namespace to two listeners of the shim.
 //!
-//! The namespace has no servers, because those of the pod are in the guest. Frames that arrive at an interface are
-//! redirected and never reach the namespace's network stack. The only connections are those that host processes open
-//! inside the namespace: containerd's port forwarding connects to localhost there.
+//! The namespace does not have servers, because the pod's servers are in the guest. Frames that arrive at an interface
+//! are redirected and never reach the namespace's network stack. Only host processes open connections inside the
+//! namespace. For example, containerd's port forwarding connects to localhost there.
 //!
 //! A BPF program at the kernel's socket lookup (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener of the address
 //! family, for every destination address and port. The accepted connection has the destination as its local address.
-//! This needs no netfilter, and everything disappears when its fds are closed.
+//! This does not need netfilter. The listeners and the program disappear when their fds are closed.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -17,7 +17,7 @@ use husk_base::sys::bpf::{self, Instruction, SocketMap};
 /// The listeners, and the BPF link that steers connections to them.
 #[derive(Debug)]
 pub struct PortForwarding {
-    /// Non-blocking listeners for IPv4, and for IPv6 if the namespace has it.
+    /// Non-blocking listeners: one for IPv4, and one for IPv6 if the namespace supports IPv6.
     pub listeners: Vec<TcpListener>,
     /// The BPF link between the program and the namespace. Closing it ends the steering.
     pub link: OwnedFd,
@@ -46,7 +46,7 @@ pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
         Ok::<_, io::Error>(listener)
     };
     let mut listeners = vec![listen((Ipv4Addr::LOCALHOST, 0).into())?];
-    // The namespace may lack IPv6.
+    // The namespace may not support IPv6.
     listeners.extend(listen((Ipv6Addr::LOCALHOST, 0).into()));
     let map = SocketMap::create(2)?;
     for (key, listener) in (0..).zip(&listeners) {
@@ -109,14 +109,14 @@ mod tests {
         let program = program(3);
         let at = |index: usize| program[index].code;
         let target = |index: usize| index + 1 + usize::try_from(program[index].offset).unwrap();
-        // The last two instructions return SK_PASS: the lookup continues.
+        // The last two instructions return SK_PASS, which continues the lookup.
         let end = program.len() - 2;
         assert_eq!(at(end), 0xb7);
         assert_eq!((at(2), at(12)), (0x55, 0x15));
         for jump in [2, 12] {
             assert_eq!(target(jump), end, "from {jump}");
         }
-        // Skips the store of key 1 and reaches LOAD_MAP.
+        // This jump skips the store of key 1 and reaches LOAD_MAP.
         assert_eq!((at(5), at(target(5))), (0x15, 0x18));
     }
 }

@@ -21,10 +21,10 @@ use crate::network::{NetworkChange, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Delay after a first change, so that related changes are applied together: an interface, its address and its routes
-/// arrive one after another.
+/// Delay after a first change, so that related changes are applied together. For example, an interface, its address and
+/// its routes arrive one after another.
 const COALESCE_DELAY: Duration = Duration::from_millis(50);
-/// First backoff after a failed update; it doubles with every retry.
+/// First backoff after a failed update. The backoff doubles with every retry.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 /// Maximum backoff.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
@@ -35,7 +35,7 @@ enum NetworkSyncError {
     /// The pod's network on the host cannot be read.
     #[error(transparent)]
     Read(#[from] NetworkError),
-    /// No thread could be started to read the pod's network.
+    /// The thread that reads the pod's network could not be started.
     #[error("failed to start a thread that reads the pod's network")]
     Thread(#[source] io::Error),
     /// The VMM cannot attach or detach an interface.
@@ -46,7 +46,7 @@ enum NetworkSyncError {
     Guest(#[source] ttrpc::Error),
 }
 
-/// Request to apply all current changes. The answer arrives when that is done; an error is the chain of causes as text.
+/// Request to apply all current changes. The answer arrives after that. An error is the chain of causes as text.
 type SettleRequest = oneshot::Sender<Result<(), String>>;
 
 /// Handle of the task that applies changes.
@@ -80,13 +80,13 @@ impl NetworkSync {
         Self(request)
     }
 
-    /// Returns when the guest has the current configuration.
+    /// Waits until the guest has the current configuration.
     ///
     /// # Errors
-    /// Why the guest does not get the changes.
+    /// The reason why the guest does not get the changes.
     pub async fn settle(&self) -> Result<(), String> {
         let (request, answer) = oneshot::channel();
-        // Without the task the VM has ended, which the caller notices by itself.
+        // If the task has ended, the VM has ended. The caller notices the VM's end by itself.
         if self.0.send(request).is_ok() { answer.await.unwrap_or(Ok(())) } else { Ok(()) }
     }
 }
@@ -108,7 +108,7 @@ impl Retry {
     fn next(before: Option<Self>, error: NetworkSyncError) -> Self {
         let error = crate::chain(&error);
         if before.as_ref().is_none_or(|before| before.error != error) {
-            tracing::warn!(error, "a change of the pod's network does not reach the guest yet; retrying");
+            tracing::warn!(error, "failed to apply a change of the pod's network to the guest; retrying");
         }
         let backoff = before.map_or(FIRST_BACKOFF, |before| (before.backoff * 2).min(MAX_BACKOFF));
         Self { error, retry_at: Instant::now() + backoff, backoff }
@@ -126,12 +126,12 @@ async fn watch(
     loop {
         let retry_at = retry.as_ref().map(|retry| retry.retry_at);
         let request = tokio::select! {
-            // Every attempt creates taps, which cause notices. They must not shorten the backoff.
+            // Every attempt creates taps, which cause notices. These notices must not shorten the backoff.
             ready = notices.readable(), if retry_at.is_none() => {
                 ready?.clear_ready();
                 tokio::select! {
                     () = tokio::time::sleep(COALESCE_DELAY) => None,
-                    // A caller asks when the configuration is complete, so the delay can be cut short.
+                    // A request ends the delay, because callers send it when the configuration is complete.
                     request = requests.recv() => request,
                 }
             }
@@ -148,7 +148,7 @@ async fn watch(
             };
         }
         if let Some(request) = request {
-            // The caller may have gone away.
+            // The caller may no longer wait for the answer.
             let _ = request.send(retry.as_ref().map_or(Ok(()), |retry| Err(retry.error.clone())));
         }
     }
@@ -186,7 +186,7 @@ impl Guest {
             let rest = change.without_new();
             self.agent.sandbox.update_network(within(timeouts::SLOW), &rest).await.map_err(NetworkSyncError::Guest)?;
         }
-        // Before attaching, because a new interface may have the MAC address of an old one.
+        // Detaches before it attaches, because a new interface may have the MAC address of an old interface.
         self.detach_removed().await?;
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
@@ -239,14 +239,14 @@ impl Guest {
     }
 }
 
-/// Reads all pending notices. Returns whether there was one.
+/// Reads all pending notices. Returns whether at least one was pending.
 fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     let mut some = false;
     loop {
         let mut bytes = [0u8; 8192];
         match recv(notices.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
             Ok(_) => some = true,
-            // The kernel dropped notices, so there were some.
+            // The kernel has dropped notices. Therefore, at least one was pending.
             Err(Errno::ENOBUFS) => some = true,
             Err(Errno::EAGAIN) => return Ok(some),
             Err(error) => return Err(error.into()),
@@ -305,7 +305,7 @@ mod tests {
         }
     }
 
-    /// Starts the task with a guest that fails `left` attempts. Returns also the notices' input and the attempts'
+    /// Starts the task with a guest that fails `left` attempts. Also returns the notices' input and the attempts'
     /// times.
     fn watched(left: u32) -> (NetworkSync, UnixStream, mpsc::UnboundedReceiver<Instant>) {
         let (notices, input) = UnixStream::pair().unwrap();
@@ -328,7 +328,7 @@ mod tests {
             assert_eq!((at - last).as_secs(), secs);
             last = at;
         }
-        // The last attempt succeeded. Its own notice causes one more read, and then nothing is retried.
+        // The last attempt has succeeded. The notice of that attempt causes one more attempt, without a backoff.
         assert!((tried.recv().await.unwrap() - last) < FIRST_BACKOFF);
     }
 
@@ -336,7 +336,7 @@ mod tests {
     async fn settle_returns_the_error_and_retries_at_once() {
         let (network_sync, mut input, mut tried) = watched(2);
         assert_eq!(network_sync.settle().await, Ok(()));
-        assert!(tried.try_recv().is_err(), "nothing changed");
+        assert!(tried.try_recv().is_err(), "an attempt was made, although nothing has changed");
         input.write_all(b"x").unwrap();
         let began = Instant::now();
         assert!(network_sync.settle().await.unwrap_err().contains("attach or detach"));

@@ -44,11 +44,12 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
     let fds = (0..options.queue_pairs.max(1)).map(open).collect::<io::Result<Vec<_>>>();
     let fds = fds.map_err(kernel_error(format!("create the tap of {}", link.name)))?;
     let index = index(&name).map_err(kernel_error(format!("find the index of the tap of {}", link.name)))?;
-    // The host does not use the tap itself: it needs no link-local address and must send no IPv6 messages of its own.
+    // The host does not use the tap itself. Therefore, the tap does not need a link-local address, and must not send
+    // IPv6 messages of its own.
     let addr_gen_mode = nest(&[(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])]);
     let addr_gen_mode = nest(&[(libc::AF_INET6 as u16, &addr_gen_mode)]);
     let header = link_header(index, 0, 0);
-    // A kernel without IPv6 rejects this, and does not need it.
+    // A kernel without IPv6 rejects this request, but does not need it.
     let _ = netlink.change(Message::new(libc::RTM_NEWLINK, 0, &header).attribute(libc::IFLA_AF_SPEC, &addr_gen_mode));
     let up = libc::IFF_UP as u32;
     let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, up, up));
@@ -72,13 +73,15 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
         from_guest().map_err(kernel_error(format!("redirect frames to {}", link.name)))
     };
     let vhost = connect().inspect_err(|_| {
-        // The tap disappears with its fds, but the redirection to it does not. The first error is the one to report.
+        // The tap disappears with its fds, but the redirection to it does not. An error of the removal is ignored, so
+        // that the first error is reported.
         let _ = remove(netlink, link.index, index);
     })?;
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
-/// Removes a tap, even if it is open elsewhere, and the redirection to it from its interface if that still exists.
+/// Removes a tap, even if another process has it open. Also removes the redirection from its interface to the tap, if
+/// the redirection still exists.
 pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     let ignore_missing = |result: io::Result<()>| match result {
         // The tap or the filter has already disappeared with its interface.
@@ -93,10 +96,11 @@ pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     )))
 }
 
-/// Opens `/dev/vhost-net` as an `O_PATH` fd, through which the VMM opens it later. Returns `None` if the host has none.
+/// Opens `/dev/vhost-net` as an `O_PATH` fd, through which the VMM opens the device later. Returns `None` if the host
+/// does not have the device.
 fn vhost() -> Option<OwnedFd> {
     let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").map(OwnedFd::from);
-    vhost.inspect_err(|error| tracing::debug!(%error, "no /dev/vhost-net: the VMM forwards frames")).ok()
+    vhost.inspect_err(|error| tracing::debug!(%error, "failed to open /dev/vhost-net: the VMM forwards frames")).ok()
 }
 
 /// Opens a tap with the flags that the VMM needs. The tap disappears when its last fd is closed.
@@ -117,7 +121,7 @@ fn ingress(netlink: &Netlink, from: i32) -> io::Result<()> {
     let create = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
     let message = Message::new(libc::RTM_NEWQDISC, create, &tcmsg(from, INGRESS, TC_H_INGRESS, 0));
     match netlink.change(message.text(libc::TCA_KIND, "ingress")) {
-        // An existing ingress qdisc, made by somebody else, takes filters as well.
+        // An ingress qdisc that another program has made also accepts filters.
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),
     }
@@ -130,7 +134,7 @@ fn redirect(netlink: &Netlink, from: i32, to: i32) -> io::Result<()> {
 
 /// Sets up MAC anti-spoofing: redirects frames from `from` whose source MAC is `mac` to `to`, and drops all others.
 ///
-/// Returns whether that worked: the kernel may lack `cls_flower` or `act_gact`. After a failure, the filter of
+/// Returns false on failure, for example if the kernel lacks `cls_flower` or `act_gact`. After a failure, the filter of
 /// [`redirect`] takes precedence over a drop filter that was already added.
 ///
 /// `tc filter add dev FROM ingress prio 2 matchall action drop`,
@@ -160,7 +164,7 @@ fn mirred(to: i32) -> Vec<u8> {
 /// Encodes a list of one action.
 fn action(kind: &CStr, options: &[u8]) -> Vec<u8> {
     let action = nest(&[(TCA_ACT_KIND, kind.to_bytes_with_nul()), (TCA_ACT_OPTIONS, options)]);
-    // In a list of actions the attribute type is the position, from 1.
+    // In a list of actions, the attribute type is the action's position. The first position is 1.
     nest(&[(1, &action)])
 }
 

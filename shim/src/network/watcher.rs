@@ -1,4 +1,4 @@
-//! Changes of the pod's network after its start: interfaces, addresses, routes, rules and neighbours.
+//! Changes of the network after the pod's start: interfaces, addresses, routes, rules and neighbours.
 
 use std::fs::File;
 use std::io;
@@ -20,7 +20,8 @@ const MULTICAST_GROUPS: i32 = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_RULE
     | RTMGRP_IPV6_RULE
     | libc::RTMGRP_NEIGH;
-/// The bit of RTNLGRP_IPV6_RULE, which is 19 (linux/rtnetlink.h). The kernel has no RTMGRP_ constant for it.
+/// The bit of RTNLGRP_IPV6_RULE, which is 19 (linux/rtnetlink.h). The kernel does not define an RTMGRP_ constant for
+/// this group.
 const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 
 /// Compares the network of a namespace with its earlier state.
@@ -44,7 +45,7 @@ struct TapLink {
     link: i32,
     /// Index of the tap.
     tap: i32,
-    /// MAC address of the interface when the tap was created. The guest's device keeps it.
+    /// MAC address of the interface when the tap was created. The guest's device keeps this address.
     mac: [u8; 6],
 }
 
@@ -84,7 +85,8 @@ impl NetworkChange {
 }
 
 impl NetworkWatcher {
-    /// Starts with the current namespace, the state that was read from it, and the taps of its interfaces.
+    /// Returns a watcher of the current namespace. The arguments are the taps of the namespace's interfaces, and the
+    /// state that was read from it.
     pub(super) fn new(
         taps: &[Tap],
         (last, unsupported): (UpdateNetworkRequest, Unsupported),
@@ -103,7 +105,7 @@ impl NetworkWatcher {
 
     /// Reads the namespace and creates taps for new interfaces. Returns `None` if nothing has changed.
     ///
-    /// Blocks, and moves the calling thread to the namespace permanently: call it in a thread that ends afterwards.
+    /// Blocks, and moves the calling thread to the namespace permanently. Call this in a thread that ends afterwards.
     ///
     /// # Errors
     /// [`NetworkError`]. The next call reports the same changes again.
@@ -127,7 +129,7 @@ impl NetworkWatcher {
             match tap::create(&netlink, link, self.options.per_interface(1)) {
                 Ok(tap) => taps.push(tap),
                 Err(error) => {
-                    // The redirections to the taps made in this call would make the next attempt fail.
+                    // The redirections to the taps that this call has created would make the next attempt fail.
                     self.stale.extend(taps.iter().map(TapLink::from_tap));
                     return Err(error);
                 }
@@ -141,7 +143,7 @@ impl NetworkWatcher {
 
     /// Removes the taps of interfaces that were removed or whose MAC address has changed.
     ///
-    /// An interface with a new MAC address counts as a new one: it gets a new tap, and the guest a new device.
+    /// An interface with a new MAC address counts as a new interface: it gets a new tap and a new device in the guest.
     fn remove_taps(&mut self, netlink: &Netlink, all: &[husk_netlink::Link]) -> Result<(), NetworkError> {
         let (kept, removed) = std::mem::take(&mut self.tap_links).into_iter().partition(|tap_link: &TapLink| {
             all.iter().any(|link| link.index == tap_link.link && link.mac == tap_link.mac)
@@ -159,7 +161,7 @@ impl NetworkWatcher {
 
     /// Records that the last change, with the new interfaces of `taps`, did not reach the guest.
     ///
-    /// The next [`NetworkWatcher::read_change`] reports all of it again.
+    /// The next [`NetworkWatcher::read_change`] reports the whole change again.
     pub fn mark_undelivered(&mut self, taps: &[Tap]) {
         self.last = UpdateNetworkRequest::default();
         let (kept, stale): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tap_links)
@@ -174,7 +176,7 @@ impl NetworkWatcher {
 pub(super) fn log_unsupported<'a>(unsupported: impl IntoIterator<Item = &'a String>) {
     unsupported
         .into_iter()
-        .for_each(|what| tracing::warn!("the pod's network has {what}, which Husk does not support: ignored"));
+        .for_each(|what| tracing::warn!("ignored {what} in the pod's network: Husk does not support them"));
 }
 
 /// Opens a non-blocking socket that becomes readable when the network of the current namespace changes.

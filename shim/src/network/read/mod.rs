@@ -15,11 +15,12 @@ use super::{NetworkError, kernel_error};
 /// A parsed entry of a netlink dump.
 #[derive(Debug, PartialEq)]
 enum Entry<T> {
-    /// The guest gets it.
+    /// The guest gets the entry.
     Supported(T),
-    /// The guest does not need it: its kernel creates it by itself, or it has no meaning in a guest.
+    /// The guest does not need the entry. Its kernel creates the entry by itself, or the entry has no meaning in a
+    /// guest.
     Implicit,
-    /// The guest would need it but does not get it. Contains a description for the log.
+    /// The guest would need the entry, but does not get it. Contains a description for the log.
     Unsupported(String),
 }
 
@@ -41,12 +42,12 @@ pub struct Link {
 
 /// Lists the interfaces that the guest gets.
 ///
-/// Loopback interfaces, the fallback devices of tunnels and interfaces that are down are not among them.
+/// Omits loopback interfaces, the fallback devices of tunnels, and interfaces that are down.
 pub fn links(netlink: &Netlink) -> io::Result<Vec<Link>> {
     Ok(husk_netlink::links(netlink)?.into_iter().filter_map(to_guest_link).collect())
 }
 
-/// Converts an interface; returns `None` if the guest does not get it.
+/// Converts an interface. Returns `None` if the guest does not get the interface.
 pub fn to_guest_link(link: husk_netlink::Link) -> Option<Link> {
     let (up, loopback) = (libc::IFF_UP as u32, libc::IFF_LOOPBACK as u32);
     if link.hardware != libc::ARPHRD_ETHER || link.flags & up == 0 || link.flags & loopback != 0 {
@@ -123,7 +124,8 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     let mut found = None;
     for (kind, value) in attributes(body.get(8..)?) {
         match kind {
-            // The local address, on point-to-point interfaces and always in IPv4. IFA_ADDRESS is the peer's there.
+            // IFA_LOCAL, if present, is the local address. It is present on point-to-point interfaces, where
+            // IFA_ADDRESS is the peer's address, and always in IPv4.
             libc::IFA_LOCAL => found = ip(family, value),
             libc::IFA_ADDRESS if found.is_none() => found = ip(family, value),
             _ => {}
@@ -133,7 +135,7 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     Some((index, format!("{address}/{prefix}")))
 }
 
-/// Reads the permanent neighbours, which are those that were configured.
+/// Reads the permanent neighbours. Only configured neighbours are permanent.
 fn neighbours(netlink: &Netlink, links: &[Link]) -> io::Result<Vec<Neighbour>> {
     let mut neighbours = Vec::new();
     // struct ndmsg
@@ -172,7 +174,8 @@ fn ip(family: u8, value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// Returns whether the address is in fe80::/10. The guest's kernel generates the same one from the same MAC address.
+/// Returns whether the address is in fe80::/10. The guest's kernel generates such an address itself, from the same MAC
+/// address.
 fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
@@ -205,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_local_and_not_link_local() {
+    fn parse_address_prefers_the_local_address_and_skips_link_local() {
         let address = |family: i32, prefix: u8, list: &[(u16, &[u8])]| {
             let body = [&[family as u8, prefix, 0, 0][..], &2i32.to_ne_bytes(), &nest(list)].concat();
             parse_address(&body).map(|(_, address)| address)

@@ -1,4 +1,5 @@
-//! Parses routes of all routing tables: with one next hop, several, or none (blackhole, unreachable, prohibit, throw).
+//! Parses routes of all routing tables. A route has one next hop, several, or none (blackhole, unreachable, prohibit,
+//! throw).
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -17,7 +18,8 @@ const NO_ROUTE: u32 = u32::MAX;
 const LOCAL_TABLE: u32 = libc::RT_TABLE_LOCAL as u32;
 const MAIN_TABLE: u32 = libc::RT_TABLE_MAIN as u32;
 
-/// Parses the body of a route message. `names` maps the guest's interfaces. Returns `None` if the message is malformed.
+/// Parses the body of a route message. `names` maps the indexes of the guest's interfaces to their names. Returns
+/// `None` if the message is malformed.
 pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     // struct rtmsg
     let [family, prefix, source_prefix, tos, table, protocol, scope, kind, flags @ ..] = *body.first_chunk::<12>()?;
@@ -30,7 +32,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
         libc::RTN_UNREACHABLE => Kind::UNREACHABLE,
         libc::RTN_PROHIBIT => Kind::PROHIBIT,
         libc::RTN_THROW => Kind::THROW,
-        // Routes that the kernel derives from addresses.
+        // The kernel derives these routes from addresses.
         _ => return Some(Entry::Implicit),
     };
     let mut route = Route {
@@ -85,7 +87,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     }
     let has_next_hop = matches!(kind, Kind::UNICAST | Kind::LOCAL);
     if !has_next_hop || hops.is_some() {
-        // IPv6 reports the loopback interface for routes without a next hop, but does not need it in a request.
+        // For a route without a next hop, IPv6 reports the loopback interface. A request does not need this interface.
         (route.interface, route.gateway, route.onlink) = Default::default();
     }
     if let Some(bytes) = hops {
@@ -100,7 +102,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
         // The kernel does not expand the nexthop object (sysctl net.ipv4.nexthop_compat_mode).
         Entry::Unsupported("routes with nexthop objects".to_owned())
     } else {
-        // Through interfaces that the guest does not get.
+        // The route leads through interfaces that the guest does not get.
         Entry::Implicit
     })
 }
@@ -138,7 +140,8 @@ fn via(value: &[u8]) -> Option<IpAddr> {
 
 /// Returns the name of an interface that the guest has.
 ///
-/// The loopback interface counts only for routes that the kernel did not create: the guest's kernel creates those too.
+/// Returns `lo` only for routes that were configured, because the guest's kernel itself creates the other routes
+/// through `lo`.
 fn interface_name(index: u32, names: &HashMap<u32, &str>, by_kernel: bool) -> Option<String> {
     // LOOPBACK_IFINDEX of include/net/flow.h
     if index == 1 && !by_kernel {
@@ -221,7 +224,7 @@ mod tests {
         ];
         let route =
             |hops: &[u8]| parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, &[(libc::RTA_MULTIPATH, hops)]);
-        // The family in RTA_VIA is 10, AF_INET6, but the address is too short for it.
+        // The family in RTA_VIA is 10 (AF_INET6), but the address is too short for this family.
         assert_eq!(route(&hops.concat()), None);
         let found = supported(route(&hops[..2].concat()));
         let [only] = &found.next_hops[..] else { panic!("{found}") };

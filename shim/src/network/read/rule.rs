@@ -15,7 +15,7 @@ use super::{Entry, ip};
 const DEFAULT_RULES: [(u32, u8); 3] =
     [(0, libc::RT_TABLE_LOCAL), (0x7ffe, libc::RT_TABLE_MAIN), (0x7fff, libc::RT_TABLE_DEFAULT)];
 
-/// Parses the body of a rule message. Returns `None` if it is malformed.
+/// Parses the body of a rule message. Returns `None` if the message is malformed.
 pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
     // struct fib_rule_hdr
     let [family, to, from, tos, table, _, _, action, flags @ ..] = *body.first_chunk::<12>()?;
@@ -97,7 +97,7 @@ mod tests {
 
     use super::*;
 
-    /// Parses a rule with these attributes, and with those that the kernel adds to every rule.
+    /// Parses a rule with these attributes, and with the attributes that the kernel adds to every rule.
     fn parse_rule(
         family: i32,
         lengths: [u8; 2],
