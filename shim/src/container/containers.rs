@@ -17,7 +17,7 @@ pub struct Exec {
     pub process: Arc<Process>,
     /// Process specification for the guest, encoded as `type_url` says.
     pub spec: Vec<u8>,
-    /// AppArmor profile; empty if there is none.
+    /// AppArmor profile. Empty if the request does not set it.
     pub profile: String,
     /// Type URL of `spec`.
     pub type_url: String,
@@ -55,7 +55,7 @@ impl Container {
         }
     }
 
-    /// Returns the init process if `exec` is empty, else the process of that exec.
+    /// Returns the init process if `exec` is empty, otherwise the process of that exec.
     ///
     /// # Errors
     /// [`ServiceError::NoProcess`].
@@ -74,7 +74,7 @@ impl Container {
     /// Adds an exec.
     ///
     /// # Errors
-    /// [`ServiceError::Exists`] if the id is taken.
+    /// [`ServiceError::Exists`] if an exec with this id exists.
     pub fn add_exec(&self, exec: Exec) -> Result<(), ServiceError> {
         let id = exec.process.exec.clone();
         match lock(&self.execs).entry(id) {
@@ -91,7 +91,7 @@ impl Container {
         lock(&self.execs).remove(id);
     }
 
-    /// Returns all processes, execs first: they exit before the init process does.
+    /// Returns all processes. The execs come first, because they exit before the init process does.
     pub fn processes(&self) -> Vec<Arc<Process>> {
         let mut all: Vec<_> = lock(&self.execs).values().map(|exec| Arc::clone(&exec.process)).collect();
         all.push(Arc::clone(&self.init));
@@ -113,7 +113,7 @@ impl Container {
         self.spec.annotations.is_sandbox()
     }
 
-    /// Returns true to the first caller only, which then publishes the OOM event.
+    /// Returns true only to the first caller. The first caller then publishes the OOM event.
     pub fn claim_oom_report(&self) -> bool {
         !self.oom_reported.swap(true, Ordering::Relaxed)
     }
@@ -129,7 +129,7 @@ impl Containers {
     /// Reserves an id. [`Containers::insert`] or [`Containers::remove`] must follow.
     ///
     /// # Errors
-    /// [`ServiceError::Exists`] if the id is taken.
+    /// [`ServiceError::Exists`] if the id is reserved or belongs to a container.
     pub fn reserve(&self, id: &str) -> Result<(), ServiceError> {
         let mut slots = lock(&self.slots);
         if slots.contains_key(id) {
@@ -144,7 +144,7 @@ impl Containers {
         lock(&self.slots).insert(container.id.clone(), Some(container));
     }
 
-    /// Removes an id. Returns whether it was the last one.
+    /// Removes an id. Returns whether no other id remains.
     pub fn remove(&self, id: &str) -> bool {
         let mut slots = lock(&self.slots);
         slots.remove(id);
@@ -154,12 +154,12 @@ impl Containers {
     /// Returns the container with this id.
     ///
     /// # Errors
-    /// [`ServiceError::NoContainer`], also while the container is still being created.
+    /// [`ServiceError::NoContainer`] if no container has this id, or the container is still being created.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
         lock(&self.slots).get(id).cloned().flatten().ok_or(ServiceError::NoContainer)
     }
 
-    /// Returns whether there is no container, and none being created.
+    /// Returns whether no container exists or is being created.
     pub fn is_empty(&self) -> bool {
         lock(&self.slots).is_empty()
     }

@@ -1,4 +1,4 @@
-//! Handles Create: prepares the bundle while the guest still boots, then has the agent create the container.
+//! Handles Create: prepares the bundle while the guest still boots, then tells the agent to create the container.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ use crate::volumes;
 use crate::volumes::mirror;
 
 impl Shim {
-    /// Creates a container. On an error, everything made for it is removed again.
+    /// Creates a container. After an error, removes everything that was made for the container.
     pub(crate) async fn create(&self, request: CreateTaskRequest) -> ttrpc::Result<()> {
         if !crate::ids::is_name(&request.id) {
             return Err(ServiceError::Invalid(format!("container id {:?}", request.id)).into());
@@ -121,16 +121,16 @@ impl Shim {
         Ok(())
     }
 
-    /// Has the agent remove what it holds for a container whose creation failed: copies of volumes, or the container
-    /// itself.
+    /// Tells the agent to remove what it holds for a container whose creation failed: copies of volumes, or the
+    /// container itself.
     ///
-    /// If only the agent's answer was lost, the agent deletes the container as soon as it is created, even if this
-    /// request has timed out by then.
+    /// If only the agent's answer was lost, the agent may still be creating the container. It then deletes the
+    /// container as soon as the container is created, even if this request has timed out by then.
     async fn delete_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
         match agent.task.delete(within(timeouts::QUICK), &request).await {
-            Ok(_) => tracing::info!(container = id, "deleted in the guest after a failed create"),
+            Ok(_) => tracing::info!(container = id, "deleted the container in the guest after a failed create"),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             Err(error) => {
                 tracing::warn!(container = id, %error, "failed to clean up in the guest after a failed create")
@@ -248,7 +248,7 @@ impl Shim {
             annotations: &container.spec.annotations,
         };
         if let Err(error) = hooks::run(kind, hooks, &state).await {
-            tracing::warn!(container = container.id, error = %crate::chain(&error), "hook failed");
+            tracing::warn!(container = container.id, error = %crate::chain(&error), "failed to run the container's hooks");
         }
     }
 }

@@ -15,10 +15,10 @@ use crate::vm::agent::{timeouts, within};
 
 /// Maximum time without progress in copying a container's output before the output counts as complete.
 ///
-/// The container's processes are gone by then, so only a client that does not read can delay the copying.
+/// The container's processes have ended by then. Therefore, only a client that does not read can delay the copying.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The same limit for an exec. A process that the exec left behind may hold its stdout open for ever. runc's shim waits
-/// as long.
+/// The same limit for an exec. A process that the exec left behind may hold the exec's stdout open forever. runc's shim
+/// waits for the same time.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Shim {
@@ -28,9 +28,9 @@ impl Shim {
             return Err(ServiceError::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
-        // Processes that a finished exec has left behind stay. containerd kills every exec once more after its exit,
-        // and does the same to an exec that exceeded its timeout (1.7 and 2.1, WithProcessKill in process.go), so the
-        // two cannot be told apart.
+        // A finished exec is not signalled, and the processes that it has left behind stay. containerd kills every exec
+        // once more after its exit, and also kills an exec that has exceeded its timeout (1.7 and 2.1, WithProcessKill
+        // in process.go). The shim cannot distinguish these two requests.
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),
@@ -50,7 +50,7 @@ impl Shim {
         };
         match agent.task.kill(within(timeouts::QUICK), &guest).await {
             Ok(_) => Ok(()),
-            // The process exited before the signal arrived, alone or because the VM ended.
+            // The process exited before the signal arrived, by itself or because the VM ended.
             Err(_) if self.sandbox.is_dead() || process.exit().is_some() => Err(ServiceError::Finished.into()),
             Err(error) => Err(self.agent_error("kill", error)),
         }
@@ -117,7 +117,7 @@ impl Shim {
             if let Ok(agent) = self.agent() {
                 let request =
                     DeleteRequest { id: container.id.clone(), exec_id: process.exec.clone(), ..Default::default() };
-                // Best effort: the agent has no such exec if its start failed.
+                // Best effort, because the agent does not have the exec if its start failed.
                 if let Err(error) = agent.task.delete(within(timeouts::QUICK), &request).await {
                     tracing::debug!(container = container.id, exec = process.exec, %error, "failed to delete the exec");
                 }

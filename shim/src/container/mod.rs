@@ -43,13 +43,14 @@ pub struct Shim {
     pub(crate) limits: resize::ResourceLimits,
     pub(crate) pids: pids::Pids,
     pub(crate) events: Events,
-    /// The VM is gone, and the exits of all its processes have been published.
+    /// Whether the VM has ended and all its events have been handled. After that, all processes count as exited.
     pub(crate) vm_ended: AtomicBool,
     pub(crate) finishing: AtomicBool,
     pub(crate) finished: watch::Sender<bool>,
 }
 
-/// Runs `work` to completion even if the caller goes away: ttrpc drops a request's handler when its timeout expires.
+/// Runs `work` to completion even if its caller is dropped. ttrpc drops a request's handler when the request's timeout
+/// expires.
 pub(crate) async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
 ) -> ttrpc::Result<T> {
@@ -59,7 +60,7 @@ pub(crate) async fn run_to_completion<T: Send + 'static>(
 impl Shim {
     /// Returns the shim's state for a sandbox, and starts to process `reports`, the agent's events.
     ///
-    /// `pending` is what the launch needs if the sandbox is still to be created by a request.
+    /// If a later request creates the sandbox, `pending` is what its launch needs.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,
@@ -93,10 +94,10 @@ impl Shim {
         &self.events
     }
 
-    /// Tears the sandbox down once, and returns to every caller when that is done.
+    /// Tears the sandbox down once. Returns to every caller when the teardown is complete.
     pub async fn finish(self: &Arc<Self>) {
         if !self.finishing.swap(true, Ordering::Relaxed) {
-            // In a task of its own: the first caller's request may be dropped when its timeout expires.
+            // Uses a separate task, because the first caller's request may be dropped when its timeout expires.
             let shim = Arc::clone(self);
             tokio::spawn(async move {
                 shim.sandbox.tear_down().await;
@@ -106,14 +107,14 @@ impl Shim {
         self.wait_finished().await;
     }
 
-    /// Turns the agent's reports into exits and events. When the VM ends, reports the exit of every process still
-    /// known.
+    /// Turns the agent's reports into exits and events. When the VM ends, reports the exit of every process that has
+    /// not been deleted.
     async fn handle_reports(self: Arc<Self>, mut reports: mpsc::UnboundedReceiver<Report>) {
         while let Some(report) = reports.recv().await {
             match report {
                 Report::Oom { container } => match self.containers.get(&container) {
                     Ok(container) => self.publish_oom(&container),
-                    Err(_) => tracing::warn!(container, "the agent reported an unknown container out of memory"),
+                    Err(_) => tracing::warn!(container, "the agent reported an OOM kill in an unknown container"),
                 },
                 Report::Exit { container, exec, status, at, oom } => {
                     let Ok(container) = self.containers.get(&container) else {
@@ -192,18 +193,18 @@ impl Shim {
         self.sandbox.agent().ok_or(ServiceError::Gone)
     }
 
-    /// Converts an error of the agent. If the VM has ended, the error contains the last lines of its console.
+    /// Converts an error of the agent. If the VM has ended, the error contains the last lines of the guest's console.
     pub(crate) fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
         if self.sandbox.is_dead() {
             let console = self.sandbox.console_tail();
             let console =
-                if console.is_empty() { console } else { format!("; the last lines of its console:\n{console}") };
-            return ServiceError::failed(format!("{what}: the VM has ended{console}")).into();
+                if console.is_empty() { console } else { format!("; the last lines of the guest's console:\n{console}") };
+            return ServiceError::failed(format!("the agent's {what} call failed: the VM has ended{console}")).into();
         }
         crate::vm::agent::error(what, error)
     }
 
-    /// Opens the streams that a process's stdio needs and starts copying. Returns the stream names for the guest's
+    /// Opens the streams that a process's stdio needs and starts copying. Returns the stream tokens for the guest's
     /// request.
     pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, StreamTokens), ServiceError> {
         let needed = stdio.needed_streams();
@@ -241,7 +242,7 @@ impl Shim {
     }
 }
 
-/// Names of a process's streams in the guest's request.
+/// The stream tokens that name a process's streams in the guest's request.
 #[derive(Debug, Default)]
 pub(crate) struct StreamTokens {
     stdin: String,

@@ -1,7 +1,7 @@
 //! PIDs that containerd sees for containers.
 //!
-//! A container outside a pod has the VMM's PID. Each container of a pod has a PID of its own, so that a specification
-//! can name its PID namespace as `/proc/PID/ns/pid`.
+//! A container outside a pod has the VMM's PID. Each container of a pod has its own PID, so that a specification can
+//! name the container's PID namespace as `/proc/PID/ns/pid`.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -10,19 +10,19 @@ use crate::container::Shim;
 use crate::lock;
 use crate::oci::Spec;
 
-/// PIDs of the containers that have one of their own, by container id.
+/// PIDs of the containers that have their own PID, by container id.
 #[derive(Default)]
 pub(crate) struct Pids(Mutex<HashMap<String, u32>>);
 
 impl Shim {
-    /// Returns the PID that containerd is told for a container and its processes.
+    /// Returns the PID that the shim reports to containerd for a container and its processes.
     ///
-    /// It is a live process or thread on the host, in the pod's network namespace and cgroup.
+    /// It belongs to a live process or thread on the host, in the pod's network namespace and cgroup.
     pub(crate) fn pid(&self, container: &str) -> u32 {
         lock(&self.pids.0).get(container).copied().unwrap_or_else(|| self.sandbox.pid())
     }
 
-    /// Returns the ids of the containers that have a PID of their own, by PID.
+    /// Returns the ids of the containers that have their own PID, by PID.
     pub(crate) fn pids(&self) -> HashMap<u32, String> {
         lock(&self.pids.0).iter().map(|(id, pid)| (*pid, id.clone())).collect()
     }

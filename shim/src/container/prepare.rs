@@ -26,7 +26,7 @@ pub struct Request<'a> {
     pub id: &'a str,
     /// Path of the sandbox's share on the host ([`crate::volumes::Share::host`]).
     pub share: &'a Path,
-    /// Mounts of the rootfs. Without any, the bundle contains the rootfs.
+    /// Mounts of the rootfs. If the list is empty, the bundle contains the rootfs.
     pub rootfs: &'a [RootMount],
     /// Ids of the other containers, by their PID on the host.
     pub pids: &'a HashMap<u32, String>,
@@ -41,14 +41,14 @@ pub struct Prepared {
     pub rootfs: String,
     /// Notes for the log about settings that the guest does not support.
     pub notes: Vec<String>,
-    /// True if the host's later mounts must be propagated to a volume ([`crate::volumes::sync_mounts`]).
+    /// Whether the host's later mounts must be propagated to a volume ([`crate::volumes::sync_mounts`]).
     pub needs_propagation: bool,
     /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,
     /// Volumes that must be set up in the guest before it creates the container.
     pub volumes: GuestVolumes,
     /// Block devices of the host, which must be attached to the VM before the guest creates the container. The
-    /// specification has the host's numbers until [`crate::oci::replace_disk_numbers`].
+    /// specification has the host's device numbers until [`crate::oci::replace_disk_numbers`] replaces them.
     pub disks: Vec<Disk>,
 }
 
@@ -67,11 +67,11 @@ pub enum PrepareError {
     /// A volume cannot be made available to the guest.
     #[error(transparent)]
     Volume(#[from] VolumeError),
-    /// Host-only file systems cannot be distinguished from others.
+    /// Host-only file systems cannot be distinguished from other file systems.
     #[error(transparent)]
     HostOnly(#[from] SyncError),
     /// A directory in the share cannot be created.
-    #[error("failed to create {}", path.display())]
+    #[error("failed to create the directory {} in the share", path.display())]
     Create {
         /// Path of the directory.
         path: PathBuf,
@@ -84,14 +84,14 @@ pub enum PrepareError {
 /// Creates the container's mounts in the share, and its specification for the guest.
 ///
 /// # Errors
-/// [`PrepareError`]. All mounts of this container are removed in this case.
+/// [`PrepareError`]. All mounts that were made for the container are removed in this case.
 pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
     let Request { id, share, .. } = *request;
     // containerd's rule is stricter. This check keeps the path inside the share.
     if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
         return Err(PrepareError::Id(id.into()));
     }
-    // Before any mount is made, because an invalid specification then needs no cleanup.
+    // Translates the specification before any mount is made. Then, an invalid specification does not need a cleanup.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
@@ -128,7 +128,7 @@ fn mount(
     let target = share.join(id).join("rootfs");
     let stage = StagingDir::for_share(share);
     let host_only = stage.host_only(share)?;
-    // No conflict with volumes: their names begin with a number and a dot.
+    // This name cannot conflict with a volume's name, because that begins with a number and a dot.
     let context = CopyContext { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);

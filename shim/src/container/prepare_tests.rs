@@ -1,4 +1,5 @@
-//! Tests [`prepare`] with real mounts, each in a separate mount namespace. They need root, as `cargo xtask test` does.
+//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root, as `cargo xtask
+//! test` does.
 
 use std::{
     collections::HashMap,
@@ -18,7 +19,7 @@ use crate::oci::Bundle;
 use crate::oci::bundle::tests::sample;
 use crate::volumes::*;
 
-/// Runs `test` in a thread with a new mount namespace and a new directory, like those of the shim's daemon.
+/// Runs `test` in a thread with a new directory and a new mount namespace, which is like that of the shim's daemon.
 fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
@@ -31,7 +32,7 @@ fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
 }
 
 fn mounts_below(dir: &Path) -> Vec<String> {
-    // The thread's mount list, because the process's main thread is in another namespace.
+    // Reads the thread's mount list, because the process's main thread is in another namespace.
     let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let dir = dir.to_str().unwrap();
     text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| at.starts_with(dir)).map(Into::into).collect()
@@ -60,8 +61,8 @@ fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
     Bundle::read(dir).unwrap()
 }
 
-/// Returns the source of mount `index` of a prepared specification, as a path of the host in the guest's view of the
-/// share.
+/// Returns the source of mount `index` of a prepared specification. The result is a host path in the guest's view of
+/// the share.
 fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
     let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
     let path = spec["mounts"][index]["source"].as_str().unwrap().to_owned();
@@ -110,7 +111,7 @@ fn prepare_mounts_for_the_guest_and_teardown_unmounts() {
         let (second, third) = (guest_source(&share, &prepared, 2), guest_source(&share, &prepared, 3));
         assert_eq!(spec["mounts"][0], sample()["mounts"][0]);
 
-        // The guest's view, through the read-only slave mount of the share.
+        // Checks the guest's view, through the read-only slave mount of the share.
         let guest = share.guest.join("c1");
         assert_eq!(fs::read_to_string(guest.join("rootfs/from-the-lowest")).unwrap(), "x");
         fs::write(guest.join("rootfs/new"), "new").unwrap();
@@ -133,7 +134,7 @@ fn prepare_mounts_for_the_guest_and_teardown_unmounts() {
             assert_eq!(entries_in_share(&share), 0);
         }
         drop(held);
-        assert!(data.join("below/deep").exists() && file.exists(), "the sources are untouched");
+        assert!(data.join("below/deep").exists() && file.exists(), "the teardown has removed the sources");
         assert_eq!(mounts_below(&dir.join("sandbox")).len(), 3);
         for _ in 0..2 {
             share.unmount();
@@ -166,7 +167,7 @@ fn prepare_unmounts_after_a_failure() {
 }
 
 #[test]
-fn prepare_mounts_more_layers_than_fit_a_page() {
+fn prepare_mounts_layers_whose_options_exceed_a_page() {
     isolated(|dir| {
         let share = share(dir);
         let rootfs = [overlay(dir, 120)];
@@ -246,10 +247,10 @@ fn later_mounts_propagate_to_slave_volumes_only() {
         mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
         fs::write(source.join("later/x"), "").unwrap();
         sync_mounts(&share.host).unwrap();
-        assert!(guest_source(&share, &prepared, 2).join("later/x").exists(), "a slave mount receives later mounts");
-        assert!(!guest_source(&share, &prepared, 3).join("later/x").exists(), "a private mount does not");
+        assert!(guest_source(&share, &prepared, 2).join("later/x").exists(), "the slave mount did not receive the later mount");
+        assert!(!guest_source(&share, &prepared, 3).join("later/x").exists(), "the private mount received the later mount");
         teardown(&share.host, "c1").unwrap();
-        assert!(source.join("later/x").exists(), "the host's mounts are unchanged");
+        assert!(source.join("later/x").exists(), "the teardown has unmounted a mount of the host");
         share.unmount();
     });
 }
@@ -281,7 +282,7 @@ fn containers_share_one_mount_of_a_directory() {
         fs::write(at.join("file"), "x").unwrap();
         assert!(fs::write(read_only.join("file"), "y").is_err());
         teardown(&share.host, "a").unwrap();
-        assert!(at.join("file").exists(), "container b still uses it");
+        assert!(at.join("file").exists(), "the volume is gone, although container b still uses it");
         teardown(&share.host, "b").unwrap();
         assert!(!at.exists() && read_only.join("file").exists());
         teardown(&share.host, "c").unwrap();
@@ -291,7 +292,8 @@ fn containers_share_one_mount_of_a_directory() {
     });
 }
 
-/// Host-only file system types, each with the name of a directory on which a test mounts it without effect on the host.
+/// Host-only file system types, each with the name of the directory on which a test mounts it. These mounts have no
+/// effect on the host.
 const HOST_ONLY: [(&str, &str); 6] = [
     ("proc", "proc"),
     ("sysfs", "sys"),
@@ -310,7 +312,7 @@ fn mount_host_only(dir: &Path) -> PathBuf {
         let options = (kind == "devpts").then_some("newinstance");
         mount(Some(kind), &root.join(name), Some(kind), MsFlags::empty(), options).unwrap();
     }
-    // A tmpfs on a host-only mount, and one inside such a mount, are left out with it.
+    // A tmpfs that covers a host-only mount, and a tmpfs inside a host-only mount, are excluded with that mount.
     mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none)
         .or_else(|_| {
             fs::create_dir(root.join("dev/shm"))?;
@@ -413,7 +415,7 @@ fn sync_propagates_later_mounts_except_host_only_ones() {
 }
 
 #[test]
-fn sync_repeats_mounts_that_cover_others() {
+fn sync_propagates_mounts_that_cover_other_mounts() {
     isolated(|dir| {
         let share = share(dir);
         let root = shared_mount(dir);
@@ -430,7 +432,7 @@ fn sync_repeats_mounts_that_cover_others() {
         assert!(seen.join("a/b/second").exists());
         tmpfs("a", "third");
         assert!(seen.join("a/third").exists() && !seen.join("a/b").exists());
-        // On the root of the volume.
+        // The next mount covers the root of the volume.
         tmpfs("", "fourth");
         assert!(seen.join("fourth").exists() && !seen.join("a").exists());
         for (path, file) in [("", "a/third"), ("a", "a/b/second"), ("a/b", "a/b/first")] {
@@ -461,7 +463,7 @@ fn sync_ignores_covered_host_only_mounts() {
             nix::mount::umount(&root.join("run")).unwrap();
             sync_mounts(&share.host).unwrap();
             if options.contains(&"rslave") {
-                assert_eq!(fs::read(seen.join("run/netns/a")).unwrap(), b"", "the namespace's file is not mounted");
+                assert_eq!(fs::read(seen.join("run/netns/a")).unwrap(), b"", "the namespace's file is mounted");
             }
             teardown(&share.host, "c1").unwrap();
             assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));

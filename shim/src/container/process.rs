@@ -1,4 +1,5 @@
-//! State machine of one process: a container's init process or an exec. Its lock is never held across a call.
+//! State machine of one process: a container's init process or an exec. Its lock is never held during a call to the
+//! agent.
 
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -21,9 +22,9 @@ pub struct Exit {
 /// State of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Created, not started.
+    /// Created, but not started.
     Created,
-    /// The agent is starting it.
+    /// The agent is starting the process.
     Starting,
     /// Running.
     Running,
@@ -56,7 +57,7 @@ struct Inner {
 pub struct Process {
     /// Id of the container.
     pub container: String,
-    /// Id of the exec; empty for the init process.
+    /// Id of the exec. Empty for the init process.
     pub exec: String,
     /// Paths of the stdio streams, as in the request.
     pub paths: Paths,
@@ -71,7 +72,7 @@ pub enum ExitReport {
     Publish,
     /// Do nothing yet: [`Process::confirm_start`] returns the exit once the start event is published.
     Deferred,
-    /// Ignore it: the exit has been reported before.
+    /// Ignore the exit, because an exit has been reported before.
     Duplicate,
 }
 
@@ -107,7 +108,7 @@ impl Process {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
             Ok(Some(exit)) => exit,
-            // Unreachable: the sender belongs to `self`.
+            // This is unreachable, because the sender belongs to `self`.
             _ => Exit { status: 255, at: SystemTime::now() },
         }
     }
@@ -128,7 +129,7 @@ impl Process {
         drop(relay);
     }
 
-    /// Moves from created to starting.
+    /// Changes the state from created to starting.
     ///
     /// # Errors
     /// [`ServiceError::Start`] from any other state.
@@ -141,7 +142,8 @@ impl Process {
         Ok(())
     }
 
-    /// Records that the start event was published. Returns the exit to publish next, if one was reported before it.
+    /// Records that the start event was published. If an exit was reported before, returns it. It must be published
+    /// next.
     pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.deferred_exit.take() {
@@ -190,10 +192,10 @@ impl Process {
         }
     }
 
-    /// Begins the deletion. Later callers get `deleted`. Returns the state before.
+    /// Begins the deletion. Returns the state before the deletion.
     ///
     /// # Errors
-    /// [`ServiceError::Delete`] while the process runs, `deleted` if it is already deleted.
+    /// [`ServiceError::Delete`] if the process runs, or `deleted` if its deletion has begun before.
     pub fn begin_delete(&self, deleted: ServiceError) -> Result<State, ServiceError> {
         let mut inner = lock(&self.inner);
         match inner.state {

@@ -1,4 +1,5 @@
-//! Resizes the pod with its containers: grows it before a container gets more, shrinks it after a container has less.
+//! Resizes the pod when its containers change. Grows the pod before a container gets more resources, and shrinks it
+//! after a container has fewer resources.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,15 +19,15 @@ pub(crate) struct ResourceLimits {
 }
 
 impl Shim {
-    /// Grows the pod for a container that is about to be created. A container outside a pod has its full size from
-    /// boot.
+    /// Grows the pod for a container that is about to be created. If a container is outside a pod, its VM already boots
+    /// with the full size.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.limits.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.log_vcpu_shortage();
-        // The pod boots with the size for its first containers, which are created one by one. Creating one must not
-        // shrink it.
+        // The pod boots with the size for its first containers, which are created one by one. The creation of one of
+        // them must not shrink the pod.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),
@@ -42,7 +43,7 @@ impl Shim {
         }
     }
 
-    /// Queues a resize of the pod and its host limits to what its containers need. Does not wait for it.
+    /// Queues a resize of the pod and its host limits to what its containers need. Does not wait for the resize.
     pub(crate) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
             resizer.queue(target);
@@ -83,7 +84,7 @@ impl Shim {
         }
     }
 
-    /// Logs that the pod has fewer vCPUs than its containers may use: it is slower than it would be under runc.
+    /// Logs it if the pod has fewer vCPUs than its containers may use. Such a pod is slower than under runc.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
         let (wanted, most) = (resizer.growth.vcpus(lock(&self.limits.pod).values()), resizer.growth.max.vcpus);

@@ -1,7 +1,7 @@
 //! The sandbox container of a Kubernetes pod: a record that stands for the VM.
 //!
-//! Its image contains only the pause program, which waits for signals. Husk never runs it, but reports to containerd
-//! what the pause program would do.
+//! Its image contains only the pause program, which waits for signals. Husk never runs this program, but reports to
+//! containerd what the program would do.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -45,8 +45,8 @@ impl Shim {
 
 /// Returns the exit status of the pause program after a signal, or `None` if the signal does not end it.
 ///
-/// The program handles SIGINT and SIGTERM. PID 1 of a PID namespace gets no other signal except SIGKILL
-/// (kubernetes/build/pause/linux/pause.c; pid_namespaces(7)).
+/// The program handles SIGINT and SIGTERM (kubernetes/build/pause/linux/pause.c). PID 1 of a PID namespace gets only
+/// the signals that it handles, and SIGKILL (pid_namespaces(7)).
 fn status_after(signal: u32) -> Option<u32> {
     match i32::try_from(signal).unwrap_or_default() {
         libc::SIGINT | libc::SIGTERM => Some(0),

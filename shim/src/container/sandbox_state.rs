@@ -35,7 +35,7 @@ pub struct SandboxState {
 }
 
 struct Created {
-    /// Specification that this shim made for the sandbox; `{}` if the bundle has one.
+    /// Specification that this shim made for the sandbox. It is `{}` if the bundle has a specification.
     spec: Value,
     /// Directory of the pod's files, if this shim wrote them.
     files: Option<PathBuf>,
@@ -68,7 +68,7 @@ impl SandboxState {
         *self.exit.borrow()
     }
 
-    /// Returns the specification that this shim made, or null.
+    /// Returns the specification that this shim made, or null if no request created the sandbox.
     pub fn spec(&self) -> Value {
         self.created.get().map_or(Value::Null, |created| created.spec.clone())
     }
@@ -99,7 +99,7 @@ impl SandboxState {
 impl Shim {
     /// Creates the sandbox from the pod's configuration and starts its boot.
     ///
-    /// A sandbox whose bundle has a specification is already booting.
+    /// If the bundle has a specification, the sandbox is already booting.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
         let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {
@@ -142,7 +142,7 @@ impl Shim {
         self.sandbox_state.wait().await;
     }
 
-    /// Returns if no request creates this sandbox within `CREATE_TIMEOUT`; otherwise never.
+    /// Returns if no request creates this sandbox within `CREATE_TIMEOUT`. Otherwise, never returns.
     pub async fn create_timed_out(self: &Arc<Self>) {
         if lock(&self.sandbox_state.pending).is_none() {
             return std::future::pending().await;

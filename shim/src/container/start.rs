@@ -25,7 +25,8 @@ impl Shim {
     pub(crate) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
         let process = &container.init;
         let agent = self.agent()?;
-        // The pod's network may have been configured since the sandbox was created. Later containers find it in place.
+        // The pod's network may have been configured after the sandbox was created. Later containers do not wait,
+        // because the guest already has this configuration.
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
@@ -50,7 +51,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Adds an exec. The agent is told when the exec is started; runc's shim reports errors at that point too.
+    /// Adds an exec. The agent gets the exec only when it is started. runc's shim, too, reports errors at that point.
     pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.exec_id) {
             return Err(ServiceError::Invalid(format!("exec id {:?}", request.exec_id)));
