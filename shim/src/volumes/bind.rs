@@ -1,4 +1,4 @@
-//! Binds host directories and files into the share: once for the whole pod, even if several containers use them.
+//! Binds host directories and files into the share, each once for the whole pod, even if several containers use it.
 //!
 //! The virtio-fs server tells files apart by the mount through which they are reached (virtiofsd,
 //! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes: a fifo, a socket or a
@@ -26,8 +26,8 @@ use crate::volumes::unmount::{remove, unmount};
 /// may cache a directory's old entry for a while.
 pub use husk_proto::SHARED_VOLUMES as VOLUMES;
 
-/// Number with which the name of the next mount begins. The lock is held while markers and mounts must be consistent:
-/// containers are created and deleted on separate threads.
+/// Number with which the name of the next mount begins. The lock is held while markers and mounts must be consistent,
+/// because containers are created and deleted on separate threads.
 static NEXT_NUMBER: Mutex<u64> = Mutex::new(0);
 
 /// Locks markers and mounts. Gives access to the number of the next mount.
@@ -44,21 +44,21 @@ pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
 pub struct Source<'a> {
     /// The directory or file.
     pub file: &'a OwnedFd,
-    /// True for a directory.
+    /// Whether the source is a directory.
     pub directory: bool,
     /// Id mappings of an id-mapped mount.
     pub id_mappings: Option<&'a IdMappings>,
     /// Mount options that the host applies.
     pub flags: Flags,
-    /// Use one mount for a file or directory, even if the host reaches it through several mounts.
+    /// Whether to use one mount for a file or directory, even if the host reaches it through several mounts.
     pub ignores_mount_id: bool,
-    /// Propagate the host's later mounts to the guest.
+    /// Whether to propagate the host's later mounts to the guest.
     pub receives_mounts: bool,
 }
 
-/// Binds `source` into the share for container `id`, unless it is there already. Returns its path in the guest.
+/// Binds `source` into the share for container `id`, unless the share already has it. Returns its path in the guest.
 ///
-/// Host-only file systems that are left out are added to `notes`.
+/// If host-only file systems are omitted, adds a text about them to `notes`.
 pub fn bind(
     mount: &Mount,
     source: &Source<'_>,
@@ -88,7 +88,7 @@ pub fn bind(
         let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
         made.map_err(host("create the mount point"))?;
         let left_out = attach(source, &target, host_only, (&stage, &name)).map_err(|(step, source)| {
-            // Otherwise `find_mount` would find the empty mount point.
+            // Removes the mount point, because `find_mount` would otherwise find it.
             let _ = remove(&target);
             host(step)(source)
         })?;
@@ -106,7 +106,7 @@ pub fn bind(
 
 type Step = (&'static str, io::Error);
 
-/// Attaches a copy of the source's mounts at `target`. Returns the paths of the mounts that are left out.
+/// Attaches a copy of the source's mounts at `target`. Returns the paths of the mounts that are omitted.
 fn attach(
     source: &Source<'_>,
     target: &Path,
@@ -123,12 +123,12 @@ fn attach(
     }
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
-        // Fails if the file system of a submount does not support id-mapped mounts, as with runc.
+        // As with runc, this fails if the file system of a submount does not support id-mapped mounts.
         mount_api::set_id_mapping(tree.as_fd(), user_namespace.as_fd(), recursive)
             .map_err(at("set the id mappings"))?;
     }
     if flags.read_only {
-        // On the host as well as in the guest, so that a guest with a compromised kernel still cannot write.
+        // The guest also makes the mount read-only. But a guest with a compromised kernel must not be able to write.
         mount_api::set_attributes(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make the mount read-only"))?;
     }
@@ -156,7 +156,7 @@ fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Resul
     Ok(tree)
 }
 
-/// Repeats in the share the host's mounts and unmounts in volumes with `rslave` propagation. Calls must not overlap.
+/// Applies the host's mounts and unmounts in volumes with `rslave` propagation to the share. Calls must not overlap.
 ///
 /// # Errors
 /// The first error. The other volumes are updated nevertheless.
@@ -200,7 +200,7 @@ fn find_mount(share: &Path, key: &str) -> io::Result<Option<String>> {
 /// Returns the key that identifies a mount: its source, the host's mount through which it is reached, and its flags.
 fn mount_key(source: &Source<'_>) -> io::Result<String> {
     let stat = fstat(source.file)?;
-    // Instead of the mount id, the mount's flags (such as read-only) are part of the key.
+    // A key without the mount id contains the mount's flags, such as read-only, instead.
     let mount = match source.ignores_mount_id {
         true => format!("m{:x}", fstatvfs(source.file)?.flags().bits()),
         false => format!("{:x}", mount_api::mount_id(source.file.as_fd())?),
@@ -215,10 +215,10 @@ fn mount_key(source: &Source<'_>) -> io::Result<String> {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Flags {
     recursive: bool,
-    /// Nobody may write to the mount.
+    /// The mount is read-only.
     pub read_only: bool,
     read_only_submounts: bool,
-    /// The mount is a slave of the host's mount (mount_namespaces(7)), so it receives later mounts.
+    /// The mount is a slave of the host's mount and therefore receives later mounts (mount_namespaces(7)).
     pub slave: bool,
 }
 
@@ -240,8 +240,8 @@ impl Flags {
         flags
     }
 
-    /// Returns the flags of a mount that all containers of the pod share. The guest enforces for each container whether
-    /// it may write, and whether it receives later mounts.
+    /// Returns the flags of a mount that all containers of the pod share. For each container, the guest enforces
+    /// whether the container may write, and whether it receives later mounts.
     pub fn enforced_by_guest() -> Self {
         Self { recursive: true, read_only: false, read_only_submounts: false, slave: false }
     }

@@ -23,7 +23,7 @@ use crate::volumes::mountinfo::Entry;
 use crate::volumes::{mount_api, mountinfo};
 
 /// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each
-/// file system's source). devtmpfs has none, because its `f_type` is that of tmpfs.
+/// file system's source). devtmpfs has no value, because its `f_type` is that of tmpfs.
 const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
@@ -59,19 +59,19 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
-/// Distinguishes host-only file systems from others.
+/// Distinguishes host-only file systems from other file systems.
 #[derive(Debug, Clone)]
 pub struct HostOnly {
-    /// Device numbers of file systems that are host-only although their type is not, with their names.
+    /// Device numbers of file systems that are host-only although their type is not in `TYPES`, with their names.
     devices: Vec<(u64, &'static str)>,
 }
 
 impl HostOnly {
     /// Returns the rule for a sandbox with these directories.
     ///
-    /// Host-only are the types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories. A
-    /// tmpfs at `/dev` has device nodes if the node is itself a container. Without the directories, a volume of `/`
-    /// would give a container write access to the share.
+    /// The types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories are host-only. A
+    /// tmpfs at `/dev` has device nodes if the node is itself a container. If the sandbox's directories were not
+    /// host-only, a volume of `/` would give a container write access to the share.
     ///
     /// # Errors
     /// The error of stat(2), because an incomplete rule would admit a host-only file system.
@@ -87,7 +87,7 @@ impl HostOnly {
         Ok(Self { devices })
     }
 
-    /// Whether a file system type, as mount(2) takes it, is host-only.
+    /// Returns whether a file system type, as named in mount(2), is host-only.
     pub fn is_type(kind: &str) -> bool {
         TYPES.iter().any(|(of_type, _)| *of_type == kind)
     }
@@ -108,8 +108,8 @@ impl HostOnly {
 
     /// Returns the name of the host-only file system that `file` is on, or `None` if that file system is not host-only.
     ///
-    /// The type of the mount decides. The kernel's internal mounts, such as those of nsfs and pidfs, are in no mount
-    /// list; for these the result of statfs(2) decides.
+    /// The type of the mount decides. The kernel's internal mounts, such as those of nsfs and pidfs, are not in the
+    /// mount list. For these mounts, the result of statfs(2) decides.
     ///
     /// # Errors
     /// The error of fstatfs(2), fstat(2) or of reading the mount list.
@@ -125,11 +125,11 @@ impl HostOnly {
         }
     }
 
-    /// As [`HostOnly::type_of`], for a layer of an overlay. It reads the mount list only for a layer on a tmpfs, as which
-    /// statfs(2) also reports devtmpfs.
+    /// Does the same as [`HostOnly::type_of`] for a layer of an overlay. Reads the mount list only for a layer on a
+    /// tmpfs, because statfs(2) also reports devtmpfs as tmpfs.
     ///
     /// # Errors
-    /// As [`HostOnly::type_of`].
+    /// The errors of [`HostOnly::type_of`].
     pub fn type_of_layer(&self, file: &OwnedFd) -> io::Result<Option<&'static str>> {
         let magic = fstatfs(file)?.filesystem_type();
         if magic == TMPFS_MAGIC {
@@ -139,14 +139,14 @@ impl HostOnly {
     }
 }
 
-/// Directories of /dev on host-only file systems that exist in every guest.
+/// Directories in /dev that are on host-only file systems and exist in every guest.
 const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
 
-/// Returns the guest's path for the host's file or directory `path` on a host-only file system: the same path, if the
+/// Returns the guest path that replaces `path`, a host path on a host-only file system. It is the same path if the
 /// guest has its own instance there.
 ///
-/// Returns `None` for the directory of a process, because the same PID is another process in the guest, and for other
-/// directories of devices.
+/// Returns `None` for the directory of a process, because the same PID is another process in the guest. Also returns
+/// `None` for other directories of devices.
 pub fn guest_path(path: &Path) -> Option<PathBuf> {
     let in_guest = match path.strip_prefix("/proc") {
         Ok(rest) => !rest.components().next().is_some_and(|first| is_process_dir(first.as_os_str())),
@@ -180,7 +180,7 @@ mod tests {
         // `contains` and `type_of` agree on every mount of the host.
         for entry in mountinfo::read().unwrap() {
             let Ok(file) = mount_api::open_path(&entry.point, false) else { continue };
-            // Another mount may cover it.
+            // Another mount may cover this mount.
             if mount_api::mount_id(std::os::fd::AsFd::as_fd(&file)).unwrap() == entry.id {
                 assert_eq!(host_only.type_of(&file).unwrap().is_some(), host_only.contains(&entry), "{entry:?}");
             }

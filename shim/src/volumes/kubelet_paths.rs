@@ -1,5 +1,5 @@
-//! The kubelet's directories for a pod's volumes on the node: finds the volume, and the subdirectory, of a mount's
-//! source.
+//! The kubelet's directories for a pod's volumes on the node. Finds the volume, and the subdirectory in it, to which a
+//! mount's source belongs.
 
 use std::{
     fs, io,
@@ -19,21 +19,21 @@ use nix::{
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{mount_api, mountinfo};
 
-/// An emptyDir on a disk, which the guest has by virtio-fs, or a subdirectory of one.
+/// An emptyDir on a disk, or a subdirectory of such an emptyDir. The guest accesses it through virtio-fs.
 #[derive(Debug)]
 pub struct DiskEmptyDir {
     /// The volume's directory.
     pub root: OwnedFd,
-    /// The components of the subdirectory's path; empty for the whole volume.
+    /// The components of the subdirectory's path. Empty for the whole volume.
     pub subdirectory: Vec<VolumeDirectory>,
 }
 
 /// Returns the emptyDir of the pod with uid `pod` that contains `source`, a file or directory opened at `path`. Returns
-/// `None` if there is no such volume, or if it is a memory volume.
+/// `None` if the source is not in such a volume, or if the volume is a memory volume.
 ///
-/// An emptyDir belongs to a single pod, so the whole volume can be bound into the share. The guest then enforces
-/// whether a container may write to it, and which subdirectory a container gets. With a separate mount for each
-/// container, each would see different inodes (see [`crate::volumes::bind`]).
+/// An emptyDir belongs to a single pod. Therefore, the whole volume can be bound into the share. The guest then
+/// enforces whether a container may write to it, and which subdirectory a container gets. With separate mounts, each
+/// container would see different inodes (see [`crate::volumes::bind`]).
 ///
 /// # Errors
 /// The kernel's error.
@@ -58,10 +58,12 @@ pub fn disk_empty_dir(
     if device_and_inode(&volume)? == device_and_inode(source)? {
         return Ok(Some(DiskEmptyDir { root: volume, subdirectory: Vec::new() }));
     }
-    // A subPath is a separate mount. Comparing both paths within their file system shows where in the volume it lies.
+    // A subPath is a separate mount. Comparing both paths within their file system shows the subPath's place in the
+    // volume.
     let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
-    // A mount inside the volume is not part of it. Neither is a directory that was removed or renamed in the meantime.
+    // A mount inside the volume is not part of the volume. A directory that was removed or renamed in the meantime is
+    // not part of it either.
     match stat_components(&volume, subdirectory, id_mappings) {
         Ok((subdirectory, end)) if end == device_and_inode(source)? => {
             Ok(Some(DiskEmptyDir { root: volume, subdirectory }))
@@ -72,8 +74,8 @@ pub fn disk_empty_dir(
     }
 }
 
-/// Returns whether `path` is a `subPath` of a volume. The kubelet creates a new mount of it for each container that
-/// uses it (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
+/// Returns whether `path` is a `subPath` of a volume. The kubelet creates a new mount of the subPath for each container
+/// that uses it (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
 pub fn is_sub_path(path: &Path) -> bool {
     is_third_ancestor(path, "volume-subpaths")
 }
@@ -88,7 +90,7 @@ fn device_and_inode(file: &OwnedFd) -> io::Result<(u64, u64)> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// Returns name and directory of the emptyDir that contains `path`, or of which `path` is a subPath
+/// Returns the name and the directory of the emptyDir that contains `path`, or that has `path` as a subPath
 /// (`<pod>/volumes/kubernetes.io~empty-dir/<name>`, `<pod>/volume-subpaths/<name>/<container>/<number>`).
 pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     let parts: Vec<&str> = path.components().filter_map(|part| part.as_os_str().to_str()).collect();

@@ -12,7 +12,7 @@ const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
-/// Maximum attempts: another process may take the free loop device before it is opened here.
+/// Maximum number of attempts. An attempt fails if another process takes the free loop device first.
 const ATTEMPTS: usize = 64;
 
 /// `struct loop_info64`.
@@ -42,7 +42,7 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// Attaches `file` to a loop device. The device is detached once the handle is closed and nothing is mounted from it.
+/// Attaches `file` to a loop device. The device is detached once the file is closed and nothing is mounted from it.
 pub fn attach(file: &Path, read_only: bool) -> io::Result<(PathBuf, File)> {
     let backing = OpenOptions::new().read(true).write(!read_only).open(file)?;
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;

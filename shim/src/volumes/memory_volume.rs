@@ -1,9 +1,9 @@
 //! Memory volumes: emptyDirs of medium `Memory` and `HugePages` (Kubernetes, pkg/volume/emptydir).
 //!
 //! The guest creates a file system for each of them, in place of the kubelet's file system on the host. The contents
-//! then count as the container's memory, as under runc. Shared by virtio-fs they would count as the VMM's memory, and
-//! huge pages cannot be shared that way at all. The guest's volume has the size and owner of the kubelet's, and lives
-//! as long as the pod.
+//! then count as the container's memory, as under runc. If virtio-fs shared the contents, they would count as the VMM's
+//! memory. virtio-fs cannot share huge pages at all. The guest's volume has the size and owner of the kubelet's volume,
+//! and lives as long as the pod.
 
 use std::{
     fs, io,
@@ -36,7 +36,7 @@ pub enum MemoryVolumeError {
     #[error("huge pages of the host cannot be shared with a VM; use an emptyDir of medium HugePages-2Mi")]
     Shared,
     /// Huge pages of an unsupported size.
-    #[error("huge pages of {0} bytes: a VM supports only huge pages of 2 MiB (medium HugePages-2Mi)")]
+    #[error("huge pages of {0} bytes are not supported; use huge pages of 2 MiB (medium HugePages-2Mi)")]
     Size(u64),
 }
 
@@ -125,7 +125,7 @@ mod tests {
             request_for(&fd, path, None, ("c", 0)).unwrap()
         };
         assert_eq!(request_at(dir.path()), None);
-        // A tmpfs, but not an emptyDir.
+        // This is a tmpfs, but not an emptyDir.
         assert_eq!(request_at(Path::new("/dev/shm")), None);
     }
 }

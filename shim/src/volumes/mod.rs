@@ -1,7 +1,7 @@
 //! Root file systems and volumes: mounted in the sandbox's share on the host, and mirrored or created in the guest.
 //!
-//! Everything here blocks on file system and mount calls, except [`mirror`]: call it from `spawn_blocking`, or before
-//! the runtime is up.
+//! All functions except those of [`mirror`] block on file system and mount calls. Call them in `spawn_blocking`, or
+//! before the async runtime is started.
 
 pub mod bind;
 pub mod error;

@@ -12,7 +12,7 @@ pub use husk_base::sys::mount::{MOUNT_ATTR_RDONLY, attach, clone_tree, mount_id,
 /// Opens `path` with O_PATH. A symlink in the last component is followed if `follow` is true.
 ///
 /// # Errors
-/// Those of open(2).
+/// The errors of open(2).
 pub fn open_path(path: &Path, follow: bool) -> io::Result<OwnedFd> {
     let no_follow = if follow { OFlag::empty() } else { OFlag::O_NOFOLLOW };
     Ok(open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | no_follow, Mode::empty())?)

@@ -1,4 +1,4 @@
-//! Mount trees from the kernel's mount list, and which of their submounts a path lookup reaches.
+//! Builds mount trees from the kernel's mount list, and finds the submounts that a path lookup reaches.
 
 use std::{
     collections::HashMap,
@@ -17,7 +17,7 @@ pub struct Tree<'a> {
 /// A submount of a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Submount<'a> {
-    /// Mount point, relative to that of the tree; empty for a mount that covers the tree's root.
+    /// Mount point, relative to the tree's mount point. Empty for a mount that covers the tree's root.
     pub path: PathBuf,
     /// The mount's entry in the mount list.
     pub entry: &'a Entry,
@@ -37,15 +37,15 @@ impl<'a> Tree<'a> {
         for entry in entries.iter().filter(|entry| entry.id != entry.parent) {
             children.entry(entry.parent).or_default().push(entry);
         }
-        // Sorted by path components: a directory comes directly before everything below it.
+        // Sorts by path components, so that a directory comes directly before everything below it.
         children.values_mut().for_each(|mounts| mounts.sort_by(|a, b| a.point.cmp(&b.point)));
         Some(Self { base, children })
     }
 
     /// Returns the submounts that a path lookup reaches, parents first, and the excluded submounts.
     ///
-    /// Submounts that `excluded` selects are left out with everything below them. A covered mount is not reached:
-    /// neither a mount below the mount point of a later mount, nor a mount on whose root another is mounted.
+    /// Omits the submounts that `excluded` selects, with everything below them. A path lookup does not reach a mount if
+    /// a later mount covers its root or a directory above its mount point.
     pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
         let (mut found, mut left_out) = (Vec::new(), Vec::new());
         let top = self.top(self.base);
@@ -81,7 +81,7 @@ impl<'a> Tree<'a> {
     fn push_children(&self, parent: &'a Entry, into: &mut Vec<&'a Entry>) {
         let mut last: Option<&Path> = None;
         for child in self.children(parent) {
-            // A mount on a parent directory hides this one.
+            // A mount on a parent directory hides this mount.
             if !last.is_some_and(|last| child.point.starts_with(last)) {
                 last = Some(&child.point);
                 into.push(self.top(child));
@@ -94,10 +94,11 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// Returns the submounts to remove from `old` and those to add, so that it becomes `new`.
+/// Returns the submounts to remove from `old`, and the submounts to add, so that `old` becomes `new`.
 ///
-/// Two submounts are equal if they show the same directory of the same file system at the same path. Only the topmost of the
-/// submounts to remove are returned: what is below them goes with them, and is added again if `new` has it.
+/// Two submounts are equal if they show the same directory of the same file system at the same path. Of the submounts
+/// to remove, only the topmost are returned. Their removal includes the submounts below them, which are added again if
+/// `new` has them.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {
         (&a.path, a.entry.device, &a.entry.root) == (&b.path, b.entry.device, &b.entry.root)
@@ -145,14 +146,14 @@ mod tests {
     }
 
     #[test]
-    fn reachable_skips_mounts_that_a_later_one_hides() {
-        // Mounted on a directory above the mount point of 6.
+    fn reachable_skips_mounts_that_a_later_mount_hides() {
+        // Mount 7 is on a directory above the mount point of 6.
         let mut entries = tree();
         entries.push(entry(6, 2, "/v/run/netns/x", "proc"));
         entries.push(entry(7, 2, "/v/run", "tmpfs"));
         let (paths, left_out) = reached(&entries, 2);
         assert!(left_out.is_empty() && paths.contains(&("run".into(), 7)), "{paths:?}");
-        // Mounted on the root of 3: hides 3 and everything below it.
+        // Mount 8 is on the root of 3, and hides 3 and everything below it.
         entries.push(entry(8, 3, "/v/a", "tmpfs"));
         let (paths, _) = reached(&entries, 2);
         assert!(paths.contains(&("a".into(), 8)) && !paths.iter().any(|(_, id)| [3, 4].contains(id)), "{paths:?}");
@@ -163,7 +164,7 @@ mod tests {
         let mut entries = tree();
         entries.push(entry(6, 3, "/v/a/proc", "proc"));
         entries.push(entry(7, 6, "/v/a/proc/sys/fs", "tmpfs"));
-        // An excluded mount still hides the mount below it, which does not appear in its place.
+        // An excluded mount still hides the mount that it covers. The covered mount does not appear in its place.
         entries.push(entry(8, 5, "/v/a-b", "proc"));
         let (mut paths, mut left_out) = reached(&entries, 2);
         paths.sort();

@@ -7,13 +7,13 @@ use nix::sys::stat::makedev;
 /// An entry of the mount list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Mount id, as in statx(2). The kernel reuses it after the mount is gone.
+    /// Mount id, as in statx(2). The kernel reuses the id after the mount is gone.
     pub id: u64,
     /// Id of the parent mount.
     pub parent: u64,
     /// Device number of the file system.
     pub device: u64,
-    /// Path, within the file system, of the directory or file that is mounted.
+    /// Path of the mounted directory or file within its file system.
     pub root: PathBuf,
     /// Mount point.
     pub point: PathBuf,

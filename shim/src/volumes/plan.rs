@@ -24,9 +24,9 @@ use crate::volumes::{bind, host_only, kubelet_paths, memory_volume, mount_api};
 /// How a mount of the specification is made available in the guest.
 #[derive(Debug)]
 enum Plan {
-    /// The guest mounts it as specified.
+    /// The guest makes the mount as specified.
     Keep,
-    /// The guest binds this path of the guest.
+    /// The guest binds this guest path.
     GuestPath(String),
     /// The host binds this directory or file into the share.
     Bind { source: OwnedFd, directory: bool, id_mappings: Option<IdMappings>, ignores_mount_id: bool },
@@ -57,14 +57,14 @@ pub struct PlanContext<'a> {
     pub host_only: &'a HostOnly,
     /// Container id.
     pub container: &'a str,
-    /// True if containerd's CRI created the specification.
+    /// Whether containerd's CRI created the specification.
     pub kubernetes: bool,
-    /// The pod's uid, or empty if the specification has none.
+    /// The pod's uid. Empty if the specification does not contain it.
     pub pod: &'a str,
 }
 
 /// Makes mount number `index` available to the guest. Returns the source that the guest uses, or `None` if the guest
-/// uses the specified one.
+/// uses the specified source.
 pub fn prepare_mount(
     mount: &Mount,
     index: usize,
@@ -135,20 +135,21 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     }
     if let Some(option) = mount.options().iter().find(|option| *option == "shared" || *option == "rshared") {
         let message = format!(
-            "{option}: mounts made in the guest cannot reach the host; use rslave (HostToContainer) or rprivate (None)"
+            "{option} mounts of the guest cannot propagate to the host; use rslave (HostToContainer) or rprivate (None)"
         );
         return reject(message);
     }
     let path = context.bundle.join(source);
-    // The container sees the guest's kernel, and the VMM would open the host's instance with the VMM's permissions.
+    // Uses the guest's instance: the container sees the guest's kernel, and the VMM would open the host's instance with
+    // the VMM's permissions.
     let guest_instance = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::guest_path(path) {
         Some(guest) => {
-            notes.push(format!("{} is the guest's, not the host's", path.display()));
+            notes.push(format!("the mount of {} shows the guest's instance, not the host's", path.display()));
             Ok(Plan::GuestPath(guest.to_string_lossy().into_owned()))
         }
         None => reject(format!(
             "{} is on a host-only file system ({kind}) and cannot be shared with a VM; mount /proc, /sys or /dev to \
-             get the guest's, and list single devices as devices",
+             get the guest's instance, and list single devices as devices",
             path.display()
         )),
     };
@@ -297,7 +298,7 @@ mod tests {
         let of = |path: &Path, options: &[&str]| plan_for(&mount(path.to_str().unwrap(), "/x", options));
         assert!(matches!(of(&volume, &["rbind", "ro"]), Ok(Plan::Mirror { source, .. }) if source.path() == volume));
         assert!(matches!(of(&volume, &["rbind", "rw"]), Ok(Plan::Bind { directory: true, .. })));
-        // A directory that is there only by a symlink, and a directory of another pod.
+        // The first path leads to its directory only by a symlink. The second path belongs to another pod.
         let link = volume.with_file_name("link");
         std::os::unix::fs::symlink("/etc", &link).unwrap();
         assert!(matches!(of(&link, &["rbind", "ro"]), Ok(Plan::Bind { directory: true, .. })));

@@ -13,7 +13,7 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
 use crate::volumes::stage::StagingDir;
 
-/// Size of a page, which limits a mount's options: the kernel copies one page, with the terminating NUL.
+/// Size of a page. It limits a mount's options, because the kernel copies one page, with the terminating NUL.
 const PAGE_SIZE: usize = 4096;
 
 /// One mount of a rootfs, as containerd's request has it.
@@ -72,7 +72,7 @@ pub struct CopyContext<'a> {
     pub name: &'a str,
 }
 
-/// Mounts all of `mounts`, stacked, at `target`. Returns notes on what is left out.
+/// Mounts all of `mounts` at `target`, each on top of the previous one. Returns notes on omitted file systems.
 pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     let left_out = mounts.iter().map(|mount| mount_one(mount, target, context));
     Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
@@ -80,7 +80,7 @@ pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) 
 
 fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
-        // The rootfs has the image's contents, in which a symlink may point anywhere on the host.
+        // A symlink in the image's contents could lead such a mount anywhere on the host.
         let message = format!("a mount at {:?} inside the rootfs is not supported", root.target);
         return Err(RootfsError::Unsupported(message));
     }
@@ -118,14 +118,14 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
         )))
     };
     if HostOnly::is_type(kind) {
-        return reject("it", kind);
+        return reject("the rootfs", kind);
     }
     let layers = options.data.iter().filter_map(|option| {
         let (name, paths) = option.split_once('=')?;
         matches!(name, "lowerdir" | "upperdir").then_some(paths)
     });
     for layer in layers.flat_map(|paths| paths.split(':')).filter(|path| path.starts_with('/')) {
-        // What cannot be opened fails the mount with a better error.
+        // If a layer cannot be opened, the mount fails with a better error.
         let Ok(file) = mount_api::open_path(Path::new(layer), true) else { continue };
         match host_only.type_of_layer(&file) {
             Ok(Some(kind)) => return reject(layer, kind),
@@ -139,7 +139,7 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
     Ok(())
 }
 
-/// Returns the beginning of a long option string. The paths of many layers say little.
+/// Returns the beginning of a long option string. In an error, the paths of many layers are not useful.
 fn shorten(options: &str) -> String {
     const MAX: usize = 200;
     if options.len() <= MAX {
@@ -193,11 +193,11 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         return mount_with_data(&source, target, &root.kind, options.flags, &data);
     }
     let Some((dir, data)) = (root.kind == "overlay").then(|| relative_layers(&options.data)).flatten() else {
-        let message = format!("the options have {} bytes, and the kernel accepts {}", data.len(), PAGE_SIZE - 1);
+        let message = format!("the options have {} bytes, but the kernel accepts only {}", data.len(), PAGE_SIZE - 1);
         return Err(io::Error::other(message));
     };
-    // Paths relative to the working directory make the options fit. A thread can change its working directory without
-    // affecting others only after unshare(CLONE_FS).
+    // Paths relative to the working directory make the options fit. Only after unshare(CLONE_FS) can a thread change
+    // its working directory without affecting other threads.
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
@@ -210,7 +210,7 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
 /// Mounts an overlay whose lower directories are id-mapped.
 ///
 /// Each lower directory gets an id-mapped mount. The upper directory is used unchanged, because containerd created it
-/// with the mapped ids. Only the overlay uses these mounts, and it keeps them alive.
+/// with the mapped ids. Only the overlay uses the id-mapped mounts, and it keeps them alive.
 fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
     let lower = lower.ok_or_else(|| io::Error::other("the overlay has no option lowerdir"))?;
@@ -229,8 +229,8 @@ fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappi
     let names: Vec<String> = (0..layers.len()).map(|layer| layer.to_string()).collect();
     data.push(format!("lowerdir={}", names.join(":")));
     let (stage, flags) = (target.to_path_buf(), options.flags);
-    // overlay accepts only layers in the caller's mount namespace. In a thread's new namespace, the mounts of the
-    // layers disappear with the thread.
+    // overlay accepts only layers in the caller's mount namespace. Therefore, a thread mounts the layers in a new
+    // namespace, and these mounts disappear with the thread.
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         let none = None::<&Path>;
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS)?;
@@ -257,7 +257,7 @@ fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, dat
 /// directory. Returns `None` if the options still exceed a page, or cannot be rewritten.
 fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
-    // A backslash escapes a colon in a path, and splitting at the colon would be wrong. containerd creates no such
+    // A backslash escapes a colon in a path, and splitting at the colon would be wrong. containerd does not create such
     // paths.
     if lower.contains('\\') || lower.contains("::") {
         return None;
@@ -285,7 +285,7 @@ struct Options<'a> {
     flags: MsFlags,
     /// Options of the file system.
     data: Vec<&'a str>,
-    /// The source is a file that must be attached to a loop device.
+    /// Whether the source is a file that must be attached to a loop device.
     loop_device: bool,
 }
 

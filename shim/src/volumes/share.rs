@@ -1,10 +1,10 @@
-//! The share: the directory that virtio-fs serves to the guest, in which the guest cannot change what the host creates.
+//! The share: the directory that virtio-fs serves to the guest. The guest cannot change what the host creates in it.
 //!
 //! Two directories show one tmpfs. The host creates directories and mounts in `share`. `guest` is a read-only slave
-//! mount of it: every mount in `share` propagates to it, and it is the root of the guest's virtio-fs. So the guest can
-//! write to rootfs and volumes, but can neither fill the tmpfs nor put a symlink where the host is about to mount
-//! something. Mounts are prepared in a third directory, `stage`, the staging directory, which is invisible to the
-//! guest.
+//! mount of `share`, and the root of the guest's virtio-fs. Every mount in `share` propagates to `guest`. Therefore,
+//! the guest can write to rootfs and volumes. But it can neither fill the tmpfs nor put a symlink where the host is
+//! about to mount something. Mounts are prepared in a third directory, the staging directory `stage`, which is
+//! invisible to the guest.
 
 use std::{
     io,
@@ -72,7 +72,7 @@ impl Share {
             mount(Some("husk"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options))
                 .map_err(fail("mount a tmpfs at", path))?;
         }
-        // Private: mounts can then be moved out, and unmounting here does not propagate.
+        // With private propagation, mounts can be moved out, and unmounts do not propagate.
         mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none)
             .map_err(fail("set private propagation of", &stage))?;
         mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("set shared propagation of", host))?;

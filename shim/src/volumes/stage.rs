@@ -1,12 +1,12 @@
 //! The staging directory: mount trees are prepared in it before they are attached to the share.
 //!
-//! It is invisible to the guest. Submounts are copied one by one, so a tree is attached here first: mountinfo lists the
-//! submounts of attached mounts only. Only submounts that a path lookup reaches are copied, without host-only file
-//! systems.
+//! It is invisible to the guest. Submounts are copied one by one. For this, a tree is attached here first, because
+//! mountinfo lists only the submounts of attached mounts. Only submounts that a path lookup reaches are copied, without
+//! host-only file systems.
 //!
 //! A volume with `rslave` propagation has a second tree here, the receiving tree, which stays and receives the host's
-//! later mounts. [`StagingDir::sync`] repeats them in the share. So no host-only file system gets into the share, and
-//! the host can unmount a file system on which a guest has open files.
+//! later mounts. [`StagingDir::sync`] copies them to the share. Therefore, no host-only file system gets into the
+//! share, and the host can unmount a file system on which a guest has open files.
 
 use std::{
     ffi::OsStr,
@@ -25,7 +25,7 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_tree::{Submount, Tree, differences};
 use crate::volumes::{mount_api, mountinfo, unmount};
 
-/// Subdirectory of the receiving trees. Each has the name of its volume in the share.
+/// Subdirectory of the receiving trees. Each tree has the name of its volume in the share.
 const RECEIVING: &str = "receiving";
 /// Subdirectory of the trees that are being copied.
 const COPYING: &str = "copying";
@@ -47,7 +47,7 @@ pub struct SyncError {
 }
 
 impl StagingDir {
-    /// Returns the staging directory of the sandbox with this share. It is beside the share.
+    /// Returns the staging directory of the sandbox with this share. Both have the same parent directory.
     pub fn for_share(share: &Path) -> Self {
         Self { dir: share.with_file_name("stage") }
     }
@@ -60,7 +60,7 @@ impl StagingDir {
     /// Returns the rule for host-only file systems of this sandbox.
     ///
     /// # Errors
-    /// As [`HostOnly::new`].
+    /// The errors of [`HostOnly::new`].
     pub fn host_only(&self, share: &Path) -> Result<HostOnly, SyncError> {
         let step = "find host-only file systems for";
         HostOnly::new([share, &self.dir]).map_err(|source| SyncError { step, path: share.to_owned(), source })
@@ -74,10 +74,10 @@ impl StagingDir {
         [RECEIVING, COPYING].iter().try_for_each(|name| fs::create_dir(self.dir.join(name)))
     }
 
-    /// Returns a detached, private copy of the detached mount tree `tree`, without host-only file systems. Returns also
-    /// the mount points of these, relative to the tree, with their type.
+    /// Returns a detached, private copy of the detached mount tree `tree`, without host-only file systems. Also returns
+    /// the mount points of the omitted mounts, relative to the tree, with the reason.
     ///
-    /// No two concurrent copies may have the same `name`.
+    /// Concurrent copies must have different names.
     ///
     /// # Errors
     /// If a mount cannot be copied. Everything is removed from the staging directory in this case.
@@ -115,8 +115,8 @@ impl StagingDir {
             let _ = unmount::remove(&point);
             return Err(error);
         }
-        // Best effort: `sync` excludes host-only mounts that stay. Copies of the share and of the staging directory are
-        // detached here, because otherwise every later volume would propagate into each receiving tree.
+        // Best effort, because `sync` excludes host-only mounts that stay. Copies of the share and of the staging
+        // directory are detached here. Otherwise, every later volume would propagate into each receiving tree.
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&point))
             && let Some(tree) = Tree::of(&entries, base.id)
         {
@@ -142,10 +142,10 @@ impl StagingDir {
         unmount::remove(&point)
     }
 
-    /// Repeats in `volumes`, the share's directory of volumes, the mounts and unmounts in the receiving trees.
+    /// Applies the mounts and unmounts in the receiving trees to `volumes`, the share's directory of volumes.
     ///
-    /// Calls must not overlap. Volumes may be added and removed at the same time. No request is sent to a file system,
-    /// so a file system that hangs blocks this only if a mount point lies in it.
+    /// Calls must not overlap. Volumes may be added and removed at the same time. No request is sent to a file system.
+    /// Therefore, a file system that hangs blocks this only if it contains a mount point.
     ///
     /// # Errors
     /// The first error. The other volumes are updated nevertheless.
@@ -212,13 +212,14 @@ fn sync_volume(
         move |source| SyncError { step, path, source }
     };
     let bases = mounted(point).and_then(|from| Ok((from, mounted(target)?)));
-    // A volume that is being added or removed has only one of the two.
+    // A volume that is being added or removed has only one of the two mounts.
     let (Some(from), Some(to)) = bases.map_err(error("open", Path::new("")))? else { return Ok(()) };
     let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (removed, added) = differences(shared, received);
-    // Only the topmost: the unmount takes along what is below, and a path below may lie in a file system that hangs.
+    // Unmounts only the topmost mounts, which includes their submounts. A submount's path may lie in a file system that
+    // hangs.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
@@ -236,15 +237,15 @@ fn copy_new(
         return Ok(());
     }
     let opened: Vec<_> = added.iter().map(|submount| (submount, open_below(from, &submount.path))).collect();
-    // The kernel reuses the ids of mounts that are gone, so an id in an older list may mean another mount by now. The fds
-    // keep the ids from being reused: only this list is judged.
+    // The kernel reuses the ids of mounts that are gone. Therefore, an id in the older list may now belong to another
+    // mount. The open fds prevent the reuse of their mounts' ids, so that the ids in this new list are reliable.
     let entries = mountinfo::read().map_err(|error| (PathBuf::new(), error))?;
     let results = opened.into_iter().map(|(submount, source)| {
         let copied = source.and_then(|source| {
             let id = mount_api::mount_id(source.as_fd())?;
             match entries.iter().find(|entry| entry.id == id) {
                 Some(entry) if !host_only.contains(entry) => attach_copy(&source, to, &submount.path),
-                // Unmounted, or replaced by a host-only mount. The next update sees that.
+                // The mount was unmounted, or replaced by a host-only mount. The next update handles that.
                 _ => Ok(()),
             }
         });
@@ -259,7 +260,7 @@ struct Mounted {
     id: u64,
 }
 
-/// Opens the topmost mount at `point`; `None` if nothing is mounted there, or `point` does not exist.
+/// Opens the topmost mount at `point`. Returns `None` if nothing is mounted there, or `point` does not exist.
 fn mounted(point: &Path) -> io::Result<Option<Mounted>> {
     let file = match mount_api::open_path(point, false) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -276,7 +277,7 @@ fn first_error<E>(steps: impl Iterator<Item = Result<(), E>>) -> Result<(), E> {
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// Copies one mount of a staged tree. The tree is private, so its mounts are those of the list.
+/// Copies one mount of a staged tree. Because the tree is private, its mounts are still those of the list.
 fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result<()> {
     let source = open_below(from, &submount.path)?;
     if mount_api::mount_id(source.as_fd())? != submount.entry.id {
@@ -289,8 +290,8 @@ fn copy_staged(from: &OwnedFd, to: &Path, submount: &Submount<'_>) -> io::Result
 ///
 /// Does nothing if nothing is mounted at `to` any more.
 fn attach_copy(source: &OwnedFd, to: &Path, path: &Path) -> io::Result<()> {
-    // Opened for every submount, because an earlier one may cover `to`. The fd of the mount ensures that nothing is
-    // attached to the mount point below it if the volume is removed at the same time.
+    // Opens `to` for every submount, because an earlier submount may cover `to`. The fd of the mount ensures that
+    // nothing is attached to the mount point below it if the volume is removed at the same time.
     let Some(to) = mounted(to)? else { return Ok(()) };
     let tree = mount_api::clone_tree(source.as_fd(), false)?;
     mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, false)?;
@@ -307,9 +308,9 @@ fn detach(base: &OwnedFd, submount: &Submount<'_>) -> io::Result<()> {
     if mount_api::mount_id(file.as_fd())? != submount.entry.id {
         return Err(io::Error::other("another mount has replaced it"));
     }
-    // By the fd: a guest may put a symlink into the path at any time.
+    // Unmounts by the fd, because a guest may put a symlink into the path at any time.
     match umount2(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), MntFlags::MNT_DETACH) {
-        // It was unmounted together with its volume.
+        // The mount was unmounted together with its volume.
         Ok(()) | Err(Errno::EINVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -358,7 +359,7 @@ mod tests {
                 mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
             }
             fs::write(at("outside/b/file"), "").unwrap();
-            // Replaces the directory `a` of the mount list.
+            // This symlink replaces the directory `a` of the mount list.
             std::os::unix::fs::symlink(at("outside"), at("to/a")).unwrap();
             let entries = mountinfo::read().unwrap();
             let entry = |id: u64| -> &Entry { entries.iter().find(|entry| entry.id == id).unwrap() };
@@ -396,7 +397,7 @@ mod tests {
             let entries = mountinfo::read().unwrap();
             let old = id(&at("from/a"));
             let added = [Submount { path: "a".into(), entry: entries.iter().find(|entry| entry.id == old).unwrap() }];
-            // The list is outdated, and the kernel gives the lowest free id to the new mount.
+            // The list is then outdated. The kernel gives the lowest free id to the new mount.
             nix::mount::umount(&at("from/a")).unwrap();
             mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), none).unwrap();
             let from = mount_api::open_path(&at("from"), false).unwrap();

@@ -17,7 +17,7 @@ pub struct TeardownError {
     source: io::Error,
 }
 
-/// Unmounts and removes everything of container `id` under `share`. May be repeated.
+/// Unmounts and removes everything in `share` that belongs to container `id`. May be repeated.
 ///
 /// # Errors
 /// The first error. The rest is removed nevertheless.

@@ -10,12 +10,12 @@ use nix::{
 /// Maximum number of mounts stacked on one directory. It bounds the loop.
 const MAX_STACKED: usize = 4096;
 
-/// Unmounts everything at `path`. The unmount is detached, so open files do not prevent it.
+/// Unmounts everything at `path`. Open files do not prevent this, because the unmount is detached.
 pub fn unmount(path: &Path) -> io::Result<()> {
     for _ in 0..MAX_STACKED {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
-            // No longer a mount point, or it does not exist.
+            // `path` is no longer a mount point, or does not exist.
             Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
             Err(error) => return Err(error.into()),
         }

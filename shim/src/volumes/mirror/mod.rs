@@ -1,7 +1,7 @@
 //! Mirrored volumes (ConfigMaps, Secrets, projected and downward API volumes): copied to the guest and kept up to date.
 //!
-//! On a shared file system the guest would read changed files, but inotify(7) would not report the changes. These
-//! volumes, to which no pod writes, are therefore not shared. The agent keeps a copy on one of the guest's file
+//! On a shared file system, the guest would read changed files, but inotify(7) would not report the changes. Therefore,
+//! these volumes, to which no pod writes, are not shared. The agent keeps a copy on one of the guest's file
 //! systems, and every change on the host is copied. The number and size of files are limited only by memory.
 
 mod walk;
@@ -29,9 +29,10 @@ use crate::volumes::mirror::watch::Watch;
 const PLUGIN_DIRS: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
-/// Maximum attempts to copy a volume that changes while it is read. The kubelet changes it about once a minute.
+/// Maximum number of attempts to copy a volume that changes while it is read. The kubelet changes it about once a
+/// minute.
 const MAX_ATTEMPTS: u32 = 10;
-/// Delay before a failed copy is retried. A guest without free memory, for example, rejects a copy.
+/// Delay before a failed copy is retried. For example, a guest without free memory rejects a copy.
 const RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// The directory of a volume on the host.
@@ -55,10 +56,10 @@ impl Volume {
         &self.path
     }
 
-    /// Opens a file or directory of the volume at `path`, relative to its root. Follows no symlink and enters no other
-    /// mount.
+    /// Opens a file or directory of the volume at `path`, relative to the volume's root. Does not follow symlinks, and
+    /// does not enter other mounts.
     fn open(&self, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
-        // openat2(2) takes no empty path.
+        // openat2(2) does not accept an empty path.
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let how = OpenHow::new()
             .flags(flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
@@ -106,8 +107,8 @@ pub enum MirrorError {
     },
 }
 
-/// Returns whether `path`, without symlinks, is that of a volume that the kubelet fills for the pod with uid `pod`:
-/// `…/<uid>/volumes/<plugin>/<name>`.
+/// Returns whether `path` is the path of a volume that the kubelet fills for the pod with uid `pod`:
+/// `…/<uid>/volumes/<plugin>/<name>`. `path` must not contain symlinks.
 pub fn is_mirrored_volume(path: &Path, pod: &str) -> bool {
     let mut above = path.ancestors().skip(1).map(|directory| directory.file_name().and_then(OsStr::to_str));
     let (plugin, volumes, uid) = (above.next().flatten(), above.next().flatten(), above.next().flatten());
@@ -131,7 +132,7 @@ pub fn guest_path(container: &str, mount: usize) -> String {
 pub async fn start(agent: &Agent, container: &str, mirrors: Vec<Mirror>) -> Result<JoinSet<()>, MirrorError> {
     let mut tasks = JoinSet::new();
     for mirror in mirrors {
-        // The watch is created before the copy: a change in between is then copied twice instead of being missed.
+        // Creates the watch before the copy, so that a change in between is copied twice instead of being missed.
         let watch = Watch::new(&mirror.source).await;
         copy(agent, container, &mirror).await?;
         match watch {
@@ -219,8 +220,8 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     }
     let walked = walk.await.unwrap_or_else(|error| Err(io::Error::other(error)));
     walked.map_err(|source| MirrorError::Read { path: mirror.source.path.clone(), source })?;
-    // The agent removes what the copy lacks only after this message, because only a complete copy shows what was
-    // removed.
+    // The agent removes entries that the copy lacks only after this message, because only a complete copy shows which
+    // entries were removed.
     send(Vec::new(), true).await
 }
 

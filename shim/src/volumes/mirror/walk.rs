@@ -18,10 +18,10 @@ use crate::volumes::mirror::Volume;
 const BATCH_BYTES: usize = 1 << 20;
 /// Estimated size of an entry without its content and path, in bytes.
 const ENTRY_OVERHEAD: usize = 128;
-/// Maximum depth of directories: more than any of the kubelet's volumes has.
+/// Maximum depth of directories. No volume of the kubelet is that deep.
 const MAX_DEPTH: usize = 64;
 
-/// Passes all entries of `volume` to `send`, in batches, until it returns false. Blocks.
+/// Passes all entries of `volume` to `send`, in batches, until `send` returns false. Blocks.
 ///
 /// # Errors
 /// If an entry cannot be read, or the volume has changed in the meantime ([`io::ErrorKind::Interrupted`]). No
@@ -82,7 +82,7 @@ struct Walk<'a, F> {
 impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     fn directory(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         if depth > MAX_DEPTH {
-            return Err(io::Error::other(format!("{}: directories are nested too deep", path.display())));
+            return Err(io::Error::other(format!("the directories at {} are nested too deeply", path.display())));
         }
         let directory = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
         self.add(entry(Kind::DIRECTORY, path, &fstat(&directory)?))?;
@@ -107,7 +107,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
             let content = target.into_os_string().into_vec();
             self.links.push(MirrorEntry { content, ..entry(Kind::SYMLINK, name, &found.stat) });
         }
-        // The kubelet creates no other types of files, and they could not be copied.
+        // Skips files of other types. The kubelet does not create them, and they could not be copied.
         for (name, found) in &all {
             if found.is(SFlag::S_IFDIR) {
                 self.directory(name, depth + 1)?;
@@ -125,7 +125,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
         loop {
             let mut content = Vec::new();
             (&mut file).take(BATCH_BYTES as u64).read_to_end(&mut content)?;
-            // If the last chunk is full, an empty one follows.
+            // If the last chunk is full, an empty chunk follows.
             let more = content.len() == BATCH_BYTES;
             let length = content.len() as u64;
             self.add(MirrorEntry { content, more, offset, ..entry(Kind::FILE, path, &stat) })?;

@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use crate::async_fd::register;
 use crate::volumes::mirror::Volume;
 
-/// Events that count as a change. Reads do not, because copying the volume would cause further copies.
+/// Events that count as a change. Reads do not count, because copying the volume would otherwise cause further copies.
 const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE
     .union(AddWatchFlags::IN_ATTRIB)
     .union(AddWatchFlags::IN_CREATE)
@@ -50,7 +50,7 @@ impl Watch {
     /// Adds watches for new directories. Directories that are already watched keep their watch.
     ///
     /// # Errors
-    /// As [`Watch::new`].
+    /// The errors of [`Watch::new`].
     pub async fn add_new_directories(&self, volume: &Volume) -> io::Result<()> {
         let (inotify, volume) = (Arc::clone(&self.inotify), volume.clone());
         tokio::task::spawn_blocking(move || watch_tree(&inotify, &volume, Path::new("")))
@@ -79,14 +79,14 @@ impl Watch {
 /// Adds watches for a directory of the volume and all directories below it. Blocks.
 fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()> {
     let directory = volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-    // inotify_add_watch(2) accepts only a path. This one refers to the directory that was opened.
+    // inotify_add_watch(2) accepts only a path. This path refers to the directory that was opened.
     let opened = format!("/proc/self/fd/{}", directory.as_raw_fd());
     inotify.add_watch(opened.as_str(), CHANGES)?;
     for entry in fs::read_dir(&opened)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             match watch_tree(inotify, volume, &path.join(entry.file_name())) {
-                // The directory was removed in the meantime; an event reports that.
+                // The directory was removed in the meantime. An event reports that.
                 Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => {}
                 result => result?,
             }
