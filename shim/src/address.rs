@@ -107,7 +107,7 @@ impl Address {
         Err(error(std::io::ErrorKind::AddrInUse.into()))
     }
 
-    /// Removes the socket; does nothing if the path is not a socket.
+    /// Removes the socket. Does nothing if the path is not a socket.
     pub fn remove(&self) {
         if std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.file_type().is_socket()) {
             let _ = std::fs::remove_file(&self.path);

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::oci::Hook;
 use crate::oci::annotations::Annotations;
 
-/// Timeout of a hook whose specification has none.
+/// Timeout of a hook if the specification does not set one.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Maximum number of bytes of a failed hook's stdout in the error. The same limit applies to stderr.
 const MAX_OUTPUT: u64 = 4096;

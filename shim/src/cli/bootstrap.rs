@@ -118,7 +118,7 @@ impl Params {
     }
 }
 
-/// Returns whether the sandbox controller made the bundle; such a bundle has no `config.json`.
+/// Returns whether the sandbox controller made the bundle. Such a bundle does not contain a `config.json`.
 pub fn is_sandbox_controller_bundle(bundle: &Path) -> bool {
     bundle.components().any(|part| part.as_os_str() == SANDBOX_CONTROLLER)
 }

@@ -197,8 +197,11 @@ impl Shim {
     pub(crate) fn agent_error(&self, what: &str, error: ttrpc::Error) -> ttrpc::Error {
         if self.sandbox.is_dead() {
             let console = self.sandbox.console_tail();
-            let console =
-                if console.is_empty() { console } else { format!("; the last lines of the guest's console:\n{console}") };
+            let console = if console.is_empty() {
+                console
+            } else {
+                format!("; the last lines of the guest's console:\n{console}")
+            };
             return ServiceError::failed(format!("the agent's {what} call failed: the VM has ended{console}")).into();
         }
         crate::vm::agent::error(what, error)

@@ -247,8 +247,14 @@ fn later_mounts_propagate_to_slave_volumes_only() {
         mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
         fs::write(source.join("later/x"), "").unwrap();
         sync_mounts(&share.host).unwrap();
-        assert!(guest_source(&share, &prepared, 2).join("later/x").exists(), "the slave mount did not receive the later mount");
-        assert!(!guest_source(&share, &prepared, 3).join("later/x").exists(), "the private mount received the later mount");
+        assert!(
+            guest_source(&share, &prepared, 2).join("later/x").exists(),
+            "the slave mount did not receive the later mount"
+        );
+        assert!(
+            !guest_source(&share, &prepared, 3).join("later/x").exists(),
+            "the private mount received the later mount"
+        );
         teardown(&share.host, "c1").unwrap();
         assert!(source.join("later/x").exists(), "the teardown has unmounted a mount of the host");
         share.unmount();

@@ -65,7 +65,7 @@ impl Annotations {
         self.cri(CONTAINER_TYPE) == Some("sandbox")
     }
 
-    /// Returns the Kubernetes pod as `namespace/name`; empty for a container without a pod.
+    /// Returns the Kubernetes pod as `namespace/name`. The result is empty for a container without a pod.
     pub fn pod(&self) -> String {
         match (self.cri(POD_NAMESPACE), self.cri(POD_NAME)) {
             (Some(namespace), Some(name)) => format!("{namespace}/{name}"),

@@ -183,7 +183,7 @@ pub struct HugepageLimit {
 /// CPU time.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Cpu {
-    /// Quota in microseconds per period; 0 or less means unlimited.
+    /// Quota in microseconds per period. A value of 0 or less means unlimited.
     pub quota: Option<i64>,
     /// Period in microseconds.
     pub period: Option<u64>,
@@ -194,7 +194,7 @@ pub struct Cpu {
     pub cpus: Option<CpuSet>,
 }
 
-/// Deserializes a list of CPUs; an empty list counts as absent.
+/// Deserializes a list of CPUs. An empty list counts as absent.
 fn cpu_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Error> {
     let text: Option<String> = Option::deserialize(from)?;
     text.filter(|text| !text.is_empty()).map(|text| text.parse().map_err(D::Error::custom)).transpose()
@@ -203,7 +203,7 @@ fn cpu_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CpuSet>, D::Err
 /// Memory.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Memory {
-    /// Limit in bytes; 0 or less means unlimited.
+    /// Limit in bytes. A value of 0 or less means unlimited.
     pub limit: Option<i64>,
 }
 

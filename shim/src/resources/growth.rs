@@ -147,7 +147,7 @@ impl Growth {
         let memory = containers.clone().map(|limits| limits.memory);
         let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
         let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
-        // The default is the memory of a whole VM, so it includes the overhead.
+        // The default is the memory of a whole VM and therefore includes the overhead.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
         let free = free.saturating_add(page_metadata_mib(self.huge_mib(containers.clone())));
         let memory_mib = match none {
