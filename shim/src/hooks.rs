@@ -11,7 +11,7 @@ use crate::oci::annotations::Annotations;
 
 /// Timeout of a hook if the specification does not set one.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Maximum number of bytes of a failed hook's stdout in the error. The same limit applies to stderr.
+/// Maximum number of bytes of a failed hook's stdout that the error contains. The same limit applies to stderr.
 const MAX_OUTPUT: u64 = 4096;
 
 /// The container's state, which the OCI runtime specification passes to hooks on stdin.

@@ -31,7 +31,7 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     if debug {
         set_level(LogLevel::Debug);
     }
-    // Non-blocking: containerd may read slowly, or not at all after it has died.
+    // Opens the fifo non-blocking, because containerd may read slowly, or not at all after it has died.
     let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
     let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
     let logger =

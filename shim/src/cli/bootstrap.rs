@@ -10,8 +10,8 @@
 //! version 2, so the plain address is the default.
 //!
 //! `MAX_SHIM_VERSION` does not tell the versions apart. All of them set it to 2 (containerd 2.1, pkg/shim/util.go),
-//! although 2.0 and later also accept version 3. The path of a sandbox's bundle does, because the sandbox controller
-//! has another name since 2.0.
+//! although 2.0 and later also accept version 3. The shim uses the path of a sandbox's bundle instead, because the
+//! sandbox controller has another name since 2.0.
 
 use std::path::Path;
 

@@ -42,7 +42,7 @@ pub enum StartError {
     #[error("failed to write the reply to stdout")]
     Reply(#[source] std::io::Error),
     /// The container belongs to a sandbox that has no running shim.
-    #[error("sandbox {0} is not running")]
+    #[error("sandbox {0} has no running shim")]
     NoSandbox(String),
 }
 
@@ -96,7 +96,7 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
                 listener,
                 started_ns,
             };
-            // The child process must end here, because the code after this call is the parent's.
+            // The child process must end here, because the later code is meant only for the parent.
             std::process::exit(daemon::run(args));
         }
         Err(error) => {

@@ -248,7 +248,7 @@ impl Shim {
             annotations: &container.spec.annotations,
         };
         if let Err(error) = hooks::run(kind, hooks, &state).await {
-            tracing::warn!(container = container.id, error = %crate::chain(&error), "failed to run the container's hooks");
+            tracing::warn!(container = container.id, error = %crate::chain(&error), "failed to run hooks");
         }
     }
 }

@@ -99,7 +99,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
-    create(share.join(id))?; // before the cleanup below, which must not remove an existing container with this id
+    create(share.join(id))?; // A failure must not reach the cleanup below, which would remove an existing container.
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
         create(bind::markers_dir(share, id))?;

@@ -142,8 +142,7 @@ impl Process {
         Ok(())
     }
 
-    /// Records that the start event was published. If an exit was reported before, returns it. It must be published
-    /// next.
+    /// Records that the start event was published. Returns an exit that was reported before, for publication.
     pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
         match inner.deferred_exit.take() {

@@ -84,7 +84,7 @@ impl Shim {
         }
     }
 
-    /// Logs it if the pod has fewer vCPUs than its containers may use. Such a pod is slower than under runc.
+    /// Logs a message if the pod has fewer vCPUs than its containers may use. Such a pod is slower than under runc.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
         let (wanted, most) = (resizer.growth.vcpus(lock(&self.limits.pod).values()), resizer.growth.max.vcpus);

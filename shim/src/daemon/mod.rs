@@ -109,7 +109,7 @@ fn detach() -> Option<OwnedFd> {
 
 /// Creates the mount namespace and the state directory. Runs before the async runtime is started.
 ///
-/// The failing of either is reported later: the request that creates the sandbox fails.
+/// An error is reported later, by the request that creates the sandbox.
 fn prepare(args: &DaemonArgs, dir: StateDir, timeline: Arc<Timeline>) -> (LaunchContext, Result<PathBuf, String>) {
     let made =
         create_mount_namespace().map_err(|e| format!("failed to create the mount namespace: {e}")).and_then(|()| {

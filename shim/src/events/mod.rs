@@ -95,8 +95,8 @@ impl Events {
 /// Delivers the queued events in order. While one event is retried, later events wait.
 ///
 /// Delivery is at least once: a retry can repeat an event that containerd has already read. This happens if the
-/// connection breaks or the timeout passes before containerd's response arrives. The cause is that containerd hangs or
-/// is killed at that moment.
+/// connection breaks or the timeout passes before containerd's response arrives. Both happen only if containerd hangs
+/// or is killed at that moment.
 ///
 /// The protocol cannot prevent duplicates: ttrpc's `Forward` has no event id, and containerd forwards every event that
 /// it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for them. A

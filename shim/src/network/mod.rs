@@ -5,7 +5,7 @@
 //! gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A tap exists as long as
 //! one of its fds is open. Therefore, it disappears with the VMM.
 //!
-//! [`connect`] changes the calling thread's network namespace. The daemon calls it while it has a single thread.
+//! [`connect`] changes the calling thread's network namespace. The daemon calls it while the process has one thread.
 
 pub mod port_forwarding;
 mod read;

@@ -46,7 +46,7 @@ enum NetworkSyncError {
     Guest(#[source] ttrpc::Error),
 }
 
-/// Request to apply all current changes. The answer arrives after that. An error is the chain of causes as text.
+/// Request to apply all current changes. The answer arrives when they are applied. An error is the chain of causes.
 type SettleRequest = oneshot::Sender<Result<(), String>>;
 
 /// Handle of the task that applies changes.

@@ -13,7 +13,8 @@ use crate::oci::annotations::SANDBOX_ID;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 
-/// Maximum size of `config.json` in bytes. A message of containerd has at most 16 MiB. A specification has a few KiB.
+/// Maximum size of `config.json` in bytes. A message of containerd has at most 16 MiB. A specification usually has a few
+/// KiB.
 const MAX_LEN: u64 = 16 << 20;
 
 /// A bundle with its specification.
@@ -294,7 +295,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Returns a shortened specification as `ctr run` makes it.
+    /// Returns a shortened form of the specification that `ctr run` makes.
     pub fn sample() -> Value {
         json!({
             "ociVersion": "1.1.0",

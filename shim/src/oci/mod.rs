@@ -1,6 +1,7 @@
 //! A container's OCI bundle: its specification is parsed once, checked, and translated for the guest.
 //!
-//! The functions block on file system calls. Call them in `spawn_blocking`, or before the async runtime is started.
+//! The functions of these modules block on file system calls. Call them in `spawn_blocking`, or before the async
+//! runtime is started.
 
 pub mod annotations;
 pub mod bundle;

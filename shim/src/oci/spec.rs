@@ -1,7 +1,6 @@
 //! The parts of the OCI runtime specification that the host reads. Everything else is passed to the guest as JSON.
 //!
-//! Every field has a default. [`crate::oci::bundle`] checks later, with a better error, that no required field is
-//! missing.
+//! Every field has a default. Missing fields are rejected later, with a better error (see [`crate::oci::bundle`]).
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -64,7 +63,7 @@ pub struct Process {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Root {
-    /// Path; absolute, or relative to the bundle.
+    /// Absolute path, or path relative to the bundle.
     pub path: String,
 }
 
@@ -212,7 +211,7 @@ pub struct Memory {
 pub struct Mount {
     /// Path in the container.
     pub destination: String,
-    /// File system type; `bind` for bind mounts.
+    /// File system type, or `bind` for bind mounts.
     #[serde(rename = "type", default)]
     pub kind: Option<String>,
     /// Device, directory or file. The source of a volume is a host path.

@@ -9,7 +9,7 @@ use protobuf::MessageField;
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// A limit of at least this many bytes means that no limit is set. cgroup v1 then shows a very large number.
+/// Lowest value that means that no limit is set. Without a limit, cgroup v1 shows a very large number.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Reads the cgroup's metrics, which are a handful of small files. Values of an absent controller are zero.

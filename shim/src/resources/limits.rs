@@ -11,10 +11,10 @@ use crate::systemd::{Property, Unit, Value};
 const PERIOD: u64 = 100_000;
 /// Distance in bytes between the limit at which the sandbox is throttled and the limit at which it is killed.
 ///
-/// It is a third of the memory that the VMM and the shim have at least, in addition to the guest's memory.
+/// It is a third of the minimum memory for the VMM and the shim, which they have in addition to the guest's memory.
 const THROTTLE_MARGIN: u64 = 4 << 20;
-/// A value of at least this means that no limit is set. cgroup v1 then shows the largest multiple of the page size, or
-/// one page less.
+/// Lowest value that means that no limit is set. Without a limit, cgroup v1 shows the largest multiple of the page
+/// size, or one page less.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Returns the maximum guest memory in MiB within the memory limit of the parent cgroup. The kubelet sets this limit

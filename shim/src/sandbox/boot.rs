@@ -75,7 +75,7 @@ pub enum BootError {
     /// A file of the installation or `/dev/kvm` cannot be opened.
     #[error("failed to open the {what} {path}")]
     Open {
-        /// Name of the file's role.
+        /// What the file is, such as `guest kernel`.
         what: &'static str,
         /// Path.
         path: PathBuf,

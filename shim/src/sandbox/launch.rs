@@ -1,4 +1,4 @@
-//! Launching a sandbox: from its specification to everything that a boot needs.
+//! Launches a sandbox: prepares everything that a boot needs, according to the sandbox's specification.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -210,7 +210,7 @@ pub fn hostname(name: &str) -> String {
 /// Records a process in the sandbox's state directory.
 ///
 /// # Errors
-/// The chain of causes, as text.
+/// If the process has ended, or the file cannot be written. The text is the chain of causes.
 pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
     let process = ProcessId::read(pid).ok_or_else(|| format!("process {pid} has already ended"))?;
     dir.write_process(name, process).map_err(|e| chain(&e))

@@ -239,7 +239,7 @@ impl Sandbox {
     /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// The chain of causes as a text, which several callers can share.
+    /// If the boot has failed, or the VM has ended. Several callers can share the text, which is the chain of causes.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         self.state.wait_running().await
     }

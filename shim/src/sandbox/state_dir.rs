@@ -1,6 +1,6 @@
 //! A sandbox's directory on the host, `/run/husk/<namespace>/<sandbox>`.
 //!
-//! It records what `delete` needs to clean up after a shim that ended unexpectedly.
+//! Its files record what `delete` needs to clean up after a shim that ended unexpectedly.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
@@ -82,7 +82,7 @@ impl StateDir {
     /// # Errors
     /// [`StateError`] with the path that could not be created.
     pub fn create(&self) -> Result<Share, StateError> {
-        // Retries once, because the previous last sandbox of this namespace may be removing the parent directory.
+        // Retries once, because the shim of another sandbox in this namespace may be removing the parent directory.
         let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
         make().or_else(|_| make()).map_err(|source| StateError::Create { path: self.path.clone(), source })?;
         Share::mount(&self.path).map_err(StateError::Share)

@@ -71,7 +71,7 @@ impl Timeline {
             return;
         }
         let written = record.to_line().map_err(std::io::Error::other).and_then(|line| {
-            // A single write of one line, so that appends of several shims do not mix.
+            // Writes the line with a single write, so that lines of several shims do not mix.
             std::fs::OpenOptions::new().create(true).append(true).open(log)?.write_all(line.as_bytes())
         });
         if let Err(error) = written {

@@ -31,9 +31,9 @@ use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to write the rest and end after its input has ended. After the timeout, it gets SIGTERM.
+/// Timeout for a logger to process its last input and end, after its input has ended. Then, it gets SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to end after SIGTERM. After the timeout, it gets SIGKILL.
+/// Timeout for a logger to end after SIGTERM. Then, it gets SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Handle to a running logger. After the handle is dropped, a logger that does not end is terminated after a timeout.
@@ -123,7 +123,7 @@ fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
     register(pidfd::open(pid)?, Interest::READABLE)
 }
 
-/// Reaps the logger when it ends. If it does not end after the release, sends SIGTERM, and SIGKILL as the escalation.
+/// Reaps the logger when it ends. If it does not end after the release, sends SIGTERM, and later SIGKILL.
 async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
     let ended = async || {
         let _ = pidfd.readable().await;

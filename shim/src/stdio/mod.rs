@@ -32,7 +32,7 @@ pub struct Paths {
     pub stdin: String,
     /// Stdout, or the output of the terminal.
     pub stdout: String,
-    /// Stderr; ignored for a terminal.
+    /// Stderr. Ignored for a terminal.
     pub stderr: String,
     /// Whether the process has a terminal.
     pub terminal: bool,

@@ -57,7 +57,7 @@ pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, S
             let stderr = match Target::parse(stderr_path, "stderr")? {
                 _ if paths.terminal => None,
                 Some(Target::File(other)) if other != path => Some(file(&other, true, "stderr")?),
-                // One open file for both streams, so that lines keep their order.
+                // Uses one open file for both streams, so that lines keep their order.
                 _ => Some(Output::File(Arc::clone(&stdout_file(&stdout, &path)?))),
             };
             (Some(stdout), stderr, None::<LoggerHandle>)
@@ -164,7 +164,7 @@ fn input(path: &Path) -> Result<Input, StdioError> {
 
 fn output(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream, path: path.into(), source: source.into() };
-    // One fd for both ends, so that opening does not need a reader.
+    // Opens one fd for both ends, so that opening does not need a reader.
     let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).map_err(fail)?;
     if is_fifo(&fd).map_err(fail)? {
         return Ok(Output::Pipe(fd));

@@ -30,7 +30,7 @@ pub enum Report {
     Exit {
         /// Id of the container.
         container: String,
-        /// Id of the exec; empty for the init process.
+        /// Id of the exec. Empty for the init process.
         exec: String,
         /// Exit status, 0 to 255.
         status: u32,

@@ -218,8 +218,8 @@ fn sync_volume(
     let (received, _) = received.reachable(|entry| host_only.contains(entry));
     let (shared, _) = shared.reachable(|_| false);
     let (removed, added) = differences(shared, received);
-    // Unmounts only the topmost mounts, which includes their submounts. A submount's path may lie in a file system that
-    // hangs.
+    // Unmounts only the topmost mounts, because this includes their submounts. A submount's path may lie in a file
+    // system that hangs.
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
@@ -372,7 +372,7 @@ mod tests {
             assert_eq!(detach(&to, &outside).unwrap_err().raw_os_error(), Some(libc::ELOOP));
             assert_eq!(mountinfo::read().unwrap().len(), before);
             assert!(at("outside/b/file").exists());
-            // A mount that is not the one in the list is not unmounted.
+            // A mount whose id differs from the id in the list is not unmounted.
             let other = Submount { path: "real".into(), entry: entry(id(&at("outside/b"))) };
             assert!(detach(&to, &other).is_err());
             assert_eq!(mountinfo::read().unwrap().len(), before);

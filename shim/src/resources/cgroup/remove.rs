@@ -15,8 +15,8 @@ use crate::systemd::Unit;
 /// then empty.
 ///
 /// `dirs` has one directory, or one for each cgroup v1 hierarchy. Waits at most a second for killed processes to end,
-/// then stops a systemd scope before it removes the scope's cgroup. If systemd had not seen the cgroup empty before its
-/// removal, the unit would stay.
+/// then stops a systemd scope before it removes the scope's cgroup. If the cgroup disappeared before systemd saw it
+/// empty, the unit would stay.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
