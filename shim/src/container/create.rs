@@ -116,7 +116,7 @@ impl Shim {
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
         self.publish_created(&container, request);
-        // Only now, because the container's start must not be throttled by its own CPU limit.
+        // Resizes only now, because the container's own CPU limit must not throttle its start.
         self.queue_resize();
         Ok(())
     }

@@ -65,8 +65,8 @@ impl Shim {
         {
             relay.drain(INIT_OUTPUT_IDLE_TIMEOUT).await;
         }
-        // Deleting the sandbox container ends the VM. So does deleting the last container, unless the sandbox
-        // controller created the sandbox. The guest needs no cleanup in either case.
+        // Deleting the sandbox container ends the VM. Deleting the last container also ends the VM, unless the sandbox
+        // controller created the sandbox. In both cases, the guest does not need a cleanup.
         if container.is_sandbox_container()
             || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
         {

@@ -14,7 +14,7 @@ use crate::resources::resize::Target;
 #[derive(Default)]
 pub(crate) struct ResourceLimits {
     pod: Mutex<PodLimits>,
-    /// A limit was updated. From then on the pod may be smaller than at boot.
+    /// Whether a limit was updated. After an update, the pod may be smaller than at boot.
     updated: AtomicBool,
 }
 

@@ -23,9 +23,9 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// State of the sandbox that the controller's requests change.
 pub struct SandboxState {
-    /// What the launch needs; taken by the launch.
+    /// What the launch needs. The launch takes it.
     pending: Mutex<Option<DeferredLaunch>>,
-    /// Set if a request created the sandbox. It then stays until a request ends it.
+    /// Set if a request created the sandbox. Such a sandbox stays until a request ends it.
     created: OnceLock<Created>,
     /// Whether a request to stop has arrived.
     stopping: Mutex<bool>,
@@ -42,7 +42,7 @@ struct Created {
 }
 
 impl SandboxState {
-    /// Returns the initial state; `pending` is set if the specification is still to come.
+    /// Returns the initial state. `pending` is set if the specification arrives later.
     pub fn new(pending: Option<DeferredLaunch>) -> Self {
         Self {
             pending: Mutex::new(pending),
@@ -91,7 +91,7 @@ impl SandboxState {
     /// Waits for the end of the sandbox.
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
-        // Unreachable fallback: the sender belongs to `self`.
+        // The fallback is unreachable, because the sender belongs to `self`.
         ended.ok().flatten().unwrap_or(Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
     }
 }
@@ -125,7 +125,7 @@ impl Shim {
         }
         if let Some(pending) = launch {
             pending.launch(spec, &self.sandbox).await.map_err(ServiceError::failed)?;
-            // A stop may have arrived during the launch, before there was a VM to kill.
+            // A request to stop the sandbox may have arrived during the launch, before the VM existed.
             if *lock(&self.sandbox_state.stopping) {
                 self.sandbox.kill();
             }

@@ -129,13 +129,14 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
     in_namespace(path, || {
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
         let list = || read::links(&netlink).map_err(kernel_error("list interfaces"));
-        // Subscribes before the first listing: otherwise an interface that changes after it would be missed.
+        // Subscribes before the first listing. Otherwise, changes of interfaces after the listing would be missed.
         let before = watcher::subscribe();
         let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // The new taps have queued messages in the first subscription, which would wake the watcher for nothing. A
-        // subscription made now has none. It suffices if no interface has changed since the first listing.
+        // The creation of the taps has queued messages in the first subscription, which would wake the watcher for
+        // nothing. A second subscription, made now, does not have these messages. It is sufficient if no interface has
+        // changed since the first listing.
         let after = watcher::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (config, unsupported) = read::network(&netlink, &links)?;

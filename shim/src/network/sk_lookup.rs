@@ -38,7 +38,7 @@ const CTX_PROTOCOL: i16 = 12;
 /// Steers the connections of the current network namespace.
 ///
 /// # Errors
-/// Among others, if the kernel is older than this program type, or is configured to forbid BPF programs.
+/// For example, if the kernel is too old for this program type, or its configuration forbids BPF programs.
 pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;

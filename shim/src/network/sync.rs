@@ -179,7 +179,7 @@ impl Apply for Guest {
 }
 
 impl Guest {
-    /// Applies a change. Taps that are attached are removed from `change`, so that a retry does not attach them again.
+    /// Applies a change. Removes each attached tap from `change`, so that a retry does not attach the tap again.
     async fn apply_change(&mut self, change: &mut NetworkChange) -> Result<(), NetworkSyncError> {
         self.bind_devices().await?;
         if !change.taps.is_empty() || !self.removed.is_empty() {
@@ -228,7 +228,7 @@ impl Guest {
         self.vmm.call(call, fds).await.map_err(NetworkSyncError::Plug)
     }
 
-    /// Has the guest bind the devices of attached interfaces to their driver.
+    /// Tells the guest to bind the devices of attached interfaces to their driver.
     async fn bind_devices(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&slot) = self.unbound_slots.last() {
             let request = BindDeviceRequest { slot, ..Default::default() };
@@ -254,7 +254,7 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
     }
 }
 
-/// Reads the pod's network, on a new thread because the thread joins the pod's network namespace.
+/// Reads the pod's network. Uses a new thread, because the thread joins the pod's network namespace.
 async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<NetworkChange>, NetworkSyncError> {
     let (done, changes) = oneshot::channel();
     let watcher = Arc::clone(watcher);

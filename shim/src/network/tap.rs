@@ -150,7 +150,9 @@ fn redirect_from_mac(netlink: &Netlink, from: i32, to: i32, mac: [u8; 6]) -> boo
     ]);
     filter(netlink, from, SECOND_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &drop)]))
         .and_then(|()| filter(netlink, from, FIRST_PRIORITY, "flower", &mac_filter))
-        .inspect_err(|error| tracing::info!(%error, "no MAC anti-spoofing by the host: the VMM forwards frames"))
+        .inspect_err(
+            |error| tracing::info!(%error, "failed to set up MAC anti-spoofing on the host: the VMM forwards frames"),
+        )
         .is_ok()
 }
 

@@ -29,7 +29,7 @@ const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 pub struct NetworkWatcher {
     namespace: File,
     tap_links: Vec<TapLink>,
-    /// Interfaces whose taps are to be removed: their redirections still exist.
+    /// Interfaces whose taps must still be removed, because their redirections still exist.
     stale: Vec<TapLink>,
     /// MAC addresses of removed interfaces that no [`NetworkChange`] has reported yet.
     removed: Vec<[u8; 6]>,
@@ -69,8 +69,8 @@ pub struct NetworkChange {
 impl NetworkChange {
     /// Returns the current state without the new interfaces, and without their routes and neighbours.
     ///
-    /// It is sent before the devices of new interfaces are hot-plugged: the guest then removes everything of an earlier
-    /// interface with the same name or MAC address.
+    /// The guest gets this state before the devices of new interfaces are hot-plugged. It then removes the
+    /// configuration of an earlier interface with the same name or MAC address.
     pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);

@@ -13,8 +13,8 @@ use crate::oci::annotations::SANDBOX_ID;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 
-/// Maximum size of `config.json` in bytes. A message of containerd has at most 16 MiB. A specification usually has a few
-/// KiB.
+/// Maximum size of `config.json` in bytes. A message of containerd has at most 16 MiB. A specification usually has a
+/// few KiB.
 const MAX_LEN: u64 = 16 << 20;
 
 /// A bundle with its specification.

@@ -59,7 +59,7 @@ pub enum BootSizeError {
 /// `max_guest_mib` is the maximum guest memory within the limit of the parent cgroup.
 ///
 /// # Errors
-/// [`BootSizeError`] if the limits or annotations cannot be met.
+/// [`BootSizeError`] if a limit is too low, or an annotation is invalid or not allowed.
 pub fn boot_size(spec: &Spec, config: &Config, max_guest_mib: u64) -> Result<BootSize, BootSizeError> {
     let host = Host { cpus: online_cpus(), memory_mib: total_memory_mib(), max_guest_mib };
     size(spec, config, &host)
@@ -125,7 +125,8 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     Ok(BootSize { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
 }
 
-/// Returns the limits that size the VM: a Kubernetes sandbox's annotations, else the container's resources.
+/// Returns the limits that determine the VM's size. For a Kubernetes sandbox, these are in its annotations. Otherwise,
+/// these are the container's resources.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), BootSizeError> {
     if spec.annotations.is_sandbox() {
         let cpu = Cpu {

@@ -12,7 +12,7 @@ use crate::resources::cgroup::CgroupLocation;
 /// Lowest value that means that no limit is set. Without a limit, cgroup v1 shows a very large number.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// Reads the cgroup's metrics, which are a handful of small files. Values of an absent controller are zero.
+/// Reads the cgroup's metrics from a handful of small files. Values of an absent controller are zero.
 pub fn read(location: &CgroupLocation) -> Metrics {
     let text = |controller: &str, file: &str| {
         let dir = location.controller_dir(controller).unwrap_or(Path::new("/nonexistent"));

@@ -20,9 +20,11 @@ const DEFAULT_PERIOD: u64 = 100_000;
 const HOST_MIB: u64 = 32;
 /// Host memory in MiB that the VMM and the shim need at least. The rest of [`HOST_MIB`] is page cache.
 const MIN_HOST_MIB: u64 = 12;
-/// Guest memory divided by the size of its page tables: those of host and guest are 1/512 each if all of it is used.
+/// Guest memory divided by the size of its page tables. If all guest memory is used, the page tables of the host and of
+/// the guest each have 1/512 of its size.
 const MEMORY_TO_PAGE_TABLES: u64 = 256;
-/// CPU time that the VMM's device threads and the guest's kernel may use beside the containers' quota, in millicores.
+/// CPU time in millicores that the VMM's device threads and the guest's kernel may use in addition to the containers'
+/// quota.
 const HOST_CPU_MILLIS: u64 = 250;
 
 /// Resource limits of a container. `None` means unlimited.
@@ -30,14 +32,14 @@ const HOST_CPU_MILLIS: u64 = 250;
 pub struct Limits {
     /// CPU quota in millicores.
     pub cpu_millis: Option<u64>,
-    /// CPU request as cgroup shares, used if there is no quota.
+    /// CPU request as cgroup shares. It is used if no quota is set.
     pub shares: u64,
     /// The host's CPUs on which the container may run.
     pub cpus: Option<CpuSet>,
     /// Memory limit in bytes.
     pub memory: Option<u64>,
-    /// Limit of huge pages in bytes. Zero if there is no limit, since only a container that asks for huge pages gets
-    /// some.
+    /// Limit of huge pages in bytes. Zero if no limit is set, because only a container that requests huge pages gets
+    /// them.
     pub huge_page_bytes: u64,
 }
 
@@ -57,7 +59,7 @@ pub struct HostLimits {
     pub has_memory_limit: bool,
     /// CPU quota in millicores.
     pub cpu_millis: Option<u64>,
-    /// The host's CPUs that they may run on.
+    /// The host's CPUs on which the processes may run.
     pub cpus: Option<CpuSet>,
 }
 
@@ -96,7 +98,7 @@ impl Limits {
 
     fn apply(&mut self, resources: &Resources) {
         let Resources { cpu, memory, hugepage_limits } = resources;
-        // A quota of 0 and a period alone count as unset; -1 means unlimited.
+        // A quota of 0 counts as unset, and so does a period without a quota. A quota of -1 means unlimited.
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
             self.cpu_millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
         }

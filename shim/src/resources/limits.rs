@@ -20,7 +20,7 @@ const NO_LIMIT: u64 = 1 << 62;
 /// Returns the maximum guest memory in MiB within the memory limit of the parent cgroup. The kubelet sets this limit
 /// for the pod.
 ///
-/// The limit changes with the pod. If a guest used more memory, the kernel would kill the VMM.
+/// The limit can change while the pod runs. If a guest used more memory, the kernel would kill the VMM.
 pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
@@ -33,7 +33,8 @@ pub fn huge_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
 
-/// Reads a limit of the parent cgroup, by its file names in cgroup v2 and v1. Returns `None` if there is no limit.
+/// Reads a limit of the parent cgroup. The array has the limit's file names in cgroup v2 and v1. Returns `None` if no
+/// limit is set.
 fn parent_limit(location: &CgroupLocation, controller: &str, [v2_file, v1_file]: [&str; 2]) -> Option<u64> {
     let file = if matches!(location, CgroupLocation::V2(_)) { v2_file } else { v1_file };
     let text = std::fs::read_to_string(location.controller_dir(controller)?.parent()?.join(file)).ok()?;
@@ -43,13 +44,15 @@ fn parent_limit(location: &CgroupLocation, controller: &str, [v2_file, v1_file]:
 /// Returns the lowest task limit of the parent cgroups. These are the pod's cgroup, whose limit is the kubelet's
 /// `podPidsLimit`, and its ancestors.
 ///
-/// On the host the limit counts only the few threads of the VMM and none of the pod's processes. The guest enforces it.
+/// On the host, the limit counts only the few threads of the VMM, and not the pod's processes. Therefore, the guest
+/// enforces it.
 pub fn pids_max(location: &CgroupLocation) -> Option<u64> {
     let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok()?.trim().parse().ok();
     location.controller_dir("pids")?.ancestors().skip(1).filter_map(limit).min()
 }
 
-/// Returns the number of bytes from which the kernel reclaims memory of the sandbox; `None` if there is no limit.
+/// Returns the number of bytes above which the kernel reclaims memory of the sandbox. Returns `None` if no limit is
+/// set.
 pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
     let is_v1 = matches!(location, CgroupLocation::V1(_));
     let file = if is_v1 { "memory.limit_in_bytes" } else { "memory.high" };
@@ -64,8 +67,8 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
 /// The memory limit depends on the memory that the guest has now, not on the memory that the pod may use. A guest that
 /// runs out of memory then kills one of its own processes. Otherwise, the host would kill the VMM.
 ///
-/// If the cgroup is a systemd scope, systemd is told of the limits afterwards, so that it writes values that are
-/// already set. This process, not the host's service manager, thus waits for memory to be reclaimed.
+/// If the cgroup is a systemd scope, this function first writes the limits and then sends them to systemd, which writes
+/// the same values. Therefore, this process waits for memory to be reclaimed, and systemd does not.
 pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
@@ -78,14 +81,15 @@ pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, 
     }
 }
 
-/// Rounds a CPU limit up as systemd does: it stores a quota in hundredths of a CPU.
+/// Rounds a CPU limit up as systemd does, because systemd stores a quota in hundredths of a CPU.
 fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
 /// Returns all CPUs of the parent cgroup if the sandbox's cgroup has a list of CPUs, which must be reset.
 ///
-/// The kernel accepts no empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change: ENOSPC).
+/// The kernel does not accept an empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change:
+/// ENOSPC).
 fn all_cpus(location: &CgroupLocation) -> Option<CpuSet> {
     let CgroupLocation::V2(path) = location else { return None };
     let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).ok()?.parse().ok();
@@ -102,10 +106,10 @@ fn properties(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) ->
         CgroupLocation::V2(_) => {
             all.push(("MemoryMax", number(memory)));
             all.push(("MemoryHigh", number(memory.map(|max| memory_high(location, max)))));
-            // Since systemd 244; set only if the limits name CPUs.
+            // systemd has this property since version 244. It is set only if the limits name CPUs.
             all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
         }
-        // systemd does not have all controllers of cgroup v1 as properties.
+        // systemd does not have properties for all controllers of cgroup v1.
         CgroupLocation::V1(_) => all.push(("MemoryLimit", number(memory))),
     }
     all
@@ -145,8 +149,8 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
     }
 }
 
-/// Returns the limit at which the sandbox is throttled, below the limit at which it or the pod is killed. Memory can
-/// still be reclaimed then.
+/// Returns the memory limit at which the kernel throttles the sandbox. It is lower than the limits at which the kernel
+/// kills processes of the sandbox or of the pod. At this limit, memory can still be reclaimed.
 fn memory_high(location: &CgroupLocation, max: u64) -> u64 {
     let parent = parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]);
     parent.map_or(max, |parent| max.min(parent)).saturating_sub(THROTTLE_MARGIN)

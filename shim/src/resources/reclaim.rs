@@ -40,7 +40,7 @@ const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
 /// Memory counts as nearly exhausted if the unreclaimable memory is at most this many bytes below the limit.
 const MARGIN: u64 = 2 << 20;
 
-/// Starts to watch, until the VM ends.
+/// Starts to watch the pod's memory and the VMM's open files. The watch ends with the VM.
 pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
     let guest = Guest { agent, last: Mutex::new(None) };
     tokio::spawn(async move {
@@ -56,7 +56,7 @@ pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
         let files = async {
             loop {
                 vmm.wait_for_fd_shortage().await;
-                guest.drop_caches("the VMM has nearly as many files open as it can").await;
+                guest.drop_caches("the VMM's open files are near their limit").await;
                 tokio::time::sleep(MIN_INTERVAL).await;
             }
         };
@@ -129,7 +129,7 @@ impl Watch {
             self.next().await?;
             let location = location.clone();
             if tokio::task::spawn_blocking(move || is_nearly_exhausted(&location)).await.unwrap_or(false) {
-                guest.drop_caches("the pod's memory on the host is used up").await;
+                guest.drop_caches("the pod's memory on the host is nearly used up").await;
             }
             tokio::time::sleep(MIN_INTERVAL).await;
         }
@@ -152,7 +152,7 @@ impl Watch {
     }
 }
 
-/// Returns whether nearly all of the limit is memory that the host's kernel cannot reclaim.
+/// Returns whether memory that the host's kernel cannot reclaim takes nearly all of the limit.
 fn is_nearly_exhausted(location: &CgroupLocation) -> bool {
     match (limits::reclaim_threshold(location), unreclaimable(location)) {
         (Some(limit), Some(unreclaimable)) => unreclaimable.saturating_add(MARGIN) >= limit,

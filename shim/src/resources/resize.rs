@@ -119,7 +119,7 @@ impl Resizer {
         Self { growth, jobs }
     }
 
-    /// Like [`Resizer::resize`], but does not wait.
+    /// Does the same as [`Resizer::resize`], but does not wait.
     pub fn queue(&self, target: Target) {
         // The task lives as long as this handle.
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
@@ -146,13 +146,13 @@ type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 struct ResizeTask {
     vmm: Vmm,
     state: StateCell,
-    /// The cgroup, and its systemd unit if systemd created it.
+    /// The cgroup, and its systemd unit if systemd created the cgroup.
     cgroup: Option<(CgroupLocation, Option<Unit>)>,
     record: RecordSize,
     start: Size,
     /// Target that was requested last.
     current: Target,
-    /// Whether that target was reached. If not, the next request retries it.
+    /// Whether that target was reached. If not, the next request retries the target.
     complete: bool,
     slots: Slots,
     /// Maximum hot-plugged memory in MiB that the guest may have at this time.
@@ -226,7 +226,8 @@ impl ResizeTask {
             }));
         }
         if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
-            // If this fails, the container is not created, and later targets must not include its pages.
+            // If this fails, the container is not created. Later targets must then not include the container's huge
+            // pages.
             self.current.huge_mib = huge_before;
             self.grow_huge_pages(target.huge_mib, huge_before).await?;
             self.current.huge_mib = target.huge_mib;

@@ -57,7 +57,7 @@ pub struct BootPlan {
     pub pod: Pod,
     /// The operator's configuration.
     pub config: Config,
-    /// vCPUs and memory at boot, and what they may grow to.
+    /// The vCPUs and memory at boot, and their maximums.
     pub boot_size: BootSize,
     /// Directory that the VMM serves to the guest: the guest's view of the share.
     pub share: PathBuf,
@@ -197,7 +197,7 @@ pub async fn boot(
     }
 }
 
-/// Has the VMM create the VM and starts it.
+/// Tells the VMM to create the VM and to start it.
 async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
@@ -304,7 +304,7 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         update.send_modify(|p| p.ready = true);
                     }
                 }
-                // Handled elsewhere: see `Vmm::wait_for_fd_shortage`.
+                // `Vmm::wait_for_fd_shortage` handles this notice.
                 Notice::FdShortage => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {

@@ -27,13 +27,13 @@ pub type AttachedDisks = Mutex<HashMap<Disk, Arc<AttachedDisk>>>;
 /// State of attaching one disk.
 #[derive(Debug, Default)]
 pub struct AttachedDisk {
-    /// Slot of the disk. Attached once, even if finding the disk in the guest has to be retried.
+    /// Slot of the disk. The disk is attached only once, even if finding it in the guest must be retried.
     slot: OnceCell<u32>,
     numbers: OnceCell<DeviceNumbers>,
 }
 
 impl AttachedDisk {
-    /// Returns the guest's device numbers. `attach` hot-plugs the disk, then `find` asks the guest for its numbers.
+    /// Returns the guest's device numbers. `attach` hot-plugs the disk, then `find` asks the guest for the numbers.
     async fn get_or_attach<E, F: Future<Output = Result<DeviceNumbers, E>>>(
         &self,
         attach: impl Future<Output = Result<u32, E>>,
@@ -85,7 +85,7 @@ impl Sandbox {
     /// yet.
     ///
     /// # Errors
-    /// [`DiskError`]; the next call retries.
+    /// [`DiskError`]. The next call retries the step that failed.
     pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<DeviceNumbers, DiskError> {
         let attached = Arc::clone(lock(&self.disks).entry(disk).or_default());
         attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await

@@ -212,7 +212,8 @@ pub fn hostname(name: &str) -> String {
 /// # Errors
 /// If the process has ended, or the file cannot be written. The text is the chain of causes.
 pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
-    let process = ProcessId::read(pid).ok_or_else(|| format!("process {pid} has already ended"))?;
+    let process =
+        ProcessId::read(pid).ok_or_else(|| format!("failed to record process {pid}: it has already ended"))?;
     dir.write_process(name, process).map_err(|e| chain(&e))
 }
 

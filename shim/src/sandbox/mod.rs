@@ -37,9 +37,9 @@ pub struct LaunchInput {
     pub cgroup: Option<Cgroup>,
     /// The VMM process, if it could be started.
     pub vmm: Option<Spawned>,
-    /// What to boot, or why the boot could not be prepared.
+    /// The plan of the boot, or the error of preparing it.
     pub plan: Result<BootPlan, String>,
-    /// File to which the timeline is appended at the end.
+    /// File to which the timeline is appended when the sandbox ends.
     pub timeline_log: PathBuf,
 }
 

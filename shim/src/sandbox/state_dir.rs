@@ -183,7 +183,7 @@ impl StateDir {
 }
 
 impl ProcessId {
-    /// Returns the process with this PID, if there is one.
+    /// Returns the process with this PID, if it exists.
     pub fn read(pid: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         Some(Self { pid: i32::try_from(pid).ok()?, start: start_time(&stat)? })
@@ -192,7 +192,8 @@ impl ProcessId {
     /// Kills the process if the PID still belongs to it, and waits for its end.
     pub fn kill_and_wait(self) {
         let Ok(fd) = pidfd::open(self.pid) else { return };
-        // The pidfd refers to one process. If the start time matches now, the PID cannot have been reused before.
+        // The pidfd refers to one process. If the start time matches now, the PID had not been reused when the pidfd
+        // was opened. Therefore, the pidfd refers to the recorded process.
         if Self::read(self.pid.cast_unsigned()) != Some(self) {
             return;
         }

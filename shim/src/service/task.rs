@@ -269,7 +269,7 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // A sandbox that the sandbox controller created is ended by ShutdownSandbox.
+        // If the sandbox controller created the sandbox, this request does not end it. Only ShutdownSandbox does.
         if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
             self.shim.finish().await;
         }

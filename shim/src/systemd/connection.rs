@@ -75,7 +75,7 @@ pub struct Connection {
     stream: UnixStream,
     deadline: Instant,
     serial: u32,
-    /// Jobs known to have ended, with their results.
+    /// The jobs that have ended, with their results.
     ended_jobs: Vec<(String, String)>,
 }
 
@@ -138,7 +138,7 @@ impl Connection {
     /// Calls a method that starts a job, and waits until the job ends.
     ///
     /// # Errors
-    /// Among others [`CallError::Job`], if the job's result is not `done`.
+    /// [`CallError::Job`] if the job's result is not `done`. The errors of [`Connection::call`] also occur.
     pub fn run_job(&mut self, unit: &str, member: &str, signature: &str, body: Body) -> Result<(), CallError> {
         let body = self.call(member, signature, body)?;
         let job = Reader::new(&body).text()?.to_owned();

@@ -92,7 +92,7 @@ impl Scope {
         let start_or_recover = |connection: &mut Connection| match start(connection) {
             // The previous attempt has created the scope, but systemd re-executed before it replied.
             Err(error) if error.has_name(UNIT_EXISTS) && is_member(pid, unit) => Ok(()),
-            // Possibly a failed scope of an earlier sandbox: systemd keeps a failed unit until it is reset.
+            // This may be a failed scope of an earlier sandbox, because systemd keeps a failed unit until it is reset.
             Err(error) if error.has_name(UNIT_EXISTS) => {
                 reset_failed(connection, unit)?;
                 start(connection)

@@ -100,7 +100,7 @@ impl StateCell {
     /// Waits until the VM runs.
     ///
     /// # Errors
-    /// Why it does not: the chain of causes as text, because every caller gets it.
+    /// If the boot has failed, or the VM has ended. Several callers can share the text, which is the chain of causes.
     pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;

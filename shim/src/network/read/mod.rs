@@ -57,7 +57,8 @@ pub fn to_guest_link(link: husk_netlink::Link) -> Option<Link> {
     Some(Link { index: link.index, name: link.name, mac: link.mac.try_into().ok()?, mtu })
 }
 
-/// Reads everything that the guest gets of these interfaces, and describes what it does not get.
+/// Reads the configuration of these interfaces for the guest. Also returns a description of each part that the guest
+/// does not get.
 pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(UpdateNetworkRequest, Unsupported), NetworkError> {
     let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
     let mut unsupported = Unsupported::new();

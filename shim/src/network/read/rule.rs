@@ -47,7 +47,7 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
             FRA_FWMARK => rule.mark = number(value)?,
             FRA_FWMASK => rule.mask = number(value)?,
             FRA_TABLE => rule.table = number(value)?,
-            // -1 means that it is not set.
+            // -1 means that the prefix length is not set.
             FRA_SUPPRESS_PREFIXLEN => {
                 rule.suppress_prefix_length = Some(number(value)?).filter(|&length| length != u32::MAX)
             }

@@ -114,7 +114,8 @@ impl Cgroup {
         for path in self.location.dirs() {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
-        // Before a process is moved in: memory that a process used before is never charged to its new cgroup.
+        // Sets up the controllers before a process is moved in, because memory that a process has used before is never
+        // charged to its new cgroup.
         match &self.location {
             CgroupLocation::V2(path) => delegate(Path::new(MOUNT), path),
             CgroupLocation::V1(_) => {
@@ -151,7 +152,7 @@ impl Cgroup {
     pub async fn leave_and_remove(&self) {
         self.leave();
         let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
-        // Blocks until the last process has left, so not on this thread.
+        // Uses another thread, because this blocks until the last process has left.
         let removed = tokio::task::spawn_blocking(move || {
             let dirs: Vec<&Path> = location.dirs().collect();
             remove(&dirs, unit.as_ref(), &namespace);

@@ -15,8 +15,8 @@ const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 /// Returns the directory of the sandbox's cgroup in each hierarchy, and the directory of this process's current cgroup
 /// in the same hierarchy.
 ///
-/// `mounts` is `/proc/self/mountinfo`, `own` is `/proc/self/cgroup`. For a systemd `scope`, the cgroup v2 hierarchy is
-/// included: beside cgroup v1, systemd tracks the processes of its units there.
+/// `mounts` is the text of `/proc/self/mountinfo`. `proc_cgroup` is the text of `/proc/self/cgroup`. For a systemd
+/// `scope`, the result includes the cgroup v2 hierarchy, because systemd also tracks its units' processes there.
 pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> (CgroupLocation, Vec<PathBuf>) {
     let (mut all, mut origins) = (Vec::new(), Vec::new());
     let unified = mounts.lines().find_map(|line| hierarchy(line, "cgroup2")).filter(|_| scope);
