@@ -92,6 +92,7 @@ impl Shim {
         }
         let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
         let mirroring = mirroring.map_err(ServiceError::failed)?;
+        self.apply_oom_score(&request.id, &spec);
         self.reserve_resources(&request.id, Limits::from_resources(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };

@@ -3,6 +3,7 @@
 pub mod containers;
 mod create;
 mod delete;
+mod oom_score;
 mod pids;
 mod prepare;
 #[cfg(test)]
@@ -25,6 +26,7 @@ use crate::container::containers::{Container, Containers};
 use crate::container::process::{Exit, ExitReport, Process};
 use crate::error::ServiceError;
 use crate::events::{Events, timestamp};
+use crate::resources::oom_score::Scores;
 use crate::sandbox::Sandbox;
 use crate::sandbox::launch::DeferredLaunch;
 use crate::stdio::{Paths, Relay, Stdio, Streams};
@@ -42,6 +44,7 @@ pub struct Shim {
     pub(crate) containers: Containers,
     pub(crate) limits: resize::ResourceLimits,
     pub(crate) pids: pids::Pids,
+    pub(crate) oom_scores: Scores,
     pub(crate) events: Events,
     /// Whether the VM has ended and all its events have been handled. After that, all processes count as exited.
     pub(crate) vm_ended: AtomicBool,
@@ -75,6 +78,7 @@ impl Shim {
             containers: Containers::default(),
             limits: resize::ResourceLimits::default(),
             pids: pids::Pids::default(),
+            oom_scores: Scores::default(),
             events,
             vm_ended: AtomicBool::new(false),
             finishing: AtomicBool::new(false),

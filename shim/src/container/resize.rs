@@ -36,6 +36,7 @@ impl Shim {
 
     /// Releases the resources of a container that was deleted or could not be created. Does not wait for the resize.
     pub(crate) fn release_resources(&self, id: &str) {
+        self.release_oom_score(id);
         let removed = lock(&self.limits.pod).remove(id).is_some();
         // The VM ends with the last container.
         if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {

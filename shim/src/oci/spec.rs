@@ -55,6 +55,8 @@ pub struct Process {
     pub cwd: String,
     /// SELinux label of the process.
     pub selinux_label: Option<String>,
+    /// `oom_score_adj` of the process.
+    pub oom_score_adj: Option<i32>,
     /// AppArmor profile of the process.
     pub apparmor_profile: Option<String>,
 }

@@ -6,6 +6,7 @@ pub mod cgroup_v1_metrics;
 pub mod growth;
 pub mod hugepages;
 pub mod limits;
+pub mod oom_score;
 pub mod reclaim;
 pub mod resize;
 

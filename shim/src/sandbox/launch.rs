@@ -16,6 +16,7 @@ use crate::resources;
 use crate::resources::BootSize;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
+use crate::resources::oom_score;
 use crate::sandbox::boot::{BootPlan, Pod};
 use crate::sandbox::state_dir::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
@@ -122,6 +123,8 @@ impl PartialLaunch {
         let vmm = self.vmm.insert(vmm::spawn(&network).map_err(|e| chain(&e))?);
         context.timeline.mark("vmm spawned");
         record_process(&context.dir, "vmm.pid", vmm.pid)?;
+        oom_score::set(vmm.pid, oom_score::DEFAULT)
+            .map_err(|error| format!("failed to set oom_score_adj of the VMM: {error}"))?;
         Ok(network)
     }
 
