@@ -122,8 +122,8 @@ impl Sink for Events {
         LOG.get().is_some_and(|log| level <= log.level && (from_husk || log.level == Level::DEBUG))
     }
 
-    fn write(&self, level: Level, message: &str, fields: &str) {
-        record(level, &format!("{message}{fields}"));
+    fn write(&self, metadata: &'static Metadata<'static>, message: &str, fields: &str) {
+        record(*metadata.level(), &format!("{message}{fields}"));
     }
 }
 

@@ -6,7 +6,7 @@
 use std::fmt::{self, Write as _};
 
 use tracing::field::{Field, Visit};
-use tracing::{Event, Level, Metadata, span};
+use tracing::{Event, Metadata, span};
 
 /// Receives the events of a process as text.
 pub trait Sink: Send + Sync + 'static {
@@ -15,7 +15,7 @@ pub trait Sink: Send + Sync + 'static {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool;
 
     /// Writes an event. `fields` is what [`Sink::field`] appended, in the order of the fields.
-    fn write(&self, level: Level, message: &str, fields: &str);
+    fn write(&self, metadata: &'static Metadata<'static>, message: &str, fields: &str);
 
     /// Appends one field to `fields`. The default is ` name=value`, with the value as `Debug` formats it.
     fn field(&self, fields: &mut String, name: &str, value: Value<'_>) {
@@ -64,7 +64,7 @@ impl<S: Sink> tracing::Subscriber for Subscriber<S> {
     fn event(&self, event: &Event<'_>) {
         let mut line = Line { sink: self.0, message: String::new(), fields: String::new() };
         event.record(&mut line);
-        self.0.write(*event.metadata().level(), &line.message, &line.fields);
+        self.0.write(event.metadata(), &line.message, &line.fields);
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
@@ -112,6 +112,8 @@ impl<S: Sink> Visit for Line<S> {
 mod tests {
     use std::sync::Mutex;
 
+    use tracing::Level;
+
     use super::*;
     use crate::sync::lock;
 
@@ -123,8 +125,8 @@ mod tests {
             *metadata.level() <= Level::INFO
         }
 
-        fn write(&self, level: Level, message: &str, fields: &str) {
-            lock(&self.0).push(format!("{level} {message}{fields}"));
+        fn write(&self, metadata: &'static Metadata<'static>, message: &str, fields: &str) {
+            lock(&self.0).push(format!("{} {message}{fields}", metadata.level()));
         }
 
         fn field(&self, fields: &mut String, name: &str, value: Value<'_>) {

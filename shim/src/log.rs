@@ -1,16 +1,23 @@
 //! The shim's log: logfmt lines, as containerd's Go shims write them. They go to a fifo, and containerd copies them to
 //! its own log.
 
+mod limit;
+
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use husk_base::log::{Sink, Value};
 use husk_config::LogLevel;
+use tracing::callsite::Identifier;
+
+use crate::lock;
+use crate::log::limit::{Decision, Limiter};
 
 /// Maximum line length in bytes. Writes of at most this length to a pipe are atomic (PIPE_BUF in pipe(7)). Therefore,
 /// lines of several threads do not interleave.
@@ -24,6 +31,7 @@ struct Logger {
     sandbox: String,
     namespace: String,
     dropped: AtomicU64,
+    limiter: Mutex<Limiter<Identifier>>,
 }
 
 /// Starts logging to the bundle's `log` fifo. Every line names the sandbox.
@@ -34,8 +42,13 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     // Opens the fifo non-blocking, because containerd may read slowly, or not at all after it has died.
     let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
     let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
-    let logger =
-        Logger { fifo, sandbox: sandbox.to_owned(), namespace: namespace.to_owned(), dropped: AtomicU64::new(0) };
+    let logger = Logger {
+        fifo,
+        sandbox: sandbox.to_owned(),
+        namespace: namespace.to_owned(),
+        dropped: AtomicU64::new(0),
+        limiter: Mutex::default(),
+    };
     // The logger is leaked, because both crates need a `'static` logger. The process only creates one.
     let logger: &'static Logger = Box::leak(Box::new(logger));
     husk_base::log::install(logger);
@@ -83,15 +96,24 @@ impl Sink for Logger {
         severity(*metadata.level()) <= LEVEL.load(Ordering::Relaxed)
     }
 
-    fn write(&self, level: tracing::Level, message: &str, fields: &str) {
-        let level = match severity(level) {
+    fn write(&self, metadata: &'static tracing::Metadata<'static>, message: &str, fields: &str) {
+        let level = match severity(*metadata.level()) {
             1 => "error",
             2 => "warning",
             3 => "info",
             4 => "debug",
             _ => "trace",
         };
-        self.write_line(level, message, fields);
+        let decision = lock(&self.limiter).decide(metadata.callsite(), Instant::now());
+        match decision {
+            Decision::Log(0) => self.write_line(level, message, fields),
+            Decision::Log(left_out) => self.write_line(level, message, &format!("{fields} left_out={left_out}")),
+            Decision::First => {
+                let source = format!(" source={}", metadata.target());
+                self.write_line("warning", "too many log lines of one kind: left out from now on", &source);
+            }
+            Decision::Drop => {}
+        }
     }
 
     fn field(&self, fields: &mut String, name: &str, value: Value<'_>) {

@@ -55,7 +55,7 @@ impl Sink for ErrorSink {
         *metadata.level() == Level::ERROR
     }
 
-    fn write(&self, _: Level, message: &str, fields: &str) {
+    fn write(&self, _: &'static Metadata<'static>, message: &str, fields: &str) {
         record(&format!("{message}{fields}"));
     }
 }
