@@ -21,6 +21,7 @@ use crate::bus::Bus;
 use crate::config_check::CheckedConfig;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::guest_memory::GuestMemory;
+use crate::jail::Belongings;
 use crate::memory::hotplug::Backing;
 use crate::memory::{self, MemoryError, hotplug};
 use crate::reporter::Reporter;
@@ -119,7 +120,7 @@ pub enum BootError {
 }
 
 /// Builds the VM. Its vCPUs do not run until [`Vm::resume`].
-pub fn build(checked: CheckedConfig, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
+pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
     let mut timing = BootTiming::start();
     let CheckedConfig { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } =
         checked;
@@ -163,13 +164,17 @@ pub fn build(checked: CheckedConfig, reporter: &Arc<Reporter>) -> Result<Vm, Boo
     let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("vsock", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
+    let fd_directory =
+        belongings.fd_directory.try_clone().map_err(|error| BootError::Host("the directory of fds", error))?;
+    let fd_directory = Arc::new(fd_directory);
     if let Some(share) = &config.share {
         let reporter = Arc::clone(reporter);
-        let fs = Fs::new(share, move || reporter.report_fd_shortage()).map_err(BootError::Share)?;
+        let fs = Fs::new(share, belongings, move || reporter.report_fd_shortage()).map_err(BootError::Share)?;
         devices.push(("virtio-fs", shared(fs)));
     }
     for (net, backend) in net {
-        let net = Net::new(backend, net.mac, net.mtu).map_err(|error| BootError::Host("the tap", error))?;
+        let net = Net::new(backend, net.mac, net.mtu, Arc::clone(&fd_directory))
+            .map_err(|error| BootError::Host("the tap", error))?;
         devices.push(("virtio-net", shared(net)));
     }
     for (blk, file) in blk {
@@ -254,6 +259,7 @@ pub fn build(checked: CheckedConfig, reporter: &Arc<Reporter>) -> Result<Vm, Boo
         hotplug_memory,
         hotplug_huge_pages,
         kvm: vm,
+        fd_directory,
         _vmgenid: vmgenid,
         running: false,
         _memory: memory,

@@ -121,7 +121,7 @@ pub enum Answer {
     },
     /// The id of a VMM thread that stands for a container.
     Pid {
-        /// The pid as seen in the pid namespace of the VMM, which is also the shim's.
+        /// The thread's id in the VMM's own PID namespace.
         pid: u32,
     },
     /// The device is in this virtio-mmio slot.

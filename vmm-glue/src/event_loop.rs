@@ -8,6 +8,7 @@ use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 use husk_base::error::chain;
 
 use crate::control::ExitReason;
+use crate::jail::{Kind, confine};
 use crate::reporter::Reporter;
 use crate::virtio::mmio::SharedDevice;
 
@@ -54,6 +55,9 @@ impl EventLoop {
             .name("devices".to_owned())
             .stack_size(STACK)
             .spawn(move || {
+                if let Err(error) = confine(Kind::DeviceLoop) {
+                    reporter.exit(ExitReason::Failed(chain(&error)));
+                }
                 for device in devices {
                     // Sending fails only if the VM is gone, and then no id is needed.
                     let _ = id_sender.send(manager.add_subscriber(device));

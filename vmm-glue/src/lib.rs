@@ -15,6 +15,7 @@ pub mod config_check;
 pub mod control;
 pub mod event_loop;
 pub mod guest_memory;
+pub mod jail;
 pub mod kvm_probe;
 pub mod memory;
 pub mod process;

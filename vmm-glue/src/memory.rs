@@ -5,12 +5,14 @@ pub mod hotplug;
 
 use std::io;
 
+use husk_base::error::chain;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
+use crate::jail::{Kind, confine};
 
 /// Why guest memory could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +76,9 @@ pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), Memor
     }
     let memory = memory.clone();
     let populate = move || {
+        if let Err(error) = confine(Kind::Prefault) {
+            return log::warn!("{}", chain(&error));
+        }
         for (start, len) in ranges {
             // Linux before 5.14 does not have this advice. Then the first access faults the page in.
             if let Err(error) = advise(&memory, start, len, libc::MADV_POPULATE_WRITE) {

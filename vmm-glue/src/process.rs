@@ -10,6 +10,7 @@ use husk_base::sys::process::exit_immediately;
 use crate::boot;
 use crate::config_check;
 use crate::control::{Answer, BootStep, Call, ExitReason, Request};
+use crate::jail;
 use crate::reporter::Reporter;
 use crate::vm::{Vm, VmError};
 
@@ -116,7 +117,15 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
 }
 
 fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {
-    let checked =
+    let mut checked =
         config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
-    boot::build(checked, reporter).map_err(|error| chain(&error))
+    let share = checked.config.share.as_mut();
+    let belongings = jail::enter(share.as_ref().map(|share| share.root.as_ref())).map_err(|error| chain(&error))?;
+    if let Some(share) = share {
+        share.root = "/".to_owned();
+    }
+    let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
+    // The last thread: the others have started with this one's capabilities.
+    jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
+    Ok(vm)
 }

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering, compiler_fence};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
+use husk_base::error::chain;
 use husk_base::sync::{lock, wait};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -20,6 +21,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
 use crate::control::{BootStep, ExitReason};
+use crate::jail::{Kind, confine};
 use crate::reporter::Reporter;
 use factory::{CreateVcpuError, VcpuFactory};
 
@@ -166,6 +168,9 @@ extern "C" fn on_signal(_signal: libc::c_int, _info: *mut libc::siginfo_t, _cont
 
 /// Main function of a vCPU thread.
 fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Reporter) {
+    if let Err(error) = confine(Kind::Vcpu) {
+        reporter.exit(ExitReason::Failed(chain(&error)));
+    }
     KVM_RUN.set(vcpu.get_kvm_run());
     gate.wait_until_open();
     if index == 0 {

@@ -1,6 +1,7 @@
 //! A built VM and the operations that the control socket requests.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -82,6 +83,8 @@ pub struct Vm {
     pub(crate) hotplug_memory: HotplugMemory,
     pub(crate) hotplug_huge_pages: HotplugMemory,
     pub(crate) kvm: Arc<VmFd>,
+    /// `/proc/self/fd`, through which vhost-net is reopened.
+    pub(crate) fd_directory: Arc<File>,
     /// Will be renewed when a VM is restored from a snapshot.
     pub(crate) _vmgenid: VmGenId,
     pub(crate) running: bool,
@@ -133,7 +136,7 @@ impl Vm {
         let mut fds = config_check::Fds::new(fds);
         let backend = config_check::net(config, &mut fds)?;
         fds.reject_unused()?;
-        let device = Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?;
+        let device = Net::new(backend, config.mac, config.mtu, Arc::clone(&self.fd_directory)).map_err(VmError::Tap)?;
         self.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 

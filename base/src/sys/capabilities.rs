@@ -71,6 +71,33 @@ pub fn set(sets: Capabilities) -> io::Result<()> {
     }
 }
 
+/// Returns the number of capabilities that the kernel knows: one more than the highest number.
+///
+/// # Errors
+/// Those of prctl(2) other than EINVAL, which says that there is no such capability.
+pub fn count() -> io::Result<u32> {
+    for number in 0..64 {
+        // SAFETY: PR_CAPBSET_READ takes a number and no pointer.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(number)) } < 0 {
+            let error = io::Error::last_os_error();
+            return if error.raw_os_error() == Some(libc::EINVAL) { Ok(number) } else { Err(error) };
+        }
+    }
+    Ok(64)
+}
+
+/// Removes a capability from the bounding set of this thread; other threads keep theirs.
+///
+/// # Errors
+/// EPERM without CAP_SETPCAP, EINVAL if there is no such capability.
+pub fn drop_from_bounding_set(number: u32) -> io::Result<()> {
+    // SAFETY: PR_CAPBSET_DROP takes a number and no pointer.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number)) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,5 +115,25 @@ mod tests {
         });
         assert_eq!(limited.join().unwrap(), none);
         assert_eq!(get().unwrap(), before);
+    }
+
+    #[test]
+    fn drop_from_bounding_set_affects_this_thread_alone() {
+        let bounding = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let set = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).unwrap();
+            u64::from_str_radix(set.trim(), 16).unwrap()
+        };
+        let before = bounding();
+        let last = count().unwrap() - 1;
+        assert_eq!(before >> last, 1);
+        std::thread::spawn(move || {
+            drop_from_bounding_set(last).unwrap();
+            assert_eq!(bounding(), before & !(1 << last));
+            assert!(drop_from_bounding_set(last + 1).is_err());
+        })
+        .join()
+        .unwrap();
+        assert_eq!(bounding(), before);
     }
 }

@@ -18,6 +18,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use crate::async_fd::register;
 use crate::lock;
 use crate::oci::Network;
+use crate::vm::thread_id;
 
 /// Error of starting or calling the VMM.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,9 @@ pub enum VmmError {
     /// The VMM has ended.
     #[error("the VMM process has ended")]
     Gone,
+    /// The thread whose PID the VMM reported cannot be found.
+    #[error("failed to find the VMM's thread that stands for the container")]
+    Thread(#[source] std::io::Error),
     /// The VMM's answer does not match the request.
     #[error("the VMM's answer does not match the request")]
     Unexpected,
@@ -61,6 +65,8 @@ struct Inner {
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
+    /// Ids, in the VMM's PID namespace, of the threads that stand for containers, by their ids on the host.
+    threads: Mutex<HashMap<u32, u32>>,
 }
 
 /// A handle of a running VMM process.
@@ -117,8 +123,15 @@ impl Vmm {
         };
         let (died, dead) = watch::channel(None);
         let pending = Mutex::new(Some(PendingCalls::new()));
-        let inner =
-            Arc::new(Inner { control, next: AtomicU64::new(1), pending, pid, dead, fd_shortage: Notify::new() });
+        let inner = Arc::new(Inner {
+            control,
+            next: AtomicU64::new(1),
+            pending,
+            pid,
+            dead,
+            fd_shortage: Notify::new(),
+            threads: Mutex::default(),
+        });
         let vmm = Self { inner: Arc::clone(&inner) };
         tokio::spawn(async move {
             read(&inner, &notices).await;
@@ -141,15 +154,21 @@ impl Vmm {
     /// # Errors
     /// The errors of [`Vmm::call`].
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
-        match self.call(Call::AcquirePid, &[]).await?.0 {
-            Answer::Pid { pid } => Ok(pid),
-            _ => Err(VmmError::Unexpected),
-        }
+        let inner = match self.call(Call::AcquirePid, &[]).await?.0 {
+            Answer::Pid { pid } => pid,
+            _ => return Err(VmmError::Unexpected),
+        };
+        let vmm = self.inner.pid;
+        let found = tokio::task::spawn_blocking(move || thread_id::on_host(vmm, inner)).await;
+        let pid = found.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(VmmError::Thread)?;
+        lock(&self.inner.threads).insert(pid, inner);
+        Ok(pid)
     }
 
     /// Releases a PID. Best effort: the VMM may have ended.
     pub async fn release_pid(&self, pid: u32) {
-        if let Err(error) = self.call(Call::ReleasePid { pid }, &[]).await {
+        let Some(inner) = lock(&self.inner.threads).remove(&pid) else { return };
+        if let Err(error) = self.call(Call::ReleasePid { pid: inner }, &[]).await {
             tracing::debug!(pid, %error, "failed to release a PID");
         }
     }

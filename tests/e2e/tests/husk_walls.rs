@@ -363,3 +363,66 @@ fn virtio_fs_workers_have_few_capabilities() {
         container.kill();
     });
 }
+
+#[test]
+fn vmm_sees_the_share_alone_and_its_threads_have_few_capabilities() {
+    case("jail", |case| {
+        let container = case.sleeper();
+        let vmm = container.pid();
+        // The root is the share: nothing of the node is there.
+        let root = fs::read_dir(format!("/proc/{vmm}/root")).unwrap();
+        let names: Vec<String> = root.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert!(!names.iter().any(|name| ["bin", "etc", "proc", "sys", "dev"].contains(&name.as_str())), "{names:?}");
+        let mounts = fs::read_to_string(format!("/proc/{vmm}/mountinfo")).unwrap();
+        assert!(!mounts.contains(" - proc ") && !mounts.contains(" - sysfs "), "{mounts}");
+        for namespace in ["mnt", "pid", "ipc", "uts", "net", "cgroup"] {
+            let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}")).unwrap();
+            assert_ne!(of(&vmm.to_string()), of("self"), "{namespace}");
+        }
+        let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).unwrap();
+        assert!(limits.lines().any(|line| line.starts_with("Max core file size") && line.contains(" 1 ")), "{limits}");
+        let mut file_servers = 0;
+        for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
+            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            let field = |name: &str| {
+                status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap().trim().to_owned()
+            };
+            assert_eq!(field("NoNewPrivs"), "1", "{status}");
+            // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP.
+            let allowed = "00000000882000db";
+            assert_eq!(field("CapBnd"), allowed, "{status}");
+            let file_server = field("Name").starts_with("virtio-fs");
+            file_servers += usize::from(file_server);
+            let expected = if file_server { allowed } else { "0000000000000000" };
+            assert_eq!((field("CapEff"), field("CapPrm")), (expected.to_owned(), expected.to_owned()), "{status}");
+        }
+        assert!(file_servers > 0);
+        // The memory of the pod is the VMM's. A container without a score has 0.
+        assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
+        container.kill();
+    });
+}
+
+#[test]
+fn vmm_has_the_lowest_oom_score_of_its_containers() {
+    pods("jail-oom", |pods| {
+        let pod = pods.run(pods.config());
+        let score = || {
+            let vmm = vm::vmm_pids();
+            assert_eq!(vmm.len(), 1);
+            fs::read_to_string(format!("/proc/{}/oom_score_adj", vmm[0])).unwrap().trim().to_owned()
+        };
+        let start = |score: i32| {
+            let mut config = pod.sh("sleep 1000");
+            config["linux"]["resources"]["oom_score_adj"] = json!(score);
+            pod.start(&config)
+        };
+        let _best_effort = start(1000);
+        assert_eq!(score(), "1000");
+        let burstable = start(500);
+        assert_eq!(score(), "500");
+        burstable.stop(0);
+        burstable.remove();
+        assert_eq!(score(), "1000");
+    });
+}

@@ -360,7 +360,9 @@ fn serve(input: Input) {
     let (mut before, mut inodes) = Default::default();
     read_around(Path::new("/"), &mut before, &mut inodes);
     let share = ShareConfig { tag: "fuzz".into(), root: SHARE.into(), workers: 1 + u8::from(input.two_workers) };
-    let mut bench = Bench::new(Fs::new(&share, || {}).expect("a device"));
+    let mut bench = Bench::new(
+        Fs::new(&share, husk_vmm::jail::Belongings::without_jail().expect("/proc and /dev"), || {}).expect("a device"),
+    );
     bench.activate(0);
     let mut guest = Guest { bench, unique: 0, nodes: vec![ROOT], modes: HashMap::new(), handles: Vec::new(), inodes };
     if !input.without_init {

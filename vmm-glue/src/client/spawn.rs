@@ -136,7 +136,7 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
 fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     let mut stack = vec![0u128; STACK / 16];
     let mut pidfd: c_int = -1;
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::CLONE_NEWPID | libc::SIGCHLD;
     // SAFETY: `top` is the 16-byte-aligned end of a stack that is large enough for a few system calls. CLONE_VFORK
     // suspends this thread until the child has called execve or ended, so `plan` and `stack` outlive the child's use of
     // them. All signals are blocked, so that no signal handler runs in the child, which shares this memory. The VMM

@@ -8,6 +8,8 @@ use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
 use std::{io, thread};
 
+use crate::jail::{Kind, confine};
+
 /// Maximum number of pids; far more than a pod has containers.
 const MAX_PIDS: usize = 1024;
 /// Stack size in bytes. The thread calls almost nothing.
@@ -29,11 +31,12 @@ impl Pids {
         let (sender, pid) = channel();
         let (hold, held) = channel::<()>();
         thread::Builder::new().name("husk-task".into()).stack_size(STACK).spawn(move || {
-            let _ = sender.send(nix::unistd::gettid().as_raw());
+            let confined = confine(Kind::Pid).map_err(io::Error::other);
+            let _ = sender.send(confined.map(|()| nix::unistd::gettid().as_raw()));
             // Returns an error when the sender is dropped.
             let _ = held.recv();
         })?;
-        let pid = pid.recv().map_err(io::Error::other)?.cast_unsigned();
+        let pid = pid.recv().map_err(io::Error::other)??.cast_unsigned();
         self.0.insert(pid, hold);
         Ok(pid)
     }

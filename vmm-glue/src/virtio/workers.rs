@@ -1,12 +1,16 @@
 //! Worker threads of a device whose requests can block. A worker pops a request, calls the handler and returns the
 //! result.
 //!
+//! The threads start with the device, when the process can still give them the rights that they need, and end with it.
+//! They serve one activation after another.
+//!
 //! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). A worker that
 //! takes a request while others are idle enables the next notification. If there is another request already, it signals
 //! the notification itself.
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
@@ -18,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::device::Interrupt;
 use super::queue::{Chain, QueueFault, Virtqueue};
 use crate::guest_memory::GuestMemory;
+use crate::jail::{Kind, confine};
 
 /// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
 const STACK: usize = 256 * 1024;
@@ -26,19 +31,37 @@ const STACK: usize = 256 * 1024;
 pub trait Handler: Send + Sync + 'static {
     /// Name for threads and log lines.
     const NAME: &'static str;
-    /// Prepares a worker thread; called once on each. The thread ends on an error.
-    ///
-    /// # Errors
-    /// The error of a preparation without which the thread cannot work.
-    fn prepare_thread(&self) -> io::Result<()> {
-        Ok(())
-    }
+    /// Kind of the threads.
+    const KIND: Kind;
     /// Serves one request. Returns the number of bytes written to the chain.
     fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
 }
 
-struct Shared<H> {
+/// The worker threads of a device. They end when this is dropped.
+pub struct Workers<H: Handler> {
+    pool: Arc<Pool<H>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Pool<H> {
     handler: Arc<H>,
+    state: Mutex<PoolState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct PoolState {
+    /// The activation that the workers serve.
+    session: Option<Arc<Session>>,
+    /// Number of workers that are in a session.
+    inside: usize,
+    paused: bool,
+    /// Whether the threads must end.
+    ended: bool,
+}
+
+/// One activation of the device.
+struct Session {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
     notify: EventFd,
@@ -59,85 +82,95 @@ struct State {
     failed: bool,
 }
 
-/// The worker threads of one activation.
-pub struct Workers<H: Handler> {
-    shared: Arc<Shared<H>>,
-    threads: Vec<JoinHandle<()>>,
-}
-
 impl<H: Handler> Workers<H> {
-    /// Starts the worker threads.
-    pub fn start(
-        count: u8,
-        paused: bool,
-        handler: Arc<H>,
-        memory: Arc<GuestMemory>,
-        queue: Virtqueue,
-        interrupt: Arc<dyn Interrupt>,
-    ) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            handler,
-            memory,
-            interrupt,
-            notify: queue.notify_eventfd().try_clone()?,
-            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            state: Mutex::new(State { queue, idle: 0, busy: 0, paused, stopped: false, failed: false }),
-            changed: Condvar::new(),
-        });
-        let mut this = Self { shared, threads: Vec::with_capacity(count.into()) };
+    /// Starts `count` threads. Returns when each is confined. They have nothing to do before
+    /// [`Workers::activate`].
+    ///
+    /// # Errors
+    /// If a thread cannot be started or confined.
+    pub fn start(count: u8, handler: Arc<H>) -> io::Result<Self> {
+        let pool = Arc::new(Pool { handler, state: Mutex::default(), changed: Condvar::new() });
+        // The threads of a failed start end when this is dropped.
+        let mut this = Self { pool, threads: Vec::with_capacity(count.into()) };
+        let (confined, results) = channel();
         for number in 0..count {
-            match this.spawn(number) {
-                Ok(thread) => this.threads.push(thread),
-                Err(error) => {
-                    this.stop();
-                    return Err(error);
-                }
-            }
+            let (pool, confined) = (Arc::clone(&this.pool), confined.clone());
+            let thread = std::thread::Builder::new().name(format!("{}{number}", H::NAME)).stack_size(STACK);
+            this.threads.push(thread.spawn(move || pool.run(confined))?);
         }
+        drop(confined);
+        results.iter().try_for_each(|result: io::Result<()>| result)?;
         Ok(this)
     }
 
-    fn spawn(&self, number: u8) -> io::Result<JoinHandle<()>> {
-        let epoll = Epoll::new()?;
-        for (event, set) in
-            [(&self.shared.notify, EventSet::IN | EventSet::EXCLUSIVE), (&self.shared.stop, EventSet::IN)]
-        {
-            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, 0))?;
+    /// Makes the workers serve a queue. The device must not be active.
+    ///
+    /// # Errors
+    /// If an eventfd cannot be created.
+    pub fn activate(
+        &self,
+        memory: Arc<GuestMemory>,
+        queue: Virtqueue,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> io::Result<()> {
+        let notify = queue.notify_eventfd().try_clone()?;
+        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let mut pool = lock(&self.pool.state);
+        let paused = pool.paused;
+        let state = Mutex::new(State { queue, idle: 0, busy: 0, paused, stopped: false, failed: false });
+        let session = Session { memory, interrupt, notify, stop, state, changed: Condvar::new() };
+        pool.session = Some(Arc::new(session));
+        self.pool.changed.notify_all();
+        Ok(())
+    }
+
+    /// Ends the activation, if there is one. Returns when its last request is complete.
+    pub fn deactivate(&self) {
+        let mut pool = lock(&self.pool.state);
+        if let Some(session) = pool.session.take() {
+            session.end(H::NAME);
         }
-        let shared = Arc::clone(&self.shared);
-        std::thread::Builder::new().name(format!("{}{number}", H::NAME)).stack_size(STACK).spawn(move || {
-            match shared.handler.prepare_thread() {
-                Ok(()) => shared.run(&epoll),
-                Err(error) => log::error!("{}: failed to prepare a worker thread: {error}", H::NAME),
-            }
-        })
+        while pool.inside > 0 {
+            pool = wait(&self.pool.changed, pool);
+        }
     }
 
     /// Returns when no request is being served, and none will be until [`Workers::resume`].
     pub fn pause(&self) {
-        let mut state = self.shared.lock();
+        let session = {
+            let mut pool = lock(&self.pool.state);
+            pool.paused = true;
+            pool.session.clone()
+        };
+        let Some(session) = session else { return };
+        let mut state = session.lock();
         state.paused = true;
         while state.busy > 0 {
-            state = wait(&self.shared.changed, state);
+            state = wait(&session.changed, state);
         }
     }
 
     /// Resumes serving.
     pub fn resume(&self) {
-        self.shared.lock().paused = false;
-        self.shared.changed.notify_all();
+        let session = {
+            let mut pool = lock(&self.pool.state);
+            pool.paused = false;
+            pool.session.clone()
+        };
+        let Some(session) = session else { return };
+        session.lock().paused = false;
+        session.changed.notify_all();
         // A thread that waits for a notification may have missed one during the pause.
-        self.shared.notify_one();
+        session.notify_one(H::NAME);
     }
+}
 
-    /// Stops the threads. Returns when the last request is complete.
-    pub fn stop(self) {
-        self.shared.lock().stopped = true;
-        self.shared.changed.notify_all();
-        if let Err(error) = self.shared.stop.write(1) {
-            log::error!("{}: failed to stop the worker threads: {error}", H::NAME);
-        }
-        for thread in self.threads {
+impl<H: Handler> Drop for Workers<H> {
+    fn drop(&mut self) {
+        self.deactivate();
+        lock(&self.pool.state).ended = true;
+        self.pool.changed.notify_all();
+        for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("{}: a worker thread panicked", H::NAME);
             }
@@ -145,23 +178,74 @@ impl<H: Handler> Workers<H> {
     }
 }
 
-impl<H: Handler> Shared<H> {
+impl<H: Handler> Pool<H> {
+    /// Main function of a thread. Sends the result of its preparation.
+    fn run(&self, confined: Sender<io::Result<()>>) {
+        let result = confine(H::KIND).map_err(io::Error::other);
+        let failed = result.is_err();
+        // The receiver waits for all results.
+        let _ = confined.send(result);
+        drop(confined);
+        if failed {
+            return;
+        }
+        let mut served = None;
+        while let Some(session) = self.enter(served.as_ref()) {
+            session.run(&*self.handler);
+            served = Some(session);
+            lock(&self.state).inside -= 1;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for a session other than `served`. Returns `None` if the thread must end.
+    fn enter(&self, served: Option<&Arc<Session>>) -> Option<Arc<Session>> {
+        let mut pool = lock(&self.state);
+        loop {
+            if pool.ended {
+                return None;
+            }
+            let new = pool.session.as_ref().filter(|session| served.is_none_or(|served| !Arc::ptr_eq(session, served)));
+            if let Some(session) = new.cloned() {
+                pool.inside += 1;
+                return Some(session);
+            }
+            pool = wait(&self.changed, pool);
+        }
+    }
+}
+
+impl Session {
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
 
-    fn notify_one(&self) {
-        if let Err(error) = self.notify.write(1) {
-            log::error!("{}: failed to signal the queue's notification: {error}", H::NAME);
+    /// Makes all workers leave the session.
+    fn end(&self, name: &str) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+        if let Err(error) = self.stop.write(1) {
+            log::error!("{name}: failed to stop the worker threads: {error}");
         }
     }
 
-    fn run(&self, epoll: &Epoll) {
+    fn notify_one(&self, name: &str) {
+        if let Err(error) = self.notify.write(1) {
+            log::error!("{name}: failed to signal the queue's notification: {error}");
+        }
+    }
+
+    /// Serves requests until the session ends, or the thread can no longer wait for them.
+    fn run<H: Handler>(&self, handler: &H) {
+        let epoll = match self.epoll() {
+            Ok(epoll) => epoll,
+            Err(error) => return log::error!("{}: failed to wait for notifications: {error}", H::NAME),
+        };
         loop {
-            match self.serve_until_empty() {
+            match self.serve_until_empty(handler) {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(fault) => self.fail(&fault),
+                Err(fault) => self.fail(H::NAME, &fault),
             }
             let mut event = [EpollEvent::default()];
             if let Err(error) = epoll.wait(-1, &mut event)
@@ -176,8 +260,17 @@ impl<H: Handler> Shared<H> {
         }
     }
 
-    /// Serves requests until there are none, and then counts this thread as idle. Returns false if the thread must end.
-    fn serve_until_empty(&self) -> Result<bool, QueueFault> {
+    fn epoll(&self) -> io::Result<Epoll> {
+        let epoll = Epoll::new()?;
+        for (event, set) in [(&self.notify, EventSet::IN | EventSet::EXCLUSIVE), (&self.stop, EventSet::IN)] {
+            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, 0))?;
+        }
+        Ok(epoll)
+    }
+
+    /// Serves requests until there are none, and then counts this thread as idle. Returns false if the session has
+    /// ended.
+    fn serve_until_empty<H: Handler>(&self, handler: &H) -> Result<bool, QueueFault> {
         let mut state = self.lock();
         loop {
             while state.paused && !state.stopped {
@@ -195,12 +288,12 @@ impl<H: Handler> Shared<H> {
                 return Ok(true);
             };
             if state.idle > 0 && state.queue.enable_notification(&self.memory)? {
-                self.notify_one();
+                self.notify_one(H::NAME);
             }
             state.busy += 1;
             drop(state);
             let head = request.head;
-            let used = self.handler.serve(&self.memory, request);
+            let used = handler.serve(&self.memory, request);
             state = self.lock();
             state.busy -= 1;
             if state.busy == 0 {
@@ -211,13 +304,13 @@ impl<H: Handler> Shared<H> {
         }
     }
 
-    fn fail(&self, fault: &QueueFault) {
+    fn fail(&self, name: &str, fault: &QueueFault) {
         let mut state = self.lock();
         state.idle += 1;
         if !std::mem::replace(&mut state.failed, true) {
-            log::error!("{}: stopped serving requests: {}", H::NAME, chain(fault));
+            log::error!("{name}: stopped serving requests: {}", chain(fault));
             if let Err(error) = self.interrupt.needs_reset() {
-                log::error!("{}: failed to request a reset: {error}", H::NAME);
+                log::error!("{name}: failed to request a reset: {error}");
             }
         }
     }

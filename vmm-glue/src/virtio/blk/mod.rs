@@ -42,13 +42,15 @@ pub enum BlkError {
     /// The file's size could not be determined.
     #[error("failed to determine the disk's size")]
     Size(#[source] io::Error),
+    /// The worker thread could not be started or confined.
+    #[error("failed to start the disk's thread")]
+    Thread(#[source] io::Error),
 }
 
 /// The disk device.
 pub struct Blk {
     disk: Arc<Disk>,
-    workers: Option<Workers<Disk>>,
-    paused: bool,
+    workers: Workers<Disk>,
 }
 
 impl Blk {
@@ -63,8 +65,9 @@ impl Blk {
         }
         // Unlike the length in the file's metadata, this works for block devices too.
         let sectors = file.seek(SeekFrom::End(0)).map_err(BlkError::Size)? / SECTOR;
-        let disk = Disk { file, sectors, read_only, serial: bytes };
-        Ok(Self { disk: Arc::new(disk), workers: None, paused: false })
+        let disk = Arc::new(Disk { file, sectors, read_only, serial: bytes });
+        let workers = Workers::start(1, Arc::clone(&disk)).map_err(BlkError::Thread)?;
+        Ok(Self { disk, workers })
     }
 
     /// Returns the bytes of `struct virtio_blk_config`.
@@ -131,29 +134,20 @@ impl VirtioDevice for Blk {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let OpenedActivation { memory, interrupt, queues: [queue], .. } = activation::open_queues(activation)?;
-        let workers = Workers::start(1, self.paused, Arc::clone(&self.disk), memory, queue, interrupt)
-            .map_err(|error| ActivateError::Host("the virtio-blk thread", error))?;
-        self.workers = Some(workers);
-        Ok(())
+        self.workers
+            .activate(memory, queue, interrupt)
+            .map_err(|error| ActivateError::Host("the virtio-blk thread", error))
     }
 
     fn reset(&mut self) {
-        if let Some(workers) = self.workers.take() {
-            workers.stop();
-        }
+        self.workers.deactivate();
     }
 
     fn pause(&mut self) {
-        self.paused = true;
-        if let Some(workers) = &self.workers {
-            workers.pause();
-        }
+        self.workers.pause();
     }
 
     fn resume(&mut self) {
-        self.paused = false;
-        if let Some(workers) = &self.workers {
-            workers.resume();
-        }
+        self.workers.resume();
     }
 }

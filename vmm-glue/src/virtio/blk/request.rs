@@ -14,6 +14,7 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use super::{SECTOR, SERIAL_LEN};
 use crate::guest_memory::GuestMemory;
+use crate::jail::Kind;
 use crate::virtio::queue::{Chain, Iov, log_guest_fault};
 use crate::virtio::workers::Handler;
 
@@ -54,6 +55,7 @@ impl From<io::Error> for Failure {
 }
 
 impl Handler for Disk {
+    const KIND: Kind = Kind::Disk;
     const NAME: &'static str = "virtio-blk";
 
     fn serve(&self, _memory: &GuestMemory, chain: Chain<'_>) -> u32 {

@@ -35,10 +35,9 @@ pub struct CheckedFs {
 }
 
 impl CheckedFs {
-    /// Wraps a file system. Fails if /dev/null cannot be opened.
-    pub fn new(fs: PassthroughFs, fd_limit: FdLimit) -> io::Result<Self> {
-        let dev_null = File::options().write(true).open("/dev/null")?;
-        Ok(Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null) })
+    /// Wraps a file system. `dev_null` is /dev/null, opened for writing.
+    pub fn new(fs: PassthroughFs, fd_limit: FdLimit, dev_null: File) -> Self {
+        Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null) }
     }
 
     /// Called before a request that may open a file.

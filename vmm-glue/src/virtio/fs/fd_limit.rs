@@ -4,7 +4,6 @@
 //! make the guest forget files, and requests that may open a file wait for a limited time.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -43,17 +42,17 @@ struct State {
 }
 
 impl FdLimit {
-    /// Calls `request_forget` repeatedly while `threshold` or more fds are open. Fails if /proc is not mounted.
-    pub fn new(threshold: u64, request_forget: RequestForget) -> io::Result<Self> {
-        Ok(Self {
-            fd_directory: File::open("/proc/self/fd")?,
+    /// Calls `request_forget` repeatedly while `threshold` or more fds are open. `fd_directory` is /proc/self/fd.
+    pub fn new(fd_directory: File, threshold: u64, request_forget: RequestForget) -> Self {
+        Self {
+            fd_directory,
             threshold,
             request_forget,
             count: AtomicU32::new(0),
             scarce: AtomicBool::new(false),
             state: Mutex::default(),
             changed: Condvar::new(),
-        })
+        }
     }
 
     /// Called before a request that may open a file. While fds are scarce, waits at most until [`TIMEOUT`].
@@ -116,13 +115,17 @@ mod tests {
 
     use super::*;
 
+    fn fd_directory() -> File {
+        File::open("/proc/self/fd").unwrap()
+    }
+
     #[test]
     fn request_waits_until_fds_are_released() {
         let open = || File::open("/dev/null").unwrap();
         // More than other tests may have open: the lowest free fd is above the threshold.
         let held: Vec<File> = std::iter::repeat_with(open).take(600).collect();
         let (requests, requested) = channel();
-        let limit = Arc::new(FdLimit::new(500, Box::new(move || requests.send(()).unwrap())).unwrap());
+        let limit = Arc::new(FdLimit::new(fd_directory(), 500, Box::new(move || requests.send(()).unwrap())));
         let waiting = std::thread::spawn({
             let limit = Arc::clone(&limit);
             move || limit.wait_for_fd()
@@ -139,7 +142,7 @@ mod tests {
     #[test]
     fn request_proceeds_after_the_timeout() {
         let (requests, requested) = channel();
-        let limit = FdLimit::new(0, Box::new(move || requests.send(()).unwrap())).unwrap();
+        let limit = FdLimit::new(fd_directory(), 0, Box::new(move || requests.send(()).unwrap()));
         let began = Instant::now();
         limit.wait_for_fd();
         assert!(began.elapsed() >= TIMEOUT && requested.try_iter().count() > 1);

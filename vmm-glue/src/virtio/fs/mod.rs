@@ -3,7 +3,6 @@
 //! Worker threads take requests from the request queue themselves ([`super::workers`]), so each request costs one
 //! wake-up. The device loop serves only the high-priority queue, so FORGET never waits for a request that blocks.
 
-mod capabilities;
 mod checked_fs;
 mod descriptor_table;
 mod fd_limit;
@@ -22,17 +21,15 @@ mod test_tree;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use husk_base::sys::process::{secure_bits, set_secure_bits};
-use nix::sched::{CloneFlags, unshare};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
-use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
 use self::checked_fs::CheckedFs;
@@ -44,6 +41,7 @@ use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_con
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
+use crate::jail::{Belongings, Kind};
 
 /// Size of the tag in the configuration space, in bytes.
 pub const TAG_LEN: usize = 36;
@@ -56,8 +54,6 @@ const HIGH_PRIORITY: u32 = HIGH_PRIORITY_QUEUE as u32;
 const RESERVED_FDS: u64 = 512;
 /// The guest is asked to forget files once less than one part in this many of its fds is free.
 const SPARE_FRACTION: u64 = 8;
-/// include/uapi/linux/securebits.h.
-const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 /// How long the guest caches names and attributes. It sees changes that the host makes in a volume after this time at
 /// most.
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -68,9 +64,9 @@ pub enum FsError {
     /// The tag is empty or too long.
     #[error("virtio-fs tag {0:?} is not 1 to {TAG_LEN} bytes long")]
     Tag(String),
-    /// The fd limit could not be raised, or is too low.
-    #[error("failed to raise the fd limit (RLIMIT_NOFILE): {0}")]
-    Limit(String),
+    /// The fd limit is too low.
+    #[error("the fd limit (RLIMIT_NOFILE) of {0} is too low, at least {min} are needed", min = 2 * RESERVED_FDS)]
+    Limit(u64),
     /// The directory cannot be served.
     #[error("failed to share directory {root}")]
     Root {
@@ -83,44 +79,26 @@ pub enum FsError {
     /// The device's eventfd could not be created.
     #[error("failed to create an eventfd")]
     Event(#[source] io::Error),
+    /// The worker threads could not be started or confined.
+    #[error("failed to start the virtio-fs threads")]
+    Threads(#[source] io::Error),
 }
 
 /// A virtio-fs device.
 pub struct Fs {
     config: [u8; TAG_LEN + 4],
-    worker_count: u8,
     server: Arc<FuseServer>,
+    workers: Workers<FuseServer>,
     wake: WakeEvent,
     active: Option<Active>,
-    paused: bool,
 }
 
 impl Handler for FuseServer {
+    const KIND: Kind = Kind::FileServer;
     const NAME: &'static str = "virtio-fs";
-
-    fn prepare_thread(&self) -> io::Result<()> {
-        keep_capabilities()?;
-        capabilities::limit()?;
-        // virtiofsd changes the working directory for operations on extended attributes.
-        unshare(CloneFlags::CLONE_FS)?;
-        Ok(())
-    }
 
     fn serve(&self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         FuseServer::serve(self, memory, chain)
-    }
-}
-
-/// Makes this thread keep its capabilities when it switches to a user of the guest (capabilities(7)).
-///
-/// The thread creates files as the requesting user, so that they have the right owner. The guest's kernel has already
-/// decided whether that user has permission. It knows capabilities that a request does not carry: root in a user
-/// namespace of the guest is an ordinary user on the host, yet can write to a directory whose mode forbids it.
-fn keep_capabilities() -> io::Result<()> {
-    match secure_bits().and_then(|bits| set_secure_bits(bits | SECBIT_NO_SETUID_FIXUP)) {
-        // Without the privilege (CAP_SETPCAP), the process cannot switch to another user either.
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
-        result => result,
     }
 }
 
@@ -128,13 +106,16 @@ struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
     high_priority: Virtqueue,
-    workers: Workers<FuseServer>,
 }
 
 impl Fs {
-    /// Creates the device for an existing directory, and raises the process's fd limit. When few fds are left, a worker
+    /// Creates the device and its worker threads. The share's directory must exist. When few fds are left, a worker
     /// thread calls `request_forget`, at most once a second: it should make the guest forget files.
-    pub fn new(share: &ShareConfig, request_forget: impl Fn() + Send + Sync + 'static) -> Result<Self, FsError> {
+    pub fn new(
+        share: &ShareConfig,
+        belongings: Belongings,
+        request_forget: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Self, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_LEN {
             return Err(FsError::Tag(share.tag.clone()));
         }
@@ -150,22 +131,23 @@ impl Fs {
         if !std::fs::metadata(&share.root).map_err(root_error)?.is_dir() {
             return Err(root_error(io::ErrorKind::NotADirectory.into()));
         }
-        let limit = setup_rlimit_nofile(None).map_err(FsError::Limit)?;
-        let guest_fd_limit = limit
+        let Belongings { fd_directory, dev_null, max_fds } = belongings;
+        let guest_fd_limit = max_fds
             .checked_sub(RESERVED_FDS)
             .filter(|&guest_fds| guest_fds >= RESERVED_FDS)
-            .ok_or_else(|| FsError::Limit(format!("{limit} is too low, at least {} are needed", 2 * RESERVED_FDS)))?;
+            .ok_or(FsError::Limit(max_fds))?;
         let threshold = guest_fd_limit - guest_fd_limit / SPARE_FRACTION;
-        let fd_limit = FdLimit::new(threshold, Box::new(request_forget)).map_err(root_error)?;
-        let fs = PassthroughFs::new(passthrough_config(share.root.clone(), guest_fd_limit));
-        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit)?)).map_err(root_error)?;
+        let fd_limit = fd_directory.try_clone().map_err(FsError::Event)?;
+        let fd_limit = FdLimit::new(fd_limit, threshold, Box::new(request_forget));
+        let fs = PassthroughFs::new(passthrough_config(share.root.clone(), fd_directory, guest_fd_limit));
+        let server = fs.and_then(|fs| FuseServer::new(CheckedFs::new(fs, fd_limit, dev_null))).map_err(root_error)?;
+        let server = Arc::new(server);
         Ok(Self {
             config,
-            worker_count: share.workers.max(1),
-            server: Arc::new(server),
+            workers: Workers::start(share.workers.max(1), Arc::clone(&server)).map_err(FsError::Threads)?,
+            server,
             wake: WakeEvent::new().map_err(FsError::Event)?,
             active: None,
-            paused: false,
         })
     }
 
@@ -193,9 +175,10 @@ impl Fs {
 }
 
 /// The configuration of virtiofsd's file system.
-fn passthrough_config(root_dir: String, guest_fd_limit: u64) -> Config {
+fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64) -> Config {
     Config {
         root_dir,
+        proc_sfd_rawfd: Some(fd_directory),
         guest_fd_limit,
         // The guest looks names and attributes up again after the timeout. File data stays in its page cache for
         // longer, while size and mtime do not change (FUSE_AUTO_INVAL_DATA). That needs `Always`: with `Auto`, each
@@ -273,38 +256,26 @@ impl VirtioDevice for Fs {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let OpenedActivation { memory, interrupt, queues: [high_priority, requests], .. } =
             activation::open_queues(activation)?;
-        let workers = Workers::start(
-            self.worker_count,
-            self.paused,
-            Arc::clone(&self.server),
-            Arc::clone(&memory),
-            requests,
-            Arc::clone(&interrupt),
-        )
-        .map_err(|error| ActivateError::Host("virtio-fs threads", error))?;
-        self.active = Some(Active { memory, interrupt, high_priority, workers });
+        self.workers
+            .activate(Arc::clone(&memory), requests, Arc::clone(&interrupt))
+            .map_err(|error| ActivateError::Host("virtio-fs threads", error))?;
+        self.active = Some(Active { memory, interrupt, high_priority });
         self.wake.wake();
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.workers.deactivate();
         if let Some(active) = self.active.take() {
-            active.workers.stop();
             self.wake.retire(active.high_priority);
         }
     }
 
     fn pause(&mut self) {
-        self.paused = true;
-        if let Some(active) = &self.active {
-            active.workers.pause();
-        }
+        self.workers.pause();
     }
 
     fn resume(&mut self) {
-        self.paused = false;
-        if let Some(active) = &self.active {
-            active.workers.resume();
-        }
+        self.workers.resume();
     }
 }

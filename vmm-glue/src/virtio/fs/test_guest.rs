@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::Fs;
 use crate::config::ShareConfig;
+use crate::jail::Belongings;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::testing::Bench;
 
@@ -22,6 +23,10 @@ pub struct Guest {
 
 pub fn share(root: &Path, workers: u8) -> ShareConfig {
     ShareConfig { tag: "husk".into(), root: root.to_str().unwrap().into(), workers }
+}
+
+pub fn belongings() -> Belongings {
+    Belongings::without_jail().unwrap()
 }
 
 pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -49,7 +54,7 @@ impl Guest {
 
     /// Serves this directory.
     pub fn with_share(root: &Path, workers: u8) -> Self {
-        let mut bench = Bench::new(Fs::new(&share(root, workers), || {}).unwrap());
+        let mut bench = Bench::new(Fs::new(&share(root, workers), belongings(), || {}).unwrap());
         bench.activate(0);
         Self { bench, unique: 0, root: None }
     }

@@ -116,7 +116,7 @@ fn broken_ring_needs_a_reset() {
 #[test]
 fn configuration_space_holds_the_tag_and_bad_shares_are_rejected() {
     let root = tempfile::tempdir().unwrap();
-    let fs = Fs::new(&share(root.path(), 1), || {}).unwrap();
+    let fs = Fs::new(&share(root.path(), 1), belongings(), || {}).unwrap();
     let mut config = [9; 44];
     fs.read_config(0, &mut config);
     assert_eq!(&config[..5], b"husk\0");
@@ -124,7 +124,7 @@ fn configuration_space_holds_the_tag_and_bad_shares_are_rejected() {
     fs.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 44]);
     let missing = root.path().join("missing");
-    assert!(matches!(Fs::new(&share(&missing, 1), || {}), Err(FsError::Root { .. })));
+    assert!(matches!(Fs::new(&share(&missing, 1), belongings(), || {}), Err(FsError::Root { .. })));
     let long = ShareConfig { tag: "t".repeat(37), ..share(root.path(), 1) };
-    assert!(matches!(Fs::new(&long, || {}), Err(FsError::Tag(_))));
+    assert!(matches!(Fs::new(&long, belongings(), || {}), Err(FsError::Tag(_))));
 }

@@ -21,6 +21,8 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use husk_base::error::chain;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -84,6 +86,8 @@ pub struct Net {
     switchable: bool,
     /// vhost-net, if the kernel may move the frames. `None` after the kernel has refused.
     vhost: Option<File>,
+    /// `/proc/self/fd`, through which vhost-net is reopened.
+    fd_directory: Arc<File>,
     active: Option<Active>,
 }
 
@@ -100,12 +104,12 @@ struct TapQueue {
 }
 
 impl Net {
-    /// Creates an interface with as many queue pairs as there are taps.
+    /// Creates an interface with as many queue pairs as there are taps. `fd_directory` is `/proc/self/fd`.
     ///
     /// # Errors
     /// The error of making a tap non-blocking or of creating an eventfd. [`io::ErrorKind::InvalidInput`] if the number
     /// of taps is invalid.
-    pub fn new(backend: Backend, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
+    pub fn new(backend: Backend, mac: [u8; 6], mtu: u16, fd_directory: Arc<File>) -> io::Result<Self> {
         let pairs = backend.taps.len();
         if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
             return Err(io::Error::new(
@@ -127,6 +131,7 @@ impl Net {
             mtu,
             switchable,
             vhost: backend.vhost,
+            fd_directory,
             active: None,
         })
     }
@@ -186,8 +191,9 @@ impl Net {
             WakeEvent::unregister(ops, &mut pair.rx);
             WakeEvent::unregister(ops, &mut pair.tx);
         }
-        let opened =
-            (0..).zip(&mut self.tap_queues).try_for_each(|(index, tap_queue)| tap_queue.open(vhost, index, ops));
+        let opened = (0..)
+            .zip(&mut self.tap_queues)
+            .try_for_each(|(index, tap_queue)| tap_queue.open(vhost, &self.fd_directory, index, ops));
         match opened.map_err(VhostError::Open).and_then(|()| active.start_vhost(&self.tap_queues)) {
             Ok(()) => {
                 active.data_path = DataPath::Vhost;
@@ -315,9 +321,10 @@ impl TapQueue {
     }
 
     /// Opens vhost-net, if it is not open.
-    fn open(&mut self, vhost: &File, index: u32, ops: &mut EventOps) -> io::Result<()> {
+    fn open(&mut self, vhost: &File, fd_directory: &File, index: u32, ops: &mut EventOps) -> io::Result<()> {
         if self.vhost.is_none() {
-            let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", vhost.as_raw_fd()))?;
+            let name = vhost.as_raw_fd().to_string();
+            let file = openat(fd_directory, name.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?.into();
             let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
             ops.add(Events::with_data(&fault, FAULT_TOKEN | index, EventSet::IN)).map_err(io::Error::other)?;
             self.vhost = Some((file, fault));

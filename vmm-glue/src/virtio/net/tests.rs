@@ -27,7 +27,7 @@ fn interfaces(pairs: usize, without: u64) -> (Vec<UnixDatagram>, Bench<Net>) {
         File::from(OwnedFd::from(tap))
     });
     let backend = Backend { taps: taps.collect(), vhost: None };
-    let mut bench = Bench::new(Net::new(backend, MAC, 1500).unwrap());
+    let mut bench = Bench::new(Net::new(backend, MAC, 1500, fd_directory()).unwrap());
     bench.activate_with_socket(without);
     (sockets, bench)
 }
@@ -38,6 +38,10 @@ fn frame(source: [u8; 6], payload: usize) -> Vec<u8> {
     bytes.extend(source);
     bytes.extend((0..payload + 2).map(|at| at as u8));
     bytes
+}
+
+fn fd_directory() -> Arc<File> {
+    Arc::new(crate::jail::Belongings::without_jail().unwrap().fd_directory)
 }
 
 #[test]
@@ -242,9 +246,11 @@ fn single_pair_offers_no_multiqueue() {
     assert_eq!(bench.queues.len(), 2);
     assert_eq!(bench.lock().features() & (1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ), 0);
     let none = || Backend { taps: Vec::new(), vhost: None };
-    assert!(Net::new(none(), MAC, 1500).is_err());
+    assert!(Net::new(none(), MAC, 1500, fd_directory()).is_err());
     let file = || tempfile::tempfile().unwrap();
-    assert!(Net::new(Backend { taps: (0..9).map(|_| file()).collect(), vhost: None }, MAC, 1500).is_err());
+    assert!(
+        Net::new(Backend { taps: (0..9).map(|_| file()).collect(), vhost: None }, MAC, 1500, fd_directory()).is_err()
+    );
 }
 
 #[test]
@@ -254,7 +260,7 @@ fn device_loop_goes_on_if_vhost_fails() {
     // Not vhost-net, so starting it fails.
     let vhost = Some(File::open("/dev/null").unwrap());
     let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost };
-    let mut bench = Bench::new(Net::new(backend, MAC, 1500).unwrap());
+    let mut bench = Bench::new(Net::new(backend, MAC, 1500, fd_directory()).unwrap());
     for _ in 0..2 {
         bench.activate_with_socket(0);
         for round in 0..500 {

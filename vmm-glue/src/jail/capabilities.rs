@@ -1,10 +1,14 @@
-//! Limits the capabilities of virtio-fs worker threads (capabilities(7)).
+//! Capabilities of the VMM's threads (capabilities(7)): those that serve files keep a few, all others have none.
 
 use std::io;
 
 use husk_base::sys::capabilities::{self, Capabilities};
+use husk_base::sys::process::{secure_bits, set_secure_bits};
 
-/// The capabilities that a worker thread keeps if the process has them, by their Linux numbers
+/// include/uapi/linux/securebits.h.
+const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
+
+/// The capabilities that a thread of the file server keeps if the process has them, by their Linux numbers
 /// (include/uapi/linux/capability.h), with the reason for each.
 ///
 /// Dropped on purpose: CAP_DAC_READ_SEARCH opens any inode of a file system by its file handle. CAP_SYS_RESOURCE allows
@@ -23,9 +27,32 @@ const KEPT: [(u32, &str); 9] = [
 ];
 
 /// Drops every capability of this thread that is not in [`KEPT`].
-pub fn limit() -> io::Result<()> {
+///
+/// The thread keeps them when it switches to a user of the guest. It creates files as the requesting user, so that they
+/// have the right owner. The guest's kernel has already decided whether that user has permission. It knows capabilities
+/// that a request does not carry: root in a user namespace of the guest is an ordinary user on the host, yet can write
+/// to a directory whose mode forbids it.
+pub fn keep_for_files() -> io::Result<()> {
+    match secure_bits().and_then(|bits| set_secure_bits(bits | SECBIT_NO_SETUID_FIXUP)) {
+        // Without the privilege (CAP_SETPCAP), the thread cannot switch to another user either.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
+        result => result?,
+    }
     let kept = capabilities::get()?.permitted & kept();
     capabilities::set(Capabilities { effective: kept, permitted: kept, inheritable: 0 })
+}
+
+/// Drops every capability of this thread.
+pub fn drop_all() -> io::Result<()> {
+    capabilities::set(Capabilities { effective: 0, permitted: 0, inheritable: 0 })
+}
+
+/// Removes from the bounding set of this thread, and of threads that it starts later, every capability that is not in
+/// [`KEPT`].
+pub fn bound() -> io::Result<()> {
+    (0..capabilities::count()?)
+        .filter(|number| kept() & 1 << number == 0)
+        .try_for_each(capabilities::drop_from_bounding_set)
 }
 
 /// [`KEPT`] as a bit set.
@@ -47,10 +74,10 @@ mod tests {
     }
 
     #[test]
-    fn limit_drops_other_capabilities_of_this_thread_alone() {
+    fn keep_for_files_drops_other_capabilities_of_this_thread_alone() {
         let before = sets();
         let limited = std::thread::spawn(|| {
-            limit().unwrap();
+            keep_for_files().unwrap();
             sets()
         });
         let left = before[1] & kept();

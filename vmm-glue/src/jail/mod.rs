@@ -1,0 +1,83 @@
+//! The jail of the VMM process: what the process can still see and do once it runs a guest.
+//!
+//! [`enter`] confines the whole process. It is called once, when the configuration is known and before there is a
+//! second thread. Then each thread calls [`confine`] first of all, which leaves it what its kind needs.
+
+mod capabilities;
+mod limits;
+mod root;
+mod thread;
+
+pub use self::limits::LimitError;
+pub use self::root::RootError;
+pub use self::thread::{ConfineError, Kind, confine};
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl;
+
+/// What the process took along into the jail.
+#[derive(Debug)]
+pub struct Belongings {
+    /// The process's directory of open fds, `/proc/self/fd`, without anything above it.
+    pub fd_directory: File,
+    /// `/dev/null`, opened for writing.
+    pub dev_null: File,
+    /// Maximum number of open fds.
+    pub max_fds: u64,
+}
+
+impl Belongings {
+    /// Returns those of a process that is not in a jail, for tests.
+    ///
+    /// # Errors
+    /// If /proc or /dev is not mounted.
+    pub fn without_jail() -> io::Result<Self> {
+        let fd_directory = File::options().read(true).custom_flags(libc::O_PATH).open("/proc/self/fd")?;
+        let dev_null = File::options().write(true).open("/dev/null")?;
+        Ok(Self { fd_directory, dev_null, max_fds: limits::max_fds()? })
+    }
+}
+
+/// Why the process could not be confined.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// A resource limit could not be set.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    /// A namespace could not be created.
+    #[error("failed to create the VMM's mount, IPC, UTS and cgroup namespaces")]
+    Namespaces(#[source] io::Error),
+    /// The root directory could not be changed.
+    #[error(transparent)]
+    Root(#[from] RootError),
+    /// The capability bounding set could not be reduced.
+    #[error("failed to reduce the VMM's capability bounding set")]
+    Bounding(#[source] io::Error),
+    /// `prctl(PR_SET_NO_NEW_PRIVS)` failed.
+    #[error("failed to set no_new_privs for the VMM")]
+    NoNewPrivileges(#[source] io::Error),
+}
+
+/// Confines the process: resource limits, namespaces, a root directory that is the share and nothing else, a bounding
+/// set with the file server's capabilities only, and no_new_privs.
+///
+/// Without a share the root is an empty, read-only directory. The PID and network namespaces are set when the process is
+/// spawned ([`crate::client::spawn`]).
+///
+/// # Errors
+/// [`JailError`]. The process may be confined in part then, and must end.
+pub fn enter(share: Option<&Path>) -> Result<Belongings, JailError> {
+    let max_fds = limits::set()?;
+    let namespaces =
+        CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
+    unshare(namespaces).map_err(|errno| JailError::Namespaces(errno.into()))?;
+    let (fd_directory, dev_null) = root::enter(share)?;
+    capabilities::bound().map_err(JailError::Bounding)?;
+    prctl::set_no_new_privs().map_err(|errno| JailError::NoNewPrivileges(errno.into()))?;
+    Ok(Belongings { fd_directory, dev_null, max_fds })
+}

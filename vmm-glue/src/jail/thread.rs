@@ -1,0 +1,47 @@
+//! Confines a thread to what its kind needs.
+
+use std::io;
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::capabilities;
+
+/// Kind of a thread of the VMM process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The main thread, which serves the control socket.
+    Control,
+    /// A vCPU.
+    Vcpu,
+    /// The device loop.
+    DeviceLoop,
+    /// A worker of the file server.
+    FileServer,
+    /// The worker of a disk.
+    Disk,
+    /// The thread that faults guest memory in.
+    Prefault,
+    /// The thread whose PID stands for a container.
+    Pid,
+}
+
+/// Why a thread could not be confined.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {step} of a thread of kind {kind:?}")]
+pub struct ConfineError {
+    kind: Kind,
+    step: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+/// Confines this thread. It must not serve the guest before.
+pub fn confine(kind: Kind) -> Result<(), ConfineError> {
+    let error = |step| move |source| ConfineError { kind, step, source };
+    if kind == Kind::FileServer {
+        // virtiofsd changes the working directory for operations on extended attributes, of this thread only.
+        unshare(CloneFlags::CLONE_FS).map_err(|errno| error("separate the working directory")(errno.into()))?;
+        return capabilities::keep_for_files().map_err(error("reduce the capabilities"));
+    }
+    capabilities::drop_all().map_err(error("drop the capabilities"))
+}
