@@ -12,8 +12,7 @@ use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::shim::event::Envelope;
 
 use crate::command::{Input, Running};
-use crate::cri::{SOCKET, grpc};
-use crate::{KUBERNETES, node};
+use crate::{KUBERNETES, grpc, node};
 
 /// A subscription to containerd's events, and the task events received so far.
 pub struct Events {
@@ -26,7 +25,7 @@ impl Events {
     /// Subscribes. All events after the return are recorded.
     #[track_caller]
     pub fn watch() -> Self {
-        let arriving = grpc::stream(SOCKET, "/containerd.services.events.v1.Events/Subscribe", Vec::new());
+        let arriving = grpc::stream("containerd.services.events.v1.Events", "Subscribe");
         let events = Self { arriving, seen: RefCell::default() };
         events.catch_up();
         events

@@ -12,6 +12,7 @@ pub mod cri;
 pub mod disk;
 pub mod dns;
 pub mod events;
+pub mod grpc;
 pub mod leftovers;
 pub mod node;
 pub mod pty;

@@ -35,9 +35,15 @@ fn unavailable(error: impl fmt::Display) -> Status {
 }
 
 /// Calls `path` with one message and returns the response message.
-pub fn unary(socket: &str, path: &str, message: Vec<u8>, limit: Duration) -> Result<Vec<u8>, Status> {
+pub fn unary(
+    socket: &str,
+    namespace: Option<&str>,
+    path: &str,
+    message: Vec<u8>,
+    limit: Duration,
+) -> Result<Vec<u8>, Status> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let call = async { tokio::time::timeout(limit, exchange(socket, path, message)).await };
+    let call = async { tokio::time::timeout(limit, exchange(socket, namespace, path, message)).await };
     runtime
         .block_on(call)
         .unwrap_or_else(|_| Err(Status { code: DEADLINE_EXCEEDED, message: format!("no response within {limit:?}") }))
@@ -58,7 +64,7 @@ pub fn stream(socket: &str, path: &str, message: Vec<u8>) -> Receiver<Vec<u8>> {
 }
 
 async fn listen(socket: &str, path: &str, message: Vec<u8>, to: &Sender<Vec<u8>>) -> Result<(), Status> {
-    let mut body = send(socket, path, message).await?.await.map_err(unavailable)?.into_body();
+    let mut body = send(socket, None, path, message).await?.await.map_err(unavailable)?.into_body();
     let mut data = Vec::new();
     while let Some(chunk) = body.data().await {
         let chunk = chunk.map_err(unavailable)?;
@@ -81,8 +87,8 @@ fn split_message(data: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     Some((data.get(5..end)?.to_vec(), data[end..].to_vec()))
 }
 
-async fn exchange(socket: &str, path: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
-    let answer = send(socket, path, message).await?.await.map_err(unavailable)?;
+async fn exchange(socket: &str, namespace: Option<&str>, path: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
+    let answer = send(socket, namespace, path, message).await?.await.map_err(unavailable)?;
     let headers = answer.headers().clone();
     let (data, trailers) = collect(answer.into_body()).await?;
     let status =
@@ -93,16 +99,18 @@ async fn exchange(socket: &str, path: &str, message: Vec<u8>) -> Result<Vec<u8>,
     split_message(&data).map(|(message, _)| message).ok_or_else(|| unavailable("the response has no message"))
 }
 
-async fn send(socket: &str, path: &str, message: Vec<u8>) -> Result<ResponseFuture, Status> {
+async fn send(socket: &str, namespace: Option<&str>, path: &str, message: Vec<u8>) -> Result<ResponseFuture, Status> {
     let stream = UnixStream::connect(socket).await.map_err(unavailable)?;
     let (client, connection) = h2::client::handshake(stream).await.map_err(unavailable)?;
     tokio::spawn(connection);
     let mut client = client.ready().await.map_err(unavailable)?;
-    let request = Request::post(format!("http://localhost{path}"))
+    let mut request = Request::post(format!("http://localhost{path}"))
         .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .map_err(unavailable)?;
+        .header("te", "trailers");
+    if let Some(namespace) = namespace {
+        request = request.header("containerd-namespace", namespace);
+    }
+    let request = request.body(()).map_err(unavailable)?;
     let (answer, mut body) = client.send_request(request, false).map_err(unavailable)?;
     // Length-prefixed message: one byte for "not compressed", four for the length.
     let mut framed = vec![0];
