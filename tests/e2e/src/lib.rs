@@ -7,6 +7,7 @@ pub mod bench;
 pub mod case;
 pub mod command;
 pub mod conformance;
+pub mod containerd;
 pub mod containerd_log;
 pub mod cri;
 pub mod disk;
