@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::command::{Input, Output, Running, ctr, run_ctr};
+use crate::containerd::{self, Task};
 use crate::leftovers::Snapshot;
 use crate::run::Run;
 use crate::{BUSYBOX, NAMESPACE, PYTHON, node, spec};
@@ -133,8 +134,8 @@ impl Case {
     /// Removes the test's containers and mounts. Returns the containers that had to be removed by force.
     fn clean_up(&self, failed: bool) -> Vec<String> {
         let prefix = format!("{}-", self.name);
-        let listed = run_ctr(&["containers", "ls", "-q"]).out();
-        let ids: Vec<String> = listed.lines().filter(|id| id.starts_with(&prefix)).map(str::to_owned).collect();
+        let mut ids = containerd::containers(NAMESPACE).unwrap_or_default();
+        ids.retain(|id| id.starts_with(&prefix));
         for id in &ids {
             remove(id);
         }
@@ -195,24 +196,29 @@ impl Container {
     }
 
     /// Returns the pid that containerd has for the task.
+    #[track_caller]
     pub fn pid(&self) -> i32 {
-        let list = run_ctr(&["tasks", "ls"]).expect_code(0).out();
-        let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id)).map(str::to_owned);
-        let line = line.unwrap_or_else(|| panic!("no task {} in\n{list}", self.id));
-        line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no pid in {line}"))
+        self.record().pid
     }
 
-    /// Returns the state in `ctr task ls`.
+    /// Returns the state that containerd reports for the task, such as `RUNNING`.
+    #[track_caller]
     pub fn state(&self) -> String {
-        let list = run_ctr(&["tasks", "ls"]).expect_code(0).out();
-        let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id)).unwrap_or_default();
-        line.split_whitespace().nth(2).unwrap_or_default().to_owned()
+        self.record().status
+    }
+
+    #[track_caller]
+    fn record(&self) -> Task {
+        let tasks = containerd::tasks(NAMESPACE).unwrap_or_else(|status| panic!("failed to list the tasks: {status}"));
+        let found = tasks.iter().find(|task| task.id == self.id).cloned();
+        found.unwrap_or_else(|| panic!("no task {} in {tasks:?}", self.id))
     }
 
     /// Kills the container and waits for its `ctr run` to exit, which has to report signal 9.
     #[track_caller]
     pub fn kill(self) -> Output {
-        self.task(&["kill", "--signal", "SIGKILL"]).expect_code(0);
+        containerd::kill(NAMESPACE, &self.id, libc::SIGKILL)
+            .unwrap_or_else(|status| panic!("failed to kill {}: {status}", self.id));
         self.running.wait().expect_code(137)
     }
 }

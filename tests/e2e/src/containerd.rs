@@ -41,6 +41,14 @@ pub fn tasks(namespace: &str) -> Result<Vec<Task>, Status> {
     Ok(tasks.map(|task| Task { id: text(&task["id"]), pid: pid(task), status: text(&task["status"]) }).collect())
 }
 
+/// Sends a signal to the first process of a container.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn kill(namespace: &str, id: &str, signal: i32) -> Result<(), Status> {
+    call(namespace, "tasks.v1.Tasks", "Kill", &json!({ "container_id": id, "signal": signal })).map(drop)
+}
+
 fn call(namespace: &str, service: &str, method: &str, request: &Value) -> Result<Value, Status> {
     grpc::call(TIMEOUT, Some(namespace), &format!("containerd.services.{service}"), method, request)
 }

@@ -92,7 +92,7 @@ mod tests {
             ("runtime.v1.RuntimeService", "RunPodSandbox"),
             ("runtime.v1.ImageService", "ImageStatus"),
             ("containerd.services.containers.v1.Containers", "List"),
-            ("containerd.services.tasks.v1.Tasks", "List"),
+            ("containerd.services.tasks.v1.Tasks", "Kill"),
         ] {
             assert_eq!(method(service, name).proto().name(), name);
         }
