@@ -41,6 +41,15 @@ pub fn tasks(namespace: &str) -> Result<Vec<Task>, Status> {
     Ok(tasks.map(|task| Task { id: text(&task["id"]), pid: pid(task), status: text(&task["status"]) }).collect())
 }
 
+/// Returns the references of the images that containerd has in a namespace.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn images(namespace: &str) -> Result<Vec<String>, Status> {
+    let answer = call(namespace, "images.v1.Images", "List", &json!({}))?;
+    Ok(items(&answer["images"]).map(|image| text(&image["name"])).collect())
+}
+
 /// Sends a signal to the first process of a container.
 ///
 /// # Errors
