@@ -58,6 +58,15 @@ pub fn kill(namespace: &str, id: &str, signal: i32) -> Result<(), Status> {
     call(namespace, "tasks.v1.Tasks", "Kill", &json!({ "container_id": id, "signal": signal })).map(drop)
 }
 
+/// Publishes an event without content. containerd sends it to all subscribers.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn publish(namespace: &str, topic: &str) -> Result<(), Status> {
+    let event = json!({ "type_url": "husk-e2e", "value": "" });
+    call(namespace, "events.v1.Events", "Publish", &json!({ "topic": topic, "event": event })).map(drop)
+}
+
 fn call(namespace: &str, service: &str, method: &str, request: &Value) -> Result<Value, Status> {
     grpc::call(TIMEOUT, Some(namespace), &format!("containerd.services.{service}"), method, request)
 }

@@ -92,6 +92,8 @@ mod tests {
             ("runtime.v1.RuntimeService", "RunPodSandbox"),
             ("runtime.v1.ImageService", "ImageStatus"),
             ("containerd.services.containers.v1.Containers", "List"),
+            ("containerd.services.events.v1.Events", "Publish"),
+            ("containerd.services.images.v1.Images", "List"),
             ("containerd.services.tasks.v1.Tasks", "Kill"),
         ] {
             assert_eq!(method(service, name).proto().name(), name);
