@@ -12,7 +12,7 @@ use protobuf::reflect::{FileDescriptor, MessageDescriptor, MethodDescriptor};
 use protobuf::{Message, MessageDyn};
 use serde_json::Value;
 
-pub use http2::Status;
+pub use http2::{Status, disconnect};
 
 /// containerd's socket, which also serves the CRI.
 const SOCKET: &str = "/run/containerd/containerd.sock";
