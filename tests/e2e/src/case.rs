@@ -5,8 +5,10 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount, umount};
 use serde_json::Value;
 
 use crate::command::{Input, Output, Running, ctr, run_ctr};
@@ -24,7 +26,14 @@ pub struct Case {
     runtime: String,
     next: Cell<u32>,
     dir: PathBuf,
-    rootfs: RefCell<Vec<PathBuf>>,
+    rootfs: RefCell<Vec<Rootfs>>,
+}
+
+/// A mounted rootfs.
+struct Rootfs {
+    path: PathBuf,
+    /// Whether ctr has mounted it. It then removes it too, with the lease that it made.
+    by_ctr: bool,
 }
 
 /// Runs `body` as the test `name`. Fails if it leaves anything in the node.
@@ -124,10 +133,28 @@ impl Case {
 
     /// Mounts a writable busybox rootfs for this test on the node, made by containerd's snapshotter.
     pub fn rootfs(&self, name: &str) -> PathBuf {
+        /// The snapshot of the image's uppermost layer.
+        static LAYER: OnceLock<String> = OnceLock::new();
         let path = self.dir.join(format!("{name}.rootfs"));
         fs::create_dir_all(&path).unwrap();
-        run_ctr(&["images", "mount", "--rw", BUSYBOX, &path.to_string_lossy()]).expect_code(0);
-        self.rootfs.borrow_mut().push(path.clone());
+        let key = path.to_string_lossy();
+        let by_ctr = match LAYER.get() {
+            Some(layer) => {
+                let options = containerd::prepare_snapshot(NAMESPACE, &key, layer);
+                let options = options.unwrap_or_else(|status| panic!("failed to create a snapshot: {status}"));
+                mount(Some("overlay"), &path, Some("overlay"), MsFlags::empty(), Some(options.as_str())).unwrap();
+                false
+            }
+            None => {
+                // Only ctr finds the image's layers.
+                run_ctr(&["images", "mount", "--rw", BUSYBOX, &key]).expect_code(0);
+                let layer = containerd::snapshot_parent(NAMESPACE, &key);
+                let layer = layer.unwrap_or_else(|status| panic!("failed to get the snapshot's parent: {status}"));
+                LAYER.get_or_init(|| layer);
+                true
+            }
+        };
+        self.rootfs.borrow_mut().push(Rootfs { path: path.clone(), by_ctr });
         path
     }
 
@@ -139,8 +166,15 @@ impl Case {
         for id in &ids {
             remove(id);
         }
-        for path in self.rootfs.borrow().iter() {
-            run_ctr(&["images", "unmount", "--rm", &path.to_string_lossy()]);
+        for Rootfs { path, by_ctr } in self.rootfs.borrow().iter() {
+            let key = path.to_string_lossy();
+            if *by_ctr {
+                run_ctr(&["images", "unmount", "--rm", &key]);
+            } else {
+                // The check for leftovers reports a mount that stays.
+                let _ = umount(path);
+                let _ = containerd::remove_snapshot(NAMESPACE, &key);
+            }
         }
         let _ = fs::remove_dir_all(&self.dir);
         if failed { Vec::new() } else { ids }

@@ -9,6 +9,8 @@ use crate::grpc::{self, Status};
 
 /// Timeout of a call.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// The snapshotter that `ctr` and the CRI use by default.
+const SNAPSHOTTER: &str = "overlayfs";
 
 /// A task: the running container, or what is left of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +58,39 @@ pub fn images(namespace: &str) -> Result<Vec<String>, Status> {
 /// The status of the failed call.
 pub fn kill(namespace: &str, id: &str, signal: i32) -> Result<(), Status> {
     call(namespace, "tasks.v1.Tasks", "Kill", &json!({ "container_id": id, "signal": signal })).map(drop)
+}
+
+/// Returns the parent of a snapshot: the image's uppermost layer if the snapshot was made of an image.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn snapshot_parent(namespace: &str, key: &str) -> Result<String, Status> {
+    let request = json!({ "snapshotter": SNAPSHOTTER, "key": key });
+    Ok(text(&call(namespace, "snapshots.v1.Snapshots", "Stat", &request)?["info"]["parent"]))
+}
+
+/// Creates a writable snapshot. Returns the options of its overlay mount.
+///
+/// # Errors
+/// The status of the failed call.
+#[track_caller]
+pub fn prepare_snapshot(namespace: &str, key: &str, parent: &str) -> Result<String, Status> {
+    // Without this label, garbage collection would remove the snapshot.
+    let labels = json!({ "containerd.io/gc.root": "husk-e2e" });
+    let request = json!({ "snapshotter": SNAPSHOTTER, "key": key, "parent": parent, "labels": labels });
+    let answer = call(namespace, "snapshots.v1.Snapshots", "Prepare", &request)?;
+    let mounts: Vec<&Value> = items(&answer["mounts"]).collect();
+    assert!(mounts.len() == 1 && mounts[0]["type"] == "overlay", "the snapshot is no overlay: {answer}");
+    Ok(items(&mounts[0]["options"]).map(text).collect::<Vec<_>>().join(","))
+}
+
+/// Removes a snapshot.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn remove_snapshot(namespace: &str, key: &str) -> Result<(), Status> {
+    let request = json!({ "snapshotter": SNAPSHOTTER, "key": key });
+    call(namespace, "snapshots.v1.Snapshots", "Remove", &request).map(drop)
 }
 
 /// Publishes an event without content. containerd sends it to all subscribers.

@@ -94,6 +94,7 @@ mod tests {
             ("containerd.services.containers.v1.Containers", "List"),
             ("containerd.services.events.v1.Events", "Publish"),
             ("containerd.services.images.v1.Images", "List"),
+            ("containerd.services.snapshots.v1.Snapshots", "Prepare"),
             ("containerd.services.tasks.v1.Tasks", "Kill"),
         ] {
             assert_eq!(method(service, name).proto().name(), name);
