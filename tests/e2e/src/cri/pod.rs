@@ -140,10 +140,9 @@ impl Pods {
         let filter = json!({ "filter": { "label_selector": { LABEL: self.name } } });
         let mut result = Ok(());
         for pod in call("ListPodSandbox", &filter)["items"].as_array().into_iter().flatten() {
-            for method in ["StopPodSandbox", "RemovePodSandbox"] {
-                if let Err(status) = try_call(method, &json!({ "pod_sandbox_id": pod["id"] })) {
-                    result = Err(format!("{method}: {status}"));
-                }
+            // Stops the pod too. Two calls would run the CNI plugins twice.
+            if let Err(status) = try_call("RemovePodSandbox", &json!({ "pod_sandbox_id": pod["id"] })) {
+                result = Err(format!("RemovePodSandbox: {status}"));
             }
         }
         // The kubelet creates and removes the pod's parent cgroup; containerd does not.
