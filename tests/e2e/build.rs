@@ -1,6 +1,7 @@
-//! Compiles the CRI's .proto files into a descriptor set, without `protoc`. The client uses reflection.
+//! Compiles the .proto files of the CRI and of containerd's services into one descriptor set, without `protoc`. The
+//! clients use reflection.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use protobuf::Message;
 
@@ -16,8 +17,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .include(shared)
         .input(format!("{shared}/cri_sandbox.proto"))
         .input("protos/cri.proto");
+    for entry in Path::new("protos/containerd").read_dir()? {
+        parser.input(entry?.path());
+    }
     let set = parser.file_descriptor_set()?;
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
-    std::fs::write(out.join("cri.pb"), set.write_to_bytes()?)?;
+    std::fs::write(out.join("services.pb"), set.write_to_bytes()?)?;
     Ok(())
 }

@@ -5,11 +5,14 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount, umount};
 use serde_json::Value;
 
 use crate::command::{Input, Output, Running, ctr, run_ctr};
+use crate::containerd::{self, Task};
 use crate::leftovers::Snapshot;
 use crate::run::Run;
 use crate::{BUSYBOX, NAMESPACE, PYTHON, node, spec};
@@ -23,7 +26,14 @@ pub struct Case {
     runtime: String,
     next: Cell<u32>,
     dir: PathBuf,
-    rootfs: RefCell<Vec<PathBuf>>,
+    rootfs: RefCell<Vec<Rootfs>>,
+}
+
+/// A mounted rootfs.
+struct Rootfs {
+    path: PathBuf,
+    /// Whether ctr has mounted it. It then removes it too, with the lease that it made.
+    by_ctr: bool,
 }
 
 /// Runs `body` as the test `name`. Fails if it leaves anything in the node.
@@ -123,23 +133,48 @@ impl Case {
 
     /// Mounts a writable busybox rootfs for this test on the node, made by containerd's snapshotter.
     pub fn rootfs(&self, name: &str) -> PathBuf {
+        /// The snapshot of the image's uppermost layer.
+        static LAYER: OnceLock<String> = OnceLock::new();
         let path = self.dir.join(format!("{name}.rootfs"));
         fs::create_dir_all(&path).unwrap();
-        run_ctr(&["images", "mount", "--rw", BUSYBOX, &path.to_string_lossy()]).expect_code(0);
-        self.rootfs.borrow_mut().push(path.clone());
+        let key = path.to_string_lossy();
+        let by_ctr = match LAYER.get() {
+            Some(layer) => {
+                let options = containerd::prepare_snapshot(NAMESPACE, &key, layer);
+                let options = options.unwrap_or_else(|status| panic!("failed to create a snapshot: {status}"));
+                mount(Some("overlay"), &path, Some("overlay"), MsFlags::empty(), Some(options.as_str())).unwrap();
+                false
+            }
+            None => {
+                // Only ctr finds the image's layers.
+                run_ctr(&["images", "mount", "--rw", BUSYBOX, &key]).expect_code(0);
+                let layer = containerd::snapshot_parent(NAMESPACE, &key);
+                let layer = layer.unwrap_or_else(|status| panic!("failed to get the snapshot's parent: {status}"));
+                LAYER.get_or_init(|| layer);
+                true
+            }
+        };
+        self.rootfs.borrow_mut().push(Rootfs { path: path.clone(), by_ctr });
         path
     }
 
     /// Removes the test's containers and mounts. Returns the containers that had to be removed by force.
     fn clean_up(&self, failed: bool) -> Vec<String> {
         let prefix = format!("{}-", self.name);
-        let listed = run_ctr(&["containers", "ls", "-q"]).out();
-        let ids: Vec<String> = listed.lines().filter(|id| id.starts_with(&prefix)).map(str::to_owned).collect();
+        let mut ids = containerd::containers(NAMESPACE).unwrap_or_default();
+        ids.retain(|id| id.starts_with(&prefix));
         for id in &ids {
             remove(id);
         }
-        for path in self.rootfs.borrow().iter() {
-            run_ctr(&["images", "unmount", "--rm", &path.to_string_lossy()]);
+        for Rootfs { path, by_ctr } in self.rootfs.borrow().iter() {
+            let key = path.to_string_lossy();
+            if *by_ctr {
+                run_ctr(&["images", "unmount", "--rm", &key]);
+            } else {
+                // The check for leftovers reports a mount that stays.
+                let _ = umount(path);
+                let _ = containerd::remove_snapshot(NAMESPACE, &key);
+            }
         }
         let _ = fs::remove_dir_all(&self.dir);
         if failed { Vec::new() } else { ids }
@@ -195,24 +230,29 @@ impl Container {
     }
 
     /// Returns the pid that containerd has for the task.
+    #[track_caller]
     pub fn pid(&self) -> i32 {
-        let list = run_ctr(&["tasks", "ls"]).expect_code(0).out();
-        let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id)).map(str::to_owned);
-        let line = line.unwrap_or_else(|| panic!("no task {} in\n{list}", self.id));
-        line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no pid in {line}"))
+        self.record().pid
     }
 
-    /// Returns the state in `ctr task ls`.
+    /// Returns the state that containerd reports for the task, such as `RUNNING`.
+    #[track_caller]
     pub fn state(&self) -> String {
-        let list = run_ctr(&["tasks", "ls"]).expect_code(0).out();
-        let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id)).unwrap_or_default();
-        line.split_whitespace().nth(2).unwrap_or_default().to_owned()
+        self.record().status
+    }
+
+    #[track_caller]
+    fn record(&self) -> Task {
+        let tasks = containerd::tasks(NAMESPACE).unwrap_or_else(|status| panic!("failed to list the tasks: {status}"));
+        let found = tasks.iter().find(|task| task.id == self.id).cloned();
+        found.unwrap_or_else(|| panic!("no task {} in {tasks:?}", self.id))
     }
 
     /// Kills the container and waits for its `ctr run` to exit, which has to report signal 9.
     #[track_caller]
     pub fn kill(self) -> Output {
-        self.task(&["kill", "--signal", "SIGKILL"]).expect_code(0);
+        containerd::kill(NAMESPACE, &self.id, libc::SIGKILL)
+            .unwrap_or_else(|status| panic!("failed to kill {}: {status}", self.id));
         self.running.wait().expect_code(137)
     }
 }

@@ -1,9 +1,8 @@
 //! Records containerd's task events of each container, in order of arrival.
 
-use std::cell::RefCell;
-use std::process::Command;
+use std::cell::{Cell, RefCell};
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
@@ -11,62 +10,81 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::shim::event::Envelope;
 
-use crate::command::{Input, Running};
-use crate::cri::{SOCKET, grpc};
-use crate::{KUBERNETES, node};
+use crate::{KUBERNETES, containerd, grpc, node};
+
+/// Maximum time for an event to arrive.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A subscription to containerd's events, and the task events received so far.
 pub struct Events {
     arriving: Receiver<Vec<u8>>,
     /// Container id and event.
     seen: RefCell<Vec<(String, String)>>,
+    /// Number of the last marker event.
+    marker: Cell<u32>,
 }
 
 impl Events {
     /// Subscribes. All events after the return are recorded.
     #[track_caller]
     pub fn watch() -> Self {
-        let arriving = grpc::stream(SOCKET, "/containerd.services.events.v1.Events/Subscribe", Vec::new());
-        let events = Self { arriving, seen: RefCell::default() };
-        events.catch_up();
+        let arriving = grpc::stream("containerd.services.events.v1.Events", "Subscribe");
+        let events = Self { arriving, seen: RefCell::default(), marker: Cell::default() };
+        // containerd does not say when it has registered the subscription. It drops the markers before.
+        let subscribed = node::eventually(TIMEOUT, || {
+            let marker = events.mark();
+            events.receive(Instant::now() + Duration::from_millis(100), |topic| topic == marker).then_some(())
+        });
+        assert!(subscribed.is_some(), "containerd sends no events");
         events
     }
 
     /// Returns the events of a container: `create`, `start`, `exec-added ID`, `exec-started ID`, `exit STATUS`,
     /// `exec-exit ID STATUS`, `oom`, `delete STATUS` …
+    #[track_caller]
     pub fn for_container(&self, container: &str) -> Vec<String> {
-        self.catch_up();
-        let seen = self.seen.borrow();
-        seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()
+        // containerd sends events to each subscriber in order: before the marker all earlier events have arrived.
+        let marker = self.mark();
+        let arrived = self.receive(Instant::now() + TIMEOUT, |topic| topic == marker);
+        assert!(arrived, "containerd sends no events");
+        self.seen_of(container)
     }
 
     /// Waits until a container has at least `count` events.
     #[track_caller]
     pub fn wait_for(&self, container: &str, count: usize) -> Vec<String> {
-        let enough = || Some(self.for_container(container)).filter(|seen| seen.len() >= count);
-        node::eventually(Duration::from_secs(30), enough)
-            .unwrap_or_else(|| panic!("expected {count} events, received {:?}", self.for_container(container)))
+        let has_enough = || self.seen_of(container).len() >= count;
+        let enough = has_enough() || self.receive(Instant::now() + TIMEOUT, |_| has_enough());
+        let seen = self.seen_of(container);
+        assert!(enough, "expected {count} events, received {seen:?}");
+        seen
     }
 
-    /// Receives all events sent so far. It triggers an event and waits for it: containerd sends events to each
-    /// subscriber in order, so all earlier events have then arrived.
+    fn seen_of(&self, container: &str) -> Vec<String> {
+        let seen = self.seen.borrow();
+        seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()
+    }
+
+    /// Publishes an event with a topic of its own, and returns the topic.
     #[track_caller]
-    fn catch_up(&self) {
-        let marker = node::eventually(Duration::from_secs(30), || {
-            let mut label = Command::new("ctr");
-            label.args(["namespaces", "label", KUBERNETES, "husk-e2e=seen"]);
-            Running::start(label, Input::Null).wait().expect_code(0);
-            // The first event may be sent before the server has registered the subscription.
-            while let Ok(bytes) = self.arriving.recv_timeout(Duration::from_secs(1)) {
-                let envelope = Envelope::parse_from_bytes(&bytes).unwrap();
-                if envelope.topic == "/namespaces/update" {
-                    return Some(());
-                }
-                self.seen.borrow_mut().extend(task(&envelope));
+    fn mark(&self) -> String {
+        self.marker.set(self.marker.get() + 1);
+        let topic = format!("/husk-e2e/marker-{}-{}", std::process::id(), self.marker.get());
+        containerd::publish(KUBERNETES, &topic).unwrap_or_else(|status| panic!("failed to publish an event: {status}"));
+        topic
+    }
+
+    /// Records the events that arrive, until `enough` accepts the topic of one. Returns false if none does before the
+    /// deadline.
+    fn receive(&self, deadline: Instant, enough: impl Fn(&str) -> bool) -> bool {
+        while let Ok(bytes) = self.arriving.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let envelope = Envelope::parse_from_bytes(&bytes).unwrap();
+            self.seen.borrow_mut().extend(task(&envelope));
+            if enough(&envelope.topic) {
+                return true;
             }
-            None
-        });
-        assert!(marker.is_some(), "containerd sends no events");
+        }
+        false
     }
 }
 

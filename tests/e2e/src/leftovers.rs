@@ -5,10 +5,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use crate::{KUBERNETES, NAMESPACE, node};
+use crate::{KUBERNETES, NAMESPACE, containerd, node};
 
 /// Directories in which runtimes keep per-container state, and the depth to which each is searched.
 const STATE_DIRS: &[(&str, usize)] = &[
@@ -53,27 +52,38 @@ impl Snapshot {
         Self { things }
     }
 
-    /// Waits until the node has nothing that was not in the snapshot.
+    /// Waits until the node has nothing that was not in the snapshot, and containerd has no containers and tasks.
     ///
     /// # Errors
-    /// The list of leftovers, including containerd's records of containers and tasks.
+    /// The list of leftovers.
     pub fn compare_until_equal(&self, limit: Duration) -> Result<(), String> {
         let mut left = Vec::new();
         let clean = node::eventually(limit, || {
             left = Self::take().things.difference(&self.things).cloned().collect();
+            records(&mut left);
             left.is_empty().then_some(())
         });
-        let mut text = left.into_iter().fold(String::new(), |mut text, thing| {
-            let _ = writeln!(text, "  {thing}");
-            text
-        });
-        for (namespace, kind) in [NAMESPACE, KUBERNETES].into_iter().flat_map(|n| [(n, "containers"), (n, "tasks")]) {
-            let output = Command::new("ctr").args(["-n", namespace, kind, "ls", "-q"]).output();
-            for id in String::from_utf8_lossy(&output.map(|output| output.stdout).unwrap_or_default()).lines() {
-                let _ = writeln!(text, "  containerd still has {kind} {id}");
-            }
+        let text = || {
+            left.iter().fold(String::new(), |mut text, thing| {
+                let _ = writeln!(text, "  {thing}");
+                text
+            })
+        };
+        clean.ok_or_else(text)
+    }
+}
+
+/// Adds containerd's records of containers and tasks in the namespaces of the suites.
+fn records(left: &mut Vec<String>) {
+    for namespace in [NAMESPACE, KUBERNETES] {
+        match containerd::containers(namespace) {
+            Ok(ids) => left.extend(ids.iter().map(|id| format!("containerd still has the container {id}"))),
+            Err(status) => left.push(format!("failed to list containerd's containers in {namespace}: {status}")),
         }
-        if clean.is_some() && text.is_empty() { Ok(()) } else { Err(text) }
+        match containerd::tasks(namespace) {
+            Ok(tasks) => left.extend(tasks.iter().map(|task| format!("containerd still has the task {}", task.id))),
+            Err(status) => left.push(format!("failed to list containerd's tasks in {namespace}: {status}")),
+        }
     }
 }
 

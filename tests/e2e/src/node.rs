@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::command::{Input, Running};
+use crate::containerd;
 
 pub use crate::containerd_log::log_tail;
 
@@ -25,21 +26,18 @@ pub fn need_image(reference: &str) {
 /// Like [`need_image`], for another containerd namespace.
 pub fn need_image_in(namespace: &str, reference: &str) {
     static KNOWN: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
-    let ctr = |args: &[&str]| {
-        let mut command = Command::new("ctr");
-        command.args(["-n", namespace, "images"]).args(args);
-        Running::start(command, Input::Null)
-    };
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = known
-        .entry(namespace.to_owned())
-        .or_insert_with(|| ctr(&["ls", "-q"]).wait().expect_code(0).out().lines().map(str::to_owned).collect());
+    let known = known.entry(namespace.to_owned()).or_insert_with(|| {
+        containerd::images(namespace).unwrap_or_else(|status| panic!("failed to list the images: {status}"))
+    });
     if known.iter().any(|one| one == reference) {
         return;
     }
     let name = reference.trim_start_matches("husk.test/").trim_end_matches(":latest");
     let tar = image_dir().join(format!("{name}.tar"));
-    ctr(&["import", &tar.to_string_lossy()]).wait_within(Duration::from_secs(300)).expect_code(0);
+    let mut command = Command::new("ctr");
+    command.args(["-n", namespace, "images", "import", &tar.to_string_lossy()]);
+    Running::start(command, Input::Null).wait_within(Duration::from_secs(300)).expect_code(0);
     known.push(reference.to_owned());
 }
 

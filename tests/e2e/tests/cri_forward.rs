@@ -13,23 +13,25 @@ const CONNECTIONS: u32 = 50;
 
 /// Servers that listen on one loopback address each. 8001 and 8002 echo; 8003 reads a line and answers it.
 const SERVERS: &str = "
-import asyncio
-async def echo(reader, writer):
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
-async def answer(reader, writer):
-    line = await reader.readline()
-    await asyncio.sleep(0.1)
-    writer.write(b'heard ' + line)
-    writer.close()
-async def serve():
-    for host, port, what in ('127.0.0.1', 8001, echo), ('::1', 8002, echo), ('127.0.0.1', 8003, answer):
-        await asyncio.start_server(what, host, port, backlog=128)
-    print('up', flush=True)
-    await asyncio.Event().wait()
-asyncio.run(serve())";
+import _thread, socket, time
+def echo(peer):
+    while data := peer.recv(65536):
+        peer.sendall(data)
+    peer.close()
+def answer(peer):
+    line = peer.makefile('rb').readline()
+    time.sleep(0.1)
+    peer.sendall(b'heard ' + line)
+    peer.close()
+def serve(listener, handler):
+    while True:
+        _thread.start_new_thread(handler, listener.accept()[:1])
+for host, port, handler in ('127.0.0.1', 8001, echo), ('::1', 8002, echo), ('127.0.0.1', 8003, answer):
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=128)
+    _thread.start_new_thread(serve, (listener, handler))
+print('up', flush=True)
+time.sleep(100000)";
 
 #[track_caller]
 fn forward(pod: &Pod) -> PortForward {

@@ -121,15 +121,14 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 /// Returns what it received, once the client has closed its side.
-const ECHO: &str = "import asyncio
-async def echo(reader, writer):
-    writer.write(await reader.read())
-    writer.close()
-async def serve():
-    server = await asyncio.start_server(echo, '::1', 8084, backlog=128)
-    print('up')
-    await server.serve_forever()
-asyncio.run(serve())";
+const ECHO: &str = "import _thread, socket
+def echo(peer):
+    peer.sendall(b''.join(iter(lambda: peer.recv(65536), b'')))
+    peer.close()
+listener = socket.create_server(('::1', 8084), family=socket.AF_INET6, backlog=128)
+print('up', flush=True)
+while True:
+    _thread.start_new_thread(echo, listener.accept()[:1])";
 
 #[test]
 fn port_forward_reaches_loopback_servers_and_resets_for_closed_ports() {
@@ -138,10 +137,7 @@ fn port_forward_reaches_loopback_servers_and_resets_for_closed_ports() {
         let container = server(&pod, "here");
         // A server for many connections at once: busybox's has a backlog of one.
         need_image(PYTHON);
-        let mut config = pod.sh("");
-        config["image"]["image"] = json!(PYTHON);
-        config["command"] = json!(["python3", "-u", "-c", ECHO]);
-        let echo = pod.start(&config);
+        let echo = pod.start(&pod.python(ECHO));
         echo.wait_for("up");
         let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
         // Through containerd's streaming server, as kubectl does: servers on both loopback addresses.

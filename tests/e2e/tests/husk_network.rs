@@ -17,31 +17,24 @@ use serde_json::json;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Prints `up` and serves as an echo server for many connections at the same time.
-const ECHO_SERVER: &str = "import asyncio
-async def echo(reader, writer):
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
-async def serve():
-    server = await asyncio.start_server(echo, '0.0.0.0', 8080, backlog=256)
-    print('up', flush=True)
-    await server.serve_forever()
-asyncio.run(serve())";
+const ECHO_SERVER: &str = "import _thread, socket
+def echo(peer):
+    while data := peer.recv(65536):
+        peer.sendall(data)
+    peer.close()
+listener = socket.create_server(('0.0.0.0', 8080), backlog=256)
+print('up', flush=True)
+while True:
+    _thread.start_new_thread(echo, listener.accept()[:1])";
 
 /// Opens 40 connections to an echo server at the same time, and prints how many returned the data that was sent.
-const ECHO_CLIENT: &str = "import asyncio, sys
-async def one(number):
-    reader, writer = await asyncio.open_connection(sys.argv[1], int(sys.argv[2]))
-    sent = bytes([number]) * 20000
-    writer.write(sent)
-    writer.write_eof()
-    got = await reader.read(-1)
-    writer.close()
-    return got == sent
-async def all():
-    return sum(await asyncio.gather(*[one(number) for number in range(40)]))
-print(asyncio.run(all()))";
+const ECHO_CLIENT: &str = "import socket, sys
+peers = [socket.create_connection((sys.argv[1], int(sys.argv[2]))) for _ in range(40)]
+for number, peer in enumerate(peers):
+    peer.sendall(bytes([number]) * 20000)
+    peer.shutdown(socket.SHUT_WR)
+received = [b''.join(iter(lambda: peer.recv(65536), b'')) for peer in peers]
+print(sum(data == bytes([number]) * 20000 for number, data in enumerate(received)))";
 
 /// Starts a pod with `vcpus` vCPUs and the echo server.
 fn server(pods: &Pods, vcpus: u32) -> (Pod, PodContainer) {

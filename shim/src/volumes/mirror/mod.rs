@@ -107,6 +107,14 @@ pub enum MirrorError {
     },
 }
 
+impl MirrorError {
+    /// Returns whether the next attempt may succeed: the volume may have changed while it was read. Otherwise the shim
+    /// would copy a large volume several times, and the caller would wait for each.
+    fn is_transient(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() != io::ErrorKind::InvalidData)
+    }
+}
+
 /// Returns whether `path` is the path of a volume that the kubelet fills for the pod with uid `pod`:
 /// `…/<uid>/volumes/<plugin>/<name>`. `path` must not contain symlinks.
 pub fn is_mirrored_volume(path: &Path, pod: &str) -> bool {
@@ -190,7 +198,7 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
 async fn copy(agent: &Agent, container: &str, mirror: &Mirror) -> Result<(), MirrorError> {
     for _ in 1..MAX_ATTEMPTS {
         match copy_once(agent, container, mirror).await {
-            Err(MirrorError::Read { .. }) if mirror.source.exists() => {}
+            Err(error) if error.is_transient() && mirror.source.exists() => {}
             result => return result,
         }
     }
@@ -233,6 +241,16 @@ fn map_owner(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_volume_that_may_have_changed_is_copied_again() {
+        let read = |kind: io::ErrorKind| MirrorError::Read { path: "/v".into(), source: kind.into() };
+        assert!(read(io::ErrorKind::Interrupted).is_transient());
+        assert!(read(io::ErrorKind::NotFound).is_transient());
+        assert!(!read(io::ErrorKind::InvalidData).is_transient());
+        let send = MirrorError::Send { path: "/v".into(), source: ttrpc::Error::LocalClosed };
+        assert!(!send.is_transient());
+    }
 
     #[test]
     fn is_mirrored_volume_checks_pod_and_plugin() {

@@ -25,7 +25,8 @@ const MAX_DEPTH: usize = 64;
 ///
 /// # Errors
 /// If an entry cannot be read, or the volume has changed in the meantime ([`io::ErrorKind::Interrupted`]). No
-/// symlink has been sent in these cases. [`io::ErrorKind::BrokenPipe`] if `send` has returned false.
+/// symlink has been sent in these cases. [`io::ErrorKind::BrokenPipe`] if `send` has returned false, and
+/// [`io::ErrorKind::InvalidData`] if the volume cannot be copied as it is.
 pub fn walk(volume: &Volume, send: impl FnMut(Vec<MirrorEntry>) -> bool) -> io::Result<()> {
     let mut walk = Walk { volume, send, batch: Vec::new(), batch_bytes: 0, links: Vec::new(), versions: Vec::new() };
     walk.directory(Path::new(""), 0)?;
@@ -82,7 +83,8 @@ struct Walk<'a, F> {
 impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     fn directory(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         if depth > MAX_DEPTH {
-            return Err(io::Error::other(format!("the directories at {} are nested too deeply", path.display())));
+            let message = format!("the directories at {} are nested too deeply", path.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
         }
         let directory = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
         self.add(entry(Kind::DIRECTORY, path, &fstat(&directory)?))?;
@@ -241,6 +243,17 @@ mod tests {
         fs::write(gone.join("file"), "").unwrap();
         fs::remove_dir_all(&gone).unwrap();
         assert!(!removed.exists() && walk(&removed, |_| true).is_ok_and(|()| true));
+    }
+
+    #[test]
+    fn walk_rejects_directories_that_are_nested_too_deep() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("z/".repeat(MAX_DEPTH))).unwrap();
+        walk(&volume(dir.path()), |_| true).unwrap();
+        fs::create_dir_all(dir.path().join("z/".repeat(MAX_DEPTH + 1))).unwrap();
+        let error = walk(&volume(dir.path()), |_| true).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert!(error.to_string().ends_with("directories are nested too deep"), "{error}");
     }
 
     #[test]

@@ -1,9 +1,7 @@
-//! A client of the Kubernetes Container Runtime Interface (CRI). Requests and responses are JSON, mapped to protobuf
-//! with the .proto file.
+//! A client of the Kubernetes Container Runtime Interface (CRI). Requests and responses are JSON.
 
 pub mod annotations;
 pub mod cni;
-pub mod grpc;
 pub mod kubelet;
 pub mod manifest;
 pub mod pod;
@@ -16,16 +14,13 @@ pub mod userns;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use protobuf::descriptor::FileDescriptorSet;
-use protobuf::reflect::{FileDescriptor, MessageDescriptor, MethodDescriptor};
-use protobuf::{Message, MessageDyn};
 use serde_json::Value;
 
-pub use grpc::Status;
+use crate::grpc;
+
+pub use crate::grpc::Status;
 pub use pod::{Pod, PodContainer, Pods, pods, pods_with_handler};
 
-/// containerd's socket, which also serves the CRI.
-pub const SOCKET: &str = "/run/containerd/containerd.sock";
 /// Default timeout of a call.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -36,17 +31,6 @@ pub fn handler() -> &'static str {
     HANDLER.get_or_init(|| {
         let default = if crate::runtime() == crate::RUNC { "runc" } else { "husk" };
         std::env::var("HUSK_E2E_HANDLER").unwrap_or_else(|_| default.to_owned())
-    })
-}
-
-/// Returns the CRI's file descriptor, which the build script has compiled.
-fn protocol() -> &'static FileDescriptor {
-    static PROTOCOL: OnceLock<FileDescriptor> = OnceLock::new();
-    PROTOCOL.get_or_init(|| {
-        let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/cri.pb"));
-        let set = FileDescriptorSet::parse_from_bytes(bytes).unwrap();
-        let files = FileDescriptor::new_dynamic_fds(set.file, &[]).unwrap();
-        files.into_iter().find(|file| file.services().next().is_some()).unwrap()
     })
 }
 
@@ -74,37 +58,12 @@ pub fn expect_error(method: &str, request: &Value) -> String {
 
 /// Calls a streaming method of the runtime service. The iterator ends if no message arrives within the timeout.
 pub fn call_streaming(method: &str) -> impl Iterator<Item = Value> + use<> {
-    let answer = descriptor("RuntimeService", method).output_type();
-    let answers = grpc::stream(SOCKET, &format!("/runtime.v1.RuntimeService/{method}"), Vec::new());
-    std::iter::from_fn(move || Some(to_json(&answer, &answers.recv_timeout(TIMEOUT).ok()?)))
-}
-
-fn descriptor(service: &str, method: &str) -> MethodDescriptor {
-    let found = protocol().services().find(|s| s.proto().name() == service).unwrap();
-    let called = found.methods().find(|m| m.proto().name() == method);
-    called.unwrap_or_else(|| panic!("the CRI has no {service}.{method}"))
-}
-
-fn to_json(message: &MessageDescriptor, bytes: &[u8]) -> Value {
-    let options = protobuf_json_mapping::PrintOptions {
-        proto_field_name: true,
-        always_output_default_values: true,
-        ..Default::default()
-    };
-    let message = message.parse_from_bytes(bytes).unwrap();
-    let text = protobuf_json_mapping::print_to_string_with_options(&*message, &options).unwrap();
-    serde_json::from_str(&text).unwrap()
+    grpc::stream_of(TIMEOUT, "runtime.v1.RuntimeService", method)
 }
 
 /// Calls a method of any CRI service, with a timeout.
 pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &Value) -> Result<Value, Status> {
-    let called = descriptor(service, method);
-    let request: Box<dyn MessageDyn> =
-        protobuf_json_mapping::parse_dyn_from_str(&called.input_type(), &request.to_string())
-            .unwrap_or_else(|error| panic!("{method} {request}: {error}"));
-    let path = format!("/runtime.v1.{service}/{method}");
-    let answer = grpc::unary(SOCKET, &path, request.write_to_bytes_dyn().unwrap(), limit)?;
-    Ok(to_json(&called.output_type(), &answer))
+    grpc::call(limit, None, &format!("runtime.v1.{service}"), method, request)
 }
 
 /// Reads a 64-bit integer field, which protobuf's JSON mapping encodes as a string.
@@ -148,11 +107,5 @@ mod tests {
         assert_eq!(bytes(&json!("aGVsbG8K")), b"hello\n");
         assert_eq!(bytes(&json!("aGVsbG8=")), b"hello");
         assert_eq!(bytes(&json!("")), b"");
-    }
-
-    #[test]
-    fn protocol_has_the_runtime_service() {
-        let service = protocol().services().find(|s| s.proto().name() == "RuntimeService").unwrap();
-        assert!(service.methods().any(|m| m.proto().name() == "RunPodSandbox"));
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -66,6 +66,11 @@ pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
 
 /// Imports an image for the CRI, and waits until the CRI lists it.
 pub fn need_image(reference: &str) {
+    static LISTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut listed = LISTED.lock().unwrap_or_else(PoisonError::into_inner);
+    if listed.iter().any(|one| one == reference) {
+        return;
+    }
     node::need_image_in(KUBERNETES, reference);
     let request = json!({ "image": { "image": reference } });
     let known = node::eventually(Duration::from_secs(30), || {
@@ -73,6 +78,7 @@ pub fn need_image(reference: &str) {
         (!answer["image"].is_null()).then_some(())
     });
     assert!(known.is_some(), "the CRI does not know {reference}");
+    listed.push(reference.to_owned());
 }
 
 impl Pods {
@@ -134,10 +140,9 @@ impl Pods {
         let filter = json!({ "filter": { "label_selector": { LABEL: self.name } } });
         let mut result = Ok(());
         for pod in call("ListPodSandbox", &filter)["items"].as_array().into_iter().flatten() {
-            for method in ["StopPodSandbox", "RemovePodSandbox"] {
-                if let Err(status) = try_call(method, &json!({ "pod_sandbox_id": pod["id"] })) {
-                    result = Err(format!("{method}: {status}"));
-                }
+            // Stops the pod too. Two calls would run the CNI plugins twice.
+            if let Err(status) = try_call("RemovePodSandbox", &json!({ "pod_sandbox_id": pod["id"] })) {
+                result = Err(format!("RemovePodSandbox: {status}"));
             }
         }
         // The kubelet creates and removes the pod's parent cgroup; containerd does not.

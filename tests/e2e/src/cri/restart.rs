@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{Pods, try_call};
-use crate::node;
+use crate::{grpc, node};
 
 /// Timeout for containerd to exit, and to respond after its start. An emulated node is slow.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -27,6 +27,7 @@ pub fn containerd_pid() -> Option<i32> {
 #[track_caller]
 fn stop() {
     let pid = containerd_pid().expect("containerd is not running");
+    grpc::disconnect();
     // SAFETY: kill(2) takes two integers and no pointers.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
     let gone = node::eventually(TIMEOUT, || containerd_pid().is_none().then_some(()));
