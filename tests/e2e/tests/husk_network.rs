@@ -120,7 +120,7 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
         assert_eq!(container.sh("ls /sys/class/net/eth0/queues | tr '\\n' ' '"), "rx-0 rx-1 tx-0 tx-1");
         echo_over_connections(address(&pod), 40, 50_000);
         let port = start_node_server(40);
-        let client = container.exec(&["python3", "-c", ECHO_CLIENT, "10.88.0.1", &port.to_string()]);
+        let client = container.exec(&["python3", "-S", "-c", ECHO_CLIENT, "10.88.0.1", &port.to_string()]);
         assert_eq!(client.out.trim(), "40", "{client:?}");
         let active = vhost_workers(&pod);
         assert_eq!(active.len(), 2, "vhost workers for two queue pairs");
@@ -232,7 +232,7 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
         libc::setsockopt(all.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVTIMEO, (&raw const limit).cast(), length)
     };
     assert_eq!(set, 0);
-    let sent = container.exec(&["python3", "-c", FRAMES, &own, node.trim()]);
+    let sent = container.exec(&["python3", "-S", "-c", FRAMES, &own, node.trim()]);
     assert_eq!(sent.code, 0, "{sent:?}");
     let (mut own, mut spoofed, mut last) = (0, 0, 0);
     // `husk-last` is sent as four frames, and each is captured on several interfaces.

@@ -213,11 +213,11 @@ impl Pod {
     }
 
     /// Returns the configuration of a container that runs a Python program. [`need_image`] has to import its image
-    /// before.
+    /// before. Without the module `site`, which doubles what Python reads at its start.
     pub fn python(&self, program: &str) -> Value {
         let mut config = self.sh("");
         config["image"]["image"] = PYTHON.into();
-        config["command"] = json!(["python3", "-c", program]);
+        config["command"] = json!(["python3", "-S", "-c", program]);
         config
     }
 
