@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{self, Profile, Program};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
-use crate::{cache, dist, paths, setup, side, ui};
+use crate::{dist, files, paths, setup, side, ui};
 
 /// The suite that tests the behaviours.
 const SUITE: &str = "conformance";
@@ -86,7 +86,7 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
          /husk/tests/{SUITE} --test-threads=1\n\
          containerd --version > /out/containerd; runc --version | head -n1 > /out/runc\n"
     );
-    cache::make_dir(&seat.dir())?;
+    files::make_dir(&seat.dir())?;
     let path = seat.dir().join("conformance.sh");
     fs::write(&path, script).with_context(|| format!("failed to write {}", path.display()))?;
     let mut add = node::images()?;

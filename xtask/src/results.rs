@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestRerun, TestSuite};
 use serde::Serialize;
 
-use crate::cache;
+use crate::files;
 use crate::libtest::{Parser, TestOutcome, TestRun};
 use crate::node::Progress;
 use crate::stages::{self, Part, Stage};
@@ -131,7 +131,7 @@ impl Results {
         if dir.exists() {
             fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
         }
-        cache::make_dir(&dir)?;
+        files::make_dir(&dir)?;
         Ok(Results { dir, suites: Vec::new() })
     }
 
@@ -361,7 +361,7 @@ impl Recorder {
     /// Begins a boot with a containerd line, in which suites run for the given attempt each, in this order. `dir` is
     /// that of the results.
     pub fn new(dir: PathBuf, line: &str, suites: &[(String, usize)]) -> Result<Self> {
-        cache::make_dir(&dir.join("logs").join(line))?;
+        files::make_dir(&dir.join("logs").join(line))?;
         let followed = |(suite, attempt): &(String, usize)| Followed {
             suite: suite.clone(),
             attempt: *attempt,
