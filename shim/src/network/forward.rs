@@ -76,7 +76,7 @@ async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>
             Err(error) if is_listener_error(&error) => return Err(error),
             Err(error) => {
                 // Out of fds or memory for now, or an error of this one connection (accept(2)).
-                tracing::warn!(%error, "a connection within the pod's network namespace was not accepted");
+                tracing::warn!(%error, "failed to accept a connection in the pod's network namespace; retrying");
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
                 continue;

@@ -103,7 +103,7 @@ impl Retry {
     fn next(before: Option<Self>, error: NetworkSyncError) -> Self {
         let error = crate::chain(&error);
         if before.as_ref().is_none_or(|before| before.error != error) {
-            tracing::warn!(error, "a change of the pod's network does not reach the guest yet; retrying");
+            tracing::warn!(error, "failed to apply a change of the pod's network in the guest; retrying");
         }
         let backoff = before.map_or(FIRST_BACKOFF, |before| (before.backoff * 2).min(MAX_BACKOFF));
         Self { error, retry_at: Instant::now() + backoff, backoff }

@@ -278,8 +278,9 @@ fn failed_network_update_is_retried() {
         let added =
             Command::new("nsenter").args([&netns, "ip", "route", "add", "10.77.0.0/16", "dev", "eth0"]).status();
         assert!(added.unwrap().success());
-        let logged =
-            node::eventually(TIMEOUT, || node::log_tail(40).contains("does not reach the guest yet").then_some(()));
+        let logged = node::eventually(TIMEOUT, || {
+            node::log_tail(40).contains("failed to apply a change of the pod's network").then_some(())
+        });
         vm::limit_descriptors(shim, limit);
         assert!(logged.is_some(), "{}", node::log_tail(20));
         // No further change notifies the shim: the route arrives by the retry.
