@@ -247,9 +247,9 @@ impl Vm {
             Pages::Huge => self.slots.huge,
         };
         if known.is_none() {
-            let slot = match self.vmm.call(Call::AttachMemory(pages), &[]).await.map_err(ResizeError::Vmm)? {
-                (Answer::Attached { slot }, _) => slot,
-                _ => return Err(ResizeError::Vmm(VmmError::Unexpected)),
+            let answer = self.vmm.call(Call::AttachMemory(pages), &[]).await.map_err(ResizeError::Vmm)?;
+            let (Answer::Attached { slot }, _) = answer else {
+                return Err(ResizeError::Vmm(VmmError::Unexpected));
             };
             let request = RescanRequest { slot, ..Default::default() };
             let found = self.agent()?.sandbox.rescan(within(timeouts::QUICK), &request).await;
