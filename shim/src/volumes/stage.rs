@@ -347,7 +347,7 @@ mod tests {
     fn symlinks_of_a_guest_are_not_followed() {
         let thread = std::thread::spawn(|| {
             let none = None::<&Path>;
-            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+            unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
             mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
             let dir = tempfile::tempdir().unwrap();
             let at = |path: &str| dir.path().join(path);
@@ -385,7 +385,7 @@ mod tests {
     fn a_host_only_mount_with_a_reused_id_is_not_copied() {
         let thread = std::thread::spawn(|| {
             let none = None::<&Path>;
-            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+            unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
             mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
             let dir = tempfile::tempdir().unwrap();
             let at = |path: &str| dir.path().join(path);
