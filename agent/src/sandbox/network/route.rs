@@ -4,15 +4,12 @@ use std::io;
 use std::net::IpAddr;
 
 use husk_netlink::fib::{RTAX_ADVMSS, RTAX_MTU, RTNH_F_ONLINK};
-use husk_netlink::{Message, Netlink, nest};
+use husk_netlink::{MAX_VALUE, Message, Netlink, nest};
 use husk_proto::agent::Route;
 use husk_proto::agent::route::Kind;
 
 use super::NetworkError;
 use super::parts::{Op, byte, family, octets, optional_cidr, optional_ip};
-
-/// Maximum length of the next hops, in bytes. They are one netlink attribute, whose length field has 16 bits.
-const MAX_HOPS_LENGTH: usize = u16::MAX as usize - 4;
 
 /// Key of a route: family, table, destination, type of service and metric. Routes with the same key form an ordered
 /// list (NLM_F_APPEND).
@@ -108,7 +105,7 @@ impl<'a> ParsedRoute<'a> {
             hops.push(Hop { index, gateway: optional_ip(&hop.gateway)?, onlink: hop.onlink, weight });
         }
         let parsed = Self { route, family, kind, tos: byte(route.tos, "type of service")?, destination, source, hops };
-        if parsed.multipath(false).len() > MAX_HOPS_LENGTH {
+        if parsed.multipath(false).len() > MAX_VALUE {
             return malformed(route.hops.len().to_string(), "number of next hops");
         }
         Ok(parsed)
@@ -221,7 +218,7 @@ mod tests {
     }
 
     fn message(op: Op, route: &Route) -> Vec<u8> {
-        ParsedRoute::of(op, route, index).unwrap().message(op, false).finish()
+        ParsedRoute::of(op, route, index).unwrap().message(op, false).finish().unwrap()
     }
 
     fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
@@ -318,7 +315,7 @@ mod tests {
                 scope: numbers[2], hops: vec![hop], table: numbers[3], ..Default::default()
             };
             if let Ok(parsed) = ParsedRoute::of(Op::Add, &route, |_| Ok(2)) {
-                parsed.message(Op::Add, true).finish();
+                let _ = parsed.message(Op::Add, true).finish();
             }
         }
     }
