@@ -6,7 +6,6 @@ use std::io;
 use husk_base::sys::heap;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
-use nix::unistd::getppid;
 
 /// Why the process could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -17,9 +16,6 @@ pub enum PrepareError {
     /// `prctl(PR_SET_DUMPABLE)` failed.
     #[error("failed to disable core dumps")]
     Dump(#[source] io::Error),
-    /// The parent has ended already.
-    #[error("the shim has ended")]
-    Orphan,
     /// The signal mask could not be cleared.
     #[error("failed to unblock signals")]
     Signals(#[source] io::Error),
@@ -27,11 +23,9 @@ pub enum PrepareError {
 
 /// Prepares the process. It must not have other threads yet.
 pub fn prepare() -> Result<(), PrepareError> {
+    // A parent that ended before this call causes no signal, but it has closed the control socket, which ends the
+    // process as well. The pid of the parent would not tell: a subreaper may adopt orphans, and pid 1 may be the parent.
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|errno| PrepareError::DeathSignal(errno.into()))?;
-    // A parent that ended before the call to prctl causes no signal.
-    if getppid().as_raw() == 1 {
-        return Err(PrepareError::Orphan);
-    }
     // A guest can crash the VMM: it can place a virtqueue in hot-pluggable memory that is not plugged. The host must
     // not store a core dump for that.
     prctl::set_dumpable(false).map_err(|errno| PrepareError::Dump(errno.into()))?;
