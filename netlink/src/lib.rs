@@ -8,18 +8,26 @@ mod link;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send};
 
 pub use link::{Link, link_header, links};
 
 const HEADER_LEN: usize = size_of::<libc::nlmsghdr>();
+const SEQUENCE_OFFSET: usize = 8;
+/// Maximum length of an attribute's value: the 16-bit length of an attribute includes its header of 4 bytes.
+pub const MAX_VALUE: usize = u16::MAX as usize - 4;
+/// Maximum size of a datagram that the kernel sends in a dump (`netlink_dump` in net/netlink/af_netlink.c).
+const MAX_DATAGRAM: usize = 32 * 1024;
 /// Maximum number of attempts at a dump whose list changes during the dump.
 const MAX_DUMPS: usize = 16;
 
 /// A message under construction.
 pub struct Message {
     bytes: Vec<u8>,
+    /// Type and length of the first attribute whose value is too long.
+    oversized: Option<(u16, usize)>,
 }
 
 impl Message {
@@ -32,13 +40,17 @@ impl Message {
         bytes.extend(flags.to_ne_bytes());
         bytes.extend([0; 8]);
         bytes.extend(header);
-        let mut message = Self { bytes };
+        let mut message = Self { bytes, oversized: None };
         message.pad();
         message
     }
 
-    /// Appends an attribute.
+    /// Appends an attribute. If its value is too long, [`Message::finish`] fails.
     pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
+        if value.len() > MAX_VALUE {
+            self.oversized.get_or_insert((kind, value.len()));
+            return self;
+        }
         push_attribute(&mut self.bytes, kind, value);
         self
     }
@@ -58,24 +70,31 @@ impl Message {
     }
 
     /// Fills in the length field and returns the encoded message.
-    pub fn finish(mut self) -> Vec<u8> {
-        let length = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX).to_ne_bytes();
-        for (to, from) in self.bytes.iter_mut().zip(length) {
-            *to = from;
+    ///
+    /// # Errors
+    /// If an attribute's value is longer than an attribute can be, or the message is.
+    pub fn finish(mut self) -> io::Result<Vec<u8>> {
+        let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
+        if let Some((kind, length)) = self.oversized {
+            let text = format!("failed to encode netlink attribute {kind}: {length} bytes exceed {MAX_VALUE}");
+            return Err(invalid(text));
         }
-        self.bytes
-    }
-
-    fn finish_with_ack(self) -> Vec<u8> {
-        let mut bytes = self.finish();
-        if let Some(flags) = bytes.get_mut(6) {
-            *flags |= libc::NLM_F_ACK as u8;
-        }
-        bytes
+        let length = self.bytes.len();
+        let Ok(length) = u32::try_from(length) else {
+            return Err(invalid(format!("failed to encode a netlink message: {length} bytes exceed {}", u32::MAX)));
+        };
+        overwrite(&mut self.bytes, 0, &length.to_ne_bytes());
+        Ok(self.bytes)
     }
 }
 
-/// Encodes `attributes` as the value of a nested attribute.
+/// Overwrites a field of the header.
+fn overwrite(bytes: &mut [u8], offset: usize, field: &[u8]) {
+    bytes.iter_mut().skip(offset).zip(field).for_each(|(to, from)| *to = *from);
+}
+
+/// Encodes `attributes` as the value of a nested attribute. If one of their values is too long for an attribute, the
+/// result is too: [`Message::finish`] reports it.
 pub fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (kind, value) in attributes {
@@ -85,6 +104,7 @@ pub fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
 }
 
 fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    // Only a nested attribute can be too long here, and then the one around it is not sent.
     let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
     bytes.extend(length.to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
@@ -105,25 +125,31 @@ pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// An rtnetlink socket. It stays in the network namespace in which it was opened.
+/// An rtnetlink socket, for one request at a time: two threads would take each other's replies. It stays in the network
+/// namespace in which it was opened.
 pub struct Netlink {
     socket: OwnedFd,
+    /// Sequence number of the next request. The kernel's notifications have 0.
+    sequence: AtomicU32,
 }
 
 impl Netlink {
     /// Opens a socket in the current network namespace.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { socket: socket(0, 0)? })
+        Ok(Self { socket: socket(0, 0)?, sequence: AtomicU32::new(1) })
     }
 
     /// Sends a request and waits for its acknowledgement. The kernel queues the answer within send(2), so the wait is
     /// short.
     ///
     /// # Errors
-    /// The errno of the kernel's NLMSG_ERROR reply, or of the socket call that failed.
+    /// The errno of the kernel's NLMSG_ERROR reply, or of the socket call that failed; a message that cannot be encoded.
     pub fn change(&self, message: Message) -> io::Result<()> {
-        self.send(&message.finish_with_ack())?;
-        self.receive(|_, _| ()).map(drop)
+        let mut request = message.finish()?;
+        if let Some(flags) = request.get_mut(6) {
+            *flags |= libc::NLM_F_ACK as u8;
+        }
+        self.call(&mut request, |_, _| ()).map(drop)
     }
 
     /// Sends a dump request (NLM_F_DUMP among its flags) and calls `visit` with the type and body of each entry.
@@ -133,13 +159,12 @@ impl Netlink {
     /// After [`MAX_DUMPS`] of them it takes the last one: whoever lists what changes all the time also subscribes to the
     /// changes, and lists again.
     pub fn dump(&self, message: Message, mut visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
-        let request = message.finish();
+        let mut request = message.finish()?;
         // Collects first: the entries of an interrupted dump must not be visited.
         let mut entries = Vec::new();
         for _ in 0..MAX_DUMPS {
-            self.send(&request)?;
             entries.clear();
-            if self.receive(|kind, body| entries.push((kind, body.to_vec())))? {
+            if self.call(&mut request, |kind, body| entries.push((kind, body.to_vec())))? {
                 break;
             }
         }
@@ -147,29 +172,52 @@ impl Netlink {
         Ok(())
     }
 
-    fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        send(self.socket.as_raw_fd(), bytes, MsgFlags::empty())?;
-        Ok(())
-    }
-
-    /// Receives the reply to a request. Returns whether it is consistent, which an interrupted dump is not.
-    fn receive(&self, mut visit: impl FnMut(u16, &[u8])) -> io::Result<bool> {
-        let mut buffer = vec![0u8; 32 * 1024];
+    /// Sends a request and receives its reply. Returns whether it is consistent, which an interrupted dump is not.
+    fn call(&self, request: &mut [u8], mut visit: impl FnMut(u16, &[u8])) -> io::Result<bool> {
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        overwrite(request, SEQUENCE_OFFSET, &sequence.to_ne_bytes());
+        send(self.socket.as_raw_fd(), request, MsgFlags::empty())?;
+        // NLMSG_ERROR repeats the request.
+        let mut buffer = vec![0u8; MAX_DATAGRAM + request.len()];
         let mut consistent = true;
         loop {
-            let read = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            if read_datagram(buffer.get(..read).unwrap_or_default(), &mut consistent, &mut visit)? {
+            let datagram = receive_datagram(self.socket.as_fd(), &mut buffer)?;
+            if read_datagram(datagram, sequence, &mut consistent, &mut visit)? {
                 return Ok(consistent);
             }
         }
     }
 }
 
-/// Reads the messages of a datagram. Returns whether the reply is complete; clears `consistent` for an interrupted dump.
-fn read_datagram(bytes: &[u8], consistent: &mut bool, visit: &mut impl FnMut(u16, &[u8])) -> io::Result<bool> {
+/// Receives a datagram.
+///
+/// # Errors
+/// If the datagram is larger than `buffer`: the messages that are cut off are lost.
+fn receive_datagram<'a>(socket: BorrowedFd<'_>, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+    // With MSG_TRUNC as an argument, recv(2) returns the datagram's real length.
+    let length = recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_TRUNC)?;
+    let size = buffer.len();
+    buffer.get(..length).ok_or_else(|| {
+        let text = format!("failed to receive a netlink datagram: {length} bytes exceed the buffer of {size}");
+        io::Error::new(io::ErrorKind::InvalidData, text)
+    })
+}
+
+/// Reads the messages of a datagram that answer the request with this sequence number. Others are skipped: an error can
+/// end a reply before all of it is received. Returns whether the reply is complete; clears `consistent` for an
+/// interrupted dump.
+fn read_datagram(
+    bytes: &[u8],
+    sequence: u32,
+    consistent: &mut bool,
+    visit: &mut impl FnMut(u16, &[u8]),
+) -> io::Result<bool> {
     let mut rest = bytes;
-    while let Some((kind, flags, body, next)) = split(rest) {
+    while let Some((Header { kind, flags, sequence: answered }, body, next)) = split(rest) {
         rest = next;
+        if answered != sequence {
+            continue;
+        }
         *consistent &= i32::from(flags) & libc::NLM_F_DUMP_INTR == 0;
         match i32::from(kind) {
             // The payload of both is a negative errno. Old kernels send NLMSG_DONE without one.
@@ -209,13 +257,21 @@ pub fn number(value: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(value.try_into().ok()?))
 }
 
-/// Splits off the first message of a datagram. Returns its type, flags and body, and the rest of the datagram.
-fn split(bytes: &[u8]) -> Option<(u16, u16, &[u8], &[u8])> {
+/// The parts of `struct nlmsghdr` that matter in a reply.
+struct Header {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+}
+
+/// Splits off the first message of a datagram. Returns its header and body, and the rest of the datagram.
+fn split(bytes: &[u8]) -> Option<(Header, &[u8], &[u8])> {
     let length = u32::from_ne_bytes(*bytes.first_chunk::<4>()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
     let flags = u16::from_ne_bytes(bytes.get(6..8)?.try_into().ok()?);
+    let sequence = u32::from_ne_bytes(bytes.get(SEQUENCE_OFFSET..SEQUENCE_OFFSET + 4)?.try_into().ok()?);
     let body = bytes.get(HEADER_LEN..length)?;
-    Some((kind, flags, body, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
+    Some((Header { kind, flags, sequence }, body, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -226,7 +282,7 @@ mod tests {
 
     #[test]
     fn message_layout_matches_the_kernel_format() {
-        let bytes = Message::new(16, libc::NLM_F_ACK, &[1, 2, 3]).text(3, "eth0").finish();
+        let bytes = Message::new(16, libc::NLM_F_ACK, &[1, 2, 3]).text(3, "eth0").finish().unwrap();
         assert_eq!(bytes.len(), 16 + 4 + 12);
         assert_eq!(u32::from_ne_bytes(bytes[..4].try_into().unwrap()), 32);
         assert_eq!(&bytes[20..24], &[9, 0, 3, 0]);
@@ -237,7 +293,8 @@ mod tests {
 
     /// Encodes a message as the kernel would send it.
     fn reply(kind: i32, flags: i32, body: &[u8]) -> Vec<u8> {
-        let mut bytes = Message::new(kind as u16, 0, body).finish();
+        let mut bytes = Message::new(kind as u16, 0, body).finish().unwrap();
+        overwrite(&mut bytes, SEQUENCE_OFFSET, &7u32.to_ne_bytes());
         bytes[6..8].copy_from_slice(&(flags as u16).to_ne_bytes());
         bytes
     }
@@ -248,9 +305,9 @@ mod tests {
             let mut consistent = true;
             let mut entries = 0;
             let entry = reply(libc::RTM_NEWLINK.into(), flags, &[0; 16]);
-            assert!(!read_datagram(&entry, &mut consistent, &mut |_, _| entries += 1).unwrap());
+            assert!(!read_datagram(&entry, 7, &mut consistent, &mut |_, _| entries += 1).unwrap());
             let done = reply(libc::NLMSG_DONE, libc::NLM_F_MULTI, &[0; 4]);
-            assert!(read_datagram(&done, &mut consistent, &mut |_, _| entries += 1).unwrap());
+            assert!(read_datagram(&done, 7, &mut consistent, &mut |_, _| entries += 1).unwrap());
             assert_eq!((entries, consistent), (1, expected));
         }
     }
@@ -258,7 +315,7 @@ mod tests {
     #[test]
     fn errno_of_done_and_error_is_returned() {
         let errno = |kind, body: &[u8]| {
-            read_datagram(&reply(kind, 0, body), &mut true, &mut |_, _| ()).map_err(|error| error.raw_os_error())
+            read_datagram(&reply(kind, 0, body), 7, &mut true, &mut |_, _| ()).map_err(|error| error.raw_os_error())
         };
         let no_memory = (-libc::ENOMEM).to_ne_bytes();
         assert_eq!(errno(libc::NLMSG_DONE, &no_memory), Err(Some(libc::ENOMEM)));
@@ -268,11 +325,49 @@ mod tests {
         assert_eq!(errno(libc::NLMSG_ERROR, &[]), Err(Some(libc::EPROTO)));
     }
 
+    #[test]
+    fn finish_rejects_an_attribute_that_is_too_long() {
+        let message = |length| Message::new(16, 0, &[]).attribute(9, &vec![0; length]).number(1, 2).finish();
+        assert_eq!(attributes(&message(MAX_VALUE).unwrap()[16..]).count(), 2);
+        let error = message(MAX_VALUE + 1).unwrap_err().to_string();
+        assert_eq!(error, "failed to encode netlink attribute 9: 65532 bytes exceed 65531");
+        let nested = nest(&[(1, &vec![0; MAX_VALUE + 1])]);
+        assert!(Message::new(16, 0, &[]).attribute(9, &nested).finish().is_err());
+    }
+
+    #[test]
+    fn replies_to_other_requests_are_skipped() {
+        let mut datagram = reply(libc::NLMSG_ERROR, 0, &(-libc::ENOMEM).to_ne_bytes());
+        datagram.extend(reply(libc::RTM_NEWLINK.into(), 0, &[0; 16]));
+        let mut visited = 0;
+        assert!(!read_datagram(&datagram, 8, &mut true, &mut |_, _| visited += 1).unwrap());
+        assert_eq!(visited, 0);
+        // A reply that nothing has received is left in the socket.
+        let netlink = Netlink::open().unwrap();
+        let request = Message::new(libc::RTM_NEWLINK, libc::NLM_F_ACK, &link_header(i32::MAX, 0, 0)).finish().unwrap();
+        send(netlink.socket.as_raw_fd(), &request, MsgFlags::empty()).unwrap();
+        assert!(!links(&netlink).unwrap().is_empty());
+    }
+
+    #[test]
+    fn truncated_datagram_is_an_error() {
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let mut buffer = [0; 8];
+        for (length, fits) in [(8, true), (9, false)] {
+            theirs.send(&vec![1; length]).unwrap();
+            assert_eq!(receive_datagram(ours.as_fd(), &mut buffer).is_ok(), fits);
+        }
+        // The kernel repeats the request in its error, which is larger than any datagram of a dump.
+        let request = Message::new(libc::RTM_NEWLINK, 0, &link_header(i32::MAX, 0, 0));
+        let error = Netlink::open().unwrap().change(request.attribute(1, &[0; MAX_VALUE])).unwrap_err();
+        assert!(error.raw_os_error().is_some(), "{error}");
+    }
+
     proptest! {
         #[test]
         fn any_bytes_never_panic(bytes: Vec<u8>) {
-            let _ = read_datagram(&bytes, &mut true, &mut |_, _| ());
-            if let Some((_, _, body, _)) = split(&bytes) {
+            let _ = read_datagram(&bytes, 0, &mut true, &mut |_, _| ());
+            if let Some((_, body, _)) = split(&bytes) {
                 attributes(body).count();
             }
             attributes(&bytes).count();

@@ -34,6 +34,7 @@ pub fn main(control: OwnedFd) -> ! {
     loop {
         match reporter.receive() {
             Ok((request, fds)) => serve(&mut current_vm, &mut pids, request, fds, &reporter),
+            // The shim has ended or dropped the VM.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => exit_immediately(0),
             Err(error) => {
                 ::log::error!("failed to receive from the control socket: {error}");

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::build::Profile;
 use crate::node::{Add, Limits, Line, Machine, Run, Seat};
-use crate::{bench, conformance, demo, deny, dist, image, imports, kernel, modules, node, setup, store, test};
+use crate::{bench, conformance, demo, deny, dist, image, imports, kernel, modules, node, setup, test, user_cache};
 
 /// Builds, runs and tests Husk.
 #[derive(Parser)]
@@ -141,7 +141,7 @@ pub fn run(cli: Cli) -> Result<u8> {
                 println!("{}", image.from.display());
             }
         }
-        Task::Cache { prune } => store::cache(prune)?,
+        Task::Cache { prune } => user_cache::list_entries(prune)?,
         Task::Node { command: NodeTask::Prepare } => node::prepare()?,
         Task::Node { command: NodeTask::Run { place, time_limit, images, env, script, args } } => {
             let machine = Machine { cpus: place.cpus, memory: place.memory };

@@ -1,5 +1,5 @@
-//! `cargo xtask conformance`: tests the behaviour that the CRI promises with runc and with Husk, on each containerd
-//! line, and writes docs/conformance.md.
+//! `cargo xtask conformance`: runs the conformance suite with runc and with Husk, on each containerd line, and writes
+//! the results to docs/conformance.md.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{self, Profile, Program};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
-use crate::{cache, dist, paths, setup, side, ui};
+use crate::{dist, files, paths, setup, side, ui};
 
 /// The suite that tests the behaviours.
 const SUITE: &str = "conformance";
@@ -86,7 +86,7 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
          /husk/tests/{SUITE} --test-threads=1\n\
          containerd --version > /out/containerd; runc --version | head -n1 > /out/runc\n"
     );
-    cache::make_dir(&seat.dir())?;
+    files::make_dir(&seat.dir())?;
     let path = seat.dir().join("conformance.sh");
     fs::write(&path, script).with_context(|| format!("failed to write {}", path.display()))?;
     let mut add = node::images()?;
@@ -109,14 +109,17 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
 /// Reads a file that the node left in `/out`.
 fn read(seat: Seat, name: &str) -> Result<String> {
     let path = seat.out_dir().join(name);
-    fs::read_to_string(&path).with_context(|| format!("the node left no {}", path.display()))
+    fs::read_to_string(&path)
+        .with_context(|| format!("failed to read {}, which the node should have left", path.display()))
 }
 
 /// Adds the results of one column: lines of group, behaviour and result.
 fn collect(rows: &mut Vec<Row>, column: usize, text: &str) -> Result<()> {
     for line in text.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
-        let [group, behaviour, result] = fields[..] else { bail!("{line:?} is no result") };
+        let [group, behaviour, result] = fields[..] else {
+            bail!("failed to parse {line:?}: expected group, behaviour and result")
+        };
         let found = rows.iter_mut().find(|row| row.group == group && row.behaviour == behaviour);
         match found {
             Some(row) => drop(row.results.insert(column, result.to_owned())),
@@ -143,13 +146,14 @@ fn worse(rows: &[Row]) -> Vec<&Row> {
 
 fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
     let mut text = format!(
-        "# What the CRI promises, and who keeps it\n\n\
-         Made by `cargo xtask conformance`, which tries each behaviour through containerd's CRI in the test node: the\n\
-         groups are those of the CRI's validation suite. runc is {runc}; the columns name containerd's version.\n\
-         *refused*: it needs what a virtual machine does not share with its host, and a clear error says so.\n\
-         What fails with every runtime is what that containerd does not have.\n\
-         husk-sandbox is the handler with `sandboxer = \"shim\"`; with it a pod of the node's own network ends containerd\n\
-         2.1 itself, before a shim is asked (install.md), and is not tried.\n"
+        "# CRI conformance of Husk and runc\n\n\
+         `cargo xtask conformance` generates this page. It tests each behaviour through containerd's CRI in the test\n\
+         node. The groups are those of the CRI's validation suite. The columns name the handler and containerd's\n\
+         version; runc is {runc}.\n\n\
+         - *refused*: the behaviour needs something that a VM does not share with its host. The error names it.\n\
+         - A behaviour that fails with every runtime of a column's containerd is missing in that containerd.\n\
+         - husk-sandbox is the handler with `sandboxer = \"shim\"`. A pod with `hostNetwork: true` crashes containerd 2.1\n  \
+         itself with this sandboxer ([install.md](install.md)), so it is not tried.\n"
     );
     let mut group = "";
     for row in rows {

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::build::Profile;
 use crate::node::{self, Add, Limits, Line, Machine, Run, Seat, kvm};
-use crate::{cache, cmd, dist, paths, setup, ui};
+use crate::{cmd, dist, files, paths, setup, ui};
 
 /// The options of `cargo xtask demo`.
 #[derive(Args)]
@@ -72,7 +72,7 @@ fn configuration(root: &Path, more: &str) -> Result<String> {
 
 fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
     let config = paths::node().join("demo-config.toml");
-    cache::make_dir(&paths::node())?;
+    files::make_dir(&paths::node())?;
     let text = configuration(&paths::dist(), "timeline_log = \"/out/timeline\"\n")?;
     fs::write(&config, text).with_context(|| format!("failed to write {}", config.display()))?;
     add.push(Add::new(config, "/etc/husk/config.toml"));
@@ -112,7 +112,7 @@ impl Drop for Containerd {
 
 /// Runs the demo on this machine.
 fn here(root: &Path, dir: &Path, script: &Path, timeline: &Path) -> Result<u8> {
-    cache::make_dir(dir)?;
+    files::make_dir(dir)?;
     let share = root.join("usr/local/share/husk");
     let mut more = String::new();
     let paths =

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::build::{self, Profile};
-use crate::{cache, image, kernel, lock, paths, ui};
+use crate::{files, image, kernel, lock, paths, ui};
 
 /// The installed files, with their permissions.
 const INSTALLED: [(&str, u32); 7] = [
@@ -56,7 +56,7 @@ fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
     if fs::read(to).is_ok_and(|old| old == content) {
         return Ok(());
     }
-    cache::make_dir(to.parent().unwrap_or(to))?;
+    files::make_dir(to.parent().unwrap_or(to))?;
     let part = to.with_extension("part");
     fs::write(&part, &content).with_context(context)?;
     fs::set_permissions(&part, fs::Permissions::from_mode(mode)).with_context(context)?;

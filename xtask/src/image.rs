@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::build::{self, Profile, Program};
-use crate::cache::{self, Key, Stamp};
 use crate::cpio::Cpio;
 use crate::kernel::mebibytes;
-use crate::{lock, paths, ui};
+use crate::stamp::{Key, Stamp};
+use crate::{files, lock, paths, ui};
 
 /// Raised whenever the content of the archive changes.
 const RECIPE: u32 = 1;
@@ -34,7 +34,7 @@ pub fn pack(agent: &Program) -> Result<PathBuf> {
         return Ok(made);
     }
     stamp.remove()?;
-    cache::make_dir(made.parent().unwrap_or(&made))?;
+    files::make_dir(made.parent().unwrap_or(&made))?;
     let init = fs::read(&agent.path).with_context(|| format!("failed to read {}", agent.path.display()))?;
     let file = File::create(&made).with_context(|| format!("failed to write {}", made.display()))?;
     archive(Cpio::new(BufWriter::new(file)), &init).with_context(|| format!("failed to write {}", made.display()))?;

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::{cache, paths, ui};
+use crate::{files, paths, ui};
 
 /// Acquires the lock of `what`, waiting for its holder. It is released when the file is closed.
 pub fn take(what: &str) -> Result<File> {
@@ -17,7 +17,7 @@ pub fn take(what: &str) -> Result<File> {
 
 /// Acquires the lock in the directory `dir`, which is created, waiting for its holder.
 pub fn take_in(dir: &Path, what: &str) -> Result<File> {
-    cache::make_dir(dir)?;
+    files::make_dir(dir)?;
     let path = dir.join("lock");
     let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
     match flock(&file, libc::LOCK_EX | libc::LOCK_NB) {

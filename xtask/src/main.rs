@@ -2,7 +2,6 @@
 
 mod bench;
 mod build;
-mod cache;
 mod cli;
 mod cmd;
 mod conformance;
@@ -10,6 +9,7 @@ mod cpio;
 mod demo;
 mod deny;
 mod dist;
+mod files;
 mod image;
 mod images;
 mod imports;
@@ -26,10 +26,11 @@ mod setup;
 mod side;
 mod source;
 mod stages;
-mod store;
+mod stamp;
 mod suites;
 mod test;
 mod ui;
+mod user_cache;
 
 use std::process::ExitCode;
 

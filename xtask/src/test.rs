@@ -12,7 +12,7 @@ use crate::plan::{self, Outcome, Plan, Retries};
 use crate::results::{AttemptOutcome, BootReport, Recorder, Results, SuiteOutcome, Summary};
 use crate::stages::{self, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
-use crate::{cache, cmd, deny, dist, imports, kernel, modules, paths, setup, side, ui};
+use crate::{cmd, deny, dist, files, imports, kernel, modules, paths, setup, side, ui};
 
 /// The suite that builds images. It has images of its own.
 const BUILDERS: &str = "cri_builders";
@@ -352,7 +352,7 @@ fn run_boot(
         }
         add.push(Add::new(path, format!("/husk/tests/{name}")));
     }
-    cache::make_dir(&seat.dir())?;
+    files::make_dir(&seat.dir())?;
     let path = seat.dir().join("e2e.sh");
     fs::write(&path, script(boot)).with_context(|| format!("failed to write {}", path.display()))?;
     let mut env = vec![("HUSK_IMAGES".to_owned(), node::IMAGES.to_owned()), ("RUST_BACKTRACE".into(), "1".into())];

@@ -32,7 +32,7 @@ async fn all(rootfs: String) -> Outcome {
         match ttrpc::asynchronous::Client::connect("vsock://1:1024").await {
             Ok(client) => break client,
             Err(_) if started.elapsed() < Duration::from_secs(20) => {
-                tokio::time::sleep(Duration::from_millis(50)).await
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Err(error) => return Err(error.into()),
         }
@@ -50,7 +50,7 @@ async fn all(rootfs: String) -> Outcome {
                     println!(
                         "event: exit {} {:?} pid {} status {} oom {}",
                         e.container_id, e.exec_id, e.pid, e.status, e.oom
-                    )
+                    );
                 }
                 Some(event::Kind::Oom(e)) => println!("event: oom {}", e.container_id),
                 _ => {}

@@ -46,7 +46,7 @@ impl Mirrors {
         let path = self.root.join(name);
         match fs::remove_dir_all(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!("failed to remove the mirrored volumes in {}: {error}", path.display())
+                tracing::warn!("failed to remove the mirrored volumes in {}: {error}", path.display());
             }
             _ => {}
         }

@@ -126,7 +126,7 @@ pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     }
     match fs::remove_dir_all(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!("failed to remove {}: {error}", path.display())
+            tracing::warn!("failed to remove {}: {error}", path.display());
         }
         _ => {}
     }

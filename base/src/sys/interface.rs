@@ -122,6 +122,7 @@ mod tests {
         assert!(set_header_size(&reader, 12).is_err());
         assert!(set_offload(&reader, 0).is_err());
         assert!(set_tap(&reader, "husk0", libc::IFF_TAP).is_err());
-        assert_eq!(set_flags("no-such-if", 0).unwrap_err().raw_os_error(), Some(libc::ENODEV));
+        let error = set_flags("no-such-if", 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV), "this test needs root: it sets flags: {error}");
     }
 }

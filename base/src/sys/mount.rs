@@ -117,7 +117,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("file"), "x").unwrap();
         let source = File::open(directory.path()).unwrap();
-        let tree = clone_tree(source.as_fd(), true).unwrap();
+        let tree = clone_tree(source.as_fd(), true).expect("this test needs root: it clones mounts");
         set_attributes(tree.as_fd(), MOUNT_ATTR_RDONLY, libc::MS_PRIVATE, true).unwrap();
         let file = format!("/proc/self/fd/{}/file", tree.as_raw_fd());
         assert_eq!(fs::read_to_string(&file).unwrap(), "x");

@@ -17,8 +17,8 @@ const SHIM: &str = "containerd-shim-husk-v2";
 const RUNTIME: &str = "io.containerd.husk.v2";
 /// containerd's API socket, at the path that distributions use.
 const SOCKET: &str = "/run/containerd/containerd.sock";
-/// First version with the complete Task v2 API and its shim protocol.
-const MIN_VERSION: (u32, u32) = (1, 6);
+/// The oldest supported version, the one of docs/install.md: the end-to-end suites test none before it.
+const MIN_VERSION: (u32, u32) = (1, 7);
 /// Timeout of a containerd command.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Search path if the environment has none.
@@ -30,8 +30,7 @@ pub fn all() -> Vec<Finding> {
     let mut findings = Vec::new();
     match find(&path, "containerd") {
         None => {
-            let remedy = "install containerd 1.6 or newer";
-            findings.push(Finding::fail("containerd", format!("not found in {path}"), remedy));
+            findings.push(Finding::fail("containerd", format!("not found in {path}"), install()));
         }
         Some(program) => {
             findings.push(match output(&program, &["--version"]) {
@@ -126,6 +125,15 @@ fn output(program: &Path, arguments: &[&str]) -> io::Result<String> {
     }
 }
 
+fn required() -> String {
+    let (major, minor) = MIN_VERSION;
+    format!("containerd {major}.{minor} or later")
+}
+
+fn install() -> String {
+    format!("install {}", required())
+}
+
 /// Checks the version in `containerd github.com/containerd/containerd/v2 v2.1.9 …` or `… 1.7.24~ds1 …`.
 fn version(text: &str) -> Finding {
     let name = "containerd";
@@ -135,11 +143,11 @@ fn version(text: &str) -> Finding {
     };
     match text.split_whitespace().find_map(|word| Some((word, numbers(word)?))) {
         Some((word, found)) if found >= MIN_VERSION => Finding::ok(name, format!("version {word}")),
-        Some((word, _)) => Finding::fail(name, format!("version {word}"), "install containerd 1.6 or newer"),
+        Some((word, _)) => Finding::fail(name, format!("version {word}"), install()),
         None => Finding::warn(
             name,
             format!("unknown version: {}", text.trim()),
-            "check `containerd --version`: 1.6 or newer is required",
+            format!("check `containerd --version`: Husk needs {}", required()),
         ),
     }
 }
@@ -184,13 +192,19 @@ mod tests {
         for (text, status) in [
             ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Status::Ok),
             ("containerd github.com/containerd/containerd/v2 v2.1.9 abc", Status::Ok),
-            ("containerd containerd.io 1.6.33 d2d58213f83a351ca8f528a95fbd145f5654e957", Status::Ok),
-            ("containerd github.com/containerd/containerd 1.5.18", Status::Fail),
+            ("containerd containerd.io 1.7.0 1fbd70374134b891f97ce19c70b6e50c7b9f4e0d", Status::Ok),
+            ("containerd containerd.io 1.6.33 d2d58213f83a351ca8f528a95fbd145f5654e957", Status::Fail),
             ("something else", Status::Warn),
             ("", Status::Warn),
         ] {
             assert_eq!(version(text).status, status, "{text}");
         }
+    }
+
+    #[test]
+    fn required_version_is_that_of_the_documents() {
+        assert!(include_str!("../../../docs/install.md").contains(&format!("- {}.\n", required())));
+        assert_eq!(version("containerd containerd.io 1.6.33 abc").remedy, "install containerd 1.7 or later");
     }
 
     #[test]

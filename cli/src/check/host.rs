@@ -68,7 +68,7 @@ fn kernel(release: &str) -> Finding {
     if version >= MIN_KERNEL {
         return Finding::ok("kernel", format!("Linux {release}"));
     }
-    Finding::fail("kernel", format!("Linux {release}"), format!("install Linux {major}.{minor} or newer"))
+    Finding::fail("kernel", format!("Linux {release}"), format!("install Linux {major}.{minor} or later"))
 }
 
 fn namespaces() -> Finding {

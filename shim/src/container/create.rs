@@ -134,7 +134,7 @@ impl Shim {
             Ok(_) => tracing::info!(container = id, "deleted the container in the guest after a failed create"),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {}
             Err(error) => {
-                tracing::warn!(container = id, %error, "failed to clean up in the guest after a failed create")
+                tracing::warn!(container = id, %error, "failed to clean up in the guest after a failed create");
             }
         }
     }

@@ -87,7 +87,7 @@ impl Shim {
             process.drop_relay();
         }
         self.tear_down_bundle(&container.id).await;
-        let exit = process.exit().unwrap_or(Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() });
+        let exit = process.exit().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() });
         self.containers.remove(&container.id);
         self.release_resources(&container.id);
         self.sandbox.timeline.mark("deleted");
@@ -109,7 +109,7 @@ impl Shim {
     pub(crate) async fn delete_exec(&self, container: &Container, exec: &Exec) -> ttrpc::Result<DeleteResponse> {
         let process = &exec.process;
         let before = process.begin_delete(ServiceError::NoProcess(process.exec.clone()))?;
-        let exit = process.exit().unwrap_or(Exit { status: 0, at: SystemTime::now() });
+        let exit = process.exit().unwrap_or_else(|| Exit { status: 0, at: SystemTime::now() });
         if before == State::Stopped {
             if let Some(relay) = process.relay() {
                 relay.drain(EXEC_OUTPUT_IDLE_TIMEOUT).await;

@@ -22,7 +22,7 @@ use crate::volumes::*;
 /// Runs `test` in a thread with a new directory and a new mount namespace, which is like that of the shim's daemon.
 fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+        unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
         let none = None::<&Path>;
         mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
         let dir = tempfile::tempdir().unwrap();

@@ -92,7 +92,7 @@ impl SandboxState {
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
         // The fallback is unreachable, because the sender belongs to `self`.
-        ended.ok().flatten().unwrap_or(Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
+        ended.ok().flatten().unwrap_or_else(|| Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
     }
 }
 
@@ -149,7 +149,7 @@ impl Shim {
         }
         tokio::time::sleep(CREATE_TIMEOUT).await;
         if lock(&self.sandbox_state.pending).is_none() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -63,15 +63,15 @@ impl Events {
 
     /// Queues an event. Drops it if the queue is full.
     pub fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
+        let value = match event.write_to_bytes() {
+            Ok(value) => value,
+            Err(error) => return tracing::error!(topic, %error, "failed to encode an event"),
+        };
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_QUEUED {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
             tracing::error!(topic, "event dropped: the queue of events for containerd is full");
             return;
         }
-        let value = match event.write_to_bytes() {
-            Ok(value) => value,
-            Err(error) => return tracing::error!(topic, %error, "failed to encode an event"),
-        };
         let envelope = Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),
             namespace: self.namespace.to_string(),
@@ -177,6 +177,20 @@ mod tests {
             *delivered.lock().unwrap(),
             ["/tasks/start containerd.events.TaskStart", "/tasks/exit containerd.events.TaskExit"]
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn event_that_cannot_be_encoded_takes_no_place_in_the_queue() {
+        let delivered = Arc::new(Mutex::new(Vec::new()));
+        let events =
+            Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
+        // Its required fields are missing.
+        let invalid = protobuf::descriptor::uninterpreted_option::NamePart::new();
+        events.publish("/invalid", &invalid);
+        assert_eq!(events.waiting.load(Ordering::Relaxed), 0);
+        events.publish("/tasks/exit", &TaskExit::new());
+        events.flush(Duration::from_secs(60)).await;
+        assert_eq!(*delivered.lock().unwrap(), ["/tasks/exit containerd.events.TaskExit"]);
     }
 
     #[tokio::test(start_paused = true)]

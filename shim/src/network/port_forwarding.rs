@@ -76,7 +76,7 @@ async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>
             Err(error) if is_listener_error(&error) => return Err(error),
             Err(error) => {
                 // The shim is out of fds or memory for now, or only this connection has failed (accept(2)).
-                tracing::warn!(%error, "failed to accept a connection in the pod's network namespace");
+                tracing::warn!(%error, "failed to accept a connection in the pod's network namespace; retrying");
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
                 continue;

@@ -191,9 +191,8 @@ impl Guest {
         while let Some(tap) = change.taps.first() {
             let mut fds = Vec::new();
             let config = net_config(tap, &mut fds);
-            let slot = match self.call(Call::AttachNet(config), &fds).await? {
-                (Answer::Attached { slot }, _) => slot,
-                _ => return Err(NetworkSyncError::Plug(VmmError::Unexpected)),
+            let (Answer::Attached { slot }, _) = self.call(Call::AttachNet(config), &fds).await? else {
+                return Err(NetworkSyncError::Plug(VmmError::Unexpected));
             };
             change.taps.remove(0);
             self.unbound_slots.push(slot);

@@ -204,7 +204,7 @@ mod tests {
             {"type": "network", "path": "/run/husk/ns/network"}, {"type": "cgroup"}
         ]);
         assert_eq!(value["linux"]["namespaces"], expected);
-        assert_eq!(notes.len(), 1, "{:?}", notes);
+        assert_eq!(notes.len(), 1, "{notes:?}");
     }
 
     #[test]

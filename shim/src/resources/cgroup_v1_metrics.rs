@@ -2,8 +2,6 @@
 //!
 //! The conversion is needed because the type URL of the metrics names cgroup v2 on every host.
 
-use std::path::Path;
-
 use husk_proto::containerd::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use protobuf::MessageField;
 
@@ -15,7 +13,7 @@ const NO_LIMIT: u64 = 1 << 62;
 /// Reads the cgroup's metrics from a handful of small files. Values of an absent controller are zero.
 pub fn read(location: &CgroupLocation) -> Metrics {
     let text = |controller: &str, file: &str| {
-        let dir = location.controller_dir(controller).unwrap_or(Path::new("/nonexistent"));
+        let Some(dir) = location.controller_dir(controller) else { return String::new() };
         std::fs::read_to_string(dir.join(file)).unwrap_or_default()
     };
     let number = |controller: &str, file: &str| text(controller, file).trim().parse::<u64>().ok();

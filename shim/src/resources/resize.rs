@@ -249,9 +249,9 @@ impl ResizeTask {
             PageKind::Huge => self.slots.huge,
         };
         if known.is_none() {
-            let slot = match self.vmm.call(Call::AttachMem(pages), &[]).await.map_err(ResizeError::Vmm)? {
-                (Answer::Attached { slot }, _) => slot,
-                _ => return Err(ResizeError::Vmm(VmmError::Unexpected)),
+            let answer = self.vmm.call(Call::AttachMem(pages), &[]).await.map_err(ResizeError::Vmm)?;
+            let (Answer::Attached { slot }, _) = answer else {
+                return Err(ResizeError::Vmm(VmmError::Unexpected));
             };
             let request = BindDeviceRequest { slot, ..Default::default() };
             let found = self.agent()?.sandbox.bind_device(within(timeouts::QUICK), &request).await;

@@ -102,7 +102,7 @@ impl Sandbox {
             Ok(_) => tracing::debug!("flushed the guest's disks"),
             Err(_) if self.is_dead() => {}
             Err(error) => {
-                tracing::warn!(%error, "failed to flush the guest's disks: the last writes may be lost")
+                tracing::warn!(%error, "failed to flush the guest's disks: the last writes may be lost");
             }
         }
     }

@@ -217,7 +217,7 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
         return first;
     }
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-    let dir = path.parent().unwrap_or(Path::new("/"));
+    let dir = path.parent().unwrap_or_else(|| Path::new("/"));
     inotify.add_watch(dir, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_ATTRIB)?;
     loop {
         let next = UnixStream::connect(path);

@@ -75,7 +75,10 @@ pub fn bind(
         }
     };
     let key = mount_key(source).map_err(host("stat the source"))?;
-    let key = source.id_mappings.map_or(key.clone(), |id_mappings| format!("{key}-{}", id_mappings.tag()));
+    let key = match source.id_mappings {
+        Some(id_mappings) => format!("{key}-{}", id_mappings.tag()),
+        None => key,
+    };
     let mut next_number = lock_mounts();
     let present = find_mount(share, &key).map_err(host("list the mounts"))?;
     let name = present.clone().unwrap_or_else(|| format!("{}.{key}", *next_number));

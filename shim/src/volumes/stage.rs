@@ -92,9 +92,10 @@ impl StagingDir {
         let copied = copy_in(tree, host_only, &dir, (&from, &to));
         let points = [&to, &from];
         let removed = points.iter().map(|point| unmount::unmount(point).and_then(|()| unmount::remove(point)));
-        let removed = first_error(removed).and(unmount::remove(&dir));
+        let points_removed = first_error(removed);
+        let dir_removed = unmount::remove(&dir);
         let copied = copied?;
-        removed.map(|()| copied)
+        points_removed.and(dir_removed).map(|()| copied)
     }
 
     /// Attaches `tree`, a slave of the host's mounts, as the receiving tree of volume `name`.
@@ -223,7 +224,8 @@ fn sync_volume(
     let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
     let unmounted = first_error(unmounted);
     let mounted = copy_new(&from.file, target, &added, host_only);
-    unmounted.and(mounted.map_err(|(path, source)| error("mount", &path)(source)))
+    unmounted?;
+    mounted.map_err(|(path, source)| error("mount", &path)(source))
 }
 
 /// Copies new mounts, parents first. Returns the first error with its path.
@@ -346,7 +348,7 @@ mod tests {
     fn symlinks_of_a_guest_are_not_followed() {
         let thread = std::thread::spawn(|| {
             let none = None::<&Path>;
-            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+            unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
             mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
             let dir = tempfile::tempdir().unwrap();
             let at = |path: &str| dir.path().join(path);
@@ -384,7 +386,7 @@ mod tests {
     fn a_host_only_mount_with_a_reused_id_is_not_copied() {
         let thread = std::thread::spawn(|| {
             let none = None::<&Path>;
-            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
+            unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
             mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
             let dir = tempfile::tempdir().unwrap();
             let at = |path: &str| dir.path().join(path);

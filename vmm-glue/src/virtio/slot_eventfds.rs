@@ -64,9 +64,11 @@ pub fn register(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd
 pub fn unregister(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
     let mut result = Ok(());
     for (queue, notify) in (0u32..).zip(queues) {
-        result = result.and(kvm.unregister_ioevent(notify, &notify_address(slot), queue));
+        let unregistered = kvm.unregister_ioevent(notify, &notify_address(slot), queue);
+        result = result.and(unregistered);
     }
-    result.and(kvm.unregister_irqfd(irq, layout::slot_gsi(slot)))
+    let unregistered = kvm.unregister_irqfd(irq, layout::slot_gsi(slot));
+    result.and(unregistered)
 }
 
 fn notify_address(slot: u32) -> IoEventAddress {

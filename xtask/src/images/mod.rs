@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-use crate::cache::Stamp;
-use crate::store::{Origin, Step};
+use crate::stamp::Stamp;
+use crate::user_cache::{Origin, Step};
 
 /// Reference of the image made of busybox-static alone.
 pub const BUSYBOX: &str = "husk.test/busybox:latest";

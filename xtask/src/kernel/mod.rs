@@ -9,10 +9,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::{self, Key, Stamp};
 use crate::pins::KERNEL_SOURCE;
-use crate::store::{Origin, Step};
-use crate::{cmd, lock, paths, ui};
+use crate::stamp::{Key, Stamp};
+use crate::user_cache::{Origin, Step};
+use crate::{cmd, files, lock, paths, ui};
 
 /// Raised whenever the steps below change.
 const RECIPE: u32 = 1;
@@ -57,7 +57,7 @@ fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
     if source.join("Makefile").exists() && fs::read_to_string(&stamp).is_ok_and(|v| v == version) {
         return Ok(source);
     }
-    cache::make_dir(&dir)?;
+    files::make_dir(&dir)?;
     if source.exists() {
         fs::remove_dir_all(&source).with_context(|| format!("failed to remove {}", source.display()))?;
     }

@@ -6,10 +6,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::{self, Key, Stamp};
 use crate::pins::{KERNEL_SOURCE, RELEASE};
-use crate::store::Step;
-use crate::{cmd, paths, ui};
+use crate::stamp::{Key, Stamp};
+use crate::user_cache::Step;
+use crate::{cmd, files, paths, ui};
 
 /// Raised whenever the fetching changes.
 const RECIPE: u32 = 1;
@@ -39,8 +39,8 @@ fn fetch(part: &Path, archive: &str, fetched: &Path, file: &Path) -> Result<()> 
         bail!("failed to find package {KERNEL_SOURCE}; fetching Debian's needs root: run this as root");
     }
     ui::say("kernel", format!("fetching {KERNEL_SOURCE} from Debian {RELEASE}"));
-    cache::remove(part)?;
-    cache::make_dir(part)?;
+    files::remove(part)?;
+    files::make_dir(part)?;
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=extract", "--skip=cleanup/apt/cache"]).arg(format!("--include={KERNEL_SOURCE}"));
     command.arg(RELEASE).arg(part).args(crate::setup::debian_mirror()?);
@@ -48,7 +48,7 @@ fn fetch(part: &Path, archive: &str, fetched: &Path, file: &Path) -> Result<()> 
     fs::write(file, version(part)?).with_context(|| format!("failed to write {}", file.display()))?;
     let from = part.join(archive);
     fs::rename(&from, fetched).with_context(|| format!("failed to find {} in Debian's package", from.display()))?;
-    cache::remove(part)
+    files::remove(part)
 }
 
 /// Returns the version from the file name of the downloaded package.

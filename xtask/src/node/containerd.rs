@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use super::Add;
-use crate::cache::{self, Key, Stamp};
-use crate::store::Step;
-use crate::{cmd, paths, pins, setup, ui};
+use crate::stamp::{Key, Stamp};
+use crate::user_cache::Step;
+use crate::{cmd, files, paths, pins, setup, ui};
 
 /// The Debian release that has containerd 2.x.
 const SUITE: &str = "sid";
@@ -85,8 +85,8 @@ fn unpack(dir: &Path) -> Result<()> {
         bail!("failed to unpack containerd 2 for the test node: it needs root; run this as root");
     }
     let tree = dir.with_extension("part");
-    cache::remove(&tree)?;
-    cache::make_dir(&paths::node())?;
+    files::remove(&tree)?;
+    files::make_dir(&paths::node())?;
     ui::say("node", format!("unpacking containerd of Debian {SUITE}"));
     // apt resolves and verifies the dependencies too. They are not kept: the node has them already.
     let mut command = Command::new("mmdebstrap");
@@ -97,9 +97,9 @@ fn unpack(dir: &Path) -> Result<()> {
     cmd::logged("node", "node-containerd-2", &mut command)?;
     for path in PROGRAMS {
         let to = dir.join(path);
-        cache::make_dir(to.parent().unwrap_or(dir))?;
+        files::make_dir(to.parent().unwrap_or(dir))?;
         fs::rename(tree.join(path), &to)
             .with_context(|| format!("failed to find {path} in Debian's containerd package"))?;
     }
-    cache::remove(&tree)
+    files::remove(&tree)
 }

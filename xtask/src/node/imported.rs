@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail};
 
 use super::rootfs::Node;
 use super::{Add, Limits, Line, Machine, Seat, boot, out_disk, tar};
-use crate::cache::{self, Key, Stamp};
-use crate::store::Step;
-use crate::{cmd, paths};
+use crate::stamp::{Key, Stamp};
+use crate::user_cache::Step;
+use crate::{cmd, files, paths};
 
 /// Raised whenever the steps below change.
 const RECIPE: u32 = 1;
@@ -63,7 +63,7 @@ fn files(dir: &Path, key: &mut Key) -> Result<()> {
 fn make(seat: Seat, node: &Node, images: &[Add], disk: &Path) -> Result<()> {
     seat.say("importing the images into the node's disk");
     let part = disk.with_extension("part");
-    cache::remove(&part)?;
+    files::remove(&part)?;
     let mut copy = Command::new("cp");
     copy.args(["--reflink=auto", "--sparse=always"]).arg(&node.disk).arg(&part);
     cmd::output(&mut copy)?;

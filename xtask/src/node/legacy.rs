@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail};
 
 use super::rootfs::{self, Node};
 use super::{Add, Line};
-use crate::cache::{self, Key, Stamp};
-use crate::store::Step;
-use crate::{cmd, paths, pins, setup, ui};
+use crate::stamp::{Key, Stamp};
+use crate::user_cache::Step;
+use crate::{cmd, files, paths, pins, setup, ui};
 
 /// The Debian release that has the kernel.
 const SUITE: &str = "bookworm";
@@ -50,7 +50,7 @@ fn unpack(kernel: &Path, files: &Path) -> Result<()> {
     // Inside the node's tree, where its depmod can read it.
     let tree = rootfs::tree()?;
     let (part, inside) = (tree.join("husk-legacy"), Path::new("/husk-legacy"));
-    cache::remove(&part)?;
+    files::remove(&part)?;
     ui::say("node", format!("unpacking the kernel of Debian {SUITE}"));
     let mut command = Command::new("mmdebstrap");
     command.arg("--variant=extract").arg(format!("--include={PACKAGE}")).arg(SUITE).arg(&part);
@@ -60,8 +60,8 @@ fn unpack(kernel: &Path, files: &Path) -> Result<()> {
     depmod.arg(&tree).arg("depmod").arg("-b").arg(inside).arg(&release);
     cmd::logged("node", "node-legacy-depmod", &mut depmod)?;
     let to = files.join("lib/modules");
-    cache::make_dir(&to)?;
+    files::make_dir(&to)?;
     rootfs::copy_kernel(&part, &release, kernel)?;
     fs::rename(&modules, to.join(&release)).context("failed to keep the kernel's modules")?;
-    cache::remove(&part)
+    files::remove(&part)
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{cache, cmd, images, lock, paths, ui};
+use crate::{cmd, files, images, lock, paths, ui};
 
 pub use boot::{Crashed, Limits, Progress};
 pub use containerd::Line;
@@ -308,7 +308,7 @@ fn fetch(seat: Seat, disk: &Path) -> Result<()> {
     if dir.exists() {
         fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
     }
-    cache::make_dir(&dir)?;
+    files::make_dir(&dir)?;
     let mut unpack = Command::new("tar");
     unpack.args(["-x", "--no-same-owner", "-f"]).arg(disk).arg("-C").arg(&dir);
     cmd::output(&mut unpack).map(drop).context("failed to unpack the node's /out")

@@ -6,11 +6,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::{self, Key, Stamp};
 use crate::cpio::Cpio;
 use crate::pins::RELEASE;
-use crate::store::Step;
-use crate::{cmd, paths, setup, ui};
+use crate::stamp::{Key, Stamp};
+use crate::user_cache::Step;
+use crate::{cmd, files, paths, setup, ui};
 
 /// Raised whenever the steps that make the tree change.
 const TREE_RECIPE: u32 = 1;
@@ -90,8 +90,8 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     if !cmd::is_root() {
         bail!("failed to unpack the test node's root file system: its owners need root; run this as root");
     }
-    cache::make_dir(&paths::node())?;
-    cache::remove(tree)?;
+    files::make_dir(&paths::node())?;
+    files::remove(tree)?;
     ui::say("node", format!("unpacking Debian {RELEASE} with {packages}"));
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=apt"]).arg(format!("--include={packages}"));
@@ -146,7 +146,7 @@ fn with_dependencies<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
 
 /// Copies the kernel of a tree.
 pub fn copy_kernel(tree: &Path, release: &str, to: &Path) -> Result<()> {
-    cache::make_dir(to.parent().unwrap_or(to))?;
+    files::make_dir(to.parent().unwrap_or(to))?;
     fs::copy(tree.join(format!("boot/vmlinuz-{release}")), to).context("failed to copy the node's kernel").map(drop)
 }
 
@@ -167,7 +167,7 @@ fn copy_boot(tree: &Path, modules: &Path, boot: &Path) -> Result<()> {
         drivers.map(|name| (modules.join(name), name)).chain([(tree.join("usr/bin/busybox"), "busybox")])
     {
         let to = boot.join(name);
-        cache::make_dir(to.parent().unwrap_or(boot))?;
+        files::make_dir(to.parent().unwrap_or(boot))?;
         fs::copy(&from, &to).with_context(|| format!("failed to copy {}", from.display()))?;
     }
     Ok(())

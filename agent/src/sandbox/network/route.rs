@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 
 use husk_netlink::fib::{RTAX_ADVMSS, RTAX_MTU, RTNH_F_ONLINK};
-use husk_netlink::{Message, Netlink, nest};
+use husk_netlink::{MAX_VALUE, Message, Netlink, nest};
 use husk_proto::agent::Route;
 use husk_proto::agent::route::Kind;
 
@@ -12,9 +12,6 @@ use super::NetworkError;
 use super::address::{family, octets};
 use super::operation::Operation;
 use super::parse::{parse_byte, parse_optional_cidr, parse_optional_ip};
-
-/// Maximum length of the next hops, in bytes. They are one netlink attribute, whose length field has 16 bits.
-const MAX_HOPS_LENGTH: usize = u16::MAX as usize - 4;
 
 /// Key of a route: family, table, destination, type of service and metric. Routes with the same key form an ordered
 /// list (NLM_F_APPEND).
@@ -115,7 +112,7 @@ impl<'a> ParsedRoute<'a> {
         }
         let parsed =
             Self { route, family, kind, tos: parse_byte(route.tos, "type of service")?, destination, source, hops };
-        if parsed.multipath(false).len() > MAX_HOPS_LENGTH {
+        if parsed.multipath(false).len() > MAX_VALUE {
             return malformed(route.next_hops.len().to_string(), "number of next hops");
         }
         Ok(parsed)
@@ -228,7 +225,7 @@ mod tests {
     }
 
     fn message(op: Operation, route: &Route) -> Vec<u8> {
-        ParsedRoute::parse(op, route, index).unwrap().message(op, false).finish()
+        ParsedRoute::parse(op, route, index).unwrap().message(op, false).finish().unwrap()
     }
 
     fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
@@ -331,7 +328,7 @@ mod tests {
                 scope: numbers[2], next_hops: vec![hop], table: numbers[3], ..Default::default()
             };
             if let Ok(parsed) = ParsedRoute::parse(Operation::Add, &route, |_| Ok(2)) {
-                parsed.message(Operation::Add, true).finish();
+                let _ = parsed.message(Operation::Add, true).finish();
             }
         }
     }

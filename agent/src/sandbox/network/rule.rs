@@ -144,7 +144,7 @@ mod tests {
             protocol: 3,
             ..Default::default()
         };
-        let bytes = message(Operation::Add, &rule).unwrap().finish();
+        let bytes = message(Operation::Add, &rule).unwrap().finish().unwrap();
         assert_eq!(bytes[16..28], [2, 0, 32, 0, 0, 0, 0, 1, FIB_RULE_INVERT as u8, 0, 0, 0]);
         let expected = [
             (FRA_PRIORITY, 100u32.to_ne_bytes().to_vec()),

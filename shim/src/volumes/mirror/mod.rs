@@ -173,7 +173,7 @@ async fn keep_updated(agent: Agent, container: String, mirror: Mirror, mut watch
         retry = copied.is_err();
         match copied {
             Ok(()) => {
-                tracing::debug!(container, volume = %mirror.source.path.display(), "copied the changes of a volume")
+                tracing::debug!(container, volume = %mirror.source.path.display(), "copied the changes of a volume");
             }
             // The volume was replaced while it was read. It is copied again after the retry delay.
             Err(error @ MirrorError::Read { .. }) => {

@@ -1,4 +1,4 @@
-//! Stores the hash of the inputs of each build step, so that a step runs again only if they changed.
+//! Stamps in `target/husk`: the hash of the inputs of each build step, so that a step runs again only if they changed.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-use crate::paths;
+use crate::{files, paths};
 
 /// The SHA-256 of a step's inputs.
 pub struct Key(Sha256);
@@ -68,7 +68,7 @@ impl Stamp {
 
     /// Records that the step ran with this key.
     pub fn write(&self, key: &str) -> Result<()> {
-        make_dir(self.0.parent().unwrap_or(&self.0))?;
+        files::make_dir(self.0.parent().unwrap_or(&self.0))?;
         fs::write(&self.0, key).with_context(|| format!("failed to write {}", self.0.display()))
     }
 
@@ -81,22 +81,20 @@ impl Stamp {
     }
 }
 
-/// Creates a directory and its parents.
-pub fn make_dir(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))
-}
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
 
-/// Removes a file, or a directory with its content, if it exists.
-pub fn remove(path: &Path) -> Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("failed to remove {}", path.display()))
-        }
-        _ => Ok(()),
+    use super::*;
+
+    #[test]
+    fn key_depends_on_each_input() {
+        let key = |step, recipe, text| Key::new(step, recipe).text(text).finish();
+        let keys = [key("a", 1, "x"), key("b", 1, "x"), key("a", 2, "x"), key("a", 1, "y"), key("a", 1, "x")];
+        assert_eq!(keys[0], keys[4]);
+        assert_eq!(keys.iter().collect::<HashSet<_>>().len(), 4);
+        // The borders of the inputs count.
+        let two = |one, other| Key::new("a", 1).text(one).text(other).finish();
+        assert_ne!(two("xy", "z"), two("x", "yz"));
     }
 }

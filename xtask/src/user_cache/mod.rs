@@ -1,4 +1,4 @@
-//! The user's cache of build outputs: another clone on the same machine finds there what this one has built.
+//! The user's cache of build outputs: another clone on the same machine uses what this one has built.
 //!
 //! A step makes its outputs in `target/husk`, with a [`Stamp`] of its key, whether there is a cache or not. The cache
 //! has them too, as hard links where the file system supports it: `KIND/KEY/OUTPUT` in `$XDG_CACHE_HOME/husk`, or
@@ -17,8 +17,8 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use crate::cache::{self, Stamp};
-use crate::{lock, ui};
+use crate::stamp::Stamp;
+use crate::{files, lock, ui};
 
 /// Time after which an unused entry is removed.
 const MAX_AGE: Duration = Duration::from_secs(30 * DAY);
@@ -58,44 +58,44 @@ impl Step<'_> {
         self.run_with(user(), build)
     }
 
-    fn run_with(&self, store: Option<&Store>, build: impl FnOnce() -> Result<()>) -> Result<Origin> {
+    fn run_with(&self, cache: Option<&Cache>, build: impl FnOnce() -> Result<()>) -> Result<Origin> {
         if self.stamp.fresh(self.key, self.outputs) {
-            store.inspect(|store| store.keep(self));
+            cache.inspect(|cache| cache.keep(self));
             return Ok(Origin::Present);
         }
         self.stamp.remove()?;
-        if store.is_some_and(|store| store.fetch(self)) {
+        if cache.is_some_and(|cache| cache.fetch(self)) {
             self.stamp.write(self.key)?;
             return Ok(Origin::Cache);
         }
         // Another clone may be building the same, which takes longer than waiting for it.
-        let lock = store.map(|store| lock::take_in(&store.dir.join(self.kind), &format!("cache of {}", self.kind)));
+        let lock = cache.map(|cache| lock::take_in(&cache.dir.join(self.kind), &format!("cache of {}", self.kind)));
         if let Some(Ok(_)) = &lock
-            && store.is_some_and(|store| store.fetch(self))
+            && cache.is_some_and(|cache| cache.fetch(self))
         {
             self.stamp.write(self.key)?;
             return Ok(Origin::Cache);
         }
         for output in self.outputs {
-            cache::remove(output)?;
+            files::remove(output)?;
         }
         build()?;
         self.stamp.write(self.key)?;
-        store.inspect(|store| store.keep(self));
+        cache.inspect(|cache| cache.keep(self));
         Ok(Origin::Build)
     }
 }
 
 /// A cache directory.
-struct Store {
+struct Cache {
     dir: PathBuf,
 }
 
 /// Returns the user's cache. `None` if there is none; the first call says why.
-fn user() -> Option<&'static Store> {
-    static USER: OnceLock<Option<Store>> = OnceLock::new();
-    let open = || match directory(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")).and_then(Store::open) {
-        Ok(store) => Some(store),
+fn user() -> Option<&'static Cache> {
+    static USER: OnceLock<Option<Cache>> = OnceLock::new();
+    let open = || match directory(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")).and_then(Cache::open) {
+        Ok(cache) => Some(cache),
         Err(error) => {
             ui::say("cache", format!("outputs are kept in target/husk only: {error:#}"));
             None
@@ -112,15 +112,15 @@ fn directory(xdg: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
     Ok(cache.context("neither XDG_CACHE_HOME nor HOME is an absolute path")?.join("husk"))
 }
 
-impl Store {
+impl Cache {
     /// Creates the directory, and checks that it can be written.
-    fn open(dir: PathBuf) -> Result<Store> {
-        cache::make_dir(&dir)?;
+    fn open(dir: PathBuf) -> Result<Cache> {
+        files::make_dir(&dir)?;
         // https://bford.info/cachedir: backups leave it out.
         let tag = "Signature: 8a477f597d28d172789f06886806bc55\n# Build outputs of Husk's `cargo xtask`.\n";
         let path = dir.join("CACHEDIR.TAG");
         fs::write(&path, tag).with_context(|| format!("failed to write {}", path.display()))?;
-        Ok(Store { dir })
+        Ok(Cache { dir })
     }
 
     fn entry(&self, step: &Step) -> PathBuf {
@@ -131,8 +131,8 @@ impl Store {
     fn fetch(&self, step: &Step) -> bool {
         let entry = self.entry(step);
         let fetch = |output: &&Path| -> Result<()> {
-            cache::make_dir(output.parent().unwrap_or(output))?;
-            cache::remove(output)?;
+            files::make_dir(output.parent().unwrap_or(output))?;
+            files::remove(output)?;
             link(&entry.join(name(output)?), output)
         };
         if !entry.exists() {
@@ -140,7 +140,7 @@ impl Store {
         }
         if !step.outputs.iter().all(|output| name(output).is_ok_and(|name| entry.join(name).exists())) {
             ui::say("cache", format!("{} is incomplete, and is made again", entry.display()));
-            let _ = cache::remove(&entry);
+            let _ = files::remove(&entry);
             return false;
         }
         touch(&entry);
@@ -168,7 +168,7 @@ impl Store {
 
     fn add(&self, step: &Step) -> Result<()> {
         let kind = self.dir.join(step.kind);
-        cache::make_dir(&kind)?;
+        files::make_dir(&kind)?;
         let part = part(&kind)?;
         fs::set_permissions(part.path(), fs::Permissions::from_mode(0o755))?;
         for output in step.outputs {
@@ -203,7 +203,7 @@ fn link(from: &Path, to: &Path) -> Result<()> {
         Ok(())
     };
     cp(&["--link"]).or_else(|_| {
-        cache::remove(to)?;
+        files::remove(to)?;
         cp(&["--reflink=auto", "--sparse=always"])
     })
 }
@@ -264,7 +264,7 @@ fn prune(kind: &Path, now: SystemTime) -> Result<()> {
         let entry = entry?;
         let old = || entry.metadata().and_then(|metadata| metadata.modified()).is_ok_and(|at| age(at).as_secs() > DAY);
         if is_part(&entry.file_name()) && old() {
-            cache::remove(&entry.path())?;
+            files::remove(&entry.path())?;
         }
     }
     Ok(())
@@ -292,7 +292,7 @@ fn size(path: &Path) -> Result<u64> {
 }
 
 /// `cargo xtask cache`: lists the entries, after removing those that are too old or too many if `pruned`.
-pub fn cache(pruned: bool) -> Result<()> {
+pub fn list_entries(pruned: bool) -> Result<()> {
     let dir = directory(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME"))?;
     let kinds = if dir.exists() { kinds(&dir)? } else { Vec::new() };
     if pruned {
@@ -324,179 +324,4 @@ fn mebibytes(bytes: u64) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-    use crate::cache::Key;
-
-    /// A clone of the repository, with the outputs of a step: a file and a directory.
-    struct Clone {
-        dir: PathBuf,
-        outputs: [PathBuf; 2],
-        builds: Cell<u32>,
-    }
-
-    impl Clone {
-        fn new(dir: PathBuf) -> Clone {
-            let outputs = [dir.join("kernel/vmlinux"), dir.join("kernel/modules")];
-            Clone { dir, outputs, builds: Cell::new(0) }
-        }
-
-        fn run(&self, store: Option<&Store>, key: &str) -> Result<Origin> {
-            let outputs = [&*self.outputs[0], &*self.outputs[1]];
-            let stamp = Stamp::at(self.dir.join("stamps/kernel"));
-            Step { kind: "kernel", key, outputs: &outputs, stamp }.run_with(store, || {
-                assert!(!self.outputs[0].exists(), "building would write to the entry's file");
-                self.builds.set(self.builds.get() + 1);
-                cache::make_dir(&self.outputs[1].join("deep"))?;
-                fs::write(&self.outputs[0], key)?;
-                Ok(fs::write(self.outputs[1].join("deep/a.ko"), key)?)
-            })
-        }
-
-        fn content(&self) -> (String, String) {
-            let read = |path: &Path| fs::read_to_string(path).unwrap();
-            (read(&self.outputs[0]), read(&self.outputs[1].join("deep/a.ko")))
-        }
-    }
-
-    fn store(dir: &Path) -> Store {
-        Store::open(dir.join("cache/husk")).unwrap()
-    }
-
-    fn used(entry: &Path, days_ago: u64) {
-        let at = SystemTime::now() - Duration::from_secs(days_ago * DAY);
-        File::open(entry).unwrap().set_modified(at).unwrap();
-    }
-
-    #[test]
-    fn key_depends_on_each_input() {
-        let key = |step, recipe, text| Key::new(step, recipe).text(text).finish();
-        let keys = [key("a", 1, "x"), key("b", 1, "x"), key("a", 2, "x"), key("a", 1, "y"), key("a", 1, "x")];
-        assert_eq!(keys[0], keys[4]);
-        assert_eq!(keys.iter().collect::<std::collections::HashSet<_>>().len(), 4);
-        // The borders of the inputs count.
-        let two = |one, other| Key::new("a", 1).text(one).text(other).finish();
-        assert_ne!(two("xy", "z"), two("x", "yz"));
-    }
-
-    #[test]
-    fn another_clone_takes_the_outputs_from_the_cache() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = store(dir.path());
-        let (one, two) = (Clone::new(dir.path().join("one")), Clone::new(dir.path().join("two")));
-        assert_eq!(one.run(Some(&store), "k1").unwrap(), Origin::Build);
-        assert_eq!(one.run(Some(&store), "k1").unwrap(), Origin::Present);
-        assert_eq!(two.run(Some(&store), "k1").unwrap(), Origin::Cache);
-        assert_eq!((two.content(), two.builds.get()), (("k1".into(), "k1".into()), 0));
-        // Other inputs, and back.
-        assert_eq!(two.run(Some(&store), "k2").unwrap(), Origin::Build);
-        assert_eq!(two.content(), ("k2".into(), "k2".into()));
-        assert_eq!(one.run(Some(&store), "k2").unwrap(), Origin::Cache);
-        assert_eq!(two.run(Some(&store), "k1").unwrap(), Origin::Cache);
-        assert_eq!((one.content().0, two.content().0), ("k2".into(), "k1".into()));
-        let left: Vec<_> = fs::read_dir(store.dir.join("kernel")).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert!(left.iter().all(|name| !is_part(name)), "{left:?}");
-    }
-
-    #[test]
-    fn two_clones_at_once_build_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = store(dir.path());
-        let builds: u32 = std::thread::scope(|scope| {
-            let run = |name: &str| {
-                let clone = Clone::new(dir.path().join(name));
-                let store = &store;
-                scope.spawn(move || {
-                    clone.run(Some(store), "k1").unwrap();
-                    assert_eq!(clone.content(), ("k1".into(), "k1".into()));
-                    clone.builds.get()
-                })
-            };
-            [run("one"), run("two"), run("three")].into_iter().map(|thread| thread.join().unwrap()).sum()
-        });
-        assert_eq!(builds, 1);
-    }
-
-    #[test]
-    fn existing_outputs_are_adopted() {
-        let dir = tempfile::tempdir().unwrap();
-        let (one, two) = (Clone::new(dir.path().join("one")), Clone::new(dir.path().join("two")));
-        assert_eq!(one.run(None, "k1").unwrap(), Origin::Build);
-        let store = store(dir.path());
-        assert_eq!(one.run(Some(&store), "k1").unwrap(), Origin::Present);
-        assert_eq!(two.run(Some(&store), "k1").unwrap(), Origin::Cache);
-        assert_eq!((one.builds.get(), two.builds.get()), (1, 0));
-    }
-
-    #[test]
-    fn an_incomplete_entry_or_a_failed_build_is_no_output() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = store(dir.path());
-        let clone = Clone::new(dir.path().join("one"));
-        fs::create_dir_all(store.dir.join("kernel/k1")).unwrap();
-        assert_eq!(clone.run(Some(&store), "k1").unwrap(), Origin::Build);
-        let stamp = Stamp::at(clone.dir.join("stamps/kernel"));
-        let outputs = [&*clone.outputs[0]];
-        let step = Step { kind: "kernel", key: "k2", outputs: &outputs, stamp };
-        assert!(step.run_with(Some(&store), || bail!("no compiler")).is_err());
-        assert!(!store.dir.join("kernel/k2").exists());
-        assert_eq!(clone.run(Some(&store), "k2").unwrap(), Origin::Build);
-    }
-
-    #[test]
-    fn old_and_surplus_entries_are_pruned() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = store(dir.path());
-        let clone = Clone::new(dir.path().join("one"));
-        for (days, key) in ["k0", "k1", "k2", "k3"].into_iter().enumerate() {
-            clone.run(Some(&store), key).unwrap();
-            used(&store.dir.join("kernel").join(key), 4 - days as u64);
-        }
-        let kept = || -> Vec<String> {
-            let entries = entries(&store.dir.join("kernel")).unwrap();
-            entries.iter().map(|entry| entry.path.file_name().unwrap().to_str().unwrap().to_owned()).collect()
-        };
-        assert_eq!(kept(), ["k3", "k2", "k1"]);
-        // A use makes an entry the newest.
-        used(&store.dir.join("kernel/k3"), 31);
-        clone.run(Some(&store), "k1").unwrap();
-        let part = store.dir.join("kernel").join(format!("{PART}x"));
-        fs::create_dir(&part).unwrap();
-        prune(&store.dir.join("kernel"), SystemTime::now()).unwrap();
-        assert_eq!(kept(), ["k1", "k2"]);
-        assert!(part.exists());
-        used(&part, 2);
-        prune(&store.dir.join("kernel"), SystemTime::now()).unwrap();
-        assert!(!part.exists());
-        let text = list(&store.dir, &kinds(&store.dir).unwrap(), SystemTime::now()).unwrap();
-        assert!(text.contains("kernel/k1\n") && text.lines().count() == 4, "{text}");
-    }
-
-    #[test]
-    fn without_a_cache_directory_outputs_are_built() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("file");
-        fs::write(&file, "").unwrap();
-        assert!(Store::open(file.join("husk")).is_err());
-        let clone = Clone::new(dir.path().join("one"));
-        assert_eq!(clone.run(None, "k1").unwrap(), Origin::Build);
-        assert_eq!(clone.run(None, "k1").unwrap(), Origin::Present);
-        // A cache that breaks later is no error either.
-        let broken = Store { dir: file };
-        assert_eq!(clone.run(Some(&broken), "k2").unwrap(), Origin::Build);
-        assert_eq!(clone.content().0, "k2");
-    }
-
-    #[test]
-    fn directory_comes_from_the_environment() {
-        let directory =
-            |xdg: Option<&str>, home: Option<&str>| directory(xdg.map(Into::into), home.map(Into::into)).ok();
-        assert_eq!(directory(Some("/x"), Some("/h")), Some("/x/husk".into()));
-        assert_eq!(directory(None, Some("/h")), Some("/h/.cache/husk".into()));
-        assert_eq!(directory(Some("x"), Some("/h")), Some("/h/.cache/husk".into()));
-        assert_eq!(directory(Some(""), Some("")), None);
-        assert_eq!(directory(None, None), None);
-    }
-}
+mod tests;
