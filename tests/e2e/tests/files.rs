@@ -9,7 +9,7 @@ use serde_json::json;
 
 /// Tries the file operations that databases and package managers use, in `/volume`.
 const FILES: &str = r#"
-import ctypes, fcntl, mmap, os, stat, struct, subprocess, sys, threading, time
+import fcntl, mmap, os, stat, struct, threading, time
 begun = time.monotonic()
 os.chdir("/volume")
 def done(what): print("ok", what, round(time.monotonic() - begun, 1), flush=True)
