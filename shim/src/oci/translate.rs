@@ -132,7 +132,7 @@ fn namespaces(
                 namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NAMESPACES).into());
             }
             ("cgroup", _) if joins => {
-                notes.push("the cgroup namespace is not joined: the container gets a new cgroup namespace".into())
+                notes.push("the cgroup namespace is not joined: the container gets a new cgroup namespace".into());
             }
             ("pid", Some(id)) => {
                 namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PID_NAMESPACES).into());

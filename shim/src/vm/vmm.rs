@@ -154,9 +154,8 @@ impl Vmm {
     /// # Errors
     /// The errors of [`Vmm::call`].
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
-        let inner = match self.call(Call::AcquirePid, &[]).await?.0 {
-            Answer::Pid { pid } => pid,
-            _ => return Err(VmmError::Unexpected),
+        let Answer::Pid { pid: inner } = self.call(Call::AcquirePid, &[]).await?.0 else {
+            return Err(VmmError::Unexpected);
         };
         let vmm = self.inner.pid;
         let found = tokio::task::spawn_blocking(move || thread_id::on_host(vmm, inner)).await;

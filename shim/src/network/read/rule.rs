@@ -49,7 +49,7 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
             FRA_TABLE => rule.table = number(value)?,
             // -1 means that the prefix length is not set.
             FRA_SUPPRESS_PREFIXLEN => {
-                rule.suppress_prefix_length = Some(number(value)?).filter(|&length| length != u32::MAX)
+                rule.suppress_prefix_length = Some(number(value)?).filter(|&length| length != u32::MAX);
             }
             FRA_PROTOCOL => rule.protocol = u32::from(*value.first()?),
             FRA_IP_PROTO => rule.ip_protocol = u32::from(*value.first()?),

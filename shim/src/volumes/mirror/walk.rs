@@ -246,14 +246,14 @@ mod tests {
     }
 
     #[test]
-    fn walk_rejects_directories_that_are_nested_too_deep() {
+    fn walk_rejects_directories_that_are_nested_too_deeply() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("z/".repeat(MAX_DEPTH))).unwrap();
         walk(&volume(dir.path()), |_| true).unwrap();
         fs::create_dir_all(dir.path().join("z/".repeat(MAX_DEPTH + 1))).unwrap();
         let error = walk(&volume(dir.path()), |_| true).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        assert!(error.to_string().ends_with("directories are nested too deep"), "{error}");
+        assert!(error.to_string().ends_with("directories are nested too deeply"), "{error}");
     }
 
     #[test]
