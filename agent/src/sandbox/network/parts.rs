@@ -1,4 +1,5 @@
-//! Addresses and neighbours of an interface, each set with one netlink request, and parsers for all parts.
+//! Adds and removes the addresses and neighbours of interfaces, with one netlink request each. Also contains the
+//! parsers for the addresses of routes and rules.
 
 use std::fmt::Display;
 use std::io;
@@ -21,7 +22,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// Returns the netlink message of this operation. `flags` apply to additions.
+    /// Returns the netlink message of this operation. `flags` apply only to [`Op::Add`] and [`Op::Append`].
     pub(super) fn message(self, (add, flags): (u16, i32), remove: u16, fixed: &[u8]) -> Message {
         match self {
             Self::Add | Self::Append => Message::new(add, libc::NLM_F_CREATE | flags, fixed),
@@ -29,9 +30,10 @@ impl Op {
         }
     }
 
-    /// Sends the message. Succeeds if the part to remove is missing or the part to add exists.
+    /// Sends the message. Also succeeds if the part to remove is missing, or if the part to add already exists.
     pub(super) fn change(self, pod: &Netlink, message: Message) -> io::Result<()> {
-        // Errors for parts that the kernel removed with their interface, or that a container removed.
+        // The kernel returns these errors if the part to remove is missing. The kernel may have removed the part
+        // together with its interface, or a container may have removed it.
         const MISSING: [i32; 4] = [libc::ENODEV, libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL];
         match pod.change(message) {
             Err(error) if self == Self::Remove && error.raw_os_error().is_some_and(|code| MISSING.contains(&code)) => {
@@ -42,14 +44,14 @@ impl Op {
         }
     }
 
-    /// Returns the error of this operation on `object`.
+    /// Returns a function that converts an error of the kernel to the error of this operation on `object`.
     pub(super) fn failed(self, object: impl Display) -> impl FnOnce(io::Error) -> NetworkError {
         let text = format!("{} {object}", if self == Self::Remove { "remove" } else { "add" });
         move |source| NetworkError::Kernel(text, source)
     }
 }
 
-/// Adds or removes an address, in CIDR form, of the interface `index`.
+/// Adds or removes an address of the interface `index`. `cidr` is the address with its prefix length.
 pub fn address(pod: &Netlink, op: Op, index: i32, cidr: &str) -> Result<(), NetworkError> {
     let (address, prefix) = parse_cidr(cidr)?;
     let bytes = octets(address);
@@ -119,12 +121,12 @@ pub(super) fn parse_cidr(text: &str) -> Result<(IpAddr, u8), NetworkError> {
     if prefix <= longest { Ok((address, prefix)) } else { Err(malformed()) }
 }
 
-/// Parses a prefix. Returns `None` for an empty string and for the prefix of all addresses.
+/// Parses a prefix. Returns `None` for an empty string, and for a prefix of length 0 such as 0.0.0.0/0.
 pub(super) fn optional_cidr(text: &str) -> Result<Option<(IpAddr, u8)>, NetworkError> {
     if text.is_empty() { Ok(None) } else { Ok(Some(parse_cidr(text)?).filter(|(_, prefix)| *prefix > 0)) }
 }
 
-/// Converts a number to the byte that it has in the netlink message.
+/// Converts a number for a one-byte field of a netlink message.
 pub(super) fn byte(number: u32, what: &'static str) -> Result<u8, NetworkError> {
     u8::try_from(number).map_err(|_| NetworkError::Malformed(number.to_string(), what))
 }
