@@ -1,6 +1,7 @@
-//! The error trail: a file shared by all processes of a helper, with libcontainer's error lines and the init's verdict.
+//! The error trail: a file to which all processes of a helper write libcontainer's error lines.
 //!
-//! libcontainer passes only the outermost message from process to process; the cause appears only in its log lines.
+//! libcontainer passes only the outermost message from process to process. The cause appears only in its log lines. The
+//! trail may also contain the verdict: the reason, in runc's words, why the container's init failed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -13,7 +14,7 @@ use tracing::{Level, Metadata};
 
 static TRAIL: OnceLock<(File, PathBuf)> = OnceLock::new();
 
-/// Prefix of the line with the reason, in runc's words, why the container's init failed.
+/// Prefix of the line with the verdict.
 const VERDICT: &str = "verdict: ";
 
 /// Opens the trail at `path` and records error events in it from now on.
@@ -31,12 +32,13 @@ pub fn record(line: &str) {
     }
 }
 
-/// Appends the reason why the container's init failed.
+/// Appends the verdict: the reason why the container's init failed.
 pub fn record_verdict(reason: &str) {
     record(&format!("{VERDICT}{reason}"));
 }
 
-/// Returns the reason of a failure from the trail: the verdict, or else the first error, which is the innermost.
+/// Returns the reason for a failure from the trail. The reason is the verdict if the trail contains a verdict.
+/// Otherwise it is the first error line, which has the innermost cause.
 pub fn read_reason() -> Option<String> {
     let (_, path) = TRAIL.get()?;
     summarise(&std::fs::read_to_string(path).ok()?)
