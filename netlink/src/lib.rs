@@ -14,7 +14,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProto
 pub use link::{Link, link_header, links};
 
 const HEADER_LEN: usize = size_of::<libc::nlmsghdr>();
-/// Maximum number of attempts at a dump whose list changes during the dump.
+/// Maximum number of attempts to dump a list that changes during each dump.
 const MAX_DUMPS: usize = 16;
 
 /// A message under construction.
@@ -23,7 +23,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// Starts a message of type `kind`. `flags` are added to NLM_F_REQUEST; `header` is the family's fixed header, such
+    /// Starts a message of type `kind`. `flags` are added to NLM_F_REQUEST. `header` is the family's fixed header, such
     /// as `struct ifinfomsg`.
     pub fn new(kind: u16, flags: i32, header: &[u8]) -> Self {
         let flags = (flags | libc::NLM_F_REQUEST) as u16;
@@ -116,8 +116,8 @@ impl Netlink {
         Ok(Self { socket: socket(0, 0)? })
     }
 
-    /// Sends a request and waits for its acknowledgement. The kernel queues the answer within send(2), so the wait is
-    /// short.
+    /// Sends a request and waits for its acknowledgement. The wait is short, because the kernel queues the reply before
+    /// send(2) returns.
     ///
     /// # Errors
     /// The errno of the kernel's NLMSG_ERROR reply, or of the socket call that failed.
@@ -126,15 +126,16 @@ impl Netlink {
         self.receive(|_, _| ()).map(drop)
     }
 
-    /// Sends a dump request (NLM_F_DUMP among its flags) and calls `visit` with the type and body of each entry.
+    /// Sends a dump request and calls `visit` with the type and body of each entry. The flags of the request must
+    /// include NLM_F_DUMP.
     ///
-    /// Repeats the dump if its list changed while the kernel sent it (NLM_F_DUMP_INTR).
+    /// Repeats the dump if the list changed while the kernel sent it (NLM_F_DUMP_INTR).
     ///
-    /// After [`MAX_DUMPS`] of them it takes the last one: whoever lists what changes all the time also subscribes to the
-    /// changes, and lists again.
+    /// After [`MAX_DUMPS`] attempts, uses the last dump, which may be inconsistent. A caller that dumps a frequently
+    /// changing list also subscribes to the changes and dumps the list again after each change.
     pub fn dump(&self, message: Message, mut visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
         let request = message.finish();
-        // Collects first: the entries of an interrupted dump must not be visited.
+        // The entries are collected first, because the entries of an interrupted dump must not be visited.
         let mut entries = Vec::new();
         for _ in 0..MAX_DUMPS {
             self.send(&request)?;
@@ -152,7 +153,7 @@ impl Netlink {
         Ok(())
     }
 
-    /// Receives the reply to a request. Returns whether it is consistent, which an interrupted dump is not.
+    /// Receives the reply to a request. Returns whether the reply is consistent. An interrupted dump is inconsistent.
     fn receive(&self, mut visit: impl FnMut(u16, &[u8])) -> io::Result<bool> {
         let mut buffer = vec![0u8; 32 * 1024];
         let mut consistent = true;
@@ -165,14 +166,15 @@ impl Netlink {
     }
 }
 
-/// Reads the messages of a datagram. Returns whether the reply is complete; clears `consistent` for an interrupted dump.
+/// Reads the messages of a datagram. Returns whether the reply is complete. Sets `consistent` to false if the dump was
+/// interrupted.
 fn read_datagram(bytes: &[u8], consistent: &mut bool, visit: &mut impl FnMut(u16, &[u8])) -> io::Result<bool> {
     let mut rest = bytes;
     while let Some((kind, flags, body, next)) = split(rest) {
         rest = next;
         *consistent &= i32::from(flags) & libc::NLM_F_DUMP_INTR == 0;
         match i32::from(kind) {
-            // The payload of both is a negative errno. Old kernels send NLMSG_DONE without one.
+            // The payload of both types is a negative errno. Old kernels send NLMSG_DONE without a payload.
             libc::NLMSG_DONE => return check_errno(body, 0),
             libc::NLMSG_ERROR => return check_errno(body, libc::EPROTO),
             _ => visit(kind, body),
@@ -181,7 +183,8 @@ fn read_datagram(bytes: &[u8], consistent: &mut bool, visit: &mut impl FnMut(u16
     Ok(false)
 }
 
-/// Returns the error in the payload of NLMSG_DONE or NLMSG_ERROR, or `Ok(true)` for errno 0.
+/// Returns the error in the payload of NLMSG_DONE or NLMSG_ERROR, or `Ok(true)` for errno 0. `missing` is the errno
+/// that a message without a payload stands for.
 fn check_errno(body: &[u8], missing: i32) -> io::Result<bool> {
     match body.first_chunk::<4>().map_or(missing, |bytes| i32::from_ne_bytes(*bytes).saturating_neg()) {
         0 => Ok(true),
@@ -204,12 +207,13 @@ pub fn socket(groups: u32, flags: i32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Decodes a 32-bit attribute value; `None` if its length is not 4 bytes.
+/// Decodes a 32-bit attribute value. Returns `None` if the length of `value` is not 4 bytes.
 pub fn number(value: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(value.try_into().ok()?))
 }
 
-/// Splits off the first message of a datagram. Returns its type, flags and body, and the rest of the datagram.
+/// Splits off the first message of a datagram. Returns the message's type, flags and body, and the rest of the
+/// datagram.
 fn split(bytes: &[u8]) -> Option<(u16, u16, &[u8], &[u8])> {
     let length = u32::from_ne_bytes(*bytes.first_chunk::<4>()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
@@ -270,7 +274,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>) {
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
             let _ = read_datagram(&bytes, &mut true, &mut |_, _| ());
             if let Some((_, _, body, _)) = split(&bytes) {
                 attributes(body).count();
