@@ -184,7 +184,7 @@ fn read_datagram(bytes: &[u8], consistent: &mut bool, visit: &mut impl FnMut(u16
 }
 
 /// Returns the error in the payload of NLMSG_DONE or NLMSG_ERROR, or `Ok(true)` for errno 0. `missing` is the errno
-/// that a message without a payload stands for.
+/// for a message without a payload.
 fn check_errno(body: &[u8], missing: i32) -> io::Result<bool> {
     match body.first_chunk::<4>().map_or(missing, |bytes| i32::from_ne_bytes(*bytes).saturating_neg()) {
         0 => Ok(true),

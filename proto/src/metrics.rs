@@ -1,4 +1,4 @@
-//! Reads the metrics of a cgroup v2 in the form of containerd's `io.containerd.cgroups.v2.Metrics`.
+//! Reads the metrics of a cgroup (cgroup v2) in the form of containerd's `io.containerd.cgroups.v2.Metrics`.
 //!
 //! The cgroup is that of a container in the guest, or that of a sandbox on the host.
 

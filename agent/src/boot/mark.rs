@@ -9,7 +9,7 @@ pub fn mark(mark: Mark) {
     if port::set_permission(PORT, true).is_err() {
         return;
     }
-    // SAFETY: this thread has just got access to the port. `out` changes neither memory nor stack nor flags.
+    // SAFETY: this thread has just gained access to the port. `out` changes neither memory nor stack nor flags.
     unsafe {
         std::arch::asm!("out dx, al", in("dx") PORT, in("al") mark as u8, options(nomem, nostack, preserves_flags));
     }

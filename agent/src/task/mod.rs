@@ -121,8 +121,8 @@ impl Tasks {
         lock(&self.containers).remove(id);
     }
 
-    /// Stores the exit of `pid` in `process` and publishes an exit event. If an OOM kill has occurred, its event is
-    /// published before the exit event.
+    /// When `pid` exits, stores the exit in `process` and publishes an exit event. If an OOM kill has occurred, its
+    /// event is published before the exit event.
     fn watch_exit(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
         let (container, process, hub) = (container.clone(), process.clone(), self.hub.clone());
         self.reaper.claim(pid, move |exit: ProcessExit| {

@@ -112,8 +112,8 @@ fn namespaces(
             None => sandbox.shared_pid().map_err(failed("create the shared PID namespace"))?,
         }),
     };
-    // A container without its own UTS namespace joins that of the pod. The agent's UTS namespace does not have the
-    // pod's host name.
+    // A container without its own UTS namespace joins the pod's UTS namespace. The agent's UTS namespace does not have
+    // the pod's host name.
     let new_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
     let mut all = vec![
         make(LinuxNamespaceType::Pid, pid)?,

@@ -66,8 +66,8 @@ pub fn set_attributes(tree: BorrowedFd<'_>, set: u64, propagation: u64, recursiv
     setattr(tree, &MountAttr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 }, recursive)
 }
 
-/// Makes a detached mount, and its submounts if `recursive`, an id-mapped mount with the id mappings of a user
-/// namespace. Needs Linux 5.12, or Linux 5.19 if the mount is a layer of an overlayfs.
+/// Applies the id mappings of a user namespace to a detached mount, and to its submounts if `recursive`. Needs Linux
+/// 5.12, or Linux 5.19 if the mount is a layer of an overlayfs.
 ///
 /// # Errors
 /// Those of mount_setattr(2).

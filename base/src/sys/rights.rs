@@ -44,7 +44,7 @@ pub struct Packet {
 }
 
 /// Receives bytes and fds in one system call. Returns every received fd as an owned fd, even if the packet is
-/// truncated. nix's `recvmsg` does not return the fds of a truncated packet. With it, a peer could exhaust this
+/// truncated. nix's `recvmsg` does not return the fds of a truncated packet. If Husk used it, a peer could exhaust this
 /// process's fds.
 ///
 /// # Errors

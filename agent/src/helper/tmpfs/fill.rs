@@ -66,7 +66,7 @@ fn open_beneath(top: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     Ok(openat2(top, path, how)?)
 }
 
-/// Returns the procfs path of an open file. This path stays valid if the file's name is removed or replaced.
+/// Returns the procfs path of an open file. This path stays valid even if the file's name is removed or replaced.
 pub(super) fn proc_path(file: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }

@@ -64,7 +64,7 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     let mut fixed = [rule_family, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
     fixed[8..].copy_from_slice(&flags.to_ne_bytes());
     // NLM_F_EXCL prevents duplicates. An appended rule must not have this flag, because the kernel (`rule_exists`) also
-    // rejects some rules that are no duplicates. It rejects a new rule if an existing rule with the same key has all
+    // rejects some rules that are not duplicates. It rejects a new rule if an existing rule with the same key has all
     // attributes of the new rule and further ones.
     let flags = if op == Op::Append { 0 } else { libc::NLM_F_EXCL };
     let mut message = op
