@@ -34,7 +34,7 @@ pub struct Cgroup {
 
 impl Cgroup {
     /// Returns the cgroup of container `id`. The cgroup need not exist.
-    pub fn of(id: &str) -> Self {
+    pub fn for_container(id: &str) -> Self {
         let name = Path::new("/").join(PARENT).join(id);
         Self { path: Path::new(MOUNT).join(PARENT).join(id), name }
     }

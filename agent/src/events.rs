@@ -8,11 +8,11 @@ use tokio::sync::mpsc;
 
 /// Sends events to all subscribers. Clones share the same subscribers.
 #[derive(Clone, Default)]
-pub struct Hub {
+pub struct EventHub {
     subscribers: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
 }
 
-impl Hub {
+impl EventHub {
     /// Subscribes to all events from now on.
     pub fn subscribe(&self) -> mpsc::UnboundedReceiver<Event> {
         let (sender, receiver) = mpsc::unbounded_channel();

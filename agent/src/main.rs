@@ -10,6 +10,7 @@ mod error;
 mod events;
 mod fatal;
 mod helper;
+mod id_mappings;
 mod io;
 mod log;
 mod oom;
@@ -17,7 +18,6 @@ mod reaper;
 mod sandbox;
 mod shared_volumes;
 mod task;
-mod users;
 mod vsock;
 
 use std::process::ExitCode;

@@ -11,7 +11,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::Cgroup;
-use crate::events::Hub;
+use crate::events::EventHub;
 
 /// Watches one file for changes with inotify(7). The kernel generates notifications for cgroup v2's `*.events` files.
 pub struct FileWatch {
@@ -45,14 +45,14 @@ impl FileWatch {
 pub struct OomWatch {
     id: String,
     cgroup: Cgroup,
-    hub: Hub,
+    hub: EventHub,
     /// Number of OOM kills that have been published as events.
     reported: AtomicU64,
 }
 
 impl OomWatch {
     /// Creates a watch that has not published any OOM kill.
-    pub fn new(id: &str, cgroup: Cgroup, hub: Hub) -> Self {
+    pub fn new(id: &str, cgroup: Cgroup, hub: EventHub) -> Self {
         Self { id: id.to_owned(), cgroup, hub, reported: AtomicU64::new(0) }
     }
 

@@ -24,7 +24,7 @@ type Callback = Box<dyn FnOnce(ProcessExit) + Send>;
 #[derive(Default)]
 struct Inner {
     claimed: HashMap<i32, Callback>,
-    /// Exits of PIDs that no caller has claimed yet. Kept only while an [`ExpectGuard`] lives.
+    /// Exits of PIDs that no caller has claimed yet. Kept only while an [`UnclaimedExitsGuard`] lives.
     unclaimed: HashMap<i32, ProcessExit>,
     guards: usize,
 }
@@ -37,9 +37,9 @@ pub struct Reaper {
 
 /// While a guard lives, the reaper keeps the exits of unclaimed processes. A guard must be taken before a helper is
 /// spawned, because the helper's child may exit before the agent knows the child's PID.
-pub struct ExpectGuard(Reaper);
+pub struct UnclaimedExitsGuard(Reaper);
 
-impl Drop for ExpectGuard {
+impl Drop for UnclaimedExitsGuard {
     fn drop(&mut self) {
         self.0.with(|inner| {
             inner.guards = inner.guards.saturating_sub(1);
@@ -56,15 +56,15 @@ impl Reaper {
         signal(SignalKind::child())
     }
 
-    /// Starts to keep the exits of unclaimed processes. See [`ExpectGuard`].
-    pub fn expect(&self) -> ExpectGuard {
+    /// Starts to keep the exits of unclaimed processes. See [`UnclaimedExitsGuard`].
+    pub fn keep_unclaimed_exits(&self) -> UnclaimedExitsGuard {
         self.with(|inner| inner.guards += 1);
-        ExpectGuard(self.clone())
+        UnclaimedExitsGuard(self.clone())
     }
 
     /// Calls `callback` when `pid` exits. If `pid` has already exited, calls `callback` at once. The caller must hold
-    /// an [`ExpectGuard`].
-    pub fn claim(&self, pid: i32, callback: impl FnOnce(ProcessExit) + Send + 'static) {
+    /// an [`UnclaimedExitsGuard`].
+    pub fn on_exit(&self, pid: i32, callback: impl FnOnce(ProcessExit) + Send + 'static) {
         let ready = self.with(|inner| match inner.unclaimed.remove(&pid) {
             Some(exit) => Some((exit, Box::new(callback) as Callback)),
             None => {
@@ -80,7 +80,7 @@ impl Reaper {
     /// Waits for the exit of `pid`.
     pub async fn wait(&self, pid: i32) -> Option<ProcessExit> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
-        self.claim(pid, move |exit| {
+        self.on_exit(pid, move |exit| {
             let _ = sender.send(exit);
         });
         receiver.await.ok()
@@ -154,12 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn claim_after_exit_calls_back_once() {
+    fn on_exit_after_the_exit_calls_back_once() {
         let (reaper, seen) = (Reaper::default(), Arc::new(AtomicU32::new(0)));
-        let guard = reaper.expect();
+        let guard = reaper.keep_unclaimed_exits();
         reaper.record_exit(42, ProcessExit { status: 7, at_ns: 1 });
         let count = seen.clone();
-        reaper.claim(42, move |exit| {
+        reaper.on_exit(42, move |exit| {
             count.fetch_add(exit.status, Ordering::Relaxed);
         });
         reaper.record_exit(42, ProcessExit { status: 7, at_ns: 2 });

@@ -18,7 +18,7 @@ use nix::mount::{MntFlags, umount2};
 pub fn of_spec(spec: &Spec) -> Vec<PathBuf> {
     let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
     let root = spec.root().iter().map(|root| root.path());
-    sources.chain(root).filter_map(|path| volume::shared_of(path)).collect()
+    sources.chain(root).filter_map(|path| volume::shared_volume_of(path)).collect()
 }
 
 /// Triggers the automount of each path. Blocks. Ignores errors, because libcontainer reports an error when it mounts

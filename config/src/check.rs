@@ -6,7 +6,7 @@ use crate::{Config, annotation};
 
 /// A key with an invalid value.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
+pub struct InvalidValue {
     /// The key.
     pub key: &'static str,
     /// What is wrong, and which values are valid.
@@ -25,25 +25,25 @@ const MAX_PARAMS: usize = 1024;
 
 impl Config {
     /// Validates all values. Returns the first key that has an invalid value.
-    pub fn check(&self) -> Result<(), Problem> {
-        absolute("kernel", &self.kernel)?;
-        absolute("initrd", &self.initrd)?;
-        params(&self.kernel_params).map_err(|message| Problem { key: "kernel_params", message })?;
-        range("max_vcpus", self.max_vcpus, 1, MAX_VCPUS)?;
-        range("default_vcpus", self.default_vcpus, 1, self.max_vcpus)?;
-        range("spare_vcpus", self.spare_vcpus, 0, MAX_VCPUS - 1)?;
-        range("memory_overhead_mib", self.memory_overhead_mib, MIN_VM_MIB, MAX_VM_MIB)?;
-        range("default_memory_mib", self.default_memory_mib, MIN_VM_MIB, MAX_VM_MIB)?;
-        range("min_memory_mib", self.min_memory_mib, 1, MAX_VM_MIB)?;
-        range("virtio_fs_workers", self.virtio_fs_workers, 1, 64)?;
-        range("start_timeout_secs", self.start_timeout_secs, 1, 3600)?;
+    pub fn check(&self) -> Result<(), InvalidValue> {
+        check_absolute_path("kernel", &self.kernel)?;
+        check_absolute_path("initrd", &self.initrd)?;
+        check_kernel_params(&self.kernel_params).map_err(|message| InvalidValue { key: "kernel_params", message })?;
+        check_range("max_vcpus", self.max_vcpus, 1, MAX_VCPUS)?;
+        check_range("default_vcpus", self.default_vcpus, 1, self.max_vcpus)?;
+        check_range("spare_vcpus", self.spare_vcpus, 0, MAX_VCPUS - 1)?;
+        check_range("memory_overhead_mib", self.memory_overhead_mib, MIN_VM_MIB, MAX_VM_MIB)?;
+        check_range("default_memory_mib", self.default_memory_mib, MIN_VM_MIB, MAX_VM_MIB)?;
+        check_range("min_memory_mib", self.min_memory_mib, 1, MAX_VM_MIB)?;
+        check_range("virtio_fs_workers", self.virtio_fs_workers, 1, 64)?;
+        check_range("start_timeout_secs", self.start_timeout_secs, 1, 3600)?;
         if !self.timeline_log.as_os_str().is_empty() {
-            absolute("timeline_log", &self.timeline_log)?;
+            check_absolute_path("timeline_log", &self.timeline_log)?;
         }
         for name in &self.allowed_annotations {
             if !annotation::ALL.contains(&name.as_str()) {
                 let message = format!("unknown annotation {name:?}: must be one of {}", annotation::ALL.join(", "));
-                return Err(Problem { key: "allowed_annotations", message });
+                return Err(InvalidValue { key: "allowed_annotations", message });
             }
         }
         Ok(())
@@ -52,7 +52,7 @@ impl Config {
 
 /// Validates text that is to be appended to the guest kernel's command line. If the text is invalid, returns the
 /// reason.
-pub fn params(text: &str) -> Result<(), String> {
+pub fn check_kernel_params(text: &str) -> Result<(), String> {
     if text.len() > MAX_PARAMS {
         return Err(format!("{} bytes exceed the limit of {MAX_PARAMS}", text.len()));
     }
@@ -62,16 +62,21 @@ pub fn params(text: &str) -> Result<(), String> {
     }
 }
 
-fn absolute(key: &'static str, path: &Path) -> Result<(), Problem> {
+fn check_absolute_path(key: &'static str, path: &Path) -> Result<(), InvalidValue> {
     if path.is_absolute() {
         return Ok(());
     }
-    Err(Problem { key, message: format!("{:?} is not an absolute path", path.display().to_string()) })
+    Err(InvalidValue { key, message: format!("{:?} is not an absolute path", path.display().to_string()) })
 }
 
-fn range<T: PartialOrd + std::fmt::Display>(key: &'static str, value: T, low: T, high: T) -> Result<(), Problem> {
+fn check_range<T: PartialOrd + std::fmt::Display>(
+    key: &'static str,
+    value: T,
+    low: T,
+    high: T,
+) -> Result<(), InvalidValue> {
     if value < low || value > high {
-        return Err(Problem { key, message: format!("{value} is out of range: must be {low} to {high}") });
+        return Err(InvalidValue { key, message: format!("{value} is out of range: must be {low} to {high}") });
     }
     Ok(())
 }

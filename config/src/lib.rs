@@ -7,7 +7,7 @@ mod load;
 pub mod sandbox;
 pub mod timeline;
 
-pub use check::Problem;
+pub use check::InvalidValue;
 pub use load::ConfigError;
 
 use std::path::PathBuf;

@@ -2,7 +2,7 @@
 
 use std::{io, path::Path, path::PathBuf};
 
-use crate::{Config, check::Problem};
+use crate::{Config, check::InvalidValue};
 
 /// An error in the configuration file.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,7 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
         /// The key and what is wrong with it.
-        problem: Problem,
+        problem: InvalidValue,
     },
 }
 

@@ -3,11 +3,11 @@
 
 #![deny(clippy::indexing_slicing)]
 
-pub mod boot;
-pub mod forward;
+pub mod boot_mark;
 pub mod metrics;
+pub mod mmio_slots;
+pub mod port_forwarding;
 pub mod ports;
-pub mod slots;
 pub mod stream;
 pub mod volume;
 
@@ -32,7 +32,7 @@ pub mod agent_ttrpc {
 }
 
 /// Type URL of [`agent::CreateOptions`] in the options of a create request.
-pub const CREATE_OPTIONS_URL: &str = "husk.agent.v1.CreateOptions";
+pub const CREATE_OPTIONS_TYPE_URL: &str = "husk.agent.v1.CreateOptions";
 
 /// Guest mount point of the share, which the host serves over virtio-fs.
 pub const GUEST_SHARE: &str = "/run/husk/share";
@@ -47,10 +47,10 @@ pub const SHARE_TAG: &str = "husk";
 /// Path prefix that stands for a namespace of the sandbox in a specification's namespace paths. The namespace type
 /// follows, as in `/run/husk/ns/uts`. Such a path replaces the host's path, which is meaningless in the guest. The
 /// guest only needs to know that the specification has a path.
-pub const GUEST_NS: &str = "/run/husk/ns";
+pub const GUEST_NAMESPACES: &str = "/run/husk/ns";
 
 /// Path prefix that stands for a container's PID namespace. The container id follows.
-pub const GUEST_PIDS: &str = "/run/husk/pids";
+pub const GUEST_PID_NAMESPACES: &str = "/run/husk/pids";
 
 /// Guest mount point of the sandbox's shared memory. If the shim requests it, the agent mounts a tmpfs there during
 /// `Setup`. The containers of a Kubernetes pod share this tmpfs at `/dev/shm`.
@@ -63,7 +63,7 @@ pub const GUEST_VOLUMES: &str = "/run/husk/volumes";
 pub const GUEST_SUBPATHS: &str = "/run/husk/subpaths";
 
 /// `fs_type` of a volume request whose volume is already in [`SHARED_VOLUMES`].
-pub const SHARED: &str = "shared";
+pub const SHARED_FS_TYPE: &str = "shared";
 
 /// Directory of the guest's copies of mirrored volumes. The name of a copy is `<container>/<mount>`.
 pub const GUEST_MIRRORS: &str = "/run/husk/mirrors";

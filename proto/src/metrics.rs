@@ -38,7 +38,7 @@ impl Cgroup<'_> {
 }
 
 /// Type URL of the metrics in containerd's API.
-pub const URL: &str = "io.containerd.cgroups.v2.Metrics";
+pub const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// Reads the metrics of the cgroup at `path`. The values of an absent controller are zero. The call is cheap, because
 /// it reads only a few files.

@@ -4,7 +4,7 @@
 pub const AGENT: u32 = 1024;
 /// Raw stdio streams. Each starts with a [`crate::stream::Header`].
 pub const STREAM: u32 = 1025;
-/// Port forwarding: TCP connections to the pod. Each starts with a header of [`crate::forward`].
-pub const FORWARD: u32 = 1027;
+/// Port forwarding: TCP connections to the pod. Each starts with a header of [`crate::port_forwarding`].
+pub const PORT_FORWARDING: u32 = 1027;
 /// The agent's log. The agent accepts one connection and writes lines of text to it.
 pub const LOG: u32 = 1026;

@@ -2,38 +2,38 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::agent::VolumeRequest;
-use crate::{GUEST_SHARE, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED, SHARED_VOLUMES};
+use crate::agent::MountVolumeRequest;
+use crate::{GUEST_SHARE, GUEST_SUBPATHS, GUEST_VOLUMES, SHARED_FS_TYPE, SHARED_VOLUMES};
 
 /// Returns the path of the volume's root directory.
-pub fn root(request: &VolumeRequest) -> PathBuf {
-    match request.fs_type == SHARED {
-        true => shared(&request.name),
+pub fn root_path(request: &MountVolumeRequest) -> PathBuf {
+    match request.fs_type == SHARED_FS_TYPE {
+        true => shared_path(&request.name),
         false => Path::new(GUEST_VOLUMES).join(&request.name),
     }
 }
 
 /// Returns the path that the container mounts: the volume's root, or the bind mount of one of its directories.
-pub fn path(request: &VolumeRequest) -> PathBuf {
+pub fn guest_path(request: &MountVolumeRequest) -> PathBuf {
     if request.directories.is_empty() {
-        return root(request);
+        return root_path(request);
     }
-    let volume = if request.fs_type == SHARED { format!("@{}", request.name) } else { String::new() };
+    let volume = if request.fs_type == SHARED_FS_TYPE { format!("@{}", request.name) } else { String::new() };
     Path::new(GUEST_SUBPATHS).join(&request.container_id).join(format!("{}{volume}", request.mount))
 }
 
-/// Returns the shared volume to which `path` belongs. [`path()`] must have returned `path`. If `path` is a bind mount,
-/// the shared volume is the root of the volume that contains the mounted directory. Otherwise it is `path` itself.
-/// Returns `None` if the volume is not shared.
-pub fn shared_of(path: &Path) -> Option<PathBuf> {
+/// Returns the shared volume to which `path` belongs. [`guest_path`] must have returned `path`. If `path` is a bind
+/// mount, the shared volume is the root of the volume that contains the mounted directory. Otherwise it is `path`
+/// itself. Returns `None` if the volume is not shared.
+pub fn shared_volume_of(path: &Path) -> Option<PathBuf> {
     if path.starts_with(GUEST_SHARE) {
         return Some(path.to_owned());
     }
     let name = path.strip_prefix(GUEST_SUBPATHS).ok()?.file_name()?.to_str()?;
-    Some(shared(name.split_once('@')?.1))
+    Some(shared_path(name.split_once('@')?.1))
 }
 
-fn shared(name: &str) -> PathBuf {
+fn shared_path(name: &str) -> PathBuf {
     Path::new(GUEST_SHARE).join(SHARED_VOLUMES).join(name)
 }
 
@@ -44,7 +44,7 @@ mod tests {
 
     #[test]
     fn subpaths_of_shared_volumes_name_their_volume() {
-        let request = |fs_type: &str, directories: &[&str]| VolumeRequest {
+        let request = |fs_type: &str, directories: &[&str]| MountVolumeRequest {
             name: "3.fe-1-2".into(),
             fs_type: fs_type.into(),
             directories: directories
@@ -55,13 +55,13 @@ mod tests {
             mount: 7,
             ..Default::default()
         };
-        let root = path(&request(SHARED, &[]));
+        let root = guest_path(&request(SHARED_FS_TYPE, &[]));
         assert_eq!(root, Path::new("/run/husk/share/.volumes/3.fe-1-2"));
-        let subpath = path(&request(SHARED, &["sub"]));
+        let subpath = guest_path(&request(SHARED_FS_TYPE, &["sub"]));
         assert_eq!(subpath, Path::new("/run/husk/subpaths/c/7@3.fe-1-2"));
-        assert_eq!((shared_of(&subpath), shared_of(&root)), (Some(root.clone()), Some(root)));
-        assert_eq!(shared_of(&path(&request("tmpfs", &["sub"]))), None);
-        assert_eq!(path(&request("tmpfs", &[])), Path::new("/run/husk/volumes/3.fe-1-2"));
-        assert_eq!(shared_of(Path::new("/run/husk/shm")), None);
+        assert_eq!((shared_volume_of(&subpath), shared_volume_of(&root)), (Some(root.clone()), Some(root)));
+        assert_eq!(shared_volume_of(&guest_path(&request("tmpfs", &["sub"]))), None);
+        assert_eq!(guest_path(&request("tmpfs", &[])), Path::new("/run/husk/volumes/3.fe-1-2"));
+        assert_eq!(shared_volume_of(Path::new("/run/husk/shm")), None);
     }
 }

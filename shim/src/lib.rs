@@ -39,7 +39,7 @@ pub fn main() -> ExitCode {
     if args.next().is_some_and(|name| name == husk_vmm::client::ARGV0) {
         // SAFETY: only `husk_vmm::client::spawn` starts the program under this name. It has placed the control socket
         // at this fd number, and nothing else in this process uses the fd.
-        husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(husk_vmm::client::CONTROL_FD) });
+        husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(husk_vmm::client::CONTROL_FD) });
     }
     match run(args, started_ns) {
         Ok(()) => ExitCode::SUCCESS,

@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if std::env::args().next().as_deref() == Some(ARGV0) {
         // SAFETY: under this name, the program is only started by `spawn`, which has put the control socket at
         // CONTROL_FD. Nothing else owns that fd.
-        husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+        husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     }
     let mut arguments = std::env::args().skip(1);
     let (mut files, mut config, mut port, mut disk, mut pause) = (Vec::new(), config(), None, None, false);
@@ -70,8 +70,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     loop {
         match vmm.notice()? {
-            Notice::Mark { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
-            Notice::ManyFiles => eprintln!("[the VMM is close to its fd limit: the guest should forget unused files]"),
+            Notice::BootStep { step, at_ns } => eprintln!("[{step:?} at {} ms]", at_ns as f64 / 1e6 - started),
+            Notice::FdShortage => eprintln!("[the VMM is close to its fd limit: the guest should forget unused files]"),
             Notice::Exited { reason } => {
                 eprintln!("[exited: {reason:?} at {} ms]", now_ms() - started);
                 let _ = output.join();

@@ -14,18 +14,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot_params::{self, BootData, SEED_LEN};
-use crate::arch::cpuid::Machine;
+use crate::arch::cpuid::CpuidConfig;
 use crate::arch::{device_tree, layout, regs};
+use crate::boot_timing::BootTiming;
 use crate::bus::Bus;
-use crate::check::Checked;
+use crate::config_check::CheckedConfig;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug::Backing;
 use crate::memory::{self, MemoryError, hotplug};
 use crate::reporter::Reporter;
 use crate::serial::Console;
-use crate::timing::Timing;
-use crate::vcpu::make::{MakeError, Maker};
+use crate::vcpu::factory::{CreateVcpuError, VcpuFactory};
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
@@ -36,7 +36,7 @@ use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::{Growth, Vm};
+use crate::vm::{HotplugMemory, Vm};
 use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
@@ -97,7 +97,7 @@ pub enum BootError {
     DeviceTree(#[source] vm_fdt::Error),
     /// A vCPU could not be created.
     #[error(transparent)]
-    Vcpu(#[from] MakeError),
+    Vcpu(#[from] CreateVcpuError),
     /// A host resource could not be prepared.
     #[error("failed to prepare {0}")]
     Host(&'static str, #[source] io::Error),
@@ -119,9 +119,10 @@ pub enum BootError {
 }
 
 /// Builds the VM. Its vCPUs do not run until [`Vm::resume`].
-pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
-    let mut timing = Timing::start();
-    let Checked { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } = checked;
+pub fn build(checked: CheckedConfig, reporter: &Arc<Reporter>) -> Result<Vm, BootError> {
+    let mut timing = BootTiming::start();
+    let CheckedConfig { config, memory: memory_size, kvm, mut kernel, mut initrd, initrd_len, console, net, blk } =
+        checked;
 
     // Open KVM and check its capabilities.
     let kvm = open_kvm(kvm)?;
@@ -142,9 +143,10 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let ram_end = memory_size.min(layout::HOLE_START);
     memory::prefault(&ram, &prefault_ranges(memory_size, kernel_len, initrd_len))?;
     memory::register(&vm, &ram)?;
-    let (memory, growth) = reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
+    let (memory, hotplug_memory) =
+        reserve(ram, hotplug::range(memory_size, config.max_memory_mib << 20), Backing::Ordinary)?;
     let huge_range = hotplug::huge_range(memory_size, memory.last_addr().0 + 1, config.huge_mib << 20);
-    let (memory, huge) = reserve(memory, huge_range, Backing::Huge)?;
+    let (memory, hotplug_huge_pages) = reserve(memory, huge_range, Backing::Huge)?;
     timing.step("memory");
     let loaded =
         Elf::load(&memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Kernel)?;
@@ -163,7 +165,7 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     if let Some(share) = &config.share {
         let reporter = Arc::clone(reporter);
-        let fs = Fs::new(share, move || reporter.report_many_files()).map_err(BootError::Share)?;
+        let fs = Fs::new(share, move || reporter.report_fd_shortage()).map_err(BootError::Share)?;
         devices.push(("virtio-fs", shared(fs)));
     }
     for (net, backend) in net {
@@ -182,7 +184,10 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         devices.push(("virtio-balloon", device.clone()));
     }
     let device_slots = devices.len() + usize::from(config.spare_slots);
-    let memory_slots = [&growth, &huge].into_iter().filter(|kind| matches!(kind, Growth::Reserved(_))).count();
+    let memory_slots = [&hotplug_memory, &hotplug_huge_pages]
+        .into_iter()
+        .filter(|kind| matches!(kind, HotplugMemory::Reserved(_)))
+        .count();
     let slots = Arc::new(Slots::new(vm.clone(), memory.clone(), device_slots, memory_slots));
     for (name, device) in &devices {
         slots.plug(device.clone(), Purpose::Any).map_err(|error| BootError::Plug((*name).to_owned(), error))?;
@@ -225,18 +230,19 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
-    let machine = Machine { vcpus: config.max_vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
-    let maker = Maker::new(vm.clone(), supported.as_slice().to_vec(), machine);
+    let cpuid_config =
+        CpuidConfig { vcpus: config.max_vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
+    let factory = VcpuFactory::new(vm.clone(), supported.as_slice().to_vec(), cpuid_config);
     let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
     for id in 0..config.vcpus {
-        vcpus.push(maker.make(id, (id == 0).then_some(loaded.kernel_load.0))?);
+        vcpus.push(factory.create(id, (id == 0).then_some(loaded.kernel_load.0))?);
     }
     timing.step("vCPUs");
 
     // Threads.
     let devices = devices.into_iter().map(|(_, device)| device).collect();
     let event_loop = EventLoop::start(devices, reporter.clone())?;
-    let vcpus = Vcpus::start(vcpus, maker, &bus, reporter)?;
+    let vcpus = Vcpus::start(vcpus, factory, &bus, reporter)?;
     timing.step("threads");
     Ok(Vm {
         vcpus,
@@ -245,8 +251,8 @@ pub fn build(checked: Checked, reporter: &Arc<Reporter>) -> Result<Vm, BootError
         hotplugged: HashMap::new(),
         vsock,
         balloon,
-        growth,
-        huge,
+        hotplug_memory,
+        hotplug_huge_pages,
         kvm: vm,
         _vmgenid: vmgenid,
         running: false,
@@ -328,12 +334,11 @@ fn reserve(
     memory: GuestMemory,
     range: Option<(u64, u64)>,
     backing: Backing,
-) -> Result<(GuestMemory, Growth), MemoryError> {
+) -> Result<(GuestMemory, HotplugMemory), MemoryError> {
     match range {
-        Some(range) => {
-            hotplug::reserve(&memory, range, backing).map(|(memory, hotplug)| (memory, Growth::Reserved(hotplug)))
-        }
-        None => Ok((memory, Growth::None)),
+        Some(range) => hotplug::reserve(&memory, range, backing)
+            .map(|(memory, hotplug)| (memory, HotplugMemory::Reserved(hotplug))),
+        None => Ok((memory, HotplugMemory::None)),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::boot_mark;
-use crate::control::Step;
+use crate::control::BootStep;
 use crate::serial::{self, Console};
 use crate::virtio::slots::Slots;
 
@@ -20,7 +20,7 @@ pub enum Effect {
     /// The guest resets the VM.
     Reset,
     /// The guest marks a boot step.
-    Mark(Step),
+    BootStep(BootStep),
 }
 
 /// All devices that a guest reaches through VM exits.
@@ -55,7 +55,7 @@ impl Bus {
             I8042_COMMAND if data.contains(&I8042_RESET) => return Effect::Reset,
             boot_mark::PORT => {
                 if let Some(step) = data.first().and_then(|byte| step(*byte)) {
-                    return Effect::Mark(step);
+                    return Effect::BootStep(step);
                 }
             }
             _ => {}
@@ -64,9 +64,9 @@ impl Bus {
     }
 }
 
-fn step(byte: u8) -> Option<Step> {
-    Some(match boot_mark::Mark::try_from(byte).ok()? {
-        boot_mark::Mark::AgentStarted => Step::AgentStarted,
-        boot_mark::Mark::AgentReady => Step::AgentReady,
+fn step(byte: u8) -> Option<BootStep> {
+    Some(match boot_mark::BootMark::try_from(byte).ok()? {
+        boot_mark::BootMark::AgentStarted => BootStep::AgentStarted,
+        boot_mark::BootMark::AgentReady => BootStep::AgentReady,
     })
 }

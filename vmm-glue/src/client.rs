@@ -9,7 +9,7 @@ mod vmm;
 pub use self::spawn::{Network, SpawnError, SpawnOptions, Spawned, spawn};
 pub use self::vmm::{CallError, Vmm};
 
-/// Value of `argv[0]` that makes the binary run [`crate::child::main`].
+/// Value of `argv[0]` that makes the binary run [`crate::process::main`].
 pub const ARGV0: &str = "husk-vmm";
 
 /// The control socket's fd in the VMM process.

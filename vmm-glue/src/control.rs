@@ -38,44 +38,44 @@ pub enum Call {
     AttachNet(NetConfig),
     /// Hot-plugs a disk into a spare slot.
     AttachBlk(BlkConfig),
-    /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `Nowhere` if there is
+    /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `NotFound` if there is
     /// none.
     FindNet([u8; 6]),
-    /// Hot-unplugs a disk or an interface and closes its fds. The agent's Release must come first.
+    /// Hot-unplugs a disk or an interface and closes its fds. The agent's UnbindDevice must come first.
     Detach {
         /// Number of the device's slot.
         slot: u32,
     },
     /// Sets the balloon's target: how many MiB of the boot size the guest gives back to the host. 0 deflates the
     /// balloon.
-    Balloon {
+    SetBalloon {
         /// Target in MiB.
         mib: u64,
     },
     /// Hot-plugs vCPUs until there are `count`, at most the configuration's `max_vcpus`. The guest then has to bring
     /// them online. vCPUs are never removed.
-    Vcpus {
+    HotplugVcpus {
         /// Total number of vCPUs.
         count: u8,
     },
     /// Hot-plugs the virtio-mem device. The answer is `Attached`. If the device exists already, the answer has its
     /// slot.
-    AttachMemory(Pages),
-    /// Requests that the guest plugs this many MiB in addition to the memory at boot. The answer, `Memory`, is sent
-    /// when the guest has done so, or when the next request of this kind arrives.
-    Memory {
+    AttachMem(PageKind),
+    /// Requests that the guest plugs this many MiB in addition to the memory at boot. The answer, `PluggedMemory`, is
+    /// sent when the guest has done so, or when the next request of this kind arrives.
+    RequestMemory {
         /// Kind of memory.
-        pages: Pages,
+        pages: PageKind,
         /// Size in MiB, rounded up to a whole block.
         mib: u64,
     },
-    /// Requests the amount of plugged memory. The answer is `Memory`.
-    PluggedMemory(Pages),
+    /// Requests the amount of plugged memory. The answer is `PluggedMemory`.
+    GetPluggedMemory(PageKind),
     /// Requests a host pid that stands for one container. The answer is `Pid`.
-    TakePid,
+    AcquirePid,
     /// Releases a container's pid.
-    GiveBackPid {
-        /// The pid from the answer to `TakePid`.
+    ReleasePid {
+        /// The pid from the answer to `AcquirePid`.
         pid: u32,
     },
     /// Ends the process without warning the guest. If the guest has disks, the agent's Sync must come first.
@@ -84,7 +84,7 @@ pub enum Call {
 
 /// The kind of host pages that back hot-plugged memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Pages {
+pub enum PageKind {
     /// Ordinary pages.
     Ordinary,
     /// Huge pages from the host's hugetlb pool.
@@ -111,11 +111,11 @@ pub enum Answer {
     /// The operation is complete.
     Done,
     /// The requested item does not exist.
-    Nowhere,
+    NotFound,
     /// The connection is open. The packet carries the socket.
     Connected,
     /// The amount of plugged memory.
-    Memory {
+    PluggedMemory {
         /// MiB in addition to the memory at boot.
         plugged_mib: u64,
     },
@@ -126,7 +126,7 @@ pub enum Answer {
     },
     /// The device is in this virtio-mmio slot.
     Attached {
-        /// Slot number. `husk_proto::slots::device_name` returns the guest's name for it.
+        /// Slot number. `husk_proto::mmio_slots::device_name` returns the guest's name for it.
         slot: u32,
     },
 }
@@ -135,14 +135,14 @@ pub enum Answer {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Notice {
     /// A boot step.
-    Mark {
+    BootStep {
         /// The step.
-        step: Step,
+        step: BootStep,
         /// Time of the step: CLOCK_MONOTONIC in nanoseconds.
         at_ns: u64,
     },
-    /// The guest knows many files, and the VMM is close to its fd limit. The guest should forget unused files.
-    ManyFiles,
+    /// The VMM is close to its fd limit, because the guest knows many files. The guest should forget unused files.
+    FdShortage,
     /// The VM has ended. The VMM process ends after this notice.
     Exited {
         /// The reason.
@@ -152,7 +152,7 @@ pub enum Notice {
 
 /// Boot steps that the VMM observes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Step {
+pub enum BootStep {
     /// The VMM process has entered `main`.
     ProcessStarted,
     /// Memory, devices and vCPUs have been created.

@@ -1,25 +1,25 @@
 //! Husk's embedded virtual machine monitor (VMM): boots a Linux guest with KVM and a few virtio devices.
 //!
-//! The library runs in a child process of the shim ([`child::main`]). The shim starts that process with
+//! The library runs in a child process of the shim ([`process::main`]). The shim starts that process with
 //! [`client::spawn`] and controls it over a control socket ([`control`]). [`boot`] is the boot recipe.
 
 #![deny(clippy::indexing_slicing)]
 
 pub mod arch;
 pub mod boot;
+mod boot_timing;
 pub mod bus;
-pub mod check;
-pub mod child;
 pub mod client;
 pub mod config;
+pub mod config_check;
 pub mod control;
 pub mod event_loop;
 pub mod guest_memory;
+pub mod kvm_probe;
 pub mod memory;
-pub mod probe;
+pub mod process;
 pub mod reporter;
 pub mod serial;
-mod timing;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
@@ -27,7 +27,7 @@ pub mod vmgenid;
 
 // The agent and the VMM must agree on boot marks and slots. These files belong to the protocol crate and are compiled
 // here too, so that the VMM does not get the protocol crate's dependencies.
-#[path = "../../proto/src/boot.rs"]
+#[path = "../../proto/src/boot_mark.rs"]
 pub mod boot_mark;
-#[path = "../../proto/src/slots.rs"]
-pub mod slot_map;
+#[path = "../../proto/src/mmio_slots.rs"]
+pub mod mmio_slots;

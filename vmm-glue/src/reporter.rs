@@ -9,7 +9,7 @@ use std::time::Duration;
 use husk_base::sys::process::exit_immediately;
 use nix::time::ClockId;
 
-use crate::control::{Answer, ExitReason, Notice, Reply, Request, Step, wire};
+use crate::control::{Answer, BootStep, ExitReason, Notice, Reply, Request, wire};
 use crate::serial::Console;
 
 /// Sends answers and notices to the shim, from any thread of the process.
@@ -31,13 +31,13 @@ impl Reporter {
     }
 
     /// Reports a boot step.
-    pub fn mark(&self, step: Step) {
-        self.send(&Reply::Notice(Notice::Mark { step, at_ns: monotonic_ns() }), None);
+    pub fn report_boot_step(&self, step: BootStep) {
+        self.send(&Reply::Notice(Notice::BootStep { step, at_ns: monotonic_ns() }), None);
     }
 
-    /// Reports that the guest should forget unused files.
-    pub(crate) fn report_many_files(&self) {
-        self.send(&Reply::Notice(Notice::ManyFiles), None);
+    /// Reports that the VMM is close to its fd limit.
+    pub(crate) fn report_fd_shortage(&self) {
+        self.send(&Reply::Notice(Notice::FdShortage), None);
     }
 
     /// Reports why the VM has ended, and ends the process.

@@ -22,7 +22,7 @@ pub const PORT_END: u16 = PORT + 8;
 const LINE_MAX: usize = 1024;
 
 /// The serial port.
-pub struct Console(Mutex<Serial<Irq, NoEvents, Lines>>);
+pub struct Console(Mutex<Serial<Irq, NoEvents, LineWriter>>);
 
 impl Console {
     /// Creates a console that writes to `pipe` and raises interrupts through `irq`.
@@ -31,7 +31,7 @@ impl Console {
     /// If the pipe cannot be made non-blocking.
     pub fn new(pipe: OwnedFd, irq: EventFd) -> io::Result<Self> {
         set_nonblocking(&pipe)?;
-        let lines = Lines { pipe: File::from(pipe), line: Vec::with_capacity(LINE_MAX), dropped: 0 };
+        let lines = LineWriter { pipe: File::from(pipe), line: Vec::with_capacity(LINE_MAX), dropped: 0 };
         Ok(Self(Mutex::new(Serial::new(Irq(irq), lines))))
     }
 
@@ -42,7 +42,7 @@ impl Console {
 
     /// Serves a write to a register.
     pub fn write(&self, register: u8, value: u8) {
-        // `Lines` never fails. A lost byte or interrupt must not disturb the guest.
+        // `LineWriter` never fails. A lost byte or interrupt must not disturb the guest.
         let _ = self.lock().write(register, value);
     }
 
@@ -51,7 +51,7 @@ impl Console {
         self.lock().writer_mut().write_out();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Serial<Irq, NoEvents, Lines>> {
+    fn lock(&self) -> MutexGuard<'_, Serial<Irq, NoEvents, LineWriter>> {
         lock(&self.0)
     }
 }
@@ -68,13 +68,13 @@ impl Trigger for Irq {
 }
 
 /// Collects output into lines.
-struct Lines {
+struct LineWriter {
     pipe: File,
     line: Vec<u8>,
     dropped: usize,
 }
 
-impl Lines {
+impl LineWriter {
     /// Writes the buffered bytes to the pipe, or drops them.
     fn write_out(&mut self) {
         if self.line.is_empty() {
@@ -93,7 +93,7 @@ impl Lines {
     }
 }
 
-impl Write for Lines {
+impl Write for LineWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for &byte in bytes {
             self.line.push(byte);

@@ -4,7 +4,7 @@
 //! before KVM_RUN is not lost. A thread parks only after KVM_RUN has returned EINTR. Then no access of the guest is
 //! half done.
 
-pub mod make;
+pub mod factory;
 
 use std::cell::Cell;
 use std::io;
@@ -19,9 +19,9 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
-use crate::control::{ExitReason, Step};
+use crate::control::{BootStep, ExitReason};
 use crate::reporter::Reporter;
-use make::{MakeError, Maker};
+use factory::{CreateVcpuError, VcpuFactory};
 
 /// Stack size of a vCPU thread, whose calls are not nested deeply.
 const STACK: usize = 128 << 10;
@@ -37,7 +37,7 @@ pub enum VcpuError {
     Thread(#[source] io::Error),
     /// KVM could not create a vCPU.
     #[error(transparent)]
-    Make(#[from] MakeError),
+    Create(#[from] CreateVcpuError),
     /// The VM was built for fewer vCPUs.
     #[error("failed to hot-plug vCPUs: {wanted} requested, at max {max} are possible")]
     TooMany {
@@ -52,7 +52,7 @@ pub enum VcpuError {
 pub struct Vcpus {
     threads: Vec<JoinHandle<()>>,
     gate: Arc<Gate>,
-    maker: Maker,
+    factory: VcpuFactory,
     bus: Arc<Bus>,
     reporter: Arc<Reporter>,
 }
@@ -71,11 +71,11 @@ thread_local! {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. All wait for [`Self::resume`]. `maker` creates the vCPUs that are hot-plugged
+    /// Starts a thread for each vCPU. All wait for [`Self::resume`]. `factory` creates the vCPUs that are hot-plugged
     /// later.
     pub fn start(
         vcpus: Vec<VcpuFd>,
-        maker: Maker,
+        factory: VcpuFactory,
         bus: &Arc<Bus>,
         reporter: &Arc<Reporter>,
     ) -> Result<Self, VcpuError> {
@@ -83,7 +83,7 @@ impl Vcpus {
             .map_err(|error| VcpuError::Signal(io::Error::from_raw_os_error(error.errno())))?;
         let gate = Arc::new(Gate { open: AtomicBool::new(false), parked: Mutex::new(0), changed: Condvar::new() });
         let threads = Vec::with_capacity(vcpus.len());
-        let mut this = Self { threads, gate, maker, bus: bus.clone(), reporter: reporter.clone() };
+        let mut this = Self { threads, gate, factory, bus: bus.clone(), reporter: reporter.clone() };
         for vcpu in vcpus {
             this.spawn(vcpu)?;
         }
@@ -95,13 +95,13 @@ impl Vcpus {
     ///
     /// # Errors
     /// [`VcpuError`]. vCPUs that were created before the error stay.
-    pub fn grow(&mut self, count: u8) -> Result<(), VcpuError> {
-        let max = self.maker.max();
+    pub fn hotplug(&mut self, count: u8) -> Result<(), VcpuError> {
+        let max = self.factory.max();
         if count > max {
             return Err(VcpuError::TooMany { wanted: count, max });
         }
         while let Some(id) = u8::try_from(self.threads.len()).ok().filter(|&id| id < count) {
-            let vcpu = self.maker.make(id, None)?;
+            let vcpu = self.factory.create(id, None)?;
             self.spawn(vcpu)?;
         }
         Ok(())
@@ -142,7 +142,7 @@ impl Vcpus {
 
 impl Gate {
     /// Waits until the gate is open.
-    fn pass(&self) {
+    fn wait_until_open(&self) {
         let mut parked = lock(&self.parked);
         *parked += 1;
         self.changed.notify_all();
@@ -167,9 +167,9 @@ extern "C" fn on_signal(_signal: libc::c_int, _info: *mut libc::siginfo_t, _cont
 /// Main function of a vCPU thread.
 fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Reporter) {
     KVM_RUN.set(vcpu.get_kvm_run());
-    gate.pass();
+    gate.wait_until_open();
     if index == 0 {
-        reporter.mark(Step::FirstInstruction);
+        reporter.report_boot_step(BootStep::FirstInstruction);
     }
     loop {
         match vcpu.run() {
@@ -180,7 +180,7 @@ fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Report
             Err(error) if error.errno() == libc::EINTR => {
                 vcpu.set_kvm_immediate_exit(0);
                 if !gate.open.load(Ordering::SeqCst) {
-                    gate.pass();
+                    gate.wait_until_open();
                     // Tells the guest that its clock was stopped, so that it does not report a lockup. KVM refuses this
                     // while the guest has no kvmclock yet. Then it is not needed.
                     let _ = vcpu.kvmclock_ctrl();
@@ -201,7 +201,7 @@ fn handle(exit: VcpuExit<'_>, bus: &Bus, reporter: &Reporter) -> Option<ExitReas
         VcpuExit::IoOut(port, data) => match bus.port_write(port, data) {
             Effect::None => {}
             Effect::Reset => return Some(ExitReason::Reset),
-            Effect::Mark(step) => reporter.mark(step),
+            Effect::BootStep(step) => reporter.report_boot_step(step),
         },
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
         // A triple fault is another way to reset a PC.

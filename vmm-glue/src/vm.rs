@@ -9,17 +9,17 @@ use event_manager::SubscriberId;
 use husk_base::sync::lock;
 use kvm_ioctls::VmFd;
 
-use crate::check::{self, ConfigError};
 use crate::config::{BlkConfig, NetConfig};
-use crate::control::Pages;
+use crate::config_check::{self, ConfigError};
+use crate::control::PageKind;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::guest_memory::GuestMemory;
 use crate::memory::MemoryError;
-use crate::memory::hotplug::Hotplug;
+use crate::memory::hotplug::HotplugRange;
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
-use crate::virtio::mem::{Mem, Reached};
+use crate::virtio::mem::{Mem, OnSizeReached};
 use crate::virtio::mmio::{self, SharedDevice};
 use crate::virtio::net::Net;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
@@ -61,7 +61,7 @@ pub enum VmError {
     Vcpus(#[from] VcpuError),
     /// No addresses were reserved for this kind of memory, or its device is not attached, or attaching it failed.
     #[error("the VM has no memory device for pages of kind {0:?}")]
-    NoGrowth(Pages),
+    NoMemoryDevice(PageKind),
     /// The memory could not be registered with KVM.
     #[error("failed to hot-plug memory")]
     Memory(#[from] MemoryError),
@@ -79,8 +79,8 @@ pub struct Vm {
     pub(crate) hotplugged: HashMap<u32, SubscriberId>,
     pub(crate) vsock: Arc<Mutex<Vsock>>,
     pub(crate) balloon: Option<Arc<Mutex<Balloon>>>,
-    pub(crate) growth: Growth,
-    pub(crate) huge: Growth,
+    pub(crate) hotplug_memory: HotplugMemory,
+    pub(crate) hotplug_huge_pages: HotplugMemory,
     pub(crate) kvm: Arc<VmFd>,
     /// Will be renewed when a VM is restored from a snapshot.
     pub(crate) _vmgenid: VmGenId,
@@ -90,11 +90,11 @@ pub struct Vm {
 }
 
 /// State of one kind of hot-plugged memory.
-pub(crate) enum Growth {
+pub(crate) enum HotplugMemory {
     /// This kind of memory cannot be hot-plugged.
     None,
     /// Its addresses are reserved, and it has no device yet.
-    Reserved(Hotplug),
+    Reserved(HotplugRange),
     /// The slot and the device.
     Attached(u32, Arc<Mutex<Mem>>),
 }
@@ -118,7 +118,7 @@ impl Vm {
         }
         self.event_loop.pause()?;
         for device in self.slots.devices() {
-            mmio::lock(&device).quiesce();
+            mmio::lock(&device).pause();
         }
         Ok(())
     }
@@ -130,8 +130,8 @@ impl Vm {
 
     /// Hot-plugs a network interface into a spare slot and returns the slot's number.
     pub fn attach_net(&mut self, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
-        let mut fds = check::Fds::new(fds);
-        let backend = check::net(config, &mut fds)?;
+        let mut fds = config_check::Fds::new(fds);
+        let backend = config_check::net(config, &mut fds)?;
         fds.reject_unused()?;
         let device = Net::new(backend, config.mac, config.mtu).map_err(VmError::Tap)?;
         self.attach(Arc::new(Mutex::new(device)), Purpose::Any)
@@ -139,7 +139,7 @@ impl Vm {
 
     /// Hot-plugs a disk into a spare slot and returns the slot's number.
     pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
-        let file = check::blk(config, single_fd(fds)?)?;
+        let file = config_check::blk(config, single_fd(fds)?)?;
         self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
     }
 
@@ -165,34 +165,34 @@ impl Vm {
     }
 
     /// Requests that the guest gives back `mib` MiB in total.
-    pub fn balloon(&self, mib: u64) -> Result<(), VmError> {
+    pub fn set_balloon(&self, mib: u64) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::NoBalloon)?;
         lock(balloon).set_target(mib).map_err(VmError::Balloon)
     }
 
     /// Creates vCPUs until there are `count`. The guest has to start them.
-    pub fn grow_vcpus(&mut self, count: u8) -> Result<(), VmError> {
+    pub fn hotplug_vcpus(&mut self, count: u8) -> Result<(), VmError> {
         if !self.running {
             return Err(VmError::Paused);
         }
-        Ok(self.vcpus.grow(count)?)
+        Ok(self.vcpus.hotplug(count)?)
     }
 
     /// Hot-plugs the memory device into the slot that is reserved for it, unless it is there already. Returns the slot's
     /// number.
-    pub fn attach_mem(&mut self, pages: Pages) -> Result<u32, VmError> {
+    pub fn attach_mem(&mut self, pages: PageKind) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused);
         }
-        let (slot, device) = match std::mem::replace(self.growth_mut(pages), Growth::None) {
-            Growth::None => return Err(VmError::NoGrowth(pages)),
-            Growth::Attached(slot, device) => (slot, device),
-            Growth::Reserved(range) => {
+        let (slot, device) = match std::mem::replace(self.hotplug_memory_mut(pages), HotplugMemory::None) {
+            HotplugMemory::None => return Err(VmError::NoMemoryDevice(pages)),
+            HotplugMemory::Attached(slot, device) => (slot, device),
+            HotplugMemory::Reserved(range) => {
                 let device = Arc::new(Mutex::new(Mem::new(range).map_err(VmError::Mem)?));
                 (self.attach(device.clone(), Purpose::Memory)?, device)
             }
         };
-        *self.growth_mut(pages) = Growth::Attached(slot, device);
+        *self.hotplug_memory_mut(pages) = HotplugMemory::Attached(slot, device);
         Ok(slot)
     }
 
@@ -200,8 +200,10 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError`]. Then `reached` is dropped.
-    pub fn request_memory(&self, pages: Pages, mib: u64, reached: Reached) -> Result<(), VmError> {
-        let Growth::Attached(_, device) = self.growth(pages) else { return Err(VmError::NoGrowth(pages)) };
+    pub fn request_memory(&self, pages: PageKind, mib: u64, reached: OnSizeReached) -> Result<(), VmError> {
+        let HotplugMemory::Attached(_, device) = self.hotplug_memory(pages) else {
+            return Err(VmError::NoMemoryDevice(pages));
+        };
         let bytes = mib.saturating_mul(1 << 20);
         let mut device = lock(device);
         let extent = device.extent(bytes);
@@ -210,24 +212,24 @@ impl Vm {
     }
 
     /// Returns how many MiB are plugged.
-    pub fn plugged_mib(&self, pages: Pages) -> u64 {
-        match self.growth(pages) {
-            Growth::Attached(_, device) => lock(device).plugged() >> 20,
+    pub fn plugged_mib(&self, pages: PageKind) -> u64 {
+        match self.hotplug_memory(pages) {
+            HotplugMemory::Attached(_, device) => lock(device).plugged() >> 20,
             _ => 0,
         }
     }
 
-    fn growth(&self, pages: Pages) -> &Growth {
+    fn hotplug_memory(&self, pages: PageKind) -> &HotplugMemory {
         match pages {
-            Pages::Ordinary => &self.growth,
-            Pages::Huge => &self.huge,
+            PageKind::Ordinary => &self.hotplug_memory,
+            PageKind::Huge => &self.hotplug_huge_pages,
         }
     }
 
-    fn growth_mut(&mut self, pages: Pages) -> &mut Growth {
+    fn hotplug_memory_mut(&mut self, pages: PageKind) -> &mut HotplugMemory {
         match pages {
-            Pages::Ordinary => &mut self.growth,
-            Pages::Huge => &mut self.huge,
+            PageKind::Ordinary => &mut self.hotplug_memory,
+            PageKind::Huge => &mut self.hotplug_huge_pages,
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::*;
 use husk_proto::containerd::shim_async::TaskClient;
-use husk_proto::{CREATE_OPTIONS_URL, ports, stream::Header};
+use husk_proto::{CREATE_OPTIONS_TYPE_URL, ports, stream::Header};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::Value;
@@ -87,7 +87,7 @@ impl Driver {
             stdin: io.0.into(),
             stdout: io.1.into(),
             stderr: io.2.into(),
-            options: MessageField::some(Any { type_url: CREATE_OPTIONS_URL.into(), value, ..Default::default() }),
+            options: MessageField::some(Any { type_url: CREATE_OPTIONS_TYPE_URL.into(), value, ..Default::default() }),
             ..Default::default()
         };
         Ok(self.task.create(ctx(), &request).await?.pid)

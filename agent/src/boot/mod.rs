@@ -1,19 +1,19 @@
 //! The boot sequence of PID 1, from its first instruction until it serves its API.
 
-mod mark;
+mod boot_mark;
+mod kernel_settings;
 mod mounts;
-mod tune;
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use husk_base::error::chain;
-use husk_proto::boot::Mark;
+use husk_proto::boot_mark::BootMark;
 use husk_proto::{agent_ttrpc, containerd, ports};
 
 use crate::io::streams::Streams;
 use crate::sandbox::service::SandboxService;
-use crate::sandbox::{Sandbox, forward};
+use crate::sandbox::{Sandbox, port_forwarding};
 use crate::task::{Tasks, service::TaskService};
 use crate::{events, fatal, log, reaper, vsock};
 
@@ -40,7 +40,7 @@ enum BootError {
 
 /// Runs PID 1. Returns only if this process is not PID 1.
 pub fn main() -> ExitCode {
-    mark::mark(Mark::AgentStarted);
+    boot_mark::write(BootMark::AgentStarted);
     if std::process::id() != 1 {
         eprintln!("husk-agent must be PID 1 of a Husk guest; it cannot be started by hand");
         return ExitCode::FAILURE;
@@ -56,7 +56,7 @@ fn run() -> Result<std::convert::Infallible, BootError> {
     mounts::leave_rootfs()?;
     mounts::mount_all()?;
     log::init();
-    tune::kernel();
+    kernel_settings::apply();
     crate::cgroup::init_root().map_err(BootError::Cgroup)?;
     if let Err(error) = mounts::mount_share() {
         tracing::error!("{}", chain(&error));
@@ -68,9 +68,9 @@ fn run() -> Result<std::convert::Infallible, BootError> {
 async fn serve() -> Result<std::convert::Infallible, BootError> {
     let listen = |port| vsock::Listener::bind(port).map_err(|source| BootError::Listen { port, source });
     let (api, stream_port, log_port) = (listen(ports::AGENT)?, listen(ports::STREAM)?, listen(ports::LOG)?);
-    let forward_port = listen(ports::FORWARD)?;
+    let forward_port = listen(ports::PORT_FORWARDING)?;
 
-    let (hub, streams, reaper) = (events::Hub::default(), Streams::default(), reaper::Reaper::default());
+    let (hub, streams, reaper) = (events::EventHub::default(), Streams::default(), reaper::Reaper::default());
     let mut children = reaper.signals().map_err(BootError::Reaper)?;
     let sandbox = Arc::new(Sandbox::default());
     let tasks = Arc::new(Tasks::new(hub.clone(), streams.clone(), reaper.clone(), sandbox.clone()));
@@ -81,8 +81,8 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     server.start().await.map_err(BootError::Serve)?;
     tokio::spawn(streams.serve(stream_port));
     tokio::spawn(log::serve(log_port));
-    tokio::spawn(forward::serve(forward_port));
-    mark::mark(Mark::AgentReady);
+    tokio::spawn(port_forwarding::serve(forward_port));
+    boot_mark::write(BootMark::AgentReady);
 
     // The namespaces are created now, while the host is still connecting, to save time in Setup. If this fails, Setup
     // retries and reports the error.

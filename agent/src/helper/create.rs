@@ -16,9 +16,9 @@ use nix::unistd::{Gid, Pid, Uid, fchownat};
 use super::executor::HuskExecutor;
 use super::protocol::CreateRequest;
 use super::tmpfs::{self, Staging};
-use super::{devices, trail};
+use super::{devices, error_log};
+use crate::id_mappings::IdMappings;
 use crate::shared_volumes;
-use crate::users::IdMappings;
 
 /// Creates the container and returns the PID of its init.
 ///
@@ -46,7 +46,7 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
         .and_then(|builder| {
             builder.as_init(request.bundle.clone()).with_systemd(false).with_detach(true).as_sibling(true).build()
         });
-    let container = built.map_err(|error| match trail::read_reason() {
+    let container = built.map_err(|error| match error_log::read_reason() {
         // runc looks up the program before the step that it calls "container init".
         Some(reason) if reason.starts_with("exec: ") => reason,
         Some(reason) => format!("error during container init: {reason}"),
@@ -56,7 +56,7 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let rules = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let devices_of_spec = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let rules = rules.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
-    devices::restrict(&request.cgroup, rules, devices_of_spec).map_err(|error| {
+    devices::attach_rules(&request.cgroup, rules, devices_of_spec).map_err(|error| {
         // `pid` is the container's init, which has just been created and waits for Start.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         format!("error setting cgroup config for procHooks process: failed to restrict devices: {error}")

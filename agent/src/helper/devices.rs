@@ -46,7 +46,7 @@ const fn rule(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) ->
 
 /// Attaches the rules to the cgroup whose directory is `cgroup`. The last rule that matches an access decides. If no
 /// rule matches, access is denied.
-pub fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> io::Result<()> {
+pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> io::Result<()> {
     let named = devices.iter().filter_map(|device| {
         let kind = kind_of(device.typ())?;
         Some(rule(kind, number(Some(device.major())), number(Some(device.minor())), MKNOD | READ | WRITE))

@@ -23,7 +23,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid, setsid};
 
 use super::executor::{errno_text, exec_program, home_directory};
 use super::protocol::ExecRequest;
-use super::{terminal, trail};
+use super::{error_log, terminal};
 
 /// `CLONE_NEWTIME` of linux/sched.h.
 const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
@@ -40,10 +40,11 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
         .map(UnixStream::connect)
         .transpose()
         .map_err(io("failed to connect to the console socket"))?;
-    let init = pidfd::open(request.init).map_err(io("cannot exec in a stopped container"))?;
+    let init = pidfd::open(request.init_pid).map_err(io("cannot exec in a stopped container"))?;
     let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
     let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe"))?;
-    let namespaces = foreign_namespaces(request.init).map_err(io("failed to read the namespaces of the container"))?;
+    let namespaces =
+        namespaces_to_join(request.init_pid).map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
     // setns(2) with a PID namespace takes effect only for children that are created later.
     set_namespaces(&init, namespaces & CloneFlags::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
@@ -70,7 +71,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
 fn unshare_time() {
     // The calling process itself stays in its time namespace (time_namespaces(7)).
     if let Err(errno) = unshare(CLONE_NEWTIME) {
-        trail::record(&format!("failed to create a time namespace: {}", io::Error::from(errno)));
+        error_log::record(&format!("failed to create a time namespace: {}", io::Error::from(errno)));
     }
 }
 
@@ -180,7 +181,7 @@ fn change_directory(cwd: &Path) -> Result<(), String> {
 /// (cgroups(7)).
 fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
     let container = File::open(&request.cgroup)?;
-    let line = std::fs::read_to_string(format!("/proc/{}/cgroup", request.init))?;
+    let line = std::fs::read_to_string(format!("/proc/{}/cgroup", request.init_pid))?;
     let name = line.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
     let of_init = Path::new(crate::cgroup::MOUNT).join(name);
     if !of_init.starts_with(&request.cgroup) {
@@ -192,7 +193,7 @@ fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
 
 /// Compares the namespaces of `pid` with those of this process. Returns the CLONE_NEW* flags of the namespaces that
 /// differ.
-fn foreign_namespaces(pid: i32) -> io::Result<CloneFlags> {
+fn namespaces_to_join(pid: i32) -> io::Result<CloneFlags> {
     const KINDS: &[(&str, CloneFlags)] = &[
         ("user", CloneFlags::CLONE_NEWUSER),
         ("pid", CloneFlags::CLONE_NEWPID),
@@ -255,7 +256,7 @@ fn clone_into(cgroups: &[File]) -> io::Result<i32> {
             _ => last = io::Error::last_os_error(),
         }
     }
-    trail::record(&format!("failed to clone the process: {last}"));
+    error_log::record(&format!("failed to clone the process: {last}"));
     Err(last)
 }
 

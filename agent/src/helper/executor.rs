@@ -14,7 +14,7 @@ use nix::libc;
 use nix::sys::signal::Signal;
 use nix::unistd::{AccessFlags, execve, faccessat};
 
-use super::trail;
+use super::error_log;
 
 /// libcontainer's executor: runs the container's program.
 #[derive(Clone, Default)]
@@ -41,7 +41,7 @@ impl Executor for HuskExecutor {
             .ok_or_else(|| "no process in the specification".to_owned())
             .and_then(|process| program(process).map(|_| ()));
         found.map_err(|reason| {
-            trail::record_verdict(&reason);
+            error_log::record_reason(&reason);
             ExecutorValidationError::ArgValidationError(reason)
         })
     }

@@ -9,12 +9,12 @@
 
 mod create;
 pub mod devices;
+mod error_log;
 mod exec;
 mod executor;
 pub mod protocol;
 mod terminal;
 mod tmpfs;
-mod trail;
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -31,26 +31,26 @@ pub const CREATE: &str = "create";
 /// First argument of the helper that starts an exec.
 pub const EXEC: &str = "exec";
 /// First argument of PID 1 of a pod's shared PID namespace. Processes that hold namespaces open have the same argument.
-pub const REAPER: &str = "pod-init";
+pub const POD_INIT: &str = "pod-init";
 
-/// Runs the helper in the role `role`: [`CREATE`], [`EXEC`] or [`REAPER`].
+/// Runs the helper in the role `role`: [`CREATE`], [`EXEC`] or [`POD_INIT`].
 pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode {
-    if role == REAPER {
+    if role == POD_INIT {
         return pod_init();
     }
     let (Some(request), Some(response_file)) = (args.next().map(PathBuf::from), args.next().map(PathBuf::from)) else {
         return ExitCode::FAILURE;
     };
-    let trail = response_file.with_extension("log");
-    std::panic::set_hook(Box::new(|info| trail::record(&format!("panic: {info}"))));
-    let result = trail::open(&trail)
+    let error_log_path = response_file.with_extension("log");
+    std::panic::set_hook(Box::new(|info| error_log::record(&format!("panic: {info}"))));
+    let result = error_log::open(&error_log_path)
         .and_then(|()| Request::read(&request))
-        .map_err(|error| format!("failed to open the helper's error trail or read its request: {error}"))
+        .map_err(|error| format!("failed to open the helper's error log or read its request: {error}"))
         .and_then(|request| match request {
             Request::Create(request) => create::run(&request),
             Request::Exec(request) => exec::run(request),
         });
-    let _ = std::fs::remove_file(&trail);
+    let _ = std::fs::remove_file(&error_log_path);
     let response = match result {
         Ok(pid) => Response { pid, error: None },
         Err(error) => Response { pid: 0, error: Some(error) },

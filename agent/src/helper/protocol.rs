@@ -35,7 +35,7 @@ pub struct CreateRequest {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ExecRequest {
     /// PID of the container's init in the agent's PID namespace.
-    pub init: i32,
+    pub init_pid: i32,
     /// Process as the client specified it.
     pub process: Process,
     /// The container's seccomp filter.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::os::unix::net::UnixStream;
 
-use husk_base::sys::{rights, terminal};
+use husk_base::sys::{scm_rights, terminal};
 use libcontainer::oci_spec::runtime::Process;
 use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -28,7 +28,7 @@ pub fn attach(console: &UnixStream, process: &Process) -> io::Result<()> {
         let _ = terminal::set_window_size(&slave, clamp(size.width()), clamp(size.height()));
     }
     let _ = fchown(&slave, Some(process.user().uid()), None);
-    rights::send(console, b"/dev/ptmx", &[master.as_fd()])?;
+    scm_rights::send(console, b"/dev/ptmx", &[master.as_fd()])?;
     terminal::set_controlling(&slave)?;
     dup2_stdin(&slave)?;
     dup2_stdout(&slave)?;

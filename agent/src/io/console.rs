@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use husk_base::sys::{rights, terminal};
+use husk_base::sys::{scm_rights, terminal};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -53,7 +53,7 @@ impl Drop for Console {
 }
 
 fn receive_fd(socket: &UnixStream) -> io::Result<OwnedFd> {
-    let packet = rights::receive(socket, &mut [0; 64])?;
+    let packet = scm_rights::receive(socket, &mut [0; 64])?;
     packet.fds.into_iter().next().ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 

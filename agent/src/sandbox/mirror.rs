@@ -20,7 +20,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use husk_base::sync::lock;
 use husk_proto::GUEST_MIRRORS;
 use husk_proto::agent::mirror_entry::Kind;
-use husk_proto::agent::{MirrorEntry, MirrorRequest};
+use husk_proto::agent::{MirrorEntry, UpdateMirrorRequest};
 
 /// The mirrored volumes of all containers.
 pub struct Mirrors {
@@ -59,7 +59,7 @@ impl Mirrors {
     ///
     /// # Errors
     /// The error names the failed path and contains the kernel's error. Entries that were applied earlier stay.
-    pub fn apply(&self, request: &MirrorRequest) -> io::Result<()> {
+    pub fn apply(&self, request: &UpdateMirrorRequest) -> io::Result<()> {
         let container = self.root.join(path_component(OsStr::new(&request.container_id))?);
         let (root, temporary) =
             (container.join(request.mount.to_string()), container.join(format!("{}.new", request.mount)));
@@ -240,7 +240,13 @@ mod tests {
     }
 
     fn round(mirrors: &Mirrors, entries: Vec<MirrorEntry>) -> io::Result<()> {
-        mirrors.apply(&MirrorRequest { container_id: "c".into(), mount: 3, entries, last: true, ..Default::default() })
+        mirrors.apply(&UpdateMirrorRequest {
+            container_id: "c".into(),
+            mount: 3,
+            entries,
+            last: true,
+            ..Default::default()
+        })
     }
 
     fn projected(version: &str, value: &str) -> Vec<MirrorEntry> {
@@ -289,7 +295,7 @@ mod tests {
         let mirrors = Mirrors::at(dir.path().join("m"));
         let piece = MirrorEntry { more: true, ..entry(Kind::FILE, "..1/large", "half of it") };
         let begun = vec![entry(Kind::DIRECTORY, "", ""), entry(Kind::DIRECTORY, "..1", ""), piece];
-        let request = MirrorRequest { container_id: "c".into(), mount: 3, entries: begun, ..Default::default() };
+        let request = UpdateMirrorRequest { container_id: "c".into(), mount: 3, entries: begun, ..Default::default() };
         mirrors.apply(&request).unwrap();
         round(&mirrors, projected("..2", "new")).unwrap();
         let volume = dir.path().join("m/c/3");
@@ -303,7 +309,7 @@ mod tests {
         let mirrors = Mirrors::at(dir.path().join("m"));
         round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), entry(Kind::FILE, "a", "1")]).unwrap();
         let entries = vec![entry(Kind::DIRECTORY, "", "")];
-        let request = MirrorRequest { container_id: "c".into(), mount: 8, entries, ..Default::default() };
+        let request = UpdateMirrorRequest { container_id: "c".into(), mount: 8, entries, ..Default::default() };
         mirrors.apply(&request).unwrap();
         mirrors.remove("no-such");
         mirrors.remove("..");
@@ -335,7 +341,7 @@ mod tests {
             entry(Kind::FILE, "out/husk-mirror-test/x", "y"),
         ];
         assert!(round(&mirrors, through).is_err());
-        let escaping = MirrorRequest { container_id: "../x".into(), last: true, ..Default::default() };
+        let escaping = UpdateMirrorRequest { container_id: "../x".into(), last: true, ..Default::default() };
         assert!(mirrors.apply(&escaping).is_err());
     }
 

@@ -1,15 +1,15 @@
 //! The sandbox in the guest: the pod's namespaces, network, volumes and kernel settings.
 
 mod apparmor;
-mod apply;
-pub mod forward;
 mod hotplug;
-pub mod link;
+mod link_notifications;
+pub mod loopback;
 pub mod mirror;
 pub mod namespaces;
-mod netlink;
 mod network;
+pub mod port_forwarding;
 pub mod service;
+mod setup;
 mod slots;
 pub mod volume;
 
@@ -18,20 +18,20 @@ use std::sync::Mutex;
 
 use husk_base::sync::lock;
 
-use crate::users::IdMappings;
+use crate::id_mappings::IdMappings;
 use mirror::Mirrors;
 use namespaces::NamespaceError;
 
 /// The pod's network namespace.
-pub const NET: &str = "/run/husk/ns/net";
+pub const NET_NAMESPACE: &str = "/run/husk/ns/net";
 /// The pod's IPC namespace.
-pub const IPC: &str = "/run/husk/ns/ipc";
+pub const IPC_NAMESPACE: &str = "/run/husk/ns/ipc";
 /// The pod's UTS namespace.
-pub const UTS: &str = "/run/husk/ns/uts";
+pub const UTS_NAMESPACE: &str = "/run/husk/ns/uts";
 /// The pod's user namespace, if the pod has one.
-pub const USER: &str = "/run/husk/ns/user";
+pub const USER_NAMESPACE: &str = "/run/husk/ns/user";
 /// The pod's shared PID namespace, if a container has requested it.
-const PID: &str = "/run/husk/ns/pid";
+const PID_NAMESPACE: &str = "/run/husk/ns/pid";
 
 #[derive(Default)]
 struct State {
@@ -80,11 +80,11 @@ impl Sandbox {
     pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
         let mut state = lock(&self.state);
         if !state.has_shared_pid {
-            let id_mappings = state.id_mappings.as_ref().map(|_| Path::new(USER));
-            namespaces::create_shared_pid(Path::new(PID), id_mappings)?;
+            let id_mappings = state.id_mappings.as_ref().map(|_| Path::new(USER_NAMESPACE));
+            namespaces::create_shared_pid(Path::new(PID_NAMESPACE), id_mappings)?;
             state.has_shared_pid = true;
         }
-        Ok(PathBuf::from(PID))
+        Ok(PathBuf::from(PID_NAMESPACE))
     }
 }
 

@@ -14,8 +14,8 @@ use husk_base::sys::process::exit_immediately;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::{IPC, NET, USER, UTS, link};
-use crate::users::IdMappings;
+use super::{IPC_NAMESPACE, NET_NAMESPACE, USER_NAMESPACE, UTS_NAMESPACE, loopback};
+use crate::id_mappings::IdMappings;
 
 /// Reason why namespaces were not created or entered.
 #[derive(Debug, thiserror::Error)]
@@ -55,16 +55,16 @@ pub enum NamespaceError {
 }
 
 const KINDS: &[(&str, CloneFlags, &str)] = &[
-    ("/proc/self/ns/net", CloneFlags::CLONE_NEWNET, NET),
-    ("/proc/self/ns/ipc", CloneFlags::CLONE_NEWIPC, IPC),
-    ("/proc/self/ns/uts", CloneFlags::CLONE_NEWUTS, UTS),
+    ("/proc/self/ns/net", CloneFlags::CLONE_NEWNET, NET_NAMESPACE),
+    ("/proc/self/ns/ipc", CloneFlags::CLONE_NEWIPC, IPC_NAMESPACE),
+    ("/proc/self/ns/uts", CloneFlags::CLONE_NEWUTS, UTS_NAMESPACE),
 ];
 
 fn open(path: &str) -> Result<File, NamespaceError> {
     File::open(path).map_err(|source| NamespaceError::Open { path: path.to_owned(), source })
 }
 
-fn kernel(action: &'static str) -> impl Fn(nix::Error) -> NamespaceError {
+fn kernel_error(action: &'static str) -> impl Fn(nix::Error) -> NamespaceError {
     move |source| NamespaceError::Kernel { action, source }
 }
 
@@ -95,18 +95,18 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     fs::create_dir_all(directory).map_err(|source| NamespaceError::Create { path: directory.into(), source })?;
     if let Some(id_mappings) = id_mappings {
         create_in_user_namespace(id_mappings)?;
-        if let Err(error) = run_in_pod(link::loopback_up)? {
+        if let Err(error) = run_in_pod(loopback::bring_up)? {
             tracing::warn!("failed to bring up lo in the pod: {error}");
         }
         return Ok(());
     }
     let guard = NamespaceGuard::save()?;
     unshare(KINDS.iter().fold(CloneFlags::empty(), |all, kind| all | kind.1))
-        .map_err(kernel("create the pod's namespaces"))?;
+        .map_err(kernel_error("create the pod's namespaces"))?;
     for (current, _, pin) in KINDS {
         pin_namespace(current, pin)?;
     }
-    if let Err(error) = link::loopback_up() {
+    if let Err(error) = loopback::bring_up() {
         tracing::warn!("failed to bring up lo in the pod: {error}");
     }
     drop(guard);
@@ -124,7 +124,7 @@ fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceErr
             let path = format!("{proc}/{name}");
             fs::write(&path, text).map_err(|source| NamespaceError::Write { path, source })?;
         }
-        pin_namespace(&format!("{proc}/ns/user"), USER)?;
+        pin_namespace(&format!("{proc}/ns/user"), USER_NAMESPACE)?;
         KINDS.iter().try_for_each(|(current, _, pin)| pin_namespace(&current.replace("/proc/self", &proc), pin))
     })();
     // The reaper waits for the killed holder.
@@ -138,7 +138,7 @@ fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceErr
 fn spawn_holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) -> io::Result<Child> {
     let mut enter = enter;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(crate::helper::ARGV0).arg(crate::helper::REAPER).env_clear();
+    command.arg0(crate::helper::ARGV0).arg(crate::helper::POD_INIT).env_clear();
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: `enter` makes only system calls. It takes no lock that another thread could hold.
     unsafe { command.pre_exec(move || Ok(enter()?)) };
@@ -149,17 +149,17 @@ fn pin_namespace(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
     match umount2(pin, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         // Nothing is pinned at this path yet.
         Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-        Err(error) => return Err(kernel("unmount a pinned namespace")(error)),
+        Err(error) => return Err(kernel_error("unmount a pinned namespace")(error)),
     }
     File::create(pin).map_err(|source| NamespaceError::Create { path: pin.to_owned(), source })?;
-    mount(Some(namespace), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(kernel("pin a namespace"))
+    mount(Some(namespace), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(kernel_error("pin a namespace"))
 }
 
 /// Runs `f` in the pod's namespaces. `f` must not block.
 pub fn run_in_pod<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
     let guard = NamespaceGuard::save()?;
     for (_, flag, pin) in KINDS {
-        setns(open(pin)?.as_fd(), *flag).map_err(kernel("enter the pod's namespaces"))?;
+        setns(open(pin)?.as_fd(), *flag).map_err(kernel_error("enter the pod's namespaces"))?;
     }
     let result = f();
     drop(guard);
@@ -176,7 +176,7 @@ pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Resul
     unshare(CloneFlags::CLONE_NEWPID)?;
     let child = Command::new("/proc/self/exe")
         .arg0(crate::helper::ARGV0)
-        .arg(crate::helper::REAPER)
+        .arg(crate::helper::POD_INIT)
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::null())

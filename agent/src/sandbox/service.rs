@@ -5,32 +5,33 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::{
-    AppArmorRequest, AppArmorResponse, Event, EventsRequest, ForgetRequest, ForgetResponse, HugePagesRequest,
-    HugePagesResponse, MirrorRequest, MirrorResponse, NetworkRequest, NetworkResponse, ProcessorsRequest,
-    ProcessorsResponse, ReleaseRequest, ReleaseResponse, RescanRequest, RescanResponse, SetupRequest, SetupResponse,
-    SyncRequest, SyncResponse, VolumeRequest, VolumeResponse,
+    BindDeviceRequest, BindDeviceResponse, DropCachesRequest, DropCachesResponse, Event, EventsRequest,
+    LoadAppArmorRequest, LoadAppArmorResponse, MountVolumeRequest, MountVolumeResponse, SetHugePagesRequest,
+    SetHugePagesResponse, SetOnlineVcpusRequest, SetOnlineVcpusResponse, SetupRequest, SetupResponse, SyncRequest,
+    SyncResponse, UnbindDeviceRequest, UnbindDeviceResponse, UpdateMirrorRequest, UpdateMirrorResponse,
+    UpdateNetworkRequest, UpdateNetworkResponse,
 };
 use husk_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use super::network::{Network, NetworkConfig};
 use super::volume::Volumes;
-use super::{Sandbox, apparmor, apply, hotplug, namespaces, slots};
+use super::{Sandbox, apparmor, hotplug, namespaces, setup, slots};
 use crate::error::failed;
-use crate::events::Hub;
-use crate::users::IdMappings;
+use crate::events::EventHub;
+use crate::id_mappings::IdMappings;
 
 /// Implementation of the Sandbox service.
 pub struct SandboxService {
     sandbox: Arc<Sandbox>,
-    hub: Hub,
+    hub: EventHub,
     volumes: Arc<Volumes>,
     network: Network,
 }
 
 impl SandboxService {
     /// Creates the service for `sandbox`. The Events request streams the events of `hub`.
-    pub fn new(sandbox: Arc<Sandbox>, hub: Hub) -> Self {
+    pub fn new(sandbox: Arc<Sandbox>, hub: EventHub) -> Self {
         Self { sandbox, hub, volumes: Arc::default(), network: Network::default() }
     }
 }
@@ -39,7 +40,7 @@ impl SandboxService {
 impl agent_ttrpc::Sandbox for SandboxService {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
         if request.clock_ns > 0
-            && let Err(error) = apply::clock(request.clock_ns)
+            && let Err(error) = setup::set_clock(request.clock_ns)
         {
             tracing::warn!("failed to set the clock: {error}");
         }
@@ -61,14 +62,14 @@ impl agent_ttrpc::Sandbox for SandboxService {
         .map_err(failed("enter the pod's namespaces"))?
         .map_err(failed("set the host name"))?;
         for mount in &request.mounts {
-            apply::mount_one(mount).map_err(failed(format!("mount {}", mount.target)))?;
+            setup::mount(mount).map_err(failed(format!("mount {}", mount.target)))?;
         }
         let SetupRequest { interfaces, routes, neighbours, rules, .. } = request;
         let config = NetworkConfig { interfaces, routes, neighbours, rules };
         self.network.apply(config).await.map_err(failed("set up the network"))?;
         namespaces::run_in_pod(|| -> ttrpc::Result<()> {
             for (name, value) in &request.sysctls {
-                apply::sysctl(name, value).map_err(failed(format!("set sysctl {name}")))?;
+                setup::set_sysctl(name, value).map_err(failed(format!("set sysctl {name}")))?;
             }
             Ok(())
         })
@@ -89,69 +90,94 @@ impl agent_ttrpc::Sandbox for SandboxService {
         Ok(())
     }
 
-    async fn rescan(&self, _: &TtrpcContext, request: RescanRequest) -> ttrpc::Result<RescanResponse> {
+    async fn bind_device(&self, _: &TtrpcContext, request: BindDeviceRequest) -> ttrpc::Result<BindDeviceResponse> {
         let found = tokio::task::spawn_blocking(move || {
             hotplug::set_movable_policy();
-            slots::rescan(request.slot)
+            slots::bind_device(request.slot)
         })
         .await;
-        let found = found.map_err(failed("probe the slot"))?.map_err(failed("probe the slot"))?;
+        let found =
+            found.map_err(failed("bind the device of the slot"))?.map_err(failed("bind the device of the slot"))?;
         let (major, minor) = found.unwrap_or_default();
-        Ok(RescanResponse { major, minor, ..Default::default() })
+        Ok(BindDeviceResponse { major, minor, ..Default::default() })
     }
 
-    async fn release(&self, _: &TtrpcContext, request: ReleaseRequest) -> ttrpc::Result<ReleaseResponse> {
-        let released = tokio::task::spawn_blocking(move || slots::release(request.slot)).await;
-        released.map_err(failed("release the slot"))?.map_err(failed("release the slot"))?;
-        Ok(ReleaseResponse::new())
+    async fn unbind_device(
+        &self,
+        _: &TtrpcContext,
+        request: UnbindDeviceRequest,
+    ) -> ttrpc::Result<UnbindDeviceResponse> {
+        let unbound = tokio::task::spawn_blocking(move || slots::unbind_device(request.slot)).await;
+        unbound.map_err(failed("unbind the device of the slot"))?.map_err(failed("unbind the device of the slot"))?;
+        Ok(UnbindDeviceResponse::new())
     }
 
-    async fn network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<NetworkResponse> {
-        let NetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> ttrpc::Result<UpdateNetworkResponse> {
+        let UpdateNetworkRequest { interfaces, routes, neighbours, rules, .. } = request;
         let changed = self.network.apply(NetworkConfig { interfaces, routes, neighbours, rules }).await;
         changed.map_err(failed("set up the network"))?;
-        Ok(NetworkResponse::new())
+        Ok(UpdateNetworkResponse::new())
     }
 
-    async fn mirror(&self, _: &TtrpcContext, request: MirrorRequest) -> ttrpc::Result<MirrorResponse> {
+    async fn update_mirror(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateMirrorRequest,
+    ) -> ttrpc::Result<UpdateMirrorResponse> {
         let sandbox = Arc::clone(&self.sandbox);
         let applied = tokio::task::spawn_blocking(move || sandbox.mirrors.apply(&request)).await;
         applied.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(failed("update the mirrored volume"))?;
-        Ok(MirrorResponse::new())
+        Ok(UpdateMirrorResponse::new())
     }
 
-    async fn volume(&self, _: &TtrpcContext, request: VolumeRequest) -> ttrpc::Result<VolumeResponse> {
+    async fn mount_volume(&self, _: &TtrpcContext, request: MountVolumeRequest) -> ttrpc::Result<MountVolumeResponse> {
         let volumes = Arc::clone(&self.volumes);
-        let provided = tokio::task::spawn_blocking(move || volumes.provide(&request)).await;
-        provided.map_err(failed("provide the volume"))?.map_err(failed("provide the volume"))?;
-        Ok(VolumeResponse::new())
+        let mounted = tokio::task::spawn_blocking(move || volumes.mount(&request)).await;
+        mounted.map_err(failed("mount the volume"))?.map_err(failed("mount the volume"))?;
+        Ok(MountVolumeResponse::new())
     }
 
-    async fn app_armor(&self, _: &TtrpcContext, request: AppArmorRequest) -> ttrpc::Result<AppArmorResponse> {
+    async fn load_app_armor(
+        &self,
+        _: &TtrpcContext,
+        request: LoadAppArmorRequest,
+    ) -> ttrpc::Result<LoadAppArmorResponse> {
         let loaded = tokio::task::spawn_blocking(move || apparmor::load(&request.policy)).await;
         loaded.map_err(failed("load the AppArmor policy"))?.map_err(failed("load the AppArmor policy"))?;
-        Ok(AppArmorResponse::new())
+        Ok(LoadAppArmorResponse::new())
     }
 
-    async fn forget(&self, _: &TtrpcContext, request: ForgetRequest) -> ttrpc::Result<ForgetResponse> {
-        let dropped = tokio::task::spawn_blocking(move || hotplug::drop_caches(request.pages)).await;
+    async fn drop_caches(&self, _: &TtrpcContext, request: DropCachesRequest) -> ttrpc::Result<DropCachesResponse> {
+        let dropped = tokio::task::spawn_blocking(move || hotplug::drop_caches(request.page_cache)).await;
         dropped.map_err(failed("drop caches"))?.map_err(failed("drop caches"))?;
-        Ok(ForgetResponse::new())
+        Ok(DropCachesResponse::new())
     }
 
-    async fn huge_pages(&self, _: &TtrpcContext, request: HugePagesRequest) -> ttrpc::Result<HugePagesResponse> {
+    async fn set_huge_pages(
+        &self,
+        _: &TtrpcContext,
+        request: SetHugePagesRequest,
+    ) -> ttrpc::Result<SetHugePagesResponse> {
         let resized = tokio::task::spawn_blocking(move || hotplug::set_huge_pages(request.count)).await;
         let count =
             resized.map_err(failed("set the number of huge pages"))?.map_err(failed("set the number of huge pages"))?;
-        Ok(HugePagesResponse { count, ..Default::default() })
+        Ok(SetHugePagesResponse { count, ..Default::default() })
     }
 
-    async fn processors(&self, _: &TtrpcContext, request: ProcessorsRequest) -> ttrpc::Result<ProcessorsResponse> {
+    async fn set_online_vcpus(
+        &self,
+        _: &TtrpcContext,
+        request: SetOnlineVcpusRequest,
+    ) -> ttrpc::Result<SetOnlineVcpusResponse> {
         let switched = tokio::task::spawn_blocking(move || hotplug::set_online_cpus(request.count)).await;
         let online = switched
             .map_err(failed("set the number of online CPUs"))?
             .map_err(failed("set the number of online CPUs"))?;
-        Ok(ProcessorsResponse { online, ..Default::default() })
+        Ok(SetOnlineVcpusResponse { online, ..Default::default() })
     }
 
     async fn sync(&self, _: &TtrpcContext, _: SyncRequest) -> ttrpc::Result<SyncResponse> {

@@ -40,8 +40,8 @@ pub enum SlotError {
 
 /// Makes the kernel probe a slot that was empty. If the device in the slot is a block device, returns its major and
 /// minor number. Blocks.
-pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
-    let device = husk_proto::slots::device_name(slot);
+pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
+    let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(BIND, &device) {
         // The kernel has already probed and bound the device without this request.
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
@@ -52,8 +52,8 @@ pub fn rescan(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
 }
 
 /// Unbinds a slot's device from its driver, even while the device is in use. Blocks.
-pub fn release(slot: u32) -> Result<(), SlotError> {
-    let device = husk_proto::slots::device_name(slot);
+pub fn unbind_device(slot: u32) -> Result<(), SlotError> {
+    let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(UNBIND, &device) {
         // The device has no driver.
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),

@@ -1,4 +1,4 @@
-//! Mounts memory volumes, and provides subpaths of memory volumes and of volumes in the share.
+//! Mounts memory volumes, and bind-mounts subpaths of memory volumes and of volumes in the share.
 //!
 //! A memory volume is a tmpfs or hugetlbfs that the pod's containers share. It stays mounted as long as the pod lives.
 //!
@@ -14,8 +14,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
 use husk_base::sync::lock;
-use husk_proto::agent::{VolumeDirectory, VolumeRequest};
-use husk_proto::{GUEST_SUBPATHS, SHARED, volume};
+use husk_proto::agent::{MountVolumeRequest, VolumeDirectory};
+use husk_proto::{GUEST_SUBPATHS, SHARED_FS_TYPE, volume};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -27,7 +27,7 @@ use crate::shared_volumes;
 /// Supported file systems.
 const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 
-/// Reason why a volume or its subpath was not provided.
+/// Reason why a volume or its subpath was not mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A name is not a single path component, or a file system type is not supported.
@@ -57,12 +57,12 @@ impl Volumes {
     ///
     /// # Errors
     /// After an error, a volume that has been mounted stays mounted.
-    pub fn provide(&self, request: &VolumeRequest) -> Result<(), VolumeError> {
-        let shared = request.fs_type == SHARED;
+    pub fn mount(&self, request: &MountVolumeRequest) -> Result<(), VolumeError> {
+        let shared = request.fs_type == SHARED_FS_TYPE;
         for name in [&request.name, &request.container_id] {
             path_component(name)?;
         }
-        let root = volume::root(request);
+        let root = volume::root_path(request);
         if !shared {
             // Containers are created concurrently, and the first one mounts the volume.
             let mut mounted = lock(&self.0);
@@ -83,7 +83,7 @@ impl Volumes {
         }
         let _guard = lock_shared_volumes();
         let found = open_subpath(&root, &request.directories)?;
-        bind(&found, &volume::path(request))
+        bind(&found, &volume::guest_path(request))
     }
 }
 
@@ -110,14 +110,16 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let names = entries(dir).flat_map(|container| entries(&container).collect::<Vec<_>>());
-    names.filter_map(|part| volume::shared_of(&Path::new(GUEST_SUBPATHS).join(part.strip_prefix(dir).ok()?))).collect()
+    names
+        .filter_map(|part| volume::shared_volume_of(&Path::new(GUEST_SUBPATHS).join(part.strip_prefix(dir).ok()?)))
+        .collect()
 }
 
 /// Unmounts all subpaths of a container. Returns the shared volumes that contain these subpaths.
 pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     let path = Path::new(GUEST_SUBPATHS).join(container);
     let volumes =
-        fs::read_dir(&path).into_iter().flatten().flatten().filter_map(|part| volume::shared_of(&part.path()));
+        fs::read_dir(&path).into_iter().flatten().flatten().filter_map(|part| volume::shared_volume_of(&part.path()));
     let volumes = volumes.collect();
     for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
         if let Err(error) = umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -257,11 +259,15 @@ mod tests {
     }
 
     #[test]
-    fn provide_rejects_unknown_file_systems_and_names() {
-        let request =
-            VolumeRequest { name: "a".into(), container_id: "c".into(), fs_type: "ext4".into(), ..Default::default() };
-        assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
-        let request = VolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
-        assert!(matches!(Volumes::default().provide(&request), Err(VolumeError::Invalid(_))));
+    fn mount_rejects_unknown_file_systems_and_names() {
+        let request = MountVolumeRequest {
+            name: "a".into(),
+            container_id: "c".into(),
+            fs_type: "ext4".into(),
+            ..Default::default()
+        };
+        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Invalid(_))));
+        let request = MountVolumeRequest { name: "../a".into(), fs_type: "tmpfs".into(), ..Default::default() };
+        assert!(matches!(Volumes::default().mount(&request), Err(VolumeError::Invalid(_))));
     }
 }

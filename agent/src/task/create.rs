@@ -11,17 +11,17 @@ use libcontainer::oci_spec::runtime::Spec;
 use protobuf::Message;
 
 use super::helper::HelperJob;
-use super::process::{Phase, Process, StreamNames};
-use super::{Container, STATE, Tasks, check_id, shares_pid_namespace, spec, task_dir};
+use super::process::{Phase, Process, StreamTokens};
+use super::{Container, STATE_DIR, Tasks, check_id, shares_pid_namespace, spec, task_dir};
 use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{CreateRequest, Request};
+use crate::id_mappings::uid_in_guest;
 use crate::io::console::{self, Console};
 use crate::io::stdio::{self, Relays, StdioStreams};
 use crate::oom::OomWatch;
 use crate::reaper::{ProcessExit, now_ns};
 use crate::shared_volumes;
-use crate::users::uid_in_guest;
 
 impl Tasks {
     /// Creates a container. Its init waits for [`Tasks::start_init`].
@@ -37,8 +37,8 @@ impl Tasks {
         if !request.checkpoint.is_empty() {
             return Err(ServiceError::Unimplemented("restoring from a checkpoint is not supported"));
         }
-        let cgroup = Cgroup::of(&request.id);
-        let names = StreamNames {
+        let cgroup = Cgroup::for_container(&request.id);
+        let tokens = StreamTokens {
             terminal: request.terminal,
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -67,7 +67,7 @@ impl Tasks {
             Arc::new(Container {
                 id: request.id.clone(),
                 bundle: request.bundle.clone(),
-                init: Process::new("", names, None),
+                init: Process::new("", tokens, None),
                 seccomp: linux.and_then(|linux| linux.seccomp().clone()),
                 oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
                 shares_pid_namespace: shares_pid_namespace(&spec),
@@ -103,16 +103,16 @@ impl Tasks {
     }
 
     async fn create_inserted(&self, container: &Arc<Container>, spec: &Spec) -> Result<i32, ServiceError> {
-        let _guard = self.reaper.expect();
+        let _guard = self.reaper.keep_unclaimed_exits();
         std::fs::create_dir_all(&container.dir).map_err(failed("create the task directory"))?;
-        std::fs::create_dir_all(STATE).map_err(failed("create the state directory"))?;
+        std::fs::create_dir_all(STATE_DIR).map_err(failed("create the state directory"))?;
         let json = serde_json::to_vec(spec).map_err(failed("serialise the specification"))?;
         std::fs::write(container.dir.join("config.json"), json).map_err(failed("write the specification"))?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), uid);
-        let names = &container.init.names;
-        let streams = self.take_streams(names).await?;
-        let (console, relays, io, streams) = if names.terminal {
+        let tokens = &container.init.tokens;
+        let streams = self.take_streams(tokens).await?;
+        let (console, relays, io, streams) = if tokens.terminal {
             let console = Console::listen().map_err(failed("create the console socket"))?;
             (Some(console), None, stdio::null_stdio().map_err(failed("open /dev/null"))?, Some(streams))
         } else {
@@ -122,7 +122,7 @@ impl Tasks {
         let request = Request::Create(CreateRequest {
             id: container.id.clone(),
             bundle: container.dir.clone(),
-            state_root: PathBuf::from(STATE),
+            state_root: PathBuf::from(STATE_DIR),
             cgroup: container.cgroup.path().to_owned(),
             console: console.as_ref().map(|console| console.path().to_owned()),
         });
@@ -147,7 +147,7 @@ impl Tasks {
             }
             _ => return Err(ServiceError::Unknown("failed to receive the terminal from the helper".into())),
         };
-        container.init.attach(relays.start(), master);
+        container.init.attach_io(relays.start(), master);
         container.init.advance(Phase::Created(pid));
         self.watch_exit(container, &container.init, pid);
         let watch_task = tokio::spawn(container.oom.clone().run()).abort_handle();
@@ -156,18 +156,18 @@ impl Tasks {
     }
 
     /// Takes the streams that a request names.
-    pub(super) async fn take_streams(&self, names: &StreamNames) -> Result<StdioStreams, ServiceError> {
+    pub(super) async fn take_streams(&self, tokens: &StreamTokens) -> Result<StdioStreams, ServiceError> {
         let invalid = |error| malformed("failed to take the streams")(error);
-        if names.terminal && names.stdin == names.stdout {
+        if tokens.terminal && tokens.stdin == tokens.stdout {
             return Ok(StdioStreams {
-                stdout: self.streams.take(&names.stdout).await.map_err(invalid)?,
+                stdout: self.streams.take(&tokens.stdout).await.map_err(invalid)?,
                 ..Default::default()
             });
         }
         Ok(StdioStreams {
-            stdin: self.streams.take(&names.stdin).await.map_err(invalid)?,
-            stdout: self.streams.take(&names.stdout).await.map_err(invalid)?,
-            stderr: self.streams.take(&names.stderr).await.map_err(invalid)?,
+            stdin: self.streams.take(&tokens.stdin).await.map_err(invalid)?,
+            stdout: self.streams.take(&tokens.stdout).await.map_err(invalid)?,
+            stderr: self.streams.take(&tokens.stderr).await.map_err(invalid)?,
         })
     }
 
@@ -177,7 +177,7 @@ impl Tasks {
             Phase::Created(pid) => {
                 // libcontainer's init accepts one connection on this socket. It continues when the connection is
                 // closed.
-                let socket = PathBuf::from(STATE).join(&container.id).join("notify.sock");
+                let socket = PathBuf::from(STATE_DIR).join(&container.id).join("notify.sock");
                 let notify_init = || -> std::io::Result<()> {
                     use std::io::Write;
                     UnixStream::connect(&socket)?.write_all(b"start container")

@@ -7,14 +7,14 @@ use husk_proto::containerd::api::ExecProcessRequest;
 use libcontainer::oci_spec::runtime::Process as ProcessSpec;
 
 use super::helper::HelperJob;
-use super::process::{Phase, Process, StreamNames};
+use super::process::{Phase, Process, StreamTokens};
 use super::time_namespace::TimeNamespace;
 use super::{Container, Tasks, spec};
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::protocol::{ExecRequest, Request};
+use crate::id_mappings::uid_in_guest;
 use crate::io::console::Console;
 use crate::io::stdio::{self, Relays, StdioStreams};
-use crate::users::uid_in_guest;
 
 impl Tasks {
     /// Registers an exec. [`Tasks::start_exec`] starts it.
@@ -36,14 +36,14 @@ impl Tasks {
         if process.oom_score_adj().is_none() {
             process.set_oom_score_adj(container.oom_score_adj);
         }
-        let names = StreamNames {
+        let tokens = StreamTokens {
             terminal: request.terminal,
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        let streams = self.take_streams(&names).await?;
-        let process = Process::new(&request.exec_id, names, Some((process, streams)));
+        let streams = self.take_streams(&tokens).await?;
+        let process = Process::new(&request.exec_id, tokens, Some((process, streams)));
         let mut execs = lock(&container.execs);
         if execs.contains_key(&request.exec_id) {
             return Err(ServiceError::AlreadyExists(format!("exec {}", request.exec_id)));
@@ -57,7 +57,7 @@ impl Tasks {
     /// # Errors
     /// Uses the error texts of runc's shim.
     pub async fn start_exec(&self, container: &Arc<Container>, process: &Arc<Process>) -> Result<i32, ServiceError> {
-        let Phase::Running(init) = container.init.phase() else {
+        let Phase::Running(init_pid) = container.init.phase() else {
             return Err(exec_failed("cannot exec in a stopped container"));
         };
         if container.is_paused() {
@@ -68,7 +68,7 @@ impl Tasks {
             return Err(ServiceError::FailedPrecondition("the process has already been started".into()));
         };
         process.advance(Phase::Starting);
-        let result = self.start_pending(container, process, init, spec, streams).await;
+        let result = self.start_pending(container, process, init_pid, spec, streams).await;
         if result.is_err() {
             // As with runc, a process that failed to start counts as exited and can be deleted.
             let at_ns = crate::reaper::now_ns();
@@ -81,13 +81,13 @@ impl Tasks {
         &self,
         container: &Arc<Container>,
         process: &Arc<Process>,
-        init: i32,
+        init_pid: i32,
         spec: ProcessSpec,
         streams: StdioStreams,
     ) -> Result<i32, ServiceError> {
-        let _guard = self.reaper.expect();
+        let _guard = self.reaper.keep_unclaimed_exits();
         let uid = uid_in_guest(self.sandbox.id_mappings().as_ref(), spec.user().uid());
-        let (console, relays, io, streams) = if process.names.terminal {
+        let (console, relays, io, streams) = if process.tokens.terminal {
             let console = Console::listen().map_err(failed("create the console socket"))?;
             (Some(console), None, stdio::null_stdio().map_err(failed("open /dev/null"))?, Some(streams))
         } else {
@@ -95,7 +95,7 @@ impl Tasks {
             (None, Some(relays), io, None)
         };
         let request = Request::Exec(Box::new(ExecRequest {
-            init,
+            init_pid,
             process: spec,
             seccomp: container.seccomp.clone(),
             cgroup: container.cgroup.path().to_owned(),
@@ -120,10 +120,10 @@ impl Tasks {
             }
             _ => return Err(ServiceError::Unknown("failed to receive the terminal from the helper".into())),
         };
-        if let Some(namespace) = TimeNamespace::of_exec(pid, init) {
+        if let Some(namespace) = TimeNamespace::of_exec(pid, init_pid) {
             let _ = process.time_namespace.set(namespace);
         }
-        process.attach(relays.start(), master);
+        process.attach_io(relays.start(), master);
         process.advance(Phase::Running(pid));
         self.watch_exit(container, process, pid);
         Ok(pid)

@@ -31,7 +31,7 @@ pub struct HelperJob<'a> {
 }
 
 impl Tasks {
-    /// Runs a helper and waits for its exit. The caller must hold a [`crate::reaper::ExpectGuard`].
+    /// Runs a helper and waits for its exit. The caller must hold a [`crate::reaper::UnclaimedExitsGuard`].
     ///
     /// # Errors
     /// Returns the reason in runc's words.

@@ -1,12 +1,12 @@
 //! Containers and their processes.
 
 mod create;
+mod delete;
 mod devices;
 mod exec;
 mod helper;
 mod kill;
 mod process;
-mod remove;
 pub mod service;
 mod spec;
 mod time_namespace;
@@ -23,7 +23,7 @@ use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
 use crate::error::ServiceError;
-use crate::events::Hub;
+use crate::events::EventHub;
 use crate::io::streams::Streams;
 use crate::oom::OomWatch;
 use crate::reaper::{ProcessExit, Reaper};
@@ -32,9 +32,9 @@ use process::{Phase, Process};
 
 /// Directory with one subdirectory per container. A subdirectory holds the container's bundle, and the requests and
 /// responses of the container's helpers.
-const RUN: &str = "/run/husk/tasks";
+const TASKS_DIR: &str = "/run/husk/tasks";
 /// Directory of libcontainer's state.
-const STATE: &str = "/run/husk/state";
+const STATE_DIR: &str = "/run/husk/state";
 
 /// A container.
 pub struct Container {
@@ -84,7 +84,7 @@ impl Container {
 /// All containers of the sandbox.
 pub struct Tasks {
     containers: Mutex<HashMap<String, Arc<Container>>>,
-    hub: Hub,
+    hub: EventHub,
     streams: Streams,
     reaper: Reaper,
     sandbox: Arc<Sandbox>,
@@ -92,7 +92,7 @@ pub struct Tasks {
 
 impl Tasks {
     /// Creates the table of containers, which is empty at first.
-    pub fn new(hub: Hub, streams: Streams, reaper: Reaper, sandbox: Arc<Sandbox>) -> Self {
+    pub fn new(hub: EventHub, streams: Streams, reaper: Reaper, sandbox: Arc<Sandbox>) -> Self {
         Self { containers: Mutex::default(), hub, streams, reaper, sandbox }
     }
 
@@ -125,7 +125,7 @@ impl Tasks {
     /// event is published before the exit event.
     fn watch_exit(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
         let (container, process, hub) = (container.clone(), process.clone(), self.hub.clone());
-        self.reaper.claim(pid, move |exit: ProcessExit| {
+        self.reaper.on_exit(pid, move |exit: ProcessExit| {
             let oom = container.oom.check();
             if process.exec_id.is_empty() && container.shares_pid_namespace {
                 // The shared PID namespace outlives this init. Therefore the kernel does not kill the container's other
@@ -133,7 +133,7 @@ impl Tasks {
                 let _ = container.cgroup.kill();
             }
             process.advance(Phase::Stopped(pid, exit));
-            process.detach();
+            process.detach_io();
             hub.exit(Exit {
                 container_id: container.id.clone(),
                 exec_id: process.exec_id.clone(),
@@ -167,5 +167,5 @@ fn shares_pid_namespace(spec: &Spec) -> bool {
 }
 
 fn task_dir(id: &str) -> PathBuf {
-    Path::new(RUN).join(id)
+    Path::new(TASKS_DIR).join(id)
 }

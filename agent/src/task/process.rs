@@ -40,7 +40,7 @@ impl Phase {
 
 /// Streams of a process, as given in the Create or Exec request.
 #[derive(Debug, Clone, Default)]
-pub struct StreamNames {
+pub struct StreamTokens {
     /// Whether the process has a terminal.
     pub terminal: bool,
     /// Stream token of standard input.
@@ -62,7 +62,7 @@ pub struct Process {
     /// Exec id; empty for the container's init.
     pub exec_id: String,
     /// Stream tokens of the process.
-    pub names: StreamNames,
+    pub tokens: StreamTokens,
     phase: watch::Sender<Phase>,
     io: Mutex<Io>,
     /// Time namespace of an exec. All descendants of the exec are in this namespace.
@@ -73,10 +73,10 @@ pub struct Process {
 
 impl Process {
     /// Creates a process that has not been started.
-    pub fn new(exec_id: &str, names: StreamNames, pending: Option<(ProcessSpec, StdioStreams)>) -> Arc<Self> {
+    pub fn new(exec_id: &str, tokens: StreamTokens, pending: Option<(ProcessSpec, StdioStreams)>) -> Arc<Self> {
         Arc::new(Self {
             exec_id: exec_id.to_owned(),
-            names,
+            tokens,
             phase: watch::Sender::new(Phase::New),
             io: Mutex::default(),
             time_namespace: OnceLock::new(),
@@ -116,7 +116,7 @@ impl Process {
     }
 
     /// Stores the notification that closes standard input, and the terminal's master.
-    pub fn attach(&self, close: Arc<Notify>, master: Option<Endpoint>) {
+    pub fn attach_io(&self, close: Arc<Notify>, master: Option<Endpoint>) {
         let mut io = lock(&self.io);
         *io = Io { close: Some(close), master };
     }
@@ -139,7 +139,7 @@ impl Process {
     }
 
     /// Releases the terminal's master.
-    pub fn detach(&self) {
+    pub fn detach_io(&self) {
         *lock(&self.io) = Io::default();
     }
 

@@ -97,10 +97,10 @@ impl Task for TaskService {
             bundle: container.bundle.clone(),
             pid: phase.pid().unsigned_abs(),
             status: status.into(),
-            stdin: process.names.stdin.clone(),
-            stdout: process.names.stdout.clone(),
-            stderr: process.names.stderr.clone(),
-            terminal: process.names.terminal,
+            stdin: process.tokens.stdin.clone(),
+            stdout: process.tokens.stdout.clone(),
+            stderr: process.tokens.stderr.clone(),
+            terminal: process.tokens.terminal,
             ..Default::default()
         };
         if let Phase::Stopped(_, exit) = phase {
@@ -191,7 +191,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.tasks.get(&request.id)?;
         let value = metrics::read(container.cgroup.path()).write_to_bytes().map_err(failed("serialise the metrics"))?;
-        let stats = MessageField::some(Any { type_url: metrics::URL.into(), value, ..Default::default() });
+        let stats = MessageField::some(Any { type_url: metrics::TYPE_URL.into(), value, ..Default::default() });
         Ok(StatsResponse { stats, ..Default::default() })
     }
 

@@ -10,8 +10,8 @@ use libcontainer::oci_spec::runtime::{
 use crate::cgroup::Cgroup;
 use crate::error::{ServiceError, failed, malformed};
 use crate::helper::devices::allows_all_devices;
-use crate::sandbox::{IPC, NET, Sandbox, USER, UTS};
-use crate::users::IdMappings;
+use crate::id_mappings::IdMappings;
+use crate::sandbox::{IPC_NAMESPACE, NET_NAMESPACE, Sandbox, USER_NAMESPACE, UTS_NAMESPACE};
 
 /// Adapts `spec` to the guest. `target` returns the path of another container's PID namespace.
 ///
@@ -107,7 +107,7 @@ fn namespaces(
     }
     let pid = match find(LinuxNamespaceType::Pid).and_then(|namespace| namespace.path().as_ref()) {
         None => None,
-        Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PIDS).ok().and_then(Path::to_str) {
+        Some(path) => Some(match path.strip_prefix(husk_proto::GUEST_PID_NAMESPACES).ok().and_then(Path::to_str) {
             Some(id) => target(id)?,
             None => sandbox.shared_pid().map_err(failed("create the shared PID namespace"))?,
         }),
@@ -117,9 +117,9 @@ fn namespaces(
     let new_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
     let mut all = vec![
         make(LinuxNamespaceType::Pid, pid)?,
-        make(LinuxNamespaceType::Network, Some(PathBuf::from(NET)))?,
-        make(LinuxNamespaceType::Ipc, Some(PathBuf::from(IPC)))?,
-        make(LinuxNamespaceType::Uts, (!new_uts).then(|| PathBuf::from(UTS)))?,
+        make(LinuxNamespaceType::Network, Some(PathBuf::from(NET_NAMESPACE)))?,
+        make(LinuxNamespaceType::Ipc, Some(PathBuf::from(IPC_NAMESPACE)))?,
+        make(LinuxNamespaceType::Uts, (!new_uts).then(|| PathBuf::from(UTS_NAMESPACE)))?,
         make(LinuxNamespaceType::Mount, None)?,
     ];
     for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time] {
@@ -128,7 +128,7 @@ fn namespaces(
         }
     }
     if find(LinuxNamespaceType::User).is_some() {
-        all.push(make(LinuxNamespaceType::User, Some(PathBuf::from(USER)))?);
+        all.push(make(LinuxNamespaceType::User, Some(PathBuf::from(USER_NAMESPACE)))?);
     }
     Ok(all)
 }
@@ -262,7 +262,7 @@ mod tests {
     fn equal_memory_and_swap_limits_disable_swap() {
         let adapted = |memory: &str| {
             let mut resources: LinuxResources = serde_json::from_str(&format!(r#"{{"memory":{memory}}}"#)).unwrap();
-            adapt_resources(&mut resources, &Cgroup::of("none"));
+            adapt_resources(&mut resources, &Cgroup::for_container("none"));
             resources.unified().as_ref().and_then(|unified| unified.get("memory.swap.max").cloned())
         };
         assert_eq!(adapted(r#"{"limit":100,"swap":100}"#).as_deref(), Some("0"));
@@ -308,8 +308,8 @@ mod tests {
         let target = |id: &str| Ok(PathBuf::from(format!("/proc/{id}")));
         let all = namespaces(&requested, &Sandbox::default(), target).unwrap();
         let path = |kind| all.iter().find(|n| n.typ() == kind).unwrap().path().clone();
-        assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET)));
-        assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC)));
+        assert_eq!(path(LinuxNamespaceType::Network), Some(PathBuf::from(NET_NAMESPACE)));
+        assert_eq!(path(LinuxNamespaceType::Ipc), Some(PathBuf::from(IPC_NAMESPACE)));
         assert_eq!(path(LinuxNamespaceType::Uts), None);
         assert!(namespaces(&requested[1..], &Sandbox::default(), target).is_err());
     }

@@ -3,7 +3,7 @@
 use std::{fs, io, path::Path};
 
 use husk_base::error::chain;
-use husk_vmm::probe::{Probe, ProbeError, kvm_speed};
+use husk_vmm::kvm_probe::{Probe, ProbeError, kvm_speed};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, statfs};
 
 use super::Finding;

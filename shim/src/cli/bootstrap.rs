@@ -27,7 +27,7 @@ pub const MAX_INPUT: u64 = 10 << 20;
 
 /// Format of the reply to `start`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum ReplyFormat {
     /// The address alone.
     Plain,
     /// JSON with a version.
@@ -50,7 +50,7 @@ pub struct Params {
     /// Log at debug level.
     pub debug: bool,
     /// Format of the reply.
-    pub form: Form,
+    pub reply_format: ReplyFormat,
 }
 
 /// The environment variables that containerd sets for a shim.
@@ -93,7 +93,7 @@ impl Params {
                 publish_binary: params.containerd_binary,
                 socket_dir: params.socket_dir.filter(|dir| dir.starts_with('/')),
                 debug: args.debug || params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG as i32,
-                form: Form::Protobuf,
+                reply_format: ReplyFormat::Protobuf,
             };
         }
         let address = if args.address.is_empty() { env.grpc_address.clone() } else { args.address.clone() };
@@ -104,14 +104,14 @@ impl Params {
             publish_binary: args.publish_binary.clone(),
             socket_dir: None,
             debug: args.debug,
-            form: if version_3 { Form::Json } else { Form::Plain },
+            reply_format: if version_3 { ReplyFormat::Json } else { ReplyFormat::Plain },
         }
     }
 
     /// Selects JSON for a bundle of the sandbox controller.
     pub fn with_bundle(mut self, bundle: &Path) -> Self {
-        if self.form == Form::Plain && is_sandbox_controller_bundle(bundle) {
-            self.form = Form::Json;
+        if self.reply_format == ReplyFormat::Plain && is_sandbox_controller_bundle(bundle) {
+            self.reply_format = ReplyFormat::Json;
         }
         self
     }
@@ -123,11 +123,13 @@ pub fn is_sandbox_controller_bundle(bundle: &Path) -> bool {
 }
 
 /// Encodes the reply to `start`.
-pub fn reply(address: &str, form: Form) -> Vec<u8> {
-    match form {
-        Form::Plain => address.as_bytes().to_vec(),
-        Form::Json => serde_json::json!({ "version": 3, "address": address, "protocol": "ttrpc" }).to_string().into(),
-        Form::Protobuf => {
+pub fn reply(address: &str, format: ReplyFormat) -> Vec<u8> {
+    match format {
+        ReplyFormat::Plain => address.as_bytes().to_vec(),
+        ReplyFormat::Json => {
+            serde_json::json!({ "version": 3, "address": address, "protocol": "ttrpc" }).to_string().into()
+        }
+        ReplyFormat::Protobuf => {
             let result = BootstrapResult {
                 version: 3,
                 address: address.to_owned(),
@@ -154,25 +156,25 @@ mod tests {
         let env = Env { ttrpc_address: "/ttrpc".into(), max_shim_version: "2".into(), ..Default::default() };
         let params = Params::new(&[], &args(), &env);
         assert_eq!(
-            (params.form, params.ttrpc_address.as_str(), params.address.as_str()),
-            (Form::Plain, "/ttrpc", "/grpc")
+            (params.reply_format, params.ttrpc_address.as_str(), params.address.as_str()),
+            (ReplyFormat::Plain, "/ttrpc", "/grpc")
         );
-        assert_eq!(reply("unix:///x", params.form), b"unix:///x");
+        assert_eq!(reply("unix:///x", params.reply_format), b"unix:///x");
     }
 
     #[test]
     fn reply_is_json_for_a_sandbox_controller_bundle() {
         let env = Env { max_shim_version: "2".into(), ..Default::default() };
-        let form = |bundle: &str| Params::new(&[], &args(), &env).with_bundle(Path::new(bundle)).form;
-        assert_eq!(form("/run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io/x"), Form::Json);
-        assert_eq!(form("/run/containerd/io.containerd.sandbox.controller.v1.local/k8s.io/x"), Form::Plain);
-        assert_eq!(form("/run/containerd/io.containerd.runtime.v2.task/k8s.io/x"), Form::Plain);
+        let form = |bundle: &str| Params::new(&[], &args(), &env).with_bundle(Path::new(bundle)).reply_format;
+        assert_eq!(form("/run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io/x"), ReplyFormat::Json);
+        assert_eq!(form("/run/containerd/io.containerd.sandbox.controller.v1.local/k8s.io/x"), ReplyFormat::Plain);
+        assert_eq!(form("/run/containerd/io.containerd.runtime.v2.task/k8s.io/x"), ReplyFormat::Plain);
     }
 
     #[test]
     fn reply_is_json_if_max_shim_version_is_3() {
         let env = Env { max_shim_version: "3".into(), ..Default::default() };
-        let form = Params::new(&[], &args(), &env).form;
+        let form = Params::new(&[], &args(), &env).reply_format;
         let json: serde_json::Value = serde_json::from_slice(&reply("unix:///x", form)).unwrap();
         assert_eq!(json, serde_json::json!({"version": 3, "address": "unix:///x", "protocol": "ttrpc"}));
     }
@@ -187,8 +189,8 @@ mod tests {
             ..Default::default()
         };
         let params = Params::new(&message.write_to_bytes().unwrap(), &args(), &Env::default());
-        assert_eq!((params.form, params.socket_dir.as_deref()), (Form::Protobuf, Some("/s")));
-        let result = BootstrapResult::parse_from_bytes(&reply("unix:///x", params.form)).unwrap();
+        assert_eq!((params.reply_format, params.socket_dir.as_deref()), (ReplyFormat::Protobuf, Some("/s")));
+        let result = BootstrapResult::parse_from_bytes(&reply("unix:///x", params.reply_format)).unwrap();
         assert_eq!((result.version, result.address.as_str()), (3, "unix:///x"));
     }
 
@@ -196,6 +198,6 @@ mod tests {
     fn runtime_options_are_not_taken_for_bootstrap_params() {
         let any = Any { type_url: "containerd.runc.v1.Options".into(), value: b"x".to_vec(), ..Default::default() };
         let params = Params::new(&any.write_to_bytes().unwrap(), &args(), &Env::default());
-        assert_eq!(params.form, Form::Plain);
+        assert_eq!(params.reply_format, ReplyFormat::Plain);
     }
 }

@@ -76,13 +76,13 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
         return Err(StartError::NoSandbox(group));
     }
     write_address(&dir, &address)?;
-    let form = params.form;
-    let Some(listener) = listener else { return write_reply(&address, form) };
+    let reply_format = params.reply_format;
+    let Some(listener) = listener else { return write_reply(&address, reply_format) };
     let destination = Destination::new(params.ttrpc_address, params.address, params.publish_binary);
     adjust_oom_score();
     // SAFETY: this process has a single thread, so the child is not limited to async-signal-safe functions.
     match unsafe { nix::unistd::fork() } {
-        Ok(nix::unistd::ForkResult::Parent { .. }) => write_reply(&address, form),
+        Ok(nix::unistd::ForkResult::Parent { .. }) => write_reply(&address, reply_format),
         Ok(nix::unistd::ForkResult::Child) => {
             let args = daemon::DaemonArgs {
                 namespace: args.namespace.clone(),
@@ -105,9 +105,9 @@ pub fn start(args: &Args, started_ns: u64) -> Result<(), StartError> {
     }
 }
 
-fn write_reply(address: &Address, form: bootstrap::Form) -> Result<(), StartError> {
+fn write_reply(address: &Address, reply_format: bootstrap::ReplyFormat) -> Result<(), StartError> {
     let mut out = std::io::stdout().lock();
-    out.write_all(&bootstrap::reply(&address.uri(), form)).and_then(|()| out.flush()).map_err(StartError::Reply)
+    out.write_all(&bootstrap::reply(&address.uri(), reply_format)).and_then(|()| out.flush()).map_err(StartError::Reply)
 }
 
 /// Writes the bundle's `address` file atomically: containerd reads it after a restart to find its shims.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use husk_proto::CREATE_OPTIONS_URL;
+use husk_proto::CREATE_OPTIONS_TYPE_URL;
 use husk_proto::agent::CreateOptions;
 use husk_proto::containerd::api::{CreateTaskRequest, DeleteRequest};
 use husk_proto::containerd::events::task::{TaskCreate, TaskIO};
@@ -12,10 +12,10 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 
 use super::prepare;
+use crate::container::containers::Container;
 use crate::container::prepare::Prepared;
 use crate::container::process::Process;
-use crate::container::state::Container;
-use crate::container::{Shim, paths};
+use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::hooks;
 use crate::oci;
@@ -61,9 +61,9 @@ impl Shim {
         let bundle = read(request.bundle.clone()).await?;
         let spec = bundle.spec.clone();
         if spec.annotations.is_sandbox() {
-            return self.create_pause(request, spec).await;
+            return self.create_sandbox_container(request, spec).await;
         }
-        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let logger = LoggerContext { id: &request.id, namespace: &self.namespace };
         let prepare = async {
             self.acquire_pid(&request.id, &spec).await;
@@ -87,16 +87,16 @@ impl Shim {
         let guest_spec = self.plug_disks(&agent, prepared.spec, &prepared.disks).await?;
         self.load_profile(&agent, &prepared.profile).await?;
         for volume in &prepared.volumes.memory {
-            let made = agent.sandbox.volume(within(timeouts::QUICK), volume).await;
+            let made = agent.sandbox.mount_volume(within(timeouts::QUICK), volume).await;
             made.map_err(|error| self.agent_error("volume", error))?;
         }
         let mirroring = mirror::start(&agent, &request.id, prepared.volumes.mirrors).await;
         let mirroring = mirroring.map_err(ServiceError::failed)?;
-        self.reserve_resources(&request.id, Limits::of(&spec.linux.resources)).await?;
+        self.reserve_resources(&request.id, Limits::from_resources(&spec.linux.resources)).await?;
         let (relay, tokens) = self.connect_stdio(stdio).await?;
         let options = CreateOptions { spec: guest_spec, rootfs: prepared.rootfs, ..Default::default() };
         let options = Any {
-            type_url: CREATE_OPTIONS_URL.to_owned(),
+            type_url: CREATE_OPTIONS_TYPE_URL.to_owned(),
             value: options.write_to_bytes().map_err(ServiceError::failed)?,
             ..Default::default()
         };
@@ -115,7 +115,7 @@ impl Shim {
         let init = Process::new(&request.id, "", io);
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
-        self.created(&container, request);
+        self.publish_created(&container, request);
         // Only now, because the container's start must not be throttled by its own CPU limit.
         self.queue_resize();
         Ok(())
@@ -158,7 +158,7 @@ impl Shim {
     }
 
     /// Stores the new container and publishes its TaskCreate event.
-    pub(crate) fn created(&self, container: &Arc<Container>, request: &CreateTaskRequest) {
+    pub(crate) fn publish_created(&self, container: &Arc<Container>, request: &CreateTaskRequest) {
         self.containers.insert(Arc::clone(container));
         self.sandbox.timeline.mark("create end");
         let event = TaskCreate {
@@ -178,14 +178,14 @@ impl Shim {
         };
         self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
         if self.vm_has_ended() {
-            self.end_all(container);
+            self.mark_all_killed(container);
         }
     }
 
     /// Prepares the bundle. Runs on a blocking thread, because mount(2) can block.
     async fn prepare(&self, request: &CreateTaskRequest, mut bundle: Bundle) -> Result<Prepared, ServiceError> {
         let (id, share) = (request.id.clone(), self.sandbox.share());
-        let (files, pids) = (self.api.files(), self.pids());
+        let (files, pids) = (self.sandbox_state.files(), self.pids());
         let rootfs: Vec<_> = request.rootfs.iter().map(volumes::RootMount::from).collect();
         let prepared = tokio::task::spawn_blocking(move || {
             bundle.check().map_err(|e| crate::chain(&e))?;

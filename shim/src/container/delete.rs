@@ -6,9 +6,9 @@ use husk_proto::containerd::api::{DeleteRequest, DeleteResponse, KillRequest};
 use husk_proto::containerd::events::task::TaskDelete;
 use husk_proto::containerd::topics::TASK_DELETE_EVENT_TOPIC;
 
+use crate::container::containers::{Container, Exec};
 use crate::container::process::{Exit, Process, State};
-use crate::container::state::{Container, Exec};
-use crate::container::{KILLED, Shim};
+use crate::container::{EXIT_STATUS_KILLED, Shim};
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::vm::agent::{timeouts, within};
@@ -37,7 +37,7 @@ impl Shim {
             _ => {}
         }
         if container.is_sandbox_container() {
-            self.kill_pause(container, request).await;
+            self.kill_sandbox_container(container, request).await;
             return Ok(());
         }
         let Ok(agent) = self.agent() else { return Err(ServiceError::Finished.into()) };
@@ -67,7 +67,9 @@ impl Shim {
         }
         // Deleting the sandbox container ends the VM. So does deleting the last container, unless the sandbox
         // controller created the sandbox. The guest needs no cleanup in either case.
-        if container.is_sandbox_container() || (self.containers.is_only(&container.id) && !self.api.is_created()) {
+        if container.is_sandbox_container()
+            || (self.containers.is_only(&container.id) && !self.sandbox_state.is_created())
+        {
             self.sandbox.end().await;
         } else if let Ok(agent) = self.agent() {
             let request = DeleteRequest { id: container.id.clone(), ..Default::default() };
@@ -85,7 +87,7 @@ impl Shim {
             process.drop_relay();
         }
         self.tear_down_bundle(&container.id).await;
-        let exit = process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
+        let exit = process.exit().unwrap_or(Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() });
         self.containers.remove(&container.id);
         self.release_resources(&container.id);
         self.sandbox.timeline.mark("deleted");
@@ -98,7 +100,7 @@ impl Shim {
         };
         self.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
         self.run_late_hooks("poststop", container, "stopped").await;
-        let deleted = self.deleted(process, exit);
+        let deleted = self.publish_deleted(process, exit);
         self.release_pid(&container.id).await;
         Ok(deleted)
     }
@@ -123,10 +125,10 @@ impl Shim {
         }
         process.drop_relay();
         container.remove_exec(&process.exec);
-        Ok(self.deleted(process, exit))
+        Ok(self.publish_deleted(process, exit))
     }
 
-    fn deleted(&self, process: &Process, exit: Exit) -> DeleteResponse {
+    fn publish_deleted(&self, process: &Process, exit: Exit) -> DeleteResponse {
         tracing::debug!(container = process.container, exec = process.exec, status = exit.status, "deleted");
         DeleteResponse {
             pid: self.pid(&process.container),

@@ -1,17 +1,17 @@
 //! The containers of one sandbox: the operations of containerd's Task and Sandbox services.
 
+pub mod containers;
 mod create;
 mod delete;
-mod exec;
-mod pause;
 mod pids;
 mod prepare;
 #[cfg(test)]
 mod prepare_tests;
 pub mod process;
 mod resize;
+mod sandbox_container;
 pub mod sandbox_state;
-pub mod state;
+mod start;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,26 +21,26 @@ use husk_proto::containerd::events::task::{TaskExit, TaskOOM};
 use husk_proto::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC};
 use tokio::sync::{mpsc, watch};
 
+use crate::container::containers::{Container, Containers};
 use crate::container::process::{Exit, ExitReport, Process};
-use crate::container::state::{Container, Containers};
 use crate::error::ServiceError;
 use crate::events::{Events, timestamp};
 use crate::sandbox::Sandbox;
-use crate::sandbox::launch::Pending;
+use crate::sandbox::launch::DeferredLaunch;
 use crate::stdio::{Paths, Relay, Stdio, Streams};
 use crate::vm::agent::{Agent, Report};
 
 /// Exit status of a process whose VM ended: the status of a process killed by SIGKILL.
-pub(crate) const KILLED: u32 = 128 + 9;
+pub(crate) const EXIT_STATUS_KILLED: u32 = 128 + 9;
 
 /// The shim's state: one sandbox and its containers.
 pub struct Shim {
     pub(crate) namespace: String,
     pub(crate) sandbox: Arc<Sandbox>,
     /// State of the sandbox as containerd's sandbox controller set it.
-    pub(crate) api: sandbox_state::State,
+    pub(crate) sandbox_state: sandbox_state::SandboxState,
     pub(crate) containers: Containers,
-    pub(crate) sizes: resize::Sizes,
+    pub(crate) limits: resize::ResourceLimits,
     pub(crate) pids: pids::Pids,
     pub(crate) events: Events,
     /// The VM is gone, and the exits of all its processes have been published.
@@ -65,14 +65,14 @@ impl Shim {
         sandbox: Arc<Sandbox>,
         events: Events,
         reports: mpsc::UnboundedReceiver<Report>,
-        pending: Option<Pending>,
+        pending: Option<DeferredLaunch>,
     ) -> Arc<Self> {
         let shim = Arc::new(Self {
             namespace: namespace.to_owned(),
             sandbox,
-            api: sandbox_state::State::new(pending),
+            sandbox_state: sandbox_state::SandboxState::new(pending),
             containers: Containers::default(),
-            sizes: resize::Sizes::default(),
+            limits: resize::ResourceLimits::default(),
             pids: pids::Pids::default(),
             events,
             vm_ended: AtomicBool::new(false),
@@ -84,7 +84,7 @@ impl Shim {
     }
 
     /// Waits until the last container and the sandbox are gone.
-    pub async fn finished(&self) {
+    pub async fn wait_finished(&self) {
         let _ = self.finished.subscribe().wait_for(|done| *done).await;
     }
 
@@ -103,7 +103,7 @@ impl Shim {
                 shim.finished.send_replace(true);
             });
         }
-        self.finished().await;
+        self.wait_finished().await;
     }
 
     /// Turns the agent's reports into exits and events. When the VM ends, reports the exit of every process still
@@ -140,14 +140,14 @@ impl Shim {
         }
         self.vm_ended.store(true, Ordering::Relaxed);
         for container in self.containers.all() {
-            self.end_all(&container);
+            self.mark_all_killed(&container);
         }
-        self.api.ended();
+        self.sandbox_state.record_end();
     }
 
     /// Marks all processes of a container as killed, after the VM has ended.
-    pub(crate) fn end_all(&self, container: &Container) {
-        let exit = Exit { status: KILLED, at: SystemTime::now() };
+    pub(crate) fn mark_all_killed(&self, container: &Container) {
+        let exit = Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() };
         for process in container.processes() {
             let started = process.exec.is_empty() || process.state() != process::State::Created;
             if process.record_exit(exit) == ExitReport::Publish && started {
@@ -205,14 +205,14 @@ impl Shim {
 
     /// Opens the streams that a process's stdio needs and starts copying. Returns the stream names for the guest's
     /// request.
-    pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, Tokens), ServiceError> {
+    pub(crate) async fn connect_stdio(&self, stdio: Stdio) -> Result<(Relay, StreamTokens), ServiceError> {
         let needed = stdio.needed_streams();
         let open = async |wanted: bool| match wanted {
             true => self.sandbox.open_stream().await.map(Some),
             false => Ok(None),
         };
         let failed = |error: &dyn std::error::Error| ServiceError::failed(crate::chain(error));
-        let mut tokens = Tokens::default();
+        let mut tokens = StreamTokens::default();
         let streams = if needed.terminal {
             let (token, stream) = self.sandbox.open_stream().await.map_err(|e| failed(&e))?;
             tokens.stdout = token.to_string();
@@ -222,7 +222,7 @@ impl Shim {
             Streams::Terminal(stream)
         } else {
             let (stdin, stdout, stderr) = tokio::join!(open(needed.stdin), open(needed.stdout), open(needed.stderr));
-            let mut take = |name: fn(&mut Tokens) -> &mut String, opened: Result<Option<_>, _>| match opened {
+            let mut take = |name: fn(&mut StreamTokens) -> &mut String, opened: Result<Option<_>, _>| match opened {
                 Ok(Some((token, stream))) => {
                     *name(&mut tokens) = u64::to_string(&token);
                     Ok(Some(stream))
@@ -243,12 +243,12 @@ impl Shim {
 
 /// Names of a process's streams in the guest's request.
 #[derive(Debug, Default)]
-pub(crate) struct Tokens {
+pub(crate) struct StreamTokens {
     stdin: String,
     stdout: String,
     stderr: String,
 }
 
-pub(crate) fn paths(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Paths {
+pub(crate) fn stdio_paths(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Paths {
     Paths { stdin: stdin.to_owned(), stdout: stdout.to_owned(), stderr: stderr.to_owned(), terminal }
 }

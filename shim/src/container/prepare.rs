@@ -95,7 +95,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
-    if !cgroup::is_unified() {
+    if !cgroup::is_cgroup_v2() {
         translate::add_cgroup_namespace(&mut raw);
     }
     let create = |path: PathBuf| fs::create_dir(&path).map_err(|source| PrepareError::Create { path, source });
@@ -111,7 +111,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         return Err(error);
     }
     let profile = bundle.spec.process.apparmor_profile.clone().unwrap_or_default();
-    let (spec, disks) = (raw.to_string().into_bytes(), disks::of(&raw));
+    let (spec, disks) = (raw.to_string().into_bytes(), disks::find(&raw));
     let needs_propagation = bundle.spec.mounts.iter().any(|mount| mount.is_bind() && Flags::of(mount).slave);
     let rootfs = translate::guest_rootfs(id);
     Ok(Prepared { spec, rootfs, notes, needs_propagation, profile, volumes, disks })

@@ -48,7 +48,7 @@ impl State {
 struct Inner {
     state: State,
     /// Exit that was reported before the start event was published.
-    unpublished: Option<Exit>,
+    deferred_exit: Option<Exit>,
     relay: Option<Arc<Relay>>,
 }
 
@@ -82,7 +82,7 @@ impl Process {
             container: container.to_owned(),
             exec: exec.to_owned(),
             paths,
-            inner: Mutex::new(Inner { state: State::Created, unpublished: None, relay: None }),
+            inner: Mutex::new(Inner { state: State::Created, deferred_exit: None, relay: None }),
             exit: watch::Sender::new(None),
         }
     }
@@ -134,7 +134,7 @@ impl Process {
     /// [`ServiceError::Start`] from any other state.
     pub fn begin_start(&self) -> Result<(), ServiceError> {
         let mut inner = lock(&self.inner);
-        if inner.state != State::Created || inner.unpublished.is_some() {
+        if inner.state != State::Created || inner.deferred_exit.is_some() {
             return Err(ServiceError::Start(inner.state.name()));
         }
         inner.state = State::Starting;
@@ -144,7 +144,7 @@ impl Process {
     /// Records that the start event was published. Returns the exit to publish next, if one was reported before it.
     pub fn confirm_start(&self) -> Option<Exit> {
         let mut inner = lock(&self.inner);
-        match inner.unpublished.take() {
+        match inner.deferred_exit.take() {
             Some(exit) => {
                 inner.state = State::Stopped;
                 drop(inner);
@@ -165,7 +165,7 @@ impl Process {
     /// runc's shim counts such a process as stopped, with the exit status 255 for an exec.
     pub fn start_failed(&self, exit: Exit) {
         let mut inner = lock(&self.inner);
-        inner.unpublished = None;
+        inner.deferred_exit = None;
         inner.state = State::Stopped;
         drop(inner);
         self.exit.send_if_modified(|e| e.is_none().then(|| *e = Some(exit)).is_some());
@@ -176,9 +176,9 @@ impl Process {
         let mut inner = lock(&self.inner);
         match inner.state {
             State::Stopped | State::Deleted => ExitReport::Duplicate,
-            State::Starting if inner.unpublished.is_some() => ExitReport::Duplicate,
+            State::Starting if inner.deferred_exit.is_some() => ExitReport::Duplicate,
             State::Starting => {
-                inner.unpublished = Some(exit);
+                inner.deferred_exit = Some(exit);
                 ExitReport::Deferred
             }
             State::Created | State::Running => {

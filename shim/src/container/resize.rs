@@ -6,23 +6,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::container::Shim;
 use crate::error::ServiceError;
 use crate::lock;
-use crate::resources::growth::{Limits, Pod, Size};
+use crate::resources::growth::{Limits, PodLimits, Size};
 use crate::resources::resize::Target;
 
 /// Resource limits of the pod's containers.
 #[derive(Default)]
-pub(crate) struct Sizes {
-    pod: Mutex<Pod>,
+pub(crate) struct ResourceLimits {
+    pod: Mutex<PodLimits>,
     /// A limit was updated. From then on the pod may be smaller than at boot.
-    changed: AtomicBool,
+    updated: AtomicBool,
 }
 
 impl Shim {
     /// Grows the pod for a container that is about to be created. A container outside a pod has its full size from
     /// boot.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
-        let (before, huge) = (self.pod_size(), limits.huge > 0 || self.sandbox.huge_mib() > 0);
-        lock(&self.sizes.pod).insert(id.to_owned(), limits);
+        let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
+        lock(&self.limits.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.log_vcpu_shortage();
         // The pod boots with the size for its first containers, which are created one by one. Creating one must not
@@ -35,7 +35,7 @@ impl Shim {
 
     /// Releases the resources of a container that was deleted or could not be created. Does not wait for the resize.
     pub(crate) fn release_resources(&self, id: &str) {
-        let removed = lock(&self.sizes.pod).remove(id).is_some();
+        let removed = lock(&self.limits.pod).remove(id).is_some();
         // The VM ends with the last container.
         if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {
             self.queue_resize();
@@ -45,21 +45,21 @@ impl Shim {
     /// Queues a resize of the pod and its host limits to what its containers need. Does not wait for it.
     pub(crate) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
-            resizer.post(target);
+            resizer.queue(target);
         }
     }
 
     /// Grows the pod for a container's new limits (OCI `LinuxResources` as JSON). [`Shim::finish_update`] must follow.
-    pub(crate) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<Change, ServiceError> {
-        let before = lock(&self.sizes.pod).get(id).cloned().unwrap_or_default();
+    pub(crate) async fn prepare_update(&self, id: &str, raw: &[u8]) -> Result<LimitsUpdate, ServiceError> {
+        let before = lock(&self.limits.pod).get(id).cloned().unwrap_or_default();
         let after = before
             .clone()
-            .updated(raw)
+            .with_update(raw)
             .map_err(|error| ServiceError::Invalid(format!("failed to parse the resources: {error}")))?;
-        let change = Change { before, after };
+        let change = LimitsUpdate { before, after };
         if let (true, Some(size)) = (change.before != change.after, self.pod_size()) {
-            self.sizes.changed.store(true, Ordering::Relaxed);
-            lock(&self.sizes.pod).insert(id.to_owned(), change.after.clone());
+            self.limits.updated.store(true, Ordering::Relaxed);
+            lock(&self.limits.pod).insert(id.to_owned(), change.after.clone());
             self.log_vcpu_shortage();
             if let Err(error) = self.resize(size).await {
                 self.finish_update(id, &change, false).await;
@@ -70,12 +70,12 @@ impl Shim {
     }
 
     /// Records whether the update succeeded, and releases resources that are no longer needed.
-    pub(crate) async fn finish_update(&self, id: &str, change: &Change, done: bool) {
+    pub(crate) async fn finish_update(&self, id: &str, change: &LimitsUpdate, done: bool) {
         if change.before == change.after {
             return;
         }
         // `None` if the container was deleted during the update.
-        if let Some(limits) = lock(&self.sizes.pod).get_mut(id) {
+        if let Some(limits) = lock(&self.limits.pod).get_mut(id) {
             *limits = if done { &change.after } else { &change.before }.clone();
         }
         if let Err(error) = self.resize(Size { vcpus: 0, memory_mib: 0 }).await {
@@ -86,7 +86,7 @@ impl Shim {
     /// Logs that the pod has fewer vCPUs than its containers may use: it is slower than it would be under runc.
     fn log_vcpu_shortage(&self) {
         let Some(resizer) = self.sandbox.resizer() else { return };
-        let (wanted, most) = (resizer.growth.vcpus(lock(&self.sizes.pod).values()), resizer.growth.max.vcpus);
+        let (wanted, most) = (resizer.growth.vcpus(lock(&self.limits.pod).values()), resizer.growth.max.vcpus);
         if wanted > most {
             tracing::info!(
                 wanted,
@@ -98,30 +98,30 @@ impl Shim {
 
     fn pod_size(&self) -> Option<Size> {
         let growth = &self.sandbox.resizer()?.growth;
-        Some(growth.size(lock(&self.sizes.pod).values(), !self.sizes.changed.load(Ordering::Relaxed)))
+        Some(growth.size(lock(&self.limits.pod).values(), !self.limits.updated.load(Ordering::Relaxed)))
     }
 
-    /// Resizes the pod to what its containers need, but at least to `least`.
-    async fn resize(&self, least: Size) -> Result<(), ServiceError> {
-        match self.sandbox.resizer().zip(self.target(Some(least))) {
+    /// Resizes the pod to what its containers need, but at least to `min_size`.
+    async fn resize(&self, min_size: Size) -> Result<(), ServiceError> {
+        match self.sandbox.resizer().zip(self.target(Some(min_size))) {
             Some((resizer, target)) => resizer.resize(target).await.map_err(ServiceError::failed),
             None => Ok(()),
         }
     }
 
-    fn target(&self, least: Option<Size>) -> Option<Target> {
+    fn target(&self, min_size: Option<Size>) -> Option<Target> {
         let (growth, size) = (&self.sandbox.resizer()?.growth, self.pod_size()?);
         let pods_huge_mib = self.sandbox.huge_mib();
-        let pod = lock(&self.sizes.pod);
+        let pod = lock(&self.limits.pod);
         let huge_mib = growth.huge_mib(pod.values()).max(pods_huge_mib);
         let host = growth.host_limits(pod.values());
-        Some(Target { size: least.map_or(size, |least| size.max(least)), huge_mib, host })
+        Some(Target { size: min_size.map_or(size, |min_size| size.max(min_size)), huge_mib, host })
     }
 }
 
 /// An update of one container's limits that has begun.
 #[derive(Debug)]
-pub(crate) struct Change {
+pub(crate) struct LimitsUpdate {
     before: Limits,
     after: Limits,
 }

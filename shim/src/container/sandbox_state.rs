@@ -11,20 +11,20 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::container::process::Exit;
-use crate::container::{KILLED, Shim};
+use crate::container::{EXIT_STATUS_KILLED, Shim};
 use crate::error::ServiceError;
 use crate::lock;
 use crate::pod;
-use crate::sandbox::launch::Pending;
+use crate::sandbox::launch::DeferredLaunch;
 use crate::sandbox::launch::hostname;
 
 /// Timeout for the request that creates the sandbox. containerd sends it right after the answer to `start`.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// State of the sandbox that the controller's requests change.
-pub struct State {
+pub struct SandboxState {
     /// What the launch needs; taken by the launch.
-    pending: Mutex<Option<Pending>>,
+    pending: Mutex<Option<DeferredLaunch>>,
     /// Set if a request created the sandbox. It then stays until a request ends it.
     created: OnceLock<Created>,
     /// Whether a request to stop has arrived.
@@ -41,9 +41,9 @@ struct Created {
     files: Option<PathBuf>,
 }
 
-impl State {
+impl SandboxState {
     /// Returns the initial state; `pending` is set if the specification is still to come.
-    pub fn new(pending: Option<Pending>) -> Self {
+    pub fn new(pending: Option<DeferredLaunch>) -> Self {
         Self {
             pending: Mutex::new(pending),
             created: OnceLock::new(),
@@ -79,8 +79,8 @@ impl State {
     }
 
     /// Records the end of the VM.
-    pub fn ended(&self) {
-        let status = if *lock(&self.stopping) { 0 } else { KILLED };
+    pub fn record_end(&self) {
+        let status = if *lock(&self.stopping) { 0 } else { EXIT_STATUS_KILLED };
         self.exit.send_if_modified(|exit| {
             let first = exit.is_none();
             exit.get_or_insert(Exit { status, at: SystemTime::now() });
@@ -92,7 +92,7 @@ impl State {
     pub async fn wait(&self) -> Exit {
         let ended = self.exit.subscribe().wait_for(Option::is_some).await.map(|exit| *exit);
         // Unreachable fallback: the sender belongs to `self`.
-        ended.ok().flatten().unwrap_or(Exit { status: KILLED, at: SystemTime::now() })
+        ended.ok().flatten().unwrap_or(Exit { status: EXIT_STATUS_KILLED, at: SystemTime::now() })
     }
 }
 
@@ -101,9 +101,9 @@ impl Shim {
     ///
     /// A sandbox whose bundle has a specification is already booting.
     pub(crate) async fn create_sandbox(&self, config: &PodSandboxConfig, netns: &str) -> Result<(), ServiceError> {
-        let pending = lock(&self.api.pending).take();
+        let pending = lock(&self.sandbox_state.pending).take();
         let (created, launch) = match pending {
-            None if self.api.is_created() || self.sandbox.is_dead() => {
+            None if self.sandbox_state.is_created() || self.sandbox.is_dead() => {
                 return Err(ServiceError::Exists(self.sandbox.id.clone()));
             }
             None => (Created { spec: json!({}), files: None }, None),
@@ -120,13 +120,13 @@ impl Shim {
             }
         };
         let spec = created.spec.clone();
-        if self.api.created.set(created).is_err() {
+        if self.sandbox_state.created.set(created).is_err() {
             return Err(ServiceError::Exists(self.sandbox.id.clone()));
         }
         if let Some(pending) = launch {
             pending.launch(spec, &self.sandbox).await.map_err(ServiceError::failed)?;
             // A stop may have arrived during the launch, before there was a VM to kill.
-            if *lock(&self.api.stopping) {
+            if *lock(&self.sandbox_state.stopping) {
                 self.sandbox.kill();
             }
         }
@@ -135,20 +135,20 @@ impl Shim {
 
     /// Stops the sandbox with everything that runs in it, and waits for its end.
     pub(crate) async fn stop_sandbox(&self) {
-        *lock(&self.api.stopping) = true;
+        *lock(&self.sandbox_state.stopping) = true;
         // Dropping `pending` closes the report channel, which ends a sandbox that was never launched.
-        drop(lock(&self.api.pending).take());
+        drop(lock(&self.sandbox_state.pending).take());
         self.sandbox.end().await;
-        self.api.wait().await;
+        self.sandbox_state.wait().await;
     }
 
     /// Returns if no request creates this sandbox within `CREATE_TIMEOUT`; otherwise never.
     pub async fn create_timed_out(self: &Arc<Self>) {
-        if lock(&self.api.pending).is_none() {
+        if lock(&self.sandbox_state.pending).is_none() {
             return std::future::pending().await;
         }
         tokio::time::sleep(CREATE_TIMEOUT).await;
-        if lock(&self.api.pending).is_none() {
+        if lock(&self.sandbox_state.pending).is_none() {
             std::future::pending().await
         }
     }

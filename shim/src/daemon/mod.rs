@@ -19,7 +19,7 @@ use crate::events::{Destination, Events, RetryPolicy};
 use crate::log;
 use crate::oci::Bundle;
 use crate::sandbox::boot::pipe_pair;
-use crate::sandbox::launch::{self, LaunchContext, Pending};
+use crate::sandbox::launch::{self, DeferredLaunch, LaunchContext};
 use crate::sandbox::state_dir::StateDir;
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
@@ -149,14 +149,14 @@ async fn serve(args: DaemonArgs, context: LaunchContext, launch: Launch, vmm_log
             sandbox.launch(*input, reports);
             None
         }
-        Launch::Deferred(share) => Some(Pending { context, share, dir, reports }),
+        Launch::Deferred(share) => Some(DeferredLaunch { context, share, dir, reports }),
     };
     let events = Events::start(&namespace, destination, RetryPolicy::default());
     let shim = Shim::new(&namespace, sandbox, events, reported, pending);
     let code = match listen(listener, &shim).await {
         Ok(mut server) => {
             tokio::select! {
-                () = shim.finished() => {}
+                () = shim.wait_finished() => {}
                 () = shim.create_timed_out() => {
                     tracing::warn!("no request to create the sandbox arrived: the shim ends");
                 }

@@ -7,12 +7,12 @@
 //!
 //! [`connect`] changes the calling thread's network namespace. In the daemon it runs while there is a single thread.
 
-mod follow;
-pub mod forward;
+pub mod port_forwarding;
 mod read;
-mod steer;
+mod sk_lookup;
 pub mod sync;
 mod tap;
+mod watcher;
 
 use std::fs::File;
 use std::io;
@@ -20,14 +20,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use husk_netlink::Netlink;
-use husk_proto::agent::NetworkRequest;
+use husk_proto::agent::UpdateNetworkRequest;
 use husk_vmm::control::wire;
 use nix::sched::{CloneFlags, setns};
 
 use read::Link;
 
-pub use follow::{Change, NetworkWatcher};
-pub use steer::PortForwarding;
+pub use sk_lookup::PortForwarding;
+pub use watcher::{NetworkChange, NetworkWatcher};
 
 /// Maximum number of fds in the message that creates a VM, apart from those of its interfaces.
 const VM_FDS: usize = 4;
@@ -38,7 +38,7 @@ pub struct Network {
     /// The taps, one for each interface.
     pub taps: Vec<Tap>,
     /// Interfaces with their addresses, and the configured routes, rules and neighbours.
-    pub config: NetworkRequest,
+    pub config: UpdateNetworkRequest,
     /// The watcher for later changes, with the socket that becomes readable when something has changed.
     pub watcher: Option<(NetworkWatcher, OwnedFd)>,
     /// Accepts connections that host processes open inside the namespace.
@@ -130,16 +130,16 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
         let list = || read::links(&netlink).map_err(kernel_error("list interfaces"));
         // Subscribes before the first listing: otherwise an interface that changes after it would be missed.
-        let before = follow::subscribe();
+        let before = watcher::subscribe();
         let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
         // The new taps have queued messages in the first subscription, which would wake the watcher for nothing. A
         // subscription made now has none. It suffices if no interface has changed since the first listing.
-        let after = follow::subscribe();
+        let after = watcher::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (config, unsupported) = read::network(&netlink, &links)?;
-        follow::log_unsupported(&unsupported);
+        watcher::log_unsupported(&unsupported);
         let watcher = notices
             .and_then(|notices| Ok((NetworkWatcher::new(&taps, (config.clone(), unsupported), options)?, notices)));
         let network = Network {
@@ -149,7 +149,7 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
             watcher: watcher
                 .inspect_err(|error| tracing::warn!(%error, "failed to watch the pod's network for changes"))
                 .ok(),
-            port_forwarding: steer_connections(),
+            port_forwarding: start_port_forwarding(),
         };
         Ok(network)
     })?
@@ -162,9 +162,9 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
 }
 
 /// Starts port forwarding: steers TCP connections that host processes open in the current namespace to the shim.
-fn steer_connections() -> Option<PortForwarding> {
+fn start_port_forwarding() -> Option<PortForwarding> {
     // Best effort.
-    steer::current_namespace()
+    sk_lookup::attach_to_current_namespace()
         .inspect_err(|error| tracing::warn!(%error, "port forwarding is not available: failed to steer connections"))
         .ok()
 }
@@ -173,10 +173,14 @@ fn steer_connections() -> Option<PortForwarding> {
 /// starts port forwarding.
 pub fn watch_new(path: &Path, forward_ports: bool, options: TapOptions) -> Result<Network, NetworkError> {
     in_namespace(path, || {
-        let notices = follow::subscribe();
+        let notices = watcher::subscribe();
         let watcher = notices.and_then(|notices| Ok((NetworkWatcher::new(&[], Default::default(), options)?, notices)));
         let watcher = Some(watcher.map_err(kernel_error("subscribe to changes"))?);
-        Ok(Network { watcher, port_forwarding: forward_ports.then(steer_connections).flatten(), ..Network::default() })
+        Ok(Network {
+            watcher,
+            port_forwarding: forward_ports.then(start_port_forwarding).flatten(),
+            ..Network::default()
+        })
     })?
 }
 

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use husk_proto::agent::{ReleaseRequest, RescanRequest};
+use husk_proto::agent::{BindDeviceRequest, UnbindDeviceRequest};
 use husk_vmm::config::{FdIndex, NetConfig};
 use husk_vmm::control::{Answer, Call};
 use nix::errno::Errno;
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::async_fd::register;
 use crate::lock;
-use crate::network::{Change, NetworkError, NetworkWatcher, Tap};
+use crate::network::{NetworkChange, NetworkError, NetworkWatcher, Tap};
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::{Vmm, VmmError};
 
@@ -57,8 +57,13 @@ impl NetworkSync {
     pub fn start(watcher: NetworkWatcher, notices: OwnedFd, vmm: Vmm, agent: Agent) -> Self {
         let (request, mut requests) = mpsc::unbounded_channel();
         let end = vmm.clone();
-        let mut guest =
-            Guest { watcher: Arc::new(Mutex::new(watcher)), vmm, agent, unscanned: Vec::new(), removed: Vec::new() };
+        let mut guest = Guest {
+            watcher: Arc::new(Mutex::new(watcher)),
+            vmm,
+            agent,
+            unbound_slots: Vec::new(),
+            removed: Vec::new(),
+        };
         let updates = async move {
             let Err(error) = watch(notices, &mut requests, &mut guest).await else { return };
             tracing::warn!(%error, "stopped watching the pod's network: the guest gets no further changes");
@@ -155,7 +160,7 @@ struct Guest {
     vmm: Vmm,
     agent: Agent,
     /// Slots of attached interfaces that the guest has not scanned yet.
-    unscanned: Vec<u32>,
+    unbound_slots: Vec<u32>,
     /// MAC addresses of devices whose interfaces have disappeared.
     removed: Vec<[u8; 6]>,
 }
@@ -175,11 +180,11 @@ impl Apply for Guest {
 
 impl Guest {
     /// Applies a change. Taps that are attached are removed from `change`, so that a retry does not attach them again.
-    async fn apply_change(&mut self, change: &mut Change) -> Result<(), NetworkSyncError> {
-        self.rescan().await?;
+    async fn apply_change(&mut self, change: &mut NetworkChange) -> Result<(), NetworkSyncError> {
+        self.bind_devices().await?;
         if !change.taps.is_empty() || !self.removed.is_empty() {
             let rest = change.without_new();
-            self.agent.sandbox.network(within(timeouts::SLOW), &rest).await.map_err(NetworkSyncError::Guest)?;
+            self.agent.sandbox.update_network(within(timeouts::SLOW), &rest).await.map_err(NetworkSyncError::Guest)?;
         }
         // Before attaching, because a new interface may have the MAC address of an old one.
         self.detach_removed().await?;
@@ -191,10 +196,14 @@ impl Guest {
                 _ => return Err(NetworkSyncError::Plug(VmmError::Unexpected)),
             };
             change.taps.remove(0);
-            self.unscanned.push(slot);
-            self.rescan().await?;
+            self.unbound_slots.push(slot);
+            self.bind_devices().await?;
         }
-        self.agent.sandbox.network(within(timeouts::SLOW), &change.current).await.map_err(NetworkSyncError::Guest)?;
+        self.agent
+            .sandbox
+            .update_network(within(timeouts::SLOW), &change.current)
+            .await
+            .map_err(NetworkSyncError::Guest)?;
         Ok(())
     }
 
@@ -202,8 +211,12 @@ impl Guest {
     async fn detach_removed(&mut self) -> Result<(), NetworkSyncError> {
         while let Some(&mac) = self.removed.last() {
             if let (Answer::Attached { slot }, _) = self.call(Call::FindNet(mac), &[]).await? {
-                let request = ReleaseRequest { slot, ..Default::default() };
-                self.agent.sandbox.release(within(timeouts::SLOW), &request).await.map_err(NetworkSyncError::Guest)?;
+                let request = UnbindDeviceRequest { slot, ..Default::default() };
+                self.agent
+                    .sandbox
+                    .unbind_device(within(timeouts::SLOW), &request)
+                    .await
+                    .map_err(NetworkSyncError::Guest)?;
                 self.call(Call::Detach { slot }, &[]).await?;
             }
             self.removed.pop();
@@ -215,12 +228,12 @@ impl Guest {
         self.vmm.call(call, fds).await.map_err(NetworkSyncError::Plug)
     }
 
-    /// Has the guest scan the slots to which interfaces were attached.
-    async fn rescan(&mut self) -> Result<(), NetworkSyncError> {
-        while let Some(&slot) = self.unscanned.last() {
-            let request = RescanRequest { slot, ..Default::default() };
-            self.agent.sandbox.rescan(within(timeouts::QUICK), &request).await.map_err(NetworkSyncError::Guest)?;
-            self.unscanned.pop();
+    /// Has the guest bind the devices of attached interfaces to their driver.
+    async fn bind_devices(&mut self) -> Result<(), NetworkSyncError> {
+        while let Some(&slot) = self.unbound_slots.last() {
+            let request = BindDeviceRequest { slot, ..Default::default() };
+            self.agent.sandbox.bind_device(within(timeouts::QUICK), &request).await.map_err(NetworkSyncError::Guest)?;
+            self.unbound_slots.pop();
         }
         Ok(())
     }
@@ -242,7 +255,7 @@ fn drain(notices: &AsyncFd<OwnedFd>) -> io::Result<bool> {
 }
 
 /// Reads the pod's network, on a new thread because the thread joins the pod's network namespace.
-async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<Change>, NetworkSyncError> {
+async fn read_change(watcher: &Arc<Mutex<NetworkWatcher>>) -> Result<Option<NetworkChange>, NetworkSyncError> {
     let (done, changes) = oneshot::channel();
     let watcher = Arc::clone(watcher);
     let thread = std::thread::Builder::new().name("pod-network".into()).spawn(move || {

@@ -34,8 +34,8 @@ const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
 /// Priorities of filters: the lowest number is tried first.
-const FIRST: u16 = 1;
-const SECOND: u16 = 2;
+const FIRST_PRIORITY: u16 = 1;
+const SECOND_PRIORITY: u16 = 2;
 
 /// Creates the tap of `link` in the current network namespace.
 pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap, NetworkError> {
@@ -86,7 +86,11 @@ pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
         result => result,
     };
     ignore_missing(netlink.change(Message::new(libc::RTM_DELLINK, 0, &link_header(tap, 0, 0))))?;
-    ignore_missing(netlink.change(Message::new(libc::RTM_DELTFILTER, 0, &tcmsg(link, 0, INGRESS, tcm_info(FIRST)))))
+    ignore_missing(netlink.change(Message::new(
+        libc::RTM_DELTFILTER,
+        0,
+        &tcmsg(link, 0, INGRESS, tcm_info(FIRST_PRIORITY)),
+    )))
 }
 
 /// Opens `/dev/vhost-net` as an `O_PATH` fd, through which the VMM opens it later. Returns `None` if the host has none.
@@ -121,7 +125,7 @@ fn ingress(netlink: &Netlink, from: i32) -> io::Result<()> {
 
 /// `tc filter add dev FROM ingress prio 1 matchall action mirred egress redirect dev TO`
 fn redirect(netlink: &Netlink, from: i32, to: i32) -> io::Result<()> {
-    filter(netlink, from, FIRST, "matchall", &nest(&[(TCA_MATCHALL_ACT, &mirred(to))]))
+    filter(netlink, from, FIRST_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &mirred(to))]))
 }
 
 /// Sets up MAC anti-spoofing: redirects frames from `from` whose source MAC is `mac` to `to`, and drops all others.
@@ -140,8 +144,8 @@ fn redirect_from_mac(netlink: &Netlink, from: i32, to: i32, mac: [u8; 6]) -> boo
         (TCA_FLOWER_KEY_ETH_SRC_MASK, &[0xff; 6]),
         (TCA_FLOWER_ACT, &mirred(to)),
     ]);
-    filter(netlink, from, SECOND, "matchall", &nest(&[(TCA_MATCHALL_ACT, &drop)]))
-        .and_then(|()| filter(netlink, from, FIRST, "flower", &mac_filter))
+    filter(netlink, from, SECOND_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &drop)]))
+        .and_then(|()| filter(netlink, from, FIRST_PRIORITY, "flower", &mac_filter))
         .inspect_err(|error| tracing::info!(%error, "no MAC anti-spoofing by the host: the VMM forwards frames"))
         .is_ok()
 }

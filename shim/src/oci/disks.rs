@@ -15,7 +15,7 @@ pub struct Disk {
 
 /// Device numbers of a block device in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Numbers {
+pub struct DeviceNumbers {
     /// Major number.
     pub major: u32,
     /// Minor number.
@@ -23,7 +23,7 @@ pub struct Numbers {
 }
 
 /// Returns the block devices in `linux.devices`.
-pub fn of(spec: &Value) -> Vec<Disk> {
+pub fn find(spec: &Value) -> Vec<Disk> {
     let mut disks = Vec::new();
     for device in list(spec, "/linux/devices").filter(|device| is_block(device)) {
         if let (Some(major), Some(minor)) = (number(device, "major"), number(device, "minor")) {
@@ -54,7 +54,7 @@ fn writable(spec: &Value, major: u32, minor: u32) -> bool {
 ///
 /// # Errors
 /// If `spec` is not JSON.
-pub fn replace_disk_numbers(spec: &[u8], disks: &[(Disk, Numbers)]) -> serde_json::Result<Vec<u8>> {
+pub fn replace_disk_numbers(spec: &[u8], disks: &[(Disk, DeviceNumbers)]) -> serde_json::Result<Vec<u8>> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     for path in ["/linux/devices", "/linux/resources/devices"] {
         let Some(entries) = spec.pointer_mut(path).and_then(Value::as_array_mut) else { continue };
@@ -104,21 +104,23 @@ mod tests {
 
     #[test]
     fn disks_are_found_with_their_write_access() {
-        assert_eq!(of(&spec("rwm")), [Disk { major: 7, minor: 1, read_only: false }]);
-        assert_eq!(of(&spec("r")), [Disk { major: 7, minor: 1, read_only: true }]);
+        assert_eq!(find(&spec("rwm")), [Disk { major: 7, minor: 1, read_only: false }]);
+        assert_eq!(find(&spec("r")), [Disk { major: 7, minor: 1, read_only: true }]);
         let mut all = spec("r");
         all["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
-        assert!(!of(&all)[0].read_only);
-        assert_eq!(of(&json!({})), []);
-        assert_eq!(of(&json!({ "linux": { "devices": [{ "type": "b", "major": -1, "minor": 0 }] } })), []);
+        assert!(!find(&all)[0].read_only);
+        assert_eq!(find(&json!({})), []);
+        assert_eq!(find(&json!({ "linux": { "devices": [{ "type": "b", "major": -1, "minor": 0 }] } })), []);
     }
 
     #[test]
     fn replace_disk_numbers_changes_disks_only() {
         let disk = Disk { major: 7, minor: 1, read_only: false };
-        let replaced =
-            replace_disk_numbers(spec("rwm").to_string().as_bytes(), &[(disk, Numbers { major: 254, minor: 16 })])
-                .unwrap();
+        let replaced = replace_disk_numbers(
+            spec("rwm").to_string().as_bytes(),
+            &[(disk, DeviceNumbers { major: 254, minor: 16 })],
+        )
+        .unwrap();
         let replaced: Value = serde_json::from_slice(&replaced).unwrap();
         assert_eq!(replaced["linux"]["devices"][0]["major"], 254);
         assert_eq!(

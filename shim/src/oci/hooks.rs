@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use crate::oci::json::{TranslateError, present, unsupported};
 
 /// Keeps only the hooks that the guest runs: `startContainer`, whose program is in the container's image.
-pub fn keep_guests(hooks: &mut Map<String, Value>) -> Result<(), TranslateError> {
+pub fn keep_guest_hooks(hooks: &mut Map<String, Value>) -> Result<(), TranslateError> {
     if present(hooks, "createContainer") {
         // Its program is on the host, but it has to run in the container's namespaces: no place has both.
         let message =
@@ -23,9 +23,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keep_guests_keeps_start_container_hooks_only() {
+    fn keep_guest_hooks_keeps_start_container_hooks_only() {
         let hook = |name: &str| json!([{ "path": name }]);
-        let keep = |mut value: Value| keep_guests(value.as_object_mut().unwrap()).map(|()| value);
+        let keep = |mut value: Value| keep_guest_hooks(value.as_object_mut().unwrap()).map(|()| value);
         let all = json!({
             "createRuntime": hook("/b"), "prestart": hook("/a"), "startContainer": hook("/c"), "poststop": hook("/d"),
             "createContainer": []

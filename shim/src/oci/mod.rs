@@ -15,7 +15,7 @@ pub mod translate;
 pub mod update;
 
 pub use bundle::{Bundle, BundleError};
-pub use disks::{Disk, Numbers, replace_disk_numbers};
+pub use disks::{DeviceNumbers, Disk, replace_disk_numbers};
 pub use id_mappings::{IdMapping, IdMappings};
 pub use json::TranslateError;
 pub use spec::{Hook, Mount, Network, Resources, Spec};

@@ -165,13 +165,13 @@ pub struct Resources {
     pub memory: Option<Memory>,
     /// Huge pages.
     #[serde(default, rename = "hugepageLimits", deserialize_with = "or_default")]
-    pub huge: Vec<HugePages>,
+    pub hugepage_limits: Vec<HugepageLimit>,
 }
 
 /// A limit of huge pages of one size.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct HugePages {
+pub struct HugepageLimit {
     /// Size of the pages, such as `2MB`, which means 2 MiB (OCI runtime specification, config-linux, "Huge page
     /// limits").
     pub page_size: String,

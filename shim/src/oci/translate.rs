@@ -19,7 +19,7 @@ pub fn spec(
 ) -> Result<(), TranslateError> {
     let spec = raw.as_object_mut().ok_or(TranslateError::Type("the specification"))?;
     if let Some(hooks) = object(spec, "hooks")? {
-        hooks::keep_guests(hooks)?;
+        hooks::keep_guest_hooks(hooks)?;
     }
     if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
         root.insert("path".into(), guest_rootfs(id).into());
@@ -107,8 +107,8 @@ fn linux(
     Ok(())
 }
 
-/// Replaces paths of host namespaces by paths of the sandbox's namespaces (see `husk_proto::GUEST_NS`), or of another
-/// container's PID namespace.
+/// Replaces paths of host namespaces by paths of the sandbox's namespaces (see `husk_proto::GUEST_NAMESPACES`), or of
+/// another container's PID namespace.
 fn namespaces(
     linux: &mut Map<String, Value>,
     pids: &HashMap<u32, String>,
@@ -125,14 +125,14 @@ fn namespaces(
         match (kind, target) {
             // The pod's user namespace, which the guest creates from the mappings even if the host has one already.
             ("user", _) => {
-                namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NS).into());
+                namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NAMESPACES).into());
             }
             ("cgroup", _) if joins => notes.push("cgroup namespace not joined: the container gets a new one".into()),
             ("pid", Some(id)) => {
-                namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PIDS).into());
+                namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PID_NAMESPACES).into());
             }
             (kind, _) if joins => {
-                let path = format!("{}/{kind}", husk_proto::GUEST_NS);
+                let path = format!("{}/{kind}", husk_proto::GUEST_NAMESPACES);
                 namespace.insert("path".into(), path.into());
             }
             _ => {}

@@ -21,15 +21,15 @@ const HOST_MIB: u64 = 32;
 /// The part of it that they need at least, in MiB. The rest is page cache.
 const MIN_HOST_MIB: u64 = 12;
 /// Guest memory divided by the size of its page tables: those of host and guest are 1/512 each if all of it is used.
-const PAGE_TABLES: u64 = 256;
+const MEMORY_TO_PAGE_TABLES: u64 = 256;
 /// CPU time that the VMM's device threads and the guest's kernel may use beside the containers' quota, in millicores.
-const HOST_MILLIS: u64 = 250;
+const HOST_CPU_MILLIS: u64 = 250;
 
 /// Resource limits of a container; `None` means unlimited.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
     /// CPU quota in millicores.
-    pub millis: Option<u64>,
+    pub cpu_millis: Option<u64>,
     /// CPU request as cgroup shares, used if there is no quota.
     pub shares: u64,
     /// The host's CPUs that it may run on.
@@ -38,7 +38,7 @@ pub struct Limits {
     pub memory: Option<u64>,
     /// Limit of huge pages in bytes. Zero if there is no limit, since only a container that asks for huge pages gets
     /// some.
-    pub huge: u64,
+    pub huge_page_bytes: u64,
 }
 
 /// Size of a VM.
@@ -54,9 +54,9 @@ pub struct Size {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostLimits {
     /// Whether memory is limited. The limit itself depends on the guest's memory.
-    pub memory: bool,
+    pub has_memory_limit: bool,
     /// CPU quota in millicores.
-    pub millis: Option<u64>,
+    pub cpu_millis: Option<u64>,
     /// The host's CPUs that they may run on.
     pub cpus: Option<CpuSet>,
 }
@@ -75,9 +75,9 @@ pub struct Growth {
 
 impl Limits {
     /// Returns the limits of a specification.
-    pub fn of(resources: &Resources) -> Self {
+    pub fn from_resources(resources: &Resources) -> Self {
         let mut limits = Self::default();
-        limits.change(resources);
+        limits.apply(resources);
         limits
     }
 
@@ -85,20 +85,20 @@ impl Limits {
     ///
     /// # Errors
     /// If the request is not `LinuxResources`.
-    pub fn updated(mut self, raw: &[u8]) -> Result<Self, serde_json::Error> {
+    pub fn with_update(mut self, raw: &[u8]) -> Result<Self, serde_json::Error> {
         #[derive(Deserialize)]
         struct UpdateRequest(Option<Resources>);
         if let UpdateRequest(Some(resources)) = serde_json::from_slice(raw)? {
-            self.change(&resources);
+            self.apply(&resources);
         }
         Ok(self)
     }
 
-    fn change(&mut self, resources: &Resources) {
-        let Resources { cpu, memory, huge } = resources;
+    fn apply(&mut self, resources: &Resources) {
+        let Resources { cpu, memory, hugepage_limits } = resources;
         // A quota of 0 and a period alone count as unset; -1 means unlimited.
         if let Some(quota) = cpu.as_ref().and_then(|cpu| cpu.quota).filter(|&quota| quota != 0) {
-            self.millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
+            self.cpu_millis = millis(quota, cpu.as_ref().and_then(|cpu: &Cpu| cpu.period));
         }
         if let Some(shares) = cpu.as_ref().and_then(|cpu| cpu.shares).filter(|&shares| shares != 0) {
             self.shares = shares;
@@ -109,8 +109,8 @@ impl Limits {
         if let Some(limit) = memory.as_ref().and_then(|memory: &Memory| memory.limit).filter(|&limit| limit != 0) {
             self.memory = u64::try_from(limit).ok();
         }
-        if let Some(pages) = huge.iter().find(|pages| pages.page_size == HUGE_PAGE) {
-            self.huge = pages.limit;
+        if let Some(pages) = hugepage_limits.iter().find(|pages| pages.page_size == HUGE_PAGE) {
+            self.huge_page_bytes = pages.limit;
         }
     }
 }
@@ -120,7 +120,7 @@ impl Limits {
     /// less.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
-        self.millis.into_iter().chain(set).min()
+        self.cpu_millis.into_iter().chain(set).min()
     }
 }
 
@@ -184,21 +184,23 @@ impl Growth {
 
     /// Returns the huge pages that these containers may use, in MiB.
     pub fn huge_mib<'a>(&self, containers: impl Iterator<Item = &'a Limits>) -> u64 {
-        containers.map(|limits| limits.huge).fold(0, u64::saturating_add).div_ceil(MIB)
+        containers.map(|limits| limits.huge_page_bytes).fold(0, u64::saturating_add).div_ceil(MIB)
     }
 
     /// Returns the host's limits for these containers. A resource is limited only if every container has a limit for
     /// it.
     pub fn host_limits<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone) -> HostLimits {
         let some = containers.clone().next().is_some();
-        let all =
-            containers.clone().map(|limits| limits.millis).try_fold(0u64, |sum, one| Some(sum.saturating_add(one?)));
+        let all = containers
+            .clone()
+            .map(|limits| limits.cpu_millis)
+            .try_fold(0u64, |sum, one| Some(sum.saturating_add(one?)));
         let mut sets = containers.clone().map(|limits| limits.cpus.clone());
         let first = sets.next().flatten();
         HostLimits {
-            memory: some && containers.clone().all(|limits| limits.memory.is_some()),
+            has_memory_limit: some && containers.clone().all(|limits| limits.memory.is_some()),
             cpus: first.and_then(|first| sets.try_fold(first, |all, one| Some(all.union(&one?)))),
-            millis: all.filter(|_| some).map(|millis| millis.saturating_add(HOST_MILLIS)),
+            cpu_millis: all.filter(|_| some).map(|millis| millis.saturating_add(HOST_CPU_MILLIS)),
         }
     }
 }
@@ -221,16 +223,16 @@ pub fn page_metadata_mib(mib: u64) -> u64 {
 ///
 /// It is large enough that the VMM is never killed for memory that the guest uses.
 pub fn host_bytes(guest_mib: u64) -> u64 {
-    guest_mib.saturating_add(guest_mib / PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
+    guest_mib.saturating_add(guest_mib / MEMORY_TO_PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
 }
 
 /// Returns the guest memory in MiB that fits into a host limit of `bytes`, beside what the VMM and the shim need.
 pub fn guest_mib(bytes: u64) -> u64 {
-    (bytes / MIB).saturating_sub(MIN_HOST_MIB).saturating_mul(PAGE_TABLES) / (PAGE_TABLES + 1)
+    (bytes / MIB).saturating_sub(MIN_HOST_MIB).saturating_mul(MEMORY_TO_PAGE_TABLES) / (MEMORY_TO_PAGE_TABLES + 1)
 }
 
 /// Resource limits of a pod's containers, by container id.
-pub type Pod = HashMap<String, Limits>;
+pub type PodLimits = HashMap<String, Limits>;
 
 /// Returns the number of CPUs for a request of `shares`, rounded up.
 pub fn cpus_of_shares(shares: u64) -> u64 {
@@ -251,7 +253,7 @@ mod tests {
     }
 
     fn limits(millis: impl Into<Option<u64>>, mib: impl Into<Option<u64>>) -> Limits {
-        Limits { millis: millis.into(), memory: mib.into().map(|mib| mib << 20), ..Limits::default() }
+        Limits { cpu_millis: millis.into(), memory: mib.into().map(|mib| mib << 20), ..Limits::default() }
     }
 
     fn size(containers: &[Limits], start: bool) -> (u8, u64) {
@@ -287,7 +289,7 @@ mod tests {
         assert_eq!(host(&[]), HostLimits::default());
         assert_eq!(
             host(&[limits(500, 1), limits(1000, 1)]),
-            HostLimits { memory: true, millis: Some(1750), cpus: None }
+            HostLimits { has_memory_limit: true, cpu_millis: Some(1750), cpus: None }
         );
         assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
@@ -301,7 +303,7 @@ mod tests {
     #[test]
     fn cpusets_limit_vcpus_and_the_host_limit_is_their_union() {
         let on = |cpus: &str, millis| Limits {
-            millis,
+            cpu_millis: millis,
             cpus: Some(cpus.parse().unwrap()),
             memory: Some(1),
             ..Limits::default()
@@ -317,19 +319,19 @@ mod tests {
 
     #[test]
     fn huge_pages_add_up_with_their_page_metadata() {
-        let huge = |mib: u64| Limits { huge: mib << 20, ..limits(1, 100) };
+        let huge = |mib: u64| Limits { huge_page_bytes: mib << 20, ..limits(1, 100) };
         let growth = growth();
         assert_eq!(growth.huge_mib([huge(6), huge(2), limits(1, 1)].iter()), 8);
         assert_eq!(size(&[huge(8)], false).1, 164 + 2 + 4);
         assert_eq!(size(&[huge(1024)], false).1, 164 + 16 + 4);
         let update =
             json!({"hugepageLimits": [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4 << 20}]});
-        assert_eq!(limits(1, 100).updated(update.to_string().as_bytes()).unwrap(), huge(4));
+        assert_eq!(limits(1, 100).with_update(update.to_string().as_bytes()).unwrap(), huge(4));
     }
 
     #[test]
     fn update_changes_only_the_limits_it_names() {
-        let update = |before: Limits, raw: Value| before.updated(raw.to_string().as_bytes()).unwrap();
+        let update = |before: Limits, raw: Value| before.with_update(raw.to_string().as_bytes()).unwrap();
         let before = limits(1000, 100);
         let update = |limits: &Limits, raw: Value| update(limits.clone(), raw);
         assert_eq!(update(&before, json!({})), before);
@@ -342,7 +344,7 @@ mod tests {
         let on = |cpus: &str| Limits { cpus: Some(cpus.parse().unwrap()), ..before.clone() };
         assert_eq!(update(&before, json!({"cpu": {"cpus": "1-2"}})), on("1-2"));
         assert_eq!(update(&on("1-2"), json!({"cpu": {"cpus": ""}})), on("1-2"));
-        assert!(before.clone().updated(br#"{"cpu": {"cpus": "x"}}"#).is_err());
-        assert!(before.clone().updated(b"[1").is_err());
+        assert!(before.clone().with_update(br#"{"cpu": {"cpus": "x"}}"#).is_err());
+        assert!(before.clone().with_update(b"[1").is_err());
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::oci::cpuset::CpuSet;
-use crate::resources::cgroup::Place;
+use crate::resources::cgroup::CgroupLocation;
 use crate::resources::growth::{HostLimits, guest_mib, host_bytes};
 use crate::systemd::{Property, Unit, Value};
 
@@ -19,40 +19,40 @@ const NO_LIMIT: u64 = 1 << 62;
 /// Returns the maximum guest memory, in MiB, within the limit of the parent cgroup, which the kubelet sets for the pod.
 ///
 /// The limit changes with the pod. If a guest used more memory, the kernel would kill the VMM.
-pub fn max_guest_mib(place: &Place) -> u64 {
-    parent_limit(place, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
+pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
+    parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
 
 /// Returns the pod's limit of 2 MiB huge pages in the parent cgroup, in MiB; zero if there is no limit.
 ///
 /// The kubelet sets a limit for every pod. containerd by default sets none for containers
 /// (`disable_hugetlb_controller`).
-pub fn huge_mib(place: &Place) -> u64 {
-    parent_limit(place, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
+pub fn huge_mib(location: &CgroupLocation) -> u64 {
+    parent_limit(location, "hugetlb", ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"]).unwrap_or(0) >> 20
 }
 
 /// Reads a limit of the parent cgroup, by its file names in cgroup v2 and v1. Returns `None` if there is no limit.
-fn parent_limit(place: &Place, controller: &str, [unified, legacy]: [&str; 2]) -> Option<u64> {
-    let file = if matches!(place, Place::Unified(_)) { unified } else { legacy };
-    let text = std::fs::read_to_string(place.of(controller)?.parent()?.join(file)).ok()?;
+fn parent_limit(location: &CgroupLocation, controller: &str, [v2_file, v1_file]: [&str; 2]) -> Option<u64> {
+    let file = if matches!(location, CgroupLocation::V2(_)) { v2_file } else { v1_file };
+    let text = std::fs::read_to_string(location.controller_dir(controller)?.parent()?.join(file)).ok()?;
     text.trim().parse::<u64>().ok().filter(|&limit| limit < NO_LIMIT)
 }
 
 /// Returns the lowest task limit of the parent cgroups: the pod's (the kubelet's `podPidsLimit`) and its ancestors'.
 ///
 /// On the host the limit counts only the few threads of the VMM and none of the pod's processes. The guest enforces it.
-pub fn pids(place: &Place) -> Option<u64> {
+pub fn pids_max(location: &CgroupLocation) -> Option<u64> {
     let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok()?.trim().parse().ok();
-    place.of("pids")?.ancestors().skip(1).filter_map(limit).min()
+    location.controller_dir("pids")?.ancestors().skip(1).filter_map(limit).min()
 }
 
 /// Returns the number of bytes from which the kernel reclaims memory of the sandbox; `None` if there is no limit.
-pub fn memory(place: &Place) -> Option<u64> {
-    let legacy = matches!(place, Place::Legacy(_));
-    let file = if legacy { "memory.limit_in_bytes" } else { "memory.high" };
-    let text = std::fs::read_to_string(place.of("memory")?.join(file)).ok()?;
+pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
+    let is_v1 = matches!(location, CgroupLocation::V1(_));
+    let file = if is_v1 { "memory.limit_in_bytes" } else { "memory.high" };
+    let text = std::fs::read_to_string(location.controller_dir("memory")?.join(file)).ok()?;
     let limit = text.trim().parse().ok().filter(|&limit| limit < NO_LIMIT)?;
-    let parent = parent_limit(place, "memory", ["memory.max", "memory.limit_in_bytes"]).filter(|_| legacy);
+    let parent = parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).filter(|_| is_v1);
     Some(parent.map_or(limit, |parent| limit.min(parent)))
 }
 
@@ -63,54 +63,54 @@ pub fn memory(place: &Place) -> Option<u64> {
 ///
 /// If the cgroup is a systemd scope, systemd is told of the limits afterwards, so that it writes values that are
 /// already set. This process, not the host's service manager, thus waits for memory to be reclaimed.
-pub fn set(place: &Place, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
-    let millis = limits.millis.map(|millis| rounded(unit, millis));
-    let cpus = limits.cpus.clone().or_else(|| all_cpus(place));
-    let limits = &HostLimits { millis, cpus, ..limits.clone() };
-    write(place, limits, guest_mib);
+pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
+    let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
+    let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
+    let limits = &HostLimits { cpu_millis, cpus, ..limits.clone() };
+    write(location, limits, guest_mib);
     if let Some(unit) = unit
-        && let Err(error) = unit.set(&properties(place, limits, guest_mib))
+        && let Err(error) = unit.set(&properties(location, limits, guest_mib))
     {
         tracing::warn!(error = %crate::chain(&error), "failed to tell systemd the limits: it may revert them");
     }
 }
 
 /// Rounds a CPU limit up as systemd does: it stores a quota in hundredths of a CPU.
-fn rounded(unit: Option<&Unit>, millis: u64) -> u64 {
+fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
 /// Returns all CPUs of the parent cgroup if the sandbox has a list that must be reset.
 ///
 /// The kernel accepts no empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change: ENOSPC).
-fn all_cpus(place: &Place) -> Option<CpuSet> {
-    let Place::Unified(path) = place else { return None };
+fn all_cpus(location: &CgroupLocation) -> Option<CpuSet> {
+    let CgroupLocation::V2(path) = location else { return None };
     let read = |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).ok()?.parse().ok();
     read(path, "cpuset.cpus").and_then(|_: CpuSet| read(path.parent()?, "cpuset.cpus.effective"))
 }
 
 /// Returns the limits as properties of a scope (org.freedesktop.systemd1(5), systemd.resource-control(5)).
-fn properties(place: &Place, limits: &HostLimits, guest_mib: u64) -> Vec<Property> {
+fn properties(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) -> Vec<Property> {
     let number = |value: Option<u64>| Value::U64(value.unwrap_or(u64::MAX));
-    let memory = limits.memory.then(|| host_bytes(guest_mib));
-    let quota = limits.millis.map(|millis| millis.saturating_mul(1000));
+    let memory = limits.has_memory_limit.then(|| host_bytes(guest_mib));
+    let quota = limits.cpu_millis.map(|millis| millis.saturating_mul(1000));
     let mut all = vec![("CPUQuotaPerSecUSec", number(quota))];
-    match place {
-        Place::Unified(_) => {
+    match location {
+        CgroupLocation::V2(_) => {
             all.push(("MemoryMax", number(memory)));
-            all.push(("MemoryHigh", number(memory.map(|max| high(place, max)))));
+            all.push(("MemoryHigh", number(memory.map(|max| memory_high(location, max)))));
             // Since systemd 244; set only if the limits name CPUs.
             all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
         }
         // systemd does not have all controllers of cgroup v1 as properties.
-        Place::Legacy(_) => all.push(("MemoryLimit", number(memory))),
+        CgroupLocation::V1(_) => all.push(("MemoryLimit", number(memory))),
     }
     all
 }
 
-fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
-    let memory = limits.memory.then(|| host_bytes(guest_mib).to_string());
-    let quota = limits.millis.map(|millis| (millis.saturating_mul(PERIOD) / 1000).to_string());
+fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
+    let memory = limits.has_memory_limit.then(|| host_bytes(guest_mib).to_string());
+    let quota = limits.cpu_millis.map(|millis| (millis.saturating_mul(PERIOD) / 1000).to_string());
     let cpus = limits.cpus.as_ref().map(ToString::to_string);
     let write = |dir: Option<&Path>, file: &str, value: &str| {
         let Some(dir) = dir else { return };
@@ -118,11 +118,11 @@ fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
             tracing::warn!(%error, file, value, "failed to set a limit of the sandbox's cgroup");
         }
     };
-    let cpuset = place.of("cpuset");
-    match place {
-        Place::Unified(path) => {
+    let cpuset = location.controller_dir("cpuset");
+    match location {
+        CgroupLocation::V2(path) => {
             write(Some(path), "memory.max", memory.as_deref().unwrap_or("max"));
-            let high = limits.memory.then(|| high(place, host_bytes(guest_mib)).to_string());
+            let high = limits.has_memory_limit.then(|| memory_high(location, host_bytes(guest_mib)).to_string());
             write(Some(path), "memory.high", high.as_deref().unwrap_or("max"));
             write(Some(path), "cpu.max", &format!("{} {PERIOD}", quota.as_deref().unwrap_or("max")));
             // Without a list, the cgroup has the CPUs of its parent.
@@ -130,10 +130,10 @@ fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
                 write(cpuset, "cpuset.cpus", &cpus);
             }
         }
-        Place::Legacy(_) => {
-            write(place.of("memory"), "memory.limit_in_bytes", memory.as_deref().unwrap_or("-1"));
-            write(place.of("cpu"), "cpu.cfs_period_us", &PERIOD.to_string());
-            write(place.of("cpu"), "cpu.cfs_quota_us", quota.as_deref().unwrap_or("-1"));
+        CgroupLocation::V1(_) => {
+            write(location.controller_dir("memory"), "memory.limit_in_bytes", memory.as_deref().unwrap_or("-1"));
+            write(location.controller_dir("cpu"), "cpu.cfs_period_us", &PERIOD.to_string());
+            write(location.controller_dir("cpu"), "cpu.cfs_quota_us", quota.as_deref().unwrap_or("-1"));
             let all = || std::fs::read_to_string(cpuset?.parent()?.join("cpuset.cpus")).ok();
             if let Some(cpus) = cpus.or_else(all) {
                 write(cpuset, "cpuset.cpus", &cpus);
@@ -144,8 +144,8 @@ fn write(place: &Place, limits: &HostLimits, guest_mib: u64) {
 
 /// Returns the limit at which the sandbox is throttled, below the limit at which it or the pod is killed. Memory can
 /// still be reclaimed then.
-fn high(place: &Place, max: u64) -> u64 {
-    let parent = parent_limit(place, "memory", ["memory.max", "memory.limit_in_bytes"]);
+fn memory_high(location: &CgroupLocation, max: u64) -> u64 {
+    let parent = parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]);
     parent.map_or(max, |parent| max.min(parent)).saturating_sub(THROTTLE_MARGIN)
 }
 
@@ -154,18 +154,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pids_returns_the_lowest_limit_above() {
+    fn pids_max_returns_the_lowest_limit_above() {
         let dir = tempfile::tempdir().unwrap();
         let sandbox = dir.path().join("kubepods/pod/sandbox");
         std::fs::create_dir_all(&sandbox).unwrap();
         let limit = |name: &str, text: &str| std::fs::write(dir.path().join(name).join("pids.max"), text).unwrap();
         limit("kubepods/pod/sandbox", "7\n");
-        assert_eq!(pids(&Place::Unified(sandbox.clone())), None);
+        assert_eq!(pids_max(&CgroupLocation::V2(sandbox.clone())), None);
         limit("kubepods/pod", "max\n");
         limit("kubepods", "5000\n");
-        assert_eq!(pids(&Place::Unified(sandbox.clone())), Some(5000));
+        assert_eq!(pids_max(&CgroupLocation::V2(sandbox.clone())), Some(5000));
         limit("kubepods/pod", "100\n");
-        assert_eq!(pids(&Place::Unified(sandbox.clone())), Some(100));
+        assert_eq!(pids_max(&CgroupLocation::V2(sandbox.clone())), Some(100));
     }
 
     #[test]
@@ -173,18 +173,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
         std::fs::create_dir(&pod).unwrap();
-        let place = Place::Unified(pod.clone());
+        let location = CgroupLocation::V2(pod.clone());
         let cpus = || std::fs::read_to_string(pod.join("cpuset.cpus")).ok();
         std::fs::write(dir.path().join("cpuset.cpus.effective"), "0-7\n").unwrap();
-        set(&place, None, &HostLimits::default(), 100);
+        set(&location, None, &HostLimits::default(), 100);
         assert_eq!(cpus(), None);
         // An empty list, as before the first write.
         std::fs::write(pod.join("cpuset.cpus"), "\n").unwrap();
-        set(&place, None, &HostLimits::default(), 100);
+        set(&location, None, &HostLimits::default(), 100);
         assert_eq!(cpus().as_deref(), Some("\n"));
-        set(&place, None, &HostLimits { cpus: Some("1-3".parse().unwrap()), ..HostLimits::default() }, 100);
+        set(&location, None, &HostLimits { cpus: Some("1-3".parse().unwrap()), ..HostLimits::default() }, 100);
         assert_eq!(cpus().as_deref(), Some("1-3"));
-        set(&place, None, &HostLimits::default(), 100);
+        set(&location, None, &HostLimits::default(), 100);
         assert_eq!(cpus().as_deref(), Some("0-7"));
     }
 
@@ -192,31 +192,36 @@ mod tests {
     fn parent_limits_are_read_in_cgroup_v1_and_v2() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("pod");
-        let legacy = Place::Legacy(vec![(vec!["memory".to_owned()], pod.clone())]);
+        let v1 = CgroupLocation::V1(vec![(vec!["memory".to_owned()], pod.clone())]);
         std::fs::write(dir.path().join("memory.max"), "max\n").unwrap();
         std::fs::write(dir.path().join("memory.limit_in_bytes"), "9223372036854771712\n").unwrap();
-        assert_eq!((max_guest_mib(&Place::Unified(pod.clone())), max_guest_mib(&legacy)), (u64::MAX, u64::MAX));
+        assert_eq!((max_guest_mib(&CgroupLocation::V2(pod.clone())), max_guest_mib(&v1)), (u64::MAX, u64::MAX));
         std::fs::write(dir.path().join("memory.max"), "1073741824\n").unwrap();
         std::fs::write(dir.path().join("memory.limit_in_bytes"), "536870912\n").unwrap();
         assert_eq!(
-            (max_guest_mib(&Place::Unified(pod)), max_guest_mib(&legacy)),
+            (max_guest_mib(&CgroupLocation::V2(pod)), max_guest_mib(&v1)),
             (guest_mib(1 << 30), guest_mib(512 << 20))
         );
-        assert_eq!(huge_mib(&legacy), 0);
+        assert_eq!(huge_mib(&v1), 0);
     }
 
     #[test]
     fn set_writes_cgroup_v1_files() {
         let dir = tempfile::tempdir().unwrap();
         let names = ["cpu", "cpuset", "memory"].map(str::to_owned).to_vec();
-        let (pod, place) = (dir.path().join("pod"), Place::Legacy(vec![(names, dir.path().join("pod"))]));
+        let (pod, location) = (dir.path().join("pod"), CgroupLocation::V1(vec![(names, dir.path().join("pod"))]));
         std::fs::create_dir(&pod).unwrap();
         std::fs::write(dir.path().join("cpuset.cpus"), "0-7").unwrap();
         let read = |file: &str| std::fs::read_to_string(pod.join(file)).unwrap();
-        set(&place, None, &HostLimits { memory: true, millis: Some(1500), cpus: Some("1-3".parse().unwrap()) }, 100);
+        set(
+            &location,
+            None,
+            &HostLimits { has_memory_limit: true, cpu_millis: Some(1500), cpus: Some("1-3".parse().unwrap()) },
+            100,
+        );
         assert_eq!([read("cpu.cfs_quota_us"), read("cpuset.cpus")], ["150000", "1-3"]);
         assert_eq!(read("memory.limit_in_bytes"), host_bytes(100).to_string());
-        set(&place, None, &HostLimits::default(), 100);
+        set(&location, None, &HostLimits::default(), 100);
         assert_eq!([read("cpu.cfs_quota_us"), read("memory.limit_in_bytes"), read("cpuset.cpus")], ["-1", "-1", "0-7"]);
     }
 
@@ -226,19 +231,20 @@ mod tests {
         let pod = dir.path().join("pod");
         std::fs::create_dir(&pod).unwrap();
         std::fs::write(dir.path().join("memory.max"), (100u64 << 20).to_string()).unwrap();
-        let (place, unit) = (Place::Unified(pod.clone()), Unit::new("a.scope"));
-        let limits = HostLimits { memory: true, millis: Some(1505), cpus: Some("1-3,9".parse().unwrap()) };
-        assert_eq!((rounded(Some(&unit), 1505), rounded(None, 1505)), (1510, 1505));
+        let (location, unit) = (CgroupLocation::V2(pod.clone()), Unit::new("a.scope"));
+        let limits =
+            HostLimits { has_memory_limit: true, cpu_millis: Some(1505), cpus: Some("1-3,9".parse().unwrap()) };
+        assert_eq!((round_cpu_millis(Some(&unit), 1505), round_cpu_millis(None, 1505)), (1510, 1505));
         let expected = vec![
             ("CPUQuotaPerSecUSec", Value::U64(1_505_000)),
             ("MemoryMax", Value::U64(host_bytes(128))),
             ("MemoryHigh", Value::U64(96 << 20)),
             ("AllowedCPUs", Value::Bytes(vec![0b1110, 0b10])),
         ];
-        assert_eq!(properties(&place, &limits, 128), expected);
-        let none = properties(&place, &HostLimits::default(), 128);
+        assert_eq!(properties(&location, &limits, 128), expected);
+        let none = properties(&location, &HostLimits::default(), 128);
         assert!(none.len() == 3 && none.iter().all(|(_, value)| *value == Value::U64(u64::MAX)));
-        let legacy = properties(&Place::Legacy(Vec::new()), &limits, 128);
-        assert_eq!(legacy.last(), Some(&("MemoryLimit", Value::U64(host_bytes(128)))));
+        let v1 = properties(&CgroupLocation::V1(Vec::new()), &limits, 128);
+        assert_eq!(v1.last(), Some(&("MemoryLimit", Value::U64(host_bytes(128)))));
     }
 }

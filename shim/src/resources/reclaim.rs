@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use husk_proto::agent::ForgetRequest;
+use husk_proto::agent::DropCachesRequest;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use crate::async_fd::register;
 use crate::lock;
-use crate::resources::cgroup::Place;
+use crate::resources::cgroup::CgroupLocation;
 use crate::resources::limits;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
@@ -40,12 +40,12 @@ const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
 const MARGIN: u64 = 2 << 20;
 
 /// Starts to watch, until the VM ends.
-pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
+pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
     let guest = Guest { agent, last: Mutex::new(None) };
     tokio::spawn(async move {
         let memory = async {
-            let Some(place) = &place else { return };
-            match async { Watch::of(place)?.run(place, &guest).await }.await {
+            let Some(location) = &location else { return };
+            match async { Watch::new(location)?.run(location, &guest).await }.await {
                 // The host does not account memory, or the cgroup has no memory controller.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => tracing::warn!(%error, "failed to watch the pod's memory on the host"),
@@ -54,7 +54,7 @@ pub fn start(place: Option<Place>, agent: Agent, vmm: Vmm) {
         };
         let files = async {
             loop {
-                vmm.many_files().await;
+                vmm.wait_for_fd_shortage().await;
                 guest.drop_caches("the VMM has nearly as many files open as it can").await;
                 tokio::time::sleep(MIN_INTERVAL).await;
             }
@@ -75,10 +75,10 @@ struct Guest {
 impl Guest {
     /// Has the guest drop its cache of unused files.
     async fn drop_caches(&self, reason: &str) {
-        let pages = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
-        tracing::info!(pages, reason, "dropping the guest's file caches");
-        let request = ForgetRequest { pages, ..Default::default() };
-        if let Err(error) = self.agent.sandbox.forget(within(timeouts::SLOW), &request).await {
+        let page_cache = lock(&self.last).is_some_and(|last| last.elapsed() < PAGE_CACHE_WINDOW);
+        tracing::info!(pages = page_cache, reason, "dropping the guest's file caches");
+        let request = DropCachesRequest { page_cache, ..Default::default() };
+        if let Err(error) = self.agent.sandbox.drop_caches(within(timeouts::SLOW), &request).await {
             tracing::warn!(%error, "failed to drop the guest's file caches");
         }
         *lock(&self.last) = Some(Instant::now());
@@ -93,15 +93,15 @@ struct Watch {
 }
 
 impl Watch {
-    fn of(place: &Place) -> io::Result<Self> {
-        let dir = place.of("memory").ok_or(io::ErrorKind::NotFound)?;
-        let (notices, levels) = match place {
-            Place::Unified(_) => {
+    fn new(location: &CgroupLocation) -> io::Result<Self> {
+        let dir = location.controller_dir("memory").ok_or(io::ErrorKind::NotFound)?;
+        let (notices, levels) = match location {
+            CgroupLocation::V2(_) => {
                 let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
                 inotify.add_watch(&dir.join("memory.events"), AddWatchFlags::IN_MODIFY)?;
                 (OwnedFd::from(inotify), Vec::new())
             }
-            Place::Legacy(_) => {
+            CgroupLocation::V1(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
                 let mut levels = Vec::new();
                 // The pod's cgroup is notified of reclaim that its own limit causes.
@@ -122,11 +122,11 @@ impl Watch {
         Ok(Self { notices, _levels: levels })
     }
 
-    async fn run(&self, place: &Place, guest: &Guest) -> io::Result<()> {
+    async fn run(&self, location: &CgroupLocation, guest: &Guest) -> io::Result<()> {
         loop {
             self.next().await?;
-            let place = place.clone();
-            if tokio::task::spawn_blocking(move || is_nearly_exhausted(&place)).await.unwrap_or(false) {
+            let location = location.clone();
+            if tokio::task::spawn_blocking(move || is_nearly_exhausted(&location)).await.unwrap_or(false) {
                 guest.drop_caches("the pod's memory on the host is used up").await;
             }
             tokio::time::sleep(MIN_INTERVAL).await;
@@ -151,19 +151,19 @@ impl Watch {
 }
 
 /// Returns whether nearly all of the limit is memory that the host's kernel cannot reclaim.
-fn is_nearly_exhausted(place: &Place) -> bool {
-    match (limits::memory(place), unreclaimable(place)) {
+fn is_nearly_exhausted(location: &CgroupLocation) -> bool {
+    match (limits::reclaim_threshold(location), unreclaimable(location)) {
         (Some(limit), Some(unreclaimable)) => unreclaimable.saturating_add(MARGIN) >= limit,
         _ => false,
     }
 }
 
 /// Returns the cgroup's memory without its page cache, in bytes.
-fn unreclaimable(place: &Place) -> Option<u64> {
-    let dir = place.of("memory")?;
-    let (usage, prefix) = match place {
-        Place::Unified(_) => ("memory.current", ""),
-        Place::Legacy(_) => ("memory.usage_in_bytes", "total_"),
+fn unreclaimable(location: &CgroupLocation) -> Option<u64> {
+    let dir = location.controller_dir("memory")?;
+    let (usage, prefix) = match location {
+        CgroupLocation::V2(_) => ("memory.current", ""),
+        CgroupLocation::V1(_) => ("memory.usage_in_bytes", "total_"),
     };
     let usage: u64 = read(dir, usage)?.trim().parse().ok()?;
     let stat = read(dir, "memory.stat")?;
@@ -190,16 +190,16 @@ mod tests {
         let pod = dir.path().join("pod");
         fs::create_dir(&pod).unwrap();
         let write = |file: &str, text: String| fs::write(pod.join(file), text).unwrap();
-        let place = Place::Unified(pod.clone());
-        assert!(!is_nearly_exhausted(&place));
+        let location = CgroupLocation::V2(pod.clone());
+        assert!(!is_nearly_exhausted(&location));
         write("memory.current", (100u64 << 20).to_string());
         write("memory.stat", format!("anon 1\nfile 9\ninactive_file {}\nactive_file 0\nslab 3\n", 10 << 20));
-        assert!(!is_nearly_exhausted(&place));
+        assert!(!is_nearly_exhausted(&location));
         write("memory.high", "max\n".into());
-        assert!(!is_nearly_exhausted(&place));
+        assert!(!is_nearly_exhausted(&location));
         write("memory.high", format!("{}\n", 101u64 << 20));
-        assert!(!is_nearly_exhausted(&place));
+        assert!(!is_nearly_exhausted(&location));
         write("memory.high", format!("{}\n", 91u64 << 20));
-        assert!(is_nearly_exhausted(&place));
+        assert!(is_nearly_exhausted(&location));
     }
 }

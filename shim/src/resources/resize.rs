@@ -7,11 +7,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::agent::{HugePagesRequest, ProcessorsRequest, RescanRequest};
-use husk_vmm::control::{Answer, Call, Pages};
+use husk_proto::agent::{BindDeviceRequest, SetHugePagesRequest, SetOnlineVcpusRequest};
+use husk_vmm::control::{Answer, Call, PageKind};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::resources::cgroup::Place;
+use crate::resources::cgroup::CgroupLocation;
 use crate::resources::growth::{Growth, HostLimits, Size};
 use crate::resources::{hugepages, limits};
 use crate::systemd::Unit;
@@ -97,29 +97,29 @@ impl Resizer {
         growth: Growth,
         vmm: Vmm,
         state: StateCell,
-        cgroup: Option<(Place, Option<Unit>)>,
+        cgroup: Option<(CgroupLocation, Option<Unit>)>,
         record: RecordSize,
     ) -> Self {
         let (jobs, requests) = mpsc::unbounded_channel();
-        let now = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
-        let vm = Vm {
+        let current = Target { size: growth.boot, huge_mib: 0, host: HostLimits::default() };
+        let task = ResizeTask {
             vmm,
             state,
             cgroup,
             record,
             start: growth.boot,
-            now,
+            current,
             complete: true,
             slots: Slots::default(),
             plugged_mib: 0,
             shrinking: None,
         };
-        tokio::spawn(vm.run(requests));
+        tokio::spawn(task.run(requests));
         Self { growth, jobs }
     }
 
     /// Like [`Resizer::resize`], but does not wait.
-    pub fn post(&self, target: Target) {
+    pub fn queue(&self, target: Target) {
         // The task lives as long as this handle.
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
     }
@@ -142,15 +142,15 @@ pub type RecordSize = Arc<dyn Fn(Size) + Send + Sync>;
 type Shrinking = Pin<Box<dyn Future<Output = Option<u64>> + Send>>;
 
 /// The task's state.
-struct Vm {
+struct ResizeTask {
     vmm: Vmm,
     state: StateCell,
     /// The cgroup, and its systemd unit if systemd created it.
-    cgroup: Option<(Place, Option<Unit>)>,
+    cgroup: Option<(CgroupLocation, Option<Unit>)>,
     record: RecordSize,
     start: Size,
     /// Target that was requested last.
-    now: Target,
+    current: Target,
     /// Whether that target was reached. If not, the next request retries it.
     complete: bool,
     slots: Slots,
@@ -166,7 +166,7 @@ struct Slots {
     huge: Option<u32>,
 }
 
-impl Vm {
+impl ResizeTask {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
         loop {
             let shrinking = async {
@@ -197,15 +197,15 @@ impl Vm {
 
     /// Grows what has to grow, and requests what has to shrink.
     async fn apply(&mut self, mut target: Target) -> Result<(), ResizeError> {
-        if let Some((place, _)) = &self.cgroup {
-            target.size.memory_mib = target.size.memory_mib.min(limits::max_guest_mib(place));
+        if let Some((location, _)) = &self.cgroup {
+            target.size.memory_mib = target.size.memory_mib.min(limits::max_guest_mib(location));
         }
-        target.huge_mib = target.huge_mib.max(self.now.huge_mib);
-        if target == self.now && self.complete {
+        target.huge_mib = target.huge_mib.max(self.current.huge_mib);
+        if target == self.current && self.complete {
             return Ok(());
         }
         let retry = !std::mem::replace(&mut self.complete, false);
-        let Target { size: before, huge_mib: huge_before, .. } = std::mem::replace(&mut self.now, target.clone());
+        let Target { size: before, huge_mib: huge_before, .. } = std::mem::replace(&mut self.current, target.clone());
         let wanted_mib = target.size.memory_mib.saturating_sub(self.start.memory_mib);
         let previous_mib = before.memory_mib.saturating_sub(self.start.memory_mib);
         self.plugged_mib = self.plugged_mib.max(wanted_mib);
@@ -214,21 +214,21 @@ impl Vm {
             // The new request ends an earlier wait in the VMM. The answer to that one would not be the remaining
             // memory.
             self.shrinking = None;
-            self.grow_memory(Pages::Ordinary, wanted_mib).await?;
+            self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
             let vmm = self.vmm.clone();
             self.shrinking = Some(Box::pin(async move {
-                match vmm.call(Call::Memory { pages: Pages::Ordinary, mib: wanted_mib }, &[]).await {
-                    Ok((Answer::Memory { plugged_mib }, _)) => Some(plugged_mib),
+                match vmm.call(Call::RequestMemory { pages: PageKind::Ordinary, mib: wanted_mib }, &[]).await {
+                    Ok((Answer::PluggedMemory { plugged_mib }, _)) => Some(plugged_mib),
                     _ => None,
                 }
             }));
         }
         if target.huge_mib > huge_before || (retry && target.huge_mib > 0) {
             // If this fails, the container is not created, and later targets must not include its pages.
-            self.now.huge_mib = huge_before;
+            self.current.huge_mib = huge_before;
             self.grow_huge_pages(target.huge_mib, huge_before).await?;
-            self.now.huge_mib = target.huge_mib;
+            self.current.huge_mib = target.huge_mib;
         }
         if retry || target.size.vcpus != before.vcpus {
             self.set_vcpus(target.size.vcpus).await?;
@@ -241,34 +241,36 @@ impl Vm {
         Ok(())
     }
 
-    async fn grow_memory(&mut self, pages: Pages, wanted_mib: u64) -> Result<(), ResizeError> {
+    async fn grow_memory(&mut self, pages: PageKind, wanted_mib: u64) -> Result<(), ResizeError> {
         let known = match pages {
-            Pages::Ordinary => self.slots.ordinary,
-            Pages::Huge => self.slots.huge,
+            PageKind::Ordinary => self.slots.ordinary,
+            PageKind::Huge => self.slots.huge,
         };
         if known.is_none() {
-            let slot = match self.vmm.call(Call::AttachMemory(pages), &[]).await.map_err(ResizeError::Vmm)? {
+            let slot = match self.vmm.call(Call::AttachMem(pages), &[]).await.map_err(ResizeError::Vmm)? {
                 (Answer::Attached { slot }, _) => slot,
                 _ => return Err(ResizeError::Vmm(VmmError::Unexpected)),
             };
-            let request = RescanRequest { slot, ..Default::default() };
-            let found = self.agent()?.sandbox.rescan(within(timeouts::QUICK), &request).await;
+            let request = BindDeviceRequest { slot, ..Default::default() };
+            let found = self.agent()?.sandbox.bind_device(within(timeouts::QUICK), &request).await;
             found.map_err(|error| ResizeError::Agent("memory device", error))?;
             match pages {
-                Pages::Ordinary => self.slots.ordinary = Some(slot),
-                Pages::Huge => self.slots.huge = Some(slot),
+                PageKind::Ordinary => self.slots.ordinary = Some(slot),
+                PageKind::Huge => self.slots.huge = Some(slot),
             }
         }
-        let plugged_mib =
-            match tokio::time::timeout(MEMORY_TIMEOUT, self.vmm.call(Call::Memory { pages, mib: wanted_mib }, &[]))
-                .await
-            {
-                Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
-                Err(_) => self.vmm.call(Call::PluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
-            };
+        let plugged_mib = match tokio::time::timeout(
+            MEMORY_TIMEOUT,
+            self.vmm.call(Call::RequestMemory { pages, mib: wanted_mib }, &[]),
+        )
+        .await
+        {
+            Ok(answer) => answer.map_err(ResizeError::Vmm)?.0,
+            Err(_) => self.vmm.call(Call::GetPluggedMemory(pages), &[]).await.map_err(ResizeError::Vmm)?.0,
+        };
         match plugged_mib {
-            Answer::Memory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),
-            Answer::Memory { plugged_mib } => Err(ResizeError::Memory { plugged_mib, wanted_mib }),
+            Answer::PluggedMemory { plugged_mib } if plugged_mib >= wanted_mib => Ok(()),
+            Answer::PluggedMemory { plugged_mib } => Err(ResizeError::Memory { plugged_mib, wanted_mib }),
             _ => Err(ResizeError::Vmm(VmmError::Unexpected)),
         }
     }
@@ -279,28 +281,28 @@ impl Vm {
         match hugepages::free_mib() {
             // Checked first, because a guest that does not get all the memory it was offered retries for ever.
             free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
-            _ => self.grow_memory(Pages::Huge, wanted_mib).await?,
+            _ => self.grow_memory(PageKind::Huge, wanted_mib).await?,
         }
         let wanted = wanted_mib / hugepages::PAGE_MIB;
-        let request = HugePagesRequest { count: wanted, ..Default::default() };
-        let made = self.agent()?.sandbox.huge_pages(within(timeouts::SLOW), &request).await;
+        let request = SetHugePagesRequest { count: wanted, ..Default::default() };
+        let made = self.agent()?.sandbox.set_huge_pages(within(timeouts::SLOW), &request).await;
         let count = made.map_err(|error| ResizeError::Agent("huge pages", error))?.count;
         if count >= wanted { Ok(()) } else { Err(ResizeError::HugePages { count, wanted }) }
     }
 
     async fn set_vcpus(&mut self, wanted: u8) -> Result<(), ResizeError> {
-        self.vmm.call(Call::Vcpus { count: wanted }, &[]).await.map_err(ResizeError::Vmm)?;
-        let request = ProcessorsRequest { count: wanted.into(), ..Default::default() };
-        let switched = self.agent()?.sandbox.processors(within(timeouts::SLOW), &request).await;
+        self.vmm.call(Call::HotplugVcpus { count: wanted }, &[]).await.map_err(ResizeError::Vmm)?;
+        let request = SetOnlineVcpusRequest { count: wanted.into(), ..Default::default() };
+        let switched = self.agent()?.sandbox.set_online_vcpus(within(timeouts::SLOW), &request).await;
         let online = switched.map_err(|error| ResizeError::Agent("vCPUs", error))?.online;
         if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
     }
 
     /// Sets the host's limits for what the guest may have now. Lowering a limit waits for memory to be reclaimed.
     async fn set_host_limits(&mut self) {
-        let Some((place, unit)) = self.cgroup.clone() else { return };
-        let (limits, guest_mib) = (self.now.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
-        let set = move || limits::set(&place, unit.as_ref(), &limits, guest_mib);
+        let Some((location, unit)) = self.cgroup.clone() else { return };
+        let (limits, guest_mib) = (self.current.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));
+        let set = move || limits::set(&location, unit.as_ref(), &limits, guest_mib);
         if let Err(error) = tokio::task::spawn_blocking(set).await {
             tracing::warn!(%error, "failed to set the sandbox's limits on the host");
         }
@@ -308,7 +310,7 @@ impl Vm {
 
     /// Records the pod's current size for `husk ps`.
     async fn record_size(&mut self) {
-        let (record, vcpus) = (Arc::clone(&self.record), self.now.size.vcpus);
+        let (record, vcpus) = (Arc::clone(&self.record), self.current.size.vcpus);
         let memory_mib = self.start.memory_mib.saturating_add(self.plugged_mib);
         if let Err(error) = tokio::task::spawn_blocking(move || record(Size { vcpus, memory_mib })).await {
             tracing::warn!(%error, "failed to record the size for husk ps");

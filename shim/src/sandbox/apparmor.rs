@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use husk_proto::agent::AppArmorRequest;
+use husk_proto::agent::LoadAppArmorRequest;
 
 use crate::lock;
 use crate::sandbox::Sandbox;
@@ -25,7 +25,7 @@ const UNCONFINED: &str = "unconfined";
 const MAX_POLICY: u64 = 3 << 20;
 
 /// Profiles that the guest has loaded, with a digest of each policy.
-pub type Loaded = Mutex<HashMap<String, u64>>;
+pub type LoadedProfiles = Mutex<HashMap<String, u64>>;
 
 /// Error of loading an AppArmor profile into the guest.
 #[derive(Debug, thiserror::Error)]
@@ -82,8 +82,8 @@ impl Sandbox {
         if lock(&self.profiles).get(profile) == Some(&digest) {
             return Ok(());
         }
-        let request = AppArmorRequest { policy, ..Default::default() };
-        let loaded = agent.sandbox.app_armor(within(timeouts::SLOW), &request).await;
+        let request = LoadAppArmorRequest { policy, ..Default::default() };
+        let loaded = agent.sandbox.load_app_armor(within(timeouts::SLOW), &request).await;
         loaded.map_err(|source| AppArmorError::Guest { profile: profile.to_owned(), source })?;
         lock(&self.profiles).insert(profile.to_owned(), digest);
         Ok(())

@@ -12,7 +12,7 @@ use husk_config::Config;
 use husk_proto::agent::{IdMapping, Mount, SetupRequest};
 use husk_proto::{GUEST_SHM, SHARE_TAG, ports};
 use husk_vmm::config::{FdIndex, ShareConfig, VmConfig};
-use husk_vmm::control::{Call, ExitReason, Notice, Step};
+use husk_vmm::control::{BootStep, Call, ExitReason, Notice};
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
@@ -20,7 +20,7 @@ use crate::network::Network;
 use crate::network::sync::net_config;
 use crate::oci;
 use crate::oci::IdMappings;
-use crate::resources::Sizing;
+use crate::resources::BootSize;
 use crate::resources::hugepages;
 use crate::sandbox::timeline::Timeline;
 use crate::vm::agent::Agent;
@@ -52,13 +52,13 @@ pub struct Pod {
 }
 
 /// Everything that a boot needs. Prepared while the VMM process starts.
-pub struct Plan {
+pub struct BootPlan {
     /// Configuration of the guest for its pod.
     pub pod: Pod,
     /// The operator's configuration.
     pub config: Config,
     /// vCPUs and memory at boot, and what they may grow to.
-    pub sizing: Sizing,
+    pub boot_size: BootSize,
     /// Directory that the VMM serves to the guest: the guest's view of the share.
     pub share: PathBuf,
     /// `/dev/kvm`.
@@ -119,12 +119,12 @@ pub enum BootError {
     Setup(#[source] ttrpc::Error),
 }
 
-impl Plan {
+impl BootPlan {
     /// Opens the files that a boot needs.
     ///
     /// # Errors
     /// [`BootError::Open`] with the file that cannot be opened.
-    pub fn open(pod: Pod, config: Config, sizing: Sizing, share: PathBuf) -> Result<Self, BootError> {
+    pub fn open(pod: Pod, config: Config, boot_size: BootSize, share: PathBuf) -> Result<Self, BootError> {
         let open = |what, path: &std::path::Path, write| {
             File::options().read(true).write(write).open(path).map_err(|source| BootError::Open {
                 what,
@@ -138,7 +138,7 @@ impl Plan {
             kernel: open("guest kernel", &config.kernel, false)?,
             initrd: open("guest's initial RAM file system", &config.initrd, false)?,
             config,
-            sizing,
+            boot_size,
             share,
         })
     }
@@ -156,7 +156,7 @@ struct Progress {
 /// # Errors
 /// [`BootError`]; with the last lines of the console if the guest ended or the boot timed out.
 pub async fn boot(
-    plan: Plan,
+    plan: BootPlan,
     vmm: &Vmm,
     notices: mpsc::UnboundedReceiver<Notice>,
     timeline: &Arc<Timeline>,
@@ -198,21 +198,21 @@ pub async fn boot(
 }
 
 /// Has the VMM create the VM and starts it.
-async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
+async fn create(plan: &BootPlan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootError> {
     let huge_mib = hugepages::pool_mib();
     let mut fds = vec![plan.kvm.as_fd(), plan.kernel.as_fd(), plan.initrd.as_fd(), console.as_fd()];
     let net = plan.pod.network.taps.iter().map(|tap| net_config(tap, &mut fds)).collect();
     let config = VmConfig {
         id: plan.pod.id.clone(),
-        vcpus: plan.sizing.vcpus,
-        max_vcpus: plan.sizing.growth.max.vcpus,
-        memory_mib: plan.sizing.memory_mib,
-        max_memory_mib: plan.sizing.growth.max.memory_mib,
+        vcpus: plan.boot_size.vcpus,
+        max_vcpus: plan.boot_size.growth.max.vcpus,
+        memory_mib: plan.boot_size.memory_mib,
+        max_memory_mib: plan.boot_size.growth.max.memory_mib,
         huge_mib,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: FdIndex(2),
-        kernel_params: format!("{} {}", plan.config.kernel_params, plan.sizing.kernel_params).trim().to_owned(),
+        kernel_params: format!("{} {}", plan.config.kernel_params, plan.boot_size.kernel_params).trim().to_owned(),
         console: FdIndex(3),
         share: Some(ShareConfig {
             tag: SHARE_TAG.to_owned(),
@@ -233,7 +233,7 @@ async fn create(plan: &Plan, vmm: &Vmm, console: OwnedFd) -> Result<(), BootErro
 }
 
 /// Connects to the agent and sets up the sandbox.
-async fn connect(plan: &Plan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -> Result<Agent, BootError> {
+async fn connect(plan: &BootPlan, vmm: &Vmm, timeline: &Timeline, limit: Duration) -> Result<Agent, BootError> {
     let stream = vmm
         .connect(ports::AGENT)
         .await
@@ -298,14 +298,14 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
     let task = async move {
         while let Some(notice) = notices.recv().await {
             match notice {
-                Notice::Mark { step, at_ns } => {
+                Notice::BootStep { step, at_ns } => {
                     timeline.mark_at(name(step), at_ns);
-                    if step == Step::AgentReady {
+                    if step == BootStep::AgentReady {
                         update.send_modify(|p| p.ready = true);
                     }
                 }
-                // Handled elsewhere: see `Vmm::many_files`.
-                Notice::ManyFiles => {}
+                // Handled elsewhere: see `Vmm::wait_for_fd_shortage`.
+                Notice::FdShortage => {}
                 Notice::Exited { reason } => {
                     let reason = match reason {
                         ExitReason::Reset => "the guest reset or powered itself off".to_owned(),
@@ -326,13 +326,13 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
     progress
 }
 
-fn name(step: Step) -> &'static str {
+fn name(step: BootStep) -> &'static str {
     match step {
-        Step::ProcessStarted => "vmm process",
-        Step::VmCreated => "vm created",
-        Step::FirstInstruction => "first guest instruction",
-        Step::AgentStarted => "agent started",
-        Step::AgentReady => "agent ready",
+        BootStep::ProcessStarted => "vmm process",
+        BootStep::VmCreated => "vm created",
+        BootStep::FirstInstruction => "first guest instruction",
+        BootStep::AgentStarted => "agent started",
+        BootStep::AgentReady => "agent ready",
     }
 }
 

@@ -10,35 +10,35 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use husk_proto::agent::{RescanRequest, SyncRequest};
+use husk_proto::agent::{BindDeviceRequest, SyncRequest};
 use husk_vmm::config::{BlkConfig, FdIndex};
 use husk_vmm::control::{Answer, Call};
 use tokio::sync::OnceCell;
 
 use crate::lock;
-use crate::oci::{Disk, Numbers};
+use crate::oci::{DeviceNumbers, Disk};
 use crate::sandbox::Sandbox;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::VmmError;
 
 /// Disks that are attached or being attached.
-pub type Plugged = Mutex<HashMap<Disk, Arc<Plug>>>;
+pub type AttachedDisks = Mutex<HashMap<Disk, Arc<AttachedDisk>>>;
 
 /// State of attaching one disk.
 #[derive(Debug, Default)]
-pub struct Plug {
+pub struct AttachedDisk {
     /// Slot of the disk. Attached once, even if finding the disk in the guest has to be retried.
     slot: OnceCell<u32>,
-    numbers: OnceCell<Numbers>,
+    numbers: OnceCell<DeviceNumbers>,
 }
 
-impl Plug {
+impl AttachedDisk {
     /// Returns the guest's device numbers. `attach` hot-plugs the disk, then `find` asks the guest for its numbers.
-    async fn get<E, F: Future<Output = Result<Numbers, E>>>(
+    async fn get_or_attach<E, F: Future<Output = Result<DeviceNumbers, E>>>(
         &self,
         attach: impl Future<Output = Result<u32, E>>,
         find: impl FnOnce(u32) -> F,
-    ) -> Result<Numbers, E> {
+    ) -> Result<DeviceNumbers, E> {
         let found = self.numbers.get_or_try_init(|| async {
             let slot = *self.slot.get_or_try_init(|| attach).await?;
             find(slot).await
@@ -86,9 +86,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`DiskError`]; the next call retries.
-    pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<Numbers, DiskError> {
-        let plug = Arc::clone(lock(&self.disks).entry(disk).or_default());
-        plug.get(self.plug(disk), |slot| find(agent, slot)).await
+    pub async fn disk(&self, agent: &Agent, disk: Disk) -> Result<DeviceNumbers, DiskError> {
+        let attached = Arc::clone(lock(&self.disks).entry(disk).or_default());
+        attached.get_or_attach(self.attach(disk), |slot| find_in_guest(agent, slot)).await
     }
 
     /// Has the guest write its dirty pages to its disks, if it has any. Waits for at most ten seconds.
@@ -108,7 +108,7 @@ impl Sandbox {
     }
 
     /// Hot-plugs the disk. Returns its slot.
-    async fn plug(&self, disk: Disk) -> Result<u32, DiskError> {
+    async fn attach(&self, disk: Disk) -> Result<u32, DiskError> {
         let Disk { major, minor, read_only } = disk;
         let file = tokio::task::spawn_blocking(move || open(disk)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
         let file = file.map_err(|source| DiskError::Open { major, minor, source })?;
@@ -123,12 +123,12 @@ impl Sandbox {
 }
 
 /// Asks the guest for the device numbers of the disk in a slot.
-async fn find(agent: &Agent, slot: u32) -> Result<Numbers, DiskError> {
-    let request = RescanRequest { slot, ..Default::default() };
-    let found = agent.sandbox.rescan(within(timeouts::SLOW), &request).await.map_err(DiskError::Guest)?;
+async fn find_in_guest(agent: &Agent, slot: u32) -> Result<DeviceNumbers, DiskError> {
+    let request = BindDeviceRequest { slot, ..Default::default() };
+    let found = agent.sandbox.bind_device(within(timeouts::SLOW), &request).await.map_err(DiskError::Guest)?;
     match found.major {
         0 => Err(DiskError::Missing),
-        major => Ok(Numbers { major, minor: found.minor }),
+        major => Ok(DeviceNumbers { major, minor: found.minor }),
     }
 }
 
@@ -158,17 +158,17 @@ mod tests {
 
     #[tokio::test]
     async fn disk_keeps_its_slot_when_the_guest_finds_it_late() {
-        let (plug, attached) = (Plug::default(), Cell::new(0));
+        let (plug, attached) = (AttachedDisk::default(), Cell::new(0));
         let attach = || async {
             attached.set(attached.get() + 1);
             Ok(attached.get())
         };
-        let numbers = Numbers { major: 254, minor: 16 };
+        let numbers = DeviceNumbers { major: 254, minor: 16 };
         let fails = |why: &'static str| move |_| std::future::ready(Err(why));
-        assert_eq!(plug.get(async { Err("no slot") }, fails("never asked")).await, Err("no slot"));
-        assert_eq!(plug.get(attach(), fails("not there")).await, Err("not there"));
+        assert_eq!(plug.get_or_attach(async { Err("no slot") }, fails("never asked")).await, Err("no slot"));
+        assert_eq!(plug.get_or_attach(attach(), fails("not there")).await, Err("not there"));
         let in_first = |slot| std::future::ready(if slot == 1 { Ok(numbers) } else { Err("elsewhere") });
-        assert_eq!((plug.get(attach(), in_first).await, attached.get()), (Ok(numbers), 1));
-        assert_eq!(plug.get(attach(), fails("asked again")).await, Ok(numbers));
+        assert_eq!((plug.get_or_attach(attach(), in_first).await, attached.get()), (Ok(numbers), 1));
+        assert_eq!(plug.get_or_attach(attach(), fails("asked again")).await, Ok(numbers));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use husk_config::Config;
-use husk_vmm::virtio::net::MOST_PAIRS;
+use husk_vmm::virtio::net::MAX_QUEUE_PAIRS;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::chain;
@@ -13,10 +13,10 @@ use crate::log;
 use crate::network;
 use crate::oci::{Bundle, IdMappings, Network, Spec};
 use crate::resources;
-use crate::resources::Sizing;
+use crate::resources::BootSize;
 use crate::resources::cgroup::Cgroup;
 use crate::resources::limits;
-use crate::sandbox::boot::{Plan, Pod};
+use crate::sandbox::boot::{BootPlan, Pod};
 use crate::sandbox::state_dir::{ProcessId, StateDir};
 use crate::sandbox::timeline::Timeline;
 use crate::sandbox::{LaunchInput, Sandbox};
@@ -39,7 +39,7 @@ pub struct LaunchContext {
 }
 
 /// A sandbox that is launched later, when its specification arrives.
-pub struct Pending {
+pub struct DeferredLaunch {
     /// The sandbox.
     pub context: LaunchContext,
     /// The guest's view of the share, or the error that prevented it.
@@ -50,7 +50,7 @@ pub struct Pending {
     pub reports: mpsc::UnboundedSender<Report>,
 }
 
-impl Pending {
+impl DeferredLaunch {
     /// Launches the sandbox. Must be called from the main thread, because the VMM process ends with the thread that
     /// spawned it.
     ///
@@ -109,7 +109,7 @@ pub fn failed(error: String) -> LaunchInput {
 }
 
 impl PartialLaunch {
-    fn finish(self, plan: Result<Plan, String>) -> LaunchInput {
+    fn finish(self, plan: Result<BootPlan, String>) -> LaunchInput {
         LaunchInput { cgroup: self.cgroup, vmm: self.vmm, plan, timeline_log: self.timeline_log }
     }
 
@@ -130,7 +130,7 @@ impl PartialLaunch {
         bundle: &Bundle,
         share: &Path,
         network: Network,
-    ) -> Result<Plan, String> {
+    ) -> Result<BootPlan, String> {
         let path = std::env::var_os("HUSK_CONFIG").map_or_else(|| PathBuf::from(husk_config::DEFAULT_PATH), Into::into);
         let config = Config::load(&path).map_err(|e| chain(&e))?;
         if !context.debug {
@@ -139,12 +139,14 @@ impl PartialLaunch {
         self.timeline_log.clone_from(&config.timeline_log);
         bundle.check().map_err(|e| chain(&e))?;
         let spec = &bundle.spec;
-        let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.place()));
+        let memory_limit_mib = self.cgroup.as_ref().map_or(u64::MAX, |cgroup| limits::max_guest_mib(cgroup.location()));
         let id_mappings = bundle.id_mappings().map_err(|e| chain(&e))?;
-        let sizing = resources::sizing(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
-        record_sandbox(context, spec, &sizing, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
-        let tap_options =
-            network::TapOptions { queue_pairs: usize::from(sizing.vcpus).min(MOST_PAIRS), vhost: config.vhost_net };
+        let boot_size = resources::boot_size(spec, &config, memory_limit_mib).map_err(|e| chain(&e))?;
+        record_sandbox(context, spec, &boot_size, self.vmm.as_ref().map_or(0, |vmm| vmm.pid));
+        let tap_options = network::TapOptions {
+            queue_pairs: usize::from(boot_size.vcpus).min(MAX_QUEUE_PAIRS),
+            vhost: config.vhost_net,
+        };
         let network = match &network {
             // CNI sets up a new namespace later: in hooks, or between Create and Start. The latter is what
             // `ctr run --cni` does, and containerd 1.7 for pods with a user namespace, which has to own the network
@@ -162,19 +164,19 @@ impl PartialLaunch {
         };
         context.timeline.mark("network connected");
         let pod = pod(context, spec, id_mappings, network);
-        Plan::open(pod, config, sizing, share.to_owned()).map_err(|e| chain(&e))
+        BootPlan::open(pod, config, boot_size, share.to_owned()).map_err(|e| chain(&e))
     }
 }
 
 /// Records the sandbox's properties for `husk ps`. Best effort.
-fn record_sandbox(context: &LaunchContext, spec: &Spec, sizing: &Sizing, vmm_pid: u32) {
+fn record_sandbox(context: &LaunchContext, spec: &Spec, boot_size: &BootSize, vmm_pid: u32) {
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let sandbox = husk_config::sandbox::Sandbox {
         id: context.sandbox.clone(),
         namespace: context.namespace.clone(),
         pod: spec.annotations.pod(),
-        vcpus: sizing.vcpus,
-        memory_mib: sizing.memory_mib,
+        vcpus: boot_size.vcpus,
+        memory_mib: boot_size.memory_mib,
         started: started.as_secs(),
         vmm_pid,
         shim_pid: std::process::id(),
@@ -208,7 +210,7 @@ pub fn hostname(name: &str) -> String {
 /// # Errors
 /// The chain of causes, as text.
 pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
-    let process = ProcessId::of(pid).ok_or_else(|| format!("process {pid} has already ended"))?;
+    let process = ProcessId::read(pid).ok_or_else(|| format!("process {pid} has already ended"))?;
     dir.write_process(name, process).map_err(|e| chain(&e))
 }
 
@@ -223,7 +225,7 @@ fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, S
     }
     let cgroup = Cgroup::enter(path, &context.namespace)
         .map_err(|error| format!("failed to enter the sandbox's cgroup {path}: {}", chain(&error)))?;
-    let dirs: Vec<_> = cgroup.place().dirs().map(|dir| dir.display().to_string()).collect();
+    let dirs: Vec<_> = cgroup.location().dirs().map(|dir| dir.display().to_string()).collect();
     let recorded = context.dir.write("cgroup", &dirs.join("\n"));
     let recorded = recorded.and_then(|()| cgroup.unit().map_or(Ok(()), |unit| context.dir.write("unit", unit.name())));
     if let Err(error) = recorded {

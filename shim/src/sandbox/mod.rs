@@ -16,7 +16,7 @@ use husk_proto::{ports, stream};
 use husk_vmm::client::Spawned;
 use tokio::sync::mpsc;
 
-use crate::network::forward;
+use crate::network::port_forwarding;
 use crate::network::sync::NetworkSync;
 use crate::random;
 use crate::resources::cgroup::Cgroup;
@@ -28,7 +28,7 @@ use crate::vm::agent::{Agent, Report};
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
 use crate::vm::{State, StateCell, agent};
-use boot::Plan;
+use boot::BootPlan;
 use timeline::Timeline;
 
 /// Input of [`Sandbox::launch`].
@@ -38,7 +38,7 @@ pub struct LaunchInput {
     /// The VMM process, if it could be started.
     pub vmm: Option<Spawned>,
     /// What to boot, or why the boot could not be prepared.
-    pub plan: Result<Plan, String>,
+    pub plan: Result<BootPlan, String>,
     /// File to which the timeline is appended at the end.
     pub timeline_log: PathBuf,
 }
@@ -53,9 +53,9 @@ pub struct Sandbox {
     state: StateCell,
     launched: OnceLock<Launched>,
     log_tail: LogTail,
-    disks: disks::Plugged,
+    disks: disks::AttachedDisks,
     propagation: propagation::Propagation,
-    profiles: apparmor::Loaded,
+    profiles: apparmor::LoadedProfiles,
     network_sync: Arc<OnceLock<NetworkSync>>,
 }
 
@@ -95,9 +95,9 @@ impl Sandbox {
             state: StateCell::default(),
             launched: OnceLock::new(),
             log_tail,
-            disks: disks::Plugged::default(),
+            disks: disks::AttachedDisks::default(),
             propagation: propagation::Propagation::default(),
-            profiles: apparmor::Loaded::default(),
+            profiles: apparmor::LoadedProfiles::default(),
             network_sync: Arc::default(),
         })
     }
@@ -118,8 +118,8 @@ impl Sandbox {
             (Ok(plan), Some(vmm)) => Some(self.start_resizer(plan, vmm, cgroup.as_ref())),
             _ => None,
         };
-        let place = cgroup.as_ref().map(|cgroup| cgroup.place().clone());
-        let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids(cgroup.place()));
+        let location = cgroup.as_ref().map(|cgroup| cgroup.location().clone());
+        let pids_max = cgroup.as_ref().and_then(|cgroup| limits::pids_max(cgroup.location()));
         let _ = self.launched.set(Launched { cgroup, vmm: vmm.clone(), resizer, timeline_log });
         let (handle, timeline, console) = (vmm, Arc::clone(&self.timeline), self.log_tail.clone());
         let (network_sync, state) = (Arc::clone(&self.network_sync), self.state.clone());
@@ -133,10 +133,10 @@ impl Sandbox {
                         (plan.pod.network.port_forwarding.take(), plan.pod.network.watcher.take());
                     let agent = boot::boot(plan, vmm, notices, &timeline, &console).await.map_err(|e| crate::chain(&e));
                     if let (Ok(_), Some(forwarding)) = (&agent, forwarding) {
-                        forward::serve(forwarding, vmm);
+                        port_forwarding::serve(forwarding, vmm);
                     }
                     if let Ok(agent) = &agent {
-                        reclaim::start(place, agent.clone(), vmm.clone());
+                        reclaim::start(location, agent.clone(), vmm.clone());
                     }
                     if let (Ok(agent), Some((watcher, notices))) = (&agent, watcher) {
                         let _ = network_sync.set(NetworkSync::start(watcher, notices, vmm.clone(), agent.clone()));
@@ -164,15 +164,15 @@ impl Sandbox {
         });
     }
 
-    fn start_resizer(&self, plan: &Plan, vmm: &Vmm, cgroup: Option<&Cgroup>) -> Resizer {
-        let cgroup = cgroup.map(|cgroup| (cgroup.place().clone(), cgroup.unit().cloned()));
+    fn start_resizer(&self, plan: &BootPlan, vmm: &Vmm, cgroup: Option<&Cgroup>) -> Resizer {
+        let cgroup = cgroup.map(|cgroup| (cgroup.location().clone(), cgroup.unit().cloned()));
         let dir = self.dir.clone();
         let record = Arc::new(move |size: Size| {
             if let Err(error) = dir.record_size(size.vcpus, size.memory_mib) {
                 tracing::warn!(error = %crate::chain(&error), "failed to record the size for husk ps");
             }
         });
-        Resizer::start(plan.sizing.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
+        Resizer::start(plan.boot_size.growth.clone(), vmm.clone(), self.state.clone(), cgroup, record)
     }
 
     /// Returns whether the boot was started.
@@ -189,7 +189,7 @@ impl Sandbox {
     pub fn huge_mib(&self) -> u64 {
         // Called for every container. Most nodes have no huge pages, and then the cgroup need not be read.
         match (hugepages::pool_mib(), self.cgroup()) {
-            (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.place()).min(pool_mib),
+            (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.location()).min(pool_mib),
             _ => 0,
         }
     }
@@ -239,7 +239,7 @@ impl Sandbox {
     /// # Errors
     /// The chain of causes, as text, because every caller gets it.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
-        self.state.running().await
+        self.state.wait_running().await
     }
 
     /// Returns the agent, if it is ready.

@@ -183,7 +183,7 @@ impl StateDir {
 
 impl ProcessId {
     /// Returns the process with this PID, if there is one.
-    pub fn of(pid: u32) -> Option<Self> {
+    pub fn read(pid: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         Some(Self { pid: i32::try_from(pid).ok()?, start: start_time(&stat)? })
     }
@@ -192,7 +192,7 @@ impl ProcessId {
     pub fn kill_and_wait(self) {
         let Ok(fd) = pidfd::open(self.pid) else { return };
         // The pidfd refers to one process. If the start time matches now, the PID cannot have been reused before.
-        if Self::of(self.pid.cast_unsigned()) != Some(self) {
+        if Self::read(self.pid.cast_unsigned()) != Some(self) {
             return;
         }
         let _ = pidfd::send_signal(fd.as_fd(), libc::SIGKILL);
@@ -245,7 +245,7 @@ mod tests {
     #[test]
     fn kill_and_wait_spares_a_reused_pid() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let id = ProcessId::of(child.id()).unwrap();
+        let id = ProcessId::read(child.id()).unwrap();
         ProcessId { start: id.start + 1, ..id }.kill_and_wait();
         assert!(child.try_wait().unwrap().is_none());
         id.kill_and_wait();

@@ -21,8 +21,8 @@ use crate::container::{Shim, run_to_completion};
 use crate::error::ServiceError;
 use crate::events::timestamp;
 use crate::pod;
-use crate::resources::cgroup::Place;
-use crate::resources::legacy_metrics;
+use crate::resources::cgroup::CgroupLocation;
+use crate::resources::cgroup_v1_metrics;
 
 /// States by their CRI names, which containerd passes on unchanged.
 const READY: &str = "SANDBOX_READY";
@@ -65,7 +65,7 @@ impl Sandbox for Handler {
         request: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        if !self.shim.api.is_created() {
+        if !self.shim.sandbox_state.is_created() {
             return Err(ServiceError::NotCreated.into());
         }
         self.shim.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
@@ -73,7 +73,7 @@ impl Sandbox for Handler {
         self.shim.sandbox.timeline.save();
         Ok(StartSandboxResponse {
             pid: self.shim.sandbox.pid(),
-            created_at: Some(timestamp(self.shim.api.created_at())).into(),
+            created_at: Some(timestamp(self.shim.sandbox_state.created_at())).into(),
             ..Default::default()
         })
     }
@@ -101,7 +101,7 @@ impl Sandbox for Handler {
 
     async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> ttrpc::Result<WaitSandboxResponse> {
         self.check(&request.sandbox_id)?;
-        let exit = self.shim.api.wait().await;
+        let exit = self.shim.sandbox_state.wait().await;
         Ok(WaitSandboxResponse {
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
@@ -115,12 +115,13 @@ impl Sandbox for Handler {
         request: SandboxStatusRequest,
     ) -> ttrpc::Result<SandboxStatusResponse> {
         self.check(&request.sandbox_id)?;
-        let Shim { sandbox, api, .. } = &*self.shim;
-        let exit = api.exit();
+        let Shim { sandbox, sandbox_state, .. } = &*self.shim;
+        let exit = sandbox_state.exit();
         let ready = exit.is_none() && sandbox.agent().is_some();
         let mut info = HashMap::new();
         if request.verbose {
-            let text = json!({ "pid": sandbox.pid(), "shimPid": std::process::id(), "runtimeSpec": api.spec() });
+            let text =
+                json!({ "pid": sandbox.pid(), "shimPid": std::process::id(), "runtimeSpec": sandbox_state.spec() });
             info.insert("info".to_owned(), text.to_string());
         }
         Ok(SandboxStatusResponse {
@@ -128,7 +129,7 @@ impl Sandbox for Handler {
             pid: if exit.is_none() { sandbox.pid() } else { 0 },
             state: if ready { READY } else { NOT_READY }.to_owned(),
             info,
-            created_at: Some(timestamp(api.created_at())).into(),
+            created_at: Some(timestamp(sandbox_state.created_at())).into(),
             exited_at: exit.map(|exit| timestamp(exit.at)).into(),
             ..Default::default()
         })
@@ -168,10 +169,11 @@ impl Sandbox for Handler {
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         self.check(&request.sandbox_id)?;
-        let cgroup = self.shim.sandbox.cgroup().map(|cgroup| cgroup.place().clone()).ok_or(ServiceError::NoMetrics)?;
+        let cgroup =
+            self.shim.sandbox.cgroup().map(|cgroup| cgroup.location().clone()).ok_or(ServiceError::NoMetrics)?;
         let read = tokio::task::spawn_blocking(move || match &cgroup {
-            Place::Unified(path) => metrics::read(path),
-            Place::Legacy(_) => legacy_metrics::read(&cgroup),
+            CgroupLocation::V2(path) => metrics::read(path),
+            CgroupLocation::V1(_) => cgroup_v1_metrics::read(&cgroup),
         })
         .await;
         let value = read.map_err(ServiceError::failed)?.write_to_bytes();
@@ -180,7 +182,7 @@ impl Sandbox for Handler {
         let metric = response.metrics.mut_or_insert_default();
         metric.id.clone_from(&self.shim.sandbox.id);
         metric.timestamp = Some(timestamp(std::time::SystemTime::now())).into();
-        metric.data = Some(Any { type_url: metrics::URL.to_owned(), value, ..Default::default() }).into();
+        metric.data = Some(Any { type_url: metrics::TYPE_URL.to_owned(), value, ..Default::default() }).into();
         Ok(response)
     }
 }

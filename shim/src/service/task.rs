@@ -17,8 +17,8 @@ use husk_proto::metrics;
 use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::container::containers::Container;
 use crate::container::process::State;
-use crate::container::state::Container;
 use crate::container::{Shim, run_to_completion};
 use crate::error::ServiceError;
 use crate::events::timestamp;
@@ -247,8 +247,10 @@ impl Task for Handler {
         let guest = StatsRequest { id: container.id.clone(), ..Default::default() };
         let answer = self.shim.agent()?.task.stats(within(timeouts::QUICK), &guest).await;
         let answer = answer.map_err(|error| self.shim.agent_error("stats", error))?;
-        let stats =
-            answer.stats.into_option().filter(|any| any.type_url == metrics::URL && any.value.len() <= MAX_METRICS);
+        let stats = answer
+            .stats
+            .into_option()
+            .filter(|any| any.type_url == metrics::TYPE_URL && any.value.len() <= MAX_METRICS);
         let stats = stats.ok_or_else(|| {
             ServiceError::failed("the agent's statistics have an unknown type or are too large".to_owned())
         })?;
@@ -266,7 +268,7 @@ impl Task for Handler {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         // A sandbox that the sandbox controller created is ended by ShutdownSandbox.
-        if self.shim.containers.is_empty() && !self.shim.api.is_created() {
+        if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
             self.shim.finish().await;
         }
         Ok(Empty::new())

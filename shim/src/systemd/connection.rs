@@ -59,7 +59,7 @@ pub enum CallError {
 
 impl CallError {
     /// Returns whether this is the D-Bus error with this name.
-    pub fn is(&self, error: &str) -> bool {
+    pub fn has_name(&self, error: &str) -> bool {
         matches!(self, Self::Failed { name, .. } if name == error)
     }
 
@@ -76,7 +76,7 @@ pub struct Connection {
     deadline: Instant,
     serial: u32,
     /// Jobs known to have ended, with their results.
-    ended: Vec<(String, String)>,
+    ended_jobs: Vec<(String, String)>,
 }
 
 impl Connection {
@@ -85,7 +85,7 @@ impl Connection {
         let deadline = Instant::now() + timeout;
         let stream = connect(path, deadline)
             .map_err(|source| CallError::Connect { path: path.display().to_string(), source })?;
-        let mut connection = Self { stream, deadline, serial: 0, ended: Vec::new() };
+        let mut connection = Self { stream, deadline, serial: 0, ended_jobs: Vec::new() };
         connection.authenticate()?;
         Ok(connection)
     }
@@ -139,11 +139,11 @@ impl Connection {
     ///
     /// # Errors
     /// Among others [`CallError::Job`], if the job's result is not `done`.
-    pub fn job(&mut self, unit: &str, member: &str, signature: &str, body: Body) -> Result<(), CallError> {
+    pub fn run_job(&mut self, unit: &str, member: &str, signature: &str, body: Body) -> Result<(), CallError> {
         let body = self.call(member, signature, body)?;
         let job = Reader::new(&body).text()?.to_owned();
         loop {
-            if let Some((_, result)) = self.ended.iter().find(|(ended, _)| *ended == job) {
+            if let Some((_, result)) = self.ended_jobs.iter().find(|(ended, _)| *ended == job) {
                 let (unit, result) = (unit.to_owned(), result.clone());
                 return if result == "done" { Ok(()) } else { Err(CallError::Job { unit, result }) };
             }
@@ -159,7 +159,7 @@ impl Connection {
         {
             let mut reader = Reader::new(&body);
             let (_id, job, _unit, result) = (reader.u32()?, reader.text()?, reader.text()?, reader.text()?);
-            self.ended.push((job.to_owned(), result.to_owned()));
+            self.ended_jobs.push((job.to_owned(), result.to_owned()));
         }
         Ok(())
     }

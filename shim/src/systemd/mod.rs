@@ -87,13 +87,13 @@ impl Scope {
         let properties = self.properties(pid);
         let start = |connection: &mut Connection| {
             let body = Body::default().text(unit).text("replace").properties(&properties).empty_structures();
-            connection.job(unit, "StartTransientUnit", "ssa(sv)a(sa(sv))", body)
+            connection.run_job(unit, "StartTransientUnit", "ssa(sv)a(sa(sv))", body)
         };
         let start_or_recover = |connection: &mut Connection| match start(connection) {
             // The previous attempt has created the scope, but systemd re-executed before it replied.
-            Err(error) if error.is(UNIT_EXISTS) && is_member(pid, unit) => Ok(()),
+            Err(error) if error.has_name(UNIT_EXISTS) && is_member(pid, unit) => Ok(()),
             // Possibly a failed scope of an earlier sandbox: systemd keeps a failed unit until it is reset.
-            Err(error) if error.is(UNIT_EXISTS) => {
+            Err(error) if error.has_name(UNIT_EXISTS) => {
                 reset_failed(connection, unit)?;
                 start(connection)
             }
@@ -161,8 +161,8 @@ impl Unit {
         let Self(unit) = self;
         let stop = |connection: &mut Connection| {
             let body = Body::default().text(unit).text("replace");
-            match connection.job(unit, "StopUnit", "ss", body) {
-                Err(error) if error.is(NO_SUCH_UNIT) => Ok(()),
+            match connection.run_job(unit, "StopUnit", "ss", body) {
+                Err(error) if error.has_name(NO_SUCH_UNIT) => Ok(()),
                 other => other,
             }
         };

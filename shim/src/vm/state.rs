@@ -100,7 +100,7 @@ impl StateCell {
     ///
     /// # Errors
     /// Why it does not: the chain of causes as text, because every caller gets it.
-    pub async fn running(&self) -> Result<Agent, Arc<str>> {
+    pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;
         match decided.as_deref() {
@@ -150,7 +150,7 @@ mod tests {
             let cell = StateCell::default();
             let waiting = tokio::spawn({
                 let cell = cell.clone();
-                async move { cell.running().await }
+                async move { cell.wait_running().await }
             });
             assert!(!cell.is_launched() && cell.agent().is_none());
             assert!(cell.enter(State::Booting) && cell.is_launched());
@@ -159,7 +159,10 @@ mod tests {
             assert_eq!(waiting.await.unwrap().map(drop), expected.map_err(Arc::from));
             // The VMM's end does not hide the reason of a failure.
             cell.enter(State::Gone);
-            assert_eq!(cell.running().await.map(drop), Err(expected.err().unwrap_or("the sandbox has ended").into()));
+            assert_eq!(
+                cell.wait_running().await.map(drop),
+                Err(expected.err().unwrap_or("the sandbox has ended").into())
+            );
         }
     }
 }

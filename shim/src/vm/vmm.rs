@@ -51,16 +51,16 @@ pub enum VmmError {
     Unexpected,
 }
 
-type Pending = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>), VmmError>>>;
+type PendingCalls = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>), VmmError>>>;
 
 struct Inner {
     control: AsyncFd<OwnedFd>,
     next: AtomicU64,
     /// `None` once the VMM has ended.
-    pending: Mutex<Option<Pending>>,
+    pending: Mutex<Option<PendingCalls>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
-    many_files: Notify,
+    fd_shortage: Notify,
 }
 
 /// A handle of a running VMM process.
@@ -116,8 +116,9 @@ impl Vmm {
             }
         };
         let (died, dead) = watch::channel(None);
-        let pending = Mutex::new(Some(Pending::new()));
-        let inner = Arc::new(Inner { control, next: AtomicU64::new(1), pending, pid, dead, many_files: Notify::new() });
+        let pending = Mutex::new(Some(PendingCalls::new()));
+        let inner =
+            Arc::new(Inner { control, next: AtomicU64::new(1), pending, pid, dead, fd_shortage: Notify::new() });
         let vmm = Self { inner: Arc::clone(&inner) };
         tokio::spawn(async move {
             read(&inner, &notices).await;
@@ -140,7 +141,7 @@ impl Vmm {
     /// # Errors
     /// As [`Vmm::call`].
     pub async fn acquire_pid(&self) -> Result<u32, VmmError> {
-        match self.call(Call::TakePid, &[]).await?.0 {
+        match self.call(Call::AcquirePid, &[]).await?.0 {
             Answer::Pid { pid } => Ok(pid),
             _ => Err(VmmError::Unexpected),
         }
@@ -148,7 +149,7 @@ impl Vmm {
 
     /// Releases a PID. Best effort: the VMM may have ended.
     pub async fn release_pid(&self, pid: u32) {
-        if let Err(error) = self.call(Call::GiveBackPid { pid }, &[]).await {
+        if let Err(error) = self.call(Call::ReleasePid { pid }, &[]).await {
             tracing::debug!(pid, %error, "failed to release a PID");
         }
     }
@@ -205,8 +206,8 @@ impl Vmm {
     }
 
     /// Waits until the VMM has so many files open for the guest that the guest should drop its caches.
-    pub async fn many_files(&self) {
-        self.inner.many_files.notified().await;
+    pub async fn wait_for_fd_shortage(&self) {
+        self.inner.fd_shortage.notified().await;
     }
 
     /// Returns the exit status, if the process has ended.
@@ -226,7 +227,7 @@ async fn read(inner: &Inner, notices: &mpsc::UnboundedSender<Notice>) {
                     let _ = waiting.send(result.map_err(VmmError::Refused));
                 }
             }
-            Ok((Reply::Notice(Notice::ManyFiles), _)) => inner.many_files.notify_one(),
+            Ok((Reply::Notice(Notice::FdShortage), _)) => inner.fd_shortage.notify_one(),
             Ok((Reply::Notice(notice), _)) => drop(notices.send(notice)),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 tracing::warn!(%error, "the VMM sent an unknown message");

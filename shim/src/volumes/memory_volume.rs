@@ -14,8 +14,8 @@ use std::{
     path::Path,
 };
 
-use husk_proto::SHARED;
-use husk_proto::agent::{VolumeDirectory, VolumeRequest};
+use husk_proto::SHARED_FS_TYPE;
+use husk_proto::agent::{MountVolumeRequest, VolumeDirectory};
 
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{kubelet_paths, mount_api};
@@ -51,7 +51,7 @@ pub fn request_for(
     path: &Path,
     id_mappings: Option<&IdMappings>,
     (container, mount): (&str, u32),
-) -> Result<Option<VolumeRequest>, MemoryVolumeError> {
+) -> Result<Option<MountVolumeRequest>, MemoryVolumeError> {
     let inspect = |what| move |error| MemoryVolumeError::Inspect(what, error);
     let fs_stat = statfs(source).map_err(inspect("stat the file system"))?;
     let (fs_type, size) = match fs_stat.f_type {
@@ -80,7 +80,7 @@ pub fn request_for(
     let volume = mount_api::open_path(&root, false).map_err(inspect("open the volume"))?;
     let directories = kubelet_paths::stat_components(&volume, &subdirectory, id_mappings);
     let (directories, _) = directories.map_err(inspect("stat a directory of the volume"))?;
-    Ok(Some(VolumeRequest {
+    Ok(Some(MountVolumeRequest {
         name: format!("{name}-{:x}", volume_stat.dev()),
         fs_type: fs_type.to_owned(),
         options: format!("{kind},mode={:o},uid={uid},gid={gid}", volume_stat.mode() & 0o7777),
@@ -97,10 +97,10 @@ pub fn subdirectory_request(
     root: &str,
     subdirectory: Vec<VolumeDirectory>,
     (container, mount): (&str, u32),
-) -> VolumeRequest {
+) -> MountVolumeRequest {
     let name = Path::new(root).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let (fs_type, container_id) = (SHARED.to_owned(), container.to_owned());
-    VolumeRequest { name, fs_type, directories: subdirectory, container_id, mount, ..Default::default() }
+    let (fs_type, container_id) = (SHARED_FS_TYPE.to_owned(), container.to_owned());
+    MountVolumeRequest { name, fs_type, directories: subdirectory, container_id, mount, ..Default::default() }
 }
 
 fn statfs(file: &OwnedFd) -> io::Result<libc::statfs> {

@@ -7,7 +7,7 @@ use std::{
     path::{Component, Path},
 };
 
-use husk_proto::{agent::VolumeRequest, volume};
+use husk_proto::{agent::MountVolumeRequest, volume};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
 use crate::oci::devices;
@@ -35,7 +35,7 @@ enum Plan {
     /// The volume is mirrored.
     Mirror { source: Volume, id_mappings: Option<IdMappings> },
     /// The guest creates a memory volume.
-    Memory(Box<VolumeRequest>),
+    Memory(Box<MountVolumeRequest>),
 }
 
 /// Volumes that must be set up in the guest before it creates the container.
@@ -44,7 +44,7 @@ pub struct GuestVolumes {
     /// Mirrored volumes.
     pub mirrors: Vec<Mirror>,
     /// Memory volumes, and subdirectories of emptyDirs.
-    pub memory: Vec<VolumeRequest>,
+    pub memory: Vec<MountVolumeRequest>,
 }
 
 /// The container and sandbox for which mounts are planned.
@@ -79,7 +79,7 @@ pub fn prepare_mount(
             Ok(Some(mirror::guest_path(context.container, index)))
         }
         Plan::Memory(request) => {
-            let path = volume::path(&request).to_string_lossy().into_owned();
+            let path = volume::guest_path(&request).to_string_lossy().into_owned();
             guest.memory.push(*request);
             Ok(Some(path))
         }
@@ -108,7 +108,7 @@ pub fn prepare_mount(
                 return Ok(Some(root));
             }
             let request = memory_volume::subdirectory_request(&root, subdirectory, (context.container, number));
-            let path = volume::path(&request).to_string_lossy().into_owned();
+            let path = volume::guest_path(&request).to_string_lossy().into_owned();
             guest.memory.push(request);
             Ok(Some(path))
         }

@@ -59,7 +59,7 @@ pub struct Series {
 
 /// Memory use at idle, in KiB.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Weight {
+pub struct MemoryUse {
     /// PSS of the VMM, without guest memory.
     pub vmm: u64,
     /// PSS of guest memory.
@@ -69,7 +69,7 @@ pub struct Weight {
 }
 
 /// Formats the report as Markdown, for `docs/performance.md`.
-pub fn report(series: &[Series], steps: &[StepTime], weight: Option<Weight>) -> String {
+pub fn report(series: &[Series], steps: &[StepTime], weight: Option<MemoryUse>) -> String {
     let mut text = String::new();
     let base = series.iter().find(|one| one.name == "runc").map_or(0.0, |one| median(&one.seconds));
     let _ = writeln!(text, "| `ctr run --rm … true` | median | fastest | slowest | runs | × runc |");
@@ -91,7 +91,7 @@ pub fn report(series: &[Series], steps: &[StepTime], weight: Option<Weight>) -> 
             before = *at;
         }
     }
-    if let Some(Weight { vmm, guest, shim }) = weight {
+    if let Some(MemoryUse { vmm, guest, shim }) = weight {
         let mib = |kib: u64| kib as f64 / 1024.0;
         let _ = writeln!(text, "\n| PSS of an idle container | MiB |\n| --- | ---: |");
         let _ = writeln!(text, "| VMM process, beside guest memory | {:.1} |", mib(vmm));
@@ -132,7 +132,7 @@ mod tests {
     fn report_shows_ratio_to_runc() {
         let series =
             [Series { name: "runc", seconds: vec![2.0] }, Series { name: "husk", seconds: vec![3.0, 3.0, 9.0] }];
-        let text = report(&series, &[StepTime { name: "shim up".into(), at: 12.0 }], Some(Weight::default()));
+        let text = report(&series, &[StepTime { name: "shim up".into(), at: 12.0 }], Some(MemoryUse::default()));
         assert!(text.contains("| husk | 3.00 s | 3.00 s | 9.00 s | 3 | 1.50 |"), "{text}");
         assert!(text.contains("| shim up | 12 ms | 12 ms |"), "{text}");
     }

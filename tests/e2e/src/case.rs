@@ -118,7 +118,7 @@ impl Case {
         patch(&mut value);
         let path = self.dir.join(format!("{id}.json"));
         fs::write(&path, serde_json::to_vec(&value).unwrap()).unwrap();
-        Run::of_config(&self.runtime, id, &path)
+        Run::from_config(&self.runtime, id, &path)
     }
 
     /// Mounts a writable busybox rootfs for this test on the node, made by containerd's snapshotter.

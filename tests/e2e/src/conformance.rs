@@ -47,16 +47,22 @@ pub fn group(name: &'static str, body: impl FnOnce(&mut Group)) {
 
 impl Group {
     /// Tests a behaviour that every runtime should have.
-    pub fn has(&mut self, behaviour: &str, probe: impl FnOnce()) {
+    pub fn check(&mut self, behaviour: &str, probe: impl FnOnce()) {
         let result = if catch_unwind(AssertUnwindSafe(probe)).is_ok() { "passes" } else { "fails" };
         self.record(behaviour, result);
     }
 
     /// Tests a behaviour that requires something a VM does not share with its host. Under Husk, `request` has to return
     /// an error that contains `word`.
-    pub fn shares(&mut self, behaviour: &str, word: &str, probe: impl FnOnce(), request: impl FnOnce() -> String) {
+    pub fn check_or_rejected(
+        &mut self,
+        behaviour: &str,
+        word: &str,
+        probe: impl FnOnce(),
+        request: impl FnOnce() -> String,
+    ) {
         if cri::handler() == "runc" {
-            return self.has(behaviour, probe);
+            return self.check(behaviour, probe);
         }
         let refused = catch_unwind(AssertUnwindSafe(|| {
             let error = request();

@@ -8,7 +8,7 @@ use std::process::Command;
 use nix::mount::{MntFlags, umount2};
 
 /// Python program: writes "changed" to `/dev/xvda` without syncing it, and keeps the device open.
-pub const WRITES: &str = r#"
+pub const WRITER_PROGRAM: &str = r#"
 import os, time
 fd = os.open("/dev/xvda", os.O_RDWR)
 os.pwrite(fd, b"changed", 1 << 20)
@@ -18,7 +18,7 @@ time.sleep(100000)
 
 /// Runs a command on the node. Fails if the command fails; returns its output.
 #[track_caller]
-pub fn on_node(command: &[&str]) -> String {
+pub fn run_on_node(command: &[&str]) -> String {
     let output = Command::new(command[0]).args(&command[1..]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     assert!(output.status.success(), "{command:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
@@ -37,13 +37,13 @@ impl Disk {
     #[track_caller]
     pub fn new(file: &Path, mib: u64) -> Self {
         File::create(file).unwrap().set_len(mib << 20).unwrap();
-        let device = on_node(&["losetup", "--find", "--show", &file.to_string_lossy()]);
+        let device = run_on_node(&["losetup", "--find", "--show", &file.to_string_lossy()]);
         Self { device, file: file.to_owned() }
     }
 
-    /// Reads the bytes at the position to which [`WRITES`] writes.
+    /// Reads the bytes at the position to which [`WRITER_PROGRAM`] writes.
     #[track_caller]
-    pub fn changed(&self) -> String {
+    pub fn read_written(&self) -> String {
         let mut seen = [0; 7];
         let mut file = File::open(&self.device).unwrap();
         file.seek(SeekFrom::Start(1 << 20)).unwrap();
@@ -54,7 +54,7 @@ impl Disk {
     /// Creates an ext4 file system on the disk.
     #[track_caller]
     pub fn format(&self) -> &Self {
-        on_node(&["mkfs.ext4", "-q", &self.device]);
+        run_on_node(&["mkfs.ext4", "-q", &self.device]);
         self
     }
 
@@ -62,7 +62,7 @@ impl Disk {
     #[track_caller]
     pub fn mount(&self, point: &Path, options: &str) -> Mounted {
         fs::create_dir_all(point).unwrap();
-        on_node(&["mount", "-t", "ext4", "-o", options, &self.device, &point.to_string_lossy()]);
+        run_on_node(&["mount", "-t", "ext4", "-o", options, &self.device, &point.to_string_lossy()]);
         Mounted(point.to_owned())
     }
 }

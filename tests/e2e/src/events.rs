@@ -34,7 +34,7 @@ impl Events {
 
     /// Returns the events of a container: `create`, `start`, `exec-added ID`, `exec-started ID`, `exit STATUS`,
     /// `exec-exit ID STATUS`, `oom`, `delete STATUS` …
-    pub fn of(&self, container: &str) -> Vec<String> {
+    pub fn for_container(&self, container: &str) -> Vec<String> {
         self.catch_up();
         let seen = self.seen.borrow();
         seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()
@@ -43,9 +43,9 @@ impl Events {
     /// Waits until a container has at least `count` events.
     #[track_caller]
     pub fn wait_for(&self, container: &str, count: usize) -> Vec<String> {
-        let enough = || Some(self.of(container)).filter(|seen| seen.len() >= count);
+        let enough = || Some(self.for_container(container)).filter(|seen| seen.len() >= count);
         node::eventually(Duration::from_secs(30), enough)
-            .unwrap_or_else(|| panic!("expected {count} events, received {:?}", self.of(container)))
+            .unwrap_or_else(|| panic!("expected {count} events, received {:?}", self.for_container(container)))
     }
 
     /// Receives all events sent so far. It triggers an event and waits for it: containerd sends events to each
@@ -107,7 +107,7 @@ fn task(envelope: &Envelope) -> Option<(String, String)> {
 }
 
 /// Replaces exec ids in events by numbers from 1, in order of first appearance.
-pub fn numbered(events: &[String]) -> Vec<String> {
+pub fn number_exec_ids(events: &[String]) -> Vec<String> {
     let mut ids: Vec<&str> = Vec::new();
     let mut all = Vec::new();
     for event in events {
@@ -133,6 +133,6 @@ mod tests {
     #[test]
     fn exec_ids_are_numbered() {
         let events = ["start", "exec-added b", "exec-added a", "exec-exit b 7", "exit 0"].map(str::to_owned);
-        assert_eq!(numbered(&events), ["start", "exec-added 1", "exec-added 2", "exec-exit 1 7", "exit 0"]);
+        assert_eq!(number_exec_ids(&events), ["start", "exec-added 1", "exec-added 2", "exec-exit 1 7", "exit 0"]);
     }
 }

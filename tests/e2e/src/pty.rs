@@ -47,7 +47,7 @@ impl Terminal {
 
     /// Types `text` on the terminal.
     #[track_caller]
-    pub fn type_in(&self, text: &str) {
+    pub fn type_text(&self, text: &str) {
         let mut rest = text.as_bytes();
         while !rest.is_empty() {
             let written = nix::unistd::write(&self.master, rest).expect("write to the terminal");

@@ -32,7 +32,7 @@ impl Run {
     }
 
     /// Creates a run of a specification.
-    pub fn of_config(runtime: &str, id: String, config: &Path) -> Self {
+    pub fn from_config(runtime: &str, id: String, config: &Path) -> Self {
         Self {
             runtime: runtime.to_owned(),
             id,
@@ -57,7 +57,7 @@ impl Run {
 
     /// Keeps the container when its task exits: omits `--rm`.
     #[must_use]
-    pub fn keep(mut self) -> Self {
+    pub fn keep_container(mut self) -> Self {
         self.remove = false;
         self
     }

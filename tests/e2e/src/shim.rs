@@ -39,7 +39,7 @@ pub fn update(id: &str, resources: &Value) -> Result<(), String> {
 
 /// Returns a client of the Sandbox service of a pod's shim. The shim has to be the pod's sandbox controller.
 #[track_caller]
-pub fn sandbox(id: &str) -> SandboxClient {
+pub fn sandbox_client(id: &str) -> SandboxClient {
     let path = format!("/run/containerd/io.containerd.sandbox.controller.v1.shim/{KUBERNETES}/{id}/address");
     let address = fs::read_to_string(&path).unwrap_or_else(|error| panic!("failed to read {path}: {error}"));
     let client =

@@ -27,7 +27,7 @@ pub fn push(spec: &mut Value, parent: &str, key: &str, item: Value) {
 }
 
 /// Gives the container a cgroup namespace and mounts its cgroup at `/sys/fs/cgroup`.
-pub fn show_cgroup(spec: &mut Value) {
+pub fn mount_cgroup(spec: &mut Value) {
     push(spec, "/linux", "namespaces", json!({ "type": "cgroup" }));
     let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
     let mount = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options });
@@ -35,7 +35,7 @@ pub fn show_cgroup(spec: &mut Value) {
 }
 
 /// Removes the namespace of type `kind`, which requests the host's namespace.
-pub fn drop_namespace(spec: &mut Value, kind: &str) {
+pub fn remove_namespace(spec: &mut Value, kind: &str) {
     if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
         namespaces.retain(|namespace| namespace["type"] != kind);
     }

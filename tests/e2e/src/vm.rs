@@ -8,13 +8,13 @@ pub fn vmm_pids() -> Vec<i32> {
 }
 
 /// Returns the VMM pids of one container: the children of its shims.
-pub fn vmm_of(id: &str) -> Vec<i32> {
-    let shims = shims_of(id);
+pub fn vmm_pids_of(id: &str) -> Vec<i32> {
+    let shims = shim_pids_of(id);
     vmm_pids().into_iter().filter(|pid| parent(*pid).is_some_and(|parent| shims.contains(&parent))).collect()
 }
 
 /// Returns the pids of the shims that were started for container `id`.
-pub fn shims_of(id: &str) -> Vec<i32> {
+pub fn shim_pids_of(id: &str) -> Vec<i32> {
     processes_with(|arguments| {
         arguments.first().is_some_and(|first| first.contains("containerd-shim-husk"))
             && arguments.windows(2).any(|pair| pair[0] == "-id" && pair[1] == id)
@@ -23,7 +23,7 @@ pub fn shims_of(id: &str) -> Vec<i32> {
 
 /// Sets the soft fd limit (RLIMIT_NOFILE) of a process. Returns the previous limit.
 #[track_caller]
-pub fn limit_descriptors(pid: i32, limit: u64) -> u64 {
+pub fn set_fd_limit(pid: i32, limit: u64) -> u64 {
     let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `old` and `new` outlive the calls.
     unsafe {
@@ -61,7 +61,7 @@ pub struct Memory {
     /// mapping.
     pub guest: u64,
     /// PSS of all other mappings.
-    pub own: u64,
+    pub other: u64,
 }
 
 /// Reads the PSS of a process.
@@ -72,14 +72,14 @@ pub fn memory(pid: i32) -> std::io::Result<Memory> {
 /// Parses smaps. `VmFlags` is the last line of each mapping (Linux, fs/proc/task_mmu.c); `dd` is "do not include area
 /// into core dump".
 fn parse_smaps(smaps: &str) -> Memory {
-    let mut memory = Memory { guest: 0, own: 0 };
+    let mut memory = Memory { guest: 0, other: 0 };
     let mut pss = 0;
     for line in smaps.lines() {
         let Some((key, value)) = line.split_once(':') else { continue };
         match key {
             "Pss" => pss = value.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0),
             "VmFlags" if value.split_whitespace().any(|flag| flag == "dd") => memory.guest += pss,
-            "VmFlags" => memory.own += pss,
+            "VmFlags" => memory.other += pss,
             _ => {}
         }
     }
@@ -95,6 +95,6 @@ mod tests {
         let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize: 262144 kB\nPss: 30000 kB\nPss_Dirty: 30000 kB\n\
                      VmFlags: rd wr mr mw me nr dd nh\n\
                      5500-5501 r-xp 0 08:01 3 /usr/local/bin/x\nSize: 4096 kB\nPss: 1500 kB\nVmFlags: rd ex mr mw me\n";
-        assert_eq!(parse_smaps(smaps), Memory { guest: 30000, own: 1500 });
+        assert_eq!(parse_smaps(smaps), Memory { guest: 30000, other: 1500 });
     }
 }

@@ -59,7 +59,7 @@ fn image_layers_stack_and_rootfs_is_writable() {
 #[test]
 fn container_name_is_free_after_removal() {
     case("again", |case| {
-        let run = case.sh("echo once").keep();
+        let run = case.sh("echo once").keep_container();
         run.output().expect_out("once");
         // The name stays in use until the container is removed.
         run.output().expect_error(&["already exists"]);

@@ -5,7 +5,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use husk_e2e::cri::manifest::{self, Applied};
+use husk_e2e::cri::manifest::{self, AppliedManifest};
 use husk_e2e::cri::pod::{PodContainer, pods};
 use husk_e2e::{BUILDAH, DOCKER};
 
@@ -59,7 +59,7 @@ fn ci_docker_builds_and_runs_on_overlay2() {
     pods("ci-docker", |pods| {
         let manifest = include_str!("../../../deploy/kubernetes/ci-builder.yaml");
         let begun = Instant::now();
-        let applied: Applied = manifest::apply(pods, manifest, &[("docker:dind", DOCKER)]);
+        let applied: AppliedManifest = manifest::apply(pods, manifest, &[("docker:dind", DOCKER)]);
         println!("{:5.1} s  pod started", begun.elapsed().as_secs_f64());
         applied.wait_ready(STEP);
         println!("{:5.1} s  dockerd ready", begun.elapsed().as_secs_f64());

@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 
 use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::cri::{Pod, PodContainer};
-use husk_e2e::disk::{Disk, WRITES};
+use husk_e2e::disk::{Disk, WRITER_PROGRAM};
 use husk_e2e::{PYTHON, node};
 use serde_json::{Value, json};
 
@@ -89,7 +89,7 @@ fn writes_to_a_full_volume_fail_with_enospc() {
         config["mounts"] = mounts.clone();
         let other = pod.start(&config);
         let size = |text: String| text.lines().last().unwrap().split_whitespace().nth(1).unwrap().to_owned();
-        let on_node = husk_e2e::disk::on_node(&["df", "-k", &volume.to_string_lossy()]);
+        let on_node = husk_e2e::disk::run_on_node(&["df", "-k", &volume.to_string_lossy()]);
         assert_eq!(size(other.sh("df -k /data")), size(on_node));
         let mut config = pod.python(FILL);
         config["mounts"] = mounts;
@@ -142,7 +142,7 @@ fn privileged_containers_format_and_mount_a_shared_block_device() {
         assert_eq!(fs::read_to_string(point.join("dir/file")).unwrap(), "by one\n");
         assert_eq!(fs::read_to_string(point.join("dir/other")).unwrap(), "by two\n");
         let large = point.join("large");
-        assert_eq!(husk_e2e::disk::on_node(&["sh", "-c", &format!("sha256sum < {}", large.display())]), sum);
+        assert_eq!(husk_e2e::disk::run_on_node(&["sh", "-c", &format!("sha256sum < {}", large.display())]), sum);
         drop(mounted);
         pod.stop();
     });
@@ -196,7 +196,7 @@ fn raw_block_device_is_durable_after_fsync_and_shared_between_containers() {
         });
         assert!(seen.is_some(), "{}", reading.sh(read));
         pod.stop();
-        assert_eq!(disk.changed(), "changed");
+        assert_eq!(disk.read_written(), "changed");
     });
 }
 
@@ -206,12 +206,12 @@ fn unsynced_writes_are_on_the_disk_after_the_pod_is_removed() {
     pods("cri-disk-end", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 4);
         let pod = pods.pod();
-        let mut config = pod.python(WRITES);
+        let mut config = pod.python(WRITER_PROGRAM);
         config["devices"] = devices(&disk, "rw");
         pod.start(&config).wait_for("written");
         pod.stop();
         pod.remove();
-        assert_eq!(disk.changed(), "changed");
+        assert_eq!(disk.read_written(), "changed");
     });
 }
 

@@ -3,7 +3,7 @@
 //! Runs: containerd 1.7 and 2
 
 use husk_e2e::cri::{self, pods, try_call};
-use husk_e2e::events::{Events, numbered};
+use husk_e2e::events::{Events, number_exec_ids};
 use serde_json::json;
 
 #[test]
@@ -32,7 +32,7 @@ fn task_events_are_published_once_and_in_order() {
             "exit 3",
             "delete 3",
         ];
-        assert_eq!(numbered(&events.of(&container.id)), expected);
+        assert_eq!(number_exec_ids(&events.for_container(&container.id)), expected);
         // A container that exits at once, and its restart under another id.
         for attempt in 0..2 {
             let mut config = pod.sh("exit 5");
@@ -40,7 +40,7 @@ fn task_events_are_published_once_and_in_order() {
             let short = pod.start(&config);
             assert_eq!(short.wait(), (5, "Error".into()));
             short.remove();
-            assert_eq!(events.of(&short.id), ["create", "start", "exit 5", "delete 5"]);
+            assert_eq!(events.for_container(&short.id), ["create", "start", "exit 5", "delete 5"]);
         }
         // A container that exceeds its memory limit: the OOM event precedes the exit event.
         let mut config = pod.sh("");
@@ -49,14 +49,14 @@ fn task_events_are_published_once_and_in_order() {
         let over_limit = pod.start(&config);
         assert_eq!(over_limit.wait(), (137, "OOMKilled".into()));
         over_limit.remove();
-        assert_eq!(events.of(&over_limit.id), ["create", "start", "oom", "exit 137", "delete 137"]);
+        assert_eq!(events.for_container(&over_limit.id), ["create", "start", "oom", "exit 137", "delete 137"]);
         // A container that is stopped with its pod.
         let last = pod.start(&pod.sh("sleep 100000"));
         pod.stop();
         pod.remove();
-        assert_eq!(events.of(&last.id), ["create", "start", "exit 137", "delete 137"]);
+        assert_eq!(events.for_container(&last.id), ["create", "start", "exit 137", "delete 137"]);
         // The sandbox has no task if the shim implements the sandbox API.
-        let sandbox = events.of(&pod.id);
+        let sandbox = events.for_container(&pod.id);
         assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
     });
 }
@@ -64,7 +64,7 @@ fn task_events_are_published_once_and_in_order() {
 #[test]
 fn cri_container_events_report_each_state_change_once() {
     pods("cri-pleg", |pods| {
-        let events = cri::stream_of("GetContainerEvents");
+        let events = cri::call_streaming("GetContainerEvents");
         let pod = pods.pod();
         let container = pod.start(&pod.sh("exit 4"));
         assert_eq!(container.wait(), (4, "Error".into()));

@@ -3,7 +3,7 @@
 use std::thread;
 
 use husk_e2e::cri::pod::need_image;
-use husk_e2e::cri::spdy::{Connection, Forward};
+use husk_e2e::cri::spdy::{Connection, PortForward};
 use husk_e2e::cri::{Pod, call, pods};
 use husk_e2e::{RUNC, node, runtime};
 use serde_json::json;
@@ -32,9 +32,9 @@ async def serve():
 asyncio.run(serve())";
 
 #[track_caller]
-fn forward(pod: &Pod) -> Forward {
+fn forward(pod: &Pod) -> PortForward {
     let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [] }));
-    Forward::connect(answer["url"].as_str().unwrap())
+    PortForward::connect(answer["url"].as_str().unwrap())
 }
 
 #[track_caller]
@@ -108,7 +108,7 @@ fn port_forward_carries_two_megabytes_in_both_directions() {
         let data: Vec<u8> = (0..2_000_000u32).map(|number| (number >> 3) as u8 ^ number as u8).collect();
         for (number, port) in [8001, 8002].into_iter().enumerate() {
             let connection = forward.open(port, number.try_into().unwrap());
-            let sender = connection.sending();
+            let sender = connection.send_half();
             let received = thread::scope(|scope| {
                 scope.spawn(|| sender.send(&data));
                 connection.read(data.len())

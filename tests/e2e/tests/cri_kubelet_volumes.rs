@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use husk_e2e::PYTHON;
-use husk_e2e::cri::kubelet::{Entry, publish};
+use husk_e2e::cri::kubelet::{Entry, write_atomically};
 use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::cri::{Pod, PodContainer};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -63,7 +63,11 @@ fn secret_updates_keep_bytes_modes_and_owners() {
         mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         let all_bytes: Vec<u8> = (0..=255).collect();
         let version = |name: &str, word: &[u8]| {
-            publish(&volume, name, &[("tls.key", word, 0o400), ("bytes", &all_bytes, 0o440), ("none", b"", 0o444)]);
+            write_atomically(
+                &volume,
+                name,
+                &[("tls.key", word, 0o400), ("bytes", &all_bytes, 0o440), ("none", b"", 0o444)],
+            );
             // With an fsGroup the files belong to that group.
             chown(volume.join("tls.key"), Some(0), Some(2000)).unwrap();
         };
@@ -93,7 +97,7 @@ fn projected_volume_updates_add_and_remove_files_and_directories() {
             ("labels/app/tier", b"front", 0o400),
             ("scripts/run", b"#!/bin/sh\necho ran\n", 0o755),
         ];
-        publish(&volume, "..1", &first);
+        write_atomically(&volume, "..1", &first);
         let container = start_watcher(&pod, &volume);
         wait_until_seen(&container, &volume);
         assert_eq!(container.sh("/volume/scripts/run; ls /volume/labels/app"), "ran\nname\ntier");
@@ -104,7 +108,7 @@ fn projected_volume_updates_add_and_remove_files_and_directories() {
             ("labels/app/name", b"web", 0o444),
             ("more/deep/er/file", b"new", 0o444),
         ];
-        publish(&volume, "..2", &second);
+        write_atomically(&volume, "..2", &second);
         wait_until_seen(&container, &volume);
         let check = "! test -e /volume/scripts && ! test -e /volume/labels/app/tier && cat /volume/more/deep/er/file";
         let names = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
@@ -128,10 +132,14 @@ fn downward_api_updates_reach_the_guest() {
     pods("cri-downward", |pods| {
         let pod = pods.pod();
         let volume = pods.volume(&pod, "downward-api", "data");
-        publish(&volume, "..1", &[("labels", b"app=\"web\"", 0o644), ("limits/memory", b"64", 0o644)]);
+        write_atomically(&volume, "..1", &[("labels", b"app=\"web\"", 0o644), ("limits/memory", b"64", 0o644)]);
         let container = start_watcher(&pod, &volume);
         wait_until_seen(&container, &volume);
-        publish(&volume, "..2", &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)]);
+        write_atomically(
+            &volume,
+            "..2",
+            &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)],
+        );
         wait_until_seen(&container, &volume);
         assert_eq!(container.sh("cat /volume/limits/memory"), "96");
     });
@@ -148,7 +156,7 @@ fn mirrored_volumes_have_no_limit_on_entries_or_size() {
         let version = |name: &str, count: usize| {
             let files: Vec<_> = (0..count).map(|n| (format!("entry-{n:05}"), format!("{name} {n}"))).collect();
             let files: Vec<_> = files.iter().map(|(path, text)| (path.as_str(), text.as_bytes(), 0o644)).collect();
-            publish(&many, name, &files);
+            write_atomically(&many, name, &files);
         };
         version("..1", 5000);
         let container = start_watcher(&pod, &many);
@@ -167,12 +175,12 @@ fn mirrored_volumes_have_no_limit_on_entries_or_size() {
         let names: Vec<_> = (0..contents.len()).map(|n| format!("dir-{}/file-{n}", n % 2)).collect();
         let mut entries: Vec<Entry> =
             names.iter().zip(&contents).map(|(name, content)| (name.as_str(), content.as_slice(), 0o644)).collect();
-        publish(&large, "..1", &entries);
+        write_atomically(&large, "..1", &entries);
         let container = start_watcher(&pod, &large);
         wait_until_seen(&container, &large);
         entries.rotate_left(1);
         entries.truncate(6);
-        publish(&large, "..2", &entries);
+        write_atomically(&large, "..2", &entries);
         wait_until_seen(&container, &large);
     });
 }

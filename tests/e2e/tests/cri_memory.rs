@@ -196,7 +196,7 @@ fn container_with_a_huge_page_limit_gets_exactly_that_many() {
                 let mount =
                     json!({ "destination": "/huge", "type": "hugetlbfs", "source": "none", "options": options });
                 spec::push(spec, "", "mounts", mount);
-                spec::show_cgroup(spec);
+                spec::mount_cgroup(spec);
             })
             .output()
         };

@@ -27,7 +27,7 @@ struct LowFdLimit {
 
 impl LowFdLimit {
     fn new() -> Self {
-        let containerd = restart::containerd().expect("containerd runs");
+        let containerd = restart::containerd_pid().expect("containerd runs");
         let nr_open = fs::read_to_string(NR_OPEN).unwrap();
         let low = libc::rlimit { rlim_cur: LIMIT, rlim_max: LIMIT };
         let limit = prlimit(containerd, &low);

@@ -6,5 +6,5 @@ use husk_e2e::cri::{pods, restart};
 
 #[test]
 fn pods_survive_a_restart_of_containerd() {
-    pods("cri-restart", restart::is_survived);
+    pods("cri-restart", restart::check_pods_survive);
 }

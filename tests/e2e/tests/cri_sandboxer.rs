@@ -10,7 +10,7 @@ use containerd_shim_protos::sandbox_api::{
     ShutdownSandboxRequest, StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
 };
 use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{Pod, annotations, pod::Pods, pods_of, refused, restart, stats, try_call};
+use husk_e2e::cri::{Pod, annotations, expect_error, pod::Pods, pods_with_handler, restart, stats, try_call};
 use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, shim, vm};
 use protobuf::Message;
 use serde_json::json;
@@ -20,7 +20,7 @@ const HANDLER: &str = "husk-sandbox";
 
 #[track_caller]
 fn pods(name: &str, body: impl FnOnce(&Pods)) {
-    pods_of(name, HANDLER, body);
+    pods_with_handler(name, HANDLER, body);
 }
 
 fn ctr(args: &[&str]) -> Output {
@@ -42,13 +42,13 @@ fn wait_until_not_ready(pod: &Pod) {
 
 #[test]
 fn pod_and_container_statistics_are_those_of_the_guest() {
-    pods("sb-stats", stats::processor_memory_and_processes);
-    pods("sb-network", stats::network);
+    pods("sb-stats", stats::check_cpu_memory_and_pids);
+    pods("sb-network", stats::check_network);
 }
 
 #[test]
 fn annotations_are_limited_by_the_nodes_configuration() {
-    pods("sb-annotations", annotations::are_as_the_node_allows);
+    pods("sb-annotations", annotations::check_allow_list);
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn pod_runs_without_a_sandbox_container_or_task() {
         assert!(vm::vmm_pids().is_empty(), "a stopped pod still has a VM");
         pod.stop();
         pod.remove();
-        assert!(vm::shims_of(&pod.id).is_empty(), "a removed pod still has a shim");
+        assert!(vm::shim_pids_of(&pod.id).is_empty(), "a removed pod still has a shim");
         pod.remove();
     });
 }
@@ -134,7 +134,7 @@ fn sandbox_configures_hostname_dns_sysctls_size_and_network() {
 fn sandbox_service_implements_all_requests() {
     pods("sb-service", |pods| {
         let pod = pods.pod();
-        let (client, sandbox_id) = (shim::sandbox(&pod.id), pod.id.clone());
+        let (client, sandbox_id) = (shim::sandbox_client(&pod.id), pod.id.clone());
         let id = || sandbox_id.clone();
         let ping = |sandbox_id| {
             client.ping_sandbox(shim::context(), &PingRequest { sandbox_id, ..Default::default() }).map(drop)
@@ -173,7 +173,7 @@ fn sandbox_service_implements_all_requests() {
         // A waiter gets the sandbox's exit; a requested stop has exit status 0.
         let waiter = {
             let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
-            let client = shim::sandbox(&pod.id);
+            let client = shim::sandbox_client(&pod.id);
             std::thread::spawn(move || client.wait_sandbox(shim::context(), &request).unwrap())
         };
         pod.stop();
@@ -208,7 +208,7 @@ fn shutdown_sandbox_returns_after_the_vm_and_its_state_are_removed() {
         let vmm = pod.pid();
         let requests: Vec<_> = (0..4)
             .map(|_| {
-                let (client, sandbox_id) = (shim::sandbox(&pod.id), pod.id.clone());
+                let (client, sandbox_id) = (shim::sandbox_client(&pod.id), pod.id.clone());
                 std::thread::spawn(move || {
                     let state = format!("/run/husk/{KUBERNETES}/{sandbox_id}");
                     let request = ShutdownSandboxRequest { sandbox_id, ..Default::default() };
@@ -253,7 +253,7 @@ fn husk_ps_and_trace_show_a_pod_without_containers() {
 
 #[test]
 fn pods_survive_a_restart_of_containerd() {
-    pods("sb-restart", restart::is_survived);
+    pods("sb-restart", restart::check_pods_survive);
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
     pods("sb-shim", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
-        let shims = vm::shims_of(&pod.id);
+        let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1, "a pod has one shim");
         // SAFETY: kill(2) takes two integers and no pointers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
@@ -297,12 +297,12 @@ fn run_pod_sandbox_rejects_host_namespaces_and_disallowed_annotations() {
         for (namespace, word) in [("pid", "host pid"), ("ipc", "host ipc")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });
-            let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": HANDLER }));
+            let error = expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": HANDLER }));
             assert!(error.contains(word) && error.contains("not"), "{error}");
         }
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.kernel_params": "quiet" });
-        let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": HANDLER }));
+        let error = expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": HANDLER }));
         assert!(error.contains("io.husk.kernel_params") && error.contains("allowed"), "{error}");
     });
 }

@@ -5,17 +5,17 @@ use serde_json::json;
 
 #[test]
 fn cpu_memory_and_process_statistics_are_those_of_the_guest() {
-    pods("cri-stats", stats::processor_memory_and_processes);
+    pods("cri-stats", stats::check_cpu_memory_and_pids);
 }
 
 #[test]
 fn network_statistics_count_the_pods_traffic() {
-    pods("cri-stats-net", stats::network);
+    pods("cri-stats-net", stats::check_network);
 }
 
 #[test]
 fn block_device_statistics_are_reported() {
-    pods("cri-stats-disk", stats::block);
+    pods("cri-stats-disk", stats::check_block_io);
 }
 
 #[test]

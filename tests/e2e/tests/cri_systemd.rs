@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use husk_e2e::cri::{Pod, Pods, call, pods, pods_of};
+use husk_e2e::cri::{Pod, Pods, call, pods, pods_with_handler};
 use husk_e2e::{case, node};
 use serde_json::{Value, json};
 
@@ -143,7 +143,7 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         let shown = show(&name);
         config["metadata"]["name"] = "by-runc".into();
         config["metadata"]["uid"] = "by-runc".into();
-        let other = pods.run_by("runc", config);
+        let other = pods.run_with_handler("runc", config);
         let expected = show(&unit(&other));
         for key in ["LoadState", "ActiveState", "SubState", "Slice", "Transient", "Delegate", "DelegateControllers"]
             .into_iter()
@@ -201,7 +201,7 @@ fn shim(pod: &Pod) -> i32 {
 
 #[test]
 fn pod_of_the_shim_sandboxer_has_a_scope() {
-    pods_of("cri-systemd-shim", "husk-sandbox", |pods| {
+    pods_with_handler("cri-systemd-shim", "husk-sandbox", |pods| {
         let (mut config, slice) = in_a_slice(pods);
         config["linux"]["resources"] = resources(500, 128, "");
         let pod = pods.run(config);

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use husk_e2e::command::run_ctr;
-use husk_e2e::cri::userns::{BASE, SLEEP, mapped, options, pod, root_is_mapped, sh};
-use husk_e2e::cri::{pods, refused};
+use husk_e2e::cri::userns::{HOST_ID_BASE, SLEEP, check_root_is_mapped, options, pod, sh, with_user_namespace};
+use husk_e2e::cri::{expect_error, pods};
 use serde_json::json;
 
 /// Returns whether containerd uses id-mapped mounts. 1.7 copies the image instead, and leaves volumes as they are.
@@ -24,7 +24,7 @@ fn maps_mounts() -> bool {
 
 #[test]
 fn root_is_mapped_to_an_unprivileged_host_user() {
-    pods("userns", root_is_mapped);
+    pods("userns", check_root_is_mapped);
 }
 
 #[test]
@@ -58,10 +58,11 @@ fn files_of_volumes_have_owners_by_the_id_mapping() {
         fs::write(settings.join("key"), "value").unwrap();
         fs::set_permissions(&data, PermissionsExt::from_mode(0o755)).unwrap();
         // For containerd 1.7 the kubelet gives these volumes to the pod's host ids.
-        let owner = if maps { 0 } else { BASE };
+        let owner = if maps { 0 } else { HOST_ID_BASE };
         chown(&data, Some(owner), Some(owner)).unwrap();
         chown(settings.join("key"), Some(owner + 3), Some(owner + 4)).unwrap();
-        let ids = if maps { json!([{ "host_id": BASE, "container_id": 0, "length": 65536 }]) } else { json!([]) };
+        let ids =
+            if maps { json!([{ "host_id": HOST_ID_BASE, "container_id": 0, "length": 65536 }]) } else { json!([]) };
         let mount = |host: &Path, inside: &str, readonly: bool| {
             json!({ "host_path": host.to_string_lossy(), "container_path": inside, "readonly": readonly,
                 "uidMappings": ids, "gidMappings": ids })
@@ -89,7 +90,7 @@ fn files_of_volumes_have_owners_by_the_id_mapping() {
 #[test]
 fn containers_of_a_user_namespace_share_the_pid_namespace() {
     pods("userns-pids", |pods| {
-        let mut config = mapped(pods.config());
+        let mut config = with_user_namespace(pods.config());
         config["linux"]["security_context"]["namespace_options"]["pid"] = json!("POD");
         let pod = pods.run(config);
         let with = |script: &str| {
@@ -143,13 +144,13 @@ fn create_container_rejects_another_id_mapping() {
     pods("userns-other", |pods| {
         let pod = pod(pods);
         let mut config = sh(&pod, "true");
-        config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE + 65536);
+        config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(HOST_ID_BASE + 65536);
         let container = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
-        let error = refused("CreateContainer", &container);
+        let error = expect_error("CreateContainer", &container);
         assert!(error.contains("user namespace config"), "{error}");
         // A container without a user namespace is rejected as well if its pod has one.
         let none = json!({ "pod_sandbox_id": pod.id, "config": pod.sh("true"), "sandbox_config": pod.config });
-        let error = refused("CreateContainer", &none);
+        let error = expect_error("CreateContainer", &none);
         assert!(error.contains("user namespace config"), "{error}");
     });
 }

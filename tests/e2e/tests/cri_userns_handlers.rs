@@ -4,14 +4,14 @@
 
 use std::fs;
 
-use husk_e2e::cri::userns::root_is_mapped;
-use husk_e2e::cri::{call, pods_of};
-use husk_e2e::disk::on_node;
+use husk_e2e::cri::userns::check_root_is_mapped;
+use husk_e2e::cri::{call, pods_with_handler};
+use husk_e2e::disk::run_on_node;
 use serde_json::json;
 
 #[test]
 fn shim_sandboxer_supports_user_namespaces() {
-    pods_of("userns-sandbox", "husk-sandbox", root_is_mapped);
+    pods_with_handler("userns-sandbox", "husk-sandbox", check_root_is_mapped);
 }
 
 #[test]
@@ -22,20 +22,20 @@ fn status_reports_user_namespaces_and_recursive_read_only_mounts() {
     let features = &handler.unwrap_or_else(|| panic!("{status}"))["features"];
     assert_eq!(features["user_namespaces"], true, "{status}");
     assert_eq!(features["recursive_read_only_mounts"], true, "{status}");
-    pods_of("userns-handler", "husk-userns", root_is_mapped);
+    pods_with_handler("userns-handler", "husk-userns", check_root_is_mapped);
 }
 
 #[test]
 fn recursive_read_only_mount_covers_submounts() {
-    pods_of("recursive", "husk-userns", |pods| {
+    pods_with_handler("recursive", "husk-userns", |pods| {
         let volume = pods.dir().join("volume");
         let submount = volume.join("a/below");
         fs::create_dir_all(&submount).unwrap();
         fs::write(volume.join("file"), "of the volume\n").unwrap();
-        on_node(&["mount", "-t", "tmpfs", "tmpfs", &submount.to_string_lossy()]);
+        run_on_node(&["mount", "-t", "tmpfs", "tmpfs", &submount.to_string_lossy()]);
         fs::write(submount.join("file"), "mounted below\n").unwrap();
         fs::create_dir(submount.join("dir")).unwrap();
-        on_node(&["mount", "-t", "tmpfs", "tmpfs", &submount.join("dir").to_string_lossy()]);
+        run_on_node(&["mount", "-t", "tmpfs", "tmpfs", &submount.join("dir").to_string_lossy()]);
         let pod = pods.pod();
         let config = |read_only: bool| {
             let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
@@ -64,7 +64,7 @@ fn recursive_read_only_mount_covers_submounts() {
         assert_eq!(recursive.sh("cat /data/a/below/new /data/a/below/dir/new"), "new\nnew");
         pod.stop();
         for point in [submount.join("dir"), submount] {
-            on_node(&["umount", &point.to_string_lossy()]);
+            run_on_node(&["umount", &point.to_string_lossy()]);
         }
     });
 }

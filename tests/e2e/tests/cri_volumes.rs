@@ -17,7 +17,7 @@ fn publish(volume: &Path, version: &str, value: &str) {
     let more: Vec<_> = (0..100).map(|n| (format!("more-{n}"), format!("{value} {n}"))).collect();
     let more = more.iter().map(|(name, text)| (name.as_str(), text.as_bytes(), 0o644));
     let entries: Vec<_> = [("key", value.as_bytes(), 0o640)].into_iter().chain(more).collect();
-    kubelet::publish(volume, version, &entries);
+    kubelet::write_atomically(volume, version, &entries);
 }
 
 /// Prints an inotify event for each change of the ConfigMap, until its value is "third".

@@ -43,7 +43,7 @@ fn exec_with_terminal_sees_resize() {
         terminal.running.wait_for("up");
         terminal.resize(40, 120);
         terminal.running.wait_for("resized to 40 120");
-        terminal.type_in("end\n");
+        terminal.type_text("end\n");
         terminal.running.wait().expect_code(6);
         container.kill();
     });

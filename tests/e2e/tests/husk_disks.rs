@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use husk_e2e::cri::pod::need_image;
-use husk_e2e::cri::{Pod, pods, refused};
-use husk_e2e::disk::{Disk, WRITES};
+use husk_e2e::cri::{Pod, expect_error, pods};
+use husk_e2e::disk::{Disk, WRITER_PROGRAM};
 use husk_e2e::{PYTHON, node, vm};
 use serde_json::{Value, json};
 
@@ -46,7 +46,7 @@ fn start_rejects_disk_without_free_slot_and_memory_still_grows() {
             assert!(has_open(pod.pid(), disk), "{} is not open", disk.device);
         }
         let rejected = pod.create(&config_with_disks(&pod, &extra_disk));
-        let error = refused("StartContainer", &json!({ "container_id": rejected.id }));
+        let error = expect_error("StartContainer", &json!({ "container_id": rejected.id }));
         for part in
             ["hot-plug the block device", "no free slot: the limit of hot-plugged disks and interfaces is reached"]
         {
@@ -75,18 +75,18 @@ fn written_data_is_on_disk_after_vm_ends() {
     pods("husk-disk-end", |pods| {
         let disks = [Disk::new(&pods.dir().join("disk"), 4)];
         let pod = pods.pod();
-        let mut config = pod.python(WRITES);
+        let mut config = pod.python(WRITER_PROGRAM);
         config["devices"] = config_with_disks(&pod, &disks)["devices"].clone();
         let writer = pod.start(&config);
         writer.wait_for("written");
         // SIGTERM ends the shim, as when the node shuts down: the container does not end before its VM.
-        let shims = vm::shims_of(&pod.id);
+        let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1);
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGTERM) }, 0);
-        let gone = node::eventually(Duration::from_secs(30), || vm::shims_of(&pod.id).is_empty().then_some(()));
+        let gone = node::eventually(Duration::from_secs(30), || vm::shim_pids_of(&pod.id).is_empty().then_some(()));
         assert!(gone.is_some(), "the shim did not exit");
-        assert_eq!(disks[0].changed(), "changed");
+        assert_eq!(disks[0].read_written(), "changed");
         // containerd 1.7 first calls the shim that is gone, and accepts the exit when it retries.
         writer.wait();
         pod.stop();

@@ -271,16 +271,16 @@ fn failed_network_update_is_retried() {
     pods("husk-net-again", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
-        let shim = vm::shims_of(&pod.id)[0];
+        let shim = vm::shim_pids_of(&pod.id)[0];
         // Without a free fd the shim cannot read the network's configuration.
-        let limit = vm::limit_descriptors(shim, 3);
+        let limit = vm::set_fd_limit(shim, 3);
         let netns = format!("--net={}", pod.netns().display());
         let added =
             Command::new("nsenter").args([&netns, "ip", "route", "add", "10.77.0.0/16", "dev", "eth0"]).status();
         assert!(added.unwrap().success());
         let logged =
             node::eventually(TIMEOUT, || node::log_tail(40).contains("does not reach the guest yet").then_some(()));
-        vm::limit_descriptors(shim, limit);
+        vm::set_fd_limit(shim, limit);
         assert!(logged.is_some(), "{}", node::log_tail(20));
         // No further change notifies the shim: the route arrives by the retry.
         let applied = node::eventually(TIMEOUT, || container.sh("ip route").contains("10.77.0.0/16").then_some(()));

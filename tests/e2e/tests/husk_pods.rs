@@ -6,8 +6,8 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use husk_e2e::cri::{self, PodContainer, number, pods, refused};
-use husk_e2e::events::{Events, numbered};
+use husk_e2e::cri::{self, PodContainer, expect_error, number, pods};
+use husk_e2e::events::{Events, number_exec_ids};
 use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
@@ -33,9 +33,9 @@ fn pod_is_not_ready_after_its_vmm_dies() {
         // Each process has one exit event, and each container one delete event after it.
         let expected =
             ["create", "start", "exec-added 1", "exec-started 1", "exec-exit 1 137", "exit 137", "delete 137"];
-        assert_eq!(numbered(&events.of(&container.id)), expected);
-        assert_eq!(events.of(&other.id), ["create", "start", "exit 137", "delete 137"]);
-        let sandbox = events.of(&pod.id);
+        assert_eq!(number_exec_ids(&events.for_container(&container.id)), expected);
+        assert_eq!(events.for_container(&other.id), ["create", "start", "exit 137", "delete 137"]);
+        let sandbox = events.for_container(&pod.id);
         assert!(sandbox.is_empty() || sandbox == ["create", "start", "exit 137", "delete 137"], "{sandbox:?}");
     });
 }
@@ -77,15 +77,15 @@ fn port_forwarding_resumes_after_fd_exhaustion() {
         };
         let found = node::eventually(Duration::from_secs(20), || (get() == "heard\n").then_some(()));
         assert!(found.is_some(), "{}", container.log());
-        let shim = vm::shims_of(&pod.id)[0];
-        let limit = vm::limit_descriptors(shim, 3);
+        let shim = vm::shim_pids_of(&pod.id)[0];
+        let limit = vm::set_fd_limit(shim, 3);
         // The connection stays in the backlog until the shim can accept it.
         let answer = thread::scope(|scope| {
             let request = scope.spawn(get);
             let logged = node::eventually(Duration::from_secs(20), || {
                 node::log_tail(200).contains("was not accepted").then_some(())
             });
-            vm::limit_descriptors(shim, limit);
+            vm::set_fd_limit(shim, limit);
             assert!(logged.is_some(), "{}", node::log_tail(20));
             request.join().unwrap()
         });
@@ -110,7 +110,7 @@ fn failed_create_leaves_nothing_in_guest() {
         config["mounts"] =
             json!([{ "host_path": volume.to_string_lossy(), "container_path": "/secret", "readonly": true }]);
         let failing = pod.create(&config);
-        let error = refused("StartContainer", &json!({ "container_id": failing.id }));
+        let error = expect_error("StartContainer", &json!({ "container_id": failing.id }));
         assert!(error.contains("too deep"), "{error}");
         let after = available();
         assert!(after + 10 > before, "available memory: {before} MiB before, {after} MiB after");
@@ -127,7 +127,7 @@ fn pod_with_killed_shim_can_be_stopped_and_removed() {
     pods("cri-shim", |pods| {
         let pod = pods.pod();
         let container = pod.sleeper();
-        let shims = vm::shims_of(&pod.id);
+        let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1, "shims of one pod");
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
@@ -189,7 +189,7 @@ fn pod_pids_limit_is_shared_by_its_containers() {
 
 #[test]
 fn annotations_take_effect_only_if_allowed() {
-    pods("cri-annotations", cri::annotations::are_as_the_node_allows);
+    pods("cri-annotations", cri::annotations::check_allow_list);
 }
 
 #[test]
@@ -229,7 +229,7 @@ fn limits_and_annotations_size_vm_and_husk_ps_lists_it() {
         // An annotation that the operator has not allowed.
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.kernel_params": "quiet" });
-        let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));
+        let error = expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));
         assert!(error.contains("io.husk.kernel_params") && error.contains("allowed"), "{error}");
     });
 }
@@ -240,7 +240,7 @@ fn run_pod_rejects_host_namespaces() {
         for (namespace, word) in [("network", "host network"), ("pid", "host pid"), ("ipc", "host ipc")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });
-            let error = refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));
+            let error = expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));
             assert!(error.contains(word) && error.contains("not"), "{error}");
         }
         // Other pods still run after the refusals.

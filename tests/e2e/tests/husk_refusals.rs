@@ -29,7 +29,7 @@ fn create_rejects_host_network() {
 fn create_rejects_host_pid_and_ipc() {
     case("pid-host", |case| {
         for kind in ["pid", "ipc"] {
-            let run = case.with_spec("true", |value| spec::drop_namespace(value, kind));
+            let run = case.with_spec("true", |value| spec::remove_namespace(value, kind));
             run.output().expect_error(&[kind, "host"]);
         }
     });
@@ -68,7 +68,7 @@ fn create_rejects_cgroups_path_that_cannot_be_created() {
     pods("husk-cgroup-closed", |pods| {
         let mut config = pods.config();
         config["linux"]["cgroup_parent"] = json!("/husk-closed");
-        let error = pods.refused(&config);
+        let error = pods.expect_error(&config);
         assert!(error.contains("create the cgroup /sys/fs/cgroup/husk-closed/"), "{error}");
     });
     fs::remove_dir(closed).unwrap();

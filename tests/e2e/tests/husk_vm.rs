@@ -34,7 +34,7 @@ fn container_runs_on_guest_kernel() {
 fn vmm_lives_as_long_as_its_container() {
     case("vmm-life", |case| {
         let container = case.sleeper();
-        let vmms = vm::vmm_of(&container.id);
+        let vmms = vm::vmm_pids_of(&container.id);
         assert_eq!(vmms.len(), 1, "one VMM per container");
         assert_eq!(container.pid(), vmms[0], "the task's pid is the VMM's");
         // CNI configures the network namespace of that PID: it must not be the node's.
@@ -67,18 +67,18 @@ fn limits_set_boot_size() {
 fn task_ends_when_vmm_is_killed() {
     case("vmm-kill", |case| {
         let container = case.sleeper();
-        for pid in vm::vmm_of(&container.id) {
+        for pid in vm::vmm_pids_of(&container.id) {
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         }
         container.running.wait().expect_code(137);
 
         // Without --rm the stopped task stays until it is deleted. Its execs end too, and nothing is left afterwards.
-        let run = case.sh("echo up; exec sleep 1000").keep();
+        let run = case.sh("echo up; exec sleep 1000").keep_container();
         let container = case.container(run);
         let exec = container.exec_command("e", &[], &["sh", "-c", "echo up; sleep 1000"]);
         let mut exec = husk_e2e::Running::start(exec, husk_e2e::command::Input::Null);
         exec.wait_for("up");
-        for pid in vm::vmm_of(&container.id) {
+        for pid in vm::vmm_pids_of(&container.id) {
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         }
         exec.wait().expect_code(137);
@@ -103,7 +103,7 @@ fn remove_fifos() {
 fn nothing_is_left_when_shim_is_killed() {
     case("shim-kill", |case| {
         let container = case.sleeper();
-        let shims = vm::shims_of(&container.id);
+        let shims = vm::shim_pids_of(&container.id);
         assert!(!shims.is_empty(), "no shim process found");
         for pid in shims {
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
@@ -124,12 +124,12 @@ fn idle_vmm_takes_at_most_8_mib_beside_guest_memory() {
         let container = case.sleeper();
         // Some work first: memory for stdio, exec and files is part of the overhead.
         container.exec("work", &["sh", "-c", "find / -xdev | wc -l; cat /bin/busybox | sha256sum"]).expect_code(0);
-        let [pid] = vm::vmm_of(&container.id)[..] else { panic!("expected one VMM") };
+        let [pid] = vm::vmm_pids_of(&container.id)[..] else { panic!("expected one VMM") };
         let memory = vm::memory(pid).unwrap();
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         assert!(memory.guest > 0, "no guest memory found\n{smaps}");
-        assert!(memory.own <= 8 << 10, "PSS beside guest memory: {} KiB\n{smaps}", memory.own);
-        println!("VMM: {} KiB of its own, {} KiB of guest memory", memory.own, memory.guest);
+        assert!(memory.other <= 8 << 10, "PSS beside guest memory: {} KiB\n{smaps}", memory.other);
+        println!("VMM: {} KiB of its own, {} KiB of guest memory", memory.other, memory.guest);
         container.kill();
     });
 }

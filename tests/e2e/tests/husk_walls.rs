@@ -340,7 +340,7 @@ const FILE_SERVER_CAPS: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1
 fn virtio_fs_workers_have_few_capabilities() {
     case("capabilities", |case| {
         let container = case.sleeper();
-        let [vmm] = vm::vmm_of(&container.id)[..] else { panic!("expected one VMM of {}", container.id) };
+        let [vmm] = vm::vmm_pids_of(&container.id)[..] else { panic!("expected one VMM of {}", container.id) };
         let (mut workers, mut others) = (Vec::new(), Vec::new());
         for thread in fs::read_dir(format!("/proc/{vmm}/task")).unwrap() {
             let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();

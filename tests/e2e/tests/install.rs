@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{call, manifest, pods_of, restart};
+use husk_e2e::cri::{call, manifest, pods_with_handler, restart};
 use husk_e2e::{KUBERNETES, PAUSE, PYTHON, node};
 use serde_json::{Value, json};
 
@@ -90,7 +90,7 @@ fn file_content(kind: &str) -> String {
 #[track_caller]
 fn run(command: &str) -> Output {
     if command == "systemctl restart containerd" {
-        restart::restart();
+        restart::restart_containerd();
         return Command::new("true").output().unwrap();
     }
     Command::new("sh").args(["-c", command]).current_dir(WORK_DIR).output().unwrap()
@@ -169,7 +169,7 @@ impl Drop for OriginalNode {
         let _ = fs::write(Path::new(DROP_INS).join("husk.toml"), &self.drop_in);
         let _ = fs::write(CONFIG, &self.config);
         let _ = fs::remove_dir_all(WORK_DIR);
-        restart::restart();
+        restart::restart_containerd();
     }
 }
 
@@ -193,7 +193,7 @@ fn ensure_pause_image() {
 fn assert_pod_runs() {
     ensure_pause_image();
     let manifest = include_str!("../../../deploy/kubernetes/untrusted.yaml");
-    pods_of("install", "husk", |pods| {
+    pods_with_handler("install", "husk", |pods| {
         let applied = manifest::apply(pods, manifest, &[("python:slim", PYTHON)]);
         let container = &applied.containers[0];
         assert_eq!(container.wait_within(Duration::from_secs(120)).0, 0, "{}", container.log());

@@ -13,7 +13,7 @@ fn create_sets_cgroup_limits() {
             spec["linux"]["resources"]["memory"] = json!({ "limit": 134_217_728, "reservation": 33_554_432 });
             spec["linux"]["resources"]["cpu"] = json!({ "quota": 150_000, "period": 100_000, "shares": 2048 });
             spec["linux"]["resources"]["pids"] = json!({ "limit": 42 });
-            spec::show_cgroup(spec);
+            spec::mount_cgroup(spec);
         });
         // 2048 CPU shares are weight 79 with runc 1.1, which the node has, and 174 since runc 1.3.2. libcontainer
         // converts like the latter.
@@ -29,7 +29,7 @@ fn swap_limit_excludes_memory_limit() {
         for (swap, expected) in [(157_286_400, "52428800"), (104_857_600, "0"), (-1, "max")] {
             let run = case.with_spec("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.swap.max", |spec| {
                 spec["linux"]["resources"]["memory"] = json!({ "limit": 104_857_600, "swap": swap });
-                spec::show_cgroup(spec);
+                spec::mount_cgroup(spec);
             });
             run.output().expect_clean().expect_out(&format!("104857600\n{expected}"));
         }

@@ -147,7 +147,7 @@ fn invalid_entry_point_fails_with_same_error_as_runc() {
         let mut outputs = Vec::new();
         for runtime in [RUNC.to_owned(), husk_e2e::runtime()] {
             husk_e2e::case::case_of(&format!("entry{number}-{}", outputs.len()), &runtime, |case| {
-                let run = case.busybox(&[program]).keep();
+                let run = case.busybox(&[program]).keep_container();
                 outputs.push(run.output());
                 // ctr keeps the container's record if the task could not be created.
                 run_ctr(&["containers", "rm", run.id()]).expect_code(0);

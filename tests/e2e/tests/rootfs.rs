@@ -160,7 +160,8 @@ fn bind_mounts_have_their_options() {
 #[test]
 fn create_rejects_bind_mount_of_missing_source() {
     case("nobind", |case| {
-        let run = case.sh("true").flags(&["--mount", "type=bind,src=/no/such/dir,dst=/x,options=rbind"]).keep();
+        let run =
+            case.sh("true").flags(&["--mount", "type=bind,src=/no/such/dir,dst=/x,options=rbind"]).keep_container();
         run.output().expect_error(&["/no/such/dir", "no such file or directory"]);
         husk_e2e::command::run_ctr(&["containers", "rm", run.id()]).expect_code(0);
     });

@@ -110,9 +110,9 @@ fn terminal_has_requested_size_and_resizes() {
         terminal.running.wait_for("up");
         terminal.resize(50, 132);
         terminal.running.wait_for("resized to 50 132");
-        terminal.type_in("hello\n");
+        terminal.type_text("hello\n");
         terminal.running.wait_for("got hello");
-        terminal.type_in("end\n");
+        terminal.type_text("end\n");
         let output = terminal.running.wait();
         assert_eq!(output.code, 5, "{}", output.describe());
         assert!(output.out().contains("\r\n"), "a terminal ends lines with CR LF\n{}", output.describe());
@@ -125,7 +125,7 @@ fn ctrl_c_interrupts_foreground_process() {
         let run = case.sh("trap 'echo interrupted; exit 9' INT; echo up; while :; do sleep 1; done").flags(&["-t"]);
         let mut terminal = Terminal::start(run.command(), 24, 80);
         terminal.running.wait_for("up");
-        terminal.type_in("\x03");
+        terminal.type_text("\x03");
         terminal.running.wait_for("interrupted");
         terminal.running.wait().expect_code(9);
     });

@@ -9,5 +9,5 @@ fuzz_target!(|input: (&[u8], String, String)| {
     let (bytes, id, namespace) = input;
     let args = Args { id, namespace, ..Default::default() };
     let params = Params::new(bytes, &args, &Env::default());
-    reply(&params.address, params.form);
+    reply(&params.address, params.reply_format);
 });

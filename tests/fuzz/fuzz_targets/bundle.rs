@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use husk_config::Config;
 use husk_shim::oci::{Bundle, resources_update};
-use husk_shim::resources::sizing;
+use husk_shim::resources::boot_size;
 use libfuzzer_sys::fuzz_target;
 
 /// Returns this process's bundle directory. It is not removed at exit.
@@ -24,7 +24,7 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(bundle) = Bundle::read(bundle_dir()) {
         let _ = bundle.spec.group("id");
         let _ = bundle.check();
-        let _ = sizing(&bundle.spec, &Config::default(), u64::MAX);
+        let _ = boot_size(&bundle.spec, &Config::default(), u64::MAX);
     }
     let _ = resources_update(bytes);
 });

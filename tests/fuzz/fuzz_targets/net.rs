@@ -22,7 +22,7 @@ fuzz_target!(|input: (Vec<Vec<u8>>, Vec<Step>, bool)| {
         .unzip();
     let device = Net::new(Backend { taps, vhost: None }, [2, 0, 0, 1, 2, 3], 1500).expect("create the device");
     let mut bench = Bench::new(device);
-    let activate = |bench: &mut Bench<Net>| bench.activate_on_a_socket(0);
+    let activate = |bench: &mut Bench<Net>| bench.activate_with_socket(0);
     activate(&mut bench);
     // A tap never delivers a frame that is shorter than the tap's header (virtio_net_hdr).
     for (frame, wire) in frames.iter().filter(|frame| frame.len() >= 12).take(8).zip(wires.iter().cycle()) {

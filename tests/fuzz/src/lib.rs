@@ -123,7 +123,7 @@ fn take<D: VirtioDevice>(bench: &mut Bench<D>, step: &Step, activate: fn(&mut Be
 /// Adds a chain. Returns false if it is empty or the queue has too few free descriptors.
 pub fn chain<D: VirtioDevice>(bench: &mut Bench<D>, queue: usize, readable: &[Vec<u8>], writable: &[u16]) -> bool {
     let count = readable.len() + writable.len();
-    if count == 0 || count > bench.queues[queue].room() {
+    if count == 0 || count > bench.queues[queue].free_descriptors() {
         return false;
     }
     let readable: Vec<&[u8]> = readable.iter().map(|bytes| &bytes[..bytes.len().min(MAX_BUFFER_LEN)]).collect();

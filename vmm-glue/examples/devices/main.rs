@@ -32,7 +32,7 @@ fn main() -> Result<()> {
     if arguments.next().as_deref() == Some(ARGV0) {
         // SAFETY: under this name, the program is only started by `spawn`, which has put the control socket at
         // CONTROL_FD. Nothing else owns that fd.
-        husk_vmm::child::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
+        husk_vmm::process::main(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
     }
     let kernel = arguments.next().ok_or("usage: devices KERNEL")?;
     let share = tempfile::tempdir()?;
@@ -92,7 +92,7 @@ fn main() -> Result<()> {
             std::fs::write(share.path().join("late"), "made after the mount")?;
         }
         if test == "balloon" {
-            vmm.call(Call::Balloon { mib: 64 }, &[])?;
+            vmm.call(Call::SetBalloon { mib: 64 }, &[])?;
         }
         step(test, || {
             let mut stream = open(&mut vmm, b"t")?;

@@ -18,7 +18,7 @@ const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// Properties of the VM that CPUID has to agree with.
 #[derive(Debug, Clone, Copy)]
-pub struct Machine {
+pub struct CpuidConfig {
     /// Number of vCPUs; their APIC ids are 0 to `vcpus - 1`.
     pub vcpus: u8,
     /// KVM emulates the TSC deadline timer.
@@ -26,8 +26,8 @@ pub struct Machine {
 }
 
 /// Returns the CPUID entries of vCPU `id`, from those that KVM supports on this host.
-pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Vec<kvm_cpuid_entry2> {
-    let vcpus = u32::from(machine.vcpus);
+pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) -> Vec<kvm_cpuid_entry2> {
+    let vcpus = u32::from(config.vcpus);
     let id = u32::from(id);
     let id_bits = vcpus.next_power_of_two().trailing_zeros();
     let mut entries: Vec<kvm_cpuid_entry2> = supported.iter().filter(|entry| keep(entry.function)).copied().collect();
@@ -37,7 +37,7 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], machine: Machine, id: u8) -> Ve
                 entry.ebx = entry.ebx & 0xffff | vcpus << 16 | id << 24;
                 entry.ecx &= !(ECX1_MONITOR | ECX1_VMX | ECX1_TSC_DEADLINE);
                 entry.ecx |= ECX1_X2APIC | ECX1_HYPERVISOR;
-                if machine.tsc_deadline {
+                if config.tsc_deadline {
                     entry.ecx |= ECX1_TSC_DEADLINE;
                 }
                 entry.edx = if vcpus > 1 { entry.edx | EDX1_HTT } else { entry.edx & !EDX1_HTT };
@@ -110,9 +110,9 @@ mod tests {
     #[test]
     fn normalise_sets_ids_and_drops_hidden_leaves() {
         let supported: Vec<_> = [0, 1, 0xa, 0xb, 0x15, 0x16, 0x4000_0001, 0x8000_0001, 0x8000_0008].map(leaf).to_vec();
-        let machine = Machine { vcpus: 3, tsc_deadline: false };
+        let config = CpuidConfig { vcpus: 3, tsc_deadline: false };
         for id in 0..3u8 {
-            let entries = normalise(&supported, machine, id);
+            let entries = normalise(&supported, config, id);
             let find = |function| entries.iter().find(|entry| entry.function == function);
             assert!(find(0xa).is_none() && find(0x15).is_none() && find(0x16).is_none());
             let one = find(1).unwrap();
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn single_vcpu_is_not_a_hyperthread() {
-        let entries = normalise(&[leaf(0), leaf(1)], Machine { vcpus: 1, tsc_deadline: true }, 0);
+        let entries = normalise(&[leaf(0), leaf(1)], CpuidConfig { vcpus: 1, tsc_deadline: true }, 0);
         let one = entries.iter().find(|entry| entry.function == 1).unwrap();
         assert_eq!(one.edx & EDX1_HTT, 0);
         assert_ne!(one.ecx & ECX1_TSC_DEADLINE, 0);

@@ -37,9 +37,9 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// End of the hole in RAM below 4 GiB.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 /// First virtio-mmio slot.
-pub const MMIO: u64 = crate::slot_map::BASE;
+pub const MMIO: u64 = crate::mmio_slots::BASE;
 /// Size of one virtio-mmio slot.
-pub const MMIO_SLOT: u64 = crate::slot_map::SIZE;
+pub const MMIO_SLOT: u64 = crate::mmio_slots::SIZE;
 /// Address of the I/O APIC in KVM.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Address of the local APIC in KVM.

@@ -47,7 +47,7 @@ pub fn write_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
 }
 
 /// Returns the boot vCPU's general registers.
-pub fn general(entry: u64) -> kvm_regs {
+pub fn general_registers(entry: u64) -> kvm_regs {
     kvm_regs {
         rip: entry,
         rsi: layout::ZERO_PAGE,
@@ -59,7 +59,7 @@ pub fn general(entry: u64) -> kvm_regs {
 }
 
 /// Changes the boot vCPU's system registers from the reset state to long mode.
-pub fn long_mode(sregs: &mut kvm_sregs) {
+pub fn set_long_mode(sregs: &mut kvm_sregs) {
     let code = segment(1);
     let data = segment(2);
     sregs.gdt.base = layout::GDT;
@@ -119,7 +119,7 @@ pub fn msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
 }
 
 /// Connects the local APIC's pins as an MP table would: LINT0 to the PIC, LINT1 to NMI.
-pub fn wire_lint(lapic: &mut kvm_lapic_state) {
+pub fn set_lint(lapic: &mut kvm_lapic_state) {
     for (offset, mode) in [(APIC_LVT0, APIC_MODE_EXTINT), (APIC_LVT1, APIC_MODE_NMI)] {
         if let Some(register) = lapic.regs.get_mut(offset..offset + 4) {
             for (byte, value) in register.iter_mut().zip(mode.to_le_bytes()) {

@@ -28,7 +28,7 @@ pub enum Network {
 /// Options of [`spawn`].
 #[derive(Debug)]
 pub struct SpawnOptions {
-    /// The binary. It must call [`crate::child::main`] if its `argv[0]` is [`ARGV0`].
+    /// The binary. It must call [`crate::process::main`] if its `argv[0]` is [`ARGV0`].
     pub exe: PathBuf,
     /// The network namespace of the process.
     pub network: Network,
@@ -77,7 +77,7 @@ pub enum SpawnError {
 }
 
 /// Data for the child. It is plain data, prepared before the clone, because the child must not allocate.
-struct Plan {
+struct ExecPlan {
     exe: *const c_char,
     argv: *const *const c_char,
     envp: *const *const c_char,
@@ -85,11 +85,11 @@ struct Plan {
     netns: RawFd,
     new_network: bool,
     /// The failed step and its errno, written by the child.
-    failed: (Step, c_int),
+    failed: (FailedStep, c_int),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Step {
+enum FailedStep {
     None,
     Network,
     Control,
@@ -106,7 +106,7 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let argv = [argv0.as_ptr(), std::ptr::null()];
     let envp = [log.as_deref().map_or(std::ptr::null(), CStr::as_ptr), std::ptr::null()];
     let (parent_end, child_end) = wire::pair().map_err(SpawnError::Socket)?;
-    let mut plan = Plan {
+    let mut plan = ExecPlan {
         exe: exe.as_ptr(),
         argv: argv.as_ptr(),
         envp: envp.as_ptr(),
@@ -116,16 +116,16 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
             Network::Inherit | Network::New => -1,
         },
         new_network: matches!(options.network, Network::New),
-        failed: (Step::None, 0),
+        failed: (FailedStep::None, 0),
     };
     let (pid, pidfd) = clone_and_exec(&mut plan).map_err(SpawnError::Clone)?;
     let (step, errno) = plan.failed;
     let error = io::Error::from_raw_os_error(errno);
     let error = match step {
-        Step::None => return Ok(Spawned { pid, pidfd, control: parent_end }),
-        Step::Network => SpawnError::Network(error),
-        Step::Control => SpawnError::Control(error),
-        Step::Exec => SpawnError::Exec(error),
+        FailedStep::None => return Ok(Spawned { pid, pidfd, control: parent_end }),
+        FailedStep::Network => SpawnError::Network(error),
+        FailedStep::Control => SpawnError::Control(error),
+        FailedStep::Exec => SpawnError::Exec(error),
     };
     // The pid belongs to a child that has not been waited for, so it cannot have been reused.
     let _ = husk_base::sys::process::wait(pid.cast_signed(), 0);
@@ -133,7 +133,7 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
 }
 
 /// Clones with shared memory, so that no page tables are copied. Returns when the child has called execve or has ended.
-fn clone_and_exec(plan: &mut Plan) -> io::Result<(u32, OwnedFd)> {
+fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     let mut stack = vec![0u128; STACK / 16];
     let mut pidfd: c_int = -1;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
@@ -158,9 +158,9 @@ fn clone_and_exec(plan: &mut Plan) -> io::Result<(u32, OwnedFd)> {
 
 /// Main function of the child between clone and exec. It makes system calls only.
 extern "C" fn child(plan: *mut c_void) -> c_int {
-    let plan = plan.cast::<Plan>();
-    // SAFETY: `plan` points to the parent's [`Plan`], which nobody else uses while CLONE_VFORK suspends the parent. Its
-    // strings end with NUL and its arrays with a null pointer, as execve requires.
+    let plan = plan.cast::<ExecPlan>();
+    // SAFETY: `plan` points to the parent's [`ExecPlan`], which nobody else uses while CLONE_VFORK suspends the parent.
+    // Its strings end with NUL and its arrays with a null pointer, as execve requires.
     unsafe {
         let network = match ((*plan).netns, (*plan).new_network) {
             (-1, false) => 0,
@@ -168,7 +168,7 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
             (netns, _) => libc::setns(netns, libc::CLONE_NEWNET),
         };
         if network != 0 {
-            return fail(plan, Step::Network);
+            return fail(plan, FailedStep::Network);
         }
         // dup2 clears close-on-exec, but not if both fds are the same.
         let placed = if (*plan).control == CONTROL_FD {
@@ -177,15 +177,15 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
             libc::dup2((*plan).control, CONTROL_FD)
         };
         if placed < 0 {
-            return fail(plan, Step::Control);
+            return fail(plan, FailedStep::Control);
         }
         libc::execve((*plan).exe, (*plan).argv, (*plan).envp);
-        fail(plan, Step::Exec)
+        fail(plan, FailedStep::Exec)
     }
 }
 
 /// Stores the failed step and its errno for the parent.
-unsafe fn fail(plan: *mut Plan, step: Step) -> c_int {
+unsafe fn fail(plan: *mut ExecPlan, step: FailedStep) -> c_int {
     // SAFETY: `plan` is valid and unshared, as in `child`. The errno location is valid: it is that of the suspended
     // parent thread, whose thread-local storage the child shares.
     unsafe { (*plan).failed = (step, *libc::__errno_location()) };

@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use husk_base::sys::rights;
+use husk_base::sys::scm_rights;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 /// Maximum size of a message in bytes.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// Maximum number of fds in one message.
-pub const MAX_FDS: usize = rights::MAX_FDS;
+pub const MAX_FDS: usize = scm_rights::MAX_FDS;
 
 /// Sends a message with fds.
 ///
@@ -28,7 +28,7 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
             "failed to send a control message: too long or too many fds",
         ));
     }
-    rights::send(socket, &bytes, fds).map(drop)
+    scm_rights::send(socket, &bytes, fds).map(drop)
 }
 
 /// Receives a message with its fds, which are close-on-exec.
@@ -38,7 +38,7 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
 /// [`io::ErrorKind::InvalidData`] if the packet is too long or is not a message of type `T`.
 pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedFd>)> {
     let mut bytes = vec![0u8; MAX_MESSAGE];
-    let packet = rights::receive(socket, &mut bytes)?;
+    let packet = scm_rights::receive(socket, &mut bytes)?;
     if packet.len == 0 && packet.fds.is_empty() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }

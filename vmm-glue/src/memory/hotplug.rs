@@ -14,14 +14,15 @@ use crate::arch::layout;
 use crate::guest_memory::{GuestMemory, Region};
 
 /// Size of the blocks in which Linux adds memory (`MIN_MEMORY_BLOCK_SIZE`, arch/x86/mm/init_64.c).
-const BLOCK: u64 = 128 << 20;
-/// Maximum block size (`MAX_BLOCK_SIZE`), which Linux may use if it started with at least [`LARGE_FROM`] of RAM.
-const LARGE_BLOCK: u64 = 2 << 30;
-const LARGE_FROM: u64 = 64 << 30;
+const MEMORY_BLOCK: u64 = 128 << 20;
+/// Maximum block size (`MAX_BLOCK_SIZE`), which Linux may use if it started with at least [`LARGE_MEMORY_BLOCK_FROM`]
+/// of RAM.
+const LARGE_MEMORY_BLOCK: u64 = 2 << 30;
+const LARGE_MEMORY_BLOCK_FROM: u64 = 64 << 30;
 /// Minimum size of a part. Parts of the range are registered with KVM one at a time, because KVM keeps tables for all
 /// registered memory.
-const PART: u64 = 1 << 30;
-/// Maximum number of parts. In a large range, the parts are larger than [`PART`].
+const MIN_PART: u64 = 1 << 30;
+/// Maximum number of parts. In a large range, the parts are larger than [`MIN_PART`].
 const MAX_PARTS: u64 = 256;
 /// KVM memory slot of the first part. The slots below belong to RAM.
 const FIRST_SLOT: u32 = 16;
@@ -47,15 +48,15 @@ impl Backing {
 }
 
 /// Returns the largest block size that the guest's kernel may use. The range starts and ends at a multiple of it.
-fn unit(ram: u64) -> u64 {
-    if ram < LARGE_FROM { BLOCK } else { LARGE_BLOCK }
+fn block_size(ram: u64) -> u64 {
+    if ram < LARGE_MEMORY_BLOCK_FROM { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK }
 }
 
 /// Returns start and length of the range for hot-plugged memory, in a VM with `ram` bytes that may grow to `max` bytes.
 pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
     let end = layout::ram(ram).last().map_or(0, |(start, len)| start + len);
-    let start = end.max(layout::HOLE_END).next_multiple_of(unit(ram));
-    let len = max.checked_sub(ram).filter(|&len| len > 0)?.checked_next_multiple_of(unit(ram))?;
+    let start = end.max(layout::HOLE_END).next_multiple_of(block_size(ram));
+    let len = max.checked_sub(ram).filter(|&len| len > 0)?.checked_next_multiple_of(block_size(ram))?;
     start.checked_add(len)?;
     Some((start, len))
 }
@@ -63,8 +64,8 @@ pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
 /// Returns start and length of the range for hot-plugged huge pages, after all other memory, which ends at `end`.
 /// Returns `None` if `bytes` is 0.
 pub fn huge_range(ram: u64, end: u64, bytes: u64) -> Option<(u64, u64)> {
-    let start = end.max(layout::HOLE_END).checked_next_multiple_of(unit(ram))?;
-    let len = Some(bytes).filter(|&bytes| bytes > 0)?.checked_next_multiple_of(unit(ram))?;
+    let start = end.max(layout::HOLE_END).checked_next_multiple_of(block_size(ram))?;
+    let len = Some(bytes).filter(|&bytes| bytes > 0)?.checked_next_multiple_of(block_size(ram))?;
     start.checked_add(len)?;
     Some((start, len))
 }
@@ -74,7 +75,7 @@ pub fn reserve(
     memory: &GuestMemory,
     (start, len): (u64, u64),
     backing: Backing,
-) -> Result<(GuestMemory, Hotplug), MemoryError> {
+) -> Result<(GuestMemory, HotplugRange), MemoryError> {
     let size = usize::try_from(len).map_err(|_| MemoryError::Size)?;
     let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_NONE);
     let builder = match backing {
@@ -89,8 +90,9 @@ pub fn reserve(
     };
     let mapping = builder.build().map_err(|error| MemoryError::Reserve(io::Error::other(error)))?;
     let region = Arc::new(Region::new(mapping, GuestAddress(start)).ok_or(MemoryError::Size)?);
-    let unit = unit(memory.iter().map(GuestMemoryRegion::len).sum());
-    let hotplug = Hotplug { region: region.clone(), unit, part: part(len), registered: 0, backing };
+    let block_size = block_size(memory.iter().map(GuestMemoryRegion::len).sum());
+    let hotplug =
+        HotplugRange { region: region.clone(), block_size, part_size: part_size(len), registered: 0, backing };
     for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_DONTDUMP] {
         // As for RAM. Best effort: a kernel without transparent huge pages does not need the advice.
         let _ = hotplug.advise(0, len, advice);
@@ -128,22 +130,22 @@ fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
 }
 
 /// Returns the size of the parts that are registered with KVM.
-fn part(len: u64) -> u64 {
-    len.div_ceil(MAX_PARTS).next_multiple_of(PART)
+fn part_size(len: u64) -> u64 {
+    len.div_ceil(MAX_PARTS).next_multiple_of(MIN_PART)
 }
 
 /// The reserved range.
 #[derive(Debug)]
-pub struct Hotplug {
+pub struct HotplugRange {
     region: Arc<Region>,
-    unit: u64,
-    part: u64,
+    block_size: u64,
+    part_size: u64,
     /// Length of the range's first part that is registered with KVM, in bytes.
     registered: u64,
     backing: Backing,
 }
 
-impl Hotplug {
+impl HotplugRange {
     /// Returns the guest-physical start address.
     pub fn start(&self) -> u64 {
         self.region.start_addr().0
@@ -159,9 +161,11 @@ impl Hotplug {
     pub fn extent(&self, bytes: u64) -> u64 {
         match bytes {
             0 => 0,
-            _ => {
-                bytes.saturating_add(self.unit).checked_next_multiple_of(self.unit).unwrap_or(u64::MAX).min(self.len())
-            }
+            _ => bytes
+                .saturating_add(self.block_size)
+                .checked_next_multiple_of(self.block_size)
+                .unwrap_or(u64::MAX)
+                .min(self.len()),
         }
     }
 
@@ -178,11 +182,11 @@ impl Hotplug {
     pub fn register(&mut self, vm: &VmFd, bytes: u64) -> Result<(), MemoryError> {
         while self.registered < bytes.min(self.len()) {
             let region = kvm_userspace_memory_region {
-                slot: u32::try_from(self.registered / self.part).map_err(|_| MemoryError::Size)?
+                slot: u32::try_from(self.registered / self.part_size).map_err(|_| MemoryError::Size)?
                     + self.backing.first_slot(),
                 flags: 0,
                 guest_phys_addr: self.start() + self.registered,
-                memory_size: self.part.min(self.len() - self.registered),
+                memory_size: self.part_size.min(self.len() - self.registered),
                 userspace_addr: self.region.as_ptr() as u64 + self.registered,
             };
             // SAFETY: the host address range lies within the region's mapping, which is not unmapped before the process
@@ -203,7 +207,7 @@ impl Hotplug {
         match self.backing {
             Backing::Ordinary => self.protect(offset, len, libc::PROT_READ | libc::PROT_WRITE),
             Backing::Huge => {
-                let (start, size) = self.within(offset, len)?;
+                let (start, size) = self.checked_range(offset, len)?;
                 let protection = libc::PROT_READ | libc::PROT_WRITE;
                 replace(start, size, protection, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)?;
                 // Populate at once: if a page were missing when the guest touched it, the VMM would get SIGBUS. (Linux
@@ -229,15 +233,15 @@ impl Hotplug {
                 self.advise(offset, len, libc::MADV_DONTNEED)
             }
             Backing::Huge => {
-                let (start, size) = self.within(offset, len)?;
+                let (start, size) = self.checked_range(offset, len)?;
                 replace(start, size, libc::PROT_NONE, libc::MAP_NORESERVE)
             }
         }
     }
 
     fn protect(&self, offset: u64, len: u64, protection: libc::c_int) -> io::Result<()> {
-        let (start, len) = self.within(offset, len)?;
-        // SAFETY: the range lies within this mapping, as `within` has checked. Guest memory is accessed through
+        let (start, len) = self.checked_range(offset, len)?;
+        // SAFETY: the range lies within this mapping, as `checked_range` has checked. Guest memory is accessed through
         // volatile accesses and system calls only, so no Rust reference depends on the protection.
         match unsafe { libc::mprotect(start, len, protection) } {
             0 => Ok(()),
@@ -246,8 +250,8 @@ impl Hotplug {
     }
 
     fn advise(&self, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
-        let (start, len) = self.within(offset, len)?;
-        // SAFETY: the range lies within this mapping, as `within` has checked. No Rust reference points to guest
+        let (start, len) = self.checked_range(offset, len)?;
+        // SAFETY: the range lies within this mapping, as `checked_range` has checked. No Rust reference points to guest
         // memory, and no code relies on its content.
         match unsafe { libc::madvise(start, len, advice) } {
             0 => Ok(()),
@@ -256,7 +260,7 @@ impl Hotplug {
     }
 
     /// Returns the address and the length of a part, if the part lies within the range.
-    fn within(&self, offset: u64, len: u64) -> io::Result<(*mut libc::c_void, usize)> {
+    fn checked_range(&self, offset: u64, len: u64) -> io::Result<(*mut libc::c_void, usize)> {
         let fits = offset.checked_add(len).is_some_and(|end| end <= self.len());
         match (fits, usize::try_from(offset), usize::try_from(len)) {
             (true, Ok(offset), Ok(len)) => Ok((self.region.as_ptr().wrapping_add(offset).cast(), len)),
@@ -268,8 +272,8 @@ impl Hotplug {
 /// Replaces the mapping of a part of a reserved range.
 fn replace(start: *mut libc::c_void, len: usize, protection: libc::c_int, kind: libc::c_int) -> io::Result<()> {
     let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_FIXED | kind;
-    // SAFETY: callers pass a part that `within` has checked, so MAP_FIXED replaces guest memory only. Guest memory is
-    // accessed through volatile accesses and system calls only.
+    // SAFETY: callers pass a part that `checked_range` has checked, so MAP_FIXED replaces guest memory only. Guest
+    // memory is accessed through volatile accesses and system calls only.
     match unsafe { libc::mmap(start, len, protection, flags, -1, 0) } {
         libc::MAP_FAILED => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -315,7 +319,7 @@ mod tests {
     fn number_of_parts_is_limited() {
         for gib in [1u64, 6, 255, 257, 1000, 64 << 10] {
             let len = gib << 30;
-            assert!(len.div_ceil(part(len)) <= MAX_PARTS && part(len).is_multiple_of(PART), "{gib}");
+            assert!(len.div_ceil(part_size(len)) <= MAX_PARTS && part_size(len).is_multiple_of(MIN_PART), "{gib}");
         }
     }
 

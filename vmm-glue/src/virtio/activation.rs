@@ -5,11 +5,11 @@ use std::sync::Arc;
 use husk_base::error::chain;
 
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::Vq;
+use super::queue::Virtqueue;
 use crate::guest_memory::GuestMemory;
 
 /// The content of an [`Activation`], with opened queues.
-pub struct Opened<Q> {
+pub struct OpenedActivation<Q> {
     /// Guest memory.
     pub memory: Arc<GuestMemory>,
     /// Feature bits that the driver has acknowledged.
@@ -24,35 +24,38 @@ pub struct Opened<Q> {
 ///
 /// # Errors
 /// [`ActivateError::Queue`] if there are more or fewer, or if the rings of one are not in guest memory.
-pub fn open<const N: usize>(activation: Activation) -> Result<Opened<[Vq; N]>, ActivateError> {
+pub fn open_queues<const N: usize>(activation: Activation) -> Result<OpenedActivation<[Virtqueue; N]>, ActivateError> {
     let count = activation.queues.len();
     if count > N {
         return Err(ActivateError::Queue(count));
     }
-    let Opened { memory, features, interrupt, queues } = open_first(activation, N)?;
+    let OpenedActivation { memory, features, interrupt, queues } = open_first_queues(activation, N)?;
     let queues = queues.try_into().map_err(|_| ActivateError::Queue(count))?;
-    Ok(Opened { memory, features, interrupt, queues })
+    Ok(OpenedActivation { memory, features, interrupt, queues })
 }
 
 /// Takes over the first `count` queues, for a device whose driver need not use all.
 ///
 /// # Errors
 /// [`ActivateError::Queue`] if there are fewer, or if the rings of one are not in guest memory.
-pub fn open_first(activation: Activation, count: usize) -> Result<Opened<Vec<Vq>>, ActivateError> {
+pub fn open_first_queues(
+    activation: Activation,
+    count: usize,
+) -> Result<OpenedActivation<Vec<Virtqueue>>, ActivateError> {
     let Activation { memory, features, queues, interrupt } = activation;
     let queues = (0..)
         .zip(queues)
         .take(count)
-        .map(|(index, queue)| Vq::new(queue, index, &memory, features))
+        .map(|(index, queue)| Virtqueue::new(queue, index, &memory, features))
         .collect::<Result<Vec<_>, _>>()?;
     if queues.len() < count {
         return Err(ActivateError::Queue(queues.len()));
     }
-    Ok(Opened { memory: Arc::new(memory), features, interrupt, queues })
+    Ok(OpenedActivation { memory: Arc::new(memory), features, interrupt, queues })
 }
 
 /// Stops a device whose driver broke a queue. Requests a reset from the driver if the device was active.
-pub fn stop(
+pub fn stop_broken_device(
     device: &mut impl VirtioDevice,
     name: &str,
     fault: &dyn std::error::Error,

@@ -9,9 +9,9 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
-use super::activation::{self, Opened};
+use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{Chain, Iov, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
+use super::queue::{Chain, Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, log_guest_fault, read_config_bytes};
 use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug;
 
@@ -32,7 +32,7 @@ const MAX_PAGES: usize = 64 * 1024;
 
 /// The balloon device.
 pub struct Balloon {
-    wake: Wake,
+    wake: WakeEvent,
     active: Option<Active>,
     /// Pages that the guest should give back, and pages that it reports to have given back.
     target: u32,
@@ -42,12 +42,12 @@ pub struct Balloon {
 struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
-    queues: Vec<Vq>,
-    release: Release,
+    queues: Vec<Virtqueue>,
+    release: ReleasePolicy,
 }
 
 /// How pages are given back to the host.
-struct Release {
+struct ReleasePolicy {
     advice: libc::c_int,
     /// Ranges of huge pages, start and end, which are not released. They go back to the host only by being unplugged.
     /// If one were dropped, its reservation would be used up (mm/hugetlb.c): the page would no longer belong to the
@@ -55,7 +55,7 @@ struct Release {
     huge_pages: Vec<(usize, usize)>,
 }
 
-impl Release {
+impl ReleasePolicy {
     /// Chooses how to release pages of this guest memory.
     fn for_memory(memory: &GuestMemory) -> Self {
         // MADV_DONTNEED on a mapping of a shared file would leave the page in the file.
@@ -71,7 +71,7 @@ impl Release {
 impl Balloon {
     /// Creates a device with target 0.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { wake: Wake::new()?, active: None, target: 0, actual: 0 })
+        Ok(Self { wake: WakeEvent::new()?, active: None, target: 0, actual: 0 })
     }
 
     /// Sets how many MiB in total the guest should give back. The guest complies as far as it can.
@@ -92,7 +92,7 @@ impl Balloon {
         let Some(active) = &mut self.active else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
         let Some(queue) = active.queues.get_mut(index) else { return Ok(()) };
-        queue.ignore(&memory)?;
+        queue.disable_notification(&memory)?;
         let mut more = true;
         for _ in 0..queue.size() {
             if let Some(chain) = queue.pop(&memory)? {
@@ -103,7 +103,7 @@ impl Balloon {
                     _ => {}
                 }
                 queue.push(&memory, chain.head, 0)?;
-            } else if !queue.listen(&memory)? {
+            } else if !queue.enable_notification(&memory)? {
                 more = false;
                 break;
             }
@@ -116,10 +116,10 @@ impl Balloon {
 }
 
 /// Releases the pages whose numbers the guest lists. Consecutive pages are released together.
-fn inflate(memory: &GuestMemory, chain: &Chain<'_>, policy: &Release) {
+fn inflate(memory: &GuestMemory, chain: &Chain<'_>, policy: &ReleasePolicy) {
     let mut numbers = chain.readable.clone();
     if numbers.len() / 4 > MAX_PAGES {
-        return guest_fault(0, &"the balloon request is too long");
+        return log_guest_fault(0, &"the balloon request is too long");
     }
     let mut run: Option<(u64, usize)> = None;
     while let Ok(bytes) = numbers.take::<4>() {
@@ -135,23 +135,23 @@ fn inflate(memory: &GuestMemory, chain: &Chain<'_>, policy: &Release) {
     release_run(memory, run, policy);
 }
 
-fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, policy: &Release) {
+fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, policy: &ReleasePolicy) {
     let Some((first, count)) = run else { return };
     // A page number has 32 bits and a run at most MAX_PAGES pages, so neither shift overflows.
     match memory.get_slice(GuestAddress(first << PAGE_SHIFT), count << PAGE_SHIFT) {
         Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), policy),
-        Err(_) => guest_fault(0, &"the balloon request has pages outside of guest memory"),
+        Err(_) => log_guest_fault(0, &"the balloon request has pages outside of guest memory"),
     }
 }
 
-fn release_all(buffers: &Iov<'_>, policy: &Release) {
+fn release_all(buffers: &Iov<'_>, policy: &ReleasePolicy) {
     for part in buffers.as_slice() {
         release(part.iov_base.cast(), part.iov_len, policy);
     }
 }
 
 /// Drops the whole pages within a part of guest memory. Afterwards they read as zeroes.
-fn release(start: *mut u8, len: usize, policy: &Release) {
+fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);
     let first = start.addr().wrapping_add(skipped);
@@ -162,7 +162,7 @@ fn release(start: *mut u8, len: usize, policy: &Release) {
     // reference points to guest memory, and no code relies on its content.
     let result = unsafe { libc::madvise(start.wrapping_add(skipped).cast(), len, policy.advice) };
     if result < 0 {
-        guest_fault(0, &format_args!("failed to release {len} bytes: {}", io::Error::last_os_error()));
+        log_guest_fault(0, &format_args!("failed to release {len} bytes: {}", io::Error::last_os_error()));
     }
 }
 
@@ -173,17 +173,17 @@ impl MutEventSubscriber for Balloon {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let indices = match events.data() {
-            WAKE => {
+            WAKE_TOKEN => {
                 self.wake.serve(ops);
                 for queue in self.active.iter_mut().flat_map(|active| &mut active.queues) {
-                    Wake::register(ops, queue);
+                    WakeEvent::register(ops, queue);
                 }
                 0..QUEUE_SIZES.len()
             }
             token => {
                 let index = token as usize;
                 if let Some(queue) = self.active.as_ref().and_then(|active| active.queues.get(index)) {
-                    queue.notified();
+                    queue.clear_notification();
                 }
                 index..index + 1
             }
@@ -191,7 +191,7 @@ impl MutEventSubscriber for Balloon {
         for index in indices {
             if let Err(fault) = self.serve(index) {
                 let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-                activation::stop(self, "virtio-balloon", &fault, interrupt);
+                activation::stop_broken_device(self, "virtio-balloon", &fault, interrupt);
             }
         }
     }
@@ -228,8 +228,8 @@ impl VirtioDevice for Balloon {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         // A driver without reporting has no third queue.
         let count = if activation.features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
-        let Opened { memory, interrupt, queues, .. } = activation::open_first(activation, count)?;
-        let release = Release::for_memory(&memory);
+        let OpenedActivation { memory, interrupt, queues, .. } = activation::open_first_queues(activation, count)?;
+        let release = ReleasePolicy::for_memory(&memory);
         self.active = Some(Active { memory, interrupt, queues, release });
         self.wake.wake();
         Ok(())
@@ -279,7 +279,7 @@ mod tests {
         bench.activate(0);
         // The buffers in this queue are the free pages.
         let queue = &mut bench.queues[2];
-        let address = queue.buffer(queue.room() as u16 - 1);
+        let address = queue.buffer(queue.free_descriptors() as u16 - 1);
         let first = queue.add(&[], &[8192]);
         assert_eq!(queue.poll().map(|(head, _)| head), None);
         let address = if first == 0 { queue.buffer(0) } else { address };
@@ -294,7 +294,7 @@ mod tests {
         let mut pages = vec![7u8; PAGE * 3];
         let start = pages.as_mut_ptr().wrapping_add(pages.as_ptr().align_offset(PAGE));
         let huge_pages = vec![(start.addr() + PAGE, start.addr() + 2 * PAGE)];
-        let policy = Release { advice: libc::MADV_DONTNEED, huge_pages };
+        let policy = ReleasePolicy { advice: libc::MADV_DONTNEED, huge_pages };
         release(start.wrapping_add(PAGE / 2), PAGE, &policy);
         release(start, PAGE * 2, &policy);
         release(start, PAGE, &policy);

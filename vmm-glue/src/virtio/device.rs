@@ -85,7 +85,7 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     fn reset(&mut self);
     /// Stops the device's own threads. Returns when none of them serves a request, and none will until
     /// [`VirtioDevice::resume`]. Called after the vCPUs have been paused. The device loop pauses separately.
-    fn quiesce(&mut self) {}
+    fn pause(&mut self) {}
     /// Resumes the device's own threads.
     fn resume(&mut self) {}
 }

@@ -12,11 +12,11 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use self::request::{Answer, Blocks, REQUEST_LEN, Request, State};
-use super::activation::{self, Opened};
+use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{Chain, QueueFault, Vq, WAKE, Wake, guest_fault, read_config_bytes};
+use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, log_guest_fault, read_config_bytes};
 use crate::guest_memory::GuestMemory;
-use crate::memory::hotplug::Hotplug;
+use crate::memory::hotplug::HotplugRange;
 
 mod request;
 
@@ -30,35 +30,43 @@ pub const BLOCK: u64 = 2 << 20;
 
 /// Called with the number of plugged bytes, when the guest has reached the requested size or when another size is
 /// requested.
-pub type Reached = Box<dyn FnOnce(u64) + Send>;
+pub type OnSizeReached = Box<dyn FnOnce(u64) + Send>;
 
 /// The memory device.
 pub struct Mem {
-    wake: Wake,
-    range: Hotplug,
+    wake: WakeEvent,
+    range: HotplugRange,
     blocks: Blocks,
     /// Bytes that the guest should have plugged, and length of the range's part in which it may plug them.
     requested: u64,
     usable: u64,
-    waiting: Option<Reached>,
+    on_size_reached: Option<OnSizeReached>,
     active: Option<Active>,
 }
 
 struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
-    queue: Vq,
+    queue: Virtqueue,
 }
 
 impl Mem {
     /// Creates a device with no plugged blocks and a requested size of 0.
-    pub fn new(range: Hotplug) -> io::Result<Self> {
+    pub fn new(range: HotplugRange) -> io::Result<Self> {
         let blocks = Blocks::new(range.len() / BLOCK);
-        Ok(Self { wake: Wake::new()?, range, blocks, requested: 0, usable: 0, waiting: None, active: None })
+        Ok(Self {
+            wake: WakeEvent::new()?,
+            range,
+            blocks,
+            requested: 0,
+            usable: 0,
+            on_size_reached: None,
+            active: None,
+        })
     }
 
     /// Returns the range, so that it can be registered with KVM before [`Mem::request`].
-    pub fn range(&mut self) -> &mut Hotplug {
+    pub fn range(&mut self) -> &mut HotplugRange {
         &mut self.range
     }
 
@@ -68,12 +76,12 @@ impl Mem {
     }
 
     /// Requests that the guest has `bytes` plugged, rounded up to whole blocks. `reached` is called when it has.
-    pub fn request(&mut self, bytes: u64, reached: Reached) -> io::Result<()> {
+    pub fn request(&mut self, bytes: u64, reached: OnSizeReached) -> io::Result<()> {
         self.requested = bytes.min(self.range.len()).next_multiple_of(BLOCK);
         // The usable part does not shrink, because blocks up to its end may be plugged.
         self.usable = self.usable.max(self.range.extent(self.requested));
         let plugged = self.plugged();
-        if let Some(previous) = self.waiting.replace(reached) {
+        if let Some(previous) = self.on_size_reached.replace(reached) {
             previous(plugged);
         }
         self.report_if_reached();
@@ -90,7 +98,7 @@ impl Mem {
 
     fn report_if_reached(&mut self) {
         if self.plugged() == self.requested
-            && let Some(reached) = self.waiting.take()
+            && let Some(reached) = self.on_size_reached.take()
         {
             reached(self.requested);
         }
@@ -111,7 +119,7 @@ impl Mem {
             if let Some(chain) = active.queue.pop(&memory)? {
                 let written = self.answer(&chain);
                 active.queue.push(&memory, chain.head, written)?;
-            } else if !active.queue.listen(&memory)? {
+            } else if !active.queue.enable_notification(&memory)? {
                 more = false;
                 break;
             }
@@ -130,7 +138,7 @@ impl Mem {
             None => Answer::Error,
         };
         if answer == Answer::Error {
-            guest_fault(0, &"invalid virtio-mem request");
+            log_guest_fault(0, &"invalid virtio-mem request");
         }
         let bytes = answer.encode();
         if chain.writable.len() < bytes.len() {
@@ -200,17 +208,17 @@ impl MutEventSubscriber for Mem {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if events.data() == WAKE {
+        if events.data() == WAKE_TOKEN {
             self.wake.serve(ops);
             if let Some(active) = &mut self.active {
-                Wake::register(ops, &mut active.queue);
+                WakeEvent::register(ops, &mut active.queue);
             }
         } else if let Some(active) = &self.active {
-            active.queue.notified();
+            active.queue.clear_notification();
         }
         if let Err(fault) = self.serve() {
             let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-            activation::stop(self, "virtio-mem", &fault, interrupt);
+            activation::stop_broken_device(self, "virtio-mem", &fault, interrupt);
         }
     }
 }
@@ -239,7 +247,7 @@ impl VirtioDevice for Mem {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Opened { memory, interrupt, queues: [queue], .. } = activation::open(activation)?;
+        let OpenedActivation { memory, interrupt, queues: [queue], .. } = activation::open_queues(activation)?;
         self.active = Some(Active { memory, interrupt, queue });
         self.wake.wake();
         Ok(())

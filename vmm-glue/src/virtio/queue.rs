@@ -22,7 +22,7 @@ use crate::guest_memory::GuestMemory;
 pub const MAX_SEGMENTS: usize = 1024;
 
 /// Event token of a device's own eventfd. Queue events have the queue's index as token.
-pub const WAKE: u32 = u32::MAX;
+pub const WAKE_TOKEN: u32 = u32::MAX;
 
 /// A violation that breaks the whole queue and not only one chain. The device stops until the driver resets it.
 #[derive(Debug, thiserror::Error)]
@@ -211,7 +211,7 @@ impl<'m> Chain<'m> {
 }
 
 /// A queue of an active device.
-pub struct Vq {
+pub struct Virtqueue {
     queue: virtio_queue::Queue,
     notify: EventFd,
     index: u16,
@@ -219,7 +219,7 @@ pub struct Vq {
     signal: bool,
 }
 
-impl Vq {
+impl Virtqueue {
     /// Takes over a queue, with the features that the driver has acknowledged.
     ///
     /// # Errors
@@ -246,7 +246,7 @@ impl Vq {
             match Chain::collect(memory, raw) {
                 (_, Ok(chain)) => return Ok(Some(chain)),
                 (head, Err(fault)) => {
-                    guest_fault(self.index, &fault);
+                    log_guest_fault(self.index, &fault);
                     self.push(memory, head, 0)?;
                 }
             }
@@ -260,7 +260,7 @@ impl Vq {
         Ok(self.pop_raw(memory)?.map(|raw| match Chain::collect(memory, raw) {
             (_, Ok(chain)) => chain,
             (head, Err(fault)) => {
-                guest_fault(self.index, &fault);
+                log_guest_fault(self.index, &fault);
                 Chain { head, readable: Iov::new(), writable: Iov::new() }
             }
         }))
@@ -288,12 +288,12 @@ impl Vq {
     }
 
     /// Enables the driver's notifications for new chains. Returns true if there are new chains already.
-    pub fn listen(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
+    pub fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
         self.queue.enable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
     /// Disables the driver's notifications for new chains.
-    pub fn ignore(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
+    pub fn disable_notification(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
         self.queue.disable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
@@ -308,7 +308,7 @@ impl Vq {
     }
 
     /// Updates the indices after vhost has served the queue: all chains up to `index` were popped and returned.
-    pub fn taken_until(&mut self, index: u16) {
+    pub fn set_served_until(&mut self, index: u16) {
         self.queue.set_next_avail(index);
         self.queue.set_next_used(index);
     }
@@ -319,32 +319,32 @@ impl Vq {
     }
 
     /// Clears the notification.
-    pub fn notified(&self) {
+    pub fn clear_notification(&self) {
         // Fails with EAGAIN if it has been cleared already.
         let _ = self.notify.read();
     }
 
     /// Returns the queue's notification eventfd, for threads other than the device loop.
-    pub fn notify_event(&self) -> &EventFd {
+    pub fn notify_eventfd(&self) -> &EventFd {
         &self.notify
     }
 }
 
 /// A device's own eventfd, and the registration of queue events, which only the device loop may change.
-pub struct Wake {
+pub struct WakeEvent {
     event: EventFd,
     stale: Vec<EventFd>,
 }
 
-impl Wake {
+impl WakeEvent {
     /// Creates the eventfd.
     pub fn new() -> io::Result<Self> {
         Ok(Self { event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, stale: Vec::new() })
     }
 
-    /// Registers the eventfd with token [`WAKE`]. To be called by a device's `init`.
+    /// Registers the eventfd with token [`WAKE_TOKEN`]. To be called by a device's `init`.
     pub fn init(&self, ops: &mut EventOps) {
-        add(ops, &self.event, WAKE, EventSet::IN);
+        add(ops, &self.event, WAKE_TOKEN, EventSet::IN);
     }
 
     /// Makes the device loop serve the eventfd.
@@ -355,13 +355,13 @@ impl Wake {
     }
 
     /// Returns another handle to the eventfd, for a thread of the device.
-    pub fn handle(&self) -> io::Result<EventFd> {
+    pub fn try_clone(&self) -> io::Result<EventFd> {
         self.event.try_clone()
     }
 
     /// Takes a queue out of use, from outside of the device loop. The queue's eventfd stays open until the loop has
     /// unregistered it, so that no other file gets its fd number before that.
-    pub fn retire(&mut self, queue: Vq) {
+    pub fn retire(&mut self, queue: Virtqueue) {
         if queue.registered {
             self.stale.push(queue.notify);
         }
@@ -379,7 +379,7 @@ impl Wake {
     }
 
     /// Unregisters a queue. To be called on the device loop.
-    pub fn unregister(ops: &mut EventOps, queue: &mut Vq) {
+    pub fn unregister(ops: &mut EventOps, queue: &mut Virtqueue) {
         if std::mem::take(&mut queue.registered)
             && let Err(error) = ops.remove(Events::empty(&queue.notify))
         {
@@ -388,7 +388,7 @@ impl Wake {
     }
 
     /// Registers a queue with its index as token, if it is not registered. To be called on the device loop.
-    pub fn register(ops: &mut EventOps, queue: &mut Vq) {
+    pub fn register(ops: &mut EventOps, queue: &mut Virtqueue) {
         if !queue.registered {
             queue.registered = add(ops, &queue.notify, queue.index.into(), EventSet::IN);
         }
@@ -414,7 +414,7 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
 
 /// Logs a guest's fault. The rate limit is a few messages per second for the whole process, because a guest can cause
 /// faults very often.
-pub fn guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
+pub fn log_guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
     static WINDOW: AtomicU64 = AtomicU64::new(0);
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     const PER_SECOND: u64 = 5;

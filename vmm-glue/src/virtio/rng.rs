@@ -13,9 +13,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::activation::{self, Opened};
+use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{Iov, QueueFault, Vq, WAKE, Wake};
+use super::queue::{Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent};
 use crate::guest_memory::GuestMemory;
 
 /// Linux has one request in flight.
@@ -33,29 +33,30 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// The entropy device.
 pub struct Rng {
-    wake: Wake,
+    wake: WakeEvent,
     timer: TimerFd,
     timer_registered: bool,
     active: Option<Active>,
-    left: usize,
+    /// Bytes that the rate limit allows now.
+    tokens: usize,
     refilled: Instant,
 }
 
 struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
-    queue: Vq,
+    queue: Virtqueue,
 }
 
 impl Rng {
     /// Creates the device.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            wake: Wake::new()?,
+            wake: WakeEvent::new()?,
             timer: TimerFd::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?,
             timer_registered: false,
             active: None,
-            left: BURST,
+            tokens: BURST,
             refilled: Instant::now(),
         })
     }
@@ -64,7 +65,7 @@ impl Rng {
         let elapsed = usize::try_from(self.refilled.elapsed().as_millis()).unwrap_or(usize::MAX);
         let refill = elapsed.saturating_mul(RATE) / 1000;
         if refill > 0 {
-            self.left = self.left.saturating_add(refill).min(BURST);
+            self.tokens = self.tokens.saturating_add(refill).min(BURST);
             self.refilled = Instant::now();
         }
     }
@@ -75,14 +76,14 @@ impl Rng {
         let memory = Arc::clone(&active.memory);
         let mut rounds = 0..active.queue.size() * 2;
         let mut more = true;
-        while self.left > 0 && rounds.next().is_some() {
+        while self.tokens > 0 && rounds.next().is_some() {
             if let Some(mut chain) = active.queue.pop(&memory)? {
-                chain.writable.truncate(MAX_REQUEST.min(self.left));
+                chain.writable.truncate(MAX_REQUEST.min(self.tokens));
                 let written = fill(&chain.writable);
-                self.left -= written;
+                self.tokens -= written;
                 // `written` is at most MAX_REQUEST.
                 active.queue.push(&memory, chain.head, written as u32)?;
-            } else if !active.queue.listen(&memory)? {
+            } else if !active.queue.enable_notification(&memory)? {
                 more = false;
                 break;
             }
@@ -120,15 +121,15 @@ impl MutEventSubscriber for Rng {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
-            WAKE => {
+            WAKE_TOKEN => {
                 self.wake.serve(ops);
                 if let Some(active) = &mut self.active {
-                    Wake::register(ops, &mut active.queue);
+                    WakeEvent::register(ops, &mut active.queue);
                 }
             }
             QUEUE => {
                 if let Some(active) = &self.active {
-                    active.queue.notified();
+                    active.queue.clear_notification();
                 }
             }
             _ => {
@@ -138,7 +139,7 @@ impl MutEventSubscriber for Rng {
         }
         if let Err(fault) = self.serve() {
             let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-            activation::stop(self, "virtio-rng", &fault, interrupt);
+            activation::stop_broken_device(self, "virtio-rng", &fault, interrupt);
         }
     }
 }
@@ -163,7 +164,7 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Opened { memory, interrupt, queues: [queue], .. } = activation::open(activation)?;
+        let OpenedActivation { memory, interrupt, queues: [queue], .. } = activation::open_queues(activation)?;
         self.active = Some(Active { memory, interrupt, queue });
         self.wake.wake();
         Ok(())

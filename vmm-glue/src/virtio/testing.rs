@@ -57,7 +57,7 @@ impl Interrupt for Irq {
 }
 
 /// A chain in flight: its descriptors, how many of them are readable, and the lengths of all.
-type Flight = (Vec<u16>, usize, Vec<u32>);
+type InFlightChain = (Vec<u16>, usize, Vec<u32>);
 
 /// The driver's side of one queue.
 pub struct Driver {
@@ -66,7 +66,7 @@ pub struct Driver {
     size: u16,
     free: Vec<u16>,
     /// Chains in flight, by head.
-    chains: Vec<Option<Flight>>,
+    chains: Vec<Option<InFlightChain>>,
     avail: u16,
     used: u16,
     notify: EventFd,
@@ -118,7 +118,7 @@ impl Driver {
         ActiveQueue { queue, notify: self.notify.try_clone().unwrap() }
     }
 
-    pub fn room(&self) -> usize {
+    pub fn free_descriptors(&self) -> usize {
         self.free.len()
     }
 
@@ -262,7 +262,7 @@ impl<D: VirtioDevice> Bench<D> {
 impl Bench<Net> {
     /// Activates like [`Bench::activate`], for an interface with a socket instead of a tap. A socket has no offloads to
     /// set.
-    pub fn activate_on_a_socket(&mut self, without: u64) {
+    pub fn activate_with_socket(&mut self, without: u64) {
         self.activate_by(without, Net::start);
     }
 }

@@ -16,7 +16,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::Interrupt;
-use super::queue::{Chain, QueueFault, Vq};
+use super::queue::{Chain, QueueFault, Virtqueue};
 use crate::guest_memory::GuestMemory;
 
 /// Stack size of a worker. Handlers are not nested deeply, and their buffers are on the heap.
@@ -48,7 +48,7 @@ struct Shared<H> {
 }
 
 struct State {
-    queue: Vq,
+    queue: Virtqueue,
     /// Number of threads that wait for a notification.
     idle: usize,
     /// Number of requests that are being served.
@@ -72,14 +72,14 @@ impl<H: Handler> Workers<H> {
         paused: bool,
         handler: Arc<H>,
         memory: Arc<GuestMemory>,
-        queue: Vq,
+        queue: Virtqueue,
         interrupt: Arc<dyn Interrupt>,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             handler,
             memory,
             interrupt,
-            notify: queue.notify_event().try_clone()?,
+            notify: queue.notify_eventfd().try_clone()?,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             state: Mutex::new(State { queue, idle: 0, busy: 0, paused, stopped: false, failed: false }),
             changed: Condvar::new(),
@@ -114,7 +114,7 @@ impl<H: Handler> Workers<H> {
     }
 
     /// Returns when no request is being served, and none will be until [`Workers::resume`].
-    pub fn quiesce(&self) {
+    pub fn pause(&self) {
         let mut state = self.shared.lock();
         state.paused = true;
         while state.busy > 0 {
@@ -188,13 +188,13 @@ impl<H: Handler> Shared<H> {
             }
             let popped = if state.failed { None } else { state.queue.pop(&self.memory)? };
             let Some(request) = popped else {
-                if !state.failed && state.queue.listen(&self.memory)? {
+                if !state.failed && state.queue.enable_notification(&self.memory)? {
                     continue;
                 }
                 state.idle += 1;
                 return Ok(true);
             };
-            if state.idle > 0 && state.queue.listen(&self.memory)? {
+            if state.idle > 0 && state.queue.enable_notification(&self.memory)? {
                 self.notify_one();
             }
             state.busy += 1;

@@ -4,7 +4,7 @@
 //! tmpfs in the helper's private mount namespace. libcontainer then bind-mounts the tmpfs at its destination. The
 //! namespace ends with the helper.
 
-mod fill;
+mod copy_up;
 
 use std::fs::{self, File};
 use std::io;
@@ -18,8 +18,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::fstat;
 
-use crate::users::IdMappings;
-use fill::FillError;
+use crate::id_mappings::IdMappings;
+use copy_up::CopyUpError;
 
 /// Mount option of runc that the kernel does not know.
 const COPY_UP: &str = "tmpcopyup";
@@ -44,7 +44,7 @@ pub enum TmpfsError {
     Cgroup(#[source] io::Error),
     /// The image's directory was not copied.
     #[error("failed to copy the image's directory ({COPY_UP})")]
-    Fill(#[source] FillError),
+    CopyUp(#[source] CopyUpError),
 }
 
 /// Where tmpfs mounts are staged, and which cgroup is charged for their content.
@@ -111,7 +111,7 @@ fn prepare_one(
                 options = map_owner(options, id_mappings);
             }
             let (data, mut flags): (Vec<_>, Vec<_>) = options.into_iter().partition(|option| is_fs_option(option));
-            mount_and_fill(&source, &data.join(","), &directory, stage, cgroup)?;
+            mount_and_copy_up(&source, &data.join(","), &directory, stage, cgroup)?;
             flags.push("bind".to_owned());
             options = flags;
             mount.set_typ(Some("bind".to_owned())).set_source(Some(stage.to_owned()));
@@ -138,7 +138,7 @@ fn is_fs_option(option: &str) -> bool {
 }
 
 /// Mounts a tmpfs at `stage` and copies `from` into it. The memory of the copy is charged to `cgroup`.
-fn mount_and_fill(source: &Path, data: &str, from: &OwnedFd, stage: &Path, cgroup: &Path) -> Result<(), TmpfsError> {
+fn mount_and_copy_up(source: &Path, data: &str, from: &OwnedFd, stage: &Path, cgroup: &Path) -> Result<(), TmpfsError> {
     let nothing: Option<&Path> = None;
     unshare(CloneFlags::CLONE_NEWNS).map_err(TmpfsError::Namespace)?;
     mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_SLAVE, nothing).map_err(TmpfsError::Namespace)?;
@@ -148,7 +148,7 @@ fn mount_and_fill(source: &Path, data: &str, from: &OwnedFd, stage: &Path, cgrou
     let original = current_cgroup().map_err(TmpfsError::Cgroup)?;
     let join = |cgroup: &Path| fs::write(cgroup.join("cgroup.procs"), "0").map_err(TmpfsError::Cgroup);
     join(cgroup)?;
-    let filled = fill::fill(from.as_fd(), to.as_fd()).map_err(TmpfsError::Fill);
+    let filled = copy_up::copy_up(from.as_fd(), to.as_fd()).map_err(TmpfsError::CopyUp);
     join(&original)?;
     filled
 }

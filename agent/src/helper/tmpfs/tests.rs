@@ -9,7 +9,7 @@ use husk_base::sys::xattr;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
-use super::{EarlierMounts, fill, is_fs_option, normalize};
+use super::{EarlierMounts, copy_up, is_fs_option, normalize};
 
 /// Temporary directory that is removed when dropped.
 struct Scratch(PathBuf);
@@ -31,9 +31,9 @@ impl Scratch {
         self.0.join("to")
     }
 
-    fn fill(&self) -> Result<(), fill::FillError> {
+    fn copy_up(&self) -> Result<(), copy_up::CopyUpError> {
         let (from, to) = (File::open(self.from()).unwrap(), File::open(self.to()).unwrap());
-        fill::fill(from.as_fd(), to.as_fd())
+        copy_up::copy_up(from.as_fd(), to.as_fd())
     }
 }
 
@@ -44,7 +44,7 @@ impl Drop for Scratch {
 }
 
 #[test]
-fn fill_keeps_content_modes_and_links() {
+fn copy_up_keeps_content_modes_and_links() {
     let scratch = Scratch::new("copy");
     let (from, to) = (scratch.from(), scratch.to());
     fs::create_dir_all(from.join("a/b")).unwrap();
@@ -55,7 +55,7 @@ fn fill_keeps_content_modes_and_links() {
     symlink("/etc/passwd", from.join("out")).unwrap();
     symlink("..", from.join("a/up")).unwrap();
     mkfifo(&from.join("fifo"), Mode::S_IRUSR).unwrap();
-    scratch.fill().unwrap();
+    scratch.copy_up().unwrap();
     assert_eq!(fs::read(to.join("a/b/file")).unwrap(), vec![7; 300_000]);
     let mode = |path: &str| fs::symlink_metadata(to.join(path)).unwrap().mode() & 0o7777;
     assert_eq!(mode("a/tool"), 0o4751);
@@ -67,15 +67,15 @@ fn fill_keeps_content_modes_and_links() {
 }
 
 #[test]
-fn fill_rejects_a_very_deep_tree() {
+fn copy_up_rejects_a_very_deep_tree() {
     let scratch = Scratch::new("deep");
     let mut at = nix::fcntl::open(&scratch.from(), nix::fcntl::OFlag::O_DIRECTORY, Mode::empty()).unwrap();
     for _ in 0..3000 {
         nix::sys::stat::mkdirat(&at, "d", Mode::S_IRWXU).unwrap();
         at = nix::fcntl::openat(&at, "d", nix::fcntl::OFlag::O_DIRECTORY, Mode::empty()).unwrap();
     }
-    let error = scratch.fill().unwrap_err();
-    assert!(matches!(error, fill::FillError::Read(..) | fill::FillError::Create(..)), "{error}");
+    let error = scratch.copy_up().unwrap_err();
+    assert!(matches!(error, copy_up::CopyUpError::Read(..) | copy_up::CopyUpError::Create(..)), "{error}");
 }
 
 #[test]
@@ -114,7 +114,7 @@ fn directory_returns_the_content_of_the_last_mount_on_a_path() {
     fs::write(volume.join("sub/volume"), "yes").unwrap();
     let mut earlier = EarlierMounts { root, mounts: vec![("/data".into(), Some(volume))], id_mappings: None };
     let found = earlier.directory(Path::new("/data/sub")).unwrap().unwrap();
-    assert_eq!(fs::read_to_string(fill::proc_path(found.as_fd()).join("volume")).unwrap(), "yes");
+    assert_eq!(fs::read_to_string(copy_up::proc_path(found.as_fd()).join("volume")).unwrap(), "yes");
     earlier.mounts.push(("/data".into(), None));
     assert!(earlier.directory(Path::new("/data/sub")).unwrap().is_none());
 }
@@ -128,13 +128,13 @@ fn destinations_are_normalized_and_options_classified() {
 }
 
 #[test]
-fn fill_keeps_extended_attributes() {
+fn copy_up_keeps_extended_attributes() {
     let scratch = Scratch::new("attributes");
     let file = scratch.from().join("file");
     fs::write(&file, "").unwrap();
     let (name, value) = (c"user.husk", b"some\0bytes");
     xattr::set(&file, name, value).unwrap();
-    scratch.fill().unwrap();
+    scratch.copy_up().unwrap();
     let mut found = [0_u8; 32];
     let length = xattr::get(&scratch.to().join("file"), name, &mut found).unwrap();
     assert_eq!(found.get(..length), Some(value.as_slice()));

@@ -3,7 +3,9 @@
 //!
 //! Later requests update the network when it changes on the host.
 
-mod parts;
+mod address;
+mod operation;
+mod parse;
 mod route;
 mod rule;
 
@@ -16,12 +18,13 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use husk_base::sync::lock;
+use husk_netlink::{Link, Message, Netlink, link_header, links};
 use husk_proto::agent::{Interface, Neighbour, Route, Rule};
 use tokio::time::{Instant, timeout_at};
 
-use super::netlink::{Link, LinkNotifications, Message, Netlink, link_header, links};
-use super::{NET, namespaces};
-use parts::Op;
+use super::link_notifications::LinkNotifications;
+use super::{NET_NAMESPACE, namespaces};
+use operation::Operation;
 
 /// Maximum time to wait for an interface. The shim hot-plugs the device before it sends the request.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,7 +53,7 @@ pub enum NetworkError {
     Namespace(#[from] namespaces::NamespaceError),
 }
 
-fn kernel(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+fn kernel_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Kernel(action.into(), source)
 }
 
@@ -120,7 +123,7 @@ async fn change(Applied { config: before, complete }: &Applied, after: &NetworkC
     if *complete && before == after {
         return Ok(());
     }
-    let pod = namespaces::run_in_pod(Netlink::open)?.map_err(kernel("open a netlink socket"))?;
+    let pod = namespaces::run_in_pod(Netlink::open)?.map_err(kernel_error("open a netlink socket"))?;
     let mut routes = changed_keys(&before.routes, &after.routes, *complete, route::key);
     let rules = changed_keys(&before.rules, &after.rules, *complete, rule::key);
     remove(before, after, (&routes, &rules), &pod)?;
@@ -152,17 +155,17 @@ fn add(
     (routes, neighbours, rules): (&HashSet<route::Key<'_>>, &[&Neighbour], &HashSet<rule::Key>),
     pod: &Netlink,
 ) -> Result<(), NetworkError> {
-    let indices = Indices::of(&after.interfaces, pod)?;
+    let indices = InterfaceIndices::read(&after.interfaces, pod)?;
     // Direct routes come first, because a gateway is reachable only through the direct routes of its link.
     let new = after.routes.iter().filter(|route| routes.contains(&route::key(route)));
     let (via_gateway, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::has_gateway(route));
     let mut seen_keys = HashSet::new();
-    let mut op = |route| if seen_keys.insert(route::key(route)) { Op::Add } else { Op::Append };
+    let mut op = |route| if seen_keys.insert(route::key(route)) { Operation::Add } else { Operation::Append };
     for route in direct {
         route::change(pod, op(route), route, |name| indices.get(name))?;
     }
     for neighbour in neighbours {
-        parts::neighbour(pod, Op::Add, neighbour, indices.get(&neighbour.interface)?)?;
+        address::change_neighbour(pod, Operation::Add, neighbour, indices.get(&neighbour.interface)?)?;
     }
     for route in via_gateway {
         route::change(pod, op(route), route, |name| indices.get(name))?;
@@ -170,7 +173,7 @@ fn add(
     // Rules come last, because the tables that they look up must be filled first.
     let mut seen_keys = HashSet::new();
     for rule in after.rules.iter().filter(|rule| rules.contains(&rule::key(rule))) {
-        let op = if seen_keys.insert(rule::key(rule)) { Op::Add } else { Op::Append };
+        let op = if seen_keys.insert(rule::key(rule)) { Operation::Add } else { Operation::Append };
         rule::change(pod, op, rule)?;
     }
     Ok(())
@@ -201,19 +204,19 @@ fn remove(
     let mut removed_rules: Vec<_> = before.rules.iter().filter(|rule| rules.contains(&rule::key(rule))).collect();
     removed_rules.sort_by_key(|rule| std::cmp::Reverse(rule::selector_count(rule)));
     for rule in removed_rules {
-        rule::change(pod, Op::Remove, rule)?;
+        rule::change(pod, Operation::Remove, rule)?;
     }
     if before.interfaces.is_empty() && before.routes.is_empty() && before.neighbours.is_empty() {
         return Ok(());
     }
-    let indices = Indices::of(&before.interfaces, pod)?;
+    let indices = InterfaceIndices::read(&before.interfaces, pod)?;
     for neighbour in before.neighbours.iter().filter(|neighbour| !after.neighbours.contains(neighbour)) {
         if let Some(index) = indices.find(&neighbour.interface) {
-            parts::neighbour(pod, Op::Remove, neighbour, index)?;
+            address::change_neighbour(pod, Operation::Remove, neighbour, index)?;
         }
     }
     for route in before.routes.iter().rev().filter(|route| routes.contains(&route::key(route))) {
-        match route::change(pod, Op::Remove, route, |name| indices.get(name)) {
+        match route::change(pod, Operation::Remove, route, |name| indices.get(name)) {
             // The kernel removed the route together with its interface.
             Err(NetworkError::NoInterface(_)) => {}
             result => result?,
@@ -224,28 +227,28 @@ fn remove(
         let current = after.interfaces.iter().find(|current| current.mac == interface.mac);
         for address in &interface.addresses {
             if current.is_none_or(|current| !current.addresses.contains(address)) {
-                parts::address(pod, Op::Remove, index, address)?;
+                address::change(pod, Operation::Remove, index, address)?;
             }
         }
         if current.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
             // The shim hot-unplugs the device before it adds another device with the same name or MAC address.
-            pod.change(down).map_err(kernel(format!("bring down interface {}", interface.name)))?;
+            pod.change(down).map_err(kernel_error(format!("bring down interface {}", interface.name)))?;
         }
     }
     Ok(())
 }
 
 /// Maps the names of a request's interfaces to their interface indices in the guest.
-struct Indices<'a>(HashMap<&'a str, i32>);
+struct InterfaceIndices<'a>(HashMap<&'a str, i32>);
 
-impl<'a> Indices<'a> {
-    fn of(interfaces: &'a [Interface], pod: &Netlink) -> Result<Self, NetworkError> {
-        let links = links(pod).map_err(kernel("list interfaces"))?;
+impl<'a> InterfaceIndices<'a> {
+    fn read(interfaces: &'a [Interface], pod: &Netlink) -> Result<Self, NetworkError> {
+        let links = links(pod).map_err(kernel_error("list interfaces"))?;
         // LOOPBACK_IFINDEX of include/net/flow.h
         let mut indices = HashMap::from([("lo", 1)]);
         for interface in interfaces {
-            let mac = parts::parse_mac(&interface.mac)?;
+            let mac = parse::parse_mac(&interface.mac)?;
             if let Some(link) = links.iter().find(|link| link.mac == mac) {
                 indices.insert(interface.name.as_str(), link.index);
             }
@@ -263,25 +266,25 @@ impl<'a> Indices<'a> {
 }
 
 fn by_mac(netlink: &Netlink, mac: &[u8]) -> Result<Option<Link>, NetworkError> {
-    Ok(links(netlink).map_err(kernel("list interfaces"))?.into_iter().find(|link| link.mac == mac))
+    Ok(links(netlink).map_err(kernel_error("list interfaces"))?.into_iter().find(|link| link.mac == mac))
 }
 
 async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
-    let mac = parts::parse_mac(&interface.mac)?;
+    let mac = parse::parse_mac(&interface.mac)?;
     let link = match by_mac(pod, &mac)? {
         Some(link) => link,
         None => {
             let found = wait_for_link(&mac).await?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
-            let namespace = File::open(NET).map_err(kernel("open the pod's network namespace"))?;
+            let namespace = File::open(NET_NAMESPACE).map_err(kernel_error("open the pod's network namespace"))?;
             let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(found.index, 0, 0))
                 .number(libc::IFLA_NET_NS_FD, namespace.as_raw_fd().unsigned_abs())
                 // The move includes a rename, because the pod's namespace may already have an interface with the old
                 // name (Linux, `do_setlink` of net/core/rtnetlink.c).
                 .text(libc::IFLA_IFNAME, &interface.name);
-            let agent_netlink = Netlink::open().map_err(kernel("open a netlink socket"))?;
+            let agent_netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
             agent_netlink
                 .change(message)
-                .map_err(kernel(format!("move interface {} to the pod's network namespace", interface.name)))?;
+                .map_err(kernel_error(format!("move interface {} to the pod's network namespace", interface.name)))?;
             by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?
         }
     };
@@ -291,40 +294,40 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
     if interface.mtu > 0 {
         rename = rename.number(libc::IFLA_MTU, interface.mtu);
     }
-    pod.change(rename).map_err(kernel(format!("set the name and MTU of interface {}", interface.name)))?;
+    pod.change(rename).map_err(kernel_error(format!("set the name and MTU of interface {}", interface.name)))?;
     pod.change(Message::new(libc::RTM_NEWLINK, 0, &link_header(link.index, up, up)))
-        .map_err(kernel(format!("bring up interface {}", interface.name)))?;
+        .map_err(kernel_error(format!("bring up interface {}", interface.name)))?;
     for address in &interface.addresses {
-        parts::address(pod, Op::Add, link.index, address)?;
+        address::change(pod, Operation::Add, link.index, address)?;
     }
     Ok(())
 }
 
 /// Updates an interface while it stays up. If the interface went down, the kernel would remove its routes.
 fn update_interface(previous: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
-    let mac = parts::parse_mac(&interface.mac)?;
+    let mac = parse::parse_mac(&interface.mac)?;
     let index = by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoInterface(interface.name.clone()))?.index;
     if interface.mtu > 0 && interface.mtu != previous.mtu {
         let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, 0));
         pod.change(message.number(libc::IFLA_MTU, interface.mtu))
-            .map_err(kernel(format!("set the MTU of interface {}", interface.name)))?;
+            .map_err(kernel_error(format!("set the MTU of interface {}", interface.name)))?;
     }
     for address in interface.addresses.iter().filter(|address| !previous.addresses.contains(address)) {
-        parts::address(pod, Op::Add, index, address)?;
+        address::change(pod, Operation::Add, index, address)?;
     }
     Ok(())
 }
 
 async fn wait_for_link(mac: &[u8]) -> Result<Option<Link>, NetworkError> {
-    let notifications = LinkNotifications::subscribe().map_err(kernel("subscribe to link notifications"))?;
-    let agent_netlink = Netlink::open().map_err(kernel("open a netlink socket"))?;
+    let notifications = LinkNotifications::subscribe().map_err(kernel_error("subscribe to link notifications"))?;
+    let agent_netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
     let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(link) = by_mac(&agent_netlink, mac)? {
             return Ok(Some(link));
         }
         match timeout_at(deadline, notifications.next()).await {
-            Ok(result) => result.map_err(kernel("receive link notifications"))?,
+            Ok(result) => result.map_err(kernel_error("receive link notifications"))?,
             Err(_) => return Ok(None),
         }
     }

@@ -9,7 +9,9 @@ use husk_proto::agent::Route;
 use husk_proto::agent::route::Kind;
 
 use super::NetworkError;
-use super::parts::{Op, byte, family, octets, optional_cidr, optional_ip};
+use super::address::{family, octets};
+use super::operation::Operation;
+use super::parse::{parse_byte, parse_optional_cidr, parse_optional_ip};
 
 /// Maximum total length of a route's next hops, in bytes. All next hops are in one netlink attribute, whose length
 /// field has 16 bits.
@@ -27,12 +29,12 @@ pub fn key(route: &Route) -> Key<'_> {
 /// Returns the names of a route's interfaces.
 pub fn interfaces(route: &Route) -> impl Iterator<Item = &str> {
     let single = Some(route.interface.as_str()).filter(|name| !name.is_empty());
-    single.into_iter().chain(route.hops.iter().map(|hop| hop.interface.as_str()))
+    single.into_iter().chain(route.next_hops.iter().map(|hop| hop.interface.as_str()))
 }
 
 /// Whether the route has a gateway. Such a route needs another route to the gateway.
 pub fn has_gateway(route: &Route) -> bool {
-    !route.gateway.is_empty() || route.hops.iter().any(|hop| !hop.gateway.is_empty())
+    !route.gateway.is_empty() || route.next_hops.iter().any(|hop| !hop.gateway.is_empty())
 }
 
 fn table(route: &Route) -> u32 {
@@ -42,13 +44,13 @@ fn table(route: &Route) -> u32 {
 /// Adds or removes a route. `index` returns the guest's index of the interface with the given name.
 pub fn change(
     pod: &Netlink,
-    op: Op,
+    op: Operation,
     route: &Route,
     index: impl Fn(&str) -> Result<i32, NetworkError>,
 ) -> Result<(), NetworkError> {
-    let parsed = ParsedRoute::of(op, route, index)?;
+    let parsed = ParsedRoute::parse(op, route, index)?;
     let unreachable = |error: &io::Error| {
-        matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Op::Remove
+        matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Operation::Remove
     };
     let done = match op.change(pod, parsed.message(op, false)) {
         // When the kernel adds a route, it checks that a route to the gateway exists. It does not check this later, so
@@ -80,10 +82,14 @@ struct ParsedRoute<'a> {
 }
 
 impl<'a> ParsedRoute<'a> {
-    fn of(op: Op, route: &'a Route, index: impl Fn(&str) -> Result<i32, NetworkError>) -> Result<Self, NetworkError> {
+    fn parse(
+        op: Operation,
+        route: &'a Route,
+        index: impl Fn(&str) -> Result<i32, NetworkError>,
+    ) -> Result<Self, NetworkError> {
         let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
         let Ok(kind) = route.kind.enum_value() else { return malformed(format!("{:?}", route.kind), "route type") };
-        let (destination, source) = (optional_cidr(&route.destination)?, optional_ip(&route.source)?);
+        let (destination, source) = (parse_optional_cidr(&route.destination)?, parse_optional_ip(&route.source)?);
         // The gateway does not determine the family: a default route may have a gateway of the other family.
         let family = match destination.map(|(address, _)| address).or(source) {
             Some(address) => family(address),
@@ -94,30 +100,31 @@ impl<'a> ParsedRoute<'a> {
             return malformed(route.source.clone(), "source address for this route's family");
         }
         let mut hops = Vec::new();
-        if !route.interface.is_empty() || (route.hops.is_empty() && matches!(kind, Kind::UNICAST | Kind::LOCAL)) {
-            let (index, gateway) = (index(&route.interface)?, optional_ip(&route.gateway)?);
+        if !route.interface.is_empty() || (route.next_hops.is_empty() && matches!(kind, Kind::UNICAST | Kind::LOCAL)) {
+            let (index, gateway) = (index(&route.interface)?, parse_optional_ip(&route.gateway)?);
             hops.push(Hop { index, gateway, onlink: route.onlink, weight: 0 });
         }
-        for hop in &route.hops {
+        for hop in &route.next_hops {
             let Some(weight) = hop.weight.max(1).checked_sub(1).and_then(|weight| u8::try_from(weight).ok()) else {
                 return malformed(hop.weight.to_string(), "weight of a next hop");
             };
             let index = match index(&hop.interface) {
                 // The kernel removed this next hop with its interface.
-                Err(NetworkError::NoInterface(_)) if op == Op::Remove => continue,
+                Err(NetworkError::NoInterface(_)) if op == Operation::Remove => continue,
                 index => index?,
             };
-            hops.push(Hop { index, gateway: optional_ip(&hop.gateway)?, onlink: hop.onlink, weight });
+            hops.push(Hop { index, gateway: parse_optional_ip(&hop.gateway)?, onlink: hop.onlink, weight });
         }
-        let parsed = Self { route, family, kind, tos: byte(route.tos, "type of service")?, destination, source, hops };
+        let parsed =
+            Self { route, family, kind, tos: parse_byte(route.tos, "type of service")?, destination, source, hops };
         if parsed.multipath(false).len() > MAX_HOPS_LENGTH {
-            return malformed(route.hops.len().to_string(), "number of next hops");
+            return malformed(route.next_hops.len().to_string(), "number of next hops");
         }
         Ok(parsed)
     }
 
     /// Returns the netlink message. With `onlink`, all gateways get RTNH_F_ONLINK.
-    fn message(&self, op: Op, onlink: bool) -> Message {
+    fn message(&self, op: Operation, onlink: bool) -> Message {
         let route = self.route;
         let v4 = self.family == libc::AF_INET as u8;
         let direct = self.kind == Kind::UNICAST && self.hops.iter().all(|hop| hop.gateway.is_none());
@@ -133,7 +140,7 @@ impl<'a> ParsedRoute<'a> {
             Kind::PROHIBIT => libc::RTN_PROHIBIT,
             Kind::THROW => libc::RTN_THROW,
         };
-        let several = !route.hops.is_empty();
+        let several = !route.next_hops.is_empty();
         let flags = match &self.hops[..] {
             [hop] if !several => u32::from(hop.flags(onlink)),
             _ => 0,
@@ -143,7 +150,7 @@ impl<'a> ParsedRoute<'a> {
         let mut fixed =
             [self.family, prefix, 0, tos, libc::RT_TABLE_UNSPEC, libc::RTPROT_BOOT, scope, kind, 0, 0, 0, 0];
         fixed[8..].copy_from_slice(&flags.to_ne_bytes());
-        let order = if op == Op::Append { libc::NLM_F_APPEND } else { libc::NLM_F_REPLACE };
+        let order = if op == Operation::Append { libc::NLM_F_APPEND } else { libc::NLM_F_REPLACE };
         let mut message =
             op.message((libc::RTM_NEWROUTE, order), libc::RTM_DELROUTE, &fixed).number(libc::RTA_TABLE, table(route));
         if let Some((address, _)) = self.destination {
@@ -222,8 +229,8 @@ mod tests {
         }
     }
 
-    fn message(op: Op, route: &Route) -> Vec<u8> {
-        ParsedRoute::of(op, route, index).unwrap().message(op, false).finish()
+    fn message(op: Operation, route: &Route) -> Vec<u8> {
+        ParsedRoute::parse(op, route, index).unwrap().message(op, false).finish()
     }
 
     fn list(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
@@ -241,7 +248,7 @@ mod tests {
             onlink: true,
             ..Default::default()
         };
-        let bytes = message(Op::Add, &route);
+        let bytes = message(Operation::Add, &route);
         assert_eq!(bytes[16..28], [2, 16, 0, 0x10, 0, libc::RTPROT_BOOT, 0, libc::RTN_UNICAST, 4, 0, 0, 0]);
         let expected = [
             (libc::RTA_TABLE, 1000u32.to_ne_bytes().to_vec()),
@@ -251,15 +258,15 @@ mod tests {
         ];
         assert_eq!(list(&bytes), expected);
         let direct = Route { interface: "eth0".into(), ..Default::default() };
-        assert_eq!(message(Op::Add, &direct)[22], libc::RT_SCOPE_LINK);
-        assert_eq!(list(&message(Op::Add, &direct))[0].1, 254u32.to_ne_bytes());
+        assert_eq!(message(Operation::Add, &direct)[22], libc::RT_SCOPE_LINK);
+        assert_eq!(list(&message(Operation::Add, &direct))[0].1, 254u32.to_ne_bytes());
     }
 
     #[test]
     fn default_route_with_a_gateway_of_the_other_family_uses_rta_via() {
         let gateway = "fe80::1".to_owned();
         let route = Route { gateway, interface: "eth0".into(), ..Default::default() };
-        let bytes = message(Op::Add, &route);
+        let bytes = message(Operation::Add, &route);
         assert_eq!(bytes[16], libc::AF_INET as u8);
         assert_eq!(list(&bytes)[2].0, libc::RTA_VIA);
     }
@@ -271,8 +278,8 @@ mod tests {
             NextHop { gateway, interface, weight, onlink, ..Default::default() }
         };
         let hops = vec![hop("10.0.0.1", 2, false), hop("fe80::2", 256, true)];
-        let route = Route { hops, ..Default::default() };
-        let bytes = message(Op::Append, &route);
+        let route = Route { next_hops: hops, ..Default::default() };
+        let bytes = message(Operation::Append, &route);
         assert_eq!(bytes[22], libc::RT_SCOPE_UNIVERSE);
         let attributes = list(&bytes);
         assert_eq!(attributes.len(), 2);
@@ -280,17 +287,17 @@ mod tests {
         assert_eq!(*kind, libc::RTA_MULTIPATH);
         assert_eq!(hops[..16], [16, 0, 0, 1, 2, 0, 0, 0, 8, 0, libc::RTA_GATEWAY as u8, 0, 10, 0, 0, 1]);
         assert_eq!(hops[16..24], [32, 0, RTNH_F_ONLINK, 255, 2, 0, 0, 0]);
-        let many = Route { hops: vec![hop("10.0.0.1", 1, false); 4096], ..Default::default() };
-        assert!(matches!(ParsedRoute::of(Op::Add, &many, index), Err(NetworkError::Malformed(..))));
-        let heavy = Route { hops: vec![hop("10.0.0.1", 257, false)], ..Default::default() };
-        assert!(matches!(ParsedRoute::of(Op::Add, &heavy, index), Err(NetworkError::Malformed(..))));
+        let many = Route { next_hops: vec![hop("10.0.0.1", 1, false); 4096], ..Default::default() };
+        assert!(matches!(ParsedRoute::parse(Operation::Add, &many, index), Err(NetworkError::Malformed(..))));
+        let heavy = Route { next_hops: vec![hop("10.0.0.1", 257, false)], ..Default::default() };
+        assert!(matches!(ParsedRoute::parse(Operation::Add, &heavy, index), Err(NetworkError::Malformed(..))));
     }
 
     #[test]
     fn blackhole_route_has_no_next_hop() {
         let route =
             Route { destination: "fd00::/8".into(), kind: Kind::BLACKHOLE.into(), metric: 7, ..Default::default() };
-        let bytes = message(Op::Remove, &route);
+        let bytes = message(Operation::Remove, &route);
         assert_eq!((bytes[16], bytes[23]), (libc::AF_INET6 as u8, libc::RTN_BLACKHOLE));
         let kinds: Vec<_> = list(&bytes).into_iter().map(|(kind, _)| kind).collect();
         assert_eq!(kinds, [libc::RTA_TABLE, libc::RTA_DST, libc::RTA_PRIORITY]);
@@ -305,9 +312,15 @@ mod tests {
             Route { kind: protobuf::EnumOrUnknown::from_i32(77), ..eth0.clone() },
             Route { destination: "10.0.0.0/40".into(), ..eth0.clone() },
         ] {
-            assert!(matches!(ParsedRoute::of(Op::Add, &route, index), Err(NetworkError::Malformed(..))), "{route}");
+            assert!(
+                matches!(ParsedRoute::parse(Operation::Add, &route, index), Err(NetworkError::Malformed(..))),
+                "{route}"
+            );
         }
-        assert!(matches!(ParsedRoute::of(Op::Add, &Route::default(), index), Err(NetworkError::NoInterface(_))));
+        assert!(matches!(
+            ParsedRoute::parse(Operation::Add, &Route::default(), index),
+            Err(NetworkError::NoInterface(_))
+        ));
     }
 
     proptest! {
@@ -317,10 +330,10 @@ mod tests {
             let hop = NextHop { gateway: gateway.clone(), interface: "eth0".into(), weight: numbers[0], ..Default::default() };
             let route = Route {
                 destination: format!("10.0.0.0/{prefix}"), gateway, source, interface: name, tos: numbers[1],
-                scope: numbers[2], hops: vec![hop], table: numbers[3], ..Default::default()
+                scope: numbers[2], next_hops: vec![hop], table: numbers[3], ..Default::default()
             };
-            if let Ok(parsed) = ParsedRoute::of(Op::Add, &route, |_| Ok(2)) {
-                parsed.message(Op::Add, true).finish();
+            if let Ok(parsed) = ParsedRoute::parse(Operation::Add, &route, |_| Ok(2)) {
+                parsed.message(Operation::Add, true).finish();
             }
         }
     }

@@ -9,7 +9,9 @@ use husk_proto::agent::rule::Action;
 use husk_proto::agent::{PortRange, Rule};
 
 use super::NetworkError;
-use super::parts::{Op, byte, family, octets, optional_cidr};
+use super::address::{family, octets};
+use super::operation::Operation;
+use super::parse::{parse_byte, parse_optional_cidr};
 
 /// Key of a rule: family and priority. Rules with the same key keep the order in which they are added.
 pub type Key = (bool, u32);
@@ -22,22 +24,22 @@ pub fn key(rule: &Rule) -> Key {
 /// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of
 /// the request (net/core/fib_rules.c, `rule_find`). Therefore rules with more attributes must be removed first.
 pub fn selector_count(rule: &Rule) -> usize {
-    let texts = [&rule.source, &rule.destination, &rule.incoming, &rule.outgoing];
-    let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.origin];
+    let texts = [&rule.source, &rule.destination, &rule.input_interface, &rule.output_interface];
+    let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.protocol];
     let ports = [&rule.source_ports, &rule.destination_ports];
     texts.iter().filter(|text| !text.is_empty()).count()
         + numbers.iter().filter(|&&number| number != 0).count()
         + ports.iter().filter(|ports| ports.is_some()).count()
-        + usize::from(rule.suppress_prefix.is_some())
+        + usize::from(rule.suppress_prefix_length.is_some())
 }
 
 /// Adds or removes a rule.
-pub fn change(pod: &Netlink, op: Op, rule: &Rule) -> Result<(), NetworkError> {
+pub fn change(pod: &Netlink, op: Operation, rule: &Rule) -> Result<(), NetworkError> {
     let object = format_args!("rule {} for table {}", rule.priority, rule.table).to_string();
     op.change(pod, message(op, rule)?).map_err(op.failed(object))
 }
 
-fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
+fn message(op: Operation, rule: &Rule) -> Result<Message, NetworkError> {
     let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
     let action = match rule.action.enum_value() {
         // For table 0, the kernel would choose an unused table itself.
@@ -51,7 +53,7 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
         Err(other) => return malformed(other.to_string(), "action of a rule"),
     };
     let rule_family = if rule.ipv6 { libc::AF_INET6 as u8 } else { libc::AF_INET as u8 };
-    let (source, destination) = (optional_cidr(&rule.source)?, optional_cidr(&rule.destination)?);
+    let (source, destination) = (parse_optional_cidr(&rule.source)?, parse_optional_cidr(&rule.destination)?);
     for (prefix, text) in [(source, &rule.source), (destination, &rule.destination)] {
         if prefix.is_some_and(|(address, _)| family(address) != rule_family) {
             return malformed(text.clone(), "prefix for this rule's family");
@@ -59,14 +61,14 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     }
     let flags = if rule.invert { FIB_RULE_INVERT } else { 0 };
     let length = |prefix: Option<(_, u8)>| prefix.map_or(0, |(_, length)| length);
-    let tos = byte(rule.tos, "type of service")?;
+    let tos = parse_byte(rule.tos, "type of service")?;
     // struct fib_rule_hdr. Its table field has one byte; the FRA_TABLE attribute holds larger table ids.
     let mut fixed = [rule_family, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
     fixed[8..].copy_from_slice(&flags.to_ne_bytes());
     // NLM_F_EXCL prevents duplicates. An appended rule must not have this flag, because the kernel (`rule_exists`) also
     // rejects some rules that are not duplicates. It rejects a new rule if an existing rule with the same key has all
     // attributes of the new rule and further ones.
-    let flags = if op == Op::Append { 0 } else { libc::NLM_F_EXCL };
+    let flags = if op == Operation::Append { 0 } else { libc::NLM_F_EXCL };
     let mut message = op
         .message((libc::RTM_NEWRULE, flags), libc::RTM_DELRULE, &fixed)
         .number(FRA_PRIORITY, rule.priority)
@@ -76,7 +78,7 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
             message = message.attribute(kind, &octets(address));
         }
     }
-    for (kind, name) in [(FRA_IIFNAME, &rule.incoming), (FRA_OIFNAME, &rule.outgoing)] {
+    for (kind, name) in [(FRA_IIFNAME, &rule.input_interface), (FRA_OIFNAME, &rule.output_interface)] {
         if name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0']) {
             return malformed(name.clone(), "interface name");
         }
@@ -90,12 +92,12 @@ fn message(op: Op, rule: &Rule) -> Result<Message, NetworkError> {
     if action == 2 {
         message = message.number(FRA_GOTO, rule.target);
     }
-    if let Some(length) = rule.suppress_prefix {
+    if let Some(length) = rule.suppress_prefix_length {
         message = message.number(FRA_SUPPRESS_PREFIXLEN, length);
     }
-    for (kind, number) in [(FRA_PROTOCOL, rule.origin), (FRA_IP_PROTO, rule.ip_protocol)] {
+    for (kind, number) in [(FRA_PROTOCOL, rule.protocol), (FRA_IP_PROTO, rule.ip_protocol)] {
         if number != 0 {
-            message = message.attribute(kind, &[byte(number, "protocol")?]);
+            message = message.attribute(kind, &[parse_byte(number, "protocol")?]);
         }
     }
     for (kind, range) in [(FRA_SPORT_RANGE, &rule.source_ports), (FRA_DPORT_RANGE, &rule.destination_ports)] {
@@ -133,17 +135,17 @@ mod tests {
         let rule = Rule {
             priority: 100,
             source: "10.1.2.3/32".into(),
-            incoming: "eth0".into(),
+            input_interface: "eth0".into(),
             mark: 1,
             mask: 0xff,
             invert: true,
             table: 1000,
             destination_ports: Some(PortRange { first: 80, last: 90, ..Default::default() }).into(),
-            suppress_prefix: Some(0),
-            origin: 3,
+            suppress_prefix_length: Some(0),
+            protocol: 3,
             ..Default::default()
         };
-        let bytes = message(Op::Add, &rule).unwrap().finish();
+        let bytes = message(Operation::Add, &rule).unwrap().finish();
         assert_eq!(bytes[16..28], [2, 0, 32, 0, 0, 0, 0, 1, FIB_RULE_INVERT as u8, 0, 0, 0]);
         let expected = [
             (FRA_PRIORITY, 100u32.to_ne_bytes().to_vec()),
@@ -158,7 +160,7 @@ mod tests {
         ];
         assert_eq!(list(&bytes), expected);
         assert!(selector_count(&rule) > selector_count(&Rule { source: String::new(), ..rule.clone() }));
-        assert!(selector_count(&rule) > selector_count(&Rule { suppress_prefix: None, ..rule.clone() }));
+        assert!(selector_count(&rule) > selector_count(&Rule { suppress_prefix_length: None, ..rule.clone() }));
     }
 
     #[test]
@@ -169,8 +171,8 @@ mod tests {
             Rule::default(),
             Rule { source: "fd00::/8".into(), ..table.clone() },
             Rule { destination: "10.0.0.0/8".into(), ipv6: true, ..table.clone() },
-            Rule { incoming: "a/b".into(), ..table.clone() },
-            Rule { outgoing: "an interface's name".into(), ..table.clone() },
+            Rule { input_interface: "a/b".into(), ..table.clone() },
+            Rule { output_interface: "an interface's name".into(), ..table.clone() },
             Rule { source_ports: range(0, 1), ..table.clone() },
             Rule { source_ports: range(2, 1), ..table.clone() },
             Rule { source_ports: range(1, 65_536), ..table.clone() },
@@ -178,21 +180,21 @@ mod tests {
             Rule { tos: 256, ..table.clone() },
             Rule { action: protobuf::EnumOrUnknown::from_i32(77), ..table.clone() },
         ] {
-            assert!(matches!(message(Op::Add, &rule), Err(NetworkError::Malformed(..))), "{rule}");
+            assert!(matches!(message(Operation::Add, &rule), Err(NetworkError::Malformed(..))), "{rule}");
         }
-        assert!(message(Op::Remove, &table).is_ok());
+        assert!(message(Operation::Remove, &table).is_ok());
     }
 
     proptest! {
         #[test]
         fn message_never_panics(texts: [String; 3], numbers: [u32; 5]) {
-            let [source, incoming, outgoing] = texts;
+            let [source, input_interface, output_interface] = texts;
             let rule = Rule {
-                source, incoming, outgoing, table: numbers[0], tos: numbers[1], ip_protocol: numbers[2],
+                source, input_interface, output_interface, table: numbers[0], tos: numbers[1], ip_protocol: numbers[2],
                 source_ports: Some(PortRange { first: numbers[3], last: numbers[4], ..Default::default() }).into(),
                 ..Default::default()
             };
-            let _ = message(Op::Add, &rule);
+            let _ = message(Operation::Add, &rule);
         }
     }
 }

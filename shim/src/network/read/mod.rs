@@ -8,7 +8,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_netlink::{Message, Netlink, attributes};
-use husk_proto::agent::{Interface, Neighbour, NetworkRequest};
+use husk_proto::agent::{Interface, Neighbour, UpdateNetworkRequest};
 
 use super::{NetworkError, kernel_error};
 
@@ -57,11 +57,11 @@ pub fn to_guest_link(link: husk_netlink::Link) -> Option<Link> {
 }
 
 /// Reads everything that the guest gets of these interfaces, and describes what it does not get.
-pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(NetworkRequest, Unsupported), NetworkError> {
+pub fn network(netlink: &Netlink, links: &[Link]) -> Result<(UpdateNetworkRequest, Unsupported), NetworkError> {
     let names: HashMap<u32, &str> = links.iter().map(|link| (link.index.unsigned_abs(), link.name.as_str())).collect();
     let mut unsupported = Unsupported::new();
     let (routes, rules) = (libc::RTM_GETROUTE, libc::RTM_GETRULE);
-    let request = NetworkRequest {
+    let request = UpdateNetworkRequest {
         interfaces: interfaces(netlink, links).map_err(kernel_error("list addresses"))?,
         routes: dump_both_families(netlink, routes, &mut unsupported, |body| route::parse(body, &names))
             .map_err(kernel_error("list routes"))?,

@@ -89,11 +89,12 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
         (route.interface, route.gateway, route.onlink) = Default::default();
     }
     if let Some(bytes) = hops {
-        encapsulates |= next_hops(&mut route.hops, family, bytes, |index| interface_name(index, names, by_kernel))?;
+        encapsulates |=
+            next_hops(&mut route.next_hops, family, bytes, |index| interface_name(index, names, by_kernel))?;
     }
     Some(if encapsulates {
         Entry::Unsupported("routes with encapsulation".to_owned())
-    } else if !has_next_hop || !route.interface.is_empty() || !route.hops.is_empty() {
+    } else if !has_next_hop || !route.interface.is_empty() || !route.next_hops.is_empty() {
         Entry::Supported(route)
     } else if has_nexthop_object {
         // The kernel does not expand the nexthop object (sysctl net.ipv4.nexthop_compat_mode).
@@ -223,11 +224,14 @@ mod tests {
         // The family in RTA_VIA is 10, AF_INET6, but the address is too short for it.
         assert_eq!(route(&hops.concat()), None);
         let found = supported(route(&hops[..2].concat()));
-        let [only] = &found.hops[..] else { panic!("{found}") };
+        let [only] = &found.next_hops[..] else { panic!("{found}") };
         assert_eq!((only.gateway.as_str(), only.interface.as_str(), only.weight), ("10.0.0.1", "eth0", 2));
         let more = [hops[0].clone(), hop(3, 1, RTNH_F_ONLINK, &[(libc::RTA_GATEWAY, &[10, 1, 0, 2])])].concat();
         let found = supported(route(&more));
-        assert_eq!(found.hops.iter().map(|hop| (hop.weight, hop.onlink)).collect::<Vec<_>>(), [(2, false), (1, true)]);
+        assert_eq!(
+            found.next_hops.iter().map(|hop| (hop.weight, hop.onlink)).collect::<Vec<_>>(),
+            [(2, false), (1, true)]
+        );
         assert_eq!(route(&hops[1]), Some(Entry::Implicit));
         assert!(matches!(route(&hop(2, 1, 0, &[(libc::RTA_ENCAP, &[0; 4])])), Some(Entry::Unsupported(_))));
     }

@@ -40,16 +40,18 @@ pub fn parse(body: &[u8]) -> Option<Entry<Rule>> {
         match attribute {
             FRA_DST => rule.destination = format!("{}/{to}", ip(family, value)?),
             FRA_SRC => rule.source = format!("{}/{from}", ip(family, value)?),
-            FRA_IIFNAME => rule.incoming = text(value)?,
-            FRA_OIFNAME => rule.outgoing = text(value)?,
+            FRA_IIFNAME => rule.input_interface = text(value)?,
+            FRA_OIFNAME => rule.output_interface = text(value)?,
             FRA_GOTO => rule.target = number(value)?,
             FRA_PRIORITY => rule.priority = number(value)?,
             FRA_FWMARK => rule.mark = number(value)?,
             FRA_FWMASK => rule.mask = number(value)?,
             FRA_TABLE => rule.table = number(value)?,
             // -1 means that it is not set.
-            FRA_SUPPRESS_PREFIXLEN => rule.suppress_prefix = Some(number(value)?).filter(|&length| length != u32::MAX),
-            FRA_PROTOCOL => rule.origin = u32::from(*value.first()?),
+            FRA_SUPPRESS_PREFIXLEN => {
+                rule.suppress_prefix_length = Some(number(value)?).filter(|&length| length != u32::MAX)
+            }
+            FRA_PROTOCOL => rule.protocol = u32::from(*value.first()?),
             FRA_IP_PROTO => rule.ip_protocol = u32::from(*value.first()?),
             FRA_SPORT_RANGE => rule.source_ports = Some(ports(value)?).into(),
             FRA_DPORT_RANGE => rule.destination_ports = Some(ports(value)?).into(),
@@ -71,8 +73,8 @@ fn unsupported(what: &str) -> Option<Entry<Rule>> {
 
 fn is_default_rule(rule: &Rule) -> bool {
     DEFAULT_RULES.into_iter().any(|(priority, table)| {
-        let (ipv6, origin, table) = (rule.ipv6, rule.origin, table.into());
-        *rule == Rule { ipv6, origin, priority, table, ..Default::default() }
+        let (ipv6, protocol, table) = (rule.ipv6, rule.protocol, table.into());
+        *rule == Rule { ipv6, protocol, priority, table, ..Default::default() }
     })
 }
 
@@ -159,16 +161,16 @@ mod tests {
             priority: 100,
             destination: "10.1.0.0/16".into(),
             source: "10.2.3.0/24".into(),
-            incoming: "eth0".into(),
-            outgoing: "net1".into(),
+            input_interface: "eth0".into(),
+            output_interface: "net1".into(),
             mark: 5,
             mask: 0xff,
             table: 1000,
-            suppress_prefix: Some(0),
+            suppress_prefix_length: Some(0),
             ip_protocol: 6,
             destination_ports: Some(PortRange { first: 80, last: 90, ..Default::default() }).into(),
             invert: true,
-            origin: 3,
+            protocol: 3,
             ..Default::default()
         };
         assert_eq!(supported(parse_rule(V4, [16, 24], 252, 1, FIB_RULE_INVERT, &list)), expected);

@@ -1,8 +1,8 @@
 //! The sandbox's cgroup on the host. Everything that runs for the pod is accounted where containerd expects it.
 
-mod legacy;
 mod path;
 mod remove;
+mod v1;
 
 use std::path::{Path, PathBuf};
 
@@ -18,17 +18,17 @@ const ATTEMPTS: u32 = 10;
 
 /// Location of a sandbox's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum CgroupLocation {
     /// Directory in the cgroup v2 hierarchy.
-    Unified(PathBuf),
+    V2(PathBuf),
     /// Directories in the cgroup v1 hierarchies, each with the controllers of its hierarchy.
-    Legacy(Vec<(Vec<String>, PathBuf)>),
+    V1(Vec<(Vec<String>, PathBuf)>),
 }
 
 /// A cgroup that this process created and moved into.
 #[derive(Debug)]
 pub struct Cgroup {
-    place: Place,
+    location: CgroupLocation,
     /// Cgroups to which this process returns before the removal, one for each directory.
     origins: Vec<PathBuf>,
     namespace: String,
@@ -69,7 +69,7 @@ pub enum CgroupError {
 }
 
 /// Returns whether the host uses cgroup v2.
-pub fn is_unified() -> bool {
+pub fn is_cgroup_v2() -> bool {
     Path::new(MOUNT).join("cgroup.controllers").exists()
 }
 
@@ -81,26 +81,26 @@ impl Cgroup {
     pub fn enter(cgroups_path: &str, namespace: &str) -> Result<Self, CgroupError> {
         let path::CgroupsPath { relative, scope } = path::parse(cgroups_path)?;
         let proc_cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let (place, origins) = if is_unified() {
+        let (location, origins) = if is_cgroup_v2() {
             let proc_cgroup = proc_cgroup.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-            (Place::Unified(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(proc_cgroup)])
+            (CgroupLocation::V2(Path::new(MOUNT).join(relative)), vec![Path::new(MOUNT).join(proc_cgroup)])
         } else {
             let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-            legacy::place(&mounts, &proc_cgroup, &relative, scope.is_some())
+            v1::locate(&mounts, &proc_cgroup, &relative, scope.is_some())
         };
-        if place.dirs().next().is_none() {
+        if location.dirs().next().is_none() {
             return Err(CgroupError::None);
         }
         if let Some(scope) = &scope {
             scope.start(std::process::id())?;
         }
-        let cgroup = Self { place, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
+        let cgroup = Self { location, origins, namespace: namespace.to_owned(), unit: scope.map(|scope| scope.unit) };
         let made = cgroup.make();
         if made.is_err() {
             // With cgroup v1, the process may already be in the cgroups of some hierarchies.
             cgroup.leave();
             cgroup.unit.iter().for_each(stop_scope);
-            cgroup.place.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
+            cgroup.location.dirs().for_each(|path| drop(std::fs::remove_dir(path)));
         }
         made.map(|()| cgroup)
     }
@@ -111,19 +111,19 @@ impl Cgroup {
     }
 
     fn make(&self) -> Result<(), CgroupError> {
-        for path in self.place.dirs() {
+        for path in self.location.dirs() {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
         // Before a process is moved in: memory that a process used before is never charged to its new cgroup.
-        match &self.place {
-            Place::Unified(path) => delegate(Path::new(MOUNT), path),
-            Place::Legacy(_) => {
-                if let Some(path) = self.place.of("cpuset") {
-                    legacy::inherit_cpuset(Path::new(MOUNT), path);
+        match &self.location {
+            CgroupLocation::V2(path) => delegate(Path::new(MOUNT), path),
+            CgroupLocation::V1(_) => {
+                if let Some(path) = self.location.controller_dir("cpuset") {
+                    v1::inherit_cpuset(Path::new(MOUNT), path);
                 }
             }
         }
-        for path in self.place.dirs() {
+        for path in self.location.dirs() {
             std::fs::write(path.join("cgroup.procs"), "0")
                 .map_err(|source| CgroupError::Enter { path: path.to_owned(), source })?;
         }
@@ -131,12 +131,12 @@ impl Cgroup {
     }
 
     /// Returns the location of the cgroup.
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn location(&self) -> &CgroupLocation {
+        &self.location
     }
 
     fn leave(&self) {
-        for (path, origin) in self.place.dirs().zip(&self.origins) {
+        for (path, origin) in self.location.dirs().zip(&self.origins) {
             if std::fs::write(origin.join("cgroup.procs"), "0").is_err() {
                 // The original cgroup has been removed. The root of the hierarchy always exists.
                 let root = path.ancestors().skip(1).take_while(|parents| parents.join("cgroup.procs").exists()).last();
@@ -149,10 +149,10 @@ impl Cgroup {
     /// empty.
     pub async fn leave_and_remove(&self) {
         self.leave();
-        let (place, namespace, unit) = (self.place.clone(), self.namespace.clone(), self.unit.clone());
+        let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
         // Blocks until the last process has left, so not on this thread.
         let removed = tokio::task::spawn_blocking(move || {
-            let dirs: Vec<&Path> = place.dirs().collect();
+            let dirs: Vec<&Path> = location.dirs().collect();
             remove(&dirs, unit.as_ref(), &namespace);
         })
         .await;
@@ -162,12 +162,12 @@ impl Cgroup {
     }
 }
 
-impl Place {
+impl CgroupLocation {
     /// Returns the directory of a controller's files, if the host has the controller.
-    pub fn of(&self, controller: &str) -> Option<&Path> {
+    pub fn controller_dir(&self, controller: &str) -> Option<&Path> {
         match self {
-            Self::Unified(path) => Some(path),
-            Self::Legacy(all) => {
+            Self::V2(path) => Some(path),
+            Self::V1(all) => {
                 all.iter().find(|(names, _)| names.iter().any(|name| name == controller)).map(|(_, path)| &**path)
             }
         }
@@ -176,8 +176,8 @@ impl Place {
     /// Returns all directories of the cgroup.
     pub fn dirs(&self) -> impl Iterator<Item = &Path> {
         let (one, all): (Option<&Path>, &[_]) = match self {
-            Self::Unified(path) => (Some(path), &[]),
-            Self::Legacy(all) => (None, all),
+            Self::V2(path) => (Some(path), &[]),
+            Self::V1(all) => (None, all),
         };
         one.into_iter().chain(all.iter().map(|(_, path): &(Vec<String>, PathBuf)| path.as_path()))
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::resources::cgroup::{MOUNT, legacy};
+use crate::resources::cgroup::{MOUNT, v1};
 use crate::systemd::Unit;
 
 /// Removes a sandbox's cgroup with everything below it, and containerd's cgroup for the namespace if it is then empty.
@@ -64,7 +64,7 @@ fn remove_directories(path: &Path) -> io::Result<()> {
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
         // cgroup v1 has no notification, or the cgroup has been removed.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return legacy::wait_until_empty(path, deadline),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return v1::wait_until_empty(path, deadline),
         other => other?,
     };
     loop {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::agent::{MirrorEntry, MirrorRequest};
+use husk_proto::agent::{MirrorEntry, UpdateMirrorRequest};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
@@ -201,14 +201,14 @@ async fn copy_once(agent: &Agent, container: &str, mirror: &Mirror) -> Result<()
     let source = mirror.source.clone();
     let walk = tokio::task::spawn_blocking(move || walk::walk(&source, |batch| sender.blocking_send(batch).is_ok()));
     let send = async |entries, last| {
-        let request = MirrorRequest {
+        let request = UpdateMirrorRequest {
             container_id: container.to_owned(),
             mount: mirror.mount,
             entries,
             last,
             ..Default::default()
         };
-        let sent = agent.sandbox.mirror(within(timeouts::SLOW), &request).await;
+        let sent = agent.sandbox.update_mirror(within(timeouts::SLOW), &request).await;
         sent.map(drop).map_err(|source| MirrorError::Send { path: mirror.source.path.clone(), source })
     };
     while let Some(mut batch) = batches.recv().await {

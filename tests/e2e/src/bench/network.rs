@@ -10,7 +10,7 @@ use husk_config::timeline::Timeline;
 
 use super::median;
 use crate::cri::pod::need_image;
-use crate::cri::{Pod, PodContainer, pods_of};
+use crate::cri::{Pod, PodContainer, pods_with_handler};
 use crate::{PYTHON, node};
 
 /// Python server: echoes on port 8080, receives and counts on port 8081. It serves one connection at a time.
@@ -84,7 +84,7 @@ pub fn measure(runs: u32, mib: usize, vcpus: u32) {
 }
 
 fn traffic(variants: &mut [Variant; 2], runs: u32, mib: usize, vcpus: u32) {
-    pods_of("bench-network", "husk", |pods| {
+    pods_with_handler("bench-network", "husk", |pods| {
         let made: Vec<(Pod, PodContainer)> = variants
             .iter()
             .map(|variant| {
@@ -178,7 +178,7 @@ fn starts(variants: &mut [Variant; 2], runs: u32) {
         for variant in variants.iter_mut() {
             let _config = node::Config::set(&variant.config);
             let mut id = String::new();
-            pods_of("bench-network-start", "husk", |pods| id = pods.pod().id);
+            pods_with_handler("bench-network-start", "husk", |pods| id = pods.pod().id);
             let text = fs::read_to_string(Path::new(TIMELINES)).unwrap();
             let all = Timeline::from_lines(&text).unwrap();
             let steps = all.into_iter().rev().find(|timeline| timeline.sandbox == id).unwrap().steps;

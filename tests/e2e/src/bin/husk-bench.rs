@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use husk_config::timeline::Timeline;
-use husk_e2e::bench::{Series, Weight, network, report, step_times};
+use husk_e2e::bench::{MemoryUse, Series, network, report, step_times};
 use husk_e2e::command::{Input, Running, ctr};
-use husk_e2e::cri::pod::pods_of;
+use husk_e2e::cri::pod::pods_with_handler;
 use husk_e2e::cri::stream::{Stream, channel};
 use husk_e2e::cri::{Pod, PodContainer, call};
 use husk_e2e::{BUSYBOX, node, vm};
@@ -104,8 +104,8 @@ fn main() -> Result<()> {
 /// Creates one pod per runtime, and measures the output of a container in each, alternately.
 fn exec(runs: u32, mib: u64) {
     let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
-    pods_of("bench-exec", "husk", |pods| {
-        let pods = ["runc", "husk"].map(|handler| pods.run_by(handler, pods.config()));
+    pods_with_handler("bench-exec", "husk", |pods| {
+        let pods = ["runc", "husk"].map(|handler| pods.run_with_handler(handler, pods.config()));
         let containers = pods.each_ref().map(Pod::sleeper);
         for round in 0..=runs {
             for ((name, rates), container) in rates.iter_mut().zip(&containers) {
@@ -190,7 +190,7 @@ fn start(runs: u32, runtimes: &[&Runtime]) -> Result<String> {
             }
         }
     }
-    let weight = if runtimes.iter().any(|runtime| runtime.name == "husk") { Some(weigh()?) } else { None };
+    let weight = if runtimes.iter().any(|runtime| runtime.name == "husk") { Some(measure_memory()?) } else { None };
     Ok(report(&series, &step_times(&starts), weight))
 }
 
@@ -217,7 +217,7 @@ fn timeline(id: &str) -> Result<Timeline> {
 }
 
 /// Measures the memory use of an idle Husk container.
-fn weigh() -> Result<Weight> {
+fn measure_memory() -> Result<MemoryUse> {
     let id = "bench-weight";
     let mut running = Running::start(
         ctr(&[
@@ -234,12 +234,12 @@ fn weigh() -> Result<Weight> {
         Input::Null,
     );
     running.wait_for("up");
-    let [vmm] = vm::vmm_of(id)[..] else { bail!("expected exactly one VMM of {id}") };
-    let [shim] = vm::shims_of(id)[..] else { bail!("expected exactly one shim of {id}") };
+    let [vmm] = vm::vmm_pids_of(id)[..] else { bail!("expected exactly one VMM of {id}") };
+    let [shim] = vm::shim_pids_of(id)[..] else { bail!("expected exactly one shim of {id}") };
     let (vmm, shim) = (vm::memory(vmm)?, vm::memory(shim)?);
     Running::start(ctr(&["tasks", "kill", "-s", "KILL", id]), Input::Null).wait();
     running.wait();
-    Ok(Weight { vmm: vmm.own, guest: vmm.guest, shim: shim.own + shim.guest })
+    Ok(MemoryUse { vmm: vmm.other, guest: vmm.guest, shim: shim.other + shim.guest })
 }
 
 /// Returns the current time of CLOCK_MONOTONIC, the clock of the timelines, in ns.

@@ -15,7 +15,7 @@ fn allow(names: &[&str]) -> Config {
 
 /// Tests that each annotation takes effect if it is allowed, and that the pod is rejected if it is not.
 #[track_caller]
-pub fn are_as_the_node_allows(pods: &Pods) {
+pub fn check_allow_list(pods: &Pods) {
     {
         let _config = allow(&[VCPUS, MEMORY, PARAMS]);
         let mut config = pods.config();
@@ -36,7 +36,7 @@ pub fn are_as_the_node_allows(pods: &Pods) {
             let _config = allow(allowed);
             let mut config = pods.config();
             config["annotations"] = json!({ name: value });
-            pods.refused(&config)
+            pods.expect_error(&config)
         };
         let error = refused(&others, value);
         assert!(error.contains(name) && error.contains("not allowed on this node"), "{error}");

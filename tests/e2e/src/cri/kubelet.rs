@@ -13,7 +13,7 @@ pub type Entry<'a> = (&'a str, &'a [u8], u32);
 /// Replaces the content of `volume` by `entries`. Writes them to a new directory `version`, then atomically renames a
 /// new symbolic link to `..data`. The visible names are symbolic links through `..data`.
 #[track_caller]
-pub fn publish(volume: &Path, version: &str, entries: &[Entry]) {
+pub fn write_atomically(volume: &Path, version: &str, entries: &[Entry]) {
     fs::create_dir_all(volume).unwrap();
     let old = fs::read_link(volume.join("..data")).ok();
     let new = volume.join(version);

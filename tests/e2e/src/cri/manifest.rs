@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use super::pod::{Executed, Pod, PodContainer, Pods, need_image, text};
+use super::pod::{ExecResult, Pod, PodContainer, Pods, need_image, text};
 use crate::node;
 
 /// The kubelet's directory of pod volumes.
@@ -35,7 +35,7 @@ const MASKED: [&str; 9] = [
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// A running pod, with its containers in the manifest's order.
-pub struct Applied {
+pub struct AppliedManifest {
     /// The pod.
     pub pod: Pod,
     /// The pod's started containers.
@@ -65,7 +65,7 @@ enum Probe {
 
 /// Runs the pod of a manifest. `images` maps the manifest's image names to local images.
 #[track_caller]
-pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
+pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedManifest {
     let manifest: Value = serde_yaml_ng::from_str(manifest).unwrap();
     assert_eq!((&manifest["apiVersion"], &manifest["kind"]), (&json!("v1"), &json!("Pod")));
     let spec = &manifest["spec"];
@@ -92,11 +92,11 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
     let containers = spec["containers"].as_array().unwrap();
     let privileged = containers.iter().any(|container| container["securityContext"]["privileged"] == true);
     config["linux"]["security_context"]["privileged"] = privileged.into();
-    let limits: Vec<Limits> = containers.iter().map(Limits::of).collect();
+    let limits: Vec<Limits> = containers.iter().map(Limits::parse).collect();
     let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
     // The containers that run at the same time. Regular init containers have exited by then, and those of the tests
     // need no more than the others.
-    let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::of).collect();
+    let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::parse).collect();
     if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
             json!({ "memory_limit_in_bytes": at_once.iter().map(|limits| limits.memory).sum::<i64>() });
@@ -144,10 +144,10 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
     };
     let mut sidecars = Vec::new();
     for container in init {
-        let config = configure(container, &Limits::of(container));
+        let config = configure(container, &Limits::parse(container));
         let started = pod.start(&config);
         if is_sidecar(container) {
-            let sidecar = Sidecar { container: started, config, probe: Probe::of(container, "startupProbe") };
+            let sidecar = Sidecar { container: started, config, probe: Probe::parse(container, "startupProbe") };
             // The next container starts only when the sidecar has started.
             sidecar.wait_started(&pod);
             sidecars.push(sidecar);
@@ -164,8 +164,8 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> Applied {
         pod.start(&configure(container, limits))
     });
     let started = started.collect();
-    let probes = containers.iter().map(|container| Probe::of(container, "readinessProbe")).collect();
-    Applied { pod, containers: started, sidecars, probes, dir }
+    let probes = containers.iter().map(|container| Probe::parse(container, "readinessProbe")).collect();
+    AppliedManifest { pod, containers: started, sidecars, probes, dir }
 }
 
 fn is_sidecar(container: &Value) -> bool {
@@ -174,7 +174,7 @@ fn is_sidecar(container: &Value) -> bool {
 
 impl Probe {
     #[track_caller]
-    fn of(container: &Value, name: &str) -> Option<Self> {
+    fn parse(container: &Value, name: &str) -> Option<Self> {
         let probe = container.get(name)?;
         known(probe, &["exec", "httpGet", "periodSeconds"]);
         if let Some(command) = probe["exec"]["command"].as_array() {
@@ -193,7 +193,7 @@ impl Probe {
             Probe::Exec(command) => {
                 let command: Vec<&str> = command.iter().map(String::as_str).collect();
                 match container.try_exec(&command) {
-                    Ok(Executed { code: 0, .. }) => Ok(()),
+                    Ok(ExecResult { code: 0, .. }) => Ok(()),
                     other => Err(format!("{other:?}")),
                 }
             }
@@ -233,7 +233,7 @@ fn get(pod: &Pod, port: u16, path: &str) -> Result<String, String> {
     if answer.split_whitespace().nth(1) == Some("200") { Ok(answer) } else { Err(answer) }
 }
 
-impl Applied {
+impl AppliedManifest {
     /// Waits until the readiness probes of all containers succeed.
     #[track_caller]
     pub fn wait_ready(&self, limit: Duration) {
@@ -289,7 +289,7 @@ impl Applied {
     }
 }
 
-impl Drop for Applied {
+impl Drop for AppliedManifest {
     fn drop(&mut self) {
         // The kubelet removes volumes after the pod has stopped.
         if !std::thread::panicking() {
@@ -376,7 +376,7 @@ struct Limits {
 }
 
 impl Limits {
-    fn of(container: &Value) -> Self {
+    fn parse(container: &Value) -> Self {
         known(&container["resources"], &["limits"]);
         let limits = &container["resources"]["limits"];
         known(limits, &["memory", "cpu"]);

@@ -22,7 +22,7 @@ use protobuf::{Message, MessageDyn};
 use serde_json::Value;
 
 pub use grpc::Status;
-pub use pod::{Pod, PodContainer, Pods, pods, pods_of};
+pub use pod::{Pod, PodContainer, Pods, pods, pods_with_handler};
 
 /// containerd's socket, which also serves the CRI.
 pub const SOCKET: &str = "/run/containerd/containerd.sock";
@@ -65,7 +65,7 @@ pub fn call(method: &str, request: &Value) -> Value {
 
 /// Calls a method of the runtime service. Panics if it succeeds; returns the error message in lower case.
 #[track_caller]
-pub fn refused(method: &str, request: &Value) -> String {
+pub fn expect_error(method: &str, request: &Value) -> String {
     match try_call(method, request) {
         Ok(answer) => panic!("{method} {request} succeeded: {answer}"),
         Err(status) => status.message.to_lowercase(),
@@ -73,10 +73,10 @@ pub fn refused(method: &str, request: &Value) -> String {
 }
 
 /// Calls a streaming method of the runtime service. The iterator ends if no message arrives within the timeout.
-pub fn stream_of(method: &str) -> impl Iterator<Item = Value> + use<> {
+pub fn call_streaming(method: &str) -> impl Iterator<Item = Value> + use<> {
     let answer = descriptor("RuntimeService", method).output_type();
     let answers = grpc::stream(SOCKET, &format!("/runtime.v1.RuntimeService/{method}"), Vec::new());
-    std::iter::from_fn(move || Some(json_of(&answer, &answers.recv_timeout(TIMEOUT).ok()?)))
+    std::iter::from_fn(move || Some(to_json(&answer, &answers.recv_timeout(TIMEOUT).ok()?)))
 }
 
 fn descriptor(service: &str, method: &str) -> MethodDescriptor {
@@ -85,7 +85,7 @@ fn descriptor(service: &str, method: &str) -> MethodDescriptor {
     called.unwrap_or_else(|| panic!("the CRI has no {service}.{method}"))
 }
 
-fn json_of(message: &MessageDescriptor, bytes: &[u8]) -> Value {
+fn to_json(message: &MessageDescriptor, bytes: &[u8]) -> Value {
     let options = protobuf_json_mapping::PrintOptions {
         proto_field_name: true,
         always_output_default_values: true,
@@ -104,7 +104,7 @@ pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &V
             .unwrap_or_else(|error| panic!("{method} {request}: {error}"));
     let path = format!("/runtime.v1.{service}/{method}");
     let answer = grpc::unary(SOCKET, &path, request.write_to_bytes_dyn().unwrap(), limit)?;
-    Ok(json_of(&called.output_type(), &answer))
+    Ok(to_json(&called.output_type(), &answer))
 }
 
 /// Reads a 64-bit integer field, which protobuf's JSON mapping encodes as a string.

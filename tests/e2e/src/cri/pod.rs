@@ -33,12 +33,12 @@ pub struct Pods {
 /// Runs `body` as the test `name`. Fails if its pods leave anything in the node.
 #[track_caller]
 pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
-    pods_of(name, handler(), body);
+    pods_with_handler(name, handler(), body);
 }
 
 /// Like [`pods`], with another runtime handler than the one under test.
 #[track_caller]
-pub fn pods_of(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
+pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     for image in [PAUSE, BUSYBOX] {
         need_image(image);
     }
@@ -113,20 +113,20 @@ impl Pods {
     /// Runs a pod with this configuration.
     #[track_caller]
     pub fn run(&self, config: Value) -> Pod {
-        self.run_by(&self.handler, config)
+        self.run_with_handler(&self.handler, config)
     }
 
     /// Runs a pod with this configuration and another runtime handler.
     #[track_caller]
-    pub fn run_by(&self, handler: &str, config: Value) -> Pod {
+    pub fn run_with_handler(&self, handler: &str, config: Value) -> Pod {
         let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler }));
         Pod { id: text(&answer["pod_sandbox_id"]), config, next: Cell::new(0) }
     }
 
     /// Requires that running a pod with this configuration fails. Returns the error message in lower case.
     #[track_caller]
-    pub fn refused(&self, config: &Value) -> String {
-        super::refused("RunPodSandbox", &json!({ "config": config, "runtime_handler": self.handler }))
+    pub fn expect_error(&self, config: &Value) -> String {
+        super::expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": self.handler }))
     }
 
     /// Stops and removes the test's remaining pods.
@@ -265,7 +265,7 @@ fn remove_parent(name: &str) {
 
 /// Result of a command in a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Executed {
+pub struct ExecResult {
     /// Exit code.
     pub code: i64,
     /// Standard output.
@@ -325,26 +325,30 @@ impl PodContainer {
 
     /// Runs a command in the container.
     #[track_caller]
-    pub fn exec(&self, command: &[&str]) -> Executed {
+    pub fn exec(&self, command: &[&str]) -> ExecResult {
         self.exec_within(Duration::from_secs(60), command)
     }
 
     /// Like [`PodContainer::exec`], with a timeout.
     #[track_caller]
-    pub fn exec_within(&self, limit: Duration, command: &[&str]) -> Executed {
+    pub fn exec_within(&self, limit: Duration, command: &[&str]) -> ExecResult {
         self.exec_sync(limit, command).unwrap_or_else(|status| panic!("{command:?}: {status}\n{}", node::log_tail(40)))
     }
 
     /// Like [`PodContainer::exec`], but returns containerd's error, for example if the container has exited.
-    pub fn try_exec(&self, command: &[&str]) -> Result<Executed, Status> {
+    pub fn try_exec(&self, command: &[&str]) -> Result<ExecResult, Status> {
         self.exec_sync(Duration::from_secs(60), command)
     }
 
-    fn exec_sync(&self, limit: Duration, command: &[&str]) -> Result<Executed, Status> {
+    fn exec_sync(&self, limit: Duration, command: &[&str]) -> Result<ExecResult, Status> {
         let request = json!({ "container_id": self.id, "cmd": command, "timeout": limit.as_secs() });
         let answer = try_call_within(limit + super::TIMEOUT, "RuntimeService", "ExecSync", &request)?;
         let text = |value| String::from_utf8_lossy(&bytes(value)).into_owned();
-        Ok(Executed { code: number(&answer["exit_code"]), out: text(&answer["stdout"]), err: text(&answer["stderr"]) })
+        Ok(ExecResult {
+            code: number(&answer["exit_code"]),
+            out: text(&answer["stdout"]),
+            err: text(&answer["stderr"]),
+        })
     }
 
     /// Runs a shell script in the container. Requires success and an empty standard error. Returns the trimmed output.

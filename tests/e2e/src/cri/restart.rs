@@ -14,7 +14,7 @@ use crate::node;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns the pid of the node's containerd; ignores zombies.
-pub fn containerd() -> Option<i32> {
+pub fn containerd_pid() -> Option<i32> {
     let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let mut running = pids.filter(|pid: &i32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -26,10 +26,10 @@ pub fn containerd() -> Option<i32> {
 /// Stops containerd with SIGTERM, like a service manager.
 #[track_caller]
 fn stop() {
-    let pid = containerd().expect("containerd is not running");
+    let pid = containerd_pid().expect("containerd is not running");
     // SAFETY: kill(2) takes two integers and no pointers.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
-    let gone = node::eventually(TIMEOUT, || containerd().is_none().then_some(()));
+    let gone = node::eventually(TIMEOUT, || containerd_pid().is_none().then_some(()));
     assert!(gone.is_some(), "containerd does not exit:\n{}", node::log_tail(20));
 }
 
@@ -54,7 +54,7 @@ fn start() {
 
 /// Restarts containerd.
 #[track_caller]
-pub fn restart() {
+pub fn restart_containerd() {
     stop();
     start();
 }
@@ -78,7 +78,7 @@ fn with_signal_dir(config: Value, dir: &Path) -> Value {
 
 /// Tests that containers keep running without containerd, and that exits in that time are reported after its start.
 #[track_caller]
-pub fn is_survived(pods: &Pods) {
+pub fn check_pods_survive(pods: &Pods) {
     let signals = pods.dir().join("signals");
     fs::create_dir_all(&signals).unwrap();
     let (pod, other) = (pods.pod(), pods.pod());

@@ -27,7 +27,7 @@ const MAX_PAYLOAD: usize = 32 * 1024;
 type Streams = Arc<Mutex<HashMap<u32, Sender<Vec<u8>>>>>;
 
 /// The connection to the streaming server.
-pub struct Forward {
+pub struct PortForward {
     writer: Arc<Mutex<Writer>>,
     streams: Streams,
 }
@@ -49,12 +49,12 @@ pub struct Connection {
 }
 
 /// The sending half of a connection, which can be moved to another thread.
-pub struct Sending {
+pub struct SendHalf {
     writer: Arc<Mutex<Writer>>,
     id: u32,
 }
 
-impl Forward {
+impl PortForward {
     /// Connects to the URL in the response to a PortForward request.
     #[track_caller]
     pub fn connect(url: &str) -> Self {
@@ -109,7 +109,7 @@ impl Forward {
     }
 }
 
-impl Drop for Forward {
+impl Drop for PortForward {
     fn drop(&mut self) {
         let _ = lock(&self.writer).socket.shutdown(Shutdown::Both);
     }
@@ -119,18 +119,18 @@ impl Connection {
     /// Sends data.
     #[track_caller]
     pub fn send(&self, data: &[u8]) {
-        self.sending().send(data);
+        self.send_half().send(data);
     }
 
     /// Half-closes the connection: data can still be received.
     #[track_caller]
     pub fn finish(&self) {
-        self.sending().finish();
+        self.send_half().finish();
     }
 
     /// Returns the sending half.
-    pub fn sending(&self) -> Sending {
-        Sending { writer: Arc::clone(&self.writer), id: self.id }
+    pub fn send_half(&self) -> SendHalf {
+        SendHalf { writer: Arc::clone(&self.writer), id: self.id }
     }
 
     /// Receives the next data; `None` at the end.
@@ -163,7 +163,7 @@ impl Connection {
     }
 }
 
-impl Sending {
+impl SendHalf {
     /// Sends data.
     #[track_caller]
     pub fn send(&self, data: &[u8]) {

@@ -39,11 +39,11 @@ fn usage(files: &str) -> (u64, u64) {
     (value("usage_usec") * 1000, current - value("inactive_file"))
 }
 
-fn inside(container: &PodContainer) -> (u64, u64) {
+fn usage_in_container(container: &PodContainer) -> (u64, u64) {
     usage(&container.sh("cd /sys/fs/cgroup && cat cpu.stat memory.current memory.stat"))
 }
 
-fn outside(group: &Path) -> (u64, u64) {
+fn usage_on_node(group: &Path) -> (u64, u64) {
     let files = ["cpu.stat", "memory.current", "memory.stat"];
     usage(&files.map(|file| fs::read_to_string(group.join(file)).unwrap()).concat())
 }
@@ -70,13 +70,13 @@ fn metrics(container: &PodContainer) -> Value {
 
 /// Returns the CRI statistics of the pod.
 #[track_caller]
-fn of_pod(pod: &Pod) -> Value {
+fn pod_stats(pod: &Pod) -> Value {
     call("PodSandboxStats", &json!({ "pod_sandbox_id": pod.id }))["stats"]["linux"].clone()
 }
 
 /// Tests CPU time, working set and number of processes of a container and its pod.
 #[track_caller]
-pub fn processor_memory_and_processes(pods: &Pods) {
+pub fn check_cpu_memory_and_pids(pods: &Pods) {
     let pod = pods.pod();
     let script = "for i in 1 2 3; do sleep 100000 & done
         i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo up; wait";
@@ -88,36 +88,36 @@ pub fn processor_memory_and_processes(pods: &Pods) {
     // time.
     container.sh("dd if=/dev/zero of=/dev/shm/fill bs=1M count=40 2> /dev/null; cat /bin/busybox > /dev/null");
     let group = Path::new("/sys/fs/cgroup").join(text(&pod.config["linux"]["cgroup_parent"]).trim_start_matches('/'));
-    let (before, host) = (inside(&container), outside(&group));
+    let (before, host) = (usage_in_container(&container), usage_on_node(&group));
     let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
-    let of_pod = of_pod(&pod);
-    let (host_after, after) = (outside(&group), inside(&container));
+    let pod_stats = pod_stats(&pod);
+    let (host_after, after) = (usage_on_node(&group), usage_in_container(&container));
     assert_between(&reported, before, after);
     assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "{before:?}");
     assert_eq!(reported["attributes"]["metadata"]["name"], config["metadata"]["name"]);
-    assert_between(&of_pod, host, host_after);
-    assert_eq!(of_pod["containers"].as_array().unwrap().len(), 1, "{of_pod}");
-    assert_between(&of_pod["containers"][0], before, after);
+    assert_between(&pod_stats, host, host_after);
+    assert_eq!(pod_stats["containers"].as_array().unwrap().len(), 1, "{pod_stats}");
+    assert_between(&pod_stats["containers"][0], before, after);
     // The shell and its three children.
-    assert_eq!(value(&of_pod["process"]["process_count"]), 4, "{of_pod}");
+    assert_eq!(value(&pod_stats["process"]["process_count"]), 4, "{pod_stats}");
     let pids = &metrics(&container)["pids"];
     assert_eq!(pids["current"], 4, "{pids}");
     // Freed memory is reported too.
     container.sh("rm /dev/shm/fill");
-    let before = inside(&container);
+    let before = usage_in_container(&container);
     let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
-    assert_between(&reported, before, inside(&container));
+    assert_between(&reported, before, usage_in_container(&container));
     assert!(before.1 < 20 * MIB, "{before:?}");
     container.stop(0);
 }
 
 /// Tests received and sent bytes in the pod's statistics and at the container's interface.
 #[track_caller]
-pub fn network(pods: &Pods) {
+pub fn check_network(pods: &Pods) {
     let pod = pods.pod();
     let container = pod.sleeper();
     let reported = || {
-        let interface = of_pod(&pod)["network"]["default_interface"].clone();
+        let interface = pod_stats(&pod)["network"]["default_interface"].clone();
         assert_eq!(interface["name"], "eth0");
         [value(&interface["rx_bytes"]), value(&interface["tx_bytes"])]
     };
@@ -164,7 +164,7 @@ pub fn network(pods: &Pods) {
 
 /// Tests bytes read from and written to a block device of the container.
 #[track_caller]
-pub fn block(pods: &Pods) {
+pub fn check_block_io(pods: &Pods) {
     let image = pods.dir().join("disk");
     fs::File::create(&image).unwrap().set_len(32 * MIB).unwrap();
     let made = Command::new("losetup").args(["-f", "--show"]).arg(&image).output().unwrap();

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::pod::{Pod, Pods};
 
 /// First host id of the pod's id mapping.
-pub const BASE: u32 = 65536 * 5;
+pub const HOST_ID_BASE: u32 = 65536 * 5;
 
 /// Returns user namespace options that map one range of users and groups to host ids from `base` up.
 pub fn options(base: u32) -> Value {
@@ -14,19 +14,19 @@ pub fn options(base: u32) -> Value {
 }
 
 /// Adds the user namespace to a pod's or a container's configuration.
-pub fn mapped(mut config: Value) -> Value {
-    config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(BASE);
+pub fn with_user_namespace(mut config: Value) -> Value {
+    config["linux"]["security_context"]["namespace_options"]["userns_options"] = options(HOST_ID_BASE);
     config
 }
 
 /// Runs a pod with a user namespace.
 pub fn pod(pods: &Pods) -> Pod {
-    pods.run(mapped(pods.config()))
+    pods.run(with_user_namespace(pods.config()))
 }
 
 /// Returns a container's configuration for a pod with a user namespace.
 pub fn sh(pod: &Pod, script: &str) -> Value {
-    mapped(pod.sh(script))
+    with_user_namespace(pod.sh(script))
 }
 
 /// Script that sleeps until SIGTERM.
@@ -34,11 +34,11 @@ pub const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
 /// Tests that the pod's root is mapped to another host user, in containers and execs.
 #[track_caller]
-pub fn root_is_mapped(pods: &Pods) {
+pub fn check_root_is_mapped(pods: &Pods) {
     let pod = pod(pods);
     let first = pod.start(&sh(&pod, &format!("cat /proc/self/uid_map; {SLEEP}")));
     first.wait_for("65536");
-    let map = format!("0 {BASE} 65536");
+    let map = format!("0 {HOST_ID_BASE} 65536");
     let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
     for file in ["uid_map", "gid_map"] {
         assert_eq!(words(first.sh(&format!("cat /proc/self/{file}"))), map, "by exec");

@@ -30,17 +30,17 @@ fn apparmor() {
                 }
             };
             let current = "cat /proc/self/attr/apparmor/current";
-            group.has("unconfined", || {
+            group.check("unconfined", || {
                 assert_eq!(run_once(&pod, current, apparmor("Unconfined", "")), "unconfined");
             });
-            group.has("the default profile", || {
+            group.check("the default profile", || {
                 assert_eq!(run_once(&pod, current, |_| ()), "cri-containerd.apparmor.d (enforce)");
                 assert_eq!(
                     run_once(&pod, current, apparmor("RuntimeDefault", "")),
                     "cri-containerd.apparmor.d (enforce)"
                 );
             });
-            group.has("a profile of the node, also for an exec", || {
+            group.check("a profile of the node, also for an exec", || {
                 let profile = "profile husk-e2e flags=(attach_disconnected) { file, capability, network, signal,
                     deny /srv/** wl, }";
                 load_profile(pods.dir(), profile);
@@ -56,7 +56,7 @@ fn apparmor() {
                 let text = run_once(&pod, "echo x > /srv/y && echo written", apparmor("Localhost", "husk-e2e"));
                 assert_eq!(text, "written");
             });
-            group.has("a missing profile is refused", || {
+            group.check("a missing profile is refused", || {
                 let mut config = pod.sh("true");
                 security_context(&mut config)["apparmor"] =
                     json!({ "profile_type": "Localhost", "localhost_ref": "localhost/no-such-profile" });

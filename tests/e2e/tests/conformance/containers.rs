@@ -13,7 +13,7 @@ fn container() {
     pods("conf-container", |pods| {
         let pod = pods.pod();
         group("Container", |group| {
-            group.has("create, start, stop, remove, with the state at each step", || {
+            group.check("create, start, stop, remove, with the state at each step", || {
                 let container = pod.create(&pod.sh("trap 'exit 0' TERM; echo up; sleep 100000 & wait"));
                 assert_eq!(container.status()["state"], "CONTAINER_CREATED");
                 container.start();
@@ -26,12 +26,12 @@ fn container() {
                 container.remove();
                 assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
             });
-            group.has("exit code and reason of a failed container", || {
+            group.check("exit code and reason of a failed container", || {
                 let container = pod.start(&pod.sh("exit 42"));
                 assert_eq!(container.wait(), (42, "Error".into()));
                 container.remove();
             });
-            group.has("SIGTERM first, SIGKILL after the timeout", || {
+            group.check("SIGTERM first, SIGKILL after the timeout", || {
                 let container = pod.start(&pod.sh("trap 'echo asked' TERM; echo up; while :; do sleep 0.1; done"));
                 container.wait_for("up");
                 container.stop(2);
@@ -39,28 +39,28 @@ fn container() {
                 assert!(container.log().contains("asked"));
                 container.remove();
             });
-            group.has("removing a running container ends it", || {
+            group.check("removing a running container ends it", || {
                 let container = sleeper(&pod, |_| {});
                 container.remove();
                 assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
             });
-            group.has("removing a container twice succeeds", || {
+            group.check("removing a container twice succeeds", || {
                 let container = pod.create(&pod.sh("true"));
                 container.remove();
                 container.remove();
             });
-            group.has("stopping a container twice succeeds", || {
+            group.check("stopping a container twice succeeds", || {
                 let container = sleeper(&pod, |_| {});
                 container.stop(0);
                 container.stop(0);
                 container.remove();
             });
-            group.has("starting a container twice is an error", || {
+            group.check("starting a container twice is an error", || {
                 let container = sleeper(&pod, |_| {});
                 assert!(try_call("StartContainer", &json!({ "container_id": container.id })).is_err());
                 container.remove();
             });
-            group.has("a missing command is an error of StartContainer", || {
+            group.check("a missing command is an error of StartContainer", || {
                 let mut config = pod.sh("");
                 config["command"] = json!(["/no/such/program"]);
                 let container = pod.create(&config);
@@ -69,7 +69,7 @@ fn container() {
                 assert_eq!(number(&container.status()["exit_code"]), 128);
                 container.remove();
             });
-            group.has("command, arguments, environment, working directory", || {
+            group.check("command, arguments, environment, working directory", || {
                 let text = run_once(&pod, "", |config| {
                     config["command"] = json!(["sh", "-c"]);
                     config["args"] = json!(["echo $WORD in $PWD $0", "argument"]);
@@ -78,7 +78,7 @@ fn container() {
                 });
                 assert_eq!(text, "value in /srv argument");
             });
-            group.has("labels, annotations, mounts and image in the status", || {
+            group.check("labels, annotations, mounts and image in the status", || {
                 let container = sleeper(&pod, |config| {
                     config["labels"] = json!({ "a": "label" });
                     config["annotations"] = json!({ "an": "annotation" });
@@ -91,7 +91,7 @@ fn container() {
                 assert!(status["image"]["image"].as_str().unwrap().contains("busybox"), "{status}");
                 container.remove();
             });
-            group.has("listed by pod, by state and by label", || {
+            group.check("listed by pod, by state and by label", || {
                 let container = sleeper(&pod, |config| config["labels"] = json!({ "find": "me" }));
                 let state = json!({ "state": "CONTAINER_RUNNING" });
                 for filter in [
@@ -106,11 +106,11 @@ fn container() {
                 }
                 container.remove();
             });
-            group.has("each new container starts with the image's files", || {
+            group.check("each new container starts with the image's files", || {
                 assert_eq!(run_once(&pod, "echo mark > /srv/mark; ls /srv", |_| {}), "mark");
                 assert_eq!(run_once(&pod, "ls /srv", |_| {}), "");
             });
-            group.has("a termination message", || {
+            group.check("a termination message", || {
                 let message = pods.dir().join("message");
                 fs::write(&message, "").unwrap();
                 run_once(&pod, "echo why > /dev/termination-log", |config| {
@@ -128,7 +128,7 @@ fn several_containers() {
     pods("conf-several", |pods| {
         let pod = pods.pod();
         group("Several containers of a pod", |group| {
-            group.has("containers reach each other by localhost", || {
+            group.check("containers reach each other by localhost", || {
                 let server = sleeper(&pod, |config| {
                     config["command"] = json!(["sh", "-c", "nc -ll -p 8080 -e echo served & echo up; wait"]);
                 });
@@ -139,7 +139,7 @@ fn several_containers() {
                 server.remove();
                 client.remove();
             });
-            group.has("each has its own log", || {
+            group.check("each has its own log", || {
                 let (a, b) = (pod.start(&pod.sh("echo of a")), pod.start(&pod.sh("echo of b")));
                 a.wait();
                 b.wait();
@@ -147,7 +147,7 @@ fn several_containers() {
                 a.remove();
                 b.remove();
             });
-            group.has("System V and POSIX shared memory is shared in the pod", || {
+            group.check("System V and POSIX shared memory is shared in the pod", || {
                 let (a, b) = (sleeper(&pod, |_| {}), sleeper(&pod, |_| {}));
                 a.sh("echo shared > /dev/shm/file");
                 assert_eq!(b.sh("cat /dev/shm/file"), "shared");
@@ -155,7 +155,7 @@ fn several_containers() {
                 a.remove();
                 b.remove();
             });
-            group.has("init containers in order, with a sidecar that keeps running", || {
+            group.check("init containers in order, with a sidecar that keeps running", || {
                 let dir = pods.dir().join("order");
                 fs::create_dir_all(&dir).unwrap();
                 let shared = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/shared" }]);
@@ -183,7 +183,7 @@ fn several_containers() {
                 sidecar.remove();
                 assert_eq!(fs::read_to_string(dir.join("order")).unwrap(), "first\nsidecar\nsecond\nmain\nends\n");
             });
-            group.has("the pod stays ready after its last container ends", || {
+            group.check("the pod stays ready after its last container ends", || {
                 run_once(&pod, "true", |_| {});
                 assert!(pod.is_ready());
                 assert_eq!(run_once(&pod, "echo next", |_| {}), "next");

@@ -9,8 +9,8 @@ use std::process::Command;
 
 use husk_e2e::BUSYBOX;
 use husk_e2e::conformance::{group, pods};
-use husk_e2e::cri::kubelet::publish;
-use husk_e2e::cri::{self, refused};
+use husk_e2e::cri::kubelet::write_atomically;
+use husk_e2e::cri::{self, expect_error};
 use husk_e2e::disk::Disk;
 use serde_json::{Value, json};
 
@@ -39,30 +39,30 @@ fn mounts() {
         fs::write(dir.join("file"), "of the node\n").unwrap();
         let plain = json!({});
         group("Mounts", |group| {
-            group.has("a directory, seen and written to from both sides", || {
+            group.check("a directory, seen and written to from both sides", || {
                 assert_eq!(
                     run_once(&pod, "cat /volume/file; echo back > /volume/new", mount(&dir, &plain)),
                     "of the node"
                 );
                 assert_eq!(fs::read_to_string(dir.join("new")).unwrap(), "back\n");
             });
-            group.has("a file", || {
+            group.check("a file", || {
                 assert_eq!(run_once(&pod, "cat /volume", mount(&dir.join("file"), &plain)), "of the node");
             });
-            group.has("the target of a symbolic link", || {
+            group.check("the target of a symbolic link", || {
                 symlink(&dir, pods.dir().join("link")).unwrap();
                 assert_eq!(run_once(&pod, "cat /volume/file", mount(&pods.dir().join("link"), &plain)), "of the node");
             });
-            group.has("a missing directory is created", || {
+            group.check("a missing directory is created", || {
                 let missing = pods.dir().join("not/there");
                 run_once(&pod, "echo made > /volume/file", mount(&missing, &plain));
                 assert_eq!(fs::read_to_string(missing.join("file")).unwrap(), "made\n");
             });
-            group.has("read-only", || {
+            group.check("read-only", || {
                 let text = run_once(&pod, "touch /volume/x 2>&1", mount(&dir, &json!({ "readonly": true })));
                 assert!(text.contains("ead-only"), "{text}");
             });
-            group.has("private: later mounts of the node are not seen", || {
+            group.check("private: later mounts of the node are not seen", || {
                 let late = dir.join("sub");
                 let container = sleeper(&pod, mount(&dir, &plain));
                 node(&["mount", "-t", "tmpfs", "tmpfs", &late.to_string_lossy()]);
@@ -72,7 +72,7 @@ fn mounts() {
                 assert_eq!(seen, "");
                 container.remove();
             });
-            group.has("host to container: later mounts of the node are seen", || {
+            group.check("host to container: later mounts of the node are seen", || {
                 let late = dir.join("sub");
                 let container = sleeper(&pod, mount(&dir, &json!({ "propagation": "PROPAGATION_HOST_TO_CONTAINER" })));
                 node(&["mount", "-t", "tmpfs", "tmpfs", &late.to_string_lossy()]);
@@ -82,13 +82,13 @@ fn mounts() {
                 node(&["umount", &late.to_string_lossy()]);
                 assert_eq!(seen, "late\n");
             });
-            group.has("recursive read-only (Husk: by the handler husk-userns)", || {
+            group.check("recursive read-only (Husk: by the handler husk-userns)", || {
                 let below = dir.join("sub");
                 node(&["mount", "-t", "tmpfs", "tmpfs", &below.to_string_lossy()]);
                 let text = catch_unwind(AssertUnwindSafe(|| {
                     // containerd 2.x reports recursive read-only mounts to the kubelet only for runc's runtime type.
                     let handler = if cri::handler() == "runc" { "runc" } else { "husk-userns" };
-                    let pod = pods.run_by(handler, pods.config());
+                    let pod = pods.run_with_handler(handler, pods.config());
                     let recursive = json!({ "readonly": true, "recursive_read_only": true });
                     let text =
                         run_once(&pod, "touch /volume/x 2>&1; touch /volume/sub/x 2>&1", mount(&dir, &recursive));
@@ -115,17 +115,22 @@ fn mounts() {
                 assert!(seen);
                 container.remove();
             };
-            group.shares("bidirectional: mounts of the container are seen by the node", "propagation", seen, || {
-                let mut config = trusted.sh("true");
-                privileged(&mut config);
-                let request =
-                    json!({ "pod_sandbox_id": trusted.id, "config": config, "sandbox_config": trusted.config });
-                let created = husk_e2e::cri::try_call("CreateContainer", &request);
-                match created {
-                    Ok(made) => refused("StartContainer", &json!({ "container_id": made["container_id"] })),
-                    Err(status) => status.message.to_lowercase(),
-                }
-            });
+            group.check_or_rejected(
+                "bidirectional: mounts of the container are seen by the node",
+                "propagation",
+                seen,
+                || {
+                    let mut config = trusted.sh("true");
+                    privileged(&mut config);
+                    let request =
+                        json!({ "pod_sandbox_id": trusted.id, "config": config, "sandbox_config": trusted.config });
+                    let created = husk_e2e::cri::try_call("CreateContainer", &request);
+                    match created {
+                        Ok(made) => expect_error("StartContainer", &json!({ "container_id": made["container_id"] })),
+                        Err(status) => status.message.to_lowercase(),
+                    }
+                },
+            );
             trusted.remove();
         });
     });
@@ -137,7 +142,7 @@ fn volumes() {
         let pod = pods.pod();
         let plain = json!({});
         group("Volumes", |group| {
-            group.has("an emptyDir in memory, with its size", || {
+            group.check("an emptyDir in memory, with its size", || {
                 let dir = pods.dir().join("memory");
                 fs::create_dir_all(&dir).unwrap();
                 node(&["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", &dir.to_string_lossy()]);
@@ -146,14 +151,14 @@ fn volumes() {
                 node(&["umount", &dir.to_string_lossy()]);
                 assert_eq!(text, "8388608");
             });
-            group.has("owner, mode, links, extended times", || {
+            group.check("owner, mode, links, extended times", || {
                 let dir = pods.dir().join("files");
                 fs::create_dir_all(&dir).unwrap();
                 let script = "cd /volume; touch a; chown 1234:5678 a; chmod 4750 a; ln a b; ln -s a c;
                     touch -d '2001-02-03 04:05:06' a; stat -c '%u %g %a %h %Y' b; readlink c";
                 assert_eq!(run_once(&pod, script, mount(&dir, &plain)), "1234 5678 4750 2 981173106\na");
             });
-            group.has("fifos and sockets between containers", || {
+            group.check("fifos and sockets between containers", || {
                 let dir = pods.dir().join("pipes");
                 fs::create_dir_all(&dir).unwrap();
                 let (a, b) = (sleeper(&pod, mount(&dir, &plain)), sleeper(&pod, mount(&dir, &plain)));
@@ -165,7 +170,7 @@ fn volumes() {
             for (behaviour, sub_path) in
                 [("a fifo where one container only reads", false), ("a fifo through two subPaths of an emptyDir", true)]
             {
-                group.has(behaviour, || {
+                group.check(behaviour, || {
                     let uid = pod.config["metadata"]["uid"].as_str().unwrap();
                     let pod_dir = Path::new("/var/lib/kubelet/pods").join(uid);
                     let volume = pod_dir.join("volumes/kubernetes.io~empty-dir/pipes");
@@ -194,7 +199,7 @@ fn volumes() {
                     result.unwrap_or_else(|panic| resume_unwind(panic));
                 });
             }
-            group.has("an emptyDir in memory is charged to the container", || {
+            group.check("an emptyDir in memory is charged to the container", || {
                 let dir = pods.dir().join("volumes/kubernetes.io~empty-dir/counted");
                 fs::create_dir_all(&dir).unwrap();
                 node(&["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", &dir.to_string_lossy()]);
@@ -204,17 +209,17 @@ fn volumes() {
                 node(&["umount", &dir.to_string_lossy()]);
                 assert_eq!(text.unwrap_or_default(), "16");
             });
-            group.has("a projected volume is updated atomically", || {
+            group.check("a projected volume is updated atomically", || {
                 let dir = pods.volume(&pod, "projected", "token");
-                publish(&dir, "..1", &[("dir/token", b"first", 0o600)]);
+                write_atomically(&dir, "..1", &[("dir/token", b"first", 0o600)]);
                 let container = sleeper(&pod, mount(&dir, &json!({ "readonly": true })));
                 assert_eq!(container.sh("cat /volume/dir/token"), "first");
-                publish(&dir, "..2", &[("dir/token", b"second", 0o600), ("more", b"", 0o644)]);
+                write_atomically(&dir, "..2", &[("dir/token", b"second", 0o600), ("more", b"", 0o644)]);
                 container.sh("until [ -e /volume/more ]; do sleep 0.1; done");
                 assert_eq!(container.sh("cat /volume/dir/token; stat -L -c %a /volume/dir/token"), "second600");
                 container.remove();
             });
-            group.has("an image as a volume", || {
+            group.check("an image as a volume", || {
                 let text = run_once(&pod, "ls /volume/bin/busybox", |config| {
                     config["mounts"] =
                         json!([{ "image": { "image": BUSYBOX }, "container_path": "/volume", "readonly": true }]);
@@ -234,7 +239,7 @@ fn devices() {
         let (pod, trusted) = (pods.pod(), pods.run(config));
         let device = |permissions: &'static str| json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": permissions }]);
         group("Devices", |group| {
-            group.has("a raw block device", || {
+            group.check("a raw block device", || {
                 let text = run_once(&pod, "echo on the disk > /dev/xvda; sync; head -c 11 /dev/xvda", |config| {
                     config["devices"] = device("mrw");
                 });
@@ -243,7 +248,7 @@ fn devices() {
                 assert_eq!(text, "on the disk");
                 assert_eq!(&seen, b"on the disk", "content of the device on the node");
             });
-            group.has("a read-only block device", || {
+            group.check("a read-only block device", || {
                 let text = run_once(&pod, "head -c 11 /dev/xvda && echo; echo x 2>&1 > /dev/xvda", |config| {
                     config["devices"] = device("r");
                 });
@@ -252,7 +257,7 @@ fn devices() {
                 fs::File::open(&disk.device).unwrap().read_exact(&mut seen).unwrap();
                 assert_eq!(&seen, b"on the disk");
             });
-            group.has("a privileged container formats and mounts a block device", || {
+            group.check("a privileged container formats and mounts a block device", || {
                 let script = "mke2fs /dev/xvda > /dev/null 2>&1; mkdir /mounted; mount -t ext4 /dev/xvda /mounted
                     echo inside > /mounted/file; umount /mounted";
                 run_once(&trusted, script, |config| {

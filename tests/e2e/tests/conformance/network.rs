@@ -44,20 +44,20 @@ fn network() {
         start_server(&one);
         let client = two.sleeper();
         group("Networking", |group| {
-            group.has("the node reaches the pod", || {
+            group.check("the node reaches the pod", || {
                 for ip in one.addresses() {
                     assert_eq!(read_from((ip, 8080).into()), "hello", "{ip}");
                 }
             });
-            group.has("a pod reaches another pod", || {
+            group.check("a pod reaches another pod", || {
                 for ip in one.addresses() {
                     assert_eq!(client.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "hello", "{ip}");
                 }
             });
-            group.has("a port of the node leads to the pod", || {
+            group.check("a port of the node leads to the pod", || {
                 assert_eq!(read_from("10.88.0.1:18081".parse().unwrap()), "hello");
             });
-            group.has("a port of the node leads to the pod by UDP", || {
+            group.check("a port of the node leads to the pod by UDP", || {
                 need_image(PYTHON);
                 let udp = one.start(&one.python(
                     "import socket\nserved = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
@@ -74,7 +74,7 @@ fn network() {
                 assert_eq!(&answer[..length], b"by UDP");
                 udp.remove();
             });
-            group.has("names are resolved by the pod's DNS server", || {
+            group.check("names are resolved by the pod's DNS server", || {
                 let names = one.addresses().into_iter().map(|ip| ("web.svc.test".to_owned(), ip)).collect();
                 let _dns = Dns::serve("10.88.0.1".parse().unwrap(), names);
                 assert_eq!(client.sh("nc -w 20 $(nslookup -type=a web.svc.test | awk '/^Addr/ {a = $2} END {print a}') 8080 < /dev/null"), "hello");
@@ -85,7 +85,7 @@ fn network() {
                 assert!(python.log().contains("hello"));
                 python.remove();
             });
-            group.has("pods have addresses of their own", || assert_ne!(one.addresses(), two.addresses()));
+            group.check("pods have addresses of their own", || assert_ne!(one.addresses(), two.addresses()));
         });
     });
 }

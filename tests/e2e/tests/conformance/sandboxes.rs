@@ -1,7 +1,7 @@
 //! Pod sandboxes: lifecycle, host name, DNS, sysctls and namespaces.
 
 use husk_e2e::conformance::{group, pods};
-use husk_e2e::cri::{self, call, refused, try_call};
+use husk_e2e::cri::{self, call, expect_error, try_call};
 use serde_json::{Value, json};
 
 use super::{run_once, security_context, sleeper};
@@ -10,7 +10,7 @@ use super::{run_once, security_context, sleeper};
 fn sandboxes() {
     pods("conf-sandbox", |pods| {
         group("Pod sandbox", |group| {
-            group.has("run, stop, remove, with the state at each step", || {
+            group.check("run, stop, remove, with the state at each step", || {
                 let pod = pods.pod();
                 assert!(pod.is_ready());
                 pod.stop();
@@ -18,7 +18,7 @@ fn sandboxes() {
                 pod.remove();
                 assert!(try_call("PodSandboxStatus", &json!({ "pod_sandbox_id": pod.id })).is_err());
             });
-            group.has("stopped with its containers running", || {
+            group.check("stopped with its containers running", || {
                 let pod = pods.pod();
                 let container = sleeper(&pod, |_| {});
                 pod.stop();
@@ -27,7 +27,7 @@ fn sandboxes() {
                 assert!(try_call("ContainerStatus", &json!({ "container_id": container.id })).is_err());
             });
             let pod = pods.pod();
-            group.has("listed by id, by state and by label, with its handler", || {
+            group.check("listed by id, by state and by label, with its handler", || {
                 let state = json!({ "state": "SANDBOX_READY" });
                 let label = json!({ "husk-e2e": "conf-sandbox" });
                 for filter in [json!({ "id": pod.id, "state": state }), json!({ "label_selector": label })] {
@@ -36,7 +36,7 @@ fn sandboxes() {
                     assert_eq!(list["items"][0]["runtime_handler"], cri::handler());
                 }
             });
-            group.has("addresses in the status", || assert!(!pod.addresses().is_empty()));
+            group.check("addresses in the status", || assert!(!pod.addresses().is_empty()));
             pod.remove();
             let mut config = pods.config();
             config["hostname"] = json!("the-pod");
@@ -48,18 +48,18 @@ fn sandboxes() {
             });
             let pod = pods.run(config);
             let container = sleeper(&pod, |_| {});
-            group.has("host name", || {
+            group.check("host name", || {
                 assert_eq!(container.sh("hostname; cat /etc/hostname"), "the-pod\nthe-pod");
             });
-            group.has("DNS configuration", || {
+            group.check("DNS configuration", || {
                 let expected = "search e2e.test\nnameserver 10.0.0.53\noptions ndots:2";
                 assert_eq!(container.sh("cat /etc/resolv.conf"), expected);
             });
-            group.has("safe kernel parameters", || {
+            group.check("safe kernel parameters", || {
                 let text = container.sh("cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_local_port_range");
                 assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["1", "20000", "30000"]);
             });
-            group.has("unsafe kernel parameters", || {
+            group.check("unsafe kernel parameters", || {
                 let text = container.sh("cd /proc/sys; cat kernel/msgmax fs/mqueue/msg_max net/core/somaxconn");
                 assert_eq!(text, "16384\n20\n77");
             });
@@ -67,15 +67,15 @@ fn sandboxes() {
         });
         group("Idempotence", |group| {
             let pod = pods.pod();
-            group.has("stopping a sandbox twice succeeds", || {
+            group.check("stopping a sandbox twice succeeds", || {
                 pod.stop();
                 pod.stop();
             });
-            group.has("removing a sandbox twice succeeds", || {
+            group.check("removing a sandbox twice succeeds", || {
                 pod.remove();
                 pod.remove();
             });
-            group.has("stopping and removing unknown ids succeeds", || {
+            group.check("stopping and removing unknown ids succeeds", || {
                 for method in ["StopPodSandbox", "RemovePodSandbox"] {
                     call(method, &json!({ "pod_sandbox_id": "no-such-sandbox" }));
                 }
@@ -96,20 +96,20 @@ fn namespaces() {
             move |config: &mut Value| security_context(config)["namespace_options"] = json!({ "pid": mode })
         };
         group("Namespaces", |group| {
-            group.has("PID namespace of the container", || {
+            group.check("PID namespace of the container", || {
                 let (a, b) = (sleeper(&pod, pid("CONTAINER")), sleeper(&pod, pid("CONTAINER")));
                 assert_ne!(a.sh(&read_link("pid")), b.sh(&read_link("pid")));
                 assert_eq!(a.sh("cat /proc/1/comm"), "sh");
                 a.remove();
                 b.remove();
             });
-            group.has("PID namespace of the pod", || {
+            group.check("PID namespace of the pod", || {
                 let (a, b) = (sleeper(&pod, pid("POD")), sleeper(&pod, pid("POD")));
                 assert_eq!(a.sh(&read_link("pid")), b.sh(&read_link("pid")));
                 a.remove();
                 b.remove();
             });
-            group.has("PID namespace of another container", || {
+            group.check("PID namespace of another container", || {
                 let a = sleeper(&pod, pid("CONTAINER"));
                 let b = sleeper(&pod, |config| {
                     security_context(config)["namespace_options"] = json!({ "pid": "TARGET", "target_id": a.id });
@@ -143,8 +143,8 @@ fn namespaces() {
                     assert_eq!(inside, outside.to_string_lossy());
                     pod.remove();
                 };
-                group.shares(&format!("host namespace: {kind}"), word, seen, || {
-                    refused("RunPodSandbox", &json!({ "config": config(), "runtime_handler": cri::handler() }))
+                group.check_or_rejected(&format!("host namespace: {kind}"), word, seen, || {
+                    expect_error("RunPodSandbox", &json!({ "config": config(), "runtime_handler": cri::handler() }))
                 });
             }
         });

@@ -21,32 +21,32 @@ fn users() {
     pods("conf-users", |pods| {
         let pod = pods.pod();
         group("Security context", |group| {
-            group.has("RunAsUser", || {
+            group.check("RunAsUser", || {
                 assert_eq!(
                     run_once(&pod, "id -u", |c| security_context(c)["run_as_user"] = json!({ "value": 1001 })),
                     "1001"
                 );
             });
-            group.has("RunAsUserName", || {
+            group.check("RunAsUserName", || {
                 assert_eq!(
                     run_once(&pod, "id -u", |c| security_context(c)["run_as_username"] = json!("tester")),
                     "1000"
                 );
             });
-            group.has("RunAsGroup", || {
+            group.check("RunAsGroup", || {
                 let text = run_once(&pod, "id -u; id -g", |config| {
                     security_context(config)["run_as_user"] = json!({ "value": 1001 });
                     security_context(config)["run_as_group"] = json!({ "value": 1002 });
                 });
                 assert_eq!(text, "1001\n1002");
             });
-            group.has("RunAsGroup without a user is refused", || {
+            group.check("RunAsGroup without a user is refused", || {
                 let mut config = pod.sh("id");
                 security_context(&mut config)["run_as_group"] = json!({ "value": 1002 });
                 let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });
                 assert!(try_call("CreateContainer", &request).is_err());
             });
-            group.has("SupplementalGroups", || {
+            group.check("SupplementalGroups", || {
                 let text = run_once(&pod, "id -G", |config| {
                     security_context(config)["run_as_user"] = json!({ "value": 1001 });
                     security_context(config)["supplemental_groups"] = json!([3001, 3002]);
@@ -66,25 +66,25 @@ fn users() {
                 groups.sort_unstable();
                 groups
             };
-            group.has("SupplementalGroupsPolicy: merged with the image's", || {
+            group.check("SupplementalGroupsPolicy: merged with the image's", || {
                 assert_eq!(groups("Merge"), [29, 44, 1000, 2000, 3001]);
             });
             if call("Status", &json!({}))["features"]["supplemental_groups_policy"] == true {
-                group.has("SupplementalGroupsPolicy: strict", || assert_eq!(groups("Strict"), [1000, 3001]));
+                group.check("SupplementalGroupsPolicy: strict", || assert_eq!(groups("Strict"), [1000, 3001]));
             }
-            group.has("a read-only rootfs", || {
+            group.check("a read-only rootfs", || {
                 let read_only = |config: &mut Value| security_context(config)["readonly_rootfs"] = json!(true);
                 let text = run_once(&pod, "touch /srv/x 2>&1; touch /dev/shm/x && echo but not all", read_only);
                 assert!(text.contains("ead-only") && text.ends_with("but not all"), "{text}");
             });
-            group.has("a writable rootfs", || {
+            group.check("a writable rootfs", || {
                 assert_eq!(run_once(&pod, "touch /srv/x && echo written", |_| {}), "written");
             });
-            group.has("no_new_privs, set and not set", || {
+            group.check("no_new_privs, set and not set", || {
                 let text = run_once(&pod, &status("NoNewPrivs"), |c| security_context(c)["no_new_privs"] = json!(true));
                 assert_eq!((text.as_str(), run_once(&pod, &status("NoNewPrivs"), |_| {}).as_str()), ("1", "0"));
             });
-            group.has("masked and read-only paths", || {
+            group.check("masked and read-only paths", || {
                 let text =
                     run_once(&pod, "wc -c < /proc/meminfo; echo x 2>&1 > /proc/sys/kernel/domainname", |config| {
                         security_context(config)["masked_paths"] = json!(["/proc/meminfo"]);
@@ -92,7 +92,7 @@ fn users() {
                     });
                 assert!(text.starts_with('0') && text.contains("ead-only"), "{text}");
             });
-            group.has("oom_score_adj", || {
+            group.check("oom_score_adj", || {
                 let text = run_once(&pod, "cat /proc/self/oom_score_adj", |config| {
                     config["linux"]["resources"]["oom_score_adj"] = json!(777);
                 });
@@ -110,25 +110,25 @@ fn capabilities() {
         let pod = pods.run(config);
         let change = |change: Value| move |config: &mut Value| security_context(config)["capabilities"] = change;
         group("Capabilities and privileges", |group| {
-            group.has("default capabilities", || {
+            group.check("default capabilities", || {
                 assert_eq!(run_once(&pod, &status("CapEff"), |_| {}), "00000000a80425fb");
             });
-            group.has("one added", || {
+            group.check("one added", || {
                 let text = run_once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["SYS_ADMIN"] })));
                 assert_eq!(text, "00000000a82425fb");
             });
-            group.has("one dropped", || {
+            group.check("one dropped", || {
                 let text = run_once(&pod, &status("CapEff"), change(json!({ "drop_capabilities": ["CHOWN"] })));
                 assert_eq!(text, "00000000a80425fa");
             });
-            group.has("all added", || {
+            group.check("all added", || {
                 assert_eq!(run_once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["ALL"] }))), ALL_CAPS);
             });
-            group.has("all dropped, one added", || {
+            group.check("all dropped, one added", || {
                 let changes = json!({ "drop_capabilities": ["ALL"], "add_capabilities": ["NET_BIND_SERVICE"] });
                 assert_eq!(run_once(&pod, &status("CapEff"), change(changes)), "0000000000000400");
             });
-            group.has("privileged: capabilities, devices, mounts", || {
+            group.check("privileged: capabilities, devices, mounts", || {
                 let script = format!(
                     "{}; mkdir /srv/m && mount -t tmpfs none /srv/m && echo mounted; test -e /dev/kmsg && echo devices;
                      test -w /sys/fs/cgroup/cgroup.procs && echo cgroups",
@@ -137,7 +137,7 @@ fn capabilities() {
                 let text = run_once(&pod, &script, |config| security_context(config)["privileged"] = json!(true));
                 assert_eq!(text, format!("{ALL_CAPS}\nmounted\ndevices\ncgroups"));
             });
-            group.has("not privileged: none of these", || {
+            group.check("not privileged: none of these", || {
                 let script = "mkdir /srv/m; mount -t tmpfs none /srv/m 2> /dev/null || echo refused;
                     test -e /dev/kmsg || echo hidden; touch /sys/fs/cgroup/x 2> /dev/null || echo closed";
                 assert_eq!(run_once(&pod, script, |_| {}), "refused\nhidden\nclosed");
@@ -158,19 +158,19 @@ fn profiles() {
             move |config: &mut Value| security_context(config)["seccomp"] = profile
         };
         group("Seccomp and other profiles", |group| {
-            group.has("seccomp: the runtime's default", || {
+            group.check("seccomp: the runtime's default", || {
                 assert_eq!(run_once(&pod, &status("Seccomp"), seccomp("RuntimeDefault", "")), "2");
             });
-            group.has("seccomp: unconfined", || {
+            group.check("seccomp: unconfined", || {
                 assert_eq!(run_once(&pod, &status("Seccomp"), seccomp("Unconfined", "")), "0");
             });
-            group.has("seccomp: a profile of the node", || {
+            group.check("seccomp: a profile of the node", || {
                 let path = profile.to_string_lossy().into_owned();
                 let text =
                     run_once(&pod, "mkdir /srv/x 2>&1; touch /srv/y && echo touched", seccomp("Localhost", &path));
                 assert!(text.contains("not permitted") && text.ends_with("touched"), "{text}");
             });
-            group.has("seccomp: a missing profile is refused", || {
+            group.check("seccomp: a missing profile is refused", || {
                 let mut config = pod.sh("true");
                 seccomp("Localhost", "/no/such/profile")(&mut config);
                 let request = json!({ "pod_sandbox_id": pod.id, "config": config, "sandbox_config": pod.config });

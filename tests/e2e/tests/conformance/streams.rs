@@ -23,15 +23,15 @@ fn streams() {
         let pod = pods.pod();
         let container = sleeper(&pod, |_| {});
         group("Streaming", |group| {
-            group.has("ExecSync: stdout, stderr and the exit code", || {
+            group.check("ExecSync: stdout, stderr and the exit code", || {
                 let done = container.exec(&["sh", "-c", "echo out; echo err >&2; exit 7"]);
                 assert_eq!((done.code, done.out.as_str(), done.err.as_str()), (7, "out\n", "err\n"));
             });
-            group.has("ExecSync: timeout", || {
+            group.check("ExecSync: timeout", || {
                 let request = json!({ "container_id": container.id, "cmd": ["sleep", "4714"], "timeout": 1 });
                 assert!(try_call("ExecSync", &request).unwrap_err().message.contains("timeout"));
             });
-            group.has("Exec: stdin, stdout, stderr and the exit status", || {
+            group.check("Exec: stdin, stdout, stderr and the exit status", || {
                 let script = "read a; echo got $a; echo bad >&2; exit 4";
                 let options = json!({ "cmd": ["sh", "-c", script], "stdin": true, "stderr": true });
                 let mut stream = open("Exec", &container, &options);
@@ -40,7 +40,7 @@ fn streams() {
                 assert_eq!((out, err), (b"got a line\n".to_vec(), b"bad\n".to_vec()));
                 assert!(status.contains('4'), "{status}");
             });
-            group.has("Exec: a terminal that is resized", || {
+            group.check("Exec: a terminal that is resized", || {
                 let script = "trap 'stty size; exit 0' WINCH; echo up; while :; do sleep 0.1; done";
                 let mut stream =
                     open("Exec", &container, &json!({ "cmd": ["sh", "-c", script], "stdin": true, "tty": true }));
@@ -48,7 +48,7 @@ fn streams() {
                 stream.send(channel::RESIZE, br#"{"Width":101,"Height":37}"#);
                 stream.wait_for(channel::STDOUT, "37 101\r\n");
             });
-            group.has("Attach: stdin and stdout of a running container", || {
+            group.check("Attach: stdin and stdout of a running container", || {
                 let mut config = pod.sh("echo up; read line; echo heard $line");
                 config["stdin"] = json!(true);
                 config["stdin_once"] = json!(true);
@@ -61,7 +61,7 @@ fn streams() {
                 attached.wait();
                 attached.remove();
             });
-            group.has("PortForward to a server on the pod's localhost", || {
+            group.check("PortForward to a server on the pod's localhost", || {
                 container.sh("echo page > /srv/index.html; httpd -p 127.0.0.1:8081 -h /srv");
                 let request = json!({ "pod_sandbox_id": pod.id, "port": [8081] });
                 let url = call("PortForward", &request)["url"].as_str().unwrap().to_owned();
@@ -71,7 +71,7 @@ fn streams() {
             });
         });
         group("Logs", |group| {
-            group.has("time, stream, whole or partial, text", || {
+            group.check("time, stream, whole or partial, text", || {
                 let logger = pod.start(&pod.sh("echo out; head -c 20000 /dev/zero | tr '\\0' x; echo; echo err >&2"));
                 logger.wait();
                 let log = logger.log();
@@ -80,7 +80,7 @@ fn streams() {
                 );
                 logger.remove();
             });
-            group.has("ReopenContainerLog starts a new log after rotation", || {
+            group.check("ReopenContainerLog starts a new log after rotation", || {
                 let logger =
                     pod.start(&pod.sh("echo one; until [ -e /tmp/go ]; do sleep 0.1; done; echo two; sleep 1000"));
                 logger.wait_for("one");
@@ -91,7 +91,7 @@ fn streams() {
                 assert!(!logger.log().contains("one"));
                 logger.remove();
             });
-            group.has("the log of an exited container can be read", || {
+            group.check("the log of an exited container can be read", || {
                 assert_eq!(run_once(&pod, "echo last words", |_| {}), "last words");
             });
         });

@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::request::{Disk, MAX_RANGES, MAX_ZEROES};
-use super::activation::{self, Opened};
+use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, VirtioDevice};
 use super::workers::Workers;
 
@@ -130,7 +130,7 @@ impl VirtioDevice for Blk {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Opened { memory, interrupt, queues: [queue], .. } = activation::open(activation)?;
+        let OpenedActivation { memory, interrupt, queues: [queue], .. } = activation::open_queues(activation)?;
         let workers = Workers::start(1, self.paused, Arc::clone(&self.disk), memory, queue, interrupt)
             .map_err(|error| ActivateError::Host("the virtio-blk thread", error))?;
         self.workers = Some(workers);
@@ -143,10 +143,10 @@ impl VirtioDevice for Blk {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn pause(&mut self) {
         self.paused = true;
         if let Some(workers) = &self.workers {
-            workers.quiesce();
+            workers.pause();
         }
     }
 

@@ -14,7 +14,7 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use super::{SECTOR, SERIAL_LEN};
 use crate::guest_memory::GuestMemory;
-use crate::virtio::queue::{Chain, Iov, guest_fault};
+use crate::virtio::queue::{Chain, Iov, log_guest_fault};
 use crate::virtio::workers::Handler;
 
 /// Length of a request's header in bytes.
@@ -60,7 +60,7 @@ impl Handler for Disk {
         let Chain { mut readable, mut writable, .. } = chain;
         // The status is the last writable byte, in any descriptor.
         let Some(data_len) = writable.len().checked_sub(1) else {
-            guest_fault(0, &"the disk request has no byte for its status");
+            log_guest_fault(0, &"the disk request has no byte for its status");
             return 0;
         };
         let mut status = writable.clone();
@@ -70,12 +70,12 @@ impl Handler for Disk {
             Ok(written) => (written, VIRTIO_BLK_S_OK),
             Err(Failure::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
             Err(Failure::Guest(reason)) => {
-                guest_fault(0, &reason);
+                log_guest_fault(0, &reason);
                 (0, VIRTIO_BLK_S_IOERR)
             }
             Err(Failure::Host(error)) => {
                 // A guest can cause many of these, so they are logged with a rate limit.
-                guest_fault(0, &format_args!("failed to serve a disk request: {error}"));
+                log_guest_fault(0, &format_args!("failed to serve a disk request: {error}"));
                 (0, VIRTIO_BLK_S_IOERR)
             }
         };

@@ -115,7 +115,7 @@ fn read_beyond_shrunk_file_fails_and_pause_stops_requests() {
     let (file, mut bench) = disk(false);
     file.set_len(512).unwrap();
     assert_eq!(call(&mut bench, &[&header(IN, 10)], &[512, 1]).len(), 1);
-    bench.lock().quiesce();
+    bench.lock().pause();
     bench.queues[0].add(&[&header(IN, 0)], &[512, 1]);
     std::thread::sleep(std::time::Duration::from_millis(20));
     assert!(bench.queues[0].poll().is_none());

@@ -86,7 +86,7 @@ mod tests {
 
     use super::*;
     use crate::virtio::device::ActiveQueue;
-    use crate::virtio::queue::Vq;
+    use crate::virtio::queue::Virtqueue;
 
     /// Buffer of a descriptor: one byte, in one of two regions.
     fn buffer(index: u16) -> GuestAddress {
@@ -113,7 +113,7 @@ mod tests {
         queue.try_set_avail_ring_address(GuestAddress(0x4000)).unwrap();
         queue.try_set_used_ring_address(GuestAddress(0x5000)).unwrap();
         queue.set_ready(true);
-        let mut queue = Vq::new(ActiveQueue { queue, notify: EventFd::new(0).unwrap() }, 0, &memory, 0).unwrap();
+        let mut queue = Virtqueue::new(ActiveQueue { queue, notify: EventFd::new(0).unwrap() }, 0, &memory, 0).unwrap();
         let chain = queue.pop(&memory).unwrap().unwrap();
 
         // The guest withdraws all buffers.

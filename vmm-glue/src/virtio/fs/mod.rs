@@ -4,15 +4,15 @@
 //! wake-up. The device loop serves only the high-priority queue, so FORGET never waits for a request that blocks.
 
 mod capabilities;
-mod checked;
-mod checks;
+mod checked_fs;
 mod descriptor_table;
 mod fd_limit;
+mod fuse_server;
 #[cfg(test)]
 mod names_tests;
 #[cfg(test)]
 mod race_tests;
-mod request;
+mod request_checks;
 #[cfg(test)]
 mod requests_tests;
 #[cfg(test)]
@@ -35,12 +35,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::limits::setup_rlimit_nofile;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
-use self::checked::CheckedFs;
+use self::checked_fs::CheckedFs;
 use self::fd_limit::FdLimit;
-use self::request::{FuseServer, HIGH_PRIORITY_QUEUE};
-use super::activation::{self, Opened};
+use self::fuse_server::{FuseServer, HIGH_PRIORITY_QUEUE};
+use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{Chain, QueueFault, Vq, WAKE, Wake, read_config_bytes};
+use super::queue::{Chain, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use super::workers::{Handler, Workers};
 use crate::config::ShareConfig;
 use crate::guest_memory::GuestMemory;
@@ -90,7 +90,7 @@ pub struct Fs {
     config: [u8; TAG_LEN + 4],
     worker_count: u8,
     server: Arc<FuseServer>,
-    wake: Wake,
+    wake: WakeEvent,
     active: Option<Active>,
     paused: bool,
 }
@@ -127,7 +127,7 @@ fn keep_capabilities() -> io::Result<()> {
 struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
-    high_priority: Vq,
+    high_priority: Virtqueue,
     workers: Workers<FuseServer>,
 }
 
@@ -163,7 +163,7 @@ impl Fs {
             config,
             worker_count: share.workers.max(1),
             server: Arc::new(server),
-            wake: Wake::new().map_err(FsError::Event)?,
+            wake: WakeEvent::new().map_err(FsError::Event)?,
             active: None,
             paused: false,
         })
@@ -173,14 +173,14 @@ impl Fs {
         let Some(active) = &mut self.active else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
         let queue = &mut active.high_priority;
-        queue.ignore(&memory)?;
+        queue.disable_notification(&memory)?;
         let mut more = true;
         for _ in 0..queue.size() {
             if let Some(chain) = queue.pop(&memory)? {
                 let head = chain.head;
                 let used = self.server.serve_high_priority(chain);
                 queue.push(&memory, head, used)?;
-            } else if !queue.listen(&memory)? {
+            } else if !queue.enable_notification(&memory)? {
                 more = false;
                 break;
             }
@@ -231,22 +231,22 @@ impl MutEventSubscriber for Fs {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
-            WAKE => {
+            WAKE_TOKEN => {
                 self.wake.serve(ops);
                 if let Some(active) = &mut self.active {
-                    Wake::register(ops, &mut active.high_priority);
+                    WakeEvent::register(ops, &mut active.high_priority);
                 }
             }
             HIGH_PRIORITY => {
                 if let Some(active) = &self.active {
-                    active.high_priority.notified();
+                    active.high_priority.clear_notification();
                 }
             }
             _ => {}
         }
         if let Err(fault) = self.serve_high_priority() {
             let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-            activation::stop(self, "virtio-fs", &fault, interrupt);
+            activation::stop_broken_device(self, "virtio-fs", &fault, interrupt);
         }
     }
 }
@@ -271,7 +271,8 @@ impl VirtioDevice for Fs {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Opened { memory, interrupt, queues: [high_priority, requests], .. } = activation::open(activation)?;
+        let OpenedActivation { memory, interrupt, queues: [high_priority, requests], .. } =
+            activation::open_queues(activation)?;
         let workers = Workers::start(
             self.worker_count,
             self.paused,
@@ -293,10 +294,10 @@ impl VirtioDevice for Fs {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn pause(&mut self) {
         self.paused = true;
         if let Some(active) = &self.active {
-            active.workers.quiesce();
+            active.workers.pause();
         }
     }
 

@@ -82,7 +82,7 @@ fn malformed_requests_are_answered_or_dropped() {
 fn paused_device_serves_no_request() {
     let mut guest = Guest::new(2);
     guest.init();
-    guest.bench.lock().quiesce();
+    guest.bench.lock().pause();
     let header = guest.header(LOOKUP, ROOT, 6);
     guest.bench.queues[1].add(&[&header, b"hello\0"], &[16, 128]);
     std::thread::sleep(std::time::Duration::from_millis(30));

@@ -9,11 +9,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::TapQueue;
 use super::load::Load;
-use super::pump::{QueuePair, Rules};
+use super::pump::{FrameRules, QueuePair};
 use super::vhost::{self, VhostError};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::{Vq, Wake};
+use crate::virtio::queue::{Virtqueue, WakeEvent};
 
 /// State of a device whose driver is ready.
 pub struct Active {
@@ -23,9 +23,9 @@ pub struct Active {
     pub queue_pairs: Vec<QueuePair>,
     /// Number of active queue pairs; these are the first ones.
     pub active_pairs: usize,
-    pub control: Option<Vq>,
+    pub control: Option<Virtqueue>,
     pub control_waiting: bool,
-    pub rules: Rules,
+    pub rules: FrameRules,
     pub load: Load,
     pub features: u64,
     pub data_path: DataPath,
@@ -44,13 +44,13 @@ impl Active {
     /// Registers the queues that the device loop serves, and marks all of them for serving.
     pub fn register(&mut self, ops: &mut EventOps) {
         if let Some(control) = &mut self.control {
-            Wake::register(ops, control);
+            WakeEvent::register(ops, control);
         }
         self.control_waiting = true;
         if self.data_path == DataPath::DeviceLoop {
             for pair in &mut self.queue_pairs {
-                Wake::register(ops, &mut pair.rx);
-                Wake::register(ops, &mut pair.tx);
+                WakeEvent::register(ops, &mut pair.rx);
+                WakeEvent::register(ops, &mut pair.tx);
                 pair.mark_waiting();
             }
         }
@@ -59,14 +59,14 @@ impl Active {
     /// Handles the driver's notification of a queue.
     pub fn notified(&mut self, token: u32) {
         if let Some(control) = self.control.as_ref().filter(|control| u32::from(control.index()) == token) {
-            control.notified();
+            control.clear_notification();
             self.control_waiting = true;
         } else if let Some(pair) = self.queue_pairs.get_mut(token as usize / 2) {
             if token.is_multiple_of(2) {
-                pair.rx.notified();
+                pair.rx.clear_notification();
                 pair.rx_waiting = true;
             } else {
-                pair.tx.notified();
+                pair.tx.clear_notification();
                 pair.tx_waiting = true;
             }
         }

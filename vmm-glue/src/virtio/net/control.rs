@@ -5,11 +5,15 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use crate::guest_memory::GuestMemory;
-use crate::virtio::queue::{Chain, QueueFault, Vq, guest_fault};
+use crate::virtio::queue::{Chain, QueueFault, Virtqueue, log_guest_fault};
 
 /// Serves the driver's commands. Calls `set` with each requested number of pairs; `set` returns whether it succeeded.
 /// Returns true if there may be more commands.
-pub fn serve(queue: &mut Vq, memory: &GuestMemory, mut set: impl FnMut(u16) -> bool) -> Result<bool, QueueFault> {
+pub fn serve(
+    queue: &mut Virtqueue,
+    memory: &GuestMemory,
+    mut set: impl FnMut(u16) -> bool,
+) -> Result<bool, QueueFault> {
     for _ in 0..queue.size() {
         if let Some(chain) = queue.pop(memory)? {
             let head = chain.head;
@@ -17,10 +21,10 @@ pub fn serve(queue: &mut Vq, memory: &GuestMemory, mut set: impl FnMut(u16) -> b
             // The response is one byte, `ack`, if the chain has space for it.
             let written = chain.writable.copy_from(&[answer as u8]);
             if written == 0 {
-                guest_fault(queue.index(), &"the control command has no byte for its response");
+                log_guest_fault(queue.index(), &"the control command has no byte for its response");
             }
             queue.push(memory, head, written as u32)?;
-        } else if !queue.listen(memory)? {
+        } else if !queue.enable_notification(memory)? {
             return Ok(false);
         }
     }

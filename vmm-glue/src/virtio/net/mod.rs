@@ -35,37 +35,37 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::active::{Active, DataPath};
 use self::load::Load;
-use self::pump::{QueuePair, Rules};
+use self::pump::{FrameRules, QueuePair};
 use self::vhost::VhostError;
 use super::activation;
 use super::device::{ActivateError, Activation, VirtioDevice};
-use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
+use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 
 pub use self::tap::flags as tap_flags;
 
 /// Maximum number of queue pairs. Each costs buffers in guest and host and, with vhost-net, a thread in the host's
 /// kernel. virtio-mmio has one interrupt for all of them, and eight vCPUs keep it busy.
-pub const MOST_PAIRS: usize = 8;
+pub const MAX_QUEUE_PAIRS: usize = 8;
 
 /// Event tokens. A queue's token is its index. These have the pair's index in the lower half.
-const TAP: u32 = 1 << 16;
-const FAULT: u32 = 2 << 16;
+const TAP_TOKEN: u32 = 1 << 16;
+const FAULT_TOKEN: u32 = 2 << 16;
 /// Size of a queue for frames, and of the control queue.
 const QUEUE_SIZE: u16 = 256;
-const CONTROL_SIZE: u16 = 64;
+const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Length of `struct virtio_net_hdr_v1`, which precedes each frame.
-const HEADER: usize = 12;
+const VNET_HEADER_LEN: usize = 12;
 /// Offset of `num_buffers` in that structure.
-const NUM_BUFFERS_AT: usize = 10;
+const NUM_BUFFERS_OFFSET: usize = 10;
 /// Length of an Ethernet header with a VLAN tag.
-const ETHERNET: usize = 18;
+const VLAN_ETHERNET_HEADER_LEN: usize = 18;
 /// Length of the header and the longest frame with segmentation offload, which is an IP packet of 64 KiB.
-const MAX_PACKET: usize = HEADER + ETHERNET + 65_536;
+const MAX_PACKET: usize = VNET_HEADER_LEN + VLAN_ETHERNET_HEADER_LEN + 65_536;
 
 /// The host's side of an interface.
 #[derive(Debug)]
 pub struct Backend {
-    /// Open fds of `/dev/net/tun`, one for each queue pair, 1 to [`MOST_PAIRS`]. They are attached with IFF_TAP,
+    /// Open fds of `/dev/net/tun`, one for each queue pair, 1 to [`MAX_QUEUE_PAIRS`]. They are attached with IFF_TAP,
     /// IFF_NO_PI and IFF_VNET_HDR. If there are several, they are attached to one interface with IFF_MULTI_QUEUE.
     pub taps: Vec<File>,
     /// `/dev/vhost-net`, opened with O_PATH; it is reopened when there are many frames. vhost-net does not check frames
@@ -75,7 +75,7 @@ pub struct Backend {
 
 /// The network device.
 pub struct Net {
-    wake: Wake,
+    wake: WakeEvent,
     tap_queues: Vec<TapQueue>,
     queue_sizes: Vec<u16>,
     mac: [u8; 6],
@@ -107,20 +107,20 @@ impl Net {
     /// of taps is invalid.
     pub fn new(backend: Backend, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
         let pairs = backend.taps.len();
-        if !(1..=MOST_PAIRS).contains(&pairs) {
+        if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("invalid number of queue pairs: {pairs}, must be 1 to {MOST_PAIRS}"),
+                format!("invalid number of queue pairs: {pairs}, must be 1 to {MAX_QUEUE_PAIRS}"),
             ));
         }
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
         if pairs > 1 {
-            queue_sizes.push(CONTROL_SIZE);
+            queue_sizes.push(CONTROL_QUEUE_SIZE);
         }
         let tap_queues = backend.taps.into_iter().map(TapQueue::new).collect::<io::Result<Vec<_>>>()?;
         let switchable = tap_queues.iter().all(|tap_queue| tap_flags(&tap_queue.tap) & libc::IFF_MULTI_QUEUE != 0);
         Ok(Self {
-            wake: Wake::new()?,
+            wake: WakeEvent::new()?,
             tap_queues,
             queue_sizes,
             mac,
@@ -143,7 +143,7 @@ impl Net {
             if !ready && index < 2 {
                 return Err(ActivateError::Queue(index.into()));
             }
-            open.push(ready.then(|| Vq::new(queue, index, &memory, features)).transpose()?);
+            open.push(ready.then(|| Virtqueue::new(queue, index, &memory, features)).transpose()?);
         }
         let control = open.get_mut(2 * pairs).and_then(Option::take).filter(|_| has(VIRTIO_NET_F_CTRL_VQ));
         let mut open = open.into_iter();
@@ -156,7 +156,8 @@ impl Net {
         set_active_queues(&mut self.tap_queues, self.switchable, 1)
             .map_err(|error| ActivateError::Host("the tap's queues", error))?;
         let segmented = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
-        let max_len = if segmented { MAX_PACKET } else { HEADER + ETHERNET + usize::from(self.mtu) };
+        let max_len =
+            if segmented { MAX_PACKET } else { VNET_HEADER_LEN + VLAN_ETHERNET_HEADER_LEN + usize::from(self.mtu) };
         self.active = Some(Active {
             memory: Arc::new(memory),
             interrupt,
@@ -164,7 +165,7 @@ impl Net {
             active_pairs: 1,
             control,
             control_waiting: true,
-            rules: Rules { mac: self.mac, mergeable: has(VIRTIO_NET_F_MRG_RXBUF), max_len },
+            rules: FrameRules { mac: self.mac, mergeable: has(VIRTIO_NET_F_MRG_RXBUF), max_len },
             load: Load::default(),
             features,
             data_path: DataPath::DeviceLoop,
@@ -182,8 +183,8 @@ impl Net {
         // Between two turns of the loop no chain is popped and not returned. So the kernel can start at the current
         // indices.
         for pair in &mut active.queue_pairs {
-            Wake::unregister(ops, &mut pair.rx);
-            Wake::unregister(ops, &mut pair.tx);
+            WakeEvent::unregister(ops, &mut pair.rx);
+            WakeEvent::unregister(ops, &mut pair.tx);
         }
         let opened =
             (0..).zip(&mut self.tap_queues).try_for_each(|(index, tap_queue)| tap_queue.open(vhost, index, ops));
@@ -212,7 +213,7 @@ impl Net {
                 active.filter(|active| index < active.active_pairs).and_then(|active| active.queue_pairs.get(index));
             let wanted = if pair.is_some_and(|pair| !pair.rx_waiting) { EventSet::IN } else { EventSet::empty() };
             if tap_queue.registered && wanted != tap_queue.watched {
-                match ops.modify(Events::with_data(&tap_queue.tap, TAP | index as u32, wanted)) {
+                match ops.modify(Events::with_data(&tap_queue.tap, TAP_TOKEN | index as u32, wanted)) {
                     Ok(()) => tap_queue.watched = wanted,
                     Err(error) => log::error!("virtio-net: failed to watch the tap: {error}"),
                 }
@@ -225,13 +226,13 @@ impl Net {
         let token = events.data();
         let index = (token & 0xffff) as usize;
         match token {
-            WAKE => {
+            WAKE_TOKEN => {
                 self.wake.serve(ops);
                 if let Some(active) = &mut self.active {
                     active.register(ops);
                 }
             }
-            TAP.. if token & FAULT != 0 => {
+            TAP_TOKEN.. if token & FAULT_TOKEN != 0 => {
                 let Some((_, fault)) = self.tap_queues.get(index).and_then(|tap_queue| tap_queue.vhost.as_ref()) else {
                     return Ok(());
                 };
@@ -242,7 +243,7 @@ impl Net {
                     return Err(VhostError::Broken(index));
                 }
             }
-            TAP.. => {
+            TAP_TOKEN.. => {
                 let Some(tap_queue) = self.tap_queues.get_mut(index) else { return Ok(()) };
                 if !events.event_set().contains(EventSet::IN) {
                     // The interface was deleted on the host. No more events will come from the tap.
@@ -273,7 +274,7 @@ impl Net {
             active.control_waiting = control::serve(control, &memory, |pairs| {
                 let pairs = usize::from(pairs);
                 let possible = (1..=queue_pairs.len()).contains(&pairs);
-                let done = possible && use_pairs(tap_queues, *switchable, *active_pairs, pairs);
+                let done = possible && switch_active_pairs(tap_queues, *switchable, *active_pairs, pairs);
                 if done {
                     *active_pairs = pairs;
                     queue_pairs.iter_mut().for_each(QueuePair::mark_waiting);
@@ -296,7 +297,7 @@ impl Net {
 
     fn stop(&mut self, fault: &dyn std::error::Error) {
         let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-        activation::stop(self, "virtio-net", fault, interrupt);
+        activation::stop_broken_device(self, "virtio-net", fault, interrupt);
     }
 }
 
@@ -307,7 +308,7 @@ impl TapQueue {
     }
 
     fn init(&mut self, index: u32, ops: &mut EventOps) {
-        match ops.add(Events::with_data(&self.tap, TAP | index, EventSet::empty())) {
+        match ops.add(Events::with_data(&self.tap, TAP_TOKEN | index, EventSet::empty())) {
             Ok(()) => self.registered = true,
             Err(error) => log::error!("virtio-net: failed to register the tap: {error}"),
         }
@@ -318,7 +319,7 @@ impl TapQueue {
         if self.vhost.is_none() {
             let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", vhost.as_raw_fd()))?;
             let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-            ops.add(Events::with_data(&fault, FAULT | index, EventSet::IN)).map_err(io::Error::other)?;
+            ops.add(Events::with_data(&fault, FAULT_TOKEN | index, EventSet::IN)).map_err(io::Error::other)?;
             self.vhost = Some((file, fault));
         }
         Ok(())
@@ -338,7 +339,7 @@ fn set_active_queues(tap_queues: &mut [TapQueue], switchable: bool, count: usize
 }
 
 /// Activates `count` queue pairs instead of `before`. Returns whether that succeeded.
-fn use_pairs(tap_queues: &mut [TapQueue], switchable: bool, before: usize, count: usize) -> bool {
+fn switch_active_pairs(tap_queues: &mut [TapQueue], switchable: bool, before: usize, count: usize) -> bool {
     let switched = set_active_queues(tap_queues, switchable, count);
     if let Err(error) = &switched {
         log::warn!("virtio-net: failed to attach {count} queues of the tap: {error}");
@@ -403,7 +404,7 @@ impl VirtioDevice for Net {
         // struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
         let mut config = self.mac.to_vec();
         config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It is at most MOST_PAIRS.
+        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It is at most MAX_QUEUE_PAIRS.
         let pairs = if self.tap_queues.len() > 1 { self.tap_queues.len() as u16 } else { 0 };
         config.extend(pairs.to_le_bytes());
         config.extend(self.mtu.to_le_bytes());
@@ -418,7 +419,7 @@ impl VirtioDevice for Net {
         if let Some(tap_queue) = self.tap_queues.first() {
             tap::set_offload(
                 &tap_queue.tap,
-                HEADER,
+                VNET_HEADER_LEN,
                 has(VIRTIO_NET_F_GUEST_CSUM),
                 has(VIRTIO_NET_F_GUEST_TSO4),
                 has(VIRTIO_NET_F_GUEST_TSO6),
@@ -442,7 +443,7 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn pause(&mut self) {
         if let Some(active) = self.active.as_mut().filter(|active| active.data_path == DataPath::Vhost) {
             active.pause_vhost(&self.tap_queues);
         }

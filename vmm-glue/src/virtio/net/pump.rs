@@ -7,18 +7,18 @@ use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use super::load::Load;
-use super::{HEADER, MAX_PACKET, NUM_BUFFERS_AT};
+use super::{MAX_PACKET, NUM_BUFFERS_OFFSET, VNET_HEADER_LEN};
 use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Vq, guest_fault};
+use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Virtqueue, log_guest_fault};
 
 /// Length of an Ethernet header up to the end of the source address.
-const MAC_ADDRESSES: usize = 12;
+const MAC_ADDRESSES_LEN: usize = 12;
 /// Length of an Ethernet header, and so the minimum length of a frame.
-const ETHERNET_HEADER: usize = 14;
+const ETHERNET_HEADER_LEN: usize = 14;
 
 /// Rules for all frames of an interface.
-pub struct Rules {
+pub struct FrameRules {
     /// The only source MAC address that the guest may use.
     pub mac: [u8; 6],
     /// Whether a received frame may span several buffers.
@@ -29,15 +29,15 @@ pub struct Rules {
 
 /// A queue pair.
 pub struct QueuePair {
-    pub rx: Vq,
-    pub tx: Vq,
+    pub rx: Virtqueue,
+    pub tx: Virtqueue,
     /// Whether there may be frames to transmit, and frames or buffers to receive with.
     pub tx_waiting: bool,
     pub rx_waiting: bool,
 }
 
 impl QueuePair {
-    pub fn new(rx: Vq, tx: Vq) -> Self {
+    pub fn new(rx: Virtqueue, tx: Virtqueue) -> Self {
         Self { rx, tx, tx_waiting: false, rx_waiting: false }
     }
 
@@ -53,7 +53,7 @@ impl QueuePair {
         memory: &GuestMemory,
         interrupt: &dyn Interrupt,
         tap: &File,
-        rules: &Rules,
+        rules: &FrameRules,
         load: &mut Load,
     ) -> Result<bool, QueueFault> {
         let mut more = false;
@@ -81,7 +81,7 @@ impl QueuePair {
         mac: [u8; 6],
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
-        self.tx.ignore(memory)?;
+        self.tx.disable_notification(memory)?;
         let mut parts = Vec::new();
         for _ in 0..self.tx.size() {
             if let Some(chain) = self.tx.pop(memory)? {
@@ -89,7 +89,7 @@ impl QueuePair {
                 send(tap, mac, chain.readable, &mut parts);
                 self.tx.push(memory, head, 0)?;
                 *frames += 1;
-            } else if !self.tx.listen(memory)? {
+            } else if !self.tx.enable_notification(memory)? {
                 return Ok(false);
             }
         }
@@ -102,10 +102,10 @@ impl QueuePair {
         &mut self,
         memory: &GuestMemory,
         tap: &File,
-        rules: &Rules,
+        rules: &FrameRules,
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
-        self.rx.ignore(memory)?;
+        self.rx.disable_notification(memory)?;
         // Chains that were popped and not used yet.
         let mut buffers: VecDeque<Chain<'_>> = VecDeque::new();
         let mut parts: Vec<libc::iovec> = Vec::new();
@@ -114,9 +114,9 @@ impl QueuePair {
             let mut capacity: usize = buffers.iter().map(|chain| chain.writable.len()).sum();
             while capacity < rules.max_len && (rules.mergeable || buffers.is_empty()) {
                 match self.rx.pop_any(memory)? {
-                    Some(chain) if chain.writable.len() < HEADER => {
+                    Some(chain) if chain.writable.len() < VNET_HEADER_LEN => {
                         // Returning it out of order would break the order of the chains in `buffers`.
-                        guest_fault(0, &"the receive buffer is too small");
+                        log_guest_fault(0, &"the receive buffer is too small");
                         buffers.push_back(chain);
                         break;
                     }
@@ -127,7 +127,7 @@ impl QueuePair {
                     None => break,
                 }
             }
-            if let Some(position) = buffers.iter().position(|chain| chain.writable.len() < HEADER) {
+            if let Some(position) = buffers.iter().position(|chain| chain.writable.len() < VNET_HEADER_LEN) {
                 // The chains before it are returned unused too. Rings are not reordered for a driver that breaks the
                 // rules.
                 for chain in buffers.drain(..=position) {
@@ -136,7 +136,7 @@ impl QueuePair {
                 continue;
             }
             if buffers.is_empty() {
-                if self.rx.listen(memory)? {
+                if self.rx.enable_notification(memory)? {
                     continue;
                 }
                 more = false;
@@ -153,7 +153,7 @@ impl QueuePair {
                     let taken = fill(&buffers, count);
                     if let Some(first) = buffers.front() {
                         let mut header = first.writable.clone();
-                        header.skip(NUM_BUFFERS_AT);
+                        header.skip(NUM_BUFFERS_OFFSET);
                         // At most the queue's size, which fits.
                         header.copy_from(&(taken as u16).to_le_bytes());
                     }
@@ -209,13 +209,13 @@ fn fill(buffers: &VecDeque<Chain<'_>>, count: usize) -> usize {
 
 /// Sends one frame to the tap, or drops it.
 fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iovec>) {
-    if packet.len() > MAX_PACKET || packet.len() < HEADER + ETHERNET_HEADER {
-        return guest_fault(1, &"the frame's length is invalid");
+    if packet.len() > MAX_PACKET || packet.len() < VNET_HEADER_LEN + ETHERNET_HEADER_LEN {
+        return log_guest_fault(1, &"the frame's length is invalid");
     }
     // Copied, so that the guest cannot change the header after the check.
-    let Ok(mut start) = packet.take::<{ HEADER + MAC_ADDRESSES }>() else { return };
-    if start.get(HEADER + 6..) != Some(&mac) {
-        return guest_fault(1, &"dropped a frame with another source MAC address than the interface's");
+    let Ok(mut start) = packet.take::<{ VNET_HEADER_LEN + MAC_ADDRESSES_LEN }>() else { return };
+    if start.get(VNET_HEADER_LEN + 6..) != Some(&mac) {
+        return log_guest_fault(1, &"dropped a frame with another source MAC address than the interface's");
     }
     parts.clear();
     parts.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });

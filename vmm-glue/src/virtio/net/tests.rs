@@ -28,12 +28,12 @@ fn interfaces(pairs: usize, without: u64) -> (Vec<UnixDatagram>, Bench<Net>) {
     });
     let backend = Backend { taps: taps.collect(), vhost: None };
     let mut bench = Bench::new(Net::new(backend, MAC, 1500).unwrap());
-    bench.activate_on_a_socket(without);
+    bench.activate_with_socket(without);
     (sockets, bench)
 }
 
 fn frame(source: [u8; 6], payload: usize) -> Vec<u8> {
-    let mut bytes = vec![0; HEADER];
+    let mut bytes = vec![0; VNET_HEADER_LEN];
     bytes.extend([0xff; 6]);
     bytes.extend(source);
     bytes.extend((0..payload + 2).map(|at| at as u8));
@@ -46,7 +46,7 @@ fn transmit_drops_frames_with_foreign_source_mac() {
     let valid = frame(MAC, 100);
     bench.queues[1].add(&[&valid[..5], &valid[5..20], &valid[20..]], &[]);
     bench.queues[1].add(&[&frame([2, 0, 0, 1, 2, 4], 100)], &[]);
-    bench.queues[1].add(&[&valid[..HEADER + 13]], &[]);
+    bench.queues[1].add(&[&valid[..VNET_HEADER_LEN + 13]], &[]);
     bench.queues[1].add(&[&valid, &vec![0; 70_000]], &[]);
     bench.queues[1].add(&[], &[100]);
     let other = frame(MAC, 0);
@@ -90,7 +90,7 @@ fn receive_spreads_frame_over_mergeable_buffers() {
     for round in 0..200 {
         socket.send(&frame([9; 6], round)).unwrap();
         bench.run();
-        assert_eq!(bench.queues[0].poll().unwrap().1.len(), HEADER + 14 + round);
+        assert_eq!(bench.queues[0].poll().unwrap().1.len(), VNET_HEADER_LEN + 14 + round);
         bench.queues[0].add(&[], &[1000]);
     }
 }
@@ -106,7 +106,7 @@ fn receive_uses_one_buffer_per_frame_without_mergeable_buffers() {
     bench.run();
     for _ in 0..3 {
         let (_, bytes) = bench.queues[0].poll().unwrap();
-        assert_eq!((bytes.len(), bytes[10]), (HEADER + 1014, 1));
+        assert_eq!((bytes.len(), bytes[10]), (VNET_HEADER_LEN + 1014, 1));
     }
 }
 
@@ -120,7 +120,7 @@ fn too_small_receive_buffers_are_returned() {
     socket.send(&frame([9; 6], 10)).unwrap();
     bench.run();
     let used: Vec<usize> = std::iter::from_fn(|| bench.queues[0].poll()).map(|(_, bytes)| bytes.len()).collect();
-    assert_eq!(used, [0, 0, 0, HEADER + 24]);
+    assert_eq!(used, [0, 0, 0, VNET_HEADER_LEN + 24]);
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn device_works_after_reset_and_broken_ring_needs_reset() {
         bench.lock().reset();
         bench.run();
         socket.send(&frame([9; 6], 10)).unwrap();
-        bench.activate_on_a_socket(0);
+        bench.activate_with_socket(0);
         bench.queues[0].add(&[], &[2000]);
         bench.run();
         assert!(bench.queues[0].poll().is_some());
@@ -210,7 +210,7 @@ fn driver_selects_number_of_active_pairs() {
     assert_eq!(command(&mut bench, 4, &[&pairs(2)]), OK);
     bench.lock().reset();
     bench.run();
-    bench.activate_on_a_socket(0);
+    bench.activate_with_socket(0);
     for pair in 0..2 {
         bench.queues[2 * pair].add(&[], &[2000]);
     }
@@ -256,14 +256,14 @@ fn device_loop_goes_on_if_vhost_fails() {
     let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost };
     let mut bench = Bench::new(Net::new(backend, MAC, 1500).unwrap());
     for _ in 0..2 {
-        bench.activate_on_a_socket(0);
+        bench.activate_with_socket(0);
         for round in 0..500 {
             bench.queues[0].add(&[], &[2000]);
             bench.queues[1].add(&[&frame(MAC, round)], &[]);
             socket.send(&frame([9; 6], round)).unwrap();
             bench.run();
             assert!(bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some(), "round {round}");
-            assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), HEADER + 14 + round);
+            assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), VNET_HEADER_LEN + 14 + round);
         }
         bench.lock().reset();
         bench.run();

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use crate::guest_memory::GuestMemory;
-use crate::virtio::queue::Vq;
+use crate::virtio::queue::Virtqueue;
 
 /// The driver's features that concern the queues. Offloads are negotiated between the driver and the tap. So is the
 /// header: VHOST_NET_F_VIRTIO_NET_HDR is never set, so the kernel leaves the header to the tap.
@@ -94,7 +94,7 @@ impl Device<'_> {
         }
     }
 
-    fn ring(&self, index: usize, queue: &Vq, call: &EventFd, fault: &EventFd) -> Result<(), VhostError> {
+    fn ring(&self, index: usize, queue: &Virtqueue, call: &EventFd, fault: &EventFd) -> Result<(), VhostError> {
         let ring = queue.ring();
         let config = VringConfigData {
             queue_max_size: ring.max_size(),
@@ -113,13 +113,13 @@ impl Device<'_> {
         self.set_vring_base(index, ring.next_avail()).map_err(refused("VHOST_SET_VRING_BASE"))?;
         self.set_vring_call(index, call).map_err(refused("VHOST_SET_VRING_CALL"))?;
         self.set_vring_err(index, fault).map_err(refused("VHOST_SET_VRING_ERR"))?;
-        self.set_vring_kick(index, queue.notify_event()).map_err(refused("VHOST_SET_VRING_KICK"))
+        self.set_vring_kick(index, queue.notify_eventfd()).map_err(refused("VHOST_SET_VRING_KICK"))
     }
 
     fn set_up(
         &self,
         features: u64,
-        queues: [&Vq; 2],
+        queues: [&Virtqueue; 2],
         call: &EventFd,
         fault: &EventFd,
         tap: &File,
@@ -150,11 +150,11 @@ impl Device<'_> {
     }
 
     /// Attaches both rings to the tap.
-    fn attach(&self, queues: [&Vq; 2], tap: &File) -> Result<(), VhostError> {
+    fn attach(&self, queues: [&Virtqueue; 2], tap: &File) -> Result<(), VhostError> {
         for (index, queue) in (0..).zip(queues) {
             self.set_backend(index, Some(tap))?;
             // vhost-net ignores notifications while it has no backend, so signal one now.
-            if let Err(error) = queue.notify_event().write(1) {
+            if let Err(error) = queue.notify_eventfd().write(1) {
                 log::error!("virtio-net: failed to notify vhost-net: {error}");
             }
         }
@@ -176,7 +176,7 @@ pub fn start(
     tap: &File,
     memory: &GuestMemory,
     features: u64,
-    queues: [&Vq; 2],
+    queues: [&Virtqueue; 2],
     call: &EventFd,
     fault: &EventFd,
 ) -> Result<(), VhostError> {
@@ -201,19 +201,19 @@ pub fn stop(file: &File, memory: &GuestMemory) {
 ///
 /// # Errors
 /// [`VhostError`]. Then vhost-net may still be serving.
-pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Vq; 2]) -> Result<(), VhostError> {
+pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Virtqueue; 2]) -> Result<(), VhostError> {
     let device = Device { file, memory };
     for (index, queue) in (0u8..).zip(queues) {
         device.set_backend(index.into(), None)?;
         let base = device.get_vring_base(index.into()).map_err(refused("VHOST_GET_VRING_BASE"))?;
         // The index of a split ring has 16 bits.
-        queue.taken_until(base as u16);
+        queue.set_served_until(base as u16);
     }
     Ok(())
 }
 
 /// Resumes vhost-net from the queues' current indices.
-pub fn resume(file: &File, tap: &File, memory: &GuestMemory, queues: [&Vq; 2]) -> Result<(), VhostError> {
+pub fn resume(file: &File, tap: &File, memory: &GuestMemory, queues: [&Virtqueue; 2]) -> Result<(), VhostError> {
     let device = Device { file, memory };
     for (index, queue) in queues.into_iter().enumerate() {
         let base = queue.ring().next_avail();

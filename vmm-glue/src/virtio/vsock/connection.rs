@@ -41,7 +41,7 @@ struct Pending {
 }
 
 /// The next use of a receive buffer.
-pub enum Next {
+pub enum NextPacket {
     /// Send this packet.
     Control(Header),
     /// Read up to this many bytes from the socket.
@@ -66,7 +66,7 @@ pub struct Connection {
     /// Whether the socket may have data to read. Then epoll does not watch it, until a read finds no data.
     readable: bool,
     /// Whether all data has been read from the socket.
-    read_end: bool,
+    read_eof: bool,
     /// Whether the other end of the socket is closed.
     hung_up: bool,
     // Guest to host.
@@ -75,9 +75,9 @@ pub struct Connection {
     reported_forwarded: u32,
     buffered: VecDeque<u8>,
     /// Whether nobody reads what the guest sends.
-    write_end: bool,
+    reader_gone: bool,
     /// Whether the socket's write direction was shut down, because the guest sends no more.
-    write_shut: bool,
+    write_shut_down: bool,
     /// The directions that the guest has shut down, and those that the host has shut down.
     guest_shutdown: u32,
     host_shutdown: u32,
@@ -103,14 +103,14 @@ impl Connection {
             guest_fwd_cnt: 0,
             credit_requested: false,
             readable: false,
-            read_end: false,
+            read_eof: false,
             hung_up: false,
             received: 0,
             forwarded: 0,
             reported_forwarded: 0,
             buffered: VecDeque::new(),
-            write_end: false,
-            write_shut: false,
+            reader_gone: false,
+            write_shut_down: false,
             guest_shutdown: 0,
             host_shutdown: 0,
             watched: None,
@@ -135,7 +135,7 @@ impl Connection {
 
     /// Whether the client has closed its end and all data was read, so that only the guest's answer is awaited.
     pub fn is_orphan(&self) -> bool {
-        self.hung_up && self.read_end
+        self.hung_up && self.read_eof
     }
 
     /// Aborts the connection because the device is reset: fails a pending connection attempt, and closes the sockets.
@@ -211,10 +211,10 @@ impl Connection {
 
     fn guest_shut_down(&mut self, flags: u32) {
         self.guest_shutdown |= flags & SHUTDOWN_BOTH;
-        if flags & SHUTDOWN_RECEIVE != 0 && !self.read_end {
+        if flags & SHUTDOWN_RECEIVE != 0 && !self.read_eof {
             // Makes the client's writes fail, as on any stream socket whose peer does not receive.
             socket::shutdown(&self.socket, Shutdown::Read);
-            self.read_end = true;
+            self.read_eof = true;
             self.readable = false;
         }
         self.finish_writing();
@@ -228,7 +228,7 @@ impl Connection {
             return self.reset();
         }
         self.received = self.received.wrapping_add(length);
-        if self.buffered.is_empty() && !self.write_end {
+        if self.buffered.is_empty() && !self.reader_gone {
             while !payload.is_empty() {
                 match socket::send(&self.socket, payload.as_slice()) {
                     Ok(count) => {
@@ -243,7 +243,7 @@ impl Connection {
                 }
             }
         }
-        if self.write_end {
+        if self.reader_gone {
             self.forward(payload.len());
         } else if !payload.is_empty() {
             let mut rest = vec![0; payload.len()];
@@ -267,7 +267,7 @@ impl Connection {
 
     /// Handles a socket that accepts no more data: tells the guest, and drops what it sends.
     fn stop_receiving(&mut self) {
-        self.write_end = true;
+        self.reader_gone = true;
         let dropped = std::mem::take(&mut self.buffered).len();
         self.forward(dropped);
         self.shut_down(SHUTDOWN_RECEIVE);
@@ -287,8 +287,8 @@ impl Connection {
         if !self.buffered.is_empty() {
             return;
         }
-        if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_shut {
-            self.write_shut = true;
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_shut_down {
+            self.write_shut_down = true;
             socket::shutdown(&self.socket, Shutdown::Write);
         }
         if self.guest_shutdown == SHUTDOWN_BOTH {
@@ -311,14 +311,14 @@ impl Connection {
         if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
             self.hung_up = true;
         }
-        if set.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR) && !self.read_end
+        if set.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR) && !self.read_eof
         {
             self.readable = true;
         }
         if set.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR) && !self.buffered.is_empty() {
             self.write_buffered();
         }
-        if self.hung_up && self.read_end && !self.write_end {
+        if self.hung_up && self.read_eof && !self.reader_gone {
             // The client had shut down its write direction before, and has now closed its end.
             self.stop_receiving();
         }
@@ -366,35 +366,35 @@ impl Connection {
     }
 
     /// Returns the next use of a receive buffer.
-    pub fn next(&mut self) -> Next {
+    pub fn next(&mut self) -> NextPacket {
         let pending = &mut self.pending;
         if std::mem::take(&mut pending.reset) {
             let header = self.header(Op::Reset);
             self.state = State::Dead;
-            return Next::Control(header);
+            return NextPacket::Control(header);
         }
         if std::mem::take(&mut pending.request) {
-            return Next::Control(self.header(Op::Request));
+            return NextPacket::Control(self.header(Op::Request));
         }
         if std::mem::take(&mut pending.credit_update) {
-            return Next::Control(self.header(Op::CreditUpdate));
+            return NextPacket::Control(self.header(Op::CreditUpdate));
         }
         // SEND is among the flags only after all data was read, so this packet overtakes no data.
         if std::mem::take(&mut self.pending.shutdown) {
-            return Next::Control(Header { flags: self.host_shutdown, ..self.header(Op::Shutdown) });
+            return NextPacket::Control(Header { flags: self.host_shutdown, ..self.header(Op::Shutdown) });
         }
         if matches!(self.state, State::Open) && self.readable {
             match self.credit() {
                 0 if !self.credit_requested => self.pending.credit_request = true,
                 0 => {}
-                credit => return Next::Data(credit as usize),
+                credit => return NextPacket::Data(credit as usize),
             }
         }
         if std::mem::take(&mut self.pending.credit_request) {
             self.credit_requested = true;
-            return Next::Control(self.header(Op::CreditRequest));
+            return NextPacket::Control(self.header(Op::CreditRequest));
         }
-        Next::Nothing
+        NextPacket::Nothing
     }
 
     /// Reads from the socket into the guest's buffer. Returns the packet's header if there was data.
@@ -414,7 +414,7 @@ impl Connection {
             Err(_) => self.hung_up = true,
         }
         self.readable = false;
-        self.read_end = true;
+        self.read_eof = true;
         self.shut_down(if self.hung_up { SHUTDOWN_BOTH } else { SHUTDOWN_SEND });
         None
     }
@@ -445,7 +445,7 @@ impl Connection {
             return None;
         }
         let mut set = EventSet::empty();
-        if matches!(self.state, State::Open) && !self.readable && !self.read_end {
+        if matches!(self.state, State::Open) && !self.readable && !self.read_eof {
             set |= EventSet::IN;
         }
         if !self.buffered.is_empty() {

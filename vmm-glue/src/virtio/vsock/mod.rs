@@ -25,9 +25,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use self::connection::Connection;
 use self::packet::Header;
-use super::activation::{self, Opened};
+use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
-use super::queue::{QueueFault, Vq, WAKE, Wake, read_config_bytes};
+use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_bytes};
 use crate::guest_memory::GuestMemory;
 
 pub use self::connection::Reply;
@@ -44,13 +44,13 @@ const MAX_CONNECTIONS: usize = 1024;
 /// taken.
 const MAX_RESET_PACKETS: usize = 64;
 /// Ports of the host's side. A port is also the event token of its connection, and differs from those of queues and
-/// [`WAKE`].
+/// [`WAKE_TOKEN`].
 const PORTS: std::ops::Range<u32> = 0x4000_0000..0xffff_0000;
 
 /// The vsock device.
 pub struct Vsock {
     guest_cid: u64,
-    wake: Wake,
+    wake: WakeEvent,
     active: Option<Active>,
     pending: VecDeque<(u32, Reply)>,
     connections: HashMap<u32, Connection>,
@@ -70,9 +70,9 @@ pub struct Vsock {
 struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
-    rx: Vq,
-    tx: Vq,
-    event: Vq,
+    rx: Virtqueue,
+    tx: Virtqueue,
+    event: Virtqueue,
 }
 
 impl Vsock {
@@ -80,7 +80,7 @@ impl Vsock {
     pub fn new(guest_cid: u64) -> io::Result<Self> {
         Ok(Self {
             guest_cid,
-            wake: Wake::new()?,
+            wake: WakeEvent::new()?,
             active: None,
             pending: VecDeque::new(),
             connections: HashMap::new(),
@@ -193,7 +193,7 @@ impl Vsock {
 
     fn fail(&mut self, fault: &QueueFault) {
         let interrupt = self.active.as_ref().map(|active| Arc::clone(&active.interrupt));
-        activation::stop(self, "virtio-vsock", fault, interrupt);
+        activation::stop_broken_device(self, "virtio-vsock", fault, interrupt);
     }
 }
 
@@ -204,7 +204,7 @@ impl MutEventSubscriber for Vsock {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
-            WAKE => {
+            WAKE_TOKEN => {
                 self.wake.serve(ops);
                 for connection in self.stale.drain(..) {
                     if connection.watched.is_some()
@@ -215,7 +215,7 @@ impl MutEventSubscriber for Vsock {
                 }
                 if let Some(active) = &mut self.active {
                     for queue in [&mut active.rx, &mut active.tx, &mut active.event] {
-                        Wake::register(ops, queue);
+                        WakeEvent::register(ops, queue);
                     }
                 }
                 self.tx_waiting = true;
@@ -224,12 +224,12 @@ impl MutEventSubscriber for Vsock {
             queue @ (RX | TX | EVENT) => {
                 if let Some(active) = &mut self.active {
                     match queue {
-                        RX => active.rx.notified(),
+                        RX => active.rx.clear_notification(),
                         TX => {
-                            active.tx.notified();
+                            active.tx.clear_notification();
                             self.tx_waiting = true;
                         }
-                        _ => active.event.notified(),
+                        _ => active.event.clear_notification(),
                     }
                 }
             }
@@ -264,7 +264,7 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Opened { memory, interrupt, queues: [rx, tx, event], .. } = activation::open(activation)?;
+        let OpenedActivation { memory, interrupt, queues: [rx, tx, event], .. } = activation::open_queues(activation)?;
         self.active = Some(Active { memory, interrupt, rx, tx, event });
         self.wake.wake();
         Ok(())

@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use super::connection::Next;
+use super::connection::NextPacket;
 use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::{MAX_RESET_PACKETS, Vsock};
 use crate::guest_memory::GuestMemory;
-use crate::virtio::queue::{Chain, Iov, QueueFault, guest_fault};
+use crate::virtio::queue::{Chain, Iov, QueueFault, log_guest_fault};
 
 impl Vsock {
     /// Takes packets from the guest, gives it packets, and interrupts it once per queue.
@@ -32,7 +32,7 @@ impl Vsock {
 
     fn pump_tx(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        active.tx.ignore(memory)?;
+        active.tx.disable_notification(memory)?;
         for _ in 0..active.tx.size() {
             if self.reset_packets.len() >= MAX_RESET_PACKETS {
                 return Ok(());
@@ -45,7 +45,7 @@ impl Vsock {
                         active.tx.push(memory, head, 0)?;
                     }
                 }
-                None if active.tx.listen(memory)? => {}
+                None if active.tx.enable_notification(memory)? => {}
                 None => {
                     self.tx_waiting = false;
                     return Ok(());
@@ -59,10 +59,10 @@ impl Vsock {
     fn receive_packet(&mut self, mut packet: Iov<'_>) {
         let header = match packet.take::<HEADER_LEN>() {
             Ok(bytes) => Header::parse(&bytes),
-            Err(fault) => return guest_fault(1, &fault),
+            Err(fault) => return log_guest_fault(1, &fault),
         };
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
-            return guest_fault(1, &"dropped a vsock packet with a wrong CID");
+            return log_guest_fault(1, &"dropped a vsock packet with a wrong CID");
         }
         let connection =
             self.connections.get_mut(&header.dst_port).filter(|connection| connection.guest_port() == header.src_port);
@@ -70,7 +70,7 @@ impl Vsock {
             Some(connection) if header.kind == TYPE_STREAM => {
                 let length = header.len as usize;
                 if header.len > MAX_PAYLOAD || length > packet.len() || (length != 0 && header.op != Op::ReadWrite) {
-                    guest_fault(1, &"the vsock packet has an invalid length");
+                    log_guest_fault(1, &"the vsock packet has an invalid length");
                     connection.reset();
                 } else {
                     packet.truncate(length);
@@ -96,14 +96,14 @@ impl Vsock {
                 Some(chain) => Some(chain),
                 None => active.rx.pop(memory)?,
             }) else {
-                if active.rx.listen(memory)? {
+                if active.rx.enable_notification(memory)? {
                     continue;
                 }
                 // The driver will notify the queue when there are buffers again.
                 return Ok(());
             };
             if chain.writable.len() <= HEADER_LEN {
-                guest_fault(0, &"the vsock receive buffer is too small");
+                log_guest_fault(0, &"the vsock receive buffer is too small");
                 active.rx.push(memory, chain.head, 0)?;
                 continue;
             }
@@ -120,14 +120,14 @@ impl Vsock {
                     };
                     connection.queued = false;
                     let header = match connection.next() {
-                        Next::Control(header) => Some(header),
-                        Next::Data(credit) => {
+                        NextPacket::Control(header) => Some(header),
+                        NextPacket::Data(credit) => {
                             let mut payload = chain.writable.clone();
                             payload.skip(HEADER_LEN);
                             payload.truncate(credit);
                             connection.read(&payload)
                         }
-                        Next::Nothing => None,
+                        NextPacket::Nothing => None,
                     };
                     if connection.wants_to_send() {
                         connection.queued = true;

@@ -38,7 +38,7 @@ impl Guest {
 
     fn refill(&mut self, count: usize) {
         for _ in 0..count {
-            if self.bench.queues[0].room() == 0 {
+            if self.bench.queues[0].free_descriptors() == 0 {
                 break;
             }
             self.bench.queues[0].add(&[], &[4096]);

@@ -7,14 +7,14 @@ pub const PORT: u16 = 0x5f0;
 /// A step of the guest's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Mark {
+pub enum BootMark {
     /// The agent has started as PID 1. This is the first mark.
     AgentStarted = 1,
     /// The agent listens on all its vsock ports.
     AgentReady = 2,
 }
 
-impl TryFrom<u8> for Mark {
+impl TryFrom<u8> for BootMark {
     type Error = u8;
 
     fn try_from(value: u8) -> Result<Self, u8> {

@@ -9,16 +9,16 @@ use husk_proto::containerd::topics::{
 };
 use protobuf::well_known_types::any::Any;
 
+use crate::container::containers::{Container, Exec};
 use crate::container::process::{Exit, Process, State};
-use crate::container::state::{Container, Exec};
-use crate::container::{Shim, paths};
+use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::oci;
 use crate::stdio::{LoggerContext, Stdio};
 use crate::vm::agent::{timeouts, within};
 
 /// Exit status of a process that could not be started, as in runc's shim.
-const NOT_STARTED: u32 = 255;
+const EXIT_STATUS_NOT_STARTED: u32 = 255;
 
 impl Shim {
     /// Starts a container's init process.
@@ -35,7 +35,7 @@ impl Shim {
         if !container.is_sandbox_container()
             && let Err(error) = agent.task.start(within(timeouts::SLOW), &request).await
         {
-            process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
+            process.start_failed(Exit { status: EXIT_STATUS_NOT_STARTED, at: SystemTime::now() });
             let kill = KillRequest { id: container.id.clone(), signal: 9, all: true, ..Default::default() };
             let _ = agent.task.kill(within(timeouts::QUICK), &kill).await;
             return Err(self.agent_error("start", error));
@@ -45,7 +45,7 @@ impl Shim {
         let event =
             TaskStart { container_id: container.id.clone(), pid: self.pid(&container.id), ..Default::default() };
         self.events.publish(TASK_START_EVENT_TOPIC, &event);
-        self.after_start(container, process);
+        self.publish_early_exit(container, process);
         self.run_late_hooks("poststart", container, "running").await;
         Ok(())
     }
@@ -66,7 +66,7 @@ impl Shim {
         }
         let (spec, profile) =
             oci::exec_process(&request.spec.value).map_err(|e| ServiceError::Invalid(crate::chain(&e)))?;
-        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let process = Process::new(&container.id, &request.exec_id, io).into();
         container.add_exec(Exec { process, spec, profile, type_url: request.spec.type_url.clone() })?;
         let event = TaskExecAdded {
@@ -85,8 +85,8 @@ impl Shim {
             return Err(ServiceError::Exec("paused").into());
         }
         process.begin_start()?;
-        if let Err(error) = self.start_exec_begun(exec).await {
-            process.start_failed(Exit { status: NOT_STARTED, at: SystemTime::now() });
+        if let Err(error) = self.start_exec_in_guest(exec).await {
+            process.start_failed(Exit { status: EXIT_STATUS_NOT_STARTED, at: SystemTime::now() });
             process.drop_relay();
             return Err(error);
         }
@@ -97,11 +97,11 @@ impl Shim {
             ..Default::default()
         };
         self.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
-        self.after_start(container, process);
+        self.publish_early_exit(container, process);
         Ok(())
     }
 
-    async fn start_exec_begun(&self, exec: &Exec) -> ttrpc::Result<()> {
+    async fn start_exec_in_guest(&self, exec: &Exec) -> ttrpc::Result<()> {
         let process = &exec.process;
         let agent = self.agent()?;
         let logger = LoggerContext { id: &process.container, namespace: &self.namespace };
@@ -133,12 +133,12 @@ impl Shim {
     }
 
     /// Publishes an exit that was reported before the start event. Marks all processes as killed if the VM has ended.
-    fn after_start(&self, container: &Container, process: &Process) {
+    fn publish_early_exit(&self, container: &Container, process: &Process) {
         if let Some(exit) = process.confirm_start() {
             self.publish_exit(process, exit);
         }
         if self.vm_has_ended() {
-            self.end_all(container);
+            self.mark_all_killed(container);
         }
     }
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::arch::cpuid::{self, Machine};
+use crate::arch::cpuid::{self, CpuidConfig};
 use crate::arch::regs;
 
 /// Why a vCPU could not be created.
 #[derive(Debug, thiserror::Error)]
-pub enum MakeError {
+pub enum CreateVcpuError {
     /// A KVM ioctl failed.
     #[error("ioctl {0} failed")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
@@ -20,38 +20,38 @@ pub enum MakeError {
 }
 
 /// Creates the vCPUs of one VM, all with the same CPUID but for their ids.
-pub struct Maker {
+pub struct VcpuFactory {
     vm: Arc<VmFd>,
     supported: Vec<kvm_cpuid_entry2>,
-    machine: Machine,
+    config: CpuidConfig,
 }
 
-impl Maker {
-    /// Creates a maker for one VM, on a host whose KVM supports this CPUID.
-    pub fn new(vm: Arc<VmFd>, supported: Vec<kvm_cpuid_entry2>, machine: Machine) -> Self {
-        Self { vm, supported, machine }
+impl VcpuFactory {
+    /// Creates a factory for one VM, on a host whose KVM supports this CPUID.
+    pub fn new(vm: Arc<VmFd>, supported: Vec<kvm_cpuid_entry2>, config: CpuidConfig) -> Self {
+        Self { vm, supported, config }
     }
 
     /// Creates vCPU `id`. `entry` is the boot vCPU's entry point. The other vCPUs wait for the boot vCPU's startup
     /// interprocessor interrupt.
-    pub fn make(&self, id: u8, entry: Option<u64>) -> Result<VcpuFd, MakeError> {
-        let cpuid = cpuid::normalise(&self.supported, self.machine, id);
-        create(&self.vm, id, &CpuId::from_entries(&cpuid).map_err(MakeError::Fam)?, entry)
+    pub fn create(&self, id: u8, entry: Option<u64>) -> Result<VcpuFd, CreateVcpuError> {
+        let cpuid = cpuid::normalise(&self.supported, self.config, id);
+        create_vcpu(&self.vm, id, &CpuId::from_entries(&cpuid).map_err(CreateVcpuError::Fam)?, entry)
     }
 
     /// Returns the maximum number of vCPUs.
     pub fn max(&self) -> u8 {
-        self.machine.vcpus
+        self.config.vcpus
     }
 }
 
 /// Creates a vCPU and sets all its state. `entry` is the boot vCPU's entry point.
-fn create(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd, MakeError> {
-    let failed = |what| move |error| MakeError::Kvm(what, error);
+fn create_vcpu(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd, CreateVcpuError> {
+    let failed = |what| move |error| CreateVcpuError::Kvm(what, error);
     let vcpu = vm.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
     // CPUID first, because it decides which model-specific registers exist.
     vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-    let msrs = regs::msrs().map_err(MakeError::Fam)?;
+    let msrs = regs::msrs().map_err(CreateVcpuError::Fam)?;
     // KVM stops at the first register that this host does not support. The guest kernel works without either register.
     let written = vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
     if written < msrs.as_slice().len() {
@@ -59,13 +59,13 @@ fn create(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd
     }
     vcpu.set_fpu(&regs::fpu()).map_err(failed("KVM_SET_FPU"))?;
     let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-    regs::wire_lint(&mut lapic);
+    regs::set_lint(&mut lapic);
     vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))?;
     if let Some(entry) = entry {
         let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        regs::long_mode(&mut sregs);
+        regs::set_long_mode(&mut sregs);
         vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-        vcpu.set_regs(&regs::general(entry)).map_err(failed("KVM_SET_REGS"))?;
+        vcpu.set_regs(&regs::general_registers(entry)).map_err(failed("KVM_SET_REGS"))?;
     }
     Ok(vcpu)
 }

@@ -5,6 +5,6 @@ use std::io;
 use husk_base::sys::interface;
 
 /// Brings up `lo`.
-pub fn loopback_up() -> io::Result<()> {
+pub fn bring_up() -> io::Result<()> {
     interface::set_flags("lo", libc::IFF_UP | libc::IFF_RUNNING)
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::resources::cgroup::Place;
+use crate::resources::cgroup::CgroupLocation;
 
 /// Polling interval while a cgroup's last processes end: cgroup v1 has no notification for that.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
@@ -16,7 +16,7 @@ const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 ///
 /// `mounts` is `/proc/self/mountinfo`, `own` is `/proc/self/cgroup`. For a systemd `scope`, the cgroup v2 hierarchy is
 /// included: beside cgroup v1, systemd tracks the processes of its units there.
-pub fn place(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> (Place, Vec<PathBuf>) {
+pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> (CgroupLocation, Vec<PathBuf>) {
     let (mut all, mut origins) = (Vec::new(), Vec::new());
     let unified = mounts.lines().find_map(|line| hierarchy(line, "cgroup2")).filter(|_| scope);
     if let Some(((point, _), path)) = unified.zip(proc_cgroup.lines().find_map(|line| line.strip_prefix("0::/"))) {
@@ -39,7 +39,7 @@ pub fn place(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> (
             origins.push(point.join(path.trim_start_matches('/')));
         }
     }
-    (Place::Legacy(all), origins)
+    (CgroupLocation::V1(all), origins)
 }
 
 /// Returns mount point and super options of a line of mountinfo that mounts a hierarchy of type `kind`.
@@ -102,24 +102,24 @@ mod tests {
     const OWN: &str = "4:memory:/\n3:cpu,cpuacct:/system.slice/x\n1:name=systemd:/system.slice/x\n0::/system.slice/x\n";
 
     #[test]
-    fn place_returns_a_directory_for_every_hierarchy() {
-        let (place, origins) = place(MOUNTS, OWN, Path::new("kubepods/pod"), false);
+    fn locate_returns_a_directory_for_every_hierarchy() {
+        let (location, origins) = locate(MOUNTS, OWN, Path::new("kubepods/pod"), false);
         let top = Path::new("/sys/fs/cgroup");
-        assert_eq!(place.of("cpuacct"), Some(&*top.join("cpu,cpuacct/kubepods/pod")));
-        assert_eq!(place.of("memory"), Some(&*top.join("memory/kubepods/pod")));
-        assert_eq!(place.of("pids"), None);
-        assert_eq!(place.dirs().count(), 3);
+        assert_eq!(location.controller_dir("cpuacct"), Some(&*top.join("cpu,cpuacct/kubepods/pod")));
+        assert_eq!(location.controller_dir("memory"), Some(&*top.join("memory/kubepods/pod")));
+        assert_eq!(location.controller_dir("pids"), None);
+        assert_eq!(location.dirs().count(), 3);
         let expected = ["systemd/system.slice/x", "cpu,cpuacct/system.slice/x", "memory/"];
         assert_eq!(origins, expected.map(|path| top.join(path)));
     }
 
     #[test]
-    fn place_of_a_scope_includes_the_cgroup_v2_hierarchy() {
-        let (place, origins) = place(MOUNTS, OWN, Path::new("a.slice/b.scope"), true);
-        let first = (place.dirs().next(), origins.first().map(PathBuf::as_path));
+    fn location_of_a_scope_includes_the_cgroup_v2_hierarchy() {
+        let (location, origins) = locate(MOUNTS, OWN, Path::new("a.slice/b.scope"), true);
+        let first = (location.dirs().next(), origins.first().map(PathBuf::as_path));
         let top = Path::new("/sys/fs/cgroup/unified");
         assert_eq!(first, (Some(&*top.join("a.slice/b.scope")), Some(&*top.join("system.slice/x"))));
-        assert_eq!((place.dirs().count(), origins.len(), place.of("")), (4, 4, None));
+        assert_eq!((location.dirs().count(), origins.len(), location.controller_dir("")), (4, 4, None));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use husk_base::sync::lock;
 use tokio::time::{Instant, timeout_at};
 
 use super::process::Phase;
-use super::{Container, STATE, Tasks};
+use super::{Container, STATE_DIR, Tasks};
 use crate::error::ServiceError;
 use crate::oom::FileWatch;
 use crate::reaper::ProcessExit;
@@ -23,7 +23,7 @@ impl Tasks {
         let container = match self.get(id) {
             Err(error) if exec_id.is_empty() => {
                 // The container was never created, or creating it failed. Its volumes may exist nevertheless, because
-                // they are provided before Create.
+                // they are mounted before Create.
                 self.remove_volumes(id, Vec::new()).await;
                 return Err(error);
             }
@@ -67,7 +67,7 @@ impl Tasks {
             tracing::warn!("failed to remove the cgroup of container {}: {error}", container.id);
         }
         self.remove_volumes(&container.id, container.volumes.clone()).await;
-        for path in [&container.dir, &Path::new(STATE).join(&container.id)] {
+        for path in [&container.dir, &Path::new(STATE_DIR).join(&container.id)] {
             match std::fs::remove_dir_all(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     tracing::warn!("failed to remove {}: {error}", path.display());
@@ -113,20 +113,20 @@ async fn remove_cgroup(container: &Container) -> std::io::Result<()> {
 mod tests {
     use std::sync::Mutex;
 
-    use super::super::process::{Process, StreamNames};
+    use super::super::process::{Process, StreamTokens};
     use super::*;
     use crate::cgroup::Cgroup;
-    use crate::events::Hub;
+    use crate::events::EventHub;
     use crate::oom::OomWatch;
 
     fn container(id: &str) -> Arc<Container> {
-        let cgroup = Cgroup::of(id);
+        let cgroup = Cgroup::for_container(id);
         Arc::new(Container {
             id: id.to_owned(),
             bundle: String::new(),
-            oom: Arc::new(OomWatch::new(id, cgroup.clone(), Hub::default())),
+            oom: Arc::new(OomWatch::new(id, cgroup.clone(), EventHub::default())),
             cgroup,
-            init: Process::new("", StreamNames::default(), None),
+            init: Process::new("", StreamTokens::default(), None),
             dir: std::env::temp_dir().join(id),
             seccomp: None,
             oom_score_adj: None,
@@ -140,7 +140,7 @@ mod tests {
 
     #[tokio::test]
     async fn delete_waits_for_a_container_that_is_being_created() {
-        let tasks = Tasks::new(Hub::default(), Default::default(), Default::default(), Default::default());
+        let tasks = Tasks::new(EventHub::default(), Default::default(), Default::default(), Default::default());
         let (created, failed) = (container("husk-test-made"), container("husk-test-failed"));
         for (container, last) in [(&created, Phase::Created(7)), (&failed, Phase::New)] {
             tasks.insert(container).unwrap();

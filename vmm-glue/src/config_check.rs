@@ -10,7 +10,7 @@ use nix::sys::stat::fstat;
 
 use crate::arch::layout;
 use crate::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
-use crate::virtio::net::{Backend, MOST_PAIRS, tap_flags};
+use crate::virtio::net::{Backend, MAX_QUEUE_PAIRS, tap_flags};
 
 /// Minimum and maximum guest memory. Every host supports the maximum: it is one page-table level below 46 address bits.
 const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=4 << 20;
@@ -60,7 +60,7 @@ pub enum ConfigError {
 
 /// A valid configuration, with its fds.
 #[derive(Debug)]
-pub struct Checked {
+pub struct CheckedConfig {
     /// The configuration as received.
     pub config: VmConfig,
     /// Guest memory at boot, in bytes.
@@ -85,33 +85,47 @@ pub struct Checked {
 ///
 /// # Errors
 /// [`ConfigError`] for the first violation.
-pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError> {
-    range(VCPUS.contains(&config.vcpus), "vcpus", config.vcpus, "1 to 64")?;
+pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, ConfigError> {
+    check_range(VCPUS.contains(&config.vcpus), "vcpus", config.vcpus, "1 to 64")?;
     let in_range = (config.vcpus..=*VCPUS.end()).contains(&config.max_vcpus);
-    range(in_range, "max_vcpus", config.max_vcpus, "vcpus to 64")?;
-    range(config.max_memory_mib <= *MEMORY_MIB.end(), "max_memory_mib", config.max_memory_mib, "at most 4194304")?;
-    range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "at most 4194304")?;
-    range(MEMORY_MIB.contains(&config.memory_mib), "memory_mib", config.memory_mib, "64 to 4194304")?;
-    range((3..u32::MAX).contains(&config.vsock_cid), "vsock_cid", config.vsock_cid, "3 to 4294967294")?;
+    check_range(in_range, "max_vcpus", config.max_vcpus, "vcpus to 64")?;
+    check_range(
+        config.max_memory_mib <= *MEMORY_MIB.end(),
+        "max_memory_mib",
+        config.max_memory_mib,
+        "at most 4194304",
+    )?;
+    check_range(config.huge_mib <= *MEMORY_MIB.end(), "huge_mib", config.huge_mib, "at most 4194304")?;
+    check_range(MEMORY_MIB.contains(&config.memory_mib), "memory_mib", config.memory_mib, "64 to 4194304")?;
+    check_range((3..u32::MAX).contains(&config.vsock_cid), "vsock_cid", config.vsock_cid, "3 to 4294967294")?;
     let printable = config.kernel_params.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    range(printable, "kernel_params", &config.kernel_params, "printable ASCII")?;
+    check_range(printable, "kernel_params", &config.kernel_params, "printable ASCII")?;
     let devices = 2 + usize::from(config.share.is_some()) + usize::from(config.balloon);
-    let growth = usize::from(config.max_memory_mib > config.memory_mib) + usize::from(config.huge_mib > 0);
-    let slots = devices + config.net.len() + config.blk.len() + growth;
-    range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "at most 18")?;
+    let memory_devices = usize::from(config.max_memory_mib > config.memory_mib) + usize::from(config.huge_mib > 0);
+    let slots = devices + config.net.len() + config.blk.len() + memory_devices;
+    check_range(slots <= layout::MAX_SLOTS, "number of virtio devices", slots, "at most 18")?;
 
     let mut fds = Fds::new(fds);
     let kvm = fds.take("kvm", config.kvm)?;
-    kind(is(&kvm, "kvm", libc::S_IFCHR)?, "kvm", "/dev/kvm")?;
+    check_kind(has_file_type(&kvm, "kvm", libc::S_IFCHR)?, "kvm", "/dev/kvm")?;
     let kernel = File::from(fds.take("kernel", config.kernel)?);
-    kind(is(&kernel, "kernel", libc::S_IFREG)?, "kernel", "a regular file")?;
+    check_kind(has_file_type(&kernel, "kernel", libc::S_IFREG)?, "kernel", "a regular file")?;
     let initrd = File::from(fds.take("initrd", config.initrd)?);
-    kind(is(&initrd, "initrd", libc::S_IFREG)?, "initrd", "a regular file")?;
+    check_kind(has_file_type(&initrd, "initrd", libc::S_IFREG)?, "initrd", "a regular file")?;
     let initrd_len = initrd.metadata().map_err(|error| ConfigError::Examine("initrd", error))?.len();
     let memory = config.memory_mib << 20;
-    range(initrd_len > 0 && initrd_len < memory / 2, "length of initrd", initrd_len, "1 to half of guest memory")?;
+    check_range(
+        initrd_len > 0 && initrd_len < memory / 2,
+        "length of initrd",
+        initrd_len,
+        "1 to half of guest memory",
+    )?;
     let console = fds.take("console", config.console)?;
-    kind(is(&console, "console", libc::S_IFIFO)? && writable(&console, "console")?, "console", "a writable pipe")?;
+    check_kind(
+        has_file_type(&console, "console", libc::S_IFIFO)? && writable(&console, "console")?,
+        "console",
+        "a writable pipe",
+    )?;
     config.share.as_ref().map_or(Ok(()), share)?;
     let mut net = Vec::with_capacity(config.net.len());
     for interface in &config.net {
@@ -123,29 +137,33 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Checked, ConfigError
         blk.push((disk.clone(), self::blk(disk, file)?));
     }
     fds.reject_unused()?;
-    Ok(Checked { config, memory, kvm, kernel, initrd, initrd_len, console, net, blk })
+    Ok(CheckedConfig { config, memory, kvm, kernel, initrd, initrd_len, console, net, blk })
 }
 
 /// Validates a network interface and its taps.
 pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
-    range((68..=u16::MAX).contains(&config.mtu), "net.mtu", config.mtu, "68 to 65535")?;
+    check_range((68..=u16::MAX).contains(&config.mtu), "net.mtu", config.mtu, "68 to 65535")?;
     let [first, ..] = config.mac;
     let unicast = first & 1 == 0 && config.mac != [0; 6];
-    range(unicast, "net.mac", format!("{:02x?}", config.mac), "a unicast address")?;
+    check_range(unicast, "net.mac", format!("{:02x?}", config.mac), "a unicast address")?;
     let pairs = config.taps.len();
-    range((1..=MOST_PAIRS).contains(&pairs), "number of net.taps", pairs, "1 to 8")?;
+    check_range((1..=MAX_QUEUE_PAIRS).contains(&pairs), "number of net.taps", pairs, "1 to 8")?;
     let several = if pairs > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
     let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
     let mut taps = Vec::with_capacity(pairs);
     for &tap in &config.taps {
         let tap = File::from(fds.take("net.taps", tap)?);
         let valid = tap_flags(&tap) & wanted == wanted;
-        kind(valid, "net.taps", "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE if there are several")?;
+        check_kind(
+            valid,
+            "net.taps",
+            "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE if there are several",
+        )?;
         taps.push(tap);
     }
     let vhost = config.vhost.map(|vhost| fds.take("net.vhost", vhost)).transpose()?;
     if let Some(vhost) = &vhost {
-        kind(is(vhost, "net.vhost", libc::S_IFCHR)?, "net.vhost", "/dev/vhost-net")?;
+        check_kind(has_file_type(vhost, "net.vhost", libc::S_IFCHR)?, "net.vhost", "/dev/vhost-net")?;
     }
     Ok(Backend { taps, vhost: vhost.map(File::from) })
 }
@@ -154,21 +172,21 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
 pub fn blk(config: &BlkConfig, file: OwnedFd) -> Result<File, ConfigError> {
     let serial = &config.serial;
     let plain = serial.len() <= SERIAL_MAX && serial.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    range(plain, "blk.serial", serial, "at most 20 printable ASCII characters")?;
-    let disk = is(&file, "blk.file", libc::S_IFREG)? || is(&file, "blk.file", libc::S_IFBLK)?;
-    kind(disk, "blk.file", "a regular file or a block device")?;
-    kind(config.read_only || writable(&file, "blk.file")?, "blk.file", "open for writing")?;
+    check_range(plain, "blk.serial", serial, "at most 20 printable ASCII characters")?;
+    let disk = has_file_type(&file, "blk.file", libc::S_IFREG)? || has_file_type(&file, "blk.file", libc::S_IFBLK)?;
+    check_kind(disk, "blk.file", "a regular file or a block device")?;
+    check_kind(config.read_only || writable(&file, "blk.file")?, "blk.file", "open for writing")?;
     Ok(File::from(file))
 }
 
 fn share(config: &ShareConfig) -> Result<(), ConfigError> {
     let tag = (1..=TAG_MAX).contains(&config.tag.len()) && !config.tag.contains('\0');
-    range(tag, "share.tag", &config.tag, "1 to 36 bytes")?;
-    range((1..=64).contains(&config.workers), "share.workers", config.workers, "1 to 64")?;
+    check_range(tag, "share.tag", &config.tag, "1 to 36 bytes")?;
+    check_range((1..=64).contains(&config.workers), "share.workers", config.workers, "1 to 64")?;
     let root = Path::new(&config.root);
     let directory = root.is_absolute()
         && std::fs::metadata(root).map_err(|error| ConfigError::Examine("share.root", error))?.is_dir();
-    range(directory, "share.root", &config.root, "the absolute path of a directory")
+    check_range(directory, "share.root", &config.root, "the absolute path of a directory")
 }
 
 /// Received fds that have not been taken yet.
@@ -194,15 +212,20 @@ impl Fds {
     }
 }
 
-fn range(valid: bool, what: &'static str, value: impl ToString, allowed: &'static str) -> Result<(), ConfigError> {
+fn check_range(
+    valid: bool,
+    what: &'static str,
+    value: impl ToString,
+    allowed: &'static str,
+) -> Result<(), ConfigError> {
     if valid { Ok(()) } else { Err(ConfigError::Range { what, value: value.to_string(), allowed }) }
 }
 
-fn kind(valid: bool, what: &'static str, wanted: &'static str) -> Result<(), ConfigError> {
+fn check_kind(valid: bool, what: &'static str, wanted: &'static str) -> Result<(), ConfigError> {
     if valid { Ok(()) } else { Err(ConfigError::Kind { what, wanted }) }
 }
 
-fn is(fd: impl AsFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
+fn has_file_type(fd: impl AsFd, what: &'static str, format: libc::mode_t) -> Result<bool, ConfigError> {
     let stat = fstat(fd).map_err(|errno| ConfigError::Examine(what, errno.into()))?;
     Ok(stat.st_mode & libc::S_IFMT == format)
 }
@@ -213,5 +236,5 @@ fn writable(fd: impl AsFd, what: &'static str) -> Result<bool, ConfigError> {
 }
 
 #[cfg(test)]
-#[path = "check_tests.rs"]
+#[path = "config_check_tests.rs"]
 mod tests;

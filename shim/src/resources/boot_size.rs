@@ -1,4 +1,4 @@
-//! Computes the size of a pod's VM.
+//! Computes the size with which a pod's VM boots.
 
 use husk_config::{Config, annotation, check};
 
@@ -14,7 +14,7 @@ const MIN_VM_MIB: u64 = 64;
 
 /// Size of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sizing {
+pub struct BootSize {
     /// vCPUs at boot, at least 1.
     pub vcpus: u8,
     /// Guest memory at boot in MiB.
@@ -25,9 +25,9 @@ pub struct Sizing {
     pub growth: Growth,
 }
 
-/// Error of sizing a VM.
+/// Why the boot size cannot be computed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum SizingError {
+pub enum BootSizeError {
     /// The pod's memory limit is too low to start a container.
     #[error(
         "the memory limit of {limit} bytes is too low: at least {min_mib} MiB are needed (min_memory_mib in the \
@@ -59,8 +59,8 @@ pub enum SizingError {
 /// `max_guest_mib` is the maximum guest memory within the limit of the parent cgroup.
 ///
 /// # Errors
-/// [`SizingError`] if the limits or annotations cannot be met.
-pub fn sizing(spec: &Spec, config: &Config, max_guest_mib: u64) -> Result<Sizing, SizingError> {
+/// [`BootSizeError`] if the limits or annotations cannot be met.
+pub fn boot_size(spec: &Spec, config: &Config, max_guest_mib: u64) -> Result<BootSize, BootSizeError> {
     let host = Host { cpus: online_cpus(), memory_mib: total_memory_mib(), max_guest_mib };
     size(spec, config, &host)
 }
@@ -73,10 +73,10 @@ struct Host {
     max_guest_mib: u64,
 }
 
-fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError> {
+fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeError> {
     for key in spec.annotations.0.keys().filter(|key| key.starts_with(annotation::PREFIX)) {
         if !config.allowed_annotations.contains(key) {
-            return Err(SizingError::Forbidden(key.clone()));
+            return Err(BootSizeError::Forbidden(key.clone()));
         }
     }
     let (cpu, memory) = limits(spec)?;
@@ -95,7 +95,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         Some(mib) => mib,
         None => match memory.limit.and_then(|limit| u64::try_from(limit).ok()).filter(|&limit| limit > 0) {
             Some(limit) if limit / MIB < config.min_memory_mib => {
-                return Err(SizingError::MemoryTooLow { limit, min_mib: config.min_memory_mib });
+                return Err(BootSizeError::MemoryTooLow { limit, min_mib: config.min_memory_mib });
             }
             Some(limit) => {
                 let mib = limit.div_ceil(MIB).saturating_add(config.memory_overhead_mib);
@@ -105,7 +105,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         },
     };
     let kernel_params = spec.annotations.get(annotation::KERNEL_PARAMS).unwrap_or_default().to_owned();
-    check::params(&kernel_params).map_err(|message| SizingError::Annotation {
+    check::check_kernel_params(&kernel_params).map_err(|message| BootSizeError::Annotation {
         key: annotation::KERNEL_PARAMS.into(),
         value: kernel_params.clone(),
         message,
@@ -122,11 +122,11 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<Sizing, SizingError
         vcpus: if fixed(annotation::VCPUS) { vcpus } else { grown_vcpus },
         memory_mib: if fixed(annotation::MEMORY_MIB) { memory_mib } else { host.memory_mib },
     };
-    Ok(Sizing { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
+    Ok(BootSize { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
 }
 
 /// Returns the limits that size the VM: a Kubernetes sandbox's annotations, else the container's resources.
-fn limits(spec: &Spec) -> Result<(Cpu, Memory), SizingError> {
+fn limits(spec: &Spec) -> Result<(Cpu, Memory), BootSizeError> {
     if spec.annotations.is_sandbox() {
         let cpu = Cpu {
             quota: parse(spec, annotations::CPU_QUOTA)?,
@@ -147,18 +147,18 @@ fn vcpus(cpu: &Cpu) -> Option<u64> {
     Some(quota.div_ceil(period))
 }
 
-fn parse<T: std::str::FromStr>(spec: &Spec, key: &str) -> Result<Option<T>, SizingError> {
+fn parse<T: std::str::FromStr>(spec: &Spec, key: &str) -> Result<Option<T>, BootSizeError> {
     let Some(value) = spec.annotations.get(key) else { return Ok(None) };
-    value.parse().map(Some).map_err(|_| SizingError::Annotation {
+    value.parse().map(Some).map_err(|_| BootSizeError::Annotation {
         key: key.into(),
         value: value.into(),
         message: "must be a whole number".into(),
     })
 }
 
-fn number(spec: &Spec, key: &str, low: u64, high: u64) -> Result<Option<u64>, SizingError> {
+fn number(spec: &Spec, key: &str, low: u64, high: u64) -> Result<Option<u64>, BootSizeError> {
     match parse::<u64>(spec, key)? {
-        Some(number) if number < low || number > high => Err(SizingError::Annotation {
+        Some(number) if number < low || number > high => Err(BootSizeError::Annotation {
             key: key.into(),
             value: number.to_string(),
             message: format!("must be in the range {low} to {high}"),
@@ -184,7 +184,7 @@ mod tests {
 
     const HOST: Host = Host { cpus: 8, memory_mib: 16 << 10, max_guest_mib: u64::MAX };
 
-    fn sized(change: impl FnOnce(&mut Value)) -> Result<(u8, u64), SizingError> {
+    fn sized(change: impl FnOnce(&mut Value)) -> Result<(u8, u64), BootSizeError> {
         let config = Config { allowed_annotations: annotation::ALL.map(String::from).to_vec(), ..Config::default() };
         size(&bundle(change).unwrap().spec, &config, &HOST).map(|s| (s.vcpus, s.memory_mib))
     }
@@ -209,7 +209,7 @@ mod tests {
         // Limits above the host's resources have no effect, and extreme values do not overflow.
         assert_eq!(limit(i64::MAX, 1, i64::MAX), Ok((8, 16 << 10)));
         let error = limit(0, 0, 4 << 20).unwrap_err();
-        assert_eq!(error, SizingError::MemoryTooLow { limit: 4 << 20, min_mib: 8 });
+        assert_eq!(error, BootSizeError::MemoryTooLow { limit: 4 << 20, min_mib: 8 });
         assert!(error.to_string().starts_with("the memory limit of 4194304 bytes is too low: at least 8 MiB"));
     }
 
@@ -231,7 +231,7 @@ mod tests {
         assert_eq!(sized(|v| v["annotations"] = none), Ok((1, 1024)));
         let mut bad = pod;
         bad["io.kubernetes.cri.sandbox-memory"] = "much".into();
-        assert!(matches!(sized(|v| v["annotations"] = bad), Err(SizingError::Annotation { .. })));
+        assert!(matches!(sized(|v| v["annotations"] = bad), Err(BootSizeError::Annotation { .. })));
     }
 
     #[test]
@@ -274,9 +274,9 @@ mod tests {
         assert_eq!(with(annotation::VCPUS, "16"), Ok((16, 1024)));
         assert_eq!(with(annotation::MEMORY_MIB, "2048"), Ok((1, 2048)));
         for (key, value) in [(annotation::VCPUS, "17"), (annotation::VCPUS, "0"), (annotation::MEMORY_MIB, "63")] {
-            assert!(matches!(with(key, value), Err(SizingError::Annotation { .. })), "{key}={value}");
+            assert!(matches!(with(key, value), Err(BootSizeError::Annotation { .. })), "{key}={value}");
         }
-        assert!(matches!(with(annotation::KERNEL_PARAMS, "a\nb"), Err(SizingError::Annotation { .. })));
-        assert!(matches!(with("io.husk.other", "x"), Err(SizingError::Forbidden(_))));
+        assert!(matches!(with(annotation::KERNEL_PARAMS, "a\nb"), Err(BootSizeError::Annotation { .. })));
+        assert!(matches!(with("io.husk.other", "x"), Err(BootSizeError::Forbidden(_))));
     }
 }

@@ -1,5 +1,5 @@
-//! Wraps virtiofsd's file system: rejects hostile requests ([`checks`]), reports short writes, and keeps to the fd
-//! limit.
+//! Wraps virtiofsd's file system: rejects hostile requests ([`request_checks`]), reports short writes, and keeps to the
+//! fd limit.
 //!
 //! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails (a full disk, a
 //! quota), it answers with the error alone, although the file has grown. write(2) returns the number of bytes written
@@ -18,8 +18,8 @@ use virtiofsd::fuse::{Attr, FsOptions, OpenOptions, SetattrIn, SetattrValid, Set
 use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
-use super::checks;
 use super::fd_limit::FdLimit;
+use super::request_checks;
 
 /// A node id of FUSE.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
@@ -91,10 +91,10 @@ macro_rules! kind {
 /// Rejects a request if the argument is invalid for its kind.
 macro_rules! check {
     ($argument:ident: Name) => {
-        checks::name($argument)?
+        request_checks::name($argument)?
     };
     ($argument:ident: OpenFlags) => {
-        checks::open_flags($argument)?
+        request_checks::open_flags($argument)?
     };
     ($argument:ident: $kind:ident) => {};
 }
@@ -129,7 +129,7 @@ impl FileSystem for CheckedFs {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
-        checks::offset(offset)?;
+        request_checks::offset(offset)?;
         let r = CountingReader { inner: r, dev_null: &self.dev_null };
         self.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
     }
@@ -145,7 +145,7 @@ impl FileSystem for CheckedFs {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
-        checks::offset(offset)?;
+        request_checks::offset(offset)?;
         self.fs.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
     }
 

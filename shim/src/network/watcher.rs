@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use husk_netlink::{Netlink, socket};
-use husk_proto::agent::{Interface, NetworkRequest};
+use husk_proto::agent::{Interface, UpdateNetworkRequest};
 use nix::sched::{CloneFlags, setns};
 
 use super::read::{self, Link, Unsupported};
@@ -27,12 +27,12 @@ const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 #[derive(Debug)]
 pub struct NetworkWatcher {
     namespace: File,
-    connected: Vec<TapLink>,
+    tap_links: Vec<TapLink>,
     /// Interfaces whose taps are to be removed: their redirections still exist.
     stale: Vec<TapLink>,
-    /// MAC addresses of removed interfaces that no [`Change`] has reported yet.
+    /// MAC addresses of removed interfaces that no [`NetworkChange`] has reported yet.
     removed: Vec<[u8; 6]>,
-    last: NetworkRequest,
+    last: UpdateNetworkRequest,
     unsupported: Unsupported,
     options: TapOptions,
 }
@@ -56,27 +56,28 @@ impl TapLink {
 
 /// The difference between the current and the earlier state of a namespace.
 #[derive(Debug)]
-pub struct Change {
+pub struct NetworkChange {
     /// The taps of new interfaces.
     pub taps: Vec<Tap>,
     /// The MAC addresses of removed interfaces.
     pub removed: Vec<[u8; 6]>,
     /// The complete current state.
-    pub current: NetworkRequest,
+    pub current: UpdateNetworkRequest,
 }
 
-impl Change {
+impl NetworkChange {
     /// Returns the current state without the new interfaces, and without their routes and neighbours.
     ///
     /// It is sent before the devices of new interfaces are hot-plugged: the guest then removes everything of an earlier
     /// interface with the same name or MAC address.
-    pub fn without_new(&self) -> NetworkRequest {
+    pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
         let (new, old) = rest.interfaces.into_iter().partition(|interface: &Interface| is_new(&interface.mac));
         rest.interfaces = old;
         let is_new = |name: &str| new.iter().any(|interface: &Interface| interface.name == name);
-        rest.routes.retain(|route| !is_new(&route.interface) && !route.hops.iter().any(|hop| is_new(&hop.interface)));
+        rest.routes
+            .retain(|route| !is_new(&route.interface) && !route.next_hops.iter().any(|hop| is_new(&hop.interface)));
         rest.neighbours.retain(|neighbour| !is_new(&neighbour.interface));
         rest
     }
@@ -86,12 +87,12 @@ impl NetworkWatcher {
     /// Starts with the current namespace, the state that was read from it, and the taps of its interfaces.
     pub(super) fn new(
         taps: &[Tap],
-        (last, unsupported): (NetworkRequest, Unsupported),
+        (last, unsupported): (UpdateNetworkRequest, Unsupported),
         options: TapOptions,
     ) -> io::Result<Self> {
         Ok(Self {
             namespace: File::open("/proc/thread-self/ns/net")?,
-            connected: taps.iter().map(TapLink::from_tap).collect(),
+            tap_links: taps.iter().map(TapLink::from_tap).collect(),
             stale: Vec::new(),
             removed: Vec::new(),
             last,
@@ -106,12 +107,12 @@ impl NetworkWatcher {
     ///
     /// # Errors
     /// [`NetworkError`]. The next call reports the same changes again.
-    pub fn read_change(&mut self) -> Result<Option<Change>, NetworkError> {
+    pub fn read_change(&mut self) -> Result<Option<NetworkChange>, NetworkError> {
         setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
             .map_err(|error| kernel_error("enter the network namespace")(error.into()))?;
         let netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
         let all = husk_netlink::links(&netlink).map_err(kernel_error("list interfaces"))?;
-        let is_tap = |index| self.connected.iter().any(|connected| connected.tap == index);
+        let is_tap = |index| self.tap_links.iter().any(|tap_link| tap_link.tap == index);
         let links: Vec<Link> =
             all.iter().filter(|link| !is_tap(link.index)).cloned().filter_map(read::to_guest_link).collect();
         self.remove_taps(&netlink, &all)?;
@@ -120,7 +121,7 @@ impl NetworkWatcher {
         self.unsupported = unsupported;
         let mut taps = Vec::new();
         for link in &links {
-            if self.connected.iter().any(|connected| connected.link == link.index) {
+            if self.tap_links.iter().any(|tap_link| tap_link.link == link.index) {
                 continue;
             }
             match tap::create(&netlink, link, self.options.per_interface(1)) {
@@ -132,25 +133,25 @@ impl NetworkWatcher {
                 }
             }
         }
-        self.connected.extend(taps.iter().map(TapLink::from_tap));
+        self.tap_links.extend(taps.iter().map(TapLink::from_tap));
         let changed = !taps.is_empty() || !self.removed.is_empty() || current != self.last;
         self.last.clone_from(&current);
-        Ok(changed.then(|| Change { taps, removed: std::mem::take(&mut self.removed), current }))
+        Ok(changed.then(|| NetworkChange { taps, removed: std::mem::take(&mut self.removed), current }))
     }
 
     /// Removes the taps of interfaces that were removed or whose MAC address has changed.
     ///
     /// An interface with a new MAC address counts as a new one: it gets a new tap, and the guest a new device.
     fn remove_taps(&mut self, netlink: &Netlink, all: &[husk_netlink::Link]) -> Result<(), NetworkError> {
-        let (kept, removed) = std::mem::take(&mut self.connected).into_iter().partition(|connected: &TapLink| {
-            all.iter().any(|link| link.index == connected.link && link.mac == connected.mac)
+        let (kept, removed) = std::mem::take(&mut self.tap_links).into_iter().partition(|tap_link: &TapLink| {
+            all.iter().any(|link| link.index == tap_link.link && link.mac == tap_link.mac)
         });
-        self.connected = kept;
+        self.tap_links = kept;
         let removed: Vec<TapLink> = removed;
-        self.removed.extend(removed.iter().map(|connected| connected.mac));
+        self.removed.extend(removed.iter().map(|tap_link| tap_link.mac));
         self.stale.extend(removed);
-        while let Some(connected) = self.stale.last() {
-            tap::remove(netlink, connected.link, connected.tap).map_err(kernel_error("remove a tap"))?;
+        while let Some(tap_link) = self.stale.last() {
+            tap::remove(netlink, tap_link.link, tap_link.tap).map_err(kernel_error("remove a tap"))?;
             self.stale.pop();
         }
         Ok(())
@@ -160,11 +161,11 @@ impl NetworkWatcher {
     ///
     /// The next [`NetworkWatcher::read_change`] reports all of it again.
     pub fn mark_undelivered(&mut self, taps: &[Tap]) {
-        self.last = NetworkRequest::default();
-        let (kept, stale): (Vec<_>, Vec<_>) = std::mem::take(&mut self.connected)
+        self.last = UpdateNetworkRequest::default();
+        let (kept, stale): (Vec<_>, Vec<_>) = std::mem::take(&mut self.tap_links)
             .into_iter()
-            .partition(|connected| taps.iter().all(|tap| tap.link != connected.link));
-        self.connected = kept;
+            .partition(|tap_link| taps.iter().all(|tap| tap.link != tap_link.link));
+        self.tap_links = kept;
         self.stale.extend(stale);
     }
 }

@@ -39,7 +39,7 @@ const CTX_PROTOCOL: i16 = 12;
 ///
 /// # Errors
 /// Among others, if the kernel is older than this program type, or is configured to forbid BPF programs.
-pub fn current_namespace() -> io::Result<PortForwarding> {
+pub fn attach_to_current_namespace() -> io::Result<PortForwarding> {
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;

@@ -19,13 +19,13 @@ const SETTINGS: &[(&str, &str)] = &[
 ];
 
 /// Applies the settings and brings `lo` up.
-pub fn kernel() {
+pub fn apply() {
     for (path, value) in SETTINGS {
         if let Err(error) = fs::write(format!("/proc/sys/{path}"), value) {
             tracing::debug!("failed to set sysctl {path} to {value}: {error}");
         }
     }
-    if let Err(error) = crate::sandbox::link::loopback_up() {
+    if let Err(error) = crate::sandbox::loopback::bring_up() {
         tracing::warn!("failed to bring up lo: {error}");
     }
     umask(Mode::S_IWGRP | Mode::S_IWOTH);

@@ -8,14 +8,14 @@ use husk_base::error::chain;
 use husk_base::sys::process::exit_immediately;
 
 use crate::boot;
-use crate::check;
-use crate::control::{Answer, Call, ExitReason, Request, Step};
+use crate::config_check;
+use crate::control::{Answer, BootStep, Call, ExitReason, Request};
 use crate::reporter::Reporter;
 use crate::vm::{Vm, VmError};
 
 mod log;
 mod pids;
-mod process;
+mod prepare;
 
 use pids::Pids;
 
@@ -23,11 +23,11 @@ use pids::Pids;
 pub fn main(control: OwnedFd) -> ! {
     let reporter = Arc::new(Reporter::new(control));
     log::init();
-    if let Err(error) = process::prepare() {
+    if let Err(error) = prepare::prepare() {
         ::log::error!("{}", chain(&error));
         exit_immediately(1);
     }
-    reporter.mark(Step::ProcessStarted);
+    reporter.report_boot_step(BootStep::ProcessStarted);
     let mut current_vm = None;
     let mut pids = Pids::default();
     loop {
@@ -53,13 +53,13 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
         (Call::Create(config), None) => match create(*config, fds, reporter) {
             Ok(vm) => {
                 *current_vm = Some(vm);
-                reporter.mark(Step::VmCreated);
+                reporter.report_boot_step(BootStep::VmCreated);
                 Ok(Answer::Done)
             }
             Err(error) => Err(error),
         },
-        (Call::TakePid, _) => pids.acquire().map(|pid| Answer::Pid { pid }).map_err(|error| chain(&error)),
-        (Call::GiveBackPid { pid }, _) => {
+        (Call::AcquirePid, _) => pids.acquire().map(|pid| Answer::Pid { pid }).map_err(|error| chain(&error)),
+        (Call::ReleasePid { pid }, _) => {
             pids.release(pid);
             Ok(Answer::Done)
         }
@@ -87,21 +87,22 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
         (Call::AttachNet(config), Some(vm)) => attached(vm.attach_net(&config, fds)),
         (Call::AttachBlk(config), Some(vm)) => attached(vm.attach_blk(&config, fds)),
         (Call::FindNet(mac), Some(vm)) => {
-            Ok(vm.find_net(mac).map_or(Answer::Nowhere, |slot| Answer::Attached { slot }))
+            Ok(vm.find_net(mac).map_or(Answer::NotFound, |slot| Answer::Attached { slot }))
         }
         (Call::Detach { slot }, Some(vm)) => done(vm.detach(slot)),
-        (Call::Vcpus { count }, Some(vm)) => done(vm.grow_vcpus(count)),
-        (Call::AttachMemory(pages), Some(vm)) => attached(vm.attach_mem(pages)),
-        (Call::PluggedMemory(pages), Some(vm)) => Ok(Answer::Memory { plugged_mib: vm.plugged_mib(pages) }),
-        (Call::Memory { pages, mib }, Some(vm)) => {
+        (Call::HotplugVcpus { count }, Some(vm)) => done(vm.hotplug_vcpus(count)),
+        (Call::AttachMem(pages), Some(vm)) => attached(vm.attach_mem(pages)),
+        (Call::GetPluggedMemory(pages), Some(vm)) => Ok(Answer::PluggedMemory { plugged_mib: vm.plugged_mib(pages) }),
+        (Call::RequestMemory { pages, mib }, Some(vm)) => {
             let reporter = reporter.clone();
-            let reached = move |bytes| reporter.answer(seq, Ok(Answer::Memory { plugged_mib: bytes >> 20 }), None);
+            let reached =
+                move |bytes| reporter.answer(seq, Ok(Answer::PluggedMemory { plugged_mib: bytes >> 20 }), None);
             match vm.request_memory(pages, mib, Box::new(reached)) {
                 Ok(()) => return,
                 Err(error) => Err(chain(&error)),
             }
         }
-        (Call::Balloon { mib }, Some(vm)) => done(vm.balloon(mib)),
+        (Call::SetBalloon { mib }, Some(vm)) => done(vm.set_balloon(mib)),
     };
     reporter.answer(seq, answer, None);
 }
@@ -115,6 +116,7 @@ fn attached(result: Result<u32, VmError>) -> Result<Answer, String> {
 }
 
 fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Reporter>) -> Result<Vm, String> {
-    let checked = check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
+    let checked =
+        config_check::check(config, fds).map_err(|error| format!("invalid VM configuration: {}", chain(&error)))?;
     boot::build(checked, reporter).map_err(|error| chain(&error))
 }

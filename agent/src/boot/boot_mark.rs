@@ -1,12 +1,12 @@
 //! Boot marks: one byte written to an I/O port tells the VMM which boot step the guest has reached.
 
-use husk_base::sys::port;
-use husk_proto::boot::{Mark, PORT};
+use husk_base::sys::io_port;
+use husk_proto::boot_mark::{BootMark, PORT};
 
 /// Writes `mark`. Best effort: if the kernel lacks ioperm(2), no mark is written.
-pub fn mark(mark: Mark) {
+pub fn write(mark: BootMark) {
     // Only the VMM's boot mark device uses this port.
-    if port::set_permission(PORT, true).is_err() {
+    if io_port::set_permission(PORT, true).is_err() {
         return;
     }
     // SAFETY: this thread has just gained access to the port. `out` changes neither memory nor stack nor flags.
@@ -14,5 +14,5 @@ pub fn mark(mark: Mark) {
         std::arch::asm!("out dx, al", in("dx") PORT, in("al") mark as u8, options(nomem, nostack, preserves_flags));
     }
     // Helpers must not inherit the permission.
-    let _ = port::set_permission(PORT, false);
+    let _ = io_port::set_permission(PORT, false);
 }

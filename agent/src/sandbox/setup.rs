@@ -5,18 +5,18 @@ use std::io;
 use std::path::Path;
 
 use husk_proto::agent::Mount;
-use nix::mount::{MsFlags, mount};
+use nix::mount::MsFlags;
 use nix::sys::time::TimeSpec;
 use nix::time::ClockId;
 
 /// Sets the wall clock.
-pub fn clock(ns: i64) -> io::Result<()> {
+pub fn set_clock(ns: i64) -> io::Result<()> {
     ClockId::CLOCK_REALTIME.set_time(TimeSpec::new(ns / 1_000_000_000, ns % 1_000_000_000))?;
     Ok(())
 }
 
 /// Performs one requested mount. Creates the mount point if it does not exist.
-pub fn mount_one(request: &Mount) -> io::Result<()> {
+pub fn mount(request: &Mount) -> io::Result<()> {
     let (flags, data) = options(&request.options);
     let target = Path::new(&request.target);
     if flags.contains(MsFlags::MS_BIND) && Path::new(&request.source).is_file() {
@@ -28,10 +28,10 @@ pub fn mount_one(request: &Mount) -> io::Result<()> {
         fs::create_dir_all(target)?;
     }
     let data = Some(data.as_str()).filter(|data| !data.is_empty());
-    mount(Some(request.source.as_str()), target, Some(request.fs_type.as_str()), flags, data)?;
+    nix::mount::mount(Some(request.source.as_str()), target, Some(request.fs_type.as_str()), flags, data)?;
     if flags.contains(MsFlags::MS_BIND) && flags.contains(MsFlags::MS_RDONLY) {
         // When mount(2) creates a bind mount, it ignores the other flags. Only a remount applies them.
-        mount(None::<&str>, target, None::<&str>, flags | MsFlags::MS_REMOUNT, None::<&str>)?;
+        nix::mount::mount(None::<&str>, target, None::<&str>, flags | MsFlags::MS_REMOUNT, None::<&str>)?;
     }
     Ok(())
 }
@@ -59,7 +59,7 @@ fn options(options: &[String]) -> (MsFlags, String) {
 }
 
 /// Writes a sysctl. The separators in `name` may be dots or slashes.
-pub fn sysctl(name: &str, value: &str) -> io::Result<()> {
+pub fn set_sysctl(name: &str, value: &str) -> io::Result<()> {
     // If the separators are slashes, a dot is part of a component, as in net/ipv4/conf/eth0.5/forwarding.
     let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
     if path.split('/').any(|part| part.is_empty() || part == "..") {
@@ -80,8 +80,8 @@ mod tests {
     }
 
     #[test]
-    fn sysctl_rejects_names_outside_proc_sys() {
-        assert!(sysctl("net/../../../etc/passwd", "x").is_err());
-        assert!(sysctl("", "x").is_err());
+    fn set_sysctl_rejects_names_outside_proc_sys() {
+        assert!(set_sysctl("net/../../../etc/passwd", "x").is_err());
+        assert!(set_sysctl("", "x").is_err());
     }
 }

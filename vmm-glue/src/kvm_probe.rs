@@ -104,7 +104,7 @@ fn run_loop(rounds: u32) -> Result<Duration, ProbeError> {
     unsafe { vm.set_user_memory_region(region) }.map_err(step("register guest memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(step("create a vCPU"))?;
     let mut sregs = vcpu.get_sregs().map_err(step("read a vCPU's registers"))?;
-    regs::long_mode(&mut sregs);
+    regs::set_long_mode(&mut sregs);
     vcpu.set_sregs(&sregs).map_err(step("set a vCPU's registers"))?;
     // Bit 1 of RFLAGS is always one.
     vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).map_err(step("set a vCPU's registers"))?;

@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 /// Time of the last step.
-pub struct Timing(Instant);
+pub struct BootTiming(Instant);
 
-impl Timing {
+impl BootTiming {
     /// Starts the measurement.
     pub fn start() -> Self {
         Self(Instant::now())

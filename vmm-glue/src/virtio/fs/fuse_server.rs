@@ -18,10 +18,10 @@ use virtiofsd::fuse::{BatchForgetIn, ForgetIn, ForgetOne, InHeader};
 use virtiofsd::server::Server;
 use vm_memory::ByteValued;
 
-use super::checked::{CheckedFs, Inode};
+use super::checked_fs::{CheckedFs, Inode};
 use super::descriptor_table::DescriptorTable;
 use crate::guest_memory::GuestMemory;
-use crate::virtio::queue::{Chain, Iov, guest_fault};
+use crate::virtio::queue::{Chain, Iov, log_guest_fault};
 
 // FUSE operations without an answer (include/uapi/linux/fuse.h, `enum fuse_opcode`).
 const FORGET: u32 = 2;
@@ -56,7 +56,7 @@ impl FuseServer {
     /// Serves a request of the request queue, which may block. Returns the number of bytes written.
     pub fn serve(&self, memory: &GuestMemory, mut chain: Chain<'_>) -> u32 {
         let Some(header) = peek::<InHeader>(&chain.readable) else {
-            guest_fault(REQUEST_QUEUE, &"FUSE request without a header");
+            log_guest_fault(REQUEST_QUEUE, &"FUSE request without a header");
             return 0;
         };
         if matches!(header.opcode, FORGET | BATCH_FORGET | INTERRUPT | DESTROY) {
@@ -66,7 +66,7 @@ impl FuseServer {
         }
         // virtiofsd splits its writer after the answer's header and unwraps the result.
         if chain.writable.len() < OUT_HEADER {
-            guest_fault(REQUEST_QUEUE, &"FUSE request with too small an answer buffer");
+            log_guest_fault(REQUEST_QUEUE, &"FUSE request with too small an answer buffer");
             return 0;
         }
         let opened = lock(&self.table).open(memory, &chain);
@@ -80,7 +80,7 @@ impl FuseServer {
             // An answer is at most 1 MiB.
             Ok(written) => u32::try_from(written.min(chain.writable.len())).unwrap_or(0),
             Err(error) => {
-                guest_fault(REQUEST_QUEUE, &format_args!("FUSE request {}: {error}", header.opcode));
+                log_guest_fault(REQUEST_QUEUE, &format_args!("FUSE request {}: {error}", header.opcode));
                 reply_error(&chain, header.unique, libc::EINVAL)
             }
         }
@@ -96,7 +96,7 @@ impl FuseServer {
             }
             Some(header) => reply_error(&chain, header.unique, libc::EOPNOTSUPP),
             None => {
-                guest_fault(HIGH_PRIORITY_QUEUE, &"FUSE request without a header");
+                log_guest_fault(HIGH_PRIORITY_QUEUE, &"FUSE request without a header");
                 0
             }
         }
@@ -123,7 +123,7 @@ impl FuseServer {
             _ => Some(()),
         };
         if decoded.is_none() {
-            guest_fault(queue, &format_args!("FUSE request {} with incomplete arguments", header.opcode));
+            log_guest_fault(queue, &format_args!("FUSE request {} with incomplete arguments", header.opcode));
         }
     }
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::{forward, ports};
+use husk_proto::{port_forwarding, ports};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -116,10 +116,10 @@ async fn forward_connection(mut client: TcpStream, vmm: &Vmm) -> Result<(), Forw
 
 /// Connects to the listener at `address` in the guest.
 async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError> {
-    let guest = vmm.connect(ports::FORWARD).await.map_err(ForwardError::Guest)?;
+    let guest = vmm.connect(ports::PORT_FORWARDING).await.map_err(ForwardError::Guest)?;
     guest.set_nonblocking(true)?;
     let mut guest = UnixStream::from_std(guest)?;
-    guest.write_all(&forward::encode(address)).await?;
+    guest.write_all(&port_forwarding::encode(address)).await?;
     match guest.read_u8().await? {
         0 => Ok(guest),
         code => Err(ForwardError::Refused { address, source: std::io::Error::from_raw_os_error(code.into()) }),

@@ -1,4 +1,4 @@
-//! Network links of the guest: the list of links, and notifications of new links.
+//! Notifications of new and changed network interfaces.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -8,9 +8,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-pub use husk_netlink::{Link, Message, Netlink, link_header, links};
-
-/// Notifications of new and changed links in the network namespace in which the socket was opened.
+/// Notifications of new and changed interfaces in the network namespace in which the socket was opened.
 pub struct LinkNotifications {
     socket: AsyncFd<OwnedFd>,
 }

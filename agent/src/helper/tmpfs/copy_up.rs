@@ -18,7 +18,7 @@ use nix::unistd::{Gid, Uid, fchownat, symlinkat};
 
 /// Reason why a directory was not copied. Each variant contains the failed path, relative to the directory.
 #[derive(Debug, thiserror::Error)]
-pub enum FillError {
+pub enum CopyUpError {
     /// A file or directory of the image was not read.
     #[error("failed to read {}", .0.display())]
     Read(PathBuf, #[source] io::Error),
@@ -41,13 +41,13 @@ pub enum FillError {
 ///
 /// # Errors
 /// After an error, `to` may contain a part of the tree.
-pub fn fill(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), FillError> {
+pub fn copy_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), CopyUpError> {
     let mut pending = vec![PathBuf::from(".")];
     // Each directory is opened by its path from the top. Therefore PATH_MAX limits the depth of the tree.
     while let Some(path) = pending.pop() {
-        let read_error = |error| FillError::Read(path.clone(), error);
+        let read_error = |error| CopyUpError::Read(path.clone(), error);
         let source = open_beneath(from, &path).map_err(read_error)?;
-        let target = open_beneath(to, &path).map_err(|error| FillError::Create(path.clone(), error))?;
+        let target = open_beneath(to, &path).map_err(|error| CopyUpError::Create(path.clone(), error))?;
         for entry in fs::read_dir(proc_path(source.as_fd())).map_err(read_error)? {
             let name = entry.map_err(read_error)?.file_name();
             let path = path.join(&name);
@@ -73,10 +73,10 @@ pub(super) fn proc_path(file: BorrowedFd<'_>) -> PathBuf {
 
 /// Copies one directory entry. Returns true if the entry is a directory. The caller then has to copy the directory's
 /// entries.
-fn copy(source: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr, path: &Path) -> Result<bool, FillError> {
-    let read_error = |error: io::Error| FillError::Read(path.to_owned(), error);
-    let create_error = |error: Errno| FillError::Create(path.to_owned(), error.into());
-    let owner_error = |error: Errno| FillError::Owner(path.to_owned(), error);
+fn copy(source: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr, path: &Path) -> Result<bool, CopyUpError> {
+    let read_error = |error: io::Error| CopyUpError::Read(path.to_owned(), error);
+    let create_error = |error: Errno| CopyUpError::Create(path.to_owned(), error.into());
+    let owner_error = |error: Errno| CopyUpError::Owner(path.to_owned(), error);
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let object = openat(source, name, flags, Mode::empty()).map_err(|error| read_error(error.into()))?;
     let status = fstat(&object).map_err(|error| read_error(error.into()))?;
@@ -93,13 +93,13 @@ fn copy(source: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr, path: &Pat
             let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let created = openat(target, name, flags, private).map_err(create_error)?;
             io::copy(&mut content, &mut File::from(created))
-                .map_err(|error| FillError::Copy(path.to_owned(), error))?;
+                .map_err(|error| CopyUpError::Copy(path.to_owned(), error))?;
         }
         _ => mknodat(target, name, kind, private, status.st_rdev).map_err(create_error)?,
     }
     set_owner_and_mode(target, name, kind, &status).map_err(owner_error)?;
     // Attributes are copied after the owner is set, because changing the owner removes file capabilities.
-    copy_xattrs(object.as_fd(), target, name).map_err(|error| FillError::Attributes(path.to_owned(), error))?;
+    copy_xattrs(object.as_fd(), target, name).map_err(|error| CopyUpError::Attributes(path.to_owned(), error))?;
     Ok(kind == SFlag::S_IFDIR)
 }
 

@@ -7,15 +7,15 @@ use std::path::Path;
 use husk_proto::containerd::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use protobuf::MessageField;
 
-use crate::resources::cgroup::Place;
+use crate::resources::cgroup::CgroupLocation;
 
 /// cgroup v1 shows no limit as a very large number.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Reads the cgroup's metrics, which are a handful of small files. Values of an absent controller are zero.
-pub fn read(place: &Place) -> Metrics {
+pub fn read(location: &CgroupLocation) -> Metrics {
     let text = |controller: &str, file: &str| {
-        let dir = place.of(controller).unwrap_or(Path::new("/nonexistent"));
+        let dir = location.controller_dir(controller).unwrap_or(Path::new("/nonexistent"));
         std::fs::read_to_string(dir.join(file)).unwrap_or_default()
     };
     let number = |controller: &str, file: &str| text(controller, file).trim().parse::<u64>().ok();
@@ -75,7 +75,7 @@ mod tests {
             std::fs::write(dir.path().join(file), text).unwrap();
         }
         let names = ["cpu", "cpuacct", "memory"].map(str::to_owned).to_vec();
-        let metrics = read(&Place::Legacy(vec![(names, dir.path().into())]));
+        let metrics = read(&CgroupLocation::V1(vec![(names, dir.path().into())]));
         assert_eq!((metrics.cpu.usage_usec, metrics.cpu.throttled_usec, metrics.memory.anon), (5, 2, 7));
         assert_eq!((metrics.memory.usage_limit, metrics.pids.current), (u64::MAX, 0));
     }

@@ -9,26 +9,29 @@ use std::time::SystemTime;
 use husk_proto::containerd::api::{CreateTaskRequest, KillRequest};
 use tokio::task::JoinSet;
 
+use crate::container::containers::Container;
 use crate::container::process::{Exit, ExitReport, Process};
-use crate::container::state::Container;
-use crate::container::{Shim, paths};
+use crate::container::{Shim, stdio_paths};
 use crate::error::ServiceError;
 use crate::oci::Spec;
 
 impl Shim {
     /// Creates the sandbox container's record as soon as the agent is ready.
-    pub(crate) async fn create_pause(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
+    pub(crate) async fn create_sandbox_container(&self, request: &CreateTaskRequest, spec: Spec) -> ttrpc::Result<()> {
         self.sandbox.ready().await.map_err(|error| ServiceError::failed(error.to_string()))?;
         self.run_hooks("prestart", &spec.hooks.prestart, "creating", request, &spec).await?;
         self.run_hooks("createRuntime", &spec.hooks.create_runtime, "creating", request, &spec).await?;
-        let io = paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        let io = stdio_paths(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         let init = Process::new(&request.id, "", io);
-        self.created(&Arc::new(Container::new(&request.id, &request.bundle, spec, init, JoinSet::new())), request);
+        self.publish_created(
+            &Arc::new(Container::new(&request.id, &request.bundle, spec, init, JoinSet::new())),
+            request,
+        );
         Ok(())
     }
 
     /// Handles a signal to the sandbox container. A signal that ends the pause program ends the pod's VM.
-    pub(crate) async fn kill_pause(&self, container: &Container, request: &KillRequest) {
+    pub(crate) async fn kill_sandbox_container(&self, container: &Container, request: &KillRequest) {
         let Some(status) = status_after(request.signal) else { return };
         self.sandbox.flush_disks().await;
         let exit = Exit { status, at: SystemTime::now() };

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::forward::{self, HEADER_LEN};
+use husk_proto::port_forwarding::{self, HEADER_LEN};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
@@ -47,7 +47,7 @@ async fn forward_connection(stream: OwnedFd) -> io::Result<()> {
     let mut host = UnixStream::from_std(stream.into())?;
     let mut header = [0; HEADER_LEN];
     timeout(TIMEOUT, host.read_exact(&mut header)).await.map_err(|_| io::ErrorKind::TimedOut)??;
-    let address = forward::decode(header).map_err(io::Error::other)?;
+    let address = port_forwarding::decode(header).map_err(io::Error::other)?;
     match timeout(TIMEOUT, connect(address)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
         Ok(mut server) => {
             host.write_all(&[0]).await?;
