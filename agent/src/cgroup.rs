@@ -33,13 +33,13 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Returns the cgroup of container `id`, which need not exist.
+    /// Returns the cgroup of container `id`. The cgroup need not exist.
     pub fn for_container(id: &str) -> Self {
         let name = Path::new("/").join(PARENT).join(id);
         Self { path: Path::new(MOUNT).join(PARENT).join(id), name }
     }
 
-    /// Creates the cgroup; succeeds if it exists.
+    /// Creates the cgroup. Also succeeds if the cgroup already exists.
     pub fn create(&self) -> io::Result<()> {
         match fs::create_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -47,7 +47,7 @@ impl Cgroup {
         }
     }
 
-    /// Path below the hierarchy's root, in the form of `cgroupsPath`.
+    /// Path of the cgroup below the hierarchy's root, in the form of OCI's `cgroupsPath`.
     pub fn name(&self) -> &Path {
         &self.name
     }
@@ -67,7 +67,7 @@ impl Cgroup {
         fs::write(self.path.join(file), value)
     }
 
-    /// Reads a file of `key value` lines. Returns an empty map if it cannot be read.
+    /// Reads a file of `key value` lines. Returns an empty map if the file cannot be read.
     pub fn table(&self, file: &str) -> BTreeMap<String, u64> {
         self.read(file).map(|text| parse_table(&text)).unwrap_or_default()
     }
@@ -77,7 +77,7 @@ impl Cgroup {
         self.table("memory.events").get("oom_kill").copied().unwrap_or(0)
     }
 
-    /// Returns the PIDs in this cgroup and in its descendants, which the container may have created.
+    /// Returns the PIDs in this cgroup and in its descendants. A container can create descendants.
     pub fn pids(&self) -> Vec<i32> {
         let mut pids = Vec::new();
         self.for_each_cgroup(&mut |path| {
@@ -93,7 +93,7 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
-    /// Freezes or thaws all processes. The write returns at once; `cgroup.events` reports when it is done.
+    /// Starts to freeze or to thaw all processes. `cgroup.events` reports when all processes are frozen or thawed.
     pub fn freeze(&self, frozen: bool) -> io::Result<()> {
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })
     }
@@ -134,7 +134,7 @@ impl Cgroup {
     }
 }
 
-/// Parses lines of `key value`; other lines are skipped.
+/// Parses lines of the form `key value`. Skips other lines.
 pub fn parse_table(text: &str) -> BTreeMap<String, u64> {
     text.lines()
         .filter_map(|line| {

@@ -7,7 +7,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Error of a request.
 ///
-/// The shim passes the text on unchanged, and containerd's client appends the words of the code (": not found").
+/// The shim passes the text on unchanged. containerd's client appends the status code in words, such as ": not found".
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// The container or process does not exist, or the process has already exited.
@@ -22,7 +22,7 @@ pub enum ServiceError {
     /// The request is invalid.
     #[error("{0}")]
     InvalidArgument(String),
-    /// A part of the request is invalid, for the reason in the cause.
+    /// A part of the request is invalid. The cause says why.
     #[error("{0}")]
     Malformed(&'static str, #[source] Cause),
     /// This runtime does not support the request.
@@ -31,7 +31,7 @@ pub enum ServiceError {
     /// An action (verb and object) failed.
     #[error("failed to {0}")]
     Failed(String, #[source] Cause),
-    /// Any other error; the text is complete.
+    /// Any other error. The text is the complete message.
     #[error("{0}")]
     Unknown(String),
 }
@@ -50,19 +50,19 @@ impl ServiceError {
     }
 }
 
-/// The chain of causes becomes one text here, and nowhere before.
+/// Only this conversion joins the chain of causes into one text.
 impl From<ServiceError> for Error {
     fn from(error: ServiceError) -> Self {
         ttrpc::error::get_rpc_status(error.code(), husk_base::error::chain(&error))
     }
 }
 
-/// Returns a function that adds to an unexpected error the `action` (verb and object) that failed.
+/// Returns a function that wraps an unexpected error. `action` (verb and object) says what failed.
 pub fn failed<E: Into<Cause>>(action: impl Into<String>) -> impl FnOnce(E) -> ServiceError {
     move |error| ServiceError::Failed(action.into(), error.into())
 }
 
-/// Returns a function that adds to the error of a part of the request the `text` that says which part is invalid.
+/// Returns a function that wraps an error in a part of the request. `text` says which part is invalid.
 pub fn malformed<E: Into<Cause>>(text: &'static str) -> impl FnOnce(E) -> ServiceError {
     move |error| ServiceError::Malformed(text, error.into())
 }

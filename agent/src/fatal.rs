@@ -4,7 +4,8 @@ use std::io::Write;
 
 use nix::sys::reboot::{RebootMode, reboot};
 
-/// Installs a panic hook that writes the message to the console and resets the VM. If PID 1 exits, the kernel panics.
+/// Installs a panic hook that writes the message to the console and resets the VM. Without the hook, PID 1 would exit,
+/// and the kernel would panic.
 pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| die(&format!("panic: {info}"))));
 }

@@ -16,14 +16,14 @@ pub struct IdMappings {
 }
 
 impl IdMappings {
-    /// Returns the mappings of a Setup request, or `None` if it has none.
+    /// Returns the mappings of a Setup request, or `None` if the request has no mappings.
     pub fn from_setup(request: &SetupRequest) -> Option<Self> {
         let lines = |mappings: &[IdMapping]| mappings.iter().map(|m| (m.container, m.host, m.size)).collect();
         Some(Self { uids: lines(&request.uid_mappings), gids: lines(&request.gid_mappings) })
             .filter(|id_mappings| !id_mappings.uids.is_empty() || !id_mappings.gids.is_empty())
     }
 
-    /// Returns the mappings of a container's specification, or `None` if it has no user namespace.
+    /// Returns the mappings of a container's specification, or `None` if the container has no user namespace.
     pub fn from_spec(linux: &Linux) -> Option<Self> {
         let mut namespaces = linux.namespaces().iter().flatten();
         let lines = |mappings: &Option<Vec<LinuxIdMapping>>| {
@@ -55,7 +55,7 @@ impl IdMappings {
     }
 }
 
-/// Maps a container's uid to the guest's uid. Without a user namespace they are equal.
+/// Maps a container's uid to the guest's uid. Without a user namespace, both uids are equal.
 pub fn uid_in_guest(id_mappings: Option<&IdMappings>, id: u32) -> u32 {
     id_mappings.map_or(id, |id_mappings| id_mappings.uid(id))
 }

@@ -1,7 +1,7 @@
 //! The agent's log: a ring buffer of lines that the host reads over vsock. Warnings and errors also go to the kernel
 //! log.
 //!
-//! Lines of lower levels never reach the serial console: each byte written there causes a VM exit.
+//! Lines of lower levels never reach the serial console, because each byte that is written there causes a VM exit.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -18,7 +18,7 @@ use tracing::{Level, Metadata};
 
 use crate::vsock::Listener;
 
-/// Maximum size of unread lines, in bytes. The oldest lines are dropped first.
+/// Maximum total size of the unread lines, in bytes. The oldest lines are dropped first.
 const RING_BYTES: usize = 64 * 1024;
 
 struct Ring {
@@ -55,7 +55,7 @@ pub async fn serve(listener: Listener) {
         match listener.accept().await {
             Ok(stream) => {
                 if let Err(error) = send_lines(stream).await {
-                    tracing::debug!("log reader disconnected: {error}");
+                    tracing::debug!("failed to send the log to its reader: {error}");
                 }
             }
             Err(error) => {
@@ -116,7 +116,8 @@ struct Events;
 
 impl Sink for Events {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Libraries log warnings for conditions that are normal here. Failures reach the caller as request errors.
+        // Libraries log warnings for conditions that are normal in a guest. Real failures are returned as errors of the
+        // request. Therefore warnings of libraries are recorded only if debug lines are enabled.
         let level = *metadata.level();
         let from_husk = metadata.target().starts_with("husk") || level == Level::ERROR;
         LOG.get().is_some_and(|log| level <= log.level && (from_husk || log.level == Level::DEBUG))

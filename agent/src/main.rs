@@ -1,4 +1,5 @@
-//! `husk-agent`: PID 1 of the guest. Re-executed with another `argv[0]`, it is the helper that starts one process.
+//! `husk-agent`: PID 1 of the guest. If re-executed with another `argv[0]`, the program is the helper that starts one
+//! process.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -23,8 +24,8 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
-    // The role depends on `argv[0]`, not on the PID: the first process of a pod's PID namespace is PID 1 there too.
-    // The kernel command line can only set the arguments of init that follow `argv[0]`.
+    // The role depends on `argv[0]`, not on the PID, because the first process of a pod's PID namespace also has PID 1.
+    // The kernel command line cannot set `argv[0]` of init. It can set only the arguments that follow.
     let is_helper = args.next().is_some_and(|name| name == helper::ARGV0);
     match args.next() {
         Some(role) if is_helper => helper::main(&role, args),

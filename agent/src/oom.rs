@@ -41,22 +41,22 @@ impl FileWatch {
     }
 }
 
-/// OOM kills of one container.
+/// Watches for the OOM kills of one container.
 pub struct OomWatch {
     id: String,
     cgroup: Cgroup,
     hub: EventHub,
-    /// Number of kills for which events have been published.
+    /// Number of OOM kills that have been published as events.
     reported: AtomicU64,
 }
 
 impl OomWatch {
-    /// Starts with no OOM kills seen.
+    /// Creates a watch that has not published any OOM kill.
     pub fn new(id: &str, cgroup: Cgroup, hub: EventHub) -> Self {
         Self { id: id.to_owned(), cgroup, hub, reported: AtomicU64::new(0) }
     }
 
-    /// Publishes an event if there are new OOM kills. Returns whether there has ever been one.
+    /// Publishes an event if there are new OOM kills. Returns whether the container has ever had an OOM kill.
     pub fn check(&self) -> bool {
         let kills = self.cgroup.oom_kills();
         if kills > self.reported.fetch_max(kills, Ordering::Relaxed) {
@@ -65,7 +65,7 @@ impl OomWatch {
         self.reported.load(Ordering::Relaxed) > 0
     }
 
-    /// Checks for OOM kills at every change of `memory.events`, until the cgroup is removed.
+    /// Checks for OOM kills at every change of `memory.events`, until the task is aborted or the watch fails.
     pub async fn run(self: std::sync::Arc<Self>) {
         match FileWatch::new(&self.cgroup.path().join("memory.events")) {
             Ok(watch) => {

@@ -1,4 +1,5 @@
-//! The reaper: collects all exited children and calls each PID's callback exactly once, in the kernel's order.
+//! The reaper: collects all exited children and calls the callback of each PID exactly once. The order of the calls is
+//! the order in which the kernel reports the exits.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,7 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// Exit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessExit {
-    /// Exit code, or 128 + signal number: 0 to 255.
+    /// Exit code, or 128 + signal number. The range is 0 to 255.
     pub status: u32,
     /// Exit time, in nanoseconds since the epoch.
     pub at_ns: i64,
@@ -23,7 +24,7 @@ type Callback = Box<dyn FnOnce(ProcessExit) + Send>;
 #[derive(Default)]
 struct Inner {
     claimed: HashMap<i32, Callback>,
-    /// Exits of PIDs that nothing has claimed yet. Kept only while an [`UnclaimedExitsGuard`] lives.
+    /// Exits of PIDs that no caller has claimed yet. Kept only while an [`UnclaimedExitsGuard`] lives.
     unclaimed: HashMap<i32, ProcessExit>,
     guards: usize,
 }
@@ -34,8 +35,8 @@ pub struct Reaper {
     inner: Arc<Mutex<Inner>>,
 }
 
-/// Keeps the exits of unclaimed processes while it lives. Must be taken before a helper is spawned: its child may exit
-/// before the child's PID is known.
+/// While a guard lives, the reaper keeps the exits of unclaimed processes. A guard must be taken before a helper is
+/// spawned, because the helper's child may exit before the agent knows the child's PID.
 pub struct UnclaimedExitsGuard(Reaper);
 
 impl Drop for UnclaimedExitsGuard {
@@ -55,13 +56,14 @@ impl Reaper {
         signal(SignalKind::child())
     }
 
-    /// Starts keeping exits of unclaimed processes; see [`UnclaimedExitsGuard`].
+    /// Starts to keep the exits of unclaimed processes. See [`UnclaimedExitsGuard`].
     pub fn keep_unclaimed_exits(&self) -> UnclaimedExitsGuard {
         self.with(|inner| inner.guards += 1);
         UnclaimedExitsGuard(self.clone())
     }
 
-    /// Calls `callback` when `pid` has exited, at once if it already has. The caller holds an [`UnclaimedExitsGuard`].
+    /// Calls `callback` when `pid` exits. If `pid` has already exited, calls `callback` at once. The caller must hold
+    /// an [`UnclaimedExitsGuard`].
     pub fn on_exit(&self, pid: i32, callback: impl FnOnce(ProcessExit) + Send + 'static) {
         let ready = self.with(|inner| match inner.unclaimed.remove(&pid) {
             Some(exit) => Some((exit, Box::new(callback) as Callback)),
@@ -126,7 +128,7 @@ pub fn now_ns() -> i64 {
 }
 
 /// Converts a wait(2) status to the exit status that runtimes report. Returns `None` if the process has not exited but
-/// stopped or continued.
+/// has stopped or continued.
 fn decode(status: i32) -> Option<u32> {
     if libc::WIFEXITED(status) {
         Some((libc::WEXITSTATUS(status) & 0xff) as u32)

@@ -1,9 +1,9 @@
 //! The volumes of a container that are in the share. The guest kernel automounts each of them at the first access (FUSE
 //! submounts, fs/fuse/dir.c, `fuse_dentry_automount`).
 //!
-//! The agent accesses them first, in its mount namespace. An automount in a container's namespace would be a separate
-//! file system, and containers could not share fifos, sockets or locks. The agent also has to unmount them: otherwise
-//! the host's mounts would stay in use until the VM ends.
+//! The agent accesses the volumes first, in its own mount namespace. An automount in a container's mount namespace
+//! would be a separate file system. Containers could then not share fifos, sockets or locks. The agent also has to
+//! unmount the volumes. Otherwise the host's mounts would stay in use until the VM ends.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,14 +14,15 @@ use libcontainer::oci_spec::runtime::Spec;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
-/// Returns the shared volumes of a specification: those of its mounts, and its rootfs.
+/// Returns the shared volumes of a specification, which are sources of its mounts or contain its rootfs.
 pub fn of_spec(spec: &Spec) -> Vec<PathBuf> {
     let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
     let root = spec.root().iter().map(|root| root.path());
     sources.chain(root).filter_map(|path| volume::shared_volume_of(path)).collect()
 }
 
-/// Triggers the automount of each path. Blocks. Errors are ignored: libcontainer reports them when it mounts the path.
+/// Triggers the automount of each path. Blocks. Ignores errors, because libcontainer reports an error when it mounts
+/// the path.
 pub fn trigger_automounts(paths: &[PathBuf]) {
     for path in paths {
         let _ = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NONBLOCK).open(path);
@@ -32,7 +33,7 @@ pub fn trigger_automounts(paths: &[PathBuf]) {
 pub fn unmount(paths: &[PathBuf]) {
     for path in paths {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            // A file, which is not automounted, or a volume that the host has removed.
+            // The path is a file, which is not automounted, or the host has removed the volume.
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
             Err(error) => tracing::warn!("failed to unmount {}: {error}", Path::display(path)),
         }

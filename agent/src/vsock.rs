@@ -1,8 +1,9 @@
 //! A vsock listener that accepts connections from the host only.
 //!
-//! Any process of a container may open AF_VSOCK sockets: the address family is not confined to a network namespace and
-//! needs no capability (net/vmw_vsock/af_vsock.c). Each listener therefore checks its peer's CID. The kernel takes the
-//! CID from the transport, so the peer cannot spoof it. The guest kernel has no vsock loopback transport either.
+//! Any process of a container can open AF_VSOCK sockets, because the address family is not confined to a network
+//! namespace and needs no capability (net/vmw_vsock/af_vsock.c). Each listener therefore checks its peer's CID. The
+//! kernel takes the CID from the transport, so the peer cannot spoof it. In addition, the guest kernel has no vsock
+//! loopback transport.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,7 +16,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
-/// Retry delay of accept when the guest is out of fds or memory: no event reports that some are available again.
+/// Retry delay of accept when the guest is out of fds or memory. No event reports that fds or memory are available
+/// again.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// A listening vsock socket.
@@ -31,13 +33,13 @@ impl Listener {
         Ok(Self { socket: crate::async_fd::register(socket, Interest::READABLE)?, port })
     }
 
-    /// Accepts the next connection from the host, non-blocking and close-on-exec. Connections of other peers are
-    /// closed.
+    /// Accepts the next connection from the host and closes connections from other peers. The returned socket is
+    /// non-blocking and close-on-exec.
     ///
     /// Cancel safe: a connection is either returned or stays in the backlog.
     ///
     /// # Errors
-    /// Returns errors of accept4(2), except aborted connections and a lack of resources: those are retried.
+    /// Returns errors of accept4(2). Retries if a connection was aborted or if the guest lacks fds or memory.
     pub async fn accept(&self) -> io::Result<OwnedFd> {
         loop {
             match self.socket.async_io(Interest::READABLE, accept).await {
@@ -58,11 +60,11 @@ impl Listener {
     pub fn into_ttrpc(self) -> ttrpc::asynchronous::transport::Listener {
         let connections = futures::stream::try_unfold(self, |listener| async {
             loop {
-                // A `UnixStream` works here: read, write and shutdown are the same for all stream sockets, and nothing
-                // asks for the socket's address.
+                // A `UnixStream` also works for this vsock socket. All stream sockets have the same calls for read,
+                // write and shutdown, and no code asks for the socket's address.
                 match UnixStream::from_std(listener.accept().await?.into()) {
                     Ok(stream) => return Ok(Some((stream, listener))),
-                    Err(error) => tracing::warn!("failed to register an API connection: {error}"),
+                    Err(error) => tracing::warn!("failed to register an API connection for async I/O: {error}"),
                 }
             }
         });
@@ -74,13 +76,13 @@ fn accept(listener: &OwnedFd) -> io::Result<(OwnedFd, Peer)> {
     vsock::accept(listener.as_fd(), SockFlag::SOCK_NONBLOCK)
 }
 
-/// Whether the peer is the host. Any other peer is a process of this guest: the VMM forwards only the host's
-/// connections.
+/// Whether the peer is the host. Any other peer is a process of this guest, because the VMM forwards only connections
+/// from the host.
 fn is_host(peer: &Peer) -> bool {
     peer.family == libc::AF_VSOCK as libc::sa_family_t && peer.cid == libc::VMADDR_CID_HOST
 }
 
-/// Logs the first refused peer only: a container must not be able to fill the log.
+/// Logs only the first rejected peer, because a container must not be able to fill the log.
 fn log_rejected_peer(port: u32, cid: u32) {
     static REPORTED: Once = Once::new();
     REPORTED.call_once(|| {
@@ -102,7 +104,7 @@ mod tests {
             assert!(!peer(libc::AF_VSOCK, cid), "CID {cid}");
         }
         assert!(!peer(libc::AF_UNIX, libc::VMADDR_CID_HOST));
-        // The kernel leaves the address of an unnamed peer unchanged.
+        // If a peer has no address, the kernel leaves the address buffer unchanged.
         assert!(!is_host(&Peer { family: 0, cid: 0, port: 0 }));
     }
 }

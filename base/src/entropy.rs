@@ -1,4 +1,4 @@
-//! Random bytes of the kernel, and entropy for the kernel's pool.
+//! Gets random bytes from the kernel, and adds entropy to the kernel's pool.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,7 @@ pub fn fill(bytes: &mut [u8]) -> io::Result<()> {
         // SAFETY: the pointer and the length are those of a writable slice.
         let filled = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), libc::GRND_NONBLOCK) };
         match usize::try_from(filled) {
-            // A request of more than 256 bytes can be interrupted after a part.
+            // If a request is for more than 256 bytes, a signal can interrupt it after a part of the bytes.
             Ok(filled) => rest = rest.get_mut(filled..).unwrap_or_default(),
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => {}
@@ -38,19 +38,19 @@ pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// Adds entropy to the kernel's pool and credits it: `RNDADDENTROPY` with `struct rand_pool_info` of linux/random.h.
-/// Bytes after the first 512 are ignored.
+/// Adds `bytes` to the kernel's pool and credits them as entropy. Ignores the bytes after the first 512. Uses the ioctl
+/// RNDADDENTROPY with `struct rand_pool_info` of linux/random.h.
 ///
 /// # Errors
-/// Those of opening `/dev/urandom` and of the ioctl, which needs CAP_SYS_ADMIN.
+/// The errors of opening `/dev/urandom` and of the ioctl, which needs CAP_SYS_ADMIN.
 pub fn credit(bytes: &[u8]) -> io::Result<()> {
     const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
     let bytes = bytes.get(..bytes.len().min(MAX_CREDIT)).unwrap_or_default();
     let length = i32::try_from(bytes.len()).unwrap_or(0);
     let pool = [&(length * 8).to_ne_bytes()[..], &length.to_ne_bytes(), bytes].concat();
     let random = File::options().write(true).open("/dev/urandom")?;
-    // SAFETY: the ioctl reads two integers and as many bytes as the second one says. All are in `pool`, which outlives
-    // the call.
+    // SAFETY: the ioctl reads two integers, and as many bytes as the second integer says. Integers and bytes are in
+    // `pool`, which outlives the call.
     match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -2,10 +2,10 @@
 
 use std::error::Error;
 
-/// Formats an error and its chain of sources as one line, separated by colons.
+/// Formats an error and its chain of sources as one line. Colons separate the texts.
 ///
-/// Some errors print their source themselves, and a transparent wrapper has the text of the error that it wraps. A
-/// cause is therefore left out if the line already ends with its text.
+/// The text of some errors already contains the text of their source, and a transparent wrapper has the same text as
+/// the wrapped error. A cause is therefore left out if the line already ends with the text of this cause.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

@@ -1,7 +1,7 @@
-//! What agent, shim, VMM and tools share: error chains, locks, the log subscriber, entropy and system calls.
+//! Code that agent, shim, VMM and tools share: error chains, locks, the log subscriber, entropy and system calls.
 //!
-//! Every function here makes sense without the rest of Husk. The agent links this crate, so it stays small: its only
-//! dependencies are libc, nix and tracing.
+//! No function of this crate depends on the rest of Husk. The agent links this crate. Therefore the crate is small and
+//! depends only on libc, nix and tracing.
 
 #![deny(clippy::indexing_slicing)]
 

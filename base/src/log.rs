@@ -1,7 +1,7 @@
 //! The `tracing` subscriber of Husk's processes: it formats each event's fields and passes the line to a sink.
 //!
-//! The sink decides which events are logged, how a field looks and where lines go. Spans are ignored: no event of Husk
-//! depends on the fields of a span.
+//! The sink decides which events are logged, how a field looks and where lines go. Spans are ignored, because no event
+//! of Husk depends on the fields of a span.
 
 use std::fmt::{self, Write as _};
 
@@ -10,11 +10,12 @@ use tracing::{Event, Metadata, span};
 
 /// Receives the events of a process as text.
 pub trait Sink: Send + Sync + 'static {
-    /// Whether an event is logged. `tracing` caches the answer for each call site; after a change, call
+    /// Whether an event is logged. `tracing` caches the answer for each call site. If answers change, call
     /// `tracing::callsite::rebuild_interest_cache`.
     fn enabled(&self, metadata: &Metadata<'_>) -> bool;
 
-    /// Writes an event. `fields` is what [`Sink::field`] appended, in the order of the fields.
+    /// Writes an event. `fields` is the text that [`Sink::field`] has appended for all fields of the event, in the
+    /// order of the fields.
     fn write(&self, metadata: &'static Metadata<'static>, message: &str, fields: &str);
 
     /// Appends one field to `fields`. The default is ` name=value`, with the value as `Debug` formats it.
@@ -23,11 +24,11 @@ pub trait Sink: Send + Sync + 'static {
     }
 }
 
-/// Value of a field. `Display` formats a string as it is; `Debug` formats it in quotes, with escapes.
+/// Value of a field. `Display` formats a string unchanged. `Debug` formats a string in quotes and with escapes.
 pub enum Value<'a> {
     /// A string.
     Text(&'a str),
-    /// Any other value, including those with `?` or `%` in front.
+    /// Any other value, or a value that the log statement marks with `?` or `%`.
     Other(&'a dyn fmt::Debug),
 }
 
@@ -49,7 +50,7 @@ impl fmt::Debug for Value<'_> {
     }
 }
 
-/// Makes `sink` the receiver of all events of this process. Does nothing if there is a subscriber already.
+/// Makes `sink` the receiver of all events of this process. Does nothing if the process already has a subscriber.
 pub fn install<S: Sink>(sink: &'static S) {
     let _ = tracing::subscriber::set_global_default(Subscriber(sink));
 }

@@ -1,8 +1,8 @@
 //! Locks without poisoning.
 //!
-//! A lock is poisoned when a thread panics while it holds the lock. Husk ignores that. Its release build aborts on a
-//! panic, so no thread ever sees a poisoned lock. A test build unwinds, but there the first panic is the failure to
-//! report, and a second one at the lock would hide it.
+//! A lock is poisoned if a thread panics while it holds the lock. Husk ignores poisoning. In the release build, a panic
+//! aborts the process, so no thread ever sees a poisoned lock. In a test build, a panic unwinds. A second panic at the
+//! poisoned lock would then hide the first panic, which is the failure to report.
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, WaitTimeoutResult,

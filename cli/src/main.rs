@@ -24,7 +24,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Checks whether this node can run Husk and suggests remedies. Exits with status 1 if it cannot.
+    /// Checks whether this node can run Husk and suggests remedies. Exits with status 1 if the node cannot run Husk.
     Check {
         /// Output format.
         #[arg(long, short, value_enum, default_value_t = check::Output::Text)]
@@ -39,7 +39,7 @@ enum Command {
     /// Shows how long each step of a pod's start took.
     Trace {
         /// A running pod (`name` or `namespace/name`), a sandbox id or its prefix, or a timeline file. Default: the
-        /// newest timeline in the file that `timeline_log` names in the configuration.
+        /// newest timeline in the file that the configuration key `timeline_log` names.
         target: Option<String>,
     },
 }

@@ -10,7 +10,7 @@ use std::{
 use husk_config::sandbox::Sandbox;
 use serde::Serialize;
 
-/// State directory of the shims. The files read are `<namespace>/<sandbox>/sandbox.json`.
+/// State directory of the shims. `husk ps` reads its files `<namespace>/<sandbox>/sandbox.json`.
 const STATE_DIR: &str = "/run/husk";
 
 /// Output format of the list.
@@ -46,7 +46,7 @@ pub fn main(output: Output) -> String {
 fn rows(state: &Path, proc: &Path) -> Vec<Row> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let sandboxes = entries(state).flat_map(|namespace| entries(&namespace));
-    // A sandbox that is being removed may have no file any more.
+    // If a sandbox is being removed, its file may already be missing.
     let files = sandboxes.filter_map(|dir| fs::read(dir.join("sandbox.json")).ok());
     files
         .filter_map(|text| serde_json::from_slice::<Sandbox>(&text).ok())
@@ -58,7 +58,7 @@ fn rows(state: &Path, proc: &Path) -> Vec<Row> {
         .collect()
 }
 
-/// Returns the proportional set size of a process, in KiB; 0 if unknown.
+/// Returns the proportional set size of a process, in KiB, or 0 if it is unknown.
 fn pss(proc: &Path, pid: u32) -> u64 {
     let rollup = fs::read_to_string(proc.join(pid.to_string()).join("smaps_rollup")).unwrap_or_default();
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
@@ -97,7 +97,7 @@ fn table(rows: &[Row], now: SystemTime) -> String {
     text
 }
 
-/// Formats a duration in the largest unit of which it has at least two.
+/// Formats a duration in the largest unit for which the number is at least 2.
 fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     match seconds {

@@ -12,12 +12,12 @@ use husk_config::{
     timeline::{Step, Timeline},
 };
 
-/// State directory of the shims. The files read are `<namespace>/<sandbox>/timeline.json`.
+/// State directory of the shims. `husk trace` reads its files `<namespace>/<sandbox>/timeline.json`.
 const STATE_DIR: &str = "/run/husk";
 /// Width of the chart in columns.
 const CHART_WIDTH: u128 = 40;
 
-/// Why no timeline can be shown.
+/// Reason why no timeline can be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
     /// The configuration is invalid.
@@ -42,12 +42,12 @@ pub enum TraceError {
         source: serde_json::Error,
     },
     /// No sandbox has this id and no pod has this name.
-    #[error("no pod or sandbox {0:?} is running on this node; `husk ps` lists the running ones")]
+    #[error("failed to find a running pod or sandbox {0:?} on this node: `husk ps` lists the running sandboxes")]
     NoSandbox(String),
     /// Several sandbox ids have this prefix, or several pods have this name.
-    #[error("{0:?} matches several sandboxes; use a sandbox id from `husk ps`")]
+    #[error("{0:?} matches several sandboxes: use a sandbox id from `husk ps`")]
     Ambiguous(String),
-    /// No timeline was recorded, or none was named.
+    /// No timeline was recorded, or neither the command line nor the configuration names a timeline.
     #[error("no timeline to show: name a running sandbox, or set timeline_log in the configuration")]
     NoTimeline,
 }
@@ -87,13 +87,14 @@ fn find(state: &Path, target: &str) -> Result<PathBuf, TraceError> {
     }
 }
 
-/// Returns the pod of a sandbox as `namespace/name`; empty if it has none.
+/// Returns the pod of a sandbox as `namespace/name`, or an empty string if the sandbox has no pod.
 fn pod(sandbox: &Path) -> String {
     let json = fs::read(sandbox.join("sandbox.json")).ok();
     json.and_then(|text| serde_json::from_slice::<Sandbox>(&text).ok()).map(|sandbox| sandbox.pod).unwrap_or_default()
 }
 
-/// Formats each step with its time since the first step, its time since the previous step, and a bar for the latter.
+/// Formats a line for each step. The line has the time since the first step, the time since the previous step, and a
+/// bar for the time since the previous step.
 fn waterfall(timeline: &Timeline) -> String {
     let Timeline { sandbox, namespace, steps } = timeline;
     let at = |step: Option<&Step>| step.map_or(0, |step| step.at_ns);

@@ -17,10 +17,10 @@ pub struct InvalidValue {
 const MAX_VCPUS: u8 = 64;
 /// Minimum VM memory that the VMM accepts, in MiB.
 const MIN_VM_MIB: u64 = 64;
-/// Maximum VM memory, in MiB: 64 TiB. It is more than any x86 host has, and sums of it cannot overflow.
+/// Maximum VM memory, in MiB (64 TiB). No x86 host has more memory, and sums of such sizes cannot overflow.
 const MAX_VM_MIB: u64 = 64 << 20;
-/// Maximum length of additional kernel parameters. An x86-64 kernel's command line has at most 2048 bytes
-/// (COMMAND_LINE_SIZE), and the VMM needs a part of it.
+/// Maximum length of additional kernel parameters, in bytes. An x86-64 kernel's command line has at most 2048 bytes
+/// (COMMAND_LINE_SIZE), and the VMM needs a part of them.
 const MAX_PARAMS: usize = 1024;
 
 impl Config {
@@ -50,7 +50,8 @@ impl Config {
     }
 }
 
-/// Validates text to be appended to the guest kernel's command line. Returns what is wrong with it.
+/// Validates text that is to be appended to the guest kernel's command line. If the text is invalid, returns the
+/// reason.
 pub fn check_kernel_params(text: &str) -> Result<(), String> {
     if text.len() > MAX_PARAMS {
         return Err(format!("{} bytes exceed the limit of {MAX_PARAMS}", text.len()));

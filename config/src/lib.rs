@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 /// Default path of the configuration file.
 pub const DEFAULT_PATH: &str = "/etc/husk/config.toml";
 
-/// Husk's pod annotations; [`Config::allowed_annotations`] selects those that pods may use.
+/// Husk's pod annotations. [`Config::allowed_annotations`] selects the annotations that pods may use.
 pub mod annotation {
     /// Number of vCPUs.
     pub const VCPUS: &str = "io.husk.vcpus";
@@ -31,7 +31,7 @@ pub mod annotation {
     pub const ALL: [&str; 3] = [VCPUS, MEMORY_MIB, KERNEL_PARAMS];
 }
 
-/// The operator's settings. `config.toml` documents each key; absent keys have their defaults.
+/// The operator's settings. `config.toml` documents each key. Absent keys have their defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -41,15 +41,15 @@ pub struct Config {
     pub initrd: PathBuf,
     /// Parameters appended to the guest kernel's command line.
     pub kernel_params: String,
-    /// vCPUs of a pod that has no CPU limit and whose CPU request is not larger.
+    /// Minimum number of vCPUs of a pod that has no CPU limit.
     pub default_vcpus: u8,
-    /// Maximum number of vCPUs of a pod, whatever its limit is.
+    /// Maximum number of vCPUs of a pod, even if its CPU limit is higher.
     pub max_vcpus: u8,
     /// Number of vCPUs that can be hot-plugged into a running pod.
     pub spare_vcpus: u8,
     /// VM memory of a pod that has no memory limit, in MiB.
     pub default_memory_mib: u64,
-    /// VM memory for the guest kernel and the agent, in MiB; added to the pod's memory limit.
+    /// VM memory for the guest kernel and the agent, in MiB. It is added to the pod's memory limit.
     pub memory_overhead_mib: u64,
     /// Minimum memory limit of a pod, in MiB.
     pub min_memory_mib: u64,
@@ -57,13 +57,14 @@ pub struct Config {
     pub virtio_fs_workers: u8,
     /// Whether the guest returns unused memory to the host (virtio-balloon).
     pub free_page_reporting: bool,
-    /// Whether the host's kernel forwards network frames (vhost-net), if it is available.
+    /// Whether the host's kernel forwards network frames if vhost-net is available.
     pub vhost_net: bool,
     /// Timeout for the agent's first answer, in seconds.
     pub start_timeout_secs: u64,
     /// Log level of the shim.
     pub log_level: LogLevel,
-    /// File to which the [`timeline::Timeline`] of each start is appended; empty for none.
+    /// File to which the [`timeline::Timeline`] of each start is appended. If the path is empty, no timeline is
+    /// appended.
     pub timeline_log: PathBuf,
     /// The annotations from [`annotation`] that pods may use.
     pub allowed_annotations: Vec<String>,
@@ -92,7 +93,7 @@ impl Default for Config {
     }
 }
 
-/// Log level. Each level includes those above.
+/// Log level. Each level includes the levels that are listed before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {

@@ -21,7 +21,7 @@ pub enum ConfigError {
     Parse {
         /// The file.
         path: PathBuf,
-        /// Line number, from 1.
+        /// Line number. The first line is 1.
         line: usize,
         /// Description of the error.
         message: String,
@@ -62,7 +62,7 @@ impl Config {
     }
 }
 
-/// Returns the line number, from 1, of the byte at `offset`.
+/// Returns the line number of the byte at `offset`. The first line is 1.
 fn line_of(bytes: &[u8], offset: usize) -> usize {
     1 + bytes.iter().take(offset).filter(|&&byte| byte == b'\n').count()
 }
@@ -81,7 +81,8 @@ mod tests {
     fn shipped_file_documents_every_key_with_its_default() {
         let text = include_str!("../config.toml");
         assert_eq!(parse(text).unwrap(), Config::default());
-        // Every key is in the file with its default, commented out: uncommenting all keys must not change the result.
+        // The file contains every key with its default, commented out. Uncommenting all keys must not change the
+        // result.
         let uncommented: String = text
             .lines()
             .map(|line| line.strip_prefix("#").filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase())))
@@ -94,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn load_defaults_if_missing_and_fails_if_unreadable() {
+    fn load_returns_defaults_if_missing_and_fails_if_unreadable() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Config::load(&dir.path().join("none")).unwrap(), Config::default());
         // Reading a directory fails even for root.

@@ -9,7 +9,7 @@ pub struct Sandbox {
     pub id: String,
     /// containerd namespace.
     pub namespace: String,
-    /// The sandbox's Kubernetes pod, as `namespace/name`; empty if it has none.
+    /// The sandbox's Kubernetes pod, as `namespace/name`. Empty if the sandbox has no pod.
     pub pod: String,
     /// Current number of vCPUs.
     pub vcpus: u8,

@@ -1,7 +1,7 @@
-//! Timeline of a pod's start. The shim writes it; `husk trace` and the benchmark read it.
+//! Timeline of a pod's start. The shim writes the timeline. `husk trace` and the benchmark read it.
 //!
 //! `/run/husk/<namespace>/<sandbox>/timeline.json` holds one [`Timeline`]. The file that `timeline_log` names in the
-//! configuration holds one per line.
+//! configuration holds one timeline per line.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,8 +21,8 @@ pub struct Timeline {
 pub struct Step {
     /// Name of the step, such as `agent ready`.
     pub name: String,
-    /// When the step was reached: nanoseconds of the host's CLOCK_MONOTONIC, so that times of several processes are
-    /// comparable.
+    /// Time at which the step was reached, in nanoseconds of the host's CLOCK_MONOTONIC. Therefore the times of several
+    /// processes are comparable.
     pub at_ns: u64,
 }
 
@@ -36,7 +36,7 @@ impl Timeline {
     /// Encodes the timeline as one line of JSON, newline included.
     ///
     /// # Errors
-    /// Never fails with these types; the signature is `serde_json`'s.
+    /// Never fails for these types. The return type is that of `serde_json`.
     pub fn to_line(&self) -> Result<String, serde_json::Error> {
         serde_json::to_string(self).map(|mut line| {
             line.push('\n');
@@ -44,7 +44,7 @@ impl Timeline {
         })
     }
 
-    /// Parses timelines, one per line. Skips empty lines; fails at the first line that is not a timeline.
+    /// Parses timelines, one per line. Skips empty lines. Fails at the first line that is not a timeline.
     pub fn from_lines(text: &str) -> Result<Vec<Self>, serde_json::Error> {
         text.lines().filter(|line| !line.trim().is_empty()).map(serde_json::from_str).collect()
     }

@@ -16,13 +16,13 @@ pub const FRA_FWMARK: u16 = 10;
 pub const FRA_FLOW: u16 = 11;
 /// Interface group whose routes are suppressed.
 pub const FRA_SUPPRESS_IFGROUP: u16 = 13;
-/// Routes whose prefix is of this length or shorter are suppressed.
+/// Maximum prefix length of the routes that are suppressed.
 pub const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
 /// Routing table to look up.
 pub const FRA_TABLE: u16 = 15;
 /// Mask of [`FRA_FWMARK`].
 pub const FRA_FWMASK: u16 = 16;
-/// Outgoing interface: matches packets of sockets that are bound to it.
+/// Outgoing interface. Matches packets of sockets that are bound to this interface.
 pub const FRA_OIFNAME: u16 = 17;
 /// Padding for alignment.
 pub const FRA_PAD: u16 = 18;
@@ -45,5 +45,5 @@ pub const FIB_RULE_INVERT: u32 = 2;
 pub const RTAX_MTU: u16 = 2;
 /// Route metric: advertised TCP maximum segment size.
 pub const RTAX_ADVMSS: u16 = 8;
-/// Next hop flag: the gateway is on-link, even if no route covers it.
+/// Next hop flag: the kernel treats the gateway as on-link even if no route covers the gateway.
 pub const RTNH_F_ONLINK: u8 = 4;

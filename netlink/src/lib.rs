@@ -20,7 +20,7 @@ const SEQUENCE_OFFSET: usize = 8;
 pub const MAX_VALUE: usize = u16::MAX as usize - 4;
 /// Maximum size of a datagram that the kernel sends in a dump (`netlink_dump` in net/netlink/af_netlink.c).
 const MAX_DATAGRAM: usize = 32 * 1024;
-/// Maximum number of attempts at a dump whose list changes during the dump.
+/// Maximum number of attempts to dump a list that changes during each dump.
 const MAX_DUMPS: usize = 16;
 
 /// A message under construction.
@@ -31,7 +31,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// Starts a message of type `kind`. `flags` are added to NLM_F_REQUEST; `header` is the family's fixed header, such
+    /// Starts a message of type `kind`. `flags` are added to NLM_F_REQUEST. `header` is the family's fixed header, such
     /// as `struct ifinfomsg`.
     pub fn new(kind: u16, flags: i32, header: &[u8]) -> Self {
         let flags = (flags | libc::NLM_F_REQUEST) as u16;
@@ -139,8 +139,8 @@ impl Netlink {
         Ok(Self { socket: socket(0, 0)?, sequence: AtomicU32::new(1) })
     }
 
-    /// Sends a request and waits for its acknowledgement. The kernel queues the answer within send(2), so the wait is
-    /// short.
+    /// Sends a request and waits for its acknowledgement. The wait is short, because the kernel queues the reply before
+    /// send(2) returns.
     ///
     /// # Errors
     /// The errno of the kernel's NLMSG_ERROR reply, or of the socket call that failed; a message that cannot be encoded.
@@ -152,15 +152,16 @@ impl Netlink {
         self.call(&mut request, |_, _| ()).map(drop)
     }
 
-    /// Sends a dump request (NLM_F_DUMP among its flags) and calls `visit` with the type and body of each entry.
+    /// Sends a dump request and calls `visit` with the type and body of each entry. The flags of the request must
+    /// include NLM_F_DUMP.
     ///
-    /// Repeats the dump if its list changed while the kernel sent it (NLM_F_DUMP_INTR).
+    /// Repeats the dump if the list changed while the kernel sent it (NLM_F_DUMP_INTR).
     ///
-    /// After [`MAX_DUMPS`] of them it takes the last one: whoever lists what changes all the time also subscribes to the
-    /// changes, and lists again.
+    /// After [`MAX_DUMPS`] attempts, uses the last dump, which may be inconsistent. A caller that dumps a frequently
+    /// changing list also subscribes to the changes and dumps the list again after each change.
     pub fn dump(&self, message: Message, mut visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
         let mut request = message.finish()?;
-        // Collects first: the entries of an interrupted dump must not be visited.
+        // The entries are collected first, because the entries of an interrupted dump must not be visited.
         let mut entries = Vec::new();
         for _ in 0..MAX_DUMPS {
             entries.clear();
@@ -220,7 +221,7 @@ fn read_datagram(
         }
         *consistent &= i32::from(flags) & libc::NLM_F_DUMP_INTR == 0;
         match i32::from(kind) {
-            // The payload of both is a negative errno. Old kernels send NLMSG_DONE without one.
+            // The payload of both types is a negative errno. Old kernels send NLMSG_DONE without a payload.
             libc::NLMSG_DONE => return check_errno(body, 0),
             libc::NLMSG_ERROR => return check_errno(body, libc::EPROTO),
             _ => visit(kind, body),
@@ -229,7 +230,8 @@ fn read_datagram(
     Ok(false)
 }
 
-/// Returns the error in the payload of NLMSG_DONE or NLMSG_ERROR, or `Ok(true)` for errno 0.
+/// Returns the error in the payload of NLMSG_DONE or NLMSG_ERROR, or `Ok(true)` for errno 0. `missing` is the errno
+/// for a message without a payload.
 fn check_errno(body: &[u8], missing: i32) -> io::Result<bool> {
     match body.first_chunk::<4>().map_or(missing, |bytes| i32::from_ne_bytes(*bytes).saturating_neg()) {
         0 => Ok(true),
@@ -252,7 +254,7 @@ pub fn socket(groups: u32, flags: i32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Decodes a 32-bit attribute value; `None` if its length is not 4 bytes.
+/// Decodes a 32-bit attribute value. Returns `None` if the length of `value` is not 4 bytes.
 pub fn number(value: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(value.try_into().ok()?))
 }

@@ -15,7 +15,7 @@ pub struct Link {
     pub flags: u32,
     /// Name, such as `eth0`.
     pub name: String,
-    /// Hardware address; empty if it has none.
+    /// Hardware address. Empty if the interface has no hardware address.
     pub mac: Vec<u8>,
     /// MTU in bytes.
     pub mtu: u32,

@@ -1,4 +1,4 @@
-//! Boot marks: steps of the guest's start. The agent writes one byte to an I/O port; the VMM records the time and sends
+//! Boot marks: steps of the guest's start. The agent writes one byte to an I/O port. The VMM records the time and sends
 //! the shim a notice.
 
 /// The I/O port, in a range that no PC device uses.
@@ -8,7 +8,7 @@ pub const PORT: u16 = 0x5f0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum BootMark {
-    /// The agent runs as PID 1; it writes this mark first.
+    /// The agent has started as PID 1. This is the first mark.
     AgentStarted = 1,
     /// The agent listens on all its vsock ports.
     AgentReady = 2,

@@ -37,33 +37,33 @@ pub const CREATE_OPTIONS_TYPE_URL: &str = "husk.agent.v1.CreateOptions";
 /// Guest mount point of the share, which the host serves over virtio-fs.
 pub const GUEST_SHARE: &str = "/run/husk/share";
 
-/// Directory in [`GUEST_SHARE`] that holds the pod's volumes. It cannot collide with a container's directory, because
-/// no container id begins with a dot.
+/// Directory in [`GUEST_SHARE`] that holds the pod's volumes. Its name cannot collide with the name of a container's
+/// directory, because no container id begins with a dot.
 pub const SHARED_VOLUMES: &str = ".volumes";
 
 /// Tag of the virtio-fs device that serves the share.
 pub const SHARE_TAG: &str = "husk";
 
 /// Path prefix that stands for a namespace of the sandbox in a specification's namespace paths. The namespace type
-/// follows: `/run/husk/ns/uts`. It replaces the host's path, which is meaningless in the guest: the guest only needs to
-/// know that a path was set.
+/// follows, as in `/run/husk/ns/uts`. Such a path replaces the host's path, which is meaningless in the guest. The
+/// guest only needs to know that the specification has a path.
 pub const GUEST_NAMESPACES: &str = "/run/husk/ns";
 
 /// Path prefix that stands for a container's PID namespace. The container id follows.
 pub const GUEST_PID_NAMESPACES: &str = "/run/husk/pids";
 
-/// Guest mount point of the sandbox's shared memory. The agent mounts a tmpfs there during `Setup` if the shim requests
-/// it; the containers of a Kubernetes pod share it at `/dev/shm`.
+/// Guest mount point of the sandbox's shared memory. If the shim requests it, the agent mounts a tmpfs there during
+/// `Setup`. The containers of a Kubernetes pod share this tmpfs at `/dev/shm`.
 pub const GUEST_SHM: &str = "/run/husk/shm";
 
 /// Directory in which the guest mounts memory volumes (tmpfs, hugetlbfs), by volume name.
 pub const GUEST_VOLUMES: &str = "/run/husk/volumes";
 
-/// Directory in which the guest bind-mounts directories of volumes (`subPath`); see [`volume`].
+/// Directory in which the guest bind-mounts directories of volumes (`subPath`). See [`volume`].
 pub const GUEST_SUBPATHS: &str = "/run/husk/subpaths";
 
 /// `fs_type` of a volume request whose volume is already in [`SHARED_VOLUMES`].
 pub const SHARED_FS_TYPE: &str = "shared";
 
-/// Directory of the guest's copies of mirrored volumes, `<container>/<mount>`.
+/// Directory of the guest's copies of mirrored volumes. The name of a copy is `<container>/<mount>`.
 pub const GUEST_MIRRORS: &str = "/run/husk/mirrors";

@@ -1,5 +1,6 @@
-//! Reads cgroup v2 metrics as containerd's `io.containerd.cgroups.v2.Metrics`: of a container's cgroup in the guest, or
-//! of a sandbox's cgroup on the host.
+//! Reads the metrics of a cgroup (cgroup v2) in the form of containerd's `io.containerd.cgroups.v2.Metrics`.
+//!
+//! The cgroup is that of a container in the guest, or that of a sandbox on the host.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +10,7 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 };
 use protobuf::MessageField;
 
-/// A cgroup, by its directory.
+/// A cgroup, identified by its directory.
 struct Cgroup<'a>(&'a Path);
 
 impl Cgroup<'_> {
@@ -23,7 +24,7 @@ impl Cgroup<'_> {
         self.read(file)?.trim().parse().ok()
     }
 
-    /// Reads a limit. Returns `u64::MAX` if there is none, like containerd's own reader.
+    /// Reads a limit. Returns `u64::MAX` if the cgroup has no limit, like containerd's own reader.
     fn limit(&self, file: &str) -> u64 {
         self.number(file).unwrap_or(u64::MAX)
     }
@@ -39,14 +40,14 @@ impl Cgroup<'_> {
 /// Type URL of the metrics in containerd's API.
 pub const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// Reads the metrics of the cgroup at `path`. The values of an absent controller are zero. Cheap: it reads a
-/// handful of cgroup files.
+/// Reads the metrics of the cgroup at `path`. The values of an absent controller are zero. The call is cheap, because
+/// it reads only a few files.
 pub fn read(path: &Path) -> Metrics {
     let cgroup = &Cgroup(path);
     Metrics {
         pids: MessageField::some(PidsStat {
             current: cgroup.number("pids.current").unwrap_or(0),
-            // "No limit" is 0 here but `u64::MAX` for memory and huge pages, like in containerd's own reader.
+            // As in containerd's own reader, "no limit" is 0 for tasks but `u64::MAX` for memory and huge pages.
             limit: cgroup.number("pids.max").unwrap_or(0),
             ..Default::default()
         }),
@@ -103,7 +104,7 @@ fn memory(cgroup: &Cgroup<'_>) -> MemoryStat {
         slab_unreclaimable: get("slab_unreclaimable"),
         pgfault: get("pgfault"),
         pgmajfault: get("pgmajfault"),
-        // Since 5.9 the kernel counts these separately for anonymous memory and files.
+        // Since Linux 5.9, the kernel counts these separately for anonymous memory and for files.
         workingset_refault: get("workingset_refault_anon") + get("workingset_refault_file"),
         workingset_activate: get("workingset_activate_anon") + get("workingset_activate_file"),
         workingset_nodereclaim: get("workingset_nodereclaim"),

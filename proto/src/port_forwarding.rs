@@ -1,7 +1,8 @@
 //! The header that opens a forwarded TCP connection on [`crate::ports::PORT_FORWARDING`].
 //!
 //! The shim connects, writes the header and reads a one-byte reply: 0 if the guest has connected, otherwise the errno
-//! of connect(2). After the reply, the vsock connection carries the TCP connection's data. End of file is a half-close.
+//! of connect(2). After the reply, the vsock connection carries the TCP connection's data. A half-close means end of
+//! file.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 

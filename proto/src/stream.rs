@@ -1,8 +1,8 @@
 //! The header that opens a stdio stream on [`crate::ports::STREAM`].
 //!
-//! The shim connects, writes this header, and then passes the token in the create or exec request. One vsock connection
-//! carries one of stdin, stdout and stderr. With a terminal, one connection carries both directions. End of file is a
-//! half-close.
+//! The shim connects, writes this header, and then passes the token in the create or exec request. A vsock connection
+//! carries one of stdin, stdout and stderr. For a process with a terminal, one connection carries both directions. A
+//! half-close means end of file.
 
 /// Magic number at the start of every stream: "HSK1".
 const MAGIC: [u8; 4] = *b"HSK1";
@@ -13,7 +13,7 @@ pub const HEADER_LEN: usize = 12;
 /// Identifies a stream, so that a create or exec request can refer to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Header {
-    /// Random: unique within the sandbox, and cannot be guessed. Never 0.
+    /// Random number that is unique within the sandbox and cannot be guessed. Never 0.
     pub token: u64,
 }
 
@@ -24,7 +24,7 @@ pub enum HeaderError {
     #[error("invalid stream header: wrong magic number")]
     Magic,
     /// Token 0 is reserved.
-    #[error("invalid stream header: token 0")]
+    #[error("invalid stream header: token 0 is reserved")]
     ZeroToken,
 }
 

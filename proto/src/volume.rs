@@ -22,8 +22,9 @@ pub fn guest_path(request: &MountVolumeRequest) -> PathBuf {
     Path::new(GUEST_SUBPATHS).join(&request.container_id).join(format!("{}{volume}", request.mount))
 }
 
-/// Returns the shared volume of a path that [`guest_path`] returned: the path itself, or the root of the volume from
-/// which the path was bind-mounted. Returns `None` if the volume is not shared.
+/// Returns the shared volume to which `path` belongs. [`guest_path`] must have returned `path`. If `path` is a bind
+/// mount, the shared volume is the root of the volume that contains the mounted directory. Otherwise it is `path`
+/// itself. Returns `None` if the volume is not shared.
 pub fn shared_volume_of(path: &Path) -> Option<PathBuf> {
     if path.starts_with(GUEST_SHARE) {
         return Some(path.to_owned());

@@ -1,4 +1,4 @@
-//! Calls of the Task API, and stdio streams of processes.
+//! Functions that call the Task API and connect the stdio streams of processes.
 
 use std::fs::File;
 use std::io::{Read, Write};

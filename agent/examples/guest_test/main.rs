@@ -1,4 +1,4 @@
-//! Tests an agent over vsock loopback from inside its own guest and prints the results. Usage: `guest_test ROOTFS`.
+//! Runs inside a guest, tests the guest's agent over vsock loopback and prints the results. Usage: `guest_test ROOTFS`.
 //!
 //! Boot a guest whose `/init` starts this program in the background and then executes `husk-agent`. ROOTFS needs
 //! busybox in `/bin`.
@@ -58,7 +58,7 @@ async fn all(rootfs: String) -> Outcome {
         }
     });
     let mut setup = SetupRequest { hostname: "pod".into(), entropy: vec![7; 32], ..Default::default() };
-    // If the guest has a network interface (QEMU's user network), the pod gets it.
+    // If the guest has a network interface (QEMU's user network), the pod gets this interface.
     let device = std::fs::read_to_string("/sys/class/net/eth0/address");
     if let Ok(mac) = &device {
         let (name, mac) = ("pod0".to_owned(), mac.trim().to_owned());

@@ -24,7 +24,7 @@ impl Driver {
     async fn fails(&self, args: &[&str], want: &str) -> Outcome {
         let id = self.name();
         match self.create(&id, &spec(args), ("", "", ""), false).await {
-            Ok(_) => Err("create succeeded".into()),
+            Ok(_) => Err("create succeeded, but should have failed".into()),
             Err(error) => {
                 let left = std::path::Path::new("/proc/1/root/sys/fs/cgroup/husk").join(&id).exists();
                 ensure(error.to_string().contains(want) && !left, format!("{error}, leftovers: {left}"))

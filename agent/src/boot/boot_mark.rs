@@ -3,13 +3,13 @@
 use husk_base::sys::io_port;
 use husk_proto::boot_mark::{BootMark, PORT};
 
-/// Writes `mark`. Best effort: without `ioperm` in the kernel, only the mark is lost.
+/// Writes `mark`. Best effort: if the kernel lacks ioperm(2), no mark is written.
 pub fn write(mark: BootMark) {
     // Only the VMM's boot mark device uses this port.
     if io_port::set_permission(PORT, true).is_err() {
         return;
     }
-    // SAFETY: this thread has just been given access to the port; `out` changes neither memory nor stack nor flags.
+    // SAFETY: this thread has just gained access to the port. `out` changes neither memory nor stack nor flags.
     unsafe {
         std::arch::asm!("out dx, al", in("dx") PORT, in("al") mark as u8, options(nomem, nostack, preserves_flags));
     }

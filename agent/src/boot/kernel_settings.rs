@@ -8,9 +8,9 @@ use nix::sys::stat::{Mode, umask};
 const SETTINGS: &[(&str, &str)] = &[
     // Without this, tunnel fallback devices (tunl0, sit0 …) appear in every new network namespace.
     ("net/core/fb_tunnels_only_for_init_net", "1"),
-    // A panic of the guest kernel resets the VM at once; the VMM reports the reset.
+    // A panic of the guest kernel resets the VM at once. The VMM reports the reset.
     ("kernel/panic", "-1"),
-    // Usual settings of container hosts: many small programs, few limits set by the kernel.
+    // Usual settings of container hosts: many small programs run, and kernel limits must be high enough for them.
     ("vm/overcommit_memory", "1"),
     ("kernel/keys/root_maxkeys", "1000000"),
     ("kernel/keys/root_maxbytes", "25000000"),
@@ -22,7 +22,7 @@ const SETTINGS: &[(&str, &str)] = &[
 pub fn apply() {
     for (path, value) in SETTINGS {
         if let Err(error) = fs::write(format!("/proc/sys/{path}"), value) {
-            tracing::debug!("sysctl {path}: {error}");
+            tracing::debug!("failed to set sysctl {path} to {value}: {error}");
         }
     }
     if let Err(error) = crate::sandbox::loopback::bring_up() {

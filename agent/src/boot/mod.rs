@@ -1,4 +1,4 @@
-//! The boot sequence of PID 1: from the first instruction to a served API, in one linear function.
+//! The boot sequence of PID 1, from its first instruction until it serves its API.
 
 mod boot_mark;
 mod kernel_settings;
@@ -84,8 +84,8 @@ async fn serve() -> Result<std::convert::Infallible, BootError> {
     tokio::spawn(port_forwarding::serve(forward_port));
     boot_mark::write(BootMark::AgentReady);
 
-    // The namespaces are created while the host is still connecting, to save time in Setup.
-    // Setup tries again, and reports the error.
+    // The namespaces are created now, while the host is still connecting, to save time in Setup. If this fails, Setup
+    // retries and reports the error.
     if let Err(error) = sandbox.prepare(None) {
         tracing::error!("{}", chain(&error));
     }

@@ -26,7 +26,7 @@ pub enum MountError {
         #[source]
         source: nix::Error,
     },
-    /// The root was not moved.
+    /// The root directory was not moved.
     #[error("failed to move the root away from the initial rootfs, at step {step}")]
     Root {
         /// System call that failed.
@@ -41,7 +41,7 @@ const RESTRICTED: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(Ms
 /// Bind-mounts `/` over itself and makes the new mount the root.
 ///
 /// pivot_root(2) fails while the current root is the kernel's initial rootfs, which has no parent mount. A bind mount
-/// of it has a parent, costs no memory and keeps all paths.
+/// of the initial rootfs has a parent mount, takes no memory and keeps all paths.
 pub fn leave_rootfs() -> Result<(), MountError> {
     let step = |step| move |source| MountError::Root { step, source };
     make_dir("/mnt")?;
@@ -69,7 +69,8 @@ pub fn mount_all() -> Result<(), MountError> {
 pub fn mount_share() -> Result<(), MountError> {
     make_dir("/run/husk")?;
     make_dir(GUEST_SHARE)?;
-    // Without MS_NODEV: device nodes in a rootfs work under runc too. The BPF device programs restrict access to them.
+    // MS_NODEV is not set, because device nodes in a rootfs also work with runc. BPF device programs restrict the
+    // access to these nodes.
     mount(Some(SHARE_TAG), GUEST_SHARE, Some("virtiofs"), MsFlags::empty(), None::<&str>)
         .map_err(|source| MountError::Mount { fs: "virtiofs".into(), path: GUEST_SHARE.into(), source })
 }

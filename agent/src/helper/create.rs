@@ -1,7 +1,7 @@
-//! Creates a container with libcontainer, up to the point where its init waits for Start.
+//! Creates a container with libcontainer, up to the point where the container's init waits for Start.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use husk_base::error::chain;
@@ -57,15 +57,15 @@ pub fn run(request: &CreateRequest) -> Result<i32, String> {
     let devices_of_spec = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
     let rules = rules.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
     devices::attach_rules(&request.cgroup, rules, devices_of_spec).map_err(|error| {
-        // The process is the init that was just created and waits for Start.
+        // `pid` is the container's init, which has just been created and waits for Start.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         format!("error setting cgroup config for procHooks process: failed to restrict devices: {error}")
     })?;
     Ok(pid)
 }
 
-/// Creates a missing working directory, as runc does. The image is untrusted: each path component is resolved inside
-/// its root. Best effort.
+/// Creates the working directory if it is missing, as runc does. The image is untrusted. Therefore each path component
+/// is resolved inside the rootfs. Best effort.
 fn create_working_directory(spec: &Spec, id_mappings: Option<&IdMappings>) {
     let (Some(root), Some(process)) = (spec.root(), spec.process()) else { return };
     let Ok(root) = File::open(root.path()) else { return };
@@ -95,7 +95,7 @@ fn create_working_directory(spec: &Spec, id_mappings: Option<&IdMappings>) {
         match next {
             Ok(fd) => parent = fd,
             Err(error) => {
-                tracing::debug!("failed to create the working directory (parent fd {}): {error}", parent.as_raw_fd());
+                tracing::debug!("failed to open or create {} for the working directory: {error}", walked.display());
                 return;
             }
         }

@@ -1,4 +1,4 @@
-//! Compiles the device rules of a cgroup to a BPF program, the form in which cgroup v2 takes them.
+//! Compiles the device rules of a container to a BPF program, because cgroup v2 has no other device controller.
 //!
 //! Program type and context: `BPF_PROG_TYPE_CGROUP_DEVICE` and `struct bpf_cgroup_dev_ctx` of linux/bpf.h.
 
@@ -16,7 +16,7 @@ const MKNOD: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
 
-/// Device rule; `None` means any.
+/// Device rule. `None` matches any value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Rule {
     allow: bool,
@@ -26,7 +26,7 @@ struct Rule {
     access: i32,
 }
 
-/// Devices that runc allows for every container. These rules follow those of the specification.
+/// Rules that runc adds to every container, after the rules of the specification.
 const DEFAULTS: &[Rule] = &[
     rule(TYPE_CHAR, None, None, MKNOD),
     rule(TYPE_BLOCK, None, None, MKNOD),
@@ -44,8 +44,8 @@ const fn rule(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) ->
     Rule { allow: true, kind: Some(kind), major, minor, access }
 }
 
-/// Attaches the rules to the cgroup with directory `cgroup`. The last rule that matches a device decides; without a
-/// match, access is denied.
+/// Attaches the rules to the cgroup whose directory is `cgroup`. The last rule that matches an access decides. If no
+/// rule matches, access is denied.
 pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[LinuxDevice]) -> io::Result<()> {
     let named = devices.iter().filter_map(|device| {
         let kind = kind_of(device.typ())?;
@@ -54,7 +54,7 @@ pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[Linux
     let all: Vec<Rule> =
         rules.iter().filter_map(from_spec).chain(DEFAULTS.iter().copied()).chain(named.take(64)).collect();
     if allows_all(&all) {
-        // Without a program all access is allowed too, and checks are faster.
+        // A cgroup without a program also allows all access, and access checks are faster.
         return Ok(());
     }
     let cgroup = File::open(cgroup)?;
@@ -62,7 +62,7 @@ pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[Linux
     bpf::attach(program.as_fd(), cgroup.as_fd(), BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI)
 }
 
-/// Whether these rules allow all devices, as those of a privileged container do.
+/// Whether these rules allow all devices, as the rules of a privileged container do.
 pub fn allows_all_devices(rules: &[LinuxDeviceCgroup]) -> bool {
     allows_all(&rules.iter().filter_map(from_spec).collect::<Vec<_>>())
 }
@@ -115,7 +115,8 @@ const fn insn(code: u8, to: u8, from: u8, offset: i16, imm: i32) -> Instruction 
     Instruction::new(code, to, from, offset, imm)
 }
 
-/// Compiles the rules. Registers: r2 type, r3 access, r4 major, r5 minor. r1 is scratch after the context is read.
+/// Compiles the rules. Register r2 holds the device type, r3 the requested access, r4 the major number and r5 the minor
+/// number. r1 is a scratch register after the program has read the context.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     let mut program = vec![
         insn(LOAD_WORD, 3, 1, 0, 0),
@@ -133,7 +134,8 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
         if rule.access != MKNOD | READ | WRITE {
             tests.push(insn(MOVE_REG, 1, 3, 0, 0));
             tests.push(insn(AND_IMM, 1, 0, 0, rule.access));
-            // An allow rule must cover all requested access bits. A deny rule matches if it covers any of them.
+            // An allow rule matches only if it has all requested access bits. A deny rule matches if it has any of the
+            // requested bits.
             tests.push(match rule.allow {
                 true => insn(JUMP_NE_REG, 1, 3, 0, 0),
                 false => insn(JUMP_EQ_IMM, 1, 0, 0, 0),
@@ -156,7 +158,7 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
         }
         program.extend(verdict);
         if unconditional {
-            // The verifier rejects unreachable instructions.
+            // This rule decides every access. The verifier would reject the rest of the program as unreachable.
             return program;
         }
     }
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn default_rules_allow_the_usual_devices_only() {
+    fn default_rules_allow_only_the_usual_devices() {
         let deny = Rule { allow: false, kind: None, major: None, minor: None, access: MKNOD | READ | WRITE };
         let fuse = rule(TYPE_CHAR, Some(10), Some(229), READ | WRITE);
         let all: Vec<Rule> = [deny, fuse].into_iter().chain(DEFAULTS.iter().copied()).collect();

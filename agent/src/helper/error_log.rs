@@ -1,6 +1,7 @@
-//! The error log: a file that all processes of a helper share, with libcontainer's errors and why the init failed.
+//! The error log: a file to which all processes of a helper write libcontainer's error lines.
 //!
-//! libcontainer passes only the outermost message from process to process; the cause appears only in its log lines.
+//! libcontainer passes only the outermost message from process to process. The cause appears only in its log lines. The
+//! log may also contain the recorded reason: the reason, in runc's words, why the container's init failed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -13,7 +14,7 @@ use tracing::{Level, Metadata};
 
 static LOG: OnceLock<(File, PathBuf)> = OnceLock::new();
 
-/// Prefix of the line with the reason, in runc's words, why the container's init failed.
+/// Prefix of the line with the recorded reason.
 const REASON: &str = "reason: ";
 
 /// Opens the log at `path` and records error events in it from now on.
@@ -36,7 +37,8 @@ pub fn record_reason(reason: &str) {
     record(&format!("{REASON}{reason}"));
 }
 
-/// Returns the reason of a failure: the recorded one, or else the first error, which is the innermost.
+/// Returns the reason for a failure from the log: the recorded reason if the log contains one. Otherwise the reason is
+/// the first error line, which has the innermost cause.
 pub fn read_reason() -> Option<String> {
     let (_, path) = LOG.get()?;
     find_reason(&std::fs::read_to_string(path).ok()?)

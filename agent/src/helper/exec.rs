@@ -1,7 +1,8 @@
-//! Starts an exec in a container, with the order of steps of runc's `setns` init.
+//! Starts an exec in a container. The steps have the same order as in runc's `setns` init.
 //!
 //! libcontainer's exec builder loses the seccomp filter, the check of the supplementary groups and the order of the
-//! environment. This module uses only the parts of libcontainer that set capabilities, identities and filters.
+//! environment. Therefore this module uses only the parts of libcontainer that set resource limits, AppArmor profiles,
+//! capabilities and seccomp filters.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -27,7 +28,7 @@ use super::{error_log, terminal};
 /// `CLONE_NEWTIME` of linux/sched.h.
 const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
 
-/// Starts the process and returns its PID after it has executed its program.
+/// Starts the process. Returns its PID as soon as the process has executed its program.
 ///
 /// # Errors
 /// Returns the reason in runc's words.
@@ -45,7 +46,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     let namespaces =
         namespaces_to_join(request.init_pid).map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
-    // setns(2) with a PID namespace takes effect only for children created later.
+    // setns(2) with a PID namespace takes effect only for children that are created later.
     set_namespaces(&init, namespaces & CloneFlags::CLONE_NEWPID).map_err(io("failed to enter the PID namespace"))?;
     let pid = match clone_into(&cgroups).map_err(io("failed to clone the process"))? {
         0 => {
@@ -64,11 +65,11 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     if reason.is_empty() { Ok(pid) } else { Err(reason) }
 }
 
-/// Puts the next child into a new time namespace, whose clocks equal those of this namespace. Nothing changes for the
-/// container. The child's descendants inherit the namespace, so the agent can identify them
+/// Puts the next child into a new time namespace. Its clocks equal those of the current time namespace, so that the
+/// container sees no difference. The child's descendants inherit the namespace. Therefore the agent can identify them
 /// (`crate::task::time_namespace`).
 fn unshare_time() {
-    // This changes nothing for this process (time_namespaces(7)).
+    // The calling process itself stays in its time namespace (time_namespaces(7)).
     if let Err(errno) = unshare(CLONE_NEWTIME) {
         error_log::record(&format!("failed to create a time namespace: {}", io::Error::from(errno)));
     }
@@ -147,7 +148,8 @@ fn prepare(
 fn set_user_and_groups(process: &Process) -> Result<(), String> {
     let user = process.user();
     let groups: Vec<Gid> = user.additional_gids().iter().flatten().copied().map(Gid::from_raw).collect();
-    // A user namespace can deny setgroups. In that case there are no groups to drop either.
+    // A user namespace can deny setgroups. In that case there are no groups to drop, so setgroups is called only if the
+    // request names groups.
     let denied = std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny");
     if !denied || !groups.is_empty() {
         setgroups(&groups).map_err(|errno| format!("failed to set the supplementary groups: {}", errno_text(errno)))?;
@@ -155,15 +157,15 @@ fn set_user_and_groups(process: &Process) -> Result<(), String> {
     set_id(user.uid(), user.gid())
 }
 
-/// Sets `uid` and `gid` and keeps the permitted capabilities for the next steps. The process has one thread, so no other
-/// thread keeps the old identity.
+/// Sets `uid` and `gid` and keeps the permitted capabilities for the next steps. The process has one thread, so no
+/// other thread keeps the old identity.
 fn set_id(uid: u32, gid: u32) -> Result<(), String> {
     let failed = |action: &'static str| move |errno| format!("failed to {action}: {}", errno_text(errno));
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     prctl::set_keepcaps(true).map_err(failed("set PR_SET_KEEPCAPS"))?;
     setresgid(gid, gid, gid).map_err(failed("set the gid"))?;
     setresuid(uid, uid, uid).map_err(failed("set the uid"))?;
-    prctl::set_keepcaps(false).map_err(failed("set PR_SET_KEEPCAPS"))
+    prctl::set_keepcaps(false).map_err(failed("clear PR_SET_KEEPCAPS"))
 }
 
 fn change_directory(cwd: &Path) -> Result<(), String> {
@@ -175,20 +177,22 @@ fn change_directory(cwd: &Path) -> Result<(), String> {
 }
 
 /// Opens the cgroups that the process can join, in order of preference: the container's cgroup, then the cgroup of its
-/// init. The first accepts no process if the container has enabled controllers for child cgroups (cgroups(7)).
+/// init. The container's cgroup accepts no process if the container has enabled controllers for child cgroups
+/// (cgroups(7)).
 fn open_cgroups(request: &ExecRequest) -> io::Result<Vec<File>> {
     let container = File::open(&request.cgroup)?;
     let line = std::fs::read_to_string(format!("/proc/{}/cgroup", request.init_pid))?;
     let name = line.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
     let of_init = Path::new(crate::cgroup::MOUNT).join(name);
     if !of_init.starts_with(&request.cgroup) {
-        // The PID has been reused by another process: the container's init has exited.
+        // The container's init has exited, and another process has reused its PID.
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     Ok(vec![container, File::open(of_init)?])
 }
 
-/// Returns the CLONE_NEW* flags of the namespaces of `pid` that differ from those of this process.
+/// Compares the namespaces of `pid` with those of this process. Returns the CLONE_NEW* flags of the namespaces that
+/// differ.
 fn namespaces_to_join(pid: i32) -> io::Result<CloneFlags> {
     const KINDS: &[(&str, CloneFlags)] = &[
         ("user", CloneFlags::CLONE_NEWUSER),
@@ -234,7 +238,7 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// Forks a sibling of this process, directly into the first of `cgroups` that accepts it.
+/// Forks a sibling of this process. The sibling starts in the first cgroup of `cgroups` that accepts a process.
 fn clone_into(cgroups: &[File]) -> io::Result<i32> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut last = io::Error::from_raw_os_error(libc::EINVAL);
@@ -244,8 +248,8 @@ fn clone_into(cgroups: &[File]) -> io::Result<i32> {
             cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
             ..Default::default()
         };
-        // SAFETY: without a stack and CLONE_VM, clone3 works like fork(2). The process has one thread, so no lock is
-        // held in the child's copy of the memory. The arguments outlive the call.
+        // SAFETY: clone3 works like fork(2), because it gets neither a stack nor CLONE_VM. The process has one thread,
+        // so no lock is held in the child's copy of the memory. The arguments outlive the call.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
         match i32::try_from(pid) {
             Ok(pid) if pid >= 0 => return Ok(pid),

@@ -28,7 +28,8 @@ impl Executor for HuskExecutor {
             None => "no process in the specification".to_owned(),
             Some(process) => exec_program(process, self.home.borrow().as_deref()),
         };
-        // Start has already succeeded for the client, as with runc, so the reason goes to the container's stderr.
+        // The client's Start request has already succeeded, as with runc. Therefore the container's stderr gets the
+        // reason.
         let _ = writeln!(std::io::stderr(), "{failed}");
         std::process::exit(1)
     }
@@ -65,7 +66,7 @@ pub fn exec_program(process: &Process, home: Option<&str>) -> String {
     else {
         return format!("exec {path}: invalid argument");
     };
-    // Rust's runtime ignores SIGPIPE; programs expect the default, which terminates them.
+    // Rust's runtime ignores SIGPIPE. Programs expect the default action, which terminates them.
     let _ = set_default_action(Signal::SIGPIPE);
     match execve(&program, &args, &environment) {
         Ok(never) => match never {},
@@ -73,9 +74,9 @@ pub fn exec_program(process: &Process, home: Option<&str>) -> String {
     }
 }
 
-/// Returns the home directory of `uid` in the container's `/etc/passwd`, or `/`.
+/// Returns the home directory of `uid` according to the container's `/etc/passwd`. The fallback is `/`.
 ///
-/// The image is untrusted: the file is read only if it is a regular file, and only up to 1 MiB.
+/// The image is untrusted. Therefore the file is read only if it is a regular file, and only up to 1 MiB.
 pub fn home_directory(uid: u32) -> String {
     use std::io::Read;
     use std::os::unix::fs::OpenOptionsExt;
@@ -104,7 +105,7 @@ fn program(process: &Process) -> Result<String, String> {
     look_path(name, path)
 }
 
-/// Follows the rules and the error texts of Go's `exec.LookPath`, which runc uses.
+/// Looks up a program with the rules and the error texts of Go's `exec.LookPath`, which runc uses.
 fn look_path(name: &str, path: &str) -> Result<String, String> {
     if name.contains('/') {
         return match executable(name) {
@@ -136,15 +137,15 @@ fn executable(path: &str) -> Result<(), Errno> {
         return Err(Errno::EISDIR);
     }
     match faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS) {
-        // A seccomp filter may forbid faccessat(2). The fallback is the mode bits.
+        // A seccomp filter may forbid faccessat(2). The fallback is to check the mode bits.
         Err(Errno::ENOSYS | Errno::EPERM) if metadata.permissions().mode() & 0o111 != 0 => Ok(()),
         Err(Errno::ENOSYS | Errno::EPERM) => Err(Errno::EACCES),
         result => result,
     }
 }
 
-/// Returns the environment in the specification's order. Of a name's values the last one is kept, at the position of
-/// the first. HOME is added if it is missing or empty.
+/// Returns the environment in the specification's order. If a name occurs several times, its last value is kept, at
+/// the position of the first. HOME is added if it is missing or empty.
 fn environment(entries: &[String], home: Option<&str>) -> Vec<String> {
     let mut positions: HashMap<&str, usize> = HashMap::new();
     let mut result: Vec<String> = Vec::with_capacity(entries.len() + 1);
@@ -170,7 +171,7 @@ fn c_strings(strings: &[String]) -> Option<Vec<CString>> {
     strings.iter().map(|s| CString::new(s.as_str()).ok()).collect()
 }
 
-/// Returns the error text of C and Go, without the number.
+/// Returns an error's text as Go prints it: with the first letter in lower case, and without the error number.
 pub fn errno_text(errno: Errno) -> String {
     let words = errno.desc();
     let mut letters = words.chars();

@@ -1,8 +1,11 @@
 //! The helper: the re-executed, single-threaded agent that starts one process of a container and exits.
 //!
-//! It is a separate process for two reasons. Namespaces, working directory, resource limits and the dumpable flag are
-//! attributes of a whole process. Code between fork and exec must not wait for locks that another thread holds.
-//! Fds 0 to 2 are those of the new process. Request and response are files in a private directory.
+//! It is a separate process for two reasons. First, namespaces, working directory, resource limits and the dumpable
+//! flag are attributes of a whole process. Second, code between fork and exec must not wait for locks that another
+//! thread holds.
+//!
+//! Fds 0 to 2 of the helper become the standard streams of the new process. Request and response are files in a
+//! private directory.
 
 mod create;
 pub mod devices;
@@ -27,10 +30,10 @@ pub const ARGV0: &str = "husk-helper";
 pub const CREATE: &str = "create";
 /// First argument of the helper that starts an exec.
 pub const EXEC: &str = "exec";
-/// First argument of the process that is PID 1 of a pod's shared PID namespace, and of those that hold namespaces open.
+/// First argument of PID 1 of a pod's shared PID namespace. Processes that hold namespaces open have the same argument.
 pub const POD_INIT: &str = "pod-init";
 
-/// Runs the helper with role `role`.
+/// Runs the helper in the role `role`: [`CREATE`], [`EXEC`] or [`POD_INIT`].
 pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode {
     if role == POD_INIT {
         return pod_init();
@@ -42,7 +45,7 @@ pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode 
     std::panic::set_hook(Box::new(|info| error_log::record(&format!("panic: {info}"))));
     let result = error_log::open(&error_log_path)
         .and_then(|()| Request::read(&request))
-        .map_err(|error| format!("failed to read the helper's request: {error}"))
+        .map_err(|error| format!("failed to open the helper's error log or read its request: {error}"))
         .and_then(|request| match request {
             Request::Create(request) => create::run(&request),
             Request::Exec(request) => exec::run(request),
@@ -58,7 +61,7 @@ pub fn main(role: &OsStr, mut args: impl Iterator<Item = OsString>) -> ExitCode 
     }
 }
 
-/// Runs PID 1 of a PID namespace that several containers share. It only reaps orphans.
+/// Runs PID 1 of a PID namespace that several containers share. The only task of this PID 1 is to reap orphans.
 fn pod_init() -> ExitCode {
     loop {
         if wait(-1, 0).is_err() {

@@ -27,14 +27,14 @@ pub struct CreateRequest {
     pub state_root: PathBuf,
     /// Directory of the container's cgroup.
     pub cgroup: PathBuf,
-    /// Path of the console socket that takes the terminal's master; `None` without a terminal.
+    /// Path of the console socket, which receives the terminal's master. `None` for a process without a terminal.
     pub console: Option<PathBuf>,
 }
 
 /// Request to start an exec.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ExecRequest {
-    /// PID of the container's init, as the agent sees it.
+    /// PID of the container's init in the agent's PID namespace.
     pub init_pid: i32,
     /// Process as the client specified it.
     pub process: Process,
@@ -42,7 +42,7 @@ pub struct ExecRequest {
     pub seccomp: Option<LinuxSeccomp>,
     /// Directory of the container's cgroup.
     pub cgroup: PathBuf,
-    /// Path of the console socket that takes the terminal's master; `None` without a terminal.
+    /// Path of the console socket, which receives the terminal's master. `None` for a process without a terminal.
     pub console: Option<PathBuf>,
 }
 

@@ -1,4 +1,4 @@
-//! Receives a container's terminal from the helper over a console socket, and sets its window size.
+//! Receives a container's terminal from the helper over a console socket, and sets the terminal's window size.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,15 +11,15 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::relay::{self, Endpoint};
 
-/// Console socket of one process; the helper gets its path.
+/// Console socket of one process. The helper gets the socket's path.
 pub struct Console {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl Console {
-    /// Listens at a new, short path. A socket path has at most 108 bytes (unix(7)), and the container id and the exec
-    /// id of a pod have 64 bytes each.
+    /// Listens at a new, short path. A socket path has at most 108 bytes (unix(7)). The container id and the exec id
+    /// have 64 bytes each in a pod, so a path with both ids would be too long.
     pub fn listen() -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = PathBuf::from(format!("/run/husk/tty-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
@@ -32,7 +32,7 @@ impl Console {
         &self.path
     }
 
-    /// Waits for the terminal's master from the helper. Fails if the connection ends without one.
+    /// Waits until the helper sends the terminal's master. Fails if the connection ends before that.
     pub async fn receive(self) -> io::Result<Endpoint> {
         let (stream, _) = self.listener.accept().await?;
         let fd = loop {
@@ -63,7 +63,7 @@ pub fn resize(master: &Endpoint, width: u32, height: u32) -> io::Result<()> {
     terminal::set_window_size(master.get_ref(), clamp(width), clamp(height))
 }
 
-/// Makes `uid` the owner of the terminal's slave, as runc does, so that this user can open it again.
+/// Makes `uid` the owner of the terminal's slave, as runc does, so that this user can open the slave again.
 pub fn chown_slave(master: &Endpoint, uid: u32) {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     if let Ok(slave) = terminal::open_slave(master.get_ref(), flags) {

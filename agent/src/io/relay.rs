@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 
 /// Size of one read, in bytes. The kernel's vsock packets carry at most 64 KiB.
 const CHUNK: usize = 64 * 1024;
-/// Capacity of a pipe, in bytes. The process can write on while a chunk is being sent.
+/// Capacity of a pipe, in bytes. The process can continue to write while a chunk is being sent.
 pub const PIPE_BYTES: libc::c_int = 256 * 1024;
 
 /// Either side of a relay, registered with the async runtime.
@@ -25,10 +25,11 @@ pub fn endpoint(fd: OwnedFd) -> io::Result<Endpoint> {
     Ok(Arc::new(crate::async_fd::register(File::from(fd), Interest::READABLE | Interest::WRITABLE)?))
 }
 
-/// Copies until `from` reaches its end. After a notification of `close`, copies only the data that has already arrived.
+/// Copies until `from` reaches its end. After `close` has been notified, copies only data that has already arrived.
 ///
 /// # Errors
-/// Returns the first error of either side. EIO of a terminal and a closed peer count as the end of `from`.
+/// Returns the first error of either side. EIO from a terminal, or a connection that the peer has closed, counts as the
+/// end of `from`.
 pub async fn copy(from: &Endpoint, to: &Endpoint, close: &Notify) -> io::Result<()> {
     let mut buffer = Vec::new();
     let mut closing = false;
@@ -74,8 +75,8 @@ pub async fn copy(from: &Endpoint, to: &Endpoint, close: &Notify) -> io::Result<
     }
 }
 
-/// Relays a process's output to its stream. If the host closes the stream, the output is read and discarded: the
-/// process would block on a full pipe.
+/// Relays a process's output to its stream. If the host closes the stream, the output is read and discarded. Otherwise
+/// the process would block on a full pipe.
 pub async fn output(from: Endpoint, to: Endpoint) {
     if let Err(error) = copy(&from, &to, &Notify::new()).await {
         tracing::debug!("failed to relay output: {error}");
@@ -98,7 +99,7 @@ async fn drain(from: &Endpoint) {
 
 /// Signals the end of the data to the peer.
 pub fn half_close(stream: &Endpoint) {
-    // On anything but a socket, this fails without effect.
+    // If `stream` is not a socket, the call fails and has no effect.
     let _ = shutdown(stream.as_raw_fd(), Shutdown::Write);
 }
 

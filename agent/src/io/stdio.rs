@@ -10,14 +10,14 @@ use tokio::sync::Notify;
 
 use super::relay::{self, Endpoint};
 
-/// Streams that a request named, taken from the table of connected streams.
+/// Streams that a request names, taken from the table of connected streams.
 #[derive(Default)]
 pub struct StdioStreams {
     /// Stream for standard input, or for the terminal's input.
     pub stdin: Option<OwnedFd>,
     /// Stream for standard output, or for the terminal's output.
     pub stdout: Option<OwnedFd>,
-    /// Stream for standard error; `None` with a terminal.
+    /// Stream for standard error. `None` if the process has a terminal.
     pub stderr: Option<OwnedFd>,
 }
 
@@ -28,7 +28,7 @@ pub struct ChildIo {
     pub stderr: OwnedFd,
 }
 
-/// Relays between streams and a process, not yet started.
+/// Relays between streams and a process, before they are started.
 #[derive(Default)]
 pub struct Relays {
     input: Option<(Endpoint, Endpoint)>,
@@ -37,7 +37,7 @@ pub struct Relays {
 }
 
 impl Relays {
-    /// Creates pipes for a process that runs as `uid`. Fds without a stream get `/dev/null`.
+    /// Creates pipes for a process that runs as `uid`. Uses `/dev/null` for each fd that has no stream.
     pub fn pipes(streams: StdioStreams, uid: u32) -> io::Result<(Self, ChildIo)> {
         let mut relays = Self::default();
         let stdin = match streams.stdin {
@@ -60,7 +60,8 @@ impl Relays {
         Ok((relays, ChildIo { stdin, stdout, stderr }))
     }
 
-    /// Creates the relays of a terminal. One stream carries both directions, or two streams carry one each.
+    /// Creates the relays of a terminal. Either one stream carries both directions, or each direction has its own
+    /// stream.
     pub fn terminal(streams: StdioStreams, master: &Endpoint) -> io::Result<Self> {
         let mut relays = Self::default();
         let stdout = streams.stdout.map(relay::endpoint).transpose()?;

@@ -1,4 +1,4 @@
-//! The table of stdio streams that the host has connected and no request has named yet.
+//! The table of stdio streams that the host has connected and that no request has named yet.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,12 +15,12 @@ use tokio::time::timeout;
 
 use crate::vsock::Listener;
 
-/// Maximum number of connections that wait for their request. The same limit applies to those that wait for a header.
+/// Maximum number of connections that wait for a request. The same limit applies to connections that wait for a header.
 const MAX_PENDING: usize = 256;
 /// Timeout of a request that waits for its stream, and of a connection that waits for its header.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Reason why a request does not get a stream that it names.
+/// Reason why a request does not get a stream whose token it contains.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The request's string is not a token.
@@ -37,7 +37,7 @@ struct Table {
     awaited: HashMap<u64, oneshot::Sender<OwnedFd>>,
 }
 
-/// Handle to the table. Clones share the same table.
+/// Handle to the table of streams. Clones share the same table.
 #[derive(Clone, Default)]
 pub struct Streams {
     table: Arc<Mutex<Table>>,
@@ -81,7 +81,8 @@ impl Streams {
         }
     }
 
-    /// Takes the stream that `token` names, and waits for it if necessary. Returns `None` for an empty string.
+    /// Takes the stream that `token` names. Waits if the host has not connected the stream yet. Returns `None` for an
+    /// empty string.
     pub async fn take(&self, token: &str) -> Result<Option<OwnedFd>, StreamError> {
         if token.is_empty() {
             return Ok(None);

@@ -7,18 +7,18 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 
 const SECURITYFS: &str = "/sys/kernel/security";
-/// Takes a complete policy in one write and replaces loaded profiles of the same names
+/// File that takes a complete policy in one write. The kernel replaces loaded profiles that have the same names
 /// (security/apparmor/apparmorfs.c, `profile_replace`).
 const REPLACE: &str = "/sys/kernel/security/apparmor/.replace";
 
 /// Reason why the policy was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// securityfs was not mounted: the kernel may lack it.
+    /// securityfs was not mounted. The kernel may not support it.
     #[error("failed to mount securityfs at {SECURITYFS}")]
     Mount(#[source] nix::Error),
-    /// The kernel rejected the policy, which may be in the format of a newer kernel.
-    #[error("failed to load the policy: rejected by the guest kernel")]
+    /// The policy was not written. The guest kernel rejects a policy whose format is that of a newer kernel.
+    #[error("failed to write the policy to {REPLACE}: the guest kernel may not support its format")]
     Refused(#[source] io::Error),
 }
 

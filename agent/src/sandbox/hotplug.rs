@@ -3,13 +3,13 @@
 use std::io;
 use std::path::Path;
 
-/// The kernel's CPU devices.
+/// sysfs directory of the CPUs.
 const CPUS: &str = "/sys/devices/system/cpu";
-/// Module parameters for hot-plugged memory.
+/// Directory of the kernel parameters for hot-plugged memory.
 const MEMORY_HOTPLUG: &str = "/sys/module/memory_hotplug/parameters";
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
-/// Number of huge pages of 2 MiB in the kernel's pool (Documentation/admin-guide/mm/hugetlbpage.rst).
+/// File with the number of 2 MiB huge pages in the kernel's pool (Documentation/admin-guide/mm/hugetlbpage.rst).
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Reason why CPUs were not brought online or taken offline.
@@ -37,7 +37,7 @@ pub enum CpuError {
 }
 
 /// Brings the first `count` CPUs online and takes the others offline. Returns the number of online CPUs. Blocks for
-/// some milliseconds per CPU, so it must not run on the async runtime's thread.
+/// some milliseconds per CPU. Must not be called on the async runtime's thread.
 ///
 /// # Errors
 /// CPUs whose state was changed before the error keep their new state.
@@ -58,8 +58,9 @@ pub fn set_online_cpus(count: u32) -> Result<u32, CpuError> {
     Ok(parse_cpu_list(&read("online")?).len() as u32)
 }
 
-/// Sets the policy that onlines most of the hot-plugged memory to ZONE_MOVABLE, so that it can be unplugged again
-/// (Documentation/admin-guide/mm/memory-hotplug.rst, "auto-movable"). Must be called before memory is hot-plugged.
+/// Sets the policy that puts most of the hot-plugged memory into ZONE_MOVABLE. Memory in this zone can be unplugged
+/// again (Documentation/admin-guide/mm/memory-hotplug.rst, "auto-movable"). Must be called before memory is
+/// hot-plugged.
 pub fn set_movable_policy() {
     for (name, value) in [("online_policy", "auto-movable"), ("auto_movable_ratio", "400")] {
         if let Err(error) = std::fs::write(Path::new(MEMORY_HOTPLUG).join(name), value) {
@@ -68,21 +69,22 @@ pub fn set_movable_policy() {
     }
 }
 
-/// Drops unused dentries and inodes and, with `pages`, the page cache (Documentation/admin-guide/sysctl/vm.rst). The
-/// kernel walks all of them, so it must not run on the async runtime's thread.
+/// Drops unused dentries and inodes. If `pages` is true, also drops the page cache
+/// (Documentation/admin-guide/sysctl/vm.rst). Blocks while the kernel walks all these objects. Must not be called on
+/// the async runtime's thread.
 pub fn drop_caches(pages: bool) -> io::Result<()> {
     std::fs::write(DROP_CACHES, if pages { "3" } else { "2" })
 }
 
-/// Sets the size of the pool of 2 MiB huge pages. Returns its actual size. The kernel searches all memory and migrates
-/// pages that are in the way, so it must not run on the async runtime's thread.
+/// Sets the size of the pool of 2 MiB huge pages. Returns the pool's actual size. Blocks while the kernel searches all
+/// memory and migrates pages that are in the way. Must not be called on the async runtime's thread.
 pub fn set_huge_pages(count: u64) -> io::Result<u64> {
     std::fs::write(HUGE_PAGES, count.to_string())?;
     let text = std::fs::read_to_string(HUGE_PAGES)?;
     text.trim().parse().map_err(io::Error::other)
 }
 
-/// Parses a CPU list like `0-3,7` to ascending numbers.
+/// Parses a CPU list like `0-3,7` into CPU numbers.
 fn parse_cpu_list(list: &str) -> Vec<u32> {
     let range = |part: &str| {
         let (low, high) = part.split_once('-').unwrap_or((part, part));

@@ -20,7 +20,7 @@ impl LinkNotifications {
         Ok(Self { socket: crate::async_fd::register(socket, Interest::READABLE)? })
     }
 
-    /// Waits for the next notification. A receive buffer overrun (ENOBUFS) counts as one.
+    /// Waits for the next notification. A receive buffer overrun (ENOBUFS) counts as a notification.
     pub async fn next(&self) -> io::Result<()> {
         self.socket
             .async_io(Interest::READABLE, |socket| {

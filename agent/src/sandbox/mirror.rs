@@ -1,6 +1,9 @@
-//! Mirrored volumes: copies of volumes in the guest, kept up to date with entries that the shim sends.
+//! Mirrored volumes: copies of volumes in the guest. The shim sends entries that keep the copies up to date.
 //!
-//! The copies are on a file system of the guest, so inotify(7) reports their changes to containers as usual. Unchanged
+//! One or more messages with the entries of a whole volume form a round. At the end of a round, entries that the round
+//! has not named are removed.
+//!
+//! The copies are on a file system of the guest. Therefore inotify(7) reports changes to containers as usual. Unchanged
 //! entries are not touched. New and changed files are written to a temporary path and renamed, so that a reader sees
 //! either the old or the new version.
 
@@ -22,7 +25,7 @@ use husk_proto::agent::{MirrorEntry, UpdateMirrorRequest};
 /// The mirrored volumes of all containers.
 pub struct Mirrors {
     root: PathBuf,
-    /// Paths that the messages of an unfinished round have named, by container and mount.
+    /// Unfinished rounds by container and mount. The value contains the paths that the round has named so far.
     rounds: Mutex<HashMap<(String, u32), BTreeSet<PathBuf>>>,
 }
 
@@ -37,10 +40,10 @@ impl Mirrors {
         Self { root, rounds: Mutex::default() }
     }
 
-    /// Removes the mirrored volumes of a container and the state of its unfinished rounds, if there are any. Blocks.
+    /// Removes a container's mirrored volumes and the state of its unfinished rounds. Blocks.
     pub fn remove(&self, container: &str) {
         let Ok(name) = path_component(OsStr::new(container)) else { return };
-        // The lock is held during the removal, so that it waits for a message that is being applied.
+        // The lock is held during the removal. Therefore no message can be applied at the same time.
         let mut rounds = lock(&self.rounds);
         rounds.retain(|(of, _), _| of != container);
         let path = self.root.join(name);
@@ -55,13 +58,14 @@ impl Mirrors {
     /// Applies one message. Blocks.
     ///
     /// # Errors
-    /// Returns the path that failed with the kernel's error. Entries that were applied before it stay.
+    /// The error names the failed path and contains the kernel's error. Entries that were applied earlier stay.
     pub fn apply(&self, request: &UpdateMirrorRequest) -> io::Result<()> {
         let container = self.root.join(path_component(OsStr::new(&request.container_id))?);
         let (root, temporary) =
             (container.join(request.mount.to_string()), container.join(format!("{}.new", request.mount)));
         fs::create_dir_all(&container)?;
-        // Search permission for all: containers that mount a volume from here run as any user. They cannot list it.
+        // All users get search permission, because a container that mounts a volume from here can run as any user.
+        // They get no read permission and cannot list the directory.
         fs::set_permissions(&self.root, Permissions::from_mode(0o711))?;
         let key = (request.container_id.clone(), request.mount);
         let mut rounds = lock(&self.rounds);
@@ -69,7 +73,7 @@ impl Mirrors {
         for entry in &request.entries {
             let path = relative_path(OsStr::from_bytes(&entry.path))?;
             if path.as_os_str().is_empty() {
-                // The volume's root begins a new round: the paths of an unfinished round no longer count.
+                // The entry of the volume's root begins a new round. The paths of an unfinished round no longer count.
                 named.clear();
             }
             apply_entry(&root, &path, &temporary, entry).map_err(|error| {
@@ -103,7 +107,8 @@ fn relative_path(path: &OsStr) -> io::Result<PathBuf> {
     }
 }
 
-/// Applies one entry. Its parents must be directories and not symbolic links; their own entries precede it.
+/// Applies one entry. All parents of `path` must be directories, not symbolic links. The shim sends the entries of the
+/// parents first.
 fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) -> io::Result<()> {
     let mut parent = root.to_path_buf();
     for part in path.parent().into_iter().flat_map(Path::components) {
@@ -155,7 +160,8 @@ fn apply_entry(root: &Path, path: &Path, temporary: &Path, entry: &MirrorEntry) 
     }
 }
 
-/// Opens the temporary file to append at `offset`. Offset 0 replaces what an earlier round left there.
+/// Opens the temporary file for appending at `offset`. Offset 0 replaces a file that an earlier round left at this
+/// path.
 fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     if offset > 0 {
         let file = OpenOptions::new().append(true).open(temporary)?;
@@ -165,13 +171,13 @@ fn open_temporary(temporary: &Path, offset: u64) -> io::Result<File> {
     OpenOptions::new().append(true).create_new(true).mode(0o600).open(temporary)
 }
 
-/// Sets owner and mode if they differ.
+/// Sets the owner and the mode of `path` if they differ from those of the entry.
 fn set_owner_and_mode(path: &Path, entry: &MirrorEntry) -> io::Result<()> {
     let meta = fs::symlink_metadata(path)?;
     if (meta.uid(), meta.gid()) != (entry.uid, entry.gid) {
         chown(path, Some(entry.uid), Some(entry.gid))?;
     }
-    // After the owner, because changing the owner clears the set-ID bits.
+    // The mode is set after the owner, because changing the owner clears the set-user-ID and set-group-ID bits.
     if fs::symlink_metadata(path)?.mode() & 0o7777 != entry.mode & 0o7777 {
         fs::set_permissions(path, Permissions::from_mode(entry.mode & 0o7777))?;
     }
@@ -196,7 +202,8 @@ fn remove_existing(path: &Path, present: Option<&Metadata>) -> io::Result<()> {
     }
 }
 
-/// Removes files and directories that are not in `keep`, whose paths are relative to `root`.
+/// Removes the files and directories under `root`/`below` that are not in `keep`. Paths in `keep` are relative to
+/// `root`.
 fn prune(root: &Path, below: &Path, keep: &BTreeSet<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(root.join(below))? {
         let entry = entry?;
@@ -278,7 +285,7 @@ mod tests {
         assert_eq!(fs::read_to_string(dir.path().join("m/c/3/f")).unwrap(), "one two");
         assert!(
             round(&mirrors, vec![entry(Kind::DIRECTORY, "", ""), rest]).is_err(),
-            "accepted a piece without the preceding one"
+            "accepted a piece although the preceding piece is missing"
         );
     }
 

@@ -28,7 +28,7 @@ pub const NET_NAMESPACE: &str = "/run/husk/ns/net";
 pub const IPC_NAMESPACE: &str = "/run/husk/ns/ipc";
 /// The pod's UTS namespace.
 pub const UTS_NAMESPACE: &str = "/run/husk/ns/uts";
-/// The pod's user namespace, if it has one.
+/// The pod's user namespace, if the pod has one.
 pub const USER_NAMESPACE: &str = "/run/husk/ns/user";
 /// The pod's shared PID namespace, if a container has requested it.
 const PID_NAMESPACE: &str = "/run/husk/ns/pid";
@@ -49,11 +49,11 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Creates the pod's namespaces, once. With `id_mappings`, a new user namespace owns them; they then replace
-    /// namespaces that were created before the mappings were known.
+    /// Creates the pod's namespaces if they do not exist. With `id_mappings`, a new user namespace owns the namespaces.
+    /// If namespaces were created before the mappings were known, the new ones replace them.
     ///
     /// # Errors
-    /// After an error, the next call tries again.
+    /// After an error, the next call retries.
     pub fn prepare(&self, id_mappings: Option<IdMappings>) -> Result<(), NamespaceError> {
         self.prepare_with(id_mappings, namespaces::create)
     }
@@ -71,12 +71,12 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Id mappings of the pod's user namespace, if it has one.
+    /// Returns the id mappings of the pod's user namespace, or `None` if the pod has no user namespace.
     pub fn id_mappings(&self) -> Option<IdMappings> {
         lock(&self.state).id_mappings.clone()
     }
 
-    /// Path of the shared PID namespace, which is created at the first call.
+    /// Returns the path of the shared PID namespace. The first call creates the namespace.
     pub fn shared_pid(&self) -> std::io::Result<PathBuf> {
         let mut state = lock(&self.state);
         if !state.has_shared_pid {
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prepare_returns_the_error_and_tries_again() {
+    fn prepare_retries_after_an_error() {
         let sandbox = Sandbox::default();
         let failure = || NamespaceError::Kernel { action: "create", source: nix::Error::EPERM };
         let result = sandbox.prepare_with(None, |_| Err(failure()));

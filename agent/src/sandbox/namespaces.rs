@@ -1,7 +1,7 @@
 //! Creates the pod's namespaces, pins them with bind mounts and runs code in them.
 //!
-//! The agent has one async thread, and nothing here awaits. No other code can run while the thread is in the pod's
-//! namespaces.
+//! The agent has one async thread, and no function of this module awaits. Therefore no other async code runs while the
+//! thread is in the pod's namespaces.
 
 use std::fs::{self, File};
 use std::io;
@@ -20,13 +20,30 @@ use crate::id_mappings::IdMappings;
 /// Reason why namespaces were not created or entered.
 #[derive(Debug, thiserror::Error)]
 pub enum NamespaceError {
-    /// A file of a namespace was not opened or created.
+    /// A file of a namespace was not opened.
     #[error("failed to open {path}")]
     Open {
         path: String,
         #[source]
         source: io::Error,
     },
+    /// A file or directory for a pinned namespace was not created.
+    #[error("failed to create {path}")]
+    Create {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    /// The id mappings of the user namespace were not written.
+    #[error("failed to write the id mappings to {path}")]
+    Write {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    /// The process that holds the namespaces was not started.
+    #[error("failed to start the process that holds the pod's namespaces")]
+    Spawn(#[source] io::Error),
     /// A namespace was not created, entered or pinned.
     #[error("failed to {action}")]
     Kernel {
@@ -71,10 +88,11 @@ impl Drop for NamespaceGuard {
     }
 }
 
-/// Creates the pod's network, IPC and UTS namespaces and, with `id_mappings`, the user namespace that owns them.
+/// Creates the pod's network, IPC and UTS namespaces. With `id_mappings`, also creates the user namespace that owns
+/// them.
 pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     let directory = "/run/husk/ns";
-    fs::create_dir_all(directory).map_err(|source| NamespaceError::Open { path: directory.into(), source })?;
+    fs::create_dir_all(directory).map_err(|source| NamespaceError::Create { path: directory.into(), source })?;
     if let Some(id_mappings) = id_mappings {
         create_in_user_namespace(id_mappings)?;
         if let Err(error) = run_in_pod(loopback::bring_up)? {
@@ -95,22 +113,21 @@ pub fn create(id_mappings: Option<&IdMappings>) -> Result<(), NamespaceError> {
     Ok(())
 }
 
-/// Creates the namespaces in a process that holds them until they are pinned. A process in a user namespace is no
-/// longer root outside it, so the agent cannot enter it itself.
+/// Creates the namespaces in another process, the holder, which keeps them alive until they are pinned. The agent
+/// cannot enter a user namespace itself: it would lose its privileges outside that namespace.
 fn create_in_user_namespace(id_mappings: &IdMappings) -> Result<(), NamespaceError> {
-    let open = |path: String| move |source| NamespaceError::Open { path, source };
     let all = KINDS.iter().fold(CloneFlags::CLONE_NEWUSER, |all, kind| all | kind.1);
-    let mut holder = spawn_holder(move || unshare(all)).map_err(open("/proc/self/exe".into()))?;
+    let mut holder = spawn_holder(move || unshare(all)).map_err(NamespaceError::Spawn)?;
     let result = (|| {
         let proc = format!("/proc/{}", holder.id());
         for (name, text) in [("uid_map", id_mappings.uid_map()), ("gid_map", id_mappings.gid_map())] {
             let path = format!("{proc}/{name}");
-            fs::write(&path, text).map_err(open(path))?;
+            fs::write(&path, text).map_err(|source| NamespaceError::Write { path, source })?;
         }
         pin_namespace(&format!("{proc}/ns/user"), USER_NAMESPACE)?;
         KINDS.iter().try_for_each(|(current, _, pin)| pin_namespace(&current.replace("/proc/self", &proc), pin))
     })();
-    // The reaper collects the holder.
+    // The reaper waits for the killed holder.
     if let Err(error) = holder.kill() {
         tracing::warn!("failed to kill the namespace holder: {error}");
     }
@@ -123,7 +140,7 @@ fn spawn_holder(enter: impl FnMut() -> nix::Result<()> + Send + Sync + 'static) 
     let mut command = Command::new("/proc/self/exe");
     command.arg0(crate::helper::ARGV0).arg(crate::helper::POD_INIT).env_clear();
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // SAFETY: `enter` makes only system calls; it takes no lock that another thread could hold.
+    // SAFETY: `enter` makes only system calls. It takes no lock that another thread could hold.
     unsafe { command.pre_exec(move || Ok(enter()?)) };
     command.spawn()
 }
@@ -134,7 +151,7 @@ fn pin_namespace(namespace: &str, pin: &str) -> Result<(), NamespaceError> {
         Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
         Err(error) => return Err(kernel_error("unmount a pinned namespace")(error)),
     }
-    File::create(pin).map_err(|source| NamespaceError::Open { path: pin.to_owned(), source })?;
+    File::create(pin).map_err(|source| NamespaceError::Create { path: pin.to_owned(), source })?;
     mount(Some(namespace), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(kernel_error("pin a namespace"))
 }
 
@@ -149,8 +166,8 @@ pub fn run_in_pod<T>(f: impl FnOnce() -> T) -> Result<T, NamespaceError> {
     Ok(result)
 }
 
-/// Creates a shared PID namespace with its PID 1 and pins it at `pin`. If `user_namespace` is given, it owns the PID
-/// namespace.
+/// Creates a shared PID namespace, starts its PID 1 and pins the namespace at `pin`. If `user_namespace` is given, that
+/// user namespace owns the PID namespace.
 pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Result<()> {
     if let Some(user_namespace) = user_namespace {
         return create_shared_pid_in(pin, user_namespace);
@@ -174,8 +191,10 @@ pub fn create_shared_pid(pin: &Path, user_namespace: Option<&Path>) -> io::Resul
     Ok(())
 }
 
-/// Creates the shared PID namespace in a user namespace. unshare(2) puts only children into the new PID namespace, so
-/// an intermediate process forks its PID 1, reports that child's PID and exits.
+/// Creates the shared PID namespace in a user namespace.
+///
+/// unshare(2) puts only children into the new PID namespace. An intermediate process therefore forks the namespace's
+/// PID 1, reports the child's PID and exits.
 fn create_shared_pid_in(pin: &Path, user_namespace: &Path) -> io::Result<()> {
     let user_namespace = File::open(user_namespace)?;
     let (mut pid_reader, pid_writer) = io::pipe()?;

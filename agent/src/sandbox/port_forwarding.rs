@@ -1,5 +1,7 @@
-//! Port forwarding: for each connection accepted in the pod's network namespace on the host, connects to the same
-//! address in the guest's and relays the data.
+//! Guest side of port forwarding: connects to a server in the pod for each forwarded connection.
+//!
+//! The host accepts connections in the pod's network namespace on the node. For each of them, this module connects to
+//! the same address in the pod's network namespace in the guest and relays the data.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -18,7 +20,7 @@ use crate::vsock::Listener;
 
 /// Maximum number of concurrent connections.
 const MAX_CONNECTIONS: usize = 1024;
-/// Timeout for reading the header, and for connecting.
+/// Timeout for each of two steps: reading the header, and connecting.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Accepts connections until the listener fails.
@@ -28,7 +30,7 @@ pub async fn serve(listener: Listener) {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok(stream) => stream,
-            Err(error) => return tracing::error!("failed to accept a connection to the port forwarding port: {error}"),
+            Err(error) => return tracing::error!("failed to accept a connection for port forwarding: {error}"),
         };
         tokio::spawn(async move {
             if let Err(error) = forward_connection(stream).await {
@@ -40,8 +42,8 @@ pub async fn serve(listener: Listener) {
 }
 
 async fn forward_connection(stream: OwnedFd) -> io::Result<()> {
-    // A `UnixStream` works here: read, write and shutdown are the same for all stream sockets, and nothing asks for the
-    // socket's address.
+    // A `UnixStream` also works for this vsock socket. All stream sockets have the same calls for read, write and
+    // shutdown, and no code asks for the socket's address.
     let mut host = UnixStream::from_std(stream.into())?;
     let mut header = [0; HEADER_LEN];
     timeout(TIMEOUT, host.read_exact(&mut header)).await.map_err(|_| io::ErrorKind::TimedOut)??;
@@ -59,8 +61,10 @@ async fn forward_connection(stream: OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Connects to `address` in the pod. 127.0.0.1 stands for localhost, so `::1` is the fallback. The host's side cannot
-/// know which of the two the server listens on, and a client tries `::1` only after a refused connection.
+/// Connects to `address` in the pod. If `address` is 127.0.0.1 and the connection is refused, the fallback is `::1`.
+///
+/// 127.0.0.1 stands for localhost. The host cannot know whether the server listens on 127.0.0.1 or on `::1`. A client
+/// that connects to localhost also tries `::1` only after a refused connection.
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     match connect_to(address).await {
         Err(error)

@@ -30,7 +30,7 @@ pub struct SandboxService {
 }
 
 impl SandboxService {
-    /// Creates the service for `sandbox`, with the events of `hub`.
+    /// Creates the service for `sandbox`. The Events request streams the events of `hub`.
     pub fn new(sandbox: Arc<Sandbox>, hub: EventHub) -> Self {
         Self { sandbox, hub, volumes: Arc::default(), network: Network::default() }
     }

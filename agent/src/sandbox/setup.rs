@@ -1,4 +1,4 @@
-//! Steps of Setup: the clock, mounts and sysctls.
+//! Steps of the Setup request: set the clock, mount file systems, write sysctls.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -15,7 +15,7 @@ pub fn set_clock(ns: i64) -> io::Result<()> {
     Ok(())
 }
 
-/// Mounts one request and creates its target if it is missing.
+/// Performs one requested mount. Creates the mount point if it does not exist.
 pub fn mount(request: &Mount) -> io::Result<()> {
     let (flags, data) = options(&request.options);
     let target = Path::new(&request.target);
@@ -30,7 +30,7 @@ pub fn mount(request: &Mount) -> io::Result<()> {
     let data = Some(data.as_str()).filter(|data| !data.is_empty());
     nix::mount::mount(Some(request.source.as_str()), target, Some(request.fs_type.as_str()), flags, data)?;
     if flags.contains(MsFlags::MS_BIND) && flags.contains(MsFlags::MS_RDONLY) {
-        // mount(2) ignores other flags when it creates a bind mount; they take effect with a remount.
+        // When mount(2) creates a bind mount, it ignores the other flags. Only a remount applies them.
         nix::mount::mount(None::<&str>, target, None::<&str>, flags | MsFlags::MS_REMOUNT, None::<&str>)?;
     }
     Ok(())
@@ -58,9 +58,9 @@ fn options(options: &[String]) -> (MsFlags, String) {
     (flags, data.join(","))
 }
 
-/// Writes a sysctl. Its name may use dots or slashes as separators.
+/// Writes a sysctl. The separators in `name` may be dots or slashes.
 pub fn set_sysctl(name: &str, value: &str) -> io::Result<()> {
-    // With slashes as separators, a dot is part of a name, as in net/ipv4/conf/eth0.5/forwarding.
+    // If the separators are slashes, a dot is part of a component, as in net/ipv4/conf/eth0.5/forwarding.
     let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
     if path.split('/').any(|part| part.is_empty() || part == "..") {
         return Err(io::ErrorKind::InvalidInput.into());

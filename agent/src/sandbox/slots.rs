@@ -1,10 +1,10 @@
-//! Guest side of hot-plugged and hot-unplugged virtio-mmio devices.
+//! Guest side of hot-plug and hot-unplug of virtio-mmio devices.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
-/// Where the kernel lists platform devices.
+/// Directory in which the kernel lists platform devices.
 const DEVICES: &str = "/sys/bus/platform/devices";
 const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
 const UNBIND: &str = "/sys/bus/platform/drivers/virtio-mmio/unbind";
@@ -38,12 +38,12 @@ pub enum SlotError {
     },
 }
 
-/// Makes the kernel probe a slot that was empty. Returns major and minor of the block device in it, if it is one.
-/// Blocks.
+/// Makes the kernel probe a slot that was empty. If the device in the slot is a block device, returns its major and
+/// minor number. Blocks.
 pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(BIND, &device) {
-        // The device is already bound: the kernel has probed it by itself.
+        // The kernel has already probed and bound the device without this request.
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
         Err(source) => return Err(SlotError::Bind { device, source }),
         Ok(()) => {}
@@ -51,7 +51,7 @@ pub fn bind_device(slot: u32) -> Result<Option<(u32, u32)>, SlotError> {
     find_disk(&Path::new(DEVICES).join(&device)).map_err(|source| SlotError::Inspect { device, source })
 }
 
-/// Unbinds a slot's device from its driver, even while it is in use. Blocks.
+/// Unbinds a slot's device from its driver, even while the device is in use. Blocks.
 pub fn unbind_device(slot: u32) -> Result<(), SlotError> {
     let device = husk_proto::mmio_slots::device_name(slot);
     match write_driver_file(UNBIND, &device) {
@@ -65,7 +65,8 @@ fn write_driver_file(file: &str, device: &str) -> io::Result<()> {
     OpenOptions::new().write(true).open(file)?.write_all(device.as_bytes())
 }
 
-/// Returns major and minor of the disk below a platform device: `virtio<n>/block/vd<x>/dev`.
+/// Returns the major and minor number of a platform device's disk. Reads them from `virtio<n>/block/vd<x>/dev` below
+/// `device`.
 fn find_disk(device: &Path) -> io::Result<Option<(u32, u32)>> {
     for entry in fs::read_dir(device)? {
         let entry = entry?;

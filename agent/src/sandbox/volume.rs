@@ -1,8 +1,10 @@
-//! Memory volumes: tmpfs and hugetlbfs mounts that the pod's containers share and that live as long as the pod. Also
-//! subpaths of memory volumes and of volumes in the share.
+//! Mounts memory volumes, and bind-mounts subpaths of memory volumes and of volumes in the share.
+//!
+//! A memory volume is a tmpfs or hugetlbfs that the pod's containers share. It stays mounted as long as the pod lives.
 //!
 //! Containers can write to volumes. A subpath is therefore opened component by component without following symbolic
-//! links, and the container gets a bind mount of the opened file. A link created later cannot redirect it.
+//! links, and the container gets a bind mount of the opened file. A symbolic link that is created later cannot redirect
+//! this mount.
 
 use std::collections::HashSet;
 use std::fs;
@@ -28,20 +30,20 @@ const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 /// Reason why a volume or its subpath was not mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// A name is not a path component, or a file system is not supported.
-    #[error("invalid name or file system type {0:?}: must be a single path component, or tmpfs or hugetlbfs")]
+    /// A name is not a single path component, or a file system type is not supported.
+    #[error("invalid name or file system type {0:?}: a name must be one path component, a type tmpfs or hugetlbfs")]
     Invalid(String),
     /// A mount point was not created.
     #[error("failed to create directory {0}")]
     Directory(PathBuf, #[source] io::Error),
-    /// The file on which a file of a volume is mounted was not created.
+    /// The mount point for a file of a volume was not created.
     #[error("failed to create file {0}")]
     File(PathBuf, #[source] io::Error),
     /// A mount failed.
     #[error("failed to mount at {0}")]
     Mount(PathBuf, #[source] nix::Error),
     /// A component of the subpath was not opened or created.
-    #[error("failed to open {0:?} in the volume")]
+    #[error("failed to open or create {0:?} in the volume")]
     Subpath(String, #[source] nix::Error),
 }
 
@@ -50,7 +52,8 @@ pub enum VolumeError {
 pub struct Volumes(Mutex<HashSet<String>>);
 
 impl Volumes {
-    /// Mounts a volume unless it is mounted, and binds the container's subpath of it, if the request has one. Blocks.
+    /// Mounts a volume unless it is already mounted. If the request has a subpath, bind-mounts the subpath for the
+    /// container. Blocks.
     ///
     /// # Errors
     /// After an error, a volume that has been mounted stays mounted.
@@ -84,15 +87,15 @@ impl Volumes {
     }
 }
 
-/// Held while a subpath of a shared volume is bound, and while unused shared volumes are unmounted. Containers are
-/// created and deleted concurrently, and a volume must not be unmounted while a subpath of it is being bound.
+/// Lock that is held while a subpath is bound, and while unused shared volumes are unmounted. Containers are created
+/// and deleted concurrently. Without the lock, a volume could be unmounted while one of its subpaths is being bound.
 static SHARED_VOLUMES_LOCK: Mutex<()> = Mutex::new(());
 
 fn lock_shared_volumes() -> MutexGuard<'static, ()> {
     lock(&SHARED_VOLUMES_LOCK)
 }
 
-/// Unmounts those shared volumes in `paths` of which no container has a subpath. Blocks.
+/// Unmounts the shared volumes in `paths`, except volumes whose subpaths containers use. Blocks.
 pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     let _guard = lock_shared_volumes();
     if !paths.is_empty() {
@@ -102,7 +105,8 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     shared_volumes::unmount(&paths);
 }
 
-/// Returns the shared volumes of which containers have subpaths, from the names `<container>/<subpath>` below `dir`.
+/// Returns the shared volumes whose subpaths containers use. Finds them from the names `<container>/<subpath>` below
+/// `dir`.
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let names = entries(dir).flat_map(|container| entries(&container).collect::<Vec<_>>());
@@ -111,7 +115,7 @@ fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
         .collect()
 }
 
-/// Unmounts the subpaths of a container, if it has any. Returns the shared volumes that contain them.
+/// Unmounts all subpaths of a container. Returns the shared volumes that contain these subpaths.
 pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     let path = Path::new(GUEST_SUBPATHS).join(container);
     let volumes =
@@ -120,7 +124,7 @@ pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
         if let Err(error) = umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             tracing::warn!("failed to unmount {}: {error}", entry.path().display());
-            // Removing a directory that is still mounted would delete the data of a volume.
+            // A volume is still mounted in this directory. Removing the directory would delete the volume's data.
             return HashSet::new();
         }
     }
@@ -133,16 +137,17 @@ pub fn remove_subpaths(container: &str) -> HashSet<PathBuf> {
     volumes
 }
 
-/// Opens a path below `root` and creates missing components as directories. An existing last component may be a file.
+/// Opens a path below `root` and creates missing components as directories. If the last component already exists, it
+/// may be a file.
 fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd, VolumeError> {
     let subpath_error = |name: &str| {
         let name = name.to_owned();
         move |error| VolumeError::Subpath(name, error)
     };
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    // O_DIRECTORY triggers the automount of a shared volume; O_PATH alone does not (fs/namei.c, `follow_automount`).
+    // O_DIRECTORY triggers the automount of a shared volume. O_PATH alone does not (fs/namei.c, `follow_automount`).
     let mut current =
-        openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(subpath_error("root"))?;
+        openat(nix::fcntl::AT_FDCWD, root, flags | OFlag::O_DIRECTORY, Mode::empty()).map_err(subpath_error("."))?;
     for directory in directories {
         let name = path_component(&directory.name)?;
         let next = match openat(&current, name, flags, Mode::empty()) {
@@ -162,14 +167,14 @@ fn open_subpath(root: &Path, directories: &[VolumeDirectory]) -> Result<OwnedFd,
 
 fn create_directory(parent: BorrowedFd<'_>, name: &Path, directory: &VolumeDirectory) -> nix::Result<()> {
     match mkdirat(parent, name, Mode::S_IRWXU) {
-        // Another process has created it in the meantime. It keeps its owner and mode.
+        // Another process has created the directory since the open failed. The directory keeps its owner and mode.
         Err(Errno::EEXIST) => return Ok(()),
         created => created?,
     }
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let created = openat(parent, name, flags, Mode::empty())?;
     fchown(&created, Some(Uid::from_raw(directory.uid)), Some(Gid::from_raw(directory.gid)))?;
-    // After the owner, because changing the owner clears the set-ID bits.
+    // The mode is set after the owner, because changing the owner clears the set-user-ID and set-group-ID bits.
     fchmod(&created, Mode::from_bits_truncate(directory.mode))
 }
 
@@ -233,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn bind_returns_the_error_of_creating_the_target() {
+    fn bind_reports_that_the_target_was_not_created() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "x").unwrap();
         let source = OwnedFd::from(fs::File::open(dir.path().join("file")).unwrap());

@@ -1,4 +1,4 @@
-//! Create and Start of a container.
+//! The Create and Start requests of a container.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -27,7 +27,7 @@ impl Tasks {
     /// Creates a container. Its init waits for [`Tasks::start_init`].
     ///
     /// # Errors
-    /// Uses the error texts of runc's shim. After an error, nothing of the container is left.
+    /// Uses the error texts of runc's shim. After an error, no part of the container remains.
     pub async fn create(&self, request: CreateTaskRequest) -> Result<i32, ServiceError> {
         check_id(&request.id)?;
         let options = CreateOptions::parse_from_bytes(&request.options.value)
@@ -44,7 +44,7 @@ impl Tasks {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        // The cgroup is created first: its files show which limits the guest kernel supports.
+        // The cgroup is created first, because its files show which limits the guest kernel supports.
         let container = {
             let oom = Arc::new(OomWatch::new(&request.id, cgroup.clone(), self.hub.clone()));
             self.sandbox.prepare(None).map_err(failed("prepare the pod's namespaces"))?;
@@ -92,7 +92,7 @@ impl Tasks {
         }
     }
 
-    /// Returns the path of a running container's PID namespace, for another container to join.
+    /// Returns the path of a running container's PID namespace, so that another container can join that namespace.
     fn pid_namespace(&self, id: &str) -> Result<PathBuf, ServiceError> {
         match self.get(id)?.init.phase() {
             Phase::Created(pid) | Phase::Running(pid) => Ok(format!("/proc/{pid}/ns/pid").into()),
@@ -145,7 +145,7 @@ impl Tasks {
                 console::chown_slave(master, uid);
                 Relays::terminal(streams, master).map_err(failed("set up the terminal's relays"))?
             }
-            _ => return Err(ServiceError::Unknown("the helper sent no terminal".into())),
+            _ => return Err(ServiceError::Unknown("failed to receive the terminal from the helper".into())),
         };
         container.init.attach_io(relays.start(), master);
         container.init.advance(Phase::Created(pid));
@@ -155,7 +155,7 @@ impl Tasks {
         Ok(pid)
     }
 
-    /// Takes the streams that a request named.
+    /// Takes the streams that a request names.
     pub(super) async fn take_streams(&self, tokens: &StreamTokens) -> Result<StdioStreams, ServiceError> {
         let invalid = |error| malformed("failed to take the streams")(error);
         if tokens.terminal && tokens.stdin == tokens.stdout {
@@ -175,7 +175,8 @@ impl Tasks {
     pub fn start_init(&self, container: &Arc<Container>) -> Result<i32, ServiceError> {
         match container.init.phase() {
             Phase::Created(pid) => {
-                // libcontainer's init accepts one connection on this socket and continues when it is closed.
+                // libcontainer's init accepts one connection on this socket. It continues when the connection is
+                // closed.
                 let socket = PathBuf::from(STATE_DIR).join(&container.id).join("notify.sock");
                 let notify_init = || -> std::io::Result<()> {
                     use std::io::Write;

@@ -1,4 +1,4 @@
-//! Delete of an exec, or of a container with everything that it left in the guest.
+//! Deletes an exec, or a container with everything that the container left in the guest.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,15 +14,16 @@ use crate::oom::FileWatch;
 use crate::reaper::ProcessExit;
 use crate::sandbox::volume;
 
-/// Timeout for killed processes to exit.
+/// Maximum time to wait for the exit of killed processes.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Tasks {
-    /// Deletes a container or an exec. Its process must have exited, unless it was never started.
+    /// Deletes a container or an exec. The process must have exited or must never have been started.
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(i32, ProcessExit), ServiceError> {
         let container = match self.get(id) {
             Err(error) if exec_id.is_empty() => {
-                // Creation was not attempted or has failed. Its volumes may exist already: they are mounted first.
+                // The container was never created, or creating it failed. Its volumes may exist nevertheless, because
+                // they are mounted before Create.
                 self.remove_volumes(id, Vec::new()).await;
                 return Err(error);
             }
@@ -30,20 +31,20 @@ impl Tasks {
         };
         let process = container.process(exec_id)?;
         if exec_id.is_empty() {
-            // The client has given up on a Create that is still running. A container that is being created cannot be
-            // cleaned up, so wait.
+            // A Create of this container may still be running although its client has given up. A container cannot be
+            // cleaned up while it is being created. Therefore wait until Create has finished.
             process.wait_created().await;
         }
         let (pid, exit) = match process.phase() {
             Phase::Stopped(pid, exit) => (pid, exit),
             Phase::New if !exec_id.is_empty() => (0, ProcessExit { status: 0, at_ns: 0 }),
             Phase::Created(_) if exec_id.is_empty() => {
-                // As with runc, deleting a container that was created and never started kills it.
+                // As with runc, deleting a container that was created but never started kills the container.
                 let _ = container.cgroup.kill();
                 process
                     .wait()
                     .await
-                    .ok_or_else(|| ServiceError::Unknown("the process did not exit after it was killed".into()))?
+                    .ok_or_else(|| ServiceError::Unknown("failed to wait for the exit of the killed init".into()))?
             }
             _ => return Err(ServiceError::FailedPrecondition("cannot delete a running process".into())),
         };
@@ -59,7 +60,7 @@ impl Tasks {
     /// Kills the processes of a container and removes its cgroup, volumes and directories. Best effort.
     pub(super) async fn cleanup(&self, container: &Arc<Container>) {
         if let Some(watch_task) = lock(&container.oom_task).take() {
-            // inotify does not report the removal of a cgroup file.
+            // The task would never end, because inotify does not report the removal of a cgroup file.
             watch_task.abort();
         }
         if let Err(error) = remove_cgroup(container).await {
@@ -77,7 +78,7 @@ impl Tasks {
     }
 
     /// Removes a container's mirrored volumes and subpaths, and unmounts shared volumes that no other container uses.
-    /// `volumes` are the shared volumes of its specification.
+    /// `volumes` are the shared volumes of the container's specification.
     async fn remove_volumes(&self, id: &str, mut volumes: Vec<PathBuf>) {
         let (sandbox, container) = (Arc::clone(&self.sandbox), id.to_owned());
         let removed = tokio::task::spawn_blocking(move || {
@@ -147,12 +148,12 @@ mod tests {
             tokio::pin!(deleting);
             tokio::select! {
                 biased;
-                _ = &mut deleting => panic!("deleted before it was created"),
+                _ = &mut deleting => panic!("deleted the container before it was created"),
                 () = tokio::task::yield_now() => container.init.advance(last),
             }
             tokio::select! {
                 biased;
-                _ = &mut deleting => panic!("deleted before its process exited"),
+                _ = &mut deleting => panic!("deleted the container before its process exited"),
                 () = tokio::task::yield_now() => {}
             }
             container.init.advance(Phase::Stopped(7, ProcessExit { status: 137, at_ns: 1 }));

@@ -1,4 +1,4 @@
-//! Adds the guest's devices to a privileged container, as runc adds the host's.
+//! Adds the guest's devices to a privileged container, as runc adds the host's devices.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -9,9 +9,9 @@ use nix::sys::stat::{major, minor};
 
 /// Directories below /dev that are separate mounts in a container (as in containerd's `pkg/oci/utils_unix.go`).
 const MOUNTS: [&str; 4] = ["pts", "shm", "fd", "mqueue"];
-/// Devices that libcontainer creates itself. It creates the last two as a symbolic link and as the terminal.
+/// Devices that libcontainer creates itself. `ptmx` becomes a symbolic link, and `console` becomes the terminal.
 const DEFAULT_DEVICES: [&str; 8] = ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "console"];
-/// Maximum depth below /dev. No device driver creates deeper directories.
+/// Maximum depth of searched directories below /dev. No device driver creates deeper directories.
 const MAX_DEPTH: usize = 4;
 
 /// Adds all present devices of the guest that the specification does not name.

@@ -1,4 +1,4 @@
-//! Exec, and Start of an exec.
+//! The Exec request, and the Start request of an exec.
 
 use std::sync::Arc;
 
@@ -118,7 +118,7 @@ impl Tasks {
             (None, Some(master), Some(streams)) => {
                 Relays::terminal(streams, master).map_err(failed("set up the terminal's relays"))?
             }
-            _ => return Err(ServiceError::Unknown("the helper sent no terminal".into())),
+            _ => return Err(ServiceError::Unknown("failed to receive the terminal from the helper".into())),
         };
         if let Some(namespace) = TimeNamespace::of_exec(pid, init_pid) {
             let _ = process.time_namespace.set(namespace);

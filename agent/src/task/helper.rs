@@ -26,12 +26,12 @@ pub struct HelperJob<'a> {
     pub response_file: &'a Path,
     /// Standard streams of the new process.
     pub io: ChildIo,
-    /// Console socket that receives the terminal's master; `None` without a terminal.
+    /// Console socket that receives the terminal's master. `None` for a process without a terminal.
     pub console: Option<Console>,
 }
 
 impl Tasks {
-    /// Runs a helper to its end. The caller holds a [`crate::reaper::UnclaimedExitsGuard`].
+    /// Runs a helper and waits for its exit. The caller must hold a [`crate::reaper::UnclaimedExitsGuard`].
     ///
     /// # Errors
     /// Returns the reason in runc's words.
@@ -57,7 +57,7 @@ impl Tasks {
             Some(console) => {
                 let receiving = tokio::spawn(console.receive());
                 let ended = ended.await;
-                // The helper has exited, so a terminal that it sent is already in the socket's buffer.
+                // The helper has exited. If it sent a terminal, the terminal is already in the socket's buffer.
                 let limit = Duration::from_secs(if ended.is_some_and(|e| e.status == 0) { 5 } else { 0 });
                 (ended, timeout(limit, receiving).await.ok())
             }

@@ -1,7 +1,8 @@
-//! Signals to several processes: to all processes of a container, and to an exec with all its descendants.
+//! Sends signals to several processes: to all processes of a container, or to an exec with all its descendants.
 //!
-//! runc kills only an exec's first process. Its descendants keep running: each probe that times out leaks a process in
-//! the container. The time namespace of an exec identifies them.
+//! runc kills only the first process of an exec. The descendants keep running. Therefore each probe that times out
+//! leaks a process in the container. The agent also kills the descendants, which it identifies by the exec's time
+//! namespace.
 
 use std::collections::HashSet;
 use std::fs;
@@ -27,7 +28,7 @@ pub fn all(container: &Container, signal: i32) -> Result<(), ServiceError> {
         return container.cgroup.kill().map_err(failed("kill the processes of the container"));
     }
     for pid in container.cgroup.pids() {
-        // The PIDs were read just now, and the agent's only async thread reaps no process in between.
+        // The PIDs have just been read, and the agent's only async thread reaps no process before it sends the signals.
         let _ = husk_base::sys::process::kill(pid, signal);
     }
     Ok(())
@@ -36,7 +37,7 @@ pub fn all(container: &Container, signal: i32) -> Result<(), ServiceError> {
 /// Kills an exec with all its descendants, including those that have left its session or process group.
 ///
 /// # Errors
-/// Fails if the exec's first process has already exited. Its descendants keep running then.
+/// Fails if the first process of the exec has already exited. In that case the descendants keep running.
 pub async fn exec(container: &Arc<Container>, process: &Arc<Process>) -> Result<(), ServiceError> {
     process.signal(libc::SIGKILL)?;
     if process.time_namespace.get().is_some() {
@@ -52,7 +53,7 @@ fn kill_descendants(container: &Container, process: &Process) -> io::Result<()> 
     let mut killed = HashSet::new();
     let mut frozen = false;
     let result = (0..MAX_SCANS).find_map(|scan| {
-        // The exec forks faster than the scans find its processes. Freezing the container stops it.
+        // The exec forks faster than the scans find its processes. Frozen processes cannot fork.
         if scan == SCANS_BEFORE_FREEZE && !container.is_paused() {
             frozen = container.cgroup.freeze(true).is_ok();
         }
@@ -65,10 +66,11 @@ fn kill_descendants(container: &Container, process: &Process) -> io::Result<()> 
     if frozen && !container.is_paused() {
         container.cgroup.freeze(false)?;
     }
-    result.unwrap_or_else(|| Err(io::Error::other("failed to kill all processes of the exec: it still forks new ones")))
+    result.unwrap_or_else(|| Err(io::Error::other("the exec creates new processes faster than they can be killed")))
 }
 
-/// Kills the processes in `namespace` that are not in `killed`. Returns their number.
+/// Kills the processes in `namespace` that are not in `killed`, and adds them to `killed`. Returns the number of killed
+/// processes.
 fn kill_members(namespace: &TimeNamespace, killed: &mut HashSet<i32>) -> io::Result<usize> {
     let before = killed.len();
     let names = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
@@ -77,7 +79,7 @@ fn kill_members(namespace: &TimeNamespace, killed: &mut HashSet<i32>) -> io::Res
             continue;
         }
         let Ok(fd) = pidfd::open(pid) else { continue };
-        // Checked again, because the PID may have been reused before the pidfd was opened.
+        // The namespace is checked again, because the PID may have been reused before the pidfd was opened.
         if namespace.contains(pid) {
             let _ = pidfd::send_signal(fd.as_fd(), libc::SIGKILL);
             killed.insert(pid);

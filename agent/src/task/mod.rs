@@ -30,7 +30,8 @@ use crate::reaper::{ProcessExit, Reaper};
 use crate::sandbox::Sandbox;
 use process::{Phase, Process};
 
-/// Directory with one subdirectory per container, which holds its bundle and its helpers' requests and responses.
+/// Directory with one subdirectory per container. A subdirectory holds the container's bundle, and the requests and
+/// responses of the container's helpers.
 const TASKS_DIR: &str = "/run/husk/tasks";
 /// Directory of libcontainer's state.
 const STATE_DIR: &str = "/run/husk/state";
@@ -72,7 +73,7 @@ impl Container {
         self.paused.load(Ordering::Relaxed)
     }
 
-    /// Path of a file of the helper that starts `exec_id`.
+    /// Returns the path of the request or response file of the helper that starts `exec_id`.
     fn helper_file(&self, exec_id: &str, suffix: &str) -> PathBuf {
         // The client chooses the exec id. Its hexadecimal form is always a valid file name.
         let name: String = exec_id.bytes().map(|byte| format!("{byte:02x}")).collect();
@@ -90,7 +91,7 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// Creates an empty table.
+    /// Creates the table of containers, which is empty at first.
     pub fn new(hub: EventHub, streams: Streams, reaper: Reaper, sandbox: Arc<Sandbox>) -> Self {
         Self { containers: Mutex::default(), hub, streams, reaper, sandbox }
     }
@@ -120,14 +121,14 @@ impl Tasks {
         lock(&self.containers).remove(id);
     }
 
-    /// Binds the exit of `pid` to `process`. The exit event is published after the event of an OOM kill, if there is
-    /// one.
+    /// When `pid` exits, stores the exit in `process` and publishes an exit event. If an OOM kill has occurred, its
+    /// event is published before the exit event.
     fn watch_exit(&self, container: &Arc<Container>, process: &Arc<Process>, pid: i32) {
         let (container, process, hub) = (container.clone(), process.clone(), self.hub.clone());
         self.reaper.on_exit(pid, move |exit: ProcessExit| {
             let oom = container.oom.check();
             if process.exec_id.is_empty() && container.shares_pid_namespace {
-                // The shared PID namespace outlives this init, so the kernel does not kill the container's other
+                // The shared PID namespace outlives this init. Therefore the kernel does not kill the container's other
                 // processes.
                 let _ = container.cgroup.kill();
             }
@@ -154,7 +155,7 @@ fn check_id(id: &str) -> Result<(), ServiceError> {
         Ok(())
     } else {
         Err(ServiceError::InvalidArgument(format!(
-            "invalid container id {id:?}: must have 1 to 128 characters of A-Z a-z 0-9 _ - . + and not be . or .."
+            "invalid container id {id:?}: must be 1 to 128 characters from A-Z a-z 0-9 _ - . +, but not . or .. alone"
         )))
     }
 }

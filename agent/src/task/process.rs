@@ -29,7 +29,7 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// Returns the PID, or 0 if there is none yet.
+    /// Returns the PID, or 0 if the process has no PID yet.
     pub fn pid(self) -> i32 {
         match self {
             Self::New | Self::Starting => 0,
@@ -38,7 +38,7 @@ impl Phase {
     }
 }
 
-/// Streams of a process, as given in the request that created it.
+/// Streams of a process, as given in the Create or Exec request.
 #[derive(Debug, Clone, Default)]
 pub struct StreamTokens {
     /// Whether the process has a terminal.
@@ -65,7 +65,7 @@ pub struct Process {
     pub tokens: StreamTokens,
     phase: watch::Sender<Phase>,
     io: Mutex<Io>,
-    /// Time namespace of an exec, which identifies the exec and its descendants.
+    /// Time namespace of an exec. All descendants of the exec are in this namespace.
     pub time_namespace: OnceLock<TimeNamespace>,
     /// Specification and streams of an exec that has not been started.
     pub pending: Mutex<Option<(ProcessSpec, StdioStreams)>>,
@@ -115,13 +115,13 @@ impl Process {
         }
     }
 
-    /// Stores what closes standard input, and the terminal's master.
+    /// Stores the notification that closes standard input, and the terminal's master.
     pub fn attach_io(&self, close: Arc<Notify>, master: Option<Endpoint>) {
         let mut io = lock(&self.io);
         *io = Io { close: Some(close), master };
     }
 
-    /// Closes standard input after the data that has arrived is written.
+    /// Closes standard input after all data that has already arrived has been written.
     pub fn close_stdin(&self) {
         if let Some(close) = &lock(&self.io).close {
             close.notify_one();

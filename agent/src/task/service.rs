@@ -1,4 +1,4 @@
-//! containerd's Task service, with paths of the guest.
+//! Implements containerd's Task service for the shim, with the guest's paths and PIDs.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,7 +38,7 @@ impl TaskService {
     }
 }
 
-/// Runs `work` as a separate task, so that it completes even if the client's connection is lost.
+/// Runs `work` as a separate task, so that `work` completes even if the client's connection is lost.
 async fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
 ) -> Result<T, ServiceError> {
@@ -225,9 +225,10 @@ impl TaskService {
         while container.cgroup.is_frozen() != frozen {
             if timeout_at(deadline, watch.changed()).await.is_err() {
                 let _ = container.cgroup.freeze(!frozen);
-                return Err(ServiceError::Unknown(
-                    "unable to freeze: timed out waiting for the freezer state to change".into(),
-                )
+                let action = if frozen { "freeze" } else { "thaw" };
+                return Err(ServiceError::Unknown(format!(
+                    "unable to {action}: timed out waiting for the freezer state to change"
+                ))
                 .into());
             }
         }

@@ -33,7 +33,7 @@ pub fn adapt(
         process.set_oom_score_adj(Some(0));
     }
     if let Some(hooks) = spec.hooks_mut() {
-        // These hooks run on the host; the shim has run them.
+        // The shim runs these hooks on the host.
         #[allow(deprecated)]
         hooks.set_prestart(None);
         hooks.set_create_runtime(None).set_poststart(None).set_poststop(None);
@@ -42,7 +42,8 @@ pub fn adapt(
     linux.set_cgroups_path(Some(cgroup.name().to_owned()));
     // The guest has neither SELinux nor Intel RDT.
     linux.set_mount_label(None).set_intel_rdt(None);
-    // libcontainer accepts only names without the leading r and always changes the whole mount tree, as runc does.
+    // libcontainer accepts only propagation names without the leading r, such as `private` for `rprivate`. Like runc,
+    // it always changes the whole mount tree.
     if let Some(name) = linux.rootfs_propagation().as_deref().and_then(|name| name.strip_prefix('r')) {
         let name = name.to_owned();
         linux.set_rootfs_propagation(Some(name));
@@ -57,7 +58,7 @@ pub fn adapt(
     let id_mappings = IdMappings::from_spec(linux);
     check_id_mappings(id_mappings.as_ref(), sandbox.id_mappings().as_ref())?;
     if let Some(mounts) = spec.mounts_mut() {
-        // The shim has already mounted them with their id mappings.
+        // The shim has already mounted the sources with these id mappings.
         for mount in mounts {
             mount.set_uid_mappings(None).set_gid_mappings(None);
             let options = mount.options().clone();
@@ -111,7 +112,8 @@ fn namespaces(
             None => sandbox.shared_pid().map_err(failed("create the shared PID namespace"))?,
         }),
     };
-    // A container without a UTS namespace joins the pod's, because the guest's has the guest's host name.
+    // A container without its own UTS namespace joins the pod's UTS namespace. The agent's UTS namespace does not have
+    // the pod's host name.
     let new_uts = find(LinuxNamespaceType::Uts).is_some_and(|namespace| namespace.path().is_none());
     let mut all = vec![
         make(LinuxNamespaceType::Pid, pid)?,
@@ -131,14 +133,14 @@ fn namespaces(
     Ok(all)
 }
 
-/// Checks that a container has the pod's id mappings. It joins namespaces that the pod's user namespace owns, so it
-/// must be in that user namespace.
+/// Checks that a container has the pod's id mappings. The container joins namespaces that the pod's user namespace
+/// owns. Therefore the container must be in the same user namespace.
 fn check_id_mappings(requested: Option<&IdMappings>, pod: Option<&IdMappings>) -> Result<(), ServiceError> {
     let text = match (requested, pod) {
         (requested, pod) if requested == pod => return Ok(()),
         (Some(_), Some(_)) => "the id mappings of the container differ from those of the pod",
-        (Some(_), None) => "the container has a user namespace, and the pod has none",
-        (None, _) => "the pod has a user namespace, and the container has none",
+        (Some(_), None) => "the container has a user namespace, but the pod has no user namespace",
+        (None, _) => "the pod has a user namespace, but the container has no user namespace",
     };
     Err(ServiceError::InvalidArgument(format!(
         "invalid user namespace: {text}; all containers of a pod must share one user namespace"
@@ -147,7 +149,7 @@ fn check_id_mappings(requested: Option<&IdMappings>, pod: Option<&IdMappings>) -
 
 /// Adapts the process of a container or of an exec.
 pub fn adapt_process(process: &mut Process) {
-    // libcontainer leaves an absent capability set unchanged; runc empties it.
+    // If a capability set is absent, libcontainer leaves the process's set unchanged. runc empties the set.
     let mut capabilities = process.capabilities().clone().unwrap_or_else(no_capabilities);
     let empty = || Some(Default::default());
     if capabilities.bounding().is_none() {
@@ -166,7 +168,8 @@ pub fn adapt_process(process: &mut Process) {
         capabilities.set_ambient(empty());
     }
     process.set_capabilities(Some(capabilities));
-    // With an explicit `false`, libcontainer loads the seccomp filter after it has dropped the necessary capability.
+    // If the value is `false`, libcontainer first drops the capability that loading a seccomp filter requires. Only
+    // then does it load the filter.
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
@@ -179,7 +182,8 @@ fn no_capabilities() -> LinuxCapabilities {
     none
 }
 
-/// Removes limits that apply to the host's CPUs and huge pages only. The shim rejects limits of the host's devices.
+/// Removes limits that make sense only on the host, such as limits for CPUs and huge pages that the guest lacks. The
+/// shim rejects limits for the host's devices.
 pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     resources.set_block_io(None).set_rdma(None).set_network(None);
     if let Some(pages) = resources.hugepage_limits().clone() {
@@ -189,7 +193,8 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
             .collect();
         resources.set_hugepage_limits(Some(known));
     }
-    // libcontainer takes a difference of 0 between memory and swap limits for unlimited swap.
+    // If the memory and swap limits are equal, the container must not use swap. libcontainer would allow unlimited
+    // swap.
     let memory = resources.memory().as_ref().map(|memory| (memory.limit(), memory.swap()));
     if let Some((Some(limit), Some(swap))) = memory
         && limit == swap
@@ -211,9 +216,9 @@ pub fn adapt_resources(resources: &mut LinuxResources, cgroup: &Cgroup) {
     }
 }
 
-/// Returns the guest's cpuset for a container with the cpuset `requested` on the host. Uses the same CPU numbers if the
-/// guest has them. The fallback is the same number of CPUs, starting with the first one. `online` are the guest's CPUs,
-/// in the same form: `0-3,7`. Returns `None`, which means no limit, if a list is invalid.
+/// Converts the cpuset `requested` of the host to a cpuset of the guest. If the guest has all requested CPUs, returns
+/// `requested`. The fallback is the same number of CPUs, starting with the guest's first CPU. `online` is the list of
+/// the guest's CPUs, in the form `0-3,7`. Returns `None`, which means no limit, if either list is invalid.
 fn guest_cpuset(requested: &str, online: &str) -> Option<String> {
     let ranges = |list: &str| -> Option<Vec<(u32, u32)>> {
         list.split(',')
@@ -279,8 +284,8 @@ mod tests {
         check_id_mappings(id_mappings(7).as_ref(), id_mappings(7).as_ref()).unwrap();
         check_id_mappings(None, None).unwrap();
         assert!(refused(id_mappings(7), id_mappings(8)).contains("mappings"));
-        assert!(refused(id_mappings(7), None).contains("the pod has none"));
-        assert!(refused(None, id_mappings(7)).contains("the container has none"));
+        assert!(refused(id_mappings(7), None).contains("the pod has no user namespace"));
+        assert!(refused(None, id_mappings(7)).contains("the container has no user namespace"));
     }
 
     #[test]
@@ -294,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_are_those_of_the_pod() {
+    fn namespaces_returns_the_namespaces_of_the_pod() {
         let requested: Vec<LinuxNamespace> = serde_json::from_str(
             r#"[{"type":"pid"},{"type":"network","path":"/proc/1/ns/net"},{"type":"ipc"},{"type":"uts"},
                 {"type":"mount"},{"type":"cgroup"}]"#,

@@ -1,14 +1,15 @@
-//! The time namespace of an exec, which identifies the exec's processes.
+//! The time namespace of an exec, by which the agent identifies the exec's processes.
 //!
-//! A separate cgroup would identify the descendants too, but would be visible to the container. Parent PIDs and sessions
-//! are no identification, because a process can leave them. Each exec therefore has its own time namespace. All its
-//! descendants inherit it, and only a process with CAP_SYS_ADMIN can leave it. Its clocks equal the guest's.
+//! A separate cgroup would also identify the descendants, but the container would see it. Parent PIDs and sessions do
+//! not identify the descendants, because a process can change its parent and its session. Therefore each exec has its
+//! own time namespace. All descendants inherit the namespace, and only a process with CAP_SYS_ADMIN can leave it. The
+//! clocks of the namespace equal the guest's clocks.
 
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-/// Time namespace of an exec, which identifies the exec's processes.
+/// Time namespace of an exec.
 pub struct TimeNamespace {
     /// Keeps the namespace alive, so that its inode number is not reused.
     _file: File,
@@ -18,7 +19,8 @@ pub struct TimeNamespace {
 
 impl TimeNamespace {
     /// Opens the time namespace of the exec `pid` in the container with init `init`. Returns `None` if the exec has no
-    /// time namespace of its own: it has already exited, or it has joined a time namespace of the container.
+    /// time namespace of its own. Either the exec has already exited, or it has joined a time namespace of the
+    /// container.
     pub fn of_exec(pid: i32, init: i32) -> Option<Self> {
         let file = File::open(path(pid)).ok()?;
         let id = namespace_id(&file.metadata().ok()?);

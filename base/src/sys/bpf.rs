@@ -1,6 +1,9 @@
 //! BPF programs, maps and links (bpf(2)).
 //!
-//! Attributes that a command does not get count as zero, so each command gets only those that it needs.
+//! The kernel treats omitted attributes as zero. Each command therefore passes only the attributes that it needs.
+//!
+//! The attributes of a command are an array of 64-bit words. A word holds one attribute of 64 bits or two of 32 bits.
+//! Comments list the attributes by word.
 
 use std::ffi::CStr;
 use std::io;
@@ -16,7 +19,7 @@ const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
 
-/// Licence of the programs, which the kernel stores with them.
+/// Licence of the programs. The kernel stores the licence with each program.
 const LICENSE: &CStr = c"Apache-2.0";
 
 /// `struct bpf_insn`, an instruction.
@@ -25,7 +28,7 @@ const LICENSE: &CStr = c"Apache-2.0";
 pub struct Instruction {
     /// Operation (BPF_…).
     pub code: u8,
-    /// Destination in the lower half, source in the upper half.
+    /// Register numbers: destination in the lower four bits, source in the upper four bits.
     pub registers: u8,
     /// Signed offset of a memory access or a jump.
     pub offset: i16,
@@ -40,22 +43,22 @@ impl Instruction {
     }
 }
 
-/// Loads a program of type `kind` (BPF_PROG_TYPE_…). `attach_type` is the expected one (BPF_…), or 0 if the type has
-/// none.
+/// Loads a program of type `kind` (BPF_PROG_TYPE_…). `attach_type` is the expected attach type (BPF_…), or 0 if
+/// programs of this type have no attach type.
 ///
 /// # Errors
 /// EACCES or EINVAL if the verifier rejects the program, and the other errors of bpf(2).
 pub fn load_program(kind: u32, attach_type: u32, instructions: &[Instruction]) -> io::Result<OwnedFd> {
     let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
-    // prog_type and insn_cnt, insns, license, log_level and log_size, log_buf, kern_version and prog_flags,
-    // prog_name[16], prog_ifindex and expected_attach_type
+    // Word 0: prog_type, insn_cnt. 1: insns. 2: license. 3: log_level, log_size. 4: log_buf. 5: kern_version,
+    // prog_flags. 6 and 7: prog_name. 8: prog_ifindex, expected_attach_type.
     let mut attributes = [0; 9];
     attributes[0] = pair(kind, count);
     attributes[1] = address(instructions.as_ptr());
     attributes[2] = address(LICENSE.as_ptr());
     attributes[8] = pair(0, attach_type);
-    // SAFETY: the kernel reads `count` instructions and the licence, which ends with NUL; all outlive the call. The
-    // command returns a new fd or -1.
+    // SAFETY: the kernel reads `count` instructions and the licence, which ends with NUL. Instructions and licence
+    // outlive the call. The command returns a new fd or -1.
     unsafe { new_fd(bpf(BPF_PROG_LOAD, &attributes)) }
 }
 
@@ -64,7 +67,7 @@ pub fn load_program(kind: u32, attach_type: u32, instructions: &[Instruction]) -
 /// # Errors
 /// Those of bpf(2).
 pub fn attach(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32, flags: u32) -> io::Result<()> {
-    // target_fd and attach_bpf_fd, attach_type and attach_flags
+    // Word 0: target_fd, attach_bpf_fd. 1: attach_type, attach_flags.
     let attributes = [pair(number(target), number(program)), pair(attach_type, flags)];
     // SAFETY: the attributes of BPF_PROG_ATTACH have no pointers.
     match unsafe { bpf(BPF_PROG_ATTACH, &attributes) } {
@@ -79,14 +82,14 @@ pub fn attach(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32,
 /// # Errors
 /// Those of bpf(2).
 pub fn link(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    // prog_fd and target_fd, attach_type and flags
+    // Word 0: prog_fd, target_fd. 1: attach_type, flags.
     let attributes = [pair(number(program), number(target)), pair(attach_type, 0)];
-    // SAFETY: the attributes of BPF_LINK_CREATE have no pointers for links without options. The command returns a new
+    // SAFETY: if a link has no options, the attributes of BPF_LINK_CREATE have no pointers. The command returns a new
     // fd or -1.
     unsafe { new_fd(bpf(BPF_LINK_CREATE, &attributes)) }
 }
 
-/// A map of sockets (BPF_MAP_TYPE_SOCKMAP), by a number.
+/// A map from numbers to sockets (BPF_MAP_TYPE_SOCKMAP).
 #[derive(Debug)]
 pub struct SocketMap(OwnedFd);
 
@@ -96,22 +99,23 @@ impl SocketMap {
     /// # Errors
     /// Those of bpf(2).
     pub fn create(max_entries: u32) -> io::Result<Self> {
-        // map_type and key_size, value_size and max_entries
+        // Word 0: map_type, key_size. 1: value_size, max_entries.
         let (key_size, value_size) = (size_of::<u32>() as u32, size_of::<u64>() as u32);
         let attributes = [pair(BPF_MAP_TYPE_SOCKMAP, key_size), pair(value_size, max_entries)];
         // SAFETY: the attributes of BPF_MAP_CREATE have no pointers. The command returns a new fd or -1.
         unsafe { new_fd(bpf(BPF_MAP_CREATE, &attributes)) }.map(Self)
     }
 
-    /// Creates or replaces the entry `key`. The map does not keep the socket open: closing it removes the entry.
+    /// Creates or replaces the entry `key`. The map does not keep the socket open. When the socket is closed, the
+    /// kernel removes the entry.
     ///
     /// # Errors
-    /// E2BIG if the key is not less than the maximum number of entries, and the other errors of bpf(2).
+    /// E2BIG if the key is greater than or equal to `max_entries`, and the other errors of bpf(2).
     pub fn insert(&self, key: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
         let value = u64::from(number(socket));
-        // map_fd, key, value, flags
+        // Word 0: map_fd. 1: key. 2: value. 3: flags.
         let attributes = [number(self.0.as_fd()).into(), address(&raw const key), address(&raw const value), 0];
-        // SAFETY: the kernel reads a key and a value of the sizes that `create` has set; both outlive the call.
+        // SAFETY: the kernel reads a key and a value of the sizes that `create` has set. Both outlive the call.
         match unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attributes) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -125,17 +129,17 @@ impl AsFd for SocketMap {
     }
 }
 
-/// Makes the system call.
+/// Makes the system call bpf(2).
 ///
 /// # Safety
-/// Every pointer in the attributes is to memory that the command may read, and that outlives the call.
+/// Every pointer in the attributes must point to memory that the command may read and that outlives the call.
 unsafe fn bpf(command: libc::c_int, attributes: &[u64]) -> libc::c_long {
-    // SAFETY: the attributes have the given size, and the caller guarantees what they point to. The commands of this
-    // module only read them.
+    // SAFETY: the attributes have the given size, and the caller guarantees that their pointers are valid. The commands
+    // of this module read the attributes but do not write to them.
     unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), size_of_val(attributes)) }
 }
 
-/// Encodes two adjacent 32-bit fields. Husk runs on little-endian x86 only.
+/// Encodes two adjacent 32-bit fields as one word. The code assumes little-endian order, because Husk runs only on x86.
 fn pair(first: u32, second: u32) -> u64 {
     u64::from(first) | u64::from(second) << 32
 }

@@ -2,10 +2,10 @@
 
 use std::io;
 
-/// `_LINUX_CAPABILITY_VERSION_3`: two structures with 32 bits of each set.
+/// `_LINUX_CAPABILITY_VERSION_3`. This version uses two structures, each of which has 32 bits of each set.
 const VERSION: u32 = 0x2008_0522;
 
-/// Capability sets of a thread, as bits by the numbers of linux/capability.h.
+/// Capability sets of a thread. Bit n is capability n of linux/capability.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
     /// Capabilities that permission checks use.
@@ -52,12 +52,12 @@ pub fn get() -> io::Result<Capabilities> {
     })
 }
 
-/// Sets the sets of this thread; other threads keep theirs.
+/// Changes the capability sets of this thread. Other threads keep their sets.
 ///
 /// # Errors
-/// EPERM if the thread may not have them, and the other errors of capset(2).
+/// EPERM if the thread may not have these capabilities, and the other errors of capset(2).
 pub fn set(sets: Capabilities) -> io::Result<()> {
-    // Truncated on purpose: each structure has 32 of the bits.
+    // The conversions truncate on purpose, because each structure has 32 of the 64 bits.
     let data = [0, 32].map(|shift| Data {
         effective: (sets.effective >> shift) as u32,
         permitted: (sets.permitted >> shift) as u32,

@@ -15,12 +15,13 @@ pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes all fds from `first` on close-on-exec (close_range(2) with CLOSE_RANGE_CLOEXEC, Linux 5.11).
+/// Sets the close-on-exec flag of the fd `first` and of all higher fds (close_range(2) with CLOSE_RANGE_CLOEXEC, Linux
+/// 5.11).
 ///
 /// # Errors
 /// Those of close_range(2).
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
-    // SAFETY: the call takes no pointers. With this flag it closes nothing, so every fd keeps its owner.
+    // SAFETY: the call takes no pointers. With this flag, it closes no fd, so every fd keeps its owner.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
@@ -32,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn set_nonblocking_lets_an_empty_pipe_fail() {
+    fn reading_an_empty_pipe_fails_after_set_nonblocking() {
         let (mut reader, _writer) = io::pipe().unwrap();
         set_nonblocking(&reader).unwrap();
         assert_eq!(reader.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);

@@ -1,4 +1,4 @@
-//! Network interfaces and taps by ioctl (netdevice(7), linux/if_tun.h).
+//! Configures network interfaces and taps with ioctls (netdevice(7), linux/if_tun.h).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -13,9 +13,9 @@ const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 struct Request(libc::ifreq);
 
 impl Request {
-    /// Creates a request. The name is cut to 15 bytes, because it ends with NUL.
+    /// Creates a request. The name is cut to 15 bytes, because the field has 16 bytes and must end with NUL.
     fn new(name: &str, flags: libc::c_int) -> Self {
-        // SAFETY: ifreq is a C structure of numbers and pointers, for which all-zero is valid.
+        // SAFETY: ifreq is a C structure of numbers and pointers. A structure of all zero bytes is valid.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
             *to = libc::c_char::from_ne_bytes([from]);
@@ -26,14 +26,14 @@ impl Request {
     }
 
     fn flags(&self) -> libc::c_int {
-        // SAFETY: `new` has initialized the flags, and the kernel writes flags to the union or nothing.
+        // SAFETY: `new` has initialized the flags. The kernel writes either flags or nothing to the union.
         libc::c_int::from(unsafe { self.0.ifr_ifru.ifru_flags }) & 0xffff
     }
 
     /// Performs one of the ioctls SIOCSIFFLAGS, TUNSETIFF, TUNGETIFF and TUNSETQUEUE.
     fn ioctl(&mut self, fd: impl AsFd, number: libc::c_ulong) -> io::Result<()> {
-        // SAFETY: these ioctls read and write an ifreq, to which the argument is a valid pointer. They take names,
-        // numbers and flags from it, no pointers.
+        // SAFETY: these ioctls read and write an ifreq, and the argument is a valid pointer to an ifreq. The ioctls use
+        // its names, numbers and flags, but no pointers.
         match unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), number as _, &raw mut self.0) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -50,7 +50,7 @@ pub fn set_flags(name: &str, flags: libc::c_int) -> io::Result<()> {
     Request::new(name, flags).ioctl(control, libc::SIOCSIFFLAGS)
 }
 
-/// Makes an open `/dev/net/tun` the tap `name`, with `flags` (IFF_TAP and others), and creates the tap if it does not
+/// Attaches an open `/dev/net/tun` to the tap `name`, with `flags` (IFF_TAP and others). Creates the tap if it does not
 /// exist.
 ///
 /// # Errors
@@ -59,7 +59,7 @@ pub fn set_tap(tun: impl AsFd, name: &str, flags: libc::c_int) -> io::Result<()>
     Request::new(name, flags).ioctl(tun, libc::TUNSETIFF)
 }
 
-/// Returns the flags of TUNSETIFF.
+/// Returns the flags of a tap, as TUNSETIFF takes them.
 ///
 /// # Errors
 /// ENOTTY or EBADFD if the fd is not a tap.
@@ -69,7 +69,7 @@ pub fn tap_flags(tap: impl AsFd) -> io::Result<libc::c_int> {
     Ok(request.flags())
 }
 
-/// Attaches or detaches a queue of a multi-queue tap. The kernel puts frames into attached queues only.
+/// Attaches or detaches a queue of a multi-queue tap. The kernel puts frames only into attached queues.
 ///
 /// # Errors
 /// Those of the ioctl TUNSETQUEUE.
@@ -78,12 +78,12 @@ pub fn set_queue_attached(tap: impl AsFd, attached: bool) -> io::Result<()> {
     Request::new("", flags).ioctl(tap, libc::TUNSETQUEUE)
 }
 
-/// Sets the size in bytes of the virtio-net header of a tap's frames.
+/// Sets the size, in bytes, of the virtio-net header that precedes each frame of a tap.
 ///
 /// # Errors
 /// Those of the ioctl TUNSETVNETHDRSZ.
 pub fn set_header_size(tap: impl AsFd, size: libc::c_int) -> io::Result<()> {
-    // SAFETY: TUNSETVNETHDRSZ reads an int, to which the argument is a valid pointer.
+    // SAFETY: TUNSETVNETHDRSZ reads an int, and the argument is a valid pointer to an int.
     match unsafe { libc::ioctl(tap.as_fd().as_raw_fd(), TUNSETVNETHDRSZ as _, &raw const size) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn other_fds_are_no_taps() {
+    fn calls_for_taps_reject_a_pipe() {
         let (reader, _writer) = io::pipe().unwrap();
         assert!(tap_flags(&reader).is_err());
         assert!(set_queue_attached(&reader, true).is_err());

@@ -1,7 +1,7 @@
-//! Safe wrappers for system calls that nix does not have, or has in a form that Husk cannot use.
+//! Safe wrappers for system calls that nix lacks, or that nix offers only in a form that Husk cannot use.
 //!
-//! Where nix has a call, its function is used directly. A wrapper here is safe: it borrows fds and slices, so that no
-//! caller can pass a closed fd or a wrong length.
+//! If nix offers a call, Husk uses nix's function directly. The wrappers of this module borrow fds and slices, so that
+//! no caller can pass a closed fd or a wrong length.
 
 pub mod bpf;
 pub mod capabilities;
@@ -23,7 +23,8 @@ use std::os::fd::{FromRawFd, OwnedFd};
 /// Converts the result of a system call that returns a new fd, or -1.
 ///
 /// # Safety
-/// `result` is the result of such a call, made by the caller just now: if it is an fd, it is open and has no owner.
+/// `result` must be the result of a system call that the caller has just made and that returns a new fd. If `result` is
+/// an fd, the fd must be open and must have no owner.
 unsafe fn new_fd(result: impl TryInto<i32>) -> io::Result<OwnedFd> {
     match result.try_into() {
         // SAFETY: the kernel has just returned this fd, and nothing else owns it, as the caller guarantees.

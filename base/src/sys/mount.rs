@@ -1,6 +1,7 @@
 //! The kernel's fd-based mount calls, which neither libc nor nix wraps.
 //!
-//! Numbers and structures are those of linux/mount.h. The calls exist since Linux 5.2, `mount_setattr` since 5.12.
+//! Numbers and structures are those of linux/mount.h. `mount_setattr` needs Linux 5.12, and the other calls need Linux
+//! 5.2.
 
 use std::fs;
 use std::io;
@@ -8,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use super::new_fd;
 
-/// `OPEN_TREE_CLONE`: open a detached copy, as a bind mount makes it.
+/// `OPEN_TREE_CLONE`: opens a detached copy of the mount, like the copy that a bind mount attaches.
 const OPEN_TREE_CLONE: libc::c_uint = 1;
 /// `OPEN_TREE_CLOEXEC`, which is O_CLOEXEC.
 const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC as libc::c_uint;
@@ -16,7 +17,7 @@ const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC as libc::c_uint;
 const AT_RECURSIVE: libc::c_uint = 0x8000;
 /// `AT_EMPTY_PATH`.
 const AT_EMPTY_PATH: libc::c_uint = libc::AT_EMPTY_PATH as libc::c_uint;
-/// `MOVE_MOUNT_F_EMPTY_PATH` and `MOVE_MOUNT_T_EMPTY_PATH`: both ends are fds.
+/// `MOVE_MOUNT_F_EMPTY_PATH` and `MOVE_MOUNT_T_EMPTY_PATH`: fds without paths name the mount and the target.
 const MOVE_MOUNT_EMPTY_PATHS: libc::c_uint = 0x4 | 0x40;
 /// `MOUNT_ATTR_RDONLY`.
 pub const MOUNT_ATTR_RDONLY: u64 = 1;
@@ -34,15 +35,15 @@ struct MountAttr {
 
 /// Returns the id of the mount on which `file` was opened, from proc_pid_fdinfo(5).
 ///
-/// statx(2) returns it too, but asks the file system for attributes. A network file system whose server is gone never
-/// answers.
+/// statx(2) also returns the mount id, but asks the file system for attributes. If the server of a network file system
+/// is gone, that file system never answers.
 ///
 /// # Errors
 /// Those of reading the file in `/proc`.
 pub fn mount_id(file: BorrowedFd<'_>) -> io::Result<u64> {
     let info = fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", file.as_raw_fd()))?;
     let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).and_then(|id| id.trim().parse().ok());
-    id.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "fdinfo has no mount id"))
+    id.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "fdinfo has no line with a mount id"))
 }
 
 /// Creates a detached copy of the mount at `source`, with its submounts if `recursive`. The fd is close-on-exec.
@@ -56,7 +57,8 @@ pub fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd
     unsafe { new_fd(libc::syscall(libc::SYS_open_tree, source.as_raw_fd(), c"".as_ptr(), flags)) }
 }
 
-/// Sets attributes and propagation (`MS_PRIVATE` …, 0 to keep it) of a mount, and of its submounts if `recursive`.
+/// Sets attributes and the propagation of a mount, and of its submounts if `recursive`. `propagation` is `MS_PRIVATE`
+/// or similar, or 0 to keep the current propagation.
 ///
 /// # Errors
 /// Those of mount_setattr(2).
@@ -64,8 +66,8 @@ pub fn set_attributes(tree: BorrowedFd<'_>, set: u64, propagation: u64, recursiv
     setattr(tree, &MountAttr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 }, recursive)
 }
 
-/// Makes a detached mount, and its submounts if `recursive`, id-mapped by a user namespace (Linux 5.12; for the layers
-/// of overlayfs 5.19).
+/// Applies the id mappings of a user namespace to a detached mount, and to its submounts if `recursive`. Needs Linux
+/// 5.12, or Linux 5.19 if the mount is a layer of an overlayfs.
 ///
 /// # Errors
 /// Those of mount_setattr(2).
@@ -122,7 +124,7 @@ mod tests {
         let file = format!("/proc/self/fd/{}/file", tree.as_raw_fd());
         assert_eq!(fs::read_to_string(&file).unwrap(), "x");
         assert_eq!(fs::write(&file, "y").unwrap_err().raw_os_error(), Some(libc::EROFS));
-        // A file is no directory, so nothing is attached.
+        // The kernel does not attach a directory at a file.
         let target = File::open(directory.path().join("file")).unwrap();
         assert!(attach(tree.as_fd(), target.as_fd()).is_err());
     }

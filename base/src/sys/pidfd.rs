@@ -1,12 +1,12 @@
-//! Pidfds: fds that refer to a process, however often its pid is reused.
+//! Pidfds: fds that refer to the same process even after its PID has been reused.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use super::new_fd;
 
-/// Opens a pidfd for the process `pid` (pidfd_open(2), Linux 5.3). It is readable when the process has ended, and
-/// close-on-exec.
+/// Opens a pidfd for the process `pid` (pidfd_open(2), Linux 5.3). The pidfd is close-on-exec. It becomes readable when
+/// the process ends.
 ///
 /// # Errors
 /// ESRCH if there is no such process, and the other errors of pidfd_open(2).
@@ -21,7 +21,7 @@ pub fn open(pid: i32) -> io::Result<OwnedFd> {
 /// ESRCH if the process has been reaped, and the other errors of pidfd_send_signal(2).
 pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: a null siginfo is allowed; the call takes no other pointer.
+    // SAFETY: a null siginfo is allowed. The call takes no other pointer.
     match unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, no_info, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

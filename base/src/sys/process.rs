@@ -1,14 +1,15 @@
-//! Signals, exits and waits, with signals as numbers.
+//! Sends signals, waits for processes and ends processes. A signal is a number here.
 //!
-//! nix has them too, but its types lack real-time signals. nix's `waitpid` even fails for a process that was ended by
-//! one, after it has consumed the status.
+//! nix also has these calls, but its types lack real-time signals. If a real-time signal has ended a process, nix's
+//! `waitpid` consumes the status and then fails.
 
 use std::io;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
-/// Sends a signal to a process, or to the group `-pid` (kill(2)). `signal` may be a real-time signal.
+/// Sends a signal to the process `pid` (kill(2)). If `pid` is negative, sends it to the process group `-pid`. `signal`
+/// may be a real-time signal.
 ///
 /// # Errors
 /// EINVAL if there is no such signal, and the other errors of kill(2).
@@ -20,15 +21,15 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     }
 }
 
-/// Waits for a child (waitpid(2)); `pid` is -1 for any child. Returns its pid and wait status, or `None` if `flags` has
-/// WNOHANG and no child has ended. Retries after EINTR.
+/// Waits for the child `pid`, or for any child if `pid` is -1 (waitpid(2)). Returns the child's PID and wait status.
+/// Returns `None` if `flags` contains WNOHANG and no child has ended. Retries after EINTR.
 ///
 /// # Errors
 /// ECHILD if there is no such child.
 pub fn wait(pid: i32, flags: libc::c_int) -> Result<Option<(i32, libc::c_int)>, Errno> {
     loop {
         let mut status = 0;
-        // SAFETY: the status points to an integer that outlives the call.
+        // SAFETY: the pointer is to an integer that outlives the call.
         match unsafe { libc::waitpid(pid, &raw mut status, flags) } {
             0 => return Ok(None),
             pid if pid > 0 => return Ok(Some((pid, status))),
@@ -40,20 +41,20 @@ pub fn wait(pid: i32, flags: libc::c_int) -> Result<Option<(i32, libc::c_int)>, 
     }
 }
 
-/// Sets the default action of a signal (signal(2)).
+/// Resets the action of a signal to the default (signal(2)).
 ///
 /// # Errors
 /// EINVAL for SIGKILL and SIGSTOP.
 pub fn set_default_action(signal: Signal) -> io::Result<()> {
-    // SAFETY: SIG_DFL is not a pointer to code, so no handler can run with broken invariants.
+    // SAFETY: SIG_DFL is not a signal handler, so no code runs in a signal context.
     match unsafe { libc::signal(signal as libc::c_int, libc::SIG_DFL) } {
         libc::SIG_ERR => Err(io::Error::last_os_error()),
         _ => Ok(()),
     }
 }
 
-/// Ends the process at once, with all its threads (_exit(2)). Runs no destructors or exit handlers, and flushes
-/// nothing.
+/// Ends the process with all its threads at once (_exit(2)). Runs no destructors or exit handlers, and flushes no
+/// buffers.
 pub fn exit_immediately(code: i32) -> ! {
     // SAFETY: _exit takes no pointers and has no preconditions.
     unsafe { libc::_exit(code) }
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn secure_bits_can_be_set_to_what_they_are() {
+    fn secure_bits_can_be_set_to_their_current_value() {
         let bits = secure_bits().unwrap();
         set_secure_bits(bits).expect("this test needs root: it sets secure bits");
         assert_eq!(secure_bits().unwrap(), bits);

@@ -1,4 +1,4 @@
-//! Packets with file descriptors over Unix sockets (SCM_RIGHTS, unix(7)).
+//! Sends and receives packets with fds over Unix sockets (SCM_RIGHTS, unix(7)).
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -18,7 +18,7 @@ struct Control([u8; CONTROL_LEN]);
 /// Sends bytes with fds in one system call, and raises no SIGPIPE. Returns the number of bytes that were sent.
 ///
 /// # Errors
-/// Those of sendmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket, but not EINTR.
+/// Those of sendmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket. Retries after EINTR.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let socket = socket.as_fd().as_raw_fd();
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -37,17 +37,18 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
 pub struct Packet {
     /// Number of bytes that were received.
     pub len: usize,
-    /// The fds, which are close-on-exec. They are complete only if the packet is not truncated.
+    /// The fds, which are close-on-exec. If the packet is truncated, some fds may be missing.
     pub fds: Vec<OwnedFd>,
     /// Whether bytes or fds were dropped because the packet was larger than the buffer.
     pub truncated: bool,
 }
 
-/// Receives bytes and fds in one system call. Owns every fd of a packet, even of a truncated one: nix's `recvmsg` does
-/// not give those back, so a peer could exhaust this process's fds.
+/// Receives bytes and fds in one system call. Returns every received fd as an owned fd, even if the packet is
+/// truncated. nix's `recvmsg` does not return the fds of a truncated packet. If Husk used it, a peer could exhaust this
+/// process's fds.
 ///
 /// # Errors
-/// Those of recvmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket, but not EINTR.
+/// Those of recvmsg(2), such as [`io::ErrorKind::WouldBlock`] on a non-blocking socket. Retries after EINTR.
 pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
     let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let mut control = Control([0; CONTROL_LEN]);
@@ -61,7 +62,8 @@ pub fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Packet> {
         msg_flags: 0,
     };
     let len = loop {
-        // SAFETY: the pointers in `header` are to writable buffers of the given lengths, which outlive the call.
+        // SAFETY: the pointers in `header` point to writable buffers of the given lengths. The buffers outlive the
+        // call.
         let len = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
         if let Ok(len) = usize::try_from(len) {
             break len;
@@ -119,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_fds_as_allowed_fit() {
+    fn receive_accepts_the_maximum_number_of_fds() {
         let (a, b) = pair();
         send(&a, b"x", &[a.as_fd(); MAX_FDS]).unwrap();
         let packet = receive(&b, &mut [0]).unwrap();
@@ -135,12 +137,12 @@ mod tests {
         drop(writer);
         assert!(receive(&b, &mut [0; 3]).unwrap().truncated);
         assert!(receive(&b, &mut [0; 3]).unwrap().truncated);
-        // The end of the pipe is seen only if every copy of the writer is closed.
+        // The reader sees the end of the pipe only if every copy of the writer is closed.
         assert_eq!(reader.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]
-    fn bytes_need_no_fds() {
+    fn bytes_arrive_without_fds() {
         let (a, b) = pair();
         send(&a, b"plain", &[]).unwrap();
         assert!(receive(&b, &mut [0; 8]).unwrap().fds.is_empty());

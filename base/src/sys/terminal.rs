@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use super::new_fd;
 
-/// Unlocks the slave of a pseudoterminal, so that it can be opened.
+/// Unlocks the slave of a pseudoterminal, so that the slave can be opened.
 ///
 /// # Errors
 /// Those of the ioctl TIOCSPTLCK.
@@ -18,8 +18,8 @@ pub fn unlock(master: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Opens the slave of a pseudoterminal (Linux 4.13). It needs no path, so other files in `/dev/pts` cannot redirect it.
-/// `flags` are those of open(2).
+/// Opens the slave of a pseudoterminal (Linux 4.13). Uses no path, so that other files in `/dev/pts` cannot redirect
+/// the call. `flags` are those of open(2).
 ///
 /// # Errors
 /// Those of the ioctl TIOCGPTPEER.
@@ -41,7 +41,7 @@ pub fn set_window_size(terminal: impl AsFd, columns: u16, rows: u16) -> io::Resu
     }
 }
 
-/// Makes the terminal the controlling terminal of this session, whose leader must be the caller.
+/// Makes the terminal the controlling terminal of this session. The caller must be the session leader.
 ///
 /// # Errors
 /// Those of the ioctl TIOCSCTTY.

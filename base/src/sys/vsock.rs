@@ -1,4 +1,4 @@
-//! Listening on vsock(7), with the peer's address of each connection.
+//! Listens and connects on vsock(7). Each accepted connection comes with its peer's address.
 
 use std::io;
 use std::mem::size_of;
@@ -8,13 +8,13 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bi
 
 use super::new_fd;
 
-/// Length of the queue of connections that wait for accept.
+/// Maximum number of connections that wait for accept.
 const BACKLOG: i32 = 128;
 
 /// Address of the peer of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
-    /// Address family. The kernel leaves it 0 for an unnamed peer.
+    /// Address family, or 0 if the peer has no address.
     pub family: libc::sa_family_t,
     /// CID, which the kernel takes from the transport.
     pub cid: u32,
@@ -22,7 +22,7 @@ pub struct Peer {
     pub port: u32,
 }
 
-/// Listens on `port`, for any CID of this system. The socket is close-on-exec; `flags` may add SOCK_NONBLOCK.
+/// Listens on `port`, for any CID of this system. The socket is close-on-exec. `flags` may add SOCK_NONBLOCK.
 ///
 /// # Errors
 /// Those of socket(2), bind(2) and listen(2).
@@ -33,9 +33,10 @@ pub fn listen(port: u32, flags: SockFlag) -> io::Result<OwnedFd> {
     Ok(listener)
 }
 
-/// Accepts a connection. It is close-on-exec; `flags` may add SOCK_NONBLOCK.
+/// Accepts a connection. The returned socket is close-on-exec. `flags` may add SOCK_NONBLOCK.
 ///
-/// nix's `accept4` returns no address, and getpeername(2) fails for a connection that has ended in the meantime.
+/// nix's `accept4` is not used, because it returns no address. getpeername(2) would fail if the connection has already
+/// ended.
 ///
 /// # Errors
 /// Those of accept4(2).
@@ -44,7 +45,7 @@ pub fn accept(listener: BorrowedFd<'_>, flags: SockFlag) -> io::Result<(OwnedFd,
     address.svm_family = 0;
     let mut length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
     let flags = (SockFlag::SOCK_CLOEXEC | flags).bits();
-    // SAFETY: the kernel writes at most `length` bytes to `address`, which has that size; both outlive the call. The
+    // SAFETY: the kernel writes at most `length` bytes to `address`, which has that size. Both outlive the call. The
     // call returns a new fd or -1.
     let connection = unsafe {
         new_fd(libc::accept4(listener.as_fd().as_raw_fd(), (&raw mut address).cast(), &raw mut length, flags))
@@ -67,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn accept_returns_the_connection_and_no_family_for_another_kind_of_socket() {
+    fn accept_returns_the_address_family_of_a_unix_socket() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();

@@ -1,17 +1,17 @@
-//! Extended attributes of files by path (xattr(7)).
+//! Lists, reads and sets the extended attributes of a file by its path (xattr(7)).
 
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Maximum size of a list of names, and of a value, that the kernel returns (xattr(7)).
+/// Maximum size, in bytes, of a list of names and of a value that the kernel returns (xattr(7)).
 pub const MAX_SIZE: usize = 65536;
 
 /// Returns the names of a file's attributes, each followed by a NUL byte. Follows symbolic links.
 ///
 /// # Errors
-/// ENOTSUP if the file system has no attributes, and the other errors of listxattr(2).
+/// ENOTSUP if the file system does not support attributes, and the other errors of listxattr(2).
 pub fn list(path: &Path) -> io::Result<Vec<u8>> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut names = vec![0_u8; MAX_SIZE];
@@ -21,7 +21,7 @@ pub fn list(path: &Path) -> io::Result<Vec<u8>> {
     Ok(names)
 }
 
-/// Reads the value of an attribute into `value` and returns its length. Follows symbolic links.
+/// Reads the value of an attribute into `value` and returns the value's length. Follows symbolic links.
 ///
 /// # Errors
 /// ENODATA if there is no such attribute, and the other errors of getxattr(2).
@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn attributes_are_set_listed_and_read() {
-        // tmpfs has attributes of users only since Linux 6.6; the directory of the build has them.
+        // tmpfs supports user attributes only since Linux 6.6. The file system of the source directory supports them.
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let name = c"user.husk";
         set(file.path(), name, b"a\0b").unwrap();

@@ -7,14 +7,14 @@ use husk_config::Config;
 
 use super::Finding;
 
-/// Loads the configuration. Returns the defaults if it is invalid, so that the other checks can run.
+/// Loads the configuration. Returns the defaults if the configuration is invalid, so that the other checks can run.
 pub fn configuration(path: &Path) -> (Config, Vec<Finding>) {
     let name = "configuration";
     match Config::load(path) {
         Ok(config) if path.exists() => (config, vec![Finding::ok(name, path.display().to_string())]),
         Ok(config) => (config, vec![Finding::ok(name, format!("using defaults: {} does not exist", path.display()))]),
         Err(error) => {
-            let remedy = format!("correct {}: no pod starts until then", path.display());
+            let remedy = format!("correct {}: no pod can start with an invalid configuration", path.display());
             (Config::default(), vec![Finding::fail(name, chain(&error), remedy)])
         }
     }
@@ -36,7 +36,7 @@ fn image(name: &'static str, key: &str, path: &Path, kind: fn(&[u8]) -> Result<&
     }
 }
 
-/// Reads the first 64 bytes of a file; also returns the file's length.
+/// Returns the first 64 bytes of a file, and the file's length.
 fn head(path: &Path) -> io::Result<(Vec<u8>, u64)> {
     let file = File::open(path)?;
     let len = file.metadata()?.len();

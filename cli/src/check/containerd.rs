@@ -21,7 +21,7 @@ const SOCKET: &str = "/run/containerd/containerd.sock";
 const MIN_VERSION: (u32, u32) = (1, 7);
 /// Timeout of a containerd command.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// Search path if the environment has none.
+/// Search path if the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Runs all checks of containerd.
@@ -72,7 +72,7 @@ fn shim(path: &str) -> Finding {
     }
 }
 
-/// Returns the PATH of the running containerd, in which it searches for the shim.
+/// Returns the PATH of the running containerd. containerd searches for the shim in this PATH.
 fn daemon_search_path() -> Option<String> {
     let processes = fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path());
     let name = |path: &Path| fs::read_to_string(path.join("comm")).unwrap_or_default();
@@ -152,13 +152,13 @@ fn version(text: &str) -> Finding {
     }
 }
 
-/// Checks whether containerd's CRI plugin has a Husk runtime. `ctr` and `nerdctl` do not need one.
+/// Checks whether containerd's CRI plugin has a Husk runtime. `ctr` and `nerdctl` do not need such a runtime.
 fn runtime(dump: &str) -> Finding {
     let name = "runtime";
     let Ok(dump) = dump.parse::<toml::Table>() else {
         return Finding::warn(name, "containerd's configuration is not valid TOML", "check `containerd config dump`");
     };
-    // The CRI plugin's name before containerd 2.0, and since 2.0.
+    // The first name is the CRI plugin's name before containerd 2.0, the second its name since 2.0.
     let found = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"].iter().find_map(|plugin| {
         let runtimes = dump.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?.as_table()?;
         let is_husk = |value: &toml::Value| value.get("runtime_type").and_then(toml::Value::as_str) == Some(RUNTIME);
@@ -167,7 +167,7 @@ fn runtime(dump: &str) -> Finding {
     match found {
         None => Finding::warn(
             name,
-            format!("containerd's CRI plugin has no runtime {RUNTIME}: Kubernetes cannot use Husk, ctr can"),
+            format!("containerd's CRI plugin has no runtime {RUNTIME}: Kubernetes cannot use Husk, but ctr can"),
             "import /etc/containerd/conf.d/husk.toml in containerd's configuration and restart containerd",
         ),
         Some((handler, runtime)) => {
@@ -175,8 +175,8 @@ fn runtime(dump: &str) -> Finding {
             if runtime.get("privileged_without_host_devices").and_then(toml::Value::as_bool) == Some(true) {
                 return Finding::ok(name, detail);
             }
-            let remedy =
-                "set privileged_without_host_devices = true for it: privileged pods cannot use the host's devices";
+            let detail = format!("{detail}, but passes the host's devices to privileged pods");
+            let remedy = "set privileged_without_host_devices = true for this runtime: a VM cannot use these devices";
             Finding::warn(name, detail, remedy)
         }
     }

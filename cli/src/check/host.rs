@@ -31,7 +31,7 @@ fn user() -> Finding {
     if nix::unistd::geteuid().is_root() {
         return Finding::ok("user", "root");
     }
-    Finding::warn("user", "not root: some findings may be wrong", "run this as root, like containerd")
+    Finding::warn("user", "not root: some findings may be wrong", "run this command as root, like containerd")
 }
 
 fn kvm(probe: Result<Probe, ProbeError>) -> Finding {
@@ -47,13 +47,13 @@ fn kvm(probe: Result<Probe, ProbeError>) -> Finding {
                 return Finding::ok(name, speed);
             }
             let remedy =
-                "this KVM interprets guest code and cannot boot a kernel: use a node with hardware virtualization";
+                "use a node with hardware virtualization: this KVM interprets guest code and cannot boot a kernel";
             Finding::fail(name, format!("much too slow: {speed}"), remedy)
         }
         Err(ProbeError::Open(error)) => match error.kind() {
             io::ErrorKind::NotFound => Finding::fail(name, "/dev/kvm does not exist", remedy),
             io::ErrorKind::PermissionDenied => {
-                Finding::fail(name, "no permission to open /dev/kvm", "run this as root, like containerd")
+                Finding::fail(name, "no permission to open /dev/kvm", "run this command as root, like containerd")
             }
             _ => Finding::fail(name, format!("failed to open /dev/kvm: {error}"), remedy),
         },
@@ -87,7 +87,7 @@ fn overlay(file_systems: &str) -> Finding {
     if file_systems.lines().any(|line| line.split_whitespace().last() == Some("overlay")) {
         return Finding::ok(name, "available");
     }
-    Finding::warn(name, "not loaded", "modprobe overlay, or use another snapshotter in containerd")
+    Finding::warn(name, "not loaded", "run `modprobe overlay`, or use another snapshotter in containerd")
 }
 
 fn tun() -> Finding {
@@ -97,7 +97,7 @@ fn tun() -> Finding {
         Err(error) => Finding::warn(
             name,
             format!("failed to open /dev/net/tun: {error}"),
-            "modprobe tun: without it, pods have no network",
+            "run `modprobe tun`: without this module, pods have no network",
         ),
     }
 }
@@ -109,7 +109,7 @@ fn vhost_net() -> Finding {
         Err(error) => Finding::warn(
             name,
             format!("failed to open /dev/vhost-net: {error}"),
-            "modprobe vhost_net: without it, the VMM processes forward network frames",
+            "run `modprobe vhost_net`: without this module, the VMM processes forward all network frames",
         ),
     }
 }
@@ -119,7 +119,11 @@ fn cgroup() -> Finding {
     match statfs("/sys/fs/cgroup").map(|stat| stat.filesystem_type()) {
         Ok(CGROUP2_SUPER_MAGIC) => Finding::ok(name, "cgroup v2"),
         Ok(TMPFS_MAGIC) => Finding::ok(name, "cgroup v1"),
-        _ => Finding::fail(name, "no cgroup file system at /sys/fs/cgroup", "mount -t cgroup2 cgroup2 /sys/fs/cgroup"),
+        _ => Finding::fail(
+            name,
+            "no cgroup file system at /sys/fs/cgroup",
+            "run `mount -t cgroup2 cgroup2 /sys/fs/cgroup`",
+        ),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::print;
 /// Output format of the findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Output {
-    /// One line per finding, followed by a line with the remedy if there is one.
+    /// One line per finding. A second line contains the remedy if the finding has a remedy.
     Text,
     /// One JSON object.
     Json,
@@ -40,7 +40,7 @@ pub struct Finding {
     pub status: Status,
     /// Details of the result.
     pub detail: String,
-    /// How to solve the problem; empty if there is none.
+    /// How to solve the problem. Empty if there is no problem.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub remedy: String,
 }
@@ -51,12 +51,12 @@ impl Finding {
         Self { name, status: Status::Ok, detail: detail.into(), remedy: String::new() }
     }
 
-    /// Creates a finding that a feature does not work.
+    /// Creates a finding which says that a feature does not work.
     pub fn warn(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, status: Status::Warn, detail: detail.into(), remedy: remedy.into() }
     }
 
-    /// Creates a finding that Husk cannot run.
+    /// Creates a finding which says that Husk cannot run.
     pub fn fail(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, status: Status::Fail, detail: detail.into(), remedy: remedy.into() }
     }

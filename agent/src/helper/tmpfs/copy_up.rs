@@ -1,7 +1,7 @@
 //! Copies a directory of a container's image into a tmpfs.
 //!
-//! The image is untrusted: no symbolic link in it is followed, only regular files are opened for reading, and deep
-//! directories need neither stack nor fds.
+//! The image is untrusted. No symbolic link in it is followed, and only regular files are opened for reading. The depth
+//! of a directory tree affects neither the stack size nor the number of open fds.
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
@@ -16,7 +16,7 @@ use nix::libc;
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, fchownat, symlinkat};
 
-/// Reason why a directory was not copied, with the path inside it.
+/// Reason why a directory was not copied. Each variant contains the failed path, relative to the directory.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyUpError {
     /// A file or directory of the image was not read.
@@ -40,10 +40,10 @@ pub enum CopyUpError {
 /// content, owners, modes, symbolic links, device nodes and extended attributes.
 ///
 /// # Errors
-/// After an error, `to` contains a part of the tree.
+/// After an error, `to` may contain a part of the tree.
 pub fn copy_up(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), CopyUpError> {
     let mut pending = vec![PathBuf::from(".")];
-    // Each directory is opened by its path from the top, so its depth is limited by PATH_MAX.
+    // Each directory is opened by its path from the top. Therefore PATH_MAX limits the depth of the tree.
     while let Some(path) = pending.pop() {
         let read_error = |error| CopyUpError::Read(path.clone(), error);
         let source = open_beneath(from, &path).map_err(read_error)?;
@@ -66,12 +66,13 @@ fn open_beneath(top: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     Ok(openat2(top, path, how)?)
 }
 
-/// Returns the procfs path of an open file. It opens that file even if its name has been removed or replaced.
+/// Returns the procfs path of an open file. This path stays valid even if the file's name is removed or replaced.
 pub(super) fn proc_path(file: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// Copies one directory entry. Returns whether it is a directory, whose entries the caller has to copy.
+/// Copies one directory entry. Returns true if the entry is a directory. The caller then has to copy the directory's
+/// entries.
 fn copy(source: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr, path: &Path) -> Result<bool, CopyUpError> {
     let read_error = |error: io::Error| CopyUpError::Read(path.to_owned(), error);
     let create_error = |error: Errno| CopyUpError::Create(path.to_owned(), error.into());
@@ -97,24 +98,24 @@ fn copy(source: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr, path: &Pat
         _ => mknodat(target, name, kind, private, status.st_rdev).map_err(create_error)?,
     }
     set_owner_and_mode(target, name, kind, &status).map_err(owner_error)?;
-    // After the owner, because changing the owner removes file capabilities.
+    // Attributes are copied after the owner is set, because changing the owner removes file capabilities.
     copy_xattrs(object.as_fd(), target, name).map_err(|error| CopyUpError::Attributes(path.to_owned(), error))?;
     Ok(kind == SFlag::S_IFDIR)
 }
 
-/// Sets owner, then mode, because changing the owner clears the set-user-ID bit.
+/// Sets the owner first and then the mode, because changing the owner clears the set-user-ID bit.
 fn set_owner_and_mode(target: BorrowedFd<'_>, name: &OsStr, kind: SFlag, status: &FileStat) -> Result<(), Errno> {
     let (uid, gid) = (Uid::from_raw(status.st_uid), Gid::from_raw(status.st_gid));
     fchownat(target, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
     if kind != SFlag::S_IFLNK {
-        // FollowSymlink is safe: this code created `name` in a private directory, and not as a symbolic link.
+        // FollowSymlink is safe: `name` is in a private directory, and this code did not create it as a symbolic link.
         let mode = Mode::from_bits_truncate(status.st_mode & 0o7777);
         fchmodat(target, name, mode, FchmodatFlags::FollowSymlink)?;
     }
     Ok(())
 }
 
-/// Copies the extended attributes that the tmpfs can hold.
+/// Copies the extended attributes that [`is_copied`] selects and that the tmpfs supports.
 fn copy_xattrs(object: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     let from = proc_path(object);
     let names = if_supported(xattr::list(&from))?;
@@ -133,15 +134,15 @@ fn copy_xattrs(object: BorrowedFd<'_>, target: BorrowedFd<'_>, name: &OsStr) -> 
     Ok(())
 }
 
-/// Whether an extended attribute is copied. Security labels are assigned by policy, and `trusted` attributes describe
-/// the image's layers.
+/// Whether an extended attribute is copied. Security labels are not copied, because the policy assigns them. `trusted`
+/// attributes are not copied, because they describe the image's layers.
 fn is_copied(attribute: &[u8]) -> bool {
     attribute == b"security.capability"
         || attribute.starts_with(b"user.")
         || attribute.starts_with(b"system.posix_acl_")
 }
 
-/// Returns `None` if attributes are not supported or the attribute does not exist (any more).
+/// Returns `None` if the file system does not support the attribute, or if the attribute does not exist.
 fn if_supported<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),

@@ -1,8 +1,8 @@
-//! tmpfs features of runc that libcontainer lacks: `tmpcopyup`, and inheriting the mode of the directory underneath.
+//! tmpfs features of runc that libcontainer lacks: `tmpcopyup`, and inheriting the mode of the mount point's directory.
 //!
-//! A tmpfs with `tmpcopyup` gets the content that the image has at its mount point. It is mounted and filled here, in
-//! the helper's private mount namespace, and libcontainer bind-mounts it at its destination. The namespace ends with
-//! the helper.
+//! A tmpfs with `tmpcopyup` gets the content that the image has at the mount point. This module mounts and fills the
+//! tmpfs in the helper's private mount namespace. libcontainer then bind-mounts the tmpfs at its destination. The
+//! namespace ends with the helper.
 
 mod copy_up;
 
@@ -21,7 +21,7 @@ use nix::sys::stat::fstat;
 use crate::id_mappings::IdMappings;
 use copy_up::CopyUpError;
 
-/// Mount option of runc; the kernel does not know it.
+/// Mount option of runc that the kernel does not know.
 const COPY_UP: &str = "tmpcopyup";
 
 /// Reason why a tmpfs was not prepared.
@@ -37,9 +37,9 @@ pub enum TmpfsError {
     #[error("failed to create the staging directory")]
     Directory(#[source] io::Error),
     /// The tmpfs was not mounted.
-    #[error("failed to mount it at the staging directory")]
+    #[error("failed to mount the tmpfs at the staging directory")]
     Mount(#[source] Errno),
-    /// The helper did not enter or leave the container's cgroup.
+    /// The helper failed to enter or to leave the container's cgroup.
     #[error("failed to move the helper to another cgroup")]
     Cgroup(#[source] io::Error),
     /// The image's directory was not copied.
@@ -47,11 +47,11 @@ pub enum TmpfsError {
     CopyUp(#[source] CopyUpError),
 }
 
-/// Where tmpfs mounts are staged and charged.
+/// Where tmpfs mounts are staged, and which cgroup is charged for their content.
 pub struct Staging<'a> {
-    /// The container's directory that only the agent can access.
+    /// Directory of the container that only the agent can access.
     pub dir: &'a Path,
-    /// Directory of the container's cgroup: copied content is charged to the container's memory.
+    /// Directory of the container's cgroup, which is charged for the memory of the copied content.
     pub cgroup: &'a Path,
 }
 
@@ -79,7 +79,8 @@ pub fn prepare(
     Ok(changed)
 }
 
-/// Directory that a mount shows at its destination; `None` if its content comes from the kernel or is empty.
+/// Directory whose content a mount shows at its destination. `None` if the mount is empty or if its content comes from
+/// the kernel.
 type Content = Option<PathBuf>;
 
 fn prepare_one(
@@ -136,7 +137,7 @@ fn is_fs_option(option: &str) -> bool {
     option.contains('=') || matches!(option, "noswap" | "inode32" | "inode64")
 }
 
-/// Mounts a tmpfs at `stage` and copies `from` into it, charged to `cgroup`.
+/// Mounts a tmpfs at `stage` and copies `from` into it. The memory of the copy is charged to `cgroup`.
 fn mount_and_copy_up(source: &Path, data: &str, from: &OwnedFd, stage: &Path, cgroup: &Path) -> Result<(), TmpfsError> {
     let nothing: Option<&Path> = None;
     unshare(CloneFlags::CLONE_NEWNS).map_err(TmpfsError::Namespace)?;
@@ -159,10 +160,11 @@ fn current_cgroup() -> io::Result<PathBuf> {
     Ok(Path::new(crate::cgroup::MOUNT).join(name))
 }
 
-/// Mounts that precede a mount in the specification, on top of the image.
+/// The image, and the mounts that precede the current mount in the specification.
 ///
-/// Destinations are compared as strings. A destination that leads through a symbolic link of the image into an earlier
-/// mount finds the image's directory instead of the mount's. It never finds a directory outside of both.
+/// Destinations are compared as strings. A destination may lead through a symbolic link of the image into an earlier
+/// mount. In this case the image's directory is found instead of the mount's directory. A directory outside the image
+/// and the mounts is never found.
 struct EarlierMounts<'a> {
     root: PathBuf,
     mounts: Vec<(PathBuf, Content)>,
@@ -171,7 +173,7 @@ struct EarlierMounts<'a> {
 }
 
 impl EarlierMounts<'_> {
-    /// Opens the directory at `path` in the container. Returns `None` if there is none.
+    /// Opens the directory at `path` in the container. Returns `None` if no directory exists there.
     fn directory(&self, path: &Path) -> io::Result<Option<OwnedFd>> {
         let covering = self.mounts.iter().rev().find_map(|(at, content)| Some((content, path.strip_prefix(at).ok()?)));
         let (base, relative) = match covering {
@@ -189,7 +191,7 @@ impl EarlierMounts<'_> {
             .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
         match openat2(base.as_fd(), &Path::new(".").join(relative), how) {
             Ok(directory) => Ok(Some(directory)),
-            // libcontainer creates a missing destination, and fails to mount on one that is not a directory.
+            // libcontainer creates a missing destination. It fails to mount if the destination is not a directory.
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
             Err(error) => Err(error.into()),
         }

@@ -1,4 +1,4 @@
-//! Tests of the directory that is found underneath a mount, and of copied trees.
+//! Tests for finding the directory underneath a mount, and for copying trees.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -79,7 +79,7 @@ fn copy_up_rejects_a_very_deep_tree() {
 }
 
 #[test]
-fn symlinks_of_the_image_do_not_escape_it() {
+fn symlinks_of_the_image_do_not_lead_outside_the_image() {
     let scratch = Scratch::new("links");
     let from = scratch.from();
     let outside = scratch.0.join("outside");
@@ -106,7 +106,7 @@ fn symlinks_of_the_image_do_not_escape_it() {
 }
 
 #[test]
-fn last_mount_on_a_path_is_the_one_underneath() {
+fn directory_returns_the_content_of_the_last_mount_on_a_path() {
     let scratch = Scratch::new("earlier");
     let (root, volume) = (scratch.from(), scratch.to());
     fs::create_dir_all(root.join("data/sub")).unwrap();

@@ -1,4 +1,4 @@
-//! Addresses and neighbours of an interface.
+//! Adds and removes the addresses and neighbours of interfaces.
 
 use std::net::IpAddr;
 
@@ -9,7 +9,7 @@ use super::NetworkError;
 use super::operation::Operation;
 use super::parse::{parse_cidr, parse_ip, parse_mac};
 
-/// Adds or removes an address, in CIDR form, of the interface `index`.
+/// Adds or removes an address of the interface `index`. `cidr` is the address with its prefix length.
 pub fn change(pod: &Netlink, op: Operation, index: i32, cidr: &str) -> Result<(), NetworkError> {
     let (address, prefix) = parse_cidr(cidr)?;
     let bytes = octets(address);

@@ -1,5 +1,7 @@
-//! The pod's network: finds interfaces by MAC address, moves them to the pod's namespace, names and configures them.
-//! Later requests update them when the network on the host changes.
+//! Sets up the pod's network: finds interfaces by MAC address, moves them to the pod's network namespace, names them
+//! and configures them.
+//!
+//! Later requests update the network when it changes on the host.
 
 mod address;
 mod operation;
@@ -24,23 +26,24 @@ use super::link_notifications::LinkNotifications;
 use super::{NET_NAMESPACE, namespaces};
 use operation::Operation;
 
-/// Timeout for an interface to appear. Its device has been hot-plugged before the request arrives.
+/// Maximum time to wait for an interface. The shim hot-plugs the device before it sends the request.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reason why the network was not set up or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    /// A value of the request is malformed: the value, and what it should be.
-    #[error("invalid {1}: {0:?}")]
+    /// A value of the request is malformed. The fields are the value and the kind of value that was expected.
+    #[error("invalid network configuration: {0:?} is not a valid {1}")]
     Malformed(String, &'static str),
     /// No interface with this MAC address appeared.
     #[error("failed to find a network interface with MAC address {0}")]
     NoDevice(String),
-    /// An interface does not exist in the pod, or a route or neighbour names one that the request does not contain.
+    /// An interface does not exist in the pod, or a route or neighbour names an interface that the request does not
+    /// contain.
     #[error("failed to find interface {0:?} in the pod's network")]
     NoInterface(String),
     /// Another request is in progress.
-    #[error("another network change is in progress")]
+    #[error("failed to change the pod's network: another change is in progress")]
     Busy,
     /// The kernel rejected a request.
     #[error("failed to {0}")]
@@ -68,8 +71,8 @@ pub struct NetworkConfig {
 }
 
 impl NetworkConfig {
-    /// Returns everything that may exist after a failed change from `self` to `config`. Of interfaces, only those of
-    /// `self` count.
+    /// Returns all parts that may exist after a failed change from `self` to `config`. The returned interfaces are only
+    /// those of `self`.
     fn merge(mut self, config: Self) -> Self {
         fn add_missing<T: PartialEq>(all: &mut Vec<T>, new: Vec<T>) {
             let new: Vec<T> = new.into_iter().filter(|part| !all.contains(part)).collect();
@@ -89,7 +92,7 @@ struct Applied {
     complete: bool,
 }
 
-/// The pod's network as last requested. A bridge or route that a container adds itself is not part of it.
+/// The pod's network as last requested. Does not include a bridge or route that a container has added.
 pub struct Network(Mutex<Option<Applied>>);
 
 impl Default for Network {
@@ -124,7 +127,8 @@ async fn change(Applied { config: before, complete }: &Applied, after: &NetworkC
     let mut routes = changed_keys(&before.routes, &after.routes, *complete, route::key);
     let rules = changed_keys(&before.rules, &after.rules, *complete, rule::key);
     remove(before, after, (&routes, &rules), &pod)?;
-    // Interfaces without routes and neighbours: new ones, or those whose routes and neighbours have been removed.
+    // Names of interfaces whose routes and neighbours all have to be added. The interface is new, or its routes and
+    // neighbours have been removed.
     let mut added = Vec::new();
     for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
         match before.interfaces.iter().find(|previous| previous.mac == interface.mac && previous.name == interface.name)
@@ -152,7 +156,7 @@ fn add(
     pod: &Netlink,
 ) -> Result<(), NetworkError> {
     let indices = InterfaceIndices::read(&after.interfaces, pod)?;
-    // Direct routes first: a gateway is reachable only through the routes of its link.
+    // Direct routes come first, because a gateway is reachable only through the direct routes of its link.
     let new = after.routes.iter().filter(|route| routes.contains(&route::key(route)));
     let (via_gateway, direct): (Vec<_>, Vec<_>) = new.partition(|route| route::has_gateway(route));
     let mut seen_keys = HashSet::new();
@@ -166,7 +170,7 @@ fn add(
     for route in via_gateway {
         route::change(pod, op(route), route, |name| indices.get(name))?;
     }
-    // Rules last, because the tables that they look up must be filled first.
+    // Rules come last, because the tables that they look up must be filled first.
     let mut seen_keys = HashSet::new();
     for rule in after.rules.iter().filter(|rule| rules.contains(&rule::key(rule))) {
         let op = if seen_keys.insert(rule::key(rule)) { Operation::Add } else { Operation::Append };
@@ -175,8 +179,8 @@ fn add(
     Ok(())
 }
 
-/// Returns the keys whose parts differ in content or order and have to be recreated together. Returns all keys unless
-/// `before` is `complete`.
+/// Returns each key whose parts differ between `before` and `after`, in content or in order. All parts of a returned
+/// key have to be recreated together. If `complete` is false, returns all keys.
 fn changed_keys<'a, T: PartialEq, P: Eq + Hash>(
     before: &'a [T],
     after: &'a [T],
@@ -189,7 +193,8 @@ fn changed_keys<'a, T: PartialEq, P: Eq + Hash>(
     parts.into_iter().filter(|(_, (before, after))| !complete || before != after).map(|(key, _)| key).collect()
 }
 
-/// Removes the parts that are no longer configured, last ones first, and all routes and rules with the given keys.
+/// Removes the parts that are no longer configured, and all routes and rules with the given keys. The parts that were
+/// added last are removed first.
 fn remove(
     before: &NetworkConfig,
     after: &NetworkConfig,
@@ -212,7 +217,7 @@ fn remove(
     }
     for route in before.routes.iter().rev().filter(|route| routes.contains(&route::key(route))) {
         match route::change(pod, Operation::Remove, route, |name| indices.get(name)) {
-            // The kernel removed it with its interface.
+            // The kernel removed the route together with its interface.
             Err(NetworkError::NoInterface(_)) => {}
             result => result?,
         }
@@ -227,14 +232,14 @@ fn remove(
         }
         if current.is_none() {
             let down = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0, libc::IFF_UP as u32));
-            // The shim hot-unplugs the device before another one with the same name or MAC address appears.
+            // The shim hot-unplugs the device before it adds another device with the same name or MAC address.
             pod.change(down).map_err(kernel_error(format!("bring down interface {}", interface.name)))?;
         }
     }
     Ok(())
 }
 
-/// Interface indices in the guest of the interfaces of a request, by name.
+/// Maps the names of a request's interfaces to their interface indices in the guest.
 struct InterfaceIndices<'a>(HashMap<&'a str, i32>);
 
 impl<'a> InterfaceIndices<'a> {
@@ -273,8 +278,8 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
             let namespace = File::open(NET_NAMESPACE).map_err(kernel_error("open the pod's network namespace"))?;
             let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(found.index, 0, 0))
                 .number(libc::IFLA_NET_NS_FD, namespace.as_raw_fd().unsigned_abs())
-                // The rename matters if the pod's namespace already has an interface of the old name (Linux,
-                // do_setlink of net/core/rtnetlink.c).
+                // The move includes a rename, because the pod's namespace may already have an interface with the old
+                // name (Linux, `do_setlink` of net/core/rtnetlink.c).
                 .text(libc::IFLA_IFNAME, &interface.name);
             let agent_netlink = Netlink::open().map_err(kernel_error("open a netlink socket"))?;
             agent_netlink
@@ -298,7 +303,7 @@ async fn add_interface(interface: &Interface, pod: &Netlink) -> Result<(), Netwo
     Ok(())
 }
 
-/// Updates an interface without bringing it down, because the kernel would remove its routes.
+/// Updates an interface while it stays up. If the interface went down, the kernel would remove its routes.
 fn update_interface(previous: &Interface, interface: &Interface, pod: &Netlink) -> Result<(), NetworkError> {
     let mac = parse::parse_mac(&interface.mac)?;
     let index = by_mac(pod, &mac)?.ok_or_else(|| NetworkError::NoInterface(interface.name.clone()))?.index;

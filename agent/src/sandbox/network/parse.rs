@@ -22,12 +22,12 @@ pub(super) fn parse_cidr(text: &str) -> Result<(IpAddr, u8), NetworkError> {
     if prefix <= longest { Ok((address, prefix)) } else { Err(malformed()) }
 }
 
-/// Parses a prefix. Returns `None` for an empty string and for the prefix of all addresses.
+/// Parses a prefix. Returns `None` for an empty string, and for a prefix of length 0 such as 0.0.0.0/0.
 pub(super) fn parse_optional_cidr(text: &str) -> Result<Option<(IpAddr, u8)>, NetworkError> {
     if text.is_empty() { Ok(None) } else { Ok(Some(parse_cidr(text)?).filter(|(_, prefix)| *prefix > 0)) }
 }
 
-/// Converts a number to the byte that it has in the netlink message.
+/// Converts a number for a one-byte field of a netlink message.
 pub(super) fn parse_byte(number: u32, what: &'static str) -> Result<u8, NetworkError> {
     u8::try_from(number).map_err(|_| NetworkError::Malformed(number.to_string(), what))
 }

@@ -28,7 +28,7 @@ pub fn interfaces(route: &Route) -> impl Iterator<Item = &str> {
     single.into_iter().chain(route.next_hops.iter().map(|hop| hop.interface.as_str()))
 }
 
-/// Whether the route has a gateway, and so depends on a route to it.
+/// Whether the route has a gateway. Such a route needs another route to the gateway.
 pub fn has_gateway(route: &Route) -> bool {
     !route.gateway.is_empty() || route.next_hops.iter().any(|hop| !hop.gateway.is_empty())
 }
@@ -37,7 +37,7 @@ fn table(route: &Route) -> u32 {
     if route.table == 0 { libc::RT_TABLE_MAIN.into() } else { route.table }
 }
 
-/// Adds or removes a route. `index` returns the index of an interface in the guest.
+/// Adds or removes a route. `index` returns the guest's index of the interface with the given name.
 pub fn change(
     pod: &Netlink,
     op: Operation,
@@ -49,8 +49,9 @@ pub fn change(
         matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Operation::Remove
     };
     let done = match op.change(pod, parsed.message(op, false)) {
-        // The kernel needs a route to the gateway only when the route is added. The host may have lost that route
-        // since, or finds it through a rule. Retry with RTNH_F_ONLINK, which skips the check.
+        // When the kernel adds a route, it checks that a route to the gateway exists. It does not check this later, so
+        // the host may have lost the route to the gateway since. The host may also find that route through a rule.
+        // Therefore retry with RTNH_F_ONLINK, which skips the check.
         Err(error) if unreachable(&error) && has_gateway(route) => op.change(pod, parsed.message(op, true)),
         done => done,
     };
@@ -181,7 +182,7 @@ impl<'a> ParsedRoute<'a> {
         let mut bytes = Vec::new();
         for hop in &self.hops {
             let gateway = hop.gateway(self.family).map(|(kind, value)| nest(&[(kind, &value)])).unwrap_or_default();
-            // At most 32 bytes.
+            // The sum is at most 32, so the conversion loses no bits.
             bytes.extend(((8 + gateway.len()) as u16).to_ne_bytes());
             bytes.extend([hop.flags(onlink), hop.weight]);
             bytes.extend(hop.index.to_ne_bytes());
@@ -196,7 +197,7 @@ impl Hop {
         if self.onlink || (onlink && self.gateway.is_some()) { RTNH_F_ONLINK } else { 0 }
     }
 
-    /// Returns the attribute of the gateway in a route of `family`.
+    /// Returns the type and the value of the gateway's attribute in a route of `family`.
     fn gateway(&self, family: u8) -> Option<(u16, Vec<u8>)> {
         let address = self.gateway?;
         let gateway_family = self::family(address);

@@ -22,7 +22,7 @@ pub fn key(rule: &Rule) -> Key {
 }
 
 /// Returns the number of attributes that a rule sets. The kernel removes the first rule that matches all attributes of
-/// the request (net/core/fib_rules.c, `rule_find`), so rules with more attributes must be removed first.
+/// the request (net/core/fib_rules.c, `rule_find`). Therefore rules with more attributes must be removed first.
 pub fn selector_count(rule: &Rule) -> usize {
     let texts = [&rule.source, &rule.destination, &rule.input_interface, &rule.output_interface];
     let numbers = [rule.mark, rule.mask, rule.tos, rule.ip_protocol, rule.table, rule.protocol];
@@ -42,7 +42,7 @@ pub fn change(pod: &Netlink, op: Operation, rule: &Rule) -> Result<(), NetworkEr
 fn message(op: Operation, rule: &Rule) -> Result<Message, NetworkError> {
     let malformed = |text: String, what| Err(NetworkError::Malformed(text, what));
     let action = match rule.action.enum_value() {
-        // With table 0, the kernel would allocate a table itself.
+        // For table 0, the kernel would choose an unused table itself.
         Ok(Action::LOOKUP) if rule.table == 0 => return malformed("0".to_owned(), "table of a rule"),
         Ok(Action::LOOKUP) => 1,
         Ok(Action::GOTO) => 2,
@@ -65,8 +65,9 @@ fn message(op: Operation, rule: &Rule) -> Result<Message, NetworkError> {
     // struct fib_rule_hdr. Its table field has one byte; the FRA_TABLE attribute holds larger table ids.
     let mut fixed = [rule_family, length(destination), length(source), tos, 0, 0, 0, action, 0, 0, 0, 0];
     fixed[8..].copy_from_slice(&flags.to_ne_bytes());
-    // NLM_F_EXCL prevents duplicates. It cannot be used to append: the kernel (`rule_exists`) also rejects a new rule
-    // if an existing rule with the same key has all its attributes and more.
+    // NLM_F_EXCL prevents duplicates. An appended rule must not have this flag, because the kernel (`rule_exists`) also
+    // rejects some rules that are not duplicates. It rejects a new rule if an existing rule with the same key has all
+    // attributes of the new rule and further ones.
     let flags = if op == Operation::Append { 0 } else { libc::NLM_F_EXCL };
     let mut message = op
         .message((libc::RTM_NEWRULE, flags), libc::RTM_DELRULE, &fixed)
