@@ -26,7 +26,7 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!(
-                "failed to send a control message of {} bytes with {} fds: at most {MAX_MESSAGE} bytes and {MAX_FDS} fds fit",
+                "failed to send a control message of {} bytes with {} fds: the limits are {MAX_MESSAGE} and {MAX_FDS}",
                 bytes.len(),
                 fds.len()
             ),

@@ -37,7 +37,7 @@ pub struct Rng {
     timer: TimerFd,
     timer_registered: bool,
     active: Option<Active>,
-    /// Bytes that the rate limit allows now.
+    /// Number of bytes that the rate limit allows now.
     tokens: usize,
     refilled: Instant,
 }

@@ -45,7 +45,7 @@ fn transfer(without: u64) {
     for turn in 0.. {
         assert!(
             turn < 100_000,
-            "no progress: the host wrote {} and the guest received {}, the guest sent {} and the host received {} bytes",
+            "no progress: host wrote {}, guest received {}, guest sent {}, host received {}",
             written,
             received_down.len(),
             sent,
