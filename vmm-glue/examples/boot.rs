@@ -1,6 +1,6 @@
 //! Boots a kernel and an initrd: `boot VMLINUX INITRD [--memory MIB] [--vcpus N] [--max-vcpus N] [--max-memory MIB]
-//! [--share DIR] [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The guest's console is copied to standard
-//! output, boot marks are printed to standard error.
+//! [--share DIR] [--connect PORT] [--attach DISK] [--params TEXT] [--pause]`. The program copies the guest's console to
+//! standard output, and prints boot steps to standard error.
 //!
 //! With `--connect`, standard input and output are connected to a vsock connection once the guest accepts it.
 
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let (mut files, mut config, mut port, mut disk, mut pause) = (Vec::new(), config(), None, None, false);
     while let Some(argument) = arguments.next() {
-        let mut value = || arguments.next().ok_or("missing value of an option");
+        let mut value = || arguments.next().ok_or_else(|| format!("missing value of option {argument}"));
         match argument.as_str() {
             "--memory" => config.memory_mib = value()?.parse()?,
             "--vcpus" => config.vcpus = value()?.parse()?,
@@ -84,7 +84,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Copies between standard input and output and the stream, until the guest closes it.
+/// Copies standard input to the stream, and the stream to standard output, until the guest closes the stream.
 fn connect_stdio(stream: std::os::unix::net::UnixStream) -> io::Result<()> {
     let mut writer = stream.try_clone()?;
     std::thread::spawn(move || {

@@ -41,17 +41,18 @@ use crate::vm::{HotplugMemory, Vm};
 use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
-/// - `console`, `quiet`: each character on the serial port is a VM exit, so the kernel prints errors only;
+/// - `console`, `quiet`: the kernel prints only errors, because each character on the serial port is a VM exit;
 /// - `reboot=k panic=-1`: a panic resets the VM at once, through the keyboard controller;
 /// - `rcupdate.rcu_expedited=1`: RCU grace periods use interprocessor interrupts and do not wait for ticks. Starting
-///   and stopping a container unmounts file systems and removes namespaces, and each waits for many grace periods.
-///   With few vCPUs, the interrupts are cheap;
-/// - `swiotlb=noforce`: no bounce buffers, which virtio does not need. They would touch 64 MiB in a guest with more
-///   than 3 GiB;
-/// - `noreplace-smp`: with one vCPU, the kernel would remove its ten thousand lock prefixes, one at a time. That takes a
-///   seventh of the boot time in the test node. It would restore them when a second vCPU is hot-plugged;
-/// - `tsc=reliable`: no check of the TSC against slower clocks, which this VM does not have. `kvm-clock` stays the
-///   clock source if the TSC is not stable.
+///   and stopping a container unmounts file systems and removes namespaces, and each of these operations waits for many
+///   grace periods. With few vCPUs, the interrupts are cheap;
+/// - `swiotlb=noforce`: the kernel makes no bounce buffers, because virtio does not need them. They would touch 64 MiB
+///   in a guest with more than 3 GiB;
+/// - `noreplace-smp`: the kernel keeps its ten thousand lock prefixes. Otherwise a kernel with one vCPU removes them
+///   one at a time, which takes a seventh of the boot time in the test node. It would restore them when a second vCPU
+///   is hot-plugged;
+/// - `tsc=reliable`: the kernel does not check the TSC against slower clocks, because this VM does not have any.
+///   `kvm-clock` stays the clock source if the TSC is not stable.
 const CMDLINE: &str =
     "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp tsc=reliable";
 
@@ -129,7 +130,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let kvm = open_kvm(kvm)?;
     check_capabilities(&kvm, config.max_vcpus)?;
 
-    // Create an empty VM. The interrupt controllers and the timer are KVM's, and must exist before the vCPUs.
+    // Create an empty VM. KVM emulates the interrupt controllers and the timer, which must exist before the vCPUs.
     let vm = Arc::new(create_vm(&kvm)?);
     timing.step("KVM_CREATE_VM");
     vm.set_tss_address(layout::KVM_TSS).map_err(|error| BootError::Kvm("KVM_SET_TSS_ADDR", error))?;
@@ -160,7 +161,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     read_initrd(&memory, &mut initrd, initrd_start, initrd_len)?;
     timing.step("initrd read");
 
-    // Devices, in the order in which the guest finds them, and spare slots.
+    // Create the devices, in the order in which the guest finds them, and the spare slots.
     let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("vsock", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
@@ -199,7 +200,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     }
     timing.step("virtio devices");
 
-    // The console, and the bus that connects the console and the slots to the vCPUs.
+    // Create the console, and the bus that connects the console and the slots to the vCPUs.
     let serial_irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(|error| BootError::Host("the console's interrupt", error))?;
     vm.register_irqfd(&serial_irq, layout::SERIAL_GSI).map_err(|error| BootError::Kvm("KVM_IRQFD", error))?;
@@ -208,8 +209,8 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let bus = Arc::new(Bus { console, slots: slots.clone() });
     timing.step("console");
 
-    // What the kernel reads when it starts. The device tree lists all vCPUs that there may be; `maxcpus` limits those
-    // that the kernel brings up at boot.
+    // Write the data that the kernel reads when it starts. The device tree lists as many vCPUs as the VM can ever have.
+    // `maxcpus` limits how many of them the kernel brings up at boot.
     let maxcpus = if config.vcpus < config.max_vcpus { format!(" maxcpus={}", config.vcpus) } else { String::new() };
     let cmdline = format!("{CMDLINE}{maxcpus} {}", config.kernel_params);
     if cmdline.len() >= layout::CMDLINE_MAX {
@@ -231,7 +232,8 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     vmgenid.renew(&memory).map_err(|error| BootError::Host("the VM Generation ID", error))?;
     timing.step("boot data");
 
-    // vCPUs: the first is at the kernel's entry point, the others wait for its startup interprocessor interrupt.
+    // Create the vCPUs. The first vCPU is at the kernel's entry point. The others wait for the first vCPU's startup
+    // interprocessor interrupt.
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
@@ -244,7 +246,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     }
     timing.step("vCPUs");
 
-    // Threads.
+    // Start the threads.
     let devices = devices.into_iter().map(|(_, device)| device).collect();
     let event_loop = EventLoop::start(devices, reporter.clone())?;
     let vcpus = Vcpus::start(vcpus, factory, &bus, reporter)?;
@@ -268,8 +270,8 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
 
 /// Returns the ranges of guest memory (start, end) that the boot fills almost completely, in the order in which they
 /// are needed:
-/// - the second half of the kernel, the initrd and the files unpacked after it. The first half of the kernel is read
-///   while this range is faulted in;
+/// - the second half of the kernel, the initrd and the files unpacked after it. While the prefault thread faults in
+///   this range, the first half of the kernel is read;
 /// - the end of RAM, where the kernel makes its first allocations: 64 bytes for each page, and hash tables;
 /// - the first half of the kernel;
 /// - all memory below the kernel, which the kernel's page allocator hands out first.
@@ -290,9 +292,9 @@ fn prefault_ranges(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u
 
 /// Start address of the guest kernel (CONFIG_PHYSICAL_START). Only the ranges to prefault depend on it.
 const KERNEL_START: u64 = 16 << 20;
-/// Bytes that the boot fills after the initrd, in addition to the initrd's unpacked copy.
+/// Number of bytes that the boot fills after the initrd, in addition to the initrd's unpacked copy.
 const UNPACKED: u64 = 2 << 20;
-/// Bytes that the boot fills at the end of RAM, in addition to the kernel's array of pages.
+/// Number of bytes that the boot fills at the end of RAM, in addition to the `struct page` array.
 const FIRST_ALLOCATIONS: u64 = 8 << 20;
 const PAGE: u64 = 4096;
 
@@ -325,7 +327,7 @@ fn check_capabilities(kvm: &Kvm, vcpus: u8) -> Result<(), BootError> {
     Ok(())
 }
 
-/// Retries KVM_CREATE_VM if a signal interrupts it while the host allocates memory.
+/// Creates a VM. Retries KVM_CREATE_VM if a signal interrupts the call while the host kernel allocates memory.
 fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
     loop {
         match kvm.create_vm() {
@@ -352,7 +354,7 @@ fn shared(device: impl VirtioDevice + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
 }
 
-/// Reads the file directly into guest memory.
+/// Reads the initrd directly into guest memory.
 fn read_initrd(memory: &GuestMemory, file: &mut File, start: u64, len: u64) -> Result<(), BootError> {
     file.rewind().map_err(BootError::Initrd)?;
     let end = start.saturating_add(len);

@@ -1,4 +1,4 @@
-//! Dispatches the guest's port and memory accesses: a `match`, without a table and without a lock.
+//! Dispatches the guest's port and memory accesses with a `match`, which needs neither a table nor a lock.
 
 use std::sync::Arc;
 
@@ -37,7 +37,8 @@ impl Bus {
         for byte in data.iter_mut() {
             *byte = match port {
                 serial::PORT..serial::PORT_END => self.console.read((port - serial::PORT) as u8),
-                // Input and output buffers are empty, so the kernel may send its reset command.
+                // Zero says that the input and output buffers are empty. Therefore the kernel may send its reset
+                // command.
                 I8042_COMMAND => 0,
                 _ => 0xff,
             };

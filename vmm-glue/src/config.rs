@@ -4,24 +4,24 @@ use serde::{Deserialize, Serialize};
 
 /// The complete configuration of a VM.
 ///
-/// Files and devices are never named by path. Where a device needs an fd, the configuration holds an [`FdIndex`]: the
-/// position of the fd among those that are sent with the configuration.
+/// The configuration never names files and devices by path. It holds an [`FdIndex`] for each: the position of an fd in
+/// the list that is sent with the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// Sandbox id; used in logs and thread names only.
     pub id: String,
-    /// vCPUs at boot, 1 to 64.
+    /// Number of vCPUs at boot, 1 to 64.
     pub vcpus: u8,
-    /// Maximum number of vCPUs, `vcpus` to 64. Each costs the guest 0.3 MiB from boot on.
+    /// Maximum number of vCPUs, `vcpus` to 64. Each possible vCPU costs the guest 0.3 MiB from boot on.
     pub max_vcpus: u8,
     /// Guest memory at boot in MiB, at least 64.
     pub memory_mib: u64,
-    /// Maximum guest memory in MiB, including hot-plugged memory. Only addresses are reserved for it. A value of at
-    /// most `memory_mib` means that no memory can be hot-plugged.
+    /// Maximum guest memory in MiB, including hot-plugged memory. The VMM reserves only addresses for hot-plugged
+    /// memory. A value of at most `memory_mib` means that no memory can be hot-plugged.
     pub max_memory_mib: u64,
-    /// Maximum memory from 2 MiB huge pages that can be hot-plugged, in MiB, in addition to `max_memory_mib`. Only
-    /// addresses are reserved for it. The pages come from the host's hugetlb pool.
+    /// Maximum size in MiB of hot-plugged memory that consists of 2 MiB huge pages. `max_memory_mib` does not include
+    /// it. The VMM reserves only addresses for this memory. The pages come from the host's hugetlb pool.
     pub huge_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: FdIndex,
@@ -41,10 +41,10 @@ pub struct VmConfig {
     pub net: Vec<NetConfig>,
     /// Disks at boot.
     pub blk: Vec<BlkConfig>,
-    /// Adds a balloon with free page reporting.
+    /// Whether the VM has a balloon with free page reporting.
     pub balloon: bool,
-    /// Number of empty virtio-mmio slots for hot-plugged disks and interfaces. There may be fewer if not enough slots
-    /// are left. Hot-plugged memory has slots of its own.
+    /// Number of empty virtio-mmio slots for hot-plugged disks and interfaces. The VM gets fewer if not enough slots
+    /// are free. Hot-plugged memory has slots of its own.
     pub spare_slots: u8,
 }
 
@@ -71,11 +71,11 @@ pub struct NetConfig {
     /// The tap's queues, 1 to 8: open fds of `/dev/net/tun`, attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. If
     /// there are several, they are attached to the same interface, with IFF_MULTI_QUEUE.
     pub taps: Vec<FdIndex>,
-    /// `/dev/vhost-net`, opened with O_PATH, if the host kernel may carry the frames. vhost-net does not look at them,
-    /// so MAC anti-spoofing must happen on the other side of the tap.
+    /// `/dev/vhost-net`, opened with O_PATH, if the host kernel may carry the frames. vhost-net does not look at the
+    /// frames. Therefore MAC anti-spoofing must happen on the other side of the tap.
     pub vhost: Option<FdIndex>,
-    /// The guest's MAC address. Frames from the guest with another source MAC are dropped: by the VMM, or on the other
-    /// side of the tap if vhost-net carries the frames.
+    /// The guest's MAC address. The VMM drops frames from the guest that have another source MAC. If vhost-net carries
+    /// the frames, they are dropped on the other side of the tap.
     pub mac: [u8; 6],
     /// MTU in bytes, 68 to 65535.
     pub mtu: u16,
@@ -87,7 +87,7 @@ pub struct NetConfig {
 pub struct BlkConfig {
     /// The open file or block device.
     pub file: FdIndex,
-    /// Refuses writes.
+    /// Whether the disk refuses writes.
     pub read_only: bool,
     /// Serial number of the disk in the guest, at most 20 bytes.
     pub serial: String,

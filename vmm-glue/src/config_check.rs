@@ -1,4 +1,4 @@
-//! Validates a VM configuration and replaces fd positions by fds of the right kind.
+//! Validates a VM configuration, and replaces each fd's position by the fd, whose kind it has checked.
 
 use std::fs::File;
 use std::io;
@@ -12,9 +12,9 @@ use crate::arch::layout;
 use crate::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
 use crate::virtio::net::{Backend, MAX_QUEUE_PAIRS, tap_flags};
 
-/// Minimum and maximum guest memory. Every host supports the maximum: it is one page-table level below 46 address bits.
+/// Minimum and maximum guest memory in MiB. The maximum, 4 TiB, is far below the limit of 46 physical address bits.
 const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=4 << 20;
-/// Number of vCPUs. The guest kernel is built for the maximum.
+/// Minimum and maximum number of vCPUs. The guest kernel is built for the maximum.
 const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
 /// Maximum length of a virtio-fs tag (virtio 1.2, 5.11.4).
 const TAG_MAX: usize = 36;
@@ -198,7 +198,7 @@ impl Fds {
         Self(fds.into_iter().map(Some).collect())
     }
 
-    /// Fails if fds are left.
+    /// Fails if the configuration has not used all fds.
     pub fn reject_unused(&self) -> Result<(), ConfigError> {
         match self.0.iter().flatten().count() {
             0 => Ok(()),

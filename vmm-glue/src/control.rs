@@ -26,10 +26,11 @@ pub enum Call {
     Create(Box<VmConfig>),
     /// Starts the vCPUs, or resumes them after `Pause`.
     Resume,
-    /// Stops the vCPUs and the device loop between two requests. The answer is sent when all of them have stopped.
+    /// Stops the vCPUs, and stops the device loop when it has served its current event. The answer is sent when all of
+    /// them have stopped.
     Pause,
-    /// Opens a vsock connection to a port in the guest. The answer carries one connected stream socket. It is sent when
-    /// the guest has accepted the connection, or as an error if the guest refuses it.
+    /// Opens a vsock connection to a port in the guest. When the guest has accepted the connection, the answer is sent
+    /// and carries one connected stream socket. If the guest refuses the connection, the answer is an error.
     Connect {
         /// Port in the guest.
         port: u32,
@@ -38,8 +39,8 @@ pub enum Call {
     AttachNet(NetConfig),
     /// Hot-plugs a disk into a spare slot.
     AttachBlk(BlkConfig),
-    /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `NotFound` if there is
-    /// none.
+    /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `NotFound` if no
+    /// interface has this address.
     FindNet([u8; 6]),
     /// Hot-unplugs a disk or an interface and closes its fds. The agent's UnbindDevice must come first.
     Detach {
@@ -58,11 +59,11 @@ pub enum Call {
         /// Total number of vCPUs.
         count: u8,
     },
-    /// Hot-plugs the virtio-mem device. The answer is `Attached`. If the device exists already, the answer has its
-    /// slot.
+    /// Hot-plugs the virtio-mem device. The answer is `Attached` with the device's slot, also if the device is attached
+    /// already.
     AttachMem(PageKind),
-    /// Requests that the guest plugs this many MiB in addition to the memory at boot. The answer, `PluggedMemory`, is
-    /// sent when the guest has done so, or when the next request of this kind arrives.
+    /// Requests that the guest plugs this many MiB in addition to the memory at boot. The answer is `PluggedMemory`. It
+    /// is sent when the guest has plugged the memory, or when the next request of this kind arrives.
     RequestMemory {
         /// Kind of memory.
         pages: PageKind,
@@ -168,10 +169,11 @@ pub enum BootStep {
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitReason {
-    /// The guest reset or powered off: an orderly shutdown, or a panic, which the console output reports.
+    /// The guest reset or powered off the VM. The cause is an orderly shutdown, or a panic that the console output
+    /// reports.
     Reset,
-    /// The shim requested it.
+    /// The shim sent [`Call::Stop`].
     Stopped,
-    /// KVM failed.
+    /// KVM or the device loop failed, or the guest reported a crash. The text says which.
     Failed(String),
 }

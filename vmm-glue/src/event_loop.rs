@@ -28,7 +28,7 @@ pub enum LoopError {
     #[error("the device loop does not respond")]
     Gone(#[source] event_manager::Error),
     /// The device loop has no such device.
-    #[error("the device loop has no device {0}")]
+    #[error("failed to remove device {0}: the device loop does not have it")]
     Unknown(u32),
     /// The device loop ended before it could pause.
     #[error("failed to pause the device loop")]
@@ -38,10 +38,10 @@ pub enum LoopError {
 /// Handle to the device loop, for other threads.
 pub struct EventLoop {
     endpoint: RemoteEndpoint<SharedDevice>,
-    /// Receives the ids of the boot devices, in the order of the devices. It is read when an id is needed.
+    /// Receives the ids of the boot devices, in the order of the devices. The channel is read when an id is needed.
     boot_ids: Receiver<SubscriberId>,
     boot_devices: Vec<SubscriberId>,
-    /// While this exists, the device loop is paused. Dropping it resumes the loop.
+    /// The device loop is paused while this sender exists. Dropping the sender resumes the loop.
     paused: Option<Sender<()>>,
 }
 
@@ -59,7 +59,7 @@ impl EventLoop {
                     reporter.exit(ExitReason::Failed(chain(&error)));
                 }
                 for device in devices {
-                    // Sending fails only if the VM is gone, and then no id is needed.
+                    // Sending fails only if the receiver was dropped with the VM. Then no id is needed.
                     let _ = id_sender.send(manager.add_subscriber(device));
                 }
                 loop {
@@ -103,7 +103,7 @@ impl EventLoop {
         let (resume_tx, resume_rx) = channel::<()>();
         self.run(move || {
             let _ = paused_tx.send(());
-            // Returns an error when `paused` is dropped, which is the signal to resume.
+            // `recv` returns an error when `paused` is dropped. That is the signal to resume.
             let _ = resume_rx.recv();
         })?;
         paused_rx.recv().map_err(|_| LoopError::NotPaused)?;

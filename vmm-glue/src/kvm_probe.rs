@@ -1,8 +1,8 @@
 //! Measures whether this host's KVM is fast enough to boot a guest.
 //!
 //! Opening `/dev/kvm` and running vCPUs may succeed on a host where no guest can boot. Some hypervisors interpret guest
-//! code at privilege level 0, a thousand times too slow for a kernel. So the probe runs a loop of known length there
-//! and measures its duration.
+//! code at privilege level 0, which is a thousand times too slow for a kernel. Therefore the probe runs a loop of known
+//! length at privilege level 0 and measures the loop's duration.
 
 use std::{
     io,
@@ -15,24 +15,25 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
 use crate::arch::{layout, regs};
 
-/// Minimum speed in instructions per second at privilege level 0 at which a kernel boots in useful time. Real hardware
-/// runs thousands of millions, emulated hardware hundreds of millions, an interpreter about one million.
+/// Minimum speed at which a kernel boots in useful time, in instructions per second at privilege level 0. Real hardware
+/// reaches thousands of millions, emulated hardware hundreds of millions, and an interpreter about one million.
 pub const USABLE: f64 = 50e6;
 
-/// Size of guest memory: page tables, then the code.
+/// Size of guest memory, which holds the page tables and then the code.
 const MEMORY: usize = 0x10_0000;
 /// Address of the code, after the page tables.
 const CODE: u64 = 0x2_0000;
-/// Rounds of the first run, and the maximum.
+/// Number of the loop's rounds in the first run, and the maximum number in a later run.
 const FIRST_ROUNDS: u32 = 2_000;
 const MAX_ROUNDS: u32 = 200_000_000;
-/// Minimum duration of a measured run. In a shorter run, entering and leaving the guest would count too much.
+/// Minimum duration of a measured run. In a shorter run, the time to enter and leave the guest would distort the
+/// result.
 const MIN_DURATION: Duration = Duration::from_millis(5);
 
 /// Result of the measurement.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Probe {
-    /// Guest instructions a second at privilege level 0.
+    /// Number of guest instructions per second at privilege level 0.
     pub instructions_per_second: f64,
 }
 
@@ -81,7 +82,7 @@ pub fn kvm_speed() -> Result<Probe, ProbeError> {
     }
 }
 
-/// Instructions per second; a round has two instructions.
+/// Returns the number of instructions per second. A round has two instructions.
 fn rate(rounds: u32, duration: Duration) -> f64 {
     f64::from(rounds) * 2.0 / duration.as_secs_f64().max(1e-9)
 }
@@ -100,7 +101,7 @@ fn run_loop(rounds: u32) -> Result<Duration, ProbeError> {
         memory_size: MEMORY as u64,
         userspace_addr: host as u64,
     };
-    // SAFETY: the region is all of `memory`, which is dropped after `vm` because it was declared before it.
+    // SAFETY: the region is all of `memory`. `memory` was declared before `vm`, and therefore is dropped after `vm`.
     unsafe { vm.set_user_memory_region(region) }.map_err(step("register guest memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(step("create a vCPU"))?;
     let mut sregs = vcpu.get_sregs().map_err(step("read a vCPU's registers"))?;
@@ -128,7 +129,7 @@ fn memory(rounds: u32) -> Result<GuestMemoryMmap, ProbeError> {
     code.extend(rounds.to_le_bytes());
     code.extend([0xff, 0xc9, 0x75, 0xfc, 0xf4]); // 1: dec ecx; jnz 1b; hlt
     let table = |index: u64| layout::PML4 + index * 0x1000;
-    // Present and writable. The last entry maps a 2 MiB page.
+    // All entries are present and writable. The last entry maps a 2 MiB page.
     let entries = [(table(0), table(1) | 3), (table(1), table(2) | 3), (table(2), 0x83)];
     entries
         .iter()

@@ -1,5 +1,5 @@
-//! Guest memory: anonymous, private, without reserved swap space, and in small pages except where the boot uses all of
-//! it.
+//! Guest memory: anonymous, private and without reserved swap space. It consists of small pages, except where the boot
+//! fills memory densely.
 
 pub mod hotplug;
 
@@ -39,9 +39,9 @@ pub enum MemoryError {
 
 /// Maps the guest's memory.
 ///
-/// Huge pages are off at first. A guest touches scattered pages, and each would bring 2 MiB with it that an idle pod
-/// never uses. (Measured: 5 MiB more after the boot of a small guest, and the boot is not faster.) [`prefault`] turns
-/// huge pages on where the boot fills memory densely.
+/// Huge pages are off at first. A guest touches scattered pages. With huge pages, each of them would occupy 2 MiB, most
+/// of which an idle pod never uses. (Measured with huge pages: a small guest takes 5 MiB more after its boot, and does
+/// not boot faster.) [`prefault`] turns huge pages on where the boot fills memory densely.
 pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
     let mut ranges = Vec::with_capacity(2);
     for (start, len) in layout::ram(bytes) {
@@ -56,10 +56,11 @@ pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
     Ok(memory)
 }
 
-/// Makes the kernel back these ranges (start, end) with huge pages: one page fault for 2 MiB instead of 512.
+/// Makes the host kernel back these ranges (start, end) with huge pages. Then 2 MiB need one page fault instead of 512.
 ///
-/// A separate thread faults them in. Zeroing them takes longer than most steps of the boot, and host CPUs are idle
-/// while the guest's first vCPU works. If a page is accessed before the thread reaches it, the access faults it in.
+/// A separate thread faults the ranges in, because zeroing them takes longer than most steps of the boot. Other host
+/// CPUs are idle while the guest's first vCPU works. If a page is accessed before the thread reaches it, the access
+/// faults the page in.
 pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), MemoryError> {
     const HUGE: u64 = 2 << 20;
     let end_of = |start| memory.find_region(GuestAddress(start)).map(|r| r.start_addr().0.saturating_add(r.len()));
@@ -94,7 +95,7 @@ fn advise(memory: &GuestMemory, start: u64, len: usize, advice: libc::c_int) -> 
     let slice = memory.get_slice(GuestAddress(start), len).map_err(|_| MemoryError::Size)?;
     let pointer = slice.ptr_guard_mut();
     // SAFETY: `get_slice` has checked that the range lies within one mapping, which `memory` keeps mapped during the
-    // call. None of the advices that callers use changes the memory's content.
+    // call. No advice that the callers use changes the memory's content.
     let result = unsafe { libc::madvise(pointer.as_ptr().cast(), len, advice) };
     let error = io::Error::last_os_error();
     // A host kernel without transparent huge pages returns EINVAL. Then no advice is needed.

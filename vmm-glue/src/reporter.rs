@@ -1,4 +1,4 @@
-//! The VMM's end of the control socket: answers and notices to the shim, and the end of the process with its reason.
+//! The VMM's end of the control socket: sends answers and notices to the shim, and ends the process with a reason.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -43,7 +43,7 @@ impl Reporter {
     /// Reports why the VM has ended, and ends the process.
     pub fn exit(&self, reason: ExitReason) -> ! {
         if self.ending.swap(true, Ordering::SeqCst) {
-            // Another thread is ending the process already. The first reason is the one that is reported.
+            // Another thread is ending the process already. Only the first reason is reported.
             loop {
                 std::thread::park();
             }

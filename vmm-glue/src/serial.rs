@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub const PORT: u16 = 0x3f8;
 /// First port after COM1.
 pub const PORT_END: u16 = PORT + 8;
-/// Maximum bytes of one write. Writes of at most PIPE_BUF to a pipe are atomic (pipe(7)).
+/// Maximum number of bytes in one write. Writes of at most PIPE_BUF to a pipe are atomic (pipe(7)).
 const LINE_MAX: usize = 1024;
 
 /// The serial port.
@@ -104,7 +104,7 @@ impl Write for LineWriter {
         Ok(bytes.len())
     }
 
-    /// The serial port calls this after each byte. Output is written at the end of a line instead.
+    /// Does nothing. The serial port calls this after each byte, but output is written at the end of a line.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }

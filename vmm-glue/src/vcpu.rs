@@ -1,8 +1,8 @@
 //! vCPU threads: they start paused, run until they are paused, and end with the process.
 //!
 //! A signal pauses a thread. Its handler sets `immediate_exit` in the thread's own `kvm_run`, so that a signal just
-//! before KVM_RUN is not lost. A thread parks only after KVM_RUN has returned EINTR. Then no access of the guest is
-//! half done.
+//! before KVM_RUN is not lost. A thread parks only after KVM_RUN has returned EINTR. At that point, no I/O or memory
+//! access of the guest is half done.
 
 pub mod factory;
 
@@ -25,7 +25,7 @@ use crate::jail::{Kind, confine};
 use crate::reporter::Reporter;
 use factory::{CreateVcpuError, VcpuFactory};
 
-/// Stack size of a vCPU thread, whose calls are not nested deeply.
+/// Stack size of a vCPU thread in bytes. The thread's calls are not nested deeply.
 const STACK: usize = 128 << 10;
 
 /// Why vCPUs could not be started.
@@ -41,7 +41,7 @@ pub enum VcpuError {
     #[error(transparent)]
     Create(#[from] CreateVcpuError),
     /// The VM was built for fewer vCPUs.
-    #[error("failed to hot-plug vCPUs: {wanted} requested, at max {max} are possible")]
+    #[error("{wanted} vCPUs were requested, but this VM was built for at most {max}")]
     TooMany {
         /// The requested number of vCPUs.
         wanted: u8,
@@ -67,14 +67,14 @@ struct Gate {
 }
 
 thread_local! {
-    /// The `kvm_run` of this thread, for the signal handler. The handler may access it, because it has neither a lazy
-    /// initializer nor a destructor.
+    /// The `kvm_run` of this thread, for the signal handler. The handler may access this variable, because the variable
+    /// has neither a lazy initializer nor a destructor.
     static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. All wait for [`Self::resume`]. `factory` creates the vCPUs that are hot-plugged
-    /// later.
+    /// Starts a thread for each vCPU. All threads wait for [`Self::resume`]. `factory` creates the vCPUs that are
+    /// hot-plugged later.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         factory: VcpuFactory,
@@ -92,8 +92,8 @@ impl Vcpus {
         Ok(this)
     }
 
-    /// Creates vCPUs until there are `count`. They wait until the guest's kernel starts them. vCPUs are never removed:
-    /// one that the guest has taken offline costs one sleeping thread.
+    /// Creates vCPUs until there are `count`. The new vCPUs wait until the guest's kernel starts them. vCPUs are never
+    /// removed. A vCPU that the guest has taken offline costs one sleeping thread.
     ///
     /// # Errors
     /// [`VcpuError`]. vCPUs that were created before the error stay.
@@ -133,7 +133,8 @@ impl Vcpus {
         let mut parked = lock(&self.gate.parked);
         self.gate.open.store(false, Ordering::SeqCst);
         for thread in &self.threads {
-            // The signal has a handler, so it does not end the process. It cannot fail: the thread has not been joined.
+            // The signal does not end the process, because it has a handler. Sending cannot fail, because the thread
+            // has not been joined.
             let _ = thread.kill(SIGRTMIN());
         }
         while *parked < self.threads.len() {
@@ -186,8 +187,8 @@ fn run(mut vcpu: VcpuFd, index: usize, gate: &Gate, bus: &Bus, reporter: &Report
                 vcpu.set_kvm_immediate_exit(0);
                 if !gate.open.load(Ordering::SeqCst) {
                     gate.wait_until_open();
-                    // Tells the guest that its clock was stopped, so that it does not report a lockup. KVM refuses this
-                    // while the guest has no kvmclock yet. Then it is not needed.
+                    // Tells the guest that its clock was stopped, so that the guest does not report a lockup. KVM
+                    // refuses this call until the guest uses kvmclock. Until then, the call is not needed.
                     let _ = vcpu.kvmclock_ctrl();
                 }
             }

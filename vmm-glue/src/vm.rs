@@ -30,8 +30,8 @@ use crate::vmgenid::VmGenId;
 /// Why an operation on a VM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
-    /// The operation needs the device loop, which is paused.
-    #[error("the VM is paused")]
+    /// The VM is paused, and the operation needs the device loop or the vCPUs.
+    #[error("failed to change the VM: it is paused and must be resumed first")]
     Paused,
     /// The device loop failed.
     #[error(transparent)]
@@ -42,8 +42,8 @@ pub enum VmError {
     /// The device's configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The number of fds is not one.
-    #[error("exactly one fd is required, {0} were received")]
+    /// The request for a disk does not carry exactly one fd.
+    #[error("failed to attach the disk: exactly one fd is required, {0} were received")]
     Fds(usize),
     /// The tap could not be set up.
     #[error("failed to set up the tap")]
@@ -60,14 +60,15 @@ pub enum VmError {
     /// The vCPUs could not be hot-plugged.
     #[error("failed to hot-plug vCPUs")]
     Vcpus(#[from] VcpuError),
-    /// No addresses were reserved for this kind of memory, or its device is not attached, or attaching it failed.
+    /// No addresses were reserved for this kind of memory, or the memory's device is not attached, or attaching the
+    /// device failed.
     #[error("the VM has no memory device for pages of kind {0:?}")]
     NoMemoryDevice(PageKind),
     /// The memory could not be registered with KVM.
     #[error("failed to hot-plug memory")]
     Memory(#[from] MemoryError),
     /// The memory device could not be set up or notified.
-    #[error("failed to use the memory device")]
+    #[error("failed to set up or notify the memory device")]
     Mem(#[source] io::Error),
 }
 
@@ -85,10 +86,11 @@ pub struct Vm {
     pub(crate) kvm: Arc<VmFd>,
     /// `/proc/self/fd`, through which vhost-net is reopened.
     pub(crate) fd_directory: Arc<File>,
-    /// Will be renewed when a VM is restored from a snapshot.
+    /// Restoring a VM from a snapshot will renew the id.
     pub(crate) _vmgenid: VmGenId,
     pub(crate) running: bool,
-    /// Last field, and so dropped last: everything above uses guest memory until the process ends.
+    /// This field must be the last, so that it is dropped last. All fields above use guest memory until the process
+    /// ends.
     pub(crate) _memory: GuestMemory,
 }
 
@@ -96,9 +98,9 @@ pub struct Vm {
 pub(crate) enum HotplugMemory {
     /// This kind of memory cannot be hot-plugged.
     None,
-    /// Its addresses are reserved, and it has no device yet.
+    /// The memory's addresses are reserved, and its device does not exist yet.
     Reserved(HotplugRange),
-    /// The slot and the device.
+    /// The memory's device is attached: the slot, and the device.
     Attached(u32, Arc<Mutex<Mem>>),
 }
 
@@ -126,7 +128,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Opens a vsock connection to a port in the guest. `reply` gets the stream when the guest has accepted it.
+    /// Opens a vsock connection to a port in the guest. `reply` gets the stream when the guest has accepted the
+    /// connection.
     pub fn connect(&self, port: u32, reply: vsock::Reply) {
         lock(&self.vsock).connect(port, reply);
     }
@@ -152,7 +155,7 @@ impl Vm {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused);
         }
-        // Empty the slot first: after that no vCPU can activate the device again.
+        // Empty the slot first, because afterwards no vCPU can activate the device again.
         let device = self.slots.unplug(slot)?;
         mmio::lock(&device).reset();
         match self.hotplugged.remove(&slot) {
@@ -181,7 +184,7 @@ impl Vm {
         Ok(self.vcpus.hotplug(count)?)
     }
 
-    /// Hot-plugs the memory device into the slot that is reserved for it, unless it is there already. Returns the slot's
+    /// Hot-plugs the memory device into its reserved slot, unless the device is attached already. Returns the slot's
     /// number.
     pub fn attach_mem(&mut self, pages: PageKind) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
@@ -199,10 +202,11 @@ impl Vm {
         Ok(slot)
     }
 
-    /// Requests that the guest has `mib` MiB plugged. When it has, `reached` gets the number of plugged bytes.
+    /// Requests that the guest plugs or unplugs memory until `mib` MiB are plugged. When the guest has done this,
+    /// `reached` gets the number of plugged bytes.
     ///
     /// # Errors
-    /// [`VmError`]. Then `reached` is dropped.
+    /// [`VmError`]. After an error, `reached` is dropped and not called.
     pub fn request_memory(&self, pages: PageKind, mib: u64, reached: OnSizeReached) -> Result<(), VmError> {
         let HotplugMemory::Attached(_, device) = self.hotplug_memory(pages) else {
             return Err(VmError::NoMemoryDevice(pages));
@@ -240,7 +244,7 @@ impl Vm {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused); // the paused device loop cannot add the device
         }
-        // The device loop first: as soon as the device is in its slot, the guest may find it.
+        // Add the device to the device loop first. As soon as the device is in its slot, the guest may find it.
         let id = self.event_loop.add(device.clone())?;
         match self.slots.plug(device, purpose) {
             Ok(slot) => {
@@ -248,8 +252,8 @@ impl Vm {
                 Ok(slot)
             }
             Err(error) => {
-                // Close the device's fds too, so that a VM which did not accept a disk of the node does not keep it
-                // open.
+                // Removing the device from the loop closes its fds. Otherwise the VMM would keep a disk of the node
+                // open although the VM does not have that disk.
                 let _ = self.event_loop.remove(id);
                 Err(error.into())
             }

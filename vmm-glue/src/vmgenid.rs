@@ -15,7 +15,7 @@ use crate::guest_memory::GuestMemory;
 pub struct VmGenId(EventFd);
 
 impl VmGenId {
-    /// Connects its interrupt to KVM.
+    /// Creates the VM Generation ID's interrupt and connects it to KVM.
     pub fn new(vm: &VmFd) -> io::Result<Self> {
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         vm.register_irqfd(&irq, layout::VMGENID_GSI).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;

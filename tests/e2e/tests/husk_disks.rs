@@ -47,9 +47,7 @@ fn start_rejects_disk_without_free_slot_and_memory_still_grows() {
         }
         let rejected = pod.create(&config_with_disks(&pod, &extra_disk));
         let error = expect_error("StartContainer", &json!({ "container_id": rejected.id }));
-        for part in
-            ["hot-plug the block device", "no free slot: the limit of hot-plugged disks and interfaces is reached"]
-        {
+        for part in ["hot-plug the block device", "all slots for disks and interfaces are in use"] {
             assert!(error.contains(part), "{error}");
         }
         rejected.remove();

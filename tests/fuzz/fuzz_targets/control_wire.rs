@@ -1,4 +1,4 @@
-//! Fuzzes packets on the VMM's control socket, decoded as each message type.
+//! Fuzzes packets on the VMM's control socket. Each packet is decoded as each message type.
 #![no_main]
 
 use std::os::fd::AsRawFd;

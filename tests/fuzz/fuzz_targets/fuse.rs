@@ -1,4 +1,4 @@
-//! Sends FUSE requests to virtio-fs over a directory. None may change a file outside that directory.
+//! Fuzzes virtio-fs with FUSE requests. No request may change a file outside the shared directory.
 #![no_main]
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,7 +17,7 @@ use husk_vmm::virtio::testing::fuse::*;
 use libfuzzer_sys::fuzz_target;
 
 const SHARE: &str = "/top/share";
-/// Maximum time of a request. None blocks, not even on the other end of a fifo.
+/// Maximum time of a request. No request may block, not even to wait for the other end of a fifo.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_REQUESTS: usize = 48;
 
@@ -37,7 +37,7 @@ const TYPES: [u32; 8] = [
     libc::S_IFLNK,
     libc::S_IFMT,
 ];
-/// Names that are directory entries of the share, or could be.
+/// Names that are directory entries of the share, or that could be such entries.
 const VALID: [&str; 13] =
     ["file", "dir", "hollow", "inner", "fifo", "out", "outfile", "absolute", "new", "other", "...", "outside", "empty"];
 /// Absolute paths, all within the jail.
@@ -73,9 +73,9 @@ enum Node {
 
 #[derive(Arbitrary, Debug)]
 enum Handle {
-    /// With the node that was opened.
+    /// A known handle, with the node that was opened.
     Known(u8),
-    /// With any node.
+    /// A known handle, with any node.
     Foreign(u8, Node),
     Any(u64, Node),
 }
@@ -124,9 +124,9 @@ enum Operation {
 struct Request {
     operation: Operation,
     user: (u16, u16),
-    /// Error of the length in the header.
+    /// What the length in the header is too long or too short by.
     len: i8,
-    /// Sizes of the answer's buffers. If `None`, they suffice for any answer.
+    /// Sizes of the buffers for the answer. If `None`, the buffers suffice for any answer.
     writable: Option<Vec<u16>>,
     /// Whether the request is sent on the high-priority queue, which is for FORGET.
     high_priority: bool,
@@ -139,9 +139,9 @@ struct Input {
     requests: Vec<Request>,
 }
 
-/// A 64-bit field of an answer, or 0 beyond its end.
+/// Returns a 64-bit field of an answer, or 0 if the answer is too short.
 fn long_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().expect("8 bytes")))
+    bytes.get(at..at + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().expect("convert 8 bytes")))
 }
 
 /// Metadata, except the access time, and content of each file around the share, by path.
@@ -151,15 +151,15 @@ fn read_around(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
     if path == Path::new(SHARE) || OF_THE_HOST.iter().any(|host| path == Path::new(host)) {
         return;
     }
-    let meta = fs::symlink_metadata(path).expect("metadata of a file around the share");
+    let meta = fs::symlink_metadata(path).expect("read the metadata of a file around the share");
     inodes.insert(meta.ino());
-    let content = if meta.is_file() { fs::read(path).expect("a file") } else { Vec::new() };
+    let content = if meta.is_file() { fs::read(path).expect("read a file around the share") } else { Vec::new() };
     let times = (meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec());
     let (mode, owner, links) = (meta.mode(), (meta.uid(), meta.gid()), meta.nlink());
     around.insert(path.into(), (format!("{mode:o} {owner:?} {links} {times:?} {}", meta.len()), content));
     if meta.is_dir() {
-        for entry in fs::read_dir(path).expect("a directory") {
-            read_around(&entry.expect("an entry").path(), around, inodes);
+        for entry in fs::read_dir(path).expect("read a directory around the share") {
+            read_around(&entry.expect("read an entry of a directory around the share").path(), around, inodes);
         }
     }
 }
@@ -167,26 +167,26 @@ fn read_around(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
 /// Creates the files around the share, once for all inputs.
 fn make_surroundings() {
     for directory in ["/top/full", "/top/empty"] {
-        fs::create_dir_all(directory).expect("a directory");
+        fs::create_dir_all(directory).expect("create a directory");
     }
     for file in ["/far", "/top/outside", "/top/full/inner"] {
-        fs::write(file, "content").expect("a file");
+        fs::write(file, "content").expect("create a file");
     }
 }
 
 fn make_share() {
     let share = Path::new(SHARE);
     if share.exists() {
-        fs::remove_dir_all(share).expect("removing the share of the last input");
+        fs::remove_dir_all(share).expect("remove the share of the last input");
     }
     for directory in ["dir", "hollow"] {
-        fs::create_dir_all(share.join(directory)).expect("a directory");
+        fs::create_dir_all(share.join(directory)).expect("create a directory");
     }
     for file in ["file", "dir/inner"] {
-        fs::write(share.join(file), "content").expect("a file");
+        fs::write(share.join(file), "content").expect("create a file");
     }
     for (target, name) in [("..", "out"), ("../outside", "outfile"), ("/top/full", "absolute")] {
-        symlink(target, share.join(name)).expect("a symlink");
+        symlink(target, share.join(name)).expect("create a symlink");
     }
 }
 
@@ -324,7 +324,7 @@ impl Guest {
             if let Some((_, answer)) = self.bench.queues[queue].poll() {
                 return answer;
             }
-            assert!(start.elapsed() < TIMEOUT, "request {opcode} is not answered");
+            assert!(start.elapsed() < TIMEOUT, "request {opcode} was not answered within {TIMEOUT:?}");
             std::thread::yield_now();
         }
     }
@@ -336,14 +336,14 @@ impl Guest {
         if entry {
             // struct fuse_entry_out: 40 bytes, then struct fuse_attr.
             let (node, inode, mode) = (long_at(answer, 0), long_at(answer, 40), long_at(answer, 100) as u32);
-            assert!(!self.inodes.contains(&inode), "node {node} by {opcode} is outside the share");
+            assert!(!self.inodes.contains(&inode), "request {opcode} returned node {node}, which is outside the share");
             self.nodes.push(node);
             self.modes.insert(node, mode & libc::S_IFMT);
             opened = (opcode == CREATE && answer.len() >= 136).then(|| (node, long_at(answer, 128)));
         }
         if let Some((node, handle)) = opened {
             let mode = self.modes.get(&node).copied().unwrap_or(libc::S_IFDIR);
-            assert!(matches!(mode, libc::S_IFREG | libc::S_IFDIR), "{mode:o} opened by {opcode}");
+            assert!(matches!(mode, libc::S_IFREG | libc::S_IFDIR), "request {opcode} opened a file of type {mode:o}");
             self.handles.push((node, handle));
         }
     }
@@ -361,7 +361,7 @@ fn serve(input: Input) {
     read_around(Path::new("/"), &mut before, &mut inodes);
     let share = ShareConfig { tag: "fuzz".into(), root: SHARE.into(), workers: 1 + u8::from(input.two_workers) };
     let mut bench = Bench::new(
-        Fs::new(&share, husk_vmm::jail::Belongings::without_jail().expect("/proc and /dev"), || {}).expect("a device"),
+        Fs::new(&share, husk_vmm::jail::Belongings::without_jail().expect("/proc and /dev"), || {}).expect("create the device"),
     );
     bench.activate(0);
     let mut guest = Guest { bench, unique: 0, nodes: vec![ROOT], modes: HashMap::new(), handles: Vec::new(), inodes };

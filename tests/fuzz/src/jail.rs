@@ -9,12 +9,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
-/// Mount point of the file system before chroot(2). It exists only in the private mount namespace, so nothing remains.
+/// Mount point of the file system before chroot(2). The mount exists only in the private mount namespace. Therefore
+/// nothing of it remains after the run.
 const AT: &str = "/tmp";
 /// Paths that are bind-mounted from the host. The check for changes must skip them.
 pub const OF_THE_HOST: [&str; 2] = ["/dev/null", "/proc/self/fd"];
 
-/// Enters a user namespace as root, if the user is not root already. The process must be single-threaded.
+/// If the user is not root, enters a user namespace in which the process is root. The process must be single-threaded.
 ///
 /// # Panics
 /// If this user may not create user namespaces.
@@ -26,14 +27,15 @@ pub fn prepare() {
     }
     // SAFETY: unshare(2) takes only flags.
     check("unshare", unsafe { libc::unshare(libc::CLONE_NEWUSER) });
-    fs::write("/proc/self/setgroups", "deny").expect("setgroups");
-    fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("uid_map");
-    fs::write("/proc/self/gid_map", format!("0 {group} 1")).expect("gid_map");
+    fs::write("/proc/self/setgroups", "deny").expect("write setgroups");
+    fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("write uid_map");
+    fs::write("/proc/self/gid_map", format!("0 {group} 1")).expect("write gid_map");
 }
 
-/// A thread whose root directory is a tmpfs; the threads that it starts inherit it. It calls `work` for each input.
+/// A thread whose root directory is a tmpfs. The threads that it starts inherit this root directory. The thread calls
+/// `work` for each input.
 ///
-/// libFuzzer's thread keeps the host's root directory: it needs the corpus and writes artifacts.
+/// libFuzzer's thread keeps the host's root directory, because it reads the corpus and writes artifacts.
 pub struct Jail<T> {
     inputs: SyncSender<T>,
     done: Mutex<Receiver<Result<(), String>>>,
@@ -58,14 +60,14 @@ impl<T: Send + 'static> Jail<T> {
         Self { inputs, done: Mutex::new(when_done) }
     }
 
-    /// Processes one input and waits for the end.
+    /// Processes one input and waits until it has been processed.
     ///
     /// # Panics
     /// If a thread of the jail panics.
     pub fn run(&self, input: T) {
         let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        self.inputs.send(input).expect("the jail's thread");
-        if let Err(panic) = done.recv().expect("the jail's thread") {
+        self.inputs.send(input).expect("pass the input to the jail's thread");
+        if let Err(panic) = done.recv().expect("wait for the jail's thread") {
             panic!("{panic}");
         }
     }
@@ -91,7 +93,7 @@ pub type Only<T> = OnceLock<Jail<T>>;
 
 fn enter() {
     let at = |path: &str| Path::new(AT).join(path);
-    let limit = fs::read("/proc/sys/fs/nr_open").expect("nr_open");
+    let limit = fs::read("/proc/sys/fs/nr_open").expect("read nr_open");
     // SAFETY: unshare(2) takes only flags. The new mount namespace, root and working directory affect only this thread.
     check("unshare", unsafe { libc::unshare(libc::CLONE_NEWNS) });
     mount(c"none", Path::new("/"), c"", libc::MS_REC | libc::MS_PRIVATE, c"");
@@ -100,7 +102,7 @@ fn enter() {
     for directory in ["dev", "proc/self/fd", "proc/sys/fs"] {
         fs::create_dir_all(at(directory)).expect("create a directory");
     }
-    fs::write(at("proc/sys/fs/nr_open"), limit).expect("nr_open");
+    fs::write(at("proc/sys/fs/nr_open"), limit).expect("write nr_open");
     fs::write(at("dev/null"), "").expect("create /dev/null");
     mount(c"/dev/null", &at("dev/null"), c"", libc::MS_BIND, c"");
     mount(c"/proc/self/fd", &at("proc/self/fd"), c"", libc::MS_BIND, c"");
@@ -113,7 +115,7 @@ fn enter() {
 }
 
 fn path(path: &Path) -> CString {
-    CString::new(path.as_os_str().as_bytes()).expect("path contains NUL")
+    CString::new(path.as_os_str().as_bytes()).expect("convert a path that contains NUL")
 }
 
 fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: &CStr) {
@@ -124,5 +126,5 @@ fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: 
 }
 
 fn check(what: &str, result: libc::c_int) {
-    assert!(result == 0, "{what}: {}", Error::last_os_error());
+    assert!(result == 0, "{what} failed: {}", Error::last_os_error());
 }

@@ -1,4 +1,4 @@
-//! Shared by the targets of virtio devices: a driver that the fuzzer controls.
+//! A driver that the fuzzer controls, shared by the targets of virtio devices.
 
 pub mod jail;
 
@@ -6,7 +6,7 @@ use arbitrary::Arbitrary;
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::testing::Bench;
 
-/// Maximum number of steps taken from one input. More steps only make it slower.
+/// Maximum number of steps taken from one input. More steps only make fuzzing slower.
 const MAX_STEPS: usize = 64;
 /// Maximum length of one buffer, in bytes.
 const MAX_BUFFER_LEN: usize = 64 * 1024;
@@ -68,7 +68,7 @@ pub enum Step {
 pub enum Address {
     /// Reduced to the first 150 MiB, most of which is guest memory.
     Low(u32),
-    /// Anywhere.
+    /// Any address.
     Any(u64),
 }
 
@@ -82,7 +82,7 @@ impl Address {
     }
 }
 
-/// Executes the steps. Runs the device loop after each.
+/// Executes the steps. Runs the device loop after each step.
 pub fn drive<D: VirtioDevice>(bench: &mut Bench<D>, steps: &[Step], activate: fn(&mut Bench<D>)) {
     for step in steps.iter().take(MAX_STEPS) {
         take(bench, step, activate);
@@ -138,7 +138,7 @@ pub fn memory_file(len: u64) -> std::fs::File {
     // SAFETY: the name is NUL-terminated, and nothing else owns the new fd.
     let file = unsafe {
         let fd = libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC);
-        assert!(fd >= 0, "memfd_create");
+        assert!(fd >= 0, "memfd_create failed");
         std::fs::File::from_raw_fd(fd)
     };
     file.set_len(len).expect("set the file length");

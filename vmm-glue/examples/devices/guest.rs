@@ -43,7 +43,7 @@ fn mount(source: &str, target: &str, kind: &str) -> Result<()> {
     Ok(())
 }
 
-/// Computed once, because it takes long in an emulated node.
+/// Returns the test data. The data is computed only once, because computing it takes long in an emulated node.
 fn data() -> &'static [u8] {
     static DATA: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     DATA.get_or_init(|| pattern(64 * MIB))
@@ -121,11 +121,11 @@ fn test(name: &str) -> Result<bool> {
             let meta = fs::metadata("/share/mine")?;
             let before = (meta.uid(), meta.gid(), meta.mode()) == (1000, 1001, 0o104_755);
             println!("xattr: {:?}", xattr::set(Path::new("/share/mine"), c"user.husk", b"value"));
-            // As another user: the file server must act as that user, and not as root.
+            // Create a file as another user. The file server must act as that user, and not as root.
             fs::create_dir("/share/open")?;
             fs::set_permissions("/share/open", fs::Permissions::from_mode(0o1777))?;
-            // SAFETY: the calls take no pointers. As raw system calls they change this thread only, which has no other
-            // user of its ids.
+            // SAFETY: the calls take no pointers. Raw system calls change only this thread, and nothing else in this
+            // thread depends on its ids.
             unsafe {
                 libc::syscall(libc::SYS_setresgid, 2000, 2000, 2000);
                 libc::syscall(libc::SYS_setresuid, 2000, 2000, 2000);

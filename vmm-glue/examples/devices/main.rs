@@ -1,7 +1,7 @@
 //! Boots a guest whose only program is this one, and tests the devices with their Linux drivers.
 //!
-//! Usage: `devices KERNEL`, with further kernel parameters in `DEVICES_KERNEL_PARAMS`. The static binary is the tester,
-//! the VMM process and the guest's `/init`.
+//! Usage: `devices KERNEL`, with further kernel parameters in `DEVICES_KERNEL_PARAMS`. The same static binary runs as
+//! the tester, as the VMM process and as the guest's `/init`.
 
 mod guest;
 mod interface;
@@ -70,7 +70,7 @@ fn main() -> Result<()> {
             echoes.into_iter().try_for_each(|echo| Ok(echo.join().map_err(|_| "panic")??))
         })
     })?;
-    step("a slow reader beside a fast one", || {
+    step("a fast connection while another connection is not read", || {
         let mut slow = open(&mut vmm, b"g")?;
         echo(&open(&mut vmm, b"e")?, &data[..MIB])?;
         let mut received = Vec::new();
@@ -204,7 +204,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     let disk = tempfile::tempfile()?;
     disk.set_len(64 * MIB as u64)?;
     let tap = interface::tap()?;
-    // vhost-net if the host has it. This example has no MAC anti-spoofing.
+    // Use vhost-net if the host has it. This example has no MAC anti-spoofing.
     let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").ok();
     interface::up(interface::TAP, interface::HOST)?;
     let config = VmConfig {

@@ -19,7 +19,7 @@ const E820_RESERVED: u32 = 2;
 const SETUP_DTB: u32 = 2;
 /// `setup_data` type: a seed for the kernel's random number generator.
 const SETUP_RNG_SEED: u32 = 9;
-/// Length of the seed in bytes: what the kernel's generator needs for full strength.
+/// Length of the seed in bytes. The kernel's generator needs this many bytes for full strength.
 pub const SEED_LEN: usize = 32;
 
 /// Wrapper that lets vm-memory write `boot_params`, which is plain data.
@@ -33,7 +33,7 @@ unsafe impl ByteValued for ZeroPage {}
 
 /// Addresses and contents that the kernel gets at boot.
 pub struct BootData<'a> {
-    /// Guest memory in bytes.
+    /// Size of guest memory in bytes.
     pub memory: u64,
     /// Command line without its final NUL.
     pub cmdline: &'a str,
@@ -52,7 +52,8 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     memory.write_slice(data.cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(layout::CMDLINE + data.cmdline.len() as u64))?;
 
-    // The kernel credits the seed as entropy and wipes it. So its generator is ready before the first process needs it.
+    // The kernel credits the seed as entropy and wipes it. Therefore the generator is ready before the first process
+    // needs random numbers.
     write_setup_data(memory, layout::SETUP_DATA, layout::DEVICE_TREE, SETUP_RNG_SEED, &data.seed)?;
     write_setup_data(memory, layout::DEVICE_TREE, 0, SETUP_DTB, data.device_tree)?;
 

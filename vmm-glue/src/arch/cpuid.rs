@@ -21,11 +21,11 @@ const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 pub struct CpuidConfig {
     /// Number of vCPUs; their APIC ids are 0 to `vcpus - 1`.
     pub vcpus: u8,
-    /// KVM emulates the TSC deadline timer.
+    /// Whether KVM emulates the TSC deadline timer.
     pub tsc_deadline: bool,
 }
 
-/// Returns the CPUID entries of vCPU `id`, from those that KVM supports on this host.
+/// Returns the CPUID entries of vCPU `id`, derived from the entries that KVM supports on this host.
 pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) -> Vec<kvm_cpuid_entry2> {
     let vcpus = u32::from(config.vcpus);
     let id = u32::from(id);
@@ -42,8 +42,8 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) ->
                 }
                 entry.edx = if vcpus > 1 { entry.edx | EDX1_HTT } else { entry.edx & !EDX1_HTT };
             }
-            // Deterministic cache parameters: caches of level 1 and 2 belong to one vCPU each, the others are shared by
-            // all.
+            // Deterministic cache parameters. Each vCPU has its own caches of level 1 and 2. All vCPUs share the other
+            // caches.
             0x4 if entry.eax & 0x1f != 0 => {
                 let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << id_bits) - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1u32 << id_bits) - 1).min(63) << 26;
@@ -87,10 +87,10 @@ fn keep(function: u32) -> bool {
         function,
         0x5                 // MONITOR
         | 0xa               // performance counters: a side channel from the host to the guest
-        | 0xb | 0x1f        // topology: replaced below
+        | 0xb | 0x1f        // topology: `normalise` adds its own
         | 0x12              // SGX
         | 0x14              // processor trace
-        | 0x15 | 0x16       // clock frequencies of the host: wrong under emulation; kvmclock is right
+        | 0x15 | 0x16       // clock frequencies of the host: wrong under emulation, where kvmclock is right
         | 0x8000_000a       // SVM
         | 0x8000_001b       // instruction based sampling
         | 0x8000_001f       // memory encryption

@@ -17,7 +17,7 @@ const EDGE_RISING: u32 = 3;
 /// Builds the device tree blob. The vCPUs have the APIC ids 0 to `vcpus - 1`.
 ///
 /// # Errors
-/// None in practice: the tree is well-formed for all numbers.
+/// Cannot fail in practice, because the tree is well-formed for all arguments.
 pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
@@ -41,9 +41,9 @@ pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
     let lapic = fdt.begin_node(&format!("lapic@{:x}", layout::LAPIC))?;
     fdt.property_string("compatible", "intel,ce4100-lapic")?;
     fdt.property_array_u64("reg", &[layout::LAPIC.into(), 0x1000])?;
-    // No `intel,virtual-wire-mode`: without it, the kernel leaves the legacy interrupt controller connected to LINT0.
-    // The serial port interrupts through it, because the tree has no interrupt for a port that the kernel knows by
-    // itself.
+    // The node does not have `intel,virtual-wire-mode`. Therefore the kernel leaves the legacy interrupt controller
+    // connected to LINT0. The serial port's interrupts use that controller, because the tree does not describe the
+    // serial port. The kernel knows the port by itself.
     fdt.end_node(lapic)?;
 
     let ioapic = fdt.begin_node(&format!("ioapic@{:x}", layout::IOAPIC))?;

@@ -1,7 +1,7 @@
 //! The layout of guest-physical memory and of interrupts.
 //!
-//! Below 1 MiB is what the kernel reads once when it starts. RAM ends at 3 GiB and continues at 4 GiB. Devices and
-//! interrupt controllers are between these, at a PC's usual addresses.
+//! The data that the kernel reads once, when it starts, is below 1 MiB. RAM ends at 3 GiB and continues at 4 GiB.
+//! Devices and interrupt controllers are between 3 GiB and 4 GiB, at the addresses that are usual for a PC.
 
 /// Global descriptor table, used for the first instructions.
 pub const GDT: u64 = 0x500;
@@ -21,16 +21,16 @@ pub const CMDLINE_MAX: usize = 2048;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// The device tree: the second element of the `setup_data` list.
 pub const DEVICE_TREE: u64 = 0x3_0000;
-/// Maximum length of the device tree.
+/// Maximum length of the device tree in bytes.
 pub const DEVICE_TREE_MAX: usize = 0x1_0000;
-/// Where RAM continues, after the hole that a PC has below 1 MiB.
+/// Address at which RAM continues, after the hole that a PC has below 1 MiB.
 pub const HIGH_RAM: u64 = 0x10_0000;
-/// The VM Generation ID, in a page that the kernel does not use. Some RAM lies between this page and the reserved range
-/// below 1 MiB. Otherwise Linux would merge the two, and it does not let drivers claim memory in the latter.
+/// The VM Generation ID, in a page that the kernel does not use. Linux lets no driver claim memory in the reserved
+/// range below 1 MiB. RAM separates this page from that range, because Linux would otherwise merge the two.
 pub const VMGENID: u64 = HIGH_RAM + 0x1000;
 /// Length of the VM Generation ID in bytes.
 pub const VMGENID_LEN: u64 = 16;
-/// Where RAM continues after the VM Generation ID's page.
+/// Address at which RAM continues after the VM Generation ID's page.
 pub const KERNEL_RAM: u64 = VMGENID + 0x1000;
 /// Start of the hole in RAM below 4 GiB.
 pub const HOLE_START: u64 = 0xc000_0000;
@@ -50,11 +50,12 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const GSIS: u32 = 24;
 /// Interrupt of the serial port.
 pub const SERIAL_GSI: u32 = 4;
-/// Interrupt of the first virtio-mmio slot; 0 to 4 are timer, keyboard, cascade and serial ports.
+/// Interrupt of the first virtio-mmio slot. Interrupts 0 to 4 belong to the timer, the keyboard, the cascade and the
+/// serial ports.
 pub const FIRST_SLOT_GSI: u32 = 5;
 /// Interrupt of the VM Generation ID.
 pub const VMGENID_GSI: u32 = GSIS - 1;
-/// Maximum number of virtio-mmio slots: each has its own interrupt.
+/// Maximum number of virtio-mmio slots. Each slot needs an interrupt of its own.
 pub const MAX_SLOTS: usize = (VMGENID_GSI - FIRST_SLOT_GSI) as usize;
 
 /// Returns the address of a virtio-mmio slot's registers.
@@ -67,7 +68,7 @@ pub fn slot_gsi(slot: u32) -> u32 {
     FIRST_SLOT_GSI + slot
 }
 
-/// Returns the RAM ranges of a guest with this much memory: guest-physical start and length.
+/// Returns guest-physical start and length of each RAM range, for a guest with `bytes` bytes of memory.
 pub fn ram(bytes: u64) -> Vec<(u64, u64)> {
     let mut ranges = vec![(0, bytes.min(HOLE_START))];
     if bytes > HOLE_START {

@@ -1,8 +1,8 @@
 //! CPU state at the kernel's entry point: long mode, with an identity mapping of the first GiB.
 //!
-//! This state is required by the 64-bit boot protocol (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"). It has
-//! flat segments, and paging with the kernel and the zero page mapped. Interrupts are disabled, and RSI points to the
-//! zero page.
+//! The 64-bit boot protocol requires this state (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"): flat
+//! segments, and paging that maps the kernel and the zero page. Interrupts are disabled, and RSI points to the zero
+//! page.
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -109,7 +109,7 @@ pub fn fpu() -> kvm_fpu {
 /// Returns the model-specific registers that firmware would set.
 ///
 /// # Errors
-/// None in practice: the list is short.
+/// Cannot fail in practice, because the list is short.
 pub fn msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     Msrs::from_entries(&[

@@ -13,7 +13,7 @@ pub enum CallError {
     #[error("{0}")]
     Refused(String),
     /// The control socket failed, or was closed because the VMM has ended.
-    #[error("failed to use the control socket")]
+    #[error("failed to send a request or receive an answer on the control socket")]
     Socket(#[from] io::Error),
 }
 
@@ -64,10 +64,12 @@ impl Vmm {
     /// Opens a vsock connection to a port in the guest.
     pub fn connect(&mut self, port: u32) -> Result<std::os::unix::net::UnixStream, CallError> {
         match self.call(Call::Connect { port }, &[])? {
-            (Answer::Connected, mut fds) => {
-                fds.pop().map(Into::into).ok_or_else(|| CallError::Refused("the VMM sent no stream".to_owned()))
+            (Answer::Connected, mut fds) => fds.pop().map(Into::into).ok_or_else(|| {
+                CallError::Refused(format!("failed to connect to guest port {port}: the VMM sent no stream"))
+            }),
+            (other, _) => {
+                Err(CallError::Refused(format!("failed to connect to guest port {port}: unexpected answer {other:?}")))
             }
-            (other, _) => Err(CallError::Refused(format!("unexpected answer {other:?}"))),
         }
     }
 }

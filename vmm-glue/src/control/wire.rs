@@ -1,7 +1,7 @@
 //! Messages on the control socket: each is one `SOCK_SEQPACKET` packet with JSON, and fds as ancillary data.
 //!
-//! `send` and `recv` make one system call each and keep the socket's mode. On a non-blocking socket they fail with
-//! [`io::ErrorKind::WouldBlock`], so an asynchronous caller can wrap them.
+//! `send` and `recv` make one system call each and keep the socket's blocking mode. On a non-blocking socket they fail
+//! with [`io::ErrorKind::WouldBlock`] and do not wait. Therefore an asynchronous caller can wrap them.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,7 +25,11 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
     if bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "failed to send a control message: too long or too many fds",
+            format!(
+                "failed to send a control message of {} bytes with {} fds: the limits are {MAX_MESSAGE} and {MAX_FDS}",
+                bytes.len(),
+                fds.len()
+            ),
         ));
     }
     scm_rights::send(socket, &bytes, fds).map(drop)
@@ -45,7 +49,7 @@ pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedF
     if packet.truncated {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "failed to receive a control message: too long or too many fds",
+            format!("failed to receive a control message: it has more than {MAX_MESSAGE} bytes or {MAX_FDS} fds"),
         ));
     }
     let message = serde_json::from_slice(bytes.get(..packet.len).unwrap_or_default())

@@ -11,9 +11,9 @@ const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 /// The capabilities that a thread of the file server keeps if the process has them, by their Linux numbers
 /// (include/uapi/linux/capability.h), with the reason for each.
 ///
-/// Dropped on purpose: CAP_DAC_READ_SEARCH opens any inode of a file system by its file handle. CAP_SYS_RESOURCE allows
-/// writes beyond quotas and into reserved blocks. CAP_SYS_PTRACE and CAP_SYS_RAWIO open files of other processes in
-/// /proc.
+/// These capabilities are dropped on purpose: CAP_DAC_READ_SEARCH opens any inode of a file system by its file handle.
+/// CAP_SYS_RESOURCE allows writes beyond quotas and into reserved blocks. CAP_SYS_PTRACE and CAP_SYS_RAWIO open files
+/// of other processes in /proc.
 const KEPT: [(u32, &str); 9] = [
     (0, "CAP_CHOWN: SETATTR gives files to other users"),
     (1, "CAP_DAC_OVERRIDE: the guest's kernel has already checked a user's permissions"),
@@ -23,7 +23,7 @@ const KEPT: [(u32, &str); 9] = [
     (7, "CAP_SETUID: new files get the requesting user as their owner"),
     (27, "CAP_MKNOD: MKNOD creates devices, which images can contain"),
     (31, "CAP_SETFCAP: SETXATTR sets security.capability"),
-    (21, "CAP_SYS_ADMIN: trusted.* attributes, for overlayfs in the guest with its upper directory on the share"),
+    (21, "CAP_SYS_ADMIN: overlayfs in the guest sets trusted.* attributes if its upper directory is on the share"),
 ];
 
 /// Drops every capability of this thread that is not in [`KEPT`].
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn keep_for_files_drops_other_capabilities_of_this_thread_alone() {
+    fn keep_for_files_drops_other_capabilities_of_only_this_thread() {
         let before = sets();
         let limited = std::thread::spawn(|| {
             keep_for_files().unwrap();

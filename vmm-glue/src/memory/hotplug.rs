@@ -1,5 +1,5 @@
-//! Address range for hot-plugged memory. It is reserved at boot and costs nothing until a part of it is made
-//! accessible. For the guest, an inaccessible part is as unusable as no memory.
+//! Address range for hot-plugged memory. The range is reserved at boot and costs nothing until a part of it is made
+//! accessible. For the guest, an inaccessible part is like addresses without memory.
 
 use std::io;
 use std::sync::Arc;
@@ -47,7 +47,8 @@ impl Backing {
     }
 }
 
-/// Returns the largest block size that the guest's kernel may use. The range starts and ends at a multiple of it.
+/// Returns the largest block size that the guest's kernel may use. The range starts and ends at a multiple of this
+/// size.
 fn block_size(ram: u64) -> u64 {
     if ram < LARGE_MEMORY_BLOCK_FROM { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK }
 }
@@ -61,8 +62,8 @@ pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
     Some((start, len))
 }
 
-/// Returns start and length of the range for hot-plugged huge pages, after all other memory, which ends at `end`.
-/// Returns `None` if `bytes` is 0.
+/// Returns start and length of the range for hot-plugged huge pages. All other memory ends at `end`, and the range is
+/// after it. Returns `None` if `bytes` is 0.
 pub fn huge_range(ram: u64, end: u64, bytes: u64) -> Option<(u64, u64)> {
     let start = end.max(layout::HOLE_END).checked_next_multiple_of(block_size(ram))?;
     let len = Some(bytes).filter(|&bytes| bytes > 0)?.checked_next_multiple_of(block_size(ram))?;
@@ -80,7 +81,7 @@ pub fn reserve(
     let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_NONE);
     let builder = match backing {
         Backing::Ordinary => builder.with_mmap_flags(RESERVE_FLAGS),
-        // The flag does not change this mapping. It tells `is_huge` which pages will be plugged.
+        // MAP_HUGETLB does not change this mapping. It only tells `is_huge` that huge pages will be plugged here.
         Backing::Huge => {
             let pointer = reserve_addresses(size)?.cast();
             // SAFETY: the pointer is to a mapping of `size` bytes that nothing else uses. It is never unmapped: it is
@@ -94,7 +95,8 @@ pub fn reserve(
     let hotplug =
         HotplugRange { region: region.clone(), block_size, part_size: part_size(len), registered: 0, backing };
     for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_DONTDUMP] {
-        // As for RAM. Best effort: a kernel without transparent huge pages does not need the advice.
+        // Give the same advice as for RAM. Best effort: a kernel without transparent huge pages does not need the
+        // advice.
         let _ = hotplug.advise(0, len, advice);
     }
     let memory = memory.insert_region(region).map_err(|error| MemoryError::Reserve(io::Error::other(error)))?;
@@ -157,7 +159,7 @@ impl HotplugRange {
     }
 
     /// Returns how many bytes from the range's start must be usable so that the guest can plug `bytes`. The guest's
-    /// kernel adds whole blocks. One more block is needed if there are blocks that it cannot fill.
+    /// kernel adds whole blocks. The result includes one more block, in case the kernel cannot fill some of them.
     pub fn extent(&self, bytes: u64) -> u64 {
         match bytes {
             0 => 0,
@@ -174,8 +176,8 @@ impl HotplugRange {
         self.len() == 0
     }
 
-    /// Registers at least the first `bytes` with KVM. Nothing is unregistered later: inaccessible parts stay
-    /// inaccessible.
+    /// Registers at least the first `bytes` with KVM. Registered parts are never unregistered, because a part is
+    /// unusable as long as it is inaccessible.
     ///
     /// # Errors
     /// [`MemoryError::Region`]. Parts that were registered before stay registered.
@@ -197,12 +199,13 @@ impl HotplugRange {
         Ok(())
     }
 
-    /// Makes a part accessible to the guest; it reads as zeroes. Of a range of huge pages, the part must consist of
-    /// whole huge pages.
+    /// Makes a part accessible to the guest. The part reads as zeroes. In a range of huge pages, the part must consist
+    /// of whole huge pages.
     ///
     /// # Errors
-    /// The error of mprotect: the mapping has too many parts with different protection, or the host's overcommit limit
-    /// is reached. For huge pages, the error of mmap or madvise: the host has too few. Then the part is inaccessible.
+    /// For ordinary pages, the error of mprotect: the mapping has too many parts with different protection, or the
+    /// host's overcommit limit is reached. For huge pages, the error of mmap or madvise: the host has too few huge
+    /// pages. After an error, the part is inaccessible.
     pub fn open(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.backing {
             Backing::Ordinary => self.protect(offset, len, libc::PROT_READ | libc::PROT_WRITE),
@@ -210,9 +213,9 @@ impl HotplugRange {
                 let (start, size) = self.checked_range(offset, len)?;
                 let protection = libc::PROT_READ | libc::PROT_WRITE;
                 replace(start, size, protection, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)?;
-                // Populate at once: if a page were missing when the guest touched it, the VMM would get SIGBUS. (Linux
-                // 5.14 and later. An older kernel has reserved the pages, so populating can fail only at the cgroup's
-                // limit.)
+                // Populate the part at once. If the guest touched a missing page later, the VMM would get SIGBUS.
+                // (Linux before 5.14 cannot populate and returns EINVAL. There, mmap has reserved the pages, and a page
+                // can be missing only at the cgroup's limit.)
                 let populated = self.advise(offset, len, libc::MADV_POPULATE_WRITE);
                 match populated.as_ref().map_err(io::Error::raw_os_error) {
                     Ok(()) | Err(Some(libc::EINVAL)) => Ok(()),
@@ -222,10 +225,11 @@ impl HotplugRange {
         }
     }
 
-    /// Makes a part inaccessible and gives its memory back to the host. From then on, the guest's accesses fail.
+    /// Makes a part inaccessible and gives its memory back to the host. From then on, the guest's accesses to the part
+    /// fail.
     ///
     /// # Errors
-    /// The error of mprotect or madvise. Then the part may be inaccessible already.
+    /// The error of mprotect or madvise. After an error, the part may be inaccessible already.
     pub fn close(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.backing {
             Backing::Ordinary => {
@@ -345,7 +349,7 @@ mod tests {
         hotplug.open(2 << 20, 2 << 20).unwrap();
         let mut bytes = [9u8; 4];
         slice.copy_to(&mut bytes);
-        assert_eq!(bytes, [0; 4], "memory that was registered back reads as zeroes");
+        assert_eq!(bytes, [0; 4], "memory that was closed and opened again must read as zeroes");
         assert!(hotplug.open(127 << 20, 2 << 20).is_err());
         assert!(hotplug.close(u64::MAX, 2).is_err());
     }

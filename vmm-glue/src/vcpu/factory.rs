@@ -19,7 +19,7 @@ pub enum CreateVcpuError {
     Fam(#[source] vmm_sys_util::fam::Error),
 }
 
-/// Creates the vCPUs of one VM, all with the same CPUID but for their ids.
+/// Creates the vCPUs of one VM. The CPUIDs of these vCPUs differ only in the vCPU's id.
 pub struct VcpuFactory {
     vm: Arc<VmFd>,
     supported: Vec<kvm_cpuid_entry2>,
@@ -27,7 +27,7 @@ pub struct VcpuFactory {
 }
 
 impl VcpuFactory {
-    /// Creates a factory for one VM, on a host whose KVM supports this CPUID.
+    /// Creates a factory for one VM. `supported` is the CPUID that the host's KVM supports.
     pub fn new(vm: Arc<VmFd>, supported: Vec<kvm_cpuid_entry2>, config: CpuidConfig) -> Self {
         Self { vm, supported, config }
     }
@@ -49,7 +49,7 @@ impl VcpuFactory {
 fn create_vcpu(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<VcpuFd, CreateVcpuError> {
     let failed = |what| move |error| CreateVcpuError::Kvm(what, error);
     let vcpu = vm.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
-    // CPUID first, because it decides which model-specific registers exist.
+    // Set CPUID first, because it decides which model-specific registers exist.
     vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
     let msrs = regs::msrs().map_err(CreateVcpuError::Fam)?;
     // KVM stops at the first register that this host does not support. The guest kernel works without either register.

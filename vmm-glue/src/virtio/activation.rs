@@ -20,10 +20,10 @@ pub struct OpenedActivation<Q> {
     pub queues: Q,
 }
 
-/// Takes over all queues of a device that has `N`.
+/// Takes over all queues of a device that has `N` queues.
 ///
 /// # Errors
-/// [`ActivateError::Queue`] if there are more or fewer, or if the rings of one are not in guest memory.
+/// [`ActivateError::Queue`] if there are more or fewer queues, or if the rings of a queue are not in guest memory.
 pub fn open_queues<const N: usize>(activation: Activation) -> Result<OpenedActivation<[Virtqueue; N]>, ActivateError> {
     let count = activation.queues.len();
     if count > N {
@@ -34,10 +34,10 @@ pub fn open_queues<const N: usize>(activation: Activation) -> Result<OpenedActiv
     Ok(OpenedActivation { memory, features, interrupt, queues })
 }
 
-/// Takes over the first `count` queues, for a device whose driver need not use all.
+/// Takes over the first `count` queues, for a device whose driver need not use all queues.
 ///
 /// # Errors
-/// [`ActivateError::Queue`] if there are fewer, or if the rings of one are not in guest memory.
+/// [`ActivateError::Queue`] if there are fewer queues, or if the rings of a queue are not in guest memory.
 pub fn open_first_queues(
     activation: Activation,
     count: usize,

@@ -15,8 +15,8 @@ use super::queue::{Chain, Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, log
 use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug;
 
-/// Queues: inflate, deflate and free page reporting. Reporting is the third one, because neither statistics nor free
-/// page hints are offered.
+/// Queues: inflate, deflate and free page reporting. Reporting is the third one, because the device offers neither
+/// statistics nor free page hints.
 const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
 const REPORTING: usize = 2;
 /// VIRTIO_BALLOON_F_DEFLATE_ON_OOM
@@ -34,7 +34,7 @@ const MAX_PAGES: usize = 64 * 1024;
 pub struct Balloon {
     wake: WakeEvent,
     active: Option<Active>,
-    /// Pages that the guest should give back, and pages that it reports to have given back.
+    /// Number of pages that the guest should give back, and number of pages that the guest reports to have given back.
     target: u32,
     actual: u32,
 }
@@ -49,9 +49,9 @@ struct Active {
 /// How pages are given back to the host.
 struct ReleasePolicy {
     advice: libc::c_int,
-    /// Ranges of huge pages, start and end, which are not released. They go back to the host only by being unplugged.
-    /// If one were dropped, its reservation would be used up (mm/hugetlb.c): the page would no longer belong to the
-    /// pod, and might not come back.
+    /// Ranges (start, end) of huge pages, which are not released. Huge pages go back to the host only when they are
+    /// unplugged. Dropping a huge page would use up its reservation (mm/hugetlb.c). Then the page would no longer
+    /// belong to the pod, and the pod might not get it back.
     huge_pages: Vec<(usize, usize)>,
 }
 
@@ -99,7 +99,8 @@ impl Balloon {
                 match index {
                     0 => inflate(&memory, &chain, &active.release),
                     REPORTING => release_all(&chain.writable, &active.release),
-                    // Deflating only announces that pages will be used. They come back when they are touched.
+                    // A deflate request only announces that the guest will use pages again. The host allocates the
+                    // pages when the guest touches them.
                     _ => {}
                 }
                 queue.push(&memory, chain.head, 0)?;
@@ -150,7 +151,7 @@ fn release_all(buffers: &Iov<'_>, policy: &ReleasePolicy) {
     }
 }
 
-/// Drops the whole pages within a part of guest memory. Afterwards they read as zeroes.
+/// Drops the pages that lie completely within a part of guest memory. Afterwards these pages read as zeroes.
 fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);
@@ -326,7 +327,8 @@ mod tests {
             bench.queues[0].add(&[&bytes], &[]);
             bench.queues[1].add(&[&bytes], &[]);
             bench.run();
-            // Page numbers of the queue's own pages drop the queue itself. Even then nothing may panic.
+            // If the request lists the pages of the queue, the device drops the queue's content. Even then it must not
+            // panic.
         }
     }
 }

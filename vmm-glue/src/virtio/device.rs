@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::guest_memory::GuestMemory;
 
-/// A virtqueue that the driver has set up. Its configuration is frozen since DRIVER_OK.
+/// A virtqueue that the driver has set up. The queue's configuration cannot change after DRIVER_OK.
 pub struct ActiveQueue {
     /// The queue's addresses, size and indices.
     pub queue: Queue,
@@ -20,7 +20,7 @@ pub struct ActiveQueue {
 pub struct Activation {
     /// Guest memory.
     pub memory: GuestMemory,
-    /// Feature bits that the driver has acknowledged, a subset of those offered.
+    /// Feature bits that the driver has acknowledged, a subset of the offered bits.
     pub features: u64,
     /// The queues, in the order and number of [`VirtioDevice::queue_sizes`].
     pub queues: Vec<ActiveQueue>,
@@ -32,15 +32,16 @@ pub struct Activation {
 pub trait Interrupt: Send + Sync {
     /// Interrupts the driver because buffers of the queue were used.
     fn queue(&self, index: u16) -> std::io::Result<()>;
-    /// Returns an eventfd through which vhost in the host's kernel interrupts the driver when it has used buffers.
+    /// Returns an eventfd through which vhost in the host's kernel interrupts the driver when vhost has used buffers.
     ///
-    /// The transport does not learn which interrupts came from vhost. So from this call until the device's reset, every
-    /// interrupt reports that buffers may have been used. The cost for the driver is one look at its queues.
+    /// The transport does not learn which interrupts came from vhost. Therefore, from this call until the device's
+    /// reset, every interrupt reports that buffers may have been used. After each interrupt, the driver has to check
+    /// its queues.
     fn share_irq(&self) -> std::io::Result<EventFd>;
     /// Interrupts the driver because the configuration space changed.
     fn config(&self) -> std::io::Result<()>;
     /// Reports that the driver broke its queues and the device has stopped. Sets DEVICE_NEEDS_RESET if the transport
-    /// can.
+    /// supports it.
     fn needs_reset(&self) -> std::io::Result<()> {
         self.config()
     }
@@ -62,8 +63,8 @@ pub enum ActivateError {
 /// A mutex protects the device. vCPU threads lock it for configuration accesses and for activation; the VMM's single
 /// device loop locks it to serve events.
 ///
-/// `init` of [`MutEventSubscriber`] runs once, when the device is plugged in. It must register at least an eventfd of
-/// the device, to which `activate` writes. Queue events are registered when that eventfd is served, because only the
+/// `init` of [`MutEventSubscriber`] runs once, when the device is plugged in. `init` must register at least an eventfd
+/// of the device, to which `activate` writes. Queue events are registered when that eventfd is served, because only the
 /// device loop may change the set of events.
 pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Returns the device ID of the virtio specification, section 5.
@@ -81,9 +82,10 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// # Errors
     /// [`ActivateError`]. Then the device stays inactive.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
-    /// Stops serving and drops all queues, as after power-on. Called when the driver resets the device.
+    /// Stops serving and drops all queues. The device is then in the same state as after power-on. Called when the
+    /// driver resets the device.
     fn reset(&mut self);
-    /// Stops the device's own threads. Returns when none of them serves a request, and none will until
+    /// Stops the device's own threads. Returns when all of these threads are idle. They stay idle until
     /// [`VirtioDevice::resume`]. Called after the vCPUs have been paused. The device loop pauses separately.
     fn pause(&mut self) {}
     /// Resumes the device's own threads.

@@ -1,7 +1,8 @@
 //! virtio-mem (virtio 1.2, 5.15): memory that is plugged into the running guest and unplugged from it.
 //!
-//! The VMM sets a requested size. The driver plugs blocks one by one, and unplugs those that it can free. A block that
-//! is not plugged is inaccessible. If a guest accesses one with a vCPU or through a queue, it ends its VM.
+//! The VMM sets a requested size. To reach this size, the driver plugs blocks one by one, or unplugs blocks that it can
+//! free. A block that is not plugged is inaccessible. If a guest accesses such a block, with a vCPU or through a queue,
+//! its VM ends.
 
 use std::io;
 use std::sync::Arc;
@@ -20,12 +21,12 @@ use crate::memory::hotplug::HotplugRange;
 
 mod request;
 
-/// Linux has one request in flight.
+/// Linux has at most one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
 /// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE. It excludes drivers that read unplugged memory, as the dump code of old kernels
 /// does.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
-/// Size of a block in bytes: the smallest that Linux can plug on x86-64.
+/// Size of a block in bytes. It is the smallest size that Linux can plug on x86-64.
 pub const BLOCK: u64 = 2 << 20;
 
 /// Called with the number of plugged bytes, when the guest has reached the requested size or when another size is
@@ -37,7 +38,8 @@ pub struct Mem {
     wake: WakeEvent,
     range: HotplugRange,
     blocks: Blocks,
-    /// Bytes that the guest should have plugged, and length of the range's part in which it may plug them.
+    /// Number of bytes that the guest should have plugged, and length of the range's part in which the guest may plug
+    /// them.
     requested: u64,
     usable: u64,
     on_size_reached: Option<OnSizeReached>,
@@ -75,7 +77,8 @@ impl Mem {
         self.range.extent(bytes.saturating_add(BLOCK))
     }
 
-    /// Requests that the guest has `bytes` plugged, rounded up to whole blocks. `reached` is called when it has.
+    /// Requests that the guest plugs or unplugs blocks until `bytes` are plugged, rounded up to whole blocks. Then
+    /// `reached` is called.
     pub fn request(&mut self, bytes: u64, reached: OnSizeReached) -> io::Result<()> {
         self.requested = bytes.min(self.range.len()).next_multiple_of(BLOCK);
         // The usable part does not shrink, because blocks up to its end may be plugged.

@@ -1,7 +1,7 @@
 //! The virtio-mmio transport, version 2: registers, interrupt and notifications of one device.
 //!
 //! See Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Every write comes from the guest. Writes that
-//! the protocol does not allow in the current state are ignored. The queue configuration is frozen at DRIVER_OK.
+//! the protocol does not allow in the current state are ignored. The queue configuration cannot change after DRIVER_OK.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -77,10 +77,10 @@ struct Registers {
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
-    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. It is not among the registers, because a
-    /// device that sets it is locked, and the registers' lock must be taken before the device's.
+    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag is not in [`Registers`], because
+    /// a device that sets the flag is locked. The lock of the registers must be taken before the lock of the device.
     needs_reset: AtomicBool,
-    /// Whether vhost writes to `irq` too when it has used buffers: see [`Interrupt::share_irq`].
+    /// Whether vhost also writes to `irq` when vhost has used buffers (see [`Interrupt::share_irq`]).
     shared: AtomicBool,
     irq: EventFd,
 }
@@ -110,13 +110,13 @@ impl Interrupt for MmioInterrupt {
 }
 
 impl MmioInterrupt {
-    /// Returns the status bits that the device adds to the driver's.
+    /// Returns the status bits that the device adds to the driver's status bits.
     fn status(&self) -> u32 {
         if self.needs_reset.load(Ordering::SeqCst) { NEEDS_RESET } else { 0 }
     }
 
-    /// Returns the causes of an interrupt. Drivers read them first: without the VRING bit, Linux's driver does not look
-    /// at its queues (`vm_interrupt` in drivers/virtio/virtio_mmio.c).
+    /// Returns the causes of an interrupt. Drivers read the causes first. Without the VRING bit, Linux's driver does
+    /// not look at its queues (`vm_interrupt` in drivers/virtio/virtio_mmio.c).
     fn causes(&self) -> u32 {
         let shared = if self.shared.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
         self.status.load(Ordering::SeqCst) | shared
@@ -210,14 +210,14 @@ impl Transport {
 
     fn read_register(&self, register: u32) -> u32 {
         match register {
-            // Every interrupt reads these two registers, so they need no lock.
+            // The driver reads these two registers at every interrupt. Therefore reading them takes no lock.
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.causes(),
             VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
             VIRTIO_MMIO_DEVICE_ID => self.device_type,
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            // There are no shared memory regions: length and base are all ones.
+            // All ones in length and base say that the device does not have the selected shared memory region.
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             VIRTIO_MMIO_STATUS => self.registers().status | self.interrupt.status(),
             _ => self.registers().read(register),
@@ -262,7 +262,8 @@ impl Transport {
     fn activate(&self, registers: &mut Registers) -> Result<(), ActivateError> {
         let mut queues = Vec::with_capacity(registers.queues.len());
         for (index, (queue, notify)) in registers.queues.iter().zip(&self.notify).enumerate() {
-            // A ready queue must lie completely in guest memory. The device decides about queues that are not ready.
+            // A ready queue must lie completely in guest memory. The device decides whether it accepts queues that are
+            // not ready.
             if queue.ready() && !queue.is_valid(&self.memory) {
                 return Err(ActivateError::Queue(index));
             }
@@ -321,12 +322,12 @@ impl Registers {
         }
     }
 
-    /// Whether features are negotiated: the status is between DRIVER and FEATURES_OK.
+    /// Whether the driver may negotiate features: the status is between DRIVER and FEATURES_OK.
     fn negotiating(&self) -> bool {
         self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
     }
 
-    /// Whether queues are configured: the status is between FEATURES_OK and DRIVER_OK.
+    /// Whether the driver may configure queues: the status is between FEATURES_OK and DRIVER_OK.
     fn configuring(&self) -> bool {
         self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
     }
@@ -416,7 +417,8 @@ pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn VirtioDevice + 'static>
     sync::lock(device)
 }
 
-/// Serves a read from an empty slot: a transport without a device (section 4.2.2: device ID 0).
+/// Serves a read from an empty slot. The slot reads as a transport without a device, which has device ID 0 (section
+/// 4.2.2).
 pub fn read_empty(offset: u64, data: &mut [u8]) {
     data.fill(0);
     if let (Ok(register), Ok(data)) = (u32::try_from(offset), <&mut [u8; 4]>::try_from(data)) {

@@ -47,7 +47,7 @@ impl VirtioDevice for Probe {
         }
     }
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        assert!(!self.active, "activated twice without a reset");
+        assert!(!self.active, "the device was activated twice without a reset");
         if self.refuse {
             return Err(ActivateError::Queue(0));
         }
@@ -261,7 +261,8 @@ proptest! {
                 transport.read(offset, &mut data);
             }
             let now = get(&transport, VIRTIO_MMIO_STATUS);
-            // Bits are only added, except at a reset. The device is active exactly in DRIVER_OK.
+            // Status bits are only added, except at a reset. The device is active if and only if DRIVER_OK is set and
+            // NEEDS_RESET is not set.
             prop_assert!(now == 0 || now & status == status);
             let ok = now & VIRTIO_CONFIG_S_DRIVER_OK != 0 && now & NEEDS_RESET == 0;
             prop_assert_eq!(probe.lock().unwrap().active, ok);
@@ -280,7 +281,7 @@ fn shared_interrupt_always_reports_used_buffers() {
     negotiate(&transport);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
     let irq = transport.interrupt.share_irq().unwrap();
-    // vhost interrupts, and sets no cause.
+    // vhost signals the interrupt, and does not set a cause.
     irq.write(1).unwrap();
     assert_eq!(transport.irq_fd().read().unwrap(), 1);
     for _ in 0..2 {
@@ -292,5 +293,5 @@ fn shared_interrupt_always_reports_used_buffers() {
     set(&transport, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
     assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
     set(&transport, VIRTIO_MMIO_STATUS, 0);
-    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0, "a reset clears the cause");
+    assert_eq!(get(&transport, VIRTIO_MMIO_INTERRUPT_STATUS), 0, "a reset must clear the cause");
 }

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::device::{ActivateError, ActiveQueue, Interrupt};
 use crate::guest_memory::GuestMemory;
 
-/// Maximum number of a chain's segments, which is the limit of one readv or writev (IOV_MAX).
+/// Maximum number of segments in a chain. It is the limit of one readv or writev (IOV_MAX).
 pub const MAX_SEGMENTS: usize = 1024;
 
 /// Event token of a device's own eventfd. Queue events have the queue's index as token.
@@ -74,8 +74,8 @@ impl<'m> Iov<'m> {
         }
         let slice = memory.get_slice(descriptor.addr(), length).map_err(|_| ChainFault::Address)?;
         if write {
-            // Mark the range before the write: devices write with system calls on plain addresses, which vm-memory does
-            // not see.
+            // Mark the range now, before the device writes. Devices write with system calls on plain addresses, and
+            // vm-memory does not see these writes.
             slice.bitmap().mark_dirty(0, length);
         }
         self.parts.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length });
@@ -177,7 +177,7 @@ impl<'m> Iov<'m> {
 /// A descriptor chain that was popped from a queue.
 #[derive(Debug)]
 pub struct Chain<'m> {
-    /// Index of the first descriptor, with which the chain is returned.
+    /// Index of the first descriptor. It identifies the chain when the chain is returned.
     pub head: u16,
     /// Buffers that the driver has written.
     pub readable: Iov<'m>,
@@ -238,8 +238,8 @@ impl Virtqueue {
         Ok(self.queue.iter(memory).map_err(|error| QueueFault::Ring(index, error))?.next())
     }
 
-    /// Pops the next valid chain. Invalid chains are returned unused; one call skips at most as many as the queue's
-    /// size.
+    /// Pops the next valid chain. Invalid chains are returned unused. One call skips at most as many invalid chains as
+    /// the queue has entries.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         for _ in 0..self.queue.size() {
             let Some(raw) = self.pop_raw(memory)? else { return Ok(None) };
@@ -254,8 +254,8 @@ impl Virtqueue {
         Ok(None)
     }
 
-    /// Pops the next chain; an invalid chain has no buffers. For callers that hold several chains and must return them
-    /// in order.
+    /// Pops the next chain. An invalid chain is popped too, without buffers. For callers that hold several chains and
+    /// must return them in order.
     pub fn pop_any<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_raw(memory)?.map(|raw| match Chain::collect(memory, raw) {
             (_, Ok(chain)) => chain,
@@ -271,7 +271,7 @@ impl Virtqueue {
         self.queue.go_to_previous_position();
     }
 
-    /// Returns a chain to the driver, with `len` bytes written.
+    /// Returns a chain to the driver, after `len` bytes were written to it.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueFault> {
         self.signal = true;
         self.queue.add_used(memory, head, len).map_err(|error| QueueFault::Ring(self.index, error))

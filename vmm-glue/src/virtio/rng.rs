@@ -18,17 +18,17 @@ use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent};
 use crate::guest_memory::GuestMemory;
 
-/// Linux has one request in flight.
+/// Linux has at most one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
 const QUEUE: u32 = 0;
 const TIMER: u32 = 1;
-/// Maximum number of bytes per request. The driver requests the rest again.
+/// Maximum number of bytes that one request gets. The driver requests the rest with another request.
 const MAX_REQUEST: usize = 4096;
 /// Number of bytes that a guest may read without a pause.
 const BURST: usize = 64 * 1024;
-/// Rate limit after the burst, in bytes per second. A seed is 32 bytes.
+/// Rate limit after the burst, in bytes per second. For comparison: a seed has 32 bytes.
 const RATE: usize = 64 * 1024;
-/// Wait before serving again when the limit is reached.
+/// Pause before the device serves requests again after it has reached the limit.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// The entropy device.
@@ -37,7 +37,7 @@ pub struct Rng {
     timer: TimerFd,
     timer_registered: bool,
     active: Option<Active>,
-    /// Bytes that the rate limit allows now.
+    /// Number of bytes that the rate limit allows now.
     tokens: usize,
     refilled: Instant,
 }
@@ -89,7 +89,7 @@ impl Rng {
             }
         }
         if more {
-            // Serve the rest after the wait.
+            // Serve the remaining requests after the pause.
             if let Err(error) = self.timer.reset(PAUSE, None) {
                 log::error!("virtio-rng: failed to set the timer: {error}");
             }
@@ -133,7 +133,7 @@ impl MutEventSubscriber for Rng {
                 }
             }
             _ => {
-                // Runs only when the timer has expired, so this does not block.
+                // This event arrives only when the timer has expired. Therefore the call does not block.
                 let _ = self.timer.wait();
             }
         }
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn readable_chain_gets_no_bytes_also_after_reset() {
+    fn chain_without_writable_part_gets_no_bytes_even_after_reset() {
         let mut bench = Bench::new(Rng::new().unwrap());
         for _ in 0..3 {
             bench.activate(0);

@@ -1,7 +1,7 @@
 //! Registers the eventfds of a slot with KVM: one that interrupts the guest, and one for each queue's notifications.
 //!
-//! KVM keeps an ioeventfd until it is unregistered, even if its fd is closed. One that stayed behind would make the
-//! slot's next device fail to register.
+//! KVM keeps an ioeventfd until it is unregistered, even if its fd is closed. If an ioeventfd stayed registered, the
+//! eventfds of the slot's next device could not be registered.
 
 use kvm_ioctls::{Error, IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -42,7 +42,7 @@ impl Registry for VmFd {
 /// Registers a slot's eventfds.
 ///
 /// # Errors
-/// KVM's error. Then none of the eventfds is registered.
+/// KVM's error. After an error, none of the eventfds is registered.
 pub fn register(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
     kvm.register_irqfd(irq, layout::slot_gsi(slot))?;
     for (queue, notify) in (0u32..).zip(queues) {
@@ -82,7 +82,8 @@ mod tests {
 
     use super::*;
 
-    /// What is registered: `None` is the interrupt, `Some` a queue. The call with number `fail_at` fails.
+    /// Records what is registered: `None` is the interrupt, and `Some` is a queue. The call with number `fail_at`
+    /// fails.
     #[derive(Default)]
     struct FakeKvm {
         registered: RefCell<BTreeSet<Option<u32>>>,
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_unregister_continues_with_the_others() {
+    fn failed_unregister_still_unregisters_the_other_eventfds() {
         let (irq, queues) = eventfds();
         for (fail_at, left) in [(4, Some(0)), (5, Some(1)), (7, None)] {
             let kvm = FakeKvm { fail_at: Some(fail_at), ..Default::default() };

@@ -13,11 +13,11 @@ use super::slot_eventfds;
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 
-/// Why a device could not be plugged into or out of a slot.
+/// Why a device could not be plugged into a slot or unplugged from it.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// No slot is free.
-    #[error("no free slot: the limit of hot-plugged disks and interfaces is reached")]
+    #[error("failed to plug in the device: all slots for disks and interfaces are in use")]
     Full,
     /// The device's transport could not be created.
     #[error(transparent)]
@@ -29,7 +29,7 @@ pub enum PlugError {
     #[error("failed to register the device's eventfds with KVM")]
     Kvm(#[source] kvm_ioctls::Error),
     /// The slot has no device that can be hot-unplugged.
-    #[error("failed to empty slot {0}: it has no disk or interface")]
+    #[error("failed to hot-unplug the device in slot {0}: the slot has no disk or interface")]
     NotRemovable(u32),
 }
 
@@ -55,8 +55,8 @@ pub enum Purpose {
 }
 
 impl Slots {
-    /// Creates empty slots: `device_slots` for any device, if the VM has enough slots, and `memory_slots` for memory
-    /// devices.
+    /// Creates empty slots: `device_slots` for any device, and `memory_slots` for memory devices. If the VM does not
+    /// have enough slots, fewer are for any device.
     pub fn new(vm: Arc<VmFd>, memory: GuestMemory, device_slots: usize, memory_slots: usize) -> Self {
         let (device_slots, all) = divide(device_slots, memory_slots);
         Self { vm, memory, slots: (0..all).map(|_| Slot::default()).collect(), first_memory_slot: device_slots }

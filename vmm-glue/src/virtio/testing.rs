@@ -19,7 +19,7 @@ use crate::guest_memory::GuestMemory;
 /// Guest memory starts at 0. Each queue of a test has one part of it.
 const MEMORY: u64 = 6 * PART;
 const PART: u64 = 24 << 20;
-/// Size of a descriptor's buffer; each descriptor has its own.
+/// Size of a buffer in bytes. Each descriptor has its own buffer.
 const BUFFER: u64 = 128 << 10;
 
 const NEXT: u16 = 1;
@@ -130,7 +130,7 @@ impl Driver {
         self.memory.write_obj(next, GuestAddress(at.0 + 14)).unwrap();
     }
 
-    /// Makes a head available, with any content of its descriptor.
+    /// Makes a chain available by its head. The head's descriptor may have any content.
     pub fn offer(&mut self, head: u16) {
         let slot = self.avail_ring() + 4 + u64::from(self.avail % self.size) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
@@ -253,7 +253,7 @@ impl<D: VirtioDevice> Bench<D> {
     pub fn run_until(&mut self, mut done: impl FnMut(&mut [Driver]) -> bool) {
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
         while !done(&mut self.queues) {
-            assert!(std::time::Instant::now() < deadline, "timed out");
+            assert!(std::time::Instant::now() < deadline, "timed out while waiting for the device");
             self.manager.run_with_timeout(1).unwrap();
         }
     }

@@ -26,7 +26,8 @@ use super::workers::Workers;
 
 /// The single request queue.
 const QUEUE_SIZES: [u16; 1] = [128];
-/// Maximum number of a request's data segments: the queue's size without header and status.
+/// Maximum number of data segments in a request. The queue's two remaining descriptors are for the header and the
+/// status.
 const SEGMENTS: u32 = 126;
 /// Size of a sector in bytes; the protocol counts in sectors.
 pub const SECTOR: u64 = 512;

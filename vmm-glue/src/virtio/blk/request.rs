@@ -24,7 +24,7 @@ const HEADER: usize = 16;
 const RANGE: usize = 16;
 /// Maximum number of ranges in a request.
 pub const MAX_RANGES: usize = 16;
-/// Maximum length of a range in bytes. It bounds the time of a request if the host can only write zeroes.
+/// Maximum length of a range in bytes. It bounds the duration of a request for which the host has to write zeroes.
 pub const MAX_ZEROES: u64 = 64 << 20;
 
 /// The file behind the device.
@@ -60,7 +60,7 @@ impl Handler for Disk {
 
     fn serve(&self, _memory: &GuestMemory, chain: Chain<'_>) -> u32 {
         let Chain { mut readable, mut writable, .. } = chain;
-        // The status is the last writable byte, in any descriptor.
+        // The status is the last writable byte of the chain. It may be in any descriptor.
         let Some(data_len) = writable.len().checked_sub(1) else {
             log_guest_fault(0, &"the disk request has no byte for its status");
             return 0;
@@ -76,7 +76,7 @@ impl Handler for Disk {
                 (0, VIRTIO_BLK_S_IOERR)
             }
             Err(Failure::Host(error)) => {
-                // A guest can cause many of these, so they are logged with a rate limit.
+                // A guest can cause many such errors. Therefore they are logged with a rate limit.
                 log_guest_fault(0, &format_args!("failed to serve a disk request: {error}"));
                 (0, VIRTIO_BLK_S_IOERR)
             }
@@ -161,7 +161,7 @@ impl Disk {
             let at = libc::off_t::try_from(offset)
                 .map_err(|_| Failure::Guest("the offset of the disk request is too large"))?;
             // SAFETY: the parts are checked guest memory, which stays mapped during the call. There are at most
-            // MAX_SEGMENTS (IOV_MAX). preadv gets only parts that the device may write.
+            // MAX_SEGMENTS (IOV_MAX) parts. preadv gets only parts that the device may write.
             let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
             match usize::try_from(result) {
                 // The file has shrunk after the device was created.

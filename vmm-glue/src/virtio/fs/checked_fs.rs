@@ -2,8 +2,9 @@
 //! fd limit.
 //!
 //! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails (a full disk, a
-//! quota), it answers with the error alone, although the file has grown. write(2) returns the number of bytes written
-//! in that case, and programs rely on it: one that appends the data again would have part of it in the file twice.
+//! quota), virtiofsd answers with only the error, although the file has grown. In that case, write(2) returns the
+//! number of bytes written, and programs rely on it. A program that appends the data again after an error would have
+//! part of the data in the file twice.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -46,7 +47,7 @@ impl CheckedFs {
     }
 }
 
-/// The data of a WRITE. Reports how much of it was written before an error.
+/// The data of a WRITE request. Reports how much of the data was written before an error.
 struct CountingReader<'a, R> {
     inner: R,
     dev_null: &'a File,
@@ -64,7 +65,7 @@ impl<R: ZeroCopyReader> ZeroCopyReader for CountingReader<'_, R> {
             Ok(written) => return Ok(written),
             Err(error) => error,
         };
-        // The reader still holds the bytes that were not written. Discarding them tells how many they are.
+        // The reader still holds the bytes that were not written. Writing them to /dev/null tells how many there are.
         let unwritten = self.inner.write_to_file_at(self.dev_null, count, 0, None)?;
         match count.checked_sub(unwritten) {
             Some(written) if written > 0 => Ok(written),
@@ -75,7 +76,8 @@ impl<R: ZeroCopyReader> ZeroCopyReader for CountingReader<'_, R> {
 
 /// Maps the kind of an argument to its type. A kind that is not listed is a type itself.
 ///
-/// `&CStr` is not a kind, so each method has to state whether a string is a name, which `check` then checks.
+/// `&CStr` is not a kind. Therefore each method has to state whether a string is a name, and `check` then checks the
+/// name.
 macro_rules! kind {
     // Name of a directory entry.
     (Name) => { &CStr };

@@ -1,10 +1,10 @@
 //! A private descriptor table, from which virtiofsd reads chains that the guest cannot change.
 //!
 //! virtiofsd 1.14 takes a `DescriptorChain` of virtio-queue and walks it for its `Reader`, and again for its `Writer`
-//! (descriptor_utils.rs). A walk reads the descriptors from the memory that the chain refers to. If that was guest
-//! memory, a vCPU could change them after they were checked: `Server::read()`, `readdir()` and `readdirplus()`
-//! (server.rs) panic if fewer than 16 bytes are writable, and more than [`MAX_SEGMENTS`] descriptors fail in readv(2)
-//! and writev(2).
+//! (descriptor_utils.rs). A walk reads the descriptors from the memory that the chain refers to. If that were guest
+//! memory, a vCPU could change the descriptors after they were checked. `Server::read()`, `readdir()` and
+//! `readdirplus()` (server.rs) panic if fewer than 16 bytes are writable. readv(2) and writev(2) fail with more than
+//! [`MAX_SEGMENTS`] descriptors.
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::virtio::queue::{Chain, MAX_SEGMENTS};
 
 /// Size of `struct virtq_desc`, in bytes (virtio 1.2, 2.7.5).
 const DESCRIPTOR: usize = 16;
-/// Addresses in the private memory: the available ring follows the table, which starts at 0.
+/// Address of the available ring in the private memory. The ring follows the table, which starts at 0.
 const AVAIL_RING: usize = MAX_SEGMENTS * DESCRIPTOR;
 /// Size of the private memory, in bytes. The available ring has three fields and an index per descriptor.
 const SIZE: usize = AVAIL_RING + 6 + MAX_SEGMENTS * 2;
@@ -30,16 +30,17 @@ const AVAIL_INDEX: usize = 2;
 /// A descriptor table in private memory.
 pub struct DescriptorTable {
     memory: Arc<GuestMemoryMmap<()>>,
-    /// Starts at the table's first descriptor.
+    /// The chain that starts at the table's first descriptor.
     chain: DescriptorChain<Arc<GuestMemoryMmap<()>>>,
 }
 
 impl DescriptorTable {
-    /// Fails if the private memory cannot be mapped.
+    /// Creates a table. Fails if the private memory cannot be mapped.
     pub fn new() -> io::Result<Self> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE)]).map_err(io::Error::other)?;
         let memory = Arc::new(memory);
-        // virtio-queue makes a chain only for a head in an available ring: descriptor 0 in a ring of one.
+        // virtio-queue makes a chain only for a head in an available ring. Therefore the ring gets one entry, which is
+        // descriptor 0.
         memory.write_obj(1_u16.to_le(), GuestAddress((AVAIL_RING + AVAIL_INDEX) as u64)).map_err(io::Error::other)?;
         let mut queue = Queue::new(MAX_SEGMENTS as u16).map_err(io::Error::other)?;
         queue.try_set_desc_table_address(GuestAddress(0)).map_err(io::Error::other)?;
@@ -70,7 +71,7 @@ impl DescriptorTable {
     }
 }
 
-/// The guest-physical address of a buffer.
+/// Returns the guest-physical address of a buffer.
 fn guest_address(memory: &GuestMemory, part: &libc::iovec) -> Option<u64> {
     memory.iter().find_map(|region| {
         let offset = part.iov_base.addr().checked_sub(region.as_ptr().addr())?;
@@ -116,7 +117,7 @@ mod tests {
         let mut queue = Virtqueue::new(ActiveQueue { queue, notify: EventFd::new(0).unwrap() }, 0, &memory, 0).unwrap();
         let chain = queue.pop(&memory).unwrap().unwrap();
 
-        // The guest withdraws all buffers.
+        // The guest clears the descriptor table.
         memory.write_slice(&[0; MAX_SEGMENTS * DESCRIPTOR], GuestAddress(0)).unwrap();
         let mut table = DescriptorTable::new().unwrap();
         for _ in 0..2 {

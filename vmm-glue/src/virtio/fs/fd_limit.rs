@@ -1,7 +1,8 @@
-//! Keeps the number of open fds below the process's fd limit: each file that the guest knows is open in the VMM.
+//! Keeps the number of open fds below the process's fd limit, because each file that the guest knows is open in the
+//! VMM.
 //!
-//! The guest's kernel forgets files only when it is short of memory. So when few fds are left, the shim is asked to
-//! make the guest forget files, and requests that may open a file wait for a limited time.
+//! The guest's kernel forgets files only when it is short of memory. Therefore, when few fds are free, the shim is
+//! asked to make the guest forget files. Requests that may open a file then wait for a limited time.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -17,7 +18,7 @@ const REQUEST_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum time that requests wait after fds became scarce. Then they proceed, and may fail.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Requests that the guest forgets files.
+/// Asks the shim to make the guest forget files.
 pub type RequestForget = Box<dyn Fn() + Send + Sync>;
 
 /// Watches the number of open fds.
@@ -66,8 +67,8 @@ impl FdLimit {
     /// Called after files were forgotten. Wakes the requests that wait.
     pub fn released(&self) {
         if self.scarce.load(Ordering::Relaxed) {
-            // A thread counts fds with the lock held. So it sees the released fds, or already waits for the
-            // notification.
+            // A waiting thread holds the lock when it counts fds. Therefore it either sees the released fds, or already
+            // waits for the notification.
             drop(self.lock());
             self.changed.notify_all();
         }
@@ -122,7 +123,7 @@ mod tests {
     #[test]
     fn request_waits_until_fds_are_released() {
         let open = || File::open("/dev/null").unwrap();
-        // More than other tests may have open: the lowest free fd is above the threshold.
+        // So many fds are open that the lowest free fd is above the threshold, even if other tests have fds open.
         let held: Vec<File> = std::iter::repeat_with(open).take(600).collect();
         let (requests, requested) = channel();
         let limit = Arc::new(FdLimit::new(fd_directory(), 500, Box::new(move || requests.send(()).unwrap())));

@@ -1,12 +1,13 @@
-//! Serves FUSE requests: decodes those without an answer, and passes the others on to virtiofsd.
+//! Serves FUSE requests: decodes requests without an answer, and passes the others on to virtiofsd.
 //!
-//! A vCPU can change guest memory while a request is served. So no value is used that was read again after its check:
+//! A vCPU can change guest memory while a request is served. Therefore this module never uses a value that was read
+//! again after its check:
 //!
 //! * The chain is walked once. virtiofsd gets a copy of what was checked ([`DescriptorTable`]).
-//! * virtiofsd reads the request's header itself, after it was read here, and can find another opcode. So no check
-//!   depends on the opcode of a request that goes to virtiofsd: each has room for an answer's header, and is served by
-//!   a worker thread.
-//! * A request on the high-priority queue never goes to virtiofsd. The device loop, which serves it, keeps all
+//! * virtiofsd reads the request's header once more, and can find another opcode. Therefore no check depends on the
+//!   opcode of a request that goes to virtiofsd. Each such request has room for an answer's header, and a worker thread
+//!   serves it.
+//! * A request on the high-priority queue never goes to virtiofsd. The device loop serves this queue. It keeps all
 //!   capabilities of the process and must not block.
 
 use std::io;
@@ -30,8 +31,8 @@ const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 /// Size of `struct fuse_out_header`, in bytes.
 const OUT_HEADER: usize = 16;
-/// Maximum number of nodes in one BATCH_FORGET. Linux sends none over virtio-fs (`virtio_fs_send_forget()` in
-/// fs/fuse/virtio_fs.c sends one FORGET per node).
+/// Maximum number of nodes in one BATCH_FORGET. Linux sends no BATCH_FORGET over virtio-fs (`virtio_fs_send_forget()`
+/// in fs/fuse/virtio_fs.c sends one FORGET per node).
 const MAX_BATCH: usize = 4096;
 
 /// Index of the queue for FORGET.
@@ -42,13 +43,13 @@ pub const REQUEST_QUEUE: u16 = 1;
 /// Serves the requests of one device.
 pub struct FuseServer {
     server: Server<CheckedFs>,
-    /// The file system that `server` has, too.
+    /// The file system, which `server` also has.
     fs: CheckedFs,
     table: Mutex<DescriptorTable>,
 }
 
 impl FuseServer {
-    /// Fails if memory for the descriptor table cannot be mapped.
+    /// Creates a server. Fails if memory for the descriptor table cannot be mapped.
     pub fn new(fs: CheckedFs) -> io::Result<Self> {
         Ok(Self { server: Server::new(fs.clone()), fs, table: Mutex::new(DescriptorTable::new()?) })
     }
@@ -64,7 +65,7 @@ impl FuseServer {
             self.serve_unanswered(REQUEST_QUEUE, header, chain.readable);
             return 0;
         }
-        // virtiofsd splits its writer after the answer's header and unwraps the result.
+        // virtiofsd splits its writer after the answer's header, and panics if the writer is shorter.
         if chain.writable.len() < OUT_HEADER {
             log_guest_fault(REQUEST_QUEUE, &"FUSE request with too small an answer buffer");
             return 0;
@@ -86,7 +87,7 @@ impl FuseServer {
         }
     }
 
-    /// Serves a request of the high-priority queue: FORGET, BATCH_FORGET or INTERRUPT. Answers any other with
+    /// Serves a request of the high-priority queue: FORGET, BATCH_FORGET or INTERRUPT. Answers any other request with
     /// EOPNOTSUPP. Returns the number of bytes written.
     pub fn serve_high_priority(&self, mut chain: Chain<'_>) -> u32 {
         match take::<InHeader>(&mut chain.readable) {
@@ -119,7 +120,7 @@ impl FuseServer {
                 self.server.destroy();
                 Some(())
             }
-            // INTERRUPT: requests are not interrupted, as in virtiofsd.
+            // INTERRUPT has no effect, as in virtiofsd.
             _ => Some(()),
         };
         if decoded.is_none() {
@@ -134,7 +135,7 @@ fn peek<T: ByteValued + Default>(from: &Iov<'_>) -> Option<T> {
     (from.copy_to(value.as_mut_slice()) == size_of::<T>()).then_some(value)
 }
 
-/// Copies a value out of guest memory and consumes it, so that it is read once.
+/// Copies a value out of guest memory and consumes it, so that it is read only once.
 fn take<T: ByteValued + Default>(from: &mut Iov<'_>) -> Option<T> {
     let value = peek(from)?;
     from.skip(size_of::<T>());
@@ -142,7 +143,7 @@ fn take<T: ByteValued + Default>(from: &mut Iov<'_>) -> Option<T> {
 }
 
 /// Copies the arguments of a BATCH_FORGET: nodes, and the number of references of each. Returns `None` if the chain
-/// holds fewer than the count says, or if there are more than [`MAX_BATCH`].
+/// holds fewer nodes than the count says, or if the count is above [`MAX_BATCH`].
 fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
     let BatchForgetIn { count, .. } = take(arguments)?;
     let count = usize::try_from(count).ok().filter(|&count| count <= MAX_BATCH)?;

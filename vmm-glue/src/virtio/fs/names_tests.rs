@@ -49,8 +49,8 @@ pub fn requests(directory: u64, file: u64, name: &[u8]) -> Vec<Request> {
     requests
 }
 
-/// Returns names that no directory entry can have, each with the expected error. Even if they were not checked, they
-/// would reach only files of the tree.
+/// Returns names that no directory entry can have, each with the expected error. Even if the names were not checked,
+/// they would reach only files of the tree.
 fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     let mut names = vec![
         (b"".to_vec(), libc::EINVAL),
@@ -83,12 +83,12 @@ fn check_rejected(
     let mut failures = differences(&around, &around_after);
     failures.extend(differences(&inside, &inside_after));
     if error != expected_error {
-        failures.insert(0, format!("answered {error}"));
+        failures.insert(0, format!("the error is {error} instead of {expected_error}"));
     }
     (!failures.is_empty()).then(|| failures.join("; "))
 }
 
-/// A guest whose share is the tree's.
+/// Returns a guest whose share is the tree's share.
 pub fn guest_of(tree: &Tree) -> Guest {
     let mut guest = Guest::with_share(&tree.share(), 1);
     guest.init_with(CREATE_SUPP_GROUP);

@@ -7,7 +7,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::test_guest::*;
 use crate::guest_memory::GuestMemory;
 
-/// Requests per test. With two reads of the opcode, between 1 in 40 and 1 in 1500 requests won the race.
+/// Number of requests per test. When the device read the opcode twice, the thread won the race in 1 of 40 to 1 of 1500
+/// requests.
 const ATTEMPTS: usize = 2000;
 /// Offset of the opcode in `struct fuse_in_header`.
 const OPCODE: u64 = 4;
@@ -43,10 +44,10 @@ fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
     let mut guest = Guest::with_share(root.path(), 1);
     guest.init();
     let memory = guest.bench.memory.clone();
-    // MKDIR of "escaped" with mode 0, and FORGET of no references.
+    // This body fits both opcodes: MKDIR of "escaped" with mode 0, and FORGET of no references.
     let body = [words([0, 0]), b"escaped\0".to_vec()].concat();
     let request = [guest.header(FORGET, ROOT, body.len()), body].concat();
-    // The first descriptor is free again after each request.
+    // The first descriptor is free again after each request. Therefore all requests have the same head.
     let head = guest.bench.queues[0].add(&[&request], &[]);
     guest.bench.run();
     let opcode = guest.bench.queues[0].buffer(head) + OPCODE;
@@ -87,7 +88,7 @@ fn answer_descriptor_that_shrinks_is_measured_once() {
     let queue = &guest.bench.queues[1];
     let (table, readable, writable) = (queue.buffer(HEAD), queue.buffer(HEAD + 1), queue.buffer(HEAD + 2));
     memory.write_slice(&request, GuestAddress(readable)).unwrap();
-    // struct virtq_desc: address, length, flags (NEXT, WRITE) and the next one's index.
+    // struct virtq_desc: address, length, flags (NEXT, WRITE) and the index of the next descriptor.
     let descriptors = [longs([readable]), words([request.len() as u32, 1 | 1 << 16])].concat();
     memory.write_slice(&[descriptors, longs([writable]), words([64, 2])].concat(), GuestAddress(table)).unwrap();
     queue.write_descriptor(HEAD, table, 32, INDIRECT, 0);
@@ -101,7 +102,7 @@ fn answer_descriptor_that_shrinks_is_measured_once() {
 }
 
 #[test]
-fn batch_forget_with_fewer_nodes_than_its_count_forgets_none() {
+fn batch_forget_with_fewer_nodes_than_its_count_forgets_no_node() {
     let mut guest = Guest::new(1);
     guest.init();
     let node = guest.lookup(ROOT, "hello");

@@ -1,24 +1,25 @@
 //! Checks FUSE requests for values that virtiofsd 1.14 passes on to the kernel unchecked.
 //!
-//! virtiofsd expects that its root directory is the root of the process (pivot_root(2)). In the VMM it is not: the
-//! host's other files are reachable.
+//! virtiofsd expects that its root directory is the root of the process (pivot_root(2)). In the VMM, this is not so,
+//! and the host's other files are reachable.
 
 use std::ffi::CStr;
 use std::io;
 
-/// O_TMPFILE without O_DIRECTORY, which it includes (include/uapi/asm-generic/fcntl.h). On arm64, O_DIRECTORY is
-/// another bit than on x86.
+/// The bits of O_TMPFILE without O_DIRECTORY, which O_TMPFILE includes (include/uapi/asm-generic/fcntl.h). On arm64,
+/// O_DIRECTORY is another bit than on x86.
 const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
 /// Checks that a name can be a directory entry: not empty, `.` or `..`, and without a slash. Returns EINVAL otherwise.
 ///
 /// virtiofsd passes the name to unlinkat(2), mkdirat(2), mknodat(2), symlinkat(2), linkat(2) and renameat2(2). These
-/// take a path, so a name with a slash, or `..`, would be an entry of another directory. The guest's kernel resolves
-/// paths itself and sends no such name.
+/// calls take a path. Therefore a name with a slash, or `..`, would refer to an entry of another directory. The guest's
+/// kernel resolves paths itself and sends no such name.
 ///
-/// It looks up `.` and `..` only for file handles, if FUSE_EXPORT_SUPPORT was negotiated (fuse_get_dentry() and
-/// fuse_get_parent() in fs/fuse/inode.c). virtiofsd negotiates it neither in `Server::init()` (server.rs) nor in
-/// `PassthroughFs::init()` (passthrough/mod.rs), and its READDIRPLUS looks up neither (`handle_dirent()` in server.rs).
+/// The guest's kernel looks up `.` and `..` only for file handles, if FUSE_EXPORT_SUPPORT was negotiated
+/// (fuse_get_dentry() and fuse_get_parent() in fs/fuse/inode.c). virtiofsd negotiates FUSE_EXPORT_SUPPORT neither in
+/// `Server::init()` (server.rs) nor in `PassthroughFs::init()` (passthrough/mod.rs). Its READDIRPLUS does not look up
+/// these two names (`handle_dirent()` in server.rs).
 pub fn name(name: &CStr) -> io::Result<()> {
     let name = name.to_bytes();
     reject_if(matches!(name, b"" | b"." | b"..") || name.contains(&b'/'))
@@ -27,13 +28,14 @@ pub fn name(name: &CStr) -> io::Result<()> {
 /// Checks that open(2) flags have neither O_TMPFILE nor O_PATH. Returns EINVAL otherwise.
 ///
 /// O_TMPFILE on a directory creates a file that no node refers to. An O_PATH handle cannot be read or written. The
-/// guest's kernel sends neither: it has FUSE_TMPFILE, and O_PATH never reaches a file system.
+/// guest's kernel sends neither flag: it sends FUSE_TMPFILE instead of O_TMPFILE, and O_PATH never reaches a file
+/// system.
 pub fn open_flags(flags: u32) -> io::Result<()> {
     reject_if(flags.cast_signed() & (TMPFILE | libc::O_PATH) != 0)
 }
 
-/// Checks that a file offset is at most 2^63 - 1. Returns EINVAL otherwise: virtiofsd would panic (file_traits.rs),
-/// which ends the process.
+/// Checks that a file offset is at most 2^63 - 1. Returns EINVAL otherwise, because virtiofsd would panic
+/// (file_traits.rs), and a panic ends the process.
 pub fn offset(offset: u64) -> io::Result<()> {
     reject_if(i64::try_from(offset).is_err())
 }

@@ -1,5 +1,5 @@
-//! Tests of FUSE requests that no guest kernel sends: none follows a symlink, opens a special file, or uses another
-//! node's handle.
+//! Tests of FUSE requests that no guest kernel sends. No request may follow a symlink, open a special file, or use
+//! another node's handle.
 
 use super::names_tests::{Request, guest_of, requests};
 use super::test_guest::*;
@@ -113,10 +113,10 @@ fn no_request_for_a_symlink_reaches_its_target() {
 #[test]
 fn special_files_are_never_opened() {
     let tree = Tree::new();
-    // There is one worker thread: if a request blocked, the test would time out.
+    // There is only one worker thread. If a request blocked, the test would time out.
     let mut guest = guest_of(&tree);
     let mut names = vec!["fifo", "socket"];
-    // Creating device nodes needs a privilege: /dev/null, and a disk that no host has (major 60 is for local use).
+    // Create device nodes, which needs a privilege: /dev/null, and a disk that no host has (major 60 is for local use).
     for (name, mode, device) in [("null", libc::S_IFCHR, 0x103), ("disk", libc::S_IFBLK, 0x3c00)] {
         let body = [words([mode | 0o666, device, 0, 0]), format!("{name}\0").into_bytes()].concat();
         if guest.error(MKNOD, ROOT, &body) == 0 {
@@ -254,7 +254,7 @@ fn unsupported_opcodes_are_answered_with_enosys() {
     let mut guest = guest_of(&tree);
     let before = tree.state();
     // GETLK to SETLKW, BMAP, IOCTL, POLL, NOTIFY_REPLY, SETUPMAPPING, REMOVEMAPPING, TMPFILE, STATX, CUSE_INIT, and
-    // unknown.
+    // unknown opcodes.
     for opcode in [0, 7, 19, 31, 32, 33, 37, 39, 40, 41, 48, 49, 51, 52, 53, 4096, 1 << 20, u32::MAX] {
         for body in [&[0; 128][..], b"../outside\0", b""] {
             assert_eq!(guest.error(opcode, ROOT, body), libc::ENOSYS, "{opcode}");

@@ -52,7 +52,7 @@ impl Guest {
         guest
     }
 
-    /// Serves this directory.
+    /// Serves the directory `root`.
     pub fn with_share(root: &Path, workers: u8) -> Self {
         let mut bench = Bench::new(Fs::new(&share(root, workers), belongings(), || {}).unwrap());
         bench.activate(0);
@@ -83,7 +83,7 @@ impl Guest {
         (i32::from_le_bytes(bytes[4..8].try_into().unwrap()), bytes[16..].to_vec())
     }
 
-    /// Sends a request. Returns its errno, or 0.
+    /// Sends a request. Returns the errno of the answer, or 0.
     pub fn error(&mut self, opcode: u32, node: u64, body: &[u8]) -> i32 {
         -self.call(opcode, node, body, ANSWER_SIZE).0
     }
@@ -92,7 +92,7 @@ impl Guest {
         self.init_with(0);
     }
 
-    /// Offers these flags in `flags2` of `struct fuse_init_in` (include/uapi/linux/fuse.h).
+    /// Sends INIT, and offers these flags in `flags2` of `struct fuse_init_in` (include/uapi/linux/fuse.h).
     pub fn init_with(&mut self, flags2: u32) {
         let mut body = words([7, 36, 65536, u32::MAX, flags2]);
         body.resize(64, 0);
@@ -100,7 +100,7 @@ impl Guest {
         assert_eq!((error, answer.len()), (0, 64));
     }
 
-    /// Looks a name up in a directory. Returns its node.
+    /// Looks up a name in a directory. Returns the node of the entry.
     pub fn lookup(&mut self, parent: u64, name: &str) -> u64 {
         let (error, entry) = self.call(LOOKUP, parent, format!("{name}\0").as_bytes(), 128);
         assert_eq!(error, 0, "{name}");

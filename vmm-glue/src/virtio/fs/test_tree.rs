@@ -45,7 +45,7 @@ impl Tree {
         self.top().join("share")
     }
 
-    /// Returns the state of the files around the share, and of those in it.
+    /// Returns the state of the files around the share, and of the files in the share.
     pub fn state(&self) -> (State, State) {
         let mut all = State::new();
         describe(self.base.path(), &mut all);

@@ -65,7 +65,7 @@ fn request(bench: &Bench<Mem>, blocks: u64) -> Arc<Mutex<Option<u64>>> {
 #[test]
 fn guest_plugs_and_unplugs_up_to_requested_size() {
     let mut bench = bench();
-    assert_eq!(driver_request(&mut bench, PLUG, 0, 1), ERROR, "the requested size is 0");
+    assert_eq!(driver_request(&mut bench, PLUG, 0, 1), ERROR, "plugging must fail while the requested size is 0");
     let reached = request(&bench, 4);
     assert_eq!(bench.irq.config.load(Ordering::SeqCst), 1);
     assert_eq!(config(&bench), [BLOCK, 0, START, LEN, LEN, 0, 4 * BLOCK]);
@@ -81,10 +81,10 @@ fn guest_plugs_and_unplugs_up_to_requested_size() {
     assert_eq!(driver_request(&mut bench, PLUG, 4, 1), NACK);
     assert_eq!(driver_request(&mut bench, PLUG, LEN / BLOCK, 1), ERROR);
     assert_eq!(driver_request(&mut bench, PLUG, 0, 1), ERROR);
-    // A smaller requested size: the usable part stays, but nothing more is plugged in it.
+    // With a smaller requested size, the usable part stays, but no more blocks can be plugged in it.
     let reached = request(&bench, 1);
     assert_eq!(driver_request(&mut bench, UNPLUG, 0, 2), ACK);
-    assert_eq!(driver_request(&mut bench, UNPLUG, 0, 1), ERROR, "the block is not plugged");
+    assert_eq!(driver_request(&mut bench, UNPLUG, 0, 1), ERROR, "unplugging must fail if a block is not plugged");
     assert_eq!(driver_request(&mut bench, PLUG, 0, 1), NACK);
     assert_eq!(*reached.lock().unwrap(), None);
     assert_eq!(driver_request(&mut bench, UNPLUG, 2, 1), ACK);
@@ -119,7 +119,7 @@ fn invalid_requests_are_rejected() {
     assert_eq!(send(&mut bench, &encode(PLUG, START, 0)), ERROR);
     assert_eq!(send(&mut bench, &encode(7, START, 1)), ERROR);
     assert_eq!(send(&mut bench, &[0; 23]), ERROR);
-    // The chain is too short for the response, which is not written, although the request has been served.
+    // If the chain is too short for the response, the request is served, but the response is not written.
     bench.queues[0].add(&[&encode(PLUG, START, 1)], &[ANSWER_LEN - 1]);
     bench.run();
     assert!(bench.queues[0].poll().unwrap().1.is_empty());

@@ -21,7 +21,7 @@ pub struct Active {
     pub interrupt: Arc<dyn Interrupt>,
     /// The queue pairs that the driver has set up.
     pub queue_pairs: Vec<QueuePair>,
-    /// Number of active queue pairs; these are the first ones.
+    /// Number of active queue pairs. The active pairs are the first ones of `queue_pairs`.
     pub active_pairs: usize,
     pub control: Option<Virtqueue>,
     pub control_waiting: bool,

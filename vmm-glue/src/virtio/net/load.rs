@@ -1,11 +1,11 @@
-//! Decides, by the number of frames, when vhost-net should move them.
+//! Decides from the number of frames when vhost-net should move them.
 
 use std::time::{Duration, Instant};
 
-/// Number of frames within a [`WINDOW`] that counts as high load. A pod that is idle, is probed and answers now and
-/// then stays far below. So it never pays the cost of vhost-net: 200 KiB of host memory and a thread for each queue
-/// pair, and a kernel grace period for each when the VMM ends. A transfer, or a server in use, exceeds the number
-/// within moments.
+/// Number of frames within a [`WINDOW`] that counts as high load. A pod that only answers probes and a request now and
+/// then stays far below this number. Therefore it never pays the cost of vhost-net. For each queue pair, vhost-net
+/// takes 200 KiB of host memory and a thread, and a kernel grace period when the VMM ends. A transfer, or a server in
+/// use, exceeds this number within moments.
 const HIGH_LOAD_FRAMES: u32 = 128;
 const WINDOW: Duration = Duration::from_secs(1);
 

@@ -1,9 +1,9 @@
 //! virtio-net (virtio 1.2, 5.1): a network interface with a tap as its backend.
 //!
 //! Frames are moved between the tap and guest memory without a copy. Checksums and segmentation are offloaded to the
-//! last one that needs them. The device loop moves the frames until there are many. Then vhost-net in the host's kernel
-//! does, if the device has it, until the next reset. With several vCPUs there are several queue pairs, each with its
-//! own queue of the tap and its own vhost-net.
+//! last component that needs them. The device loop moves the frames while there are few. When there are many, vhost-net
+//! in the host's kernel moves them until the next reset, if the device has vhost-net. With several vCPUs, the device
+//! has several queue pairs. Each pair has its own queue of the tap and its own vhost-net.
 
 mod active;
 mod control;
@@ -45,11 +45,12 @@ use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_byt
 
 pub use self::tap::flags as tap_flags;
 
-/// Maximum number of queue pairs. Each costs buffers in guest and host and, with vhost-net, a thread in the host's
-/// kernel. virtio-mmio has one interrupt for all of them, and eight vCPUs keep it busy.
+/// Maximum number of queue pairs. Each pair costs buffers in guest and host and, with vhost-net, a thread in the host's
+/// kernel. virtio-mmio has one interrupt for all pairs, and eight vCPUs keep this interrupt busy.
 pub const MAX_QUEUE_PAIRS: usize = 8;
 
-/// Event tokens. A queue's token is its index. These have the pair's index in the lower half.
+/// Event tokens of the taps and of vhost-net's faults. Their lower half is the pair's index. A queue's token is its
+/// index.
 const TAP_TOKEN: u32 = 1 << 16;
 const FAULT_TOKEN: u32 = 2 << 16;
 /// Size of a queue for frames, and of the control queue.
@@ -61,7 +62,7 @@ const VNET_HEADER_LEN: usize = 12;
 const NUM_BUFFERS_OFFSET: usize = 10;
 /// Length of an Ethernet header with a VLAN tag.
 const VLAN_ETHERNET_HEADER_LEN: usize = 18;
-/// Length of the header and the longest frame with segmentation offload, which is an IP packet of 64 KiB.
+/// Maximum length of a header with its frame. With segmentation offload, the longest frame has an IP packet of 64 KiB.
 const MAX_PACKET: usize = VNET_HEADER_LEN + VLAN_ETHERNET_HEADER_LEN + 65_536;
 
 /// The host's side of an interface.
@@ -71,7 +72,7 @@ pub struct Backend {
     /// IFF_NO_PI and IFF_VNET_HDR. If there are several, they are attached to one interface with IFF_MULTI_QUEUE.
     pub taps: Vec<File>,
     /// `/dev/vhost-net`, opened with O_PATH; it is reopened when there are many frames. vhost-net does not check frames
-    /// from the guest, so the host must do MAC anti-spoofing.
+    /// from the guest. Therefore the host must do MAC anti-spoofing.
     pub vhost: Option<File>,
 }
 
@@ -84,7 +85,7 @@ pub struct Net {
     mtu: u16,
     /// Whether the tap's queues can be attached and detached.
     switchable: bool,
-    /// vhost-net, if the kernel may move the frames. `None` after the kernel has refused.
+    /// vhost-net, if the host's kernel may move the frames. `None` after vhost-net has failed to start.
     vhost: Option<File>,
     /// `/proc/self/fd`, through which vhost-net is reopened.
     fd_directory: Arc<File>,
@@ -179,14 +180,15 @@ impl Net {
         Ok(())
     }
 
-    /// Starts vhost-net once there are many frames, if possible. Otherwise the device loop goes on to move them.
+    /// Starts vhost-net if there are many frames. If vhost-net fails to start, the device loop continues to move the
+    /// frames.
     fn switch_to_vhost(&mut self, ops: &mut EventOps) {
         let (Some(active), Some(vhost)) = (self.active.as_mut(), self.vhost.as_ref()) else { return };
         if active.data_path != DataPath::DeviceLoop || !active.load.is_high() {
             return;
         }
-        // Between two turns of the loop no chain is popped and not returned. So the kernel can start at the current
-        // indices.
+        // Between two turns of the loop, all popped chains have been returned. Therefore the kernel can start at the
+        // current indices.
         for pair in &mut active.queue_pairs {
             WakeEvent::unregister(ops, &mut pair.rx);
             WakeEvent::unregister(ops, &mut pair.tx);
@@ -201,7 +203,7 @@ impl Net {
             }
             Err(error) => {
                 log::warn!(
-                    "virtio-net: failed to start vhost-net, the VMM goes on to move the frames: {}",
+                    "virtio-net: the VMM continues to move the frames, because it failed to start vhost-net: {}",
                     chain(&error)
                 );
                 self.vhost = None;
@@ -211,7 +213,7 @@ impl Net {
         }
     }
 
-    /// Makes epoll watch the taps from which frames can be received, and only those.
+    /// Makes epoll watch only the taps from which frames can be received.
     fn update_interest(&mut self, ops: &mut EventOps) {
         let active = self.active.as_ref().filter(|active| active.data_path == DataPath::DeviceLoop);
         for (index, tap_queue) in self.tap_queues.iter_mut().enumerate() {
@@ -244,7 +246,7 @@ impl Net {
                 };
                 let _ = fault.read();
                 let active = self.active.as_ref().filter(|active| active.data_path != DataPath::DeviceLoop);
-                // A frame sent on a pair that was just deactivated fails. That is not a fault of the guest.
+                // Sending a frame on a pair that was just deactivated fails. This is not a fault of the guest.
                 if active.is_some_and(|active| index < active.active_pairs) {
                     return Err(VhostError::Broken(index));
                 }
@@ -422,7 +424,7 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let has = |bit: u32| activation.features & 1 << bit != 0;
-        // The offloads set on one queue of a tap apply to all.
+        // Offloads that are set on one queue of a tap apply to all its queues.
         if let Some(tap_queue) = self.tap_queues.first() {
             tap::set_offload(
                 &tap_queue.tap,

@@ -1,4 +1,5 @@
-//! Moves frames between a tap and a queue pair. One call moves a limited number, so that other devices get their turn.
+//! Moves frames between a tap and a queue pair. One call moves a limited number of frames, so that other devices get
+//! their turn.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,7 +15,7 @@ use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Virtqueue, log_
 
 /// Length of an Ethernet header up to the end of the source address.
 const MAC_ADDRESSES_LEN: usize = 12;
-/// Length of an Ethernet header, and so the minimum length of a frame.
+/// Length of an Ethernet header, which is also the minimum length of a frame.
 const ETHERNET_HEADER_LEN: usize = 14;
 
 /// Rules for all frames of an interface.
@@ -31,8 +32,9 @@ pub struct FrameRules {
 pub struct QueuePair {
     pub rx: Virtqueue,
     pub tx: Virtqueue,
-    /// Whether there may be frames to transmit, and frames or buffers to receive with.
+    /// Whether there may be frames to transmit.
     pub tx_waiting: bool,
+    /// Whether the receive queue must be served, because there may be frames or new buffers.
     pub rx_waiting: bool,
 }
 
@@ -73,7 +75,7 @@ impl QueuePair {
         Ok(more)
     }
 
-    /// Sends frames from the guest to the tap. Returns true if there may be more.
+    /// Sends frames from the guest to the tap. Returns true if there may be more frames.
     fn transmit(
         &mut self,
         memory: &GuestMemory,
@@ -96,8 +98,8 @@ impl QueuePair {
         Ok(true)
     }
 
-    /// Receives frames from the tap for the guest. Returns true if there may be more. Afterwards, `rx_waiting` says
-    /// what is missing: buffers if it is set, otherwise frames.
+    /// Receives frames from the tap for the guest. Returns true if there may be more frames. After false, `rx_waiting`
+    /// says what is missing: buffers if the flag is set, otherwise frames.
     fn receive(
         &mut self,
         memory: &GuestMemory,
@@ -115,7 +117,8 @@ impl QueuePair {
             while capacity < rules.max_len && (rules.mergeable || buffers.is_empty()) {
                 match self.rx.pop_any(memory)? {
                     Some(chain) if chain.writable.len() < VNET_HEADER_LEN => {
-                        // Returning it out of order would break the order of the chains in `buffers`.
+                        // Keep this chain for now. Returning it at once would break the order of the chains in
+                        // `buffers`.
                         log_guest_fault(0, &"the receive buffer is too small");
                         buffers.push_back(chain);
                         break;
@@ -128,8 +131,8 @@ impl QueuePair {
                 }
             }
             if let Some(position) = buffers.iter().position(|chain| chain.writable.len() < VNET_HEADER_LEN) {
-                // The chains before it are returned unused too. Rings are not reordered for a driver that breaks the
-                // rules.
+                // Return this chain unused, and also the chains before it. The device does not reorder rings for a
+                // driver that breaks the rules.
                 for chain in buffers.drain(..=position) {
                     self.rx.push(memory, chain.head, 0)?;
                 }
@@ -144,7 +147,7 @@ impl QueuePair {
             }
             parts.clear();
             parts.extend(buffers.iter().flat_map(|chain| chain.writable.as_slice()).take(MAX_SEGMENTS));
-            // SAFETY: the parts are checked guest memory that the device may write, and it stays mapped during the
+            // SAFETY: the parts are checked guest memory that the device may write. The memory stays mapped during the
             // call. `take` limits their number to IOV_MAX.
             let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(result) {
@@ -154,14 +157,14 @@ impl QueuePair {
                     if let Some(first) = buffers.front() {
                         let mut header = first.writable.clone();
                         header.skip(NUM_BUFFERS_OFFSET);
-                        // At most the queue's size, which fits.
+                        // `taken` is at most the queue's size, which fits into 16 bits.
                         header.copy_from(&(taken as u16).to_le_bytes());
                     }
                     let mut remaining = count;
                     for chain in buffers.drain(..taken) {
                         let used = remaining.min(chain.writable.len());
                         remaining -= used;
-                        // At most MAX_PACKET in total, which fits.
+                        // The sum of `used` is at most MAX_PACKET, which fits into 32 bits.
                         self.rx.push(memory, chain.head, used as u32)?;
                     }
                 }
@@ -174,8 +177,8 @@ impl QueuePair {
                             more = false;
                             break;
                         }
-                        // Either a frame did not fit and is lost, or the tap is down. Both need no action but waiting
-                        // for the next frame.
+                        // Either a frame did not fit and is lost, or the tap is down. In both cases, the device only
+                        // has to wait for the next frame.
                         _ => {
                             log::debug!("virtio-net: failed to read from the tap: {error}");
                             self.rx_waiting = false;
@@ -212,10 +215,10 @@ fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iov
     if packet.len() > MAX_PACKET || packet.len() < VNET_HEADER_LEN + ETHERNET_HEADER_LEN {
         return log_guest_fault(1, &"the frame's length is invalid");
     }
-    // Copied, so that the guest cannot change the header after the check.
+    // Copy the header, so that the guest cannot change it after the check.
     let Ok(mut start) = packet.take::<{ VNET_HEADER_LEN + MAC_ADDRESSES_LEN }>() else { return };
     if start.get(VNET_HEADER_LEN + 6..) != Some(&mac) {
-        return log_guest_fault(1, &"dropped a frame with another source MAC address than the interface's");
+        return log_guest_fault(1, &"dropped a frame whose source MAC address is not the interface's");
     }
     parts.clear();
     parts.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });

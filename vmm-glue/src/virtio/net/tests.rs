@@ -159,7 +159,7 @@ fn command(bench: &mut Bench<Net>, control: usize, parts: &[&[u8]]) -> Vec<u8> {
     bench.queues[control].poll().unwrap().1
 }
 
-/// Sends a frame through each socket. Returns for each whether it has reached the guest.
+/// Sends a frame through each socket. For each socket, returns whether its frame has reached the guest.
 fn delivered(sockets: &[UnixDatagram], bench: &mut Bench<Net>) -> Vec<bool> {
     for socket in sockets {
         socket.send(&frame([9; 6], 10)).unwrap();
@@ -184,7 +184,7 @@ fn driver_selects_number_of_active_pairs() {
     assert_eq!(delivered(&sockets, &mut bench), [true, false]);
     let pairs = |count: u16| [&PAIRS_SET[..], &count.to_le_bytes()].concat();
     assert_eq!(command(&mut bench, 4, &[&pairs(2)]), OK);
-    assert!(bench.queues[2].poll().is_some(), "the frame that came before is lost");
+    assert!(bench.queues[2].poll().is_some(), "the frame that was sent before the pair became active is lost");
     assert_eq!(delivered(&sockets, &mut bench), [true, true]);
     // Each transmit queue has its own socket.
     let valid = frame(MAC, 20);
@@ -204,13 +204,13 @@ fn driver_selects_number_of_active_pairs() {
     assert_eq!(delivered(&sockets, &mut bench), [true, true]);
     assert_eq!(command(&mut bench, 4, &[&[4], &[0, 1], &[0]]), OK);
     assert_eq!(delivered(&sockets, &mut bench), [true, false]);
-    // A command without space for a response is not executed, and is returned.
+    // A command without space for a response is returned, but not executed.
     bench.queues[4].add(&[&pairs(2)], &[]);
     bench.run();
     assert_eq!(bench.queues[4].poll().unwrap().1.len(), 0);
     assert_eq!(delivered(&sockets, &mut bench), [true, false]);
     assert!(bench.irq.queues[4].load(Ordering::SeqCst) > 0);
-    // After a reset, only the first pair is active more.
+    // After a reset, only the first pair is active again.
     assert_eq!(command(&mut bench, 4, &[&pairs(2)]), OK);
     bench.lock().reset();
     bench.run();
@@ -222,7 +222,7 @@ fn driver_selects_number_of_active_pairs() {
 }
 
 #[test]
-fn driver_may_use_neither_pairs_nor_control_queue() {
+fn driver_need_not_use_several_pairs_or_control_queue() {
     // Without VIRTIO_NET_F_MQ the third queue is the control queue.
     let (sockets, mut bench) = interfaces(2, 1 << VIRTIO_NET_F_MQ);
     bench.queues[0].add(&[], &[2000]);
@@ -254,10 +254,10 @@ fn single_pair_offers_no_multiqueue() {
 }
 
 #[test]
-fn device_loop_goes_on_if_vhost_fails() {
+fn device_loop_continues_if_vhost_fails() {
     let (tap, socket) = UnixDatagram::pair().unwrap();
     socket.set_nonblocking(true).unwrap();
-    // Not vhost-net, so starting it fails.
+    // This file is not vhost-net. Therefore vhost-net fails to start.
     let vhost = Some(File::open("/dev/null").unwrap());
     let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost };
     let mut bench = Bench::new(Net::new(backend, MAC, 1500, fd_directory()).unwrap());
@@ -274,13 +274,13 @@ fn device_loop_goes_on_if_vhost_fails() {
         bench.lock().reset();
         bench.run();
     }
-    assert_eq!(bench.irq.shared_irqs.load(Ordering::SeqCst), 1, "vhost-net is started once only");
+    assert_eq!(bench.irq.shared_irqs.load(Ordering::SeqCst), 1, "the device must start vhost-net only once");
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn hostile_chains_pass_no_foreign_frames(
+    fn hostile_chains_do_not_bypass_mac_anti_spoofing(
         frames in proptest::collection::vec((proptest::collection::vec(any::<u8>(), 0..200), any::<bool>()), 1..20),
         buffers in proptest::collection::vec(0usize..3000, 1..30),
     ) {
@@ -302,7 +302,7 @@ proptest! {
     }
 
     #[test]
-    fn hostile_commands_set_valid_pairs_only(
+    fn hostile_commands_set_only_valid_numbers_of_pairs(
         commands in proptest::collection::vec((proptest::collection::vec(0u8..6, 1..7), 0usize..3), 1..30),
     ) {
         let (sockets, mut bench) = interfaces(2, 0);

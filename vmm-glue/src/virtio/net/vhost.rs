@@ -1,7 +1,7 @@
 //! vhost-net: the host's kernel moves frames between a queue pair and a tap, without the VMM.
 //!
-//! The kernel accesses guest memory through the VMM's mappings. This module checks that the rings lie within them. The
-//! kernel checks descriptors itself, against the same memory table.
+//! The kernel accesses guest memory through the VMM's mappings. This module checks that the rings lie within these
+//! mappings. The kernel itself checks the descriptors against the same mappings.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,8 +20,8 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::Virtqueue;
 
-/// The driver's features that concern the queues. Offloads are negotiated between the driver and the tap. So is the
-/// header: VHOST_NET_F_VIRTIO_NET_HDR is never set, so the kernel leaves the header to the tap.
+/// The driver's features that concern the queues. Offloads are not among them, because they are negotiated between the
+/// driver and the tap. The tap also handles the header, because VHOST_NET_F_VIRTIO_NET_HDR is never set.
 const QUEUE_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -42,7 +42,7 @@ pub enum VhostError {
     /// vhost-net has reported a broken queue.
     #[error("vhost-net reported a broken queue in queue pair {0}")]
     Broken(usize),
-    /// It could not be opened. Its kernel module may be missing.
+    /// `/dev/vhost-net` could not be opened. Its kernel module may be missing.
     #[error("failed to open /dev/vhost-net")]
     Open(#[source] std::io::Error),
     /// The eventfd that interrupts the guest could not be shared.
@@ -69,8 +69,9 @@ impl<'a> VhostKernBackend for Device<'a> {
         &self.memory
     }
 
-    // The crate's own check rejects a ring at the very end of memory, and accepts one that spans two regions. Regions
-    // that are adjacent for the guest are not adjacent in the VMM, so the kernel would write beyond the mapping.
+    // The crate's own check rejects a ring at the very end of memory, and accepts a ring that spans two regions.
+    // Regions that are adjacent for the guest are not adjacent in the VMM. Therefore the kernel would write beyond a
+    // mapping.
     fn is_valid(&self, ring: &VringConfigData) -> bool {
         let size = usize::from(ring.queue_size);
         // virtio 1.2, 2.7
@@ -81,7 +82,7 @@ impl<'a> VhostKernBackend for Device<'a> {
 }
 
 impl Device<'_> {
-    /// Attaches a ring to the tap, or detaches it.
+    /// Attaches a ring to the tap, or detaches the ring if `tap` is `None`.
     fn set_backend(&self, index: u32, tap: Option<&File>) -> Result<(), VhostError> {
         let backend = vhost_vring_file { index, fd: tap.map_or(-1, AsRawFd::as_raw_fd) };
         // SAFETY: VHOST_NET_SET_BACKEND reads a `vhost_vring_file`, to which the argument is a valid reference.
@@ -131,7 +132,7 @@ impl Device<'_> {
         }
         self.set_owner().map_err(refused("VHOST_SET_OWNER"))?;
         self.set_features(wanted).map_err(refused("VHOST_SET_FEATURES"))?;
-        // The whole memory, including blocks that are not plugged: those are inaccessible for the kernel too.
+        // Pass the whole memory, including blocks that are not plugged. The kernel cannot access those blocks either.
         let regions: Vec<_> = self
             .memory
             .iter()
@@ -153,7 +154,7 @@ impl Device<'_> {
     fn attach(&self, queues: [&Virtqueue; 2], tap: &File) -> Result<(), VhostError> {
         for (index, queue) in (0..).zip(queues) {
             self.set_backend(index, Some(tap))?;
-            // vhost-net ignores notifications while it has no backend, so signal one now.
+            // vhost-net ignores notifications while it has no backend. Therefore signal a notification now.
             if let Err(error) = queue.notify_eventfd().write(1) {
                 log::error!("virtio-net: failed to notify vhost-net: {error}");
             }
@@ -170,7 +171,7 @@ fn refused(step: &'static str) -> impl FnOnce(vhost::Error) -> VhostError {
 /// has acknowledged. The kernel interrupts the guest through `call`, and signals `fault` when the guest breaks a queue.
 ///
 /// # Errors
-/// [`VhostError`]. Then the kernel serves no queue.
+/// [`VhostError`]. After an error, the kernel serves no queue.
 pub fn start(
     file: &File,
     tap: &File,
@@ -197,10 +198,11 @@ pub fn stop(file: &File, memory: &GuestMemory) {
     }
 }
 
-/// Pauses vhost-net, and stores its indices in the queues. All chains that it has popped are returned.
+/// Pauses vhost-net, and stores its indices in the queues. All chains that vhost-net has popped have then been
+/// returned.
 ///
 /// # Errors
-/// [`VhostError`]. Then vhost-net may still be serving.
+/// [`VhostError`]. After an error, vhost-net may still be serving.
 pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Virtqueue; 2]) -> Result<(), VhostError> {
     let device = Device { file, memory };
     for (index, queue) in (0u8..).zip(queues) {

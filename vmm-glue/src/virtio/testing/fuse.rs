@@ -43,7 +43,7 @@ pub const SYNCFS: u32 = 50;
 /// FUSE_ROOT_ID.
 pub const ROOT: u64 = 1;
 
-/// Names that are not entries of the directory they are looked up in. They refer to files of the tests' directory
+/// Names that are not entries of the directory in which they are looked up. They refer to files of the tests' directory
 /// trees, in the share (`file`, `dir/inner`, the symlinks `out`, `outfile` and `absolute`) and around it (`../outside`,
 /// `../../far`).
 pub const HOSTILE_NAMES: [&str; 31] = [

@@ -11,8 +11,8 @@ use super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTD
 use super::socket;
 use crate::virtio::queue::Iov;
 
-/// Size of a connection's buffer for data from the guest, in bytes, and so the guest's credit. The buffer uses memory
-/// only while the socket is full because its reader is slow.
+/// Size in bytes of a connection's buffer for data from the guest. It is also the guest's credit. The buffer uses
+/// memory only while a slow reader keeps the socket full.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
 /// Called with the result of a connection attempt.
@@ -20,13 +20,13 @@ pub type Reply = Box<dyn FnOnce(io::Result<OwnedFd>) + Send>;
 
 /// State of a connection.
 enum State {
-    /// REQUEST is sent or about to be sent. The client's end waits here for the guest's response.
+    /// REQUEST is sent or about to be sent. The client gets `peer` when the guest has accepted.
     Connecting { peer: OwnedFd, reply: Reply },
     /// The guest has accepted.
     Open,
-    /// Nothing more is sent to the guest. Data that it has sent before is still being delivered.
+    /// Nothing more is sent to the guest. Data that the guest has sent before is still being delivered.
     Draining,
-    /// To be removed.
+    /// The connection can be removed.
     Dead,
 }
 
@@ -63,7 +63,8 @@ pub struct Connection {
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
     credit_requested: bool,
-    /// Whether the socket may have data to read. Then epoll does not watch it, until a read finds no data.
+    /// Whether the socket may have data to read. While this flag is set, epoll does not watch the socket for data. A
+    /// read that finds no data clears the flag.
     readable: bool,
     /// Whether all data has been read from the socket.
     read_eof: bool,
@@ -133,7 +134,7 @@ impl Connection {
         matches!(self.state, State::Dead)
     }
 
-    /// Whether the client has closed its end and all data was read, so that only the guest's answer is awaited.
+    /// Whether only the guest's answer is still missing: the client has closed its end, and all data was read.
     pub fn is_orphan(&self) -> bool {
         self.hung_up && self.read_eof
     }
@@ -180,7 +181,7 @@ impl Connection {
         match std::mem::replace(&mut self.state, State::Open) {
             State::Connecting { peer, reply } if !self.pending.request => reply(Ok(peer)),
             State::Connecting { reply, .. } => {
-                // A response to a request that has not been sent yet.
+                // The guest has responded to a request that has not been sent yet.
                 reply(Err(io::ErrorKind::InvalidData.into()));
                 self.state = State::Draining;
                 self.reset();
@@ -200,8 +201,8 @@ impl Connection {
             }
             State::Dead => self.state = State::Dead,
             State::Open | State::Draining => {
-                // Deliver the data that the guest has sent before. Linux sends RST some seconds after a close that was
-                // not answered. The reason may be that the reader here is slow.
+                // Deliver the data that the guest has sent before. Linux sends RST if a close was not answered within
+                // some seconds. The answer may be late because the reader on the host is slow.
                 self.pending = Pending::default();
                 self.guest_shutdown = SHUTDOWN_BOTH;
                 self.finish_writing();
@@ -224,7 +225,7 @@ impl Connection {
         let Ok(length) = u32::try_from(payload.len()) else { return self.reset() };
         let in_use = self.received.wrapping_sub(self.forwarded);
         if self.guest_shutdown & SHUTDOWN_SEND != 0 || length > BUF_ALLOC.saturating_sub(in_use) {
-            // Data after the end of the stream, or more than the credit.
+            // The guest sent data after the end of the stream, or more data than its credit.
             return self.reset();
         }
         self.received = self.received.wrapping_add(length);
@@ -258,14 +259,14 @@ impl Connection {
 
     /// Notes that `count` bytes have left the buffer.
     fn forward(&mut self, count: usize) {
-        // At most the number of received bytes, which is counted modulo 2^32 too.
+        // `count` is at most the number of received bytes, which is also counted modulo 2^32.
         self.forwarded = self.forwarded.wrapping_add(count as u32);
         if self.forwarded.wrapping_sub(self.reported_forwarded) >= BUF_ALLOC / 4 {
             self.pending.credit_update = true;
         }
     }
 
-    /// Handles a socket that accepts no more data: tells the guest, and drops what it sends.
+    /// Handles a socket that accepts no more data: tells the guest, and drops the data that the guest sends.
     fn stop_receiving(&mut self) {
         self.reader_gone = true;
         let dropped = std::mem::take(&mut self.buffered).len();
@@ -274,7 +275,7 @@ impl Connection {
         self.finish_writing();
     }
 
-    /// Tells the guest that the host has shut down a direction, once.
+    /// Tells the guest once that the host has shut down a direction.
     fn shut_down(&mut self, flags: u32) {
         if matches!(self.state, State::Open) && self.host_shutdown & flags != flags {
             self.host_shutdown |= flags;
@@ -282,7 +283,7 @@ impl Connection {
         }
     }
 
-    /// Once all data from the guest is delivered, ends the directions that the guest has ended.
+    /// Shuts down the directions that the guest has shut down, once all data from the guest is delivered.
     fn finish_writing(&mut self) {
         if !self.buffered.is_empty() {
             return;
@@ -292,10 +293,10 @@ impl Connection {
             socket::shutdown(&self.socket, Shutdown::Write);
         }
         if self.guest_shutdown == SHUTDOWN_BOTH {
-            // With unread data, the client would see an error instead of the end of the stream.
+            // If unread data stayed in the socket, the client would see an error instead of the end of the stream.
             socket::discard_unread(&self.socket);
             match self.state {
-                // Both directions are closed: RST confirms that (virtio 1.2, 5.10.6.5).
+                // RST confirms that both directions are closed (virtio 1.2, 5.10.6.5).
                 State::Open => {
                     self.state = State::Draining;
                     self.pending = Pending { reset: true, ..Pending::default() };
@@ -379,7 +380,7 @@ impl Connection {
         if std::mem::take(&mut pending.credit_update) {
             return NextPacket::Control(self.header(Op::CreditUpdate));
         }
-        // SEND is among the flags only after all data was read, so this packet overtakes no data.
+        // SEND is among the flags only after all data was read. Therefore this packet does not overtake data.
         if std::mem::take(&mut self.pending.shutdown) {
             return NextPacket::Control(Header { flags: self.host_shutdown, ..self.header(Op::Shutdown) });
         }
@@ -402,7 +403,7 @@ impl Connection {
         match socket::receive(&self.socket, buffer.as_slice()) {
             Ok(0) => {}
             Ok(count) => {
-                // At most the credit, which is a u32.
+                // `count` is at most the credit, which is a u32.
                 let count = count as u32;
                 self.sent = self.sent.wrapping_add(count);
                 return Some(Header { len: count, ..self.header(Op::ReadWrite) });
@@ -438,8 +439,8 @@ impl Connection {
     }
 
     /// Returns the events that epoll should watch, or `None` if the socket should not be registered. epoll always
-    /// reports a socket whose other end is closed, so such a socket is registered only while the device can handle
-    /// that.
+    /// reports a socket whose other end is closed. Therefore such a socket is registered only while the device also
+    /// waits to read from it or to write to it.
     pub fn interest(&self) -> Option<EventSet> {
         if matches!(self.state, State::Connecting { .. } | State::Dead) {
             return None;

@@ -2,9 +2,9 @@
 //! sockets.
 //!
 //! Each connection has a pair of AF_UNIX stream sockets. The client gets one end when the guest has accepted the
-//! connection. The device moves data between the other end and guest memory without a copy. It buffers data only when
-//! that socket is full, and at most as much as the credit that it has granted. There are no files and no names on the
-//! host.
+//! connection. The device moves data between the other end and guest memory without a copy. The device buffers data
+//! only when that socket is full, and never more than the credit that it has granted. On the host, a connection has
+//! neither a file nor a name.
 
 mod connection;
 mod packet;
@@ -40,11 +40,11 @@ const EVENT: u32 = 2;
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 /// Maximum number of connections, including those that wait for the driver.
 const MAX_CONNECTIONS: usize = 1024;
-/// Maximum number of RST packets that wait for a receive buffer. If it is reached, packets from the guest are not
-/// taken.
+/// Maximum number of RST packets that wait for a receive buffer. At this number, the device takes no packets from the
+/// guest.
 const MAX_RESET_PACKETS: usize = 64;
-/// Ports of the host's side. A port is also the event token of its connection, and differs from those of queues and
-/// [`WAKE_TOKEN`].
+/// Ports of the host's side. A connection's port is also its event token. The range contains neither the tokens of
+/// queues nor [`WAKE_TOKEN`].
 const PORTS: std::ops::Range<u32> = 0x4000_0000..0xffff_0000;
 
 /// The vsock device.
@@ -95,10 +95,12 @@ impl Vsock {
 
     /// Connects to a port in the guest. `reply` is called on the device loop, with the device locked. It gets a
     /// connected stream socket if the guest accepts, or `ConnectionRefused` if the guest refuses. Requests that are
-    /// made before the driver is ready wait for it.
+    /// made before the driver is ready wait until it is ready.
     pub fn connect(&mut self, port: u32, reply: Reply) {
         if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS && !self.evict() {
-            return reply(Err(io::Error::other("failed to open a vsock connection: too many connections")));
+            return reply(Err(io::Error::other(format!(
+                "failed to open a vsock connection: {MAX_CONNECTIONS} connections exist already"
+            ))));
         }
         self.pending.push_back((port, reply));
         self.wake.wake();
@@ -109,7 +111,7 @@ impl Vsock {
         self.connections.len()
     }
 
-    /// Resets a connection that only the guest still holds. Returns true if there was one.
+    /// Resets a connection that only the guest still holds. Returns true if there was such a connection.
     fn evict(&mut self) -> bool {
         let Some((&port, connection)) = self.connections.iter_mut().find(|(_, connection)| connection.is_orphan())
         else {

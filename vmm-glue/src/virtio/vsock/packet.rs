@@ -1,7 +1,7 @@
 //! The header of a vsock packet (virtio 1.2, 5.10.6).
 //!
-//! The `virtio-vsock` crate is not used, because it supports a payload in one descriptor only. Drivers may split a
-//! packet in any way (2.7.4.3), and Linux does so for MSG_ZEROCOPY.
+//! The `virtio-vsock` crate is not used, because it only supports a payload that is in one descriptor. Drivers may
+//! split a packet in any way (2.7.4.3), and Linux splits packets for MSG_ZEROCOPY.
 
 /// Length of a header in bytes.
 pub const HEADER_LEN: usize = 44;

@@ -1,5 +1,5 @@
-//! Moves packets between the queues and the connections. One call moves a limited number, so that other devices get
-//! their turn.
+//! Moves packets between the queues and the connections. One call moves a limited number of packets, so that other
+//! devices get their turn.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, Iov, QueueFault, log_guest_fault};
 
 impl Vsock {
-    /// Takes packets from the guest, gives it packets, and interrupts it once per queue.
+    /// Takes packets from the guest, passes packets to the guest, and interrupts the guest once per queue.
     pub(super) fn pump(&mut self) -> Result<(), QueueFault> {
         let Some(active) = &self.active else { return Ok(()) };
         let memory = Arc::clone(&active.memory);
@@ -20,7 +20,7 @@ impl Vsock {
         }
         self.pump_rx(&memory)?;
         if self.tx_waiting && self.reset_packets.len() < MAX_RESET_PACKETS {
-            // There are more packets than one turn may take, or RST packets that have blocked them have been sent.
+            // Either there are more packets than one turn may take, or `reset_packets` was full and has space again.
             self.wake.wake();
         }
         if let Some(active) = &mut self.active {
@@ -99,7 +99,7 @@ impl Vsock {
                 if active.rx.enable_notification(memory)? {
                     continue;
                 }
-                // The driver will notify the queue when there are buffers again.
+                // The driver will send a notification when there are buffers again.
                 return Ok(());
             };
             if chain.writable.len() <= HEADER_LEN {

@@ -74,8 +74,8 @@ pub fn shutdown(socket: &OwnedFd, direction: Shutdown) {
     let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), direction);
 }
 
-/// Shuts down both directions and drops unread data. Closing a socket with unread data would give the peer ECONNRESET
-/// where it should see the end of the stream. The peer's send buffer limits the amount.
+/// Shuts down both directions and drops unread data. If a socket with unread data were closed, the peer would see
+/// ECONNRESET instead of the end of the stream. The peer's send buffer limits the amount of unread data.
 pub fn discard_unread(socket: &OwnedFd) {
     shutdown(socket, Shutdown::Both);
     let mut bytes = [0_u8; 4096];

@@ -51,7 +51,7 @@ fn invalid_lengths_reset_connection() {
 }
 
 #[test]
-fn many_resets_without_buffers_are_sent_later() {
+fn resets_are_sent_once_there_are_receive_buffers() {
     let mut bench = Bench::new(Vsock::new(CID).unwrap());
     bench.activate(0);
     let mut guest = Guest { bench };
@@ -106,7 +106,7 @@ proptest! {
         prop_assert_eq!(Header::parse(&all).to_bytes(), all);
     }
 
-    /// For any packets from the guest, nothing panics, and the device goes on or requests a reset.
+    /// Whatever packets the guest sends, nothing panics. The device continues, or requests a reset.
     #[test]
     fn hostile_packets_do_not_panic(packets in proptest::collection::vec(
         (0u16..9, any::<u32>(), any::<u32>(), any::<u32>(), 0u32..70_000, 0usize..3000, any::<bool>()), 1..40)) {

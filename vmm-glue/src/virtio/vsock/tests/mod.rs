@@ -102,7 +102,7 @@ impl Guest {
         let (request, _) = packets[0];
         assert_eq!((packets.len(), request.op, request.dst_port), (1, Op::Request, port));
         assert_eq!((request.src_cid, request.dst_cid, request.buf_alloc), (2, CID, BUF_ALLOC));
-        assert!(reply.try_recv().is_err(), "the client received a reply before the guest has answered");
+        assert!(reply.try_recv().is_err(), "the client received a reply before the guest answered");
         let side = Side { host: request.src_port, guest: port };
         self.send(side, Op::Response, 0, 0, &[]);
         let stream = UnixStream::from(reply.try_recv().unwrap().unwrap());

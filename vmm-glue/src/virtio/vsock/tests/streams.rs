@@ -34,8 +34,7 @@ fn connect_waits_for_driver_and_buffers() {
     assert!(receiver.try_recv().unwrap().is_ok());
 }
 
-/// Transfers more data than any buffer holds in both directions at once, with a reader on each side that is sometimes
-/// slow.
+/// Transfers more data than any buffer holds, in both directions at once. The reader on each side is sometimes slow.
 fn transfer(without: u64) {
     let mut guest = Guest::new(without);
     let (side, mut stream) = guest.open(1024);
@@ -44,7 +43,14 @@ fn transfer(without: u64) {
     let (mut written, mut received_down, mut taken) = (0, Vec::new(), 0_u32);
     let (mut sent, mut received_up, mut host_fwd) = (0_usize, Vec::new(), 0_u32);
     for turn in 0.. {
-        assert!(turn < 100_000, "no progress: {} {} {} {}", written, received_down.len(), sent, received_up.len());
+        assert!(
+            turn < 100_000,
+            "no progress: host wrote {}, guest received {}, guest sent {}, host received {}",
+            written,
+            received_down.len(),
+            sent,
+            received_up.len()
+        );
         if let Ok(count) = stream.write(&down[written..]) {
             written += count;
         }
@@ -134,7 +140,7 @@ fn slow_reader_does_not_delay_other_connections() {
     guest.send(quick, Op::ReadWrite, 0, 0, b"hello");
     let mut buffer = [0; 16];
     assert_eq!(quick_stream.read(&mut buffer).unwrap(), 5);
-    // The guest closes. All data that it sent still arrives, and then the end of the stream.
+    // The guest closes the connection. All data that it has sent still arrives, and then the end of the stream.
     guest.send(slow, Op::Shutdown, SHUTDOWN_BOTH, 0, &[]);
     guest.send(slow, Op::Reset, 0, 0, &[]);
     let mut received = Vec::new();
@@ -227,7 +233,7 @@ fn packet_may_be_split_over_descriptors() {
 }
 
 #[test]
-fn many_short_connections_and_one_interrupt_per_turn() {
+fn closed_connections_are_removed_and_one_turn_causes_one_interrupt() {
     let mut guest = Guest::new(1 << VIRTIO_RING_F_EVENT_IDX);
     for round in 0..200 {
         let (side, mut stream) = guest.open(1025);
