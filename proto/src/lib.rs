@@ -44,8 +44,8 @@ pub const SHARED_VOLUMES: &str = ".volumes";
 /// Tag of the virtio-fs device that serves the share.
 pub const SHARE_TAG: &str = "husk";
 
-/// Path prefix that stands for a namespace of the sandbox in a specification's namespace paths. The namespace type
-/// follows, as in `/run/husk/ns/uts`. Such a path replaces the host's path, which is meaningless in the guest. The
+/// Prefix of the paths in the specification's `linux.namespaces[].path` that stand for a namespace of the sandbox. The
+/// namespace type follows, as in `/run/husk/ns/uts`. Such a path replaces the host's path, which is meaningless in the guest. The
 /// guest only needs to know that the specification has a path.
 pub const GUEST_NAMESPACES: &str = "/run/husk/ns";
 

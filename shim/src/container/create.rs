@@ -125,8 +125,8 @@ impl Shim {
     /// Tells the agent to remove what it holds for a container whose creation failed: copies of volumes, or the
     /// container itself.
     ///
-    /// If only the agent's answer was lost, the agent may still be creating the container. It then deletes the
-    /// container as soon as the container is created, even if this request has timed out by then.
+    /// The agent may still be creating the container. It then deletes the container after the creation has ended, even
+    /// if the Delete request has timed out in the meantime.
     async fn delete_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };

@@ -162,7 +162,8 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
     links
 }
 
-/// Starts port forwarding: steers TCP connections that host processes open in the current namespace to the shim.
+/// Starts port forwarding. TCP connections that host processes open in the current network namespace are redirected to
+/// the shim.
 fn start_port_forwarding() -> Option<PortForwarding> {
     // Best effort.
     sk_lookup::attach_to_current_namespace()

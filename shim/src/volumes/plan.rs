@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn plan_uses_the_guests_instances() {
+    fn plan_uses_proc_sys_dev_and_shm_of_the_guest() {
         for path in ["/proc", "/sys/fs/cgroup", "/dev"] {
             assert!(matches!(plan_for(&mount(path, "/x", &["rbind"])), Ok(Plan::GuestPath(to)) if to == path));
         }
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn plan_rejects_processes_of_the_host_by_path() {
+    fn plan_rejects_paths_of_host_processes_in_proc() {
         for path in ["/proc/1/root", "/proc/self", "/proc/thread-self/attr"] {
             let error = plan_for(&mount(path, "/x", &["rbind"])).unwrap_err();
             assert!(error.contains("host-only"), "{error}");

@@ -132,7 +132,7 @@ fn step(name: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
 }
 
 fn check(condition: bool) -> Result<()> {
-    if condition { Ok(()) } else { Err("unexpected result".into()) }
+    if condition { Ok(()) } else { Err("the data that the guest sent or wrote differ from the expected data".into()) }
 }
 
 fn pattern(length: usize) -> Vec<u8> {

@@ -1,5 +1,5 @@
-//! Starts the VMM process with clone and exec, as vfork does. The child sets its network namespace and its control
-//! socket before exec.
+//! Starts the VMM process with clone(2), whose flags are those of vfork(2) and CLONE_NEWPID, and then execve(2). The
+//! child sets its network namespace and its control socket before it calls execve.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
@@ -96,8 +96,8 @@ enum FailedStep {
     Exec,
 }
 
-/// Starts a VMM process. Every other fd of the caller must be close-on-exec. The child inherits standard error, to
-/// which the VMM logs.
+/// Starts a VMM process, in a PID namespace of its own. The process inherits the caller's standard input, output and
+/// error, and logs to standard error. All other fds of the caller must be close-on-exec.
 pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let exe = CString::new(options.exe.into_os_string().into_vec()).map_err(|_| SpawnError::Path)?;
     let argv0 = CString::new(ARGV0).map_err(|_| SpawnError::Path)?;

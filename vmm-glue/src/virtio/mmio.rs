@@ -390,7 +390,8 @@ fn configure(queue: &mut Queue, register: u32, value: u32) {
     }
 }
 
-/// Copies a queue's configuration. The device needs its own queue, because the registers stay readable.
+/// Copies a queue's configuration. The device takes over the copy. The transport keeps the original, because the driver
+/// can still read its registers.
 fn copy(from: &Queue, to: &mut Queue) {
     let halves = |address: u64| (Some(half(address, 0)), Some(half(address, 1)));
     to.set_size(from.size());

@@ -76,7 +76,8 @@ struct Walk<'a, F> {
     batch: Vec<MirrorEntry>,
     batch_bytes: usize,
     links: Vec<MirrorEntry>,
-    /// Paths, relative to the volume, of directories to which a symlink in the same directory points.
+    /// Paths, relative to the volume, of directories to which a symlink beside them points. The kubelet's `..data` is
+    /// such a symlink.
     versions: Vec<PathBuf>,
 }
 
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn walk_fails_without_symlinks_if_the_volume_changes() {
+    fn walk_sends_no_symlink_if_the_volume_changes() {
         let dir = tempfile::tempdir().unwrap();
         let publish = |version: &str| {
             fs::create_dir(dir.path().join(version)).unwrap();
