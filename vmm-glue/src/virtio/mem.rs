@@ -52,9 +52,16 @@ struct Active {
 
 impl Mem {
     /// Creates a device with no plugged blocks and a requested size of 0.
-    pub fn new(range: Hotplug) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// The range, which is reserved only once, and the error of eventfd(2).
+    pub fn new(range: Hotplug) -> Result<Self, (Hotplug, io::Error)> {
+        let wake = match Wake::new() {
+            Ok(wake) => wake,
+            Err(error) => return Err((range, error)),
+        };
         let blocks = Blocks::new(range.len() / BLOCK);
-        Ok(Self { wake: Wake::new()?, range, blocks, requested: 0, usable: 0, waiting: None, active: None })
+        Ok(Self { wake, range, blocks, requested: 0, usable: 0, waiting: None, active: None })
     }
 
     /// Returns the range, so that it can be registered with KVM before [`Mem::request`].
