@@ -1,9 +1,14 @@
 //! The address of a sandbox's shim: one Unix socket per containerd, namespace and sandbox.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use sha2::{Digest, Sha256};
 
 /// Directory in which containerd's own shims create their sockets.
@@ -21,6 +26,15 @@ pub enum ListenError {
     /// The directory cannot be created.
     #[error("failed to create the socket directory {path}")]
     Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The directory cannot be locked.
+    #[error("failed to lock the socket directory {path}")]
+    Lock {
         /// The directory.
         path: PathBuf,
         /// The cause.
@@ -76,18 +90,25 @@ impl Address {
 
     /// Returns whether a process listens on the socket.
     pub fn is_live(&self) -> bool {
-        UnixStream::connect(&self.path).is_ok()
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let connected = socket(AddressFamily::Unix, SockType::Stream, flags, None)
+            .and_then(|socket| connect(socket.as_raw_fd(), &UnixAddr::new(&self.path)?));
+        // EAGAIN: the backlog of the listener is full.
+        matches!(connected, Ok(()) | Err(Errno::EAGAIN))
     }
 
     /// Binds the socket. Replaces an existing socket if no process listens on it.
     pub fn listen(&self) -> Result<Listen, ListenError> {
-        if let Some(dir) = self.path.parent() {
-            std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o711)
-                .create(dir)
-                .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
-        }
+        let dir = self.path.parent().unwrap_or_else(|| Path::new("/"));
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(dir)
+            .map_err(|source| ListenError::Directory { path: dir.into(), source })?;
+        // Without the lock there are two races. A socket looks dead between another start's bind and listen. Another
+        // start may also have replaced a dead socket already. A lock file would never be removed, so the lock is on the
+        // directory.
+        let _lock = lock(dir).map_err(|source| ListenError::Lock { path: dir.into(), source })?;
         let error = |source| ListenError::Bind { path: self.path.clone(), source };
         for _ in 0..3 {
             match UnixListener::bind(&self.path) {
@@ -115,8 +136,24 @@ impl Address {
     }
 }
 
+/// Locks a directory against other starts. The wait is short, because no start blocks while it holds the lock.
+fn lock(dir: &Path) -> std::io::Result<Flock<File>> {
+    let mut file = File::open(dir)?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusive) {
+            Ok(lock) => return Ok(lock),
+            Err((returned, Errno::EINTR)) => file = returned,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{Backlog, bind, listen};
+
     use super::*;
 
     #[test]
@@ -143,5 +180,36 @@ mod tests {
         assert!(matches!(address.listen().unwrap(), Listen::Bound(_)));
         address.remove();
         assert!(!address.path().exists());
+    }
+
+    #[test]
+    fn concurrent_starts_bind_the_socket_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..200 {
+            let address = Address::new(dir.path().to_str(), "c", "n", &round.to_string());
+            if round % 2 == 0 {
+                // Leave a socket on which no process listens.
+                drop(UnixListener::bind(address.path()).unwrap());
+            }
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| address.listen().unwrap())).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(results.iter().filter(|result| matches!(result, Listen::Bound(_))).count(), 1, "{round}");
+            assert!(address.is_live());
+        }
+    }
+
+    #[test]
+    fn socket_with_a_full_backlog_is_live() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::new(dir.path().to_str(), "c", "n", "g");
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        bind(socket.as_raw_fd(), &UnixAddr::new(address.path()).unwrap()).unwrap();
+        assert!(!address.is_live());
+        listen(&socket, Backlog::new(0).unwrap()).unwrap();
+        let _queued = UnixStream::connect(address.path()).unwrap();
+        assert!(address.is_live());
     }
 }

@@ -1,7 +1,6 @@
 //! The boot recipe: builds a VM from a checked configuration, in one function that reads from top to bottom. In the
 //! result, the boot vCPU is at the kernel's entry point and no vCPU runs yet.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Seek};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -37,7 +36,7 @@ use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::Vsock;
-use crate::vm::{HotplugMemory, Vm};
+use crate::vm::{Devices, HotplugMemory, Vm};
 use crate::vmgenid::VmGenId;
 
 /// Kernel parameters that every guest gets:
@@ -253,9 +252,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     timing.step("threads");
     Ok(Vm {
         vcpus,
-        event_loop,
-        slots,
-        hotplugged: HashMap::new(),
+        devices: Devices::new(slots, event_loop),
         vsock,
         balloon,
         hotplug_memory,

@@ -1,19 +1,19 @@
 //! A built VM and the operations that the control socket requests.
 
-use std::collections::HashMap;
+mod devices;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
-use event_manager::SubscriberId;
 use husk_base::sync::lock;
 use kvm_ioctls::VmFd;
 
 use crate::config::{BlkConfig, NetConfig};
 use crate::config_check::{self, ConfigError};
 use crate::control::PageKind;
-use crate::event_loop::{EventLoop, LoopError};
+use crate::event_loop::LoopError;
 use crate::guest_memory::GuestMemory;
 use crate::memory::MemoryError;
 use crate::memory::hotplug::HotplugRange;
@@ -21,11 +21,12 @@ use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, BlkError};
 use crate::virtio::mem::{Mem, OnSizeReached};
-use crate::virtio::mmio::{self, SharedDevice};
 use crate::virtio::net::Net;
-use crate::virtio::slots::{PlugError, Purpose, Slots};
+use crate::virtio::slots::{PlugError, Purpose};
 use crate::virtio::vsock::{self, Vsock};
 use crate::vmgenid::VmGenId;
+
+pub(crate) use devices::Devices;
 
 /// Why an operation on a VM failed.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +61,7 @@ pub enum VmError {
     /// The vCPUs could not be hot-plugged.
     #[error("failed to hot-plug vCPUs")]
     Vcpus(#[from] VcpuError),
-    /// No addresses were reserved for this kind of memory, or the memory's device is not attached, or attaching the
-    /// device failed.
+    /// No addresses were reserved for this kind of memory, or the memory's device is not attached.
     #[error("the VM has no memory device for pages of kind {0:?}")]
     NoMemoryDevice(PageKind),
     /// The memory could not be registered with KVM.
@@ -75,10 +75,7 @@ pub enum VmError {
 /// A VM.
 pub struct Vm {
     pub(crate) vcpus: Vcpus,
-    pub(crate) event_loop: EventLoop,
-    pub(crate) slots: Arc<Slots>,
-    /// The device loop's ids of hot-plugged devices, by slot.
-    pub(crate) hotplugged: HashMap<u32, SubscriberId>,
+    pub(crate) devices: Devices,
     pub(crate) vsock: Arc<Mutex<Vsock>>,
     pub(crate) balloon: Option<Arc<Mutex<Balloon>>>,
     pub(crate) hotplug_memory: HotplugMemory,
@@ -100,17 +97,40 @@ pub(crate) enum HotplugMemory {
     None,
     /// The memory's addresses are reserved, and its device does not exist yet.
     Reserved(HotplugRange),
+    /// The memory's device exists, but it has no slot, because attaching it failed.
+    Detached(Arc<Mutex<Mem>>),
     /// The memory's device is attached: the slot, and the device.
     Attached(u32, Arc<Mutex<Mem>>),
+}
+
+impl HotplugMemory {
+    /// Returns the device, and creates it first if it does not exist. Returns `None` if this kind of memory cannot be
+    /// hot-plugged.
+    ///
+    /// # Errors
+    /// The device could not be created. The addresses stay reserved.
+    fn device(&mut self) -> io::Result<Option<Arc<Mutex<Mem>>>> {
+        let (state, device) = match std::mem::replace(self, Self::None) {
+            Self::Reserved(range) => match Mem::new(range) {
+                Ok(device) => {
+                    let device = Arc::new(Mutex::new(device));
+                    (Self::Detached(device.clone()), Ok(Some(device)))
+                }
+                Err((range, error)) => (Self::Reserved(range), Err(error)),
+            },
+            Self::Detached(device) => (Self::Detached(device.clone()), Ok(Some(device))),
+            Self::Attached(slot, device) => (Self::Attached(slot, device.clone()), Ok(Some(device))),
+            Self::None => (Self::None, Ok(None)),
+        };
+        *self = state;
+        device
+    }
 }
 
 impl Vm {
     /// Resumes the device loop and the vCPUs.
     pub fn resume(&mut self) {
-        for device in self.slots.devices() {
-            mmio::lock(&device).resume();
-        }
-        self.event_loop.resume();
+        self.devices.resume();
         self.vcpus.resume();
         self.running = true;
     }
@@ -121,11 +141,7 @@ impl Vm {
             self.vcpus.pause();
             self.running = false;
         }
-        self.event_loop.pause()?;
-        for device in self.slots.devices() {
-            mmio::lock(&device).pause();
-        }
-        Ok(())
+        self.devices.pause()
     }
 
     /// Opens a vsock connection to a port in the guest. `reply` gets the stream when the guest has accepted the
@@ -140,34 +156,25 @@ impl Vm {
         let backend = config_check::net(config, &mut fds)?;
         fds.reject_unused()?;
         let device = Net::new(backend, config.mac, config.mtu, Arc::clone(&self.fd_directory)).map_err(VmError::Tap)?;
-        self.attach(Arc::new(Mutex::new(device)), Purpose::Any)
+        self.devices.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 
     /// Hot-plugs a disk into a spare slot and returns the slot's number.
     pub fn attach_blk(&mut self, config: &BlkConfig, fds: Vec<OwnedFd>) -> Result<u32, VmError> {
         let file = config_check::blk(config, single_fd(fds)?)?;
-        self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
+        let device = Blk::new(file, config.read_only, &config.serial)?;
+        self.devices.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 
     /// Hot-unplugs a disk or an interface: frees its slot and closes its fds. The guest should have stopped using the
     /// device, because requests that are in progress are not answered.
     pub fn detach(&mut self, slot: u32) -> Result<(), VmError> {
-        if self.event_loop.is_paused() {
-            return Err(VmError::Paused);
-        }
-        // Empty the slot first, because afterwards no vCPU can activate the device again.
-        let device = self.slots.unplug(slot)?;
-        mmio::lock(&device).reset();
-        match self.hotplugged.remove(&slot) {
-            Some(id) => self.event_loop.remove(id)?,
-            None => self.event_loop.remove_boot_device(slot)?,
-        }
-        Ok(())
+        self.devices.detach(slot)
     }
 
     /// Returns the slot of the interface with this MAC address, or `None`.
     pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
-        self.slots.find_net(mac)
+        self.devices.find_net(mac)
     }
 
     /// Requests that the guest gives back `mib` MiB in total.
@@ -187,17 +194,13 @@ impl Vm {
     /// Hot-plugs the memory device into its reserved slot, unless the device is attached already. Returns the slot's
     /// number.
     pub fn attach_mem(&mut self, pages: PageKind) -> Result<u32, VmError> {
-        if self.event_loop.is_paused() {
-            return Err(VmError::Paused);
+        self.devices.reject_paused()?;
+        if let HotplugMemory::Attached(slot, _) = self.hotplug_memory(pages) {
+            return Ok(*slot);
         }
-        let (slot, device) = match std::mem::replace(self.hotplug_memory_mut(pages), HotplugMemory::None) {
-            HotplugMemory::None => return Err(VmError::NoMemoryDevice(pages)),
-            HotplugMemory::Attached(slot, device) => (slot, device),
-            HotplugMemory::Reserved(range) => {
-                let device = Arc::new(Mutex::new(Mem::new(range).map_err(VmError::Mem)?));
-                (self.attach(device.clone(), Purpose::Memory)?, device)
-            }
-        };
+        let device =
+            self.hotplug_memory_mut(pages).device().map_err(VmError::Mem)?.ok_or(VmError::NoMemoryDevice(pages))?;
+        let slot = self.devices.attach(device.clone(), Purpose::Memory)?;
         *self.hotplug_memory_mut(pages) = HotplugMemory::Attached(slot, device);
         Ok(slot)
     }
@@ -239,30 +242,30 @@ impl Vm {
             PageKind::Huge => &mut self.hotplug_huge_pages,
         }
     }
-
-    fn attach(&mut self, device: SharedDevice, purpose: Purpose) -> Result<u32, VmError> {
-        if self.event_loop.is_paused() {
-            return Err(VmError::Paused); // the paused device loop cannot add the device
-        }
-        // Add the device to the device loop first. As soon as the device is in its slot, the guest may find it.
-        let id = self.event_loop.add(device.clone())?;
-        match self.slots.plug(device, purpose) {
-            Ok(slot) => {
-                self.hotplugged.insert(slot, id);
-                Ok(slot)
-            }
-            Err(error) => {
-                // Removing the device from the loop closes its fds. Otherwise the VMM would keep a disk of the node
-                // open although the VM does not have that disk.
-                let _ = self.event_loop.remove(id);
-                Err(error.into())
-            }
-        }
-    }
 }
 
 fn single_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, VmError> {
     let count = fds.len();
     let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| VmError::Fds(count))?;
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::memory::hotplug::{Backing, reserve};
+
+    #[test]
+    fn memory_range_outlives_a_failed_attach() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let (_, range) = reserve(&memory, (4 << 30, 128 << 20), Backing::Ordinary).unwrap();
+        let mut state = HotplugMemory::Reserved(range);
+        let first = state.device().unwrap().unwrap();
+        // The device has no slot. The next attempt gets the same device, and so the same range.
+        assert!(matches!(state, HotplugMemory::Detached(_)));
+        assert!(Arc::ptr_eq(&first, &state.device().unwrap().unwrap()));
+        assert!(HotplugMemory::None.device().unwrap().is_none());
+    }
 }

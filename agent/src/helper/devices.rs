@@ -58,7 +58,7 @@ pub fn attach_rules(cgroup: &Path, rules: &[LinuxDeviceCgroup], devices: &[Linux
         return Ok(());
     }
     let cgroup = File::open(cgroup)?;
-    let program = bpf::load_program(BPF_PROG_TYPE_CGROUP_DEVICE, 0, &compile(&all))?;
+    let program = bpf::load_program(BPF_PROG_TYPE_CGROUP_DEVICE, 0, &compile(&all)?)?;
     bpf::attach(program.as_fd(), cgroup.as_fd(), BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI)
 }
 
@@ -117,7 +117,7 @@ const fn insn(code: u8, to: u8, from: u8, offset: i16, imm: i32) -> Instruction 
 
 /// Compiles the rules. Register r2 holds the device type, r3 the requested access, r4 the major number and r5 the minor
 /// number. r1 is a scratch register after the program has read the context.
-fn compile(rules: &[Rule]) -> Vec<Instruction> {
+fn compile(rules: &[Rule]) -> io::Result<Vec<Instruction>> {
     let mut program = vec![
         insn(LOAD_WORD, 3, 1, 0, 0),
         insn(MOVE_REG, 2, 3, 0, 0),
@@ -152,18 +152,28 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
         let unconditional = tests.is_empty();
         for (index, mut test) in tests.into_iter().enumerate() {
             if matches!(test.code, JUMP_NE_IMM | JUMP_NE_REG | JUMP_EQ_IMM) {
-                test.offset = i16::try_from(length - index - 1).unwrap_or(0);
+                test.offset = jump_offset(length - index - 1)?;
             }
             program.push(test);
         }
         program.extend(verdict);
         if unconditional {
             // This rule decides every access. The verifier would reject the rest of the program as unreachable.
-            return program;
+            return Ok(program);
         }
     }
     program.extend([insn(MOVE_IMM, 0, 0, 0, 0), insn(EXIT, 0, 0, 0, 0)]);
-    program
+    Ok(program)
+}
+
+/// Returns the offset of a jump over this many instructions. An offset that does not fit is an error. With a wrong
+/// offset, the program could reach a rule's verdict without the rule's tests.
+fn jump_offset(skipped: usize) -> io::Result<i16> {
+    i16::try_from(skipped).map_err(|_| {
+        let text =
+            format!("failed to compile the device rules: a jump over {skipped} instructions exceeds {}", i16::MAX);
+        io::Error::new(io::ErrorKind::InvalidInput, text)
+    })
 }
 
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
@@ -204,7 +214,7 @@ mod tests {
         let deny = Rule { allow: false, kind: None, major: None, minor: None, access: MKNOD | READ | WRITE };
         let fuse = rule(TYPE_CHAR, Some(10), Some(229), READ | WRITE);
         let all: Vec<Rule> = [deny, fuse].into_iter().chain(DEFAULTS.iter().copied()).collect();
-        let program = compile(&all);
+        let program = compile(&all).unwrap();
         assert!(run(&program, TYPE_CHAR, READ | WRITE, 1, 3));
         assert!(run(&program, TYPE_CHAR, READ, 10, 229));
         assert!(run(&program, TYPE_CHAR, MKNOD, 10, 200));
@@ -215,15 +225,22 @@ mod tests {
     }
 
     #[test]
+    fn jump_offset_rejects_an_offset_that_does_not_fit() {
+        assert_eq!(jump_offset(5).unwrap(), 5);
+        assert_eq!(jump_offset(32767).unwrap(), i16::MAX);
+        assert!(jump_offset(32768).unwrap_err().to_string().contains("a jump over 32768 instructions"));
+    }
+
+    #[test]
     fn empty_rules_deny_access() {
-        assert!(!run(&compile(&[]), TYPE_CHAR, READ, 1, 3));
+        assert!(!run(&compile(&[]).unwrap(), TYPE_CHAR, READ, 1, 3));
     }
 
     #[test]
     fn deny_of_one_access_bit_denies_combined_access() {
         let allow = Rule { allow: true, kind: None, major: None, minor: None, access: MKNOD | READ | WRITE };
         let deny = Rule { allow: false, kind: Some(TYPE_BLOCK), major: Some(8), minor: None, access: WRITE };
-        let program = compile(&[allow, deny]);
+        let program = compile(&[allow, deny]).unwrap();
         assert!(run(&program, TYPE_BLOCK, READ, 8, 1));
         assert!(!run(&program, TYPE_BLOCK, READ | WRITE, 8, 1));
     }

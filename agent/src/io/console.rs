@@ -57,7 +57,10 @@ fn receive_fd(socket: &UnixStream) -> io::Result<OwnedFd> {
     packet.fds.into_iter().next().ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Sets the terminal's window size.
+/// Sets the terminal's window size, also to 0 x 0, which means that the size is unknown.
+///
+/// runc's shim sets any size too (containerd, `Init.Resize` in cmd/containerd-shim-runc-v2/process/init.go). containerd's
+/// CRI ignores a size with a zero before it calls the shim (`handleResizing` of the CRI server).
 pub fn resize(master: &Endpoint, width: u32, height: u32) -> io::Result<()> {
     let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
     terminal::set_window_size(master.get_ref(), clamp(width), clamp(height))
@@ -68,5 +71,26 @@ pub fn chown_slave(master: &Endpoint, uid: u32) {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     if let Ok(slave) = terminal::open_slave(master.get_ref(), flags) {
         let _ = std::os::unix::fs::fchown(slave, Some(uid), None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn resize_sets_every_size() {
+        let master = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
+        let master = relay::endpoint(master.into()).unwrap();
+        for (size, expected) in [((80, 24), (80, 24)), ((0, 0), (0, 0)), ((1 << 16, 1), (u16::MAX, 1))] {
+            resize(&master, size.0, size.1).unwrap();
+            let mut found = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+            // SAFETY: TIOCGWINSZ writes a winsize, which outlives the call.
+            assert_eq!(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGWINSZ, &raw mut found) }, 0);
+            assert_eq!((found.ws_col, found.ws_row), expected);
+        }
     }
 }

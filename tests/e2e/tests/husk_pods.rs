@@ -83,7 +83,7 @@ fn port_forwarding_resumes_after_fd_exhaustion() {
         let answer = thread::scope(|scope| {
             let request = scope.spawn(get);
             let logged = node::eventually(Duration::from_secs(20), || {
-                node::log_tail(200).contains("failed to accept a connection").then_some(())
+                node::log_tail(200).contains("failed to accept a connection in the pod").then_some(())
             });
             vm::set_fd_limit(shim, limit);
             assert!(logged.is_some(), "{}", node::log_tail(20));

@@ -54,17 +54,16 @@ struct Active {
 
 impl Mem {
     /// Creates a device with no plugged blocks and a requested size of 0.
-    pub fn new(range: HotplugRange) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// The error of eventfd(2), and the range. The caller keeps the range, because it can be reserved only once.
+    pub fn new(range: HotplugRange) -> Result<Self, (HotplugRange, io::Error)> {
+        let wake = match WakeEvent::new() {
+            Ok(wake) => wake,
+            Err(error) => return Err((range, error)),
+        };
         let blocks = Blocks::new(range.len() / BLOCK);
-        Ok(Self {
-            wake: WakeEvent::new()?,
-            range,
-            blocks,
-            requested: 0,
-            usable: 0,
-            on_size_reached: None,
-            active: None,
-        })
+        Ok(Self { wake, range, blocks, requested: 0, usable: 0, on_size_reached: None, active: None })
     }
 
     /// Returns the range, so that it can be registered with KVM before [`Mem::request`].

@@ -10,7 +10,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
-mod slot_eventfds;
+pub(crate) mod slot_eventfds;
 pub mod slots;
 #[cfg(any(test, feature = "testing"))]
 #[allow(clippy::indexing_slicing, clippy::unwrap_used, missing_docs)]

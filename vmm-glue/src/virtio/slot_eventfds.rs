@@ -43,7 +43,7 @@ impl Registry for VmFd {
 ///
 /// # Errors
 /// KVM's error. After an error, none of the eventfds is registered.
-pub fn register(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
+pub fn register(kvm: &dyn Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
     kvm.register_irqfd(irq, layout::slot_gsi(slot))?;
     for (queue, notify) in (0u32..).zip(queues) {
         if let Err(error) = kvm.register_ioevent(notify, &notify_address(slot), queue) {
@@ -61,7 +61,7 @@ pub fn register(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd
 ///
 /// # Errors
 /// KVM's first error. The other eventfds are unregistered nevertheless.
-pub fn unregister(kvm: &impl Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
+pub fn unregister(kvm: &dyn Registry, slot: u32, irq: &EventFd, queues: &[EventFd]) -> Result<(), Error> {
     let mut result = Ok(());
     for (queue, notify) in (0u32..).zip(queues) {
         let unregistered = kvm.unregister_ioevent(notify, &notify_address(slot), queue);

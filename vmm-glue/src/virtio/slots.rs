@@ -4,12 +4,11 @@ use std::io;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use husk_base::sync;
-use kvm_ioctls::VmFd;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::{self, SharedDevice, Transport, TransportError};
-use super::slot_eventfds;
+use super::slot_eventfds::{self, Registry};
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 
@@ -38,11 +37,19 @@ type Slot = RwLock<Option<Transport>>;
 
 /// All slots of a VM.
 pub struct Slots {
-    vm: Arc<VmFd>,
+    kvm: Arc<dyn Registry + Send + Sync>,
     memory: GuestMemory,
     slots: Vec<Slot>,
     /// Number of the first slot that is reserved for memory devices.
     first_memory_slot: usize,
+}
+
+/// A device that was removed from its slot.
+pub struct Unplugged {
+    /// The device.
+    pub device: SharedDevice,
+    /// Whether KVM has unregistered the slot's eventfds.
+    pub unregistered: Result<(), PlugError>,
 }
 
 /// The kind of devices that a slot is for.
@@ -57,9 +64,14 @@ pub enum Purpose {
 impl Slots {
     /// Creates empty slots: `device_slots` for any device, and `memory_slots` for memory devices. If the VM does not
     /// have enough slots, fewer are for any device.
-    pub fn new(vm: Arc<VmFd>, memory: GuestMemory, device_slots: usize, memory_slots: usize) -> Self {
+    pub fn new(
+        kvm: Arc<dyn Registry + Send + Sync>,
+        memory: GuestMemory,
+        device_slots: usize,
+        memory_slots: usize,
+    ) -> Self {
         let (device_slots, all) = divide(device_slots, memory_slots);
-        Self { vm, memory, slots: (0..all).map(|_| Slot::default()).collect(), first_memory_slot: device_slots }
+        Self { kvm, memory, slots: (0..all).map(|_| Slot::default()).collect(), first_memory_slot: device_slots }
     }
 
     /// Plugs a device into the first free slot for its purpose and returns the slot's number. Callers must not run
@@ -73,7 +85,7 @@ impl Slots {
         let (number, slot) = all.find(|(_, slot)| read(slot).is_none()).ok_or(PlugError::Full)?;
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(PlugError::EventFd)?;
         let transport = Transport::new(device, self.memory.clone(), irq)?;
-        slot_eventfds::register(&*self.vm, number, transport.irq_fd(), transport.notify_fds())
+        slot_eventfds::register(&*self.kvm, number, transport.irq_fd(), transport.notify_fds())
             .map_err(PlugError::Kvm)?;
         *write(slot) = Some(transport);
         Ok(number)
@@ -81,14 +93,16 @@ impl Slots {
 
     /// Removes a disk or an interface from its slot. From then on, the guest finds the slot empty and KVM signals no
     /// notifications. The device stays in the state in which the guest left it.
-    pub fn unplug(&self, number: u32) -> Result<SharedDevice, PlugError> {
+    ///
+    /// # Errors
+    /// [`PlugError::NotRemovable`]. KVM's error is in the result, because the slot is empty after that error too.
+    pub fn unplug(&self, number: u32) -> Result<Unplugged, PlugError> {
         let not_removable = || PlugError::NotRemovable(number);
         let slot = self.slots.get(number as usize).ok_or_else(not_removable)?;
         let can_unplug = |transport: &mut Transport| matches!(transport.device_type(), VIRTIO_ID_NET | VIRTIO_ID_BLOCK);
         let transport = write(slot).take_if(can_unplug).ok_or_else(not_removable)?;
-        slot_eventfds::unregister(&*self.vm, number, transport.irq_fd(), transport.notify_fds())
-            .map_err(PlugError::Kvm)?;
-        Ok(transport.device().clone())
+        let unregistered = slot_eventfds::unregister(&*self.kvm, number, transport.irq_fd(), transport.notify_fds());
+        Ok(Unplugged { device: transport.device().clone(), unregistered: unregistered.map_err(PlugError::Kvm) })
     }
 
     /// Returns the slot of the interface with this MAC address, or `None`.

@@ -1,0 +1,183 @@
+//! Hot-plugs and hot-unplugs the devices of a built VM. Each device is in a slot and in the device loop.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use event_manager::SubscriberId;
+
+use super::VmError;
+use crate::event_loop::EventLoop;
+use crate::virtio::mmio::{self, SharedDevice};
+use crate::virtio::slots::{Purpose, Slots, Unplugged};
+
+/// The slots and the device loop.
+pub(crate) struct Devices {
+    slots: Arc<Slots>,
+    event_loop: EventLoop,
+    /// The device loop's ids of hot-plugged devices, by slot.
+    hotplugged: HashMap<u32, SubscriberId>,
+}
+
+impl Devices {
+    /// Takes over the boot devices: the n-th device of the loop is in slot n.
+    pub(crate) fn new(slots: Arc<Slots>, event_loop: EventLoop) -> Self {
+        Self { slots, event_loop, hotplugged: HashMap::new() }
+    }
+
+    /// Resumes the device loop.
+    pub(super) fn resume(&mut self) {
+        for device in self.slots.devices() {
+            mmio::lock(&device).resume();
+        }
+        self.event_loop.resume();
+    }
+
+    /// Stops the device loop, and then the devices' own threads. Returns when all have stopped.
+    pub(super) fn pause(&mut self) -> Result<(), VmError> {
+        self.event_loop.pause()?;
+        for device in self.slots.devices() {
+            mmio::lock(&device).pause();
+        }
+        Ok(())
+    }
+
+    /// Hot-plugs a device into a free slot for `purpose` and returns the slot's number.
+    pub(super) fn attach(&mut self, device: SharedDevice, purpose: Purpose) -> Result<u32, VmError> {
+        self.reject_paused()?;
+        // Add the device to the device loop first. As soon as the device is in its slot, the guest may find it.
+        let id = self.event_loop.add(device.clone())?;
+        match self.slots.plug(device, purpose) {
+            Ok(slot) => {
+                self.hotplugged.insert(slot, id);
+                Ok(slot)
+            }
+            Err(error) => {
+                // Removing the device from the loop closes its fds. Otherwise the VMM would keep a disk of the node
+                // open although the VM does not have that disk.
+                let _ = self.event_loop.remove(id);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Hot-unplugs a disk or an interface: frees its slot and closes its fds.
+    ///
+    /// # Errors
+    /// [`VmError`]. After an error of KVM or of the device loop, the slot is empty nevertheless.
+    pub(super) fn detach(&mut self, slot: u32) -> Result<(), VmError> {
+        self.reject_paused()?;
+        // Empty the slot first, because afterwards no vCPU can activate the device again.
+        let Unplugged { device, unregistered } = self.slots.unplug(slot)?;
+        mmio::lock(&device).reset();
+        let removed = match self.hotplugged.remove(&slot) {
+            Some(id) => self.event_loop.remove(id),
+            None => self.event_loop.remove_boot_device(slot),
+        };
+        unregistered?;
+        Ok(removed?)
+    }
+
+    /// Returns the slot of the interface with this MAC address, or `None`.
+    pub(super) fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
+        self.slots.find_net(mac)
+    }
+
+    /// Returns an error if the device loop is paused, because it cannot add or remove devices then.
+    pub(super) fn reject_paused(&self) -> Result<(), VmError> {
+        if self.event_loop.is_paused() { Err(VmError::Paused) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use event_manager::{EventOps, Events, MutEventSubscriber};
+    use kvm_ioctls::IoEventAddress;
+    use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+    use vm_memory::GuestAddress;
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::control::wire;
+    use crate::guest_memory::GuestMemory;
+    use crate::reporter::Reporter;
+    use crate::virtio::device::{ActivateError, Activation, VirtioDevice};
+    use crate::virtio::slot_eventfds::Registry;
+    use crate::virtio::slots::PlugError;
+
+    /// Registers and unregisters nothing. Each field is the result of the calls with its name.
+    struct FakeKvm {
+        register: Result<(), i32>,
+        unregister: Result<(), i32>,
+    }
+
+    impl Registry for FakeKvm {
+        fn register_irqfd(&self, _: &EventFd, _: u32) -> Result<(), kvm_ioctls::Error> {
+            self.register.map_err(kvm_ioctls::Error::new)
+        }
+
+        fn unregister_irqfd(&self, _: &EventFd, _: u32) -> Result<(), kvm_ioctls::Error> {
+            self.unregister.map_err(kvm_ioctls::Error::new)
+        }
+
+        fn register_ioevent(&self, _: &EventFd, _: &IoEventAddress, _: u32) -> Result<(), kvm_ioctls::Error> {
+            self.register.map_err(kvm_ioctls::Error::new)
+        }
+
+        fn unregister_ioevent(&self, _: &EventFd, _: &IoEventAddress, _: u32) -> Result<(), kvm_ioctls::Error> {
+            self.unregister.map_err(kvm_ioctls::Error::new)
+        }
+    }
+
+    struct Disk;
+
+    impl MutEventSubscriber for Disk {
+        fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+        fn init(&mut self, _: &mut EventOps<'_>) {}
+    }
+
+    impl VirtioDevice for Disk {
+        fn device_type(&self) -> u32 {
+            VIRTIO_ID_BLOCK
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[16]
+        }
+        fn features(&self) -> u64 {
+            0
+        }
+        fn read_config(&self, _: u64, _: &mut [u8]) {}
+        fn write_config(&mut self, _: u64, _: &[u8]) {}
+        fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+            Ok(())
+        }
+        fn reset(&mut self) {}
+    }
+
+    fn devices(kvm: FakeKvm) -> Devices {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let reporter = Reporter::new(wire::pair().unwrap().0);
+        let slots = Slots::new(Arc::new(kvm), memory, 1, 0);
+        Devices::new(Arc::new(slots), EventLoop::start(Vec::new(), Arc::new(reporter)).unwrap())
+    }
+
+    #[test]
+    fn detach_drops_the_device_if_kvm_keeps_its_eventfds() {
+        let mut devices = devices(FakeKvm { register: Ok(()), unregister: Err(libc::EIO) });
+        let disk = Arc::new(Mutex::new(Disk));
+        let slot = devices.attach(disk.clone(), Purpose::Any).unwrap();
+        assert!(matches!(devices.detach(slot), Err(VmError::Plug(PlugError::Kvm(_)))));
+        assert_eq!(Arc::strong_count(&disk), 1);
+        assert!(matches!(devices.detach(slot), Err(VmError::Plug(PlugError::NotRemovable(_)))));
+        assert_eq!(devices.attach(disk, Purpose::Any).unwrap(), slot);
+    }
+
+    #[test]
+    fn failed_attach_drops_the_device() {
+        let mut devices = devices(FakeKvm { register: Err(libc::EIO), unregister: Ok(()) });
+        let disk = Arc::new(Mutex::new(Disk));
+        assert!(matches!(devices.attach(disk.clone(), Purpose::Any), Err(VmError::Plug(PlugError::Kvm(_)))));
+        assert_eq!(Arc::strong_count(&disk), 1);
+    }
+}
