@@ -106,24 +106,28 @@ fn sandbox_configures_hostname_dns_sysctls_size_and_network() {
         config["dns_config"] = json!({ "servers": ["10.0.0.53"], "searches": ["e2e.test"], "options": ["ndots:2"] });
         let pod = pods.run(config);
         let (a, b) = (pod.sleeper(), pod.sleeper());
-        assert_eq!(a.sh("hostname; cat /etc/hostname"), "the-pod\nthe-pod");
-        assert_eq!(a.sh("cat /etc/resolv.conf"), "search e2e.test\nnameserver 10.0.0.53\noptions ndots:2");
-        assert_eq!(a.sh("cat /etc/hosts"), std::fs::read_to_string("/etc/hosts").unwrap_or_default().trim_end());
-        a.sh("echo shared > /dev/shm/file");
-        assert_eq!(b.sh("cat /dev/shm/file"), "shared");
-        assert_eq!(b.sh("cat /proc/sys/net/ipv4/ip_unprivileged_port_start"), "80");
-        for kind in ["net", "ipc", "uts"] {
-            let link = format!("readlink /proc/self/ns/{kind}");
-            assert_eq!(a.sh(&link), b.sh(&link), "{kind}");
-        }
-        let seen = b.sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
+        let namespaces = "for kind in net ipc uts; do readlink /proc/self/ns/$kind; done";
+        let address = pod.addresses()[0].to_string();
+        let of_a = a.sh(&format!(
+            "{namespaces}; hostname; cat /etc/hostname; echo shared > /dev/shm/file; cat /etc/resolv.conf /etc/hosts"
+        ));
+        let (links, files) = of_a.split_at(of_a.find("the-pod").unwrap_or_default());
+        let hosts = std::fs::read_to_string("/etc/hosts").unwrap_or_default();
+        let expected = format!("the-pod\nthe-pod\nsearch e2e.test\nnameserver 10.0.0.53\noptions ndots:2\n{hosts}");
+        assert_eq!(files, expected.trim_end());
+        let of_b = b.sh(&format!(
+            "{namespaces}; cat /dev/shm/file /proc/sys/net/ipv4/ip_unprivileged_port_start
+             nproc; awk '/MemTotal/ {{print int($2 / 1024)}}' /proc/meminfo"
+        ));
+        let seen = of_b.strip_prefix(links).and_then(|rest| rest.strip_prefix("shared\n80\n"));
+        let seen = seen.unwrap_or_else(|| panic!("{links}, in the other container {of_b}"));
         let (cpus, mib) = seen.split_once('\n').unwrap();
         assert!(cpus == "2" && (250..300).contains(&mib.parse::<u64>().unwrap()), "{seen}");
         // The pod has the network that CNI configured.
-        let address = pod.addresses()[0].to_string();
-        assert!(a.sh("ip -o addr show dev eth0").contains(&address));
-        a.sh("nc -l -p 8080 -e echo through > /dev/null 2>&1 &
-              until netstat -ltn | grep -q :8080; do sleep 0.1; done");
+        let seen = a.sh("ip -o addr show dev eth0
+             nc -l -p 8080 -e echo through > /dev/null 2>&1 &
+             until netstat -ltn | grep -q :8080; do sleep 0.1; done");
+        assert!(seen.contains(&address), "{seen}");
         let mut command = std::process::Command::new("busybox");
         command.args(["nc", &address, "8080"]);
         Running::start(command, Input::Null).wait().expect_out("through");
