@@ -3,7 +3,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use husk_e2e::command::Input;
-use husk_e2e::{case, spec};
+use husk_e2e::{NAMESPACE, case, containerd, spec};
 use serde_json::json;
 
 #[test]
@@ -162,7 +162,7 @@ fn create_rejects_bind_mount_of_missing_source() {
     case("nobind", |case| {
         let run = case.sh("true").flags(&["--mount", "type=bind,src=/no/such/dir,dst=/x,options=rbind"]).keep();
         run.output().expect_error(&["/no/such/dir", "no such file or directory"]);
-        husk_e2e::command::run_ctr(&["containers", "rm", run.id()]).expect_code(0);
+        containerd::delete_container(NAMESPACE, run.id()).unwrap();
     });
 }
 
