@@ -10,7 +10,7 @@ use containerd_shim_protos::sandbox_api::{
     ShutdownSandboxRequest, StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
 };
 use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{Pod, annotations, pod::Pods, pods_of, refused, restart, stats, try_call};
+use husk_e2e::cri::{Pod, annotations, pod::Pods, pods_of, refused, stats, try_call};
 use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, shim, vm};
 use protobuf::Message;
 use serde_json::json;
@@ -253,11 +253,6 @@ fn husk_ps_and_trace_show_a_pod_without_containers() {
         assert!(waterfall.contains("agent ready") && waterfall.contains("sandbox started"), "{waterfall}");
         pod.stop();
     });
-}
-
-#[test]
-fn pods_survive_a_restart_of_containerd() {
-    pods("sb-restart", restart::is_survived);
 }
 
 #[test]
