@@ -9,9 +9,8 @@ use containerd_shim_protos::sandbox_api::{
     CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest, SandboxStatusRequest,
     ShutdownSandboxRequest, StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
 };
-use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{Pod, annotations, pod::Pods, pods_of, refused, stats, try_call};
-use husk_e2e::{KUBERNETES, Output, Running, command::Input, node, shim, vm};
+use husk_e2e::cri::{Pod, annotations, is_containerd_2, pod::Pods, pods_of, refused, stats, try_call};
+use husk_e2e::{KUBERNETES, Running, command::Input, containerd, node, shim, vm};
 use protobuf::Message;
 use serde_json::json;
 
@@ -21,12 +20,6 @@ const HANDLER: &str = "husk-sandbox";
 #[track_caller]
 fn pods(name: &str, body: impl FnOnce(&Pods)) {
     pods_of(name, HANDLER, body);
-}
-
-fn ctr(args: &[&str]) -> Output {
-    let mut command = std::process::Command::new("ctr");
-    command.args(["-n", KUBERNETES]).args(args);
-    Running::start(command, Input::Null).wait()
 }
 
 /// Waits until CRI reports that the pod is not ready. Just after the shim's death, the request fails.
@@ -59,10 +52,9 @@ fn pod_runs_without_a_sandbox_container_or_task() {
         let vmms = vm::vmm_pids();
         assert_eq!(vmms, [pod.pid()]);
         // containerd has neither a container nor a task for the sandbox.
-        ctr(&["containers", "ls", "-q"]).expect_out("");
-        ctr(&["tasks", "ls", "-q"]).expect_out("");
-        let listed = run_ctr(&["version"]).expect_code(0).value("  Version");
-        assert!(listed.trim_start_matches('v').starts_with("2."), "containerd {listed}");
+        assert_eq!(containerd::containers(KUBERNETES).unwrap(), Vec::<String>::new());
+        assert_eq!(containerd::tasks(KUBERNETES).unwrap(), []);
+        assert!(is_containerd_2());
         // The pod stays after its only container is removed, and takes new ones.
         let first = pod.start(&pod.sh("echo one; exit 3"));
         assert_eq!(first.wait(), (3, "Error".into()));
