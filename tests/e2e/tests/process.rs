@@ -252,21 +252,21 @@ fn id_mappings_apply_to_rootfs_volumes_and_exec() {
             touch /new && chown 5:6 /new && stat -c %u:%g /new
             touch /volume/mine && chown 7:8 /volume/mine && stat -c %u:%g /volume /volume/mine /volume/theirs
             cat /dev/null; ls /root > /dev/null && echo seen; kill -0 1 && echo killed";
-        let run = case.sh(script).flags(&["--uidmap", map, "--gidmap", map, "--mount", &mount]);
-        let output = run.output();
-        let lines: Vec<String> = output.out().lines().map(|line| line.trim().to_owned()).collect();
-        let seen = fs::metadata(volume.join("mine")).map(|meta| (meta.uid(), meta.gid()));
-        let expected = ["0 200000 65536", "0 200000 65536", "0", "0", "0:0", "5:6", "0:0", "7:8", "65534:65534"];
-        assert_eq!(lines.get(..expected.len()).unwrap_or(&lines), expected, "{}", output.describe());
-        assert_eq!(seen.unwrap(), (200_007, 200_008));
+        let script = format!("{script}\necho up; exec sleep 1000");
+        let run = case.sh(&script).flags(&["--uidmap", map, "--gidmap", map, "--mount", &mount]);
+        let container = case.container(run);
         // An exec is in the user namespace too; another container of the same image is not.
-        let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--uidmap", map, "--gidmap", map]));
         let other = case.sleeper();
         let inside = container.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
         assert_eq!(inside.expect_clean().out().trim(), "0 200000 65536\n0");
         let beside = other.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
         assert_eq!(beside.expect_clean().out().trim(), "0 0 4294967295\n0");
-        container.kill();
         other.kill();
+        let output = container.kill();
+        let lines: Vec<String> = output.out().lines().map(|line| line.trim().to_owned()).collect();
+        let seen = fs::metadata(volume.join("mine")).map(|meta| (meta.uid(), meta.gid()));
+        let expected = ["0 200000 65536", "0 200000 65536", "0", "0", "0:0", "5:6", "0:0", "7:8", "65534:65534"];
+        assert_eq!(lines.get(..expected.len()).unwrap_or(&lines), expected, "{}", output.describe());
+        assert_eq!(seen.unwrap(), (200_007, 200_008));
     });
 }
