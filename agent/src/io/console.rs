@@ -57,10 +57,10 @@ fn receive_fd(socket: &UnixStream) -> io::Result<OwnedFd> {
     packet.fds.into_iter().next().ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Sets the terminal's window size, also to 0 x 0, which means that the size is unknown.
+/// Sets the terminal's window size. A size of 0 x 0 means that the size is unknown.
 ///
-/// runc's shim sets any size too (containerd, `Init.Resize` in cmd/containerd-shim-runc-v2/process/init.go). containerd's
-/// CRI ignores a size with a zero before it calls the shim (`handleResizing` of the CRI server).
+/// runc's shim sets any size too (containerd, `Init.Resize` in cmd/containerd-shim-runc-v2/process/init.go).
+/// containerd's CRI ignores a size with a zero before it calls the shim (`handleResizing` of the CRI server).
 pub fn resize(master: &Endpoint, width: u32, height: u32) -> io::Result<()> {
     let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
     terminal::set_window_size(master.get_ref(), clamp(width), clamp(height))

@@ -32,6 +32,15 @@ pub fn containers(namespace: &str) -> Result<Vec<String>, Status> {
     Ok(items(&answer["containers"]).map(|container| text(&container["id"])).collect())
 }
 
+/// Deletes containerd's record of a container, and the container's snapshot. The container must have no task.
+///
+/// # Errors
+/// The status of the failed call.
+pub fn delete_container(namespace: &str, id: &str) -> Result<(), Status> {
+    call(namespace, "containers.v1.Containers", "Delete", &json!({ "id": id }))?;
+    remove_snapshot(namespace, id)
+}
+
 /// Returns the tasks that containerd knows in a namespace.
 ///
 /// # Errors

@@ -2,10 +2,25 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::mount::{MntFlags, umount2};
+
+// The requests of linux/loop.h.
+nix::ioctl_none_bad! {
+    /// Returns the number of a free loop device. If none is free, the kernel creates one.
+    loop_ctl_get_free, 0x4c82
+}
+nix::ioctl_write_int_bad! {
+    /// Attaches a file.
+    loop_set_fd, 0x4c00
+}
+nix::ioctl_none_bad! {
+    /// Detaches the file.
+    loop_clr_fd, 0x4c01
+}
 
 /// Python program: writes "changed" to `/dev/xvda` without syncing it, and keeps the device open.
 pub const WRITER_PROGRAM: &str = r#"
@@ -36,8 +51,15 @@ impl Disk {
     /// Creates an empty disk of `mib` MiB, backed by `file`.
     #[track_caller]
     pub fn new(file: &Path, mib: u64) -> Self {
-        File::create(file).unwrap().set_len(mib << 20).unwrap();
-        let device = run_on_node(&["losetup", "--find", "--show", &file.to_string_lossy()]);
+        let backing = File::options().read(true).write(true).create(true).truncate(true).open(file).unwrap();
+        backing.set_len(mib << 20).unwrap();
+        let control = File::open("/dev/loop-control").unwrap();
+        // SAFETY: the request has no argument, and `control` is the loop control device.
+        let number = unsafe { loop_ctl_get_free(control.as_raw_fd()) }.unwrap();
+        let device = format!("/dev/loop{number}");
+        let opened = File::options().read(true).write(true).open(&device).unwrap();
+        // SAFETY: the request takes an fd as its argument, and both fds are open during the call.
+        unsafe { loop_set_fd(opened.as_raw_fd(), backing.as_raw_fd()) }.unwrap();
         Self { device, file: file.to_owned() }
     }
 
@@ -69,7 +91,10 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+        if let Ok(device) = File::open(&self.device) {
+            // SAFETY: the request has no argument.
+            let _ = unsafe { loop_clr_fd(device.as_raw_fd()) };
+        }
         let _ = fs::remove_file(&self.file);
     }
 }

@@ -1,7 +1,7 @@
 //! Finds leftovers of a test in the node: processes, mounts, directories, cgroups, interfaces, loop devices and
 //! containerd's records.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -37,8 +37,9 @@ impl Snapshot {
     /// Records the node's current state.
     pub fn take() -> Self {
         let mut things = BTreeSet::new();
-        processes(&mut things);
-        mounts(&mut things);
+        let all = user_processes();
+        processes(&all, &mut things);
+        mounts(&all, &mut things);
         for (dir, depth) in STATE_DIRS {
             // The directory itself is created with the first container after boot, and stays.
             entries(Path::new(dir), *depth, &mut things);
@@ -87,41 +88,53 @@ fn records(left: &mut Vec<String>) {
     }
 }
 
-/// Lists all processes except kernel threads, containerd, `ctr` and this process.
-fn processes(things: &mut BTreeSet<String>) {
-    for name in names("/proc") {
-        let Ok(pid) = name.parse::<u32>() else { continue };
-        let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
-        let Some((before, after)) = stat.rsplit_once(") ") else { continue };
-        let comm = before.split_once('(').map_or("", |(_, comm)| comm);
-        let mut fields = after.split_whitespace();
-        let (state, parent) = (fields.next().unwrap_or(""), fields.next().unwrap_or(""));
-        // Kernel threads, including KVM's `kvm-…` threads, are children of kthreadd, pid 2.
-        if parent == "2" || pid == 2 || pid == std::process::id() {
+/// A process that is not a kernel thread.
+struct Process {
+    pid: u32,
+    comm: String,
+    state: String,
+    parent: String,
+}
+
+impl Process {
+    /// Reads /proc/PID/stat. Returns `None` if the process has ended.
+    fn read(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (before, after) = stat.rsplit_once(") ")?;
+        let comm = before.split_once('(').map_or("", |(_, comm)| comm).to_owned();
+        let mut fields = after.split_whitespace().map(str::to_owned);
+        Some(Self { pid, comm, state: fields.next()?, parent: fields.next()? })
+    }
+}
+
+/// Returns all processes except kernel threads.
+fn user_processes() -> Vec<Process> {
+    // Kernel threads, including KVM's `kvm-…` threads, are children of kthreadd, pid 2. Most pids of the node belong to
+    // kernel threads. If the kernel has the file `children`, these pids are read from it.
+    let kernel = fs::read_to_string("/proc/2/task/2/children").unwrap_or_default();
+    let kernel: HashSet<&str> = kernel.split_whitespace().chain(["2"]).collect();
+    let names = names("/proc");
+    let others = names.iter().filter(|name| !kernel.contains(name.as_str())).filter_map(|name| name.parse().ok());
+    others.filter_map(Process::read).filter(|process| process.parent != "2").collect()
+}
+
+/// Lists all processes except containerd, `ctr` and this process.
+fn processes(all: &[Process], things: &mut BTreeSet<String>) {
+    for Process { pid, comm, state, parent } in all {
+        if *pid == std::process::id() || matches!(comm.as_str(), "ctr" | "containerd") {
             continue;
         }
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let arguments = String::from_utf8_lossy(&arguments).replace('\0', " ");
-        if matches!(comm, "ctr" | "containerd") {
-            continue;
-        }
-        things.insert(format!("process {pid} ({comm}, parent {parent}{}): {arguments}", zombie(state)));
+        let zombie = if state == "Z" { ", zombie" } else { "" };
+        things.insert(format!("process {pid} ({comm}, parent {parent}{zombie}): {arguments}"));
     }
-}
-
-fn zombie(state: &str) -> &'static str {
-    if state == "Z" { ", zombie" } else { "" }
 }
 
 /// Lists the mounts of the node and of containerd, which may have its own mount namespace.
-fn mounts(things: &mut BTreeSet<String>) {
-    let mut pids = vec!["self".to_owned()];
-    for name in names("/proc") {
-        if fs::read_to_string(format!("/proc/{name}/comm")).is_ok_and(|comm| comm.trim() == "containerd") {
-            pids.push(name);
-        }
-    }
-    for pid in pids {
+fn mounts(all: &[Process], things: &mut BTreeSet<String>) {
+    let containerds = all.iter().filter(|process| process.comm == "containerd").map(|process| process.pid);
+    for pid in containerds.chain([std::process::id()]) {
         for line in fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default().lines() {
             if let Some(point) = line.split(' ').nth(4) {
                 things.insert(format!("mount {point}"));
@@ -167,4 +180,18 @@ fn loops(things: &mut BTreeSet<String>) {
 fn names(dir: &str) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_processes_do_not_include_kernel_threads() {
+        let found = user_processes();
+        assert!(found.iter().any(|process| process.pid == std::process::id() && process.state != "Z"));
+        assert!(found.iter().all(|process| process.pid != 2 && process.parent != "2"));
+        let init = found.iter().find(|process| process.pid == 1).unwrap();
+        assert_eq!(init.comm, fs::read_to_string("/proc/1/comm").unwrap().trim());
+    }
 }

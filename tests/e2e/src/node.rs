@@ -42,16 +42,19 @@ pub fn need_image_in(namespace: &str, reference: &str) {
 }
 
 /// Polls `probe` until it returns a value or the timeout expires. For conditions without an event to wait for.
+///
+/// The interval grows with the time that has passed, so that a short wait ends soon and a long wait uses little CPU.
 pub fn eventually<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
-    let deadline = Instant::now() + limit;
+    let begin = Instant::now();
     loop {
         if let Some(found) = probe() {
             return Some(found);
         }
-        if Instant::now() > deadline {
+        let passed = begin.elapsed();
+        if passed > limit {
             return None;
         }
-        thread::sleep(Duration::from_millis(50));
+        thread::sleep((passed / 10).clamp(Duration::from_millis(10), Duration::from_millis(100)));
     }
 }
 

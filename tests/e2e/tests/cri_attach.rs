@@ -1,5 +1,6 @@
 //! `kubectl attach`: terminal resizes, several clients at once, and `stdinOnce`.
 
+use std::thread;
 use std::time::Duration;
 
 use husk_e2e::cri::stream::{Stream, channel};
@@ -120,17 +121,24 @@ fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
     pods("cri-exec-users", |pods| {
         let pod = userns::pod(pods);
         let container = pod.start(&userns::sh(&pod, userns::SLEEP));
-        let scripts = ["exec sleep 4715", "sleep 4715 & sleep 4715", "setsid sh -c 'sleep 4715; :' & sleep 4715"];
+        // Each script sleeps for a different time, so that its processes can be recognized.
+        let scripts = ["exec sleep 4715", "sleep 4716 & sleep 4716", "setsid sh -c 'sleep 4717; :' & sleep 4717"];
         // runc kills only the command: its children run on, and the call waits for them.
         let scripts = if runtime() == RUNC { &scripts[..1] } else { &scripts[..] };
-        for script in scripts {
-            let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });
-            let error = try_call("ExecSync", &request).unwrap_err();
-            assert!(error.message.contains("timeout"), "{script}: {error}");
-            let count = "grep -lE '471[5]' /proc/[0-9]*/cmdline 2>/dev/null | wc -l";
-            let gone = node::eventually(Duration::from_secs(10), || (container.sh(count) == "0").then_some(()));
-            assert!(gone.is_some(), "{script}: {}", container.sh("ps"));
-        }
+        // The calls run at the same time, because each takes as long as its timeout.
+        thread::scope(|scope| {
+            let calls = scripts.iter().map(|script| {
+                let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });
+                scope.spawn(move || try_call("ExecSync", &request).unwrap_err())
+            });
+            for (call, script) in calls.collect::<Vec<_>>().into_iter().zip(scripts) {
+                let error = call.join().unwrap();
+                assert!(error.message.contains("timeout"), "{script}: {error}");
+            }
+        });
+        let count = "grep -lE '471[5-7]' /proc/[0-9]*/cmdline 2>/dev/null | wc -l";
+        let gone = node::eventually(Duration::from_secs(10), || (container.sh(count) == "0").then_some(()));
+        assert!(gone.is_some(), "{}", container.sh("ps"));
         assert_eq!(container.sh("echo still"), "still");
         container.stop(0);
     });

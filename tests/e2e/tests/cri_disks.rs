@@ -215,12 +215,16 @@ fn unsynced_writes_are_on_the_disk_after_the_pod_is_removed() {
     });
 }
 
+/// The first bytes of the node's disk.
+const MARK: &str = "the node's own";
+
 #[test]
 fn privileged_container_cannot_open_the_nodes_devices() {
     pods("cri-none-of-the-nodes", |pods| {
         // A marked disk of the node, which no pod was given.
         let disk = Disk::new(&pods.dir().join("disk"), 8);
-        fs::write(&disk.device, "the node's own").unwrap();
+        fs::write(&disk.device, MARK).unwrap();
+        let marked: String = MARK.bytes().map(|byte| format!("{byte:02x}")).collect();
         let mut config = pods.config();
         config["linux"]["security_context"]["privileged"] = json!(true);
         let pod = pods.run(config);
@@ -228,23 +232,28 @@ fn privileged_container_cannot_open_the_nodes_devices() {
         config["linux"]["security_context"]["privileged"] = json!(true);
         let container = pod.start(&config);
         // Every block device of the node, by name and number.
-        let mut names: Vec<String> = Vec::new();
-        for entry in fs::read_dir("/sys/class/block").unwrap() {
-            let entry = entry.unwrap();
-            let number = fs::read_to_string(entry.path().join("dev")).unwrap();
-            let (major, minor) = number.trim().split_once(':').unwrap();
-            let node = format!("/tmp/b-{major}-{minor}");
-            let read = container.exec(&["sh", "-c", &format!("mknod {node} b {major} {minor} && head -c 64 {node}")]);
+        let names: Vec<String> = fs::read_dir("/sys/class/block")
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        let number = |name: &String| fs::read_to_string(format!("/sys/class/block/{name}/dev")).unwrap();
+        let numbers: Vec<String> = names.iter().map(|name| number(name).trim().replace(':', " ")).collect();
+        // Prints one line for each device number: the first bytes of the device, in hexadecimal.
+        let script = format!(
+            "for number in '{}'; do
+                 rm -f /tmp/node; mknod /tmp/node b $number && head -c 64 /tmp/node | od -An -v -tx1 | tr -d ' \\n'; echo
+             done",
+            numbers.join("' '")
+        );
+        let read = container.exec(&["sh", "-c", &script]);
+        assert_eq!(read.out.lines().count(), names.len(), "{read:?}");
+        for (name, found) in names.iter().zip(read.out.lines()) {
             // If the guest has a device with that number, it is the guest's own, and does not hold the node's data.
-            let name = entry.file_name().to_string_lossy().into_owned();
             let mut head = Vec::new();
             File::open(format!("/dev/{name}")).unwrap().take(64).read_to_end(&mut head).unwrap();
-            let head = String::from_utf8_lossy(&head).into_owned();
-            if read.code == 0 && !read.out.is_empty() {
-                assert_ne!(read.out, head, "the pod can read the node's device {number}");
-            }
-            assert!(!read.out.contains("the node's own"), "{read:?}");
-            names.push(name);
+            let head: String = head.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert!(found.is_empty() || found != head, "the pod can read the node's device {name}: {read:?}");
+            assert!(!found.contains(&marked), "{read:?}");
         }
         assert!(names.iter().any(|name| disk.device.ends_with(name.as_str())), "{names:?}");
         let listed = container.sh("ls /dev /sys/block; cat /proc/partitions");

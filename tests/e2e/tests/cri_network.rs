@@ -80,9 +80,9 @@ fn pods_reach_the_node_and_each_other() {
             assert_eq!(greeting((*ip, 8080).into()), "one", "{ip}");
         }
         // Pod to pod.
-        for ip in &addresses.0 {
-            assert_eq!(b.sh(&format!("nc -w 20 {ip} 8080 < /dev/null")), "one", "{ip}");
-        }
+        let list = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        let dial = |ips: &str| format!("for ip in {ips}; do nc -w 20 $ip 8080 < /dev/null; done");
+        assert_eq!(b.sh(&dial(&list(&addresses.0))), "one\none");
         // Pod to node, at the bridge's addresses.
         for listen in ["10.88.0.1:0", "[fd00:88::1]:0"] {
             let listener = TcpListener::bind(listen).unwrap();
@@ -98,10 +98,7 @@ fn pods_reach_the_node_and_each_other() {
             assert_eq!(accept.join().unwrap(), expected, "the node sees the pod's address");
         }
         // A pod reaches itself at its addresses and at the loopback addresses.
-        for ip in addresses.0.iter().map(ToString::to_string).chain(["127.0.0.1".into(), "::1".into()]) {
-            let port = 8080;
-            assert_eq!(a.sh(&format!("nc -w 20 {ip} {port} < /dev/null")), "one", "{ip}");
-        }
+        assert_eq!(a.sh(&dial(&format!("{} 127.0.0.1 ::1", list(&addresses.0)))), "one\none\none\none");
         // More data than any buffer on the way holds, in both directions.
         let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8083 | wc -c";
         for ip in &addresses.1 {

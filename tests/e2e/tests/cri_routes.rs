@@ -12,17 +12,18 @@ use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
 use husk_e2e::node;
 use serde_json::{Value, json};
 
-/// Arguments of `ip` that together list all rules and routes, except those of the local table.
+/// Arguments of `ip` that together list all rules and routes, except those of the local table. The output is
+/// numeric, because names of protocols come from files of the image.
 const VIEWS: [&str; 9] = [
-    "rule",
-    "-6 rule",
-    "route show table main",
-    "route show table 7",
-    "route show table 100",
-    "route show table 1000",
-    "-6 route show table 100",
-    "-6 route show table 101",
-    "-6 route show table 1000",
+    "-N rule",
+    "-N -6 rule",
+    "-N route show table main",
+    "-N route show table 7",
+    "-N route show table 100",
+    "-N route show table 1000",
+    "-N -6 route show table 100",
+    "-N -6 route show table 101",
+    "-N -6 route show table 1000",
 ];
 
 /// Returns a ptp plugin with both address families: the veth's peer on the node has the gateways' addresses.
@@ -53,11 +54,18 @@ fn start_listener(pod: &Pod) -> PodContainer {
     container
 }
 
+/// Command line of the node's `ip` in the guest.
+const IP: &str =
+    "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path /node/lib/x86_64-linux-gnu /node/bin/ip";
+
 /// Runs the node's `ip` in the guest.
 fn in_guest(container: &PodContainer, arguments: &str) -> String {
-    let libraries = "/node/lib/x86_64-linux-gnu";
-    let ip = format!("{libraries}/ld-linux-x86-64.so.2 --library-path {libraries} /node/bin/ip {arguments}");
-    container.sh(&format!("{ip} 2>&1 || true"))
+    container.sh(&format!("{IP} {arguments} 2>&1 || true"))
+}
+
+/// Returns a script that prints all [`VIEWS`]. The arguments of each view come before its output.
+fn show_all(ip: &str) -> String {
+    VIEWS.map(|view| format!("echo 'ip {view}'; {ip} {view} 2>&1")).join("; ") + "; true"
 }
 
 /// Returns the lines of an output of `ip`, without the protocol of routes and without errors for empty tables.
@@ -77,17 +85,17 @@ fn normalized_lines(text: &str) -> Vec<String> {
 /// Waits until the guest has the rules and routes of the network namespace.
 #[track_caller]
 fn wait_until_equal(pod: &Pod, container: &PodContainer) {
-    for view in VIEWS {
-        // Numeric output: names of protocols come from files of the image.
-        let view = &format!("-N {view}");
-        let wanted = normalized_lines(&on_node(pod, view));
-        let mut last = Vec::new();
-        let held = node::eventually(Duration::from_secs(30), || {
-            last = normalized_lines(&in_guest(container, view));
-            (last == wanted).then_some(())
-        });
-        assert!(held.is_some(), "{view}: the guest has {last:#?}\nexpected {wanted:#?}\n{}", node::log_tail(20));
-    }
+    let netns = format!("--net={}", pod.netns().display());
+    let output = Command::new("nsenter").args([netns.as_str(), "sh", "-c", &show_all("ip")]).output().unwrap();
+    let wanted = normalized_lines(&String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success() && !wanted.iter().any(|line| line.contains("rror")), "{wanted:#?}");
+    let script = show_all(IP);
+    let mut last = Vec::new();
+    let held = node::eventually(Duration::from_secs(30), || {
+        last = normalized_lines(&container.sh(&script));
+        (last == wanted).then_some(())
+    });
+    assert!(held.is_some(), "the guest has {last:#?}\nexpected {wanted:#?}\n{}", node::log_tail(20));
 }
 
 #[track_caller]

@@ -11,16 +11,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::time::Duration;
 
-use husk_e2e::command::run_ctr;
 use husk_e2e::cri::userns::{HOST_ID_BASE, SLEEP, check_root_is_mapped, options, pod, sh, with_user_namespace};
-use husk_e2e::cri::{expect_error, pods};
+use husk_e2e::cri::{expect_error, is_containerd_2, pods};
 use serde_json::json;
-
-/// Returns whether containerd uses id-mapped mounts. 1.7 copies the image instead, and leaves volumes as they are.
-fn maps_mounts() -> bool {
-    let version = run_ctr(&["version"]).expect_code(0).value("  Version");
-    version.trim_start_matches('v').starts_with("2.")
-}
 
 #[test]
 fn root_is_mapped_to_an_unprivileged_host_user() {
@@ -47,7 +40,8 @@ fn root_of_a_user_namespace_listens_on_port_80() {
 #[test]
 fn files_of_volumes_have_owners_by_the_id_mapping() {
     pods("userns-volumes", |pods| {
-        let maps = maps_mounts();
+        // containerd 2.x uses id-mapped mounts. 1.7 copies the image instead, and leaves volumes as they are.
+        let maps = is_containerd_2();
         // On the node's disk, like the kubelet's volumes.
         let dir = Path::new("/var/lib/kubelet/pods/uid-userns-volumes-1/volumes");
         let data = dir.join("kubernetes.io~empty-dir/data");

@@ -78,25 +78,25 @@ fn update_grows_and_shrinks_vm_with_container() {
         let vmm = pod.pid();
         let (vcpus, boot_mib) = listed(&pod);
         assert_eq!(vcpus, 1);
-        update(&one, 2000, 512);
+        update(&one, 2000, 320);
         // Without a wait: the update returns after the VM has grown.
         let (cpus, mib) = size(&one);
-        assert!(cpus == 2 && (512..577).contains(&mib), "{cpus} vCPUs, {mib} MiB\n{}", node::log_tail(40));
-        assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "536870912\n200000 100000");
+        assert!(cpus == 2 && (320..385).contains(&mib), "{cpus} vCPUs, {mib} MiB\n{}", node::log_tail(40));
+        assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "335544320\n200000 100000");
         let (vcpus, grown) = listed(&pod);
         assert!(
-            vcpus == 2 && (boot_mib + 300..boot_mib + 500).contains(&grown),
+            vcpus == 2 && (boot_mib + 120..boot_mib + 300).contains(&grown),
             "{vcpus} vCPUs, {boot_mib} MiB at boot, {grown} MiB now"
         );
         let host = cgroup(&pod);
         let limit = |file: &str| read(&host, file);
         let bytes: u64 = limit("memory.max").parse().unwrap();
-        assert!((576 * MIB..640 * MIB).contains(&bytes), "memory.max {bytes}");
+        assert!((384 * MIB..448 * MIB).contains(&bytes), "memory.max {bytes}");
         assert_eq!(limit("cpu.max"), "225000 100000");
         // Both vCPUs run, and hot-plugged memory is used.
-        one.sh("grep -q ^processor.*1 /proc/cpuinfo && dd if=/dev/zero of=/dev/null bs=400M count=1 2> /dev/null");
+        one.sh("grep -q ^processor.*1 /proc/cpuinfo && dd if=/dev/zero of=/dev/null bs=250M count=1 2> /dev/null");
         let used = resident_mib(&pod);
-        assert!(used > 400, "{used} MiB resident after 400 were used");
+        assert!(used > 250, "{used} MiB resident after 250 were used");
         update(&one, 1000, 128);
         wait_for_size(&one, 1, 120..193);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
@@ -123,10 +123,10 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
         let pod = pods.run(config);
         let one = container(&pod, 500, 128);
         wait_for_size(&one, 1, 120..193);
-        let two = container(&pod, 1000, 256);
-        wait_for_size(&one, 2, 384..449);
+        let two = container(&pod, 1000, 192);
+        wait_for_size(&one, 2, 320..385);
         // The container can use its whole limit.
-        two.sh("dd if=/dev/zero of=/dev/null bs=200M count=1 2> /dev/null");
+        two.sh("dd if=/dev/zero of=/dev/null bs=150M count=1 2> /dev/null");
         two.stop(0);
         two.remove();
         // The VM keeps its boot size: further containers of the pod may be created.

@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use husk_e2e::command::run_ctr;
-use husk_e2e::cri::{call, manifest, pods_with_handler, restart};
+use husk_e2e::cri::{call, is_containerd_2, manifest, pods_with_handler, restart};
 use husk_e2e::{KUBERNETES, PAUSE, PYTHON, node};
 use serde_json::{Value, json};
 
@@ -171,11 +170,6 @@ impl Drop for OriginalNode {
         let _ = fs::remove_dir_all(WORK_DIR);
         restart::restart_containerd();
     }
-}
-
-/// Returns whether the node's containerd is of the 2.x line.
-fn is_containerd_2() -> bool {
-    run_ctr(&["version"]).expect_code(0).value("  Version").trim_start_matches('v').starts_with("2.")
 }
 
 /// Makes sure that the node has containerd's sandbox image, like a node that has run a pod.

@@ -3,8 +3,8 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
 
-use husk_e2e::command::{Output, run_ctr};
-use husk_e2e::{RUNC, case, spec};
+use husk_e2e::command::Output;
+use husk_e2e::{NAMESPACE, RUNC, case, containerd, spec};
 use serde_json::json;
 
 /// Prints the shell's user, groups, capabilities, no_new_privs, seccomp mode and umask from /proc.
@@ -143,17 +143,27 @@ fn context(output: &Output) -> String {
 
 #[test]
 fn invalid_entry_point_fails_with_same_error_as_runc() {
-    for (number, program) in ["/no/such/program", "no-such-program", "/etc/not-executable", "/etc"].iter().enumerate() {
-        let mut outputs = Vec::new();
-        for runtime in [RUNC.to_owned(), husk_e2e::runtime()] {
-            husk_e2e::case::case_of(&format!("entry{number}-{}", outputs.len()), &runtime, |case| {
+    let mut outputs = Vec::new();
+    for runtime in [RUNC.to_owned(), husk_e2e::runtime()] {
+        husk_e2e::case::case_of(&format!("entry{}", outputs.len()), &runtime, |case| {
+            let programs = ["/no/such/program", "no-such-program", "/etc/not-executable", "/etc"];
+            outputs.push(programs.map(|program| {
                 let run = case.busybox(&[program]).keep_container();
-                outputs.push(run.output());
+                let output = run.output();
                 // ctr keeps the container's record if the task could not be created.
-                run_ctr(&["containers", "rm", run.id()]).expect_code(0);
-            });
-        }
-        let [expected, found] = outputs.as_slice() else { panic!("two outputs") };
+                containerd::delete_container(NAMESPACE, run.id()).unwrap();
+                output
+            }));
+        });
+    }
+    assert_same_errors(&outputs);
+}
+
+/// Compares the errors of Husk with those of runc for the same programs.
+#[track_caller]
+fn assert_same_errors<const N: usize>(outputs: &[[Output; N]]) {
+    let [expected, found] = outputs else { panic!("two outputs") };
+    for (found, expected) in found.iter().zip(expected) {
         assert_eq!(found.code, expected.code, "{}", found.describe());
         assert_eq!(cause(found), cause(expected), "{}", found.describe());
         assert_eq!(context(found), context(expected), "{}", found.describe());
@@ -172,12 +182,7 @@ fn invalid_exec_fails_with_same_error_as_runc() {
             container.kill();
         });
     }
-    let [expected, found] = outputs.as_slice() else { panic!("two outputs") };
-    for (found, expected) in found.iter().zip(expected) {
-        assert_eq!(found.code, expected.code, "{}", found.describe());
-        assert_eq!(cause(found), cause(expected), "{}", found.describe());
-        assert_eq!(context(found), context(expected), "{}", found.describe());
-    }
+    assert_same_errors(&outputs);
 }
 
 #[test]
@@ -247,21 +252,21 @@ fn id_mappings_apply_to_rootfs_volumes_and_exec() {
             touch /new && chown 5:6 /new && stat -c %u:%g /new
             touch /volume/mine && chown 7:8 /volume/mine && stat -c %u:%g /volume /volume/mine /volume/theirs
             cat /dev/null; ls /root > /dev/null && echo seen; kill -0 1 && echo killed";
-        let run = case.sh(script).flags(&["--uidmap", map, "--gidmap", map, "--mount", &mount]);
-        let output = run.output();
-        let lines: Vec<String> = output.out().lines().map(|line| line.trim().to_owned()).collect();
-        let seen = fs::metadata(volume.join("mine")).map(|meta| (meta.uid(), meta.gid()));
-        let expected = ["0 200000 65536", "0 200000 65536", "0", "0", "0:0", "5:6", "0:0", "7:8", "65534:65534"];
-        assert_eq!(lines.get(..expected.len()).unwrap_or(&lines), expected, "{}", output.describe());
-        assert_eq!(seen.unwrap(), (200_007, 200_008));
+        let script = format!("{script}\necho up; exec sleep 1000");
+        let run = case.sh(&script).flags(&["--uidmap", map, "--gidmap", map, "--mount", &mount]);
+        let container = case.container(run);
         // An exec is in the user namespace too; another container of the same image is not.
-        let container = case.container(case.sh("echo up; exec sleep 1000").flags(&["--uidmap", map, "--gidmap", map]));
         let other = case.sleeper();
         let inside = container.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
         assert_eq!(inside.expect_clean().out().trim(), "0 200000 65536\n0");
         let beside = other.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
         assert_eq!(beside.expect_clean().out().trim(), "0 0 4294967295\n0");
-        container.kill();
         other.kill();
+        let output = container.kill();
+        let lines: Vec<String> = output.out().lines().map(|line| line.trim().to_owned()).collect();
+        let seen = fs::metadata(volume.join("mine")).map(|meta| (meta.uid(), meta.gid()));
+        let expected = ["0 200000 65536", "0 200000 65536", "0", "0", "0:0", "5:6", "0:0", "7:8", "65534:65534"];
+        assert_eq!(lines.get(..expected.len()).unwrap_or(&lines), expected, "{}", output.describe());
+        assert_eq!(seen.unwrap(), (200_007, 200_008));
     });
 }

@@ -3,13 +3,12 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use husk_e2e::command::Input;
-use husk_e2e::{case, spec};
+use husk_e2e::{NAMESPACE, case, containerd, spec};
 use serde_json::json;
 
 #[test]
 fn create_sets_hostname_and_sysctls() {
     case("sysctl", |case| {
-        case.sh("hostname").flags(&["--hostname", "by-flag"]).output().expect_clean().expect_out("by-flag");
         let script = "hostname; cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_local_port_range \
             net/ipv4/ip_unprivileged_port_start kernel/msgmax";
         let run = case.with_spec(script, |spec| {
@@ -163,7 +162,7 @@ fn create_rejects_bind_mount_of_missing_source() {
         let run =
             case.sh("true").flags(&["--mount", "type=bind,src=/no/such/dir,dst=/x,options=rbind"]).keep_container();
         run.output().expect_error(&["/no/such/dir", "no such file or directory"]);
-        husk_e2e::command::run_ctr(&["containers", "rm", run.id()]).expect_code(0);
+        containerd::delete_container(NAMESPACE, run.id()).unwrap();
     });
 }
 

@@ -27,9 +27,10 @@ fn random_bytes(length: usize) -> Vec<u8> {
 #[test]
 fn stdin_transfers_64_mib_intact() {
     case("bulk-in", |case| {
+        // The VM boots while the test generates the data.
+        let mut running = case.busybox(&["sha256sum"]).start(Input::Pipe);
         let bytes = random_bytes(BULK_BYTES);
         let expected = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let mut running = case.busybox(&["sha256sum"]).start(Input::Pipe);
         let mut stdin = running.take_stdin();
         let writer = thread::spawn(move || stdin.write_all(&bytes));
         let output = running.wait_within(BULK_TIMEOUT);
@@ -44,8 +45,7 @@ fn stdout_transfers_64_mib_intact() {
         // Numbered blocks of numbered lines, so that lost, repeated or reordered data is detected.
         let script = "seq 1 200000 | head -c 1048576 > /tmp/block
             i=0; while [ $i -lt 64 ]; do i=$((i+1)); echo block $i; cat /tmp/block; done";
-        let output = case.sh(script).start(Input::Null).wait_within(BULK_TIMEOUT);
-        assert_eq!(output.code, 0, "{}", output.describe());
+        let running = case.sh(script).start(Input::Null);
         let mut block = Vec::new();
         (1..=200_000).for_each(|number| writeln!(block, "{number}").unwrap());
         block.truncate(1 << 20);
@@ -54,9 +54,13 @@ fn stdout_transfers_64_mib_intact() {
             writeln!(expected, "block {number}").unwrap();
             expected.extend_from_slice(&block);
         }
+        let output = running.wait_within(BULK_TIMEOUT);
+        assert_eq!(output.code, 0, "{}", output.describe());
         assert_eq!(output.stdout.len(), expected.len(), "number of bytes\n{}", output.describe());
-        let difference = expected.iter().zip(&output.stdout).position(|(one, other)| one != other);
-        assert_eq!(difference, None, "position of the first wrong byte");
+        if output.stdout != expected {
+            let difference = expected.iter().zip(&output.stdout).position(|(one, other)| one != other);
+            panic!("position of the first wrong byte: {difference:?}");
+        }
     });
 }
 

@@ -14,7 +14,7 @@ pub mod userns;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::grpc;
 
@@ -66,6 +66,13 @@ pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &V
     grpc::call(limit, None, &format!("runtime.v1.{service}"), method, request)
 }
 
+/// Returns whether the node's containerd is of the 2.x line.
+#[track_caller]
+pub fn is_containerd_2() -> bool {
+    let version = call("Version", &json!({}))["runtime_version"].clone();
+    version.as_str().unwrap().trim_start_matches('v').starts_with("2.")
+}
+
 /// Reads a 64-bit integer field, which protobuf's JSON mapping encodes as a string.
 pub fn number(value: &Value) -> i64 {
     let parsed = value.as_i64().or_else(|| value.as_str()?.parse().ok());
@@ -98,8 +105,6 @@ pub fn bytes(value: &Value) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

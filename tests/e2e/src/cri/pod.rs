@@ -1,6 +1,6 @@
 //! Pods of one test: run them, create containers and exec in them. Removes them at the end and checks for leftovers.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::fs;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -126,7 +126,7 @@ impl Pods {
     #[track_caller]
     pub fn run_with_handler(&self, handler: &str, config: Value) -> Pod {
         let answer = call("RunPodSandbox", &json!({ "config": config, "runtime_handler": handler }));
-        Pod { id: text(&answer["pod_sandbox_id"]), config, next: Cell::new(0) }
+        Pod { id: text(&answer["pod_sandbox_id"]), config, next: Cell::new(0), netns: OnceCell::new() }
     }
 
     /// Requires that running a pod with this configuration fails. Returns the error message in lower case.
@@ -160,6 +160,7 @@ pub struct Pod {
     /// Pod configuration.
     pub config: Value,
     next: Cell<u32>,
+    netns: OnceCell<PathBuf>,
 }
 
 impl Pod {
@@ -183,13 +184,17 @@ impl Pod {
         std::iter::once(&network["ip"]).chain(more).map(|ip| text(ip).parse().unwrap()).collect()
     }
 
-    /// Returns the path of the pod's network namespace on the node.
+    /// Returns the path of the pod's network namespace on the node. It does not change, so one request
+    /// to the CRI is enough.
     #[track_caller]
     pub fn netns(&self) -> PathBuf {
-        let info: Value = serde_json::from_str(&text(&self.status()["info"]["info"])).unwrap();
-        let namespaces = info["runtimeSpec"]["linux"]["namespaces"].as_array().unwrap();
-        let network = namespaces.iter().find(|namespace| namespace["type"] == "network").unwrap();
-        text(&network["path"]).into()
+        let ask = || {
+            let info: Value = serde_json::from_str(&text(&self.status()["info"]["info"])).unwrap();
+            let namespaces = info["runtimeSpec"]["linux"]["namespaces"].as_array().unwrap();
+            let network = namespaces.iter().find(|namespace| namespace["type"] == "network").unwrap();
+            text(&network["path"]).into()
+        };
+        self.netns.get_or_init(ask).clone()
     }
 
     /// Returns the sandbox's pid according to the CRI.

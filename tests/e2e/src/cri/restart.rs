@@ -1,13 +1,13 @@
 //! Restarts containerd while pods keep running.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Pods, try_call};
+use super::{Pod, PodContainer, Pods, try_call};
 use crate::{grpc, node};
 
 /// Timeout for containerd to exit, and to respond after its start. An emulated node is slow.
@@ -77,63 +77,106 @@ fn with_signal_dir(config: Value, dir: &Path) -> Value {
     config
 }
 
+/// Two pods of one handler that run while containerd restarts.
+struct Survivors<'a> {
+    pods: &'a Pods,
+    handler: &'a str,
+    signals: PathBuf,
+    pod: Pod,
+    other: Pod,
+    sandbox_pid: i32,
+    /// Runs [`COUNT`].
+    counting: PodContainer,
+    sleeper: PodContainer,
+    /// Exits while containerd does not run.
+    ending: PodContainer,
+    /// Created before the restart, and started after it.
+    created: PodContainer,
+    /// In the other pod.
+    alone: PodContainer,
+}
+
+impl<'a> Survivors<'a> {
+    #[track_caller]
+    fn start(pods: &'a Pods, handler: &'a str) -> Self {
+        let signals = pods.dir().join(handler);
+        fs::create_dir_all(&signals).unwrap();
+        let run_pod = || pods.run_with_handler(handler, pods.config());
+        let (pod, other) = (run_pod(), run_pod());
+        let counting = pod.start(&pod.sh(COUNT));
+        let sleeper = pod.sleeper();
+        let until = "until [ -e /signals/exit ]; do sleep 0.1; done; touch /signals/exited; exit 7";
+        let ending = pod.start(&with_signal_dir(pod.sh(until), &signals));
+        let created = pod.create(&pod.sh("echo begun; exit 5"));
+        let alone = other.sleeper();
+        counting.wait_for("number 3");
+        let sandbox_pid = pod.pid();
+        Self { pods, handler, signals, pod, other, sandbox_pid, counting, sleeper, ending, created, alone }
+    }
+
+    /// Lets a container exit while containerd does not run. Returns the last number in the log before the exit.
+    #[track_caller]
+    fn end_one(&self) -> u64 {
+        let before = numbers(&self.counting.log());
+        fs::write(self.signals.join("exit"), "").unwrap();
+        let ended = node::eventually(TIMEOUT, || self.signals.join("exited").exists().then_some(()));
+        assert!(ended.is_some(), "{}: a container does not keep running without containerd", self.handler);
+        before.last().copied().unwrap()
+    }
+
+    /// Tests that the pods are as before, and that they continue to work. `last` is the result of
+    /// [`Survivors::end_one`].
+    #[track_caller]
+    fn check(self, last: u64) {
+        let Self { pods, handler, pod, other, sandbox_pid, counting, sleeper, ending, created, alone, .. } = self;
+        assert!(pod.is_ready() && other.is_ready(), "{handler}: a pod is no longer ready:\n{}", node::log_tail(60));
+        assert_eq!(pod.pid(), sandbox_pid);
+        // runc's shim does not report a container that has exited, so containerd takes it for a leftover.
+        assert_eq!(ending.wait().0, if crate::runtime() == crate::RUNC { 255 } else { 7 });
+        assert_eq!(sleeper.sh("echo still here"), "still here");
+        let failed = alone.exec(&["sh", "-c", "echo bad >&2; exit 4"]);
+        assert_eq!((failed.code, failed.err.as_str()), (4, "bad\n"));
+        // The log is complete, including the output from the time without containerd.
+        let continued = node::eventually(TIMEOUT, || {
+            let numbers = numbers(&counting.log());
+            numbers.last().is_some_and(|number| *number > last + 20).then_some(numbers)
+        });
+        let numbers = continued.unwrap_or_else(|| panic!("the log does not continue:\n{}", counting.log()));
+        let expected: Vec<u64> = (0..u64::try_from(numbers.len()).unwrap()).collect();
+        assert_eq!(numbers, expected, "lines are missing");
+        // A container created before the restart can be started, exits are reported, and new containers can be created.
+        created.start();
+        assert_eq!(created.wait(), (5, "Error".into()));
+        let new = pod.start(&pod.sh("echo new; exit 6"));
+        assert_eq!(new.wait().0, 6);
+        assert!(new.log().contains("stdout F new"), "{}", new.log());
+        sleeper.stop(10);
+        assert_eq!(sleeper.wait().0, 0);
+        for container in [&ending, &created, &new, &sleeper] {
+            container.remove();
+        }
+        for pod in [&pod, &other] {
+            pod.stop();
+            assert!(!pod.is_ready());
+        }
+        assert_eq!(counting.wait().0, 137);
+        pod.remove();
+        other.remove();
+        let third = pods.run_with_handler(handler, pods.config());
+        assert_eq!(third.sleeper().sh("echo again"), "again");
+        third.stop();
+    }
+}
+
 /// Tests that containers keep running without containerd, and that exits in that time are reported after its start.
+/// Tests the pods of all `handlers` with one restart.
 #[track_caller]
-pub fn check_pods_survive(pods: &Pods) {
-    let signals = pods.dir().join("signals");
-    fs::create_dir_all(&signals).unwrap();
-    let (pod, other) = (pods.pod(), pods.pod());
-    let counting = pod.start(&pod.sh(COUNT));
-    let sleeper = pod.sleeper();
-    let until = "until [ -e /signals/exit ]; do sleep 0.1; done; touch /signals/exited; exit 7";
-    let ending = pod.start(&with_signal_dir(pod.sh(until), &signals));
-    let created = pod.create(&pod.sh("echo begun; exit 5"));
-    let alone = other.sleeper();
-    counting.wait_for("number 3");
-    let sandbox_pid = pod.pid();
-
+pub fn check_pods_survive(pods: &Pods, handlers: &[&str]) {
+    let survivors: Vec<Survivors> = handlers.iter().map(|handler| Survivors::start(pods, handler)).collect();
     stop();
-    let before = numbers(&counting.log());
-    fs::write(signals.join("exit"), "").unwrap();
-    let ended = node::eventually(TIMEOUT, || signals.join("exited").exists().then_some(()));
-    assert!(ended.is_some(), "a container does not keep running without containerd");
+    let last: Vec<u64> = survivors.iter().map(Survivors::end_one).collect();
     start();
-
-    assert!(pod.is_ready() && other.is_ready(), "a pod is no longer ready:\n{}", node::log_tail(60));
-    assert_eq!(pod.pid(), sandbox_pid);
-    // runc's shim does not report a container that has exited, so containerd takes it for a leftover.
-    assert_eq!(ending.wait().0, if crate::runtime() == crate::RUNC { 255 } else { 7 });
-    assert_eq!(sleeper.sh("echo still here"), "still here");
-    let failed = alone.exec(&["sh", "-c", "echo bad >&2; exit 4"]);
-    assert_eq!((failed.code, failed.err.as_str()), (4, "bad\n"));
-    // The log is complete, including the output from the time without containerd.
-    let last = before.last().copied().unwrap();
-    let continued = node::eventually(TIMEOUT, || {
-        let numbers = numbers(&counting.log());
-        numbers.last().is_some_and(|number| *number > last + 20).then_some(numbers)
-    });
-    let numbers = continued.unwrap_or_else(|| panic!("the log does not continue:\n{}", counting.log()));
-    let expected: Vec<u64> = (0..u64::try_from(numbers.len()).unwrap()).collect();
-    assert_eq!(numbers, expected, "lines are missing");
-    // A container created before the restart can be started, exits are reported, and new containers can be created.
-    created.start();
-    assert_eq!(created.wait(), (5, "Error".into()));
-    let new = pod.start(&pod.sh("echo new; exit 6"));
-    assert_eq!(new.wait().0, 6);
-    assert!(new.log().contains("stdout F new"), "{}", new.log());
-    sleeper.stop(10);
-    assert_eq!(sleeper.wait().0, 0);
-    for container in [&ending, &created, &new, &sleeper] {
-        container.remove();
+    for (survivors, last) in survivors.into_iter().zip(last) {
+        survivors.check(last);
     }
-    for pod in [&pod, &other] {
-        pod.stop();
-        assert!(!pod.is_ready());
-    }
-    assert_eq!(counting.wait().0, 137);
-    pod.remove();
-    other.remove();
-    let third = pods.pod();
-    assert_eq!(third.sleeper().sh("echo again"), "again");
-    third.stop();
 }

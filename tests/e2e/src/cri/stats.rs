@@ -14,6 +14,7 @@ use super::pod::{Pods, text};
 use super::{Pod, PodContainer, call, number};
 use crate::KUBERNETES;
 use crate::command::{Input, Running};
+use crate::disk::Disk;
 
 const MIB: u64 = 1 << 20;
 /// Tolerance for memory that changes between two measurements, such as the memory of an exec.
@@ -165,13 +166,10 @@ pub fn check_network(pods: &Pods) {
 /// Tests bytes read from and written to a block device of the container.
 #[track_caller]
 pub fn check_block_io(pods: &Pods) {
-    let image = pods.dir().join("disk");
-    fs::File::create(&image).unwrap().set_len(32 * MIB).unwrap();
-    let made = Command::new("losetup").args(["-f", "--show"]).arg(&image).output().unwrap();
-    let device = Loop(String::from_utf8_lossy(&made.stdout).trim().to_owned());
+    let disk = Disk::new(&pods.dir().join("disk"), 32);
     let pod = pods.pod();
     let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
-    config["devices"] = json!([{ "container_path": "/dev/xvda", "host_path": device.0, "permissions": "mrw" }]);
+    config["devices"] = json!([{ "container_path": "/dev/xvda", "host_path": disk.device, "permissions": "mrw" }]);
     let container = pod.start(&config);
     container.sh("dd if=/dev/zero of=/dev/xvda bs=1M count=8 conv=fsync 2> /dev/null");
     container.sh("dd if=/dev/xvda of=/dev/null bs=1M skip=16 count=4 2> /dev/null");
@@ -186,13 +184,4 @@ pub fn check_block_io(pods: &Pods) {
         format!("{}:{} rbytes={} wbytes={} ", number("major"), number("minor"), number("rbytes"), number("wbytes"));
     assert!(inside.contains(&line), "{line:?} is not in the guest's io.stat:\n{inside}");
     container.stop(0);
-}
-
-/// A loop device. Dropping it detaches the device.
-struct Loop(String);
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
-    }
 }

@@ -40,27 +40,23 @@ pub fn check_root_is_mapped(pods: &Pods) {
     first.wait_for("65536");
     let map = format!("0 {HOST_ID_BASE} 65536");
     let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    for file in ["uid_map", "gid_map"] {
-        assert_eq!(words(first.sh(&format!("cat /proc/self/{file}"))), map, "by exec");
-    }
+    assert_eq!(words(first.sh("cat /proc/self/uid_map /proc/self/gid_map")), format!("{map} {map}"), "by exec");
     assert!(words(first.log()).contains(&map), "{}", first.log());
-    // Files of the image belong to the pod's root, which has root's permissions on them.
-    assert_eq!(first.sh("id -u; id -g; stat -c %u:%g / /bin /bin/busybox /etc/passwd | sort -u"), "0\n0\n0:0");
-    assert_eq!(first.sh("touch /new && chown 7:8 /new && stat -c %u:%g /new && rm /new"), "7:8");
-    assert_eq!(first.sh("mkdir -p /a/b && chmod 700 /a && stat -c %u:%g /a/b"), "0:0");
-    // The same as in a pod without a user namespace: file systems, devices, host name.
-    assert_eq!(first.sh("echo x > /dev/null; stat -f -c %T /proc /sys /dev/shm"), "proc\nsysfs\ntmpfs");
-    assert_eq!(first.sh("touch /dev/shm/x && stat -c %u:%g /dev/shm/x; rm /dev/shm/x; hostname"), {
-        format!("0:0\n{}", pod.config["hostname"].as_str().unwrap())
-    });
+    // Files of the image belong to the pod's root, which has root's permissions on them. File systems, devices and host
+    // name are the same as in a pod without a user namespace.
+    let seen = first.sh("id -u; id -g; stat -c %u:%g / /bin /bin/busybox /etc/passwd | sort -u
+         touch /new && chown 7:8 /new && stat -c %u:%g /new && rm /new
+         mkdir -p /a/b && chmod 700 /a && stat -c %u:%g /a/b
+         echo x > /dev/null; stat -f -c %T /proc /sys /dev/shm
+         touch /dev/shm/x && stat -c %u:%g /dev/shm/x; rm /dev/shm/x; hostname");
+    let name = pod.config["hostname"].as_str().unwrap();
+    assert_eq!(seen, format!("0\n0\n0:0\n7:8\n0:0\nproc\nsysfs\ntmpfs\n0:0\n{name}"));
     // A second container shares the user, network and IPC namespaces and the shared memory.
     let second = pod.start(&sh(&pod, SLEEP));
-    for kind in ["user", "net", "ipc"] {
-        let link = format!("readlink /proc/self/ns/{kind}");
-        assert_eq!(first.sh(&link), second.sh(&link), "{kind}");
-    }
-    assert_eq!(first.sh("echo seen > /dev/shm/y; stat -c %a /dev/shm"), "1777");
-    assert_eq!(second.sh("cat /dev/shm/y"), "seen");
+    let shared = "for kind in user net ipc; do readlink /proc/self/ns/$kind; done; stat -c %a /dev/shm";
+    let of_first = first.sh(&format!("{shared}; echo seen > /dev/shm/y"));
+    assert!(of_first.ends_with("\n1777"), "{of_first}");
+    assert_eq!(second.sh(&format!("{shared}; cat /dev/shm/y")), format!("{of_first}\nseen"));
     // Other users of the image are mapped like root.
     let mut config = sh(&pod, "id -u; id -G; echo out; sleep 100000");
     config["linux"]["security_context"]["run_as_user"] = json!({ "value": 1234 });
