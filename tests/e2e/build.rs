@@ -1,12 +1,12 @@
 //! Compiles the .proto files of the CRI and of containerd's services into one descriptor set, without `protoc`. The
-//! clients use reflection.
+//! clients read the descriptors at run time (reflection).
 
 use std::path::{Path, PathBuf};
 
 use protobuf::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // The messages that the shim reads too are defined there.
+    // This directory has the messages that the shim reads as well as the suites.
     let shared = "../../proto/protos";
     println!("cargo:rerun-if-changed=protos");
     println!("cargo:rerun-if-changed={shared}/cri_sandbox.proto");
@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         parser.input(entry?.path());
     }
     let set = parser.file_descriptor_set()?;
-    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: cargo has to run this program")?);
     std::fs::write(out.join("services.pb"), set.write_to_bytes()?)?;
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use husk_config::timeline::Timeline;
 
-/// Returns the median; the mean of the two middle values if their number is even, and 0 if there are none.
+/// Returns the median. For an even number of values, it is the mean of the two middle values. Without values, it is 0.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -18,7 +18,7 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// A timeline step over several starts.
+/// The time of a timeline step, measured over several starts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepTime {
     /// Name of the step.
@@ -27,8 +27,8 @@ pub struct StepTime {
     pub at: f64,
 }
 
-/// Computes the median time of each step over several starts. Each start has the time at which its `ctr` was started
-/// (CLOCK_MONOTONIC, ns). Omits steps that are not in all starts.
+/// Computes the median time of each step over several starts. Each element of `starts` has the time at which `ctr` was
+/// started (CLOCK_MONOTONIC, ns). Omits steps that are not in all starts.
 pub fn step_times(starts: &[(u64, Timeline)]) -> Vec<StepTime> {
     let Some((_, first)) = starts.first() else { return Vec::new() };
     let mut times: Vec<StepTime> = Vec::new();
@@ -83,7 +83,7 @@ pub fn report(series: &[Series], steps: &[StepTime], weight: Option<MemoryUse>) 
         let _ = writeln!(text, "| {name} | {middle:.2} s | {fastest:.2} s | {slowest:.2} s | {runs} | {ratio} |");
     }
     if !steps.is_empty() {
-        let _ = writeln!(text, "\n| Husk's start | since `ctr` began | since the step before |");
+        let _ = writeln!(text, "\n| Husk's start | since `ctr` began | since the previous step |");
         let _ = writeln!(text, "| --- | ---: | ---: |");
         let mut before = 0.0;
         for StepTime { name, at } in steps {
@@ -94,7 +94,7 @@ pub fn report(series: &[Series], steps: &[StepTime], weight: Option<MemoryUse>) 
     if let Some(MemoryUse { vmm, guest, shim }) = weight {
         let mib = |kib: u64| kib as f64 / 1024.0;
         let _ = writeln!(text, "\n| PSS of an idle container | MiB |\n| --- | ---: |");
-        let _ = writeln!(text, "| VMM process, beside guest memory | {:.1} |", mib(vmm));
+        let _ = writeln!(text, "| VMM process, without guest memory | {:.1} |", mib(vmm));
         let _ = writeln!(text, "| shim | {:.1} |", mib(shim));
         let _ = writeln!(text, "| guest memory touched | {:.1} |", mib(guest));
     }

@@ -32,17 +32,17 @@ pub struct Case {
 /// A mounted rootfs.
 struct Rootfs {
     path: PathBuf,
-    /// Whether ctr has mounted it. It then removes it too, with the lease that it made.
+    /// Whether ctr has mounted the rootfs. If so, ctr also has to remove it, together with the lease that ctr made.
     by_ctr: bool,
 }
 
-/// Runs `body` as the test `name`. Fails if it leaves anything in the node.
+/// Runs `body` as the test `name`. Fails if the test leaves anything in the node.
 #[track_caller]
 pub fn case(name: &str, body: impl FnOnce(&Case)) {
     case_of(name, &crate::runtime(), body);
 }
 
-/// Like [`case`], with another runtime than the one under test.
+/// Like [`case`], with a runtime other than the one under test.
 #[track_caller]
 pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
     node::need_image(BUSYBOX);
@@ -58,7 +58,7 @@ pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
     let result = catch_unwind(AssertUnwindSafe(|| body(&case)));
     let forced = case.clean_up(result.is_err());
     if let Err(panic) = result {
-        // The failure itself is reported. The leftovers are printed too, because they may explain it.
+        // The test harness reports the failure itself. Print the leftovers too, because they may explain the failure.
         if let Err(left) = before.compare_until_equal(Duration::from_secs(5)) {
             eprintln!("leftovers of the failed test:\n{left}");
         }
@@ -103,7 +103,7 @@ impl Case {
         Run::new(&self.runtime, self.id(), PYTHON, &["python3", "-c", program])
     }
 
-    /// Starts a container in the background that only sleeps, and waits until it runs.
+    /// Starts a container in the background, and waits until it runs. The container only sleeps.
     #[track_caller]
     pub fn sleeper(&self) -> Container {
         self.container(self.sh("echo up; exec sleep 1000"))
@@ -131,7 +131,7 @@ impl Case {
         Run::from_config(&self.runtime, id, &path)
     }
 
-    /// Mounts a writable busybox rootfs for this test on the node, made by containerd's snapshotter.
+    /// Mounts a writable busybox rootfs on the node for this test. containerd's snapshotter makes the rootfs.
     pub fn rootfs(&self, name: &str) -> PathBuf {
         /// The snapshot of the image's uppermost layer.
         static LAYER: OnceLock<String> = OnceLock::new();
@@ -141,15 +141,15 @@ impl Case {
         let by_ctr = match LAYER.get() {
             Some(layer) => {
                 let options = containerd::prepare_snapshot(NAMESPACE, &key, layer);
-                let options = options.unwrap_or_else(|status| panic!("failed to create a snapshot: {status}"));
+                let options = options.unwrap_or_else(|status| panic!("failed to create the snapshot {key}: {status}"));
                 mount(Some("overlay"), &path, Some("overlay"), MsFlags::empty(), Some(options.as_str())).unwrap();
                 false
             }
             None => {
-                // Only ctr finds the image's layers.
+                // The first mount needs ctr, because only ctr finds the image's layers.
                 run_ctr(&["images", "mount", "--rw", BUSYBOX, &key]).expect_code(0);
                 let layer = containerd::snapshot_parent(NAMESPACE, &key);
-                let layer = layer.unwrap_or_else(|status| panic!("failed to get the snapshot's parent: {status}"));
+                let layer = layer.unwrap_or_else(|status| panic!("failed to get the parent of the snapshot {key}: {status}"));
                 LAYER.get_or_init(|| layer);
                 true
             }
@@ -171,7 +171,7 @@ impl Case {
             if *by_ctr {
                 run_ctr(&["images", "unmount", "--rm", &key]);
             } else {
-                // The check for leftovers reports a mount that stays.
+                // Ignore errors: the check for leftovers reports a mount that remains.
                 let _ = umount(path);
                 let _ = containerd::remove_snapshot(NAMESPACE, &key);
             }
@@ -190,7 +190,7 @@ pub fn remove(id: &str) {
     }
 }
 
-/// A container in the background, with its `ctr run --rm`.
+/// A container in the background, and the `ctr run --rm` that started it.
 pub struct Container {
     /// The container's id.
     pub id: String,
@@ -248,7 +248,7 @@ impl Container {
         found.unwrap_or_else(|| panic!("no task {} in {tasks:?}", self.id))
     }
 
-    /// Kills the container and waits for its `ctr run` to exit, which has to report signal 9.
+    /// Kills the container, and waits until its `ctr run` exits with the code for signal 9.
     #[track_caller]
     pub fn kill(self) -> Output {
         containerd::kill(NAMESPACE, &self.id, libc::SIGKILL)

@@ -1,4 +1,4 @@
-//! Runs programs with a timeout and collects their output. A failed expectation prints all of it.
+//! Runs programs with a timeout and collects their output. If an expectation fails, the output is printed.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use crate::containerd_log::log_tail;
 
-/// Timeout of each command. The emulated node is about 15 times slower than hardware, and up to ten pods share it.
+/// Timeout of each command. The emulated node is about 15 times slower than hardware, and up to ten pods share the
+/// node.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Returns a `ctr` command line in the suites' containerd namespace.
@@ -39,13 +40,13 @@ pub enum Input {
 pub struct Output {
     /// The command line.
     pub command: String,
-    /// Exit code; 128 + n after signal n.
+    /// Exit code, or 128 + n after signal n.
     pub code: i32,
     /// Standard output.
     pub stdout: Vec<u8>,
     /// Standard error.
     pub stderr: Vec<u8>,
-    /// Wall time.
+    /// Time from start to exit.
     pub took: Duration,
 }
 
@@ -60,7 +61,7 @@ impl Output {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
-    /// Requires an exit code.
+    /// Requires this exit code.
     #[track_caller]
     pub fn expect_code(self, code: i32) -> Self {
         assert!(self.code == code, "expected exit code {code}\n{}", self.describe());
@@ -91,7 +92,11 @@ impl Output {
     pub fn expect_error(self, parts: &[&str]) -> Self {
         let err = self.err().to_lowercase();
         let missing: Vec<_> = parts.iter().filter(|part| !err.contains(&part.to_lowercase())).collect();
-        assert!(self.code == 1 && missing.is_empty(), "expected exit code 1 and {missing:?}\n{}", self.describe());
+        assert!(
+            self.code == 1 && missing.is_empty(),
+            "expected exit code 1 and an error with {missing:?}\n{}",
+            self.describe()
+        );
         self
     }
 
@@ -202,7 +207,7 @@ impl Running {
         self.child.id().cast_signed()
     }
 
-    /// Waits until standard output has a further line with `text`, and returns that line.
+    /// Waits until standard output has another line with `text`, and returns that line.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> String {
         if let Some(line) = self.try_wait_for(text, TIMEOUT) {
@@ -212,7 +217,7 @@ impl Running {
         panic!("{text:?} was not printed\n{}", output.describe());
     }
 
-    /// Like [`Running::wait_for`], with a timeout. Returns `None` if it expires; the program keeps running.
+    /// Like [`Running::wait_for`], with a timeout. Returns `None` if the timeout expires. The program keeps running.
     pub fn try_wait_for(&mut self, text: &str, limit: Duration) -> Option<String> {
         let deadline = Instant::now() + limit;
         loop {
@@ -251,8 +256,8 @@ impl Running {
         true
     }
 
-    /// Returns whether standard output has a line with `text` so far, whether or not [`Running::wait_for`] has consumed
-    /// it.
+    /// Returns whether standard output has a line with `text` so far. Lines that [`Running::wait_for`] has consumed
+    /// count too.
     pub fn has_printed(&mut self, text: &str) -> bool {
         while self.receive(Instant::now()) {}
         self.output.out().lines().any(|line| line.contains(text))
@@ -277,7 +282,7 @@ impl Running {
         while self.open > 0 {
             if !self.receive(deadline) {
                 let output = self.kill();
-                panic!("still running after {limit:?}\n{}", output.describe());
+                panic!("the program is still running after {limit:?}\n{}", output.describe());
             }
         }
         self.finish()
@@ -307,8 +312,8 @@ impl Drop for Running {
     }
 }
 
-/// Sends the data read from `source`, then `None` at its end. For a terminal, the end is EIO: all fds of the slave side
-/// are closed.
+/// Sends the data read from `source`, then `None` at its end. For a terminal, the end is EIO, which means that all fds
+/// of the slave side are closed.
 fn pump(mut source: impl Read, send: &dyn Fn(Option<Vec<u8>>) -> bool) {
     let mut buffer = vec![0; 256 * 1024];
     while let Ok(length @ 1..) = source.read(&mut buffer) {

@@ -27,7 +27,7 @@ pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     cri::pods(name, |pods| {
         body(pods);
         let failed = FAILED.take();
-        assert!(failed.is_empty(), "{failed:#?}");
+        assert!(failed.is_empty(), "failed behaviours: {failed:#?}");
     });
 }
 

@@ -1,5 +1,5 @@
-//! Calls containerd's own services, for what the suites ask often. `ctr` would start a process for each question, which
-//! takes 0.1 to 0.3 s in an emulated node.
+//! Calls containerd's own services for requests that the suites make often. `ctr` would start a process for each
+//! request, and a process takes 0.1 to 0.3 s in an emulated node.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// The snapshotter that `ctr` and the CRI use by default.
 const SNAPSHOTTER: &str = "overlayfs";
 
-/// A task: the running container, or what is left of it.
+/// A containerd task, which represents a running or ended container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
     /// The container's id.
     pub id: String,
-    /// The pid of its first process on the node.
+    /// The pid on the node of the container's first process.
     pub pid: i32,
     /// `CREATED`, `RUNNING`, `STOPPED`, `PAUSED` …
     pub status: String,
@@ -69,7 +69,7 @@ pub fn kill(namespace: &str, id: &str, signal: i32) -> Result<(), Status> {
     call(namespace, "tasks.v1.Tasks", "Kill", &json!({ "container_id": id, "signal": signal })).map(drop)
 }
 
-/// Returns the parent of a snapshot: the image's uppermost layer if the snapshot was made of an image.
+/// Returns the key of a snapshot's parent. For a snapshot of an image, this is the image's uppermost layer.
 ///
 /// # Errors
 /// The status of the failed call.
@@ -89,7 +89,7 @@ pub fn prepare_snapshot(namespace: &str, key: &str, parent: &str) -> Result<Stri
     let request = json!({ "snapshotter": SNAPSHOTTER, "key": key, "parent": parent, "labels": labels });
     let answer = call(namespace, "snapshots.v1.Snapshots", "Prepare", &request)?;
     let mounts: Vec<&Value> = items(&answer["mounts"]).collect();
-    assert!(mounts.len() == 1 && mounts[0]["type"] == "overlay", "the snapshot is no overlay: {answer}");
+    assert!(mounts.len() == 1 && mounts[0]["type"] == "overlay", "expected one overlay mount, received {answer}");
     Ok(items(&mounts[0]["options"]).map(text).collect::<Vec<_>>().join(","))
 }
 

@@ -25,17 +25,17 @@ pub struct Events {
 }
 
 impl Events {
-    /// Subscribes. All events after the return are recorded.
+    /// Subscribes to the events. All events that are sent after the return are recorded.
     #[track_caller]
     pub fn watch() -> Self {
         let arriving = grpc::stream("containerd.services.events.v1.Events", "Subscribe");
         let events = Self { arriving, seen: RefCell::default(), marker: Cell::default() };
-        // containerd does not say when it has registered the subscription. It drops the markers before.
+        // containerd does not report when the subscription is active, and drops earlier events. Therefore publish markers until one of them arrives.
         let subscribed = node::eventually(TIMEOUT, || {
             let marker = events.mark();
             events.receive(Instant::now() + Duration::from_millis(100), |topic| topic == marker).then_some(())
         });
-        assert!(subscribed.is_some(), "containerd sends no events");
+        assert!(subscribed.is_some(), "no event has arrived from containerd after the subscription");
         events
     }
 
@@ -43,20 +43,20 @@ impl Events {
     /// `exec-exit ID STATUS`, `oom`, `delete STATUS` …
     #[track_caller]
     pub fn for_container(&self, container: &str) -> Vec<String> {
-        // containerd sends events to each subscriber in order: before the marker all earlier events have arrived.
+        // containerd sends events to each subscriber in order. Therefore all earlier events arrive before the marker.
         let marker = self.mark();
         let arrived = self.receive(Instant::now() + TIMEOUT, |topic| topic == marker);
-        assert!(arrived, "containerd sends no events");
+        assert!(arrived, "containerd has not sent the marker event {marker}");
         self.seen_of(container)
     }
 
-    /// Waits until a container has at least `count` events.
+    /// Waits until a container has at least `count` events, and returns the container's events.
     #[track_caller]
     pub fn wait_for(&self, container: &str, count: usize) -> Vec<String> {
         let has_enough = || self.seen_of(container).len() >= count;
         let enough = has_enough() || self.receive(Instant::now() + TIMEOUT, |_| has_enough());
         let seen = self.seen_of(container);
-        assert!(enough, "expected {count} events, received {seen:?}");
+        assert!(enough, "expected {count} events of the container, received {seen:?}");
         seen
     }
 
@@ -65,17 +65,17 @@ impl Events {
         seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()
     }
 
-    /// Publishes an event with a topic of its own, and returns the topic.
+    /// Publishes a marker event. Returns its topic, which no other event has.
     #[track_caller]
     fn mark(&self) -> String {
         self.marker.set(self.marker.get() + 1);
         let topic = format!("/husk-e2e/marker-{}-{}", std::process::id(), self.marker.get());
-        containerd::publish(KUBERNETES, &topic).unwrap_or_else(|status| panic!("failed to publish an event: {status}"));
+        containerd::publish(KUBERNETES, &topic).unwrap_or_else(|status| panic!("failed to publish {topic}: {status}"));
         topic
     }
 
-    /// Records the events that arrive, until `enough` accepts the topic of one. Returns false if none does before the
-    /// deadline.
+    /// Records the arriving events until `enough` returns true for an event's topic. Returns false if the deadline
+    /// passes before that.
     fn receive(&self, deadline: Instant, enough: impl Fn(&str) -> bool) -> bool {
         while let Ok(bytes) = self.arriving.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             let envelope = Envelope::parse_from_bytes(&bytes).unwrap();
@@ -124,7 +124,7 @@ fn task(envelope: &Envelope) -> Option<(String, String)> {
     })
 }
 
-/// Replaces exec ids in events by numbers from 1, in order of first appearance.
+/// Replaces exec ids in events by the numbers 1, 2 and so on, in the order of first appearance.
 pub fn number_exec_ids(events: &[String]) -> Vec<String> {
     let mut ids: Vec<&str> = Vec::new();
     let mut all = Vec::new();

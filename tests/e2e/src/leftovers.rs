@@ -53,7 +53,8 @@ impl Snapshot {
         Self { things }
     }
 
-    /// Waits until the node has nothing that was not in the snapshot, and containerd has no containers and tasks.
+    /// Waits until everything that the node has was already in the snapshot, and containerd has neither containers nor
+    /// tasks.
     ///
     /// # Errors
     /// The list of leftovers.
@@ -74,7 +75,7 @@ impl Snapshot {
     }
 }
 
-/// Adds containerd's records of containers and tasks in the namespaces of the suites.
+/// Adds the containers and tasks that containerd still has in the suites' namespaces.
 fn records(left: &mut Vec<String>) {
     for namespace in [NAMESPACE, KUBERNETES] {
         match containerd::containers(namespace) {
@@ -160,7 +161,7 @@ fn entries(dir: &Path, depth: usize, things: &mut BTreeSet<String>) {
 fn cgroups(dir: &Path, things: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            // The shared cgroups stay.
+            // Shared cgroups are not leftovers.
             if !SHARED_CGROUPS.iter().any(|parent| entry.file_name() == *parent) {
                 things.insert(format!("cgroup {}", entry.path().display()));
             }

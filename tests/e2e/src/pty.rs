@@ -26,7 +26,7 @@ impl Terminal {
         unsafe {
             command.pre_exec(|| {
                 nix::unistd::setsid()?;
-                // Makes it the session's controlling terminal, so that a resize sends SIGWINCH.
+                // Makes the terminal the session's controlling terminal, so that a resize sends SIGWINCH.
                 if libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
@@ -42,7 +42,7 @@ impl Terminal {
     pub fn resize(&self, rows: u16, columns: u16) {
         // SAFETY: the fd is an open terminal, and the structure outlives the call.
         let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size(rows, columns)) };
-        assert_eq!(result, 0, "TIOCSWINSZ: {}", std::io::Error::last_os_error());
+        assert_eq!(result, 0, "ioctl TIOCSWINSZ failed: {}", std::io::Error::last_os_error());
     }
 
     /// Types `text` on the terminal.

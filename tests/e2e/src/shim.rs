@@ -13,7 +13,7 @@ use crate::{KUBERNETES, NAMESPACE};
 /// Type URL of JSON-encoded `LinuxResources`, as containerd sends them.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
-/// The service version that containerd 1.7 calls, and the only one that its runc shim implements.
+/// The service version that containerd 1.7 calls, and the only version that its runc shim implements.
 const SERVICE: &str = "containerd.task.v2.Task";
 
 /// Updates the resource limits of a running container.

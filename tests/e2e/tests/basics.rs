@@ -6,7 +6,7 @@ use husk_e2e::command::Input;
 fn busybox_prints_and_returns_exit_code() {
     case("exit", |case| {
         case.busybox(&["echo", "hello from a container"]).output().expect_clean().expect_out("hello from a container");
-        // A child that a signal ends. PID 1 cannot be killed from inside the container.
+        // Kill a child, because PID 1 cannot be killed from inside the container.
         case.sh("sh -c 'kill -9 $$'; exit $?").output().expect_code(137);
     });
 }
@@ -78,13 +78,14 @@ fn output_goes_to_log_file_or_binary_logger() {
         let script = "echo to stdout; echo to stderr >&2";
         let run = case.sh(script).flags(&["--log-uri", &format!("file://{}", file.display())]);
         run.start(Input::Null).wait().expect_code(0);
-        let text = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let text =
+            std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("failed to read {}: {error}", file.display()));
         let mut lines: Vec<_> = text.lines().collect();
         lines.sort_unstable();
         assert_eq!(lines, ["to stderr", "to stdout"]);
 
         // A binary logger reads stdout from fd 3 and stderr from fd 4, and closes fd 5 when it is ready. runc's shim
-        // sends SIGTERM at the end: a logger that still reads has to ignore it.
+        // sends SIGTERM at the end. A logger that still reads has to ignore this signal.
         let logged = case.dir().join("binary.log");
         let logger = case.dir().join("logger");
         let program = "#!/bin/sh\ntrap '' TERM\nexec 5>&-\ncat <&3 >> LOG &\ncat <&4 >> LOG\nwait\n";

@@ -79,7 +79,8 @@ fn paused_container_does_not_run() {
     case("paused", |case| {
         let script = "echo up; while read line; do echo echo $line; done";
         let mut container = case.container(case.sh(script));
-        // Runs the same script and is never paused. Its answers show that there was time enough for an answer.
+        // The twin runs the same script and is never paused. Its answers show that the paused container had enough time
+        // to answer.
         let mut twin = case.container(case.sh(script));
         container.running.write(b"before\n");
         container.running.wait_for("echo before");
@@ -119,11 +120,11 @@ fn ps_lists_each_process_with_distinct_pid() {
         let mut distinct = pids_before.clone();
         distinct.dedup();
         assert_eq!(distinct.len(), 6, "pids are repeated: {pids_before:?}");
-        // The same six inside the container, and up to three of the counting command.
+        // Inside the container, there are the same six processes, and up to three processes of the counting command.
         let inside = container.exec("count", &["sh", "-c", "exec 2>/dev/null; grep -l . /proc/[0-9]*/cmdline | wc -l"]);
         let inside: usize = inside.expect_clean().out().trim().parse().unwrap();
-        assert!((6..=9).contains(&inside), "{inside} processes inside");
-        // An exec adds one PID; its end removes it.
+        assert!((6..=9).contains(&inside), "the container sees {inside} processes");
+        // An exec adds one pid. When the exec ends, its pid is removed.
         let exec = container.exec_command("more", &[], &["sh", "-c", "echo up; exec sleep 1005"]);
         let mut exec = Running::start(exec, Input::Null);
         exec.wait_for("up");

@@ -15,7 +15,7 @@ fn attach(container: &PodContainer, tty: bool) -> Stream {
     Stream::connect(call("Attach", &request)["url"].as_str().unwrap())
 }
 
-/// Attaches and waits for the container's first output: the server answers before the streams are connected.
+/// Attaches and waits for the container's first output, because the server answers before the streams are connected.
 #[track_caller]
 fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
     let mut stream = attach(container, tty);
@@ -27,8 +27,8 @@ fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
 /// Prints each line of stdin to stdout and stderr.
 const ECHO_LINES: &str = "echo up; while read line; do echo heard $line; echo aside $line >&2; done; echo end; exit 5";
 
-/// Prints each line of stdin, and the terminal's size after each SIGWINCH. The shell would handle a signal that arrives
-/// just before `read` only after it; `wait` misses none.
+/// Prints each line of stdin, and the terminal's size after each SIGWINCH. If a signal arrived just before `read`, the
+/// shell would handle it only after `read`. With `wait`, the shell misses no signal.
 const ECHO_TTY: &str = "exec 3<&0; while read line; do echo heard $line; done <&3 & trap 'stty size' WINCH; echo up; \
                         while :; do wait; done";
 
@@ -83,7 +83,7 @@ fn container_runs_on_after_all_attached_clients_disconnect() {
         two.send(channel::STDIN, b"third\n");
         two.wait_for(channel::STDOUT, "heard third\n");
         drop(two);
-        // Without clients the container runs on, and its stdin stays open for the next one.
+        // Without clients the container runs on, and its stdin stays open for the next client.
         assert_eq!(container.status()["state"], "CONTAINER_RUNNING");
         let mut three = attached(&container, "three", false);
         three.send(channel::STDIN, b"fourth\n");
@@ -107,7 +107,7 @@ fn stdin_once_closes_stdin_when_the_first_client_disconnects() {
         one.send(channel::STDIN, b"all of it\n");
         one.wait_for(channel::STDOUT, "heard all of it\n");
         drop(one);
-        // A client that only reads sees the end of both streams.
+        // A client that only reads sees the end of stdout and stderr.
         let (out, err, _) = two.finish();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         assert_eq!(text(out), "heard all of it\nend\n");
@@ -123,7 +123,7 @@ fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
         let container = pod.start(&userns::sh(&pod, userns::SLEEP));
         // Each script sleeps for a different time, so that its processes can be recognized.
         let scripts = ["exec sleep 4715", "sleep 4716 & sleep 4716", "setsid sh -c 'sleep 4717; :' & sleep 4717"];
-        // runc kills only the command: its children run on, and the call waits for them.
+        // runc kills only the command. The command's children run on, and the call waits for them.
         let scripts = if runtime() == RUNC { &scripts[..1] } else { &scripts[..] };
         // The calls run at the same time, because each takes as long as its timeout.
         thread::scope(|scope| {

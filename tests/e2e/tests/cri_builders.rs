@@ -20,7 +20,7 @@ RUN ["/bin/busybox", "sh", "-c", "busybox rm /srv/gone && busybox chown 1000:100
 CMD ["/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/srv/www"]
 "#;
 
-/// Lists the built image's files, to show that the removed one is gone.
+/// Lists the built image's files, to show that the removed file is gone.
 const LIST_FILES: &str = "busybox cat /srv/www/index.html; busybox stat -c %u:%g /srv/www; busybox ls /srv";
 
 /// Runs a script that has to succeed; returns its stdout.

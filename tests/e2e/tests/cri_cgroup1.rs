@@ -30,7 +30,11 @@ fn cgroups(pid: i32) -> HashMap<String, PathBuf> {
 
 fn limit(pod: &Pod, controller: &str, file: &str) -> i64 {
     let path = cgroups(pod.pid())[controller].join(file);
-    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().parse().unwrap()
+    fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("failed to read {}: {error}", path.display()))
+        .trim()
+        .parse()
+        .unwrap()
 }
 
 #[test]
@@ -60,7 +64,11 @@ fn vmm_is_in_the_pods_cgroup_of_every_controller() {
                 (limit(&pod, "cpu", "cpu.cfs_quota_us") == quota && range.contains(&memory)).then_some(())
             });
             let seen = limit(&pod, "memory", "memory.limit_in_bytes");
-            assert!(found.is_some(), "CPU quota {}, memory limit {seen}", limit(&pod, "cpu", "cpu.cfs_quota_us"));
+            assert!(
+                found.is_some(),
+                "the pod has CPU quota {} and memory limit {seen}",
+                limit(&pod, "cpu", "cpu.cfs_quota_us")
+            );
         };
         wait_for_limits(75_000, 128);
         let update = json!({ "container_id": container.id, "linux": limits(1000, 256) });

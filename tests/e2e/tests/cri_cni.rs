@@ -25,8 +25,9 @@ fn ptp_network_routes_its_own_subnet_through_the_gateway() {
 
 #[test]
 fn pods_of_a_macvlan_network_reach_each_other() {
-    let ip =
-        |arguments: &[&str]| assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{arguments:?}");
+    let ip = |arguments: &[&str]| {
+        assert!(Command::new("ip").args(arguments).status().unwrap().success(), "ip {arguments:?} failed")
+    };
     ip(&["link", "add", "huskparent", "type", "dummy"]);
     ip(&["link", "set", "huskparent", "up"]);
     let ipam = json!({ "type": "host-local", "ranges": [[{ "subnet": "10.92.0.0/24" }]] });

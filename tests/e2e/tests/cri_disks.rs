@@ -131,7 +131,7 @@ fn privileged_containers_format_and_mount_a_shared_block_device() {
         one.sh("mke2fs -L inside /dev/xvda > /dev/null && mkdir /data && mount -t ext4 /dev/xvda /data");
         one.sh("mkdir /data/dir && echo by one > /data/dir/file && dd if=/dev/urandom of=/data/large bs=1M count=8 2> /dev/null");
         let sum = one.sh("sha256sum < /data/large");
-        // Both containers have the same device, so the other one can mount the same file system.
+        // Both containers have the same device. Therefore the other container can mount the same file system.
         two.sh("mkdir /data && mount -t ext4 /dev/xvda /data");
         assert_eq!(two.sh("cat /data/dir/file; sha256sum < /data/large"), format!("by one\n{sum}"));
         two.sh("echo by two > /data/dir/other && sync && umount /data");
@@ -173,7 +173,7 @@ fn raw_block_device_is_durable_after_fsync_and_shared_between_containers() {
         file.seek(SeekFrom::Start(MIB)).unwrap();
         file.read_exact(&mut seen).unwrap();
         assert_eq!(&seen, b"made to last");
-        // After SIGKILL the next container still reads the data.
+        // After the writer was killed, the next container still reads the data.
         writing.stop(0);
         writing.remove();
         let other = start_with_device(&pod, &disk, "mrw", false);
@@ -221,7 +221,7 @@ const MARK: &str = "the node's own";
 #[test]
 fn privileged_container_cannot_open_the_nodes_devices() {
     pods("cri-none-of-the-nodes", |pods| {
-        // A marked disk of the node, which no pod was given.
+        // A disk of the node with known content. No pod has this disk.
         let disk = Disk::new(&pods.dir().join("disk"), 8);
         fs::write(&disk.device, MARK).unwrap();
         let marked: String = MARK.bytes().map(|byte| format!("{byte:02x}")).collect();
@@ -248,7 +248,8 @@ fn privileged_container_cannot_open_the_nodes_devices() {
         let read = container.exec(&["sh", "-c", &script]);
         assert_eq!(read.out.lines().count(), names.len(), "{read:?}");
         for (name, found) in names.iter().zip(read.out.lines()) {
-            // If the guest has a device with that number, it is the guest's own, and does not hold the node's data.
+            // If the guest has a device with that number, it is the guest's own device, and does not hold the node's
+            // data.
             let mut head = Vec::new();
             File::open(format!("/dev/{name}")).unwrap().take(64).read_to_end(&mut head).unwrap();
             let head: String = head.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -265,7 +266,7 @@ fn privileged_container_cannot_open_the_nodes_devices() {
             );
         }
         assert_eq!(container.sh("cat /sys/block/loop*/size 2> /dev/null | sort -u | grep -v '^0$'; true"), "");
-        // Neither does the guest have other devices of the node: KVM, vhost, virtio ports.
+        // The guest does not have other devices of the node either: KVM, vhost and virtio ports.
         assert_eq!(container.sh("ls -d /dev/kvm /dev/vhost-* /dev/vport* /dev/disk 2> /dev/null; true"), "");
         pod.stop();
     });

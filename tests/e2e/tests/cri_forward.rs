@@ -11,7 +11,7 @@ use serde_json::json;
 /// Number of simultaneous connections.
 const CONNECTIONS: u32 = 50;
 
-/// Servers that listen on one loopback address each. 8001 and 8002 echo; 8003 reads a line and answers it.
+/// Servers that each listen on one loopback address. Ports 8001 and 8002 echo. Port 8003 reads a line and answers it.
 const SERVERS: &str = "
 import _thread, socket, time
 def echo(peer):
@@ -44,8 +44,8 @@ fn text(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-/// Half-closes a connection before the server answers. With any runtime, containerd does not pass the half-close on. It
-/// closes the connection a second later (`portForward` in sandbox_portforward_linux.go).
+/// Half-closes a connection before the server answers. Whatever the runtime, containerd does not pass the half-close
+/// on. It closes the connection a second later (`portForward` in sandbox_portforward_linux.go).
 #[track_caller]
 fn half_close(connection: &Connection) {
     connection.send(b"this\n");
@@ -66,16 +66,16 @@ fn port_forward_carries_fifty_connections_to_loopback_servers() {
             let forward = forward(&pod);
             let connections: Vec<Connection> = (0..CONNECTIONS).map(|number| forward.open(port, number)).collect();
             let hello = |number: usize| format!("hello from {number}");
-            // All connections are open at the same time, and none receives another one's data.
+            // All connections are open at the same time, and no connection receives the data of another connection.
             for (number, connection) in connections.iter().enumerate() {
                 connection.send(hello(number).as_bytes());
             }
             for (number, connection) in connections.iter().enumerate() {
                 assert_eq!(text(connection.read(hello(number).len())), hello(number), "{port}");
             }
-            // A connection to a port without a listener ends at once, and the others stay. Husk accepts it before it
-            // connects to the guest, and then resets it. Kubernetes' streaming server logs the reset, but does not
-            // report it to the client (portForward in httpstream.go).
+            // A connection to a port without a listener ends at once, and the other connections stay. Husk accepts the
+            // connection before it connects to the guest, and then resets the connection. Kubernetes' streaming server
+            // logs the reset, but does not report it to the client (portForward in httpstream.go).
             let refused = forward.open(8099, CONNECTIONS);
             let error = refused.error();
             assert!(error.contains("8099") || runtime() != RUNC, "{error:?}");

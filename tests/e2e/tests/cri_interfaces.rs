@@ -13,7 +13,7 @@ use serde_json::json;
 #[track_caller]
 fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{program} {arguments:?} failed: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Runs `ip` in the pod's network namespace on the node.
@@ -33,7 +33,7 @@ fn wait_until(container: &PodContainer, command: &str, holds: impl Fn(&str) -> b
         last = container.sh(command);
         holds(&last).then_some(())
     });
-    assert!(held.is_some(), "{command}: {last}\n{}", node::log_tail(20));
+    assert!(held.is_some(), "{command:?} still prints {last:?}\n{}", node::log_tail(20));
 }
 
 /// Prints the offloads of eth0 (linux/ethtool.h: ETHTOOL_GRXCSUM, GTXCSUM, GSG, GTSO).
@@ -150,7 +150,7 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         let assert_reachable = || {
             wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
             let address: SocketAddr = "10.98.0.2:8080".parse().unwrap();
-            // Until the guest has the new interface, the node's network stack answers, and has no listener.
+            // Until the guest has the new interface, the node's network stack answers. It has no listener.
             let answer = node::eventually(Duration::from_secs(30), || {
                 let mut text = String::new();
                 let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
@@ -165,12 +165,13 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         // Another interface with the same name and the same MAC address.
         add_interface();
         assert_reachable();
-        // Removed and recreated before the shim notices the removal.
+        // The interface is removed and recreated before the shim notices the removal.
         run("ip", &["link", "del", "huskveth"]);
         add_interface();
         wait_until(&container, mac, |text| text == "02:00:00:00:98:02");
         assert_reachable();
-        // Another MAC address. The node's peer does not learn of it, so its neighbour table is flushed.
+        // Another MAC address. The peer on the node does not learn of the new address. Therefore the peer's neighbour
+        // table is flushed.
         ip(&pod, "link set second address 02:00:00:00:98:03");
         run("ip", &["neigh", "flush", "dev", "huskveth"]);
         wait_until(&container, mac, |text| text == "02:00:00:00:98:03");
@@ -180,8 +181,12 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         wait_until(&container, "ls /sys/class/net", |text| text.lines().eq(["eth0", "lo"]));
         let netns = format!("--net={}", pod.netns().display());
         let links = Command::new("nsenter").args([&netns, "ip", "-o", "link"]).output().unwrap();
-        assert_eq!(String::from_utf8_lossy(&links.stdout).lines().count(), 3, "lo, eth0 and its tap: {links:?}");
-        // More interfaces, one after the other, than there are slots.
+        assert_eq!(
+            String::from_utf8_lossy(&links.stdout).lines().count(),
+            3,
+            "expected lo, eth0 and the tap of eth0: {links:?}"
+        );
+        // Add and remove more interfaces than there are slots, one after the other.
         for _ in 0..4 {
             add_interface();
             wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));

@@ -18,7 +18,7 @@ const HASH_FILES: &str = r"
         -exec stat -L -c '%n %a %u:%g %s' {} + -exec sha256sum {} + | sort > /tmp/files
     sha256sum < /tmp/files; wc -l < /tmp/files";
 
-/// Prints the volume's hash, and again after each inotify event of a file that is created, deleted or renamed.
+/// Prints the volume's hash at the start and after each inotify event that reports a created, deleted or renamed file.
 const WATCH_FILES: &str = r#"
 import ctypes, os, sys
 os.environ["HASH_FILES"] = sys.argv[1]
@@ -30,7 +30,7 @@ while True:
     os.read(fd, 1 << 20)
 "#;
 
-/// Returns the directory's hash and number of files, as the node sees it.
+/// Returns the directory's hash and number of files, as the node sees them.
 #[track_caller]
 fn hash_on_node(dir: &Path) -> String {
     let seen = Command::new("sh").args(["-c", HASH_FILES]).arg(dir).output().unwrap();

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// An emptyDir, mounted like the kubelet mounts it. Dropping it unmounts it.
+/// An emptyDir, mounted as the kubelet mounts it. Dropping this value unmounts the emptyDir.
 struct Volume(PathBuf);
 
 impl Volume {
@@ -22,7 +22,7 @@ impl Volume {
         let path = pods.dir().join("volumes/kubernetes.io~empty-dir").join(name);
         fs::create_dir_all(&path).unwrap();
         mount(Some(kind), &path, Some(kind), MsFlags::empty(), Some(data)).unwrap();
-        // A pod with an fsGroup.
+        // Owner and mode are those for a pod with an fsGroup.
         chown(&path, None, Some(2000)).unwrap();
         fs::set_permissions(&path, PermissionsExt::from_mode(0o2777)).unwrap();
         Self(path)
@@ -74,7 +74,7 @@ fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
         sub.exec(&["sh", "-c", "dd if=/dev/zero of=/data/mine bs=1M count=40"]);
         let ended = sub.try_exec(&["true"]);
         let written = full_volume.sh("cat /data/part/mine | wc -c").parse::<u64>().unwrap();
-        assert!(written < 33 * MIB, "a container with 32 MiB wrote {written} bytes");
+        assert!(written < 33 * MIB, "a container with a limit of 32 MiB wrote {written} bytes");
         assert!(pod.is_ready(), "{ended:?}");
         // The data stays for the next container, and is not on the node.
         full_volume.stop(0);
@@ -127,15 +127,15 @@ struct Pool;
 impl Pool {
     fn reserve(pages: u64) -> Self {
         fs::write(format!("{POOL}/nr_hugepages"), pages.to_string()).unwrap();
-        assert_eq!(free_pages(), pages, "the node has no {pages} huge pages");
+        assert_eq!(free_pages(), pages, "the node cannot reserve {pages} huge pages");
         Self
     }
 
-    /// Waits until `pages` huge pages are free, because the pods have returned theirs.
+    /// Waits until the pods have returned their huge pages and `pages` huge pages are free.
     #[track_caller]
     fn wait_for(&self, pages: u64) {
         let back = node::eventually(Duration::from_secs(20), || (free_pages() == pages).then_some(()));
-        assert!(back.is_some(), "{} huge pages are free", free_pages());
+        assert!(back.is_some(), "{} huge pages are free, expected {pages}", free_pages());
     }
 }
 
@@ -173,7 +173,7 @@ fn pod_takes_huge_pages_from_the_nodes_pool_and_returns_them() {
         user.wait_for("ready");
         assert!(user.log().contains(&format!("used {}", 12 * MIB)), "{}", user.log());
         assert!(user.log().contains("no more 12"), "{}", user.log());
-        // The pod has taken its limit of pages from the node's pool.
+        // The pod has taken as many pages from the node's pool as its limit allows.
         assert_eq!(free_pages(), 8);
         let reader = pod.start(&config(READ_SHARED_PAGES));
         assert_eq!(reader.wait().0, 0, "{}", reader.log());
@@ -185,7 +185,7 @@ fn pod_takes_huge_pages_from_the_nodes_pool_and_returns_them() {
 
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
-fn container_with_a_huge_page_limit_gets_exactly_that_many() {
+fn container_with_a_huge_page_limit_gets_exactly_that_many_pages() {
     node::need_image(PYTHON);
     let pool = Pool::reserve(8);
     case("huge", |case| {

@@ -20,7 +20,7 @@ fn in_netns(pod: &Pod, command: &[&str]) -> String {
     nsenter.arg(format!("--net={}", pod.netns().display())).args(command);
     let output = nsenter.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{command:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?} failed: {text}{}", String::from_utf8_lossy(&output.stderr));
     text
 }
 
@@ -55,7 +55,7 @@ fn pods_reach_the_node_and_each_other() {
         let (one, two) = (pods.pod(), pods.pod());
         let (a, b) = (server(&one, "one"), server(&two, "two"));
         let addresses = (one.addresses(), two.addresses());
-        assert_eq!(addresses.0.len(), 2, "an IPv4 and an IPv6 address: {:?}", addresses.0);
+        assert_eq!(addresses.0.len(), 2, "expected an IPv4 and an IPv6 address: {:?}", addresses.0);
         // The guest has the addresses, MTU and MAC of the network namespace that CNI configured.
         for (what, command) in [
             (
@@ -95,7 +95,7 @@ fn pods_reach_the_node_and_each_other() {
             });
             let answer = a.sh(&format!("nc -w 20 {} {} < /dev/null", address.ip(), address.port()));
             assert_eq!(answer, "the node", "{address}");
-            assert_eq!(accept.join().unwrap(), expected, "the node sees the pod's address");
+            assert_eq!(accept.join().unwrap(), expected, "the node must see the pod's address");
         }
         // A pod reaches itself at its addresses and at the loopback addresses.
         assert_eq!(a.sh(&dial(&format!("{} 127.0.0.1 ::1", list(&addresses.0)))), "one\none\none\none");
@@ -117,7 +117,7 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     dialled.join().unwrap()
 }
 
-/// Returns what it received, once the client has closed its side.
+/// Returns the received data once the client has closed its side.
 const ECHO: &str = "import _thread, socket
 def echo(peer):
     peer.sendall(b''.join(iter(lambda: peer.recv(65536), b'')))
@@ -128,23 +128,23 @@ while True:
     _thread.start_new_thread(echo, listener.accept()[:1])";
 
 #[test]
-fn port_forward_reaches_loopback_servers_and_resets_for_closed_ports() {
+fn port_forward_reaches_loopback_servers_and_resets_connections_to_closed_ports() {
     pods("cri-forward", |pods| {
         let pod = pods.pod();
         let container = server(&pod, "here");
-        // A server for many connections at once: busybox's has a backlog of one.
+        // Start a server for many connections at once, because busybox's server has a backlog of one.
         need_image(PYTHON);
         let echo = pod.start(&pod.python(ECHO));
         echo.wait_for("up");
         let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
-        // Through containerd's streaming server, as kubectl does: servers on both loopback addresses.
+        // Connect to servers on both loopback addresses through containerd's streaming server, as kubectl does.
         for port in [8081, 8082] {
             let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [port] }));
             let mut stream = Stream::connect(&format!("{}?port={port}", answer["url"].as_str().unwrap()));
             stream.send(0, b"GET / HTTP/1.0\r\n\r\n");
             stream.wait_for(0, "here-page");
         }
-        // Directly: both address families, many connections at once, half-closed.
+        // Connect directly: both address families, many connections at once, half-closed.
         let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8084)).unwrap()).collect();
         for (number, connection) in connections.iter_mut().enumerate() {
             connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -178,7 +178,7 @@ fn tcp_host_port_reaches_the_pod_until_it_stops() {
         config["port_mappings"] = json!([{ "protocol": "TCP", "container_port": 8080, "host_port": 18080 }]);
         let pod = pods.run(config);
         server(&pod, "mapped");
-        // At the bridge's address: localhost needs a sysctl of the node, which CNI sets itself.
+        // Connect to the bridge's address. A host port at localhost needs a sysctl of the node, which CNI sets itself.
         assert_eq!(greeting("10.88.0.1:18080".parse().unwrap()), "mapped");
         pod.stop();
         let gone = node::eventually(Duration::from_secs(10), || {

@@ -17,8 +17,8 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 /// Maximum fd limit of any process, whatever its capabilities (Documentation/admin-guide/sysctl/fs.rst).
 const NR_OPEN: &str = "/proc/sys/fs/nr_open";
 
-/// Lowers the fd limit of containerd's children, and `nr_open`, because the VMM raises its limit up to it. Dropping it
-/// restores both.
+/// Lowers the fd limit of containerd's children. Also lowers `nr_open`, because the VMM raises its limit up to
+/// `nr_open`. Dropping this value restores both.
 struct LowFdLimit {
     containerd: i32,
     limit: libc::rlimit,
@@ -27,7 +27,7 @@ struct LowFdLimit {
 
 impl LowFdLimit {
     fn new() -> Self {
-        let containerd = restart::containerd_pid().expect("containerd runs");
+        let containerd = restart::containerd_pid().expect("containerd is not running");
         let nr_open = fs::read_to_string(NR_OPEN).unwrap();
         let low = libc::rlimit { rlim_cur: LIMIT, rlim_max: LIMIT };
         let limit = prlimit(containerd, &low);
@@ -43,12 +43,12 @@ impl Drop for LowFdLimit {
     }
 }
 
-/// Sets a process's fd limit; returns the old one.
+/// Sets a process's fd limit. Returns the old limit.
 fn prlimit(pid: i32, limit: &libc::rlimit) -> libc::rlimit {
     let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both pointers point to valid `rlimit` structures that outlive the call.
     let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, limit, &raw mut old) };
-    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    assert_eq!(set, 0, "prlimit failed: {}", std::io::Error::last_os_error());
     old
 }
 
@@ -76,9 +76,9 @@ fn pod_uses_more_files_than_the_vmms_fd_limit() {
         config["mounts"] = json!([{ "host_path": dir.to_string_lossy(), "container_path": "/data" }]);
         let container = pod.start(&config);
         let total = (DIRECTORIES * FILES).to_string();
-        // Looks up all files. Files that were never read are forgotten first.
+        // Looks up all files. The guest first forgets files that were never read.
         assert_eq!(container.sh("ls -lR /data | grep -c ^-"), total);
-        // Data that is read stays in the guest's page cache, and the VMM keeps its file open as long.
+        // Data that is read stays in the guest's page cache, and the VMM keeps the file open for as long.
         let read = container.exec_within(TIMEOUT, &["sh", "-c", "find /data -type f -exec cat {} + | grep -c 1"]);
         assert_eq!((read.out.trim(), read.err.as_str()), (total.as_str(), ""), "{}", node::log_tail(20));
         // The VMM keeps new files open as well.

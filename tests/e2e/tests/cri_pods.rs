@@ -16,7 +16,7 @@ fn pod_and_its_vm_outlive_their_containers() {
         assert!(pod.is_ready());
         let vmms = vm::vmm_pids();
         if husk() {
-            assert_eq!(vmms.len(), 1, "a pod has one VM");
+            assert_eq!(vmms.len(), 1, "a pod must have exactly one VM");
             assert_eq!(vmms, [pod.pid()]);
         }
         // The pod stays after its only container has exited and is removed.
@@ -25,11 +25,11 @@ fn pod_and_its_vm_outlive_their_containers() {
         assert!(first.log().contains("stdout F one"), "{}", first.log());
         first.remove();
         assert!(pod.is_ready());
-        // Of two containers one stops; the other runs on.
+        // One of two containers stops. The other container runs on.
         let (a, b) = (pod.sleeper(), pod.sleeper());
         assert_eq!(a.sh("hostname"), b.sh("hostname"));
         a.stop(10);
-        assert_eq!(a.wait().0, 0, "exit code of the container's SIGTERM handler");
+        assert_eq!(a.wait().0, 0, "the exit code is not that of the container's SIGTERM handler");
         assert_eq!(b.sh("echo still here"), "still here");
         // A new container with the same configuration, as for a restart by the kubelet.
         a.remove();
@@ -40,7 +40,7 @@ fn pod_and_its_vm_outlive_their_containers() {
         assert_eq!(again.wait().0, 137);
         b.stop(0);
         assert!(pod.is_ready());
-        assert_eq!(vm::vmm_pids(), vmms, "the pod has another VM");
+        assert_eq!(vm::vmm_pids(), vmms, "the pod no longer has its first VM");
         // A container that is created and never started.
         pod.create(&pod.sh("true")).remove();
         pod.stop();

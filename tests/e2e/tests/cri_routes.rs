@@ -1,4 +1,5 @@
-//! Routes, rules and routing tables: the guest has those of the pod's network namespace. The node's `ip` lists both.
+//! The guest has the same routes, rules and routing tables as the pod's network namespace. The node's `ip` lists them
+//! in both places.
 
 use std::fs;
 use std::io::Read;
@@ -40,7 +41,7 @@ fn on_node(pod: &Pod, arguments: &str) -> String {
     let output = Command::new("nsenter").args([netns.as_str(), "ip"]).args(arguments.split(' ')).output().unwrap();
     // `ip` reports an error for an empty table.
     let none = String::from_utf8_lossy(&output.stderr).contains("FIB table does not exist");
-    assert!(output.status.success() || none, "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() || none, "ip {arguments} failed: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -197,7 +198,7 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
         let containers_rule = "from 10.250.0.0/16 lookup 250";
         for change in [
-            // Removed, added and replaced, of each kind.
+            // Remove, add and replace routes and rules of each kind.
             "route del 10.70.0.0/16",
             "route replace 10.71.0.0/16 nexthop via 10.94.1.1 dev eth0 nexthop via 10.94.1.3 dev eth0 weight 7",
             "route replace blackhole 10.74.0.0/16 tos 0x10",
@@ -220,7 +221,8 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         in_guest(&container, "rule del pref 250");
         wait_until_equal(&pod, &container);
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
-        // Rules of the same priority: one that matches everything, between two narrower ones. Their order counts.
+        // Add rules of the same priority: a rule that matches everything is between two narrower rules. The order of
+        // these rules counts.
         on_node(&pod, "rule add pref 400 from 10.5.0.0/16 lookup 100");
         on_node(&pod, "rule add pref 400 lookup 1000");
         on_node(&pod, "rule add pref 400 from 10.6.0.0/16 lookup 1000");
@@ -239,7 +241,7 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         });
         assert!(in_guest(&container, "rule").contains(containers_rule));
 
-        // All routes and rules are removed.
+        // Remove all routes and rules.
         for family in ["", "-6 "] {
             for table in ["7", "100", "1000"] {
                 on_node(&pod, &format!("{family}route flush table {table}"));
@@ -343,7 +345,7 @@ fn wait_until(container: &PodContainer, view: &str, holds: impl Fn(&str) -> bool
         last = in_guest(container, view);
         holds(&last).then_some(())
     });
-    assert!(held.is_some(), "{view}: {last}\n{}", node::log_tail(20));
+    assert!(held.is_some(), "ip {view} in the guest still prints {last:?}\n{}", node::log_tail(20));
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn pod_runs_without_a_sandbox_container_or_task() {
         assert_eq!(containerd::containers(KUBERNETES).unwrap(), Vec::<String>::new());
         assert_eq!(containerd::tasks(KUBERNETES).unwrap(), []);
         assert!(is_containerd_2());
-        // The pod stays after its only container is removed, and takes new ones.
+        // The pod stays after its only container is removed, and accepts new containers.
         let first = pod.start(&pod.sh("echo one; exit 3"));
         assert_eq!(first.wait(), (3, "Error".into()));
         assert!(first.log().contains("stdout F one"), "{}", first.log());
@@ -73,9 +73,9 @@ fn pod_runs_without_a_sandbox_container_or_task() {
         b.remove();
         let again = pod.sleeper();
         assert_eq!(again.sh("echo again"), "again");
-        assert_eq!(vm::vmm_pids(), vmms, "the pod has another VM");
+        assert_eq!(vm::vmm_pids(), vmms, "the pod no longer has its first VM");
         pod.create(&pod.sh("true")).remove();
-        // Stops the pod while a container runs.
+        // Stop the pod while a container runs.
         pod.stop();
         assert!(!pod.is_ready());
         assert_eq!(again.wait().0, 137);
@@ -166,7 +166,7 @@ fn sandbox_service_implements_all_requests() {
         assert_eq!((status.sandbox_id.as_str(), status.state.as_str()), (id().as_str(), "SANDBOX_READY"));
         assert_eq!((status.pid, &status.created_at), (started.pid, &started.created_at));
         assert!(status.exited_at.is_none() && status.info["info"].contains("runtimeSpec"), "{status:?}");
-        // A waiter gets the sandbox's exit; a requested stop has exit status 0.
+        // A waiter gets the sandbox's exit. A requested stop has exit status 0.
         let waiter = {
             let request = WaitSandboxRequest { sandbox_id: id(), ..Default::default() };
             let client = shim::sandbox_client(&pod.id);
@@ -230,7 +230,7 @@ fn husk_ps_and_trace_show_a_pod_without_containers() {
         let pod = pods.pod();
         let husk = |args: &[&str]| {
             let output = std::process::Command::new("husk").args(args).output().unwrap();
-            assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "husk {args:?} failed: {}", String::from_utf8_lossy(&output.stderr));
             String::from_utf8_lossy(&output.stdout).into_owned()
         };
         let list: serde_json::Value = serde_json::from_str(&husk(&["ps", "--output", "json"])).unwrap();
@@ -267,13 +267,14 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
         let pod = pods.pod();
         let container = pod.sleeper();
         let shims = vm::shim_pids_of(&pod.id);
-        assert_eq!(shims.len(), 1, "a pod has one shim");
+        assert_eq!(shims.len(), 1, "a pod must have exactly one shim");
         // SAFETY: kill(2) takes two integers and no pointers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the VM outlives its shim");
         wait_until_not_ready(&pod);
-        // containerd may report the pod's end before the container's, and does not remove a running container.
+        // containerd may report the end of the pod before the end of the container. It does not remove a running
+        // container.
         assert!([137, 255].contains(&container.wait().0));
         pod.stop();
         pod.remove();
@@ -283,7 +284,7 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
 #[test]
 fn run_pod_sandbox_rejects_host_namespaces_and_disallowed_annotations() {
     pods("sb-refused", |pods| {
-        // Without the host network: with this sandboxer containerd 2.1 itself crashes on it (NewBundle without a
+        // The host network is not tested. With this sandboxer, containerd 2.1 itself crashes on it (NewBundle without a
         // specification).
         for (namespace, word) in [("pid", "host pid"), ("ipc", "host ipc")] {
             let mut config = pods.config();

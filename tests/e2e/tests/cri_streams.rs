@@ -40,7 +40,7 @@ fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
         let count = "grep -lE '471[3]' /proc/[0-9]*/cmdline 2>/dev/null | wc -l";
         let gone = node::eventually(Duration::from_secs(10), || (container.sh(count) == "0").then_some(()));
         assert!(gone.is_some(), "{}", container.sh("ps"));
-        // A stream with stdin; the exit status follows at its end.
+        // A stream with stdin. The exit status arrives at the end of the stream.
         let mut stream = open(
             "Exec",
             &container,
@@ -95,7 +95,7 @@ fn attach_reaches_stdin_and_logs_are_split_and_reopened() {
         assert_eq!(of("stdout"), ["begin", "heard first", "heard second", "end"]);
         assert_eq!(of("stderr"), ["aside", "aside"]);
         container.remove();
-        // A long line is split into parts. ReopenContainerLog creates a new file after the old one was renamed.
+        // A long line is split into parts. ReopenContainerLog creates a new file after the old file was renamed.
         let container = pod.start(&pod.sh(
             "head -c 40000 /dev/zero | tr '\\0' x; echo; echo one; until [ -e /tmp/go ]; do sleep 0.2; done; echo two; sleep 1000",
         ));
@@ -105,7 +105,7 @@ fn attach_reaches_stdin_and_logs_are_split_and_reopened() {
         assert_eq!(
             parts.len(),
             2,
-            "40000 bytes are two partial lines of 16384 and the rest; log of {} bytes",
+            "40000 bytes must be two partial lines of 16384 bytes and the rest; the log has {} bytes",
             log.len()
         );
         let old = container.log_path().with_extension("old");
@@ -179,7 +179,7 @@ fn container_has_the_requested_mounts_limits_and_security_context() {
     });
 }
 
-/// Returns the groups that the image's /etc/group adds to the user: containerd 1.7 merges them.
+/// Returns the groups that the image's /etc/group adds to the user, because containerd 1.7 merges them.
 fn groups(container: &PodContainer) -> String {
     let listed = container.sh("grep -E ':[^:]*tester' /etc/group | cut -d: -f3");
     let mut groups: Vec<u32> = listed.lines().filter_map(|line| line.parse().ok()).collect();

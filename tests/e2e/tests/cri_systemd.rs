@@ -1,4 +1,4 @@
-//! Pods with the kubelet's systemd cgroup driver: each VM has a scope with the same properties as one of runc.
+//! Pods with the kubelet's systemd cgroup driver: each VM has a scope with the same properties as a scope of runc.
 //!
 //! Requires: systemd
 
@@ -26,7 +26,7 @@ fn systemctl(args: &[&str]) -> String {
 fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().unwrap();
     let err = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?}: {err}");
+    assert!(output.status.success(), "{program} {args:?} failed: {err}");
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }
 
@@ -55,7 +55,10 @@ fn unit(pod: &Pod) -> String {
 
 fn file(dir: &Path, name: &str) -> String {
     let path = dir.join(name);
-    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
+    fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("failed to read {}: {error}", path.display()))
+        .trim()
+        .to_owned()
 }
 
 /// Returns a unit's cgroup directory.
@@ -76,7 +79,7 @@ fn limits(dir: &Path) -> [String; 4] {
 fn systemd_limits(unit: &str) -> [String; 4] {
     let shown = show(unit);
     let number = |key: &str| if shown[key] == "infinity" { "max".to_owned() } else { shown[key].clone() };
-    // CPU time for each second, in seconds or milliseconds.
+    // The value is the CPU time for each second, in seconds or milliseconds.
     let quota = &shown["CPUQuotaPerSecUSec"];
     let millis = quota.strip_suffix("ms").and_then(|text| text.parse::<f64>().ok());
     let millis = millis.or_else(|| Some(quota.strip_suffix('s')?.parse::<f64>().ok()? * 1000.0));
@@ -85,7 +88,7 @@ fn systemd_limits(unit: &str) -> [String; 4] {
 }
 
 /// Reloads all units, then makes systemd write the unit's CPU and memory properties. Limits that systemd does not know
-/// would be lost. Fails unless all limits and the controllers are restored.
+/// would be lost. Fails unless systemd restores all limits and the controllers.
 #[track_caller]
 fn assert_limits_survive_reload(unit: &str, dir: &Path) {
     let controllers = || file(dir.parent().unwrap(), "cgroup.subtree_control");
@@ -98,7 +101,7 @@ fn assert_limits_survive_reload(unit: &str, dir: &Path) {
     let weight = if file(dir, "cpu.weight") == "77" { "78" } else { "77" };
     systemctl(&["set-property", "--runtime", unit, &format!("CPUWeight={weight}"), &format!("MemoryLow={weight}M")]);
     let back = node::eventually(SETTLE, || ((limits(dir), controllers()) == had).then_some(()));
-    assert!(back.is_some(), "{:?} and {}; expected {had:?}", limits(dir), controllers());
+    assert!(back.is_some(), "the limits and controllers are {:?} and {}, expected {had:?}", limits(dir), controllers());
 }
 
 /// Waits until the kernel and systemd both have these limits.
@@ -110,7 +113,7 @@ fn wait_for_limits(unit: &str, dir: &Path, quota: &str, cpus: &str, least_mib: u
         let max = max.parse().ok().filter(|max| range.contains(max));
         (max.is_some() && cpu == quota && set == cpus && systemd_limits(unit) == limits(dir)).then_some(())
     });
-    assert!(applied.is_some(), "{unit}: {:?}, systemd has {:?}", limits(dir), systemd_limits(unit));
+    assert!(applied.is_some(), "{unit}: the kernel has {:?}, systemd has {:?}", limits(dir), systemd_limits(unit));
 }
 
 /// Returns a container's configuration with limits.
@@ -150,7 +153,7 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
             .chain(["DefaultDependencies", "CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"])
             .chain(["TasksMax", "KillMode", "OOMPolicy", "Conflicts", "Before"])
         {
-            assert_eq!(shown.get(key), expected.get(key), "property {key} of Husk's scope and of runc's");
+            assert_eq!(shown.get(key), expected.get(key), "property {key} differs between Husk's scope and runc's");
         }
         assert_eq!([&shown["ActiveState"], &shown["Slice"], &shown["Delegate"]], ["active", slice.as_str(), "yes"]);
         other.stop();
@@ -174,7 +177,7 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         wait_for_limits(&name, &dir, "75000 100000", "1", 128);
         assert_limits_survive_reload(&name, &dir);
         let second = pod.start(&limited(&pod, 255, 64, "2"));
-        // 100.5 % of a CPU: systemd keeps whole percents.
+        // The quota would be 100.5 % of a CPU, but systemd keeps whole percents.
         wait_for_limits(&name, &dir, "101000 100000", "1-2", 192);
         call("UpdateContainerResources", &json!({ "container_id": first.id, "linux": resources(1000, 256, "1") }));
         wait_for_limits(&name, &dir, "151000 100000", "1-2", 320);
@@ -187,7 +190,7 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         wait_until_unloaded(&name);
         assert!(
             !dir.exists() && dir.parent().unwrap().exists(),
-            "the scope's cgroup has to be removed, and the slice is left to the kubelet"
+            "the scope's cgroup must be removed, and the slice must stay for the kubelet"
         );
         systemctl(&["stop", &slice]);
     });

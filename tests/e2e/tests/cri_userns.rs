@@ -1,4 +1,5 @@
-//! Pods with a user namespace (`hostUsers: false`): root is an unprivileged host user, and everything else works.
+//! Pods with a user namespace (`hostUsers: false`): root is mapped to an unprivileged host user, and containers work as
+//! in other pods.
 //!
 //! With runc, these tests pass on containerd 1.7. On 2.x they need runc 1.2, which has id-mapped mounts.
 //!
@@ -38,7 +39,7 @@ fn root_of_a_user_namespace_listens_on_port_80() {
 }
 
 #[test]
-fn files_of_volumes_have_owners_by_the_id_mapping() {
+fn owners_of_volume_files_follow_the_id_mapping() {
     pods("userns-volumes", |pods| {
         // containerd 2.x uses id-mapped mounts. 1.7 copies the image instead, and leaves volumes as they are.
         let maps = is_containerd_2();

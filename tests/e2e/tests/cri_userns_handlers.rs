@@ -19,7 +19,7 @@ fn status_reports_user_namespaces_and_recursive_read_only_mounts() {
     let status = call("Status", &json!({}));
     let handlers = status["runtime_handlers"].as_array().cloned().unwrap_or_default();
     let handler = handlers.iter().find(|handler| handler["name"] == "husk-userns");
-    let features = &handler.unwrap_or_else(|| panic!("{status}"))["features"];
+    let features = &handler.unwrap_or_else(|| panic!("no handler husk-userns in {status}"))["features"];
     assert_eq!(features["user_namespaces"], true, "{status}");
     assert_eq!(features["recursive_read_only_mounts"], true, "{status}");
     pods_with_handler("userns-handler", "husk-userns", check_root_is_mapped);

@@ -72,7 +72,7 @@ fn containers_and_node_share_volumes_and_later_mounts() {
             ]);
             pod.start(&config)
         };
-        // One container has the volume, the other one a subPath of it.
+        // One container has the volume. The other container has a subPath of the volume.
         let (parent, part) = (with(&volume, "/data"), with(&volume.join("sub"), "/part"));
         parent.sh("echo one > /data/sub/file");
         assert_eq!(part.sh("cat /part/file"), "one");
@@ -112,7 +112,7 @@ while True:
     peer.close()
 "#;
 
-/// In the directory `argv[1]`: tries the lock, tries to write, and sends a request to the socket.
+/// In the directory `argv[1]`: tries to take the lock, tries to write, and sends a request to the socket.
 const CLIENT: &str = r#"
 import fcntl, os, socket, sys
 os.chdir(sys.argv[1])
@@ -151,8 +151,8 @@ fn start_server(pod: &Pod, volume: &Path) {
     pod.start(&config).wait_for("serving");
 }
 
-/// Runs [`CLIENT`] in the directory `at` of a container that has `volume` at `/data`, with the mount's fields `more`.
-/// Returns its output in one line.
+/// Runs [`CLIENT`] in a container that has `volume` at `/data`. The mount has the additional fields `more`. The client
+/// works in the directory `at`. Returns the client's output in one line.
 #[track_caller]
 fn run_client(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
     let mut config = pod.python(CLIENT);
@@ -167,7 +167,8 @@ fn run_client(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
     output
 }
 
-/// A pod's directory of the kubelet, on the node's disk. Dropping it unmounts the subPaths and removes the directory.
+/// The directory in which the kubelet keeps the volumes of one pod, on the node's disk. Dropping this value unmounts
+/// the subPaths and removes the directory.
 struct PodDir {
     dir: PathBuf,
     mounts: RefCell<Vec<PathBuf>>,
@@ -232,7 +233,8 @@ fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
     });
 }
 
-/// Uses what overlayfs needs from the file system of its upper directory: whiteouts, `trusted.` attributes, renames.
+/// Uses the features that overlayfs needs from the file system of its upper directory: whiteouts, `trusted.`
+/// attributes, renames.
 const OVERLAY: &str = "
     cd /data && mkdir lower upper work merged lower/dir && echo 1 > lower/gone && echo 2 > lower/dir/kept
     mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
@@ -266,7 +268,7 @@ fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
     });
 }
 
-/// Runs as root of a user namespace, which is an unprivileged user to the pod and to the node.
+/// Runs as root of a user namespace. This root is an unprivileged user for the pod and for the node.
 const MAPPED: &str = "
     cd /data && mkdir -m 0 closed && echo inside > closed/file && cat closed/file && stat -c %u:%g closed/file
     mkdir lower upper work merged && echo 1 > lower/gone

@@ -1,4 +1,4 @@
-//! Block devices in VMs: the maximum number of hot-plugged disks, and written data when the VM ends.
+//! Block devices in VMs: the maximum number of hot-plugged disks, and what the disk contains after the VM has ended.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -55,13 +55,13 @@ fn start_rejects_disk_without_free_slot_and_memory_still_grows() {
         // A disk that is already attached needs no further slot.
         let second = pod.start(&config_with_disks(&pod, &disks[2..3]));
         assert_eq!(second.sh("blockdev --getsize64 /dev/xvda"), (3 << 20).to_string());
-        // Memory needs no slot: it can still be hot-plugged.
+        // Memory has slots of its own. Therefore it can still be hot-plugged.
         let memory_mib = || second.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
         let before = memory_mib();
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 600 << 20 });
         let large = pod.start(&config);
-        assert!(memory_mib() > before + 400, "{before} and {} MiB", memory_mib());
+        assert!(memory_mib() > before + 400, "the guest had {before} MiB and now has {} MiB", memory_mib());
         assert_eq!(large.sh("echo runs"), "runs");
         pod.stop();
     });

@@ -73,7 +73,7 @@ fn voluntary_switches(task: &str) -> u64 {
     line.trim().parse().unwrap()
 }
 
-/// Opens `count` connections at the same time. Each sends `bytes` bytes and expects them back.
+/// Opens `count` connections at the same time. Each connection sends `bytes` bytes and expects them back.
 fn echo_over_connections(address: SocketAddr, count: u8, bytes: usize) {
     let connections: Vec<_> = (0..count)
         .map(|number| {
@@ -123,18 +123,18 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
         let client = container.exec(&["python3", "-S", "-c", ECHO_CLIENT, "10.88.0.1", &port.to_string()]);
         assert_eq!(client.out.trim(), "40", "{client:?}");
         let active = vhost_workers(&pod);
-        assert_eq!(active.len(), 2, "vhost workers for two queue pairs");
+        assert_eq!(active.len(), 2, "two queue pairs must have two vhost workers");
         // The connections are spread over both workers.
         let before: Vec<_> = active.iter().map(|task| voluntary_switches(task)).collect();
         echo_over_connections(address(&pod), 40, 50_000);
         let added: Vec<_> = active.iter().zip(before).map(|(task, before)| voluntary_switches(task) - before).collect();
         assert!(added.iter().all(|&count| count > 10), "voluntary context switches of each worker: {added:?}");
 
-        // A hot-plugged interface has as many queue pairs.
+        // A hot-plugged interface has as many queue pairs as the first interface.
         let run = |command: &str| {
             let words: Vec<_> = command.split(' ').collect();
             let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
-            assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{command:?} failed: {}", String::from_utf8_lossy(&output.stderr));
         };
         let (path, name) = (pod.netns(), pod.netns().file_name().unwrap().to_string_lossy().into_owned());
         run("ip link add huskveth type veth peer name later");
@@ -143,12 +143,12 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
         run("ip link set huskveth up");
         run(&format!("nsenter --net={} ip addr add 10.98.0.2/24 dev later", path.display()));
         run(&format!("nsenter --net={} ip link set later up", path.display()));
-        // The echo server's image has no `ip`. The kernel lists each address of the guest as a route of its own.
+        // The echo server's image has no `ip` program. The kernel lists each address of the guest as a separate route.
         let has_address = || container.sh("cat /proc/net/fib_trie").contains("10.98.0.2\n").then_some(());
         assert!(node::eventually(TIMEOUT, has_address).is_some(), "{}", node::log_tail(20));
         assert_eq!(container.sh("ls /sys/class/net/later/queues | wc -l"), "4");
         echo_over_connections("10.98.0.2:8080".parse().unwrap(), 40, 50_000);
-        assert_eq!(vhost_workers(&pod).len(), 4, "vhost workers for two interfaces");
+        assert_eq!(vhost_workers(&pod).len(), 4, "two interfaces must have four vhost workers");
         run("ip link del huskveth");
         // The first interface still works.
         echo_over_connections(address(&pod), 10, 1000);
@@ -186,13 +186,13 @@ fn vhost_net_drops_frames_with_spoofed_mac() {
         echo_over_connections(address(&pod), 20, 50_000);
         assert_eq!(vhost_workers(&pod).len(), 1, "{}", node::log_tail(20));
         assert_spoofed_frames_are_dropped(&pod, &container);
-        // The spoofed frames do not end the pod's network.
+        // The pod's network still works after the spoofed frames.
         echo_over_connections(address(&pod), 20, 1000);
     });
 }
 
-/// Sends frames with spoofed source MACs, and between them frames with the interface's MAC. Each goes to the broadcast
-/// address and to the node, with and without a VLAN tag.
+/// Sends frames with spoofed source MACs, and between them frames with the interface's MAC. Each frame goes to the
+/// broadcast address and to the node, with and without a VLAN tag.
 const FRAMES: &str = "import socket, sys
 own, node = (bytes.fromhex(word.replace(':', '')) for word in sys.argv[1:3])
 link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
@@ -219,7 +219,7 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
             libc::SOCK_RAW | libc::SOCK_CLOEXEC,
             libc::c_int::from((libc::ETH_P_ALL as u16).to_be()),
         );
-        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        assert!(fd >= 0, "failed to open a packet socket: {}", std::io::Error::last_os_error());
         OwnedFd::from_raw_fd(fd)
     };
     let limit = libc::timeval { tv_sec: 20, tv_usec: 0 };
@@ -232,7 +232,7 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
     let sent = container.exec(&["python3", "-S", "-c", FRAMES, &own, node.trim()]);
     assert_eq!(sent.code, 0, "{sent:?}");
     let (mut own, mut spoofed, mut last) = (0, 0, 0);
-    // `husk-last` is sent as four frames, and each is captured on several interfaces.
+    // `husk-last` is sent as four frames, and each frame is captured on several interfaces.
     while last < 4 {
         let mut frame = [0u8; 2048];
         // SAFETY: `frame` outlives the call, and the length is its size.
@@ -245,8 +245,9 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
         last += usize::from(contains(b"husk-last"));
     }
     assert_eq!(spoofed, 0, "frames with a spoofed source MAC left the pod");
-    assert!(own >= 40, "{own} frames with the interface's MAC");
-    // With vhost-net the host's tc filter drops the frames and counts them; without it, the VMM drops them.
+    assert!(own >= 40, "only {own} frames with the interface's MAC arrived");
+    // With vhost-net, the host's tc filter drops the frames and counts them. Without vhost-net, the VMM drops the
+    // frames.
     let dropped = Command::new("nsenter")
         .arg(format!("--net={}", pod.netns().display()))
         .args(["tc", "-s", "filter", "show", "dev", "husk2", "ingress"])
@@ -273,7 +274,7 @@ fn failed_network_update_is_retried() {
         });
         vm::set_fd_limit(shim, limit);
         assert!(logged.is_some(), "{}", node::log_tail(20));
-        // No further change notifies the shim: the route arrives by the retry.
+        // No further change notifies the shim. Therefore only the shim's retry can apply the route.
         let applied = node::eventually(TIMEOUT, || container.sh("ip route").contains("10.77.0.0/16").then_some(()));
         assert!(applied.is_some(), "{}", node::log_tail(20));
         pod.stop();

@@ -49,7 +49,8 @@ fn exec_timeout_kills_all_descendants() {
             |number: &str| container.sh(&format!("grep -lE '{number}' /proc/[0-9]*/cmdline 2>/dev/null | wc -l"));
         // If an exec ends by itself, its background processes stay, as with runc.
         container.sh("setsid sleep 4712 > /dev/null 2>&1 &");
-        // Descendants in the background, in other sessions and reparented to init, and one that forks all the time.
+        // Start descendants in the background, in other sessions and reparented to init. One descendant forks all the
+        // time.
         let script = "sleep 4713 & setsid sleep 4713 & (setsid sh -c 'sleep 4713 & sleep 4713; :' &)
             (while :; do setsid sh -c 'sleep 0.01; : 4713'; done &) ; sleep 4713; :";
         let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });
@@ -101,7 +102,7 @@ fn failed_create_leaves_nothing_in_guest() {
         let container = pod.sleeper();
         let available =
             || container.sh("awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
-        // Copying this volume to the guest fails midway: it exceeds the maximum depth.
+        // Copying this volume to the guest fails midway, because the volume exceeds the maximum depth.
         let volume = pods.volume(&pod, "secret", "deep");
         fs::create_dir_all(volume.join("z/".repeat(70))).unwrap();
         fs::write(volume.join("large"), vec![1; 32 << 20]).unwrap();
@@ -128,7 +129,7 @@ fn pod_with_killed_shim_can_be_stopped_and_removed() {
         let pod = pods.pod();
         let container = pod.sleeper();
         let shims = vm::shim_pids_of(&pod.id);
-        assert_eq!(shims.len(), 1, "shims of one pod");
+        assert_eq!(shims.len(), 1, "a pod must have exactly one shim");
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
         // containerd 2.x does not ask the runtime for this exit status, and reports 255 for "unknown".
@@ -163,7 +164,7 @@ fn frames_with_spoofed_mac_are_dropped() {
 #[test]
 fn pod_pids_limit_is_shared_by_its_containers() {
     pods("cri-pids", |pods| {
-        // The pod's cgroup as the kubelet makes it with `podPidsLimit`.
+        // Create the pod's cgroup as the kubelet does with `podPidsLimit`.
         let config = pods.config();
         let (root, parent) = ("/sys/fs/cgroup", config["linux"]["cgroup_parent"].as_str().unwrap());
         let group = format!("{root}{parent}");
@@ -193,7 +194,7 @@ fn annotations_take_effect_only_if_allowed() {
 }
 
 #[test]
-fn limits_and_annotations_size_vm_and_husk_ps_lists_it() {
+fn limits_and_annotations_set_vm_size_and_husk_ps_lists_vm() {
     pods("cri-size", |pods| {
         let mut config = pods.config();
         config["linux"]["resources"] =
@@ -205,7 +206,7 @@ fn limits_and_annotations_size_vm_and_husk_ps_lists_it() {
         let container = pod.start(&limited);
         assert_eq!(container.sh("nproc"), "2");
         let mib: u64 = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
-        assert!((200..264).contains(&mib), "{mib} MiB in the guest");
+        assert!((200..264).contains(&mib), "the guest has {mib} MiB");
         let output = Command::new("husk").args(["ps", "--output", "json"]).output().unwrap();
         let list: Value = serde_json::from_slice(&output.stdout).unwrap();
         let listed = list.as_array().unwrap().iter().find(|one| one["id"] == pod.id.as_str()).unwrap();
@@ -219,7 +220,7 @@ fn limits_and_annotations_size_vm_and_husk_ps_lists_it() {
         let waterfall = String::from_utf8_lossy(&trace.stdout);
         assert!(waterfall.starts_with(&format!("k8s.io/{}\n", pod.id)), "{waterfall}");
         assert!(waterfall.contains("agent ready") && waterfall.contains('█'), "{waterfall}");
-        // Sized by the pod's annotations, which containerd's drop-in passes on.
+        // The annotations set the size of this pod. containerd's drop-in passes them on.
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.vcpus": "2", "io.husk.memory_mib": "300" });
         let sized = pods.run(config);

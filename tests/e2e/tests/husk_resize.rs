@@ -10,7 +10,7 @@ use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// Maximum time for reclaim: the guest searches for free memory, and reports it with a delay after it was freed.
+/// Maximum time for reclaim. The guest searches for free memory, and reports free memory with a delay.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn limits(millis: u64, mib: u64) -> Value {
@@ -28,7 +28,7 @@ fn update(container: &PodContainer, millis: u64, mib: u64) {
     call("UpdateContainerResources", &json!({ "container_id": container.id, "linux": limits(millis, mib) }));
 }
 
-/// Returns the vCPUs and the MiB of memory that the guest's kernel has.
+/// Returns the number of vCPUs and the MiB of memory that the guest's kernel has.
 fn size(container: &PodContainer) -> (u64, u64) {
     let seen = container.sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
     let (cpus, mib) = seen.split_once('\n').unwrap();
@@ -40,7 +40,12 @@ fn size(container: &PodContainer) -> (u64, u64) {
 fn wait_for_size(container: &PodContainer, cpus: u64, mib: std::ops::Range<u64>) {
     let reached = |seen: (u64, u64)| seen.0 == cpus && mib.contains(&seen.1);
     let found = node::eventually(TIMEOUT, || reached(size(container)).then_some(()));
-    assert!(found.is_some(), "the guest has {:?}\n{}", size(container), node::log_tail(40));
+    assert!(
+        found.is_some(),
+        "the guest has {:?}, expected {cpus} vCPUs and {mib:?} MiB\n{}",
+        size(container),
+        node::log_tail(40)
+    );
 }
 
 /// Returns the cgroup of the pod's VMM on the node.
@@ -51,7 +56,10 @@ fn cgroup(pod: &Pod) -> PathBuf {
 
 fn read(cgroup: &Path, file: &str) -> String {
     let path = cgroup.join(file);
-    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
+    fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("failed to read {}: {error}", path.display()))
+        .trim()
+        .to_owned()
 }
 
 /// Returns the MiB of guest memory that are resident in the VMM.
@@ -59,7 +67,7 @@ fn resident_mib(pod: &Pod) -> u64 {
     vm::memory(pod.pid()).unwrap().guest / 1024
 }
 
-/// Returns the vCPUs and MiB that `husk ps` prints for a pod.
+/// Returns the number of vCPUs and the MiB of memory that `husk ps` prints for a pod.
 fn listed(pod: &Pod) -> (u64, u64) {
     let output = Command::new("husk").args(["ps", "--output", "json"]).output().unwrap();
     let list: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -79,7 +87,7 @@ fn update_grows_and_shrinks_vm_with_container() {
         let (vcpus, boot_mib) = listed(&pod);
         assert_eq!(vcpus, 1);
         update(&one, 2000, 320);
-        // Without a wait: the update returns after the VM has grown.
+        // The test does not wait here, because the update returns after the VM has grown.
         let (cpus, mib) = size(&one);
         assert!(cpus == 2 && (320..385).contains(&mib), "{cpus} vCPUs, {mib} MiB\n{}", node::log_tail(40));
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "335544320\n200000 100000");
@@ -91,7 +99,7 @@ fn update_grows_and_shrinks_vm_with_container() {
         let host = cgroup(&pod);
         let limit = |file: &str| read(&host, file);
         let bytes: u64 = limit("memory.max").parse().unwrap();
-        assert!((384 * MIB..448 * MIB).contains(&bytes), "memory.max {bytes}");
+        assert!((384 * MIB..448 * MIB).contains(&bytes), "memory.max is {bytes}");
         assert_eq!(limit("cpu.max"), "225000 100000");
         // Both vCPUs run, and hot-plugged memory is used.
         one.sh("grep -q ^processor.*1 /proc/cpuinfo && dd if=/dev/zero of=/dev/null bs=250M count=1 2> /dev/null");
@@ -101,10 +109,10 @@ fn update_grows_and_shrinks_vm_with_container() {
         wait_for_size(&one, 1, 120..193);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
         let back = node::eventually(TIMEOUT, || (resident_mib(&pod) < 200).then_some(()));
-        assert!(back.is_some(), "{} MiB resident after shrinking, {used} before", resident_mib(&pod));
+        assert!(back.is_some(), "{} MiB are resident after shrinking, {used} MiB before", resident_mib(&pod));
         let lowered =
             node::eventually(TIMEOUT, || (limit("memory.max").parse::<u64>().unwrap() < 240 * MIB).then_some(()));
-        assert!(lowered.is_some(), "memory.max {}", limit("memory.max"));
+        assert!(lowered.is_some(), "memory.max is {}", limit("memory.max"));
         assert_eq!(limit("cpu.max"), "125000 100000");
         assert_eq!(listed(&pod), (1, boot_mib));
         // The same VM grows a second time.
@@ -129,7 +137,7 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
         two.sh("dd if=/dev/zero of=/dev/null bs=150M count=1 2> /dev/null");
         two.stop(0);
         two.remove();
-        // The VM keeps its boot size: further containers of the pod may be created.
+        // The VM keeps its boot size, because further containers of the pod may be created.
         wait_for_size(&one, 1, 120..193);
         let fixed_pod = {
             let mut config = pods.config();
@@ -142,7 +150,7 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
 }
 
 /// Creates the pod's cgroup as the kubelet does: `memory.max` is the sum of the limits and the overhead of the
-/// RuntimeClass. Returns the cgroup and the bytes.
+/// RuntimeClass. Returns the cgroup and `memory.max` in bytes.
 fn create_kubelet_cgroup(config: &Value, mib: u64) -> (PathBuf, u64) {
     let class = include_str!("../../../deploy/kubernetes/runtimeclass.yaml");
     let overhead = class.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi")).unwrap();
@@ -166,8 +174,8 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
         let other = container(&pod, 500, 128);
         let inside: u64 = other.sh("cat /sys/fs/cgroup/memory.current").parse().unwrap();
         let outside: u64 = read(&parent, "memory.current").parse().unwrap();
-        println!("idle: {} MiB beside the container", outside.saturating_sub(inside) / MIB);
-        // Files too: the host's page cache for them is charged to the pod.
+        println!("idle: {} MiB in addition to the container", outside.saturating_sub(inside) / MIB);
+        // The container also writes a file, because the host's page cache for it is charged to the pod.
         let script = "dd if=/dev/zero of=/file bs=1M count=64; exec dd if=/dev/zero of=/dev/null bs=300M count=1";
         let mut config = pod.sh(script);
         config["linux"]["resources"] = limits(500, 128);
@@ -192,7 +200,8 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
     });
 }
 
-/// Number of files: more than a 32 MiB pod's memory on the host can hold open, at 1.5 KiB for each open file.
+/// Number of files. At 1.5 KiB for each open file, a pod of 32 MiB does not have enough host memory to hold all of them
+/// open.
 const FILES: usize = 20_000;
 
 #[test]
@@ -205,7 +214,8 @@ fn vm_survives_walk_over_many_files() {
         }
         fs::write(dir.join(format!("{}/{n}", n / 1000)), "x").unwrap();
     }
-    // Drops the caches, so that the pod's cgroup is charged when it opens the files. Dirty pages cannot be dropped.
+    // Drop the caches, so that the pod's cgroup is charged when the pod opens the files. Sync first, because dirty
+    // pages cannot be dropped.
     nix::unistd::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     pods("cri-many-files", |pods| {
@@ -243,12 +253,13 @@ fn update_reclaims_memory_below_boot_size() {
         one.sh("dd if=/dev/zero of=/dev/null bs=300M count=1 2> /dev/null; dd if=/dev/zero of=/file bs=1M count=260 2> /dev/null");
         let used = resident_mib(&pod);
         update(&one, 1000, 128);
-        // The guest keeps its memory size; memory beyond the container's new limit is reclaimed.
+        // The guest keeps its memory size. Memory beyond the container's new limit is reclaimed.
         wait_for_size(&one, 1, 512..577);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
-        // Before: 260 MiB of page cache beside the guest's other memory. After: 128 MiB at most.
+        // Before the update, the guest had 260 MiB of page cache and its other memory. After the update, it has at most
+        // 128 MiB of page cache.
         let back = node::eventually(TIMEOUT, || (resident_mib(&pod) + 50 < used).then_some(()));
-        assert!(back.is_some(), "{} MiB resident after shrinking, {used} before", resident_mib(&pod));
+        assert!(back.is_some(), "{} MiB are resident after shrinking, {used} MiB before", resident_mib(&pod));
         assert_eq!(read(&cgroup(&pod), "cpu.max"), "125000 100000");
         assert_eq!(listed(&pod).0, 1);
     });

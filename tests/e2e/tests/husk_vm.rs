@@ -33,15 +33,15 @@ fn vmm_lives_as_long_as_its_container() {
     case("vmm-life", |case| {
         let container = case.sleeper();
         let vmms = vm::vmm_pids_of(&container.id);
-        assert_eq!(vmms.len(), 1, "one VMM per container");
-        assert_eq!(container.pid(), vmms[0], "the task's pid is the VMM's");
-        // CNI configures the network namespace of that PID: it must not be the node's.
+        assert_eq!(vmms.len(), 1, "a container must have exactly one VMM");
+        assert_eq!(container.pid(), vmms[0], "the task's pid must be the VMM's pid");
+        // CNI configures the network namespace of that pid. It must not be the node's network namespace.
         let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_ne!(net(&vmms[0].to_string()), net("self"));
         // The pod's mounts are only in the mount namespaces of the shim and the VMM.
         assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains("/run/husk/"));
         container.kill();
-        assert_eq!(vm::vmm_pids(), Vec::<i32>::new(), "VMMs after ctr run has returned");
+        assert_eq!(vm::vmm_pids(), Vec::<i32>::new(), "a VMM still runs after ctr run has returned");
     });
 }
 
@@ -51,13 +51,13 @@ fn limits_set_boot_size() {
         let script = "nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo";
         let output = case.sh(script).output().expect_clean();
         let numbers: Vec<u64> = output.out().lines().map(|line| line.parse().unwrap()).collect();
-        assert_eq!(numbers[0], 1, "one vCPU by default");
-        assert!((900..1024).contains(&numbers[1]), "1024 MiB by default: {}", output.describe());
+        assert_eq!(numbers[0], 1, "the default must be one vCPU");
+        assert!((900..1024).contains(&numbers[1]), "the default must be 1024 MiB: {}", output.describe());
         let run = case.sh(script).flags(&["--memory-limit", "268435456", "--cpus", "1.5"]);
         let output = run.output().expect_clean();
         let numbers: Vec<u64> = output.out().lines().map(|line| line.parse().unwrap()).collect();
-        assert_eq!(numbers[0], 2, "1.5 CPUs are two vCPUs");
-        assert!((256..330).contains(&numbers[1]), "256 MiB and the overhead: {}", output.describe());
+        assert_eq!(numbers[0], 2, "1.5 CPUs must result in two vCPUs");
+        assert!((256..330).contains(&numbers[1]), "expected 256 MiB and the overhead: {}", output.describe());
     });
 }
 
@@ -84,13 +84,14 @@ fn task_ends_when_vmm_is_killed() {
         container.running.wait().expect_code(137);
         run_ctr(&["tasks", "delete", &id]);
         run_ctr(&["containers", "rm", &id]).expect_code(0);
-        // `ctr run` deletes the task as soon as it has ended. If the exec's ctr calls later, it gets an error and exits
-        // without removing its fifos.
+        // `ctr run` deletes the task as soon as it has ended. If the exec's `ctr` makes its call later, it gets an
+        // error and exits without removing its fifos.
         remove_fifos();
     });
 }
 
-/// Removes the fifo directories that ctr makes for each process and does not remove if it exits with an error.
+/// Removes the fifo directories that `ctr` makes for each process. `ctr` does not remove them if it exits with an
+/// error.
 fn remove_fifos() {
     for entry in fs::read_dir("/run/containerd/fifo").unwrap() {
         fs::remove_dir_all(entry.unwrap().path()).unwrap();
@@ -108,25 +109,26 @@ fn nothing_is_left_when_shim_is_killed() {
         }
         let gone = node::eventually(Duration::from_secs(10), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the VMM outlives its shim");
-        // containerd 1.7 answers the pending Wait with the broken connection, and ctr ends with that error.
+        // containerd 1.7 answers the pending Wait with the error of the broken connection, and `ctr` ends with that
+        // error.
         let output = container.running.wait().expect_code(1);
         assert!(output.err().contains("ttrpc: closed"), "{}", output.describe());
-        // With that error ctr exits without removing its fifos.
+        // With that error, `ctr` exits without removing its fifos.
         remove_fifos();
     });
 }
 
 #[test]
-fn idle_vmm_takes_at_most_8_mib_beside_guest_memory() {
+fn idle_vmm_takes_at_most_8_mib_in_addition_to_guest_memory() {
     case("weight", |case| {
         let container = case.sleeper();
-        // Some work first: memory for stdio, exec and files is part of the overhead.
+        // Do some work first, because memory for stdio, exec and files is part of the overhead.
         container.exec("work", &["sh", "-c", "find / -xdev | wc -l; cat /bin/busybox | sha256sum"]).expect_code(0);
         let [pid] = vm::vmm_pids_of(&container.id)[..] else { panic!("expected one VMM") };
         let memory = vm::memory(pid).unwrap();
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         assert!(memory.guest > 0, "no guest memory found\n{smaps}");
-        assert!(memory.other <= 8 << 10, "PSS beside guest memory: {} KiB\n{smaps}", memory.other);
+        assert!(memory.other <= 8 << 10, "PSS without guest memory: {} KiB\n{smaps}", memory.other);
         println!("VMM: {} KiB of its own, {} KiB of guest memory", memory.other, memory.guest);
         container.kill();
     });

@@ -1,4 +1,4 @@
-//! Isolation: containers reach neither the agent over vsock nor, through a volume, the node's host-only file systems.
+//! Isolation: containers reach neither the agent over vsock nor the node's host-only file systems through a volume.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -11,10 +11,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::json;
 
 /// Connects to every CID that a guest can know, on the agent's ports and the ports around them, at the same time.
-/// Prints which of them answered.
+/// Prints the addresses that answered.
 ///
-/// If nothing answers, the kernel ends the attempt with ETIMEDOUT after its default of two seconds, so no socket waits
-/// forever.
+/// If nothing answers, the kernel ends the attempt with ETIMEDOUT after its default of two seconds. Therefore no socket
+/// waits forever.
 const CONNECT: &str = r#"
 import errno, os, select, socket
 try:
@@ -89,7 +89,7 @@ fn container_cannot_connect_to_agent() {
 #[test]
 fn vsock_connection_flood_does_not_block_exec() {
     case("vsock-flood", |case| {
-        // More connections than can wait for a header at the same time, each kept open.
+        // Open more connections than can wait for a header at the same time, and keep all of them open.
         let program = "import socket, time\n\
             held = []\n\
             for cid in (1, 3):\n    for _ in range(300):\n        \
@@ -128,7 +128,7 @@ const HOST_ONLY: [&str; 17] = [
 const TEST_MOUNTED: [&str; 11] =
     ["proc", "sysfs", "cgroup2", "debugfs", "tracefs", "securityfs", "bpf", "configfs", "devtmpfs", "devpts", "mqueue"];
 
-/// Mounts below a directory of the node; unmounted on drop.
+/// Mounts below a directory of the node. Dropping this value unmounts them.
 struct Mounted(Vec<PathBuf>);
 
 impl Mounted {
@@ -151,7 +151,8 @@ impl Mounted {
     fn add(&mut self, kind: &str, at: &Path) {
         fs::create_dir_all(at).unwrap();
         let options = (kind == "devpts").then_some("newinstance");
-        mount(Some(kind), at, Some(kind), MsFlags::empty(), options).unwrap_or_else(|error| panic!("{kind}: {error}"));
+        mount(Some(kind), at, Some(kind), MsFlags::empty(), options)
+            .unwrap_or_else(|error| panic!("failed to mount {kind}: {error}"));
         self.0.push(at.to_owned());
     }
 }
@@ -207,7 +208,7 @@ for host in HOSTS:
     inspect(host)
 "#;
 
-/// Returns the entries that each host-only mount covers: a container sees these in its place.
+/// Returns the entries that each host-only mount covers. A container sees these entries in place of the mount.
 fn covered_entries(bare: &Path) -> Vec<(String, Vec<String>)> {
     let listed = |at: &str| {
         let entries = fs::read_dir(bare.join(at.trim_start_matches('/'))).into_iter().flatten();
@@ -357,8 +358,8 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
 /// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
 const FILE_SERVER_CAPS: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
 
-/// Checks the worker threads of virtio-fs, `virtio-fs0` and up: only they serve requests for the host's files. The
-/// device loop (`devices`) keeps the capabilities of the process. It serves only FORGET.
+/// Checks the worker threads of virtio-fs (`virtio-fs0` and up), because only these threads serve requests for the
+/// host's files. The device loop (`devices`) keeps the capabilities of the process. It serves only FORGET.
 #[test]
 fn virtio_fs_workers_have_few_capabilities() {
     case("capabilities", |case| {
@@ -388,11 +389,11 @@ fn virtio_fs_workers_have_few_capabilities() {
 }
 
 #[test]
-fn vmm_sees_the_share_alone_and_its_threads_have_few_capabilities() {
+fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
     case("jail", |case| {
         let container = case.sleeper();
         let vmm = container.pid();
-        // The root is the share: nothing of the node is there.
+        // The VMM's root is the share, which has none of the node's directories.
         let root = fs::read_dir(format!("/proc/{vmm}/root")).unwrap();
         let names: Vec<String> = root.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         assert!(!names.iter().any(|name| ["bin", "etc", "proc", "sys", "dev"].contains(&name.as_str())), "{names:?}");
@@ -420,7 +421,7 @@ fn vmm_sees_the_share_alone_and_its_threads_have_few_capabilities() {
             assert_eq!((field("CapEff"), field("CapPrm")), (expected.to_owned(), expected.to_owned()), "{status}");
         }
         assert!(file_servers > 0);
-        // The memory of the pod is the VMM's. A container without a score has 0.
+        // The VMM holds the pod's memory and gets the lowest score of its containers. A container without a score has 0.
         assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
         container.kill();
     });

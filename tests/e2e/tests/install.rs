@@ -1,8 +1,8 @@
 //! Installation by docs/install.md: from a node with containerd but without Husk to a running pod, and back.
 //!
-//! The test runs the page's commands for root on the node (lines with `#`) in their order. Commands for another machine
-//! (`$`) ran before (`cargo xtask dist`), or need a cluster. In place of a cluster, the test calls the CRI as the
-//! kubelet would.
+//! The test runs the page's commands for root on the node (lines with `#`) in their order. It does not run commands for
+//! another machine (`$`): `cargo xtask dist` ran before the test, and the other commands need a cluster. In place of a
+//! cluster, the test calls the CRI as the kubelet would.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +18,7 @@ const PAGE: &str = include_str!("../../../docs/install.md");
 const EXAMPLE: &str = "deploy/kubernetes/untrusted.yaml";
 const CONFIG: &str = "/etc/containerd/config.toml";
 const DROP_INS: &str = "/etc/containerd/conf.d";
-/// Directory in which the page's commands run: it contains `dist`.
+/// Directory in which the page's commands run. It contains `dist`.
 const WORK_DIR: &str = "/root/husk";
 /// Paths of Husk, as `cargo xtask dist` lays them out.
 const HUSK_PATHS: [&str; 5] = [
@@ -69,7 +69,7 @@ fn blocks() -> Vec<Block> {
     blocks
 }
 
-/// Returns root's commands on the node below a heading.
+/// Returns the commands below a heading that root runs on the node.
 #[track_caller]
 fn commands(heading: &str) -> Vec<&'static str> {
     let found = blocks().into_iter().filter(|block| block.heading == heading && block.kind == "console");
@@ -107,15 +107,15 @@ fn run_all(commands: &[&str]) {
                 let failed: Vec<_> = text.lines().filter(|line| line.starts_with("FAIL")).collect();
                 assert!(failed.iter().all(|line| line.contains(" kvm ")) && text.contains("ok    shim"), "{text}");
             }
-            "husk ps" => assert!(output.status.success() && text.lines().count() == 1, "{command}: {text}"),
-            // grep must find nothing, and exits with 1 then.
+            "husk ps" => assert!(output.status.success() && text.lines().count() == 1, "{command} failed: {text}"),
+            // grep must find nothing. Then it exits with 1.
             _ if command.starts_with("grep ") => assert!(output.status.code() == Some(1) && text.is_empty(), "{text}"),
-            _ => assert!(output.status.success(), "{command}: {text}"),
+            _ => assert!(output.status.success(), "{command} failed: {text}"),
         }
     }
 }
 
-/// Returns all files of the node except those of others.
+/// Returns all files of the node except those in [`FOREIGN_PATHS`].
 fn node_files() -> BTreeSet<PathBuf> {
     fn walk(dir: &Path, all: &mut BTreeSet<PathBuf>) {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -134,7 +134,7 @@ fn node_files() -> BTreeSet<PathBuf> {
     all
 }
 
-/// The node's original state; restored on drop, also after a failure.
+/// The node's original state. Dropping this value restores it, also after a failure.
 struct OriginalNode {
     config: Vec<u8>,
     drop_in: Vec<u8>,
@@ -148,11 +148,11 @@ impl OriginalNode {
             let to = dist.join(part);
             fs::create_dir_all(to.parent().unwrap()).unwrap();
             let moved = Command::new("mv").arg(Path::new("/").join(part)).arg(&to).status().unwrap();
-            assert!(moved.success(), "{part}");
+            assert!(moved.success(), "failed to move {part}");
         }
         let drop_in = dist.join("etc/containerd/conf.d/husk.toml");
         let this = Self { config: fs::read(CONFIG).unwrap(), drop_in: fs::read(&drop_in).unwrap() };
-        // The drop-in as shipped: the node's init adds the sandbox image to it.
+        // Restore the drop-in as shipped, because the node's init adds the sandbox image to it.
         let text = String::from_utf8(this.drop_in.clone()).unwrap();
         let shipped = text.split("[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image").next().unwrap();
         fs::write(drop_in, shipped).unwrap();
@@ -217,7 +217,7 @@ fn documented_commands_install_and_remove_husk() {
     run_all(&commands("Tell containerd"));
     assert_pod_runs();
     if !is_v2 {
-        // The alternative for a configuration that has a CRI section.
+        // Test the alternative for a configuration that has a CRI section.
         fs::remove_file(Path::new(DROP_INS).join("husk.toml")).unwrap();
         let config = format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"{PAUSE}\"\n");
         fs::write(CONFIG, config.clone() + &file_content("toml section") + &file_content("toml runc")).unwrap();

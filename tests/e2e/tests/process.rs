@@ -13,12 +13,12 @@ const STATUS: &str = "grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask)' 
 #[test]
 fn process_has_user_groups_and_umask() {
     case("user", |case| {
-        // By name: the groups come from the image's /etc/group.
+        // The user is given by name. Its groups come from the image's /etc/group.
         let output = case.sh("id -u; id -g; id -G; cat ~/mine; touch /etc/x").flags(&["--user", "tester"]).output();
         assert!(output.out().starts_with("1000\n1000\n"), "{}", output.describe());
         assert!(output.out().contains("tester's own"), "{}", output.describe());
         assert!(output.code != 0 && output.err().contains("Permission denied"), "{}", output.describe());
-        // By ids in the specification, with groups that are not in /etc/group, and a umask.
+        // The specification gives the user by ids, with groups that are not in /etc/group, and a umask.
         let run = case.with_spec(&format!("{STATUS}; touch /tmp/f; stat -c '%u:%g %a' /tmp/f"), |spec| {
             spec["process"]["user"] =
                 json!({ "uid": 1001, "gid": 44, "additionalGids": [44, 29, 2000, 4242], "umask": 0o027 });
@@ -56,13 +56,13 @@ fn process_has_only_its_capabilities() {
         assert_eq!(output.value("CapInh"), "0000000000000020");
         assert_eq!(output.value("CapAmb"), "0000000000000020");
         assert!(output.out().contains("may chown\nmay not"), "{}", output.describe());
-        // ctr's flags; an exec has the same sets.
+        // Set capabilities with ctr's flags. An exec has the same sets.
         let run = case.sh("echo up; exec sleep 1000").flags(&["--cap-add", "CAP_SYS_TIME", "--cap-drop", "CAP_MKNOD"]);
         let container = case.container(run);
         let output = container.exec("caps", &["sh", "-c", STATUS]).expect_clean();
         let bounding = u64::from_str_radix(&output.value("CapBnd"), 16).unwrap();
-        assert_eq!(bounding & (1 << 25), 1 << 25, "CAP_SYS_TIME is added");
-        assert_eq!(bounding & (1 << 27), 0, "CAP_MKNOD is dropped");
+        assert_eq!(bounding & (1 << 25), 1 << 25, "CAP_SYS_TIME must be added");
+        assert_eq!(bounding & (1 << 27), 0, "CAP_MKNOD must be dropped");
         assert_eq!(output.value("CapEff"), output.value("CapBnd"));
         container.kill();
     });
@@ -114,7 +114,7 @@ fn program_lookup_uses_container_path() {
     case("path", |case| {
         // /opt/tools is only in the image's PATH.
         case.busybox(&["greet"]).output().expect_clean().expect_out("greetings from /opt/tools/greet");
-        // With the specification's PATH, and relative to the specification's working directory.
+        // The specification's PATH is used. A relative path is relative to the specification's working directory.
         let run = case.with_spec("", |spec| {
             spec["process"]["args"] = json!(["greet"]);
             spec["process"]["env"] = json!(["PATH=/nowhere:/opt/tools:/bin:/usr/bin"]);
@@ -128,14 +128,14 @@ fn program_lookup_uses_container_path() {
     });
 }
 
-/// Returns the part of an error that states the cause: from `exec:` on.
+/// Returns the part of an error that states the cause. It starts with `exec:`.
 fn cause(output: &Output) -> String {
     let err = output.err();
     let start = err.find("exec: ").unwrap_or_else(|| panic!("no cause in\n{}", output.describe()));
     err[start..].trim().to_owned()
 }
 
-/// Returns the part before the cause: the components that report the error.
+/// Returns the part of an error before the cause. It names the components that report the error.
 fn context(output: &Output) -> String {
     let err = output.err();
     err[..err.find("exec: ").unwrap_or(err.len())].to_owned()
@@ -195,7 +195,7 @@ fn seccomp_profile_filters_init_and_exec() {
                 "syscalls": [
                     { "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO" },
                     { "names": ["sethostname"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 },
-                    // An argument filter: of personality, only PER_LINUX32 (8) is denied.
+                    // An argument filter: personality is denied only with PER_LINUX32 (8).
                     { "names": ["personality"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
                       "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
                 ],
@@ -211,10 +211,14 @@ fn seccomp_profile_filters_init_and_exec() {
         let output = container.exec("filtered", &["sh", "-c", script]).expect_code(0);
         assert_eq!(output.value("Seccomp"), "2", "seccomp mode of the exec");
         let err = output.err();
-        assert!(err.contains("'/tmp/d': Operation not permitted"), "mkdir\n{}", output.describe());
-        assert!(err.contains("Not supported") || err.contains("not supported"), "sethostname\n{}", output.describe());
-        assert!(err.contains("rgument list too long"), "personality(PER_LINUX32)\n{}", output.describe());
-        assert!(output.out().contains("allowed"), "personality(PER_LINUX)\n{}", output.describe());
+        assert!(err.contains("'/tmp/d': Operation not permitted"), "mkdir is not denied\n{}", output.describe());
+        assert!(
+            err.contains("Not supported") || err.contains("not supported"),
+            "sethostname is not denied\n{}",
+            output.describe()
+        );
+        assert!(err.contains("rgument list too long"), "personality(PER_LINUX32) is not denied\n{}", output.describe());
+        assert!(output.out().contains("allowed"), "personality(PER_LINUX) is denied\n{}", output.describe());
         container.kill();
         // Ordinary programs run with containerd's default profile.
         let output =
@@ -232,7 +236,7 @@ fn privileged_container_can_mount_and_write_sysctls() {
         let run = case.sh(script).flags(&["--privileged", "--privileged-without-host-devices"]);
         let output = run.output().expect_clean();
         let effective = u64::from_str_radix(&output.value("CapEff"), 16).unwrap();
-        assert_eq!(effective & (1 << 21), 1 << 21, "CAP_SYS_ADMIN");
+        assert_eq!(effective & (1 << 21), 1 << 21, "CAP_SYS_ADMIN must be effective");
         assert!(output.out().ends_with("mounted\n1\ndevices\n"), "{}", output.describe());
     });
 }
@@ -255,7 +259,7 @@ fn id_mappings_apply_to_rootfs_volumes_and_exec() {
         let script = format!("{script}\necho up; exec sleep 1000");
         let run = case.sh(&script).flags(&["--uidmap", map, "--gidmap", map, "--mount", &mount]);
         let container = case.container(run);
-        // An exec is in the user namespace too; another container of the same image is not.
+        // An exec is in the user namespace too. Another container of the same image is not in it.
         let other = case.sleeper();
         let inside = container.exec("map", &["sh", "-c", "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox"]);
         assert_eq!(inside.expect_clean().out().trim(), "0 200000 65536\n0");

@@ -24,7 +24,7 @@ fn create_sets_hostname_and_sysctls() {
     });
 }
 
-/// runc sets it since 1.2; the node's runc is older.
+/// runc sets the domain name since version 1.2. The node's runc is older.
 #[test]
 fn husk_sets_domain_name() {
     case("domain", |case| {
@@ -76,7 +76,11 @@ fn default_mounts_and_devices_exist() {
             /dev/urandom 1:9 666\n/dev/tty 5:0 666\n/proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\n\
             pts/ptmx\n 00 00 00 00\n9\n8\nsh\nlo\n";
         assert_eq!(output.out(), expected, "{}", output.describe());
-        assert!(output.err().contains("No space left on device"), "/dev/full\n{}", output.describe());
+        assert!(
+            output.err().contains("No space left on device"),
+            "writing to /dev/full did not fail\n{}",
+            output.describe()
+        );
     });
 }
 
@@ -280,7 +284,8 @@ fn mounts_have_their_propagation() {
         });
         let output = run.output().expect_clean();
         assert!(output.out().contains("/private private"), "{}", output.describe());
-        // If the root is a private mount on the node, it has no peer group to be a slave of: mountinfo shows no tag.
+        // If the root is a private mount on the node, there is no peer group of which it could be a slave. Then
+        // mountinfo shows no tag.
         let script = "awk '$5 == \"/\" {print $7}' /proc/self/mountinfo | cut -d: -f1";
         let run = case.with_spec(script, |spec| spec["linux"]["rootfsPropagation"] = json!("rslave"));
         let output = run.output();
@@ -288,7 +293,7 @@ fn mounts_have_their_propagation() {
     });
 }
 
-/// A container's mounts are in the guest and cannot appear on the node, so a shared rootfs is refused.
+/// A container's mounts are in the guest and cannot appear on the node. Therefore a shared rootfs is refused.
 #[test]
 fn husk_rejects_shared_rootfs_propagation() {
     case("shared-root", |case| {

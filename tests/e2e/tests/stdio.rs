@@ -92,7 +92,7 @@ fn unread_stdin_does_not_block_exit() {
     case("unread", |case| {
         let mut running = case.sh("exec 0<&-; echo done").start(Input::Pipe);
         let mut stdin = running.take_stdin();
-        // ctr stops reading when the container is gone, so a broken pipe is no error.
+        // ctr stops reading when the container is gone. Therefore a broken pipe is not an error.
         let writer = thread::spawn(move || stdin.write_all(&random_bytes(1 << 20)).is_ok());
         running.wait().expect_code(0);
         writer.join().unwrap();
@@ -119,7 +119,7 @@ fn terminal_has_requested_size_and_resizes() {
         terminal.type_text("end\n");
         let output = terminal.running.wait();
         assert_eq!(output.code, 5, "{}", output.describe());
-        assert!(output.out().contains("\r\n"), "a terminal ends lines with CR LF\n{}", output.describe());
+        assert!(output.out().contains("\r\n"), "a terminal must end lines with CR LF\n{}", output.describe());
     });
 }
 

@@ -1,4 +1,4 @@
-//! Measures a pod's network with vhost-net and with the VMM's data path, alternately.
+//! Measures a pod's network with vhost-net and with the VMM's data path in turn.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -13,7 +13,8 @@ use crate::cri::pod::need_image;
 use crate::cri::{Pod, PodContainer, pods_with_handler};
 use crate::{PYTHON, node};
 
-/// Python server: echoes on port 8080, receives and counts on port 8081. It serves one connection at a time.
+/// Python server. On port 8080, it echoes. On port 8081, it counts the bytes that it receives. Each port serves one
+/// connection at a time.
 const SERVER: &str = "import socket, threading
 def serve(port, each):
     server = socket.create_server(('0.0.0.0', port))

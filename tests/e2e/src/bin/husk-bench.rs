@@ -1,6 +1,6 @@
 //! Benchmarks in the test node.
 //!
-//! - `husk-bench start`: wall time of a container's run under runc, runsc and Husk, in one boot of the node.
+//! - `husk-bench start`: wall-clock time of a container's run under runc, runsc and Husk, in one boot of the node.
 //! - `husk-bench exec`: throughput of a command's output through the CRI's Exec.
 //! - `husk-bench network`: throughput and latency of a pod's network, with vhost-net and with the VMM's data path.
 
@@ -29,9 +29,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measures the wall time of `ctr run --rm … true`, interleaved, and the steps of Husk's starts.
+    /// Measures the wall-clock time of `ctr run --rm … true` with each runtime in turn, and the steps of Husk's starts.
     Start {
-        /// Runs of each runtime, after one warm-up run.
+        /// Number of runs of each runtime, after one warm-up run.
         #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(5..))]
         runs: u32,
         /// Runtimes to measure.
@@ -41,24 +41,24 @@ enum Command {
         #[arg(long, default_value = "/out/start.md")]
         out: PathBuf,
     },
-    /// Measures the throughput of a command's output through the CRI's Exec, alternating runc and Husk.
+    /// Measures the throughput of a command's output through the CRI's Exec, with runc and Husk in turn.
     Exec {
-        /// Runs of each variant, after one warm-up run.
+        /// Number of runs of each variant, after one warm-up run.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
         /// Output of each run, in MiB.
         #[arg(long, default_value_t = 128)]
         mib: u64,
     },
-    /// Measures throughput, round-trip time and start-up cost of a pod's network, alternating vhost-net and the VMM.
+    /// Measures throughput, round-trip time and start-up cost of a pod's network, with vhost-net and the VMM in turn.
     Network {
-        /// Runs of each variant, after one warm-up run.
+        /// Number of runs of each variant, after one warm-up run.
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
         /// Data to send in each direction, in MiB.
         #[arg(long, default_value_t = 64)]
         mib: usize,
-        /// vCPUs of each pod.
+        /// Number of vCPUs of each pod.
         #[arg(long, default_value_t = 1)]
         vcpus: u32,
     },
@@ -72,16 +72,16 @@ struct Runtime {
 
 const RUNTIMES: [Runtime; 3] = [
     Runtime { name: "runc", flags: &["--runtime", "io.containerd.runc.v2"] },
-    // Debian's runsc has no shim: containerd's shim for runc runs it.
+    // Debian's runsc has no shim. Therefore containerd's shim for runc runs it.
     Runtime { name: "runsc", flags: &["--runtime", "io.containerd.runc.v2", "--runc-binary", RUNSC] },
     Runtime { name: "husk", flags: &["--runtime", "io.containerd.husk.v2"] },
 ];
 
-/// Path of a wrapper script. It passes options to runsc that containerd's shim for runc cannot pass.
+/// Path of a script that runs runsc with further options. containerd's shim for runc cannot set these options.
 const RUNSC: &str = "/run/husk-bench-runsc";
 
-/// `--network=none`: the network namespace of `ctr run` is empty, and runsc refuses to start with a network in it.
-/// `--platform=systrap`: needs no KVM, so that Husk's guests have the node's KVM for themselves.
+/// `--network=none`: without this option, runsc refuses to start in the empty network namespace of `ctr run`.
+/// `--platform=systrap`: this platform does not use KVM, so that Husk's guests have the node's KVM for themselves.
 const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --network=none --platform=systrap \"$@\"\n";
 
 /// File to which Husk's shims append timelines during the benchmark.
@@ -101,7 +101,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// Creates one pod per runtime, and measures the output of a container in each, alternately.
+/// Creates one pod per runtime, and measures the output of a container in each pod in turn.
 fn exec(runs: u32, mib: u64) {
     let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
     pods_with_handler("bench-exec", "husk", |pods| {
@@ -122,7 +122,7 @@ fn exec(runs: u32, mib: u64) {
         rates[rates.len() / 2]
     });
     println!(
-        "\n{mib} MiB, medians of {runs}: runc {runc:.1} MiB/s, husk {husk:.1} MiB/s: {:.2} of runc's",
+        "\n{mib} MiB, medians of {runs} runs: runc {runc:.1} MiB/s, husk {husk:.1} MiB/s ({:.2} times runc's)",
         husk / runc
     );
 }
@@ -140,7 +140,7 @@ fn exec_once(container: &PodContainer, mib: u64) -> f64 {
             bytes += data.len() as u64;
         }
     }
-    assert_eq!(bytes, mib << 20, "wrong amount of output");
+    assert_eq!(bytes, mib << 20, "the command's output does not have the expected length");
     mib as f64 / begin.elapsed().as_secs_f64()
 }
 
@@ -194,7 +194,7 @@ fn start(runs: u32, runtimes: &[&Runtime]) -> Result<String> {
     Ok(report(&series, &step_times(&starts), weight))
 }
 
-/// Runs one container to its end. Returns the wall time in seconds and the container id.
+/// Runs one container to its end. Returns the wall-clock time in seconds and the container id.
 fn run_once(runtime: &Runtime, round: u32) -> Result<(f64, String)> {
     let id = format!("bench-{}-{round}", runtime.name);
     let mut args = vec!["run", "--rm"];

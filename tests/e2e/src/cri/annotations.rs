@@ -13,7 +13,8 @@ fn allow(names: &[&str]) -> Config {
     Config::set(&format!("allowed_annotations = {names:?}\n"))
 }
 
-/// Tests that each annotation takes effect if it is allowed, and that the pod is rejected if it is not.
+/// Tests that each annotation takes effect if it is allowed, and that the pod is rejected if the annotation is not
+/// allowed.
 #[track_caller]
 pub fn check_allow_list(pods: &Pods) {
     {
@@ -24,7 +25,7 @@ pub fn check_allow_list(pods: &Pods) {
         let container = pod.sleeper();
         assert_eq!(container.sh("nproc"), "2");
         let mib: u64 = container.sh("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo").parse().unwrap();
-        assert!((280..333).contains(&mib), "{mib} MiB in the guest");
+        assert!((280..333).contains(&mib), "the guest has {mib} MiB");
         let line = container.sh("cat /proc/cmdline");
         assert!(line.contains(" husk.test=word mitigations=off"), "{line}");
         pod.stop();
@@ -40,7 +41,7 @@ pub fn check_allow_list(pods: &Pods) {
         };
         let error = refused(&others, value);
         assert!(error.contains(name) && error.contains("not allowed on this node"), "{error}");
-        // Neither a valid number nor a valid kernel parameter.
+        // This value is neither a valid number nor a valid kernel parameter.
         let error = refused(&[name], "zw\u{f6}lf");
         assert!(error.contains(name), "{error}");
     }

@@ -1,4 +1,4 @@
-//! Temporary CNI networks, instead of the node's bridge network.
+//! Temporary CNI networks, which replace the node's bridge network during a test.
 
 use std::fs;
 use std::time::Duration;
@@ -8,18 +8,19 @@ use serde_json::{Value, json};
 use super::{Pods, call, pods};
 use crate::node;
 
-/// CNI uses the first file by name: this one precedes the node's configuration.
+/// Path of the test's network configuration. CNI uses the file whose name sorts first. This name sorts before the name
+/// of the node's file.
 const FILE: &str = "/etc/cni/net.d/00-test.conflist";
 
 /// Runs `body` while pods get a network from this chain of plugins.
 ///
 /// # Panics
-/// If containerd does not load the network, and like [`pods`].
+/// If containerd does not load the network, or if [`pods`] panics.
 #[track_caller]
 pub fn network(name: &str, plugins: Value, body: impl FnOnce(&Pods)) {
     let wait = |wanted: &str| {
         let found = node::eventually(Duration::from_secs(20), || loaded().contains(wanted).then_some(()));
-        assert!(found.is_some(), "containerd has loaded network {:?}, expected {wanted}", loaded());
+        assert!(found.is_some(), "containerd has loaded the networks {:?}, expected {wanted}", loaded());
     };
     let config = json!({ "cniVersion": "1.0.0", "name": name, "plugins": plugins });
     // containerd reloads the directory when a file is written or removed.

@@ -1,4 +1,4 @@
-//! Writes ConfigMap-like volumes like the kubelet does: Kubernetes, `pkg/volume/util/atomic_writer.go`.
+//! Writes ConfigMap-like volumes as the kubelet does (Kubernetes, `pkg/volume/util/atomic_writer.go`).
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;

@@ -1,6 +1,7 @@
 //! Runs a pod from a YAML manifest like the kubelet: creates volumes and translates the specification to CRI requests.
 //!
-//! Supports the fields of the examples in deploy/kubernetes, init containers and sidecars. Fails at unknown fields.
+//! Supports the fields of the examples in deploy/kubernetes, init containers and sidecars. Fails if the manifest has
+//! other fields.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +18,7 @@ use crate::node;
 
 /// The kubelet's directory of pod volumes.
 const POD_VOLUMES: &str = "/var/lib/kubelet/pods";
-/// The kubelet's default probe period. Each exec probe starts a program, so they are not repeated faster.
+/// The kubelet's default probe period. Exec probes are not repeated faster, because each exec probe starts a program.
 const PROBE_PERIOD: Duration = Duration::from_secs(10);
 /// Paths that the kubelet masks in unprivileged containers (Kubernetes, pkg/securitycontext/util.go).
 const MASKED: [&str; 9] = [
@@ -46,7 +47,7 @@ pub struct AppliedManifest {
     dir: PathBuf,
 }
 
-/// A sidecar: started among the init containers, it runs until the pod's containers have exited.
+/// A sidecar. It is started among the init containers, and runs until the pod's containers have exited.
 pub struct Sidecar {
     /// The current container; a restart replaces it.
     pub container: PodContainer,
@@ -94,8 +95,8 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
     config["linux"]["security_context"]["privileged"] = privileged.into();
     let limits: Vec<Limits> = containers.iter().map(Limits::parse).collect();
     let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    // The containers that run at the same time. Regular init containers have exited by then, and those of the tests
-    // need no more than the others.
+    // Limits of the containers that run at the same time. Regular init containers have exited by then. In the tests,
+    // they need no more than the other containers.
     let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::parse).collect();
     if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
@@ -212,7 +213,11 @@ impl Sidecar {
             last = probe.run(pod, &self.container);
             last.is_ok().then_some(())
         });
-        assert!(started.is_some(), "{probe:?}: {last:?}; the log:\n{}", self.container.log());
+        assert!(
+            started.is_some(),
+            "{probe:?} did not succeed: {last:?}; the container's log:\n{}",
+            self.container.log()
+        );
     }
 }
 
@@ -244,11 +249,16 @@ impl AppliedManifest {
                 if let Probe::Exec(_) = probe {
                     std::thread::sleep(PROBE_PERIOD);
                 }
-                assert_eq!(container.status()["state"], "CONTAINER_RUNNING", "its log:\n{}", container.log());
+                assert_eq!(
+                    container.status()["state"],
+                    "CONTAINER_RUNNING",
+                    "the container is not running; its log:\n{}",
+                    container.log()
+                );
                 last = probe.run(&self.pod, container);
                 last.is_ok().then_some(())
             });
-            assert!(ready.is_some(), "{probe:?}: {last:?}; the log:\n{}", container.log());
+            assert!(ready.is_some(), "{probe:?} did not succeed: {last:?}; the container's log:\n{}", container.log());
         }
     }
 
@@ -369,7 +379,7 @@ fn security(into: &mut Value, pod: &Value, container: &Value) {
     }
 }
 
-/// Resource limits of a container; 0 is no limit.
+/// Resource limits of a container. 0 means that there is no limit.
 struct Limits {
     memory: i64,
     milli_cpu: i64,
@@ -405,7 +415,7 @@ fn bytes(quantity: &str) -> i64 {
     number.parse::<i64>().unwrap_or(0) << shift
 }
 
-/// Fails if `value` has a field that is not in `fields`: an ignored field would not be tested.
+/// Fails if `value` has a field that is not in `fields`, because an ignored field would not be tested.
 #[track_caller]
 fn known(value: &Value, fields: &[&str]) {
     let keys = value.as_object().into_iter().flat_map(Map::keys);

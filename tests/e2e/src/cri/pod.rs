@@ -1,4 +1,5 @@
-//! Pods of one test: run them, create containers and exec in them. Removes them at the end and checks for leftovers.
+//! Pods of one test. Runs pods, creates containers, and runs commands in them. At the end, removes the pods and checks
+//! for leftovers.
 
 use std::cell::{Cell, OnceCell};
 use std::fs;
@@ -19,7 +20,8 @@ const SETTLE: Duration = Duration::from_secs(20);
 /// The label that identifies a test's pods.
 const LABEL: &str = "husk-e2e";
 
-/// The kubelet's default security context: the CRI's default PID namespace mode is POD, the kubelet's is CONTAINER.
+/// The kubelet's default security context. The kubelet's default PID namespace mode is CONTAINER. The CRI's default is
+/// POD.
 static KUBELET: LazyLock<Value> = LazyLock::new(|| json!({ "namespace_options": { "pid": "CONTAINER" } }));
 
 /// The pods of one test.
@@ -36,7 +38,7 @@ pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     pods_with_handler(name, handler(), body);
 }
 
-/// Like [`pods`], with another runtime handler than the one under test.
+/// Like [`pods`], with a runtime handler other than the one under test.
 #[track_caller]
 pub fn pods_with_handler(name: &str, handler: &str, body: impl FnOnce(&Pods)) {
     for image in [PAUSE, BUSYBOX] {
@@ -140,9 +142,9 @@ impl Pods {
         let filter = json!({ "filter": { "label_selector": { LABEL: self.name } } });
         let mut result = Ok(());
         for pod in call("ListPodSandbox", &filter)["items"].as_array().into_iter().flatten() {
-            // Stops the pod too. Two calls would run the CNI plugins twice.
+            // RemovePodSandbox also stops the pod. A separate StopPodSandbox would run the CNI plugins twice.
             if let Err(status) = try_call("RemovePodSandbox", &json!({ "pod_sandbox_id": pod["id"] })) {
-                result = Err(format!("RemovePodSandbox: {status}"));
+                result = Err(format!("RemovePodSandbox failed: {status}"));
             }
         }
         // The kubelet creates and removes the pod's parent cgroup; containerd does not.
@@ -217,8 +219,9 @@ impl Pod {
         })
     }
 
-    /// Returns the configuration of a container that runs a Python program. [`need_image`] has to import its image
-    /// before. Without the module `site`, which doubles what Python reads at its start.
+    /// Returns the configuration of a container that runs a Python program. The caller has to import the image with
+    /// [`need_image`] first. Python starts without the module `site`, because that module doubles the amount of data
+    /// that Python reads at its start.
     pub fn python(&self, program: &str) -> Value {
         let mut config = self.sh("");
         config["image"]["image"] = PYTHON.into();
@@ -264,7 +267,7 @@ impl Pod {
     }
 }
 
-/// Removes the pod's parent cgroup, like the kubelet. With cgroup v1 there is one in each hierarchy.
+/// Removes the pod's parent cgroup, like the kubelet. With cgroup v1, each hierarchy has such a cgroup.
 fn remove_parent(name: &str) {
     let top = Path::new("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -342,7 +345,8 @@ impl PodContainer {
     /// Like [`PodContainer::exec`], with a timeout.
     #[track_caller]
     pub fn exec_within(&self, limit: Duration, command: &[&str]) -> ExecResult {
-        self.exec_sync(limit, command).unwrap_or_else(|status| panic!("{command:?}: {status}\n{}", node::log_tail(40)))
+        self.exec_sync(limit, command)
+            .unwrap_or_else(|status| panic!("failed to run {command:?}: {status}\n{}", node::log_tail(40)))
     }
 
     /// Like [`PodContainer::exec`], but returns containerd's error, for example if the container has exited.
@@ -371,7 +375,7 @@ impl PodContainer {
 
     /// Returns the content of the container's log.
     pub fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_else(|error| panic!("{}: {error}", self.log.display()))
+        fs::read_to_string(&self.log).unwrap_or_else(|error| panic!("failed to read {}: {error}", self.log.display()))
     }
 
     /// Returns the path of the container's log.

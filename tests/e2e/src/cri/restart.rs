@@ -13,7 +13,7 @@ use crate::{grpc, node};
 /// Timeout for containerd to exit, and to respond after its start. An emulated node is slow.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Returns the pid of the node's containerd; ignores zombies.
+/// Returns the pid of the node's containerd. Zombies are ignored.
 pub fn containerd_pid() -> Option<i32> {
     let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let mut running = pids.filter(|pid: &i32| {
@@ -38,7 +38,7 @@ fn stop() {
 #[track_caller]
 fn start() {
     // fd 9 is the node's status port, which containerd must not keep open. The shell exits at once, so that containerd
-    // becomes a child of the node's init, not of the test process.
+    // becomes a child of the node's init and not of the test process.
     let mut command = Command::new("sh");
     command.args(["-c", "setsid containerd >> /var/log/containerd.log 2>&1 9>&- &"]).stdin(Stdio::null());
     assert!(command.status().unwrap().success());
@@ -131,7 +131,8 @@ impl<'a> Survivors<'a> {
         let Self { pods, handler, pod, other, sandbox_pid, counting, sleeper, ending, created, alone, .. } = self;
         assert!(pod.is_ready() && other.is_ready(), "{handler}: a pod is no longer ready:\n{}", node::log_tail(60));
         assert_eq!(pod.pid(), sandbox_pid);
-        // runc's shim does not report a container that has exited, so containerd takes it for a leftover.
+        // runc's shim does not report a container that has exited. Therefore containerd takes the container for a
+        // leftover.
         assert_eq!(ending.wait().0, if crate::runtime() == crate::RUNC { 255 } else { 7 });
         assert_eq!(sleeper.sh("echo still here"), "still here");
         let failed = alone.exec(&["sh", "-c", "echo bad >&2; exit 4"]);
@@ -168,7 +169,7 @@ impl<'a> Survivors<'a> {
     }
 }
 
-/// Tests that containers keep running without containerd, and that exits in that time are reported after its start.
+/// Tests that containers keep running without containerd, and that containerd reports their exits after its start.
 /// Tests the pods of all `handlers` with one restart.
 #[track_caller]
 pub fn check_pods_survive(pods: &Pods, handlers: &[&str]) {

@@ -20,7 +20,7 @@ const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 /// Flag of the last frame in a direction (FLAG_FIN).
 const FIN: u8 = 1;
-/// Maximum payload of a sent frame.
+/// Maximum payload of a sent frame, in bytes.
 const MAX_PAYLOAD: usize = 32 * 1024;
 
 /// Receivers of the streams' data, by stream id. A stream is removed at its end.
@@ -69,11 +69,13 @@ impl PortForward {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
-            reader.read_exact(&mut byte).unwrap_or_else(|error| panic!("{url}: {error}"));
+            reader
+                .read_exact(&mut byte)
+                .unwrap_or_else(|error| panic!("failed to read the response of {url}: {error}"));
             head.push(byte[0]);
         }
         let head = String::from_utf8_lossy(&head).into_owned();
-        assert!(head.starts_with("HTTP/1.1 101"), "{url}: {head}");
+        assert!(head.starts_with("HTTP/1.1 101"), "{url} refused the upgrade: {head}");
         let streams = Streams::default();
         let writer = Arc::new(Mutex::new(Writer { socket, next: 1, zlib_started: false }));
         let (reader_streams, reader_writer) = (Arc::clone(&streams), Arc::clone(&writer));
@@ -150,7 +152,9 @@ impl Connection {
     pub fn read(&self, length: usize) -> Vec<u8> {
         let mut all = Vec::new();
         while all.len() < length {
-            all.extend(self.receive().unwrap_or_else(|| panic!("ended after {} of {length} bytes", all.len())));
+            all.extend(
+                self.receive().unwrap_or_else(|| panic!("the connection ended after {} of {length} bytes", all.len())),
+            );
         }
         all
     }
@@ -204,7 +208,7 @@ fn dispatch_frame(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writ
         let id = first(&head);
         let mut streams = lock(streams);
         if let Some(stream) = streams.get(&id).filter(|_| !payload.is_empty()) {
-            // An error means that the receiver was dropped: the data is not needed.
+            // An error means that the receiver was dropped. Then the data is not needed.
             let _ = stream.send(payload);
         }
         if flags & FIN != 0 {
@@ -216,7 +220,7 @@ fn dispatch_frame(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writ
         RST_STREAM => drop(lock(streams).remove(&first(&payload))),
         PING => lock(writer).socket.write_all(&[&head[..], &payload].concat())?,
         GOAWAY => return Err(std::io::ErrorKind::ConnectionAborted.into()),
-        // SYN_REPLY and others: a SYN_REPLY has only compressed headers without information.
+        // Ignore SYN_REPLY and other frames. A SYN_REPLY has only compressed headers, which have no information.
         _ => {}
     }
     Ok(())
@@ -232,7 +236,7 @@ impl Writer {
     }
 
     /// Sends SYN_STREAM (2.6.1). The headers are in stored zlib blocks (RFC 1950; RFC 1951, 3.2.4), which need no
-    /// dictionary. The empty block at the end is what a zlib flush writes.
+    /// dictionary. A zlib flush writes the empty block at the end.
     fn syn_stream(&mut self, id: u32, headers: &[(&str, &str)]) -> std::io::Result<()> {
         let mut plain = u32::try_from(headers.len()).unwrap().to_be_bytes().to_vec();
         for text in headers.iter().flat_map(|(name, value)| [name, value]) {

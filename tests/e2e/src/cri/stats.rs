@@ -19,7 +19,7 @@ use crate::disk::Disk;
 const MIB: u64 = 1 << 20;
 /// Tolerance for memory that changes between two measurements, such as the memory of an exec.
 const TOLERANCE: u64 = 6 * MIB;
-/// Bytes sent each way.
+/// Number of bytes sent in each direction.
 const TRAFFIC: usize = 3_000_000;
 
 /// Reads a number that the CRI wraps in a message.
@@ -49,8 +49,8 @@ fn usage_on_node(group: &Path) -> (u64, u64) {
     usage(&files.map(|file| fs::read_to_string(group.join(file)).unwrap()).concat())
 }
 
-/// Requires that reported values lie between the values measured before and after. Memory may have changed either way
-/// in between.
+/// Requires that reported values lie between the values measured before and after. Memory may have grown or shrunk in
+/// between.
 #[track_caller]
 fn assert_between(reported: &Value, before: (u64, u64), after: (u64, u64)) {
     let cpu = value(&reported["cpu"]["usage_core_nano_seconds"]);
@@ -103,7 +103,7 @@ pub fn check_cpu_memory_and_pids(pods: &Pods) {
     assert_eq!(value(&pod_stats["process"]["process_count"]), 4, "{pod_stats}");
     let pids = &metrics(&container)["pids"];
     assert_eq!(pids["current"], 4, "{pids}");
-    // Freed memory is reported too.
+    // The statistics also show that memory was freed.
     container.sh("rm /dev/shm/fill");
     let before = usage_in_container(&container);
     let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
@@ -127,7 +127,7 @@ pub fn check_network(pods: &Pods) {
         let bytes: Vec<u64> = bytes.lines().map(|line| line.parse().unwrap()).collect();
         bytes.try_into().unwrap()
     };
-    // Includes headers, and a few acknowledgements of the other direction.
+    // The number includes headers, and a few acknowledgements of the other direction.
     let expected: Range<u64> = TRAFFIC as u64..TRAFFIC as u64 * 11 / 10;
     for way in [0, 1] {
         let listener = TcpListener::bind("10.88.0.1:0").unwrap();
@@ -157,7 +157,7 @@ pub fn check_network(pods: &Pods) {
             let (this, other) = (after[way] - before[way], after[1 - way] - before[1 - way]);
             assert!(
                 expected.contains(&this) && other < TRAFFIC as u64 / 10,
-                "{name}: {this} and {other} bytes, direction {way}"
+                "{name}: {this} bytes in direction {way}, {other} bytes in the other direction"
             );
         }
     }

@@ -1,4 +1,5 @@
-//! CRI streams (exec, attach, port-forward) over WebSocket, which containerd's streaming server supports beside SPDY.
+//! CRI streams (exec, attach, port-forward) over WebSocket, which containerd's streaming server supports in addition to
+//! SPDY.
 //!
 //! Subprotocol `v4.channel.k8s.io`: each binary message starts with its channel number.
 
@@ -37,7 +38,7 @@ impl Stream {
         let (host, path) = url.strip_prefix("http://").and_then(|url| url.split_once('/')).unwrap();
         let mut socket = TcpStream::connect(host).unwrap();
         socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-        // RFC 6455, 4.1. Sec-WebSocket-Accept is not verified: the peer is known.
+        // RFC 6455, 4.1. Sec-WebSocket-Accept is not verified, because the peer is known.
         let request = format!(
             "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
              Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
@@ -49,10 +50,14 @@ impl Stream {
             if let Some(end) = stream.buffer.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
                 break stream.buffer.drain(..end + 4).collect::<Vec<u8>>();
             }
-            assert!(stream.fill(), "{url}: closed during the handshake");
+            assert!(stream.fill(), "{url} closed the connection during the handshake");
         };
         let head = String::from_utf8_lossy(&head).into_owned();
-        assert!(head.starts_with("HTTP/1.1 101"), "{url}: {head}{}", String::from_utf8_lossy(&stream.buffer));
+        assert!(
+            head.starts_with("HTTP/1.1 101"),
+            "{url} refused the upgrade: {head}{}",
+            String::from_utf8_lossy(&stream.buffer)
+        );
         stream
     }
 
@@ -77,7 +82,7 @@ impl Stream {
         self.frame(2, &[&[channel], data].concat());
     }
 
-    /// Sends a close frame, which closes both directions: WebSocket has no half-close.
+    /// Sends a close frame. It closes both directions, because WebSocket has no half-close.
     #[track_caller]
     pub fn close(&mut self) {
         self.frame(8, &[]);
@@ -120,7 +125,7 @@ impl Stream {
         }
     }
 
-    /// Takes a frame from the buffer. Returns `None` if it is incomplete.
+    /// Takes a frame from the buffer. Returns `None` if the frame is incomplete.
     fn next_frame(&mut self) -> Option<(u8, Vec<u8>)> {
         let (first, second) = (*self.buffer.first()?, *self.buffer.get(1)?);
         let (start, length) = match second & 0x7f {
@@ -141,7 +146,7 @@ impl Stream {
             match self.receive() {
                 Some((from, data)) if from == channel => seen.extend(data),
                 Some(_) => {}
-                None => panic!("ended before {text:?}: {:?}", String::from_utf8_lossy(&seen)),
+                None => panic!("the stream ended before {text:?}: {:?}", String::from_utf8_lossy(&seen)),
             }
             let so_far = String::from_utf8_lossy(&seen);
             if so_far.contains(text) {

@@ -7,7 +7,7 @@ use super::pod::{Pod, Pods};
 /// First host id of the pod's id mapping.
 pub const HOST_ID_BASE: u32 = 65536 * 5;
 
-/// Returns user namespace options that map one range of users and groups to host ids from `base` up.
+/// Returns user namespace options that map one range of users and groups to the host ids that start at `base`.
 pub fn options(base: u32) -> Value {
     let ids = json!([{ "host_id": base, "container_id": 0, "length": 65536 }]);
     json!({ "mode": "POD", "uids": ids, "gids": ids })

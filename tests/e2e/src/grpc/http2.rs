@@ -1,4 +1,4 @@
-//! A minimal gRPC client over HTTP/2 on a Unix socket (gRPC's PROTOCOL-HTTP2.md). Supports unary calls and server
+//! A minimal gRPC client over HTTP/2 on a Unix socket (gRPC's PROTOCOL-HTTP2.md). It supports unary calls and server
 //! streaming.
 
 use std::cell::RefCell;
@@ -48,7 +48,8 @@ struct Connection {
 }
 
 thread_local! {
-    /// The thread's connection. A test calls hundreds of methods, and connecting takes longer than most of them.
+    /// The thread's connection. Calls share it, because a test calls hundreds of methods and connecting takes longer
+    /// than most calls.
     static CONNECTION: RefCell<Option<Connection>> = const { RefCell::new(None) };
 }
 
@@ -64,8 +65,8 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Closes the thread's connection. Before the server ends: it may wait for its clients, and a later call must not fail
-/// because the connection has ended.
+/// Closes the thread's connection. Call this before the server ends, because the server may wait for its clients to
+/// disconnect. In addition, a later call must not use a connection that has ended.
 pub fn disconnect() {
     CONNECTION.take();
 }
@@ -87,7 +88,7 @@ pub fn unary(
         .runtime
         .block_on(async { tokio::time::timeout(limit, call).await })
         .unwrap_or_else(|_| Err(Status { code: DEADLINE_EXCEEDED, message: format!("no response within {limit:?}") }));
-    // After an error of the transport, the next call connects again.
+    // Do not keep the connection after a transport error or a timeout, so that the next call connects again.
     if !matches!(&result, Err(Status { code: UNAVAILABLE | DEADLINE_EXCEEDED, .. })) {
         CONNECTION.set(Some(connection));
     }
@@ -101,7 +102,7 @@ pub fn stream(socket: &str, path: &str, message: Vec<u8>) -> Receiver<Vec<u8>> {
     let (socket, path) = (socket.to_owned(), path.to_owned());
     thread::spawn(move || {
         if let Err(status) = runtime().block_on(listen(&socket, &path, message, &sender)) {
-            eprintln!("{path}: {status}");
+            eprintln!("{path} failed: {status}");
         }
     });
     receiver
@@ -125,7 +126,7 @@ async fn listen(socket: &str, path: &str, message: Vec<u8>, to: &Sender<Vec<u8>>
     Ok(())
 }
 
-/// Splits the first message off the received data. Returns `None` if it is incomplete.
+/// Splits the first message off the received data. Returns `None` if the message is incomplete.
 fn split_message(data: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let length: [u8; 4] = data.get(1..5)?.try_into().ok()?;
     let end = 5 + u32::from_be_bytes(length) as usize;
@@ -144,7 +145,7 @@ async fn exchange(client: Client, namespace: Option<&str>, path: &str, message: 
     split_message(&data).map(|(message, _)| message).ok_or_else(|| unavailable("the response has no message"))
 }
 
-/// Connects to a server. The runtime's tasks drive the connection.
+/// Connects to a server. A task of the runtime drives the connection.
 async fn connect(socket: &str) -> Result<Client, Status> {
     let stream = UnixStream::connect(socket).await.map_err(unavailable)?;
     let (client, connection) = h2::client::Builder::new().handshake(stream).await.map_err(unavailable)?;
@@ -162,7 +163,7 @@ async fn send(client: Client, namespace: Option<&str>, path: &str, message: Vec<
     }
     let request = request.body(()).map_err(unavailable)?;
     let (answer, mut body) = client.send_request(request, false).map_err(unavailable)?;
-    // Length-prefixed message: one byte for "not compressed", four for the length.
+    // Length-prefixed message: one byte for "not compressed", and four bytes for the length.
     let mut framed = vec![0];
     framed.extend((message.len() as u32).to_be_bytes());
     framed.extend(message);
@@ -217,14 +218,14 @@ mod tests {
     }
 
     #[test]
-    fn split_message_waits_for_the_full_length() {
+    fn split_message_returns_none_for_an_incomplete_message() {
         assert_eq!(split_message(&[0, 0, 0, 0, 2, 7, 8, 9]), Some((vec![7, 8], vec![9])));
         assert_eq!(split_message(&[0, 0, 0, 0, 2, 7]), None);
         assert_eq!(split_message(&[0, 0]), None);
     }
 
-    /// Serves on a socket: returns each message, or the status 5 for the path `/fails`. Closes the connection after
-    /// the path `/closes`. Counts the connections.
+    /// Starts a server that answers each request with the request's message and, for the path `/fails`, the status 5.
+    /// The server closes the connection when `/closes` is requested. Returns the counter of connections.
     fn serve(socket: &Path) -> Arc<AtomicU32> {
         let runtime = runtime();
         let listener = runtime.block_on(async { UnixListener::bind(socket).unwrap() });
@@ -250,7 +251,7 @@ mod tests {
                 return;
             }
             let mut body = request.into_body();
-            // In a task: the body arrives only while `accept` drives the connection.
+            // Answer in another task, because the body arrives only while `accept` drives the connection.
             tokio::spawn(async move {
                 let message = body.data().await.unwrap().unwrap();
                 let mut sending = answer.send_response(http::Response::new(()), false).unwrap();
@@ -263,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn unary_reuses_its_connection_until_it_ends() {
+    fn unary_reuses_the_connection_until_the_connection_ends() {
         let socket = std::env::temp_dir().join(format!("husk-e2e-http2-{}", std::process::id()));
         let connections = serve(&socket);
         let call = |path: &str| unary(&socket.to_string_lossy(), None, path, vec![7], Duration::from_secs(10));

@@ -1,5 +1,5 @@
-//! Calls methods of containerd's gRPC services, the CRI's among them. Requests and responses are JSON, mapped to protobuf
-//! with the .proto files.
+//! Calls methods of containerd's gRPC services, which include the services of the CRI. Requests and responses are JSON.
+//! The .proto files define how JSON is mapped to protobuf.
 
 mod http2;
 
@@ -17,7 +17,7 @@ pub use http2::{Status, disconnect};
 /// containerd's socket, which also serves the CRI.
 const SOCKET: &str = "/run/containerd/containerd.sock";
 
-/// Returns the descriptors of the .proto files, which the build script has compiled.
+/// Returns the protobuf file descriptors of the services, which the build script has compiled.
 fn files() -> &'static [FileDescriptor] {
     static FILES: OnceLock<Vec<FileDescriptor>> = OnceLock::new();
     FILES.get_or_init(|| {
@@ -27,7 +27,7 @@ fn files() -> &'static [FileDescriptor] {
     })
 }
 
-/// Returns a method of a service, which has its full name: `runtime.v1.RuntimeService`.
+/// Returns a method of a service. `service` is the full name, such as `runtime.v1.RuntimeService`.
 fn method(service: &str, method: &str) -> MethodDescriptor {
     let (package, name) = service.rsplit_once('.').unwrap();
     let mut files = files().iter().filter(|file| file.proto().package() == package);
@@ -37,7 +37,7 @@ fn method(service: &str, method: &str) -> MethodDescriptor {
     called.next().unwrap_or_else(|| panic!("the .proto files have no {service}.{method}"))
 }
 
-/// Calls a method, with a timeout. Most services of containerd need one of its namespaces; the CRI needs none.
+/// Calls a method, with a timeout. Most services of containerd need a containerd namespace, but the CRI needs none.
 ///
 /// # Errors
 /// The status of the failed call.
@@ -51,13 +51,13 @@ pub fn call(
     let called = method(service, name);
     let request: Box<dyn MessageDyn> =
         protobuf_json_mapping::parse_dyn_from_str(&called.input_type(), &request.to_string())
-            .unwrap_or_else(|error| panic!("{name} {request}: {error}"));
+            .unwrap_or_else(|error| panic!("failed to encode the request {name} {request}: {error}"));
     let path = format!("/{service}/{name}");
     let answer = http2::unary(SOCKET, namespace, &path, request.write_to_bytes_dyn().unwrap(), limit)?;
     Ok(json_of(&called.output_type(), &answer))
 }
 
-/// Calls a streaming method with an empty request. The iterator ends if no message arrives within the timeout.
+/// Calls a streaming method with an empty request. The iterator ends if no message arrives within `limit`.
 pub fn stream_of(limit: Duration, service: &str, name: &str) -> impl Iterator<Item = Value> + use<> {
     let answer = method(service, name).output_type();
     let answers = stream(service, name);
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_services_of_the_suites_are_known() {
+    fn proto_files_describe_all_services_that_the_suites_call() {
         for (service, name) in [
             ("runtime.v1.RuntimeService", "RunPodSandbox"),
             ("runtime.v1.ImageService", "ImageStatus"),
@@ -102,8 +102,8 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_read_by_containerds_numbers() {
-        // A task with the id "a", the pid 7 and the status PAUSED, and an unknown field 8.
+    fn tasks_are_decoded_with_containerds_field_numbers() {
+        // A task with the id "a", the pid 7, the status PAUSED, and field 8, which the .proto file does not have.
         let bytes = [0x0a, 9, 0x12, 1, b'a', 0x18, 7, 0x20, 4, 0x40, 1];
         let tasks = json_of(&method("containerd.services.tasks.v1.Tasks", "List").output_type(), &bytes);
         assert_eq!(tasks, json!({ "tasks": [{ "id": "a", "pid": 7, "status": "PAUSED" }] }));

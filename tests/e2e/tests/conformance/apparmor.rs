@@ -1,4 +1,4 @@
-//! AppArmor: profiles of the node, which apply also if the guest's kernel enforces them.
+//! AppArmor profiles of the node. They also apply if the guest's kernel enforces them.
 
 use std::fs;
 use std::path::Path;
@@ -10,13 +10,13 @@ use serde_json::{Value, json};
 
 use super::{run_once, security_context};
 
-/// Loads a profile on the node, and replaces one with the same name.
+/// Loads a profile on the node. Replaces a loaded profile with the same name.
 #[track_caller]
 fn load_profile(dir: &Path, text: &str) {
     let path = dir.join("profile");
     fs::write(&path, text).unwrap();
     let status = Command::new("apparmor_parser").arg("--replace").arg("--skip-cache").arg(&path).status().unwrap();
-    assert!(status.success(), "apparmor_parser: {status}");
+    assert!(status.success(), "apparmor_parser failed: {status}");
 }
 
 #[test]

@@ -139,7 +139,7 @@ fn several_containers() {
                 server.remove();
                 client.remove();
             });
-            group.check("each has its own log", || {
+            group.check("each container has its own log", || {
                 let (a, b) = (pod.start(&pod.sh("echo of a")), pod.start(&pod.sh("echo of b")));
                 a.wait();
                 b.wait();

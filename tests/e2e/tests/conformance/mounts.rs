@@ -27,7 +27,7 @@ fn mount(source: &Path, options: &Value) -> impl FnOnce(&mut Value) {
 #[track_caller]
 fn node(command: &[&str]) {
     let status = Command::new(command[0]).args(&command[1..]).status().unwrap();
-    assert!(status.success(), "{command:?}: {status}");
+    assert!(status.success(), "{command:?} failed: {status}");
 }
 
 #[test]

@@ -113,18 +113,18 @@ fn capabilities() {
             group.check("default capabilities", || {
                 assert_eq!(run_once(&pod, &status("CapEff"), |_| {}), "00000000a80425fb");
             });
-            group.check("one added", || {
+            group.check("one capability added", || {
                 let text = run_once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["SYS_ADMIN"] })));
                 assert_eq!(text, "00000000a82425fb");
             });
-            group.check("one dropped", || {
+            group.check("one capability dropped", || {
                 let text = run_once(&pod, &status("CapEff"), change(json!({ "drop_capabilities": ["CHOWN"] })));
                 assert_eq!(text, "00000000a80425fa");
             });
-            group.check("all added", || {
+            group.check("all capabilities added", || {
                 assert_eq!(run_once(&pod, &status("CapEff"), change(json!({ "add_capabilities": ["ALL"] }))), ALL_CAPS);
             });
-            group.check("all dropped, one added", || {
+            group.check("all capabilities dropped, one added", || {
                 let changes = json!({ "drop_capabilities": ["ALL"], "add_capabilities": ["NET_BIND_SERVICE"] });
                 assert_eq!(run_once(&pod, &status("CapEff"), change(changes)), "0000000000000400");
             });
@@ -137,7 +137,7 @@ fn capabilities() {
                 let text = run_once(&pod, &script, |config| security_context(config)["privileged"] = json!(true));
                 assert_eq!(text, format!("{ALL_CAPS}\nmounted\ndevices\ncgroups"));
             });
-            group.check("not privileged: none of these", || {
+            group.check("not privileged: no extra capabilities, devices or mounts", || {
                 let script = "mkdir /srv/m; mount -t tmpfs none /srv/m 2> /dev/null || echo refused;
                     test -e /dev/kmsg || echo hidden; touch /sys/fs/cgroup/x 2> /dev/null || echo closed";
                 assert_eq!(run_once(&pod, script, |_| {}), "refused\nhidden\nclosed");
