@@ -103,7 +103,7 @@ impl Case {
         Run::new(&self.runtime, self.id(), PYTHON, &["python3", "-c", program])
     }
 
-    /// Starts a container in the background, and waits until it runs. The container only sleeps.
+    /// Starts a container in the background and waits until it runs. The container only sleeps.
     #[track_caller]
     pub fn sleeper(&self) -> Container {
         self.container(self.sh("echo up; exec sleep 1000"))
@@ -149,7 +149,8 @@ impl Case {
                 // The first mount needs ctr, because only ctr finds the image's layers.
                 run_ctr(&["images", "mount", "--rw", BUSYBOX, &key]).expect_code(0);
                 let layer = containerd::snapshot_parent(NAMESPACE, &key);
-                let layer = layer.unwrap_or_else(|status| panic!("failed to get the parent of the snapshot {key}: {status}"));
+                let layer =
+                    layer.unwrap_or_else(|status| panic!("failed to get the parent of the snapshot {key}: {status}"));
                 LAYER.get_or_init(|| layer);
                 true
             }

@@ -28,7 +28,8 @@ pub fn need_image_in(namespace: &str, reference: &str) {
     static KNOWN: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let known = known.entry(namespace.to_owned()).or_insert_with(|| {
-        containerd::images(namespace).unwrap_or_else(|status| panic!("failed to list the images in the namespace {namespace}: {status}"))
+        containerd::images(namespace)
+            .unwrap_or_else(|status| panic!("failed to list the images in the namespace {namespace}: {status}"))
     });
     if known.iter().any(|one| one == reference) {
         return;

@@ -58,7 +58,7 @@ fn create_rejects_cgroups_path_that_cannot_be_created() {
         run.output().expect_error(&["cgroup", "/sys/fs/cgroup/husk-closed/one"]);
         let run = case.with_spec("true", |spec| spec["linux"]["cgroupsPath"] = json!("/../outside"));
         run.output().expect_error(&["cgroupsPath", "/../outside"]);
-        // This suite runs on nodes without systemd.
+        // This suite runs on nodes without systemd. Therefore a path for systemd is rejected.
         let run = case.sh("true").flags(&["--cgroup", "husk_e2e.slice:husk:one"]);
         run.output().expect_error(&["husk-one.scope", "husk_e2e.slice", "/run/systemd/private"]);
         // Without a path, the container runs without a cgroup.
