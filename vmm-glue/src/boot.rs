@@ -165,7 +165,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     let fd_directory =
-        belongings.fd_directory.try_clone().map_err(|error| BootError::Host("the directory of fds", error))?;
+        belongings.fd_directory.try_clone().map_err(|error| BootError::Host("the fd of /proc/self/fd", error))?;
     let fd_directory = Arc::new(fd_directory);
     if let Some(share) = &config.share {
         let reporter = Arc::clone(reporter);

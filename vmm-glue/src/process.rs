@@ -1,4 +1,5 @@
-//! The VMM process from `main` to its end. It ends with the guest, the shim or the control socket.
+//! The VMM process from `main` to its end. It ends when the guest or the shim ends, or when the control socket is
+//! closed.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -126,7 +127,7 @@ fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Rep
         share.root = "/".to_owned();
     }
     let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
-    // The last thread: the others have started with this one's capabilities.
+    // Confine this thread last, because each other thread was started with the capabilities of this thread.
     jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
     Ok(vm)
 }

@@ -108,7 +108,7 @@ impl HotplugMemory {
     /// hot-plugged.
     ///
     /// # Errors
-    /// The device could not be created. The addresses stay reserved.
+    /// If the device could not be created. The addresses stay reserved.
     fn device(&mut self) -> io::Result<Option<Arc<Mutex<Mem>>>> {
         let (state, device) = match std::mem::replace(self, Self::None) {
             Self::Reserved(range) => match Mem::new(range) {
@@ -263,7 +263,7 @@ mod tests {
         let (_, range) = reserve(&memory, (4 << 30, 128 << 20), Backing::Ordinary).unwrap();
         let mut state = HotplugMemory::Reserved(range);
         let first = state.device().unwrap().unwrap();
-        // The device has no slot. The next attempt gets the same device, and so the same range.
+        // The device has no slot. The next attempt gets the same device and therefore the same range.
         assert!(matches!(state, HotplugMemory::Detached(_)));
         assert!(Arc::ptr_eq(&first, &state.device().unwrap().unwrap()));
         assert!(HotplugMemory::None.device().unwrap().is_none());

@@ -361,7 +361,8 @@ fn serve(input: Input) {
     read_around(Path::new("/"), &mut before, &mut inodes);
     let share = ShareConfig { tag: "fuzz".into(), root: SHARE.into(), workers: 1 + u8::from(input.two_workers) };
     let mut bench = Bench::new(
-        Fs::new(&share, husk_vmm::jail::Belongings::without_jail().expect("/proc and /dev"), || {}).expect("create the device"),
+        Fs::new(&share, husk_vmm::jail::Belongings::without_jail().expect("open /proc/self/fd and /dev/null"), || {})
+            .expect("create the device"),
     );
     bench.activate(0);
     let mut guest = Guest { bench, unique: 0, nodes: vec![ROOT], modes: HashMap::new(), handles: Vec::new(), inodes };

@@ -20,7 +20,8 @@ fuzz_target!(|input: (Vec<Vec<u8>>, Vec<Step>, bool)| {
             (File::from(OwnedFd::from(tap)), wire)
         })
         .unzip();
-    let directory = husk_vmm::jail::Belongings::without_jail().expect("/proc and /dev").fd_directory.into();
+    let directory =
+        husk_vmm::jail::Belongings::without_jail().expect("open /proc/self/fd and /dev/null").fd_directory.into();
     let device =
         Net::new(Backend { taps, vhost: None }, [2, 0, 0, 1, 2, 3], 1500, directory).expect("create the device");
     let mut bench = Bench::new(device);

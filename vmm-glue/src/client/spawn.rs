@@ -19,7 +19,7 @@ pub enum Network {
     /// The parent's network namespace.
     #[default]
     Inherit,
-    /// A new network namespace, with no interface but a loopback interface that is down.
+    /// A new network namespace. Its only interface is a loopback interface that is down.
     New,
     /// An existing network namespace.
     Join(OwnedFd),
@@ -41,8 +41,8 @@ impl Default for SpawnOptions {
     }
 }
 
-/// A running VMM process. It ends when the thread that started it ends, or when the control socket is closed. The
-/// parent has to wait for it.
+/// A running VMM process. The process ends when the thread that started it ends, or when the control socket is closed.
+/// The parent has to wait for the process.
 #[derive(Debug)]
 pub struct Spawned {
     /// The process id.
@@ -127,7 +127,7 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
         FailedStep::Control => SpawnError::Control(error),
         FailedStep::Exec => SpawnError::Exec(error),
     };
-    // The pid belongs to a child that has not been waited for, so it cannot have been reused.
+    // The pid cannot have been reused, because nobody has waited for the child.
     let _ = husk_base::sys::process::wait(pid.cast_signed(), 0);
     Err(error)
 }
@@ -138,9 +138,9 @@ fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     let mut pidfd: c_int = -1;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::CLONE_NEWPID | libc::SIGCHLD;
     // SAFETY: `top` is the 16-byte-aligned end of a stack that is large enough for a few system calls. CLONE_VFORK
-    // suspends this thread until the child has called execve or ended, so `plan` and `stack` outlive the child's use of
-    // them. All signals are blocked, so that no signal handler runs in the child, which shares this memory. The VMM
-    // unblocks signals after execve. A successful clone has stored a new fd in `pidfd`, which is owned here only.
+    // suspends this thread until the child has called execve or ended. Therefore `plan` and `stack` outlive the child's
+    // use of them. All signals are blocked, so that no signal handler runs in the child, which shares this memory. The
+    // VMM unblocks signals after execve. A successful clone has stored a new fd in `pidfd`, which is owned here only.
     unsafe {
         let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&raw mut all);
@@ -186,8 +186,8 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
 
 /// Stores the failed step and its errno for the parent.
 unsafe fn fail(plan: *mut ExecPlan, step: FailedStep) -> c_int {
-    // SAFETY: `plan` is valid and unshared, as in `child`. The errno location is valid: it is that of the suspended
-    // parent thread, whose thread-local storage the child shares.
+    // SAFETY: `plan` is valid and unshared, as in `child`. The errno location is valid, because the child shares the
+    // thread-local storage of the suspended parent thread.
     unsafe { (*plan).failed = (step, *libc::__errno_location()) };
     127
 }

@@ -1,4 +1,5 @@
-//! Capabilities of the VMM's threads (capabilities(7)): those that serve files keep a few, all others have none.
+//! Capabilities of the VMM's threads (capabilities(7)). Threads that serve files keep a few capabilities, and all other
+//! threads have none.
 
 use std::io;
 
@@ -28,13 +29,14 @@ const KEPT: [(u32, &str); 9] = [
 
 /// Drops every capability of this thread that is not in [`KEPT`].
 ///
-/// The thread keeps them when it switches to a user of the guest. It creates files as the requesting user, so that they
-/// have the right owner. The guest's kernel has already decided whether that user has permission. It knows capabilities
-/// that a request does not carry: root in a user namespace of the guest is an ordinary user on the host, yet can write
-/// to a directory whose mode forbids it.
+/// The thread keeps the remaining capabilities when it switches to a user of the guest. It switches to create files as
+/// the requesting user, so that the files have the right owner. The guest's kernel has already decided whether that
+/// user has permission. The host could not decide this, because a request does not carry the user's capabilities in the
+/// guest. For example, root in a user namespace of the guest is an ordinary user on the host. Nevertheless, this user
+/// may write to a directory whose mode forbids it.
 pub fn keep_for_files() -> io::Result<()> {
     match secure_bits().and_then(|bits| set_secure_bits(bits | SECBIT_NO_SETUID_FIXUP)) {
-        // Without the privilege (CAP_SETPCAP), the thread cannot switch to another user either.
+        // A thread without the required capability (CAP_SETPCAP) cannot switch to another user either.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
         result => result?,
     }

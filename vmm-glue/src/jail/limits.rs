@@ -6,13 +6,14 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use virtiofsd::limits::setup_rlimit_nofile;
 
-/// The limits, each soft and hard, with the reason.
+/// The resources, the value for both the soft and the hard limit, and the reason for the limit.
 ///
-/// A core size of 1 byte prevents core dumps. A limit of 0 would not: if core dumps go to a program, the kernel ignores
-/// every limit but 1 (fs/coredump.c, `do_coredump`). The dumpable flag alone is not enough either, because each switch to
-/// a guest's user sets it to fs.suid_dumpable (kernel/cred.c, `commit_creds`).
+/// A core size of 1 byte prevents core dumps. A limit of 0 would not always prevent them. If core dumps go to a
+/// program, the kernel ignores all limits except 1 (fs/coredump.c, `do_coredump`). The dumpable flag alone is not
+/// enough either, because each switch to a guest's user sets the flag to fs.suid_dumpable (kernel/cred.c,
+/// `commit_creds`).
 const LIMITS: [(Resource, u64, &str); 3] = [
-    (Resource::RLIMIT_CORE, 1, "no core dump: it would hold guest memory"),
+    (Resource::RLIMIT_CORE, 1, "a core dump would hold guest memory"),
     (Resource::RLIMIT_MEMLOCK, 0, "the VMM locks no memory"),
     (Resource::RLIMIT_MSGQUEUE, 0, "the VMM uses no POSIX message queue"),
 ];
@@ -20,11 +21,11 @@ const LIMITS: [(Resource, u64, &str); 3] = [
 /// Why a limit could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum LimitError {
-    /// The maximum number of open fds.
+    /// The maximum number of open fds could not be raised.
     #[error("failed to raise the VMM's fd limit (RLIMIT_NOFILE): {0}")]
     Fds(String),
-    /// Another limit.
-    #[error("failed to set {0:?} of the VMM: {1}")]
+    /// A limit of `LIMITS` could not be set.
+    #[error("failed to set the VMM's {0:?} ({1})")]
     Other(Resource, &'static str, #[source] Errno),
 }
 
@@ -33,8 +34,8 @@ pub fn max_fds() -> io::Result<u64> {
     Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
 }
 
-/// Sets the limits. Raises the maximum number of open fds as far as the system allows, and returns it: each file that
-/// the guest knows is open in the VMM.
+/// Sets the limits, and raises the maximum number of open fds as far as the system allows. The VMM needs many fds,
+/// because each file that the guest knows is open in the VMM. Returns the maximum number of open fds.
 pub fn set() -> Result<u64, LimitError> {
     let max_fds = setup_rlimit_nofile(None).map_err(LimitError::Fds)?;
     for (resource, limit, reason) in LIMITS {

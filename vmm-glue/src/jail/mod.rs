@@ -1,7 +1,8 @@
-//! The jail of the VMM process: what the process can still see and do once it runs a guest.
+//! The jail of the VMM process limits what the process can see and do once it runs a guest.
 //!
 //! [`enter`] confines the whole process. It is called once, when the configuration is known and before there is a
-//! second thread. Then each thread calls [`confine`] first of all, which leaves it what its kind needs.
+//! second thread. Later, each thread first calls [`confine`], which drops every right that the thread's kind does not
+//! need.
 
 mod capabilities;
 mod limits;
@@ -20,10 +21,10 @@ use std::path::Path;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 
-/// What the process took along into the jail.
+/// What the process opened or read before it entered the jail.
 #[derive(Debug)]
 pub struct Belongings {
-    /// The process's directory of open fds, `/proc/self/fd`, without anything above it.
+    /// `/proc/self/fd`, the process's directory of open fds. No directory above it can be reached.
     pub fd_directory: File,
     /// `/dev/null`, opened for writing.
     pub dev_null: File,
@@ -32,7 +33,7 @@ pub struct Belongings {
 }
 
 impl Belongings {
-    /// Returns those of a process that is not in a jail, for tests.
+    /// Returns the belongings of a process that is not in a jail, for tests.
     ///
     /// # Errors
     /// If /proc or /dev is not mounted.
@@ -63,14 +64,14 @@ pub enum JailError {
     NoNewPrivileges(#[source] io::Error),
 }
 
-/// Confines the process: resource limits, namespaces, a root directory that is the share and nothing else, a bounding
-/// set with the file server's capabilities only, and no_new_privs.
+/// Confines the process. Sets resource limits and no_new_privs, creates namespaces, makes the share the root directory,
+/// and limits the capability bounding set to the file server's capabilities.
 ///
 /// Without a share the root is an empty, read-only directory. The PID and network namespaces are set when the process is
 /// spawned ([`crate::client::spawn`]).
 ///
 /// # Errors
-/// [`JailError`]. The process may be confined in part then, and must end.
+/// [`JailError`]. After an error the process may be confined only in part, and must end.
 pub fn enter(share: Option<&Path>) -> Result<Belongings, JailError> {
     let max_fds = limits::set()?;
     let namespaces =

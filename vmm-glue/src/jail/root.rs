@@ -1,4 +1,4 @@
-//! The mount namespace and the root directory of the VMM process: the share, and nothing else of the host.
+//! The mount namespace and the root directory of the VMM process. They contain the share and nothing else of the host.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, pivot_root};
 
-/// Where the VMM's own procfs, and then an empty root, are mounted. The VMM sees neither later.
+/// Mount point of the VMM's own procfs and, without a share, of the empty root. Later, the VMM no longer sees this
+/// directory.
 const PROC: &str = "/proc";
 
 /// Why the root directory could not be changed.
@@ -29,21 +30,22 @@ fn error<E: Into<io::Error>>(step: &'static str, path: impl AsRef<Path>) -> impl
     move |source| RootError { step, path, source: source.into() }
 }
 
-/// Makes `share` the root of this process's mount namespace, which must be a new one. Returns `/proc/self/fd` and
-/// `/dev/null`, which cannot be opened later. Without a share the root is an empty, read-only directory.
+/// Makes `share` the root of this process's mount namespace, which must be a new one. Returns the open `/proc/self/fd`
+/// and `/dev/null`, because these paths do not exist under the new root. Without a share the root is an empty,
+/// read-only directory.
 ///
-/// Mounts that the host adds to the share later arrive here, because the root is a slave of the share. Nothing
-/// propagates to the host.
+/// Mounts that the host adds to the share later appear in this namespace too, because the root is a slave of the share.
+/// No mount propagates to the host.
 pub fn enter(share: Option<&Path>) -> Result<(File, File), RootError> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(error("set slave propagation of", "/"))?;
     let dev_null = File::options().write(true).open("/dev/null").map_err(error("open", "/dev/null"))?;
-    // The host's procfs shows all processes of the host. The new instance shows those of the VMM's PID namespace, and
-    // with `subset=pid` (Linux 5.8) no other file: no sysctls and no kernel information.
+    // The host's procfs shows all processes of the host. The new instance shows only the processes of the VMM's PID
+    // namespace. With `subset=pid` (Linux 5.8), it shows neither sysctls nor information about the kernel.
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), PROC, Some("proc"), flags, Some("subset=pid")).map_err(error("mount procfs at", PROC))?;
-    // A mount whose root is the directory itself: `..` does not lead out of it.
+    // The clone is a mount whose root is the directory itself. Therefore `..` does not lead out of the directory.
     let fd_directory = open("/proc/self/fd", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(io::Error::from)
         .and_then(|directory| clone_tree(directory.as_fd(), false))
@@ -57,7 +59,7 @@ pub fn enter(share: Option<&Path>) -> Result<(File, File), RootError> {
             Path::new(PROC)
         }
     };
-    // The old root is stacked on the new one, and then unmounted (pivot_root(2), NOTES).
+    // pivot_root stacks the old root on the new root, and umount2 then removes the old root (pivot_root(2), NOTES).
     chdir(root).map_err(error("enter", root))?;
     pivot_root(".", ".").map_err(error("change the root to", root))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(error("unmount the old root of", root))?;

@@ -1,4 +1,4 @@
-//! Confines a thread to what its kind needs.
+//! Drops the rights that a kind of thread does not need.
 
 use std::io;
 
@@ -21,7 +21,7 @@ pub enum Kind {
     Disk,
     /// The thread that faults guest memory in.
     Prefault,
-    /// The thread whose PID stands for a container.
+    /// A thread whose pid stands for a container.
     Pid,
 }
 
@@ -35,11 +35,12 @@ pub struct ConfineError {
     source: io::Error,
 }
 
-/// Confines this thread. It must not serve the guest before.
+/// Confines this thread. The thread must not have served the guest before.
 pub fn confine(kind: Kind) -> Result<(), ConfineError> {
     let error = |step| move |source| ConfineError { kind, step, source };
     if kind == Kind::FileServer {
-        // virtiofsd changes the working directory for operations on extended attributes, of this thread only.
+        // For operations on extended attributes, virtiofsd changes the working directory, and must not change it for
+        // other threads.
         unshare(CloneFlags::CLONE_FS).map_err(|errno| error("separate the working directory")(errno.into()))?;
         return capabilities::keep_for_files().map_err(error("reduce the capabilities"));
     }

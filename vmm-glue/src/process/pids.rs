@@ -1,8 +1,8 @@
 //! Host pids that stand for the pod's containers. Each is the id of an idle thread of the VMM.
 //!
-//! A container's processes are in the guest. But a client that asks the runtime for a task's pid reads the namespaces
-//! and the cgroup from `/proc/PID/ns` and `/proc/PID/cgroup`. A thread of the VMM has the pod's namespaces and cgroup,
-//! and a pid that no other task has.
+//! A container's processes are in the guest. However, a client that asks the runtime for a task's pid may read the
+//! container's namespaces and cgroup from `/proc/PID/ns` and `/proc/PID/cgroup`. A thread of the VMM has the pod's
+//! namespaces and cgroup, and a pid that no other task has.
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
@@ -10,12 +10,12 @@ use std::{io, thread};
 
 use crate::jail::{Kind, confine};
 
-/// Maximum number of pids; far more than a pod has containers.
+/// Maximum number of pids. A pod has far fewer containers.
 const MAX_PIDS: usize = 1024;
 /// Stack size in bytes. The thread calls almost nothing.
 const STACK: usize = 32 << 10;
 
-/// The idle threads by pid. Each ends when its sender is dropped.
+/// The idle threads by pid. Each thread ends when its sender is dropped.
 #[derive(Default)]
 pub struct Pids(HashMap<u32, Sender<()>>);
 
@@ -23,7 +23,7 @@ impl Pids {
     /// Acquires a unique pid.
     ///
     /// # Errors
-    /// If there are too many pids, or if no thread can be started.
+    /// If `MAX_PIDS` pids are in use already, or if the thread cannot be started or confined.
     pub fn acquire(&mut self) -> io::Result<u32> {
         if self.0.len() >= MAX_PIDS {
             return Err(io::Error::other("failed to acquire a pid: the sandbox has too many containers"));

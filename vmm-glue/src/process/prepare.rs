@@ -26,8 +26,8 @@ pub fn prepare() -> Result<(), PrepareError> {
     // A parent that ended before this call causes no signal, but it has closed the control socket, which ends the
     // process as well. The pid of the parent would not tell: a subreaper may adopt orphans, and pid 1 may be the parent.
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|errno| PrepareError::DeathSignal(errno.into()))?;
-    // A guest can crash the VMM: it can place a virtqueue in hot-pluggable memory that is not plugged. The host must
-    // not store a core dump for that.
+    // A guest can crash the VMM by placing a virtqueue in hot-pluggable memory that is not plugged. The host must not
+    // store a core dump of such a crash.
     prctl::set_dumpable(false).map_err(|errno| PrepareError::Dump(errno.into()))?;
     let _ = prctl::set_name(c"husk-vmm");
     heap::keep_small();

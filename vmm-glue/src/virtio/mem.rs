@@ -56,7 +56,8 @@ impl Mem {
     /// Creates a device with no plugged blocks and a requested size of 0.
     ///
     /// # Errors
-    /// The error of eventfd(2), and the range. The caller keeps the range, because it can be reserved only once.
+    /// The error of eventfd(2), together with the range. The caller has to keep the range, because a range can be
+    /// reserved only once.
     pub fn new(range: HotplugRange) -> Result<Self, (HotplugRange, io::Error)> {
         let wake = match WakeEvent::new() {
             Ok(wake) => wake,

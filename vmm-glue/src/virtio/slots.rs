@@ -95,7 +95,8 @@ impl Slots {
     /// notifications. The device stays in the state in which the guest left it.
     ///
     /// # Errors
-    /// [`PlugError::NotRemovable`]. KVM's error is in the result, because the slot is empty after that error too.
+    /// [`PlugError::NotRemovable`]. An error of KVM is part of the returned [`Unplugged`] instead, because the slot is
+    /// empty after such an error too.
     pub fn unplug(&self, number: u32) -> Result<Unplugged, PlugError> {
         let not_removable = || PlugError::NotRemovable(number);
         let slot = self.slots.get(number as usize).ok_or_else(not_removable)?;

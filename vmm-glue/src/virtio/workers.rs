@@ -1,12 +1,12 @@
 //! Worker threads of a device whose requests can block. A worker pops a request, calls the handler and returns the
 //! result.
 //!
-//! The threads start with the device, when the process can still give them the rights that they need, and end with it.
-//! They serve one activation after another.
+//! The threads start when the device is created, because then the process can still give them the rights that they
+//! need. They end when the device is dropped. Until then they serve one activation after another.
 //!
 //! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). A worker that
-//! takes a request while others are idle enables the next notification. If there is another request already, it signals
-//! the notification itself.
+//! takes a request while others are idle enables the next notification. If there is another request already, this
+//! worker signals the notification itself.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -37,7 +37,7 @@ pub trait Handler: Send + Sync + 'static {
     fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
 }
 
-/// The worker threads of a device. They end when this is dropped.
+/// The worker threads of a device. Dropping the value ends the threads.
 pub struct Workers<H: Handler> {
     pool: Arc<Pool<H>>,
     threads: Vec<JoinHandle<()>>,
@@ -78,19 +78,18 @@ struct State {
     busy: usize,
     paused: bool,
     stopped: bool,
-    /// Whether the driver broke the queue. Then no more requests are taken from it.
+    /// Whether the driver broke the queue. No more requests are taken from a broken queue.
     failed: bool,
 }
 
 impl<H: Handler> Workers<H> {
-    /// Starts `count` threads. Returns when each is confined. They have nothing to do before
-    /// [`Workers::activate`].
+    /// Starts `count` threads. Returns when each thread is confined. The threads wait until [`Workers::activate`].
     ///
     /// # Errors
     /// If a thread cannot be started or confined.
     pub fn start(count: u8, handler: Arc<H>) -> io::Result<Self> {
         let pool = Arc::new(Pool { handler, state: Mutex::default(), changed: Condvar::new() });
-        // The threads of a failed start end when this is dropped.
+        // If the start fails, dropping `this` ends the threads that were started.
         let mut this = Self { pool, threads: Vec::with_capacity(count.into()) };
         let (confined, results) = channel();
         for number in 0..count {
@@ -135,7 +134,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Returns when no request is being served, and none will be until [`Workers::resume`].
+    /// Pauses serving. Returns when no request is being served. No request is served until [`Workers::resume`].
     pub fn pause(&self) {
         let session = {
             let mut pool = lock(&self.pool.state);
@@ -235,11 +234,11 @@ impl Session {
         }
     }
 
-    /// Serves requests until the session ends, or the thread can no longer wait for them.
+    /// Serves requests until the session ends, or until the thread fails to wait for a notification.
     fn run<H: Handler>(&self, handler: &H) {
         let epoll = match self.epoll() {
             Ok(epoll) => epoll,
-            Err(error) => return log::error!("{}: failed to wait for notifications: {error}", H::NAME),
+            Err(error) => return log::error!("{}: failed to set up the wait for notifications: {error}", H::NAME),
         };
         loop {
             match self.serve_until_empty(handler) {
@@ -254,7 +253,7 @@ impl Session {
                 log::error!("{}: failed to wait for notifications: {error}", H::NAME);
                 return;
             }
-            // Fails with EAGAIN if another thread has cleared it.
+            // The read fails with EAGAIN if another thread has cleared the notification.
             let _ = self.notify.read();
             self.lock().idle -= 1;
         }
@@ -268,7 +267,7 @@ impl Session {
         Ok(epoll)
     }
 
-    /// Serves requests until there are none, and then counts this thread as idle. Returns false if the session has
+    /// Serves requests until the queue is empty, and then counts this thread as idle. Returns false if the session has
     /// ended.
     fn serve_until_empty<H: Handler>(&self, handler: &H) -> Result<bool, QueueFault> {
         let mut state = self.lock();

@@ -19,12 +19,12 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// Takes over the boot devices: the n-th device of the loop is in slot n.
+    /// Takes over the boot devices. The n-th boot device of the loop has to be in slot n.
     pub(crate) fn new(slots: Arc<Slots>, event_loop: EventLoop) -> Self {
         Self { slots, event_loop, hotplugged: HashMap::new() }
     }
 
-    /// Resumes the device loop.
+    /// Resumes the devices' own threads and then the device loop.
     pub(super) fn resume(&mut self) {
         for device in self.slots.devices() {
             mmio::lock(&device).resume();
@@ -32,7 +32,8 @@ impl Devices {
         self.event_loop.resume();
     }
 
-    /// Stops the device loop, and then the devices' own threads. Returns when all have stopped.
+    /// Stops the device loop and then the devices' own threads. Returns when the loop and all these threads have
+    /// stopped.
     pub(super) fn pause(&mut self) -> Result<(), VmError> {
         self.event_loop.pause()?;
         for device in self.slots.devices() {
@@ -44,7 +45,7 @@ impl Devices {
     /// Hot-plugs a device into a free slot for `purpose` and returns the slot's number.
     pub(super) fn attach(&mut self, device: SharedDevice, purpose: Purpose) -> Result<u32, VmError> {
         self.reject_paused()?;
-        // Add the device to the device loop first. As soon as the device is in its slot, the guest may find it.
+        // Add the device to the device loop first, because the guest may find the device as soon as it is in its slot.
         let id = self.event_loop.add(device.clone())?;
         match self.slots.plug(device, purpose) {
             Ok(slot) => {
@@ -106,7 +107,8 @@ mod tests {
     use crate::virtio::slot_eventfds::Registry;
     use crate::virtio::slots::PlugError;
 
-    /// Registers and unregisters nothing. Each field is the result of the calls with its name.
+    /// Registers and unregisters nothing. Each field is the result of the calls whose names begin with the field's
+    /// name.
     struct FakeKvm {
         register: Result<(), i32>,
         unregister: Result<(), i32>,

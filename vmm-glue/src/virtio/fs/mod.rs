@@ -1,7 +1,8 @@
 //! The virtio-fs device (virtio 1.2, 5.11): serves a directory of the host with virtiofsd's file system.
 //!
-//! Worker threads take requests from the request queue themselves ([`super::workers`]), so each request costs one
-//! wake-up. The device loop serves only the high-priority queue, so FORGET never waits for a request that blocks.
+//! Worker threads take requests from the request queue themselves ([`super::workers`]). Therefore each request costs
+//! only one wake-up. The device loop serves only the high-priority queue. Therefore FORGET never waits for a request
+//! that blocks.
 
 mod checked_fs;
 mod descriptor_table;
@@ -45,17 +46,17 @@ use crate::jail::{Belongings, Kind};
 
 /// Size of the tag in the configuration space, in bytes.
 pub const TAG_LEN: usize = 36;
-/// Sizes of the high-priority queue and the request queue. Linux limits a request to as many pages as the queue has
-/// descriptors, less those of its headers: 1 MiB needs 256.
+/// Sizes of the high-priority queue and the request queue. Linux limits the number of pages of a request to the queue's
+/// number of descriptors minus a few for the headers. A request of 1 MiB needs 256 descriptors for its pages.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
 /// Event token of the high-priority queue.
 const HIGH_PRIORITY: u32 = HIGH_PRIORITY_QUEUE as u32;
 /// Number of fds reserved for the process itself.
 const RESERVED_FDS: u64 = 512;
-/// The guest is asked to forget files once less than one part in this many of its fds is free.
+/// The guest is asked to forget files once less than 1/`SPARE_FRACTION` of its fds is free.
 const SPARE_FRACTION: u64 = 8;
-/// How long the guest caches names and attributes. It sees changes that the host makes in a volume after this time at
-/// most.
+/// How long the guest caches names and attributes. A change that the host makes in a volume is visible in the guest
+/// after at most this time.
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a virtio-fs device could not be created.
@@ -76,8 +77,8 @@ pub enum FsError {
         #[source]
         source: io::Error,
     },
-    /// The device's eventfd could not be created.
-    #[error("failed to create an eventfd")]
+    /// The device's eventfd, or its copy of the fd of `/proc/self/fd`, could not be created.
+    #[error("failed to create an fd for the virtio-fs device")]
     Event(#[source] io::Error),
     /// The worker threads could not be started or confined.
     #[error("failed to start the virtio-fs threads")]
@@ -110,7 +111,7 @@ struct Active {
 
 impl Fs {
     /// Creates the device and its worker threads. The share's directory must exist. When few fds are left, a worker
-    /// thread calls `request_forget`, at most once a second: it should make the guest forget files.
+    /// thread calls `request_forget` at most once a second. The function should make the guest forget files.
     pub fn new(
         share: &ShareConfig,
         belongings: Belongings,
@@ -180,25 +181,25 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64)
         root_dir,
         proc_sfd_rawfd: Some(fd_directory),
         guest_fd_limit,
-        // The guest looks names and attributes up again after the timeout. File data stays in its page cache for
-        // longer, while size and mtime do not change (FUSE_AUTO_INVAL_DATA). That needs `Always`: with `Auto`, each
-        // open drops the file's pages, so every exec would read its binary again.
+        // The guest looks names and attributes up again after the timeout. File data stays in the guest's page cache
+        // for longer, as long as the file's size and mtime do not change (FUSE_AUTO_INVAL_DATA). This needs `Always`.
+        // With `Auto`, each open drops the file's pages, and therefore every exec would read its binary again.
         entry_timeout: CACHE_TIMEOUT,
         attr_timeout: CACHE_TIMEOUT,
         cache_policy: CachePolicy::Always,
-        // The host changes files that the guest has cached. And a killed guest must not lose data that was reported as
-        // written.
+        // The host changes files that the guest has cached. Moreover, a killed guest must not lose data that was
+        // reported as written.
         writeback: false,
         xattr: true,
         posix_acl: NegotiationMode::Auto,
-        // Saves a GETXATTR of security.capability before each write.
+        // With this option the guest need not send a GETXATTR of security.capability before each write.
         killpriv_v2: true,
-        // Mounts appear under the root while the guest runs; each gets its own st_dev.
+        // Mounts appear under the root while the guest runs. In the guest, each mount gets its own st_dev.
         announce_submounts: true,
         readdirplus: true,
-        // Keeps one fd per inode that the guest knows. File handles would need CAP_DAC_READ_SEARCH, which opens any
-        // inode of the host, even from a jail. And overlayfs, under every rootfs, has no file handles without
-        // nfs_export.
+        // virtiofsd keeps one fd per inode that the guest knows. File handles would need CAP_DAC_READ_SEARCH, and with
+        // this capability a process can open any inode of the host, even from a jail. Moreover, every rootfs is on
+        // overlayfs, which has no file handles without nfs_export.
         inode_file_handles: InodeFileHandlesMode::Never,
         // O_DIRECT bypasses only the guest's cache. The file systems under a share (tmpfs, overlayfs, network file
         // systems) may reject the flag or the alignment of a buffer.
