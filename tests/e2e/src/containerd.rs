@@ -32,7 +32,7 @@ pub fn containers(namespace: &str) -> Result<Vec<String>, Status> {
     Ok(items(&answer["containers"]).map(|container| text(&container["id"])).collect())
 }
 
-/// Deletes containerd's record of a container, and the container's snapshot. The container must have no task.
+/// Deletes containerd's record of a container and the container's snapshot. The container must not have a task.
 ///
 /// # Errors
 /// The status of the failed call.

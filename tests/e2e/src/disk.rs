@@ -8,17 +8,17 @@ use std::process::Command;
 
 use nix::mount::{MntFlags, umount2};
 
-// The requests of linux/loop.h.
+// Requests to loop devices (linux/loop.h).
 nix::ioctl_none_bad! {
     /// Returns the number of a free loop device. If none is free, the kernel creates one.
     loop_ctl_get_free, 0x4c82
 }
 nix::ioctl_write_int_bad! {
-    /// Attaches a file.
+    /// Attaches a file to a loop device.
     loop_set_fd, 0x4c00
 }
 nix::ioctl_none_bad! {
-    /// Detaches the file.
+    /// Detaches the file of a loop device.
     loop_clr_fd, 0x4c01
 }
 
@@ -31,12 +31,12 @@ print("written", flush=True)
 time.sleep(100000)
 "#;
 
-/// Runs a command on the node. Fails if the command fails; returns its output.
+/// Runs a command on the node, and returns its standard output. Fails if the command fails.
 #[track_caller]
 pub fn run_on_node(command: &[&str]) -> String {
     let output = Command::new(command[0]).args(&command[1..]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    assert!(output.status.success(), "{command:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?} failed: {text}{}", String::from_utf8_lossy(&output.stderr));
     text
 }
 

@@ -111,7 +111,8 @@ impl Process {
 /// Returns all processes except kernel threads.
 fn user_processes() -> Vec<Process> {
     // Kernel threads, including KVM's `kvm-…` threads, are children of kthreadd, pid 2. Most pids of the node belong to
-    // kernel threads. If the kernel has the file `children`, these pids are read from it.
+    // kernel threads. The kernel may provide the file `children`, which lists these pids, so that the function need not
+    // read a file for each kernel thread.
     let kernel = fs::read_to_string("/proc/2/task/2/children").unwrap_or_default();
     let kernel: HashSet<&str> = kernel.split_whitespace().chain(["2"]).collect();
     let names = names("/proc");

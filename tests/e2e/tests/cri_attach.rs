@@ -121,11 +121,11 @@ fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
     pods("cri-exec-users", |pods| {
         let pod = userns::pod(pods);
         let container = pod.start(&userns::sh(&pod, userns::SLEEP));
-        // Each script sleeps for a different time, so that its processes can be recognized.
+        // Each script sleeps for a different time. Therefore a listed process shows which script started it.
         let scripts = ["exec sleep 4715", "sleep 4716 & sleep 4716", "setsid sh -c 'sleep 4717; :' & sleep 4717"];
         // runc kills only the command. The command's children run on, and the call waits for them.
         let scripts = if runtime() == RUNC { &scripts[..1] } else { &scripts[..] };
-        // The calls run at the same time, because each takes as long as its timeout.
+        // Make the calls at the same time, because each call takes as long as its timeout.
         thread::scope(|scope| {
             let calls = scripts.iter().map(|script| {
                 let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });

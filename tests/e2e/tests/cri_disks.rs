@@ -215,7 +215,7 @@ fn unsynced_writes_are_on_the_disk_after_the_pod_is_removed() {
     });
 }
 
-/// The first bytes of the node's disk.
+/// First bytes of the disk that the test creates on the node.
 const MARK: &str = "the node's own";
 
 #[test]
@@ -231,14 +231,14 @@ fn privileged_container_cannot_open_the_nodes_devices() {
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         config["linux"]["security_context"]["privileged"] = json!(true);
         let container = pod.start(&config);
-        // Every block device of the node, by name and number.
+        // Get the names and device numbers of all block devices of the node.
         let names: Vec<String> = fs::read_dir("/sys/class/block")
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         let number = |name: &String| fs::read_to_string(format!("/sys/class/block/{name}/dev")).unwrap();
         let numbers: Vec<String> = names.iter().map(|name| number(name).trim().replace(':', " ")).collect();
-        // Prints one line for each device number: the first bytes of the device, in hexadecimal.
+        // For each device number, the script prints one line with the device's first bytes in hexadecimal.
         let script = format!(
             "for number in '{}'; do
                  rm -f /tmp/node; mknod /tmp/node b $number && head -c 64 /tmp/node | od -An -v -tx1 | tr -d ' \\n'; echo
@@ -248,13 +248,13 @@ fn privileged_container_cannot_open_the_nodes_devices() {
         let read = container.exec(&["sh", "-c", &script]);
         assert_eq!(read.out.lines().count(), names.len(), "{read:?}");
         for (name, found) in names.iter().zip(read.out.lines()) {
-            // If the guest has a device with that number, it is the guest's own device, and does not hold the node's
-            // data.
+            // The guest may have a device with the same number. That device is the guest's own and does not hold the
+            // node's data.
             let mut head = Vec::new();
             File::open(format!("/dev/{name}")).unwrap().take(64).read_to_end(&mut head).unwrap();
             let head: String = head.iter().map(|byte| format!("{byte:02x}")).collect();
             assert!(found.is_empty() || found != head, "the pod can read the node's device {name}: {read:?}");
-            assert!(!found.contains(&marked), "{read:?}");
+            assert!(!found.contains(&marked), "the pod can read the test's disk on the node: {read:?}");
         }
         assert!(names.iter().any(|name| disk.device.ends_with(name.as_str())), "{names:?}");
         let listed = container.sh("ls /dev /sys/block; cat /proc/partitions");

@@ -13,8 +13,8 @@ use husk_e2e::cri::{Pod, PodContainer, Pods, pods};
 use husk_e2e::node;
 use serde_json::{Value, json};
 
-/// Arguments of `ip` that together list all rules and routes, except those of the local table. The output is
-/// numeric, because names of protocols come from files of the image.
+/// Arguments of `ip` that together list all rules and all routes outside the local table. The output is numeric (`-N`),
+/// because names of protocols come from files of the image.
 const VIEWS: [&str; 9] = [
     "-N rule",
     "-N -6 rule",
@@ -27,7 +27,8 @@ const VIEWS: [&str; 9] = [
     "-N -6 route show table 1000",
 ];
 
-/// Returns a ptp plugin with both address families: the veth's peer on the node has the gateways' addresses.
+/// Returns a ptp plugin with both address families. The pod's interface is a veth, and its peer on the node has the
+/// gateways' addresses.
 fn veth(subnets: [&str; 2]) -> Value {
     let ranges = subnets.map(|subnet| json!([{ "subnet": subnet }]));
     let ipam = json!({ "type": "host-local", "ranges": ranges, "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] });
@@ -39,7 +40,7 @@ fn veth(subnets: [&str; 2]) -> Value {
 fn on_node(pod: &Pod, arguments: &str) -> String {
     let netns = format!("--net={}", pod.netns().display());
     let output = Command::new("nsenter").args([netns.as_str(), "ip"]).args(arguments.split(' ')).output().unwrap();
-    // `ip` reports an error for an empty table.
+    // An empty table is not a failure, although `ip` reports an error for it.
     let none = String::from_utf8_lossy(&output.stderr).contains("FIB table does not exist");
     assert!(output.status.success() || none, "ip {arguments} failed: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
@@ -55,7 +56,7 @@ fn start_listener(pod: &Pod) -> PodContainer {
     container
 }
 
-/// Command line of the node's `ip` in the guest.
+/// The command that runs the node's `ip` in the guest.
 const IP: &str =
     "/node/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path /node/lib/x86_64-linux-gnu /node/bin/ip";
 
@@ -83,13 +84,16 @@ fn normalized_lines(text: &str) -> Vec<String> {
     lines.filter(|line| !line.is_empty()).collect()
 }
 
-/// Waits until the guest has the rules and routes of the network namespace.
+/// Waits until the guest has the same rules and routes as the pod's network namespace.
 #[track_caller]
 fn wait_until_equal(pod: &Pod, container: &PodContainer) {
     let netns = format!("--net={}", pod.netns().display());
     let output = Command::new("nsenter").args([netns.as_str(), "sh", "-c", &show_all("ip")]).output().unwrap();
     let wanted = normalized_lines(&String::from_utf8_lossy(&output.stdout));
-    assert!(output.status.success() && !wanted.iter().any(|line| line.contains("rror")), "{wanted:#?}");
+    assert!(
+        output.status.success() && !wanted.iter().any(|line| line.contains("rror")),
+        "failed to list the rules and routes on the node: {wanted:#?}"
+    );
     let script = show_all(IP);
     let mut last = Vec::new();
     let held = node::eventually(Duration::from_secs(30), || {

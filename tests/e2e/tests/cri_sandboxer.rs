@@ -112,7 +112,8 @@ fn sandbox_configures_hostname_dns_sysctls_size_and_network() {
              nproc; awk '/MemTotal/ {{print int($2 / 1024)}}' /proc/meminfo"
         ));
         let seen = of_b.strip_prefix(links).and_then(|rest| rest.strip_prefix("shared\n80\n"));
-        let seen = seen.unwrap_or_else(|| panic!("{links}, in the other container {of_b}"));
+        let seen =
+            seen.unwrap_or_else(|| panic!("expected the namespaces {links}, the other container printed {of_b}"));
         let (cpus, mib) = seen.split_once('\n').unwrap();
         assert!(cpus == "2" && (250..300).contains(&mib.parse::<u64>().unwrap()), "{seen}");
         // The pod has the network that CNI configured.

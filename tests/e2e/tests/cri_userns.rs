@@ -41,7 +41,8 @@ fn root_of_a_user_namespace_listens_on_port_80() {
 #[test]
 fn owners_of_volume_files_follow_the_id_mapping() {
     pods("userns-volumes", |pods| {
-        // containerd 2.x uses id-mapped mounts. 1.7 copies the image instead, and leaves volumes as they are.
+        // containerd 2.x uses id-mapped mounts. containerd 1.7 copies the image instead and does not map the ids of
+        // volumes.
         let maps = is_containerd_2();
         // On the node's disk, like the kubelet's volumes.
         let dir = Path::new("/var/lib/kubelet/pods/uid-userns-volumes-1/volumes");

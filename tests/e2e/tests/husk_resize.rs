@@ -104,7 +104,7 @@ fn update_grows_and_shrinks_vm_with_container() {
         // Both vCPUs run, and hot-plugged memory is used.
         one.sh("grep -q ^processor.*1 /proc/cpuinfo && dd if=/dev/zero of=/dev/null bs=250M count=1 2> /dev/null");
         let used = resident_mib(&pod);
-        assert!(used > 250, "{used} MiB resident after 250 were used");
+        assert!(used > 250, "{used} MiB are resident after the guest used 250 MiB");
         update(&one, 1000, 128);
         wait_for_size(&one, 1, 120..193);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");

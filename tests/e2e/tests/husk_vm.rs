@@ -10,8 +10,8 @@ use nix::unistd::Pid;
 /// Returns the release of the guest kernel, read from its image: "Linux version RELEASE (…".
 fn guest_release() -> String {
     let image = fs::read("/usr/local/share/husk/vmlinux").unwrap();
-    // A format string in the image has the same words, followed by `%s`. A comparison at each byte would
-    // take seconds.
+    // The image also has a format string with the same words, followed by `%s`. Split the image at `L` first, because a
+    // comparison at each byte would take seconds.
     let banners = image.split(|byte| *byte == b'L').filter_map(|part| part.strip_prefix(b"inux version "));
     let mut releases = banners.map(|rest| rest.split(|byte| *byte == b' ').next().unwrap_or_default());
     let found = releases.find(|release| release.first().is_some_and(u8::is_ascii_digit)).unwrap();

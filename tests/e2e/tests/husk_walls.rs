@@ -68,7 +68,7 @@ fn container_cannot_connect_to_agent() {
         let mut config = pods.config();
         config["linux"]["security_context"]["privileged"] = json!(true);
         let pod = pods.run(config);
-        // The containers run at the same time, because the attempts of each end only after a timeout.
+        // Run the containers at the same time, because the attempts of each container end only after a timeout.
         let started = variants.map(|(user, context)| {
             let mut config = pod.python(CONNECT);
             let fields = config["linux"]["security_context"].as_object_mut().unwrap();
@@ -104,7 +104,7 @@ fn vsock_connection_flood_does_not_block_exec() {
     });
 }
 
-/// Types of the host-only file systems: interfaces to the node's kernel, devices and processes.
+/// Types of the host-only file systems. These file systems are interfaces to the node's kernel, devices and processes.
 const HOST_ONLY: [&str; 17] = [
     "proc",
     "sysfs",
@@ -175,8 +175,8 @@ fn host_only_mounts() -> Vec<String> {
     host_only.map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
 }
 
-/// Lists each mount point below each directory of `HOSTS`, and prints those with other entries than expected. Then
-/// tries to open files that would give a container control of the node.
+/// Lists each mount point below each directory of `HOSTS`, and prints the mount points that do not have the expected
+/// entries. Then tries to open files that would give a container control of the node.
 const INSPECT: &str = r#"
 import os
 def inspect(host):
@@ -219,8 +219,8 @@ fn covered_entries(bare: &Path) -> Vec<(String, Vec<String>)> {
     host_only_mounts().into_iter().map(|at| (at.clone(), listed(&at))).collect()
 }
 
-/// Returns the accesses to host-only file systems that a container has. The container mounts the node's root once with
-/// each of the `options`.
+/// Returns the accesses to host-only file systems that a container has. The container mounts the node's root once for
+/// each element of `options`.
 fn inspect(case: &Case, dir: &Path, options: &[&str], flags: &[&str]) -> String {
     let mounts: serde_json::Map<_, _> =
         covered_entries(&dir.join("bare")).into_iter().map(|(at, names)| (at, json!(names))).collect();

@@ -135,7 +135,7 @@ fn cause(output: &Output) -> String {
     err[start..].trim().to_owned()
 }
 
-/// Returns the part of an error before the cause. It names the components that report the error.
+/// Returns the part of an error before the cause. This part names the components that report the error.
 fn context(output: &Output) -> String {
     let err = output.err();
     err[..err.find("exec: ").unwrap_or(err.len())].to_owned()
@@ -162,7 +162,7 @@ fn invalid_entry_point_fails_with_same_error_as_runc() {
 /// Compares the errors of Husk with those of runc for the same programs.
 #[track_caller]
 fn assert_same_errors<const N: usize>(outputs: &[[Output; N]]) {
-    let [expected, found] = outputs else { panic!("two outputs") };
+    let [expected, found] = outputs else { panic!("expected the outputs of two runtimes") };
     for (found, expected) in found.iter().zip(expected) {
         assert_eq!(found.code, expected.code, "{}", found.describe());
         assert_eq!(cause(found), cause(expected), "{}", found.describe());

@@ -59,7 +59,7 @@ fn stdout_transfers_64_mib_intact() {
         assert_eq!(output.stdout.len(), expected.len(), "number of bytes\n{}", output.describe());
         if output.stdout != expected {
             let difference = expected.iter().zip(&output.stdout).position(|(one, other)| one != other);
-            panic!("position of the first wrong byte: {difference:?}");
+            panic!("the output differs from the expected data at byte {difference:?}");
         }
     });
 }

@@ -66,7 +66,7 @@ pub fn try_call_within(limit: Duration, service: &str, method: &str, request: &V
     grpc::call(limit, None, &format!("runtime.v1.{service}"), method, request)
 }
 
-/// Returns whether the node's containerd is of the 2.x line.
+/// Returns whether the major version of the node's containerd is 2.
 #[track_caller]
 pub fn is_containerd_2() -> bool {
     let version = call("Version", &json!({}))["runtime_version"].clone();

@@ -186,8 +186,8 @@ impl Pod {
         std::iter::once(&network["ip"]).chain(more).map(|ip| text(ip).parse().unwrap()).collect()
     }
 
-    /// Returns the path of the pod's network namespace on the node. It does not change, so one request
-    /// to the CRI is enough.
+    /// Returns the path of the pod's network namespace on the node. The path does not change, and therefore the CRI is
+    /// asked for it only once.
     #[track_caller]
     pub fn netns(&self) -> PathBuf {
         let ask = || {

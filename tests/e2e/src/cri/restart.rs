@@ -77,7 +77,7 @@ fn with_signal_dir(config: Value, dir: &Path) -> Value {
     config
 }
 
-/// Two pods of one handler that run while containerd restarts.
+/// Two pods with the same handler, which run while containerd restarts.
 struct Survivors<'a> {
     pods: &'a Pods,
     handler: &'a str,
@@ -85,14 +85,14 @@ struct Survivors<'a> {
     pod: Pod,
     other: Pod,
     sandbox_pid: i32,
-    /// Runs [`COUNT`].
+    /// A container that runs [`COUNT`].
     counting: PodContainer,
     sleeper: PodContainer,
-    /// Exits while containerd does not run.
+    /// A container that exits while containerd does not run.
     ending: PodContainer,
-    /// Created before the restart, and started after it.
+    /// A container that is created before the restart and started afterwards.
     created: PodContainer,
-    /// In the other pod.
+    /// The only container of the other pod.
     alone: PodContainer,
 }
 
@@ -114,7 +114,8 @@ impl<'a> Survivors<'a> {
         Self { pods, handler, signals, pod, other, sandbox_pid, counting, sleeper, ending, created, alone }
     }
 
-    /// Lets a container exit while containerd does not run. Returns the last number in the log before the exit.
+    /// Makes the container `ending` exit while containerd does not run. Returns the last number in the log of
+    /// `counting` before that exit.
     #[track_caller]
     fn end_one(&self) -> u64 {
         let before = numbers(&self.counting.log());
@@ -124,7 +125,7 @@ impl<'a> Survivors<'a> {
         before.last().copied().unwrap()
     }
 
-    /// Tests that the pods are as before, and that they continue to work. `last` is the result of
+    /// Tests that the restart has not changed the pods and that they continue to work. `last` is the result of
     /// [`Survivors::end_one`].
     #[track_caller]
     fn check(self, last: u64) {
@@ -144,7 +145,7 @@ impl<'a> Survivors<'a> {
         });
         let numbers = continued.unwrap_or_else(|| panic!("the log does not continue:\n{}", counting.log()));
         let expected: Vec<u64> = (0..u64::try_from(numbers.len()).unwrap()).collect();
-        assert_eq!(numbers, expected, "lines are missing");
+        assert_eq!(numbers, expected, "numbers in the log");
         // A container created before the restart can be started, exits are reported, and new containers can be created.
         created.start();
         assert_eq!(created.wait(), (5, "Error".into()));
@@ -170,7 +171,7 @@ impl<'a> Survivors<'a> {
 }
 
 /// Tests that containers keep running without containerd, and that containerd reports their exits after its start.
-/// Tests the pods of all `handlers` with one restart.
+/// A single restart tests the pods of all `handlers`.
 #[track_caller]
 pub fn check_pods_survive(pods: &Pods, handlers: &[&str]) {
     let survivors: Vec<Survivors> = handlers.iter().map(|handler| Survivors::start(pods, handler)).collect();

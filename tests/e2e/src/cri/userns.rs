@@ -40,7 +40,11 @@ pub fn check_root_is_mapped(pods: &Pods) {
     first.wait_for("65536");
     let map = format!("0 {HOST_ID_BASE} 65536");
     let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert_eq!(words(first.sh("cat /proc/self/uid_map /proc/self/gid_map")), format!("{map} {map}"), "by exec");
+    assert_eq!(
+        words(first.sh("cat /proc/self/uid_map /proc/self/gid_map")),
+        format!("{map} {map}"),
+        "id maps in an exec"
+    );
     assert!(words(first.log()).contains(&map), "{}", first.log());
     // Files of the image belong to the pod's root, which has root's permissions on them. File systems, devices and host
     // name are the same as in a pod without a user namespace.
