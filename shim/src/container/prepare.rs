@@ -15,7 +15,7 @@ use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
 use crate::volumes::plan::{GuestVolumes, PlanContext};
 use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
-use crate::volumes::stage::{StagingDir, SyncError};
+use crate::volumes::staging_dir::{StagingDir, SyncError};
 use crate::volumes::teardown::teardown;
 use crate::volumes::{bind, plan, rootfs};
 

@@ -77,7 +77,7 @@ fn entries_in_share(share: &Share) -> usize {
 
 /// Returns the number of trees in the staging directory.
 fn staged_trees(share: &Share) -> usize {
-    let dirs = fs::read_dir(stage::StagingDir::for_share(&share.host).dir()).unwrap();
+    let dirs = fs::read_dir(staging_dir::StagingDir::for_share(&share.host).dir()).unwrap();
     dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
 }
 

@@ -19,7 +19,7 @@ use crate::oci::spec::Mount;
 use crate::volumes::error::VolumeError;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
-use crate::volumes::stage::{StagingDir, SyncError};
+use crate::volumes::staging_dir::{StagingDir, SyncError};
 use crate::volumes::unmount::{remove, unmount};
 
 /// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel

@@ -16,7 +16,7 @@ pub mod mountinfo;
 pub mod plan;
 pub mod rootfs;
 pub mod share;
-pub mod stage;
+pub mod staging_dir;
 pub mod teardown;
 mod unmount;
 
@@ -24,5 +24,5 @@ pub use bind::sync as sync_mounts;
 pub use error::VolumeError;
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
-pub use stage::SyncError;
+pub use staging_dir::SyncError;
 pub use teardown::{TeardownError, teardown};

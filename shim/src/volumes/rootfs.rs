@@ -11,7 +11,7 @@ use nix::mount::{MsFlags, mount};
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
-use crate::volumes::stage::StagingDir;
+use crate::volumes::staging_dir::StagingDir;
 
 /// Size of a page, which limits a mount's options: the kernel copies one page, with the terminating NUL.
 const PAGE_SIZE: usize = 4096;

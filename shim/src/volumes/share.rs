@@ -14,7 +14,7 @@ use std::{
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::volumes::bind;
-use crate::volumes::stage::StagingDir;
+use crate::volumes::staging_dir::StagingDir;
 
 /// A sandbox's share.
 #[derive(Debug, Clone, PartialEq, Eq)]
