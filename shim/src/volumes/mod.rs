@@ -18,6 +18,8 @@ pub mod rootfs;
 pub mod share;
 pub mod staging_dir;
 pub mod teardown;
+#[cfg(test)]
+pub mod test_support;
 mod unmount;
 
 pub use bind::sync as sync_mounts;

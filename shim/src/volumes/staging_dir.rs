@@ -328,13 +328,11 @@ fn open_below(base: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use nix::{
-        mount::{MsFlags, mount},
-        sched::{CloneFlags, unshare},
-    };
+    use nix::mount::{MsFlags, mount};
 
     use super::*;
     use crate::volumes::mountinfo::Entry;
+    use crate::volumes::test_support::{isolated, tmpfs};
 
     /// Returns the id of the mount at `point`.
     fn id(point: &Path) -> u64 {
@@ -343,19 +341,10 @@ mod tests {
 
     #[test]
     fn symlinks_of_a_guest_are_not_followed() {
-        let thread = std::thread::spawn(|| {
-            let none = None::<&Path>;
-            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
-            mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
-            let dir = tempfile::tempdir().unwrap();
-            let at = |path: &str| dir.path().join(path);
-            for path in ["from", "to", "outside"] {
-                fs::create_dir(at(path)).unwrap();
-                mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
-            }
-            for path in ["from/a/b", "to/real", "outside/b"] {
-                fs::create_dir_all(at(path)).unwrap();
-                mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        isolated(|dir| {
+            let at = |path: &str| dir.join(path);
+            for path in ["from", "to", "outside", "from/a/b", "to/real", "outside/b"] {
+                tmpfs(&at(path));
             }
             fs::write(at("outside/b/file"), "").unwrap();
             // Replaces the directory `a` of the mount list.
@@ -376,33 +365,26 @@ mod tests {
             assert!(detach(&to, &other).is_err());
             assert_eq!(mountinfo::read().unwrap().len(), before);
         });
-        thread.join().unwrap();
     }
 
     #[test]
     fn a_host_only_mount_with_a_reused_id_is_not_copied() {
-        let thread = std::thread::spawn(|| {
-            let none = None::<&Path>;
-            unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
-            mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
-            let dir = tempfile::tempdir().unwrap();
-            let at = |path: &str| dir.path().join(path);
+        isolated(|dir| {
+            let at = |path: &str| dir.join(path);
             for path in ["from", "to"] {
-                fs::create_dir(at(path)).unwrap();
-                mount(Some("t"), &at(path), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+                tmpfs(&at(path));
                 fs::create_dir(at(path).join("a")).unwrap();
             }
-            mount(Some("t"), &at("from/a"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            tmpfs(&at("from/a"));
             let entries = mountinfo::read().unwrap();
             let old = id(&at("from/a"));
             let added = [Submount { path: "a".into(), entry: entries.iter().find(|entry| entry.id == old).unwrap() }];
             // The list is outdated, and the kernel gives the lowest free id to the new mount.
             nix::mount::umount(&at("from/a")).unwrap();
-            mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), none).unwrap();
+            mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
             let from = mount_api::open_path(&at("from"), false).unwrap();
             copy_new(&from, &at("to"), &added, &HostOnly::new([]).unwrap()).unwrap();
             assert!(mounted(&at("to/a")).unwrap().is_none());
         });
-        thread.join().unwrap();
     }
 }

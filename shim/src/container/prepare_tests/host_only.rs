@@ -39,9 +39,9 @@ fn mount_host_only(dir: &Path) -> PathBuf {
             mount(Some("t"), &root.join("dev/shm"), Some("tmpfs"), MsFlags::empty(), none).map_err(std::io::Error::from)
         })
         .unwrap();
-    mount(Some("t"), &root.join("sys"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    tmpfs(&root.join("sys"));
     fs::create_dir(root.join("data")).unwrap();
-    mount(Some("t"), &root.join("data"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    tmpfs(&root.join("data"));
     fs::write(root.join("data/file"), "data").unwrap();
     root
 }

@@ -17,7 +17,7 @@ fn later_mounts_propagate_to_slave_volumes_only() {
         let source = dir.join("source");
         fs::create_dir(&source).unwrap();
         // The source has shared propagation, as mounts on a host usually have.
-        mount(Some("t"), &source, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        tmpfs(&source);
         mount(none, &source, none, MsFlags::MS_SHARED, none).unwrap();
         fs::create_dir(source.join("later")).unwrap();
         let bundle = bundle(dir, |spec| {
@@ -31,7 +31,7 @@ fn later_mounts_propagate_to_slave_volumes_only() {
         let prepared =
             prepare(&bundle, &Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() })
                 .unwrap();
-        mount(Some("t"), &source.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        tmpfs(&source.join("later"));
         fs::write(source.join("later/x"), "").unwrap();
         sync_mounts(&share.host).unwrap();
         assert!(guest_source(&share, &prepared, 2).join("later/x").exists(), "a slave mount receives later mounts");
@@ -53,9 +53,9 @@ fn sync_propagates_later_mounts_except_host_only_ones() {
         }
         let seen = prepare_volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
         mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), none).unwrap();
-        mount(Some("t"), &root.join("late"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        tmpfs(&root.join("late"));
         fs::create_dir(root.join("late/below")).unwrap();
-        mount(Some("t"), &root.join("late/below"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        tmpfs(&root.join("late/below"));
         fs::write(root.join("late/below/file"), "late").unwrap();
         sync_mounts(&share.host).unwrap();
         assert_eq!(fs::read_to_string(seen.join("late/below/file")).unwrap(), "late");
@@ -85,7 +85,7 @@ fn sync_repeats_mounts_that_cover_others() {
         fs::create_dir_all(root.join("a/b")).unwrap();
         let seen = prepare_volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
         let tmpfs = |path: &str, file: &str| {
-            mount(Some("t"), &root.join(path), Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
+            tmpfs(&root.join(path));
             fs::write(root.join(path).join(file), "").unwrap();
             sync_mounts(&share.host).unwrap();
         };
@@ -118,7 +118,7 @@ fn sync_ignores_covered_host_only_mounts() {
             // `ip netns` creates mounts like this below /run.
             fs::write(root.join("run/netns/a"), "").unwrap();
             mount(Some("/proc/self/ns/net"), &root.join("run/netns/a"), none, MsFlags::MS_BIND, none).unwrap();
-            mount(Some("t"), &root.join("run"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            tmpfs(&root.join("run"));
             fs::write(root.join("run/file"), "").unwrap();
             let seen = prepare_volume(dir, &share, &root, options);
             assert!(seen.join("run/file").exists());
@@ -142,10 +142,10 @@ fn sync_restores_a_submount_whose_parent_was_replaced() {
         for directory in [&root.join("a"), &child] {
             fs::create_dir(directory).unwrap();
         }
-        mount(Some("t"), &child, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        tmpfs(&child);
         fs::write(child.join("file"), "").unwrap();
         let mount_both = || {
-            mount(Some("t"), &root.join("a"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            tmpfs(&root.join("a"));
             fs::create_dir(root.join("a/b")).unwrap();
             mount(Some(&child), &root.join("a/b"), none, MsFlags::MS_BIND, none).unwrap();
         };
@@ -173,7 +173,7 @@ fn sync_does_not_wait_for_a_hanging_file_system() {
         let server = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
         let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", std::os::fd::AsRawFd::as_raw_fd(&server));
         mount(Some("hung"), &root.join("hung"), Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
-        mount(Some("t"), &root.join("late"), Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
+        tmpfs(&root.join("late"));
         fs::write(root.join("late/file"), "").unwrap();
         sync_mounts(&share.host).unwrap();
         assert!(seen.join("late/file").exists());
@@ -212,7 +212,7 @@ fn sync_tolerates_concurrent_volume_changes() {
             let mut round = 0;
             while !churn.is_finished() {
                 let point = root.join((round % 8).to_string());
-                mount(Some("t"), &point, Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
+                tmpfs(&point);
                 // An update that meets a partial change may fail. The next update completes it.
                 let _ = sync_mounts(host);
                 nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).unwrap();

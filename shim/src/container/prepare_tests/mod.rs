@@ -11,28 +11,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
 use serde_json::{Value, json};
 
 use super::prepare::*;
 use crate::oci::Bundle;
 use crate::oci::bundle::tests::sample;
+use crate::volumes::test_support::{isolated, shared_mount, tmpfs};
 use crate::volumes::*;
-
-/// Runs `test` in a thread with a new mount namespace and a new directory, like those of the shim's daemon.
-fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
-    let thread = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNS).expect("mounts need root");
-        let none = None::<&Path>;
-        mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        test(dir.path());
-    });
-    thread.join().unwrap();
-}
 
 fn mounts_below(dir: &Path) -> Vec<String> {
     // The thread's mount list, because the process's main thread is in another namespace.
@@ -102,13 +87,4 @@ fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> P
     let prepared = prepare(&bundle, &request).unwrap();
     assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
     guest_source(share, &prepared, 2)
-}
-
-/// Mounts a tmpfs with shared propagation, which mounts on a host usually have.
-fn shared_mount(dir: &Path) -> PathBuf {
-    let (root, none) = (dir.join("shared"), None::<&Path>);
-    fs::create_dir(&root).unwrap();
-    mount(Some("t"), &root, Some("tmpfs"), MsFlags::empty(), none).unwrap();
-    mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
-    root
 }

@@ -2,7 +2,6 @@
 
 use std::{collections::HashMap, fs};
 
-use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
 use crate::container::prepare::*;
@@ -16,7 +15,7 @@ fn prepare_mounts_for_the_guest_and_teardown_unmounts() {
         let (data, file) = (dir.join("data"), dir.join("file"));
         fs::create_dir(&data).unwrap();
         fs::create_dir(data.join("below")).unwrap();
-        mount(Some("t"), &data.join("below"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        tmpfs(&data.join("below"));
         fs::write(data.join("below/deep"), "deep").unwrap();
         fs::write(&file, "file").unwrap();
         let bundle = bundle(dir, |spec| {
