@@ -15,7 +15,7 @@ use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
 use crate::volumes::plan::{GuestVolumes, PlanContext};
 use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
-use crate::volumes::staging_dir::{StagingDir, SyncError};
+use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::teardown::teardown;
 use crate::volumes::{bind, plan, rootfs};
 
@@ -68,8 +68,14 @@ pub enum PrepareError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// Host-only file systems cannot be distinguished from others.
-    #[error(transparent)]
-    HostOnly(#[from] SyncError),
+    #[error("failed to find host-only file systems for {}", share.display())]
+    HostOnly {
+        /// Path of the sandbox's share.
+        share: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// A directory in the share cannot be created.
     #[error("failed to create {}", path.display())]
     Create {
@@ -127,7 +133,8 @@ fn mount(
     let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");
     let stage = StagingDir::for_share(share);
-    let host_only = stage.host_only(share)?;
+    let host_only =
+        stage.host_only(share).map_err(|source| PrepareError::HostOnly { share: share.to_owned(), source })?;
     // No conflict with volumes: their names begin with a number and a dot.
     let context = CopyContext { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
     if rootfs.is_empty() {

@@ -19,7 +19,7 @@ use crate::oci::spec::Mount;
 use crate::volumes::error::VolumeError;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
-use crate::volumes::staging_dir::{StagingDir, SyncError};
+use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::unmount::{remove, unmount};
 
 /// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
@@ -154,15 +154,6 @@ fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Resul
     let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
     mount_api::set_attributes(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
     Ok(tree)
-}
-
-/// Repeats in the share the host's mounts and unmounts in volumes with `rslave` propagation. Calls must not overlap.
-///
-/// # Errors
-/// The first error. The other volumes are updated nevertheless.
-pub fn sync(share: &Path) -> Result<(), SyncError> {
-    let stage = StagingDir::for_share(share);
-    stage.sync(&share.join(VOLUMES), &stage.host_only(share)?)
 }
 
 /// Removes the mounts that only container `id` uses. May be repeated. `report` receives the result of each step.

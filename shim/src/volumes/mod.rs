@@ -14,17 +14,18 @@ mod mount_api;
 mod mount_tree;
 pub mod mountinfo;
 pub mod plan;
+pub mod propagate;
 pub mod rootfs;
 pub mod share;
 pub mod staging_dir;
+mod submounts;
 pub mod teardown;
 #[cfg(test)]
 pub mod test_support;
 mod unmount;
 
-pub use bind::sync as sync_mounts;
 pub use error::VolumeError;
+pub use propagate::{SyncError, sync as sync_mounts};
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
-pub use staging_dir::SyncError;
 pub use teardown::{TeardownError, teardown};
