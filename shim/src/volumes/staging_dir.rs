@@ -98,13 +98,14 @@ impl StagingDir {
             let _ = unmount::remove(&point);
             return Err(error);
         }
-        // Best effort: `sync` excludes host-only mounts that stay. Copies of the share and of the staging directory are
-        // detached here, because otherwise every later volume would propagate into each receiving tree.
+        // Copies of the share are detached, because otherwise every later volume would propagate into each receiving
+        // tree. The host's own mounts stay, host-only ones too: a later mount of the host on one of them propagates only
+        // to a copy of it. Best effort: `sync` excludes host-only mounts.
         if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&point))
             && let Some(tree) = Tree::of(&entries, base.id)
         {
-            for host_only in tree.reachable(|entry| host_only.contains(entry)).1 {
-                let _ = detach(&base.file, &host_only);
+            for own in tree.reachable(|entry| host_only.is_of_sandbox(entry)).1 {
+                let _ = detach(&base.file, &own);
             }
         }
         Ok(())

@@ -78,6 +78,38 @@ fn sync_propagates_later_mounts_except_host_only_ones() {
 }
 
 #[test]
+fn sync_propagates_a_mount_over_a_host_only_one() {
+    isolated(|dir| {
+        let (share, root) = (share(dir), shared_mount(dir));
+        fs::create_dir(root.join("proc")).unwrap();
+        mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
+        let seen = prepare_volume(dir, &share, &root, &["rbind", "rslave", "rw"]);
+        tmpfs(&root.join("proc"));
+        fs::write(root.join("proc/file"), "").unwrap();
+        sync_mounts(&share.host).unwrap();
+        assert!(seen.join("proc/file").exists());
+        nix::mount::umount(&root.join("proc")).unwrap();
+        sync_mounts(&share.host).unwrap();
+        assert_eq!(fs::read_dir(seen.join("proc")).unwrap().count(), 0);
+        teardown(&share.host, "c1").unwrap();
+        assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
+    });
+}
+
+#[test]
+fn receiving_trees_exclude_the_sandboxs_mounts() {
+    isolated(|dir| {
+        let share = share(dir);
+        let sandbox = dir.join("sandbox");
+        prepare_volume(dir, &share, &sandbox, &["rbind", "rslave", "rw"]);
+        let receiving = staging_dir::StagingDir::for_share(&share.host).dir().join("receiving");
+        assert_eq!(mounts_below(&receiving).len(), 1, "{:?}", mounts_below(&receiving));
+        teardown(&share.host, "c1").unwrap();
+        assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
+    });
+}
+
+#[test]
 fn sync_repeats_mounts_that_cover_others() {
     isolated(|dir| {
         let share = share(dir);
