@@ -82,7 +82,10 @@ struct Walk<'a, F> {
 impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     fn directory(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         if depth > MAX_DEPTH {
-            return Err(io::Error::other(format!("{}: directories are nested too deep", path.display())));
+            return Err(io::Error::other(format!(
+                "{}: directories are nested too deep",
+                path.display()
+            )));
         }
         let directory = self.volume.open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
         self.add(entry(Kind::DIRECTORY, path, &fstat(&directory)?))?;
@@ -166,9 +169,10 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+    use crate::volumes::mount_api;
 
     fn volume(path: &Path) -> Volume {
-        Volume::new(nix::fcntl::open(path, OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap(), path.to_owned())
+        Volume::new(mount_api::open_path(path, true).unwrap(), path.to_owned()).unwrap()
     }
 
     fn walked(path: &Path) -> Vec<MirrorEntry> {
