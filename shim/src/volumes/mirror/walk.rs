@@ -83,7 +83,7 @@ impl<F: FnMut(Vec<MirrorEntry>) -> bool> Walk<'_, F> {
     fn directory(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         if depth > MAX_DEPTH {
             return Err(io::Error::other(format!(
-                "{}: directories are nested too deep",
+                "failed to read {}: it is more than {MAX_DEPTH} directories deep",
                 path.display()
             )));
         }
