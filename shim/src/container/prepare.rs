@@ -17,7 +17,7 @@ use crate::volumes::plan::{GuestVolumes, PlanContext};
 use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
 use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::teardown::teardown;
-use crate::volumes::{bind, plan, rootfs};
+use crate::volumes::{plan, rootfs, shared_mounts};
 
 /// Input of [`prepare`].
 #[derive(Debug, Clone, Copy)]
@@ -108,7 +108,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     create(share.join(id))?; // before the cleanup below, which must not remove an existing container with this id
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
-        create(bind::markers_dir(share, id))?;
+        create(shared_mounts::markers_dir(share, id))?;
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
@@ -135,8 +135,7 @@ fn mount(
     let stage = StagingDir::for_share(share);
     let host_only =
         stage.host_only(share).map_err(|source| PrepareError::HostOnly { share: share.to_owned(), source })?;
-    // No conflict with volumes: their names begin with a number and a dot.
-    let context = CopyContext { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
+    let context = CopyContext { stage: &stage, host_only: &host_only };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);
         let bind = RootMount {

@@ -5,6 +5,8 @@
 
 pub mod bind;
 pub mod error;
+#[cfg(test)]
+pub mod hanging_fs;
 pub mod host_only;
 mod kubelet_paths;
 mod loop_device;
@@ -17,6 +19,7 @@ pub mod plan;
 pub mod propagate;
 pub mod rootfs;
 pub mod share;
+pub mod shared_mounts;
 pub mod staging_dir;
 mod submounts;
 pub mod teardown;

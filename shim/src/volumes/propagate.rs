@@ -6,9 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::volumes::bind::VOLUMES;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_tree::{Submount, Tree, differences};
+use crate::volumes::shared_mounts::VOLUMES;
 use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::submounts::{attach_copy, detach, first_error, mounted, open_below};
 use crate::volumes::{mount_api, mountinfo};

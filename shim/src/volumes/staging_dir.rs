@@ -13,6 +13,7 @@ use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use crate::volumes::host_only::HostOnly;
@@ -24,6 +25,9 @@ use crate::volumes::{mount_api, mountinfo, unmount};
 const RECEIVING: &str = "receiving";
 /// Subdirectory of the trees that are being copied.
 const COPYING: &str = "copying";
+
+/// Name of the next copy in that subdirectory.
+static NEXT_COPY: AtomicU64 = AtomicU64::new(0);
 
 /// The staging directory of a sandbox.
 pub struct StagingDir {
@@ -60,17 +64,10 @@ impl StagingDir {
     /// Returns a detached, private copy of the detached mount tree `tree`, without host-only file systems. Returns also
     /// the mount points of these, relative to the tree, with their type.
     ///
-    /// No two concurrent copies may have the same `name`.
-    ///
     /// # Errors
     /// If a mount cannot be copied. Everything is removed from the staging directory in this case.
-    pub fn copy(
-        &self,
-        tree: &OwnedFd,
-        host_only: &HostOnly,
-        name: impl AsRef<OsStr>,
-    ) -> io::Result<(OwnedFd, Vec<String>)> {
-        let dir = self.dir.join(COPYING).join(name.as_ref());
+    pub fn copy(&self, tree: &OwnedFd, host_only: &HostOnly) -> io::Result<(OwnedFd, Vec<String>)> {
+        let dir = self.dir.join(COPYING).join(NEXT_COPY.fetch_add(1, Ordering::Relaxed).to_string());
         let (from, to) = (dir.join("from"), dir.join("to"));
         let copied = copy_in(tree, host_only, &dir, (&from, &to));
         let points = [&to, &from];
@@ -85,7 +82,7 @@ impl StagingDir {
     ///
     /// # Errors
     /// If the tree cannot be attached. Its mount point is removed in this case.
-    pub fn add_receiving(&self, tree: &OwnedFd, host_only: &HostOnly, directory: bool, name: &str) -> io::Result<()> {
+    pub fn attach_receiving(&self, tree: &OwnedFd, directory: bool, name: &str) -> io::Result<()> {
         let point = self.receiving_point(name.as_ref());
         if directory {
             fs::create_dir(&point)?;
@@ -93,22 +90,26 @@ impl StagingDir {
             fs::File::create_new(&point)?;
         }
         let attached = mount_api::open_path(&point, false).and_then(|to| mount_api::attach(tree.as_fd(), to.as_fd()));
-        if let Err(error) = attached {
+        if attached.is_err() {
             // Best effort: the first error is reported.
             let _ = unmount::remove(&point);
-            return Err(error);
         }
-        // Copies of the share are detached, because otherwise every later volume would propagate into each receiving
-        // tree. The host's own mounts stay, host-only ones too: a later mount of the host on one of them propagates only
-        // to a copy of it. Best effort: `sync` excludes host-only mounts.
-        if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&point))
+        attached
+    }
+
+    /// Detaches the copies of the share and of the staging directory from the receiving tree of volume `name`, because
+    /// otherwise every later volume would propagate into each receiving tree. Best effort: updates exclude them too.
+    ///
+    /// The host's own mounts stay, host-only ones too: a later mount of the host on one of them propagates only to a
+    /// copy of it.
+    pub fn detach_sandbox_mounts(&self, name: &str, host_only: &HostOnly) {
+        if let (Ok(entries), Ok(Some(base))) = (mountinfo::read(), mounted(&self.receiving_point(name.as_ref())))
             && let Some(tree) = Tree::of(&entries, base.id)
         {
             for own in tree.reachable(|entry| host_only.is_of_sandbox(entry)).1 {
                 let _ = detach(&base.file, &own);
             }
         }
-        Ok(())
     }
 
     /// Returns the names of the volumes with a receiving tree.
@@ -122,11 +123,6 @@ impl StagingDir {
     /// Returns the mount point of the receiving tree of volume `name`.
     pub fn receiving_point(&self, name: &OsStr) -> PathBuf {
         self.dir.join(RECEIVING).join(name)
-    }
-
-    /// Returns whether volume `name` has a receiving tree.
-    pub fn has_receiving(&self, name: &str) -> bool {
-        self.receiving_point(name.as_ref()).exists()
     }
 
     /// Removes the receiving tree of volume `name`, if there is one.

@@ -61,7 +61,7 @@ fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
 fn entries_in_share(share: &Share) -> usize {
     let count = |path: &Path| fs::read_dir(path).unwrap().count();
     // The directory of volumes is not counted.
-    count(&share.host) - 1 + count(&share.host.join(bind::VOLUMES))
+    count(&share.host) - 1 + count(&share.host.join(shared_mounts::VOLUMES))
 }
 
 /// Returns the number of trees in the staging directory.
@@ -78,12 +78,16 @@ fn share(dir: &Path) -> Share {
 
 /// Prepares a container with a volume of `root` and these options. Returns the volume's path in the guest's view.
 fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
+    prepare_volume_for("c1", dir, share, root, options)
+}
+
+fn prepare_volume_for(id: &str, dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
     let bundle = bundle(dir, |spec| {
         let mounts = spec["mounts"].as_array_mut().unwrap();
         mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
     });
     let rootfs = [overlay(dir, 1)];
-    let request = Request { id: "c1", share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
+    let request = Request { id, share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
     let prepared = prepare(&bundle, &request).unwrap();
     assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
     guest_source(share, &prepared, 2)

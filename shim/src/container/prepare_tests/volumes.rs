@@ -1,11 +1,12 @@
 //! Tests a container's mounts and volumes: what the guest sees, and what a teardown leaves.
 
-use std::{collections::HashMap, fs};
+use std::{collections::HashMap, fs, time::Duration};
 
 use serde_json::{Value, json};
 
 use crate::container::prepare::*;
 use crate::container::prepare_tests::*;
+use crate::volumes::hanging_fs::HangingFileSystem;
 use crate::volumes::*;
 
 #[test]
@@ -120,5 +121,31 @@ fn containers_share_one_mount_of_a_directory() {
         assert_eq!(mounts_below(&share.host).len(), 1);
         assert_eq!(entries_in_share(&share), 0);
         share.unmount();
+    });
+}
+
+#[test]
+fn a_hanging_file_system_delays_only_containers_that_use_it() {
+    isolated(|dir| {
+        let (share, stuck, other) = (share(dir), shared_mount(dir), dir.join("other"));
+        fs::create_dir(&other).unwrap();
+        let mut hanging = HangingFileSystem::mount(&stuck.join("hanging"));
+        std::thread::scope(|scope| {
+            let share = &share;
+            let first = scope.spawn(|| prepare_volume_for("c1", dir, share, &stuck, &["rbind", "rslave"]));
+            hanging.wait_for_request();
+            let (done, finished) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                prepare_volume_for("c2", dir, share, &other, &["rbind", "rslave"]);
+                teardown(&share.host, "c2").unwrap();
+                done.send(()).unwrap();
+            });
+            let in_time = finished.recv_timeout(Duration::from_secs(10));
+            drop(hanging);
+            first.join().unwrap();
+            assert!(in_time.is_ok());
+        });
+        teardown(&share.host, "c1").unwrap();
+        assert_eq!((entries_in_share(&share), staged_trees(&share)), (0, 0));
     });
 }
