@@ -41,7 +41,7 @@ pub struct Prepared {
     pub rootfs: String,
     /// Notes for the log about settings that the guest does not support.
     pub notes: Vec<String>,
-    /// True if the host's later mounts must be propagated to a volume ([`crate::volumes::sync_mounts`]).
+    /// True if the host's later mounts must be propagated to a volume ([`crate::volumes::propagate`]).
     pub needs_propagation: bool,
     /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,

@@ -28,7 +28,7 @@ pub mod test_support;
 mod unmount;
 
 pub use error::VolumeError;
-pub use propagate::{SyncError, sync as sync_mounts};
+pub use propagate::SyncError;
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
 pub use teardown::{TeardownError, teardown};

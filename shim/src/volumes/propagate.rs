@@ -1,6 +1,7 @@
 //! Repeats in the share the mounts and unmounts that the host makes later in volumes with `rslave` propagation.
 
 use std::{
+    ffi::{OsStr, OsString},
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -24,30 +25,35 @@ pub struct SyncError {
     source: io::Error,
 }
 
-/// Repeats in the share the host's mounts and unmounts in volumes with `rslave` propagation. Calls must not overlap.
-///
-/// Volumes may be added and removed at the same time. No request is sent to a file system, so a file system that hangs
-/// blocks this only if a mount point lies in it.
+/// Returns the names of the volumes with `rslave` propagation.
 ///
 /// # Errors
-/// The first error. The other volumes are updated nevertheless.
-pub fn sync(share: &Path) -> Result<(), SyncError> {
+/// [`SyncError`].
+pub fn volumes(share: &Path) -> Result<Vec<OsString>, SyncError> {
+    let stage = StagingDir::for_share(share);
+    stage.receiving().map_err(|source| SyncError { step: "list the volumes in", path: stage.dir().to_owned(), source })
+}
+
+/// Repeats in the share the host's mounts and unmounts in volume `name`. Calls for one volume must not overlap.
+///
+/// The volume may be removed at the same time. No request is sent to a file system, so a file system that hangs blocks
+/// this only if a mount point lies in it.
+///
+/// # Errors
+/// The first error. The other mounts are updated nevertheless.
+pub fn update(share: &Path, name: &OsStr) -> Result<(), SyncError> {
     let stage = StagingDir::for_share(share);
     let error = |step, path: &Path| {
         let path = path.to_owned();
         move |source| SyncError { step, path, source }
     };
+    let target = share.join(VOLUMES).join(name);
     let host_only = stage.host_only(share).map_err(error("find host-only file systems for", share))?;
-    let entries = mountinfo::read().map_err(error("list the mounts of", stage.dir()))?;
-    let names = stage.receiving().map_err(error("list the mounts of", stage.dir()))?;
-    let results = names.iter().map(|name| {
-        let target = share.join(VOLUMES).join(name);
-        sync_volume(&entries, &host_only, &stage.receiving_point(name), &target)
-    });
-    first_error(results)
+    let entries = mountinfo::read().map_err(error("list the mounts of", &target))?;
+    update_from(&entries, &host_only, &stage.receiving_point(name), &target)
 }
 
-fn sync_volume(
+fn update_from(
     entries: &[mountinfo::Entry],
     host_only: &HostOnly,
     point: &Path,

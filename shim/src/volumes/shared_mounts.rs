@@ -170,24 +170,8 @@ mod tests {
     use husk_base::sys::capabilities;
 
     use super::*;
-    use crate::oci::spec::Mount;
     use crate::volumes::Share;
-    use crate::volumes::bind::{Flags, Source, bind};
-    use crate::volumes::test_support::{isolated, tmpfs};
-
-    /// Binds `source` for container `id`. Returns the mount's path in the share.
-    fn bind_for(share: &Share, id: &str, source: &Path, options: &[&str]) -> PathBuf {
-        fs::create_dir_all(markers_dir(&share.host, id)).unwrap();
-        let options = Some(options.iter().map(ToString::to_string).collect());
-        let mount = Mount { kind: Some("bind".into()), options, ..Mount::default() };
-        let (file, flags) = (mount_api::open_path(source, true).unwrap(), Flags::of(&mount));
-        let receives_mounts = flags.slave;
-        let source =
-            Source { file: &file, directory: true, id_mappings: None, flags, ignores_mount_id: false, receives_mounts };
-        let host_only = StagingDir::for_share(&share.host).host_only(&share.host).unwrap();
-        let guest = bind(&mount, &source, (&share.host, id), &host_only, &mut Vec::new()).unwrap();
-        share.host.join(Path::new(&guest).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
-    }
+    use crate::volumes::test_support::{bind_for, isolated, tmpfs};
 
     /// Releases the mounts of container `id`. Returns the number of failed steps.
     fn failures_of_release(share: &Share, id: &str) -> usize {

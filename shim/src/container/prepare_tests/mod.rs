@@ -70,6 +70,12 @@ fn staged_trees(share: &Share) -> usize {
     dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
 }
 
+/// Updates all volumes. Returns the first error.
+fn sync_mounts(share: &Path) -> Result<(), SyncError> {
+    let results: Vec<_> = propagate::volumes(share)?.iter().map(|name| propagate::update(share, name)).collect();
+    results.into_iter().collect()
+}
+
 fn share(dir: &Path) -> Share {
     let sandbox = dir.join("sandbox");
     fs::create_dir(&sandbox).unwrap();
