@@ -193,6 +193,8 @@ impl Shim {
             if let Some(files) = files {
                 pod::add_mounts(&mut bundle, &files);
             }
+            // A failed unmount may have left mounts of an earlier container with this id.
+            volumes::teardown(&share, &id).map_err(|e| crate::chain(&e))?;
             let request = prepare::Request { id: &id, share: &share, rootfs: &rootfs, pids: &pids };
             prepare::prepare(&bundle, &request).map_err(|e| crate::chain(&e))
         })

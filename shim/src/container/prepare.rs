@@ -15,9 +15,9 @@ use crate::volumes::bind::Flags;
 use crate::volumes::error::VolumeError;
 use crate::volumes::plan::{GuestVolumes, PlanContext};
 use crate::volumes::rootfs::{CopyContext, RootMount, RootfsError};
-use crate::volumes::stage::{StagingDir, SyncError};
+use crate::volumes::staging_dir::StagingDir;
 use crate::volumes::teardown::teardown;
-use crate::volumes::{bind, plan, rootfs};
+use crate::volumes::{plan, rootfs, shared_mounts};
 
 /// Input of [`prepare`].
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +41,7 @@ pub struct Prepared {
     pub rootfs: String,
     /// Notes for the log about settings that the guest does not support.
     pub notes: Vec<String>,
-    /// Whether the host's later mounts must be propagated to a volume ([`crate::volumes::sync_mounts`]).
+    /// Whether the host's later mounts must be propagated to a volume ([`crate::volumes::propagate`]).
     pub needs_propagation: bool,
     /// AppArmor profile, which the guest must load before it creates the container.
     pub profile: String,
@@ -68,14 +68,20 @@ pub enum PrepareError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// Host-only file systems cannot be distinguished from other file systems.
-    #[error(transparent)]
-    HostOnly(#[from] SyncError),
+    #[error("failed to find host-only file systems for {}", share.display())]
+    HostOnly {
+        /// Path of the sandbox's share.
+        share: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
     /// A directory in the share cannot be created.
     #[error("failed to create the directory {} in the share", path.display())]
     Create {
         /// Path of the directory.
         path: PathBuf,
-        /// The cause.
+        /// Cause.
         #[source]
         source: io::Error,
     },
@@ -102,7 +108,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
     create(share.join(id))?; // A failure must not reach the cleanup below, which would remove an existing container.
     let mounted = (|| {
         create(share.join(id).join("rootfs"))?;
-        create(bind::markers_dir(share, id))?;
+        create(shared_mounts::markers_dir(share, id))?;
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
@@ -127,9 +133,9 @@ fn mount(
     let Request { id, share, rootfs, .. } = *request;
     let target = share.join(id).join("rootfs");
     let stage = StagingDir::for_share(share);
-    let host_only = stage.host_only(share)?;
-    // This name cannot conflict with a volume's name, because that begins with a number and a dot.
-    let context = CopyContext { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
+    let host_only =
+        stage.host_only(share).map_err(|source| PrepareError::HostOnly { share: share.to_owned(), source })?;
+    let context = CopyContext { stage: &stage, host_only: &host_only };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);
         let bind = RootMount {

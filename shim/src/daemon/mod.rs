@@ -28,6 +28,11 @@ use crate::sandbox::{LaunchInput, Sandbox};
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for sending the last responses when the daemon ends.
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Maximum number of threads for blocking calls. They end soon after their work.
+///
+/// Each call on a file system that hangs keeps a thread. If none is left, create and delete of the pod's other containers
+/// wait.
+const MAX_BLOCKING_THREADS: usize = 64;
 
 /// The state that `start` passes to the daemon that it forks.
 pub struct DaemonArgs {
@@ -72,7 +77,7 @@ pub fn run(args: DaemonArgs) -> i32 {
     let _ = std::env::set_current_dir("/");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(8)
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
         .thread_keep_alive(Duration::from_secs(1))
         .build();
     match runtime {

@@ -7,6 +7,7 @@ pub mod launch;
 mod propagation;
 pub mod state_dir;
 pub mod timeline;
+mod volume_updates;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;

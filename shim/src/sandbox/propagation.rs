@@ -1,19 +1,21 @@
 //! Propagates the host's later mounts and unmounts to volumes with `rslave` propagation.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::async_fd::register;
-use crate::volumes;
+use crate::sandbox::volume_updates::Updates;
+use crate::volumes::propagate;
 
 /// Maximum time for which the start of a process waits until the volumes show the host's earlier mounts.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -76,7 +78,7 @@ impl Propagation {
         }
     }
 
-    /// Stops the updates. An update that is in progress continues, and ignores volumes that are removed.
+    /// Stops the updates. Those in progress continue, and ignore volumes that are removed.
     pub fn stop(&self) {
         if let Some(running) = self.running.get() {
             running.task.abort();
@@ -84,31 +86,55 @@ impl Propagation {
     }
 }
 
-/// Runs one update at a time. An update that hangs in a file system blocks one thread, and holds no lock.
+/// Updates the volumes after each change of the mount list, and at each request. An update that hangs in a file system
+/// blocks one thread, and holds no lock.
 async fn run(list: AsyncFd<File>, share: PathBuf, mut requests: watch::Receiver<u64>, served: watch::Sender<u64>) {
     let mut failures = Failures::default();
-    loop {
-        let request = *requests.borrow_and_update();
+    let mut updates = Updates::new({
         let share = share.clone();
-        let updated = tokio::task::spawn_blocking(move || volumes::sync_mounts(&share)).await;
-        match updated {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => failures.log(&crate::chain(&error)),
-            Err(error) => failures.log(&error),
-        }
-        served.send_replace(request);
-        tokio::select! {
-            changed = list.ready(Interest::PRIORITY) => match changed {
-                Ok(mut changed) => changed.clear_ready(),
+        move |volume| propagate::update(&share, volume).map_err(|error| crate::chain(&error))
+    });
+    // Time of the update that a change has caused.
+    let mut due = Some(Instant::now());
+    loop {
+        let start = tokio::select! {
+            changed = list.ready(Interest::PRIORITY), if due.is_none() => match changed {
+                Ok(mut changed) => {
+                    changed.clear_ready();
+                    due = Some(Instant::now() + DEBOUNCE);
+                    false
+                }
                 Err(error) => return tracing::error!(%error, "failed to watch the host's mounts"),
             },
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => true,
+            // A request ends the delay early.
             open = requests.changed() => match open {
-                Ok(()) => continue,
+                Ok(()) => true,
                 Err(_) => return,
             },
+            Some(updated) = updates.ended() => {
+                updated.unwrap_or_else(|error| failures.log(&error));
+                false
+            }
+        };
+        if start {
+            due = None;
+            let request = *requests.borrow_and_update();
+            match volumes_of(share.clone()).await {
+                Ok(volumes) => updates.start(volumes, request),
+                Err(error) => failures.log(&error),
+            }
         }
-        // A request ends the delay early.
-        let _ = timeout(DEBOUNCE, requests.changed()).await;
+        let latest = updates.served();
+        served.send_if_modified(|served| std::mem::replace(served, latest) != latest);
+    }
+}
+
+/// Returns the names of the volumes that need updates.
+async fn volumes_of(share: PathBuf) -> Result<Vec<OsString>, String> {
+    match tokio::task::spawn_blocking(move || propagate::volumes(&share)).await {
+        Ok(volumes) => volumes.map_err(|error| crate::chain(&error)),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -127,5 +153,60 @@ impl Failures {
         }
         tracing::warn!(%error, suppressed = self.suppressed, "failed to propagate the host's mounts to a volume");
         *self = Self { logged: Some(Instant::now()), suppressed: 0 };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volumes::Share;
+    use crate::volumes::hanging_fs::HangingFileSystem;
+    use crate::volumes::test_support::{bind_for, isolated, shared_mount, tmpfs};
+
+    #[test]
+    fn a_hanging_volume_delays_no_other() {
+        isolated(|dir| {
+            let share = Share::mount(dir).unwrap();
+            let [(stuck, stuck_in_share), (other, other_in_share)] = ["stuck", "other"].map(|name| {
+                let root = shared_mount(&dir.join(name));
+                for name in ["hanging", "later"] {
+                    std::fs::create_dir(root.join(name)).unwrap();
+                }
+                let in_share = bind_for(&share, name, &root, &["rbind", "rslave"]);
+                (root, in_share)
+            });
+            let mount_later = |root: &Path| {
+                tmpfs(&root.join("later"));
+                std::fs::write(root.join("later/file"), "").unwrap();
+            };
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let propagation = Propagation::default();
+                propagation.start(&share.host).unwrap();
+                let mut hanging = HangingFileSystem::mount(&stuck.join("hanging"));
+                let waiting = tokio::task::spawn_blocking(move || {
+                    hanging.wait_for_request();
+                    hanging
+                });
+                propagation.settle().await;
+                let hanging = waiting.await.unwrap();
+                mount_later(&stuck);
+                mount_later(&other);
+                let started = Instant::now();
+                propagation.settle().await;
+                let waited = started.elapsed();
+                let arrived = other_in_share.join("later/file").exists();
+                drop(hanging);
+                assert!(arrived && waited < SETTLE_TIMEOUT, "{waited:?}");
+                // The change is not lost. No request waits for the update that hung.
+                let arrives = async {
+                    while !stuck_in_share.join("later/file").exists() {
+                        propagation.settle().await;
+                    }
+                };
+                timeout(Duration::from_secs(10), arrives).await.unwrap();
+                propagation.stop();
+            });
+        });
     }
 }

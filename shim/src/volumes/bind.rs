@@ -2,14 +2,12 @@
 //!
 //! The virtio-fs server tells files apart by the mount through which they are reached (virtiofsd,
 //! `passthrough::InodeIds`). Two mounts of one directory would give the guest two sets of inodes: a fifo, a socket or a
-//! lock in one would not work in the other. Each mount that a container uses is marked by an empty file with the
-//! mount's name in `<share>/<container>/mounts`.
+//! lock in one would not work in the other.
 
 use std::{
-    fs, io,
+    io,
     os::fd::{AsFd, OwnedFd},
-    path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    path::Path,
 };
 
 use nix::sys::{stat::fstat, statvfs::fstatvfs};
@@ -18,27 +16,9 @@ use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::Mount;
 use crate::volumes::error::VolumeError;
 use crate::volumes::host_only::HostOnly;
-use crate::volumes::mount_api;
-use crate::volumes::stage::{StagingDir, SyncError};
-use crate::volumes::unmount::{remove, unmount};
-
-/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
-/// may cache a directory's old entry for a while.
-pub use husk_proto::SHARED_VOLUMES as VOLUMES;
-
-/// Number with which the name of the next mount begins. The lock is held while markers and mounts must be consistent,
-/// because containers are created and deleted on separate threads.
-static NEXT_NUMBER: Mutex<u64> = Mutex::new(0);
-
-/// Locks markers and mounts. Gives access to the number of the next mount.
-fn lock_mounts() -> MutexGuard<'static, u64> {
-    NEXT_NUMBER.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Returns the directory of a container's markers.
-pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
-    share.join(id).join("mounts")
-}
+use crate::volumes::shared_mounts::{Step, VOLUMES};
+use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::{mount_api, shared_mounts};
 
 /// The source of a bind mount.
 pub struct Source<'a> {
@@ -79,50 +59,34 @@ pub fn bind(
         Some(id_mappings) => format!("{key}-{}", id_mappings.tag()),
         None => key,
     };
-    let mut next_number = lock_mounts();
-    let present = find_mount(share, &key).map_err(host("list the mounts"))?;
-    let name = present.clone().unwrap_or_else(|| format!("{}.{key}", *next_number));
-    let guest = format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE);
-    fs::File::create(markers_dir(share, id).join(&name)).map_err(host("create the marker of the mount"))?;
-    let stage = StagingDir::for_share(share);
-    if present.is_none() {
-        *next_number += 1;
-        let target = share.join(VOLUMES).join(&name);
-        let made = if source.directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
-        made.map_err(host("create the mount point"))?;
-        let left_out = attach(source, &target, host_only, (&stage, &name)).map_err(|(step, source)| {
-            // Removes the mount point, because `find_mount` would otherwise find it.
-            let _ = remove(&target);
-            host(step)(source)
-        })?;
-        if !left_out.is_empty() {
-            let source = mount.source.as_deref().unwrap_or_default();
-            notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
-        }
+    let mut left_out = Vec::new();
+    let name = shared_mounts::acquire((share, id), &key, source.directory, || {
+        let tree;
+        (tree, left_out) = copy(source, host_only, &StagingDir::for_share(share))?;
+        Ok(tree)
+    })
+    .map_err(|(step, source)| host(step)(source))?;
+    if !left_out.is_empty() {
+        let source = mount.source.as_deref().unwrap_or_default();
+        notes.push(format!("host-only file systems are left out of {source}: {}", left_out.join(", ")));
     }
-    if source.receives_mounts && !stage.has_receiving(&name) {
+    if source.receives_mounts {
         // The next update adds the mounts that are still missing in the share.
-        stage_receiving_tree(source, host_only, (&stage, &name)).map_err(|(step, source)| host(step)(source))?;
+        add_receiving(source, host_only, (share, id), &name).map_err(|(step, source)| host(step)(source))?;
     }
-    Ok(guest)
+    Ok(format!("{}/{VOLUMES}/{name}", husk_proto::GUEST_SHARE))
 }
 
-type Step = (&'static str, io::Error);
-
-/// Attaches a copy of the source's mounts at `target`. Returns the paths of the mounts that are omitted.
-fn attach(
-    source: &Source<'_>,
-    target: &Path,
-    host_only: &HostOnly,
-    (stage, name): (&StagingDir, &str),
-) -> Result<Vec<String>, Step> {
+/// Returns a copy of the source's mounts, with the options that the host applies. Also returns the paths of the mounts
+/// that are omitted.
+fn copy(source: &Source<'_>, host_only: &HostOnly, stage: &StagingDir) -> Result<(OwnedFd, Vec<String>), Step> {
     let (at, flags) = (|step| move |error| (step, error), &source.flags);
     // A file has no submounts.
     let recursive = flags.recursive && source.directory;
     let mut tree = clone_source(source, recursive, libc::MS_PRIVATE)?;
     let mut left_out = Vec::new();
     if recursive {
-        (tree, left_out) = stage.copy(&tree, host_only, name).map_err(at("copy the submounts"))?;
+        (tree, left_out) = stage.copy(&tree, host_only).map_err(at("copy the submounts"))?;
     }
     if let Some(id_mappings) = source.id_mappings {
         let user_namespace = id_mappings.namespace().map_err(at("create a user namespace with the id mappings"))?;
@@ -135,20 +99,23 @@ fn attach(
         mount_api::set_attributes(tree.as_fd(), mount_api::MOUNT_ATTR_RDONLY, 0, flags.read_only_submounts)
             .map_err(at("make the mount read-only"))?;
     }
-    let target = mount_api::open_path(target, false).map_err(at("open the mount point"))?;
-    mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach the mount"))?;
-    Ok(left_out)
+    Ok((tree, left_out))
 }
 
-/// Prepares the receiving tree: a copy of the source's mounts that receives the host's later mounts.
-fn stage_receiving_tree(
+/// Adds the receiving tree of mount `name`, unless it has one: a copy of the source's mounts that receives the host's
+/// later mounts.
+fn add_receiving(
     source: &Source<'_>,
     host_only: &HostOnly,
-    (stage, name): (&StagingDir, &str),
+    (share, id): (&Path, &str),
+    name: &str,
 ) -> Result<(), Step> {
     let tree = clone_source(source, source.flags.recursive && source.directory, libc::MS_SLAVE)?;
-    let added = stage.add_receiving(&tree, host_only, source.directory, name);
-    added.map_err(|error| ("stage a copy that receives later mounts", error))
+    let added = shared_mounts::add_receiving((share, id), name, source.directory, &tree);
+    if added.map_err(|error| ("attach a copy that receives later mounts", error))? {
+        StagingDir::for_share(share).detach_sandbox_mounts(name, host_only);
+    }
+    Ok(())
 }
 
 /// Returns a detached copy of the source's mounts with the given propagation.
@@ -157,47 +124,6 @@ fn clone_source(source: &Source<'_>, recursive: bool, propagation: u64) -> Resul
     let tree = mount_api::clone_tree(source.file.as_fd(), recursive).map_err(at("copy the source's mounts"))?;
     mount_api::set_attributes(tree.as_fd(), 0, propagation, true).map_err(at("set the propagation"))?;
     Ok(tree)
-}
-
-/// Applies the host's mounts and unmounts in volumes with `rslave` propagation to the share. Calls must not overlap.
-///
-/// # Errors
-/// The first error. The other volumes are updated nevertheless.
-pub fn sync(share: &Path) -> Result<(), SyncError> {
-    let stage = StagingDir::for_share(share);
-    stage.sync(&share.join(VOLUMES), &stage.host_only(share)?)
-}
-
-/// Removes the mounts that only container `id` uses. May be repeated. `report` receives the result of each step.
-pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<()>)) {
-    let (markers, stage) = (markers_dir(share, id), StagingDir::for_share(share));
-    let _guard = lock_mounts();
-    let entries = match fs::read_dir(&markers) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-        Err(error) => return report(&markers, Err(error)),
-    };
-    for name in entries.flatten().map(|entry| entry.file_name()) {
-        let marker = markers.join(&name);
-        report(&marker, remove(&marker));
-        let containers = fs::read_dir(share).into_iter().flatten().flatten();
-        if !containers.map(|container| container.path().join("mounts").join(&name)).any(|marker| marker.exists()) {
-            let target = share.join(VOLUMES).join(&name);
-            report(&target, unmount(&target).and_then(|()| remove(&target)));
-            report(stage.dir(), stage.remove_receiving(&name));
-        }
-    }
-}
-
-/// Returns the name of the mount with this key, if there is one.
-fn find_mount(share: &Path, key: &str) -> io::Result<Option<String>> {
-    for entry in fs::read_dir(share.join(VOLUMES))? {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        if name.split_once('.').is_some_and(|(_, found)| found == key) {
-            return Ok(Some(name));
-        }
-    }
-    Ok(None)
 }
 
 /// Returns the key that identifies a mount: its source, the host's mount through which it is reached, and its flags.

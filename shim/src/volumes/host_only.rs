@@ -59,6 +59,9 @@ const TYPES: [(&str, Option<i64>); 32] = [
     ("xenfs", Some(0xabba_1974)),
 ];
 
+/// Name of the file systems of the sandbox's directories.
+const SANDBOX: &str = "the sandbox's share";
+
 /// Distinguishes host-only file systems from other file systems.
 #[derive(Debug, Clone)]
 pub struct HostOnly {
@@ -82,7 +85,7 @@ impl HostOnly {
             devices.push((stat(dev)?.st_dev, "devtmpfs"));
         }
         for path in directories {
-            devices.push((stat(path)?.st_dev, "the sandbox's share"));
+            devices.push((stat(path)?.st_dev, SANDBOX));
         }
         Ok(Self { devices })
     }
@@ -99,6 +102,11 @@ impl HostOnly {
     /// Returns whether `mount` is a mount of a host-only file system.
     pub fn contains(&self, mount: &Entry) -> bool {
         self.name_of(mount).is_some()
+    }
+
+    /// Returns whether `mount` is a mount of one of the sandbox's directories.
+    pub fn is_of_sandbox(&self, mount: &Entry) -> bool {
+        self.by_device(mount.device) == Some(SANDBOX)
     }
 
     fn name_of(&self, mount: &Entry) -> Option<&'static str> {

@@ -5,6 +5,8 @@
 
 pub mod bind;
 pub mod error;
+#[cfg(test)]
+pub mod hanging_fs;
 pub mod host_only;
 mod kubelet_paths;
 mod loop_device;
@@ -14,15 +16,19 @@ mod mount_api;
 mod mount_tree;
 pub mod mountinfo;
 pub mod plan;
+pub mod propagate;
 pub mod rootfs;
 pub mod share;
-pub mod stage;
+pub mod shared_mounts;
+pub mod staging_dir;
+mod submounts;
 pub mod teardown;
+#[cfg(test)]
+pub mod test_support;
 mod unmount;
 
-pub use bind::sync as sync_mounts;
 pub use error::VolumeError;
+pub use propagate::SyncError;
 pub use rootfs::{RootMount, RootfsError};
 pub use share::{Share, ShareError};
-pub use stage::SyncError;
 pub use teardown::{TeardownError, teardown};

@@ -207,7 +207,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
                 && Flags::of(mount).read_only
                 && mirror::is_mirrored_volume(&resolved, context.pod) =>
         {
-            Ok(Plan::Mirror { source: Volume::new(fd, path), id_mappings })
+            let source = Volume::new(fd, path).map_err(|error| host("copy the source's mount", error))?;
+            Ok(Plan::Mirror { source, id_mappings })
         }
         SFlag::S_IFDIR => Ok(Plan::Bind { source: fd, directory: true, id_mappings, ignores_mount_id }),
         SFlag::S_IFREG => Ok(Plan::Bind { source: fd, directory: false, id_mappings, ignores_mount_id }),

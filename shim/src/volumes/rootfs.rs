@@ -11,7 +11,7 @@ use nix::mount::{MsFlags, mount};
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
-use crate::volumes::stage::StagingDir;
+use crate::volumes::staging_dir::StagingDir;
 
 /// Size of a page. It limits a mount's options, because the kernel copies one page, with the terminating NUL.
 const PAGE_SIZE: usize = 4096;
@@ -68,8 +68,6 @@ pub struct CopyContext<'a> {
     pub stage: &'a StagingDir,
     /// The rule for host-only file systems, which are not copied.
     pub host_only: &'a HostOnly,
-    /// Name of the copy in the staging directory.
-    pub name: &'a str,
 }
 
 /// Mounts all of `mounts` at `target`, each on top of the previous one. Returns notes on omitted file systems.
@@ -157,7 +155,7 @@ fn bind(
     options: &Options<'_>,
     id_mappings: Option<&IdMappings>,
 ) -> io::Result<Vec<String>> {
-    let CopyContext { stage, host_only, name } = context;
+    let CopyContext { stage, host_only } = context;
     let recursive = options.flags.contains(MsFlags::MS_REC);
     let (file, mut left_out) = (mount_api::open_path(source, true)?, Vec::new());
     if let Some(kind) = host_only.type_of(&file)? {
@@ -167,7 +165,7 @@ fn bind(
     // Without private propagation, the copy would receive the host's later mounts.
     mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
     if recursive {
-        (tree, left_out) = stage.copy(&tree, host_only, name)?;
+        (tree, left_out) = stage.copy(&tree, host_only)?;
     }
     if let Some(id_mappings) = id_mappings {
         mount_api::set_id_mapping(tree.as_fd(), id_mappings.namespace()?.as_fd(), recursive)?;
@@ -368,7 +366,7 @@ mod tests {
     fn mount_all_rejects_inner_targets_and_incomplete_id_mappings() {
         let inside = RootMount { kind: "bind".into(), target: "/etc".into(), ..RootMount::default() };
         let (stage, host_only) = (StagingDir::for_share(Path::new("/x/share")), HostOnly::new([]).unwrap());
-        let context = CopyContext { stage: &stage, host_only: &host_only, name: "x" };
+        let context = CopyContext { stage: &stage, host_only: &host_only };
         let mounted = |mount| mount_all(&[mount], Path::new("/nowhere"), context);
         assert!(matches!(mounted(inside), Err(RootfsError::Unsupported(_))));
         let options = vec!["uidmap=0:1000:1".to_string()];

@@ -13,8 +13,8 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::volumes::bind;
-use crate::volumes::stage::StagingDir;
+use crate::volumes::shared_mounts;
+use crate::volumes::staging_dir::StagingDir;
 
 /// A sandbox's share.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +81,7 @@ impl Share {
             path: stage,
             source,
         })?;
-        let volumes = host.join(bind::VOLUMES);
+        let volumes = host.join(shared_mounts::VOLUMES);
         std::fs::create_dir(&volumes).map_err(|source| ShareError { step: "create", path: volumes, source })?;
         mount(Some(host), guest, none, MsFlags::MS_BIND, none).map_err(fail("bind the share to", guest))?;
         mount(none, guest, none, MsFlags::MS_SLAVE, none).map_err(fail("set slave propagation of", guest))?;

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::volumes::bind;
+use crate::volumes::shared_mounts;
 use crate::volumes::unmount::{remove, unmount};
 
 /// Error of removing a container's files and mounts.
@@ -29,8 +29,8 @@ pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
             first = Err(TeardownError { path: path.into(), source });
         }
     };
-    bind::release(share, id, &mut keep_first_error);
-    let markers = bind::markers_dir(share, id);
+    shared_mounts::release(share, id, &mut keep_first_error);
+    let markers = shared_mounts::markers_dir(share, id);
     let rootfs = dir.join("rootfs");
     keep_first_error(&rootfs, unmount(&rootfs));
     for path in [&markers, &rootfs, &dir] {

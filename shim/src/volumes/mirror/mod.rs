@@ -9,7 +9,7 @@ mod watch;
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use crate::oci::IdMappings;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::volumes::mirror::watch::Watch;
+use crate::volumes::mount_api;
 
 /// Directories of the plugins whose volumes the kubelet fills and keeps up to date, below a pod's `volumes`
 /// (Kubernetes, pkg/volume/{configmap,secret,projected,downwardapi}: `kubernetes.io/<plugin>`, escaped).
@@ -41,14 +42,20 @@ const RETRY_DELAY: Duration = Duration::from_secs(10);
 /// another directory at its path.
 #[derive(Debug, Clone)]
 pub struct Volume {
+    /// A detached mount of the directory. An fd on the host's mount would make the host's umount(2) fail with EBUSY.
     root: Arc<OwnedFd>,
     path: PathBuf,
 }
 
 impl Volume {
-    /// Returns the volume with the directory `root`, an O_PATH fd that was opened at `path`.
-    pub fn new(root: OwnedFd, path: PathBuf) -> Self {
-        Self { root: Arc::new(root), path }
+    /// Returns the volume with the directory `root`, which was opened at `path`.
+    ///
+    /// # Errors
+    /// The errors of open_tree(2) and mount_setattr(2).
+    pub fn new(root: OwnedFd, path: PathBuf) -> io::Result<Self> {
+        let detached = mount_api::clone_tree(root.as_fd(), false)?;
+        mount_api::set_attributes(detached.as_fd(), 0, libc::MS_PRIVATE, false)?;
+        Ok(Self { root: Arc::new(detached), path })
     }
 
     /// Returns the path, for messages only.
@@ -241,6 +248,21 @@ fn map_owner(entry: &mut MirrorEntry, id_mappings: &IdMappings) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::volumes::test_support::{isolated, tmpfs};
+
+    #[test]
+    fn a_volume_does_not_keep_the_host_from_unmounting_it() {
+        isolated(|dir| {
+            tmpfs(&dir.join("v"));
+            std::fs::write(dir.join("v/key"), "").unwrap();
+            tmpfs(&dir.join("v/below"));
+            let root = mount_api::open_path(&dir.join("v"), false).unwrap();
+            let volume = Volume::new(root, dir.join("v")).unwrap();
+            nix::mount::umount(&dir.join("v/below")).unwrap();
+            nix::mount::umount(&dir.join("v")).unwrap();
+            assert!(volume.exists() && volume.open(Path::new("key"), OFlag::O_RDONLY).is_ok());
+        });
+    }
 
     #[test]
     fn only_a_volume_that_may_have_changed_is_copied_again() {

@@ -169,9 +169,10 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+    use crate::volumes::mount_api;
 
     fn volume(path: &Path) -> Volume {
-        Volume::new(nix::fcntl::open(path, OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap(), path.to_owned())
+        Volume::new(mount_api::open_path(path, true).unwrap(), path.to_owned()).unwrap()
     }
 
     fn walked(path: &Path) -> Vec<MirrorEntry> {

@@ -98,12 +98,13 @@ fn watch_tree(inotify: &Inotify, volume: &Volume, path: &Path) -> io::Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::volumes::mount_api;
 
     #[tokio::test(flavor = "current_thread")]
     async fn changed_reports_changes_in_new_directories() {
         let dir = tempfile::tempdir().unwrap();
-        let root = nix::fcntl::open(dir.path(), OFlag::O_PATH, nix::sys::stat::Mode::empty()).unwrap();
-        let volume = Volume::new(root, dir.path().to_owned());
+        let root = mount_api::open_path(dir.path(), true).unwrap();
+        let volume = Volume::new(root, dir.path().to_owned()).unwrap();
         let mut watch = Watch::new(&volume).await.unwrap();
         fs::create_dir(dir.path().join("new")).unwrap();
         watch.changed().await.unwrap();

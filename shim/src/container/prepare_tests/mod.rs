@@ -1,0 +1,101 @@
+//! Tests [`prepare`] with real mounts. Each test has its own mount namespace. The tests need root, as `cargo xtask
+//! test` does.
+
+mod host_only;
+mod later_mounts;
+mod rootfs;
+mod volumes;
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+
+use super::prepare::*;
+use crate::oci::Bundle;
+use crate::oci::bundle::tests::sample;
+use crate::volumes::test_support::{isolated, shared_mount, tmpfs};
+use crate::volumes::*;
+
+fn mounts_below(dir: &Path) -> Vec<String> {
+    // Reads the thread's mount list, because the process's main thread is in another namespace.
+    let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let dir = dir.to_str().unwrap();
+    text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|at| at.starts_with(dir)).map(Into::into).collect()
+}
+
+fn overlay(dir: &Path, layers: usize) -> RootMount {
+    let make = |name: &str| {
+        let path = dir.join("snapshots-with-a-name-as-long-as-that-of-containerds-own-snapshotter").join(name);
+        fs::create_dir_all(&path).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let lower: Vec<String> = (0..layers).map(|n| make(&format!("{n}/fs"))).collect();
+    fs::write(Path::new(&lower[layers - 1]).join("from-the-lowest"), "x").unwrap();
+    let options = vec![
+        format!("workdir={}", make("work")),
+        format!("upperdir={}", make("upper")),
+        format!("lowerdir={}", lower.join(":")),
+    ];
+    RootMount { kind: "overlay".into(), source: "overlay".into(), target: String::new(), options }
+}
+
+fn bundle(dir: &Path, change: impl FnOnce(&mut Value)) -> Bundle {
+    let mut value = sample();
+    change(&mut value);
+    fs::write(dir.join("config.json"), value.to_string()).unwrap();
+    Bundle::read(dir).unwrap()
+}
+
+/// Returns the source of mount `index` of a prepared specification. The result is a host path in the guest's view of
+/// the share.
+fn guest_source(share: &Share, prepared: &Prepared, index: usize) -> PathBuf {
+    let spec: Value = serde_json::from_slice(&prepared.spec).unwrap();
+    let path = spec["mounts"][index]["source"].as_str().unwrap().to_owned();
+    share.guest.join(Path::new(&path).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
+}
+
+/// Returns the number of directories and files in the share.
+fn entries_in_share(share: &Share) -> usize {
+    let count = |path: &Path| fs::read_dir(path).unwrap().count();
+    // The directory of volumes is not counted.
+    count(&share.host) - 1 + count(&share.host.join(shared_mounts::VOLUMES))
+}
+
+/// Returns the number of trees in the staging directory.
+fn staged_trees(share: &Share) -> usize {
+    let dirs = fs::read_dir(staging_dir::StagingDir::for_share(&share.host).dir()).unwrap();
+    dirs.map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count()).sum()
+}
+
+/// Updates all volumes. Returns the first error.
+fn sync_mounts(share: &Path) -> Result<(), SyncError> {
+    let results: Vec<_> = propagate::volumes(share)?.iter().map(|name| propagate::update(share, name)).collect();
+    results.into_iter().collect()
+}
+
+fn share(dir: &Path) -> Share {
+    let sandbox = dir.join("sandbox");
+    fs::create_dir(&sandbox).unwrap();
+    Share::mount(&sandbox).unwrap()
+}
+
+/// Prepares a container with a volume of `root` and these options. Returns the volume's path in the guest's view.
+fn prepare_volume(dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
+    prepare_volume_for("c1", dir, share, root, options)
+}
+
+fn prepare_volume_for(id: &str, dir: &Path, share: &Share, root: &Path, options: &[&str]) -> PathBuf {
+    let bundle = bundle(dir, |spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/host", "type": "bind", "source": root, "options": options}));
+    });
+    let rootfs = [overlay(dir, 1)];
+    let request = Request { id, share: &share.host, rootfs: &rootfs, pids: &HashMap::new() };
+    let prepared = prepare(&bundle, &request).unwrap();
+    assert_eq!(prepared.needs_propagation, options.contains(&"rslave"));
+    guest_source(share, &prepared, 2)
+}

@@ -1,0 +1,194 @@
+//! Updates of the mounts in a pod's volumes: one task per volume, so a volume that hangs delays no other.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::{Id, JoinSet};
+use tokio::time::Instant;
+
+/// Time in progress after which no request waits for an update. Normally an update takes milliseconds.
+const HANG_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Updates the mounts of the volume with this name. Blocks.
+type Update = Arc<dyn Fn(&OsStr) -> Result<(), String> + Send + Sync>;
+
+/// The updates of a pod's volumes.
+///
+/// Each volume has at most one update in progress. A volume that changes during its update is updated again when that
+/// ends.
+pub struct Updates {
+    update: Update,
+    tasks: JoinSet<Result<(), String>>,
+    in_progress: HashMap<Id, InProgress>,
+    /// Number of the latest request.
+    requested: u64,
+}
+
+struct InProgress {
+    volume: OsString,
+    started: Instant,
+    /// Number of the request that the update serves.
+    request: u64,
+    /// Number of the latest request for which the volume keeps nobody waiting.
+    served: u64,
+    /// The volume has been requested since the update started.
+    again: bool,
+    hangs: bool,
+}
+
+impl Updates {
+    /// Returns updates that call `update`.
+    pub fn new(update: impl Fn(&OsStr) -> Result<(), String> + Send + Sync + 'static) -> Self {
+        Self { update: Arc::new(update), tasks: JoinSet::new(), in_progress: HashMap::new(), requested: 0 }
+    }
+
+    /// Starts request number `request`: an update of each of `volumes`, which are all that exist.
+    pub fn start(&mut self, mut volumes: Vec<OsString>, request: u64) {
+        let previous = std::mem::replace(&mut self.requested, request);
+        for update in self.in_progress.values_mut() {
+            match volumes.iter().position(|volume| *volume == update.volume) {
+                Some(index) => {
+                    volumes.swap_remove(index);
+                    update.again = true;
+                }
+                // The volume was removed.
+                None => (update.again, update.served) = (false, request),
+            }
+            let elapsed = update.started.elapsed();
+            if elapsed >= HANG_TIMEOUT {
+                update.served = request;
+                if !std::mem::replace(&mut update.hangs, true) {
+                    tracing::warn!(volume = %update.volume.display(), ?elapsed, "the update of a volume's mounts hangs");
+                }
+            }
+        }
+        for volume in volumes {
+            self.spawn(volume, previous);
+        }
+    }
+
+    fn spawn(&mut self, volume: OsString, served: u64) {
+        let (update, name) = (Arc::clone(&self.update), volume.clone());
+        let task = self.tasks.spawn_blocking(move || update(&name));
+        let (started, request) = (Instant::now(), self.requested);
+        self.in_progress.insert(task.id(), InProgress { volume, started, request, served, again: false, hangs: false });
+    }
+
+    /// Waits for the end of an update, and updates the volume again if it has changed. Returns `None` if no update is in
+    /// progress.
+    pub async fn ended(&mut self) -> Option<Result<(), String>> {
+        let (id, result) = match self.tasks.join_next_with_id().await? {
+            Ok(ended) => ended,
+            Err(error) => (error.id(), Err(error.to_string())),
+        };
+        if let Some(ended) = self.in_progress.remove(&id)
+            && ended.again
+        {
+            self.spawn(ended.volume, ended.served.max(ended.request));
+        }
+        Some(result)
+    }
+
+    /// Returns the number of the latest request that is served in all volumes, except those whose update hangs.
+    pub fn served(&self) -> u64 {
+        self.in_progress.values().map(|update| update.served).min().unwrap_or(self.requested)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Updates in which those of the volume `hung` wait for a message. Returns also the sender of the messages, and the
+    /// volumes whose updates have started.
+    fn updates() -> (Updates, mpsc::Sender<()>, Arc<Mutex<Vec<OsString>>>) {
+        let (sender, receiver) = mpsc::channel();
+        let (receiver, started) = (Mutex::new(receiver), Arc::new(Mutex::new(Vec::new())));
+        let log = Arc::clone(&started);
+        let updates = Updates::new(move |volume| {
+            log.lock().unwrap().push(volume.to_owned());
+            if volume == "hung" {
+                receiver.lock().unwrap().recv().unwrap();
+            }
+            Ok(())
+        });
+        (updates, sender, started)
+    }
+
+    fn volumes() -> Vec<OsString> {
+        ["hung", "other"].map(OsString::from).to_vec()
+    }
+
+    fn count(started: &Mutex<Vec<OsString>>, volume: &str) -> usize {
+        started.lock().unwrap().iter().filter(|found| *found == volume).count()
+    }
+
+    #[tokio::test]
+    async fn a_volume_in_progress_is_skipped_and_updated_again() {
+        let (mut updates, hung, started) = updates();
+        for request in 1..=3 {
+            updates.start(volumes(), request);
+            updates.ended().await.unwrap().unwrap();
+            assert_eq!(count(&started, "other"), usize::try_from(request).unwrap());
+        }
+        assert!(count(&started, "hung") <= 1);
+        assert_eq!(updates.served(), 0);
+        hung.send(()).unwrap();
+        updates.ended().await.unwrap().unwrap();
+        assert_eq!(updates.served(), 1);
+        // Once for all requests that came in between.
+        hung.send(()).unwrap();
+        updates.ended().await.unwrap().unwrap();
+        assert_eq!((updates.served(), count(&started, "hung")), (3, 2));
+        assert!(updates.ended().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_waits_for_a_volume_that_hangs() {
+        let (mut updates, hung, started) = updates();
+        updates.start(volumes(), 1);
+        updates.ended().await.unwrap().unwrap();
+        tokio::time::advance(HANG_TIMEOUT).await;
+        updates.start(volumes(), 2);
+        updates.ended().await.unwrap().unwrap();
+        assert_eq!(updates.served(), 2);
+        // Its next update is waited for.
+        hung.send(()).unwrap();
+        updates.ended().await.unwrap().unwrap();
+        updates.start(volumes(), 3);
+        updates.ended().await.unwrap().unwrap();
+        assert_eq!(updates.served(), 2);
+        for _ in 0..2 {
+            hung.send(()).unwrap();
+            updates.ended().await.unwrap().unwrap();
+        }
+        assert_eq!((updates.served(), count(&started, "hung")), (3, 3));
+    }
+
+    #[tokio::test]
+    async fn a_removed_volume_is_not_updated_again() {
+        let (mut updates, hung, started) = updates();
+        updates.start(volumes(), 1);
+        updates.ended().await.unwrap().unwrap();
+        updates.start(vec!["other".into()], 2);
+        updates.ended().await.unwrap().unwrap();
+        assert_eq!(updates.served(), 2);
+        hung.send(()).unwrap();
+        updates.ended().await.unwrap().unwrap();
+        assert!(updates.ended().await.is_none());
+        assert_eq!(count(&started, "hung"), 1);
+    }
+
+    #[tokio::test]
+    async fn a_panic_of_an_update_is_an_error() {
+        let mut updates = Updates::new(|_| panic!("test"));
+        updates.start(vec!["a".into()], 1);
+        assert!(updates.ended().await.unwrap().is_err());
+        assert_eq!(updates.served(), 1);
+    }
+}

@@ -1,0 +1,144 @@
+//! Applies the host's later mounts and unmounts in volumes with `rslave` propagation to the share.
+
+use std::{
+    ffi::{OsStr, OsString},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use crate::volumes::host_only::HostOnly;
+use crate::volumes::mount_tree::{Submount, Tree, differences};
+use crate::volumes::shared_mounts::VOLUMES;
+use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::submounts::{attach_copy, detach, first_error, mounted, open_below};
+use crate::volumes::{mount_api, mountinfo};
+
+/// Error of updating the share's mounts.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {step} {}", path.display())]
+pub struct SyncError {
+    step: &'static str,
+    /// The mount point in the share.
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Returns the names of the volumes with `rslave` propagation.
+///
+/// # Errors
+/// [`SyncError`].
+pub fn volumes(share: &Path) -> Result<Vec<OsString>, SyncError> {
+    let stage = StagingDir::for_share(share);
+    stage.receiving().map_err(|source| SyncError { step: "list the volumes in", path: stage.dir().to_owned(), source })
+}
+
+/// Applies the host's mounts and unmounts in volume `name` to the share. Calls for one volume must not overlap.
+///
+/// The volume may be removed at the same time. No request is sent to a file system. Therefore, a file system that hangs
+/// blocks this only if it contains a mount point.
+///
+/// # Errors
+/// The first error. The other mounts are updated nevertheless.
+pub fn update(share: &Path, name: &OsStr) -> Result<(), SyncError> {
+    let stage = StagingDir::for_share(share);
+    let error = |step, path: &Path| {
+        let path = path.to_owned();
+        move |source| SyncError { step, path, source }
+    };
+    let target = share.join(VOLUMES).join(name);
+    let host_only = stage.host_only(share).map_err(error("find host-only file systems for", share))?;
+    let entries = mountinfo::read().map_err(error("list the mounts of", &target))?;
+    update_from(&entries, &host_only, &stage.receiving_point(name), &target)
+}
+
+fn update_from(
+    entries: &[mountinfo::Entry],
+    host_only: &HostOnly,
+    point: &Path,
+    target: &Path,
+) -> Result<(), SyncError> {
+    let error = |step, path: &Path| {
+        let path = target.join(path);
+        move |source| SyncError { step, path, source }
+    };
+    let bases = mounted(point).and_then(|from| Ok((from, mounted(target)?)));
+    // A volume that is being added or removed has only one of the two mounts.
+    let (Some(from), Some(to)) = bases.map_err(error("open", Path::new("")))? else { return Ok(()) };
+    let (Some(received), Some(shared)) = (Tree::of(entries, from.id), Tree::of(entries, to.id)) else { return Ok(()) };
+    let (received, _) = received.reachable(|entry| host_only.contains(entry));
+    let (shared, _) = shared.reachable(|_| false);
+    let (removed, added) = differences(shared, received);
+    // Unmounts only the topmost mounts, because this includes their submounts. A submount's path may lie in a file
+    // system that hangs.
+    let unmounted = removed.iter().map(|submount| detach(&to.file, submount).map_err(error("unmount", &submount.path)));
+    let unmounted = first_error(unmounted);
+    let mounted = copy_new(&from.file, target, &added, host_only);
+    unmounted?;
+    mounted.map_err(|(path, source)| error("mount", &path)(source))
+}
+
+/// Copies new mounts, parents first. Returns the first error with its path.
+fn copy_new(
+    from: &OwnedFd,
+    to: &Path,
+    added: &[Submount<'_>],
+    host_only: &HostOnly,
+) -> Result<(), (PathBuf, io::Error)> {
+    if added.is_empty() {
+        return Ok(());
+    }
+    let opened: Vec<_> = added.iter().map(|submount| (submount, open_below(from, &submount.path))).collect();
+    // The kernel reuses the ids of mounts that are gone. Therefore, an id in the older list may now belong to another
+    // mount. The open fds prevent the reuse of their mounts' ids, so that the ids in this new list are reliable.
+    let entries = mountinfo::read().map_err(|error| (PathBuf::new(), error))?;
+    let results = opened.into_iter().map(|(submount, source)| {
+        let copied = source.and_then(|source| {
+            let id = mount_api::mount_id(source.as_fd())?;
+            match entries.iter().find(|entry| entry.id == id) {
+                Some(entry) if !host_only.contains(entry) => attach_copy(&source, to, &submount.path),
+                // The mount was unmounted, or replaced by a host-only mount. The next update handles that.
+                _ => Ok(()),
+            }
+        });
+        copied.map_err(|error| (submount.path.clone(), error))
+    });
+    first_error(results)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use nix::mount::{MsFlags, mount};
+
+    use super::*;
+    use crate::volumes::test_support::{isolated, tmpfs};
+
+    /// Returns the id of the mount at `point`.
+    fn id(point: &Path) -> u64 {
+        mounted(point).unwrap().unwrap().id
+    }
+
+    #[test]
+    fn a_host_only_mount_with_a_reused_id_is_not_copied() {
+        isolated(|dir| {
+            let at = |path: &str| dir.join(path);
+            for path in ["from", "to"] {
+                tmpfs(&at(path));
+                fs::create_dir(at(path).join("a")).unwrap();
+            }
+            tmpfs(&at("from/a"));
+            let entries = mountinfo::read().unwrap();
+            let old = id(&at("from/a"));
+            let added = [Submount { path: "a".into(), entry: entries.iter().find(|entry| entry.id == old).unwrap() }];
+            // The list is then outdated. The kernel gives the lowest free id to the new mount.
+            nix::mount::umount(&at("from/a")).unwrap();
+            mount(Some("proc"), &at("from/a"), Some("proc"), MsFlags::empty(), None::<&Path>).unwrap();
+            let from = mount_api::open_path(&at("from"), false).unwrap();
+            copy_new(&from, &at("to"), &added, &HostOnly::new([]).unwrap()).unwrap();
+            assert!(mounted(&at("to/a")).unwrap().is_none());
+        });
+    }
+}

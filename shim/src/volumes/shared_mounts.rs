@@ -1,0 +1,236 @@
+//! The mounts in the share that the containers of a pod have in common: which container uses which.
+//!
+//! Each mount that a container uses is marked by an empty file with the mount's name in `<share>/<container>/mounts`.
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsStr,
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use crate::volumes::mount_api;
+use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::unmount::{remove, unmount};
+
+/// Directory of the mounts in the share. It is never removed, and no name in it is reused, because the guest's kernel
+/// may cache a directory's old entry for a while.
+pub use husk_proto::SHARED_VOLUMES as VOLUMES;
+
+/// What the names in the share do not say about its mounts.
+struct Mounts {
+    /// Number with which the name of the next mount begins.
+    next_number: u64,
+    /// Mount points whose mounts no further container gets: their unmount has begun, and may have failed.
+    retired: BTreeSet<PathBuf>,
+}
+
+/// The lock is held while markers and mounts must be consistent, because containers are created and deleted on separate
+/// threads.
+///
+/// It is never held during a request to a file system of the host. That may hang, and would delay the whole pod.
+static MOUNTS: Mutex<Mounts> = Mutex::new(Mounts { next_number: 0, retired: BTreeSet::new() });
+
+/// Locks markers and mounts.
+fn lock_mounts() -> MutexGuard<'static, Mounts> {
+    MOUNTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns the directory of a container's markers.
+pub fn markers_dir(share: &Path, id: &str) -> PathBuf {
+    share.join(id).join("mounts")
+}
+
+/// A failed step, as a verb with its object, and its error.
+pub type Step = (&'static str, io::Error);
+
+/// Returns the name of the mount with this key, after marking it as used by container `id`. If there is none, `copy`
+/// returns its tree.
+///
+/// `copy` runs without the lock. If another container adds the mount at the same time, the tree is discarded.
+pub fn acquire(
+    (share, id): (&Path, &str),
+    key: &str,
+    directory: bool,
+    copy: impl FnOnce() -> Result<OwnedFd, Step>,
+) -> Result<String, Step> {
+    let at = |step| move |error| (step, error);
+    let mark = |name: &str| {
+        let marked = fs::File::create(markers_dir(share, id).join(name));
+        marked.map(drop).map_err(at("create the marker of the mount"))
+    };
+    let mark_present = |mounts: &Mounts| {
+        let present = mounts.find(share, key).map_err(at("list the mounts"))?;
+        present.map(|name| mark(&name).map(|()| name)).transpose()
+    };
+    if let Some(name) = mark_present(&lock_mounts())? {
+        return Ok(name);
+    }
+    // Dropped after the lock, because that may unmount it.
+    let tree = copy()?;
+    let mut mounts = lock_mounts();
+    if let Some(name) = mark_present(&mounts)? {
+        return Ok(name);
+    }
+    let name = format!("{}.{key}", mounts.next_number);
+    mounts.next_number += 1;
+    mark(&name)?;
+    let target = share.join(VOLUMES).join(&name);
+    let made = if directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
+    made.map_err(at("create the mount point"))?;
+    let opened = mount_api::open_path(&target, false).map_err(at("open the mount point"));
+    let attached =
+        opened.and_then(|target| mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at("attach the mount")));
+    if attached.is_err() {
+        // Nobody may get the empty mount point. The release of the container removes it.
+        mounts.retired.insert(target);
+    }
+    attached.map(|()| name)
+}
+
+/// Attaches `tree` as the receiving tree of mount `name`, which container `id` uses. Returns false if the mount has a
+/// receiving tree already.
+pub fn add_receiving((share, id): (&Path, &str), name: &str, directory: bool, tree: &OwnedFd) -> io::Result<bool> {
+    let stage = StagingDir::for_share(share);
+    let mounts = lock_mounts();
+    // If the container was deleted while the tree was made, nothing would remove the tree.
+    let is_used =
+        markers_dir(share, id).join(name).try_exists()? && !mounts.retired.contains(&share.join(VOLUMES).join(name));
+    if !is_used || stage.receiving()?.iter().any(|found| found == name) {
+        return Ok(false);
+    }
+    stage.attach_receiving(tree, directory, name).map(|()| true)
+}
+
+/// Removes the mounts that only container `id` uses. May be repeated. `report` receives the result of each step.
+pub fn release(share: &Path, id: &str, mut report: impl FnMut(&Path, io::Result<()>)) {
+    let markers = markers_dir(share, id);
+    let names = fs::read_dir(&markers)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>());
+    match names {
+        Ok(names) => names.iter().for_each(|name| release_mount(share, id, name, &mut report)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => report(&markers, Err(error)),
+    }
+}
+
+/// Removes the marker of container `id` for mount `name`. If no other container uses the mount, the mount is removed
+/// first. The marker stays if that fails, so that the next call finds the mount.
+fn release_mount(share: &Path, id: &str, name: &OsStr, report: &mut impl FnMut(&Path, io::Result<()>)) {
+    let (marker, target) = (markers_dir(share, id).join(name), share.join(VOLUMES).join(name));
+    let mut mounts = lock_mounts();
+    match is_used_by_another(share, id, name) {
+        Ok(false) => {}
+        Ok(true) => return report(&marker, remove(&marker)),
+        Err(error) => return report(&marker, Err(error)),
+    }
+    mounts.retired.insert(target.clone());
+    // The last reference to a file system may go with the mount, and its server may hang.
+    drop(mounts);
+    let stage = StagingDir::for_share(share);
+    let unmounted = unmount(&target).and_then(|()| remove(&target));
+    let receiving = stage.remove_receiving(name);
+    let is_removed = unmounted.is_ok() && receiving.is_ok();
+    report(&target, unmounted);
+    report(stage.dir(), receiving);
+    if is_removed {
+        report(&marker, remove(&marker));
+        lock_mounts().retired.remove(&target);
+    }
+}
+
+/// Returns whether a container other than `id` has a marker of mount `name`.
+fn is_used_by_another(share: &Path, id: &str, name: &OsStr) -> io::Result<bool> {
+    for container in fs::read_dir(share)? {
+        let container = container?;
+        if container.file_name() != id && container.path().join("mounts").join(name).try_exists()? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+impl Mounts {
+    /// Returns the name of the mount with this key, if there is one that a container can get.
+    fn find(&self, share: &Path, key: &str) -> io::Result<Option<String>> {
+        for entry in fs::read_dir(share.join(VOLUMES))? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.split_once('.').is_some_and(|(_, found)| found == key) && !self.retired.contains(&entry.path()) {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_base::sys::capabilities;
+
+    use super::*;
+    use crate::volumes::Share;
+    use crate::volumes::test_support::{bind_for, isolated, tmpfs};
+
+    /// Releases the mounts of container `id`. Returns the number of failed steps.
+    fn failures_of_release(share: &Share, id: &str) -> usize {
+        let mut failures = 0;
+        release(&share.host, id, |_, result| failures += usize::from(result.is_err()));
+        failures
+    }
+
+    fn entries(dir: &Path) -> usize {
+        fs::read_dir(dir).unwrap().count()
+    }
+
+    #[test]
+    fn release_can_be_repeated_after_a_failed_unmount() {
+        isolated(|dir| {
+            let (share, source) = (Share::mount(dir).unwrap(), dir.join("source"));
+            tmpfs(&source);
+            fs::write(source.join("file"), "").unwrap();
+            let stage = StagingDir::for_share(&share.host);
+            let options = ["rbind", "rslave"];
+            let first = bind_for(&share, "c1", &source, &options);
+            // Without CAP_SYS_ADMIN, umount2(2) fails.
+            let sets = capabilities::get().unwrap();
+            capabilities::set(capabilities::Capabilities { effective: sets.effective & !(1 << 21), ..sets }).unwrap();
+            assert!(failures_of_release(&share, "c1") > 0);
+            capabilities::set(sets).unwrap();
+            // The mount may be incomplete, so the next container gets another.
+            let second = bind_for(&share, "c2", &source, &options);
+            assert!(second != first && second.join("file").exists());
+            assert_eq!(failures_of_release(&share, "c1"), 0);
+            assert!(!first.exists() && second.join("file").exists());
+            assert_eq!(entries(&markers_dir(&share.host, "c1")), 0);
+            assert_eq!(failures_of_release(&share, "c2"), 0);
+            assert_eq!((entries(&share.host.join(VOLUMES)), stage.receiving().unwrap().len()), (0, 0));
+        });
+    }
+
+    #[test]
+    fn containers_that_copy_a_source_at_once_share_one_mount() {
+        isolated(|dir| {
+            let (share, source) = (Share::mount(dir).unwrap(), dir.join("source"));
+            tmpfs(&source);
+            let copy =
+                || Ok(mount_api::clone_tree(mount_api::open_path(&source, true).unwrap().as_fd(), false).unwrap());
+            for id in ["c1", "c2"] {
+                fs::create_dir_all(markers_dir(&share.host, id)).unwrap();
+            }
+            let mut second = None;
+            let first = acquire((&share.host, "c1"), "key", true, || {
+                second = Some(acquire((&share.host, "c2"), "key", true, copy).unwrap());
+                copy()
+            });
+            assert_eq!(first.ok(), second);
+            assert_eq!(entries(&share.host.join(VOLUMES)), 1);
+            assert_eq!(failures_of_release(&share, "c2"), 0);
+            assert_eq!(entries(&share.host.join(VOLUMES)), 1);
+            assert_eq!(failures_of_release(&share, "c1"), 0);
+            assert_eq!(entries(&share.host.join(VOLUMES)), 0);
+        });
+    }
+}

@@ -1,0 +1,54 @@
+//! For tests with real mounts. Each test has its own mount namespace. The tests need root, as `cargo xtask test` does.
+
+use std::path::{Path, PathBuf};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+
+use crate::oci::spec::Mount;
+use crate::volumes::bind::{Flags, Source, bind};
+use crate::volumes::shared_mounts::markers_dir;
+use crate::volumes::staging_dir::StagingDir;
+use crate::volumes::{Share, mount_api};
+
+/// Runs `test` in a thread with a new directory and a new mount namespace, which is like that of the shim's daemon.
+pub fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
+        let none = None::<&Path>;
+        mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        test(dir.path());
+    });
+    thread.join().unwrap();
+}
+
+/// Mounts a tmpfs at `point`, which is created if it does not exist.
+pub fn tmpfs(point: &Path) {
+    std::fs::create_dir_all(point).unwrap();
+    mount(Some("t"), point, Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
+}
+
+/// Mounts a tmpfs with shared propagation, which mounts on a host usually have. Returns its mount point.
+pub fn shared_mount(dir: &Path) -> PathBuf {
+    let (root, none) = (dir.join("shared"), None::<&Path>);
+    tmpfs(&root);
+    mount(none, &root, none, MsFlags::MS_SHARED, none).unwrap();
+    root
+}
+
+/// Binds the directory `source` for container `id`. Returns the mount's path in the share.
+pub fn bind_for(share: &Share, id: &str, source: &Path, options: &[&str]) -> PathBuf {
+    std::fs::create_dir_all(markers_dir(&share.host, id)).unwrap();
+    let options = Some(options.iter().map(ToString::to_string).collect());
+    let mount = Mount { kind: Some("bind".into()), options, ..Mount::default() };
+    let (file, flags) = (mount_api::open_path(source, true).unwrap(), Flags::of(&mount));
+    let receives_mounts = flags.slave;
+    let source =
+        Source { file: &file, directory: true, id_mappings: None, flags, ignores_mount_id: false, receives_mounts };
+    let host_only = StagingDir::for_share(&share.host).host_only(&share.host).unwrap();
+    let guest = bind(&mount, &source, (&share.host, id), &host_only, &mut Vec::new()).unwrap();
+    share.host.join(Path::new(&guest).strip_prefix(husk_proto::GUEST_SHARE).unwrap())
+}
