@@ -87,11 +87,11 @@ pub enum PrepareError {
 /// [`PrepareError`]. All mounts that were made for the container are removed in this case.
 pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
     let Request { id, share, .. } = *request;
-    // containerd's rule is stricter. This check keeps the path inside the share.
+    // This check keeps the path inside the share. containerd's own check of ids is stricter.
     if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
         return Err(PrepareError::Id(id.into()));
     }
-    // Translates the specification before any mount is made. Then, an invalid specification does not need a cleanup.
+    // Translate the specification before any mount is made, so that an invalid specification does not need a cleanup.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
@@ -106,7 +106,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
-        // Best effort: the first error is reported.
+        // Ignore an error of the cleanup, because the caller gets the first error.
         let _ = teardown(share, id);
         return Err(error);
     }
@@ -128,7 +128,7 @@ fn mount(
     let target = share.join(id).join("rootfs");
     let stage = StagingDir::for_share(share);
     let host_only = stage.host_only(share)?;
-    // This name cannot conflict with a volume's name, because that begins with a number and a dot.
+    // This name cannot conflict with a volume's name, because a volume's name begins with a number and a dot.
     let context = CopyContext { stage: &stage, host_only: &host_only, name: &format!("rootfs.{id}") };
     if rootfs.is_empty() {
         let path = bundle.dir.join(&bundle.spec.root.path);

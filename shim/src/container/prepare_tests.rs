@@ -19,7 +19,8 @@ use crate::oci::Bundle;
 use crate::oci::bundle::tests::sample;
 use crate::volumes::*;
 
-/// Runs `test` in a thread with a new directory and a new mount namespace, which is like that of the shim's daemon.
+/// Runs `test` in a thread with a new directory and a new mount namespace. As in the shim's daemon, the propagation of
+/// all mounts in this namespace is slave.
 fn isolated(test: impl FnOnce(&Path) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root: it mounts");
@@ -578,7 +579,7 @@ fn sync_tolerates_concurrent_volume_changes() {
             while !churn.is_finished() {
                 let point = root.join((round % 8).to_string());
                 mount(Some("t"), &point, Some("tmpfs"), MsFlags::empty(), None::<&Path>).unwrap();
-                // An update that meets a partial change may fail. The next update completes it.
+                // A call may fail if it sees only a part of a change. The next call then applies the whole change.
                 let _ = sync_mounts(host);
                 nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).unwrap();
                 let _ = sync_mounts(host);
