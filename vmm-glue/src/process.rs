@@ -1,4 +1,5 @@
-//! The VMM process from `main` to its end. It ends with the guest, the shim or the control socket.
+//! Runs the VMM process from `main` to its end. The process ends when the guest or the shim ends, or when the control
+//! socket is closed.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -65,7 +66,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             pids.release(pid);
             Ok(Answer::Done)
         }
-        (Call::Create(_), Some(_)) => Err("failed to create the VM: it exists already".to_owned()),
+        (Call::Create(_), Some(_)) => Err("failed to create the VM: this process already has a VM".to_owned()),
         (_, None) => Err("failed to serve the request: the VM has not been created yet".to_owned()),
         (Call::Resume, Some(vm)) => {
             vm.resume();
@@ -126,7 +127,7 @@ fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Rep
         share.root = "/".to_owned();
     }
     let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
-    // The last thread: the others have started with this one's capabilities.
+    // Confine this thread last, because the other threads had to start with its capabilities.
     jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
     Ok(vm)
 }

@@ -1,5 +1,5 @@
-//! Starts the VMM process with clone(2), whose flags are those of vfork(2) and CLONE_NEWPID, and then execve(2). The
-//! child sets its network namespace and its control socket before it calls execve.
+//! Starts the VMM process with clone(2) and execve(2). The clone has the flags of vfork(2), and CLONE_NEWPID. The child
+//! sets its network namespace and its control socket before it calls execve.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
@@ -19,7 +19,7 @@ pub enum Network {
     /// The parent's network namespace.
     #[default]
     Inherit,
-    /// A new network namespace, with no interface but a loopback interface that is down.
+    /// A new network namespace. Its only interface is a loopback interface that is down.
     New,
     /// An existing network namespace.
     Join(OwnedFd),
@@ -41,8 +41,8 @@ impl Default for SpawnOptions {
     }
 }
 
-/// A running VMM process. It ends when the thread that started it ends, or when the control socket is closed. The
-/// parent has to wait for it.
+/// A running VMM process. The process ends when the thread that started it ends, or when the control socket is closed.
+/// The parent has to reap the process with waitpid(2).
 #[derive(Debug)]
 pub struct Spawned {
     /// The process id.
@@ -53,7 +53,7 @@ pub struct Spawned {
     pub control: OwnedFd,
 }
 
-/// Why the VMM process could not be started.
+/// Error of starting the VMM process.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
     /// The path contains a NUL byte.
@@ -76,7 +76,7 @@ pub enum SpawnError {
     Exec(#[source] io::Error),
 }
 
-/// Data for the child. It is plain data, prepared before the clone, because the child must not allocate.
+/// Data for the child. The parent prepares this data before the clone, because the child must not allocate memory.
 struct ExecPlan {
     exe: *const c_char,
     argv: *const *const c_char,
@@ -96,8 +96,8 @@ enum FailedStep {
     Exec,
 }
 
-/// Starts a VMM process, in a PID namespace of its own. The process inherits the caller's standard input, output and
-/// error, and logs to standard error. All other fds of the caller must be close-on-exec.
+/// Starts a VMM process in a new PID namespace. The process inherits the caller's standard input, output and error, and
+/// logs to standard error. All other fds of the caller must be close-on-exec.
 pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let exe = CString::new(options.exe.into_os_string().into_vec()).map_err(|_| SpawnError::Path)?;
     let argv0 = CString::new(ARGV0).map_err(|_| SpawnError::Path)?;
@@ -127,20 +127,22 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
         FailedStep::Control => SpawnError::Control(error),
         FailedStep::Exec => SpawnError::Exec(error),
     };
-    // The pid belongs to a child that has not been waited for, so it cannot have been reused.
+    // The PID cannot have been reused, because the child has not been reaped.
     let _ = husk_base::sys::process::wait(pid.cast_signed(), 0);
     Err(error)
 }
 
-/// Clones with shared memory, so that no page tables are copied. Returns when the child has called execve or has ended.
+/// Creates a child that shares this process's memory, so that no page tables are copied. Returns when the child has
+/// called execve or has ended.
 fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     let mut stack = vec![0u128; STACK / 16];
     let mut pidfd: c_int = -1;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::CLONE_NEWPID | libc::SIGCHLD;
     // SAFETY: `top` is the 16-byte-aligned end of a stack that is large enough for a few system calls. CLONE_VFORK
-    // suspends this thread until the child has called execve or ended, so `plan` and `stack` outlive the child's use of
-    // them. All signals are blocked, so that no signal handler runs in the child, which shares this memory. The VMM
-    // unblocks signals after execve. A successful clone has stored a new fd in `pidfd`, which is owned here only.
+    // suspends this thread until the child has called execve or ended. Therefore, the child uses `plan` and `stack`
+    // only while they exist. All signals are blocked, so that no signal handler runs in the child, which shares this
+    // memory. The VMM unblocks signals after execve. A successful clone has stored a new fd in `pidfd`, and nothing
+    // else owns this fd.
     unsafe {
         let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&raw mut all);
@@ -156,7 +158,7 @@ fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     }
 }
 
-/// Main function of the child between clone and exec. It makes system calls only.
+/// Main function of the child between clone and exec. This function only makes system calls.
 extern "C" fn child(plan: *mut c_void) -> c_int {
     let plan = plan.cast::<ExecPlan>();
     // SAFETY: `plan` points to the parent's [`ExecPlan`], which nobody else uses while CLONE_VFORK suspends the parent.
@@ -186,8 +188,8 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
 
 /// Stores the failed step and its errno for the parent.
 unsafe fn fail(plan: *mut ExecPlan, step: FailedStep) -> c_int {
-    // SAFETY: `plan` is valid and unshared, as in `child`. The errno location is valid: it is that of the suspended
-    // parent thread, whose thread-local storage the child shares.
+    // SAFETY: `plan` is valid and unshared, as in `child`. The errno location is valid, because it belongs to the
+    // suspended parent thread, whose thread-local storage the child shares.
     unsafe { (*plan).failed = (step, *libc::__errno_location()) };
     127
 }

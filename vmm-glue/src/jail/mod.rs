@@ -1,7 +1,8 @@
-//! The jail of the VMM process: what the process can still see and do once it runs a guest.
+//! The jail of the VMM process. The jail limits what the process can see and do while it runs a guest.
 //!
-//! [`enter`] confines the whole process. It is called once, when the configuration is known and before there is a
-//! second thread. Then each thread calls [`confine`] first of all, which leaves it what its kind needs.
+//! [`enter`] confines the whole process. It is called once, when the configuration is known and before a second thread
+//! is started. Then each thread first calls [`confine`], which leaves the thread only the capabilities that its kind
+//! needs.
 
 mod capabilities;
 mod limits;
@@ -20,10 +21,11 @@ use std::path::Path;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 
-/// What the process took along into the jail.
+/// What the process has opened before it entered the jail, because it cannot be opened inside the jail.
 #[derive(Debug)]
 pub struct Belongings {
-    /// The process's directory of open fds, `/proc/self/fd`, without anything above it.
+    /// The process's directory of open fds, `/proc/self/fd`, as a mount of its own. The rest of procfs cannot be
+    /// reached through this directory.
     pub fd_directory: File,
     /// `/dev/null`, opened for writing.
     pub dev_null: File,
@@ -32,7 +34,7 @@ pub struct Belongings {
 }
 
 impl Belongings {
-    /// Returns those of a process that is not in a jail, for tests.
+    /// Returns the belongings of a process that is not in a jail. For tests.
     ///
     /// # Errors
     /// If /proc or /dev is not mounted.
@@ -43,7 +45,7 @@ impl Belongings {
     }
 }
 
-/// Why the process could not be confined.
+/// Error of confining the process.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
     /// A resource limit could not be set.
@@ -63,14 +65,14 @@ pub enum JailError {
     NoNewPrivileges(#[source] io::Error),
 }
 
-/// Confines the process: resource limits, namespaces, a root directory that is the share and nothing else, a bounding
-/// set with the file server's capabilities only, and no_new_privs.
+/// Confines the process. Sets resource limits and no_new_privs, creates namespaces, makes the share the root directory,
+/// and reduces the bounding set to the file server's capabilities.
 ///
-/// Without a share the root is an empty, read-only directory. The PID and network namespaces are set when the process is
-/// spawned ([`crate::client::spawn`]).
+/// Without a share, the root is an empty, read-only directory. The PID and network namespaces are set when the process
+/// is spawned ([`crate::client::spawn`]).
 ///
 /// # Errors
-/// [`JailError`]. The process may be confined in part then, and must end.
+/// [`JailError`]. After an error, the process may be only partly confined, and must end.
 pub fn enter(share: Option<&Path>) -> Result<Belongings, JailError> {
     let max_fds = limits::set()?;
     let namespaces =

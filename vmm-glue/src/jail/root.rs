@@ -1,4 +1,5 @@
-//! The mount namespace and the root directory of the VMM process: the share, and nothing else of the host.
+//! Changes the root directory of the VMM process in its mount namespace. The VMM then sees only the share, and no other
+//! directory of the host.
 
 use std::fs::File;
 use std::io;
@@ -11,10 +12,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, pivot_root};
 
-/// Where the VMM's own procfs, and then an empty root, are mounted. The VMM sees neither later.
+/// Mount point of the VMM's own procfs, and later of the empty root. The VMM sees this path only before the root is
+/// changed.
 const PROC: &str = "/proc";
 
-/// Why the root directory could not be changed.
+/// Error of changing the root directory.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {} for the jail of the VMM", path.display())]
 pub struct RootError {
@@ -29,21 +31,21 @@ fn error<E: Into<io::Error>>(step: &'static str, path: impl AsRef<Path>) -> impl
     move |source| RootError { step, path, source: source.into() }
 }
 
-/// Makes `share` the root of this process's mount namespace, which must be a new one. Returns `/proc/self/fd` and
-/// `/dev/null`, which cannot be opened later. Without a share the root is an empty, read-only directory.
+/// Makes `share` the root of this process's mount namespace, which must be new. Returns `/proc/self/fd` and
+/// `/dev/null`, because they cannot be opened later. Without a share, the root is an empty, read-only directory.
 ///
-/// Mounts that the host adds to the share later arrive here, because the root is a slave of the share. Nothing
-/// propagates to the host.
+/// Mounts that the host adds to the share later propagate to this namespace, because the root is a slave of the share.
+/// No mount propagates to the host.
 pub fn enter(share: Option<&Path>) -> Result<(File, File), RootError> {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(error("set slave propagation of", "/"))?;
     let dev_null = File::options().write(true).open("/dev/null").map_err(error("open", "/dev/null"))?;
-    // The host's procfs shows all processes of the host. The new instance shows those of the VMM's PID namespace, and
-    // with `subset=pid` (Linux 5.8) no other file: no sysctls and no kernel information.
+    // The host's procfs shows all processes of the host. The new instance shows only the processes of the VMM's PID
+    // namespace. With `subset=pid` (Linux 5.8), it does not show sysctls and kernel information.
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), PROC, Some("proc"), flags, Some("subset=pid")).map_err(error("mount procfs at", PROC))?;
-    // A mount whose root is the directory itself: `..` does not lead out of it.
+    // Clone a mount whose root is the directory itself, so that `..` does not lead out of the directory.
     let fd_directory = open("/proc/self/fd", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(io::Error::from)
         .and_then(|directory| clone_tree(directory.as_fd(), false))
@@ -57,7 +59,7 @@ pub fn enter(share: Option<&Path>) -> Result<(File, File), RootError> {
             Path::new(PROC)
         }
     };
-    // The old root is stacked on the new one, and then unmounted (pivot_root(2), NOTES).
+    // pivot_root(2) stacks the old root on the new root. Then the old root is unmounted (NOTES of the manual page).
     chdir(root).map_err(error("enter", root))?;
     pivot_root(".", ".").map_err(error("change the root to", root))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(error("unmount the old root of", root))?;

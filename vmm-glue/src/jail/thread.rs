@@ -1,4 +1,4 @@
-//! Confines a thread to what its kind needs.
+//! Confines a thread to the capabilities that its kind needs.
 
 use std::io;
 
@@ -19,13 +19,13 @@ pub enum Kind {
     FileServer,
     /// The worker of a disk.
     Disk,
-    /// The thread that faults guest memory in.
+    /// The thread that faults in guest memory.
     Prefault,
     /// The thread whose PID stands for a container.
     Pid,
 }
 
-/// Why a thread could not be confined.
+/// Error of confining a thread.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} of a thread of kind {kind:?}")]
 pub struct ConfineError {
@@ -35,11 +35,12 @@ pub struct ConfineError {
     source: io::Error,
 }
 
-/// Confines this thread. It must not serve the guest before.
+/// Confines this thread. Must be called before the thread serves the guest.
 pub fn confine(kind: Kind) -> Result<(), ConfineError> {
     let error = |step| move |source| ConfineError { kind, step, source };
     if kind == Kind::FileServer {
-        // virtiofsd changes the working directory for operations on extended attributes, of this thread only.
+        // virtiofsd changes the working directory for operations on extended attributes. This must not affect other
+        // threads.
         unshare(CloneFlags::CLONE_FS).map_err(|errno| error("separate the working directory")(errno.into()))?;
         return capabilities::keep_for_files().map_err(error("reduce the capabilities"));
     }

@@ -1,8 +1,8 @@
-//! Host pids that stand for the pod's containers. Each is the id of an idle thread of the VMM.
+//! Host PIDs that stand for the pod's containers. Each PID is the id of an idle thread of the VMM.
 //!
-//! A container's processes are in the guest. But a client that asks the runtime for a task's pid reads the namespaces
-//! and the cgroup from `/proc/PID/ns` and `/proc/PID/cgroup`. A thread of the VMM has the pod's namespaces and cgroup,
-//! and a pid that no other task has.
+//! A container's processes are in the guest. But a client that asks the runtime for a task's PID then reads the
+//! namespaces and the cgroup from `/proc/PID/ns` and `/proc/PID/cgroup`. A thread of the VMM has the pod's namespaces
+//! and cgroup, and a PID that no other task has.
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
@@ -10,20 +10,20 @@ use std::{io, thread};
 
 use crate::jail::{Kind, confine};
 
-/// Maximum number of pids; far more than a pod has containers.
+/// Maximum number of PIDs. A pod has far fewer containers.
 const MAX_PIDS: usize = 1024;
-/// Stack size in bytes. The thread calls almost nothing.
+/// Stack size in bytes. A small stack is sufficient, because the thread only waits.
 const STACK: usize = 32 << 10;
 
-/// The idle threads by pid. Each ends when its sender is dropped.
+/// The idle threads by PID. A thread ends when its sender is dropped.
 #[derive(Default)]
 pub struct Pids(HashMap<u32, Sender<()>>);
 
 impl Pids {
-    /// Acquires a unique pid.
+    /// Acquires a unique PID.
     ///
     /// # Errors
-    /// If there are too many pids, or if no thread can be started.
+    /// If [`MAX_PIDS`] PIDs are in use, or if the thread cannot be started.
     pub fn acquire(&mut self) -> io::Result<u32> {
         if self.0.len() >= MAX_PIDS {
             return Err(io::Error::other("failed to acquire a pid: the sandbox has too many containers"));
@@ -33,7 +33,7 @@ impl Pids {
         thread::Builder::new().name("husk-task".into()).stack_size(STACK).spawn(move || {
             let confined = confine(Kind::Pid).map_err(io::Error::other);
             let _ = sender.send(confined.map(|()| nix::unistd::gettid().as_raw()));
-            // Returns an error when the sender is dropped.
+            // This call blocks until the sender is dropped, and then returns an error.
             let _ = held.recv();
         })?;
         let pid = pid.recv().map_err(io::Error::other)??.cast_unsigned();
@@ -41,7 +41,7 @@ impl Pids {
         Ok(pid)
     }
 
-    /// Releases a pid. Does nothing if the pid is not held.
+    /// Releases a PID. Does nothing if the PID was not acquired.
     pub fn release(&mut self, pid: u32) {
         self.0.remove(&pid);
     }
