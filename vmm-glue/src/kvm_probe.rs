@@ -23,8 +23,9 @@ pub const USABLE: f64 = 50e6;
 const MEMORY: usize = 0x10_0000;
 /// Address of the code, after the page tables.
 const CODE: u64 = 0x2_0000;
-/// Number of rounds of the loop in the first run. The next constant is the maximum number of rounds in a later run.
+/// Number of rounds of the loop in the first run.
 const FIRST_ROUNDS: u32 = 2_000;
+/// Maximum number of rounds of the loop in a later run.
 const MAX_ROUNDS: u32 = 200_000_000;
 /// Minimum duration of a measured run. In a shorter run, the time to enter and leave the guest would distort the
 /// result.

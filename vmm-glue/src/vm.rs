@@ -27,11 +27,11 @@ use crate::virtio::slots::{PlugError, Purpose, Slots};
 use crate::virtio::vsock::{self, Vsock};
 use crate::vmgenid::VmGenId;
 
-/// Why an operation on a VM failed.
+/// Error of an operation on a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// The VM is paused, and the operation needs the device loop or the vCPUs.
-    #[error("failed to change the VM: it is paused and must be resumed first")]
+    #[error("failed to change the VM: the VM is paused and must be resumed first")]
     Paused,
     /// The device loop failed.
     #[error(transparent)]
@@ -43,7 +43,7 @@ pub enum VmError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The request for a disk does not carry exactly one fd.
-    #[error("failed to attach the disk: exactly one fd is required, {0} were received")]
+    #[error("failed to attach the disk: exactly one fd is required, but {0} fds were received")]
     Fds(usize),
     /// The tap could not be set up.
     #[error("failed to set up the tap")]
@@ -60,8 +60,8 @@ pub enum VmError {
     /// The vCPUs could not be hot-plugged.
     #[error("failed to hot-plug vCPUs")]
     Vcpus(#[from] VcpuError),
-    /// No addresses were reserved for this kind of memory, or the memory's device is not attached, or attaching the
-    /// device failed.
+    /// The memory device for this kind of memory is not attached, or no addresses were reserved for this kind of
+    /// memory.
     #[error("the VM has no memory device for pages of kind {0:?}")]
     NoMemoryDevice(PageKind),
     /// The memory could not be registered with KVM.
@@ -98,9 +98,9 @@ pub struct Vm {
 pub(crate) enum HotplugMemory {
     /// This kind of memory cannot be hot-plugged.
     None,
-    /// The memory's addresses are reserved, and its device does not exist yet.
+    /// The memory's addresses are reserved, but its device does not exist yet.
     Reserved(HotplugRange),
-    /// The memory's device is attached: the slot, and the device.
+    /// The memory's device is attached. Contains the slot and the device.
     Attached(u32, Arc<Mutex<Mem>>),
 }
 
@@ -149,13 +149,13 @@ impl Vm {
         self.attach(Arc::new(Mutex::new(Blk::new(file, config.read_only, &config.serial)?)), Purpose::Any)
     }
 
-    /// Hot-unplugs a disk or an interface: frees its slot and closes its fds. The guest should have stopped using the
+    /// Hot-unplugs a disk or an interface. Frees its slot and closes its fds. The guest should have stopped using the
     /// device, because requests that are in progress are not answered.
     pub fn detach(&mut self, slot: u32) -> Result<(), VmError> {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused);
         }
-        // Empty the slot first, because afterwards no vCPU can activate the device again.
+        // Empty the slot first, so that no vCPU can activate the device again.
         let device = self.slots.unplug(slot)?;
         mmio::lock(&device).reset();
         match self.hotplugged.remove(&slot) {
@@ -184,7 +184,7 @@ impl Vm {
         Ok(self.vcpus.hotplug(count)?)
     }
 
-    /// Hot-plugs the memory device into its reserved slot, unless the device is attached already. Returns the slot's
+    /// Hot-plugs the memory device into its reserved slot, unless the device is already attached. Returns the slot's
     /// number.
     pub fn attach_mem(&mut self, pages: PageKind) -> Result<u32, VmError> {
         if self.event_loop.is_paused() {
@@ -202,8 +202,8 @@ impl Vm {
         Ok(slot)
     }
 
-    /// Requests that the guest plugs or unplugs memory until `mib` MiB are plugged. When the guest has done this,
-    /// `reached` gets the number of plugged bytes.
+    /// Requests that the guest plugs or unplugs memory until `mib` MiB are plugged. When the guest has reached this
+    /// size, or another size is requested, `reached` gets the number of plugged bytes.
     ///
     /// # Errors
     /// [`VmError`]. After an error, `reached` is dropped and not called.
@@ -218,7 +218,7 @@ impl Vm {
         device.request(bytes, reached).map_err(VmError::Mem)
     }
 
-    /// Returns how many MiB are plugged.
+    /// Returns the number of plugged MiB.
     pub fn plugged_mib(&self, pages: PageKind) -> u64 {
         match self.hotplug_memory(pages) {
             HotplugMemory::Attached(_, device) => lock(device).plugged() >> 20,
@@ -244,7 +244,7 @@ impl Vm {
         if self.event_loop.is_paused() {
             return Err(VmError::Paused); // the paused device loop cannot add the device
         }
-        // Add the device to the device loop first. As soon as the device is in its slot, the guest may find it.
+        // Add the device to the device loop first, because the guest may find the device as soon as it is in its slot.
         let id = self.event_loop.add(device.clone())?;
         match self.slots.plug(device, purpose) {
             Ok(slot) => {
@@ -252,8 +252,8 @@ impl Vm {
                 Ok(slot)
             }
             Err(error) => {
-                // Removing the device from the loop closes its fds. Otherwise the VMM would keep a disk of the node
-                // open although the VM does not have that disk.
+                // Remove the device from the loop, which closes its fds. Otherwise, the VMM would keep a disk of the
+                // node open, although the VM does not have this disk.
                 let _ = self.event_loop.remove(id);
                 Err(error.into())
             }

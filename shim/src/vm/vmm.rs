@@ -164,7 +164,7 @@ impl Vmm {
         Ok(pid)
     }
 
-    /// Releases a PID. Best effort: the VMM may have ended.
+    /// Releases a PID. Ignores an error, because the VMM may have ended.
     pub async fn release_pid(&self, pid: u32) {
         let Some(inner) = lock(&self.inner.threads).remove(&pid) else { return };
         if let Err(error) = self.call(Call::ReleasePid { pid: inner }, &[]).await {

@@ -21,7 +21,8 @@ use std::path::Path;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 
-/// What the process has opened before it entered the jail, because it cannot be opened inside the jail.
+/// Files that the process opened before it entered the jail, because they cannot be opened inside the jail. Also
+/// contains the fd limit.
 #[derive(Debug)]
 pub struct Belongings {
     /// The process's directory of open fds, `/proc/self/fd`, as a mount of its own. The rest of procfs cannot be

@@ -34,9 +34,9 @@ const MAX_PAGES: usize = 64 * 1024;
 pub struct Balloon {
     wake: WakeEvent,
     active: Option<Active>,
-    /// Number of pages that the guest should give back. `actual` is the number of pages that the guest reports to have
-    /// given back.
+    /// Number of pages that the guest should give back.
     target: u32,
+    /// Number of pages that the guest reports to have given back.
     actual: u32,
 }
 

@@ -13,7 +13,7 @@ use super::slot_eventfds;
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 
-/// Why a device could not be plugged into a slot or unplugged from it.
+/// Error of plugging a device into a slot, or unplugging it from its slot.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// No slot is free.
@@ -45,7 +45,7 @@ pub struct Slots {
     first_memory_slot: usize,
 }
 
-/// The kind of devices that a slot is for.
+/// The kind of devices for which a slot can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// Boot devices, and hot-plugged disks and interfaces.
@@ -56,7 +56,7 @@ pub enum Purpose {
 
 impl Slots {
     /// Creates empty slots: `device_slots` for any device, and `memory_slots` for memory devices. If the VM does not
-    /// have enough slots, fewer are for any device.
+    /// have this number of slots, the number of slots for any device is reduced.
     pub fn new(vm: Arc<VmFd>, memory: GuestMemory, device_slots: usize, memory_slots: usize) -> Self {
         let (device_slots, all) = divide(device_slots, memory_slots);
         Self { vm, memory, slots: (0..all).map(|_| Slot::default()).collect(), first_memory_slot: device_slots }
@@ -79,8 +79,8 @@ impl Slots {
         Ok(number)
     }
 
-    /// Removes a disk or an interface from its slot. From then on, the guest finds the slot empty and KVM signals no
-    /// notifications. The device stays in the state in which the guest left it.
+    /// Removes a disk or an interface from its slot. After that, the guest finds the slot empty, and KVM does not
+    /// signal notifications. The device stays in the state in which the guest left it.
     pub fn unplug(&self, number: u32) -> Result<SharedDevice, PlugError> {
         let not_removable = || PlugError::NotRemovable(number);
         let slot = self.slots.get(number as usize).ok_or_else(not_removable)?;

@@ -1,12 +1,12 @@
 //! Worker threads of a device whose requests can block. A worker pops a request, calls the handler and returns the
 //! result.
 //!
-//! The threads start with the device, when the process can still give them the rights that they need, and end with it.
-//! They serve one activation after another.
+//! The threads are started with the device, because the process can give them the capabilities that they need only at
+//! that time. They end with the device, and serve one activation after another.
 //!
 //! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). A worker that
-//! takes a request while others are idle enables the next notification. If there is another request already, it signals
-//! the notification itself.
+//! takes a request while other workers are idle enables the next notification. If there is already another request, the
+//! worker signals the notification itself.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -37,7 +37,7 @@ pub trait Handler: Send + Sync + 'static {
     fn serve(&self, memory: &GuestMemory, request: Chain<'_>) -> u32;
 }
 
-/// The worker threads of a device. They end when this is dropped.
+/// The worker threads of a device. The threads end when this value is dropped.
 pub struct Workers<H: Handler> {
     pool: Arc<Pool<H>>,
     threads: Vec<JoinHandle<()>>,
@@ -78,19 +78,18 @@ struct State {
     busy: usize,
     paused: bool,
     stopped: bool,
-    /// Whether the driver broke the queue. Then no more requests are taken from it.
+    /// Whether the driver broke the queue. After that, no more requests are taken from the queue.
     failed: bool,
 }
 
 impl<H: Handler> Workers<H> {
-    /// Starts `count` threads. Returns when each is confined. They have nothing to do before
-    /// [`Workers::activate`].
+    /// Starts `count` threads. Returns when all threads are confined. The threads are idle until [`Workers::activate`].
     ///
     /// # Errors
     /// If a thread cannot be started or confined.
     pub fn start(count: u8, handler: Arc<H>) -> io::Result<Self> {
         let pool = Arc::new(Pool { handler, state: Mutex::default(), changed: Condvar::new() });
-        // The threads of a failed start end when this is dropped.
+        // If a thread cannot be started, the threads that were started before end when `this` is dropped.
         let mut this = Self { pool, threads: Vec::with_capacity(count.into()) };
         let (confined, results) = channel();
         for number in 0..count {
@@ -135,7 +134,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Returns when no request is being served, and none will be until [`Workers::resume`].
+    /// Pauses serving. Returns when no request is being served. No further request is served until [`Workers::resume`].
     pub fn pause(&self) {
         let session = {
             let mut pool = lock(&self.pool.state);
@@ -183,7 +182,7 @@ impl<H: Handler> Pool<H> {
     fn run(&self, confined: Sender<io::Result<()>>) {
         let result = confine(H::KIND).map_err(io::Error::other);
         let failed = result.is_err();
-        // The receiver waits for all results.
+        // This call cannot fail, because the receiver waits for the results of all threads.
         let _ = confined.send(result);
         drop(confined);
         if failed {
@@ -235,7 +234,7 @@ impl Session {
         }
     }
 
-    /// Serves requests until the session ends, or the thread can no longer wait for them.
+    /// Serves requests until the session ends, or the thread can no longer wait for requests.
     fn run<H: Handler>(&self, handler: &H) {
         let epoll = match self.epoll() {
             Ok(epoll) => epoll,
@@ -254,7 +253,7 @@ impl Session {
                 log::error!("{}: failed to wait for notifications: {error}", H::NAME);
                 return;
             }
-            // Fails with EAGAIN if another thread has cleared it.
+            // This call fails with EAGAIN if another thread has cleared the notification.
             let _ = self.notify.read();
             self.lock().idle -= 1;
         }
@@ -268,8 +267,8 @@ impl Session {
         Ok(epoll)
     }
 
-    /// Serves requests until there are none, and then counts this thread as idle. Returns false if the session has
-    /// ended.
+    /// Serves requests until there are no more requests, and then counts this thread as idle. Returns false if the
+    /// session has ended.
     fn serve_until_empty<H: Handler>(&self, handler: &H) -> Result<bool, QueueFault> {
         let mut state = self.lock();
         loop {

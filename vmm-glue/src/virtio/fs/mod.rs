@@ -1,7 +1,8 @@
 //! The virtio-fs device (virtio 1.2, 5.11): serves a directory of the host with virtiofsd's file system.
 //!
-//! Worker threads take requests from the request queue themselves ([`super::workers`]), so each request costs one
-//! wake-up. The device loop serves only the high-priority queue, so FORGET never waits for a request that blocks.
+//! Worker threads take requests from the request queue themselves ([`super::workers`]). Therefore, each request costs
+//! only one wake-up. The device loop serves only the high-priority queue. Therefore, FORGET never waits for a request
+//! that blocks.
 
 mod checked_fs;
 mod descriptor_table;
@@ -45,27 +46,27 @@ use crate::jail::{Belongings, Kind};
 
 /// Size of the tag in the configuration space, in bytes.
 pub const TAG_LEN: usize = 36;
-/// Sizes of the high-priority queue and the request queue. Linux limits a request to as many pages as the queue has
-/// descriptors, less those of its headers: 1 MiB needs 256.
+/// Maximum sizes of the high-priority queue and the request queue. In Linux, each page of a request needs a descriptor,
+/// in addition to the descriptors of the headers. A request of 1 MiB has 256 pages.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
 /// Event token of the high-priority queue.
 const HIGH_PRIORITY: u32 = HIGH_PRIORITY_QUEUE as u32;
 /// Number of fds reserved for the process itself.
 const RESERVED_FDS: u64 = 512;
-/// The guest is asked to forget files once less than one part in this many of its fds is free.
+/// The guest is asked to forget files when less than 1/`SPARE_FRACTION` of the fds for its files is free.
 const SPARE_FRACTION: u64 = 8;
-/// How long the guest caches names and attributes. It sees changes that the host makes in a volume after this time at
-/// most.
+/// Time for which the guest caches names and attributes. The guest sees changes that the host makes in a volume at the
+/// latest after this time.
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a virtio-fs device could not be created.
+/// Error of creating a virtio-fs device.
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
     /// The tag is empty or too long.
-    #[error("virtio-fs tag {0:?} is not 1 to {TAG_LEN} bytes long")]
+    #[error("invalid virtio-fs tag {0:?}: it must have 1 to {TAG_LEN} bytes")]
     Tag(String),
     /// The fd limit is too low.
-    #[error("the fd limit (RLIMIT_NOFILE) of {0} is too low, at least {min} are needed", min = 2 * RESERVED_FDS)]
+    #[error("the fd limit (RLIMIT_NOFILE) of {0} is too low: it must be at least {min}", min = 2 * RESERVED_FDS)]
     Limit(u64),
     /// The directory cannot be served.
     #[error("failed to share directory {root}")]
@@ -109,8 +110,8 @@ struct Active {
 }
 
 impl Fs {
-    /// Creates the device and its worker threads. The share's directory must exist. When few fds are left, a worker
-    /// thread calls `request_forget`, at most once a second: it should make the guest forget files.
+    /// Creates the device and its worker threads. The share's directory must exist. When few fds are free, a worker
+    /// thread calls `request_forget` at most once a second. This function should make the guest forget files.
     pub fn new(
         share: &ShareConfig,
         belongings: Belongings,
@@ -174,34 +175,35 @@ impl Fs {
     }
 }
 
-/// The configuration of virtiofsd's file system.
+/// Returns the configuration of virtiofsd's file system.
 fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64) -> Config {
     Config {
         root_dir,
         proc_sfd_rawfd: Some(fd_directory),
         guest_fd_limit,
-        // The guest looks names and attributes up again after the timeout. File data stays in its page cache for
-        // longer, while size and mtime do not change (FUSE_AUTO_INVAL_DATA). That needs `Always`: with `Auto`, each
-        // open drops the file's pages, so every exec would read its binary again.
+        // The guest looks up names and attributes again after the timeout. File data stays in the guest's page cache
+        // for longer, as long as size and mtime do not change (FUSE_AUTO_INVAL_DATA). The cache policy must be
+        // `Always`. With `Auto`, each open drops the file's pages, and therefore every exec would read its binary
+        // again.
         entry_timeout: CACHE_TIMEOUT,
         attr_timeout: CACHE_TIMEOUT,
         cache_policy: CachePolicy::Always,
-        // The host changes files that the guest has cached. And a killed guest must not lose data that was reported as
-        // written.
+        // With writeback, the guest would not see all changes that the host makes to cached files. Also, a killed guest
+        // would lose data that was reported as written.
         writeback: false,
         xattr: true,
         posix_acl: NegotiationMode::Auto,
-        // Saves a GETXATTR of security.capability before each write.
+        // Without killpriv_v2, the guest would send a GETXATTR of security.capability before each write.
         killpriv_v2: true,
-        // Mounts appear under the root while the guest runs; each gets its own st_dev.
+        // Announce the mounts that appear below the root while the guest runs, so that each mount has its own st_dev.
         announce_submounts: true,
         readdirplus: true,
-        // Keeps one fd per inode that the guest knows. File handles would need CAP_DAC_READ_SEARCH, which opens any
-        // inode of the host, even from a jail. And overlayfs, under every rootfs, has no file handles without
-        // nfs_export.
+        // Keep one fd for each inode that the guest knows. File handles would need CAP_DAC_READ_SEARCH, with which even
+        // a process in a jail can open any inode of the host. Also, overlayfs, which most rootfs use, does not have
+        // file handles without the option nfs_export.
         inode_file_handles: InodeFileHandlesMode::Never,
-        // O_DIRECT bypasses only the guest's cache. The file systems under a share (tmpfs, overlayfs, network file
-        // systems) may reject the flag or the alignment of a buffer.
+        // Ignore O_DIRECT on the host, so that it bypasses only the guest's cache. The file systems under a share
+        // (tmpfs, overlayfs, network file systems) may reject the flag or the alignment of a buffer.
         allow_direct_io: false,
         ..Config::default()
     }
