@@ -39,7 +39,7 @@ impl Shim {
                 tracing::warn!(
                     container,
                     error,
-                    "failed to acquire a PID for the container; therefore, no other container can join its PID namespace"
+                    "failed to acquire a PID for the container; no other container can join its PID namespace"
                 );
             }
         }

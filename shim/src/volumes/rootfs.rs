@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn relative_layers_returns_none_for_lists_that_it_cannot_shorten() {
+    fn relative_layers_shortens_only_lists_that_it_can_rewrite() {
         assert_eq!(relative_layers(&["upperdir=/a"]), None);
         assert_eq!(relative_layers(&["lowerdir=/a\\:b:/c"]), None);
         assert_eq!(relative_layers(&["lowerdir=/a:/a/b"]), Some(("/".into(), "lowerdir=a:a/b".into())));
