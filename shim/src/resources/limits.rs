@@ -79,7 +79,7 @@ pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, 
     if let Some(unit) = unit
         && let Err(error) = unit.set(&properties(location, limits, guest_mib))
     {
-        tracing::warn!(error = %crate::chain(&error), "failed to send the limits to systemd, which may restore old limits");
+        tracing::warn!(error = %crate::chain(&error), "failed to send the limits to systemd; systemd may revert them");
     }
 }
 
