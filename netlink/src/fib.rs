@@ -14,13 +14,13 @@ pub const FRA_PRIORITY: u16 = 6;
 pub const FRA_FWMARK: u16 = 10;
 /// Routing realms.
 pub const FRA_FLOW: u16 = 11;
-/// Interface group whose routes are suppressed.
+/// Interface group. The rule ignores routes through interfaces of this group.
 pub const FRA_SUPPRESS_IFGROUP: u16 = 13;
-/// Maximum prefix length of the routes that are suppressed.
+/// Prefix length. The rule ignores routes whose prefix is not longer than this.
 pub const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
 /// Routing table to look up.
 pub const FRA_TABLE: u16 = 15;
-/// Mask of [`FRA_FWMARK`].
+/// Mask for [`FRA_FWMARK`]: the rule compares only these bits of the mark.
 pub const FRA_FWMASK: u16 = 16;
 /// Outgoing interface. Matches packets of sockets that are bound to this interface.
 pub const FRA_OIFNAME: u16 = 17;
@@ -28,7 +28,7 @@ pub const FRA_OIFNAME: u16 = 17;
 pub const FRA_PAD: u16 = 18;
 /// The rule looks up the table of a VRF (l3mdev).
 pub const FRA_L3MDEV: u16 = 19;
-/// Range of user ids that own the sockets.
+/// Range of user ids. Matches packets of sockets that these users own.
 pub const FRA_UID_RANGE: u16 = 20;
 /// Originator of the rule, `RTPROT_…`.
 pub const FRA_PROTOCOL: u16 = 21;

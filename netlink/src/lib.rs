@@ -26,7 +26,7 @@ const MAX_DUMPS: usize = 16;
 /// A message under construction.
 pub struct Message {
     bytes: Vec<u8>,
-    /// Type and length of the first attribute whose value is too long.
+    /// Type of the first attribute whose value is longer than [`MAX_VALUE`], and the length of that value in bytes.
     oversized: Option<(u16, usize)>,
 }
 
@@ -45,7 +45,7 @@ impl Message {
         message
     }
 
-    /// Appends an attribute. If its value is too long, [`Message::finish`] fails.
+    /// Appends an attribute. If `value` is longer than [`MAX_VALUE`], [`Message::finish`] fails.
     pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
         if value.len() > MAX_VALUE {
             self.oversized.get_or_insert((kind, value.len()));
@@ -72,16 +72,21 @@ impl Message {
     /// Fills in the length field and returns the encoded message.
     ///
     /// # Errors
-    /// If an attribute's value is longer than an attribute can be, or the message is.
+    /// If the value of an attribute is longer than [`MAX_VALUE`], or the message is longer than its length field can
+    /// say.
     pub fn finish(mut self) -> io::Result<Vec<u8>> {
         let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
         if let Some((kind, length)) = self.oversized {
-            let text = format!("failed to encode netlink attribute {kind}: {length} bytes exceed {MAX_VALUE}");
+            let text =
+                format!("failed to encode netlink attribute {kind}: {length} bytes exceed the maximum, {MAX_VALUE}");
             return Err(invalid(text));
         }
         let length = self.bytes.len();
         let Ok(length) = u32::try_from(length) else {
-            return Err(invalid(format!("failed to encode a netlink message: {length} bytes exceed {}", u32::MAX)));
+            return Err(invalid(format!(
+                "failed to encode a netlink message: {length} bytes exceed the maximum, {}",
+                u32::MAX
+            )));
         };
         overwrite(&mut self.bytes, 0, &length.to_ne_bytes());
         Ok(self.bytes)
@@ -93,8 +98,8 @@ fn overwrite(bytes: &mut [u8], offset: usize, field: &[u8]) {
     bytes.iter_mut().skip(offset).zip(field).for_each(|(to, from)| *to = *from);
 }
 
-/// Encodes `attributes` as the value of a nested attribute. If one of their values is too long for an attribute, the
-/// result is too: [`Message::finish`] reports it.
+/// Encodes `attributes` as the value of a nested attribute. If one of the encoded values is longer than [`MAX_VALUE`],
+/// the result is also longer. Therefore, [`Message::finish`] fails for a message with this result as an attribute.
 pub fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (kind, value) in attributes {
@@ -104,7 +109,8 @@ pub fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
 }
 
 fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    // Only a nested attribute can be too long here, and then the one around it is not sent.
+    // Only `nest` passes a value that is longer than MAX_VALUE. Its result is then also too long for an attribute, and
+    // `Message::finish` fails. Therefore, the wrong length is never sent.
     let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
     bytes.extend(length.to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
@@ -125,11 +131,11 @@ pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// An rtnetlink socket, for one request at a time: two threads would take each other's replies. It stays in the network
-/// namespace in which it was opened.
+/// An rtnetlink socket. Two threads must not send requests at the same time, because they would receive each other's
+/// replies. The socket stays in the network namespace in which it was opened.
 pub struct Netlink {
     socket: OwnedFd,
-    /// Sequence number of the next request. The kernel's notifications have 0.
+    /// Sequence number of the next request. Starts at 1, because the kernel's notifications have sequence number 0.
     sequence: AtomicU32,
 }
 
@@ -143,7 +149,8 @@ impl Netlink {
     /// send(2) returns.
     ///
     /// # Errors
-    /// The errno of the kernel's NLMSG_ERROR reply, or of the socket call that failed; a message that cannot be encoded.
+    /// The errno of the kernel's NLMSG_ERROR reply or of the socket call that failed, or the error of
+    /// [`Message::finish`].
     pub fn change(&self, message: Message) -> io::Result<()> {
         let mut request = message.finish()?;
         if let Some(flags) = request.get_mut(6) {
@@ -158,10 +165,10 @@ impl Netlink {
     /// Repeats the dump if the list changed while the kernel sent it (NLM_F_DUMP_INTR).
     ///
     /// After [`MAX_DUMPS`] attempts, uses the last dump, which may be inconsistent. A caller that dumps a frequently
-    /// changing list also subscribes to the changes and dumps the list again after each change.
+    /// changing list must also subscribe to the changes and dump the list again after each change.
     pub fn dump(&self, message: Message, mut visit: impl FnMut(u16, &[u8])) -> io::Result<()> {
         let mut request = message.finish()?;
-        // The entries are collected first, because the entries of an interrupted dump must not be visited.
+        // Collect the entries first, because `visit` must not be called for the entries of an interrupted dump.
         let mut entries = Vec::new();
         for _ in 0..MAX_DUMPS {
             entries.clear();
@@ -173,12 +180,13 @@ impl Netlink {
         Ok(())
     }
 
-    /// Sends a request and receives its reply. Returns whether it is consistent, which an interrupted dump is not.
+    /// Sends a request and receives its reply. Returns false if the reply is an interrupted dump, and therefore may be
+    /// inconsistent.
     fn call(&self, request: &mut [u8], mut visit: impl FnMut(u16, &[u8])) -> io::Result<bool> {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         overwrite(request, SEQUENCE_OFFSET, &sequence.to_ne_bytes());
         send(self.socket.as_raw_fd(), request, MsgFlags::empty())?;
-        // NLMSG_ERROR repeats the request.
+        // The buffer has to hold an NLMSG_ERROR reply, which repeats the request.
         let mut buffer = vec![0u8; MAX_DATAGRAM + request.len()];
         let mut consistent = true;
         loop {
@@ -193,7 +201,7 @@ impl Netlink {
 /// Receives a datagram.
 ///
 /// # Errors
-/// If the datagram is larger than `buffer`: the messages that are cut off are lost.
+/// If the datagram is larger than `buffer`. The kernel drops the bytes that do not fit into `buffer`.
 fn receive_datagram<'a>(socket: BorrowedFd<'_>, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
     // With MSG_TRUNC as an argument, recv(2) returns the datagram's real length.
     let length = recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_TRUNC)?;
@@ -204,9 +212,10 @@ fn receive_datagram<'a>(socket: BorrowedFd<'_>, buffer: &'a mut [u8]) -> io::Res
     })
 }
 
-/// Reads the messages of a datagram that answer the request with this sequence number. Others are skipped: an error can
-/// end a reply before all of it is received. Returns whether the reply is complete; clears `consistent` for an
-/// interrupted dump.
+/// Reads the messages of a datagram that answer the request with this sequence number. Returns whether the reply is
+/// complete. Clears `consistent` if the reply is an interrupted dump.
+///
+/// Skips other messages: if an error ended an earlier reply, the rest of that reply may still be in the socket.
 fn read_datagram(
     bytes: &[u8],
     sequence: u32,
@@ -259,7 +268,7 @@ pub fn number(value: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(value.try_into().ok()?))
 }
 
-/// The parts of `struct nlmsghdr` that matter in a reply.
+/// The fields of `struct nlmsghdr` that are needed to read a reply.
 struct Header {
     kind: u16,
     flags: u16,
@@ -315,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn errno_of_done_and_error_is_returned() {
+    fn errno_of_nlmsg_done_and_nlmsg_error_is_returned() {
         let errno = |kind, body: &[u8]| {
             read_datagram(&reply(kind, 0, body), 7, &mut true, &mut |_, _| ()).map_err(|error| error.raw_os_error())
         };
@@ -332,7 +341,7 @@ mod tests {
         let message = |length| Message::new(16, 0, &[]).attribute(9, &vec![0; length]).number(1, 2).finish();
         assert_eq!(attributes(&message(MAX_VALUE).unwrap()[16..]).count(), 2);
         let error = message(MAX_VALUE + 1).unwrap_err().to_string();
-        assert_eq!(error, "failed to encode netlink attribute 9: 65532 bytes exceed 65531");
+        assert_eq!(error, "failed to encode netlink attribute 9: 65532 bytes exceed the maximum, 65531");
         let nested = nest(&[(1, &vec![0; MAX_VALUE + 1])]);
         assert!(Message::new(16, 0, &[]).attribute(9, &nested).finish().is_err());
     }
@@ -344,7 +353,7 @@ mod tests {
         let mut visited = 0;
         assert!(!read_datagram(&datagram, 8, &mut true, &mut |_, _| visited += 1).unwrap());
         assert_eq!(visited, 0);
-        // A reply that nothing has received is left in the socket.
+        // The reply to this request stays in the socket, because nothing receives it. `links` has to skip that reply.
         let netlink = Netlink::open().unwrap();
         let request = Message::new(libc::RTM_NEWLINK, libc::NLM_F_ACK, &link_header(i32::MAX, 0, 0)).finish().unwrap();
         send(netlink.socket.as_raw_fd(), &request, MsgFlags::empty()).unwrap();
@@ -359,7 +368,7 @@ mod tests {
             theirs.send(&vec![1; length]).unwrap();
             assert_eq!(receive_datagram(ours.as_fd(), &mut buffer).is_ok(), fits);
         }
-        // The kernel repeats the request in its error, which is larger than any datagram of a dump.
+        // The kernel's error reply repeats the request. Therefore, this reply is larger than any datagram of a dump.
         let request = Message::new(libc::RTM_NEWLINK, 0, &link_header(i32::MAX, 0, 0));
         let error = Netlink::open().unwrap().change(request.attribute(1, &[0; MAX_VALUE])).unwrap_err();
         assert!(error.raw_os_error().is_some(), "{error}");
@@ -367,7 +376,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>) {
+        fn reading_arbitrary_bytes_never_panics(bytes: Vec<u8>) {
             let _ = read_datagram(&bytes, 0, &mut true, &mut |_, _| ());
             if let Some((_, body, _)) = split(&bytes) {
                 attributes(body).count();

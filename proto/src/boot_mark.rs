@@ -1,5 +1,5 @@
-//! Boot marks: steps of the guest's start. The agent writes one byte to an I/O port. The VMM records the time and sends
-//! the shim a notice.
+//! Boot marks: steps of the guest's start. At each step, the agent writes one byte to an I/O port. The VMM records the
+//! time of the write and sends a notice to the shim.
 
 /// The I/O port, in a range that no PC device uses.
 pub const PORT: u16 = 0x5f0;

@@ -44,9 +44,11 @@ pub const SHARED_VOLUMES: &str = ".volumes";
 /// Tag of the virtio-fs device that serves the share.
 pub const SHARE_TAG: &str = "husk";
 
-/// Prefix of the paths in the specification's `linux.namespaces[].path` that stand for a namespace of the sandbox. The
-/// namespace type follows, as in `/run/husk/ns/uts`. Such a path replaces the host's path, which is meaningless in the guest. The
-/// guest only needs to know that the specification has a path.
+/// Path prefix that stands for a namespace of the sandbox in the specification's `linux.namespaces[].path`. The
+/// namespace type follows, as in `/run/husk/ns/uts`.
+///
+/// Such a path replaces the host's path, which is meaningless in the guest. The guest only needs to know that the
+/// specification has a path.
 pub const GUEST_NAMESPACES: &str = "/run/husk/ns";
 
 /// Path prefix that stands for a container's PID namespace. The container id follows.

@@ -1,6 +1,6 @@
 //! Reads the metrics of a cgroup (cgroup v2) in the form of containerd's `io.containerd.cgroups.v2.Metrics`.
 //!
-//! The cgroup is that of a container in the guest, or that of a sandbox on the host.
+//! The cgroup belongs to a container in the guest, or to a sandbox on the host.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -104,7 +104,7 @@ fn memory(cgroup: &Cgroup<'_>) -> MemoryStat {
         slab_unreclaimable: get("slab_unreclaimable"),
         pgfault: get("pgfault"),
         pgmajfault: get("pgmajfault"),
-        // Since Linux 5.9, the kernel counts these separately for anonymous memory and for files.
+        // Since Linux 5.9, the kernel counts these events separately for anonymous memory and for files.
         workingset_refault: get("workingset_refault_anon") + get("workingset_refault_file"),
         workingset_activate: get("workingset_activate_anon") + get("workingset_activate_file"),
         workingset_nodereclaim: get("workingset_nodereclaim"),

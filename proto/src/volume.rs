@@ -23,8 +23,8 @@ pub fn guest_path(request: &MountVolumeRequest) -> PathBuf {
 }
 
 /// Returns the shared volume to which `path` belongs. [`guest_path`] must have returned `path`. If `path` is a bind
-/// mount, the shared volume is the root of the volume that contains the mounted directory. Otherwise it is `path`
-/// itself. Returns `None` if the volume is not shared.
+/// mount, the shared volume is the root of the volume that contains the mounted directory. Otherwise, the shared volume
+/// is `path` itself. Returns `None` if the volume is not shared.
 pub fn shared_volume_of(path: &Path) -> Option<PathBuf> {
     if path.starts_with(GUEST_SHARE) {
         return Some(path.to_owned());
@@ -43,7 +43,7 @@ mod tests {
     use crate::agent::VolumeDirectory;
 
     #[test]
-    fn subpaths_of_shared_volumes_name_their_volume() {
+    fn shared_volume_of_returns_the_volume_of_a_subpath() {
         let request = |fs_type: &str, directories: &[&str]| MountVolumeRequest {
             name: "3.fe-1-2".into(),
             fs_type: fs_type.into(),

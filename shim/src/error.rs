@@ -87,7 +87,7 @@ impl ServiceError {
     }
 }
 
-/// Joins the error and its causes into one text. No code before this conversion does that.
+/// Joins the error and its causes into one text. Only this conversion joins them, so that no cause appears twice.
 impl From<ServiceError> for Error {
     fn from(error: ServiceError) -> Self {
         ttrpc::error::get_rpc_status(error.code(), crate::chain(&error))

@@ -2,8 +2,8 @@
 
 /// Returns whether `name` is valid as an id or a namespace.
 ///
-/// containerd's own rule is stricter, for example at most 76 characters. This function only ensures that the name is a
-/// single path component that cannot lead out of its directory.
+/// This function only ensures that the name is a single path component that cannot lead out of its directory.
+/// containerd's own rule is stricter: it allows at most 76 characters, for example.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 255
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())

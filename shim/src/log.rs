@@ -1,5 +1,5 @@
-//! The shim's log: logfmt lines, as containerd's Go shims write them. They go to a fifo, and containerd copies them to
-//! its own log.
+//! The shim's log: logfmt lines, as containerd's Go shims write them. The shim writes the lines to a fifo, from which
+//! containerd copies them to its own log.
 
 mod limit;
 
@@ -39,7 +39,7 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     if debug {
         set_level(LogLevel::Debug);
     }
-    // Opens the fifo non-blocking, because containerd may read slowly, or not at all after it has died.
+    // Opens the fifo non-blocking, because a write must not wait for containerd, which may be slow or dead.
     let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
     let fifo = File::options().write(true).custom_flags(options).open(bundle.join("log")).ok();
     let logger = Logger {
@@ -110,7 +110,11 @@ impl Sink for Logger {
             Decision::Log(left_out) => self.write_line(level, message, &format!("{fields} left_out={left_out}")),
             Decision::First => {
                 let source = format!(" source={}", metadata.target());
-                self.write_line("warning", "too many log lines of one kind: left out from now on", &source);
+                self.write_line(
+                    "warning",
+                    "too many log lines from one source: further lines from this source are left out",
+                    &source,
+                );
             }
             Decision::Drop => {}
         }

@@ -1,5 +1,5 @@
-//! The boot recipe: builds a VM from a checked configuration, in one function that reads from top to bottom. In the
-//! result, the boot vCPU is at the kernel's entry point and no vCPU runs yet.
+//! Builds a VM from a checked configuration, in one function that lists the steps from top to bottom. After the last
+//! step, the boot vCPU is at the kernel's entry point, and no vCPU runs yet.
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -45,27 +45,27 @@ use crate::vmgenid::VmGenId;
 /// - `rcupdate.rcu_expedited=1`: RCU grace periods use interprocessor interrupts and do not wait for ticks. Starting
 ///   and stopping a container unmounts file systems and removes namespaces, and each of these operations waits for many
 ///   grace periods. With few vCPUs, the interrupts are cheap;
-/// - `swiotlb=noforce`: the kernel makes no bounce buffers, because virtio does not need them. They would touch 64 MiB
-///   in a guest with more than 3 GiB;
-/// - `noreplace-smp`: the kernel keeps its ten thousand lock prefixes. Otherwise a kernel with one vCPU removes them
-///   one at a time, which takes a seventh of the boot time in the test node. It would restore them when a second vCPU
-///   is hot-plugged;
+/// - `swiotlb=noforce`: the kernel does not allocate bounce buffers, because virtio does not need them. The buffers
+///   would occupy 64 MiB in a guest with more than 3 GiB;
+/// - `noreplace-smp`: the kernel keeps its ten thousand lock prefixes. Otherwise, a kernel with one vCPU would remove
+///   them one at a time, which takes a seventh of the boot time in the test node. The kernel would restore them when a
+///   second vCPU is hot-plugged;
 /// - `tsc=reliable`: the kernel does not check the TSC against slower clocks, because this VM does not have any.
 ///   `kvm-clock` stays the clock source if the TSC is not stable.
 const CMDLINE: &str =
     "console=ttyS0 quiet panic=-1 reboot=k rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp tsc=reliable";
 
-/// Why a VM could not be built.
+/// Error of building a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The fd is not KVM, or the host kernel is too old.
-    #[error("failed to use /dev/kvm: it is not KVM with API version 12")]
+    /// The fd does not refer to KVM, or the host's kernel is too old.
+    #[error("failed to use /dev/kvm: the device is not KVM with API version 12")]
     NotKvm,
     /// KVM lacks a capability that the VMM needs.
     #[error("failed to use /dev/kvm: this host's KVM lacks {0}")]
     Capability(&'static str),
     /// The configuration has more vCPUs than this host can run in one VM.
-    #[error("failed to use /dev/kvm: {wanted} vCPUs requested, this host allows {allowed}")]
+    #[error("failed to use /dev/kvm: {wanted} vCPUs were requested, but this host allows only {allowed}")]
     Vcpus {
         /// The configuration's `max_vcpus`.
         wanted: u8,
@@ -91,7 +91,7 @@ pub enum BootError {
     #[error("failed to write boot data to guest memory")]
     Write(#[source] vm_memory::GuestMemoryError),
     /// The kernel command line is too long.
-    #[error("the kernel command line is too long: {0} bytes, at most 2047 are allowed")]
+    #[error("the kernel command line is too long: it has {0} bytes, but at most 2047 bytes are allowed")]
     Cmdline(usize),
     /// The device tree could not be written.
     #[error("failed to write the device tree")]
@@ -231,8 +231,8 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     vmgenid.renew(&memory).map_err(|error| BootError::Host("the VM Generation ID", error))?;
     timing.step("boot data");
 
-    // Create the vCPUs. The first vCPU is at the kernel's entry point. The others wait for the first vCPU's startup
-    // interprocessor interrupt.
+    // Create the vCPUs. The first vCPU is at the kernel's entry point. The other vCPUs wait until the first vCPU sends
+    // a startup interprocessor interrupt.
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| BootError::Kvm("KVM_GET_SUPPORTED_CPUID", error))?;
@@ -273,7 +273,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
 /// - the first half of the kernel;
 /// - all memory below the kernel, which the kernel's page allocator hands out first.
 ///
-/// Elsewhere the kernel uses single, scattered pages.
+/// In the rest of memory, the kernel uses only single, scattered pages.
 fn prefault_ranges(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u64)> {
     let kernel_end = KERNEL_START + kernel_len + 2 * initrd_len + UNPACKED;
     let mut ranges = vec![
@@ -287,7 +287,7 @@ fn prefault_ranges(memory: u64, kernel_len: u64, initrd_len: u64) -> Vec<(u64, u
     ranges
 }
 
-/// Start address of the guest kernel (CONFIG_PHYSICAL_START). Only the ranges to prefault depend on it.
+/// Start address of the guest kernel (CONFIG_PHYSICAL_START). Only the ranges to prefault depend on this address.
 const KERNEL_START: u64 = 16 << 20;
 /// Number of bytes that the boot fills after the initrd, in addition to the initrd's unpacked copy.
 const UNPACKED: u64 = 2 << 20;
@@ -296,7 +296,8 @@ const FIRST_ALLOCATIONS: u64 = 8 << 20;
 const PAGE: u64 = 4096;
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, BootError> {
-    // SAFETY: `into_raw_fd` gives up ownership of a valid, open fd, so `Kvm` is its only owner and closes it once.
+    // SAFETY: `into_raw_fd` gives up ownership of a valid, open fd. Therefore, `Kvm` is its only owner and closes it
+    // once.
     let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
     if kvm.get_api_version() == KVM_API_VERSION as i32 { Ok(kvm) } else { Err(BootError::NotKvm) }
 }

@@ -1,4 +1,5 @@
-//! Dispatches the guest's port and memory accesses with a `match`, which needs neither a table nor a lock.
+//! Dispatches the guest's port and memory accesses to devices. A `match` is sufficient, and needs neither a table nor a
+//! lock.
 
 use std::sync::Arc;
 
@@ -37,8 +38,8 @@ impl Bus {
         for byte in data.iter_mut() {
             *byte = match port {
                 serial::PORT..serial::PORT_END => self.console.read((port - serial::PORT) as u8),
-                // Zero says that the input and output buffers are empty. Therefore the kernel may send its reset
-                // command.
+                // Zero means that the input and output buffers are empty. The kernel sends its reset command only in
+                // this state.
                 I8042_COMMAND => 0,
                 _ => 0xff,
             };

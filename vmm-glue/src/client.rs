@@ -1,7 +1,7 @@
-//! The shim's side of the control socket: starts the VMM process and sends it requests.
+//! The shim's side of the control socket: starts the VMM process and sends requests to it.
 //!
-//! The module needs no asynchronous runtime. The shim uses [`Spawned::control`] with its own runtime; [`Vmm`] is a
-//! blocking client for tests and tools.
+//! This module does not need an asynchronous runtime. The shim uses [`Spawned::control`] with its own runtime. [`Vmm`]
+//! is a blocking client for tests and tools.
 
 mod spawn;
 mod vmm;

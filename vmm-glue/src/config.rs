@@ -4,16 +4,16 @@ use serde::{Deserialize, Serialize};
 
 /// The complete configuration of a VM.
 ///
-/// The configuration never names files and devices by path. It holds an [`FdIndex`] for each: the position of an fd in
-/// the list that is sent with the configuration.
+/// The configuration does not contain paths of files and devices, except the root of the share. Instead, it contains an
+/// [`FdIndex`] for each file or device: the position of an fd in the list that is sent with the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Sandbox id; used in logs and thread names only.
+    /// Sandbox id. It is used only in logs and thread names.
     pub id: String,
     /// Number of vCPUs at boot, 1 to 64.
     pub vcpus: u8,
-    /// Maximum number of vCPUs, `vcpus` to 64. Each possible vCPU costs the guest 0.3 MiB from boot on.
+    /// Maximum number of vCPUs, `vcpus` to 64. The guest allocates 0.3 MiB at boot for each possible vCPU.
     pub max_vcpus: u8,
     /// Guest memory at boot in MiB, at least 64.
     pub memory_mib: u64,
@@ -21,7 +21,7 @@ pub struct VmConfig {
     /// memory. A value of at most `memory_mib` means that no memory can be hot-plugged.
     pub max_memory_mib: u64,
     /// Maximum size in MiB of hot-plugged memory that consists of 2 MiB huge pages. `max_memory_mib` does not include
-    /// it. The VMM reserves only addresses for this memory. The pages come from the host's hugetlb pool.
+    /// this memory. The VMM reserves only addresses for this memory. The pages come from the host's hugetlb pool.
     pub huge_mib: u64,
     /// `/dev/kvm`, opened read-write.
     pub kvm: FdIndex,
@@ -29,7 +29,7 @@ pub struct VmConfig {
     pub kernel: FdIndex,
     /// The initrd.
     pub initrd: FdIndex,
-    /// Kernel parameters that are appended to those that the VMM sets.
+    /// Kernel parameters that are appended to the parameters that the VMM sets.
     pub kernel_params: String,
     /// Write end of a pipe, to which the VMM writes the guest's serial console output.
     pub console: FdIndex,
@@ -43,8 +43,8 @@ pub struct VmConfig {
     pub blk: Vec<BlkConfig>,
     /// Whether the VM has a balloon with free page reporting.
     pub balloon: bool,
-    /// Number of empty virtio-mmio slots for hot-plugged disks and interfaces. The VM gets fewer if not enough slots
-    /// are free. Hot-plugged memory has slots of its own.
+    /// Number of empty virtio-mmio slots for hot-plugged disks and interfaces. The VM gets fewer empty slots if fewer
+    /// slots are free. Hot-plugged memory has additional slots.
     pub spare_slots: u8,
 }
 
@@ -71,11 +71,11 @@ pub struct NetConfig {
     /// The tap's queues, 1 to 8: open fds of `/dev/net/tun`, attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. If
     /// there are several, they are attached to the same interface, with IFF_MULTI_QUEUE.
     pub taps: Vec<FdIndex>,
-    /// `/dev/vhost-net`, opened with O_PATH, if the host kernel may carry the frames. vhost-net does not look at the
-    /// frames. Therefore MAC anti-spoofing must happen on the other side of the tap.
+    /// `/dev/vhost-net`, opened with O_PATH, if vhost-net may carry the frames. vhost-net does not look at the frames.
+    /// Therefore, the filters on the other side of the tap must do the MAC anti-spoofing.
     pub vhost: Option<FdIndex>,
     /// The guest's MAC address. The VMM drops frames from the guest that have another source MAC. If vhost-net carries
-    /// the frames, they are dropped on the other side of the tap.
+    /// the frames, the filters on the other side of the tap drop such frames.
     pub mac: [u8; 6],
     /// MTU in bytes, 68 to 65535.
     pub mtu: u16,

@@ -1,4 +1,4 @@
-//! Validates a VM configuration, and replaces each fd's position by the fd, whose kind it has checked.
+//! Validates a VM configuration. Checks the kind of each fd, and replaces the fd's position by the fd.
 
 use std::fs::File;
 use std::io;
@@ -12,16 +12,17 @@ use crate::arch::layout;
 use crate::config::{BlkConfig, FdIndex, NetConfig, ShareConfig, VmConfig};
 use crate::virtio::net::{Backend, MAX_QUEUE_PAIRS, tap_flags};
 
-/// Minimum and maximum guest memory in MiB. The maximum, 4 TiB, is far below the limit of 46 physical address bits.
+/// Minimum and maximum guest memory in MiB. The maximum, 4 TiB, is far below 64 TiB, the limit of 46 physical address
+/// bits.
 const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=4 << 20;
 /// Minimum and maximum number of vCPUs. The guest kernel is built for the maximum.
 const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
-/// Maximum length of a virtio-fs tag (virtio 1.2, 5.11.4).
+/// Maximum length of a virtio-fs tag in bytes (virtio 1.2, 5.11.4).
 const TAG_MAX: usize = 36;
-/// Maximum length of a disk's serial number (virtio 1.2, 5.2.6).
+/// Maximum length of a disk's serial number in bytes (virtio 1.2, 5.2.6).
 const SERIAL_MAX: usize = 20;
 
-/// Why a configuration is invalid.
+/// Reason why a configuration is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A value is out of range.
@@ -81,7 +82,7 @@ pub struct CheckedConfig {
     pub blk: Vec<(BlkConfig, File)>,
 }
 
-/// Validates the whole configuration and creates nothing.
+/// Validates the whole configuration. Does not create anything.
 ///
 /// # Errors
 /// [`ConfigError`] for the first violation.

@@ -1,4 +1,5 @@
-//! Tests of the configuration check: each rule rejects configurations that violate it, before anything is created.
+//! Tests of the configuration check. The check must reject configurations that violate a rule before anything is
+//! created.
 
 use std::io;
 

@@ -1,8 +1,8 @@
 //! Messages between the shim and the VMM process on the control socket.
 //!
 //! The socket is one end of a `SOCK_SEQPACKET` pair. Each packet is one JSON message, with fds as `SCM_RIGHTS`. A
-//! request has a sequence number, which the answer repeats. Notices have no number and are sent in the order of their
-//! events.
+//! request has a sequence number, which the answer repeats. Notices do not have a sequence number, and are sent in the
+//! order of their events.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,12 +22,12 @@ pub struct Request {
 /// An operation that the shim requests.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Call {
-    /// Creates the VM. Its vCPUs stay paused. The packet carries the fds that the configuration refers to.
+    /// Creates the VM. Its vCPUs stay paused. The packet carries the fds to which the configuration refers.
     Create(Box<VmConfig>),
     /// Starts the vCPUs, or resumes them after `Pause`.
     Resume,
-    /// Stops the vCPUs, and stops the device loop when it has served its current event. The answer is sent when all of
-    /// them have stopped.
+    /// Stops the vCPUs, and stops the device loop when it has served its current event. The answer is sent when the
+    /// vCPUs and the device loop have stopped.
     Pause,
     /// Opens a vsock connection to a port in the guest. When the guest has accepted the connection, the answer is sent
     /// and carries one connected stream socket. If the guest refuses the connection, the answer is an error.
@@ -42,13 +42,13 @@ pub enum Call {
     /// Requests the slot of the interface with this MAC address. The answer is `Attached`, or `NotFound` if no
     /// interface has this address.
     FindNet([u8; 6]),
-    /// Hot-unplugs a disk or an interface and closes its fds. The agent's UnbindDevice must come first.
+    /// Hot-unplugs a disk or an interface and closes its fds. Call the agent's UnbindDevice first.
     Detach {
         /// Number of the device's slot.
         slot: u32,
     },
-    /// Sets the balloon's target: how many MiB of the boot size the guest gives back to the host. 0 deflates the
-    /// balloon.
+    /// Sets the balloon's target, which is the number of MiB that the guest should give back to the host. A target of 0
+    /// deflates the balloon.
     SetBalloon {
         /// Target in MiB.
         mib: u64,
@@ -59,11 +59,12 @@ pub enum Call {
         /// Total number of vCPUs.
         count: u8,
     },
-    /// Hot-plugs the virtio-mem device. The answer is `Attached` with the device's slot, also if the device is attached
-    /// already.
+    /// Hot-plugs the virtio-mem device. The answer is `Attached` with the device's slot, even if the device was already
+    /// attached.
     AttachMem(PageKind),
-    /// Requests that the guest plugs this many MiB in addition to the memory at boot. The answer is `PluggedMemory`. It
-    /// is sent when the guest has plugged the memory, or when the next request of this kind arrives.
+    /// Sets the amount of memory that the guest should plug in addition to the memory at boot. The answer is
+    /// `PluggedMemory`. It is sent when the guest has plugged or unplugged the difference, or when the next request of
+    /// this kind arrives.
     RequestMemory {
         /// Kind of memory.
         pages: PageKind,
@@ -79,7 +80,8 @@ pub enum Call {
         /// The pid from the answer to `AcquirePid`.
         pid: u32,
     },
-    /// Ends the process without warning the guest. If the guest has disks, the agent's Sync must come first.
+    /// Ends the process without a warning to the guest. If the guest has disks, call the agent's Sync first, so that no
+    /// data is lost.
     Stop,
 }
 
@@ -99,7 +101,7 @@ pub enum Reply {
     Answer {
         /// The request's sequence number.
         seq: u64,
-        /// The result. An error is the text of the whole chain of causes.
+        /// The result. An error is a text with the error and its causes.
         result: Result<Answer, String>,
     },
     /// An unsolicited message.
@@ -142,7 +144,8 @@ pub enum Notice {
         /// Time of the step: CLOCK_MONOTONIC in nanoseconds.
         at_ns: u64,
     },
-    /// The VMM is close to its fd limit, because the guest knows many files. The guest should forget unused files.
+    /// The VMM is close to its fd limit, because it has an open file for each file that the guest knows. The guest
+    /// should forget unused files.
     FdShortage,
     /// The VM has ended. The VMM process ends after this notice.
     Exited {
@@ -169,11 +172,11 @@ pub enum BootStep {
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitReason {
-    /// The guest reset or powered off the VM. The cause is an orderly shutdown, or a panic that the console output
+    /// The guest reset or powered off the VM. The cause is an orderly shutdown, or a panic, which the console output
     /// reports.
     Reset,
     /// The shim sent [`Call::Stop`].
     Stopped,
-    /// KVM or the device loop failed, or the guest reported a crash. The text says which.
+    /// KVM or the device loop failed, or the guest reported a crash. The text describes the failure.
     Failed(String),
 }

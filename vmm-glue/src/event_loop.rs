@@ -15,7 +15,7 @@ use crate::virtio::mmio::SharedDevice;
 /// Stack size of the device loop's thread.
 const STACK: usize = 256 << 10;
 
-/// Why the device loop failed.
+/// Error of the device loop.
 #[derive(Debug, thiserror::Error)]
 pub enum LoopError {
     /// An epoll instance or an eventfd could not be created.
@@ -27,7 +27,7 @@ pub enum LoopError {
     /// The device loop does not respond.
     #[error("the device loop does not respond")]
     Gone(#[source] event_manager::Error),
-    /// The device loop has no such device.
+    /// The device loop does not have the device to remove.
     #[error("failed to remove device {0}: the device loop does not have it")]
     Unknown(u32),
     /// The device loop ended before it could pause.
@@ -59,7 +59,7 @@ impl EventLoop {
                     reporter.exit(ExitReason::Failed(chain(&error)));
                 }
                 for device in devices {
-                    // Sending fails only if the receiver was dropped with the VM. Then no id is needed.
+                    // Sending fails only if the receiver was dropped with the VM. In this case, the ids are not needed.
                     let _ = id_sender.send(manager.add_subscriber(device));
                 }
                 loop {
@@ -89,7 +89,7 @@ impl EventLoop {
         self.remove(device)
     }
 
-    /// Runs a closure on the device loop and does not wait for it.
+    /// Runs a closure on the device loop. Does not wait until the closure has run.
     pub fn run(&self, closure: impl FnOnce() + Send + 'static) -> Result<(), LoopError> {
         self.endpoint.fire(move |_| closure()).map_err(LoopError::Gone)
     }
@@ -103,7 +103,7 @@ impl EventLoop {
         let (resume_tx, resume_rx) = channel::<()>();
         self.run(move || {
             let _ = paused_tx.send(());
-            // `recv` returns an error when `paused` is dropped. That is the signal to resume.
+            // The device loop resumes when `recv` returns. `recv` returns an error when `paused` is dropped.
             let _ = resume_rx.recv();
         })?;
         paused_rx.recv().map_err(|_| LoopError::NotPaused)?;
@@ -111,7 +111,7 @@ impl EventLoop {
         Ok(())
     }
 
-    /// Whether the device loop is paused.
+    /// Returns whether the device loop is paused.
     pub fn is_paused(&self) -> bool {
         self.paused.is_some()
     }

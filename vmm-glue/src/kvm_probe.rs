@@ -1,8 +1,8 @@
 //! Measures whether this host's KVM is fast enough to boot a guest.
 //!
 //! Opening `/dev/kvm` and running vCPUs may succeed on a host where no guest can boot. Some hypervisors interpret guest
-//! code at privilege level 0, which is a thousand times too slow for a kernel. Therefore the probe runs a loop of known
-//! length at privilege level 0 and measures the loop's duration.
+//! code at privilege level 0, which is a thousand times too slow for a kernel. Therefore, the probe runs a loop of
+//! known length at privilege level 0 and measures the loop's duration.
 
 use std::{
     io,
@@ -23,8 +23,9 @@ pub const USABLE: f64 = 50e6;
 const MEMORY: usize = 0x10_0000;
 /// Address of the code, after the page tables.
 const CODE: u64 = 0x2_0000;
-/// Number of the loop's rounds in the first run, and the maximum number in a later run.
+/// Number of rounds of the loop in the first run.
 const FIRST_ROUNDS: u32 = 2_000;
+/// Maximum number of rounds of the loop in a later run.
 const MAX_ROUNDS: u32 = 200_000_000;
 /// Minimum duration of a measured run. In a shorter run, the time to enter and leave the guest would distort the
 /// result.
@@ -38,13 +39,13 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Whether a guest kernel boots in useful time.
+    /// Returns whether a guest kernel boots in useful time.
     pub fn usable(self) -> bool {
         self.instructions_per_second >= USABLE
     }
 }
 
-/// Why KVM could not be measured.
+/// Error of measuring KVM.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
     /// `/dev/kvm` cannot be opened.
@@ -70,7 +71,7 @@ pub enum ProbeError {
 /// Measures the speed of guest code at privilege level 0. Takes some tens of milliseconds at any speed.
 ///
 /// # Errors
-/// [`ProbeError`] if there is no KVM, or if this process may not use it.
+/// [`ProbeError`] if the host does not have KVM, or if this process may not use KVM.
 pub fn kvm_speed() -> Result<Probe, ProbeError> {
     let mut rounds = FIRST_ROUNDS;
     loop {

@@ -1,7 +1,7 @@
 //! Husk's embedded virtual machine monitor (VMM): boots a Linux guest with KVM and a few virtio devices.
 //!
 //! The library runs in a child process of the shim ([`process::main`]). The shim starts that process with
-//! [`client::spawn`] and controls it over a control socket ([`control`]). [`boot`] is the boot recipe.
+//! [`client::spawn`] and controls it over a control socket ([`control`]). [`boot`] lists the steps that build a VM.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -26,8 +26,8 @@ pub mod virtio;
 pub mod vm;
 pub mod vmgenid;
 
-// The agent and the VMM must agree on boot marks and slots. These files belong to the protocol crate and are compiled
-// here too, so that the VMM does not get the protocol crate's dependencies.
+// The agent and the VMM must agree on boot marks and slots. These files belong to the protocol crate. They are also
+// compiled here, so that the VMM does not get the protocol crate's dependencies.
 #[path = "../../proto/src/boot_mark.rs"]
 pub mod boot_mark;
 #[path = "../../proto/src/mmio_slots.rs"]

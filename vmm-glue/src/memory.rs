@@ -1,5 +1,5 @@
-//! Guest memory: anonymous, private and without reserved swap space. It consists of small pages, except where the boot
-//! fills memory densely.
+//! Maps guest memory. The mapping is anonymous, private and without reserved swap space. It consists of small pages,
+//! except where the boot fills memory densely.
 
 pub mod hotplug;
 
@@ -14,7 +14,7 @@ use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 use crate::jail::{Kind, confine};
 
-/// Why guest memory could not be set up.
+/// Error of setting up guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size does not fit into the address space.
@@ -39,9 +39,9 @@ pub enum MemoryError {
 
 /// Maps the guest's memory.
 ///
-/// Huge pages are off at first. A guest touches scattered pages. With huge pages, each of them would occupy 2 MiB, most
-/// of which an idle pod never uses. (Measured with huge pages: a small guest takes 5 MiB more after its boot, and does
-/// not boot faster.) [`prefault`] turns huge pages on where the boot fills memory densely.
+/// Huge pages are off at first. A guest touches scattered pages. With huge pages, each touched page would occupy 2 MiB,
+/// most of which an idle pod never uses. With huge pages everywhere, a small guest took 5 MiB more after its boot, and
+/// did not boot faster. [`prefault`] turns huge pages on where the boot fills memory densely.
 pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
     let mut ranges = Vec::with_capacity(2);
     for (start, len) in layout::ram(bytes) {
@@ -56,7 +56,8 @@ pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
     Ok(memory)
 }
 
-/// Makes the host kernel back these ranges (start, end) with huge pages. Then 2 MiB need one page fault instead of 512.
+/// Makes the host's kernel back these ranges (start, end) with huge pages. With huge pages, 2 MiB need one page fault
+/// instead of 512.
 ///
 /// A separate thread faults the ranges in, because zeroing them takes longer than most steps of the boot. Other host
 /// CPUs are idle while the guest's first vCPU works. If a page is accessed before the thread reaches it, the access
@@ -81,7 +82,7 @@ pub fn prefault(memory: &GuestMemory, ranges: &[(u64, u64)]) -> Result<(), Memor
             return log::warn!("{}", chain(&error));
         }
         for (start, len) in ranges {
-            // Linux before 5.14 does not have this advice. Then the first access faults the page in.
+            // Linux before 5.14 does not have this advice. There, the first access to a page faults the page in.
             if let Err(error) = advise(&memory, start, len, libc::MADV_POPULATE_WRITE) {
                 log::debug!("failed to fault in {len} bytes at guest address {start:#x}: {error}");
             }
@@ -98,7 +99,7 @@ fn advise(memory: &GuestMemory, start: u64, len: usize, advice: libc::c_int) -> 
     // call. No advice that the callers use changes the memory's content.
     let result = unsafe { libc::madvise(pointer.as_ptr().cast(), len, advice) };
     let error = io::Error::last_os_error();
-    // A host kernel without transparent huge pages returns EINVAL. Then no advice is needed.
+    // A host kernel without transparent huge pages returns EINVAL. Such a kernel does not need the advice.
     if result != 0 && error.raw_os_error() != Some(libc::EINVAL) {
         return Err(MemoryError::Advise(error));
     }

@@ -66,7 +66,7 @@ fn serve(current_vm: &mut Option<Vm>, pids: &mut Pids, request: Request, fds: Ve
             pids.release(pid);
             Ok(Answer::Done)
         }
-        (Call::Create(_), Some(_)) => Err("failed to create the VM: it exists already".to_owned()),
+        (Call::Create(_), Some(_)) => Err("failed to create the VM: this process already has a VM".to_owned()),
         (_, None) => Err("failed to serve the request: the VM has not been created yet".to_owned()),
         (Call::Resume, Some(vm)) => {
             vm.resume();

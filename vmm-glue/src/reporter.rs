@@ -43,7 +43,7 @@ impl Reporter {
     /// Reports why the VM has ended, and ends the process.
     pub fn exit(&self, reason: ExitReason) -> ! {
         if self.ending.swap(true, Ordering::SeqCst) {
-            // Another thread is ending the process already. Only the first reason is reported.
+            // Another thread is already ending the process. Only the first reason is reported.
             loop {
                 std::thread::park();
             }
@@ -58,7 +58,7 @@ impl Reporter {
 
     /// Registers the console, whose buffered output is written when the process ends.
     pub(crate) fn flush_at_exit(&self, console: Arc<Console>) {
-        // The VM is built once, so the cell is empty.
+        // The cell is empty, because the VM is built only once.
         let _ = self.console.set(console);
     }
 
@@ -70,7 +70,7 @@ impl Reporter {
     fn send(&self, reply: &Reply, fd: Option<&OwnedFd>) {
         let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
         if let Err(error) = wire::send(&self.control, reply, &fds) {
-            // The shim is gone, so the VM has no purpose any more.
+            // The shim has ended. Therefore, the VM is no longer needed.
             log::debug!("failed to send on the control socket: {error}");
             exit_immediately(0);
         }

@@ -1,4 +1,4 @@
-//! The guest's console: a 16550A serial port whose output is written to a pipe, line by line.
+//! The guest's console is a 16550A serial port. Its output is written to a pipe, line by line.
 //!
 //! The pipe never blocks a vCPU. Output that does not fit into the pipe is dropped and counted. The count is written as
 //! soon as the pipe accepts output again.

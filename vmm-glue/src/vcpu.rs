@@ -1,8 +1,8 @@
 //! vCPU threads: they start paused, run until they are paused, and end with the process.
 //!
-//! A signal pauses a thread. Its handler sets `immediate_exit` in the thread's own `kvm_run`, so that a signal just
-//! before KVM_RUN is not lost. A thread parks only after KVM_RUN has returned EINTR. At that point, no I/O or memory
-//! access of the guest is half done.
+//! A signal pauses a thread. The signal handler sets `immediate_exit` in the thread's own `kvm_run`, so that a signal
+//! just before KVM_RUN is not lost. A thread parks only after KVM_RUN has returned EINTR. At that point, no I/O or
+//! memory access of the guest is incomplete.
 
 pub mod factory;
 
@@ -28,7 +28,7 @@ use factory::{CreateVcpuError, VcpuFactory};
 /// Stack size of a vCPU thread in bytes. The thread's calls are not nested deeply.
 const STACK: usize = 128 << 10;
 
-/// Why vCPUs could not be started.
+/// Error of starting vCPUs.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// The signal handler that interrupts vCPUs could not be installed.
@@ -59,7 +59,7 @@ pub struct Vcpus {
     reporter: Arc<Reporter>,
 }
 
-/// Where vCPU threads wait while the VM is paused.
+/// The gate at which vCPU threads wait while the VM is paused.
 struct Gate {
     open: AtomicBool,
     parked: Mutex<usize>,
@@ -128,7 +128,7 @@ impl Vcpus {
         self.gate.changed.notify_all();
     }
 
-    /// Pauses all vCPUs. Returns when every one has stopped.
+    /// Pauses all vCPUs. Returns when all vCPUs have stopped.
     pub fn pause(&self) {
         let mut parked = lock(&self.gate.parked);
         self.gate.open.store(false, Ordering::SeqCst);
@@ -160,8 +160,8 @@ impl Gate {
 extern "C" fn on_signal(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     let run = KVM_RUN.get();
     if !run.is_null() {
-        // SAFETY: the pointer is not null, so it is the `kvm_run` mapping of this thread's vCPU. It stays mapped while
-        // the thread runs its vCPU. The handler runs on this thread, so there is no data race.
+        // SAFETY: the pointer is not null. Therefore, it points to the `kvm_run` mapping of this thread's vCPU, which
+        // stays mapped while the thread runs its vCPU. There is no data race, because the handler runs on this thread.
         unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
         compiler_fence(Ordering::SeqCst);
     }

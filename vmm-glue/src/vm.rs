@@ -32,7 +32,7 @@ pub(crate) use devices::Devices;
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// The VM is paused, and the operation needs the device loop or the vCPUs.
-    #[error("failed to change the VM: it is paused and must be resumed first")]
+    #[error("failed to change the VM: the VM is paused and must be resumed first")]
     Paused,
     /// The device loop failed.
     #[error(transparent)]
@@ -44,7 +44,7 @@ pub enum VmError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The request for a disk does not carry exactly one fd.
-    #[error("failed to attach the disk: exactly one fd is required, {0} were received")]
+    #[error("failed to attach the disk: exactly one fd is required, but {0} fds were received")]
     Fds(usize),
     /// The tap could not be set up.
     #[error("failed to set up the tap")]
@@ -95,7 +95,7 @@ pub struct Vm {
 pub(crate) enum HotplugMemory {
     /// This kind of memory cannot be hot-plugged.
     None,
-    /// The memory's addresses are reserved, and its device does not exist yet.
+    /// The memory's addresses are reserved, but its device does not exist yet.
     Reserved(HotplugRange),
     /// The memory's device exists, but it has no slot, because attaching it failed.
     Detached(Arc<Mutex<Mem>>),
@@ -166,7 +166,7 @@ impl Vm {
         self.devices.attach(Arc::new(Mutex::new(device)), Purpose::Any)
     }
 
-    /// Hot-unplugs a disk or an interface: frees its slot and closes its fds. The guest should have stopped using the
+    /// Hot-unplugs a disk or an interface. Frees its slot and closes its fds. The guest should have stopped using the
     /// device, because requests that are in progress are not answered.
     pub fn detach(&mut self, slot: u32) -> Result<(), VmError> {
         self.devices.detach(slot)
@@ -191,7 +191,7 @@ impl Vm {
         Ok(self.vcpus.hotplug(count)?)
     }
 
-    /// Hot-plugs the memory device into its reserved slot, unless the device is attached already. Returns the slot's
+    /// Hot-plugs the memory device into its reserved slot, unless the device is already attached. Returns the slot's
     /// number.
     pub fn attach_mem(&mut self, pages: PageKind) -> Result<u32, VmError> {
         self.devices.reject_paused()?;
@@ -205,8 +205,8 @@ impl Vm {
         Ok(slot)
     }
 
-    /// Requests that the guest plugs or unplugs memory until `mib` MiB are plugged. When the guest has done this,
-    /// `reached` gets the number of plugged bytes.
+    /// Requests that the guest plugs or unplugs memory until `mib` MiB are plugged. When the guest has reached this
+    /// size, or another size is requested, `reached` gets the number of plugged bytes.
     ///
     /// # Errors
     /// [`VmError`]. After an error, `reached` is dropped and not called.
@@ -221,7 +221,7 @@ impl Vm {
         device.request(bytes, reached).map_err(VmError::Mem)
     }
 
-    /// Returns how many MiB are plugged.
+    /// Returns the number of plugged MiB.
     pub fn plugged_mib(&self, pages: PageKind) -> u64 {
         match self.hotplug_memory(pages) {
             HotplugMemory::Attached(_, device) => lock(device).plugged() >> 20,

@@ -1,5 +1,5 @@
-//! The VM Generation ID: 128 random bits in guest memory that change when a VM is cloned. An interrupt tells the guest
-//! of the change. Linux then reseeds its random number generator (drivers/virt/vmgenid.c).
+//! The VM Generation ID: 128 random bits in guest memory that change when a VM is cloned. An interrupt notifies the
+//! guest of the change. Linux then reseeds its random number generator (drivers/virt/vmgenid.c).
 
 use std::io;
 
@@ -15,7 +15,7 @@ use crate::guest_memory::GuestMemory;
 pub struct VmGenId(EventFd);
 
 impl VmGenId {
-    /// Creates the VM Generation ID's interrupt and connects it to KVM.
+    /// Creates the interrupt of the VM Generation ID and connects this interrupt to KVM.
     pub fn new(vm: &VmFd) -> io::Result<Self> {
         let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         vm.register_irqfd(&irq, layout::VMGENID_GSI).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;

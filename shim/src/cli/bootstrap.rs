@@ -6,12 +6,12 @@
 //! | 2.0 to 2.2 | as 1.7 | JSON with version 3 if the sandbox controller made the bundle, otherwise as 1.7 |
 //! | 2.3 and later | `BootstrapParams` | `BootstrapResult`, version 3 |
 //!
-//! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 takes a plain address for a shim of
-//! version 2, so the plain address is the default.
+//! containerd 1.7 rejects JSON with a version above 2. Every containerd since 1.6 accepts a plain address, and then
+//! uses version 2 of the task API. Therefore, the plain address is the default.
 //!
-//! `MAX_SHIM_VERSION` does not tell the versions apart. All of them set it to 2 (containerd 2.1, pkg/shim/util.go),
-//! although 2.0 and later also accept version 3. The shim uses the path of a sandbox's bundle instead, because the
-//! sandbox controller has another name since 2.0.
+//! `MAX_SHIM_VERSION` does not distinguish the containerd versions. All of them set it to 2 (containerd 2.1,
+//! pkg/shim/util.go), although 2.0 and later also accept version 3. Instead, the shim checks the path of a sandbox's
+//! bundle. The path contains the name of the sandbox controller, which changed in 2.0.
 
 use std::path::Path;
 
@@ -80,8 +80,8 @@ impl Env {
 impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
-    /// Runtime options also decode as `BootstrapParams`: their type URL is then decoded as the id. Stdin therefore
-    /// counts as bootstrap parameters only if its id and namespace equal those of the command line.
+    /// Runtime options can also be decoded as `BootstrapParams`, with their type URL as the id. Therefore, stdin counts
+    /// as bootstrap parameters only if its id and namespace equal those of the command line.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
             && let Ok(params) = BootstrapParams::parse_from_bytes(input)

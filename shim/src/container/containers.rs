@@ -15,7 +15,7 @@ use crate::oci::Spec;
 pub struct Exec {
     /// State of the process.
     pub process: Arc<Process>,
-    /// Process specification for the guest, encoded as `type_url` says.
+    /// Process specification for the guest. `type_url` says how it is encoded.
     pub spec: Vec<u8>,
     /// AppArmor profile. Empty if the request does not set it.
     pub profile: String,
@@ -113,7 +113,7 @@ impl Container {
         self.spec.annotations.is_sandbox()
     }
 
-    /// Returns true only to the first caller. The first caller then publishes the OOM event.
+    /// Returns true only to the first caller, which must then publish the OOM event.
     pub fn claim_oom_report(&self) -> bool {
         !self.oom_reported.swap(true, Ordering::Relaxed)
     }

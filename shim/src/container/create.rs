@@ -117,16 +117,16 @@ impl Shim {
         init.set_relay(relay);
         let container = Arc::new(Container::new(&request.id, &request.bundle, spec, init, mirroring));
         self.publish_created(&container, request);
-        // Resizes only now, because the container's own CPU limit must not throttle its start.
+        // The resize must follow the creation. Otherwise, the container's CPU limit would slow down its own creation.
         self.queue_resize();
         Ok(())
     }
 
-    /// Tells the agent to remove what it holds for a container whose creation failed: copies of volumes, or the
-    /// container itself.
+    /// Tells the agent to clean up after a container whose creation failed. The guest may have copies of the
+    /// container's volumes, or the container itself.
     ///
-    /// The agent may still be creating the container. It then deletes the container after the creation has ended, even
-    /// if the Delete request has timed out in the meantime.
+    /// The agent may still be creating the container. In this case, the agent deletes the container after the creation
+    /// has ended, even if the Delete request has timed out by then.
     async fn delete_in_guest(&self, id: &str) {
         let Ok(agent) = self.agent() else { return };
         let request = DeleteRequest { id: id.to_owned(), ..Default::default() };

@@ -17,8 +17,8 @@ use crate::vm::agent::{timeouts, within};
 ///
 /// The container's processes have ended by then. Therefore, only a client that does not read can delay the copying.
 const INIT_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The same limit for an exec. A process that the exec left behind may hold the exec's stdout open forever. runc's shim
-/// waits for the same time.
+/// The same timeout for the output of an exec. A process that the exec left behind may hold the exec's stdout open
+/// forever. runc's shim also waits for 2 s.
 const EXEC_OUTPUT_IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Shim {
@@ -28,9 +28,9 @@ impl Shim {
             return Err(ServiceError::Invalid(format!("signal {}", request.signal)).into());
         }
         let process = container.process(&request.exec_id)?;
-        // A finished exec is not signalled, and the processes that it has left behind stay. containerd kills every exec
-        // once more after its exit, and also kills an exec that has exceeded its timeout (1.7 and 2.1, WithProcessKill
-        // in process.go). The shim cannot distinguish these two requests.
+        // Do not signal a finished exec, so that processes that it has left behind can continue. containerd sends a
+        // kill request after the exit of every exec, and also if an exec has exceeded its timeout (1.7 and 2.1,
+        // WithProcessKill in process.go). The shim cannot distinguish these two requests.
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Finished.into()),
             State::Created if !process.exec.is_empty() => return Err(ServiceError::NotStarted.into()),

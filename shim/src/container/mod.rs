@@ -63,7 +63,7 @@ pub(crate) async fn run_to_completion<T: Send + 'static>(
 impl Shim {
     /// Returns the shim's state for a sandbox, and starts to process `reports`, the agent's events.
     ///
-    /// If a later request creates the sandbox, `pending` is what its launch needs.
+    /// `pending` contains the input of the launch if a later request creates the sandbox.
     pub fn new(
         namespace: &str,
         sandbox: Arc<Sandbox>,

@@ -17,7 +17,7 @@ pub(crate) struct Pids(Mutex<HashMap<String, u32>>);
 impl Shim {
     /// Returns the PID that the shim reports to containerd for a container and its processes.
     ///
-    /// It belongs to a live process or thread on the host, in the pod's network namespace and cgroup.
+    /// The PID belongs to a live process or thread on the host, in the pod's network namespace and cgroup.
     pub(crate) fn pid(&self, container: &str) -> u32 {
         lock(&self.pids.0).get(container).copied().unwrap_or_else(|| self.sandbox.pid())
     }
@@ -39,7 +39,7 @@ impl Shim {
                 tracing::warn!(
                     container,
                     error,
-                    "failed to acquire a PID for the container: no other container can join its PID namespace"
+                    "failed to acquire a PID for the container; no other container can join its PID namespace"
                 );
             }
         }

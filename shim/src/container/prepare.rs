@@ -93,11 +93,11 @@ pub enum PrepareError {
 /// [`PrepareError`]. All mounts that were made for the container are removed in this case.
 pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, PrepareError> {
     let Request { id, share, .. } = *request;
-    // containerd's rule is stricter. This check keeps the path inside the share.
+    // This check keeps the path inside the share. containerd's own check of ids is stricter.
     if id.is_empty() || id.starts_with('.') || id.contains('/') || id.contains('\0') {
         return Err(PrepareError::Id(id.into()));
     }
-    // Translates the specification before any mount is made. Then, an invalid specification does not need a cleanup.
+    // Translate the specification before any mount is made, so that an invalid specification does not need a cleanup.
     let mut raw = bundle.raw.clone();
     let (mut notes, mut volumes) = (Vec::new(), GuestVolumes::default());
     translate::spec(&mut raw, id, request.pids, &mut notes)?;
@@ -112,7 +112,7 @@ pub fn prepare(bundle: &Bundle, request: &Request<'_>) -> Result<Prepared, Prepa
         mount(bundle, request, &mut raw, &mut notes, &mut volumes)
     })();
     if let Err(error) = mounted {
-        // Best effort: the first error is reported.
+        // Ignore an error of the cleanup, because the caller gets the first error.
         let _ = teardown(share, id);
         return Err(error);
     }

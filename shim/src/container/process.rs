@@ -1,5 +1,5 @@
-//! State machine of one process: a container's init process or an exec. Its lock is never held during a call to the
-//! agent.
+//! State machine of one process: a container's init process or an exec. The lock of the state is never held during a
+//! call to the agent.
 
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -108,7 +108,7 @@ impl Process {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await.map(|exit| *exit) {
             Ok(Some(exit)) => exit,
-            // This is unreachable, because the sender belongs to `self`.
+            // This arm is unreachable, because the sender belongs to `self`.
             _ => Exit { status: 255, at: SystemTime::now() },
         }
     }

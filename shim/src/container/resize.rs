@@ -14,20 +14,20 @@ use crate::resources::resize::Target;
 #[derive(Default)]
 pub(crate) struct ResourceLimits {
     pod: Mutex<PodLimits>,
-    /// Whether a limit was updated. After an update, the pod may be smaller than at boot.
+    /// Whether a container's limits were updated. After an update, the pod may become smaller than its boot size.
     updated: AtomicBool,
 }
 
 impl Shim {
-    /// Grows the pod for a container that is about to be created. If a container is outside a pod, its VM already boots
-    /// with the full size.
+    /// Grows the pod for a container that is about to be created. Does nothing for a container outside a pod, because
+    /// its VM already boots with the full size.
     pub(crate) async fn reserve_resources(&self, id: &str, limits: Limits) -> Result<(), ServiceError> {
         let (before, huge) = (self.pod_size(), limits.huge_page_bytes > 0 || self.sandbox.huge_mib() > 0);
         lock(&self.limits.pod).insert(id.to_owned(), limits);
         let after = self.pod_size();
         self.log_vcpu_shortage();
-        // The pod boots with the size for its first containers, which are created one by one. The creation of one of
-        // them must not shrink the pod.
+        // The pod boots with the size for its first containers, which are created one by one. Until all of them exist,
+        // their limits add up to less than the boot size. Therefore, a creation may only grow the pod.
         match before.zip(after) {
             Some((before, after)) if before.max(after) != before || huge => self.resize(before).await,
             _ => Ok(()),
@@ -38,13 +38,14 @@ impl Shim {
     pub(crate) fn release_resources(&self, id: &str) {
         self.release_oom_score(id);
         let removed = lock(&self.limits.pod).remove(id).is_some();
-        // The VM ends with the last container.
+        // A resize after the last container is unnecessary, because the VM ends with that container.
         if removed && !self.containers.is_empty() && !self.sandbox.is_dead() {
             self.queue_resize();
         }
     }
 
-    /// Queues a resize of the pod and its host limits to what its containers need. Does not wait for the resize.
+    /// Queues a resize: the pod and its limits on the host are adapted to the needs of its containers. Does not wait
+    /// for the resize.
     pub(crate) fn queue_resize(&self) {
         if let Some((resizer, target)) = self.sandbox.resizer().zip(self.target(None)) {
             resizer.queue(target);

@@ -18,12 +18,12 @@ use crate::pod;
 use crate::sandbox::launch::DeferredLaunch;
 use crate::sandbox::launch::hostname;
 
-/// Timeout for the request that creates the sandbox. containerd sends it right after the answer to `start`.
+/// Timeout for the request that creates the sandbox. containerd sends this request right after the answer to `start`.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// State of the sandbox that the controller's requests change.
 pub struct SandboxState {
-    /// What the launch needs. The launch takes it.
+    /// Input of the launch. `None` after the launch has taken it.
     pending: Mutex<Option<DeferredLaunch>>,
     /// Set if a request created the sandbox. Such a sandbox stays until a request ends it.
     created: OnceLock<Created>,

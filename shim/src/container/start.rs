@@ -25,8 +25,8 @@ impl Shim {
     pub(crate) async fn start_init(&self, container: &Container) -> ttrpc::Result<()> {
         let process = &container.init;
         let agent = self.agent()?;
-        // The pod's network may have been configured after the sandbox was created. Later containers do not wait,
-        // because the guest already has this configuration.
+        // The pod's network may have been configured after the sandbox was created. Therefore, the first container
+        // waits until the guest has this configuration. Later containers do not have to wait.
         if container.is_sandbox_container() || self.containers.is_only(&container.id) {
             self.sandbox.settle_network().await.map_err(ServiceError::failed)?;
         }
@@ -51,7 +51,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Adds an exec. The agent gets the exec only when it is started. runc's shim, too, reports errors at that point.
+    /// Adds an exec. The agent gets the exec only when the exec is started. Therefore, errors are reported at the
+    /// start, as in runc's shim.
     pub(crate) fn add_exec(&self, container: &Container, request: &ExecProcessRequest) -> Result<(), ServiceError> {
         if !crate::ids::is_name(&request.exec_id) {
             return Err(ServiceError::Invalid(format!("exec id {:?}", request.exec_id)));

@@ -96,7 +96,7 @@ pub fn run(args: DaemonArgs) -> i32 {
     }
 }
 
-/// Leaves containerd's session, and closes the pipes to containerd because containerd reads them to their end.
+/// Leaves containerd's session. Closes the pipes to containerd, because containerd waits for their end of file.
 ///
 /// Makes stderr, which the VMM inherits, a pipe whose lines go to the log. Returns the pipe's read end.
 fn detach() -> Option<OwnedFd> {
@@ -142,7 +142,7 @@ enum Launch {
     /// The VM boots immediately, because the specification is known.
     Immediate(Box<LaunchInput>),
     /// The VM boots when a request creates the sandbox. Contains the guest's view of the share, or the error of
-    /// preparing it.
+    /// preparing the share.
     Deferred(Result<PathBuf, String>),
 }
 

@@ -100,7 +100,7 @@ impl Events {
 ///
 /// The protocol cannot prevent duplicates: ttrpc's `Forward` has no event id, and containerd forwards every event that
 /// it receives. Without retries, exit events could be lost, but the kubelet and containerd's CRI wait for them. A
-/// duplicate does no harm: both ignore the exit of a container that they already know to have ended.
+/// duplicate does no harm, because the kubelet and the CRI ignore another exit event of an exited container.
 async fn deliver(
     mut items: mpsc::UnboundedReceiver<Item>,
     waiting: Arc<AtomicUsize>,
@@ -184,7 +184,7 @@ mod tests {
         let delivered = Arc::new(Mutex::new(Vec::new()));
         let events =
             Events::start("default", Flaky { fails: 0, delivered: Arc::clone(&delivered) }, RetryPolicy::default());
-        // Its required fields are missing.
+        // The required fields of this message are missing.
         let invalid = protobuf::descriptor::uninterpreted_option::NamePart::new();
         events.publish("/invalid", &invalid);
         assert_eq!(events.waiting.load(Ordering::Relaxed), 0);

@@ -1,32 +1,32 @@
-//! Limits the rate of log lines by their source, because a guest can cause lines: its VMM and its agent report what it
-//! does. A guest must not fill the node's journal or hide other pods' lines in it.
+//! Limits the rate of log lines per source. A guest can cause log lines, because the VMM and the agent report what the
+//! guest does. A guest must not fill the node's journal or hide the lines of other pods.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// Number of lines that a source may log at once.
+/// Maximum number of lines that a source may log at once.
 const BURST: u32 = 300;
-/// Time after which a source may log one line more.
+/// Time after which a source may log one more line.
 const INTERVAL: Duration = Duration::from_millis(200);
 
 /// What to do with a line.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Log it. This many lines of the same source were left out before it.
+    /// Log the line. Before this line, this number of lines of the same source were left out.
     Log(u64),
-    /// Log in its place that lines of this source are left out from now on.
+    /// Do not log the line. Log instead that lines of this source are left out from now on.
     First,
-    /// Leave it out.
+    /// Do not log the line.
     Drop,
 }
 
-/// A token bucket for each source. There are as many sources as there are places in the program that log.
+/// A token bucket for each source. A source is a call site that logs. Therefore, the number of buckets is bounded.
 pub struct Limiter<S>(HashMap<S, Bucket>);
 
 struct Bucket {
     tokens: u32,
-    /// When the last token was added.
+    /// Time at which the last token was added.
     filled: Instant,
     dropped: u64,
 }
@@ -38,7 +38,7 @@ impl<S> Default for Limiter<S> {
 }
 
 impl<S: Hash + Eq> Limiter<S> {
-    /// Decides about a line that `source` logs at time `now`.
+    /// Decides whether to log a line that `source` logs at time `now`.
     pub fn decide(&mut self, source: S, now: Instant) -> Decision {
         let bucket = self.0.entry(source).or_insert(Bucket { tokens: BURST, filled: now, dropped: 0 });
         let new = now.saturating_duration_since(bucket.filled).as_nanos() / INTERVAL.as_nanos();

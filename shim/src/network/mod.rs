@@ -1,9 +1,9 @@
 //! The pod's network: connects the guest to the network namespace that CNI set up on the host.
 //!
-//! Each interface of the namespace gets a tap, and traffic control redirects every frame between the two, in both
-//! directions. The interface keeps its name and addresses, because statistics and CNI's checks expect them. The guest
-//! gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A tap exists as long as
-//! one of its fds is open. Therefore, it disappears with the VMM.
+//! Each interface of the namespace gets a tap. Traffic control redirects every frame from the interface to the tap, and
+//! from the tap to the interface. The interface keeps its name and addresses, because statistics and CNI's checks
+//! expect them. The guest gets an interface with the same name, MAC address, addresses, routes, rules and neighbours. A
+//! tap exists as long as one of its fds is open. Therefore, the tap disappears when the VMM ends.
 //!
 //! [`connect`] changes the calling thread's network namespace. The daemon calls it while the process has one thread.
 
@@ -134,9 +134,9 @@ pub fn connect(path: &Path, options: TapOptions) -> Result<Network, NetworkError
         let links = list()?;
         let each = options.per_interface(links.len());
         let taps = links.iter().map(|link| tap::create(&netlink, link, each)).collect::<Result<Vec<_>, _>>()?;
-        // The creation of the taps has queued messages in the first subscription, which would wake the watcher for
-        // nothing. A second subscription, made now, does not have these messages. It is sufficient if no interface has
-        // changed since the first listing.
+        // The creation of the taps has queued messages in the first subscription. These messages would wake the watcher
+        // without need, and a second subscription does not have them. The second subscription is sufficient if no
+        // interface has changed since the first listing.
         let after = watcher::subscribe();
         let notices = if without_taps(list()?, &taps) == links { after } else { before };
         let (config, unsupported) = read::network(&netlink, &links)?;
@@ -167,7 +167,9 @@ fn without_taps(mut links: Vec<Link>, taps: &[Tap]) -> Vec<Link> {
 fn start_port_forwarding() -> Option<PortForwarding> {
     // Best effort.
     sk_lookup::attach_to_current_namespace()
-        .inspect_err(|error| tracing::warn!(%error, "port forwarding is not available: failed to steer connections"))
+        .inspect_err(
+            |error| tracing::warn!(%error, "failed to steer connections to the shim; port forwarding is not available"),
+        )
         .ok()
 }
 

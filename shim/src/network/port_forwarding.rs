@@ -1,6 +1,6 @@
 //! Port forwarding: forwards connections to the guest that host processes open in the pod's network namespace.
 //!
-//! See `crate::network::steer` for how such connections reach the listeners here.
+//! See `crate::network::sk_lookup` for how such connections reach the shim's listeners.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -75,7 +75,7 @@ async fn accept(listener: std::net::TcpListener, vmm: Vmm, slots: Arc<Semaphore>
             Ok((client, _)) => client,
             Err(error) if is_listener_error(&error) => return Err(error),
             Err(error) => {
-                // The shim is out of fds or memory for now, or only this connection has failed (accept(2)).
+                // The shim is temporarily out of fds or memory, or only this connection has failed (accept(2)).
                 tracing::warn!(%error, "failed to accept a connection in the pod's network namespace; retrying");
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
@@ -126,7 +126,8 @@ async fn dial(address: SocketAddr, vmm: &Vmm) -> Result<UnixStream, ForwardError
     }
 }
 
-/// With `reset`, sets SO_LINGER with a timeout of zero, so that close(2) sends a reset. Otherwise, turns SO_LINGER off.
+/// If `reset` is true, sets SO_LINGER with a timeout of zero, so that close(2) sends a reset. Otherwise, turns off
+/// SO_LINGER.
 fn reset_at_close(client: &TcpStream, reset: bool) -> std::io::Result<()> {
     let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
     Ok(setsockopt(client, sockopt::Linger, &linger)?)

@@ -6,7 +6,7 @@
 //!
 //! A BPF program at the kernel's socket lookup (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9) selects the listener of the address
 //! family, for every destination address and port. The accepted connection has the destination as its local address.
-//! This does not need netfilter. The listeners and the program disappear when their fds are closed.
+//! The steering does not need netfilter. The listeners and the program disappear when their fds are closed.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -19,7 +19,7 @@ use husk_base::sys::bpf::{self, Instruction, SocketMap};
 pub struct PortForwarding {
     /// Non-blocking listeners: one for IPv4, and one for IPv6 if the namespace supports IPv6.
     pub listeners: Vec<TcpListener>,
-    /// The BPF link between the program and the namespace. Closing it ends the steering.
+    /// The BPF link between the program and the namespace. Closing this fd ends the steering.
     pub link: OwnedFd,
 }
 

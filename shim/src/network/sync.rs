@@ -46,7 +46,8 @@ enum NetworkSyncError {
     Guest(#[source] ttrpc::Error),
 }
 
-/// Request to apply all current changes. The answer arrives when they are applied. An error is the chain of causes.
+/// Request to apply all current changes. The answer arrives when the changes are applied. An error is a text with the
+/// error and its causes.
 type SettleRequest = oneshot::Sender<Result<(), String>>;
 
 /// Handle of the task that applies changes.
@@ -66,7 +67,7 @@ impl NetworkSync {
         };
         let updates = async move {
             let Err(error) = watch(notices, &mut requests, &mut guest).await else { return };
-            tracing::warn!(%error, "stopped watching the pod's network: the guest gets no further changes");
+            tracing::warn!(%error, "stopped watching the pod's network; the guest does not get further changes");
             while let Some(request) = requests.recv().await {
                 let _ = request.send(Err(format!("the pod's network is no longer watched: {error}")));
             }
@@ -91,7 +92,7 @@ impl NetworkSync {
     }
 }
 
-/// Receiver of changes: the guest, or a test double.
+/// Applies changes to the guest. Tests use a test double.
 trait Apply {
     /// Reads the host's configuration and applies what has changed.
     fn apply(&mut self) -> impl Future<Output = Result<(), NetworkSyncError>> + Send;
@@ -304,8 +305,8 @@ mod tests {
         }
     }
 
-    /// Starts the task with a guest that fails `left` attempts. Also returns the notices' input and the attempts'
-    /// times.
+    /// Starts the task with a guest that fails `left` attempts. Also returns the socket that causes notices, and the
+    /// receiver of the attempts' times.
     fn watched(left: u32) -> (NetworkSync, UnixStream, mpsc::UnboundedReceiver<Instant>) {
         let (notices, input) = UnixStream::pair().unwrap();
         notices.set_nonblocking(true).unwrap();

@@ -1,4 +1,4 @@
-//! Creates the tap of an interface, and the traffic control filters that redirect frames between the two.
+//! Creates the tap of an interface, and the traffic control filters that redirect frames between interface and tap.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -33,7 +33,7 @@ const TCA_EGRESS_REDIR: u32 = 1;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
-/// Priorities of filters: the lowest number is tried first.
+/// Priorities of filters. The kernel tries the filter with the lowest number first.
 const FIRST_PRIORITY: u16 = 1;
 const SECOND_PRIORITY: u16 = 2;
 
@@ -73,15 +73,15 @@ pub fn create(netlink: &Netlink, link: &Link, options: TapOptions) -> Result<Tap
         from_guest().map_err(kernel_error(format!("redirect frames to {}", link.name)))
     };
     let vhost = connect().inspect_err(|_| {
-        // The tap disappears with its fds, but the redirection to it does not. An error of the removal is ignored, so
-        // that the first error is reported.
+        // The tap disappears with its fds, but the redirection to the tap does not. Ignore an error of the removal,
+        // because the caller gets the first error.
         let _ = remove(netlink, link.index, index);
     })?;
     Ok(Tap { fds, vhost, link: link.index, index, mac: link.mac, mtu: link.mtu })
 }
 
-/// Removes a tap, even if another process has it open. Also removes the redirection from its interface to the tap, if
-/// the redirection still exists.
+/// Removes a tap, even if another process has an open fd of the tap. Also removes the redirection from its interface to
+/// the tap, if the redirection still exists.
 pub fn remove(netlink: &Netlink, link: i32, tap: i32) -> io::Result<()> {
     let ignore_missing = |result: io::Result<()>| match result {
         // The tap or the filter has already disappeared with its interface.
@@ -132,7 +132,8 @@ fn redirect(netlink: &Netlink, from: i32, to: i32) -> io::Result<()> {
     filter(netlink, from, FIRST_PRIORITY, "matchall", &nest(&[(TCA_MATCHALL_ACT, &mirred(to))]))
 }
 
-/// Sets up MAC anti-spoofing: redirects frames from `from` whose source MAC is `mac` to `to`, and drops all others.
+/// Sets up MAC anti-spoofing. Redirects frames with the source MAC `mac` from `from` to `to`, and drops all other
+/// frames.
 ///
 /// Returns false on failure, for example if the kernel lacks `cls_flower` or `act_gact`. After a failure, the filter of
 /// [`redirect`] takes precedence over a drop filter that was already added.
@@ -166,7 +167,7 @@ fn mirred(to: i32) -> Vec<u8> {
 /// Encodes a list of one action.
 fn action(kind: &CStr, options: &[u8]) -> Vec<u8> {
     let action = nest(&[(TCA_ACT_KIND, kind.to_bytes_with_nul()), (TCA_ACT_OPTIONS, options)]);
-    // In a list of actions, the attribute type is the action's position. The first position is 1.
+    // In a list of actions, the type of each attribute is the position of the action. The first position is 1.
     nest(&[(1, &action)])
 }
 

@@ -20,8 +20,8 @@ const MULTICAST_GROUPS: i32 = libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_RULE
     | RTMGRP_IPV6_RULE
     | libc::RTMGRP_NEIGH;
-/// The bit of RTNLGRP_IPV6_RULE, which is 19 (linux/rtnetlink.h). The kernel does not define an RTMGRP_ constant for
-/// this group.
+/// The bit of group RTNLGRP_IPV6_RULE, which has number 19 (linux/rtnetlink.h). The kernel does not define an RTMGRP_
+/// constant for this group.
 const RTMGRP_IPV6_RULE: i32 = 1 << (19 - 1);
 
 /// Compares the network of a namespace with its earlier state.
@@ -69,8 +69,8 @@ pub struct NetworkChange {
 impl NetworkChange {
     /// Returns the current state without the new interfaces, and without their routes and neighbours.
     ///
-    /// The guest gets this state before the devices of new interfaces are hot-plugged. It then removes the
-    /// configuration of an earlier interface with the same name or MAC address.
+    /// The guest gets this state before the devices of new interfaces are hot-plugged. This state makes the guest
+    /// remove the configuration of an earlier interface with the same name or MAC address.
     pub fn without_new(&self) -> UpdateNetworkRequest {
         let mut rest = self.current.clone();
         let is_new = |mac: &str| self.taps.iter().any(|tap| read::format_mac(&tap.mac) == mac);
@@ -86,7 +86,7 @@ impl NetworkChange {
 
 impl NetworkWatcher {
     /// Returns a watcher of the current namespace. The arguments are the taps of the namespace's interfaces, and the
-    /// state that was read from it.
+    /// state that was read from the namespace.
     pub(super) fn new(
         taps: &[Tap],
         (last, unsupported): (UpdateNetworkRequest, Unsupported),
@@ -129,7 +129,8 @@ impl NetworkWatcher {
             match tap::create(&netlink, link, self.options.per_interface(1)) {
                 Ok(tap) => taps.push(tap),
                 Err(error) => {
-                    // The redirections to the taps that this call has created would make the next attempt fail.
+                    // The next attempt must first remove the taps of this call, because their redirections would make
+                    // it fail.
                     self.stale.extend(taps.iter().map(TapLink::from_tap));
                     return Err(error);
                 }

@@ -13,8 +13,8 @@ use crate::oci::annotations::SANDBOX_ID;
 use crate::oci::id_mappings::IdMappings;
 use crate::oci::spec::{Network, Spec};
 
-/// Maximum size of `config.json` in bytes. A message of containerd has at most 16 MiB. A specification usually has a
-/// few KiB.
+/// Maximum size of `config.json` in bytes. A message of containerd, and therefore a specification, has at most 16 MiB.
+/// A specification usually has a few KiB.
 const MAX_LEN: u64 = 16 << 20;
 
 /// A bundle with its specification.
@@ -142,13 +142,13 @@ impl Bundle {
         Self::parse(dir, &bytes)
     }
 
-    /// Does the same as [`Bundle::read`] for a specification that is not in a file.
+    /// Returns the bundle of a specification that is not in a file. Otherwise, does the same as [`Bundle::read`].
     ///
     /// # Errors
     /// [`BundleError::Parse`].
     pub fn from_value(dir: &Path, raw: Value) -> Result<Self, BundleError> {
         let parse = |source| BundleError::Parse { path: dir.join("config.json"), source };
-        // serde would also deserialize the struct from an array.
+        // Without this check, serde would also deserialize the struct from an array.
         if !raw.is_object() {
             return Err(parse(de::Error::custom("the specification is not a JSON object")));
         }
@@ -235,7 +235,7 @@ impl Bundle {
         self.id_mappings().map(drop)
     }
 
-    /// Rejects a path to the network namespace of this process, which is the host's.
+    /// Rejects a path to the network namespace of this process, which is the host's network namespace.
     fn check_network(&self) -> Result<(), BundleError> {
         let Network::Path(path) = self.spec.network()? else { return Ok(()) };
         let stat = |path: &Path| {
@@ -337,7 +337,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn group_is_the_sandbox_id_or_the_containers_own() {
+    fn group_is_the_sandbox_id_or_the_container_id() {
         assert_eq!(spec("{}").group("c").unwrap(), "c");
         assert_eq!(spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#).group("c").unwrap(), "pod");
         let bad = spec(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"../../etc"}}"#);
@@ -383,7 +383,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn host_network_has_one_text() {
+    fn host_network_errors_have_the_same_text() {
         let text = without("network");
         assert_eq!(Spec::default().network().unwrap_err().to_string(), text);
         let by_path = BundleError::HostNetwork("/proc/1/ns/net".into()).to_string();
@@ -398,7 +398,7 @@ pub(crate) mod tests {
         assert!(without("pid").contains("hostPID"));
         assert!(without("ipc").contains("hostIPC"));
         assert!(without("mount").contains("mount namespace"));
-        // Without one of these namespaces, the container gets a namespace of the guest.
+        // If the specification lacks one of these namespaces, the container uses the guest's namespace of that type.
         for kind in ["uts", "cgroup"] {
             bundle(|v| v["linux"]["namespaces"].as_array_mut().unwrap().retain(|ns| ns["type"] != kind)).unwrap();
         }
@@ -463,7 +463,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_never_panic(bytes: Vec<u8>) {
+        fn parsing_arbitrary_bytes_never_panics(bytes: Vec<u8>) {
             let _ = Bundle::parse(Path::new("/bundle"), &bytes);
         }
     }

@@ -223,7 +223,7 @@ impl Holder {
         let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };
         match libc::pid_t::try_from(pid) {
             Ok(0) => loop {
-                // SAFETY: see above; prctl takes plain integers.
+                // SAFETY: the child has one thread, as said above. The arguments of prctl(2) are plain integers.
                 unsafe {
                     libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                     libc::pause();
@@ -237,8 +237,8 @@ impl Holder {
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        // SAFETY: only the second call reaps the child. Until then, the PID belongs to the child. The only pointer is a
-        // null status, which waitpid accepts.
+        // SAFETY: only the second call, waitpid(2), reaps the child. Until then, the PID belongs to the child. The only
+        // pointer is the null pointer for the status, which waitpid(2) accepts.
         unsafe {
             libc::kill(self.0, libc::SIGKILL);
             libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL);
@@ -284,6 +284,6 @@ mod tests {
     #[test]
     fn namespace_is_created_with_its_mappings() {
         let id_mappings = IdMappings { uids: vec![mapping(0, 70_000, 10)], gids: vec![mapping(0, 80_000, 10)] };
-        id_mappings.namespace().expect("this test needs root: it maps ranges of ids");
+        id_mappings.namespace().expect("this test needs root, because it maps ranges of ids");
     }
 }

@@ -1,4 +1,4 @@
-//! Access to the fields of a specification's JSON, and the error that its translation returns.
+//! Reads fields of a specification's JSON. Defines the error of the specification's translation.
 
 use serde_json::{Map, Value};
 
@@ -8,7 +8,7 @@ pub enum TranslateError {
     /// The JSON cannot be parsed.
     #[error("failed to parse the {what}")]
     Parse {
-        /// Name of the message.
+        /// What was parsed, such as `resources to update`.
         what: &'static str,
         /// Position and cause.
         #[source]
@@ -22,7 +22,7 @@ pub enum TranslateError {
     Unsupported {
         /// Field of the specification.
         field: String,
-        /// Why it is not supported, and the remedy.
+        /// Reason why the field is not supported, and the remedy.
         message: String,
     },
 }

@@ -76,7 +76,7 @@ pub struct Hooks {
     /// Deprecated form of `createRuntime`.
     #[serde(deserialize_with = "or_default")]
     pub prestart: Vec<Hook>,
-    /// Hooks that run after the namespaces exist and before the root is pivoted.
+    /// Hooks that run after the namespaces are created and before pivot_root(2).
     #[serde(deserialize_with = "or_default")]
     pub create_runtime: Vec<Hook>,
     /// Hooks that run after the process was started.
@@ -190,7 +190,7 @@ pub struct Cpu {
     pub period: Option<u64>,
     /// Relative weight: 1024 for each CPU requested in Kubernetes.
     pub shares: Option<u64>,
-    /// CPUs of the host that the container may run on.
+    /// CPUs of the host on which the container may run.
     #[serde(default, deserialize_with = "cpu_list")]
     pub cpus: Option<CpuSet>,
 }

@@ -53,8 +53,8 @@ pub fn exec_process(raw: &[u8]) -> Result<(Vec<u8>, String), TranslateError> {
 }
 
 fn process(process: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), TranslateError> {
-    // The AppArmor profile stays, because the shim loads it into the guest. A SELinux label has no effect, because the
-    // checks of the bundle accept labels only on a node without SELinux.
+    // The AppArmor profile stays, because the shim loads it into the guest. SELinux labels are removed. The checks of
+    // the bundle accept them only on a node without SELinux, where they have no effect.
     process.remove("selinuxLabel");
     if process.remove("execCPUAffinity").is_some() {
         notes.push("omitted execCPUAffinity: the host's CPU numbers have no meaning in the guest".into());
@@ -132,7 +132,7 @@ fn namespaces(
                 namespace.insert("path".into(), format!("{}/user", husk_proto::GUEST_NAMESPACES).into());
             }
             ("cgroup", _) if joins => {
-                notes.push("the cgroup namespace is not joined: the container gets a new cgroup namespace".into());
+                notes.push("the cgroup namespace is not joined; the container gets a new cgroup namespace".into());
             }
             ("pid", Some(id)) => {
                 namespace.insert("path".into(), format!("{}/{id}", husk_proto::GUEST_PID_NAMESPACES).into());
@@ -150,8 +150,8 @@ fn namespaces(
 /// Adds a cgroup namespace if the specification does not have one. The container then sees its own cgroup at
 /// `/sys/fs/cgroup`.
 ///
-/// On a host with cgroup v1, clients do not request the namespace, because a container sees its own cgroup without it.
-/// But the guest has cgroup v2, under which the container needs the namespace.
+/// On a host with cgroup v1, clients do not request a cgroup namespace, because a container sees its own cgroup without
+/// one. But the guest has cgroup v2, where the container needs the namespace.
 pub fn add_cgroup_namespace(raw: &mut Value) {
     if let Some(Value::Array(namespaces)) = raw.pointer_mut("/linux/namespaces")
         && !namespaces.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "cgroup"))
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn add_cgroup_namespace_adds_at_most_one() {
+    fn add_cgroup_namespace_does_not_add_a_second_one() {
         let mut value = sample();
         add_cgroup_namespace(&mut value);
         assert_eq!(value, sample());
@@ -289,7 +289,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_json_never_panics(mut value in any_json()) {
+        fn translating_arbitrary_json_never_panics(mut value in any_json()) {
             let _ = spec(&mut value, "c1", &HashMap::new(), &mut Vec::new());
         }
     }

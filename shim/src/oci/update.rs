@@ -1,5 +1,5 @@
-//! Resource limits in a specification or an update request. Limits that the guest's cgroups can apply are passed on.
-//! Limits of the host's resources are omitted or rejected.
+//! Translates the resource limits of a specification or an update request. Passes on limits that the guest's cgroups
+//! can apply. Omits or rejects limits on the host's resources.
 
 use serde_json::{Map, Value};
 
@@ -18,12 +18,12 @@ pub fn resources_update(raw: &[u8]) -> Result<Vec<u8>, TranslateError> {
 
 /// Size of the supported huge pages, 2 MiB, in the notation of the specification.
 pub const HUGE_PAGE: &str = "2MB";
-/// Error text for block I/O limits. A further reason is that most of a container's I/O goes to the host through
-/// virtio-fs, which the guest's cgroups do not account for.
+/// Error text for block I/O limits. There is a further reason, which the text does not give: most of a container's I/O
+/// goes to the host through virtio-fs, which the guest's cgroups do not account for.
 const NO_BLOCK_IO: &str = "block I/O limits are not supported: they use the host's device numbers, and the guest's \
                            cgroups do not have I/O weights";
 
-/// Limits of block devices by number.
+/// Names of the limits that refer to a block device by its numbers.
 const THROTTLES: [&str; 5] = [
     "weightDevice",
     "throttleReadBpsDevice",
@@ -73,7 +73,7 @@ pub(super) fn resources(resources: &mut Map<String, Value>, notes: &mut Vec<Stri
         return Err(unsupported("resources.rdma", "the guest has no RDMA devices"));
     }
     if resources.remove("network").is_some() {
-        notes.push("omitted resources.network: it needs cgroup v1, but the guest has cgroup v2".into());
+        notes.push("omitted resources.network: these limits need cgroup v1, but the guest has cgroup v2".into());
     }
     Ok(())
 }

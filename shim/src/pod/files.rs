@@ -13,7 +13,8 @@ pub const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 /// Mount point of shared memory in a container.
 const SHM: &str = "/dev/shm";
 /// Source of the pod's shared memory in a specification. The path does not exist, but has the form of containerd's
-/// paths. The translation of the bundle replaces a mount from such a path with the guest's shared memory.
+/// paths for shared memory. The translation of the bundle replaces the source of such a mount by the guest's shared
+/// memory.
 const SHM_SOURCE: &str = "/run/husk/sandboxes/pod/shm";
 
 /// A failure to write the pod's files.
@@ -77,8 +78,8 @@ fn resolv_conf(dns: &DNSConfig) -> String {
 
 /// Adds the mounts that containerd expects the sandbox to provide: the files in `dir`, and the pod's shared memory.
 ///
-/// Keeps a mount that the container already has at one of these places. There is one exception: the pod's shared memory
-/// replaces a tmpfs at `/dev/shm`, which would be the container's own.
+/// Does not add a mount if the container already has a mount at that path. There is one exception: the pod's shared
+/// memory replaces a tmpfs at `/dev/shm`, because the containers would not share this tmpfs.
 pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let read_only = bundle.raw.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let access = if read_only { "ro" } else { "rw" };
@@ -94,7 +95,7 @@ pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
     let shm = json!({ "destination": SHM, "type": "bind", "source": SHM_SOURCE, "options": ["rbind", "rw"] });
     let raw = bundle.raw.get_mut("mounts").and_then(Value::as_array_mut);
     match bundle.spec.mounts.iter_mut().zip(raw.into_iter().flatten()).find(|(mount, _)| mount.destination == SHM) {
-        // A volume of the pod at /dev/shm stays.
+        // Keep a volume that is mounted at /dev/shm.
         Some((mount, _)) if mount.is_bind() => {}
         Some((mount, raw)) => {
             if let Ok(shared) = serde_json::from_value(shm.clone()) {
@@ -104,7 +105,7 @@ pub fn add_mounts(bundle: &mut Bundle, dir: &Path) {
         None => add.push(shm),
     }
     let Some(raw) = bundle.raw.as_object_mut() else { return };
-    // `null` counts as absent.
+    // A list that is `null` counts as absent.
     if raw.get("mounts").is_none_or(Value::is_null) {
         raw.insert("mounts".into(), Value::Array(Vec::new()));
     }

@@ -25,7 +25,7 @@ pub struct BootSize {
     pub growth: Growth,
 }
 
-/// Why the boot size cannot be computed.
+/// Error of computing the boot size.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BootSizeError {
     /// The pod's memory limit is too low to start a container.
@@ -46,7 +46,7 @@ pub enum BootSizeError {
         key: String,
         /// Value of the annotation.
         value: String,
-        /// Why the value is invalid.
+        /// Reason why the value is invalid.
         message: String,
     },
     /// The operator does not allow pods to use this annotation.
@@ -65,7 +65,7 @@ pub fn boot_size(spec: &Spec, config: &Config, max_guest_mib: u64) -> Result<Boo
     size(spec, config, &host)
 }
 
-/// Resources of the host. A limit above them has no effect.
+/// Resources of the host. A limit above these resources has no effect.
 struct Host {
     cpus: u64,
     memory_mib: u64,
@@ -84,7 +84,7 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
         Some(vcpus) => vcpus,
         None => match vcpus(&cpu) {
             Some(limit) => limit.min(host.cpus.max(1)).min(u64::from(config.max_vcpus)),
-            // Without a limit, the VM gets at least the CPUs that were requested.
+            // Without a CPU limit, the VM gets at least as many vCPUs as the pod requests CPUs.
             None => cpus_of_shares(cpu.shares.unwrap_or(0))
                 .max(config.default_vcpus.into())
                 .min(host.cpus.max(config.default_vcpus.into()))
@@ -125,8 +125,8 @@ fn size(spec: &Spec, config: &Config, host: &Host) -> Result<BootSize, BootSizeE
     Ok(BootSize { vcpus, memory_mib, kernel_params, growth: Growth::new(boot, max, config) })
 }
 
-/// Returns the limits that determine the VM's size. For a Kubernetes sandbox, these are in its annotations. Otherwise,
-/// these are the container's resources.
+/// Returns the limits that determine the VM's size. These come from the annotations of a Kubernetes sandbox, or from
+/// the resources of a container outside a pod.
 fn limits(spec: &Spec) -> Result<(Cpu, Memory), BootSizeError> {
     if spec.annotations.is_sandbox() {
         let cpu = Cpu {

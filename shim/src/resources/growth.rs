@@ -9,19 +9,20 @@ use crate::oci::cpuset::CpuSet;
 use crate::oci::spec::{Cpu, Memory, Resources};
 use crate::oci::update::HUGE_PAGE;
 
-/// CPU shares that Kubernetes sets for a requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
+/// CPU shares that Kubernetes sets for each requested CPU (pkg/kubelet/cm/helpers_linux.go, `MilliCPUToShares`).
 const SHARES_PER_CPU: u64 = 1024;
 const MIB: u64 = 1 << 20;
 /// Default CFS period in microseconds. It is used if a quota is set without a period.
 const DEFAULT_PERIOD: u64 = 100_000;
 /// Host memory in MiB that the VMM and the shim may use in addition to guest memory.
 ///
-/// It covers their own memory (5 MiB), buffers and sockets of the kernel, and some page cache of shared files.
+/// This covers the memory of the VMM and the shim (5 MiB), buffers and sockets of the kernel, and some page cache of
+/// shared files.
 const HOST_MIB: u64 = 32;
-/// Host memory in MiB that the VMM and the shim need at least. The rest of [`HOST_MIB`] is page cache.
+/// Minimum host memory in MiB that the VMM and the shim need. The rest of [`HOST_MIB`] is page cache.
 const MIN_HOST_MIB: u64 = 12;
-/// Guest memory divided by the size of its page tables. If all guest memory is used, the page tables of the host and of
-/// the guest each have 1/512 of its size.
+/// Ratio of guest memory to the size of the page tables that map it. If all guest memory is used, the host's page
+/// tables have 1/512 of its size, and the guest's page tables have another 1/512.
 const MEMORY_TO_PAGE_TABLES: u64 = 256;
 /// CPU time in millicores that the VMM's device threads and the guest's kernel may use in addition to the containers'
 /// quota.
@@ -32,13 +33,13 @@ const HOST_CPU_MILLIS: u64 = 250;
 pub struct Limits {
     /// CPU quota in millicores.
     pub cpu_millis: Option<u64>,
-    /// CPU request as cgroup shares. It is used if no quota is set.
+    /// CPU request as cgroup shares. The request is used if no quota is set.
     pub shares: u64,
     /// The host's CPUs on which the container may run.
     pub cpus: Option<CpuSet>,
     /// Memory limit in bytes.
     pub memory: Option<u64>,
-    /// Limit of huge pages in bytes. Zero if no limit is set, because only a container that requests huge pages gets
+    /// Limit of huge pages in bytes. Zero if no limit is set, because a container gets huge pages only if it requests
     /// them.
     pub huge_page_bytes: u64,
 }
@@ -83,7 +84,8 @@ impl Limits {
         limits
     }
 
-    /// Applies an update request (OCI `LinuxResources` as JSON). A limit that the request does not name stays.
+    /// Applies an update request (OCI `LinuxResources` as JSON). A limit that the request does not name keeps its
+    /// value.
     ///
     /// # Errors
     /// If the request is not `LinuxResources`.
@@ -118,8 +120,8 @@ impl Limits {
 }
 
 impl Limits {
-    /// Returns the maximum CPU time of the container in millicores. This is the container's quota, or the time of all
-    /// its CPUs if that is less.
+    /// Returns the maximum CPU time of the container in millicores. This is the lower of two limits: the container's
+    /// quota, and the time of all its CPUs.
     fn usable_millis(&self) -> Option<u64> {
         let set = self.cpus.as_ref().map(|cpus| cpus.count().saturating_mul(1000));
         self.cpu_millis.into_iter().chain(set).min()
@@ -139,17 +141,18 @@ impl Growth {
         Self { boot, max, default, overhead_mib: config.memory_overhead_mib }
     }
 
-    /// Returns the size for these containers. With `start`, it is at least the boot size, because the boot size covers
-    /// containers that have not been created yet.
+    /// Returns the size for these containers. If `start` is true, returns at least the boot size, because the boot size
+    /// covers containers that have not been created yet.
     ///
-    /// Limits add up. The default counts once for all containers without a limit together. They share it, as they would
-    /// share a host. Also, a pod of ten such containers does not need ten times the kernel's page metadata.
+    /// The limits of the containers are added. The default size is added only once, because all containers without a
+    /// limit share it, as they would share a host. Also, a pod of ten such containers does not need ten times the
+    /// kernel's page metadata.
     pub fn size<'a>(&self, containers: impl Iterator<Item = &'a Limits> + Clone, start: bool) -> Size {
         let vcpus = self.vcpus(containers.clone());
         let memory = containers.clone().map(|limits| limits.memory);
         let bytes = memory.clone().flatten().fold(0u64, u64::saturating_add);
         let (unlimited, none) = (memory.clone().any(|limit| limit.is_none()), memory.count() == 0);
-        // The default is the memory of a whole VM and therefore includes the overhead.
+        // The default size is the memory of a whole VM. Therefore, it already includes the overhead.
         let free = if unlimited { self.default.memory_mib } else { self.overhead_mib };
         let free = free.saturating_add(page_metadata_mib(self.huge_mib(containers.clone())));
         let memory_mib = match none {
@@ -208,7 +211,7 @@ impl Growth {
 }
 
 impl Size {
-    /// Returns the maximum of each dimension.
+    /// Returns a size with the higher number of vCPUs and the larger memory of the two sizes.
     pub fn max(self, other: Self) -> Self {
         Self { vcpus: self.vcpus.max(other.vcpus), memory_mib: self.memory_mib.max(other.memory_mib) }
     }
@@ -223,7 +226,7 @@ pub fn page_metadata_mib(mib: u64) -> u64 {
 
 /// Returns the host's memory limit in bytes for a pod whose guest has `guest_mib` of memory.
 ///
-/// It is large enough that the VMM is never killed for memory that the guest uses.
+/// The limit is high enough that the host never kills the VMM because of memory that the guest uses.
 pub fn host_bytes(guest_mib: u64) -> u64 {
     guest_mib.saturating_add(guest_mib / MEMORY_TO_PAGE_TABLES).saturating_add(HOST_MIB).saturating_mul(MIB)
 }

@@ -7,18 +7,19 @@ pub const PAGE_MIB: u64 = 2;
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// Returns the size of the pool in MiB, which is the maximum for a pod. It is zero on a node without huge pages.
+/// Returns the size of the pool in MiB. A pod cannot get more huge pages. The size is zero on a node without huge
+/// pages.
 pub fn pool_mib() -> u64 {
     pages("nr_hugepages") * PAGE_MIB
 }
 
-/// Returns the size of the pages that are neither in use nor reserved, in MiB.
+/// Returns the size, in MiB, of the huge pages that are neither in use nor reserved.
 pub fn free_mib() -> u64 {
     pages("free_hugepages").saturating_sub(pages("resv_hugepages")) * PAGE_MIB
 }
 
 fn pages(name: &str) -> u64 {
     let text = std::fs::read_to_string(Path::new(POOL).join(name)).unwrap_or_default();
-    // Parsed as u32 so that the size in MiB cannot overflow.
+    // Parse the number as u32, so that the size in MiB cannot overflow.
     text.trim().parse::<u32>().unwrap_or(0).into()
 }

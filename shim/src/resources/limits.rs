@@ -1,4 +1,4 @@
-//! Sets the limits of the sandbox's cgroup on the host, which follow the size of the VM.
+//! Sets the limits of the sandbox's cgroup on the host. The limits depend on the size of the VM.
 
 use std::path::Path;
 
@@ -11,16 +11,17 @@ use crate::systemd::{Property, Unit, Value};
 const PERIOD: u64 = 100_000;
 /// Distance in bytes between the limit at which the sandbox is throttled and the limit at which it is killed.
 ///
-/// It is a third of the minimum memory for the VMM and the shim, which they have in addition to the guest's memory.
+/// In addition to the guest's memory, the limit at which the sandbox is killed includes the minimum memory for the VMM
+/// and the shim. The distance is a third of this minimum.
 const THROTTLE_MARGIN: u64 = 4 << 20;
-/// Lowest value that means that no limit is set. Without a limit, cgroup v1 shows the largest multiple of the page
+/// Values from this one on mean that no limit is set. Without a limit, cgroup v1 shows the largest multiple of the page
 /// size, or one page less.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Returns the maximum guest memory in MiB within the memory limit of the parent cgroup. The kubelet sets this limit
 /// for the pod.
 ///
-/// The limit can change while the pod runs. If a guest used more memory, the kernel would kill the VMM.
+/// If a guest used more memory than this, the kernel would kill the VMM. The limit can change while the pod runs.
 pub fn max_guest_mib(location: &CgroupLocation) -> u64 {
     parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]).map_or(u64::MAX, guest_mib)
 }
@@ -44,8 +45,8 @@ fn parent_limit(location: &CgroupLocation, controller: &str, [v2_file, v1_file]:
 /// Returns the lowest task limit of the parent cgroups. These are the pod's cgroup, whose limit is the kubelet's
 /// `podPidsLimit`, and its ancestors.
 ///
-/// On the host, the limit counts only the few threads of the VMM, and not the pod's processes. Therefore, the guest
-/// enforces it.
+/// On the host, the pod's cgroup contains only the few threads of the VMM and the shim, and not the pod's processes.
+/// Therefore, the guest enforces the limit.
 pub fn pids_max(location: &CgroupLocation) -> Option<u64> {
     let limit = |path: &Path| std::fs::read_to_string(path.join("pids.max")).ok()?.trim().parse().ok();
     location.controller_dir("pids")?.ancestors().skip(1).filter_map(limit).min()
@@ -62,13 +63,14 @@ pub fn reclaim_threshold(location: &CgroupLocation) -> Option<u64> {
     Some(parent.map_or(limit, |parent| limit.min(parent)))
 }
 
-/// Sets the limits for a guest that now has `guest_mib` of memory. Lowering a limit may take a while.
+/// Sets the limits for a guest that now has `guest_mib` of memory. May block while the kernel reclaims memory for a
+/// lower limit.
 ///
-/// The memory limit depends on the memory that the guest has now, not on the memory that the pod may use. A guest that
-/// runs out of memory then kills one of its own processes. Otherwise, the host would kill the VMM.
+/// The memory limit depends on the memory that the guest has now, not on the memory that the pod may use. Therefore, if
+/// memory runs out, the guest kills one of its own processes before the host kills the VMM.
 ///
-/// If the cgroup is a systemd scope, this function first writes the limits and then sends them to systemd, which writes
-/// the same values. Therefore, this process waits for memory to be reclaimed, and systemd does not.
+/// If the cgroup is a systemd scope, this function first writes the limits itself. Then it sends the same limits to
+/// systemd, which writes them again. Therefore, only this process, and not systemd, waits until memory is reclaimed.
 pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, guest_mib: u64) {
     let cpu_millis = limits.cpu_millis.map(|millis| round_cpu_millis(unit, millis));
     let cpus = limits.cpus.clone().or_else(|| all_cpus(location));
@@ -77,7 +79,7 @@ pub fn set(location: &CgroupLocation, unit: Option<&Unit>, limits: &HostLimits, 
     if let Some(unit) = unit
         && let Err(error) = unit.set(&properties(location, limits, guest_mib))
     {
-        tracing::warn!(error = %crate::chain(&error), "failed to send the limits to systemd: systemd may revert them");
+        tracing::warn!(error = %crate::chain(&error), "failed to send the limits to systemd; systemd may revert them");
     }
 }
 
@@ -86,7 +88,7 @@ fn round_cpu_millis(unit: Option<&Unit>, millis: u64) -> u64 {
     if unit.is_some() { millis.div_ceil(10).saturating_mul(10) } else { millis }
 }
 
-/// Returns all CPUs of the parent cgroup if the sandbox's cgroup has a list of CPUs, which must be reset.
+/// If the sandbox's cgroup has a list of CPUs, returns all CPUs of the parent cgroup, to which the list must be reset.
 ///
 /// The kernel does not accept an empty list for a cgroup that has processes (kernel/cgroup/cpuset.c, validate_change:
 /// ENOSPC).
@@ -106,7 +108,7 @@ fn properties(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) ->
         CgroupLocation::V2(_) => {
             all.push(("MemoryMax", number(memory)));
             all.push(("MemoryHigh", number(memory.map(|max| memory_high(location, max)))));
-            // systemd has this property since version 244. It is set only if the limits name CPUs.
+            // systemd has this property since version 244. The property is set only if the limits name CPUs.
             all.extend(limits.cpus.as_ref().map(|cpus| ("AllowedCPUs", Value::Bytes(cpus.mask()))));
         }
         // systemd does not have properties for all controllers of cgroup v1.
@@ -149,8 +151,8 @@ fn write(location: &CgroupLocation, limits: &HostLimits, guest_mib: u64) {
     }
 }
 
-/// Returns the memory limit at which the kernel throttles the sandbox. It is lower than the limits at which the kernel
-/// kills processes of the sandbox or of the pod. At this limit, memory can still be reclaimed.
+/// Returns the memory limit at which the kernel throttles the sandbox. This limit is lower than the limits at which the
+/// kernel kills processes of the sandbox or of the pod. The distance gives the guest time to free memory.
 fn memory_high(location: &CgroupLocation, max: u64) -> u64 {
     let parent = parent_limit(location, "memory", ["memory.max", "memory.limit_in_bytes"]);
     parent.map_or(max, |parent| max.min(parent)).saturating_sub(THROTTLE_MARGIN)
@@ -161,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pids_max_returns_the_lowest_limit_above() {
+    fn pids_max_returns_the_lowest_limit_of_the_parents() {
         let dir = tempfile::tempdir().unwrap();
         let sandbox = dir.path().join("kubepods/pod/sandbox");
         std::fs::create_dir_all(&sandbox).unwrap();

@@ -1,4 +1,5 @@
-//! The size of a pod: its VM's size at boot and while containers are added and removed, and its limits on the host.
+//! The size of a pod: the size of its VM at boot, changes of this size when containers are added or removed, and the
+//! pod's limits on the host.
 
 pub mod boot_size;
 pub mod cgroup;

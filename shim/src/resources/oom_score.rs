@@ -1,7 +1,9 @@
-//! The VMM's `oom_score_adj`: which pod the host's OOM killer ends first if the node is short of memory.
+//! Computes and sets the VMM's `oom_score_adj`. If the node runs out of memory, this score decides which pod the host's
+//! OOM killer kills first.
 //!
-//! Under runc each container's processes have the score of its specification. Here the memory of all containers is the
-//! VMM's. The VMM has the lowest score of its containers, because the OOM killer would end all of them together.
+//! Under runc, a container's processes have the score from the container's specification. Under Husk, the memory of all
+//! containers belongs to the VMM, and killing the VMM ends all containers. Therefore, the VMM has the lowest score of
+//! its containers.
 
 use std::collections::HashMap;
 use std::io;
@@ -9,8 +11,8 @@ use std::sync::Mutex;
 
 use crate::lock;
 
-/// Score of a container whose specification has none, and of a VMM without containers. Without a score of its own the
-/// VMM would have containerd's, with which the OOM killer ends it last.
+/// Score of a container whose specification does not set a score, and of a VMM without containers. The VMM must not
+/// inherit containerd's score, because the OOM killer would then kill the VMM last.
 pub const DEFAULT: i32 = 0;
 
 /// Scores of the containers by container id.
@@ -18,14 +20,15 @@ pub const DEFAULT: i32 = 0;
 pub struct Scores(Mutex<HashMap<String, i32>>);
 
 impl Scores {
-    /// Adds the score of a container. Returns the lowest of all.
+    /// Adds the score of a container. Returns the lowest score of all containers.
     pub fn insert(&self, id: &str, score: i32) -> i32 {
         let mut scores = lock(&self.0);
         scores.insert(id.to_owned(), score);
         lowest(&scores).unwrap_or(score)
     }
 
-    /// Removes the score of a container. Returns the lowest of the others, or `None` if nothing changes.
+    /// Removes the score of a container. Returns the lowest score of the remaining containers, or `None` if the lowest
+    /// score does not change.
     pub fn remove(&self, id: &str) -> Option<i32> {
         let mut scores = lock(&self.0);
         scores.remove(id)?;
@@ -40,7 +43,7 @@ fn lowest(scores: &HashMap<String, i32>) -> Option<i32> {
 /// Sets the `oom_score_adj` of a process, -1000 to 1000.
 ///
 /// # Errors
-/// If the process has ended, and EINVAL for another score.
+/// If the process has ended. EINVAL if the score is out of range.
 pub fn set(pid: u32, score: i32) -> io::Result<()> {
     std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
 }

@@ -1,12 +1,13 @@
 //! Makes the guest drop its file caches when the pod's memory on the host or the VMM's fds are nearly used up.
 //!
-//! For every inode in its cache, the guest's kernel has a file open in the VMM. The open file pins the host's inode in
-//! memory of the pod's cgroup. The host's kernel cannot reclaim this memory, and the guest's kernel does not know of
-//! it. Therefore, a guest that walks through many files would cause the host's kernel to kill its VMM.
+//! For every inode in the guest kernel's cache, the VMM has an open file. The open file pins the host's inode in
+//! memory, which the host charges to the pod's cgroup. The host's kernel cannot reclaim this memory, and the guest's
+//! kernel does not know of it. Therefore, a guest that walks through many files would cause the host's kernel to kill
+//! its VMM.
 //!
-//! cgroup v2 throttles at `memory.high` and reports this (`memory.events`, Documentation/admin-guide/cgroup-v2.rst).
-//! cgroup v1 reports when the kernel begins to reclaim (`memory.pressure_level`,
-//! Documentation/admin-guide/cgroup-v1/memory.rst).
+//! cgroup v2 throttles processes at `memory.high` and reports the throttling (`memory.events`,
+//! Documentation/admin-guide/cgroup-v2.rst). cgroup v1 reports that the kernel begins to reclaim memory
+//! (`memory.pressure_level`, Documentation/admin-guide/cgroup-v1/memory.rst).
 
 use std::fs::{self, File};
 use std::io;
@@ -30,12 +31,13 @@ use crate::resources::limits;
 use crate::vm::agent::{Agent, timeouts, within};
 use crate::vm::vmm::Vmm;
 
-/// Minimum time between two reactions. It is needed because the kernel reports every reclaim, often several together.
+/// Minimum time between two reactions. This limit is needed because the kernel reports every reclaim, and several
+/// reclaims often follow each other closely.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
 /// If the guest must drop its caches again within this time, it also drops the page cache.
 ///
-/// An inode with cached pages stays in the guest's memory. Therefore, dropping only the unused inodes may not be
-/// enough.
+/// An inode with cached pages stays in the guest's memory. Therefore, dropping only the unused inodes may not free
+/// enough memory.
 const PAGE_CACHE_WINDOW: Duration = Duration::from_secs(15);
 /// Memory counts as nearly exhausted if the unreclaimable memory is at most this many bytes below the limit.
 const MARGIN: u64 = 2 << 20;
@@ -47,7 +49,7 @@ pub fn start(location: Option<CgroupLocation>, agent: Agent, vmm: Vmm) {
         let memory = async {
             let Some(location) = &location else { return };
             match async { Watch::new(location)?.run(location, &guest).await }.await {
-                // The host does not account memory, or the cgroup has no memory controller.
+                // The host does not account for memory, or the cgroup does not have a memory controller.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => tracing::warn!(%error, "failed to watch the pod's memory on the host"),
                 Ok(()) => {}
@@ -89,7 +91,7 @@ impl Guest {
 /// Notifications of the kernel about reclaim in the cgroup.
 struct Watch {
     notices: AsyncFd<OwnedFd>,
-    /// cgroup v1 notifies as long as these files are open.
+    /// Open files of cgroup v1. The kernel sends notifications as long as these files are open.
     _levels: Vec<File>,
 }
 
@@ -105,8 +107,8 @@ impl Watch {
             CgroupLocation::V1(_) => {
                 let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
                 let mut levels = Vec::new();
-                // Also watches the parent, which is the pod's cgroup: the kernel reports reclaim to the cgroup whose
-                // limit causes it.
+                // Also watch the parent, which is the pod's cgroup, because the kernel reports a reclaim to the cgroup
+                // whose limit causes it.
                 for dir in dir.ancestors().take(2) {
                     let level = match File::open(dir.join("memory.pressure_level")) {
                         // A sandbox outside a pod may have no parent cgroup with this file.
@@ -152,7 +154,7 @@ impl Watch {
     }
 }
 
-/// Returns whether memory that the host's kernel cannot reclaim takes nearly all of the limit.
+/// Returns whether the memory that the host's kernel cannot reclaim has nearly reached the limit.
 fn is_nearly_exhausted(location: &CgroupLocation) -> bool {
     match (limits::reclaim_threshold(location), unreclaimable(location)) {
         (Some(limit), Some(unreclaimable)) => unreclaimable.saturating_add(MARGIN) >= limit,

@@ -1,7 +1,7 @@
 //! Resizes a running VM: one task that calls the VMM and the agent in turn.
 //!
-//! A request to grow is answered when the growing is complete: first the host's limit, then memory, then vCPUs. A
-//! request to shrink is answered at once. The guest gives memory back when it can, and the host's limit follows.
+//! A request to grow is answered when everything has grown: first the host's limits, then memory, then vCPUs. A request
+//! to shrink is answered at once. Later, when the guest has given memory back, the task lowers the host's memory limit.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -60,7 +60,7 @@ pub enum ResizeError {
     HugePages {
         /// Number of huge pages in the guest.
         count: u64,
-        /// Number that was requested.
+        /// Number of huge pages that was requested.
         wanted: u64,
     },
     /// The VM has ended.
@@ -73,8 +73,8 @@ pub enum ResizeError {
 pub struct Target {
     /// Size of the VM.
     pub size: Size,
-    /// Huge pages in MiB. They are never taken back, because a volume may use them and the node counts them as the
-    /// pod's.
+    /// Huge pages in MiB. Huge pages are never taken back from the guest, because a volume may use them, and the node
+    /// counts them as the pod's.
     pub huge_mib: u64,
     /// Limits on the host.
     pub host: HostLimits,
@@ -87,7 +87,7 @@ struct Job {
 
 /// Handle of the task that resizes the VM.
 pub struct Resizer {
-    /// Rules that turn containers' limits into a size.
+    /// Rules that compute the VM's size from the containers' limits.
     pub growth: Growth,
     jobs: mpsc::UnboundedSender<Job>,
 }
@@ -125,10 +125,10 @@ impl Resizer {
         let _ = self.jobs.send(Job { target, done: oneshot::channel().0 });
     }
 
-    /// Resizes the pod to `target`. Returns when everything that grows has grown.
+    /// Resizes the pod to `target`. Returns when all resources that have to grow have grown.
     ///
     /// # Errors
-    /// [`ResizeError`]. Resources that have grown before the error stay until the next target.
+    /// [`ResizeError`]. Resources that grew before the error keep their new size until the next target.
     pub async fn resize(&self, target: Target) -> Result<(), ResizeError> {
         let (done, wait) = oneshot::channel();
         self.jobs.send(Job { target, done }).map_err(|_| ResizeError::Gone)?;
@@ -152,7 +152,7 @@ struct ResizeTask {
     start: Size,
     /// Target that was requested last.
     current: Target,
-    /// Whether that target was reached. If not, the next request retries the target.
+    /// Whether the pod has reached `current`. Otherwise, the next request repeats the failed steps.
     complete: bool,
     slots: Slots,
     /// Maximum hot-plugged memory in MiB that the guest may have at this time.
@@ -213,7 +213,7 @@ impl ResizeTask {
         self.set_host_limits().await;
         if wanted_mib > previous_mib || (retry && wanted_mib > 0 && wanted_mib == previous_mib) {
             // The new request ends an earlier request that still waits in the VMM. The answer to the earlier request
-            // would not be the remaining memory.
+            // must be ignored, because it would not be the remaining memory.
             self.shrinking = None;
             self.grow_memory(PageKind::Ordinary, wanted_mib).await?;
         } else if wanted_mib < previous_mib {
@@ -281,7 +281,7 @@ impl ResizeTask {
     async fn grow_huge_pages(&mut self, wanted_mib: u64, previous_mib: u64) -> Result<(), ResizeError> {
         let more = wanted_mib.saturating_sub(previous_mib);
         match hugepages::free_mib() {
-            // Checks this first, because a guest that does not get all of the offered memory retries forever.
+            // Check the node's pool first, because a guest that does not get all of the offered memory retries forever.
             free_mib if free_mib < more => return Err(ResizeError::NodeHugePages { wanted_mib: more, free_mib }),
             _ => self.grow_memory(PageKind::Huge, wanted_mib).await?,
         }
@@ -300,8 +300,8 @@ impl ResizeTask {
         if online == u32::from(wanted) { Ok(()) } else { Err(ResizeError::Processors { online, wanted }) }
     }
 
-    /// Sets the host's limits for the memory that the guest may have now. Lowering a limit waits until memory is
-    /// reclaimed.
+    /// Sets the host's limits for the memory that the guest may have now. When a limit is lowered, waits until memory
+    /// is reclaimed.
     async fn set_host_limits(&mut self) {
         let Some((location, unit)) = self.cgroup.clone() else { return };
         let (limits, guest_mib) = (self.current.host.clone(), self.start.memory_mib.saturating_add(self.plugged_mib));

@@ -1,8 +1,8 @@
 //! Loads the AppArmor profiles of the node into the guest's kernel before a container is created.
 //!
-//! The kernel exports the policy that was loaded into it (security/apparmor/apparmorfs.c, `raw_data`, if built with
-//! CONFIG_SECURITY_APPARMOR_EXPORT_BINARY). Therefore, the guest enforces the same policy as the node, whatever the
-//! profile's origin.
+//! A kernel with CONFIG_SECURITY_APPARMOR_EXPORT_BINARY exports each policy that was loaded into it
+//! (security/apparmor/apparmorfs.c, `raw_data`). Therefore, the guest can enforce the same policy as the node, no
+//! matter where the profile comes from.
 
 use std::collections::HashMap;
 use std::fs;
@@ -21,7 +21,8 @@ use crate::vm::agent::{Agent, timeouts, within};
 const PROFILES: &str = "/sys/kernel/security/apparmor/policy/profiles";
 /// Profile name of a container that is not confined.
 const UNCONFINED: &str = "unconfined";
-/// Maximum size of a policy in bytes. The agent does not accept a longer message. A typical policy has about 10 KiB.
+/// Maximum size of a policy in bytes, because the agent does not accept a longer message. A typical policy has about 10
+/// KiB.
 const MAX_POLICY: u64 = 3 << 20;
 
 /// Profiles that the guest has loaded, with a digest of each policy.
@@ -90,13 +91,13 @@ impl Sandbox {
     }
 }
 
-/// Reads the policy that contained `profile` when it was loaded. Blocks.
+/// Reads the policy blob from which the kernel loaded `profile`. Blocks.
 fn policy(profiles: &Path, profile: &str) -> Result<Vec<u8>, AppArmorError> {
     // A child profile or hat is loaded together with its parent.
     let parent = profile.split_once("//").map_or(profile, |(parent, _)| parent);
     let missing = || AppArmorError::Missing(profile.to_owned());
-    // A directory's name is the profile name, reduced to plain characters, with a number appended. The file `name`
-    // contains the full name.
+    // A directory's name consists of the plain characters of the profile's name, and a number. The file `name` contains
+    // the profile's full name.
     let entries = fs::read_dir(profiles).map_err(|_| missing())?;
     let name_matches = |dir: &Path| fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim_end() == parent);
     let found = entries.flatten().map(|entry| entry.path()).find(|dir| may_match(dir, parent) && name_matches(dir));

@@ -1,4 +1,4 @@
-//! Boots a guest: the calls to the VMM and the agent, in order, until the agent accepts containers.
+//! Boots a guest: calls the VMM and the agent in order, until the agent accepts containers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -28,7 +28,7 @@ use crate::vm::console;
 use crate::vm::console::LogTail;
 use crate::vm::vmm::{Vmm, VmmError};
 
-/// Number of spare slots at boot. Hot-plugged disks and interfaces use them.
+/// Number of spare slots at boot. Hot-plugged disks and interfaces use these slots.
 const SPARE_SLOTS: u8 = 5;
 /// Mount option with the size of the pod's shared memory, as containerd's CRI sets it.
 const SHM_SIZE: &str = "size=65536k";
@@ -181,8 +181,8 @@ pub async fn boot(
             Ok(agent)
         }
         Ok(Err(error)) => {
-            // If the guest has ended, its end is the cause of any other error. Waits for the VMM's end, so that the
-            // console is complete.
+            // If the guest has ended, its end is the cause of any other error. Wait for the VMM's end, because the
+            // console is complete only then.
             let ended = matches!(error, BootError::Ended { .. })
                 || matches!(error, BootError::Vmm { source: VmmError::Gone, .. });
             if ended || progress.borrow().ended.is_some() {
@@ -312,8 +312,8 @@ fn watch_notices(mut notices: mpsc::UnboundedReceiver<Notice>, timeline: Arc<Tim
                         ExitReason::Stopped => "the VM was stopped".to_owned(),
                         ExitReason::Failed(why) => format!("the VM failed: {}", console::clean(&why)),
                     };
-                    // Logs a warning, because this end is unexpected. The shim ends a VM with SIGKILL, after which the
-                    // VMM cannot send a notice.
+                    // Log a warning, because the shim has not ended this VM: the shim uses SIGKILL, after which the VMM
+                    // cannot send a notice.
                     tracing::warn!(reason, "the guest ended");
                     update.send_modify(|p| p.ended = Some(reason));
                 }
@@ -337,7 +337,7 @@ fn name(step: BootStep) -> &'static str {
     }
 }
 
-/// Copies the lines of a pipe to the log and to the tail.
+/// Copies the lines from a pipe to the log and to `tail`.
 pub fn log_lines(pipe: OwnedFd, from: &'static str, tail: LogTail) {
     let pipe = match pipe::Receiver::from_owned_fd(pipe) {
         Ok(pipe) => pipe,

@@ -93,7 +93,8 @@ impl Sandbox {
 
     /// Tells the guest to write its dirty pages to its disks, if it has disks. Waits for at most ten seconds.
     ///
-    /// Otherwise, the data would be lost. Under runc, it would be in the node's page cache, and would survive the pod.
+    /// Without this call, data in the guest's page cache would be lost. Under runc, such data is in the node's page
+    /// cache, and survives the pod.
     pub async fn flush_disks(&self) {
         let some = lock(&self.disks).values().any(|plug| plug.slot.initialized());
         let agent = self.agent().filter(|_| some && !self.is_dead());
@@ -102,7 +103,7 @@ impl Sandbox {
             Ok(_) => tracing::debug!("flushed the guest's disks"),
             Err(_) if self.is_dead() => {}
             Err(error) => {
-                tracing::warn!(%error, "failed to flush the guest's disks: the last writes may be lost");
+                tracing::warn!(%error, "failed to flush the guest's disks; the last writes may be lost");
             }
         }
     }
@@ -135,14 +136,14 @@ async fn find_in_guest(agent: &Agent, slot: u32) -> Result<DeviceNumbers, DiskEr
 /// Opens a block device by its number. Blocks.
 fn open(disk: Disk) -> io::Result<File> {
     let Disk { major, minor, read_only } = disk;
-    // The kernel gives the name of the device's node in /dev (Linux, Documentation/ABI/testing/sysfs-dev).
+    // `uevent` contains the name of the device's node in /dev (Linux, Documentation/ABI/testing/sysfs-dev).
     let uevent = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=")).ok_or(io::ErrorKind::NotFound)?;
     let path: PathBuf = ["/dev", name].iter().collect();
     let file = File::options().read(true).write(!read_only).open(path)?;
     let meta = file.metadata()?;
     let number = libc::makedev(major, minor);
-    // The node in /dev may be another device, which the container must not get.
+    // The file in /dev may be a node of another device, which the container must not get.
     if meta.file_type().is_block_device() && meta.rdev() == number {
         Ok(file)
     } else {

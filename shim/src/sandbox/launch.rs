@@ -31,7 +31,7 @@ pub struct LaunchContext {
     pub namespace: String,
     /// The sandbox's id.
     pub sandbox: String,
-    /// Whether to log at debug level, whatever the configuration sets.
+    /// Whether to log at debug level, even if the configuration sets another level.
     pub debug: bool,
     /// The sandbox's state directory.
     pub dir: StateDir,
@@ -43,7 +43,7 @@ pub struct LaunchContext {
 pub struct DeferredLaunch {
     /// The sandbox.
     pub context: LaunchContext,
-    /// The guest's view of the share, or the error of preparing it.
+    /// The guest's view of the share, or the error of preparing the share.
     pub share: Result<PathBuf, String>,
     /// The bundle directory.
     pub dir: PathBuf,
@@ -56,8 +56,8 @@ impl DeferredLaunch {
     /// spawned it.
     ///
     /// # Errors
-    /// If the share or the specification cannot be used. The text is the chain of causes. The sandbox itself reports
-    /// later failures.
+    /// If the share or the specification cannot be used. The text contains the error and its causes. The sandbox itself
+    /// reports later failures.
     pub async fn launch(self, spec: serde_json::Value, sandbox: &Sandbox) -> Result<(), String> {
         let Self { context, share, dir, reports } = self;
         let share = share?;
@@ -73,8 +73,8 @@ impl DeferredLaunch {
         let mut partial = PartialLaunch::default();
         let spawned = cgroup.and_then(|cgroup| partial.spawn(&context, &bundle.spec, cgroup));
         let (done, wait) = oneshot::channel();
-        // Uses a separate thread, because it enters the pod's network namespace. If it cannot leave the namespace
-        // again, it must end.
+        // Use a separate thread, because a launch enters the pod's network namespace. A thread that cannot leave this
+        // namespace must end.
         let thread = std::thread::Builder::new().name("launch".into()).spawn(move || {
             let plan = spawned.and_then(|network| partial.plan(&context, &bundle, &share, network));
             let _ = done.send(partial.finish(plan));
@@ -88,7 +88,7 @@ impl DeferredLaunch {
     }
 }
 
-/// The resources that a launch has acquired so far. They are kept even if a later step fails.
+/// The resources that a launch has acquired so far. The sandbox keeps these resources even if a later step fails.
 #[derive(Default)]
 struct PartialLaunch {
     cgroup: Option<Cgroup>,
@@ -153,9 +153,9 @@ impl PartialLaunch {
             vhost: config.vhost_net,
         };
         let network = match &network {
-            // CNI sets up a new namespace later: in hooks, or between Create and Start. `ctr run --cni` does the
-            // latter. containerd 1.7 also does the latter for pods with a user namespace, because the user namespace
-            // must own the network namespace (pkg/cri/server/sandbox_run.go).
+            // CNI sets up a new namespace later: in hooks, or between Create and Start. `ctr run --cni` runs CNI
+            // between Create and Start. containerd 1.7 does the same for pods with a user namespace, because the user
+            // namespace must own the network namespace (pkg/cri/server/sandbox_run.go).
             Network::New => match &self.vmm {
                 Some(vmm) => network::watch_new(
                     &PathBuf::from(format!("/proc/{}/ns/net", vmm.pid)),
@@ -213,7 +213,7 @@ pub fn hostname(name: &str) -> String {
 /// Records a process in the sandbox's state directory.
 ///
 /// # Errors
-/// If the process has ended, or the file cannot be written. The text is the chain of causes.
+/// If the process has ended, or the file cannot be written. The text contains the error and its causes.
 pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String> {
     let process =
         ProcessId::read(pid).ok_or_else(|| format!("failed to record process {pid}: it has already ended"))?;
@@ -222,9 +222,10 @@ pub fn record_process(dir: &StateDir, name: &str, pid: u32) -> Result<(), String
 
 /// Moves this process into the cgroup that the specification names.
 ///
-/// If that fails, the sandbox does not start. It would run without limits, and containerd's cgroup would account for
-/// it. runc does the same, even if it is rootless (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does
-/// not name a cgroup, as with containerd's `disable_cgroup`, the process stays in its cgroup.
+/// If this move fails, the sandbox does not start. Otherwise, the sandbox would run without limits, and its resource
+/// usage would count for containerd's cgroup. runc, even rootless runc, also fails in this case
+/// (libcontainer/cgroups/fs2/fs2.go, Apply). If the specification does not name a cgroup, as with containerd's
+/// `disable_cgroup`, the process stays in its cgroup.
 fn enter_cgroup(context: &LaunchContext, path: &str) -> Result<Option<Cgroup>, String> {
     if path.is_empty() {
         return Ok(None);

@@ -38,7 +38,7 @@ pub struct LaunchInput {
     pub cgroup: Option<Cgroup>,
     /// The VMM process, if it could be started.
     pub vmm: Option<Spawned>,
-    /// The plan of the boot, or the error of preparing it.
+    /// The plan of the boot, or the error of preparing the plan.
     pub plan: Result<BootPlan, String>,
     /// File to which the timeline is appended when the sandbox ends.
     pub timeline_log: PathBuf,
@@ -60,7 +60,8 @@ pub struct Sandbox {
     network_sync: Arc<OnceLock<NetworkSync>>,
 }
 
-/// The resources that a launch has acquired. All are acquired before the guest boots, and are kept if the boot fails.
+/// The resources that a launch has acquired. A launch acquires all of them before the guest boots, and keeps them if
+/// the boot fails.
 struct Launched {
     cgroup: Option<Cgroup>,
     vmm: Option<Vmm>,
@@ -190,7 +191,8 @@ impl Sandbox {
 
     /// Returns the huge pages that the node and the pod's cgroup allow for the whole pod, in MiB.
     pub fn huge_mib(&self) -> u64 {
-        // This runs for every container. Most nodes do not have huge pages. On these nodes, the cgroup is not read.
+        // Do not read the cgroup on a node without huge pages. Most nodes do not have huge pages, but this function
+        // runs for every container.
         match (hugepages::pool_mib(), self.cgroup()) {
             (pool_mib @ 1.., Some(cgroup)) => limits::huge_mib(cgroup.location()).min(pool_mib),
             _ => 0,
@@ -240,7 +242,8 @@ impl Sandbox {
     /// Waits until the agent accepts containers.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. Several callers can share the text, which is the chain of causes.
+    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. It is an `Arc`, so that
+    /// several callers can share it.
     pub async fn ready(&self) -> Result<Agent, Arc<str>> {
         self.state.wait_running().await
     }
@@ -253,7 +256,7 @@ impl Sandbox {
     /// Waits until the guest has the network configuration that the host has now.
     ///
     /// # Errors
-    /// If the guest does not get the changes. The text is the chain of causes.
+    /// If the guest does not get the changes. The text contains the error and its causes.
     pub async fn settle_network(&self) -> Result<(), String> {
         match self.network_sync.get() {
             Some(network_sync) => network_sync.settle().await,
@@ -300,7 +303,7 @@ impl Sandbox {
         self.log_tail.console_tail()
     }
 
-    /// Flushes the guest's disks and kills the VM. [`Sandbox::tear_down`] waits for its end.
+    /// Flushes the guest's disks and kills the VM. Does not wait for the VM's end, but [`Sandbox::tear_down`] does.
     pub async fn end(&self) {
         self.flush_disks().await;
         self.kill();

@@ -26,7 +26,8 @@ pub struct StateDir {
     path: PathBuf,
 }
 
-/// A process, identified by PID and start time. The start time tells it from another process that reuses the PID.
+/// A process, identified by PID and start time. The start time distinguishes the process from another process that
+/// reuses the PID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessId {
     /// PID.
@@ -82,7 +83,7 @@ impl StateDir {
     /// # Errors
     /// [`StateError`] with the path that could not be created.
     pub fn create(&self) -> Result<Share, StateError> {
-        // Retries once, because the shim of another sandbox in this namespace may be removing the parent directory.
+        // Retry once, because the shim of another sandbox in this namespace may be removing the parent directory.
         let make = || std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.path);
         make().or_else(|_| make()).map_err(|source| StateError::Create { path: self.path.clone(), source })?;
         Share::mount(&self.path).map_err(StateError::Share)
@@ -161,10 +162,12 @@ impl StateDir {
         self.remove();
     }
 
-    /// Unmounts the share and removes the directory. Also removes the namespace's directory if it is then empty.
+    /// Unmounts the share and removes the directory. Also removes the namespace's directory, if that directory is then
+    /// empty.
     pub fn remove(&self) {
         Share { host: self.path.join("share"), guest: self.path.join("guest") }.unmount();
-        // Removes only known files, never recursively, because a file system may still be mounted below the directory.
+        // Remove only known files, and never recursively, because a file system may still be mounted below the
+        // directory.
         for name in ["vmm.pid", "shim.pid", "cgroup", "unit", "address", "timeline.json", RECORD, RECORD_NEW]
             .iter()
             .chain(&crate::pod::FILES)
@@ -192,8 +195,8 @@ impl ProcessId {
     /// Kills the process if the PID still belongs to it, and waits for its end.
     pub fn kill_and_wait(self) {
         let Ok(fd) = pidfd::open(self.pid) else { return };
-        // The pidfd refers to one process. If the start time matches now, the PID had not been reused when the pidfd
-        // was opened. Therefore, the pidfd refers to the recorded process.
+        // A pidfd always refers to the same process. If the start time still matches now, the PID had not been reused
+        // when the pidfd was opened. Therefore, the pidfd refers to the recorded process.
         if Self::read(self.pid.cast_unsigned()) != Some(self) {
             return;
         }

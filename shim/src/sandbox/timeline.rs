@@ -1,4 +1,4 @@
-//! Timeline of a sandbox's start, with steps of the shim and the VMM. Saved in the sandbox's directory.
+//! Timeline of a sandbox's start, with steps of the shim and the VMM. The timeline is saved in the sandbox's directory.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use nix::time::ClockId;
 
 use crate::lock;
 
-/// Maximum number of steps. It bounds the shim's memory in a pod with many containers.
+/// Maximum number of steps. The maximum bounds the shim's memory in a pod with many containers.
 const MAX_STEPS: usize = 256;
 
-/// A timeline that several threads add steps to.
+/// A timeline to which several threads add steps.
 #[derive(Debug)]
 pub struct Timeline {
     record: Mutex<Record>,
@@ -71,7 +71,7 @@ impl Timeline {
             return;
         }
         let written = record.to_line().map_err(std::io::Error::other).and_then(|line| {
-            // Writes the line with a single write, so that lines of several shims do not mix.
+            // Write the line with a single write(2), so that lines of several shims do not interleave.
             std::fs::OpenOptions::new().create(true).append(true).open(log)?.write_all(line.as_bytes())
         });
         if let Err(error) = written {

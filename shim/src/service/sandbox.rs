@@ -24,7 +24,7 @@ use crate::pod;
 use crate::resources::cgroup::CgroupLocation;
 use crate::resources::cgroup_v1_metrics;
 
-/// The CRI's names of the states. containerd passes them on unchanged.
+/// The CRI's names of sandbox states. containerd passes these names on unchanged.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
 
@@ -161,8 +161,8 @@ impl Sandbox for Handler {
 
     /// Returns the resource usage of the pod's cgroup on the host.
     ///
-    /// CPU time and memory are those of the VMM and the shim. `pids` counts the threads of the VMM and the shim, not
-    /// the processes in the guest.
+    /// The CPU time and memory are what the VMM and the shim use. `pids` counts the threads of the VMM and the shim,
+    /// not the processes in the guest.
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,

@@ -191,7 +191,8 @@ impl Task for Handler {
         let process = container.process(&request.exec_id)?;
         match process.state() {
             State::Stopped | State::Deleted => return Err(ServiceError::Resize.into()),
-            // The agent does not know the exec yet. runc's shim has no terminal to resize at that point either.
+            // Ignore the request, because the agent does not know the exec yet. At this point, runc's shim does not
+            // have a terminal to resize either.
             State::Created | State::Starting if !process.exec.is_empty() => return Ok(Empty::new()),
             _ => {}
         }
@@ -269,7 +270,7 @@ impl Task for Handler {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // If the sandbox controller created the sandbox, this request does not end it. Only ShutdownSandbox does.
+        // If the sandbox controller created the sandbox, only ShutdownSandbox ends the sandbox.
         if self.shim.containers.is_empty() && !self.shim.sandbox_state.is_created() {
             self.shim.finish().await;
         }

@@ -1,8 +1,9 @@
 //! Copies between a stream to the guest and containerd's end of it.
 //!
 //! Large amounts are moved between a socket and a pipe with splice(2), without a copy through this process. Small
-//! amounts are read and written, because each spliced fragment occupies one of the pipe's few buffers, however short it
-//! is. Otherwise, a container whose output nobody reads would block after a few lines instead of after 64 KiB.
+//! amounts are read and written, because each spliced fragment occupies one of the pipe's few buffers, even if the
+//! fragment is short. With splice(2) alone, a container whose output nobody reads would block after a few lines instead
+//! of after 64 KiB.
 
 use std::{
     fs::File,
@@ -41,7 +42,7 @@ pub enum Sink {
 
 /// Result of a non-blocking splice.
 enum Spliced {
-    /// This many bytes were moved.
+    /// Number of bytes that were moved.
     Bytes(usize),
     /// The source is at its end.
     End,
@@ -53,7 +54,7 @@ enum Spliced {
 
 /// Copies the guest's output until the output ends.
 ///
-/// After a write error the output is still read and discarded, so that the container does not block on a dead logger.
+/// After a write error, the output is still read, but discarded, so that the container does not block on a dead logger.
 pub async fn output(stream: &UnixStream, sink: Sink, copied: &AtomicU64) {
     let result = match sink {
         Sink::Pipe(pipe) => to_pipe(stream, &pipe, copied).await,
@@ -73,7 +74,7 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
                 Ok(0) => return Ok(()),
                 Ok(count) => write_all(pipe, buffer.get(..count).unwrap_or_default(), copied).await?,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The guest has ended, and its output with it.
+                // The guest has ended. Therefore, its output has ended.
                 Err(_) => return Ok(()),
             }
             continue;
@@ -91,7 +92,7 @@ async fn to_pipe(stream: &UnixStream, pipe: &AsyncFd<OwnedFd>, copied: &AtomicU6
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        // While both sides are ready, the loop never waits. Therefore, it yields, so that other tasks can run.
+        // Yield so that other tasks can run, because the loop does not wait while both sides are ready.
         tokio::task::yield_now().await;
     }
 }
@@ -124,8 +125,9 @@ async fn from_pipe(fifo: &AsyncFd<OwnedFd>, stream: &UnixStream) -> io::Result<(
 
 /// Splices once.
 ///
-/// EAGAIN does not tell which side would block, and waiting for the wrong one could take forever. Both sides are
-/// therefore polled. Returns `WouldBlock` if the socket is not ready, and [`Spliced::PipeNotReady`] if the pipe is not.
+/// EAGAIN does not tell which side would block, and waiting for the wrong side could take forever. Therefore, both
+/// sides are polled. Returns `WouldBlock` if the socket is not ready, and [`Spliced::PipeNotReady`] if the pipe is not
+/// ready.
 fn try_splice(
     from: BorrowedFd<'_>,
     to: BorrowedFd<'_>,
@@ -163,7 +165,8 @@ async fn write_all(pipe: &AsyncFd<OwnedFd>, mut bytes: &[u8], copied: &AtomicU64
     Ok(())
 }
 
-/// Copies to a file. A write to a file blocks instead of returning EAGAIN, so it runs in the runtime's blocking pool.
+/// Copies to a file. Writes run in the runtime's blocking pool, because a write to a file blocks instead of returning
+/// EAGAIN.
 async fn to_file(stream: &UnixStream, file: Arc<File>, copied: &AtomicU64) -> io::Result<()> {
     let mut buffer = vec![0; SPLICE_MAX];
     loop {

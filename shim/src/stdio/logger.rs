@@ -1,7 +1,8 @@
 //! `binary://` loggers: programs that read a container's output.
 //!
-//! In containerd's protocol the logger gets CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
-//! container's stdout and fd 4 its stderr. Fd 5 is a pipe, which the logger closes or writes to when it is ready.
+//! In containerd's protocol, the logger gets CONTAINER_ID and CONTAINER_NAMESPACE in its environment. Fd 3 is the
+//! container's stdout, and fd 4 is its stderr. Fd 5 is the write end of a pipe. When the logger is ready, it closes fd
+//! 5 or writes to it.
 
 use std::{
     io,
@@ -31,12 +32,14 @@ use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to process its last input and end, after its input has ended. Then, it gets SIGTERM.
+/// Timeout for a logger to process its last input and end, after its input has ended. After this timeout, the logger
+/// gets SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to end after SIGTERM. Then, it gets SIGKILL.
+/// Timeout for a logger to end after SIGTERM. After this timeout, the logger gets SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Handle to a running logger. After the handle is dropped, a logger that does not end is terminated after a timeout.
+/// Handle to a running logger. If the logger has not ended within a timeout after the handle is dropped, the logger is
+/// terminated.
 #[derive(Debug)]
 pub struct LoggerHandle {
     _released: oneshot::Sender<()>,
@@ -70,7 +73,7 @@ pub async fn start(
         loop {
             let mut guard = ready.readable().await?;
             let read = |fd: BorrowedFd<'_>| Ok(nix::unistd::read(fd, &mut [0])?);
-            // As with containerd, a byte or the end of the pipe says that the logger is ready.
+            // In containerd's protocol, a byte or the end of the pipe means that the logger is ready.
             if let Ok(result) = guard.try_io(|fd| read(fd.as_fd())) {
                 return result;
             }
@@ -84,7 +87,7 @@ pub async fn start(
 }
 
 fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[OwnedFd; 3]) -> io::Result<Child> {
-    // Duplicates the fds to numbers above 5, so that dup2 to 3, 4 and 5 cannot overwrite one of them.
+    // Duplicate the fds to numbers above 5, so that dup2(2) to 3, 4 and 5 cannot overwrite one of these fds.
     let copy = |fd: &OwnedFd| -> io::Result<OwnedFd> {
         let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(16))?;
         // SAFETY: the kernel has just created this fd, and nothing else owns it.
@@ -104,14 +107,15 @@ fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[Owne
     let numbers = copies.each_ref().map(AsRawFd::as_raw_fd);
     let dup_fds = move || {
         for (from, to) in numbers.iter().zip(3..) {
-            // SAFETY: dup2 takes two numbers and is async-signal-safe; `from` stays open until exec.
+            // SAFETY: dup2 takes two numbers and is async-signal-safe. `from` stays open until exec.
             if unsafe { libc::dup2(*from, to) } < 0 {
                 return Err(io::Error::last_os_error());
             }
         }
         Ok(())
     };
-    // SAFETY: between fork and exec, `dup_fds` only calls dup2, which is async-signal-safe, and allocates nothing.
+    // SAFETY: between fork and exec, `dup_fds` calls only dup2, which is async-signal-safe. `dup_fds` does not allocate
+    // memory.
     unsafe { command.pre_exec(dup_fds) };
     command.spawn()
 }
@@ -119,11 +123,12 @@ fn spawn(path: &Path, args: &[String], context: &LoggerContext<'_>, ends: &[Owne
 /// Opens a pidfd, which becomes readable when the child ends.
 fn pidfd(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
     let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
-    // The child is not reaped yet, so the PID cannot belong to another process.
+    // The PID cannot belong to another process, because the child has not been reaped yet.
     register(pidfd::open(pid)?, Interest::READABLE)
 }
 
-/// Reaps the logger when it ends. If it does not end after the release, sends SIGTERM, and later SIGKILL.
+/// Reaps the logger when it ends. If the logger does not end after the handle is dropped, sends SIGTERM, and later
+/// SIGKILL.
 async fn supervise(path: PathBuf, mut child: Child, pidfd: AsyncFd<OwnedFd>, release: oneshot::Receiver<()>) {
     let ended = async || {
         let _ = pidfd.readable().await;

@@ -38,7 +38,7 @@ pub struct Paths {
     pub terminal: bool,
 }
 
-/// The container that a logger logs for.
+/// The container whose output a logger gets.
 #[derive(Debug, Clone, Copy)]
 pub struct LoggerContext<'a> {
     /// The container's id.

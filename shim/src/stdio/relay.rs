@@ -28,7 +28,7 @@ pub struct Relay {
     /// Bytes of output copied so far.
     copied: Arc<AtomicU64>,
     write_end: Mutex<Option<OwnedFd>>,
-    /// Must be the last field, because fields are dropped in order. The logger's input must end before its handle is
+    /// Must be the last field. Fields are dropped in order, and the logger's input must end before its handle is
     /// dropped.
     _logger: Option<LoggerHandle>,
 }
@@ -85,8 +85,8 @@ impl Relay {
 
     /// Waits until all output is copied, or no byte was copied for the duration of `quiet`.
     ///
-    /// Without the second condition, it could wait forever. For example, a process may keep the guest's end open, or
-    /// the fifo may not have a reader.
+    /// Without the second condition, this function could wait forever. For example, a process may keep the guest's end
+    /// open, or the fifo may not have a reader.
     pub async fn drain(&self, quiet: Duration) {
         let mut open = self.open.clone();
         loop {

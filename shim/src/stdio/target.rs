@@ -1,7 +1,8 @@
 //! Opens containerd's ends of the streams.
 //!
-//! As in runc's shim, both ends of an output fifo stay open here. Therefore, a client can disconnect and reconnect: the
-//! container neither gets SIGPIPE nor loses output. The write end of the stdin fifo also stays open, until `CloseIO`.
+//! As in runc's shim, the shim keeps both ends of an output fifo open. Therefore, when a client disconnects and
+//! reconnects, the container neither gets SIGPIPE nor loses output. The shim also keeps the write end of the stdin fifo
+//! open, until `CloseIO`.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -46,7 +47,7 @@ pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, S
     };
     let stderr_path = if paths.terminal { "" } else { paths.stderr.as_str() };
     let (stdout, stderr, logger) = match Target::parse(&paths.stdout, "stdout")? {
-        // The logger gets both streams, whatever the request names for stderr.
+        // The logger gets both streams, even if the request names another target for stderr.
         Some(Target::Binary { path, args }) => {
             let (stdout, stderr, handle) = logger::start(&path, &args, context).await?;
             let stderr = (!paths.terminal).then_some(Output::Pipe(stderr));
@@ -57,7 +58,7 @@ pub async fn open(paths: &Paths, context: &LoggerContext<'_>) -> Result<Stdio, S
             let stderr = match Target::parse(stderr_path, "stderr")? {
                 _ if paths.terminal => None,
                 Some(Target::File(other)) if other != path => Some(file(&other, true, "stderr")?),
-                // Uses one open file for both streams, so that lines keep their order.
+                // Use one open file for both streams, so that lines keep their order.
                 _ => Some(Output::File(Arc::clone(&stdout_file(&stdout, &path)?))),
             };
             (Some(stdout), stderr, None::<LoggerHandle>)
@@ -152,8 +153,8 @@ fn decode(text: &str, query: bool) -> Option<String> {
 fn input(path: &Path) -> Result<Input, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream: "stdin", path: path.into(), source: source.into() };
     let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    // Opens the read end first, because that does not need a writer. Opening the write end needs a reader, which now
-    // exists.
+    // Open the read end first, because opening the read end does not need a writer, but opening the write end needs a
+    // reader.
     let fifo = open_fd(path, OFlag::O_RDONLY | flags, Mode::empty()).map_err(fail)?;
     if !is_fifo(&fifo).map_err(fail)? {
         return Err(StdioError::NotFifo { stream: "stdin", path: path.into() });
@@ -164,7 +165,7 @@ fn input(path: &Path) -> Result<Input, StdioError> {
 
 fn output(path: &Path, stream: &'static str) -> Result<Output, StdioError> {
     let fail = |source: nix::Error| StdioError::Open { stream, path: path.into(), source: source.into() };
-    // Opens one fd for both ends, so that opening does not need a reader.
+    // Open one fd for both ends, so that opening the fifo does not need a reader.
     let fd = open_fd(path, OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).map_err(fail)?;
     if is_fifo(&fd).map_err(fail)? {
         return Ok(Output::Pipe(fd));
@@ -176,7 +177,8 @@ fn is_fifo(fd: &OwnedFd) -> nix::Result<bool> {
     Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO)
 }
 
-/// Opens a file for appending. With `truncate`, creates or truncates it first, as containerd does for a `file://` URI.
+/// Opens a file for appending. If `truncate` is true, first creates or truncates the file, as containerd does for a
+/// `file://` URI.
 fn file(path: &Path, truncate: bool, stream: &'static str) -> Result<Output, StdioError> {
     let fail = |source| StdioError::Open { stream, path: path.into(), source };
     if truncate {

@@ -1,4 +1,5 @@
-//! Tests of whole streams: real fifos, files and loggers on one side, a socket pair instead of vsock on the other.
+//! Tests of whole streams. containerd's ends are real fifos, files and loggers. The guest's end is a socket pair
+//! instead of vsock.
 
 use std::{
     fs::{self, OpenOptions},
@@ -23,7 +24,7 @@ fn fifo(dir: &Path, name: &str) -> String {
     path.to_str().unwrap().into()
 }
 
-/// Returns bytes in a pattern that does not repeat after a page or after a buffer.
+/// Returns bytes in a pattern whose period is neither the size of a page nor the size of a buffer.
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n % 251) as u8 ^ (n / 65_521) as u8).collect()
 }
@@ -77,7 +78,7 @@ async fn stdin_of_64_mib_is_complete_and_ends_with_close_io() {
     let (half, rest) = bytes.split_at(32 * MIB + 7);
     let (first, second, path) = (half.to_vec(), rest.to_vec(), paths.stdin.clone());
     let writer = std::thread::spawn(move || {
-        // One client disconnects and another one connects: stdin does not end between them.
+        // One client disconnects before another client connects. Stdin must not end in between.
         for part in [first, second] {
             OpenOptions::new().write(true).open(&path).unwrap().write_all(&part).unwrap();
         }
@@ -129,7 +130,7 @@ async fn many_short_lines_fit_into_a_fifo_without_a_reader() {
     }
     drop(guest);
     let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdout).unwrap();
-    // Everything is in the fifo, so draining ends before its timeout.
+    // Draining ends before its timeout, because all output is in the fifo.
     tokio::time::timeout(LONG, relay.drain(LONG)).await.unwrap();
     drop(relay);
     let mut received = Vec::new();

@@ -1,6 +1,7 @@
 //! A D-Bus connection to systemd over a Unix socket, for a few calls in sequence.
 //!
-//! Calls block, but at most until the connection's deadline. Do not use a connection in a thread of an async runtime.
+//! Calls block until the connection's deadline at the latest. Therefore, do not use a connection in a thread of an
+//! async runtime.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -93,14 +94,14 @@ impl Connection {
     /// Authenticates with the socket's credentials ("Authentication Protocol", EXTERNAL).
     ///
     /// Sends everything in one write, as libsystemd does. Otherwise, systemd could read `BEGIN` together with the first
-    /// message. In this case, it does not process the message until more data arrives
+    /// message. In this case, systemd would not process the message until more data arrives
     /// (libsystemd/sd-bus/bus-socket.c).
     fn authenticate(&mut self) -> Result<(), CallError> {
         let user = nix::unistd::geteuid().to_string();
         let hex: String = user.bytes().map(|digit| format!("{digit:02x}")).collect();
         self.write(format!("\0AUTH EXTERNAL {hex}\r\nBEGIN\r\n").as_bytes())?;
         let mut line = Vec::new();
-        // Does not read beyond the line, because messages follow.
+        // Do not read beyond the line, because messages follow the line.
         while !line.ends_with(b"\r\n") {
             let mut byte = [0];
             self.read(&mut byte)?;
@@ -138,7 +139,7 @@ impl Connection {
     /// Calls a method that starts a job, and waits until the job ends.
     ///
     /// # Errors
-    /// [`CallError::Job`] if the job's result is not `done`. The errors of [`Connection::call`] also occur.
+    /// [`CallError::Job`] if the job's result is not `done`. The errors of [`Connection::call`] are also possible.
     pub fn run_job(&mut self, unit: &str, member: &str, signature: &str, body: Body) -> Result<(), CallError> {
         let body = self.call(member, signature, body)?;
         let job = Reader::new(&body).text()?.to_owned();
@@ -206,8 +207,8 @@ impl Connection {
 
 /// Connects to systemd's socket, and waits while systemd re-executes itself.
 ///
-/// During that time, connections are refused. When systemd listens again, it touches the new socket. This wakes clients
-/// that wait with inotify (src/core/dbus.c, bus_init_private).
+/// While systemd re-executes itself, connections are refused. When systemd listens again, it updates the time stamps of
+/// the new socket. This wakes clients that wait with inotify (src/core/dbus.c, bus_init_private).
 fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let refused = |result: &io::Result<_>| {
         result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused)
@@ -268,7 +269,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         std::fs::remove_file(&path).unwrap();
         let listener = UnixListener::bind(&path).unwrap();
-        // Changes the attributes of the socket, as systemd does by touching it.
+        // Change the attributes of the socket, as systemd does by updating its time stamps.
         nix::unistd::chown(&path, Some(nix::unistd::geteuid()), None).unwrap();
         waiting.join().unwrap().unwrap();
         drop(listener);

@@ -36,7 +36,7 @@ pub struct Call<'a> {
     pub interface: &'a str,
     /// Method.
     pub member: &'a str,
-    /// Bus name of the receiver. Ignored on a connection without a message bus.
+    /// Bus name of the receiver. systemd ignores this name on a connection without a message bus.
     pub destination: &'a str,
     /// Signature of the arguments.
     pub signature: &'a str,
@@ -74,7 +74,7 @@ pub enum Received {
         /// Its encoded arguments.
         body: Vec<u8>,
     },
-    /// Any other message, such as a method call. It is ignored.
+    /// Any other message, such as a method call. Such a message is ignored.
     Other,
 }
 

@@ -1,6 +1,6 @@
-//! systemd scopes. A `cgroupsPath` of the form `slice:prefix:name` requests a scope, for example if the kubelet's
-//! cgroup driver is "systemd". The requests are those of runc (libcontainer/cgroups/systemd). They are sent through the
-//! private socket that systemctl uses.
+//! Starts, changes and stops systemd scopes. A `cgroupsPath` of the form `slice:prefix:name` requests a scope, for
+//! example if the kubelet's cgroup driver is "systemd". The shim sends the same requests as runc
+//! (libcontainer/cgroups/systemd), through the private socket that systemctl uses.
 
 mod connection;
 mod message;
@@ -14,7 +14,8 @@ use message::Body;
 pub use connection::CallError;
 pub use message::{Property, Value};
 
-/// systemd's private socket, which only root can use. It works without a message bus and without the bus's limits.
+/// systemd's private socket, which only root can use. This socket does not need a message bus, and the limits of a bus
+/// do not apply.
 const SOCKET: &str = "/run/systemd/private";
 /// Timeout for starting a scope, as in runc.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -53,7 +54,7 @@ pub enum UnitError {
         #[source]
         source: CallError,
     },
-    /// Properties cannot be set. They keep their old values.
+    /// Properties cannot be set, and keep their old values.
     #[error("failed to set properties of systemd unit {unit}")]
     Set {
         /// The scope.
@@ -74,7 +75,7 @@ pub enum UnitError {
 }
 
 impl Scope {
-    /// Starts the scope and moves the process `pid` into it. Blocks until both are done.
+    /// Starts the scope and moves the process `pid` into the scope. Blocks until the process has been moved.
     ///
     /// # Errors
     /// [`UnitError::Start`], for example if a scope of that name exists and has not failed.
@@ -139,10 +140,10 @@ impl Unit {
         &self.0
     }
 
-    /// Sets runtime properties, which last until the next boot. Blocks.
+    /// Sets runtime properties, which are valid until the next boot of the node. Blocks.
     ///
-    /// systemd writes the properties to the cgroup now. It does so again whenever it rewrites the same controller's
-    /// attributes, for example after `systemctl set-property`.
+    /// systemd writes the properties to the cgroup now. It writes them again whenever it rewrites the attributes of the
+    /// same controller, for example after `systemctl set-property`.
     pub fn set(&self, properties: &[Property]) -> Result<(), UnitError> {
         let Self(unit) = self;
         let set = |connection: &mut Connection| {
@@ -188,8 +189,8 @@ fn reset_failed(connection: &mut Connection, unit: &str) -> Result<(), CallError
 /// Opens a connection, runs `act` on it, and closes the connection. Therefore, a running sandbox does not keep a
 /// connection to systemd.
 ///
-/// Retries once if systemd has closed the connection. systemd does so when it re-executes itself, for example after
-/// `systemctl daemon-reexec` or an upgrade.
+/// Retries once if systemd has closed the connection. systemd closes connections when it re-executes itself, for
+/// example after `systemctl daemon-reexec` or an upgrade.
 fn with_connection<T>(
     socket: &Path,
     timeout: Duration,
@@ -211,8 +212,8 @@ mod tests {
     use super::message::tests::{failed, removed, returned};
     use super::*;
 
-    /// Plays systemd's role: answers the calls of each connection in turn, and returns the bytes of all calls. Closes a
-    /// connection that has no answers.
+    /// Plays systemd's role. Answers the calls of each connection in turn, and returns the bytes of all calls. Closes a
+    /// connection for which the list of answers is empty.
     fn peer(dir: &Path, connections: Vec<Vec<Vec<Vec<u8>>>>) -> JoinHandle<Vec<Vec<u8>>> {
         let listener = UnixListener::bind(dir.join("socket")).unwrap();
         std::thread::spawn(move || {
@@ -233,7 +234,7 @@ mod tests {
                     call.resize(message::FIXED_HEADER + rest, 0);
                     stream.read_exact(&mut call[message::FIXED_HEADER..]).unwrap();
                     calls.push(call);
-                    // Writes small pieces, because a socket may deliver a message in pieces.
+                    // Write small pieces, because a socket may deliver a message in pieces.
                     for bytes in answer.concat().chunks(7) {
                         stream.get_mut().write_all(bytes).unwrap();
                     }
@@ -292,7 +293,7 @@ mod tests {
         assert_eq!(error, expected);
         let error = crate::chain(&scope().start_at(&socket, 7).unwrap_err());
         assert!(error.contains("already loaded (org.freedesktop.systemd1.UnitExists)"), "{error}");
-        // systemd has re-executed itself, and does not know the unit.
+        // systemd has re-executed itself, and no longer has the unit.
         scope().unit.stop_at(&socket).unwrap();
         assert_eq!(peer.join().unwrap().len(), 6);
         let error = crate::chain(&scope().start_at(&dir.path().join("none"), 7).unwrap_err());

@@ -46,7 +46,7 @@ pub enum Report {
     },
 }
 
-/// Timeouts of calls. They allow for a loaded node, on which the agent can be slow.
+/// Timeouts of calls. The timeouts are long, because the agent can be slow on a loaded node.
 pub mod timeouts {
     use std::time::Duration;
 
@@ -91,8 +91,8 @@ impl Agent {
 
 /// Checks an event.
 ///
-/// Uses the guest's exit time only if it is within the last 60 seconds by the host's clock. Otherwise uses the current
-/// time.
+/// Uses the guest's exit time only if this time is within the last 60 seconds by the host's clock. Otherwise, uses the
+/// current time.
 pub fn check(event: Event) -> Option<Report> {
     match event.kind? {
         event::Kind::Exit(exit) => {
@@ -114,7 +114,8 @@ pub fn check(event: Event) -> Option<Report> {
     }
 }
 
-/// Converts an error of the agent to an error for containerd. Bounds its length and replaces control characters.
+/// Converts an error of the agent to an error for containerd. Limits the length of the text, and replaces control
+/// characters.
 pub fn error(what: &str, error: ttrpc::Error) -> ttrpc::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => {

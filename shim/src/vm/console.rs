@@ -1,6 +1,6 @@
 //! Reads the lines of the guest's console and of the agent's log.
 //!
-//! The shim copies them to its own log, and keeps the last lines for error messages.
+//! The shim copies these lines to its own log, and keeps the last lines for error messages.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -32,7 +32,8 @@ impl LogTail {
 
     /// Returns the lines that explain why the guest ended.
     ///
-    /// If a line reports a panic, these are that line and the next ones, at most 12. Otherwise, they are the last 8.
+    /// If a line reports a panic, returns at most 12 lines, beginning with that line. Otherwise, returns the last 8
+    /// lines.
     pub fn console_tail(&self) -> String {
         let lines = lock(&self.lines);
         let panic = lines.iter().position(|line| line.contains("Kernel panic") || line.contains("panicked at"));

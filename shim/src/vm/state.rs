@@ -15,7 +15,7 @@ pub enum State {
     Booting,
     /// The agent accepts containers.
     Running(Agent),
-    /// The launch or the boot failed, and the VM has been killed. The text is the chain of causes.
+    /// The launch or the boot failed, and the VM has been killed. The text contains the error and its causes.
     Failed(Arc<str>),
     /// The VM has ended.
     Gone,
@@ -31,8 +31,8 @@ enum Phase {
     Gone,
 }
 
-/// The transitions that are allowed. A sandbox that is never launched goes from pending to gone. A failed sandbox stays
-/// failed after its VM has ended, because a later Create request must report the cause.
+/// The allowed transitions. A sandbox that is never launched goes from pending to gone. A failed sandbox stays failed
+/// after its VM has ended, because a later Create request must report the cause of the failure.
 const TRANSITIONS: [(Phase, Phase); 6] = [
     (Phase::Pending, Phase::Booting),
     (Phase::Pending, Phase::Gone),
@@ -73,7 +73,7 @@ impl Default for StateCell {
 }
 
 impl StateCell {
-    /// Enters `next` and returns true if the transition is allowed. Otherwise leaves the state unchanged and returns
+    /// Enters `next` and returns true if the transition is allowed. Otherwise, leaves the state unchanged and returns
     /// false.
     pub fn enter(&self, next: State) -> bool {
         self.0.send_if_modified(|state| {
@@ -100,7 +100,8 @@ impl StateCell {
     /// Waits until the VM runs.
     ///
     /// # Errors
-    /// If the boot has failed, or the VM has ended. Several callers can share the text, which is the chain of causes.
+    /// If the boot has failed, or the VM has ended. The text contains the error and its causes. It is an `Arc`, so that
+    /// several callers can share it.
     pub async fn wait_running(&self) -> Result<Agent, Arc<str>> {
         let mut state = self.0.subscribe();
         let decided = state.wait_for(|state| !matches!(state.phase(), Phase::Pending | Phase::Booting)).await;
@@ -158,7 +159,7 @@ mod tests {
             assert!(!cell.enter(State::Booting));
             cell.enter(end);
             assert_eq!(waiting.await.unwrap().map(drop), expected.map_err(Arc::from));
-            // The VMM's end does not hide the reason of a failure.
+            // After the VMM's end, the state still contains the cause of the failure.
             cell.enter(State::Gone);
             assert_eq!(
                 cell.wait_running().await.map(drop),

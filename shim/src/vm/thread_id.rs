@@ -3,12 +3,13 @@
 use std::io;
 use std::path::Path;
 
-/// Returns the host's id of the thread of process `vmm` whose id in that process's own PID namespace is `inner`.
+/// Returns the host's id of a thread of process `vmm`. `inner` is the id of the thread in the VMM's PID namespace.
 ///
-/// The VMM is not trusted: only its own threads are searched, so it cannot name a process of somebody else.
+/// The VMM is not trusted. Therefore, only its own threads are searched, so that it cannot name a process of somebody
+/// else.
 ///
 /// # Errors
-/// `NotFound` if it has no such thread, and the errors of reading `/proc`.
+/// `NotFound` if the VMM does not have this thread, and the errors of reading `/proc`.
 pub fn on_host(vmm: u32, inner: u32) -> io::Result<u32> {
     for entry in std::fs::read_dir(format!("/proc/{vmm}/task"))? {
         let entry = entry?;
@@ -16,7 +17,7 @@ pub fn on_host(vmm: u32, inner: u32) -> io::Result<u32> {
         match innermost_id(&entry.path()) {
             Ok(found) if found == Some(inner) => return Ok(id),
             Ok(_) => {}
-            // Threads end at any time.
+            // Ignore a thread that has ended during the search.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => {}
             Err(error) => return Err(error),
         }
@@ -38,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn on_host_finds_threads_of_the_process_alone() {
+    fn on_host_finds_only_threads_of_the_process() {
         let own = nix::unistd::gettid().as_raw().cast_unsigned();
         assert_eq!(on_host(std::process::id(), own).unwrap(), own);
         // Process 1 exists, but is not a thread of this process.

@@ -60,12 +60,12 @@ type PendingCalls = HashMap<u64, oneshot::Sender<Result<(Answer, Option<OwnedFd>
 struct Inner {
     control: AsyncFd<OwnedFd>,
     next: AtomicU64,
-    /// `None` once the VMM has ended.
+    /// Calls that wait for an answer. `None` after the VMM has ended.
     pending: Mutex<Option<PendingCalls>>,
     pid: u32,
     dead: watch::Receiver<Option<ExitStatus>>,
     fd_shortage: Notify,
-    /// Ids, in the VMM's PID namespace, of the threads that stand for containers, by their ids on the host.
+    /// Ids of the threads that stand for containers. Maps each id on the host to the id in the VMM's PID namespace.
     threads: Mutex<HashMap<u32, u32>>,
 }
 
@@ -77,7 +77,7 @@ pub struct Vmm {
 
 /// Starts the VMM process in the sandbox's network namespace.
 ///
-/// Must be called on the main thread, because the kernel kills the process when the thread that started it ends.
+/// Must be called on the main thread, because the kernel kills the VMM when the thread that started the VMM ends.
 ///
 /// # Errors
 /// [`VmmError`] if the namespace cannot be opened or the process cannot be started.
@@ -104,7 +104,7 @@ impl Vmm {
     /// Registers a started process with the async runtime. Sends the VMM's notices to `notices`.
     ///
     /// # Errors
-    /// [`VmmError::Watch`] if the process's fds cannot be registered. The process has then ended.
+    /// [`VmmError::Watch`] if the fds of the process cannot be registered. After this error, the process has ended.
     pub fn attach(spawned: Spawned, notices: mpsc::UnboundedSender<Notice>) -> Result<Self, VmmError> {
         let Spawned { pid, pidfd, control } = spawned;
         let watch = || -> std::io::Result<_> {
@@ -164,7 +164,7 @@ impl Vmm {
         Ok(pid)
     }
 
-    /// Releases a PID. Best effort: the VMM may have ended.
+    /// Releases a PID. Ignores an error, because the VMM may have ended.
     pub async fn release_pid(&self, pid: u32) {
         let Some(inner) = lock(&self.inner.threads).remove(&pid) else { return };
         if let Err(error) = self.call(Call::ReleasePid { pid: inner }, &[]).await {
@@ -204,12 +204,12 @@ impl Vmm {
         }
     }
 
-    /// Kills the process. [`Vmm::wait`] waits for its end.
+    /// Kills the process. Does not wait for the end of the process, but [`Vmm::wait`] does.
     pub fn kill(&self) {
         if self.inner.dead.borrow().is_none()
             && let Ok(pid) = i32::try_from(self.inner.pid)
         {
-            // While `dead` is not set, the process has not been reaped. Therefore, the PID still belongs to it.
+            // While `dead` is not set, the process has not been reaped. Therefore, the PID still belongs to the VMM.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
@@ -223,7 +223,7 @@ impl Vmm {
         }
     }
 
-    /// Waits until the VMM has so many files open for the guest that the guest should drop its caches.
+    /// Waits until the VMM reports that its open files are near the fd limit. The guest should then drop its caches.
     pub async fn wait_for_fd_shortage(&self) {
         self.inner.fd_shortage.notified().await;
     }

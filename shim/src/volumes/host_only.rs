@@ -1,8 +1,9 @@
-//! Host-only file systems: interfaces to the host's kernel, devices or processes. They never get into the share.
+//! Finds host-only file systems, which are interfaces to the host's kernel, devices or processes. Such file systems are
+//! never put into the share.
 //!
 //! Under runc, a container opens files of the node's `/proc`, for example in a volume of `/`, with the container's
-//! permissions. With Husk, the VMM would open them with the VMM's permissions. The guest has its own instances of the
-//! file systems that it needs.
+//! permissions. Under Husk, the VMM would open these files with the VMM's permissions. The guest has its own instances
+//! of the file systems that it needs.
 
 use std::{
     ffi::OsStr,
@@ -23,7 +24,7 @@ use crate::volumes::mountinfo::Entry;
 use crate::volumes::{mount_api, mountinfo};
 
 /// Host-only file system types in Linux 6.12, with their `f_type` in statfs(2) (include/uapi/linux/magic.h and each
-/// file system's source). devtmpfs has no value, because its `f_type` is that of tmpfs.
+/// file system's source). devtmpfs has `None`, because its `f_type` is the same as that of tmpfs.
 const TYPES: [(&str, Option<i64>); 32] = [
     ("binder", Some(0x6c6f_6f70)),
     ("binfmt_misc", Some(0x4249_4e4d)),
@@ -72,12 +73,13 @@ pub struct HostOnly {
 impl HostOnly {
     /// Returns the rule for a sandbox with these directories.
     ///
-    /// The types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories are host-only. A
-    /// tmpfs at `/dev` has device nodes if the node is itself a container. If the sandbox's directories were not
-    /// host-only, a volume of `/` would give a container write access to the share.
+    /// The types of `TYPES`, a tmpfs at `/dev`, and the file systems of the sandbox's directories are host-only. `/dev`
+    /// is a tmpfs with device nodes if the node is itself a container. If the sandbox's directories were not host-only,
+    /// a volume of `/` would give a container write access to the share.
     ///
     /// # Errors
-    /// The error of stat(2), because an incomplete rule would admit a host-only file system.
+    /// The error of stat(2). Ignoring this error would make the rule incomplete, and a host-only file system could get
+    /// into the share.
     pub fn new<'a>(directories: impl IntoIterator<Item = &'a Path>) -> io::Result<Self> {
         let dev = Path::new("/dev");
         let mut devices = Vec::new();
@@ -114,10 +116,11 @@ impl HostOnly {
         of_type.or_else(|| self.by_device(mount.device))
     }
 
-    /// Returns the name of the host-only file system that `file` is on, or `None` if that file system is not host-only.
+    /// Returns the name of the host-only file system on which `file` is, or `None` if that file system is not
+    /// host-only.
     ///
-    /// The type of the mount decides. The kernel's internal mounts, such as those of nsfs and pidfs, are not in the
-    /// mount list. For these mounts, the result of statfs(2) decides.
+    /// The type in the mount list decides. The kernel's internal mounts, such as those of nsfs and pidfs, are not in
+    /// the mount list. For these mounts, the result of statfs(2) decides.
     ///
     /// # Errors
     /// The error of fstatfs(2), fstat(2) or of reading the mount list.
@@ -147,11 +150,11 @@ impl HostOnly {
     }
 }
 
-/// Directories in /dev that are on host-only file systems and exist in every guest.
+/// `/dev` and its directories that are on host-only file systems and exist in every guest.
 const GUEST_DEV_DIRS: [&str; 5] = ["/dev", "/dev/mqueue", "/dev/net", "/dev/pts", "/dev/shm"];
 
-/// Returns the guest path that replaces `path`, a host path on a host-only file system. It is the same path if the
-/// guest has its own instance there.
+/// Returns the guest path that replaces `path`, a host path on a host-only file system. If the guest has its own
+/// instance at `path`, returns the same path.
 ///
 /// Returns `None` for the directory of a process, because the same PID is another process in the guest. Also returns
 /// `None` for other directories of devices.
@@ -188,7 +191,7 @@ mod tests {
         // `contains` and `type_of` agree on every mount of the host.
         for entry in mountinfo::read().unwrap() {
             let Ok(file) = mount_api::open_path(&entry.point, false) else { continue };
-            // Another mount may cover this mount.
+            // Skip a mount that another mount covers.
             if mount_api::mount_id(std::os::fd::AsFd::as_fd(&file)).unwrap() == entry.id {
                 assert_eq!(host_only.type_of(&file).unwrap().is_some(), host_only.contains(&entry), "{entry:?}");
             }

@@ -1,5 +1,5 @@
-//! The kubelet's directories for a pod's volumes on the node. Finds the volume, and the subdirectory in it, to which a
-//! mount's source belongs.
+//! Knows the kubelet's directories for a pod's volumes on the node. Finds the volume, and the subdirectory of the
+//! volume, to which a mount's source belongs.
 
 use std::{
     fs, io,
@@ -19,7 +19,7 @@ use nix::{
 use crate::oci::id_mappings::IdMappings;
 use crate::volumes::{mount_api, mountinfo};
 
-/// An emptyDir on a disk, or a subdirectory of such an emptyDir. The guest accesses it through virtio-fs.
+/// An emptyDir on a disk, or a subdirectory of such an emptyDir. The guest accesses the directory through virtio-fs.
 #[derive(Debug)]
 pub struct DiskEmptyDir {
     /// The volume's directory.
@@ -32,8 +32,8 @@ pub struct DiskEmptyDir {
 /// `None` if the source is not in such a volume, or if the volume is a memory volume.
 ///
 /// An emptyDir belongs to a single pod. Therefore, the whole volume can be bound into the share. The guest then
-/// enforces whether a container may write to it, and which subdirectory a container gets. With separate mounts, each
-/// container would see different inodes (see [`crate::volumes::bind`]).
+/// enforces whether a container may write to the volume, and which subdirectory the container gets. With separate
+/// mounts, each container would see different inodes (see [`crate::volumes::bind`]).
 ///
 /// # Errors
 /// The kernel's error.
@@ -44,7 +44,7 @@ pub fn disk_empty_dir(
     pod: &str,
 ) -> io::Result<Option<DiskEmptyDir>> {
     let Some((_, root)) = parse_empty_dir(path) else { return Ok(None) };
-    // A hostPath may point into another pod's volume.
+    // The source may be a hostPath that points into another pod's volume.
     if !is_third_ancestor(&root, pod) {
         return Ok(None);
     }
@@ -58,12 +58,12 @@ pub fn disk_empty_dir(
     if device_and_inode(&volume)? == device_and_inode(source)? {
         return Ok(Some(DiskEmptyDir { root: volume, subdirectory: Vec::new() }));
     }
-    // A subPath is a separate mount. Comparing both paths within their file system shows the subPath's place in the
-    // volume.
+    // A subPath is a separate mount. Therefore, compare the paths of the volume and of the source within their file
+    // system, to find the path of the subPath in the volume.
     let (all, part) = (path_in_filesystem(&volume)?, path_in_filesystem(source)?);
     let Ok(subdirectory) = part.strip_prefix(&all) else { return Ok(None) };
     // A mount inside the volume is not part of the volume. A directory that was removed or renamed in the meantime is
-    // not part of it either.
+    // not part of the volume either.
     match stat_components(&volume, subdirectory, id_mappings) {
         Ok((subdirectory, end)) if end == device_and_inode(source)? => {
             Ok(Some(DiskEmptyDir { root: volume, subdirectory }))
@@ -75,7 +75,7 @@ pub fn disk_empty_dir(
 }
 
 /// Returns whether `path` is a `subPath` of a volume. The kubelet creates a new mount of the subPath for each container
-/// that uses it (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
+/// that uses the subPath (Kubernetes, pkg/volume/util/subpath/subpath_linux.go, `doBindSubPath`).
 pub fn is_sub_path(path: &Path) -> bool {
     is_third_ancestor(path, "volume-subpaths")
 }
@@ -90,8 +90,9 @@ fn device_and_inode(file: &OwnedFd) -> io::Result<(u64, u64)> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// Returns the name and the directory of the emptyDir that contains `path`, or that has `path` as a subPath
-/// (`<pod>/volumes/kubernetes.io~empty-dir/<name>`, `<pod>/volume-subpaths/<name>/<container>/<number>`).
+/// Returns the name and the directory of the emptyDir to which `path` belongs. `path` is in the emptyDir
+/// (`<pod>/volumes/kubernetes.io~empty-dir/<name>`), or in a subPath of the emptyDir
+/// (`<pod>/volume-subpaths/<name>/<container>/<number>`).
 pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     let parts: Vec<&str> = path.components().filter_map(|part| part.as_os_str().to_str()).collect();
     let found = parts.windows(3).enumerate().rev().find_map(|(at, part)| match part {
@@ -103,8 +104,8 @@ pub fn parse_empty_dir(path: &Path) -> Option<(String, PathBuf)> {
     Some((name.to_owned(), pod.join("volumes/kubernetes.io~empty-dir").join(name)))
 }
 
-/// Returns the path of a file relative to the root of its file system, from the mount on which the file was opened
-/// (proc_pid_mountinfo(5)).
+/// Returns the path of a file relative to the root of its file system. Computes this path from the mount through which
+/// the file was opened (proc_pid_mountinfo(5)).
 ///
 /// # Errors
 /// The kernel's error, or [`io::ErrorKind::NotFound`] if the mount is not in the mount list.
@@ -116,9 +117,10 @@ pub fn path_in_filesystem(source: &OwnedFd) -> io::Result<PathBuf> {
     Ok(mount.root.strip_prefix("/").map_err(io::Error::other)?.join(subdirectory))
 }
 
-/// Returns the mode and owner of each component of a path below a volume, and device and inode of the last component.
+/// Returns the mode and owner of each component of a path below a volume. Also returns the device and inode of the last
+/// component.
 ///
-/// No symlink is followed, because a guest may write to the volume at the same time.
+/// Does not follow symlinks, because a guest may write to the volume at the same time.
 ///
 /// # Errors
 /// If a component does not exist, or is not a plain UTF-8 name.
@@ -139,7 +141,8 @@ pub fn stat_components(
     Ok((directories, device_and_inode(&here)?))
 }
 
-/// Returns the owner of a file as the guest sees it, through an id-mapped mount if there are id mappings.
+/// Returns the owner of a file as the guest sees the owner. If there are id mappings, the guest sees the file through
+/// an id-mapped mount.
 pub fn owner(uid: u32, gid: u32, id_mappings: Option<&IdMappings>) -> (u32, u32) {
     match id_mappings {
         Some(id_mappings) => id_mappings.owner(uid, gid),

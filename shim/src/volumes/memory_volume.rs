@@ -1,9 +1,9 @@
 //! Memory volumes: emptyDirs of medium `Memory` and `HugePages` (Kubernetes, pkg/volume/emptydir).
 //!
-//! The guest creates a file system for each of them, in place of the kubelet's file system on the host. The contents
-//! then count as the container's memory, as under runc. If virtio-fs shared the contents, they would count as the VMM's
-//! memory. virtio-fs cannot share huge pages at all. The guest's volume has the size and owner of the kubelet's volume,
-//! and lives as long as the pod.
+//! For each memory volume, the guest creates a file system that replaces the kubelet's file system on the host. The
+//! contents then count as the container's memory, as under runc. If virtio-fs shared the contents, they would count as
+//! the VMM's memory. virtio-fs cannot share huge pages at all. The guest's volume has the size and owner of the
+//! kubelet's volume, and lives as long as the pod.
 
 use std::{
     fs, io,
@@ -42,7 +42,7 @@ pub enum MemoryVolumeError {
 
 /// Returns the request that creates the memory volume for `source`, or `None` if the directory is not a memory volume.
 ///
-/// `source` was opened at `path`. The request is for mount number `mount` of `container`.
+/// `source` must have been opened at `path`. The request is for mount number `mount` of `container`.
 ///
 /// # Errors
 /// [`MemoryVolumeError`].
@@ -63,7 +63,7 @@ pub fn request_for(
     let Some((name, root)) = kubelet_paths::parse_empty_dir(path) else {
         return if huge { Err(MemoryVolumeError::Shared) } else { Ok(None) };
     };
-    // A directory on another file system than its volume is not part of the volume.
+    // The directory is not part of the volume if their file systems are different.
     let volume_stat = fs::symlink_metadata(&root).map_err(inspect("stat the volume"))?;
     let dir_stat =
         fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).map_err(inspect("stat the directory"))?;
@@ -91,8 +91,8 @@ pub fn request_for(
     }))
 }
 
-/// Returns the request for `subdirectory` of the volume that the guest has at `root`, for mount number `mount` of
-/// `container`.
+/// Returns the request that binds `subdirectory` of a volume for mount number `mount` of `container`. The guest has the
+/// volume at `root`.
 pub fn subdirectory_request(
     root: &str,
     subdirectory: Vec<VolumeDirectory>,

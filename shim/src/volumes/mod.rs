@@ -1,4 +1,5 @@
-//! Root file systems and volumes: mounted in the sandbox's share on the host, and mirrored or created in the guest.
+//! Root file systems and volumes. They are mounted in the sandbox's share on the host, or mirrored to the guest, or
+//! created in the guest.
 //!
 //! All functions except those of [`mirror`] block on file system and mount calls. Call them in `spawn_blocking`, or
 //! before the async runtime is started.

@@ -1,4 +1,4 @@
-//! Calls on mounts by fd.
+//! Operations on mounts that are identified by fds.
 
 use std::{io, os::fd::OwnedFd, path::Path};
 

@@ -24,12 +24,12 @@ pub struct Submount<'a> {
 }
 
 impl<'a> Tree<'a> {
-    /// Returns the tree whose root mount, or the topmost mount that covers it, has this mount id. Returns `None` if the
-    /// list has no such mount.
+    /// Returns the tree whose root mount has this mount id. `id` may also be the id of a mount that covers the root
+    /// mount. Returns `None` if the list does not contain a mount with this id.
     pub fn of(entries: &'a [Entry], id: u64) -> Option<Self> {
         let by_id: HashMap<u64, &Entry> = entries.iter().map(|entry| (entry.id, entry)).collect();
         let mut base = *by_id.get(&id)?;
-        // A mount on the root of another mount is that mount's child, with the same mount point.
+        // A mount that covers the root of another mount is a child of the other mount, and has the same mount point.
         while let Some(parent) = by_id.get(&base.parent).filter(|p| p.point == base.point && p.id != base.id) {
             base = parent;
         }
@@ -37,15 +37,15 @@ impl<'a> Tree<'a> {
         for entry in entries.iter().filter(|entry| entry.id != entry.parent) {
             children.entry(entry.parent).or_default().push(entry);
         }
-        // Sorts by path components, so that a directory comes directly before everything below it.
+        // Sort by path components, so that a directory comes directly before everything below it.
         children.values_mut().for_each(|mounts| mounts.sort_by(|a, b| a.point.cmp(&b.point)));
         Some(Self { base, children })
     }
 
     /// Returns the submounts that a path lookup reaches, parents first, and the excluded submounts.
     ///
-    /// Omits the submounts that `excluded` selects, with everything below them. A path lookup does not reach a mount if
-    /// a later mount covers its root or a directory above its mount point.
+    /// Omits the submounts that `excluded` selects, and all mounts below these submounts. A path lookup does not reach
+    /// a mount if a later mount covers its root or a directory above its mount point.
     pub fn reachable(&self, excluded: impl Fn(&Entry) -> bool) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
         let (mut found, mut left_out) = (Vec::new(), Vec::new());
         let top = self.top(self.base);
@@ -94,11 +94,11 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// Returns the submounts to remove from `old`, and the submounts to add, so that `old` becomes `new`.
+/// Returns the submounts to remove from `old` and the submounts to add to `old`, so that `old` becomes `new`.
 ///
-/// Two submounts are equal if they show the same directory of the same file system at the same path. Of the submounts
-/// to remove, only the topmost are returned. Their removal includes the submounts below them, which are added again if
-/// `new` has them.
+/// Two submounts are equal if they show the same directory of the same file system at the same path. Removing a
+/// submount also removes the submounts below it. Therefore, only the topmost submounts to remove are returned, and a
+/// removed submount that `new` contains is added again.
 pub fn differences<'a>(old: Vec<Submount<'a>>, new: Vec<Submount<'a>>) -> (Vec<Submount<'a>>, Vec<Submount<'a>>) {
     let same = |a: &Submount<'_>, b: &Submount<'_>| {
         (&a.path, a.entry.device, &a.entry.root) == (&b.path, b.entry.device, &b.entry.root)
@@ -164,7 +164,7 @@ mod tests {
         let mut entries = tree();
         entries.push(entry(6, 3, "/v/a/proc", "proc"));
         entries.push(entry(7, 6, "/v/a/proc/sys/fs", "tmpfs"));
-        // An excluded mount still hides the mount that it covers. The covered mount does not appear in its place.
+        // An excluded mount still hides the mount that it covers. The covered mount must not appear instead.
         entries.push(entry(8, 5, "/v/a-b", "proc"));
         let (mut paths, mut left_out) = reached(&entries, 2);
         paths.sort();

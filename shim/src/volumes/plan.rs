@@ -1,5 +1,5 @@
-//! Plans a container's mounts: host directories and files are bound into the share, and the guest binds them from
-//! there.
+//! Plans a container's mounts. The host binds directories and files into the share, and the guest binds them from the
+//! share to the container.
 
 use std::{
     fs,
@@ -49,7 +49,7 @@ pub struct GuestVolumes {
 
 /// The container and sandbox for which mounts are planned.
 pub struct PlanContext<'a> {
-    /// Bundle directory. Relative sources are relative to it.
+    /// Bundle directory. Relative sources are relative to this directory.
     pub bundle: &'a Path,
     /// Path of the share on the host.
     pub share: &'a Path,
@@ -129,7 +129,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     }
     if !mount.is_bind() {
         return match id_mappings {
-            Some(_) => reject("only bind mounts can be id-mapped: remove uidMappings and gidMappings".into()),
+            Some(_) => reject("only bind mounts can be id-mapped; remove uidMappings and gidMappings".into()),
             None => Ok(Plan::Keep),
         };
     }
@@ -140,11 +140,11 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         return reject(message);
     }
     let path = context.bundle.join(source);
-    // Uses the guest's instance: the container sees the guest's kernel, and the VMM would open the host's instance with
-    // the VMM's permissions.
+    // Use the guest's instance, which shows the guest's kernel. The host's instance cannot be shared, because the VMM
+    // would open its files with the VMM's permissions.
     let guest_instance = |path: &Path, kind: &str, notes: &mut Vec<String>| match host_only::guest_path(path) {
         Some(guest) => {
-            notes.push(format!("the mount of {} shows the guest's instance, not the host's", path.display()));
+            notes.push(format!("the mount of {} shows the guest's instance instead of the host's", path.display()));
             Ok(Plan::GuestPath(guest.to_string_lossy().into_owned()))
         }
         None => reject(format!(
@@ -154,7 +154,8 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
         )),
     };
     let is_host_only_path = path.starts_with("/proc") || path.starts_with("/sys") || path == Path::new("/dev");
-    // The path alone decides, because it may not exist on the host. A path with `..` may lead elsewhere.
+    // Only the text of the path decides, because the path may not exist on the host. A path with `..` is excluded,
+    // because it may lead elsewhere.
     if is_host_only_path && !path.components().any(|part| part == Component::ParentDir) {
         return guest_instance(&path, "proc", notes);
     }
@@ -171,7 +172,7 @@ fn plan(mount: &Mount, number: u32, context: &PlanContext<'_>, notes: &mut Vec<S
     let stat = fstat(&fd).map_err(|error| host("stat the source", error.into()))?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     let shareable = kind == SFlag::S_IFDIR || kind == SFlag::S_IFREG;
-    // The path without symlinks.
+    // The path of the source without symlinks.
     let resolved =
         fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(|e| host("resolve the source", e))?;
     let on_host_only = |file: &OwnedFd| {

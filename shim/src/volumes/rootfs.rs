@@ -13,10 +13,11 @@ use crate::volumes::host_only::HostOnly;
 use crate::volumes::mount_api;
 use crate::volumes::staging_dir::StagingDir;
 
-/// Size of a page. It limits a mount's options, because the kernel copies one page, with the terminating NUL.
+/// Size of a page. A mount's options, with the terminating NUL, must fit into one page, because the kernel copies only
+/// one page.
 const PAGE_SIZE: usize = 4096;
 
-/// One mount of a rootfs, as containerd's request has it.
+/// One mount of a rootfs, as in containerd's request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RootMount {
     /// File system type, or `bind`.
@@ -70,7 +71,8 @@ pub struct CopyContext<'a> {
     pub host_only: &'a HostOnly,
 }
 
-/// Mounts all of `mounts` at `target`, each on top of the previous one. Returns notes on omitted file systems.
+/// Mounts all of `mounts` at `target`, each on top of the previous mount. Returns notes for the log about omitted file
+/// systems.
 pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     let left_out = mounts.iter().map(|mount| mount_one(mount, target, context));
     Ok(left_out.collect::<Result<Vec<_>, _>>()?.concat())
@@ -78,7 +80,7 @@ pub fn mount_all(mounts: &[RootMount], target: &Path, context: CopyContext<'_>) 
 
 fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Result<Vec<String>, RootfsError> {
     if !root.target.is_empty() && root.target != "/" {
-        // A symlink in the image's contents could lead such a mount anywhere on the host.
+        // Reject such a mount, because a symlink in the image could lead it to any directory of the host.
         let message = format!("a mount at {:?} inside the rootfs is not supported", root.target);
         return Err(RootfsError::Unsupported(message));
     }
@@ -108,7 +110,7 @@ fn mount_one(root: &RootMount, target: &Path, context: CopyContext<'_>) -> Resul
     })
 }
 
-/// Rejects a host-only file system as the rootfs or as a layer of it.
+/// Rejects a host-only file system as the rootfs or as a layer of the rootfs.
 fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> Result<(), RootfsError> {
     let reject = |what: &str, kind: &str| {
         Err(RootfsError::Unsupported(format!(
@@ -123,7 +125,7 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
         matches!(name, "lowerdir" | "upperdir").then_some(paths)
     });
     for layer in layers.flat_map(|paths| paths.split(':')).filter(|path| path.starts_with('/')) {
-        // If a layer cannot be opened, the mount fails with a better error.
+        // Ignore a layer that cannot be opened, because the mount fails later with a better error.
         let Ok(file) = mount_api::open_path(Path::new(layer), true) else { continue };
         match host_only.type_of_layer(&file) {
             Ok(Some(kind)) => return reject(layer, kind),
@@ -137,7 +139,7 @@ fn reject_host_only(kind: &str, options: &Options<'_>, host_only: &HostOnly) -> 
     Ok(())
 }
 
-/// Returns the beginning of a long option string. In an error, the paths of many layers are not useful.
+/// Returns the beginning of a long option string, because the paths of many layers are not useful in an error.
 fn shorten(options: &str) -> String {
     const MAX: usize = 200;
     if options.len() <= MAX {
@@ -162,7 +164,7 @@ fn bind(
         return Err(io::Error::other(format!("the source is on a host-only file system ({kind})")));
     }
     let mut tree = mount_api::clone_tree(file.as_fd(), recursive)?;
-    // Without private propagation, the copy would receive the host's later mounts.
+    // Set private propagation. Otherwise, the copy would receive the host's later mounts.
     mount_api::set_attributes(tree.as_fd(), 0, libc::MS_PRIVATE, true)?;
     if recursive {
         (tree, left_out) = stage.copy(&tree, host_only)?;
@@ -194,8 +196,9 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
         let message = format!("the options have {} bytes, but the kernel accepts only {}", data.len(), PAGE_SIZE - 1);
         return Err(io::Error::other(message));
     };
-    // Paths relative to the working directory make the options fit. Only after unshare(CLONE_FS) can a thread change
-    // its working directory without affecting other threads.
+    // Shorten the options by paths that are relative to the working directory. Use a new thread, because a thread must
+    // call unshare(CLONE_FS) before it changes its working directory. Otherwise, it would change the working directory
+    // of all threads.
     let (target, kind, flags) = (target.to_path_buf(), root.kind.clone(), options.flags);
     let mounter = std::thread::Builder::new().name("mount".into()).spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
@@ -208,7 +211,7 @@ fn mount_file_system(root: &RootMount, target: &Path, options: &Options<'_>) -> 
 /// Mounts an overlay whose lower directories are id-mapped.
 ///
 /// Each lower directory gets an id-mapped mount. The upper directory is used unchanged, because containerd created it
-/// with the mapped ids. Only the overlay uses the id-mapped mounts, and it keeps them alive.
+/// with the mapped ids. Only the overlay uses the id-mapped mounts, which exist as long as the overlay.
 fn id_mapped_overlay(target: &Path, options: &Options<'_>, id_mappings: &IdMappings) -> io::Result<()> {
     let lower = options.data.iter().find_map(|option| option.strip_prefix("lowerdir="));
     let lower = lower.ok_or_else(|| io::Error::other("the overlay has no option lowerdir"))?;
@@ -251,12 +254,12 @@ fn mount_with_data(source: &Path, target: &Path, kind: &str, flags: MsFlags, dat
     Ok(mount(Some(source), target, Some(kind), flags, Some(data).filter(|data| !data.is_empty()))?)
 }
 
-/// Returns overlay's options with lower directories relative to their longest common parent directory, and that
-/// directory. Returns `None` if the options still exceed a page, or cannot be rewritten.
+/// Returns the longest common parent of the lower directories, and the overlay's options with lower directories
+/// relative to this parent. Returns `None` if the options still exceed a page, or cannot be rewritten.
 fn relative_layers(data: &[&str]) -> Option<(PathBuf, String)> {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
-    // A backslash escapes a colon in a path, and splitting at the colon would be wrong. containerd does not create such
-    // paths.
+    // A backslash escapes a colon in a path. Such options cannot be split at colons, but containerd does not create
+    // such paths.
     if lower.contains('\\') || lower.contains("::") {
         return None;
     }
@@ -354,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn relative_layers_keeps_what_it_cannot_shorten() {
+    fn relative_layers_shortens_only_lists_that_it_can_rewrite() {
         assert_eq!(relative_layers(&["upperdir=/a"]), None);
         assert_eq!(relative_layers(&["lowerdir=/a\\:b:/c"]), None);
         assert_eq!(relative_layers(&["lowerdir=/a:/a/b"]), Some(("/".into(), "lowerdir=a:a/b".into())));

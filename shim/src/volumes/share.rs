@@ -1,10 +1,10 @@
 //! The share: the directory that virtio-fs serves to the guest. The guest cannot change what the host creates in it.
 //!
-//! Two directories show one tmpfs. The host creates directories and mounts in `share`. `guest` is a read-only slave
-//! mount of `share`, and the root of the guest's virtio-fs. Every mount in `share` propagates to `guest`. Therefore,
-//! the guest can write to rootfs and volumes. But it can neither fill the tmpfs nor put a symlink where the host is
-//! about to mount something. Mounts are prepared in a third directory, the staging directory `stage`, which is
-//! invisible to the guest.
+//! Two directories show the same tmpfs. The host creates directories and mounts in `share`. `guest` is a read-only
+//! slave mount of `share`, and the root of the guest's virtio-fs. Every mount in `share` propagates to `guest`.
+//! Therefore, the guest can write to rootfs and volumes, which are separate mounts. But the guest can neither fill the
+//! tmpfs nor create a symlink at a path where the host is about to mount something. Mounts are prepared in a third
+//! directory, the staging directory `stage`, which is invisible to the guest.
 
 use std::{
     io,
@@ -40,7 +40,7 @@ impl Share {
     /// Mounts the share in the existing directory `dir`. The caller must be in a separate mount namespace.
     ///
     /// # Errors
-    /// [`ShareError`]. Everything is unmounted in this case.
+    /// [`ShareError`]. After an error, nothing stays mounted.
     pub fn mount(dir: &Path) -> Result<Self, ShareError> {
         let share = Self { host: dir.join("share"), guest: dir.join("guest") };
         share.mount_all().inspect_err(|_| share.unmount())?;
@@ -67,12 +67,14 @@ impl Share {
         }
         let (host, guest) = (self.host.as_path(), self.guest.as_path());
         let none = None::<&Path>;
-        // A small size suffices: they contain only directories and empty files as mount points.
+        // A small size is sufficient, because these file systems contain only mount points: directories and empty
+        // files.
         for (path, options) in [(host, "mode=0711,size=4m"), (&stage, "mode=0700,size=4m")] {
             mount(Some("husk"), path, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options))
                 .map_err(fail("mount a tmpfs at", path))?;
         }
-        // With private propagation, mounts can be moved out, and unmounts do not propagate.
+        // Private propagation allows mounts to be moved out of the staging directory. It also prevents the propagation
+        // of unmounts.
         mount(none, stage.as_path(), none, MsFlags::MS_PRIVATE, none)
             .map_err(fail("set private propagation of", &stage))?;
         mount(none, host, none, MsFlags::MS_SHARED, none).map_err(fail("set shared propagation of", host))?;
@@ -90,10 +92,11 @@ impl Share {
         mount(none, guest, none, read_only, none).map_err(fail("set the read-only flag of", guest))
     }
 
-    /// Unmounts the share with everything that is still mounted in it, and removes its directories. May be repeated.
+    /// Unmounts the share and everything that is still mounted in it, and removes its directories. May be called
+    /// repeatedly.
     pub fn unmount(&self) {
         for path in [&self.guest, &self.host, &self.stage()] {
-            // A detached unmount includes all submounts. Best effort: there may be nothing to unmount.
+            // A detached unmount includes all submounts. Ignore an error, because there may be nothing to unmount.
             let _ = umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
             let _ = std::fs::remove_dir(path);
         }

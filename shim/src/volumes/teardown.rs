@@ -17,10 +17,10 @@ pub struct TeardownError {
     source: io::Error,
 }
 
-/// Unmounts and removes everything in `share` that belongs to container `id`. May be repeated.
+/// Unmounts and removes everything in `share` that belongs to container `id`. May be called repeatedly.
 ///
 /// # Errors
-/// The first error. The rest is removed nevertheless.
+/// The first error. Everything that can be removed is removed nevertheless.
 pub fn teardown(share: &Path, id: &str) -> Result<(), TeardownError> {
     let dir = share.join(id);
     let mut first = Ok(());

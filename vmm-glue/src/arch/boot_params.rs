@@ -1,5 +1,5 @@
-//! Boot data in guest memory that the kernel's 64-bit boot protocol requires: the zero page, its memory map and
-//! `setup_data`.
+//! Writes the boot data that the kernel's 64-bit boot protocol requires to guest memory: the zero page, its memory map
+//! and `setup_data`.
 //!
 //! See Documentation/arch/x86/boot.rst and zero-page.rst of Linux.
 
@@ -19,16 +19,16 @@ const E820_RESERVED: u32 = 2;
 const SETUP_DTB: u32 = 2;
 /// `setup_data` type: a seed for the kernel's random number generator.
 const SETUP_RNG_SEED: u32 = 9;
-/// Length of the seed in bytes. The kernel's generator needs this many bytes for full strength.
+/// Length of the seed in bytes. The kernel's generator needs this number of bytes for full strength.
 pub const SEED_LEN: usize = 32;
 
-/// Wrapper that lets vm-memory write `boot_params`, which is plain data.
+/// Wrapper of `boot_params`, so that vm-memory can write it to guest memory as plain data.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
 struct ZeroPage(boot_params);
 
-// SAFETY: boot_params is a packed C structure of integers without padding, so every byte pattern is valid and all bytes
-// are initialized.
+// SAFETY: boot_params is a packed C structure of integers without padding. Therefore, every byte pattern is valid, and
+// all bytes are initialized.
 unsafe impl ByteValued for ZeroPage {}
 
 /// Addresses and contents that the kernel gets at boot.
@@ -52,8 +52,8 @@ pub fn write(memory: &GuestMemory, data: &BootData<'_>) -> Result<(), vm_memory:
     memory.write_slice(data.cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(layout::CMDLINE + data.cmdline.len() as u64))?;
 
-    // The kernel credits the seed as entropy and wipes it. Therefore the generator is ready before the first process
-    // needs random numbers.
+    // The kernel credits the seed as entropy and wipes the seed. Therefore, the generator is ready before the first
+    // process needs random numbers.
     write_setup_data(memory, layout::SETUP_DATA, layout::DEVICE_TREE, SETUP_RNG_SEED, &data.seed)?;
     write_setup_data(memory, layout::DEVICE_TREE, 0, SETUP_DTB, data.device_tree)?;
 

@@ -1,4 +1,4 @@
-//! The guest's CPUID: what KVM supports on this host, adapted to the VM's vCPUs.
+//! Computes the guest's CPUID: the entries that KVM supports on this host, adapted to the VM's vCPUs.
 //!
 //! Leaf numbers and fields: Intel SDM volume 2A "CPUID", AMD APM volume 3 appendix E,
 //! Documentation/virt/kvm/x86/cpuid.rst for 0x4000_0001.
@@ -12,14 +12,14 @@ const ECX1_TSC_DEADLINE: u32 = 1 << 24;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
 const EDX1_HTT: u32 = 1 << 28;
 const EXT1_ECX_SVM: u32 = 1 << 2;
-/// The three bits that offer asynchronous page faults. They help only if the host swaps guest memory, and they cause an
-/// exit storm on older hosts.
+/// The three bits that offer asynchronous page faults. This feature helps only if the host swaps guest memory, and it
+/// causes an exit storm on older hosts.
 const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// Properties of the VM that CPUID has to agree with.
+/// Properties of the VM with which CPUID has to agree.
 #[derive(Debug, Clone, Copy)]
 pub struct CpuidConfig {
-    /// Number of vCPUs; their APIC ids are 0 to `vcpus - 1`.
+    /// Number of vCPUs. Their APIC ids are 0 to `vcpus - 1`.
     pub vcpus: u8,
     /// Whether KVM emulates the TSC deadline timer.
     pub tsc_deadline: bool,
@@ -53,7 +53,7 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) ->
                 entry.eax = entry.eax & 0x3fff | sharing << 14;
             }
             0x4000_0001 => entry.eax &= !KVM_ASYNC_PF,
-            // A pod's guest gets no nested virtualization.
+            // A pod's guest does not get nested virtualization.
             0x8000_0001 => entry.ecx &= !EXT1_ECX_SVM,
             // Number of cores, and number of APIC id bits that identify a core.
             0x8000_0008 => entry.ecx = id_bits << 12 | (vcpus - 1),
@@ -81,16 +81,16 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) ->
     entries
 }
 
-/// Whether a leaf is passed to the guest.
+/// Returns whether a leaf is passed to the guest.
 fn keep(function: u32) -> bool {
     !matches!(
         function,
         0x5                 // MONITOR
         | 0xa               // performance counters: a side channel from the host to the guest
-        | 0xb | 0x1f        // topology: `normalise` adds its own
+        | 0xb | 0x1f        // topology: `normalise` adds these leaves itself
         | 0x12              // SGX
         | 0x14              // processor trace
-        | 0x15 | 0x16       // clock frequencies of the host: wrong under emulation, where kvmclock is right
+        | 0x15 | 0x16       // clock frequencies of the host: wrong in an emulated node, where kvmclock is correct
         | 0x8000_000a       // SVM
         | 0x8000_001b       // instruction based sampling
         | 0x8000_001f       // memory encryption

@@ -1,8 +1,9 @@
 //! The device tree: vCPUs, interrupt controllers, virtio slots and the VM Generation ID, for a kernel without ACPI.
 //!
-//! x86 Linux accepts a flattened device tree as `setup_data` and then needs no MP table (arch/x86/kernel/devicetree.c).
-//! The names `intel,ce4100-…` come from that file and stand for the interrupt controllers of any PC. Without ACPI, only
-//! a device tree can describe a VM Generation ID (Documentation/devicetree/bindings/rng/microsoft,vmgenid.yaml).
+//! x86 Linux accepts a flattened device tree as `setup_data`, and then does not need an MP table
+//! (arch/x86/kernel/devicetree.c). The names `intel,ce4100-…` come from that file and stand for the interrupt
+//! controllers of any PC. Without ACPI, only a device tree can describe a VM Generation ID
+//! (Documentation/devicetree/bindings/rng/microsoft,vmgenid.yaml).
 
 use vm_fdt::{Error, FdtWriter};
 
@@ -10,14 +11,14 @@ use super::layout;
 
 /// Phandle of the I/O APIC, the parent of all interrupts.
 const IOAPIC_HANDLE: u32 = 1;
-/// Second interrupt cell: edge-triggered, active high (index into `of_ioapic_type` of devicetree.c). KVM's irqfd raises
-/// edges.
+/// Second interrupt cell: edge-triggered, active high (index into `of_ioapic_type` of devicetree.c). Edge-triggered is
+/// correct, because KVM's irqfd raises edges.
 const EDGE_RISING: u32 = 3;
 
 /// Builds the device tree blob. The vCPUs have the APIC ids 0 to `vcpus - 1`.
 ///
 /// # Errors
-/// Cannot fail in practice, because the tree is well-formed for all arguments.
+/// None in practice, because the tree is well-formed for all arguments.
 pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
@@ -41,9 +42,9 @@ pub fn build(vcpus: u8, slots: u32) -> Result<Vec<u8>, Error> {
     let lapic = fdt.begin_node(&format!("lapic@{:x}", layout::LAPIC))?;
     fdt.property_string("compatible", "intel,ce4100-lapic")?;
     fdt.property_array_u64("reg", &[layout::LAPIC.into(), 0x1000])?;
-    // The node does not have `intel,virtual-wire-mode`. Therefore the kernel leaves the legacy interrupt controller
+    // The node does not have `intel,virtual-wire-mode`. Therefore, the kernel leaves the legacy interrupt controller
     // connected to LINT0. The serial port's interrupts use that controller, because the tree does not describe the
-    // serial port. The kernel knows the port by itself.
+    // serial port. The kernel knows the serial port by itself.
     fdt.end_node(lapic)?;
 
     let ioapic = fdt.begin_node(&format!("ioapic@{:x}", layout::IOAPIC))?;

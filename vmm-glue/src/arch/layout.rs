@@ -11,7 +11,7 @@ pub const SETUP_DATA: u64 = 0x6000;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Top of the stack at entry.
 pub const BOOT_STACK: u64 = 0x8ff0;
-/// Root of the page tables at entry. The next two levels are in the two pages after it.
+/// Root of the page tables at entry. The two pages after this page contain the next two levels.
 pub const PML4: u64 = 0x9000;
 /// The kernel command line.
 pub const CMDLINE: u64 = 0x20000;
@@ -25,8 +25,9 @@ pub const DEVICE_TREE: u64 = 0x3_0000;
 pub const DEVICE_TREE_MAX: usize = 0x1_0000;
 /// Address at which RAM continues, after the hole that a PC has below 1 MiB.
 pub const HIGH_RAM: u64 = 0x10_0000;
-/// The VM Generation ID, in a page that the kernel does not use. Linux lets no driver claim memory in the reserved
-/// range below 1 MiB. RAM separates this page from that range, because Linux would otherwise merge the two.
+/// The VM Generation ID, in a page that the kernel does not use. This page must not be in the reserved range below 1
+/// MiB, where Linux does not let a driver claim memory. There is RAM between that range and this page, because Linux
+/// would otherwise merge the range and the page.
 pub const VMGENID: u64 = HIGH_RAM + 0x1000;
 /// Length of the VM Generation ID in bytes.
 pub const VMGENID_LEN: u64 = 16;
@@ -55,7 +56,7 @@ pub const SERIAL_GSI: u32 = 4;
 pub const FIRST_SLOT_GSI: u32 = 5;
 /// Interrupt of the VM Generation ID.
 pub const VMGENID_GSI: u32 = GSIS - 1;
-/// Maximum number of virtio-mmio slots. Each slot needs an interrupt of its own.
+/// Maximum number of virtio-mmio slots. Each slot needs its own interrupt.
 pub const MAX_SLOTS: usize = (VMGENID_GSI - FIRST_SLOT_GSI) as usize;
 
 /// Returns the address of a virtio-mmio slot's registers.
@@ -68,7 +69,7 @@ pub fn slot_gsi(slot: u32) -> u32 {
     FIRST_SLOT_GSI + slot
 }
 
-/// Returns guest-physical start and length of each RAM range, for a guest with `bytes` bytes of memory.
+/// Returns the guest-physical start and the length of each RAM range, for a guest with `bytes` bytes of memory.
 pub fn ram(bytes: u64) -> Vec<(u64, u64)> {
     let mut ranges = vec![(0, bytes.min(HOLE_START))];
     if bytes > HOLE_START {

@@ -21,7 +21,7 @@ const PDE_HUGE: u64 = 1 << 7;
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// MTRRs enabled; memory is write-back unless the page tables set another type.
+/// Enables the MTRRs, and makes memory write-back unless the page tables set another type.
 const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
 const APIC_LVT0: usize = 0x350;
 const APIC_LVT1: usize = 0x360;
@@ -109,7 +109,7 @@ pub fn fpu() -> kvm_fpu {
 /// Returns the model-specific registers that firmware would set.
 ///
 /// # Errors
-/// Cannot fail in practice, because the list is short.
+/// None in practice, because the list is short.
 pub fn msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     Msrs::from_entries(&[
@@ -118,7 +118,7 @@ pub fn msrs() -> Result<Msrs, vmm_sys_util::fam::Error> {
     ])
 }
 
-/// Connects the local APIC's pins as an MP table would: LINT0 to the PIC, LINT1 to NMI.
+/// Connects the local APIC's pins in the way that an MP table usually describes: LINT0 to the PIC, and LINT1 to NMI.
 pub fn set_lint(lapic: &mut kvm_lapic_state) {
     for (offset, mode) in [(APIC_LVT0, APIC_MODE_EXTINT), (APIC_LVT1, APIC_MODE_NMI)] {
         if let Some(register) = lapic.regs.get_mut(offset..offset + 4) {

@@ -1,5 +1,5 @@
-//! Starts the VMM process with clone(2), whose flags are those of vfork(2) and CLONE_NEWPID, and then execve(2). The
-//! child sets its network namespace and its control socket before it calls execve.
+//! Starts the VMM process with clone(2) and execve(2). The clone has the flags of vfork(2), and CLONE_NEWPID. The child
+//! sets its network namespace and its control socket before it calls execve.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
@@ -53,7 +53,7 @@ pub struct Spawned {
     pub control: OwnedFd,
 }
 
-/// Why the VMM process could not be started.
+/// Error of starting the VMM process.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
     /// The path contains a NUL byte.
@@ -76,7 +76,7 @@ pub enum SpawnError {
     Exec(#[source] io::Error),
 }
 
-/// Data for the child. It is plain data, prepared before the clone, because the child must not allocate.
+/// Data for the child. The parent prepares this data before the clone, because the child must not allocate memory.
 struct ExecPlan {
     exe: *const c_char,
     argv: *const *const c_char,
@@ -96,8 +96,8 @@ enum FailedStep {
     Exec,
 }
 
-/// Starts a VMM process, in a PID namespace of its own. The process inherits the caller's standard input, output and
-/// error, and logs to standard error. All other fds of the caller must be close-on-exec.
+/// Starts a VMM process in a new PID namespace. The process inherits the caller's standard input, output and error, and
+/// logs to standard error. All other fds of the caller must be close-on-exec.
 pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     let exe = CString::new(options.exe.into_os_string().into_vec()).map_err(|_| SpawnError::Path)?;
     let argv0 = CString::new(ARGV0).map_err(|_| SpawnError::Path)?;
@@ -132,7 +132,8 @@ pub fn spawn(options: SpawnOptions) -> Result<Spawned, SpawnError> {
     Err(error)
 }
 
-/// Clones with shared memory, so that no page tables are copied. Returns when the child has called execve or has ended.
+/// Creates a child that shares this process's memory, so that no page tables are copied. Returns when the child has
+/// called execve or has ended.
 fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     let mut stack = vec![0u128; STACK / 16];
     let mut pidfd: c_int = -1;
@@ -156,7 +157,7 @@ fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     }
 }
 
-/// Main function of the child between clone and exec. It makes system calls only.
+/// Main function of the child between clone and exec. This function only makes system calls.
 extern "C" fn child(plan: *mut c_void) -> c_int {
     let plan = plan.cast::<ExecPlan>();
     // SAFETY: `plan` points to the parent's [`ExecPlan`], which nobody else uses while CLONE_VFORK suspends the parent.

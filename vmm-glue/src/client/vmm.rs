@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::control::{Answer, Call, Notice, Reply, Request, wire};
 
-/// Why a request failed.
+/// Error of a request.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// The VMM refused the request or failed to serve it.

@@ -9,12 +9,12 @@ use husk_base::sys::process::{secure_bits, set_secure_bits};
 /// include/uapi/linux/securebits.h.
 const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 
-/// The capabilities that a thread of the file server keeps if the process has them, by their Linux numbers
-/// (include/uapi/linux/capability.h), with the reason for each.
+/// The capabilities that a thread of the file server keeps if the process has them. Each entry has the Linux number
+/// (include/uapi/linux/capability.h) and the reason.
 ///
-/// These capabilities are dropped on purpose: CAP_DAC_READ_SEARCH opens any inode of a file system by its file handle.
-/// CAP_SYS_RESOURCE allows writes beyond quotas and into reserved blocks. CAP_SYS_PTRACE and CAP_SYS_RAWIO open files
-/// of other processes in /proc.
+/// The other capabilities are dropped, because a hostile guest could use them. CAP_DAC_READ_SEARCH can open any inode
+/// of a file system by its file handle. CAP_SYS_RESOURCE allows writes beyond quotas and into reserved blocks.
+/// CAP_SYS_PTRACE and CAP_SYS_RAWIO can open files of other processes in /proc.
 const KEPT: [(u32, &str); 9] = [
     (0, "CAP_CHOWN: SETATTR gives files to other users"),
     (1, "CAP_DAC_OVERRIDE: the guest's kernel has already checked a user's permissions"),
@@ -49,15 +49,15 @@ pub fn drop_all() -> io::Result<()> {
     capabilities::set(Capabilities { effective: 0, permitted: 0, inheritable: 0 })
 }
 
-/// Removes from the bounding set of this thread, and of threads that it starts later, every capability that is not in
-/// [`KEPT`].
+/// Reduces the bounding set of this thread to the capabilities in [`KEPT`]. Threads that this thread starts later
+/// inherit the bounding set.
 pub fn bound() -> io::Result<()> {
     (0..capabilities::count()?)
         .filter(|number| kept() & 1 << number == 0)
         .try_for_each(capabilities::drop_from_bounding_set)
 }
 
-/// [`KEPT`] as a bit set.
+/// Returns [`KEPT`] as a bit set.
 fn kept() -> u64 {
     KEPT.iter().fold(0, |bits, (number, _)| bits | 1 << number)
 }

@@ -44,7 +44,7 @@ impl Belongings {
     }
 }
 
-/// Why the process could not be confined.
+/// Error of confining the process.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
     /// A resource limit could not be set.
@@ -67,8 +67,8 @@ pub enum JailError {
 /// Confines the process. Sets resource limits and no_new_privs, creates namespaces, makes the share the root directory,
 /// and limits the capability bounding set to the file server's capabilities.
 ///
-/// Without a share the root is an empty, read-only directory. The PID and network namespaces are set when the process is
-/// spawned ([`crate::client::spawn`]).
+/// Without a share, the root is an empty, read-only directory. The PID and network namespaces are set when the process
+/// is spawned ([`crate::client::spawn`]).
 ///
 /// # Errors
 /// [`JailError`]. After an error the process may be confined only in part, and must end.

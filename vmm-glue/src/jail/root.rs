@@ -15,7 +15,7 @@ use nix::unistd::{chdir, pivot_root};
 /// directory.
 const PROC: &str = "/proc";
 
-/// Why the root directory could not be changed.
+/// Error of changing the root directory.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} {} for the jail of the VMM", path.display())]
 pub struct RootError {

@@ -19,13 +19,13 @@ pub enum Kind {
     FileServer,
     /// The worker of a disk.
     Disk,
-    /// The thread that faults guest memory in.
+    /// The thread that faults in guest memory.
     Prefault,
     /// A thread whose pid stands for a container.
     Pid,
 }
 
-/// Why a thread could not be confined.
+/// Error of confining a thread.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {step} of a thread of kind {kind:?}")]
 pub struct ConfineError {

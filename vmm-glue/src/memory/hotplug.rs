@@ -1,5 +1,5 @@
-//! Address range for hot-plugged memory. The range is reserved at boot and costs nothing until a part of it is made
-//! accessible. For the guest, an inaccessible part is like addresses without memory.
+//! Address range for hot-plugged memory. The range is reserved at boot. It does not use memory until a part of the
+//! range is made accessible. For the guest, an inaccessible part is like addresses without memory.
 
 use std::io;
 use std::sync::Arc;
@@ -53,7 +53,8 @@ fn block_size(ram: u64) -> u64 {
     if ram < LARGE_MEMORY_BLOCK_FROM { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK }
 }
 
-/// Returns start and length of the range for hot-plugged memory, in a VM with `ram` bytes that may grow to `max` bytes.
+/// Returns the start and the length of the range for hot-plugged memory. The VM has `ram` bytes at boot and may grow to
+/// `max` bytes.
 pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
     let end = layout::ram(ram).last().map_or(0, |(start, len)| start + len);
     let start = end.max(layout::HOLE_END).next_multiple_of(block_size(ram));
@@ -62,8 +63,8 @@ pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
     Some((start, len))
 }
 
-/// Returns start and length of the range for hot-plugged huge pages. All other memory ends at `end`, and the range is
-/// after it. Returns `None` if `bytes` is 0.
+/// Returns the start and the length of the range for hot-plugged huge pages. The range is after `end`, the end of all
+/// other memory. Returns `None` if `bytes` is 0.
 pub fn huge_range(ram: u64, end: u64, bytes: u64) -> Option<(u64, u64)> {
     let start = end.max(layout::HOLE_END).checked_next_multiple_of(block_size(ram))?;
     let len = Some(bytes).filter(|&bytes| bytes > 0)?.checked_next_multiple_of(block_size(ram))?;
@@ -84,8 +85,8 @@ pub fn reserve(
         // MAP_HUGETLB does not change this mapping. It only tells `is_huge` that huge pages will be plugged here.
         Backing::Huge => {
             let pointer = reserve_addresses(size)?.cast();
-            // SAFETY: the pointer is to a mapping of `size` bytes that nothing else uses. It is never unmapped: it is
-            // guest memory until the process ends.
+            // SAFETY: `pointer` points to a mapping of `size` bytes that nothing else uses. The mapping is never
+            // unmapped, because it is guest memory until the process ends.
             unsafe { builder.with_mmap_flags(RESERVE_FLAGS | libc::MAP_HUGETLB).with_raw_mmap_pointer(pointer) }
         }
     };
@@ -103,7 +104,7 @@ pub fn reserve(
     Ok((memory, hotplug))
 }
 
-/// Whether a region of guest memory is backed by huge pages.
+/// Returns whether a region of guest memory is backed by huge pages.
 pub fn is_huge(region: &Region) -> bool {
     region.flags() & libc::MAP_HUGETLB != 0
 }
@@ -115,7 +116,7 @@ const RESERVE_FLAGS: libc::c_int = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | lib
 fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
     let spare = HUGE_PAGE as usize;
     let total = size.checked_add(spare).ok_or(MemoryError::Size)?;
-    // SAFETY: without MAP_FIXED the kernel chooses unused addresses, so no existing mapping changes.
+    // SAFETY: without MAP_FIXED, the kernel chooses unused addresses. Therefore, no existing mapping changes.
     let start = unsafe { libc::mmap(std::ptr::null_mut(), total, libc::PROT_NONE, RESERVE_FLAGS, -1, 0) };
     if start == libc::MAP_FAILED {
         return Err(MemoryError::Reserve(io::Error::last_os_error()));
@@ -123,7 +124,7 @@ fn reserve_addresses(size: usize) -> Result<*mut libc::c_void, MemoryError> {
     let misaligned = start.addr().next_multiple_of(spare) - start.addr();
     let aligned = start.wrapping_byte_add(misaligned);
     for (rest, len) in [(start, misaligned), (aligned.wrapping_byte_add(size), spare - misaligned)] {
-        // Best effort: a part that cannot be unmapped stays, and costs nothing.
+        // Best effort: a part that cannot be unmapped stays reserved, but does not use memory.
         // SAFETY: both parts lie within the mapping made above, outside the part that is returned, and nothing uses
         // them.
         let _ = len == 0 || unsafe { libc::munmap(rest, len) } == 0;
@@ -158,8 +159,9 @@ impl HotplugRange {
         self.region.len()
     }
 
-    /// Returns how many bytes from the range's start must be usable so that the guest can plug `bytes`. The guest's
-    /// kernel adds whole blocks. The result includes one more block, in case the kernel cannot fill some of them.
+    /// Returns the size of the usable region that the guest needs to plug `bytes`. The region begins at the range's
+    /// start. The guest's kernel adds whole blocks. The result includes one additional block, in case the kernel cannot
+    /// fill some blocks completely.
     pub fn extent(&self, bytes: u64) -> u64 {
         match bytes {
             0 => 0,
@@ -171,13 +173,13 @@ impl HotplugRange {
         }
     }
 
-    /// Always false: a range is never empty.
+    /// Always returns false, because a range is never empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Registers at least the first `bytes` with KVM. Registered parts are never unregistered, because a part is
-    /// unusable as long as it is inaccessible.
+    /// Registers at least the first `bytes` with KVM. Registered parts are never unregistered. This is safe, because
+    /// the guest cannot use a part that is inaccessible.
     ///
     /// # Errors
     /// [`MemoryError::Region`]. Parts that were registered before stay registered.
@@ -203,9 +205,9 @@ impl HotplugRange {
     /// of whole huge pages.
     ///
     /// # Errors
-    /// For ordinary pages, the error of mprotect: the mapping has too many parts with different protection, or the
-    /// host's overcommit limit is reached. For huge pages, the error of mmap or madvise: the host has too few huge
-    /// pages. After an error, the part is inaccessible.
+    /// For ordinary pages, the error of mprotect. This call fails if the mapping has too many parts with different
+    /// protection, or if the host's overcommit limit is reached. For huge pages, the error of mmap or madvise. These
+    /// calls fail if the host has too few huge pages. After an error, the part is inaccessible.
     pub fn open(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.backing {
             Backing::Ordinary => self.protect(offset, len, libc::PROT_READ | libc::PROT_WRITE),
@@ -213,9 +215,9 @@ impl HotplugRange {
                 let (start, size) = self.checked_range(offset, len)?;
                 let protection = libc::PROT_READ | libc::PROT_WRITE;
                 replace(start, size, protection, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)?;
-                // Populate the part at once. If the guest touched a missing page later, the VMM would get SIGBUS.
-                // (Linux before 5.14 cannot populate and returns EINVAL. There, mmap has reserved the pages, and a page
-                // can be missing only at the cgroup's limit.)
+                // Populate the part at once. Otherwise, if the host had no huge page when the guest touches the part,
+                // the VMM would get SIGBUS. Linux before 5.14 cannot populate and returns EINVAL. But mmap has reserved
+                // the pages, so that a page can be missing only if the cgroup's limit is reached.
                 let populated = self.advise(offset, len, libc::MADV_POPULATE_WRITE);
                 match populated.as_ref().map_err(io::Error::raw_os_error) {
                     Ok(()) | Err(Some(libc::EINVAL)) => Ok(()),
@@ -229,7 +231,7 @@ impl HotplugRange {
     /// fail.
     ///
     /// # Errors
-    /// The error of mprotect or madvise. After an error, the part may be inaccessible already.
+    /// The error of mmap, mprotect or madvise. After an error, the part may be inaccessible or still accessible.
     pub fn close(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.backing {
             Backing::Ordinary => {
@@ -245,8 +247,8 @@ impl HotplugRange {
 
     fn protect(&self, offset: u64, len: u64, protection: libc::c_int) -> io::Result<()> {
         let (start, len) = self.checked_range(offset, len)?;
-        // SAFETY: the range lies within this mapping, as `checked_range` has checked. Guest memory is accessed through
-        // volatile accesses and system calls only, so no Rust reference depends on the protection.
+        // SAFETY: the range lies within this mapping, as `checked_range` has checked. No Rust reference depends on the
+        // protection, because guest memory is only accessed through volatile accesses and system calls.
         match unsafe { libc::mprotect(start, len, protection) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -276,8 +278,8 @@ impl HotplugRange {
 /// Replaces the mapping of a part of a reserved range.
 fn replace(start: *mut libc::c_void, len: usize, protection: libc::c_int, kind: libc::c_int) -> io::Result<()> {
     let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_FIXED | kind;
-    // SAFETY: callers pass a part that `checked_range` has checked, so MAP_FIXED replaces guest memory only. Guest
-    // memory is accessed through volatile accesses and system calls only.
+    // SAFETY: callers pass a part that `checked_range` has checked. Therefore, MAP_FIXED replaces only guest memory,
+    // which is only accessed through volatile accesses and system calls.
     match unsafe { libc::mmap(start, len, protection, flags, -1, 0) } {
         libc::MAP_FAILED => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -332,7 +334,7 @@ mod tests {
         let ram = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let (memory, hotplug) = reserve(&ram, (4 << 30, 128 << 20), Backing::Ordinary).unwrap();
         assert_eq!(memory.num_regions(), 2);
-        // A system call fails with EFAULT where a CPU access would fault.
+        // Use a system call, which returns EFAULT for an inaccessible part. An access by the CPU would fault.
         let usable = |offset: u64| {
             let slice = memory.get_slice(GuestAddress((4 << 30) + offset), 16).unwrap();
             let (_from, to) = io::pipe().unwrap();

@@ -17,8 +17,8 @@ impl Log for Stderr {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            // One write for each line, so that lines of several processes do not mix. A failed write cannot be
-            // reported.
+            // Write each line with one write(2), so that lines of several processes do not interleave. Ignore an error,
+            // because a failed write cannot be reported.
             let line = format!("husk-vmm: {}: {}\n", record.level().as_str().to_lowercase(), record.args());
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
@@ -27,10 +27,10 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// Starts logging. The level is "warn" unless the environment variable sets another.
+/// Starts logging. The level is "warn" unless the environment variable sets another level.
 pub fn init() {
     let level = std::env::var(VARIABLE).ok().and_then(|text| LevelFilter::from_str(&text).ok());
     log::set_max_level(level.unwrap_or(LevelFilter::Warn));
-    // Fails only if there is a logger already. Then that logger stays.
+    // This call fails only if there is already a logger. In this case, the existing logger stays.
     let _ = log::set_logger(&Stderr);
 }

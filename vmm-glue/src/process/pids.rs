@@ -1,4 +1,4 @@
-//! Host pids that stand for the pod's containers. Each is the id of an idle thread of the VMM.
+//! Host PIDs that stand for the pod's containers. Each PID is the id of an idle thread of the VMM.
 //!
 //! A container's processes are in the guest. However, a client that asks the runtime for a task's pid may read the
 //! container's namespaces and cgroup from `/proc/PID/ns` and `/proc/PID/cgroup`. A thread of the VMM has the pod's
@@ -12,7 +12,7 @@ use crate::jail::{Kind, confine};
 
 /// Maximum number of pids. A pod has far fewer containers.
 const MAX_PIDS: usize = 1024;
-/// Stack size in bytes. The thread calls almost nothing.
+/// Stack size in bytes. A small stack is sufficient, because the thread only waits.
 const STACK: usize = 32 << 10;
 
 /// The idle threads by pid. Each thread ends when its sender is dropped.
@@ -20,7 +20,7 @@ const STACK: usize = 32 << 10;
 pub struct Pids(HashMap<u32, Sender<()>>);
 
 impl Pids {
-    /// Acquires a unique pid.
+    /// Acquires a unique PID.
     ///
     /// # Errors
     /// If `MAX_PIDS` pids are in use already, or if the thread cannot be started or confined.
@@ -33,7 +33,7 @@ impl Pids {
         thread::Builder::new().name("husk-task".into()).stack_size(STACK).spawn(move || {
             let confined = confine(Kind::Pid).map_err(io::Error::other);
             let _ = sender.send(confined.map(|()| nix::unistd::gettid().as_raw()));
-            // Returns an error when the sender is dropped.
+            // This call blocks until the sender is dropped, and then returns an error.
             let _ = held.recv();
         })?;
         let pid = pid.recv().map_err(io::Error::other)??.cast_unsigned();
@@ -41,7 +41,7 @@ impl Pids {
         Ok(pid)
     }
 
-    /// Releases a pid. Does nothing if the pid is not held.
+    /// Releases a PID. Does nothing if the PID was not acquired.
     pub fn release(&mut self, pid: u32) {
         self.0.remove(&pid);
     }

@@ -1,5 +1,5 @@
-//! Prepares the VMM process: it dies with its parent, leaves no core dump, keeps its heap small and has no blocked
-//! signals.
+//! Prepares the VMM process. The process gets SIGKILL when its parent ends. Core dumps are disabled, the heap is kept
+//! small, and all signals are unblocked.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use husk_base::sys::heap;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 
-/// Why the process could not be prepared.
+/// Error of preparing the process.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
     /// `prctl(PR_SET_PDEATHSIG)` failed.
@@ -21,10 +21,11 @@ pub enum PrepareError {
     Signals(#[source] io::Error),
 }
 
-/// Prepares the process. It must not have other threads yet.
+/// Prepares the process. The process must not have other threads yet.
 pub fn prepare() -> Result<(), PrepareError> {
-    // A parent that ended before this call causes no signal, but it has closed the control socket, which ends the
-    // process as well. The pid of the parent would not tell: a subreaper may adopt orphans, and pid 1 may be the parent.
+    // If the parent ended before this call, the process does not get the signal. But then the control socket is closed,
+    // which also ends the process. Checking the parent's PID would not be reliable, because a subreaper may adopt
+    // orphans, and PID 1 may be the real parent.
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|errno| PrepareError::DeathSignal(errno.into()))?;
     // A guest can crash the VMM by placing a virtqueue in hot-pluggable memory that is not plugged. The host must not
     // store a core dump of such a crash.

@@ -8,7 +8,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use crate::arch::cpuid::{self, CpuidConfig};
 use crate::arch::regs;
 
-/// Why a vCPU could not be created.
+/// Error of creating a vCPU.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateVcpuError {
     /// A KVM ioctl failed.
@@ -52,7 +52,8 @@ fn create_vcpu(vm: &VmFd, id: u8, cpuid: &CpuId, entry: Option<u64>) -> Result<V
     // Set CPUID first, because it decides which model-specific registers exist.
     vcpu.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
     let msrs = regs::msrs().map_err(CreateVcpuError::Fam)?;
-    // KVM stops at the first register that this host does not support. The guest kernel works without either register.
+    // KVM stops at the first register that this host does not support. A partial result is not an error, because the
+    // guest kernel does not need these registers.
     let written = vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
     if written < msrs.as_slice().len() {
         log::debug!("vCPU {id}: KVM has set only {written} of {} model-specific registers", msrs.as_slice().len());

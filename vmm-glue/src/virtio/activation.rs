@@ -1,4 +1,4 @@
-//! Activation of a device when its driver is ready, and the stop of a device whose driver broke a queue.
+//! Activates a device when its driver is ready. Stops a device whose driver broke a queue.
 
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ pub fn open_queues<const N: usize>(activation: Activation) -> Result<OpenedActiv
     Ok(OpenedActivation { memory, features, interrupt, queues })
 }
 
-/// Takes over the first `count` queues, for a device whose driver need not use all queues.
+/// Takes over the first `count` queues. For a device whose driver does not have to use all queues.
 ///
 /// # Errors
 /// [`ActivateError::Queue`] if there are fewer queues, or if the rings of a queue are not in guest memory.

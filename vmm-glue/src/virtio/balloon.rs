@@ -15,8 +15,8 @@ use super::queue::{Chain, Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, log
 use crate::guest_memory::GuestMemory;
 use crate::memory::hotplug;
 
-/// Queues: inflate, deflate and free page reporting. Reporting is the third one, because the device offers neither
-/// statistics nor free page hints.
+/// Maximum sizes of the queues: inflate, deflate and free page reporting. Reporting is the third queue, because the
+/// device offers neither statistics nor free page hints.
 const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
 const REPORTING: usize = 2;
 /// VIRTIO_BALLOON_F_DEFLATE_ON_OOM
@@ -34,8 +34,9 @@ const MAX_PAGES: usize = 64 * 1024;
 pub struct Balloon {
     wake: WakeEvent,
     active: Option<Active>,
-    /// Number of pages that the guest should give back, and number of pages that the guest reports to have given back.
+    /// Number of pages that the guest should give back.
     target: u32,
+    /// Number of pages that the guest reports to have given back.
     actual: u32,
 }
 
@@ -46,11 +47,11 @@ struct Active {
     release: ReleasePolicy,
 }
 
-/// How pages are given back to the host.
+/// Defines how pages are given back to the host.
 struct ReleasePolicy {
     advice: libc::c_int,
-    /// Ranges (start, end) of huge pages, which are not released. Huge pages go back to the host only when they are
-    /// unplugged. Dropping a huge page would use up its reservation (mm/hugetlb.c). Then the page would no longer
+    /// Address ranges (start, end) of huge pages, which are not released. Huge pages go back to the host only when they
+    /// are unplugged. Dropping a huge page would use up its reservation (mm/hugetlb.c). The page would then no longer
     /// belong to the pod, and the pod might not get it back.
     huge_pages: Vec<(usize, usize)>,
 }
@@ -74,7 +75,8 @@ impl Balloon {
         Ok(Self { wake: WakeEvent::new()?, active: None, target: 0, actual: 0 })
     }
 
-    /// Sets how many MiB in total the guest should give back. The guest complies as far as it can.
+    /// Sets the target, which is the total number of MiB that the guest should give back. The guest gives back as much
+    /// as it can.
     pub fn set_target(&mut self, mib: u64) -> io::Result<()> {
         self.target = u32::try_from(mib.saturating_mul(PAGES_PER_MIB)).unwrap_or(u32::MAX);
         match &self.active {
@@ -83,7 +85,7 @@ impl Balloon {
         }
     }
 
-    /// Returns how many MiB the guest reports to have given back.
+    /// Returns the number of MiB that the guest reports to have given back.
     pub fn actual_mib(&self) -> u64 {
         u64::from(self.actual) / PAGES_PER_MIB
     }
@@ -138,7 +140,7 @@ fn inflate(memory: &GuestMemory, chain: &Chain<'_>, policy: &ReleasePolicy) {
 
 fn release_run(memory: &GuestMemory, run: Option<(u64, usize)>, policy: &ReleasePolicy) {
     let Some((first, count)) = run else { return };
-    // A page number has 32 bits and a run at most MAX_PAGES pages, so neither shift overflows.
+    // Neither shift overflows, because a page number has 32 bits, and a run has at most MAX_PAGES pages.
     match memory.get_slice(GuestAddress(first << PAGE_SHIFT), count << PAGE_SHIFT) {
         Ok(slice) => release(slice.ptr_guard_mut().as_ptr(), slice.len(), policy),
         Err(_) => log_guest_fault(0, &"the balloon request has pages outside of guest memory"),
@@ -151,7 +153,7 @@ fn release_all(buffers: &Iov<'_>, policy: &ReleasePolicy) {
     }
 }
 
-/// Drops the pages that lie completely within a part of guest memory. Afterwards these pages read as zeroes.
+/// Drops the pages that lie completely within a part of guest memory. After that, these pages read as zeroes.
 fn release(start: *mut u8, len: usize, policy: &ReleasePolicy) {
     let skipped = start.align_offset(PAGE);
     let len = len.saturating_sub(skipped) & !(PAGE - 1);
@@ -227,7 +229,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        // A driver without reporting has no third queue.
+        // A driver that has not acknowledged reporting does not set up the third queue.
         let count = if activation.features & F_REPORTING != 0 { REPORTING + 1 } else { REPORTING };
         let OpenedActivation { memory, interrupt, queues, .. } = activation::open_first_queues(activation, count)?;
         let release = ReleasePolicy::for_memory(&memory);
@@ -327,8 +329,8 @@ mod tests {
             bench.queues[0].add(&[&bytes], &[]);
             bench.queues[1].add(&[&bytes], &[]);
             bench.run();
-            // If the request lists the pages of the queue, the device drops the queue's content. Even then it must not
-            // panic.
+            // If the request lists the pages of the queue, the device drops the queue's content. Even in this case, the
+            // device must not panic.
         }
     }
 }

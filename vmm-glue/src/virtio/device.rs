@@ -47,7 +47,7 @@ pub trait Interrupt: Send + Sync {
     }
 }
 
-/// Why a device could not be activated. The transport then sets DEVICE_NEEDS_RESET.
+/// Error of activating a device. After this error, the transport sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
     /// A queue is missing, not ready or invalid.
@@ -60,8 +60,8 @@ pub enum ActivateError {
 
 /// A virtio device.
 ///
-/// A mutex protects the device. vCPU threads lock it for configuration accesses and for activation; the VMM's single
-/// device loop locks it to serve events.
+/// A mutex protects the device. vCPU threads lock the mutex for configuration accesses and for activation. The VMM's
+/// single device loop locks the mutex to serve events.
 ///
 /// `init` of [`MutEventSubscriber`] runs once, when the device is plugged in. `init` must register at least an eventfd
 /// of the device, to which `activate` writes. Queue events are registered when that eventfd is served, because only the
@@ -80,13 +80,13 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Starts to serve the queues.
     ///
     /// # Errors
-    /// [`ActivateError`]. Then the device stays inactive.
+    /// [`ActivateError`]. After an error, the device is still inactive.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
     /// Stops serving and drops all queues. The device is then in the same state as after power-on. Called when the
     /// driver resets the device.
     fn reset(&mut self);
-    /// Stops the device's own threads. Returns when all of these threads are idle. They stay idle until
-    /// [`VirtioDevice::resume`]. Called after the vCPUs have been paused. The device loop pauses separately.
+    /// Stops the device's own threads. Returns when all these threads are idle. They stay idle until
+    /// [`VirtioDevice::resume`]. Called after the vCPUs have been paused. The device loop is paused separately.
     fn pause(&mut self) {}
     /// Resumes the device's own threads.
     fn resume(&mut self) {}

@@ -1,8 +1,8 @@
 //! virtio-mem (virtio 1.2, 5.15): memory that is plugged into the running guest and unplugged from it.
 //!
 //! The VMM sets a requested size. To reach this size, the driver plugs blocks one by one, or unplugs blocks that it can
-//! free. A block that is not plugged is inaccessible. If a guest accesses such a block, with a vCPU or through a queue,
-//! its VM ends.
+//! free. A block that is not plugged is inaccessible. If a guest accesses such a block, through a vCPU or through a
+//! queue, the VM ends.
 
 use std::io;
 use std::sync::Arc;
@@ -21,12 +21,12 @@ use crate::memory::hotplug::HotplugRange;
 
 mod request;
 
-/// Linux has at most one request in flight.
+/// Maximum size of the queue. A small queue is sufficient, because Linux has at most one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
-/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE. It excludes drivers that read unplugged memory, as the dump code of old kernels
-/// does.
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE. This feature excludes drivers that read unplugged memory, such as the dump code
+/// of old kernels.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
-/// Size of a block in bytes. It is the smallest size that Linux can plug on x86-64.
+/// Size of a block in bytes. This is the smallest size that Linux can plug on x86-64.
 pub const BLOCK: u64 = 2 << 20;
 
 /// Called with the number of plugged bytes, when the guest has reached the requested size or when another size is
@@ -38,9 +38,9 @@ pub struct Mem {
     wake: WakeEvent,
     range: HotplugRange,
     blocks: Blocks,
-    /// Number of bytes that the guest should have plugged, and length of the range's part in which the guest may plug
-    /// them.
+    /// The requested size: the number of bytes that the guest should have plugged.
     requested: u64,
+    /// Size in bytes of the usable region, in which the guest may plug blocks.
     usable: u64,
     on_size_reached: Option<OnSizeReached>,
     active: Option<Active>,
@@ -77,11 +77,11 @@ impl Mem {
         self.range.extent(bytes.saturating_add(BLOCK))
     }
 
-    /// Requests that the guest plugs or unplugs blocks until `bytes` are plugged, rounded up to whole blocks. Then
-    /// `reached` is called.
+    /// Requests that the guest plugs or unplugs blocks until `bytes` are plugged, rounded up to whole blocks. `reached`
+    /// is called when this size is reached, or when another size is requested.
     pub fn request(&mut self, bytes: u64, reached: OnSizeReached) -> io::Result<()> {
         self.requested = bytes.min(self.range.len()).next_multiple_of(BLOCK);
-        // The usable part does not shrink, because blocks up to its end may be plugged.
+        // The usable region does not shrink here, because blocks up to its end may be plugged.
         self.usable = self.usable.max(self.range.extent(self.requested));
         let plugged = self.plugged();
         if let Some(previous) = self.on_size_reached.replace(reached) {
@@ -178,7 +178,7 @@ impl Mem {
             },
             Request::UnplugAll => match self.unplug(0..self.usable / BLOCK) {
                 Answer::Ack => {
-                    // Section 5.15.6.2: if nothing is plugged, the usable part can shrink.
+                    // Section 5.15.6.2: the usable region can shrink if no block is plugged.
                     self.usable = self.range.extent(self.requested);
                     Answer::Ack
                 }
@@ -239,8 +239,8 @@ impl VirtioDevice for Mem {
         F_UNPLUGGED_INACCESSIBLE | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
     }
 
-    /// Returns fields of `struct virtio_mem_config` (5.15.4): block size, node and padding, start, length, usable,
-    /// plugged and requested size.
+    /// Returns the fields of `struct virtio_mem_config` (5.15.4): block size, node and padding, start and length of the
+    /// region, size of the usable region, plugged size, and requested size.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let words = [BLOCK, 0, self.range.start(), self.range.len(), self.usable, self.plugged(), self.requested];
         let config: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
@@ -256,7 +256,7 @@ impl VirtioDevice for Mem {
         Ok(())
     }
 
-    /// Plugged blocks stay plugged: the guest may be using them (5.15.6.2).
+    /// Plugged blocks stay plugged, because the guest may be using them (5.15.6.2).
     fn reset(&mut self) {
         if let Some(active) = self.active.take() {
             self.wake.retire(active.queue);

@@ -41,7 +41,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x4b53_5548;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
-/// Why a device could not be attached to a transport.
+/// Error of attaching a device to a transport.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
     /// The device has a queue of an invalid size.
@@ -77,8 +77,9 @@ struct Registers {
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
-    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag is not in [`Registers`], because
-    /// a device that sets the flag is locked. The lock of the registers must be taken before the lock of the device.
+    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag cannot be in [`Registers`]: a
+    /// device is already locked when it sets the flag, but the lock of the registers must be taken before the lock of
+    /// the device.
     needs_reset: AtomicBool,
     /// Whether vhost also writes to `irq` when vhost has used buffers (see [`Interrupt::share_irq`]).
     shared: AtomicBool,
@@ -166,7 +167,8 @@ impl Transport {
         })
     }
 
-    /// Returns the eventfds of the queues. Each stands for a write of the queue's number to [`NOTIFY_OFFSET`].
+    /// Returns the eventfds of the queues. KVM must signal a queue's eventfd when the driver writes the queue's number
+    /// to [`NOTIFY_OFFSET`].
     pub fn notify_fds(&self) -> &[EventFd] {
         &self.notify
     }
@@ -210,14 +212,14 @@ impl Transport {
 
     fn read_register(&self, register: u32) -> u32 {
         match register {
-            // The driver reads these two registers at every interrupt. Therefore reading them takes no lock.
+            // Read these two registers without a lock, because the driver reads them at every interrupt.
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.causes(),
             VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
             VIRTIO_MMIO_DEVICE_ID => self.device_type,
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            // All ones in length and base say that the device does not have the selected shared memory region.
+            // All ones in length and base mean that the device does not have the selected shared memory region.
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             VIRTIO_MMIO_STATUS => self.registers().status | self.interrupt.status(),
             _ => self.registers().read(register),
@@ -322,12 +324,12 @@ impl Registers {
         }
     }
 
-    /// Whether the driver may negotiate features: the status is between DRIVER and FEATURES_OK.
+    /// Returns whether the driver may negotiate features: DRIVER is set, and FEATURES_OK is not set.
     fn negotiating(&self) -> bool {
         self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
     }
 
-    /// Whether the driver may configure queues: the status is between FEATURES_OK and DRIVER_OK.
+    /// Returns whether the driver may configure queues: FEATURES_OK is set, and DRIVER_OK is not set.
     fn configuring(&self) -> bool {
         self.status == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
     }
@@ -404,7 +406,7 @@ fn copy(from: &Queue, to: &mut Queue) {
     to.set_ready(from.ready());
 }
 
-/// Returns the half of `value` that a selector register selects.
+/// Returns the 32-bit half of `value` that a selector register selects.
 fn half(value: u64, select: u32) -> u32 {
     match select {
         0 => value as u32,

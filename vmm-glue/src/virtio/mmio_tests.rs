@@ -1,4 +1,4 @@
-//! Tests of the transport: a well-behaved driver, and the writes that a hostile driver might make.
+//! Tests of the transport with a well-behaved driver, and with the writes that a hostile driver might make.
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use proptest::prelude::*;
@@ -84,7 +84,7 @@ fn set(transport: &Transport, register: u32, value: u32) {
     transport.write(register.into(), &value.to_le_bytes());
 }
 
-/// Negotiates all features, as a driver does up to FEATURES_OK.
+/// Does everything that a driver does up to FEATURES_OK, and accepts all offered features.
 fn negotiate(transport: &Transport) {
     set(transport, VIRTIO_MMIO_STATUS, 0);
     set(transport, VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_ACKNOWLEDGE);
@@ -226,7 +226,7 @@ fn empty_slot_reads_as_transport_without_device() {
     assert_eq!(data, [0; 4]);
 }
 
-/// Generates one access of a hostile driver: registers and values that are likely, and some that are not.
+/// Generates one access of a hostile driver. Mostly uses registers and values that a driver uses, but also others.
 fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
     let status = prop::sample::select(vec![0u32, 1, ACK_DRIVER, FEATURES_OK, DRIVER_OK, DRIVER_OK, 0x80, 0xff]);
     let value = prop_oneof![3 => status, 2 => 0u32..0x400, 1 => any::<u32>()];

@@ -1,4 +1,5 @@
-//! Virtqueue operations of all devices: popping bounded descriptor chains, returning them, and notifications.
+//! Virtqueue operations for all devices: popping descriptor chains of bounded length, returning chains, and
+//! notifications.
 
 use std::io;
 use std::marker::PhantomData;
@@ -18,13 +19,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::device::{ActivateError, ActiveQueue, Interrupt};
 use crate::guest_memory::GuestMemory;
 
-/// Maximum number of segments in a chain. It is the limit of one readv or writev (IOV_MAX).
+/// Maximum number of segments in a chain, which is the limit of one readv or writev (IOV_MAX).
 pub const MAX_SEGMENTS: usize = 1024;
 
 /// Event token of a device's own eventfd. Queue events have the queue's index as token.
 pub const WAKE_TOKEN: u32 = u32::MAX;
 
-/// A violation that breaks the whole queue and not only one chain. The device stops until the driver resets it.
+/// A violation that breaks the whole queue and not only one chain. After this fault, the device stops until the driver
+/// resets the device.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueFault {
     /// The rings cannot be accessed, or their indices are invalid.
@@ -35,7 +37,7 @@ pub enum QueueFault {
     Interrupt(u16, #[source] io::Error),
 }
 
-/// Why a chain is invalid. The chain is returned unused.
+/// Reason why a chain is invalid. An invalid chain is returned unused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainFault {
     /// The chain has more than [`MAX_SEGMENTS`] descriptors.
@@ -44,16 +46,16 @@ pub enum ChainFault {
     /// A descriptor points outside of guest memory.
     #[error("a descriptor points outside of guest memory")]
     Address,
-    /// A readable descriptor follows a writable one, which virtio 1.2, 2.7.4.2 forbids.
-    #[error("a readable descriptor follows a writable one")]
+    /// A readable descriptor follows a writable descriptor, which virtio 1.2, 2.7.4.2 forbids.
+    #[error("a readable descriptor follows a writable descriptor")]
     Order,
     /// The chain is too short for its required content.
     #[error("the chain is too short")]
     Short,
 }
 
-/// The readable or the writable part of a chain, as an I/O vector for system calls. It points to guest memory that
-/// lives for `'m`.
+/// The readable or the writable part of a chain, as an I/O vector for system calls. The vector points to guest memory
+/// that lives for `'m`.
 #[derive(Debug, Clone)]
 pub struct Iov<'m> {
     parts: Vec<libc::iovec>,
@@ -74,22 +76,22 @@ impl<'m> Iov<'m> {
         }
         let slice = memory.get_slice(descriptor.addr(), length).map_err(|_| ChainFault::Address)?;
         if write {
-            // Mark the range now, before the device writes. Devices write with system calls on plain addresses, and
-            // vm-memory does not see these writes.
+            // Mark the range as dirty before the device writes to it, because vm-memory does not notice the write.
+            // Devices write with system calls on plain addresses.
             slice.bitmap().mark_dirty(0, length);
         }
         self.parts.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length });
-        // The sum is less than 2^32: virtio-queue's iterator ensures that.
+        // The sum is less than 2^32, as the iterator of virtio-queue ensures.
         self.len += length;
         Ok(())
     }
 
-    /// Returns the number of bytes left.
+    /// Returns the number of bytes that have not been consumed.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether no bytes are left.
+    /// Returns whether all bytes have been consumed.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -99,7 +101,7 @@ impl<'m> Iov<'m> {
         self.parts.get(self.first..).unwrap_or_default()
     }
 
-    /// Drops the first `count` bytes, or all if there are fewer.
+    /// Drops the first `count` bytes, or all bytes if the vector has fewer.
     pub fn skip(&mut self, count: usize) {
         let mut left = count.min(self.len);
         self.len -= left;
@@ -141,7 +143,7 @@ impl<'m> Iov<'m> {
         })
     }
 
-    /// Copies from the start of the vector to `buffer` and consumes nothing. Returns the number of bytes copied.
+    /// Copies from the start of the vector to `buffer`. Does not consume the bytes. Returns the number of bytes copied.
     pub fn copy_to(&self, buffer: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
@@ -151,7 +153,7 @@ impl<'m> Iov<'m> {
         done
     }
 
-    /// Copies `buffer` to the start of the vector and consumes nothing. Returns the number of bytes copied.
+    /// Copies `buffer` to the start of the vector. Does not consume the space. Returns the number of bytes copied.
     pub fn copy_from(&self, buffer: &[u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
@@ -177,7 +179,7 @@ impl<'m> Iov<'m> {
 /// A descriptor chain that was popped from a queue.
 #[derive(Debug)]
 pub struct Chain<'m> {
-    /// Index of the first descriptor. It identifies the chain when the chain is returned.
+    /// Index of the first descriptor. This index identifies the chain when the chain is returned.
     pub head: u16,
     /// Buffers that the driver has written.
     pub readable: Iov<'m>,
@@ -223,7 +225,7 @@ impl Virtqueue {
     /// Takes over a queue, with the features that the driver has acknowledged.
     ///
     /// # Errors
-    /// [`ActivateError::Queue`] if its rings are not in guest memory.
+    /// [`ActivateError::Queue`] if the rings of the queue are not in guest memory.
     pub fn new(active: ActiveQueue, index: u16, memory: &GuestMemory, features: u64) -> Result<Self, ActivateError> {
         let ActiveQueue { mut queue, notify } = active;
         if !queue.is_valid(memory) {
@@ -254,8 +256,8 @@ impl Virtqueue {
         Ok(None)
     }
 
-    /// Pops the next chain. An invalid chain is popped too, without buffers. For callers that hold several chains and
-    /// must return them in order.
+    /// Pops the next chain. An invalid chain is also popped, but without buffers. For callers that hold several chains
+    /// and must return them in order.
     pub fn pop_any<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_raw(memory)?.map(|raw| match Chain::collect(memory, raw) {
             (_, Ok(chain)) => chain,
@@ -266,12 +268,12 @@ impl Virtqueue {
         }))
     }
 
-    /// Undoes the last pop. No chain may have been popped or returned since.
+    /// Undoes the last pop. After that pop, the caller must not have popped or returned another chain.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Returns a chain to the driver, after `len` bytes were written to it.
+    /// Returns a chain to the driver, after `len` bytes were written to the chain.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueFault> {
         self.signal = true;
         self.queue.add_used(memory, head, len).map_err(|error| QueueFault::Ring(self.index, error))
@@ -287,7 +289,7 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// Enables the driver's notifications for new chains. Returns true if there are new chains already.
+    /// Enables the driver's notifications for new chains. Returns true if there are already new chains.
     pub fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueFault> {
         self.queue.enable_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))
     }
@@ -320,7 +322,7 @@ impl Virtqueue {
 
     /// Clears the notification.
     pub fn clear_notification(&self) {
-        // Fails with EAGAIN if it has been cleared already.
+        // This call fails with EAGAIN if the notification has already been cleared.
         let _ = self.notify.read();
     }
 
@@ -342,7 +344,7 @@ impl WakeEvent {
         Ok(Self { event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, stale: Vec::new() })
     }
 
-    /// Registers the eventfd with token [`WAKE_TOKEN`]. To be called by a device's `init`.
+    /// Registers the eventfd with token [`WAKE_TOKEN`]. A device's `init` must call this function.
     pub fn init(&self, ops: &mut EventOps) {
         add(ops, &self.event, WAKE_TOKEN, EventSet::IN);
     }
@@ -359,8 +361,8 @@ impl WakeEvent {
         self.event.try_clone()
     }
 
-    /// Takes a queue out of use, from outside of the device loop. The queue's eventfd stays open until the loop has
-    /// unregistered it, so that no other file gets its fd number before that.
+    /// Takes a queue out of use. May be called outside of the device loop. The queue's eventfd stays open until the
+    /// device loop has unregistered the eventfd, so that no other file gets the same fd number before.
     pub fn retire(&mut self, queue: Virtqueue) {
         if queue.registered {
             self.stale.push(queue.notify);
@@ -378,7 +380,7 @@ impl WakeEvent {
         }
     }
 
-    /// Unregisters a queue. To be called on the device loop.
+    /// Unregisters a queue. Must be called on the device loop.
     pub fn unregister(ops: &mut EventOps, queue: &mut Virtqueue) {
         if std::mem::take(&mut queue.registered)
             && let Err(error) = ops.remove(Events::empty(&queue.notify))
@@ -387,7 +389,7 @@ impl WakeEvent {
         }
     }
 
-    /// Registers a queue with its index as token, if it is not registered. To be called on the device loop.
+    /// Registers a queue with its index as token, if the queue is not registered. Must be called on the device loop.
     pub fn register(ops: &mut EventOps, queue: &mut Virtqueue) {
         if !queue.registered {
             queue.registered = add(ops, &queue.notify, queue.index.into(), EventSet::IN);
@@ -419,7 +421,7 @@ pub fn log_guest_fault(queue: u16, fault: &dyn std::fmt::Display) {
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     const PER_SECOND: u64 = 5;
     let elapsed: Duration = START.get_or_init(Instant::now).elapsed();
-    // The upper half holds the second, the lower half the number of messages in that second.
+    // The upper half contains the current second. The lower half contains the number of messages in this second.
     let second = elapsed.as_secs() << 32;
     let before = WINDOW
         .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |window| {

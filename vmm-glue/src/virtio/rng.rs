@@ -18,15 +18,15 @@ use super::device::{ActivateError, Activation, Interrupt, VirtioDevice};
 use super::queue::{Iov, QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent};
 use crate::guest_memory::GuestMemory;
 
-/// Linux has at most one request in flight.
+/// Maximum size of the queue. A small queue is sufficient, because Linux has at most one request in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
 const QUEUE: u32 = 0;
 const TIMER: u32 = 1;
-/// Maximum number of bytes that one request gets. The driver requests the rest with another request.
+/// Maximum number of bytes that one request gets. The driver sends another request for the remaining bytes.
 const MAX_REQUEST: usize = 4096;
 /// Number of bytes that a guest may read without a pause.
 const BURST: usize = 64 * 1024;
-/// Rate limit after the burst, in bytes per second. For comparison: a seed has 32 bytes.
+/// Rate limit after the burst, in bytes per second. This is sufficient, because a seed has only 32 bytes.
 const RATE: usize = 64 * 1024;
 /// Pause before the device serves requests again after it has reached the limit.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -98,14 +98,14 @@ impl Rng {
     }
 }
 
-/// Writes random bytes to guest memory. Returns their number.
+/// Writes random bytes to guest memory. Returns the number of bytes written.
 fn fill(buffer: &Iov<'_>) -> usize {
     let mut bytes = [0_u8; MAX_REQUEST];
     let count = bytes.len().min(buffer.len());
     let Some(bytes) = bytes.get_mut(..count) else { return 0 };
     match entropy::fill(bytes) {
         Ok(()) => buffer.copy_from(bytes),
-        // The host's entropy pool is not initialized yet. The driver requests the bytes again.
+        // The host's entropy pool has not been initialized yet. The driver will request the bytes again.
         Err(_) => 0,
     }
 }
@@ -133,7 +133,7 @@ impl MutEventSubscriber for Rng {
                 }
             }
             _ => {
-                // This event arrives only when the timer has expired. Therefore the call does not block.
+                // This event arrives only when the timer has expired. Therefore, the call does not block.
                 let _ = self.timer.wait();
             }
         }

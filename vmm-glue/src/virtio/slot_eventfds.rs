@@ -1,4 +1,5 @@
-//! Registers the eventfds of a slot with KVM: one that interrupts the guest, and one for each queue's notifications.
+//! Registers the eventfds of a slot with KVM. One eventfd interrupts the guest. There is another eventfd for the
+//! notifications of each queue.
 //!
 //! KVM keeps an ioeventfd until it is unregistered, even if its fd is closed. If an ioeventfd stayed registered, the
 //! eventfds of the slot's next device could not be registered.
@@ -82,8 +83,8 @@ mod tests {
 
     use super::*;
 
-    /// Records what is registered: `None` is the interrupt, and `Some` is a queue. The call with number `fail_at`
-    /// fails.
+    /// Records the registered eventfds: `None` stands for the interrupt, and `Some` for a queue. The call with number
+    /// `fail_at` fails.
     #[derive(Default)]
     struct FakeKvm {
         registered: RefCell<BTreeSet<Option<u32>>>,

@@ -12,7 +12,7 @@ use super::slot_eventfds::{self, Registry};
 use crate::arch::layout;
 use crate::guest_memory::GuestMemory;
 
-/// Why a device could not be plugged into a slot or unplugged from it.
+/// Error of plugging a device into a slot, or unplugging it from its slot.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// No slot is free.

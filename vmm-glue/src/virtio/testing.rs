@@ -16,7 +16,7 @@ use super::device::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDev
 use super::net::Net;
 use crate::guest_memory::GuestMemory;
 
-/// Guest memory starts at 0. Each queue of a test has one part of it.
+/// Size of guest memory in bytes. Guest memory starts at address 0. Each queue of a test has one part of guest memory.
 const MEMORY: u64 = 6 * PART;
 const PART: u64 = 24 << 20;
 /// Size of a buffer in bytes. Each descriptor has its own buffer.
@@ -56,7 +56,7 @@ impl Interrupt for Irq {
     }
 }
 
-/// A chain in flight: its descriptors, how many of them are readable, and the lengths of all.
+/// A chain in flight: its descriptors, the number of readable descriptors, and the length of each descriptor's buffer.
 type InFlightChain = (Vec<u16>, usize, Vec<u32>);
 
 /// The driver's side of one queue.
@@ -260,8 +260,8 @@ impl<D: VirtioDevice> Bench<D> {
 }
 
 impl Bench<Net> {
-    /// Activates like [`Bench::activate`], for an interface with a socket instead of a tap. A socket has no offloads to
-    /// set.
+    /// Activates an interface that has a socket instead of a tap. Unlike [`Bench::activate`], does not set offloads,
+    /// because a socket has no offloads.
     pub fn activate_with_socket(&mut self, without: u64) {
         self.activate_by(without, Net::start);
     }

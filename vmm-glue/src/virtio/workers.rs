@@ -182,7 +182,7 @@ impl<H: Handler> Pool<H> {
     fn run(&self, confined: Sender<io::Result<()>>) {
         let result = confine(H::KIND).map_err(io::Error::other);
         let failed = result.is_err();
-        // The receiver waits for all results.
+        // This call cannot fail, because the receiver waits for the results of all threads.
         let _ = confined.send(result);
         drop(confined);
         if failed {

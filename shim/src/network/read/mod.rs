@@ -24,7 +24,7 @@ enum Entry<T> {
     Unsupported(String),
 }
 
-/// Descriptions of the parts of the network that the guest does not get, for the log.
+/// Descriptions, for the log, of the parts of the network that the guest does not get.
 pub type Unsupported = BTreeSet<String>;
 
 /// An Ethernet interface that is up.
@@ -125,8 +125,8 @@ fn parse_address(body: &[u8]) -> Option<(i32, String)> {
     let mut found = None;
     for (kind, value) in attributes(body.get(8..)?) {
         match kind {
-            // IFA_LOCAL, if present, is the local address. It is present on point-to-point interfaces, where
-            // IFA_ADDRESS is the peer's address, and always in IPv4.
+            // If IFA_LOCAL is present, it is the local address. It is always present in IPv4. In IPv6, it is present on
+            // point-to-point interfaces, where IFA_ADDRESS is the peer's address.
             libc::IFA_LOCAL => found = ip(family, value),
             libc::IFA_ADDRESS if found.is_none() => found = ip(family, value),
             _ => {}

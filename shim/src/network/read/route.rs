@@ -87,7 +87,8 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     }
     let has_next_hop = matches!(kind, Kind::UNICAST | Kind::LOCAL);
     if !has_next_hop || hops.is_some() {
-        // For a route without a next hop, IPv6 reports the loopback interface. A request does not need this interface.
+        // For a route without a next hop, IPv6 reports the loopback interface. A request to add the route does not need
+        // this interface.
         (route.interface, route.gateway, route.onlink) = Default::default();
     }
     if let Some(bytes) = hops {
@@ -99,7 +100,7 @@ pub fn parse(body: &[u8], names: &HashMap<u32, &str>) -> Option<Entry<Route>> {
     } else if !has_next_hop || !route.interface.is_empty() || !route.next_hops.is_empty() {
         Entry::Supported(route)
     } else if has_nexthop_object {
-        // The kernel does not expand the nexthop object (sysctl net.ipv4.nexthop_compat_mode).
+        // The kernel has not added the object's next hops to the route (sysctl net.ipv4.nexthop_compat_mode).
         Entry::Unsupported("routes with nexthop objects".to_owned())
     } else {
         // The route leads through interfaces that the guest does not get.
@@ -207,7 +208,7 @@ mod tests {
         let route =
             supported(parse_route(V4, 252, 3, libc::RTN_UNICAST, &[(libc::RTA_TABLE, &table), (libc::RTA_OIF, &oif)]));
         assert_eq!((route.table, route.destination.as_str(), route.interface.as_str()), (1000, "", "eth0"));
-        // The kernel creates this route in the main table. In another table it was configured.
+        // The kernel creates this route only in the main table. In another table, the route must have been configured.
         let link_local: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let list = [(libc::RTA_DST, &link_local[..]), (libc::RTA_OIF, &oif)];
         let found = |table| parse_route(libc::AF_INET6, table, 2, libc::RTN_UNICAST, &list);
@@ -264,7 +265,7 @@ mod tests {
         let main = |list: &[(u16, &[u8])]| parse_route(V4, libc::RT_TABLE_MAIN, 3, libc::RTN_UNICAST, list);
         let (oif, id) = (2u32.to_ne_bytes(), 7u32.to_ne_bytes());
         assert!(matches!(main(&[(RTA_NH_ID, &id)]), Some(Entry::Unsupported(what)) if what.contains("nexthop")));
-        // The kernel has expanded the nexthop object.
+        // The kernel has added the object's next hops to the route.
         assert_eq!(supported(main(&[(RTA_NH_ID, &id), (libc::RTA_OIF, &oif)])).interface, "eth0");
         let encapsulated = main(&[(libc::RTA_OIF, &oif), (libc::RTA_ENCAP, &[0; 4])]);
         assert!(matches!(encapsulated, Some(Entry::Unsupported(what)) if what.contains("encapsulation")));

@@ -29,7 +29,8 @@ pub enum CgroupLocation {
 #[derive(Debug)]
 pub struct Cgroup {
     location: CgroupLocation,
-    /// Cgroups to which this process returns before the removal, one for each directory.
+    /// Cgroups to which this process returns before the removal. There is one for each directory of the sandbox's
+    /// cgroup.
     origins: Vec<PathBuf>,
     namespace: String,
     /// systemd scope of the cgroup, if systemd created it.
@@ -74,7 +75,8 @@ pub fn is_cgroup_v2() -> bool {
 }
 
 impl Cgroup {
-    /// Creates the cgroup, directly or through systemd, and moves this process into it. Blocks until systemd is done.
+    /// Creates the cgroup, directly or through systemd, and moves this process into the cgroup. Blocks until systemd
+    /// has created the scope.
     ///
     /// # Errors
     /// [`CgroupError`]. Everything that was created before the error is removed.
@@ -114,8 +116,8 @@ impl Cgroup {
         for path in self.location.dirs() {
             create(path).map_err(|source| CgroupError::Create { path: path.to_owned(), source })?;
         }
-        // Sets up the controllers before a process is moved in, because memory that a process has used before is never
-        // charged to its new cgroup.
+        // Set up the controllers before this process moves into the cgroup, because the memory that a process has used
+        // before the move is never charged to the new cgroup.
         match &self.location {
             CgroupLocation::V2(path) => delegate(Path::new(MOUNT), path),
             CgroupLocation::V1(_) => {
@@ -147,12 +149,12 @@ impl Cgroup {
         }
     }
 
-    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. Also removes containerd's
-    /// parent cgroup for the namespace if that is then empty.
+    /// Moves this process back to its original cgroups and removes the sandbox's cgroup. Also removes the parent,
+    /// containerd's cgroup for the namespace, if the parent is then empty.
     pub async fn leave_and_remove(&self) {
         self.leave();
         let (location, namespace, unit) = (self.location.clone(), self.namespace.clone(), self.unit.clone());
-        // Uses another thread, because this blocks until the last process has left.
+        // Use another thread, because the removal blocks until the last process has left the cgroup.
         let removed = tokio::task::spawn_blocking(move || {
             let dirs: Vec<&Path> = location.dirs().collect();
             remove(&dirs, unit.as_ref(), &namespace);
@@ -203,10 +205,10 @@ fn create(path: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(path)
 }
 
-/// Enables all controllers for `path` in its parents, as runc does. Without the controllers, the cgroup would not
+/// Enables all controllers for `path` in all its ancestors, as runc does. Without the controllers, the cgroup would not
 /// account for resources.
 ///
-/// Best effort, because a controller cannot be enabled if the parent has processes of its own.
+/// Best effort, because a controller cannot be enabled in a cgroup that itself has processes.
 fn delegate(mount: &Path, path: &Path) {
     let mut parents: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| parent.starts_with(mount)).collect();
     parents.reverse();

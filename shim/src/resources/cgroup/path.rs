@@ -25,8 +25,8 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
         [path] => ((*path).to_owned(), None),
         [slice, prefix, name] => {
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). A slice
-            // is rejected, because it cannot have processes of its own.
+            // The unit has the same name as under runc (libcontainer/cgroups/systemd/common.go, getUnitName). A name of
+            // a slice is rejected, because a slice cannot contain processes directly.
             let unit = format!("{prefix}-{name}.scope");
             if name.is_empty() || name.ends_with(".slice") || unit.contains('/') {
                 return Err(error());
@@ -47,7 +47,7 @@ pub fn parse(cgroups_path: &str) -> Result<CgroupsPath, CgroupError> {
     if relative.as_os_str().is_empty() { Err(error()) } else { Ok(CgroupsPath { relative, scope }) }
 }
 
-/// Returns the path of a slice. For example, systemd places `a-b.slice` in `a.slice`.
+/// Returns the cgroup path of a slice. For example, the path of `a-b.slice` is `a.slice/a-b.slice`.
 fn expand_slice(slice: &str) -> Option<String> {
     let name = slice.strip_suffix(".slice")?;
     if name == "-" {

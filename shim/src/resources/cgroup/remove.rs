@@ -11,16 +11,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::resources::cgroup::{MOUNT, v1};
 use crate::systemd::Unit;
 
-/// Removes a sandbox's cgroup with everything below it. Also removes containerd's cgroup for the namespace if that is
-/// then empty.
+/// Removes a sandbox's cgroup and all cgroups below it. Also removes containerd's cgroup for the namespace, if that
+/// cgroup is then empty.
 ///
-/// `dirs` has one directory, or one for each cgroup v1 hierarchy. Waits at most a second for killed processes to end,
-/// then stops a systemd scope before it removes the scope's cgroup. If the cgroup disappeared before systemd saw it
-/// empty, the unit would stay.
+/// `dirs` has one directory, or one for each cgroup v1 hierarchy. First waits at most a second for killed processes to
+/// end. Then stops the systemd scope, if there is one, before it removes the scope's cgroup. Otherwise, the cgroup
+/// could disappear before systemd notices that the cgroup is empty, and systemd would keep the unit.
 pub fn remove(dirs: &[&Path], unit: Option<&Unit>, namespace: &str) {
     let dirs: Vec<&Path> = dirs.iter().copied().filter(|path| is_within(path)).collect();
     let deadline = Instant::now() + EXIT_TIMEOUT;
-    // Also waits for the cgroups below, because a killed process leaves its cgroup shortly after it was reaped.
+    // Also wait until the cgroups below are empty, because a killed process leaves its cgroup only shortly after it was
+    // reaped.
     let empty: Vec<_> = dirs.iter().map(|path| wait_until_empty(path, deadline)).collect();
     unit.into_iter().for_each(crate::resources::cgroup::stop_scope);
     for (path, empty) in dirs.into_iter().zip(empty) {
@@ -39,7 +40,7 @@ fn is_within(path: &Path) -> bool {
     path.starts_with(MOUNT) && path != Path::new(MOUNT) && path.components().all(|c| c != Component::ParentDir)
 }
 
-/// Timeout for the last processes of a cgroup to end. They have already been killed.
+/// Timeout for the last processes of a cgroup to end. These processes have already been killed.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Removes a cgroup and the cgroups below it.
@@ -65,7 +66,7 @@ fn remove_directories(path: &Path) -> io::Result<()> {
 /// (cgroup-v2.rst, "Basic Operations").
 fn wait_until_empty(path: &Path, deadline: Instant) -> io::Result<()> {
     let mut events = match File::open(path.join("cgroup.events")) {
-        // cgroup v1 has no notification, or the cgroup has been removed.
+        // Either this is cgroup v1, which does not have this file, or the cgroup has been removed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return v1::wait_until_empty(path, deadline),
         other => other?,
     };

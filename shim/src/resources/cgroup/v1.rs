@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::resources::cgroup::CgroupLocation;
 
-/// Polling interval while a cgroup's last processes end. Polling is needed because cgroup v1 does not report their end.
+/// Polling interval while a cgroup's last processes end. Polling is needed because cgroup v1 does not report that a
+/// cgroup has become empty.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Files that are empty in a new cpuset cgroup.
 const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
@@ -34,7 +35,7 @@ pub fn locate(mounts: &str, proc_cgroup: &str, relative: &Path, scope: bool) -> 
         let Some((names, path)) = line else { continue };
         let names: Vec<String> = names.split(',').map(str::to_owned).collect();
         let dir = point.join(relative);
-        // A hierarchy may be mounted twice.
+        // Skip further mounts of a hierarchy that is mounted twice.
         if all.iter().all(|(known, _)| *known != names) {
             all.push((names, dir));
             origins.push(point.join(path.trim_start_matches('/')));
@@ -54,7 +55,8 @@ fn hierarchy<'a>(line: &'a str, kind: &str) -> Option<(PathBuf, &'a str)> {
     Some((mount.split(' ').nth(4)?.into(), options))
 }
 
-/// Copies the parent's CPUs and memory nodes to each new cpuset cgroup. Without them, no process can join the cgroup.
+/// Copies the parent's CPUs and memory nodes to each new cpuset cgroup. Without CPUs and memory nodes, no process can
+/// join the cgroup.
 pub fn inherit_cpuset(top: &Path, path: &Path) {
     let mut parents: Vec<&Path> = path.ancestors().take_while(|dir| dir.starts_with(top) && *dir != top).collect();
     parents.reverse();

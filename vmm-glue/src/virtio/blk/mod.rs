@@ -24,17 +24,17 @@ use super::activation::{self, OpenedActivation};
 use super::device::{ActivateError, Activation, VirtioDevice};
 use super::workers::Workers;
 
-/// The single request queue.
+/// Maximum size of the single request queue.
 const QUEUE_SIZES: [u16; 1] = [128];
 /// Maximum number of data segments in a request. The queue's two remaining descriptors are for the header and the
 /// status.
 const SEGMENTS: u32 = 126;
-/// Size of a sector in bytes; the protocol counts in sectors.
+/// Size of a sector in bytes. The protocol counts in sectors.
 pub const SECTOR: u64 = 512;
 /// Length of the serial number in bytes.
 pub const SERIAL_LEN: usize = 20;
 
-/// Why a disk could not be created.
+/// Error of creating a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
     /// The serial number has more than [`SERIAL_LEN`] bytes.
@@ -64,7 +64,7 @@ impl Blk {
         for (to, from) in bytes.iter_mut().zip(serial.as_bytes()) {
             *to = *from;
         }
-        // Unlike the length in the file's metadata, this works for block devices too.
+        // Seek to the end, because the length in the metadata of a block device is 0.
         let sectors = file.seek(SeekFrom::End(0)).map_err(BlkError::Size)? / SECTOR;
         let disk = Arc::new(Disk { file, sectors, read_only, serial: bytes });
         let workers = Workers::start(1, Arc::clone(&disk)).map_err(BlkError::Thread)?;
@@ -75,13 +75,13 @@ impl Blk {
     fn config(&self) -> Vec<u8> {
         let mut config = Vec::with_capacity(60);
         config.extend(self.disk.sectors.to_le_bytes());
-        // size_max, which is not offered.
+        // size_max. The device does not offer it.
         config.extend(0_u32.to_le_bytes());
         config.extend(SEGMENTS.to_le_bytes());
-        // Geometry, which is not offered.
+        // Geometry. The device does not offer it.
         config.extend([0; 4]);
         config.extend((SECTOR as u32).to_le_bytes());
-        // Topology, writeback and number of queues, which are not offered.
+        // Topology, writeback and number of queues. The device does not offer them.
         config.extend([0; 12]);
         let zeroes = u32::try_from(MAX_ZEROES / SECTOR).unwrap_or(u32::MAX);
         // Discard: maximum sectors, maximum segments, alignment.

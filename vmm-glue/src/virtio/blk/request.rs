@@ -24,7 +24,8 @@ const HEADER: usize = 16;
 const RANGE: usize = 16;
 /// Maximum number of ranges in a request.
 pub const MAX_RANGES: usize = 16;
-/// Maximum length of a range in bytes. It bounds the duration of a request for which the host has to write zeroes.
+/// Maximum length of a range in bytes. This maximum bounds the duration of a request for which the host has to write
+/// zeroes.
 pub const MAX_ZEROES: u64 = 64 << 20;
 
 /// The file behind the device.
@@ -35,7 +36,7 @@ pub struct Disk {
     pub serial: [u8; SERIAL_LEN],
 }
 
-/// Why a request failed.
+/// Reason why a request failed.
 enum Failure {
     /// The guest's request is invalid or not allowed.
     Guest(&'static str),
@@ -62,7 +63,7 @@ impl Handler for Disk {
         let Chain { mut readable, mut writable, .. } = chain;
         // The status is the last writable byte of the chain. It may be in any descriptor.
         let Some(data_len) = writable.len().checked_sub(1) else {
-            log_guest_fault(0, &"the disk request has no byte for its status");
+            log_guest_fault(0, &"the disk request does not have a byte for its status");
             return 0;
         };
         let mut status = writable.clone();
@@ -76,7 +77,7 @@ impl Handler for Disk {
                 (0, VIRTIO_BLK_S_IOERR)
             }
             Err(Failure::Host(error)) => {
-                // A guest can cause many such errors. Therefore they are logged with a rate limit.
+                // Log the error with a rate limit, because a guest can cause many such errors.
                 log_guest_fault(0, &format_args!("failed to serve a disk request: {error}"));
                 (0, VIRTIO_BLK_S_IOERR)
             }
@@ -143,7 +144,7 @@ impl Disk {
             return Err(Failure::Guest("the length of the disk request is not a multiple of the sector size"));
         }
         match sector.checked_add(length / SECTOR) {
-            // No overflow: the disk's size in bytes fits into a u64.
+            // The product does not overflow, because the disk's size in bytes fits into a u64.
             Some(end) if end <= self.sectors => Ok(sector * SECTOR),
             _ => Err(Failure::Guest("the disk request goes beyond the end of the disk")),
         }
@@ -164,7 +165,7 @@ impl Disk {
             // MAX_SEGMENTS (IOV_MAX) parts. preadv gets only parts that the device may write.
             let result = unsafe { call(self.file.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
             match usize::try_from(result) {
-                // The file has shrunk after the device was created.
+                // The file has shrunk since the device was created.
                 Ok(0) => return Err(Failure::Host(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => {
                     iov.skip(count);
@@ -181,7 +182,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Calls `each` for each range of a discard or write-zeroes request, with offset, length and flags.
+    /// Calls `each` for each range of a discard or write-zeroes request, with its offset in bytes, its length in bytes
+    /// and its flags.
     fn ranges(&self, list: &mut Iov<'_>, mut each: impl FnMut(u64, u64, u32) -> io::Result<()>) -> Result<(), Failure> {
         self.check_writable()?;
         if list.is_empty() || !list.len().is_multiple_of(RANGE) || list.len() / RANGE > MAX_RANGES {

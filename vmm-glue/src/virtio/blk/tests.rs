@@ -54,7 +54,7 @@ fn read_write_flush_and_get_id() {
     let (file, mut bench) = disk(false);
     let bytes = call(&mut bench, &[&header(IN, 2)], &[100, 924, 1]);
     assert_eq!((bytes[0], bytes[512], bytes[1024], bytes.len()), (3, 4, 0, 1025));
-    // Header and data are in one descriptor, and the status is the last byte of another.
+    // Header and data are in one descriptor, and the status is the last byte of another descriptor.
     let mut request = header(OUT, 63);
     request.extend([9; 300]);
     assert_eq!(call(&mut bench, &[&request, &[9; 212]], &[1]), [0]);

@@ -1,10 +1,10 @@
-//! Wraps virtiofsd's file system: rejects hostile requests ([`request_checks`]), reports short writes, and keeps to the
+//! Wraps virtiofsd's file system. Rejects hostile requests ([`request_checks`]), reports short writes, and observes the
 //! fd limit.
 //!
-//! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails (a full disk, a
-//! quota), virtiofsd answers with only the error, although the file has grown. In that case, write(2) returns the
-//! number of bytes written, and programs rely on it. A program that appends the data again after an error would have
-//! part of the data in the file twice.
+//! virtiofsd 1.14 continues after a short write (`ZcReader` in its server.rs). If the next write fails, for example
+//! because of a full disk or a quota, virtiofsd answers with only the error, although the file has grown. A local
+//! write(2) would return the number of bytes written, and programs rely on this number. If a program appended the data
+//! again after the error, the file would contain a part of the data twice.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -27,7 +27,7 @@ pub type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
-/// The file system. Clones share its state.
+/// The file system. Clones share the same state.
 #[derive(Clone)]
 pub struct CheckedFs {
     fs: Arc<PassthroughFs>,
@@ -41,13 +41,14 @@ impl CheckedFs {
         Self { fs: Arc::new(fs), fd_limit: Arc::new(fd_limit), dev_null: Arc::new(dev_null) }
     }
 
-    /// Called before a request that may open a file.
+    /// Waits until an fd is available. Called before a request that may open a file.
     fn wait_for_fd(&self) {
         self.fd_limit.wait_for_fd();
     }
 }
 
-/// The data of a WRITE request. Reports how much of the data was written before an error.
+/// The data of a WRITE request. If an error occurs after a part of the data was written, reports the length of this
+/// part.
 struct CountingReader<'a, R> {
     inner: R,
     dev_null: &'a File,
@@ -65,7 +66,7 @@ impl<R: ZeroCopyReader> ZeroCopyReader for CountingReader<'_, R> {
             Ok(written) => return Ok(written),
             Err(error) => error,
         };
-        // The reader still holds the bytes that were not written. Writing them to /dev/null tells how many there are.
+        // The reader still contains the bytes that were not written. Count these bytes by writing them to /dev/null.
         let unwritten = self.inner.write_to_file_at(self.dev_null, count, 0, None)?;
         match count.checked_sub(unwritten) {
             Some(written) if written > 0 => Ok(written),
@@ -74,14 +75,15 @@ impl<R: ZeroCopyReader> ZeroCopyReader for CountingReader<'_, R> {
     }
 }
 
-/// Maps the kind of an argument to its type. A kind that is not listed is a type itself.
+/// Maps the kind of an argument to its type. A kind that is not listed is itself a type.
 ///
-/// `&CStr` is not a kind. Therefore each method has to state whether a string is a name, and `check` then checks the
+/// `&CStr` is not a kind. Therefore, each method has to state whether a string is a name, so that `check` can check the
 /// name.
 macro_rules! kind {
     // Name of a directory entry.
     (Name) => { &CStr };
-    // String that no system call resolves as a path: target of a symlink, name of an extended attribute.
+    // String that no system call resolves as a path, such as the target of a symlink or the name of an extended
+    // attribute.
     (Text) => { &CStr };
     (Bytes) => { &[u8] };
     // Flags of open(2).
@@ -160,7 +162,7 @@ impl FileSystem for CheckedFs {
         self.fd_limit.released();
     }
 
-    // All methods that PassthroughFs implements. For the others, the defaults of the trait apply.
+    // All methods that PassthroughFs implements. For other methods, the defaults of the trait apply.
     forward! {
         fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn destroy() -> ();
@@ -250,7 +252,7 @@ mod tests {
             _flags: Option<WritevFlags>,
         ) -> io::Result<usize> {
             let all = self.data.get(..count.min(self.data.len())).unwrap_or(self.data);
-            // /dev/null takes any amount.
+            // /dev/null accepts any amount of data.
             let room = if file.metadata()?.is_file() { self.max_size.saturating_sub(offset) } else { u64::MAX };
             let fits = all.len().min(usize::try_from(room).unwrap_or(usize::MAX));
             let (written, rest) = self.data.split_at(fits);

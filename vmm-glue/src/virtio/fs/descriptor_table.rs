@@ -1,10 +1,10 @@
 //! A private descriptor table, from which virtiofsd reads chains that the guest cannot change.
 //!
-//! virtiofsd 1.14 takes a `DescriptorChain` of virtio-queue and walks it for its `Reader`, and again for its `Writer`
-//! (descriptor_utils.rs). A walk reads the descriptors from the memory that the chain refers to. If that were guest
-//! memory, a vCPU could change the descriptors after they were checked. `Server::read()`, `readdir()` and
-//! `readdirplus()` (server.rs) panic if fewer than 16 bytes are writable. readv(2) and writev(2) fail with more than
-//! [`MAX_SEGMENTS`] descriptors.
+//! virtiofsd 1.14 takes a `DescriptorChain` of virtio-queue. It walks the chain for its `Reader`, and again for its
+//! `Writer` (descriptor_utils.rs). Each walk reads the descriptors from the memory to which the chain refers. If this
+//! memory were guest memory, a vCPU could change the descriptors after the check. The check is necessary for two
+//! reasons. `Server::read()`, `readdir()` and `readdirplus()` (server.rs) panic if fewer than 16 bytes are writable.
+//! readv(2) and writev(2) fail with more than [`MAX_SEGMENTS`] descriptors.
 
 use std::io;
 use std::sync::Arc;
@@ -22,7 +22,8 @@ use crate::virtio::queue::{Chain, MAX_SEGMENTS};
 const DESCRIPTOR: usize = 16;
 /// Address of the available ring in the private memory. The ring follows the table, which starts at 0.
 const AVAIL_RING: usize = MAX_SEGMENTS * DESCRIPTOR;
-/// Size of the private memory, in bytes. The available ring has three fields and an index per descriptor.
+/// Size of the private memory, in bytes. The available ring has three fields of 2 bytes, and an index of 2 bytes for
+/// each descriptor.
 const SIZE: usize = AVAIL_RING + 6 + MAX_SEGMENTS * 2;
 /// Offset of `idx` in `struct virtq_avail`.
 const AVAIL_INDEX: usize = 2;
@@ -39,8 +40,8 @@ impl DescriptorTable {
     pub fn new() -> io::Result<Self> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE)]).map_err(io::Error::other)?;
         let memory = Arc::new(memory);
-        // virtio-queue makes a chain only for a head in an available ring. Therefore the ring gets one entry, which is
-        // descriptor 0.
+        // virtio-queue creates a chain only for a head in an available ring. Therefore, the ring gets one entry, which
+        // is descriptor 0.
         memory.write_obj(1_u16.to_le(), GuestAddress((AVAIL_RING + AVAIL_INDEX) as u64)).map_err(io::Error::other)?;
         let mut queue = Queue::new(MAX_SEGMENTS as u16).map_err(io::Error::other)?;
         queue.try_set_desc_table_address(GuestAddress(0)).map_err(io::Error::other)?;
@@ -50,7 +51,7 @@ impl DescriptorTable {
         Ok(Self { memory, chain: chain.ok_or(io::ErrorKind::InvalidData)? })
     }
 
-    /// Returns virtiofsd's reader and writer for a chain, made from the buffers that [`Chain`] holds.
+    /// Returns virtiofsd's reader and writer for a chain. They use the buffers that are stored in [`Chain`].
     pub fn open<'m>(&mut self, memory: &'m GuestMemory, chain: &Chain<'m>) -> Result<(Reader<'m>, Writer<'m>), Error> {
         let (readable, writable) = (chain.readable.as_slice(), chain.writable.as_slice());
         let count = readable.len() + writable.len();
@@ -89,7 +90,7 @@ mod tests {
     use crate::virtio::device::ActiveQueue;
     use crate::virtio::queue::Virtqueue;
 
-    /// Buffer of a descriptor: one byte, in one of two regions.
+    /// Returns the address of a descriptor's buffer. The buffer has one byte, and is in one of two regions.
     fn buffer(index: u16) -> GuestAddress {
         let region = if index.is_multiple_of(3) { 0x8000 } else { 0x10_0000 };
         GuestAddress(region + u64::from(index) * 2)

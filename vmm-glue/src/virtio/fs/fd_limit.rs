@@ -1,8 +1,8 @@
 //! Keeps the number of open fds below the process's fd limit, because each file that the guest knows is open in the
 //! VMM.
 //!
-//! The guest's kernel forgets files only when it is short of memory. Therefore, when few fds are free, the shim is
-//! asked to make the guest forget files. Requests that may open a file then wait for a limited time.
+//! The guest's kernel forgets files only when the guest runs low on memory. Therefore, when few fds are free, the VMM
+//! asks the shim to make the guest forget files. Requests that may open a file then wait for a limited time.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -15,7 +15,7 @@ use husk_base::sync::{lock, wait_timeout};
 const CHECK_INTERVAL: u32 = 64;
 /// Minimum time between two requests to the shim.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum time that requests wait after fds became scarce. Then they proceed, and may fail.
+/// Maximum time that requests wait after fds became scarce. After this time, the requests proceed, and may fail.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Asks the shim to make the guest forget files.
@@ -25,7 +25,7 @@ pub type RequestForget = Box<dyn Fn() + Send + Sync>;
 pub struct FdLimit {
     /// /proc/self/fd.
     fd_directory: File,
-    /// Fds are scarce from this number of open fds on.
+    /// Fds are scarce if this number of fds, or more, are open.
     threshold: u64,
     request_forget: RequestForget,
     /// Number of calls of [`FdLimit::wait_for_fd`].
@@ -37,7 +37,7 @@ pub struct FdLimit {
 
 #[derive(Default)]
 struct State {
-    /// When fds became scarce.
+    /// Time at which fds became scarce.
     scarce_since: Option<Instant>,
     last_request: Option<Instant>,
 }
@@ -67,8 +67,8 @@ impl FdLimit {
     /// Called after files were forgotten. Wakes the requests that wait.
     pub fn released(&self) {
         if self.scarce.load(Ordering::Relaxed) {
-            // A waiting thread holds the lock when it counts fds. Therefore it either sees the released fds, or already
-            // waits for the notification.
+            // A waiting thread holds the lock while it counts fds. Therefore, after this line, the thread either sees
+            // that fds were released, or already waits for the notification.
             drop(self.lock());
             self.changed.notify_all();
         }
@@ -97,8 +97,9 @@ impl FdLimit {
     }
 
     fn is_below_threshold(&self) -> bool {
-        // The size of /proc/self/fd is the number of open fds since Linux 6.2 (proc_readfd_count() in fs/proc/fd.c). On
-        // any kernel, a new fd is the lowest free number, so all numbers below it are in use.
+        // Since Linux 6.2, the size of /proc/self/fd is the number of open fds (proc_readfd_count() in fs/proc/fd.c).
+        // On older kernels, use the number of a new fd. A new fd gets the lowest free number, and therefore all lower
+        // numbers are in use.
         let count = self.fd_directory.metadata().map_or(0, |directory| directory.len());
         let lowest_free = self.fd_directory.try_clone().map_or(u64::MAX, |file| file.as_raw_fd().unsigned_abs().into());
         count.max(lowest_free) < self.threshold
@@ -123,7 +124,7 @@ mod tests {
     #[test]
     fn request_waits_until_fds_are_released() {
         let open = || File::open("/dev/null").unwrap();
-        // So many fds are open that the lowest free fd is above the threshold, even if other tests have fds open.
+        // Open so many fds that the lowest free fd is above the threshold, even if other tests have fds open.
         let held: Vec<File> = std::iter::repeat_with(open).take(600).collect();
         let (requests, requested) = channel();
         let limit = Arc::new(FdLimit::new(fd_directory(), 500, Box::new(move || requests.send(()).unwrap())));
@@ -147,7 +148,7 @@ mod tests {
         let began = Instant::now();
         limit.wait_for_fd();
         assert!(began.elapsed() >= TIMEOUT && requested.try_iter().count() > 1);
-        // The timeout starts when fds become scarce, so the next request does not wait again.
+        // The next request does not wait again, because the timeout starts when fds become scarce.
         let began = Instant::now();
         limit.wait_for_fd();
         assert!(began.elapsed() < REQUEST_INTERVAL);

@@ -1,14 +1,14 @@
-//! Serves FUSE requests: decodes requests without an answer, and passes the others on to virtiofsd.
+//! Serves FUSE requests. Serves requests that have no answer itself, and passes all other requests on to virtiofsd.
 //!
-//! A vCPU can change guest memory while a request is served. Therefore this module never uses a value that was read
-//! again after its check:
+//! A vCPU can change guest memory while a request is served. Therefore, this module never checks a value and then reads
+//! the value again for its use:
 //!
-//! * The chain is walked once. virtiofsd gets a copy of what was checked ([`DescriptorTable`]).
-//! * virtiofsd reads the request's header once more, and can find another opcode. Therefore no check depends on the
-//!   opcode of a request that goes to virtiofsd. Each such request has room for an answer's header, and a worker thread
-//!   serves it.
-//! * A request on the high-priority queue never goes to virtiofsd. The device loop serves this queue. It keeps all
-//!   capabilities of the process and must not block.
+//! * The chain is walked once. virtiofsd gets a copy of the checked descriptors ([`DescriptorTable`]).
+//! * virtiofsd reads the request's header once more, and can find another opcode. Therefore, no check depends on the
+//!   opcode of a request that goes to virtiofsd. For every opcode, such a request must have space for an answer's
+//!   header, and is served by a worker thread.
+//! * A request on the high-priority queue never goes to virtiofsd, because the device loop serves this queue. The
+//!   device loop must not block, and does not have the capabilities that virtiofsd needs.
 
 use std::io;
 use std::sync::Mutex;
@@ -31,8 +31,8 @@ const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 /// Size of `struct fuse_out_header`, in bytes.
 const OUT_HEADER: usize = 16;
-/// Maximum number of nodes in one BATCH_FORGET. Linux sends no BATCH_FORGET over virtio-fs (`virtio_fs_send_forget()`
-/// in fs/fuse/virtio_fs.c sends one FORGET per node).
+/// Maximum number of nodes in one BATCH_FORGET. Linux does not send BATCH_FORGET over virtio-fs, but one FORGET per
+/// node (`virtio_fs_send_forget()` in fs/fuse/virtio_fs.c).
 const MAX_BATCH: usize = 4096;
 
 /// Index of the queue for FORGET.
@@ -43,7 +43,7 @@ pub const REQUEST_QUEUE: u16 = 1;
 /// Serves the requests of one device.
 pub struct FuseServer {
     server: Server<CheckedFs>,
-    /// The file system, which `server` also has.
+    /// The file system. `server` has a clone of this file system.
     fs: CheckedFs,
     table: Mutex<DescriptorTable>,
 }
@@ -67,7 +67,7 @@ impl FuseServer {
         }
         // virtiofsd splits its writer after the answer's header, and panics if the writer is shorter.
         if chain.writable.len() < OUT_HEADER {
-            log_guest_fault(REQUEST_QUEUE, &"FUSE request with too small an answer buffer");
+            log_guest_fault(REQUEST_QUEUE, &"FUSE request whose answer buffer is too small");
             return 0;
         }
         let opened = lock(&self.table).open(memory, &chain);
@@ -105,9 +105,9 @@ impl FuseServer {
 
     /// Serves a request without an answer, from a private copy of its header and arguments.
     ///
-    /// FORGET runs on the device loop and closes the node's O_PATH fd once the guest has no more references. That can
-    /// block for as long as the host's file system takes to free a file that was unlinked before (the last iput() of
-    /// its inode).
+    /// FORGET may run on the device loop. It closes the node's O_PATH fd when the guest has no more references. This
+    /// can block if the file was unlinked before: the last iput() of its inode takes as long as the host's file system
+    /// needs to free the file.
     fn serve_unanswered(&self, queue: u16, header: InHeader, mut arguments: Iov<'_>) {
         let decoded = match header.opcode {
             FORGET => take::<ForgetIn>(&mut arguments).map(|ForgetIn { nlookup }| {
@@ -142,8 +142,8 @@ fn take<T: ByteValued + Default>(from: &mut Iov<'_>) -> Option<T> {
     Some(value)
 }
 
-/// Copies the arguments of a BATCH_FORGET: nodes, and the number of references of each. Returns `None` if the chain
-/// holds fewer nodes than the count says, or if the count is above [`MAX_BATCH`].
+/// Copies the arguments of a BATCH_FORGET: nodes, and the number of references of each node. Returns `None` if the
+/// chain contains fewer nodes than the count says, or if the count is above [`MAX_BATCH`].
 fn take_batch(arguments: &mut Iov<'_>) -> Option<Vec<(Inode, u64)>> {
     let BatchForgetIn { count, .. } = take(arguments)?;
     let count = usize::try_from(count).ok().filter(|&count| count <= MAX_BATCH)?;

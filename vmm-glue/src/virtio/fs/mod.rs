@@ -59,14 +59,14 @@ const SPARE_FRACTION: u64 = 8;
 /// after at most this time.
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a virtio-fs device could not be created.
+/// Error of creating a virtio-fs device.
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
     /// The tag is empty or too long.
-    #[error("virtio-fs tag {0:?} is not 1 to {TAG_LEN} bytes long")]
+    #[error("invalid virtio-fs tag {0:?}: it must have 1 to {TAG_LEN} bytes")]
     Tag(String),
     /// The fd limit is too low.
-    #[error("the fd limit (RLIMIT_NOFILE) of {0} is too low, at least {min} are needed", min = 2 * RESERVED_FDS)]
+    #[error("the fd limit (RLIMIT_NOFILE) of {0} is too low: it must be at least {min}", min = 2 * RESERVED_FDS)]
     Limit(u64),
     /// The directory cannot be served.
     #[error("failed to share directory {root}")]
@@ -175,7 +175,7 @@ impl Fs {
     }
 }
 
-/// The configuration of virtiofsd's file system.
+/// Returns the configuration of virtiofsd's file system.
 fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64) -> Config {
     Config {
         root_dir,
@@ -201,8 +201,8 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64)
         // this capability a process can open any inode of the host, even from a jail. Moreover, every rootfs is on
         // overlayfs, which has no file handles without nfs_export.
         inode_file_handles: InodeFileHandlesMode::Never,
-        // O_DIRECT bypasses only the guest's cache. The file systems under a share (tmpfs, overlayfs, network file
-        // systems) may reject the flag or the alignment of a buffer.
+        // Ignore O_DIRECT on the host, so that it bypasses only the guest's cache. The file systems under a share
+        // (tmpfs, overlayfs, network file systems) may reject the flag or the alignment of a buffer.
         allow_direct_io: false,
         ..Config::default()
     }

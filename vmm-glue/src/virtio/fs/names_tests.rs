@@ -1,4 +1,4 @@
-//! Tests of names in FUSE requests: every operation rejects a hostile name, and changes no file.
+//! Tests of names in FUSE requests. Every operation must reject a hostile name, and must not change any file.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -6,15 +6,15 @@ use std::os::unix::ffi::OsStrExt;
 use super::test_guest::*;
 use super::test_tree::{Tree, differences};
 
-/// FUSE_CREATE_SUPP_GROUP: bit 34 of the INIT flags, which Linux 6.3 and later offer. With it, virtiofsd parses the
-/// bytes after a name as extensions.
+/// FUSE_CREATE_SUPP_GROUP: bit 34 of the INIT flags, which Linux 6.3 and later offer. If this flag is negotiated,
+/// virtiofsd parses the bytes after a name as extensions.
 const CREATE_SUPP_GROUP: u32 = 1 << 2;
 const FILE_MODE: u32 = libc::S_IFREG | 0o644;
 
 /// A request: its label in messages, its opcode and its body.
 pub type Request = (String, u32, Vec<u8>);
 
-/// Returns one request of every operation that takes a name. `directory` and `file` are nodes.
+/// Returns one request for each operation that takes a name. `directory` and `file` are nodes.
 pub fn requests(directory: u64, file: u64, name: &[u8]) -> Vec<Request> {
     let with = |start: Vec<u8>| [&start, name].concat();
     let create = |flags: i32| with(words([flags.cast_unsigned(), 0o644, 0, 0]));
@@ -49,8 +49,8 @@ pub fn requests(directory: u64, file: u64, name: &[u8]) -> Vec<Request> {
     requests
 }
 
-/// Returns names that no directory entry can have, each with the expected error. Even if the names were not checked,
-/// they would reach only files of the tree.
+/// Returns names that no directory entry can have, each with the expected error. Even without a check, these names
+/// would only lead to files of the test's tree.
 fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     let mut names = vec![
         (b"".to_vec(), libc::EINVAL),
@@ -69,7 +69,7 @@ fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     names
 }
 
-/// Sends a request that should fail and change nothing. Returns what went wrong, if anything.
+/// Sends a request that should fail without changing any file. Returns a description of each violation, or `None`.
 fn check_rejected(
     tree: &Tree,
     guest: &mut Guest,

@@ -1,4 +1,5 @@
-//! Tests of requests that a vCPU changes in guest memory while the device serves them, and of FORGET and BATCH_FORGET.
+//! Tests of requests that a vCPU changes in guest memory while the device serves these requests. Tests of FORGET and
+//! BATCH_FORGET.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,8 +8,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::test_guest::*;
 use crate::guest_memory::GuestMemory;
 
-/// Number of requests per test. When the device read the opcode twice, the thread won the race in 1 of 40 to 1 of 1500
-/// requests.
+/// Number of requests per test. In a version of the device that read the opcode twice, the thread won the race in 1 of
+/// 40 to 1 of 1500 requests.
 const ATTEMPTS: usize = 2000;
 /// Offset of the opcode in `struct fuse_in_header`.
 const OPCODE: u64 = 4;
@@ -47,7 +48,7 @@ fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
     // This body fits both opcodes: MKDIR of "escaped" with mode 0, and FORGET of no references.
     let body = [words([0, 0]), b"escaped\0".to_vec()].concat();
     let request = [guest.header(FORGET, ROOT, body.len()), body].concat();
-    // The first descriptor is free again after each request. Therefore all requests have the same head.
+    // The first descriptor is free again after each request. Therefore, all requests have the same head.
     let head = guest.bench.queues[0].add(&[&request], &[]);
     guest.bench.run();
     let opcode = guest.bench.queues[0].buffer(head) + OPCODE;

@@ -1,20 +1,21 @@
 //! Checks FUSE requests for values that virtiofsd 1.14 passes on to the kernel unchecked.
 //!
-//! virtiofsd expects that its root directory is the root of the process (pivot_root(2)). In the VMM, this is not so,
-//! and the host's other files are reachable.
+//! virtiofsd relies on a sandbox: it expects that its root directory is the root of the process (pivot_root(2)). These
+//! checks protect the host's files even if the VMM has another root directory.
 
 use std::ffi::CStr;
 use std::io;
 
 /// The bits of O_TMPFILE without O_DIRECTORY, which O_TMPFILE includes (include/uapi/asm-generic/fcntl.h). On arm64,
-/// O_DIRECTORY is another bit than on x86.
+/// O_DIRECTORY is a different bit than on x86.
 const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
-/// Checks that a name can be a directory entry: not empty, `.` or `..`, and without a slash. Returns EINVAL otherwise.
+/// Checks that a name can be a directory entry. Returns EINVAL if the name is empty, is `.` or `..`, or contains a
+/// slash.
 ///
 /// virtiofsd passes the name to unlinkat(2), mkdirat(2), mknodat(2), symlinkat(2), linkat(2) and renameat2(2). These
-/// calls take a path. Therefore a name with a slash, or `..`, would refer to an entry of another directory. The guest's
-/// kernel resolves paths itself and sends no such name.
+/// calls take a path. Therefore, a name with a slash, or `..`, would refer to an entry of another directory. The
+/// guest's kernel resolves paths itself and does not send such a name.
 ///
 /// The guest's kernel looks up `.` and `..` only for file handles, if FUSE_EXPORT_SUPPORT was negotiated
 /// (fuse_get_dentry() and fuse_get_parent() in fs/fuse/inode.c). virtiofsd negotiates FUSE_EXPORT_SUPPORT neither in
@@ -27,7 +28,7 @@ pub fn name(name: &CStr) -> io::Result<()> {
 
 /// Checks that open(2) flags have neither O_TMPFILE nor O_PATH. Returns EINVAL otherwise.
 ///
-/// O_TMPFILE on a directory creates a file that no node refers to. An O_PATH handle cannot be read or written. The
+/// O_TMPFILE on a directory creates a file to which no node refers. An O_PATH handle cannot be read or written. The
 /// guest's kernel sends neither flag: it sends FUSE_TMPFILE instead of O_TMPFILE, and O_PATH never reaches a file
 /// system.
 pub fn open_flags(flags: u32) -> io::Result<()> {

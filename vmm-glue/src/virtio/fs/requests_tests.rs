@@ -28,7 +28,7 @@ fn create(flags: i32, name: &str) -> Vec<u8> {
     [words([flags.cast_unsigned(), 0o644, 0, 0]), format!("{name}\0").into_bytes()].concat()
 }
 
-/// Returns one request of every operation that takes a handle. COPY_FILE_RANGE copies to the node `other`.
+/// Returns one request for each operation that takes a handle. COPY_FILE_RANGE copies to the node `other`.
 fn with_handle(handle: u64, other: u64) -> Vec<Request> {
     let read = || [longs([handle, 0]), words([128, 0, 0, 0, 0, 0])].concat();
     [
@@ -50,7 +50,7 @@ fn with_handle(handle: u64, other: u64) -> Vec<Request> {
     .into()
 }
 
-/// Returns requests of the operations that take neither a name nor a handle.
+/// Returns requests for the operations that take neither a name nor a handle.
 fn without_handle() -> Vec<Request> {
     let xattr = b"user.a\0";
     [
@@ -116,7 +116,8 @@ fn special_files_are_never_opened() {
     // There is only one worker thread. If a request blocked, the test would time out.
     let mut guest = guest_of(&tree);
     let mut names = vec!["fifo", "socket"];
-    // Create device nodes, which needs a privilege: /dev/null, and a disk that no host has (major 60 is for local use).
+    // Create the device nodes of /dev/null and of a disk that no host has (major 60 is for local use). Creating device
+    // nodes needs a privilege.
     for (name, mode, device) in [("null", libc::S_IFCHR, 0x103), ("disk", libc::S_IFBLK, 0x3c00)] {
         let body = [words([mode | 0o666, device, 0, 0]), format!("{name}\0").into_bytes()].concat();
         if guest.error(MKNOD, ROOT, &body) == 0 {
@@ -236,7 +237,7 @@ fn requests_before_init_and_after_destroy_are_rejected() {
     send_unanswered(&mut guest, DESTROY, b"");
     check_all_rejected(&mut guest, ROOT, handle);
     check_all_rejected(&mut guest, file, handle);
-    // INIT does not restore nodes and handles, even if repeated.
+    // INIT does not restore nodes and handles, even if it is repeated.
     for _ in 0..3 {
         guest.init();
         let stale: Vec<_> = without_handle().into_iter().chain(with_handle(handle, file)).collect();
@@ -284,7 +285,7 @@ fn extensions_are_parsed_only_if_negotiated() {
     let tree = Tree::new();
     let mut guest = guest_of(&tree);
     let before = tree.state();
-    // struct fuse_ext_header (one security context), struct fuse_secctx, its attribute's name and value.
+    // struct fuse_ext_header (one security context), struct fuse_secctx, name of the attribute, value of the attribute.
     let context = [&words([32, 1, 5, 0])[..], b"user.../x\0", b"value\0"].concat();
     let starts = [(MKDIR, words([0o755, 0])), (MKNOD, words([libc::S_IFREG | 0o644, 0, 0, 0]))];
     for (opcode, start) in &starts {

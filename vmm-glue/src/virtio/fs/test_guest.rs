@@ -35,7 +35,7 @@ pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Stops the worker threads, which hold guest memory and fds.
+        // Stop the worker threads, which hold guest memory and fds.
         if let Ok(mut device) = self.bench.device.lock() {
             device.reset();
         }

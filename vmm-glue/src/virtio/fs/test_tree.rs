@@ -1,4 +1,4 @@
-//! A share and the host's files around it, for tests that compare both before and after a request.
+//! A share and the host's files around the share, for tests that compare all these files before and after a request.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ pub struct Tree {
     base: tempfile::TempDir,
 }
 
-/// Content and stat(2) fields of each file by path, except the access time.
+/// Content and stat(2) fields of each file, by path. The access time is excluded.
 pub type State = BTreeMap<PathBuf, String>;
 
 impl Tree {

@@ -1,4 +1,4 @@
-//! Tests of the device: FUSE requests over a directory, pause and resume, reset, broken queues and the configuration
+//! Tests of the device: FUSE requests for a directory, pause and resume, reset, broken queues and the configuration
 //! space.
 
 use std::sync::atomic::Ordering;
@@ -79,7 +79,7 @@ fn malformed_requests_are_answered_or_dropped() {
 }
 
 #[test]
-fn paused_device_serves_no_request() {
+fn paused_device_does_not_serve_requests() {
     let mut guest = Guest::new(2);
     guest.init();
     guest.bench.lock().pause();
@@ -114,7 +114,7 @@ fn broken_ring_needs_a_reset() {
 }
 
 #[test]
-fn configuration_space_holds_the_tag_and_bad_shares_are_rejected() {
+fn configuration_space_contains_the_tag_and_invalid_shares_are_rejected() {
     let root = tempfile::tempdir().unwrap();
     let fs = Fs::new(&share(root.path(), 1), belongings(), || {}).unwrap();
     let mut config = [9; 44];

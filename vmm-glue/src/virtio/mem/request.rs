@@ -1,13 +1,13 @@
-//! Requests and responses of virtio-mem (`struct virtio_mem_req` and `virtio_mem_resp`, virtio 1.2, 5.15.6), and the
-//! set of plugged blocks.
+//! Defines the requests and responses of virtio-mem (`struct virtio_mem_req` and `virtio_mem_resp`, virtio 1.2,
+//! 5.15.6), and the set of plugged blocks.
 
 use std::ops::Range;
 
 use super::BLOCK;
 
-/// Length of a request: type, padding, address, number of blocks, padding.
+/// Length of a request in bytes: type, padding, address, number of blocks, padding.
 pub const REQUEST_LEN: usize = 24;
-/// Length of a response: type, padding, state.
+/// Length of a response in bytes: type, padding, state.
 pub const ANSWER_LEN: usize = 10;
 
 /// A parsed request, whose values have not been checked.
@@ -62,7 +62,7 @@ impl Request {
 pub enum Answer {
     /// The operation is complete.
     Ack,
-    /// Refused for now: more than the requested size would be plugged.
+    /// The request is refused, because more than the requested size would be plugged. It may succeed later.
     Nack,
     /// The host cannot serve the request at present.
     Busy,
@@ -75,11 +75,11 @@ pub enum Answer {
 /// State of a range of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// All are plugged.
+    /// All blocks are plugged.
     Plugged,
-    /// None is plugged.
+    /// No block is plugged.
     Unplugged,
-    /// Some are plugged.
+    /// Some of the blocks are plugged.
     Mixed,
 }
 

@@ -1,4 +1,5 @@
-//! Tests from the driver's side: valid requests are served within the limits, and all others are rejected.
+//! Tests from the driver's side. Valid requests must be served within the limits, and all other requests must be
+//! rejected.
 
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
@@ -37,7 +38,7 @@ fn encode(kind: u16, address: u64, count: u16) -> Vec<u8> {
     bytes
 }
 
-/// Returns type and state of the response, or `None` if there is none.
+/// Returns the type and state of the response, or `None` if there is no response.
 fn send(bench: &mut Bench<Mem>, request: &[u8]) -> Option<(u8, u8)> {
     bench.queues[0].add(&[request], &[ANSWER_LEN]);
     bench.run();
@@ -77,11 +78,11 @@ fn guest_plugs_and_unplugs_up_to_requested_size() {
     assert_eq!(driver_request(&mut bench, PLUG, 3, 1), ACK);
     assert_eq!(*reached.lock().unwrap(), Some(4 * BLOCK));
     assert_eq!(config(&bench)[5], 4 * BLOCK);
-    // The requested size is the limit, and no block is plugged twice.
+    // The guest cannot plug more than the requested size, and cannot plug a block twice.
     assert_eq!(driver_request(&mut bench, PLUG, 4, 1), NACK);
     assert_eq!(driver_request(&mut bench, PLUG, LEN / BLOCK, 1), ERROR);
     assert_eq!(driver_request(&mut bench, PLUG, 0, 1), ERROR);
-    // With a smaller requested size, the usable part stays, but no more blocks can be plugged in it.
+    // A smaller requested size does not shrink the usable region, but no more blocks can be plugged in this region.
     let reached = request(&bench, 1);
     assert_eq!(driver_request(&mut bench, UNPLUG, 0, 2), ACK);
     assert_eq!(driver_request(&mut bench, UNPLUG, 0, 1), ERROR, "unplugging must fail if a block is not plugged");

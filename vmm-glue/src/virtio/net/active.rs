@@ -1,4 +1,5 @@
-//! State of an interface from the driver's readiness to the next reset, and the data path that moves its frames.
+//! State of an interface between the activation by the driver and the next reset, and the data path that moves its
+//! frames.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ pub struct Active {
     pub interrupt: Arc<dyn Interrupt>,
     /// The queue pairs that the driver has set up.
     pub queue_pairs: Vec<QueuePair>,
-    /// Number of active queue pairs. The active pairs are the first ones of `queue_pairs`.
+    /// Number of active queue pairs. The active pairs are the first pairs in `queue_pairs`.
     pub active_pairs: usize,
     pub control: Option<Virtqueue>,
     pub control_waiting: bool,
@@ -31,7 +32,7 @@ pub struct Active {
     pub data_path: DataPath,
 }
 
-/// What moves the frames.
+/// The component that moves the frames.
 #[derive(PartialEq, Eq)]
 pub enum DataPath {
     DeviceLoop,

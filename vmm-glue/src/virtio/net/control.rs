@@ -1,4 +1,4 @@
-//! The control queue (virtio 1.2, 5.1.6.5). It supports one command: setting the number of active queue pairs.
+//! The control queue (virtio 1.2, 5.1.6.5). It supports only the command that sets the number of active queue pairs.
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
@@ -21,7 +21,7 @@ pub fn serve(
             // The response is one byte, `ack`, if the chain has space for it.
             let written = chain.writable.copy_from(&[answer as u8]);
             if written == 0 {
-                log_guest_fault(queue.index(), &"the control command has no byte for its response");
+                log_guest_fault(queue.index(), &"the control command does not have a byte for its response");
             }
             queue.push(memory, head, written as u32)?;
         } else if !queue.enable_notification(memory)? {

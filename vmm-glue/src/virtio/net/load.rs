@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-/// Number of frames within a [`WINDOW`] that counts as high load. A pod that only answers probes and a request now and
-/// then stays far below this number. Therefore it never pays the cost of vhost-net. For each queue pair, vhost-net
-/// takes 200 KiB of host memory and a thread, and a kernel grace period when the VMM ends. A transfer, or a server in
-/// use, exceeds this number within moments.
+/// Number of frames within a [`WINDOW`] that counts as high load. A pod that only answers probes and occasional
+/// requests stays far below this number. Therefore, such a pod never pays the cost of vhost-net. For each queue pair,
+/// vhost-net needs 200 KiB of host memory and a thread, and an RCU grace period when the VMM ends. A file transfer, or
+/// a busy server, soon exceeds this number.
 const HIGH_LOAD_FRAMES: u32 = 128;
 const WINDOW: Duration = Duration::from_secs(1);
 
@@ -28,7 +28,7 @@ impl Load {
         self.frames = self.frames.saturating_add(frames);
     }
 
-    /// Whether the load was high in any window so far.
+    /// Returns whether the load was high in any window so far.
     pub fn is_high(&self) -> bool {
         self.frames >= HIGH_LOAD_FRAMES
     }

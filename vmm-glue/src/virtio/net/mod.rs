@@ -1,9 +1,9 @@
 //! virtio-net (virtio 1.2, 5.1): a network interface with a tap as its backend.
 //!
 //! Frames are moved between the tap and guest memory without a copy. Checksums and segmentation are offloaded to the
-//! last component that needs them. The device loop moves the frames while there are few. When there are many, vhost-net
-//! in the host's kernel moves them until the next reset, if the device has vhost-net. With several vCPUs, the device
-//! has several queue pairs. Each pair has its own queue of the tap and its own vhost-net.
+//! last component that needs them. The device loop moves the frames while there are few frames. When there are many
+//! frames, vhost-net in the host's kernel moves them until the next reset, if the device has vhost-net. With several
+//! vCPUs, the device has several queue pairs. Each pair has its own queue of the tap and its own vhost-net.
 
 mod active;
 mod control;
@@ -45,34 +45,37 @@ use super::queue::{QueueFault, Virtqueue, WAKE_TOKEN, WakeEvent, read_config_byt
 
 pub use self::tap::flags as tap_flags;
 
-/// Maximum number of queue pairs. Each pair costs buffers in guest and host and, with vhost-net, a thread in the host's
-/// kernel. virtio-mmio has one interrupt for all pairs, and eight vCPUs keep this interrupt busy.
+/// Maximum number of queue pairs. Each pair needs buffers in guest and host and, with vhost-net, a thread in the host's
+/// kernel. More pairs would not help, because virtio-mmio has one interrupt for all pairs, and eight vCPUs already keep
+/// this interrupt busy.
 pub const MAX_QUEUE_PAIRS: usize = 8;
 
-/// Event tokens of the taps and of vhost-net's faults. Their lower half is the pair's index. A queue's token is its
-/// index.
+/// Event tokens of the taps and of vhost-net's faults. The lower half of a token is the pair's index. The token of a
+/// queue is the queue's index.
 const TAP_TOKEN: u32 = 1 << 16;
 const FAULT_TOKEN: u32 = 2 << 16;
-/// Size of a queue for frames, and of the control queue.
+/// Maximum size of a queue for frames, and of the control queue.
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
-/// Length of `struct virtio_net_hdr_v1`, which precedes each frame.
+/// Length of `struct virtio_net_hdr_v1` in bytes. This header precedes each frame.
 const VNET_HEADER_LEN: usize = 12;
-/// Offset of `num_buffers` in that structure.
+/// Offset of `num_buffers` in `struct virtio_net_hdr_v1`.
 const NUM_BUFFERS_OFFSET: usize = 10;
-/// Length of an Ethernet header with a VLAN tag.
+/// Length of an Ethernet header with a VLAN tag, in bytes.
 const VLAN_ETHERNET_HEADER_LEN: usize = 18;
-/// Maximum length of a header with its frame. With segmentation offload, the longest frame has an IP packet of 64 KiB.
+/// Maximum length of a header with its frame, in bytes. With segmentation offload, the longest frame contains an IP
+/// packet of 64 KiB.
 const MAX_PACKET: usize = VNET_HEADER_LEN + VLAN_ETHERNET_HEADER_LEN + 65_536;
 
 /// The host's side of an interface.
 #[derive(Debug)]
 pub struct Backend {
-    /// Open fds of `/dev/net/tun`, one for each queue pair, 1 to [`MAX_QUEUE_PAIRS`]. They are attached with IFF_TAP,
-    /// IFF_NO_PI and IFF_VNET_HDR. If there are several, they are attached to one interface with IFF_MULTI_QUEUE.
+    /// Open fds of `/dev/net/tun`, one for each queue pair. There are 1 to [`MAX_QUEUE_PAIRS`] fds. They are attached
+    /// with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. If there are several fds, they are attached to the same interface with
+    /// IFF_MULTI_QUEUE.
     pub taps: Vec<File>,
-    /// `/dev/vhost-net`, opened with O_PATH; it is reopened when there are many frames. vhost-net does not check frames
-    /// from the guest. Therefore the host must do MAC anti-spoofing.
+    /// `/dev/vhost-net`, opened with O_PATH. The device is reopened when there are many frames. vhost-net does not
+    /// check frames from the guest. Therefore, the host must do MAC anti-spoofing.
     pub vhost: Option<File>,
 }
 
@@ -100,7 +103,7 @@ struct TapQueue {
     registered: bool,
     /// Whether this queue of the tap is attached, so that it may receive frames for the guest.
     attached: bool,
-    /// vhost-net once it is open, and the eventfd that it signals when the guest breaks a queue.
+    /// vhost-net, if it is open, and the eventfd that vhost-net signals when the guest breaks a queue.
     vhost: Option<(File, EventFd)>,
 }
 
@@ -187,8 +190,8 @@ impl Net {
         if active.data_path != DataPath::DeviceLoop || !active.load.is_high() {
             return;
         }
-        // Between two turns of the loop, all popped chains have been returned. Therefore the kernel can start at the
-        // current indices.
+        // Between two turns of the device loop, all popped chains have been returned. Therefore, the kernel can start
+        // at the current indices.
         for pair in &mut active.queue_pairs {
             WakeEvent::unregister(ops, &mut pair.rx);
             WakeEvent::unregister(ops, &mut pair.tx);
@@ -246,7 +249,8 @@ impl Net {
                 };
                 let _ = fault.read();
                 let active = self.active.as_ref().filter(|active| active.data_path != DataPath::DeviceLoop);
-                // Sending a frame on a pair that was just deactivated fails. This is not a fault of the guest.
+                // Ignore a fault of a pair that was just deactivated. There, sending a frame fails without a fault of
+                // the guest.
                 if active.is_some_and(|active| index < active.active_pairs) {
                     return Err(VhostError::Broken(index));
                 }
@@ -335,7 +339,7 @@ impl TapQueue {
     }
 }
 
-/// Attaches the first `count` queues of the tap, and detaches the others.
+/// Attaches the first `count` queues of the tap, and detaches the other queues.
 fn set_active_queues(tap_queues: &mut [TapQueue], switchable: bool, count: usize) -> io::Result<()> {
     for (index, tap_queue) in tap_queues.iter_mut().enumerate() {
         let wanted = index < count;
@@ -347,7 +351,7 @@ fn set_active_queues(tap_queues: &mut [TapQueue], switchable: bool, count: usize
     Ok(())
 }
 
-/// Activates `count` queue pairs instead of `before`. Returns whether that succeeded.
+/// Activates `count` queue pairs. Before, `before` pairs were active. Returns whether the change succeeded.
 fn switch_active_pairs(tap_queues: &mut [TapQueue], switchable: bool, before: usize, count: usize) -> bool {
     let switched = set_active_queues(tap_queues, switchable, count);
     if let Err(error) = &switched {

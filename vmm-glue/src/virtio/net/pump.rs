@@ -1,5 +1,5 @@
-//! Moves frames between a tap and a queue pair. One call moves a limited number of frames, so that other devices get
-//! their turn.
+//! Moves frames between a tap and a queue pair. One call moves a limited number of frames, so that the device loop can
+//! also serve other devices.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,9 +13,9 @@ use crate::guest_memory::GuestMemory;
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{Chain, Iov, MAX_SEGMENTS, QueueFault, Virtqueue, log_guest_fault};
 
-/// Length of an Ethernet header up to the end of the source address.
+/// Length of an Ethernet header up to the end of the source address, in bytes.
 const MAC_ADDRESSES_LEN: usize = 12;
-/// Length of an Ethernet header, which is also the minimum length of a frame.
+/// Length of an Ethernet header in bytes. This is also the minimum length of a frame.
 const ETHERNET_HEADER_LEN: usize = 14;
 
 /// Rules for all frames of an interface.
@@ -98,8 +98,8 @@ impl QueuePair {
         Ok(true)
     }
 
-    /// Receives frames from the tap for the guest. Returns true if there may be more frames. After false, `rx_waiting`
-    /// says what is missing: buffers if the flag is set, otherwise frames.
+    /// Receives frames from the tap for the guest. Returns true if there may be more frames. If false is returned,
+    /// `rx_waiting` is set if the guest has no buffers, and cleared if the tap has no frames.
     fn receive(
         &mut self,
         memory: &GuestMemory,
@@ -108,7 +108,7 @@ impl QueuePair {
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
         self.rx.disable_notification(memory)?;
-        // Chains that were popped and not used yet.
+        // Chains that were popped but have not been used yet.
         let mut buffers: VecDeque<Chain<'_>> = VecDeque::new();
         let mut parts: Vec<libc::iovec> = Vec::new();
         let mut more = true;
@@ -117,7 +117,7 @@ impl QueuePair {
             while capacity < rules.max_len && (rules.mergeable || buffers.is_empty()) {
                 match self.rx.pop_any(memory)? {
                     Some(chain) if chain.writable.len() < VNET_HEADER_LEN => {
-                        // Keep this chain for now. Returning it at once would break the order of the chains in
+                        // Keep this chain, because chains must be returned in order, after the earlier chains in
                         // `buffers`.
                         log_guest_fault(0, &"the receive buffer is too small");
                         buffers.push_back(chain);
@@ -131,8 +131,8 @@ impl QueuePair {
                 }
             }
             if let Some(position) = buffers.iter().position(|chain| chain.writable.len() < VNET_HEADER_LEN) {
-                // Return this chain unused, and also the chains before it. The device does not reorder rings for a
-                // driver that breaks the rules.
+                // Return this chain unused, and also the chains before it. The chains must be returned in order, even
+                // if the driver breaks the rules.
                 for chain in buffers.drain(..=position) {
                     self.rx.push(memory, chain.head, 0)?;
                 }
@@ -148,7 +148,7 @@ impl QueuePair {
             parts.clear();
             parts.extend(buffers.iter().flat_map(|chain| chain.writable.as_slice()).take(MAX_SEGMENTS));
             // SAFETY: the parts are checked guest memory that the device may write. The memory stays mapped during the
-            // call. `take` limits their number to IOV_MAX.
+            // call. `take` limits the number of parts to IOV_MAX.
             let result = unsafe { libc::readv(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(result) {
                 Ok(count) => {
@@ -177,7 +177,7 @@ impl QueuePair {
                             more = false;
                             break;
                         }
-                        // Either a frame did not fit and is lost, or the tap is down. In both cases, the device only
+                        // Either a frame was too long and is lost, or the tap is down. In both cases, the device only
                         // has to wait for the next frame.
                         _ => {
                             log::debug!("virtio-net: failed to read from the tap: {error}");
@@ -196,7 +196,7 @@ impl QueuePair {
     }
 }
 
-/// Returns how many of the buffers a frame of `count` bytes uses, at least one.
+/// Returns the number of buffers that a frame of `count` bytes uses, which is at least 1.
 fn fill(buffers: &VecDeque<Chain<'_>>, count: usize) -> usize {
     let mut remaining = count;
     let mut taken = 0;
@@ -226,7 +226,8 @@ fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iov
     // SAFETY: the parts are `start`, which outlives the call, and checked guest memory, which stays mapped. writev only
     // reads them. If there is one part more than IOV_MAX, the call fails.
     if unsafe { libc::writev(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) } < 0 {
-        // A frame may get lost: the guest's header is invalid, the interface is down, or its queue is full.
+        // The frame is lost. This is allowed, and happens if the guest's header is invalid, the interface is down, or
+        // its queue is full.
         log::debug!("virtio-net: failed to write to the tap: {}", io::Error::last_os_error());
     }
 }

@@ -1,4 +1,4 @@
-//! Tests of frames in the queues. A pair of datagram sockets stands for the tap: like a tap, it preserves frame
+//! Tests of frames in the queues. A pair of datagram sockets replaces the tap, because it also preserves frame
 //! boundaries.
 
 use std::os::fd::OwnedFd;
@@ -194,7 +194,8 @@ fn driver_selects_number_of_active_pairs() {
     assert!(sockets[0].recv(&mut [0; 2000]).is_err());
     assert_eq!(sockets[1].recv(&mut [0; 2000]).unwrap(), valid.len());
     assert!(sockets[1].recv(&mut [0; 2000]).is_err());
-    // Invalid numbers and other commands change nothing, however many parts they have.
+    // Invalid numbers and other commands do not change the number of active pairs, no matter how many parts a command
+    // has.
     for invalid in [0, 3, 0x8000, 0xffff] {
         assert_eq!(command(&mut bench, 4, &[&pairs(invalid)]), ERR, "{invalid} pairs");
     }
@@ -222,8 +223,8 @@ fn driver_selects_number_of_active_pairs() {
 }
 
 #[test]
-fn driver_need_not_use_several_pairs_or_control_queue() {
-    // Without VIRTIO_NET_F_MQ the third queue is the control queue.
+fn driver_may_use_one_pair_and_no_control_queue() {
+    // Without VIRTIO_NET_F_MQ, the third queue is the control queue.
     let (sockets, mut bench) = interfaces(2, 1 << VIRTIO_NET_F_MQ);
     bench.queues[0].add(&[], &[2000]);
     sockets[0].send(&frame([9; 6], 10)).unwrap();
@@ -241,7 +242,7 @@ fn driver_need_not_use_several_pairs_or_control_queue() {
 }
 
 #[test]
-fn single_pair_offers_no_multiqueue() {
+fn interface_with_one_pair_does_not_offer_multiqueue() {
     let (_, bench) = interfaces(1, 0);
     assert_eq!(bench.queues.len(), 2);
     assert_eq!(bench.lock().features() & (1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ), 0);
@@ -257,7 +258,7 @@ fn single_pair_offers_no_multiqueue() {
 fn device_loop_continues_if_vhost_fails() {
     let (tap, socket) = UnixDatagram::pair().unwrap();
     socket.set_nonblocking(true).unwrap();
-    // This file is not vhost-net. Therefore vhost-net fails to start.
+    // This file is not vhost-net. Therefore, vhost-net fails to start.
     let vhost = Some(File::open("/dev/null").unwrap());
     let backend = Backend { taps: vec![File::from(OwnedFd::from(tap))], vhost };
     let mut bench = Bench::new(Net::new(backend, MAC, 1500, fd_directory()).unwrap());

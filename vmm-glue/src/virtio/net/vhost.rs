@@ -20,14 +20,14 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::Virtqueue;
 
-/// The driver's features that concern the queues. Offloads are not among them, because they are negotiated between the
-/// driver and the tap. The tap also handles the header, because VHOST_NET_F_VIRTIO_NET_HDR is never set.
+/// The driver's features that concern the queues. These do not include offloads, because the driver negotiates offloads
+/// with the tap. The tap also handles the header, because VHOST_NET_F_VIRTIO_NET_HDR is never set.
 const QUEUE_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
     | 1 << VIRTIO_NET_F_MRG_RXBUF;
 
-/// Why the kernel does not serve the queues.
+/// Reason why the kernel does not serve the queues.
 #[derive(Debug, thiserror::Error)]
 pub enum VhostError {
     /// An ioctl failed.
@@ -50,7 +50,7 @@ pub enum VhostError {
     Interrupt(#[source] std::io::Error),
 }
 
-/// An open `/dev/vhost-net`, with the guest memory that it gets.
+/// An open `/dev/vhost-net`, and the guest memory that vhost-net may access.
 struct Device<'a> {
     file: &'a File,
     memory: &'a GuestMemory,
@@ -69,9 +69,9 @@ impl<'a> VhostKernBackend for Device<'a> {
         &self.memory
     }
 
-    // The crate's own check rejects a ring at the very end of memory, and accepts a ring that spans two regions.
-    // Regions that are adjacent for the guest are not adjacent in the VMM. Therefore the kernel would write beyond a
-    // mapping.
+    // The check of the `vhost` crate is wrong in two cases. It rejects a ring at the very end of memory, and accepts a
+    // ring that spans two regions. Regions that are adjacent for the guest are not adjacent in the VMM. Therefore, the
+    // kernel would write beyond a mapping.
     fn is_valid(&self, ring: &VringConfigData) -> bool {
         let size = usize::from(ring.queue_size);
         // virtio 1.2, 2.7
@@ -154,7 +154,7 @@ impl Device<'_> {
     fn attach(&self, queues: [&Virtqueue; 2], tap: &File) -> Result<(), VhostError> {
         for (index, queue) in (0..).zip(queues) {
             self.set_backend(index, Some(tap))?;
-            // vhost-net ignores notifications while it has no backend. Therefore signal a notification now.
+            // vhost-net ignores notifications while it has no backend. Therefore, signal a notification now.
             if let Err(error) = queue.notify_eventfd().write(1) {
                 log::error!("virtio-net: failed to notify vhost-net: {error}");
             }
@@ -190,16 +190,16 @@ pub fn start(
     result
 }
 
-/// Stops vhost-net. When this returns, its thread has ended.
+/// Stops vhost-net. When this function returns, the thread of vhost-net has ended.
 pub fn stop(file: &File, memory: &GuestMemory) {
-    // Fails if `set_up` failed before VHOST_SET_OWNER.
+    // This call fails if `set_up` failed before VHOST_SET_OWNER.
     if let Err(error) = (Device { file, memory }).reset_owner() {
         log::debug!("virtio-net: ioctl VHOST_RESET_OWNER failed: {error}");
     }
 }
 
-/// Pauses vhost-net, and stores its indices in the queues. All chains that vhost-net has popped have then been
-/// returned.
+/// Pauses vhost-net, and stores its indices in the queues. When this function returns, vhost-net has returned all
+/// chains that it has popped.
 ///
 /// # Errors
 /// [`VhostError`]. After an error, vhost-net may still be serving.
@@ -241,7 +241,7 @@ mod tests {
             device.is_valid(&VringConfigData { queue_max_size: queue_size, queue_size, ..addresses })
         };
         assert!(valid(0, 0x2000, 0x3000));
-        // A ring that ends at the end of a region, and one that ends one entry after it.
+        // The first ring ends at the end of a region. The second ring ends one entry after this end.
         assert!(valid(0xf000, 0x2000, 0x3000) && !valid(0xf010, 0x2000, 0x3000));
         assert!(valid(0, 0xfdfa, 0x3000) && !valid(0, 0xfdfc, 0x3000));
         assert!(valid(0, 0x2000, 0x1f7fa) && !valid(0, 0x2000, 0xfffc) && !valid(0, 0x2000, 0x1f7fc));

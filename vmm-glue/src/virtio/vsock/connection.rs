@@ -11,8 +11,8 @@ use super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTD
 use super::socket;
 use crate::virtio::queue::Iov;
 
-/// Size in bytes of a connection's buffer for data from the guest. It is also the guest's credit. The buffer uses
-/// memory only while a slow reader keeps the socket full.
+/// Size in bytes of a connection's buffer for data from the guest. This size is also the guest's credit. The buffer
+/// uses memory only while a slow reader keeps the socket full.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
 /// Called with the result of a connection attempt.
@@ -20,17 +20,19 @@ pub type Reply = Box<dyn FnOnce(io::Result<OwnedFd>) + Send>;
 
 /// State of a connection.
 enum State {
-    /// REQUEST is sent or about to be sent. The client gets `peer` when the guest has accepted.
+    /// REQUEST was sent or is about to be sent. The client gets `peer` when the guest has accepted the connection.
     Connecting { peer: OwnedFd, reply: Reply },
-    /// The guest has accepted.
+    /// The guest has accepted the connection.
     Open,
-    /// Nothing more is sent to the guest. Data that the guest has sent before is still being delivered.
+    /// No more data is sent to the guest, but RST may be sent. Data that the guest has sent before is still being
+    /// delivered.
     Draining,
     /// The connection can be removed.
     Dead,
 }
 
-/// Control packets that wait for a receive buffer. Each is sent once, even if it was needed several times.
+/// Control packets that wait for a receive buffer. Each kind of packet is sent only once, even if several events
+/// requested it.
 #[derive(Default)]
 struct Pending {
     request: bool,
@@ -75,12 +77,13 @@ pub struct Connection {
     forwarded: u32,
     reported_forwarded: u32,
     buffered: VecDeque<u8>,
-    /// Whether nobody reads what the guest sends.
+    /// Whether the client no longer reads the data that the guest sends.
     reader_gone: bool,
-    /// Whether the socket's write direction was shut down, because the guest sends no more.
+    /// Whether the socket's write direction was shut down, because the guest sends no more data.
     write_shut_down: bool,
-    /// The directions that the guest has shut down, and those that the host has shut down.
+    /// The directions that the guest has shut down.
     guest_shutdown: u32,
+    /// The directions that the host has shut down.
     host_shutdown: u32,
     /// The events that epoll watches. `None` if the socket is not registered.
     pub watched: Option<EventSet>,
@@ -89,7 +92,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Creates a connection from the host, whose REQUEST is pending.
+    /// Creates a connection from the host. Its REQUEST is pending.
     pub fn connect(guest_cid: u64, local_port: u32, guest_port: u32, pair: (OwnedFd, OwnedFd), reply: Reply) -> Self {
         let (socket, peer) = pair;
         Self {
@@ -129,17 +132,19 @@ impl Connection {
         &self.socket
     }
 
-    /// Whether the connection can be removed.
+    /// Returns whether the connection can be removed.
     pub fn is_dead(&self) -> bool {
         matches!(self.state, State::Dead)
     }
 
-    /// Whether only the guest's answer is still missing: the client has closed its end, and all data was read.
+    /// Returns whether the connection only waits for the guest's answer to SHUTDOWN. In this state, the client has
+    /// closed its end, and all data from the client has been read.
     pub fn is_orphan(&self) -> bool {
         self.hung_up && self.read_eof
     }
 
-    /// Aborts the connection because the device is reset: fails a pending connection attempt, and closes the sockets.
+    /// Aborts the connection because the device is reset. Reports `error` to a pending connection attempt, and closes
+    /// the sockets.
     pub fn abort(&mut self, error: io::ErrorKind) {
         if let State::Connecting { reply, .. } = std::mem::replace(&mut self.state, State::Dead) {
             reply(Err(error.into()));
@@ -201,8 +206,8 @@ impl Connection {
             }
             State::Dead => self.state = State::Dead,
             State::Open | State::Draining => {
-                // Deliver the data that the guest has sent before. Linux sends RST if a close was not answered within
-                // some seconds. The answer may be late because the reader on the host is slow.
+                // Still deliver the data that the guest has sent before. Linux sends RST if a close was not answered
+                // within some seconds. The answer may be late because the reader on the host is slow.
                 self.pending = Pending::default();
                 self.guest_shutdown = SHUTDOWN_BOTH;
                 self.finish_writing();
@@ -213,7 +218,7 @@ impl Connection {
     fn guest_shut_down(&mut self, flags: u32) {
         self.guest_shutdown |= flags & SHUTDOWN_BOTH;
         if flags & SHUTDOWN_RECEIVE != 0 && !self.read_eof {
-            // Makes the client's writes fail, as on any stream socket whose peer does not receive.
+            // Make the client's writes fail, as on any stream socket whose peer does not receive.
             socket::shutdown(&self.socket, Shutdown::Read);
             self.read_eof = true;
             self.readable = false;
@@ -257,7 +262,7 @@ impl Connection {
         }
     }
 
-    /// Notes that `count` bytes have left the buffer.
+    /// Records that `count` bytes have left the buffer.
     fn forward(&mut self, count: usize) {
         // `count` is at most the number of received bytes, which is also counted modulo 2^32.
         self.forwarded = self.forwarded.wrapping_add(count as u32);
@@ -266,7 +271,7 @@ impl Connection {
         }
     }
 
-    /// Handles a socket that accepts no more data: tells the guest, and drops the data that the guest sends.
+    /// Handles a socket that accepts no more data. Tells the guest, and drops the data that the guest still sends.
     fn stop_receiving(&mut self) {
         self.reader_gone = true;
         let dropped = std::mem::take(&mut self.buffered).len();
@@ -275,7 +280,8 @@ impl Connection {
         self.finish_writing();
     }
 
-    /// Tells the guest once that the host has shut down a direction.
+    /// Tells the guest that the host has shut down the directions in `flags`. Does nothing if the guest was already
+    /// told.
     fn shut_down(&mut self, flags: u32) {
         if matches!(self.state, State::Open) && self.host_shutdown & flags != flags {
             self.host_shutdown |= flags;
@@ -283,7 +289,7 @@ impl Connection {
         }
     }
 
-    /// Shuts down the directions that the guest has shut down, once all data from the guest is delivered.
+    /// Shuts down the directions that the guest has shut down, if all data from the guest has been delivered.
     fn finish_writing(&mut self) {
         if !self.buffered.is_empty() {
             return;
@@ -320,7 +326,7 @@ impl Connection {
             self.write_buffered();
         }
         if self.hung_up && self.read_eof && !self.reader_gone {
-            // The client had shut down its write direction before, and has now closed its end.
+            // The client shut down its write direction earlier, and has now closed its end.
             self.stop_receiving();
         }
     }
@@ -338,7 +344,7 @@ impl Connection {
                 Err(_) => return self.stop_receiving(),
             }
         }
-        // Free the memory: it is needed again only when the socket is full again.
+        // Free the memory of the buffer, which is needed again only when the socket is full again.
         self.buffered = VecDeque::new();
         self.finish_writing();
     }
@@ -348,7 +354,7 @@ impl Connection {
         self.guest_buf_alloc.saturating_sub(self.sent.wrapping_sub(self.guest_fwd_cnt))
     }
 
-    /// Whether the connection needs a receive buffer.
+    /// Returns whether the connection needs a receive buffer.
     pub fn wants_to_send(&self) -> bool {
         if self.is_dead() {
             return false;
@@ -380,7 +386,7 @@ impl Connection {
         if std::mem::take(&mut pending.credit_update) {
             return NextPacket::Control(self.header(Op::CreditUpdate));
         }
-        // SEND is among the flags only after all data was read. Therefore this packet does not overtake data.
+        // The flags contain SEND only after all data was read. Therefore, this packet does not overtake data.
         if std::mem::take(&mut self.pending.shutdown) {
             return NextPacket::Control(Header { flags: self.host_shutdown, ..self.header(Op::Shutdown) });
         }
@@ -439,8 +445,8 @@ impl Connection {
     }
 
     /// Returns the events that epoll should watch, or `None` if the socket should not be registered. epoll always
-    /// reports a socket whose other end is closed. Therefore such a socket is registered only while the device also
-    /// waits to read from it or to write to it.
+    /// reports a socket whose other end is closed. Therefore, such a socket is registered only while the device waits
+    /// to read from the socket or to write to it.
     pub fn interest(&self) -> Option<EventSet> {
         if matches!(self.state, State::Connecting { .. } | State::Dead) {
             return None;

@@ -1,9 +1,9 @@
-//! virtio-vsock (virtio 1.2, 5.10): connections from the host to ports in the guest, passed to the host's side as
-//! sockets.
+//! virtio-vsock (virtio 1.2, 5.10): connections from the host to ports in the guest. The client on the host gets a
+//! socket for each connection.
 //!
 //! Each connection has a pair of AF_UNIX stream sockets. The client gets one end when the guest has accepted the
 //! connection. The device moves data between the other end and guest memory without a copy. The device buffers data
-//! only when that socket is full, and never more than the credit that it has granted. On the host, a connection has
+//! only when this other end is full, and never more than the credit that it has granted. On the host, a connection has
 //! neither a file nor a name.
 
 mod connection;
@@ -35,13 +35,13 @@ pub use self::connection::Reply;
 const RX: u32 = 0;
 const TX: u32 = 1;
 const EVENT: u32 = 2;
-/// Receive, transmit and event queue. Linux fills the whole receive queue with buffers of 8 KiB of guest memory each,
-/// and posts 8 event buffers.
+/// Maximum sizes of the receive, transmit and event queue. Linux fills the whole receive queue with buffers of 8 KiB of
+/// guest memory each, and posts 8 event buffers.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 /// Maximum number of connections, including those that wait for the driver.
 const MAX_CONNECTIONS: usize = 1024;
-/// Maximum number of RST packets that wait for a receive buffer. At this number, the device takes no packets from the
-/// guest.
+/// Maximum number of RST packets that wait for a receive buffer. While this number of packets wait, the device does not
+/// take packets from the guest.
 const MAX_RESET_PACKETS: usize = 64;
 /// Ports of the host's side. A connection's port is also its event token. The range contains neither the tokens of
 /// queues nor [`WAKE_TOKEN`].
@@ -56,13 +56,13 @@ pub struct Vsock {
     connections: HashMap<u32, Connection>,
     /// Connections that need a receive buffer, in the order of their turns.
     ready: VecDeque<u32>,
-    /// Connections whose watched events may have changed in this turn.
+    /// Connections whose watched events may have changed in this iteration of the device loop.
     changed: Vec<u32>,
-    /// RST packets for packets that belong to no connection.
+    /// RST packets that answer packets without a connection.
     reset_packets: VecDeque<Header>,
     /// Whether there may be packets from the guest.
     tx_waiting: bool,
-    /// Connections of an earlier activation, until the device loop has unregistered their sockets.
+    /// Connections of an earlier activation. They are kept until the device loop has unregistered their sockets.
     stale: Vec<Connection>,
     next_port: u32,
 }
@@ -94,12 +94,12 @@ impl Vsock {
     }
 
     /// Connects to a port in the guest. `reply` is called on the device loop, with the device locked. It gets a
-    /// connected stream socket if the guest accepts, or `ConnectionRefused` if the guest refuses. Requests that are
-    /// made before the driver is ready wait until it is ready.
+    /// connected stream socket if the guest accepts, or `ConnectionRefused` if the guest refuses. A request that is
+    /// made before the driver is ready waits until the driver is ready.
     pub fn connect(&mut self, port: u32, reply: Reply) {
         if self.connections.len() + self.pending.len() >= MAX_CONNECTIONS && !self.evict() {
             return reply(Err(io::Error::other(format!(
-                "failed to open a vsock connection: {MAX_CONNECTIONS} connections exist already"
+                "failed to open a vsock connection: {MAX_CONNECTIONS} connections already exist"
             ))));
         }
         self.pending.push_back((port, reply));
@@ -111,7 +111,8 @@ impl Vsock {
         self.connections.len()
     }
 
-    /// Resets a connection that only the guest still holds. Returns true if there was such a connection.
+    /// Resets a connection that only waits for the guest's answer to SHUTDOWN. Returns true if there was such a
+    /// connection.
     fn evict(&mut self) -> bool {
         let Some((&port, connection)) = self.connections.iter_mut().find(|(_, connection)| connection.is_orphan())
         else {
@@ -140,7 +141,7 @@ impl Vsock {
         }
     }
 
-    /// Returns an unused port. There are far fewer connections than ports, so the loop is short.
+    /// Returns an unused port. The loop is short, because there are far fewer connections than ports.
     fn free_port(&mut self) -> u32 {
         loop {
             let port = self.next_port;
@@ -151,7 +152,7 @@ impl Vsock {
         }
     }
 
-    /// Notes that a connection has changed: it may have packets to send, and its watched events may be different.
+    /// Records that a connection has changed. It may have packets to send, and epoll may have to watch other events.
     fn mark_changed(&mut self, port: u32) {
         if let Some(connection) = self.connections.get_mut(&port) {
             if !connection.queued && connection.wants_to_send() {

@@ -1,5 +1,5 @@
-//! Moves packets between the queues and the connections. One call moves a limited number of packets, so that other
-//! devices get their turn.
+//! Moves packets between the queues and the connections. One call moves a limited number of packets, so that the device
+//! loop can also serve other devices.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ impl Vsock {
         }
         self.pump_rx(&memory)?;
         if self.tx_waiting && self.reset_packets.len() < MAX_RESET_PACKETS {
-            // Either there are more packets than one turn may take, or `reset_packets` was full and has space again.
+            // Either there are more packets than one call may take, or `reset_packets` was full and has space again.
             self.wake.wake();
         }
         if let Some(active) = &mut self.active {
@@ -78,7 +78,7 @@ impl Vsock {
                 }
                 self.mark_changed(header.dst_port);
             }
-            // No socket listens on the host, so refuse the packet. An RST packet is never answered.
+            // Refuse the packet, because no socket listens on the host. Do not answer an RST packet.
             _ if header.op != Op::Reset => self.reset_packets.push_back(header.reset()),
             _ => {}
         }
@@ -86,7 +86,7 @@ impl Vsock {
 
     fn pump_rx(&mut self, memory: &GuestMemory) -> Result<(), QueueFault> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        // A chain that was popped and not used yet.
+        // A chain that was popped but has not been used yet.
         let mut buffer: Option<Chain<'_>> = None;
         for _ in 0..u32::from(active.rx.size()) * 2 {
             if self.reset_packets.is_empty() && self.ready.is_empty() {
@@ -140,7 +140,7 @@ impl Vsock {
             match header {
                 Some(header) => {
                     chain.writable.copy_from(&header.to_bytes());
-                    // A payload is less than 2^32 bytes, even with its header, because both are in one chain.
+                    // Header and payload together have less than 2^32 bytes, because they are in one chain.
                     active.rx.push(memory, chain.head, (HEADER_LEN as u32).saturating_add(header.len))?;
                 }
                 None => buffer = Some(chain),

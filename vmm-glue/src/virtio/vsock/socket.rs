@@ -1,4 +1,4 @@
-//! Socket calls of a connection. None of them blocks or raises SIGPIPE.
+//! Socket calls of a connection. These functions neither block nor raise SIGPIPE.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,8 +24,8 @@ pub fn iovec(bytes: &[u8]) -> libc::iovec {
 pub fn send(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
     retry(|| {
         let message = message(parts);
-        // SAFETY: the pointers in `message` are to `parts`, which outlives the call, and to memory that callers keep
-        // valid. sendmsg only reads from it.
+        // SAFETY: the pointers in `message` point to `parts`, which outlives the call, and to memory that callers keep
+        // valid. sendmsg only reads from this memory.
         unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) }
     })
 }
@@ -37,8 +37,8 @@ pub fn send(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
 pub fn receive(socket: &OwnedFd, parts: &[libc::iovec]) -> io::Result<usize> {
     retry(|| {
         let mut message = message(parts);
-        // SAFETY: the pointers in `message` are to `parts`, which outlives the call. The parts are guest memory that
-        // the device may write, or a caller's buffer; callers keep both valid.
+        // SAFETY: the pointers in `message` point to `parts`, which outlives the call. The parts are guest memory that
+        // the device may write, or a caller's buffer. Callers keep this memory valid.
         unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
     })
 }
@@ -69,13 +69,13 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     }
 }
 
-/// Shuts down a direction. Best effort: a socket that is already shut down needs nothing.
+/// Shuts down a direction. Ignores an error, because the socket may already be shut down.
 pub fn shutdown(socket: &OwnedFd, direction: Shutdown) {
     let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), direction);
 }
 
-/// Shuts down both directions and drops unread data. If a socket with unread data were closed, the peer would see
-/// ECONNRESET instead of the end of the stream. The peer's send buffer limits the amount of unread data.
+/// Shuts down both directions and drops unread data. If the socket were closed while it has unread data, the peer would
+/// see ECONNRESET instead of the end of the stream. The peer's send buffer limits the amount of unread data.
 pub fn discard_unread(socket: &OwnedFd) {
     shutdown(socket, Shutdown::Both);
     let mut bytes = [0_u8; 4096];

@@ -1,4 +1,4 @@
-//! Tests of a hostile guest: invalid packets, lengths and rings, and resets at any time.
+//! Tests with a hostile guest: invalid packets, lengths and rings, and resets at any time.
 
 use std::io::{ErrorKind, Read, Write};
 use std::sync::atomic::Ordering;
@@ -51,7 +51,7 @@ fn invalid_lengths_reset_connection() {
 }
 
 #[test]
-fn resets_are_sent_once_there_are_receive_buffers() {
+fn resets_are_sent_when_there_are_receive_buffers() {
     let mut bench = Bench::new(Vsock::new(CID).unwrap());
     bench.activate(0);
     let mut guest = Guest { bench };
@@ -106,7 +106,7 @@ proptest! {
         prop_assert_eq!(Header::parse(&all).to_bytes(), all);
     }
 
-    /// Whatever packets the guest sends, nothing panics. The device continues, or requests a reset.
+    /// The device must not panic, no matter what packets the guest sends. It must continue or request a reset.
     #[test]
     fn hostile_packets_do_not_panic(packets in proptest::collection::vec(
         (0u16..9, any::<u32>(), any::<u32>(), any::<u32>(), 0u32..70_000, 0usize..3000, any::<bool>()), 1..40)) {
@@ -125,7 +125,7 @@ proptest! {
         }
     }
 
-    /// For any descriptors, nothing panics, and the device stops causing events.
+    /// The device must not panic, no matter what descriptors the guest writes. It must stop causing events.
     #[test]
     fn hostile_descriptors_do_not_panic(
         queue in 0usize..3,

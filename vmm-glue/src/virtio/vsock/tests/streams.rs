@@ -34,7 +34,7 @@ fn connect_waits_for_driver_and_buffers() {
     assert!(receiver.try_recv().unwrap().is_ok());
 }
 
-/// Transfers more data than any buffer holds, in both directions at once. The reader on each side is sometimes slow.
+/// Transfers more data than any buffer can hold, in both directions at once. The reader on each side is sometimes slow.
 fn transfer(without: u64) {
     let mut guest = Guest::new(without);
     let (side, mut stream) = guest.open(1024);
@@ -198,7 +198,7 @@ fn guest_shutdown_of_single_directions_reaches_host() {
 #[test]
 fn close_with_unread_data_ends_stream_without_error() {
     let mut guest = Guest::new(0);
-    // The guest grants no credit, so the data from the host stays unread.
+    // The data from the host stays unread, because the guest does not grant credit.
     let (side, mut stream) = guest.open(1);
     guest.send(Side { ..side }, Op::CreditUpdate, 0, 0u32.wrapping_sub(GUEST_BUFFER), &[]);
     stream.write_all(b"never read").unwrap();
