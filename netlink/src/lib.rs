@@ -368,7 +368,8 @@ mod tests {
             theirs.send(&vec![1; length]).unwrap();
             assert_eq!(receive_datagram(ours.as_fd(), &mut buffer).is_ok(), fits);
         }
-        // The kernel's error reply repeats the request. Therefore, this reply is larger than any datagram of a dump.
+        // The kernel's error reply repeats the request, here 64 KiB. Therefore, this reply is larger than any datagram
+        // of a dump (32 KiB).
         let request = Message::new(libc::RTM_NEWLINK, 0, &link_header(i32::MAX, 0, 0));
         let error = Netlink::open().unwrap().change(request.attribute(1, &[0; MAX_VALUE])).unwrap_err();
         assert!(error.raw_os_error().is_some(), "{error}");

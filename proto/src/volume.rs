@@ -23,8 +23,8 @@ pub fn guest_path(request: &MountVolumeRequest) -> PathBuf {
 }
 
 /// Returns the shared volume to which `path` belongs. [`guest_path`] must have returned `path`. If `path` is a bind
-/// mount, the shared volume is the root of the volume that contains the mounted directory. Otherwise, the shared volume
-/// is `path` itself. Returns `None` if the volume is not shared.
+/// mount of a directory in a shared volume, returns the path of that volume's root. Otherwise, returns `path` itself.
+/// Returns `None` if the volume is not shared.
 pub fn shared_volume_of(path: &Path) -> Option<PathBuf> {
     if path.starts_with(GUEST_SHARE) {
         return Some(path.to_owned());

@@ -24,7 +24,7 @@ pub enum ServiceError {
     /// The process to start is in this state, but must be in state created.
     #[error("cannot start a {0} process: failed precondition")]
     Start(&'static str),
-    /// The process to delete has not ended. This is its state.
+    /// The process to delete has not ended. The field is the process's state.
     #[error("cannot delete a {0} process: failed precondition")]
     Delete(&'static str),
     /// The exec's container is in this state, but must be running.

@@ -1,4 +1,4 @@
-//! Validates a VM configuration. Checks the kind of each fd, and replaces the fd's position by the fd.
+//! Validates a VM configuration. Checks the kind of each fd, and resolves each position in the list of fds to the fd.
 
 use std::fs::File;
 use std::io;
@@ -89,7 +89,7 @@ pub struct CheckedConfig {
 pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, ConfigError> {
     check_range(VCPUS.contains(&config.vcpus), "vcpus", config.vcpus, "1 to 64")?;
     let in_range = (config.vcpus..=*VCPUS.end()).contains(&config.max_vcpus);
-    check_range(in_range, "max_vcpus", config.max_vcpus, "vcpus to 64")?;
+    check_range(in_range, "max_vcpus", config.max_vcpus, "between the value of vcpus and 64")?;
     check_range(
         config.max_memory_mib <= *MEMORY_MIB.end(),
         "max_memory_mib",
@@ -119,7 +119,7 @@ pub fn check(config: VmConfig, fds: Vec<OwnedFd>) -> Result<CheckedConfig, Confi
         initrd_len > 0 && initrd_len < memory / 2,
         "length of initrd",
         initrd_len,
-        "1 to half of guest memory",
+        "at least 1 byte and less than half of guest memory",
     )?;
     let console = fds.take("console", config.console)?;
     check_kind(
@@ -158,7 +158,7 @@ pub fn net(config: &NetConfig, fds: &mut Fds) -> Result<Backend, ConfigError> {
         check_kind(
             valid,
             "net.taps",
-            "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE if there are several",
+            "a tap with IFF_NO_PI and IFF_VNET_HDR, and IFF_MULTI_QUEUE if the interface has more than one tap fd",
         )?;
         taps.push(tap);
     }

@@ -63,8 +63,8 @@ pub enum Call {
     /// attached.
     AttachMem(PageKind),
     /// Sets the amount of memory that the guest should plug in addition to the memory at boot. The answer is
-    /// `PluggedMemory`. It is sent when the guest has plugged or unplugged the difference, or when the next request of
-    /// this kind arrives.
+    /// `PluggedMemory`. The answer is sent when the guest has reached this amount, or when the next `RequestMemory` for
+    /// the same kind of pages arrives.
     RequestMemory {
         /// Kind of memory.
         pages: PageKind,
@@ -73,7 +73,8 @@ pub enum Call {
     },
     /// Requests the amount of plugged memory. The answer is `PluggedMemory`.
     GetPluggedMemory(PageKind),
-    /// Requests a host pid that stands for one container. The answer is `Pid`.
+    /// Requests a VMM thread that represents one container on the host. The answer is `Pid`, with the thread's id in
+    /// the VMM's PID namespace.
     AcquirePid,
     /// Releases a container's pid.
     ReleasePid {
@@ -172,8 +173,8 @@ pub enum BootStep {
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitReason {
-    /// The guest reset or powered off the VM. The cause is an orderly shutdown, or a panic, which the console output
-    /// reports.
+    /// The guest reset or powered off the VM. The cause is an orderly shutdown or a panic. If the guest panicked, the
+    /// console output contains the panic message.
     Reset,
     /// The shim sent [`Call::Stop`].
     Stopped,

@@ -1,4 +1,5 @@
-//! `cargo xtask imports`: checks how `use` items are grouped, and groups them. rustfmt can do so with nightly Rust only.
+//! `cargo xtask imports`: checks how `use` items are grouped, and groups them. rustfmt can do so with nightly Rust
+//! only.
 //!
 //! The groups, with a blank line between them and none inside: the standard library; other crates; this crate (`crate`,
 //! `super`, `self`, and modules that the same file declares). Re-exports are a group of their own, which is first if it

@@ -80,8 +80,8 @@ impl Env {
 impl Params {
     /// Merges the parameters from stdin, flags and environment.
     ///
-    /// Runtime options can also be decoded as `BootstrapParams`, with their type URL as the id. Therefore, stdin counts
-    /// as bootstrap parameters only if its id and namespace equal those of the command line.
+    /// Runtime options (an `Any`) can by accident be decoded as `BootstrapParams`, with their type URL as the id.
+    /// Therefore, stdin counts as bootstrap parameters only if its id and namespace equal those of the command line.
     pub fn new(input: &[u8], args: &Args, env: &Env) -> Self {
         if !input.is_empty()
             && let Ok(params) = BootstrapParams::parse_from_bytes(input)

@@ -28,10 +28,10 @@ use crate::sandbox::{LaunchInput, Sandbox};
 const EVENT_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for sending the last responses when the daemon ends.
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum number of threads for blocking calls. They end soon after their work.
+/// Maximum number of threads for blocking calls. An idle thread ends after a short time.
 ///
-/// Each call on a file system that hangs keeps a thread. If none is left, create and delete of the pod's other containers
-/// wait.
+/// Each call that hangs in a file system occupies a thread. If no thread is left, create and delete of the pod's other
+/// containers wait.
 const MAX_BLOCKING_THREADS: usize = 64;
 
 /// The state that `start` passes to the daemon that it forks.
@@ -141,8 +141,8 @@ fn create_mount_namespace() -> nix::Result<()> {
 enum Launch {
     /// The VM boots immediately, because the specification is known.
     Immediate(Box<LaunchInput>),
-    /// The VM boots when a request creates the sandbox. Contains the guest's view of the share, or the error of
-    /// preparing the share.
+    /// The VM boots when a request creates the sandbox. Contains the directory that the VMM serves to
+    /// the guest, or the error from preparing this directory.
     Deferred(Result<PathBuf, String>),
 }
 

@@ -76,8 +76,8 @@ impl Updates {
         self.in_progress.insert(task.id(), InProgress { volume, started, request, served, again: false, hangs: false });
     }
 
-    /// Waits for the end of an update, and updates the volume again if it has changed. Returns `None` if no update is in
-    /// progress.
+    /// Waits for the end of an update, and updates the volume again if it has changed. Returns `None` if no update is
+    /// in progress.
     pub async fn ended(&mut self) -> Option<Result<(), String>> {
         let (id, result) = match self.tasks.join_next_with_id().await? {
             Ok(ended) => ended,

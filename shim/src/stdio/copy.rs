@@ -1,4 +1,4 @@
-//! Copies between a stream to the guest and containerd's end of it.
+//! Copies data between a stream to the guest and the fifo, pipe or file that containerd or a logger uses.
 //!
 //! Large amounts are moved between a socket and a pipe with splice(2), without a copy through this process. Small
 //! amounts are read and written, because each spliced fragment occupies one of the pipe's few buffers, even if the

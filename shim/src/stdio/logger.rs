@@ -32,8 +32,8 @@ use crate::async_fd::register;
 
 /// Timeout for a logger to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout for a logger to process its last input and end, after its input has ended. After this timeout, the logger
-/// gets SIGTERM.
+/// Timeout, from the end of a logger's input, for the logger to process the rest and exit. After this timeout, the
+/// logger gets SIGTERM.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for a logger to end after SIGTERM. After this timeout, the logger gets SIGKILL.
 const SIGTERM_TIMEOUT: Duration = Duration::from_secs(2);

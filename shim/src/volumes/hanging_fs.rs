@@ -18,8 +18,8 @@ const BATCH_FORGET: u32 = 42;
 /// Looking up this name ends the answers.
 const LAST: &str = "last";
 
-/// A FUSE file system with the directory `dir`, and a tmpfs mounted on it, that answers no request. Once this is dropped,
-/// all requests fail.
+/// A FUSE file system with the directory `dir`, and a tmpfs mounted on it, that answers no request. Once this is
+/// dropped, all requests fail.
 pub struct HangingFileSystem {
     connection: File,
 }

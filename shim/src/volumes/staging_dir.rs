@@ -162,8 +162,8 @@ fn copy_in(
         if unreachable.iter().any(|path| submount.path.starts_with(path)) {
             continue;
         }
-        // A mount that no path reaches does not fail the volume. Its mount point may be in a file system whose server has
-        // died, or a guest may have moved it below a path that is too long.
+        // A mount that no path reaches does not fail the volume. Its mount point may be in a file system whose server
+        // has died, or a guest may have moved it below a path that is too long.
         if let Err(error) = copy_staged(&from.file, to, submount) {
             unreachable.push(&submount.path);
             if error.kind() != io::ErrorKind::NotFound {

@@ -30,7 +30,8 @@ impl Events {
     pub fn watch() -> Self {
         let arriving = grpc::stream("containerd.services.events.v1.Events", "Subscribe");
         let events = Self { arriving, seen: RefCell::default(), marker: Cell::default() };
-        // containerd does not report when the subscription is active, and drops earlier events. Therefore publish markers until one of them arrives.
+        // containerd does not report when the subscription is active, and drops earlier events. Therefore publish
+        // markers until one of them arrives.
         let subscribed = node::eventually(TIMEOUT, || {
             let marker = events.mark();
             events.receive(Instant::now() + Duration::from_millis(100), |topic| topic == marker).then_some(())

@@ -421,7 +421,8 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
             assert_eq!((field("CapEff"), field("CapPrm")), (expected.to_owned(), expected.to_owned()), "{status}");
         }
         assert!(file_servers > 0);
-        // The VMM holds the pod's memory and gets the lowest score of its containers. A container without a score has 0.
+        // The VMM holds the pod's memory and gets the lowest score of its containers. A container without a score has
+        // 0.
         assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
         container.kill();
     });

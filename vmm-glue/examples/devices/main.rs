@@ -67,7 +67,7 @@ fn main() -> Result<()> {
                 .iter()
                 .map(|stream| scope.spawn(|| echo(stream, &data[..4 * MIB]).map_err(|error| error.to_string())))
                 .collect();
-            echoes.into_iter().try_for_each(|echo| Ok(echo.join().map_err(|_| "panic")??))
+            echoes.into_iter().try_for_each(|echo| Ok(echo.join().map_err(|_| "an echo thread panicked")??))
         })
     })?;
     step("a fast connection while another connection is not read", || {
@@ -117,7 +117,7 @@ fn main() -> Result<()> {
             vmm.call(Call::Resume, &[])?;
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
-        check(answer.join().map_err(|_| "panic")?? == "ok")
+        check(answer.join().map_err(|_| "the thread of the TCP test panicked")?? == "ok")
     })?;
     check(std::fs::read(share.path().join("written"))? == data[..MIB])?;
     println!("all steps passed");
@@ -154,7 +154,7 @@ fn echo(stream: &UnixStream, data: &[u8]) -> Result<()> {
         });
         let mut received = Vec::with_capacity(data.len());
         reader.read_to_end(&mut received)?;
-        writing.join().map_err(|_| "panic")??;
+        writing.join().map_err(|_| "the writer thread panicked")??;
         Ok::<_, Box<dyn Error>>(received)
     })?;
     check(received == data)
@@ -204,7 +204,8 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     let disk = tempfile::tempfile()?;
     disk.set_len(64 * MIB as u64)?;
     let tap = interface::tap()?;
-    // Use vhost-net if the host has it. This example has no MAC anti-spoofing.
+    // Use vhost-net if the host has it. vhost-net does not check source MACs, and this example does not need that
+    // check.
     let vhost = File::options().read(true).custom_flags(libc::O_PATH).open("/dev/vhost-net").ok();
     interface::up(interface::TAP, interface::HOST)?;
     let config = VmConfig {

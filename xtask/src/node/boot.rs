@@ -91,7 +91,8 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
         kvm::Verdict::Not(why) => {
             boot.seat.say(format!("the node is emulated: {why}"));
             // Without "enhanced rep movsb", kernels copy by words. In emulation, a byte takes as long as eight.
-            // Without "la57", page tables have four levels, of the node and of nested paging: every TLB miss walks both.
+            // Without "la57", page tables have four levels, of the node and of nested paging: every TLB miss walks
+            // both.
             command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm,-la57"]);
             // No program may run on the first processor. Whenever another one restores its FPU's state, QEMU (10.0 and
             // 10.2 alike) clears a flag of the first one, not atomically: cpu_clear_ignne() in

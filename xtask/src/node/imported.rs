@@ -1,5 +1,5 @@
-//! Makes the node's disk with the OCI images imported in containerd: an emulated node takes half a minute to unpack them,
-//! which each boot would spend again. The node itself imports them, in a boot whose writes are kept.
+//! Makes the node's disk with the OCI images imported in containerd: an emulated node takes half a minute to unpack
+//! them, which each boot would spend again. The node itself imports them, in a boot whose writes are kept.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,8 @@ done
 rm -r /husk/images
 ";
 
-/// Returns the disk, and makes it if its inputs changed. The caller holds the locks of the seat and of the node's parts.
+/// Returns the disk, and makes it if its inputs changed. The caller holds the locks of the seat and of the node's
+/// parts.
 pub fn disk(seat: Seat, node: &Node, images: &[Add]) -> Result<PathBuf> {
     let disk = paths::node().join("images.img");
     let mut key = Key::new("node-images", RECIPE);

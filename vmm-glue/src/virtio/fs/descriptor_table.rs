@@ -1,10 +1,11 @@
 //! A private descriptor table, from which virtiofsd reads chains that the guest cannot change.
 //!
 //! virtiofsd 1.14 takes a `DescriptorChain` of virtio-queue. It walks the chain for its `Reader`, and again for its
-//! `Writer` (descriptor_utils.rs). Each walk reads the descriptors from the memory to which the chain refers. If this
-//! memory were guest memory, a vCPU could change the descriptors after the check. The check is necessary for two
-//! reasons. `Server::read()`, `readdir()` and `readdirplus()` (server.rs) panic if fewer than 16 bytes are writable.
-//! readv(2) and writev(2) fail with more than [`MAX_SEGMENTS`] descriptors.
+//! `Writer` (descriptor_utils.rs). Each walk reads the descriptors from the memory to which the chain refers. The
+//! VMM checks the chain before virtiofsd gets it. If this memory were guest memory, a vCPU could change the descriptors
+//! after that check. The check is necessary for two reasons. `Server::read()`, `readdir()` and `readdirplus()`
+//! (server.rs) panic if fewer than 16 bytes are writable. readv(2) and writev(2) fail with more than [`MAX_SEGMENTS`]
+//! descriptors.
 
 use std::io;
 use std::sync::Arc;

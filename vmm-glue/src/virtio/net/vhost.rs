@@ -46,7 +46,7 @@ pub enum VhostError {
     #[error("failed to open /dev/vhost-net")]
     Open(#[source] std::io::Error),
     /// The eventfd that interrupts the guest could not be shared.
-    #[error("failed to share the interrupt with vhost-net")]
+    #[error("failed to get the interrupt eventfd for vhost-net")]
     Interrupt(#[source] std::io::Error),
 }
 
@@ -132,7 +132,8 @@ impl Device<'_> {
         }
         self.set_owner().map_err(refused("VHOST_SET_OWNER"))?;
         self.set_features(wanted).map_err(refused("VHOST_SET_FEATURES"))?;
-        // Pass the whole memory, including blocks that are not plugged. The kernel cannot access those blocks either.
+        // Pass the whole memory, including blocks that are not plugged. Like the VMM, the kernel
+        // cannot access the blocks that are not plugged.
         let regions: Vec<_> = self
             .memory
             .iter()

@@ -4,7 +4,7 @@
 //! Each connection has a pair of AF_UNIX stream sockets. The client gets one end when the guest has accepted the
 //! connection. The device moves data between the other end and guest memory without a copy. The device buffers data
 //! only when this other end is full, and never more than the credit that it has granted. On the host, a connection has
-//! neither a file nor a name.
+//! neither a socket file nor an abstract socket name.
 
 mod connection;
 mod packet;
