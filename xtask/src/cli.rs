@@ -54,7 +54,7 @@ enum Task {
     },
     /// Show cycles among the modules of each crate, and compare them with xtask/known-cycles.toml.
     Modules {
-        /// First remove uses from that file that are no longer part of a cycle.
+        /// First remove from that file the uses that are no longer part of a cycle.
         #[arg(long)]
         shrink: bool,
     },
@@ -76,7 +76,7 @@ struct Quick {
 
 #[derive(Subcommand)]
 enum NodeTask {
-    /// Build the node's disk, kernel and initramfs without booting it.
+    /// Build the node's disk, kernel and initramfs without booting the node.
     Prepare,
     /// Boot the node, run SCRIPT when containerd answers, and exit with SCRIPT's exit code. Files that SCRIPT leaves
     /// in /out are copied to target/husk/node/out.

@@ -3,7 +3,7 @@
 //!
 //! The groups are: the standard library; other crates; this crate (`crate`, `super`, `self`, and modules that the same
 //! file declares). A blank line separates two groups. A group has no blank line inside. Re-exports are a further group.
-//! It stays the first group if it already is the first, and is otherwise the last. rustfmt sorts the items of a group.
+//! This group stays first if it already is first, and is otherwise last. rustfmt sorts the items of a group.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -42,7 +42,7 @@ type Block = Vec<Import>;
 struct Findings {
     /// The number of each wrong block's first line. The file's first line has the number 1.
     lines: Vec<usize>,
-    /// The same for the wrong blocks that must be grouped by hand.
+    /// The number of the first line of each wrong block that must be grouped by hand.
     by_hand: Vec<usize>,
     /// The file's text, with all other wrong blocks grouped.
     text: String,

@@ -2,7 +2,7 @@
 //!
 //! libtest's JSON output is unstable, so this module parses the text. The list of failures at the end of the text
 //! decides which tests failed. The result after "test NAME ... " is less reliable, because a program that the test
-//! starts can print before it.
+//! starts can print before the result.
 
 use std::time::{Duration, Instant};
 

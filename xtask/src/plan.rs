@@ -21,7 +21,7 @@ pub enum Outcome {
 /// What happens to suites that did not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retries {
-    /// They have failed, including suites that a crashed node did not reach. For nodes on real KVM.
+    /// Every suite that did not pass has failed, even if a crashed node did not reach it. For nodes on real KVM.
     Never,
     /// Suites that a crashed node did not reach run in the next boot. For emulated nodes, with `--no-retry`.
     Resume,
@@ -72,7 +72,7 @@ impl Plan {
     pub fn ended(&mut self, suites: Vec<(String, Outcome)>) {
         let crashed = suites.iter().any(|(_, outcome)| matches!(outcome, Outcome::Begun | Outcome::Waiting));
         self.crashes += u32::from(crashed);
-        // The emulator's flaw shows only occasionally. If nodes crash more often, the cause is another one.
+        // The emulator's flaws show only occasionally. If nodes crash more often, there is another cause.
         let retries = if self.crashes <= CRASHES { self.retries } else { Retries::Never };
         let mut waiting = VecDeque::new();
         for (suite, outcome) in suites {

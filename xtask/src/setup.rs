@@ -64,7 +64,7 @@ pub fn setup() -> Result<()> {
         eprintln!("             {name} ({purpose})");
     }
     if !release.debian_like {
-        bail!("failed to install the packages: {} is neither Debian nor Ubuntu; install them by hand", release.name);
+        bail!("setup supports only Debian and Ubuntu, not {}; install the packages above by hand", release.name);
     }
     let from_backports = backports && missing.contains(&"qemu-system-x86");
     if from_backports {

@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn one_licence_satisfies_or_and_both_are_required_by_and() {
+    fn either_licence_satisfies_or_but_only_both_satisfy_and() {
         assert!(satisfied("MIT", &["MIT"]));
         assert!(!satisfied("MIT", &["Apache-2.0"]));
         assert!(satisfied("MIT OR GPL-2.0-only", &["MIT"]));

@@ -32,7 +32,7 @@ pub const DOCKER: Builder = Builder {
 };
 
 /// The image with Debian's `buildah` and a user `build` with subordinate user ids. `netavark` is listed because buildah
-/// needs it, but only recommends its package.
+/// needs it, although buildah's package only recommends it.
 pub const BUILDAH: Builder = Builder {
     reference: super::BUILDAH,
     packages: "buildah,netavark,uidmap,libcap2-bin,busybox-static",

@@ -36,8 +36,8 @@ struct Report {
     errors: Vec<String>,
 }
 
-/// Prints the numbers and the cycles, and fails as [`check`] does. With `shrink`, first removes uses from the list of
-/// known cycles that are no longer part of a cycle.
+/// Prints the numbers and the cycles, and fails as [`check`] does. With `shrink`, first removes from the list of known
+/// cycles the uses that are no longer part of a cycle.
 pub fn modules(shrink: bool) -> Result<()> {
     let mut known = known::read()?;
     let reports = inspect_all(&known)?;
