@@ -73,7 +73,7 @@ pub enum Lines {
     One,
     /// 1.7 and 2.
     Both,
-    /// 2. In other runs, the suite can run with 1.7 too.
+    /// Version 2. In other runs, the suite can run with 1.7 too.
     TwoInstead,
     /// Only 2, in every run, because 1.7 lacks what the suite tests.
     TwoOnly,
