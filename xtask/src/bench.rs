@@ -10,7 +10,7 @@ use crate::{dist, paths, setup};
 /// The benchmarks.
 #[derive(Subcommand)]
 pub enum Bench {
-    /// Time to start and end a container, with Husk, runc and runsc in turn, and the steps of a start with Husk.
+    /// Measure how long a container takes to start and end with Husk, runc and runsc, and the steps of Husk's start.
     Start {
         /// Build the programs in the quick profile.
         #[arg(long)]
@@ -19,7 +19,7 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Rate of a command's output through the CRI's Exec, with Husk and runc.
+    /// Measure the throughput of a command's output through the CRI's Exec, with Husk and with runc.
     Exec {
         /// Build the programs in the quick profile.
         #[arg(long)]
@@ -28,7 +28,7 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Rate, round trip and cost of a pod's network, with vhost-net and with the VMM as backend.
+    /// Measure the throughput, round trip and start-up cost of a pod's network, with vhost-net and with the VMM.
     Network {
         /// Build the programs in the quick profile.
         #[arg(long)]

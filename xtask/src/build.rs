@@ -1,5 +1,5 @@
-//! Builds the workspace's programs for the guest and the node. All are static and have the same flags, so that they
-//! share one artefact cache.
+//! Builds the workspace's programs for the guest and the node. All programs are static and are built with the same
+//! flags, so that they share one artefact cache.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ pub enum Profile {
 }
 
 impl Profile {
-    /// Returns the quick profile, or that of shipped programs.
+    /// Returns the quick profile if `quick` is true, and otherwise the profile of shipped programs.
     pub fn quick(quick: bool) -> Self {
         if quick { Profile::Node } else { Profile::Release }
     }
@@ -42,17 +42,17 @@ impl Profile {
 
 /// A program that cargo built.
 pub struct Program {
-    /// The name of the binary, or of the test.
+    /// The name of the binary or test binary.
     pub name: String,
     /// The path of the executable.
     pub path: PathBuf,
 }
 
-/// Returns a command of the cargo that runs xtask.
+/// Returns a command that starts the same cargo that runs xtask.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(paths::root());
-    // `cargo run` sets these for xtask. A nested cargo must not inherit them.
+    // `cargo run` sets these variables for xtask. A nested cargo must not inherit them.
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy();
         if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
@@ -62,12 +62,12 @@ pub fn cargo() -> Command {
     command
 }
 
-/// Returns `cargo <what>` for static programs for the node's target.
+/// Returns the command `cargo <what>`, which builds static programs for [`TARGET`].
 fn static_cargo(what: &str, profile: Profile) -> Command {
     let mut command = cargo();
     command.args([what, "--target", TARGET, "--profile", profile.name()]);
     command.env("RUSTFLAGS", STATIC);
-    // libseccomp comes from the distribution; its archive lies in the multiarch folder.
+    // libseccomp comes from the distribution. Its static library is in the multiarch directory.
     command.env("LIBSECCOMP_LINK_TYPE", "static").env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
     command
 }
@@ -86,7 +86,7 @@ pub fn programs(packages: &[&str], profile: Profile) -> Result<Vec<Program>> {
 /// Builds the test programs of `package`, without running them.
 pub fn tests(package: &str) -> Result<Vec<Program>> {
     let mut command = static_cargo("test", Profile::Node);
-    // Its binaries have no tests: only the library and the suites do.
+    // The package's binaries have no tests. Only its library and the suites have tests.
     command.args(["--no-run", "--lib", "--test", "*", "--package", package]);
     ui::say("build", format!("tests of {package} (static)"));
     run(command, true)
@@ -96,14 +96,14 @@ pub fn tests(package: &str) -> Result<Vec<Program>> {
 fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().context("failed to start cargo")?;
-    let stdout = child.stdout.take().context("cargo has no output")?;
+    let stdout = child.stdout.take().context("failed to get cargo's stdout")?;
     let mut programs = Vec::new();
     for line in BufReader::new(stdout).lines() {
         let Ok(message) = serde_json::from_str::<Value>(&line?) else { continue };
         if message.get("reason").and_then(Value::as_str) != Some("compiler-artifact") {
             continue;
         }
-        // Cargo builds the programs of a package along with its tests.
+        // Cargo builds a package's programs along with its tests. Only the kind that was asked for is collected.
         if message.pointer("/profile/test").and_then(Value::as_bool) != Some(tests) {
             continue;
         }
@@ -120,10 +120,10 @@ fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     Ok(programs)
 }
 
-/// Returns the first program that is called one of `names`.
+/// Returns the program that has one of `names`. Earlier names take precedence.
 pub fn find<'a>(programs: &'a [Program], names: &[&str]) -> Result<&'a Program> {
     names
         .iter()
         .find_map(|name| programs.iter().find(|p| p.name == *name))
-        .with_context(|| format!("cargo built no program called {}", names.join(" or ")))
+        .with_context(|| format!("failed to find a program called {} among those that cargo built", names.join(" or ")))
 }

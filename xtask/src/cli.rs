@@ -25,22 +25,22 @@ enum Task {
     Kernel,
     /// Build the agent and the guest's initramfs.
     Image(Quick),
-    /// Build everything and lay out dist/root, to be copied over / of a node.
+    /// Build everything and place it in dist/root, whose content is copied to / of a node.
     Dist(Quick),
-    /// Build the OCI images that demo and tests use.
+    /// Build the OCI images that the demo and the tests use.
     Images,
-    /// List the user's cache of the kernel, the images and the parts of the test node.
+    /// List the entries of the user's cache: the kernel, the images and the parts of the test node.
     Cache {
-        /// First remove the entries that were not used for 30 days, and all but the last three of each kind.
+        /// First remove entries that were not used for 30 days, and all but the three last used entries of each kind.
         #[arg(long)]
         prune: bool,
     },
-    /// The test node: a Debian VM with KVM and containerd.
+    /// Prepare or boot the test node, a Debian VM with KVM and containerd.
     Node {
         #[command(subcommand)]
         command: NodeTask,
     },
-    /// Run a container under Husk and show what happened.
+    /// Run a container under Husk, and show its output and the timeline of its start.
     Demo(demo::Options),
     /// Run all checks and tests.
     Test(test::Options),
@@ -48,17 +48,17 @@ enum Task {
     Deny,
     /// Check that imports are grouped: the standard library, other crates, this crate.
     Imports {
-        /// Group them. What has attributes or comments is left.
+        /// Group the imports. Imports with attributes or comments are not changed.
         #[arg(long)]
         fix: bool,
     },
-    /// Show cycles among the modules of each crate; xtask/known-cycles.toml lists those that are known.
+    /// Show cycles among the modules of each crate, and compare them with xtask/known-cycles.toml.
     Modules {
-        /// Remove from the list of known cycles what is gone.
+        /// First remove from that file the uses that are no longer part of a cycle.
         #[arg(long)]
         shrink: bool,
     },
-    /// Test the behaviour that the CRI promises with runc and with Husk, and write docs/conformance.md.
+    /// Run the CRI conformance suite with runc and with Husk, and write the results to docs/conformance.md.
     Conformance,
     /// Run a benchmark in the test node.
     Bench {
@@ -76,29 +76,29 @@ struct Quick {
 
 #[derive(Subcommand)]
 enum NodeTask {
-    /// Build the node's disk, kernel and initramfs without booting it.
+    /// Build the node's disk, kernel and initramfs without booting the node.
     Prepare,
-    /// Boot, run SCRIPT when containerd answers, and exit with its exit code. The files that it leaves in /out are
-    /// copied to target/husk/node/out.
+    /// Boot the node, run SCRIPT when containerd answers, and exit with SCRIPT's exit code. Files that SCRIPT leaves
+    /// in /out are copied to target/husk/node/out.
     Run {
         #[command(flatten)]
         place: Place,
         /// Stop the node after this many seconds.
         #[arg(long, default_value_t = 2700)]
         time_limit: u64,
-        /// Boot with the OCI images of the tests imported.
+        /// Boot a node whose containerd already has the OCI images of the tests.
         #[arg(long)]
         images: bool,
         /// Set a variable in the script's environment.
         #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
         env: Vec<(String, String)>,
-        /// A shell script.
+        /// The shell script to run.
         script: PathBuf,
         /// The arguments of SCRIPT.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Boot, with a shell on this terminal.
+    /// Boot the node, and open a shell in it on this terminal.
     Shell {
         #[command(flatten)]
         place: Place,
@@ -110,7 +110,7 @@ struct Place {
     /// Copy a file or directory into the node.
     #[arg(long, value_name = "HOSTPATH:NODEPATH")]
     add: Vec<Add>,
-    /// The node's vCPUs.
+    /// The number of the node's vCPUs.
     #[arg(long, default_value_t = Machine::default().cpus)]
     cpus: u32,
     /// The node's memory in MiB.
@@ -122,9 +122,9 @@ struct Place {
 }
 
 fn variable(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once('=').ok_or("not NAME=VALUE")?;
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
     if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-        return Err(format!("{name} is not the name of a variable"));
+        return Err(format!("`{name}` is not a variable name; use letters, digits and underscores"));
     }
     Ok((name.into(), value.into()))
 }

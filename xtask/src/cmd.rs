@@ -1,4 +1,4 @@
-//! Runs programs. Their output goes to a log, the terminal shows its last line, and a failure shows the log's end.
+//! Runs programs. Their output goes to a log, to the terminal or to the caller. An error names the command.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,10 +11,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::{paths, ui};
 
-/// Lines of the log that are shown if a program fails.
+/// Number of lines at the end of the log that are shown if a program fails.
 const LOG_TAIL: usize = 30;
 
-/// Returns the command line, shortened.
+/// Returns the command line, cut after about 160 bytes.
 fn describe(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for arg in command.get_args() {
@@ -29,10 +29,11 @@ fn describe(command: &Command) -> String {
 }
 
 fn start_error(command: &Command) -> String {
-    format!("failed to start `{}`; `cargo xtask setup` installs the packages it needs", describe(command))
+    format!("failed to start `{}`; `cargo xtask setup` installs the required packages", describe(command))
 }
 
-/// Runs `command` to its end, with its output in `target/husk/logs/<log>.log`. Shows the last line while it runs.
+/// Runs `command` to its end, and writes its output to `target/husk/logs/<log>.log`. While the command runs, the
+/// terminal shows the last line of the output.
 pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
     let path = log_path(log)?;
     let mut file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
@@ -40,7 +41,8 @@ pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn().with_context(|| start_error(command))?;
     let text = describe(command);
-    // `command` owns the write ends of the pipe until its stdout and stderr are replaced.
+    // `command` owns the write ends of the pipe until its stdout and stderr are replaced. While a write end is open,
+    // the reader sees no end of file.
     command.stdout(Stdio::null()).stderr(Stdio::null());
 
     let (sender, lines) = channel();
@@ -68,7 +70,10 @@ pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
             ui::transient(step, &last);
         } else if reported.elapsed() > Duration::from_secs(20) {
             reported = Instant::now();
-            ui::say(step, format!("still running ({count} lines; {})", last.chars().take(90).collect::<String>()));
+            ui::say(
+                step,
+                format!("still running ({count} lines; the last one: {})", last.chars().take(90).collect::<String>()),
+            );
         }
     }
     ui::erase();
@@ -77,7 +82,7 @@ pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
         result.with_context(|| format!("failed to write {}", path.display()))?;
     }
     if !status.success() {
-        bail!("`{text}` ended with {status}; its last lines ({}):\n{}", path.display(), tail(&path, LOG_TAIL));
+        bail!("`{text}` ended with {status}; the last lines of its log {}:\n{}", path.display(), tail(&path, LOG_TAIL));
     }
     Ok(())
 }
@@ -124,7 +129,7 @@ pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }
 
-/// Whether this process is root. Unpacking a root file system with its owners needs that.
+/// Whether this process is root. Only root can preserve file owners when it unpacks a root file system.
 pub fn is_root() -> bool {
     // SAFETY: geteuid has no arguments and always succeeds.
     unsafe { libc::geteuid() == 0 }

@@ -11,9 +11,9 @@ use crate::build::{self, Profile, Program};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
 use crate::{dist, files, paths, setup, side, ui};
 
-/// The suite that tests the behaviours.
+/// The suite that tests what the CRI promises.
 const SUITE: &str = "conformance";
-/// A column of the table: a runtime, with one of the handlers that the node's containerd has.
+/// A column of the table: a containerd line, a runtime, and a handler that the node's containerd has for the runtime.
 struct Column {
     name: &'static str,
     line: Line,
@@ -31,9 +31,9 @@ const COLUMNS: [Column; 5] = [
     Column { name: "husk", line: Line::Two, runtime: HUSK, handler: "husk" },
     Column { name: "husk-sandbox", line: Line::Two, runtime: HUSK, handler: "husk-sandbox" },
 ];
-/// Limits for a column, and for one behaviour.
+/// Time limits for a column. The limit on the time without output bounds the test of one behaviour.
 const LIMITS: Limits = Limits::secs(2400, 400);
-/// Attempts for a column if the node crashes.
+/// Maximum number of attempts for a column if the node crashes.
 const TRIES: u32 = 3;
 
 /// A behaviour, and its result in each column.
@@ -43,7 +43,8 @@ struct Row {
     results: BTreeMap<usize, String>,
 }
 
-/// Runs all columns and writes the page. The exit code is 1 if Husk fails where runc passes.
+/// Runs the suite for all columns and writes the page. Returns the exit code, which is 1 if Husk fails a behaviour that
+/// runc passes.
 pub fn conformance() -> Result<u8> {
     setup::setup()?;
     dist::dist(Profile::Node)?;
@@ -73,12 +74,15 @@ pub fn conformance() -> Result<u8> {
     let path = paths::root().join("docs/conformance.md");
     fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
     let worse = worse(&rows);
-    ui::say("conformance", format!("{} behaviours; in {} runc passes and Husk fails", rows.len(), worse.len()));
+    ui::say(
+        "conformance",
+        format!("tested {} behaviours; Husk fails {} of them that runc passes", rows.len(), worse.len()),
+    );
     Ok(u8::from(!worse.is_empty()))
 }
 
-/// Runs the suite with one runtime, in a node of its own: state that a runtime leaves in the kernel must not affect
-/// another.
+/// Runs the suite with one runtime, in a separate node. State that one runtime leaves in the node's kernel must not
+/// affect another runtime.
 fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     let Column { line, runtime, handler, .. } = *column;
     let script = format!(
@@ -98,7 +102,9 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     let mut end = node::run(&run);
     for _ in 1..TRIES {
         match end {
-            Err(error) if error.is::<Crashed>() => ui::say("conformance", format!("retrying: {error:#}")),
+            Err(error) if error.is::<Crashed>() => {
+                ui::say("conformance", format!("retrying the column after a crash of the node: {error:#}"))
+            }
             end => return end.map(drop),
         }
         end = node::run(&run);
@@ -110,15 +116,15 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
 fn read(seat: Seat, name: &str) -> Result<String> {
     let path = seat.out_dir().join(name);
     fs::read_to_string(&path)
-        .with_context(|| format!("failed to read {}, which the node should have left", path.display()))
+        .with_context(|| format!("failed to read {}; the node should have left it in /out", path.display()))
 }
 
-/// Adds the results of one column: lines of group, behaviour and result.
+/// Adds the results of one column. Each line of `text` has a group, a behaviour and a result, separated by tabs.
 fn collect(rows: &mut Vec<Row>, column: usize, text: &str) -> Result<()> {
     for line in text.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
         let [group, behaviour, result] = fields[..] else {
-            bail!("failed to parse {line:?}: expected group, behaviour and result")
+            bail!("failed to parse the result {line:?}: expected group, behaviour and result, separated by tabs")
         };
         let found = rows.iter_mut().find(|row| row.group == group && row.behaviour == behaviour);
         match found {
@@ -133,7 +139,7 @@ fn collect(rows: &mut Vec<Row>, column: usize, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Returns the behaviours that pass with runc and fail with Husk on the same line.
+/// Returns the behaviours that pass with runc and fail with Husk on the same containerd line.
 fn worse(rows: &[Row]) -> Vec<&Row> {
     let is = |row: &Row, column: usize, result: &str| row.results.get(&column).is_some_and(|found| found == result);
     let runc = |of: &Column| COLUMNS.iter().position(|column| column.line == of.line && column.runtime == RUNC);
@@ -147,13 +153,14 @@ fn worse(rows: &[Row]) -> Vec<&Row> {
 fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
     let mut text = format!(
         "# CRI conformance of Husk and runc\n\n\
-         `cargo xtask conformance` generates this page. It tests each behaviour through containerd's CRI in the test\n\
-         node. The groups are those of the CRI's validation suite. The columns name the handler and containerd's\n\
-         version; runc is {runc}.\n\n\
-         - *refused*: the behaviour needs something that a VM does not share with its host. The error names it.\n\
-         - A behaviour that fails with every runtime of a column's containerd is missing in that containerd.\n\
-         - husk-sandbox is the handler with `sandboxer = \"shim\"`. A pod with `hostNetwork: true` crashes containerd 2.1\n  \
-         itself with this sandboxer ([install.md](install.md)), so it is not tried.\n"
+         `cargo xtask conformance` generates this page. The command tests each behaviour through containerd's CRI in\n\
+         the test node. The groups are those of the CRI's validation suite. The columns name the handler and\n\
+         containerd's version. The version of runc is {runc}.\n\n\
+         - *refused*: the behaviour needs something that a VM does not share with its host. The error says what.\n\
+         - If a behaviour fails with every runtime of one containerd version, that containerd does not implement it.\n\
+         - husk-sandbox is the handler with `sandboxer = \"shim\"`. With this sandboxer, a pod with\n  \
+         `hostNetwork: true` crashes containerd 2.1 itself ([install.md](install.md)). Therefore this behaviour\n  \
+         is not tried.\n"
     );
     let mut group = "";
     for row in rows {

@@ -1,8 +1,8 @@
-//! Writes "newc" cpio archives, the form of an initramfs.
+//! Writes "newc" cpio archives, the format of an initramfs.
 //!
-//! Format: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. Header fields are eight
-//! hexadecimal digits each; name and data are padded to four bytes. Everything belongs to root and has no date,
-//! so that the same inputs give the same bytes.
+//! The kernel's Documentation/driver-api/early-userspace/buffer-format.rst describes the format. Header fields have
+//! eight hexadecimal digits each. Name and data are padded to four bytes. All entries belong to root and have the date
+//! 0, so that the same inputs give the same bytes.
 
 use std::io::{self, Write};
 
@@ -24,7 +24,8 @@ impl<W: Write> Cpio<W> {
     }
 
     fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) -> io::Result<()> {
-        let size = u32::try_from(data.len()).map_err(|_| io::Error::other("file too large for cpio"))?;
+        let size = u32::try_from(data.len())
+            .map_err(|_| io::Error::other(format!("{name} is too large for a cpio archive")))?;
         self.inode += 1;
         let links = if mode & DIRECTORY == DIRECTORY { 2 } else { 1 };
         let name_size = name.len() as u32 + 1;
@@ -34,7 +35,7 @@ impl<W: Write> Cpio<W> {
             write!(self.out, "{field:08x}")?;
         }
         self.out.write_all(name.as_bytes())?;
-        // The header is 110 bytes; the name ends with a NUL, then comes padding.
+        // The header has 110 bytes. A NUL and padding follow the name.
         self.out.write_all(&[0_u8; 4][..1 + padding(110 + name.len() + 1)])?;
         self.out.write_all(data)?;
         self.out.write_all(&[0_u8; 4][..padding(data.len())])
@@ -64,7 +65,7 @@ impl<W: Write> Cpio<W> {
     }
 }
 
-/// Returns the bytes from `length` to the next multiple of four.
+/// Returns the number of bytes from `length` to the next multiple of four.
 fn padding(length: usize) -> usize {
     length.wrapping_neg() % 4
 }

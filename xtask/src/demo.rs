@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: runs a container under Husk and shows its output and the timeline of its start.
 //!
-//! If KVM is usable and containerd is installed, it runs on this machine, with a containerd of its own that leaves
-//! nothing behind; otherwise in the test node.
+//! The demo runs on this machine if the caller is root, KVM is usable and containerd is installed. It then starts its
+//! own containerd, whose files are removed at the end. Otherwise the demo runs in the test node.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -33,16 +33,16 @@ pub fn demo(options: &Options) -> Result<u8> {
     let root = dist::dist(Profile::quick(options.quick))?;
     let images = node::images()?;
     let script = paths::root().join("tests/node/demo.sh");
-    let why_node = if options.node { Some("asked for".to_owned()) } else { unsuitable() };
+    let why_node = if options.node { Some("requested by --node".to_owned()) } else { unsuitable() };
     let (code, timeline) = match why_node {
         None => {
-            ui::say("demo", "on this machine, with a containerd of its own");
+            ui::say("demo", "running on this machine, with its own containerd");
             let dir = paths::state().join("demo");
             let log = dir.join("timeline");
             (here(&root, &dir, &script, &log)?, log)
         }
         Some(why) => {
-            ui::say("demo", format!("in the test node ({why})"));
+            ui::say("demo", format!("running in the test node ({why})"));
             (in_node(images, &script)?, Seat::default().out_dir().join("timeline"))
         }
     };
@@ -52,18 +52,18 @@ pub fn demo(options: &Options) -> Result<u8> {
     Ok(code)
 }
 
-/// Returns why the demo cannot run on this machine, if it cannot.
+/// Returns the reason why the demo cannot run on this machine, or `None` if it can.
 fn unsuitable() -> Option<String> {
     if !cmd::is_root() {
-        return Some("not root".into());
+        return Some("cargo xtask does not run as root".into());
     }
     if cmd::output(Command::new("containerd").arg("--version")).is_err() {
-        return Some("no containerd on this machine".into());
+        return Some("containerd is not installed on this machine".into());
     }
     kvm::usable().err()
 }
 
-/// Returns Husk's configuration for the demo: the defaults, and `more`.
+/// Returns Husk's configuration for the demo: the defaults, followed by `more`.
 fn configuration(root: &Path, more: &str) -> Result<String> {
     let path = root.join("etc/husk/config.toml");
     let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
@@ -93,7 +93,7 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
     })
 }
 
-/// The demo's own containerd. Dropping it stops it and removes its files.
+/// The demo's own containerd. When this value is dropped, containerd is stopped and its files are removed.
 struct Containerd {
     child: Child,
     root: PathBuf,
@@ -150,11 +150,11 @@ fn here(root: &Path, dir: &Path, script: &Path, timeline: &Path) -> Result<u8> {
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(125))
 }
 
-/// Waits until containerd logs that it is up. Copies its log to a file.
+/// Waits until containerd logs that it has booted. Copies containerd's log to a file.
 fn wait_for_boot(child: &mut Child) -> Result<()> {
     let log = cmd::log_path("demo-containerd")?;
     let mut file = File::create(&log).with_context(|| format!("failed to write {}", log.display()))?;
-    let mut lines = BufReader::new(child.stderr.take().context("containerd has no output")?).lines();
+    let mut lines = BufReader::new(child.stderr.take().context("failed to get containerd's stderr")?).lines();
     for line in lines.by_ref() {
         let line = line?;
         writeln!(file, "{line}")?;
@@ -167,14 +167,14 @@ fn wait_for_boot(child: &mut Child) -> Result<()> {
             return Ok(());
         }
     }
-    bail!("containerd did not start:\n{}", cmd::tail(&log, 10))
+    bail!("containerd ended before it had booted; the last lines of {}:\n{}", log.display(), cmd::tail(&log, 10))
 }
 
 /// Prints the timeline of the last start.
 fn show(path: &Path) -> Result<()> {
-    let text = fs::read_to_string(path).with_context(|| format!("no timeline was written ({})", path.display()))?;
-    let line = text.lines().last().context("no timeline was written")?;
-    println!("\nThe start, in milliseconds:\n{}", timeline(line)?);
+    let text = fs::read_to_string(path).with_context(|| format!("failed to read the timeline {}", path.display()))?;
+    let line = text.lines().last().with_context(|| format!("the timeline {} is empty", path.display()))?;
+    println!("\nThe steps of the start, in milliseconds since the first and the previous step:\n{}", timeline(line)?);
     Ok(())
 }
 
@@ -200,7 +200,7 @@ mod tests {
     use super::timeline;
 
     #[test]
-    fn steps_are_shown_from_the_first() {
+    fn steps_have_the_time_since_the_first_and_the_previous_step() {
         let line = r#"{"sandbox":"a","steps":[{"name":"one","at_ns":5000000},{"name":"two","at_ns":6500000}]}"#;
         assert_eq!(timeline(line).unwrap(), "          0.0       +0.0  one\n          1.5       +1.5  two\n");
         assert!(timeline("{}").is_err());

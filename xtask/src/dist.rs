@@ -1,4 +1,4 @@
-//! `cargo xtask dist`: builds the tree that is copied over `/` of a node.
+//! `cargo xtask dist`: builds the directory tree that is copied to `/` of a node.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -49,7 +49,7 @@ pub fn dist(profile: Profile) -> Result<PathBuf> {
     Ok(root)
 }
 
-/// Copies a file, atomically, unless the target has the same content.
+/// Copies a file atomically. Does nothing if the target already has the same content.
 fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
     let context = || format!("failed to copy {} to {}", from.display(), to.display());
     let content = fs::read(from).with_context(context)?;
@@ -78,12 +78,21 @@ mod tests {
             .filter_map(|word| word.strip_prefix('/'))
             .collect();
         for (path, _) in INSTALLED {
-            assert!(removed.iter().any(|gone| Path::new(path).starts_with(gone)), "{path} is not removed: {removed:?}");
+            assert!(
+                removed.iter().any(|gone| Path::new(path).starts_with(gone)),
+                "docs/install.md does not remove {path}: {removed:?}"
+            );
             let name = Path::new(path).file_name().unwrap().to_str().unwrap();
-            assert!(readme.contains(&format!("`{path}`")) || readme.contains(&format!("`{name}`")), "{path}");
+            assert!(
+                readme.contains(&format!("`{path}`")) || readme.contains(&format!("`{name}`")),
+                "README.md does not list {path}"
+            );
         }
         for gone in removed {
-            assert!(INSTALLED.iter().any(|(path, _)| Path::new(path).starts_with(gone)), "/{gone} is not Husk's");
+            assert!(
+                INSTALLED.iter().any(|(path, _)| Path::new(path).starts_with(gone)),
+                "docs/install.md removes /{gone}, which is not installed"
+            );
         }
     }
 }

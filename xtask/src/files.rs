@@ -1,4 +1,4 @@
-//! Creates directories, and removes files and directories, with errors that name them.
+//! Creates directories, and removes files and directories. Errors name the path.
 
 use std::fs;
 use std::io::ErrorKind;

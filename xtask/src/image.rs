@@ -1,4 +1,4 @@
-//! `cargo xtask image`: builds the guest's initramfs, with the agent and its mount points.
+//! `cargo xtask image`: builds the guest's initramfs, which has the agent and the directories for its mounts.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -12,7 +12,7 @@ use crate::kernel::mebibytes;
 use crate::stamp::{Key, Stamp};
 use crate::{files, lock, paths, ui};
 
-/// Raised whenever the content of the archive changes.
+/// Increase this number whenever the content of the archive changes.
 const RECIPE: u32 = 1;
 /// The crate of the guest's PID 1.
 pub const AGENT: &str = "husk-agent";
@@ -24,7 +24,7 @@ pub fn image(profile: Profile) -> Result<PathBuf> {
     pack(build::find(&programs, &[AGENT])?)
 }
 
-/// Builds the initramfs from a built agent.
+/// Builds the initramfs with an agent that was built before.
 pub fn pack(agent: &Program) -> Result<PathBuf> {
     let made = paths::initrd();
     let key = Key::new("image", RECIPE).file(&agent.path)?.finish();
@@ -43,12 +43,12 @@ pub fn pack(agent: &Program) -> Result<PathBuf> {
     Ok(made)
 }
 
-/// Writes the initramfs. It is not compressed: the kernel decompresses more slowly than it copies.
+/// Writes the initramfs. It is not compressed, because the kernel copies faster than it decompresses.
 fn archive<W: std::io::Write>(mut cpio: Cpio<W>, init: &[u8]) -> std::io::Result<()> {
     for (name, mode) in [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777)] {
         cpio.directory(name, mode)?;
     }
-    // The kernel opens it for the standard streams of init, before devtmpfs is mounted on /dev.
+    // The kernel opens this device for the standard streams of init, before devtmpfs is mounted on /dev.
     cpio.character("dev/console", 0o600, 5, 1)?;
     cpio.file("init", 0o755, init)?;
     cpio.finish()?;

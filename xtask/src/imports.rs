@@ -1,9 +1,9 @@
-//! `cargo xtask imports`: checks how `use` items are grouped, and groups them. rustfmt can do so with nightly Rust
-//! only.
+//! `cargo xtask imports`: checks how `use` items are grouped, and can group them. rustfmt groups imports only with
+//! nightly Rust.
 //!
-//! The groups, with a blank line between them and none inside: the standard library; other crates; this crate (`crate`,
-//! `super`, `self`, and modules that the same file declares). Re-exports are a group of their own, which is first if it
-//! already is, and last otherwise. rustfmt sorts inside the groups.
+//! The groups are: the standard library; other crates; this crate (`crate`, `super`, `self`, and modules that the same
+//! file declares). A blank line separates two groups. A group has no blank line inside. Re-exports are a further group.
+//! This group stays first if it already is first, and is otherwise last. rustfmt sorts the items of a group.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::build::cargo;
 use crate::source::name;
 use crate::{cmd, paths, ui};
 
-/// The group of a `use` item, in the order of a file.
+/// The group of a `use` item. The variants have the order that the groups have in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Group {
     FirstReExports,
@@ -26,29 +26,30 @@ enum Group {
     ReExports,
 }
 
-/// A `use` item as lines of its file, from 0. Comments right above it belong to it.
+/// The lines of a `use` item in its file, including the comments right above the item.
 struct Import {
     group: Group,
-    /// The first line, and the one after the last.
+    /// The index of the first line, and the index of the line after the last one. Line 1 of the file has the index 0.
     lines: (usize, usize),
-    /// Whether moving its lines could change more than the order: it has attributes or comments, or shares a line.
+    /// Whether the item must be moved by hand: it has attributes or comments, or shares a line with other code.
     by_hand: bool,
 }
 
-/// `use` items with nothing but blank lines and comments between them.
+/// Successive `use` items that have only blank lines and comments between them.
 type Block = Vec<Import>;
 
-/// What is wrong with the blocks of a file.
+/// The blocks of a file that are grouped wrongly.
 struct Findings {
-    /// The first lines of blocks that are grouped in another way, from 1.
+    /// The number of each wrong block's first line. The file's first line has the number 1.
     lines: Vec<usize>,
-    /// The first lines of those that have to be grouped by hand.
+    /// The number of the first line of each wrong block that must be grouped by hand.
     by_hand: Vec<usize>,
-    /// The text with the other blocks grouped.
+    /// The file's text, with all other wrong blocks grouped.
     text: String,
 }
 
-/// Fails if the imports of a file are grouped in another way. With `fix`, groups them first, and runs `cargo fmt`.
+/// Fails if the imports of a file are grouped wrongly. With `fix`, first groups imports and runs `cargo fmt`, and then
+/// fails only if imports must be grouped by hand.
 pub fn imports(fix: bool) -> Result<()> {
     let root = paths::root();
     let (mut wrong, mut fixed) = (Vec::new(), 0);
@@ -64,13 +65,15 @@ pub fn imports(fix: bool) -> Result<()> {
         wrong.extend(lines.iter().map(|line| format!("{shown}:{line}")));
     }
     if fix {
-        ui::say("imports", format!("{fixed} files changed"));
+        ui::say("imports", format!("changed {fixed} files"));
         cmd::shown(cargo().current_dir(&root).args(["fmt", "--all"]))?;
         cmd::shown(cargo().current_dir(root.join("tests/fuzz")).arg("fmt"))?;
     }
     match (wrong.is_empty(), fix) {
         (true, _) => Ok(()),
-        (false, true) => bail!("these imports have attributes or comments; group them by hand:\n{}", wrong.join("\n")),
+        (false, true) => {
+            bail!("failed to group imports with attributes or comments; group them by hand:\n{}", wrong.join("\n"))
+        }
         (false, false) => bail!(
             "imports are not grouped (std, other crates, this crate); `cargo xtask imports --fix` groups them:\n{}",
             wrong.join("\n")
@@ -78,7 +81,7 @@ pub fn imports(fix: bool) -> Result<()> {
     }
 }
 
-/// Returns the Rust files of the repository.
+/// Returns the Rust files in `dir` and its subdirectories, without build outputs and hidden directories.
 fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     let entries = fs::read_dir(dir).with_context(|| format!("failed to list {}", dir.display()))?;
@@ -96,7 +99,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Finds the blocks of a file that are not grouped, and groups those that can be.
+/// Finds the blocks of a file that are grouped wrongly. Groups those that need not be grouped by hand.
 fn inspect(text: &str) -> Result<Findings> {
     let lines: Vec<&str> = text.lines().collect();
     let file = syn::parse_file(text)?;
@@ -104,7 +107,7 @@ fn inspect(text: &str) -> Result<Findings> {
     collect(&file.items, &lines, &mut blocks);
     let mut findings = Findings { lines: Vec::new(), by_hand: Vec::new(), text: String::new() };
     let mut changed: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
-    // From the end, so that the numbers of the lines before a block stay right.
+    // The blocks are changed from the end of the file, so that the line numbers of earlier blocks stay valid.
     blocks.sort_by_key(|block| block.first().map(|import| import.lines.0));
     for block in blocks.iter().rev() {
         let (Some(first), Some(last)) = (block.first(), block.last()) else { continue };
@@ -112,7 +115,7 @@ fn inspect(text: &str) -> Result<Findings> {
             continue;
         }
         findings.lines.push(first.lines.0 + 1);
-        // A comment that belongs to no import has a place that only its author knows.
+        // If a comment belongs to no import, only its author knows where the comment should go.
         let gaps = block.windows(2).flat_map(|pair| lines.get(pair[0].lines.1..pair[1].lines.0).unwrap_or_default());
         if block.iter().any(|import| import.by_hand) || gaps.into_iter().any(|line| !line.trim().is_empty()) {
             findings.by_hand.push(first.lines.0 + 1);
@@ -126,7 +129,7 @@ fn inspect(text: &str) -> Result<Findings> {
     Ok(findings)
 }
 
-/// Adds the blocks of a module and of the modules inside it.
+/// Adds the blocks of a module and of its inline modules.
 fn collect(items: &[Item], lines: &[&str], blocks: &mut Vec<Block>) {
     let modules: Vec<String> = items
         .iter()
@@ -196,7 +199,7 @@ fn group(tree: &UseTree, leading_colon: bool, modules: &[String]) -> Group {
     }
 }
 
-/// Whether groups are in their order, with blank lines between and not inside them.
+/// Whether the groups are in order, with a blank line between two groups and none inside a group.
 fn is_grouped(block: &Block, lines: &[&str]) -> bool {
     block.windows(2).all(|pair| {
         let (before, after) = (&pair[0], &pair[1]);
@@ -210,7 +213,7 @@ fn is_grouped(block: &Block, lines: &[&str]) -> bool {
     })
 }
 
-/// Returns the lines of a block, grouped.
+/// Returns the lines of a block in groups.
 fn grouped(block: &Block, lines: &[&str]) -> Vec<String> {
     let mut imports: Vec<&Import> = block.iter().collect();
     imports.sort_by_key(|import| import.group);
@@ -231,7 +234,7 @@ fn grouped(block: &Block, lines: &[&str]) -> Vec<String> {
 mod tests {
     use super::*;
 
-    /// The text with its blocks grouped; fails if one is left for hands.
+    /// Returns the text with its blocks grouped. Fails if a block must be grouped by hand.
     fn fixed(text: &str) -> String {
         let findings = inspect(text).unwrap();
         assert!(findings.by_hand.is_empty(), "{:?}", findings.by_hand);
@@ -248,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn grouped_imports_stay() {
+    fn grouped_imports_are_not_changed() {
         let text = "use std::fs;\n\nuse anyhow::Result;\n\nuse super::d;\n";
         assert_eq!(fixed(text), text);
         let one = "pub use std::fs;\n";
@@ -256,12 +259,12 @@ mod tests {
     }
 
     #[test]
-    fn blank_line_inside_a_group_goes() {
+    fn blank_line_inside_a_group_is_removed() {
         assert_eq!(fixed("use std::fs;\n\nuse std::io;\n"), "use std::fs;\nuse std::io;\n");
     }
 
     #[test]
-    fn module_of_the_same_file_is_own() {
+    fn module_that_the_file_declares_belongs_to_this_crate() {
         assert_eq!(
             fixed("mod graph;\n\nuse graph::Graph;\nuse other::Other;\n"),
             "mod graph;\n\nuse other::Other;\n\nuse graph::Graph;\n"
@@ -271,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn re_exports_are_a_group() {
+    fn re_exports_are_a_separate_group() {
         assert_eq!(
             fixed("use std::fs;\npub use crate::a;\nuse crate::b;\n"),
             "use std::fs;\n\nuse crate::b;\n\npub use crate::a;\n"
@@ -286,13 +289,13 @@ mod tests {
     }
 
     #[test]
-    fn imports_with_comments_or_attributes_are_left_for_hands() {
+    fn imports_with_comments_or_attributes_must_be_grouped_by_hand() {
         for text in [
             "use crate::a;\n// Why.\nuse std::fs;\n",
             "use crate::a;\n#[cfg(test)]\nuse std::fs;\n",
             "use crate::a; // Why.\nuse std::fs;\n",
             "use crate::a; use std::fs;\n",
-            "use crate::a;\n// Of nothing.\n\nuse std::fs;\n",
+            "use crate::a;\n// A remark.\n\nuse std::fs;\n",
         ] {
             let findings = inspect(text).unwrap();
             assert_eq!((findings.lines, findings.by_hand, findings.text.as_str()), (vec![1], vec![1], text));

@@ -1,13 +1,15 @@
-//! Reads what libtest prints, line by line, with `--test-threads=1`: which test ran, its result, how long it took.
+//! Parses the output of libtest with `--test-threads=1`: which tests ran, their results, and how long they took.
 //!
-//! libtest's JSON output is unstable, so this reads the text. The list of failures at its end decides which tests
-//! failed: a program that a test starts can print between "test NAME ... " and the result.
+//! libtest's JSON output is unstable, so this module parses the text. The list of failures at the end of the text
+//! decides which tests failed. The result after "test NAME ... " is less reliable, because a program that the test
+//! starts can print before the result.
 
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-/// The bytes of a failure's text that are kept: its end says why.
+/// Maximum number of bytes that are kept of a failure's text. The end of the text is kept, because it says why the test
+/// failed.
 const FAILURE_TEXT: usize = 8192;
 
 /// The result of a test.
@@ -16,9 +18,9 @@ const FAILURE_TEXT: usize = 8192;
 pub enum TestOutcome {
     Passed,
     Failed,
-    /// It is a long test, and the run was without these.
+    /// The test is long, and the run was without long tests.
     Ignored,
-    /// It had begun when the output ended.
+    /// The output ended while the test ran.
     Unfinished,
 }
 
@@ -36,26 +38,27 @@ pub struct TestRun {
 #[derive(Clone, Copy, PartialEq)]
 enum Section {
     Tests,
-    /// What failed tests printed; the index of the test.
+    /// The output of failed tests. The index is that of the test whose output follows.
     Failures(Option<usize>),
 }
 
-/// Follows the output of one test binary.
+/// Parses the output of one test binary.
 pub struct Parser {
     tests: Vec<TestRun>,
     section: Section,
-    /// The test that runs, and since when.
+    /// The running test, and when it began.
     running: Option<(String, Instant)>,
+    /// When the last line was complete.
     last: Instant,
 }
 
 impl Parser {
-    /// A parser of output that begins at `now`.
+    /// Creates a parser for output that begins at `now`.
     pub fn new(now: Instant) -> Self {
         Parser { tests: Vec::new(), section: Section::Tests, running: None, last: now }
     }
 
-    /// Notes the part of a line that was printed so far: libtest prints a test's name when the test begins.
+    /// Reads the part of a line that was printed so far. libtest prints a test's name when the test begins.
     pub fn partial(&mut self, text: &str, now: Instant) {
         if let Some((name, "")) = test_line(text)
             && self.section == Section::Tests
@@ -66,7 +69,7 @@ impl Parser {
         }
     }
 
-    /// Reads a whole line, without its end.
+    /// Reads a complete line, without the newline.
     pub fn line(&mut self, line: &str, now: Instant) {
         match self.section {
             Section::Tests => self.test(line, now),
@@ -77,7 +80,7 @@ impl Parser {
 
     fn test(&mut self, line: &str, now: Instant) {
         if let Some((name, rest)) = test_line(line) {
-            // A test whose result was not seen has passed, unless the list of failures has it.
+            // A test whose result was not seen counts as passed, until the list of failures names it.
             if self.running.as_ref().is_none_or(|(running, _)| running != name) {
                 self.end(TestOutcome::Passed, self.last);
                 self.running = Some((name.to_owned(), self.last));
@@ -115,14 +118,14 @@ impl Parser {
         }
     }
 
-    /// Ends the test that runs, if any.
+    /// Ends the running test, if there is one.
     fn end(&mut self, outcome: TestOutcome, now: Instant) {
         if let Some((name, since)) = self.running.take() {
             self.tests.push(TestRun { name, outcome, duration: now.saturating_duration_since(since), failure: None });
         }
     }
 
-    /// The tests, when the output ended at `now`.
+    /// Ends the output at `now`, and returns the tests.
     pub fn finish(mut self, now: Instant) -> Vec<TestRun> {
         self.end(TestOutcome::Unfinished, now);
         for test in &mut self.tests {
@@ -135,19 +138,19 @@ impl Parser {
     }
 }
 
-/// The name in a line "test NAME ... REST", and the rest.
+/// Returns NAME and REST of a line "test NAME ... REST".
 fn test_line(line: &str) -> Option<(&str, &str)> {
     let (name, rest) = line.strip_prefix("test ")?.split_once(" ...")?;
     let name = plain(name);
     (!name.is_empty() && !name.contains(' ')).then_some((name, rest.trim_start()))
 }
 
-/// A test's name without libtest's note on how it has to end.
+/// Returns a test's name without the note that libtest adds to a test that should panic.
 fn plain(name: &str) -> &str {
     name.strip_suffix(" - should panic").unwrap_or(name)
 }
 
-/// The outcome at the end of a line; whatever a program printed may be before it.
+/// Returns the outcome at the end of a line. Output of a program may precede the outcome.
 fn outcome(text: &str) -> Option<TestOutcome> {
     match text {
         "ignored" => Some(TestOutcome::Ignored),
@@ -165,7 +168,7 @@ mod tests {
     /// Name, outcome, seconds.
     type Row = (String, TestOutcome, u64);
 
-    /// Reads lines that come a second apart; "|" ends a part of a line that comes a second before the rest.
+    /// Parses lines that arrive one second apart. The part of a line before a "|" arrives one second before the rest.
     fn read(text: &str) -> (Vec<Row>, Vec<Option<String>>) {
         let begin = Instant::now();
         let (mut parser, mut now) = (Parser::new(begin), begin);
@@ -206,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_program_prints_in_between_does_no_harm() {
+    fn output_of_programs_does_not_change_outcomes() {
         let (tests, _) = read(
             "test a ... |a program's words\nok\ntest b ... |noise\nmore noise\ntest c ... |noiseok\n\n\
              failures:\n\nfailures:\n    b\n\ntest result: FAILED. 2 passed; 1 failed\n",
@@ -217,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_test_that_had_begun_is_unfinished() {
+    fn test_that_did_not_end_is_unfinished() {
         let begin = Instant::now();
         let mut parser = Parser::new(begin);
         parser.line("test a ... ok", begin);

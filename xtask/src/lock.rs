@@ -1,5 +1,5 @@
-//! Locks between xtask processes. Two kernel builds in one tree break each other, and two nodes on a small machine are
-//! both too slow for their tests.
+//! Locks that exclude other xtask processes. Two kernel builds in one directory would break each other. Two nodes on a
+//! small machine would both be too slow for their tests.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind};
@@ -10,12 +10,12 @@ use anyhow::{Context, Result};
 
 use crate::{files, paths, ui};
 
-/// Acquires the lock of `what`, waiting for its holder. It is released when the file is closed.
+/// Acquires the lock `what`. Waits if another process holds the lock. It is released when the returned file is closed.
 pub fn take(what: &str) -> Result<File> {
     take_in(&paths::state().join(what), what)
 }
 
-/// Acquires the lock in the directory `dir`, which is created, waiting for its holder.
+/// Creates the directory `dir` and acquires the lock in it. Waits if another process holds the lock.
 pub fn take_in(dir: &Path, what: &str) -> Result<File> {
     files::make_dir(dir)?;
     let path = dir.join("lock");

@@ -1,8 +1,8 @@
-//! The paths of the repository, of build outputs and of the installed tree.
+//! The paths of the repository, of the build outputs and of `dist/root`.
 
 use std::path::{Path, PathBuf};
 
-/// Returns the repository.
+/// Returns the root directory of the repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
@@ -17,17 +17,17 @@ pub fn state() -> PathBuf {
     target().join("husk")
 }
 
-/// Returns the tree that is copied over `/` of a node.
+/// Returns the directory whose content is copied to `/` of a node.
 pub fn dist() -> PathBuf {
     root().join("dist/root")
 }
 
-/// Returns the stripped guest kernel.
+/// Returns the path of the stripped guest kernel.
 pub fn vmlinux() -> PathBuf {
     state().join("kernel/vmlinux")
 }
 
-/// Returns the guest's initramfs.
+/// Returns the path of the guest's initramfs.
 pub fn initrd() -> PathBuf {
     state().join("image/initrd.cpio")
 }

@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 
-/// Node crashes after which no suite is retried or resumed.
+/// Maximum number of node crashes. After more crashes, no suite is retried or resumed.
 const CRASHES: u32 = 4;
 
 /// The result of a suite in one boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// All its tests passed.
+    /// All tests of the suite passed.
     Passed,
     /// A test failed.
     Failed,
@@ -18,18 +18,19 @@ pub enum Outcome {
     Waiting,
 }
 
-/// What follows when suites do not pass.
+/// What happens to suites that did not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retries {
-    /// Nothing: suites that a crashed node did not reach have failed. For nodes on real KVM.
+    /// Every suite that did not pass has failed, even if a crashed node did not reach it. For nodes on real KVM.
     Never,
-    /// Suites that a crashed node did not reach run in the next boot. For emulated nodes, after `--no-retry`.
+    /// Suites that a crashed node did not reach run in the next boot. For emulated nodes, with `--no-retry`.
     Resume,
-    /// As `Resume`, and a suite that failed runs once more, alone. For emulated nodes, which now and then go astray.
+    /// As with `Resume`. In addition, a suite that failed runs once more, alone. For emulated nodes, because the
+    /// emulator sometimes makes a correct guest fail.
     Retry,
 }
 
-/// The suites of one containerd line that are still to run, and the results of the others.
+/// The suites of one containerd line that have yet to run, and those that failed.
 pub struct Plan {
     /// Suites that run together, `batch` of them in a boot.
     together: VecDeque<String>,
@@ -56,7 +57,7 @@ impl Plan {
         }
     }
 
-    /// Takes the suites of the next boot; none if all that remain run alone.
+    /// Takes the suites of the next boot. Returns an empty list if all remaining suites run alone.
     fn take_together(&mut self) -> Vec<String> {
         let count = self.batch.min(self.together.len());
         self.together.drain(..count).collect()
@@ -67,11 +68,11 @@ impl Plan {
         self.alone.pop_front().into_iter().collect()
     }
 
-    /// Notes the results of a boot: every suite that [`next()`] returned, with its outcome.
+    /// Records the results of a boot: every suite that [`next()`] returned, with its outcome.
     pub fn ended(&mut self, suites: Vec<(String, Outcome)>) {
         let crashed = suites.iter().any(|(_, outcome)| matches!(outcome, Outcome::Begun | Outcome::Waiting));
         self.crashes += u32::from(crashed);
-        // A flaw that ends every node is not the emulator's occasional one.
+        // The emulator's flaws show only occasionally. If nodes crash more often, there is another cause.
         let retries = if self.crashes <= CRASHES { self.retries } else { Retries::Never };
         let mut waiting = VecDeque::new();
         for (suite, outcome) in suites {
@@ -92,13 +93,14 @@ impl Plan {
         }
     }
 
-    /// The suites that failed, after their retry if they had one.
+    /// Returns the suites that failed. If a suite was retried, the result of the retry counts.
     pub fn failed(&self) -> &[String] {
         &self.failed
     }
 }
 
-/// Takes the suites of the next boot, and their containerd line. Suites run a second time after all others have begun.
+/// Takes the suites of the next boot, and returns them with their containerd line. No suite runs a second time before
+/// all suites have begun once.
 pub fn next<L: Copy>(plans: &mut [(L, Plan)]) -> Option<(L, Vec<String>)> {
     let non_empty = |line: L, suites: Vec<String>| (!suites.is_empty()).then_some((line, suites));
     let together = plans.iter_mut().find_map(|(line, plan)| non_empty(*line, plan.take_together()));
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn without_retries_a_crashed_node_is_resumed_only() {
+    fn without_retries_only_suites_that_a_crashed_node_did_not_reach_run_again() {
         let mut plan = plan(Retries::Resume);
         end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Passed), ("d", Outcome::Passed), ("e", Outcome::Passed)]);
@@ -174,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn suites_that_a_crashed_node_did_not_reach_run_in_the_next() {
+    fn suites_that_a_crashed_node_did_not_reach_run_in_the_next_boot() {
         let mut plan = plan(Retries::Retry);
         end(&mut plan, &[("a", Outcome::Passed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Waiting), ("d", Outcome::Waiting), ("e", Outcome::Waiting)]);
@@ -185,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn repeated_crashes_end_the_run() {
+    fn many_crashes_end_the_run() {
         let mut plan = plan(Retries::Retry);
         let mut boots = 0;
         loop {

@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: names the packages that the machine lacks, and installs them.
+//! `cargo xtask setup`: names the packages that this machine lacks, and installs them.
 
 use std::collections::HashMap;
 use std::fs;
@@ -33,7 +33,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", "test node"),
     ("busybox-static", "images"),
 ];
-/// The first QEMU version whose emulated SVM runs a node reliably. bookworm has it in its backports.
+/// The first major version of QEMU whose emulated SVM runs a node reliably. In Debian bookworm, only backports has it.
 const QEMU: u32 = 10;
 
 /// Installs the missing packages.
@@ -50,7 +50,7 @@ pub fn setup() -> Result<()> {
     if old_qemu && backports && !missing.contains(&"qemu-system-x86") {
         missing.push("qemu-system-x86");
     }
-    // Ubuntu lacks this package: there the kernel step fetches Debian's.
+    // Ubuntu lacks this package. On Ubuntu, `cargo xtask kernel` fetches Debian's package.
     if !installed.contains_key(KERNEL_SOURCE) && release.id == "debian" {
         missing.push(KERNEL_SOURCE);
     }
@@ -64,7 +64,7 @@ pub fn setup() -> Result<()> {
         eprintln!("             {name} ({purpose})");
     }
     if !release.debian_like {
-        bail!("setup supports Debian and Ubuntu; on {}, install the packages above by hand", release.name);
+        bail!("setup supports only Debian and Ubuntu, not {}; install the packages above by hand", release.name);
     }
     let from_backports = backports && missing.contains(&"qemu-system-x86");
     if from_backports {
@@ -89,7 +89,7 @@ pub fn setup() -> Result<()> {
         .collect();
     if install(&wanted, backports.then_some(release.codename.as_str())).is_err() {
         // The package lists may be older than the mirror.
-        ui::say("setup", "failed to install; retrying after apt-get update");
+        ui::say("setup", "failed to install the packages; retrying after apt-get update");
         cmd::logged("setup", "apt-update", apt().arg("update"))?;
         install(&wanted, backports.then_some(release.codename.as_str()))?;
     }
@@ -127,7 +127,7 @@ fn apt() -> Command {
     command
 }
 
-/// Whether apt has a version of the package to install.
+/// Whether apt has a version of the package that it can install.
 fn available(name: &str) -> bool {
     cmd::output(Command::new("apt-cache").args(["policy", name]).env("LC_ALL", "C"))
         .is_ok_and(|text| text.contains("Candidate:") && !text.contains("Candidate: (none)"))
@@ -141,7 +141,7 @@ fn candidate_in_backports(codename: &str) -> Option<String> {
 /// Returns the installed packages with their versions.
 fn installed() -> Result<HashMap<String, String>> {
     let text = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Package} ${Version} ${db:Status-Status}\n"]))
-        .context("setup needs a distribution with dpkg")?;
+        .context("failed to list the installed packages; use a distribution with dpkg")?;
     Ok(text
         .lines()
         .filter_map(|line| {
@@ -182,7 +182,8 @@ fn os_release() -> Result<Release> {
     })
 }
 
-/// Returns the Debian mirror of this machine's release, from apt's configuration. `None` if it runs no Debian.
+/// Returns the Debian mirror of this machine's release, from apt's configuration. `None` if the machine does not run
+/// Debian.
 pub fn debian_mirror() -> Result<Option<String>> {
     let release = os_release()?;
     let text = cmd::output(Command::new("apt-get").args([

@@ -6,9 +6,9 @@ use anyhow::{Context, Result};
 
 use crate::node::Seat;
 
-/// Memory that a node and its QEMU need, in MiB.
+/// Memory that a node needs, including its QEMU, in MiB.
 const NODE_MEMORY: u64 = 8 * 1024;
-/// Maximum number of nodes: more of them write faster than a disk does.
+/// Maximum number of nodes. More nodes would write more than a disk can take.
 const MAX_NODES: usize = 4;
 
 /// The remaining work, and the number of pieces that run.
@@ -19,9 +19,9 @@ struct Queue<W> {
     error: Option<anyhow::Error>,
 }
 
-/// Returns the number of nodes that run well on this machine. A node keeps two processors busy, also if it is emulated:
-/// two nodes on two processors take 0.88 of the time that they take one after the other, and their tests are slower by
-/// as much.
+/// Returns the number of nodes that run well on this machine. A node keeps two processors busy, even if it is emulated.
+/// Two nodes side by side on two processors take 0.88 of the time that they take one after the other. Each node, and
+/// each of its tests, then takes 1.76 times as long.
 pub fn seats() -> usize {
     let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text)).unwrap_or_default();
     let by_memory = usize::try_from(memory / NODE_MEMORY).unwrap_or(MAX_NODES);
@@ -34,9 +34,9 @@ fn total_memory(meminfo: &str) -> Option<u64> {
     Some(kib.parse::<u64>().ok()? / 1024)
 }
 
-/// Runs `work` to its end, in as many nodes at a time as this machine supports. `next` takes a piece from it, `done`
-/// runs the piece in a node, and `ended` adds its result to the work, after which `next` may return more. After an
-/// error, the pieces that run come to their end, and no further one starts.
+/// Runs `work` to its end, in as many nodes at a time as this machine supports. `next` takes a piece from the work,
+/// `done` runs the piece in a node, and `ended` adds the piece's result to the work. After that, `next` may return
+/// further pieces. After an error, the running pieces still end, but no further piece starts.
 pub fn side_by_side<W: Send, P, D>(
     work: W,
     next: impl Fn(&mut W) -> Option<P> + Sync,

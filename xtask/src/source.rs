@@ -1,4 +1,4 @@
-//! Reads the modules of a crate from its source files, as the compiler finds them, without compiling.
+//! Reads the modules of a crate from its source files, without compiling. Finds the files as the compiler does.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,18 +8,18 @@ use syn::{Attribute, Expr, Item, Lit, Meta};
 
 /// A module with its items.
 pub struct Module {
-    /// The names from the crate's root to this module; empty for the root.
+    /// The names from the crate's root to this module. Empty for the root.
     pub path: Vec<String>,
-    /// The file that has its items.
+    /// The file that has the module's items.
     pub file: PathBuf,
-    /// The inner attributes of its file; empty for a module inside a file.
+    /// The inner attributes of the module's file. Empty for an inline module.
     pub attrs: Vec<Attribute>,
     pub items: Vec<Item>,
-    /// Whether it is compiled for tests only.
+    /// Whether the module is compiled for tests only.
     pub test_only: bool,
 }
 
-/// The modules of the crate whose root file is `root`, the root first.
+/// Returns the modules of the crate whose root file is `root`. The root is the first one.
 pub fn modules(root: &Path) -> Result<Vec<Module>> {
     let mut modules = Vec::new();
     let dir = root.parent().unwrap_or_else(|| Path::new(""));
@@ -27,7 +27,7 @@ pub fn modules(root: &Path) -> Result<Vec<Module>> {
     Ok(modules)
 }
 
-/// Adds the module that is the file `file`, whose children are in `dir`.
+/// Adds the module of the file `file`, and its children. The files of the children are in `dir`.
 fn file_module(modules: &mut Vec<Module>, path: Vec<String>, file: &Path, dir: &Path, test_only: bool) -> Result<()> {
     let text = fs::read_to_string(file).with_context(|| format!("failed to read {}", file.display()))?;
     let parsed = match syn::parse_file(&text) {
@@ -38,7 +38,7 @@ fn file_module(modules: &mut Vec<Module>, path: Vec<String>, file: &Path, dir: &
     add(modules, Module { path, file: file.to_owned(), attrs: parsed.attrs, items: parsed.items, test_only }, dir)
 }
 
-/// Adds a module and its children, which are in `dir`.
+/// Adds a module and its children. The files of the children are in `dir`.
 fn add(modules: &mut Vec<Module>, mut module: Module, dir: &Path) -> Result<()> {
     let (children, items) =
         std::mem::take(&mut module.items).into_iter().partition(|item| matches!(item, Item::Mod(_)));
@@ -64,18 +64,18 @@ fn add(modules: &mut Vec<Module>, mut module: Module, dir: &Path) -> Result<()> 
         let (flat, nested) = (dir.join(format!("{name}.rs")), dir.join(&name).join("mod.rs"));
         let found = if flat.exists() { flat } else { nested };
         file_module(modules, path, &found, &dir.join(&name), test_only)
-            .with_context(|| format!("failed to read the module that {} declares", file.display()))?;
+            .with_context(|| format!("failed to read the module {name}, which {} declares", file.display()))?;
     }
     Ok(())
 }
 
-/// An identifier's name, without the `r#` of a raw one.
+/// Returns an identifier's name, without the `r#` of a raw identifier.
 pub fn name(ident: &proc_macro2::Ident) -> String {
     let text = ident.to_string();
     text.strip_prefix("r#").map_or_else(|| text.clone(), str::to_owned)
 }
 
-/// The string of `#[NAME = "…"]`.
+/// Returns the string of an attribute `#[NAME = "…"]`.
 pub fn value(attr: &Attribute, name: &str) -> Option<String> {
     let Meta::NameValue(pair) = &attr.meta else { return None };
     let Expr::Lit(literal) = &pair.value else { return None };
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modules_are_found_in_files_and_inside_files() {
+    fn file_modules_and_inline_modules_are_found() {
         let dir = tempfile::tempdir().unwrap();
         let write = |path: &str, text: &str| {
             let path = dir.path().join(path);
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_module_names_the_file_that_declares_it() {
+    fn error_for_a_missing_module_names_the_file_that_declares_it() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("lib.rs"), "mod gone;").unwrap();
         let error = format!("{:#}", modules(&dir.path().join("lib.rs")).err().unwrap());

@@ -9,10 +9,10 @@ use serde::Serialize;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stage {
     pub name: String,
-    /// Seconds from the begin of the run to that of the stage. Stages overlap where work is done side by side.
+    /// Seconds from the start of the run to the start of the stage. Stages that run side by side overlap.
     pub started: f64,
     pub seconds: f64,
-    /// What the stage consists of.
+    /// The parts of the stage that were measured separately.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<Part>,
 }
@@ -24,19 +24,19 @@ pub struct Part {
     pub seconds: f64,
 }
 
-/// The stages of a run; threads share it.
+/// The stages of a run. Several threads can add stages.
 pub struct Stages {
     begin: Instant,
     list: Mutex<Vec<Stage>>,
 }
 
 impl Stages {
-    /// No stages yet; the run begins now.
+    /// Creates an empty list of stages. The run begins now.
     pub fn new() -> Self {
         Stages { begin: Instant::now(), list: Mutex::default() }
     }
 
-    /// Does `work` as the stage called `name`.
+    /// Runs `work`, and adds it as the stage called `name`.
     pub fn measure<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
         let begin = Instant::now();
         let result = work();
@@ -51,25 +51,25 @@ impl Stages {
         self.list.lock().unwrap_or_else(PoisonError::into_inner).push(stage);
     }
 
-    /// The stages so far, in the order in which they began.
+    /// Returns the stages so far, in the order in which they began.
     pub fn list(&self) -> Vec<Stage> {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner).clone();
         list.sort_by(|a, b| a.started.total_cmp(&b.started));
         list
     }
 
-    /// Seconds since the run began.
+    /// Returns the seconds since the run began.
     pub fn elapsed(&self) -> f64 {
         seconds(self.begin.elapsed())
     }
 }
 
-/// A duration in seconds, to the hundredth.
+/// Returns a duration in seconds, rounded to hundredths.
 pub fn seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 100.0).round() / 100.0
 }
 
-/// A table of the stages, in seconds, with the parts of each and the total.
+/// Returns a table of the stages and their parts, in seconds, with the total.
 pub fn table(stages: &[Stage], total: f64) -> String {
     let mut text = format!("{:>9}  {:>9}  stage\n", "started", "seconds");
     for stage in stages {
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stages_become_a_table_in_the_order_of_their_begin() {
+    fn table_has_the_stages_in_the_order_in_which_they_began() {
         let stages = Stages::new();
         let parts = vec![Part { name: "basics".into(), seconds: 3.25 }];
         let begin = stages.begin + Duration::from_secs(2);

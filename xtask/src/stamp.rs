@@ -1,4 +1,5 @@
-//! Stamps in `target/husk`: the hash of the inputs of each build step, so that a step runs again only if they changed.
+//! Keeps stamps in `target/husk`. A stamp has the hash of a build step's inputs. The step runs again only if its inputs
+//! changed.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
@@ -13,7 +14,7 @@ use crate::{files, paths};
 pub struct Key(Sha256);
 
 impl Key {
-    /// Creates a key for `step`, whose recipe has the version `recipe`.
+    /// Creates a key for `step`. `recipe` is the version of the step's code.
     pub fn new(step: &str, recipe: u32) -> Self {
         let mut key = Key(Sha256::new());
         key.text(step).text(&recipe.to_string());
@@ -72,10 +73,12 @@ impl Stamp {
         fs::write(&self.0, key).with_context(|| format!("failed to write {}", self.0.display()))
     }
 
-    /// Removes the record before the step runs: an interrupted step leaves incomplete outputs.
+    /// Removes the record. This is done before the step runs, because an interrupted step leaves incomplete outputs.
     pub fn remove(&self) -> Result<()> {
         match fs::remove_file(&self.0) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("failed to remove a stamp"),
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("failed to remove {}", self.0.display()))
+            }
             _ => Ok(()),
         }
     }
@@ -93,7 +96,7 @@ mod tests {
         let keys = [key("a", 1, "x"), key("b", 1, "x"), key("a", 2, "x"), key("a", 1, "y"), key("a", 1, "x")];
         assert_eq!(keys[0], keys[4]);
         assert_eq!(keys.iter().collect::<HashSet<_>>().len(), 4);
-        // The borders of the inputs count.
+        // The key also depends on where one input ends and the next one begins.
         let two = |one, other| Key::new("a", 1).text(one).text(other).finish();
         assert_ne!(two("xy", "z"), two("x", "yz"));
     }

@@ -1,17 +1,18 @@
 //! Reads the end-to-end suites from their source files: their tests, and what each needs from the runner.
 //!
-//! A suite says what it needs in its module documentation, after the first paragraph, one line for each need:
+//! A suite says what it needs in its module documentation, after the first paragraph, one line for each need. A default
+//! run is one without `--all`, `--containerd` and a filter.
 //!
 //! | line | meaning |
 //! | --- | --- |
-//! | `Requires: containerd 2` | containerd 1.7 lacks what the suite tests |
-//! | `Requires: cgroup v1` | runs on a node with cgroup v1, and only there |
-//! | `Requires: systemd` | runs on a node with systemd, and only there |
-//! | `Runs: containerd 1.7 and 2` | a change runs it with both lines, not with 1.7 only |
-//! | `Runs: containerd 2` | a change runs it with 2 in place of 1.7 |
-//! | `Runs: by name only: REASON` | runs only if a filter names one of its tests |
+//! | `Requires: containerd 2` | the suite tests something that containerd 1.7 lacks |
+//! | `Requires: cgroup v1` | the suite runs only on a node with cgroup v1 |
+//! | `Requires: systemd` | the suite runs only on a node with systemd |
+//! | `Runs: containerd 1.7 and 2` | in a default run, the suite runs with both lines instead of 1.7 only |
+//! | `Runs: containerd 2` | in a default run, the suite runs with 2 instead of 1.7 |
+//! | `Runs: by name only: REASON` | the suite runs only if a filter names one of its tests |
 //!
-//! A long test has `#[ignore = "long: REASON"]`: a change does not run it.
+//! A long test has `#[ignore = "long: REASON"]`. A default run leaves it out.
 
 use std::fs;
 use std::path::Path;
@@ -23,7 +24,7 @@ use crate::{paths, source};
 
 /// The name of the package's library, whose unit tests run as a suite too.
 const LIBRARY: &str = "husk_e2e";
-/// The first word of the reason why a long test is ignored.
+/// The text with which the reason in the `#[ignore]` of a long test begins.
 const LONG: &str = "long: ";
 
 /// A suite: one test binary that runs in the test node.
@@ -40,9 +41,9 @@ pub struct Suite {
 /// A test of a suite.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Test {
-    /// Its name as libtest prints it.
+    /// The test's name as libtest prints it.
     pub name: String,
-    /// Why it counts as long, if it does.
+    /// The reason why the test is long. `None` if it is not.
     pub long: Option<String>,
 }
 
@@ -51,7 +52,7 @@ pub struct Test {
 pub struct Needs {
     pub node: NodeKind,
     pub lines: Lines,
-    /// Why it runs only if a filter names one of its tests.
+    /// The reason why the suite runs only if a filter names one of its tests. `None` for other suites.
     pub by_name_only: Option<String>,
 }
 
@@ -64,22 +65,22 @@ pub enum NodeKind {
     Systemd,
 }
 
-/// The containerd lines with which a suite runs, unless all suites of a line are asked for.
+/// The containerd lines with which a suite runs in a default run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lines {
-    /// 1.7.
+    /// Only 1.7.
     #[default]
     One,
     /// 1.7 and 2.
     Both,
-    /// 2, and 1.7 too if more than a change's tests run.
+    /// Version 2. In other runs, the suite can run with 1.7 too.
     TwoInstead,
-    /// 2 only: 1.7 lacks what the suite tests.
+    /// Only 2, in every run, because 1.7 lacks what the suite tests.
     TwoOnly,
 }
 
 impl Needs {
-    /// Sentences about it, for people.
+    /// Returns texts for `cargo xtask test --list`, one for each need.
     pub fn describe(&self) -> Vec<String> {
         let mut text = Vec::new();
         text.extend(match self.node {
@@ -90,14 +91,16 @@ impl Needs {
         text.extend(match self.lines {
             Lines::One => None,
             Lines::Both => Some("runs with containerd 1.7 and 2".to_owned()),
-            Lines::TwoInstead => Some("runs with containerd 2; with 1.7 only after --all or --containerd".to_owned()),
+            Lines::TwoInstead => Some(
+                "runs with containerd 2; runs with 1.7 too if --all, --containerd 1.7 or a filter is given".to_owned(),
+            ),
             Lines::TwoOnly => Some("requires containerd 2".to_owned()),
         });
         text.extend(self.by_name_only.as_ref().map(|reason| format!("runs by name only: {reason}")));
         text
     }
 
-    /// Reads one `KEY: VALUE` line of a suite's documentation. `false` if the line is prose.
+    /// Reads one `KEY: VALUE` line of a suite's documentation. Returns `false` if the line is prose.
     fn read(&mut self, line: &str) -> Result<bool> {
         let Some((key, value)) = line.split_once(':') else { return Ok(false) };
         let prose = !value.is_empty() && !value.starts_with(' ');
@@ -113,25 +116,27 @@ impl Needs {
             ("Runs", value) if value.strip_prefix("by name only:").is_some_and(|reason| !reason.trim().is_empty()) => {
                 let reason = value.trim_start_matches("by name only:").trim();
                 if self.by_name_only.replace(reason.to_owned()).is_some() {
-                    bail!("a second reason to run by name only");
+                    bail!("`Runs: by name only:` appears twice; keep one");
                 }
             }
-            ("Requires" | "Runs", value) => bail!("unknown value `{value}` of `{key}:`; docs/testing.md lists them"),
-            _ => bail!("unknown key `{key}:`; a suite's documentation has `Requires:` and `Runs:`"),
+            ("Requires" | "Runs", value) => {
+                bail!("unknown value `{value}` of `{key}:`; docs/testing.md lists the values")
+            }
+            _ => bail!("unknown key `{key}:`; the known keys are `Requires:` and `Runs:`"),
         }
         Ok(true)
     }
 
     fn set_lines(&mut self, lines: Lines) -> Result<()> {
         if std::mem::replace(&mut self.lines, lines) != Lines::One {
-            bail!("a second choice of containerd lines");
+            bail!("two lines `Requires:` or `Runs:` choose containerd; keep one");
         }
         Ok(())
     }
 
     fn set_node(&mut self, node: NodeKind) -> Result<()> {
         if std::mem::replace(&mut self.node, node) != NodeKind::Any {
-            bail!("a second kind of node");
+            bail!("two lines `Requires:` choose the kind of node; keep one");
         }
         Ok(())
     }
@@ -178,17 +183,17 @@ fn suite(name: &str, file: &Path) -> Result<Suite> {
     Ok(Suite { name: name.to_owned(), summary, needs, tests })
 }
 
-/// Why the test counts as long: the reason of its `#[ignore]`.
+/// Returns the reason why a test is long, from its `#[ignore]`. `None` if the test has no `#[ignore]`.
 fn long(attrs: &[Attribute]) -> Result<Option<String>> {
     let Some(ignore) = attrs.iter().find(|attr| attr.path().is_ident("ignore")) else { return Ok(None) };
     let reason = source::value(ignore, "ignore");
     match reason.as_deref().and_then(|reason| reason.strip_prefix(LONG)) {
         Some(reason) => Ok(Some(reason.to_owned())),
-        None => bail!("the runner knows `#[ignore = \"{LONG}REASON\"]` only"),
+        None => bail!("unknown form of `#[ignore]`; only `#[ignore = \"{LONG}REASON\"]` is allowed"),
     }
 }
 
-/// The first paragraph of a suite's documentation, and what the lines after it say that the suite needs.
+/// Returns the first paragraph of a suite's documentation, and the needs that the lines after it declare.
 fn documentation(attrs: &[Attribute], file: &Path) -> Result<(String, Needs)> {
     let (mut summary, mut needs, mut in_summary) = (Vec::new(), Needs::default(), true);
     for attr in attrs {
@@ -207,7 +212,7 @@ fn documentation(attrs: &[Attribute], file: &Path) -> Result<(String, Needs)> {
     Ok((summary.join(" "), needs))
 }
 
-/// What `cargo xtask test --list` prints: every suite that has a test whose name contains `filter`, with these tests.
+/// Returns the output of `cargo xtask test --list`: the tests whose name contains `filter`, with their suites.
 pub fn list(suites: &[Suite], filter: &str) -> String {
     let mut text = String::new();
     for suite in suites {
@@ -243,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_suite_says_what_it_needs() {
+    fn needs_are_read_from_the_documentation() {
         let suite = parse(
             "//! Pods: many\n//! of them.\n//!\n//! https://a.b and a note: no key.\n//!\n//! Requires: systemd\n\
              //! Runs: by name only: it takes an hour\n\n#[test]\nfn a() {}\n\
@@ -261,16 +266,16 @@ mod tests {
     }
 
     #[test]
-    fn a_typo_is_an_error_with_its_place() {
+    fn error_for_a_typo_has_the_file_and_the_line() {
         assert!(error("//! S.\n//!\n//! Requires: containerd 3\n").contains("s.rs:3: unknown value `containerd 3`"));
         assert!(error("//! S.\n//!\n//! Requries: systemd\n").contains("s.rs:3: unknown key `Requries:`"));
         assert!(error("//! S.\n//! Requires: systemd\n").contains("s.rs:2: `Requires: systemd` has to follow"));
         assert!(error("//! S.\n//!\n//! Runs: by name only:\n").contains("unknown value"));
         assert!(
-            error("//! S.\n//!\n//! Runs: containerd 2\n//! Requires: containerd 2\n").contains("s.rs:4: a second")
+            error("//! S.\n//!\n//! Runs: containerd 2\n//! Requires: containerd 2\n").contains("s.rs:4: two lines")
         );
-        assert!(error("#[test]\n#[ignore]\nfn a() {}\n").contains("s.rs:3: the runner knows"));
-        assert!(error("#[test]\n#[ignore = \"slow\"]\nfn a() {}\n").contains("s.rs:3: the runner knows"));
+        assert!(error("#[test]\n#[ignore]\nfn a() {}\n").contains("s.rs:3: unknown form"));
+        assert!(error("#[test]\n#[ignore = \"slow\"]\nfn a() {}\n").contains("s.rs:3: unknown form"));
     }
 
     #[test]

@@ -14,22 +14,23 @@ use crate::stages::{self, Stages};
 use crate::suites::{self, Lines, Needs, NodeKind};
 use crate::{cmd, deny, dist, files, imports, kernel, modules, paths, setup, side, ui};
 
-/// The suite that builds images. It has images of its own.
+/// The suite whose containers build images. The suite needs additional images.
 const BUILDERS: &str = "cri_builders";
-/// The suite that runs fsx, a public test program for file systems. It has an image of its own.
+/// The suite that runs fsx, a public test program for file systems. The suite needs an additional image.
 const FSX: &str = "cri_fsx";
-/// The containerd lines that run without `--containerd`.
+/// The containerd lines of a run without `--containerd`.
 const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
-/// Suites that share a boot of a single node: two boots are enough for all suites of containerd 1.7. What a suite
-/// leaves in the node's kernel reaches only these, and the results are written after each boot. A boot takes ten
-/// seconds, and longer for importing the images.
+/// Number of suites per boot if one node runs at a time. Two boots are then enough for all suites of containerd 1.7. A
+/// boot takes ten seconds, and longer if it imports the images. Smaller boots also have advantages. State that a suite
+/// leaves in the node's kernel reaches only the suites of the same boot. The results are written after each boot.
 const SUITES_A_BOOT: usize = 20;
-/// Suites that share a boot where nodes run side by side: they end at about the same time.
+/// Number of suites per boot if nodes run side by side. With this number the nodes end at about the same time.
 const SUITES_A_BOOT_BESIDE: usize = 12;
-/// Limits for the suites of a boot together, and for one of their tests. The longest take fifteen and two minutes.
+/// Time limits: for all suites of a boot together, and for the time without output, which bounds a single test. The
+/// longest boot takes fifteen minutes, the longest test two minutes.
 const LIMITS: Limits = Limits::secs(2400, 300);
 
-/// Tests that a run lists as the slowest.
+/// Number of tests that a run lists as the slowest.
 const SLOWEST: usize = 15;
 
 /// The options of `cargo xtask test`.
@@ -38,28 +39,28 @@ pub struct Options {
     /// Run only the checks and the unit tests.
     #[arg(long, conflicts_with = "e2e")]
     unit: bool,
-    /// Run only the end-to-end suites, or only their tests whose name contains FILTER.
+    /// Run only the end-to-end suites. With FILTER, run only the tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     e2e: Option<String>,
-    /// List the end-to-end suites and what each needs, or only those with a test whose name contains FILTER. Runs
-    /// nothing.
+    /// List the end-to-end suites, their tests and what each suite needs, and run nothing. With FILTER, list only the
+    /// tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "", exclusive = true)]
     list: Option<String>,
-    /// Run all end-to-end suites with this containerd; without it, those with 1.7 and a few with 2.x, on a host
-    /// with cgroup v1 and on one with systemd.
+    /// Run the end-to-end suites only with this containerd line. With 1.7 or 2, all suites run that support it.
+    /// Default: most suites run with 1.7, a few with 2.x, on a host with cgroup v1, or on a host with systemd.
     #[arg(long, value_enum, conflicts_with = "unit")]
     containerd: Option<Line>,
-    /// Run the long tests too, and with 1.7 the suites that otherwise run with 2.x only.
+    /// Also run the long tests. Also run with 1.7 the suites that could run with 1.7, but by default run only with 2.x.
     #[arg(long, conflicts_with_all = ["unit", "containerd"])]
     all: bool,
-    /// Do not retry a suite that failed; without it, suites are retried once in an emulated node.
+    /// Do not retry a suite that failed. Default: in an emulated node, such a suite is retried once.
     #[arg(long, conflicts_with = "unit")]
     no_retry: bool,
-    /// Run the pods with this handler of containerd (`husk-sandbox`: the shim is the sandbox, with 2.x).
+    /// Run the pods with this handler of containerd. With containerd 2.x, `husk-sandbox` makes the shim the sandbox.
     #[arg(long, requires = "containerd")]
     handler: Option<String>,
-    /// Test the programs as they are shipped; without it they are built in the quick profile, which the suites
-    /// themselves use too, so that everything is compiled once.
+    /// Test the programs as they are shipped. Default: the programs are built in the quick profile. The suites are
+    /// built in that profile too, so that everything is compiled only once.
     #[arg(long)]
     release: bool,
 }
@@ -90,7 +91,8 @@ pub fn test(options: &Options) -> Result<u8> {
 
 fn run(options: &Options, stages: &Stages) -> Result<End> {
     let passed = || "all passed".to_owned();
-    // First of all: results of an earlier run are not taken for those of a run that fails before its first suite.
+    // The results of an earlier run are removed first. Otherwise, if this run failed before its first suite, they would
+    // look like its results.
     let results = if options.unit { None } else { Some(Results::new(paths::results())?) };
     stages.measure("setup", setup::setup)?;
     if options.e2e.is_none() {
@@ -99,9 +101,10 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
             unit(stages)?;
             return Ok(End { code: 0, notes: vec![passed()] });
         };
-        // Cargo often has work for one processor only, and a package server has none.
+        // Cargo often keeps only one processor busy, and a download keeps none busy. Therefore both are done at the
+        // same time.
         std::thread::scope(|scope| {
-            let parts = scope.spawn(|| stages.measure("parts of the node (beside lints and unit tests)", parts));
+            let parts = scope.spawn(|| stages.measure("parts of the node (during lints and unit tests)", parts));
             unit(stages)?;
             parts.join().unwrap_or_else(|_| bail!("the thread that builds the node's parts panicked"))
         })?;
@@ -112,7 +115,7 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
     Ok(end)
 }
 
-/// Checks that need no compiler.
+/// Runs the checks that need no compiler.
 fn format() -> Result<()> {
     ui::say("test", "dependencies, format, imports, needs of the suites, modules");
     deny::deny()?;
@@ -122,39 +125,39 @@ fn format() -> Result<()> {
     modules::check()
 }
 
-/// Lints, and the tests beside the code.
+/// Runs the lints and the unit tests.
 fn unit(stages: &Stages) -> Result<()> {
     ui::say("test", "lints");
     let mut clippy = cargo();
     clippy.args(["clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]);
     stages.measure("lints", || cmd::shown(&mut clippy))?;
     ui::say("test", "unit tests");
-    // The end-to-end suites are a package of their own, which only the node can run.
+    // husk-e2e has the end-to-end suites, which can run only in the node.
     let mut tests = cargo();
     tests.args(["test", "--quiet", "--workspace", "--exclude", "husk-e2e", "--locked"]);
     stages.measure("unit tests", || cmd::shown(&mut tests))
 }
 
-/// Makes the parts of the node that cargo does not build.
+/// Makes the guest kernel and the parts of the node, which cargo does not build.
 fn parts() -> Result<()> {
     kernel::kernel()?;
     node::prepare()?;
     node::prepare_images()
 }
 
-/// How much the options ask for.
+/// How many tests the options ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Extent {
-    /// What every change has to pass.
+    /// The tests of a default run, which every change has to pass.
     Change,
-    /// The long tests too.
+    /// Also the long tests.
     All,
-    /// All suites of one containerd line.
+    /// All tests, including the long ones, with one containerd line.
     Line,
 }
 
-/// Whether a suite runs with a containerd line. `filtered`: the options have a filter, and the suite a test that it
-/// names.
+/// Whether a suite runs with a containerd line. `filtered` says that the options have a filter, which names a test of
+/// the suite.
 fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
     match (needs.node, line) {
         (NodeKind::CgroupV1, line) => return line == Line::Legacy,
@@ -173,7 +176,7 @@ fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
     }
 }
 
-/// The names of the tests in a suite that run: those whose name contains the filter, and the long ones only if `long`.
+/// Returns the names of the suite's tests whose name contains `filter`. Long tests are included only if `long` is true.
 fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
     let list = |arg: Option<&str>| -> Result<Vec<String>> {
         let list = cmd::output(Command::new(&suite.path).arg("--list").args(arg))
@@ -185,7 +188,7 @@ fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
     Ok(tests.filter(|name| name.contains(filter) && !left_out.contains(name)).collect())
 }
 
-/// The work that nodes side by side take from.
+/// The work from which nodes that run side by side take boots.
 struct Work {
     plans: Vec<(Line, Plan)>,
     results: Results,
@@ -196,7 +199,7 @@ struct Work {
 struct Boot {
     number: usize,
     line: Line,
-    /// The suites, and the number of the attempt of each.
+    /// The suites, each with the number of its attempt.
     suites: Vec<(String, usize)>,
 }
 
@@ -220,7 +223,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
         build::tests("husk-e2e")
     })?;
     if suites.is_empty() {
-        bail!("husk-e2e has no tests");
+        bail!("failed to find a test program of husk-e2e");
     }
     let extent = match options {
         Options { containerd: Some(_), .. } => Extent::Line,
@@ -232,17 +235,19 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
     let mut named = Vec::new();
     for suite in &suites {
         let source = declared.iter().find(|declared| declared.name == suite.name);
-        let source = source.with_context(|| format!("suite {} has no file in tests/e2e/tests", suite.name))?;
+        let source =
+            source.with_context(|| format!("failed to find the source of suite {} in tests/e2e", suite.name))?;
         if !selected(suite, filter, long)?.is_empty() {
             named.push((suite, &source.needs));
         }
     }
     if named.is_empty() {
-        bail!("no test has a name that contains {filter}");
+        bail!("failed to find a test whose name contains `{filter}`; `cargo xtask test --list` lists the tests");
     }
-    // node/boot.rs avoids the worst of the emulator's flaws. Another one is known: the vector of an interrupt that is
-    // injected with VMRUN stays noted (exception_index in helper_vmrun() of target/i386/tcg/system/svm_helper.c), and
-    // is delivered again when the processor is kicked before the next #VMEXIT.
+    // Suites are retried because of flaws of the emulator. node/boot.rs avoids the worst one. Another one is that QEMU
+    // keeps the vector of an interrupt that VMRUN injects (exception_index in helper_vmrun() of
+    // target/i386/tcg/system/svm_helper.c). If the CPU is kicked before the next #VMEXIT, QEMU delivers the interrupt
+    // again.
     let emulated = !matches!(kvm::judge(), kvm::Verdict::Usable { .. });
     let retries = match (emulated, options.no_retry) {
         (false, _) => Retries::Never,
@@ -307,7 +312,7 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
     eprint!("{}", work.results.slowest(SLOWEST));
     let mut notes = Vec::new();
     for (what, outcome) in [
-        ("UNSTEADY, passed at the second attempt only", SuiteOutcome::Flaky),
+        ("UNSTEADY, passed only at the second attempt", SuiteOutcome::Flaky),
         ("failed", SuiteOutcome::Failed),
         ("not run", SuiteOutcome::NotRun),
     ] {
@@ -317,23 +322,23 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
     Ok(End { code: u8::from(failed), notes })
 }
 
-/// The tests of a suite that run.
+/// Selects the tests of a suite that run.
 struct Selection<'a> {
-    /// A part of their names.
+    /// The text that their names contain.
     filter: &'a str,
-    /// Whether the long ones run.
+    /// Whether long tests run.
     long: bool,
 }
 
 impl Selection<'_> {
-    /// The arguments for libtest.
+    /// Returns the arguments for libtest.
     fn args(&self) -> Vec<String> {
         let long = self.long.then(|| "--include-ignored".to_owned());
         long.into_iter().chain((!self.filter.is_empty()).then(|| self.filter.to_owned())).collect()
     }
 }
 
-/// Runs suites in a node of their own.
+/// Runs the suites of a boot in a node.
 fn run_boot(
     seat: Seat,
     boot: &Boot,
@@ -373,9 +378,10 @@ fn run_boot(
     recorder.finish(console.as_deref(), boot.number)
 }
 
-/// The script that runs the suites of a boot. [`Recorder`] reads its marks, and the line before each suite's output.
+/// Returns the script that runs the suites of a boot. [`Recorder`] reads the script's marks, and the line that the
+/// script prints before each suite's output.
 fn script(boot: &Boot) -> String {
-    let mut script = String::from("# Runs the suites one after another; fails when one does.\nfailed=0\n");
+    let mut script = String::from("# Runs the suites one after another. Fails if a suite fails.\nfailed=0\n");
     for (name, _) in &boot.suites {
         script.push_str(&format!(
             "echo \"== {name}\"; echo \"mark begun {name}\" >&9\n\
@@ -398,7 +404,7 @@ mod tests {
     use crate::results::Attempt;
 
     #[test]
-    fn suites_run_where_they_belong() {
+    fn suites_run_with_the_containerd_lines_that_they_declare() {
         let suites = suites::read().unwrap();
         let lines = |name: &str, extent, filtered| -> Vec<Line> {
             let suite = suites.iter().find(|suite| suite.name == name).unwrap();
@@ -418,7 +424,7 @@ mod tests {
         assert_eq!(lines("process", Extent::Line, true), LINES);
     }
 
-    /// Runs the script of a boot here, with programs in place of the suites.
+    /// Runs the script of a boot on this machine, with other programs in place of the suites.
     fn boot_here(dir: &Path, results: &mut Results, boot: &Boot, args: &[&str]) -> Vec<(String, Attempt)> {
         let script = script(boot).replace("/husk/tests", &dir.join("suites").display().to_string());
         let marks = dir.join("marks");

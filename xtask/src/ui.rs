@@ -27,7 +27,7 @@ pub fn say(step: &str, text: impl AsRef<str>) {
     eprintln!("{} {step}: {}", clock(), text.as_ref());
 }
 
-/// Shows a line that the next one overwrites. Does nothing if stderr is no terminal.
+/// Shows a line that the next line overwrites. Does nothing if stderr is not a terminal.
 pub fn transient(step: &str, text: &str) {
     if !live() {
         return;

@@ -1,4 +1,4 @@
-//! Licence expressions of SPDX: parses them, and decides whether a set of accepted licences satisfies one.
+//! Parses SPDX licence expressions, and decides whether a set of accepted licences satisfies an expression.
 
 use std::collections::BTreeSet;
 use std::iter::Peekable;
@@ -6,7 +6,7 @@ use std::vec::IntoIter;
 
 use anyhow::{Result, bail};
 
-/// A licence expression. `MIT/Apache-2.0`, the form from before SPDX, is a choice.
+/// A licence expression. The older form `MIT/Apache-2.0` means `MIT OR Apache-2.0`.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Expression {
     /// A licence, with its exception if it has one: `Apache-2.0 WITH LLVM-exception`.
@@ -28,7 +28,7 @@ impl Expression {
         }
     }
 
-    /// Whether the licences in `accepted` suffice.
+    /// Whether the licences in `accepted` satisfy the expression.
     pub fn satisfied(&self, accepted: &BTreeSet<&str>) -> bool {
         match self {
             Self::License(name) => accepted.contains(name.as_str()),
@@ -61,7 +61,7 @@ fn license(words: &mut Words) -> Result<Expression> {
         let inner = either(words)?;
         return match words.next_if_eq(")") {
             Some(_) => Ok(inner),
-            None => bail!("`)` is missing"),
+            None => bail!("expected `)`"),
         };
     }
     let mut name = id(words)?;
@@ -74,8 +74,8 @@ fn license(words: &mut Words) -> Result<Expression> {
 fn id(words: &mut Words) -> Result<String> {
     match words.next() {
         Some(word) if !matches!(word.as_str(), "(" | ")" | "AND" | "OR" | "WITH") => Ok(word),
-        Some(word) => bail!("`{word}` stands where a licence is expected"),
-        None => bail!("a licence is missing at the end"),
+        Some(word) => bail!("expected a licence, found `{word}`"),
+        None => bail!("expected a licence at the end"),
     }
 }
 
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn or_needs_one_licence_and_needs_both() {
+    fn either_licence_satisfies_or_but_only_both_satisfy_and() {
         assert!(satisfied("MIT", &["MIT"]));
         assert!(!satisfied("MIT", &["Apache-2.0"]));
         assert!(satisfied("MIT OR GPL-2.0-only", &["MIT"]));
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn licence_with_exception_is_a_licence_of_its_own() {
+    fn licence_with_exception_must_be_accepted_as_such() {
         let llvm = "Apache-2.0 WITH LLVM-exception";
         assert!(!satisfied(llvm, &["Apache-2.0"]));
         assert!(satisfied(llvm, &[llvm]));
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn slash_is_a_choice() {
+    fn slash_means_or() {
         assert!(satisfied("MIT/Apache-2.0", &["Apache-2.0"]));
         assert!(satisfied("Apache-2.0 / MIT", &["Apache-2.0"]));
     }

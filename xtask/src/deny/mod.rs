@@ -1,10 +1,12 @@
 //! `cargo xtask deny`: checks the dependencies of the workspace and of the fuzz targets against deny.toml.
 //!
-//! deny.toml is written for cargo-deny, which few machines have. These checks need cargo alone. They cover licences,
-//! duplicate versions, wildcards and sources, and are stricter in one respect: an entry that nothing needs is an error.
-//! Advisories need a database: `cargo deny` checks them if it is installed and reaches its database. Otherwise only
-//! data that cargo has on this machine are used: the yanked versions in cargo's copy of the registry's index, which may
-//! be old, and the maintenance badges in the manifests of direct dependencies.
+//! deny.toml is written for cargo-deny, which few machines have. The checks here need only cargo. They cover licences,
+//! duplicate versions, wildcards and sources. They are stricter than cargo-deny in one respect: an entry of deny.toml
+//! that no crate needs is an error.
+//!
+//! Advisories need a database. `cargo deny` checks them if it is installed and can fetch its database. Otherwise only
+//! data that cargo has on this machine are checked: the yanked versions in cargo's copy of the registry's index, which
+//! may be old, and the maintenance badges in the manifests of direct dependencies.
 
 mod expression;
 mod rules;
@@ -24,15 +26,16 @@ use crate::{cmd, paths, ui};
 use expression::Expression;
 use rules::{Clarification, Rules, Spec};
 
-/// The workspaces, as directories of their manifests.
+/// The directories of the workspaces' manifests, relative to the repository.
 const WORKSPACES: [&str; 2] = ["", "tests/fuzz"];
 
-/// Crates of rust-vmm whose types the others share. Two versions do not fit together, so deny.toml may not skip one.
+/// Crates of rust-vmm whose types the other rust-vmm crates use in their interfaces. Two versions of such a crate are
+/// incompatible. Therefore deny.toml must not have them in `skip`.
 const SINGLE_VERSION: [&str; 2] = ["vm-memory", "virtio-queue"];
 
 /// The crates that are compiled for a workspace, and the sources in its lock file.
 struct Graph {
-    /// The path of its lock file in the repository.
+    /// The path of the workspace's lock file, relative to the repository.
     lock_file: String,
     packages: Vec<Package>,
     sources: Vec<Locked>,
@@ -56,7 +59,7 @@ struct Dependency {
     path: Option<PathBuf>,
 }
 
-/// A package of a lock file. Lock files have the packages of all targets.
+/// A package of a lock file. A lock file lists the packages for all targets.
 #[derive(Deserialize)]
 struct Locked {
     name: String,
@@ -64,7 +67,7 @@ struct Locked {
     source: Option<String>,
 }
 
-/// Checks everything, and prints a line about advisories.
+/// Checks all rules of deny.toml. If advisories cannot be checked, prints why, and what is checked instead.
 pub fn deny() -> Result<()> {
     let root = paths::root();
     let path = root.join("deny.toml");
@@ -80,19 +83,20 @@ pub fn deny() -> Result<()> {
         ui::say(
             "deny",
             format!(
-                "checked instead: yanked versions, for {} of {} crates, in cargo's copy of the index; maintenance badges \
-                 of direct dependencies",
+                "checked instead: yanked versions ({} of {} crates are in cargo's copy of the index), and maintenance \
+                 badges of direct dependencies",
                 found.in_index, found.crates
             ),
         );
     }
     if !violations.is_empty() {
-        bail!("{} violations of deny.toml:\n{}", violations.len(), violations.join("\n"));
+        bail!("the dependencies violate deny.toml ({} violations):\n{}", violations.len(), violations.join("\n"));
     }
     Ok(())
 }
 
-/// Checks advisories, if `cargo deny` is installed and reaches its database; returns the reason if not.
+/// Checks advisories with `cargo deny`. If it is not installed or cannot fetch its database, the inner result is the
+/// reason.
 fn advisories(root: &Path) -> Result<Result<(), &'static str>> {
     let succeeds = |args: &[&str]| {
         let mut command = cargo();
@@ -113,7 +117,7 @@ fn advisories(root: &Path) -> Result<Result<(), &'static str>> {
     Ok(Ok(()))
 }
 
-/// Reads the workspace in `dir`. Cargo fetches what it lacks.
+/// Reads the workspace in `dir`. Cargo downloads crates that are missing on this machine.
 fn graph(root: &Path, dir: &str, targets: &[String]) -> Result<Graph> {
     #[derive(Deserialize)]
     struct Metadata {
@@ -133,13 +137,13 @@ fn graph(root: &Path, dir: &str, targets: &[String]) -> Result<Graph> {
     };
     let text = run(&["metadata", "--format-version", "1"], "--filter-platform")?;
     let Metadata { mut packages } =
-        serde_json::from_str(&text).context("failed to parse what `cargo metadata` printed")?;
-    // The metadata also have optional dependencies that a feature `NAME?/FEATURE` mentions and nothing enables.
+        serde_json::from_str(&text).context("failed to parse the output of `cargo metadata`")?;
+    // The metadata also list optional dependencies that nothing enables, if a feature `NAME?/FEATURE` mentions them.
     let tree = run(&["tree", "--workspace", "--edges", "normal,build,dev", "--prefix", "none"], "--target")?;
     let compiled: BTreeSet<(&str, &str)> = tree.lines().filter_map(name_and_version).collect();
     packages.retain(|package| compiled.contains(&(package.name.as_str(), package.version.as_str())));
     if packages.len() != compiled.len() {
-        bail!("`cargo tree` has {} packages, and `cargo metadata` {} of them", compiled.len(), packages.len());
+        bail!("`cargo tree` lists {} packages, but `cargo metadata` only {} of them", compiled.len(), packages.len());
     }
     let lock_file = Path::new(dir).join("Cargo.lock").display().to_string();
     let text = fs::read_to_string(root.join(&lock_file)).with_context(|| format!("failed to read {lock_file}"))?;
@@ -147,13 +151,13 @@ fn graph(root: &Path, dir: &str, targets: &[String]) -> Result<Graph> {
     Ok(Graph { lock_file, packages, sources: package })
 }
 
-/// Reads a line of `cargo tree`: `NAME vVERSION`, and perhaps more.
+/// Parses a line of `cargo tree`: `NAME vVERSION`, and possibly further words.
 fn name_and_version(line: &str) -> Option<(&str, &str)> {
     let mut words = line.split(' ');
     Some((words.next()?, words.next()?.strip_prefix('v')?))
 }
 
-/// Returns a text for each violation of the rules.
+/// Returns a message for each violation of the rules.
 fn violations(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     let mut violations = licenses(rules, graphs)?;
     violations.extend(duplicates(rules, graphs)?);
@@ -162,17 +166,17 @@ fn violations(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     Ok(violations)
 }
 
-/// Packages of all workspaces, each once.
+/// Returns the packages of all workspaces without duplicates.
 fn packages(graphs: &[Graph]) -> impl Iterator<Item = &Package> {
     let all = graphs.iter().flat_map(|graph| &graph.packages);
     all.map(|package| ((&package.name, &package.version), package)).collect::<BTreeMap<_, _>>().into_values()
 }
 
-/// Checks licences, and that each entry about licences is needed.
+/// Checks the licences of all packages, and that deny.toml has only licence entries that a package needs.
 fn licenses(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     let mut violations = Vec::new();
     let allow: BTreeSet<&str> = rules.licenses.allow.iter().map(String::as_str).collect();
-    // Entries that a crate needs: licences for all, and exceptions and clarifications by their crate.
+    // Entries that a crate needs: accepted licences, and the crates of exceptions and clarifications.
     let (mut needed, mut used) = (BTreeSet::new(), BTreeSet::new());
     for package in packages(graphs) {
         let Package { name, version, license, .. } = package;
@@ -186,7 +190,7 @@ fn licenses(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
                 }
                 None => {
                     violations.push(format!(
-                        "{name} {version}: its manifest names no licence, and deny.toml has no [[licenses.clarify]] for it"
+                        "{name} {version}: its manifest names no licence; add it to [[licenses.clarify]] in deny.toml"
                     ));
                     continue;
                 }
@@ -239,11 +243,14 @@ fn named<'a, T>(entries: impl Iterator<Item = (&'a String, T)>, package: &Packag
     Ok(None)
 }
 
-/// Returns a text for each licence file that is not the one that the clarification was written for.
+/// Returns a message for each licence file whose hash differs from the one in the clarification.
 fn changed_files(entry: &Clarification, package: &Package) -> Result<Vec<String>> {
     let mut changed = Vec::new();
     if entry.license_files.is_empty() {
-        changed.push(format!("deny.toml: the clarification of {} names no license-files", entry.spec));
+        changed.push(format!(
+            "deny.toml: the clarification of {} has no license-files; add the files that state the licence",
+            entry.spec
+        ));
     }
     for file in &entry.license_files {
         let path = package.manifest_path.with_file_name(&file.path);
@@ -251,7 +258,7 @@ fn changed_files(entry: &Clarification, package: &Package) -> Result<Vec<String>
         let hash = xxh32::xxh32(&data);
         if hash != file.hash {
             changed.push(format!(
-                "{} {}: {} changed, its hash is {hash:#010x}; read it, and adapt deny.toml",
+                "{} {}: {} changed, its hash is now {hash:#010x}; read the file, and update deny.toml",
                 package.name, package.version, file.path
             ));
         }
@@ -259,7 +266,7 @@ fn changed_files(entry: &Clarification, package: &Package) -> Result<Vec<String>
     Ok(changed)
 }
 
-/// Checks that a crate has one version in each workspace, beside those that `skip` names.
+/// Checks that each workspace has only one version of each crate, apart from the versions that `skip` lists.
 fn duplicates(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     let mut violations = Vec::new();
     let mut used = BTreeSet::new();
@@ -267,10 +274,11 @@ fn duplicates(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     for skip in &rules.bans.skip {
         let spec = Spec::parse(&skip.spec)?;
         if SINGLE_VERSION.contains(&spec.name()) {
-            violations.push(format!("deny.toml: {} may have one version only; remove it from skip", spec.name()));
+            violations
+                .push(format!("deny.toml: only one version of {} is allowed; remove its entry from skip", spec.name()));
         }
         if skip.reason.trim().is_empty() {
-            violations.push(format!("deny.toml: {} in skip has no reason", skip.spec));
+            violations.push(format!("deny.toml: the entry of {} in skip has no reason; add one", skip.spec));
         }
         skips.push((skip.spec.as_str(), spec));
     }
@@ -287,7 +295,7 @@ fn duplicates(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
             let (_, rest): (Vec<&str>, Vec<&str>) = versions.into_iter().partition(skipped);
             if rest.len() > 1 {
                 violations.push(format!(
-                    "{}: several versions of {name}: {}; `cargo tree --invert {name}@VERSION` shows what needs them",
+                    "{}: several versions of {name}: {}; `cargo tree --invert {name}@VERSION` shows their users",
                     graph.lock_file,
                     rest.join(", ")
                 ));
@@ -295,19 +303,23 @@ fn duplicates(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
         }
     }
     for (text, _) in skips.iter().filter(|(text, _)| !used.contains(text)) {
-        violations.push(format!("deny.toml: {text} in skip is no second version of a crate; remove it"));
+        violations.push(format!(
+            "deny.toml: skip lists {text}, but it is not one of several versions of a crate; remove the entry"
+        ));
     }
     Ok(violations)
 }
 
-/// Checks that no crate of a workspace depends on any version of another.
+/// Checks that no crate of a workspace has a dependency without a version (a wildcard).
 fn wildcards(rules: &Rules, graphs: &[Graph]) -> Vec<String> {
     let own = packages(graphs).filter(|package| package.source.is_none());
     let dependencies = own.flat_map(|package| package.dependencies.iter().map(move |dependency| (package, dependency)));
     dependencies
         .filter(|(_, dependency)| dependency.req == "*")
         .filter(|(_, dependency)| !(rules.bans.allow_wildcard_paths && dependency.path.is_some()))
-        .map(|(package, Dependency { name, .. })| format!("{}: its dependency {name} names no version", package.name))
+        .map(|(package, Dependency { name, .. })| {
+            format!("{}: its dependency on {name} has no version; add one", package.name)
+        })
         .collect()
 }
 
@@ -316,7 +328,7 @@ fn sources(rules: &Rules, graphs: &[Graph]) -> Vec<String> {
     let accepted = |source: &str| match (source.strip_prefix("registry+"), source.strip_prefix("git+")) {
         (Some(registry), _) => rules.sources.allow_registry.iter().any(|allowed| allowed == registry),
         (_, Some(git)) => {
-            // The rest is `?branch=…` and `#COMMIT`.
+            // `?branch=…` and `#COMMIT` may follow the repository's address.
             let repository = git.split(['?', '#']).next();
             rules.sources.allow_git.iter().any(|allowed| Some(allowed.as_str()) == repository)
         }
@@ -325,7 +337,7 @@ fn sources(rules: &Rules, graphs: &[Graph]) -> Vec<String> {
     let mut violations = Vec::new();
     for graph in graphs {
         for Locked { name, version, source } in &graph.sources {
-            // A package without a source is in a directory of this machine.
+            // A package without a source is a directory on this machine.
             if let Some(source) = source.as_deref().filter(|source| !accepted(source)) {
                 violations.push(format!(
                     "{}: deny.toml does not accept the source of {name} {version}: {source}",

@@ -1,4 +1,4 @@
-//! The rules in deny.toml. A key that cargo-deny knows and this file does not is an error: nothing would check it.
+//! Parses the rules in deny.toml. A key that is unknown here is an error, because no check of xtask would use it.
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -10,7 +10,7 @@ pub struct Rules {
     pub graph: Graph,
     pub licenses: Licenses,
     pub bans: Bans,
-    /// Only cargo-deny reads these.
+    /// Only cargo-deny reads this section.
     #[serde(rename = "advisories")]
     _advisories: IgnoredAny,
     pub sources: Sources,
@@ -19,7 +19,7 @@ pub struct Rules {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Graph {
-    /// Targets whose dependencies count.
+    /// The targets whose dependencies are checked.
     pub targets: Vec<String>,
 }
 
@@ -43,14 +43,14 @@ pub struct Exception {
     pub allow: Vec<String>,
 }
 
-/// The licence of a crate whose manifest does not name it.
+/// The licence of a crate whose manifest names no licence.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Clarification {
     #[serde(rename = "crate")]
     pub spec: String,
     pub expression: String,
-    /// The files that say so.
+    /// The files that state the licence.
     pub license_files: Vec<LicenseFile>,
 }
 
@@ -72,7 +72,7 @@ pub struct Bans {
     pub skip: Vec<Skip>,
 }
 
-/// A version of a crate that may be in the graph beside another one.
+/// A version of a crate that is accepted in addition to another version of the crate.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Skip {
@@ -90,7 +90,7 @@ pub struct Sources {
     pub allow_git: Vec<String>,
 }
 
-/// What cargo-deny does about a finding. Here every finding is an error, so deny.toml must not say otherwise.
+/// What cargo-deny does about a finding. Every finding is an error here, so `deny` is the only accepted value.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Level {
@@ -109,19 +109,20 @@ impl Rules {
     }
 }
 
-/// Fails if an exception or a clarification, for which cargo-deny has no `reason`, does not begin with a comment.
+/// Fails if an exception or a clarification does not begin with a comment. The comment has to state the reason, because
+/// cargo-deny has no key `reason` for these entries.
 fn unexplained(text: &str) -> Result<()> {
     let mut lines = text.lines().zip(1..);
     while let Some((line, number)) = lines.next() {
         let reason_is_due = matches!(line.trim(), "[[licenses.exceptions]]" | "[[licenses.clarify]]");
         if reason_is_due && !lines.next().is_some_and(|(next, _)| next.starts_with('#')) {
-            bail!("deny.toml:{number}: no comment below {} says the reason", line.trim());
+            bail!("deny.toml:{number}: no comment below {} states the reason; add one", line.trim());
         }
     }
     Ok(())
 }
 
-/// A crate in deny.toml: `NAME`, or `NAME@VERSION` with one to three numbers.
+/// The name of a crate in deny.toml: `NAME`, or `NAME@VERSION`, where VERSION has one to three numbers.
 pub struct Spec<'a> {
     name: &'a str,
     version: Option<&'a str>,
@@ -141,7 +142,8 @@ impl<'a> Spec<'a> {
         self.name
     }
 
-    /// Whether this is the crate `name` with `version`, or with a version that begins with the given numbers.
+    /// Whether this spec matches version `version` of the crate `name`. The version of a spec matches all versions that
+    /// begin with its numbers.
     pub fn matches(&self, name: &str, version: &str) -> bool {
         let begins = |prefix: &str| {
             version.strip_prefix(prefix).is_some_and(|rest| matches!(rest.get(..1), None | Some("." | "+" | "-")))
@@ -155,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn version_of_a_spec_is_a_prefix_of_whole_numbers() {
+    fn spec_version_matches_only_whole_version_components() {
         let matches = |spec: &str, version: &str| Spec::parse(spec).unwrap().matches("nix", version);
         assert!(matches("nix", "0.26.4"));
         assert!(matches("nix@0.26", "0.26.4"));

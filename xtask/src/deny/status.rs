@@ -1,4 +1,5 @@
-//! What cargo's own files say about crates without an advisory database: yanked versions, and `[badges.maintenance]`.
+//! Finds yanked and unmaintained crates in cargo's own files, which need no advisory database: in cargo's copy of the
+//! index, and in `[badges.maintenance]` of the manifests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,15 +10,15 @@ use serde::Deserialize;
 
 use super::Package;
 
-/// Values of `[badges.maintenance] status` with which a crate says that nobody maintains it.
+/// Values of `status` in `[badges.maintenance]` by which a crate declares that nobody maintains it.
 const UNMAINTAINED: [&str; 2] = ["deprecated", "none"];
 
-/// What was found.
+/// The result of the check.
 pub struct Found {
     pub violations: Vec<String>,
     /// Number of crates from a registry.
     pub crates: usize,
-    /// Number of those whose version is in cargo's copy of the index.
+    /// Number of these crates whose version is in cargo's copy of the index.
     pub in_index: usize,
 }
 
@@ -39,7 +40,8 @@ pub fn read<'a>(packages: impl Iterator<Item = &'a Package>) -> Result<Found> {
             Some(false) => found.in_index += 1,
             None => {}
         }
-        // As `unmaintained = "workspace"` in deny.toml: those below others' crates are for their authors to replace.
+        // As with `unmaintained = "workspace"` in deny.toml, only direct dependencies are checked. Only the authors of
+        // the crates in between can replace an indirect dependency.
         if !direct.contains(name) {
             continue;
         }
@@ -52,16 +54,17 @@ pub fn read<'a>(packages: impl Iterator<Item = &'a Package>) -> Result<Found> {
     Ok(found)
 }
 
-/// Directories of cargo's copies of registry indexes.
+/// Returns the directories of cargo's copies of registry indexes.
 fn indexes(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
     entries.map(|entry| entry.path().join(".cache")).filter(|cache| cache.is_dir()).collect()
 }
 
-/// Whether a version is yanked. `None` if cargo's copy of the index does not have it.
+/// Whether a version is yanked. `None` if cargo's copy of the index does not have the version.
 ///
-/// A crate's file has a header, and then for each version its number and its JSON. All are separated by NUL. The format
-/// is cargo's own (`src/cargo/sources/registry/index/cache.rs`), so what does not look like it is skipped.
+/// The index has a file for each crate: a header, and then the number and the JSON of each version, separated by NUL.
+/// The format is internal to cargo (`src/cargo/sources/registry/index/cache.rs`). Therefore parts that are not JSON are
+/// skipped.
 fn yanked(index: &Path, name: &str, version: &str) -> Option<bool> {
     #[derive(Deserialize)]
     struct Entry {
@@ -81,7 +84,7 @@ fn yanked(index: &Path, name: &str, version: &str) -> Option<bool> {
     entries.find(|entry| entry.vers == version).map(|entry| entry.yanked)
 }
 
-/// Returns the `status` of `[badges.maintenance]`.
+/// Returns the `status` of `[badges.maintenance]` in a manifest.
 fn maintenance(manifest: &str) -> Option<String> {
     let manifest: toml::Table = manifest.parse().ok()?;
     Some(manifest.get("badges")?.get("maintenance")?.get("status")?.as_str()?.to_owned())

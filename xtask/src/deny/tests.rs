@@ -31,7 +31,7 @@ fn graph(packages: Vec<Package>) -> Graph {
     Graph { lock_file: "Cargo.lock".into(), packages, sources: Vec::new() }
 }
 
-/// Checks packages against [`RULES`] with a replacement.
+/// Checks packages against [`RULES`], in which `to` replaces `from`.
 fn check(from: &str, to: &str, packages: Vec<Package>) -> Vec<String> {
     assert!(RULES.contains(from), "{from}");
     violations(&Rules::parse(&RULES.replace(from, to)).unwrap(), &[graph(packages)]).unwrap()
@@ -90,7 +90,7 @@ fn crate_without_a_licence_needs_a_clarification_with_the_files_hash() {
     assert_eq!(found, ["deny.toml: no crate needs the entry of b in [[licenses.clarify]]; remove it"]);
     fs::write(dir.path().join("LICENSE"), "").unwrap();
     let found = check("[bans]", clarification, vec![mit("1.0.0"), unlicensed()]);
-    assert_eq!(found, ["b 1.0.0: LICENSE changed, its hash is 0x02cc5d05; read it, and adapt deny.toml"]);
+    assert_eq!(found, ["b 1.0.0: LICENSE changed, its hash is now 0x02cc5d05; read the file, and update deny.toml"]);
 }
 
 #[test]
@@ -101,8 +101,8 @@ fn second_version_needs_a_skip_with_a_reason() {
     let skip = |spec: &str, reason: &str| format!("skip = [{{ crate = \"{spec}\", reason = \"{reason}\" }}]");
     assert!(check("skip = []", &skip("a@1", "because"), twice()).is_empty());
     let found = check("skip = []", &skip("a@1", " "), twice());
-    assert_eq!(found, ["deny.toml: a@1 in skip has no reason"]);
-    let unused = "deny.toml: a@1 in skip is no second version of a crate; remove it";
+    assert_eq!(found, ["deny.toml: the entry of a@1 in skip has no reason; add one"]);
+    let unused = "deny.toml: skip lists a@1, but it is not one of several versions of a crate; remove the entry";
     assert_eq!(check("skip = []", &skip("a@1", "because"), vec![mit("1.0.0")]), [unused]);
     assert_eq!(check("skip = []", &skip("a@1", "because"), vec![mit("2.0.0")]), [unused]);
     let found = check("skip = []", &skip("a@1", "because"), vec![mit("1.0.0"), mit("2.0.0"), mit("3.0.0")]);
@@ -110,7 +110,7 @@ fn second_version_needs_a_skip_with_a_reason() {
 }
 
 #[test]
-fn versions_of_different_workspaces_are_no_duplicates() {
+fn different_workspaces_may_have_different_versions() {
     let rules = Rules::parse(RULES).unwrap();
     let graphs = [graph(vec![mit("1.0.0")]), graph(vec![mit("2.0.0")])];
     assert!(violations(&rules, &graphs).unwrap().is_empty());
@@ -121,7 +121,7 @@ fn second_rust_vmm_generation_cannot_be_skipped() {
     let skip = "skip = [{ crate = \"vm-memory@0.16\", reason = \"because\" }]";
     let vm_memory = |version| package("vm-memory", version, Some("MIT"));
     let found = check("skip = []", skip, vec![vm_memory("0.16.0"), vm_memory("0.17.1")]);
-    assert_eq!(found, ["deny.toml: vm-memory may have one version only; remove it from skip"]);
+    assert_eq!(found, ["deny.toml: only one version of vm-memory is allowed; remove its entry from skip"]);
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn wildcard_is_a_violation_unless_it_has_a_path() {
         let dependency = Dependency { name: "b".into(), req: "*".into(), path: path.map(PathBuf::from) };
         vec![Package { dependencies: vec![dependency], ..mit("1.0.0") }]
     };
-    assert_eq!(check("", "", with(None)), ["a: its dependency b names no version"]);
+    assert_eq!(check("", "", with(None)), ["a: its dependency on b has no version; add one"]);
     assert!(check("", "", with(Some("/b"))).is_empty());
 }
 

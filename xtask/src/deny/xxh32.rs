@@ -1,6 +1,6 @@
-//! XXH32 with seed 0, by which deny.toml identifies a licence file, as cargo-deny demands it.
+//! Computes XXH32 with seed 0. cargo-deny requires this hash, by which deny.toml identifies a licence file.
 //!
-//! The algorithm is in `doc/xxhash_spec.md` of <https://github.com/Cyan4973/xxHash>.
+//! The algorithm is described in `doc/xxhash_spec.md` of <https://github.com/Cyan4973/xxHash>.
 
 const PRIMES: [u32; 5] = [0x9E37_79B1, 0x85EB_CA77, 0xC2B2_AE3D, 0x27D4_EB2F, 0x1656_67B1];
 
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hashes_are_those_of_xxhsum() {
+    fn hashes_match_xxhsum() {
         assert_eq!(xxh32(b""), 0x02CC_5D05);
         assert_eq!(xxh32(b"abc"), 0x32D1_53FF);
         assert_eq!(xxh32(b"Nobody inspects the spammish repetition"), 0xE229_3B2F);

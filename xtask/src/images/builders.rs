@@ -1,4 +1,5 @@
-//! Builds the images that build images: Docker's daemon, and buildah for an unprivileged user.
+//! Builds the OCI images whose containers build images: one with Docker's daemon, and one with buildah for an
+//! unprivileged user.
 
 use std::path::Path;
 
@@ -8,29 +9,30 @@ use super::debian::{EXCLUDED, Packages};
 use super::{hash_of, oci};
 use crate::{pins, setup};
 
-/// Raised whenever what this file builds changes.
+/// Increase this number whenever the content of the images changes.
 const VERSION: &str = "1";
 
-/// One of the images.
+/// An image whose containers build images.
 pub struct Builder {
-    /// Its reference.
+    /// The image's reference.
     pub reference: &'static str,
     packages: &'static str,
     hooks: &'static [&'static str],
     env: &'static [&'static str],
 }
 
-/// Debian's `docker.io`, with its client, whose package is only recommended: it starts a build.
+/// The image with Debian's `docker.io`. The client, which starts a build, is listed because `docker.io` only recommends
+/// its package.
 pub const DOCKER: Builder = Builder {
     reference: super::DOCKER,
     packages: "docker.io,docker-cli,iptables,busybox-static",
-    // dockerd never starts these programs, and they are a fifth of the image.
+    // dockerd never starts these programs. They would be a fifth of the image.
     hooks: &["cd \"$1/usr/bin\" && rm -f ctr containerd-shim containerd-shim-runc-v1"],
     env: &["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
 };
 
-/// Debian's `buildah` with `netavark`, which is only recommended but required, and a user `build` with subordinate user
-/// ids.
+/// The image with Debian's `buildah` and a user `build` with subordinate user ids. `netavark` is listed because buildah
+/// needs it, although buildah's package only recommends it.
 pub const BUILDAH: Builder = Builder {
     reference: super::BUILDAH,
     packages: "buildah,netavark,uidmap,libcap2-bin,busybox-static",
@@ -38,7 +40,7 @@ pub const BUILDAH: Builder = Builder {
         "echo build:x:1000:1000::/home/build:/bin/sh >> \"$1/etc/passwd\"",
         "echo build:x:1000: >> \"$1/etc/group\"",
         "echo build:100000:65536 | tee \"$1/etc/subuid\" > \"$1/etc/subgid\"",
-        // Debian's programs are set-user-ID, and need CAP_SYS_ADMIN then. With file capabilities they do not.
+        // In Debian these programs are set-user-ID, and then need CAP_SYS_ADMIN. With file capabilities they do not.
         "chmod u-s \"$1/usr/bin/newuidmap\" \"$1/usr/bin/newgidmap\"",
         "chroot \"$1\" setcap cap_setuid=ep /usr/bin/newuidmap cap_setgid=ep /usr/bin/newgidmap",
         "install -d -o 1000 -g 1000 \"$1/home/build\" \"$1/home/build/.local\" \"$1/home/build/.local/share\"",
@@ -47,7 +49,7 @@ pub const BUILDAH: Builder = Builder {
 };
 
 impl Builder {
-    /// Identifies the image's content, except for updates of Debian's packages.
+    /// Returns a hash of the inputs of the image. Updates of Debian's packages do not change it.
     pub fn hash(&self) -> String {
         let lists = [self.hooks, self.env, EXCLUDED].map(|list| list.join("\n"));
         let pieces = [VERSION, pins::RELEASE, self.packages, &lists[0], &lists[1], &lists[2]];

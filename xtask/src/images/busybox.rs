@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use super::layer::{Layer, Owner};
 use super::{hash_of, oci};
 
-/// Raised whenever what this file writes changes.
+/// Increase this number whenever the content of the image changes.
 const VERSION: &str = "1";
 
 const PASSWD: &str = "\
@@ -32,7 +32,7 @@ extra:x:2000:tester
 nogroup:x:65534:
 ";
 
-/// Tests the PATH look-up: its directory is in the PATH of this image only.
+/// A script for tests of the PATH look-up. Only the PATH of this image has the script's directory.
 const GREET: &str = "#!/bin/sh\necho \"greetings from $0\"\n";
 
 /// The inputs of the image.
@@ -45,13 +45,13 @@ impl Inputs {
     /// Reads this machine's busybox.
     pub fn find() -> Result<Self> {
         let path = Path::new("/bin/busybox");
-        let binary =
-            fs::read(path).with_context(|| format!("failed to read {} (package busybox-static)", path.display()))?;
+        let binary = fs::read(path)
+            .with_context(|| format!("failed to read {}; install package busybox-static", path.display()))?;
         let output = Command::new(path).arg("--list-full").output().context("failed to run busybox")?;
-        let list = String::from_utf8(output.stdout).context("busybox's list of applets is not text")?;
+        let list = String::from_utf8(output.stdout).context("failed to decode busybox's list of applets as UTF-8")?;
         let applets: Vec<String> = list.lines().map(str::to_owned).collect();
         if !output.status.success() || applets.is_empty() {
-            bail!("busybox listed no applets");
+            bail!("failed to get a list of applets from `{} --list-full`", path.display());
         }
         if has_interpreter(&binary) {
             bail!("{} is dynamically linked; install package busybox-static", path.display());
@@ -59,12 +59,12 @@ impl Inputs {
         Ok(Self { binary, applets })
     }
 
-    /// Returns the program.
+    /// Returns the busybox program.
     pub fn binary(&self) -> &[u8] {
         &self.binary
     }
 
-    /// Identifies the image's content.
+    /// Returns a hash of the inputs of the image.
     pub fn hash(&self) -> String {
         hash_of(&[VERSION.as_bytes(), &self.binary, self.applets.join("\n").as_bytes()])
     }
@@ -124,7 +124,7 @@ impl Inputs {
     }
 }
 
-/// The second layer: one file removed, one replaced, one added.
+/// Writes the second layer, which removes one file, replaces one and adds one.
 fn upper_layer(path: &Path) -> Result<()> {
     let mut layer = Layer::new(BufWriter::new(File::create(path)?));
     layer.dir("etc", Owner::root(0o755))?;

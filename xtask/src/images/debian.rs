@@ -1,4 +1,4 @@
-//! Builds a layer of Debian packages with mmdebstrap: the essential packages, and those of the image.
+//! Builds a layer of Debian packages with mmdebstrap: the essential packages, and the packages that an image lists.
 
 use std::path::Path;
 use std::process::Command;
@@ -19,9 +19,9 @@ pub const EXCLUDED: &[&str] = &[
 pub struct Packages<'a> {
     /// The Debian release.
     pub suite: &'a str,
-    /// The mirror; without one, mmdebstrap uses its default.
+    /// The Debian mirror. If it is `None`, mmdebstrap uses its default mirror.
     pub mirror: Option<&'a str>,
-    /// Packages beside the essential ones, separated by commas.
+    /// Packages to install in addition to the essential ones, separated by commas.
     pub include: &'a str,
     /// Shell commands that run at the end, with the tree's directory in `$1`.
     pub hooks: &'a [&'a str],
@@ -45,7 +45,7 @@ impl Packages<'_> {
         command.arg(self.suite).arg(layer).args(self.mirror);
         // All files have this date, so that the layer depends on the packages only.
         command.env("SOURCE_DATE_EPOCH", "1704067200");
-        let status = command.status().context("failed to run mmdebstrap (package mmdebstrap)")?;
+        let status = command.status().context("failed to start mmdebstrap; install package mmdebstrap")?;
         if !status.success() {
             bail!("mmdebstrap failed: {status}");
         }

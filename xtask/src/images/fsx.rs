@@ -1,5 +1,5 @@
-//! Builds the image with fsx, a public program that tests a file system with random operations on a file. It is built
-//! from crates.io, statically, and is the only file of the image.
+//! Builds the OCI image whose only file is fsx, a public program that tests a file system with random operations on a
+//! file. fsx comes from crates.io and is linked statically.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -11,12 +11,12 @@ use super::layer::{Layer, Owner};
 use super::{hash_of, oci};
 use crate::{build, cmd, paths};
 
-/// Raised whenever what this file builds changes.
+/// Increase this number whenever the content of the image changes.
 const RECIPE: &str = "1";
-/// The crate's version. It is built with its own lock file.
+/// The version of the crate `fsx`. The crate is built with its own lock file.
 const VERSION: &str = "0.3.2";
 
-/// Identifies the image's content.
+/// Returns a hash of the inputs of the image.
 pub fn hash() -> String {
     hash_of(&[RECIPE, VERSION].map(str::as_bytes))
 }
@@ -24,14 +24,15 @@ pub fn hash() -> String {
 /// Builds the program and writes the image's tar.
 pub fn build(out: &Path) -> Result<()> {
     let work = tempfile::tempdir()?;
-    // Kept if building the image fails.
+    // This directory stays if building the image fails, so that the next attempt does not compile everything again.
     let compiled = paths::state().join("fsx");
     let mut install = build::cargo();
     install.args(["install", "fsx", "--version", &format!("={VERSION}"), "--locked", "--target", build::TARGET]);
     install.args(["--no-track", "--root"]).arg(work.path());
     install.env("RUSTFLAGS", build::STATIC).env("CARGO_TARGET_DIR", &compiled);
     cmd::logged("images", "fsx", &mut install)?;
-    let program = fs::read(work.path().join("bin/fsx")).context("cargo did not install fsx")?;
+    let program =
+        fs::read(work.path().join("bin/fsx")).context("failed to read the program fsx that cargo installed")?;
     let path = work.path().join("layer.tar");
     let mut layer = Layer::new(BufWriter::new(File::create(&path)?));
     for dir in ["bin", "dev", "etc", "proc", "sys", "work"] {

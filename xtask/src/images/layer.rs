@@ -1,4 +1,4 @@
-//! Writes an image layer as a reproducible tar, with fixed times and any owners, without root.
+//! Writes an image layer as a reproducible tar with fixed times. Files can have any owner, and root is not needed.
 
 use std::io::Write;
 use std::path::Path;
@@ -20,12 +20,12 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Returns the owner root.
+    /// Returns root as the owner.
     pub fn root(mode: u32) -> Self {
         Self { uid: 0, gid: 0, mode }
     }
 
-    /// Returns an ordinary user as the owner, with the group of the same number.
+    /// Returns an ordinary user as the owner. The group has the same number as the user.
     pub fn user(id: u64, mode: u32) -> Self {
         Self { uid: id, gid: id, mode }
     }
@@ -55,7 +55,7 @@ impl<W: Write> Layer<W> {
         Ok(self.tar.append_link(&mut header, path, Path::new(target))?)
     }
 
-    /// Removes `path` of a lower layer: a whiteout of the OCI image specification (layer.md).
+    /// Adds a whiteout, which removes `path` of a lower layer (OCI image specification, layer.md).
     pub fn whiteout(&mut self, path: &str) -> Result<()> {
         let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
         self.file(&format!("{dir}/.wh.{name}"), Owner::root(0o644), &[])

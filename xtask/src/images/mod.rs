@@ -1,6 +1,6 @@
 //! Builds the OCI image tars that the demo and the end-to-end suites import, without a registry.
 //!
-//! Each image is rebuilt only when the hash of its inputs changed; the hash lies beside the tar.
+//! An image is rebuilt only if the hash of its inputs has changed. A file beside the tar has the hash.
 
 mod builders;
 mod busybox;
@@ -34,7 +34,7 @@ pub const BUILDAH: &str = "husk.test/buildah:latest";
 /// Reference of the image with fsx.
 pub const FSX: &str = "husk.test/fsx:latest";
 
-/// Builds every image in `out_dir` and returns the paths of their tars, ready for `ctr images import`.
+/// Builds the images that most suites use in `out_dir`. Returns the paths of their tars, for `ctr images import`.
 ///
 /// # Errors
 /// When an input is missing (busybox-static, mmdebstrap) or a file cannot be written.
@@ -49,7 +49,7 @@ pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
     ])
 }
 
-/// Builds the images that build images: several hundred megabytes, for one suite.
+/// Builds the images whose containers build images. They have several hundred megabytes, and only one suite uses them.
 ///
 /// # Errors
 /// As [`build`].
@@ -61,7 +61,7 @@ pub fn build_builders(out_dir: &Path) -> Result<Vec<PathBuf>> {
     ])
 }
 
-/// Builds the image with fsx, for one suite.
+/// Builds the image with fsx, which only one suite uses.
 ///
 /// # Errors
 /// When the program cannot be fetched or built.
@@ -70,7 +70,7 @@ pub fn build_fsx(out_dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(vec![cached(out_dir, "fsx", &fsx::hash(), fsx::build)?])
 }
 
-/// Makes `<name>.tar`, unless there is one that was made from inputs with this hash.
+/// Makes `<name>.tar`, unless the file exists and was made from inputs with this hash.
 fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let tar = out_dir.join(format!("{name}.tar"));
     let kind = format!("image-{name}");
@@ -87,8 +87,8 @@ fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> 
     Ok(tar)
 }
 
-/// Returns the lower-case hexadecimal SHA-256 of several pieces. Each is hashed with its length, so that their borders
-/// count.
+/// Returns the lower-case hexadecimal SHA-256 of several pieces. Each piece is hashed with its length, so that the same
+/// bytes divided at another place have another hash.
 fn hash_of(pieces: &[&[u8]]) -> String {
     let mut hasher = Sha256::new();
     for piece in pieces {

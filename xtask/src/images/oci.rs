@@ -30,9 +30,9 @@ impl Blob {
     }
 }
 
-/// Writes the image `reference` of the given layers (uncompressed tar files, lowest first) to `out`.
+/// Writes an image with the name `reference` to `out`. `layers` are uncompressed tar files, the lowest layer first.
 ///
-/// Layers stay uncompressed: an emulated node unpacks them several times faster.
+/// Layers stay uncompressed, because an emulated node unpacks uncompressed layers several times faster.
 pub fn write(out: &Path, reference: &str, config: &Config, layers: &[&Path]) -> Result<()> {
     let file = File::create(out).with_context(|| format!("failed to create {}", out.display()))?;
     let mut tar = Builder::new(BufWriter::new(file));
@@ -40,7 +40,7 @@ pub fn write(out: &Path, reference: &str, config: &Config, layers: &[&Path]) -> 
     let mut diff_ids = Vec::new();
     for layer in layers {
         let blob = add_file(&mut tar, layer).with_context(|| format!("failed to add layer {}", layer.display()))?;
-        // Uncompressed, a layer's diff_id is its digest.
+        // The diff_id of an uncompressed layer is the digest of its tar.
         diff_ids.push(format!("sha256:{}", blob.digest));
         descriptors.push(blob.descriptor("application/vnd.oci.image.layer.v1.tar"));
     }
@@ -62,7 +62,8 @@ pub fn write(out: &Path, reference: &str, config: &Config, layers: &[&Path]) -> 
     let mut entry = manifest.descriptor("application/vnd.oci.image.manifest.v1+json");
     entry["platform"] = json!({ "architecture": "amd64", "os": "linux" });
     let tag = reference.rsplit_once(':').map_or("latest", |(_, tag)| tag);
-    // containerd takes the whole name from its own annotation, others the tag from the specification's.
+    // containerd takes the whole name from its own annotation. Other tools take the tag from the annotation that the
+    // specification defines.
     entry["annotations"] = json!({ "io.containerd.image.name": reference, "org.opencontainers.image.ref.name": tag });
     let index = json!({
         "schemaVersion": 2,

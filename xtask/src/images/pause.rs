@@ -1,4 +1,4 @@
-//! Builds the sandbox image: a program that sleeps. runc runs it, Husk does not.
+//! Builds the sandbox image, which has a program that sleeps. runc runs this program, Husk does not.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -10,10 +10,10 @@ use super::busybox::Inputs;
 use super::layer::{Layer, Owner};
 use super::{hash_of, oci};
 
-/// Raised whenever what this file writes changes.
+/// Increase this number whenever the content of the image changes.
 const VERSION: &str = "1";
 
-/// Identifies the image's content.
+/// Returns a hash of the inputs of the image.
 pub fn hash(inputs: &Inputs) -> String {
     hash_of(&[VERSION.as_bytes(), inputs.binary()])
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use super::debian::{EXCLUDED, Packages};
 use super::{hash_of, oci};
 
-/// Raised whenever what this file builds changes.
+/// Increase this number whenever the content of the image changes.
 const VERSION: &str = "2";
 
 /// The inputs of the image.
@@ -18,7 +18,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Reads the release and the mirror from this machine's apt configuration.
+    /// Reads the release from /etc/os-release, and the mirror from apt's configuration.
     pub fn find() -> Result<Self> {
         let suite = std::fs::read_to_string("/etc/os-release")
             .context("failed to read /etc/os-release")?
@@ -30,13 +30,13 @@ impl Inputs {
             .args(["indextargets", "--format", "$(CODENAME) $(COMPONENT) $(SITE)", "Created-By: Packages"])
             .output()
             .context("failed to run apt-get")?;
-        let targets = String::from_utf8(output.stdout).context("apt-get's index targets are not text")?;
+        let targets = String::from_utf8(output.stdout).context("failed to decode apt-get's index targets as UTF-8")?;
         let mirror = mirror_of(&targets, &suite)
-            .with_context(|| format!("failed to find a source of {suite} main in apt's lists; run apt-get update"))?;
+            .with_context(|| format!("failed to find a mirror of {suite} main in apt's lists; run `apt-get update`"))?;
         Ok(Self { mirror, suite })
     }
 
-    /// Identifies the image's content, except for updates of Debian's packages.
+    /// Returns a hash of the inputs of the image. Updates of Debian's packages do not change it.
     pub fn hash(&self) -> String {
         let excluded = EXCLUDED.join(" ");
         hash_of(&[VERSION.as_bytes(), self.mirror.as_bytes(), self.suite.as_bytes(), excluded.as_bytes()])
@@ -50,8 +50,9 @@ impl Inputs {
             suite: &self.suite,
             mirror: Some(&self.mirror),
             include: "python3",
-            // Byte code is generated at installation and is a third of Python's size. Files that no Python program
-            // needs are another third of the image. An emulated node unpacks slowly.
+            // The hooks make the image smaller, because an emulated node unpacks slowly. They remove Python's byte
+            // code, which is generated at installation and is a third of Python's size. They also remove files that no
+            // Python program needs, another third of the image.
             hooks: &[
                 "find \"$1/usr\" -xdev -name __pycache__ -prune -exec rm -rf {} +",
                 "rm -rf \"$1\"/usr/share/perl/* \"$1\"/usr/lib/*/perl/* \"$1\"/usr/lib/*/libperl.* \"$1\"/usr/lib/*/gconv",
@@ -67,7 +68,8 @@ impl Inputs {
     }
 }
 
-/// Returns the site of the component main of `suite`, from lines of codename, component and site.
+/// Returns the site that has the component main of `suite`. Each line of `targets` has a codename, a component and a
+/// site.
 fn mirror_of(targets: &str, suite: &str) -> Option<String> {
     targets.lines().find_map(|line| {
         let mut words = line.split_whitespace();

@@ -14,10 +14,10 @@ use crate::stamp::{Key, Stamp};
 use crate::user_cache::{Origin, Step};
 use crate::{cmd, files, lock, paths, ui};
 
-/// Raised whenever the steps below change.
+/// Increase this number whenever the steps below change.
 const RECIPE: u32 = 1;
 
-/// Builds the kernel if its inputs changed. Returns its path.
+/// Builds the kernel if its inputs changed. Returns the kernel's path.
 pub fn kernel() -> Result<PathBuf> {
     let made = paths::vmlinux();
     let fragment = paths::root().join("guest/kernel/husk.config");
@@ -38,7 +38,7 @@ pub fn kernel() -> Result<PathBuf> {
 fn build(tarball: &Path, version: &str, fragment: &Path, made: &Path) -> Result<()> {
     let source = unpack(tarball, version)?;
     configure(&source, fragment)?;
-    ui::say("kernel", format!("compiling on {} processors; this takes the longest", cmd::processors()));
+    ui::say("kernel", format!("compiling on {} processors; this is the longest step", cmd::processors()));
     cmd::logged("kernel", "kernel-make", make(&source).arg(format!("-j{}", cmd::processors())).arg("vmlinux"))?;
     let mut strip = Command::new("strip");
     strip.arg("--strip-all").arg("-o").arg(made).arg(source.join("vmlinux"));
@@ -50,7 +50,7 @@ pub fn mebibytes(path: &Path) -> Result<f64> {
     Ok(fs::metadata(path).with_context(|| format!("failed to stat {}", path.display()))?.len() as f64 / 1048576.0)
 }
 
-/// Unpacks the source, unless that of this version is there. Returns its directory.
+/// Unpacks the source, unless this version is already unpacked. Returns the source's directory.
 fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
     let dir = paths::state().join("kernel");
     let (source, stamp) = (dir.join(KERNEL_SOURCE), dir.join("unpacked"));
@@ -67,9 +67,9 @@ fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
     Ok(source)
 }
 
-/// Returns `make` in the source, with fixed values for what would differ between builds.
+/// Returns a command that runs `make` in the source. Values that would differ between builds are fixed.
 fn make(source: &Path) -> Command {
-    // It must not slow down what runs at the same time.
+    // The build must not slow down other steps that run at the same time.
     let mut command = Command::new("nice");
     command.arg("make").arg("-C").arg(source).env("LC_ALL", "C");
     command.env("KBUILD_BUILD_TIMESTAMP", "@0").env("KBUILD_BUILD_USER", "husk").env("KBUILD_BUILD_HOST", "husk");
@@ -77,7 +77,7 @@ fn make(source: &Path) -> Command {
     command
 }
 
-/// Merges the fragment into the smallest configuration. Fails if a setting of the fragment is not in the result.
+/// Merges the fragment into the kernel's smallest configuration. Fails if the result lacks a setting of the fragment.
 fn configure(source: &Path, fragment: &Path) -> Result<()> {
     let config = source.join(".config");
     let before = fs::read_to_string(&config).ok();
@@ -91,16 +91,20 @@ fn configure(source: &Path, fragment: &Path) -> Result<()> {
     let missed = missed(&wanted, &after);
     if !missed.is_empty() {
         bail!(
-            "failed to apply all settings of {} (a dependency is missing, or the symbol does not exist):\n{}",
+            "failed to apply these settings of {} (a dependency is missing, or the symbol does not exist):\n{}",
             fragment.display(),
             missed.iter().map(|m| format!("    {m}\n")).collect::<String>()
         );
     }
-    ui::say("kernel", format!("configured{}", if before.as_deref() == Some(&after) { ", as before" } else { "" }));
+    ui::say(
+        "kernel",
+        format!("configured{}", if before.as_deref() == Some(&after) { ", without a change" } else { "" }),
+    );
     Ok(())
 }
 
-/// Returns the lines of a configuration that set a symbol or turn it off. A changed comment does not cause a build.
+/// Returns the lines of a configuration that set a symbol or turn it off. Comments are left out, so that a changed
+/// comment does not cause a build.
 fn settings(config: &str) -> String {
     let set =
         |line: &&str| line.starts_with("CONFIG_") || (line.starts_with("# CONFIG_") && line.ends_with(" is not set"));
@@ -120,13 +124,13 @@ fn missed(fragment: &str, config: &str) -> Vec<String> {
         if let Some((name, value)) = line.strip_prefix("CONFIG_").and_then(|l| l.split_once('=')) {
             match set.get(name) {
                 Some(have) if *have == value => {}
-                Some(have) => missed.push(format!("CONFIG_{name}={value}, but it is {have}")),
-                None => missed.push(format!("CONFIG_{name}={value}, but it is not set")),
+                Some(have) => missed.push(format!("CONFIG_{name}: expected {value}, found {have}")),
+                None => missed.push(format!("CONFIG_{name}: expected {value}, but it is not set")),
             }
         } else if let Some(name) = line.strip_prefix("# CONFIG_").and_then(|l| l.strip_suffix(" is not set"))
             && let Some(have) = set.get(name)
         {
-            missed.push(format!("CONFIG_{name} not set, but it is {have}"));
+            missed.push(format!("CONFIG_{name}: expected no value, found {have}"));
         }
     }
     missed
@@ -143,7 +147,11 @@ mod tests {
             "# about\nCONFIG_A=y\nCONFIG_B=\"y\"\nCONFIG_C=y\n# CONFIG_D is not set\n# CONFIG_E is not set\n";
         assert_eq!(
             missed(fragment, config),
-            ["CONFIG_B=\"y\", but it is \"x\"", "CONFIG_C=y, but it is not set", "CONFIG_D not set, but it is y"]
+            [
+                "CONFIG_B: expected \"y\", found \"x\"",
+                "CONFIG_C: expected y, but it is not set",
+                "CONFIG_D: expected no value, found y"
+            ]
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Finds the kernel's source: in a package of this machine, or, if its distribution has none, in Debian's package.
+//! Finds the kernel's source in an installed package. If the package is not installed, fetches Debian's package.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::stamp::{Key, Stamp};
 use crate::user_cache::Step;
 use crate::{cmd, files, paths, ui};
 
-/// Raised whenever the fetching changes.
+/// Increase this number whenever [`fetch`] changes.
 const RECIPE: u32 = 1;
 
 /// Returns the source archive and its version.
@@ -33,10 +33,13 @@ pub fn find() -> Result<(PathBuf, String)> {
     Ok((fetched, version))
 }
 
-/// Fetches and unpacks Debian's package in `part` without installing it. Keeps the archive, and its version in a file.
+/// Fetches Debian's package and unpacks it in `part`, without installing it. Moves the source archive to `fetched`, and
+/// writes its version to `file`.
 fn fetch(part: &Path, archive: &str, fetched: &Path, file: &Path) -> Result<()> {
     if !cmd::is_root() {
-        bail!("failed to find package {KERNEL_SOURCE}; fetching Debian's needs root: run this as root");
+        bail!(
+            "package {KERNEL_SOURCE} is not installed, and only root can fetch it from Debian; run cargo xtask as root"
+        );
     }
     ui::say("kernel", format!("fetching {KERNEL_SOURCE} from Debian {RELEASE}"));
     files::remove(part)?;

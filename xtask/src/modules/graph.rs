@@ -1,33 +1,33 @@
-//! Finds cycles among the modules that a crate, or a module, consists of.
+//! Finds cycles among the child modules of a crate or of a module.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::uses::Use;
 use crate::source::Module;
 
-/// Uses among the children of one module: from a child, to a child, and where the first such use is.
+/// Uses among the children of one module. The key is the using child and the used child, the value their first use.
 type Siblings<'a> = BTreeMap<(&'a str, &'a str), &'a Use>;
 
-/// Children of one module that all use each other, directly or by way of the others.
+/// Children of one module that all use each other, directly or through other children.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Knot<'a> {
-    /// The module whose children they are; empty for the crate's root.
+    /// The path of the module that has these children. Empty for the crate's root.
     pub within: &'a [String],
     pub modules: Vec<&'a str>,
-    /// The uses among them.
+    /// The uses among these children.
     pub uses: Siblings<'a>,
 }
 
-/// What was found in a crate.
+/// The uses among the modules of a crate.
 pub struct Graph<'a> {
     /// The uses among the children of each module.
     siblings: BTreeMap<&'a [String], Siblings<'a>>,
-    /// Pairs of a module and a child where each uses the other.
+    /// Number of pairs of a module and its child that use each other.
     pub mutual_with_parent: usize,
 }
 
 impl<'a> Graph<'a> {
-    /// Lifts each use to the modules just below the innermost module that contains both ends.
+    /// Counts each use as one between two children of the innermost module that contains both ends.
     pub fn new(modules: &'a [Module], uses: &'a [Use]) -> Self {
         let mut siblings: BTreeMap<&[String], Siblings<'_>> = BTreeMap::new();
         let (mut up, mut down) = (BTreeSet::new(), BTreeSet::new());
@@ -47,12 +47,12 @@ impl<'a> Graph<'a> {
         Graph { siblings, mutual_with_parent: up.intersection(&down).count() }
     }
 
-    /// The number of uses between siblings.
+    /// Returns the number of uses between siblings.
     pub fn uses(&self) -> usize {
         self.siblings.values().map(BTreeMap::len).sum()
     }
 
-    /// All knots, those of the crate's root first.
+    /// Returns all knots, those of the crate's root first.
     pub fn knots(&self) -> Vec<Knot<'a>> {
         self.siblings.iter().flat_map(|(within, siblings)| knots(within, siblings)).collect()
     }
@@ -78,7 +78,7 @@ fn knots<'a>(within: &'a [String], siblings: &Siblings<'a>) -> Vec<Knot<'a>> {
     knots
 }
 
-/// The modules that can be reached by one use or more.
+/// Returns the modules that `start` reaches by one or more uses.
 fn reachable<'a>(siblings: &Siblings<'a>, start: &str) -> BTreeSet<&'a str> {
     let (mut reached, mut queue) = (BTreeSet::new(), VecDeque::from([start.to_owned()]));
     while let Some(name) = queue.pop_front() {
@@ -92,9 +92,10 @@ fn reachable<'a>(siblings: &Siblings<'a>, start: &str) -> BTreeSet<&'a str> {
 }
 
 impl<'a> Knot<'a> {
-    /// The shortest cycle that begins with the use of `to` by `from`: its uses, in order.
+    /// Returns the uses, in order, of the shortest cycle that begins with the use of `to` by `from`.
     pub fn cycle(&self, from: &'a str, to: &'a str) -> Vec<(&'a str, &'a str)> {
-        // The modules from which `from` was first reached backwards; breadth first, so the way is the shortest.
+        // For each module, the next module on the shortest way to `from`. The search goes backwards from `from`,
+        // breadth first.
         let mut next: BTreeMap<&str, &str> = BTreeMap::new();
         let mut queue = VecDeque::from([from]);
         while let Some(name) = queue.pop_front() {
@@ -122,7 +123,7 @@ mod tests {
 
     use super::*;
 
-    /// Modules by their paths, and the uses among them.
+    /// Returns modules with these paths, and these uses among them.
     fn crate_of(paths: &[&str], pairs: &[(&str, &str)]) -> (Vec<Module>, Vec<Use>) {
         let module = |path: &&str| Module {
             path: path.split("::").filter(|name| !name.is_empty()).map(str::to_owned).collect(),
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_and_its_parent_are_no_knot() {
+    fn child_and_parent_may_use_each_other() {
         let paths = ["", "a", "a::x", "b"];
         let (modules, uses) = crate_of(&paths, &[("a", "a::x"), ("a::x", "a"), ("", "b"), ("a::x", "b")]);
         let graph = Graph::new(&modules, &uses);

@@ -1,4 +1,4 @@
-//! The list of cycles that are known, `xtask/known-cycles.toml`. It may only shrink.
+//! Reads and writes `xtask/known-cycles.toml`, the list of known cycles.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,20 +10,20 @@ use serde::Deserialize;
 use crate::paths;
 
 const HEADER: &str = "\
-# Known cycles among the children of a module: for each, the uses that it consists of, as \"FROM > TO\".
-# The list may only shrink: a use that closes a cycle and is not listed is an error, and so is a listed one
-# that is gone.
-# `cargo xtask modules` shows where the uses are; `cargo xtask modules --shrink` removes from this list what is gone.
+# Known cycles among the child modules of a module. Each entry lists the uses that form a cycle, as \"FROM > TO\".
+# The list may only shrink. A use that is part of a cycle must be listed. A listed use must be part of a cycle.
+# `cargo xtask modules` shows where the uses are.
+# `cargo xtask modules --shrink` removes listed uses that are no longer part of a cycle.
 ";
 
 /// A use that is part of a cycle.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct KnownUse {
-    /// The crate's name, with `_`.
+    /// The crate's name, with `_` in place of `-`.
     pub krate: String,
-    /// The module whose children they are: `crate`, or `crate::NAME`.
+    /// The parent of the two modules: `crate`, or a path such as `crate::NAME`.
     pub within: String,
-    /// FROM > TO.
+    /// The using and the used module, as "FROM > TO".
     pub pair: String,
 }
 
@@ -43,7 +43,7 @@ struct Cycle {
     uses: Vec<String>,
 }
 
-/// Where the list is.
+/// Returns the path of the list.
 pub fn path() -> PathBuf {
     paths::root().join("xtask/known-cycles.toml")
 }

@@ -1,8 +1,8 @@
-//! `cargo xtask modules`: cycles among the modules of each crate of the workspace.
+//! `cargo xtask modules`: finds cycles among the modules of each crate of the workspace.
 //!
-//! A use counts between the children of the innermost module that contains both ends: a use of `crate::b::y` by
-//! `crate::a::x` is one of `b` by `a`. A module and a child that use each other are counted, and are no error: a parent
-//! often has the types that its children share.
+//! A use counts as one between two children of the innermost module that contains both ends. For example, a use of
+//! `crate::b::y` by `crate::a::x` counts as a use of `b` by `a`. A module and its child may use each other, because a
+//! parent often has the types that its children share. Such pairs are only counted.
 
 mod graph;
 mod known;
@@ -28,16 +28,16 @@ struct Crate {
 
 /// The cycles of a crate.
 struct Report {
-    /// For `cargo xtask modules`.
+    /// The text that `cargo xtask modules` prints.
     text: String,
     /// The uses that are part of a cycle.
     uses: BTreeSet<KnownUse>,
-    /// A text for each cycle that a use closes which is not known.
+    /// A message for each cycle with a use that the list of known cycles lacks.
     errors: Vec<String>,
 }
 
 /// Prints the numbers and the cycles, and fails as [`check`] does. With `shrink`, first removes from the list of known
-/// cycles what is gone.
+/// cycles the uses that are no longer part of a cycle.
 pub fn modules(shrink: bool) -> Result<()> {
     let mut known = known::read()?;
     let reports = inspect_all(&known)?;
@@ -48,12 +48,12 @@ pub fn modules(shrink: bool) -> Result<()> {
         let kept: BTreeSet<_> = reports.iter().flat_map(|report| &report.uses).cloned().collect();
         known.retain(|used| kept.contains(used));
         known::write(&known)?;
-        ui::say("modules", format!("{} known uses are left", known.len()));
+        ui::say("modules", format!("the list of known cycles has {} uses left", known.len()));
     }
     compare(&reports, &known)
 }
 
-/// Fails if there is a cycle that is not known, or a known one that is gone.
+/// Fails if a use that is part of a cycle is not listed, or if a listed use is no longer part of a cycle.
 pub fn check() -> Result<()> {
     let known = known::read()?;
     compare(&inspect_all(&known)?, &known)
@@ -67,22 +67,22 @@ fn compare(reports: &[Report], known: &BTreeSet<KnownUse>) -> Result<()> {
     let mut errors: Vec<String> = reports.iter().flat_map(|report| &report.errors).cloned().collect();
     let gone: Vec<_> = known.iter().filter(|used| !reports.iter().any(|report| report.uses.contains(used))).collect();
     errors.extend(gone.iter().map(|KnownUse { krate, within, pair }| {
-        format!("{krate}: `{pair}` within `{within}` is part of no cycle any more\n")
+        format!("{krate}: the listed use `{pair}` within `{within}` is no longer part of a cycle\n")
     }));
     if !gone.is_empty() {
         let path = relative(&known::path());
-        errors.push(format!("`cargo xtask modules --shrink` removes what is gone from {}\n", path.display()));
+        errors.push(format!("`cargo xtask modules --shrink` removes such uses from {}\n", path.display()));
     }
     if !errors.is_empty() {
-        bail!("the cycles among modules are not the known ones:\n{}", errors.concat().trim_end());
+        bail!("the cycles among modules differ from the list of known cycles:\n{}", errors.concat().trim_end());
     }
     Ok(())
 }
 
-/// The libraries and programs of the workspace.
+/// Returns the libraries and programs of the workspace.
 fn crates() -> Result<Vec<Crate>> {
     let text = cmd::output(cargo().args(["metadata", "--no-deps", "--format-version", "1", "--locked"]))?;
-    let metadata: Value = serde_json::from_str(&text).context("failed to parse what `cargo metadata` printed")?;
+    let metadata: Value = serde_json::from_str(&text).context("failed to parse the output of `cargo metadata`")?;
     let mut crates = Vec::new();
     let targets =
         metadata["packages"].as_array().into_iter().flatten().filter_map(|package| package["targets"].as_array());
@@ -109,7 +109,7 @@ fn inspect(krate: &Crate, known: &BTreeSet<KnownUse>) -> Result<Report> {
     let count = modules.iter().filter(|module| !module.test_only).count();
     let mut report = Report {
         text: format!(
-            "{}: {count} modules, {} uses between siblings, {} cycles, {} modules in mutual use with a child\n",
+            "{}: {count} modules, {} uses between siblings, {} cycles, {} parents and children that use each other\n",
             krate.name,
             graph.uses(),
             knots.len(),
@@ -132,12 +132,12 @@ fn inspect(krate: &Crate, known: &BTreeSet<KnownUse>) -> Result<Report> {
         }
         let mut told = BTreeSet::new();
         for (from, to) in knot.uses.keys() {
-            // One cycle for all uses on it.
+            // A cycle is reported once for all unknown uses that are part of it.
             if known.contains(&entry(from, to)) || told.contains(&(*from, *to)) {
                 continue;
             }
             let cycle = knot.cycle(from, to);
-            let mut text = format!("{}: a cycle within `{within}`, by the first of these uses:\n", krate.name);
+            let mut text = format!("{}: a cycle within `{within}`, closed by the first of these uses:\n", krate.name);
             for (from, to) in &cycle {
                 text.push_str(&format!("    {}\n", show(knot, &modules, from, to)));
             }
@@ -149,7 +149,7 @@ fn inspect(krate: &Crate, known: &BTreeSet<KnownUse>) -> Result<Report> {
     Ok(report)
 }
 
-/// A use with its place.
+/// Formats a use with its file and line.
 fn show(knot: &Knot<'_>, modules: &[Module], from: &str, to: &str) -> String {
     let place = knot.uses.get(&(from, to)).and_then(|used| {
         let file = relative(&modules.get(used.from)?.file);
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cycle_that_is_not_known_is_told_with_its_places() {
+    fn unknown_cycle_is_reported_with_files_and_lines() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("lib.rs");
         let files = [
@@ -187,7 +187,7 @@ mod tests {
         assert_eq!(report.errors.len(), 1);
         let place = |name: &str, line: usize| format!("({}:{line})", dir.path().join(name).display());
         let expected = format!(
-            "x: a cycle within `crate`, by the first of these uses:\n    a > b {}\n    b > c {}\n    c > a {}\n",
+            "x: a cycle within `crate`, closed by the first of these uses:\n    a > b {}\n    b > c {}\n    c > a {}\n",
             place("a.rs", 1),
             place("b.rs", 2),
             place("c.rs", 1)
@@ -199,6 +199,6 @@ mod tests {
         compare(&reports, &all).unwrap();
         let more: BTreeSet<_> = all.into_iter().chain([entry("b > a")]).collect();
         let error = compare(&reports, &more).unwrap_err().to_string();
-        assert!(error.contains("x: `b > a` within `crate` is part of no cycle any more"), "{error}");
+        assert!(error.contains("x: the listed use `b > a` within `crate` is no longer part of a cycle"), "{error}");
     }
 }

@@ -1,8 +1,7 @@
-//! Finds which module of a crate uses which: by `use` declarations and by paths in code, also inside macro calls.
+//! Finds the uses among the modules of a crate: `use` declarations, and paths in code and in macro calls.
 //!
-//! Names are resolved as far as modules need it. A name that a module imports, and that a module inside it uses by way
-//! of
-//! `super::`, counts as a use of the module that defines it. Test code is left out.
+//! Names are resolved only as far as is needed to find their modules. A child module can use a name that its parent
+//! imports, through `super::`. This counts as a use of the module that defines the name. Test code is left out.
 
 use std::collections::{HashMap, HashSet};
 
@@ -12,10 +11,10 @@ use syn::{Item, UseTree};
 
 use crate::source::{self, Module};
 
-/// Imports that lead to imports are followed this far. Longer chains do not occur; cycles of imports end here.
+/// Maximum length of a chain of imports that is followed. Longer chains do not occur. Cycles of imports end here.
 const DEPTH: usize = 16;
 
-/// A use of one module by another, by their indices.
+/// A use of one module by another. The modules are given by their indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Use {
     pub from: usize,
@@ -24,7 +23,7 @@ pub struct Use {
     pub line: usize,
 }
 
-/// A path that a module names.
+/// A path that occurs in a module.
 struct Named {
     segments: Vec<String>,
     line: usize,
@@ -45,9 +44,9 @@ enum Kind {
 #[derive(Default)]
 struct Names {
     items: HashSet<String>,
-    /// What each imported name stands for.
+    /// The path that each imported name stands for.
     imports: HashMap<String, Vec<String>>,
-    /// The modules of which all names are imported.
+    /// The paths of the modules from which all names are imported.
     globs: Vec<Vec<String>>,
     named: Vec<Named>,
 }
@@ -59,21 +58,21 @@ struct Scope<'a> {
     names: Vec<Names>,
 }
 
-/// The uses between different modules of a crate.
+/// Returns the uses between different modules of a crate.
 pub fn uses(modules: &[Module]) -> Vec<Use> {
     let index = modules.iter().enumerate().map(|(number, module)| (module.path.as_slice(), number)).collect();
     let scope = Scope { modules, index, names: modules.iter().map(names).collect() };
     let mut uses = Vec::new();
     for (from, names) in scope.names.iter().enumerate() {
         for named in &names.named {
-            // A variable may have the name of a child module.
+            // A single name may be a variable that has the same name as a child module.
             if let (Kind::Path, [name]) = (named.kind, named.segments.as_slice())
                 && scope.child(from, name).is_some()
             {
                 continue;
             }
             let Some(to) = scope.resolve(from, from, &named.segments, 0) else { continue };
-            // All names of a module around this one: those that are used are resolved one by one.
+            // An import of all names of an enclosing module does not count. Its names are resolved where they are used.
             let around = named.kind == Kind::Glob && scope.is_within(from, to);
             let twice = uses.iter().any(|earlier: &Use| (earlier.from, earlier.to) == (from, to));
             if from != to && !around && !twice {
@@ -85,7 +84,7 @@ pub fn uses(modules: &[Module]) -> Vec<Use> {
 }
 
 impl Scope<'_> {
-    /// Whether a module is `around` or inside it.
+    /// Whether a module is the module `around`, or is inside it.
     fn is_within(&self, module: usize, around: usize) -> bool {
         self.modules[module].path.starts_with(&self.modules[around].path)
     }
@@ -100,8 +99,8 @@ impl Scope<'_> {
         self.index.get(above).copied()
     }
 
-    /// The module that defines what a path in the module `at` names, for a use by the module `from`. `None` if the path
-    /// leaves the crate, or names something local.
+    /// Returns the module that defines the item to which a path in the module `at` leads, for a use by the module
+    /// `from`. Returns `None` if the path leads out of the crate, or to something local.
     fn resolve(&self, from: usize, at: usize, path: &[String], depth: usize) -> Option<usize> {
         let (first, rest) = path.split_first()?;
         let start = match first.as_str() {
@@ -115,7 +114,7 @@ impl Scope<'_> {
         self.descend(from, start, rest, depth)
     }
 
-    /// The module that defines what a path names that starts in the module `at`.
+    /// Returns the module that defines the item to which a path leads. The path starts in the module `at`.
     fn descend(&self, from: usize, mut at: usize, path: &[String], depth: usize) -> Option<usize> {
         for (number, name) in path.iter().enumerate() {
             if name == "super" {
@@ -132,14 +131,14 @@ impl Scope<'_> {
         Some(at)
     }
 
-    /// The module that defines a path whose first name the module `at` imports.
+    /// Returns the module that defines the item to which a path leads. The module `at` imports the path's first name.
     fn imported(&self, from: usize, at: usize, name: &str, rest: &[String], depth: usize) -> Option<usize> {
         if depth > DEPTH {
             return None;
         }
         if let Some(import) = self.names[at].imports.get(name) {
             let path: Vec<String> = import.iter().chain(rest).cloned().collect();
-            // `use serde;` and the like.
+            // `use serde;` and the like import another crate.
             return if path.first().is_some_and(|first| first == name) && import.len() == 1 {
                 None
             } else {
@@ -195,7 +194,7 @@ fn names(module: &Module) -> Names {
     names
 }
 
-/// Notes what the `use` declaration of a module imports.
+/// Records the names that a `use` declaration of a module imports.
 fn import(names: &mut Names, tree: &UseTree) {
     leaves(tree, &mut Vec::new(), &mut |path, name, _| match name {
         Some(name) => drop(names.imports.insert(name.to_owned(), path.to_vec())),
@@ -203,15 +202,15 @@ fn import(names: &mut Names, tree: &UseTree) {
     });
 }
 
-/// Is told a path of a `use` declaration, the name it gets (none for all names) and its line.
+/// Called with a path of a `use` declaration, the name that it defines (`None` for all names), and its line.
 type Found<'a> = dyn FnMut(&[String], Option<&str>, usize) + 'a;
 
-/// Calls `found` for each path of a `use` declaration, whose first names are `prefix`.
+/// Calls `found` for each path of a `use` declaration. All paths begin with the names in `prefix`.
 fn leaves(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Found<'_>) {
     let mut leaf = |ident: &proc_macro2::Ident, renamed: Option<&proc_macro2::Ident>| {
         let name = source::name(ident);
         let line = ident.span().start().line;
-        // `a::{self}` is `a`.
+        // `a::{self}` means `a`.
         if name != "self" || prefix.is_empty() {
             prefix.push(name);
             let last = prefix.last().cloned().unwrap_or_default();
@@ -235,7 +234,7 @@ fn leaves(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Found<'_>) {
     }
 }
 
-/// Collects the paths that items name.
+/// Collects the paths that occur in items.
 struct Collector<'a> {
     named: &'a mut Vec<Named>,
 }
@@ -256,10 +255,10 @@ impl<'ast> Visit<'ast> for Collector<'_> {
         visit::visit_path(self, path);
     }
 
-    /// `pub(in path)` uses nothing.
+    /// The path of `pub(in path)` does not count as a use.
     fn visit_vis_restricted(&mut self, _: &'ast syn::VisRestricted) {}
 
-    /// A method or function of an `impl` or a trait may be for tests only.
+    /// A function of an `impl` may be for tests only.
     fn visit_impl_item_fn(&mut self, function: &'ast syn::ImplItemFn) {
         if !source::is_test_only(&function.attrs) {
             visit::visit_impl_item_fn(self, function);
@@ -272,9 +271,9 @@ impl<'ast> Visit<'ast> for Collector<'_> {
 }
 
 impl Collector<'_> {
-    /// Collects paths from tokens that are not parsed: those of macro calls and attributes.
+    /// Collects paths from tokens that syn does not parse: those of macro calls and attributes.
     fn tokens(&mut self, tokens: TokenStream) {
-        // The path so far, its line, and the colons since its last name.
+        // The path so far and its line; the number of colons since its last name, and whether a dot came last.
         let mut path: Option<(Vec<String>, usize)> = None;
         let (mut colons, mut member) = (0, false);
         for token in tokens {
@@ -285,7 +284,7 @@ impl Collector<'_> {
                         Some((segments, _)) if colons == 2 => segments.push(source::name(&ident)),
                         _ => {
                             self.end(&mut path);
-                            // After a dot it is a field or method, after colons the rest of `::a` or `<T>::a`.
+                            // After a dot, the name is a field or method. After colons, it ends `::a` or `<T>::a`.
                             path = (!member && colons != 2).then(|| (vec![source::name(&ident)], line));
                         }
                     }
@@ -325,7 +324,7 @@ mod tests {
 
     use super::*;
 
-    /// The uses in a crate of these files, as "FROM > TO" in the order in which they are found.
+    /// Returns the uses in a crate of these files, as "FROM > TO LINE", in the order in which they are found.
     fn found(files: &[(&str, &str)]) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         for (path, text) in files {
@@ -359,7 +358,7 @@ struct S;
     }
 
     #[test]
-    fn names_that_a_parent_imports_lead_to_their_module() {
+    fn names_that_a_parent_imports_count_as_uses_of_their_module() {
         let lib = "mod a; mod b { pub struct B; pub fn f() {} } mod c { pub struct C; }
                    pub use b::B;
 use c::*;
@@ -384,7 +383,7 @@ fn f() -> C { io::x(); Root }
     }
 
     #[test]
-    fn imports_that_lead_to_each_other_end() {
+    fn cyclic_imports_are_followed_only_to_a_limit() {
         let lib = "mod a; mod b;
 pub use a::*;
 pub use b::*;

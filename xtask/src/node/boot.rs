@@ -1,4 +1,4 @@
-//! Boots the node in QEMU and follows it until it is off.
+//! Boots the node in QEMU and follows its progress until it is off.
 
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
@@ -16,11 +16,11 @@ use crate::cmd;
 /// QEMU's fd for the control pipe.
 const CONTROL: i32 = 3;
 
-/// Timeout from power-on until containerd answers. It takes seven seconds, but an emulated node sometimes hangs.
+/// Timeout from power-on until containerd answers. The boot takes seven seconds, but an emulated node sometimes hangs.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(150);
 
-/// Lines of the console that are shown after a crash. A kernel's report has about 60, and several may follow each
-/// other.
+/// Number of lines of the console that are shown after a crash. A kernel's report has about 60 lines, and several
+/// reports may follow each other.
 const CONSOLE_TAIL: usize = 160;
 
 /// The node ended, or hung, before its script ended.
@@ -38,9 +38,9 @@ impl std::error::Error for Crashed {}
 /// Time limits of a node.
 #[derive(Clone, Copy)]
 pub struct Limits {
-    /// From power-on to the end of the script.
+    /// Maximum time from power-on to the end of the script.
     pub total: Duration,
-    /// Without output of the script.
+    /// Maximum time without output of the script.
     pub quiet: Duration,
 }
 
@@ -52,25 +52,25 @@ enum Event {
     Output(Vec<u8>),
 }
 
-/// What a script does, as the caller of [`run`] is told.
+/// An event of the script, which [`run`] passes to its caller.
 pub enum Progress<'a> {
     /// The text of a line "mark TEXT" on the script's fd 9.
     Mark(&'a str),
-    /// Bytes that the script printed; not divided into lines. Their order against the marks is not fixed.
+    /// Bytes that the script printed, not divided into lines. Their order relative to the marks is not fixed.
     Output(&'a [u8]),
 }
 
 /// A node to boot.
 pub struct Boot<'a> {
-    /// The seat on which it runs.
+    /// The seat on which the node runs.
     pub seat: Seat,
     /// Disk, kernel and initramfs.
     pub node: &'a Node,
-    /// Whether what the node writes to its disk is kept.
+    /// Whether the node's writes to its disk are kept.
     pub keep: bool,
     /// A tar that the node unpacks over its root file system.
     pub extras: &'a Path,
-    /// A disk for the tar of `/out`.
+    /// The disk to which the node writes a tar of `/out`.
     pub out: &'a Path,
     /// The node's size.
     pub machine: Machine,
@@ -90,17 +90,18 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
         }
         kvm::Verdict::Not(why) => {
             boot.seat.say(format!("the node is emulated: {why}"));
-            // Without "enhanced rep movsb", kernels copy by words. In emulation, a byte takes as long as eight.
-            // Without "la57", page tables have four levels, of the node and of nested paging: every TLB miss walks
-            // both.
+            // Without "enhanced rep movsb", kernels copy words of eight bytes. In emulation, copying one byte takes as
+            // long as copying eight. Without "la57", the page tables of the node and of nested paging have four levels
+            // instead of five. Every TLB miss walks both.
             command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm,-la57"]);
-            // No program may run on the first processor. Whenever another one restores its FPU's state, QEMU (10.0 and
-            // 10.2 alike) clears a flag of the first one, not atomically: cpu_clear_ignne() in
-            // target/i386/tcg/system/fpu_helper.c. The word it writes back also says whether nested paging is on and
-            // whether interrupts are held back (GIF), so a VMRUN or #VMEXIT there at that moment goes astray.
+            // No program may run on the first CPU. Whenever another CPU restores its FPU's state, QEMU (10.0 and 10.2)
+            // clears a flag of the first CPU without an atomic operation: cpu_clear_ignne() in
+            // target/i386/tcg/system/fpu_helper.c. The word that QEMU writes back also says whether nested paging is on
+            // and whether interrupts are held back (GIF). Therefore a VMRUN or #VMEXIT on the first CPU at that moment
+            // goes wrong.
             cpus += 1;
-            // The kernel's check that the timer ticks fails on a machine this slow.
-            // init_on_alloc: Debian's kernel clears every page and object that it allocates.
+            // no_timer_check: the kernel's test of the timer interrupt fails on a machine this slow.
+            // init_on_alloc=0: Debian's kernel would clear every page and object that it allocates.
             "isolcpus=0 no_timer_check init_on_alloc=0 husk.accel=tcg"
         }
     };
@@ -110,7 +111,7 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     for (path, options) in
         [(boot.node.disk.as_path(), disk_options), (boot.extras, "readonly=on"), (boot.out, "cache=unsafe")]
     {
-        // QEMU ends a value at a comma, unless it is doubled.
+        // QEMU ends a value at a comma, unless the comma is doubled.
         let path = path.to_string_lossy().replace(',', ",,");
         command.arg("-drive").arg(format!("file={path},if=virtio,format=raw,{options}"));
     }
@@ -120,14 +121,14 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
     let parameters = boot.parameters;
     command
         .arg("-append")
-        // nokaslr: addresses in a kernel report are those of the symbol table.
+        // nokaslr: the addresses in a kernel's crash report match the symbol table.
         .arg(format!(
             "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable husk.mode={mode} {accel} {parameters}"
         ));
     Ok(command)
 }
 
-/// Starts QEMU with the control pipe. It is killed when this process ends.
+/// Starts QEMU with the control pipe. QEMU is killed when this process ends.
 fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
     let (reader, writer) = std::io::pipe().context("failed to create a pipe")?;
     let control = writer.as_raw_fd();
@@ -148,8 +149,8 @@ fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
     Ok((child, reader))
 }
 
-/// Boots, runs the script, and returns its exit code; [`Crashed`] is the error when there is none. Passes what the
-/// script does to `observe`, as it happens.
+/// Boots the node, runs the script, and returns the script's exit code. If the node ends without an exit code, the
+/// error is [`Crashed`]. Passes the script's events to `observe` as they happen.
 pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -> Result<u8> {
     let console = boot.seat.console()?;
     let log = console.to_string_lossy().replace(',', ",,");
@@ -160,8 +161,8 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let begin = Instant::now();
     let (mut child, control) = spawn(&mut command)?;
-    // `command` holds no pipe end: the pipes close when QEMU ends.
-    let output = child.stdout.take().context("QEMU has no output")?;
+    // `command` holds no end of a pipe. Therefore the pipes close when QEMU ends.
+    let output = child.stdout.take().context("failed to get QEMU's stdout")?;
     let (sender, events) = channel();
     let show = std::thread::spawn({
         let (sender, seat) = (sender.clone(), boot.seat);
@@ -169,7 +170,7 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
     });
     std::thread::spawn(move || lines(control, &sender));
     let end = follow(boot.seat, &events, begin, limits, observe);
-    // If the exit code is known, QEMU has ended, or the node fails to power off.
+    // After an error, QEMU still runs. If the exit code is known, QEMU has ended or the node has failed to power off.
     if !matches!(end, Ok(None)) {
         let _ = child.kill();
     }
@@ -184,10 +185,10 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
     match end {
         Ok(Some(code)) => {
             let secs = begin.elapsed().as_secs_f64();
-            boot.seat.say(format!("off after {secs:.1} s; the script's exit code is {code}"));
+            boot.seat.say(format!("the node is off after {secs:.1} s; the script's exit code is {code}"));
             Ok(code)
         }
-        Ok(None) => Err(crashed(&format!("the node ended without the script's exit code ({status})"), &console)),
+        Ok(None) => Err(crashed(&format!("the node ended before the script did (QEMU ended with {status})"), &console)),
         Err(late) => Err(crashed(&format!("the node was stopped: {late}"), &console)),
     }
 }
@@ -198,7 +199,7 @@ fn crashed(what: &str, console: &Path) -> anyhow::Error {
 
 /// Boots the node with a shell on the terminal.
 pub fn shell(boot: &Boot) -> Result<()> {
-    boot.seat.say("exit the shell to power the node off; Ctrl-A X stops it at once");
+    boot.seat.say("exit the shell to power the node off; Ctrl-A X stops the node at once");
     let mut command = qemu(boot, "shell")?;
     command.args(["-serial", "mon:stdio", "-chardev", "null,id=output", "-device"]);
     command.arg("virtserialport,nr=1,chardev=output,name=husk.output");
@@ -210,8 +211,8 @@ pub fn shell(boot: &Boot) -> Result<()> {
     Ok(())
 }
 
-/// Copies the script's output to a file and to the terminal: as it comes, or by lines with the seat's number if there
-/// are several nodes.
+/// Copies the script's output to a file and to the terminal. If several nodes run, the terminal gets only complete
+/// lines, each with the seat's number.
 fn show(seat: Seat, mut output: impl Read, events: &Sender<Event>) {
     let mut file = seat.log("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
     let label = seat.label();
@@ -274,7 +275,7 @@ fn follow(
         let event = match events.recv_timeout(total.min(quiet)) {
             Ok(event) => event,
             Err(RecvTimeoutError::Disconnected) => return Ok(code),
-            // The script has ended; only the power-off is missing.
+            // The script has ended, but the node has not powered off.
             Err(RecvTimeoutError::Timeout) if code.is_some() => return Ok(code),
             Err(RecvTimeoutError::Timeout) if total <= quiet => {
                 return Err(format!("the script did not end within {} s", limits.total.as_secs()));

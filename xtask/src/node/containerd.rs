@@ -14,47 +14,47 @@ use crate::{cmd, files, paths, pins, setup, ui};
 
 /// The Debian release that has containerd 2.x.
 const SUITE: &str = "sid";
-/// Raised whenever the unpacking changes.
+/// Increase this number whenever the unpacking changes.
 const RECIPE: u32 = 1;
 /// The programs of the package that are copied into the node.
 const PROGRAMS: [&str; 3] = ["usr/bin/containerd", "usr/bin/containerd-shim-runc-v2", "usr/bin/ctr"];
 
-/// The containerd line of a node, and the kind of the node.
+/// The containerd line of a node, and the kind of node on which containerd runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Line {
-    /// 1.7, of the node's release.
+    /// containerd 1.7 of the node's Debian release.
     #[default]
     #[value(name = "1.7")]
     One,
-    /// 1.7, on a node with cgroup v1.
+    /// containerd 1.7 on a node with cgroup v1.
     #[value(name = "1.7-cgroup1")]
     Legacy,
-    /// 2.x, of Debian's unstable release.
+    /// containerd 2.x of Debian's unstable release.
     #[value(name = "2")]
     Two,
-    /// 2.x as a systemd service, on a node with systemd as PID 1.
+    /// containerd 2.x as a systemd service, on a node with systemd as PID 1.
     #[value(name = "2-systemd")]
     Systemd,
 }
 
 impl Line {
-    /// Returns the name that `--containerd` takes.
+    /// Returns the name by which `--containerd` selects this line.
     pub fn name(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// Returns the parameters for the node's init, on the kernel's command line.
+    /// Returns the parameters of the kernel's command line for this line. They include those for the node's init.
     pub fn parameters(self) -> &'static str {
         match self {
             Line::One | Line::Two => "",
             Line::Legacy => "husk.cgroups=1",
-            // Without the BPF LSM: an emulated node needs seconds to load systemd's program for it.
+            // The BPF LSM is left out, because an emulated node needs seconds to load systemd's program for it.
             Line::Systemd => "husk.systemd lsm=apparmor",
         }
     }
 }
 
-/// Returns the files to add to the node for this line: none for 1.7.
+/// Returns the files to add to the node for this line. containerd 1.7 needs none.
 pub fn files(line: Line) -> Result<Vec<Add>> {
     if matches!(line, Line::One | Line::Legacy) {
         return Ok(Vec::new());
@@ -73,7 +73,7 @@ pub fn files(line: Line) -> Result<Vec<Add>> {
     Ok(add)
 }
 
-/// Unpacks the programs, unless they are there. The caller holds the lock of the node's parts.
+/// Unpacks the programs, unless they are already unpacked. The caller holds the lock of the node's parts.
 fn programs_of_two(dir: &Path) -> Result<()> {
     let key = Key::new("containerd-2", RECIPE).text(SUITE).text(pins::RELEASE).finish();
     let stamp = Stamp::new("containerd-2");
@@ -82,16 +82,17 @@ fn programs_of_two(dir: &Path) -> Result<()> {
 
 fn unpack(dir: &Path) -> Result<()> {
     if !cmd::is_root() {
-        bail!("failed to unpack containerd 2 for the test node: it needs root; run this as root");
+        bail!("failed to unpack containerd 2 for the test node: only root can do that; run cargo xtask as root");
     }
     let tree = dir.with_extension("part");
     files::remove(&tree)?;
     files::make_dir(&paths::node())?;
     ui::say("node", format!("unpacking containerd of Debian {SUITE}"));
-    // apt resolves and verifies the dependencies too. They are not kept: the node has them already.
+    // apt resolves and verifies the dependencies too. They are not kept, because the node already has them.
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=extract", "--include=containerd"]);
-    // The lists of the unstable release expire after a week. A mirror, or this machine's clock, may be off by more.
+    // The package lists of the unstable release expire after a week. A mirror may have older lists, or this machine's
+    // clock may be wrong by more than a week.
     command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
     command.arg(SUITE).arg(&tree).args(setup::debian_mirror()?);
     cmd::logged("node", "node-containerd-2", &mut command)?;

@@ -1,5 +1,6 @@
-//! Makes the node's disk with the OCI images imported in containerd: an emulated node takes half a minute to unpack
-//! them, which each boot would spend again. The node itself imports them, in a boot whose writes are kept.
+//! Makes the disk of a node whose containerd already has the OCI images. An emulated node takes half a minute to unpack
+//! the images. Without this disk, each boot would take that time again. The node itself imports the images, in a boot
+//! whose writes are kept.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,10 +14,11 @@ use crate::stamp::{Key, Stamp};
 use crate::user_cache::Step;
 use crate::{cmd, files, paths};
 
-/// Raised whenever the steps below change.
+/// Increase this number whenever the steps below change.
 const RECIPE: u32 = 1;
 const LIMITS: Limits = Limits::secs(600, 600);
-/// Imports the images for `ctr` and for the CRI: each namespace of containerd unpacks its own. Then removes the tars.
+/// Imports the images once for `ctr` and once for the CRI, because each namespace of containerd unpacks its own images.
+/// Then removes the tars.
 const SCRIPT: &str = "set -e
 for namespace in e2e k8s.io; do
     for tar in /husk/images/*.tar; do ctr -n $namespace images import $tar; done
@@ -24,17 +26,17 @@ done
 rm -r /husk/images
 ";
 
-/// Returns the disk, and makes it if its inputs changed. The caller holds the locks of the seat and of the node's
+/// Returns the disk. Makes it first if its inputs changed. The caller holds the locks of the seat and of the node's
 /// parts.
 pub fn disk(seat: Seat, node: &Node, images: &[Add]) -> Result<PathBuf> {
     let disk = paths::node().join("images.img");
     let mut key = Key::new("node-images", RECIPE);
     key.text(&node.key).text(SCRIPT);
     for image in images {
-        // What the tar was made from.
+        // This file has the hash of the tar's inputs.
         key.file(&image.from.with_extension("tar.inputs"))?;
     }
-    // The boot leaves these files on the disk.
+    // The boot leaves these files on the disk, so they are inputs too.
     files(&root(), &mut key)?;
     let key = key.finish();
     let stamp = Stamp::new("node-images");
@@ -85,12 +87,13 @@ fn make(seat: Seat, node: &Node, images: &[Add], disk: &Path) -> Result<()> {
     let boot = boot::Boot { seat, node: &node, keep: true, extras: &extras, out: &out, machine, parameters };
     match boot::run(&boot, LIMITS, &mut |_| {})? {
         0 => {}
-        code => bail!("the import ended with exit code {code}"),
+        code => bail!("failed to import the images: the script in the node ended with exit code {code}"),
     }
-    // The node turns itself off without unmounting its root. Freed blocks become holes.
+    // The node powers off without unmounting its root, so its file system has to be checked. `discard` turns freed
+    // blocks into holes.
     let mut check = Command::new("e2fsck");
     let check = check.args(["-f", "-y", "-E", "discard"]).arg(&part).output().context("failed to start e2fsck")?;
-    // 1: errors were corrected.
+    // Exit code 1 says that errors were corrected.
     if !matches!(check.status.code(), Some(0 | 1)) {
         bail!("e2fsck ended with {}: {}", check.status, String::from_utf8_lossy(&check.stdout).trim());
     }

@@ -1,7 +1,7 @@
 //! Decides whether this machine's KVM can run the node: it must be fast enough, and support nested virtualisation.
 //!
-//! On some hypervisors /dev/kvm works, but guest code at privilege level 0 is interpreted, a thousand times too slow
-//! for a kernel. So this measures a loop of known length at level 0.
+//! On some hypervisors /dev/kvm works, but guest code at privilege level 0 is interpreted. That is a thousand times too
+//! slow for a kernel. Therefore this module measures a loop of known length at level 0.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -14,8 +14,9 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 const MIN_RATE: f64 = 50e6;
 /// Minimum duration of a measurement.
 const MIN_DURATION: Duration = Duration::from_millis(100);
-/// Guest memory: page tables, then the code.
+/// Size of the guest's memory, which has the page tables and then the code.
 const MEMORY: usize = 0x10000;
+/// Address of the code.
 const CODE: u64 = 0x8000;
 
 /// The result of the check.
@@ -25,11 +26,11 @@ pub enum Verdict {
         /// Instructions per second at privilege level 0.
         rate: f64,
     },
-    /// The node has to be emulated, for this reason.
+    /// The node has to be emulated. The text is the reason.
     Not(String),
 }
 
-/// Checks this machine's KVM for the node.
+/// Decides whether the node can use this machine's KVM.
 pub fn judge() -> Verdict {
     match usable() {
         Err(why) => Verdict::Not(why),
@@ -40,7 +41,8 @@ pub fn judge() -> Verdict {
     }
 }
 
-/// Returns the rate of this machine's KVM if it is fast enough to run Husk without a test node; the error says why not.
+/// Returns the rate of this machine's KVM if KVM is fast enough to run Husk without a test node. The error is the
+/// reason why KVM cannot be used.
 pub fn usable() -> Result<f64, String> {
     match measure() {
         Err(error) => Err(format!("this machine has no usable KVM ({error:#})")),
@@ -63,8 +65,8 @@ fn nested() -> bool {
 
 /// Measures the instructions per second of a loop at privilege level 0.
 fn measure() -> Result<f64> {
-    // The first guest entries are slow, so a short run says nothing. The number of rounds grows until the run is long
-    // enough; if the loop is interpreted, a small number is enough.
+    // The first guest entries are slow, so a short run says nothing. Therefore the number of rounds grows until the run
+    // is long enough. If the loop is interpreted, a small number of rounds is enough.
     let mut rounds = 2_000;
     loop {
         let duration = run_loop(rounds)?;
@@ -75,12 +77,12 @@ fn measure() -> Result<f64> {
     }
 }
 
-/// Returns the instructions per second: a round has two.
+/// Returns the instructions per second. A round has two instructions.
 fn rate(rounds: u32, duration: Duration) -> f64 {
     f64::from(rounds) * 2.0 / duration.as_secs_f64().max(1e-9)
 }
 
-/// Guest memory. Dropping it unmaps it.
+/// The guest's memory. It is unmapped when this value is dropped.
 struct Memory(*mut libc::c_void);
 
 impl Memory {
@@ -97,7 +99,7 @@ impl Memory {
             )
         };
         if at == libc::MAP_FAILED {
-            bail!("failed to map memory: {}", std::io::Error::last_os_error());
+            bail!("failed to map the guest's memory: {}", std::io::Error::last_os_error());
         }
         Ok(Memory(at))
     }
@@ -115,7 +117,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made in `new` and the virtual machine that used it is gone (declared later).
+        // SAFETY: `new` made the mapping. The VM that used it is gone, because it was declared later.
         unsafe { libc::munmap(self.0, MEMORY) };
     }
 }
@@ -141,7 +143,7 @@ fn run_loop(rounds: u32) -> Result<Duration> {
         memory_size: MEMORY as u64,
         userspace_addr: memory.0 as u64,
     };
-    // SAFETY: the region is the mapping, which outlives the virtual machine: it was declared before it.
+    // SAFETY: the region is the mapping of `memory`, which outlives the VM because it was declared earlier.
     unsafe { vm.set_user_memory_region(region) }.context("failed to set the memory of a VM")?;
     let mut vcpu = vm.create_vcpu(0).context("failed to create a vCPU")?;
     long_mode(&vcpu).context("failed to set a vCPU's registers")?;

@@ -1,5 +1,5 @@
-//! Provides a node with cgroup v1: the kernel of Debian's previous release is the last one with all cgroup v1
-//! controllers. The node's init mounts them.
+//! Provides a node with cgroup v1. The node runs the kernel of Debian's previous release, because that kernel is the
+//! last one with all cgroup v1 controllers. The node's init mounts the controllers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::{cmd, files, paths, pins, setup, ui};
 /// The Debian release that has the kernel.
 const SUITE: &str = "bookworm";
 const PACKAGE: &str = "linux-image-cloud-amd64";
-/// Raised whenever the unpacking changes.
+/// Increase this number whenever the unpacking changes.
 const RECIPE: u32 = 1;
 
 fn dir() -> PathBuf {
@@ -31,7 +31,7 @@ pub fn files(line: Line) -> Vec<Add> {
     }
 }
 
-/// Returns the node with that kernel. The caller holds the lock of the node's parts.
+/// Returns the node with the kernel of the previous release. The caller holds the lock of the node's parts.
 pub fn node(node: Node) -> Result<Node> {
     let (kernel, files) = (dir().join("vmlinuz"), dir().join("usr"));
     let key = Key::new("legacy", RECIPE).text(SUITE).text(pins::RELEASE).finish();
@@ -42,12 +42,12 @@ pub fn node(node: Node) -> Result<Node> {
     Ok(Node { kernel, initrd, ..node })
 }
 
-/// Unpacks the kernel, and its modules into the directory `files`.
+/// Unpacks the kernel to the file `kernel`, and its modules to the directory `files`.
 fn unpack(kernel: &Path, files: &Path) -> Result<()> {
     if !cmd::is_root() {
-        bail!("failed to unpack a kernel for the test node: it needs root; run this as root");
+        bail!("failed to unpack a kernel for the test node: only root can do that; run cargo xtask as root");
     }
-    // Inside the node's tree, where its depmod can read it.
+    // The package is unpacked inside the node's tree, so that depmod of the tree can read the modules.
     let tree = rootfs::tree()?;
     let (part, inside) = (tree.join("husk-legacy"), Path::new("/husk-legacy"));
     files::remove(&part)?;
@@ -62,6 +62,6 @@ fn unpack(kernel: &Path, files: &Path) -> Result<()> {
     let to = files.join("lib/modules");
     files::make_dir(&to)?;
     rootfs::copy_kernel(&part, &release, kernel)?;
-    fs::rename(&modules, to.join(&release)).context("failed to keep the kernel's modules")?;
+    fs::rename(&modules, to.join(&release)).context("failed to move the kernel's modules")?;
     files::remove(&part)
 }

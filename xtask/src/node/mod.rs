@@ -20,7 +20,7 @@ use crate::{cmd, files, images, lock, paths, ui};
 pub use boot::{Crashed, Limits, Progress};
 pub use containerd::Line;
 
-/// A script to run in the node, and its surroundings.
+/// A script to run in the node, and the node that it needs.
 pub struct Run {
     /// A shell script.
     pub script: PathBuf,
@@ -28,35 +28,35 @@ pub struct Run {
     pub args: Vec<String>,
     /// Environment variables of the script.
     pub env: Vec<(String, String)>,
-    /// Files and directories to copy into the node, beside `dist/root`.
+    /// Files and directories to copy into the node, in addition to `dist/root`.
     pub add: Vec<Add>,
-    /// Whether the node's containerd has the OCI images already, without the time that importing them takes.
+    /// Whether the node's containerd already has the OCI images, so that the script need not import them.
     pub imported: bool,
     /// The node's size.
     pub machine: Machine,
     /// The node's containerd line.
     pub containerd: Line,
-    /// Limits after which the node is stopped.
+    /// Time limits after which the node is stopped.
     pub limits: Limits,
     /// The seat on which the node runs.
     pub seat: Seat,
 }
 
-/// The place of a running node: each of the nodes side by side has a seat, with its files and logs.
+/// The place of a running node. Each of the nodes that run side by side has its own seat, with its own files and logs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seat {
     number: usize,
-    /// Whether other nodes run at the same time: each line on the terminal then starts with the seat's number.
+    /// Whether other nodes run at the same time. If so, each line on the terminal starts with the seat's number.
     beside: bool,
 }
 
 impl Seat {
-    /// Returns the seat with this number, counted from zero, beside others.
+    /// Returns one of several seats. The first one has the number 0.
     pub fn beside(number: usize) -> Seat {
         Seat { number, beside: true }
     }
 
-    /// Returns `plain` with the seat's number. The first seat has the plain name.
+    /// Returns `plain`, `between` and the seat's number as one name. The first seat has the name `plain`.
     fn name(self, plain: &str, between: &str) -> String {
         if self.number == 0 { plain.to_owned() } else { format!("{plain}{between}{}", self.number + 1) }
     }
@@ -66,7 +66,7 @@ impl Seat {
         paths::state().join(self.name("node", "/"))
     }
 
-    /// Returns the directory that gets the files that a script leaves in `/out`.
+    /// Returns the directory to which the files are copied that a script leaves in `/out`.
     pub fn out_dir(self) -> PathBuf {
         self.dir().join("out")
     }
@@ -76,12 +76,12 @@ impl Seat {
         cmd::log_path(&self.name(name, "-"))
     }
 
-    /// Returns the log of the serial console. The next boot overwrites it.
+    /// Returns the path of the serial console's log. The next boot overwrites this log.
     pub fn console(self) -> Result<PathBuf> {
         self.log("node-console")
     }
 
-    /// Returns the prefix of each line of output.
+    /// Returns the prefix of each line of the node's output.
     fn label(self) -> String {
         if self.beside { format!("{}| ", self.number + 1) } else { String::new() }
     }
@@ -109,7 +109,7 @@ impl Default for Limits {
 /// The size of a node.
 #[derive(Clone, Copy)]
 pub struct Machine {
-    /// vCPUs.
+    /// Number of vCPUs.
     pub cpus: u32,
     /// Memory in MiB.
     pub memory: u32,
@@ -131,7 +131,7 @@ pub struct Add {
 }
 
 impl Add {
-    /// Puts `from` at `to` in the node.
+    /// Creates the instruction to copy `from` to the path `to` in the node.
     pub fn new(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
         Add { from: from.into(), to: to.into() }
     }
@@ -143,12 +143,12 @@ impl std::str::FromStr for Add {
     fn from_str(text: &str) -> Result<Self> {
         match text.rsplit_once(':') {
             Some((from, to)) if !from.is_empty() && to.starts_with('/') => Ok(Add::new(from, to)),
-            _ => bail!("{text} is not HOSTPATH:NODEPATH with an absolute NODEPATH"),
+            _ => bail!("expected HOSTPATH:NODEPATH with an absolute NODEPATH, found `{text}`"),
         }
     }
 }
 
-/// The lock for the parts that all nodes share.
+/// The name of the lock for the parts that all nodes share.
 const PARTS: &str = "node/parts";
 
 /// The directory of the OCI images in the node.
@@ -159,7 +159,7 @@ pub fn images() -> Result<Vec<Add>> {
     image_tars(images::build)
 }
 
-/// Builds the OCI images of the suite that builds images.
+/// Builds the OCI images for the suite whose containers build images.
 pub fn builder_images() -> Result<Vec<Add>> {
     image_tars(images::build_builders)
 }
@@ -186,7 +186,7 @@ pub fn prepare() -> Result<()> {
     node(Line::One).map(drop)
 }
 
-/// Builds the disk with the OCI images imported, too.
+/// Like [`prepare`], but also makes the disk of a node whose containerd already has the OCI images.
 pub fn prepare_images() -> Result<()> {
     let seat = Seat::default();
     let _lock = lock::take(&seat.name("node", "/"))?;
@@ -194,8 +194,8 @@ pub fn prepare_images() -> Result<()> {
     Ok(())
 }
 
-/// Returns the disk with the OCI images imported, or that without them if it cannot be made. The caller holds the
-/// seat's lock.
+/// Returns the disk with the imported OCI images. If that disk cannot be made, returns the disk without images. The
+/// caller holds the seat's lock.
 fn disk_with_images(seat: Seat, node: &rootfs::Node) -> PathBuf {
     let disk = || {
         let images = images()?;
@@ -203,7 +203,7 @@ fn disk_with_images(seat: Seat, node: &rootfs::Node) -> PathBuf {
         imported::disk(seat, node, &images)
     };
     disk().unwrap_or_else(|error| {
-        seat.say(format!("failed to import the images into the node's disk; the tests import them: {error:#}"));
+        seat.say(format!("failed to import the images into the node's disk; the tests will import them: {error:#}"));
         node.disk.clone()
     })
 }
@@ -219,7 +219,7 @@ pub fn run(run: &Run) -> Result<u8> {
     run_observed(run, &mut |_| {})
 }
 
-/// Like [`run`]; passes what the script does to `observe`, as it happens.
+/// Like [`run`], but also passes the script's events to `observe` as they happen.
 pub fn run_observed(run: &Run, observe: &mut dyn FnMut(Progress<'_>)) -> Result<u8> {
     let seat = run.seat;
     let _lock = lock::take(&seat.name("node", "/"))?;
@@ -269,7 +269,7 @@ pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
     fetch(seat, &out)
 }
 
-/// Writes the tar that the node unpacks over its root: the node's files, the installed tree, and `add`.
+/// Writes the tar that the node unpacks over its root: the node's own files, `dist/root`, `add` and `files`.
 fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
     let path = seat.dir().join("extras.tar");
     let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
@@ -278,7 +278,7 @@ fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Resul
     if paths::dist().exists() {
         tar.add(&paths::dist(), Path::new("/"))?;
     } else {
-        ui::say("node", "dist/root does not exist: the node is without Husk (`cargo xtask dist` builds it)");
+        ui::say("node", "dist/root does not exist, so the node has no Husk; `cargo xtask dist` builds dist/root");
     }
     let programs = {
         let _lock = lock::take(PARTS)?;
@@ -311,5 +311,5 @@ fn fetch(seat: Seat, disk: &Path) -> Result<()> {
     files::make_dir(&dir)?;
     let mut unpack = Command::new("tar");
     unpack.args(["-x", "--no-same-owner", "-f"]).arg(disk).arg("-C").arg(&dir);
-    cmd::output(&mut unpack).map(drop).context("failed to unpack the node's /out")
+    cmd::output(&mut unpack).map(drop).context("failed to unpack the tar of the node's /out")
 }

@@ -12,29 +12,30 @@ use crate::stamp::{Key, Stamp};
 use crate::user_cache::Step;
 use crate::{cmd, files, paths, setup, ui};
 
-/// Raised whenever the steps that make the tree change.
+/// Increase this number whenever the steps that make the tree change.
 const TREE_RECIPE: u32 = 1;
-/// Raised whenever the steps that make the disk and its companions change.
+/// Increase this number whenever the steps that make the disk, the kernel or the directory `boot` change.
 const RECIPE: u32 = 4;
-/// Raised whenever the content of the initramfs changes.
+/// Increase this number whenever the content of the initramfs changes.
 const INITRD_RECIPE: u32 = 1;
 /// Documentation and other files that only enlarge the image.
 const EXCLUDED: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
 /// Size of the disk. The image is sparse.
 const DISK: &str = "12G";
 
-/// The drivers for the disk and its file system. ext4 requests the checksum by name.
+/// The drivers for the disk and its file system. crc32c_generic is listed because ext4 requests it by name.
 const DRIVERS: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
 /// The parts of the node that QEMU boots.
 pub struct Node {
-    /// The disk with the root file system. It is never written: QEMU keeps changes in a snapshot.
+    /// The disk with the root file system. QEMU writes to it only if `keep` of `Boot` is set, and otherwise to a
+    /// snapshot.
     pub disk: PathBuf,
     /// Debian's kernel.
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
-    /// The hash of the disk's inputs.
+    /// The hash of the inputs of the disk and the kernel.
     pub key: String,
 }
 
@@ -56,7 +57,8 @@ pub fn node() -> Result<Node> {
     Ok(Node { disk, kernel, initrd, key })
 }
 
-/// Returns the directory of what the initramfs needs from the tree: busybox, the drivers, and their dependencies.
+/// Returns the directory of the files that the initramfs needs from the tree: busybox, the drivers, and their
+/// dependencies.
 fn boot() -> PathBuf {
     paths::node().join("boot")
 }
@@ -65,7 +67,7 @@ fn tree_key(packages: &str) -> String {
     Key::new("node-tree", TREE_RECIPE).text(RELEASE).text(packages).finish()
 }
 
-/// Returns the node's tree, which is needed only to make its parts.
+/// Returns the directory tree from which the node's parts are made. Makes the tree first if its inputs changed.
 pub fn tree() -> Result<PathBuf> {
     let (tree, packages) = (paths::node().join("tree"), packages()?);
     let (stamp, key) = (Stamp::new("node-tree"), tree_key(&packages));
@@ -88,7 +90,9 @@ fn packages() -> Result<String> {
 
 fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     if !cmd::is_root() {
-        bail!("failed to unpack the test node's root file system: its owners need root; run this as root");
+        bail!(
+            "failed to unpack the test node's root file system: only root can set file owners; run cargo xtask as root"
+        );
     }
     files::make_dir(&paths::node())?;
     files::remove(tree)?;
@@ -106,16 +110,16 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     cmd::logged("node", "node-mmdebstrap", &mut command)
 }
 
-/// Returns the kernel's release in a tree, and the directory of its modules.
+/// Returns the release of the kernel in a tree, and the directory of its modules.
 pub fn modules(tree: &Path) -> Result<(String, PathBuf)> {
-    // In a tree whose packages were only extracted, `lib` is not a link to `usr/lib` yet.
+    // In a tree whose packages were extracted but not installed, `lib` is not a link to `usr/lib`.
     let modules = tree.join("lib/modules");
     let entry = fs::read_dir(&modules).with_context(|| format!("failed to read {}", modules.display()))?.next();
     let entry = entry.context("failed to find a kernel in the node's tree")??;
     Ok((entry.file_name().to_string_lossy().into_owned(), entry.path()))
 }
 
-/// Decompresses the kernel's modules: an emulated node needs a second for KVM's modules alone.
+/// Decompresses the kernel's modules, because an emulated node needs a second to decompress KVM's modules alone.
 fn unpack_modules(tree: &Path) -> Result<()> {
     let (release, modules) = modules(tree)?;
     let mut unpack = Command::new("sh");
@@ -124,8 +128,8 @@ fn unpack_modules(tree: &Path) -> Result<()> {
     cmd::logged("node", "node-depmod", Command::new("chroot").arg(tree).args(["depmod", &release]))
 }
 
-/// Returns the wanted modules and their dependencies, in load order, from the text of modules.dep. Modules that it does
-/// not list are built in.
+/// Returns the wanted modules and their dependencies, in load order, from the text of modules.dep. Modules that
+/// modules.dep does not list are built into the kernel.
 fn with_dependencies<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
     let mut all: Vec<&str> = Vec::new();
     for name in wanted {
@@ -134,7 +138,7 @@ fn with_dependencies<'a>(list: &'a str, wanted: &[&str]) -> Vec<&'a str> {
             path.rsplit('/').next().and_then(|file| file.strip_suffix(".ko")) == Some(name)
         };
         let Some((path, needs)) = list.lines().find(of).and_then(|line| line.split_once(':')) else { continue };
-        // The last one listed is the one that all others need.
+        // modules.dep lists the dependencies in reverse load order.
         for module in needs.split_whitespace().rev().chain([path]) {
             if !all.contains(&module) {
                 all.push(module);
@@ -154,12 +158,12 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("failed to read {}", path.display()))
 }
 
-/// Reads modules.dep in a directory of modules.
+/// Reads the file modules.dep in a directory of modules.
 fn dependencies(modules: &Path) -> Result<String> {
     String::from_utf8(read(&modules.join("modules.dep"))?).context("failed to decode modules.dep as UTF-8")
 }
 
-/// Copies to `boot` what the initramfs needs from a tree with these modules.
+/// Copies the files that the initramfs needs from the tree and its modules to `boot`.
 fn copy_boot(tree: &Path, modules: &Path, boot: &Path) -> Result<()> {
     let list = dependencies(modules)?;
     let drivers = with_dependencies(&list, &DRIVERS).into_iter().chain(["modules.dep"]);
@@ -173,8 +177,8 @@ fn copy_boot(tree: &Path, modules: &Path, boot: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes the initramfs: busybox, the disk's drivers among `modules`, and the script that is its init. `key` is that of
-/// the modules.
+/// Writes the initramfs: busybox, the disk's drivers from the directory `modules`, and a script as init. `key` is the
+/// hash of the inputs of `modules`.
 pub fn initrd(step: &str, key: &str, modules: &Path, made: PathBuf) -> Result<PathBuf> {
     let init = paths::root().join("tests/node/initramfs-init");
     let key = Key::new(step, INITRD_RECIPE).text(key).file(&init)?.file(&boot().join("busybox"))?.finish();

@@ -1,4 +1,5 @@
-//! Packs files for the node into a tar: owned by root, with symbolic links, at their paths in the node.
+//! Packs files for the node into a tar. All entries belong to root and have their path in the node. Symbolic links are
+//! kept.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -17,7 +18,7 @@ impl Tar {
         Tar(Builder::new(BufWriter::new(file)))
     }
 
-    /// Adds a file, or a directory with its content, as `to`.
+    /// Adds a file, or a directory with its content, at the path `to`.
     pub fn add(&mut self, from: &Path, to: &Path) -> Result<()> {
         self.entry(from, to).with_context(|| format!("failed to pack {}", from.display()))
     }

@@ -1,4 +1,4 @@
-//! Results as JUnit: a test suite for each suite and containerd line.
+//! Converts results to JUnit, with a test suite for each suite and containerd line.
 
 use std::time::Duration;
 
@@ -15,7 +15,8 @@ pub fn report(suites: &[SuiteResult], seconds: f64) -> Report {
     report
 }
 
-/// A suite as JUnit has it: its tests of all attempts, and a test case of the suite's own for what no test explains.
+/// Returns the JUnit form of a suite: its tests of all attempts, and a test case `(suite)` for failures that no test
+/// explains.
 fn junit_suite(result: &SuiteResult) -> TestSuite {
     let class = format!("{}.{}", result.line, result.suite);
     let mut suite = TestSuite::new(&class);
@@ -51,7 +52,7 @@ fn junit_suite(result: &SuiteResult) -> TestSuite {
     let status = match (result.outcome(), reruns.is_empty()) {
         (SuiteOutcome::NotRun, _) => {
             let mut status = TestCaseStatus::non_success(NonSuccessKind::Error);
-            status.set_message("the suite was not run: the node ended before");
+            status.set_message("the suite was not run: the node ended before the suite began");
             Some(status)
         }
         (_, true) => None,
@@ -71,13 +72,13 @@ fn attempt_message(attempt: &Attempt) -> String {
     let what = match attempt.outcome {
         AttemptOutcome::Passed => "passed",
         AttemptOutcome::Failed => "failed",
-        AttemptOutcome::Crashed => "did not end: the node ended before",
+        AttemptOutcome::Crashed => "did not end: the node ended first",
     };
     let console = attempt.console.as_ref().map(|path| format!(", {}", path.display())).unwrap_or_default();
     format!("attempt {} {what} ({}{console})", attempt.attempt, attempt.log.display())
 }
 
-/// A test as JUnit has it: its last run, with the earlier ones as reruns if they did not pass.
+/// Returns the JUnit form of a test: its last run, and as reruns the earlier runs that did not pass.
 fn junit_case(name: &str, class: &str, runs: &[(&Attempt, &TestRun)]) -> TestCase {
     let kind = |test: &TestRun| match test.outcome {
         TestOutcome::Failed => Some(NonSuccessKind::Failure),
@@ -91,7 +92,7 @@ fn junit_case(name: &str, class: &str, runs: &[(&Attempt, &TestRun)]) -> TestCas
         _ => TestCaseStatus::success(),
     };
     let mut bad = runs.iter().filter_map(|(attempt, test)| kind(test).map(|kind| (*attempt, *test, kind)));
-    // The first failure is the test case's own where the test never passed; the others are reruns.
+    // If the last run did not pass, the test case gets the text of the first failure. The other failures are reruns.
     if matches!(status, TestCaseStatus::NonSuccess { .. })
         && let Some((attempt, test, _)) = bad.next()
     {

@@ -1,7 +1,7 @@
-//! The results of the end-to-end suites, kept as JSON, as JUnit, and each attempt's output as a log file.
+//! Keeps the results of the end-to-end suites as JSON and as JUnit, and the output of each attempt as a log file.
 //!
-//! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node, so that a
-//! run that is stopped leaves the results up to there.
+//! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node. If a run
+//! is stopped, the results of the boots that have ended are there.
 
 mod junit;
 mod outcome;
@@ -29,12 +29,12 @@ pub struct Results {
     suites: Vec<SuiteResult>,
 }
 
-/// What `e2e.json` has of the run as a whole.
+/// The facts in `e2e.json` that concern the run as a whole.
 #[derive(Serialize)]
 pub struct Summary {
-    /// The filter on test names, if there was one.
+    /// The filter on test names. Empty if there was none.
     pub filter: String,
-    /// Whether suites that failed had a second attempt.
+    /// Whether suites that failed were retried.
     pub retry: bool,
     /// Whether the nodes were emulated.
     pub emulated: bool,
@@ -74,7 +74,7 @@ struct JsonTest<'a> {
 }
 
 impl Results {
-    /// No results yet, to be kept in `dir`. Those of an earlier run are removed.
+    /// Creates an empty set of results, which will be written to `dir`. Removes the results of an earlier run.
     pub fn new(dir: PathBuf) -> Result<Self> {
         if dir.exists() {
             fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
@@ -106,7 +106,7 @@ impl Results {
         self.suites.iter().find(|result| result.line == line && result.suite == suite)
     }
 
-    /// The logs of attempts that did not pass, for suites with this outcome: one line for each suite.
+    /// Returns a line for each suite with this outcome. The line names the logs of the attempts that did not pass.
     pub fn with_logs(&self, outcome: SuiteOutcome) -> Vec<String> {
         let suites = self.suites.iter().filter(|result| result.outcome() == outcome);
         suites
@@ -119,7 +119,7 @@ impl Results {
             .collect()
     }
 
-    /// The `count` slowest tests, a line for each with its seconds, and the sum of all tests.
+    /// Returns a line for each of the `count` slowest tests, with its seconds, and a line for the sum of all tests.
     pub fn slowest(&self, count: usize) -> String {
         let of_result = |result: &SuiteResult| {
             let tests = result.attempts.iter().flat_map(|attempt| &attempt.tests);

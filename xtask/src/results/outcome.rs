@@ -31,20 +31,20 @@ pub enum AttemptOutcome {
 /// One attempt of a suite.
 #[derive(Clone, Debug, Serialize)]
 pub struct Attempt {
-    /// Counted from 1.
+    /// The number of the attempt. The first one has the number 1.
     pub attempt: usize,
     pub outcome: AttemptOutcome,
     pub seconds: f64,
-    /// The suite's output, relative to the results' directory.
+    /// The path of the suite's output, relative to the results' directory.
     pub log: PathBuf,
-    /// The node's console, relative to the results' directory, if the node ended before the suite did.
+    /// The path of the console's log, relative to the results' directory, if the node ended before the suite did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub console: Option<PathBuf>,
     #[serde(skip)]
     pub tests: Vec<TestRun>,
 }
 
-/// A suite with one containerd line.
+/// The attempts of a suite with one containerd line.
 #[derive(Debug)]
 pub struct SuiteResult {
     pub line: String,

@@ -1,4 +1,4 @@
-//! Follows a boot of a node: divides its output into the suites' logs, and times suites and tests.
+//! Records a boot of a node: divides the node's output into the logs of the suites, and times suites and tests.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -13,11 +13,11 @@ use crate::libtest::Parser;
 use crate::node::Progress;
 use crate::stages::{self, Part};
 
-/// A suite of a boot, while the boot is followed.
+/// A suite of a boot that is being recorded.
 struct Followed {
     suite: String,
     attempt: usize,
-    /// Relative to the results' directory.
+    /// The path of the suite's log, relative to the results' directory.
     log: PathBuf,
     file: Option<File>,
     parser: Option<Parser>,
@@ -28,7 +28,7 @@ struct Followed {
 /// The results of one boot.
 pub struct BootReport {
     pub begin: Instant,
-    /// The attempts that began, with their suites.
+    /// The attempts that began, with the names of their suites.
     pub attempts: Vec<(String, Attempt)>,
     pub parts: Vec<Part>,
 }
@@ -38,16 +38,16 @@ pub struct Recorder {
     dir: PathBuf,
     line: String,
     suites: Vec<Followed>,
-    /// The suite whose output comes, as its index.
+    /// The index of the suite whose output arrives now.
     current: Option<usize>,
     begin: Instant,
-    /// The start of a line whose end did not come yet.
+    /// The start of a line whose end has not arrived yet.
     rest: Vec<u8>,
 }
 
 impl Recorder {
-    /// Begins a boot with a containerd line, in which suites run for the given attempt each, in this order. `dir` is
-    /// that of the results.
+    /// Begins to record a boot with a containerd line. `suites` has the suites in the order in which they run, each
+    /// with the number of its attempt. `dir` is the results' directory.
     pub fn new(dir: PathBuf, line: &str, suites: &[(String, usize)]) -> Result<Self> {
         files::make_dir(&dir.join("logs").join(line))?;
         let followed = |(suite, attempt): &(String, usize)| Followed {
@@ -63,7 +63,7 @@ impl Recorder {
         Ok(Recorder { dir, line: line.to_owned(), suites, current: None, begin: Instant::now(), rest: Vec::new() })
     }
 
-    /// Notes what came from the node.
+    /// Records an event of the node's script.
     pub fn note(&mut self, progress: Progress<'_>) {
         let now = Instant::now();
         match progress {
@@ -72,7 +72,7 @@ impl Recorder {
         }
     }
 
-    /// Notes a mark of the script: "begun", "passed" or "failed", and a suite.
+    /// Records a mark of the script: "begun", "passed" or "failed", and the name of a suite.
     fn mark(&mut self, text: &str, now: Instant) {
         let Some((word, name)) = text.split_once(' ') else { return };
         let Some(suite) = self.suites.iter_mut().find(|followed| followed.suite == name) else { return };
@@ -99,8 +99,8 @@ impl Recorder {
     fn line(&mut self, line: &[u8], now: Instant) {
         let text = String::from_utf8_lossy(line);
         let text = text.trim_end_matches(['\n', '\r']);
-        // The marks come by another channel, whose order against the output is not fixed. Suites run in a known order,
-        // so a test that prints such a line is not taken for the next suite.
+        // The line "== SUITE" says whose output follows. The marks cannot say so, because their order relative to the
+        // output is not fixed. Only the name of the next suite counts, because a test may print such a line too.
         let next = self.current.map_or(0, |current| current + 1);
         if let Some(suite) = self.suites.get_mut(next)
             && text.strip_prefix("== ") == Some(suite.suite.as_str())
@@ -122,8 +122,8 @@ impl Recorder {
         self.suites.get_mut(self.current?)
     }
 
-    /// Ends the recording of the boot with this number. If the node crashed, `console` is its console's log, which is
-    /// kept.
+    /// Ends the recording. `boot` is the boot's number. If the node crashed, `console` is the log of its console, which
+    /// is copied to the results.
     pub fn finish(mut self, console: Option<&Path>, boot: usize) -> Result<BootReport> {
         let now = Instant::now();
         if !self.rest.is_empty() {
@@ -134,7 +134,8 @@ impl Recorder {
             Some(console) => {
                 let path = Path::new("logs").join(&self.line).join(format!("boot-{boot}.console.log"));
                 let to = self.dir.join(&path);
-                fs::copy(console, &to).with_context(|| format!("failed to copy the console to {}", to.display()))?;
+                fs::copy(console, &to)
+                    .with_context(|| format!("failed to copy the console's log to {}", to.display()))?;
                 Some(path)
             }
             None => None,
@@ -145,7 +146,7 @@ impl Recorder {
         let mut attempts = Vec::new();
         for suite in self.suites {
             let Some(begun) = suite.begun else { continue };
-            // A log that no output reached is there too: it is named in the results.
+            // The results name the log of each suite, so the file must exist even if the suite printed nothing.
             if suite.file.is_none() {
                 let _ = File::create(self.dir.join(&suite.log));
             }

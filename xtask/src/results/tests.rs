@@ -10,7 +10,7 @@ fn summary() -> Summary {
     Summary { filter: String::new(), retry: true, emulated: true, finished: true, seconds: 9.5, stages: vec![] }
 }
 
-/// Runs suites in a boot that prints and marks what `script` says: lines "mark …" are marks.
+/// Records a boot of these suites. In `script`, lines "mark …" are marks, and all other lines are output.
 fn boot(results: &mut Results, suites: &[&str], number: usize, script: &str, crashed: bool) {
     let suites: Vec<_> = suites.iter().map(|name| ((*name).to_owned(), results.next_attempt("1.7", name))).collect();
     let mut recorder = Recorder::new(results.dir.clone(), "1.7", &suites).unwrap();
@@ -51,7 +51,7 @@ fn attempts_are_kept_with_their_logs() {
     let json: Value = serde_json::from_str(&read("e2e.json")).unwrap();
     let suites = json["suites"].as_array().unwrap();
     let outcomes: Vec<_> = suites.iter().map(|suite| suite["outcome"].as_str().unwrap()).collect();
-    // The "== c" among the lines of a is not the begin of c.
+    // The line "== c" in the output of suite a does not begin the output of suite c.
     assert_eq!(outcomes, ["flaky", "passed", "failed", "not_run"]);
     let attempts = suites[0]["attempts"].as_array().unwrap();
     assert_eq!(attempts.len(), 2);
@@ -88,12 +88,12 @@ fn slowest_tests_come_first() {
 }
 
 #[test]
-fn junit_tells_flaky_tests_and_unfinished_ones() {
+fn junit_distinguishes_flaky_and_unfinished_tests() {
     let dir = tempfile::tempdir().unwrap();
     let xml = junit::report(&sample(dir.path()).suites, 9.5).to_string().unwrap();
     assert!(xml.contains("<testsuite name=\"1.7.a\""), "{xml}");
     assert!(xml.contains("<flakyFailure ") && xml.contains("\"attempt 1 failed (logs/1.7/a.1.log)\""), "{xml}");
-    assert!(xml.contains("<error message=\"attempt 1 did not end: the node ended before (logs/1.7/c.1.log"), "{xml}");
+    assert!(xml.contains("<error message=\"attempt 1 did not end: the node ended first (logs/1.7/c.1.log"), "{xml}");
     assert!(xml.contains("<skipped"), "{xml}");
     assert!(xml.contains("the suite was not run"), "{xml}");
 }

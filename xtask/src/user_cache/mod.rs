@@ -1,9 +1,9 @@
-//! The user's cache of build outputs: another clone on the same machine uses what this one has built.
+//! The user's cache of build outputs, which all clones of the repository on a machine share.
 //!
-//! A step makes its outputs in `target/husk`, with a [`Stamp`] of its key, whether there is a cache or not. The cache
-//! has them too, as hard links where the file system supports it: `KIND/KEY/OUTPUT` in `$XDG_CACHE_HOME/husk`, or
-//! in `~/.cache/husk`. An entry appears by renaming a directory, so that no process sees an incomplete one. Nothing in
-//! an entry is ever written: a step removes its old outputs before it makes new ones.
+//! A step always makes its outputs in `target/husk`, with a [`Stamp`] of its key. The cache has the outputs too, as
+//! `KIND/KEY/OUTPUT` in `$XDG_CACHE_HOME/husk` or `~/.cache/husk`. If the file system supports it, they are hard links.
+//! Therefore the files of an entry must never be written. A step removes its old outputs before it makes new ones. A
+//! new entry gets its name when it is complete, so that no process sees an incomplete entry.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -22,32 +22,32 @@ use crate::{files, lock, ui};
 
 /// Time after which an unused entry is removed.
 const MAX_AGE: Duration = Duration::from_secs(30 * DAY);
-/// Maximum number of entries of a kind: those used last stay.
+/// Maximum number of entries of a kind. The entries that were used last are kept.
 const MAX_VERSIONS: usize = 3;
 const DAY: u64 = 24 * 60 * 60;
-/// Prefix of a directory that is not an entry yet. A process that was killed leaves it.
+/// Prefix of a directory that is not yet an entry. A process that is killed leaves such a directory.
 const PART: &str = ".part-";
 
 /// A build step whose outputs the cache keeps.
 pub struct Step<'a> {
-    /// The directory in the cache: one for each thing that is built.
+    /// The name of the step's directory in the cache.
     pub kind: &'a str,
     /// The hash of the inputs.
     pub key: &'a str,
     /// Files or directories in `target/husk`, with different names.
     pub outputs: &'a [&'a Path],
-    /// The record of the key of the outputs in `target/husk`.
+    /// The record of the key with which the outputs in `target/husk` were made.
     pub stamp: Stamp,
 }
 
 /// Where the outputs of a step came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// They were in `target/husk`.
+    /// The outputs were in `target/husk`.
     Present,
-    /// They were in the cache.
+    /// The outputs were in the cache.
     Cache,
-    /// They have been built.
+    /// The outputs were built.
     Build,
 }
 
@@ -68,7 +68,7 @@ impl Step<'_> {
             self.stamp.write(self.key)?;
             return Ok(Origin::Cache);
         }
-        // Another clone may be building the same, which takes longer than waiting for it.
+        // Another clone may be building the same outputs. Waiting for that build is faster than a second build.
         let lock = cache.map(|cache| lock::take_in(&cache.dir.join(self.kind), &format!("cache of {}", self.kind)));
         if let Some(Ok(_)) = &lock
             && cache.is_some_and(|cache| cache.fetch(self))
@@ -91,13 +91,13 @@ struct Cache {
     dir: PathBuf,
 }
 
-/// Returns the user's cache. `None` if there is none; the first call says why.
+/// Returns the user's cache, or `None` if it cannot be used. The first call then prints the reason.
 fn user() -> Option<&'static Cache> {
     static USER: OnceLock<Option<Cache>> = OnceLock::new();
     let open = || match directory(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")).and_then(Cache::open) {
         Ok(cache) => Some(cache),
         Err(error) => {
-            ui::say("cache", format!("outputs are kept in target/husk only: {error:#}"));
+            ui::say("cache", format!("failed to open the user's cache; outputs are only in target/husk: {error:#}"));
             None
         }
     };
@@ -113,10 +113,10 @@ fn directory(xdg: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
 }
 
 impl Cache {
-    /// Creates the directory, and checks that it can be written.
+    /// Creates the directory, and checks that files can be written in it.
     fn open(dir: PathBuf) -> Result<Cache> {
         files::make_dir(&dir)?;
-        // https://bford.info/cachedir: backups leave it out.
+        // Backup programs leave out a directory with this file: https://bford.info/cachedir.
         let tag = "Signature: 8a477f597d28d172789f06886806bc55\n# Build outputs of Husk's `cargo xtask`.\n";
         let path = dir.join("CACHEDIR.TAG");
         fs::write(&path, tag).with_context(|| format!("failed to write {}", path.display()))?;
@@ -139,7 +139,7 @@ impl Cache {
             return false;
         }
         if !step.outputs.iter().all(|output| name(output).is_ok_and(|name| entry.join(name).exists())) {
-            ui::say("cache", format!("{} is incomplete, and is made again", entry.display()));
+            ui::say("cache", format!("the entry {} is incomplete; making it again", entry.display()));
             let _ = files::remove(&entry);
             return false;
         }
@@ -147,13 +147,13 @@ impl Cache {
         match step.outputs.iter().try_for_each(fetch) {
             Ok(()) => true,
             Err(error) => {
-                ui::say("cache", format!("failed to use {}: {error:#}", entry.display()));
+                ui::say("cache", format!("failed to use the entry {}: {error:#}", entry.display()));
                 false
             }
         }
     }
 
-    /// Adds the outputs, unless the cache has them. A failure is no error of the step.
+    /// Adds the outputs to the cache, unless the cache has them. A failure is only printed, and the step succeeds.
     fn keep(&self, step: &Step) {
         let entry = self.entry(step);
         if entry.exists() {
@@ -177,9 +177,9 @@ impl Cache {
         touch(part.path());
         let entry = self.entry(step);
         match fs::rename(part.path(), &entry) {
-            // The directory has another name now: there is nothing to remove.
+            // The directory has another name now, so nothing needs to be removed.
             Ok(()) => drop(part.keep()),
-            // Another process was faster.
+            // Another process has added the entry.
             Err(_) if entry.exists() => {}
             Err(error) => return Err(error).with_context(|| format!("failed to create {}", entry.display())),
         }
@@ -188,10 +188,10 @@ impl Cache {
 }
 
 fn name(output: &Path) -> Result<&OsStr> {
-    output.file_name().with_context(|| format!("{} has no name", output.display()))
+    output.file_name().with_context(|| format!("failed to get the file name of {}", output.display()))
 }
 
-/// Copies a file or directory as hard links. Between file systems it copies the content, and leaves holes as they are.
+/// Copies a file or directory as hard links. Between file systems, the content is copied, and holes stay holes.
 fn link(from: &Path, to: &Path) -> Result<()> {
     let cp = |how: &[&str]| -> Result<()> {
         let mut command = Command::new("cp");
@@ -208,9 +208,9 @@ fn link(from: &Path, to: &Path) -> Result<()> {
     })
 }
 
-/// Notes that an entry was used: its modification time says when.
+/// Records in the modification time of an entry that the entry was used now.
 fn touch(entry: &Path) {
-    // If the cache belongs to somebody else, its owner's uses count.
+    // If the cache belongs to another user, this fails. Then only the owner's uses count.
     let _ = File::open(entry).and_then(|dir| dir.set_modified(SystemTime::now()));
 }
 
@@ -220,7 +220,7 @@ struct Entry {
     used: SystemTime,
 }
 
-/// Returns the entries of a kind, those used last first.
+/// Returns the entries of a kind, sorted by their last use, the latest first.
 fn entries(kind: &Path) -> Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for entry in fs::read_dir(kind).with_context(|| format!("failed to read {}", kind.display()))? {
@@ -235,7 +235,7 @@ fn entries(kind: &Path) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Creates a directory that is no entry, and is removed when it is dropped.
+/// Creates a directory that does not count as an entry. It is removed when the returned value is dropped.
 fn part(kind: &Path) -> Result<TempDir> {
     let part = tempfile::Builder::new().prefix(PART).tempdir_in(kind);
     part.with_context(|| format!("failed to create a directory in {}", kind.display()))
@@ -245,15 +245,16 @@ fn is_part(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(PART.as_bytes())
 }
 
-/// Removes the entries of a kind that are too old or too many, and what killed processes left a day ago.
+/// Removes the entries of a kind that are too old or too many. Also removes directories that killed processes left more
+/// than a day ago.
 fn prune(kind: &Path, now: SystemTime) -> Result<()> {
     let age = |used: SystemTime| now.duration_since(used).unwrap_or_default();
     for (number, entry) in entries(kind)?.into_iter().enumerate() {
         if number >= MAX_VERSIONS || age(entry.used) > MAX_AGE {
-            // Renamed first, so that no process finds an incomplete entry.
+            // The entry is renamed first, so that no process finds an incomplete entry.
             let part = part(kind)?;
             match fs::rename(&entry.path, part.path().join("entry")) {
-                // Another process removed it.
+                // Another process has removed the entry.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 renamed => renamed.with_context(|| format!("failed to remove {}", entry.path.display()))?,
             }
@@ -270,7 +271,7 @@ fn prune(kind: &Path, now: SystemTime) -> Result<()> {
     Ok(())
 }
 
-/// Returns the kinds that the cache has, in alphabetical order.
+/// Returns the directories of the kinds in the cache, in alphabetical order.
 fn kinds(dir: &Path) -> Result<Vec<PathBuf>> {
     let list = fs::read_dir(dir).with_context(|| format!("failed to read {}", dir.display()))?;
     let mut kinds: Vec<PathBuf> = list.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
@@ -279,7 +280,7 @@ fn kinds(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(kinds)
 }
 
-/// Returns the bytes that a file or directory occupies. Holes do not count.
+/// Returns the number of bytes that a file or directory occupies. Holes do not count.
 fn size(path: &Path) -> Result<u64> {
     let metadata = fs::symlink_metadata(path).with_context(|| format!("failed to stat {}", path.display()))?;
     let mut size = metadata.blocks() * 512;
@@ -291,7 +292,7 @@ fn size(path: &Path) -> Result<u64> {
     Ok(size)
 }
 
-/// `cargo xtask cache`: lists the entries, after removing those that are too old or too many if `pruned`.
+/// `cargo xtask cache`: lists the entries. If `pruned` is true, first removes entries that are too old or too many.
 pub fn list_entries(pruned: bool) -> Result<()> {
     let dir = directory(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME"))?;
     let kinds = if dir.exists() { kinds(&dir)? } else { Vec::new() };

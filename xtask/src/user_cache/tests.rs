@@ -21,7 +21,10 @@ impl Clone {
         let outputs = [&*self.outputs[0], &*self.outputs[1]];
         let stamp = Stamp::at(self.dir.join("stamps/kernel"));
         Step { kind: "kernel", key, outputs: &outputs, stamp }.run_with(cache, || {
-            assert!(!self.outputs[0].exists(), "building would write to the entry's file");
+            assert!(
+                !self.outputs[0].exists(),
+                "the old output still exists, so the build would write to a file of the cache"
+            );
             self.builds.set(self.builds.get() + 1);
             files::make_dir(&self.outputs[1].join("deep"))?;
             fs::write(&self.outputs[0], key)?;
@@ -53,7 +56,7 @@ fn another_clone_takes_the_outputs_from_the_cache() {
     assert_eq!(one.run(Some(&cache), "k1").unwrap(), Origin::Present);
     assert_eq!(two.run(Some(&cache), "k1").unwrap(), Origin::Cache);
     assert_eq!((two.content(), two.builds.get()), (("k1".into(), "k1".into()), 0));
-    // Other inputs, and back.
+    // The inputs change, and then change back.
     assert_eq!(two.run(Some(&cache), "k2").unwrap(), Origin::Build);
     assert_eq!(two.content(), ("k2".into(), "k2".into()));
     assert_eq!(one.run(Some(&cache), "k2").unwrap(), Origin::Cache);
@@ -83,7 +86,7 @@ fn two_clones_at_once_build_once() {
 }
 
 #[test]
-fn existing_outputs_are_adopted() {
+fn existing_outputs_are_added_to_a_new_cache() {
     let dir = tempfile::tempdir().unwrap();
     let (one, two) = (Clone::new(dir.path().join("one")), Clone::new(dir.path().join("two")));
     assert_eq!(one.run(None, "k1").unwrap(), Origin::Build);
@@ -94,7 +97,7 @@ fn existing_outputs_are_adopted() {
 }
 
 #[test]
-fn an_incomplete_entry_or_a_failed_build_is_no_output() {
+fn incomplete_entries_and_failed_builds_are_not_used() {
     let dir = tempfile::tempdir().unwrap();
     let cache = cache(dir.path());
     let clone = Clone::new(dir.path().join("one"));
@@ -146,7 +149,7 @@ fn without_a_cache_directory_outputs_are_built() {
     let clone = Clone::new(dir.path().join("one"));
     assert_eq!(clone.run(None, "k1").unwrap(), Origin::Build);
     assert_eq!(clone.run(None, "k1").unwrap(), Origin::Present);
-    // A cache that breaks later is no error either.
+    // A cache that becomes unusable later does not cause an error either.
     let broken = Cache { dir: file };
     assert_eq!(clone.run(Some(&broken), "k2").unwrap(), Origin::Build);
     assert_eq!(clone.content().0, "k2");
