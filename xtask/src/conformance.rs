@@ -103,7 +103,7 @@ fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     for _ in 1..TRIES {
         match end {
             Err(error) if error.is::<Crashed>() => {
-                ui::say("conformance", format!("retrying the column after a crash of the node: {error:#}"))
+                ui::say("conformance", format!("retrying the column after a crash of the node: {error:#}"));
             }
             end => return end.map(drop),
         }

@@ -31,7 +31,9 @@ const KINDS: [&str; 2] = ["tmpfs", "hugetlbfs"];
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A name is not a single path component, or a file system type is not supported.
-    #[error("invalid name or file system type {0:?}: a name must be one path component, a type tmpfs or hugetlbfs")]
+    #[error(
+        "invalid name or file system type {0:?}: a name must be one path component, and a type must be tmpfs or hugetlbfs"
+    )]
     Invalid(String),
     /// A mount point was not created.
     #[error("failed to create directory {0}")]
@@ -87,7 +89,7 @@ impl Volumes {
     }
 }
 
-/// Lock that is held while a subpath is bound, and while unused shared volumes are unmounted. Containers are created
+/// Lock that is held while a subpath is bound, and while unused volumes of the share are unmounted. Containers are created
 /// and deleted concurrently. Without the lock, a volume could be unmounted while one of its subpaths is being bound.
 static SHARED_VOLUMES_LOCK: Mutex<()> = Mutex::new(());
 
@@ -95,7 +97,7 @@ fn lock_shared_volumes() -> MutexGuard<'static, ()> {
     lock(&SHARED_VOLUMES_LOCK)
 }
 
-/// Unmounts the shared volumes in `paths`, except volumes whose subpaths containers use. Blocks.
+/// Unmounts the volumes of the share in `paths`. Keeps each volume that has a subpath in use by a container. Blocks.
 pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     let _guard = lock_shared_volumes();
     if !paths.is_empty() {
@@ -105,7 +107,7 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     shared_volumes::unmount(&paths);
 }
 
-/// Returns the shared volumes whose subpaths containers use. Finds them from the names `<container>/<subpath>` below
+/// Returns the volumes of the share that have a subpath in use by a container. Finds them from the names `<container>/<subpath>` below
 /// `dir`.
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());

@@ -17,7 +17,7 @@ const SHIM: &str = "containerd-shim-husk-v2";
 const RUNTIME: &str = "io.containerd.husk.v2";
 /// containerd's API socket, at the path that distributions use.
 const SOCKET: &str = "/run/containerd/containerd.sock";
-/// The oldest supported version, the one of docs/install.md: the end-to-end suites test none before it.
+/// Oldest supported version, as in docs/install.md. The end-to-end suites do not test older versions.
 const MIN_VERSION: (u32, u32) = (1, 7);
 /// Timeout of a containerd command.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parses_versions_of_distributions() {
+    fn parses_containerd_versions_as_distributions_format_them() {
         for (text, status) in [
             ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Status::Ok),
             ("containerd github.com/containerd/containerd/v2 v2.1.9 abc", Status::Ok),
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn required_version_is_that_of_the_documents() {
+    fn required_version_matches_install_documentation() {
         assert!(include_str!("../../../docs/install.md").contains(&format!("- {}.\n", required())));
         assert_eq!(version("containerd containerd.io 1.6.33 abc").remedy, "install containerd 1.7 or later");
     }

@@ -109,7 +109,7 @@ fn vhost_net() -> Finding {
         Err(error) => Finding::warn(
             name,
             format!("failed to open /dev/vhost-net: {error}"),
-            "run `modprobe vhost_net`: without this module, the VMM processes forward all network frames",
+            "run `modprobe vhost_net`: without this module, all network frames pass through the VMM",
         ),
     }
 }
