@@ -89,8 +89,9 @@ impl Volumes {
     }
 }
 
-/// Lock that is held while a subpath is bound, and while unused volumes of the share are unmounted. Containers are created
-/// and deleted concurrently. Without the lock, a volume could be unmounted while one of its subpaths is being bound.
+/// Lock that is held while a subpath is bound, and while unused volumes of the share are unmounted. Containers are
+/// created and deleted concurrently. Without the lock, a volume could be unmounted while one of its subpaths is being
+/// bound.
 static SHARED_VOLUMES_LOCK: Mutex<()> = Mutex::new(());
 
 fn lock_shared_volumes() -> MutexGuard<'static, ()> {
@@ -107,7 +108,8 @@ pub fn unmount_unused(mut paths: Vec<PathBuf>) {
     shared_volumes::unmount(&paths);
 }
 
-/// Returns the volumes of the share that have a subpath in use by a container. Finds them from the names `<container>/<subpath>` below
+/// Returns the volumes of the share that have a subpath in use by a container. Finds them from the names
+/// `<container>/<subpath>` below
 /// `dir`.
 fn shared_volumes_in_use(dir: &Path) -> HashSet<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
