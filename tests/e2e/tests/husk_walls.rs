@@ -347,7 +347,7 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
         assert_eq!(container.sh("cat /config/key"), "first");
         let script = format!(
             "cd /kinds && mv kubernetes.io~configmap moved && ln -s {} kubernetes.io~configmap
-             echo second > moved/settings/key; until [ $(cat /config/key) = second ]; do sleep 0.1; done; ls /config",
+             echo second > moved/settings/key; until [ \"$(cat /config/key)\" = second ]; do sleep 0.1; done; ls /config",
             outside.parent().unwrap().display()
         );
         assert_eq!(container.sh(&script), "key");
