@@ -32,6 +32,8 @@ struct Logger {
     namespace: String,
     dropped: AtomicU64,
     limiter: Mutex<Limiter<Identifier>>,
+    /// Limits the records of the `log` crate, by file and line.
+    record_limiter: Mutex<Limiter<(Option<&'static str>, Option<u32>)>>,
 }
 
 /// Starts logging to the bundle's `log` fifo. Every line names the sandbox.
@@ -48,6 +50,7 @@ pub fn init(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
         namespace: namespace.to_owned(),
         dropped: AtomicU64::new(0),
         limiter: Mutex::default(),
+        record_limiter: Mutex::default(),
     };
     // The logger is leaked, because both crates need a `'static` logger. The process only creates one.
     let logger: &'static Logger = Box::leak(Box::new(logger));
@@ -89,6 +92,23 @@ impl Logger {
             self.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
         }
     }
+
+    /// Writes a line if the limit on its source allows it.
+    fn write_limited(&self, decision: &Decision, source: &str, level: &str, message: &str, fields: &str) {
+        match decision {
+            Decision::Log(0) => self.write_line(level, message, fields),
+            Decision::Log(left_out) => self.write_line(level, message, &format!("{fields} left_out={left_out}")),
+            Decision::First => {
+                let source = format!(" source={source}");
+                self.write_line(
+                    "warning",
+                    "too many log lines from one source: further lines from this source are left out",
+                    &source,
+                );
+            }
+            Decision::Drop => {}
+        }
+    }
 }
 
 impl Sink for Logger {
@@ -105,19 +125,7 @@ impl Sink for Logger {
             _ => "trace",
         };
         let decision = lock(&self.limiter).decide(metadata.callsite(), Instant::now());
-        match decision {
-            Decision::Log(0) => self.write_line(level, message, fields),
-            Decision::Log(left_out) => self.write_line(level, message, &format!("{fields} left_out={left_out}")),
-            Decision::First => {
-                let source = format!(" source={}", metadata.target());
-                self.write_line(
-                    "warning",
-                    "too many log lines from one source: further lines from this source are left out",
-                    &source,
-                );
-            }
-            Decision::Drop => {}
-        }
+        self.write_limited(&decision, metadata.target(), level, message, fields);
     }
 
     fn field(&self, fields: &mut String, name: &str, value: Value<'_>) {
@@ -151,7 +159,9 @@ impl log::Log for Logger {
     fn log(&self, record: &log::Record<'_>) {
         if log::Log::enabled(self, record.metadata()) {
             let level = record.level().as_str().to_ascii_lowercase();
-            self.write_line(&level, &record.args().to_string(), "");
+            let call_site = (record.file_static(), record.line());
+            let decision = lock(&self.record_limiter).decide(call_site, Instant::now());
+            self.write_limited(&decision, record.target(), &level, &record.args().to_string(), "");
         }
     }
 
