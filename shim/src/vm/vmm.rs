@@ -159,7 +159,14 @@ impl Vmm {
         };
         let vmm = self.inner.pid;
         let found = tokio::task::spawn_blocking(move || thread_id::on_host(vmm, inner)).await;
-        let pid = found.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(VmmError::Thread)?;
+        let pid = match found.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+            Ok(pid) => pid,
+            Err(error) => {
+                // The error of finding the thread is the one that is reported.
+                let _ = self.call(Call::ReleasePid { pid: inner }, &[]).await;
+                return Err(VmmError::Thread(error));
+            }
+        };
         lock(&self.inner.threads).insert(pid, inner);
         Ok(pid)
     }
