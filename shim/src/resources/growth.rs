@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(host(&[limits(500, None), limits(None, 1)]), HostLimits::default());
         assert_eq!(host_bytes(256), (256 + 1 + 32) << 20);
         assert_eq!(host_bytes(u64::MAX), u64::MAX);
-        // The example RuntimeClass has an overhead of 80 MiB, of which the guest gets 64 MiB.
+        // The example RuntimeClass has an overhead of 80 MiB. The guest gets 64 MiB of it.
         assert!((320..=324).contains(&guest_mib((256 + 80) << 20)));
         assert_eq!(guest_mib(1), 0);
         assert!(guest_mib(u64::MAX) > 1 << 30);

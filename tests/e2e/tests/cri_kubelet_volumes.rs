@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 /// Prints a hash over the visible files of the directory `$0` (name, mode, owner, size, content). Then prints the
-/// number of hashed lines, of which each file has two.
+/// number of hashed lines. Each file has two.
 const HASH_FILES: &str = r"
     cd $0 && export LC_ALL=C && find -L . -path './..?*' -prune -o -type f \
         -exec stat -L -c '%n %a %u:%g %s' {} + -exec sha256sum {} + | sort > /tmp/files

@@ -284,7 +284,7 @@ fn mounts_have_their_propagation() {
         });
         let output = run.output().expect_clean();
         assert!(output.out().contains("/private private"), "{}", output.describe());
-        // If the root is a private mount on the node, there is no peer group of which it could be a slave. Then
+        // If the root is a private mount on the node, the root cannot be a slave of a peer group. Then
         // mountinfo shows no tag.
         let script = "awk '$5 == \"/\" {print $7}' /proc/self/mountinfo | cut -d: -f1";
         let run = case.with_spec(script, |spec| spec["linux"]["rootfsPropagation"] = json!("rslave"));
