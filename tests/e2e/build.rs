@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use protobuf::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // This directory has the messages that the shim reads as well as the suites.
+    // This directory defines the messages that the shim also reads.
     let shared = "../../proto/protos";
     println!("cargo:rerun-if-changed=protos");
     println!("cargo:rerun-if-changed={shared}/cri_sandbox.proto");

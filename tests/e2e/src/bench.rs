@@ -6,7 +6,8 @@ use std::fmt::Write as _;
 
 use husk_config::timeline::Timeline;
 
-/// Returns the median. For an even number of values, it is the mean of the two middle values. Without values, it is 0.
+/// Returns the median. For an even number of values, this is the mean of the two middle values. Without values, it is
+/// 0.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -27,8 +28,8 @@ pub struct StepTime {
     pub at: f64,
 }
 
-/// Computes the median time of each step over several starts. Each element of `starts` has the time at which `ctr` was
-/// started (CLOCK_MONOTONIC, ns). Omits steps that are not in all starts.
+/// Computes the median time of each step over several starts. Each start is given as the time at which its `ctr` was
+/// started (CLOCK_MONOTONIC, in ns) and its timeline. Omits steps that do not occur in all starts.
 pub fn step_times(starts: &[(u64, Timeline)]) -> Vec<StepTime> {
     let Some((_, first)) = starts.first() else { return Vec::new() };
     let mut times: Vec<StepTime> = Vec::new();

@@ -32,11 +32,11 @@ pub struct Case {
 /// A mounted rootfs.
 struct Rootfs {
     path: PathBuf,
-    /// Whether ctr has mounted the rootfs. If so, ctr also has to remove it, together with the lease that ctr made.
+    /// Whether ctr has mounted the rootfs. If so, ctr also unmounts it, and removes the lease that ctr made for it.
     by_ctr: bool,
 }
 
-/// Runs `body` as the test `name`. Fails if the test leaves anything in the node.
+/// Runs `body` as the test `name`. Fails if the test leaves anything on the node.
 #[track_caller]
 pub fn case(name: &str, body: impl FnOnce(&Case)) {
     case_of(name, &crate::runtime(), body);
@@ -58,7 +58,7 @@ pub fn case_of(name: &str, runtime: &str, body: impl FnOnce(&Case)) {
     let result = catch_unwind(AssertUnwindSafe(|| body(&case)));
     let forced = case.clean_up(result.is_err());
     if let Err(panic) = result {
-        // The test harness reports the failure itself. Print the leftovers too, because they may explain the failure.
+        // The test fails with its own error. Its leftovers are also printed, because they may explain the failure.
         if let Err(left) = before.compare_until_equal(Duration::from_secs(5)) {
             eprintln!("leftovers of the failed test:\n{left}");
         }
@@ -146,7 +146,7 @@ impl Case {
                 false
             }
             None => {
-                // The first mount needs ctr, because only ctr finds the image's layers.
+                // The id of the uppermost layer is not known yet, and only ctr can derive it from the image.
                 run_ctr(&["images", "mount", "--rw", BUSYBOX, &key]).expect_code(0);
                 let layer = containerd::snapshot_parent(NAMESPACE, &key);
                 let layer =
@@ -172,7 +172,7 @@ impl Case {
             if *by_ctr {
                 run_ctr(&["images", "unmount", "--rm", &key]);
             } else {
-                // Ignore errors: the check for leftovers reports a mount that remains.
+                // If this fails, the check for leftovers reports the mount.
                 let _ = umount(path);
                 let _ = containerd::remove_snapshot(NAMESPACE, &key);
             }

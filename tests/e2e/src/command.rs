@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::containerd_log::log_tail;
 
-/// Timeout of each command. The emulated node is about 15 times slower than hardware, and up to ten pods share the
-/// node.
+/// Timeout of each command. An emulated node is about 15 times slower than hardware, and up to ten pods share the node.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Returns a `ctr` command line in the suites' containerd namespace.
@@ -217,7 +216,8 @@ impl Running {
         panic!("{text:?} was not printed\n{}", output.describe());
     }
 
-    /// Like [`Running::wait_for`], with a timeout. Returns `None` if the timeout expires. The program keeps running.
+    /// Like [`Running::wait_for`], with a timeout. Returns `None` if the timeout expires. The program then keeps
+    /// running.
     pub fn try_wait_for(&mut self, text: &str, limit: Duration) -> Option<String> {
         let deadline = Instant::now() + limit;
         loop {
@@ -282,7 +282,7 @@ impl Running {
         while self.open > 0 {
             if !self.receive(deadline) {
                 let output = self.kill();
-                panic!("the program is still running after {limit:?}\n{}", output.describe());
+                panic!("the program still runs after {limit:?}\n{}", output.describe());
             }
         }
         self.finish()
@@ -312,8 +312,8 @@ impl Drop for Running {
     }
 }
 
-/// Sends the data read from `source`, then `None` at its end. For a terminal, the end is EIO, which means that all fds
-/// of the slave side are closed.
+/// Sends the data read from `source`, then `None` at its end. On a terminal, the end is the error EIO, which means that
+/// all fds of the slave side are closed.
 fn pump(mut source: impl Read, send: &dyn Fn(Option<Vec<u8>>) -> bool) {
     let mut buffer = vec![0; 256 * 1024];
     while let Ok(length @ 1..) = source.read(&mut buffer) {

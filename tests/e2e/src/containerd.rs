@@ -1,5 +1,5 @@
-//! Calls containerd's own services for requests that the suites make often. `ctr` would start a process for each
-//! request, and a process takes 0.1 to 0.3 s in an emulated node.
+//! Calls containerd's services directly for frequent requests. `ctr` would start a process for each request, which
+//! takes 0.1 to 0.3 s in an emulated node.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// The snapshotter that `ctr` and the CRI use by default.
 const SNAPSHOTTER: &str = "overlayfs";
 
-/// A containerd task, which represents a running or ended container.
+/// A container's task, which may be running or have exited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
     /// The container's id.
     pub id: String,
-    /// The pid on the node of the container's first process.
+    /// The pid of the task's first process on the node.
     pub pid: i32,
     /// `CREATED`, `RUNNING`, `STOPPED`, `PAUSED` …
     pub status: String,
@@ -89,7 +89,7 @@ pub fn prepare_snapshot(namespace: &str, key: &str, parent: &str) -> Result<Stri
     let request = json!({ "snapshotter": SNAPSHOTTER, "key": key, "parent": parent, "labels": labels });
     let answer = call(namespace, "snapshots.v1.Snapshots", "Prepare", &request)?;
     let mounts: Vec<&Value> = items(&answer["mounts"]).collect();
-    assert!(mounts.len() == 1 && mounts[0]["type"] == "overlay", "expected one overlay mount, received {answer}");
+    assert!(mounts.len() == 1 && mounts[0]["type"] == "overlay", "the snapshot is not one overlay mount: {answer}");
     Ok(items(&mounts[0]["options"]).map(text).collect::<Vec<_>>().join(","))
 }
 

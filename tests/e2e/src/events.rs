@@ -30,8 +30,8 @@ impl Events {
     pub fn watch() -> Self {
         let arriving = grpc::stream("containerd.services.events.v1.Events", "Subscribe");
         let events = Self { arriving, seen: RefCell::default(), marker: Cell::default() };
-        // containerd does not report when the subscription is active, and drops earlier events. Therefore publish
-        // markers until one of them arrives.
+        // containerd does not report when it has registered the subscription. Before that it drops the markers.
+        // Therefore markers are published until one arrives.
         let subscribed = node::eventually(TIMEOUT, || {
             let marker = events.mark();
             events.receive(Instant::now() + Duration::from_millis(100), |topic| topic == marker).then_some(())
@@ -44,7 +44,8 @@ impl Events {
     /// `exec-exit ID STATUS`, `oom`, `delete STATUS` …
     #[track_caller]
     pub fn for_container(&self, container: &str) -> Vec<String> {
-        // containerd sends events to each subscriber in order. Therefore all earlier events arrive before the marker.
+        // containerd sends events to each subscriber in order. Therefore all earlier events have arrived when the
+        // marker arrives.
         let marker = self.mark();
         let arrived = self.receive(Instant::now() + TIMEOUT, |topic| topic == marker);
         assert!(arrived, "containerd has not sent the marker event {marker}");
@@ -66,7 +67,7 @@ impl Events {
         seen.iter().filter(|(of, _)| of == container).map(|(_, what)| what.clone()).collect()
     }
 
-    /// Publishes a marker event. Returns its topic, which no other event has.
+    /// Publishes an event with a unique topic, and returns the topic.
     #[track_caller]
     fn mark(&self) -> String {
         self.marker.set(self.marker.get() + 1);
@@ -75,8 +76,8 @@ impl Events {
         topic
     }
 
-    /// Records the arriving events until `enough` returns true for an event's topic. Returns false if the deadline
-    /// passes before that.
+    /// Records arriving events until `enough` accepts the topic of an event. Returns false if it has accepted none by
+    /// the deadline.
     fn receive(&self, deadline: Instant, enough: impl Fn(&str) -> bool) -> bool {
         while let Ok(bytes) = self.arriving.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             let envelope = Envelope::parse_from_bytes(&bytes).unwrap();

@@ -1,4 +1,4 @@
-//! Finds leftovers of a test in the node: processes, mounts, directories, cgroups, interfaces, loop devices and
+//! Finds leftovers of a test on the node: processes, mounts, directories, cgroups, interfaces, loop devices and
 //! containerd's records.
 
 use std::collections::{BTreeSet, HashSet};

@@ -42,10 +42,8 @@ pub fn need_image_in(namespace: &str, reference: &str) {
     known.push(reference.to_owned());
 }
 
-/// Polls `probe` until it returns a value or the timeout expires. Use this function for conditions without an event to
-/// wait for.
-///
-/// The interval grows with the time that has passed, so that a short wait ends soon and a long wait uses little CPU.
+/// Polls `probe` until it returns a value or the timeout expires. Use this function only for conditions that no event
+/// reports.
 pub fn eventually<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let begin = Instant::now();
     loop {

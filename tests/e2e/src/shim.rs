@@ -1,4 +1,4 @@
-//! Calls a shim like containerd does, for requests that `ctr` has no command for.
+//! Calls a shim as containerd does, for requests for which `ctr` has no command.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::{KUBERNETES, NAMESPACE};
 
-/// Type URL of JSON-encoded `LinuxResources`, as containerd sends them.
+/// Type URL with which containerd sends JSON-encoded `LinuxResources`.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// The service version that containerd 1.7 calls, and the only version that its runc shim implements.

@@ -1,4 +1,4 @@
-//! Finds Husk's processes in the node (VMM and shim of a container) and reads their memory use.
+//! Finds Husk's processes on the node (VMM and shim of a container) and reads their memory use.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! Measures a pod's network with vhost-net and with the VMM's data path in turn.
+//! Measures a pod's network with vhost-net and with the VMM's data path, in alternating runs.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -106,10 +106,10 @@ fn traffic(variants: &mut [Variant; 2], runs: u32, mib: usize, vcpus: u32) {
                 let trip = round_trip(ip);
                 let threads = fs::read_dir(format!("/proc/{}/task", pod.pid())).unwrap().count();
                 println!(
-                    "round {round}: {} {egress:.1} {ingress:.1} MiB/s, {trip:.0} µs, {threads} threads",
+                    "round {round}: {} out {egress:.1} MiB/s, in {ingress:.1} MiB/s, round trip {trip:.0} µs, {threads} threads",
                     variant.name
                 );
-                // Round 0 warms the node's caches and includes the switch to vhost-net: it is not counted.
+                // Round 0 is not counted, because it warms the node's caches and includes the switch to vhost-net.
                 if round > 0 {
                     variant.egress.push(egress);
                     variant.ingress.push(ingress);

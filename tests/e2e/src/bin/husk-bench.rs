@@ -80,8 +80,9 @@ const RUNTIMES: [Runtime; 3] = [
 /// Path of a script that runs runsc with further options. containerd's shim for runc cannot set these options.
 const RUNSC: &str = "/run/husk-bench-runsc";
 
-/// `--network=none`: without this option, runsc refuses to start in the empty network namespace of `ctr run`.
-/// `--platform=systrap`: this platform does not use KVM, so that Husk's guests have the node's KVM for themselves.
+/// `--network=none` is needed because the network namespace of `ctr run` is empty. runsc with a network refuses to
+/// start in an empty namespace. `--platform=systrap` needs no KVM, so that Husk's guests have the node's KVM for
+/// themselves.
 const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --network=none --platform=systrap \"$@\"\n";
 
 /// File to which Husk's shims append timelines during the benchmark.
@@ -101,7 +102,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// Creates one pod per runtime, and measures the output of a container in each pod in turn.
+/// Creates one pod per runtime, and measures the output of a container in each pod, in alternating runs.
 fn exec(runs: u32, mib: u64) {
     let mut rates = [("runc", Vec::new()), ("husk", Vec::new())];
     pods_with_handler("bench-exec", "husk", |pods| {
@@ -140,7 +141,7 @@ fn exec_once(container: &PodContainer, mib: u64) -> f64 {
             bytes += data.len() as u64;
         }
     }
-    assert_eq!(bytes, mib << 20, "the command's output does not have the expected length");
+    assert_eq!(bytes, mib << 20, "number of output bytes");
     mib as f64 / begin.elapsed().as_secs_f64()
 }
 

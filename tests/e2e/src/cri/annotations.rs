@@ -13,8 +13,7 @@ fn allow(names: &[&str]) -> Config {
     Config::set(&format!("allowed_annotations = {names:?}\n"))
 }
 
-/// Tests that each annotation takes effect if it is allowed, and that the pod is rejected if the annotation is not
-/// allowed.
+/// Tests that each annotation takes effect if it is allowed, and that a pod with a disallowed annotation is rejected.
 #[track_caller]
 pub fn check_allow_list(pods: &Pods) {
     {
@@ -41,7 +40,7 @@ pub fn check_allow_list(pods: &Pods) {
         };
         let error = refused(&others, value);
         assert!(error.contains(name) && error.contains("not allowed on this node"), "{error}");
-        // This value is neither a valid number nor a valid kernel parameter.
+        // The value is neither a valid number nor a valid kernel parameter.
         let error = refused(&[name], "zw\u{f6}lf");
         assert!(error.contains(name), "{error}");
     }

@@ -8,14 +8,13 @@ use serde_json::{Value, json};
 use super::{Pods, call, pods};
 use crate::node;
 
-/// Path of the test's network configuration. CNI uses the file whose name sorts first. This name sorts before the name
-/// of the node's file.
+/// containerd uses the first file in the order of names. Therefore this file takes precedence over the node's file.
 const FILE: &str = "/etc/cni/net.d/00-test.conflist";
 
 /// Runs `body` while pods get a network from this chain of plugins.
 ///
 /// # Panics
-/// If containerd does not load the network, or if [`pods`] panics.
+/// If containerd does not load the network, and in the cases in which [`pods`] panics.
 #[track_caller]
 pub fn network(name: &str, plugins: Value, body: impl FnOnce(&Pods)) {
     let wait = |wanted: &str| {

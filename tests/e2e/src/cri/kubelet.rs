@@ -1,4 +1,5 @@
-//! Writes ConfigMap-like volumes as the kubelet does (Kubernetes, `pkg/volume/util/atomic_writer.go`).
+//! Writes the volumes of ConfigMaps and similar objects as the kubelet does (Kubernetes,
+//! `pkg/volume/util/atomic_writer.go`).
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -10,8 +11,8 @@ use std::path::{Component, Path};
 /// A file of a volume: its path in the volume, its content and its permissions.
 pub type Entry<'a> = (&'a str, &'a [u8], u32);
 
-/// Replaces the content of `volume` by `entries`. Writes them to a new directory `version`, then atomically renames a
-/// new symbolic link to `..data`. The visible names are symbolic links through `..data`.
+/// Replaces the content of `volume` by `entries`. Writes the entries to a new directory `version`. Then atomically
+/// replaces the symbolic link `..data` by one to this directory. The visible names are symbolic links through `..data`.
 #[track_caller]
 pub fn write_atomically(volume: &Path, version: &str, entries: &[Entry]) {
     fs::create_dir_all(volume).unwrap();
@@ -25,7 +26,9 @@ pub fn write_atomically(volume: &Path, version: &str, entries: &[Entry]) {
         fs::create_dir_all(file.parent().unwrap()).unwrap();
         fs::write(&file, content).unwrap();
         fs::set_permissions(&file, PermissionsExt::from_mode(*mode)).unwrap();
-        let Some(Component::Normal(first)) = Path::new(path).components().next() else { panic!("{path}") };
+        let Some(Component::Normal(first)) = Path::new(path).components().next() else {
+            panic!("invalid path {path:?}")
+        };
         visible.insert(first.to_owned());
     }
     symlink(version, volume.join("..data_tmp")).unwrap();
@@ -36,7 +39,7 @@ pub fn write_atomically(volume: &Path, version: &str, entries: &[Entry]) {
             made => made.unwrap(),
         }
     }
-    // Removes the links of removed files, then the old directory.
+    // Removes the links to removed files, and then the directory of the old version.
     let there: Vec<OsString> = fs::read_dir(volume).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     for name in there.iter().filter(|name| !name.to_string_lossy().starts_with("..") && !visible.contains(*name)) {
         fs::remove_file(volume.join(name)).unwrap();

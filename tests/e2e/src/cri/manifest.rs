@@ -1,4 +1,5 @@
-//! Runs a pod from a YAML manifest like the kubelet: creates volumes and translates the specification to CRI requests.
+//! Runs a pod from a YAML manifest as the kubelet does: creates volumes, and translates the specification to CRI
+//! requests.
 //!
 //! Supports the fields of the examples in deploy/kubernetes, init containers and sidecars. Fails if the manifest has
 //! other fields.
@@ -18,7 +19,7 @@ use crate::node;
 
 /// The kubelet's directory of pod volumes.
 const POD_VOLUMES: &str = "/var/lib/kubelet/pods";
-/// The kubelet's default probe period. Exec probes are not repeated faster, because each exec probe starts a program.
+/// The kubelet's default probe period. The tests do not probe more often, because each exec probe starts a program.
 const PROBE_PERIOD: Duration = Duration::from_secs(10);
 /// Paths that the kubelet masks in unprivileged containers (Kubernetes, pkg/securitycontext/util.go).
 const MASKED: [&str; 9] = [
@@ -95,8 +96,8 @@ pub fn apply(pods: &Pods, manifest: &str, images: &[(&str, &str)]) -> AppliedMan
     config["linux"]["security_context"]["privileged"] = privileged.into();
     let limits: Vec<Limits> = containers.iter().map(Limits::parse).collect();
     let init = spec["initContainers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    // Limits of the containers that run at the same time. Regular init containers have exited by then. In the tests,
-    // they need no more than the other containers.
+    // Only the containers that run at the same time count. Regular init containers have exited by then, and in the
+    // tests they need no more resources than the other containers.
     let at_once: Vec<Limits> = init.iter().filter(|one| is_sidecar(one)).chain(containers).map(Limits::parse).collect();
     if at_once.iter().all(|limits| limits.memory > 0) {
         config["linux"]["resources"] =
@@ -316,7 +317,8 @@ fn volumes(spec: &Value, dir: &Path) -> BTreeMap<String, PathBuf> {
         known(&volume["emptyDir"], &["sizeLimit"]);
         let path = dir.join("volumes/kubernetes.io~empty-dir").join(text(&volume["name"]));
         fs::create_dir_all(&path).unwrap();
-        // Kubernetes, pkg/volume/emptydir: mode 0777. fsGroup sets the group and the setgid bit.
+        // The kubelet sets mode 0777. With an fsGroup, it also sets the group and the setgid bit (Kubernetes,
+        // pkg/volume/emptydir).
         fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
         if let Some(group) = spec["securityContext"]["fsGroup"].as_u64() {
             std::os::unix::fs::chown(&path, None, Some(u32::try_from(group).unwrap())).unwrap();
@@ -379,7 +381,7 @@ fn security(into: &mut Value, pod: &Value, container: &Value) {
     }
 }
 
-/// Resource limits of a container. 0 means that there is no limit.
+/// Resource limits of a container. 0 means no limit.
 struct Limits {
     memory: i64,
     milli_cpu: i64,
@@ -405,7 +407,7 @@ impl Limits {
     }
 }
 
-/// Parses a memory quantity to bytes; 0 if it is empty.
+/// Parses a memory quantity and returns it in bytes. Returns 0 for an empty string.
 fn bytes(quantity: &str) -> i64 {
     let (number, shift) = match quantity.split_at(quantity.len().saturating_sub(2)) {
         (number, "Mi") => (number, 20),
@@ -415,7 +417,8 @@ fn bytes(quantity: &str) -> i64 {
     number.parse::<i64>().unwrap_or(0) << shift
 }
 
-/// Fails if `value` has a field that is not in `fields`, because an ignored field would not be tested.
+/// Fails if `value` has a field that is not in `fields`. Otherwise a test could silently ignore a field of the
+/// manifest.
 #[track_caller]
 fn known(value: &Value, fields: &[&str]) {
     let keys = value.as_object().into_iter().flat_map(Map::keys);

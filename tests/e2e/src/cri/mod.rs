@@ -39,7 +39,7 @@ pub fn try_call(method: &str, request: &Value) -> Result<Value, Status> {
     try_call_within(TIMEOUT, "RuntimeService", method, request)
 }
 
-/// Calls a method of the runtime service. Panics if it fails.
+/// Calls a method of the runtime service. Panics if the call fails.
 #[track_caller]
 pub fn call(method: &str, request: &Value) -> Value {
     try_call(method, request).unwrap_or_else(|status| {
@@ -47,7 +47,7 @@ pub fn call(method: &str, request: &Value) -> Value {
     })
 }
 
-/// Calls a method of the runtime service. Panics if it succeeds; returns the error message in lower case.
+/// Calls a method of the runtime service. Panics if the call succeeds. Returns the error message in lower case.
 #[track_caller]
 pub fn expect_error(method: &str, request: &Value) -> String {
     match try_call(method, request) {

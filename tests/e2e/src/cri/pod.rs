@@ -1,5 +1,4 @@
-//! Pods of one test. Runs pods, creates containers, and runs commands in them. At the end, removes the pods and checks
-//! for leftovers.
+//! Runs the pods of one test, with their containers and execs. Removes the pods at the end and checks for leftovers.
 
 use std::cell::{Cell, OnceCell};
 use std::fs;
@@ -20,8 +19,8 @@ const SETTLE: Duration = Duration::from_secs(20);
 /// The label that identifies a test's pods.
 const LABEL: &str = "husk-e2e";
 
-/// The kubelet's default security context. The kubelet's default PID namespace mode is CONTAINER. The CRI's default is
-/// POD.
+/// The kubelet's default security context. It sets the PID namespace mode, because the CRI's default is POD and the
+/// kubelet's default is CONTAINER.
 static KUBELET: LazyLock<Value> = LazyLock::new(|| json!({ "namespace_options": { "pid": "CONTAINER" } }));
 
 /// The pods of one test.
@@ -32,7 +31,7 @@ pub struct Pods {
     next: Cell<u32>,
 }
 
-/// Runs `body` as the test `name`. Fails if its pods leave anything in the node.
+/// Runs `body` as the test `name`. Fails if the test's pods leave anything on the node.
 #[track_caller]
 pub fn pods(name: &str, body: impl FnOnce(&Pods)) {
     pods_with_handler(name, handler(), body);
@@ -219,9 +218,9 @@ impl Pod {
         })
     }
 
-    /// Returns the configuration of a container that runs a Python program. The caller has to import the image with
-    /// [`need_image`] first. Python starts without the module `site`, because that module doubles the amount of data
-    /// that Python reads at its start.
+    /// Returns the configuration of a container that runs a Python program. [`need_image`] has to import the image
+    /// beforehand. Python starts without the module `site`, which would double the amount of data that Python reads at
+    /// its start.
     pub fn python(&self, program: &str) -> Value {
         let mut config = self.sh("");
         config["image"]["image"] = PYTHON.into();
@@ -246,7 +245,7 @@ impl Pod {
         container
     }
 
-    /// Starts a container that only sleeps, to exec in it.
+    /// Starts a container that only sleeps, so that tests can exec commands in it.
     #[track_caller]
     pub fn sleeper(&self) -> PodContainer {
         self.start(&self.sh("trap 'exit 0' TERM; sleep 100000 & wait"))
@@ -267,7 +266,7 @@ impl Pod {
     }
 }
 
-/// Removes the pod's parent cgroup, like the kubelet. With cgroup v1, each hierarchy has such a cgroup.
+/// Removes the pod's parent cgroup, as the kubelet does. With cgroup v1, each hierarchy has such a cgroup.
 fn remove_parent(name: &str) {
     let top = Path::new("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -332,7 +331,9 @@ impl PodContainer {
             let status = self.status();
             (status["state"] == "CONTAINER_EXITED").then_some(status)
         });
-        let status = ended.unwrap_or_else(|| panic!("{} does not exit: {}\n{}", self.id, self.status(), self.log()));
+        let status = ended.unwrap_or_else(|| {
+            panic!("container {} does not exit: {}\nits log:\n{}", self.id, self.status(), self.log())
+        });
         (number(&status["exit_code"]), text(&status["reason"]))
     }
 

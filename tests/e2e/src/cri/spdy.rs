@@ -1,7 +1,8 @@
 //! CRI port forwarding like kubectl: many connections over one SPDY/3.1 connection, each with half-close.
 //!
 //! Each connection consists of a data stream and an error stream (k8s.io/apimachinery, `pkg/util/httpstream/spdy`;
-//! k8s.io/kubelet, `pkg/cri/streaming/portforward`). Frames are those of the SPDY draft 3.1, without flow control.
+//! k8s.io/kubelet, `pkg/cri/streaming/portforward`). The frames follow the SPDY draft 3.1. Flow control is not
+//! implemented.
 
 use std::collections::HashMap;
 use std::io::{BufReader, Read, Write};
@@ -75,13 +76,13 @@ impl PortForward {
             head.push(byte[0]);
         }
         let head = String::from_utf8_lossy(&head).into_owned();
-        assert!(head.starts_with("HTTP/1.1 101"), "{url} refused the upgrade: {head}");
+        assert!(head.starts_with("HTTP/1.1 101"), "{url} did not switch to SPDY: {head}");
         let streams = Streams::default();
         let writer = Arc::new(Mutex::new(Writer { socket, next: 1, zlib_started: false }));
         let (reader_streams, reader_writer) = (Arc::clone(&streams), Arc::clone(&writer));
         thread::spawn(move || {
             while dispatch_frame(&mut reader, &reader_streams, &reader_writer).is_ok() {}
-            // Ends all streams: their receivers return `None`.
+            // Ends all streams, so that their receivers return `None`.
             lock(&reader_streams).clear();
         });
         Self { writer, streams }
@@ -208,7 +209,7 @@ fn dispatch_frame(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writ
         let id = first(&head);
         let mut streams = lock(streams);
         if let Some(stream) = streams.get(&id).filter(|_| !payload.is_empty()) {
-            // An error means that the receiver was dropped. Then the data is not needed.
+            // An error means that the receiver was dropped. Then nobody needs the data.
             let _ = stream.send(payload);
         }
         if flags & FIN != 0 {
@@ -220,7 +221,7 @@ fn dispatch_frame(reader: &mut impl Read, streams: &Streams, writer: &Mutex<Writ
         RST_STREAM => drop(lock(streams).remove(&first(&payload))),
         PING => lock(writer).socket.write_all(&[&head[..], &payload].concat())?,
         GOAWAY => return Err(std::io::ErrorKind::ConnectionAborted.into()),
-        // Ignore SYN_REPLY and other frames. A SYN_REPLY has only compressed headers, which have no information.
+        // Ignores SYN_REPLY and all other frames. A SYN_REPLY has only compressed headers, which carry no information.
         _ => {}
     }
     Ok(())
@@ -236,7 +237,7 @@ impl Writer {
     }
 
     /// Sends SYN_STREAM (2.6.1). The headers are in stored zlib blocks (RFC 1950; RFC 1951, 3.2.4), which need no
-    /// dictionary. A zlib flush writes the empty block at the end.
+    /// dictionary. The last block is empty, as after a flush of zlib.
     fn syn_stream(&mut self, id: u32, headers: &[(&str, &str)]) -> std::io::Result<()> {
         let mut plain = u32::try_from(headers.len()).unwrap().to_be_bytes().to_vec();
         for text in headers.iter().flat_map(|(name, value)| [name, value]) {

@@ -49,15 +49,15 @@ fn usage_on_node(group: &Path) -> (u64, u64) {
     usage(&files.map(|file| fs::read_to_string(group.join(file)).unwrap()).concat())
 }
 
-/// Requires that reported values lie between the values measured before and after. Memory may have grown or shrunk in
-/// between.
+/// Requires that the reported CPU time and working set lie between the values measured before and after the report.
+/// Memory may have grown or shrunk in between.
 #[track_caller]
 fn assert_between(reported: &Value, before: (u64, u64), after: (u64, u64)) {
     let cpu = value(&reported["cpu"]["usage_core_nano_seconds"]);
-    assert!((before.0..=after.0).contains(&cpu), "CPU time {cpu} is not between {before:?} and {after:?}");
+    assert!((before.0..=after.0).contains(&cpu), "CPU time {cpu} ns is not between {} ns and {} ns", before.0, after.0);
     let memory = value(&reported["memory"]["working_set_bytes"]);
     let range = before.1.min(after.1).saturating_sub(TOLERANCE)..before.1.max(after.1) + TOLERANCE;
-    assert!(range.contains(&memory), "working set {memory} is not between {before:?} and {after:?}");
+    assert!(range.contains(&memory), "working set {memory} bytes is not near {} or {} bytes", before.1, after.1);
 }
 
 /// Returns containerd's metrics of a container (`ctr tasks metrics`).
@@ -66,7 +66,8 @@ fn metrics(container: &PodContainer) -> Value {
     let mut command = Command::new("ctr");
     command.args(["-n", KUBERNETES, "tasks", "metrics", "--format", "json", &container.id]);
     let output = Running::start(command, Input::Null).wait().expect_code(0);
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", output.describe()))
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("failed to parse the metrics: {error}\n{}", output.describe()))
 }
 
 /// Returns the CRI statistics of the pod.
@@ -94,7 +95,7 @@ pub fn check_cpu_memory_and_pids(pods: &Pods) {
     let pod_stats = pod_stats(&pod);
     let (host_after, after) = (usage_on_node(&group), usage_in_container(&container));
     assert_between(&reported, before, after);
-    assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "{before:?}");
+    assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "CPU time in ns, working set in bytes: {before:?}");
     assert_eq!(reported["attributes"]["metadata"]["name"], config["metadata"]["name"]);
     assert_between(&pod_stats, host, host_after);
     assert_eq!(pod_stats["containers"].as_array().unwrap().len(), 1, "{pod_stats}");
@@ -108,7 +109,7 @@ pub fn check_cpu_memory_and_pids(pods: &Pods) {
     let before = usage_in_container(&container);
     let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
     assert_between(&reported, before, usage_in_container(&container));
-    assert!(before.1 < 20 * MIB, "{before:?}");
+    assert!(before.1 < 20 * MIB, "CPU time in ns, working set in bytes: {before:?}");
     container.stop(0);
 }
 
@@ -127,7 +128,7 @@ pub fn check_network(pods: &Pods) {
         let bytes: Vec<u64> = bytes.lines().map(|line| line.parse().unwrap()).collect();
         bytes.try_into().unwrap()
     };
-    // The number includes headers, and a few acknowledgements of the other direction.
+    // The counters include headers, and a few acknowledgements of data in the other direction.
     let expected: Range<u64> = TRAFFIC as u64..TRAFFIC as u64 * 11 / 10;
     for way in [0, 1] {
         let listener = TcpListener::bind("10.88.0.1:0").unwrap();
@@ -157,7 +158,7 @@ pub fn check_network(pods: &Pods) {
             let (this, other) = (after[way] - before[way], after[1 - way] - before[1 - way]);
             assert!(
                 expected.contains(&this) && other < TRAFFIC as u64 / 10,
-                "{name}: {this} bytes in direction {way}, {other} bytes in the other direction"
+                "{name} counter {way}: {this} bytes; counter of the other direction: {other} bytes"
             );
         }
     }
@@ -175,9 +176,10 @@ pub fn check_block_io(pods: &Pods) {
     container.sh("dd if=/dev/xvda of=/dev/null bs=1M skip=16 count=4 2> /dev/null");
     let inside = container.sh("cat /sys/fs/cgroup/io.stat");
     let reported = metrics(&container)["io"]["usage"].clone();
-    let disks = reported.as_array().unwrap_or_else(|| panic!("{reported}"));
+    let disks = reported.as_array().unwrap_or_else(|| panic!("not a list of disks: {reported}"));
     let entry = disks.iter().find(|disk| disk["wbytes"].as_u64().unwrap_or(0) >= 8 * MIB);
-    let entry = entry.unwrap_or_else(|| panic!("{reported}, in the guest:\n{inside}"));
+    let entry =
+        entry.unwrap_or_else(|| panic!("no disk with 8 MiB written in {reported}; the guest's io.stat:\n{inside}"));
     let number = |key: &str| entry[key].as_u64().unwrap_or(0);
     assert!((4 * MIB..6 * MIB).contains(&number("rbytes")) && number("wbytes") < 9 * MIB, "{entry}");
     let line =

@@ -7,7 +7,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-/// Channels of a remote command (k8s.io/apimachinery, `remotecommand`). For port-forward, 0 is data and 1 is errors.
+/// Channels of a remote command (k8s.io/apimachinery, `remotecommand`). For port-forward, channel 0 carries data and
+/// channel 1 carries errors.
 pub mod channel {
     /// Standard input.
     pub const STDIN: u8 = 0;
@@ -55,7 +56,7 @@ impl Stream {
         let head = String::from_utf8_lossy(&head).into_owned();
         assert!(
             head.starts_with("HTTP/1.1 101"),
-            "{url} refused the upgrade: {head}{}",
+            "{url} did not switch to WebSocket: {head}{}",
             String::from_utf8_lossy(&stream.buffer)
         );
         stream
@@ -125,7 +126,7 @@ impl Stream {
         }
     }
 
-    /// Takes a frame from the buffer. Returns `None` if the frame is incomplete.
+    /// Takes the next frame from the buffer. Returns `None` if the buffer has no complete frame.
     fn next_frame(&mut self) -> Option<(u8, Vec<u8>)> {
         let (first, second) = (*self.buffer.first()?, *self.buffer.get(1)?);
         let (start, length) = match second & 0x7f {
@@ -146,7 +147,7 @@ impl Stream {
             match self.receive() {
                 Some((from, data)) if from == channel => seen.extend(data),
                 Some(_) => {}
-                None => panic!("the stream ended before {text:?}: {:?}", String::from_utf8_lossy(&seen)),
+                None => panic!("the stream ended before {text:?}; received: {:?}", String::from_utf8_lossy(&seen)),
             }
             let so_far = String::from_utf8_lossy(&seen);
             if so_far.contains(text) {

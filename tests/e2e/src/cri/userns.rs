@@ -1,4 +1,4 @@
-//! Pods with a user namespace (`hostUsers: false`), requested like the kubelet does.
+//! Pods with a user namespace (`hostUsers: false`), requested as the kubelet requests it.
 
 use serde_json::{Value, json};
 

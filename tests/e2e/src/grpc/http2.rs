@@ -48,8 +48,7 @@ struct Connection {
 }
 
 thread_local! {
-    /// The thread's connection. Calls share it, because a test calls hundreds of methods and connecting takes longer
-    /// than most calls.
+    /// The thread's connection. A test calls hundreds of methods, and connecting takes longer than most calls.
     static CONNECTION: RefCell<Option<Connection>> = const { RefCell::new(None) };
 }
 
@@ -65,8 +64,8 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Closes the thread's connection. Call this before the server ends, because the server may wait for its clients to
-/// disconnect. In addition, a later call must not use a connection that has ended.
+/// Closes the thread's connection. This has to be done before the server ends, because the server may wait for its
+/// clients. A later call then opens a new connection and does not fail on the ended one.
 pub fn disconnect() {
     CONNECTION.take();
 }
@@ -88,7 +87,7 @@ pub fn unary(
         .runtime
         .block_on(async { tokio::time::timeout(limit, call).await })
         .unwrap_or_else(|_| Err(Status { code: DEADLINE_EXCEEDED, message: format!("no response within {limit:?}") }));
-    // Do not keep the connection after a transport error or a timeout, so that the next call connects again.
+    // The connection is kept only if the transport had no error. Otherwise the next call connects again.
     if !matches!(&result, Err(Status { code: UNAVAILABLE | DEADLINE_EXCEEDED, .. })) {
         CONNECTION.set(Some(connection));
     }
@@ -163,7 +162,7 @@ async fn send(client: Client, namespace: Option<&str>, path: &str, message: Vec<
     }
     let request = request.body(()).map_err(unavailable)?;
     let (answer, mut body) = client.send_request(request, false).map_err(unavailable)?;
-    // Length-prefixed message: one byte for "not compressed", and four bytes for the length.
+    // A length-prefixed message starts with one byte for "not compressed" and four bytes for the length.
     let mut framed = vec![0];
     framed.extend((message.len() as u32).to_be_bytes());
     framed.extend(message);
@@ -224,8 +223,8 @@ mod tests {
         assert_eq!(split_message(&[0, 0]), None);
     }
 
-    /// Starts a server that answers each request with the request's message and, for the path `/fails`, the status 5.
-    /// The server closes the connection when `/closes` is requested. Returns the counter of connections.
+    /// Serves on a socket. Returns each message to its sender, or the status 5 for the path `/fails`. Closes the
+    /// connection after a request for the path `/closes`. The returned value counts the connections.
     fn serve(socket: &Path) -> Arc<AtomicU32> {
         let runtime = runtime();
         let listener = runtime.block_on(async { UnixListener::bind(socket).unwrap() });
@@ -251,7 +250,7 @@ mod tests {
                 return;
             }
             let mut body = request.into_body();
-            // Answer in another task, because the body arrives only while `accept` drives the connection.
+            // The request is served in a task, because its body arrives only while `accept` drives the connection.
             tokio::spawn(async move {
                 let message = body.data().await.unwrap().unwrap();
                 let mut sending = answer.send_response(http::Response::new(()), false).unwrap();

@@ -1,5 +1,5 @@
-//! Calls methods of containerd's gRPC services, which include the services of the CRI. Requests and responses are JSON.
-//! The .proto files define how JSON is mapped to protobuf.
+//! Calls methods of containerd's gRPC services, including the CRI's services. Requests and responses are JSON, mapped
+//! to protobuf with the .proto files.
 
 mod http2;
 
@@ -37,7 +37,7 @@ fn method(service: &str, method: &str) -> MethodDescriptor {
     called.next().unwrap_or_else(|| panic!("the .proto files have no {service}.{method}"))
 }
 
-/// Calls a method, with a timeout. Most services of containerd need a containerd namespace, but the CRI needs none.
+/// Calls a method, with a timeout. Most services of containerd need a containerd namespace. The CRI needs none.
 ///
 /// # Errors
 /// The status of the failed call.
@@ -51,7 +51,7 @@ pub fn call(
     let called = method(service, name);
     let request: Box<dyn MessageDyn> =
         protobuf_json_mapping::parse_dyn_from_str(&called.input_type(), &request.to_string())
-            .unwrap_or_else(|error| panic!("failed to encode the request {name} {request}: {error}"));
+            .unwrap_or_else(|error| panic!("failed to encode the request {request} of {name}: {error}"));
     let path = format!("/{service}/{name}");
     let answer = http2::unary(SOCKET, namespace, &path, request.write_to_bytes_dyn().unwrap(), limit)?;
     Ok(json_of(&called.output_type(), &answer))
