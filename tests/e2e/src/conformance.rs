@@ -1,4 +1,4 @@
-//! Tests single behaviours and records the results for the table in docs/conformance.md.
+//! Tests each behaviour separately and records the results for the tables in docs/conformance.md.
 //!
 //! If `HUSK_CONFORMANCE` names a file, one line per behaviour is appended to it: group, behaviour and result, separated
 //! by tabs.

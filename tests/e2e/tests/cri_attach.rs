@@ -15,7 +15,8 @@ fn attach(container: &PodContainer, tty: bool) -> Stream {
     Stream::connect(call("Attach", &request)["url"].as_str().unwrap())
 }
 
-/// Attaches and waits for the container's first output, because the server answers before the streams are connected.
+/// Attaches, and waits until the container answers a line of input. This is needed because the server answers the
+/// request before the streams are connected.
 #[track_caller]
 fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
     let mut stream = attach(container, tty);
@@ -28,7 +29,7 @@ fn attached(container: &PodContainer, name: &str, tty: bool) -> Stream {
 const ECHO_LINES: &str = "echo up; while read line; do echo heard $line; echo aside $line >&2; done; echo end; exit 5";
 
 /// Prints each line of stdin, and the terminal's size after each SIGWINCH. If a signal arrived just before `read`, the
-/// shell would handle it only after `read`. With `wait`, the shell misses no signal.
+/// shell would run the trap only after `read` has returned. `wait` has no such gap.
 const ECHO_TTY: &str = "exec 3<&0; while read line; do echo heard $line; done <&3 & trap 'stty size' WINCH; echo up; \
                         while :; do wait; done";
 
@@ -121,9 +122,8 @@ fn exec_timeout_kills_all_its_processes_in_a_user_namespace() {
     pods("cri-exec-users", |pods| {
         let pod = userns::pod(pods);
         let container = pod.start(&userns::sh(&pod, userns::SLEEP));
-        // Each script sleeps for a different time. Therefore a listed process shows which script started it.
-        let scripts = ["exec sleep 4715", "sleep 4716 & sleep 4716", "setsid sh -c 'sleep 4717; :' & sleep 4717"];
-        // runc kills only the command. The command's children run on, and the call waits for them.
+        let scripts = ["exec sleep 4715", "sleep 4715 & sleep 4715", "setsid sh -c 'sleep 4715; :' & sleep 4715"];
+        // runc kills only the command. Its children would run on, and the call would wait for them.
         let scripts = if runtime() == RUNC { &scripts[..1] } else { &scripts[..] };
         // Make the calls at the same time, because each call takes as long as its timeout.
         thread::scope(|scope| {

@@ -23,7 +23,7 @@ CMD ["/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/srv/www"]
 /// Lists the built image's files, to show that the removed file is gone.
 const LIST_FILES: &str = "busybox cat /srv/www/index.html; busybox stat -c %u:%g /srv/www; busybox ls /srv";
 
-/// Runs a script that has to succeed; returns its stdout.
+/// Runs a script, which has to succeed. Returns its stdout.
 #[track_caller]
 fn step(container: &PodContainer, script: &str) -> String {
     let begun = Instant::now();
@@ -32,7 +32,7 @@ fn step(container: &PodContainer, script: &str) -> String {
     assert_eq!(
         done.code,
         0,
-        "{script}\nprinted {}{}\nend of the log:\n{}",
+        "{script}\nfailed and printed {}{}\nend of the container's log:\n{}",
         done.out,
         done.err,
         last_lines(&container.log())
@@ -66,9 +66,10 @@ fn ci_docker_builds_and_runs_on_overlay2() {
         let docker = &applied.containers[0];
         assert_eq!(step(docker, "docker info -f '{{.Driver}} {{.CgroupVersion}}'"), "overlay2 2");
         write_context(docker);
-        // Debian's client has only the classic builder; BuildKit is a separate package.
+        // DOCKER_BUILDKIT=0 selects the classic builder. Debian's client has no other, because BuildKit is a separate
+        // package.
         step(docker, "DOCKER_BUILDKIT=0 docker build -q -t app /tmp/context");
-        // Docker publishes ports within the pod, and the guest kernel enforces limits.
+        // Docker publishes ports inside the pod. The guest kernel enforces the limits of Docker's containers.
         step(docker, "docker run -d --name web -p 8080:80 app");
         assert_eq!(step(docker, "busybox wget -q -O - http://127.0.0.1:8080/"), "built");
         let peer = format!("{LIST_FILES}; busybox cat /sys/fs/cgroup/memory.max; busybox wget -q -O - http://web/");

@@ -66,7 +66,7 @@ fn vmm_is_in_the_pods_cgroup_of_every_controller() {
             let seen = limit(&pod, "memory", "memory.limit_in_bytes");
             assert!(
                 found.is_some(),
-                "the pod has CPU quota {} and memory limit {seen}",
+                "CPU quota {} µs, memory limit {seen} bytes",
                 limit(&pod, "cpu", "cpu.cfs_quota_us")
             );
         };

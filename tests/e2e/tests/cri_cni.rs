@@ -16,7 +16,8 @@ fn ptp_network_routes_its_own_subnet_through_the_gateway() {
         b.wait_for("up");
         assert!(a.sh("ip link show eth0").contains("mtu 1400"), "{}", a.sh("ip link show eth0"));
         let routes = a.sh("ip route");
-        // Only the gateway is on the link. Everything else, also the pod's subnet, goes through the gateway.
+        // Only the gateway is on the link. All other traffic goes through the gateway, even traffic to the pod's own
+        // subnet.
         assert!(routes.contains("default via 10.91.0.1") && routes.contains("10.91.0.1 dev eth0"), "{routes}");
         let peer = two.addresses()[0];
         assert_eq!(a.sh(&format!("nc {peer} 8080 < /dev/null")), "hello");

@@ -1,4 +1,4 @@
-//! The node's disks in pods: a volume on a file system that fills up, and block devices, raw and mounted.
+//! The node's disks in pods: a volume on a file system that fills up, raw block devices and mounted block devices.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -23,7 +23,7 @@ def full(write):
 kept = os.open("/data/kept", os.O_CREAT | os.O_RDWR)
 os.write(kept, b"k" * (1 << 20))
 os.fsync(kept)
-# write(2): fails as soon as the volume is full, not later at fsync(2).
+# write(2) fails as soon as the volume is full. The error does not come only at fsync(2).
 fd = os.open("/data/large", os.O_CREAT | os.O_WRONLY)
 written = 0
 try:
@@ -36,7 +36,7 @@ assert os.fstat(fd).st_size == written, (os.fstat(fd).st_size, written)
 os.close(fd)
 free = os.statvfs("/data")
 assert free.f_bavail * free.f_frsize < 1 << 20, free
-# Other ways to allocate space fail in the same way.
+# Other calls that allocate space also fail with ENOSPC.
 def allocate():
     fd = os.open("/data/more", os.O_CREAT | os.O_WRONLY)
     try:
@@ -80,7 +80,7 @@ fn writes_to_a_full_volume_fail_with_enospc() {
     need_image(PYTHON);
     pods("cri-full", |pods| {
         let disk = Disk::new(&pods.dir().join("disk"), 64);
-        // An emptyDir that has a file system of its own, mounted at the volume's path.
+        // The emptyDir has its own file system, which is mounted at the volume's path.
         let volume = pods.dir().join("volumes/kubernetes.io~empty-dir/data");
         let mounted = disk.format().mount(&volume, "defaults");
         let pod = pods.pod();
@@ -148,7 +148,7 @@ fn privileged_containers_format_and_mount_a_shared_block_device() {
     });
 }
 
-/// Writes in place; only fsync(2) makes the data durable.
+/// Overwrites a part of the device. Only fsync(2) makes the data durable.
 const WRITE_AND_SYNC: &str = r#"
 import os, time
 fd = os.open("/dev/xvda", os.O_RDWR)
@@ -183,7 +183,7 @@ fn raw_block_device_is_durable_after_fsync_and_shared_between_containers() {
         // The device is as large as the disk.
         let beyond = other.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/xvda bs=1M seek=15 count=2"]);
         assert!(beyond.err.contains("No space left"), "{beyond:?}");
-        // Without write permission writes fail, and reads return the disk's current data.
+        // Without write permission, writes fail and reads return the disk's current data.
         let reading = start_with_device(&pod, &disk, "r", false);
         assert_eq!(reading.sh(read), "made to last");
         for script in ["echo x > /dev/xvda", "echo x 1<> /dev/xvda"] {
@@ -221,7 +221,7 @@ const MARK: &str = "the node's own";
 #[test]
 fn privileged_container_cannot_open_the_nodes_devices() {
     pods("cri-none-of-the-nodes", |pods| {
-        // A disk of the node with known content. No pod has this disk.
+        // A disk of the node with marked content. No pod gets this disk.
         let disk = Disk::new(&pods.dir().join("disk"), 8);
         fs::write(&disk.device, MARK).unwrap();
         let marked: String = MARK.bytes().map(|byte| format!("{byte:02x}")).collect();
@@ -266,7 +266,7 @@ fn privileged_container_cannot_open_the_nodes_devices() {
             );
         }
         assert_eq!(container.sh("cat /sys/block/loop*/size 2> /dev/null | sort -u | grep -v '^0$'; true"), "");
-        // The guest does not have other devices of the node either: KVM, vhost and virtio ports.
+        // The guest has no other devices of the node, such as KVM, vhost and virtio ports.
         assert_eq!(container.sh("ls -d /dev/kvm /dev/vhost-* /dev/vport* /dev/disk 2> /dev/null; true"), "");
         pod.stop();
     });

@@ -11,7 +11,7 @@ fn task_events_are_published_once_and_in_order() {
     pods("cri-events", |pods| {
         let events = Events::watch();
         let pod = pods.pod();
-        // A container with three execs: one exits, one fails to start, one exceeds its timeout.
+        // A container has three execs. One exits, one fails to start, and one exceeds its timeout.
         let container = pod.start(&pod.sh("trap 'exit 3' TERM; sleep 100000 & wait"));
         assert_eq!(container.exec(&["sh", "-c", "exit 7"]).code, 7);
         container.try_exec(&["/no/such"]).unwrap_err();
@@ -33,7 +33,7 @@ fn task_events_are_published_once_and_in_order() {
             "delete 3",
         ];
         assert_eq!(number_exec_ids(&events.for_container(&container.id)), expected);
-        // A container that exits at once, and its restart under another id.
+        // A container exits at once, and is restarted under another id.
         for attempt in 0..2 {
             let mut config = pod.sh("exit 5");
             config["metadata"]["attempt"] = json!(attempt);
@@ -42,7 +42,7 @@ fn task_events_are_published_once_and_in_order() {
             short.remove();
             assert_eq!(events.for_container(&short.id), ["create", "start", "exit 5", "delete 5"]);
         }
-        // A container that exceeds its memory limit: the OOM event precedes the exit event.
+        // If a container exceeds its memory limit, the OOM event precedes the exit event.
         let mut config = pod.sh("");
         config["command"] = json!(["tail", "/dev/zero"]);
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 30 << 20 });

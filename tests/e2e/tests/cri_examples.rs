@@ -1,4 +1,4 @@
-//! The example pods of deploy/kubernetes, from their YAML. The image builders are in `cri_builders`.
+//! Runs the example pods of deploy/kubernetes from their YAML files. `cri_builders` runs the image builders.
 
 use std::time::Duration;
 

@@ -45,7 +45,7 @@ fn text(bytes: Vec<u8>) -> String {
 }
 
 /// Half-closes a connection before the server answers. Whatever the runtime, containerd does not pass the half-close
-/// on. It closes the connection a second later (`portForward` in sandbox_portforward_linux.go).
+/// on. It closes the whole connection a second later (`portForward` in sandbox_portforward_linux.go).
 #[track_caller]
 fn half_close(connection: &Connection) {
     connection.send(b"this\n");
@@ -66,16 +66,16 @@ fn port_forward_carries_fifty_connections_to_loopback_servers() {
             let forward = forward(&pod);
             let connections: Vec<Connection> = (0..CONNECTIONS).map(|number| forward.open(port, number)).collect();
             let hello = |number: usize| format!("hello from {number}");
-            // All connections are open at the same time, and no connection receives the data of another connection.
+            // All connections are open at the same time, and no connection receives data of another connection.
             for (number, connection) in connections.iter().enumerate() {
                 connection.send(hello(number).as_bytes());
             }
             for (number, connection) in connections.iter().enumerate() {
                 assert_eq!(text(connection.read(hello(number).len())), hello(number), "{port}");
             }
-            // A connection to a port without a listener ends at once, and the other connections stay. Husk accepts the
-            // connection before it connects to the guest, and then resets the connection. Kubernetes' streaming server
-            // logs the reset, but does not report it to the client (portForward in httpstream.go).
+            // A connection to a port without a listener ends at once, and the others stay. Husk accepts the connection
+            // before it connects to the guest, and then resets it. Kubernetes' streaming server logs the reset, but
+            // does not report it to the client (portForward in httpstream.go).
             let refused = forward.open(8099, CONNECTIONS);
             let error = refused.error();
             assert!(error.contains("8099") || runtime() != RUNC, "{error:?}");

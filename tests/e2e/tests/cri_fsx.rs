@@ -1,4 +1,4 @@
-//! fsx, a public test program for file systems, on a volume on the node's disk and on a container's rootfs.
+//! Runs fsx, a public test program for file systems, on a volume on the node's disk and on a container's rootfs.
 //!
 //! Runs: by name only: its image needs fsx, which has to be compiled
 
@@ -12,7 +12,7 @@ use serde_json::json;
 
 /// Number of operations that fsx does on its file.
 const OPERATIONS: &str = "3000";
-/// Timeout of fsx. It takes some seconds, but much longer on a busy emulated node.
+/// Timeout of one fsx run. fsx takes some seconds, but much longer on a busy emulated node.
 const TIMEOUT: Duration = Duration::from_secs(900);
 
 /// fsx's operations that every file system supports.
@@ -37,7 +37,7 @@ posix_fallocate = 2
 punch_hole = 2
 ";
 
-/// Runs fsx on `file`. A file in `/data` is on the volume. Any other file is on the container's rootfs.
+/// Runs fsx on `file`. A file in `/data` is on the volume, any other file is on the container's rootfs.
 #[track_caller]
 fn run_fsx(name: &str, file: &str, weights: &[&str], seed: &str) {
     need_image(FSX);

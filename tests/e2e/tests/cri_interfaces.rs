@@ -78,14 +78,14 @@ fn guest_follows_address_route_and_neighbour_changes() {
         config["linux"]["security_context"]["capabilities"] = json!({ "add_capabilities": ["NET_ADMIN"] });
         let container = pod.start(&config);
         container.wait_for("up");
-        // An address that the container adds itself stays, whatever changes on the node.
+        // An address that the container adds itself stays when the network changes on the node.
         container.sh("ip addr add 10.97.0.1/32 dev lo");
         let routes = container.sh("ip route; ip -6 route");
         ip(&pod, "addr add 10.99.1.5/24 dev eth0");
         ip(&pod, "route add 10.77.0.0/16 dev eth0 metric 77");
         wait_until(&container, "ip addr show eth0", |text| text.contains("10.99.1.5/24"));
         wait_until(&container, "ip route", |text| text.contains("10.77.0.0/16") && text.contains("metric 77"));
-        // Route attributes of both families, and permanent neighbours.
+        // Route attributes of both address families, and permanent neighbours, reach the guest.
         ip(&pod, "route add 10.78.0.0/16 dev eth0 metric 5 mtu 1300");
         ip(&pod, "-6 route add fd00:78::/64 dev eth0 metric 6 mtu 1320");
         ip(&pod, "neigh add 10.99.1.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent");
@@ -110,7 +110,7 @@ fn guest_follows_address_route_and_neighbour_changes() {
 
         assert_eq!(container.sh("ip route; ip -6 route"), routes);
 
-        // A second interface, as from a network that is attached to the running pod.
+        // Adds a second interface, as a network does that is attached to the running pod.
         run("ip", &["link", "add", "huskveth", "type", "veth", "peer", "name", "second"]);
         let netns = pod.netns();
         run("ip", &["link", "set", "second", "netns", netns.file_name().unwrap().to_str().unwrap()]);
@@ -150,7 +150,8 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         let assert_reachable = || {
             wait_until(&container, "ip addr", |text| text.contains("10.98.0.2/24"));
             let address: SocketAddr = "10.98.0.2:8080".parse().unwrap();
-            // Until the guest has the new interface, the node's network stack answers. It has no listener.
+            // Until the guest has the new interface, the node's network stack answers. It has no listener, so it
+            // refuses the connection.
             let answer = node::eventually(Duration::from_secs(30), || {
                 let mut text = String::new();
                 let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
@@ -162,7 +163,7 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         assert_reachable();
         run("ip", &["link", "del", "huskveth"]);
         wait_until(&container, "ip addr", |text| !text.contains("10.98.0.2"));
-        // Another interface with the same name and the same MAC address.
+        // The next interface has the same name and the same MAC address.
         add_interface();
         assert_reachable();
         // The interface is removed and recreated before the shim notices the removal.
@@ -170,14 +171,14 @@ fn guest_follows_recreated_interfaces_and_changed_macs() {
         add_interface();
         wait_until(&container, mac, |text| text == "02:00:00:00:98:02");
         assert_reachable();
-        // Another MAC address. The peer on the node does not learn of the new address. Therefore the peer's neighbour
-        // table is flushed.
+        // The interface gets another MAC address. The node does not learn about this change, so the test flushes the
+        // neighbour entries of the peer.
         ip(&pod, "link set second address 02:00:00:00:98:03");
         run("ip", &["neigh", "flush", "dev", "huskveth"]);
         wait_until(&container, mac, |text| text == "02:00:00:00:98:03");
         assert_reachable();
         run("ip", &["link", "del", "huskveth"]);
-        // No device is left in the guest, and no tap in the network namespace.
+        // No device stays in the guest, and no tap stays in the network namespace.
         wait_until(&container, "ls /sys/class/net", |text| text.lines().eq(["eth0", "lo"]));
         let netns = format!("--net={}", pod.netns().display());
         let links = Command::new("nsenter").args([&netns, "ip", "-o", "link"]).output().unwrap();

@@ -1,4 +1,4 @@
-//! Mirrored volumes: Secrets, projected volumes and the downward API reach the guest unchanged, and so do updates.
+//! Mirrored volumes: Secrets, projected volumes and the downward API reach the guest unchanged. Their updates do, too.
 
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -18,7 +18,7 @@ const HASH_FILES: &str = r"
         -exec stat -L -c '%n %a %u:%g %s' {} + -exec sha256sum {} + | sort > /tmp/files
     sha256sum < /tmp/files; wc -l < /tmp/files";
 
-/// Prints the volume's hash at the start and after each inotify event that reports a created, deleted or renamed file.
+/// Prints the volume's hash at the start and after each inotify event of a file that is created, deleted or renamed.
 const WATCH_FILES: &str = r#"
 import ctypes, os, sys
 os.environ["HASH_FILES"] = sys.argv[1]
@@ -69,7 +69,7 @@ fn secret_updates_keep_bytes_modes_and_owners() {
                 name,
                 &[("tls.key", word, 0o400), ("bytes", &all_bytes, 0o440), ("none", b"", 0o444)],
             );
-            // With an fsGroup the files belong to that group.
+            // With an fsGroup, the kubelet gives the files to that group.
             chown(volume.join("tls.key"), Some(0), Some(2000)).unwrap();
         };
         version("..1", b"first");
@@ -102,7 +102,8 @@ fn projected_volume_updates_add_and_remove_files_and_directories() {
         let container = start_watcher(&pod, &volume);
         wait_until_seen(&container, &volume);
         assert_eq!(container.sh("/volume/scripts/run; ls /volume/labels/app"), "ran\nname\ntier");
-        // One file is new, one changed, one file and one directory are removed. Modes apply to other users.
+        // The update adds the directory `more`, changes `token`, and removes `labels/app/tier` and the directory
+        // `scripts`. File modes restrict a container that does not run as root.
         let second: [Entry; 4] = [
             ("token", b"two", 0o600),
             ("ca.crt", b"certificate", 0o644),
@@ -152,7 +153,7 @@ fn mirrored_volumes_have_no_limit_on_entries_or_size() {
     need_image(PYTHON);
     pods("cri-many-entries", |pods| {
         let pod = pods.pod();
-        // More than five thousand entries.
+        // Five thousand entries, and then more.
         let many = pods.volume(&pod, "configmap", "data");
         let version = |name: &str, count: usize| {
             let files: Vec<_> = (0..count).map(|n| (format!("entry-{n:05}"), format!("{name} {n}"))).collect();
@@ -168,7 +169,7 @@ fn mirrored_volumes_have_no_limit_on_entries_or_size() {
         assert_eq!(container.sh("cat /volume/entry-05099; cat /volume/entry-00000"), "..2 5099..2 0");
         container.stop(0);
         container.remove();
-        // More than ttrpc's maximum message of 4 MiB, in total and in a single file.
+        // Both the volume and one of its files are larger than ttrpc's maximum message of 4 MiB.
         let large = pods.volume(&pod, "projected", "data");
         let bytes =
             |seed: usize, length: usize| (0..length).map(|i| (i * 31 + seed + i / 251) as u8).collect::<Vec<_>>();

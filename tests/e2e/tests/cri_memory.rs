@@ -1,4 +1,5 @@
-//! Memory volumes and huge pages: the guest provides them, and accounts and limits them like a host with runc.
+//! Memory volumes and huge pages: the guest provides them, and accounts for them and limits them as a host with runc
+//! does.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// An emptyDir, mounted as the kubelet mounts it. Dropping this value unmounts the emptyDir.
+/// An emptyDir, mounted as the kubelet mounts it. Dropping it unmounts it.
 struct Volume(PathBuf);
 
 impl Volume {
@@ -22,7 +23,7 @@ impl Volume {
         let path = pods.dir().join("volumes/kubernetes.io~empty-dir").join(name);
         fs::create_dir_all(&path).unwrap();
         mount(Some(kind), &path, Some(kind), MsFlags::empty(), Some(data)).unwrap();
-        // Owner and mode are those for a pod with an fsGroup.
+        // The owner is that of a pod with an fsGroup.
         chown(&path, None, Some(2000)).unwrap();
         fs::set_permissions(&path, PermissionsExt::from_mode(0o2777)).unwrap();
         Self(path)
@@ -44,7 +45,7 @@ impl Drop for Volume {
 fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
     pods("cri-in-memory", |pods| {
         let volume = Volume::new(pods, "cache", "tmpfs", "size=96m");
-        // A subPath, as the kubelet makes it: a bind mount of a directory of the volume.
+        // Makes a subPath as the kubelet does: it is a bind mount of a directory of the volume.
         let directory = volume.0.join("part");
         fs::create_dir(&directory).unwrap();
         chown(&directory, Some(1234), Some(2000)).unwrap();
@@ -61,7 +62,7 @@ fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
         let (full_volume, sub) = (with(volume.at(None), 256), with(volume.at(Some(&sub_path)), 32));
         assert_eq!(full_volume.sh("stat -c '%a %u:%g' /data; stat -f -c %T /data"), "2777 0:2000\ntmpfs");
         assert_eq!(full_volume.sh("df -m /data | awk 'END {print $2}'"), "96");
-        // Both containers share one volume. Its directory has the owner that it has on the node.
+        // Both containers share one volume. The directory of the subPath has the same owner as on the node.
         assert_eq!(sub.sh("stat -c '%u:%g' /data; echo one > /data/file"), "1234:2000");
         assert_eq!(full_volume.sh("cat /data/part/file; ln -s / /data/out"), "one");
         let memory = |file: &str| format!("awk '/^{file} / {{print int($2 / 1048576)}}' /sys/fs/cgroup/memory.stat");
@@ -70,13 +71,13 @@ fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
         assert!((64..70).contains(&counted.parse::<u64>().unwrap()), "{counted} MiB are charged to the container");
         let full = full_volume.exec(&["sh", "-c", "dd if=/dev/zero of=/data/more bs=1M count=64; rm /data/more"]);
         assert!(full.err.contains("No space left"), "{full:?}");
-        // A container that exceeds its memory limit is killed; the pod and its VM are not.
+        // A container that exceeds its memory limit is killed. The pod and its VM stay.
         sub.exec(&["sh", "-c", "dd if=/dev/zero of=/data/mine bs=1M count=40"]);
         let ended = sub.try_exec(&["true"]);
         let written = full_volume.sh("cat /data/part/mine | wc -c").parse::<u64>().unwrap();
         assert!(written < 33 * MIB, "a container with a limit of 32 MiB wrote {written} bytes");
         assert!(pod.is_ready(), "{ended:?}");
-        // The data stays for the next container, and is not on the node.
+        // The data stays available to the next container, and is never on the node.
         full_volume.stop(0);
         full_volume.remove();
         let next = with(volume.at(None), 256);
@@ -87,7 +88,7 @@ fn memory_volume_is_charged_to_the_container_and_absent_on_the_node() {
     });
 }
 
-/// Uses 8 MiB of huge pages through a file and 4 MiB anonymously, prints the usage, then sleeps.
+/// Uses 8 MiB of huge pages through a file and 4 MiB as anonymous memory, prints the usage, and then sleeps.
 const USE_HUGE_PAGES: &str = r#"
 import mmap, os, time
 fd = os.open("/data/file", os.O_CREAT | os.O_RDWR)
@@ -107,7 +108,7 @@ print("ready", flush=True)
 time.sleep(100000)
 "#;
 
-/// Reads what the other container wrote, then uses an anonymous huge page.
+/// Reads the data that the other container has written, and then uses an anonymous huge page.
 const READ_SHARED_PAGES: &str = r#"
 import mmap, os
 fd = os.open("/data/file", os.O_RDWR)

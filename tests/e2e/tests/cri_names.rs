@@ -28,7 +28,7 @@ for name in sys.argv[1:]:
 fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
     need_image(PYTHON);
     pods("cri-names", |pods| {
-        // CNI creates the bridge with the first pod.
+        // CNI creates the bridge when the first pod starts, so this pod comes before the DNS server.
         let server = pods.pod();
         let serving = server.start(&server.sh("nc -ll -p 80 -e echo the service"));
         let addresses = server.addresses();
@@ -44,7 +44,7 @@ fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
             "options": ["ndots:5", "timeout:20"],
         });
         let pod = pods.run(config);
-        // The kubelet writes one /etc/hosts for all containers of the pod.
+        // As the kubelet does, the test writes one /etc/hosts for all containers of the pod.
         let address = pod.addresses()[0];
         let hosts = pods.dir().join("etc-hosts");
         fs::write(&hosts, format!("127.0.0.1\tlocalhost\n::1\tlocalhost\n{address}\tclient\n192.0.2.1\tgiven.alias\n"))
@@ -67,7 +67,7 @@ fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
         assert_eq!(found("www.example.test"), "192.0.2.7");
         assert_eq!((found("client"), found("given.alias")), (address.to_string(), "192.0.2.1".into()));
         assert_eq!(found("nobody"), "none True");
-        // Another container of the pod, with another resolver, reaches the service by name.
+        // Another container of the pod reaches the service by name. Its image has another resolver.
         let client = pod.sleeper();
         assert_eq!(client.sh("hostname; cat /etc/hostname"), "client\nclient");
         let script = "nslookup -type=a web.team.svc.cluster.test | awk '/^Address/ {found = $2} END {print found}'";
@@ -80,7 +80,7 @@ fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
     });
 }
 
-/// Returns each datagram to its sender, with a prefix.
+/// Returns each datagram with a prefix to its sender.
 const ECHO: &str = r#"
 import socket
 served = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

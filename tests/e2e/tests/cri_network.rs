@@ -117,7 +117,7 @@ fn dial(pod: &Pod, address: SocketAddr) -> std::io::Result<TcpStream> {
     dialled.join().unwrap()
 }
 
-/// Returns the received data once the client has closed its side.
+/// Returns all data that it has received after the client has half-closed the connection.
 const ECHO: &str = "import _thread, socket
 def echo(peer):
     peer.sendall(b''.join(iter(lambda: peer.recv(65536), b'')))
@@ -132,19 +132,19 @@ fn port_forward_reaches_loopback_servers_and_resets_connections_to_closed_ports(
     pods("cri-forward", |pods| {
         let pod = pods.pod();
         let container = server(&pod, "here");
-        // Start a server for many connections at once, because busybox's server has a backlog of one.
+        // Many connections at the same time need this server, because busybox's server has a backlog of one.
         need_image(PYTHON);
         let echo = pod.start(&pod.python(ECHO));
         echo.wait_for("up");
         let localhost = |ip: &str, port: u16| SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
-        // Connect to servers on both loopback addresses through containerd's streaming server, as kubectl does.
+        // First through containerd's streaming server, as kubectl connects, to servers on both loopback addresses.
         for port in [8081, 8082] {
             let answer = call("PortForward", &json!({ "pod_sandbox_id": pod.id, "port": [port] }));
             let mut stream = Stream::connect(&format!("{}?port={port}", answer["url"].as_str().unwrap()));
             stream.send(0, b"GET / HTTP/1.0\r\n\r\n");
             stream.wait_for(0, "here-page");
         }
-        // Connect directly: both address families, many connections at once, half-closed.
+        // Then directly, with both address families and many half-closed connections at the same time.
         let mut connections: Vec<_> = (0..50).map(|_| dial(&pod, localhost("::1", 8084)).unwrap()).collect();
         for (number, connection) in connections.iter_mut().enumerate() {
             connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -178,7 +178,7 @@ fn tcp_host_port_reaches_the_pod_until_it_stops() {
         config["port_mappings"] = json!([{ "protocol": "TCP", "container_port": 8080, "host_port": 18080 }]);
         let pod = pods.run(config);
         server(&pod, "mapped");
-        // Connect to the bridge's address. A host port at localhost needs a sysctl of the node, which CNI sets itself.
+        // Connects to the bridge's address. For localhost, the node would need a sysctl.
         assert_eq!(greeting("10.88.0.1:18080".parse().unwrap()), "mapped");
         pod.stop();
         let gone = node::eventually(Duration::from_secs(10), || {

@@ -1,4 +1,4 @@
-//! More files than the VMM's fd limit: the shim makes the guest forget files that are not in use.
+//! A pod uses more files than the VMM's fd limit. The shim then makes the guest forget files that are not in use.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use husk_e2e::cri::{pods, restart};
 use husk_e2e::node;
 use serde_json::json;
 
-/// The VMM's fd limit, for its own fds and the guest's files.
+/// The VMM's fd limit. It covers the VMM's own fds and the guest's files.
 const LIMIT: u64 = 2048;
 const DIRECTORIES: usize = 3;
 const FILES: usize = 700;
@@ -17,8 +17,8 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 /// Maximum fd limit of any process, whatever its capabilities (Documentation/admin-guide/sysctl/fs.rst).
 const NR_OPEN: &str = "/proc/sys/fs/nr_open";
 
-/// Lowers the fd limit of containerd's children. Also lowers `nr_open`, because the VMM raises its limit up to
-/// `nr_open`. Dropping this value restores both.
+/// Lowers the fd limit of containerd's children. Also lowers `nr_open`, because the VMM raises its own limit to this
+/// value. Dropping it restores both limits.
 struct LowFdLimit {
     containerd: i32,
     limit: libc::rlimit,
@@ -43,7 +43,7 @@ impl Drop for LowFdLimit {
     }
 }
 
-/// Sets a process's fd limit. Returns the old limit.
+/// Sets a process's fd limit. Returns the previous limit.
 fn prlimit(pid: i32, limit: &libc::rlimit) -> libc::rlimit {
     let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both pointers point to valid `rlimit` structures that outlive the call.
@@ -55,7 +55,7 @@ fn prlimit(pid: i32, limit: &libc::rlimit) -> libc::rlimit {
 #[test]
 #[ignore = "long: 30 to 90 s in an emulated node; shorter tests cover parts of it"]
 fn pod_uses_more_files_than_the_vmms_fd_limit() {
-    // On the node's disk, like volumes.
+    // The directory is on the node's disk, as volumes usually are.
     let dir = PathBuf::from("/var/lib/husk-many-files");
     for number in 0..DIRECTORIES {
         let directory = dir.join(number.to_string());
@@ -78,7 +78,7 @@ fn pod_uses_more_files_than_the_vmms_fd_limit() {
         let total = (DIRECTORIES * FILES).to_string();
         // Looks up all files. The guest first forgets files that were never read.
         assert_eq!(container.sh("ls -lR /data | grep -c ^-"), total);
-        // Data that is read stays in the guest's page cache, and the VMM keeps the file open for as long.
+        // Data that the guest has read stays in its page cache. As long as it is there, the VMM keeps the file open.
         let read = container.exec_within(TIMEOUT, &["sh", "-c", "find /data -type f -exec cat {} + | grep -c 1"]);
         assert_eq!((read.out.trim(), read.err.as_str()), (total.as_str(), ""), "{}", node::log_tail(20));
         // The VMM keeps new files open as well.

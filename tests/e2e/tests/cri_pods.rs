@@ -25,13 +25,13 @@ fn pod_and_its_vm_outlive_their_containers() {
         assert!(first.log().contains("stdout F one"), "{}", first.log());
         first.remove();
         assert!(pod.is_ready());
-        // One of two containers stops. The other container runs on.
+        // One of two containers is stopped. The other one runs on.
         let (a, b) = (pod.sleeper(), pod.sleeper());
         assert_eq!(a.sh("hostname"), b.sh("hostname"));
         a.stop(10);
         assert_eq!(a.wait().0, 0, "the exit code is not that of the container's SIGTERM handler");
         assert_eq!(b.sh("echo still here"), "still here");
-        // A new container with the same configuration, as for a restart by the kubelet.
+        // A new container gets the same configuration, as after a restart by the kubelet.
         a.remove();
         let again = pod.sleeper();
         assert_eq!(again.sh("echo again"), "again");
@@ -40,8 +40,8 @@ fn pod_and_its_vm_outlive_their_containers() {
         assert_eq!(again.wait().0, 137);
         b.stop(0);
         assert!(pod.is_ready());
-        assert_eq!(vm::vmm_pids(), vmms, "the pod no longer has its first VM");
-        // A container that is created and never started.
+        assert_eq!(vm::vmm_pids(), vmms, "the pod has another VM");
+        // Removes a container that was created but never started.
         pod.create(&pod.sh("true")).remove();
         pod.stop();
         assert!(!pod.is_ready());

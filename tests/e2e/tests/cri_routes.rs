@@ -1,5 +1,5 @@
-//! The guest has the same routes, rules and routing tables as the pod's network namespace. The node's `ip` lists them
-//! in both places.
+//! Routes, rules and routing tables: the guest has those of the pod's network namespace. The tests run the node's `ip`
+//! command both in the guest and in the pod's network namespace.
 
 use std::fs;
 use std::io::Read;
@@ -27,8 +27,8 @@ const VIEWS: [&str; 9] = [
     "-N -6 route show table 1000",
 ];
 
-/// Returns a ptp plugin with both address families. The pod's interface is a veth, and its peer on the node has the
-/// gateways' addresses.
+/// Returns the configuration of a ptp plugin with one subnet of each address family. The gateway addresses are on the
+/// veth's peer on the node.
 fn veth(subnets: [&str; 2]) -> Value {
     let ranges = subnets.map(|subnet| json!([{ "subnet": subnet }]));
     let ipam = json!({ "type": "host-local", "ranges": ranges, "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] });
@@ -46,7 +46,7 @@ fn on_node(pod: &Pod, arguments: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Starts a container that has the node's `/usr` and a listener.
+/// Starts a container that has a listener, and the node's `/usr` at `/node`.
 fn start_listener(pod: &Pod) -> PodContainer {
     let mut config = pod.sh("nc -ll -p 8080 -e echo hello & echo up; sleep 100000");
     config["linux"]["security_context"]["capabilities"] = json!({ "add_capabilities": ["NET_ADMIN"] });
@@ -70,7 +70,7 @@ fn show_all(ip: &str) -> String {
     VIEWS.map(|view| format!("echo 'ip {view}'; {ip} {view} 2>&1")).join("; ") + "; true"
 }
 
-/// Returns the lines of an output of `ip`, without the protocol of routes and without errors for empty tables.
+/// Returns the lines that `ip` has printed. Removes the protocols of routes, and the error messages for empty tables.
 fn normalized_lines(text: &str) -> Vec<String> {
     let text = text.replace("Error: ipv4: FIB table does not exist.\nDump terminated", "");
     let text = text.replace("Error: ipv6: FIB table does not exist.\nDump terminated", "");
@@ -149,7 +149,7 @@ fn network_by_script(name: &str, script: &str, body: impl FnOnce(&Pods)) {
     fs::remove_file(format!("{plugin}.script")).unwrap();
 }
 
-/// All kinds of routes and rules, with addresses for their gateways.
+/// Adds all kinds of routes and rules, and first the addresses that make their gateways reachable.
 const ALL_KINDS: &str = "
 ip addr add 10.94.1.2/24 dev eth0
 ip -6 addr add fd00:941::2/64 dev eth0 nodad
@@ -198,11 +198,11 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         assert!(rules.contains("303:\tfrom all iif notyet [detached] nop"), "{rules}");
         assert!(routes.contains("blackhole 10.72.0.0/16") && routes.contains("weight 5"), "{routes}");
 
-        // A rule that the container adds itself stays.
+        // A rule that the container adds itself stays when the node's rules change.
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
         let containers_rule = "from 10.250.0.0/16 lookup 250";
         for change in [
-            // Remove, add and replace routes and rules of each kind.
+            // These commands remove, add and replace routes and rules of each kind.
             "route del 10.70.0.0/16",
             "route replace 10.71.0.0/16 nexthop via 10.94.1.1 dev eth0 nexthop via 10.94.1.3 dev eth0 weight 7",
             "route replace blackhole 10.74.0.0/16 tos 0x10",
@@ -225,8 +225,8 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         in_guest(&container, "rule del pref 250");
         wait_until_equal(&pod, &container);
         in_guest(&container, "rule add pref 250 from 10.250.0.0/16 lookup 250");
-        // Add rules of the same priority: a rule that matches everything is between two narrower rules. The order of
-        // these rules counts.
+        // Three rules have the same priority, so their order matters. The one in the middle matches everything, the
+        // other two match less.
         on_node(&pod, "rule add pref 400 from 10.5.0.0/16 lookup 100");
         on_node(&pod, "rule add pref 400 lookup 1000");
         on_node(&pod, "rule add pref 400 from 10.6.0.0/16 lookup 1000");
@@ -245,7 +245,7 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
         });
         assert!(in_guest(&container, "rule").contains(containers_rule));
 
-        // Remove all routes and rules.
+        // Removes all routes and rules.
         for family in ["", "-6 "] {
             for table in ["7", "100", "1000"] {
                 on_node(&pod, &format!("{family}route flush table {table}"));
@@ -263,7 +263,7 @@ fn guest_follows_all_kinds_of_routes_and_rules() {
     });
 }
 
-/// Two more interfaces with peers on the node, each with its own MTU, addresses and routes.
+/// Configures two more interfaces, which have peers on the node. Each interface has its own MTU, addresses and routes.
 const INTERFACES: &str = "
 for number in 1 2; do
     ip link add net$number address 02:00:00:00:97:0$number type veth peer name huskfar$number netns 1

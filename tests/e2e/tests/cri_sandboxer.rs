@@ -75,7 +75,7 @@ fn pod_runs_without_a_sandbox_container_or_task() {
         assert_eq!(again.sh("echo again"), "again");
         assert_eq!(vm::vmm_pids(), vmms, "the pod no longer has its first VM");
         pod.create(&pod.sh("true")).remove();
-        // Stop the pod while a container runs.
+        // The pod is stopped while a container runs.
         pod.stop();
         assert!(!pod.is_ready());
         assert_eq!(again.wait().0, 137);
@@ -215,7 +215,11 @@ fn shutdown_sandbox_returns_after_the_vm_and_its_state_are_removed() {
             })
             .collect();
         for thread in requests {
-            assert_eq!(thread.join().unwrap(), (Ok(()), false), "the answer, and whether the state directory exists");
+            assert_eq!(
+                thread.join().unwrap(),
+                (Ok(()), false),
+                "the answer, and whether the state directory still exists"
+            );
         }
         assert!(!vm::vmm_pids().contains(&vmm), "the VMM still runs");
         wait_until_not_ready(&pod);
@@ -275,7 +279,7 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
         assert!(gone.is_some(), "the VM outlives its shim");
         wait_until_not_ready(&pod);
         // containerd may report the end of the pod before the end of the container. It does not remove a running
-        // container.
+        // container, so the test waits.
         assert!([137, 255].contains(&container.wait().0));
         pod.stop();
         pod.remove();
@@ -285,8 +289,8 @@ fn vm_ends_and_pod_is_not_ready_after_its_shim_is_killed() {
 #[test]
 fn run_pod_sandbox_rejects_host_namespaces_and_disallowed_annotations() {
     pods("sb-refused", |pods| {
-        // The host network is not tested. With this sandboxer, containerd 2.1 itself crashes on it (NewBundle without a
-        // specification).
+        // The host network is not tested, because with this sandboxer containerd 2.1 itself crashes on it (NewBundle
+        // without a specification).
         for (namespace, word) in [("pid", "host pid"), ("ipc", "host ipc")] {
             let mut config = pods.config();
             config["linux"]["security_context"]["namespace_options"] = json!({ namespace: "NODE" });

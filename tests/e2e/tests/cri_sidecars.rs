@@ -5,7 +5,7 @@ use std::fs;
 use husk_e2e::BUSYBOX;
 use husk_e2e::cri::{manifest, pods};
 
-/// Each container appends a line to a file when it starts. Sidecars append another line on SIGTERM.
+/// Each container appends a line to a file when it starts. Each sidecar appends another line on SIGTERM.
 const POD: &str = r#"
 apiVersion: v1
 kind: Pod

@@ -1,4 +1,4 @@
-//! Statistics of pods and containers through containerd's CRI, as the kubelet requests them, and updated limits.
+//! Statistics of pods and containers through containerd's CRI, as the kubelet requests them, and updates of limits.
 
 use husk_e2e::cri::{call, pods, stats};
 use serde_json::json;

@@ -40,7 +40,7 @@ fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
         let count = "grep -lE '471[3]' /proc/[0-9]*/cmdline 2>/dev/null | wc -l";
         let gone = node::eventually(Duration::from_secs(10), || (container.sh(count) == "0").then_some(()));
         assert!(gone.is_some(), "{}", container.sh("ps"));
-        // A stream with stdin. The exit status arrives at the end of the stream.
+        // The stream of an exec with stdin ends with the exit status.
         let mut stream = open(
             "Exec",
             &container,
@@ -50,13 +50,13 @@ fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
         let (out, err, status) = stream.finish();
         assert_eq!((out, err), (b"got a line\n".to_vec(), b"bad\n".to_vec()));
         assert!(status.contains("\"4\"") || status.contains("exit code 4"), "{status}");
-        // A terminal that is resized.
+        // The command sees that its terminal is resized.
         let script = "trap 'stty size; exit 0' WINCH; echo up; while :; do sleep 0.1; done";
         let mut stream = open("Exec", &container, json!({ "cmd": ["sh", "-c", script], "stdin": true, "tty": true }));
         stream.wait_for(channel::STDOUT, "up\r\n");
         stream.send(channel::RESIZE, br#"{"Width":101,"Height":37}"#);
         stream.wait_for(channel::STDOUT, "37 101\r\n");
-        // More data than any buffer on the way holds.
+        // Sends more data than all buffers on the way can hold.
         let command = json!({ "cmd": ["sh", "-c", "head -c 20000000 /dev/zero; echo done >&2"], "stderr": true });
         let (out, err, _) = open("Exec", &container, command).finish();
         assert_eq!((out.len(), err), (20_000_000, b"done\n".to_vec()));

@@ -1,4 +1,4 @@
-//! Pods with the kubelet's systemd cgroup driver: each VM has a scope with the same properties as a scope of runc.
+//! Pods with the kubelet's systemd cgroup driver: each VM has a scope with the same properties as runc's scopes.
 //!
 //! Requires: systemd
 
@@ -16,7 +16,7 @@ const MIB: u64 = 1 << 20;
 /// Timeout for systemd to notice an empty cgroup, and for changed limits to be applied.
 const SETTLE: Duration = Duration::from_secs(30);
 
-/// Runs `systemctl`; returns its output.
+/// Runs `systemctl` and returns its output.
 #[track_caller]
 fn systemctl(args: &[&str]) -> String {
     run("systemctl", args)
@@ -79,7 +79,7 @@ fn limits(dir: &Path) -> [String; 4] {
 fn systemd_limits(unit: &str) -> [String; 4] {
     let shown = show(unit);
     let number = |key: &str| if shown[key] == "infinity" { "max".to_owned() } else { shown[key].clone() };
-    // The value is the CPU time for each second, in seconds or milliseconds.
+    // systemd prints the CPU time for each second, in seconds or in milliseconds.
     let quota = &shown["CPUQuotaPerSecUSec"];
     let millis = quota.strip_suffix("ms").and_then(|text| text.parse::<f64>().ok());
     let millis = millis.or_else(|| Some(quota.strip_suffix('s')?.parse::<f64>().ok()? * 1000.0));
@@ -87,8 +87,8 @@ fn systemd_limits(unit: &str) -> [String; 4] {
     [number("MemoryMax"), number("MemoryHigh"), cpu, shown.get("AllowedCPUs").cloned().unwrap_or_default()]
 }
 
-/// Reloads all units, then makes systemd write the unit's CPU and memory properties. Limits that systemd does not know
-/// would be lost. Fails unless systemd restores all limits and the controllers.
+/// Reloads all units, and then makes systemd write the unit's CPU and memory properties. This would remove limits that
+/// systemd does not know. Fails unless the cgroup has all its limits and controllers afterwards.
 #[track_caller]
 fn assert_limits_survive_reload(unit: &str, dir: &Path) {
     let controllers = || file(dir.parent().unwrap(), "cgroup.subtree_control");
@@ -101,7 +101,7 @@ fn assert_limits_survive_reload(unit: &str, dir: &Path) {
     let weight = if file(dir, "cpu.weight") == "77" { "78" } else { "77" };
     systemctl(&["set-property", "--runtime", unit, &format!("CPUWeight={weight}"), &format!("MemoryLow={weight}M")]);
     let back = node::eventually(SETTLE, || ((limits(dir), controllers()) == had).then_some(()));
-    assert!(back.is_some(), "the limits and controllers are {:?} and {}, expected {had:?}", limits(dir), controllers());
+    assert!(back.is_some(), "limits {:?} and controllers {}; expected {had:?}", limits(dir), controllers());
 }
 
 /// Waits until the kernel and systemd both have these limits.
@@ -132,7 +132,7 @@ fn resources(millis: u64, mib: u64, cpus: &str) -> Value {
 #[track_caller]
 fn wait_until_unloaded(unit: &str) {
     let gone = node::eventually(SETTLE, || (show(unit)["LoadState"] == "not-found").then_some(()));
-    assert!(gone.is_some(), "{unit} is still loaded: {:?}\n{}", show(unit), node::log_tail(20));
+    assert!(gone.is_some(), "the unit {unit} is still loaded: {:?}\n{}", show(unit), node::log_tail(20));
     assert_eq!(systemctl(&["--failed", "--plain", "--no-legend"]), "");
 }
 
@@ -177,7 +177,7 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         wait_for_limits(&name, &dir, "75000 100000", "1", 128);
         assert_limits_survive_reload(&name, &dir);
         let second = pod.start(&limited(&pod, 255, 64, "2"));
-        // The quota would be 100.5 % of a CPU, but systemd keeps whole percents.
+        // 1005 milli-CPUs are 100.5 % of a CPU. systemd rounds this up to whole percents.
         wait_for_limits(&name, &dir, "101000 100000", "1-2", 192);
         call("UpdateContainerResources", &json!({ "container_id": first.id, "linux": resources(1000, 256, "1") }));
         wait_for_limits(&name, &dir, "151000 100000", "1-2", 320);
@@ -190,7 +190,7 @@ fn scope_has_runcs_properties_and_systemd_keeps_its_limits() {
         wait_until_unloaded(&name);
         assert!(
             !dir.exists() && dir.parent().unwrap().exists(),
-            "the scope's cgroup must be removed, and the slice must stay for the kubelet"
+            "the scope's cgroup has to be removed, but the slice has to stay for the kubelet"
         );
         systemctl(&["stop", &slice]);
     });
@@ -231,7 +231,8 @@ fn killed_shim_leaves_no_unit() {
         // SAFETY: kill(2) takes two integers and no pointers.
         assert_eq!(unsafe { libc::kill(shim(&pod), libc::SIGKILL) }, 0);
         wait_until_unloaded(&name);
-        // containerd failed to reach the task, and retries the deletion after a second. Until then it removes nothing.
+        // containerd failed to reach the task, and retries the deletion after a second. Until then it does not remove
+        // the container, so the test waits.
         container.wait();
         pod.stop();
         pod.remove();
@@ -245,7 +246,7 @@ fn create_replaces_a_failed_unit_and_rejects_an_active_one() {
     case("systemd-units", |case| {
         let scope = |id: &str| format!("husk-{id}.scope");
         let group = |id: &str| format!("husk_e2e.slice:husk:{id}");
-        // A unit that failed: a scope that exceeded its RuntimeMaxSec.
+        // First, the unit has failed: its scope has exceeded RuntimeMaxSec.
         let run = case.sh("cat /proc/1/cgroup");
         let (id, name) = (run.id().to_owned(), scope(run.id()));
         let timed = ["--scope", "--quiet", "--unit", &name, "-p", "RuntimeMaxSec=100ms", "sleep", "100"];
@@ -256,7 +257,7 @@ fn create_replaces_a_failed_unit_and_rejects_an_active_one() {
         wait_until_unloaded(&name);
         assert!(Path::new("/sys/fs/cgroup/husk_e2e.slice").exists());
 
-        // A unit that is active.
+        // Then the unit is active.
         let run = case.sh("echo not reached");
         let (id, name) = (run.id().to_owned(), scope(run.id()));
         let mut running = Command::new("systemd-run");
@@ -269,7 +270,7 @@ fn create_replaces_a_failed_unit_and_rejects_an_active_one() {
         running.wait().unwrap();
         wait_until_unloaded(&name);
 
-        // A scope in a masked slice.
+        // The scope cannot start in a masked slice.
         systemctl(&["mask", "--runtime", "husk_masked.slice"]);
         let run = case.sh("echo not reached");
         let (id, name) = (run.id().to_owned(), scope(run.id()));

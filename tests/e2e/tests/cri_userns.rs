@@ -1,7 +1,8 @@
 //! Pods with a user namespace (`hostUsers: false`): root is mapped to an unprivileged host user, and containers work as
 //! in other pods.
 //!
-//! With runc, these tests pass on containerd 1.7. On 2.x they need runc 1.2, which has id-mapped mounts.
+//! With runc, these tests pass on containerd 1.7. On containerd 2.x they need runc 1.2 or later, which has id-mapped
+//! mounts.
 //!
 //! Runs: containerd 2
 
@@ -53,7 +54,7 @@ fn owners_of_volume_files_follow_the_id_mapping() {
         }
         fs::write(settings.join("key"), "value").unwrap();
         fs::set_permissions(&data, PermissionsExt::from_mode(0o755)).unwrap();
-        // For containerd 1.7 the kubelet gives these volumes to the pod's host ids.
+        // With containerd 1.7, the kubelet makes the pod's host ids the owners of these volumes.
         let owner = if maps { 0 } else { HOST_ID_BASE };
         chown(&data, Some(owner), Some(owner)).unwrap();
         chown(settings.join("key"), Some(owner + 3), Some(owner + 4)).unwrap();
@@ -96,7 +97,7 @@ fn containers_of_a_user_namespace_share_the_pid_namespace() {
         };
         let (first, second) = (with(SLEEP), with("exec sleep 54321"));
         assert_eq!(first.sh("readlink /proc/self/ns/pid"), second.sh("readlink /proc/self/ns/pid"));
-        // The pattern does not match the command line of this script itself.
+        // The brackets keep the pattern from matching the command line of this script.
         let find = "grep -l '5432[1]' /proc/[0-9]*/cmdline | cut -d / -f 3";
         assert_eq!(first.sh(&format!("{find} | wc -l")), "1");
         first.sh(&format!("kill -KILL $({find})"));

@@ -72,7 +72,7 @@ fn containers_and_node_share_volumes_and_later_mounts() {
             ]);
             pod.start(&config)
         };
-        // One container has the volume. The other container has a subPath of the volume.
+        // One container mounts the volume, the other one mounts a subPath of it.
         let (parent, part) = (with(&volume, "/data"), with(&volume.join("sub"), "/part"));
         parent.sh("echo one > /data/sub/file");
         assert_eq!(part.sh("cat /part/file"), "one");
@@ -112,7 +112,7 @@ while True:
     peer.close()
 "#;
 
-/// In the directory `argv[1]`: tries to take the lock, tries to write, and sends a request to the socket.
+/// Tries the lock, tries to write and sends a request to the socket, all in the directory `argv[1]`.
 const CLIENT: &str = r#"
 import fcntl, os, socket, sys
 os.chdir(sys.argv[1])
@@ -167,8 +167,8 @@ fn run_client(pod: &Pod, volume: &Path, at: &str, more: &Value) -> String {
     output
 }
 
-/// The directory in which the kubelet keeps the volumes of one pod, on the node's disk. Dropping this value unmounts
-/// the subPaths and removes the directory.
+/// The directory that the kubelet would create for a pod, on the node's disk. Dropping it unmounts the subPaths and
+/// removes the directory.
 struct PodDir {
     dir: PathBuf,
     mounts: RefCell<Vec<PathBuf>>,

@@ -1,4 +1,4 @@
-//! `ctr task exec`: with and without a terminal, and several at the same time.
+//! `ctr task exec`: execs with and without a terminal, and several execs at the same time.
 use husk_e2e::case;
 use husk_e2e::command::{Input, Running};
 use husk_e2e::pty::Terminal;
@@ -13,7 +13,7 @@ fn exec_joins_container_and_returns_exit_code() {
         container
             .exec_with("e4", &["--user", "1000:1000"], &["sh", "-c", "id -u; id -g; cat /home/tester/mine"])
             .expect_out("1000\n1000\ntester's own");
-        // A separate process in the container's namespaces, with the container's environment.
+        // The exec is a separate process in the container's namespaces, and has the container's environment.
         container
             .exec("e5", &["sh", "-c", "test $$ -ne 1 && cat /proc/1/comm; echo $IMAGE"])
             .expect_out("sleep\nbusybox");
@@ -24,7 +24,7 @@ fn exec_joins_container_and_returns_exit_code() {
         running.wait().expect_clean();
         let failed = container.exec("e7", &["/no/such/program"]);
         failed.expect_error(&["exec: \"/no/such/program\": stat /no/such/program: no such file or directory"]);
-        // A failed exec leaves the container as it was.
+        // A failed exec does not change the container.
         container.exec("e8", &["true"]).expect_clean();
         container.kill();
     });

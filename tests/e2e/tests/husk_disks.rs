@@ -1,4 +1,5 @@
-//! Block devices in VMs: the maximum number of hot-plugged disks, and what the disk contains after the VM has ended.
+//! Block devices in VMs: the maximum number of hot-plugged disks, and whether written data is on the disk after the VM
+//! has ended.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -10,7 +11,7 @@ use husk_e2e::disk::{Disk, WRITER_PROGRAM};
 use husk_e2e::{PYTHON, node, vm};
 use serde_json::{Value, json};
 
-/// Maximum number of disks of a pod. Slots for hot-plugged interfaces remain.
+/// Maximum number of disks of a pod. Some slots are reserved for hot-plugged interfaces.
 const MAX_DISKS: usize = 5;
 
 /// Returns the configuration of a sleeping container with `disks`.
@@ -61,7 +62,7 @@ fn start_rejects_disk_without_free_slot_and_memory_still_grows() {
         let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         config["linux"]["resources"] = json!({ "memory_limit_in_bytes": 600 << 20 });
         let large = pod.start(&config);
-        assert!(memory_mib() > before + 400, "the guest had {before} MiB and now has {} MiB", memory_mib());
+        assert!(memory_mib() > before + 400, "memory: {before} MiB before, {} MiB after", memory_mib());
         assert_eq!(large.sh("echo runs"), "runs");
         pod.stop();
     });
@@ -77,7 +78,7 @@ fn written_data_is_on_disk_after_vm_ends() {
         config["devices"] = config_with_disks(&pod, &disks)["devices"].clone();
         let writer = pod.start(&config);
         writer.wait_for("written");
-        // SIGTERM ends the shim, as when the node shuts down: the container does not end before its VM.
+        // SIGTERM ends the shim, as when the node shuts down. The container does not end before its VM does.
         let shims = vm::shim_pids_of(&pod.id);
         assert_eq!(shims.len(), 1);
         // SAFETY: kill takes two integers.
@@ -85,7 +86,7 @@ fn written_data_is_on_disk_after_vm_ends() {
         let gone = node::eventually(Duration::from_secs(30), || vm::shim_pids_of(&pod.id).is_empty().then_some(()));
         assert!(gone.is_some(), "the shim did not exit");
         assert_eq!(disks[0].read_written(), "changed");
-        // containerd 1.7 first calls the shim that is gone, and accepts the exit when it retries.
+        // containerd 1.7 first calls the shim that has ended, and accepts the exit only when it retries.
         writer.wait();
         pod.stop();
     });

@@ -66,14 +66,14 @@ fn vhost_workers(pod: &Pod) -> Vec<String> {
     found
 }
 
-/// Returns how often a thread has waited for work.
+/// Returns the number of a thread's voluntary context switches, which is how often it has waited for work.
 fn voluntary_switches(task: &str) -> u64 {
     let status = fs::read_to_string(format!("{task}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
     line.trim().parse().unwrap()
 }
 
-/// Opens `count` connections at the same time. Each connection sends `bytes` bytes and expects them back.
+/// Opens `count` connections at the same time. Sends `bytes` bytes on each connection and expects the same bytes back.
 fn echo_over_connections(address: SocketAddr, count: u8, bytes: usize) {
     let connections: Vec<_> = (0..count)
         .map(|number| {
@@ -96,7 +96,7 @@ fn echo_over_connections(address: SocketAddr, count: u8, bytes: usize) {
     connections.into_iter().for_each(|connection| connection.join().unwrap());
 }
 
-/// Starts an echo server on the node for this number of connections, and returns its port.
+/// Starts an echo server on the node that serves `connections` connections, and returns its port.
 fn start_node_server(connections: usize) -> u16 {
     let listener = TcpListener::bind("10.88.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -130,7 +130,7 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
         let added: Vec<_> = active.iter().zip(before).map(|(task, before)| voluntary_switches(task) - before).collect();
         assert!(added.iter().all(|&count| count > 10), "voluntary context switches of each worker: {added:?}");
 
-        // A hot-plugged interface has as many queue pairs as the first interface.
+        // A hot-plugged interface has the same number of queue pairs.
         let run = |command: &str| {
             let words: Vec<_> = command.split(' ').collect();
             let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
@@ -143,7 +143,8 @@ fn vhost_net_serves_one_queue_pair_per_vcpu() {
         run("ip link set huskveth up");
         run(&format!("nsenter --net={} ip addr add 10.98.0.2/24 dev later", path.display()));
         run(&format!("nsenter --net={} ip link set later up", path.display()));
-        // The echo server's image has no `ip` program. The kernel lists each address of the guest as a separate route.
+        // The echo server's image has no `ip`. Instead, the test finds the address in the routes that the kernel has
+        // for its own addresses.
         let has_address = || container.sh("cat /proc/net/fib_trie").contains("10.98.0.2\n").then_some(());
         assert!(node::eventually(TIMEOUT, has_address).is_some(), "{}", node::log_tail(20));
         assert_eq!(container.sh("ls /sys/class/net/later/queues | wc -l"), "4");
@@ -191,7 +192,7 @@ fn vhost_net_drops_frames_with_spoofed_mac() {
     });
 }
 
-/// Sends frames with spoofed source MACs, and between them frames with the interface's MAC. Each frame goes to the
+/// Sends frames with spoofed source MACs, alternating with frames with the interface's MAC. Sends each frame to the
 /// broadcast address and to the node, with and without a VLAN tag.
 const FRAMES: &str = "import socket, sys
 own, node = (bytes.fromhex(word.replace(':', '')) for word in sys.argv[1:3])
@@ -232,7 +233,7 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
     let sent = container.exec(&["python3", "-S", "-c", FRAMES, &own, node.trim()]);
     assert_eq!(sent.code, 0, "{sent:?}");
     let (mut own, mut spoofed, mut last) = (0, 0, 0);
-    // `husk-last` is sent as four frames, and each frame is captured on several interfaces.
+    // The pod sends `husk-last` in four frames. Each frame is captured on several interfaces.
     while last < 4 {
         let mut frame = [0u8; 2048];
         // SAFETY: `frame` outlives the call, and the length is its size.
@@ -245,9 +246,9 @@ fn assert_spoofed_frames_are_dropped(pod: &Pod, container: &PodContainer) {
         last += usize::from(contains(b"husk-last"));
     }
     assert_eq!(spoofed, 0, "frames with a spoofed source MAC left the pod");
-    assert!(own >= 40, "only {own} frames with the interface's MAC arrived");
-    // With vhost-net, the host's tc filter drops the frames and counts them. Without vhost-net, the VMM drops the
-    // frames.
+    assert!(own >= 40, "only {own} frames with the interface's MAC were captured");
+    // With vhost-net, the host's tc filter drops the spoofed frames and counts them. Without vhost-net, the VMM drops
+    // them.
     let dropped = Command::new("nsenter")
         .arg(format!("--net={}", pod.netns().display()))
         .args(["tc", "-s", "filter", "show", "dev", "husk2", "ingress"])
@@ -274,7 +275,7 @@ fn failed_network_update_is_retried() {
         });
         vm::set_fd_limit(shim, limit);
         assert!(logged.is_some(), "{}", node::log_tail(20));
-        // No further change notifies the shim. Therefore only the shim's retry can apply the route.
+        // No further change notifies the shim. Therefore only the retry can bring the route to the guest.
         let applied = node::eventually(TIMEOUT, || container.sh("ip route").contains("10.77.0.0/16").then_some(()));
         assert!(applied.is_some(), "{}", node::log_tail(20));
         pod.stop();

@@ -1,4 +1,4 @@
-//! Pods in VMs: a VMM or shim that dies, failed requests, limits and sizes, and host namespaces.
+//! Pods in VMs: the death of a VMM or shim, failed requests, limits, VM sizes and host namespaces.
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
@@ -47,10 +47,10 @@ fn exec_timeout_kills_all_descendants() {
         let container = pod.sleeper();
         let count =
             |number: &str| container.sh(&format!("grep -lE '{number}' /proc/[0-9]*/cmdline 2>/dev/null | wc -l"));
-        // If an exec ends by itself, its background processes stay, as with runc.
+        // If an exec ends before its timeout, its background processes keep running, as with runc.
         container.sh("setsid sleep 4712 > /dev/null 2>&1 &");
-        // Start descendants in the background, in other sessions and reparented to init. One descendant forks all the
-        // time.
+        // The exec's descendants run in the background, run in other sessions, or are reparented to init. One of them
+        // forks all the time.
         let script = "sleep 4713 & setsid sleep 4713 & (setsid sh -c 'sleep 4713 & sleep 4713; :' &)
             (while :; do setsid sh -c 'sleep 0.01; : 4713'; done &) ; sleep 4713; :";
         let request = json!({ "container_id": container.id, "cmd": ["sh", "-c", script], "timeout": 2 });
@@ -102,7 +102,7 @@ fn failed_create_leaves_nothing_in_guest() {
         let container = pod.sleeper();
         let available =
             || container.sh("awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo").parse::<u64>().unwrap();
-        // Copying this volume to the guest fails midway, because the volume exceeds the maximum depth.
+        // Copying this volume to the guest fails midway, because it exceeds the maximum depth.
         let volume = pods.volume(&pod, "secret", "deep");
         fs::create_dir_all(volume.join("z/".repeat(70))).unwrap();
         fs::write(volume.join("large"), vec![1; 32 << 20]).unwrap();
@@ -116,7 +116,7 @@ fn failed_create_leaves_nothing_in_guest() {
         let after = available();
         assert!(after + 10 > before, "available memory: {before} MiB before, {after} MiB after");
         failing.remove();
-        // The same volume can be mounted by another container.
+        // Another container can mount the same volume after it was corrected.
         fs::remove_dir_all(volume.join("z")).unwrap();
         let working = pod.start(&config);
         assert_eq!(working.wait().0, 0);
@@ -132,7 +132,7 @@ fn pod_with_killed_shim_can_be_stopped_and_removed() {
         assert_eq!(shims.len(), 1, "a pod must have exactly one shim");
         // SAFETY: kill takes two integers.
         assert_eq!(unsafe { libc::kill(shims[0], libc::SIGKILL) }, 0);
-        // containerd 2.x does not ask the runtime for this exit status, and reports 255 for "unknown".
+        // containerd 2.x does not ask the runtime for this exit status. It reports 255, which means "unknown".
         assert!([137, 255].contains(&container.wait().0));
         let gone = node::eventually(Duration::from_secs(20), || vm::vmm_pids().is_empty().then_some(()));
         assert!(gone.is_some(), "the VMM outlives its shim");
@@ -164,7 +164,7 @@ fn frames_with_spoofed_mac_are_dropped() {
 #[test]
 fn pod_pids_limit_is_shared_by_its_containers() {
     pods("cri-pids", |pods| {
-        // Create the pod's cgroup as the kubelet does with `podPidsLimit`.
+        // Creates the pod's cgroup as the kubelet does with `podPidsLimit`.
         let config = pods.config();
         let (root, parent) = ("/sys/fs/cgroup", config["linux"]["cgroup_parent"].as_str().unwrap());
         let group = format!("{root}{parent}");
@@ -200,7 +200,7 @@ fn limits_and_annotations_set_vm_size_and_husk_ps_lists_vm() {
         config["linux"]["resources"] =
             json!({ "cpu_quota": 150_000, "cpu_period": 100_000, "memory_limit_in_bytes": 200 << 20 });
         let pod = pods.run(config);
-        // A container without a limit would make the VM grow.
+        // The container has a limit, because a container without one would make the VM grow.
         let mut limited = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
         limited["linux"]["resources"] = pod.config["linux"]["resources"].clone();
         let container = pod.start(&limited);
@@ -220,14 +220,14 @@ fn limits_and_annotations_set_vm_size_and_husk_ps_lists_vm() {
         let waterfall = String::from_utf8_lossy(&trace.stdout);
         assert!(waterfall.starts_with(&format!("k8s.io/{}\n", pod.id)), "{waterfall}");
         assert!(waterfall.contains("agent ready") && waterfall.contains('█'), "{waterfall}");
-        // The annotations set the size of this pod. containerd's drop-in passes them on.
+        // The pod's annotations set the size of this VM. containerd's drop-in passes them on.
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.vcpus": "2", "io.husk.memory_mib": "300" });
         let sized = pods.run(config);
         let seen = sized.sleeper().sh("nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo");
         let (cpus, mib) = seen.split_once('\n').unwrap();
         assert!(cpus == "2" && (250..300).contains(&mib.parse::<u64>().unwrap()), "{seen}");
-        // An annotation that the operator has not allowed.
+        // Husk rejects an annotation that the operator has not allowed.
         let mut config = pods.config();
         config["annotations"] = json!({ "io.husk.kernel_params": "quiet" });
         let error = expect_error("RunPodSandbox", &json!({ "config": config, "runtime_handler": cri::handler() }));

@@ -8,7 +8,7 @@ use husk_e2e::node::Config;
 use husk_e2e::{case, spec};
 use serde_json::json;
 
-/// Runs a container that must be refused with an error that has `parts`. `case` checks that nothing is left.
+/// Runs a container that must be refused with an error that contains all `parts`. `case` checks for leftovers.
 fn assert_refused(name: &str, configuration: &str, parts: &[&str]) {
     case(name, |case| {
         let _config = Config::set(configuration);
@@ -49,7 +49,7 @@ fn create_rejects_invalid_specification() {
 
 #[test]
 fn create_rejects_cgroups_path_that_cannot_be_created() {
-    // No cgroup can be created below this cgroup (cgroup-v2.rst, cgroup.max.descendants).
+    // No cgroup can be created below this one (cgroup-v2.rst, cgroup.max.descendants).
     let closed = std::path::Path::new("/sys/fs/cgroup/husk-closed");
     fs::create_dir(closed).unwrap();
     fs::write(closed.join("cgroup.max.descendants"), "0").unwrap();
@@ -58,7 +58,7 @@ fn create_rejects_cgroups_path_that_cannot_be_created() {
         run.output().expect_error(&["cgroup", "/sys/fs/cgroup/husk-closed/one"]);
         let run = case.with_spec("true", |spec| spec["linux"]["cgroupsPath"] = json!("/../outside"));
         run.output().expect_error(&["cgroupsPath", "/../outside"]);
-        // This suite runs on nodes without systemd. Therefore a path for systemd is rejected.
+        // A path in systemd's format is refused, because this suite runs on hosts without systemd.
         let run = case.sh("true").flags(&["--cgroup", "husk_e2e.slice:husk:one"]);
         run.output().expect_error(&["husk-one.scope", "husk_e2e.slice", "/run/systemd/private"]);
         // Without a path, the container runs without a cgroup.
@@ -120,7 +120,7 @@ fn create_rejects_missing_or_invalid_kernel_and_initrd() {
 
 #[test]
 fn guest_kernel_panic_is_in_the_error() {
-    // The initrd has no init. Therefore the kernel panics, and the user has to see its last message.
+    // The initrd has no init, so the kernel panics. The error has to contain the kernel's last message.
     assert_refused("panic", "initrd = \"/etc/passwd\"\n", &["kernel panic"]);
 }
 

@@ -1,4 +1,5 @@
-//! In-place resize: a running VM follows its containers' limits, as seen in the guest and on the node.
+//! In-place resize: the size of a running VM follows its containers' limits. The tests look at it in the guest and on
+//! the node.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,7 +11,8 @@ use husk_e2e::{node, vm};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// Maximum time for reclaim. The guest searches for free memory, and reports free memory with a delay.
+/// Timeout for reclaim. It takes long because the guest has to search for free memory, and reports freed memory only
+/// after a delay.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn limits(millis: u64, mib: u64) -> Value {
@@ -112,7 +114,7 @@ fn update_grows_and_shrinks_vm_with_container() {
         assert!(back.is_some(), "{} MiB are resident after shrinking, {used} MiB before", resident_mib(&pod));
         let lowered =
             node::eventually(TIMEOUT, || (limit("memory.max").parse::<u64>().unwrap() < 240 * MIB).then_some(()));
-        assert!(lowered.is_some(), "memory.max is {}", limit("memory.max"));
+        assert!(lowered.is_some(), "memory.max is still {} bytes", limit("memory.max"));
         assert_eq!(limit("cpu.max"), "125000 100000");
         assert_eq!(listed(&pod), (1, boot_mib));
         // The same VM grows a second time.
@@ -137,7 +139,7 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
         two.sh("dd if=/dev/zero of=/dev/null bs=150M count=1 2> /dev/null");
         two.stop(0);
         two.remove();
-        // The VM keeps its boot size, because further containers of the pod may be created.
+        // The VM does not become smaller than its boot size, because further containers of the pod may be created.
         wait_for_size(&one, 1, 120..193);
         let fixed_pod = {
             let mut config = pods.config();
@@ -150,7 +152,7 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
 }
 
 /// Creates the pod's cgroup as the kubelet does: `memory.max` is the sum of the limits and the overhead of the
-/// RuntimeClass. Returns the cgroup and `memory.max` in bytes.
+/// RuntimeClass. Returns the cgroup's directory and its `memory.max` in bytes.
 fn create_kubelet_cgroup(config: &Value, mib: u64) -> (PathBuf, u64) {
     let class = include_str!("../../../deploy/kubernetes/runtimeclass.yaml");
     let overhead = class.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi")).unwrap();
@@ -174,8 +176,8 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
         let other = container(&pod, 500, 128);
         let inside: u64 = other.sh("cat /sys/fs/cgroup/memory.current").parse().unwrap();
         let outside: u64 = read(&parent, "memory.current").parse().unwrap();
-        println!("idle: {} MiB in addition to the container", outside.saturating_sub(inside) / MIB);
-        // The container also writes a file, because the host's page cache for it is charged to the pod.
+        println!("memory of the idle pod outside the container's cgroup: {} MiB", outside.saturating_sub(inside) / MIB);
+        // The script also writes a file, because the host's page cache for the file is charged to the pod.
         let script = "dd if=/dev/zero of=/file bs=1M count=64; exec dd if=/dev/zero of=/dev/null bs=300M count=1";
         let mut config = pod.sh(script);
         config["linux"]["resources"] = limits(500, 128);
@@ -190,7 +192,7 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
         let events = read(&parent, "memory.events");
         assert!(events.contains("oom_kill 0"), "{events}");
         println!(
-            "peak {} of {} MiB, VMM {:?} KiB",
+            "peak {} MiB of {} MiB, PSS of the VMM in KiB: {:?}",
             read(&parent, "memory.peak").parse::<u64>().unwrap() / MIB,
             allowed / MIB,
             vm::memory(pod.pid()).unwrap()
@@ -200,8 +202,8 @@ fn oom_kill_at_pod_limit_stays_in_guest() {
     });
 }
 
-/// Number of files. At 1.5 KiB for each open file, a pod of 32 MiB does not have enough host memory to hold all of them
-/// open.
+/// Number of files. At 1.5 KiB of host memory for each open file, the VMM would need 29 MiB to keep all of them open.
+/// This does not fit: a pod with 32 MiB has only 16 MiB for the VMM and the shim in addition to VM memory.
 const FILES: usize = 20_000;
 
 #[test]
@@ -214,8 +216,8 @@ fn vm_survives_walk_over_many_files() {
         }
         fs::write(dir.join(format!("{}/{n}", n / 1000)), "x").unwrap();
     }
-    // Drop the caches, so that the pod's cgroup is charged when the pod opens the files. Sync first, because dirty
-    // pages cannot be dropped.
+    // Drops the node's caches, so that the pod's cgroup is charged when the VMM opens the files. Dirty pages cannot be
+    // dropped, therefore they are written first.
     nix::unistd::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     pods("cri-many-files", |pods| {
@@ -234,8 +236,8 @@ fn vm_survives_walk_over_many_files() {
         let events = read(&parent, "memory.events");
         assert!(pod.is_ready() && events.contains("oom_kill 0"), "{events}");
         let peak: u64 = read(&parent, "memory.peak").parse().unwrap();
-        println!("{FILES} files, peak {} of {} MiB", peak / MIB, allowed / MIB);
-        // Files that the guest has forgotten (FUSE FORGET) are found again.
+        println!("{FILES} files, peak {} MiB of {} MiB", peak / MIB, allowed / MIB);
+        // The guest can look up files again that it has forgotten (FUSE FORGET).
         assert_eq!(walker.sh("cat /data/1/* | wc -c; ls /data/0 | wc -l"), "1000\n1000");
     });
     fs::remove_dir_all(dir).unwrap();
@@ -253,11 +255,11 @@ fn update_reclaims_memory_below_boot_size() {
         one.sh("dd if=/dev/zero of=/dev/null bs=300M count=1 2> /dev/null; dd if=/dev/zero of=/file bs=1M count=260 2> /dev/null");
         let used = resident_mib(&pod);
         update(&one, 1000, 128);
-        // The guest keeps its memory size. Memory beyond the container's new limit is reclaimed.
+        // The guest's memory size stays. The memory beyond the container's new limit is reclaimed.
         wait_for_size(&one, 1, 512..577);
         assert_eq!(one.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max"), "134217728\n100000 100000");
-        // Before the update, the guest had 260 MiB of page cache and its other memory. After the update, it has at most
-        // 128 MiB of page cache.
+        // Before the update, the guest has 260 MiB of page cache in addition to its other memory. After it, the
+        // container has at most 128 MiB.
         let back = node::eventually(TIMEOUT, || (resident_mib(&pod) + 50 < used).then_some(()));
         assert!(back.is_some(), "{} MiB are resident after shrinking, {used} MiB before", resident_mib(&pod));
         assert_eq!(read(&cgroup(&pod), "cpu.max"), "125000 100000");

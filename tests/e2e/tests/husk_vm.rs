@@ -33,9 +33,9 @@ fn vmm_lives_as_long_as_its_container() {
     case("vmm-life", |case| {
         let container = case.sleeper();
         let vmms = vm::vmm_pids_of(&container.id);
-        assert_eq!(vmms.len(), 1, "a container must have exactly one VMM");
-        assert_eq!(container.pid(), vmms[0], "the task's pid must be the VMM's pid");
-        // CNI configures the network namespace of that pid. It must not be the node's network namespace.
+        assert_eq!(vmms.len(), 1, "one VMM per container");
+        assert_eq!(container.pid(), vmms[0], "the task's pid is the VMM's");
+        // CNI configures the network namespace of this PID. Therefore it must not be the node's network namespace.
         let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_ne!(net(&vmms[0].to_string()), net("self"));
         // The pod's mounts are only in the mount namespaces of the shim and the VMM.
@@ -56,8 +56,8 @@ fn limits_set_boot_size() {
         let run = case.sh(script).flags(&["--memory-limit", "268435456", "--cpus", "1.5"]);
         let output = run.output().expect_clean();
         let numbers: Vec<u64> = output.out().lines().map(|line| line.parse().unwrap()).collect();
-        assert_eq!(numbers[0], 2, "1.5 CPUs must result in two vCPUs");
-        assert!((256..330).contains(&numbers[1]), "expected 256 MiB and the overhead: {}", output.describe());
+        assert_eq!(numbers[0], 2, "1.5 CPUs are two vCPUs");
+        assert!((256..330).contains(&numbers[1]), "256 MiB plus the overhead: {}", output.describe());
     });
 }
 
@@ -70,7 +70,7 @@ fn task_ends_when_vmm_is_killed() {
         }
         container.running.wait().expect_code(137);
 
-        // Without --rm the stopped task stays until it is deleted. Its execs end too, and nothing is left afterwards.
+        // Without --rm, the stopped task stays until it is deleted. Its execs also end, and leave nothing behind.
         let run = case.sh("echo up; exec sleep 1000").keep_container();
         let container = case.container(run);
         let exec = container.exec_command("e", &[], &["sh", "-c", "echo up; sleep 1000"]);
@@ -84,14 +84,13 @@ fn task_ends_when_vmm_is_killed() {
         container.running.wait().expect_code(137);
         run_ctr(&["tasks", "delete", &id]);
         run_ctr(&["containers", "rm", &id]).expect_code(0);
-        // `ctr run` deletes the task as soon as it has ended. If the exec's `ctr` makes its call later, it gets an
-        // error and exits without removing its fifos.
+        // `ctr run` deletes the task as soon as it has ended. If the exec's `ctr` makes a call after that, the call
+        // fails, and `ctr` exits without removing its fifos.
         remove_fifos();
     });
 }
 
-/// Removes the fifo directories that `ctr` makes for each process. `ctr` does not remove them if it exits with an
-/// error.
+/// Removes fifo directories. ctr makes one for each process, and does not remove it if ctr exits with an error.
 fn remove_fifos() {
     for entry in fs::read_dir("/run/containerd/fifo").unwrap() {
         fs::remove_dir_all(entry.unwrap().path()).unwrap();
@@ -122,14 +121,14 @@ fn nothing_is_left_when_shim_is_killed() {
 fn idle_vmm_takes_at_most_8_mib_in_addition_to_guest_memory() {
     case("weight", |case| {
         let container = case.sleeper();
-        // Do some work first, because memory for stdio, exec and files is part of the overhead.
+        // The container first does some work, because memory for stdio, execs and files is part of the overhead.
         container.exec("work", &["sh", "-c", "find / -xdev | wc -l; cat /bin/busybox | sha256sum"]).expect_code(0);
         let [pid] = vm::vmm_pids_of(&container.id)[..] else { panic!("expected one VMM") };
         let memory = vm::memory(pid).unwrap();
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         assert!(memory.guest > 0, "no guest memory found\n{smaps}");
-        assert!(memory.other <= 8 << 10, "PSS without guest memory: {} KiB\n{smaps}", memory.other);
-        println!("VMM: {} KiB of its own, {} KiB of guest memory", memory.other, memory.guest);
+        assert!(memory.other <= 8 << 10, "PSS beside guest memory: {} KiB\n{smaps}", memory.other);
+        println!("VMM: {} KiB without guest memory, {} KiB of guest memory", memory.other, memory.guest);
         container.kill();
     });
 }

@@ -1,4 +1,5 @@
-//! Isolation: containers reach neither the agent over vsock nor the node's host-only file systems through a volume.
+//! Isolation: containers cannot reach the agent over vsock, and cannot reach the node's host-only file systems through
+//! a volume.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -11,7 +12,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use serde_json::json;
 
 /// Connects to every CID that a guest can know, on the agent's ports and the ports around them, at the same time.
-/// Prints the addresses that answered.
+/// Prints the CIDs and ports that answered.
 ///
 /// If nothing answers, the kernel ends the attempt with ETIMEDOUT after its default of two seconds. Therefore no socket
 /// waits forever.
@@ -89,7 +90,7 @@ fn container_cannot_connect_to_agent() {
 #[test]
 fn vsock_connection_flood_does_not_block_exec() {
     case("vsock-flood", |case| {
-        // Open more connections than can wait for a header at the same time, and keep all of them open.
+        // Opens more connections than can wait for a header at the same time, and keeps all of them open.
         let program = "import socket, time\n\
             held = []\n\
             for cid in (1, 3):\n    for _ in range(300):\n        \
@@ -124,11 +125,11 @@ const HOST_ONLY: [&str; 17] = [
     "fusectl",
     "nsfs",
 ];
-/// The types that the test mounts below its own directory, regardless of the node's mounts.
+/// The types that the test itself mounts below its directory, whatever the node has mounted.
 const TEST_MOUNTED: [&str; 11] =
     ["proc", "sysfs", "cgroup2", "debugfs", "tracefs", "securityfs", "bpf", "configfs", "devtmpfs", "devpts", "mqueue"];
 
-/// Mounts below a directory of the node. Dropping this value unmounts them.
+/// Mounts below a directory of the node. Dropping it unmounts them.
 struct Mounted(Vec<PathBuf>);
 
 impl Mounted {
@@ -175,8 +176,8 @@ fn host_only_mounts() -> Vec<String> {
     host_only.map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
 }
 
-/// Lists each mount point below each directory of `HOSTS`, and prints the mount points that do not have the expected
-/// entries. Then tries to open files that would give a container control of the node.
+/// Lists the entries of each mount point below /host, and prints the mount points whose entries are not the expected
+/// ones. Then tries to open files that would give a container control of the node.
 const INSPECT: &str = r#"
 import os
 def inspect(host):
@@ -208,7 +209,7 @@ for host in HOSTS:
     inspect(host)
 "#;
 
-/// Returns the entries that each host-only mount covers. A container sees these entries in place of the mount.
+/// Returns the entries that each host-only mount covers. A container sees these entries instead of the mount's.
 fn covered_entries(bare: &Path) -> Vec<(String, Vec<String>)> {
     let listed = |at: &str| {
         let entries = fs::read_dir(bare.join(at.trim_start_matches('/'))).into_iter().flatten();
@@ -336,7 +337,7 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
         fs::create_dir_all(&outside).unwrap();
         fs::write(outside.join("secret"), "secret").unwrap();
         fs::write(volume.join("key"), "first").unwrap();
-        // An administrator should not do this but can: a hostPath volume makes the parent directory writable.
+        // An administrator can make the parent directory writable with a hostPath volume, but should not.
         let kinds = volume.parent().unwrap().parent().unwrap();
         let mut config = pod.sh("sleep 100000");
         config["mounts"] = json!([
@@ -358,8 +359,8 @@ fn mirrored_volume_does_not_follow_symlink_that_replaces_parent() {
 /// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD and SETFCAP (capabilities(7)).
 const FILE_SERVER_CAPS: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
 
-/// Checks the worker threads of virtio-fs (`virtio-fs0` and up), because only these threads serve requests for the
-/// host's files. The device loop (`devices`) serves only FORGET and has no capabilities.
+/// Checks the worker threads of virtio-fs, which are `virtio-fs0` and up. Only these threads serve requests for the
+/// host's files. The device loop (`devices`) serves only FORGET, and keeps the capabilities of the process.
 #[test]
 fn virtio_fs_workers_have_few_capabilities() {
     case("capabilities", |case| {
@@ -393,7 +394,7 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
     case("jail", |case| {
         let container = case.sleeper();
         let vmm = container.pid();
-        // The VMM's root is the share, which has none of the node's directories.
+        // The VMM's root is the share, which contains nothing of the node.
         let root = fs::read_dir(format!("/proc/{vmm}/root")).unwrap();
         let names: Vec<String> = root.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         assert!(!names.iter().any(|name| ["bin", "etc", "proc", "sys", "dev"].contains(&name.as_str())), "{names:?}");
@@ -421,8 +422,7 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
             assert_eq!((field("CapEff"), field("CapPrm")), (expected.to_owned(), expected.to_owned()), "{status}");
         }
         assert!(file_servers > 0);
-        // The VMM holds the pod's memory and gets the lowest score of its containers. A container without a score has
-        // 0.
+        // The pod's memory belongs to the VMM. Therefore the VMM has the container's OOM score, which is 0 by default.
         assert_eq!(fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap().trim(), "0");
         container.kill();
     });

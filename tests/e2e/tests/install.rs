@@ -1,8 +1,8 @@
 //! Installation by docs/install.md: from a node with containerd but without Husk to a running pod, and back.
 //!
-//! The test runs the page's commands for root on the node (lines with `#`) in their order. It does not run commands for
-//! another machine (`$`): `cargo xtask dist` ran before the test, and the other commands need a cluster. In place of a
-//! cluster, the test calls the CRI as the kubelet would.
+//! The test runs the page's commands for root on the node (lines with `#`) in their order. It does not run the commands
+//! for another machine (lines with `$`): `cargo xtask dist` has run before the test, and the others need a cluster. In
+//! place of a cluster, the test calls the CRI as the kubelet would.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,7 +28,8 @@ const HUSK_PATHS: [&str; 5] = [
     "etc/husk",
     "etc/containerd/conf.d/husk.toml",
 ];
-/// Paths that others write to while a pod runs: containerd, CNI, and the tests in the role of the kubelet.
+/// Paths to which programs other than Husk write while a pod runs: containerd, CNI, and the tests in the role of the
+/// kubelet.
 const FOREIGN_PATHS: [&str; 13] = [
     "/proc",
     "/sys",
@@ -102,20 +103,20 @@ fn run_all(commands: &[&str]) {
         let output = run(command);
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         match *command {
-            // In an emulated node the KVM check fails, because KVM is too slow for real use.
+            // In an emulated node, only the KVM check may fail, because KVM is too slow there for real use.
             "husk check" => {
                 let failed: Vec<_> = text.lines().filter(|line| line.starts_with("FAIL")).collect();
                 assert!(failed.iter().all(|line| line.contains(" kvm ")) && text.contains("ok    shim"), "{text}");
             }
-            "husk ps" => assert!(output.status.success() && text.lines().count() == 1, "{command} failed: {text}"),
-            // grep must find nothing. Then it exits with 1.
+            "husk ps" => assert!(output.status.success() && text.lines().count() == 1, "{command}: {text}"),
+            // grep has to find nothing. In that case it exits with 1.
             _ if command.starts_with("grep ") => assert!(output.status.code() == Some(1) && text.is_empty(), "{text}"),
             _ => assert!(output.status.success(), "{command} failed: {text}"),
         }
     }
 }
 
-/// Returns all files of the node except those in [`FOREIGN_PATHS`].
+/// Returns all files of the node except those in FOREIGN_PATHS.
 fn node_files() -> BTreeSet<PathBuf> {
     fn walk(dir: &Path, all: &mut BTreeSet<PathBuf>) {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -134,7 +135,7 @@ fn node_files() -> BTreeSet<PathBuf> {
     all
 }
 
-/// The node's original state. Dropping this value restores it, also after a failure.
+/// The node's original state. Dropping it restores the state, also after a failure.
 struct OriginalNode {
     config: Vec<u8>,
     drop_in: Vec<u8>,
@@ -152,7 +153,7 @@ impl OriginalNode {
         }
         let drop_in = dist.join("etc/containerd/conf.d/husk.toml");
         let this = Self { config: fs::read(CONFIG).unwrap(), drop_in: fs::read(&drop_in).unwrap() };
-        // Restore the drop-in as shipped, because the node's init adds the sandbox image to it.
+        // Restores the drop-in as Husk ships it, because the node's init has added the sandbox image to it.
         let text = String::from_utf8(this.drop_in.clone()).unwrap();
         let shipped = text.split("[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image").next().unwrap();
         fs::write(drop_in, shipped).unwrap();
@@ -217,7 +218,7 @@ fn documented_commands_install_and_remove_husk() {
     run_all(&commands("Tell containerd"));
     assert_pod_runs();
     if !is_v2 {
-        // Test the alternative for a configuration that has a CRI section.
+        // Tests the alternative for a configuration that already has a CRI section.
         fs::remove_file(Path::new(DROP_INS).join("husk.toml")).unwrap();
         let config = format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"{PAUSE}\"\n");
         fs::write(CONFIG, config.clone() + &file_content("toml section") + &file_content("toml runc")).unwrap();

@@ -13,15 +13,15 @@ fn create_sets_cgroup_limits() {
             spec["linux"]["resources"]["pids"] = json!({ "limit": 42 });
             spec::mount_cgroup(spec);
         });
-        // 2048 CPU shares become weight 79 with runc 1.1, which the node has, and weight 174 since runc 1.3.2.
+        // 2048 CPU shares are weight 79 with runc 1.1, which the node has, and weight 174 since runc 1.3.2.
         // libcontainer converts like runc 1.3.2.
         let weight = if husk_e2e::runtime() == "io.containerd.runc.v2" { 79 } else { 174 };
         run.output().expect_clean().expect_out(&format!("134217728\n33554432\n150000 100000\n{weight}\n42\n0::/"));
     });
 }
 
-// Sets the specification directly, because containerd's CRI passes swap limits on only if containerd's own cgroup has
-// swap.
+// The test sets the specification directly, because containerd's CRI passes swap limits on only if containerd's own
+// cgroup has swap.
 #[test]
 fn swap_limit_excludes_memory_limit() {
     case("swap", |case| {

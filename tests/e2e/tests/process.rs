@@ -13,7 +13,7 @@ const STATUS: &str = "grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask)' 
 #[test]
 fn process_has_user_groups_and_umask() {
     case("user", |case| {
-        // The user is given by name. Its groups come from the image's /etc/group.
+        // If the user is given by name, the groups come from the image's /etc/group.
         let output = case.sh("id -u; id -g; id -G; cat ~/mine; touch /etc/x").flags(&["--user", "tester"]).output();
         assert!(output.out().starts_with("1000\n1000\n"), "{}", output.describe());
         assert!(output.out().contains("tester's own"), "{}", output.describe());
@@ -56,7 +56,7 @@ fn process_has_only_its_capabilities() {
         assert_eq!(output.value("CapInh"), "0000000000000020");
         assert_eq!(output.value("CapAmb"), "0000000000000020");
         assert!(output.out().contains("may chown\nmay not"), "{}", output.describe());
-        // Set capabilities with ctr's flags. An exec has the same sets.
+        // The capabilities are set by ctr's flags. An exec has the same sets.
         let run = case.sh("echo up; exec sleep 1000").flags(&["--cap-add", "CAP_SYS_TIME", "--cap-drop", "CAP_MKNOD"]);
         let container = case.container(run);
         let output = container.exec("caps", &["sh", "-c", STATUS]).expect_clean();
@@ -103,7 +103,8 @@ fn process_has_rlimits_oom_score_env_and_cwd() {
             "{}",
             output.describe()
         );
-        // The same with ctr's flags. A missing working directory is created, as with runc.
+        // Sets the environment and the working directory with ctr's flags. A missing working directory is created, as
+        // with runc.
         let run = case.sh("pwd; echo $A").flags(&["--env", "A=flag", "--cwd", "/srv/made/here"]);
         run.output().expect_clean().expect_out("/srv/made/here\nflag");
     });
@@ -114,7 +115,8 @@ fn program_lookup_uses_container_path() {
     case("path", |case| {
         // /opt/tools is only in the image's PATH.
         case.busybox(&["greet"]).output().expect_clean().expect_out("greetings from /opt/tools/greet");
-        // The specification's PATH is used. A relative path is relative to the specification's working directory.
+        // The program is looked up in the specification's PATH, and then relative to the specification's working
+        // directory.
         let run = case.with_spec("", |spec| {
             spec["process"]["args"] = json!(["greet"]);
             spec["process"]["env"] = json!(["PATH=/nowhere:/opt/tools:/bin:/usr/bin"]);
@@ -128,14 +130,14 @@ fn program_lookup_uses_container_path() {
     });
 }
 
-/// Returns the part of an error that states the cause. It starts with `exec:`.
+/// Returns the part of an error that states the cause. It starts at `exec:`.
 fn cause(output: &Output) -> String {
     let err = output.err();
     let start = err.find("exec: ").unwrap_or_else(|| panic!("no cause in\n{}", output.describe()));
     err[start..].trim().to_owned()
 }
 
-/// Returns the part of an error before the cause. This part names the components that report the error.
+/// Returns the part of an error before the cause. It names the components that report the error.
 fn context(output: &Output) -> String {
     let err = output.err();
     err[..err.find("exec: ").unwrap_or(err.len())].to_owned()
@@ -195,7 +197,7 @@ fn seccomp_profile_filters_init_and_exec() {
                 "syscalls": [
                     { "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO" },
                     { "names": ["sethostname"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 },
-                    // An argument filter: personality is denied only with PER_LINUX32 (8).
+                    // This filter checks an argument: personality is denied only with PER_LINUX32 (8).
                     { "names": ["personality"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7,
                       "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
                 ],

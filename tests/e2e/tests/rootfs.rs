@@ -24,7 +24,7 @@ fn create_sets_hostname_and_sysctls() {
     });
 }
 
-/// runc sets the domain name since version 1.2. The node's runc is older.
+/// runc sets the domain name only since version 1.2. The node's runc is older.
 #[test]
 fn husk_sets_domain_name() {
     case("domain", |case| {
@@ -107,7 +107,7 @@ fn devices_and_device_rules_of_specification_apply() {
             "{}",
             output.describe()
         );
-        // A device node for a forbidden device can be created but not opened.
+        // The container can create a device node for a forbidden device, but cannot open it.
         assert!(output.err().contains("/tmp/kmsg: Operation not permitted"), "{}", output.describe());
     });
 }
@@ -234,7 +234,7 @@ fn tmpcopyup_copies_content_and_resolves_links_in_rootfs() {
             }
             std::os::unix::fs::symlink("/etc/passwd", path.join("srv/tree/out")).unwrap();
             std::os::unix::fs::symlink("../../../../etc", path.join("srv/tree/up")).unwrap();
-            // A link that would lead to a directory of the node or the guest if it escaped from the rootfs.
+            // If this link were resolved outside the rootfs, it would lead to a directory of the node or of the guest.
             std::os::unix::fs::symlink("../../../../../../../../etc", path.join("srv/away")).unwrap();
             spec::push(
                 spec,
@@ -284,7 +284,7 @@ fn mounts_have_their_propagation() {
         });
         let output = run.output().expect_clean();
         assert!(output.out().contains("/private private"), "{}", output.describe());
-        // If the root is a private mount on the node, the root cannot be a slave of a peer group. Then
+        // If the root is a private mount on the node, the container's root cannot be a slave of a peer group. Then
         // mountinfo shows no tag.
         let script = "awk '$5 == \"/\" {print $7}' /proc/self/mountinfo | cut -d: -f1";
         let run = case.with_spec(script, |spec| spec["linux"]["rootfsPropagation"] = json!("rslave"));
@@ -293,7 +293,7 @@ fn mounts_have_their_propagation() {
     });
 }
 
-/// A container's mounts are in the guest and cannot appear on the node. Therefore a shared rootfs is refused.
+/// A shared rootfs is refused, because a container's mounts are in the guest and cannot appear on the node.
 #[test]
 fn husk_rejects_shared_rootfs_propagation() {
     case("shared-root", |case| {
@@ -311,7 +311,7 @@ fn containers_do_not_share_namespaces() {
         let mut two = case.sh(script).start(Input::Pipe);
         one.wait_for("end");
         two.wait_for("end");
-        // Neither container has the other's processes or interfaces.
+        // Neither container sees the processes or interfaces of the other one.
         let list = husk_e2e::command::run_ctr(&["tasks", "ls", "-q"]).out();
         for id in list.lines() {
             let output = husk_e2e::command::run_ctr(&[

@@ -11,7 +11,7 @@ fn two_hundred_sequential_execs_leave_no_process() {
             let text = format!("number {number}");
             container.exec(&format!("r{number}"), &["echo", &text]).expect_clean().expect_out(&text);
         }
-        // No process of an exec is left.
+        // No process of an exec still runs.
         container.exec("count", &["sh", "-c", "ls -d /proc/[0-9]* | wc -l"]).expect_clean();
         let processes = container.exec("ps", &["sh", "-c", "exec 2>/dev/null; cat /proc/[0-9]*/comm"]).out();
         assert_eq!(processes.lines().filter(|comm| *comm != "cat").collect::<Vec<_>>(), ["sleep"]);

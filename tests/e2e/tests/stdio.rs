@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 const BULK_BYTES: usize = 64 << 20;
 const BULK_TIMEOUT: Duration = Duration::from_secs(240);
 
-/// Returns pseudo-random bytes (xorshift64): lost, repeated or reordered data changes their hash.
+/// Returns pseudo-random bytes (xorshift64). Their hash changes if data is lost, repeated or reordered.
 fn random_bytes(length: usize) -> Vec<u8> {
     let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut bytes = Vec::with_capacity(length);
@@ -92,7 +92,7 @@ fn unread_stdin_does_not_block_exit() {
     case("unread", |case| {
         let mut running = case.sh("exec 0<&-; echo done").start(Input::Pipe);
         let mut stdin = running.take_stdin();
-        // ctr stops reading when the container is gone. Therefore a broken pipe is not an error.
+        // ctr stops reading when the container has exited. Therefore a broken pipe is not an error.
         let writer = thread::spawn(move || stdin.write_all(&random_bytes(1 << 20)).is_ok());
         running.wait().expect_code(0);
         writer.join().unwrap();
@@ -102,7 +102,8 @@ fn unread_stdin_does_not_block_exit() {
 #[test]
 fn terminal_has_requested_size_and_resizes() {
     case("tty", |case| {
-        // The first size can arrive after the start, as with any runtime. A trap interrupts `read`.
+        // The first size can arrive after the start, as with any runtime. Therefore the script waits for it. Later, a
+        // trap interrupts `read`.
         let script = "tty; echo TERM=$TERM
             while [ \"$(stty size 2>/dev/null)\" != '31 97' ]; do sleep 0.1; done
             trap 'echo resized to $(stty size)' WINCH

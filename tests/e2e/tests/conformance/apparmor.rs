@@ -1,4 +1,4 @@
-//! AppArmor profiles of the node. They also apply if the guest's kernel enforces them.
+//! AppArmor: the node's profiles apply to containers, also if the guest's kernel enforces them.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{run_once, security_context};
 
-/// Loads a profile on the node. Replaces a loaded profile with the same name.
+/// Loads a profile on the node. Replaces a profile with the same name.
 #[track_caller]
 fn load_profile(dir: &Path, text: &str) {
     let path = dir.join("profile");

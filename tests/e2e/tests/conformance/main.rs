@@ -1,4 +1,4 @@
-//! CRI conformance: tests single behaviours in the groups of the CRI validation suite.
+//! CRI conformance: each check tests one behaviour. The modules are the groups of the CRI validation suite.
 //!
 //! Supports any runtime handler. `cargo xtask conformance` generates docs/conformance.md from the results.
 //!

@@ -28,12 +28,17 @@ fn resources() {
                 assert_eq!(run_once(&pod, &cgroup("cpu.max"), limits(quota)), "50000 100000");
             });
             group.check("CPU shares", || {
-                // The conversion of shares to a weight depends on the runtime's version: 1024 shares become weight 39
-                // or 100.
+                // The conversion of shares to a weight depends on the runtime's version. 1024 shares are weight 39 or
+                // weight 100.
                 let weight = |shares: u32| -> u32 {
                     run_once(&pod, &cgroup("cpu.weight"), limits(json!({ "cpu_shares": shares }))).parse().unwrap()
                 };
-                assert!(weight(2) == 1 && weight(1024) < weight(2048), "{} and {}", weight(1024), weight(2048));
+                assert!(
+                    weight(2) == 1 && weight(1024) < weight(2048),
+                    "weights of 1024 and 2048 shares: {} and {}",
+                    weight(1024),
+                    weight(2048)
+                );
             });
             group.check("cpuset", || {
                 let script = "grep Cpus_allowed_list /proc/self/status | cut -f2";

@@ -127,7 +127,7 @@ fn namespaces() {
                     let mut config = pods.config();
                     security_context(&mut config)["namespace_options"] = json!({ kind: "NODE" });
                     if kind == "network" {
-                        // Leave the host name empty, as the kubelet does. The pod then has the node's host name.
+                        // As with the kubelet, an empty host name selects the node's host name.
                         config["hostname"] = json!("");
                     }
                     config
