@@ -59,7 +59,7 @@ fn attach_resizes_the_containers_terminal() {
         two.send(channel::STDIN, b"again\n");
         two.wait_for(channel::STDOUT, "heard again\r\n");
         let size = container.exec(&["sh", "-c", "stty size < /dev/pts/0 || stty size < /dev/console"]);
-        assert_eq!(size.out, "30 90\n", "{size:?}");
+        assert_eq!(size.out, "30 90\n", "the terminal's size: {size:?}");
         container.stop(0);
     });
 }

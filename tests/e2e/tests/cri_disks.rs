@@ -194,7 +194,7 @@ fn raw_block_device_is_durable_after_fsync_and_shared_between_containers() {
         let seen = node::eventually(std::time::Duration::from_secs(20), || {
             (reading.sh("dd if=/dev/xvda bs=1M skip=1 count=1 2> /dev/null | head -c 7") == "changed").then_some(())
         });
-        assert!(seen.is_some(), "{}", reading.sh(read));
+        assert!(seen.is_some(), "the container still reads {:?}", reading.sh(read));
         pod.stop();
         assert_eq!(disk.read_written(), "changed");
     });
@@ -256,7 +256,10 @@ fn privileged_container_cannot_open_the_nodes_devices() {
             assert!(found.is_empty() || found != head, "the pod can read the node's device {name}: {read:?}");
             assert!(!found.contains(&marked), "the pod can read the test's disk on the node: {read:?}");
         }
-        assert!(names.iter().any(|name| disk.device.ends_with(name.as_str())), "{names:?}");
+        assert!(
+            names.iter().any(|name| disk.device.ends_with(name.as_str())),
+            "the test's disk is not among {names:?}"
+        );
         let listed = container.sh("ls /dev /sys/block; cat /proc/partitions");
         // The guest kernel has its own loop devices, which are empty.
         for name in names.iter().filter(|name| !name.starts_with("loop")) {

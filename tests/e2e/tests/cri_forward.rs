@@ -71,7 +71,7 @@ fn port_forward_carries_fifty_connections_to_loopback_servers() {
                 connection.send(hello(number).as_bytes());
             }
             for (number, connection) in connections.iter().enumerate() {
-                assert_eq!(text(connection.read(hello(number).len())), hello(number), "{port}");
+                assert_eq!(text(connection.read(hello(number).len())), hello(number), "echo of port {port}");
             }
             // A connection to a port without a listener ends at once, and the others stay. Husk accepts the connection
             // before it connects to the guest, and then resets it. Kubernetes' streaming server logs the reset, but
@@ -82,7 +82,7 @@ fn port_forward_carries_fifty_connections_to_loopback_servers() {
             assert!(refused.read_to_end().is_empty());
             for (number, connection) in connections.iter().enumerate() {
                 connection.send(b"again");
-                assert_eq!(text(connection.read(5)), "again", "{port}: {number}");
+                assert_eq!(text(connection.read(5)), "again", "echo of port {port}, connection {number}");
                 connection.finish();
             }
             for connection in &connections {
@@ -115,7 +115,7 @@ fn port_forward_carries_two_megabytes_in_both_directions() {
                 scope.spawn(|| sender.send(&data));
                 connection.read(data.len())
             });
-            assert!(received == data, "{port}: the echo differs from the data sent");
+            assert!(received == data, "the echo of port {port} differs from the data sent");
             connection.finish();
             assert!(connection.read_to_end().is_empty());
             assert_eq!(connection.error(), "");

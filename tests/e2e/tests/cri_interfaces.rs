@@ -33,7 +33,7 @@ fn wait_until(container: &PodContainer, command: &str, holds: impl Fn(&str) -> b
         last = container.sh(command);
         holds(&last).then_some(())
     });
-    assert!(held.is_some(), "{command:?} still prints {last:?}\n{}", node::log_tail(20));
+    assert!(held.is_some(), "{command} still prints\n{last}\n{}", node::log_tail(20));
 }
 
 /// Prints the offloads of eth0 (linux/ethtool.h: ETHTOOL_GRXCSUM, GTXCSUM, GSG, GTSO).

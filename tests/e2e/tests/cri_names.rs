@@ -72,7 +72,7 @@ fn pod_resolves_search_domains_hosts_entries_and_its_own_name() {
         assert_eq!(client.sh("hostname; cat /etc/hostname"), "client\nclient");
         let script = "nslookup -type=a web.team.svc.cluster.test | awk '/^Address/ {found = $2} END {print found}'";
         let address = client.sh(script);
-        assert!(expected.contains(&address), "{address}");
+        assert!(expected.contains(&address), "resolved to {address}, expected one of {expected:?}");
         assert_eq!(client.sh(&format!("nc -w 20 {address} 80 < /dev/null")), "the service");
         // Without the kubelet's /etc/hosts, localhost still resolves.
         assert_eq!(client.sh("ping -c 1 -W 20 localhost > /dev/null && echo there"), "there");

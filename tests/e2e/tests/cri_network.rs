@@ -72,7 +72,7 @@ fn pods_reach_the_node_and_each_other() {
                     |word: &str| link.split(&format!("{word} ")).nth(1).unwrap().split(' ').next().unwrap().to_owned();
                 format!("{}\n{}", after("mtu"), after("link/ether"))
             };
-            assert_eq!(a.sh(command), outside.trim_end(), "{what}");
+            assert_eq!(a.sh(command), outside.trim_end(), "{what} in the guest and in the network namespace");
         }
         assert_eq!(a.sh("ip route | sed 's/ *$//' | grep -c default"), "1");
         // Node to pod, with both address families.
@@ -94,15 +94,15 @@ fn pods_reach_the_node_and_each_other() {
                 peer.ip()
             });
             let answer = a.sh(&format!("nc -w 20 {} {} < /dev/null", address.ip(), address.port()));
-            assert_eq!(answer, "the node", "{address}");
-            assert_eq!(accept.join().unwrap(), expected, "the node must see the pod's address");
+            assert_eq!(answer, "the node", "answer from the node's server at {address}");
+            assert_eq!(accept.join().unwrap(), expected, "the node sees the pod's address");
         }
         // A pod reaches itself at its addresses and at the loopback addresses.
         assert_eq!(a.sh(&dial(&format!("{} 127.0.0.1 ::1", list(&addresses.0)))), "one\none\none\none");
         // More data than any buffer on the way holds, in both directions.
         let script = "head -c 8000000 /dev/zero | nc -w 20 HOST 8083 | wc -c";
         for ip in &addresses.1 {
-            assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "{ip}");
+            assert_eq!(a.sh(&script.replace("HOST", &ip.to_string())), "8000000", "number of bytes echoed at {ip}");
         }
     });
 }

@@ -48,7 +48,7 @@ fn prlimit(pid: i32, limit: &libc::rlimit) -> libc::rlimit {
     let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both pointers point to valid `rlimit` structures that outlive the call.
     let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, limit, &raw mut old) };
-    assert_eq!(set, 0, "prlimit failed: {}", std::io::Error::last_os_error());
+    assert_eq!(set, 0, "failed to set the fd limit: {}", std::io::Error::last_os_error());
     old
 }
 

@@ -305,7 +305,7 @@ fn first_container_sees_all_interfaces_at_its_start() {
             "fd00:97:1::2/64",
             "fd00:97:2::2/64",
         ] {
-            assert!(first.log().contains(wanted), "{wanted}: {}", first.log());
+            assert!(first.log().contains(wanted), "{wanted:?} is not in the log:\n{}", first.log());
         }
         let container = start_listener(&pod);
         wait_until_equal(&pod, &container);
@@ -349,7 +349,7 @@ fn wait_until(container: &PodContainer, view: &str, holds: impl Fn(&str) -> bool
         last = in_guest(container, view);
         holds(&last).then_some(())
     });
-    assert!(held.is_some(), "ip {view} in the guest still prints {last:?}\n{}", node::log_tail(20));
+    assert!(held.is_some(), "{view} prints\n{last}\n{}", node::log_tail(20));
 }
 
 #[test]

@@ -83,7 +83,7 @@ fn containers_and_node_share_volumes_and_later_mounts() {
         let seen = node::eventually(Duration::from_secs(5), || {
             (part.sh("cat /part/moved") == "changed on the node").then_some(())
         });
-        assert!(seen.is_some(), "{}", part.sh("cat /part/moved"));
+        assert!(seen.is_some(), "the container reads {:?}", part.sh("cat /part/moved"));
         let submount = volume.join("sub/below");
         fs::create_dir(&submount).unwrap();
         mount(Some("tmpfs"), &submount, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
@@ -219,7 +219,7 @@ fn containers_share_sockets_and_locks_with_any_kind_of_mount() {
             let volume = pod_dir.volume(plugin);
             start_server(&pod, &pod_dir.sub_path(&volume, 0));
             let part = pod_dir.sub_path(&volume, 1);
-            assert_eq!(run_client(&pod, &part, "/data", &plain), "held writes hello you", "{plugin}");
+            assert_eq!(run_client(&pod, &part, "/data", &plain), "held writes hello you", "volume of {plugin}");
             if plugin == "kubernetes.io~empty-dir" {
                 let part = pod_dir.sub_path(&volume, 2);
                 let read_only = "held Read-only file system hello you";

@@ -380,7 +380,7 @@ fn virtio_fs_workers_have_few_capabilities() {
                 [("CapEff:", FILE_SERVER_CAPS), ("CapPrm:", FILE_SERVER_CAPS), ("CapInh:", 0), ("CapAmb:", 0)]
             {
                 let has = u64::from_str_radix(field(set), 16).unwrap();
-                assert_eq!(has & !most, 0, "{set} {status}");
+                assert_eq!(has & !most, 0, "{set} has further capabilities in\n{status}");
             }
         }
         assert!(workers.iter().any(|name| name == "virtio-fs0"), "checked {workers:?}, skipped {others:?}");
@@ -402,7 +402,7 @@ fn vmm_sees_only_the_share_and_its_threads_have_few_capabilities() {
         assert!(!mounts.contains(" - proc ") && !mounts.contains(" - sysfs "), "{mounts}");
         for namespace in ["mnt", "pid", "ipc", "uts", "net", "cgroup"] {
             let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}")).unwrap();
-            assert_ne!(of(&vmm.to_string()), of("self"), "{namespace}");
+            assert_ne!(of(&vmm.to_string()), of("self"), "the VMM is in the node's {namespace} namespace");
         }
         let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).unwrap();
         assert!(limits.lines().any(|line| line.starts_with("Max core file size") && line.contains(" 1 ")), "{limits}");

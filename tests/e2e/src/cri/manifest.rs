@@ -423,5 +423,5 @@ fn bytes(quantity: &str) -> i64 {
 fn known(value: &Value, fields: &[&str]) {
     let keys = value.as_object().into_iter().flat_map(Map::keys);
     let unknown: Vec<&String> = keys.filter(|key| !fields.contains(&key.as_str())).collect();
-    assert!(unknown.is_empty(), "unsupported fields: {unknown:?}");
+    assert!(unknown.is_empty(), "unsupported fields in the manifest: {unknown:?}");
 }

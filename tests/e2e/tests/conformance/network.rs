@@ -46,7 +46,7 @@ fn network() {
         group("Networking", |group| {
             group.check("the node reaches the pod", || {
                 for ip in one.addresses() {
-                    assert_eq!(read_from((ip, 8080).into()), "hello", "{ip}");
+                    assert_eq!(read_from((ip, 8080).into()), "hello", "from {ip}");
                 }
             });
             group.check("a pod reaches another pod", || {
