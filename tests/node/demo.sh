@@ -25,6 +25,6 @@ if [ -z "$guest" ] || [ "$guest" = "$host" ]; then
     echo "The container did not run in a guest kernel." >&2
     exit 1
 fi
-# Second run, with a warm page cache: the timeline of this start is shown.
+# Runs the container again, with a warm page cache. The timeline of this start is shown.
 : > "${HUSK_TIMELINE:?}"
 husk 2 > /dev/null
