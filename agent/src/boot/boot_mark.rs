@@ -1,4 +1,4 @@
-//! Boot marks: one byte written to an I/O port tells the VMM which boot step the guest has reached.
+//! Writes boot marks. A boot mark is one byte that tells the VMM which boot step the guest has reached.
 
 use husk_base::sys::io_port;
 use husk_proto::boot_mark::{BootMark, PORT};

@@ -1,6 +1,6 @@
 //! Compiles the device rules of a container to a BPF program, because cgroup v2 has no other device controller.
 //!
-//! Program type and context: `BPF_PROG_TYPE_CGROUP_DEVICE` and `struct bpf_cgroup_dev_ctx` of linux/bpf.h.
+//! The type of the program is `BPF_PROG_TYPE_CGROUP_DEVICE`. Its context is `struct bpf_cgroup_dev_ctx` of linux/bpf.h.
 
 use std::fs::File;
 use std::io;

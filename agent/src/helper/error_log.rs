@@ -1,7 +1,7 @@
 //! The error log: a file to which all processes of a helper write libcontainer's error lines.
 //!
 //! libcontainer passes only the outermost message from process to process. The cause appears only in its log lines. The
-//! log may also contain the recorded reason: the reason, in runc's words, why the container's init failed.
+//! log may also contain the recorded reason, which says in runc's words why the container's init failed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -37,8 +37,8 @@ pub fn record_reason(reason: &str) {
     record(&format!("{REASON}{reason}"));
 }
 
-/// Returns the reason for a failure from the log: the recorded reason if the log contains one. Otherwise the reason is
-/// the first error line, which has the innermost cause.
+/// Returns the reason for a failure. This is the recorded reason if the log contains one. Otherwise it is the first
+/// error line, which has the innermost cause.
 pub fn read_reason() -> Option<String> {
     let (_, path) = LOG.get()?;
     find_reason(&std::fs::read_to_string(path).ok()?)

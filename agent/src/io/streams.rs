@@ -20,7 +20,7 @@ const MAX_PENDING: usize = 256;
 /// Timeout of a request that waits for its stream, and of a connection that waits for its header.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Reason why a request does not get a stream whose token it contains.
+/// Reason why a request does not get the stream that its token names.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The request's string is not a token.

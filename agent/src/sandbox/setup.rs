@@ -1,4 +1,4 @@
-//! Steps of the Setup request: set the clock, mount file systems, write sysctls.
+//! Steps of the Setup request: setting the clock, mounting file systems and writing sysctls.
 
 use std::fs::{self, OpenOptions};
 use std::io;

@@ -127,7 +127,7 @@ async fn change(Applied { config: before, complete }: &Applied, after: &NetworkC
     let mut routes = changed_keys(&before.routes, &after.routes, *complete, route::key);
     let rules = changed_keys(&before.rules, &after.rules, *complete, rule::key);
     remove(before, after, (&routes, &rules), &pod)?;
-    // Names of interfaces whose routes and neighbours all have to be added. The interface is new, or its routes and
+    // Names of interfaces whose routes and neighbours all have to be added. Such an interface is new, or its routes and
     // neighbours have been removed.
     let mut added = Vec::new();
     for interface in after.interfaces.iter().filter(|interface| !before.interfaces.contains(interface)) {
