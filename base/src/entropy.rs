@@ -17,8 +17,7 @@ pub fn fill(bytes: &mut [u8]) -> io::Result<()> {
         // SAFETY: the pointer and the length are those of a writable slice.
         let filled = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), libc::GRND_NONBLOCK) };
         match usize::try_from(filled) {
-            // If a request is for more than 256 bytes, a signal can interrupt it. The call then returns only the
-            // first part of the bytes.
+            // A signal can interrupt a request for more than 256 bytes. The call then returns only a part of the bytes.
             Ok(filled) => rest = rest.get_mut(filled..).unwrap_or_default(),
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => {}

@@ -74,7 +74,7 @@ pub fn set(sets: Capabilities) -> io::Result<()> {
 /// Returns the number of capabilities that the kernel knows: one more than the highest number.
 ///
 /// # Errors
-/// Those of prctl(2) other than EINVAL, which says that there is no such capability.
+/// Those of prctl(2) except EINVAL, which only means that there is no further capability.
 pub fn count() -> io::Result<u32> {
     for number in 0..64 {
         // SAFETY: PR_CAPBSET_READ takes a number and no pointer.
@@ -89,7 +89,7 @@ pub fn count() -> io::Result<u32> {
 /// Removes a capability from the bounding set of this thread; other threads keep theirs.
 ///
 /// # Errors
-/// EPERM without CAP_SETPCAP, EINVAL if there is no such capability.
+/// EPERM without CAP_SETPCAP, and EINVAL if there is no such capability.
 pub fn drop_from_bounding_set(number: u32) -> io::Result<()> {
     // SAFETY: PR_CAPBSET_DROP takes a number and no pointer.
     match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number)) } {

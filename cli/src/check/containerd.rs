@@ -17,7 +17,7 @@ const SHIM: &str = "containerd-shim-husk-v2";
 const RUNTIME: &str = "io.containerd.husk.v2";
 /// containerd's API socket, at the path that distributions use.
 const SOCKET: &str = "/run/containerd/containerd.sock";
-/// Oldest supported version, as in docs/install.md. The end-to-end suites do not test older versions.
+/// The oldest supported version, as in docs/install.md. The end-to-end suites do not test older versions.
 const MIN_VERSION: (u32, u32) = (1, 7);
 /// Timeout of a containerd command.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -158,7 +158,7 @@ fn runtime(dump: &str) -> Finding {
     let Ok(dump) = dump.parse::<toml::Table>() else {
         return Finding::warn(name, "containerd's configuration is not valid TOML", "check `containerd config dump`");
     };
-    // The first name is the CRI plugin's name before containerd 2.0, the second its name since 2.0.
+    // The first name is the CRI plugin's name before containerd 2.0. The second is its name since 2.0.
     let found = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"].iter().find_map(|plugin| {
         let runtimes = dump.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?.as_table()?;
         let is_husk = |value: &toml::Value| value.get("runtime_type").and_then(toml::Value::as_str) == Some(RUNTIME);
