@@ -69,7 +69,8 @@ fn answer(message: &[u8], names: &[(String, IpAddr)]) -> Option<Vec<u8>> {
     let known: Vec<&IpAddr> = names.iter().filter(|(known, _)| *known == name).map(|(_, ip)| ip).collect();
     let records: Vec<Vec<u8>> = known.iter().filter_map(|ip| record(ip, kind)).collect();
     let mut answer = message.get(..2)?.to_vec();
-    // Flags: response, authoritative, recursion desired and available; response code.
+    // The flags are: response, authoritative answer, recursion desired and recursion available. The response code
+    // follows.
     answer.extend([0x85, 0x80 | if known.is_empty() { NXDOMAIN } else { 0 }]);
     answer.extend([0, 1, 0, u8::try_from(records.len()).ok()?, 0, 0, 0, 0]);
     answer.extend(question);
@@ -86,7 +87,7 @@ fn record(ip: &IpAddr, kind: u16) -> Option<Vec<u8>> {
     };
     let mut record = vec![0xc0, HEADER_LEN as u8];
     record.extend(kind.to_be_bytes());
-    // Class IN, TTL of one second.
+    // The class is IN, and the TTL is one second.
     record.extend([0, 1, 0, 0, 0, 1, 0, u8::try_from(data.len()).ok()?]);
     record.extend(data);
     Some(record)

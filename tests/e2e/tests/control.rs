@@ -56,7 +56,7 @@ fn init_without_handler_ignores_sigterm() {
 #[test]
 fn resume_continues_paused_processes() {
     case("pause", |case| {
-        // The rename is atomic: a reader always sees a number.
+        // The rename is atomic, so that a reader always sees a number.
         let script = "i=0; echo 0 > /tmp/count; echo up
             while :; do i=$((i+1)); echo $i > /tmp/next; mv /tmp/next /tmp/count; sleep 0.1; done";
         let container = case.container(case.sh(script));
@@ -114,17 +114,17 @@ fn ps_lists_each_process_with_distinct_pid() {
             pids.sort_unstable();
             pids
         };
-        // A shell, a subshell and four sleepers.
+        // The list has a shell, a subshell and four sleepers.
         let pids_before = node::eventually(Duration::from_secs(10), || Some(listed()).filter(|pids| pids.len() == 6));
         let pids_before = pids_before.unwrap_or_else(|| panic!("expected six processes: {:?}", listed()));
         let mut distinct = pids_before.clone();
         distinct.dedup();
         assert_eq!(distinct.len(), 6, "pids are repeated: {pids_before:?}");
-        // Inside the container, there are the same six processes, and up to three processes of the counting command.
+        // The container also sees these six processes, and up to three processes of the counting command.
         let inside = container.exec("count", &["sh", "-c", "exec 2>/dev/null; grep -l . /proc/[0-9]*/cmdline | wc -l"]);
         let inside: usize = inside.expect_clean().out().trim().parse().unwrap();
         assert!((6..=9).contains(&inside), "the container sees {inside} processes");
-        // An exec adds one pid. When the exec ends, its pid is removed.
+        // An exec adds one PID to the list. When the exec ends, the PID disappears.
         let exec = container.exec_command("more", &[], &["sh", "-c", "echo up; exec sleep 1005"]);
         let mut exec = Running::start(exec, Input::Null);
         exec.wait_for("up");
@@ -154,9 +154,9 @@ fn metrics_come_from_container_cgroup() {
         assert_eq!(number("/pids/current"), 3, "{}", output.describe());
         assert_eq!(number("/memory/usage_limit"), 201_326_592, "{}", output.describe());
         let usage = number("/memory/usage");
-        assert!((48 << 20..120 << 20).contains(&usage), "memory usage {usage}\n{}", output.describe());
+        assert!((48 << 20..120 << 20).contains(&usage), "memory usage {usage} bytes\n{}", output.describe());
         let shmem = number("/memory/shmem");
-        assert!((48 << 20..60 << 20).contains(&shmem), "shmem {shmem}\n{}", output.describe());
+        assert!((48 << 20..60 << 20).contains(&shmem), "shmem {shmem} bytes\n{}", output.describe());
         assert!(number("/cpu/usage_usec") > 10_000, "{}", output.describe());
         container.kill();
     });

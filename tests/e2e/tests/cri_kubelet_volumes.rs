@@ -153,7 +153,7 @@ fn mirrored_volumes_have_no_limit_on_entries_or_size() {
     need_image(PYTHON);
     pods("cri-many-entries", |pods| {
         let pod = pods.pod();
-        // Five thousand entries, and then more.
+        // The volume first has 5000 entries, and then 5100.
         let many = pods.volume(&pod, "configmap", "data");
         let version = |name: &str, count: usize| {
             let files: Vec<_> = (0..count).map(|n| (format!("entry-{n:05}"), format!("{name} {n}"))).collect();

@@ -75,7 +75,7 @@ fn pods_reach_the_node_and_each_other() {
             assert_eq!(a.sh(command), outside.trim_end(), "{what} in the guest and in the network namespace");
         }
         assert_eq!(a.sh("ip route | sed 's/ *$//' | grep -c default"), "1");
-        // Node to pod, with both address families.
+        // The node reaches the pod, with both address families.
         for ip in &addresses.0 {
             assert_eq!(greeting((*ip, 8080).into()), "one", "{ip}");
         }

@@ -24,7 +24,7 @@ fn exec_returns_output_and_exit_code_and_enforces_the_timeout() {
         config["envs"] = json!([{ "key": "WORD", "value": "from the pod" }]);
         config["working_dir"] = json!("/srv");
         let container = pod.start(&config);
-        // stdout, stderr, exit codes, environment.
+        // An exec returns stdout, stderr and the exit code, and has the container's environment.
         let done = container.exec(&["sh", "-c", "echo out; echo err >&2; exit 7"]);
         assert_eq!((done.code, done.out.as_str(), done.err.as_str()), (7, "out\n", "err\n"));
         assert_eq!(container.sh("echo $WORD; pwd"), "from the pod\n/srv");
@@ -115,7 +115,7 @@ fn attach_reaches_stdin_and_logs_are_split_and_reopened() {
         container.wait_for("two");
         assert!(!fs::read_to_string(&old).unwrap().contains("two"));
         container.stop(0);
-        // With a terminal.
+        // Attach also works with a terminal.
         let mut config = pod.sh("stty -echo; echo up; read line; echo said $line");
         config["tty"] = json!(true);
         config["stdin"] = json!(true);

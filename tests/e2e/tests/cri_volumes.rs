@@ -248,7 +248,7 @@ const OVERLAY: &str = "
 #[test]
 fn overlayfs_works_with_its_upper_directory_on_an_empty_dir() {
     pods("cri-overlay", |pods| {
-        // On the node's disk, like the kubelet's volumes.
+        // The directory is on the node's disk, like the kubelet's volumes.
         let dir = Path::new("/var/lib/kubelet/pods/uid-cri-overlay");
         let volume = dir.join("volumes/kubernetes.io~empty-dir/data");
         fs::create_dir_all(&volume).unwrap();

@@ -140,7 +140,7 @@ impl Mounted {
             mounted.add(kind, &dir.join(kind));
         }
         mounted.add("tmpfs", &dir.join("data"));
-        // The node's root without its submounts.
+        // This is a mount of the node's root without its submounts.
         let bare = dir.join("bare");
         fs::create_dir_all(&bare).unwrap();
         mount(Some("/"), &bare, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();

@@ -100,7 +100,7 @@ pub fn check_cpu_memory_and_pids(pods: &Pods) {
     assert_between(&pod_stats, host, host_after);
     assert_eq!(pod_stats["containers"].as_array().unwrap().len(), 1, "{pod_stats}");
     assert_between(&pod_stats["containers"][0], before, after);
-    // The shell and its three children.
+    // The processes are the shell and its three children.
     assert_eq!(value(&pod_stats["process"]["process_count"]), 4, "{pod_stats}");
     let pids = &metrics(&container)["pids"];
     assert_eq!(pids["current"], 4, "{pids}");

@@ -18,7 +18,7 @@ fn sandboxes() {
                 pod.remove();
                 assert!(try_call("PodSandboxStatus", &json!({ "pod_sandbox_id": pod.id })).is_err());
             });
-            group.check("stopped with its containers running", || {
+            group.check("stopping a sandbox stops its containers", || {
                 let pod = pods.pod();
                 let container = sleeper(&pod, |_| {});
                 pod.stop();

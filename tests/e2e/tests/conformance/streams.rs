@@ -71,7 +71,7 @@ fn streams() {
             });
         });
         group("Logs", |group| {
-            group.check("time, stream, whole or partial, text", || {
+            group.check("format of a line: time, stream, full or partial, text", || {
                 let logger = pod.start(&pod.sh("echo out; head -c 20000 /dev/zero | tr '\\0' x; echo; echo err >&2"));
                 logger.wait();
                 let log = logger.log();
