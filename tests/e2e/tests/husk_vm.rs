@@ -24,7 +24,6 @@ fn container_runs_on_guest_kernel() {
         let release = guest_release();
         assert_ne!(release, node::kernel_release());
         case.busybox(&["uname", "-r"]).output().expect_clean().expect_out(&release);
-        case.python("import os; print(os.uname().release)").output().expect_clean().expect_out(&release);
     });
 }
 
