@@ -35,8 +35,11 @@ fn wait_until_not_ready(pod: &Pod) {
 
 #[test]
 fn pod_and_container_statistics_are_those_of_the_guest() {
-    pods("sb-stats", stats::check_cpu_memory_and_pids);
-    pods("sb-network", stats::check_network);
+    pods("sb-stats", |pods| {
+        let pod = pods.pod();
+        stats::check_cpu_memory_and_pids(&pod);
+        stats::check_network(&pod);
+    });
 }
 
 #[test]
@@ -45,7 +48,7 @@ fn annotations_are_limited_by_the_nodes_configuration() {
 }
 
 #[test]
-fn pod_runs_without_a_sandbox_container_or_task() {
+fn pod_runs_without_a_sandbox_container_or_task_and_husk_ps_lists_it() {
     pods("sb-life", |pods| {
         let pod = pods.pod();
         assert!(pod.is_ready());
@@ -55,6 +58,7 @@ fn pod_runs_without_a_sandbox_container_or_task() {
         assert_eq!(containerd::containers(KUBERNETES).unwrap(), Vec::<String>::new());
         assert_eq!(containerd::tasks(KUBERNETES).unwrap(), []);
         assert!(is_containerd_2());
+        assert_listed(&pod);
         // The pod stays after its only container is removed, and accepts new containers.
         let first = pod.start(&pod.sh("echo one; exit 3"));
         assert_eq!(first.wait(), (3, "Error".into()));
@@ -229,27 +233,24 @@ fn shutdown_sandbox_returns_after_the_vm_and_its_state_are_removed() {
     });
 }
 
-#[test]
-fn husk_ps_and_trace_show_a_pod_without_containers() {
-    pods("sb-tools", |pods| {
-        let pod = pods.pod();
-        let husk = |args: &[&str]| {
-            let output = std::process::Command::new("husk").args(args).output().unwrap();
-            assert!(output.status.success(), "husk {args:?} failed: {}", String::from_utf8_lossy(&output.stderr));
-            String::from_utf8_lossy(&output.stdout).into_owned()
-        };
-        let list: serde_json::Value = serde_json::from_str(&husk(&["ps", "--output", "json"])).unwrap();
-        let listed = list.as_array().unwrap().iter().find(|one| one["id"] == pod.id.as_str()).unwrap();
-        let name = format!("e2e/{}", pod.config["metadata"]["name"].as_str().unwrap());
-        assert_eq!(
-            (&listed["pod"], &listed["vmm_pid"], &listed["running"]),
-            (&json!(name), &json!(pod.pid()), &json!(true))
-        );
-        let waterfall = husk(&["trace", &name]);
-        assert!(waterfall.starts_with(&format!("k8s.io/{}\n", pod.id)), "{waterfall}");
-        assert!(waterfall.contains("agent ready") && waterfall.contains("sandbox started"), "{waterfall}");
-        pod.stop();
-    });
+/// Requires that `husk ps` and `husk trace` show a pod, which has no container yet.
+#[track_caller]
+fn assert_listed(pod: &Pod) {
+    let husk = |args: &[&str]| {
+        let output = std::process::Command::new("husk").args(args).output().unwrap();
+        assert!(output.status.success(), "husk {args:?} failed: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let list: serde_json::Value = serde_json::from_str(&husk(&["ps", "--output", "json"])).unwrap();
+    let listed = list.as_array().unwrap().iter().find(|one| one["id"] == pod.id.as_str()).unwrap();
+    let name = format!("e2e/{}", pod.config["metadata"]["name"].as_str().unwrap());
+    assert_eq!(
+        (&listed["pod"], &listed["vmm_pid"], &listed["running"]),
+        (&json!(name), &json!(pod.pid()), &json!(true))
+    );
+    let waterfall = husk(&["trace", &name]);
+    assert!(waterfall.starts_with(&format!("k8s.io/{}\n", pod.id)), "{waterfall}");
+    assert!(waterfall.contains("agent ready") && waterfall.contains("sandbox started"), "{waterfall}");
 }
 
 #[test]

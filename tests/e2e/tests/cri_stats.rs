@@ -5,12 +5,12 @@ use serde_json::json;
 
 #[test]
 fn cpu_memory_and_process_statistics_are_those_of_the_guest() {
-    pods("cri-stats", stats::check_cpu_memory_and_pids);
+    pods("cri-stats", |pods| stats::check_cpu_memory_and_pids(&pods.pod()));
 }
 
 #[test]
 fn network_statistics_count_the_pods_traffic() {
-    pods("cri-stats-net", stats::check_network);
+    pods("cri-stats-net", |pods| stats::check_network(&pods.pod()));
 }
 
 #[test]

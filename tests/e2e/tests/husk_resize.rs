@@ -141,13 +141,14 @@ fn vm_grows_for_later_container_unless_annotations_fix_its_size() {
         two.remove();
         // The VM does not become smaller than its boot size, because further containers of the pod may be created.
         wait_for_size(&one, 1, 120..193);
+        // Sized by the pod's annotations, which containerd's drop-in passes on. One vCPU is the default.
         let fixed_pod = {
             let mut config = pods.config();
-            config["annotations"] = json!({ "io.husk.vcpus": "1", "io.husk.memory_mib": "300" });
+            config["annotations"] = json!({ "io.husk.vcpus": "2", "io.husk.memory_mib": "300" });
             pods.run(config)
         };
-        let container = container(&fixed_pod, 2000, 600);
-        wait_for_size(&container, 1, 250..301);
+        let container = container(&fixed_pod, 3000, 600);
+        wait_for_size(&container, 2, 250..301);
     });
 }
 

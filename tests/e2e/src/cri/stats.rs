@@ -76,10 +76,9 @@ fn pod_stats(pod: &Pod) -> Value {
     call("PodSandboxStats", &json!({ "pod_sandbox_id": pod.id }))["stats"]["linux"].clone()
 }
 
-/// Tests CPU time, working set and number of processes of a container and its pod.
+/// Tests CPU time, working set and number of processes of a container and its pod, which has no other container.
 #[track_caller]
-pub fn check_cpu_memory_and_pids(pods: &Pods) {
-    let pod = pods.pod();
+pub fn check_cpu_memory_and_pids(pod: &Pod) {
     let script = "for i in 1 2 3; do sleep 100000 & done
         i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo up; wait";
     let mut config = pod.sh(script);
@@ -92,7 +91,7 @@ pub fn check_cpu_memory_and_pids(pods: &Pods) {
     let group = Path::new("/sys/fs/cgroup").join(text(&pod.config["linux"]["cgroup_parent"]).trim_start_matches('/'));
     let (before, host) = (usage_in_container(&container), usage_on_node(&group));
     let reported = call("ContainerStats", &json!({ "container_id": container.id }))["stats"].clone();
-    let pod_stats = pod_stats(&pod);
+    let pod_stats = pod_stats(pod);
     let (host_after, after) = (usage_on_node(&group), usage_in_container(&container));
     assert_between(&reported, before, after);
     assert!(before.0 > 10_000_000 && before.1 > 40 * MIB, "CPU time in ns, working set in bytes: {before:?}");
@@ -115,11 +114,10 @@ pub fn check_cpu_memory_and_pids(pods: &Pods) {
 
 /// Tests received and sent bytes in the pod's statistics and at the container's interface.
 #[track_caller]
-pub fn check_network(pods: &Pods) {
-    let pod = pods.pod();
+pub fn check_network(pod: &Pod) {
     let container = pod.sleeper();
     let reported = || {
-        let interface = pod_stats(&pod)["network"]["default_interface"].clone();
+        let interface = pod_stats(pod)["network"]["default_interface"].clone();
         assert_eq!(interface["name"], "eth0");
         [value(&interface["rx_bytes"]), value(&interface["tx_bytes"])]
     };
