@@ -3,11 +3,12 @@
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
-use husk_e2e::PYTHON;
 use husk_e2e::cri::kubelet::{Entry, write_atomically};
 use husk_e2e::cri::pod::{need_image, pods};
 use husk_e2e::cri::{Pod, PodContainer};
+use husk_e2e::{PYTHON, node};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
@@ -130,19 +131,21 @@ fn projected_volume_updates_add_and_remove_files_and_directories() {
 
 #[test]
 fn downward_api_updates_reach_the_guest() {
-    need_image(PYTHON);
     pods("cri-downward", |pods| {
         let pod = pods.pod();
         let volume = pods.volume(&pod, "downward-api", "data");
         write_atomically(&volume, "..1", &[("labels", b"app=\"web\"", 0o644), ("limits/memory", b"64", 0o644)]);
-        let container = start_watcher(&pod, &volume);
-        wait_until_seen(&container, &volume);
-        write_atomically(
-            &volume,
-            "..2",
-            &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)],
-        );
-        wait_until_seen(&container, &volume);
+        let mut config = pod.sh("trap 'exit 0' TERM; sleep 100000 & wait");
+        config["mounts"] =
+            json!([{ "host_path": volume.to_string_lossy(), "container_path": "/volume", "readonly": true }]);
+        let container = pod.start(&config);
+        let hash = || container.exec(&["sh", "-c", HASH_FILES, "/volume"]);
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(words(&hash().out), hash_on_node(&volume));
+        write_atomically(&volume, "..2", &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)]);
+        let expected = hash_on_node(&volume);
+        let seen = node::eventually(Duration::from_secs(60), || (words(&hash().out) == expected).then_some(()));
+        assert!(seen.is_some(), "expected {expected}: {:?}", hash());
         assert_eq!(container.sh("cat /volume/limits/memory"), "96");
     });
 }
