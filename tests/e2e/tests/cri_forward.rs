@@ -55,71 +55,70 @@ fn half_close(connection: &Connection) {
 }
 
 #[test]
-fn port_forward_carries_fifty_connections_to_loopback_servers() {
+fn port_forward_carries_fifty_connections_and_large_data_to_loopback_servers() {
     need_image(husk_e2e::PYTHON);
     pods("cri-forward-many", |pods| {
         let pod = pods.pod();
         let server = pod.start(&pod.python(SERVERS));
         server.wait_for("up");
-        // Port forwarding tries both address families, so it reaches servers on 127.0.0.1 and on ::1.
-        for port in [8001, 8002] {
-            let forward = forward(&pod);
-            let connections: Vec<Connection> = (0..CONNECTIONS).map(|number| forward.open(port, number)).collect();
-            let hello = |number: usize| format!("hello from {number}");
-            // All connections are open at the same time, and no connection receives data of another connection.
-            for (number, connection) in connections.iter().enumerate() {
-                connection.send(hello(number).as_bytes());
-            }
-            for (number, connection) in connections.iter().enumerate() {
-                assert_eq!(text(connection.read(hello(number).len())), hello(number), "echo of port {port}");
-            }
-            // A connection to a port without a listener ends at once, and the others stay. Husk accepts the connection
-            // before it connects to the guest, and then resets it. Kubernetes' streaming server logs the reset, but
-            // does not report it to the client (portForward in httpstream.go).
-            let refused = forward.open(8099, CONNECTIONS);
-            let error = refused.error();
-            assert!(error.contains("8099") || runtime() != RUNC, "{error:?}");
-            assert!(refused.read_to_end().is_empty());
-            for (number, connection) in connections.iter().enumerate() {
-                connection.send(b"again");
-                assert_eq!(text(connection.read(5)), "again", "echo of port {port}, connection {number}");
-                connection.finish();
-            }
-            for connection in &connections {
-                assert!(connection.read_to_end().is_empty());
-                assert_eq!(connection.error(), "");
-            }
-        }
-        // A half-closed connection still gets its answer.
-        let forward = forward(&pod);
-        for number in 0..2 {
-            half_close(&forward.open(8003, number));
-        }
+        carries_fifty_connections(&pod);
+        carries_two_megabytes_in_both_directions(&pod);
         server.stop(0);
     });
 }
 
-#[test]
-fn port_forward_carries_two_megabytes_in_both_directions() {
-    need_image(husk_e2e::PYTHON);
-    pods("cri-forward-large", |pods| {
-        let pod = pods.pod();
-        let server = pod.start(&pod.python(SERVERS));
-        server.wait_for("up");
-        let forward = forward(&pod);
-        let data: Vec<u8> = (0..2_000_000u32).map(|number| (number >> 3) as u8 ^ number as u8).collect();
-        for (number, port) in [8001, 8002].into_iter().enumerate() {
-            let connection = forward.open(port, number.try_into().unwrap());
-            let sender = connection.send_half();
-            let received = thread::scope(|scope| {
-                scope.spawn(|| sender.send(&data));
-                connection.read(data.len())
-            });
-            assert!(received == data, "the echo of port {port} differs from the data sent");
+#[track_caller]
+fn carries_fifty_connections(pod: &Pod) {
+    // Port forwarding tries both address families, so it reaches servers on 127.0.0.1 and on ::1.
+    for port in [8001, 8002] {
+        let forward = forward(pod);
+        let connections: Vec<Connection> = (0..CONNECTIONS).map(|number| forward.open(port, number)).collect();
+        let hello = |number: usize| format!("hello from {number}");
+        // All connections are open at the same time, and no connection receives data of another connection.
+        for (number, connection) in connections.iter().enumerate() {
+            connection.send(hello(number).as_bytes());
+        }
+        for (number, connection) in connections.iter().enumerate() {
+            assert_eq!(text(connection.read(hello(number).len())), hello(number), "echo of port {port}");
+        }
+        // A connection to a port without a listener ends at once, and the others stay. Husk accepts the connection before it
+        // connects to the guest, and then resets it. Kubernetes' streaming server logs the reset, but does not
+        // report it to the client (portForward in httpstream.go).
+        let refused = forward.open(8099, CONNECTIONS);
+        let error = refused.error();
+        assert!(error.contains("8099") || runtime() != RUNC, "{error:?}");
+        assert!(refused.read_to_end().is_empty());
+        for (number, connection) in connections.iter().enumerate() {
+            connection.send(b"again");
+            assert_eq!(text(connection.read(5)), "again", "echo of port {port}, connection {number}");
             connection.finish();
+        }
+        for connection in &connections {
             assert!(connection.read_to_end().is_empty());
             assert_eq!(connection.error(), "");
         }
-        server.stop(0);
-    });
+    }
+    // A half-closed connection still gets its answer.
+    let forward = forward(pod);
+    for number in 0..2 {
+        half_close(&forward.open(8003, number));
+    }
+}
+
+#[track_caller]
+fn carries_two_megabytes_in_both_directions(pod: &Pod) {
+    let forward = forward(pod);
+    let data: Vec<u8> = (0..2_000_000u32).map(|number| (number >> 3) as u8 ^ number as u8).collect();
+    for (number, port) in [8001, 8002].into_iter().enumerate() {
+        let connection = forward.open(port, number.try_into().unwrap());
+        let sender = connection.sending();
+        let received = thread::scope(|scope| {
+            scope.spawn(|| sender.send(&data));
+            connection.read(data.len())
+        });
+        assert!(received == data, "{port}: the echo differs from the data sent");
+        connection.finish();
+        assert!(connection.read_to_end().is_empty());
+        assert_eq!(connection.error(), "");
+    }
 }
