@@ -27,6 +27,10 @@ const STATE_DIRS: &[(&str, usize)] = &[
 /// Cgroups that several containers share.
 const SHARED_CGROUPS: [&str; 4] = [NAMESPACE, KUBERNETES, "kubepods", "kubepods.slice"];
 
+/// Timeout for containerd to remove its records of containers and tasks. A snapshot does not include these records.
+/// Therefore, a record that a failed test leaves behind also fails all later tests, each after this time.
+const RECORDS_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// State of the node at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -59,34 +63,39 @@ impl Snapshot {
     /// # Errors
     /// The list of leftovers.
     pub fn compare_until_equal(&self, limit: Duration) -> Result<(), String> {
-        let mut left = Vec::new();
-        let clean = node::eventually(limit, || {
+        let mut left: Vec<String> = Vec::new();
+        node::eventually(limit, || {
             left = Self::take().things.difference(&self.things).cloned().collect();
-            records(&mut left);
             left.is_empty().then_some(())
         });
-        let text = || {
-            left.iter().fold(String::new(), |mut text, thing| {
-                let _ = writeln!(text, "  {thing}");
-                text
-            })
-        };
-        clean.ok_or_else(text)
+        let mut listed = Vec::new();
+        node::eventually(RECORDS_TIMEOUT, || {
+            listed = records();
+            listed.is_empty().then_some(())
+        });
+        left.extend(listed);
+        let text = left.iter().fold(String::new(), |mut text, thing| {
+            let _ = writeln!(text, "  {thing}");
+            text
+        });
+        if text.is_empty() { Ok(()) } else { Err(text) }
     }
 }
 
-/// Adds the containers and tasks that containerd still has in the suites' namespaces.
-fn records(left: &mut Vec<String>) {
+/// Returns the containers and tasks that containerd still has in the suites' namespaces.
+fn records() -> Vec<String> {
+    let mut all = Vec::new();
     for namespace in [NAMESPACE, KUBERNETES] {
         match containerd::containers(namespace) {
-            Ok(ids) => left.extend(ids.iter().map(|id| format!("containerd still has the container {id}"))),
-            Err(status) => left.push(format!("failed to list containerd's containers in {namespace}: {status}")),
+            Ok(ids) => all.extend(ids.iter().map(|id| format!("containerd still has the container {id}"))),
+            Err(status) => all.push(format!("failed to list containerd's containers in {namespace}: {status}")),
         }
         match containerd::tasks(namespace) {
-            Ok(tasks) => left.extend(tasks.iter().map(|task| format!("containerd still has the task {}", task.id))),
-            Err(status) => left.push(format!("failed to list containerd's tasks in {namespace}: {status}")),
+            Ok(tasks) => all.extend(tasks.iter().map(|task| format!("containerd still has the task {}", task.id))),
+            Err(status) => all.push(format!("failed to list containerd's tasks in {namespace}: {status}")),
         }
     }
+    all
 }
 
 /// A process that is not a kernel thread.

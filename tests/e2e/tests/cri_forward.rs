@@ -111,7 +111,7 @@ fn carries_two_megabytes_in_both_directions(pod: &Pod) {
     let data: Vec<u8> = (0..2_000_000u32).map(|number| (number >> 3) as u8 ^ number as u8).collect();
     for (number, port) in [8001, 8002].into_iter().enumerate() {
         let connection = forward.open(port, number.try_into().unwrap());
-        let sender = connection.sending();
+        let sender = connection.send_half();
         let received = thread::scope(|scope| {
             scope.spawn(|| sender.send(&data));
             connection.read(data.len())

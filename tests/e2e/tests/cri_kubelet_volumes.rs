@@ -142,7 +142,11 @@ fn downward_api_updates_reach_the_guest() {
         let hash = || container.exec(&["sh", "-c", HASH_FILES, "/volume"]);
         let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(words(&hash().out), hash_on_node(&volume));
-        write_atomically(&volume, "..2", &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)]);
+        write_atomically(
+            &volume,
+            "..2",
+            &[("labels", b"app=\"web\"\ntier=\"x\"", 0o644), ("limits/memory", b"96", 0o644)],
+        );
         let expected = hash_on_node(&volume);
         let seen = node::eventually(Duration::from_secs(60), || (words(&hash().out) == expected).then_some(()));
         assert!(seen.is_some(), "expected {expected}: {:?}", hash());
