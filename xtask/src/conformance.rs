@@ -156,7 +156,7 @@ fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
          `cargo xtask conformance` generates this page. The command tests each behaviour through containerd's CRI in\n\
          the test node. The groups are those of the CRI's validation suite. The columns name the handler and\n\
          containerd's version. The version of runc is {runc}.\n\n\
-         - *refused*: the behaviour needs something that a VM does not share with its host. The error says what.\n\
+         - *refused*: the behaviour needs something that a VM does not share with its host. The error message names it.\n\
          - If a behaviour fails with every runtime of one containerd version, that containerd does not implement it.\n\
          - husk-sandbox is the handler with `sandboxer = \"shim\"`. With this sandboxer, a pod with\n  \
          `hostNetwork: true` crashes containerd 2.1 itself ([install.md](install.md)). Therefore this behaviour\n  \

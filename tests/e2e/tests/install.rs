@@ -209,25 +209,25 @@ fn documented_commands_install_and_remove_husk() {
     }
     let before = node_files();
     assert!(HUSK_PATHS.iter().all(|part| !Path::new("/").join(part).exists()));
-    run_all(&commands("Put it there"));
+    run_all(&commands("Copy the files to the node"));
     if is_v2 {
         run_all(&commands("containerd 2.x"));
     } else {
         fs::write(CONFIG, file_content("toml imports")).unwrap();
     }
-    run_all(&commands("Tell containerd"));
+    run_all(&commands("Configure containerd"));
     assert_pod_runs();
     if !is_v2 {
         // Tests the alternative for a configuration that already has a CRI section.
         fs::remove_file(Path::new(DROP_INS).join("husk.toml")).unwrap();
         let config = format!("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"{PAUSE}\"\n");
         fs::write(CONFIG, config.clone() + &file_content("toml section") + &file_content("toml runc")).unwrap();
-        run_all(&commands("Tell containerd"));
+        run_all(&commands("Configure containerd"));
         assert_pod_runs();
         assert!(run("grep -n husk /etc/containerd/config.toml").status.success());
         fs::write(CONFIG, config.replace(PAUSE, "another")).unwrap();
     }
-    run_all(&commands("Remove it"));
+    run_all(&commands("Remove Husk"));
     let after = node_files();
     let left: Vec<_> = after.difference(&before).collect();
     assert!(left.is_empty(), "left on the node: {left:#?}");
