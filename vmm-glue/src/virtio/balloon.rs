@@ -321,7 +321,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn device_survives_any_page_numbers(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
+        fn device_survives_any_pages(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
             let mut bench = Bench::new(Balloon::new().unwrap());
             bench.activate(0);
             let mut bytes = numbers(&pages);

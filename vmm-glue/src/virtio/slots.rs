@@ -107,7 +107,7 @@ impl Slots {
         Ok(Unplugged { device: transport.device().clone(), unregistered: unregistered.map_err(PlugError::Kvm) })
     }
 
-    /// Returns the slot of the interface with this MAC address, or `None`.
+    /// Returns the slot of the interface with this MAC address, or `None` if no interface has this address.
     pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
         let matches_mac = |transport: &Transport| {
             let mut device_mac = [0; 6];
