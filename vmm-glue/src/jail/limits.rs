@@ -25,7 +25,7 @@ pub enum LimitError {
     #[error("failed to raise the VMM's fd limit (RLIMIT_NOFILE): {0}")]
     Fds(String),
     /// A limit of `LIMITS` could not be set.
-    #[error("failed to set the VMM's {0:?} ({1})")]
+    #[error("failed to set the VMM's {0:?}, which is limited because {1}")]
     Other(Resource, &'static str, #[source] Errno),
 }
 
