@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let spawned = spawn(SpawnOptions::default())?;
     let started = now_ms();
-    eprintln!("[pid {}]", spawned.pid);
+    eprintln!("[started the VMM process, pid {}]", spawned.pid);
     let mut vmm = Vmm::new(spawned.control);
     let fds: [BorrowedFd<'_>; 4] = [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), writer.as_fd()];
     vmm.call(Call::Create(Box::new(config)), &fds)?;
@@ -62,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(disk) = disk {
         let config = BlkConfig { file: FdIndex(0), read_only: false, serial: "attached".to_owned() };
         let (answer, _) = vmm.call(Call::AttachBlk(config), &[disk.as_fd()])?;
-        eprintln!("[{answer:?}]");
+        eprintln!("[attached the disk: {answer:?}]");
     }
     if let Some(port) = port {
         connect_stdio(vmm.connect(port)?)?;

@@ -161,7 +161,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     timing.step("initrd read");
 
     // Create the devices, in the order in which the guest finds them, and the spare slots.
-    let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("vsock", error))?;
+    let vsock = Vsock::new(u64::from(config.vsock_cid)).map_err(|error| BootError::Host("the vsock device", error))?;
     let vsock = Arc::new(Mutex::new(vsock));
     let mut devices: Vec<(&str, SharedDevice)> = vec![("vsock", vsock.clone())];
     let fd_directory =
@@ -184,7 +184,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     devices.push(("virtio-rng", shared(Rng::new().map_err(|error| BootError::Host("virtio-rng", error))?)));
     let mut balloon: Option<Arc<Mutex<Balloon>>> = None;
     if config.balloon {
-        let device = Balloon::new().map_err(|error| BootError::Host("virtio-balloon", error))?;
+        let device = Balloon::new().map_err(|error| BootError::Host("the balloon", error))?;
         let device = balloon.insert(Arc::new(Mutex::new(device)));
         devices.push(("virtio-balloon", device.clone()));
     }
@@ -215,7 +215,7 @@ pub fn build(checked: CheckedConfig, belongings: Belongings, reporter: &Arc<Repo
     if cmdline.len() >= layout::CMDLINE_MAX {
         return Err(BootError::Cmdline(cmdline.len()));
     }
-    let seed: [u8; SEED_LEN] = husk_base::entropy::bytes().map_err(|error| BootError::Host("entropy", error))?;
+    let seed: [u8; SEED_LEN] = husk_base::entropy::bytes().map_err(|error| BootError::Host("the seed", error))?;
     let device_tree = device_tree::build(config.max_vcpus, slots.count()).map_err(BootError::DeviceTree)?;
     let data = BootData {
         memory: memory_size,

@@ -14,7 +14,7 @@ impl BootTiming {
     /// Logs the time since the last step.
     pub fn step(&mut self, name: &str) {
         let now = Instant::now();
-        log::debug!("{name}: {} µs", now.duration_since(self.0).as_micros());
+        log::debug!("boot step \"{name}\" took {} µs", now.duration_since(self.0).as_micros());
         self.0 = now;
     }
 }

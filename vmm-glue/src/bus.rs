@@ -26,7 +26,7 @@ pub enum Effect {
 
 /// All devices that a guest reaches through VM exits.
 pub struct Bus {
-    /// COM1.
+    /// The console on COM1.
     pub console: Arc<Console>,
     /// The virtio-mmio slots.
     pub slots: Arc<Slots>,

@@ -1,4 +1,5 @@
-//! The typed configuration of one VM. The shim sends it, and the VMM validates all of it before it creates anything.
+//! The typed configuration of one VM. The shim sends the configuration. The VMM validates all of it before the VMM
+//! creates anything.
 
 use serde::{Deserialize, Serialize};
 
@@ -68,8 +69,8 @@ pub struct ShareConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The tap's queues, 1 to 8: open fds of `/dev/net/tun`, attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. If
-    /// there are several, they are attached to the same interface, with IFF_MULTI_QUEUE.
+    /// The tap's queues, 1 to 8: open fds of `/dev/net/tun`, attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. Several
+    /// fds are attached to the same interface, with IFF_MULTI_QUEUE.
     pub taps: Vec<FdIndex>,
     /// `/dev/vhost-net`, opened with O_PATH, if vhost-net may carry the frames. vhost-net does not look at the frames.
     /// Therefore, the filters on the other side of the tap must do the MAC anti-spoofing.

@@ -130,7 +130,7 @@ pub enum Answer {
     },
     /// The device is in this virtio-mmio slot.
     Attached {
-        /// Slot number. `husk_proto::mmio_slots::device_name` returns the guest's name for it.
+        /// Slot number. `husk_proto::mmio_slots::device_name` returns the guest's name for the device in this slot.
         slot: u32,
     },
 }

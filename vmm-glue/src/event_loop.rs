@@ -12,7 +12,7 @@ use crate::jail::{Kind, confine};
 use crate::reporter::Reporter;
 use crate::virtio::mmio::SharedDevice;
 
-/// Stack size of the device loop's thread.
+/// Stack size of the device loop's thread in bytes.
 const STACK: usize = 256 << 10;
 
 /// Error of the device loop.
@@ -24,11 +24,11 @@ pub enum LoopError {
     /// The thread could not be started.
     #[error("failed to start the device loop")]
     Thread(#[source] io::Error),
-    /// The device loop does not respond.
-    #[error("the device loop does not respond")]
+    /// The device loop did not run a call, or the call failed.
+    #[error("failed to run a call on the device loop")]
     Gone(#[source] event_manager::Error),
     /// The device loop does not have the device to remove.
-    #[error("failed to remove device {0}: the device loop does not have it")]
+    #[error("failed to remove boot device {0}: the device loop has no boot device with this index")]
     Unknown(u32),
     /// The device loop ended before it could pause.
     #[error("failed to pause the device loop")]

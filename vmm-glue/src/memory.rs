@@ -18,7 +18,7 @@ use crate::jail::{Kind, confine};
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size does not fit into the address space.
-    #[error("guest memory size does not fit into the address space")]
+    #[error("invalid size of guest memory: it does not fit into the address space")]
     Size,
     /// mmap failed.
     #[error("failed to map guest memory")]
@@ -40,8 +40,8 @@ pub enum MemoryError {
 /// Maps the guest's memory.
 ///
 /// Huge pages are off at first. A guest touches scattered pages. With huge pages, each touched page would occupy 2 MiB,
-/// most of which an idle pod never uses. With huge pages everywhere, a small guest took 5 MiB more after its boot, and
-/// did not boot faster. [`prefault`] turns huge pages on where the boot fills memory densely.
+/// and an idle pod never uses most of this memory. With huge pages everywhere, a small guest took 5 MiB more memory
+/// after its boot, and did not boot faster. [`prefault`] turns huge pages on where the boot fills memory densely.
 pub fn map(bytes: u64) -> Result<GuestMemory, MemoryError> {
     let mut ranges = Vec::with_capacity(2);
     for (start, len) in layout::ram(bytes) {

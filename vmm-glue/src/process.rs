@@ -1,5 +1,5 @@
-//! The VMM process from `main` to its end. It ends when the guest or the shim ends, or when the control socket is
-//! closed.
+//! The VMM process from `main` to its end. The process ends when the guest or the shim ends, or when the control socket
+//! is closed.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -35,7 +35,7 @@ pub fn main(control: OwnedFd) -> ! {
     loop {
         match reporter.receive() {
             Ok((request, fds)) => serve(&mut current_vm, &mut pids, request, fds, &reporter),
-            // The shim has ended or dropped the VM.
+            // The shim has ended or has closed its end of the control socket.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => exit_immediately(0),
             Err(error) => {
                 ::log::error!("failed to receive from the control socket: {error}");
@@ -127,7 +127,7 @@ fn create(config: crate::config::VmConfig, fds: Vec<OwnedFd>, reporter: &Arc<Rep
         share.root = "/".to_owned();
     }
     let vm = boot::build(checked, belongings, reporter).map_err(|error| chain(&error))?;
-    // Confine this thread last, because each other thread was started with the capabilities of this thread.
+    // Confine this thread last, because the threads that it starts inherit its capabilities.
     jail::confine(jail::Kind::Control).map_err(|error| chain(&error))?;
     Ok(vm)
 }

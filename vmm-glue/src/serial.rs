@@ -153,6 +153,6 @@ mod tests {
         drop(console);
         let mut rest = String::new();
         reader.read_to_string(&mut rest).unwrap();
-        assert!(rest.ends_with("bytes of console output dropped]\nend\n"), "{rest}");
+        assert!(rest.ends_with("bytes of console output dropped]\nend\n"), "wrong end of console output: {rest}");
     }
 }

@@ -53,7 +53,7 @@ pub enum VmError {
     #[error("failed to set up the disk")]
     Disk(#[from] BlkError),
     /// The VM has no balloon.
-    #[error("the VM has no balloon")]
+    #[error("failed to set the balloon's target: the VM has no balloon")]
     NoBalloon,
     /// The guest could not be notified.
     #[error("failed to notify the guest of the balloon's target")]
@@ -62,7 +62,7 @@ pub enum VmError {
     #[error("failed to hot-plug vCPUs")]
     Vcpus(#[from] VcpuError),
     /// No addresses were reserved for this kind of memory, or the memory's device is not attached.
-    #[error("the VM has no memory device for pages of kind {0:?}")]
+    #[error("failed to hot-plug memory: the VM has no memory device for pages of kind {0:?}")]
     NoMemoryDevice(PageKind),
     /// The memory could not be registered with KVM.
     #[error("failed to hot-plug memory")]
@@ -99,7 +99,7 @@ pub(crate) enum HotplugMemory {
     Reserved(HotplugRange),
     /// The memory's device exists, but it has no slot, because attaching it failed.
     Detached(Arc<Mutex<Mem>>),
-    /// The memory's device is attached: the slot, and the device.
+    /// The memory's device is attached. The fields are the slot's number and the device.
     Attached(u32, Arc<Mutex<Mem>>),
 }
 
@@ -172,7 +172,7 @@ impl Vm {
         self.devices.detach(slot)
     }
 
-    /// Returns the slot of the interface with this MAC address, or `None`.
+    /// Returns the slot of the interface with this MAC address, or `None` if no interface has this address.
     pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
         self.devices.find_net(mac)
     }

@@ -79,7 +79,7 @@ fn serve(mut stream: UnixStream) -> Result<()> {
             stream.read_to_string(&mut name)?;
             let answer = match test(&name) {
                 Ok(true) => "ok".to_owned(),
-                Ok(false) => "wrong".to_owned(),
+                Ok(false) => "the test found a wrong result in the guest".to_owned(),
                 Err(error) => error.to_string(),
             };
             stream.write_all(answer.as_bytes())
@@ -120,7 +120,8 @@ fn test(name: &str) -> Result<bool> {
             fs::set_permissions("/share/mine", fs::Permissions::from_mode(0o4755))?;
             let meta = fs::metadata("/share/mine")?;
             let before = (meta.uid(), meta.gid(), meta.mode()) == (1000, 1001, 0o104_755);
-            println!("xattr: {:?}", xattr::set(Path::new("/share/mine"), c"user.husk", b"value"));
+            let set = xattr::set(Path::new("/share/mine"), c"user.husk", b"value");
+            println!("result of setting user.husk on /share/mine: {set:?}");
             // Create a file as another user. The file server must act as that user, and not as root.
             fs::create_dir("/share/open")?;
             fs::set_permissions("/share/open", fs::Permissions::from_mode(0o1777))?;
@@ -135,7 +136,7 @@ fn test(name: &str) -> Result<bool> {
             let refused = fs::write("/share/mine", "z").is_err();
             Ok(before && refused && (meta.uid(), meta.gid()) == (2000, 2000))
         }
-        // Missing names are not cached, so each lookup is one request.
+        // Each lookup is one request, because missing names are not cached.
         "lookups" => Ok((0..500).all(|number| fs::metadata(format!("/share/none{number}")).is_err())),
         "disk" => {
             let serial = fs::read_to_string("/sys/block/vda/serial")?;
@@ -164,7 +165,8 @@ fn test(name: &str) -> Result<bool> {
             direct.seek(std::io::SeekFrom::Start(start))?;
             direct.read_exact(buffer)?;
             let zero = buffer.iter().all(|&byte| byte == 0);
-            println!("disk {serial:?}, mtu {mtu:?}, discard {discarded} {discarded_there}");
+            println!("disk serial {serial:?}, MTU {mtu:?}");
+            println!("results of BLKDISCARD: {discarded} on a read-only fd, {discarded_there} on a writable fd");
             Ok(serial == "disk-0" && mtu == "1400\n" && discarded_there == 0 && zero)
         }
         "tcp" => {

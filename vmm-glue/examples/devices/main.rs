@@ -1,4 +1,4 @@
-//! Boots a guest whose only program is this one, and tests the devices with their Linux drivers.
+//! Boots a guest that runs only this program, and tests the devices with their Linux drivers.
 //!
 //! Usage: `devices KERNEL`, with further kernel parameters in `DEVICES_KERNEL_PARAMS`. The same static binary runs as
 //! the tester, as the VMM process and as the guest's `/init`.
@@ -41,7 +41,7 @@ fn main() -> Result<()> {
 
     step("refused connection", || match vmm.connect(9) {
         Err(error) if error.to_string().contains("refused") => Ok(()),
-        other => Err(format!("{other:?}").into()),
+        other => Err(format!("connecting to a port on which nothing listens must be refused: {other:?}").into()),
     })?;
     let data = pattern(64 * MIB);
     step("64 MiB to the guest", || {
@@ -235,7 +235,7 @@ fn boot(kernel: &str, root: &std::path::Path) -> Result<Vmm> {
     let mut fds = vec![kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), end.as_fd(), tap.as_fd(), disk.as_fd()];
     fds.extend(vhost.as_ref().map(AsFd::as_fd));
     vmm.call(Call::Create(Box::new(config)), &fds)?;
-    println!("{:8.1} ms  created", start.elapsed().as_secs_f64() * 1e3);
+    println!("{:8.1} ms  VM created", start.elapsed().as_secs_f64() * 1e3);
     vmm.call(Call::Resume, &[])?;
     // The first connection waits for the driver. Connections are refused until the guest listens.
     loop {

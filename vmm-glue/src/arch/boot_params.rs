@@ -1,5 +1,5 @@
-//! Writes the boot data that the kernel's 64-bit boot protocol requires to guest memory: the zero page, its memory map
-//! and `setup_data`.
+//! Writes boot data to guest memory: the zero page, its memory map and `setup_data`. The kernel's 64-bit boot protocol
+//! requires this data.
 //!
 //! See Documentation/arch/x86/boot.rst and zero-page.rst of Linux.
 
@@ -15,9 +15,9 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
-/// `setup_data` type: a device tree.
+/// Type of a `setup_data` element that contains a device tree.
 const SETUP_DTB: u32 = 2;
-/// `setup_data` type: a seed for the kernel's random number generator.
+/// Type of a `setup_data` element that contains a seed for the kernel's random number generator.
 const SETUP_RNG_SEED: u32 = 9;
 /// Length of the seed in bytes. The kernel's generator needs this number of bytes for full strength.
 pub const SEED_LEN: usize = 32;

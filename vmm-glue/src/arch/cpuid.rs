@@ -1,7 +1,7 @@
 //! Computes the guest's CPUID: the entries that KVM supports on this host, adapted to the VM's vCPUs.
 //!
-//! Leaf numbers and fields: Intel SDM volume 2A "CPUID", AMD APM volume 3 appendix E,
-//! Documentation/virt/kvm/x86/cpuid.rst for 0x4000_0001.
+//! For leaf numbers and fields, see Intel SDM volume 2A "CPUID" and AMD APM volume 3 appendix E. For leaf 0x4000_0001,
+//! see Documentation/virt/kvm/x86/cpuid.rst of Linux.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -42,8 +42,8 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) ->
                 }
                 entry.edx = if vcpus > 1 { entry.edx | EDX1_HTT } else { entry.edx & !EDX1_HTT };
             }
-            // Deterministic cache parameters. Each vCPU has its own caches of level 1 and 2. All vCPUs share the other
-            // caches.
+            // The next two leaves describe caches. Each vCPU has its own caches of level 1 and 2. All vCPUs share the
+            // other caches.
             0x4 if entry.eax & 0x1f != 0 => {
                 let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << id_bits) - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1u32 << id_bits) - 1).min(63) << 26;
@@ -55,14 +55,14 @@ pub fn normalise(supported: &[kvm_cpuid_entry2], config: CpuidConfig, id: u8) ->
             0x4000_0001 => entry.eax &= !KVM_ASYNC_PF,
             // A pod's guest does not get nested virtualization.
             0x8000_0001 => entry.ecx &= !EXT1_ECX_SVM,
-            // Number of cores, and number of APIC id bits that identify a core.
+            // This leaf has the number of cores, and the number of APIC id bits that identify a core.
             0x8000_0008 => entry.ecx = id_bits << 12 | (vcpus - 1),
-            // APIC id, one thread per core, one node.
+            // This leaf has the APIC id. It describes cores with one thread each, and a single node.
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
             _ => {}
         }
     }
-    // Extended topology: every vCPU is a core of the single package.
+    // In the leaf for extended topology, every vCPU is a core of the single package.
     if entries.iter().any(|entry| entry.function == 0 && entry.eax >= 0xb) {
         let level = |index, shift, count, kind: u32| kvm_cpuid_entry2 {
             function: 0xb,

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use super::{ARGV0, CONTROL_FD};
 use crate::control::wire;
 
-/// Stack size of the child between clone and exec.
+/// Stack size in bytes of the child between clone and exec.
 const STACK: usize = 64 << 10;
 
 /// The VMM process's network namespace.
@@ -35,14 +35,14 @@ pub struct SpawnOptions {
 }
 
 impl Default for SpawnOptions {
-    /// The running binary, in the parent's network namespace.
+    /// Returns options that run the current binary in the parent's network namespace.
     fn default() -> Self {
         Self { exe: PathBuf::from("/proc/self/exe"), network: Network::Inherit }
     }
 }
 
 /// A running VMM process. The process ends when the thread that started it ends, or when the control socket is closed.
-/// The parent has to wait for the process.
+/// The parent has to reap the process.
 #[derive(Debug)]
 pub struct Spawned {
     /// The process id.
@@ -141,7 +141,7 @@ fn clone_and_exec(plan: &mut ExecPlan) -> io::Result<(u32, OwnedFd)> {
     // SAFETY: `top` is the 16-byte-aligned end of a stack that is large enough for a few system calls. CLONE_VFORK
     // suspends this thread until the child has called execve or ended. Therefore `plan` and `stack` outlive the child's
     // use of them. All signals are blocked, so that no signal handler runs in the child, which shares this memory. The
-    // VMM unblocks signals after execve. A successful clone has stored a new fd in `pidfd`, which is owned here only.
+    // VMM unblocks signals after execve. A successful clone has stored a new fd in `pidfd`. Nothing else owns this fd.
     unsafe {
         let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&raw mut all);

@@ -27,7 +27,8 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!(
-                "failed to send a control message of {} bytes with {} fds: the limits are {MAX_MESSAGE} and {MAX_FDS}",
+                "failed to send a control message of {} bytes with {} fds: \
+                 at most {MAX_MESSAGE} bytes and {MAX_FDS} fds are allowed",
                 bytes.len(),
                 fds.len()
             ),

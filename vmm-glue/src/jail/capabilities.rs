@@ -6,7 +6,7 @@ use std::io;
 use husk_base::sys::capabilities::{self, Capabilities};
 use husk_base::sys::process::{secure_bits, set_secure_bits};
 
-/// include/uapi/linux/securebits.h.
+/// Keeps a thread's capabilities when the thread switches to another user (include/uapi/linux/securebits.h).
 const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 
 /// The capabilities that a thread of the file server keeps if the process has them. Each entry has the Linux number
@@ -32,11 +32,12 @@ const KEPT: [(u32, &str); 9] = [
 /// The thread keeps the remaining capabilities when it switches to a user of the guest. It switches to create files as
 /// the requesting user, so that the files have the right owner. The guest's kernel has already decided whether that
 /// user has permission. The host could not decide this, because a request does not carry the user's capabilities in the
-/// guest. For example, root in a user namespace of the guest is an ordinary user on the host. Nevertheless, this user
-/// may write to a directory whose mode forbids it.
+/// guest. For example, root in a user namespace of the guest is an ordinary user on the host, but may write to a
+/// directory although the directory's mode forbids an ordinary user to do so.
 pub fn keep_for_files() -> io::Result<()> {
     match secure_bits().and_then(|bits| set_secure_bits(bits | SECBIT_NO_SETUID_FIXUP)) {
-        // A thread without the required capability (CAP_SETPCAP) cannot switch to another user either.
+        // Setting the bit requires CAP_SETPCAP. A thread without this capability does not need the bit, because it
+        // cannot switch to another user either.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
         result => result?,
     }

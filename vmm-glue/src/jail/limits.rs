@@ -6,11 +6,11 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use virtiofsd::limits::setup_rlimit_nofile;
 
-/// The resources, the value for both the soft and the hard limit, and the reason for the limit.
+/// The limits to set. Each entry has a resource, the value of both its soft and its hard limit, and the reason.
 ///
-/// A core size of 1 byte prevents core dumps. A limit of 0 would not always prevent them. If core dumps go to a
-/// program, the kernel ignores all limits except 1 (fs/coredump.c, `do_coredump`). The dumpable flag alone is not
-/// enough either, because each switch to a guest's user sets the flag to fs.suid_dumpable (kernel/cred.c,
+/// A limit of 1 byte prevents core dumps. A limit of 0 would not always prevent them, because the kernel ignores all
+/// limits except 1 if it pipes core dumps to a program (fs/coredump.c, `do_coredump`). The dumpable flag alone is not
+/// sufficient either, because each switch to a guest's user sets the flag to fs.suid_dumpable (kernel/cred.c,
 /// `commit_creds`).
 const LIMITS: [(Resource, u64, &str); 3] = [
     (Resource::RLIMIT_CORE, 1, "a core dump would hold guest memory"),
@@ -25,7 +25,7 @@ pub enum LimitError {
     #[error("failed to raise the VMM's fd limit (RLIMIT_NOFILE): {0}")]
     Fds(String),
     /// A limit of `LIMITS` could not be set.
-    #[error("failed to set the VMM's {0:?} ({1})")]
+    #[error("failed to set the VMM's {0:?}, which is limited because {1}")]
     Other(Resource, &'static str, #[source] Errno),
 }
 

@@ -11,8 +11,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, pivot_root};
 
-/// Mount point of the VMM's own procfs and, without a share, of the empty root. Later, the VMM no longer sees this
-/// directory.
+/// Mount point of the VMM's own procfs and, without a share, of the empty root. After the change of the root directory,
+/// the VMM no longer sees this mount point.
 const PROC: &str = "/proc";
 
 /// Error of changing the root directory.
@@ -30,7 +30,7 @@ fn error<E: Into<io::Error>>(step: &'static str, path: impl AsRef<Path>) -> impl
     move |source| RootError { step, path, source: source.into() }
 }
 
-/// Makes `share` the root of this process's mount namespace, which must be a new one. Returns the open `/proc/self/fd`
+/// Makes `share` the root of this process's mount namespace, which must be new. Returns the open `/proc/self/fd`
 /// and `/dev/null`, because these paths do not exist under the new root. Without a share the root is an empty,
 /// read-only directory.
 ///

@@ -39,8 +39,8 @@ pub struct ConfineError {
 pub fn confine(kind: Kind) -> Result<(), ConfineError> {
     let error = |step| move |source| ConfineError { kind, step, source };
     if kind == Kind::FileServer {
-        // For operations on extended attributes, virtiofsd changes the working directory, and must not change it for
-        // other threads.
+        // For operations on extended attributes, virtiofsd changes the working directory. Therefore, this thread must
+        // not share its working directory with other threads.
         unshare(CloneFlags::CLONE_FS).map_err(|errno| error("separate the working directory")(errno.into()))?;
         return capabilities::keep_for_files().map_err(error("reduce the capabilities"));
     }

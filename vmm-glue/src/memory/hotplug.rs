@@ -54,7 +54,7 @@ fn block_size(ram: u64) -> u64 {
 }
 
 /// Returns the start and the length of the range for hot-plugged memory. The VM has `ram` bytes at boot and may grow to
-/// `max` bytes.
+/// `max` bytes. Returns `None` if the VM may not grow, or if the range does not fit into the address space.
 pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
     let end = layout::ram(ram).last().map_or(0, |(start, len)| start + len);
     let start = end.max(layout::HOLE_END).next_multiple_of(block_size(ram));
@@ -64,7 +64,7 @@ pub fn range(ram: u64, max: u64) -> Option<(u64, u64)> {
 }
 
 /// Returns the start and the length of the range for hot-plugged huge pages. The range is after `end`, the end of all
-/// other memory. Returns `None` if `bytes` is 0.
+/// other memory. Returns `None` if `bytes` is 0, or if the range does not fit into the address space.
 pub fn huge_range(ram: u64, end: u64, bytes: u64) -> Option<(u64, u64)> {
     let start = end.max(layout::HOLE_END).checked_next_multiple_of(block_size(ram))?;
     let len = Some(bytes).filter(|&bytes| bytes > 0)?.checked_next_multiple_of(block_size(ram))?;
@@ -143,7 +143,7 @@ pub struct HotplugRange {
     region: Arc<Region>,
     block_size: u64,
     part_size: u64,
-    /// Length of the range's first part that is registered with KVM, in bytes.
+    /// Number of bytes from the start of the range that are registered with KVM.
     registered: u64,
     backing: Backing,
 }
@@ -325,7 +325,8 @@ mod tests {
     fn number_of_parts_is_limited() {
         for gib in [1u64, 6, 255, 257, 1000, 64 << 10] {
             let len = gib << 30;
-            assert!(len.div_ceil(part_size(len)) <= MAX_PARTS && part_size(len).is_multiple_of(MIN_PART), "{gib}");
+            let number = len.div_ceil(part_size(len));
+            assert!(number <= MAX_PARTS && part_size(len).is_multiple_of(MIN_PART), "wrong parts for {gib} GiB");
         }
     }
 

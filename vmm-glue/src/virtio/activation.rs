@@ -23,7 +23,7 @@ pub struct OpenedActivation<Q> {
 /// Takes over all queues of a device that has `N` queues.
 ///
 /// # Errors
-/// [`ActivateError::Queue`] if there are more or fewer queues, or if the rings of a queue are not in guest memory.
+/// [`ActivateError::Queue`] if there are not exactly `N` queues, or if the rings of a queue are not in guest memory.
 pub fn open_queues<const N: usize>(activation: Activation) -> Result<OpenedActivation<[Virtqueue; N]>, ActivateError> {
     let count = activation.queues.len();
     if count > N {
@@ -34,10 +34,10 @@ pub fn open_queues<const N: usize>(activation: Activation) -> Result<OpenedActiv
     Ok(OpenedActivation { memory, features, interrupt, queues })
 }
 
-/// Takes over the first `count` queues. For a device whose driver does not have to use all queues.
+/// Takes over the first `count` queues of a device whose driver does not have to use all queues.
 ///
 /// # Errors
-/// [`ActivateError::Queue`] if there are fewer queues, or if the rings of a queue are not in guest memory.
+/// [`ActivateError::Queue`] if there are fewer than `count` queues, or if the rings of a queue are not in guest memory.
 pub fn open_first_queues(
     activation: Activation,
     count: usize,

@@ -27,7 +27,7 @@ const F_REPORTING: u64 = 1 << 5;
 const PAGE_SHIFT: u32 = 12;
 const PAGE: usize = 1 << PAGE_SHIFT;
 const PAGES_PER_MIB: u64 = 256;
-/// Maximum number of page numbers in a request. Linux sends 256.
+/// Maximum number of page numbers in a request. Linux sends at most 256.
 const MAX_PAGES: usize = 64 * 1024;
 
 /// The balloon device.
@@ -321,7 +321,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn any_page_numbers_do_not_panic(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
+        fn device_survives_any_pages(pages in proptest::collection::vec(any::<u32>(), 0..600), cut in 0usize..4) {
             let mut bench = Bench::new(Balloon::new().unwrap());
             bench.activate(0);
             let mut bytes = numbers(&pages);

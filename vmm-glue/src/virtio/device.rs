@@ -22,7 +22,7 @@ pub struct Activation {
     pub memory: GuestMemory,
     /// Feature bits that the driver has acknowledged, a subset of the offered bits.
     pub features: u64,
-    /// The queues, in the order and number of [`VirtioDevice::queue_sizes`].
+    /// One queue for each entry of [`VirtioDevice::queue_sizes`], in the same order.
     pub queues: Vec<ActiveQueue>,
     /// Interrupts the driver.
     pub interrupt: Arc<dyn Interrupt>,
@@ -41,7 +41,7 @@ pub trait Interrupt: Send + Sync {
     /// Interrupts the driver because the configuration space changed.
     fn config(&self) -> std::io::Result<()>;
     /// Reports that the driver broke its queues and the device has stopped. Sets DEVICE_NEEDS_RESET if the transport
-    /// supports it.
+    /// supports this status bit.
     fn needs_reset(&self) -> std::io::Result<()> {
         self.config()
     }
@@ -54,7 +54,7 @@ pub enum ActivateError {
     #[error("queue {0} is missing, not ready or invalid")]
     Queue(usize),
     /// A host resource could not be prepared.
-    #[error("failed to prepare {0}")]
+    #[error("failed to set up {0}")]
     Host(&'static str, #[source] std::io::Error),
 }
 

@@ -72,7 +72,7 @@ impl Mem {
         &mut self.range
     }
 
-    /// Returns the length of the range's first part that must be registered with KVM before `bytes` are requested.
+    /// Returns how many bytes from the start of the range must be registered with KVM before `bytes` are requested.
     pub fn extent(&self, bytes: u64) -> u64 {
         self.range.extent(bytes.saturating_add(BLOCK))
     }

@@ -1,7 +1,8 @@
 //! The virtio-mmio transport, version 2: registers, interrupt and notifications of one device.
 //!
-//! See Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Every write comes from the guest. Writes that
-//! the protocol does not allow in the current state are ignored. The queue configuration cannot change after DRIVER_OK.
+//! See Virtual I/O Device (VIRTIO) 1.2, section 4.2 "Virtio Over MMIO". Every write comes from the guest, which is not
+//! trusted. Therefore, writes that the protocol does not allow in the current state are ignored. The queue
+//! configuration cannot change after DRIVER_OK.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -48,7 +49,7 @@ pub enum TransportError {
     #[error("invalid queue size: it is not a power of two")]
     QueueSize(#[source] virtio_queue::Error),
     /// An eventfd could not be created.
-    #[error("failed to create an eventfd")]
+    #[error("failed to create an eventfd for the notifications of a queue")]
     EventFd(#[source] io::Error),
 }
 
@@ -77,9 +78,9 @@ struct Registers {
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
-    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag cannot be in [`Registers`]: a
-    /// device is already locked when it sets the flag, but the lock of the registers must be taken before the lock of
-    /// the device.
+    /// Whether the device has failed and the driver sees DEVICE_NEEDS_RESET. This flag cannot be in [`Registers`],
+    /// because a device is already locked when it sets the flag. The lock of the registers must be taken before the
+    /// lock of the device.
     needs_reset: AtomicBool,
     /// Whether vhost also writes to `irq` when vhost has used buffers (see [`Interrupt::share_irq`]).
     shared: AtomicBool,
@@ -271,7 +272,7 @@ impl Transport {
             }
             let mut active = Queue::new(queue.max_size()).map_err(|_| ActivateError::Queue(index))?;
             copy(queue, &mut active);
-            let notify = notify.try_clone().map_err(|error| ActivateError::Host("queue notification", error))?;
+            let notify = notify.try_clone().map_err(|error| ActivateError::Host("a queue's notification", error))?;
             queues.push(ActiveQueue { queue: active, notify });
         }
         lock(&self.device).activate(Activation {
@@ -338,7 +339,7 @@ impl Registers {
     fn advance(&mut self, value: u32) -> bool {
         let current = self.status;
         if value & current != current || self.status & VIRTIO_CONFIG_S_FAILED != 0 {
-            return false; // a driver may only add bits, and nothing follows FAILED
+            return false; // a driver may only add bits, and may add no bit after FAILED
         }
         match value & !current & !NEEDS_RESET {
             0 => {}
@@ -355,7 +356,7 @@ impl Registers {
                 self.status |= VIRTIO_CONFIG_S_DRIVER_OK;
                 return true;
             }
-            step => log::debug!("virtio status {:#x}: ignored {step:#x}, which is out of order", self.status),
+            step => log::debug!("virtio status {:#x}: ignored new bits {step:#x}, which are out of order", self.status),
         }
         false
     }

@@ -210,7 +210,7 @@ fn configuration_space_is_writable_only_with_driver() {
     transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
     let mut data = [9; 8];
     transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);
-    assert_eq!(data, [0; 8], "the space is writable before DRIVER is set");
+    assert_eq!(data, [0; 8], "the configuration space is writable before DRIVER is set");
     negotiate(&transport);
     transport.write(u64::from(VIRTIO_MMIO_CONFIG), &[1, 2]);
     transport.read(u64::from(VIRTIO_MMIO_CONFIG) + 1, &mut data);
@@ -226,7 +226,8 @@ fn empty_slot_reads_as_transport_without_device() {
     assert_eq!(data, [0; 4]);
 }
 
-/// Generates one access of a hostile driver. Mostly uses registers and values that a driver uses, but also others.
+/// Generates one access of a hostile driver. Most accesses use registers and values that well-behaved drivers use. Some
+/// accesses have an arbitrary offset and arbitrary bytes.
 fn access() -> impl Strategy<Value = (bool, u64, Vec<u8>)> {
     let status = prop::sample::select(vec![0u32, 1, ACK_DRIVER, FEATURES_OK, DRIVER_OK, DRIVER_OK, 0x80, 0xff]);
     let value = prop_oneof![3 => status, 2 => 0u32..0x400, 1 => any::<u32>()];

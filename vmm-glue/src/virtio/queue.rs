@@ -25,7 +25,7 @@ pub const MAX_SEGMENTS: usize = 1024;
 /// Event token of a device's own eventfd. Queue events have the queue's index as token.
 pub const WAKE_TOKEN: u32 = u32::MAX;
 
-/// A violation that breaks the whole queue and not only one chain. After this fault, the device stops until the driver
+/// A fault that breaks the whole queue and not only one chain. After this fault, the device stops until the driver
 /// resets the device.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueFault {
@@ -240,8 +240,8 @@ impl Virtqueue {
         Ok(self.queue.iter(memory).map_err(|error| QueueFault::Ring(index, error))?.next())
     }
 
-    /// Pops the next valid chain. Invalid chains are returned unused. One call skips at most as many invalid chains as
-    /// the queue has entries.
+    /// Pops the next valid chain. Invalid chains before it are returned unused. Returns `None` if there are no more
+    /// chains, or after as many invalid chains as the queue has entries.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         for _ in 0..self.queue.size() {
             let Some(raw) = self.pop_raw(memory)? else { return Ok(None) };
@@ -256,8 +256,8 @@ impl Virtqueue {
         Ok(None)
     }
 
-    /// Pops the next chain. An invalid chain is also popped, but without buffers. For callers that hold several chains
-    /// and must return them in order.
+    /// Pops the next chain, or returns `None` if there is no chain. An invalid chain is also popped, but without
+    /// buffers, because the callers of this function hold several chains and must return them in order.
     pub fn pop_any<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueFault> {
         Ok(self.pop_raw(memory)?.map(|raw| match Chain::collect(memory, raw) {
             (_, Ok(chain)) => chain,
@@ -279,7 +279,7 @@ impl Virtqueue {
         self.queue.add_used(memory, head, len).map_err(|error| QueueFault::Ring(self.index, error))
     }
 
-    /// Interrupts the driver once for all returned chains, if the driver has requested that.
+    /// Interrupts the driver once for all returned chains, if the driver has requested an interrupt.
     pub fn flush(&mut self, memory: &GuestMemory, interrupt: &dyn Interrupt) -> Result<(), QueueFault> {
         if std::mem::take(&mut self.signal)
             && self.queue.needs_notification(memory).map_err(|error| QueueFault::Ring(self.index, error))?
@@ -320,13 +320,13 @@ impl Virtqueue {
         self.queue.size()
     }
 
-    /// Clears the notification.
+    /// Clears the queue's notification.
     pub fn clear_notification(&self) {
         // This call fails with EAGAIN if the notification has already been cleared.
         let _ = self.notify.read();
     }
 
-    /// Returns the queue's notification eventfd, for threads other than the device loop.
+    /// Returns the queue's notification eventfd, for vhost and for threads other than the device loop.
     pub fn notify_eventfd(&self) -> &EventFd {
         &self.notify
     }
@@ -362,7 +362,7 @@ impl WakeEvent {
     }
 
     /// Takes a queue out of use. May be called outside of the device loop. The queue's eventfd stays open until the
-    /// device loop has unregistered the eventfd, so that no other file gets the same fd number before.
+    /// device loop has unregistered the eventfd. Until then, no other file must get the same fd number.
     pub fn retire(&mut self, queue: Virtqueue) {
         if queue.registered {
             self.stale.push(queue.notify);
@@ -370,7 +370,7 @@ impl WakeEvent {
         self.wake();
     }
 
-    /// Serves the eventfd: unregisters retired queues.
+    /// Serves the eventfd by unregistering the retired queues.
     pub fn serve(&mut self, ops: &mut EventOps) {
         let _ = self.event.read();
         for event in self.stale.drain(..) {

@@ -28,7 +28,7 @@ const MAX_REQUEST: usize = 4096;
 const BURST: usize = 64 * 1024;
 /// Rate limit after the burst, in bytes per second. This is sufficient, because a seed has only 32 bytes.
 const RATE: usize = 64 * 1024;
-/// Pause before the device serves requests again after it has reached the limit.
+/// Time for which the device serves no requests after it has reached the rate limit.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// The entropy device.

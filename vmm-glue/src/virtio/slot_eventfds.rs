@@ -12,13 +12,13 @@ use crate::arch::layout;
 
 /// KVM's registry of eventfds.
 pub trait Registry {
-    /// KVM_IRQFD.
+    /// Makes a signal of `fd` raise interrupt `gsi` (KVM_IRQFD).
     fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error>;
-    /// KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN.
+    /// Undoes `register_irqfd` (KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN).
     fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), Error>;
-    /// KVM_IOEVENTFD for writes of `queue` to `address`.
+    /// Makes KVM signal `fd` when the guest writes the number `queue` to `address` (KVM_IOEVENTFD).
     fn register_ioevent(&self, fd: &EventFd, address: &IoEventAddress, queue: u32) -> Result<(), Error>;
-    /// KVM_IOEVENTFD with KVM_IOEVENTFD_FLAG_DEASSIGN.
+    /// Undoes `register_ioevent` (KVM_IOEVENTFD with KVM_IOEVENTFD_FLAG_DEASSIGN).
     fn unregister_ioevent(&self, fd: &EventFd, address: &IoEventAddress, queue: u32) -> Result<(), Error>;
 }
 
@@ -132,7 +132,7 @@ mod tests {
         for fail_at in 0..4 {
             let kvm = FakeKvm { fail_at: Some(fail_at), ..Default::default() };
             assert_eq!(register(&kvm, 2, &irq, &queues).unwrap_err().errno(), libc::ENOSPC);
-            assert!(kvm.registered.borrow().is_empty(), "call {fail_at}");
+            assert!(kvm.registered.borrow().is_empty(), "an eventfd is registered after call {fail_at} has failed");
         }
     }
 
@@ -143,7 +143,8 @@ mod tests {
             let kvm = FakeKvm { fail_at: Some(fail_at), ..Default::default() };
             register(&kvm, 2, &irq, &queues).unwrap();
             assert_eq!(unregister(&kvm, 2, &irq, &queues).unwrap_err().errno(), libc::ENOSPC);
-            assert_eq!(*kvm.registered.borrow(), BTreeSet::from([left]), "call {fail_at}");
+            let expected = BTreeSet::from([left]);
+            assert_eq!(*kvm.registered.borrow(), expected, "wrong eventfds are left after call {fail_at} has failed");
         }
         let kvm = FakeKvm::default();
         register(&kvm, 2, &irq, &queues).unwrap();

@@ -1,4 +1,5 @@
-//! The virtio-mmio slots: fixed address ranges. Some hold a device from boot on, others hold hot-plugged devices.
+//! The virtio-mmio slots, which are fixed address ranges. Some slots hold a device from boot on. The other slots are
+//! for hot-plugged devices.
 
 use std::io;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -21,11 +22,11 @@ pub enum PlugError {
     /// The device's transport could not be created.
     #[error(transparent)]
     Transport(#[from] TransportError),
-    /// An eventfd could not be created.
-    #[error("failed to create an eventfd")]
+    /// The eventfd for the device's interrupt could not be created.
+    #[error("failed to create the eventfd for the device's interrupt")]
     EventFd(#[source] io::Error),
-    /// KVM refused an irqfd or an ioeventfd.
-    #[error("failed to register the device's eventfds with KVM")]
+    /// KVM refused to register or unregister an irqfd or an ioeventfd.
+    #[error("failed to register or unregister the device's eventfds with KVM")]
     Kvm(#[source] kvm_ioctls::Error),
     /// The slot has no device that can be hot-unplugged.
     #[error("failed to hot-unplug the device in slot {0}: the slot has no disk or interface")]
@@ -62,8 +63,8 @@ pub enum Purpose {
 }
 
 impl Slots {
-    /// Creates empty slots: `device_slots` for any device, and `memory_slots` for memory devices. If the VM does not
-    /// have enough slots, fewer are for any device.
+    /// Creates empty slots: `device_slots` for any device, and `memory_slots` for memory devices. If that would be more
+    /// slots than a VM can have, fewer slots are created for any device.
     pub fn new(
         kvm: Arc<dyn Registry + Send + Sync>,
         memory: GuestMemory,
@@ -106,7 +107,7 @@ impl Slots {
         Ok(Unplugged { device: transport.device().clone(), unregistered: unregistered.map_err(PlugError::Kvm) })
     }
 
-    /// Returns the slot of the interface with this MAC address, or `None`.
+    /// Returns the slot of the interface with this MAC address, or `None` if no interface has this address.
     pub fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
         let matches_mac = |transport: &Transport| {
             let mut device_mac = [0; 6];

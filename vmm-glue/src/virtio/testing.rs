@@ -260,8 +260,8 @@ impl<D: VirtioDevice> Bench<D> {
 }
 
 impl Bench<Net> {
-    /// Activates an interface that has a socket instead of a tap. Unlike [`Bench::activate`], does not set offloads,
-    /// because a socket has no offloads.
+    /// Activates an interface that has a socket instead of a tap. Unlike [`Bench::activate`], this function sets no
+    /// offloads, because a socket has no offloads.
     pub fn activate_with_socket(&mut self, without: u64) {
         self.activate_by(without, Net::start);
     }

@@ -4,8 +4,8 @@
 //! The threads start when the device is created, because then the process can still give them the rights that they
 //! need. They end when the device is dropped. Until then they serve one activation after another.
 //!
-//! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). A worker that
-//! takes a request while others are idle enables the next notification. If there is another request already, this
+//! Idle workers wait for the queue's notification, and the kernel wakes one of them (EPOLLEXCLUSIVE). If a worker takes
+//! a request while other workers are idle, it enables the next notification. If there is another request already, this
 //! worker signals the notification itself.
 
 use std::io;
@@ -159,7 +159,7 @@ impl<H: Handler> Workers<H> {
         let Some(session) = session else { return };
         session.lock().paused = false;
         session.changed.notify_all();
-        // A thread that waits for a notification may have missed one during the pause.
+        // A thread that waits for a notification may have missed a notification during the pause.
         session.notify_one(H::NAME);
     }
 }
@@ -178,7 +178,7 @@ impl<H: Handler> Drop for Workers<H> {
 }
 
 impl<H: Handler> Pool<H> {
-    /// Main function of a thread. Sends the result of its preparation.
+    /// Main function of a thread. Sends the result of confining the thread.
     fn run(&self, confined: Sender<io::Result<()>>) {
         let result = confine(H::KIND).map_err(io::Error::other);
         let failed = result.is_err();

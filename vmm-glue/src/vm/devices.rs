@@ -1,4 +1,4 @@
-//! Hot-plugs and hot-unplugs the devices of a built VM. Each device is in a slot and in the device loop.
+//! Hot-plugs and hot-unplugs the devices of a built VM. Each device is in a slot, and the device loop serves it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -67,7 +67,7 @@ impl Devices {
     /// [`VmError`]. After an error of KVM or of the device loop, the slot is empty nevertheless.
     pub(super) fn detach(&mut self, slot: u32) -> Result<(), VmError> {
         self.reject_paused()?;
-        // Empty the slot first, because afterwards no vCPU can activate the device again.
+        // Empty the slot first, so that no vCPU can activate the device again after the reset.
         let Unplugged { device, unregistered } = self.slots.unplug(slot)?;
         mmio::lock(&device).reset();
         let removed = match self.hotplugged.remove(&slot) {
@@ -78,7 +78,7 @@ impl Devices {
         Ok(removed?)
     }
 
-    /// Returns the slot of the interface with this MAC address, or `None`.
+    /// Returns the slot of the interface with this MAC address, or `None` if no interface has this address.
     pub(super) fn find_net(&self, mac: [u8; 6]) -> Option<u32> {
         self.slots.find_net(mac)
     }

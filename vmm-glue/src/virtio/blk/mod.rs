@@ -75,20 +75,20 @@ impl Blk {
     fn config(&self) -> Vec<u8> {
         let mut config = Vec::with_capacity(60);
         config.extend(self.disk.sectors.to_le_bytes());
-        // size_max. The device does not offer it.
+        // The device does not offer size_max.
         config.extend(0_u32.to_le_bytes());
         config.extend(SEGMENTS.to_le_bytes());
-        // Geometry. The device does not offer it.
+        // The device does not offer a geometry.
         config.extend([0; 4]);
         config.extend((SECTOR as u32).to_le_bytes());
-        // Topology, writeback and number of queues. The device does not offer them.
+        // The device does not offer topology, writeback and several queues.
         config.extend([0; 12]);
         let zeroes = u32::try_from(MAX_ZEROES / SECTOR).unwrap_or(u32::MAX);
-        // Discard: maximum sectors, maximum segments, alignment.
+        // These fields are max_discard_sectors, max_discard_seg and discard_sector_alignment.
         for word in [zeroes, MAX_RANGES as u32, 1] {
             config.extend(word.to_le_bytes());
         }
-        // Write zeroes: maximum sectors, maximum segments, may unmap.
+        // These fields are max_write_zeroes_sectors, max_write_zeroes_seg and write_zeroes_may_unmap.
         for word in [zeroes, MAX_RANGES as u32, 1] {
             config.extend(word.to_le_bytes());
         }
@@ -98,7 +98,7 @@ impl Blk {
 
 impl MutEventSubscriber for Blk {
     fn init(&mut self, _ops: &mut EventOps) {
-        // The worker thread waits for the queue's notifications.
+        // Nothing is registered with the device loop, because the worker thread waits for the queue's notifications.
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {}

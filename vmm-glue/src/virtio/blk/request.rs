@@ -63,7 +63,7 @@ impl Handler for Disk {
         let Chain { mut readable, mut writable, .. } = chain;
         // The status is the last writable byte of the chain. It may be in any descriptor.
         let Some(data_len) = writable.len().checked_sub(1) else {
-            log_guest_fault(0, &"the disk request does not have a byte for its status");
+            log_guest_fault(0, &"the disk request has no space for the status byte");
             return 0;
         };
         let mut status = writable.clone();
@@ -82,7 +82,7 @@ impl Handler for Disk {
                 (0, VIRTIO_BLK_S_IOERR)
             }
         };
-        // The status codes are 0, 1 and 2.
+        // The status fits into a byte, because the status codes are 0, 1 and 2.
         status.copy_from(&[code as u8]);
         u32::try_from(written + 1).unwrap_or(u32::MAX)
     }

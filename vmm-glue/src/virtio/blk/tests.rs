@@ -50,7 +50,7 @@ fn call(bench: &mut Bench<Blk>, readable: &[&[u8]], writable: &[usize]) -> Vec<u
 }
 
 #[test]
-fn read_write_flush_and_get_id() {
+fn disk_serves_read_write_flush_and_get_id() {
     let (file, mut bench) = disk(false);
     let bytes = call(&mut bench, &[&header(IN, 2)], &[100, 924, 1]);
     assert_eq!((bytes[0], bytes[512], bytes[1024], bytes.len()), (3, 4, 0, 1025));
@@ -68,7 +68,7 @@ fn read_write_flush_and_get_id() {
 }
 
 #[test]
-fn discard_and_write_zeroes() {
+fn discard_and_write_zeroes_clear_only_the_given_sectors() {
     let (file, mut bench) = disk(false);
     let ranges = [range(1, 2, 0), range(8, 8, 0)].concat();
     assert_eq!(call(&mut bench, &[&header(DISCARD, 0), &ranges], &[1]), [0]);
@@ -78,7 +78,7 @@ fn discard_and_write_zeroes() {
     file.read_exact_at(&mut bytes, 0).unwrap();
     for (sector, part) in bytes.chunks(512).enumerate() {
         let zeroed = matches!(sector, 1 | 2 | 8..=15 | 20 | 22);
-        assert_eq!(part[0], if zeroed { 0 } else { sector as u8 + 1 }, "{sector}");
+        assert_eq!(part[0], if zeroed { 0 } else { sector as u8 + 1 }, "wrong content of sector {sector}");
     }
     for invalid in
         [range(63, 2, 0), range(u64::MAX, 1, 0), range(0, u32::MAX, 0), vec![0; 15], vec![], vec![0; 17 * 16]]
@@ -101,7 +101,7 @@ fn invalid_requests_fail() {
             status = queues[0].poll();
             status.is_some()
         });
-        assert_eq!(status.unwrap().1.len(), 1, "{sector} {length}");
+        assert_eq!(status.unwrap().1.len(), 1, "a read of {length} bytes at sector {sector} must fail");
     }
     assert_eq!(call(&mut bench, &[&header(IN, 0)[..10]], &[1]), [1]);
     assert_eq!(call(&mut bench, &[&header(IN, 0)], &[]), [0u8; 0]);

@@ -162,7 +162,7 @@ impl FileSystem for CheckedFs {
         self.fd_limit.released();
     }
 
-    // All methods that PassthroughFs implements. For other methods, the defaults of the trait apply.
+    // These are the other methods that PassthroughFs implements. For all further methods, the trait's defaults apply.
     forward! {
         fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn destroy() -> ();
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn write_to_a_full_disk_returns_the_bytes_written_before() {
+    fn write_that_fills_the_disk_returns_the_number_of_bytes_written() {
         let dev_null = File::options().write(true).open("/dev/null").unwrap();
         let mut file = tempfile::tempfile().unwrap();
         let write = |data: &[u8], max_size, offset| {

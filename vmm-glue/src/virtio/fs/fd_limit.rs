@@ -23,7 +23,7 @@ pub type RequestForget = Box<dyn Fn() + Send + Sync>;
 
 /// Watches the number of open fds.
 pub struct FdLimit {
-    /// /proc/self/fd.
+    /// The open directory /proc/self/fd.
     fd_directory: File,
     /// Fds are scarce if this number of fds, or more, are open.
     threshold: u64,
@@ -43,7 +43,8 @@ struct State {
 }
 
 impl FdLimit {
-    /// Calls `request_forget` repeatedly while `threshold` or more fds are open. `fd_directory` is /proc/self/fd.
+    /// Creates a watcher. While `threshold` or more fds are open and requests wait, the watcher calls `request_forget`
+    /// repeatedly. `fd_directory` is /proc/self/fd.
     pub fn new(fd_directory: File, threshold: u64, request_forget: RequestForget) -> Self {
         Self {
             fd_directory,

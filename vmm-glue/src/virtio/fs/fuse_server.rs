@@ -1,4 +1,5 @@
-//! Serves FUSE requests. Serves requests that have no answer itself, and passes all other requests on to virtiofsd.
+//! Serves FUSE requests. This module itself serves requests that have no answer, and passes all other requests on to
+//! virtiofsd.
 //!
 //! A vCPU can change guest memory while a request is served. Therefore, this module never checks a value and then reads
 //! the value again for its use:
@@ -65,7 +66,7 @@ impl FuseServer {
             self.serve_unanswered(REQUEST_QUEUE, header, chain.readable);
             return 0;
         }
-        // virtiofsd splits its writer after the answer's header, and panics if the writer is shorter.
+        // virtiofsd splits its writer after the answer's header, and panics if the writer is shorter than this header.
         if chain.writable.len() < OUT_HEADER {
             log_guest_fault(REQUEST_QUEUE, &"FUSE request whose answer buffer is too small");
             return 0;
@@ -81,7 +82,8 @@ impl FuseServer {
             // An answer is at most 1 MiB.
             Ok(written) => u32::try_from(written.min(chain.writable.len())).unwrap_or(0),
             Err(error) => {
-                log_guest_fault(REQUEST_QUEUE, &format_args!("FUSE request {}: {error}", header.opcode));
+                let fault = format_args!("failed to serve a FUSE request with opcode {}: {error}", header.opcode);
+                log_guest_fault(REQUEST_QUEUE, &fault);
                 reply_error(&chain, header.unique, libc::EINVAL)
             }
         }
@@ -105,9 +107,9 @@ impl FuseServer {
 
     /// Serves a request without an answer, from a private copy of its header and arguments.
     ///
-    /// FORGET may run on the device loop. It closes the node's O_PATH fd when the guest has no more references. This
-    /// can block if the file was unlinked before: the last iput() of its inode takes as long as the host's file system
-    /// needs to free the file.
+    /// FORGET may run on the device loop. FORGET closes the node's O_PATH fd when the guest has no more references.
+    /// Closing the fd can block if the file was unlinked before, because the last iput() of the file's inode takes as
+    /// long as the host's file system needs to free the file.
     fn serve_unanswered(&self, queue: u16, header: InHeader, mut arguments: Iov<'_>) {
         let decoded = match header.opcode {
             FORGET => take::<ForgetIn>(&mut arguments).map(|ForgetIn { nlookup }| {
@@ -124,7 +126,8 @@ impl FuseServer {
             _ => Some(()),
         };
         if decoded.is_none() {
-            log_guest_fault(queue, &format_args!("FUSE request {} with incomplete arguments", header.opcode));
+            let fault = format_args!("FUSE request with opcode {} and incomplete arguments", header.opcode);
+            log_guest_fault(queue, &fault);
         }
     }
 }

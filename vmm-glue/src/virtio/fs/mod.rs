@@ -111,7 +111,7 @@ struct Active {
 
 impl Fs {
     /// Creates the device and its worker threads. The share's directory must exist. When few fds are left, a worker
-    /// thread calls `request_forget` at most once a second. The function should make the guest forget files.
+    /// thread calls `request_forget` at most once a second. `request_forget` should make the guest forget files.
     pub fn new(
         share: &ShareConfig,
         belongings: Belongings,
@@ -181,14 +181,14 @@ fn passthrough_config(root_dir: String, fd_directory: File, guest_fd_limit: u64)
         root_dir,
         proc_sfd_rawfd: Some(fd_directory),
         guest_fd_limit,
-        // The guest looks names and attributes up again after the timeout. File data stays in the guest's page cache
-        // for longer, as long as the file's size and mtime do not change (FUSE_AUTO_INVAL_DATA). This needs `Always`.
-        // With `Auto`, each open drops the file's pages, and therefore every exec would read its binary again.
+        // The guest looks names and attributes up again after the timeout. With `Always`, file data stays in the
+        // guest's page cache until the file's size or mtime changes (FUSE_AUTO_INVAL_DATA). With `Auto`, each open
+        // would drop the file's pages, and therefore every exec would read its binary again.
         entry_timeout: CACHE_TIMEOUT,
         attr_timeout: CACHE_TIMEOUT,
         cache_policy: CachePolicy::Always,
-        // The host changes files that the guest has cached. Moreover, a killed guest must not lose data that was
-        // reported as written.
+        // Writeback is off, because the host changes files that the guest has cached. Moreover, a killed guest must not
+        // lose data that was reported as written.
         writeback: false,
         xattr: true,
         posix_acl: NegotiationMode::Auto,
@@ -259,7 +259,7 @@ impl VirtioDevice for Fs {
             activation::open_queues(activation)?;
         self.workers
             .activate(Arc::clone(&memory), requests, Arc::clone(&interrupt))
-            .map_err(|error| ActivateError::Host("virtio-fs threads", error))?;
+            .map_err(|error| ActivateError::Host("the virtio-fs threads", error))?;
         self.active = Some(Active { memory, interrupt, high_priority });
         self.wake.wake();
         Ok(())

@@ -69,7 +69,8 @@ fn hostile_names(tree: &Tree) -> Vec<(Vec<u8>, i32)> {
     names
 }
 
-/// Sends a request that should fail without changing any file. Returns a description of each violation, or `None`.
+/// Sends a request that should fail without changing any file. Returns a description of each violation, or `None` if
+/// there is no violation.
 fn check_rejected(
     tree: &Tree,
     guest: &mut Guest,
@@ -118,7 +119,7 @@ fn every_operation_rejects_names_that_cannot_be_directory_entries() {
             }
         }
     }
-    assert!(failures.is_empty(), "{} requests failed:\n{}", failures.len(), failures.join("\n"));
+    assert!(failures.is_empty(), "{} requests were not rejected:\n{}", failures.len(), failures.join("\n"));
 }
 
 #[test]
@@ -141,11 +142,11 @@ fn operations_accept_all_names_that_directory_entries_can_have() {
                 MKDIR | MKNOD | SYMLINK | CREATE | LINK => true,
                 _ => continue,
             };
-            assert_eq!(guest.error(opcode, ROOT, &body), 0, "{label} {name:?}");
+            assert_eq!(guest.error(opcode, ROOT, &body), 0, "{label} with name {name:?} failed");
             assert_eq!(fs::symlink_metadata(&at).is_ok(), creates);
-            assert_eq!(guest.error(LOOKUP, ROOT, &name), 0, "LOOKUP {name:?}");
+            assert_eq!(guest.error(LOOKUP, ROOT, &name), 0, "LOOKUP of {name:?} failed");
             let remove = if opcode == MKDIR { RMDIR } else { UNLINK };
-            assert_eq!(guest.error(remove, ROOT, &name), 0, "{remove} {name:?}");
+            assert_eq!(guest.error(remove, ROOT, &name), 0, "removing {name:?} with opcode {remove} failed");
             assert!(fs::symlink_metadata(&at).is_err());
         }
     }
@@ -174,7 +175,7 @@ fn xattr_name_with_slashes_is_not_resolved_as_a_path() {
     for name in ["user.a/b", "user./", "user...", "user.../../outside"] {
         let name = format!("{name}\0").into_bytes();
         let set = [&words([5, 0, 0, 0])[..], &name, b"value"].concat();
-        assert_eq!(guest.error(SETXATTR, file, &set), 0, "{name:?}");
+        assert_eq!(guest.error(SETXATTR, file, &set), 0, "SETXATTR of {name:?} failed");
         let get = [&words([64, 0])[..], &name].concat();
         assert_eq!(guest.call(GETXATTR, file, &get, 64), (0, b"value".to_vec()));
         let (error, names) = guest.call(LISTXATTR, file, &words([64, 0]), 64);
@@ -193,11 +194,11 @@ fn readdirplus_returns_all_entries_with_their_nodes() {
     assert_eq!(error, 0);
     let mut names = Vec::new();
     while !entries.is_empty() {
-        // struct fuse_direntplus: 128 bytes of fuse_entry_out, then ino, off, namelen, type and the name.
+        // struct fuse_direntplus has 128 bytes of fuse_entry_out, then ino, off, namelen, type and the name.
         let len = u32::from_le_bytes(entries[144..148].try_into().unwrap()) as usize;
         let name = String::from_utf8(entries[152..152 + len].to_vec()).unwrap();
         let dots = name == "." || name == "..";
-        assert_eq!(u64_at(&entries, 0) == 0, dots, "{name}");
+        assert_eq!(u64_at(&entries, 0) == 0, dots, "only `.` and `..` must have no node, but not {name}");
         names.push(name);
         entries.drain(..152 + len.next_multiple_of(8));
     }

@@ -1,5 +1,5 @@
-//! Tests of requests that a vCPU changes in guest memory while the device serves these requests. Tests of FORGET and
-//! BATCH_FORGET.
+//! Tests of requests that a vCPU changes in guest memory while the device serves these requests. This module also tests
+//! FORGET and BATCH_FORGET.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,8 +8,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::test_guest::*;
 use crate::guest_memory::GuestMemory;
 
-/// Number of requests per test. In a version of the device that read the opcode twice, the thread won the race in 1 of
-/// 40 to 1 of 1500 requests.
+/// Number of requests per test. In a version of the device that read the opcode twice, the thread that changes the
+/// opcode won the race in 1 of 40 to 1 of 1500 requests.
 const ATTEMPTS: usize = 2000;
 /// Offset of the opcode in `struct fuse_in_header`.
 const OPCODE: u64 = 4;
@@ -45,7 +45,7 @@ fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
     let mut guest = Guest::with_share(root.path(), 1);
     guest.init();
     let memory = guest.bench.memory.clone();
-    // This body fits both opcodes: MKDIR of "escaped" with mode 0, and FORGET of no references.
+    // This body fits both opcodes: MKDIR of "escaped" with mode 0, and FORGET of 0 references.
     let body = [words([0, 0]), b"escaped\0".to_vec()].concat();
     let request = [guest.header(FORGET, ROOT, body.len()), body].concat();
     // The first descriptor is free again after each request. Therefore, all requests have the same head.
@@ -63,7 +63,7 @@ fn high_priority_queue_never_serves_an_opcode_that_replaces_forget() {
 }
 
 #[test]
-fn opcode_that_replaces_forget_does_not_panic_without_an_answer_buffer() {
+fn device_does_not_panic_if_read_replaces_forget_without_an_answer_buffer() {
     let mut guest = Guest::new(1);
     guest.init();
     let memory = guest.bench.memory.clone();
@@ -81,7 +81,7 @@ fn opcode_that_replaces_forget_does_not_panic_without_an_answer_buffer() {
 }
 
 #[test]
-fn answer_descriptor_that_shrinks_is_measured_once() {
+fn device_reads_the_length_of_an_answer_descriptor_once() {
     let mut guest = Guest::new(1);
     guest.init();
     let memory = guest.bench.memory.clone();
@@ -116,7 +116,7 @@ fn batch_forget_with_fewer_nodes_than_its_count_forgets_no_node() {
     };
     for count in [0, 2, 3, 4096, 65536, 1 << 28, u32::MAX] {
         for queue in [0, 1] {
-            assert_eq!(forget(&mut guest, queue, count), 0, "{count} in queue {queue}");
+            assert_eq!(forget(&mut guest, queue, count), 0, "count {count} in queue {queue} has forgotten the node");
         }
     }
     assert_eq!(forget(&mut guest, 0, 1), libc::EBADF);
@@ -140,7 +140,8 @@ fn forget_and_batch_forget_work_in_both_queues() {
             let header = guest.header(opcode, node, body.len());
             guest.bench.queues[queue].add(&[&header, &body], &[]);
             guest.bench.run_until(|queues| queues[queue].poll().is_some());
-            assert_eq!(guest.error(OPEN, node, &words([0, 0])), libc::EBADF, "{opcode} in queue {queue}");
+            let error = guest.error(OPEN, node, &words([0, 0]));
+            assert_eq!(error, libc::EBADF, "opcode {opcode} in queue {queue} has not forgotten the node");
         }
     }
 }
@@ -160,7 +161,7 @@ fn forget_with_incomplete_arguments_is_ignored() {
                     answer = queues[queue].poll();
                     answer.is_some()
                 });
-                assert_eq!(answer.unwrap().1, b"", "{opcode} in queue {queue}");
+                assert_eq!(answer.unwrap().1, b"", "opcode {opcode} in queue {queue} must have no answer");
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Checks FUSE requests for values that virtiofsd 1.14 passes on to the kernel unchecked.
 //!
-//! virtiofsd relies on a sandbox: it expects that its root directory is the root of the process (pivot_root(2)). These
-//! checks protect the host's files even if the VMM has another root directory.
+//! virtiofsd relies on a sandbox in which its root directory is the root of the process (pivot_root(2)). These checks
+//! protect the host's files even if the VMM has another root directory.
 
 use std::ffi::CStr;
 use std::io;
@@ -29,8 +29,8 @@ pub fn name(name: &CStr) -> io::Result<()> {
 /// Checks that open(2) flags have neither O_TMPFILE nor O_PATH. Returns EINVAL otherwise.
 ///
 /// O_TMPFILE on a directory creates a file to which no node refers. An O_PATH handle cannot be read or written. The
-/// guest's kernel sends neither flag: it sends FUSE_TMPFILE instead of O_TMPFILE, and O_PATH never reaches a file
-/// system.
+/// guest's kernel sends neither flag, because it sends FUSE_TMPFILE instead of O_TMPFILE, and O_PATH never reaches a
+/// file system.
 pub fn open_flags(flags: u32) -> io::Result<()> {
     reject_if(flags.cast_signed() & (TMPFILE | libc::O_PATH) != 0)
 }

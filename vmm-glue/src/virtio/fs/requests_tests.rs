@@ -15,7 +15,7 @@ const FATTR_ATIME: u32 = 1 << 4;
 const FATTR_MTIME: u32 = 1 << 5;
 const FATTR_FH: u32 = 1 << 6;
 
-/// `struct fuse_setattr_in`.
+/// Encodes `struct fuse_setattr_in`.
 fn setattr(valid: u32, handle: u64) -> Vec<u8> {
     [words([valid, 0]), longs([handle, 3, 0, 1, 1, 1]), words([1, 1, 1, 0o777, 0, 12, 34, 0])].concat()
 }
@@ -91,17 +91,17 @@ fn no_request_for_a_symlink_reaches_its_target() {
         let file = guest.lookup(ROOT, "file");
         for name in [&b"outside\0"[..], b"empty\0", b"inner\0", b"new\0"] {
             for (label, opcode, body) in requests(node, file, name) {
-                assert_eq!(guest.error(opcode, node, &body), libc::ENOTDIR, "{label} in {link}");
+                assert_eq!(guest.error(opcode, node, &body), libc::ENOTDIR, "wrong error of {label} in symlink {link}");
             }
         }
         for (label, opcode, body) in without_handle() {
             let error = guest.error(opcode, node, &body);
             let opens = matches!(opcode, OPEN | OPENDIR | SYNCFS) || label == "SETATTR of the size";
-            assert!(!opens || error == libc::EBADF, "{label} of {link}: {error}");
+            assert!(!opens || error == libc::EBADF, "wrong error of {label} of symlink {link}: {error}");
         }
         for flags in [libc::O_RDWR, libc::O_RDWR | libc::O_TRUNC, libc::O_RDONLY | libc::O_DIRECTORY] {
             let error = guest.error(CREATE, ROOT, &create(flags | libc::O_CREAT, link));
-            assert!([libc::EBADF, libc::EINVAL].contains(&error), "CREATE of {link}: {error}");
+            assert!([libc::EBADF, libc::EINVAL].contains(&error), "wrong error of CREATE of symlink {link}: {error}");
         }
         let body = [longs([node]), b"hard\0".to_vec()].concat();
         assert_eq!(guest.error(LINK, ROOT, &body), 0);
@@ -116,8 +116,8 @@ fn special_files_are_never_opened() {
     // There is only one worker thread. If a request blocked, the test would time out.
     let mut guest = guest_of(&tree);
     let mut names = vec!["fifo", "socket"];
-    // Create the device nodes of /dev/null and of a disk that no host has (major 60 is for local use). Creating device
-    // nodes needs a privilege.
+    // Create the device nodes of /dev/null and of a disk that no host has (major 60 is for local use). Without the
+    // privilege to create device nodes, the test does without them.
     for (name, mode, device) in [("null", libc::S_IFCHR, 0x103), ("disk", libc::S_IFBLK, 0x3c00)] {
         let body = [words([mode | 0o666, device, 0, 0]), format!("{name}\0").into_bytes()].concat();
         if guest.error(MKNOD, ROOT, &body) == 0 {
@@ -128,16 +128,17 @@ fn special_files_are_never_opened() {
         let node = guest.lookup(ROOT, name);
         let access = [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR, libc::O_ACCMODE];
         for access in access.into_iter().flat_map(|access| [access, access | libc::O_NONBLOCK]) {
-            assert_eq!(guest.error(OPEN, node, &flags(access)), libc::EBADF, "OPEN {name}");
-            assert_eq!(guest.error(OPEN, node, &flags(access | libc::O_TRUNC)), libc::EBADF, "OPEN {name}");
-            assert_eq!(guest.error(OPENDIR, node, &flags(access)), libc::EBADF, "OPENDIR {name}");
+            let truncate = flags(access | libc::O_TRUNC);
+            assert_eq!(guest.error(OPEN, node, &flags(access)), libc::EBADF, "wrong error of OPEN of {name}");
+            assert_eq!(guest.error(OPEN, node, &truncate), libc::EBADF, "wrong error of OPEN with O_TRUNC of {name}");
+            assert_eq!(guest.error(OPENDIR, node, &flags(access)), libc::EBADF, "wrong error of OPENDIR of {name}");
             let create = create(access | libc::O_CREAT, name);
-            assert_eq!(guest.error(CREATE, ROOT, &create), libc::EBADF, "CREATE {name}");
+            assert_eq!(guest.error(CREATE, ROOT, &create), libc::EBADF, "wrong error of CREATE of {name}");
         }
         for (label, opcode, body) in without_handle() {
             let error = guest.error(opcode, node, &body);
             let opens = matches!(opcode, OPEN | OPENDIR | SYNCFS) || label == "SETATTR of the size";
-            assert!(!opens || error == libc::EBADF, "{label} of {name}: {error}");
+            assert!(!opens || error == libc::EBADF, "wrong error of {label} of {name}: {error}");
         }
     }
     guest.read_hello();
@@ -151,7 +152,7 @@ fn mknod_rejects_directories_symlinks_and_unknown_types() {
     for mode in [libc::S_IFDIR | 0o755, libc::S_IFLNK | 0o777, libc::S_IFMT, 0o050_000, u32::MAX] {
         let body = [&words([mode, u32::MAX, 0, 0])[..], b"new\0"].concat();
         let error = guest.error(MKNOD, ROOT, &body);
-        assert!([libc::EINVAL, libc::EPERM].contains(&error), "{mode:o}: {error}");
+        assert!([libc::EINVAL, libc::EPERM].contains(&error), "wrong error of MKNOD with mode {mode:o}: {error}");
     }
     assert_eq!(tree.state(), before);
 }
@@ -188,7 +189,7 @@ fn unknown_nodes_are_rejected() {
     for node in [0, file + 1, 1 << 32, u64::MAX] {
         let named = requests(node, node, b"file\0").into_iter().chain(requests(ROOT, node, b"new\0"));
         for (label, opcode, body) in named.chain(without_handle()).chain(with_handle(handle, node)) {
-            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "{label} of {node}");
+            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "wrong error of {label} of unknown node {node}");
         }
     }
     assert_eq!(tree.state(), before);
@@ -206,7 +207,7 @@ fn handle_is_rejected_with_another_node() {
         [(other, handle), (ROOT, handle), (file, other_handle), (file, other_handle + 1), (file, u64::MAX)]
     {
         for (label, opcode, body) in with_handle(handle, other) {
-            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "{label}");
+            assert_eq!(guest.error(opcode, node, &body), libc::EBADF, "wrong error of {label} with another node");
         }
     }
     let copy = longs([handle, 0, other, handle, 0, 3, 0]);
@@ -225,9 +226,9 @@ fn requests_before_init_and_after_destroy_are_rejected() {
         let all = requests(ROOT, node, b"file\0").into_iter().chain(without_handle()).chain(with_handle(handle, node));
         for (label, opcode, body) in all {
             let error = guest.error(opcode, node, &body);
-            // This SETXATTR has the longer body of FUSE_SETXATTR_EXT, which is not negotiated yet.
+            // This SETXATTR has the longer body of FUSE_SETXATTR_EXT, which has not been negotiated.
             let short = opcode == SETXATTR && error == libc::EINVAL;
-            assert!(short || error == libc::EBADF, "{label}: {error}");
+            assert!(short || error == libc::EBADF, "wrong error of {label} without INIT: {error}");
         }
     };
     check_all_rejected(&mut guest, ROOT, 0);
@@ -242,7 +243,7 @@ fn requests_before_init_and_after_destroy_are_rejected() {
         guest.init();
         let stale: Vec<_> = without_handle().into_iter().chain(with_handle(handle, file)).collect();
         for (label, opcode, body) in stale {
-            assert_eq!(guest.error(opcode, file, &body), libc::EBADF, "{label}");
+            assert_eq!(guest.error(opcode, file, &body), libc::EBADF, "wrong error of {label} of a stale node");
         }
     }
     assert_eq!(tree.state(), before);
@@ -254,11 +255,11 @@ fn unsupported_opcodes_are_answered_with_enosys() {
     let tree = Tree::new();
     let mut guest = guest_of(&tree);
     let before = tree.state();
-    // GETLK to SETLKW, BMAP, IOCTL, POLL, NOTIFY_REPLY, SETUPMAPPING, REMOVEMAPPING, TMPFILE, STATX, CUSE_INIT, and
-    // unknown opcodes.
+    // The opcodes are GETLK to SETLKW, BMAP, IOCTL, POLL, NOTIFY_REPLY, SETUPMAPPING, REMOVEMAPPING, TMPFILE, STATX,
+    // CUSE_INIT, and unknown opcodes.
     for opcode in [0, 7, 19, 31, 32, 33, 37, 39, 40, 41, 48, 49, 51, 52, 53, 4096, 1 << 20, u32::MAX] {
         for body in [&[0; 128][..], b"../outside\0", b""] {
-            assert_eq!(guest.error(opcode, ROOT, body), libc::ENOSYS, "{opcode}");
+            assert_eq!(guest.error(opcode, ROOT, body), libc::ENOSYS, "wrong error of opcode {opcode}");
         }
     }
     assert_eq!(tree.state(), before);
@@ -285,7 +286,8 @@ fn extensions_are_parsed_only_if_negotiated() {
     let tree = Tree::new();
     let mut guest = guest_of(&tree);
     let before = tree.state();
-    // struct fuse_ext_header (one security context), struct fuse_secctx, name of the attribute, value of the attribute.
+    // The extension has a struct fuse_ext_header (one security context), a struct fuse_secctx, and the name and the
+    // value of the attribute.
     let context = [&words([32, 1, 5, 0])[..], b"user.../x\0", b"value\0"].concat();
     let starts = [(MKDIR, words([0o755, 0])), (MKNOD, words([libc::S_IFREG | 0o644, 0, 0, 0]))];
     for (opcode, start) in &starts {

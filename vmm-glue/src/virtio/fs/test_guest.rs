@@ -43,7 +43,7 @@ impl Drop for Guest {
 }
 
 impl Guest {
-    /// Serves a new directory that contains the file `hello`.
+    /// Creates a guest whose share is a new directory with the file `hello`.
     pub fn new(workers: u8) -> Self {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("hello"), b"content").unwrap();
@@ -52,7 +52,7 @@ impl Guest {
         guest
     }
 
-    /// Serves the directory `root`.
+    /// Creates a guest whose share is the directory `root`.
     pub fn with_share(root: &Path, workers: u8) -> Self {
         let mut bench = Bench::new(Fs::new(&share(root, workers), belongings(), || {}).unwrap());
         bench.activate(0);
@@ -83,7 +83,7 @@ impl Guest {
         (i32::from_le_bytes(bytes[4..8].try_into().unwrap()), bytes[16..].to_vec())
     }
 
-    /// Sends a request. Returns the errno of the answer, or 0.
+    /// Sends a request. Returns the errno of the answer, or 0 if the request succeeded.
     pub fn error(&mut self, opcode: u32, node: u64, body: &[u8]) -> i32 {
         -self.call(opcode, node, body, ANSWER_SIZE).0
     }
@@ -103,7 +103,7 @@ impl Guest {
     /// Looks up a name in a directory. Returns the node of the entry.
     pub fn lookup(&mut self, parent: u64, name: &str) -> u64 {
         let (error, entry) = self.call(LOOKUP, parent, format!("{name}\0").as_bytes(), 128);
-        assert_eq!(error, 0, "{name}");
+        assert_eq!(error, 0, "LOOKUP of {name} failed");
         u64_at(&entry, 0)
     }
 

@@ -63,7 +63,8 @@ fn malformed_requests_are_answered_or_dropped() {
     guest.init();
     let read = guest.header(READ, ROOT, 40);
     let cut = guest.header(READ, ROOT, 40);
-    // An answer buffer that is too small, no header, a body that is too short, and no readable buffer at all.
+    // The first request has a too small answer buffer, the second has no header, the third has a too short body, and
+    // the fourth has no readable buffer.
     guest.bench.queues[1].add(&[&read, &[0; 40]], &[8]);
     guest.bench.queues[1].add(&[&[0; 10]], &[64]);
     guest.bench.queues[1].add(&[&cut, &[0; 3]], &[64]);

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::BLOCK;
 
-/// Length of a request in bytes: type, padding, address, number of blocks, padding.
+/// Length of a request in bytes. A request has a type, padding, an address, a number of blocks, and padding.
 pub const REQUEST_LEN: usize = 24;
-/// Length of a response in bytes: type, padding, state.
+/// Length of a response in bytes. A response has a type, padding, and a state.
 pub const ANSWER_LEN: usize = 10;
 
 /// A parsed request, whose values have not been checked.
@@ -15,14 +15,14 @@ pub const ANSWER_LEN: usize = 10;
 pub enum Request {
     /// Plugs blocks.
     Plug {
-        /// Guest-physical address.
+        /// Guest-physical address of the first block.
         address: u64,
         /// Number of blocks.
         count: u16,
     },
     /// Unplugs blocks.
     Unplug {
-        /// Guest-physical address.
+        /// Guest-physical address of the first block.
         address: u64,
         /// Number of blocks.
         count: u16,
@@ -31,7 +31,7 @@ pub enum Request {
     UnplugAll,
     /// Returns whether blocks are plugged.
     State {
-        /// Guest-physical address.
+        /// Guest-physical address of the first block.
         address: u64,
         /// Number of blocks.
         count: u16,
@@ -62,7 +62,8 @@ impl Request {
 pub enum Answer {
     /// The operation is complete.
     Ack,
-    /// The request is refused, because more than the requested size would be plugged. It may succeed later.
+    /// The request is refused, because more than the requested size would be plugged. The same request may succeed
+    /// later, when the requested size is larger.
     Nack,
     /// The host cannot serve the request at present.
     Busy,

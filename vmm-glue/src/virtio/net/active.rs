@@ -108,7 +108,7 @@ impl Active {
         self.data_path = DataPath::VhostPaused;
         for (pair, _, (file, _)) in Self::vhost_pairs(&mut self.queue_pairs, tap_queues) {
             if let Err(error) = vhost::pause(file, &self.memory, [&mut pair.rx, &mut pair.tx]) {
-                log::error!("virtio-net: {}", chain(&error));
+                log::error!("virtio-net: failed to pause vhost-net: {}", chain(&error));
             }
         }
     }

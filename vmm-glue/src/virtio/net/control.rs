@@ -7,8 +7,8 @@ use virtio_bindings::bindings::virtio_net::{
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::{Chain, QueueFault, Virtqueue, log_guest_fault};
 
-/// Serves the driver's commands. Calls `set` with each requested number of pairs; `set` returns whether it succeeded.
-/// Returns true if there may be more commands.
+/// Serves the driver's commands. Calls `set` with each requested number of pairs. `set` returns true if that number of
+/// pairs is now active. Returns true if there may be more commands.
 pub fn serve(
     queue: &mut Virtqueue,
     memory: &GuestMemory,
@@ -18,10 +18,10 @@ pub fn serve(
         if let Some(chain) = queue.pop(memory)? {
             let head = chain.head;
             let answer = if pairs(&chain).is_some_and(&mut set) { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
-            // The response is one byte, `ack`, if the chain has space for it.
+            // The response is the byte `ack` of struct virtio_net_ctrl. A chain without space for it gets no response.
             let written = chain.writable.copy_from(&[answer as u8]);
             if written == 0 {
-                log_guest_fault(queue.index(), &"the control command does not have a byte for its response");
+                log_guest_fault(queue.index(), &"the control command has no space for a response");
             }
             queue.push(memory, head, written as u32)?;
         } else if !queue.enable_notification(memory)? {
@@ -33,8 +33,8 @@ pub fn serve(
 
 /// Returns the number of pairs that a command requests, or `None` for any other command.
 fn pairs(chain: &Chain<'_>) -> Option<u16> {
-    // struct virtio_net_ctrl has a class, a command and the command's data, here struct virtio_net_ctrl_mq. A longer
-    // request is another command.
+    // struct virtio_net_ctrl has a class, a command and the command's data. The data of this command is struct
+    // virtio_net_ctrl_mq, with 2 bytes. A request with more data is rejected like an unknown command.
     let [class, command, low, high] = chain.readable.clone().take::<4>().ok()?;
     let is_pairs_set = u32::from(class) == VIRTIO_NET_CTRL_MQ && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
     (is_pairs_set && chain.readable.len() == 4 && !chain.writable.is_empty()).then_some(u16::from_le_bytes([low, high]))

@@ -1,11 +1,11 @@
-//! Decides from the number of frames when vhost-net should move them.
+//! Decides, from the number of frames within a second, when vhost-net should move the frames.
 
 use std::time::{Duration, Instant};
 
 /// Number of frames within a [`WINDOW`] that counts as high load. A pod that only answers probes and occasional
 /// requests stays far below this number. Therefore, such a pod never pays the cost of vhost-net. For each queue pair,
-/// vhost-net needs 200 KiB of host memory and a thread, and an RCU grace period when the VMM ends. A file transfer, or
-/// a busy server, soon exceeds this number.
+/// vhost-net needs 200 KiB of host memory and a thread, and at the VMM's end it waits for an RCU grace period. A file
+/// transfer, or a busy server, soon exceeds this number.
 const HIGH_LOAD_FRAMES: u32 = 128;
 const WINDOW: Duration = Duration::from_secs(1);
 

@@ -1,9 +1,10 @@
 //! virtio-net (virtio 1.2, 5.1): a network interface with a tap as its backend.
 //!
-//! Frames are moved between the tap and guest memory without a copy. Checksums and segmentation are offloaded to the
-//! last component that needs them. The device loop moves the frames while there are few frames. When there are many
-//! frames, vhost-net in the host's kernel moves them until the next reset, if the device has vhost-net. With several
-//! vCPUs, the device has several queue pairs. Each pair has its own queue of the tap and its own vhost-net.
+//! Frames are moved between the tap and guest memory without a copy. Checksums and segmentation are offloaded.
+//! Therefore, frames can be larger than the MTU and have incomplete checksums. The device loop moves the frames while
+//! there are few frames. If the device has vhost-net, and there are many frames, vhost-net in the host's kernel moves
+//! them until the next reset. With several vCPUs, the device has several queue pairs. Each pair has its own queue of
+//! the tap and its own vhost-net.
 
 mod active;
 mod control;
@@ -88,7 +89,7 @@ pub struct Net {
     mtu: u16,
     /// Whether the tap's queues can be attached and detached.
     switchable: bool,
-    /// vhost-net, if the host's kernel may move the frames. `None` after vhost-net has failed to start.
+    /// `/dev/vhost-net`, opened with O_PATH. `None` if vhost-net may not move the frames, or has failed to start.
     vhost: Option<File>,
     /// `/proc/self/fd`, through which vhost-net is reopened.
     fd_directory: Arc<File>,
@@ -161,9 +162,9 @@ impl Net {
         if queue_pairs.is_empty() {
             return Err(ActivateError::Queue(0));
         }
-        // Only the first pair is active until the driver requests more (virtio 1.2, 5.1.5).
+        // Only the first pair is active until the driver activates more pairs (virtio 1.2, 5.1.5).
         set_active_queues(&mut self.tap_queues, self.switchable, 1)
-            .map_err(|error| ActivateError::Host("the tap's queues", error))?;
+            .map_err(|error| ActivateError::Host("the queues of the tap", error))?;
         let segmented = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
         let max_len =
             if segmented { MAX_PACKET } else { VNET_HEADER_LEN + VLAN_ETHERNET_HEADER_LEN + usize::from(self.mtu) };
@@ -232,7 +233,7 @@ impl Net {
         }
     }
 
-    /// Handles an event. After an error, the device must be stopped until it is reset.
+    /// Handles an event. After an error, the caller must stop the device until the driver resets it.
     fn handle_event(&mut self, events: Events, ops: &mut EventOps) -> Result<(), VhostError> {
         let token = events.data();
         let index = (token & 0xffff) as usize;
@@ -249,8 +250,8 @@ impl Net {
                 };
                 let _ = fault.read();
                 let active = self.active.as_ref().filter(|active| active.data_path != DataPath::DeviceLoop);
-                // Ignore a fault of a pair that was just deactivated. There, sending a frame fails without a fault of
-                // the guest.
+                // Ignore a fault of a pair that was just deactivated. vhost-net also reports a fault if it fails to
+                // send a frame of this pair, and the guest is not to blame for this failure.
                 if active.is_some_and(|active| index < active.active_pairs) {
                     return Err(VhostError::Broken(index));
                 }
@@ -351,12 +352,12 @@ fn set_active_queues(tap_queues: &mut [TapQueue], switchable: bool, count: usize
     Ok(())
 }
 
-/// Activates `count` queue pairs. Before, `before` pairs were active. Returns whether the change succeeded.
+/// Changes the number of active queue pairs from `before` to `count`. Returns whether the change succeeded.
 fn switch_active_pairs(tap_queues: &mut [TapQueue], switchable: bool, before: usize, count: usize) -> bool {
     let switched = set_active_queues(tap_queues, switchable, count);
     if let Err(error) = &switched {
-        log::warn!("virtio-net: failed to attach {count} queues of the tap: {error}");
-        // Best effort: the queues that were attached before can be attached again.
+        log::warn!("virtio-net: failed to change the number of attached queues of the tap to {count}: {error}");
+        // Best effort: attach the same queues as before the change.
         let _ = set_active_queues(tap_queues, switchable, before);
     }
     switched.is_ok()
@@ -414,10 +415,11 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
+        // The fields of struct virtio_net_config are mac, status, max_virtqueue_pairs and mtu.
         let mut config = self.mac.to_vec();
         config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It is at most MAX_QUEUE_PAIRS.
+        // The number of pairs has no meaning if VIRTIO_NET_F_MQ is not offered. It fits into 16 bits, because it is at
+        // most MAX_QUEUE_PAIRS.
         let pairs = if self.tap_queues.len() > 1 { self.tap_queues.len() as u16 } else { 0 };
         config.extend(pairs.to_le_bytes());
         config.extend(self.mtu.to_le_bytes());

@@ -98,8 +98,8 @@ impl QueuePair {
         Ok(true)
     }
 
-    /// Receives frames from the tap for the guest. Returns true if there may be more frames. If false is returned,
-    /// `rx_waiting` is set if the guest has no buffers, and cleared if the tap has no frames.
+    /// Receives frames from the tap for the guest. Returns true if there may be more frames. Clears `rx_waiting` if the
+    /// tap has no frames. If the guest has no buffers, returns false and leaves `rx_waiting` set.
     fn receive(
         &mut self,
         memory: &GuestMemory,
@@ -108,7 +108,7 @@ impl QueuePair {
         frames: &mut u32,
     ) -> Result<bool, QueueFault> {
         self.rx.disable_notification(memory)?;
-        // Chains that were popped but have not been used yet.
+        // Chains that were popped but not returned.
         let mut buffers: VecDeque<Chain<'_>> = VecDeque::new();
         let mut parts: Vec<libc::iovec> = Vec::new();
         let mut more = true;
@@ -224,10 +224,10 @@ fn send(tap: &File, mac: [u8; 6], mut packet: Iov<'_>, parts: &mut Vec<libc::iov
     parts.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });
     parts.extend(packet.as_slice());
     // SAFETY: the parts are `start`, which outlives the call, and checked guest memory, which stays mapped. writev only
-    // reads them. If there is one part more than IOV_MAX, the call fails.
+    // reads them. There may be one part more than IOV_MAX. Then the call fails.
     if unsafe { libc::writev(tap.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) } < 0 {
-        // The frame is lost. This is allowed, and happens if the guest's header is invalid, the interface is down, or
-        // its queue is full.
+        // The frame is lost. A network device may lose frames. The call fails if the guest's header is invalid, the
+        // interface is down, or the interface's queue is full.
         log::debug!("virtio-net: failed to write to the tap: {}", io::Error::last_os_error());
     }
 }

@@ -11,7 +11,7 @@ const TUN_F_CSUM: libc::c_ulong = 0x01;
 const TUN_F_TSO4: libc::c_ulong = 0x02;
 const TUN_F_TSO6: libc::c_ulong = 0x04;
 
-/// Sets the length of the header, and the offloads that the reader accepts.
+/// Sets the length of the virtio-net header that precedes each frame, and the offloads that the guest accepts.
 pub fn set_offload(tap: &File, header: usize, csum: bool, tso4: bool, tso6: bool) -> io::Result<()> {
     let size = libc::c_int::try_from(header).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     interface::set_header_size(tap, size)?;

@@ -1,5 +1,5 @@
-//! Tests of frames in the queues. A pair of datagram sockets replaces the tap, because it also preserves frame
-//! boundaries.
+//! Tests of frames in the queues. A pair of datagram sockets replaces the tap, because datagram sockets also preserve
+//! frame boundaries.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -17,7 +17,8 @@ fn interface(without: u64) -> (UnixDatagram, Bench<Net>) {
     (sockets.remove(0), bench)
 }
 
-/// Creates an interface with `pairs` queue pairs, and one socket for each.
+/// Creates an interface with `pairs` queue pairs, and one socket for each pair. The driver acknowledges all features
+/// except `without`.
 fn interfaces(pairs: usize, without: u64) -> (Vec<UnixDatagram>, Bench<Net>) {
     let mut sockets = Vec::new();
     let taps = (0..pairs).map(|_| {
@@ -45,7 +46,7 @@ fn fd_directory() -> Arc<File> {
 }
 
 #[test]
-fn transmit_drops_frames_with_foreign_source_mac() {
+fn transmit_drops_frames_with_spoofed_source_mac_or_invalid_length() {
     let (socket, mut bench) = interface(0);
     let valid = frame(MAC, 100);
     bench.queues[1].add(&[&valid[..5], &valid[5..20], &valid[20..]], &[]);
@@ -90,7 +91,7 @@ fn receive_spreads_frame_over_mergeable_buffers() {
     assert_eq!((all[10], all[11]), (4, 0));
     assert_eq!(all[12..], large[12..]);
     assert!(bench.queues[0].poll().is_none());
-    // Buffers that were not used are used for the next frames.
+    // The remaining buffers are used for the next frames.
     for round in 0..200 {
         socket.send(&frame([9; 6], round)).unwrap();
         bench.run();
@@ -194,15 +195,15 @@ fn driver_selects_number_of_active_pairs() {
     assert!(sockets[0].recv(&mut [0; 2000]).is_err());
     assert_eq!(sockets[1].recv(&mut [0; 2000]).unwrap(), valid.len());
     assert!(sockets[1].recv(&mut [0; 2000]).is_err());
-    // Invalid numbers and other commands do not change the number of active pairs, no matter how many parts a command
-    // has.
+    // Invalid numbers of pairs and other commands do not change the number of active pairs.
     for invalid in [0, 3, 0x8000, 0xffff] {
-        assert_eq!(command(&mut bench, 4, &[&pairs(invalid)]), ERR, "{invalid} pairs");
+        assert_eq!(command(&mut bench, 4, &[&pairs(invalid)]), ERR, "the device must reject {invalid} pairs");
     }
     for invalid in [&[4, 0, 1][..], &[4, 0, 1, 0, 0], &[4, 1, 1, 0], &[0, 0, 1, 0], &[1], &[0; 5000]] {
-        assert_eq!(command(&mut bench, 4, &[invalid]), ERR, "{:?}", invalid.len());
+        assert_eq!(command(&mut bench, 4, &[invalid]), ERR, "the device must reject command {invalid:?}");
     }
     assert_eq!(delivered(&sockets, &mut bench), [true, true]);
+    // A command may consist of several buffers.
     assert_eq!(command(&mut bench, 4, &[&[4], &[0, 1], &[0]]), OK);
     assert_eq!(delivered(&sockets, &mut bench), [true, false]);
     // A command without space for a response is returned, but not executed.
@@ -269,7 +270,8 @@ fn device_loop_continues_if_vhost_fails() {
             bench.queues[1].add(&[&frame(MAC, round)], &[]);
             socket.send(&frame([9; 6], round)).unwrap();
             bench.run();
-            assert!(bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some(), "round {round}");
+            let moved = bench.queues[0].poll().is_some() && bench.queues[1].poll().is_some();
+            assert!(moved, "the device loop did not move the frames of round {round}");
             assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), VNET_HEADER_LEN + 14 + round);
         }
         bench.lock().reset();

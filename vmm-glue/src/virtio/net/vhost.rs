@@ -20,8 +20,8 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use crate::guest_memory::GuestMemory;
 use crate::virtio::queue::Virtqueue;
 
-/// The driver's features that concern the queues. These do not include offloads, because the driver negotiates offloads
-/// with the tap. The tap also handles the header, because VHOST_NET_F_VIRTIO_NET_HDR is never set.
+/// The driver's features that concern the queues. They do not include offloads, because the tap does the offloads. The
+/// tap also handles the virtio-net header, because VHOST_NET_F_VIRTIO_NET_HDR is never set.
 const QUEUE_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -33,11 +33,11 @@ pub enum VhostError {
     /// An ioctl failed.
     #[error("vhost-net ioctl {0} failed")]
     Refused(&'static str, #[source] vhost::Error),
-    /// vhost-net lacks features that were offered to the driver.
-    #[error("vhost-net lacks features {0:#x}")]
+    /// vhost-net lacks features that the driver has acknowledged.
+    #[error("vhost-net lacks features {0:#x}, which the driver has acknowledged")]
     Features(u64),
     /// A ring does not lie within one region of memory.
-    #[error("failed to start vhost-net: queue {0} does not lie within one region of guest memory")]
+    #[error("a ring of queue {0} does not lie within one region of guest memory")]
     Ring(u16),
     /// vhost-net has reported a broken queue.
     #[error("vhost-net reported a broken queue in queue pair {0}")]
@@ -70,11 +70,11 @@ impl<'a> VhostKernBackend for Device<'a> {
     }
 
     // The check of the `vhost` crate is wrong in two cases. It rejects a ring at the very end of memory, and accepts a
-    // ring that spans two regions. Regions that are adjacent for the guest are not adjacent in the VMM. Therefore, the
-    // kernel would write beyond a mapping.
+    // ring that spans two regions. Two regions that are adjacent in guest memory need not be adjacent in the VMM's
+    // memory. Therefore, the kernel could write beyond a mapping.
     fn is_valid(&self, ring: &VringConfigData) -> bool {
         let size = usize::from(ring.queue_size);
-        // virtio 1.2, 2.7
+        // For the lengths, see virtio 1.2, 2.7.
         [(ring.desc_table_addr, 16 * size), (ring.avail_ring_addr, 6 + 2 * size), (ring.used_ring_addr, 6 + 8 * size)]
             .into_iter()
             .all(|(address, length)| self.memory.get_slice(GuestAddress(address), length).is_ok())
@@ -168,8 +168,9 @@ fn refused(step: &'static str) -> impl FnOnce(vhost::Error) -> VhostError {
     move |error| VhostError::Refused(step, error)
 }
 
-/// Makes the kernel serve the queues (receive, transmit) from their current indices, with the features that the driver
-/// has acknowledged. The kernel interrupts the guest through `call`, and signals `fault` when the guest breaks a queue.
+/// Makes the kernel serve the receive and the transmit queue from their current indices, with the features that the
+/// driver has acknowledged. The kernel interrupts the guest through `call`, and signals `fault` when the guest breaks a
+/// queue.
 ///
 /// # Errors
 /// [`VhostError`]. After an error, the kernel serves no queue.
@@ -203,7 +204,7 @@ pub fn stop(file: &File, memory: &GuestMemory) {
 /// chains that it has popped.
 ///
 /// # Errors
-/// [`VhostError`]. After an error, vhost-net may still be serving.
+/// [`VhostError`]. After an error, vhost-net may still be serving the queues.
 pub fn pause(file: &File, memory: &GuestMemory, queues: [&mut Virtqueue; 2]) -> Result<(), VhostError> {
     let device = Device { file, memory };
     for (index, queue) in (0u8..).zip(queues) {
@@ -231,7 +232,7 @@ mod tests {
 
     #[test]
     fn ring_must_lie_within_one_region() {
-        // Two regions that are adjacent for the guest.
+        // The two regions are adjacent in guest memory.
         let ranges = [(GuestAddress(0), 0x10000), (GuestAddress(0x10000), 0x10000)];
         let memory = GuestMemory::from_ranges(&ranges).unwrap();
         let file = File::open("/dev/null").unwrap();
@@ -242,7 +243,7 @@ mod tests {
             device.is_valid(&VringConfigData { queue_max_size: queue_size, queue_size, ..addresses })
         };
         assert!(valid(0, 0x2000, 0x3000));
-        // The first ring ends at the end of a region. The second ring ends one entry after this end.
+        // In each line, the valid ring ends exactly at the end of a region. Each invalid ring ends after such an end.
         assert!(valid(0xf000, 0x2000, 0x3000) && !valid(0xf010, 0x2000, 0x3000));
         assert!(valid(0, 0xfdfa, 0x3000) && !valid(0, 0xfdfc, 0x3000));
         assert!(valid(0, 0x2000, 0x1f7fa) && !valid(0, 0x2000, 0xfffc) && !valid(0, 0x2000, 0x1f7fc));

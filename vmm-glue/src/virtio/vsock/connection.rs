@@ -42,7 +42,7 @@ struct Pending {
     shutdown: bool,
 }
 
-/// The next use of a receive buffer.
+/// What the connection does with the guest's next receive buffer.
 pub enum NextPacket {
     /// Send this packet.
     Control(Header),
@@ -60,7 +60,7 @@ pub struct Connection {
     socket: OwnedFd,
     state: State,
     pending: Pending,
-    // Host to guest.
+    // State of the direction from host to guest.
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
@@ -72,7 +72,7 @@ pub struct Connection {
     read_eof: bool,
     /// Whether the other end of the socket is closed.
     hung_up: bool,
-    // Guest to host.
+    // State of the direction from guest to host.
     received: u32,
     forwarded: u32,
     reported_forwarded: u32,
@@ -372,7 +372,7 @@ impl Connection {
         matches!(self.state, State::Open) && self.readable && (self.credit() > 0 || !self.credit_requested)
     }
 
-    /// Returns the next use of a receive buffer.
+    /// Returns what the connection does with the guest's next receive buffer.
     pub fn next(&mut self) -> NextPacket {
         let pending = &mut self.pending;
         if std::mem::take(&mut pending.reset) {

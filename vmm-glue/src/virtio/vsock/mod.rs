@@ -93,7 +93,7 @@ impl Vsock {
         })
     }
 
-    /// Connects to a port in the guest. `reply` is called on the device loop, with the device locked. It gets a
+    /// Connects to a port in the guest. `reply` is called on the device loop, with the device locked. `reply` gets a
     /// connected stream socket if the guest accepts, or `ConnectionRefused` if the guest refuses. A request that is
     /// made before the driver is ready waits until the driver is ready.
     pub fn connect(&mut self, port: u32, reply: Reply) {

@@ -79,7 +79,7 @@ pub struct Header {
     pub kind: u16,
     /// Operation.
     pub op: Op,
-    /// Flags of a shutdown: the directions.
+    /// Flags of a SHUTDOWN packet, which say what directions are shut down.
     pub flags: u32,
     /// Size of the sender's receive buffer in bytes.
     pub buf_alloc: u32,

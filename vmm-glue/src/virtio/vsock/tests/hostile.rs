@@ -41,7 +41,7 @@ fn invalid_lengths_reset_connection() {
         let (side, _stream) = guest.open(1);
         let header = Header { len, ..Guest::header(side, Op::ReadWrite) };
         guest.send_raw(&[&header.to_bytes(), &vec![0; sent]]);
-        assert_eq!(guest.ops(), [Op::Reset], "{len} {sent}");
+        assert_eq!(guest.ops(), [Op::Reset], "length {len} in the header and {sent} bytes of data must be rejected");
         assert_eq!(guest.connections(), 0);
     }
     let mut guest = Guest::new(0);
