@@ -11,7 +11,7 @@ use crate::build::{self, Profile, Program};
 use crate::node::{self, Add, Crashed, Limits, Line, Machine, Run, Seat};
 use crate::{dist, files, paths, setup, side, ui};
 
-/// The suite that tests what the CRI promises.
+/// The suite that tests the behaviours that the CRI specifies.
 const SUITE: &str = "conformance";
 /// A column of the table: a containerd line, a runtime, and a handler that the node's containerd has for the runtime.
 struct Column {
@@ -76,13 +76,13 @@ pub fn conformance() -> Result<u8> {
     let worse = worse(&rows);
     ui::say(
         "conformance",
-        format!("tested {} behaviours; Husk fails {} of them that runc passes", rows.len(), worse.len()),
+        format!("tested {} behaviours; Husk fails {} behaviours that runc passes", rows.len(), worse.len()),
     );
     Ok(u8::from(!worse.is_empty()))
 }
 
-/// Runs the suite with one runtime, in a separate node. State that one runtime leaves in the node's kernel must not
-/// affect another runtime.
+/// Runs the suite for one column, in a boot of its own, because state that one runtime leaves in the node's kernel must
+/// not affect another runtime.
 fn run(seat: Seat, suite: &Program, column: &Column) -> Result<()> {
     let Column { line, runtime, handler, .. } = *column;
     let script = format!(
@@ -119,7 +119,8 @@ fn read(seat: Seat, name: &str) -> Result<String> {
         .with_context(|| format!("failed to read {}; the node should have left it in /out", path.display()))
 }
 
-/// Adds the results of one column. Each line of `text` has a group, a behaviour and a result, separated by tabs.
+/// Adds the results of one column to `rows`. Each line of `text` has a group, a behaviour and a result, separated by
+/// tabs.
 fn collect(rows: &mut Vec<Row>, column: usize, text: &str) -> Result<()> {
     for line in text.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
@@ -156,7 +157,7 @@ fn page(rows: &[Row], titles: &[String], runc: &str) -> String {
          `cargo xtask conformance` generates this page. The command tests each behaviour through containerd's CRI in\n\
          the test node. The groups are those of the CRI's validation suite. The columns name the handler and\n\
          containerd's version. The version of runc is {runc}.\n\n\
-         - *refused*: the behaviour needs something that a VM does not share with its host. The error says what.\n\
+         - *refused*: the behaviour needs something that a VM does not share with its host. The error names it.\n\
          - If a behaviour fails with every runtime of one containerd version, that containerd does not implement it.\n\
          - husk-sandbox is the handler with `sandboxer = \"shim\"`. With this sandboxer, a pod with\n  \
          `hostNetwork: true` crashes containerd 2.1 itself ([install.md](install.md)). Therefore this behaviour\n  \
