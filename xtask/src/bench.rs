@@ -10,7 +10,8 @@ use crate::{dist, paths, setup};
 /// The benchmarks.
 #[derive(Subcommand)]
 pub enum Bench {
-    /// Measure how long a container takes to start and end with Husk, runc and runsc, and the steps of Husk's start.
+    /// Measure how long a container takes to start and end with Husk, runc and runsc. Also measure the steps of Husk's
+    /// start.
     Start {
         /// Build the programs in the quick profile.
         #[arg(long)]
@@ -28,7 +29,8 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Measure the throughput, round trip and start-up cost of a pod's network, with vhost-net and with the VMM.
+    /// Measure the throughput, round-trip time and start-up cost of a pod's network, with vhost-net and with the VMM's
+    /// data path.
     Network {
         /// Build the programs in the quick profile.
         #[arg(long)]

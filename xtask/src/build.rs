@@ -1,5 +1,5 @@
 //! Builds the workspace's programs for the guest and the node. All programs are static and are built with the same
-//! flags, so that they share one artefact cache.
+//! flags, so that cargo can reuse the dependencies that it has compiled.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ pub const STATIC: &str = "-C target-feature=+crt-static";
 pub enum Profile {
     /// The profile of shipped programs.
     Release,
-    /// The quick profile, for the test node: less optimised, faster to build.
+    /// The quick profile, for the test node. Its programs are less optimised, but faster to build.
     Node,
 }
 
@@ -48,7 +48,7 @@ pub struct Program {
     pub path: PathBuf,
 }
 
-/// Returns a command that starts the same cargo that runs xtask.
+/// Returns a command that starts the same cargo that started xtask.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(paths::root());
@@ -92,7 +92,8 @@ pub fn tests(package: &str) -> Result<Vec<Program>> {
     run(command, true)
 }
 
-/// Runs cargo and collects the programs that its messages name.
+/// Runs cargo and returns the programs that its messages name. If `tests` is true, these are the test programs, and
+/// otherwise the binaries.
 fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     command.arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().context("failed to start cargo")?;
@@ -103,7 +104,7 @@ fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
         if message.get("reason").and_then(Value::as_str) != Some("compiler-artifact") {
             continue;
         }
-        // Cargo builds a package's programs along with its tests. Only the kind that was asked for is collected.
+        // Cargo builds a package's programs along with its tests. Only the kind that `tests` selects is collected.
         if message.pointer("/profile/test").and_then(Value::as_bool) != Some(tests) {
             continue;
         }
@@ -120,7 +121,7 @@ fn run(mut command: Command, tests: bool) -> Result<Vec<Program>> {
     Ok(programs)
 }
 
-/// Returns the program that has one of `names`. Earlier names take precedence.
+/// Returns the program whose name is one of `names`. Earlier names take precedence.
 pub fn find<'a>(programs: &'a [Program], names: &[&str]) -> Result<&'a Program> {
     names
         .iter()

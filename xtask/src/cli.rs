@@ -19,19 +19,20 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install the packages that this machine lacks (Debian and Ubuntu).
+    /// Install the packages that the build and the tests need and that this machine lacks (Debian and Ubuntu only).
     Setup,
     /// Build the guest kernel.
     Kernel,
     /// Build the agent and the guest's initramfs.
     Image(Quick),
-    /// Build everything and place it in dist/root, whose content is copied to / of a node.
+    /// Build Husk and place its files in dist/root. To install Husk on a node, copy the content of dist/root to /.
     Dist(Quick),
     /// Build the OCI images that the demo and the tests use.
     Images,
     /// List the entries of the user's cache: the kernel, the images and the parts of the test node.
     Cache {
-        /// First remove entries that were not used for 30 days, and all but the three last used entries of each kind.
+        /// First remove the entries that have not been used for 30 days. Of each kind, keep only the three entries that
+        /// were used last.
         #[arg(long)]
         prune: bool,
     },
@@ -54,7 +55,7 @@ enum Task {
     },
     /// Show cycles among the modules of each crate, and compare them with xtask/known-cycles.toml.
     Modules {
-        /// First remove from that file the uses that are no longer part of a cycle.
+        /// First remove from xtask/known-cycles.toml the uses that are no longer part of a cycle.
         #[arg(long)]
         shrink: bool,
     },

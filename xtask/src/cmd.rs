@@ -72,7 +72,10 @@ pub fn logged(step: &str, log: &str, command: &mut Command) -> Result<()> {
             reported = Instant::now();
             ui::say(
                 step,
-                format!("still running ({count} lines; the last one: {})", last.chars().take(90).collect::<String>()),
+                format!(
+                    "still running ({count} lines of output; the last line: {})",
+                    last.chars().take(90).collect::<String>()
+                ),
             );
         }
     }
@@ -124,12 +127,12 @@ pub fn tail(path: &std::path::Path, lines: usize) -> String {
     all.iter().skip(from).map(|l| format!("    {}\n", l.trim_end())).collect()
 }
 
-/// Returns the number of processors, for `make -j`.
+/// Returns the number of processors that this process can use.
 pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }
 
-/// Whether this process is root. Only root can preserve file owners when it unpacks a root file system.
+/// Whether this process runs as root. Only root can set the owners of files when it unpacks a root file system.
 pub fn is_root() -> bool {
     // SAFETY: geteuid has no arguments and always succeeds.
     unsafe { libc::geteuid() == 0 }

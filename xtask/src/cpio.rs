@@ -1,8 +1,8 @@
 //! Writes "newc" cpio archives, the format of an initramfs.
 //!
 //! The kernel's Documentation/driver-api/early-userspace/buffer-format.rst describes the format. Header fields have
-//! eight hexadecimal digits each. Name and data are padded to four bytes. All entries belong to root and have the date
-//! 0, so that the same inputs give the same bytes.
+//! eight hexadecimal digits each. Name and data are padded to a multiple of four bytes. All entries belong to root and
+//! have the modification time 0, so that the same inputs give the same bytes.
 
 use std::io::{self, Write};
 
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_are_padded_to_four_bytes() {
+    fn entries_are_padded_to_a_multiple_of_four_bytes() {
         for length in 0..9 {
             let mut cpio = Cpio::new(Vec::new());
             cpio.file(&"n".repeat(length + 1), 0o644, &vec![b'x'; length]).unwrap();

@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: runs a container under Husk and shows its output and the timeline of its start.
 //!
-//! The demo runs on this machine if the caller is root, KVM is usable and containerd is installed. It then starts its
-//! own containerd, whose files are removed at the end. Otherwise the demo runs in the test node.
+//! If xtask runs as root, KVM is usable and containerd is installed, the demo runs on this machine. It starts a
+//! separate containerd, and removes that containerd's files at the end. Otherwise the demo runs in the test node.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -36,7 +36,7 @@ pub fn demo(options: &Options) -> Result<u8> {
     let why_node = if options.node { Some("requested by --node".to_owned()) } else { unsuitable() };
     let (code, timeline) = match why_node {
         None => {
-            ui::say("demo", "running on this machine, with its own containerd");
+            ui::say("demo", "running on this machine, with a separate containerd");
             let dir = paths::state().join("demo");
             let log = dir.join("timeline");
             (here(&root, &dir, &script, &log)?, log)
@@ -63,7 +63,7 @@ fn unsuitable() -> Option<String> {
     kvm::usable().err()
 }
 
-/// Returns Husk's configuration for the demo: the defaults, followed by `more`.
+/// Returns Husk's configuration for the demo: the installed config.toml, followed by the settings in `more`.
 fn configuration(root: &Path, more: &str) -> Result<String> {
     let path = root.join("etc/husk/config.toml");
     let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
@@ -93,7 +93,7 @@ fn in_node(mut add: Vec<Add>, script: &Path) -> Result<u8> {
     })
 }
 
-/// The demo's own containerd. When this value is dropped, containerd is stopped and its files are removed.
+/// The demo's separate containerd. When this value is dropped, containerd is stopped and its files are removed.
 struct Containerd {
     child: Child,
     root: PathBuf,
@@ -102,7 +102,7 @@ struct Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // SAFETY: kill takes integers; the child is not reaped yet, so the PID is not reused.
+        // SAFETY: kill takes only integers. The child has not been reaped, so its PID cannot have been reused.
         unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGTERM) };
         let _ = self.child.wait();
         let _ = fs::remove_dir_all(&self.root);
@@ -122,7 +122,7 @@ fn here(root: &Path, dir: &Path, script: &Path, timeline: &Path) -> Result<u8> {
     }
     let config = dir.join("config.toml");
     fs::write(&config, configuration(root, &more)?).with_context(|| format!("failed to write {}", config.display()))?;
-    // A socket's path has at most 107 bytes: unix(7).
+    // The path of a UNIX socket has at most 107 bytes (unix(7)), so this directory has a short path.
     let state = PathBuf::from(format!("/run/husk-demo-{}", std::process::id()));
     let socket = state.join("containerd.sock");
     let settings = dir.join("containerd.toml");
@@ -174,7 +174,10 @@ fn wait_for_boot(child: &mut Child) -> Result<()> {
 fn show(path: &Path) -> Result<()> {
     let text = fs::read_to_string(path).with_context(|| format!("failed to read the timeline {}", path.display()))?;
     let line = text.lines().last().with_context(|| format!("the timeline {} is empty", path.display()))?;
-    println!("\nThe steps of the start, in milliseconds since the first and the previous step:\n{}", timeline(line)?);
+    println!(
+        "\nThe steps of the start, with the milliseconds since the first step and since the previous step:\n{}",
+        timeline(line)?
+    );
     Ok(())
 }
 

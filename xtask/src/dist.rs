@@ -1,4 +1,4 @@
-//! `cargo xtask dist`: builds the directory tree that is copied to `/` of a node.
+//! `cargo xtask dist`: builds `dist/root`, the directory whose content an installation copies to `/` of a node.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crate::build::{self, Profile};
 use crate::{files, image, kernel, lock, paths, ui};
 
-/// The installed files, with their permissions.
+/// The files that Husk installs on a node, with their permissions. The paths are relative to `/`.
 const INSTALLED: [(&str, u32); 7] = [
     ("usr/local/bin/containerd-shim-husk-v2", 0o755),
     ("usr/local/bin/husk", 0o755),
@@ -20,7 +20,7 @@ const INSTALLED: [(&str, u32); 7] = [
     ("usr/local/share/husk/containerd-2.toml", 0o644),
 ];
 
-/// Builds all files and copies them to `dist/root`. Returns that directory.
+/// Builds all files and copies them to `dist/root`. Returns the path of `dist/root`.
 pub fn dist(profile: Profile) -> Result<PathBuf> {
     let kernel = kernel::kernel()?;
     let programs = build::programs(&[image::AGENT, "husk-shim", "husk-cli"], profile)?;
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn installed_files_are_documented_and_removed() {
+    fn readme_lists_and_install_md_removes_each_installed_file() {
         let read = |name: &str| fs::read_to_string(paths::root().join(name)).unwrap();
         let (install, readme) = (read("docs/install.md"), read("README.md"));
         let removed: Vec<&str> = install
@@ -80,7 +80,7 @@ mod tests {
         for (path, _) in INSTALLED {
             assert!(
                 removed.iter().any(|gone| Path::new(path).starts_with(gone)),
-                "docs/install.md does not remove {path}: {removed:?}"
+                "docs/install.md does not remove {path}; it removes {removed:?}"
             );
             let name = Path::new(path).file_name().unwrap().to_str().unwrap();
             assert!(

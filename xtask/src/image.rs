@@ -1,4 +1,5 @@
-//! `cargo xtask image`: builds the guest's initramfs, which has the agent and the directories for its mounts.
+//! `cargo xtask image`: builds the guest's initramfs, which has the agent and the directories on which the agent
+//! mounts.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -24,7 +25,7 @@ pub fn image(profile: Profile) -> Result<PathBuf> {
     pack(build::find(&programs, &[AGENT])?)
 }
 
-/// Builds the initramfs with an agent that was built before.
+/// Builds the initramfs from an agent that is already built.
 pub fn pack(agent: &Program) -> Result<PathBuf> {
     let made = paths::initrd();
     let key = Key::new("image", RECIPE).file(&agent.path)?.finish();
@@ -43,7 +44,8 @@ pub fn pack(agent: &Program) -> Result<PathBuf> {
     Ok(made)
 }
 
-/// Writes the initramfs. It is not compressed, because the kernel copies faster than it decompresses.
+/// Writes the initramfs. The archive is not compressed, because the kernel copies data faster than it decompresses
+/// data.
 fn archive<W: std::io::Write>(mut cpio: Cpio<W>, init: &[u8]) -> std::io::Result<()> {
     for (name, mode) in [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777)] {
         cpio.directory(name, mode)?;

@@ -1,9 +1,10 @@
-//! `cargo xtask imports`: checks how `use` items are grouped, and can group them. rustfmt groups imports only with
+//! `cargo xtask imports`: checks that `use` items are grouped, and can group them. rustfmt could do this only with
 //! nightly Rust.
 //!
 //! The groups are: the standard library; other crates; this crate (`crate`, `super`, `self`, and modules that the same
-//! file declares). A blank line separates two groups. A group has no blank line inside. Re-exports are a further group.
-//! This group stays first if it already is first, and is otherwise last. rustfmt sorts the items of a group.
+//! file declares). A blank line separates two groups. A group has no blank line inside. Re-exports (`pub use`) are a
+//! fourth group. If the re-exports already come first, they stay first. Otherwise they come last. rustfmt sorts the
+//! items of a group.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use crate::build::cargo;
 use crate::source::name;
 use crate::{cmd, paths, ui};
 
-/// The group of a `use` item. The variants have the order that the groups have in a file.
+/// The group of a `use` item. The variants are in the order of the groups in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Group {
     FirstReExports,
@@ -31,7 +32,7 @@ struct Import {
     group: Group,
     /// The index of the first line, and the index of the line after the last one. Line 1 of the file has the index 0.
     lines: (usize, usize),
-    /// Whether the item must be moved by hand: it has attributes or comments, or shares a line with other code.
+    /// Whether the item must be moved by hand, because it has attributes or comments or shares a line with other code.
     by_hand: bool,
 }
 
@@ -44,7 +45,7 @@ struct Findings {
     lines: Vec<usize>,
     /// The number of the first line of each wrong block that must be grouped by hand.
     by_hand: Vec<usize>,
-    /// The file's text, with all other wrong blocks grouped.
+    /// The file's text, in which all wrong blocks are grouped, except those in `by_hand`.
     text: String,
 }
 
@@ -115,7 +116,8 @@ fn inspect(text: &str) -> Result<Findings> {
             continue;
         }
         findings.lines.push(first.lines.0 + 1);
-        // If a comment belongs to no import, only its author knows where the comment should go.
+        // If a comment belongs to no import, only its author knows where the comment should go. Such a block is grouped
+        // by hand.
         let gaps = block.windows(2).flat_map(|pair| lines.get(pair[0].lines.1..pair[1].lines.0).unwrap_or_default());
         if block.iter().any(|import| import.by_hand) || gaps.into_iter().any(|line| !line.trim().is_empty()) {
             findings.by_hand.push(first.lines.0 + 1);
@@ -129,7 +131,7 @@ fn inspect(text: &str) -> Result<Findings> {
     Ok(findings)
 }
 
-/// Adds the blocks of a module and of its inline modules.
+/// Adds the blocks of a module and of its inline modules to `blocks`.
 fn collect(items: &[Item], lines: &[&str], blocks: &mut Vec<Block>) {
     let modules: Vec<String> = items
         .iter()
@@ -213,7 +215,7 @@ fn is_grouped(block: &Block, lines: &[&str]) -> bool {
     })
 }
 
-/// Returns the lines of a block in groups.
+/// Returns the lines of a block, grouped.
 fn grouped(block: &Block, lines: &[&str]) -> Vec<String> {
     let mut imports: Vec<&Import> = block.iter().collect();
     imports.sort_by_key(|import| import.group);

@@ -24,13 +24,13 @@ pub enum TestOutcome {
     Unfinished,
 }
 
-/// A test that was run, or ignored.
+/// A test that ran or was ignored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TestRun {
     pub name: String,
     pub outcome: TestOutcome,
     pub duration: Duration,
-    /// What a failed test printed.
+    /// What a failed test printed. `None` if libtest showed no output of the test.
     pub failure: Option<String>,
 }
 
@@ -38,7 +38,8 @@ pub struct TestRun {
 #[derive(Clone, Copy, PartialEq)]
 enum Section {
     Tests,
-    /// The output of failed tests. The index is that of the test whose output follows.
+    /// The output of failed tests. The value is the index of the test whose output the line belongs to. `None` if the
+    /// line belongs to no test's output.
     Failures(Option<usize>),
 }
 
@@ -46,9 +47,9 @@ enum Section {
 pub struct Parser {
     tests: Vec<TestRun>,
     section: Section,
-    /// The running test, and when it began.
+    /// The running test, and the time at which it began.
     running: Option<(String, Instant)>,
-    /// When the last line was complete.
+    /// The time at which the last complete line was read.
     last: Instant,
 }
 
@@ -58,7 +59,8 @@ impl Parser {
         Parser { tests: Vec::new(), section: Section::Tests, running: None, last: now }
     }
 
-    /// Reads the part of a line that was printed so far. libtest prints a test's name when the test begins.
+    /// Reads the part of the current line that has been printed so far. libtest prints a test's name when the test
+    /// begins, and completes the line when the test ends.
     pub fn partial(&mut self, text: &str, now: Instant) {
         if let Some((name, "")) = test_line(text)
             && self.section == Section::Tests
@@ -80,7 +82,8 @@ impl Parser {
 
     fn test(&mut self, line: &str, now: Instant) {
         if let Some((name, rest)) = test_line(line) {
-            // A test whose result was not seen counts as passed, until the list of failures names it.
+            // If the previous test's result was not seen, that test counts as passed, until the list of failures names
+            // it.
             if self.running.as_ref().is_none_or(|(running, _)| running != name) {
                 self.end(TestOutcome::Passed, self.last);
                 self.running = Some((name.to_owned(), self.last));
@@ -150,7 +153,7 @@ fn plain(name: &str) -> &str {
     name.strip_suffix(" - should panic").unwrap_or(name)
 }
 
-/// Returns the outcome at the end of a line. Output of a program may precede the outcome.
+/// Returns the outcome with which a line ends, if it ends with one. Output of a program may precede the outcome.
 fn outcome(text: &str) -> Option<TestOutcome> {
     match text {
         "ignored" => Some(TestOutcome::Ignored),
@@ -165,10 +168,11 @@ fn outcome(text: &str) -> Option<TestOutcome> {
 mod tests {
     use super::*;
 
-    /// Name, outcome, seconds.
+    /// A test's name, its outcome, and its duration in seconds.
     type Row = (String, TestOutcome, u64);
 
-    /// Parses lines that arrive one second apart. The part of a line before a "|" arrives one second before the rest.
+    /// Parses lines that arrive one second apart. The part of a line before a "|" arrives one second before the rest of
+    /// the line. Returns the tests, and the failure text of each test.
     fn read(text: &str) -> (Vec<Row>, Vec<Option<String>>) {
         let begin = Instant::now();
         let (mut parser, mut now) = (Parser::new(begin), begin);

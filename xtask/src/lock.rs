@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 
 use crate::{files, paths, ui};
 
-/// Acquires the lock `what`. Waits if another process holds the lock. It is released when the returned file is closed.
+/// Acquires the lock `what`. Waits if another process holds the lock. The lock is released when the returned file is
+/// closed.
 pub fn take(what: &str) -> Result<File> {
     take_in(&paths::state().join(what), what)
 }

@@ -1,4 +1,5 @@
-//! `cargo xtask`: builds, runs and tests Husk, beyond what `cargo build` does.
+//! `cargo xtask`: builds, runs and tests Husk. It also does what cargo cannot do, such as building the guest kernel and
+//! booting a test node.
 
 mod bench;
 mod build;

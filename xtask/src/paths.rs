@@ -12,12 +12,12 @@ pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
-/// Returns the directory of everything that xtask builds.
+/// Returns the directory for everything that xtask builds, except `dist/root`.
 pub fn state() -> PathBuf {
     target().join("husk")
 }
 
-/// Returns the directory whose content is copied to `/` of a node.
+/// Returns the path of `dist/root`, the directory whose content an installation copies to `/` of a node.
 pub fn dist() -> PathBuf {
     root().join("dist/root")
 }

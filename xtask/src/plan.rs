@@ -1,8 +1,9 @@
-//! Plans the boots of the node: which suites run in which boot, and which run a second time.
+//! Plans the boots of the test node. Decides which suites run in which boot, and which suites run a second time.
 
 use std::collections::VecDeque;
 
-/// Maximum number of node crashes. After more crashes, no suite is retried or resumed.
+/// Maximum number of node crashes. After more crashes than this, suites that fail are not retried, and suites that a
+/// crashed node does not reach count as failed.
 const CRASHES: u32 = 4;
 
 /// The result of a suite in one boot.
@@ -21,18 +22,20 @@ pub enum Outcome {
 /// What happens to suites that did not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retries {
-    /// Every suite that did not pass has failed, even if a crashed node did not reach it. For nodes on real KVM.
+    /// Every suite that did not pass counts as failed, even a suite that a crashed node did not reach. This applies to
+    /// nodes on real KVM.
     Never,
-    /// Suites that a crashed node did not reach run in the next boot. For emulated nodes, with `--no-retry`.
+    /// Suites that a crashed node did not reach run in the next boot. This applies to emulated nodes with `--no-retry`.
     Resume,
-    /// As with `Resume`. In addition, a suite that failed runs once more, alone. For emulated nodes, because the
-    /// emulator sometimes makes a correct guest fail.
+    /// Suites that a crashed node did not reach run in the next boot. In addition, a suite that failed runs once more,
+    /// in a boot of its own. This is the default for emulated nodes, because the emulator sometimes makes a correct
+    /// guest fail.
     Retry,
 }
 
-/// The suites of one containerd line that have yet to run, and those that failed.
+/// The suites that have yet to run with one containerd line, and the suites that failed with it.
 pub struct Plan {
-    /// Suites that run together, `batch` of them in a boot.
+    /// Suites that share boots. A boot runs up to `batch` of them.
     together: VecDeque<String>,
     /// Suites that run once more, each in a boot of its own.
     alone: VecDeque<String>,
@@ -57,22 +60,24 @@ impl Plan {
         }
     }
 
-    /// Takes the suites of the next boot. Returns an empty list if all remaining suites run alone.
+    /// Removes up to `batch` suites from `together` for the next boot, and returns them. Returns an empty list if all
+    /// remaining suites run alone.
     fn take_together(&mut self) -> Vec<String> {
         let count = self.batch.min(self.together.len());
         self.together.drain(..count).collect()
     }
 
-    /// Takes a suite that runs once more.
+    /// Removes a suite from `alone` for the next boot, and returns it. Returns an empty list if `alone` is empty.
     fn take_alone(&mut self) -> Vec<String> {
         self.alone.pop_front().into_iter().collect()
     }
 
-    /// Records the results of a boot: every suite that [`next()`] returned, with its outcome.
+    /// Records the results of a boot. `suites` has every suite that [`next()`] returned for this boot, with its
+    /// outcome.
     pub fn ended(&mut self, suites: Vec<(String, Outcome)>) {
         let crashed = suites.iter().any(|(_, outcome)| matches!(outcome, Outcome::Begun | Outcome::Waiting));
         self.crashes += u32::from(crashed);
-        // The emulator's flaws show only occasionally. If nodes crash more often, there is another cause.
+        // Flaws of the emulator crash a node only occasionally. More than `CRASHES` crashes must have another cause.
         let retries = if self.crashes <= CRASHES { self.retries } else { Retries::Never };
         let mut waiting = VecDeque::new();
         for (suite, outcome) in suites {
@@ -99,8 +104,8 @@ impl Plan {
     }
 }
 
-/// Takes the suites of the next boot, and returns them with their containerd line. No suite runs a second time before
-/// all suites have begun once.
+/// Takes the suites of the next boot from the plans, and returns them with their containerd line. Returns `None` if no
+/// suite is left. No suite runs a second time before all suites have begun once.
 pub fn next<L: Copy>(plans: &mut [(L, Plan)]) -> Option<(L, Vec<String>)> {
     let non_empty = |line: L, suites: Vec<String>| (!suites.is_empty()).then_some((line, suites));
     let together = plans.iter_mut().find_map(|(line, plan)| non_empty(*line, plan.take_together()));
@@ -146,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn retries_follow_the_first_attempts_of_all_lines() {
+    fn retries_run_after_the_first_attempts_of_all_containerd_lines() {
         let mut plans = [("1", plan(Retries::Retry)), ("2", plan(Retries::Retry))];
         let (line, names) = next(&mut plans).unwrap();
         assert_eq!((line, names.len()), ("1", 3));
@@ -158,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn real_kvm_has_no_retries() {
+    fn suites_on_real_kvm_are_not_retried() {
         let mut plan = plan(Retries::Never);
         end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         assert_eq!(plan.failed(), ["a", "b", "c"]);
@@ -167,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn without_retries_only_suites_that_a_crashed_node_did_not_reach_run_again() {
+    fn without_retries_only_suites_that_a_crashed_node_did_not_reach_run_in_another_boot() {
         let mut plan = plan(Retries::Resume);
         end(&mut plan, &[("a", Outcome::Failed), ("b", Outcome::Begun), ("c", Outcome::Waiting)]);
         end(&mut plan, &[("c", Outcome::Passed), ("d", Outcome::Passed), ("e", Outcome::Passed)]);
@@ -187,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn many_crashes_end_the_run() {
+    fn after_too_many_crashes_suites_fail_without_another_boot() {
         let mut plan = plan(Retries::Retry);
         let mut boots = 0;
         loop {

@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: names the packages that this machine lacks, and installs them.
+//! `cargo xtask setup`: lists the packages that this machine lacks, and installs them.
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::pins::KERNEL_SOURCE;
 use crate::{cmd, ui};
 
-/// The packages that every distribution needs, and their purpose.
+/// The packages that xtask needs on every distribution, each with its purpose.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "kernel, programs"),
     ("libc6-dev", "programs"),
@@ -33,7 +33,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", "test node"),
     ("busybox-static", "images"),
 ];
-/// The first major version of QEMU whose emulated SVM runs a node reliably. In Debian bookworm, only backports has it.
+/// The first major version of QEMU whose emulated SVM runs a node reliably. For Debian bookworm, only the backports
+/// have this version.
 const QEMU: u32 = 10;
 
 /// Installs the missing packages.
@@ -55,10 +56,10 @@ pub fn setup() -> Result<()> {
         missing.push(KERNEL_SOURCE);
     }
     if missing.is_empty() {
-        ui::say("setup", "everything is installed");
+        ui::say("setup", "all packages are installed");
         return Ok(());
     }
-    ui::say("setup", format!("installing packages that {} lacks:", release.name));
+    ui::say("setup", format!("installing packages that this machine ({}) lacks:", release.name));
     for name in &missing {
         let purpose = PACKAGES.iter().find(|(known, _)| known == name).map_or("kernel", |(_, purpose)| purpose);
         eprintln!("             {name} ({purpose})");
@@ -88,7 +89,7 @@ pub fn setup() -> Result<()> {
         })
         .collect();
     if install(&wanted, backports.then_some(release.codename.as_str())).is_err() {
-        // The package lists may be older than the mirror.
+        // apt's package lists may name versions that the mirror no longer has.
         ui::say("setup", "failed to install the packages; retrying after apt-get update");
         cmd::logged("setup", "apt-update", apt().arg("update"))?;
         install(&wanted, backports.then_some(release.codename.as_str()))?;
@@ -127,7 +128,7 @@ fn apt() -> Command {
     command
 }
 
-/// Whether apt has a version of the package that it can install.
+/// Whether apt can install a version of the package.
 fn available(name: &str) -> bool {
     cmd::output(Command::new("apt-cache").args(["policy", name]).env("LC_ALL", "C"))
         .is_ok_and(|text| text.contains("Candidate:") && !text.contains("Candidate: (none)"))

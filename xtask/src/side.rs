@@ -1,4 +1,4 @@
-//! Runs several nodes side by side on large machines.
+//! Runs several test nodes side by side on large machines.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -8,20 +8,20 @@ use crate::node::Seat;
 
 /// Memory that a node needs, including its QEMU, in MiB.
 const NODE_MEMORY: u64 = 8 * 1024;
-/// Maximum number of nodes. More nodes would write more than a disk can take.
+/// Maximum number of nodes. More nodes would write more data than a disk can take.
 const MAX_NODES: usize = 4;
 
-/// The remaining work, and the number of pieces that run.
+/// The remaining work, and the number of its pieces that are running.
 struct Queue<W> {
     work: W,
     running: usize,
-    /// The first error. No further piece is started after it.
+    /// The first error of a piece. After an error, no further piece starts.
     error: Option<anyhow::Error>,
 }
 
-/// Returns the number of nodes that run well on this machine. A node keeps two processors busy, even if it is emulated.
-/// Two nodes side by side on two processors take 0.88 of the time that they take one after the other. Each node, and
-/// each of its tests, then takes 1.76 times as long.
+/// Returns the number of nodes that can run side by side on this machine. A node keeps two processors busy, even if it
+/// is emulated. Therefore each node gets two processors. If two nodes share two processors, they take 0.88 of the time
+/// that they take one after the other. But each node and each of its tests then takes 1.76 times as long.
 pub fn seats() -> usize {
     let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text)).unwrap_or_default();
     let by_memory = usize::try_from(memory / NODE_MEMORY).unwrap_or(MAX_NODES);
@@ -34,9 +34,10 @@ fn total_memory(meminfo: &str) -> Option<u64> {
     Some(kib.parse::<u64>().ok()? / 1024)
 }
 
-/// Runs `work` to its end, in as many nodes at a time as this machine supports. `next` takes a piece from the work,
-/// `done` runs the piece in a node, and `ended` adds the piece's result to the work. After that, `next` may return
-/// further pieces. After an error, the running pieces still end, but no further piece starts.
+/// Does all of `work`, in as many nodes at a time as [`seats()`] returns. `next` takes a piece from the work, `done`
+/// runs the piece in a node, and `ended` adds the piece's result to the work. After that, `next` may return further
+/// pieces. After an error, the running pieces are finished, but no further piece starts, and the first error is
+/// returned.
 pub fn side_by_side<W: Send, P, D>(
     work: W,
     next: impl Fn(&mut W) -> Option<P> + Sync,
@@ -72,7 +73,8 @@ pub fn side_by_side<W: Send, P, D>(
     queue.error.map_or(Ok(queue.work), Err).context("failed to run the test node")
 }
 
-/// Takes a piece of the work. If there is none, waits while a running piece may add more.
+/// Takes a piece of the work. If no piece is left but others are running, waits, because a running piece may add work.
+/// Returns `None` after an error, or if no piece is left and none is running.
 fn take<W, P>(queue: &Mutex<Queue<W>>, changed: &Condvar, next: impl Fn(&mut W) -> Option<P>) -> Option<P> {
     let mut queue = lock(queue);
     loop {
@@ -99,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_added_by_results_is_done() {
+    fn pieces_that_a_result_adds_are_run() {
         let next = |work: &mut (Vec<u32>, u32)| work.0.pop();
         let ended = |work: &mut (Vec<u32>, u32), piece: u32, twice: u32| {
             work.1 += twice;
@@ -113,7 +115,7 @@ mod tests {
     fn an_error_stops_further_work() {
         let next = |work: &mut Vec<u32>| work.pop();
         let done = |_, piece: &u32| if *piece == 7 { anyhow::bail!("seven") } else { Ok(()) };
-        // This work never ends by itself.
+        // Each piece adds another piece, so only the error ends this work.
         let ended = |work: &mut Vec<u32>, _, ()| work.push(1);
         let error = side_by_side(vec![1, 7], next, done, ended).unwrap_err();
         assert_eq!(format!("{error:#}"), "failed to run the test node: seven");

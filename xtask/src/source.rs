@@ -1,4 +1,5 @@
-//! Reads the modules of a crate from its source files, without compiling. Finds the files as the compiler does.
+//! Reads the modules of a crate from its source files, without compiling the crate. Finds the files by the compiler's
+//! rules.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ pub struct Module {
     pub test_only: bool,
 }
 
-/// Returns the modules of the crate whose root file is `root`. The root is the first one.
+/// Returns the modules of the crate whose root file is `root`. The first module is the root.
 pub fn modules(root: &Path) -> Result<Vec<Module>> {
     let mut modules = Vec::new();
     let dir = root.parent().unwrap_or_else(|| Path::new(""));
@@ -27,7 +28,7 @@ pub fn modules(root: &Path) -> Result<Vec<Module>> {
     Ok(modules)
 }
 
-/// Adds the module of the file `file`, and its children. The files of the children are in `dir`.
+/// Adds the module in the file `file`, and the module's children. The files of the children are in `dir`.
 fn file_module(modules: &mut Vec<Module>, path: Vec<String>, file: &Path, dir: &Path, test_only: bool) -> Result<()> {
     let text = fs::read_to_string(file).with_context(|| format!("failed to read {}", file.display()))?;
     let parsed = match syn::parse_file(&text) {
@@ -75,7 +76,7 @@ pub fn name(ident: &proc_macro2::Ident) -> String {
     text.strip_prefix("r#").map_or_else(|| text.clone(), str::to_owned)
 }
 
-/// Returns the string of an attribute `#[NAME = "…"]`.
+/// Returns the string of an attribute `#[NAME = "…"]`. Returns `None` for any other attribute.
 pub fn value(attr: &Attribute, name: &str) -> Option<String> {
     let Meta::NameValue(pair) = &attr.meta else { return None };
     let Expr::Lit(literal) = &pair.value else { return None };

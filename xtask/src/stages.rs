@@ -1,4 +1,4 @@
-//! Measures the stages of a run, and shows where the time went.
+//! Measures the stages of a test run, and shows how long each stage took.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! Keeps stamps in `target/husk`. A stamp has the hash of a build step's inputs. The step runs again only if its inputs
-//! changed.
+//! Keeps stamps in `target/husk`. A stamp has the hash of the inputs with which a build step last ran. The step runs
+//! again only if its inputs have changed.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
@@ -62,7 +62,7 @@ impl Stamp {
         Stamp(path)
     }
 
-    /// Whether the step last ran with this key, and its outputs exist.
+    /// Whether the step last ran with this key and all its outputs exist.
     pub fn fresh(&self, key: &str, outputs: &[&Path]) -> bool {
         outputs.iter().all(|path| path.exists()) && fs::read_to_string(&self.0).is_ok_and(|old| old == key)
     }

@@ -1,7 +1,8 @@
-//! Reads the end-to-end suites from their source files: their tests, and what each needs from the runner.
+//! Reads the source files of the end-to-end suites. Finds the tests of each suite, and what the suite needs from `cargo
+//! xtask test`.
 //!
-//! A suite says what it needs in its module documentation, after the first paragraph, one line for each need. A default
-//! run is one without `--all`, `--containerd` and a filter.
+//! A suite declares its needs in its module documentation, after the first paragraph, with one line for each need. A
+//! default run has neither `--all` nor `--containerd` nor a filter.
 //!
 //! | line | meaning |
 //! | --- | --- |
@@ -22,9 +23,9 @@ use syn::{Attribute, Item};
 
 use crate::{paths, source};
 
-/// The name of the package's library, whose unit tests run as a suite too.
+/// The name of husk-e2e's library. Its unit tests run as a suite too.
 const LIBRARY: &str = "husk_e2e";
-/// The text with which the reason in the `#[ignore]` of a long test begins.
+/// The prefix of the reason in a long test's `#[ignore]`.
 const LONG: &str = "long: ";
 
 /// A suite: one test binary that runs in the test node.
@@ -43,11 +44,11 @@ pub struct Suite {
 pub struct Test {
     /// The test's name as libtest prints it.
     pub name: String,
-    /// The reason why the test is long. `None` if it is not.
+    /// The reason why the test is long. `None` if the test is not long.
     pub long: Option<String>,
 }
 
-/// What a suite needs.
+/// What a suite needs from `cargo xtask test`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     pub node: NodeKind,
@@ -73,14 +74,14 @@ pub enum Lines {
     One,
     /// 1.7 and 2.
     Both,
-    /// Version 2. In other runs, the suite can run with 1.7 too.
+    /// Only 2. In other runs, the suite can run with 1.7 too.
     TwoInstead,
     /// Only 2, in every run, because 1.7 lacks what the suite tests.
     TwoOnly,
 }
 
 impl Needs {
-    /// Returns texts for `cargo xtask test --list`, one for each need.
+    /// Returns a text for each need, for `cargo xtask test --list`.
     pub fn describe(&self) -> Vec<String> {
         let mut text = Vec::new();
         text.extend(match self.node {
@@ -116,7 +117,7 @@ impl Needs {
             ("Runs", value) if value.strip_prefix("by name only:").is_some_and(|reason| !reason.trim().is_empty()) => {
                 let reason = value.trim_start_matches("by name only:").trim();
                 if self.by_name_only.replace(reason.to_owned()).is_some() {
-                    bail!("`Runs: by name only:` appears twice; keep one");
+                    bail!("two lines begin with `Runs: by name only:`; keep one of them");
                 }
             }
             ("Requires" | "Runs", value) => {
@@ -129,14 +130,14 @@ impl Needs {
 
     fn set_lines(&mut self, lines: Lines) -> Result<()> {
         if std::mem::replace(&mut self.lines, lines) != Lines::One {
-            bail!("two lines `Requires:` or `Runs:` choose containerd; keep one");
+            bail!("two lines with `Requires:` or `Runs:` choose the containerd version; keep one of them");
         }
         Ok(())
     }
 
     fn set_node(&mut self, node: NodeKind) -> Result<()> {
         if std::mem::replace(&mut self.node, node) != NodeKind::Any {
-            bail!("two lines `Requires:` choose the kind of node; keep one");
+            bail!("two lines with `Requires:` choose the kind of node; keep one of them");
         }
         Ok(())
     }
@@ -266,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn error_for_a_typo_has_the_file_and_the_line() {
+    fn error_for_a_typo_names_the_file_and_the_line() {
         assert!(error("//! S.\n//!\n//! Requires: containerd 3\n").contains("s.rs:3: unknown value `containerd 3`"));
         assert!(error("//! S.\n//!\n//! Requries: systemd\n").contains("s.rs:3: unknown key `Requries:`"));
         assert!(error("//! S.\n//! Requires: systemd\n").contains("s.rs:2: `Requires: systemd` has to follow"));

@@ -20,17 +20,18 @@ const BUILDERS: &str = "cri_builders";
 const FSX: &str = "cri_fsx";
 /// The containerd lines of a run without `--containerd`.
 const LINES: [Line; 4] = [Line::One, Line::Two, Line::Legacy, Line::Systemd];
-/// Number of suites per boot if one node runs at a time. Two boots are then enough for all suites of containerd 1.7. A
-/// boot takes ten seconds, and longer if it imports the images. Smaller boots also have advantages. State that a suite
-/// leaves in the node's kernel reaches only the suites of the same boot. The results are written after each boot.
+/// Maximum number of suites per boot if only one node runs at a time. With this number, two boots are enough for all
+/// suites of containerd 1.7. Each boot costs ten seconds, and more if the node has to import the images. Boots with
+/// fewer suites would also have advantages. State that a suite leaves in the node's kernel affects only suites of the
+/// same boot. Results, which are written after each boot, would be available sooner.
 const SUITES_A_BOOT: usize = 20;
-/// Number of suites per boot if nodes run side by side. With this number the nodes end at about the same time.
+/// Maximum number of suites per boot if nodes run side by side. With this number, the nodes end at about the same time.
 const SUITES_A_BOOT_BESIDE: usize = 12;
-/// Time limits: for all suites of a boot together, and for the time without output, which bounds a single test. The
-/// longest boot takes fifteen minutes, the longest test two minutes.
+/// Time limits of a boot: one for all its suites together, and one for the time without output. The limit on the time
+/// without output bounds a single test. The longest boot takes fifteen minutes, and the longest test takes two minutes.
 const LIMITS: Limits = Limits::secs(2400, 300);
 
-/// Number of tests that a run lists as the slowest.
+/// Number of slowest tests that a run lists at its end.
 const SLOWEST: usize = 15;
 
 /// The options of `cargo xtask test`.
@@ -46,27 +47,30 @@ pub struct Options {
     /// tests whose name contains FILTER.
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "", exclusive = true)]
     list: Option<String>,
-    /// Run the end-to-end suites only with this containerd line. With 1.7 or 2, all suites run that support it.
-    /// Default: most suites run with 1.7, a few with 2.x, on a host with cgroup v1, or on a host with systemd.
+    /// Run the end-to-end suites only with this containerd line. With 1.7 or 2, all suites that support this line run.
+    /// Default: most suites run with 1.7 only. A few suites run with 2.x, on a node with cgroup v1, or on a node with
+    /// systemd.
     #[arg(long, value_enum, conflicts_with = "unit")]
     containerd: Option<Line>,
-    /// Also run the long tests. Also run with 1.7 the suites that could run with 1.7, but by default run only with 2.x.
+    /// Also run the long tests. Suites that support 1.7, but by default run only with 2.x, then run with both lines.
     #[arg(long, conflicts_with_all = ["unit", "containerd"])]
     all: bool,
-    /// Do not retry a suite that failed. Default: in an emulated node, such a suite is retried once.
+    /// Do not retry a suite that failed. Default: in an emulated node, a suite that failed is retried once.
     #[arg(long, conflicts_with = "unit")]
     no_retry: bool,
-    /// Run the pods with this handler of containerd. With containerd 2.x, `husk-sandbox` makes the shim the sandbox.
+    /// Run the pods with this handler of containerd's configuration. With the handler `husk-sandbox` of containerd 2.x,
+    /// the shim is the sandbox controller.
     #[arg(long, requires = "containerd")]
     handler: Option<String>,
-    /// Test the programs as they are shipped. Default: the programs are built in the quick profile. The suites are
-    /// built in that profile too, so that everything is compiled only once.
+    /// Test programs that are built in the profile of shipped programs. Default: the programs are built in the quick
+    /// profile. The suites always use the quick profile, so that by default everything is compiled only once.
     #[arg(long)]
     release: bool,
 }
 
-/// The end of a run.
+/// The result of a run.
 struct End {
+    /// The exit code.
     code: u8,
     /// The last lines that the run prints.
     notes: Vec<String>,
@@ -91,8 +95,8 @@ pub fn test(options: &Options) -> Result<u8> {
 
 fn run(options: &Options, stages: &Stages) -> Result<End> {
     let passed = || "all passed".to_owned();
-    // The results of an earlier run are removed first. Otherwise, if this run failed before its first suite, they would
-    // look like its results.
+    // `Results::new` also removes the results of an earlier run. Otherwise, if this run failed before its first suite,
+    // the old results would look like results of this run.
     let results = if options.unit { None } else { Some(Results::new(paths::results())?) };
     stages.measure("setup", setup::setup)?;
     if options.e2e.is_none() {
@@ -101,8 +105,8 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
             unit(stages)?;
             return Ok(End { code: 0, notes: vec![passed()] });
         };
-        // Cargo often keeps only one processor busy, and a download keeps none busy. Therefore both are done at the
-        // same time.
+        // Cargo often keeps only one processor busy, and a download keeps no processor busy. Therefore the node's
+        // parts, which have to be downloaded, are made while cargo runs.
         std::thread::scope(|scope| {
             let parts = scope.spawn(|| stages.measure("parts of the node (during lints and unit tests)", parts));
             unit(stages)?;
@@ -117,7 +121,7 @@ fn run(options: &Options, stages: &Stages) -> Result<End> {
 
 /// Runs the checks that need no compiler.
 fn format() -> Result<()> {
-    ui::say("test", "dependencies, format, imports, needs of the suites, modules");
+    ui::say("test", "checking dependencies, format, imports, needs of the suites, and modules");
     deny::deny()?;
     cmd::shown(cargo().args(["fmt", "--all", "--check"]))?;
     imports::imports(false)?;
@@ -138,25 +142,25 @@ fn unit(stages: &Stages) -> Result<()> {
     stages.measure("unit tests", || cmd::shown(&mut tests))
 }
 
-/// Makes the guest kernel and the parts of the node, which cargo does not build.
+/// Makes what cargo does not build: the guest kernel and the parts of the test node.
 fn parts() -> Result<()> {
     kernel::kernel()?;
     node::prepare()?;
     node::prepare_images()
 }
 
-/// How many tests the options ask for.
+/// Which tests the options select.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Extent {
     /// The tests of a default run, which every change has to pass.
     Change,
-    /// Also the long tests.
+    /// The tests of a default run, and the long tests.
     All,
     /// All tests, including the long ones, with one containerd line.
     Line,
 }
 
-/// Whether a suite runs with a containerd line. `filtered` says that the options have a filter, which names a test of
+/// Whether a suite runs with a containerd line. `filtered` is true if the options have a filter that names a test of
 /// the suite.
 fn runs(needs: &Needs, line: Line, extent: Extent, filtered: bool) -> bool {
     match (needs.node, line) {
@@ -188,7 +192,7 @@ fn selected(suite: &Program, filter: &str, long: bool) -> Result<Vec<String>> {
     Ok(tests.filter(|name| name.contains(filter) && !left_out.contains(name)).collect())
 }
 
-/// The work from which nodes that run side by side take boots.
+/// The work that nodes running side by side share. Each node takes its boots from `plans`.
 struct Work {
     plans: Vec<(Line, Plan)>,
     results: Results,
@@ -244,10 +248,9 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
     if named.is_empty() {
         bail!("failed to find a test whose name contains `{filter}`; `cargo xtask test --list` lists the tests");
     }
-    // Suites are retried because of flaws of the emulator. node/boot.rs avoids the worst one. Another one is that QEMU
-    // keeps the vector of an interrupt that VMRUN injects (exception_index in helper_vmrun() of
-    // target/i386/tcg/system/svm_helper.c). If the CPU is kicked before the next #VMEXIT, QEMU delivers the interrupt
-    // again.
+    // Suites are retried because QEMU's emulator has flaws. node/boot.rs avoids the worst flaw. Another flaw is in
+    // helper_vmrun() of target/i386/tcg/system/svm_helper.c: in exception_index, QEMU keeps the vector of an interrupt
+    // that VMRUN injects. If the CPU is kicked before the next #VMEXIT, QEMU delivers the interrupt a second time.
     let emulated = !matches!(kvm::judge(), kvm::Verdict::Usable { .. });
     let retries = match (emulated, options.no_retry) {
         (false, _) => Retries::Never,
@@ -322,9 +325,9 @@ fn e2e(filter: &str, options: &Options, stages: &Stages, results: Results) -> Re
     Ok(End { code: u8::from(failed), notes })
 }
 
-/// Selects the tests of a suite that run.
+/// Selects which tests of a suite run.
 struct Selection<'a> {
-    /// The text that their names contain.
+    /// The text that the names of the selected tests contain.
     filter: &'a str,
     /// Whether long tests run.
     long: bool,
@@ -478,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn long_tests_run_with_a_filter_or_on_demand() {
+    fn arguments_include_ignored_tests_only_if_long_tests_run() {
         let args = |filter, long| Selection { filter, long }.args();
         assert!(args("", false).is_empty());
         assert_eq!(args("", true), ["--include-ignored"]);

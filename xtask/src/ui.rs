@@ -1,4 +1,4 @@
-//! Prints progress on the terminal: one line per step, with the time since the start.
+//! Prints progress to stderr. Each line has the time since the first line was printed.
 
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;

@@ -10,8 +10,9 @@ use libfuzzer_sys::fuzz_target;
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Input {
     read_only: bool,
+    /// The device-readable buffers of each request, and the lengths of its device-writable buffers.
     requests: Vec<(Vec<Vec<u8>>, Vec<u16>)>,
-    /// Arbitrary descriptors and chain heads, offered after the requests.
+    /// Arbitrary descriptors. After the requests, each is made available as the head of a chain.
     descriptors: Vec<(u8, u64, u32, u8, u16)>,
 }
 

@@ -9,7 +9,7 @@ use husk_shim::oci::{Bundle, resources_update};
 use husk_shim::resources::boot_size;
 use libfuzzer_sys::fuzz_target;
 
-/// Returns this process's bundle directory. It is not removed at exit.
+/// Returns this process's bundle directory. The directory is not removed at exit.
 fn bundle_dir() -> &'static PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {

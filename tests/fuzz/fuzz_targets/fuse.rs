@@ -37,7 +37,7 @@ const TYPES: [u32; 8] = [
     libc::S_IFLNK,
     libc::S_IFMT,
 ];
-/// Names that are directory entries of the share, or that could be such entries.
+/// Names of files that exist in the share, and of files that a request could create there.
 const VALID: [&str; 13] =
     ["file", "dir", "hollow", "inner", "fifo", "out", "outfile", "absolute", "new", "other", "...", "outside", "empty"];
 /// Absolute paths, all within the jail.
@@ -124,7 +124,7 @@ enum Operation {
 struct Request {
     operation: Operation,
     user: (u16, u16),
-    /// What the length in the header is too long or too short by.
+    /// The number that is added to the correct length in the header. A value other than 0 makes that length wrong.
     len: i8,
     /// Sizes of the buffers for the answer. If `None`, the buffers suffice for any answer.
     writable: Option<Vec<u16>>,
@@ -144,7 +144,7 @@ fn long_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..at + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().expect("convert 8 bytes")))
 }
 
-/// Metadata, except the access time, and content of each file around the share, by path.
+/// The files around the share, by path: the metadata of each file, except its access time, and its content.
 type Around = BTreeMap<PathBuf, (String, Vec<u8>)>;
 
 fn read_around(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
@@ -167,10 +167,10 @@ fn read_around(path: &Path, around: &mut Around, inodes: &mut BTreeSet<u64>) {
 /// Creates the files around the share, once for all inputs.
 fn make_surroundings() {
     for directory in ["/top/full", "/top/empty"] {
-        fs::create_dir_all(directory).expect("create a directory");
+        fs::create_dir_all(directory).expect("create a directory around the share");
     }
     for file in ["/far", "/top/outside", "/top/full/inner"] {
-        fs::write(file, "content").expect("create a file");
+        fs::write(file, "content").expect("create a file around the share");
     }
 }
 
@@ -180,13 +180,13 @@ fn make_share() {
         fs::remove_dir_all(share).expect("remove the share of the last input");
     }
     for directory in ["dir", "hollow"] {
-        fs::create_dir_all(share.join(directory)).expect("create a directory");
+        fs::create_dir_all(share.join(directory)).expect("create a directory in the share");
     }
     for file in ["file", "dir/inner"] {
-        fs::write(share.join(file), "content").expect("create a file");
+        fs::write(share.join(file), "content").expect("create a file in the share");
     }
     for (target, name) in [("..", "out"), ("../outside", "outfile"), ("/top/full", "absolute")] {
-        symlink(target, share.join(name)).expect("create a symlink");
+        symlink(target, share.join(name)).expect("create a symlink in the share");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Fuzzes virtio-mem with descriptor chains, after the VMM has requested that the guest plugs memory.
+//! Fuzzes virtio-mem with descriptor chains, after the VMM has requested that the guest plug memory.
 #![no_main]
 
 use husk_fuzz::{Step, drive};

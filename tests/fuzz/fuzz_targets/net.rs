@@ -1,5 +1,5 @@
-//! Fuzzes virtio-net: descriptor chains of the receive and transmit queues, and commands on the control queue. Socket
-//! pairs stand in for the tap's queues.
+//! Fuzzes virtio-net with descriptor chains on the receive and transmit queues, and with commands on the control queue.
+//! Socket pairs replace the queues of the tap.
 #![no_main]
 
 use std::fs::File;

@@ -28,7 +28,7 @@ enum Action {
     },
     /// Arbitrary bytes on the transmit queue.
     Raw(Vec<Vec<u8>>),
-    /// Empty buffers on the receive queue.
+    /// Adds this number of empty buffers, modulo 16, to the receive queue.
     Buffers(u8),
     Write(u16),
     Read(u16),
@@ -64,7 +64,7 @@ fuzz_target!(|input: Input| {
     bench.lock().connect(PORTS.0, Box::new(move |result| drop(sender.send(result))));
     let mut stream: Option<UnixStream> = None;
     for action in input.actions.iter().take(64) {
-        // Reclaims the descriptors of completed chains.
+        // Makes the descriptors of completed chains available for new chains.
         while bench.queues[1].poll().is_some() {}
         while bench.queues[0].poll().is_some() {}
         match action {

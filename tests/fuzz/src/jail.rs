@@ -9,10 +9,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
-/// Mount point of the file system before chroot(2). The mount exists only in the private mount namespace. Therefore
-/// nothing of it remains after the run.
+/// Mount point of the private root file system, before chroot(2) makes it the root. The mount exists only in a private
+/// mount namespace. Therefore it disappears when the process ends.
 const AT: &str = "/tmp";
-/// Paths that are bind-mounted from the host. The check for changes must skip them.
+/// Paths that are bind-mounted from the host. The check for changed files must skip these paths.
 pub const OF_THE_HOST: [&str; 2] = ["/dev/null", "/proc/self/fd"];
 
 /// If the user is not root, enters a user namespace in which the process is root. The process must be single-threaded.
@@ -27,9 +27,9 @@ pub fn prepare() {
     }
     // SAFETY: unshare(2) takes only flags.
     check("unshare", unsafe { libc::unshare(libc::CLONE_NEWUSER) });
-    fs::write("/proc/self/setgroups", "deny").expect("write setgroups");
-    fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("write uid_map");
-    fs::write("/proc/self/gid_map", format!("0 {group} 1")).expect("write gid_map");
+    fs::write("/proc/self/setgroups", "deny").expect("write /proc/self/setgroups");
+    fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("write /proc/self/uid_map");
+    fs::write("/proc/self/gid_map", format!("0 {group} 1")).expect("write /proc/self/gid_map");
 }
 
 /// A thread whose root directory is a tmpfs. The threads that it starts inherit this root directory. The thread calls
@@ -60,7 +60,7 @@ impl<T: Send + 'static> Jail<T> {
         Self { inputs, done: Mutex::new(when_done) }
     }
 
-    /// Processes one input and waits until it has been processed.
+    /// Passes one input to the thread, and waits until the thread has processed the input.
     ///
     /// # Panics
     /// If a thread of the jail panics.
@@ -73,37 +73,37 @@ impl<T: Send + 'static> Jail<T> {
     }
 }
 
-/// Forwards panics of other threads to this thread. libFuzzer saves the input on the thread that panics, and that
-/// thread needs the host's root directory.
+/// Forwards panics of other threads to the thread that calls this function. libFuzzer saves the input on the thread
+/// that panics. That thread must have the host's root directory, as the calling thread does.
 fn forward_panics(to: SyncSender<Result<(), String>>) {
     let (this_thread, hook) = (thread::current().id(), std::panic::take_hook());
     std::panic::set_hook(Box::new(move |info| {
         if thread::current().id() == this_thread || to.send(Err(info.to_string())).is_err() {
             return hook(info);
         }
-        // The process is about to exit.
+        // The process will exit, because the thread that gets the message panics.
         loop {
             thread::park();
         }
     }));
 }
 
-/// The process's only jail.
+/// The only jail of the process. The first input starts it.
 pub type Only<T> = OnceLock<Jail<T>>;
 
 fn enter() {
     let at = |path: &str| Path::new(AT).join(path);
-    let limit = fs::read("/proc/sys/fs/nr_open").expect("read nr_open");
+    let limit = fs::read("/proc/sys/fs/nr_open").expect("read /proc/sys/fs/nr_open");
     // SAFETY: unshare(2) takes only flags. The new mount namespace, root and working directory affect only this thread.
     check("unshare", unsafe { libc::unshare(libc::CLONE_NEWNS) });
     mount(c"none", Path::new("/"), c"", libc::MS_REC | libc::MS_PRIVATE, c"");
     // MS_NODEV: device nodes that a guest creates cannot be opened, even by mistake.
     mount(c"tmpfs", Path::new(AT), c"tmpfs", libc::MS_NODEV | libc::MS_NOSUID, c"size=64m,mode=755");
     for directory in ["dev", "proc/self/fd", "proc/sys/fs"] {
-        fs::create_dir_all(at(directory)).expect("create a directory");
+        fs::create_dir_all(at(directory)).expect("create a directory in the jail");
     }
-    fs::write(at("proc/sys/fs/nr_open"), limit).expect("write nr_open");
-    fs::write(at("dev/null"), "").expect("create /dev/null");
+    fs::write(at("proc/sys/fs/nr_open"), limit).expect("write the jail's /proc/sys/fs/nr_open");
+    fs::write(at("dev/null"), "").expect("create the jail's /dev/null");
     mount(c"/dev/null", &at("dev/null"), c"", libc::MS_BIND, c"");
     mount(c"/proc/self/fd", &at("proc/self/fd"), c"", libc::MS_BIND, c"");
     let root = path(Path::new(AT));
@@ -111,11 +111,11 @@ fn enter() {
     check("chroot", unsafe { libc::chroot(root.as_ptr()) });
     std::env::set_current_dir("/").expect("change to the root directory");
     let host = fs::metadata("/etc").map_err(|error| error.kind());
-    assert!(matches!(host, Err(ErrorKind::NotFound)), "the host's files are still reachable");
+    assert!(matches!(host, Err(ErrorKind::NotFound)), "the jail's thread can still reach the host's files");
 }
 
 fn path(path: &Path) -> CString {
-    CString::new(path.as_os_str().as_bytes()).expect("convert a path that contains NUL")
+    CString::new(path.as_os_str().as_bytes()).expect("convert a path to a C string")
 }
 
 fn mount(source: &CStr, target: &Path, kind: &CStr, flags: libc::c_ulong, data: &CStr) {

@@ -1,4 +1,4 @@
-//! A driver that the fuzzer controls, shared by the targets of virtio devices.
+//! A virtio driver whose actions the fuzzer chooses. The targets for virtio devices share this driver.
 
 pub mod jail;
 
@@ -6,7 +6,7 @@ use arbitrary::Arbitrary;
 use husk_vmm::virtio::device::VirtioDevice;
 use husk_vmm::virtio::testing::Bench;
 
-/// Maximum number of steps taken from one input. More steps only make fuzzing slower.
+/// Maximum number of steps that are taken from one input. More steps only make fuzzing slower.
 const MAX_STEPS: usize = 64;
 /// Maximum length of one buffer, in bytes.
 const MAX_BUFFER_LEN: usize = 64 * 1024;
@@ -22,21 +22,21 @@ pub enum Step {
         index: u8,
         /// Guest address.
         address: Address,
-        /// Length.
+        /// Length of the buffer in bytes.
         len: u32,
         /// NEXT, WRITE, INDIRECT and undefined flags.
         flags: u8,
-        /// The next descriptor.
+        /// Index of the next descriptor.
         next: u16,
     },
-    /// Make a chain available, valid or not.
+    /// Make a chain available to the device. The chain may be invalid.
     Offer {
         /// Queue index, modulo the number of queues.
         queue: u8,
         /// Index of the chain's first descriptor.
         head: u16,
     },
-    /// Make a well-formed chain available.
+    /// Make a well-formed chain available to the device.
     Chain {
         /// Queue index, modulo the number of queues.
         queue: u8,
@@ -45,11 +45,11 @@ pub enum Step {
         /// Lengths of the device-writable buffers.
         writable: Vec<u16>,
     },
-    /// Set the available ring's index, without offering chains.
+    /// Set the index of the available ring, without adding chains to the ring.
     Index {
         /// Queue index, modulo the number of queues.
         queue: u8,
-        /// The index.
+        /// The new index.
         index: u16,
     },
     /// Write to the configuration space.
@@ -66,7 +66,7 @@ pub enum Step {
 /// A guest address that is often in guest memory.
 #[derive(Arbitrary, Debug)]
 pub enum Address {
-    /// Reduced to the first 150 MiB, most of which is guest memory.
+    /// An address modulo 150 MiB. Most addresses below 150 MiB are in guest memory.
     Low(u32),
     /// Any address.
     Any(u64),
@@ -82,7 +82,7 @@ impl Address {
     }
 }
 
-/// Executes the steps. Runs the device loop after each step.
+/// Executes the steps, and runs the device loop after each step. Then resets the device.
 pub fn drive<D: VirtioDevice>(bench: &mut Bench<D>, steps: &[Step], activate: fn(&mut Bench<D>)) {
     for step in steps.iter().take(MAX_STEPS) {
         take(bench, step, activate);
@@ -120,7 +120,7 @@ fn take<D: VirtioDevice>(bench: &mut Bench<D>, step: &Step, activate: fn(&mut Be
     }
 }
 
-/// Adds a chain. Returns false if it is empty or the queue has too few free descriptors.
+/// Adds a chain to a queue. Returns `false` if the chain is empty or if the queue has too few free descriptors for it.
 pub fn chain<D: VirtioDevice>(bench: &mut Bench<D>, queue: usize, readable: &[Vec<u8>], writable: &[u16]) -> bool {
     let count = readable.len() + writable.len();
     if count == 0 || count > bench.queues[queue].free_descriptors() {
@@ -132,7 +132,7 @@ pub fn chain<D: VirtioDevice>(bench: &mut Bench<D>, queue: usize, readable: &[Ve
     true
 }
 
-/// Creates a memfd of this length.
+/// Creates a memfd of this length in bytes.
 pub fn memory_file(len: u64) -> std::fs::File {
     use std::os::fd::FromRawFd;
     // SAFETY: the name is NUL-terminated, and nothing else owns the new fd.

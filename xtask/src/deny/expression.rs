@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn either_licence_satisfies_or_but_only_both_satisfy_and() {
+    fn one_accepted_licence_satisfies_or_but_not_and() {
         assert!(satisfied("MIT", &["MIT"]));
         assert!(!satisfied("MIT", &["Apache-2.0"]));
         assert!(satisfied("MIT OR GPL-2.0-only", &["MIT"]));
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn licence_with_exception_must_be_accepted_as_such() {
+    fn accepting_a_licence_does_not_accept_it_with_an_exception() {
         let llvm = "Apache-2.0 WITH LLVM-exception";
         assert!(!satisfied(llvm, &["Apache-2.0"]));
         assert!(satisfied(llvm, &[llvm]));

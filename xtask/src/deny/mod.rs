@@ -4,9 +4,9 @@
 //! duplicate versions, wildcards and sources. They are stricter than cargo-deny in one respect: an entry of deny.toml
 //! that no crate needs is an error.
 //!
-//! Advisories need a database. `cargo deny` checks them if it is installed and can fetch its database. Otherwise only
-//! data that cargo has on this machine are checked: the yanked versions in cargo's copy of the registry's index, which
-//! may be old, and the maintenance badges in the manifests of direct dependencies.
+//! Checking advisories needs a database. `cargo deny` checks them if it is installed and can fetch its database.
+//! Otherwise only data that cargo has on this machine are checked: the yanked versions in cargo's copy of the
+//! registry's index, which may be old, and the maintenance badges in the manifests of direct dependencies.
 
 mod expression;
 mod rules;
@@ -30,7 +30,7 @@ use rules::{Clarification, Rules, Spec};
 const WORKSPACES: [&str; 2] = ["", "tests/fuzz"];
 
 /// Crates of rust-vmm whose types the other rust-vmm crates use in their interfaces. Two versions of such a crate are
-/// incompatible. Therefore deny.toml must not have them in `skip`.
+/// incompatible. Therefore `skip` in deny.toml must not list these crates.
 const SINGLE_VERSION: [&str; 2] = ["vm-memory", "virtio-queue"];
 
 /// The crates that are compiled for a workspace, and the sources in its lock file.
@@ -95,8 +95,8 @@ pub fn deny() -> Result<()> {
     Ok(())
 }
 
-/// Checks advisories with `cargo deny`. If it is not installed or cannot fetch its database, the inner result is the
-/// reason.
+/// Checks advisories with `cargo deny`. If `cargo deny` is not installed or cannot fetch its database, the inner result
+/// is an error with the reason.
 fn advisories(root: &Path) -> Result<Result<(), &'static str>> {
     let succeeds = |args: &[&str]| {
         let mut command = cargo();
@@ -139,6 +139,7 @@ fn graph(root: &Path, dir: &str, targets: &[String]) -> Result<Graph> {
     let Metadata { mut packages } =
         serde_json::from_str(&text).context("failed to parse the output of `cargo metadata`")?;
     // The metadata also list optional dependencies that nothing enables, if a feature `NAME?/FEATURE` mentions them.
+    // Therefore only packages that `cargo tree` lists are kept.
     let tree = run(&["tree", "--workspace", "--edges", "normal,build,dev", "--prefix", "none"], "--target")?;
     let compiled: BTreeSet<(&str, &str)> = tree.lines().filter_map(name_and_version).collect();
     packages.retain(|package| compiled.contains(&(package.name.as_str(), package.version.as_str())));
@@ -176,7 +177,8 @@ fn packages(graphs: &[Graph]) -> impl Iterator<Item = &Package> {
 fn licenses(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     let mut violations = Vec::new();
     let allow: BTreeSet<&str> = rules.licenses.allow.iter().map(String::as_str).collect();
-    // Entries that a crate needs: accepted licences, and the crates of exceptions and clarifications.
+    // `needed` collects the accepted licences that a crate needs. `used` collects the exceptions and clarifications
+    // that a crate needs.
     let (mut needed, mut used) = (BTreeSet::new(), BTreeSet::new());
     for package in packages(graphs) {
         let Package { name, version, license, .. } = package;
@@ -190,7 +192,8 @@ fn licenses(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
                 }
                 None => {
                     violations.push(format!(
-                        "{name} {version}: its manifest names no licence; add it to [[licenses.clarify]] in deny.toml"
+                        "{name} {version}: its manifest names no licence; add the crate to [[licenses.clarify]] in \
+                         deny.toml"
                     ));
                     continue;
                 }
@@ -304,7 +307,8 @@ fn duplicates(rules: &Rules, graphs: &[Graph]) -> Result<Vec<String>> {
     }
     for (text, _) in skips.iter().filter(|(text, _)| !used.contains(text)) {
         violations.push(format!(
-            "deny.toml: skip lists {text}, but it is not one of several versions of a crate; remove the entry"
+            "deny.toml: skip lists {text}, but no workspace has it beside another version of the crate; remove the \
+             entry"
         ));
     }
     Ok(violations)

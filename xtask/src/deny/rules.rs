@@ -90,7 +90,8 @@ pub struct Sources {
     pub allow_git: Vec<String>,
 }
 
-/// What cargo-deny does about a finding. Every finding is an error here, so `deny` is the only accepted value.
+/// What cargo-deny does about a finding. In xtask, every finding is an error. Therefore `deny` is the only accepted
+/// value.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Level {

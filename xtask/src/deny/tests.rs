@@ -1,4 +1,4 @@
-//! Tests for each kind of violation.
+//! Tests for each kind of violation of deny.toml.
 
 use super::*;
 
@@ -70,7 +70,7 @@ fn exception_accepts_a_licence_for_its_crate_only() {
 }
 
 #[test]
-fn allowed_licence_that_nothing_needs_is_a_violation() {
+fn allowed_licence_that_no_crate_needs_is_a_violation() {
     let packages = vec![mit("1.0.0"), package("b", "1.0.0", Some("MIT OR Zlib"))];
     let found = check("\"MIT\"", "\"MIT\", \"Zlib\"", packages);
     assert_eq!(found, ["deny.toml: no crate needs `Zlib` in [licenses] allow; remove it"]);
@@ -102,7 +102,8 @@ fn second_version_needs_a_skip_with_a_reason() {
     assert!(check("skip = []", &skip("a@1", "because"), twice()).is_empty());
     let found = check("skip = []", &skip("a@1", " "), twice());
     assert_eq!(found, ["deny.toml: the entry of a@1 in skip has no reason; add one"]);
-    let unused = "deny.toml: skip lists a@1, but it is not one of several versions of a crate; remove the entry";
+    let unused =
+        "deny.toml: skip lists a@1, but no workspace has it beside another version of the crate; remove the entry";
     assert_eq!(check("skip = []", &skip("a@1", "because"), vec![mit("1.0.0")]), [unused]);
     assert_eq!(check("skip = []", &skip("a@1", "because"), vec![mit("2.0.0")]), [unused]);
     let found = check("skip = []", &skip("a@1", "because"), vec![mit("1.0.0"), mit("2.0.0"), mit("3.0.0")]);
@@ -117,7 +118,7 @@ fn different_workspaces_may_have_different_versions() {
 }
 
 #[test]
-fn second_rust_vmm_generation_cannot_be_skipped() {
+fn second_version_of_vm_memory_cannot_be_skipped() {
     let skip = "skip = [{ crate = \"vm-memory@0.16\", reason = \"because\" }]";
     let vm_memory = |version| package("vm-memory", version, Some("MIT"));
     let found = check("skip = []", skip, vec![vm_memory("0.16.0"), vm_memory("0.17.1")]);
@@ -125,7 +126,7 @@ fn second_rust_vmm_generation_cannot_be_skipped() {
 }
 
 #[test]
-fn wildcard_is_a_violation_unless_it_has_a_path() {
+fn wildcard_version_is_a_violation_unless_the_dependency_has_a_path() {
     let with = |path: Option<&str>| {
         let dependency = Dependency { name: "b".into(), req: "*".into(), path: path.map(PathBuf::from) };
         vec![Package { dependencies: vec![dependency], ..mit("1.0.0") }]
@@ -135,7 +136,7 @@ fn wildcard_is_a_violation_unless_it_has_a_path() {
 }
 
 #[test]
-fn source_other_than_crates_io_is_a_violation() {
+fn source_that_is_not_allowed_is_a_violation() {
     let rules = RULES.replace("allow-git = []", "allow-git = [\"https://example.org/good\"]");
     let rules = Rules::parse(&rules).unwrap();
     let found = |source: Option<&str>| {

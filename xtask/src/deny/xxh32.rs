@@ -1,4 +1,4 @@
-//! Computes XXH32 with seed 0. cargo-deny requires this hash, by which deny.toml identifies a licence file.
+//! Computes XXH32 with seed 0. cargo-deny requires this hash for the licence files that deny.toml lists.
 //!
 //! The algorithm is described in `doc/xxhash_spec.md` of <https://github.com/Cyan4973/xxHash>.
 

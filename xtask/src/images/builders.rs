@@ -21,8 +21,8 @@ pub struct Builder {
     env: &'static [&'static str],
 }
 
-/// The image with Debian's `docker.io`. The client, which starts a build, is listed because `docker.io` only recommends
-/// its package.
+/// The image with Debian's `docker.io`. `docker-cli`, the client that starts a build, is listed because `docker.io`
+/// only recommends it.
 pub const DOCKER: Builder = Builder {
     reference: super::DOCKER,
     packages: "docker.io,docker-cli,iptables,busybox-static",
@@ -40,7 +40,8 @@ pub const BUILDAH: Builder = Builder {
         "echo build:x:1000:1000::/home/build:/bin/sh >> \"$1/etc/passwd\"",
         "echo build:x:1000: >> \"$1/etc/group\"",
         "echo build:100000:65536 | tee \"$1/etc/subuid\" > \"$1/etc/subgid\"",
-        // In Debian these programs are set-user-ID, and then need CAP_SYS_ADMIN. With file capabilities they do not.
+        // In Debian these programs are set-user-ID, and as such they need CAP_SYS_ADMIN. With file capabilities, they
+        // do not need it.
         "chmod u-s \"$1/usr/bin/newuidmap\" \"$1/usr/bin/newgidmap\"",
         "chroot \"$1\" setcap cap_setuid=ep /usr/bin/newuidmap cap_setgid=ep /usr/bin/newgidmap",
         "install -d -o 1000 -g 1000 \"$1/home/build\" \"$1/home/build/.local\" \"$1/home/build/.local/share\"",
@@ -49,7 +50,7 @@ pub const BUILDAH: Builder = Builder {
 };
 
 impl Builder {
-    /// Returns a hash of the inputs of the image. Updates of Debian's packages do not change it.
+    /// Returns a hash of the inputs of the image. Updates of Debian's packages do not change the hash.
     pub fn hash(&self) -> String {
         let lists = [self.hooks, self.env, EXCLUDED].map(|list| list.join("\n"));
         let pieces = [VERSION, pins::RELEASE, self.packages, &lists[0], &lists[1], &lists[2]];

@@ -124,7 +124,7 @@ impl Inputs {
     }
 }
 
-/// Writes the second layer, which removes one file, replaces one and adds one.
+/// Writes the second layer, which removes a file, replaces a second file and adds a third file.
 fn upper_layer(path: &Path) -> Result<()> {
     let mut layer = Layer::new(BufWriter::new(File::create(path)?));
     layer.dir("etc", Owner::root(0o755))?;

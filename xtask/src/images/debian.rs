@@ -43,11 +43,11 @@ impl Packages<'_> {
         // Containers do not need the caches of debconf and apt.
         command.arg("--customize-hook=rm -rf \"$1\"/var/cache/* \"$1\"/var/lib/apt/* \"$1\"/var/log/*");
         command.arg(self.suite).arg(layer).args(self.mirror);
-        // All files have this date, so that the layer depends on the packages only.
+        // All files have this date, so that the layer depends only on the packages.
         command.env("SOURCE_DATE_EPOCH", "1704067200");
         let status = command.status().context("failed to start mmdebstrap; install package mmdebstrap")?;
         if !status.success() {
-            bail!("mmdebstrap failed: {status}");
+            bail!("mmdebstrap ended with {status}; its messages are above");
         }
         Ok(())
     }

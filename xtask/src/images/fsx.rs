@@ -24,7 +24,7 @@ pub fn hash() -> String {
 /// Builds the program and writes the image's tar.
 pub fn build(out: &Path) -> Result<()> {
     let work = tempfile::tempdir()?;
-    // This directory stays if building the image fails, so that the next attempt does not compile everything again.
+    // This directory is kept, so that the next attempt does not compile everything again if building the image fails.
     let compiled = paths::state().join("fsx");
     let mut install = build::cargo();
     install.args(["install", "fsx", "--version", &format!("={VERSION}"), "--locked", "--target", build::TARGET]);

@@ -49,10 +49,11 @@ pub fn build(out_dir: &Path) -> Result<Vec<PathBuf>> {
     ])
 }
 
-/// Builds the images whose containers build images. They have several hundred megabytes, and only one suite uses them.
+/// Builds the images whose containers build images. These images are not among those of [`build`], because they have
+/// several hundred megabytes, and only one suite uses them.
 ///
 /// # Errors
-/// As [`build`].
+/// The same as those of [`build`].
 pub fn build_builders(out_dir: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(out_dir).with_context(|| format!("failed to create {}", out_dir.display()))?;
     Ok(vec![
@@ -88,7 +89,7 @@ fn cached(out_dir: &Path, name: &str, inputs: &str, make: impl FnOnce(&Path) -> 
 }
 
 /// Returns the lower-case hexadecimal SHA-256 of several pieces. Each piece is hashed with its length, so that the same
-/// bytes divided at another place have another hash.
+/// bytes, divided into other pieces, have another hash.
 fn hash_of(pieces: &[&[u8]]) -> String {
     let mut hasher = Sha256::new();
     for piece in pieces {

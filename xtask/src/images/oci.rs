@@ -32,7 +32,7 @@ impl Blob {
 
 /// Writes an image with the name `reference` to `out`. `layers` are uncompressed tar files, the lowest layer first.
 ///
-/// Layers stay uncompressed, because an emulated node unpacks uncompressed layers several times faster.
+/// Layers stay uncompressed, because an emulated node unpacks them several times faster than compressed layers.
 pub fn write(out: &Path, reference: &str, config: &Config, layers: &[&Path]) -> Result<()> {
     let file = File::create(out).with_context(|| format!("failed to create {}", out.display()))?;
     let mut tar = Builder::new(BufWriter::new(file));

@@ -1,4 +1,4 @@
-//! Builds the sandbox image, which has a program that sleeps. runc runs this program, Husk does not.
+//! Builds the sandbox image, which has a program that sleeps. runc runs this program. Husk does not run it.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

@@ -36,7 +36,7 @@ impl Inputs {
         Ok(Self { mirror, suite })
     }
 
-    /// Returns a hash of the inputs of the image. Updates of Debian's packages do not change it.
+    /// Returns a hash of the inputs of the image. Updates of Debian's packages do not change the hash.
     pub fn hash(&self) -> String {
         let excluded = EXCLUDED.join(" ");
         hash_of(&[VERSION.as_bytes(), self.mirror.as_bytes(), self.suite.as_bytes(), excluded.as_bytes()])
@@ -52,7 +52,7 @@ impl Inputs {
             include: "python3",
             // The hooks make the image smaller, because an emulated node unpacks slowly. They remove Python's byte
             // code, which is generated at installation and is a third of Python's size. They also remove files that no
-            // Python program needs, another third of the image.
+            // Python program needs, which are another third of the image.
             hooks: &[
                 "find \"$1/usr\" -xdev -name __pycache__ -prune -exec rm -rf {} +",
                 "rm -rf \"$1\"/usr/share/perl/* \"$1\"/usr/lib/*/perl/* \"$1\"/usr/lib/*/libperl.* \"$1\"/usr/lib/*/gconv",
@@ -68,8 +68,8 @@ impl Inputs {
     }
 }
 
-/// Returns the site that has the component main of `suite`. Each line of `targets` has a codename, a component and a
-/// site.
+/// Returns the site (a mirror's URL) that has the component main of `suite`. Each line of `targets` has a codename, a
+/// component and a site.
 fn mirror_of(targets: &str, suite: &str) -> Option<String> {
     targets.lines().find_map(|line| {
         let mut words = line.split_whitespace();

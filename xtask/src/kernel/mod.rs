@@ -67,7 +67,8 @@ fn unpack(tarball: &Path, version: &str) -> Result<PathBuf> {
     Ok(source)
 }
 
-/// Returns a command that runs `make` in the source. Values that would differ between builds are fixed.
+/// Returns a command that runs `make` in the source. Fixes the build's time, user and host, which would otherwise
+/// differ between builds.
 fn make(source: &Path) -> Command {
     // The build must not slow down other steps that run at the same time.
     let mut command = Command::new("nice");
@@ -98,13 +99,16 @@ fn configure(source: &Path, fragment: &Path) -> Result<()> {
     }
     ui::say(
         "kernel",
-        format!("configured{}", if before.as_deref() == Some(&after) { ", without a change" } else { "" }),
+        format!(
+            "configured{}",
+            if before.as_deref() == Some(&after) { "; the configuration did not change" } else { "" }
+        ),
     );
     Ok(())
 }
 
 /// Returns the lines of a configuration that set a symbol or turn it off. Comments are left out, so that a changed
-/// comment does not cause a build.
+/// comment does not cause a rebuild.
 fn settings(config: &str) -> String {
     let set =
         |line: &&str| line.starts_with("CONFIG_") || (line.starts_with("# CONFIG_") && line.ends_with(" is not set"));

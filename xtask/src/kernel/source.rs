@@ -14,7 +14,7 @@ use crate::{cmd, files, paths, ui};
 /// Increase this number whenever [`fetch`] changes.
 const RECIPE: u32 = 1;
 
-/// Returns the source archive and its version.
+/// Returns the path of the source archive, and the version of its package.
 pub fn find() -> Result<(PathBuf, String)> {
     let archive = format!("usr/src/{KERNEL_SOURCE}.tar.xz");
     let installed = Path::new("/").join(&archive);
@@ -22,7 +22,7 @@ pub fn find() -> Result<(PathBuf, String)> {
         let version = cmd::output(Command::new("dpkg-query").args(["-W", "-f=${Version}", KERNEL_SOURCE]))?;
         return Ok((installed, version));
     }
-    // The caller holds the lock of the kernel.
+    // The caller holds the kernel's lock, so no other xtask process uses this directory.
     let dir = paths::state().join("kernel/debian");
     let (fetched, file) = (dir.join(format!("{KERNEL_SOURCE}.tar.xz")), dir.join("version"));
     let key = Key::new("kernel-source", RECIPE).text(KERNEL_SOURCE).text(RELEASE).finish();
@@ -34,7 +34,7 @@ pub fn find() -> Result<(PathBuf, String)> {
 }
 
 /// Fetches Debian's package and unpacks it in `part`, without installing it. Moves the source archive to `fetched`, and
-/// writes its version to `file`.
+/// writes the package's version to `file`.
 fn fetch(part: &Path, archive: &str, fetched: &Path, file: &Path) -> Result<()> {
     if !cmd::is_root() {
         bail!(
@@ -63,5 +63,5 @@ fn version(dir: &Path) -> Result<String> {
             return Ok(rest.split('_').next().unwrap_or(rest).replace("%3a", ":"));
         }
     }
-    bail!("mmdebstrap did not download {KERNEL_SOURCE}");
+    bail!("failed to find package {KERNEL_SOURCE} among the packages that mmdebstrap downloaded");
 }

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use super::uses::Use;
 use crate::source::Module;
 
-/// Uses among the children of one module. The key is the using child and the used child, the value their first use.
+/// Uses among the children of one module. The key is the pair of the using child and the used child. The value is the
+/// first use of the used child by the using child.
 type Siblings<'a> = BTreeMap<(&'a str, &'a str), &'a Use>;
 
 /// Children of one module that all use each other, directly or through other children.
@@ -27,7 +28,8 @@ pub struct Graph<'a> {
 }
 
 impl<'a> Graph<'a> {
-    /// Counts each use as one between two children of the innermost module that contains both ends.
+    /// Creates the graph. Each use counts as a use between two children of the innermost module that contains both the
+    /// using and the used module.
     pub fn new(modules: &'a [Module], uses: &'a [Use]) -> Self {
         let mut siblings: BTreeMap<&[String], Siblings<'_>> = BTreeMap::new();
         let (mut up, mut down) = (BTreeSet::new(), BTreeSet::new());
@@ -47,7 +49,7 @@ impl<'a> Graph<'a> {
         Graph { siblings, mutual_with_parent: up.intersection(&down).count() }
     }
 
-    /// Returns the number of uses between siblings.
+    /// Returns the number of pairs of siblings in which the first sibling uses the second.
     pub fn uses(&self) -> usize {
         self.siblings.values().map(BTreeMap::len).sum()
     }
@@ -94,8 +96,8 @@ fn reachable<'a>(siblings: &Siblings<'a>, start: &str) -> BTreeSet<&'a str> {
 impl<'a> Knot<'a> {
     /// Returns the uses, in order, of the shortest cycle that begins with the use of `to` by `from`.
     pub fn cycle(&self, from: &'a str, to: &'a str) -> Vec<(&'a str, &'a str)> {
-        // For each module, the next module on the shortest way to `from`. The search goes backwards from `from`,
-        // breadth first.
+        // Maps each module to the next module on the shortest way to `from`. A breadth-first search, backwards from
+        // `from`, fills the map.
         let mut next: BTreeMap<&str, &str> = BTreeMap::new();
         let mut queue = VecDeque::from([from]);
         while let Some(name) = queue.pop_front() {

@@ -11,7 +11,8 @@ use crate::paths;
 
 const HEADER: &str = "\
 # Known cycles among the child modules of a module. Each entry lists the uses that form a cycle, as \"FROM > TO\".
-# The list may only shrink. A use that is part of a cycle must be listed. A listed use must be part of a cycle.
+# Do not add a use to the list: remove the cycle instead. `cargo xtask test` fails if a use in a cycle is not listed,
+# or if a listed use is no longer part of a cycle.
 # `cargo xtask modules` shows where the uses are.
 # `cargo xtask modules --shrink` removes listed uses that are no longer part of a cycle.
 ";

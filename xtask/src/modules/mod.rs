@@ -1,8 +1,9 @@
 //! `cargo xtask modules`: finds cycles among the modules of each crate of the workspace.
 //!
-//! A use counts as one between two children of the innermost module that contains both ends. For example, a use of
-//! `crate::b::y` by `crate::a::x` counts as a use of `b` by `a`. A module and its child may use each other, because a
-//! parent often has the types that its children share. Such pairs are only counted.
+//! If one module uses another, this counts as a use between two children of the innermost module that contains both
+//! modules. For example, a use of `crate::b::y` by `crate::a::x` counts as a use of `b` by `a`. A module and its child
+//! may use each other, because a parent often has the types that its children share. Pairs of a module and its child
+//! that use each other are only counted.
 
 mod graph;
 mod known;
@@ -36,8 +37,8 @@ struct Report {
     errors: Vec<String>,
 }
 
-/// Prints the numbers and the cycles, and fails as [`check`] does. With `shrink`, first removes from the list of known
-/// cycles the uses that are no longer part of a cycle.
+/// Prints the cycles of each crate, and the numbers of its modules, uses and cycles. Fails as [`check`] does. If
+/// `shrink` is true, first removes from the list of known cycles the uses that are no longer part of a cycle.
 pub fn modules(shrink: bool) -> Result<()> {
     let mut known = known::read()?;
     let reports = inspect_all(&known)?;
@@ -48,7 +49,7 @@ pub fn modules(shrink: bool) -> Result<()> {
         let kept: BTreeSet<_> = reports.iter().flat_map(|report| &report.uses).cloned().collect();
         known.retain(|used| kept.contains(used));
         known::write(&known)?;
-        ui::say("modules", format!("the list of known cycles has {} uses left", known.len()));
+        ui::say("modules", format!("the list of known cycles now has {} uses", known.len()));
     }
     compare(&reports, &known)
 }
@@ -71,7 +72,7 @@ fn compare(reports: &[Report], known: &BTreeSet<KnownUse>) -> Result<()> {
     }));
     if !gone.is_empty() {
         let path = relative(&known::path());
-        errors.push(format!("`cargo xtask modules --shrink` removes such uses from {}\n", path.display()));
+        errors.push(format!("`cargo xtask modules --shrink` removes these uses from {}\n", path.display()));
     }
     if !errors.is_empty() {
         bail!("the cycles among modules differ from the list of known cycles:\n{}", errors.concat().trim_end());
@@ -109,7 +110,8 @@ fn inspect(krate: &Crate, known: &BTreeSet<KnownUse>) -> Result<Report> {
     let count = modules.iter().filter(|module| !module.test_only).count();
     let mut report = Report {
         text: format!(
-            "{}: {count} modules, {} uses between siblings, {} cycles, {} parents and children that use each other\n",
+            "{}: {count} modules, {} uses between siblings, {} cycles, \
+             {} pairs of parent and child that use each other\n",
             krate.name,
             graph.uses(),
             knots.len(),
@@ -132,12 +134,13 @@ fn inspect(krate: &Crate, known: &BTreeSet<KnownUse>) -> Result<Report> {
         }
         let mut told = BTreeSet::new();
         for (from, to) in knot.uses.keys() {
-            // A cycle is reported once for all unknown uses that are part of it.
+            // A cycle is reported once, for all its uses that are not listed.
             if known.contains(&entry(from, to)) || told.contains(&(*from, *to)) {
                 continue;
             }
             let cycle = knot.cycle(from, to);
-            let mut text = format!("{}: a cycle within `{within}`, closed by the first of these uses:\n", krate.name);
+            let mut text =
+                format!("{}: a cycle within `{within}`; the first of these uses is not in the list:\n", krate.name);
             for (from, to) in &cycle {
                 text.push_str(&format!("    {}\n", show(knot, &modules, from, to)));
             }
@@ -187,7 +190,8 @@ mod tests {
         assert_eq!(report.errors.len(), 1);
         let place = |name: &str, line: usize| format!("({}:{line})", dir.path().join(name).display());
         let expected = format!(
-            "x: a cycle within `crate`, closed by the first of these uses:\n    a > b {}\n    b > c {}\n    c > a {}\n",
+            "x: a cycle within `crate`; the first of these uses is not in the list:\n\
+             \x20   a > b {}\n    b > c {}\n    c > a {}\n",
             place("a.rs", 1),
             place("b.rs", 2),
             place("c.rs", 1)

@@ -1,7 +1,8 @@
 //! Finds the uses among the modules of a crate: `use` declarations, and paths in code and in macro calls.
 //!
-//! Names are resolved only as far as is needed to find their modules. A child module can use a name that its parent
-//! imports, through `super::`. This counts as a use of the module that defines the name. Test code is left out.
+//! Names are resolved only as far as is needed to find their modules. Through `super::`, a child module can use a name
+//! that its parent imports. This counts as a use, by the child, of the module that defines the name. Test code is left
+//! out.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,10 +12,10 @@ use syn::{Item, UseTree};
 
 use crate::source::{self, Module};
 
-/// Maximum length of a chain of imports that is followed. Longer chains do not occur. Cycles of imports end here.
+/// Maximum length of a chain of imports that is followed. Longer chains occur only if imports form a cycle.
 const DEPTH: usize = 16;
 
-/// A use of one module by another. The modules are given by their indices.
+/// A use of one module by another. `from` and `to` are indices in the list of modules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Use {
     pub from: usize,
@@ -32,11 +33,11 @@ struct Named {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    /// In code.
+    /// The path is in code.
     Path,
-    /// In a `use` declaration.
+    /// The path is in a `use` declaration.
     Declared,
-    /// In a `use` declaration of all names in a module.
+    /// The path is in a `use` declaration that imports all names of a module.
     Glob,
 }
 
@@ -65,14 +66,16 @@ pub fn uses(modules: &[Module]) -> Vec<Use> {
     let mut uses = Vec::new();
     for (from, names) in scope.names.iter().enumerate() {
         for named in &names.named {
-            // A single name may be a variable that has the same name as a child module.
+            // A path that is a single name may be a variable with the name of a child module. Therefore it does not
+            // count.
             if let (Kind::Path, [name]) = (named.kind, named.segments.as_slice())
                 && scope.child(from, name).is_some()
             {
                 continue;
             }
             let Some(to) = scope.resolve(from, from, &named.segments, 0) else { continue };
-            // An import of all names of an enclosing module does not count. Its names are resolved where they are used.
+            // An import of all names of an enclosing module does not count. The imported names are resolved where they
+            // are used.
             let around = named.kind == Kind::Glob && scope.is_within(from, to);
             let twice = uses.iter().any(|earlier: &Use| (earlier.from, earlier.to) == (from, to));
             if from != to && !around && !twice {
@@ -84,7 +87,7 @@ pub fn uses(modules: &[Module]) -> Vec<Use> {
 }
 
 impl Scope<'_> {
-    /// Whether a module is the module `around`, or is inside it.
+    /// Whether `module` is the module `around`, or is inside `around`.
     fn is_within(&self, module: usize, around: usize) -> bool {
         self.modules[module].path.starts_with(&self.modules[around].path)
     }
@@ -131,7 +134,8 @@ impl Scope<'_> {
         Some(at)
     }
 
-    /// Returns the module that defines the item to which a path leads. The module `at` imports the path's first name.
+    /// Returns the module that defines the item to which a path leads. The path's first name is `name`, which the
+    /// module `at` imports. `rest` has the path's other names.
     fn imported(&self, from: usize, at: usize, name: &str, rest: &[String], depth: usize) -> Option<usize> {
         if depth > DEPTH {
             return None;
@@ -202,7 +206,8 @@ fn import(names: &mut Names, tree: &UseTree) {
     });
 }
 
-/// Called with a path of a `use` declaration, the name that it defines (`None` for all names), and its line.
+/// A function that takes a path of a `use` declaration, the name that the declaration defines for the path (`None` if
+/// it imports all names), and the line of the path.
 type Found<'a> = dyn FnMut(&[String], Option<&str>, usize) + 'a;
 
 /// Calls `found` for each path of a `use` declaration. All paths begin with the names in `prefix`.
@@ -258,7 +263,7 @@ impl<'ast> Visit<'ast> for Collector<'_> {
     /// The path of `pub(in path)` does not count as a use.
     fn visit_vis_restricted(&mut self, _: &'ast syn::VisRestricted) {}
 
-    /// A function of an `impl` may be for tests only.
+    /// A function of an `impl` does not count if it is for tests only.
     fn visit_impl_item_fn(&mut self, function: &'ast syn::ImplItemFn) {
         if !source::is_test_only(&function.attrs) {
             visit::visit_impl_item_fn(self, function);
@@ -273,7 +278,8 @@ impl<'ast> Visit<'ast> for Collector<'_> {
 impl Collector<'_> {
     /// Collects paths from tokens that syn does not parse: those of macro calls and attributes.
     fn tokens(&mut self, tokens: TokenStream) {
-        // The path so far and its line; the number of colons since its last name, and whether a dot came last.
+        // `path` has the names of the path so far, and its line. `colons` is the number of colons since the last name.
+        // `member` says whether the last token was a dot.
         let mut path: Option<(Vec<String>, usize)> = None;
         let (mut colons, mut member) = (0, false);
         for token in tokens {
@@ -284,7 +290,8 @@ impl Collector<'_> {
                         Some((segments, _)) if colons == 2 => segments.push(source::name(&ident)),
                         _ => {
                             self.end(&mut path);
-                            // After a dot, the name is a field or method. After colons, it ends `::a` or `<T>::a`.
+                            // After a dot, the name is a field or method. After two colons, the name ends `::a` or
+                            // `<T>::a`. Names of both kinds are left out.
                             path = (!member && colons != 2).then(|| (vec![source::name(&ident)], line));
                         }
                     }

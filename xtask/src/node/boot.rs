@@ -1,4 +1,4 @@
-//! Boots the node in QEMU and follows its progress until it is off.
+//! Boots the test node in QEMU, and follows its progress until the node is off.
 
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
@@ -19,7 +19,7 @@ const CONTROL: i32 = 3;
 /// Timeout from power-on until containerd answers. The boot takes seven seconds, but an emulated node sometimes hangs.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(150);
 
-/// Number of lines of the console that are shown after a crash. A kernel's report has about 60 lines, and several
+/// Number of lines of the console that are shown after a crash. A kernel's crash report has about 60 lines, and several
 /// reports may follow each other.
 const CONSOLE_TAIL: usize = 160;
 
@@ -56,7 +56,7 @@ enum Event {
 pub enum Progress<'a> {
     /// The text of a line "mark TEXT" on the script's fd 9.
     Mark(&'a str),
-    /// Bytes that the script printed, not divided into lines. Their order relative to the marks is not fixed.
+    /// Bytes that the script printed, not divided into lines. Whether they arrive before or after a mark is not fixed.
     Output(&'a [u8]),
 }
 
@@ -92,13 +92,13 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
             boot.seat.say(format!("the node is emulated: {why}"));
             // Without "enhanced rep movsb", kernels copy words of eight bytes. In emulation, copying one byte takes as
             // long as copying eight. Without "la57", the page tables of the node and of nested paging have four levels
-            // instead of five. Every TLB miss walks both.
+            // instead of five. Every TLB miss walks both page tables.
             command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm,-la57"]);
             // No program may run on the first CPU. Whenever another CPU restores its FPU's state, QEMU (10.0 and 10.2)
             // clears a flag of the first CPU without an atomic operation: cpu_clear_ignne() in
             // target/i386/tcg/system/fpu_helper.c. The word that QEMU writes back also says whether nested paging is on
-            // and whether interrupts are held back (GIF). Therefore a VMRUN or #VMEXIT on the first CPU at that moment
-            // goes wrong.
+            // and whether interrupts are held back (GIF). If a VMRUN or #VMEXIT on the first CPU changes this word at
+            // the same moment, that change can be lost.
             cpus += 1;
             // no_timer_check: the kernel's test of the timer interrupt fails on a machine this slow.
             // init_on_alloc=0: Debian's kernel would clear every page and object that it allocates.
@@ -132,7 +132,7 @@ fn qemu(boot: &Boot, mode: &str) -> Result<Command> {
 fn spawn(command: &mut Command) -> Result<(Child, PipeReader)> {
     let (reader, writer) = std::io::pipe().context("failed to create a pipe")?;
     let control = writer.as_raw_fd();
-    // SAFETY: only async-signal-safe calls on integers, between fork and exec.
+    // SAFETY: between fork and exec, the closure makes only async-signal-safe calls, which take only integers.
     unsafe {
         command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -170,7 +170,8 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
     });
     std::thread::spawn(move || lines(control, &sender));
     let end = follow(boot.seat, &events, begin, limits, observe);
-    // After an error, QEMU still runs. If the exit code is known, QEMU has ended or the node has failed to power off.
+    // After an error, QEMU still runs. QEMU may also still run if the exit code is known, because the node may have
+    // failed to power off.
     if !matches!(end, Ok(None)) {
         let _ = child.kill();
     }
@@ -194,7 +195,7 @@ pub fn run(boot: &Boot, limits: Limits, observe: &mut dyn FnMut(Progress<'_>)) -
 }
 
 fn crashed(what: &str, console: &Path) -> anyhow::Error {
-    Crashed(format!("{what}; its console:\n{}", cmd::tail(console, CONSOLE_TAIL))).into()
+    Crashed(format!("{what}; the end of the node's console:\n{}", cmd::tail(console, CONSOLE_TAIL))).into()
 }
 
 /// Boots the node with a shell on the terminal.
@@ -211,8 +212,8 @@ pub fn shell(boot: &Boot) -> Result<()> {
     Ok(())
 }
 
-/// Copies the script's output to a file and to the terminal. If several nodes run, the terminal gets only complete
-/// lines, each with the seat's number.
+/// Copies the script's output to a file and to the terminal, and sends it as events. If several nodes run, the terminal
+/// gets only complete lines, each with the seat's number.
 fn show(seat: Seat, mut output: impl Read, events: &Sender<Event>) {
     let mut file = seat.log("node-output").ok().and_then(|path| std::fs::File::create(path).ok());
     let label = seat.label();
@@ -255,8 +256,8 @@ fn lines(control: PipeReader, events: &Sender<Event>) {
     }
 }
 
-/// Follows the node until it is off. Returns the script's exit code, if the node reported one. The error says which
-/// time limit was exceeded.
+/// Follows the node until it is off. Returns the script's exit code, or `None` if the node did not report it. The error
+/// says which time limit was exceeded.
 fn follow(
     seat: Seat,
     events: &Receiver<Event>,

@@ -43,7 +43,8 @@ impl Line {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// Returns the parameters of the kernel's command line for this line. They include those for the node's init.
+    /// Returns the parameters of the kernel's command line for this line. They include the parameters that the node's
+    /// init reads.
     pub fn parameters(self) -> &'static str {
         match self {
             Line::One | Line::Two => "",
@@ -54,7 +55,7 @@ impl Line {
     }
 }
 
-/// Returns the files to add to the node for this line. containerd 1.7 needs none.
+/// Returns the files to add to the node for this line. containerd 1.7 needs no files.
 pub fn files(line: Line) -> Result<Vec<Add>> {
     if matches!(line, Line::One | Line::Legacy) {
         return Ok(Vec::new());
@@ -63,11 +64,12 @@ pub fn files(line: Line) -> Result<Vec<Add>> {
     programs_of_two(&programs)?;
     let mut add: Vec<Add> =
         PROGRAMS.iter().map(|path| Add::new(programs.join(path), Path::new("/").join(path))).collect();
-    // Husk's drop-in for configuration version 3 replaces the one in dist/root.
+    // Husk's drop-in for configuration version 3 replaces the drop-in in dist/root.
     add.push(Add::new(paths::root().join("deploy/containerd/husk-2.toml"), "/etc/containerd/conf.d/husk.toml"));
     add.push(Add::new(paths::root().join("tests/node/containerd-2"), "/"));
     if line == Line::Systemd {
-        // The node's tree has systemd already: Debian's packages depend on it.
+        // These files only configure the node. Its tree already has systemd, because Debian's packages depend on
+        // systemd.
         add.push(Add::new(paths::root().join("tests/node/systemd"), "/"));
     }
     Ok(add)
@@ -88,11 +90,11 @@ fn unpack(dir: &Path) -> Result<()> {
     files::remove(&tree)?;
     files::make_dir(&paths::node())?;
     ui::say("node", format!("unpacking containerd of Debian {SUITE}"));
-    // apt resolves and verifies the dependencies too. They are not kept, because the node already has them.
+    // apt also fetches and verifies the package's dependencies. They are not kept, because the node already has them.
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=extract", "--include=containerd"]);
-    // The package lists of the unstable release expire after a week. A mirror may have older lists, or this machine's
-    // clock may be wrong by more than a week.
+    // The package lists of the unstable release expire after a week. apt must not check their age, because a mirror may
+    // have older lists, or this machine's clock may be wrong by more than a week.
     command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
     command.arg(SUITE).arg(&tree).args(setup::debian_mirror()?);
     cmd::logged("node", "node-containerd-2", &mut command)?;

@@ -17,8 +17,8 @@ use crate::{cmd, files, paths};
 /// Increase this number whenever the steps below change.
 const RECIPE: u32 = 1;
 const LIMITS: Limits = Limits::secs(600, 600);
-/// Imports the images once for `ctr` and once for the CRI, because each namespace of containerd unpacks its own images.
-/// Then removes the tars.
+/// The script that the node runs. It imports the images once for `ctr` and once for the CRI, because each namespace of
+/// containerd unpacks its own images. Then it removes the tars.
 const SCRIPT: &str = "set -e
 for namespace in e2e k8s.io; do
     for tar in /husk/images/*.tar; do ctr -n $namespace images import $tar; done
@@ -26,8 +26,8 @@ done
 rm -r /husk/images
 ";
 
-/// Returns the disk. Makes it first if its inputs changed. The caller holds the locks of the seat and of the node's
-/// parts.
+/// Returns the path of the disk. Makes the disk first if its inputs changed. The caller holds the locks of the seat and
+/// of the node's parts.
 pub fn disk(seat: Seat, node: &Node, images: &[Add]) -> Result<PathBuf> {
     let disk = paths::node().join("images.img");
     let mut key = Key::new("node-images", RECIPE);
@@ -89,13 +89,17 @@ fn make(seat: Seat, node: &Node, images: &[Add], disk: &Path) -> Result<()> {
         0 => {}
         code => bail!("failed to import the images: the script in the node ended with exit code {code}"),
     }
-    // The node powers off without unmounting its root, so its file system has to be checked. `discard` turns freed
-    // blocks into holes.
+    // The node powers off without unmounting its root file system, so this file system has to be checked. `discard`
+    // turns freed blocks into holes.
     let mut check = Command::new("e2fsck");
     let check = check.args(["-f", "-y", "-E", "discard"]).arg(&part).output().context("failed to start e2fsck")?;
     // Exit code 1 says that errors were corrected.
     if !matches!(check.status.code(), Some(0 | 1)) {
-        bail!("e2fsck ended with {}: {}", check.status, String::from_utf8_lossy(&check.stdout).trim());
+        bail!(
+            "failed to check the node's disk: e2fsck ended with {}: {}",
+            check.status,
+            String::from_utf8_lossy(&check.stdout).trim()
+        );
     }
     fs::rename(&part, disk).with_context(|| format!("failed to rename {}", part.display()))
 }

@@ -1,7 +1,8 @@
-//! Decides whether this machine's KVM can run the node: it must be fast enough, and support nested virtualisation.
+//! Decides whether this machine's KVM can run the node. KVM must be fast enough, and must support nested
+//! virtualisation.
 //!
-//! On some hypervisors /dev/kvm works, but guest code at privilege level 0 is interpreted. That is a thousand times too
-//! slow for a kernel. Therefore this module measures a loop of known length at level 0.
+//! On some hypervisors /dev/kvm works, but guest code at privilege level 0 is interpreted. An interpreter is a thousand
+//! times too slow for a kernel. Therefore this module measures a loop of known length at level 0.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -10,11 +11,11 @@ use anyhow::{Context, Result, bail};
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
-/// Minimum rate in instructions per second: below it, a kernel boots too slowly.
+/// Minimum rate in instructions per second. At a lower rate, a kernel boots too slowly.
 const MIN_RATE: f64 = 50e6;
 /// Minimum duration of a measurement.
 const MIN_DURATION: Duration = Duration::from_millis(100);
-/// Size of the guest's memory, which has the page tables and then the code.
+/// Size of the guest's memory in bytes. The memory has the page tables, and the code at a higher address.
 const MEMORY: usize = 0x10000;
 /// Address of the code.
 const CODE: u64 = 0x8000;
@@ -41,8 +42,8 @@ pub fn judge() -> Verdict {
     }
 }
 
-/// Returns the rate of this machine's KVM if KVM is fast enough to run Husk without a test node. The error is the
-/// reason why KVM cannot be used.
+/// Returns the rate of this machine's KVM in instructions per second, if KVM is fast enough to run Husk without a test
+/// node. The error is the reason why KVM cannot be used.
 pub fn usable() -> Result<f64, String> {
     match measure() {
         Err(error) => Err(format!("this machine has no usable KVM ({error:#})")),
@@ -65,8 +66,8 @@ fn nested() -> bool {
 
 /// Measures the instructions per second of a loop at privilege level 0.
 fn measure() -> Result<f64> {
-    // The first guest entries are slow, so a short run says nothing. Therefore the number of rounds grows until the run
-    // is long enough. If the loop is interpreted, a small number of rounds is enough.
+    // The first guest entries are slow, so a short run says nothing. Therefore the number of rounds grows until a run
+    // takes `MIN_DURATION`. If the loop is interpreted, a small number of rounds takes that long.
     let mut rounds = 2_000;
     loop {
         let duration = run_loop(rounds)?;
@@ -117,7 +118,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: `new` made the mapping. The VM that used it is gone, because it was declared later.
+        // SAFETY: `new` made the mapping. The VM that used the mapping no longer exists: it was declared later, and
+        // therefore dropped earlier.
         unsafe { libc::munmap(self.0, MEMORY) };
     }
 }

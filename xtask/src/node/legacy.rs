@@ -47,7 +47,8 @@ fn unpack(kernel: &Path, files: &Path) -> Result<()> {
     if !cmd::is_root() {
         bail!("failed to unpack a kernel for the test node: only root can do that; run cargo xtask as root");
     }
-    // The package is unpacked inside the node's tree, so that depmod of the tree can read the modules.
+    // The package is unpacked inside the node's tree, so that the tree's depmod, which runs in a chroot, can read the
+    // modules.
     let tree = rootfs::tree()?;
     let (part, inside) = (tree.join("husk-legacy"), Path::new("/husk-legacy"));
     files::remove(&part)?;
@@ -62,6 +63,6 @@ fn unpack(kernel: &Path, files: &Path) -> Result<()> {
     let to = files.join("lib/modules");
     files::make_dir(&to)?;
     rootfs::copy_kernel(&part, &release, kernel)?;
-    fs::rename(&modules, to.join(&release)).context("failed to move the kernel's modules")?;
+    fs::rename(&modules, to.join(&release)).context("failed to move the modules of the kernel for cgroup v1")?;
     files::remove(&part)
 }

@@ -20,7 +20,7 @@ use crate::{cmd, files, images, lock, paths, ui};
 pub use boot::{Crashed, Limits, Progress};
 pub use containerd::Line;
 
-/// A script to run in the node, and the node that it needs.
+/// A script, and the node in which it runs.
 pub struct Run {
     /// A shell script.
     pub script: PathBuf,
@@ -42,7 +42,7 @@ pub struct Run {
     pub seat: Seat,
 }
 
-/// The place of a running node. Each of the nodes that run side by side has its own seat, with its own files and logs.
+/// A place for one of the nodes that run side by side. Each seat has its own files and logs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seat {
     number: usize,
@@ -51,12 +51,13 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Returns one of several seats. The first one has the number 0.
+    /// Returns one of several seats. The first seat has the number 0.
     pub fn beside(number: usize) -> Seat {
         Seat { number, beside: true }
     }
 
-    /// Returns `plain`, `between` and the seat's number as one name. The first seat has the name `plain`.
+    /// Returns `plain`, `between` and the seat's number, counted from 1, as one name. For the first seat, returns only
+    /// `plain`.
     fn name(self, plain: &str, between: &str) -> String {
         if self.number == 0 { plain.to_owned() } else { format!("{plain}{between}{}", self.number + 1) }
     }
@@ -66,7 +67,7 @@ impl Seat {
         paths::state().join(self.name("node", "/"))
     }
 
-    /// Returns the directory to which the files are copied that a script leaves in `/out`.
+    /// Returns the directory for copies of the files that a script leaves in `/out`.
     pub fn out_dir(self) -> PathBuf {
         self.dir().join("out")
     }
@@ -181,7 +182,7 @@ fn image_tars(build: impl FnOnce(&Path) -> Result<Vec<PathBuf>>) -> Result<Vec<A
         .collect())
 }
 
-/// Builds the node's disk, kernel and initramfs, without booting it.
+/// Builds the node's disk, kernel and initramfs, without booting the node.
 pub fn prepare() -> Result<()> {
     node(Line::One).map(drop)
 }
@@ -203,7 +204,9 @@ fn disk_with_images(seat: Seat, node: &rootfs::Node) -> PathBuf {
         imported::disk(seat, node, &images)
     };
     disk().unwrap_or_else(|error| {
-        seat.say(format!("failed to import the images into the node's disk; the tests will import them: {error:#}"));
+        seat.say(format!(
+            "failed to import the images into the node's disk; the tests will import the images: {error:#}"
+        ));
         node.disk.clone()
     })
 }
@@ -269,7 +272,8 @@ pub fn shell(containerd: Line, add: &[Add], machine: Machine) -> Result<()> {
     fetch(seat, &out)
 }
 
-/// Writes the tar that the node unpacks over its root: the node's own files, `dist/root`, `add` and `files`.
+/// Writes the tar that the node unpacks over its root file system. The tar has `tests/node/root`, `dist/root`, what the
+/// containerd line needs, `add` and `files`.
 fn extras(seat: Seat, line: Line, add: &[Add], files: &[(&str, &[u8])]) -> Result<PathBuf> {
     let path = seat.dir().join("extras.tar");
     let file = File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;

@@ -1,4 +1,5 @@
-//! Builds the test node's root file system: a Debian tree, a disk image of it, and the initramfs that mounts the disk.
+//! Builds the test node's root file system: a Debian tree, a disk image of the tree, and the initramfs that mounts the
+//! disk.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,13 +24,14 @@ const EXCLUDED: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/
 /// Size of the disk. The image is sparse.
 const DISK: &str = "12G";
 
-/// The drivers for the disk and its file system. crc32c_generic is listed because ext4 requests it by name.
+/// The drivers for the disk and its file system. crc32c_generic is listed because ext4 requests it by name, and
+/// modules.dep does not list such dependencies.
 const DRIVERS: [&str; 4] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 
 /// The parts of the node that QEMU boots.
 pub struct Node {
-    /// The disk with the root file system. QEMU writes to it only if `keep` of `Boot` is set, and otherwise to a
-    /// snapshot.
+    /// The disk with the root file system. If `keep` of `Boot` is set, QEMU writes to the disk itself, and otherwise to
+    /// a snapshot.
     pub disk: PathBuf,
     /// Debian's kernel.
     pub kernel: PathBuf,
@@ -79,7 +81,8 @@ pub fn tree() -> Result<PathBuf> {
     Ok(tree)
 }
 
-/// Reads the package list: one package per line, `#` starts a comment.
+/// Reads the list of the node's packages. The list has one package per line, and `#` starts a comment. Returns the
+/// packages, separated by commas.
 fn packages() -> Result<String> {
     let path = paths::root().join("tests/node/packages");
     let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
@@ -102,7 +105,7 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
     for path in EXCLUDED {
         command.arg(format!("--dpkgopt=path-exclude={path}"));
     }
-    // Debian's initramfs is not used.
+    // With `INITRD=No`, the kernel's package does not build Debian's initramfs, which is not used.
     command.env("INITRD", "No");
     command.arg(RELEASE).arg(tree);
     // If this machine does not run Debian, mmdebstrap uses its default mirror.
@@ -112,7 +115,8 @@ fn make_tree(tree: &Path, packages: &str) -> Result<()> {
 
 /// Returns the release of the kernel in a tree, and the directory of its modules.
 pub fn modules(tree: &Path) -> Result<(String, PathBuf)> {
-    // In a tree whose packages were extracted but not installed, `lib` is not a link to `usr/lib`.
+    // The path does not begin with `usr`, because in a tree whose packages were extracted but not installed, `lib` is
+    // not a link to `usr/lib`.
     let modules = tree.join("lib/modules");
     let entry = fs::read_dir(&modules).with_context(|| format!("failed to read {}", modules.display()))?.next();
     let entry = entry.context("failed to find a kernel in the node's tree")??;
@@ -163,7 +167,7 @@ fn dependencies(modules: &Path) -> Result<String> {
     String::from_utf8(read(&modules.join("modules.dep"))?).context("failed to decode modules.dep as UTF-8")
 }
 
-/// Copies the files that the initramfs needs from the tree and its modules to `boot`.
+/// Copies to `boot` those files of the tree and of its modules that the initramfs needs.
 fn copy_boot(tree: &Path, modules: &Path, boot: &Path) -> Result<()> {
     let list = dependencies(modules)?;
     let drivers = with_dependencies(&list, &DRIVERS).into_iter().chain(["modules.dep"]);

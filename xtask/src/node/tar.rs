@@ -1,5 +1,5 @@
-//! Packs files for the node into a tar. All entries belong to root and have their path in the node. Symbolic links are
-//! kept.
+//! Packs files for the node into a tar. All entries belong to root, and their names are the paths of the files in the
+//! node. Symbolic links are kept.
 
 use std::fs::{self, File};
 use std::io::BufWriter;

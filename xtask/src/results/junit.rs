@@ -1,4 +1,4 @@
-//! Converts results to JUnit, with a test suite for each suite and containerd line.
+//! Converts results to JUnit. Each suite that ran with a containerd line becomes a JUnit test suite.
 
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ pub fn report(suites: &[SuiteResult], seconds: f64) -> Report {
     report
 }
 
-/// Returns the JUnit form of a suite: its tests of all attempts, and a test case `(suite)` for failures that no test
-/// explains.
+/// Returns the JUnit form of a suite. It has the tests of all attempts. If an attempt did not pass although no test of
+/// it failed, it also has a test case `(suite)`.
 fn junit_suite(result: &SuiteResult) -> TestSuite {
     let class = format!("{}.{}", result.line, result.suite);
     let mut suite = TestSuite::new(&class);
@@ -78,7 +78,8 @@ fn attempt_message(attempt: &Attempt) -> String {
     format!("attempt {} {what} ({}{console})", attempt.attempt, attempt.log.display())
 }
 
-/// Returns the JUnit form of a test: its last run, and as reruns the earlier runs that did not pass.
+/// Returns the JUnit form of a test. The last run decides whether the test case passed. Runs that did not pass become
+/// reruns.
 fn junit_case(name: &str, class: &str, runs: &[(&Attempt, &TestRun)]) -> TestCase {
     let kind = |test: &TestRun| match test.outcome {
         TestOutcome::Failed => Some(NonSuccessKind::Failure),

@@ -1,7 +1,7 @@
 //! Keeps the results of the end-to-end suites as JSON and as JUnit, and the output of each attempt as a log file.
 //!
-//! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node. If a run
-//! is stopped, the results of the boots that have ended are there.
+//! Everything is in `target/husk/results`. `e2e.json` and `e2e.xml` are rewritten after each boot of a node. Therefore,
+//! if a run is stopped, they have the results of the boots that have ended.
 
 mod junit;
 mod outcome;
@@ -32,13 +32,13 @@ pub struct Results {
 /// The facts in `e2e.json` that concern the run as a whole.
 #[derive(Serialize)]
 pub struct Summary {
-    /// The filter on test names. Empty if there was none.
+    /// The filter on test names. Empty if the run had no filter.
     pub filter: String,
     /// Whether suites that failed were retried.
     pub retry: bool,
     /// Whether the nodes were emulated.
     pub emulated: bool,
-    /// Whether the run came to its end.
+    /// Whether all boots of the run have ended.
     pub finished: bool,
     pub seconds: f64,
     pub stages: Vec<Stage>,
@@ -119,7 +119,8 @@ impl Results {
             .collect()
     }
 
-    /// Returns a line for each of the `count` slowest tests, with its seconds, and a line for the sum of all tests.
+    /// Returns a line for each of the `count` slowest tests, with its duration in seconds, and a line with the total
+    /// duration of all tests.
     pub fn slowest(&self, count: usize) -> String {
         let of_result = |result: &SuiteResult| {
             let tests = result.attempts.iter().flat_map(|attempt| &attempt.tests);
@@ -136,7 +137,7 @@ impl Results {
 
     /// Writes `e2e.json` and `e2e.xml`.
     pub fn write(&self, summary: &Summary) -> Result<()> {
-        let json = serde_json::to_vec_pretty(&self.json(summary)).context("failed to serialize the results")?;
+        let json = serde_json::to_vec_pretty(&self.json(summary)).context("failed to serialize the results as JSON")?;
         let xml = junit::report(&self.suites, summary.seconds)
             .to_string()
             .context("failed to serialize the results as JUnit")?;

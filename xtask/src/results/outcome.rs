@@ -11,7 +11,7 @@ use crate::libtest::TestRun;
 #[serde(rename_all = "snake_case")]
 pub enum SuiteOutcome {
     Passed,
-    /// The first attempt did not pass, and a later one did.
+    /// The first attempt did not pass, and a later attempt did.
     Flaky,
     Failed,
     /// No attempt began.
@@ -31,7 +31,7 @@ pub enum AttemptOutcome {
 /// One attempt of a suite.
 #[derive(Clone, Debug, Serialize)]
 pub struct Attempt {
-    /// The number of the attempt. The first one has the number 1.
+    /// The number of the attempt. The first attempt has the number 1.
     pub attempt: usize,
     pub outcome: AttemptOutcome,
     pub seconds: f64,

@@ -99,8 +99,9 @@ impl Recorder {
     fn line(&mut self, line: &[u8], now: Instant) {
         let text = String::from_utf8_lossy(line);
         let text = text.trim_end_matches(['\n', '\r']);
-        // The line "== SUITE" says whose output follows. The marks cannot say so, because their order relative to the
-        // output is not fixed. Only the name of the next suite counts, because a test may print such a line too.
+        // The line "== SUITE" says which suite's output follows. The marks cannot say this, because they may arrive
+        // before or after the output. Only a line with the name of the next suite counts, because a test may print a
+        // line of this form too.
         let next = self.current.map_or(0, |current| current + 1);
         if let Some(suite) = self.suites.get_mut(next)
             && text.strip_prefix("== ") == Some(suite.suite.as_str())
@@ -122,8 +123,8 @@ impl Recorder {
         self.suites.get_mut(self.current?)
     }
 
-    /// Ends the recording. `boot` is the boot's number. If the node crashed, `console` is the log of its console, which
-    /// is copied to the results.
+    /// Ends the recording. `boot` is the boot's number. If the node crashed, `console` is the path of its console's
+    /// log, which is copied to the results.
     pub fn finish(mut self, console: Option<&Path>, boot: usize) -> Result<BootReport> {
         let now = Instant::now();
         if !self.rest.is_empty() {

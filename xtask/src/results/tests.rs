@@ -1,4 +1,4 @@
-//! Tests with scripted boots, from the output of the node to the written files.
+//! Tests the results with scripted boots: from the output of a node to the written files.
 
 use serde_json::Value;
 

@@ -1,9 +1,9 @@
 //! The user's cache of build outputs, which all clones of the repository on a machine share.
 //!
 //! A step always makes its outputs in `target/husk`, with a [`Stamp`] of its key. The cache has the outputs too, as
-//! `KIND/KEY/OUTPUT` in `$XDG_CACHE_HOME/husk` or `~/.cache/husk`. If the file system supports it, they are hard links.
-//! Therefore the files of an entry must never be written. A step removes its old outputs before it makes new ones. A
-//! new entry gets its name when it is complete, so that no process sees an incomplete entry.
+//! `KIND/KEY/OUTPUT` in `$XDG_CACHE_HOME/husk` or `~/.cache/husk`. If possible, the files in the cache are hard links
+//! to the outputs. Writing to an output would then change the cache. Therefore a step removes its old outputs before it
+//! makes new outputs. A new entry gets its name when it is complete, so that no process sees an incomplete entry.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -25,7 +25,8 @@ const MAX_AGE: Duration = Duration::from_secs(30 * DAY);
 /// Maximum number of entries of a kind. The entries that were used last are kept.
 const MAX_VERSIONS: usize = 3;
 const DAY: u64 = 24 * 60 * 60;
-/// Prefix of a directory that is not yet an entry. A process that is killed leaves such a directory.
+/// Prefix of the name of a directory that is not yet an entry, or no longer. A process that is killed leaves its
+/// directory behind.
 const PART: &str = ".part-";
 
 /// A build step whose outputs the cache keeps.
@@ -34,7 +35,7 @@ pub struct Step<'a> {
     pub kind: &'a str,
     /// The hash of the inputs.
     pub key: &'a str,
-    /// Files or directories in `target/husk`, with different names.
+    /// The outputs: files or directories in `target/husk`. Their file names must differ from each other.
     pub outputs: &'a [&'a Path],
     /// The record of the key with which the outputs in `target/husk` were made.
     pub stamp: Stamp,
@@ -52,8 +53,8 @@ pub enum Origin {
 }
 
 impl Step<'_> {
-    /// Makes the outputs, unless they are in `target/husk` or in the user's cache. The caller holds a lock that
-    /// excludes other processes from the outputs.
+    /// Makes the outputs in `target/husk`, unless they are already there. Takes them from the user's cache if it has
+    /// them, and otherwise builds them. The caller holds a lock that excludes other processes from the outputs.
     pub fn run(&self, build: impl FnOnce() -> Result<()>) -> Result<Origin> {
         self.run_with(user(), build)
     }
@@ -68,7 +69,8 @@ impl Step<'_> {
             self.stamp.write(self.key)?;
             return Ok(Origin::Cache);
         }
-        // Another clone may be building the same outputs. Waiting for that build is faster than a second build.
+        // Another clone of the repository may be building the same outputs. Waiting for that build is faster than a
+        // second build.
         let lock = cache.map(|cache| lock::take_in(&cache.dir.join(self.kind), &format!("cache of {}", self.kind)));
         if let Some(Ok(_)) = &lock
             && cache.is_some_and(|cache| cache.fetch(self))
@@ -127,7 +129,8 @@ impl Cache {
         self.dir.join(step.kind).join(step.key)
     }
 
-    /// Links the outputs from the cache to `target/husk`. Returns false if the cache lacks them.
+    /// Links the outputs from the cache to `target/husk`. Returns `false` if the cache lacks them, or if they cannot be
+    /// linked.
     fn fetch(&self, step: &Step) -> bool {
         let entry = self.entry(step);
         let fetch = |output: &&Path| -> Result<()> {
@@ -153,7 +156,8 @@ impl Cache {
         }
     }
 
-    /// Adds the outputs to the cache, unless the cache has them. A failure is only printed, and the step succeeds.
+    /// Adds the outputs to the cache, unless the cache has them. If this fails, the error is printed, and the step
+    /// succeeds nevertheless.
     fn keep(&self, step: &Step) {
         let entry = self.entry(step);
         if entry.exists() {
@@ -177,7 +181,7 @@ impl Cache {
         touch(part.path());
         let entry = self.entry(step);
         match fs::rename(part.path(), &entry) {
-            // The directory has another name now, so nothing needs to be removed.
+            // The directory has another name now, so `part` must not remove anything.
             Ok(()) => drop(part.keep()),
             // Another process has added the entry.
             Err(_) if entry.exists() => {}
@@ -235,7 +239,7 @@ fn entries(kind: &Path) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Creates a directory that does not count as an entry. It is removed when the returned value is dropped.
+/// Creates a directory that does not count as an entry. The directory is removed when the returned value is dropped.
 fn part(kind: &Path) -> Result<TempDir> {
     let part = tempfile::Builder::new().prefix(PART).tempdir_in(kind);
     part.with_context(|| format!("failed to create a directory in {}", kind.display()))
@@ -245,8 +249,8 @@ fn is_part(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(PART.as_bytes())
 }
 
-/// Removes the entries of a kind that are too old or too many. Also removes directories that killed processes left more
-/// than a day ago.
+/// Removes the entries of a kind that were last used more than `MAX_AGE` ago, and all but the `MAX_VERSIONS` entries
+/// that were used last. Also removes directories that killed processes left more than a day ago.
 fn prune(kind: &Path, now: SystemTime) -> Result<()> {
     let age = |used: SystemTime| now.duration_since(used).unwrap_or_default();
     for (number, entry) in entries(kind)?.into_iter().enumerate() {
@@ -292,7 +296,7 @@ fn size(path: &Path) -> Result<u64> {
     Ok(size)
 }
 
-/// `cargo xtask cache`: lists the entries. If `pruned` is true, first removes entries that are too old or too many.
+/// `cargo xtask cache`: lists the entries. If `pruned` is true, first removes entries as `prune` does.
 pub fn list_entries(pruned: bool) -> Result<()> {
     let dir = directory(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME"))?;
     let kinds = if dir.exists() { kinds(&dir)? } else { Vec::new() };
@@ -303,7 +307,8 @@ pub fn list_entries(pruned: bool) -> Result<()> {
     Ok(())
 }
 
-/// Returns the list of entries: size in MiB, days since the last use, kind and key.
+/// Returns the list of entries as text. The list has each entry's size in MiB, the days since its last use, its kind
+/// and its key.
 fn list(dir: &Path, kinds: &[PathBuf], now: SystemTime) -> Result<String> {
     let mut text = format!("{:>9}  {:>9}  entry\n", "MiB", "days");
     let mut total = 0;

@@ -125,7 +125,7 @@ fn old_and_surplus_entries_are_pruned() {
         entries.iter().map(|entry| entry.path.file_name().unwrap().to_str().unwrap().to_owned()).collect()
     };
     assert_eq!(kept(), ["k3", "k2", "k1"]);
-    // A use makes an entry the newest.
+    // Using an entry makes it the newest entry.
     used(&cache.dir.join("kernel/k3"), 31);
     clone.run(Some(&cache), "k1").unwrap();
     let part = cache.dir.join("kernel").join(format!("{PART}x"));
@@ -149,7 +149,7 @@ fn without_a_cache_directory_outputs_are_built() {
     let clone = Clone::new(dir.path().join("one"));
     assert_eq!(clone.run(None, "k1").unwrap(), Origin::Build);
     assert_eq!(clone.run(None, "k1").unwrap(), Origin::Present);
-    // A cache that becomes unusable later does not cause an error either.
+    // A cache that becomes unusable after it was opened does not cause an error either.
     let broken = Cache { dir: file };
     assert_eq!(clone.run(Some(&broken), "k2").unwrap(), Origin::Build);
     assert_eq!(clone.content().0, "k2");
