@@ -27,7 +27,10 @@ impl Driver {
             Ok(_) => Err("create succeeded, but should have failed".into()),
             Err(error) => {
                 let left = std::path::Path::new("/proc/1/root/sys/fs/cgroup/husk").join(&id).exists();
-                ensure(error.to_string().contains(want) && !left, format!("create failed with {error}; cgroup left: {left}"))
+                ensure(
+                    error.to_string().contains(want) && !left,
+                    format!("create failed with {error}; cgroup left: {left}"),
+                )
             }
         }
     }

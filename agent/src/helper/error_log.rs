@@ -1,8 +1,8 @@
 //! The error log: a file to which all processes of a helper write libcontainer's error lines.
 //!
 //! libcontainer passes only the outermost message from process to process. The cause appears only in libcontainer's log
-//! lines. The error log may also contain the recorded reason, which says in the wording of runc why the container's init
-//! failed.
+//! lines. The error log may also contain the recorded reason. The recorded reason says why the container's init failed,
+//! in the wording of runc's errors.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};

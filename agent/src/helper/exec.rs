@@ -42,7 +42,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
         .map_err(io("failed to connect to the console socket"))?;
     let init = pidfd::open(request.init_pid).map_err(io("cannot exec in a stopped container"))?;
     let cgroups = open_cgroups(&request).map_err(io("failed to open the cgroup"))?;
-    let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create the pipe for the error of the new process"))?;
+    let (mut reasons, reason_writer) = io::pipe().map_err(io("failed to create a pipe for the child's error"))?;
     let namespaces =
         namespaces_to_join(request.init_pid).map_err(io("failed to read the namespaces of the container"))?;
     unshare_time();
@@ -61,7 +61,7 @@ pub fn run(request: Box<ExecRequest>) -> Result<i32, String> {
     drop(console);
     let mut reason = String::new();
     // The child's end of the pipe closes when the child executes its program or exits.
-    reasons.read_to_string(&mut reason).map_err(io("failed to read the error of the new process"))?;
+    reasons.read_to_string(&mut reason).map_err(io("failed to read the child's error from the pipe"))?;
     if reason.is_empty() { Ok(pid) } else { Err(reason) }
 }
 
