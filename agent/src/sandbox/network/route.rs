@@ -49,9 +49,9 @@ pub fn change(
         matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) && op != Operation::Remove
     };
     let done = match op.change(pod, parsed.message(op, false)) {
-        // The kernel checks only when it adds a route whether another route leads to the gateway. On the host, that
-        // other route may have been removed since then, or a rule may select its table. Therefore retry with
-        // RTNH_F_ONLINK, which skips the check.
+        // When the kernel adds a route, it checks that another route leads to the gateway. The kernel never repeats
+        // the check. On the host, that other route may have been removed since then, or a rule may select its table.
+        // Therefore retry with RTNH_F_ONLINK, which skips the check.
         Err(error) if unreachable(&error) && has_gateway(route) => op.change(pod, parsed.message(op, true)),
         done => done,
     };
